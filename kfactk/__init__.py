@@ -1,0 +1,36 @@
+"""kfactk: natural-gradient optimisers for PyTorch, composed from exchangeable stages."""
+
+from kfactk._version import __version__ as __version__
+from kfactk.averages import RunningMean as RunningMean
+from kfactk.coverage import Coverage as Coverage
+from kfactk.errors import (
+    CaptureError as CaptureError,
+    CombinationError as CombinationError,
+    DecompositionError as DecompositionError,
+    KfactkError as KfactkError,
+    KfactkWarning as KfactkWarning,
+    OptionError as OptionError,
+    PluginError as PluginError,
+    StateError as StateError,
+    UnknownStageError as UnknownStageError,
+)
+from kfactk.hookspecs import hookimpl as hookimpl
+from kfactk.optimizer import Optimizer as Optimizer
+from kfactk.recipe import Recipe as Recipe, build as build
+from kfactk.samples import Samples as Samples, Statistic as Statistic, Use as Use, project as project
+from kfactk.stages import (
+    Basis as Basis,
+    Clip as Clip,
+    Coupling as Coupling,
+    Curvature as Curvature,
+    Decomposition as Decomposition,
+    Dot as Dot,
+    Fisher as Fisher,
+    Layer as Layer,
+    Likelihood as Likelihood,
+    Pair as Pair,
+    Placement as Placement,
+    Tensors as Tensors,
+    Tracker as Tracker,
+    Update as Update,
+)

@@ -1,0 +1,121 @@
+"""What a tracker is given: figures of recorded steps, gathered only when one is asked for."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import attrs
+import torch
+from torch import Tensor
+
+from kfactk.errors import KfactkWarning
+from kfactk.stages import Pair, Tracker
+
+if TYPE_CHECKING:
+    from kfactk.optimizer import Optimizer
+    from kfactk.recipe import Recipe
+
+
+class Recorder:
+    """Gathers one step's figures and hands them to the recipe's tracker.
+
+    A tracker that raises costs a warning, said once, never the training run.
+
+    Args:
+        recipe: Whose tracker; with none, everything here does nothing.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._tracker = _fresh(recipe.tracker)
+        self._figures: dict[str, Tensor | float] = {}
+        self._seconds: dict[str, float] = {}
+        self._warned: list[str] = []
+        self._finalizer: weakref.finalize[Any, Recorder] | None = None
+        if self._tracker is not None:
+            tracker, warned = self._tracker, self._warned
+            _surviving(warned, lambda: tracker.start(recipe.summary()))
+            self._finalizer = weakref.finalize(self, _surviving, warned, tracker.close)
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the wall-clock seconds of the block to those of `stage` in this step."""
+        if self._tracker is None:
+            yield
+            return
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - start
+
+    def add(self, figures: Mapping[str, Tensor | float]) -> None:
+        """Take figures from outside (loss, accuracy)."""
+        if self._tracker is not None:
+            self._figures.update({name: value.detach() if isinstance(value, Tensor) else value for name, value in figures.items()})
+
+    def due(self, step: int) -> bool:
+        """Whether `step` is recorded."""
+        return self._tracker is not None and step % self._tracker.every == 0
+
+    def see(self, pairs: Sequence[Pair], factor: Tensor) -> None:
+        """Note what the clip saw and answered."""
+        if self._tracker is not None:
+            self._figures["clip_factor"] = factor
+            self._figures["gradient_norm"] = _norm([pair.gradient for pair in pairs])
+            self._figures["preconditioned_norm"] = _norm([pair.preconditioned for pair in pairs])
+
+    def finish(self, optimizer: Optimizer) -> dict[str, Any]:
+        """End a step: record it if it is due, and return the figures."""
+        step = optimizer.steps - 1
+        if not self.due(step):
+            if self._tracker is not None:
+                self._seconds.clear()
+                self._figures.clear()
+            return {}
+        group = optimizer.param_groups[0]
+        figures: dict[str, Tensor | float] = dict(self._figures)
+        figures |= {"lr": float(group["lr"]), "damping": float(group["damping"])}
+        figures |= {name: float(value) for name, value in optimizer.counters.items()}
+        figures |= {f"seconds/{name}": value for name, value in self._seconds.items()}
+        conditions = [view.condition() for view in optimizer.layers.values()]
+        known = [value.detach().double().cpu() for value in conditions if value is not None]
+        if known:
+            stacked = torch.stack(known)
+            figures |= {"condition_max": stacked.max(), "condition_median": stacked.median()}
+        self._seconds.clear()
+        self._figures.clear()
+        tracker = self._tracker
+        assert tracker is not None
+        _surviving(self._warned, lambda: tracker.record(step, figures))
+        return dict(figures)
+
+    def close(self) -> None:
+        """Flush and close the tracker; may be called twice."""
+        if self._finalizer is not None:
+            self._finalizer()
+
+
+def _fresh(tracker: Tracker | None) -> Tracker | None:
+    """One recipe may be bound many times; each run has a tracker of its own where the class allows it."""
+    return attrs.evolve(tracker) if tracker is not None and attrs.has(type(tracker)) else tracker  # type: ignore[misc]
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    squares = [tensor.square().sum().to(tensors[0].device) for tensor in tensors]
+    return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+
+
+def _surviving(warned: list[str], call: Callable[[], None]) -> None:
+    try:
+        call()
+    except Exception as error:  # a record is worth less than the run it records
+        if not warned:
+            warned.append(str(error))
+            warnings.warn(
+                f"the tracker failed, and training goes on without its records: {error!r} (said once)", KfactkWarning, stacklevel=3
+            )

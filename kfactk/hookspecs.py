@@ -1,0 +1,147 @@
+"""Every hook a plugin can implement.
+
+A plugin is a module or object whose functions, marked `@kfactk.hookimpl`, have the names below; it is found through an entry point of
+the group `kfactk`. Stage hooks return names with factories: a class or function whose keyword arguments are the stage's options.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import pluggy
+
+if TYPE_CHECKING:
+    from kfactk.optimizer import Optimizer
+    from kfactk.stages import Basis, Clip, Curvature, Fisher, Likelihood, Placement, Tracker, Update
+
+PROJECT = "kfactk"
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+STAGE_HOOKS: dict[str, str] = {
+    "curvature": "kfactk_curvatures",
+    "basis": "kfactk_bases",
+    "fisher": "kfactk_fishers",
+    "likelihood": "kfactk_likelihoods",
+    "clip": "kfactk_clips",
+    "update": "kfactk_updates",
+    "placement": "kfactk_placements",
+    "tracker": "kfactk_trackers",
+}
+"""Stage family (an argument of `kfactk.build`) to the hook that provides it."""
+
+
+@hookspec
+def kfactk_curvatures() -> Mapping[str, Callable[..., Curvature]]:
+    """Curvatures by name.
+
+    Example:
+        >>> @hookimpl
+        ... def kfactk_curvatures():
+        ...     return {"diagonal": Diagonal}
+    """
+
+
+@hookspec
+def kfactk_bases() -> Mapping[str, Callable[..., Basis]]:
+    """Bases by name.
+
+    Example:
+        >>> @hookimpl
+        ... def kfactk_bases():
+        ...     return {"diagonal": DiagonalInverse}
+    """
+
+
+@hookspec
+def kfactk_fishers() -> Mapping[str, Callable[..., Fisher]]:
+    """Fisher estimators by name.
+
+    Example:
+        >>> @hookimpl
+        ... def kfactk_fishers():
+        ...     return {"mc": MonteCarlo}
+    """
+
+
+@hookspec
+def kfactk_likelihoods() -> Mapping[str, Callable[..., Likelihood]]:
+    """Likelihoods by name.
+
+    Example:
+        >>> @hookimpl
+        ... def kfactk_likelihoods():
+        ...     return {"poisson": Poisson}
+    """
+
+
+@hookspec
+def kfactk_clips() -> Mapping[str, Callable[..., Clip]]:
+    """Clips by name.
+
+    Example:
+        >>> @hookimpl
+        ... def kfactk_clips():
+        ...     return {"trust_ratio": TrustRatio}
+    """
+
+
+@hookspec
+def kfactk_updates() -> Mapping[str, Callable[..., Update]]:
+    """Update rules by name.
+
+    Example:
+        >>> @hookimpl
+        ... def kfactk_updates():
+        ...     return {"lion": Lion}
+    """
+
+
+@hookspec
+def kfactk_placements() -> Mapping[str, Callable[..., Placement]]:
+    """Placements by name.
+
+    Example:
+        >>> @hookimpl
+        ... def kfactk_placements():
+        ...     return {"round_robin": RoundRobin}
+    """
+
+
+@hookspec
+def kfactk_trackers() -> Mapping[str, Callable[..., Tracker]]:
+    """Trackers by name.
+
+    Example:
+        >>> @hookimpl
+        ... def kfactk_trackers():
+        ...     return {"csv": CsvTracker}
+    """
+
+
+@hookspec
+def kfactk_bound(optimizer: Optimizer) -> None:
+    """Called after `Recipe.bind` has made an optimizer.
+
+    Example:
+        >>> @hookimpl
+        ... def kfactk_bound(optimizer):
+        ...     print(optimizer.recipe)
+    """
+
+
+@hookspec
+def kfactk_stepped(optimizer: Optimizer, step: int, figures: Mapping[str, Any]) -> None:
+    """Called at the end of every step, parameters updated.
+
+    Args:
+        optimizer: The optimizer that stepped.
+        step: Index of the step just taken, from 0.
+        figures: What a tracker would record of it; empty on steps that are not recorded.
+
+    Example:
+        >>> @hookimpl
+        ... def kfactk_stepped(optimizer, step, figures):
+        ...     print(step, optimizer.param_groups[0]["lr"])
+    """

@@ -1,0 +1,108 @@
+"""What is kept of one layer between steps, and its form in a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import attrs
+import torch
+from torch import Tensor
+
+from kfactk.averages import RunningMean
+from kfactk.errors import StateError
+from kfactk.samples import Samples, Statistic
+
+PREFIX = "kfactk."
+"""First part of every key that the curvature has in `Optimizer.state`."""
+
+
+@attrs.define(eq=False)
+class LayerState:
+    """Factors, decomposition and moments of one layer, and what is pending within the current step.
+
+    Args:
+        parameters: Names of the parameters its matrices are made for; other names make the state void.
+        factors: Running means of the curvature's factors.
+        decomposition: For each matrix, its decomposition.
+        moments: Running means of the basis' moments.
+        pending: Sums of this step: "factor.NAME", "moment.NAME".
+        retained: Samples kept until `step()` because the basis is refreshed first.
+        seen: Passes that reached the layer in this step, whatever their worth.
+        bad: How many of them were not finite, on the device.
+    """
+
+    parameters: tuple[str, ...]
+    factors: dict[str, RunningMean] = attrs.Factory(dict)
+    decomposition: dict[str, dict[str, Tensor]] = attrs.Factory(dict)
+    moments: dict[str, RunningMean] = attrs.Factory(dict)
+    pending: dict[str, Statistic] = attrs.Factory(dict)
+    retained: list[Samples] = attrs.Factory(list)
+    seen: int = 0
+    bad: list[Tensor] = attrs.Factory(list)
+
+    @property
+    def ready(self) -> bool:
+        """Whether it can precondition: decomposed from factors that have seen data."""
+        return bool(self.decomposition) and bool(self.factors) and all(mean.weight > 0 for mean in self.factors.values())
+
+    @property
+    def allocated(self) -> bool:
+        """Whether its tensors exist, with data or without."""
+        return bool(self.decomposition)
+
+    def factor_values(self) -> dict[str, Tensor]:
+        """The factors' means by name."""
+        return _values(self.factors)
+
+    def moment_values(self) -> dict[str, Tensor]:
+        """The measured moments' means by name."""
+        return _values({name: mean for name, mean in self.moments.items() if mean.weight > 0})
+
+    def clear_pending(self) -> None:
+        """Forget what this step gathered."""
+        self.pending.clear()
+        self.retained.clear()
+        self.bad.clear()
+        self.seen = 0
+
+    def flat(self) -> dict[str, Tensor]:
+        """The lasting part under flat keys, by reference: `kfactk.factor.A`, `kfactk.basis.A.eigenvectors`, ..."""
+        out: dict[str, Tensor] = {}
+        for kind, means in (("factor", self.factors), ("moment", self.moments)):
+            for name, mean in means.items():
+                if mean.value is not None:
+                    out[f"{PREFIX}{kind}.{name}"] = mean.value
+                    out[f"{PREFIX}{kind}.{name}.weight"] = torch.tensor(mean.weight, dtype=torch.float64)
+        for factor, parts in self.decomposition.items():
+            for name, tensor in parts.items():
+                out[f"{PREFIX}basis.{factor}.{name}"] = tensor
+        return out
+
+    @classmethod
+    def from_flat(cls, parameters: tuple[str, ...], flat: Mapping[str, Tensor], device: torch.device) -> LayerState:
+        """Inverse of `flat`; tensors are copied to `device`, never cast.
+
+        Raises:
+            StateError: A key is not one that `flat` writes.
+        """
+        state = cls(parameters)
+        for key, tensor in flat.items():
+            kind, _, rest = key.removeprefix(PREFIX).partition(".")
+            if kind in ("factor", "moment"):
+                means = state.factors if kind == "factor" else state.moments
+                name = rest.removesuffix(".weight")
+                mean = means.setdefault(name, RunningMean())
+                if rest.endswith(".weight"):
+                    mean.weight = float(tensor)
+                else:
+                    mean.value = tensor.detach().to(device, copy=True)
+            elif kind == "basis" and "." in rest:
+                factor, _, name = rest.partition(".")
+                state.decomposition.setdefault(factor, {})[name] = tensor.detach().to(device, copy=True)
+            else:
+                raise StateError(f"the saved state has a key {key!r} that this version does not know; was it written by a newer kfactk?")
+        return state
+
+
+def _values(means: Mapping[str, RunningMean]) -> dict[str, Tensor]:
+    return {name: mean.value for name, mean in means.items() if mean.value is not None}

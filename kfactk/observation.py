@@ -1,0 +1,93 @@
+"""The Fisher pass: from one followed forward to the uses of its layers, with the likelihood's and the Fisher stage's say."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfactk.capture import Forward
+from kfactk.preconditioner import Preconditioner
+from kfactk.samples import Use
+from kfactk.stages import Fisher, Layer, Likelihood
+
+
+class Observer:
+    """Runs or awaits the backward passes that curvature is measured on.
+
+    Args:
+        preconditioner: Takes the uses.
+        fisher: Whose targets.
+        likelihood: What the output means.
+        output: Finds the likelihood's parameters in what the model returns.
+        reduction: "mean" or "sum": how the user's loss reduces over likelihood terms (`empirical` only).
+        loss_scale: What the user's loss is multiplied by (`empirical` only), asked while the user's backward runs.
+    """
+
+    def __init__(
+        self,
+        preconditioner: Preconditioner,
+        fisher: Fisher,
+        likelihood: Likelihood,
+        output: Callable[[Any], Tensor],
+        *,
+        reduction: str,
+        loss_scale: Callable[[], float],
+    ) -> None:
+        self._preconditioner = preconditioner
+        self._fisher, self._likelihood, self._output = fisher, likelihood, output
+        self._reduction, self._loss_scale = reduction, loss_scale
+
+    def observe(self, forward: Forward, batch: Mapping[str, Any], *, step: int, micro_batch: int) -> None:
+        """Measure one forward.
+
+        Args:
+            forward: What was followed.
+            batch: What the likelihood may ask for by name, besides the forward's own arguments.
+            step: Index of the step, from 0.
+            micro_batch: Index of the forward within the step, from 0.
+        """
+        device = self._output(forward.output).device
+        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            view = self._likelihood.view(self._output(forward.output))
+            weights = self._likelihood.weights(view.detach(), {**forward.batch, **batch})
+            terms: Tensor | float = float(view.shape[0] * view.shape[1]) if weights is None else weights.detach().sum().double()
+            self._preconditioner.count(terms)
+            if not forward.calls:
+                return
+            if not self._fisher.own_pass:
+                self._listen(forward, terms)
+                return
+            generator = torch.Generator(view.device)
+            generator.manual_seed(draw_seed(self._fisher.seed, step, micro_batch, self._preconditioner.placement.rank))
+            for number, loss in enumerate(self._fisher.losses(view, self._likelihood, weights, generator)):
+                forward.run(loss, view, self._sink(terms, first=number == 0))
+
+    def _listen(self, forward: Forward, terms: Tensor | float) -> None:
+        # The user's loss is (scale / M) or scale times the sum; gradients are wanted of the sum.
+        def scale() -> Tensor | float:
+            return (terms if self._reduction == "mean" else 1.0) / self._loss_scale()
+
+        forward.listen(self._sink(terms, first=True), scale)
+
+    def _sink(self, terms: Tensor | float, *, first: bool) -> Callable[[Layer, list[Use]], None]:
+        preconditioner = self._preconditioner  # the forward itself must not be kept
+
+        def sink(layer: Layer, uses: list[Use]) -> None:
+            preconditioner.take(layer, uses, terms, first)
+
+        return sink
+
+
+def draw_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
+    """A 63-bit seed for the draws of one forward: no generator state has to be kept or saved.
+
+    Example:
+        >>> draw_seed(0, 1, 0, 0) == draw_seed(0, 1, 0, 0) != draw_seed(0, 0, 1, 0)
+        True
+    """
+    digest = hashlib.blake2b(f"{seed},{step},{micro_batch},{rank}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

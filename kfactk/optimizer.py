@@ -1,0 +1,383 @@
+"""`Optimizer`: the flow of the stages behind the interface of `torch.optim.Optimizer`."""
+
+from __future__ import annotations
+
+import weakref
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, overload
+
+import torch
+from torch import Tensor, nn
+
+from kfactk.capture import Capture, Forward, model_output
+from kfactk.coverage import Coverage
+from kfactk.errors import CaptureError, CombinationError, KfactkError, OptionError
+from kfactk.figures import Recorder
+from kfactk.observation import Observer
+from kfactk.layerstate import PREFIX
+from kfactk.preconditioner import Preconditioner
+from kfactk.registry import registry
+from kfactk.schedule import due_at, number_at
+from kfactk.stages import Layer, Pair
+from kfactk.views import LayerView, by_layer
+
+if TYPE_CHECKING:
+    from kfactk.recipe import Recipe
+
+STEP = f"{PREFIX}step"
+
+Params = Iterable[nn.Parameter] | Iterable[dict[str, Any]] | Iterable[tuple[str, nn.Parameter]]
+
+
+class Optimizer(torch.optim.Optimizer):
+    """A recipe bound to a model. Made by `Recipe.bind`; used like any torch optimizer.
+
+    `param_groups` hold `lr`, `damping`, `weight_decay` and the update rule's own options, so schedulers and per-group values work;
+    `state` shows the update rule's state of each parameter together with the curvature's, under keys that begin with `kfactk.`.
+
+    Args:
+        recipe: What to do.
+        model: The module whose forwards are observed. `DistributedDataParallel` is seen through.
+        params: Parameters or groups to train, as for any torch optimizer; `None` for all of the model's.
+        scaler: The `torch.amp.GradScaler` of the loop; needed only where the recipe listens to the user's own backward (`empirical`).
+
+    Raises:
+        CombinationError: The model cannot be followed, or (with `strict`) a trained parameter has no block.
+        OptionError: A group has a value that cannot work.
+
+    Example:
+        >>> import kfactk, torch
+        >>> model = torch.nn.Linear(3, 2)
+        >>> optimizer = kfactk.build(lr=0.1, damping=0.01).bind(model)
+        >>> loss = torch.nn.functional.cross_entropy(model(torch.randn(8, 3)), torch.randint(2, (8,)))
+        >>> loss.backward(); optimizer.step()
+        >>> sorted(optimizer.layers[""].factors)
+        ['A', 'G']
+    """
+
+    def __init__(self, recipe: Recipe, model: nn.Module, params: Params | None = None, *, scaler: Any = None) -> None:
+        self.recipe = recipe
+        self._ready = False
+        self._model = _followable(model)
+        self._step = torch.zeros((), dtype=torch.int64)
+        self._own_damping: list[bool] = []
+        self._groups: dict[int, dict[str, Any]] = {}
+        defaults = {"lr": recipe.lr, "damping": number_at("damping", recipe.damping, 0), "weight_decay": recipe.weight_decay}
+        super().__init__(model.parameters() if params is None else params, defaults)
+        self._inner = recipe.update.make(self.param_groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        self._inner.param_groups = self.param_groups
+        self.defaults = {**self._inner.defaults, **self.defaults}
+        self._index()
+        self._preconditioner = Preconditioner(
+            self._model,
+            recipe.curvature,
+            recipe.basis,
+            recipe.placement,
+            factor_decay=recipe.factor_decay,
+            trained=lambda parameter, groups=self._groups: id(parameter) in groups,  # type: ignore[misc]
+        )
+        self._observer = Observer(
+            self._preconditioner,
+            recipe.fisher,
+            recipe.likelihood,
+            recipe.output or model_output,
+            reduction=recipe.reduction,
+            loss_scale=(lambda: float(scaler.get_scale())) if scaler is not None else (lambda: 1.0),
+        )
+        self._micro_batch = 0
+        self._pending: Forward | None = None
+        self._recorder = Recorder(recipe)
+        me = weakref.ref(self)
+        self._capture = Capture(self._model, _weakly(me, "_follow"), _weakly(me, "_forwarded"), evaluation=recipe.observe == "manual")
+        if recipe.strict and self.coverage().plain:
+            self.close()
+            raise CombinationError(
+                f"strict=True, and no block preconditions {', '.join(self.coverage().plain)}. See print(recipe.coverage(model)) for the "
+                "reasons; leave these out of params, choose a curvature that supports them, or drop strict."
+            )
+        self._ready = True
+        registry().hook.kfactk_bound(optimizer=self)
+
+    # ------------------------------------------------------------------------------------------------------------ reading
+
+    @property
+    def layers(self) -> Mapping[str, LayerView]:
+        """The preconditioned layers by name, for reading factors, decompositions, scales, and for products with them."""
+        pre = self._preconditioner
+        return {layer.name: LayerView(layer, self._damping(layer), pre) for layer in pre.layers()}
+
+    @property
+    def steps(self) -> int:
+        """Number of steps taken."""
+        return int(self._step)
+
+    @property
+    def counters(self) -> dict[str, int]:
+        """What went wrong and was survived: skipped batches, failed decompositions."""
+        pre = self._preconditioner
+        return {"skipped_batches": pre.skipped_batches, "failed_decompositions": pre.failed_decompositions}
+
+    def coverage(self) -> Coverage:
+        """Which parameters are preconditioned now, by which block, or why not."""
+        return self._preconditioner.survey.coverage(lambda parameter: id(parameter) in self._groups)
+
+    def fisher_product(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`F v` for v given by parameter name; parameters of a layer that are left out count as zero.
+
+        Raises:
+            OptionError: A name belongs to no preconditioned parameter.
+            KfactkError: No curvature has been measured yet.
+        """
+        return self._products(tensors, "fisher_product")
+
+    def precondition(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`P v = (F + damping I)^-1 v`, likewise."""
+        return self._products(tensors, "precondition")
+
+    def _products(self, tensors: Mapping[str, Tensor], method: str) -> dict[str, Tensor]:
+        views, out = self.layers, {}
+        for name, group in by_layer(views, tensors).items():
+            for key, tensor in getattr(views[name], method)(group).items():
+                out[f"{name}.{key}" if name else key] = tensor
+        return out
+
+    # ---------------------------------------------------------------------------------------------------------- observing
+
+    def observe(self, **batch: Any) -> None:
+        """With `observe="manual"`: count the last forward, between it and its backward. In the automatic mode a harmless no-op.
+
+        Args:
+            **batch: Whatever the likelihood asks for by name (labels, masks, sample weights), besides the model's own arguments.
+
+        Raises:
+            CaptureError: Curvature is due and no forward has been made since the last call.
+        """
+        if self.recipe.observe != "manual" or self._follow() is None:
+            return
+        forward, self._pending = self._pending, None
+        if forward is None:
+            raise CaptureError(
+                "observe() was called, but the model has made no forward since the last step() or observe() that could count."
+            )
+        self._observe(forward, batch)
+
+    def record(self, **figures: Tensor | float) -> None:
+        """Hand training figures (loss, accuracy, ...) to the tracker with those of the next recorded step."""
+        self._recorder.add(figures)
+
+    def _follow(self) -> list[Layer] | None:
+        step = self.steps
+        periods = self.recipe.factor_every, self.recipe.scale_every, self.recipe.basis_every
+        return self._preconditioner.plan(lambda: due_at(step, *periods)).follow()
+
+    def _forwarded(self, forward: Forward) -> None:
+        if self.recipe.observe == "manual":
+            self._pending = forward
+        else:
+            self._observe(forward, {})
+
+    def _observe(self, forward: Forward, batch: Mapping[str, Any]) -> None:
+        with self._recorder.timed("fisher"):
+            self._observer.observe(forward, batch, step=self.steps, micro_batch=self._micro_batch)
+        self._micro_batch += 1
+
+    # ----------------------------------------------------------------------------------------------------------- stepping
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Take one step. `.grad` is left as it was found.
+
+        Args:
+            closure: Evaluates the model again and returns the loss, as for any torch optimizer.
+
+        Raises:
+            CaptureError: Curvature is due, and a layer with a gradient gave no sample; nothing has been changed.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+            self.record(loss=loss)
+        self._set_damping()
+        self._follow()
+        layers = [layer for layer in self._preconditioner.layers() if layer.module.weight.grad is not None]
+        gradients = {layer.name: self._gradient(layer) for layer in layers}
+        allocating = self._preconditioner.check(gradients) and all(float(group["lr"]) == 0 for group in self.param_groups)
+        if allocating:
+            self._preconditioner.allocate(layers, self._damping)
+        else:
+            with self._recorder.timed("refresh"):
+                self._preconditioner.refresh(self._damping)
+                self._preconditioner.measure_gradients(gradients, self.recipe.reduction)
+        self._apply(layers, gradients)
+        self._preconditioner.finish()
+        self._pending, self._micro_batch = None, 0
+        self._show_state()
+        if not allocating:
+            self._step += 1
+            figures = self._recorder.finish(self)
+            registry().hook.kfactk_stepped(optimizer=self, step=self.steps - 1, figures=figures)
+        return loss
+
+    def _apply(self, layers: Sequence[Layer], gradients: Mapping[str, Tensor]) -> None:
+        """Precondition, clip, and let the update rule step on what came out, in place of the gradients."""
+        slots: list[nn.Parameter] = []
+        pairs: list[Pair] = []
+        with self._recorder.timed("precondition"):
+            for layer in layers:
+                matrix = self._preconditioner.precondition(layer, gradients[layer.name], self._damping(layer))
+                preconditioned = self.recipe.curvature.tensors(layer, matrix)
+                plain = self.recipe.curvature.tensors(layer, gradients[layer.name])
+                for name, parameter in layer.tensors().items():
+                    if parameter.grad is not None:
+                        slots.append(parameter)
+                        pairs.append(Pair(plain[name], preconditioned[name], float(self._groups[id(parameter)]["lr"])))
+        with self._recorder.timed("clip"):
+            clipped, factor = self.recipe.clip.clip(pairs, _dot)
+        self._recorder.see(pairs, factor)
+        self._take_step([(parameter, new) for parameter, new in zip(slots, clipped, strict=True)])
+
+    def _take_step(self, replaced: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+        """Run the update rule with these gradients in place of the user's, and put the user's back."""
+        gradient_decay = self.recipe.weight_decay_at == "gradient"
+        decays = [group["weight_decay"] for group in self.param_groups]
+        found = [(parameter, parameter.grad) for group in self.param_groups for parameter in group["params"]]
+        try:
+            if gradient_decay:
+                for parameter, gradient in found:
+                    if gradient is not None and float(self._groups[id(parameter)]["weight_decay"]):
+                        parameter.grad = gradient.add(parameter, alpha=float(self._groups[id(parameter)]["weight_decay"]))
+                for group in self.param_groups:
+                    group["weight_decay"] = 0.0
+            for parameter, new in replaced:
+                parameter.grad = new.to(parameter.dtype)
+            with self._recorder.timed("update"):
+                self._inner.step()
+        finally:
+            for parameter, gradient in found:
+                parameter.grad = gradient
+            for group, decay in zip(self.param_groups, decays, strict=True):
+                group["weight_decay"] = decay
+
+    def _gradient(self, layer: Layer) -> Tensor:
+        """One layer's gradient as its matrix, with weight decay added where the recipe wants it there."""
+        gradients: dict[str, Tensor | None] = {}
+        for name, parameter in layer.tensors().items():
+            gradients[name] = parameter.grad
+            decay = float(self._groups[id(parameter)]["weight_decay"])
+            if parameter.grad is not None and decay and self.recipe.weight_decay_at == "gradient":
+                gradients[name] = parameter.grad.add(parameter, alpha=decay)
+        return self._preconditioner.joined(layer, gradients)
+
+    def _damping(self, layer: Layer) -> float:
+        return float(self._groups[id(layer.module.weight)]["damping"])
+
+    def _set_damping(self) -> None:
+        for group, own in zip(self.param_groups, self._own_damping, strict=True):
+            if callable(self.recipe.damping) and not own:
+                group["damping"] = number_at("damping", self.recipe.damping, self.steps)
+            number_at("damping of a parameter group", group["damping"], self.steps)
+
+    # ------------------------------------------------------------------------------------------------- groups, state, end
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, with its own `lr`, `damping`, `weight_decay` or update-rule options if it has them."""
+        if "damping" in param_group:
+            number_at("damping of a parameter group", param_group["damping"], 0)
+        self._own_damping.append("damping" in param_group)
+        super().add_param_group(param_group)
+        if self._ready:
+            self._index()
+
+    def _index(self) -> None:
+        self._groups.clear()
+        self._groups.update((id(parameter), group) for group in self.param_groups for parameter in group["params"])
+
+    def _show_state(self) -> None:
+        """Bring `state` up to date: the update rule's entries by reference, and the curvature's."""
+        states = self._preconditioner.states
+        flat = {id(layer.module.weight): states[layer.name].flat() for layer in self._preconditioner.layers()}
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                inner = self._inner.state.get(parameter, {})
+                if parameter.requires_grad or inner:
+                    self.state[parameter] = {**inner, STEP: self._step, **flat.get(id(parameter), {})}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything a resumed run needs, as torch's own optimizers give it: take it between steps."""
+        if self.steps or self._inner.state:
+            self._show_state()
+        return super().state_dict()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a saved state; that of the bare update rule (say, a plain Adam run) is welcome too.
+
+        Raises:
+            StateError: The curvature in it does not fit this model and recipe; nothing has been changed.
+            ValueError: The parameter groups do not fit (torch's own check).
+        """
+        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        entries = state_dict["state"]
+        ours, theirs, step = {}, {}, None
+        for number, parameter in zip(numbers, parameters, strict=False):
+            entry = entries.get(number, {})
+            step = entry.get(STEP, step)
+            flat = {key: value for key, value in entry.items() if key.startswith(PREFIX) and key != STEP}
+            if flat:
+                ours[id(parameter)] = flat
+            if rest := {key: value for key, value in entry.items() if not key.startswith(PREFIX)}:
+                theirs[number] = rest
+        states = self._preconditioner.loaded(ours)
+        super().load_state_dict({**state_dict, "state": theirs})
+        self._inner.__setstate__({"state": defaultdict(dict, self.state), "param_groups": self.param_groups})
+        self.state = defaultdict(dict)
+        self._step = torch.tensor(0 if step is None else int(step), dtype=torch.int64)
+        self._preconditioner.adopt(states)
+        self._index()
+        self._pending, self._micro_batch = None, 0
+        if entries:
+            self._show_state()
+
+    def close(self) -> None:
+        """Take all hooks off the model and close the tracker; may be called twice."""
+        self._capture.close()
+        self._recorder.close()
+
+    def __reduce__(self) -> NoReturn:
+        raise KfactkError(
+            "an optimizer cannot be copied or pickled: it is bound to its model by hooks. Save optimizer.state_dict(), and load it into "
+            "recipe.bind(model) where it is wanted."
+        )
+
+
+def _dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+    device = xs[0].device
+    return torch.stack([(x * y).sum().to(device) for x, y in zip(xs, ys, strict=True)])
+
+
+def _weakly(owner: weakref.ref[Optimizer], method: str) -> Callable[..., Any]:
+    """A call of the owner's method that does not keep it alive, and does nothing once it is gone."""
+
+    def call(*args: Any) -> Any:
+        alive = owner()
+        return None if alive is None else getattr(alive, method)(*args)
+
+    return call
+
+
+def _followable(model: nn.Module) -> nn.Module:
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"bind() wants the model, a torch.nn.Module, and was given {type(model).__name__}; parameters go to params=.")
+    if isinstance(model, nn.DataParallel):
+        raise CombinationError("nn.DataParallel copies the model at each forward, so no hook sees its layers; use DistributedDataParallel.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CombinationError("a scripted or traced model has no hooks on its layers; bind the nn.Module it was made from.")
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    assert isinstance(inner, nn.Module)
+    return inner

@@ -1,0 +1,371 @@
+"""The flow of all layers: uses to samples, to factors, to decompositions and moments, to preconditioned gradients."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from kfactk.averages import RunningMean
+from kfactk.coverage import Survey
+from kfactk.errors import CaptureError, DecompositionError, KfactkWarning, StateError
+from kfactk.layerstate import LayerState
+from kfactk.linalg import mean_diagonal
+from kfactk.samples import Samples, Statistic, Use, working_dtype
+from kfactk.schedule import Due
+from kfactk.stages import Basis, Coupling, Curvature, Decomposition, Layer, Placement
+
+Damping = Callable[[Layer], float]
+
+
+@attrs.frozen(eq=False)
+class Need:
+    """What one layer is followed for in this step."""
+
+    layer: Layer
+    factors: bool
+    scale: bool
+    basis: bool
+
+    @property
+    def follows(self) -> bool:
+        """Whether its uses are wanted."""
+        return self.factors or self.scale
+
+
+@attrs.frozen(eq=False)
+class Plan:
+    """What one step gathers.
+
+    Args:
+        needs: By layer name, in the model's order.
+        counts_terms: Whether the number of likelihood terms is wanted for the moments of the user's gradient.
+    """
+
+    needs: Mapping[str, Need]
+    counts_terms: bool
+
+    def follow(self) -> list[Layer] | None:
+        """The layers to follow in a forward; `None` when it is of no interest."""
+        layers = [need.layer for need in self.needs.values() if need.follows]
+        return layers if layers or self.counts_terms else None
+
+
+class Preconditioner:
+    """Curvature, basis and placement at work on the layers of one model.
+
+    Args:
+        model: The model.
+        curvature: Its stage.
+        basis: Its stage.
+        placement: Its stage.
+        factor_decay: Decay epsilon of the factors' running means, in [0, 1].
+        trained: Tells whether a parameter is among those the optimizer trains.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        curvature: Curvature,
+        basis: Basis,
+        placement: Placement,
+        *,
+        factor_decay: float,
+        trained: Callable[[nn.Parameter], bool],
+    ) -> None:
+        self.curvature, self.basis, self.placement = curvature, basis, placement
+        self.factor_decay = factor_decay
+        self.survey = Survey(model, curvature)
+        self.states: dict[str, LayerState] = {}
+        self.skipped_batches = 0
+        self.failed_decompositions = 0
+        self._trained = trained
+        self._terms: list[Tensor | float] = []
+        self._plan: Plan | None = None
+        self._warned: set[str] = set()
+
+    def layers(self) -> list[Layer]:
+        """The layers covered now. State whose parameters have changed (a bias frozen, say) is dropped."""
+        layers = self.survey.layers(self._trained)
+        for layer in layers:
+            state = self.states.get(layer.name)
+            if state is None or state.parameters != layer.parameters:
+                self.states[layer.name] = LayerState(layer.parameters)
+        return layers
+
+    def plan(self, due: Callable[[], Due]) -> Plan:
+        """What this step gathers; worked out once a step. A layer that has no decomposition yet is due whatever the schedule says."""
+        if self._plan is None:
+            now, needs = due(), {}
+            sampled = self.basis.moments_from == "samples"
+            for layer in self.layers():
+                new = not self.states[layer.name].ready
+                basis = now.basis or new
+                needs[layer.name] = Need(layer, now.factors or new, sampled and (now.scale or basis), basis)
+            self._plan = Plan(needs, self.basis.moments_from == "gradient" and (now.scale or any(n.basis for n in needs.values())))
+        return self._plan
+
+    def take(self, layer: Layer, uses: Sequence[Use], terms: Tensor | float, first: bool) -> None:
+        """Sum up the uses of one layer in one pass; nothing of them is kept unless the basis is refreshed in this step."""
+        if self._plan is None or layer.name not in self._plan.needs:
+            return
+        need, state = self._plan.needs[layer.name], self.states[layer.name]
+        samples = self.curvature.samples(layer, uses, terms=terms, first=first)
+        state.seen += 1
+        sums: dict[str, Statistic] = {}
+        if need.factors:
+            sums |= {f"factor.{name}": statistic for name, statistic in self.curvature.factors(layer, samples).items()}
+        if need.scale and not need.basis:
+            sums |= _moments(self.basis, state.decomposition, samples)
+        elif need.scale:
+            state.retained.append(samples)
+        _add(state.pending, _guarded(sums, state.bad))
+
+    def count(self, terms: Tensor | float) -> None:
+        """Note the likelihood terms of one forward."""
+        self._terms.append(terms)
+
+    def check(self, gradients: Mapping[str, Tensor]) -> bool:
+        """Hold the one invariant against silent failure, before anything changes.
+
+        Args:
+            gradients: By layer name, the gradient of each layer that has one.
+
+        Returns:
+            Whether this is an allocating step: nothing was followed, and every gradient is zero.
+
+        Raises:
+            CaptureError: A layer due for samples has a gradient but gave none.
+        """
+        needs = self._plan.needs if self._plan is not None else {}
+        seen = {f"{name}|seen": Statistic(None, float(self.states[name].seen)) for name, need in needs.items() if need.follows}
+        if not seen:
+            return False
+        total = self.placement.reduce(seen)
+        missing = [name for name in needs if f"{name}|seen" in total and float(total[f"{name}|seen"].count) == 0]
+        silent = [name for name in missing if name in gradients and bool(gradients[name].any())]
+        if silent:
+            raise CaptureError(_silent_message(silent))
+        return len(missing) == len(seen) and not any(bool(gradient.any()) for gradient in gradients.values())
+
+    def refresh(self, damping: Damping) -> None:
+        """Reduce, average over time, decompose what is due, and measure the moments in the new basis."""
+        if self._plan is None:
+            return
+        needs = self._plan.needs
+        sums = {f"{name}|{key}": value for name in needs for key, value in self.states[name].pending.items()}
+        followed = any(need.follows for need in needs.values())
+        means = _means(self.placement.reduce(sums)) if followed else {}
+        self._average(needs, means, "factor")
+        previous = {}
+        for name, need in needs.items():
+            if need.basis:
+                previous[name] = self.states[name].decomposition
+                self._decompose(need.layer, damping(need.layer))
+        self._average(needs, means, "moment")
+        if any(need.basis for need in needs.values()):
+            self._measure(needs, previous)
+
+    def measure_gradients(self, gradients: Mapping[str, Tensor], reduction: str) -> None:
+        """Moments of the user's own gradient, for bases that want these.
+
+        Args:
+            gradients: By layer name, the gradient as a matrix.
+            reduction: "mean" or "sum": how the user's loss reduces over likelihood terms.
+        """
+        if self._plan is None or not self._plan.counts_terms:
+            return
+        local = sum(self._terms, start=0.0)
+        terms = self.placement.reduce({"terms": Statistic(None, local)})["terms"].count
+        if not float(terms):
+            return
+        for name, gradient in gradients.items():
+            state = self.states[name]
+            if state.ready:
+                mean = gradient / terms if reduction == "sum" else gradient
+                sums = _prefixed("moment", self.basis.gradient_moments(state.decomposition, mean, terms))
+                for key, value in _means(_guarded(sums, state.bad)).items():
+                    _update(state.moments, key.removeprefix("moment."), value, self.basis.moment_decay)
+
+    def precondition(self, layer: Layer, gradient: Tensor, damping: float) -> Tensor:
+        """The preconditioned form of one layer's gradient `[..., d_out, d_in]`; the plain one while the layer has no statistics."""
+        state = self.states[layer.name]
+        if not state.ready:
+            return gradient
+        return self.basis.precondition(gradient, state.decomposition, state.moment_values(), damping)
+
+    def finish(self) -> None:
+        """End the step: count what was skipped and forget what is pending."""
+        bad = [flag for state in self.states.values() for flag in state.bad]
+        if bad:
+            skipped = int(torch.stack([flag.cpu() for flag in bad]).any())
+            self.skipped_batches += skipped
+            if skipped:
+                self._warn("bad batch", "a batch gave NaN or inf in the curvature statistics; such batches are skipped and counted")
+        for state in self.states.values():
+            state.clear_pending()
+        self._terms.clear()
+        self._plan = None
+
+    def allocate(self, layers: Iterable[Layer], damping: Damping) -> None:
+        """Create the tensors of layers that have none, without data, so that a checkpoint can be loaded into them."""
+        for layer in layers:
+            state = self.states[layer.name]
+            if state.allocated:
+                continue
+            samples = self.curvature.samples(layer, [self.curvature.blank(layer)], terms=1.0, first=True)
+            state.factors = {name: _empty(s) for name, s in self.curvature.factors(layer, samples).items()}
+            self._decompose(layer, damping(layer))
+            state.moments = {n: _empty(s) for n, s in self.basis.moments(state.decomposition, samples).items()}
+
+    def loaded(self, flat: Mapping[int, Mapping[str, Tensor]]) -> dict[str, LayerState]:
+        """Saved states, by the id of each layer's weight, checked against the model and the stages; nothing is taken over yet.
+
+        Raises:
+            StateError: One does not fit.
+        """
+        states = {}
+        for layer in self.layers():
+            weight = layer.tensors()["weight"]
+            if id(weight) in flat:
+                state = LayerState.from_flat(layer.parameters, flat[id(weight)], weight.device)
+                self._check_fit(layer, state)
+                states[layer.name] = state
+        return states
+
+    def adopt(self, states: Mapping[str, LayerState]) -> None:
+        """Go on from these states; layers without one start afresh."""
+        self.states = dict(states)
+        self._terms.clear()
+        self._plan = None
+
+    def _check_fit(self, layer: Layer, state: LayerState) -> None:
+        samples = self.curvature.samples(layer, [self.curvature.blank(layer)], terms=1.0, first=True)
+        sums = self.curvature.factors(layer, samples)
+        expected = {name: tuple(s.total.shape) for name, s in sums.items() if s.total is not None}
+        found = {name: tuple(value.shape) for name, value in state.factor_values().items()}
+        parts = set(state.decomposition)
+        if found != expected or (parts and parts != set(self.basis.requires)):
+            raise StateError(
+                f"the saved curvature of layer {layer.name!r} does not fit: factors {found} decomposed as {sorted(parts)}, where this recipe "
+                f"and model have {expected} and {sorted(self.basis.requires)}. Bind the recipe it was saved with, or load into a fresh "
+                "optimizer only the update rule's part."
+            )
+
+    def matrices(self, layer: Layer) -> dict[str, Tensor]:
+        """The averaged factors of a layer as the matrices its basis decomposes."""
+        return self.curvature.assemble(layer, self.states[layer.name].factor_values())
+
+    def joined(self, layer: Layer, tensors: Mapping[str, Tensor | None]) -> Tensor:
+        """Tensors shaped like a layer's parameters as its matrix, float32 at least; `None` counts as zeros."""
+        named = {}
+        for name, parameter in layer.tensors().items():
+            tensor = tensors.get(name)
+            tensor = torch.zeros_like(parameter) if tensor is None else tensor
+            named[name] = tensor.detach().to(working_dtype(tensor.dtype))
+        return self.curvature.matrix(layer, named)
+
+    def _decompose(self, layer: Layer, damping: float) -> None:
+        state = self.states[layer.name]
+        if not state.factors:
+            return
+        matrices = self.matrices(layer)
+        coupling = Coupling(damping, {name: mean_diagonal(matrix) for name, matrix in matrices.items()})
+        try:
+            state.decomposition = {name: self.basis.decompose(name, matrices[name], coupling) for name in sorted(self.basis.requires)}
+        except DecompositionError as error:
+            self.failed_decompositions += 1
+            fallback = "the last good decomposition is kept" if state.decomposition else "its plain gradient is used until the next one"
+            self._warn("decomposition", f"layer {layer.name!r}: {error}; {fallback}")
+
+    def _measure(self, needs: Mapping[str, Need], previous: Mapping[str, Decomposition]) -> None:
+        sums: dict[str, Statistic] = {}
+        for name, old in previous.items():
+            state = self.states[name]
+            for samples in state.retained:
+                _add(state.pending, _guarded(_moments(self.basis, state.decomposition, samples), state.bad) if state.ready else {})
+            sums |= {f"{name}|{key}": value for key, value in state.pending.items() if key.startswith("moment.")}
+            if old and state.moments and state.decomposition is not old:
+                carried = self.basis.transport(state.moment_values(), old, state.decomposition)
+                state.moments = {n: RunningMean(carried[n], mean.weight) for n, mean in state.moments.items() if n in carried}
+            state.retained.clear()
+        if self.basis.moments_from == "samples":
+            self._average(needs, _means(self.placement.reduce(sums)), "moment")
+
+    def _average(self, needs: Mapping[str, Need], means: Mapping[str, Tensor], kind: str) -> None:
+        for key, value in means.items():
+            layer, _, rest = key.partition("|")
+            if rest.startswith(f"{kind}.") and layer in needs:
+                state = self.states[layer]
+                target, decay = (state.factors, self.factor_decay) if kind == "factor" else (state.moments, self.basis.moment_decay)
+                _update(target, rest.removeprefix(f"{kind}."), value, decay)
+
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warnings.warn(f"{message} (said once)", KfactkWarning, stacklevel=2)
+
+
+def _prefixed(prefix: str, statistics: Mapping[str, Statistic]) -> dict[str, Statistic]:
+    return {f"{prefix}.{name}": statistic for name, statistic in statistics.items()}
+
+
+def _moments(basis: Basis, decomposition: Decomposition, samples: Samples) -> dict[str, Statistic]:
+    return _prefixed("moment", basis.moments(decomposition, samples))
+
+
+def _add(into: dict[str, Statistic], sums: Mapping[str, Statistic]) -> None:
+    for name, statistic in sums.items():
+        into[name] = into[name] + statistic if name in into else statistic
+
+
+def _guarded(sums: Mapping[str, Statistic], bad: list[Tensor]) -> dict[str, Statistic]:
+    """The sums with a batch that is not finite anywhere contributing (0, 0) everywhere; the flag is kept on the device."""
+    totals = [statistic.total for statistic in sums.values() if statistic.total is not None]
+    if not totals:
+        return dict(sums)
+    good = torch.stack([torch.isfinite(total).all() for total in totals]).all()
+    bad.append(~good)
+    return {
+        name: Statistic(None if statistic.total is None else torch.where(good, statistic.total, 0.0), _count(statistic.count, good) * good)
+        for name, statistic in sums.items()
+    }
+
+
+def _count(count: Tensor | float, like: Tensor) -> Tensor:
+    return count.detach().double() if isinstance(count, Tensor) else torch.tensor(float(count), dtype=torch.float64, device=like.device)
+
+
+def _means(sums: Mapping[str, Statistic]) -> dict[str, Tensor]:
+    """Sum over count, of those that counted something; one transfer tells which."""
+    some = {name: statistic for name, statistic in sums.items() if statistic.total is not None}
+    if not some:
+        return {}
+    counts = torch.stack([torch.as_tensor(s.count, dtype=torch.float64).cpu() for s in some.values()]).tolist()
+    return {
+        name: statistic.total / count
+        for (name, statistic), count in zip(some.items(), counts, strict=True)
+        if count > 0 and statistic.total is not None
+    }
+
+
+def _update(means: dict[str, RunningMean], name: str, value: Tensor, decay: float) -> None:
+    means.setdefault(name, RunningMean()).update(value, decay)
+
+
+def _empty(statistic: Statistic) -> RunningMean:
+    return RunningMean(None if statistic.total is None else torch.zeros_like(statistic.total), 0.0)
+
+
+def _silent_message(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return (
+        f"curvature is due, and layer {shown} has a gradient but gave no sample: preconditioning it would use wrong statistics. "
+        "Likely causes: observe='manual' without optimizer.observe() between forward and backward; the bound model itself was not called "
+        "(a submodule or a copy was); the forward ran in evaluation mode (use observe='manual'), under reentrant activation checkpointing "
+        "(use use_reentrant=False) or compiled before bind; the layer does not lead to the output that the likelihood sees (name it "
+        "with output=). Nothing was changed by this step."
+    )

@@ -1,0 +1,264 @@
+"""`build` and `Recipe`: which stages, with which options; resolved and checked before any model is seen."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+from torch import Tensor, nn
+
+from kfactk._version import __version__
+from kfactk.coverage import Coverage, Survey
+from kfactk.errors import CombinationError, OptionError, near_names
+from kfactk.hookspecs import STAGE_HOOKS
+from kfactk.optimizer import Optimizer, Params
+from kfactk.registry import registry
+from kfactk.schedule import Number, Period, number_at, period_at
+from kfactk.stages import Basis, Clip, Curvature, Fisher, Likelihood, Placement, Tracker, Update
+from kfactk.values import from_json, to_json
+
+
+def _number(high: float = float("inf")) -> Callable[[Any, attrs.Attribute[Any], Any], None]:
+    def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if not callable(value):
+            number_at(attribute.name, value, 0, high=high)
+
+    return check
+
+
+def _plain_number(high: float = float("inf")) -> Callable[[Any, attrs.Attribute[Any], Any], None]:
+    def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if callable(value):
+            remedy = "use a torch.optim.lr_scheduler" if attribute.name == "lr" else "set it in optimizer.param_groups"
+            raise OptionError(f"{attribute.name} must be a number; to change it while training, {remedy}.")
+        number_at(attribute.name, value, 0, high=high)
+
+    return check
+
+
+def _period(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if not callable(value):
+        period_at(attribute.name, value, 0)
+
+
+def _one_of(*allowed: str) -> Callable[[Any, attrs.Attribute[Any], Any], None]:
+    def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if value not in allowed:
+            hint = near_names(str(value), allowed)
+            raise OptionError(f"{attribute.name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.{hint}")
+
+    return check
+
+
+def _callable(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value is not None and not callable(value):
+        raise OptionError(f"{attribute.name} must be a function of what the model returns, not {value!r}.")
+
+
+@attrs.frozen(kw_only=True, repr=False)
+class Recipe:
+    """A checked combination of stages and numbers. Frozen: `evolve` makes a changed one. Made by `kfactk.build`, which documents the fields.
+
+    Example:
+        >>> import kfactk
+        >>> recipe = kfactk.build(update="nag", lr=0.01)
+        >>> recipe
+        kfactk.build(update='nag', lr=0.01)
+        >>> kfactk.Recipe.from_dict(recipe.to_dict()) == recipe
+        True
+    """
+
+    curvature: Curvature
+    basis: Basis
+    fisher: Fisher
+    likelihood: Likelihood
+    clip: Clip
+    update: Update
+    placement: Placement
+    tracker: Tracker | None
+    lr: float = attrs.field(validator=_plain_number())
+    damping: Number = attrs.field(validator=_number())
+    weight_decay: float = attrs.field(validator=_plain_number())
+    weight_decay_at: str = attrs.field(validator=_one_of("update", "gradient"))
+    factor_decay: float = attrs.field(validator=_plain_number(high=1.0))
+    factor_every: Period = attrs.field(validator=_period)
+    scale_every: Period = attrs.field(validator=_period)
+    basis_every: Period = attrs.field(validator=_period)
+    reduction: str = attrs.field(validator=_one_of("mean", "sum"))
+    observe: str = attrs.field(validator=_one_of("automatic", "manual"))
+    output: Callable[[Any], Tensor] | None = attrs.field(validator=_callable)
+    strict: bool = attrs.field(converter=bool)
+
+    def __attrs_post_init__(self) -> None:
+        missing = self.basis.requires - self.curvature.provides
+        if missing:
+            raise CombinationError(
+                f"basis {self._label('basis')} needs {', '.join(sorted(missing))}, which curvature {self._label('curvature')} does not "
+                f"provide (it provides {', '.join(sorted(self.curvature.provides)) or 'nothing'}). Choose another basis, or a curvature "
+                "that provides it: python -m kfactk stages."
+            )
+
+    def bind(self, model: nn.Module, params: Params | None = None, *, scaler: Any = None) -> Optimizer:
+        """Make the optimizer of a model.
+
+        Args:
+            model: The module that the training loop calls.
+            params: Parameters, named parameters or groups, as for any torch optimizer; groups may have their own `lr`, `damping`,
+                `weight_decay` and options of the update rule. `None` for all parameters of the model.
+            scaler: The loop's `torch.amp.GradScaler`; needed only with a Fisher stage that listens to the user's backward.
+
+        Returns:
+            A `torch.optim.Optimizer`.
+        """
+        return Optimizer(self, model, params, scaler=scaler)
+
+    def coverage(self, model: nn.Module) -> Coverage:
+        """Which parameters would be preconditioned, by which block, or why not; prints as a table."""
+        return Survey(model, self.curvature).coverage(lambda parameter: True)
+
+    def evolve(self, **changes: Any) -> Recipe:
+        """The recipe with some fields changed; takes what `kfactk.build` takes.
+
+        Raises:
+            OptionError: A field is unknown or its value cannot work.
+        """
+        return attrs.evolve(self, **_resolved(changes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe form, from which `from_dict` makes an equal recipe.
+
+        Raises:
+            OptionError: A value cannot be written (a lambda, a tensor); names the field and the remedy.
+        """
+        return {"kfactk": __version__} | {field: self._written(field) for field in FIELDS}
+
+    @classmethod
+    def from_dict(cls, written: Mapping[str, Any]) -> Recipe:
+        """Inverse of `to_dict`; fields that are left out have their defaults."""
+        fields = {name: value for name, value in written.items() if name != "kfactk"}
+        return build(**{name: value if name in STAGE_HOOKS else from_json(value) for name, value in fields.items()})
+
+    def summary(self) -> dict[str, Any]:
+        """Like `to_dict`, with the repr of what cannot be written: for records, never refused."""
+        out: dict[str, Any] = {"kfactk": __version__}
+        for field in FIELDS:
+            try:
+                out[field] = self._written(field)
+            except OptionError:
+                out[field] = repr(getattr(self, field))
+        return out
+
+    def __repr__(self) -> str:
+        mine, usual = self.summary(), _usual()
+        shown = []
+        for field in FIELDS:
+            if mine[field] != usual[field]:
+                value = mine[field]
+                if field in STAGE_HOOKS and isinstance(value, dict) and set(value) == {"name"}:
+                    value = value["name"]
+                shown.append(f"{field}={value!r}")
+        return f"kfactk.build({', '.join(shown)})"
+
+    def _written(self, field: str) -> Any:
+        value = getattr(self, field)
+        if field in STAGE_HOOKS:
+            return None if value is None else registry().describe(field, value)
+        return to_json(value, field)
+
+    def _label(self, field: str) -> str:
+        written = self.summary()[field]
+        return repr(written["name"] if isinstance(written, dict) else written)
+
+
+FIELDS = tuple(field.name for field in attrs.fields(Recipe))
+
+
+def build(
+    *,
+    curvature: Any = "conv_kfac",
+    basis: Any = "ekfac",
+    update: Any = "adam",
+    fisher: Any = "mc",
+    likelihood: Any = "categorical",
+    clip: Any = "kl",
+    placement: Any = "replicated",
+    tracker: Any = None,
+    lr: float = 0.003,
+    damping: Number = 0.001,
+    weight_decay: float = 0.0,
+    weight_decay_at: str = "update",
+    factor_decay: float = 0.95,
+    factor_every: Period = 10,
+    scale_every: Period = 10,
+    basis_every: Period = 100,
+    reduction: str = "mean",
+    observe: str = "automatic",
+    output: Callable[[Any], Tensor] | None = None,
+    strict: bool = False,
+    **unknown: Any,
+) -> Recipe:
+    """Combine stages into a recipe. The defaults are the study's EKFACadam, without its weight decay.
+
+    A stage is given by name (`"ekfac"`), by name with options (`{"name": "ekfac", "scale_decay": 0.9}`), by import path
+    (`"package.module:Class"`), or as an object. `python -m kfactk stages` lists names and options.
+
+    Args:
+        curvature: How layers' parameters form matrices, and their factors: "conv_kfac", "kfac".
+        basis: How the factors are decomposed and the gradient preconditioned: "ekfac", "kfac".
+        update: The update rule: "sgd", "momentum", "nag", "adam", "adamw", "radam", or any `torch.optim.Optimizer` class.
+        fisher: Whose targets: "mc", "exact", "empirical".
+        likelihood: What the model's output means: "categorical", "bernoulli", "gaussian".
+        clip: Bound on the preconditioned gradients: "none", "value", "norm", "kl".
+        placement: Which rank does what.
+        tracker: Where runs are recorded: "mlflow", "jsonl", or `None`.
+        lr: Learning rate mu.
+        damping: tau, in the units of the Fisher matrix of one likelihood term; a number, or a function of the step.
+        weight_decay: Per step and unit of parameter, as torch.optim's update rules take it.
+        weight_decay_at: "update": the update rule adds it, after preconditioning. "gradient": added before preconditioning.
+        factor_decay: Decay epsilon of the factors' running means, in [0, 1].
+        factor_every: T_c, steps between refreshes of the factors; a whole number or a function of the step. So are the next two.
+        scale_every: T_s, steps between refreshes of the scale.
+        basis_every: T_inv, steps between decompositions.
+        reduction: "mean" or "sum": how your loss reduces over examples. Matters to what is measured on your own gradient only
+            (fisher "empirical", the running scale of "ekfac").
+        observe: "automatic", or "manual": only forwards followed by `optimizer.observe()` count.
+        output: Function that finds the likelihood's parameters in what the model returns; by default the tensor itself, `.logits`,
+            the item "logits", or the first element.
+        strict: Refuse a model with a trained parameter that no block preconditions.
+
+    Returns:
+        A frozen `Recipe`.
+
+    Raises:
+        UnknownStageError: No plugin provides a stage of this name.
+        OptionError: An argument is unknown, or its value cannot work.
+        CombinationError: The stages cannot work together.
+
+    Example:
+        >>> build(curvature="kfac", basis={"name": "ekfac", "scale_decay": 0.9}, damping=0.01)
+        kfactk.build(curvature='kfac', basis={'name': 'ekfac', 'scale_decay': 0.9}, damping=0.01)
+    """
+    values = {name: value for name, value in locals().items() if name != "unknown"}
+    return Recipe(**_resolved({**values, **unknown}))
+
+
+def _resolved(values: Mapping[str, Any]) -> dict[str, Any]:
+    for name in values:
+        if name not in FIELDS:
+            raise OptionError(f"{name!r} is not an argument of kfactk.build.{near_names(name, FIELDS)} There are: {', '.join(FIELDS)}.")
+    out = {}
+    for name, value in values.items():
+        if name in STAGE_HOOKS:
+            if value is None and name != "tracker":
+                raise OptionError(f"{name} is None; every recipe has one. Leave it out for the default, or see python -m kfactk stages.")
+            out[name] = None if value is None else registry().resolve(name, value)
+        else:
+            out[name] = value
+    return out
+
+
+@functools.cache
+def _usual() -> dict[str, Any]:
+    return build().summary()

@@ -1,0 +1,203 @@
+"""What one layer saw of one mini-batch: inputs, gradients, and the sums every curvature is made of.
+
+The convention, written here once. For example n, `D_n` is the part of the summed loss' gradient that flows through example n's rows of the
+layer, as a matrix `[..., d_out, d_in]`: rows are outputs, columns inputs, the bias is the last input column, leading dimensions are
+groups (grouped convolution) and linear algebra works on the last two. With T rows (spatial positions, tokens, uses of a shared module)
+
+    D_n = sum_t g_{n,t} a_{n,t}^T,        F = (1/M) sum_n vec(D_n) vec(D_n)^T
+
+where M counts *likelihood terms* (examples; for sequences, unmasked positions; with sample weights, their sum). Gradients are those of the
+summed, never the mean, loss. So damping means the same at every batch size, resolution, sequence length and world size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import attrs
+import torch
+from torch import Tensor
+
+DEFAULT_CHUNK_BYTES = 256 * 2**20
+
+
+@attrs.frozen(eq=False)
+class Statistic:
+    """A local sum and the count it is to be divided by; sums and counts of micro-batches and ranks add.
+
+    Args:
+        total: The sum, any shape; `None` contributes nothing.
+        count: What the sum is divided by for the mean: a number, or a scalar tensor when it is known on the device only.
+    """
+
+    total: Tensor | None
+    count: Tensor | float
+
+    def __add__(self, other: Statistic) -> Statistic:
+        if self.total is None:
+            return Statistic(other.total, self.count + other.count)
+        if other.total is None:
+            return Statistic(self.total, self.count + other.count)
+        return Statistic(self.total + other.total, self.count + other.count)
+
+    def scaled(self, factor: float) -> Statistic:
+        """The same count with the sum multiplied by `factor`."""
+        return Statistic(None if self.total is None else self.total * factor, self.count)
+
+
+@attrs.frozen(eq=False)
+class Use:
+    """One call of a module in one forward.
+
+    Args:
+        inputs: The module's input as it was called, detached.
+        gradient: Gradient of the summed (Fisher) loss with respect to the module's output, of the output's shape, times `1 / scale`.
+        scale: What `gradient` is still to be multiplied by (power-of-two protection against half-precision underflow, loss scaling).
+    """
+
+    inputs: Tensor
+    gradient: Tensor
+    scale: Tensor | float = 1.0
+
+
+class Samples:
+    """One layer's view of one mini-batch in one Fisher pass.
+
+    Subclasses that know a faster exact way (convolutions do) override a method, and nothing else needs to know. Everything is computed in
+    chunks of examples so that no temporary exceeds about `chunk_bytes`.
+
+    Args:
+        inputs: `[..., N, T, d_in]`, bias column included; floating.
+        gradients: `[..., N, T, d_out]`.
+        terms: Number M of likelihood terms behind this mini-batch. Counts enter once a forward: on the second and later Fisher passes
+            over the same forward (`exact`) `first` is False, and both counts are taken as zero.
+        first: Whether this is the first Fisher pass over its forward.
+        chunk_bytes: Bound on the size of temporaries, in bytes. One example is always processed whole.
+
+    Example:
+        >>> a, g = torch.ones(4, 1, 3), torch.ones(4, 1, 2)
+        >>> s = Samples(a, g, terms=4)
+        >>> s.input_moment().total.shape, s.per_example_gradients().shape
+        (torch.Size([3, 3]), torch.Size([4, 2, 3]))
+    """
+
+    def __init__(
+        self,
+        inputs: Tensor,
+        gradients: Tensor,
+        *,
+        terms: Tensor | float,
+        first: bool = True,
+        chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    ) -> None:
+        self._inputs, self._gradients = inputs, gradients
+        self.examples, self.positions = int(gradients.shape[-3]), int(gradients.shape[-2])
+        self.d_out, self.d_in = int(gradients.shape[-1]), int(inputs.shape[-1])
+        self.groups = int(math.prod(gradients.shape[:-3]))
+        self.dtype = working_dtype(inputs.dtype, gradients.dtype)
+        self.terms: Tensor | float = terms if first else 0.0
+        self.first = first
+        self.chunk_bytes = chunk_bytes
+
+    def inputs(self, rows: slice = slice(None)) -> Tensor:
+        """Inputs of the examples `rows`, `[..., n, T, d_in]`, in the working precision (float32 at least)."""
+        return self._inputs[..., rows, :, :].to(self.dtype)
+
+    def gradients(self, rows: slice = slice(None)) -> Tensor:
+        """Output gradients of the examples `rows`, `[..., n, T, d_out]`, in the working precision."""
+        return self._gradients[..., rows, :, :].to(self.dtype)
+
+    def chunks(self, numbers_per_example: int) -> Iterator[slice]:
+        """Slices over the examples such that `numbers_per_example` numbers each, in the working precision, fit in `chunk_bytes`."""
+        size = max(1, numbers_per_example * max(1, self.groups) * self.dtype.itemsize)
+        step = max(1, self.chunk_bytes // size)
+        for start in range(0, self.examples, step):
+            yield slice(start, min(start + step, self.examples))
+
+    def input_moment(self) -> Statistic:
+        """`sum_n sum_t a a^T`, `[..., d_in, d_in]`, counted by examples; nothing on later passes over the same forward."""
+        if not self.first:
+            return Statistic(None, 0.0)
+        parts = (gram(self.inputs(rows)) for rows in self.chunks(self.positions * self.d_in))
+        return Statistic(_sum(parts), float(self.examples))
+
+    def grad_moment(self) -> Statistic:
+        """`sum_n sum_t g g^T`, `[..., d_out, d_out]`, counted by likelihood terms."""
+        parts = (gram(self.gradients(rows)) for rows in self.chunks(self.positions * self.d_out))
+        return Statistic(_sum(parts), self.terms)
+
+    def per_example_gradients(self, rows: slice = slice(None)) -> Tensor:
+        """`D_n` of the examples `rows`, `[..., n, d_out, d_in]`. They sum to autograd's gradient of the summed loss."""
+        return self.gradients(rows).transpose(-1, -2) @ self.inputs(rows)
+
+    def projected_square(self, left: Tensor | None, right: Tensor | None) -> Statistic:
+        """`sum_n (left^T D_n right)^2`, elementwise square, `[..., k_out, k_in]`, counted by likelihood terms.
+
+        Args:
+            left: `[..., d_out, k_out]`, columns are directions of the output space; `None` for no rotation.
+            right: `[..., d_in, k_in]`, the same for the input space.
+
+        References:
+            George et al. 2018, arXiv:1806.03884, the scale s* of EKFAC (equation 10 of the study).
+        """
+        t, d_in, d_out = self.positions, self.d_in, self.d_out
+        numbers = 2 * t * (d_in + d_out) + (0 if t == 1 else 2 * d_in * d_out)
+        parts = (self._squared_chunk(rows, left, right) for rows in self.chunks(numbers))
+        return Statistic(_sum(parts), self.terms)
+
+    def _squared_chunk(self, rows: slice, left: Tensor | None, right: Tensor | None) -> Tensor:
+        # Rotating rows costs T d^2, rotating D_n costs d_in d_out d: each side is rotated where that is cheaper.
+        early_left, early_right = self.positions <= self.d_in, self.positions <= self.d_out
+        if not early_left and not early_right:
+            return project(self.per_example_gradients(rows), left, right, per_example=True).square_().sum(-3)
+        g, a = self.gradients(rows), self.inputs(rows)
+        g = _rotate(g, left) if left is not None and early_left else g
+        a = _rotate(a, right) if right is not None and early_right else a
+        if self.positions == 1:
+            return g.squeeze(-2).square().transpose(-1, -2) @ a.squeeze(-2).square()
+        late_left, late_right = None if early_left else left, None if early_right else right
+        return project(g.transpose(-1, -2) @ a, late_left, late_right, per_example=True).square_().sum(-3)
+
+
+def project(matrix: Tensor, left: Tensor | None, right: Tensor | None, *, per_example: bool = False) -> Tensor:
+    """`left^T matrix right`; with `per_example` the matrix has an example dimension before its last two that the rotations lack."""
+    if not per_example:
+        matrix = matrix if left is None else left.to(matrix.dtype).transpose(-1, -2) @ matrix
+        return matrix if right is None else matrix @ right.to(matrix.dtype)
+    if right is not None:
+        matrix = _rotate(matrix, right)
+    if left is not None:  # examples beside the columns: one product, where broadcasting would copy `left` for each example
+        beside = matrix.movedim(-3, -2)
+        product = left.to(matrix.dtype).transpose(-1, -2) @ beside.flatten(-2)
+        matrix = product.reshape(*product.shape[:-1], *beside.shape[-2:]).movedim(-2, -3)
+    return matrix
+
+
+def _rotate(rows: Tensor, rotation: Tensor) -> Tensor:
+    """Rows `[..., n, t, d]` times one rotation `[..., d, k]` for all examples, as one product, which broadcasting would not be."""
+    product = rows.flatten(-3, -2) @ rotation.to(rows.dtype)
+    return product.reshape(*rows.shape[:-1], product.shape[-1])
+
+
+def gram(rows: Tensor) -> Tensor:
+    """`sum_{n,t} r r^T` of rows `[..., N, T, d]`, as `[..., d, d]`."""
+    flat = rows.flatten(-3, -2)
+    return flat.transpose(-1, -2) @ flat
+
+
+def working_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """The precision curvature is computed in: float64 when anything is, else float32.
+
+    Example:
+        >>> working_dtype(torch.bfloat16, torch.float32)
+        torch.float32
+    """
+    return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def _sum(parts: Iterator[Tensor]) -> Tensor | None:
+    total: Tensor | None = None
+    for part in parts:
+        total = part if total is None else total.add_(part)
+    return total

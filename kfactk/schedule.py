@@ -1,0 +1,64 @@
+"""When factors, scales and decompositions are due, and numbers that may be functions of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import attrs
+
+from kfactk.errors import OptionError
+
+Number = float | Callable[[int], float]
+"""A number, or a function of the step (from 0) that gives one."""
+Period = int | Callable[[int], int]
+"""A number of steps, or a function of the step that gives one."""
+
+
+@attrs.frozen
+class Due:
+    """What is due at one step."""
+
+    factors: bool
+    scale: bool
+    basis: bool
+
+
+def due_at(step: int, factor_every: Period, scale_every: Period, basis_every: Period) -> Due:
+    """What is due at `step`: each period on its own, everything at step 0. A refreshed basis measures its scale anew.
+
+    Example:
+        >>> due_at(20, 10, 10, 100)
+        Due(factors=True, scale=True, basis=False)
+    """
+    factors, scale, basis = (
+        step % period_at(name, every, step) == 0
+        for name, every in (("factor_every", factor_every), ("scale_every", scale_every), ("basis_every", basis_every))
+    )
+    return Due(factors, scale or basis, basis)
+
+
+def period_at(name: str, period: Period, step: int) -> int:
+    """The period at `step`, checked.
+
+    Raises:
+        OptionError: It is not a whole number of at least 1.
+    """
+    value = period(step) if callable(period) else period
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        where = f" at step {step}" if callable(period) else ""
+        raise OptionError(f"{name} is {value!r}{where}; it counts steps, so it must be a whole number of at least 1.")
+    return value
+
+
+def number_at(name: str, number: Number, step: int, *, low: float = 0.0, high: float = float("inf")) -> float:
+    """The number at `step`, checked.
+
+    Raises:
+        OptionError: It is not a number in [low, high].
+    """
+    value = number(step) if callable(number) else number
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        where = f" at step {step}" if callable(number) else ""
+        bounds = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
+        raise OptionError(f"{name} is {value!r}{where}; it must be a number {bounds}.")
+    return float(value)

@@ -1,0 +1,252 @@
+"""The protocols of the stage families, and the small classes that pass between stages.
+
+    model -capture-> Use -curvature-> Samples -> Statistic (factors) -basis-> decomposition, moments -> Pair -clip-> -update->
+
+Known methods are combinations of parts:
+
+    K-FAC      = curvature kfac | conv_kfac, basis kfac,  update momentum
+    EKFAC      = curvature kfac | conv_kfac, basis ekfac, update momentum
+    EKFACnag   = ... update nag;   EKFACadam = ... update adam;   EKFACradam = ... update radam
+
+The mathematical convention that all of them share stands at the top of `kfactk.samples`. A stage is an object of any class that has the
+members below; ours are frozen attrs classes whose fields are the options. Stages hold no state and call no collective: tensors are
+handed in and out, the framework keeps, averages, reduces and saves them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, ClassVar, Protocol
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from kfactk.samples import Samples, Statistic, Use
+
+Tensors = Mapping[str, Tensor]
+"""Named tensors: factors, one decomposed factor, or moments."""
+Decomposition = Mapping[str, Tensors]
+"""For each factor's name, what `Basis.decompose` made of it."""
+
+
+@attrs.frozen(eq=False)
+class Layer:
+    """One covered layer.
+
+    Args:
+        name: Its qualified name in the model.
+        module: The module; its parameters are always read through it, since wrappers may replace them.
+        parameters: Names of the parameters that are preconditioned together, `"weight"` first. A frozen bias is not among them, and
+            then the layer's matrix has no bias column.
+    """
+
+    name: str
+    module: nn.Module
+    parameters: tuple[str, ...]
+
+    @property
+    def bias(self) -> bool:
+        """Whether the layer's matrix has a bias column."""
+        return "bias" in self.parameters
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """The parameters themselves, by name."""
+        return {name: getattr(self.module, name) for name in self.parameters}
+
+
+class Curvature(Protocol):
+    """How a layer's parameters form a matrix, and which factors its samples are summed into.
+
+    Laws: `tensors(matrix(x)) == x` exactly; per-example gradients sum to autograd's gradient of the summed loss; factors are symmetric
+    positive semi-definite, independent of the order, duplication and splitting of the batch.
+    """
+
+    provides: ClassVar[frozenset[str]]
+    """Names of the matrices that `assemble` returns. Kronecker-factored ones are called A (input side) and G (output side)."""
+
+    def unsupported(self, module: nn.Module) -> str | None:
+        """Why this module cannot be preconditioned exactly, for a reader; `None` when it can."""
+
+    def matrix(self, layer: Layer, tensors: Tensors) -> Tensor:
+        """Join tensors shaped like `layer.parameters` into `[..., d_out, d_in]`, bias last."""
+
+    def tensors(self, layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
+        """Inverse of `matrix`."""
+
+    def blank(self, layer: Layer) -> Use:
+        """A use of the layer on zeros, of the smallest valid size: tells the shapes of factors and moments without data."""
+
+    def samples(self, layer: Layer, uses: Sequence[Use], *, terms: Tensor | float, first: bool) -> Samples:
+        """View the uses of the layer in one forward as samples; several uses of a shared module concatenate along T."""
+
+    def factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
+        """Sums and counts to be averaged over micro-batches, ranks and time."""
+
+    def assemble(self, layer: Layer, factors: Tensors) -> dict[str, Tensor]:
+        """The averaged factors as the matrices named in `provides`."""
+
+
+@attrs.frozen(eq=False)
+class Coupling:
+    """What couples the factors of one layer when each is decomposed on its own.
+
+    Args:
+        damping: The layer's damping tau.
+        mean_diagonal: For each matrix, `trace / dimension`, `[...]`.
+    """
+
+    damping: float
+    mean_diagonal: Tensors
+
+
+class Basis(Protocol):
+    """How the assembled matrices are decomposed, and how a gradient is preconditioned with the result.
+
+    Laws: `precondition` is linear, self-adjoint and positive definite in the gradient; `damping * precondition -> identity` as damping
+    grows (for a basis that sees damping at its refresh only: when refreshed with it); it agrees with the dense damped inverse of what
+    it claims to represent.
+    """
+
+    requires: ClassVar[frozenset[str]]
+    """Names of the matrices it needs from the curvature."""
+    laws: ClassVar[frozenset[str]]
+    """Further laws it claims, such as "rotation-equivariant"."""
+
+    @property
+    def moments_from(self) -> str | None:
+        """Where its moments come from: "samples" (Fisher pass), "gradient" (the user's own gradient), or `None`."""
+
+    @property
+    def moment_decay(self) -> float:
+        """Decay of the running mean of the moments; 0 keeps the last mini-batch's."""
+
+    def decompose(self, name: str, matrix: Tensor, coupling: Coupling) -> dict[str, Tensor]:
+        """Decompose one matrix, `[..., n, n]`.
+
+        Raises:
+            DecompositionError: It cannot be decomposed; the framework goes on with the last good one.
+        """
+
+    def moments(self, decomposition: Decomposition, samples: Samples) -> dict[str, Statistic]:
+        """Moments measured on per-example gradients, in the basis; empty for a basis without any."""
+
+    def gradient_moments(self, decomposition: Decomposition, gradient: Tensor, terms: Tensor | float) -> dict[str, Statistic]:
+        """Moments measured on the mini-batch mean gradient `[..., d_out, d_in]` over `terms` likelihood terms."""
+
+    def transport(self, moments: Tensors, old: Decomposition, new: Decomposition) -> dict[str, Tensor]:
+        """Carry moments from the old basis to the new one; what is left out is reset."""
+
+    def precondition(self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
+        """`(F + damping I)^-1` applied to `[..., d_out, d_in]`. `moments` may be empty: no batch has been measured yet."""
+
+    def product(self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors) -> Tensor:
+        """`F` applied to `[..., d_out, d_in]`, undamped, F being what this basis represents."""
+
+    def condition(self, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
+        """Condition number of the damped curvature, for the record: exact or a lower bound, a scalar tensor."""
+
+
+class Likelihood(Protocol):
+    """What the model's output means: the distribution R(y | f(x)) whose Fisher information is taken."""
+
+    def view(self, output: Tensor) -> Tensor:
+        """The output as `[N, S, C]`: examples, terms of one example, the event axis. Shares its graph with `output`.
+
+        Raises:
+            CaptureError: The output cannot be this distribution's parameters; says what it looks like and the remedy.
+        """
+
+    def weights(self, view: Tensor, batch: Mapping[str, Any]) -> Tensor | None:
+        """Weight of each term, `[N, S]`, zero for masked ones; `None` when all are 1. `batch` names the arguments of the model's forward
+        and those given to `Optimizer.observe`."""
+
+    def sample(self, view: Tensor, generator: torch.Generator) -> Tensor:
+        """Draw targets from the model's own predictive distribution, in the form `nll` takes."""
+
+    def nll(self, view: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-likelihood of each term, `[N, S]`."""
+
+    def root(self, view: Tensor) -> Iterator[Tensor]:
+        """Detached `[N, S, C]` columns whose outer products over C sum to the Fisher information of the output, for each term."""
+
+
+class Fisher(Protocol):
+    """Whose targets the gradients are taken with.
+
+    Laws: the gradients' outer products summed over the losses are, in expectation, M times F.
+    """
+
+    own_pass: ClassVar[bool]
+    """Whether the framework runs backward passes of its own over `losses`; otherwise the user's own backward is listened to."""
+
+    def losses(self, view: Tensor, likelihood: Likelihood, weights: Tensor | None, generator: torch.Generator) -> Iterator[Tensor]:
+        """Scalar summed losses of one forward, scaled so that the **sum** of their gradients' outer products is M F."""
+
+    @property
+    def seed(self) -> int:
+        """Seed that, with step, micro-batch and rank, gives every draw."""
+
+
+@attrs.frozen(eq=False)
+class Pair:
+    """One preconditioned parameter on its way to the update rule.
+
+    Args:
+        gradient: The user's gradient, any shape.
+        preconditioned: Its preconditioned form, same shape.
+        lr: Learning rate of the parameter's group.
+    """
+
+    gradient: Tensor
+    preconditioned: Tensor
+    lr: float
+
+
+Dot = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
+"""Inner products pair by pair, `[len]`; supplied by the framework, which knows about shards."""
+
+
+class Clip(Protocol):
+    """Bounds the preconditioned gradients. Laws: never enlarges; zero stays zero."""
+
+    def clip(self, pairs: Sequence[Pair], dot: Dot) -> tuple[list[Tensor], Tensor]:
+        """The clipped preconditioned gradients, in order, and the factor (1 for untouched) as a scalar tensor for the record."""
+
+
+class Update(Protocol):
+    """Makes the torch.optim optimiser that takes the step."""
+
+    def make(self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        """The optimiser over `groups` (dicts with "params" and, perhaps, their own "lr" and "weight_decay", which must be kept)."""
+
+
+class Placement(Protocol):
+    """Where the work is done and how sums are joined. Every rank makes the same calls in the same order, whatever its data."""
+
+    def reduce(self, statistics: Mapping[str, Statistic]) -> dict[str, Statistic]:
+        """Sum statistics over ranks. A rank may lack names that others have, and then contributes nothing to them."""
+
+    @property
+    def rank(self) -> int:
+        """This process' rank: 0 when alone."""
+
+
+class Tracker(Protocol):
+    """Records what happened. The framework batches nothing for it, and goes on, with a warning, when it raises."""
+
+    @property
+    def every(self) -> int:
+        """Record one step in so many."""
+
+    def start(self, recipe: Mapping[str, Any]) -> None:
+        """Called once, at bind, with the recipe as text-safe nested mappings."""
+
+    def record(self, step: int, figures: Mapping[str, Tensor | float]) -> None:
+        """Take figures of one step; 0-dimensional tensors may still be on the device."""
+
+    def flush(self) -> None:
+        """Write what is held back."""
+
+    def close(self) -> None:
+        """Flush and let go of resources; may be called twice."""

@@ -1,0 +1,100 @@
+"""The reading interface for researchers: what the optimizer knows of each layer, and products with it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import attrs
+from torch import Tensor
+
+from kfactk.errors import KfactkError, OptionError
+from kfactk.layerstate import LayerState
+from kfactk.preconditioner import Preconditioner
+from kfactk.stages import Layer
+
+
+@attrs.frozen(eq=False)
+class LayerView:
+    """One layer as the optimizer sees it now. Tensors are the optimizer's own: read, do not write.
+
+    Args:
+        layer: The layer.
+        damping: The damping tau it is preconditioned with now.
+    """
+
+    layer: Layer
+    damping: float
+    _preconditioner: Preconditioner
+
+    @property
+    def factors(self) -> dict[str, Tensor]:
+        """Averaged matrices by name, undamped: A `[..., d_in, d_in]`, G `[..., d_out, d_out]`; empty before the first step."""
+        return self._preconditioner.matrices(self.layer) if self._state.ready else {}
+
+    @property
+    def decomposition(self) -> dict[str, dict[str, Tensor]]:
+        """For each matrix, what the basis made of it at its last refresh."""
+        return dict(self._state.decomposition) if self._state.ready else {}
+
+    @property
+    def scale(self) -> dict[str, Tensor]:
+        """Moments of the basis by name (EKFAC: "scale", `[..., d_out, d_in]`); empty for a basis without any."""
+        return self._state.moment_values()
+
+    def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Tensors shaped like the layer's parameters ("weight", "bias") as its matrix `[..., d_out, d_in]`."""
+        return self._preconditioner.joined(self.layer, tensors)
+
+    def fisher_product(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`F v` for v shaped like the layer's parameters; missing ones count as zero.
+
+        Raises:
+            KfactkError: No curvature has been measured yet.
+        """
+        state = self._measured()
+        pre = self._preconditioner
+        product = pre.basis.product(pre.joined(self.layer, tensors), pre.matrices(self.layer), state.decomposition, state.moment_values())
+        return pre.curvature.tensors(self.layer, product)
+
+    def precondition(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`P v = (F + damping I)^-1 v`, likewise.
+
+        Raises:
+            KfactkError: No curvature has been measured yet.
+        """
+        self._measured()
+        pre = self._preconditioner
+        return pre.curvature.tensors(self.layer, pre.precondition(self.layer, pre.joined(self.layer, tensors), self.damping))
+
+    def condition(self) -> Tensor | None:
+        """Condition number of the damped curvature (exact or a lower bound, as the basis documents); `None` before it is measured."""
+        state, basis = self._state, self._preconditioner.basis
+        return basis.condition(state.decomposition, state.moment_values(), self.damping) if state.ready else None
+
+    @property
+    def _state(self) -> LayerState:
+        return self._preconditioner.states[self.layer.name]
+
+    def _measured(self) -> LayerState:
+        if not self._state.ready:
+            raise KfactkError(f"layer {self.layer.name!r} has no curvature yet: take a step() with a gradient first.")
+        return self._state
+
+
+def by_layer(views: Mapping[str, LayerView], tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Group tensors named like the model's parameters by layer.
+
+    Raises:
+        OptionError: A name belongs to no covered layer.
+    """
+    owner = {(f"{name}.{key}" if name else key): (name, key) for name, view in views.items() for key in view.layer.parameters}
+    grouped: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name not in owner:
+            raise OptionError(
+                f"{name!r} is not a preconditioned parameter, so it has no curvature block. See recipe.coverage(model); covered are: "
+                f"{', '.join(list(owner)[:8])}{' ...' if len(owner) > 8 else ''}."
+            )
+        layer, key = owner[name]
+        grouped.setdefault(layer, {})[key] = tensor
+    return grouped

@@ -1,0 +1,37 @@
+"""No clipping."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import attrs
+from torch import Tensor
+
+from kfactk import Dot, Pair, hookimpl
+from kfactk_stages.clip._limit import one
+
+
+@attrs.frozen
+class NoClip:
+    """Leave the preconditioned gradients as they are.
+
+        p_l <- p_l,    factor 1
+
+    Example:
+        >>> import torch
+        >>> from kfactk import Pair
+        >>> clipped, factor = NoClip().clip([Pair(torch.ones(2), torch.tensor([3.0, 4.0]), lr=0.1)], dot=None)
+        >>> clipped[0], factor
+        (tensor([3., 4.]), tensor(1.))
+    """
+
+    def clip(self, pairs: Sequence[Pair], dot: Dot) -> tuple[list[Tensor], Tensor]:
+        """The preconditioned gradients themselves, and 1."""
+        tensors = [pair.preconditioned for pair in pairs]
+        return tensors, one(tensors)
+
+
+@hookimpl
+def kfactk_clips() -> dict[str, type[NoClip]]:
+    """The clip `none`."""
+    return {"none": NoClip}

@@ -1,0 +1,68 @@
+"""Which modules a curvature can treat exactly, and the reasons against the others."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvTransposeNd
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils import parametrize
+
+CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def reason_against(module: nn.Module, covered: tuple[type[nn.Module], ...]) -> str | None:
+    """Why `module` cannot be treated exactly by a curvature for the classes `covered`, in words for a reader; `None` when it can.
+
+    Example:
+        >>> reason_against(nn.Linear(2, 2), (nn.Linear,)) is None
+        True
+        >>> reason_against(nn.LayerNorm(2), (nn.Linear,))
+        'no curvature for LayerNorm'
+    """
+    reason = _against_class(module, covered)
+    if reason is None and "forward" in vars(module):
+        reason = "its forward was replaced on the instance, so what it computes is not known"
+    return reason or _against_parameters(module)
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class, without the subclass that `torch.distributed` (`fully_shard`) swaps in, which leaves the forward alone."""
+    return next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.distributed."))
+
+
+def _against_class(module: nn.Module, covered: tuple[type[nn.Module], ...]) -> str | None:
+    cls = plain_class(module)
+    if parametrize.is_parametrized(module):
+        names = " and ".join(name for name in ("weight", "bias") if parametrize.is_parametrized(module, name)) or "state"
+        return f"its {names} is parametrized (torch.nn.utils.parametrize): what is trained is not the layer's own matrix"
+    if isinstance(module, LazyModuleMixin) and isinstance(module, covered):
+        return f"{cls.__name__} is not initialised yet; run one forward before binding"
+    if cls in covered:
+        return None
+    if isinstance(module, _ConvTransposeNd):
+        return f"no curvature for transposed convolutions ({cls.__name__})"
+    if cls.__name__ == "NonDynamicallyQuantizableLinear":
+        return "no curvature for attention's out_proj: nn.MultiheadAttention reads its weight and never calls its forward"
+    for base in covered:
+        if isinstance(module, base):
+            return f"{cls.__name__} is a subclass of {base.__name__} whose forward may differ; only the exact class is covered"
+    if isinstance(module, CONVOLUTIONS):
+        return f"no curvature for {cls.__name__} here; curvature='conv_kfac' covers convolutions"
+    return f"no curvature for {cls.__name__}"
+
+
+def _against_parameters(module: nn.Module) -> str | None:
+    for name in ("weight", "bias"):
+        if name not in module._parameters:
+            return (
+                f"its {name} is computed from other parameters (weight_norm, spectral_norm, pruning) and is no parameter itself; "
+                "remove the reparametrization to cover it"
+            )
+    weight = module._parameters["weight"]
+    if weight is None:
+        return "it has no weight"
+    if weight.dtype not in PRECISIONS:
+        return f"its weight is {weight.dtype}; curvature needs a real floating type: {', '.join(str(p) for p in PRECISIONS)}"
+    return None

@@ -1,0 +1,190 @@
+"""The uses of a layer as rows, read a chunk of examples at a time: cast, scaled, unfolded, joined along T and given their bias column."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+import attrs
+import torch
+from torch import Tensor
+
+from kfactk import Samples
+from kfactk.samples import working_dtype
+from kfactk_stages.curvature._unfold import Window
+
+
+@attrs.frozen(eq=False)
+class LinearRows:
+    """A use of a linear layer.
+
+    Args:
+        inputs: `[N, *, d_in]`, at least one dimension in `*`.
+        gradient: `[N, *, d_out]`.
+        scale: What the gradient is to be multiplied by.
+    """
+
+    inputs: Tensor
+    gradient: Tensor
+    scale: Tensor | float
+    groups: int = 1
+
+    @property
+    def examples(self) -> int:
+        """N."""
+        return int(self.inputs.shape[0])
+
+    @property
+    def positions(self) -> int:
+        """T: the product of the dimensions between examples and features."""
+        return math.prod(self.inputs.shape[1:-1])
+
+    @property
+    def columns(self) -> int:
+        """d_in without bias."""
+        return int(self.inputs.shape[-1])
+
+    @property
+    def outputs(self) -> int:
+        """d_out."""
+        return int(self.gradient.shape[-1])
+
+    @property
+    def numbers(self) -> int:
+        """T d_in."""
+        return self.positions * self.columns
+
+    def input_view(self, rows: slice) -> Tensor:
+        """`[n, T, d_in]`."""
+        return self.inputs[rows].flatten(1, -2)
+
+    def gradient_view(self, rows: slice) -> Tensor:
+        """`[n, T, d_out]`."""
+        return self.gradient[rows].flatten(1, -2)
+
+
+@attrs.frozen(eq=False)
+class ConvRows:
+    """A use of a convolution; a row is a patch, its columns in the order of `weight.reshape(d_out, -1)`.
+
+    Args:
+        inputs: `[N, C, *S]`.
+        gradient: `[N, d_out, *out]`.
+        scale: What the gradient is to be multiplied by.
+        groups: Number of groups; more than one give the views a leading dimension.
+        window: Where the patches lie.
+    """
+
+    inputs: Tensor
+    gradient: Tensor
+    scale: Tensor | float
+    groups: int
+    window: Window
+
+    @property
+    def examples(self) -> int:
+        """N."""
+        return int(self.inputs.shape[0])
+
+    @property
+    def positions(self) -> int:
+        """T: output positions."""
+        return math.prod(self.gradient.shape[2:])
+
+    @property
+    def channels(self) -> int:
+        """Input channels of a group."""
+        return int(self.inputs.shape[1]) // self.groups
+
+    @property
+    def columns(self) -> int:
+        """Channels of a group times taps."""
+        return self.channels * math.prod(self.window.kernel)
+
+    @property
+    def outputs(self) -> int:
+        """Output channels of a group."""
+        return int(self.gradient.shape[1]) // self.groups
+
+    @property
+    def numbers(self) -> int:
+        """A group's channels times padded positions."""
+        return self.channels * self.window.padded_positions(self.inputs.shape[2:])
+
+    def input_view(self, rows: slice) -> Tensor:
+        """`[(groups,) n, *out, channels, *kernel]`."""
+        patches = self._grouped(self.window.patches(self.inputs[rows]), self.channels)
+        dims = len(self.window.kernel)
+        order = (1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
+        return self._ungrouped(patches.permute(order))
+
+    def gradient_view(self, rows: slice) -> Tensor:
+        """`[(groups,) n, T, outputs]`."""
+        gradient = self._grouped(self.gradient[rows], self.outputs).flatten(3)
+        return self._ungrouped(gradient.permute(1, 0, 3, 2))
+
+    def pixels(self, rows: slice) -> Tensor:
+        """The unpadded inputs, `[(groups,) n, S, channels]`."""
+        inputs = self._grouped(self.inputs[rows], self.channels).flatten(3)
+        return self._ungrouped(inputs.permute(1, 0, 3, 2))
+
+    def _grouped(self, tensor: Tensor, channels: int) -> Tensor:
+        return tensor.view(len(tensor), self.groups, channels, *tensor.shape[2:])
+
+    def _ungrouped(self, tensor: Tensor) -> Tensor:
+        return tensor.squeeze(0) if self.groups == 1 else tensor
+
+
+Rows = LinearRows | ConvRows
+"""One use of a layer: T rows for each of N examples."""
+
+
+class JoinedSamples(Samples):
+    """Samples of all uses of a layer, joined along T.
+
+    Args:
+        uses: The uses; all of the same number of examples, columns, outputs and groups.
+        bias: Whether the inputs get a last column of ones.
+        terms, first, chunk_bytes: See `kfactk.Samples`.
+    """
+
+    def __init__(self, uses: Sequence[Rows], *, bias: bool, terms: Tensor | float, first: bool, chunk_bytes: int) -> None:
+        one = uses[0]
+        lead = (one.groups,) if one.groups > 1 else ()
+        shape = (*lead, one.examples, sum(use.positions for use in uses))
+        dtype = working_dtype(*(tensor.dtype for use in uses for tensor in (use.inputs, use.gradient)))
+        super().__init__(  # shapes without numbers: the numbers are read by `inputs` and `gradients`
+            torch.empty(*shape, one.columns + bias, dtype=dtype, device="meta"),
+            torch.empty(*shape, one.outputs, dtype=dtype, device="meta"),
+            terms=terms,
+            first=first,
+            chunk_bytes=chunk_bytes,
+        )
+        self.uses, self.bias, self._shape = tuple(uses), bias, shape
+        self._numbers = max(use.numbers for use in uses)
+
+    def chunks(self, numbers_per_example: int) -> Iterator[slice]:
+        """Slices over the examples such that `numbers_per_example` numbers each, and one use's padded input, fit in `chunk_bytes`."""
+        return super().chunks(max(numbers_per_example, self._numbers))
+
+    def inputs(self, rows: slice = slice(None)) -> Tensor:
+        """Inputs of the examples `rows`, `[..., n, T, d_in]`, in the working precision."""
+        views = [use.input_view(rows) for use in self.uses]
+        if len(views) == 1 and views[0].ndim == 3 and not self.bias:
+            return views[0].to(self.dtype)
+        lead, n = self._shape[:-2], len(range(*rows.indices(self.examples)))
+        out = views[0].new_ones((*lead, n, self.positions, self.d_in), dtype=self.dtype)
+        start, columns = 0, self.d_in - self.bias
+        for use, view in zip(self.uses, views, strict=True):
+            out[..., start : start + use.positions, :columns].view(view.shape).copy_(view)
+            start += use.positions
+        return out
+
+    def gradients(self, rows: slice = slice(None)) -> Tensor:
+        """Output gradients of the examples `rows`, `[..., n, T, d_out]`, in the working precision."""
+        parts = [use.gradient_view(rows).to(self.dtype) for use in self.uses]
+        scaled = [
+            part if isinstance(use.scale, float) and use.scale == 1.0 else part * use.scale
+            for use, part in zip(self.uses, parts, strict=True)
+        ]
+        return scaled[0] if len(scaled) == 1 else torch.cat(scaled, -2)

@@ -1,0 +1,74 @@
+"""Where a convolution's patches lie, and the patches themselves as views, in any number of dimensions."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import attrs
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@attrs.frozen
+class Window:
+    """Geometry of a convolution, one number a dimension.
+
+    Args:
+        kernel: Taps.
+        stride: Step between patches.
+        dilation: Step between taps.
+        pads: Padding in the order of `torch.nn.functional.pad`: last dimension first, before and after.
+        mode: Padding mode in the words of `torch.nn.functional.pad`.
+
+    Example:
+        >>> import torch
+        >>> window = Window.of(nn.Conv1d(1, 1, 2, padding=1))
+        >>> window.patches(torch.tensor([[[5.0, 7.0]]])).tolist()
+        [[[[0.0, 5.0], [5.0, 7.0], [7.0, 0.0]]]]
+    """
+
+    kernel: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    pads: tuple[int, ...]
+    mode: str
+
+    @classmethod
+    def of(cls, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Window:
+        """The window of a convolution, as its forward uses it now."""
+        kernel = tuple(module.weight.shape[2:])
+        dilation = _each(module.dilation, len(kernel))
+        stride = _each(module.stride, len(kernel))
+        if module.padding_mode == "zeros":
+            return cls(kernel, stride, dilation, _zero_pads(module.padding, kernel, dilation), "constant")
+        return cls(kernel, stride, dilation, tuple(module._reversed_padding_repeated_twice), module.padding_mode)
+
+    def padded_positions(self, sizes: Sequence[int]) -> int:
+        """Number of positions of an input of spatial shape `sizes`, once padded."""
+        dims = len(self.kernel)
+        return math.prod(size + self.pads[2 * (dims - 1 - i)] + self.pads[2 * (dims - 1 - i) + 1] for i, size in enumerate(sizes))
+
+    def patches(self, inputs: Tensor) -> Tensor:
+        """`[N, C, *S]` to a view `[N, C, *out, *kernel]` of the padded input."""
+        padded = F.pad(inputs, self.pads, mode=self.mode) if any(self.pads) else inputs
+        for i, (taps, step, dilation) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)):
+            padded = padded.unfold(2 + i, dilation * (taps - 1) + 1, step)[..., ::dilation]
+        return padded
+
+
+def _zero_pads(padding: str | int | tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[int, ...]:
+    if padding == "valid":
+        return (0, 0) * len(kernel)
+    if padding == "same":
+        totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
+        return tuple(pad for total in reversed(totals) for pad in (total // 2, total - total // 2))
+    assert not isinstance(padding, str)
+    return tuple(pad for size in reversed(_each(padding, len(kernel))) for pad in (size, size))
+
+
+def _each(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
+    """One number a dimension; modules edited after construction may hold a bare number."""
+    if isinstance(value, int):
+        return (value,) * dims
+    return tuple(value) * dims if len(value) == 1 else tuple(value)

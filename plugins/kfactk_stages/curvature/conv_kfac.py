@@ -1,0 +1,130 @@
+"""K-FAC for convolutions (KFC) and linear layers: three ways of treating the spatial positions of one example."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import ClassVar, cast
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from kfactk import Layer, Samples, Statistic, Tensors, Use, hookimpl
+from kfactk.linalg import block_diagonal, kron
+from kfactk_stages.curvature._coverage import CONVOLUTIONS
+from kfactk_stages.curvature._rows import ConvRows, JoinedSamples, Rows
+from kfactk_stages.curvature._unfold import Window
+from kfactk_stages.curvature.kfac import Kfac, groups_of, summed_grams
+
+
+@attrs.frozen(kw_only=True)
+class ConvKfac(Kfac):
+    """Kronecker-factored curvature of `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` and `nn.Linear`.
+
+    The row a_t of an example is the input patch at output position t, its columns in the order of `weight.reshape(d_out, -1)`, the bias
+    last. Every stride, dilation, padding, padding mode and grouping is exact; grouped convolutions have one pair of factors a group. With
+    N examples, M likelihood terms and T rows an example:
+
+        sud:     A = (1/N) sum_n sum_t a a^T,           G = (1/(M T)) sum_n sum_t g g^T
+        sua:     A = blockdiag(Omega kron I_taps, T),   Omega = T mean_{n,s} x x^T,     G as in sud
+        reduce:  A = (1/N) sum_n abar abar^T,           G = (1/M) sum_n gsum gsum^T,    abar = mean_t a,  gsum = sum_t g
+
+    Here x are the channels at input position s, padding left out. The paper states "sua" with covariances; here x is not centred. Its
+    bias is a block of its own, since the cross terms of taps and bias would make A indefinite. For `nn.Linear`, "sua" is "sud".
+
+    Args:
+        spatial: How the rows of one example are summed: "sud" (spatially uncorrelated derivatives), "sua" (spatially uncorrelated
+            activations; the factor that is kept has the size of the channels only) or "reduce" (neither).
+        batch_dim: Which dimension of a linear layer's inputs of rank 3 and more counts the examples, from the front.
+        chunk_bytes: Bound on temporaries, in bytes. One example is always processed whole.
+
+    Raises:
+        OptionError: An option has a value that cannot work.
+
+    Example:
+        >>> layer = Layer("conv", nn.Conv2d(2, 4, 3, padding="same"), ("weight", "bias"))
+        >>> use = Use(torch.ones(5, 2, 6, 6), torch.ones(5, 4, 6, 6))
+        >>> curvature = ConvKfac(spatial="sua")
+        >>> factors = curvature.factors(layer, curvature.samples(layer, [use], terms=5, first=True))
+        >>> {name: tuple(s.total.shape) for name, s in factors.items()}
+        {'Omega': (2, 2), 'positions': (), 'G': (4, 4)}
+        >>> {name: tuple(m.shape) for name, m in curvature.assemble(layer, {n: s.total / s.count for n, s in factors.items()}).items()}
+        {'A': (19, 19), 'G': (4, 4)}
+
+    References:
+        Grosse & Martens 2016, "A Kronecker-factored approximate Fisher matrix for convolution layers", arXiv:1602.01407.
+        Eschenhagen et al. 2023, "Kronecker-Factored Approximate Curvature for Modern Neural Network Architectures", arXiv:2311.00636.
+    """
+
+    spatial_settings: ClassVar[tuple[str, ...]] = ("sud", "sua", "reduce")
+    covered: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, *CONVOLUTIONS)
+
+    def blank(self, layer: Layer) -> Use:
+        """Zeros; for a convolution as many positions as the padding mode and one patch need."""
+        if not isinstance(layer.module, CONVOLUTIONS):
+            return super().blank(layer)
+        weight, window = layer.tensors()["weight"].detach(), Window.of(cast("nn.Conv2d", layer.module))
+        patch = [dilation * (taps - 1) + 1 for taps, dilation in zip(window.kernel, window.dilation, strict=True)]
+        sizes = [max(size, max(window.pads) + 1) for size in patch]
+        inputs = weight.new_zeros(1, weight.shape[1] * groups_of(layer.module), *sizes)
+        positions = window.patches(inputs).shape[2 : 2 + len(sizes)]
+        return Use(inputs, weight.new_zeros(1, weight.shape[0], *positions))
+
+    def rows(self, layer: Layer, use: Use) -> Rows:
+        """One use as rows: patches, for a convolution."""
+        if not isinstance(layer.module, CONVOLUTIONS):
+            return super().rows(layer, use)
+        window = Window.of(cast("nn.Conv2d", layer.module))
+        batched = use.inputs.ndim == len(window.kernel) + 2
+        inputs, gradient = (use.inputs, use.gradient) if batched else (use.inputs[None], use.gradient[None])
+        return ConvRows(inputs, gradient, use.scale, groups_of(layer.module), window)
+
+    def factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
+        """Sums and counts of A and G; for "sua" of a convolution, of Omega and G, and of T where there is a bias."""
+        if self.spatial != "sua" or not isinstance(layer.module, CONVOLUTIONS):
+            return super().factors(layer, samples)
+        assert isinstance(samples, JoinedSamples)
+        factors = {"Omega": channel_moment(samples)}
+        if layer.bias:
+            factors["positions"] = _positions(samples, factors["Omega"])
+        return {**factors, "G": samples.grad_moment().scaled(1 / max(1, samples.positions))}
+
+    def assemble(self, layer: Layer, factors: Tensors) -> dict[str, Tensor]:
+        """A and G; for "sua", A is put together from Omega and T."""
+        if "Omega" not in factors:
+            return super().assemble(layer, factors)
+        omega = factors["Omega"]
+        taps = math.prod(layer.tensors()["weight"].shape[2:])
+        a = kron(omega, torch.eye(taps, dtype=omega.dtype, device=omega.device))
+        if layer.bias:
+            a = block_diagonal(a, factors["positions"].to(omega.dtype).expand(*omega.shape[:-2], 1, 1))
+        return {"A": a, "G": factors["G"]}
+
+
+def channel_moment(samples: JoinedSamples) -> Statistic:
+    """`sum_n T mean_s x x^T` over the uses of a convolution, `[..., channels, channels]`, counted by examples."""
+    if not samples.first:
+        return Statistic(None, 0.0)
+    return Statistic(summed_grams(_scaled_pixels(samples)), float(samples.examples))
+
+
+def _scaled_pixels(samples: JoinedSamples) -> Iterator[Tensor]:
+    for use in samples.uses:
+        assert isinstance(use, ConvRows)
+        spatial = math.prod(use.inputs.shape[2:])
+        for rows in samples.chunks(spatial * use.channels):
+            yield use.pixels(rows).to(samples.dtype) * math.sqrt(use.positions / max(1, spatial))
+
+
+def _positions(samples: Samples, moment: Statistic) -> Statistic:
+    """T as a statistic with the count of `moment`, so that batches of different resolution average."""
+    if moment.total is None:
+        return Statistic(None, moment.count)
+    return Statistic(moment.total.new_tensor(float(samples.positions * samples.examples)), moment.count)
+
+
+@hookimpl
+def kfactk_curvatures() -> dict[str, type[ConvKfac]]:
+    """K-FAC of convolutions and linear layers."""
+    return {"conv_kfac": ConvKfac}

@@ -1,0 +1,178 @@
+"""K-FAC for linear layers: the Fisher block of a layer as a Kronecker product of an input and an output factor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import ClassVar
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from kfactk import CaptureError, Layer, OptionError, Samples, Statistic, Tensors, Use, hookimpl
+from kfactk.samples import DEFAULT_CHUNK_BYTES, gram
+from kfactk_stages.curvature._coverage import reason_against
+from kfactk_stages.curvature._rows import JoinedSamples, LinearRows, Rows
+
+
+def _spatial(curvature: Kfac, attribute: attrs.Attribute[str], value: str) -> None:
+    if value not in curvature.spatial_settings:
+        known = ", ".join(repr(name) for name in curvature.spatial_settings)
+        raise OptionError(
+            f"spatial={value!r} is not a way {type(curvature).__name__} can treat several rows of one example; use one of {known}"
+        )
+
+
+def _batch_dim(curvature: Kfac, attribute: attrs.Attribute[int], value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise OptionError(f"batch_dim={value!r} is not a dimension counted from the front; give 0 (batch first) or 1 (sequence first)")
+
+
+def _chunk_bytes(curvature: Kfac, attribute: attrs.Attribute[int], value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise OptionError(f"chunk_bytes={value!r} is not a number of bytes; give a positive integer, such as {DEFAULT_CHUNK_BYTES}")
+
+
+@attrs.frozen(kw_only=True)
+class Kfac:
+    """Kronecker-factored curvature of `nn.Linear`, inputs of any rank.
+
+        F_l = E[(a a^T) kron (g g^T)] ~ A kron G
+
+    With N examples, M likelihood terms and T rows an example (tokens, positions, uses of a shared module):
+
+        sud:     A = (1/N) sum_n sum_t a a^T,         G = (1/(M T)) sum_n sum_t g g^T
+        reduce:  A = (1/N) sum_n abar abar^T,         G = (1/M) sum_n gsum gsum^T,      abar = mean_t a,  gsum = sum_t g
+
+    Both are the same, and for one example exact, when T = 1. An input `[d]` is one example, `[N, d]` has T = 1, `[N, *, d]` has as many
+    rows as `*` has elements.
+
+    Args:
+        spatial: How the rows of one example are summed: "sud" (uncorrelated derivatives, also known as expand) or "reduce".
+        batch_dim: Which dimension of inputs of rank 3 and more counts the examples, from the front: 1 for sequence-first models.
+        chunk_bytes: Bound on temporaries, in bytes. One example is always processed whole.
+
+    Raises:
+        OptionError: An option has a value that cannot work.
+
+    Example:
+        >>> import torch
+        >>> layer = Layer("fc", nn.Linear(3, 2), ("weight", "bias"))
+        >>> use = Use(torch.ones(5, 3), torch.ones(5, 2))
+        >>> curvature = Kfac()
+        >>> samples = curvature.samples(layer, [use], terms=5, first=True)
+        >>> {name: tuple(s.total.shape) for name, s in curvature.factors(layer, samples).items()}
+        {'A': (4, 4), 'G': (2, 2)}
+
+    References:
+        Martens & Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", arXiv:1503.05671.
+        Eschenhagen et al. 2023, "Kronecker-Factored Approximate Curvature for Modern Neural Network Architectures", arXiv:2311.00636.
+    """
+
+    provides: ClassVar[frozenset[str]] = frozenset({"A", "G"})
+    spatial_settings: ClassVar[tuple[str, ...]] = ("sud", "reduce")
+    covered: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
+
+    spatial: str = attrs.field(default="sud", validator=_spatial)
+    batch_dim: int = attrs.field(default=0, validator=_batch_dim)
+    chunk_bytes: int = attrs.field(default=DEFAULT_CHUNK_BYTES, validator=_chunk_bytes)
+
+    def unsupported(self, module: nn.Module) -> str | None:
+        """Why this module cannot be preconditioned exactly; `None` when it can."""
+        return reason_against(module, self.covered)
+
+    def matrix(self, layer: Layer, tensors: Tensors) -> Tensor:
+        """Join weight and bias into `[d_out, d_in]`, or `[groups, d_out/g, d_in]` for a grouped layer, bias last."""
+        groups = groups_of(layer.module)
+        weight = tensors["weight"]
+        matrix = weight.reshape(groups, weight.shape[0] // groups, -1)
+        if layer.bias:
+            matrix = torch.cat([matrix, tensors["bias"].reshape(groups, -1, 1)], -1)
+        return matrix.squeeze(0) if groups == 1 else matrix
+
+    def tensors(self, layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
+        """Inverse of `matrix`."""
+        shapes = {name: parameter.shape for name, parameter in layer.tensors().items()}
+        if not layer.bias:
+            return {"weight": matrix.reshape(shapes["weight"])}
+        return {"weight": matrix[..., :-1].reshape(shapes["weight"]), "bias": matrix[..., -1].reshape(shapes["bias"])}
+
+    def blank(self, layer: Layer) -> Use:
+        """One row of zeros."""
+        weight = layer.tensors()["weight"]
+        d_out, d_in = weight.shape[:2]
+        return Use(weight.new_zeros(1, d_in), weight.new_zeros(1, d_out))
+
+    def samples(self, layer: Layer, uses: Sequence[Use], *, terms: Tensor | float, first: bool) -> Samples:
+        """View the uses as samples, `[N, T, d]`; several uses concatenate along T.
+
+        Raises:
+            CaptureError: The uses do not have the same number of examples, or an input has no dimension `batch_dim` to spare.
+        """
+        rows = [self.rows(layer, use) for use in uses]
+        sizes = sorted({row.examples for row in rows})
+        if len(sizes) > 1:
+            raise CaptureError(
+                f"layer '{layer.name}' was used several times in one forward with different numbers of examples {sizes}, so "
+                "it cannot be told which rows belong to one example; "
+                "call it with the examples in the same dimension each time, or leave it out of `params`"
+            )
+        return JoinedSamples(rows, bias=layer.bias, terms=terms, first=first, chunk_bytes=self.chunk_bytes)
+
+    def rows(self, layer: Layer, use: Use) -> Rows:
+        """One use as rows."""
+        return LinearRows(self._batched(layer, use.inputs), self._batched(layer, use.gradient), use.scale)
+
+    def _batched(self, layer: Layer, tensor: Tensor) -> Tensor:
+        """`[N, *, d]`, at least one dimension between examples and features."""
+        if tensor.ndim < 3:
+            return tensor.reshape(-1, 1, tensor.shape[-1])
+        if self.batch_dim >= tensor.ndim - 1:
+            raise CaptureError(
+                f"batch_dim={self.batch_dim} points at the features of layer '{layer.name}', whose input has shape {tuple(tensor.shape)}; "
+                "give the curvature a batch_dim that counts its examples"
+            )
+        return tensor.movedim(self.batch_dim, 0)
+
+    def factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
+        """Sums and counts of A and G."""
+        if self.spatial == "reduce":
+            return {"A": reduced_input_moment(samples), "G": reduced_grad_moment(samples)}
+        return {"A": samples.input_moment(), "G": samples.grad_moment().scaled(1 / max(1, samples.positions))}
+
+    def assemble(self, layer: Layer, factors: Tensors) -> dict[str, Tensor]:
+        """The averaged factors are the matrices."""
+        return {"A": factors["A"], "G": factors["G"]}
+
+
+def groups_of(module: nn.Module) -> int:
+    """Number of groups of a convolution, 1 for other layers."""
+    return int(getattr(module, "groups", 1))
+
+
+def reduced_input_moment(samples: Samples) -> Statistic:
+    """`sum_n abar abar^T` with `abar = mean_t a`, `[..., d_in, d_in]`, counted by examples."""
+    if not samples.first:
+        return Statistic(None, 0.0)
+    means = (samples.inputs(rows).mean(-2, keepdim=True) for rows in samples.chunks(samples.positions * samples.d_in))
+    return Statistic(summed_grams(means), float(samples.examples))
+
+
+def reduced_grad_moment(samples: Samples) -> Statistic:
+    """`sum_n gsum gsum^T` with `gsum = sum_t g`, `[..., d_out, d_out]`, counted by likelihood terms."""
+    sums = (samples.gradients(rows).sum(-2, keepdim=True) for rows in samples.chunks(samples.positions * samples.d_out))
+    return Statistic(summed_grams(sums), samples.terms)
+
+
+def summed_grams(parts: Iterable[Tensor]) -> Tensor | None:
+    """`sum r r^T` over the rows of all parts, `[..., n, T, d]` each; `None` where there are none."""
+    total: Tensor | None = None
+    for part in parts:
+        total = gram(part) if total is None else total.add_(gram(part))
+    return total
+
+
+@hookimpl
+def kfactk_curvatures() -> dict[str, type[Kfac]]:
+    """K-FAC of linear layers."""
+    return {"kfac": Kfac}

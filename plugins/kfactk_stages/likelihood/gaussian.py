@@ -1,0 +1,76 @@
+"""Regression with noise of a known size."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import attrs
+import torch
+from torch import Tensor
+
+from kfactk import hookimpl
+from kfactk_stages.likelihood.layout import Layout, number, spread_event
+
+
+@attrs.frozen(kw_only=True)
+class Gaussian(Layout):
+    """A vector of C real numbers for each term, the output being its mean: the likelihood of squared errors.
+
+        R(y | f) = N(y; f, v I),    -log R = |y - f|^2 / (2 v) + (C / 2) log(2 pi v),    Fisher of the output = I / v
+
+    What damping means: `F.mse_loss` with its mean over N terms of C numbers is `2 v / C` times the mean of -log R, up to a constant, so its
+    Gauss-Newton matrix is `2 v / C` times F. With `variance = C / 2` the two are equal, and damping has the units of that
+    loss' curvature; with `variance = 1` damping tau acts as `2 tau / C` would there, and steps are `2 / C` times as long.
+
+    Args:
+        variance: v, the variance of the noise, in squared units of the output; one number for all. Positive.
+        class_axis: Dimension of the C numbers for outputs of more than two dimensions: 1 for images, -1 for sequences. An output `[N]`
+            is one number an example.
+        targets: Name of the forward's argument (or keyword of `Optimizer.observe`) with the labels, the terms' shape or the
+            output's: NaN marks missing terms, which get weight 0.
+        weights: Name of the one with sample weights or a padding mask, `[N]` or the terms' shape.
+
+    Raises:
+        OptionError: An option is not of its kind.
+        CaptureError: The output cannot be the mean of a Gaussian.
+
+    Example:
+        >>> likelihood = Gaussian(variance=0.25)
+        >>> view = likelihood.view(torch.zeros(4, 2, requires_grad=True))
+        >>> [column[0].tolist() for column in likelihood.root(view)]
+        [[[2.0, 0.0]], [[0.0, 2.0]]]
+
+    References:
+        Martens 2020, "New insights and perspectives on the natural gradient method", arXiv:1412.1193.
+    """
+
+    variance: float = attrs.field(
+        default=1.0, validator=number(lambda value: 0 < value < math.inf, "a positive, finite number (the variance of the noise)")
+    )
+
+    def sample(self, view: Tensor, generator: torch.Generator) -> Tensor:
+        """Vectors `[N, S, C]`: the output plus noise."""
+        noise = torch.empty_like(view, requires_grad=False).normal_(generator=generator)
+        return view.detach() + math.sqrt(self.variance) * noise
+
+    def nll(self, view: Tensor, targets: Tensor) -> Tensor:
+        """Negative log-density of targets `[N, S, C]`, `[N, S]`."""
+        constant = 0.5 * view.shape[-1] * math.log(2 * math.pi * self.variance)
+        return (targets.to(view.dtype) - view).square().sum(-1) / (2 * self.variance) + constant
+
+    def root(self, view: Tensor) -> Iterator[Tensor]:
+        """C columns `e_c / sqrt(v)`, `[N, S, C]`."""
+        for c in range(view.shape[-1]):
+            column = torch.zeros_like(view, requires_grad=False)
+            column[..., c] = 1 / math.sqrt(self.variance)
+            yield column
+
+    def _present(self, labels: Tensor, view: Tensor) -> Tensor:
+        return ~spread_event(labels.isnan(), view, self.class_axis, str(self.targets))
+
+
+@hookimpl
+def kfactk_likelihoods() -> dict[str, type[Gaussian]]:
+    """The likelihood of squared errors."""
+    return {"gaussian": Gaussian}
