@@ -34,3 +34,4 @@ from kfactk.stages import (
     Tracker as Tracker,
     Update as Update,
 )
+from kfactk.torch_optimizer import TorchOptimizer as TorchOptimizer

@@ -2,14 +2,13 @@
 
 Nothing is attached to a layer between forwards. On a forward for which `due` names layers, hooks are put on them before it and taken off
 after it; each call of a layer leaves its input and the autograd edge of its output. Gradients are then read at these edges, streamed
-layer by layer, either in a backward pass of our own (`Forward.run`) or in the user's (`Forward.listen`).
+layer by layer, either in a backward pass of our own (`Forward.run`) or in the user's (`Forward.listen`). Code that torch.compile has
+made ignores hooks put on later, so forwards that are expected to be due run eagerly.
 """
 
 from __future__ import annotations
 
-import contextlib
 import inspect
-import sys
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
@@ -19,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from kfactk.errors import CaptureError
+from kfactk.ambient import EAGERNESS, full_precision, opaque, saved_as_is, uncounted
+from kfactk.errors import CaptureError, CombinationError, OptionError
 from kfactk.samples import Use
 from kfactk.stages import Layer
 
@@ -84,7 +84,7 @@ class Forward:
         handles = [arrivals.watch(record, edge) for record, edge in self.calls if edge.node not in ends]
         try:
             with torch.autocast(start.device.type, enabled=False):
-                gradients = torch.autograd.grad(loss * self.scale, [edge for _, edge in last], retain_graph=True, allow_unused=True)
+                gradients = _grad(loss * self.scale, [edge for _, edge in last])
             with torch.no_grad():
                 for (record, _), gradient in zip(last, gradients, strict=True):
                     if gradient is not None:
@@ -119,7 +119,7 @@ class _Arrivals:
         def prehook(gradients: tuple[Tensor | None, ...]) -> None:
             gradient = gradients[number]
             if gradient is not None:
-                with torch.no_grad():
+                with torch.no_grad(), full_precision([gradient.device.type]):
                     self.arrived(record, gradient)
 
         return edge.node.register_prehook(prehook)
@@ -163,6 +163,22 @@ def _leafmost(start: Tensor, followed: set[Node]) -> set[Node]:
     return ends
 
 
+def _grad(loss: Tensor, edges: list[GradientEdge]) -> tuple[Tensor | None, ...]:
+    try:
+        return torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
+    except RuntimeError as error:
+        if "through the graph a second time" in str(error):
+            raise CaptureError(
+                "the forward's graph is gone, because its backward ran already: call optimizer.observe() between forward and backward."
+            ) from error
+        if "use_reentrant=True" not in str(error):
+            raise
+        raise CaptureError(
+            "the model uses reentrant activation checkpointing, which cannot give gradients of layers: call "
+            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+        ) from error
+
+
 class Capture:
     """Hooks on the root of one model.
 
@@ -181,18 +197,31 @@ class Capture:
         self._calls: list[tuple[Record, GradientEdge]] = []
         self._layer_handles: list[torch.utils.hooks.RemovableHandle] = []
         self._depth = 0
-        self._exits = contextlib.ExitStack()
+        self._token = object()
         before, after = RootHook(self, "before"), RootHook(self, "after")
         self._handles = [
             root.register_forward_pre_hook(before, with_kwargs=True),
             root.register_forward_hook(after, with_kwargs=True, always_call=True),
         ]
-        self._finalizer = weakref.finalize(self, _remove, self._handles, self._layer_handles)
+        self._finalizer = weakref.finalize(self, _let_go, self._token, self._handles, self._layer_handles)
         self._finalizer.atexit = False
 
     def close(self) -> None:
         """Take every hook away; may be called twice."""
         self._finalizer()
+
+    def expect(self, due: bool) -> None:
+        """Between forwards: whether the next one is due. What is compiled runs eagerly from then on until it is told otherwise."""
+        if due and self._finalizer.alive:
+            EAGERNESS.hold(self._token)
+        else:
+            EAGERNESS.release(self._token)
+
+    def reset(self) -> None:
+        """Between forwards: clean up after one that was interrupted (Ctrl-C runs no hook)."""
+        self._depth = 0
+        self._calls = []
+        _remove(self._layer_handles)
 
     def before(self) -> None:
         """Root pre-hook: attach to the layers that are due."""
@@ -204,8 +233,6 @@ class Capture:
             return
         self._depth = 1
         self._calls = []
-        if "torch._dynamo" in sys.modules:  # something may be compiled, and compiled code ignores hooks put on later
-            self._exits.enter_context(torch.compiler.set_stance("force_eager"))
         for layer in layers:
             hook = LayerHook(self._calls, layer)
             self._layer_handles.append(layer.module.register_forward_hook(hook, with_kwargs=True, prepend=True))
@@ -218,14 +245,13 @@ class Capture:
         if self._depth:
             return
         _remove(self._layer_handles)
-        self._exits.close()
         calls, self._calls = self._calls, []
         if output is not None:
-            self._completed(Forward(output, _named(module, args, kwargs), calls))
+            with saved_as_is():
+                self._completed(Forward(output, _named(module, args, kwargs), calls))
 
     def _counts(self) -> bool:
-        transformed = torch._C._functorch.peek_interpreter_stack() is not None
-        return torch.is_grad_enabled() and (self.root.training or self._evaluation) and not transformed
+        return torch.is_grad_enabled() and (self.root.training or self._evaluation) and not uncounted()
 
 
 class RootHook:
@@ -235,7 +261,7 @@ class RootHook:
         self._capture = None if capture is None else weakref.ref(capture)
         self._when = when
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
+    def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
         """Run as a forward pre-hook or a forward hook."""
         capture = None if self._capture is None else self._capture()
         if capture is None or capture.root is not module:
@@ -244,6 +270,8 @@ class RootHook:
             capture.before()
         else:
             capture.after(module, args, kwargs, output)
+
+    __call__ = opaque(_run, "kfactk's hooks on the model break the graph: bind the compiled model, or compile without fullgraph=True")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RootHook:
         return RootHook(None, self._when)
@@ -306,9 +334,42 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return named
 
 
+def _let_go(token: object, *handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+    EAGERNESS.release(token)
+    _remove(*handles)
+
+
 def _remove(*handles: Iterable[torch.utils.hooks.RemovableHandle]) -> None:
     for group in handles:
         for handle in group:
             handle.remove()
         if isinstance(group, list):
             group.clear()
+
+
+def followable(model: nn.Module) -> nn.Module:
+    """The module whose forwards can be followed: the model, or what DistributedDataParallel wraps.
+
+    Raises:
+        CombinationError: Its layers cannot be seen by hooks.
+        OptionError: It is no module.
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"bind() wants the model, a torch.nn.Module, and was given {type(model).__name__}; parameters go to params=.")
+    if isinstance(model, nn.DataParallel):
+        raise CombinationError("nn.DataParallel copies the model at each forward, so no hook sees its layers; use DistributedDataParallel.")
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CombinationError("a scripted or traced model has no hooks on its layers; bind the nn.Module it was made from.")
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    assert isinstance(inner, nn.Module)
+    return inner
+
+
+def weakly(owner: weakref.ref[Any], method: str) -> Callable[..., Any]:
+    """A call of the owner's method that does not keep it alive, and does nothing once it is gone."""
+
+    def call(*args: Any) -> Any:
+        alive = owner()
+        return None if alive is None else getattr(alive, method)(*args)
+
+    return call

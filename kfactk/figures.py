@@ -7,7 +7,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import attrs
 import torch
@@ -16,10 +16,6 @@ from torch import Tensor
 from kfactk.errors import KfactkWarning
 from kfactk.stages import Pair, Tracker
 
-if TYPE_CHECKING:
-    from kfactk.optimizer import Optimizer
-    from kfactk.recipe import Recipe
-
 
 class Recorder:
     """Gathers one step's figures and hands them to the recipe's tracker.
@@ -27,31 +23,40 @@ class Recorder:
     A tracker that raises costs a warning, said once, never the training run.
 
     Args:
-        recipe: Whose tracker; with none, everything here does nothing.
+        tracker: The recipe's; with none, everything here does nothing.
+        summary: Gives the recipe as text-safe mappings.
     """
 
-    def __init__(self, recipe: Recipe) -> None:
-        self._tracker = _fresh(recipe.tracker)
+    def __init__(self, tracker: Tracker | None, summary: Callable[[], Mapping[str, Any]]) -> None:
+        self._tracker = _fresh(tracker)
         self._figures: dict[str, Tensor | float] = {}
         self._seconds: dict[str, float] = {}
+        self._inside: list[float] = []
         self._warned: list[str] = []
         self._finalizer: weakref.finalize[Any, Recorder] | None = None
         if self._tracker is not None:
-            tracker, warned = self._tracker, self._warned
-            _surviving(warned, lambda: tracker.start(recipe.summary()))
-            self._finalizer = weakref.finalize(self, _surviving, warned, tracker.close)
+            fresh, warned = self._tracker, self._warned
+            _surviving(warned, lambda: fresh.start(summary()))
+            self._finalizer = weakref.finalize(self, _surviving, warned, fresh.close)
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Add the wall-clock seconds of the block to those of `stage` in this step."""
+        """Add the wall-clock seconds of the block to those of `stage` in this step, those of blocks inside it left out.
+
+        On a device that works asynchronously these are the seconds until the work was queued.
+        """
         if self._tracker is None:
             yield
             return
         start = time.perf_counter()
+        self._inside.append(0.0)
         try:
             yield
         finally:
-            self._seconds[stage] = self._seconds.get(stage, 0.0) + time.perf_counter() - start
+            whole = time.perf_counter() - start
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + whole - self._inside.pop()
+            if self._inside:
+                self._inside[-1] += whole
 
     def add(self, figures: Mapping[str, Tensor | float]) -> None:
         """Take figures from outside (loss, accuracy)."""
@@ -69,29 +74,22 @@ class Recorder:
             self._figures["gradient_norm"] = _norm([pair.gradient for pair in pairs])
             self._figures["preconditioned_norm"] = _norm([pair.preconditioned for pair in pairs])
 
-    def finish(self, optimizer: Optimizer) -> dict[str, Any]:
-        """End a step: record it if it is due, and return the figures."""
-        step = optimizer.steps - 1
-        if not self.due(step):
-            if self._tracker is not None:
-                self._seconds.clear()
-                self._figures.clear()
-            return {}
-        group = optimizer.param_groups[0]
-        figures: dict[str, Tensor | float] = dict(self._figures)
-        figures |= {"lr": float(group["lr"]), "damping": float(group["damping"])}
-        figures |= {name: float(value) for name, value in optimizer.counters.items()}
-        figures |= {f"seconds/{name}": value for name, value in self._seconds.items()}
-        conditions = [view.condition() for view in optimizer.layers.values()]
-        known = [value.detach().double().cpu() for value in conditions if value is not None]
-        if known:
-            stacked = torch.stack(known)
-            figures |= {"condition_max": stacked.max(), "condition_median": stacked.median()}
+    def finish(self, step: int, more: Callable[[], Mapping[str, Tensor | float]]) -> dict[str, Any]:
+        """End a step: record it if it is due, and return the figures.
+
+        Args:
+            step: Index of the step just taken.
+            more: Gives figures that are worked out for recorded steps only.
+        """
+        figures: dict[str, Tensor | float] = {}
+        if self.due(step):
+            seconds = {f"seconds/{name}": value for name, value in self._seconds.items()}
+            figures = {**self._figures, **more(), **seconds}
+            tracker = self._tracker
+            assert tracker is not None
+            _surviving(self._warned, lambda: tracker.record(step, figures))
         self._seconds.clear()
         self._figures.clear()
-        tracker = self._tracker
-        assert tracker is not None
-        _surviving(self._warned, lambda: tracker.record(step, figures))
         return dict(figures)
 
     def close(self) -> None:

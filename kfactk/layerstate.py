@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import attrs
 import torch
@@ -14,6 +15,9 @@ from kfactk.samples import Samples, Statistic
 
 PREFIX = "kfactk."
 """First part of every key that the curvature has in `Optimizer.state`."""
+STEP = f"{PREFIX}step"
+"""Key of the number of steps taken, which every parameter's entry has."""
+Groups = Sequence[Mapping[str, Any]]
 
 
 @attrs.define(eq=False)
@@ -102,6 +106,53 @@ class LayerState:
             else:
                 raise StateError(f"the saved state has a key {key!r} that this version does not know; was it written by a newer kfactk?")
         return state
+
+
+def split_entries(state_dict: Mapping[str, Any], groups: Groups) -> tuple[dict[int, dict[str, Tensor]], dict[int, dict[str, Any]], int]:
+    """Divide a saved optimizer state.
+
+    Args:
+        state_dict: As `torch.optim.Optimizer.state_dict` gives it.
+        groups: The parameter groups it is to be loaded into.
+
+    Returns:
+        The curvature's entries by parameter id, the update rule's by parameter number, and the number of steps taken.
+    """
+    numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    ours, theirs, step = {}, {}, 0
+    for number, parameter in zip(numbers, parameters, strict=False):  # torch refuses groups of other sizes
+        entry = state_dict["state"].get(number, {})
+        step = int(entry.get(STEP, step))
+        if flat := {key: value for key, value in entry.items() if key.startswith(PREFIX) and key != STEP}:
+            ours[id(parameter)] = flat
+        if rest := {key: value for key, value in entry.items() if not key.startswith(PREFIX)}:
+            theirs[number] = rest
+    return ours, theirs, step
+
+
+def completed_groups(saved: Groups, current: Groups, known: Mapping[str, Any], rule: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Saved parameter groups, with the current values of what a bare update rule's, or an older torch's, do not have.
+
+    Args:
+        saved: From the state to be loaded.
+        current: The groups it is loaded into.
+        known: All hyperparameters there are.
+        rule: Those of the update rule. Numbers among them have always been there, so that groups without them are another rule's.
+
+    Raises:
+        StateError: The groups are another update rule's.
+    """
+    numbers = [name for name, value in rule.items() if isinstance(value, (int, float, tuple)) and not isinstance(value, bool)]
+    for group in saved:
+        if lacking := sorted(name for name in numbers if name not in group):
+            raise StateError(
+                f"the saved state is another update rule's: its parameter groups have no {', '.join(lacking)}. Bind the recipe it was "
+                "saved with."
+            )
+    if len(saved) != len(current):  # torch says so
+        return [dict(group) for group in saved]
+    return [{**{name: own[name] for name in known if name in own}, **group} for own, group in zip(current, saved, strict=True)]
 
 
 def _values(means: Mapping[str, RunningMean]) -> dict[str, Tensor]:

@@ -10,22 +10,20 @@ from typing import TYPE_CHECKING, Any, NoReturn, overload
 import torch
 from torch import Tensor, nn
 
-from kfactk.capture import Capture, Forward, model_output
+from kfactk.ambient import full_precision
+from kfactk.capture import Capture, Forward, followable, model_output, weakly
 from kfactk.coverage import Coverage
-from kfactk.errors import CaptureError, CombinationError, KfactkError, OptionError
+from kfactk.errors import CaptureError, CombinationError, KfactkError
 from kfactk.figures import Recorder
+from kfactk.layerstate import STEP, completed_groups, split_entries
 from kfactk.observation import Observer
-from kfactk.layerstate import PREFIX
 from kfactk.preconditioner import Preconditioner
-from kfactk.registry import registry
-from kfactk.schedule import due_at, number_at
+from kfactk.schedule import Due, due_at, number_at
 from kfactk.stages import Layer, Pair
 from kfactk.views import LayerView, by_layer
 
 if TYPE_CHECKING:
     from kfactk.recipe import Recipe
-
-STEP = f"{PREFIX}step"
 
 Params = Iterable[nn.Parameter] | Iterable[dict[str, Any]] | Iterable[tuple[str, nn.Parameter]]
 
@@ -41,6 +39,7 @@ class Optimizer(torch.optim.Optimizer):
         model: The module whose forwards are observed. `DistributedDataParallel` is seen through.
         params: Parameters or groups to train, as for any torch optimizer; `None` for all of the model's.
         scaler: The `torch.amp.GradScaler` of the loop; needed only where the recipe listens to the user's own backward (`empirical`).
+        stepped: Called at the end of each step with `optimizer`, `step` and `figures`, as the hook `kfactk_stepped` is.
 
     Raises:
         CombinationError: The model cannot be followed, or (with `strict`) a trained parameter has no block.
@@ -56,10 +55,19 @@ class Optimizer(torch.optim.Optimizer):
         ['A', 'G']
     """
 
-    def __init__(self, recipe: Recipe, model: nn.Module, params: Params | None = None, *, scaler: Any = None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        model: nn.Module,
+        params: Params | None = None,
+        *,
+        scaler: Any = None,
+        stepped: Callable[..., Any] | None = None,
+    ) -> None:
         self.recipe = recipe
+        self._stepped = stepped
         self._ready = False
-        self._model = _followable(model)
+        self._model = followable(model)
         self._step = torch.zeros((), dtype=torch.int64)
         self._own_damping: list[bool] = []
         self._groups: dict[int, dict[str, Any]] = {}
@@ -69,12 +77,14 @@ class Optimizer(torch.optim.Optimizer):
         self._inner.param_groups = self.param_groups
         self.defaults = {**self._inner.defaults, **self.defaults}
         self._index()
+        self._recorder = Recorder(recipe.tracker if recipe.placement.rank == 0 else None, recipe.summary)
         self._preconditioner = Preconditioner(
             self._model,
             recipe.curvature,
             recipe.basis,
             recipe.placement,
             factor_decay=recipe.factor_decay,
+            timed=self._recorder.timed,
             trained=lambda parameter, groups=self._groups: id(parameter) in groups,  # type: ignore[misc]
         )
         self._observer = Observer(
@@ -87,9 +97,8 @@ class Optimizer(torch.optim.Optimizer):
         )
         self._micro_batch = 0
         self._pending: Forward | None = None
-        self._recorder = Recorder(recipe)
         me = weakref.ref(self)
-        self._capture = Capture(self._model, _weakly(me, "_follow"), _weakly(me, "_forwarded"), evaluation=recipe.observe == "manual")
+        self._capture = Capture(self._model, weakly(me, "_follow"), weakly(me, "_forwarded"), evaluation=recipe.observe == "manual")
         if recipe.strict and self.coverage().plain:
             self.close()
             raise CombinationError(
@@ -97,7 +106,7 @@ class Optimizer(torch.optim.Optimizer):
                 "reasons; leave these out of params, choose a curvature that supports them, or drop strict."
             )
         self._ready = True
-        registry().hook.kfactk_bound(optimizer=self)
+        self._expect()
 
     # ------------------------------------------------------------------------------------------------------------ reading
 
@@ -166,10 +175,15 @@ class Optimizer(torch.optim.Optimizer):
         """Hand training figures (loss, accuracy, ...) to the tracker with those of the next recorded step."""
         self._recorder.add(figures)
 
+    def _due(self) -> Due:
+        return due_at(self.steps, self.recipe.factor_every, self.recipe.scale_every, self.recipe.basis_every)
+
     def _follow(self) -> list[Layer] | None:
-        step = self.steps
-        periods = self.recipe.factor_every, self.recipe.scale_every, self.recipe.basis_every
-        return self._preconditioner.plan(lambda: due_at(step, *periods)).follow()
+        return self._preconditioner.plan(self._due).follow()
+
+    def _expect(self) -> None:
+        """Between steps: prepare for the next one's forwards."""
+        self._capture.expect(self._preconditioner.foresee(self._due()).follow() is not None)
 
     def _forwarded(self, forward: Forward) -> None:
         if self.recipe.observe == "manual":
@@ -181,6 +195,16 @@ class Optimizer(torch.optim.Optimizer):
         with self._recorder.timed("fisher"):
             self._observer.observe(forward, batch, step=self.steps, micro_batch=self._micro_batch)
         self._micro_batch += 1
+
+    def _figures(self) -> dict[str, Tensor | float]:
+        """What a tracker is told of this optimizer, besides norms, clip factor and seconds."""
+        figures: dict[str, Tensor | float] = {name: float(self.param_groups[0][name]) for name in ("lr", "damping")}
+        figures |= {name: float(value) for name, value in self.counters.items()}
+        known = [value.detach().double().cpu() for view in self.layers.values() if (value := view.condition()) is not None]
+        if known:
+            stacked = torch.stack(known)
+            figures |= {"condition_max": stacked.max(), "condition_median": stacked.median()}
+        return figures
 
     # ----------------------------------------------------------------------------------------------------------- stepping
 
@@ -198,31 +222,40 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             CaptureError: Curvature is due, and a layer with a gradient gave no sample; nothing has been changed.
         """
+        self._capture.reset()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            self.record(loss=loss)
+            if loss is not None:
+                self.record(loss=loss)
+        with full_precision(parameter.device.type for group in self.param_groups for parameter in group["params"]):
+            self._step_once()
+        return loss
+
+    def _step_once(self) -> None:
         self._set_damping()
-        self._follow()
+        self._capture.expect(self._follow() is not None)
         layers = [layer for layer in self._preconditioner.layers() if layer.module.weight.grad is not None]
         gradients = {layer.name: self._gradient(layer) for layer in layers}
         allocating = self._preconditioner.check(gradients) and all(float(group["lr"]) == 0 for group in self.param_groups)
         if allocating:
             self._preconditioner.allocate(layers, self._damping)
         else:
-            with self._recorder.timed("refresh"):
-                self._preconditioner.refresh(self._damping)
-                self._preconditioner.measure_gradients(gradients, self.recipe.reduction)
+            self._preconditioner.refresh(self._damping)
+            self._preconditioner.measure_gradients(gradients, self.recipe.reduction)
+        if self.recipe.weight_decay_at == "gradient":
+            gradients = {layer.name: self._gradient(layer, decayed=True) for layer in layers}
         self._apply(layers, gradients)
         self._preconditioner.finish()
         self._pending, self._micro_batch = None, 0
         self._show_state()
         if not allocating:
             self._step += 1
-            figures = self._recorder.finish(self)
-            registry().hook.kfactk_stepped(optimizer=self, step=self.steps - 1, figures=figures)
-        return loss
+            figures = self._recorder.finish(self.steps - 1, self._figures)
+            if self._stepped is not None:
+                self._stepped(optimizer=self, step=self.steps - 1, figures=figures)
+        self._expect()
 
     def _apply(self, layers: Sequence[Layer], gradients: Mapping[str, Tensor]) -> None:
         """Precondition, clip, and let the update rule step on what came out, in place of the gradients."""
@@ -239,7 +272,8 @@ class Optimizer(torch.optim.Optimizer):
                         pairs.append(Pair(plain[name], preconditioned[name], float(self._groups[id(parameter)]["lr"])))
         with self._recorder.timed("clip"):
             clipped, factor = self.recipe.clip.clip(pairs, _dot)
-        self._recorder.see(pairs, factor)
+        if self._recorder.due(self.steps):
+            self._recorder.see(pairs, factor)
         self._take_step([(parameter, new) for parameter, new in zip(slots, clipped, strict=True)])
 
     def _take_step(self, replaced: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
@@ -264,13 +298,13 @@ class Optimizer(torch.optim.Optimizer):
             for group, decay in zip(self.param_groups, decays, strict=True):
                 group["weight_decay"] = decay
 
-    def _gradient(self, layer: Layer) -> Tensor:
-        """One layer's gradient as its matrix, with weight decay added where the recipe wants it there."""
+    def _gradient(self, layer: Layer, *, decayed: bool = False) -> Tensor:
+        """One layer's gradient as its matrix, with weight decay added if wanted."""
         gradients: dict[str, Tensor | None] = {}
         for name, parameter in layer.tensors().items():
             gradients[name] = parameter.grad
             decay = float(self._groups[id(parameter)]["weight_decay"])
-            if parameter.grad is not None and decay and self.recipe.weight_decay_at == "gradient":
+            if parameter.grad is not None and decay and decayed:
                 gradients[name] = parameter.grad.add(parameter, alpha=decay)
         return self._preconditioner.joined(layer, gradients)
 
@@ -289,8 +323,9 @@ class Optimizer(torch.optim.Optimizer):
         """Add a group, with its own `lr`, `damping`, `weight_decay` or update-rule options if it has them."""
         if "damping" in param_group:
             number_at("damping of a parameter group", param_group["damping"], 0)
-        self._own_damping.append("damping" in param_group)
+        own = "damping" in param_group
         super().add_param_group(param_group)
+        self._own_damping.append(own)
         if self._ready:
             self._index()
 
@@ -318,31 +353,27 @@ class Optimizer(torch.optim.Optimizer):
         """Take over a saved state; that of the bare update rule (say, a plain Adam run) is welcome too.
 
         Raises:
-            StateError: The curvature in it does not fit this model and recipe; nothing has been changed.
+            StateError: Its curvature or its update rule is not this model's and recipe's; nothing has been changed.
             ValueError: The parameter groups do not fit (torch's own check).
         """
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        entries = state_dict["state"]
-        ours, theirs, step = {}, {}, None
-        for number, parameter in zip(numbers, parameters, strict=False):
-            entry = entries.get(number, {})
-            step = entry.get(STEP, step)
-            flat = {key: value for key, value in entry.items() if key.startswith(PREFIX) and key != STEP}
-            if flat:
-                ours[id(parameter)] = flat
-            if rest := {key: value for key, value in entry.items() if not key.startswith(PREFIX)}:
-                theirs[number] = rest
+        ours, theirs, step = split_entries(state_dict, self.param_groups)
+        groups = completed_groups(state_dict["param_groups"], self.param_groups, self.defaults, self._inner.defaults)
         states = self._preconditioner.loaded(ours)
-        super().load_state_dict({**state_dict, "state": theirs})
+        super().load_state_dict({**state_dict, "state": theirs, "param_groups": groups})
         self._inner.__setstate__({"state": defaultdict(dict, self.state), "param_groups": self.param_groups})
         self.state = defaultdict(dict)
-        self._step = torch.tensor(0 if step is None else int(step), dtype=torch.int64)
+        self._step = torch.tensor(step, dtype=torch.int64)
         self._preconditioner.adopt(states)
         self._index()
         self._pending, self._micro_batch = None, 0
-        if entries:
+        if state_dict["state"]:
             self._show_state()
+        self._expect()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, as for any torch optimizer."""
+        self._capture.reset()
+        super().zero_grad(set_to_none)
 
     def close(self) -> None:
         """Take all hooks off the model and close the tracker; may be called twice."""
@@ -359,25 +390,3 @@ class Optimizer(torch.optim.Optimizer):
 def _dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     device = xs[0].device
     return torch.stack([(x * y).sum().to(device) for x, y in zip(xs, ys, strict=True)])
-
-
-def _weakly(owner: weakref.ref[Optimizer], method: str) -> Callable[..., Any]:
-    """A call of the owner's method that does not keep it alive, and does nothing once it is gone."""
-
-    def call(*args: Any) -> Any:
-        alive = owner()
-        return None if alive is None else getattr(alive, method)(*args)
-
-    return call
-
-
-def _followable(model: nn.Module) -> nn.Module:
-    if not isinstance(model, nn.Module):
-        raise OptionError(f"bind() wants the model, a torch.nn.Module, and was given {type(model).__name__}; parameters go to params=.")
-    if isinstance(model, nn.DataParallel):
-        raise CombinationError("nn.DataParallel copies the model at each forward, so no hook sees its layers; use DistributedDataParallel.")
-    if isinstance(model, torch.jit.ScriptModule):
-        raise CombinationError("a scripted or traced model has no hooks on its layers; bind the nn.Module it was made from.")
-    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    assert isinstance(inner, nn.Module)
-    return inner

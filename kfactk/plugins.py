@@ -243,8 +243,11 @@ def _normal(distribution: str | None) -> str:
 
 
 def _hook_hint(name: str) -> str:
+    """Near names, compared without the prefix that all hooks share, and all names."""
     hooks = [hook for hook in vars(hookspecs) if hook.startswith(PREFIX)]
-    return near_names(name, hooks).rstrip("?") + f"; the hooks are {', '.join(hooks)}"
+    near = near_names(name.removeprefix(PREFIX), [hook.removeprefix(PREFIX) for hook in hooks]).rstrip("?")
+    near = near.replace(" '", f" '{PREFIX}")
+    return f"{near and '.'}{near}; the hooks are {', '.join(hooks)}"
 
 
 def _unmarked(plugin: Any) -> list[str]:
@@ -275,8 +278,16 @@ def _collect(record: Plugin, family: str, hook: str, function: Callable[[], Any]
             problems.append(f"its hook {hook} names a stage {name!r}: a name is text without a colon")
         elif not callable(factory):
             problems.append(f"its {family} {name!r} is {factory!r}, which cannot be called to make a stage")
-        elif "name" in options_of(factory).names():
-            problems.append(f"its {family} {name!r} has an option 'name', by which a recipe gives the stage's own name: rename the option")
+        elif problem := _unusable(factory):
+            problems.append(f"its {family} {name!r} {problem}")
         else:
             record.providers.append(Provider(family, name, factory, record))
     return problems
+
+
+def _unusable(factory: Callable[..., Any]) -> str:
+    try:
+        names = options_of(factory).names()
+    except Exception as error:
+        return f"does not let its options be read: {explain(error)}"
+    return "has an option 'name', by which a recipe gives the stage's own name: rename the option" if "name" in names else ""

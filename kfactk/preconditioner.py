@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import attrs
 import torch
@@ -64,6 +65,7 @@ class Preconditioner:
         placement: Its stage.
         factor_decay: Decay epsilon of the factors' running means, in [0, 1].
         trained: Tells whether a parameter is among those the optimizer trains.
+        timed: Gives a context that times a stage.
     """
 
     def __init__(
@@ -75,6 +77,7 @@ class Preconditioner:
         *,
         factor_decay: float,
         trained: Callable[[nn.Parameter], bool],
+        timed: Callable[[str], AbstractContextManager[None]],
     ) -> None:
         self.curvature, self.basis, self.placement = curvature, basis, placement
         self.factor_decay = factor_decay
@@ -82,7 +85,7 @@ class Preconditioner:
         self.states: dict[str, LayerState] = {}
         self.skipped_batches = 0
         self.failed_decompositions = 0
-        self._trained = trained
+        self._trained, self._timed = trained, timed
         self._terms: list[Tensor | float] = []
         self._plan: Plan | None = None
         self._warned: set[str] = set()
@@ -97,16 +100,20 @@ class Preconditioner:
         return layers
 
     def plan(self, due: Callable[[], Due]) -> Plan:
-        """What this step gathers; worked out once a step. A layer that has no decomposition yet is due whatever the schedule says."""
+        """What this step gathers; worked out once a step."""
         if self._plan is None:
-            now, needs = due(), {}
-            sampled = self.basis.moments_from == "samples"
-            for layer in self.layers():
-                new = not self.states[layer.name].ready
-                basis = now.basis or new
-                needs[layer.name] = Need(layer, now.factors or new, sampled and (now.scale or basis), basis)
-            self._plan = Plan(needs, self.basis.moments_from == "gradient" and (now.scale or any(n.basis for n in needs.values())))
+            self._plan = self.foresee(due())
         return self._plan
+
+    def foresee(self, now: Due) -> Plan:
+        """What a step would gather that began now. A layer that has no decomposition yet is due whatever the schedule says."""
+        needs = {}
+        sampled = self.basis.moments_from == "samples"
+        for layer in self.layers():
+            new = not self.states[layer.name].ready
+            basis = now.basis or new
+            needs[layer.name] = Need(layer, now.factors or new, sampled and (now.scale or basis), basis)
+        return Plan(needs, self.basis.moments_from == "gradient" and (now.scale or any(n.basis for n in needs.values())))
 
     def take(self, layer: Layer, uses: Sequence[Use], terms: Tensor | float, first: bool) -> None:
         """Sum up the uses of one layer in one pass; nothing of them is kept unless the basis is refreshed in this step."""
@@ -117,9 +124,11 @@ class Preconditioner:
         state.seen += 1
         sums: dict[str, Statistic] = {}
         if need.factors:
-            sums |= {f"factor.{name}": statistic for name, statistic in self.curvature.factors(layer, samples).items()}
+            with self._timed("factors"):
+                sums |= _prefixed("factor", self.curvature.factors(layer, samples))
         if need.scale and not need.basis:
-            sums |= _moments(self.basis, state.decomposition, samples)
+            with self._timed("scale"):
+                sums |= _moments(self.basis, state.decomposition, samples)
         elif need.scale:
             state.retained.append(samples)
         _add(state.pending, _guarded(sums, state.bad))
@@ -159,15 +168,18 @@ class Preconditioner:
         sums = {f"{name}|{key}": value for name in needs for key, value in self.states[name].pending.items()}
         followed = any(need.follows for need in needs.values())
         means = _means(self.placement.reduce(sums)) if followed else {}
-        self._average(needs, means, "factor")
+        with self._timed("factors"):
+            self._average(needs, means, "factor")
         previous = {}
-        for name, need in needs.items():
-            if need.basis:
-                previous[name] = self.states[name].decomposition
-                self._decompose(need.layer, damping(need.layer))
-        self._average(needs, means, "moment")
-        if any(need.basis for need in needs.values()):
-            self._measure(needs, previous)
+        with self._timed("basis"):
+            for name, need in needs.items():
+                if need.basis:
+                    previous[name] = self.states[name].decomposition
+                    self._decompose(need.layer, damping(need.layer))
+        with self._timed("scale"):
+            self._average(needs, means, "moment")
+            if previous:
+                self._measure(needs, previous)
 
     def measure_gradients(self, gradients: Mapping[str, Tensor], reduction: str) -> None:
         """Moments of the user's own gradient, for bases that want these.
@@ -201,7 +213,7 @@ class Preconditioner:
         """End the step: count what was skipped and forget what is pending."""
         bad = [flag for state in self.states.values() for flag in state.bad]
         if bad:
-            skipped = int(torch.stack([flag.cpu() for flag in bad]).any())
+            skipped = int(torch.stack([flag.to(bad[0].device) for flag in bad]).any())
             self.skipped_batches += skipped
             if skipped:
                 self._warn("bad batch", "a batch gave NaN or inf in the curvature statistics; such batches are skipped and counted")
@@ -247,13 +259,18 @@ class Preconditioner:
         sums = self.curvature.factors(layer, samples)
         expected = {name: tuple(s.total.shape) for name, s in sums.items() if s.total is not None}
         found = {name: tuple(value.shape) for name, value in state.factor_values().items()}
-        parts = set(state.decomposition)
-        if found != expected or (parts and parts != set(self.basis.requires)):
+        parts, wanted = _parts(state.decomposition), self._blank_parts(layer, sums)
+        if found != expected or (parts and parts != wanted):
             raise StateError(
-                f"the saved curvature of layer {layer.name!r} does not fit: factors {found} decomposed as {sorted(parts)}, where this recipe "
-                f"and model have {expected} and {sorted(self.basis.requires)}. Bind the recipe it was saved with, or load into a fresh "
-                "optimizer only the update rule's part."
+                f"the saved curvature of layer {layer.name!r} does not fit: factors {found} decomposed as {parts}, where this "
+                f"recipe and model have {expected} and {wanted}. Bind the recipe it was saved with, or load "
+                "only the update rule's part."
             )
+
+    def _blank_parts(self, layer: Layer, sums: Mapping[str, Statistic]) -> list[str]:
+        matrices = self.curvature.assemble(layer, {n: torch.zeros_like(s.total) for n, s in sums.items() if s.total is not None})
+        coupling = Coupling(1.0, {name: mean_diagonal(matrix) for name, matrix in matrices.items()})
+        return _parts({name: self.basis.decompose(name, matrices[name], coupling) for name in self.basis.requires})
 
     def matrices(self, layer: Layer) -> dict[str, Tensor]:
         """The averaged factors of a layer as the matrices its basis decomposes."""
@@ -309,6 +326,10 @@ class Preconditioner:
             warnings.warn(f"{message} (said once)", KfactkWarning, stacklevel=2)
 
 
+def _parts(decomposition: Decomposition) -> list[str]:
+    return sorted(f"{name}.{part} {tuple(tensor.shape)}" for name, parts in decomposition.items() for part, tensor in parts.items())
+
+
 def _prefixed(prefix: str, statistics: Mapping[str, Statistic]) -> dict[str, Statistic]:
     return {f"{prefix}.{name}": statistic for name, statistic in statistics.items()}
 
@@ -344,7 +365,8 @@ def _means(sums: Mapping[str, Statistic]) -> dict[str, Tensor]:
     some = {name: statistic for name, statistic in sums.items() if statistic.total is not None}
     if not some:
         return {}
-    counts = torch.stack([torch.as_tensor(s.count, dtype=torch.float64).cpu() for s in some.values()]).tolist()
+    device = next((s.count.device for s in some.values() if isinstance(s.count, Tensor)), None)
+    counts = torch.stack([torch.as_tensor(s.count, dtype=torch.float64, device=device) for s in some.values()]).tolist()
     return {
         name: statistic.total / count
         for (name, statistic), count in zip(some.items(), counts, strict=True)

@@ -59,7 +59,9 @@ def _callable(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> Non
 
 @attrs.frozen(kw_only=True, repr=False)
 class Recipe:
-    """A checked combination of stages and numbers. Frozen: `evolve` makes a changed one. Made by `kfactk.build`, which documents the fields.
+    """A checked combination of stages and numbers; frozen, `evolve` makes a changed one.
+
+    Made by `kfactk.build`, which documents the fields.
 
     Example:
         >>> import kfactk
@@ -112,7 +114,10 @@ class Recipe:
         Returns:
             A `torch.optim.Optimizer`.
         """
-        return Optimizer(self, model, params, scaler=scaler)
+        hooks = registry().hook
+        optimizer = Optimizer(self, model, params, scaler=scaler, stepped=hooks.kfactk_stepped)
+        hooks.kfactk_bound(optimizer=optimizer)
+        return optimizer
 
     def coverage(self, model: nn.Module) -> Coverage:
         """Which parameters would be preconditioned, by which block, or why not; prints as a table."""
@@ -137,8 +142,7 @@ class Recipe:
     @classmethod
     def from_dict(cls, written: Mapping[str, Any]) -> Recipe:
         """Inverse of `to_dict`; fields that are left out have their defaults."""
-        fields = {name: value for name, value in written.items() if name != "kfactk"}
-        return build(**{name: value if name in STAGE_HOOKS else from_json(value) for name, value in fields.items()})
+        return build(**{name: value for name, value in written.items() if name != "kfactk"})
 
     def summary(self) -> dict[str, Any]:
         """Like `to_dict`, with the repr of what cannot be written: for records, never refused."""
@@ -255,7 +259,7 @@ def _resolved(values: Mapping[str, Any]) -> dict[str, Any]:
                 raise OptionError(f"{name} is None; every recipe has one. Leave it out for the default, or see python -m kfactk stages.")
             out[name] = None if value is None else registry().resolve(name, value)
         else:
-            out[name] = value
+            out[name] = from_json(value)
     return out
 
 

@@ -133,7 +133,8 @@ class Registry:
         Raises:
             OptionError: Its class has no import path, or an option's value cannot be written or would not read back the same.
         """
-        wrapped = ADAPTERS[_known_family(family)].unwrap(stage) if family in ADAPTERS else None
+        _known_family(family)
+        wrapped = ADAPTERS[family].unwrap(stage) if family in ADAPTERS else None
         kind: type[Any] = wrapped[0] if wrapped else type(stage)
         name = self._name_of(family, kind)
         if name is None:

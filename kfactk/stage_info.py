@@ -18,6 +18,15 @@ from kfactk.values import to_json
 REQUIRED: Any = attrs.NOTHING
 """Default of an option that has none."""
 
+
+class _Computed:
+    def __repr__(self) -> str:
+        return "<computed from the other options>"
+
+
+COMPUTED: Any = _Computed()
+"""Default of an option whose default depends on the others."""
+
 PROTOCOLS: dict[str, type[Any]] = {
     "curvature": stages.Curvature,
     "basis": stages.Basis,
@@ -37,14 +46,14 @@ class OptionInfo:
 
     Args:
         name: The keyword argument.
-        default: Its default, or `REQUIRED`.
+        default: Its default, or `REQUIRED`, or `COMPUTED`.
         annotation: Its type, as text.
         doc: What its docstring says.
         attribute: Where the made stage keeps the value.
     """
 
     name: str
-    default: Any = REQUIRED
+    default: Any
     annotation: str = ""
     doc: str = ""
     attribute: str = ""
@@ -129,15 +138,16 @@ def options_of(factory: Callable[..., Any]) -> Options:
             annotation = "" if parameter.annotation is parameter.empty else inspect.formatannotation(parameter.annotation)
             default = REQUIRED if parameter.default is parameter.empty else parameter.default
             plain = OptionInfo(parameter.name, default, annotation.strip("'"), docs.get(parameter.name, ""), parameter.name)
-            known.append(attrs.evolve(plain, **fields.get(parameter.name, {})))
+            better = dict(fields.get(parameter.name, {}))
+            if not _computed(parameter.default):
+                better.pop("default", None)
+            known.append(attrs.evolve(plain, **better))
     return Options(tuple(known), open=any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters))
 
 
 def documentation(factory: Callable[..., Any]) -> str:
     """The docstring of a factory, cleaned; of what a partial calls, for a partial."""
-    while isinstance(factory, functools.partial):
-        factory = factory.func
-    return inspect.cleandoc(getattr(factory, "__doc__", None) or "")
+    return inspect.cleandoc(getattr(_unbound(factory), "__doc__", None) or "")
 
 
 def summary(doc: str) -> str:
@@ -183,14 +193,27 @@ def _members(protocol: type[Any]) -> dict[str, object]:
     return {name: member for name, member in (annotated | dict(vars(protocol))).items() if not name.startswith("_")}
 
 
+def _unbound(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """What a partial, however nested, calls in the end."""
+    while isinstance(factory, functools.partial):
+        factory = factory.func
+    return factory
+
+
+def _computed(default: Any) -> bool:
+    """Whether a signature's default only stands for one that the class computes."""
+    return default is attrs.NOTHING or type(default).__name__ == "_HAS_DEFAULT_FACTORY_CLASS"
+
+
 def _fields(factory: Callable[..., Any]) -> dict[str, dict[str, Any]]:
     """What attrs and dataclasses know better than the signature: computed defaults, types, and where a value is kept."""
     found: dict[str, dict[str, Any]] = {}
+    factory = _unbound(factory)
     if inspect.isclass(factory) and attrs.has(factory):
         for field in attrs.fields(factory):
-            found[field.alias or field.name] = {"attribute": field.name, "annotation": _type_text(field.type)}
+            better = found[field.alias or field.name] = {"attribute": field.name, "annotation": _type_text(field.type)}
             if isinstance(field.default, attrs.Factory):  # type: ignore[arg-type]
-                found[field.alias or field.name]["default"] = None if field.default.takes_self else field.default.factory()
+                better["default"] = COMPUTED if field.default.takes_self else field.default.factory()
     elif inspect.isclass(factory) and dataclasses.is_dataclass(factory):
         for entry in dataclasses.fields(factory):
             if entry.default_factory is not dataclasses.MISSING:

@@ -233,7 +233,7 @@ class Placement(Protocol):
 
 
 class Tracker(Protocol):
-    """Records what happened. The framework batches nothing for it, and goes on, with a warning, when it raises."""
+    """Records what happened, on rank 0 only. The framework batches nothing for it, and goes on, with a warning, when it raises."""
 
     @property
     def every(self) -> int:

@@ -107,10 +107,10 @@ class TorchOptimizer:
     def adapt(cls, candidate: Any) -> Callable[..., TorchOptimizer] | None:
         """A factory of updates, if the candidate is an optimiser class or a `functools.partial` of one; else `None`."""
         bound: dict[str, Any] = {}
-        while isinstance(candidate, functools.partial):
+        if isinstance(candidate, functools.partial):
             if candidate.args:
                 return None
-            candidate, bound = candidate.func, {**candidate.keywords, **bound}
+            candidate, bound = candidate.func, candidate.keywords
         if not (isinstance(candidate, type) and issubclass(candidate, torch.optim.Optimizer)):
             return None
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import ClassVar
 
 import attrs
-import torch
 from torch import Tensor
 
 from kfactk import Coupling, Decomposition, OptionError, Samples, Statistic, Tensors, hookimpl, linalg, project
@@ -40,7 +39,8 @@ class Ekfac:
         scale: "exact": s* from per-example gradients of the Fisher pass (equation 10). "running": EKFAC-ra, the squared mini-batch mean
             gradient in the basis, times the number of likelihood terms so that damping keeps its meaning.
         scale_decay: Decay of the running mean of the scale between refreshes of the basis, in [0, 1]; `None` means 0 (the last
-            mini-batch's alone, as in the study) for "exact", and 0.95 for "running". On a refresh the running mean is carried into the new basis.
+            mini-batch's alone, as in the study) for "exact", and 0.95 for "running". On a refresh the running mean is carried into
+            the new basis.
 
     Raises:
         OptionError: An option has a value that cannot work.

@@ -116,7 +116,7 @@ def any_text(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None
 
 
 def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings and sequences as one mapping with dotted names; empty ones stay as they are.
+    """Nested mappings and sequences as one mapping with dotted names; empty ones inside stay as they are.
 
     Example:
         >>> flattened({"clip": {"name": "kl"}, "betas": [0.9, 0.999]})
@@ -127,7 +127,7 @@ def flattened(value: Any, prefix: str = "") -> dict[str, Any]:
     elif isinstance(value, list | tuple) and value:
         items = list(enumerate(value))
     else:
-        return {prefix: value}
+        return {prefix: value} if prefix else {}
     out: dict[str, Any] = {}
     for name, inner in items:
         out.update(flattened(inner, f"{prefix}.{name}" if prefix else str(name)))

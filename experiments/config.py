@@ -1,0 +1,237 @@
+"""Settings of a study, read from TOML and checked, so that a mistake is one line that names the file and the key."""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from experiments.errors import ExperimentError, near_names
+
+FOLDER = Path(__file__).parent / "configs"
+"""Where the presets are: one TOML file each."""
+
+SOURCES = ("digits", "cifar10")
+MODELS = ("digits_resnet", "resnet8", "resnet50")
+SCHEDULES = ("constant", "cosine")
+FIRST_ORDER = ("optimizer", "lr", "momentum", "weight_decay", "nesterov")
+SECOND_ORDER = (
+    *("curvature", "basis", "fisher", "likelihood", "clip", "update", "placement"),
+    *("lr", "damping", "weight_decay", "factor_decay", "factor_every", "scale_every", "basis_every"),
+)
+REFERENCE = ("train_accuracy", "test_accuracy")
+
+
+def _whole(least: int) -> Callable[[Any], str | None]:
+    return lambda value: None if type(value) is int and value >= least else f"must be a whole number of at least {least}"
+
+
+def _number(value: Any) -> str | None:
+    return None if type(value) in (int, float) and value >= 0 else "must be a number of at least 0"
+
+
+def _flag(value: Any) -> str | None:
+    return None if type(value) is bool else "must be true or false"
+
+
+def _text(value: Any) -> str | None:
+    return None if isinstance(value, str) and value else "must be text"
+
+
+def _seeds(value: Any) -> str | None:
+    good = isinstance(value, list | tuple) and value and all(type(seed) is int and 0 <= seed < 2**31 for seed in value)
+    return None if good and len(set(value)) == len(value) else "must be a list of different whole numbers from 0 to 2147483647"
+
+
+def _one_of(names: tuple[str, ...]) -> Callable[[Any], str | None]:
+    def check(value: Any) -> str | None:
+        return None if value in names else f"must be one of {', '.join(names)}.{near_names(str(value), names)}"
+
+    return check
+
+
+def _field(check: Callable[[Any], str | None], **options: Any) -> Any:
+    return attrs.field(metadata={"check": check}, **options)
+
+
+@attrs.frozen
+class Data:
+    """Which images.
+
+    Args:
+        source: "digits" (scikit-learn) or "cifar10" (torchvision, or a folder of images).
+        train: Number of training images; 0 for all there are.
+        test: Number of test images; 0 for all there are.
+        augment: Whether training images are shifted by up to four pixels and mirrored.
+        seed: Draws the split, or the subset; the same for every run.
+    """
+
+    source: str = _field(_one_of(SOURCES))
+    train: int = _field(_whole(0), default=0)
+    test: int = _field(_whole(0), default=0)
+    augment: bool = _field(_flag, default=False)
+    seed: int = _field(_whole(0), default=0)
+
+
+@attrs.frozen
+class Model:
+    """Which network."""
+
+    name: str = _field(_one_of(MODELS))
+
+
+@attrs.frozen
+class Training:
+    """How long and in what portions.
+
+    Args:
+        epochs: Passes over the training images.
+        batch_size: Images of one step.
+        test_batch_size: Images of one evaluation step.
+        seeds: One run of every algorithm for each; a seed sets initial weights, order of images and draws of the Fisher pass.
+        schedule: Learning rate over the steps: "constant", or "cosine" down to zero.
+        threads: CPU threads torch works with; 0 leaves it to torch. More do not help small networks.
+        max_steps: Stop each run, and its evaluation, after so many steps; `None` for no such limit.
+    """
+
+    epochs: int = _field(_whole(1))
+    batch_size: int = _field(_whole(2))
+    test_batch_size: int = _field(_whole(1))
+    seeds: tuple[int, ...] = _field(_seeds)
+    schedule: str = _field(_one_of(SCHEDULES), default="constant")
+    threads: int = _field(_whole(0), default=0)
+    max_steps: int | None = attrs.field(default=None)
+
+
+@attrs.frozen
+class Algorithm:
+    """One line of the figures.
+
+    Args:
+        name: Its name on the command line.
+        label: Its name in figures and tables.
+        settings: Arguments of `kfactk.build`, or of the torch.optim class that `settings["optimizer"]` names.
+        reference: Final accuracies in per cent that the study printed for this preset, where it did.
+    """
+
+    name: str
+    label: str
+    settings: Mapping[str, Any]
+    reference: Mapping[str, float]
+
+
+@attrs.frozen
+class Study:
+    """All settings of one study."""
+
+    preset: str
+    title: str
+    data: Data
+    model: Model
+    training: Training
+    algorithms: Mapping[str, Algorithm]
+
+
+def presets() -> dict[str, Path]:
+    """The presets there are, by name, the smallest first."""
+    return {path.stem: path for path in sorted(FOLDER.glob("*.toml"), key=lambda path: (path.stem != "digits", "resnet50" in path.stem))}
+
+
+def load(preset: str) -> Study:
+    """Read a preset by name."""
+    known = presets()
+    if preset not in known:
+        raise ExperimentError(f"there is no preset {preset!r}.{near_names(preset, known)} Presets: {', '.join(known)}")
+    return read(known[preset])
+
+
+def read(path: Path) -> Study:
+    """Read a study's settings from a TOML file; its stem is the preset's name."""
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ExperimentError(f"{path}: cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ExperimentError(f"{path}: is not valid TOML: {error}") from error
+    _known(path, "", table, ("title", "data", "model", "training", "second_order", "algorithms"))
+    title = table.get("title", path.stem)
+    if problem := _text(title):
+        raise ExperimentError(f"{path}: title {problem}, not {title!r}")
+    return Study(
+        preset=path.stem,
+        title=title,
+        data=_section(path, table, "data", Data),
+        model=_section(path, table, "model", Model),
+        training=_section(path, table, "training", Training),
+        algorithms=_algorithms(path, table),
+    )
+
+
+def _known(path: Path, where: str, table: Mapping[str, Any], names: tuple[str, ...]) -> None:
+    for key in table:
+        if key not in names:
+            raise ExperimentError(f"{path}: there is no setting {where}{key}.{near_names(key, names)} Settings here: {', '.join(names)}")
+
+
+def _table(path: Path, where: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ExperimentError(f"{path}: [{where}] must be a table of settings, and is {'missing' if value is None else repr(value)}")
+    return value
+
+
+def _section(path: Path, table: Mapping[str, Any], name: str, kind: type[Any]) -> Any:
+    section = _table(path, name, table.get(name))
+    fields = {field.name: field for field in attrs.fields(kind) if "check" in field.metadata}
+    _known(path, f"{name}.", section, tuple(fields))
+    for key, field in fields.items():
+        if key not in section:
+            if field.default is attrs.NOTHING:
+                raise ExperimentError(f"{path}: {name}.{key} is missing")
+        elif problem := field.metadata["check"](section[key]):
+            raise ExperimentError(f"{path}: {name}.{key} {problem}, not {section[key]!r}")
+    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in section.items()})
+
+
+def _algorithms(path: Path, table: Mapping[str, Any]) -> dict[str, Algorithm]:
+    shared = _table(path, "second_order", table.get("second_order", {}))
+    _known(path, "second_order.", shared, SECOND_ORDER)
+    algorithms = {}
+    for name, value in _table(path, "algorithms", table.get("algorithms")).items():
+        where = f"algorithms.{name}"
+        own = dict(_table(path, where, value))
+        label = own.pop("label", name)
+        reference = _table(path, f"{where}.reference", own.pop("reference", {}))
+        _known(path, f"{where}.reference.", reference, REFERENCE)
+        first_order = "optimizer" in own
+        _known(path, f"{where}.", own, FIRST_ORDER if first_order else SECOND_ORDER)
+        settings = own if first_order else {**shared, **own}
+        for key in ("optimizer", "lr", "weight_decay") if first_order else ("curvature", "basis", "update", "lr", "damping"):
+            if key not in settings:
+                raise ExperimentError(f"{path}: {where}.{key} is missing")
+        for key in ("lr", "momentum", "weight_decay", "damping", "factor_decay"):
+            if key in settings and (problem := _number(settings[key])):
+                raise ExperimentError(f"{path}: {where}.{key} {problem}, not {settings[key]!r}")
+        algorithms[name] = Algorithm(name, label, settings, reference)
+    if not algorithms:
+        raise ExperimentError(f"{path}: [algorithms] names none")
+    return algorithms
+
+
+def chosen(study: Study, **options: Any) -> Study:
+    """The study with what the command line asked for: `algorithms` (names), and the fields of `Training`; `None` keeps what is there."""
+    names = options.pop("algorithms", None)
+    training = {key: value for key, value in options.items() if value is not None}
+    for key, value in training.items():
+        check = attrs.fields_dict(Training)[key].metadata.get("check", _whole(1))
+        if problem := check(value):
+            raise ExperimentError(f"--{key.replace('_', '-')} {problem}, not {value!r}")
+    for name in names or ():
+        if name not in study.algorithms:
+            raise ExperimentError(
+                f"there is no algorithm {name!r}.{near_names(name, study.algorithms)} Algorithms: {', '.join(study.algorithms)}"
+            )
+    algorithms = {name: study.algorithms[name] for name in names} if names else study.algorithms
+    return attrs.evolve(study, training=attrs.evolve(study.training, **training), algorithms=algorithms)

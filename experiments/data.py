@@ -1,0 +1,175 @@
+"""Where images come from: scikit-learn's digits, torchvision's CIFAR-10, or a folder of images; all become tensors in memory."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+
+import attrs
+import torch
+from torch import Tensor
+
+from experiments import folder
+from experiments.config import Data
+from experiments.errors import ExperimentError
+from experiments.files import write_atomically
+
+SIZE = 32
+"""Height and width of CIFAR-10's images."""
+
+
+@attrs.frozen(eq=False)
+class Images:
+    """Images and their classes.
+
+    Args:
+        pixels: `[N, C, H, W]`, uint8.
+        labels: `[N]`, int64.
+    """
+
+    pixels: Tensor
+    labels: Tensor
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def subset(self, count: int, seed: int, name: str) -> Images:
+        """`count` of them, drawn by `seed`; all for 0."""
+        if count > len(self):
+            raise ExperimentError(f"data.{name} = {count}, but there are only {len(self)} {name} images")
+        if count in (0, len(self)):
+            return self
+        index = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
+        return Images(self.pixels[index], self.labels[index])
+
+    def to(self, device: torch.device) -> Images:
+        """The same on `device`."""
+        return Images(self.pixels.to(device), self.labels.to(device))
+
+
+@attrs.frozen(eq=False)
+class Dataset:
+    """What is learnt, and what it is tested on.
+
+    Args:
+        name: What it is, for readers.
+        train: Images to learn from.
+        test: Images that are never learnt from.
+        classes: Names of the classes.
+    """
+
+    name: str
+    train: Images
+    test: Images
+    classes: tuple[str, ...]
+
+    def normalisation(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the training images, per channel, `[C, 1, 1]` each."""
+        channels = self.train.pixels.shape[1]
+        counts = torch.stack([torch.bincount(self.train.pixels[:, c].flatten(), minlength=256) for c in range(channels)]).double()
+        values, total = torch.arange(256, dtype=torch.float64), counts.sum(1)
+        mean = (counts * values).sum(1) / total
+        deviation = ((counts * (values - mean[:, None]) ** 2).sum(1) / total).sqrt().clamp(min=1.0)
+        return mean.float().view(-1, 1, 1), deviation.float().view(-1, 1, 1)
+
+    def checksum(self) -> int:
+        """A number that differs, but for chance, when any image or label does."""
+        value = 0
+        for tensor in (self.train.pixels, self.train.labels, self.test.pixels, self.test.labels):
+            value = zlib.crc32(tensor.contiguous().numpy(), value)
+        return value
+
+
+def load(settings: Data, data_dir: Path | None, cache: Path, say: Callable[[str], None]) -> Dataset:
+    """Load the images of a study.
+
+    Args:
+        settings: Which ones.
+        data_dir: Where images are, or are to be put; `None` for the usual place.
+        cache: Folder for decoded images.
+        say: Called with what is being done, when it may take a while.
+
+    Raises:
+        ExperimentError: They are not there and cannot be fetched; says what to do.
+    """
+    if settings.source == "digits":
+        if data_dir is not None:
+            raise ExperimentError("the digits come with scikit-learn: leave --data-dir out, or choose --preset cifar10-small")
+        return _digits(settings)
+    data_dir = Path("runs/data") if data_dir is None else data_dir
+    if folder.is_image_folder(data_dir):
+        return _from_folder(settings, data_dir, cache, say)
+    return _from_torchvision(settings, data_dir, say)
+
+
+def _digits(settings: Data) -> Dataset:
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    train, test = settings.train or len(digits.target) * 4 // 5, settings.test or None
+    if train + (test or 1) > len(digits.target):
+        raise ExperimentError(f"data.train + data.test = {train + (test or 1)}, but there are only {len(digits.target)} digits")
+    split = train_test_split(
+        digits.images, digits.target, train_size=train, test_size=test, stratify=digits.target, random_state=settings.seed
+    )
+    parts = [torch.from_numpy(part) for part in split]
+    pixels = [(part * (255 / 16)).round().to(torch.uint8)[:, None] for part in parts[:2]]
+    return Dataset(
+        name="scikit-learn's digits (8x8)",
+        train=Images(pixels[0], parts[2].long()),
+        test=Images(pixels[1], parts[3].long()),
+        classes=tuple(str(name) for name in digits.target_names),
+    )
+
+
+def _from_folder(settings: Data, data_dir: Path, cache: Path, say: Callable[[str], None]) -> Dataset:
+    classes, listing = folder.list_images(data_dir)
+    parts = {}
+    for part, count in (("train", settings.train), ("test", settings.test)):
+        files = listing[part]
+        if count > len(files):
+            raise ExperimentError(f"data.{part} = {count}, but {data_dir / part} holds only {len(files)} images")
+        if 0 < count < len(files):
+            index = torch.randperm(len(files), generator=torch.Generator().manual_seed(settings.seed))[:count]
+            files = [files[i] for i in index.tolist()]
+        parts[part] = _decoded(files, data_dir, cache / f"{part}.pt", say)
+    return Dataset(f"CIFAR-10 from {data_dir}", parts["train"], parts["test"], classes)
+
+
+def _decoded(files: list[tuple[Path, int]], data_dir: Path, cache: Path, say: Callable[[str], None]) -> Images:
+    key = folder.signature(files, data_dir)
+    try:
+        kept = torch.load(cache, weights_only=True)
+        if kept["key"] == key:
+            return Images(kept["pixels"], kept["labels"])
+    except Exception as error:  # damaged bytes make torch.load raise anything; the images themselves are the truth
+        if cache.exists():
+            say(f"{cache} cannot be used ({type(error).__name__}) and is made anew")
+    say(f"decoding {len(files):,} images from {data_dir} (once; kept in {cache})")
+    images = Images(folder.decode([path for path, _ in files], SIZE), torch.tensor([label for _, label in files]))
+    write_atomically(cache, lambda path: torch.save({"key": key, "pixels": images.pixels, "labels": images.labels}, path))
+    return images
+
+
+def _from_torchvision(settings: Data, data_dir: Path, say: Callable[[str], None]) -> Dataset:
+    from torchvision.datasets import CIFAR10
+
+    folder.check_download_target(data_dir)
+    say(f"CIFAR-10 from torchvision, in {data_dir} (downloaded if it is not there: 170 MB)")
+    try:
+        parts = [CIFAR10(data_dir, train=train, download=True) for train in (True, False)]
+    except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors; torchvision raises RuntimeError for damaged files
+        reason = getattr(error, "reason", None) or error
+        raise ExperimentError(
+            f"CIFAR-10 is not in {data_dir} and could not be downloaded ({reason}): connect to the network, or give --data-dir a folder "
+            "with torchvision's cifar-10-batches-py or with images as train/CLASS/*.jpg and test/CLASS/*.jpg"
+        ) from error
+    images = [Images(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)) for part in parts]
+    return Dataset(
+        name="CIFAR-10 from torchvision",
+        train=images[0].subset(settings.train, settings.seed, "train"),
+        test=images[1].subset(settings.test, settings.seed, "test"),
+        classes=tuple(parts[0].classes),
+    )

@@ -1,0 +1,126 @@
+"""What is kept of each run on disk, so that an interrupted study goes on where it stopped.
+
+    OUTPUT/runs/ALGORITHM-seedN/run.json        settings, state, epochs so far
+    OUTPUT/runs/ALGORITHM-seedN/checkpoint.pt   while it runs: model, optimiser, schedule, random states, epochs
+    OUTPUT/runs/ALGORITHM-seedN/model.pt        when it is finished: the trained weights
+
+Every file is replaced in one step. While a run is under way the checkpoint is the truth; `run.json` is, once it says "finished".
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import attrs
+import torch
+
+from experiments.errors import ExperimentError
+from experiments.files import write_atomically, write_text
+from experiments.results import Epoch
+
+UNDER_WAY = "running"
+
+
+@attrs.frozen
+class Record:
+    """What `run.json` holds.
+
+    Args:
+        settings: Everything that the run's numbers depend on, as nested plain values.
+        status: "running", "finished" or "diverged".
+        mlflow_run_id: Its run in MLflow.
+        history: Its epochs.
+    """
+
+    settings: dict[str, Any]
+    status: str
+    mlflow_run_id: str
+    history: tuple[Epoch, ...] = ()
+
+
+@attrs.frozen
+class RunFolder:
+    """The folder of one run."""
+
+    path: Path
+
+    def record(self) -> Record | None:
+        """What is known of the run, or `None`."""
+        try:
+            values = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+            return Record(
+                values["settings"], values["status"], values["mlflow_run_id"], tuple(Epoch(**_read(epoch)) for epoch in values["history"])
+            )
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ExperimentError(f"{self.path / 'run.json'} cannot be read ({error}): delete the folder to run it again") from error
+
+    def write_record(self, record: Record) -> None:
+        """Write `run.json`; a finished run's checkpoint is no longer needed."""
+        values = attrs.asdict(record)
+        for epoch in values["history"]:
+            epoch.update({key: repr(value) for key, value in epoch.items() if isinstance(value, float) and not math.isfinite(value)})
+        write_text(self.path / "run.json", json.dumps(values, indent=1, allow_nan=False) + "\n")
+        if record.status != UNDER_WAY:
+            (self.path / "checkpoint.pt").unlink(missing_ok=True)
+
+    def checkpoint(self) -> dict[str, Any] | None:
+        """The last checkpoint, or `None`."""
+        path = self.path / "checkpoint.pt"
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # damaged bytes make torch.load raise anything
+            raise ExperimentError(f"{path} cannot be read ({type(error).__name__}): delete it to start that run again") from error
+
+    def write_checkpoint(self, state: Mapping[str, Any]) -> None:
+        """Replace the checkpoint."""
+        write_atomically(self.path / "checkpoint.pt", lambda path: torch.save(dict(state), path))
+
+    def write_model(self, weights: Mapping[str, Any]) -> None:
+        """Keep the trained weights."""
+        write_atomically(self.path / "model.pt", lambda path: torch.save(dict(weights), path))
+
+
+def _read(epoch: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: float(value) if isinstance(value, str) else value for key, value in epoch.items()}
+
+
+def folder(output: Path, algorithm: str, seed: int) -> RunFolder:
+    """The folder of one run of a study in `output`."""
+    return RunFolder(output / "runs" / f"{algorithm}-seed{seed}")
+
+
+def set_aside(output: Path) -> Path | None:
+    """Move the runs in `output` out of the way, and say where to; `None` when there are none."""
+    runs = output / "runs"
+    if not runs.is_dir() or not any(runs.iterdir()):
+        return None
+    number = 1
+    while (target := output / "earlier" / str(number)).exists():
+        number += 1
+    target.parent.mkdir(parents=True, exist_ok=True)
+    runs.rename(target)
+    return target
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Settings that differ, as `key: old, now new`."""
+    before, after = dict(flat(old)), dict(flat(new))
+    keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
+    return [f"{key} was {before.get(key, 'not set')}, now {after.get(key, 'not set')}" for key in keys]
+
+
+def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings as pairs of a dotted key and a value; sequences as their text."""
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", str(value) if isinstance(value, list | tuple) else value

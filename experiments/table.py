@@ -1,0 +1,47 @@
+"""The table of results: once as text cells, shown on the terminal and in the report."""
+
+from __future__ import annotations
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from experiments.results import Results
+
+HEADINGS = ("algorithm", "training loss", "training acc. %", "test loss", "test acc. %", "s/epoch", "vs SGD")
+
+
+def rows(results: Results) -> list[tuple[str, ...]]:
+    """One row an algorithm: the last epoch's values, and what an epoch costs."""
+    return [_row(results, algorithm.name, algorithm.label) for algorithm in results.algorithms]
+
+
+def _row(results: Results, name: str, label: str) -> tuple[str, ...]:
+    relative = results.relative_seconds(name)
+    return (
+        label,
+        results.final(name, "train_loss").text(4),
+        results.final(name, "train_accuracy").text(2),
+        results.final(name, "test_loss").text(4),
+        results.final(name, "test_accuracy").text(2),
+        f"{results.seconds(name):.2f}",
+        "-" if relative is None else f"{relative:.2f}x",
+    )
+
+
+def caption(results: Results) -> str:
+    """What the numbers are."""
+    seeds = ", ".join(str(seed) for seed in dict.fromkeys(run.seed for run in results.runs))
+    text = f"After {results.epochs} epoch{'s' * (results.epochs > 1)}: mean ± half the range over seeds {seeds}. "
+    text += "Training figures are means over the last epoch's steps; an epoch's seconds are the median of its training steps' time."
+    limit = results.study.training.max_steps
+    return text + (f" Every run was stopped after {limit} steps, and tested on as many batches." if limit else "")
+
+
+def for_terminal(results: Results) -> Table:
+    """The table, for rich."""
+    table = Table(title=results.study.title, caption=caption(results), caption_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
+    for heading in HEADINGS:  # narrow enough for 80 columns
+        table.add_column(heading.replace(" ", "\n", 1), justify="left" if heading == "algorithm" else "right", no_wrap=True)
+    for row in rows(results):
+        table.add_row(*row)
+    return table

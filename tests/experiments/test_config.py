@@ -1,0 +1,106 @@
+from pathlib import Path
+
+import pytest
+
+from experiments import config
+from experiments.errors import ExperimentError
+
+
+def test_resnet50_has_the_published_settings():
+    study = config.load("cifar10-resnet50")
+    table = {
+        "sgd": (0.03, 0.0001, None),
+        "kfac": (0.01, 0.0003, 0.03),
+        "ekfac": (0.01, 0.0003, 0.03),
+        "ekfacnag": (0.01, 0.0001, 0.03),
+        "ekfacadam": (0.003, 0.001, 0.001),
+        "ekfacradam": (0.01, 0.0003, 0.001),
+    }
+    assert {name: tuple(a.settings.get(key) for key in ("lr", "weight_decay", "damping")) for name, a in study.algorithms.items()} == table
+    stages = {name: (a.settings.get("basis"), a.settings.get("update")) for name, a in study.algorithms.items()}
+    assert stages == {
+        "sgd": (None, None),
+        "kfac": ("kfac", "momentum"),
+        "ekfac": ("ekfac", "momentum"),
+        "ekfacnag": ("ekfac", "nag"),
+        "ekfacadam": ("ekfac", "adam"),
+        "ekfacradam": ("ekfac", "radam"),
+    }
+    assert (study.training.epochs, study.training.batch_size, study.training.test_batch_size) == (100, 64, 256)
+    assert study.training.schedule == "constant"
+    shared = study.algorithms["kfac"].settings
+    assert [shared[key] for key in ("factor_decay", "factor_every", "scale_every", "basis_every")] == [0.95, 10, 10, 100]
+    assert shared["clip"] == {"name": "kl", "limit": 0.01}
+
+
+@pytest.mark.parametrize("preset", ["digits", "cifar10-small", "cifar10-resnet50"])
+def test_every_preset_has_the_six_algorithms_and_three_seeds(preset):
+    study = config.load(preset)
+    assert list(study.algorithms) == ["sgd", "kfac", "ekfac", "ekfacnag", "ekfacadam", "ekfacradam"]
+    assert len(study.training.seeds) >= 3
+    assert config.presets()[preset].stem == preset
+
+
+def test_shared_settings_yield_to_an_algorithms_own(tiny: Path):
+    tiny.write_text(tiny.read_text() + "factor_every = 7\n")
+    settings = config.read(tiny).algorithms["ekfacadam"].settings
+    assert (settings["factor_every"], settings["scale_every"]) == (7, 2)
+    assert "factor_every" not in config.read(tiny).algorithms["sgd"].settings
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("epochs = 3", "epochs = 0", ["training.epochs", "at least 1", "not 0"]),
+        ("epochs = 3", "epochs = true", ["training.epochs", "whole number"]),
+        ("epochs = 3", "epoch = 3", ["training.epoch", "'epochs'"]),
+        ("epochs = 3", "", ["training.epochs", "missing"]),
+        ("seeds = [0]", "seeds = [0, 0]", ["training.seeds", "different"]),
+        ('source = "digits"', 'source = "digit"', ["data.source", "'digits'"]),
+        ('name = "digits_resnet"', 'name = "resnet5"', ["model.name", "'resnet50'"]),
+        ("damping = 0.03", "dampning = 0.03", ["algorithms.ekfacadam.dampning", "'damping'"]),
+        ("damping = 0.03", "", ["algorithms.ekfacadam.damping", "missing"]),
+        ("damping = 0.03", "damping = -1", ["algorithms.ekfacadam.damping", "not -1"]),
+        ("momentum = 0.9", 'momentum = "much"', ["algorithms.sgd.momentum", "number"]),
+        ("[model]", "[modle]", ["modle", "'model'"]),
+        ("[model]", "[model", ["not valid TOML"]),
+        ('title = "A tiny study"', 'model = "x"', ["TOML"]),
+        ('title = "A tiny study"', "title = 3", ["title"]),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_file_and_key(tiny: Path, old: str, new: str, words: list[str]):
+    assert old in tiny.read_text()
+    tiny.write_text(tiny.read_text().replace(old, new))
+    with pytest.raises(ExperimentError) as caught:
+        config.read(tiny)
+    message = str(caught.value)
+    assert "\n" not in message
+    for word in [str(tiny), *words]:
+        assert word in message
+
+
+def test_a_missing_file_is_named(tmp_path: Path):
+    with pytest.raises(ExperimentError, match=r"none\.toml: cannot be read"):
+        config.read(tmp_path / "none.toml")
+
+
+def test_the_command_line_has_the_last_word(tiny: Path):
+    study = config.chosen(config.read(tiny), algorithms=["ekfacadam"], epochs=9, seeds=(4, 5), batch_size=None, max_steps=2)
+    assert list(study.algorithms) == ["ekfacadam"]
+    assert (study.training.epochs, study.training.seeds, study.training.batch_size, study.training.max_steps) == (9, (4, 5), 50, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"algorithms": ["ekfcadam"]}, "'ekfacadam'"),
+        ({"epochs": 0}, "--epochs must be"),
+        ({"max_steps": 0}, "--max-steps must be"),
+        ({"batch_size": 1}, "--batch-size must be"),
+        ({"seeds": (-1,)}, "--seeds must be"),
+        ({"seeds": ()}, "--seeds must be"),
+    ],
+)
+def test_the_command_lines_mistakes_are_named(tiny: Path, options: dict, words: str):
+    with pytest.raises(ExperimentError, match=words):
+        config.chosen(config.read(tiny), **options)

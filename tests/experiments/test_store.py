@@ -1,0 +1,71 @@
+import math
+from pathlib import Path
+
+import attrs
+import pytest
+import torch
+
+from experiments import store
+from experiments.errors import ExperimentError
+from experiments.files import write_atomically
+from experiments.results import Epoch
+
+EPOCH = Epoch(1, 10, 0.5, math.nan, 90.0, math.inf, 80.0, {"damping": 0.1})
+
+
+def test_a_record_comes_back_as_it_was(tmp_path: Path):
+    folder = store.folder(tmp_path, "sgd", 3)
+    assert folder.record() is None
+    record = store.Record({"lr": 0.1, "data": {"train": 5}}, "running", "abc", (EPOCH,))
+    folder.write_record(record)
+    found = folder.record()
+    assert (found.settings, found.status, found.mlflow_run_id) == (record.settings, "running", "abc")
+    assert repr(found.history) == repr(record.history)
+
+
+def test_a_finished_run_keeps_no_checkpoint(tmp_path: Path):
+    folder = store.folder(tmp_path, "sgd", 0)
+    folder.write_checkpoint({"steps": 3, "weights": torch.ones(2)})
+    assert folder.checkpoint()["steps"] == 3
+    record = store.Record({}, "running", "abc")
+    folder.write_record(record)
+    assert folder.checkpoint() is not None
+    folder.write_record(attrs.evolve(record, status="finished"))
+    assert folder.checkpoint() is None
+
+
+@pytest.mark.parametrize("name", ["run.json", "checkpoint.pt"])
+def test_a_damaged_file_is_named(tmp_path: Path, name: str):
+    folder = store.folder(tmp_path, "sgd", 0)
+    folder.path.mkdir(parents=True)
+    (folder.path / name).write_bytes(b'{"settings": ')
+    with pytest.raises(ExperimentError, match=f"{name.split('.')[0]}.*delete"):
+        folder.record() if name == "run.json" else folder.checkpoint()
+
+
+def test_earlier_runs_are_moved_never_deleted(tmp_path: Path):
+    assert store.set_aside(tmp_path) is None
+    for expected in ("1", "2"):
+        store.folder(tmp_path, "sgd", 0).write_record(store.Record({}, "finished", expected))
+        assert store.set_aside(tmp_path) == tmp_path / "earlier" / expected
+        assert store.folder(tmp_path, "sgd", 0).record() is None
+    assert "2" in (tmp_path / "earlier" / "2" / "sgd-seed0" / "run.json").read_text()
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path):
+    def fail(path: Path) -> None:
+        path.write_text("half")
+        raise KeyboardInterrupt
+
+    (tmp_path / "file").write_text("whole")
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(tmp_path / "file", fail)
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    assert (tmp_path / "file").read_text() == "whole"
+
+
+def test_differences_are_told_by_key():
+    old, new = {"a": 1, "b": {"c": [1, 2], "d": 0}}, {"a": 1, "b": {"c": (1, 2), "e": 4}}
+    assert store.differences(old, old) == []
+    assert store.differences(old, {"a": 1, "b": {"c": [1, 2], "d": 9}}) == ["b.d was 0, now 9"]
+    assert store.differences(old, new) == ["b.c was [1, 2], now (1, 2)", "b.d was 0, now not set", "b.e was not set, now 4"]

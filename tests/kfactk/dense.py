@@ -1,0 +1,343 @@
+"""The whole flow once more, in dense float64 algebra on one example at a time: truth for the optimizer's first step.
+
+A problem is a model with a batch; `watch` runs it example by example with plain autograd, the other functions turn what was seen into
+factors, dense blocks, preconditioned gradients and changed parameters, each by its definition. Nothing here uses kfactk.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+from tests.truth import as_matrix, dense_kron, input_rows, moment, output_rows, vec
+
+Scores = Callable[[Tensor, int], list[Tensor]]
+"""From the output for one example, `[1, ...]`, and its index: scalars whose gradients' outer products sum to that example's part of M F."""
+
+
+@attrs.frozen(eq=False)
+class Seen:
+    """What one layer saw: a list entry for each pass over the batch.
+
+    Args:
+        module: The layer.
+        raw: Its inputs as called, one tensor for each use, examples in dim 0.
+        inputs: Rows a, `[N, T, d_in]` (groups first).
+        gradients: Rows g of each pass, `[N, T, d_out]`.
+        products: D of each pass, from autograd on the parameters, `[N, d_out, d_in]`.
+    """
+
+    module: nn.Module
+    raw: list[Tensor]
+    inputs: Tensor
+    gradients: list[Tensor]
+    products: list[Tensor]
+
+
+def watch(model: nn.Module, inputs: Tensor, scores: Scores, names: list[str]) -> dict[str, Seen]:
+    """Run the model on each example alone and note what flows through the named layers."""
+    per_example = [_watch_one(model, inputs[n : n + 1], lambda output, n=n: scores(output, n), names) for n in range(len(inputs))]
+    found = {}
+    for name in names:
+        module, ones = model.get_submodule(name), [example[name] for example in per_example]
+        axis = 1 if getattr(module, "groups", 1) > 1 else 0
+        raw = [torch.cat([one[0][use] for one in ones]) for use in range(len(ones[0][0]))]
+        rows = torch.cat([input_rows(module, each, bias=module.bias is not None) for each in raw], dim=-2)
+        gradients = [
+            torch.cat([torch.cat([output_rows(module, g) for g in one[1][k]], dim=-2) for one in ones], dim=axis)
+            for k in range(len(ones[0][1]))
+        ]
+        products = [torch.stack([one[2][k] for one in ones], dim=axis) for k in range(len(ones[0][2]))]
+        found[name] = Seen(module, raw, rows, gradients, products)
+    return found
+
+
+def _watch_one(model: nn.Module, inputs: Tensor, scores: Callable[[Tensor], list[Tensor]], names: list[str]) -> dict[str, tuple]:
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
+    handles = [
+        model.get_submodule(name).register_forward_hook(lambda m, args, output, name=name: calls[name].append((args[0].detach(), output)))
+        for name in names
+    ]
+    losses = scores(model(inputs))
+    for handle in handles:
+        handle.remove()
+    found = {}
+    for name in names:
+        module, outputs = model.get_submodule(name), [output for _, output in calls[name]]
+        own = dict(module.named_parameters(recurse=False))
+        rows, products = [], []
+        for loss in losses:
+            rows.append(list(torch.autograd.grad(loss, outputs, retain_graph=True)))
+            products.append(
+                as_matrix(module, dict(zip(own, torch.autograd.grad(loss, list(own.values()), retain_graph=True), strict=True)))
+            )
+        found[name] = ([given for given, _ in calls[name]], rows, products)
+    return found
+
+
+def factors(seen: Seen, spatial: str, terms: float) -> dict[str, Tensor]:
+    """A and G by their definitions; leading group dimension where the layer is grouped."""
+    examples, positions = seen.inputs.shape[-3], seen.inputs.shape[-2]
+    if spatial == "reduce":
+        a = moment(seen.inputs.mean(-2, keepdim=True)) / examples
+        return {"A": a, "G": sum(moment(g.sum(-2, keepdim=True)) for g in seen.gradients) / terms}
+    g = sum(moment(g) for g in seen.gradients) / (terms * positions)
+    if spatial == "sua" and not isinstance(seen.module, nn.Linear):
+        return {"A": _uncorrelated_activations(seen, positions), "G": g}
+    return {"A": moment(seen.inputs) / examples, "G": g}
+
+
+def _uncorrelated_activations(seen: Seen, positions: int) -> Tensor:
+    """`blockdiag(T E[x x^T] kron I_taps, T)` of a convolution used once, x the channels at one input position."""
+    [raw], groups = seen.raw, seen.module.groups
+    size, taps, bias = raw.shape[1] // groups, math.prod(seen.module.kernel_size), seen.module.bias is not None
+    blocks = []
+    for k in range(groups):
+        pixels = raw[:, k * size : (k + 1) * size].flatten(2).transpose(1, 2)
+        omega = positions * moment(pixels) / (pixels.shape[0] * pixels.shape[1])
+        block = raw.new_zeros(size * taps + bias, size * taps + bias)
+        for i in range(size):
+            for j in range(size):
+                for tap in range(taps):
+                    block[i * taps + tap, j * taps + tap] = omega[i, j]
+        if bias:
+            block[-1, -1] = positions
+        blocks.append(block)
+    return torch.stack(blocks) if groups > 1 else blocks[0]
+
+
+def unvec(vector: Tensor, d_out: int) -> Tensor:
+    """Columns of a matrix one after another, back to the matrix."""
+    return torch.stack(vector.split(d_out), dim=1)
+
+
+def solve(block: Tensor, matrix: Tensor) -> Tensor:
+    """`block^-1 vec(matrix)`, as a matrix."""
+    return unvec(torch.linalg.solve(block, vec(matrix)), matrix.shape[0])
+
+
+def kfac_block(a: Tensor, g: Tensor, tau: float) -> Tensor:
+    """`(A + pi sqrt(tau) I) kron (G + sqrt(tau) / pi I)`."""
+    mean_a, mean_g = float(a.trace()) / len(a), float(g.trace()) / len(g)
+    pi = math.sqrt(mean_a / mean_g) if mean_a > 0 and mean_g > 0 else 1.0
+    eye_a, eye_g = torch.eye(len(a), dtype=a.dtype), torch.eye(len(g), dtype=g.dtype)
+    return dense_kron(a + pi * math.sqrt(tau) * eye_a, g + math.sqrt(tau) / pi * eye_g)
+
+
+def ekfac_block(u_a: Tensor, u_g: Tensor, scale: Tensor, tau: float) -> Tensor:
+    """`Q diag(vec(scale) + tau) Q^T`, Q = U_A kron U_G."""
+    q = dense_kron(u_a, u_g)
+    return q @ torch.diag(vec(scale) + tau) @ q.T
+
+
+def exact_scale(products: list[Tensor], u_a: Tensor, u_g: Tensor, terms: float) -> Tensor:
+    """Equation 10: squares of the projected per-example gradients, summed over passes and examples one at a time, over M."""
+    total = u_a.new_zeros(len(u_g), len(u_a))
+    for each in products:
+        for d in each:
+            total += (u_g.T @ d @ u_a) ** 2
+    return total / terms
+
+
+def pooled(scale: Tensor, a: Tensor, g: Tensor, u_a: Tensor, u_g: Tensor, tolerance: float) -> Tensor:
+    """The null-space rule: directions with eigenvalues below `tolerance` times the largest share their mean, in A, then in G."""
+    scale = scale.clone()
+    null_a, null_g = _null(a, u_a, tolerance), _null(g, u_g, tolerance)
+    if null_a:
+        for row in scale:
+            row[null_a] = row[null_a].mean()
+    if null_g:
+        for column in scale.T:
+            column[null_g] = column[null_g].mean()
+    return scale
+
+
+def _null(matrix: Tensor, vectors: Tensor, tolerance: float) -> list[int]:
+    values = [float(v @ matrix @ v) for v in vectors.T]
+    return [i for i, value in enumerate(values) if value <= tolerance * max(0.0, *values)]
+
+
+def is_eigenbasis(matrix: Tensor, vectors: Tensor, tolerance: float) -> bool:
+    """Whether the columns are orthonormal and diagonalise the matrix."""
+    turned = vectors.T @ matrix @ vectors
+    off = turned - torch.diag(turned.diagonal())
+    straight = float((vectors.T @ vectors - torch.eye(len(vectors), dtype=vectors.dtype)).abs().max()) <= tolerance
+    return straight and float(off.abs().max()) <= tolerance * max(float(matrix.abs().max()), 1e-30)
+
+
+def preconditioned(
+    seen: Seen,
+    gradient: Tensor,
+    *,
+    spatial: str,
+    basis: str,
+    terms: float,
+    tau: float,
+    vectors: Mapping[str, Tensor],
+    own: Tensor | None = None,
+    tolerance: float = 1e-9,
+    null: float = 1e-10,
+) -> Tensor:
+    """`block^-1 vec(gradient)` of one layer, group by group.
+
+    Args:
+        seen: What the layer saw.
+        gradient: The mean gradient as the layer's matrix.
+        spatial: "sud", "sua" or "reduce".
+        basis: "kfac", "exact" (EKFAC) or "running" (EKFAC-ra).
+        terms: M.
+        tau: Damping.
+        vectors: For EKFAC the eigenvectors of A and G, which are not unique; checked here to be such.
+        own: The gradient that EKFAC-ra's scale is measured on, where it is not the same.
+        tolerance: Of that check.
+        null: Eigenvalues below this fraction of the largest belong to the null space.
+    """
+    whole, groups = factors(seen, spatial, terms), gradient.ndim == 3
+    blocks = range(len(gradient)) if groups else [...]
+    parts = []
+    for k in blocks:
+        a, g, v, products = whole["A"][k], whole["G"][k], gradient[k], [d[k] for d in seen.products]
+        if basis == "kfac":
+            parts.append(solve(kfac_block(a, g, tau), v))
+            continue
+        u_a, u_g = vectors["A"][k], vectors["G"][k]
+        assert is_eigenbasis(a, u_a, tolerance)
+        assert is_eigenbasis(g, u_g, tolerance)
+        running = terms * (u_g.T @ (v if own is None else own[k]) @ u_a) ** 2
+        scale = running if basis == "running" else exact_scale(products, u_a, u_g, terms)
+        parts.append(solve(ekfac_block(u_a, u_g, pooled(scale, a, g, u_a, u_g, null), tau), v))
+    return torch.stack(parts) if groups else parts[0]
+
+
+def as_tensors(module: nn.Module, matrix: Tensor) -> dict[str, Tensor]:
+    """A layer's matrix as its weight and bias."""
+    rows = matrix.reshape(-1, matrix.shape[-1])
+    if module.bias is None:
+        return {"weight": rows.reshape(module.weight.shape)}
+    return {"weight": rows[:, :-1].reshape(module.weight.shape), "bias": rows[:, -1]}
+
+
+def clipped(
+    kind: str, limit: float, gradients: Mapping[str, Tensor], changed: Mapping[str, Tensor], lr: Mapping[str, float]
+) -> dict[str, Tensor]:
+    """The preconditioned gradients after clipping, by the formulas; `lr` by parameter name."""
+    if kind == "none":
+        return dict(changed)
+    if kind == "value":
+        return {name: p.clamp(-limit, limit) for name, p in changed.items()}
+    if kind == "norm":
+        norm = math.sqrt(sum(float(p.square().sum()) for p in changed.values()))
+        return {name: p * min(1.0, limit / norm) for name, p in changed.items()}
+    assert kind == "kl"
+    length = sum(lr[name] ** 2 * float((gradients[name] * p).sum()) for name, p in changed.items())
+    return {name: p * min(1.0, math.sqrt(limit / length)) for name, p in changed.items()}
+
+
+def updated(kind: str | type, model: nn.Module, gradients: Mapping[str, Tensor], lr: float, weight_decay: float = 0.0) -> dict[str, Tensor]:
+    """Parameters after one step of the rule from a fresh start, with these gradients."""
+    model = copy.deepcopy(model)
+    parameters = dict(model.named_parameters())
+    if kind == "nag":  # equation 12 from v = 0, the model at the look-ahead point theta + alpha v
+        alpha, out = 0.9, {}
+        for name, parameter in parameters.items():
+            v = -lr * (gradients[name] + weight_decay * parameter.detach())
+            out[name] = parameter.detach() + v + alpha * v
+        return out
+    rules: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        "sgd": torch.optim.SGD,
+        "momentum": lambda p, **options: torch.optim.SGD(p, momentum=0.9, **options),
+        "adam": torch.optim.Adam,
+        "adamw": torch.optim.AdamW,
+        "radam": torch.optim.RAdam,
+    }
+    for name, parameter in parameters.items():
+        parameter.grad = gradients[name].clone()
+    rule = rules[kind] if isinstance(kind, str) else kind
+    decay = {"weight_decay": weight_decay} if isinstance(kind, str) or "weight_decay" in inspect.signature(kind).parameters else {}
+    rule(list(parameters.values()), lr=lr, **decay).step()
+    return {name: parameter.detach() for name, parameter in parameters.items()}
+
+
+def exact_scores(log_likelihoods: Callable[[Tensor, int], Iterator[tuple[Tensor, Tensor]]]) -> Scores:
+    """Scores of the exact Fisher: for each possible label of each term its negative log-likelihood times the root of its probability."""
+
+    def scores(output: Tensor, n: int) -> list[Tensor]:
+        return [probability.detach().sqrt() * nll for probability, nll in log_likelihoods(output, n)]
+
+    return scores
+
+
+def categorical_labels(output: Tensor, n: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Probability and negative log-probability of each class for one example `[1, C]`."""
+    for c in range(output.shape[1]):
+        log_p = torch.distributions.Categorical(logits=output[0]).log_prob(torch.tensor(c))
+        yield log_p.exp(), -log_p
+
+
+@attrs.frozen(eq=False)
+class Problem:
+    """A model with one batch.
+
+    Args:
+        model: The model, float64.
+        inputs: The batch, examples in dim 0.
+        loss: The user's loss of the model's output for the whole batch.
+        scores: Whose gradients make the Fisher matrix.
+        terms: M.
+    """
+
+    model: nn.Module
+    inputs: Tensor
+    loss: Callable[[Tensor], Tensor]
+    scores: Scores
+    terms: float
+
+    def gradients(self) -> dict[str, Tensor]:
+        """The user's gradient, by parameter name."""
+        parameters = dict(self.model.named_parameters())
+        found = torch.autograd.grad(self.loss(self.model(self.inputs)), list(parameters.values()))
+        return dict(zip(parameters, found, strict=True))
+
+    def watch(self, kinds: tuple[type[nn.Module], ...]) -> dict[str, Seen]:
+        """What the layers of these classes see."""
+        names = [name for name, module in self.model.named_modules() if isinstance(module, kinds)]
+        return watch(self.model, self.inputs, self.scores, names)
+
+
+def layer_gradient(seen: Seen, name: str, gradients: Mapping[str, Tensor]) -> Tensor:
+    """One layer's part of the gradients as its matrix."""
+    own = [key for key, _ in seen.module.named_parameters(recurse=False)]
+    return as_matrix(seen.module, {key: gradients[f"{name}.{key}"] for key in own})
+
+
+def all_preconditioned(
+    problem: Problem,
+    seen: Mapping[str, Seen],
+    vectors: Mapping[str, Mapping[str, Tensor]],
+    *,
+    applied: Mapping[str, Tensor] | None = None,
+    **how: Any,
+) -> dict[str, Tensor]:
+    """The preconditioned form of a gradient, by parameter name, of the layers in `seen` only.
+
+    Args:
+        problem: What the curvature is measured on.
+        seen: What its layers saw.
+        vectors: For EKFAC the eigenvectors of each layer's factors.
+        applied: The gradient; by default the problem's own.
+        how: See `preconditioned`.
+    """
+    gradients, out = problem.gradients(), {}
+    for name, each in seen.items():
+        own = layer_gradient(each, name, gradients)
+        matrix = own if applied is None else layer_gradient(each, name, applied)
+        matrix = preconditioned(each, matrix, own=own, terms=problem.terms, vectors=vectors.get(name, {}), **how)
+        out |= {f"{name}.{key}": tensor for key, tensor in as_tensors(each.module, matrix).items()}
+    return out

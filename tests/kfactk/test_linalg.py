@@ -1,0 +1,273 @@
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import Tensor
+
+from kfactk import DecompositionError, linalg
+
+F64 = torch.float64
+sizes = st.integers(1, 4)
+leading = st.sampled_from([(), (1,), (3,), (2, 3)])
+seeds = st.integers(0, 2**31)
+scales = st.sampled_from([1e-20, 1e-6, 1.0, 1e6, 1e20])
+
+
+def draw(seed: int, *shape: int, dtype: torch.dtype = F64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=F64).to(dtype)
+
+
+def spd(seed: int, *lead: int, n: int, rank: int | None = None, dtype: torch.dtype = F64) -> Tensor:
+    x = draw(seed, *lead, n, n if rank is None else rank)
+    extra = torch.eye(n, dtype=F64) if rank is None else 0.0
+    return (x @ x.mT + extra).to(dtype)
+
+
+def rotation(seed: int, n: int) -> Tensor:
+    return torch.linalg.qr(draw(seed, n, n)).Q
+
+
+@settings(deadline=None)
+@given(seed=seeds, m=sizes, n=sizes, p=sizes, q=sizes, lead=leading)
+def test_kron_is_torch_kron_of_each_pair(seed: int, m: int, n: int, p: int, q: int, lead: tuple[int, ...]) -> None:
+    a, b = draw(seed, *lead, m, n), draw(seed + 1, *lead, p, q)
+    pairs = zip(a.reshape(-1, m, n), b.reshape(-1, p, q), strict=True)
+    expected = torch.stack([torch.kron(x, y) for x, y in pairs]).reshape(*lead, m * p, n * q)
+    assert torch.equal(linalg.kron(a, b), expected)
+
+
+def test_kron_broadcasts_leading_dimensions() -> None:
+    a, b = draw(0, 3, 2, 2), draw(1, 2, 4)
+    assert torch.equal(linalg.kron(a, b), torch.stack([torch.kron(x, b) for x in a]))
+
+
+@settings(deadline=None)
+@given(seed=seeds, m=sizes, n=sizes, k=sizes, p=sizes, lead=leading)
+def test_mixed_product(seed: int, m: int, n: int, k: int, p: int, lead: tuple[int, ...]) -> None:
+    a, c = draw(seed, *lead, m, n), draw(seed + 1, *lead, n, k)
+    b, d = draw(seed + 2, *lead, k, p), draw(seed + 3, *lead, p, m)
+    torch.testing.assert_close(linalg.kron(a, b) @ linalg.kron(c, d), linalg.kron(a @ c, b @ d))
+
+
+@settings(deadline=None)
+@given(seed=seeds, o=sizes, i=sizes, p=sizes, q=sizes, lead=leading)
+def test_the_vec_trick(seed: int, o: int, i: int, p: int, q: int, lead: tuple[int, ...]) -> None:
+    left, v, right = draw(seed, *lead, p, o), draw(seed + 1, *lead, o, i), draw(seed + 2, *lead, q, i)
+    dense = (linalg.kron(right, left) @ linalg.vec(v).unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(linalg.vec(left @ v @ right.mT), dense)
+    assert torch.equal(linalg.unvec(linalg.vec(v), o, i), v)
+
+
+def test_vec_stacks_columns() -> None:
+    assert linalg.vec(torch.tensor([[1, 2], [3, 4], [5, 6]])).tolist() == [1, 3, 5, 2, 4, 6]
+
+
+@settings(deadline=None)
+@given(seed=seeds, o=sizes, i=sizes, lead=leading)
+def test_the_inverse_and_the_eigenbasis_of_a_product(seed: int, o: int, i: int, lead: tuple[int, ...]) -> None:
+    a, g = spd(seed, *lead, n=i), spd(seed + 1, *lead, n=o)
+    dense = linalg.kron(a, g)
+    torch.testing.assert_close(torch.linalg.inv(dense), linalg.kron(torch.linalg.inv(a), torch.linalg.inv(g)))
+    (s_a, u_a), (s_g, u_g) = linalg.eigh(a), linalg.eigh(g)
+    u = linalg.kron(u_a, u_g)
+    s = linalg.kron(s_a.unsqueeze(-1), s_g.unsqueeze(-1)).squeeze(-1)
+    torch.testing.assert_close(u.mT @ u, torch.eye(i * o, dtype=F64).expand_as(dense))
+    torch.testing.assert_close(u @ torch.diag_embed(s) @ u.mT, dense)
+
+
+def test_small_helpers() -> None:
+    a, b = draw(0, 3, 2, 2), draw(1, 3, 4, 4)
+    joined = linalg.block_diagonal(a, b)
+    assert torch.equal(joined, torch.stack([torch.block_diag(x, y) for x, y in zip(a, b, strict=True)]))
+    torch.testing.assert_close(linalg.mean_diagonal(b), torch.stack([x.trace() / 4 for x in b]))
+    assert torch.equal(linalg.symmetrise(b), linalg.symmetrise(b).mT)
+    before = b.clone()
+    each = torch.tensor([1.0, 2.0, 3.0], dtype=F64)
+    torch.testing.assert_close(linalg.add_diagonal(b, each), before + each[:, None, None] * torch.eye(4, dtype=F64))
+    torch.testing.assert_close(linalg.add_diagonal(b, torch.tensor(2.0)), before + 2 * torch.eye(4, dtype=F64))
+    assert torch.equal(b, before), "the input stays as it is"
+    once = torch.eye(2).expand(3, 2, 2)
+    assert torch.equal(linalg.add_diagonal(once, 1.0), 2 * torch.eye(2).expand(3, 2, 2))
+
+
+@settings(deadline=None)
+@given(seed=seeds, n=st.integers(1, 12), rank=st.integers(0, 12), scale=scales, dtype=st.sampled_from([torch.float32, F64]))
+def test_eigh_survives_rank_deficiency_and_every_scale(seed: int, n: int, rank: int, scale: float, dtype: torch.dtype) -> None:
+    matrix = (spd(seed, n=n, rank=min(rank, n)) * scale / n).to(dtype)
+    values, vectors = linalg.eigh(matrix)
+    assert values.dtype == vectors.dtype == dtype
+    assert bool((values >= 0).all())
+    assert bool((values.diff() >= 0).all())
+    slack = 50 * n * torch.finfo(dtype).eps
+    largest = max(float(matrix.abs().max()), 1e-37)
+    back = (vectors * values) @ vectors.mT
+    torch.testing.assert_close(back, matrix, rtol=0, atol=slack * largest)
+    torch.testing.assert_close(vectors.mT @ vectors, torch.eye(n, dtype=dtype), rtol=0, atol=slack)
+
+
+@settings(deadline=None)
+@given(seed=seeds, n=st.integers(1, 12), rank=st.integers(0, 12), scale=scales, dtype=st.sampled_from([torch.float32, F64]))
+def test_cholesky_survives_rank_deficiency_and_every_scale(seed: int, n: int, rank: int, scale: float, dtype: torch.dtype) -> None:
+    matrix = (spd(seed, n=n, rank=min(rank, n)) * scale / n).to(dtype)
+    lower = linalg.cholesky(matrix, 0.0)
+    assert lower.dtype == dtype
+    assert torch.equal(lower, lower.tril())
+    assert bool(torch.isfinite(lower).all())
+    room = 100 * n * torch.finfo(dtype).eps * float(matrix.abs().max()) + 1e-36
+    torch.testing.assert_close(lower @ lower.mT, matrix, rtol=0, atol=room)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_cholesky_survives_what_rounding_made_indefinite(dtype: torch.dtype) -> None:
+    rows = 1 + 1e-3 * draw(0, 8, 512)
+    matrix = rows.to(dtype).T @ rows.to(dtype)
+    assert torch.linalg.cholesky_ex(matrix)[1] > 0, "the case is meant to be hard"
+    lower = linalg.cholesky(matrix, 0.0)
+    torch.testing.assert_close(lower @ lower.T, matrix, rtol=0, atol=100 * 512 * torch.finfo(dtype).eps * float(matrix.max()))
+
+
+def test_cholesky_shifts_each_matrix_by_its_own() -> None:
+    matrix, shift = spd(0, 2, n=3), torch.tensor([0.5, 2.0], dtype=F64)
+    lower = linalg.cholesky(matrix, shift)
+    torch.testing.assert_close(lower @ lower.mT, matrix + shift[:, None, None] * torch.eye(3, dtype=F64))
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_refused(bad: float) -> None:
+    matrix = torch.eye(3)
+    matrix[0, 1] = matrix[1, 0] = bad
+    with pytest.raises(DecompositionError, match="NaN or inf"):
+        linalg.eigh(matrix)
+    with pytest.raises(DecompositionError, match="NaN or inf"):
+        linalg.cholesky(matrix, 1.0)
+
+
+def test_cholesky_of_an_indefinite_matrix_is_refused() -> None:
+    with pytest.raises(DecompositionError, match="positive semi-definite"):
+        linalg.cholesky(torch.diag(torch.tensor([1.0, -1.0])), 0.1)
+
+
+@pytest.mark.parametrize("failures", [1, 2, 3])
+@pytest.mark.parametrize("kind", [torch.linalg.LinAlgError, NotImplementedError, TypeError])
+def test_eigh_tries_again(monkeypatch: pytest.MonkeyPatch, failures: int, kind: type[Exception]) -> None:
+    real, seen = torch.linalg.eigh, []
+
+    def flaky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        seen.append(matrix.dtype)
+        if len(seen) <= failures:
+            raise kind("did not converge")
+        values, vectors = real(matrix)
+        return values, vectors
+
+    monkeypatch.setattr(torch.linalg, "eigh", flaky)
+    matrix = spd(3, n=6, rank=2, dtype=torch.float32)
+    values, vectors = linalg.eigh(matrix)
+    assert seen == [torch.float32, torch.float32, F64, F64][: failures + 1]
+    assert values.dtype == vectors.dtype == torch.float32
+    torch.testing.assert_close((vectors * values) @ vectors.mT, matrix, rtol=0, atol=1e-4)
+    assert int(linalg.null_mask(values).sum()) == 4, "the jitter must not fill the null space"
+
+
+def test_eigh_tries_again_when_the_result_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = torch.linalg.eigh, []
+
+    def flaky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(matrix)
+        values, vectors = real(matrix)
+        return values, vectors * (float("nan") if len(calls) == 1 else 1.0)
+
+    monkeypatch.setattr(torch.linalg, "eigh", flaky)
+    assert bool(torch.isfinite(linalg.eigh(torch.eye(3))[1]).all())
+    assert len(calls) == 2
+
+
+def test_eigh_gives_up_with_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        raise torch.linalg.LinAlgError(f"no luck in {matrix.dtype}\nsecond line")
+
+    monkeypatch.setattr(torch.linalg, "eigh", fails)
+    with pytest.raises(DecompositionError, match=r"no luck in torch.float32; no luck in torch.float32; no luck in torch.float64") as caught:
+        linalg.eigh(torch.eye(2))
+    assert "second line" not in str(caught.value)
+
+
+def test_eigh_costs_one_attempt_when_all_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(self: Tensor) -> Tensor:
+        raise AssertionError("a healthy matrix needs no other precision or device")
+
+    monkeypatch.setattr(Tensor, "double", never)
+    monkeypatch.setattr(Tensor, "cpu", never)
+    linalg.eigh(torch.eye(3))
+    linalg.cholesky(torch.eye(3), 0.1)
+
+
+def test_eigenvalues_beyond_the_range_of_the_precision_are_refused() -> None:
+    with pytest.raises(DecompositionError, match="not finite"):
+        linalg.eigh(torch.full((16, 16), 1e38))
+
+
+def test_pi_is_the_papers_and_one_without_curvature() -> None:
+    a = torch.tensor([4.0, 0.0, 4.0, 0.0, float("nan")], dtype=F64)
+    g = torch.tensor([9.0, 9.0, 0.0, 0.0, 1.0], dtype=F64)
+    torch.testing.assert_close(linalg.tikhonov_pi(a, g), torch.tensor([2 / 3, 1, 1, 1, 1], dtype=F64))
+    extreme = linalg.tikhonov_pi(torch.tensor(1e30), torch.tensor(1e-30))
+    torch.testing.assert_close(extreme, torch.tensor(1e30))
+
+
+@settings(deadline=None)
+@given(seed=seeds, n=st.integers(2, 30), data=st.data(), scale=st.sampled_from([1e-20, 1.0, 1e20]))
+def test_the_null_space_is_found_at_every_scale(seed: int, n: int, data: st.DataObject, scale: float) -> None:
+    rank = data.draw(st.integers(0, n))
+    u = rotation(seed, n)
+    exact = torch.cat([torch.zeros(n - rank, dtype=F64), torch.linspace(0.5, 1, rank, dtype=F64)]) * scale
+    for dtype in (F64, torch.float32):
+        values, _ = linalg.eigh(((u * exact) @ u.T).to(dtype))
+        assert linalg.null_mask(values).tolist() == [True] * (n - rank) + [False] * rank
+
+
+def test_the_null_rule_of_float64() -> None:
+    threshold = 4 * 1e-12
+    values = torch.tensor([-1.0, 0.99 * threshold, 1.01 * threshold, 1.0], dtype=F64)
+    assert linalg.null_mask(values).tolist() == [True, True, False, False]
+    assert linalg.null_mask(torch.zeros(2, 3)).all()
+
+
+@settings(deadline=None)
+@given(seed=seeds, o=st.integers(2, 6), i=st.integers(2, 6), data=st.data())
+def test_pooled_moments_do_not_depend_on_the_basis_of_the_null_space(seed: int, o: int, i: int, data: st.DataObject) -> None:
+    null_o, null_i = data.draw(st.integers(0, o)), data.draw(st.integers(0, i))
+    gradients = draw(seed, 5, o, i)
+
+    def pooled(u_g: Tensor, u_a: Tensor) -> Tensor:
+        scale = (u_g.T @ gradients @ u_a).square().mean(0)
+        scale = linalg.pool_null(scale, torch.arange(i) < null_i, -1)
+        return linalg.pool_null(scale, torch.arange(o) < null_o, -2)
+
+    u_g, u_a = rotation(seed + 1, o), rotation(seed + 2, i)
+    turned_g, turned_a = u_g.clone(), u_a.clone()
+    turned_g[:, :null_o] = u_g[:, :null_o] @ rotation(seed + 3, null_o) if null_o else u_g[:, :0]
+    turned_a[:, :null_i] = u_a[:, :null_i] @ rotation(seed + 4, null_i) if null_i else u_a[:, :0]
+    first, second = pooled(u_g, u_a), pooled(turned_g, turned_a)
+    torch.testing.assert_close(first, second)
+    torch.testing.assert_close(first.sum(), gradients.square().sum() / 5)
+
+
+def test_pooling_by_hand() -> None:
+    values = torch.tensor([[1.0, 3.0, 10.0], [5.0, 7.0, 20.0]])
+    columns = linalg.pool_null(values, torch.tensor([True, True, False]), -1)
+    assert columns.tolist() == [[2, 2, 10], [6, 6, 20]]
+    rows = linalg.pool_null(values, torch.tensor([True, True]), -2)
+    assert rows.tolist() == [[3, 5, 15], [3, 5, 15]]
+    assert torch.equal(linalg.pool_null(values, torch.tensor([False, False, False]), -1), values)
+    batched = linalg.pool_null(values.expand(2, 2, 3), torch.tensor([[True, True, False], [False, True, True]]), -1)
+    assert batched.tolist() == [[[2, 2, 10], [6, 6, 20]], [[1, 6.5, 6.5], [5, 13.5, 13.5]]]
+
+
+@settings(deadline=None)
+@given(mean=st.floats(0, 2.0**100, width=32), gradient=st.floats(-(2.0**20), 2.0**20, width=32))
+def test_the_damping_floor_keeps_divisions_finite_and_stays_out_of_the_way(mean: float, gradient: float) -> None:
+    floor = linalg.damping_floor(torch.tensor(mean))
+    assert bool(floor > 0)
+    assert bool(torch.isfinite(torch.tensor(gradient) / floor))
+    if mean > 1e-10:
+        assert bool(floor <= 1e-6 * mean)
+    assert linalg.damping_floor(torch.tensor([mean, 2.0])).shape == (2,)

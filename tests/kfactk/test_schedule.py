@@ -1,0 +1,263 @@
+"""When what is refreshed: the periods by themselves, and whole runs against a reference that does every step by hand."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kfactk
+from kfactk import Optimizer, OptionError
+from kfactk.schedule import Due, due_at, number_at, period_at
+from tests.kfactk import dense
+from tests.truth import dense_kron, vec
+
+F64 = torch.float64
+periods = st.integers(1, 12)
+
+
+# ----------------------------------------------------------------------------------------------------------------- due, numbers
+
+
+@given(periods, periods, periods)
+def test_everything_is_due_at_the_first_step(factors: int, scale: int, basis: int) -> None:
+    assert due_at(0, factors, scale, basis) == Due(True, True, True)
+
+
+@settings(max_examples=30)
+@given(periods, periods, periods)
+def test_each_period_goes_its_own_way(factors: int, scale: int, basis: int) -> None:
+    """And a new basis measures its scale anew."""
+    for step in range(40):
+        due = due_at(step, factors, scale, basis)
+        assert due.factors == (step in range(0, 40, factors))
+        assert due.basis == (step in range(0, 40, basis))
+        assert due.scale == (step in range(0, 40, scale) or due.basis)
+
+
+def test_a_period_may_be_a_function_of_the_step() -> None:
+    def early_often(step: int) -> int:
+        return 1 if step < 3 else 4
+
+    assert [step for step in range(14) if due_at(step, early_often, 100, 100).factors] == [0, 1, 2, 4, 8, 12]
+
+
+@pytest.mark.parametrize("period", [0, -1, 2.5, "3", True, None, float("nan")])
+def test_a_period_that_is_no_number_of_steps_is_refused(period: Any) -> None:
+    with pytest.raises(OptionError, match=r"factor_every is .* a whole number of at least 1"):
+        due_at(0, period, 1, 1)
+    with pytest.raises(OptionError, match=r"basis_every is .* at step 7"):
+        period_at("basis_every", lambda step: period, 7)
+
+
+@pytest.mark.parametrize("number", [-0.1, 1.1, "x", True, None, float("nan")])
+def test_a_number_out_of_its_bounds_is_refused(number: Any) -> None:
+    with pytest.raises(OptionError, match=r"factor_decay is .* between 0 and 1"):
+        number_at("factor_decay", number, 0, high=1.0)
+    with pytest.raises(OptionError, match=r"factor_decay is .* at step 3"):
+        number_at("factor_decay", lambda step: number, 3, high=1.0)
+
+
+def test_numbers_may_be_functions_of_the_step() -> None:
+    assert number_at("damping", lambda step: 1 / (1 + step), 3) == 0.25
+    assert number_at("damping", 2, 3) == 2.0
+    with pytest.raises(OptionError, match="damping is -1; it must be a number at least 0"):
+        number_at("damping", -1, 0)
+
+
+# ------------------------------------------------------------------------------------------------------------ the hand-run steps
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(5)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+
+
+def batches(count: int) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(6)
+    return [(torch.randn(9, 3, dtype=F64, generator=generator), torch.randint(3, (9,), generator=generator)) for _ in range(count)]
+
+
+@attrs.define(eq=False)
+class ByHand:
+    """One layer's history, and what follows from it: every mean is a sum over the whole past, weighted.
+
+    Args:
+        decay: epsilon.
+        scale_decay: Decay of the scale's mean between changes of basis.
+        past: Factors of the steps that measured them.
+        scale: The scale's mean, carried along when the basis changes.
+        weight: What the measured scales behind it weigh together.
+        vectors: Eigenvectors of the current basis.
+        block: The block that K-FAC's last refresh left.
+    """
+
+    decay: float
+    scale_decay: float
+    past: list[dict[str, Tensor]] = attrs.Factory(list)
+    scale: Tensor | None = None
+    weight: float = 0.0
+    vectors: dict[str, Tensor] = attrs.Factory(dict)
+    block: Tensor | None = None
+
+    def mean(self, name: str) -> Tensor:
+        weights = [self.decay ** (len(self.past) - 1 - k) for k in range(len(self.past))]
+        return sum(w * each[name] for w, each in zip(weights, self.past, strict=True)) / sum(weights)
+
+    def turn(self, vectors: dict[str, Tensor]) -> None:
+        """Change the basis; the old scale goes along as the diagonal of its operator."""
+        for name, each in vectors.items():
+            assert dense.is_eigenbasis(self.mean(name), each, 1e-9), name
+        if self.scale is not None:
+            operator = dense.ekfac_block(self.vectors["A"], self.vectors["G"], self.scale, 0.0)
+            q = dense_kron(vectors["A"], vectors["G"])
+            self.scale = dense.unvec((q.T @ operator @ q).diagonal(), len(vectors["G"]))
+        self.vectors = {name: each.clone() for name, each in vectors.items()}
+
+    def measure(self, new: Tensor) -> None:
+        self.weight = self.scale_decay * self.weight + 1.0
+        self.scale = new if self.scale is None else self.scale + (new - self.scale) / self.weight
+
+
+Every = int | Callable[[int], int]
+
+
+def due(every: Every, step: int) -> bool:
+    return step % (every(step) if callable(every) else every) == 0
+
+
+@attrs.frozen
+class Timetable:
+    """The three periods and the damping."""
+
+    factors: Every
+    scale: Every
+    basis: Every
+    damping: float | Callable[[int], float] = 0.05
+
+    def tau(self, step: int) -> float:
+        return self.damping(step) if callable(self.damping) else self.damping
+
+
+TIMETABLES = {
+    "factors 3, scale 4, basis 5": Timetable(3, 4, 5),
+    "factors 4, scale 5, basis 3": Timetable(4, 5, 3),
+    "factors 5, scale 3, basis 4": Timetable(5, 3, 4),
+    "functions": Timetable(
+        lambda step: 1 if step < 3 else 4, lambda step: 2 + step % 2, lambda step: 3 if step < 7 else 5, lambda step: 0.5 / (1 + step)
+    ),
+}
+KINDS: dict[str, Any] = {
+    "kfac": "kfac",
+    "exact": "ekfac",
+    "exact, averaged": {"name": "ekfac", "scale_decay": 0.7},
+    "running": {"name": "ekfac", "scale": "running"},
+}
+SCALE_DECAY = {"kfac": 0.0, "exact": 0.0, "exact, averaged": 0.7, "running": 0.95}
+COUNT, LR, DECAY = 13, 0.2, 0.8
+
+
+def block_by_hand(
+    kind: str, table: Timetable, step: int, hand: ByHand, seen: dense.Seen, gradient: Tensor, decomposition: dict[str, dict[str, Tensor]]
+) -> Tensor:
+    """What the layer's gradient is divided by at this step."""
+    examples = seen.inputs.shape[-3]
+    if due(table.factors, step):
+        hand.past.append(dense.factors(seen, "sud", examples))
+    if kind == "kfac":  # damping is seen at a refresh only
+        if due(table.basis, step):
+            hand.block = dense.kfac_block(hand.mean("A"), hand.mean("G"), table.tau(step))
+        assert hand.block is not None
+        return hand.block
+    if due(table.basis, step):
+        hand.turn({name: parts["eigenvectors"] for name, parts in decomposition.items()})
+    u_a, u_g = hand.vectors["A"], hand.vectors["G"]
+    if due(table.scale, step) or due(table.basis, step):
+        running = examples * (u_g.T @ gradient @ u_a) ** 2
+        hand.measure(running if kind == "running" else dense.exact_scale(seen.products, u_a, u_g, examples))
+    assert hand.scale is not None
+    return dense.ekfac_block(u_a, u_g, hand.scale, table.tau(step))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", TIMETABLES)
+def test_refreshes_happen_when_they_are_due_and_in_the_right_order(name: str, kind: str) -> None:
+    """Factors, then the basis, then the scale in the new basis on the same batch: every parameter after each of many steps."""
+    table, model = TIMETABLES[name], net()
+    optimizer = kfactk.build(
+        basis=KINDS[kind],
+        fisher="exact",
+        update="sgd",
+        clip="none",
+        lr=LR,
+        factor_decay=DECAY,
+        damping=table.damping,
+        factor_every=table.factors,
+        scale_every=table.scale,
+        basis_every=table.basis,
+    ).bind(model)
+    hands = {layer: ByHand(DECAY, SCALE_DECAY[kind]) for layer in ("0", "2")}
+    reference = copy.deepcopy(model)
+    for step, (x, y) in enumerate(batches(COUNT)):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        reference = step_by_hand(reference, x, y, hands, lambda *of, step=step: block_by_hand(kind, table, step, *of), optimizer)
+        for (parameter, found), truth in zip(model.named_parameters(), reference.parameters(), strict=True):
+            torch.testing.assert_close(found, truth, rtol=1e-8, atol=1e-9, msg=lambda text, at=(step, parameter): f"{at}: {text}")
+
+
+def step_by_hand(
+    model: nn.Module, x: Tensor, y: Tensor, hands: dict[str, ByHand], block: Callable[..., Tensor], optimizer: Optimizer
+) -> nn.Module:
+    problem = dense.Problem(
+        model, x, lambda output: F.cross_entropy(output, y), dense.exact_scores(dense.categorical_labels), float(len(x))
+    )
+    gradients, changed = problem.gradients(), {}
+    for layer, seen in problem.watch((nn.Linear,)).items():
+        matrix = dense.layer_gradient(seen, layer, gradients)
+        decomposition = optimizer.layers[layer].decomposition
+        solution = dense.solve(block(hands[layer], seen, matrix, decomposition), matrix)
+        changed |= {f"{layer}.{key}": tensor for key, tensor in dense.as_tensors(seen.module, solution).items()}
+    model = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter -= LR * changed[name]
+    return model
+
+
+def test_the_reference_can_tell_timetables_apart() -> None:
+    """The same run at another period ends elsewhere: the comparison above sees when things happen."""
+    ends = []
+    for table in (Timetable(3, 4, 5), Timetable(4, 4, 5), Timetable(3, 5, 5), Timetable(3, 4, 6)):
+        model = net()
+        optimizer = kfactk.build(
+            fisher="exact", update="sgd", clip="none", lr=LR, damping=0.05,
+            factor_every=table.factors, scale_every=table.scale, basis_every=table.basis,
+        ).bind(model)  # fmt: skip
+        for x, y in batches(COUNT):
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+        ends.append(torch.cat([vec(p.detach()) if p.ndim == 2 else p.detach() for p in model.parameters()]))
+    for i in range(len(ends)):
+        for j in range(i):
+            assert float((ends[i] - ends[j]).norm()) > 1e-6
+
+
+def test_a_group_keeps_its_own_damping_while_the_recipes_follows_its_function() -> None:
+    model = net()
+    own = [{"params": list(model[0].parameters()), "damping": 0.7}, {"params": list(model[2].parameters())}]
+    optimizer = kfactk.build(fisher="exact", damping=lambda step: 0.5 / (1 + step), lr=LR).bind(model, own)
+    for step, (x, y) in enumerate(batches(3)):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        assert [group["damping"] for group in optimizer.param_groups] == [0.7, 0.5 / (1 + step)]

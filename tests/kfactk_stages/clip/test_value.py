@@ -1,0 +1,69 @@
+"""Value clip: every entry is bounded."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from kfactk_stages.clip.value import ValueClip
+from torch import Tensor
+
+from kfactk import OptionError, Pair
+
+
+def dot(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
+    return torch.stack([(x * y).sum() for x, y in zip(xs, ys, strict=True)])
+
+
+entries = st.lists(st.floats(-1e6, 1e6, allow_subnormal=False), min_size=1, max_size=6)
+
+
+@settings(deadline=None)
+@given(st.lists(entries, min_size=1, max_size=3), st.floats(1e-6, 1e7))
+def test_entries_against_python(values: list[list[float]], limit: float) -> None:
+    pairs = [Pair(torch.ones(len(v), dtype=torch.float64), torch.tensor(v, dtype=torch.float64), lr=0.1) for v in values]
+    clipped, factor = ValueClip(limit=limit).clip(pairs, dot)
+    expected = [[max(-limit, min(limit, x)) for x in v] for v in values]
+    assert [c.tolist() for c in clipped] == expected
+    again, second = ValueClip(limit=limit).clip([Pair(p.gradient, c, lr=0.1) for p, c in zip(pairs, clipped, strict=True)], dot)
+    assert [c.tolist() for c in again] == expected
+    assert second.item() == 1.0
+    before, after = (math.hypot(*(x for v in vs for x in v)) for vs in (values, expected))
+    assert factor.item() == pytest.approx(after / before if before > 1e-100 else 1.0, rel=1e-9)
+
+
+def test_zero_stays_zero() -> None:
+    clipped, factor = ValueClip().clip([Pair(torch.ones(2), torch.zeros(2), lr=0.1)], dot)
+    assert factor.item() == 1.0
+    assert torch.equal(clipped[0], torch.zeros(2))
+
+
+def test_half_precision() -> None:
+    tensor = torch.tensor([60000.0, -300.0], dtype=torch.float16)
+    untouched, factor = ValueClip(limit=1e9).clip([Pair(tensor, tensor, lr=0.1)], dot)  # a limit float16 cannot hold
+    assert torch.equal(untouched[0], tensor)
+    assert factor.item() == 1.0
+    clipped, factor = ValueClip(limit=300).clip([Pair(tensor, tensor, lr=0.1)], dot)
+    assert clipped[0].tolist() == [300.0, -300.0]
+    assert clipped[0].dtype == torch.float16
+    assert factor.item() == pytest.approx(math.hypot(300, 300) / math.hypot(tensor[0].item(), 300), rel=1e-5)
+    assert tensor[1].item() == -300.0
+
+
+def test_never_reads_a_value() -> None:
+    pair = Pair(torch.ones(2, device="meta"), torch.ones(2, device="meta"), lr=0.1)
+    assert ValueClip().clip([pair], dot)[1].is_meta
+
+
+def test_no_pairs() -> None:
+    clipped, factor = ValueClip().clip([], dot)
+    assert clipped == []
+    assert factor.item() == 1.0
+
+
+@pytest.mark.parametrize("limit", [0.0, -2, float("nan"), float("inf"), "1", False])
+def test_limit_is_checked(limit: object) -> None:
+    with pytest.raises(OptionError, match=r"limit.*positive"):
+        ValueClip(limit=limit)

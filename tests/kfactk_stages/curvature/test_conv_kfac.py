@@ -1,0 +1,395 @@
+"""ConvKfac, and what it shares with Kfac, against per-example autograd and plain loops in float64."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from kfactk_stages.curvature.conv_kfac import ConvKfac
+from kfactk_stages.curvature.kfac import Kfac
+from torch import nn
+
+from kfactk import CaptureError, Layer, OptionError, Use
+from tests import truth
+from tests.strategies import CONV, MODES, Case, conv_cases, layer_cases, linear_cases, single_row_cases
+
+laws = settings(deadline=None, max_examples=40)
+pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
+spatials = st.sampled_from(["sud", "sua", "reduce"])
+chunks = st.sampled_from([1, 500, 5000, 2**28])
+
+
+def layer_of(case: Case, *, frozen_bias: bool = False) -> Layer:
+    return Layer("layer", case.module, ("weight", "bias") if case.bias and not frozen_bias else ("weight",))
+
+
+def samples_of(case, curvature=None, *, index=slice(None), terms=1.0, first=True, **kwargs):
+    use = Use(case.inputs[index], case.gradient[index])
+    return (curvature or ConvKfac()).samples(layer_of(case, **kwargs), [use], terms=terms, first=first)
+
+
+def factors_of(case, curvature, *, index=slice(None), terms=1.0, first=True):
+    return curvature.factors(layer_of(case), samples_of(case, curvature, index=index, terms=terms, first=first))
+
+
+def averaged(statistics):
+    return {name: s.total / s.count for name, s in statistics.items()}
+
+
+def fixed(module, *spatial, examples=3, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    module = module.to(dtype)
+    inputs = torch.randn(examples, module.in_channels, *spatial, generator=generator, dtype=torch.float64).to(dtype)
+    with torch.no_grad():
+        gradient = torch.randn(module(inputs).shape, generator=generator, dtype=torch.float64).to(dtype)
+    return Case(module, inputs, gradient)
+
+
+def explicit_factors(case, spatial, terms):
+    """A and G from rows read off index by index."""
+    a = truth.input_rows(case.module, case.inputs, bias=case.bias)
+    g = truth.output_rows(case.module, case.gradient)
+    n, t = a.shape[-3], a.shape[-2]
+    if spatial == "reduce":
+        abar = sum(a[..., i : i + 1, :] for i in range(t)) / t
+        gsum = sum(g[..., i : i + 1, :] for i in range(t))
+        return truth.moment(abar) / n, truth.moment(gsum) / terms
+    big_g = truth.moment(g) / (terms * t)
+    if spatial == "sud" or isinstance(case.module, nn.Linear):
+        return truth.moment(a) / n, big_g
+    groups, taps = case.module.groups, math.prod(case.module.kernel_size)
+    size = case.module.in_channels // groups
+    blocks = []
+    for k in range(groups):
+        x = case.inputs[:, k * size : (k + 1) * size].flatten(2).transpose(1, 2)
+        omega = t * truth.moment(x) / (n * x.shape[1])
+        block = truth.dense_kron(omega, torch.eye(taps, dtype=omega.dtype))
+        blocks.append(torch.block_diag(block, torch.tensor([[float(t)]], dtype=omega.dtype)) if case.bias else block)
+    return (torch.stack(blocks) if groups > 1 else blocks[0]), big_g
+
+
+@laws
+@given(layer_cases(), chunks)
+def test_per_example_gradients_are_autograds(case, chunk_bytes):
+    samples = samples_of(case, ConvKfac(chunk_bytes=chunk_bytes))
+    d = samples.per_example_gradients()
+    torch.testing.assert_close(d, truth.module_gradients(case.module, case.inputs, case.gradient))
+    (case.module(case.inputs) * case.gradient).sum().backward()
+    total = truth.as_matrix(case.module, {name: p.grad for name, p in case.module.named_parameters()})
+    torch.testing.assert_close(d.sum(-3), total)
+    case.module.zero_grad()
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("padding", ["same", "valid", (2, 1, 0)])
+def test_every_padding_and_mode(dims, mode, padding):
+    padding = padding if isinstance(padding, str) else padding[:dims]
+    module = CONV[dims](2, 2, (2, 3, 2)[:dims], padding=padding, dilation=(3, 1, 1)[:dims], padding_mode=mode)
+    case = fixed(module, *(4, 5, 3)[:dims])
+    torch.testing.assert_close(samples_of(case).per_example_gradients(), truth.module_gradients(case.module, case.inputs, case.gradient))
+
+
+@laws
+@given(layer_cases())
+def test_rows_are_the_patches(case):
+    samples = samples_of(case)
+    a, g = truth.input_rows(case.module, case.inputs, bias=case.bias), truth.output_rows(case.module, case.gradient)
+    torch.testing.assert_close(samples.inputs(), a)
+    torch.testing.assert_close(samples.gradients(), g)
+    torch.testing.assert_close(samples.inputs(slice(0, 1)), a[..., :1, :, :])
+    torch.testing.assert_close(samples.gradients(slice(0, 1)), g[..., :1, :, :])
+    assert (samples.examples, samples.positions, samples.d_in, samples.d_out) == (*a.shape[-3:], g.shape[-1])
+    assert samples.groups == getattr(case.module, "groups", 1)
+
+
+@laws
+@given(layer_cases(), spatials, chunks, st.sampled_from([1.0, 3.5]))
+def test_factors_are_the_loops(case, spatial, chunk_bytes, terms):
+    curvature = ConvKfac(spatial=spatial, chunk_bytes=chunk_bytes)
+    matrices = curvature.assemble(layer_of(case), averaged(factors_of(case, curvature, terms=terms)))
+    a, g = explicit_factors(case, spatial, terms)
+    assert set(matrices) == curvature.provides
+    torch.testing.assert_close(matrices["A"], a)
+    torch.testing.assert_close(matrices["G"], g)
+    for matrix in matrices.values():
+        torch.testing.assert_close(matrix, matrix.mT)
+        values = torch.linalg.eigvalsh(matrix)
+        assert (values >= -1e-12 * values.abs().amax(-1, keepdim=True)).all()
+
+
+@laws
+@given(layer_cases(), chunks, st.booleans(), st.booleans())
+def test_projected_square_is_dense(case, chunk_bytes, with_left, with_right):
+    samples = samples_of(case, ConvKfac(chunk_bytes=chunk_bytes), terms=2.0)
+    d = truth.module_gradients(case.module, case.inputs, case.gradient)
+    generator = torch.Generator().manual_seed(1)
+    lead = d.shape[:-3]
+    left = torch.randn(*lead, d.shape[-2], d.shape[-2], generator=generator, dtype=d.dtype) if with_left else None
+    right = torch.randn(*lead, d.shape[-1], d.shape[-1], generator=generator, dtype=d.dtype) if with_right else None
+    result = samples.projected_square(left, right)
+    torch.testing.assert_close(result.total, truth.projected_square(d, left, right))
+    assert result.count == 2.0
+
+
+@laws
+@given(layer_cases())
+def test_matrix_and_tensors_are_inverse(case):
+    layer, curvature = layer_of(case), ConvKfac()
+    tensors = {name: p.detach() for name, p in layer.tensors().items()}
+    matrix = curvature.matrix(layer, tensors)
+    assert torch.equal(matrix, truth.as_matrix(case.module, tensors))
+    back = curvature.tensors(layer, matrix)
+    assert list(back) == list(layer.parameters)
+    for name, tensor in tensors.items():
+        assert back[name].shape == tensor.shape
+        assert torch.equal(back[name], tensor)
+
+
+@laws
+@given(layer_cases(), spatials, st.randoms(use_true_random=False))
+def test_order_duplication_and_splitting_of_the_batch_do_not_matter(case, spatial, random):
+    curvature = ConvKfac(spatial=spatial)
+
+    def statistics(index):
+        return factors_of(case, curvature, index=index, terms=float(len(index)))
+
+    order = list(range(len(case.inputs)))
+    random.shuffle(order)
+    whole, shuffled, twice = averaged(statistics(sorted(order))), averaged(statistics(order)), averaged(statistics(order + order))
+    cut = random.randrange(1, len(order) + 1)
+    parts = [statistics(index) for index in (order[:cut], order[cut:]) if index]
+    for name, value in whole.items():
+        torch.testing.assert_close(shuffled[name], value)
+        torch.testing.assert_close(twice[name], value)
+        joined = parts[0][name] + parts[1][name] if len(parts) == 2 else parts[0][name]
+        torch.testing.assert_close(joined.total / joined.count, value)
+
+
+@laws
+@given(single_row_cases(), st.sampled_from(["sud", "reduce"]))
+def test_one_example_with_one_row_is_exact(case, spatial):
+    curvature = ConvKfac(spatial=spatial)
+    matrices = averaged(factors_of(case, curvature, index=slice(0, 1)))
+    d = truth.module_gradients(case.module, case.inputs[:1], case.gradient[:1])
+    torch.testing.assert_close(truth.dense_kron(matrices["A"], matrices["G"]), truth.dense_fisher(d, 1.0))
+
+
+@laws
+@given(layer_cases(), spatials)
+def test_later_passes_add_no_inputs_and_no_counts(case, spatial):
+    curvature = ConvKfac(spatial=spatial)
+    first, later = factors_of(case, curvature, terms=3.0), factors_of(case, curvature, terms=3.0, first=False)
+    assert set(first) == set(later)
+    for name, statistic in later.items():
+        assert statistic.count == 0
+        assert (statistic.total is None) == (name != "G")
+    joined = {name: first[name] + later[name] for name in first}
+    torch.testing.assert_close(joined["G"].total, 2 * first["G"].total)
+    assert joined["G"].count == 3.0
+
+
+@laws
+@given(layer_cases())
+def test_a_frozen_bias_has_no_column(case):
+    samples = samples_of(case, frozen_bias=True)
+    torch.testing.assert_close(samples.inputs(), truth.input_rows(case.module, case.inputs, bias=False))
+    curvature, layer = ConvKfac(spatial="sua"), layer_of(case, frozen_bias=True)
+    a = curvature.assemble(layer, averaged(curvature.factors(layer, samples)))["A"]
+    assert a.shape[-1] == samples.d_in
+
+
+@laws
+@given(layer_cases(), spatials)
+def test_blank_has_the_shapes_of_real_uses(case, spatial):
+    layer, curvature = layer_of(case), ConvKfac(spatial=spatial)
+    blank = curvature.blank(layer)
+    assert len(blank.inputs) == 1
+    assert case.module(blank.inputs).shape == blank.gradient.shape
+    samples = curvature.samples(layer, [blank], terms=1.0, first=True)
+    statistics = curvature.factors(layer, samples)
+    assert {n: s.total.shape for n, s in statistics.items()} == {n: s.total.shape for n, s in factors_of(case, curvature).items()}
+    assert samples.projected_square(None, None).total.shape == samples_of(case).projected_square(None, None).total.shape
+    assert not statistics["G"].total.any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_blank_leaves_room_for_the_padding(mode):
+    module = nn.Conv2d(2, 3, 1, padding=(2, 0), padding_mode=mode)
+    blank = ConvKfac().blank(Layer("layer", module, ("weight", "bias")))
+    assert module(blank.inputs).shape == blank.gradient.shape
+
+
+@laws
+@given(conv_cases())
+def test_an_unbatched_input_is_one_example(case):
+    layer = layer_of(case)
+    unbatched = ConvKfac().samples(layer, [Use(case.inputs[0], case.gradient[0])], terms=1.0, first=True)
+    torch.testing.assert_close(unbatched.per_example_gradients(), truth.module_gradients(case.module, case.inputs[:1], case.gradient[:1]))
+
+
+@laws
+@given(linear_cases(), spatials)
+def test_linear_layers_are_treated_as_kfac_treats_them(case, spatial):
+    own, other = ConvKfac(spatial=spatial), Kfac(spatial="sud" if spatial == "sua" else spatial)
+    one, two = factors_of(case, own), factors_of(case, other)
+    assert set(one) == set(two) == {"A", "G"}
+    for name in one:
+        assert torch.equal(one[name].total, two[name].total)
+        assert one[name].count == two[name].count
+
+
+class Repeated(nn.Module):
+    """A convolution used at two resolutions in one forward."""
+
+    def __init__(self, conv):
+        super().__init__()
+        self.shared = conv
+
+    def forward(self, x):
+        y = self.shared(x).tanh()
+        return self.shared(nn.functional.avg_pool2d(y, 2)).flatten(1).sin()
+
+
+def captured_uses(model, module, inputs, loss):
+    """The uses of `module` in one forward, with the gradients of `loss(output)` that autograd has for its outputs."""
+    calls = []
+    handle = module.register_forward_hook(lambda _, args, output: calls.append((args[0].detach(), output)))
+    value = loss(model(inputs))
+    handle.remove()
+    gradients = torch.autograd.grad(value, [output for _, output in calls])
+    return [Use(x, g) for (x, _), g in zip(calls, gradients, strict=True)]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("spatial", ["sud", "sua", "reduce"])
+@pytest.mark.parametrize("chunk_bytes", [1, 2**28])
+def test_a_shared_module_sums_over_its_uses(groups, bias, spatial, chunk_bytes):
+    torch.manual_seed(0)
+    model = Repeated(nn.Conv2d(2, 2, 3, padding=1, groups=groups, bias=bias)).double()
+    inputs = torch.randn(4, 2, 4, 6, dtype=torch.float64)
+    layer = Layer("shared", model.shared, ("weight", "bias") if bias else ("weight",))
+    uses = captured_uses(model, model.shared, inputs, lambda output: output.sum())
+    assert len(uses) == 2
+    curvature = ConvKfac(spatial=spatial, chunk_bytes=chunk_bytes)
+    samples = curvature.samples(layer, uses, terms=4.0, first=True)
+    d = truth.layer_gradients(model, "shared", inputs, inputs, lambda output, _: output.sum())
+    torch.testing.assert_close(samples.per_example_gradients(), d)
+    torch.testing.assert_close(samples.projected_square(None, None).total, truth.projected_square(d, None, None))
+
+    matrices = curvature.assemble(layer, averaged(curvature.factors(layer, samples)))
+    a = torch.cat([truth.input_rows(model.shared, use.inputs, bias=bias) for use in uses], -2)
+    g = torch.cat([truth.output_rows(model.shared, use.gradient) for use in uses], -2)
+    if spatial == "reduce":
+        expected = truth.moment(a.mean(-2, keepdim=True)) / 4, truth.moment(g.sum(-2, keepdim=True)) / 4
+    else:
+        expected = truth.moment(a) / 4, truth.moment(g) / (4 * a.shape[-2])
+    torch.testing.assert_close(matrices["G"], expected[1])
+    if spatial != "sua":
+        torch.testing.assert_close(matrices["A"], expected[0])
+    else:
+        each = [explicit_factors(Case(model.shared, use.inputs, use.gradient), "sua", 4.0)[0] for use in uses]
+        torch.testing.assert_close(matrices["A"], each[0] + each[1])
+
+
+def test_uses_of_different_batch_sizes_are_refused():
+    module = nn.Conv1d(1, 1, 1)
+    uses = [Use(torch.ones(n, 1, 3), torch.ones(n, 1, 3)) for n in (2, 4)]
+    with pytest.raises(CaptureError, match=r"'layer'.*\[2, 4\].*leave it out"):
+        ConvKfac().samples(Layer("layer", module, ("weight", "bias")), uses, terms=1.0, first=True)
+
+
+def test_resolutions_average_in_sua():
+    module = nn.Conv2d(2, 3, 3, padding=1)
+    cases = [fixed(module, 4, 4, examples=1), fixed(module, 2, 2, examples=3, seed=1)]
+    curvature = ConvKfac(spatial="sua")
+    one, two = (factors_of(case, curvature) for case in cases)
+    a = curvature.assemble(layer_of(cases[0]), averaged({name: one[name] + two[name] for name in one}))["A"]
+    each = [explicit_factors(case, "sua", 1.0)[0] for case in cases]
+    torch.testing.assert_close(a, (each[0] + 3 * each[1]) / 4)
+
+
+def test_sua_is_sud_where_a_pixel_is_a_patch():
+    case = fixed(nn.Conv2d(3, 2, 1, bias=False), 4, 5)
+    sua, sud = (averaged(factors_of(case, ConvKfac(spatial=spatial))) for spatial in ("sua", "sud"))
+    torch.testing.assert_close(sua["Omega"], sud["A"])
+
+
+def test_sua_keeps_a_small_factor():
+    case = fixed(nn.Conv2d(3, 2, 5, padding=2), 6, 6)
+    shapes = {name: tuple(s.total.shape) for name, s in factors_of(case, ConvKfac(spatial="sua")).items()}
+    assert shapes == {"Omega": (3, 3), "positions": (), "G": (2, 2)}
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("spatial", ["sud", "sua", "reduce"])
+@pytest.mark.parametrize("mode", ["zeros", "reflect"])
+def test_half_precision_computes_in_float32(half, spatial, mode):
+    case = fixed(nn.Conv2d(4, 4, 3, padding=1, groups=2, padding_mode=mode), 8, 8, examples=8, dtype=half)
+    exact = Case(case.module.double(), case.inputs.double(), case.gradient.double())
+    curvature = ConvKfac(spatial=spatial)
+    matrices = curvature.assemble(layer_of(case), averaged(factors_of(case, curvature, terms=8.0)))
+    for matrix, expected in zip((matrices["A"], matrices["G"]), explicit_factors(exact, spatial, 8.0), strict=True):
+        assert matrix.dtype == torch.float32
+        torch.testing.assert_close(matrix.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [2.0**-30, torch.tensor(2.0**-30)])
+def test_scale_multiplies_in_the_working_precision(scale):
+    case = fixed(nn.Conv1d(2, 3, 2), 5, dtype=torch.float16)
+    samples = ConvKfac().samples(layer_of(case), [Use(case.inputs, case.gradient, scale)], terms=1.0, first=True)
+    expected = truth.output_rows(case.module, case.gradient.double()) * 2.0**-30
+    assert samples.gradients().dtype == torch.float32
+    torch.testing.assert_close(samples.gradients().double(), expected, rtol=1e-6, atol=0)
+
+
+MEMORY_CASES = [
+    (nn.Conv2d(4, 8, 3, padding=1), (6, 6)),
+    (nn.Conv2d(4, 8, 3, padding=2, dilation=2, groups=2, padding_mode="circular"), (6, 6)),
+    (nn.Conv2d(8, 8, 3, padding=1, groups=8), (6, 6)),
+    (nn.Conv2d(4, 2, 1, stride=4, padding=4), (5, 5)),
+    (nn.Conv1d(2, 64, 3, groups=2), (9,)),
+    (nn.Conv3d(2, 3, 2, padding=1, padding_mode="reflect"), (3, 3, 3)),
+]
+
+
+@pytest.mark.parametrize(("module", "size"), MEMORY_CASES)
+@pytest.mark.parametrize(
+    ("spatial", "memory_format"),
+    [("sud", torch.contiguous_format), ("sud", torch.channels_last), ("sua", torch.contiguous_format), ("reduce", torch.contiguous_format)],
+)
+def test_temporaries_stay_within_chunk_bytes(module, size, spatial, memory_format):
+    case = fixed(module, *size, examples=80)
+    if len(size) == 2:
+        case = Case(module, case.inputs.to(memory_format=memory_format), case.gradient.to(memory_format=memory_format))
+    chunk_bytes = 20_000
+
+    def largest(chunk_bytes):
+        curvature = ConvKfac(spatial=spatial, chunk_bytes=chunk_bytes)
+        with truth.LargestAllocation() as largest:
+            samples = samples_of(case, curvature)
+            curvature.factors(layer_of(case), samples)
+            samples.projected_square(left, right)
+        return largest.bytes
+
+    rows = samples_of(case)
+    lead = (rows.groups,) if rows.groups > 1 else ()
+    left, right = (torch.ones(*lead, d, d, dtype=torch.float64) for d in (rows.d_out, rows.d_in))
+    one_example = 2 * (rows.positions * (rows.d_in + rows.d_out) + rows.d_in * rows.d_out) * rows.groups * 8
+    result = max(rows.d_in, rows.d_out) ** 2 * rows.groups * 8
+    assert 0 < largest(chunk_bytes) <= max(chunk_bytes, one_example, result)
+    assert largest(2**28) > 2 * max(chunk_bytes, one_example, result)
+
+
+def test_geometry_is_read_when_the_layer_is_used():
+    module = nn.Conv2d(2, 2, 3, padding=1)
+    module.stride, module.padding, module.dilation = 2, 2, (2,)
+    case = fixed(module, 5, 5)
+    torch.testing.assert_close(samples_of(case).per_example_gradients(), truth.module_gradients(case.module, case.inputs, case.gradient))
+
+
+def test_options_are_checked():
+    with pytest.raises(OptionError, match=r"spatial='expand'.*'sud', 'sua', 'reduce'"):
+        ConvKfac(spatial="expand")
+    assert ConvKfac(spatial="reduce") == ConvKfac(spatial="reduce") != ConvKfac()

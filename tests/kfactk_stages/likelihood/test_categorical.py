@@ -1,0 +1,143 @@
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from kfactk_stages.likelihood.categorical import Categorical
+from torch import Tensor
+from torch.distributions import Categorical as Truth
+
+from kfactk import CaptureError, OptionError
+
+F64 = torch.float64
+
+
+def logits(seed: int, *shape: int, scale: float = 1.0, dtype: torch.dtype = F64) -> Tensor:
+    return (scale * torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))).to(dtype).requires_grad_()
+
+
+def outer_products(likelihood: Categorical, view: Tensor) -> Tensor:
+    return sum(column.unsqueeze(-1) * column.unsqueeze(-2) for column in likelihood.root(view))
+
+
+def dense_fisher(f: Tensor) -> Tensor:
+    """The Hessian of the expected negative log-likelihood at one term, the expectation taken with the probabilities held fixed."""
+    p = f.detach().softmax(-1)
+
+    def expected(g: Tensor) -> Tensor:
+        return -(p * g.log_softmax(-1)).sum()
+
+    return torch.func.hessian(expected)(f.detach())
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**31), n=st.integers(1, 3), s=st.integers(1, 3), c=st.integers(2, 6), scale=st.sampled_from([0.0, 1.0, 10.0]))
+def test_root_is_a_root_of_the_dense_fisher(seed: int, n: int, s: int, c: int, scale: float) -> None:
+    likelihood = Categorical(class_axis=1)
+    view = likelihood.view(logits(seed, n, c, s, scale=scale))
+    columns = list(likelihood.root(view))
+    assert len(columns) == c - 1
+    assert all(column.shape == view.shape and not column.requires_grad for column in columns)
+    expected = torch.stack([torch.stack([dense_fisher(f) for f in example]) for example in view])
+    torch.testing.assert_close(outer_products(likelihood, view), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_root_of_certain_and_of_forbidden_classes(dtype: torch.dtype) -> None:
+    inf = float("inf")
+    rows = [[0.0, -inf, 1.0, -inf], [-inf, -inf, -inf, 3.0], [5.0, -inf, -inf, -inf], [0.0, 1e4, -1e4, 1e4], [-200, 0, -300, -150]]
+    view = torch.tensor([rows], dtype=dtype)
+    p = view.softmax(-1)
+    expected = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
+    torch.testing.assert_close(outer_products(Categorical(), view), expected)
+
+
+@settings(deadline=None)
+@given(seed=st.integers(0, 2**31), n=st.integers(1, 4), s=st.integers(1, 4), c=st.integers(2, 6))
+def test_nll_is_that_of_torch_distributions(seed: int, n: int, s: int, c: int) -> None:
+    likelihood = Categorical(class_axis=-1)
+    view = likelihood.view(logits(seed, n, s, c, scale=3))
+    targets = torch.randint(c, (n, s), generator=torch.Generator().manual_seed(seed))
+    torch.testing.assert_close(likelihood.nll(view, targets), -Truth(logits=view).log_prob(targets))
+
+
+def test_draws_follow_the_softmax() -> None:
+    """Pearson's statistic over 40000 draws of 5 classes: 4 degrees of freedom exceed 23.5 with probability 1e-4."""
+    f = torch.tensor([2.0, 0.0, -1.0, 0.5, -3.0])
+    view = f.expand(200, 200, 5).contiguous().requires_grad_()
+    draws = Categorical().sample(view, torch.Generator().manual_seed(5))
+    assert draws.shape == (200, 200)
+    assert draws.dtype == torch.long
+    expected = f.softmax(-1) * draws.numel()
+    seen = torch.bincount(draws.flatten(), minlength=5)
+    assert float(((seen - expected) ** 2 / expected).sum()) < 23.5
+
+
+def test_draws_never_take_a_forbidden_or_hopeless_class() -> None:
+    view = torch.full((64, 1, 4000), -float("inf"))
+    view[..., 17] = 0
+    generator = torch.Generator().manual_seed(0)
+    assert bool((Categorical().sample(view, generator) == 17).all())
+    view = torch.full((512, 1, 20000), -60.0)
+    view[..., 3] = 0
+    assert bool((Categorical().sample(view, generator) == 3).all())
+
+
+def test_an_exact_zero_in_the_noise_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    def zeros(self: Tensor, *args: object, **kwargs: object) -> Tensor:
+        self.fill_(1.0)
+        self[..., 1] = 0.0
+        return self
+
+    monkeypatch.setattr(Tensor, "exponential_", zeros)
+    for hopeless in (-60.0, -float("inf")):
+        view = torch.tensor([[[0.0, hopeless]]])
+        assert Categorical().sample(view, torch.Generator()).item() == 0
+
+
+def test_draws_survive_nan_and_depend_on_the_generator_alone() -> None:
+    view = logits(0, 50, 3, 4)
+    bad = view.detach().clone()
+    bad[0] = float("nan")
+    before = torch.get_rng_state()
+    first = Categorical().sample(view, torch.Generator().manual_seed(1))
+    torch.randn(3)
+    assert torch.equal(first, Categorical().sample(view, torch.Generator().manual_seed(1)))
+    assert not torch.equal(first, Categorical().sample(view, torch.Generator().manual_seed(2)))
+    assert torch.equal(Categorical().sample(bad, torch.Generator().manual_seed(1))[1:], first[1:])
+    torch.set_rng_state(before)
+    Categorical().sample(view, torch.Generator().manual_seed(1))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_ignored_labels_given_as_targets_cost_nothing() -> None:
+    likelihood = Categorical(ignore_index=-1)
+    view = likelihood.view(logits(0, 3, 4))
+    losses = likelihood.nll(view, torch.tensor([[2], [-1], [0]]))
+    assert losses[1].item() == 0
+    assert torch.autograd.grad(losses.sum(), view)[0][1].abs().max() == 0
+
+
+@pytest.mark.parametrize("ignored", [0, 3])
+def test_a_class_that_doubles_as_ignore_index_can_still_be_drawn(ignored: int) -> None:
+    likelihood = Categorical(ignore_index=ignored)
+    view = likelihood.view(logits(0, 3, 4))
+    targets = torch.full((3, 1), ignored)
+    torch.testing.assert_close(likelihood.nll(view, targets), -Truth(logits=view).log_prob(targets))
+
+
+@pytest.mark.parametrize("ignored", [-100, 0, 255])
+def test_ignore_index_masks(ignored: int) -> None:
+    likelihood = Categorical(class_axis=1, targets="y", ignore_index=ignored)
+    view = likelihood.view(logits(0, 2, 4, 3))
+    assert likelihood.weights(view, {"y": torch.tensor([[1, ignored, 2], [ignored, 3, 1]])}).tolist() == [[1, 0, 1], [0, 1, 1]]
+
+
+def test_what_is_no_choice_is_refused_with_the_remedy() -> None:
+    remedy = 'likelihood="gaussian" for regression or likelihood="bernoulli" for binary'
+    with pytest.raises(CaptureError, match=rf"shape \[5, 1\]\) has a single class.*{remedy}"):
+        Categorical().view(logits(0, 5, 1))
+    with pytest.raises(CaptureError, match=rf"shape \[2, 1, 3\]\) has a single class.*{remedy}"):
+        Categorical(class_axis=1).view(logits(0, 2, 1, 3))
+    with pytest.raises(CaptureError, match=rf"shape \[5\].*{remedy}"):
+        Categorical().view(logits(0, 5))
+    with pytest.raises(OptionError, match=r"ignore_index must be an integer, not 1\.5"):
+        Categorical(ignore_index=1.5)

@@ -1,0 +1,225 @@
+"""What all likelihoods share: the view, the weights, their errors. Run for each of them."""
+
+import math
+from typing import Any
+
+import attrs
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+from kfactk_stages.likelihood.bernoulli import Bernoulli
+from kfactk_stages.likelihood.categorical import Categorical
+from kfactk_stages.likelihood.gaussian import Gaussian
+from kfactk_stages.likelihood.layout import Layout
+from torch import Tensor
+
+from kfactk import CaptureError, OptionError
+
+ALL = [Categorical, Bernoulli, Gaussian]
+each = pytest.mark.parametrize("kind", ALL)
+
+
+def output(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+
+
+@settings(deadline=None)
+@given(kind=st.sampled_from(ALL), shape=st.lists(st.integers(2, 4), min_size=2, max_size=5), data=st.data())
+def test_the_view_puts_terms_in_order_and_classes_last(kind: type[Layout], shape: list[int], data: st.DataObject) -> None:
+    axis = data.draw(st.integers(1, len(shape) - 1))
+    written = data.draw(st.sampled_from([axis, axis - len(shape)]))
+    f = output(*shape)
+    view = kind(class_axis=written).view(f)
+    rest = [d for k, d in enumerate(shape) if k not in (0, axis)]
+    assert view.shape == (shape[0], math.prod(rest), shape[axis])
+    for flat, place in enumerate(np.ndindex(*rest)):
+        index = (slice(None), *place[: axis - 1], slice(None), *place[axis - 1 :])
+        assert torch.equal(view[:, flat], f[index])
+    (gradient,) = torch.autograd.grad((view * 2).sum(), f)
+    assert torch.equal(gradient, torch.full_like(f, 2))
+
+
+@each
+def test_a_flat_output_needs_no_class_axis(kind: type[Layout]) -> None:
+    f = output(4, 3)
+    assert torch.equal(kind().view(f), f.unsqueeze(1))
+    assert torch.equal(kind(class_axis=-1).view(f), f.unsqueeze(1))
+
+
+@pytest.mark.parametrize("kind", [Bernoulli, Gaussian])
+def test_a_vector_is_one_number_an_example(kind: type[Layout]) -> None:
+    assert kind().view(output(4)).shape == (4, 1, 1)
+    assert kind(class_axis=-1).view(output(4)).shape == (4, 1, 1)
+
+
+@each
+@pytest.mark.parametrize(
+    ("dtype", "seen"), [(torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float32,) * 2, (torch.float64,) * 2]
+)
+def test_the_view_is_float32_at_least(kind: type[Layout], dtype: torch.dtype, seen: torch.dtype) -> None:
+    assert kind().view(output(4, 3, dtype=dtype)).dtype == seen
+
+
+@each
+def test_what_cannot_be_viewed_is_refused_with_the_remedy(kind: type[Layout]) -> None:
+    with pytest.raises(CaptureError, match=r"3 dimensions \(shape \[2, 3, 4\].*class_axis=1 for images.*class_axis=-1 for language"):
+        kind().view(output(2, 3, 4))
+    with pytest.raises(CaptureError, match=r"looks like a loss: return the logits, or pick them with output="):
+        kind().view(output(2, 3).sum())
+    with pytest.raises(CaptureError, match=r"torch.int64\) is not floating point: return logits"):
+        kind().view(torch.zeros(2, 3, dtype=torch.long))
+    with pytest.raises(CaptureError, match=r"shape \[2, 3\].*does not require gradients.*no_grad"):
+        kind().view(output(2, 3).detach())
+    for axis, shape in [(3, (2, 3, 4)), (-3, (2, 3, 4)), (-4, (2, 3, 4)), (2, (2, 3)), (-2, (2, 3))]:
+        with pytest.raises(CaptureError, match=rf"class_axis={axis} does not fit .*1 to {len(shape) - 1}, or -1 to {1 - len(shape)}"):
+            kind(class_axis=axis).view(output(*shape))
+
+
+@each
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"class_axis": 0}, "class_axis=0 is the dimension of the examples"),
+        ({"class_axis": 1.0}, "class_axis must be an integer or None"),
+        ({"class_axis": True}, "class_axis must be an integer or None"),
+        ({"targets": torch.zeros(2)}, "targets must be the name of an argument, not Tensor"),
+        ({"weights": ""}, "weights must be the name of an argument"),
+    ],
+)
+def test_options_of_the_wrong_kind_are_refused(kind: type[Layout], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
+        kind(**options)
+
+
+@each
+def test_options_are_values(kind: type[Layout]) -> None:
+    first = kind(class_axis=1, weights="mask")
+    assert first == kind(class_axis=1, weights="mask")
+    assert hash(first) == hash(kind(class_axis=1, weights="mask"))
+    assert attrs.evolve(first, weights=None) == kind(class_axis=1)
+    with pytest.raises(attrs.exceptions.FrozenInstanceError):
+        first.class_axis = 2
+
+
+@each
+def test_nothing_given_weighs_nothing(kind: type[Layout]) -> None:
+    likelihood = kind()
+    assert likelihood.weights(likelihood.view(output(2, 3)), {}) is None
+
+
+@each
+@pytest.mark.parametrize(
+    ("given_weights", "expected"),
+    [
+        (torch.tensor([0.5, 2.0]), [[0.5] * 6, [2.0] * 6]),
+        (torch.tensor([[0.5], [2.0]]), [[0.5] * 6, [2.0] * 6]),
+        (torch.tensor([True, False]), [[1.0] * 6, [0.0] * 6]),
+        (torch.arange(12).reshape(2, 3, 2), [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]),
+        (torch.arange(12).reshape(2, 1, 3, 2).half(), [[0, 1, 2, 3, 4, 5], [6, 7, 8, 9, 10, 11]]),
+        (np.array([3, 4]), [[3.0] * 6, [4.0] * 6]),
+        ([3, 4], [[3.0] * 6, [4.0] * 6]),
+    ],
+)
+def test_weights_of_examples_or_terms(kind: type[Layout], given_weights: Any, expected: list[list[float]]) -> None:
+    likelihood = kind(class_axis=1, weights="w")
+    view = likelihood.view(output(2, 5, 3, 2, dtype=torch.float16))
+    found = likelihood.weights(view, {"x": None, "w": given_weights})
+    assert found.dtype == torch.float32
+    assert found.tolist() == expected
+
+
+def test_weights_are_cut_off_from_any_graph() -> None:
+    likelihood = Categorical(weights="w")
+    view = likelihood.view(output(2, 3))
+    assert not likelihood.weights(view, {"w": torch.ones(2, requires_grad=True)}).requires_grad
+
+
+def test_a_weight_of_terms_lines_up_with_its_term() -> None:
+    """Terms of an image in `F.cross_entropy`'s layout against the same order of its weights."""
+    f = output(2, 4, 3, 5)
+    targets = torch.randint(4, (2, 3, 5), generator=torch.Generator().manual_seed(1))
+    weights = torch.rand(2, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    likelihood = Categorical(class_axis=1, weights="w")
+    view = likelihood.view(f)
+    found = (likelihood.weights(view, {"w": weights}) * likelihood.nll(view, targets.flatten(1))).sum()
+    torch.testing.assert_close(found, (weights * torch.nn.functional.cross_entropy(f, targets, reduction="none")).sum())
+
+
+@each
+def test_weights_that_do_not_fit_are_refused_with_the_remedy(kind: type[Layout]) -> None:
+    likelihood = kind(class_axis=-1, weights="attention_mask")
+    view = likelihood.view(output(2, 3, 4))
+    with pytest.raises(
+        CaptureError, match=r"weights='attention_mask'.*there are: 'x', 'attn_mask'\. Did you mean 'attn_mask'.*observe\(attention_mask="
+    ):
+        likelihood.weights(view, {"x": 1, "attn_mask": 2})
+    with pytest.raises(CaptureError, match="there are: none"):
+        likelihood.weights(view, {})
+    with pytest.raises(CaptureError, match=r"is None in this forward"):
+        likelihood.weights(view, {"attention_mask": None})
+    with pytest.raises(CaptureError, match=r"is a str that cannot be made a tensor"):
+        likelihood.weights(view, {"attention_mask": "ones"})
+    for shape in [(), (3,), (2, 2), (3, 2), (2, 3, 4)]:
+        with pytest.raises(CaptureError, match=rf"has shape \[{', '.join(map(str, shape))}\], but the output has 2 examples of 3 terms"):
+            likelihood.weights(view, {"attention_mask": torch.ones(shape)})
+    for bad in (-1.0, float("nan"), float("inf"), float("-inf")):
+        with pytest.raises(CaptureError, match=r"negative or non-finite.*Additive attention masks"):
+            likelihood.weights(view, {"attention_mask": torch.tensor([1.0, bad])})
+
+
+@each
+def test_labels_that_do_not_fit_are_refused_with_the_remedy(kind: type[Layout]) -> None:
+    likelihood = kind(class_axis=-1, targets="labels")
+    view = likelihood.view(output(2, 3, 4))
+    with pytest.raises(CaptureError, match=r"targets='labels' names an argument that this forward was not given"):
+        likelihood.weights(view, {"x": 1})
+    with pytest.raises(CaptureError, match=r"targets='labels' has shape \[2, 2\].*shifted"):
+        likelihood.weights(view, {"labels": torch.zeros(2, 2)})
+
+
+def missing(kind: type[Layout], labels: Tensor) -> Tensor:
+    return torch.where(labels < 0, float("nan"), labels) if kind is Gaussian else torch.where(labels < 0, -100, labels)
+
+
+@each
+def test_missing_labels_get_no_weight_and_multiply_with_weights(kind: type[Layout]) -> None:
+    labels = missing(kind, torch.tensor([[1, -1, 0], [0, 1, -1]]))
+    view = kind(class_axis=-1).view(output(2, 3, 4))
+    assert kind(class_axis=-1, targets="y").weights(view, {"y": labels}).tolist() == [[1, 0, 1], [1, 1, 0]]
+    both = kind(class_axis=-1, targets="y", weights="w")
+    assert both.weights(view, {"y": labels, "w": torch.tensor([0.5, 3])}).tolist() == [[0.5, 0, 0.5], [3, 3, 0]]
+
+
+@pytest.mark.parametrize("kind", [Bernoulli, Gaussian])
+def test_missing_vectors_count_as_a_whole(kind: type[Layout]) -> None:
+    likelihood = kind(class_axis=-1, targets="y")
+    view = likelihood.view(output(2, 3, 4))
+    labels = torch.ones(2, 3, 4)
+    labels[0, 1] = labels[1, 2] = -1
+    assert likelihood.weights(view, {"y": missing(kind, labels)}).tolist() == [[1, 0, 1], [1, 1, 0]]
+    labels[0, 0, 0] = -1
+    with pytest.raises(CaptureError, match=r"only some entries are missing.*Give weights="):
+        likelihood.weights(view, {"y": missing(kind, labels)})
+
+
+@pytest.mark.parametrize("kind", [Bernoulli, Gaussian])
+def test_missing_vectors_lie_as_in_the_output(kind: type[Layout]) -> None:
+    likelihood = kind(class_axis=1, targets="y")
+    view = likelihood.view(output(2, 3, 3, 3))
+    labels = torch.ones(2, 3, 3, 3)
+    labels[0, :, 1, 2] = -1
+    expected = torch.ones(2, 9)
+    expected[0, 5] = 0
+    assert torch.equal(likelihood.weights(view, {"y": missing(kind, labels)}).float(), expected)
+
+
+@pytest.mark.parametrize("kind", [Bernoulli, Gaussian])
+def test_missing_labels_of_single_outputs_fit_with_or_without_their_axis(kind: type[Layout]) -> None:
+    labels = missing(kind, torch.tensor([[[1, -1]], [[-1, 0]]]))
+    likelihood = kind(class_axis=1, targets="y")
+    view = likelihood.view(output(2, 1, 2))
+    for shaped in (labels, labels.squeeze(1)):
+        assert likelihood.weights(view, {"y": shaped}).tolist() == [[1, 0], [0, 1]]
+    flat = kind(targets="y")
+    assert flat.weights(flat.view(output(2, 4)), {"y": missing(kind, torch.tensor([1, -1]))}).tolist() == [[1], [0]]
