@@ -77,7 +77,7 @@ class Dataset:
         """A number that differs, but for chance, when any image or label does."""
         value = 0
         for tensor in (self.train.pixels, self.train.labels, self.test.pixels, self.test.labels):
-            value = zlib.crc32(tensor.contiguous().numpy(), value)
+            value = zlib.crc32(tensor.contiguous().numpy().data, value)
         return value
 
 

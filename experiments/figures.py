@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+from functools import partial
 from pathlib import Path
 
 import matplotlib
 import numpy as np
 
-from experiments.files import write_atomically
+from experiments.files import write_atomically, write_text
 from experiments.results import METRICS, Results
 
 matplotlib.use("Agg")
@@ -66,7 +67,7 @@ def _finish(axes: Axes, metric: str) -> None:
         axes.yaxis.set_major_formatter(plain)
         axes.yaxis.set_minor_locator(ticker.NullLocator())
     axes.grid(which="major", alpha=0.3)
-    axes.legend(frameon=False, ncols=2, fontsize="small")
+    axes.legend(frameon=False, ncols=2, fontsize="small", loc="lower right" if accuracy else "upper right")
 
 
 def save_all(results: Results, folder: Path) -> dict[str, str]:
@@ -77,6 +78,6 @@ def save_all(results: Results, folder: Path) -> dict[str, str]:
         with matplotlib.rc_context({"svg.hashsalt": metric, "svg.fonttype": "path"}):
             figure.savefig(text, format="svg", metadata={"Date": None})
         drawn[metric] = text.getvalue()
-        write_atomically(folder / f"{metric}.svg", lambda path, text=drawn[metric]: path.write_text(text, encoding="utf-8"))
-        write_atomically(folder / f"{metric}.png", lambda path, figure=figure: figure.savefig(path, format="png", dpi=150))
+        write_text(folder / f"{metric}.svg", drawn[metric])
+        write_atomically(folder / f"{metric}.png", partial(figure.savefig, format="png", dpi=150))
     return drawn

@@ -72,17 +72,18 @@ class Run:
 
 @attrs.frozen
 class Spread:
-    """Mean, smallest and largest over seeds."""
+    """Mean, smallest and largest over so many seeds."""
 
+    seeds: int
     mean: float
     low: float
     high: float
 
     def text(self, digits: int) -> str:
-        """As `mean±half the range`."""
+        """As `mean±half the range`; one seed has no range."""
         if not math.isfinite(self.mean):
             return "diverged"
-        return f"{self.mean:.{digits}f}±{(self.high - self.low) / 2:.{digits}f}"
+        return f"{self.mean:.{digits}f}" if self.seeds == 1 else f"{self.mean:.{digits}f}±{(self.high - self.low) / 2:.{digits}f}"
 
 
 @attrs.frozen(eq=False)
@@ -120,7 +121,7 @@ class Results:
     def final(self, algorithm: str, metric: str) -> Spread:
         """The last epoch's value over seeds; not finite when a seed diverged."""
         last = self.curves(algorithm, metric)[:, -1]
-        return Spread(float(last.mean()), float(last.min()), float(last.max()))
+        return Spread(len(last), float(last.mean()), float(last.min()), float(last.max()))
 
     def seconds(self, algorithm: str) -> float:
         """Median seconds of an epoch over epochs and seeds."""

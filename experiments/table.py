@@ -30,8 +30,9 @@ def _row(results: Results, name: str, label: str) -> tuple[str, ...]:
 
 def caption(results: Results) -> str:
     """What the numbers are."""
-    seeds = ", ".join(str(seed) for seed in dict.fromkeys(run.seed for run in results.runs))
-    text = f"After {results.epochs} epoch{'s' * (results.epochs > 1)}: mean ± half the range over seeds {seeds}. "
+    seeds = list(dict.fromkeys(run.seed for run in results.runs))
+    over = f"seed {seeds[0]}" if len(seeds) == 1 else f"mean ± half the range over seeds {', '.join(map(str, seeds))}"
+    text = f"After {results.epochs} epoch{'s' * (results.epochs > 1)}: {over}. "
     text += "Training figures are means over the last epoch's steps; an epoch's seconds are the median of its training steps' time."
     limit = results.study.training.max_steps
     return text + (f" Every run was stopped after {limit} steps, and tested on as many batches." if limit else "")

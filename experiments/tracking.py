@@ -6,7 +6,9 @@ import contextlib
 import logging
 import os
 import time
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
+AT_ONCE = 1000
+"""Points that MLflow takes in one request."""
 STATUS = {"finished": "FINISHED", "diverged": "FAILED", "interrupted": "KILLED"}
 
 
@@ -43,6 +47,7 @@ class Tracking:
         output.mkdir(parents=True, exist_ok=True)
         self.uri = given or f"sqlite:///{(output / 'mlflow.db').resolve().as_posix()}"
         self.experiment = f"kfactk-{preset}"
+        self._unsent: list[Callable[[], object]] = []
         try:
             self._client = mlflow.MlflowClient(self.uri)
             found = self._client.get_experiment_by_name(self.experiment)
@@ -86,12 +91,24 @@ class Tracking:
             Metric(key, value, now, epoch.epoch) for epoch in epochs for key, value in {**epoch.metrics, "seconds": epoch.seconds}.items()
         ]
         metrics += [Metric(f"step/{key}", value, now, point.step) for point in points for key, value in point.figures.items()]
-        for start in range(0, len(metrics), 1000):  # MLflow takes no more at once
-            self._client.log_batch(run_id, metrics=metrics[start : start + 1000])
+        self._unsent += [partial(self._client.log_batch, run_id, metrics[i : i + AT_ONCE]) for i in range(0, len(metrics), AT_ONCE)]
+        self._send()
 
     def end(self, run_id: str, status: str) -> None:
         """Close a run as "finished", "diverged" or "interrupted"."""
-        self._client.set_terminated(run_id, STATUS[status])
+        self._unsent.append(partial(self._client.set_terminated, run_id, STATUS[status]))
+        self._send()
+
+    def _send(self) -> None:
+        """Send what is to be sent, in order; a store that fails in the middle of training costs a warning, not the training."""
+        from mlflow.exceptions import MlflowException
+
+        try:
+            while self._unsent:
+                self._unsent[0]()
+                del self._unsent[0]
+        except (MlflowException, OSError) as error:
+            warnings.warn(f"MLflow's store fails; training goes on, and what it lacks is sent with the next epoch: {error}", stacklevel=3)
 
     @contextlib.contextmanager
     def recording(self, run_id: str) -> Iterator[None]:

@@ -46,18 +46,27 @@ def opaque(function: Callable[..., None], why: str) -> Callable[..., None]:
     """The function as one that compiled code leaves for, here and in what it calls, without importing the compiler.
 
     Args:
-        function: A method or function that returns nothing.
+        function: A method or function that returns nothing. It is told by `compiled=` whether what called it, and what is called after
+            it returns, runs as compiled code.
         why: What a user of `fullgraph=True` is told.
     """
 
     def call(*args: Any) -> None:
+        compiled = torch._C._dynamo.eval_frame.get_eval_frame_callback() not in (None, False)
         run = torch._dynamo.disable(function) if "torch._dynamo" in sys.modules else function  # type: ignore[no-untyped-call]
-        run(*args)
+        run(*args, compiled=compiled)
 
     call.__doc__ = function.__doc__
     call._torchdynamo_disable = True  # type: ignore[attr-defined]  # what torch.compiler.disable sets
     call._torchdynamo_disable_msg = why  # type: ignore[attr-defined]
     return call
+
+
+def leave_alone(function: Callable[..., None]) -> None:
+    """Have the compiler skip the function's own frame, whatever calls it. Imports the compiler, which any torch optimizer has done."""
+    import torch._dynamo
+
+    torch._dynamo.decorators.skip(function)
 
 
 def uncounted() -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from kfactk.ambient import EAGERNESS, full_precision, opaque, saved_as_is, uncounted
+from kfactk.ambient import EAGERNESS, full_precision, leave_alone, opaque, saved_as_is, uncounted
 from kfactk.errors import CaptureError, CombinationError, OptionError
 from kfactk.samples import Use
 from kfactk.stages import Layer
@@ -95,11 +95,16 @@ class Forward:
         with torch.no_grad():
             arrivals.finish()
 
-    def listen(self, sink: Sink, scale: Callable[[], Tensor | float]) -> None:
-        """Read the same gradients from the user's own backward, whenever it runs; `scale()` is asked then."""
+    def listen(self, sink: Sink, scale: Callable[[], Tensor | float]) -> Callable[[], None]:
+        """Read the same gradients from the user's own backward, whenever it runs; `scale()` is asked then.
+
+        Returns:
+            To be called once that backward is over: hands on the layers some of whose uses it did not reach.
+        """
         arrivals = _Arrivals(self.calls, sink, scale)
         for record, edge in self.calls:
             arrivals.watch(record, edge)
+        return arrivals.finish
 
 
 class _Arrivals:
@@ -198,6 +203,7 @@ class Capture:
         self._layer_handles: list[torch.utils.hooks.RemovableHandle] = []
         self._depth = 0
         self._token = object()
+        leave_alone(RootHook.__call__)
         before, after = RootHook(self, "before"), RootHook(self, "after")
         self._handles = [
             root.register_forward_pre_hook(before, with_kwargs=True),
@@ -223,13 +229,13 @@ class Capture:
         self._calls = []
         _remove(self._layer_handles)
 
-    def before(self) -> None:
-        """Root pre-hook: attach to the layers that are due."""
+    def before(self, compiled: bool) -> None:
+        """Root pre-hook: attach to the layers that are due, unless they run as compiled code, which would trace the hooks."""
         if self._depth or not self._counts():
             self._depth += bool(self._depth)
             return
         layers = self._due()
-        if layers is None:
+        if layers is None or compiled:
             return
         self._depth = 1
         self._calls = []
@@ -261,13 +267,13 @@ class RootHook:
         self._capture = None if capture is None else weakref.ref(capture)
         self._when = when
 
-    def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None) -> None:
+    def _run(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any = None, *, compiled: bool) -> None:
         """Run as a forward pre-hook or a forward hook."""
         capture = None if self._capture is None else self._capture()
         if capture is None or capture.root is not module:
             return
         if self._when == "before":
-            capture.before()
+            capture.before(compiled)
         else:
             capture.after(module, args, kwargs, output)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from kfactk.averages import RunningMean
 from kfactk.errors import StateError
 from kfactk.samples import Samples, Statistic
+from kfactk.sums import add, guarded
 
 PREFIX = "kfactk."
 """First part of every key that the curvature has in `Optimizer.state`."""
@@ -29,7 +30,8 @@ class LayerState:
         factors: Running means of the curvature's factors.
         decomposition: For each matrix, its decomposition.
         moments: Running means of the basis' moments.
-        pending: Sums of this step: "factor.NAME", "moment.NAME".
+        staged: Sums of the forward whose passes are under way: "factor.NAME", "moment.NAME".
+        pending: Sums of the forwards of this step that are done.
         retained: Samples kept until `step()` because the basis is refreshed first.
         seen: Passes that reached the layer in this step, whatever their worth.
         bad: How many of them were not finite, on the device.
@@ -39,6 +41,7 @@ class LayerState:
     factors: dict[str, RunningMean] = attrs.Factory(dict)
     decomposition: dict[str, dict[str, Tensor]] = attrs.Factory(dict)
     moments: dict[str, RunningMean] = attrs.Factory(dict)
+    staged: dict[str, Statistic] = attrs.Factory(dict)
     pending: dict[str, Statistic] = attrs.Factory(dict)
     retained: list[Samples] = attrs.Factory(list)
     seen: int = 0
@@ -62,8 +65,14 @@ class LayerState:
         """The measured moments' means by name."""
         return _values({name: mean for name, mean in self.moments.items() if mean.weight > 0})
 
+    def settle(self) -> None:
+        """End a forward: what it gave joins the sums of the step, all of it or, where any of it is not finite, nothing."""
+        add(self.pending, guarded(self.staged, self.bad))
+        self.staged.clear()
+
     def clear_pending(self) -> None:
         """Forget what this step gathered."""
+        self.staged.clear()
         self.pending.clear()
         self.retained.clear()
         self.bad.clear()

@@ -40,6 +40,13 @@ class Observer:
         self._preconditioner = preconditioner
         self._fisher, self._likelihood, self._output = fisher, likelihood, output
         self._reduction, self._loss_scale = reduction, loss_scale
+        self._listening: list[Callable[[], None]] = []
+
+    def finish(self) -> None:
+        """The user's backward is over: take what it reached of the layers that it reached in part."""
+        for finish in self._listening:
+            finish()
+        self._listening.clear()
 
     def observe(self, forward: Forward, batch: Mapping[str, Any], *, step: int, micro_batch: int) -> None:
         """Measure one forward.
@@ -53,7 +60,7 @@ class Observer:
         device = self._output(forward.output).device
         with torch.enable_grad(), torch.autocast(device.type, enabled=False):
             view = self._likelihood.view(self._output(forward.output))
-            weights = self._likelihood.weights(view.detach(), {**forward.batch, **batch})
+            weights = self._likelihood.term_weights(view.detach(), {**forward.batch, **batch})
             terms: Tensor | float = float(view.shape[0] * view.shape[1]) if weights is None else weights.detach().sum().double()
             self._preconditioner.count(terms)
             if not forward.calls:
@@ -71,7 +78,7 @@ class Observer:
         def scale() -> Tensor | float:
             return (terms if self._reduction == "mean" else 1.0) / self._loss_scale()
 
-        forward.listen(self._sink(terms, first=True), scale)
+        self._listening.append(forward.listen(self._sink(terms, first=True), scale))
 
     def _sink(self, terms: Tensor | float, *, first: bool) -> Callable[[Layer, list[Use]], None]:
         preconditioner = self._preconditioner  # the forward itself must not be kept

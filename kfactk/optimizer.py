@@ -236,6 +236,7 @@ class Optimizer(torch.optim.Optimizer):
     def _step_once(self) -> None:
         self._set_damping()
         self._capture.expect(self._follow() is not None)
+        self._observer.finish()
         layers = [layer for layer in self._preconditioner.layers() if layer.module.weight.grad is not None]
         gradients = {layer.name: self._gradient(layer) for layer in layers}
         allocating = self._preconditioner.check(gradients) and all(float(group["lr"]) == 0 for group in self.param_groups)

@@ -18,6 +18,7 @@ from kfactk.linalg import mean_diagonal
 from kfactk.samples import Samples, Statistic, Use, working_dtype
 from kfactk.schedule import Due
 from kfactk.stages import Basis, Coupling, Curvature, Decomposition, Layer, Placement
+from kfactk.sums import add, guarded, means, prefixed
 
 Damping = Callable[[Layer], float]
 
@@ -122,16 +123,18 @@ class Preconditioner:
         need, state = self._plan.needs[layer.name], self.states[layer.name]
         samples = self.curvature.samples(layer, uses, terms=terms, first=first)
         state.seen += 1
+        if first:
+            state.settle()
         sums: dict[str, Statistic] = {}
         if need.factors:
             with self._timed("factors"):
-                sums |= _prefixed("factor", self.curvature.factors(layer, samples))
+                sums |= prefixed("factor", self.curvature.factors(layer, samples))
         if need.scale and not need.basis:
             with self._timed("scale"):
                 sums |= _moments(self.basis, state.decomposition, samples)
         elif need.scale:
             state.retained.append(samples)
-        _add(state.pending, _guarded(sums, state.bad))
+        add(state.staged, sums)
 
     def count(self, terms: Tensor | float) -> None:
         """Note the likelihood terms of one forward."""
@@ -165,11 +168,13 @@ class Preconditioner:
         if self._plan is None:
             return
         needs = self._plan.needs
+        for name in needs:
+            self.states[name].settle()
         sums = {f"{name}|{key}": value for name in needs for key, value in self.states[name].pending.items()}
         followed = any(need.follows for need in needs.values())
-        means = _means(self.placement.reduce(sums)) if followed else {}
+        averages = means(self.placement.reduce(sums)) if followed else {}
         with self._timed("factors"):
-            self._average(needs, means, "factor")
+            self._average(needs, averages, "factor")
         previous = {}
         with self._timed("basis"):
             for name, need in needs.items():
@@ -177,7 +182,7 @@ class Preconditioner:
                     previous[name] = self.states[name].decomposition
                     self._decompose(need.layer, damping(need.layer))
         with self._timed("scale"):
-            self._average(needs, means, "moment")
+            self._average(needs, averages, "moment")
             if previous:
                 self._measure(needs, previous)
 
@@ -198,8 +203,8 @@ class Preconditioner:
             state = self.states[name]
             if state.ready:
                 mean = gradient / terms if reduction == "sum" else gradient
-                sums = _prefixed("moment", self.basis.gradient_moments(state.decomposition, mean, terms))
-                for key, value in _means(_guarded(sums, state.bad)).items():
+                sums = prefixed("moment", self.basis.gradient_moments(state.decomposition, mean, terms))
+                for key, value in means(guarded(sums, state.bad)).items():
                     _update(state.moments, key.removeprefix("moment."), value, self.basis.moment_decay)
 
     def precondition(self, layer: Layer, gradient: Tensor, damping: float) -> Tensor:
@@ -302,18 +307,21 @@ class Preconditioner:
         sums: dict[str, Statistic] = {}
         for name, old in previous.items():
             state = self.states[name]
-            for samples in state.retained:
-                _add(state.pending, _guarded(_moments(self.basis, state.decomposition, samples), state.bad) if state.ready else {})
+            for samples in state.retained if state.ready else ():
+                if samples.first:
+                    state.settle()
+                add(state.staged, _moments(self.basis, state.decomposition, samples))
+            state.settle()
             sums |= {f"{name}|{key}": value for key, value in state.pending.items() if key.startswith("moment.")}
             if old and state.moments and state.decomposition is not old:
                 carried = self.basis.transport(state.moment_values(), old, state.decomposition)
                 state.moments = {n: RunningMean(carried[n], mean.weight) for n, mean in state.moments.items() if n in carried}
             state.retained.clear()
         if self.basis.moments_from == "samples":
-            self._average(needs, _means(self.placement.reduce(sums)), "moment")
+            self._average(needs, means(self.placement.reduce(sums)), "moment")
 
-    def _average(self, needs: Mapping[str, Need], means: Mapping[str, Tensor], kind: str) -> None:
-        for key, value in means.items():
+    def _average(self, needs: Mapping[str, Need], averages: Mapping[str, Tensor], kind: str) -> None:
+        for key, value in averages.items():
             layer, _, rest = key.partition("|")
             if rest.startswith(f"{kind}.") and layer in needs:
                 state = self.states[layer]
@@ -330,52 +338,12 @@ def _parts(decomposition: Decomposition) -> list[str]:
     return sorted(f"{name}.{part} {tuple(tensor.shape)}" for name, parts in decomposition.items() for part, tensor in parts.items())
 
 
-def _prefixed(prefix: str, statistics: Mapping[str, Statistic]) -> dict[str, Statistic]:
-    return {f"{prefix}.{name}": statistic for name, statistic in statistics.items()}
-
-
 def _moments(basis: Basis, decomposition: Decomposition, samples: Samples) -> dict[str, Statistic]:
-    return _prefixed("moment", basis.moments(decomposition, samples))
+    return prefixed("moment", basis.moments(decomposition, samples))
 
 
-def _add(into: dict[str, Statistic], sums: Mapping[str, Statistic]) -> None:
-    for name, statistic in sums.items():
-        into[name] = into[name] + statistic if name in into else statistic
-
-
-def _guarded(sums: Mapping[str, Statistic], bad: list[Tensor]) -> dict[str, Statistic]:
-    """The sums with a batch that is not finite anywhere contributing (0, 0) everywhere; the flag is kept on the device."""
-    totals = [statistic.total for statistic in sums.values() if statistic.total is not None]
-    if not totals:
-        return dict(sums)
-    good = torch.stack([torch.isfinite(total).all() for total in totals]).all()
-    bad.append(~good)
-    return {
-        name: Statistic(None if statistic.total is None else torch.where(good, statistic.total, 0.0), _count(statistic.count, good) * good)
-        for name, statistic in sums.items()
-    }
-
-
-def _count(count: Tensor | float, like: Tensor) -> Tensor:
-    return count.detach().double() if isinstance(count, Tensor) else torch.tensor(float(count), dtype=torch.float64, device=like.device)
-
-
-def _means(sums: Mapping[str, Statistic]) -> dict[str, Tensor]:
-    """Sum over count, of those that counted something; one transfer tells which."""
-    some = {name: statistic for name, statistic in sums.items() if statistic.total is not None}
-    if not some:
-        return {}
-    device = next((s.count.device for s in some.values() if isinstance(s.count, Tensor)), None)
-    counts = torch.stack([torch.as_tensor(s.count, dtype=torch.float64, device=device) for s in some.values()]).tolist()
-    return {
-        name: statistic.total / count
-        for (name, statistic), count in zip(some.items(), counts, strict=True)
-        if count > 0 and statistic.total is not None
-    }
-
-
-def _update(means: dict[str, RunningMean], name: str, value: Tensor, decay: float) -> None:
-    means.setdefault(name, RunningMean()).update(value, decay)
+def _update(into: dict[str, RunningMean], name: str, value: Tensor, decay: float) -> None:
+    into.setdefault(name, RunningMean()).update(value, decay)
 
 
 def _empty(statistic: Statistic) -> RunningMean:

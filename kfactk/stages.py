@@ -157,7 +157,7 @@ class Likelihood(Protocol):
             CaptureError: The output cannot be this distribution's parameters; says what it looks like and the remedy.
         """
 
-    def weights(self, view: Tensor, batch: Mapping[str, Any]) -> Tensor | None:
+    def term_weights(self, view: Tensor, batch: Mapping[str, Any]) -> Tensor | None:
         """Weight of each term, `[N, S]`, zero for masked ones; `None` when all are 1. `batch` names the arguments of the model's forward
         and those given to `Optimizer.observe`."""
 

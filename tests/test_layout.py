@@ -240,13 +240,13 @@ def test_no_function_is_long() -> None:
     assert not long, long
 
 
-def test_tests_mirror_the_source() -> None:
-    """`a/_b.py` is tested by `a/test_b.py`, or by several files `a/test_b_*.py`."""
-    wrong = []
+@pytest.mark.parametrize("module", sorted(ENTRY_POINTS.values()))
+def test_every_stage_has_tests_at_its_own_path(module: str) -> None:
+    *folders, name = module.split(".")
+    assert list((ROOT / "tests").joinpath(*folders).glob(f"test_{name}*.py"))
+
+
+def test_folders_of_tests_mirror_those_of_the_source() -> None:
     for package, folder in SETUPTOOLS["package-dir"].items():
-        known = {(path.relative_to(ROOT / folder).parent, path.stem.strip("_")) for path in sources(package).values()}
-        for path in (ROOT / "tests" / package).rglob("test_*.py"):
-            parent, name = path.relative_to(ROOT / "tests" / package).parent, path.stem.removeprefix("test_").strip("_")
-            if not any(parent == where and f"{name}_".startswith(f"{source}_") for where, source in known):
-                wrong.append(str(path.relative_to(ROOT)))
-    assert not wrong, f"tests without a source of their name: {wrong}"
+        tests = {path.relative_to(ROOT / "tests" / package).parent for path in (ROOT / "tests" / package).rglob("test_*.py")}
+        assert tests <= {path.relative_to(ROOT / folder).parent for path in sources(package).values()}

@@ -54,3 +54,4 @@ def test_augmentation_shifts_and_mirrors():
     assert len({dy for dy, _, _ in seen}) > 5
     assert len({dx for _, dx, _ in seen}) > 5
     assert len({mirrored for _, _, mirrored in seen}) == 2
+    assert len({(dy, dx) for dy, dx, _ in seen}) > 2 * shift + 1  # each way on its own

@@ -12,6 +12,7 @@ def test_final_values_are_means_and_ranges_over_seeds(made_up):
     assert (spread.mean, spread.low, spread.high) == (3.0, 1.0, 6.0)
     assert spread.text(2) == "3.00±2.50"
     assert results.final("sgd", "test_accuracy").mean == pytest.approx(94.0)
+    assert results.final("kfac", "train_loss").text(2) == "0.50"
     assert [algorithm.name for algorithm in results.algorithms] == ["sgd", "kfac"]
 
 

@@ -167,6 +167,24 @@ def test_eigh_tries_again(monkeypatch: pytest.MonkeyPatch, failures: int, kind: 
     assert int(linalg.null_mask(values).sum()) == 4, "the jitter must not fill the null space"
 
 
+@pytest.mark.parametrize("kind", [NotImplementedError, TypeError])
+def test_cholesky_tries_again_where_a_device_lacks_it(monkeypatch: pytest.MonkeyPatch, kind: type[Exception]) -> None:
+    real, calls = torch.linalg.cholesky_ex, []
+
+    def flaky(matrix: Tensor) -> tuple[Tensor, Tensor]:
+        calls.append(matrix.dtype)
+        if len(calls) <= 2:
+            raise kind("not on this device")
+        lower, info = real(matrix)
+        return lower, info
+
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", flaky)
+    matrix = spd(3, n=4, dtype=torch.float32)
+    lower = linalg.cholesky(matrix, 0.0)
+    assert calls == [torch.float32, torch.float32, F64]
+    torch.testing.assert_close(lower @ lower.T, matrix, rtol=0, atol=2e-4)
+
+
 def test_eigh_tries_again_when_the_result_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = torch.linalg.eigh, []
 

@@ -95,11 +95,11 @@ class Ekfac:
         return {"scale": Statistic(_pooled(rotated.square() * terms, decomposition), 1.0)}
 
     def transport(self, moments: Tensors, old: Decomposition, new: Decomposition) -> dict[str, Tensor]:
-        """The diagonal, in the new basis, of the operator that is `diag(scale)` in the old one."""
+        """The diagonal, in the new basis, of the operator that is `diag(scale)` in the old one; null directions pooled."""
         if "scale" not in moments:
             return {}
         turn = {name: (old[name]["eigenvectors"].transpose(-1, -2) @ new[name]["eigenvectors"]).square() for name in ("A", "G")}
-        return {"scale": turn["G"].transpose(-1, -2) @ moments["scale"] @ turn["A"]}
+        return {"scale": _pooled(turn["G"].transpose(-1, -2) @ moments["scale"] @ turn["A"], new)}
 
     def precondition(self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
         """Equation 11; `gradient` is `[..., d_out, d_in]`."""

@@ -32,6 +32,8 @@ class ConvKfac(Kfac):
 
     Here x are the channels at input position s, padding left out. The paper states "sua" with covariances; here x is not centred. Its
     bias is a block of its own, since the cross terms of taps and bias would make A indefinite. For `nn.Linear`, "sua" is "sud".
+    Every eigenvalue of this A comes as often as the kernel has taps, so its eigenbasis, and with it an EKFAC step, is determined only
+    up to the eigensolver's choice among them; the K-FAC inverse is not affected.
 
     Args:
         spatial: How the rows of one example are summed: "sud" (spatially uncorrelated derivatives), "sua" (spatially uncorrelated

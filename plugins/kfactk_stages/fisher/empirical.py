@@ -21,7 +21,9 @@ class Empirical:
     It rides on the user's `loss.backward()`, so it sees whatever that loss is. Two facts tell the scale: the recipe's
     `reduction` ("mean" or "sum", how the loss joins its terms), and the gradient scaler handed to `bind`, whose factor is divided out. What
     is left is the user's: a loss multiplied by c scales G and the EKFAC scale by c^2, A not at all, so damping has to follow; `mc` and
-    `exact` never see the user's loss. Terms that belong to one example (positions of a sequence or an image) enter D_n summed,
+    `exact` never see the user's loss. So `loss / k` for k accumulated micro-batches divides G by k^2: give
+    `reduction="sum"` and a summed loss, or a damping k^2 times smaller. Sample weights other than 0 and 1 are part of that loss and enter
+    squared, where `mc` and `exact` take them once. Terms that belong to one example (positions of a sequence or an image) enter D_n summed,
     cross products included: they vanish in expectation for sampled targets, not for the data's.
 
     It equals neither the Fisher nor the Gauss-Newton matrix: it shrinks with the loss where those do not, and models the curvature

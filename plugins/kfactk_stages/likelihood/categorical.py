@@ -46,7 +46,7 @@ class Categorical(Layout):
         >>> mask = torch.tensor([[1, 1, 0], [1, 0, 0]])
         >>> likelihood = Categorical(class_axis=-1, weights="attention_mask")
         >>> view = likelihood.view(logits)
-        >>> view.shape, likelihood.weights(view, {"attention_mask": mask}).sum()
+        >>> view.shape, likelihood.term_weights(view, {"attention_mask": mask}).sum()
         (torch.Size([2, 3, 5]), tensor(3.))
 
     References:

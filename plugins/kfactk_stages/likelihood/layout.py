@@ -49,13 +49,13 @@ class Layout:
 
     class_axis: int | None = attrs.field(default=None, validator=_check_axis)
     targets: str | None = attrs.field(default=None, validator=_check_name)
-    _weights: str | None = attrs.field(default=None, validator=_check_name, alias="weights")
+    weights: str | None = attrs.field(default=None, validator=_check_name)
 
     def view(self, output: Tensor) -> Tensor:
         """The output as `[N, S, C]`, float32 at least, sharing its graph."""
         return as_terms(output, self.class_axis)
 
-    def weights(self, view: Tensor, batch: Mapping[str, Any]) -> Tensor | None:
+    def term_weights(self, view: Tensor, batch: Mapping[str, Any]) -> Tensor | None:
         """Weight of each term, `[N, S]`, in the precision of `view`; `None` when nothing is masked or weighted.
 
         Raises:
@@ -65,11 +65,11 @@ class Layout:
         if self.targets is not None:
             labels = fetch(batch, self.targets, "targets", view)
             result = self._present(labels, view).to(view.dtype)
-        if self._weights is not None:
-            given = spread(fetch(batch, self._weights, "weights", view), view, "weights", self._weights).to(view.dtype)
+        if self.weights is not None:
+            given = spread(fetch(batch, self.weights, "weights", view), view, "weights", self.weights).to(view.dtype)
             if not bool((given >= 0).all()) or not bool(torch.isfinite(given).all()):
                 raise CaptureError(
-                    f"weights={self._weights!r} holds negative or non-finite numbers: a weight says how often a term counts. "
+                    f"weights={self.weights!r} holds negative or non-finite numbers: a weight says how often a term counts. "
                     "Additive attention masks (0 and -inf) do not fit; give the mask of ones and zeros."
                 )
             result = given if result is None else result * given

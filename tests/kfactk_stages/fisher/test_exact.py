@@ -86,7 +86,7 @@ def test_masked_terms_give_no_gradient() -> None:
     likelihood = Categorical(class_axis=-1, weights="mask")
     output = torch.randn(2, 3, 4, dtype=F64, requires_grad=True)
     view = likelihood.view(output)
-    weights = likelihood.weights(view, {"mask": torch.tensor([[True, False, True], [False, True, False]])})
+    weights = likelihood.term_weights(view, {"mask": torch.tensor([[True, False, True], [False, True, False]])})
     total = torch.zeros_like(output)
     for loss in Exact().losses(view, likelihood, weights, torch.Generator()):
         total += torch.autograd.grad(loss, output, retain_graph=True)[0].abs()

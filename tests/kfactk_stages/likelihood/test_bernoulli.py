@@ -83,6 +83,6 @@ def test_draws_depend_on_the_generator_alone() -> None:
 def test_ignore_index_may_be_any_number() -> None:
     likelihood = Bernoulli(class_axis=1, targets="y", ignore_index=0.5)
     view = likelihood.view(logits(0, 1, 1, 3))
-    assert likelihood.weights(view, {"y": torch.tensor([[1, 0.5, 0]])}).tolist() == [[1, 0, 1]]
+    assert likelihood.term_weights(view, {"y": torch.tensor([[1, 0.5, 0]])}).tolist() == [[1, 0, 1]]
     with pytest.raises(OptionError, match="ignore_index must be a number"):
         Bernoulli(ignore_index="none")

@@ -128,7 +128,7 @@ def test_a_class_that_doubles_as_ignore_index_can_still_be_drawn(ignored: int) -
 def test_ignore_index_masks(ignored: int) -> None:
     likelihood = Categorical(class_axis=1, targets="y", ignore_index=ignored)
     view = likelihood.view(logits(0, 2, 4, 3))
-    assert likelihood.weights(view, {"y": torch.tensor([[1, ignored, 2], [ignored, 3, 1]])}).tolist() == [[1, 0, 1], [0, 1, 1]]
+    assert likelihood.term_weights(view, {"y": torch.tensor([[1, ignored, 2], [ignored, 3, 1]])}).tolist() == [[1, 0, 1], [0, 1, 1]]
 
 
 def test_what_is_no_choice_is_refused_with_the_remedy() -> None:

@@ -105,7 +105,7 @@ def test_options_are_values(kind: type[Layout]) -> None:
 @each
 def test_nothing_given_weighs_nothing(kind: type[Layout]) -> None:
     likelihood = kind()
-    assert likelihood.weights(likelihood.view(output(2, 3)), {}) is None
+    assert likelihood.term_weights(likelihood.view(output(2, 3)), {}) is None
 
 
 @each
@@ -124,7 +124,7 @@ def test_nothing_given_weighs_nothing(kind: type[Layout]) -> None:
 def test_weights_of_examples_or_terms(kind: type[Layout], given_weights: Any, expected: list[list[float]]) -> None:
     likelihood = kind(class_axis=1, weights="w")
     view = likelihood.view(output(2, 5, 3, 2, dtype=torch.float16))
-    found = likelihood.weights(view, {"x": None, "w": given_weights})
+    found = likelihood.term_weights(view, {"x": None, "w": given_weights})
     assert found.dtype == torch.float32
     assert found.tolist() == expected
 
@@ -132,7 +132,7 @@ def test_weights_of_examples_or_terms(kind: type[Layout], given_weights: Any, ex
 def test_weights_are_cut_off_from_any_graph() -> None:
     likelihood = Categorical(weights="w")
     view = likelihood.view(output(2, 3))
-    assert not likelihood.weights(view, {"w": torch.ones(2, requires_grad=True)}).requires_grad
+    assert not likelihood.term_weights(view, {"w": torch.ones(2, requires_grad=True)}).requires_grad
 
 
 def test_a_weight_of_terms_lines_up_with_its_term() -> None:
@@ -142,7 +142,7 @@ def test_a_weight_of_terms_lines_up_with_its_term() -> None:
     weights = torch.rand(2, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     likelihood = Categorical(class_axis=1, weights="w")
     view = likelihood.view(f)
-    found = (likelihood.weights(view, {"w": weights}) * likelihood.nll(view, targets.flatten(1))).sum()
+    found = (likelihood.term_weights(view, {"w": weights}) * likelihood.nll(view, targets.flatten(1))).sum()
     torch.testing.assert_close(found, (weights * torch.nn.functional.cross_entropy(f, targets, reduction="none")).sum())
 
 
@@ -153,19 +153,19 @@ def test_weights_that_do_not_fit_are_refused_with_the_remedy(kind: type[Layout])
     with pytest.raises(
         CaptureError, match=r"weights='attention_mask'.*there are: 'x', 'attn_mask'\. Did you mean 'attn_mask'.*observe\(attention_mask="
     ):
-        likelihood.weights(view, {"x": 1, "attn_mask": 2})
+        likelihood.term_weights(view, {"x": 1, "attn_mask": 2})
     with pytest.raises(CaptureError, match="there are: none"):
-        likelihood.weights(view, {})
+        likelihood.term_weights(view, {})
     with pytest.raises(CaptureError, match=r"is None in this forward"):
-        likelihood.weights(view, {"attention_mask": None})
+        likelihood.term_weights(view, {"attention_mask": None})
     with pytest.raises(CaptureError, match=r"is a str that cannot be made a tensor"):
-        likelihood.weights(view, {"attention_mask": "ones"})
+        likelihood.term_weights(view, {"attention_mask": "ones"})
     for shape in [(), (3,), (2, 2), (3, 2), (2, 3, 4)]:
         with pytest.raises(CaptureError, match=rf"has shape \[{', '.join(map(str, shape))}\], but the output has 2 examples of 3 terms"):
-            likelihood.weights(view, {"attention_mask": torch.ones(shape)})
+            likelihood.term_weights(view, {"attention_mask": torch.ones(shape)})
     for bad in (-1.0, float("nan"), float("inf"), float("-inf")):
         with pytest.raises(CaptureError, match=r"negative or non-finite.*Additive attention masks"):
-            likelihood.weights(view, {"attention_mask": torch.tensor([1.0, bad])})
+            likelihood.term_weights(view, {"attention_mask": torch.tensor([1.0, bad])})
 
 
 @each
@@ -173,9 +173,9 @@ def test_labels_that_do_not_fit_are_refused_with_the_remedy(kind: type[Layout]) 
     likelihood = kind(class_axis=-1, targets="labels")
     view = likelihood.view(output(2, 3, 4))
     with pytest.raises(CaptureError, match=r"targets='labels' names an argument that this forward was not given"):
-        likelihood.weights(view, {"x": 1})
+        likelihood.term_weights(view, {"x": 1})
     with pytest.raises(CaptureError, match=r"targets='labels' has shape \[2, 2\].*shifted"):
-        likelihood.weights(view, {"labels": torch.zeros(2, 2)})
+        likelihood.term_weights(view, {"labels": torch.zeros(2, 2)})
 
 
 def missing(kind: type[Layout], labels: Tensor) -> Tensor:
@@ -186,9 +186,9 @@ def missing(kind: type[Layout], labels: Tensor) -> Tensor:
 def test_missing_labels_get_no_weight_and_multiply_with_weights(kind: type[Layout]) -> None:
     labels = missing(kind, torch.tensor([[1, -1, 0], [0, 1, -1]]))
     view = kind(class_axis=-1).view(output(2, 3, 4))
-    assert kind(class_axis=-1, targets="y").weights(view, {"y": labels}).tolist() == [[1, 0, 1], [1, 1, 0]]
+    assert kind(class_axis=-1, targets="y").term_weights(view, {"y": labels}).tolist() == [[1, 0, 1], [1, 1, 0]]
     both = kind(class_axis=-1, targets="y", weights="w")
-    assert both.weights(view, {"y": labels, "w": torch.tensor([0.5, 3])}).tolist() == [[0.5, 0, 0.5], [3, 3, 0]]
+    assert both.term_weights(view, {"y": labels, "w": torch.tensor([0.5, 3])}).tolist() == [[0.5, 0, 0.5], [3, 3, 0]]
 
 
 @pytest.mark.parametrize("kind", [Bernoulli, Gaussian])
@@ -197,10 +197,10 @@ def test_missing_vectors_count_as_a_whole(kind: type[Layout]) -> None:
     view = likelihood.view(output(2, 3, 4))
     labels = torch.ones(2, 3, 4)
     labels[0, 1] = labels[1, 2] = -1
-    assert likelihood.weights(view, {"y": missing(kind, labels)}).tolist() == [[1, 0, 1], [1, 1, 0]]
+    assert likelihood.term_weights(view, {"y": missing(kind, labels)}).tolist() == [[1, 0, 1], [1, 1, 0]]
     labels[0, 0, 0] = -1
     with pytest.raises(CaptureError, match=r"only some entries are missing.*Give weights="):
-        likelihood.weights(view, {"y": missing(kind, labels)})
+        likelihood.term_weights(view, {"y": missing(kind, labels)})
 
 
 @pytest.mark.parametrize("kind", [Bernoulli, Gaussian])
@@ -211,7 +211,7 @@ def test_missing_vectors_lie_as_in_the_output(kind: type[Layout]) -> None:
     labels[0, :, 1, 2] = -1
     expected = torch.ones(2, 9)
     expected[0, 5] = 0
-    assert torch.equal(likelihood.weights(view, {"y": missing(kind, labels)}).float(), expected)
+    assert torch.equal(likelihood.term_weights(view, {"y": missing(kind, labels)}).float(), expected)
 
 
 @pytest.mark.parametrize("kind", [Bernoulli, Gaussian])
@@ -220,6 +220,6 @@ def test_missing_labels_of_single_outputs_fit_with_or_without_their_axis(kind: t
     likelihood = kind(class_axis=1, targets="y")
     view = likelihood.view(output(2, 1, 2))
     for shaped in (labels, labels.squeeze(1)):
-        assert likelihood.weights(view, {"y": shaped}).tolist() == [[1, 0], [0, 1]]
+        assert likelihood.term_weights(view, {"y": shaped}).tolist() == [[1, 0], [0, 1]]
     flat = kind(targets="y")
-    assert flat.weights(flat.view(output(2, 4)), {"y": missing(kind, torch.tensor([1, -1]))}).tolist() == [[1], [0]]
+    assert flat.term_weights(flat.view(output(2, 4)), {"y": missing(kind, torch.tensor([1, -1]))}).tolist() == [[1], [0]]
