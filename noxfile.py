@@ -63,7 +63,7 @@ def experiments(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["env"], default=False)
 def lint(session: nox.Session) -> None:
     """Style (ruff) and types (mypy, strict)."""
-    session.run(python(session), "-m", "ruff", "check")
+    session.run(python(session), "-m", "ruff", "check", "--output-format=concise")
     session.run(python(session), "-m", "ruff", "format", "--check")
     session.run(python(session), "-m", "mypy")
 

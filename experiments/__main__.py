@@ -35,7 +35,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog="presets:\n" + "\n".join(f"  {name:18}{config.read(path).title}" for name, path in config.presets().items()),
         allow_abbrev=False,
     )
-    parser.add_argument("--preset", default="digits", metavar="NAME", help=f"{', '.join(config.presets())}; digits if left out")
+    parser.add_argument("--preset", metavar="NAME", help=f"{', '.join(config.presets())}; digits if left out")
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings of your own, as in experiments/configs/digits.toml")
     parser.add_argument("--algorithms", nargs="+", metavar="NAME", help="only these, as sgd ekfacadam; all of the preset if left out")
     parser.add_argument("--seeds", nargs="+", metavar="N", help="one run of every algorithm for each, as 0 1 2")
@@ -55,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _conduct(arguments: argparse.Namespace, command: str) -> None:
-    study = config.load(arguments.preset) if arguments.config is None else config.read(arguments.config)
+    if arguments.preset is not None and arguments.config is not None:
+        raise ExperimentError("--preset and --config both name the settings: give one of them")
+    study = config.load(arguments.preset or "digits") if arguments.config is None else config.read(arguments.config)
     study = config.chosen(
         study,
         algorithms=_names(" ".join(arguments.algorithms)) if arguments.algorithms else None,

@@ -80,10 +80,12 @@ class Spread:
     high: float
 
     def text(self, digits: int) -> str:
-        """As `mean±half the range`; one seed has no range."""
+        """As `mean±half the range`, with so many digits after the point, or as powers of ten where they would show little; one seed has
+        no range."""
         if not math.isfinite(self.mean):
             return "diverged"
-        return f"{self.mean:.{digits}f}" if self.seeds == 1 else f"{self.mean:.{digits}f}±{(self.high - self.low) / 2:.{digits}f}"
+        form = ".1e" if 0 < self.mean < 10 ** (1 - digits) else f".{digits}f"
+        return f"{self.mean:{form}}" if self.seeds == 1 else f"{self.mean:{form}}±{(self.high - self.low) / 2:{form}}"
 
 
 @attrs.frozen(eq=False)

@@ -196,6 +196,7 @@ def test_starting_afresh_keeps_what_was_there(tiny: Path, tmp_path: Path, capsys
         ("--device nowhere", "--device nowhere cannot be used"),
         ("--epoch 3", "--epoch"),
         ("--config none.toml", "none.toml: cannot be read"),
+        ("--preset digits --config none.toml", "give one of them"),
         ("--data-dir .", "leave --data-dir out"),
         ("--preset cifar10-small --data-dir DIR/file", "is a file"),
         ("--preset cifar10-small --data-dir DIR/wrong", "has no train and no test folder"),

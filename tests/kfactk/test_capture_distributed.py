@@ -102,6 +102,7 @@ def test_a_wrapper_changes_nothing(when: str, options: dict[str, Any]) -> None:
     wrapped = DistributedDataParallel(inner, **options)
     optimizer = bound(wrapped) if optimizer is None else optimizer
     other = bound(plain)
+    assert list(optimizer.layers) == list(other.layers), "names are those of the wrapped model"
     for step in range(3):
         train(optimizer, wrapped, data(step))
         train(other, plain, data(step))

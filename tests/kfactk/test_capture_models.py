@@ -157,6 +157,16 @@ def test_a_use_that_does_not_reach_the_output_adds_nothing() -> None:
     assert_measures(optimizer, twin, inputs)
 
 
+def test_a_use_that_does_not_reach_the_users_loss_adds_nothing() -> None:
+    inputs, found = torch.randn(6, 4, dtype=F64), []
+    for wasted in (True, False):
+        torch.manual_seed(0)
+        optimizer, _ = step_once(Twice(wasted).double(), inputs, fisher="empirical")
+        found.append(optimizer.layers["shared"].factors)
+    for name, truth in found[1].items():
+        torch.testing.assert_close(found[0][name], truth)
+
+
 class Returns(nn.Module):
     def __init__(self, wrap: Callable[[Tensor], Any], width: int = 3) -> None:
         super().__init__()

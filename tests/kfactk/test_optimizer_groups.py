@@ -166,3 +166,16 @@ def test_strict() -> None:
     bound(model, [*model[0].parameters(), *model[2].parameters()], strict=True)
     model[1].requires_grad_(False)
     bound(model, strict=True)
+
+
+def test_a_running_scale_is_measured_on_the_gradient_alone() -> None:
+    """Weight decay that is preconditioned with the gradient is no part of what the data say."""
+    found = []
+    for decay in (0.0, 3.0):
+        torch.manual_seed(0)
+        model = net()
+        recipe: dict[str, Any] = {"basis": {"name": "ekfac", "scale": "running"}, "weight_decay": decay, "weight_decay_at": "gradient"}
+        optimizer = bound(model, **recipe)
+        train(optimizer, model, batch())
+        found.append([scale for view in optimizer.layers.values() for scale in view.scale.values()])
+    assert_equal(found[0], found[1])

@@ -191,6 +191,7 @@ def test_distributed_checkpoints(case: tuple[str, str], way: str, flat: bool, tm
     assert_continues_alike((optimizer, model), (resumed, fresh))
 
 
+@pytest.mark.filterwarnings("ignore:.*(torch.distributed|process group|TypedStorage).*")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_distributed_checkpoints_of_other_precisions(dtype: torch.dtype, tmp_path: Path) -> None:
     made, model, fresh = recipe(weight_decay_at="gradient"), net(dtype), net(dtype)

@@ -1,0 +1,113 @@
+"""The form of a layer's state in a checkpoint, and back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+from kfactk import RunningMean, StateError, Statistic
+from kfactk.layerstate import PREFIX, STEP, LayerState, completed_groups, split_entries
+
+NAMES = st.text(st.sampled_from("AGxy_0"), min_size=1, max_size=4)
+DTYPES = st.sampled_from([torch.float32, torch.float64])
+
+
+def tensors(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+@st.composite
+def states(draw: st.DrawFn) -> LayerState:
+    dtype = draw(DTYPES)
+    means = st.builds(
+        lambda n, seed, weight: RunningMean(tensors((n, n), dtype, seed), weight), st.integers(1, 3), st.integers(0, 99), st.floats(0, 1e6)
+    )
+    parts = st.dictionaries(NAMES, st.builds(lambda seed: tensors((2, 2), dtype, seed), st.integers(0, 99)), min_size=1, max_size=2)
+    return LayerState(
+        ("weight", "bias"),
+        draw(st.dictionaries(NAMES, means, max_size=3)),
+        draw(st.dictionaries(NAMES, parts, max_size=2)),
+        draw(st.dictionaries(NAMES, means, max_size=2)),
+    )
+
+
+@given(states())
+def test_flat_and_back_is_the_same_bit_for_bit(state: LayerState) -> None:
+    flat = state.flat()
+    assert all(key.startswith(PREFIX) and isinstance(value, torch.Tensor) for key, value in flat.items())
+    back = LayerState.from_flat(state.parameters, flat, torch.device("cpu"))
+    for ours, theirs in ((back.factors, state.factors), (back.moments, state.moments)):
+        assert set(ours) == set(theirs)
+        for name, mean in theirs.items():
+            assert ours[name].weight == mean.weight
+            assert torch.equal(ours[name].value, mean.value)
+            assert ours[name].value.dtype == mean.value.dtype
+            assert ours[name].value is not mean.value
+    assert {n: set(parts) for n, parts in back.decomposition.items()} == {n: set(parts) for n, parts in state.decomposition.items()}
+    for name, parts in state.decomposition.items():
+        assert all(torch.equal(back.decomposition[name][part], value) for part, value in parts.items())
+
+
+def test_a_flat_state_holds_the_tensors_themselves() -> None:
+    value = torch.ones(2, 2)
+    state = LayerState(("weight",), {"A": RunningMean(value, 3.0)}, {"A": {"cholesky": value}})
+    flat = state.flat()
+    assert flat["kfactk.factor.A"] is flat["kfactk.basis.A.cholesky"] is value
+    assert float(flat["kfactk.factor.A.weight"]) == 3.0
+    assert set(flat) == {"kfactk.factor.A", "kfactk.factor.A.weight", "kfactk.basis.A.cholesky"}
+
+
+@pytest.mark.parametrize("key", ["kfactk.core.A", "kfactk.basis.A", "kfactk."])
+def test_an_unknown_key_is_refused(key: str) -> None:
+    with pytest.raises(StateError, match="newer kfactk"):
+        LayerState.from_flat(("weight",), {key: torch.ones(1)}, torch.device("cpu"))
+
+
+def test_ready_wants_data_and_allocated_does_not() -> None:
+    state = LayerState(("weight",))
+    assert not state.ready
+    assert not state.allocated
+    state.factors = {"A": RunningMean(torch.zeros(1, 1), 0.0), "G": RunningMean(torch.ones(1, 1), 1.0)}
+    state.decomposition = {"A": {"cholesky": torch.ones(1, 1)}}
+    assert state.allocated
+    assert not state.ready
+    state.factors["A"].update(torch.ones(1, 1), 0.9)
+    assert state.ready
+    state.moments = {"scale": RunningMean(torch.ones(1), 0.0)}
+    assert state.moment_values() == {}
+    state.moments["scale"].update(torch.ones(1), 0.0)
+    assert set(state.moment_values()) == {"scale"}
+
+
+def test_the_end_of_a_step_forgets_what_was_pending_only() -> None:
+    state = LayerState(("weight",), {"A": RunningMean(torch.ones(1), 1.0)})
+    state.pending["factor.A"] = Statistic(torch.ones(1), 1.0)
+    state.seen = 2
+    state.bad.append(torch.tensor(True))
+    state.clear_pending()
+    assert (state.pending, state.retained, state.seen, state.bad) == ({}, [], 0, [])
+    assert set(state.factors) == {"A"}
+
+
+def test_a_saved_state_is_divided_by_owner() -> None:
+    first, second = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(2))
+    saved = {
+        "state": {0: {"exp_avg": 1, STEP: torch.tensor(5), "kfactk.factor.A": 2}, 1: {STEP: torch.tensor(5)}},
+        "param_groups": [{"params": [0]}, {"params": [1]}],
+    }
+    ours, theirs, step = split_entries(saved, [{"params": [first, second]}])
+    assert (ours, theirs, step) == ({id(first): {"kfactk.factor.A": 2}}, {0: {"exp_avg": 1}}, 5)
+    assert split_entries({"state": {}, "param_groups": [{"params": [0, 1]}]}, [{"params": [first, second]}]) == ({}, {}, 0)
+
+
+def test_saved_groups_are_completed_or_refused() -> None:
+    rule = {"lr": 0.1, "betas": (0.9, 0.99), "amsgrad": False, "foreach": None}
+    known = rule | {"damping": 0.1}
+    current = [known | {"params": ["p"], "damping": 0.5, "mine": 1}]
+    saved = {"params": [0], "lr": 0.3, "betas": (0.8, 0.9), "theirs": 2}
+    expected = {"params": [0], "lr": 0.3, "betas": (0.8, 0.9), "amsgrad": False, "foreach": None, "damping": 0.5, "theirs": 2}
+    assert completed_groups([saved], current, known, rule) == [expected]
+    assert completed_groups([saved, saved], current, known, rule) == [saved, saved]
+    with pytest.raises(StateError, match="another update rule's: its parameter groups have no betas"):
+        completed_groups([{"params": [0], "lr": 0.3, "momentum": 0.9}], current, known, rule)
