@@ -35,3 +35,4 @@ from kfactk.stages import (
     Update as Update,
 )
 from kfactk.torch_optimizer import TorchOptimizer as TorchOptimizer
+from kfactk.views import LayerView as LayerView

@@ -45,10 +45,7 @@ class Record:
     def use(self, gradient: Tensor, scale: Tensor | float) -> Use:
         """This call with the gradient of its output."""
         if self.inputs._version != self.version:
-            raise CaptureError(
-                f"the input of layer {self.layer.name!r} was modified in place after its forward, so its statistics would be wrong. "
-                "Refill input buffers only after step(), or hand the model a copy."
-            )
+            raise CaptureError(overwritten(self.layer.name))
         return Use(self.inputs, gradient.detach(), scale)
 
 
@@ -304,6 +301,14 @@ class LayerHook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LayerHook, (None, None)
+
+
+def overwritten(layer: str) -> str:
+    """What to tell a user whose code changed a layer's input while its statistics still had to be taken."""
+    return (
+        f"the input of layer {layer!r} was modified in place after its forward, so its statistics would be wrong. Refill input buffers "
+        "only after step(), or hand the model a copy."
+    )
 
 
 def model_output(output: Any) -> Tensor:

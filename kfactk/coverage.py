@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import fnmatch
+from collections.abc import Callable, Iterator, Sequence
 
 import attrs
 from torch import nn
 
+from kfactk.errors import OptionError, near_names
 from kfactk.stages import Curvature, Layer
 
 
@@ -87,14 +89,29 @@ class Survey:
 
     Structure (module types, shared parameters) is looked at once; what is trained is asked anew each time, since layers may be frozen and
     unfrozen while training.
+
+    Args:
+        model: The model.
+        curvature: Its stage.
+        exclude: Shell-style patterns of module names; a layer is left alone where one matches its name or that of a module it is in.
+
+    Raises:
+        OptionError: A pattern matches nothing.
     """
 
-    def __init__(self, model: nn.Module, curvature: Curvature) -> None:
+    def __init__(self, model: nn.Module, curvature: Curvature, exclude: Sequence[str] = ()) -> None:
         self.model = model
         self._candidates: list[tuple[str, nn.Module]] = []
         self._why_not: dict[str, str] = {}
         owners: dict[int, set[str]] = {}
         modules = list(model.named_modules())
+        for pattern in exclude:
+            if not any(_within(name, pattern) for name, _ in modules):
+                names = [name for name, _ in modules if name]
+                raise OptionError(
+                    f"exclude={pattern!r} matches no module of the model.{near_names(pattern, names)} Its modules are: "
+                    f"{', '.join(names[:12])}{' ...' if len(names) > 12 else ''}."
+                )
         for name, module in modules:
             for parameter_name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
                 owners.setdefault(id(parameter), set()).add(_join(name, parameter_name))
@@ -102,7 +119,8 @@ class Survey:
             own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
             if not own:
                 continue
-            reason = curvature.unsupported(module)
+            excluded = next((pattern for pattern in exclude if _within(name, pattern)), None)
+            reason = curvature.unsupported(module) if excluded is None else f"excluded (exclude={excluded!r})"
             tied = sorted(set().union(*(owners[id(parameter)] for parameter in own.values())) - {_join(name, key) for key in own})
             if reason is None and tied:
                 reason = f"tied: it shares a parameter with {', '.join(tied)}"
@@ -140,6 +158,11 @@ class Survey:
                 reason = self._why_not.get(name) or "the layer's weight is not trained"
             rows.append(Row(name, tuple(parameter.shape), block.get(name), reason, wanted))
         return Coverage(tuple(rows))
+
+
+def _within(name: str, pattern: str) -> bool:
+    parts = name.split(".")
+    return any(fnmatch.fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1))
 
 
 def _join(module: str, parameter: str) -> str:

@@ -33,6 +33,8 @@ class LayerState:
         staged: Sums of the forward whose passes are under way: "factor.NAME", "moment.NAME".
         pending: Sums of the forwards of this step that are done.
         retained: Samples kept until `step()` because the basis is refreshed first.
+        borrowed: The inputs that they read, each with its version then.
+        missed: Whether it did not run when it was last due.
         seen: Passes that reached the layer in this step, whatever their worth.
         bad: How many of them were not finite, on the device.
     """
@@ -44,6 +46,8 @@ class LayerState:
     staged: dict[str, Statistic] = attrs.Factory(dict)
     pending: dict[str, Statistic] = attrs.Factory(dict)
     retained: list[Samples] = attrs.Factory(list)
+    borrowed: list[tuple[Tensor, int]] = attrs.Factory(list)
+    missed: bool = False
     seen: int = 0
     bad: list[Tensor] = attrs.Factory(list)
 
@@ -75,6 +79,7 @@ class LayerState:
         self.staged.clear()
         self.pending.clear()
         self.retained.clear()
+        self.borrowed.clear()
         self.bad.clear()
         self.seen = 0
 

@@ -84,6 +84,7 @@ class Optimizer(torch.optim.Optimizer):
             recipe.basis,
             recipe.placement,
             factor_decay=recipe.factor_decay,
+            exclude=recipe.exclude,
             timed=self._recorder.timed,
             trained=lambda parameter, groups=self._groups: id(parameter) in groups,  # type: ignore[misc]
         )

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kfactk.averages import RunningMean
+from kfactk.capture import overwritten
 from kfactk.coverage import Survey
 from kfactk.errors import CaptureError, DecompositionError, KfactkWarning, StateError
 from kfactk.layerstate import LayerState
@@ -65,6 +66,7 @@ class Preconditioner:
         basis: Its stage.
         placement: Its stage.
         factor_decay: Decay epsilon of the factors' running means, in [0, 1].
+        exclude: Patterns of names of layers to leave alone.
         trained: Tells whether a parameter is among those the optimizer trains.
         timed: Gives a context that times a stage.
     """
@@ -77,12 +79,13 @@ class Preconditioner:
         placement: Placement,
         *,
         factor_decay: float,
+        exclude: Sequence[str] = (),
         trained: Callable[[nn.Parameter], bool],
         timed: Callable[[str], AbstractContextManager[None]],
     ) -> None:
         self.curvature, self.basis, self.placement = curvature, basis, placement
         self.factor_decay = factor_decay
-        self.survey = Survey(model, curvature)
+        self.survey = Survey(model, curvature, exclude)
         self.states: dict[str, LayerState] = {}
         self.skipped_batches = 0
         self.failed_decompositions = 0
@@ -107,13 +110,19 @@ class Preconditioner:
         return self._plan
 
     def foresee(self, now: Due) -> Plan:
-        """What a step would gather that began now. A layer that has no decomposition yet is due whatever the schedule says."""
+        """What a step would gather that began now.
+
+        A layer that has no decomposition yet is due whatever the schedule says, until it is found not to run: then it waits for the
+        schedule, and its plain gradient is used should it run in between.
+        """
         needs = {}
         sampled = self.basis.moments_from == "samples"
         for layer in self.layers():
-            new = not self.states[layer.name].ready
-            basis = now.basis or new
-            needs[layer.name] = Need(layer, now.factors or new, sampled and (now.scale or basis), basis)
+            state = self.states[layer.name]
+            new = not state.ready and (now.factors or not state.missed)
+            if new or state.ready:
+                basis = new or now.basis
+                needs[layer.name] = Need(layer, new or now.factors, sampled and (now.scale or basis), basis)
         return Plan(needs, self.basis.moments_from == "gradient" and (now.scale or any(n.basis for n in needs.values())))
 
     def take(self, layer: Layer, uses: Sequence[Use], terms: Tensor | float, first: bool) -> None:
@@ -134,6 +143,7 @@ class Preconditioner:
                 sums |= _moments(self.basis, state.decomposition, samples)
         elif need.scale:
             state.retained.append(samples)
+            state.borrowed += [(use.inputs, use.inputs._version) for use in uses]
         add(state.staged, sums)
 
     def count(self, terms: Tensor | float) -> None:
@@ -153,6 +163,9 @@ class Preconditioner:
             CaptureError: A layer due for samples has a gradient but gave none.
         """
         needs = self._plan.needs if self._plan is not None else {}
+        for name in needs:
+            if any(inputs._version != version for inputs, version in self.states[name].borrowed):
+                raise CaptureError(overwritten(name))
         seen = {f"{name}|seen": Statistic(None, float(self.states[name].seen)) for name, need in needs.items() if need.follows}
         if not seen:
             return False
@@ -161,6 +174,9 @@ class Preconditioner:
         silent = [name for name in missing if name in gradients and bool(gradients[name].any())]
         if silent:
             raise CaptureError(_silent_message(silent))
+        for name, need in needs.items():
+            if need.follows:
+                self.states[name].missed = name in missing
         return len(missing) == len(seen) and not any(bool(gradient.any()) for gradient in gradients.values())
 
     def refresh(self, damping: Damping) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -57,6 +57,12 @@ def _callable(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> Non
         raise OptionError(f"{attribute.name} must be a function of what the model returns, not {value!r}.")
 
 
+def _patterns(value: Any) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)) or not all(isinstance(pattern, str) and pattern for pattern in value):
+        raise OptionError(f"exclude is {value!r}; it must be a list of names of modules, such as ['head'] or ['*.attention'].")
+    return tuple(value)
+
+
 @attrs.frozen(kw_only=True, repr=False)
 class Recipe:
     """A checked combination of stages and numbers; frozen, `evolve` makes a changed one.
@@ -92,6 +98,7 @@ class Recipe:
     observe: str = attrs.field(validator=_one_of("automatic", "manual"))
     output: Callable[[Any], Tensor] | None = attrs.field(validator=_callable)
     strict: bool = attrs.field(converter=bool)
+    exclude: tuple[str, ...] = attrs.field(converter=_patterns)
 
     def __attrs_post_init__(self) -> None:
         missing = self.basis.requires - self.curvature.provides
@@ -121,7 +128,7 @@ class Recipe:
 
     def coverage(self, model: nn.Module) -> Coverage:
         """Which parameters would be preconditioned, by which block, or why not; prints as a table."""
-        return Survey(model, self.curvature).coverage(lambda parameter: True)
+        return Survey(model, self.curvature, self.exclude).coverage(lambda parameter: True)
 
     def evolve(self, **changes: Any) -> Recipe:
         """The recipe with some fields changed; takes what `kfactk.build` takes.
@@ -201,6 +208,7 @@ def build(
     observe: str = "automatic",
     output: Callable[[Any], Tensor] | None = None,
     strict: bool = False,
+    exclude: Sequence[str] = (),
     **unknown: Any,
 ) -> Recipe:
     """Combine stages into a recipe. The defaults are the study's EKFACadam, without its weight decay.
@@ -231,6 +239,8 @@ def build(
         output: Function that finds the likelihood's parameters in what the model returns; by default the tensor itself, `.logits`,
             the item "logits", or the first element.
         strict: Refuse a model with a trained parameter that no block preconditions.
+        exclude: Names of modules (shell-style patterns) whose layers are left alone, their plain gradient going to the update rule: a
+            huge output layer, or a head trained on another output than the one the likelihood sees.
 
     Returns:
         A frozen `Recipe`.

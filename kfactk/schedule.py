@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import attrs
@@ -57,8 +58,8 @@ def number_at(name: str, number: Number, step: int, *, low: float = 0.0, high: f
         OptionError: It is not a number in [low, high].
     """
     value = number(step) if callable(number) else number
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high or math.isinf(value):
         where = f" at step {step}" if callable(number) else ""
-        bounds = f"at least {low:g}" if high == float("inf") else f"between {low:g} and {high:g}"
+        bounds = f"of at least {low:g}, and finite" if high == float("inf") else f"between {low:g} and {high:g}"
         raise OptionError(f"{name} is {value!r}{where}; it must be a number {bounds}.")
     return float(value)

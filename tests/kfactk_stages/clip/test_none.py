@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import torch
-from kfactk_stages.clip.none import NoClip, kfactk_clips
 
 from kfactk import Pair
+from kfactk_stages.clip.none import NoClip, kfactk_clips
 
 
 def test_everything_is_left() -> None:

@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from kfactk_stages.clip.norm import NormClip
 from torch import Tensor
 
 from kfactk import OptionError, Pair
+from kfactk_stages.clip.norm import NormClip
 
 
 def dot(xs: list[Tensor], ys: list[Tensor]) -> Tensor:

@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from kfactk_stages.curvature.conv_kfac import ConvKfac
-from kfactk_stages.curvature.kfac import Kfac
 from torch import nn
 
 from kfactk import CaptureError, Layer, OptionError, Use
+from kfactk_stages.curvature.conv_kfac import ConvKfac
+from kfactk_stages.curvature.kfac import Kfac
 from tests import truth
 from tests.strategies import CONV, MODES, Case, conv_cases, layer_cases, linear_cases, single_row_cases
 

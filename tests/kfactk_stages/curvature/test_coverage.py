@@ -5,10 +5,11 @@ import pickle
 
 import pytest
 import torch
-from kfactk_stages.curvature.conv_kfac import ConvKfac
-from kfactk_stages.curvature.kfac import Kfac
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
+
+from kfactk_stages.curvature.conv_kfac import ConvKfac
+from kfactk_stages.curvature.kfac import Kfac
 
 
 class Doubled(nn.Linear):

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from hypothesis import assume, given, settings, strategies as st
-from kfactk_stages.curvature.kfac import Kfac
 from torch import nn
 
 from kfactk import CaptureError, Layer, OptionError, Use
+from kfactk_stages.curvature.kfac import Kfac
 from tests import truth
 from tests.strategies import linear_cases
 

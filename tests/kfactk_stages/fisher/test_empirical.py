@@ -1,4 +1,5 @@
 import torch
+
 from kfactk_stages.fisher.empirical import Empirical
 from kfactk_stages.likelihood.categorical import Categorical
 

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from torch import Tensor, nn
+
+from kfactk import CaptureError, Likelihood, OptionError
 from kfactk_stages.fisher.exact import Exact
 from kfactk_stages.likelihood.bernoulli import Bernoulli
 from kfactk_stages.likelihood.categorical import Categorical
 from kfactk_stages.likelihood.gaussian import Gaussian
-from torch import Tensor, nn
-
-from kfactk import CaptureError, Likelihood, OptionError
 
 F64 = torch.float64
 

@@ -2,14 +2,14 @@ import math
 
 import pytest
 import torch
+from torch import Tensor
+
+from kfactk import Likelihood, OptionError
 from kfactk_stages.fisher.exact import Exact
 from kfactk_stages.fisher.mc import MonteCarlo
 from kfactk_stages.likelihood.bernoulli import Bernoulli
 from kfactk_stages.likelihood.categorical import Categorical
 from kfactk_stages.likelihood.gaussian import Gaussian
-from torch import Tensor
-
-from kfactk import Likelihood, OptionError
 
 F64 = torch.float64
 LIKELIHOODS = [Categorical(class_axis=-1), Bernoulli(class_axis=-1), Gaussian(class_axis=-1, variance=0.5)]

@@ -1,11 +1,11 @@
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from kfactk_stages.likelihood.bernoulli import Bernoulli
 from torch import Tensor
 from torch.distributions import Bernoulli as Truth
 
 from kfactk import OptionError
+from kfactk_stages.likelihood.bernoulli import Bernoulli
 
 F64 = torch.float64
 

@@ -1,11 +1,11 @@
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from kfactk_stages.likelihood.categorical import Categorical
 from torch import Tensor
 from torch.distributions import Categorical as Truth
 
 from kfactk import CaptureError, OptionError
+from kfactk_stages.likelihood.categorical import Categorical
 
 F64 = torch.float64
 

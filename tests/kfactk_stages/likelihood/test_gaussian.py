@@ -3,11 +3,11 @@ import math
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from kfactk_stages.likelihood.gaussian import Gaussian
 from torch import Tensor
 from torch.distributions import Normal as Truth
 
 from kfactk import OptionError
+from kfactk_stages.likelihood.gaussian import Gaussian
 
 F64 = torch.float64
 variances = st.sampled_from([1.0, 1, 0.25, 3.7, 1e-3])

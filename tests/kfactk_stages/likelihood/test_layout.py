@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from torch import Tensor
+
+from kfactk import CaptureError, OptionError
 from kfactk_stages.likelihood.bernoulli import Bernoulli
 from kfactk_stages.likelihood.categorical import Categorical
 from kfactk_stages.likelihood.gaussian import Gaussian
 from kfactk_stages.likelihood.layout import Layout
-from torch import Tensor
-
-from kfactk import CaptureError, OptionError
 
 ALL = [Categorical, Bernoulli, Gaussian]
 each = pytest.mark.parametrize("kind", ALL)

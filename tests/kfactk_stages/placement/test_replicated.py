@@ -11,9 +11,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from kfactk_stages.placement.replicated import Replicated
 
 from kfactk import OptionError, StateError, Statistic
+from kfactk_stages.placement.replicated import Replicated
 
 
 def test_alone_everything_stays_as_it_is() -> None:

@@ -6,9 +6,9 @@ import math
 
 import pytest
 import torch
-from kfactk_stages.tracker._buffer import Buffer, flattened
 
 from kfactk import KfactkError
+from kfactk_stages.tracker._buffer import Buffer, flattened
 
 
 def test_figures_come_back_as_numbers_in_order() -> None:

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from kfactk_stages.tracker.jsonl import JsonLines
 
 from kfactk import OptionError
+from kfactk_stages.tracker.jsonl import JsonLines
 
 
 def lines(path: Path) -> list[Any]:

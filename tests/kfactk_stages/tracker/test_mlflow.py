@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from kfactk_stages.tracker.mlflow import Mlflow
 
 from kfactk import KfactkError, KfactkWarning, OptionError
+from kfactk_stages.tracker.mlflow import Mlflow
 
 
 @pytest.fixture(scope="module")

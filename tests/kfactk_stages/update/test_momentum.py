@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from kfactk_stages.update.momentum import Momentum
 
 from kfactk import OptionError
+from kfactk_stages.update.momentum import Momentum
 from tests.kfactk_stages.update.trajectories import assert_same, groups, parameters, run
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from kfactk_stages.update.nag import NAG, Nag
 from torch import Tensor
 
 from kfactk import CombinationError, OptionError
+from kfactk_stages.update.nag import NAG, Nag
 from tests.kfactk_stages.update.trajectories import assert_same, gradient, groups, parameters, run
 
 DROP = [1.0] * 6 + [0.1] + [1.0] * 5

@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from kfactk_stages.update.radam import RAdam
 
 from kfactk import OptionError
+from kfactk_stages.update.radam import RAdam
 from tests.kfactk_stages.update.trajectories import assert_same, groups, parameters, run
 
 

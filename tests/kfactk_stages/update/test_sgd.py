@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kfactk_stages.update.sgd import Sgd
 
 from kfactk import OptionError
+from kfactk_stages.update.sgd import Sgd
 from tests.kfactk_stages.update.trajectories import assert_same, groups, parameters, run
 
 
