@@ -176,7 +176,7 @@ class Preconditioner:
             raise CaptureError(_silent_message(silent))
         for name, need in needs.items():
             if need.follows:
-                self.states[name].missed = name in missing
+                self.states[name].missed = name in missing and len(missing) < len(seen)
         return len(missing) == len(seen) and not any(bool(gradient.any()) for gradient in gradients.values())
 
     def refresh(self, damping: Damping) -> None:

@@ -68,7 +68,7 @@ def test_a_number_out_of_its_bounds_is_refused(number: Any) -> None:
 def test_numbers_may_be_functions_of_the_step() -> None:
     assert number_at("damping", lambda step: 1 / (1 + step), 3) == 0.25
     assert number_at("damping", 2, 3) == 2.0
-    with pytest.raises(OptionError, match="damping is -1; it must be a number at least 0"):
+    with pytest.raises(OptionError, match="damping is -1; it must be a number of at least 0"):
         number_at("damping", -1, 0)
 
 
