@@ -9,176 +9,20 @@ made ignores hooks put on later, so forwards that are expected to be due run eag
 from __future__ import annotations
 
 import inspect
+import sys
+import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import attrs
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from kfactk.ambient import EAGERNESS, full_precision, leave_alone, opaque, saved_as_is, uncounted
+from kfactk.ambient import EAGERNESS, leave_alone, opaque, saved_as_is, uncounted
 from kfactk.errors import CaptureError, CombinationError, OptionError
-from kfactk.samples import Use
+from kfactk.forward import Forward, Record
 from kfactk.stages import Layer
-
-Sink = Callable[[Layer, list[Use]], None]
-"""Takes all uses of one layer in one forward, once the gradients of all of them have arrived."""
-
-HALF_SCALE = 2.0**10
-"""What a Fisher loss is multiplied by where float16 gradients flow; taken out again in float32."""
-
-
-@attrs.frozen(eq=False)
-class Record:
-    """One call of a followed layer: its input (detached, and its version then) and the dtype of its output.
-
-    It must not hold the edge: a hook on a node that leads back to the node would never be freed.
-    """
-
-    layer: Layer
-    inputs: Tensor
-    version: int
-    dtype: torch.dtype
-
-    def use(self, gradient: Tensor, scale: Tensor | float) -> Use:
-        """This call with the gradient of its output."""
-        if self.inputs._version != self.version:
-            raise CaptureError(overwritten(self.layer.name))
-        return Use(self.inputs, gradient.detach(), scale)
-
-
-class Forward:
-    """One followed forward of the root.
-
-    Args:
-        output: What the root returned.
-        batch: Its arguments by name.
-        calls: Calls of followed layers, in order, each with the autograd edge of its output.
-    """
-
-    def __init__(self, output: Any, batch: Mapping[str, Any], calls: list[tuple[Record, GradientEdge]]) -> None:
-        self.output, self.batch = output, dict(batch)
-        self.calls = calls
-
-    @property
-    def scale(self) -> float:
-        """What a loss should be multiplied by to keep float16 gradients from underflow; a power of two."""
-        return HALF_SCALE if any(record.dtype == torch.float16 for record, _ in self.calls) else 1.0
-
-    def run(self, loss: Tensor, start: Tensor, sink: Sink) -> None:
-        """One backward pass of our own over `loss`, which hangs on `start`, itself part of the forward's graph.
-
-        `.grad` is untouched and no weight gradient is computed: only nodes on the way to followed edges run, and of these only the
-        ones from which no other is reachable are asked for by name, so that autograd holds one layer's gradient at a time.
-        """
-        arrivals = _Arrivals(self.calls, sink, 1.0 / self.scale)
-        ends = _leafmost(start, {edge.node for _, edge in self.calls})
-        last = [(record, edge) for record, edge in self.calls if edge.node in ends]
-        if not last:
-            return
-        handles = [arrivals.watch(record, edge) for record, edge in self.calls if edge.node not in ends]
-        try:
-            with torch.autocast(start.device.type, enabled=False):
-                gradients = _grad(loss * self.scale, [edge for _, edge in last])
-            with torch.no_grad():
-                for (record, _), gradient in zip(last, gradients, strict=True):
-                    if gradient is not None:
-                        arrivals.arrived(record, gradient)
-        finally:
-            for handle in handles:
-                handle.remove()
-        with torch.no_grad():
-            arrivals.finish()
-
-    def listen(self, sink: Sink, scale: Callable[[], Tensor | float]) -> Callable[[], None]:
-        """Read the same gradients from the user's own backward, whenever it runs; `scale()` is asked then.
-
-        Returns:
-            To be called once that backward is over: hands on the layers some of whose uses it did not reach.
-        """
-        arrivals = _Arrivals(self.calls, sink, scale)
-        for record, edge in self.calls:
-            arrivals.watch(record, edge)
-        return arrivals.finish
-
-
-class _Arrivals:
-    """Collects gradients of one pass and hands a layer on when the last of its uses has come."""
-
-    def __init__(self, calls: Sequence[tuple[Record, GradientEdge]], sink: Sink, scale: float | Callable[[], Tensor | float]) -> None:
-        self._sink, self._scale = sink, scale
-        self._waiting: dict[str, int] = {}
-        for record, _ in calls:
-            self._waiting[record.layer.name] = self._waiting.get(record.layer.name, 0) + 1
-        self._here: dict[str, list[Use]] = {}
-        self._layers = {record.layer.name: record.layer for record, _ in calls}
-
-    def watch(self, record: Record, edge: GradientEdge) -> torch.utils.hooks.RemovableHandle:
-        number = edge.output_nr
-
-        def prehook(gradients: tuple[Tensor | None, ...]) -> None:
-            gradient = gradients[number]
-            if gradient is not None:
-                with torch.no_grad(), full_precision([gradient.device.type]):
-                    self.arrived(record, gradient)
-
-        return edge.node.register_prehook(prehook)
-
-    def arrived(self, record: Record, gradient: Tensor) -> None:
-        name = record.layer.name
-        if self._waiting.get(name, 0) == 0:  # a second backward through the same graph
-            return
-        scale = self._scale() if callable(self._scale) else self._scale
-        self._here.setdefault(name, []).append(record.use(gradient, scale))
-        self._waiting[name] -= 1
-        if self._waiting[name] == 0:
-            self._sink(record.layer, self._here.pop(name))
-
-    def finish(self) -> None:
-        """Hand on the layers some of whose uses do not reach the loss: those uses have zero gradient and add nothing."""
-        for name, uses in list(self._here.items()):
-            self._waiting[name] = 0
-            self._sink(self._layers[name], uses)
-        self._here.clear()
-
-
-def _leafmost(start: Tensor, followed: set[Node]) -> set[Node]:
-    """The followed nodes reachable from `start` below which (towards the leaves) there is no other followed node."""
-    holds: dict[Node, bool] = {}
-    ends: set[Node] = set()
-    opened: set[Node] = set()
-    stack: list[tuple[Node, bool]] = [(start.grad_fn, False)] if start.grad_fn is not None else []
-    while stack:
-        node, done = stack.pop()
-        children = [child for child, _ in node.next_functions if child is not None]
-        if done:
-            below = any(holds[child] for child in children)
-            if node in followed and not below:
-                ends.add(node)
-            holds[node] = below or node in followed
-        elif node not in opened:
-            opened.add(node)
-            stack.append((node, True))
-            stack.extend((child, False) for child in children if child not in opened)
-    return ends
-
-
-def _grad(loss: Tensor, edges: list[GradientEdge]) -> tuple[Tensor | None, ...]:
-    try:
-        return torch.autograd.grad(loss, edges, retain_graph=True, allow_unused=True)
-    except RuntimeError as error:
-        if "through the graph a second time" in str(error):
-            raise CaptureError(
-                "the forward's graph is gone, because its backward ran already: call optimizer.observe() between forward and backward."
-            ) from error
-        if "use_reentrant=True" not in str(error):
-            raise
-        raise CaptureError(
-            "the model uses reentrant activation checkpointing, which cannot give gradients of layers: call "
-            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
-        ) from error
 
 
 class Capture:
@@ -198,7 +42,7 @@ class Capture:
         self._due, self._completed, self._evaluation = due, completed, evaluation
         self._calls: list[tuple[Record, GradientEdge]] = []
         self._layer_handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._depth = 0
+        self._depth, self._thread = 0, 0
         self._token = object()
         leave_alone(RootHook.__call__)
         before, after = RootHook(self, "before"), RootHook(self, "after")
@@ -228,13 +72,19 @@ class Capture:
 
     def before(self, compiled: bool) -> None:
         """Root pre-hook: attach to the layers that are due, unless they run as compiled code, which would trace the hooks."""
-        if self._depth or not self._counts():
-            self._depth += bool(self._depth)
+        if self._depth and self._thread != threading.get_ident():
+            return
+        if self._depth and _within(self.root):
+            self._depth += 1
+            return
+        if self._depth:
+            self.reset()
+        if not self._counts():
             return
         layers = self._due()
         if layers is None or compiled:
             return
-        self._depth = 1
+        self._depth, self._thread = 1, threading.get_ident()
         self._calls = []
         for layer in layers:
             hook = LayerHook(self._calls, layer)
@@ -242,7 +92,7 @@ class Capture:
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Root hook: detach, and hand the forward on. `output` is None when the forward raised."""
-        if not self._depth:
+        if not self._depth or self._thread != threading.get_ident():
             return
         self._depth -= 1
         if self._depth:
@@ -287,11 +137,13 @@ class LayerHook:
     """Leaves a record of each call of one layer; inert once copied or pickled."""
 
     def __init__(self, calls: list[tuple[Record, GradientEdge]] | None, layer: Layer | None) -> None:
-        self._calls, self._layer = calls, layer
+        self._calls, self._layer, self._thread = calls, layer, threading.get_ident()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Run as a forward hook."""
-        if self._calls is None or self._layer is None or not isinstance(output, Tensor) or not output.requires_grad:
+        if self._calls is None or self._layer is None or self._thread != threading.get_ident():
+            return
+        if not isinstance(output, Tensor) or not output.requires_grad:
             return
         inputs = (args[0] if args else kwargs["input"]).detach()
         self._calls.append((Record(self._layer, inputs, inputs._version, output.dtype), get_gradient_edge(output)))
@@ -303,12 +155,13 @@ class LayerHook:
         return LayerHook, (None, None)
 
 
-def overwritten(layer: str) -> str:
-    """What to tell a user whose code changed a layer's input while its statistics still had to be taken."""
-    return (
-        f"the input of layer {layer!r} was modified in place after its forward, so its statistics would be wrong. Refill input buffers "
-        "only after step(), or hand the model a copy."
-    )
+def _within(root: nn.Module) -> bool:
+    """Whether a call of the root is inside another one; if not, the one that was followed was interrupted (Ctrl-C runs no hook)."""
+    calls, frame = 0, sys._getframe()
+    while frame.f_back is not None and calls < 2:
+        frame = frame.f_back
+        calls += frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is root
+    return calls >= 2
 
 
 def model_output(output: Any) -> Tensor:

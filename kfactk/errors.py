@@ -55,5 +55,6 @@ def near_names(name: str, known: Iterable[str]) -> str:
         >>> near_names("zzz", ["kfac"])
         ''
     """
-    close = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    names = {each.lower(): each for each in known}
+    close = [names[each] for each in difflib.get_close_matches(name.lower(), list(names), n=3, cutoff=0.5)]
     return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""

@@ -12,12 +12,15 @@ from torch import Tensor
 from kfactk.averages import RunningMean
 from kfactk.errors import StateError
 from kfactk.samples import Samples, Statistic
+from kfactk.schedule import NOTHING, Due
 from kfactk.sums import add, guarded
 
 PREFIX = "kfactk."
 """First part of every key that the curvature has in `Optimizer.state`."""
 STEP = f"{PREFIX}step"
 """Key of the number of steps taken, which every parameter's entry has."""
+OWED = f"{PREFIX}owed"
+"""Key of what a layer owes: factors, scale, basis."""
 Groups = Sequence[Mapping[str, Any]]
 
 
@@ -34,6 +37,7 @@ class LayerState:
         pending: Sums of the forwards of this step that are done.
         retained: Samples kept until `step()` because the basis is refreshed first.
         borrowed: The inputs that they read, each with its version then.
+        owed: What was due when it last did not run, and still is.
         missed: Whether it did not run when it was last due.
         seen: Passes that reached the layer in this step, whatever their worth.
         bad: How many of them were not finite, on the device.
@@ -47,6 +51,7 @@ class LayerState:
     pending: dict[str, Statistic] = attrs.Factory(dict)
     retained: list[Samples] = attrs.Factory(list)
     borrowed: list[tuple[Tensor, int]] = attrs.Factory(list)
+    owed: Due = NOTHING
     missed: bool = False
     seen: int = 0
     bad: list[Tensor] = attrs.Factory(list)
@@ -94,6 +99,8 @@ class LayerState:
         for factor, parts in self.decomposition.items():
             for name, tensor in parts.items():
                 out[f"{PREFIX}basis.{factor}.{name}"] = tensor
+        if out:
+            out[OWED] = torch.tensor(attrs.astuple(self.owed), dtype=torch.int64)
         return out
 
     @classmethod
@@ -106,7 +113,9 @@ class LayerState:
         state = cls(parameters)
         for key, tensor in flat.items():
             kind, _, rest = key.removeprefix(PREFIX).partition(".")
-            if kind in ("factor", "moment"):
+            if key == OWED:
+                state.owed = Due(*map(bool, tensor.tolist()))
+            elif kind in ("factor", "moment"):
                 means = state.factors if kind == "factor" else state.moments
                 name = rest.removesuffix(".weight")
                 mean = means.setdefault(name, RunningMean())

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfactk.capture import Forward
+from kfactk.errors import CaptureError
+from kfactk.forward import Forward
 from kfactk.preconditioner import Preconditioner
 from kfactk.samples import Use
 from kfactk.stages import Fisher, Layer, Likelihood
@@ -57,13 +58,18 @@ class Observer:
             step: Index of the step, from 0.
             micro_batch: Index of the forward within the step, from 0.
         """
-        device = self._output(forward.output).device
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
-            view = self._likelihood.view(self._output(forward.output))
+        output = self._output(forward.output)
+        if not isinstance(output, Tensor):
+            raise CaptureError(f"output= found {type(output).__name__} in what the model returned; it must find a tensor.")
+        with torch.enable_grad(), torch.autocast(output.device.type, enabled=False):
+            view = self._likelihood.view(output)
             weights = self._likelihood.term_weights(view.detach(), {**forward.batch, **batch})
             terms: Tensor | float = float(view.shape[0] * view.shape[1]) if weights is None else weights.detach().sum().double()
-            self._preconditioner.count(terms)
+            self._preconditioner.count(terms, len(view))
             if not forward.calls:
+                return
+            if not float(terms):  # everything is masked: there is nothing to learn from this forward
+                self._preconditioner.pass_over({record.layer.name for record, _ in forward.calls})
                 return
             if not self._fisher.own_pass:
                 self._listen(forward, terms)

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from kfactk.ambient import full_precision
-from kfactk.capture import Capture, Forward, followable, model_output, weakly
+from kfactk.capture import Capture, followable, model_output, weakly
 from kfactk.coverage import Coverage
 from kfactk.errors import CaptureError, CombinationError, KfactkError
 from kfactk.figures import Recorder
+from kfactk.forward import Forward
 from kfactk.layerstate import STEP, completed_groups, split_entries
 from kfactk.observation import Observer
 from kfactk.preconditioner import Preconditioner
-from kfactk.schedule import Due, due_at, number_at
+from kfactk.schedule import Due, due_at, number_at, plain
 from kfactk.stages import Layer, Pair
-from kfactk.views import LayerView, by_layer
+from kfactk.views import LayerView, products
 
 if TYPE_CHECKING:
     from kfactk.recipe import Recipe
@@ -66,7 +67,7 @@ class Optimizer(torch.optim.Optimizer):
     ) -> None:
         self.recipe = recipe
         self._stepped = stepped
-        self._ready = False
+        self._ready, self._closed = False, False
         self._model = followable(model)
         self._step = torch.zeros((), dtype=torch.int64)
         self._own_damping: list[bool] = []
@@ -139,18 +140,11 @@ class Optimizer(torch.optim.Optimizer):
             OptionError: A name belongs to no preconditioned parameter.
             KfactkError: No curvature has been measured yet.
         """
-        return self._products(tensors, "fisher_product")
+        return products(self.layers, tensors, LayerView.fisher_product)
 
     def precondition(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`P v = (F + damping I)^-1 v`, likewise."""
-        return self._products(tensors, "precondition")
-
-    def _products(self, tensors: Mapping[str, Tensor], method: str) -> dict[str, Tensor]:
-        views, out = self.layers, {}
-        for name, group in by_layer(views, tensors).items():
-            for key, tensor in getattr(views[name], method)(group).items():
-                out[f"{name}.{key}" if name else key] = tensor
-        return out
+        return products(self.layers, tensors, LayerView.precondition)
 
     # ---------------------------------------------------------------------------------------------------------- observing
 
@@ -184,7 +178,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _expect(self) -> None:
         """Between steps: prepare for the next one's forwards."""
-        self._capture.expect(self._preconditioner.foresee(self._due()).follow() is not None)
+        self._capture.expect(self._preconditioner.foresee(self._due()).expects())
 
     def _forwarded(self, forward: Forward) -> None:
         if self.recipe.observe == "manual":
@@ -223,7 +217,10 @@ class Optimizer(torch.optim.Optimizer):
 
         Raises:
             CaptureError: Curvature is due, and a layer with a gradient gave no sample; nothing has been changed.
+            KfactkError: The optimizer was closed.
         """
+        if self._closed:
+            raise KfactkError("this optimizer was closed, and has no hooks on the model any more: bind the recipe again to go on.")
         self._capture.reset()
         loss = None
         if closure is not None:
@@ -237,7 +234,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _step_once(self) -> None:
         self._set_damping()
-        self._capture.expect(self._follow() is not None)
+        self._capture.expect(self._preconditioner.plan(self._due).expects())
         self._observer.finish()
         layers = [layer for layer in self._preconditioner.layers() if layer.module.weight.grad is not None]
         gradients = {layer.name: self._gradient(layer) for layer in layers}
@@ -318,14 +315,15 @@ class Optimizer(torch.optim.Optimizer):
         for group, own in zip(self.param_groups, self._own_damping, strict=True):
             if callable(self.recipe.damping) and not own:
                 group["damping"] = number_at("damping", self.recipe.damping, self.steps)
-            number_at("damping of a parameter group", group["damping"], self.steps)
+            number_at("damping of a parameter group", plain(group["damping"]), self.steps)
 
     # ------------------------------------------------------------------------------------------------- groups, state, end
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with its own `lr`, `damping`, `weight_decay` or update-rule options if it has them."""
-        if "damping" in param_group:
-            number_at("damping of a parameter group", param_group["damping"], 0)
+        for name in ("lr", "damping", "weight_decay"):
+            if name in param_group:
+                number_at(f"{name} of a parameter group", plain(param_group[name]), 0)
         own = "damping" in param_group
         super().add_param_group(param_group)
         self._own_damping.append(own)
@@ -380,6 +378,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def close(self) -> None:
         """Take all hooks off the model and close the tracker; may be called twice."""
+        self._closed = True
         self._capture.close()
         self._recorder.close()
 

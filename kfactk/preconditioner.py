@@ -6,55 +6,22 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
-import attrs
 import torch
 from torch import Tensor, nn
 
 from kfactk.averages import RunningMean
-from kfactk.capture import overwritten
 from kfactk.coverage import Survey
 from kfactk.errors import CaptureError, DecompositionError, KfactkWarning, StateError
+from kfactk.forward import overwritten
 from kfactk.layerstate import LayerState
 from kfactk.linalg import mean_diagonal
+from kfactk.plan import Need, Plan
 from kfactk.samples import Samples, Statistic, Use, working_dtype
 from kfactk.schedule import Due
 from kfactk.stages import Basis, Coupling, Curvature, Decomposition, Layer, Placement
 from kfactk.sums import add, guarded, means, prefixed
 
 Damping = Callable[[Layer], float]
-
-
-@attrs.frozen(eq=False)
-class Need:
-    """What one layer is followed for in this step."""
-
-    layer: Layer
-    factors: bool
-    scale: bool
-    basis: bool
-
-    @property
-    def follows(self) -> bool:
-        """Whether its uses are wanted."""
-        return self.factors or self.scale
-
-
-@attrs.frozen(eq=False)
-class Plan:
-    """What one step gathers.
-
-    Args:
-        needs: By layer name, in the model's order.
-        counts_terms: Whether the number of likelihood terms is wanted for the moments of the user's gradient.
-    """
-
-    needs: Mapping[str, Need]
-    counts_terms: bool
-
-    def follow(self) -> list[Layer] | None:
-        """The layers to follow in a forward; `None` when it is of no interest."""
-        layers = [need.layer for need in self.needs.values() if need.follows]
-        return layers if layers or self.counts_terms else None
 
 
 class Preconditioner:
@@ -91,7 +58,9 @@ class Preconditioner:
         self.failed_decompositions = 0
         self._trained, self._timed = trained, timed
         self._terms: list[Tensor | float] = []
+        self._examples = 0
         self._plan: Plan | None = None
+        self._unseen: list[str] = []
         self._warned: set[str] = set()
 
     def layers(self) -> list[Layer]:
@@ -110,19 +79,9 @@ class Preconditioner:
         return self._plan
 
     def foresee(self, now: Due) -> Plan:
-        """What a step would gather that began now.
-
-        A layer that has no decomposition yet is due whatever the schedule says, until it is found not to run: then it waits for the
-        schedule, and its plain gradient is used should it run in between.
-        """
-        needs = {}
+        """What a step would gather that began now."""
         sampled = self.basis.moments_from == "samples"
-        for layer in self.layers():
-            state = self.states[layer.name]
-            new = not state.ready and (now.factors or not state.missed)
-            if new or state.ready:
-                basis = new or now.basis
-                needs[layer.name] = Need(layer, new or now.factors, sampled and (now.scale or basis), basis)
+        needs = {layer.name: Need.of(layer, self.states[layer.name], now, sampled=sampled) for layer in self.layers()}
         return Plan(needs, self.basis.moments_from == "gradient" and (now.scale or any(n.basis for n in needs.values())))
 
     def take(self, layer: Layer, uses: Sequence[Use], terms: Tensor | float, first: bool) -> None:
@@ -132,6 +91,13 @@ class Preconditioner:
         need, state = self._plan.needs[layer.name], self.states[layer.name]
         samples = self.curvature.samples(layer, uses, terms=terms, first=first)
         state.seen += 1
+        if need.scale and samples.examples != self._examples:
+            self._warn(
+                "examples",
+                f"layer {layer.name!r} saw {samples.examples} examples where the model's output has {self._examples}: what is measured "
+                "for each example (the scale of EKFAC) takes its rows for examples of their own. If dimension 0 of its input is not that "
+                "of the examples, see the curvature's batch_dim, or leave the layer alone with exclude=",
+            )
         if first:
             state.settle()
         sums: dict[str, Statistic] = {}
@@ -146,9 +112,15 @@ class Preconditioner:
             state.borrowed += [(use.inputs, use.inputs._version) for use in uses]
         add(state.staged, sums)
 
-    def count(self, terms: Tensor | float) -> None:
-        """Note the likelihood terms of one forward."""
+    def count(self, terms: Tensor | float, examples: int) -> None:
+        """Note the likelihood terms and the examples of one forward."""
         self._terms.append(terms)
+        self._examples = examples
+
+    def pass_over(self, names: Iterable[str]) -> None:
+        """Note that these layers ran in a forward of which nothing counts."""
+        for name in names:
+            self.states[name].seen += 1
 
     def check(self, gradients: Mapping[str, Tensor]) -> bool:
         """Hold the one invariant against silent failure, before anything changes.
@@ -163,6 +135,7 @@ class Preconditioner:
             CaptureError: A layer due for samples has a gradient but gave none.
         """
         needs = self._plan.needs if self._plan is not None else {}
+        self._unseen = []
         for name in needs:
             if any(inputs._version != version for inputs, version in self.states[name].borrowed):
                 raise CaptureError(overwritten(name))
@@ -171,12 +144,10 @@ class Preconditioner:
             return False
         total = self.placement.reduce(seen)
         missing = [name for name in needs if f"{name}|seen" in total and float(total[f"{name}|seen"].count) == 0]
-        silent = [name for name in missing if name in gradients and bool(gradients[name].any())]
+        silent = [n for n in missing if not needs[n].waited_for and n in gradients and bool(gradients[n].any())]
         if silent:
             raise CaptureError(_silent_message(silent))
-        for name, need in needs.items():
-            if need.follows:
-                self.states[name].missed = name in missing and len(missing) < len(seen)
+        self._unseen = missing
         return len(missing) == len(seen) and not any(bool(gradient.any()) for gradient in gradients.values())
 
     def refresh(self, damping: Damping) -> None:
@@ -192,9 +163,10 @@ class Preconditioner:
         with self._timed("factors"):
             self._average(needs, averages, "factor")
         previous = {}
+        self._plan.settle(self.states, self._unseen)
         with self._timed("basis"):
             for name, need in needs.items():
-                if need.basis:
+                if need.basis and name not in self._unseen:
                     previous[name] = self.states[name].decomposition
                     self._decompose(need.layer, damping(need.layer))
         with self._timed("scale"):
@@ -373,5 +345,5 @@ def _silent_message(names: Sequence[str]) -> str:
         "Likely causes: observe='manual' without optimizer.observe() between forward and backward; the bound model itself was not called "
         "(a submodule or a copy was); the forward ran in evaluation mode (use observe='manual'), under reentrant activation checkpointing "
         "(use use_reentrant=False) or compiled before bind; the layer does not lead to the output that the likelihood sees (name it "
-        "with output=). Nothing was changed by this step."
+        "with output=, or leave a head with a loss of its own alone with exclude=). Nothing was changed by this step."
     )

@@ -57,6 +57,11 @@ def _callable(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> Non
         raise OptionError(f"{attribute.name} must be a function of what the model returns, not {value!r}.")
 
 
+def _flag(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if not isinstance(value, bool):
+        raise OptionError(f"{attribute.name} is {value!r}; it must be True or False.")
+
+
 def _patterns(value: Any) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)) or not all(isinstance(pattern, str) and pattern for pattern in value):
         raise OptionError(f"exclude is {value!r}; it must be a list of names of modules, such as ['head'] or ['*.attention'].")
@@ -97,7 +102,7 @@ class Recipe:
     reduction: str = attrs.field(validator=_one_of("mean", "sum"))
     observe: str = attrs.field(validator=_one_of("automatic", "manual"))
     output: Callable[[Any], Tensor] | None = attrs.field(validator=_callable)
-    strict: bool = attrs.field(converter=bool)
+    strict: bool = attrs.field(validator=_flag)
     exclude: tuple[str, ...] = attrs.field(converter=_patterns)
 
     def __attrs_post_init__(self) -> None:
@@ -261,7 +266,10 @@ def build(
 def _resolved(values: Mapping[str, Any]) -> dict[str, Any]:
     for name in values:
         if name not in FIELDS:
-            raise OptionError(f"{name!r} is not an argument of kfactk.build.{near_names(name, FIELDS)} There are: {', '.join(FIELDS)}.")
+            raise OptionError(
+                f"{name!r} is not an argument of kfactk.build.{near_names(name, FIELDS)} There are: {', '.join(FIELDS)}. A stage's own "
+                "options go with its name: update={'name': 'adam', 'betas': (0.9, 0.99)}."
+            )
     out = {}
     for name, value in values.items():
         if name in STAGE_HOOKS:

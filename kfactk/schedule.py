@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import attrs
+from torch import Tensor
 
 from kfactk.errors import OptionError
 
@@ -22,6 +24,9 @@ class Due:
     factors: bool
     scale: bool
     basis: bool
+
+
+NOTHING = Due(False, False, False)
 
 
 def due_at(step: int, factor_every: Period, scale_every: Period, basis_every: Period) -> Due:
@@ -63,3 +68,8 @@ def number_at(name: str, number: Number, step: int, *, low: float = 0.0, high: f
         bounds = f"of at least {low:g}, and finite" if high == float("inf") else f"between {low:g} and {high:g}"
         raise OptionError(f"{name} is {value!r}{where}; it must be a number {bounds}.")
     return float(value)
+
+
+def plain(value: Any) -> Any:
+    """A tensor of one element, as torch takes learning rates, as its number; anything else as it is."""
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import attrs
 from torch import Tensor
@@ -79,6 +79,22 @@ class LayerView:
         if not self._state.ready:
             raise KfactkError(f"layer {self.layer.name!r} has no curvature yet: take a step() with a gradient first.")
         return self._state
+
+
+Product = Callable[[LayerView, Mapping[str, Tensor]], dict[str, Tensor]]
+
+
+def products(views: Mapping[str, LayerView], tensors: Mapping[str, Tensor], product: Product) -> dict[str, Tensor]:
+    """`product` layer by layer over tensors named like the model's parameters.
+
+    Raises:
+        OptionError: A name belongs to no covered layer.
+    """
+    out = {}
+    for name, group in by_layer(views, tensors).items():
+        for key, tensor in product(views[name], group).items():
+            out[f"{name}.{key}" if name else key] = tensor
+    return out
 
 
 def by_layer(views: Mapping[str, LayerView], tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

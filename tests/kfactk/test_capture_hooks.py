@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel
 
 from kfactk import CaptureError, CombinationError, OptionError
-from kfactk.capture import Forward
+from kfactk.forward import Forward
 from tests.kfactk.small import assert_equal, batch, bound, factors, hooks, net, train
 
 

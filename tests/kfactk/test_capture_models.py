@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import kfactk
 from kfactk import CaptureError, Optimizer
-from kfactk.capture import Forward
+from kfactk.forward import Forward
 from tests.kfactk import dense
 
 F64 = torch.float64

@@ -55,7 +55,7 @@ def test_a_flat_state_holds_the_tensors_themselves() -> None:
     flat = state.flat()
     assert flat["kfactk.factor.A"] is flat["kfactk.basis.A.cholesky"] is value
     assert float(flat["kfactk.factor.A.weight"]) == 3.0
-    assert set(flat) == {"kfactk.factor.A", "kfactk.factor.A.weight", "kfactk.basis.A.cholesky"}
+    assert set(flat) == {"kfactk.factor.A", "kfactk.factor.A.weight", "kfactk.basis.A.cholesky", "kfactk.owed"}
 
 
 @pytest.mark.parametrize("key", ["kfactk.core.A", "kfactk.basis.A", "kfactk."])

@@ -63,6 +63,8 @@ def _against_parameters(module: nn.Module) -> str | None:
     weight = module._parameters["weight"]
     if weight is None:
         return "it has no weight"
+    if not weight.numel():
+        return "its weight is empty"
     if weight.dtype not in PRECISIONS:
         return f"its weight is {weight.dtype}; curvature needs a real floating type: {', '.join(str(p) for p in PRECISIONS)}"
     return None
