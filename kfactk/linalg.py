@@ -7,7 +7,7 @@ No hooks, no module state, no collectives. Matrices `V` are `[..., d_out, d_in]`
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -184,3 +184,8 @@ def damping_floor(mean: Tensor) -> Tensor:
     """
     info = torch.finfo(mean.dtype)
     return (mean * info.eps).clamp(min=info.tiny**0.5)
+
+
+def inner_products(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+    """`<x, y>` pair by pair, `[len]`, on the first one's device."""
+    return torch.stack([(x * y).sum().to(xs[0].device) for x, y in zip(xs, ys, strict=True)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,15 +14,16 @@ from torch import Tensor, nn
 from kfactk.ambient import full_precision
 from kfactk.capture import Capture, followable, model_output, weakly
 from kfactk.coverage import Coverage
-from kfactk.errors import CaptureError, CombinationError, KfactkError
+from kfactk.errors import CaptureError, CombinationError, KfactkError, KfactkWarning
 from kfactk.figures import Recorder
 from kfactk.forward import Forward
 from kfactk.layerstate import STEP, completed_groups, split_entries
+from kfactk.linalg import inner_products
 from kfactk.observation import Observer
 from kfactk.preconditioner import Preconditioner
 from kfactk.schedule import Due, due_at, number_at, plain
 from kfactk.stages import Layer, Pair
-from kfactk.views import LayerView, products
+from kfactk.views import LayerView, conditions, products
 
 if TYPE_CHECKING:
     from kfactk.recipe import Recipe
@@ -106,6 +108,13 @@ class Optimizer(torch.optim.Optimizer):
             raise CombinationError(
                 f"strict=True, and no block preconditions {', '.join(self.coverage().plain)}. See print(recipe.coverage(model)) for the "
                 "reasons; leave these out of params, choose a curvature that supports them, or drop strict."
+            )
+        if not self._preconditioner.layers():
+            warnings.warn(
+                "no layer is preconditioned: the update rule alone trains this model. See print(recipe.coverage(model)) for the reasons; "
+                "are these parameters this model's?",
+                KfactkWarning,
+                stacklevel=3,
             )
         self._ready = True
         self._expect()
@@ -195,11 +204,7 @@ class Optimizer(torch.optim.Optimizer):
         """What a tracker is told of this optimizer, besides norms, clip factor and seconds."""
         figures: dict[str, Tensor | float] = {name: float(self.param_groups[0][name]) for name in ("lr", "damping")}
         figures |= {name: float(value) for name, value in self.counters.items()}
-        known = [value.detach().double().cpu() for view in self.layers.values() if (value := view.condition()) is not None]
-        if known:
-            stacked = torch.stack(known)
-            figures |= {"condition_max": stacked.max(), "condition_median": stacked.median()}
-        return figures
+        return figures | conditions(self.layers)
 
     # ----------------------------------------------------------------------------------------------------------- stepping
 
@@ -271,7 +276,7 @@ class Optimizer(torch.optim.Optimizer):
                         slots.append(parameter)
                         pairs.append(Pair(plain[name], preconditioned[name], float(self._groups[id(parameter)]["lr"])))
         with self._recorder.timed("clip"):
-            clipped, factor = self.recipe.clip.clip(pairs, _dot)
+            clipped, factor = self.recipe.clip.clip(pairs, inner_products)
         if self._recorder.due(self.steps):
             self._recorder.see(pairs, factor)
         self._take_step([(parameter, new) for parameter, new in zip(slots, clipped, strict=True)])
@@ -387,8 +392,3 @@ class Optimizer(torch.optim.Optimizer):
             "an optimizer cannot be copied or pickled: it is bound to its model by hooks. Save optimizer.state_dict(), and load it into "
             "recipe.bind(model) where it is wanted."
         )
-
-
-def _dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
-    device = xs[0].device
-    return torch.stack([(x * y).sum().to(device) for x, y in zip(xs, ys, strict=True)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 import attrs
+import torch
 from torch import Tensor
 
 from kfactk.errors import KfactkError, OptionError
@@ -79,6 +80,15 @@ class LayerView:
         if not self._state.ready:
             raise KfactkError(f"layer {self.layer.name!r} has no curvature yet: take a step() with a gradient first.")
         return self._state
+
+
+def conditions(views: Mapping[str, LayerView]) -> dict[str, Tensor | float]:
+    """The largest and the median condition number of the layers measured so far; empty before the first."""
+    known = [value.detach().double().cpu() for view in views.values() if (value := view.condition()) is not None]
+    if not known:
+        return {}
+    stacked = torch.stack(known)
+    return {"condition_max": stacked.max(), "condition_median": stacked.median()}
 
 
 Product = Callable[[LayerView, Mapping[str, Tensor]], dict[str, Tensor]]

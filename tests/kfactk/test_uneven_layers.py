@@ -242,3 +242,10 @@ def test_a_pattern_that_matches_nothing_names_what_there_is() -> None:
 def test_infinite_numbers_are_refused(name: str) -> None:
     with pytest.raises(OptionError, match=f"{name} is inf"):
         kfactk.build(**{name: float("inf")})
+
+
+@pytest.mark.parametrize("params", [None, "another model's"])
+def test_a_model_of_which_nothing_is_preconditioned_is_told(params: str | None) -> None:
+    model = nn.Sequential(nn.LayerNorm(4)) if params is None else net()
+    with pytest.warns(kfactk.KfactkWarning, match="no layer is preconditioned"):
+        kfactk.build().bind(model, None if params is None else net().parameters())
