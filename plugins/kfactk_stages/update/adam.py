@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -42,6 +42,8 @@ class Adam:
         Kingma & Ba 2015, arXiv:1412.6980; `amsgrad`: Reddi, Kale & Kumar 2018, arXiv:1904.09237.
     """
 
+    rule: ClassVar[type[torch.optim.Adam]] = torch.optim.Adam
+
     betas: tuple[float, float] = attrs.field(default=(0.9, 0.999), converter=as_tuple, validator=betas)
     eps: float = attrs.field(default=1e-8, validator=non_negative)
     amsgrad: bool = attrs.field(default=False, validator=flag)
@@ -49,8 +51,8 @@ class Adam:
     fused: bool | None = attrs.field(default=None, validator=implementation)
 
     def make(self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        """`torch.optim.Adam` over `groups`."""
-        return torch.optim.Adam(
+        """The torch optimiser over `groups`."""
+        return self.rule(
             groups,
             lr=lr,
             betas=self.betas,

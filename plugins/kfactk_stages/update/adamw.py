@@ -1,18 +1,18 @@
-"""Adam with decoupled weight decay."""
+"""AdamW."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import ClassVar
 
 import attrs
 import torch
 
 from kfactk import hookimpl
-from kfactk_stages.update._options import as_tuple, betas, flag, implementation, non_negative
+from kfactk_stages.update.adam import Adam
 
 
 @attrs.frozen
-class AdamW:
+class AdamW(Adam):
     """Adam's step after the parameters have been shrunk, so that the decay is not divided by the gradient's size.
 
         theta <- (1 - mu lambda) theta,    then Adam's step on p
@@ -39,24 +39,7 @@ class AdamW:
         Loshchilov & Hutter 2019, arXiv:1711.05101; `amsgrad`: Reddi, Kale & Kumar 2018, arXiv:1904.09237.
     """
 
-    betas: tuple[float, float] = attrs.field(default=(0.9, 0.999), converter=as_tuple, validator=betas)
-    eps: float = attrs.field(default=1e-8, validator=non_negative)
-    amsgrad: bool = attrs.field(default=False, validator=flag)
-    foreach: bool | None = attrs.field(default=None, validator=implementation)
-    fused: bool | None = attrs.field(default=None, validator=implementation)
-
-    def make(self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        """`torch.optim.AdamW` over `groups`."""
-        return torch.optim.AdamW(
-            groups,
-            lr=lr,
-            betas=self.betas,
-            eps=self.eps,
-            weight_decay=weight_decay,
-            amsgrad=self.amsgrad,
-            foreach=self.foreach,
-            fused=self.fused,
-        )
+    rule: ClassVar[type[torch.optim.Adam]] = torch.optim.AdamW
 
 
 @hookimpl
