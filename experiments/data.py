@@ -162,6 +162,8 @@ def _from_torchvision(settings: Data, data_dir: Path, say: Callable[[str], None]
         parts = [CIFAR10(data_dir, train=train, download=True) for train in (True, False)]
     except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors; torchvision raises RuntimeError for damaged files
         reason = getattr(error, "reason", None) or error
+        if data_dir.is_dir() and not any(data_dir.iterdir()):
+            data_dir.rmdir()  # made for the download
         raise ExperimentError(
             f"CIFAR-10 is not in {data_dir} and could not be downloaded ({reason}): connect to the network, or give --data-dir a folder "
             "with torchvision's cifar-10-batches-py or with images as train/CLASS/*.jpg and test/CLASS/*.jpg"

@@ -85,7 +85,7 @@ def _stage_lines(info: StageInfo, indent: int) -> list[str]:
     if info.paper:
         rows.append(f"paper: {info.paper}")
     if info.conflict:
-        rows.append("CONFLICT: several plugins claim this name; see `python -m kfactk plugins`")
+        rows.append("CONFLICT: several plugins claim this name, and none is used; the warning tells how to choose")
     if info.blocked:
         rows = [f"BLOCKED by {info.blocked}", f"from {_origin(info)}"]
     lines = [line for row in rows if row for line in _wrapped(row, indent)]

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import attrs
 from torch import nn
+from torch.nn.parameter import UninitializedParameter
 
 from kfactk.errors import OptionError, near_names
 from kfactk.stages import Curvature, Layer
@@ -156,7 +157,8 @@ class Survey:
                 reason = "not among the optimizer's parameters"
             else:
                 reason = self._why_not.get(name) or "the layer's weight is not trained"
-            rows.append(Row(name, tuple(parameter.shape), block.get(name), reason, wanted))
+            shape = () if isinstance(parameter, UninitializedParameter) else tuple(parameter.shape)
+            rows.append(Row(name, shape, block.get(name), reason, wanted))
         return Coverage(tuple(rows))
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kfactk.ambient import full_precision
+from kfactk.blame import blaming, check_clipped
 from kfactk.capture import Capture, followable, model_output, weakly
 from kfactk.coverage import Coverage
 from kfactk.errors import CaptureError, CombinationError, KfactkError, KfactkWarning
@@ -276,7 +277,9 @@ class Optimizer(torch.optim.Optimizer):
                         slots.append(parameter)
                         pairs.append(Pair(plain[name], preconditioned[name], float(self._groups[id(parameter)]["lr"])))
         with self._recorder.timed("clip"):
-            clipped, factor = self.recipe.clip.clip(pairs, inner_products)
+            with blaming("clip", self.recipe.clip, "on the preconditioned gradients"):
+                found = self.recipe.clip.clip(pairs, inner_products)
+            clipped, factor = check_clipped(self.recipe.clip, found, len(pairs))
         if self._recorder.due(self.steps):
             self._recorder.see(pairs, factor)
         self._take_step([(parameter, new) for parameter, new in zip(slots, clipped, strict=True)])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kfactk.averages import RunningMean
+from kfactk.blame import blaming, check_matrices, check_statistics, square
 from kfactk.coverage import Survey
 from kfactk.errors import CaptureError, DecompositionError, KfactkWarning, StateError
 from kfactk.forward import overwritten
@@ -19,7 +20,7 @@ from kfactk.plan import Need, Plan
 from kfactk.samples import Samples, Statistic, Use, working_dtype
 from kfactk.schedule import Due
 from kfactk.stages import Basis, Coupling, Curvature, Decomposition, Layer, Placement
-from kfactk.sums import add, guarded, means, prefixed
+from kfactk.sums import add, guarded, keyed, means, prefixed, unkeyed
 
 Damping = Callable[[Layer], float]
 
@@ -89,7 +90,9 @@ class Preconditioner:
         if self._plan is None or layer.name not in self._plan.needs:
             return
         need, state = self._plan.needs[layer.name], self.states[layer.name]
-        samples = self.curvature.samples(layer, uses, terms=terms, first=first)
+        where = f"on layer {layer.name!r}"
+        with blaming("curvature", self.curvature, where):
+            samples = self.curvature.samples(layer, uses, terms=terms, first=first)
         state.seen += 1
         if need.scale and samples.examples != self._examples:
             self._warn(
@@ -102,11 +105,12 @@ class Preconditioner:
             state.settle()
         sums: dict[str, Statistic] = {}
         if need.factors:
-            with self._timed("factors"):
-                sums |= prefixed("factor", self.curvature.factors(layer, samples))
+            with self._timed("factors"), blaming("curvature", self.curvature, where):
+                factors = self.curvature.factors(layer, samples)
+            sums |= prefixed("factor", check_statistics("curvature", self.curvature, where, factors, required=True))
         if need.scale and not need.basis:
             with self._timed("scale"):
-                sums |= _moments(self.basis, state.decomposition, samples)
+                sums |= self._moments(layer, samples)
         elif need.scale:
             state.retained.append(samples)
             state.borrowed += [(use.inputs, use.inputs._version) for use in uses]
@@ -139,11 +143,11 @@ class Preconditioner:
         for name in needs:
             if any(inputs._version != version for inputs, version in self.states[name].borrowed):
                 raise CaptureError(overwritten(name))
-        seen = {f"{name}|seen": Statistic(None, float(self.states[name].seen)) for name, need in needs.items() if need.follows}
+        seen = {keyed(name, "seen"): Statistic(None, float(self.states[name].seen)) for name, need in needs.items() if need.follows}
         if not seen:
             return False
         total = self.placement.reduce(seen)
-        missing = [name for name in needs if f"{name}|seen" in total and float(total[f"{name}|seen"].count) == 0]
+        missing = [name for name in needs if (key := keyed(name, "seen")) in total and not float(total[key].count)]
         silent = [n for n in missing if not needs[n].waited_for and n in gradients and bool(gradients[n].any())]
         if silent:
             raise CaptureError(_silent_message(silent))
@@ -157,7 +161,7 @@ class Preconditioner:
         needs = self._plan.needs
         for name in needs:
             self.states[name].settle()
-        sums = {f"{name}|{key}": value for name in needs for key, value in self.states[name].pending.items()}
+        sums = {keyed(name, key): value for name in needs for key, value in self.states[name].pending.items()}
         followed = any(need.follows for need in needs.values())
         averages = means(self.placement.reduce(sums)) if followed else {}
         with self._timed("factors"):
@@ -200,7 +204,11 @@ class Preconditioner:
         state = self.states[layer.name]
         if not state.ready:
             return gradient
-        return self.basis.precondition(gradient, state.decomposition, state.moment_values(), damping)
+        with blaming("basis", self.basis, f"on layer {layer.name!r}"):
+            preconditioned = self.basis.precondition(gradient, state.decomposition, state.moment_values(), damping)
+            if preconditioned.shape != gradient.shape:
+                raise ValueError(f"preconditioned gradient of shape {tuple(preconditioned.shape)} for {tuple(gradient.shape)}")
+        return preconditioned
 
     def finish(self) -> None:
         """End the step: count what was skipped and forget what is pending."""
@@ -267,7 +275,10 @@ class Preconditioner:
 
     def matrices(self, layer: Layer) -> dict[str, Tensor]:
         """The averaged factors of a layer as the matrices its basis decomposes."""
-        return self.curvature.assemble(layer, self.states[layer.name].factor_values())
+        where = f"on layer {layer.name!r}"
+        with blaming("curvature", self.curvature, where):
+            found = self.curvature.assemble(layer, self.states[layer.name].factor_values())
+        return dict(check_matrices(self.curvature, where, found, self.basis.requires))
 
     def joined(self, layer: Layer, tensors: Mapping[str, Tensor | None]) -> Tensor:
         """Tensors shaped like a layer's parameters as its matrix, float32 at least; `None` counts as zeros."""
@@ -283,9 +294,10 @@ class Preconditioner:
         if not state.factors:
             return
         matrices = self.matrices(layer)
-        coupling = Coupling(damping, {name: mean_diagonal(matrix) for name, matrix in matrices.items()})
+        coupling = Coupling(damping, {name: mean_diagonal(matrix) for name, matrix in matrices.items() if square(matrix)})
         try:
-            state.decomposition = {name: self.basis.decompose(name, matrices[name], coupling) for name in sorted(self.basis.requires)}
+            with blaming("basis", self.basis, f"on layer {layer.name!r}"):
+                state.decomposition = {name: self.basis.decompose(name, matrices[name], coupling) for name in sorted(self.basis.requires)}
         except DecompositionError as error:
             self.failed_decompositions += 1
             fallback = "the last good decomposition is kept" if state.decomposition else "its plain gradient is used until the next one"
@@ -298,9 +310,9 @@ class Preconditioner:
             for samples in state.retained if state.ready else ():
                 if samples.first:
                     state.settle()
-                add(state.staged, _moments(self.basis, state.decomposition, samples))
+                add(state.staged, self._moments(needs[name].layer, samples))
             state.settle()
-            sums |= {f"{name}|{key}": value for key, value in state.pending.items() if key.startswith("moment.")}
+            sums |= {keyed(name, key): value for key, value in state.pending.items() if key.startswith("moment.")}
             if old and state.moments and state.decomposition is not old:
                 carried = self.basis.transport(state.moment_values(), old, state.decomposition)
                 state.moments = {n: RunningMean(carried[n], mean.weight) for n, mean in state.moments.items() if n in carried}
@@ -308,9 +320,15 @@ class Preconditioner:
         if self.basis.moments_from == "samples":
             self._average(needs, means(self.placement.reduce(sums)), "moment")
 
+    def _moments(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
+        where = f"on layer {layer.name!r}"
+        with blaming("basis", self.basis, where):
+            found = self.basis.moments(self.states[layer.name].decomposition, samples)
+        return prefixed("moment", check_statistics("basis", self.basis, where, found, required=False))
+
     def _average(self, needs: Mapping[str, Need], averages: Mapping[str, Tensor], kind: str) -> None:
         for key, value in averages.items():
-            layer, _, rest = key.partition("|")
+            layer, rest = unkeyed(key)
             if rest.startswith(f"{kind}.") and layer in needs:
                 state = self.states[layer]
                 target, decay = (state.factors, self.factor_decay) if kind == "factor" else (state.moments, self.basis.moment_decay)
@@ -324,10 +342,6 @@ class Preconditioner:
 
 def _parts(decomposition: Decomposition) -> list[str]:
     return sorted(f"{name}.{part} {tuple(tensor.shape)}" for name, parts in decomposition.items() for part, tensor in parts.items())
-
-
-def _moments(basis: Basis, decomposition: Decomposition, samples: Samples) -> dict[str, Statistic]:
-    return prefixed("moment", basis.moments(decomposition, samples))
 
 
 def _update(into: dict[str, RunningMean], name: str, value: Tensor, decay: float) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -167,10 +167,9 @@ class Recipe:
         return out
 
     def __repr__(self) -> str:
-        mine, usual = self.summary(), _usual()
-        shown = []
+        mine, usual, shown = self.summary(), inspect.signature(build).parameters, []
         for field in FIELDS:
-            if mine[field] != usual[field]:
+            if mine[field] != _written_default(field, usual[field].default):
                 value = mine[field]
                 if field in STAGE_HOOKS and isinstance(value, dict) and set(value) == {"name"}:
                     value = value["name"]
@@ -281,6 +280,6 @@ def _resolved(values: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-@functools.cache
-def _usual() -> dict[str, Any]:
-    return build().summary()
+def _written_default(field: str, default: Any) -> Any:
+    """A default of `build` as `Recipe.summary` writes it, without resolving it: its plugin may be missing."""
+    return {"name": default} if field in STAGE_HOOKS and default is not None else to_json(default)

@@ -10,14 +10,15 @@ import functools
 import inspect
 import os
 import reprlib
-from collections.abc import Callable, Iterable, Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping, Set
 from importlib.metadata import EntryPoint
 from typing import Any
 
 import pluggy
 
-from kfactk.errors import KfactkError, OptionError, PluginError, UnknownStageError, near_names
-from kfactk.hookspecs import STAGE_HOOKS
+from kfactk.errors import KfactkError, KfactkWarning, OptionError, PluginError, UnknownStageError, near_names
+from kfactk.hookspecs import PROJECT, STAGE_HOOKS
 from kfactk.plugins import DISABLE, Plugin, PluginInfo, Plugins, Provider, installed
 from kfactk.stage_info import REQUIRED, OptionInfo, StageInfo, documentation, missing_members, options_of, paper, summary
 from kfactk.torch_optimizer import TorchOptimizer
@@ -64,6 +65,10 @@ class Registry:
         """
         made = cls(os.environ.get(DISABLE, "").split(",") if disabled is None else disabled)
         made._plugins.load(installed() if entry_points is None else entry_points)
+        for family in STAGE_HOOKS:
+            for name, providers in made._claims(family).items():
+                if len(providers) > 1:
+                    warnings.warn(str(_disputed(family, name, providers)), KfactkWarning, stacklevel=2)
         return made
 
     @property
@@ -214,7 +219,7 @@ def _known_family(family: str) -> str:
 
 def _disputed(family: str, name: str, providers: list[Provider]) -> PluginError:
     plugins = [provider.plugin for provider in providers]
-    last = plugins[-1]
+    last = next((plugin for plugin in reversed(plugins) if plugin.distribution != PROJECT), plugins[-1])
     pattern = last.name if len({plugin.name for plugin in plugins}) == len(plugins) else last.distribution
     paths = ", ".join(repr(_path_of(provider)) for provider in providers)
     return PluginError(
@@ -285,11 +290,24 @@ def _check_options(factory: Callable[..., Any], options: Mapping[str, Any], labe
 def _checked(family: str, stage: Any, label: str, plugin: Plugin | None) -> Any:
     missing = missing_members(family, stage)
     if not missing:
+        _check_traits(family, stage, label)
         return stage
     lacks, where = ", ".join(missing), f"`kfactk.stages.{family.capitalize()}` documents what a {family} has"
     if plugin:
         raise PluginError(f"{label} made a {type(stage).__qualname__}, which lacks {lacks}. Report it to its authors; {where}.")
     raise OptionError(f"{label} is no {family}: it lacks {lacks}. Give a name, a class or a stage; {where}.")
+
+
+TRAITS = {"curvature": ("provides",), "basis": ("requires", "laws")}
+
+
+def _check_traits(family: str, stage: Any, label: str) -> None:
+    for name in TRAITS.get(family, ()):
+        value: Any = getattr(stage, name, frozenset())
+        if not isinstance(value, Set) or not all(isinstance(item, str) for item in value):
+            raise PluginError(f"{label} has {name}={value!r}, which must be a frozenset of names. Report it to its authors.")
+    if family == "basis" and (source := getattr(stage, "moments_from", None)) not in (None, "samples", "gradient"):
+        raise PluginError(f"{label} has moments_from={source!r}, which must be 'samples', 'gradient' or None. Report it to its authors.")
 
 
 def _written_options(stage: object, label: str) -> dict[str, Any]:

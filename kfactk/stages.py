@@ -63,7 +63,7 @@ class Curvature(Protocol):
     """
 
     provides: ClassVar[frozenset[str]]
-    """Names of the matrices that `assemble` returns. Kronecker-factored ones are called A (input side) and G (output side)."""
+    """Names of the tensors that `assemble` returns. Kronecker factors are called A (input side) and G (output side)."""
 
     def unsupported(self, module: nn.Module) -> str | None:
         """Why this module cannot be preconditioned exactly, for a reader; `None` when it can."""
@@ -84,7 +84,8 @@ class Curvature(Protocol):
         """Sums and counts to be averaged over micro-batches, ranks and time."""
 
     def assemble(self, layer: Layer, factors: Tensors) -> dict[str, Tensor]:
-        """The averaged factors as the matrices named in `provides`."""
+        """The averaged factors as the tensors named in `provides`. A and G are square: `[..., d_in, d_in]` and `[..., d_out, d_out]`; what
+        other names hold is between a curvature and its basis."""
 
 
 @attrs.frozen(eq=False)
@@ -93,7 +94,7 @@ class Coupling:
 
     Args:
         damping: The layer's damping tau.
-        mean_diagonal: For each matrix, `trace / dimension`, `[...]`.
+        mean_diagonal: For each square matrix, `trace / dimension`, `[...]`.
     """
 
     damping: float

@@ -15,6 +15,17 @@ def prefixed(prefix: str, statistics: Mapping[str, Statistic]) -> dict[str, Stat
     return {f"{prefix}.{name}": statistic for name, statistic in statistics.items()}
 
 
+def keyed(name: str, key: str) -> str:
+    """One name for a layer's statistic; `unkeyed` takes it apart, whatever the layer is called."""
+    return f"{key}|{name}"
+
+
+def unkeyed(text: str) -> tuple[str, str]:
+    """Inverse of `keyed`: the layer's name and the key, which holds no bar."""
+    key, _, name = text.partition("|")
+    return name, key
+
+
 def add(into: dict[str, Statistic], sums: Mapping[str, Statistic]) -> None:
     """Add `sums` to those of `into`, name by name."""
     for name, statistic in sums.items():

@@ -172,6 +172,20 @@ def test_only_declared_dependencies_are_imported(package: str) -> None:
     assert not wrong, f"not among the dependencies {sorted(declared)}: {wrong}"
 
 
+def test_the_experiments_import_only_what_their_extra_declares() -> None:
+    project = PYPROJECT["project"]
+    declared = {re.split(r"[^\w-]", text)[0] for text in [*project["dependencies"], *project["optional-dependencies"]["experiments"]]}
+    modules = {"scikit-learn": "sklearn", "pillow": "PIL"}
+    known = {modules.get(name, name) for name in declared} | {"kfactk", "kfactk_stages", "experiments"} | sys.stdlib_module_names
+    wrong = [
+        f"{path.name}:{item.line} imports {item.module}"
+        for path in sorted((ROOT / "experiments").rglob("*.py"))
+        for item in imports(path)
+        if item.module.split(".")[0] not in known
+    ]
+    assert not wrong
+
+
 @pytest.mark.parametrize("name", ["errors", "linalg", "averages"])
 def test_pure_modules_know_no_layers_and_no_processes(name: str) -> None:
     path = ROOT / "kfactk" / f"{name}.py"

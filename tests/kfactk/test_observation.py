@@ -310,6 +310,12 @@ def test_seeds_of_different_forwards_differ(keys: list[tuple[int, int, int, int]
     assert all(0 <= seed < 2**63 for seed in seeds)
 
 
+@pytest.mark.parametrize("place", range(4))
+def test_a_seed_depends_on_each_of_seed_step_micro_batch_and_rank(place: int) -> None:
+    keys = [tuple(number if i == place else 3 for i in range(4)) for number in range(50)]
+    assert len({draw_seed(*key) for key in keys}) == 50
+
+
 def test_equal_runs_are_equal_bit_for_bit() -> None:
     whole = [batch()]
     recipe: dict[str, Any] = {"steps": 6, "factor_every": 2, "scale_every": 3, "basis_every": 4, "update": "adam"}

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import kfactk
 from kfactk import CombinationError, KfactkError, OptionError, Recipe, UnknownStageError
+from kfactk.registry import Registry
 
 
 def halved(step: int) -> float:
@@ -272,3 +273,11 @@ def test_coverage_prints_a_table() -> None:
         "3 of 5 parameters preconditioned (26 of 30 elements, 86.7%)",
     ]
     assert re.search(r"no curvature for Conv2d here; curvature='conv_kfac'", str(kfactk.build(curvature="kfac").coverage(model)))
+
+
+def test_a_recipe_can_be_shown_when_a_default_stage_it_does_not_use_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    without = Registry.load(disabled=["clip.kl"])
+    monkeypatch.setattr("kfactk.recipe.registry", lambda: without)
+    recipe = kfactk.build(clip="norm")
+    assert repr(recipe) == "kfactk.build(clip='norm')"
+    assert kfactk.Recipe.from_dict(recipe.to_dict()) == recipe

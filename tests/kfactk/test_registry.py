@@ -292,7 +292,8 @@ def dispute(site: Site) -> Registry:
     site.module("second_plugin", CLIP.format(name="Second", stage="shared"))
     site.install("a-dist", {"first": "first_plugin"}, version="1.5")
     site.install("b-dist", {"second": "second_plugin"}, version="2.5")
-    return Registry.load(site.entry_points(), disabled=())
+    with pytest.warns(KfactkWarning, match="2 plugins claim clip 'shared'"):
+        return Registry.load(site.entry_points(), disabled=())
 
 
 def test_a_disputed_name_names_both_and_spares_the_rest(site: Site) -> None:

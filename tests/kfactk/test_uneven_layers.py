@@ -249,3 +249,17 @@ def test_a_model_of_which_nothing_is_preconditioned_is_told(params: str | None) 
     model = nn.Sequential(nn.LayerNorm(4)) if params is None else net()
     with pytest.warns(kfactk.KfactkWarning, match="no layer is preconditioned"):
         kfactk.build().bind(model, None if params is None else net().parameters())
+
+
+def test_a_layer_may_have_any_name() -> None:
+    model = nn.Module()
+    model.add_module("a|b", nn.Linear(4, 3))
+    model.forward = lambda x: model.get_submodule("a|b")(x)
+    optimizer = bound(model.double())
+    train(optimizer, model, batch())
+    assert set(optimizer.layers["a|b"].factors) == {"A", "G"}
+
+
+def test_a_lazy_layer_is_reported_before_it_has_a_shape() -> None:
+    table = str(kfactk.build().coverage(nn.Sequential(nn.LazyLinear(4))))
+    assert "run one forward before binding" in table

@@ -1,0 +1,86 @@
+"""Faults of stages, told with the stage, the layer and what was expected: a stranger's stage must not fail silently, nor without a name."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Set
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kfactk.errors import KfactkError, PluginError
+from kfactk.samples import Statistic
+
+KRONECKER = frozenset({"A", "G"})
+"""Names that mean the Kronecker factors of the input and the output side."""
+
+
+def label_of(family: str, stage: object) -> str:
+    """A stage in words, such as `curvature kfactk_stages.curvature.kfac:Kfac`."""
+    return f"{family} {type(stage).__module__}:{type(stage).__qualname__}"
+
+
+@contextlib.contextmanager
+def blaming(family: str, stage: object, where: str) -> Iterator[None]:
+    """Turn what a stage raises, or returns in a form nobody can use, into a `PluginError` that names it.
+
+    Errors of kfactk and exhausted memory pass through.
+    """
+    try:
+        yield
+    except (KfactkError, torch.OutOfMemoryError):
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise PluginError(
+            f"{label_of(family, stage)} failed {where} ({what}). Report it to its authors, or use another {family}."
+        ) from error
+
+
+def check_statistics(family: str, stage: object, where: str, found: Any, *, required: bool) -> dict[str, Statistic]:
+    """What a stage summed up, checked.
+
+    Raises:
+        PluginError: It is no mapping of names to `Statistic`, or empty though something is required.
+    """
+    good = isinstance(found, Mapping) and all(isinstance(k, str) and isinstance(v, Statistic) for k, v in found.items())
+    if not good or (required and not found):
+        gave = "nothing" if good else repr(found) if not isinstance(found, Mapping) else {k: type(v).__name__ for k, v in found.items()}
+        raise PluginError(f"{label_of(family, stage)} gave {gave} {where}, where names with a kfactk.Statistic each are due. Report it.")
+    return dict(found)
+
+
+def check_matrices(stage: object, where: str, found: Mapping[str, Tensor], required: Set[str]) -> Mapping[str, Tensor]:
+    """The assembled matrices, checked.
+
+    Raises:
+        PluginError: One that the basis requires is missing, or a Kronecker factor is not square.
+    """
+    oblong = {name: tuple(found[name].shape) for name in KRONECKER & set(found) if not square(found[name])}
+    if oblong or not required <= set(found):
+        but = f"; Kronecker factors are square in their last two dimensions, not {oblong}" if oblong else ""
+        raise PluginError(
+            f"{label_of('curvature', stage)} assembled {', '.join(sorted(found)) or 'nothing'} {where}, where "
+            f"{', '.join(sorted(required))} are due{but}. Report it to its authors."
+        )
+    return found
+
+
+def square(matrix: Tensor) -> bool:
+    """Whether the last two dimensions are equal."""
+    return matrix.ndim >= 2 and matrix.shape[-1] == matrix.shape[-2]
+
+
+def check_clipped(stage: object, found: Any, count: int) -> tuple[list[Tensor], Tensor]:
+    """What a clip gave, checked.
+
+    Raises:
+        PluginError: It is not a list of as many tensors as there were pairs, and a factor.
+    """
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], list) and len(found[0]) == count):
+        raise PluginError(
+            f"{label_of('clip', stage)} gave {type(found).__name__}, where a pair is due: a list of {count} tensors, one for each it was "
+            "given, and the factor as a tensor. Report it to its authors, or use another clip."
+        )
+    return found
