@@ -149,16 +149,18 @@ def cholesky(matrix: Tensor, shift: Tensor | float) -> Tensor:
     matrix = symmetrise(matrix)
     if not bool(torch.isfinite(matrix).all()):
         raise DecompositionError("a factor holds NaN or inf; it was not decomposed")
-    shifted = add_diagonal(matrix, shift)
+    shifted, failures = add_diagonal(matrix, shift), []
     for times, prepare in _ATTEMPTS:
         try:
             lower, info = torch.linalg.cholesky_ex(prepare(add_diagonal(shifted, times * jitter(shifted)) if times else shifted))
-        except (RuntimeError, TypeError):  # what a device lacks
+        except (RuntimeError, TypeError) as error:  # what a device lacks
+            failures.append(str(error).partition("\n")[0])
             continue
         result: Tensor = lower.to(matrix)
         if not bool(info.any()) and bool(torch.isfinite(result).all()):
             return result
-    raise DecompositionError("Cholesky failed in every way tried: the factor is far from positive semi-definite")
+        failures.append("the factor is far from positive semi-definite")
+    raise DecompositionError(f"Cholesky failed in every way tried: {'; '.join(failures)}")
 
 
 def jitter(matrix: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -33,7 +34,7 @@ def _check_name(instance: object, attribute: attrs.Attribute[str | None], value:
 
 
 @attrs.frozen(kw_only=True)
-class Layout:
+class Layout(abc.ABC):
     """Which dimension of the output is the event (classes, labels, regressed values), and how much each term counts.
 
     Args:
@@ -75,9 +76,9 @@ class Layout:
             result = given if result is None else result * given
         return result
 
+    @abc.abstractmethod
     def _present(self, labels: Tensor, view: Tensor) -> Tensor:
         """Which terms have a label, `[N, S]` boolean."""
-        raise NotImplementedError
 
 
 def as_terms(output: Tensor, class_axis: int | None) -> Tensor:

@@ -135,8 +135,9 @@ def test_without_mlflow_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_closing_what_never_started() -> None:
-    Mlflow().close()
-    Mlflow().flush()
+    tracker = Mlflow()
+    assert tracker.close() is None
+    assert tracker.flush() is None
 
 
 @pytest.mark.parametrize("options", [{"every": 0}, {"buffer": -1}, {"prefix": None}, {"experiment": ""}, {"tracking_uri": 3}])
