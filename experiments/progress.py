@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bars, TaskI
 from experiments.results import Epoch
 
 SLOW = 5.0
-"""Seconds of an epoch from which on every one gets a line of its own where there are no bars."""
+"""Seconds of an epoch from which on the run's epochs get lines of their own where there are no bars."""
 
 
 def say(console: Console, text: str) -> None:
@@ -79,7 +79,7 @@ class Progress:
         elif history:
             say(self._console, f"{label}: goes on after epoch {history[-1].epoch}")
         try:
-            yield _Shown(self._console, self._bars, task, label, last)
+            yield _Shown(self._console, self._bars, task, label, steps, last)
         finally:
             if self._bars is not None and task is not None:
                 self._bars.remove_task(task)
@@ -93,8 +93,9 @@ class Progress:
 
 
 class _Shown:
-    def __init__(self, console: Console, bars: Bars | None, task: TaskID | None, label: str, seen: list[Epoch]) -> None:
-        self._console, self._bars, self._task, self._label, self._seen = console, bars, task, label, seen
+    def __init__(self, console: Console, bars: Bars | None, task: TaskID | None, label: str, steps: int, seen: list[Epoch]) -> None:
+        self._console, self._bars, self._task, self._label, self._steps, self._seen = console, bars, task, label, steps, seen
+        self._slow = False
 
     def step(self) -> None:
         if self._bars is not None and self._task is not None:
@@ -102,7 +103,8 @@ class _Shown:
 
     def epoch(self, epoch: Epoch) -> None:
         self._seen.append(epoch)
+        self._slow = self._slow or epoch.seconds > SLOW
         if self._bars is not None and self._task is not None:
             self._bars.update(self._task, note=f"training loss {epoch.train_loss:.4f}, test accuracy {epoch.test_accuracy:.2f} %")
-        elif epoch.seconds > SLOW:
+        elif self._slow and sum(epoch.steps for epoch in self._seen) < self._steps:  # the last one is in the run's own line
             say(self._console, f"{self._label}: {summary(epoch)}")
