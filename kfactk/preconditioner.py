@@ -269,9 +269,13 @@ class Preconditioner:
             )
 
     def _blank_parts(self, layer: Layer, sums: Mapping[str, Statistic]) -> list[str]:
+        """What the basis makes of the layer's matrices, learnt from their corners: decomposing them whole would cost as much as a step."""
         matrices = self.curvature.assemble(layer, {n: torch.zeros_like(s.total) for n, s in sums.items() if s.total is not None})
-        coupling = Coupling(1.0, {name: mean_diagonal(matrix) for name, matrix in matrices.items()})
-        return _parts({name: self.basis.decompose(name, matrices[name], coupling) for name in self.basis.requires})
+        return _parts(self._decomposed({n: m[..., :1, :1] if square(m) else m for n, m in matrices.items()}, 1.0))
+
+    def _decomposed(self, matrices: Mapping[str, Tensor], damping: float) -> dict[str, dict[str, Tensor]]:
+        coupling = Coupling(damping, {name: mean_diagonal(matrix) for name, matrix in matrices.items() if square(matrix)})
+        return {name: self.basis.decompose(name, matrices[name], coupling) for name in sorted(self.basis.requires)}
 
     def matrices(self, layer: Layer) -> dict[str, Tensor]:
         """The averaged factors of a layer as the matrices its basis decomposes."""
@@ -294,10 +298,9 @@ class Preconditioner:
         if not state.factors:
             return
         matrices = self.matrices(layer)
-        coupling = Coupling(damping, {name: mean_diagonal(matrix) for name, matrix in matrices.items() if square(matrix)})
         try:
             with blaming("basis", self.basis, f"on layer {layer.name!r}"):
-                state.decomposition = {name: self.basis.decompose(name, matrices[name], coupling) for name in sorted(self.basis.requires)}
+                state.decomposition = self._decomposed(matrices, damping)
         except DecompositionError as error:
             self.failed_decompositions += 1
             fallback = "the last good decomposition is kept" if state.decomposition else "its plain gradient is used until the next one"
@@ -341,7 +344,8 @@ class Preconditioner:
 
 
 def _parts(decomposition: Decomposition) -> list[str]:
-    return sorted(f"{name}.{part} {tuple(tensor.shape)}" for name, parts in decomposition.items() for part, tensor in parts.items())
+    """The parts by name and number of dimensions; their sizes follow from the factors'."""
+    return sorted(f"{name}.{part} ({tensor.ndim}-D)" for name, parts in decomposition.items() for part, tensor in parts.items())
 
 
 def _update(into: dict[str, RunningMean], name: str, value: Tensor, decay: float) -> None:

@@ -341,3 +341,16 @@ def test_the_loaded_curvature_is_a_copy() -> None:
             if key.startswith("kfactk."):
                 value.zero_()
     assert_same(kept, resumed.state_dict())
+
+
+@pytest.mark.parametrize("basis", ["kfac", "ekfac"])
+def test_loading_decomposes_nothing_of_the_size_of_a_layer(basis: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    made, model = recipe(basis), net()
+    optimizer = made.bind(model)
+    run(optimizer, model, 0, 1)
+    sizes = []
+    for name in ("eigh", "cholesky_ex"):
+        whole = getattr(torch.linalg, name)
+        monkeypatch.setattr(torch.linalg, name, lambda matrix, whole=whole: sizes.append(matrix.shape[-1]) or whole(matrix))
+    made.bind(net()).load_state_dict(optimizer.state_dict())
+    assert set(sizes) == {1}
