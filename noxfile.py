@@ -16,6 +16,7 @@ nox.options.sessions = ["tests"]
 ROOT = Path(__file__).parent
 MADE_FROM = ("pyproject.toml", "noxfile.py", "kfactk/_version.py")
 WORKERS = str(min(os.cpu_count() or 1, 8))
+THOROUGH = "--thorough"
 PATIENCE = 30.0  # seconds an interrupted experiment has to save what it did
 
 
@@ -41,17 +42,19 @@ def env(session: nox.Session) -> None:
         session.log("the environment is up to date")
         return
     groups = nox.project.dependency_groups(nox.project.load_toml(ROOT / "pyproject.toml"), "dev")
-    session.install("--editable", ".[experiments]", *groups)
+    session.install("--editable", ".[experiments,testing]", *groups)
     stamp.write_text(fingerprint())
 
 
 @nox.session(venv_backend="none", requires=["env"])
 def tests(session: nox.Session) -> None:
-    """All tests and doctests, then `lint`. With arguments: pytest alone, with these."""
-    if not session.posargs:
+    """All tests and doctests, then `lint`. `-- --thorough` draws twenty times the examples; other arguments go to pytest, alone."""
+    given = [argument for argument in session.posargs if argument != THOROUGH]
+    if not given:
         session.notify("lint")
-    arguments = session.posargs or ["-n", WORKERS, "--dist", "loadgroup"]
-    session.run(python(session), "-m", "pytest", *arguments, env={"OMP_NUM_THREADS": "1"})
+    profile = "thorough" if THOROUGH in session.posargs else "quick"
+    arguments = given or ["-n", WORKERS, "--dist", "loadgroup"]
+    session.run(python(session), "-m", "pytest", *arguments, env={"OMP_NUM_THREADS": "1", "KFACTK_LAWS": profile})
 
 
 @nox.session(venv_backend="none", requires=["env"], default=False)

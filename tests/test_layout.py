@@ -160,13 +160,16 @@ def test_stages_import_only_what_kfactk_makes_public() -> None:
 
 @pytest.mark.parametrize("package", ["kfactk", "kfactk_stages"])
 def test_only_declared_dependencies_are_imported(package: str) -> None:
-    declared = {re.split(r"[^\w-]", text)[0] for text in PYPROJECT["project"]["dependencies"]}
+    project = PYPROJECT["project"]
+    declared, kit = (
+        {re.split(r"[^\w-]", text)[0] for text in each} for each in (project["dependencies"], project["optional-dependencies"]["testing"])
+    )
     ours = set(SETUPTOOLS["package-dir"])
     wrong = []
     for name, path in sources(package).items():
         for item in imports(path):
             root = item.module.split(".")[0]
-            optional = name == f"kfactk_stages.tracker.{root}" and not item.top
+            optional = (name == f"kfactk_stages.tracker.{root}" and not item.top) or (name.startswith("kfactk.testing") and root in kit)
             if root not in declared | ours | sys.stdlib_module_names and not optional:
                 wrong.append(f"{name}:{item.line} imports {root}")
     assert not wrong, f"not among the dependencies {sorted(declared)}: {wrong}"

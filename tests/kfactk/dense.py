@@ -16,7 +16,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from tests.truth import as_matrix, dense_kron, input_rows, moment, output_rows, vec
+from kfactk.testing.truth import as_matrix, dense_kron, input_rows, moment, output_rows, solve, vec
 
 Scores = Callable[[Tensor, int], list[Tensor]]
 """From the output for one example, `[1, ...]`, and its index: scalars whose gradients' outer products sum to that example's part of M F."""
@@ -111,16 +111,6 @@ def _uncorrelated_activations(seen: Seen, positions: int) -> Tensor:
             block[-1, -1] = positions
         blocks.append(block)
     return torch.stack(blocks) if groups > 1 else blocks[0]
-
-
-def unvec(vector: Tensor, d_out: int) -> Tensor:
-    """Columns of a matrix one after another, back to the matrix."""
-    return torch.stack(vector.split(d_out), dim=1)
-
-
-def solve(block: Tensor, matrix: Tensor) -> Tensor:
-    """`block^-1 vec(matrix)`, as a matrix."""
-    return unvec(torch.linalg.solve(block, vec(matrix)), matrix.shape[0])
 
 
 def kfac_block(a: Tensor, g: Tensor, tau: float) -> Tensor:

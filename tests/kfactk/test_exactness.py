@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import kfactk
 from kfactk import Optimizer
-from tests.truth import categorical_fisher_gradients, dense_fisher, dense_kron, layer_gradients, vec
+from kfactk.testing.truth import categorical_fisher_gradients, dense_fisher, dense_kron, layer_gradients, vec
 
 F64 = torch.float64
 TAU = 0.05

@@ -8,7 +8,8 @@ from hypothesis import given, settings, strategies as st
 
 from kfactk import Samples, Statistic, project
 from kfactk.samples import gram, working_dtype
-from tests import truth
+from kfactk.testing import truth
+from tests.allocation import LargestAllocation
 
 laws = settings(deadline=None, max_examples=40)
 dims = st.integers(1, 4)
@@ -174,7 +175,7 @@ def test_temporaries_stay_within_chunk_bytes(shape, groups):
     left, right = normal(*groups, d_out, d_out), normal(*groups, d_in, d_in)
     samples = Samples(a, g, terms=1.0, chunk_bytes=20_000)
     assert a.nbytes + g.nbytes > 2 * samples.chunk_bytes or t == 1
-    with truth.LargestAllocation() as largest:
+    with LargestAllocation() as largest:
         samples.input_moment(), samples.grad_moment(), samples.projected_square(left, right), samples.projected_square(left, None)
     assert 0 < largest.bytes <= samples.chunk_bytes
 

@@ -16,8 +16,8 @@ from torch.nn import functional as F
 import kfactk
 from kfactk import Optimizer, OptionError
 from kfactk.schedule import Due, due_at, number_at, period_at
+from kfactk.testing.truth import dense_kron, vec
 from tests.kfactk import dense
-from tests.truth import dense_kron, vec
 
 F64 = torch.float64
 periods = st.integers(1, 12)

@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 import kfactk
 from kfactk import KfactkError, Optimizer, OptionError
+from kfactk.testing.truth import as_matrix, dense_kron, vec
 from tests.kfactk import dense
-from tests.truth import as_matrix, dense_kron, vec
 
 F64 = torch.float64
 TAU = 0.07

@@ -9,9 +9,9 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from kfactk import Coupling, OptionError, Samples
+from kfactk.testing.truth import dense_fisher, dense_kron, solve, vec
 from kfactk_stages.basis.ekfac import Ekfac
-from tests.kfactk.dense import ekfac_block, exact_scale, solve
-from tests.truth import dense_fisher, dense_kron, vec
+from tests.kfactk.dense import ekfac_block, exact_scale
 
 F64 = torch.float64
 Parts = dict[str, dict[str, Tensor]]

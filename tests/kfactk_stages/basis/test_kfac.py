@@ -11,9 +11,9 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from kfactk import Coupling
+from kfactk.testing.truth import dense_kron, solve, vec
 from kfactk_stages.basis.kfac import KfacInverse
-from tests.kfactk.dense import kfac_block, solve
-from tests.truth import dense_kron, vec
+from tests.kfactk.dense import kfac_block
 
 F64 = torch.float64
 law = settings(max_examples=40)

@@ -8,10 +8,11 @@ from hypothesis import given, settings, strategies as st
 from torch import nn
 
 from kfactk import CaptureError, Layer, OptionError, Use
+from kfactk.testing import truth
+from kfactk.testing.strategies import CONV, MODES, Case, conv_cases, layer_cases, linear_cases, single_row_cases
 from kfactk_stages.curvature.conv_kfac import ConvKfac
 from kfactk_stages.curvature.kfac import Kfac
-from tests import truth
-from tests.strategies import CONV, MODES, Case, conv_cases, layer_cases, linear_cases, single_row_cases
+from tests.allocation import LargestAllocation
 
 laws = settings(deadline=None, max_examples=40)
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
@@ -367,7 +368,7 @@ def test_temporaries_stay_within_chunk_bytes(module, size, spatial, memory_forma
 
     def largest(chunk_bytes):
         curvature = ConvKfac(spatial=spatial, chunk_bytes=chunk_bytes)
-        with truth.LargestAllocation() as largest:
+        with LargestAllocation() as largest:
             samples = samples_of(case, curvature)
             curvature.factors(layer_of(case), samples)
             samples.projected_square(left, right)

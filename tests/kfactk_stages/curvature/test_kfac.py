@@ -6,9 +6,9 @@ from hypothesis import assume, given, settings, strategies as st
 from torch import nn
 
 from kfactk import CaptureError, Layer, OptionError, Use
+from kfactk.testing import truth
+from kfactk.testing.strategies import linear_cases
 from kfactk_stages.curvature.kfac import Kfac
-from tests import truth
-from tests.strategies import linear_cases
 
 laws = settings(deadline=None, max_examples=30)
 BOTH = ("weight", "bias")

@@ -1,13 +1,18 @@
-"""Hypothesis strategies shared by the tests: random layers with an input and an output gradient, in float64."""
+"""Hypothesis strategies of the laws: random layers with an input and an output gradient, in float64."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import attrs
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-CONV = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+ShapesOf = Callable[[Any], st.SearchStrategy[tuple[int, ...]]]
+"""From a module, strategies for the shape of its input."""
+CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 MODES = ("zeros", "circular", "reflect", "replicate")
 
 
@@ -15,21 +20,23 @@ MODES = ("zeros", "circular", "reflect", "replicate")
 class Case:
     """A layer, what it was called with, and the gradient of a summed loss with respect to its output; examples in dim 0."""
 
-    module: nn.Module
+    module: Any
     inputs: Tensor
     gradient: Tensor
 
     @property
     def bias(self) -> bool:
-        return self.module.bias is not None
+        """Whether the layer has a bias."""
+        return getattr(self.module, "bias", None) is not None
 
 
 def seeds() -> st.SearchStrategy[int]:
+    """Seeds of generators."""
     return st.integers(0, 2**16)
 
 
 @st.composite
-def case_of(draw: st.DrawFn, modules: st.SearchStrategy[nn.Module], inputs_of) -> Case:
+def case_of(draw: st.DrawFn, modules: st.SearchStrategy[Any], inputs_of: ShapesOf) -> Case:
     """Fill a drawn module's parameters, inputs and gradient with seeded normal numbers."""
     module = draw(modules).double()
     generator = torch.Generator().manual_seed(draw(seeds()))
@@ -49,7 +56,7 @@ def linear_cases(max_rank: int = 4) -> st.SearchStrategy[Case]:
 
 
 @st.composite
-def convolutions(draw: st.DrawFn) -> nn.Module:
+def convolutions(draw: st.DrawFn) -> Any:
     """A convolution of 1 to 3 dimensions with any geometry torch accepts."""
     dims = draw(st.integers(1, 3))
     largest = {1: 4, 2: 3, 3: 2}[dims]
@@ -76,7 +83,7 @@ def convolutions(draw: st.DrawFn) -> nn.Module:
 
 
 @st.composite
-def _conv_shape(draw: st.DrawFn, module: nn.Module) -> tuple[int, ...]:
+def _conv_shape(draw: st.DrawFn, module: Any) -> tuple[int, ...]:
     """A small input shape that the module accepts: patches fit, and reflect and circular padding have what they copy."""
     sizes = []
     for i, kernel in enumerate(module.kernel_size):

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 LossOfOutput = Callable[[Tensor, Tensor], Tensor]
 
@@ -112,7 +111,7 @@ def projected_square(gradients: Tensor, left: Tensor | None, right: Tensor | Non
     return sum(((left.T @ d @ right) ** 2 for d in gradients), torch.zeros_like(left.T @ gradients[0] @ right))
 
 
-def input_rows(module: nn.Module, inputs: Tensor, *, bias: bool) -> Tensor:
+def input_rows(module: Any, inputs: Tensor, *, bias: bool) -> Tensor:
     """Rows a_{n,t} that the layer's weight sees, `[N, T, d_in]` or `[groups, N, T, d_in]`; a 1 is appended where `bias`.
 
     `inputs` has its examples in dim 0. Convolution patches are read off index by index, padding included.
@@ -126,7 +125,7 @@ def input_rows(module: nn.Module, inputs: Tensor, *, bias: bool) -> Tensor:
     return torch.stack(stacks) if groups > 1 else stacks[0]
 
 
-def output_rows(module: nn.Module, outputs: Tensor) -> Tensor:
+def output_rows(module: Any, outputs: Tensor) -> Tensor:
     """A tensor shaped like the layer's output as rows `[N, T, d_out]` or `[groups, N, T, d_out/g]`."""
     if isinstance(module, nn.Linear):
         return outputs.reshape(len(outputs), -1, outputs.shape[-1])
@@ -135,7 +134,7 @@ def output_rows(module: nn.Module, outputs: Tensor) -> Tensor:
     return torch.stack(blocks) if module.groups > 1 else blocks[0]
 
 
-def _patches(module: nn.Module, inputs: Tensor, bias: bool) -> Tensor:
+def _patches(module: Any, inputs: Tensor, bias: bool) -> Tensor:
     """`[N, T, C * taps (+ 1)]` of one group's channels, `[N, C, *S]`."""
     sizes, kernel, stride, dilation = inputs.shape[2:], module.kernel_size, module.stride, module.dilation
     pads = [_pads(module, i) for i in range(len(sizes))]
@@ -155,7 +154,7 @@ def _patches(module: nn.Module, inputs: Tensor, bias: bool) -> Tensor:
     return torch.stack(rows, 1)
 
 
-def _pads(module: nn.Module, i: int) -> tuple[int, int]:
+def _pads(module: Any, i: int) -> tuple[int, int]:
     if module.padding == "valid":
         return 0, 0
     if module.padding == "same":
@@ -187,17 +186,11 @@ def moment(rows: Tensor) -> Tensor:
     return total
 
 
-class LargestAllocation(TorchDispatchMode):
-    """Size in bytes of the largest storage that operations inside made."""
+def unvec(vector: Tensor, d_out: int) -> Tensor:
+    """Columns of a matrix one after another, back to the matrix."""
+    return torch.stack([vector[i : i + d_out] for i in range(0, len(vector), d_out)], dim=1)
 
-    def __init__(self):
-        super().__init__()
-        self.bytes = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
-        result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tensor.device.type != "meta" and tensor.untyped_storage().data_ptr() not in known:
-                self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
-        return result
+def solve(block: Tensor, matrix: Tensor) -> Tensor:
+    """`block^-1 vec(matrix)`, as a matrix."""
+    return unvec(torch.linalg.solve(block, vec(matrix)), matrix.shape[0])
