@@ -1,17 +1,34 @@
-"""Kfac: inputs of any rank, the example dimension, shared modules, options. The laws it shares with ConvKfac are in test_conv_kfac.py."""
+"""Kfac: the laws; inputs of any rank, the example dimension, shared modules, options. Explicit factors are in test_conv_kfac.py."""
+
+from typing import ClassVar
 
 import pytest
 import torch
-from hypothesis import assume, given, settings, strategies as st
+from hypothesis import given, settings
 from torch import nn
 
 from kfactk import CaptureError, Layer, OptionError, Use
-from kfactk.testing import truth
+from kfactk.testing import CurvatureLaws, effort, truth
 from kfactk.testing.strategies import linear_cases
 from kfactk_stages.curvature.kfac import Kfac
 
-laws = settings(deadline=None, max_examples=30)
+laws = settings(deadline=None, max_examples=effort(30))
 BOTH = ("weight", "bias")
+
+
+class TestKfac(CurvatureLaws):
+    stage = "kfac"
+
+
+class TestKfacReduce(CurvatureLaws):
+    stage: ClassVar = {"name": "kfac", "spatial": "reduce"}
+
+
+class TestKfacSequenceFirst(CurvatureLaws):
+    stage: ClassVar = {"name": "kfac", "batch_dim": 1}
+
+    def arranged(self, case, tensor):
+        return tensor if tensor.ndim == 2 else tensor.movedim(0, 1)
 
 
 def averaged(statistics):
@@ -34,16 +51,6 @@ def test_a_vector_is_one_example():
     samples = Kfac().samples(Layer("fc", module, BOTH), [Use(a, g)], terms=1.0, first=True)
     assert (samples.examples, samples.positions) == (1, 1)
     torch.testing.assert_close(samples.per_example_gradients(), truth.module_gradients(module, a[None], g[None]))
-
-
-@laws
-@given(linear_cases(max_rank=4), st.integers(1, 2))
-def test_batch_dim_counts_the_examples(case, batch_dim):
-    assume(case.inputs.ndim == 2 or batch_dim < case.inputs.ndim - 1)
-    moved = [t if t.ndim == 2 else t.movedim(0, batch_dim) for t in (case.inputs, case.gradient)]
-    layer = Layer("fc", case.module, BOTH if case.bias else ("weight",))
-    samples = Kfac(batch_dim=batch_dim).samples(layer, [Use(*moved)], terms=1.0, first=True)
-    torch.testing.assert_close(samples.per_example_gradients(), truth.module_gradients(case.module, case.inputs, case.gradient))
 
 
 def test_batch_dim_on_the_features_is_refused():

@@ -1,0 +1,335 @@
+"""Curvatures each of which breaks a law, and what is to be said of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import attrs
+import torch
+from torch import nn
+
+from kfactk import Layer, Samples, Statistic, Use
+from kfactk_stages.curvature.conv_kfac import ConvKfac
+from kfactk_stages.curvature.kfac import Kfac
+
+
+def stage(base: type = Kfac, **members: Any) -> Any:
+    return type("Broken", (base,), members)()
+
+
+def joined(self: Kfac, layer: Layer, uses: Sequence[Use], **how: Any) -> Samples:
+    return Kfac.samples(self, layer, uses, **how)
+
+
+def with_factors(change: Any, base: type = Kfac) -> Any:
+    """A stage whose A and G went through a function of their name, their statistic and the samples."""
+
+    def factors(self, layer, samples):
+        return {name: change(name, each, samples) for name, each in base.factors(self, layer, samples).items()}
+
+    return stage(base, factors=factors)
+
+
+def with_assembled(change: Any, base: type = Kfac) -> Any:
+    def assemble(self, layer, factors):
+        return {name: change(name, each) for name, each in base.assemble(self, layer, factors).items()}
+
+    return stage(base, assemble=assemble)
+
+
+def with_uses(change: Any, base: type = Kfac) -> Any:
+    """A stage that sees other uses than it is given."""
+
+    def samples(self, layer, uses, **how):
+        return base.samples(self, layer, change(layer, uses), **how)
+
+    return stage(base, samples=samples)
+
+
+def with_samples(**members: Any) -> Any:
+    """A stage whose samples have other methods."""
+
+    def samples(self, layer, uses, **how):
+        found = Kfac.samples(self, layer, uses, **how)
+        found.__class__ = type("BrokenSamples", (type(found),), members)
+        return found
+
+    return stage(samples=samples)
+
+
+def total(change: Any) -> Any:
+    """Change the sum alone, where there is one."""
+    return lambda name, each, samples: attrs.evolve(each, total=None if each.total is None else change(name, each.total, samples))
+
+
+def bias_first(self, layer, tensors):
+    matrix = Kfac.matrix(self, layer, tensors)
+    return matrix.roll(1, -1) if layer.bias else matrix
+
+
+def bias_first_back(self, layer, matrix):
+    return Kfac.tensors(self, layer, matrix.roll(-1, -1) if layer.bias else matrix)
+
+
+def without_last_chunk(self, layer, samples):
+    found = Kfac.factors(self, layer, samples)
+    rows = list(samples.chunks(samples.positions * samples.d_in))
+    return found if len(rows) < 2 else {name: Statistic(s.total * 0.5, s.count) for name, s in found.items()}
+
+
+class Remembering(Kfac):
+    """Its first batch stays in the sums of the later ones."""
+
+    before: ClassVar[dict[str, Any]] = {}
+
+    def factors(self, layer, samples):
+        found = super().factors(layer, samples)
+        seen = self.before.setdefault("calls", [])
+        seen.append(1)
+        return {name: attrs.evolve(s, total=None if s.total is None else s.total * len(seen)) for name, s in found.items()}
+
+
+BREAKS: dict[str, tuple[str, Any, str]] = {
+    "tensors flips": (
+        "test_tensors_is_the_inverse_of_matrix",
+        stage(tensors=lambda self, layer, matrix: {n: t.flip(0) for n, t in Kfac.tensors(self, layer, matrix).items()}),
+        r"tensors\(matrix\(x\)\) differs from x in 'weight'",
+    ),
+    "tensors in another order": (
+        "test_tensors_is_the_inverse_of_matrix",
+        stage(tensors=lambda self, layer, matrix: dict(reversed(Kfac.tensors(self, layer, matrix).items()))),
+        r"as the layer does, \['weight', 'bias'\]; it gave \['bias', 'weight'\]",
+    ),
+    "matrix forgets the bias": (
+        "test_tensors_is_the_inverse_of_matrix",
+        stage(matrix=lambda self, layer, tensors: tensors["weight"]),
+        r"matrix\(\) has to hold each of the \d+ numbers of weight, bias once; from 0, 1, 2, ... it made \[\[",
+    ),
+    "bias first": (
+        "test_matrix_has_the_order_of_the_convention",
+        stage(matrix=bias_first, tensors=bias_first_back),
+        "the bias as last column",
+    ),
+    "only the first use": (
+        "test_per_example_gradients_are_autograds",
+        with_uses(lambda layer, uses: uses[:1]),
+        "differ from those of autograd, example by example",
+    ),
+    "frozen bias has a column": (
+        "test_per_example_gradients_are_autograds",
+        stage(samples=lambda self, layer, uses, **how: joined(self, Layer("", layer.module, ("weight", "bias")), uses, **how)),
+        "differ from those of autograd",
+    ),
+    "no groups": (
+        "test_per_example_gradients_are_autograds",
+        with_uses(lambda layer, uses: [attrs.evolve(u, inputs=u.inputs.flip(1)) for u in uses], ConvKfac),
+        "differ from those of autograd",
+    ),
+    "tokens are examples": (
+        "test_per_example_gradients_are_autograds",
+        with_uses(lambda layer, uses: [Use(u.inputs.flatten(0, -2), u.gradient.flatten(0, -2), u.scale) for u in uses]),
+        "(differ from those of autograd|different numbers of examples)",
+    ),
+    "slices are ignored": (
+        "test_per_example_gradients_are_autograds",
+        with_samples(per_example_gradients=lambda self, rows=None: self.gradients().mT @ self.inputs()),
+        r"the gradients of the examples \d:\d are others",
+    ),
+    "input moment counts terms": (
+        "test_moments_are_sums_over_rows",
+        with_samples(input_moment=lambda self: Statistic(Samples.input_moment(self).total, self.terms)),
+        r"input_moment\(\) of the samples is counted 3.5 times, not \d",
+    ),
+    "input moment is a mean": (
+        "test_moments_are_sums_over_rows",
+        with_samples(input_moment=lambda self: Samples.input_moment(self).scaled(1 / self.positions)),
+        r"input_moment\(\) of the samples is not the sum of r r\^T",
+    ),
+    "projection transposed": (
+        "test_projected_square_is_that_of_the_gradients",
+        with_samples(projected_square=lambda self, left, right: Samples.projected_square(self, None if left is None else left.mT, right)),
+        r"projected_square\(left.*\) is not sum_n \(left\^T D_n right\)\^2",
+    ),
+    "provides less": (
+        "test_what_is_assembled",
+        stage(assemble=lambda self, layer, factors: {"A": factors["A"]}),
+        r"assemble\(\) returns \['A'\], where `provides` says \['A', 'G'\]",
+    ),
+    "A and G swapped": (
+        "test_what_is_assembled",
+        stage(assemble=lambda self, layer, factors: {"A": factors["G"], "G": factors["A"]}),
+        r"A has shape \[\d, \d\]; for a matrix \[\d, \d\] it has to be",
+    ),
+    "triangle of G": ("test_what_is_assembled", with_assembled(lambda name, m: m.tril()), "is not symmetric"),
+    "shifted A": (
+        "test_what_is_assembled",
+        with_assembled(lambda name, m: m - m.trace() * torch.eye(len(m), dtype=m.dtype)),
+        "is not positive semi-definite: it has the eigenvalue -",
+    ),
+    "infinite": ("test_what_is_assembled", with_assembled(lambda name, m: m / 0), "A is not finite"),
+    "no 1/M": (
+        "test_one_row_of_one_example_is_exact",
+        with_factors(lambda name, s, samples: Statistic(s.total, float(samples.examples))),
+        r"A kron G of one example with one row is not vec\(D\) vec\(D\)\^T / 3.5",
+    ),
+    "centred": (
+        "test_one_row_of_one_example_is_exact",
+        with_factors(total(lambda name, t, samples: t - t.mean() if name == "A" else t)),
+        "A kron G of one example with one row is not",
+    ),
+    "first example weighs double": (
+        "test_order_does_not_matter",
+        with_factors(total(lambda name, t, s: t + s.inputs(slice(0, 1))[0].mT @ s.inputs(slice(0, 1))[0] if name == "A" else t)),
+        "'A': the factor changes when the examples come in the order",
+    ),
+    "the last use's gradients": (
+        "test_order_does_not_matter",
+        with_uses(lambda layer, uses: [attrs.evolve(u, gradient=u.gradient * (i + 1)) for i, u in enumerate(uses)]),
+        "'G': the factor changes when the uses of the layer come in another order",
+    ),
+    "divided twice": (
+        "test_duplication_does_not_matter",
+        with_factors(total(lambda name, t, samples: t / samples.examples)),
+        "'A': the factor changes when every example comes twice; it is no mean over examples",
+    ),
+    "mean in place of the sum": (
+        "test_parts_of_a_batch_add_up",
+        with_factors(
+            lambda name, s, samples: Statistic(None if s.total is None else s.total / max(samples.examples, 1), float(samples.examples > 0))
+        ),
+        r"'A': the sums of the parts of a batch of \d split after \d do not add to that of the whole",
+    ),
+    "counts one a batch": (
+        "test_parts_of_a_batch_add_up",
+        with_factors(lambda name, s, samples: Statistic(s.total, s.count * 0 + 1.0)),
+        r"'A': the counts of a batch of \d split after \d add to 2.0, not 1.0",
+    ),
+    "an empty batch fails": (
+        "test_parts_of_a_batch_add_up",
+        with_factors(lambda name, s, samples: Statistic(s.total, s.count / float(samples.examples) * float(samples.examples))),
+        "division by zero",
+    ),
+    "gradients by examples": (
+        "test_terms_normalise_the_gradients",
+        with_factors(lambda name, s, samples: Statistic(s.total, float(samples.examples))),
+        r"'G': with .* likelihood terms the factor has to be 1/.* of that with one term",
+    ),
+    "inputs by terms": (
+        "test_terms_normalise_the_gradients",
+        with_factors(lambda name, s, samples: Statistic(s.total, samples.terms)),
+        r"'A': with .* likelihood terms the factor has to be the same as that with one term",
+    ),
+    "later passes count": (
+        "test_later_passes_count_nothing_twice",
+        stage(samples=lambda self, layer, uses, terms, first: joined(self, layer, uses, terms=terms, first=True)),
+        "'A': a later pass over the same forward counts",
+    ),
+    "later passes add nothing": (
+        "test_later_passes_count_nothing_twice",
+        with_factors(lambda name, s, samples: s if samples.first else Statistic(None, 0.0)),
+        "'G': after two passes with the same gradients it has to be 2 times that of one pass",
+    ),
+    "small numbers cut off": (
+        "test_gradients_scale_the_factors",
+        with_assembled(lambda name, m: torch.where(m.abs() < 1e-10, 0.0, m)),
+        r"gradients times 2\^-\d+ do not multiply G by its square",
+    ),
+    "jitter": (
+        "test_gradients_scale_the_factors",
+        with_factors(total(lambda name, t, samples: t + 1e-10 * torch.eye(len(t), dtype=t.dtype))),
+        r"'G' goes with c\^2 at c = 2, but not at c = 2\^-",
+    ),
+    "normalised inputs": (
+        "test_inputs_scale_the_input_factor",
+        with_assembled(lambda name, m: m / m.trace() if name == "A" else m),
+        r"A does not follow the inputs when these are multiplied by 2\^",
+    ),
+    "fourth powers": (
+        "test_tiny_and_huge_numbers_survive",
+        with_factors(total(lambda name, t, samples: t.pow(3) / t.square().clamp(min=1e-300))),
+        "'A' in float32 is not what it is in float64, for inputs times",
+    ),
+    "half precision": (
+        "test_at_least_float32_is_computed_in",
+        with_uses(lambda layer, uses: [attrs.evolve(u, gradient=(u.gradient.half() * 3).to(u.gradient.dtype) / 3) for u in uses]),
+        "is not computed in torch.float",
+    ),
+    "half in, half out": (
+        "test_at_least_float32_is_computed_in",
+        with_assembled(lambda name, m: m.half()),
+        r"'A' is torch.float16 for torch.float(16|32|64); it has to be torch.float(32|64)",
+    ),
+    "scale ignored": (
+        "test_the_scale_of_a_use_is_honoured",
+        with_uses(lambda layer, uses: [attrs.evolve(u, scale=1.0) for u in uses]),
+        r"per-example gradients: torch.float16 gradients with the scales \[.*\] do not count that many times",
+    ),
+    "scale of the first use": (
+        "test_the_scale_of_a_use_is_honoured",
+        with_uses(lambda layer, uses: [attrs.evolve(u, scale=uses[0].scale) for u in uses]),
+        "do not count that many times",
+    ),
+    "scale in half precision": (
+        "test_the_scale_of_a_use_is_honoured",
+        with_uses(lambda layer, uses: [Use(u.inputs, (u.gradient * u.scale).to(u.gradient.dtype)) for u in uses]),
+        "do not count that many times",
+    ),
+    "blank on ones": (
+        "test_blank_tells_the_shapes",
+        stage(blank=lambda self, layer: attrs.evolve(Kfac.blank(self, layer), inputs=torch.ones(1, layer.module.in_features))),
+        r"the inputs of blank\(\) are not zero",
+    ),
+    "blank in float32": (
+        "test_blank_tells_the_shapes",
+        stage(blank=lambda self, layer: Use(torch.zeros(1, layer.module.in_features), torch.zeros(1, layer.module.out_features))),
+        r"factors of blank\(\) are {'A': .*torch.float32.* those of data {.*float64",
+    ),
+    "blank of two": (
+        "test_blank_tells_the_shapes",
+        stage(blank=lambda self, layer: Use(*(t.repeat(2, 1) for t in attrs.astuple(Kfac.blank(self, layer), recurse=False)[:2]))),
+        r"blank\(\) has to be one example, the smallest use; it has 2",
+    ),
+    "blank transposed": (
+        "test_blank_tells_the_shapes",
+        stage(blank=lambda self, layer: Use(*(attrs.astuple(Kfac.blank(self, layer), recurse=False)[i] for i in (0, 0)))),
+        r"blank\(\) has a gradient \[1, \d\], the layer's output for its inputs is \[1, \d\]",
+    ),
+    "chunks are lost": ("test_chunks_do_not_matter", stage(factors=without_last_chunk), r"the factor changes with chunk_bytes="),
+    "in place": (
+        "test_nothing_is_changed",
+        with_uses(lambda layer, uses: [attrs.evolve(u, gradient=u.gradient.abs_()) for u in uses]),
+        "that the stage was given was changed in place",
+    ),
+    "remembers": ("test_nothing_is_changed", Remembering(), "a second call with the same data gives another factor"),
+    "draws": (
+        "test_nothing_is_changed",
+        with_factors(total(lambda name, t, samples: t + 0 * torch.rand(()))),
+        "the stage draws from the global random numbers",
+    ),
+    "isinstance": (
+        "test_what_cannot_be_treated_is_refused",
+        stage(unsupported=lambda self, module: None if isinstance(module, nn.Linear) else "not linear"),
+        r"unsupported\(\) accepts a subclass of Linear with a forward of its own",
+    ),
+    "exact class alone": (
+        "test_what_cannot_be_treated_is_refused",
+        stage(unsupported=lambda self, module: None if type(module) is nn.Linear else "not linear"),
+        r"unsupported\(\) accepts Linear with another forward set on the instance",
+    ),
+    "takes all": (
+        "test_unrelated_modules_are_refused",
+        stage(unsupported=lambda self, module: None),
+        "accepts Bilinear, for which no data",
+    ),
+    "says nothing": (
+        "test_unrelated_modules_are_refused",
+        stage(unsupported=lambda self, module: None if type(module) is nn.Linear else ""),
+        r"unsupported\(\) returns '' for Conv1d, not a reason",
+    ),
+    "raises": (
+        "test_unrelated_modules_are_refused",
+        stage(unsupported=lambda self, module: None if module.weight.ndim == 2 else "no matrix"),
+        r"unsupported\(\) raises AttributeError for .*, where it has to return a reason",
+    ),
+}
