@@ -1,7 +1,14 @@
 import torch
 
+from kfactk.testing import FisherLaws
 from kfactk_stages.fisher.empirical import Empirical
 from kfactk_stages.likelihood.categorical import Categorical
+
+
+class TestLaws(FisherLaws):
+    """Those about losses are skipped: it has none. `tests/kfactk/test_observation.py` has the laws of what it measures."""
+
+    stage = "empirical"
 
 
 def test_it_adds_no_pass_and_draws_nothing() -> None:

@@ -1,13 +1,43 @@
+from typing import Any, ClassVar
+
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import strategies as st
 from torch import Tensor
-from torch.distributions import Categorical as Truth
+from torch.distributions import Categorical as Truth, Distribution
 
 from kfactk import CaptureError, OptionError
+from kfactk.testing import LikelihoodLaws
+from kfactk.testing.strategies import Terms, terms
 from kfactk_stages.likelihood.categorical import Categorical
 
 F64 = torch.float64
+
+
+class TestLaws(LikelihoodLaws):
+    stage: ClassVar[dict[str, Any]] = {"name": "categorical", "class_axis": 1, "weights": "w"}
+    event_axis = 1
+    widths = (2, 3, 4, 5)
+    weights = (0.0, 0.5, 1.0, 3.0)
+
+    def distribution(self, row: Tensor) -> Distribution:
+        return Truth(logits=row)
+
+    def cases(self) -> st.SearchStrategy[Terms]:
+        return terms(self.widths, scales=(1.0, 0.0, 10.0))
+
+    def batch(self, targets: Tensor, weights: Tensor) -> dict[str, Any]:
+        return {"w": weights}
+
+
+class TestLawsWithMissingLabels(TestLaws):
+    stage: ClassVar[dict[str, Any]] = {"name": "categorical", "class_axis": -1, "targets": "y"}
+    event_axis = -1
+    widths = (2, 3)
+    weights = (0.0, 1.0)
+
+    def batch(self, targets: Tensor, weights: Tensor) -> dict[str, Any]:
+        return {"y": torch.where(weights.bool(), targets, -100)}
 
 
 def logits(seed: int, *shape: int, scale: float = 1.0, dtype: torch.dtype = F64) -> Tensor:
@@ -18,26 +48,9 @@ def outer_products(likelihood: Categorical, view: Tensor) -> Tensor:
     return sum(column.unsqueeze(-1) * column.unsqueeze(-2) for column in likelihood.root(view))
 
 
-def dense_fisher(f: Tensor) -> Tensor:
-    """The Hessian of the expected negative log-likelihood at one term, the expectation taken with the probabilities held fixed."""
-    p = f.detach().softmax(-1)
-
-    def expected(g: Tensor) -> Tensor:
-        return -(p * g.log_softmax(-1)).sum()
-
-    return torch.func.hessian(expected)(f.detach())
-
-
-@settings(deadline=None)
-@given(seed=st.integers(0, 2**31), n=st.integers(1, 3), s=st.integers(1, 3), c=st.integers(2, 6), scale=st.sampled_from([0.0, 1.0, 10.0]))
-def test_root_is_a_root_of_the_dense_fisher(seed: int, n: int, s: int, c: int, scale: float) -> None:
-    likelihood = Categorical(class_axis=1)
-    view = likelihood.view(logits(seed, n, c, s, scale=scale))
-    columns = list(likelihood.root(view))
-    assert len(columns) == c - 1
-    assert all(column.shape == view.shape and not column.requires_grad for column in columns)
-    expected = torch.stack([torch.stack([dense_fisher(f) for f in example]) for example in view])
-    torch.testing.assert_close(outer_products(likelihood, view), expected, rtol=1e-9, atol=1e-12)
+@pytest.mark.parametrize("c", [2, 5])
+def test_root_has_a_column_less_than_there_are_classes(c: int) -> None:
+    assert len(list(Categorical().root(logits(0, 2, 3, c)))) == c - 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
@@ -48,27 +61,6 @@ def test_root_of_certain_and_of_forbidden_classes(dtype: torch.dtype) -> None:
     p = view.softmax(-1)
     expected = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
     torch.testing.assert_close(outer_products(Categorical(), view), expected)
-
-
-@settings(deadline=None)
-@given(seed=st.integers(0, 2**31), n=st.integers(1, 4), s=st.integers(1, 4), c=st.integers(2, 6))
-def test_nll_is_that_of_torch_distributions(seed: int, n: int, s: int, c: int) -> None:
-    likelihood = Categorical(class_axis=-1)
-    view = likelihood.view(logits(seed, n, s, c, scale=3))
-    targets = torch.randint(c, (n, s), generator=torch.Generator().manual_seed(seed))
-    torch.testing.assert_close(likelihood.nll(view, targets), -Truth(logits=view).log_prob(targets))
-
-
-def test_draws_follow_the_softmax() -> None:
-    """Pearson's statistic over 40000 draws of 5 classes: 4 degrees of freedom exceed 23.5 with probability 1e-4."""
-    f = torch.tensor([2.0, 0.0, -1.0, 0.5, -3.0])
-    view = f.expand(200, 200, 5).contiguous().requires_grad_()
-    draws = Categorical().sample(view, torch.Generator().manual_seed(5))
-    assert draws.shape == (200, 200)
-    assert draws.dtype == torch.long
-    expected = f.softmax(-1) * draws.numel()
-    seen = torch.bincount(draws.flatten(), minlength=5)
-    assert float(((seen - expected) ** 2 / expected).sum()) < 23.5
 
 
 def test_draws_never_take_a_forbidden_or_hopeless_class() -> None:
@@ -93,19 +85,13 @@ def test_an_exact_zero_in_the_noise_does_not_decide(monkeypatch: pytest.MonkeyPa
         assert Categorical().sample(view, torch.Generator()).item() == 0
 
 
-def test_draws_survive_nan_and_depend_on_the_generator_alone() -> None:
+def test_draws_survive_nan() -> None:
     view = logits(0, 50, 3, 4)
     bad = view.detach().clone()
     bad[0] = float("nan")
-    before = torch.get_rng_state()
     first = Categorical().sample(view, torch.Generator().manual_seed(1))
-    torch.randn(3)
-    assert torch.equal(first, Categorical().sample(view, torch.Generator().manual_seed(1)))
-    assert not torch.equal(first, Categorical().sample(view, torch.Generator().manual_seed(2)))
+    assert first.dtype == torch.long
     assert torch.equal(Categorical().sample(bad, torch.Generator().manual_seed(1))[1:], first[1:])
-    torch.set_rng_state(before)
-    Categorical().sample(view, torch.Generator().manual_seed(1))
-    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_ignored_labels_given_as_targets_cost_nothing() -> None:

@@ -13,7 +13,12 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from kfactk import OptionError, StateError, Statistic
+from kfactk.testing import PlacementLaws
 from kfactk_stages.placement.replicated import Replicated
+
+
+class TestLaws(PlacementLaws):
+    stage = "replicated"
 
 
 def test_alone_everything_stays_as_it_is() -> None:
