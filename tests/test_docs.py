@@ -4,7 +4,9 @@ import contextlib
 import doctest
 import inspect
 import io
+import os
 import re
+import subprocess
 import sys
 import tomllib
 import types
@@ -14,7 +16,8 @@ import attrs
 import pytest
 
 import kfactk
-from kfactk import hookspecs
+from kfactk import hookspecs, testing
+from kfactk.registry import registry
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -22,10 +25,16 @@ DOCS = "\n".join(page.read_text() for page in PAGES[1:])
 COMMANDS = ["pip install nox && nox -s experiments", "pip install nox && nox -s tests"]
 
 NOT_RUN = "{ .python .not-run }"
-LANGUAGES = {"python", NOT_RUN, "console", "toml", "text", 'text title="Output"'}
+LANGUAGES = {"python", NOT_RUN, "console", "toml", "text", 'text title="Output"', "math", "laws", "message"}
+LANGUAGES |= {'python title="kfactk_diagonal.py"', 'python title="test_kfactk_diagonal.py"', 'toml title="pyproject.toml"'}
 MOST_NOT_RUN = 2
 
 page_names = [str(page.relative_to(ROOT)) for page in PAGES]
+OURS = "kfactk"
+"""The distribution that our own stages come with."""
+GREEK = {"alpha": "α", "delta": "δ", "epsilon": "ε", "lambda": "λ", "mu": "μ", "nu": "ν", "phi": "φ", "pi": "π", "rho": "ρ", "tau": "τ"}
+GREEK |= {"theta": "θ", "Omega": "Ω", "eta": "η", "gamma": "γ", "sigma": "σ"}
+
 each_page = pytest.mark.parametrize("page", PAGES, ids=page_names)
 
 
@@ -73,7 +82,7 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     printed = ""
     for block in blocks(page):
-        if block.language == "python":
+        if block.language.split(" title")[0] == "python":
             code = compile("\n" * (block.line - 1) + block.text, str(page), "exec")
             with contextlib.redirect_stdout(io.StringIO()) as out:
                 exec(code, module.__dict__)
@@ -81,7 +90,7 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         elif block.language.startswith("text title"):
             flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
             assert doctest.OutputChecker().check_output(block.text, printed, flags), f"line {block.line}: printed\n{printed}"
-        elif block.language == "toml":
+        elif block.language.split(" title")[0] == "toml":
             tomllib.loads(block.text)
 
 
@@ -95,6 +104,12 @@ def test_readme_names_exactly_two_commands() -> None:
     assert not re.search(r"\b(pip|uv|conda|nox -s|git clone|apt)\b", prose), "a set-up command besides the two"
 
 
+def test_the_documentation_is_built_so_that_warnings_count() -> None:
+    source = (ROOT / "noxfile.py").read_text()
+    assert '"--strict"' in source
+    assert "--quiet" not in source.split("def docs(")[1].split("@nox")[0], "under --quiet mkdocs counts no warnings, so --strict is void"
+
+
 def test_the_commands_are_nox_sessions() -> None:
     source = (ROOT / "noxfile.py").read_text()
     for command in COMMANDS:
@@ -105,8 +120,8 @@ def hooks() -> list[str]:
     return [name for name, _ in inspect.getmembers(hookspecs, inspect.isfunction) if name.startswith("kfactk_")]
 
 
-def public_names() -> list[str]:
-    return [name for name, value in vars(kfactk).items() if not name.startswith("_") and not inspect.ismodule(value)]
+def public_names(module: types.ModuleType = kfactk) -> list[str]:
+    return [name for name, value in vars(module).items() if not name.startswith("_") and not inspect.ismodule(value)]
 
 
 def test_hooks_and_public_names_are_found() -> None:
@@ -131,11 +146,126 @@ def test_every_error_has_its_remedy() -> None:
     assert not missing, f"docs/troubleshooting.md has no section on {missing}"
 
 
+def rows(page: str, heading: str) -> list[list[str]]:
+    """Rows of the tables of a page with this first row, cells stripped of spaces; each begins with the section it stands in."""
+    section, inside, found = "", False, []
+    for line in (ROOT / "docs" / page).read_text().splitlines():
+        section = line.removeprefix("## ") if line.startswith("## ") else section
+        inside = line == heading or (inside and line.startswith("|"))
+        if inside and line != heading and not line.startswith("|---"):
+            found.append([section, *(cell.strip() for cell in line.strip("|").split("|"))])
+    return found
+
+
 def test_every_stage_is_described() -> None:
+    """In the section of its family, by a row of a table or in words."""
     page = (ROOT / "docs" / "stages.md").read_text()
-    names = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["entry-points"]["kfactk"]
-    missing = [name for name in names if f"`{name.split('.')[1]}`" not in page]
+    sections = {part.split("\n")[0]: part for part in page.split("\n## ")[1:]}
+    missing = [info for info in registry().stages() if info.distribution == OURS and f"`{info.name}`" not in sections[info.family]]
     assert not missing, f"docs/stages.md does not mention {missing}"
+
+
+def test_tables_of_options_are_those_of_the_registry() -> None:
+    listed = {
+        (family, stage, option.strip("`"), default.strip("`"))
+        for family, option, stages, default, _ in rows("stages.md", "| option | of | default | sets |")
+        for stage in re.findall("`(.+?)`", stages)
+    }
+    there = {
+        (info.family, info.name, option.name, repr(option.default))
+        for info in registry().stages()
+        if info.distribution == OURS
+        for option in info.options
+    }
+    assert listed == there, f"docs/stages.md: lacks {sorted(there - listed)}, has {sorted(listed - there)}"
+
+
+def test_every_argument_of_build_is_in_a_page_besides_the_reference() -> None:
+    prose = "\n".join(page.read_text() for page in PAGES[1:] if "reference" not in str(page))
+    missing = [name for name in inspect.signature(kfactk.build).parameters if name != "unknown" and not re.search(rf"\b{name}\b", prose)]
+    assert not missing, f"no page says what {missing} of kfactk.build is for"
+
+
+def test_greek_letters_of_docstrings_are_in_the_mathematics() -> None:
+    page = (ROOT / "docs" / "mathematics.md").read_text()
+    sources = "\n".join(path.read_text() for path in (ROOT / "plugins" / "kfactk_stages").rglob("*.py"))
+    missing = [name for name, letter in GREEK.items() if re.search(rf"\b{name}\d?\b", sources) and letter not in page]
+    assert not missing, f"docs/mathematics.md does not explain {missing}"
+    equations = set(re.findall(r"equation \(?(\d+)\)?", sources))
+    assert equations, "no docstring names an equation"
+    assert all(rf"\tag{{{number}}}" in page for number in equations), f"docs/mathematics.md lacks one of the equations {equations}"
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The documentation, built as `nox -s docs` does; a warning is an error."""
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def described() -> dict[str, set[str]]:
+    """What the reference has to describe, and the anchors of which one has to be there."""
+    found = {}
+    for module in (kfactk, testing):
+        for name in public_names(module):
+            value = getattr(module, name)
+            found[f"{module.__name__}.{name}"] = {f"{module.__name__}.{name}", f"{getattr(value, '__module__', '')}.{name}"}
+    found |= {hook: {f"kfactk.hookspecs.{hook}"} for hook in hooks()}
+    for info in registry().stages():
+        if info.distribution == OURS:
+            stage = type(registry().resolve(info.family, info.name))
+            found[f"{info.family} {info.name}"] = {f"{stage.__module__}.{stage.__qualname__}"}
+    return found
+
+
+@pytest.mark.xdist_group("site")
+def test_the_reference_describes_every_public_name(site: Path) -> None:
+    anchors = {anchor for page in site.rglob("*.html") for anchor in re.findall(r'\bid="([^"]+)"', page.read_text())}
+    missing = [what for what, ids in described().items() if not ids & anchors]
+    assert not missing, f"add `::: name` to a page in docs/reference*: {missing}"
+
+
+@pytest.mark.xdist_group("site")
+def test_every_law_is_listed(site: Path) -> None:
+    page = (site / "testing" / "index.html").read_text()
+    for name in public_names(testing):
+        laws = [law for law in dir(getattr(testing, name)) if hasattr(getattr(getattr(testing, name), law), "kfactk_law")]
+        missing = [law for law in laws if f"<td>{law.removeprefix('test_').replace('_', ' ')}</td>" not in page]
+        assert not missing, f"docs/testing.md does not list {missing} of {name}: has it a fence ```laws with {name}?"
+
+
+@pytest.mark.xdist_group("site")
+def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
+    fetched = {
+        f"{page.relative_to(site)}: {tag}"
+        for page in site.rglob("*.html")
+        for tag in re.findall(r"<(?:script|link|img)\b[^>]*?\b(?:src|href)=\"?(?:https?:)?//[^>]*>", page.read_text())
+        if 'rel="canonical"' not in tag
+    }
+    assert not fetched, fetched
+
+
+@pytest.mark.xdist_group("site")
+def test_formulas_are_typeset(site: Path) -> None:
+    """Each fence became MathML, none is left as it was written."""
+    for page in PAGES[1:]:
+        written = sum(block.language == "math" for block in blocks(page))
+        if written:
+            built = site / page.relative_to(ROOT / "docs").with_suffix("") / "index.html"
+            assert built.read_text().count("<math ") == written, f"{page.name}: formulas that are shown as they are written"
+
+
+def test_the_drawing_says_in_words_what_it_shows() -> None:
+    drawing = (ROOT / "docs" / "assets" / "data-flow.svg").read_text()
+    assert "<title" in drawing
+    words = re.search("<desc.*?>(.+?)</desc>", drawing, re.DOTALL)
+    assert words is not None
+    for family in hookspecs.STAGE_HOOKS:
+        assert re.search(rf"\b{family}\b", words[1], re.IGNORECASE), f"the drawing's <desc> does not tell of the {family}"
+        assert f">{family.capitalize()}" in drawing.replace(">Tracker ", ">Tracker"), f"the drawing has no {family}"
 
 
 @each_page
