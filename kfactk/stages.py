@@ -111,8 +111,16 @@ class Basis(Protocol):
 
     requires: ClassVar[frozenset[str]]
     """Names of the matrices it needs from the curvature."""
-    laws: ClassVar[frozenset[str]]
-    """Further laws it claims, such as "rotation-equivariant"."""
+
+    @property
+    def laws(self) -> frozenset[str]:
+        """Further laws it claims; `kfactk.testing.BasisLaws` tests those claimed.
+
+        "rotation-equivariant": in other orthonormal coordinates of inputs and outputs, `precondition` is the same operator.
+        "null-space-independent": it does not depend on which eigenvectors span the null space of A or G.
+        "closer-than-kfac": on the mini-batch it was measured on, F is at least as close to the Fisher matrix, in the Frobenius norm, as
+        A kron G. "exact-when-kronecker": for one example with T = 1, F is the Fisher matrix.
+        """
 
     @property
     def moments_from(self) -> str | None:

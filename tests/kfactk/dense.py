@@ -121,6 +121,11 @@ def kfac_block(a: Tensor, g: Tensor, tau: float) -> Tensor:
     return dense_kron(a + pi * math.sqrt(tau) * eye_a, g + math.sqrt(tau) / pi * eye_g)
 
 
+def each_group(groups: int | None, block: Callable[[Any], Tensor]) -> Tensor:
+    """`block(k)` of each group, stacked; of the whole, `block(...)`, where there are no groups."""
+    return block(...) if groups is None else torch.stack([block(k) for k in range(groups)])
+
+
 def ekfac_block(u_a: Tensor, u_g: Tensor, scale: Tensor, tau: float) -> Tensor:
     """`Q diag(vec(scale) + tau) Q^T`, Q = U_A kron U_G."""
     q = dense_kron(u_a, u_g)

@@ -62,7 +62,12 @@ class Ekfac:
     scale_decay: float | None = attrs.field(default=None, validator=_decay)
 
     requires: ClassVar[frozenset[str]] = frozenset({"A", "G"})
-    laws: ClassVar[frozenset[str]] = frozenset({"rotation-equivariant", "null-space-independent", "closer-than-kfac"})
+
+    @property
+    def laws(self) -> frozenset[str]:
+        """The exact scale is also at least as close to the Fisher matrix as K-FAC; the running one need not be."""
+        every = frozenset({"rotation-equivariant", "null-space-independent", "exact-when-kronecker"})
+        return every | {"closer-than-kfac"} if self.scale == "exact" else every
 
     @property
     def moments_from(self) -> str | None:

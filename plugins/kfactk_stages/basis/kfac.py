@@ -34,7 +34,7 @@ class KfacInverse:
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"A", "G"})
-    laws: ClassVar[frozenset[str]] = frozenset({"rotation-equivariant", "null-space-independent"})
+    laws: ClassVar[frozenset[str]] = frozenset({"rotation-equivariant", "null-space-independent", "exact-when-kronecker"})
 
     moments_from: ClassVar[str | None] = None
     moment_decay: ClassVar[float] = 0.0

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import Phase, settings
 
 from kfactk.testing import Laws
 
@@ -15,19 +18,21 @@ def laws_of(laws: type[Laws]) -> list[str]:
     return [name for name, _ in inspect.getmembers(laws, callable) if name.startswith("test_")]
 
 
-def caught(laws: type[Laws], stage: Any, *names: str, **members: Any) -> dict[str, str]:
+def caught(laws: type[Laws], stage: Any, *names: str, shrunk: bool = True, **members: Any) -> dict[str, str]:
     """Run the laws `names` (all of them by default) on a stage.
 
     Args:
         laws: The class of laws.
         stage: The stage, as the class would name it.
         names: Names of the tests to run.
+        shrunk: Whether Hypothesis is to look for the smallest example that fails, which takes its time.
         members: Further members of the class that would be written.
 
     Returns:
         For each law that it breaks, all that is said, notes included.
     """
-    made = type("TestBroken", (laws,), {"stage": stage, **members})()
+    with contextlib.nullcontext() if shrunk else _without_shrinking():
+        made = type("TestBroken", (laws,), {"stage": stage, **members})()
     found = {}
     for name in names or laws_of(laws):
         try:
@@ -35,5 +40,23 @@ def caught(laws: type[Laws], stage: Any, *names: str, **members: Any) -> dict[st
         except pytest.skip.Exception:
             continue
         except Exception as error:
-            found[name] = "\n".join([str(error), *getattr(error, "__notes__", ())])
+            found[name] = "\n".join(_said(error))
     return found
+
+
+@contextlib.contextmanager
+def _without_shrinking() -> Iterator[None]:
+    """Tests that are defined in here report the first example that fails."""
+    before = settings.get_current_profile_name()
+    settings.register_profile("unshrunk", settings.default, phases=[phase for phase in Phase if phase is not Phase.shrink])
+    settings.load_profile("unshrunk")
+    try:
+        yield
+    finally:
+        settings.load_profile(before)
+
+
+def _said(error: BaseException) -> list[str]:
+    """All that an error says, and for a law that is broken in several ways all that each of them says."""
+    inner = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
+    return [str(error), *getattr(error, "__notes__", ()), *(line for each in inner for line in _said(each))]

@@ -1,6 +1,8 @@
-"""EKFAC against dense float64 algebra: the scale by loops over examples, the block as a matrix."""
+"""EKFAC: the laws of bases, against a dense block whose scale comes from loops over examples, and what is its own."""
 
 from __future__ import annotations
+
+from typing import Any, ClassVar
 
 import attrs
 import pytest
@@ -9,13 +11,62 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from kfactk import Coupling, OptionError, Samples
-from kfactk.testing.truth import dense_fisher, dense_kron, solve, vec
+from kfactk.testing import BasisLaws, effort
+from kfactk.testing.basis_traits import BasisTraitLaws
+from kfactk.testing.situations import Situation
+from kfactk.testing.truth import dense_kron, vec
 from kfactk_stages.basis.ekfac import Ekfac
-from tests.kfactk.dense import ekfac_block, exact_scale
+from tests.kfactk.dense import each_group, ekfac_block, exact_scale, is_eigenbasis, pooled
 
 F64 = torch.float64
 Parts = dict[str, dict[str, Tensor]]
-law = settings(max_examples=40)
+law = settings(max_examples=effort(40))
+NULL = {F64: 1e-10, torch.float32: 1e-6}
+"""Eigenvalues below this fraction of the largest are zero."""
+ROUNDING = {F64: 1e-9, torch.float32: 1e-4}
+
+
+class TestEkfac(BasisLaws):
+    """Its block is `Q diag(s* + tau) Q^T`, before any measurement `Q (S_A kron S_G + tau) Q^T`."""
+
+    stage = "ekfac"
+
+    def block(self, situation: Situation) -> Tensor:
+        return each_group(situation.groups, lambda k: self.block_of(situation, k))
+
+    def block_of(self, situation: Situation, k: Any) -> Tensor:
+        dtype = situation.gradient.dtype
+        a, g = (situation.matrices[name][k].double() for name in ("A", "G"))
+        u_a, u_g = (situation.decomposition[name]["eigenvectors"][k].double() for name in ("A", "G"))
+        assert is_eigenbasis(a, u_a, ROUNDING[dtype]), "the eigenvectors of A are none"
+        assert is_eigenbasis(g, u_g, ROUNDING[dtype]), "the eigenvectors of G are none"
+        if situation.moments:
+            scale = pooled(self.scale(situation, k, u_a, u_g), a, g, u_a, u_g, NULL[dtype])
+        else:
+            scale = torch.outer((u_g.T @ g @ u_g).diagonal(), (u_a.T @ a @ u_a).diagonal())
+        return ekfac_block(u_a, u_g, scale, situation.damping)
+
+    def scale(self, situation: Situation, k: Any, u_a: Tensor, u_g: Tensor) -> Tensor:
+        return exact_scale([situation.per_example[k]], u_a, u_g, situation.terms)
+
+
+class TestEkfacRunning(TestEkfac):
+    """Its scale is M times the square of the mini-batch's mean gradient."""
+
+    stage: ClassVar[Any] = {"name": "ekfac", "scale": "running"}
+
+    def scale(self, situation: Situation, k: Any, u_a: Tensor, u_g: Tensor) -> Tensor:
+        return situation.terms * (u_g.T @ situation.mean_gradient[k].double() @ u_a) ** 2
+
+
+class TestEkfacOnReduce(BasisTraitLaws):
+    """With "reduce" a direction in A's null space can carry gradient: the mean over rows is zero there, the rows are not."""
+
+    stage = "ekfac"
+    curvature: ClassVar[Any] = {"name": "conv_kfac", "spatial": "reduce"}
+
+    block, block_of, scale = TestEkfac.block, TestEkfac.block_of, TestEkfac.scale
+    test_it_is_the_dense_damped_inverse = BasisLaws.test_it_is_the_dense_damped_inverse
 
 
 @attrs.frozen(eq=False)
@@ -93,70 +144,6 @@ def turned_in_null_space(parts: Parts, seed: int) -> Parts:
 
 
 @law
-@given(drawn())
-def test_it_is_the_dense_damped_inverse(x: Drawn) -> None:
-    parts = decomposed(x.factors)
-    u_a, u_g = bases(parts)
-    scale = torch.rand(x.gradient.shape, dtype=F64, generator=torch.Generator().manual_seed(1))
-    result = Ekfac().precondition(x.gradient, parts, {"scale": scale}, x.tau)
-    torch.testing.assert_close(result, solve(ekfac_block(u_a, u_g, scale, x.tau), x.gradient), rtol=1e-9, atol=1e-11)
-    back = Ekfac().product(result, x.factors, parts, {"scale": scale}) + x.tau * result
-    torch.testing.assert_close(back, x.gradient, rtol=1e-9, atol=1e-11)
-
-
-@law
-@given(drawn())
-def test_the_basis_diagonalises_the_factors(x: Drawn) -> None:
-    for matrix, parts in zip(x.factors.values(), decomposed(x.factors).values(), strict=True):
-        values, vectors = parts["eigenvalues"], parts["eigenvectors"]
-        torch.testing.assert_close(vectors @ torch.diag(values) @ vectors.T, matrix, rtol=1e-10, atol=1e-11)
-        torch.testing.assert_close(vectors.T @ vectors, torch.eye(len(vectors), dtype=F64), rtol=1e-10, atol=1e-11)
-
-
-@law
-@given(drawn())
-def test_the_scale_is_the_mean_square_of_projected_gradients(x: Drawn) -> None:
-    """Equation 10, with explicit loops; sud alone, whose null directions carry no gradient to be pooled."""
-    x = attrs.evolve(x, reduce=False)
-    parts = decomposed(x.factors)
-    truth = exact_scale([x.products], *bases(parts), x.examples)
-    torch.testing.assert_close(measured(parts, x.samples)["scale"], truth, rtol=1e-9, atol=1e-11)
-
-
-@law
-@given(drawn())
-def test_it_is_at_least_as_close_to_the_fisher_as_kfac(x: Drawn) -> None:
-    parts = decomposed(x.factors)
-    fisher = dense_fisher(x.products, x.examples)
-    ekfac = ekfac_block(*bases(parts), measured(parts, x.samples)["scale"], 0.0)
-    kfac = dense_kron(x.factors["A"], x.factors["G"])
-    assert float((fisher - ekfac).norm()) <= float((fisher - kfac).norm()) * (1 + 1e-9) + 1e-9
-
-
-@law
-@given(drawn())
-def test_before_any_scale_the_eigenvalues_stand_in(x: Drawn) -> None:
-    block = dense_kron(x.factors["A"], x.factors["G"]) + x.tau * torch.eye(x.gradient.numel(), dtype=F64)
-    torch.testing.assert_close(
-        Ekfac().precondition(x.gradient, decomposed(x.factors), {}, x.tau), solve(block, x.gradient), rtol=1e-8, atol=1e-10
-    )
-
-
-@pytest.mark.parametrize("scale", ["exact", "running"])
-@law
-@given(drawn(), st.integers(0, 99))
-def test_the_choice_of_eigenvectors_in_the_null_space_does_not_matter(scale: str, x: Drawn, seed: int) -> None:
-    basis, first = Ekfac(scale=scale), decomposed(x.factors)
-    results = []
-    for parts in (first, turned_in_null_space(first, seed)):
-        made = measured(parts, x.samples)
-        if scale == "running":
-            made = {name: s.total / s.count for name, s in basis.gradient_moments(parts, x.gradient, x.examples).items()}
-        results.append(basis.precondition(x.gradient, parts, made, x.tau))
-    torch.testing.assert_close(*results, rtol=1e-8, atol=1e-9)
-
-
-@law
 @given(drawn(), st.integers(0, 99))
 def test_that_choice_does_not_matter_after_transport_either(x: Drawn, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -168,18 +155,6 @@ def test_that_choice_does_not_matter_after_transport_either(x: Drawn, seed: int)
     for parts in (new, turned_in_null_space(new, seed)):
         results.append(Ekfac().precondition(x.gradient, parts, Ekfac().transport(scale, old, parts), x.tau))
     torch.testing.assert_close(*results, rtol=1e-8, atol=1e-9)
-
-
-@law
-@given(drawn(), st.integers(0, 99))
-def test_it_is_equivariant_under_rotations_of_inputs_and_outputs(x: Drawn, seed: int) -> None:
-    r, s = orthogonal(x.inputs.shape[-1], seed), orthogonal(x.gradients.shape[-1], seed + 1)
-    turned = attrs.evolve(x, inputs=x.inputs @ r.T, gradients=x.gradients @ s.T, gradient=s @ x.gradient @ r.T)
-    results = []
-    for each in (x, turned):
-        parts = decomposed(each.factors)
-        results.append(Ekfac().precondition(each.gradient, parts, measured(parts, each.samples), x.tau))
-    torch.testing.assert_close(results[1], s @ results[0] @ r.T, rtol=1e-5, atol=1e-6)
 
 
 @law
@@ -204,69 +179,20 @@ def test_transport_is_the_diagonal_of_the_old_operator_in_the_new_basis(x: Drawn
 
 @law
 @given(drawn())
-def test_the_running_scale_is_the_squared_mean_gradient_times_its_terms(x: Drawn) -> None:
-    """In a basis without null space. The exact scale has no moments of the gradient, and the running one is measured there alone."""
-    parts = decomposed({name: matrix + torch.eye(len(matrix), dtype=F64) for name, matrix in x.factors.items()})
-    u_a, u_g = bases(parts)
-    statistic = Ekfac(scale="running").gradient_moments(parts, x.gradient, 7.0)["scale"]
-    torch.testing.assert_close(statistic.total / statistic.count, 7.0 * (u_g.T @ x.gradient @ u_a) ** 2, rtol=1e-9, atol=1e-11)
-    assert Ekfac().gradient_moments(parts, x.gradient, 7.0) == {}
-    assert (Ekfac(scale="running").moments_from, Ekfac().moments_from) == ("gradient", "samples")
-    assert (Ekfac(scale="running").moment_decay, Ekfac().moment_decay, Ekfac(scale_decay=0.5).moment_decay) == (0.95, 0.0, 0.5)
-
-
-@law
-@given(drawn(groups=2))
-def test_every_group_stands_alone(x: Drawn) -> None:
-    parts = decomposed(x.factors)
-    together = Ekfac().precondition(x.gradient, parts, measured(parts, x.samples), x.tau)
-    for k in range(2):
-        one = Drawn(x.inputs[k], x.gradients[k], x.gradient[k], x.tau, x.reduce)
-        own = {name: {key: tensor[k] for key, tensor in each.items()} for name, each in parts.items()}
-        alone = Ekfac().precondition(one.gradient, own, measured(own, one.samples), x.tau)
-        torch.testing.assert_close(together[k], alone, rtol=1e-9, atol=1e-11)
-
-
-@law
-@given(drawn(), st.floats(-3, 3))
-def test_it_is_linear_selfadjoint_and_positive_definite(x: Drawn, c: float) -> None:
-    parts = decomposed(x.factors)
-    scale = measured(parts, x.samples)
-    v = torch.randn(x.gradient.shape, dtype=F64, generator=torch.Generator().manual_seed(3))
-
-    def p(gradient: Tensor) -> Tensor:
-        return Ekfac().precondition(gradient, parts, scale, x.tau)
-
-    torch.testing.assert_close(p(c * x.gradient + v), c * p(x.gradient) + p(v), rtol=1e-8, atol=1e-9)
-    torch.testing.assert_close((v * p(x.gradient)).sum(), (p(v) * x.gradient).sum(), rtol=1e-8, atol=1e-9)
-    assert float((v * p(v)).sum()) > 0
-
-
-@law
-@given(drawn())
-def test_with_much_damping_it_divides_by_it(x: Drawn) -> None:
-    parts, tau = decomposed(x.factors), 1e12
-    result = Ekfac().precondition(x.gradient, parts, measured(parts, x.samples), tau)
-    torch.testing.assert_close(tau * result, x.gradient, rtol=1e-6, atol=1e-8)
-
-
-@law
-@given(drawn(), st.booleans())
-def test_without_damping_it_stays_finite(x: Drawn, zero: bool) -> None:
-    """Rank-deficient and zero curvature included."""
-    x = attrs.evolve(x, inputs=x.inputs * 0) if zero else x
-    parts = decomposed(x.factors)
-    assert bool(torch.isfinite(Ekfac().precondition(x.gradient, parts, measured(parts, x.samples), 0.0)).all())
-    assert bool(torch.isfinite(Ekfac().precondition(x.gradient, parts, {}, 0.0)).all())
-
-
-@law
-@given(drawn())
 def test_the_condition_is_that_of_the_dense_block(x: Drawn) -> None:
     parts = decomposed(x.factors)
     scale = measured(parts, x.samples)
     values = torch.linalg.eigvalsh(ekfac_block(*bases(parts), scale["scale"], x.tau))
     assert float(Ekfac().condition(parts, scale, x.tau)) == pytest.approx(float(values[-1] / values[0]), rel=1e-8)
+
+
+def test_where_moments_come_from_and_how_long_they_last() -> None:
+    assert (Ekfac(scale="running").moments_from, Ekfac().moments_from) == ("gradient", "samples")
+    assert (Ekfac(scale="running").moment_decay, Ekfac().moment_decay, Ekfac(scale_decay=0.5).moment_decay) == (0.95, 0.0, 0.5)
+
+
+def test_only_the_exact_scale_claims_to_be_closer_than_kfac() -> None:
+    assert Ekfac().laws - Ekfac(scale="running").laws == {"closer-than-kfac"}
 
 
 @pytest.mark.parametrize(
