@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import attrs
@@ -57,7 +58,7 @@ class KlClip:
         for pair, product in zip(pairs, products, strict=True):
             by_lr.setdefault(pair.lr, []).append(product)
         total = torch.stack([torch.stack(same).sum() * (lr * lr) for lr, same in by_lr.items()]).sum()
-        factor = torch.where(total > self.limit, (self.limit / total).sqrt(), 1.0)
+        factor = torch.where(total > self.limit, math.sqrt(self.limit) / total.sqrt(), 1.0)  # the quotient's root could underflow
         return scaled(tensors, factor), factor
 
 

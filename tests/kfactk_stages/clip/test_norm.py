@@ -1,59 +1,35 @@
-"""Norm clip: one norm over everything, direction kept."""
+"""Norm clip: the laws with its bound, and what they do not say."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
 from kfactk import OptionError, Pair
+from kfactk.testing import ClipLaws
 from kfactk_stages.clip.norm import NormClip
+
+
+class TestNorm(ClipLaws):
+    stage = "norm"
+    limit = 1.0
+    idempotent = keeps_direction = keeps_entries = reaches_bound = True
+
+    def bound(self, pairs: Sequence[Pair], clipped: Sequence[Tensor]) -> tuple[float, float]:
+        return math.hypot(*(x for c in clipped for x in c.flatten().tolist())), self.limit
+
+
+class TestNormOfAnotherLimit(TestNorm):
+    stage = NormClip(limit=0.03)
+    limit = 0.03
 
 
 def dot(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
     return torch.stack([(x * y).sum() for x, y in zip(xs, ys, strict=True)])
-
-
-numbers = st.floats(-1e6, 1e6, allow_subnormal=False)
-gradients = st.lists(st.lists(numbers, min_size=1, max_size=4), min_size=1, max_size=3)
-
-
-def pairs_of(values: list[list[float]]) -> list[Pair]:
-    return [Pair(torch.ones(len(v), dtype=torch.float64), torch.tensor(v, dtype=torch.float64), lr=0.1) for v in values]
-
-
-def norm(values: list[Tensor]) -> float:
-    return math.hypot(*(x for v in values for x in v.tolist()))
-
-
-@settings(deadline=None)
-@given(gradients, st.floats(1e-5, 1e8))
-def test_bounds_the_norm_and_keeps_the_direction(values: list[list[float]], limit: float) -> None:
-    pairs = pairs_of(values)
-    before = norm([p.preconditioned for p in pairs])
-    clipped, factor = NormClip(limit=limit).clip(pairs, dot)
-    assert norm(clipped) <= min(limit, before) * (1 + 1e-12)
-    if before > limit * (1 + 1e-12):
-        assert norm(clipped) == pytest.approx(limit, rel=1e-12)
-    elif before < limit * (1 - 1e-12):
-        assert factor.item() == 1.0
-    assert 0 < factor <= 1
-    for pair, new in zip(pairs, clipped, strict=True):
-        torch.testing.assert_close(new, factor.item() * pair.preconditioned, rtol=1e-12, atol=0)
-
-
-@settings(deadline=None)
-@given(gradients, st.floats(1e-5, 1e8))
-def test_idempotent(values: list[list[float]], limit: float) -> None:
-    clip = NormClip(limit=limit)
-    once, _ = clip.clip(pairs_of(values), dot)
-    twice, factor = clip.clip(pairs_of([v.tolist() for v in once]), dot)
-    assert factor.item() == pytest.approx(1.0, abs=1e-12)
-    for x, y in zip(once, twice, strict=True):
-        torch.testing.assert_close(x, y, rtol=1e-12, atol=0)
 
 
 def test_agrees_with_torch() -> None:
@@ -65,12 +41,6 @@ def test_agrees_with_torch() -> None:
     torch.nn.utils.clip_grad_norm_(parameters, 0.5)
     for p, new in zip(parameters, clipped, strict=True):
         torch.testing.assert_close(new, p.grad, rtol=1e-5, atol=0)  # torch adds 1e-6 to the norm
-
-
-def test_zero_stays_zero() -> None:
-    clipped, factor = NormClip(limit=1e-30).clip([Pair(torch.ones(2), torch.zeros(2), lr=0.1)], dot)
-    assert factor.item() == 1.0
-    assert torch.equal(clipped[0], torch.zeros(2))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -98,12 +68,6 @@ def test_too_large_to_measure_gives_zero() -> None:
 def test_never_reads_the_norm() -> None:
     pair = Pair(torch.ones(2, device="meta"), torch.ones(2, device="meta"), lr=0.1)
     assert NormClip().clip([pair], dot)[1].is_meta
-
-
-def test_no_pairs() -> None:
-    clipped, factor = NormClip().clip([], dot)
-    assert clipped == []
-    assert factor.item() == 1.0
 
 
 @pytest.mark.parametrize("limit", [0.0, -2, float("nan"), float("inf"), "1", False])

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from kfactk import OptionError
+from kfactk.testing import Recorded, TrackerLaws
 from kfactk_stages.tracker.jsonl import JsonLines
 
 
@@ -19,6 +20,26 @@ def lines(path: Path) -> list[Any]:
         raise AssertionError(f"{word} is not JSON")
 
     return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
+
+
+class TestJsonLines(TrackerLaws):
+    stage = "jsonl"
+    keeps_nonfinite = survives_exit = True
+
+    def stage_in(self, folder: Path) -> Any:
+        return {"name": "jsonl", "path": str(folder / "run.jsonl"), "every": 1}
+
+    def read(self, folder: Path) -> Recorded:
+        recipe, *rows = lines(folder / "run.jsonl")
+        assert set(recipe) == {"recipe"}
+        return Recorded([(row.pop("step"), {name: float(value) for name, value in row.items()}) for row in rows], recipe["recipe"])
+
+
+class TestSparseJsonLines(TestJsonLines):
+    test_flushed_records_survive_the_process = None
+
+    def stage_in(self, folder: Path) -> Any:
+        return {"name": "jsonl", "path": str(folder / "run.jsonl"), "every": 3, "buffer": 2}
 
 
 def test_recipe_then_one_object_a_step(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from kfactk import KfactkError, KfactkWarning, OptionError
+from kfactk.testing import Recorded, TrackerLaws
 from kfactk_stages.tracker.mlflow import Mlflow
 
 
@@ -44,6 +45,25 @@ def history(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
     import mlflow
 
     return [(m.step, m.value) for m in mlflow.MlflowClient(tracking_uri=uri).get_metric_history(run_id, name)]
+
+
+@pytest.mark.usefixtures("store")
+class TestMlflow(TrackerLaws):
+    stage = "mlflow"
+
+    def stage_in(self, folder: Path) -> Any:
+        return {"name": "mlflow", "experiment": folder.name, "every": 2}
+
+    def read(self, folder: Path) -> Recorded:
+        import mlflow
+
+        (run,) = runs(mlflow.get_tracking_uri(), folder.name)
+        rows: dict[int, dict[str, float]] = {}
+        for name in run.data.metrics:
+            for step, value in history(mlflow.get_tracking_uri(), run.info.run_id, name):
+                assert name.removeprefix("kfactk/") not in rows.setdefault(step, {})
+                rows[step][name.removeprefix("kfactk/")] = value
+        return Recorded(sorted(rows.items()), {name.removeprefix("kfactk/"): value for name, value in run.data.params.items()})
 
 
 def test_an_own_run_from_start_to_end(store: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 import torch
 
+import kfactk
 from kfactk import OptionError
+from kfactk.testing import UpdateLaws
+from kfactk.testing.trajectories import Groups
 from kfactk_stages.update.adam import Adam
 from tests.kfactk_stages.update.trajectories import assert_same, groups, parameters, run
 
@@ -27,6 +30,20 @@ class Literal(torch.optim.Optimizer):
                 p.data = p.data - group["lr"] * s_hat / (torch.sqrt(r_hat) + group["eps"])
 
 
+class TestAdam(UpdateLaws):
+    stage = "adam"
+
+    def counterpart(self, groups: Groups, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        return Literal(groups, {"lr": lr, "weight_decay": weight_decay, "betas": (0.9, 0.999), "eps": 1e-8})
+
+
+class TestFusedAmsgrad(UpdateLaws):
+    stage = {"name": "adam", "amsgrad": True, "fused": True, "eps": 1e-3}  # noqa: RUF012
+
+    def counterpart(self, groups: Groups, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        return torch.optim.Adam(groups, lr=lr, weight_decay=weight_decay, amsgrad=True, eps=1e-3, foreach=False)
+
+
 @pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}, {"fused": True}, {}])
 @pytest.mark.parametrize("rates", [((0.9, 0.999), 1e-8), ((0.5, 0.8), 0.1)])
 def test_is_equation_13(rates: tuple[tuple[float, float], float], options: dict[str, Any]) -> None:
@@ -43,11 +60,23 @@ def test_amsgrad_is_handed_on() -> None:
     assert not torch.equal(history[-1][0], run(lambda g: torch.optim.Adam(g, lr=0.05, weight_decay=0.01))[-1][0])
 
 
-def test_is_the_torch_optimiser_over_shared_groups() -> None:
-    given = groups(parameters())
-    optimizer = Adam().make(given, lr=0.05, weight_decay=0.0)
-    assert type(optimizer) is torch.optim.Adam
-    assert all(mine is theirs for mine, theirs in zip(given, optimizer.param_groups, strict=True))
+def test_is_the_torch_optimiser() -> None:
+    assert type(Adam().make(groups(parameters()), lr=0.05, weight_decay=0.0)) is torch.optim.Adam
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_fused_steps_are_the_plain_ones_for_every_memory_layout(format: torch.memory_format) -> None:
+    histories = []
+    for fused in (True, False):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 2), torch.nn.Flatten(), torch.nn.Linear(12, 2)).double().to(memory_format=format)
+        optimizer = kfactk.build(update={"name": "adam", "fused": fused}, clip="none", fisher="exact").bind(model)
+        for _ in range(3):
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(model(torch.randn(4, 2, 3, 3, dtype=torch.float64)), torch.tensor([0, 1, 1, 0])).backward()
+            optimizer.step()
+        histories.append([[p.detach() for p in model.parameters()]])
+    assert_same(*histories, rtol=1e-9, atol=1e-10)
 
 
 def test_betas_may_come_from_json() -> None:

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from kfactk import OptionError
+from kfactk.testing import UpdateLaws
+from kfactk.testing.trajectories import Groups
 from kfactk_stages.update.momentum import Momentum
 from tests.kfactk_stages.update.trajectories import assert_same, groups, parameters, run
 
@@ -23,6 +25,20 @@ class Literal(torch.optim.Optimizer):
                 b = g if first else group["momentum"] * self.state[p]["b"] + (1 - group["dampening"]) * g
                 self.state[p]["b"] = b.clone()
                 p.data = p.data - group["lr"] * b
+
+
+class TestMomentum(UpdateLaws):
+    stage = "momentum"
+
+    def counterpart(self, groups: Groups, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        return Literal(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.9, "dampening": 0.0})
+
+
+class TestDampedMomentum(UpdateLaws):
+    stage = {"name": "momentum", "momentum": 0.7, "dampening": 0.3, "foreach": False}  # noqa: RUF012
+
+    def counterpart(self, groups: Groups, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+        return Literal(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.7, "dampening": 0.3})
 
 
 @pytest.mark.parametrize("dampening", [0.0, 0.3])
