@@ -1,4 +1,5 @@
-"""Every task of the project: `nox -s tests`, `nox -s experiments`, `nox -s lint`, `nox -s docs`, `nox -s bench`.
+"""Every task of the project: `nox -s tests`, `nox -s experiments`, `nox -s lint`, `nox -s docs`, `nox -s plugins`,
+`nox -s mutants`, `nox -s bench`.
 
 All of them share one environment, made by the session `env` and refreshed only when what it was made from has changed. Arguments behind
 `--` go to the tool that the session runs: `nox -s tests -- tests/kfactk -k ekfac`.
@@ -6,6 +7,8 @@ All of them share one environment, made by the session `env` and refreshed only 
 
 import hashlib
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import nox
@@ -17,6 +20,7 @@ ROOT = Path(__file__).parent
 MADE_FROM = ("pyproject.toml", "noxfile.py", "kfactk/_version.py")
 WORKERS = str(min(os.cpu_count() or 1, 8))
 THOROUGH = "--thorough"
+FAMILIES = ("curvature", "basis", "fisher", "likelihood", "clip", "update", "placement", "tracker")
 PATIENCE = 30.0  # seconds an interrupted experiment has to save what it did
 
 
@@ -30,7 +34,7 @@ def fingerprint() -> str:
 
 def python(session: nox.Session) -> str:
     """Path of the shared environment's interpreter."""
-    env = session.cache_dir.parent / "env"
+    env = (session.cache_dir.parent / "env").absolute()
     return str(env / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
 
 
@@ -48,13 +52,24 @@ def env(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["env"])
 def tests(session: nox.Session) -> None:
-    """All tests and doctests, then `lint`. `-- --thorough` draws twenty times the examples; other arguments go to pytest, alone."""
+    """All tests and doctests with their branch coverage, then `lint`.
+
+    `-- --thorough` draws twenty times the examples; other arguments go to pytest, alone. Neither measures coverage.
+    """
     given = [argument for argument in session.posargs if argument != THOROUGH]
     if not given:
         session.notify("lint")
     profile = "thorough" if THOROUGH in session.posargs else "quick"
     arguments = given or ["-n", WORKERS, "--dist", "loadgroup"]
-    session.run(python(session), "-m", "pytest", *arguments, env={"OMP_NUM_THREADS": "1", "KFACTK_LAWS": profile})
+    variables = {"OMP_NUM_THREADS": "1", "KFACTK_LAWS": profile, "COVERAGE_FILE": str(session.cache_dir / "coverage")}
+    if session.posargs:
+        session.run(python(session), "-m", "pytest", *arguments, env=variables)
+        return
+    measure = python(session), "-m", "coverage"
+    session.run(*measure, "erase", env=variables)
+    session.run(*measure, "run", "-m", "pytest", *arguments, env=variables)
+    session.run(*measure, "combine", "--quiet", env=variables)
+    session.run(*measure, "report", env=variables)
 
 
 @nox.session(venv_backend="none", requires=["env"], default=False)
@@ -74,8 +89,53 @@ def lint(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["env"], default=False)
 def docs(session: nox.Session) -> None:
     """Build the documentation into `site/`; a broken link is an error. `-- serve` shows it while you write."""
-    arguments = session.posargs or ["build", "--strict", "--quiet"]
+    arguments = session.posargs or ["build", "--strict"]
     session.run(python(session), "-m", "mkdocs", *arguments, env={"NO_MKDOCS_2_WARNING": "1"})
+
+
+@nox.session(venv_backend="none", requires=["env"], default=False)
+def plugins(session: nox.Session) -> None:
+    """Install `plugins/kfactk-diagonal` as a stranger would, run its laws, and take it off again; check what `new-plugin` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        stranger(session, Path(folder), "kfactk-diagonal", stages=("curvature", "basis"))
+        written = Path(folder) / "written"
+        written.mkdir()
+        for family in FAMILIES:
+            named = "new-plugin", f"kfactk-my-{family}", "--stage", family, "--directory", str(written)
+            session.run(python(session), "-m", "kfactk", *named, silent=True)
+        sources = [str(path) for place in (written, ROOT / "plugins" / "kfactk-diagonal") for path in sorted(place.rglob("*.py"))]
+        session.run(python(session), "-m", "ruff", "check", "--no-cache", "--output-format=concise", *sources)
+        session.run(python(session), "-m", "ruff", "format", "--no-cache", "--check", *sources)
+        session.run(python(session), "-m", "mypy", *sources)
+
+
+def stranger(session: nox.Session, folder: Path, name: str, stages: tuple[str, ...]) -> None:
+    """Build and install a plugin from a copy of its folder, run its tests where its source is not, and look for its stages."""
+    source, module, interpreter = ROOT / "plugins" / name, name.replace("-", "_"), python(session)
+    pip = interpreter, "-m", "pip"
+    version = nox.project.load_toml(source / "pyproject.toml")["project"]["version"]
+    shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "build"))
+    elsewhere = folder / "elsewhere"
+    elsewhere.mkdir()
+    shutil.copy(source / f"test_{module}.py", elsewhere)
+    try:
+        session.run(*pip, "install", "--quiet", f"{folder / name}[test]")
+        with session.chdir(elsewhere):
+            tests = "-m", "pytest", "-p", "no:cacheprovider", "--doctest-modules", "--pyargs", f"test_{module}.py", module
+            session.run(interpreter, *tests, env={"OMP_NUM_THREADS": "1"})
+            for family in stages:
+                listed = str(session.run(interpreter, "-m", "kfactk", "stages", "--family", family, silent=True))
+                session.log(listed)
+                if f"from {name} {version}" not in listed:
+                    session.error(f"`kfactk stages --family {family}` lists nothing from {name} {version}, which is installed")
+    finally:
+        session.run(*pip, "uninstall", "--quiet", "--yes", name)
+
+
+@nox.session(venv_backend="none", requires=["env"], default=False)
+def mutants(session: nox.Session) -> None:
+    """Put mistakes into the mathematics, one at a time, and see that the tests notice each; `nox -s mutants -- --help` shows what else."""
+    session.run(python(session), "-m", "mutation", *session.posargs, interrupt_timeout=PATIENCE, terminate_timeout=PATIENCE)
 
 
 @nox.session(venv_backend="none", requires=["env"], default=False)

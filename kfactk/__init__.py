@@ -14,7 +14,7 @@ from kfactk.errors import (
     StateError as StateError,
     UnknownStageError as UnknownStageError,
 )
-from kfactk.hookspecs import hookimpl as hookimpl
+from kfactk.hookspecs import PLUGIN_API as PLUGIN_API, hookimpl as hookimpl
 from kfactk.optimizer import Optimizer as Optimizer
 from kfactk.recipe import Recipe as Recipe, build as build
 from kfactk.samples import Samples as Samples, Statistic as Statistic, Use as Use, project as project

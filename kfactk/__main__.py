@@ -1,4 +1,4 @@
-"""The command line: `python -m kfactk stages`, `python -m kfactk plugins`."""
+"""The command line: `python -m kfactk stages`, `python -m kfactk plugins`, `python -m kfactk new-plugin`."""
 
 from __future__ import annotations
 
@@ -7,17 +7,21 @@ import contextlib
 import itertools
 import json
 import os
+import shlex
 import sys
 import textwrap
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import attrs
 
 from kfactk._version import __version__
 from kfactk.errors import KfactkError
+from kfactk.hookspecs import STAGE_HOOKS
 from kfactk.plugins import PluginInfo
 from kfactk.registry import Registry, callable_path, registry
+from kfactk.scaffold import new_plugin
 from kfactk.stage_info import REQUIRED, OptionInfo, StageInfo
 
 WIDTH = 100
@@ -35,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         with contextlib.redirect_stdout(sys.stderr):  # a plugin that prints when imported would spoil the JSON
             plugins = registry()
     try:
-        text, code = _stages(plugins, arguments) if arguments.command == "stages" else _plugins(plugins, arguments)
+        text, code = COMMANDS[arguments.command](plugins, arguments)
     except KfactkError as error:
         print(f"kfactk: {error}", file=sys.stderr)
         return 2
@@ -43,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="kfactk", description="List what kfactk can be composed of.")
+    parser = argparse.ArgumentParser(prog="kfactk", description="List what kfactk can be composed of, and begin something new.")
     parser.add_argument("--version", action="version", version=f"kfactk {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     stages = commands.add_parser("stages", help="every stage: options, defaults, provider, version and paper")
@@ -51,6 +55,10 @@ def _parser() -> argparse.ArgumentParser:
     plugins = commands.add_parser("plugins", help="every plugin: status, stages, and why it failed; exit code 1 when one did")
     for command in (stages, plugins):
         command.add_argument("--json", action="store_true", help="JSON on standard output")
+    new = commands.add_parser("new-plugin", help="write a package with a stage of your own, whose tests pass")
+    new.add_argument("name", metavar="NAME", help="the package's name, such as kfactk-diagonal; the stage is called diagonal")
+    new.add_argument("--stage", required=True, metavar="FAMILY", help=f"what it is: {', '.join(STAGE_HOOKS)}")
+    new.add_argument("--directory", type=Path, default=Path(), help="where the package's folder is made; by default the current one")
     return parser
 
 
@@ -112,6 +120,10 @@ def _origin(info: StageInfo | PluginInfo) -> str:
     return f"{distribution} (plugin {info.plugin})" if isinstance(info, StageInfo) else distribution
 
 
+def _api_text(info: PluginInfo) -> str:
+    return "API ?" if info.api is None else f"API {info.api}"
+
+
 def _plugins(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int]:
     infos = plugins.plugins()
     code = int(any(info.status == "failed" for info in infos))
@@ -119,16 +131,32 @@ def _plugins(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int
         return json.dumps([attrs.asdict(info) for info in infos], indent=2, allow_nan=False), code
     if not infos:
         return "No plugin is installed: no distribution has an entry point of the group kfactk. Try `pip install kfactk`.", code
-    rows = [(info.name, _origin(info), info.status, ", ".join(info.stages) or "-") for info in infos]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:3]
+    rows = [(info.name, _origin(info), _api_text(info), info.status, ", ".join(info.stages) or "-") for info in infos]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
     lines = []
     for info, row in zip(infos, rows, strict=True):
         head = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) + "  "
-        wrapped = textwrap.wrap(row[3], max(20, WIDTH - len(head)), break_on_hyphens=False)
+        wrapped = textwrap.wrap(row[-1], max(20, WIDTH - len(head)), break_on_hyphens=False)
         lines += [head + wrapped[0], *(" " * len(head) + line for line in wrapped[1:])]
         if info.error:
             lines += _wrapped(info.error, 4)
     return "\n".join(lines), code
+
+
+def _new_plugin(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int]:
+    package, folder = new_plugin(arguments.name, arguments.stage, arguments.directory, plugins)
+    path = str(folder) if folder.is_absolute() else os.path.join(".", folder)  # pip takes a bare name for one in the index
+    files = "".join(f"  {file.name}\n" for file in sorted(folder.iterdir()))
+    commands = (
+        f"pip install -e {shlex.quote(f'{path}[test]')}",
+        f"pytest {shlex.quote(path)}",
+        f"python -m kfactk stages --family {package.family}",
+    )
+    steps = "\n".join(f"  {command}" for command in commands)
+    return f"Made {folder} with the {package.family} {package.stage!r}:\n{files}Next:\n{steps}", 0
+
+
+COMMANDS = {"stages": _stages, "plugins": _plugins, "new-plugin": _new_plugin}
 
 
 if __name__ == "__main__":

@@ -2,6 +2,9 @@
 
 A plugin is a module or object whose functions, marked `@kfactk.hookimpl`, have the names below; it is found through an entry point of
 the group `kfactk`. Stage hooks return names with factories: a class or function whose keyword arguments are the stage's options.
+
+What is written here and in `kfactk.stages` is versioned. A plugin says which version it was written for with `kfactk_api = 1`; it is
+loaded by every kfactk that speaks that version, and refused with a clear message by the others.
 """
 
 from __future__ import annotations
@@ -18,6 +21,14 @@ if TYPE_CHECKING:
 PROJECT = "kfactk"
 hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
+
+PLUGIN_API = 1
+"""Version of the plugin API: hooks, the protocols in `kfactk.stages`, and the classes that pass through them. It grows when something
+changes by which a sound plugin would stop working; additions that plugins need not know of leave it."""
+SPOKEN = range(1, PLUGIN_API + 1)
+"""Versions whose plugins work here. Ours declare none: they come in one wheel with the framework and cannot be of another version."""
+UNDECLARED = 1
+"""The version a plugin that declares none was written for, for good: the first, which asked for no declaration."""
 
 STAGE_HOOKS: dict[str, str] = {
     "curvature": "kfactk_curvatures",

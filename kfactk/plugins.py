@@ -19,14 +19,17 @@ import attrs
 import pluggy
 
 from kfactk import hookspecs
+from kfactk._version import __version__
 from kfactk.errors import KfactkWarning, PluginError, near_names
-from kfactk.hookspecs import PROJECT, STAGE_HOOKS
+from kfactk.hookspecs import PLUGIN_API, PROJECT, SPOKEN, STAGE_HOOKS, UNDECLARED
 from kfactk.stage_info import options_of
 from kfactk.values import explain
 
 DISABLE = "KFACTK_DISABLE_PLUGINS"
 """Environment variable: names of plugins or distributions to block, separated by commas; `*` and `?` match as in file names."""
 PREFIX = f"{PROJECT}_"
+DECLARATION = f"{PREFIX}api"
+"""Attribute of a plugin: the version of the plugin API it was written for."""
 
 
 @attrs.frozen
@@ -41,6 +44,7 @@ class PluginInfo:
         stages: What it provides, as "family.name".
         status: "loaded", "failed" (wholly or in part; what did work stays usable) or "blocked".
         error: Why it failed or what blocks it, or "".
+        api: Version of the plugin API it was written for; `None` when that could not be read.
     """
 
     name: str
@@ -50,6 +54,7 @@ class PluginInfo:
     stages: tuple[str, ...]
     status: str
     error: str
+    api: int | None = None
 
 
 @attrs.frozen(eq=False)
@@ -74,6 +79,8 @@ class Plugin:
     blocked_by: str = ""
     providers: list[Provider] = attrs.field(factory=list)
     loaded: Any = None
+    api: int | None = None
+    outdated: str | None = None
 
     def __str__(self) -> str:
         origin = f"{self.distribution} {self.version or ''}".strip() if self.distribution else "registered in this process"
@@ -84,7 +91,7 @@ class Plugin:
         names = tuple(f"{provider.family}.{provider.name}" for provider in self.providers)
         status = "blocked" if self.blocked_by else "failed" if self.problems else "loaded"
         error = f"blocked by {self.blocked_by}" if self.blocked_by else "; ".join(self.problems)
-        return PluginInfo(self.name, self.distribution, self.version, self.module, names, status, error)
+        return PluginInfo(self.name, self.distribution, self.version, self.module, names, status, error, self.api)
 
 
 class Plugins:
@@ -118,7 +125,8 @@ class Plugins:
         """Take in a module or object of this process; nothing of it stays when anything is wrong with it.
 
         Raises:
-            PluginError: Its name is taken or blocked, it implements no hook, misspells one, or one of its stage hooks fails.
+            PluginError: Its name is taken or blocked, it was written for a plugin API that this kfactk does not speak, it implements no
+                hook, misspells one, or one of its stage hooks fails.
         """
         name = name or getattr(plugin, "__name__", None) or type(plugin).__name__
         record = Plugin(name, module=getattr(plugin, "__name__", type(plugin).__qualname__))
@@ -130,7 +138,8 @@ class Plugins:
         if record.problems:
             if self.manager.is_registered(plugin):
                 self.manager.unregister(plugin)
-            raise PluginError(f"The plugin {name!r} cannot be registered: {'; '.join(record.problems)}. Correct it and register it again.")
+            remedy = f"Try `pip install -U {record.outdated}`" if record.outdated else "Correct it and register it again"
+            raise PluginError(f"The plugin {name!r} cannot be registered: {'; '.join(record.problems)}. {remedy}.")
         self.records.append(record)
         return name
 
@@ -163,11 +172,14 @@ class Plugins:
             record.problems += self._admit(record, plugin)
         if not record.problems:
             return []
-        upgrade = f"`pip install -U {record.distribution}` or " if record.distribution else ""
+        outdated = record.outdated or record.distribution
+        upgrade = f"`pip install -U {outdated}` or " if outdated else ""
         return [f"The kfactk plugin {record} failed: {'; '.join(record.problems)}. Try {upgrade}block it with {DISABLE}={record.name}."]
 
     def _admit(self, record: Plugin, plugin: Any) -> list[str]:
         """Register with pluggy, check, and collect the stages; returns what is wrong."""
+        if problem := _declared(record, plugin):
+            return [problem]
         if (other := self.manager.get_name(plugin)) is not None:
             return [f"it is the same object as plugin {other!r}, which is loaded already: remove one of the two entry points"]
         free = not self.manager.has_plugin(record.name)
@@ -232,6 +244,24 @@ def _origin(entry: EntryPoint) -> tuple[str | None, str | None]:
     metadata = entry.dist.metadata
     known = {key: metadata[key] for key in metadata}
     return known.get("Name"), known.get("Version")
+
+
+def _declared(record: Plugin, plugin: Any) -> str:
+    """Note which version of the plugin API a plugin was written for; returns why it cannot work here, or ""."""
+    try:
+        version = getattr(plugin, DECLARATION, UNDECLARED)
+    except Exception as error:
+        return f"its {DECLARATION} cannot be read: {explain(error)}"
+    if isinstance(version, bool) or not isinstance(version, int):
+        return f"its {DECLARATION} is {version!r}, not an integer: write {DECLARATION} = {PLUGIN_API}, the version it was written for"
+    record.api = version
+    if version in SPOKEN:
+        return ""
+    newer = version > PLUGIN_API
+    record.outdated = PROJECT if newer else record.distribution
+    speaks = f"version {PLUGIN_API}" if len(SPOKEN) == 1 else f"versions {SPOKEN[0]} to {PLUGIN_API}"
+    needed = "a newer kfactk is needed" if newer else f"a newer {record.distribution or 'plugin'} is needed"
+    return f"it was written for version {version} of the plugin API, and this kfactk {__version__} speaks {speaks}: {needed}"
 
 
 def _matches(pattern: str, record: Plugin) -> bool:

@@ -80,7 +80,8 @@ class Registry:
         """Take in a module or object with hooks, for this process only; returns its name.
 
         Raises:
-            PluginError: Its name is taken or blocked, it implements no hook, misspells one, or one of its stage hooks fails.
+            PluginError: Its name is taken or blocked, it was written for a plugin API that this kfactk does not speak, it implements no
+                hook, misspells one, or one of its stage hooks fails.
         """
         return self._plugins.register(plugin, name)
 

@@ -54,7 +54,7 @@ def contents(wheel: Path) -> dict[str, str]:
 def test_the_wheel_carries_both_packages_whole_and_nothing_else(contents: dict[str, str]) -> None:
     expected = {"kfactk/py.typed", "kfactk_stages/py.typed"}
     for package, folder in (("kfactk", ROOT / "kfactk"), ("kfactk_stages", ROOT / "plugins" / "kfactk_stages")):
-        expected |= {f"{package}/{path.relative_to(folder).as_posix()}" for path in folder.rglob("*.py")}
+        expected |= {f"{package}/{path.relative_to(folder).as_posix()}" for kind in ("*.py", "*.template") for path in folder.rglob(kind)}
     assert {name for name in contents if not name.startswith("dist-info/")} == expected
 
 

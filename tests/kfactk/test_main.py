@@ -74,7 +74,7 @@ def test_an_unknown_family_exits_2_with_near_names(good: Site, capsys: pytest.Ca
 
 def test_plugins_without_fault(good: Site, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plugins"]) == 0
-    assert capsys.readouterr().out == "clip.good  good-dist 2.5  loaded  clip.good\n"
+    assert capsys.readouterr().out == "clip.good  good-dist 2.5  API 1  loaded  clip.good\n"
 
 
 def test_a_failed_plugin_exits_1_and_is_explained(good: Site, capsys: pytest.CaptureFixture[str]) -> None:
@@ -83,9 +83,9 @@ def test_a_failed_plugin_exits_1_and_is_explained(good: Site, capsys: pytest.Cap
     assert main(["plugins"]) == 1
     captured = capsys.readouterr()
     lines = captured.out.splitlines()
-    assert lines[0] == "bad        bad-dist 1.0   failed  -"
+    assert lines[0] == "bad        bad-dist 1.0   API ?  failed  -"
     assert lines[1].startswith("    it could not be imported: ModuleNotFoundError: No module named 'no_such_package_at_all'")
-    assert lines[2] == "clip.good  good-dist 2.5  loaded  clip.good"
+    assert lines[2] == "clip.good  good-dist 2.5  API 1  loaded  clip.good"
     assert "warning: The kfactk plugin 'bad' (bad-dist 1.0) failed" in captured.err
     assert main(["stages"]) == 0
 
@@ -129,6 +129,47 @@ def test_long_texts_are_wrapped(installed: Site, capsys: pytest.CaptureFixture[s
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 100
     assert "option_number_29=29.5" in "".join(lines)
+
+
+def test_new_plugin_says_what_to_do_next(good: Site, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert main(["new-plugin", "kfactk-mine", "--stage", "clip", "--directory", str(tmp_path)]) == 0
+    folder = tmp_path / "kfactk-mine"
+    assert capsys.readouterr().out.splitlines() == [
+        f"Made {folder} with the clip 'mine':",
+        "  .gitignore",
+        "  README.md",
+        "  kfactk_mine.py",
+        "  pyproject.toml",
+        "  test_kfactk_mine.py",
+        "Next:",
+        f"  pip install -e '{folder}[test]'",
+        f"  pytest {folder}",
+        "  python -m kfactk stages --family clip",
+    ]
+
+
+def test_new_plugin_in_the_current_folder(
+    good: Site, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["new-plugin", "kfactk-mine", "--stage", "clip"]) == 0
+    assert f"pip install -e '{os.path.join('.', 'kfactk-mine')}[test]'" in capsys.readouterr().out
+    assert main(["new-plugin", "kfactk-mine", "--stage", "clip"]) == 2
+    assert "kfactk-mine is there already" in capsys.readouterr().err
+    assert main(["new-plugin", "kfactk-good", "--stage", "clip"]) == 2
+    assert "There is a clip 'good' already, of good-dist" in capsys.readouterr().err
+    assert main(["new-plugin", "kfactk-other", "--stage", "clips"]) == 2
+    assert "Did you mean 'clip'" in capsys.readouterr().err
+
+
+def test_a_plugin_of_another_api_is_shown(good: Site, capsys: pytest.CaptureFixture[str]) -> None:
+    good.module("new_plugin", "kfactk_api = 99")
+    good.install("new-dist", {"new": "new_plugin"})
+    assert main(["plugins"]) == 1
+    captured = capsys.readouterr()
+    assert captured.out.splitlines()[1].split() == ["new", "new-dist", "1.0", "API", "99", "failed", "-"]
+    assert "it was written for version 99 of the plugin API" in captured.out
+    assert "Try `pip install -U kfactk`" in captured.err
 
 
 def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,6 @@
 """Loading plugins: one that fails is named and stops no other."""
 
+import re
 import sys
 import types
 import warnings
@@ -8,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from kfactk import KfactkWarning, PluginError
+from kfactk import PLUGIN_API, KfactkWarning, PluginError, plugins as plugins_module
+from kfactk._version import __version__
 from kfactk.hookspecs import hookimpl
 from kfactk.plugins import DISABLE, PluginInfo, Plugins
 from tests.distributions import CLIP, Site, site as site
@@ -30,7 +32,7 @@ def test_a_sound_plugin_loads_without_a_word(site: Site) -> None:
     site.module("good_plugin", GOOD)
     site.install("good-dist", {"good": "good_plugin"}, version="2.5")
     infos, said = load(site)
-    assert infos == {"good": PluginInfo("good", "good-dist", "2.5", "good_plugin", ("clip.good",), "loaded", "")}
+    assert infos == {"good": PluginInfo("good", "good-dist", "2.5", "good_plugin", ("clip.good",), "loaded", "", 1)}
     assert said == []
 
 
@@ -145,6 +147,84 @@ def test_two_names_for_one_module(site: Site) -> None:
     assert "same object as plugin 'first'" in said[0]
 
 
+@pytest.mark.parametrize(
+    ("declared", "says", "upgrade"),
+    [
+        (f"{PLUGIN_API + 1}", f"for version {PLUGIN_API + 1} of the plugin API, and this kfactk {__version__} speaks version 1", "kfactk"),
+        ("0", "for version 0 of the plugin API.* speaks version 1: a newer other-dist is needed", "other-dist"),
+        ("-3", "a newer other-dist is needed", "other-dist"),
+        ("'1'", "kfactk_api is '1', not an integer: write kfactk_api = 1", "other-dist"),
+        ("1.0", "kfactk_api is 1.0, not an integer", "other-dist"),
+        ("True", "kfactk_api is True, not an integer", "other-dist"),
+        ("None", "kfactk_api is None, not an integer", "other-dist"),
+    ],
+)
+def test_a_plugin_of_another_api_is_refused_whole(site: Site, declared: str, says: str, upgrade: str) -> None:
+    site.module("other_plugin", f"kfactk_api = {declared}\n{GOOD}")
+    site.module("good_plugin", GOOD)
+    site.install("other-dist", {"other": "other_plugin"})
+    site.install("good-dist", {"good": "good_plugin"})
+    infos, said = load(site)
+    assert (infos["other"].status, infos["other"].stages, infos["good"].status) == ("failed", (), "loaded")
+    assert re.search(says, infos["other"].error)
+    (message,) = said
+    assert message.startswith(f"The kfactk plugin 'other' (other-dist 1.0) failed: {infos['other'].error}. Try `pip install -U {upgrade}`")
+
+
+def test_a_plugin_of_our_api_declares_it(site: Site) -> None:
+    site.module("good_plugin", f"kfactk_api = {PLUGIN_API}\n{GOOD}")
+    site.install("good-dist", {"good": "good_plugin"})
+    infos, said = load(site)
+    assert (infos["good"].status, infos["good"].api, said) == ("loaded", PLUGIN_API, [])
+
+
+def test_older_versions_stay_welcome_as_long_as_they_are_spoken(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(plugins_module, "PLUGIN_API", 3)
+    monkeypatch.setattr(plugins_module, "SPOKEN", range(2, 4))
+    for version in (1, 2, 3, 4):
+        site.module(f"plugin_{version}", f"kfactk_api = {version}\n" + CLIP.format(name="Clip", stage=f"clip{version}"))
+        site.install(f"dist-{version}", {f"p{version}": f"plugin_{version}"})
+    site.module("plugin_silent", GOOD)
+    site.install("dist-silent", {"silent": "plugin_silent"})
+    infos, _ = load(site)
+    assert {name: (info.status, info.api) for name, info in infos.items()} == {
+        "p1": ("failed", 1),
+        "p2": ("loaded", 2),
+        "p3": ("loaded", 3),
+        "p4": ("failed", 4),
+        "silent": ("failed", 1),
+    }
+    assert "speaks versions 2 to 3" in infos["p4"].error
+
+
+def test_an_object_of_another_api_cannot_be_registered() -> None:
+    class Mine:
+        kfactk_api = 7
+
+        @hookimpl
+        def kfactk_clips(self) -> dict[str, type]:
+            raise AssertionError("asked for its stages")
+
+    plugins = Plugins()
+    for declared, says in [
+        (7, "written for version 7 .*a newer kfactk is needed. Try `pip install -U kfactk`"),
+        (0, "a newer plugin"),
+        ("", "''"),
+    ]:
+        Mine.kfactk_api = declared  # type: ignore[assignment]
+        with pytest.raises(PluginError, match=says):
+            plugins.register(Mine())
+    assert plugins.records == []
+
+    class Raising(Mine):
+        @property
+        def kfactk_api(self) -> int:  # type: ignore[override]
+            raise ValueError("boom")
+
+    with pytest.raises(PluginError, match="its kfactk_api cannot be read: ValueError: boom"):
+        plugins.register(Raising())
+
+
 @pytest.mark.parametrize("pattern", ["bad", "bad-dist", "Bad_Dist", "ba*", "bad-?ist"])
 def test_a_blocked_plugin_is_not_imported(site: Site, pattern: str) -> None:
     site.module("bad_plugin", "raise RuntimeError('boom')")
@@ -182,7 +262,7 @@ def test_plugins_of_this_process_come_and_go() -> None:
     mine = namespace(kfactk_clips=lambda: {"mine": Clip})
     assert plugins.register(mine, "mine") == "mine"
     assert [record.info() for record in plugins.records] == [
-        PluginInfo("mine", None, None, "SimpleNamespace", ("clip.mine",), "loaded", "")
+        PluginInfo("mine", None, None, "SimpleNamespace", ("clip.mine",), "loaded", "", 1)
     ]
     with pytest.raises(PluginError, match="unregister\\('mine'\\)"):
         plugins.register(namespace(kfactk_clips=lambda: {"mine": Clip}), "mine")
