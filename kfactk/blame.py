@@ -38,6 +38,16 @@ def blaming(family: str, stage: object, where: str) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def naming(family: str, stage: object, where: str) -> Iterator[None]:
+    """Note on whatever a stage raises which stage it was, where errors of the libraries below it have to keep their kind."""
+    try:
+        yield
+    except BaseException as error:
+        error.add_note(f"raised by {label_of(family, stage)} {where}")
+        raise
+
+
 def check_statistics(family: str, stage: object, where: str, found: Any, *, required: bool) -> dict[str, Statistic]:
     """What a stage summed up, checked.
 

@@ -9,6 +9,7 @@ import attrs
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
+from kfactk.blame import blaming
 from kfactk.errors import OptionError, near_names
 from kfactk.stages import Curvature, Layer
 
@@ -121,7 +122,8 @@ class Survey:
             if not own:
                 continue
             excluded = next((pattern for pattern in exclude if _within(name, pattern)), None)
-            reason = curvature.unsupported(module) if excluded is None else f"excluded (exclude={excluded!r})"
+            with blaming("curvature", curvature, f"on module {name!r}"):
+                reason = curvature.unsupported(module) if excluded is None else f"excluded (exclude={excluded!r})"
             tied = sorted(set().union(*(owners[id(parameter)] for parameter in own.values())) - {_join(name, key) for key in own})
             if reason is None and tied:
                 reason = f"tied: it shares a parameter with {', '.join(tied)}"

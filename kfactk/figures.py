@@ -65,7 +65,10 @@ class Recorder:
 
     def due(self, step: int) -> bool:
         """Whether `step` is recorded."""
-        return self._tracker is not None and step % self._tracker.every == 0
+        answers: list[bool] = []
+        if (tracker := self._tracker) is not None:
+            _surviving(self._warned, lambda: answers.append(step % tracker.every == 0))
+        return any(answers)
 
     def see(self, pairs: Sequence[Pair], factor: Tensor) -> None:
         """Note what the clip saw and answered."""

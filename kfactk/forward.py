@@ -179,3 +179,15 @@ def overwritten(layer: str) -> str:
         f"the input of layer {layer!r} was modified in place after its forward, so its statistics would be wrong. Refill input buffers "
         "only after step(), or hand the model a copy."
     )
+
+
+def silent_message(names: Sequence[str]) -> str:
+    """What to tell a user whose layers were not seen although they have a gradient."""
+    shown = ", ".join(repr(name) for name in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+    return (
+        f"curvature is due, and layer {shown} has a gradient but gave no sample: preconditioning it would use wrong statistics. "
+        "Likely causes: observe='manual' without optimizer.observe() between forward and backward; the bound model itself was not called "
+        "(a submodule or a copy was); the forward ran in evaluation mode (use observe='manual'), under reentrant activation checkpointing "
+        "(use use_reentrant=False) or compiled before bind; the layer does not lead to the output that the likelihood sees (name it "
+        "with output=, or leave a head with a loss of its own alone with exclude=). Nothing was changed by this step."
+    )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -12,7 +13,7 @@ from torch import Tensor
 from kfactk.averages import RunningMean
 from kfactk.errors import StateError
 from kfactk.samples import Samples, Statistic
-from kfactk.schedule import NOTHING, Due
+from kfactk.schedule import NOTHING, Due, number_at, plain
 from kfactk.sums import add, guarded
 
 PREFIX = "kfactk."
@@ -79,6 +80,17 @@ class LayerState:
         add(self.pending, guarded(self.staged, self.bad))
         self.staged.clear()
 
+    def mark(self) -> tuple[int, int, int]:
+        """Before a forward: end the last one, and note where this one's part will begin."""
+        self.settle()
+        return len(self.retained), len(self.borrowed), self.seen
+
+    def back_to(self, mark: tuple[int, int, int]) -> None:
+        """Forget what was gathered since `mark`."""
+        self.staged.clear()
+        retained, borrowed, self.seen = mark
+        del self.retained[retained:], self.borrowed[borrowed:]
+
     def clear_pending(self) -> None:
         """Forget what this step gathered."""
         self.staged.clear()
@@ -111,9 +123,15 @@ class LayerState:
             StateError: A key is not one that `flat` writes.
         """
         state = cls(parameters)
+        if wrong := sorted(key for key, value in flat.items() if not isinstance(value, Tensor) or not bool(torch.isfinite(value).all())):
+            raise StateError(f"the saved state is damaged: {', '.join(wrong)} is no tensor, or holds NaN or inf. Load an earlier one.")
+        if lacking := sorted(key for key in flat if key.split(".")[1] in ("factor", "moment") and not _whole(key, flat)):
+            raise StateError(
+                f"the saved state is damaged: {', '.join(lacking)} has not both its value and its weight. Load an earlier one."
+            )
         for key, tensor in flat.items():
             kind, _, rest = key.removeprefix(PREFIX).partition(".")
-            if key == OWED:
+            if key == OWED and tensor.shape == (3,):
                 state.owed = Due(*map(bool, tensor.tolist()))
             elif kind in ("factor", "moment"):
                 means = state.factors if kind == "factor" else state.moments
@@ -140,7 +158,11 @@ def split_entries(state_dict: Mapping[str, Any], groups: Groups) -> tuple[dict[i
 
     Returns:
         The curvature's entries by parameter id, the update rule's by parameter number, and the number of steps taken.
+
+    Raises:
+        StateError: It has not the form of an optimizer's state.
     """
+    _check_form(state_dict)
     numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
     parameters = [parameter for group in groups for parameter in group["params"]]
     ours, theirs, step = {}, {}, 0
@@ -151,7 +173,43 @@ def split_entries(state_dict: Mapping[str, Any], groups: Groups) -> tuple[dict[i
             ours[id(parameter)] = flat
         if rest := {key: value for key, value in entry.items() if not key.startswith(PREFIX)}:
             theirs[number] = rest
+            if wrong := sorted(key for key, value in rest.items() if isinstance(value, Tensor) and bool(torch.isnan(value).any())):
+                raise StateError(f"the saved state is damaged: the update rule's {', '.join(wrong)} holds NaN. Load an earlier one.")
     return ours, theirs, step
+
+
+def _check_form(state_dict: Mapping[str, Any]) -> None:
+    """Hold the form that torch gives to an optimizer's state, as far as it is read here."""
+    entries, groups = (state_dict.get(name) for name in ("state", "param_groups"))
+    steps = [e.get(STEP, 0) for e in entries.values() if isinstance(e, Mapping)] if isinstance(entries, Mapping) else []
+    good = isinstance(entries, Mapping) and all(isinstance(entry, Mapping) for entry in entries.values())
+    good = good and isinstance(groups, list) and all(isinstance(g, Mapping) and isinstance(g.get("params"), list) for g in groups)
+    if not good or not all(isinstance(step, int | Tensor) and int(step) >= 0 for step in steps):
+        raise StateError(
+            'the saved state is damaged: it must hold "state", a dict of dicts, and "param_groups", a list of dicts with "params", with a '
+            "number of steps in each entry, as Optimizer.state_dict() gives them. Load an earlier one."
+        )
+
+
+@contextlib.contextmanager
+def all_or_nothing(*optimizers: torch.optim.Optimizer) -> Iterator[None]:
+    """Around the taking over of a saved state: when it fails, the optimizers have the state and groups they had.
+
+    Raises:
+        StateError: An update rule does not find in the state what it needs.
+    """
+    before = [(optimizer, optimizer.state, optimizer.param_groups) for optimizer in optimizers]
+    try:
+        yield
+    except BaseException as error:
+        for optimizer, state, groups in before:
+            optimizer.state, optimizer.param_groups = state, groups
+        if isinstance(error, AttributeError | LookupError | TypeError):
+            raise StateError(
+                f"the update rule cannot take over the saved state ({type(error).__name__}: {error}): something of it is missing or is "
+                "another rule's. Bind the recipe it was saved with, or load an earlier one."
+            ) from error
+        raise
 
 
 def completed_groups(saved: Groups, current: Groups, known: Mapping[str, Any], rule: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -165,6 +223,7 @@ def completed_groups(saved: Groups, current: Groups, known: Mapping[str, Any], r
 
     Raises:
         StateError: The groups are another update rule's.
+        OptionError: A learning rate, damping or weight decay is no such number.
     """
     numbers = [name for name, value in rule.items() if isinstance(value, (int, float, tuple)) and not isinstance(value, bool)]
     for group in saved:
@@ -173,9 +232,18 @@ def completed_groups(saved: Groups, current: Groups, known: Mapping[str, Any], r
                 f"the saved state is another update rule's: its parameter groups have no {', '.join(lacking)}. Bind the recipe it was "
                 "saved with."
             )
+        for name in ("lr", "damping", "weight_decay"):
+            if name in group:
+                number_at(f"{name} of a saved parameter group", plain(group[name]), 0)
     if len(saved) != len(current):  # torch says so
         return [dict(group) for group in saved]
     return [{**{name: own[name] for name in known if name in own}, **group} for own, group in zip(current, saved, strict=True)]
+
+
+def _whole(key: str, flat: Mapping[str, Any]) -> bool:
+    """Whether a mean's value and weight are both there."""
+    value = key.removesuffix(".weight")
+    return value in flat and f"{value}.weight" in flat
 
 
 def _values(means: Mapping[str, RunningMean]) -> dict[str, Tensor]:

@@ -191,3 +191,9 @@ def damping_floor(mean: Tensor) -> Tensor:
 def inner_products(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     """`<x, y>` pair by pair, `[len]`, on the first one's device."""
     return torch.stack([(x * y).sum().to(xs[0].device) for x, y in zip(xs, ys, strict=True)])
+
+
+def as_gradient(tensor: Tensor, parameter: Tensor) -> Tensor:
+    """The tensor in the dtype and the memory layout of its parameter: torch's fused update rules read gradients without their strides."""
+    tensor = tensor.to(parameter.dtype)
+    return tensor if tensor.stride() == parameter.stride() else torch.empty_like(parameter).copy_(tensor)

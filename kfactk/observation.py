@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kfactk.blame import blaming, label_of
 from kfactk.errors import CaptureError
 from kfactk.forward import Forward
 from kfactk.preconditioner import Preconditioner
@@ -61,9 +62,10 @@ class Observer:
         output = self._output(forward.output)
         if not isinstance(output, Tensor):
             raise CaptureError(f"output= found {type(output).__name__} in what the model returned; it must find a tensor.")
-        with torch.enable_grad(), torch.autocast(output.device.type, enabled=False):
-            view = self._likelihood.view(output)
-            weights = self._likelihood.term_weights(view.detach(), {**forward.batch, **batch})
+        with torch.enable_grad(), torch.autocast(output.device.type, enabled=False), self._preconditioner.forward():
+            with blaming("likelihood", self._likelihood, "on the model's output"):
+                view = self._likelihood.view(output)
+                weights = self._likelihood.term_weights(view.detach(), {**forward.batch, **batch})
             terms: Tensor | float = float(view.shape[0] * view.shape[1]) if weights is None else weights.detach().sum().double()
             self._preconditioner.count(terms, len(view))
             if not forward.calls:
@@ -76,8 +78,18 @@ class Observer:
                 return
             generator = torch.Generator(view.device)
             generator.manual_seed(draw_seed(self._fisher.seed, step, micro_batch, self._preconditioner.placement.rank))
-            for number, loss in enumerate(self._fisher.losses(view, self._likelihood, weights, generator)):
+            for number, loss in enumerate(self._losses(view, weights, generator)):
                 forward.run(loss, view, self._sink(terms, first=number == 0))
+
+    def _losses(self, view: Tensor, weights: Tensor | None, generator: torch.Generator) -> Iterator[Tensor]:
+        losses = None
+        while True:
+            with blaming("fisher", self._fisher, f"with {label_of('likelihood', self._likelihood)}"):
+                losses = iter(self._fisher.losses(view, self._likelihood, weights, generator)) if losses is None else losses
+                loss = next(losses, None)
+            if loss is None:
+                return
+            yield loss
 
     def _listen(self, forward: Forward, terms: Tensor | float) -> None:
         # The user's loss is (scale / M) or scale times the sum; gradients are wanted of the sum.

@@ -12,18 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from kfactk.ambient import full_precision
-from kfactk.blame import blaming, check_clipped
+from kfactk.blame import blaming, check_clipped, naming
 from kfactk.capture import Capture, followable, model_output, weakly
 from kfactk.coverage import Coverage
 from kfactk.errors import CaptureError, CombinationError, KfactkError, KfactkWarning
 from kfactk.figures import Recorder
 from kfactk.forward import Forward
-from kfactk.layerstate import STEP, completed_groups, split_entries
+from kfactk.layerstate import STEP, all_or_nothing, completed_groups, split_entries
 from kfactk.linalg import inner_products
 from kfactk.observation import Observer
 from kfactk.preconditioner import Preconditioner
 from kfactk.schedule import Due, due_at, number_at, plain
 from kfactk.stages import Layer, Pair
+from kfactk.standin import all_finite, standing_in
 from kfactk.views import LayerView, conditions, products
 
 if TYPE_CHECKING:
@@ -77,7 +78,8 @@ class Optimizer(torch.optim.Optimizer):
         self._groups: dict[int, dict[str, Any]] = {}
         defaults = {"lr": recipe.lr, "damping": number_at("damping", recipe.damping, 0), "weight_decay": recipe.weight_decay}
         super().__init__(model.parameters() if params is None else params, defaults)
-        self._inner = recipe.update.make(self.param_groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        with naming("update", recipe.update, "making the optimizer"):
+            self._inner = recipe.update.make(self.param_groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
         self._inner.param_groups = self.param_groups
         self.defaults = {**self._inner.defaults, **self.defaults}
         self._index()
@@ -245,16 +247,19 @@ class Optimizer(torch.optim.Optimizer):
         layers = [layer for layer in self._preconditioner.layers() if layer.module.weight.grad is not None]
         gradients = {layer.name: self._gradient(layer) for layer in layers}
         allocating = self._preconditioner.check(gradients) and all(float(group["lr"]) == 0 for group in self.param_groups)
-        if allocating:
-            self._preconditioner.allocate(layers, self._damping)
-        else:
-            self._preconditioner.refresh(self._damping)
-            self._preconditioner.measure_gradients(gradients, self.recipe.reduction)
-        if self.recipe.weight_decay_at == "gradient":
-            gradients = {layer.name: self._gradient(layer, decayed=True) for layer in layers}
-        self._apply(layers, gradients)
-        self._preconditioner.finish()
-        self._pending, self._micro_batch = None, 0
+        taken = True
+        try:
+            if allocating:
+                self._preconditioner.allocate(layers, self._damping)
+            else:
+                self._preconditioner.refresh(self._damping)
+                self._preconditioner.measure_gradients(gradients, self.recipe.reduction)
+            if self.recipe.weight_decay_at == "gradient":
+                gradients = {layer.name: self._gradient(layer, decayed=True) for layer in layers}
+            taken = self._apply(layers, gradients)
+        finally:
+            self._preconditioner.finish(taken)
+            self._pending, self._micro_batch = None, 0
         self._show_state()
         if not allocating:
             self._step += 1
@@ -263,15 +268,15 @@ class Optimizer(torch.optim.Optimizer):
                 self._stepped(optimizer=self, step=self.steps - 1, figures=figures)
         self._expect()
 
-    def _apply(self, layers: Sequence[Layer], gradients: Mapping[str, Tensor]) -> None:
-        """Precondition, clip, and let the update rule step on what came out, in place of the gradients."""
+    def _apply(self, layers: Sequence[Layer], gradients: Mapping[str, Tensor]) -> bool:
+        """Precondition, clip, and let the update rule step on what came out, in place of the gradients; not where these are not finite."""
         slots: list[nn.Parameter] = []
         pairs: list[Pair] = []
         with self._recorder.timed("precondition"):
             for layer in layers:
                 matrix = self._preconditioner.precondition(layer, gradients[layer.name], self._damping(layer))
-                preconditioned = self.recipe.curvature.tensors(layer, matrix)
-                plain = self.recipe.curvature.tensors(layer, gradients[layer.name])
+                preconditioned = self._preconditioner.parted(layer, matrix)
+                plain = self._preconditioner.parted(layer, gradients[layer.name])
                 for name, parameter in layer.tensors().items():
                     if parameter.grad is not None:
                         slots.append(parameter)
@@ -282,29 +287,17 @@ class Optimizer(torch.optim.Optimizer):
             clipped, factor = check_clipped(self.recipe.clip, found, len(pairs))
         if self._recorder.due(self.steps):
             self._recorder.see(pairs, factor)
-        self._take_step([(parameter, new) for parameter, new in zip(slots, clipped, strict=True)])
+        given = [parameter.grad for group in self.param_groups for parameter in group["params"] if parameter.grad is not None]
+        if taken := all_finite([*given, *clipped]):
+            self._take_step([(parameter, new) for parameter, new in zip(slots, clipped, strict=True)])
+        return taken
 
     def _take_step(self, replaced: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
         """Run the update rule with these gradients in place of the user's, and put the user's back."""
-        gradient_decay = self.recipe.weight_decay_at == "gradient"
-        decays = [group["weight_decay"] for group in self.param_groups]
-        found = [(parameter, parameter.grad) for group in self.param_groups for parameter in group["params"]]
-        try:
-            if gradient_decay:
-                for parameter, gradient in found:
-                    if gradient is not None and float(self._groups[id(parameter)]["weight_decay"]):
-                        parameter.grad = gradient.add(parameter, alpha=float(self._groups[id(parameter)]["weight_decay"]))
-                for group in self.param_groups:
-                    group["weight_decay"] = 0.0
-            for parameter, new in replaced:
-                parameter.grad = new.to(parameter.dtype)
-            with self._recorder.timed("update"):
-                self._inner.step()
-        finally:
-            for parameter, gradient in found:
-                parameter.grad = gradient
-            for group, decay in zip(self.param_groups, decays, strict=True):
-                group["weight_decay"] = decay
+        decayed = self.recipe.weight_decay_at == "gradient"
+        named = naming("update", self.recipe.update, "taking the step")
+        with standing_in(self.param_groups, replaced, decayed=decayed), self._recorder.timed("update"), named:
+            self._inner.step()
 
     def _gradient(self, layer: Layer, *, decayed: bool = False) -> Tensor:
         """One layer's gradient as its matrix, with weight decay added if wanted."""
@@ -368,8 +361,9 @@ class Optimizer(torch.optim.Optimizer):
         ours, theirs, step = split_entries(state_dict, self.param_groups)
         groups = completed_groups(state_dict["param_groups"], self.param_groups, self.defaults, self._inner.defaults)
         states = self._preconditioner.loaded(ours)
-        super().load_state_dict({**state_dict, "state": theirs, "param_groups": groups})
-        self._inner.__setstate__({"state": defaultdict(dict, self.state), "param_groups": self.param_groups})
+        with all_or_nothing(self, self._inner):
+            super().load_state_dict({**state_dict, "state": theirs, "param_groups": groups})
+            self._inner.__setstate__({"state": defaultdict(dict, self.state), "param_groups": self.param_groups})
         self.state = defaultdict(dict)
         self._step = torch.tensor(step, dtype=torch.int64)
         self._preconditioner.adopt(states)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
 from kfactk.averages import RunningMean
-from kfactk.blame import blaming, check_matrices, check_statistics, square
+from kfactk.blame import blaming, check_matrices, check_statistics, naming, square
 from kfactk.coverage import Survey
 from kfactk.errors import CaptureError, DecompositionError, KfactkWarning, StateError
-from kfactk.forward import overwritten
+from kfactk.forward import overwritten, silent_message
 from kfactk.layerstate import LayerState
 from kfactk.linalg import mean_diagonal
 from kfactk.plan import Need, Plan
@@ -116,6 +117,18 @@ class Preconditioner:
             state.borrowed += [(use.inputs, use.inputs._version) for use in uses]
         add(state.staged, sums)
 
+    @contextlib.contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around the passes over one forward: what they give counts as a whole or, when one of them fails, not at all."""
+        marks, terms = {name: state.mark() for name, state in self.states.items()}, len(self._terms)
+        try:
+            yield
+        except BaseException:
+            for name, mark in marks.items():
+                self.states[name].back_to(mark)
+            del self._terms[terms:]
+            raise
+
     def count(self, terms: Tensor | float, examples: int) -> None:
         """Note the likelihood terms and the examples of one forward."""
         self._terms.append(terms)
@@ -146,11 +159,11 @@ class Preconditioner:
         seen = {keyed(name, "seen"): Statistic(None, float(self.states[name].seen)) for name, need in needs.items() if need.follows}
         if not seen:
             return False
-        total = self.placement.reduce(seen)
+        total = self._reduced(seen)
         missing = [name for name in needs if (key := keyed(name, "seen")) in total and not float(total[key].count)]
         silent = [n for n in missing if not needs[n].waited_for and n in gradients and bool(gradients[n].any())]
         if silent:
-            raise CaptureError(_silent_message(silent))
+            raise CaptureError(silent_message(silent))
         self._unseen = missing
         return len(missing) == len(seen) and not any(bool(gradient.any()) for gradient in gradients.values())
 
@@ -163,20 +176,25 @@ class Preconditioner:
             self.states[name].settle()
         sums = {keyed(name, key): value for name in needs for key, value in self.states[name].pending.items()}
         followed = any(need.follows for need in needs.values())
-        averages = means(self.placement.reduce(sums)) if followed else {}
+        averages = means(self._reduced(sums)) if followed else {}
         with self._timed("factors"):
             self._average(needs, averages, "factor")
-        previous = {}
+        previous: dict[str, dict[str, dict[str, Tensor]]] = {}
+        try:
+            with self._timed("basis"):
+                for name, need in needs.items():
+                    if need.basis and name not in self._unseen:
+                        previous[name] = self.states[name].decomposition
+                        self._decompose(need.layer, damping(need.layer))
+            with self._timed("scale"):
+                self._average(needs, averages, "moment")
+                if previous:
+                    self._measure(needs, previous)
+        except BaseException:  # moments stay together with the basis they were measured in
+            for name, old in previous.items():
+                self.states[name].decomposition = old
+            raise
         self._plan.settle(self.states, self._unseen)
-        with self._timed("basis"):
-            for name, need in needs.items():
-                if need.basis and name not in self._unseen:
-                    previous[name] = self.states[name].decomposition
-                    self._decompose(need.layer, damping(need.layer))
-        with self._timed("scale"):
-            self._average(needs, averages, "moment")
-            if previous:
-                self._measure(needs, previous)
 
     def measure_gradients(self, gradients: Mapping[str, Tensor], reduction: str) -> None:
         """Moments of the user's own gradient, for bases that want these.
@@ -188,14 +206,16 @@ class Preconditioner:
         if self._plan is None or not self._plan.counts_terms:
             return
         local = sum(self._terms, start=0.0)
-        terms = self.placement.reduce({"terms": Statistic(None, local)})["terms"].count
+        terms = self._reduced({"terms": Statistic(None, local)})["terms"].count
         if not float(terms):
             return
         for name, gradient in gradients.items():
             state = self.states[name]
             if state.ready:
                 mean = gradient / terms if reduction == "sum" else gradient
-                sums = prefixed("moment", self.basis.gradient_moments(state.decomposition, mean, terms))
+                with blaming("basis", self.basis, f"on layer {name!r}"):
+                    found = self.basis.gradient_moments(state.decomposition, mean, terms)
+                sums = prefixed("moment", check_statistics("basis", self.basis, f"on layer {name!r}", found, required=False))
                 for key, value in means(guarded(sums, state.bad)).items():
                     _update(state.moments, key.removeprefix("moment."), value, self.basis.moment_decay)
 
@@ -210,14 +230,13 @@ class Preconditioner:
                 raise ValueError(f"preconditioned gradient of shape {tuple(preconditioned.shape)} for {tuple(gradient.shape)}")
         return preconditioned
 
-    def finish(self) -> None:
-        """End the step: count what was skipped and forget what is pending."""
+    def finish(self, taken: bool = True) -> None:
+        """End the step: count what was skipped, the whole step if it was not `taken`, and forget what is pending."""
         bad = [flag for state in self.states.values() for flag in state.bad]
-        if bad:
-            skipped = int(torch.stack([flag.to(bad[0].device) for flag in bad]).any())
-            self.skipped_batches += skipped
-            if skipped:
-                self._warn("bad batch", "a batch gave NaN or inf in the curvature statistics; such batches are skipped and counted")
+        if not taken or (bad and bool(torch.stack([flag.to(bad[0].device) for flag in bad]).any())):
+            self.skipped_batches += 1
+            where = "curvature statistics" if taken else "gradient, and its step was not taken"
+            self._warn("bad batch", f"a batch gave NaN or inf in its {where}; such batches are skipped and counted")
         for state in self.states.values():
             state.clear_pending()
         self._terms.clear()
@@ -229,10 +248,11 @@ class Preconditioner:
             state = self.states[layer.name]
             if state.allocated:
                 continue
-            samples = self.curvature.samples(layer, [self.curvature.blank(layer)], terms=1.0, first=True)
-            state.factors = {name: _empty(s) for name, s in self.curvature.factors(layer, samples).items()}
+            samples, sums = self._blank(layer)
+            state.factors = {name: _empty(s) for name, s in sums.items()}
             self._decompose(layer, damping(layer))
-            state.moments = {n: _empty(s) for n, s in self.basis.moments(state.decomposition, samples).items()}
+            found = self._moments(layer, samples)
+            state.moments = {key.removeprefix("moment."): _empty(s) for key, s in found.items()}
 
     def loaded(self, flat: Mapping[int, Mapping[str, Tensor]]) -> dict[str, LayerState]:
         """Saved states, by the id of each layer's weight, checked against the model and the stages; nothing is taken over yet.
@@ -255,9 +275,18 @@ class Preconditioner:
         self._terms.clear()
         self._plan = None
 
+    def _blank(self, layer: Layer) -> tuple[Samples, dict[str, Statistic]]:
+        """A layer's samples and sums of a use on zeros: shapes without data."""
+        with blaming("curvature", self.curvature, f"on layer {layer.name!r}"):
+            samples = self.curvature.samples(layer, [self.curvature.blank(layer)], terms=1.0, first=True)
+            return samples, self.curvature.factors(layer, samples)
+
+    def _reduced(self, sums: Mapping[str, Statistic]) -> dict[str, Statistic]:
+        with naming("placement", self.placement, "joining statistics"):
+            return self.placement.reduce(sums)
+
     def _check_fit(self, layer: Layer, state: LayerState) -> None:
-        samples = self.curvature.samples(layer, [self.curvature.blank(layer)], terms=1.0, first=True)
-        sums = self.curvature.factors(layer, samples)
+        _, sums = self._blank(layer)
         expected = {name: tuple(s.total.shape) for name, s in sums.items() if s.total is not None}
         found = {name: tuple(value.shape) for name, value in state.factor_values().items()}
         parts, wanted = _parts(state.decomposition), self._blank_parts(layer, sums)
@@ -270,8 +299,11 @@ class Preconditioner:
 
     def _blank_parts(self, layer: Layer, sums: Mapping[str, Statistic]) -> list[str]:
         """What the basis makes of the layer's matrices, learnt from their corners: decomposing them whole would cost as much as a step."""
-        matrices = self.curvature.assemble(layer, {n: torch.zeros_like(s.total) for n, s in sums.items() if s.total is not None})
-        return _parts(self._decomposed({n: m[..., :1, :1] if square(m) else m for n, m in matrices.items()}, 1.0))
+        where = f"on layer {layer.name!r}"
+        with blaming("curvature", self.curvature, where):
+            matrices = self.curvature.assemble(layer, {n: torch.zeros_like(s.total) for n, s in sums.items() if s.total is not None})
+        with blaming("basis", self.basis, where):
+            return _parts(self._decomposed({n: m[..., :1, :1] if square(m) else m for n, m in matrices.items()}, 1.0))
 
     def _decomposed(self, matrices: Mapping[str, Tensor], damping: float) -> dict[str, dict[str, Tensor]]:
         coupling = Coupling(damping, {name: mean_diagonal(matrix) for name, matrix in matrices.items() if square(matrix)})
@@ -291,7 +323,13 @@ class Preconditioner:
             tensor = tensors.get(name)
             tensor = torch.zeros_like(parameter) if tensor is None else tensor
             named[name] = tensor.detach().to(working_dtype(tensor.dtype))
-        return self.curvature.matrix(layer, named)
+        with blaming("curvature", self.curvature, f"on layer {layer.name!r}"):
+            return self.curvature.matrix(layer, named)
+
+    def parted(self, layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
+        """Inverse of `joined`."""
+        with blaming("curvature", self.curvature, f"on layer {layer.name!r}"):
+            return self.curvature.tensors(layer, matrix)
 
     def _decompose(self, layer: Layer, damping: float) -> None:
         state = self.states[layer.name]
@@ -306,8 +344,9 @@ class Preconditioner:
             fallback = "the last good decomposition is kept" if state.decomposition else "its plain gradient is used until the next one"
             self._warn("decomposition", f"layer {layer.name!r}: {error}; {fallback}")
 
-    def _measure(self, needs: Mapping[str, Need], previous: Mapping[str, Decomposition]) -> None:
+    def _measure(self, needs: Mapping[str, Need], previous: dict[str, dict[str, dict[str, Tensor]]]) -> None:
         sums: dict[str, Statistic] = {}
+        carried: dict[str, dict[str, RunningMean]] = {}
         for name, old in previous.items():
             state = self.states[name]
             for samples in state.retained if state.ready else ():
@@ -317,11 +356,15 @@ class Preconditioner:
             state.settle()
             sums |= {keyed(name, key): value for key, value in state.pending.items() if key.startswith("moment.")}
             if old and state.moments and state.decomposition is not old:
-                carried = self.basis.transport(state.moment_values(), old, state.decomposition)
-                state.moments = {n: RunningMean(carried[n], mean.weight) for n, mean in state.moments.items() if n in carried}
+                with blaming("basis", self.basis, f"on layer {name!r}"):
+                    there = self.basis.transport(state.moment_values(), old, state.decomposition)
+                carried[name] = {n: RunningMean(there[n], mean.weight) for n, mean in state.moments.items() if n in there}
             state.retained.clear()
-        if self.basis.moments_from == "samples":
-            self._average(needs, means(self.placement.reduce(sums)), "moment")
+        averages = means(self._reduced(sums)) if self.basis.moments_from == "samples" else {}
+        for name, moments in carried.items():
+            self.states[name].moments = moments
+        self._average(needs, averages, "moment")
+        previous.clear()
 
     def _moments(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
         where = f"on layer {layer.name!r}"
@@ -354,14 +397,3 @@ def _update(into: dict[str, RunningMean], name: str, value: Tensor, decay: float
 
 def _empty(statistic: Statistic) -> RunningMean:
     return RunningMean(None if statistic.total is None else torch.zeros_like(statistic.total), 0.0)
-
-
-def _silent_message(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-    return (
-        f"curvature is due, and layer {shown} has a gradient but gave no sample: preconditioning it would use wrong statistics. "
-        "Likely causes: observe='manual' without optimizer.observe() between forward and backward; the bound model itself was not called "
-        "(a submodule or a copy was); the forward ran in evaluation mode (use observe='manual'), under reentrant activation checkpointing "
-        "(use use_reentrant=False) or compiled before bind; the layer does not lead to the output that the likelihood sees (name it "
-        "with output=, or leave a head with a loss of its own alone with exclude=). Nothing was changed by this step."
-    )

@@ -128,7 +128,11 @@ class Recipe:
         """
         hooks = registry().hook
         optimizer = Optimizer(self, model, params, scaler=scaler, stepped=hooks.kfactk_stepped)
-        hooks.kfactk_bound(optimizer=optimizer)
+        try:
+            hooks.kfactk_bound(optimizer=optimizer)
+        except BaseException:
+            optimizer.close()
+            raise
         return optimizer
 
     def coverage(self, model: nn.Module) -> Coverage:

@@ -8,6 +8,7 @@ import attrs
 import torch
 from torch import Tensor
 
+from kfactk.blame import blaming
 from kfactk.errors import KfactkError, OptionError
 from kfactk.layerstate import LayerState
 from kfactk.preconditioner import Preconditioner
@@ -54,8 +55,10 @@ class LayerView:
         """
         state = self._measured()
         pre = self._preconditioner
-        product = pre.basis.product(pre.joined(self.layer, tensors), pre.matrices(self.layer), state.decomposition, state.moment_values())
-        return pre.curvature.tensors(self.layer, product)
+        vector, matrices = pre.joined(self.layer, tensors), pre.matrices(self.layer)
+        with blaming("basis", pre.basis, f"on layer {self.layer.name!r}"):
+            product = pre.basis.product(vector, matrices, state.decomposition, state.moment_values())
+        return pre.parted(self.layer, product)
 
     def precondition(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`P v = (F + damping I)^-1 v`, likewise.
@@ -65,12 +68,13 @@ class LayerView:
         """
         self._measured()
         pre = self._preconditioner
-        return pre.curvature.tensors(self.layer, pre.precondition(self.layer, pre.joined(self.layer, tensors), self.damping))
+        return pre.parted(self.layer, pre.precondition(self.layer, pre.joined(self.layer, tensors), self.damping))
 
     def condition(self) -> Tensor | None:
         """Condition number of the damped curvature (exact or a lower bound, as the basis documents); `None` before it is measured."""
         state, basis = self._state, self._preconditioner.basis
-        return basis.condition(state.decomposition, state.moment_values(), self.damping) if state.ready else None
+        with blaming("basis", basis, f"on layer {self.layer.name!r}"):
+            return basis.condition(state.decomposition, state.moment_values(), self.damping) if state.ready else None
 
     @property
     def _state(self) -> LayerState:

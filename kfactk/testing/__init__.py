@@ -1,3 +1,12 @@
 """The laws that every stage obeys, as tests that the author of a stage inherits. Wants `pip install kfactk[testing]`."""
 
+from kfactk.testing.basis import BasisLaws as BasisLaws
+from kfactk.testing.clip import ClipLaws as ClipLaws
+from kfactk.testing.curvature import CurvatureLaws as CurvatureLaws
+from kfactk.testing.fisher import FisherLaws as FisherLaws
 from kfactk.testing.laws import Law as Law, Laws as Laws, close as close, effort as effort, law as law
+from kfactk.testing.likelihood import LikelihoodLaws as LikelihoodLaws
+from kfactk.testing.pipeline import PipelineLaws as PipelineLaws
+from kfactk.testing.placement import PlacementLaws as PlacementLaws
+from kfactk.testing.tracker import Recorded as Recorded, TrackerLaws as TrackerLaws
+from kfactk.testing.update import UpdateLaws as UpdateLaws

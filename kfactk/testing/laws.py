@@ -70,7 +70,7 @@ class Law:
         test: Callable[..., None] = check
         if self.drawn:
             found = {name: each if isinstance(each, st.SearchStrategy) else _named(owner, each) for name, each in self.drawn.items()}
-            how = settings(max_examples=effort(self.examples), deadline=None, suppress_health_check=HEALTH)
+            how = settings(max_examples=effort(self.examples), deadline=None, suppress_health_check=HEALTH, report_multiple_bugs=False)
             test = how(given(**found)(check))
         test.kfactk_law = self  # type: ignore[attr-defined]
         return test

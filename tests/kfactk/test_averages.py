@@ -77,3 +77,7 @@ def test_a_mean_without_a_value_starts_anew_whatever_its_weight() -> None:
     mean.update(torch.tensor(1.0), 1.0)
     mean.update(torch.tensor(3.0), 1.0)
     assert mean.value == 2.0
+
+
+def test_a_mean_that_has_seen_nothing_weighs_nothing() -> None:
+    assert (RunningMean().value, RunningMean().weight) == (None, 0.0)

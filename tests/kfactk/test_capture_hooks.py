@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -269,3 +270,51 @@ def test_observing_after_the_backward_is_an_error_that_says_so() -> None:
     F.cross_entropy(model(inputs), labels).backward()
     with pytest.raises(CaptureError, match="between forward and backward"):
         optimizer.observe()
+
+
+class Threaded(nn.Module):
+    """Calls itself in another thread while it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = net()
+
+    def forward(self, x: Tensor, again: bool = True) -> Tensor:
+        if again:
+            thread = threading.Thread(target=self, args=(2 * x, False))
+            thread.start()
+            thread.join()
+        return self.body(x)
+
+
+def test_a_forward_in_another_thread_is_no_part_of_the_one_that_is_followed(counted: Counted) -> None:
+    model, data = Threaded(), batch()
+    plain = copy.deepcopy(model.body)
+    optimizer, other = bound(model), bound(plain)
+    train(optimizer, model, data)
+    assert counted.forwards == 1
+    train(other, plain, data)
+    assert_equal(factors(optimizer), factors(other))
+
+
+def test_a_forward_whose_signature_cannot_be_read_still_gives_its_keywords() -> None:
+    class Unreadable(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = net()
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            return self.body(x)
+
+    x, y = batch()
+    mask, measured = torch.tensor([1.0, 1, 0, 1, 0, 1]), []
+    for readable in (True, False):
+        torch.manual_seed(1)
+        model = Unreadable()
+        if not readable:
+            Unreadable.forward.__signature__ = "none"  # type: ignore[attr-defined]
+        optimizer = bound(model, likelihood={"name": "categorical", "weights": "mask"})
+        F.cross_entropy(model(x, mask=mask), y).backward()
+        optimizer.step()
+        measured.append(factors(optimizer))
+    assert_equal(*measured)

@@ -111,3 +111,9 @@ def test_saved_groups_are_completed_or_refused() -> None:
     assert completed_groups([saved, saved], current, known, rule) == [saved, saved]
     with pytest.raises(StateError, match="another update rule's: its parameter groups have no betas"):
         completed_groups([{"params": [0], "lr": 0.3, "momentum": 0.9}], current, known, rule)
+
+
+def test_a_mean_that_has_seen_nothing_leaves_nothing() -> None:
+    state = LayerState(("weight",), factors={"A": RunningMean(torch.ones(2), 1.0), "positions": RunningMean()})
+    assert sorted(state.flat()) == ["kfactk.factor.A", "kfactk.factor.A.weight", "kfactk.owed"]
+    assert sorted(state.factor_values()) == ["A"]

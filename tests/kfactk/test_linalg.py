@@ -26,6 +26,14 @@ def rotation(seed: int, n: int) -> Tensor:
     return torch.linalg.qr(draw(seed, n, n)).Q
 
 
+def test_any_number_of_leading_dimensions() -> None:
+    a, b = draw(0, 2, 5, 3, 3), draw(1, 2, 5, 4, 4)
+    pairs = zip(a.flatten(0, 1), b.flatten(0, 1), strict=True)
+    assert torch.equal(linalg.block_diagonal(a, b).flatten(0, 1), torch.stack([torch.block_diag(x, y) for x, y in pairs]))
+    assert torch.equal(linalg.jitter(a).flatten(), torch.stack([linalg.jitter(x) for x in a.flatten(0, 1)]))
+    torch.testing.assert_close(linalg.jitter(a[0, 0]), a[0, 0].abs().max() * 3 * torch.finfo(F64).eps)
+
+
 @settings(deadline=None)
 @given(seed=seeds, m=sizes, n=sizes, p=sizes, q=sizes, lead=leading)
 def test_kron_is_torch_kron_of_each_pair(seed: int, m: int, n: int, p: int, q: int, lead: tuple[int, ...]) -> None:
@@ -241,6 +249,12 @@ def test_the_null_space_is_found_at_every_scale(seed: int, n: int, data: st.Data
     for dtype in (F64, torch.float32):
         values, _ = linalg.eigh(((u * exact) @ u.T).to(dtype))
         assert linalg.null_mask(values).tolist() == [True] * (n - rank) + [False] * rank
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_null_rule_of_lower_precisions_grows_with_the_root_of_the_dimension(dtype: torch.dtype) -> None:
+    eps = torch.finfo(dtype).eps
+    assert [linalg.null_tolerance(dtype, n) for n in (1, 9, 64)] == [4 * eps, 12 * eps, 32 * eps]
 
 
 def test_the_null_rule_of_float64() -> None:

@@ -368,3 +368,11 @@ def test_the_pass_touches_no_gradient() -> None:
     bound(model, fisher="exact")
     model(torch.randn(5, 4, dtype=F64))
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_what_output_finds_must_be_a_tensor() -> None:
+    model = nn.Linear(4, 3, dtype=F64)
+    optimizer = bound(model, output=lambda logits: [logits])
+    with pytest.raises(CaptureError, match="output= found list in what the model returned; it must find a tensor"):
+        model(batch()[0])
+    optimizer.close()

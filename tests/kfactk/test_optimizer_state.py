@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 import kfactk
 from kfactk import Optimizer, Recipe, StateError
+from tests.kfactk.small import assert_equal, values
 
 BASES: dict[str, Any] = {"kfac": "kfac", "ekfac": {"name": "ekfac", "scale_decay": 0.5}, "running": {"name": "ekfac", "scale": "running"}}
 UPDATES = ("sgd", "momentum", "nag", "adam", "adamw", "radam")
@@ -354,3 +355,12 @@ def test_loading_decomposes_nothing_of_the_size_of_a_layer(basis: str, monkeypat
         monkeypatch.setattr(torch.linalg, name, lambda matrix, whole=whole: sizes.append(matrix.shape[-1]) or whole(matrix))
     made.bind(net()).load_state_dict(optimizer.state_dict())
     assert set(sizes) == {1}
+
+
+def test_the_state_of_an_optimizer_that_never_stepped_changes_nothing() -> None:
+    model, twin = net(), net()
+    optimizer, other = recipe().bind(model), recipe().bind(twin)
+    optimizer.load_state_dict(recipe().bind(net()).state_dict())
+    assert not optimizer.state
+    assert run(optimizer, model, 0, 2) == run(other, twin, 0, 2)
+    assert_equal(values(model), values(twin))

@@ -216,6 +216,11 @@ def test_words_are_checked(field: str, word: str, near: str) -> None:
         kfactk.build(**{field: word})
 
 
+def test_flags_are_checked() -> None:
+    with pytest.raises(OptionError, match="strict is 'no'; it must be True or False"):
+        kfactk.build(strict="no")  # type: ignore[arg-type]
+
+
 def test_unknown_arguments_and_stages_name_near_ones() -> None:
     with pytest.raises(OptionError, match=r"'curvatures' is not an argument of kfactk\.build\. Did you mean 'curvature'"):
         kfactk.build(curvatures="kfac")

@@ -183,3 +183,8 @@ def test_temporaries_stay_within_chunk_bytes(shape, groups):
 def test_gram_sums_rows_over_examples_and_positions():
     a = normal(2, 3, 4, 5)
     torch.testing.assert_close(gram(a), truth.moment(a))
+
+
+def test_project_takes_its_arguments_by_name():
+    matrix, left = normal(2, 3), normal(2, 4, seed=1)
+    assert torch.equal(project(matrix=matrix, left=left, right=None), project(matrix, left, None))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 import kfactk
 from kfactk import Optimizer, OptionError
 from kfactk.schedule import Due, due_at, number_at, period_at
-from kfactk.testing.truth import dense_kron, vec
+from kfactk.testing.truth import dense_kron, unvec, vec
 from tests.kfactk import dense
 
 F64 = torch.float64
@@ -118,7 +118,7 @@ class ByHand:
         if self.scale is not None:
             operator = dense.ekfac_block(self.vectors["A"], self.vectors["G"], self.scale, 0.0)
             q = dense_kron(vectors["A"], vectors["G"])
-            self.scale = dense.unvec((q.T @ operator @ q).diagonal(), len(vectors["G"]))
+            self.scale = unvec((q.T @ operator @ q).diagonal(), len(vectors["G"]))
         self.vectors = {name: each.clone() for name, each in vectors.items()}
 
     def measure(self, new: Tensor) -> None:
