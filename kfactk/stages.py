@@ -255,7 +255,7 @@ class Tracker(Protocol):
         """Take figures of one step; 0-dimensional tensors may still be on the device."""
 
     def flush(self) -> None:
-        """Write what is held back."""
+        """Write what is held back, for those who want to read before the end; the framework itself calls `close` alone."""
 
     def close(self) -> None:
         """Flush and let go of resources; may be called twice."""

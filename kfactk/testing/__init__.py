@@ -1,4 +1,10 @@
-"""The laws that every stage obeys, as tests that the author of a stage inherits. Wants `pip install kfactk[testing]`."""
+"""The laws that every stage obeys, as tests that the author of a stage inherits. Wants `pip install kfactk[testing]`.
+
+One module a family holds its laws (those of bases are spread over `basis`, `basis_state` and `basis_traits`, by what they are about);
+`laws` is the frame of all. What laws draw is in `strategies` (layers, what flowed through them, terms), `situations` (a layer and its
+basis) and `trajectories` (parameters under an update rule); what they are held against is in `truth` (per-example gradients, dense
+matrices) and `distributions` (Fisher information, frequencies); `models` and `training` run whole recipes.
+"""
 
 from kfactk.testing.basis import BasisLaws as BasisLaws
 from kfactk.testing.clip import ClipLaws as ClipLaws

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor
@@ -19,6 +20,7 @@ from kfactk.testing.strategies import Case, kinds, seeds
 class BasisFrame(Laws):
     """Members of every class of laws of a basis."""
 
+    pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
     family = "basis"
     curvature: ClassVar[Any] = None
     """What to measure with: anything `kfactk.build(curvature=...)` takes. `None`: the first registered one, by name, that provides all

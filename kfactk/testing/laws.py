@@ -60,6 +60,7 @@ class Law:
 
         @functools.wraps(self.function)
         def check(self: Laws, *arguments: Any, **drawn: Any) -> None:
+            __tracebackhide__ = True
             try:
                 original(self, *arguments, **drawn)
             except Exception as error:
@@ -143,4 +144,5 @@ def close(actual: Tensor, expected: Tensor, says: str, *, rtol: float = 1e-8, at
     Raises:
         AssertionError: Opens with `says`, which tells what ought to be equal.
     """
+    __tracebackhide__ = True
     torch.testing.assert_close(actual, expected, rtol=rtol, atol=atol, msg=lambda found: f"{says}.\n{found}")
