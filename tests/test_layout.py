@@ -238,7 +238,7 @@ def test_the_core_names_no_stage() -> None:
 
 
 def python_files() -> list[Path]:
-    folders = ["kfactk", "plugins", "experiments", "tests", "benchmarks"]
+    folders = ["kfactk", "plugins", "experiments", "mutation", "tests", "benchmarks"]
     return [ROOT / "noxfile.py", *sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py") if "build" not in path.parts)]
 
 
