@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -31,7 +31,7 @@ def blaming(family: str, stage: object, where: str) -> Iterator[None]:
         yield
     except (KfactkError, torch.OutOfMemoryError):
         raise
-    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+    except Exception as error:
         what = f"{type(error).__name__}: {error}"
         raise PluginError(
             f"{label_of(family, stage)} failed {where} ({what}). Report it to its authors, or use another {family}."
@@ -82,15 +82,31 @@ def square(matrix: Tensor) -> bool:
     return matrix.ndim >= 2 and matrix.shape[-1] == matrix.shape[-2]
 
 
-def check_clipped(stage: object, found: Any, count: int) -> tuple[list[Tensor], Tensor]:
+def check_parted(parameters: Mapping[str, Tensor], found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a curvature made of a layer's matrix, checked.
+
+    Raises:
+        ValueError: Names or shapes are not those of the parameters.
+    """
+    made = {name: tuple(tensor.shape) for name, tensor in found.items()}
+    due = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    if made != due:
+        raise ValueError(f"`tensors` gave the shapes {made}, where those of the parameters are due: {due}")
+    return found
+
+
+def check_clipped(stage: object, found: Any, given: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """What a clip gave, checked.
 
     Raises:
-        PluginError: It is not a list of as many tensors as there were pairs, and a factor.
+        PluginError: It is not a list of tensors, one of the same shape for each of the `given` preconditioned gradients, and a factor.
     """
-    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], list) and len(found[0]) == count):
+    if not (isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], list) and len(found[0]) == len(given)):
         raise PluginError(
-            f"{label_of('clip', stage)} gave {type(found).__name__}, where a pair is due: a list of {count} tensors, one for each it was "
-            "given, and the factor as a tensor. Report it to its authors, or use another clip."
+            f"{label_of('clip', stage)} gave {type(found).__name__}, where a pair is due: a list of {len(given)} tensors, one for each "
+            "it was given, and the factor as a tensor. Report it to its authors, or use another clip."
         )
+    shapes = [(getattr(c, "shape", type(c).__name__), p.shape) for c, p in zip(found[0], given, strict=True)]
+    if wrong := next((f"{mine} for {theirs}" for mine, theirs in shapes if mine != theirs), ""):
+        raise PluginError(f"{label_of('clip', stage)} changed the shape of a gradient: {wrong}. Report it, or use another clip.")
     return found

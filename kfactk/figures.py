@@ -91,9 +91,13 @@ class Recorder:
             tracker = self._tracker
             assert tracker is not None
             _surviving(self._warned, lambda: tracker.record(step, figures))
+        self.forget()
+        return dict(figures)
+
+    def forget(self) -> None:
+        """Drop what was gathered of the step under way."""
         self._seconds.clear()
         self._figures.clear()
-        return dict(figures)
 
     def close(self) -> None:
         """Flush and close the tracker; may be called twice."""

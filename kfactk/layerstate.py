@@ -23,6 +23,8 @@ STEP = f"{PREFIX}step"
 OWED = f"{PREFIX}owed"
 """Key of what a layer owes: factors, scale, basis."""
 Groups = Sequence[Mapping[str, Any]]
+Kept = tuple[dict[str, dict[str, Tensor]], dict[str, RunningMean]]
+"""A decomposition, and the moments measured in it."""
 
 
 @attrs.define(eq=False)
@@ -90,6 +92,14 @@ class LayerState:
         self.staged.clear()
         retained, borrowed, self.seen = mark
         del self.retained[retained:], self.borrowed[borrowed:]
+
+    def keep(self) -> Kept:
+        """The decomposition and the moments measured in it, to be put back when a refresh fails."""
+        return self.decomposition, {name: attrs.evolve(mean) for name, mean in self.moments.items()}
+
+    def put_back(self, kept: Kept) -> None:
+        """Take over again what `keep` gave."""
+        self.decomposition, self.moments = kept
 
     def clear_pending(self) -> None:
         """Forget what this step gathered."""
@@ -180,15 +190,21 @@ def split_entries(state_dict: Mapping[str, Any], groups: Groups) -> tuple[dict[i
 
 def _check_form(state_dict: Mapping[str, Any]) -> None:
     """Hold the form that torch gives to an optimizer's state, as far as it is read here."""
-    entries, groups = (state_dict.get(name) for name in ("state", "param_groups"))
+    entries, groups = (state_dict.get(name) if isinstance(state_dict, Mapping) else None for name in ("state", "param_groups"))
     steps = [e.get(STEP, 0) for e in entries.values() if isinstance(e, Mapping)] if isinstance(entries, Mapping) else []
     good = isinstance(entries, Mapping) and all(isinstance(entry, Mapping) for entry in entries.values())
     good = good and isinstance(groups, list) and all(isinstance(g, Mapping) and isinstance(g.get("params"), list) for g in groups)
-    if not good or not all(isinstance(step, int | Tensor) and int(step) >= 0 for step in steps):
+    if not good or not all(_is_count(step) for step in steps):
         raise StateError(
             'the saved state is damaged: it must hold "state", a dict of dicts, and "param_groups", a list of dicts with "params", with a '
             "number of steps in each entry, as Optimizer.state_dict() gives them. Load an earlier one."
         )
+
+
+def _is_count(step: Any) -> bool:
+    if isinstance(step, Tensor):
+        return step.numel() == 1 and bool(torch.isfinite(step).all()) and bool((step >= 0).all())
+    return isinstance(step, int) and step >= 0
 
 
 @contextlib.contextmanager
@@ -241,9 +257,10 @@ def completed_groups(saved: Groups, current: Groups, known: Mapping[str, Any], r
 
 
 def _whole(key: str, flat: Mapping[str, Any]) -> bool:
-    """Whether a mean's value and weight are both there."""
+    """Whether a mean's value and weight are both there, and the weight is one number that can be one."""
     value = key.removesuffix(".weight")
-    return value in flat and f"{value}.weight" in flat
+    weight = flat.get(f"{value}.weight")
+    return value in flat and isinstance(weight, Tensor) and weight.numel() == 1 and bool((weight >= 0).all())
 
 
 def _values(means: Mapping[str, RunningMean]) -> dict[str, Tensor]:

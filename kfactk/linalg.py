@@ -196,4 +196,5 @@ def inner_products(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
 def as_gradient(tensor: Tensor, parameter: Tensor) -> Tensor:
     """The tensor in the dtype and the memory layout of its parameter: torch's fused update rules read gradients without their strides."""
     tensor = tensor.to(parameter.dtype)
-    return tensor if tensor.stride() == parameter.stride() else torch.empty_like(parameter).copy_(tensor)
+    fits = tensor.shape != parameter.shape or tensor.stride() == parameter.stride()  # of another shape: torch refuses it
+    return tensor if fits else torch.empty_like(parameter).copy_(tensor)

@@ -46,9 +46,9 @@ class Observer:
 
     def finish(self) -> None:
         """The user's backward is over: take what it reached of the layers that it reached in part."""
-        for finish in self._listening:
+        listening, self._listening = self._listening, []
+        for finish in listening:
             finish()
-        self._listening.clear()
 
     def observe(self, forward: Forward, batch: Mapping[str, Any], *, step: int, micro_batch: int) -> None:
         """Measure one forward.

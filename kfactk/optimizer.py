@@ -24,7 +24,7 @@ from kfactk.observation import Observer
 from kfactk.preconditioner import Preconditioner
 from kfactk.schedule import Due, due_at, number_at, plain
 from kfactk.stages import Layer, Pair
-from kfactk.standin import all_finite, standing_in
+from kfactk.standin import BAD_DIRECTION, BAD_GRADIENT, all_finite, standing_in
 from kfactk.views import LayerView, conditions, products
 
 if TYPE_CHECKING:
@@ -243,12 +243,12 @@ class Optimizer(torch.optim.Optimizer):
     def _step_once(self) -> None:
         self._set_damping()
         self._capture.expect(self._preconditioner.plan(self._due).expects())
-        self._observer.finish()
-        layers = [layer for layer in self._preconditioner.layers() if layer.module.weight.grad is not None]
-        gradients = {layer.name: self._gradient(layer) for layer in layers}
-        allocating = self._preconditioner.check(gradients) and all(float(group["lr"]) == 0 for group in self.param_groups)
-        taken = True
+        fault = ""
         try:
+            self._observer.finish()
+            layers = [layer for layer in self._preconditioner.layers() if layer.module.weight.grad is not None]
+            gradients = {layer.name: self._gradient(layer) for layer in layers}
+            allocating = self._preconditioner.check(gradients) and all(float(group["lr"]) == 0 for group in self.param_groups)
             if allocating:
                 self._preconditioner.allocate(layers, self._damping)
             else:
@@ -256,20 +256,24 @@ class Optimizer(torch.optim.Optimizer):
                 self._preconditioner.measure_gradients(gradients, self.recipe.reduction)
             if self.recipe.weight_decay_at == "gradient":
                 gradients = {layer.name: self._gradient(layer, decayed=True) for layer in layers}
-            taken = self._apply(layers, gradients)
+            fault = self._apply(layers, gradients)
+        except BaseException:
+            self._recorder.forget()
+            raise
         finally:
-            self._preconditioner.finish(taken)
+            self._preconditioner.finish(fault)
             self._pending, self._micro_batch = None, 0
         self._show_state()
         if not allocating:
             self._step += 1
+        self._expect()
+        if not allocating:
             figures = self._recorder.finish(self.steps - 1, self._figures)
             if self._stepped is not None:
                 self._stepped(optimizer=self, step=self.steps - 1, figures=figures)
-        self._expect()
 
-    def _apply(self, layers: Sequence[Layer], gradients: Mapping[str, Tensor]) -> bool:
-        """Precondition, clip, and let the update rule step on what came out, in place of the gradients; not where these are not finite."""
+    def _apply(self, layers: Sequence[Layer], gradients: Mapping[str, Tensor]) -> str:
+        """Precondition, clip, and let the update rule step on what came out, in place of the gradients; or say why it is not to."""
         slots: list[nn.Parameter] = []
         pairs: list[Pair] = []
         with self._recorder.timed("precondition"):
@@ -284,13 +288,14 @@ class Optimizer(torch.optim.Optimizer):
         with self._recorder.timed("clip"):
             with blaming("clip", self.recipe.clip, "on the preconditioned gradients"):
                 found = self.recipe.clip.clip(pairs, inner_products)
-            clipped, factor = check_clipped(self.recipe.clip, found, len(pairs))
+            clipped, factor = check_clipped(self.recipe.clip, found, [pair.preconditioned for pair in pairs])
         if self._recorder.due(self.steps):
             self._recorder.see(pairs, factor)
         given = [parameter.grad for group in self.param_groups for parameter in group["params"] if parameter.grad is not None]
-        if taken := all_finite([*given, *clipped]):
-            self._take_step([(parameter, new) for parameter, new in zip(slots, clipped, strict=True)])
-        return taken
+        if not all_finite([*given, *clipped]):
+            return BAD_DIRECTION if all_finite(given) else BAD_GRADIENT
+        self._take_step([(parameter, new) for parameter, new in zip(slots, clipped, strict=True)])
+        return ""
 
     def _take_step(self, replaced: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
         """Run the update rule with these gradients in place of the user's, and put the user's back."""

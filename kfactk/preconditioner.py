@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from kfactk.averages import RunningMean
-from kfactk.blame import blaming, check_matrices, check_statistics, naming, square
+from kfactk.blame import blaming, check_matrices, check_parted, check_statistics, naming, square
 from kfactk.coverage import Survey
 from kfactk.errors import CaptureError, DecompositionError, KfactkWarning, StateError
 from kfactk.forward import overwritten, silent_message
-from kfactk.layerstate import LayerState
+from kfactk.layerstate import Kept, LayerState
 from kfactk.linalg import mean_diagonal
 from kfactk.plan import Need, Plan
 from kfactk.samples import Samples, Statistic, Use, working_dtype
@@ -179,20 +179,20 @@ class Preconditioner:
         averages = means(self._reduced(sums)) if followed else {}
         with self._timed("factors"):
             self._average(needs, averages, "factor")
-        previous: dict[str, dict[str, dict[str, Tensor]]] = {}
+        previous: dict[str, Kept] = {}
         try:
             with self._timed("basis"):
                 for name, need in needs.items():
                     if need.basis and name not in self._unseen:
-                        previous[name] = self.states[name].decomposition
+                        previous[name] = self.states[name].keep()
                         self._decompose(need.layer, damping(need.layer))
             with self._timed("scale"):
                 self._average(needs, averages, "moment")
                 if previous:
                     self._measure(needs, previous)
         except BaseException:  # moments stay together with the basis they were measured in
-            for name, old in previous.items():
-                self.states[name].decomposition = old
+            for name, kept in previous.items():
+                self.states[name].put_back(kept)
             raise
         self._plan.settle(self.states, self._unseen)
 
@@ -230,13 +230,14 @@ class Preconditioner:
                 raise ValueError(f"preconditioned gradient of shape {tuple(preconditioned.shape)} for {tuple(gradient.shape)}")
         return preconditioned
 
-    def finish(self, taken: bool = True) -> None:
-        """End the step: count what was skipped, the whole step if it was not `taken`, and forget what is pending."""
+    def finish(self, fault: str = "") -> None:
+        """End the step: count what was skipped, the whole step where it has a `fault`, and forget what is pending."""
         bad = [flag for state in self.states.values() for flag in state.bad]
-        if not taken or (bad and bool(torch.stack([flag.to(bad[0].device) for flag in bad]).any())):
+        if not fault and bad and bool(torch.stack([flag.to(bad[0].device) for flag in bad]).any()):
+            fault = "a batch gave NaN or inf in its curvature statistics; such batches are skipped and counted"
+        if fault:
             self.skipped_batches += 1
-            where = "curvature statistics" if taken else "gradient, and its step was not taken"
-            self._warn("bad batch", f"a batch gave NaN or inf in its {where}; such batches are skipped and counted")
+            self._warn(fault, fault)
         for state in self.states.values():
             state.clear_pending()
         self._terms.clear()
@@ -329,7 +330,7 @@ class Preconditioner:
     def parted(self, layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
         """Inverse of `joined`."""
         with blaming("curvature", self.curvature, f"on layer {layer.name!r}"):
-            return self.curvature.tensors(layer, matrix)
+            return check_parted(layer.tensors(), self.curvature.tensors(layer, matrix))
 
     def _decompose(self, layer: Layer, damping: float) -> None:
         state = self.states[layer.name]
@@ -344,10 +345,10 @@ class Preconditioner:
             fallback = "the last good decomposition is kept" if state.decomposition else "its plain gradient is used until the next one"
             self._warn("decomposition", f"layer {layer.name!r}: {error}; {fallback}")
 
-    def _measure(self, needs: Mapping[str, Need], previous: dict[str, dict[str, dict[str, Tensor]]]) -> None:
+    def _measure(self, needs: Mapping[str, Need], previous: dict[str, Kept]) -> None:
         sums: dict[str, Statistic] = {}
         carried: dict[str, dict[str, RunningMean]] = {}
-        for name, old in previous.items():
+        for name, (old, _) in previous.items():
             state = self.states[name]
             for samples in state.retained if state.ready else ():
                 if samples.first:

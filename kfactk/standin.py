@@ -11,6 +11,12 @@ from torch import Tensor, nn
 
 from kfactk.linalg import as_gradient
 
+BAD_GRADIENT = "a batch gave NaN or inf in its gradient, and its step was not taken; such batches are skipped and counted"
+BAD_DIRECTION = (
+    "the gradient is finite and its preconditioned or clipped form holds NaN or inf: the step was not taken, and was counted. "
+    "Raise damping, or load an earlier state"
+)
+
 
 @contextlib.contextmanager
 def standing_in(groups: Sequence[dict[str, Any]], replaced: Sequence[tuple[nn.Parameter, Tensor]], *, decayed: bool) -> Iterator[None]:
@@ -48,8 +54,15 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
         >>> all_finite([torch.ones(2), torch.tensor([1.0, float("nan")])])
         False
     """
-    values = [tensor.coalesce().values() if tensor.is_sparse else tensor for tensor in tensors]
-    values = [value for value in values if value.numel()]
-    if bool(torch.isfinite(torch.nn.utils.get_total_norm(values))):
-        return True
-    return bool(torch.isfinite(torch.nn.utils.get_total_norm(values, float("inf"))))  # the squares alone may be out of range
+    alike: dict[Any, list[Tensor]] = {}  # norms of distributed tensors are joined within one mesh only
+    for tensor in tensors:
+        values = tensor.coalesce().values() if tensor.is_sparse else tensor
+        if values.numel() and not values.is_meta:
+            alike.setdefault(getattr(values, "device_mesh", None), []).append(values)
+    verdicts = [_finite(each) for each in alike.values()]  # all of them, so that every rank takes part in every collective
+    return all(verdicts)
+
+
+def _finite(tensors: list[Tensor]) -> bool:
+    norms = (torch.nn.utils.get_total_norm(tensors, order) for order in (2.0, float("inf")))  # the squares alone may be out of range
+    return any(bool(torch.isfinite(norm)) for norm in norms)

@@ -127,3 +127,27 @@ def test_an_unknown_source_of_moments_is_refused_when_the_stage_is_made() -> Non
 
     with pytest.raises(PluginError, match="moments_from='sample', which must be 'samples', 'gradient' or None"):
         kfactk.build(basis=Typo())
+
+
+class Scalars(NormClip):
+    def clip(self, pairs: Any, dot: Any) -> Any:
+        return [torch.ones(()) for _ in pairs], torch.ones(())
+
+
+class Turned(Kfac):
+    def tensors(self, layer: Any, matrix: Tensor) -> Any:
+        return {"weight": matrix[:, :-1].T, "bias": matrix[:, -1]}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"clip": Scalars()}, r"clip .*Scalars changed the shape of a gradient: torch.Size\(\[\]\) for"),
+        ({"curvature": Turned()}, r"curvature .*Turned failed on layer .*`tensors` gave the shapes"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_blamed_on_the_stage(options: dict[str, Any], message: str) -> None:
+    model = net()
+    optimizer = kfactk.build(**options).bind(model)
+    with pytest.raises(PluginError, match=message):
+        train(optimizer, model, batch())

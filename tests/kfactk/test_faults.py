@@ -30,16 +30,21 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.nn import functional as F
 
 import kfactk
-from kfactk import KfactkWarning, Optimizer
+from kfactk import CaptureError, KfactkWarning, Optimizer
 from kfactk.standin import all_finite
+from kfactk_stages.basis.ekfac import Ekfac
 from kfactk_stages.clip.none import NoClip
 from tests.kfactk.small import F64, assert_equal, batch, bound, factors, net, train, values
 
@@ -158,6 +163,80 @@ def test_a_sparse_gradient_is_looked_into() -> None:
             optimizer.step()
         assert bool(said) == (value != 1.0)
         assert torch.equal(before[0], model[0].weight) == (value != 1.0)
+
+
+def test_what_is_finite_is_known_without_data_and_on_meshes(tmp_path: Path) -> None:
+    assert all_finite([torch.ones(2, device="meta"), torch.ones(3)])
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        shared = distribute_tensor(torch.tensor([1.0, 2.0]), init_device_mesh("cpu", (1,)), [Shard(0)])
+        assert all_finite([shared, torch.ones(3)])
+        assert not all_finite([shared * float("nan"), torch.ones(3)])
+        assert not all_finite([shared, torch.ones(3) * float("inf")])
+    finally:
+        dist.destroy_process_group()
+
+
+def test_an_input_that_was_overwritten_spoils_one_step_only() -> None:
+    model, (x, y) = net(), batch()
+    optimizer, fresh = bound(model, **EACH), x.clone()
+    F.cross_entropy(model(x), y).backward()
+    x.mul_(2)
+    with pytest.raises(CaptureError, match="modified in place"):
+        optimizer.step()
+    before = values(model)
+    train(optimizer, model, (fresh, y))
+    assert any(not torch.equal(old, new) for old, new in zip(before, values(model), strict=True))
+
+
+class Forgetful(Ekfac):
+    """Can say how its moments decay only so many times."""
+
+    left = 1000
+
+    @property
+    def moment_decay(self) -> float:
+        type(self).left -= 1
+        if self.left < 0:
+            raise MemoryError
+        return 0.9
+
+
+def test_moments_stay_with_their_basis_when_a_refresh_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Forgetful, "left", 1000)
+    model = net()
+    optimizer = bound(model, basis=Forgetful(), **EACH)
+    train(optimizer, model, batch())
+    names = list(optimizer.layers)
+    kept = [copy.deepcopy((optimizer.layers[n].scale, optimizer.layers[n].decomposition)) for n in names]
+    monkeypatch.setattr(Forgetful, "left", 1)
+    with pytest.raises(MemoryError):
+        train(optimizer, model, batch())
+    for name, (scale, decomposition) in zip(names, kept, strict=True):
+        assert torch.equal(optimizer.layers[name].scale["scale"], scale["scale"])
+        for factor, parts in decomposition.items():
+            assert all(torch.equal(optimizer.layers[name].decomposition[factor][part], parts[part]) for part in parts)
+
+
+def test_what_a_failed_step_recorded_is_not_the_next_ones(tmp_path: Path) -> None:
+    model = net()
+    optimizer = bound(model, clip=Faulty(), tracker={"name": "jsonl", "path": str(tmp_path / "run.jsonl"), "every": 1})
+    optimizer.record(loss=7.0)
+    with pytest.raises(kfactk.PluginError):
+        train(optimizer, model, batch())
+    train(optimizer, model, batch())
+    optimizer.close()
+    assert "7.0" not in (tmp_path / "run.jsonl").read_text()
+
+
+class Faulty(NoClip):
+    """Fails once, by an assertion of its own."""
+
+    def clip(self, pairs: Any, dot: Any) -> Any:
+        if not hasattr(type(self), "failed"):
+            type(self).failed = True
+            raise AssertionError("not yet")
+        return super().clip(pairs, dot)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

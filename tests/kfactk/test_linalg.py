@@ -1,3 +1,5 @@
+from collections.abc import Callable
+
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -304,3 +306,24 @@ def test_the_damping_floor_keeps_divisions_finite_and_stays_out_of_the_way(mean:
     if mean > 1e-10:
         assert bool(floor <= 1e-6 * mean)
     assert linalg.damping_floor(torch.tensor([mean, 2.0])).shape == (2,)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "rows": lambda t: t.clone(memory_format=torch.contiguous_format),
+    "columns": lambda t: t.transpose(0, 1).contiguous().transpose(0, 1),
+    "channels last": lambda t: t.clone(memory_format=torch.channels_last),
+}
+
+
+@pytest.mark.parametrize("there", LAYOUTS)
+@pytest.mark.parametrize("here", LAYOUTS)
+def test_a_gradient_has_the_layout_and_precision_of_its_parameter(here: str, there: str) -> None:
+    values = torch.arange(48, dtype=torch.float64).reshape(2, 3, 2, 4)
+    parameter = LAYOUTS[there](torch.zeros(2, 3, 2, 4, dtype=torch.float32))
+    made = linalg.as_gradient(LAYOUTS[here](values), parameter)
+    assert (made.dtype, made.stride()) == (torch.float32, parameter.stride())
+    assert torch.equal(made, values.float())
+
+
+def test_a_gradient_of_another_shape_is_not_stretched() -> None:
+    assert linalg.as_gradient(torch.ones(()), torch.zeros(2, 3)).shape == ()
