@@ -34,6 +34,8 @@ FILES = {
 }
 """File of a package to the template it is made from, both with the package's names to be filled in."""
 SUFFIX = ".template"
+LONGEST = 60
+"""Most characters that a name may have, so that the names of files made of it fit everywhere."""
 
 
 @attrs.frozen
@@ -123,13 +125,13 @@ def new_plugin(name: str, family: str, directory: Path, known: Registry) -> tupl
 def _normal(name: str) -> str:
     """The name as package indexes compare it: lower case, single dashes."""
     normal = re.sub(r"[-_.]+", "-", name).lower()
-    if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", normal):
+    if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", normal) or len(normal) > LONGEST:
         letters = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
         letters = letters.removeprefix(f"{PROJECT}-")
         hint = f" Try {PROJECT}-{letters}." if re.match(r"[a-z]", letters) else ""
         raise OptionError(
             f"{name!r} cannot be the name of a distribution and its module: it must begin with a letter, end with a letter or digit, and "
-            f"have only ASCII letters, digits and dashes in between.{hint}"
+            f"have only ASCII letters, digits and dashes in between, {LONGEST} in all.{hint}"
         )
     stage = normal.removeprefix(f"{PROJECT}-")
     if normal == PROJECT or not stage[0].isalpha():
@@ -144,6 +146,10 @@ def _check_free(package: Package, stages: list[StageInfo]) -> None:
         taken = f"{package.module!r} is a word of Python and cannot be a module's name"
     elif importlib.util.find_spec(package.module) is not None:
         taken = f"a module {package.module!r} can be imported already, and one would hide the other"
+    elif package.module == package.distribution:
+        taken = "its folder would be called like its module, and hide it from a Python that runs beside the folder"
+    elif package.module.startswith(("test_", "conftest")):
+        taken = f"pytest would take the module {package.module!r} for one of its own"
     elif _installed(package.distribution):
         taken = f"a distribution {package.distribution!r} is installed already"
     if taken:

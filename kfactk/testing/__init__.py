@@ -6,6 +6,11 @@ basis) and `trajectories` (parameters under an update rule); what they are held 
 matrices) and `distributions` (Fisher information, frequencies); `models` and `training` run whole recipes.
 """
 
+import importlib.util
+
+if _missing := [name for name in ("hypothesis", "pytest") if importlib.util.find_spec(name) is None]:
+    raise ModuleNotFoundError(f"kfactk.testing wants {' and '.join(_missing)}: pip install 'kfactk[testing]'", name=_missing[0])
+
 from kfactk.testing.basis import BasisLaws as BasisLaws
 from kfactk.testing.clip import ClipLaws as ClipLaws
 from kfactk.testing.curvature import CurvatureLaws as CurvatureLaws

@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 
 import attrs
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
+from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from torch import Tensor
 
-from kfactk.errors import OptionError, near_names
+from kfactk.errors import OptionError, UnknownStageError, near_names
 from kfactk.registry import registry
 
 VARIABLE = "KFACTK_LAWS"
@@ -71,8 +71,9 @@ class Law:
         test: Callable[..., None] = check
         if self.drawn:
             found = {name: each if isinstance(each, st.SearchStrategy) else _named(owner, each) for name, each in self.drawn.items()}
-            how = settings(max_examples=effort(self.examples), deadline=None, suppress_health_check=HEALTH, report_multiple_bugs=False)
-            test = how(given(**found)(check))
+            phases = [phase for phase in settings().phases if phase is not Phase.explain]  # it points into torch
+            how = settings(max_examples=effort(self.examples), deadline=None, suppress_health_check=HEALTH)
+            test = settings(how, phases=phases, report_multiple_bugs=False)(given(**found)(check))
         test.kfactk_law = self  # type: ignore[attr-defined]
         return test
 
@@ -118,7 +119,8 @@ class Laws:
 
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)
-        for name in dir(cls):
+        written = dict.fromkeys(name for each in cls.__mro__ for name in vars(each))
+        for name in written:  # in this order they run
             marked = getattr(getattr(cls, name), "kfactk_law", None)
             if isinstance(marked, Law):
                 setattr(cls, name, marked.test_of(cls))
@@ -131,7 +133,11 @@ class Laws:
         """
         if self.stage is None:
             raise OptionError(f"{type(self).__name__} names no {self.family}. Write `stage = ...` in the class, as for kfactk.build.")
-        return registry().resolve(self.family, self.stage)
+        try:
+            return registry().resolve(self.family, self.stage)
+        except UnknownStageError as error:
+            error.add_note("Is the package that provides it installed? In its folder: pip install -e .")
+            raise
 
     def label(self) -> str:
         """The stage in words, for messages."""

@@ -82,3 +82,19 @@ def test_close_says_what_ought_to_be_equal(actual: float, expected: float) -> No
     close(torch.ones(2), torch.ones(2) + 1e-12, "ones are ones")
     with pytest.raises(AssertionError, match=r"^halves make a whole\.\n"):
         close(torch.tensor(actual), torch.tensor(expected), "halves make a whole")
+
+
+def test_laws_run_in_the_order_they_are_written() -> None:
+    """The class' own, then the inherited ones."""
+
+    class Last(EvenLaws):
+        @law()
+        def test_added_by_the_author(self) -> None:
+            """Of the class alone."""
+
+    written = [name for name in vars(Last) if name.startswith("test_")]
+    assert written == ["test_added_by_the_author", "test_numbers_are_even", "test_without_arguments"]
+
+
+def test_a_stage_that_is_not_installed_is_told_how_to() -> None:
+    assert "pip install -e ." in caught(EvenLaws, "nowhere", "test_without_arguments")["test_without_arguments"]
