@@ -72,8 +72,7 @@ class Forward:
             return
         handles = [arrivals.watch(record, edge) for record, edge in self.calls if edge.node not in ends]
         try:
-            with torch.autocast(start.device.type, enabled=False):
-                gradients = _grad(loss * self.scale, [edge for _, edge in last])
+            gradients = _grad(loss * self.scale, [edge for _, edge in last])
             with torch.no_grad():
                 for (record, _), gradient in zip(last, gradients, strict=True):
                     if gradient is not None:

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 import kfactk
 from kfactk import Optimizer
+from kfactk.testing import effort
 from kfactk.testing.truth import categorical_fisher_gradients, dense_fisher, dense_kron, layer_gradients, vec
 
 F64 = torch.float64
 TAU = 0.05
-law = settings(max_examples=15)
+law = settings(max_examples=effort(15))
 
 
 def observed(model: nn.Module, inputs: Tensor, **recipe: Any) -> tuple[nn.Module, Optimizer]:

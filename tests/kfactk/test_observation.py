@@ -15,6 +15,7 @@ from torch.nn import functional as F
 import kfactk
 from kfactk import CaptureError, Optimizer
 from kfactk.observation import draw_seed
+from kfactk.testing import effort
 from tests.kfactk import dense
 
 F64 = torch.float64
@@ -302,7 +303,7 @@ def test_every_step_and_micro_batch_draws_anew() -> None:
     assert not torch.allclose(sampled(1, 1), sampled(2, 1))
 
 
-@settings(max_examples=50)
+@settings(max_examples=effort(50))
 @given(st.lists(st.tuples(*[st.integers(0, 2**40)] * 4), min_size=2, max_size=20, unique=True))
 def test_seeds_of_different_forwards_differ(keys: list[tuple[int, int, int, int]]) -> None:
     seeds = [draw_seed(*key) for key in keys]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import kfactk
 from kfactk import CombinationError, KfactkError, OptionError, Recipe, UnknownStageError
 from kfactk.registry import Registry
+from kfactk.testing import effort
 
 
 def halved(step: int) -> float:
@@ -99,7 +100,7 @@ NUMBERS: dict[str, st.SearchStrategy[Any]] = {
 }
 
 
-@settings(max_examples=60)
+@settings(max_examples=effort(60))
 @given(st.fixed_dictionaries({}, optional=STAGES | NUMBERS))
 def test_every_recipe_reads_back_from_what_is_written(arguments: dict[str, Any]) -> None:
     recipe = kfactk.build(**arguments)

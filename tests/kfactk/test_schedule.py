@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import kfactk
 from kfactk import Optimizer, OptionError
 from kfactk.schedule import Due, due_at, number_at, period_at
+from kfactk.testing import effort
 from kfactk.testing.truth import dense_kron, unvec, vec
 from tests.kfactk import dense
 
@@ -31,7 +32,7 @@ def test_everything_is_due_at_the_first_step(factors: int, scale: int, basis: in
     assert due_at(0, factors, scale, basis) == Due(True, True, True)
 
 
-@settings(max_examples=30)
+@settings(max_examples=effort(30))
 @given(periods, periods, periods)
 def test_each_period_goes_its_own_way(factors: int, scale: int, basis: int) -> None:
     """And a new basis measures its scale anew."""

@@ -11,6 +11,7 @@ from hypothesis import given, settings, strategies as st
 
 from kfactk import OptionError
 from kfactk.stage_info import missing_members, options_of
+from kfactk.testing import effort
 from kfactk.torch_optimizer import TorchOptimizer
 
 CASES: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
@@ -47,7 +48,7 @@ def test_steps_are_the_classes_own(name: str) -> None:
         assert torch.equal(a, b)
 
 
-@settings(max_examples=20)
+@settings(max_examples=effort(20))
 @given(lr=st.floats(1e-4, 1.0), own=st.floats(1e-4, 1.0), decay=st.floats(0.0, 0.5))
 def test_groups_are_the_callers_own_dicts_and_keep_their_values(lr: float, own: float, decay: float) -> None:
     first, second = parameters()

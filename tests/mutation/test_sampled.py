@@ -71,7 +71,7 @@ def test_a_sample_is_drawn_one_a_place_and_keeps_its_draw(tmp_path: Path) -> Non
 
 
 def test_explanations_fit_the_source() -> None:
-    explained()
+    assert all(explained().values())
 
 
 ENTRY = '[[explained]]\npath = "kfactk/linalg.py"\nwhere = "Box.volume"\nold = "{old}"\nnew = "{new}"\nbecause = "{because}"\n'

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any, ClassVar
 
 import pytest
@@ -22,9 +21,7 @@ from kfactk_stages.basis.kfac import KfacInverse
 from kfactk_stages.curvature.conv_kfac import ConvKfac
 from kfactk_stages.curvature.kfac import Kfac
 from tests.kfactk.testing import broken_bases as faulty
-from tests.kfactk.testing.broken import caught as caught_shrunk, laws_of
-
-caught = functools.partial(caught_shrunk, shrunk=False)
+from tests.kfactk.testing.broken import caught, laws_of
 
 
 class TestDiagonal(BasisLaws):

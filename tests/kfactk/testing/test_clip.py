@@ -186,7 +186,7 @@ def test_a_broken_clip_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv(VARIABLE, "thorough")  # as many examples as it takes to find one that fails
     laws, rule, title, says = BROKEN[name]
     law = f"test_{title}"
-    found = caught(laws, By(rule), law, shrunk=False)
+    found = caught(laws, By(rule), law)
     assert says in found.get(law, "obeyed")
     assert "breaks a law of its family" in found[law]
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import attrs
-import hypothesis
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -158,17 +157,6 @@ class TestOtherLayers(CurvatureLaws):
         return self.cases().map(lambda case: Case(case.module, case.inputs, case.gradient))
 
 
-@pytest.fixture
-def first_example() -> Iterator[None]:
-    """The first example that breaks a law is enough: looking for the simplest one takes most of the time."""
-    profile = hypothesis.settings.get_current_profile_name()
-    hypothesis.settings.register_profile("first example", phases=[hypothesis.Phase.generate], database=None, derandomize=True)
-    hypothesis.settings.load_profile("first example")
-    yield
-    hypothesis.settings.load_profile(profile)
-
-
-@pytest.mark.usefixtures("first_example")
 @pytest.mark.parametrize("name", BREAKS)
 def test_a_broken_stage_is_caught(name: str) -> None:
     law, broken, says = BREAKS[name]

@@ -17,7 +17,6 @@ from kfactk.testing.fisher import natural_likelihoods
 from tests.kfactk.testing.broken import caught, laws_of
 from tests.kfactk.testing.outside import Scaled
 
-pytestmark = pytest.mark.usefixtures("without_shrinking")
 Losses = Iterator[Tensor]
 SCALARS = "test_losses_are_scalars_with_gradients"
 DENSE = "test_outer_products_are_the_dense_fisher"

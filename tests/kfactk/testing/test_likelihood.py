@@ -18,7 +18,6 @@ from kfactk.testing.strategies import Terms, terms
 from tests.kfactk.testing.broken import caught
 from tests.kfactk.testing.outside import Correlated, Poisson, Rates, Scaled, Weighted
 
-pytestmark = pytest.mark.usefixtures("without_shrinking")
 VIEW = "test_the_view_is_the_output"
 REFUSED = "test_what_cannot_be_its_parameters_is_refused"
 NLL = "test_nll_is_minus_the_log_probability"

@@ -14,7 +14,6 @@ from kfactk.testing import PlacementLaws
 from kfactk.testing.placement import statistics
 from tests.kfactk.testing.broken import caught
 
-pytestmark = pytest.mark.usefixtures("without_shrinking")
 SUMS = "test_sums_and_counts_are_those_of_all_ranks"
 GIVEN = "test_what_is_given_is_not_changed"
 ORDER = "test_any_order_of_names_gives_the_same"

@@ -201,7 +201,7 @@ BROKEN: list[tuple[type[Lines], str, str]] = [
 def test_a_broken_tracker_is_caught(stage: type[Lines], title: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(VARIABLE, "thorough")  # as many examples as it takes to find one that fails
     law = f"test_{title}"
-    found = caught(LinesLaws, stage, law, shrunk=False)
+    found = caught(LinesLaws, stage, law)
     assert says in found.get(law, "obeyed")
     assert "breaks a law of its family" in found[law]
 
@@ -217,13 +217,13 @@ def test_rounding_to_a_stated_precision_is_allowed() -> None:
 
     law = "test_records_what_happened"
     assert caught(LinesLaws, Short, law, precision=1e-5) == {}
-    assert "was told" in caught(LinesLaws, Short, law, precision=1e-9, shrunk=False)[law]
+    assert "was told" in caught(LinesLaws, Short, law, precision=1e-9)[law]
 
 
 def test_a_framework_that_a_sink_can_stop_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     law = "test_a_failing_sink_costs_no_training"
     monkeypatch.setattr(kfactk.figures, "_surviving", lambda warned, call: call())
-    assert "the sink is broken" in caught(LinesLaws, Lines, law, shrunk=False)[law]
+    assert "the sink is broken" in caught(LinesLaws, Lines, law)[law]
 
     def silent(warned: list[str], call: Any) -> None:
         try:
@@ -232,7 +232,7 @@ def test_a_framework_that_a_sink_can_stop_is_caught(monkeypatch: pytest.MonkeyPa
             torch.rand(())
 
     monkeypatch.setattr(kfactk.figures, "_surviving", silent)
-    assert "0 warnings were given, where one is due" in caught(LinesLaws, Lines, law, shrunk=False)[law]
+    assert "0 warnings were given, where one is due" in caught(LinesLaws, Lines, law)[law]
 
 
 def test_a_framework_that_records_other_steps_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,7 +240,7 @@ def test_a_framework_that_records_other_steps_is_caught(monkeypatch: pytest.Monk
     monkeypatch.setattr(
         kfactk.figures.Recorder, "due", lambda self, step: self._tracker is not None and (step + 1) % self._tracker.every == 0
     )
-    assert "with every=2, steps [1, 3] of 5 are recorded" in caught(LinesLaws, Lines, law, shrunk=False)[law]
+    assert "with every=2, steps [1, 3] of 5 are recorded" in caught(LinesLaws, Lines, law)[law]
 
 
 @pytest.mark.parametrize(("stage", "says"), [(Lines, None), (Buffers, "the process flushed [(0, {'loss': 0.0})")])

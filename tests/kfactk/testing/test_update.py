@@ -281,7 +281,7 @@ def test_a_broken_rule_is_caught(stage: Any, title: str, says: str, monkeypatch:
 
     members = {"counterpart": counterpart, "decays": stage is not torch.optim.Rprop}
     law = f"test_{title}"
-    found = caught(UpdateLaws, stage, law, shrunk=False, **members)
+    found = caught(UpdateLaws, stage, law, **members)
     assert says in found.get(law, "obeyed")
     assert "breaks a law of its family" in found[law]
 
