@@ -1,0 +1,197 @@
+"""Who does what: a layer's work by its shapes, and the ranks that share it. Pure: no process, no tensor.
+
+The work of a layer has parts that may lie on different ranks (KAISA's terms in brackets):
+
+    keeping and decomposing each of its matrices, A and G apart    its *decomposers*  [inverse workers]
+    preconditioning its gradient in every step                     its *holders*      [gradient workers]
+
+Every rank that is no holder is sent the preconditioned gradient by one of them. Known strategies are choices of these:
+
+    replicated   decomposers all,  holders all         no message but the sums
+    comm_opt     decomposers one,  holders all         decompositions travel, gradients do not
+    mem_opt      decomposers one,  holders that one    gradients travel, nothing is held twice
+    hybrid       decomposers one of a group of holders; each group is one gradient-worker fraction of the ranks
+
+References:
+    Pauloski et al. 2021, "KAISA: An Adaptive Second-Order Optimizer Framework for Deep Neural Networks", arXiv:2107.01739.
+    Pauloski et al. 2020, "Convolutional Neural Network Training with Distributed K-FAC", arXiv:2007.00784.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable, Mapping
+from typing import TypeVar
+
+import attrs
+
+from kfactk.errors import PluginError
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+@attrs.frozen
+class Work:
+    """One layer's work.
+
+    Args:
+        layer: The layer's name.
+        matrices: Shapes `(..., n, m)` of the matrices its basis decomposes, by name.
+        gradient: Shape `(..., d_out, d_in)` of its gradient as a matrix.
+        together: Whether its matrices cannot be kept apart, because they are made of common statistics.
+    """
+
+    layer: str
+    matrices: Mapping[str, tuple[int, ...]]
+    gradient: tuple[int, ...]
+    together: bool = False
+
+    def flops(self, name: str) -> float:
+        """Order of the operations that decomposing one matrix takes: n^3 for each square one, and its size for any other."""
+        shape = self.matrices[name]
+        return math.prod(shape) * (shape[-1] if len(shape) > 1 and shape[-1] == shape[-2] else 1)
+
+    def units(self) -> dict[tuple[str, str], float]:
+        """What can be placed on its own, (layer, matrix) or (layer, "") for all its matrices, with its `flops`."""
+        each = {(self.layer, name): float(self.flops(name)) for name in sorted(self.matrices)}
+        return {(self.layer, ""): sum(each.values())} if self.together else each
+
+
+@attrs.frozen
+class Workload:
+    """The work of all layers, and how often it comes.
+
+    Args:
+        works: One for each layer, in the model's order.
+        factor_every: Steps between refreshes of the factors, at the first step where that varies; so are the next two.
+        scale_every: Steps between refreshes of the scale.
+        basis_every: Steps between decompositions.
+        sampled: Whether moments are measured on every rank's samples, for which decompositions must visit every rank.
+        itemsize: Bytes of a number.
+        device: Type of the device that the parameters are on.
+    """
+
+    works: tuple[Work, ...]
+    factor_every: int = 10
+    scale_every: int = 10
+    basis_every: int = 100
+    sampled: bool = True
+    itemsize: int = 4
+    device: str = "cpu"
+
+
+@attrs.frozen
+class Share:
+    """The ranks that share one layer's work. Ranks ascend and count from 0 within the process group.
+
+    Args:
+        decomposers: For each matrix, the ranks that keep and decompose it; the first one sends it to holders that are not among them.
+        holders: The ranks that keep its decompositions and moments, and precondition its gradient.
+    """
+
+    decomposers: Mapping[str, tuple[int, ...]]
+    holders: tuple[int, ...]
+
+    def source(self, rank: int) -> int:
+        """The holder that gives `rank` the preconditioned gradient: itself if it is one.
+
+        Example:
+            >>> share = Share({"A": (2,), "G": (3,)}, holders=(2, 3))
+            >>> [share.source(rank) for rank in range(4)]
+            [2, 3, 2, 3]
+        """
+        return rank if rank in self.holders else self.holders[rank % len(self.holders)]
+
+
+@attrs.frozen
+class Assignment:
+    """What a placement answers.
+
+    Args:
+        strategy: Name of what was chosen, such as "mem_opt".
+        shares: By layer.
+        reason: Why, for a reader.
+    """
+
+    strategy: str
+    shares: Mapping[str, Share]
+    reason: str = ""
+
+    def check(self, workload: Workload, ranks: int) -> Assignment:
+        """Itself, if every piece of the work has ranks that exist.
+
+        Raises:
+            PluginError: A layer or matrix has no rank, or ranks that cannot be; says which.
+        """
+        for work in workload.works:
+            share = self.shares.get(work.layer)
+            if share is None or set(share.decomposers) != set(work.matrices):
+                raise PluginError(
+                    f"the placement {self.strategy!r} left work of layer {work.layer!r} to nobody: {share}, where its matrices are "
+                    f"{', '.join(sorted(work.matrices))}. Report it to its authors, or use another placement."
+                )
+            for group in (*share.decomposers.values(), share.holders):
+                if not group or list(group) != sorted(set(group)) or not 0 <= group[0] <= group[-1] < ranks:
+                    raise PluginError(
+                        f"the placement {self.strategy!r} gave work of layer {work.layer!r} to the ranks {group}; they must ascend and lie "
+                        f"between 0 and {ranks - 1}. Report it to its authors, or use another placement."
+                    )
+            if work.together and len(set(share.decomposers.values())) > 1:
+                raise PluginError(
+                    f"the placement {self.strategy!r} divided the matrices of layer {work.layer!r}, which are made of common statistics. "
+                    "Report it to its authors, or use another placement."
+                )
+        return self
+
+
+def balance(costs: Mapping[Key, float], bins: Iterable[int]) -> dict[Key, int]:
+    """Divide pieces of work among bins: the longest first, each to the least loaded bin, the first one among equals.
+
+    The largest load is at most 4/3 of the least possible.
+
+    Args:
+        costs: Of each piece; the order of pieces of equal cost counts.
+        bins: Numbers of the bins.
+
+    Example:
+        >>> balance({"a": 1.0, "b": 5.0, "c": 3.0, "d": 3.0}, range(2))
+        {'b': 0, 'c': 1, 'd': 1, 'a': 0}
+
+    References:
+        Graham 1969, "Bounds on Multiprocessing Timing Anomalies".
+    """
+    loads = dict.fromkeys(bins, 0.0)
+    placed = {}
+    for piece in sorted(costs, key=lambda piece: -costs[piece]):
+        least = min(loads, key=lambda number: loads[number])
+        placed[piece] = least
+        loads[least] += costs[piece]
+    return placed
+
+
+def grid(workload: Workload, ranks: int, width: int, strategy: str, reason: str = "") -> Assignment:
+    """Ranks in rows of `width`: a layer belongs to one row, whose ranks hold it, and each of its matrices to one rank of that row.
+
+    Args:
+        workload: The work.
+        ranks: Number of ranks.
+        width: Ranks in a row; divides `ranks`.
+        strategy: What to call the result.
+        reason: Why, for a reader.
+
+    Example:
+        >>> work = Work("fc", {"A": (3, 3), "G": (2, 2)}, (2, 3))
+        >>> grid(Workload((work,)), ranks=4, width=2, strategy="hybrid").shares["fc"]
+        Share(decomposers={'A': (0,), 'G': (1,)}, holders=(0, 1))
+    """
+    works = {work.layer: work for work in workload.works}
+    row_of = balance({name: sum(work.units().values()) for name, work in works.items()}, range(ranks // width))
+    worker: dict[tuple[str, str], int] = {}
+    for row in range(ranks // width):
+        units = {unit: cost for name, work in works.items() if row_of[name] == row for unit, cost in work.units().items()}
+        worker |= balance(units, range(row * width, (row + 1) * width))
+    shares = {}
+    for name, work in works.items():
+        decomposers = {matrix: (worker[name, "" if work.together else matrix],) for matrix in sorted(work.matrices)}
+        shares[name] = Share(decomposers, tuple(range(row_of[name] * width, (row_of[name] + 1) * width)))
+    return Assignment(strategy, shares, reason)

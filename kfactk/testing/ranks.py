@@ -1,0 +1,183 @@
+"""Several ranks on this machine: worker processes that stay alive and run functions as the ranks of a gloo process group.
+
+Starting a process and importing torch takes seconds, forming a process group milliseconds: so workers are started once, and each job
+has a group of its own, of any size.
+"""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import io
+import os
+import pickle
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+PATIENCE = 90.0
+"""Seconds that a job may take before its ranks are taken to hang."""
+GRACE = 5.0
+"""Seconds that the other ranks of a failed one may go on."""
+
+
+class RankError(AssertionError):
+    """A rank failed or did not end; holds the ranks' tracebacks."""
+
+
+class Workers:
+    """Worker processes that run functions as ranks.
+
+    Example:
+        >>> from operator import mul
+        >>> with Workers() as workers:  # each rank calls mul(rank, 10)
+        ...     workers.run(2, mul, 10)
+        [0, 10]
+    """
+
+    def __init__(self) -> None:
+        self._workers: list[tuple[BaseProcess, Connection]] = []
+        self._folder = tempfile.TemporaryDirectory(prefix="kfactk-ranks-")
+        self._jobs = 0
+
+    def run(self, ranks: int, function: Callable[..., Any], *arguments: Any, patience: float = PATIENCE) -> list[Any]:
+        """Call `function(rank, *arguments)` on each of several ranks of one gloo process group, and return what they return.
+
+        Args:
+            ranks: How many; the group is the default one while the function runs.
+            function: Importable by name; it, its arguments and its results must be picklable.
+            *arguments: The same for every rank.
+            patience: Seconds after which the ranks are taken to hang.
+
+        Returns:
+            Results in the order of ranks.
+
+        Raises:
+            RankError: A rank raised, died, or hangs. The workers are then replaced.
+        """
+        while len(self._workers) < ranks:
+            self._workers.append(_started())
+        self._jobs += 1
+        store = str(Path(self._folder.name) / str(self._jobs))
+        job = _packed((function, arguments))
+        for rank, (_, pipe) in enumerate(self._workers[:ranks]):
+            pipe.send((rank, ranks, store, patience, job))
+        answers, failures = self._answers(ranks, patience)
+        if failures:
+            self.close()
+            raise RankError("\n".join(f"rank {rank} of {ranks}: {failures[rank]}" for rank in sorted(failures)))
+        return [answers[rank] for rank in range(ranks)]
+
+    def _answers(self, ranks: int, patience: float) -> tuple[dict[int, Any], dict[int, str]]:
+        answers: dict[int, Any] = {}
+        failures: dict[int, str] = {}
+        waiting = {pipe: rank for rank, (_, pipe) in enumerate(self._workers[:ranks])}
+        deadline = time.monotonic() + patience
+        while waiting:
+            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                failures |= {rank: "did not end: it waits for the others, or hangs" for rank in waiting.values()}
+                break
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = waiting.pop(pipe)
+                try:
+                    good, answer = pipe.recv()
+                    answer = _unpacked(answer)
+                except EOFError:
+                    process = self._workers[rank][0]
+                    process.join(GRACE)
+                    good, answer = False, f"the process ended with exit code {process.exitcode}"
+                if good:
+                    answers[rank] = answer
+                else:
+                    failures[rank] = answer
+                    deadline = min(deadline, time.monotonic() + GRACE)
+        return answers, failures
+
+    def close(self) -> None:
+        """End the processes, those that do not answer by force; a later `run` starts new ones."""
+        for _, pipe in self._workers:
+            pipe.close()
+        deadline = time.monotonic() + GRACE
+        for process, _ in self._workers:
+            process.join(max(0.0, deadline - time.monotonic()))
+            process.kill()
+            process.join()
+        self._workers.clear()
+
+    def __enter__(self) -> Workers:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+
+_SHARED: list[Workers] = []
+
+
+def shared_workers() -> Workers:
+    """The workers that all laws and tests of this process share; they end with it."""
+    if not _SHARED:
+        _SHARED.append(Workers())
+        atexit.register(_SHARED[0].close)
+    return _SHARED[0]
+
+
+def _started() -> tuple[BaseProcess, Connection]:
+    context = mp.get_context("spawn")
+    mine, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+    return process, mine
+
+
+def _work(pipe: Connection) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    while True:
+        try:
+            rank, ranks, store, patience, job = pipe.recv()
+        except EOFError:
+            return
+        answer = _done(rank, ranks, store, patience, job)
+        try:
+            pipe.send(answer)
+        except BrokenPipeError:  # whoever asked gave up waiting
+            return
+
+
+def _done(rank: int, ranks: int, store: str, patience: float, job: bytes) -> tuple[bool, bytes]:
+    limit = datetime.timedelta(seconds=patience)
+    try:
+        function, arguments = _unpacked(job)
+        dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=limit)
+        answer = _packed(function(rank, *arguments))
+        dist.barrier()
+        return True, answer
+    except BaseException:
+        return False, _packed(traceback.format_exc())
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _packed(value: Any) -> bytes:
+    """Pickled with tensors as plain data, so that no memory is shared with a process that may end."""
+    buffer = io.BytesIO()
+    torch.save(value, buffer, pickle_module=pickle)
+    return buffer.getvalue()
+
+
+def _unpacked(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), weights_only=False)
