@@ -1,6 +1,14 @@
 """kfactk: natural-gradient optimisers for PyTorch, composed from exchangeable stages."""
 
 from kfactk._version import __version__ as __version__
+from kfactk.assignment import (
+    Assignment as Assignment,
+    Share as Share,
+    Work as Work,
+    Workload as Workload,
+    balance as balance,
+    grid as grid,
+)
 from kfactk.averages import RunningMean as RunningMean
 from kfactk.coverage import Coverage as Coverage
 from kfactk.errors import (

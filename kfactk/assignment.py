@@ -169,7 +169,7 @@ def balance(costs: Mapping[Key, float], bins: Iterable[int]) -> dict[Key, int]:
     return placed
 
 
-def grid(workload: Workload, ranks: int, width: int, strategy: str, reason: str = "") -> Assignment:
+def grid(workload: Workload, ranks: int, width: int, strategy: str, reason: str = "", *, everyone: bool = False) -> Assignment:
     """Ranks in rows of `width`: a layer belongs to one row, whose ranks hold it, and each of its matrices to one rank of that row.
 
     Args:
@@ -178,6 +178,7 @@ def grid(workload: Workload, ranks: int, width: int, strategy: str, reason: str 
         width: Ranks in a row; divides `ranks`.
         strategy: What to call the result.
         reason: Why, for a reader.
+        everyone: Whether all ranks of the row keep and decompose each matrix, rather than one of them.
 
     Example:
         >>> work = Work("fc", {"A": (3, 3), "G": (2, 2)}, (2, 3))
@@ -192,6 +193,7 @@ def grid(workload: Workload, ranks: int, width: int, strategy: str, reason: str 
         worker |= balance(units, range(row * width, (row + 1) * width))
     shares = {}
     for name, work in works.items():
-        decomposers = {matrix: (worker[name, "" if work.together else matrix],) for matrix in sorted(work.matrices)}
-        shares[name] = Share(decomposers, tuple(range(row_of[name] * width, (row_of[name] + 1) * width)))
+        holders = tuple(range(row_of[name] * width, (row_of[name] + 1) * width))
+        one = {matrix: (worker[name, "" if work.together else matrix],) for matrix in sorted(work.matrices)}
+        shares[name] = Share(dict.fromkeys(one, holders) if everyone else one, holders)
     return Assignment(strategy, shares, reason)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kfactk.averages import RunningMean
 from kfactk.errors import StateError
+from kfactk.packing import Form
 from kfactk.samples import Samples, Statistic
 from kfactk.schedule import NOTHING, Due, number_at, plain
 from kfactk.sums import add, guarded
@@ -23,19 +24,25 @@ STEP = f"{PREFIX}step"
 OWED = f"{PREFIX}owed"
 """Key of what a layer owes: factors, scale, basis."""
 Groups = Sequence[Mapping[str, Any]]
-Kept = tuple[dict[str, dict[str, Tensor]], dict[str, RunningMean]]
-"""A decomposition, and the moments measured in it."""
+READY = f"{PREFIX}ready"
+"""Key of whether a layer has been decomposed from factors that have seen data, on this rank or another."""
+Kept = tuple[bool, dict[str, dict[str, Tensor]], dict[str, RunningMean]]
+"""Whether there is a decomposition, its part on this rank, and the moments measured in it."""
 
 
 @attrs.define(eq=False)
 class LayerState:
     """Factors, decomposition and moments of one layer, and what is pending within the current step.
 
+    Each rank has a state for every layer; the tensors lie on the ranks that its placement chose.
+
     Args:
         parameters: Names of the parameters its matrices are made for; other names make the state void.
-        factors: Running means of the curvature's factors.
-        decomposition: For each matrix, its decomposition.
-        moments: Running means of the basis' moments.
+        factors: Running means of the curvature's factors, those that are kept on this rank.
+        decomposition: For each matrix, its decomposition; empty where other ranks precondition.
+        moments: Running means of the basis' moments, likewise.
+        ready: Whether it can precondition, here or elsewhere: decomposed from factors that have seen data.
+        forms: Of each matrix' decomposition, the forms of its parts, where they are known.
         staged: Sums of the forward whose passes are under way: "factor.NAME", "moment.NAME".
         pending: Sums of the forwards of this step that are done.
         retained: Samples kept until `step()` because the basis is refreshed first.
@@ -50,6 +57,8 @@ class LayerState:
     factors: dict[str, RunningMean] = attrs.Factory(dict)
     decomposition: dict[str, dict[str, Tensor]] = attrs.Factory(dict)
     moments: dict[str, RunningMean] = attrs.Factory(dict)
+    ready: bool = False
+    forms: dict[str, dict[str, Form]] = attrs.Factory(dict)
     staged: dict[str, Statistic] = attrs.Factory(dict)
     pending: dict[str, Statistic] = attrs.Factory(dict)
     retained: list[Samples] = attrs.Factory(list)
@@ -60,14 +69,14 @@ class LayerState:
     bad: list[Tensor] = attrs.Factory(list)
 
     @property
-    def ready(self) -> bool:
-        """Whether it can precondition: decomposed from factors that have seen data."""
-        return bool(self.decomposition) and bool(self.factors) and all(mean.weight > 0 for mean in self.factors.values())
+    def measured(self) -> bool:
+        """Whether all its factors on this rank have seen data."""
+        return bool(self.factors) and all(mean.weight > 0 for mean in self.factors.values())
 
     @property
     def allocated(self) -> bool:
         """Whether its tensors exist, with data or without."""
-        return bool(self.decomposition)
+        return bool(self.decomposition or self.factors)
 
     def factor_values(self) -> dict[str, Tensor]:
         """The factors' means by name."""
@@ -95,11 +104,11 @@ class LayerState:
 
     def keep(self) -> Kept:
         """The decomposition and the moments measured in it, to be put back when a refresh fails."""
-        return self.decomposition, {name: attrs.evolve(mean) for name, mean in self.moments.items()}
+        return self.ready, self.decomposition, {name: attrs.evolve(mean) for name, mean in self.moments.items()}
 
     def put_back(self, kept: Kept) -> None:
         """Take over again what `keep` gave."""
-        self.decomposition, self.moments = kept
+        self.ready, self.decomposition, self.moments = kept
 
     def clear_pending(self) -> None:
         """Forget what this step gathered."""
@@ -121,7 +130,8 @@ class LayerState:
         for factor, parts in self.decomposition.items():
             for name, tensor in parts.items():
                 out[f"{PREFIX}basis.{factor}.{name}"] = tensor
-        if out:
+        if out or self.ready:
+            out[READY] = torch.tensor(int(self.ready), dtype=torch.int64)
             out[OWED] = torch.tensor(attrs.astuple(self.owed), dtype=torch.int64)
         return out
 
@@ -143,6 +153,8 @@ class LayerState:
             kind, _, rest = key.removeprefix(PREFIX).partition(".")
             if key == OWED and tensor.shape == (3,):
                 state.owed = Due(*map(bool, tensor.tolist()))
+            elif key == READY and tensor.numel() == 1:
+                state.ready = bool(tensor)
             elif kind in ("factor", "moment"):
                 means = state.factors if kind == "factor" else state.moments
                 name = rest.removesuffix(".weight")
@@ -156,6 +168,8 @@ class LayerState:
                 state.decomposition.setdefault(factor, {})[name] = tensor.detach().to(device, copy=True)
             else:
                 raise StateError(f"the saved state has a key {key!r} that this version does not know; was it written by a newer kfactk?")
+        if READY not in flat:
+            state.ready = bool(state.decomposition) and state.measured
         return state
 
 

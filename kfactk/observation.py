@@ -77,7 +77,7 @@ class Observer:
                 self._listen(forward, terms)
                 return
             generator = torch.Generator(view.device)
-            generator.manual_seed(draw_seed(self._fisher.seed, step, micro_batch, self._preconditioner.placement.rank))
+            generator.manual_seed(draw_seed(self._fisher.seed, step, micro_batch, self._preconditioner.ranks.rank))
             for number, loss in enumerate(self._losses(view, weights, generator)):
                 forward.run(loss, view, self._sink(terms, first=number == 0))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kfactk.ambient import full_precision
+from kfactk.assignment import Assignment
 from kfactk.blame import blaming, check_clipped, naming
 from kfactk.capture import Capture, followable, model_output, weakly
 from kfactk.coverage import Coverage
@@ -22,6 +23,7 @@ from kfactk.layerstate import STEP, all_or_nothing, completed_groups, split_entr
 from kfactk.linalg import inner_products
 from kfactk.observation import Observer
 from kfactk.preconditioner import Preconditioner
+from kfactk.ranks import Ranks
 from kfactk.schedule import Due, due_at, number_at, plain
 from kfactk.stages import Layer, Pair
 from kfactk.standin import BAD_DIRECTION, BAD_GRADIENT, all_finite, standing_in
@@ -83,12 +85,14 @@ class Optimizer(torch.optim.Optimizer):
         self._inner.param_groups = self.param_groups
         self.defaults = {**self._inner.defaults, **self.defaults}
         self._index()
-        self._recorder = Recorder(recipe.tracker if recipe.placement.rank == 0 else None, recipe.summary)
+        rank = Ranks(recipe.placement.process_group).rank
+        self._recorder = Recorder(recipe.tracker if rank == 0 else None, recipe.summary)
         self._preconditioner = Preconditioner(
             self._model,
             recipe.curvature,
             recipe.basis,
             recipe.placement,
+            periods=recipe.periods_at(0),
             factor_decay=recipe.factor_decay,
             exclude=recipe.exclude,
             timed=self._recorder.timed,
@@ -140,6 +144,11 @@ class Optimizer(torch.optim.Optimizer):
         """What went wrong and was survived: skipped batches, failed decompositions."""
         pre = self._preconditioner
         return {"skipped_batches": pre.skipped_batches, "failed_decompositions": pre.failed_decompositions}
+
+    @property
+    def placement(self) -> Assignment:
+        """Which rank does what, and why: `strategy`, `reason`, and each layer's `shares`; prints as a table."""
+        return self._preconditioner.places.assignment
 
     def coverage(self) -> Coverage:
         """Which parameters are preconditioned now, by which block, or why not."""
@@ -207,6 +216,7 @@ class Optimizer(torch.optim.Optimizer):
         """What a tracker is told of this optimizer, besides norms, clip factor and seconds."""
         figures: dict[str, Tensor | float] = {name: float(self.param_groups[0][name]) for name in ("lr", "damping")}
         figures |= {name: float(value) for name, value in self.counters.items()}
+        figures |= {f"bytes/{name}": value for name, value in self._preconditioner.ranks.moved.items()}
         return figures | conditions(self.layers)
 
     # ----------------------------------------------------------------------------------------------------------- stepping
@@ -277,23 +287,27 @@ class Optimizer(torch.optim.Optimizer):
         slots: list[nn.Parameter] = []
         pairs: list[Pair] = []
         with self._recorder.timed("precondition"):
+            found = self._preconditioner.precondition(gradients, self._damping)
+            blocks = self._preconditioner.blocks
             for layer in layers:
-                matrix = self._preconditioner.precondition(layer, gradients[layer.name], self._damping(layer))
-                preconditioned = self._preconditioner.parted(layer, matrix)
-                plain = self._preconditioner.parted(layer, gradients[layer.name])
+                if layer.name not in found:
+                    continue
+                preconditioned = blocks.parted(layer, found.pop(layer.name))
+                plain = blocks.parted(layer, gradients[layer.name])
                 for name, parameter in layer.tensors().items():
                     if parameter.grad is not None:
                         slots.append(parameter)
                         pairs.append(Pair(plain[name], preconditioned[name], float(self._groups[id(parameter)]["lr"])))
         with self._recorder.timed("clip"):
             with blaming("clip", self.recipe.clip, "on the preconditioned gradients"):
-                found = self.recipe.clip.clip(pairs, inner_products)
-            clipped, factor = check_clipped(self.recipe.clip, found, [pair.preconditioned for pair in pairs])
+                answer = self.recipe.clip.clip(pairs, inner_products)
+            clipped, factor = check_clipped(self.recipe.clip, answer, [pair.preconditioned for pair in pairs])
         if self._recorder.due(self.steps):
             self._recorder.see(pairs, factor)
         given = [parameter.grad for group in self.param_groups for parameter in group["params"] if parameter.grad is not None]
-        if not all_finite([*given, *clipped]):
-            return BAD_DIRECTION if all_finite(given) else BAD_GRADIENT
+        ranks, device = self._preconditioner.ranks, given[0].device if given else None
+        if ranks.any(not all_finite([*given, *clipped]), device):  # one verdict for all ranks
+            return BAD_GRADIENT if ranks.any(not all_finite(given), device) else BAD_DIRECTION
         self._take_step([(parameter, new) for parameter, new in zip(slots, clipped, strict=True)])
         return ""
 
@@ -312,7 +326,7 @@ class Optimizer(torch.optim.Optimizer):
             decay = float(self._groups[id(parameter)]["weight_decay"])
             if parameter.grad is not None and decay and decayed:
                 gradients[name] = parameter.grad.add(parameter, alpha=decay)
-        return self._preconditioner.joined(layer, gradients)
+        return self._preconditioner.blocks.joined(layer, gradients)
 
     def _damping(self, layer: Layer) -> float:
         return float(self._groups[id(layer.module.weight)]["damping"])

@@ -20,6 +20,7 @@ class Need:
         factors: Whether its factors are refreshed.
         scale: Whether its moments are measured on samples.
         basis: Whether its matrices are decomposed.
+        late: Whether they are measured in `step()` only, on samples kept until then: in a basis that is made, or fetched, there.
         waited_for: Whether it is followed only because it did not run when it was due; it may not run now either.
     """
 
@@ -27,6 +28,7 @@ class Need:
     factors: bool
     scale: bool
     basis: bool
+    late: bool
     waited_for: bool
 
     @property
@@ -35,8 +37,8 @@ class Need:
         return self.factors or self.scale
 
     @classmethod
-    def of(cls, layer: Layer, state: LayerState, now: Due, *, sampled: bool) -> Need:
-        """The need of a layer whose state is `state` when `now` is due by the schedule.
+    def of(cls, layer: Layer, state: LayerState, now: Due, *, sampled: bool, here: bool = True) -> Need:
+        """The need of a layer whose state is `state` when `now` is due by the schedule; `here`: every rank holds its decomposition.
 
         A layer that has no decomposition yet is due whatever the schedule says, and one that did not run when it was due stays due until
         it runs.
@@ -46,7 +48,7 @@ class Need:
         factors = new or now.factors or owed.factors
         scale = sampled and (basis or now.scale or owed.scale)
         scheduled = now.factors or (sampled and now.scale) or (new and not state.missed)
-        return cls(layer, factors, scale, basis, not scheduled)
+        return cls(layer, factors, scale, basis, scale and (basis or not here), not scheduled)
 
     def debt(self) -> Due:
         """What the layer owes when it did not run."""

@@ -10,20 +10,26 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
+from kfactk.assignment import Work, Workload
 from kfactk.averages import RunningMean
-from kfactk.blame import blaming, check_matrices, check_parted, check_statistics, naming, square
+from kfactk.blocks import Blocks, diagonals, parts_of
 from kfactk.coverage import Survey
-from kfactk.errors import CaptureError, DecompositionError, KfactkWarning, StateError
+from kfactk.delivery import deliver
+from kfactk.errors import CaptureError, KfactkError, KfactkWarning, StateError
 from kfactk.forward import overwritten, silent_message
-from kfactk.layerstate import Kept, LayerState
-from kfactk.linalg import mean_diagonal
+from kfactk.layerstate import LayerState
+from kfactk.packing import Form
+from kfactk.places import Places
 from kfactk.plan import Need, Plan
-from kfactk.samples import Samples, Statistic, Use, working_dtype
+from kfactk.ranks import Ranks
+from kfactk.refresh import Damping, Refresh
+from kfactk.samples import Statistic, Use, working_dtype
 from kfactk.schedule import Due
-from kfactk.stages import Basis, Coupling, Curvature, Decomposition, Layer, Placement
-from kfactk.sums import add, guarded, keyed, means, prefixed, unkeyed
+from kfactk.stages import Basis, Curvature, Layer, Placement
+from kfactk.sums import add, guarded, local_means
 
-Damping = Callable[[Layer], float]
+Periods = tuple[int, int, int]
+"""Steps between refreshes of factors, scale and basis, as they are at the first step."""
 
 
 class Preconditioner:
@@ -34,6 +40,7 @@ class Preconditioner:
         curvature: Its stage.
         basis: Its stage.
         placement: Its stage.
+        periods: How often what is due: placements ask.
         factor_decay: Decay epsilon of the factors' running means, in [0, 1].
         exclude: Patterns of names of layers to leave alone.
         trained: Tells whether a parameter is among those the optimizer trains.
@@ -47,13 +54,17 @@ class Preconditioner:
         basis: Basis,
         placement: Placement,
         *,
+        periods: Periods,
         factor_decay: float,
         exclude: Sequence[str] = (),
         trained: Callable[[nn.Parameter], bool],
         timed: Callable[[str], AbstractContextManager[None]],
     ) -> None:
-        self.curvature, self.basis, self.placement = curvature, basis, placement
-        self.factor_decay = factor_decay
+        self.curvature, self.basis, self._periods = curvature, basis, periods
+        self.blocks = Blocks(curvature, basis)
+        self.ranks = Ranks(placement.process_group, placement.wire_dtype)
+        self.places = Places(placement, self.ranks, self.blocks, self._workload)
+        self._refresh = Refresh(self.blocks, self.places, self.ranks, factor_decay, timed, self._not_decomposed)
         self.survey = Survey(model, curvature, exclude)
         self.states: dict[str, LayerState] = {}
         self.skipped_batches = 0
@@ -83,7 +94,10 @@ class Preconditioner:
     def foresee(self, now: Due) -> Plan:
         """What a step would gather that began now."""
         sampled = self.basis.moments_from == "samples"
-        needs = {layer.name: Need.of(layer, self.states[layer.name], now, sampled=sampled) for layer in self.layers()}
+        layers = self.layers()
+        self.places.extend(layers)
+        states, everywhere = self.states, self.places.everywhere
+        needs = {each.name: Need.of(each, states[each.name], now, sampled=sampled, here=everywhere(each.name)) for each in layers}
         return Plan(needs, self.basis.moments_from == "gradient" and (now.scale or any(n.basis for n in needs.values())))
 
     def take(self, layer: Layer, uses: Sequence[Use], terms: Tensor | float, first: bool) -> None:
@@ -91,9 +105,7 @@ class Preconditioner:
         if self._plan is None or layer.name not in self._plan.needs:
             return
         need, state = self._plan.needs[layer.name], self.states[layer.name]
-        where = f"on layer {layer.name!r}"
-        with blaming("curvature", self.curvature, where):
-            samples = self.curvature.samples(layer, uses, terms=terms, first=first)
+        samples = self.blocks.samples(layer, uses, terms=terms, first=first)
         state.seen += 1
         if need.scale and samples.examples != self._examples:
             self._warn(
@@ -106,15 +118,14 @@ class Preconditioner:
             state.settle()
         sums: dict[str, Statistic] = {}
         if need.factors:
-            with self._timed("factors"), blaming("curvature", self.curvature, where):
-                factors = self.curvature.factors(layer, samples)
-            sums |= prefixed("factor", check_statistics("curvature", self.curvature, where, factors, required=True))
-        if need.scale and not need.basis:
-            with self._timed("scale"):
-                sums |= self._moments(layer, samples)
-        elif need.scale:
+            with self._timed("factors"):
+                sums |= self.blocks.factors(layer, samples)
+        if need.late:
             state.retained.append(samples)
             state.borrowed += [(use.inputs, use.inputs._version) for use in uses]
+        elif need.scale:
+            with self._timed("scale"):
+                sums |= self.blocks.moments(layer, state.decomposition, samples)
         add(state.staged, sums)
 
     @contextlib.contextmanager
@@ -153,47 +164,34 @@ class Preconditioner:
         """
         needs = self._plan.needs if self._plan is not None else {}
         self._unseen = []
-        for name in needs:
-            if any(inputs._version != version for inputs, version in self.states[name].borrowed):
-                raise CaptureError(overwritten(name))
-        seen = {keyed(name, "seen"): Statistic(None, float(self.states[name].seen)) for name, need in needs.items() if need.follows}
-        if not seen:
+        followed = [name for name, need in needs.items() if need.follows]
+        if not followed:
             return False
-        total = self._reduced(seen)
-        missing = [name for name in needs if (key := keyed(name, "seen")) in total and not float(total[key].count)]
-        silent = [n for n in missing if not needs[n].waited_for and n in gradients and bool(gradients[n].any())]
+        changed = [name for name in followed if any(inputs._version != version for inputs, version in self.states[name].borrowed)]
+        seen = [float(self.states[name].seen) for name in followed]
+        *passes, faults = self.ranks.total([*seen, float(bool(changed))], self._device())
+        if changed:
+            raise CaptureError(overwritten(changed[0]))
+        if faults:
+            raise CaptureError("another rank found that a layer's input was modified in place after its forward; see what it says.")
+        missing = [name for name, count in zip(followed, passes, strict=True) if not count]
+        if not missing:
+            return False
+        silent = [name for name in missing if not needs[name].waited_for and name in gradients and bool(gradients[name].any())]
+        nonzero = any(bool(gradient.any()) for gradient in gradients.values())
+        others_silent, others_nonzero = self.ranks.total([float(bool(silent)), float(nonzero)], self._device())
         if silent:
             raise CaptureError(silent_message(silent))
+        if others_silent:
+            raise CaptureError("another rank has a gradient for a layer that gave no sample on any rank; see what it says.")
         self._unseen = missing
-        return len(missing) == len(seen) and not any(bool(gradient.any()) for gradient in gradients.values())
+        return len(missing) == len(followed) and not others_nonzero
 
     def refresh(self, damping: Damping) -> None:
         """Reduce, average over time, decompose what is due, and measure the moments in the new basis."""
         if self._plan is None:
             return
-        needs = self._plan.needs
-        for name in needs:
-            self.states[name].settle()
-        sums = {keyed(name, key): value for name in needs for key, value in self.states[name].pending.items()}
-        followed = any(need.follows for need in needs.values())
-        averages = means(self._reduced(sums)) if followed else {}
-        with self._timed("factors"):
-            self._average(needs, averages, "factor")
-        previous: dict[str, Kept] = {}
-        try:
-            with self._timed("basis"):
-                for name, need in needs.items():
-                    if need.basis and name not in self._unseen:
-                        previous[name] = self.states[name].keep()
-                        self._decompose(need.layer, damping(need.layer))
-            with self._timed("scale"):
-                self._average(needs, averages, "moment")
-                if previous:
-                    self._measure(needs, previous)
-        except BaseException:  # moments stay together with the basis they were measured in
-            for name, kept in previous.items():
-                self.states[name].put_back(kept)
-            raise
+        self._refresh.run(self._plan.needs, self.states, set(self._unseen), damping)
         self._plan.settle(self.states, self._unseen)
 
     def measure_gradients(self, gradients: Mapping[str, Tensor], reduction: str) -> None:
@@ -206,29 +204,75 @@ class Preconditioner:
         if self._plan is None or not self._plan.counts_terms:
             return
         local = sum(self._terms, start=0.0)
-        terms = self._reduced({"terms": Statistic(None, local)})["terms"].count
-        if not float(terms):
+        [terms] = self.ranks.total([float(local)], self._device())
+        if not terms:
             return
-        for name, gradient in gradients.items():
-            state = self.states[name]
-            if state.ready:
+        for layer in self.layers():
+            state, gradient = self.states[layer.name], gradients.get(layer.name)
+            if state.ready and state.decomposition and gradient is not None:
                 mean = gradient / terms if reduction == "sum" else gradient
-                with blaming("basis", self.basis, f"on layer {name!r}"):
-                    found = self.basis.gradient_moments(state.decomposition, mean, terms)
-                sums = prefixed("moment", check_statistics("basis", self.basis, f"on layer {name!r}", found, required=False))
-                for key, value in means(guarded(sums, state.bad)).items():
-                    _update(state.moments, key.removeprefix("moment."), value, self.basis.moment_decay)
+                sums = guarded(self.blocks.gradient_moments(layer, state.decomposition, mean, terms), state.bad)
+                for key, value in local_means(sums).items():
+                    state.moments.setdefault(key.removeprefix("moment."), RunningMean()).update(value, self.basis.moment_decay)
 
-    def precondition(self, layer: Layer, gradient: Tensor, damping: float) -> Tensor:
-        """The preconditioned form of one layer's gradient `[..., d_out, d_in]`; the plain one while the layer has no statistics."""
+    def precondition(self, gradients: Mapping[str, Tensor], damping: Damping) -> dict[str, Tensor]:
+        """The preconditioned form of the layers' gradients; the plain one while a layer has no statistics.
+
+        Args:
+            gradients: By layer name, `[..., d_out, d_in]` each, equal on all ranks.
+            damping: Of a layer.
+
+        Returns:
+            The same names, but for layers whose gradient is missing on the rank that holds them.
+        """
+        layers = {layer.name: layer for layer in self.layers()}
+
+        def here(name: str) -> Tensor | None:
+            return self.preconditioned(layers[name], gradients[name], damping(layers[name])) if name in gradients else None
+
+        ready = [name for name in layers if self.states[name].ready]
+        moved = [name for name in ready if not self.places.everywhere(name)]
+        result = {name: gradient for name, gradient in gradients.items() if name not in ready}
+        if moved:
+            dtypes = {name: working_dtype(layers[name].tensors()["weight"].dtype) for name in moved}
+            forms = {name: Form(self.places.gradient(name), dtypes[name]) for name in moved}
+            result |= deliver(moved, forms, here, self.places, self.ranks, self._device())
+        for name in ready:
+            if name not in moved and (tensor := here(name)) is not None:
+                result[name] = tensor
+        return {name: result[name] for name in gradients if name in result}
+
+    def preconditioned(self, layer: Layer, gradient: Tensor, damping: float) -> Tensor:
+        """The preconditioned form of one gradient, by a rank that holds the layer.
+
+        Raises:
+            KfactkError: It is held by other ranks.
+        """
         state = self.states[layer.name]
-        if not state.ready:
-            return gradient
-        with blaming("basis", self.basis, f"on layer {layer.name!r}"):
-            preconditioned = self.basis.precondition(gradient, state.decomposition, state.moment_values(), damping)
-            if preconditioned.shape != gradient.shape:
-                raise ValueError(f"preconditioned gradient of shape {tuple(preconditioned.shape)} for {tuple(gradient.shape)}")
-        return preconditioned
+        self.check_here(layer, bool(state.decomposition), "decomposition", self.places.holders(layer.name))
+        return self.blocks.precondition(layer, gradient, state.decomposition, state.moment_values(), damping)
+
+    def matrices(self, layer: Layer) -> dict[str, Tensor]:
+        """The averaged factors of a layer as the matrices its basis decomposes.
+
+        Raises:
+            KfactkError: They are kept by other ranks.
+        """
+        here = self.places.decomposed_here(layer.name) == self.basis.requires
+        self.check_here(layer, here, "factors", sorted({rank for m in self.basis.requires for rank in self.places.keepers(layer.name, m)}))
+        return self.blocks.matrices(layer, self.states[layer.name].factor_values())
+
+    def check_here(self, layer: Layer, here: bool, what: str, ranks: Sequence[int]) -> None:
+        """Refuse what this rank cannot answer.
+
+        Raises:
+            KfactkError: `here` is false.
+        """
+        if not here:
+            raise KfactkError(
+                f"the {what} of layer {layer.name!r} lie on rank {', '.join(map(str, ranks))} (placement "
+                f"{self.places.assignment.strategy!r}), and this is rank {self.ranks.rank}: ask there, or use placement='replicated'."
+            )
 
     def finish(self, fault: str = "") -> None:
         """End the step: count what was skipped, the whole step where it has a `fault`, and forget what is pending."""
@@ -249,11 +293,16 @@ class Preconditioner:
             state = self.states[layer.name]
             if state.allocated:
                 continue
-            samples, sums = self._blank(layer)
-            state.factors = {name: _empty(s) for name, s in sums.items()}
-            self._decompose(layer, damping(layer))
-            found = self._moments(layer, samples)
-            state.moments = {key.removeprefix("moment."): _empty(s) for key, s in found.items()}
+            samples, sums = self.blocks.blank(layer)
+            rank, keepers = self.ranks.rank, self.places.keepers
+            state.factors = {name: _empty(s) for name, s in sums.items() if rank in keepers(layer.name, name)}
+            if self.places.holds(layer.name):
+                blank = {name: torch.zeros_like(s.total) for name, s in sums.items() if s.total is not None}
+                matrices = self.blocks.matrices(layer, blank)
+                needed = {name: matrices[name] for name in self.basis.requires}
+                state.decomposition = self.blocks.decompose(layer, needed, damping(layer), diagonals(matrices))
+                found = self.blocks.moments(layer, state.decomposition, samples)
+                state.moments = {key.removeprefix("moment."): _empty(s) for key, s in found.items()}
 
     def loaded(self, flat: Mapping[int, Mapping[str, Tensor]]) -> dict[str, LayerState]:
         """Saved states, by the id of each layer's weight, checked against the model and the stages; nothing is taken over yet.
@@ -266,6 +315,7 @@ class Preconditioner:
             weight = layer.tensors()["weight"]
             if id(weight) in flat:
                 state = LayerState.from_flat(layer.parameters, flat[id(weight)], weight.device)
+                self._keep_own(layer.name, state)
                 self._check_fit(layer, state)
                 states[layer.name] = state
         return states
@@ -276,21 +326,32 @@ class Preconditioner:
         self._terms.clear()
         self._plan = None
 
-    def _blank(self, layer: Layer) -> tuple[Samples, dict[str, Statistic]]:
-        """A layer's samples and sums of a use on zeros: shapes without data."""
-        with blaming("curvature", self.curvature, f"on layer {layer.name!r}"):
-            samples = self.curvature.samples(layer, [self.curvature.blank(layer)], terms=1.0, first=True)
-            return samples, self.curvature.factors(layer, samples)
+    def _workload(self, works: tuple[Work, ...]) -> Workload:
+        sampled, device = self.basis.moments_from == "samples", self._device()
+        dtypes = [working_dtype(parameter.dtype).itemsize for parameter in self.survey.model.parameters()]
+        return Workload(works, *self._periods, sampled, max(dtypes, default=4), device.type)
 
-    def _reduced(self, sums: Mapping[str, Statistic]) -> dict[str, Statistic]:
-        with naming("placement", self.placement, "joining statistics"):
-            return self.placement.reduce(sums)
+    def _device(self) -> torch.device:
+        return next((parameter.device for parameter in self.survey.model.parameters()), torch.device("cpu"))
+
+    def _keep_own(self, name: str, state: LayerState) -> None:
+        """Drop what other ranks keep: a state may have been saved under another placement."""
+        rank, keepers = self.ranks.rank, self.places.keepers
+        state.factors = {factor: mean for factor, mean in state.factors.items() if rank in keepers(name, factor)}
+        if not self.places.holds(name):
+            state.decomposition, state.moments = {}, {}
 
     def _check_fit(self, layer: Layer, state: LayerState) -> None:
-        _, sums = self._blank(layer)
-        expected = {name: tuple(s.total.shape) for name, s in sums.items() if s.total is not None}
+        _, sums = self.blocks.blank(layer)
+        kept = {name for name in sums if self.ranks.rank in self.places.keepers(layer.name, name)}
+        expected = {name: tuple(s.total.shape) for name, s in sums.items() if s.total is not None and name in kept}
         found = {name: tuple(value.shape) for name, value in state.factor_values().items()}
-        parts, wanted = _parts(state.decomposition), self._blank_parts(layer, sums)
+        parts, wanted = parts_of(state.decomposition), self.blocks.blank_parts(layer, sums)
+        if state.ready and ((kept and not found) or (self.places.holds(layer.name) and not parts)):
+            raise StateError(
+                f"the saved state has no curvature for layer {layer.name!r}, which this rank needs: it is one rank's part of a state that "
+                "several ranks shared. Save such states with torch.distributed.checkpoint on all ranks, or with placement='replicated'."
+            )
         if found != expected or (parts and parts != wanted):
             raise StateError(
                 f"the saved curvature of layer {layer.name!r} does not fit: factors {found} decomposed as {parts}, where this "
@@ -298,102 +359,15 @@ class Preconditioner:
                 "only the update rule's part."
             )
 
-    def _blank_parts(self, layer: Layer, sums: Mapping[str, Statistic]) -> list[str]:
-        """What the basis makes of the layer's matrices, learnt from their corners: decomposing them whole would cost as much as a step."""
-        where = f"on layer {layer.name!r}"
-        with blaming("curvature", self.curvature, where):
-            matrices = self.curvature.assemble(layer, {n: torch.zeros_like(s.total) for n, s in sums.items() if s.total is not None})
-        with blaming("basis", self.basis, where):
-            return _parts(self._decomposed({n: m[..., :1, :1] if square(m) else m for n, m in matrices.items()}, 1.0))
-
-    def _decomposed(self, matrices: Mapping[str, Tensor], damping: float) -> dict[str, dict[str, Tensor]]:
-        coupling = Coupling(damping, {name: mean_diagonal(matrix) for name, matrix in matrices.items() if square(matrix)})
-        return {name: self.basis.decompose(name, matrices[name], coupling) for name in sorted(self.basis.requires)}
-
-    def matrices(self, layer: Layer) -> dict[str, Tensor]:
-        """The averaged factors of a layer as the matrices its basis decomposes."""
-        where = f"on layer {layer.name!r}"
-        with blaming("curvature", self.curvature, where):
-            found = self.curvature.assemble(layer, self.states[layer.name].factor_values())
-        return dict(check_matrices(self.curvature, where, found, self.basis.requires))
-
-    def joined(self, layer: Layer, tensors: Mapping[str, Tensor | None]) -> Tensor:
-        """Tensors shaped like a layer's parameters as its matrix, float32 at least; `None` counts as zeros."""
-        named = {}
-        for name, parameter in layer.tensors().items():
-            tensor = tensors.get(name)
-            tensor = torch.zeros_like(parameter) if tensor is None else tensor
-            named[name] = tensor.detach().to(working_dtype(tensor.dtype))
-        with blaming("curvature", self.curvature, f"on layer {layer.name!r}"):
-            return self.curvature.matrix(layer, named)
-
-    def parted(self, layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
-        """Inverse of `joined`."""
-        with blaming("curvature", self.curvature, f"on layer {layer.name!r}"):
-            return check_parted(layer.tensors(), self.curvature.tensors(layer, matrix))
-
-    def _decompose(self, layer: Layer, damping: float) -> None:
-        state = self.states[layer.name]
-        if not state.factors:
-            return
-        matrices = self.matrices(layer)
-        try:
-            with blaming("basis", self.basis, f"on layer {layer.name!r}"):
-                state.decomposition = self._decomposed(matrices, damping)
-        except DecompositionError as error:
-            self.failed_decompositions += 1
-            fallback = "the last good decomposition is kept" if state.decomposition else "its plain gradient is used until the next one"
-            self._warn("decomposition", f"layer {layer.name!r}: {error}; {fallback}")
-
-    def _measure(self, needs: Mapping[str, Need], previous: dict[str, Kept]) -> None:
-        sums: dict[str, Statistic] = {}
-        carried: dict[str, dict[str, RunningMean]] = {}
-        for name, (old, _) in previous.items():
-            state = self.states[name]
-            for samples in state.retained if state.ready else ():
-                if samples.first:
-                    state.settle()
-                add(state.staged, self._moments(needs[name].layer, samples))
-            state.settle()
-            sums |= {keyed(name, key): value for key, value in state.pending.items() if key.startswith("moment.")}
-            if old and state.moments and state.decomposition is not old:
-                with blaming("basis", self.basis, f"on layer {name!r}"):
-                    there = self.basis.transport(state.moment_values(), old, state.decomposition)
-                carried[name] = {n: RunningMean(there[n], mean.weight) for n, mean in state.moments.items() if n in there}
-            state.retained.clear()
-        averages = means(self._reduced(sums)) if self.basis.moments_from == "samples" else {}
-        for name, moments in carried.items():
-            self.states[name].moments = moments
-        self._average(needs, averages, "moment")
-        previous.clear()
-
-    def _moments(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
-        where = f"on layer {layer.name!r}"
-        with blaming("basis", self.basis, where):
-            found = self.basis.moments(self.states[layer.name].decomposition, samples)
-        return prefixed("moment", check_statistics("basis", self.basis, where, found, required=False))
-
-    def _average(self, needs: Mapping[str, Need], averages: Mapping[str, Tensor], kind: str) -> None:
-        for key, value in averages.items():
-            layer, rest = unkeyed(key)
-            if rest.startswith(f"{kind}.") and layer in needs:
-                state = self.states[layer]
-                target, decay = (state.factors, self.factor_decay) if kind == "factor" else (state.moments, self.basis.moment_decay)
-                _update(target, rest.removeprefix(f"{kind}."), value, decay)
+    def _not_decomposed(self, layer: str, reason: str) -> None:
+        self.failed_decompositions += 1
+        fallback = "the last good decomposition is kept" if self.states[layer].ready else "its plain gradient is used until the next one"
+        self._warn("decomposition", f"layer {layer!r}: {reason}; {fallback}")
 
     def _warn(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(f"{message} (said once)", KfactkWarning, stacklevel=2)
-
-
-def _parts(decomposition: Decomposition) -> list[str]:
-    """The parts by name and number of dimensions; their sizes follow from the factors'."""
-    return sorted(f"{name}.{part} ({tensor.ndim}-D)" for name, parts in decomposition.items() for part, tensor in parts.items())
-
-
-def _update(into: dict[str, RunningMean], name: str, value: Tensor, decay: float) -> None:
-    into.setdefault(name, RunningMean()).update(value, decay)
 
 
 def _empty(statistic: Statistic) -> RunningMean:

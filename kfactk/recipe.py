@@ -139,6 +139,12 @@ class Recipe:
         """Which parameters would be preconditioned, by which block, or why not; prints as a table."""
         return Survey(model, self.curvature, self.exclude).coverage(lambda parameter: True)
 
+    def periods_at(self, step: int) -> tuple[int, int, int]:
+        """Steps between refreshes of factors, scale and basis, as they are at `step`."""
+        periods = {"factor_every": self.factor_every, "scale_every": self.scale_every, "basis_every": self.basis_every}
+        factors, scale, basis = (period_at(name, period, step) for name, period in periods.items())
+        return factors, scale, basis
+
     def evolve(self, **changes: Any) -> Recipe:
         """The recipe with some fields changed; takes what `kfactk.build` takes.
 

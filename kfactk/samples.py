@@ -29,21 +29,22 @@ class Statistic:
     Args:
         total: The sum, any shape; `None` contributes nothing.
         count: What the sum is divided by for the mean: a number, or a scalar tensor when it is known on the device only.
+        symmetric: Whether the sum is symmetric in its last two dimensions, so that one triangle of it is enough to send.
     """
 
     total: Tensor | None
     count: Tensor | float
+    symmetric: bool = False
 
     def __add__(self, other: Statistic) -> Statistic:
-        if self.total is None:
-            return Statistic(other.total, self.count + other.count)
-        if other.total is None:
-            return Statistic(self.total, self.count + other.count)
-        return Statistic(self.total + other.total, self.count + other.count)
+        count = self.count + other.count
+        if self.total is None or other.total is None:
+            return attrs.evolve(other if self.total is None else self, count=count)
+        return Statistic(self.total + other.total, count, self.symmetric and other.symmetric)
 
     def scaled(self, factor: float) -> Statistic:
         """The same count with the sum multiplied by `factor`."""
-        return Statistic(None if self.total is None else self.total * factor, self.count)
+        return attrs.evolve(self, total=None if self.total is None else self.total * factor)
 
 
 @attrs.frozen(eq=False)
@@ -120,12 +121,12 @@ class Samples:
         if not self.first:
             return Statistic(None, 0.0)
         parts = (gram(self.inputs(rows)) for rows in self.chunks(self.positions * self.d_in))
-        return Statistic(_sum(parts), float(self.examples))
+        return Statistic(_sum(parts), float(self.examples), symmetric=True)
 
     def grad_moment(self) -> Statistic:
         """`sum_n sum_t g g^T`, `[..., d_out, d_out]`, counted by likelihood terms."""
         parts = (gram(self.gradients(rows)) for rows in self.chunks(self.positions * self.d_out))
-        return Statistic(_sum(parts), self.terms)
+        return Statistic(_sum(parts), self.terms, symmetric=True)
 
     def per_example_gradients(self, rows: slice = slice(None)) -> Tensor:
         """`D_n` of the examples `rows`, `[..., n, d_out, d_in]`. They sum to autograd's gradient of the summed loss."""

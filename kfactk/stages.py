@@ -22,6 +22,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
+from kfactk.assignment import Assignment, Workload
 from kfactk.samples import Samples, Statistic, Use
 
 Tensors = Mapping[str, Tensor]
@@ -231,14 +232,18 @@ class Update(Protocol):
 
 
 class Placement(Protocol):
-    """Where the work is done and how sums are joined. Every rank makes the same calls in the same order, whatever its data."""
+    """Which rank does what. A placement only answers; the framework moves sums, decompositions and gradients accordingly.
 
-    def reduce(self, statistics: Mapping[str, Statistic]) -> dict[str, Statistic]:
-        """Sum statistics over ranks. A rank may lack names that others have, and then contributes nothing to them."""
+    Laws: every matrix and every gradient has a rank; the answer depends on the arguments alone, so that every rank gets the same.
+    """
 
-    @property
-    def rank(self) -> int:
-        """This process' rank: 0 when alone."""
+    process_group: Any
+    """The ranks that share a model, a `torch.distributed` group; `None` for all."""
+    wire_dtype: str | None
+    """Precision of what travels, such as "bfloat16"; `None` for that of the tensors themselves."""
+
+    def assign(self, workload: Workload, ranks: int) -> Assignment:
+        """Divide the work of a model among `ranks` ranks."""
 
 
 class Tracker(Protocol):

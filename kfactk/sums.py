@@ -4,10 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import attrs
 import torch
 from torch import Tensor
 
 from kfactk.samples import Statistic
+
+
+@attrs.frozen(eq=False)
+class Joined:
+    """A statistic summed over ranks.
+
+    Args:
+        total: The sum; `None` where this rank is not among those that want it, or where no rank has one.
+        count: The sum of the counts, known on every rank.
+        exists: Whether any rank had a total.
+    """
+
+    total: Tensor | None
+    count: Tensor | float
+    exists: bool
+
+    @classmethod
+    def alone(cls, statistic: Statistic) -> Joined:
+        """The statistic of the only rank there is."""
+        return cls(statistic.total, statistic.count, statistic.total is not None)
 
 
 def prefixed(prefix: str, statistics: Mapping[str, Statistic]) -> dict[str, Statistic]:
@@ -40,7 +61,11 @@ def guarded(sums: Mapping[str, Statistic], bad: list[Tensor]) -> dict[str, Stati
     good = torch.stack([torch.isfinite(total).all() for total in totals]).all()
     bad.append(~good)
     return {
-        name: Statistic(None if statistic.total is None else torch.where(good, statistic.total, 0.0), _count(statistic.count, good) * good)
+        name: attrs.evolve(
+            statistic,
+            total=None if statistic.total is None else torch.where(good, statistic.total, 0.0),
+            count=_count(statistic.count, good) * good,
+        )
         for name, statistic in sums.items()
     }
 
@@ -49,15 +74,20 @@ def _count(count: Tensor | float, like: Tensor) -> Tensor:
     return count.detach().double() if isinstance(count, Tensor) else torch.tensor(float(count), dtype=torch.float64, device=like.device)
 
 
-def means(sums: Mapping[str, Statistic]) -> dict[str, Tensor]:
-    """Sum over count, of those that counted something; one transfer tells which."""
-    some = {name: statistic for name, statistic in sums.items() if statistic.total is not None}
+def local_means(sums: Mapping[str, Statistic]) -> dict[str, Tensor]:
+    """The same of one process' sums."""
+    return {name: mean for name, mean in means({name: Joined.alone(each) for name, each in sums.items()}).items() if mean is not None}
+
+
+def means(sums: Mapping[str, Joined]) -> dict[str, Tensor | None]:
+    """Sum over count, of those that counted something; `None` where the sum is another rank's. One transfer tells which."""
+    some = {name: joined for name, joined in sums.items() if joined.exists}
     if not some:
         return {}
     device = next((s.count.device for s in some.values() if isinstance(s.count, Tensor)), None)
     counts = torch.stack([torch.as_tensor(s.count, dtype=torch.float64, device=device) for s in some.values()]).tolist()
     return {
-        name: statistic.total / count
-        for (name, statistic), count in zip(some.items(), counts, strict=True)
-        if count > 0 and statistic.total is not None
+        name: None if joined.total is None else joined.total / count
+        for (name, joined), count in zip(some.items(), counts, strict=True)
+        if count > 0
     }

@@ -45,7 +45,7 @@ class LayerView:
 
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Tensors shaped like the layer's parameters ("weight", "bias") as its matrix `[..., d_out, d_in]`."""
-        return self._preconditioner.joined(self.layer, tensors)
+        return self._preconditioner.blocks.joined(self.layer, tensors)
 
     def fisher_product(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`F v` for v shaped like the layer's parameters; missing ones count as zero.
@@ -55,10 +55,10 @@ class LayerView:
         """
         state = self._measured()
         pre = self._preconditioner
-        vector, matrices = pre.joined(self.layer, tensors), pre.matrices(self.layer)
+        vector, matrices = pre.blocks.joined(self.layer, tensors), pre.matrices(self.layer)
         with blaming("basis", pre.basis, f"on layer {self.layer.name!r}"):
             product = pre.basis.product(vector, matrices, state.decomposition, state.moment_values())
-        return pre.parted(self.layer, product)
+        return pre.blocks.parted(self.layer, product)
 
     def precondition(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`P v = (F + damping I)^-1 v`, likewise.
@@ -68,13 +68,16 @@ class LayerView:
         """
         self._measured()
         pre = self._preconditioner
-        return pre.parted(self.layer, pre.precondition(self.layer, pre.joined(self.layer, tensors), self.damping))
+        return pre.blocks.parted(self.layer, pre.preconditioned(self.layer, pre.blocks.joined(self.layer, tensors), self.damping))
 
     def condition(self) -> Tensor | None:
-        """Condition number of the damped curvature (exact or a lower bound, as the basis documents); `None` before it is measured."""
+        """Condition number of the damped curvature (exact or a lower bound, as the basis documents); `None` before it is measured, and on
+        ranks that do not hold the layer."""
         state, basis = self._state, self._preconditioner.basis
+        if not (state.ready and state.decomposition):
+            return None
         with blaming("basis", basis, f"on layer {self.layer.name!r}"):
-            return basis.condition(state.decomposition, state.moment_values(), self.damping) if state.ready else None
+            return basis.condition(state.decomposition, state.moment_values(), self.damping)
 
     @property
     def _state(self) -> LayerState:

@@ -16,7 +16,7 @@ from torch import Tensor
 from kfactk.averages import RunningMean
 from kfactk.blame import square
 from kfactk.layerstate import LayerState
-from kfactk.sums import means
+from kfactk.sums import local_means
 from kfactk.testing.basis_frame import BasisFrame, same
 from kfactk.testing.laws import law
 from kfactk.testing.situations import Situation, dense, enlarged, named, separated
@@ -66,7 +66,7 @@ class BasisStateLaws(BasisFrame):
         checkpoints can be loaded into an optimizer that has seen nothing."""
         curvature, layer = situation.curvature, situation.case.layer
         samples = curvature.samples(layer, [curvature.blank(layer)], terms=1.0, first=True)
-        matrices = curvature.assemble(layer, {n: torch.zeros_like(s) for n, s in means(curvature.factors(layer, samples)).items()})
+        matrices = curvature.assemble(layer, {n: torch.zeros_like(s) for n, s in local_means(curvature.factors(layer, samples)).items()})
         blank = situation.refreshed(samples=samples, matrices=dict(matrices), mean_gradient=0 * situation.mean_gradient)
         for what, real, empty in (
             ("decomposition", named(situation.decomposition), named(blank.decomposition)),

@@ -85,7 +85,7 @@ class Workers:
         while waiting:
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                failures |= {rank: "did not end: it waits for the others, or hangs" for rank in waiting.values()}
+                failures |= dict.fromkeys(waiting.values(), "did not end: it waits for the others, or hangs")
                 break
             for pipe in ready:
                 assert isinstance(pipe, Connection)

@@ -14,7 +14,7 @@ from kfactk.blame import square
 from kfactk.linalg import mean_diagonal
 from kfactk.samples import Samples, Use
 from kfactk.stages import Coupling, Decomposition, Tensors
-from kfactk.sums import means
+from kfactk.sums import local_means
 from kfactk.testing.strategies import Case, seeds
 from kfactk.testing.truth import module_gradients
 
@@ -67,7 +67,7 @@ class Situation:
         layer, examples = case.layer, float(len(case.gradient))
         terms = examples if terms is None else terms
         samples = curvature.samples(layer, [Use(x, g) for x, g in case.calls], terms=terms, first=True)
-        matrices = curvature.assemble(layer, means(curvature.factors(layer, samples)))
+        matrices = curvature.assemble(layer, local_means(curvature.factors(layer, samples)))
         parameters = layer.tensors()
         loss = sum(((case.module(x) * g).sum() for x, g in case.calls), torch.zeros(()))
         found = torch.autograd.grad(loss, list(parameters.values()))
@@ -92,8 +92,8 @@ class Situation:
         if source is None:
             return {}
         if source == "samples":
-            return means(self.basis.moments(decomposition, self.samples))
-        return means(self.basis.gradient_moments(decomposition, self.mean_gradient, self.terms))
+            return local_means(self.basis.moments(decomposition, self.samples))
+        return local_means(self.basis.gradient_moments(decomposition, self.mean_gradient, self.terms))
 
     @property
     def coupling(self) -> Coupling:

@@ -141,8 +141,8 @@ class Kfac:
         return {"A": samples.input_moment(), "G": samples.grad_moment().scaled(1 / max(1, samples.positions))}
 
     def assemble(self, layer: Layer, factors: Tensors) -> dict[str, Tensor]:
-        """The averaged factors are the matrices."""
-        return {"A": factors["A"], "G": factors["G"]}
+        """The averaged factors are the matrices, each by itself."""
+        return {name: factors[name] for name in ("A", "G") if name in factors}
 
 
 def groups_of(module: nn.Module) -> int:
@@ -155,13 +155,13 @@ def reduced_input_moment(samples: Samples) -> Statistic:
     if not samples.first:
         return Statistic(None, 0.0)
     means = (samples.inputs(rows).mean(-2, keepdim=True) for rows in samples.chunks(samples.positions * samples.d_in))
-    return Statistic(summed_grams(means), float(samples.examples))
+    return Statistic(summed_grams(means), float(samples.examples), symmetric=True)
 
 
 def reduced_grad_moment(samples: Samples) -> Statistic:
     """`sum_n gsum gsum^T` with `gsum = sum_t g`, `[..., d_out, d_out]`, counted by likelihood terms."""
     sums = (samples.gradients(rows).sum(-2, keepdim=True) for rows in samples.chunks(samples.positions * samples.d_out))
-    return Statistic(summed_grams(sums), samples.terms)
+    return Statistic(summed_grams(sums), samples.terms, symmetric=True)
 
 
 def summed_grams(parts: Iterable[Tensor]) -> Tensor | None:

@@ -1,0 +1,159 @@
+"""Curvature and basis at work on one layer: every call of these two stages is made here, and what they give is checked.
+
+Nothing is kept here; tensors come in and go out. What fails is told with the stage and the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import attrs
+import torch
+from torch import Tensor
+
+from kfactk.assignment import Work
+from kfactk.blame import blaming, check_matrices, check_parted, check_statistics, square
+from kfactk.linalg import mean_diagonal
+from kfactk.samples import Samples, Statistic, Use, working_dtype
+from kfactk.stages import Basis, Coupling, Curvature, Decomposition, Layer, Tensors
+from kfactk.sums import prefixed
+
+
+@attrs.frozen
+class Blocks:
+    """The two stages that make a layer's block.
+
+    Args:
+        curvature: Its stage.
+        basis: Its stage.
+    """
+
+    curvature: Curvature
+    basis: Basis
+
+    # ------------------------------------------------------------------------------------------------------- curvature
+
+    def samples(self, layer: Layer, uses: Sequence[Use], *, terms: Tensor | float, first: bool) -> Samples:
+        """The uses of a layer in one pass, as samples."""
+        with blaming("curvature", self.curvature, _on(layer)):
+            return self.curvature.samples(layer, uses, terms=terms, first=first)
+
+    def factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
+        """Sums and counts of the factors, as "factor.NAME"."""
+        with blaming("curvature", self.curvature, _on(layer)):
+            found = self.curvature.factors(layer, samples)
+        return prefixed("factor", check_statistics("curvature", self.curvature, _on(layer), found, required=True))
+
+    def matrices(self, layer: Layer, factors: Tensors, names: frozenset[str] | None = None) -> dict[str, Tensor]:
+        """Averaged factors as matrices.
+
+        Args:
+            layer: The layer.
+            factors: The means by name.
+            names: Those that are needed; `None` for all that the basis requires.
+        """
+        with blaming("curvature", self.curvature, _on(layer)):
+            found = self.curvature.assemble(layer, factors)
+        return dict(check_matrices(self.curvature, _on(layer), found, self.basis.requires if names is None else names))
+
+    def joined(self, layer: Layer, tensors: Mapping[str, Tensor | None]) -> Tensor:
+        """Tensors shaped like a layer's parameters as its matrix, float32 at least; `None` counts as zeros."""
+        named = {}
+        for name, parameter in layer.tensors().items():
+            tensor = tensors.get(name)
+            tensor = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device) if tensor is None else tensor
+            named[name] = tensor.detach().to(working_dtype(tensor.dtype))
+        with blaming("curvature", self.curvature, _on(layer)):
+            return self.curvature.matrix(layer, named)
+
+    def parted(self, layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
+        """Inverse of `joined`."""
+        with blaming("curvature", self.curvature, _on(layer)):
+            return check_parted(layer.tensors(), self.curvature.tensors(layer, matrix))
+
+    def blank(self, layer: Layer) -> tuple[Samples, dict[str, Statistic]]:
+        """A layer's samples and sums of a use on zeros: shapes without data."""
+        with blaming("curvature", self.curvature, _on(layer)):
+            samples = self.curvature.samples(layer, [self.curvature.blank(layer)], terms=1.0, first=True)
+            return samples, self.curvature.factors(layer, samples)
+
+    def work(self, layer: Layer) -> Work:
+        """The layer's work, by its shapes.
+
+        Matrices can be kept apart where each is made of the one statistic of its name.
+        """
+        _, sums = self.blank(layer)
+        blank = {name: torch.zeros_like(s.total) for name, s in sums.items() if s.total is not None}
+        matrices = self.matrices(layer, blank)
+        shapes = {name: tuple(matrices[name].shape) for name in sorted(self.basis.requires)}
+        gradient = tuple(self.joined(layer, {}).shape)
+        apart = set(blank) == set(shapes) and all(self._alone(layer, name, blank[name], shapes[name]) for name in shapes)
+        return Work(layer.name, shapes, gradient, together=not apart)
+
+    def _alone(self, layer: Layer, name: str, factor: Tensor, shape: tuple[int, ...]) -> bool:
+        try:
+            found = self.curvature.assemble(layer, {name: factor})
+        except Exception:  # a curvature that needs all its factors at once says so in its own way
+            return False
+        return set(found) == {name} and tuple(found[name].shape) == shape
+
+    # ------------------------------------------------------------------------------------------------------------ basis
+
+    def decompose(self, layer: Layer, matrices: Tensors, damping: float, diagonals: Tensors) -> dict[str, dict[str, Tensor]]:
+        """Decompose some of a layer's matrices.
+
+        Args:
+            layer: The layer.
+            matrices: Those to decompose.
+            damping: The layer's.
+            diagonals: `trace / dimension` of all its square matrices.
+        """
+        coupling = Coupling(damping, diagonals)
+        with blaming("basis", self.basis, _on(layer)):
+            return {name: self.basis.decompose(name, matrices[name], coupling) for name in sorted(matrices)}
+
+    def blank_parts(self, layer: Layer, sums: Mapping[str, Statistic]) -> list[str]:
+        """What the basis makes of the layer's matrices, learnt from their corners: decomposing them whole would cost as much as a step."""
+        with blaming("curvature", self.curvature, _on(layer)):
+            matrices = self.curvature.assemble(layer, {n: torch.zeros_like(s.total) for n, s in sums.items() if s.total is not None})
+        corners = {n: m[..., :1, :1] if square(m) else m for n, m in matrices.items()}
+        return parts_of(self.decompose(layer, {n: corners[n] for n in self.basis.requires}, 1.0, diagonals(corners)))
+
+    def moments(self, layer: Layer, decomposition: Decomposition, samples: Samples) -> dict[str, Statistic]:
+        """Sums and counts of the moments on samples, as "moment.NAME"."""
+        with blaming("basis", self.basis, _on(layer)):
+            found = self.basis.moments(decomposition, samples)
+        return prefixed("moment", check_statistics("basis", self.basis, _on(layer), found, required=False))
+
+    def gradient_moments(self, layer: Layer, decomposition: Decomposition, gradient: Tensor, terms: Tensor | float) -> dict[str, Statistic]:
+        """The same of a mini-batch mean gradient."""
+        with blaming("basis", self.basis, _on(layer)):
+            found = self.basis.gradient_moments(decomposition, gradient, terms)
+        return prefixed("moment", check_statistics("basis", self.basis, _on(layer), found, required=False))
+
+    def transport(self, layer: Layer, moments: Tensors, old: Decomposition, new: Decomposition) -> dict[str, Tensor]:
+        """Moments carried from one decomposition to another."""
+        with blaming("basis", self.basis, _on(layer)):
+            return self.basis.transport(moments, old, new)
+
+    def precondition(self, layer: Layer, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
+        """The preconditioned form of a gradient `[..., d_out, d_in]`."""
+        with blaming("basis", self.basis, _on(layer)):
+            preconditioned = self.basis.precondition(gradient, decomposition, moments, damping)
+            if preconditioned.shape != gradient.shape:
+                raise ValueError(f"preconditioned gradient of shape {tuple(preconditioned.shape)} for {tuple(gradient.shape)}")
+        return preconditioned
+
+
+def diagonals(matrices: Tensors) -> dict[str, Tensor]:
+    """`trace / dimension` of the square ones."""
+    return {name: mean_diagonal(matrix) for name, matrix in matrices.items() if square(matrix)}
+
+
+def parts_of(decomposition: Decomposition) -> list[str]:
+    """The parts by name and number of dimensions; their sizes follow from the factors'."""
+    return sorted(f"{name}.{part} ({tensor.ndim}-D)" for name, parts in decomposition.items() for part, tensor in parts.items())
+
+
+def _on(layer: Layer) -> str:
+    return f"on layer {layer.name!r}"

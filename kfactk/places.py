@@ -1,0 +1,131 @@
+"""The placement's answer as one rank sees it: what it keeps, what it holds, and whom it hears from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+from kfactk.assignment import Assignment, Share, Work, Workload
+from kfactk.blame import blaming
+from kfactk.blocks import Blocks
+from kfactk.errors import StateError
+from kfactk.ranks import Members, Ranks
+from kfactk.stages import Layer, Placement
+
+ALONE = Assignment("alone", {}, "one process does everything")
+
+
+class Places:
+    """Who does what, decided once and extended when layers appear that had no place yet.
+
+    Args:
+        placement: The stage.
+        ranks: The ranks that there are.
+        blocks: Tell a layer's work.
+        workload: Completes works to a workload.
+    """
+
+    def __init__(self, placement: Placement, ranks: Ranks, blocks: Blocks, workload: Callable[..., Workload]) -> None:
+        self._placement, self._ranks, self._blocks, self._workload = placement, ranks, blocks, workload
+        self._works: dict[str, Work] = {}
+        self.assignment = ALONE
+
+    def extend(self, layers: Sequence[Layer]) -> None:
+        """Give a place to the layers that have none; a collective call where there is one."""
+        if self._ranks.size == 1 or all(layer.name in self.assignment.shares for layer in layers):
+            return
+        new = [layer for layer in layers if layer.name not in self.assignment.shares]
+        workload = self._workload(tuple(self._blocks.work(layer) for layer in new))
+        if not self._ranks.same(repr(workload.works)):
+            raise StateError(
+                "ranks disagree on the layers of the model: their names or shapes differ. Each rank must hold the same model, bound in the "
+                "same way, with the same parameters trained. For a model whose parts lie on different ranks (pipeline or tensor parallel), "
+                "give the ranks that share each part as the placement's process_group, or divide it by fully_shard."
+            )
+        with blaming("placement", self._placement, "dividing the work"):
+            found = self._placement.assign(workload, self._ranks.size).check(workload, self._ranks.size)
+        reason = found.reason if self.assignment is ALONE else self.assignment.reason
+        self._works |= {work.layer: work for work in workload.works}
+        self.assignment = Assignment(found.strategy, {**self.assignment.shares, **found.shares}, reason)
+        self._ranks.prepare(group for share in found.shares.values() for group in self._groups(share))
+
+    def _groups(self, share: Share) -> list[Members]:
+        """The groups that messages about one layer travel in."""
+        outside = tuple(rank for rank in self._ranks.everyone if rank not in share.holders)
+        decomposers = share.decomposers.values()
+        carried = [_union([found[:1], share.holders]) for found in decomposers if len(found) < self._ranks.size]
+        return [*decomposers, *carried, *(self.audience(share, holder) for holder in share.holders), _union([share.holders[:1], outside])]
+
+    def shapes(self, layer: str) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of a layer's matrices."""
+        return self._works[layer].matrices
+
+    def gradient(self, layer: str) -> tuple[int, ...]:
+        """Shape of a layer's gradient as a matrix."""
+        return self._works[layer].gradient
+
+    def share(self, layer: str) -> Share:
+        """Who shares a layer's work."""
+        return self.assignment.shares[layer]
+
+    def keepers(self, layer: str, factor: str) -> Members:
+        """The ranks that keep one averaged statistic: those that decompose the matrix of its name, or any of them."""
+        if self._ranks.size == 1:
+            return (0,)
+        decomposers = self.share(layer).decomposers
+        return decomposers[factor] if factor in decomposers else _union(decomposers.values())
+
+    def decomposed_here(self, layer: str) -> frozenset[str]:
+        """The matrices of a layer that this rank decomposes."""
+        if self._ranks.size == 1:
+            return self._blocks.basis.requires
+        return frozenset(name for name, ranks in self.share(layer).decomposers.items() if self._ranks.rank in ranks)
+
+    def holders(self, layer: str) -> Members:
+        """The ranks that precondition a layer's gradient."""
+        return (0,) if self._ranks.size == 1 else self.share(layer).holders
+
+    def holds(self, layer: str) -> bool:
+        """Whether this rank does."""
+        return self._ranks.size == 1 or self._ranks.rank in self.share(layer).holders
+
+    def everywhere(self, layer: str) -> bool:
+        """Whether every rank does."""
+        return len(self.holders(layer)) == self._ranks.size
+
+    def divided(self, layer: str) -> bool:
+        """Whether decompositions of a layer have to travel, or can fail on one rank alone."""
+        return self._ranks.size > 1 and any(len(ranks) < self._ranks.size for ranks in self.share(layer).decomposers.values())
+
+    def apart(self, layer: str) -> bool:
+        """Whether different ranks decompose a layer's matrices."""
+        return self._ranks.size > 1 and len(set(self.share(layer).decomposers.values())) > 1
+
+    def audience(self, share: Share, holder: int) -> Members:
+        """A holder and the ranks that it gives preconditioned gradients to."""
+        others = (rank for rank in self._ranks.everyone if rank not in share.holders and share.source(rank) == holder)
+        return tuple(sorted({holder, *others}))
+
+    def routes(self, layer: str, *, refreshed: bool, visiting: bool) -> dict[str, tuple[int, Members]]:
+        """For each matrix whose decomposition travels: its source, and all that take part.
+
+        Args:
+            layer: The layer.
+            refreshed: Whether it was just decomposed, and lies with its decomposers; otherwise it lies with the holders.
+            visiting: Whether every rank is to see it, for samples of its own.
+        """
+        if self._ranks.size == 1:
+            return {}
+        share, found = self.share(layer), {}
+        for name, decomposers in share.decomposers.items():
+            if refreshed and len(decomposers) == self._ranks.size:
+                continue
+            source = decomposers[0] if refreshed else share.holders[0]
+            outside = [rank for rank in self._ranks.everyone if refreshed or rank not in share.holders]
+            members = tuple(sorted({source, *(outside if visiting else share.holders)}))
+            if len(members) > 1:
+                found[name] = source, members
+        return found
+
+
+def _union(groups: Iterable[Members]) -> Members:
+    return tuple(sorted({rank for group in groups for rank in group}))

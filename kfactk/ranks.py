@@ -1,0 +1,369 @@
+"""The processes that share a model: every collective that kfactk makes is made here.
+
+Every rank makes the same calls in the same order, whatever its data: what is sent, and by whom, follows from the recipe, the shapes and
+the step. A rank that lacks something sends zeros. Bytes are counted as each rank sends or receives them, whatever the algorithm below:
+x bytes reduced to one of g ranks, or broadcast by one, move (g - 1) x in all, an all-reduce twice that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import reduce
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from kfactk.errors import KfactkError, OptionError, StateError
+from kfactk.packing import Form, buckets, form_of, pack, unpack
+from kfactk.samples import Statistic
+from kfactk.sums import Joined
+
+Members = tuple[int, ...]
+"""Ranks, ascending, counted from 0 within the process group."""
+IN_FLIGHT = 4
+"""Messages under way at a time, which bounds the memory that their buffers take."""
+
+
+class Pending:
+    """A message under way; `wait` gives what it brings to this rank."""
+
+    def __init__(self, work: Any, finish: Callable[[], dict[str, Tensor]]) -> None:
+        self._work, self._finish = work, finish
+
+    def wait(self) -> dict[str, Tensor]:
+        """Wait for the message, and return the tensors by name."""
+        if self._work is not None:
+            with explained():
+                self._work.wait()
+        return self._finish()
+
+
+class Ranks:
+    """The ranks of one process group, and what they say to each other.
+
+    Args:
+        group: A `torch.distributed` process group; `None` for all processes, or for none where nothing is initialised.
+        wire_dtype: Name of the floating dtype that totals, decompositions and gradients travel in; `None` for their own.
+
+    Example:
+        >>> ranks = Ranks()
+        >>> ranks.rank, ranks.size
+        (0, 1)
+    """
+
+    def __init__(self, group: Any = None, wire_dtype: str | None = None) -> None:
+        self.group = group
+        self._wire = None if wire_dtype is None else _dtype(wire_dtype)
+        self._subgroups: dict[Members, Any] = {}
+        self._known: set[Members] = set()
+        self.moved: dict[str, float] = {}
+
+    # ------------------------------------------------------------------------------------------------------------ who
+
+    @property
+    def size(self) -> int:
+        """Number of ranks: 1 when alone."""
+        return self._place()[1]
+
+    @property
+    def rank(self) -> int:
+        """This process' rank within the group: 0 when alone."""
+        return self._place()[0]
+
+    @property
+    def everyone(self) -> Members:
+        """All ranks."""
+        return tuple(range(self.size))
+
+    def _place(self) -> tuple[int, int]:
+        if not (dist.is_available() and dist.is_initialized()):
+            return 0, 1
+        rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
+        if rank < 0:
+            raise OptionError(
+                "this process is not in the placement's process_group, so it has nobody to share work with. "
+                "Give each process the group it belongs to."
+            )
+        return rank, size
+
+    def prepare(self, groups: Iterable[Members]) -> None:
+        """Make the process groups that will be needed; a collective call.
+
+        They are made in rounds in which every rank makes exactly one: torch names groups by how many were made before.
+        """
+        rounds: list[list[Members]] = []
+        for members in sorted({group for group in groups if 1 < len(group) < self.size} - self._known):
+            self._known.add(members)
+            free = next((each for each in rounds if not any(set(members) & set(other) for other in each)), None)
+            if free is None:
+                rounds.append([members])
+            else:
+                free.append(members)
+        for each in rounds:
+            mine = next((members for members in each if self.rank in members), (self.rank,))
+            with explained():
+                made = dist.new_group(
+                    [self._global(member) for member in mine], backend=dist.get_backend(self.group), use_local_synchronization=True
+                )
+            self._subgroups[mine] = made
+
+    def _global(self, rank: int) -> int:
+        return rank if self.group is None else int(dist.get_global_rank(self.group, rank))
+
+    def _group(self, members: Members) -> Any:
+        if len(members) == self.size:
+            return self.group
+        return self._subgroups[members]
+
+    # ------------------------------------------------------------------------------------------------- small agreements
+
+    def total(self, numbers: Sequence[float], device: torch.device | None = None) -> list[float]:
+        """Each number summed over ranks."""
+        if self.size == 1 or not numbers:
+            return [float(number) for number in numbers]
+        buffer = torch.tensor(numbers, dtype=torch.float64, device=self._device(device))
+        self._all_reduce(buffer, "agreements")
+        return [float(number) for number in buffer.tolist()]
+
+    def any(self, flag: bool, device: torch.device | None = None) -> bool:
+        """Whether a flag is set on any rank."""
+        return bool(self.total([float(flag)], device)[0])
+
+    def gathered(self, value: Any) -> list[Any]:
+        """A small picklable value of every rank, in their order."""
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        with explained():
+            dist.all_gather_object(found, value, group=self.group)
+        return found
+
+    def same(self, what: str) -> bool:
+        """Whether all ranks give the same text."""
+        if self.size == 1:
+            return True
+        number = int.from_bytes(hashlib.blake2b(what.encode(), digest_size=6).digest(), "big")
+        buffer = torch.tensor([number, -number], dtype=torch.int64, device=self._device(None))
+        with explained():
+            dist.all_reduce(buffer, op=dist.ReduceOp.MAX, group=self.group)
+        self._count("agreements", buffer, 2 * (self.size - 1) / self.size)
+        largest, least = buffer.tolist()
+        return bool(largest == -least)
+
+    # ----------------------------------------------------------------------------------------------------------- sums
+
+    def reduce(self, statistics: Mapping[str, Statistic], wanted: Callable[[str], Members], what: str) -> dict[str, Joined]:
+        """Sum statistics over ranks; totals reach the ranks that want them, counts all.
+
+        Args:
+            statistics: This rank's; it may lack names that others have, and then contributes nothing to them.
+            wanted: For a name, the ranks that want its total.
+            what: What is summed, for the record of bytes.
+
+        Returns:
+            All ranks' names, in the same order on every rank.
+
+        Raises:
+            StateError: Two ranks have statistics of one name but different shapes.
+        """
+        if self.size == 1:
+            return {name: Joined.alone(each) for name, each in statistics.items()}
+        forms, device = self._forms(statistics)
+        counts = torch.stack([_count(statistics.get(name), device) for name in forms]) if forms else None
+        if counts is None:
+            return {}
+        self._all_reduce(counts, "agreements")
+        totals: dict[str, Tensor] = {}
+        for members in sorted({wanted(name) for name, form in forms.items() if form is not None}):
+            these = {name: form for name, form in forms.items() if form is not None and wanted(name) == members}
+            for found in self._flowing(self._summed(run, these, statistics, members, device, what) for run in buckets(these)):
+                totals |= found
+        homes = {name: each.total.device for name, each in statistics.items() if each.total is not None}
+        return {
+            name: Joined(totals[name].to(homes.get(name, device)) if name in totals else None, count, form is not None)
+            for (name, form), count in zip(forms.items(), counts.unbind(), strict=True)
+        }
+
+    def _summed(
+        self,
+        names: Sequence[str],
+        forms: Mapping[str, Form],
+        statistics: Mapping[str, Statistic],
+        members: Members,
+        device: torch.device,
+        what: str,
+    ) -> Pending:
+        """One bucket on its way to the ranks that want it."""
+        these = [forms[name] for name in names]
+        mine = [statistics[name].total if name in statistics else None for name in names]
+        filled = [form.blank(device).zero_() if total is None else total.to(device) for total, form in zip(mine, these, strict=True)]
+        buffer = pack(filled, these, self._travels(these[0].dtype))
+        if len(members) == self.size:
+            work = self._all_reduce(buffer, what, wait=False)
+            return Pending(work, lambda: dict(zip(names, unpack(buffer, these), strict=True)))
+        with explained():
+            work = dist.reduce(buffer, self._global(members[0]), group=self.group, async_op=True)
+        if self.rank != members[0]:
+            self._count(what, buffer, 1.0)
+
+        def finish() -> dict[str, Tensor]:
+            if self.rank not in members:
+                return {}
+            if len(members) > 1:
+                self._broadcast(buffer, members[0], members, what).wait()
+            return dict(zip(names, unpack(buffer, these), strict=True))
+
+        return Pending(work, finish)
+
+    def _forms(self, statistics: Mapping[str, Statistic]) -> tuple[dict[str, Form | None], torch.device]:
+        """All ranks' names in one order, each with the shape and the widest dtype any rank has; and where this rank's buffers live."""
+        mine = {name: form_of(statistic) for name, statistic in sorted(statistics.items())}
+        kinds = sorted({each.total.device.type for each in statistics.values() if each.total is not None} - {"cpu"})
+        if not self.same(repr((list(mine.items()), kinds))):
+            everyones = self.gathered((mine, kinds))
+            kinds = sorted({kind for _, theirs in everyones for kind in theirs})
+            names = sorted({name for theirs, _ in everyones for name in theirs})
+            mine = {name: reduce(_wider(name), (theirs[name] for theirs, _ in everyones if name in theirs)) for name in names}
+        here = next((s.total.device for s in statistics.values() if s.total is not None and s.total.device.type in kinds), None)
+        device = here if here is not None else _accelerator(kinds[0]) if kinds else None
+        return mine, self._device(device)
+
+    # ----------------------------------------------------------------------------------------------------------- copies
+
+    def send(
+        self,
+        tensors: Mapping[str, Tensor],
+        forms: Mapping[str, Form],
+        source: int,
+        members: Members,
+        what: str,
+        device: torch.device,
+    ) -> list[Pending]:
+        """Copy tensors of one rank to others; every member calls it, and others must not.
+
+        All members, the source too, go on with what the wire has made of the values, so that they agree bit for bit.
+
+        Args:
+            tensors: On the source, the tensors by name.
+            forms: Their forms, the same on all members.
+            source: Whose they are.
+            members: The source and the receivers.
+            what: What is copied, for the record of bytes.
+            device: Where receivers want them.
+
+        Returns:
+            Messages under way, in the order in which they have to be waited for.
+        """
+        return [self._sent(run, tensors, forms, source, members, what, device) for run in buckets(forms)]
+
+    def _sent(
+        self,
+        names: Sequence[str],
+        tensors: Mapping[str, Tensor],
+        forms: Mapping[str, Form],
+        source: int,
+        members: Members,
+        what: str,
+        device: torch.device,
+    ) -> Pending:
+        these = [forms[name] for name in names]
+        if len(members) == 1:
+            return Pending(None, lambda: {name: tensors[name] for name in names})
+        dtype = self._travels(these[0].dtype)
+        if self.rank == source:
+            buffer = pack([tensors[name] for name in names], these, dtype)
+        else:
+            buffer = torch.empty(sum(form.numel for form in these), dtype=dtype, device=device)
+        work = self._broadcast(buffer, source, members, what)
+
+        def finish() -> dict[str, Tensor]:
+            if self.rank == source and dtype == these[0].dtype:
+                return {name: tensors[name].contiguous() for name in names}  # laid out as the receivers have them
+            return dict(zip(names, unpack(buffer, these), strict=True))
+
+        return Pending(work, finish)
+
+    def _flowing(self, messages: Iterator[Pending]) -> Iterator[dict[str, Tensor]]:
+        """What messages bring, in their order, a few of them under way at a time."""
+        waiting: list[Pending] = []
+        for message in messages:
+            waiting.append(message)
+            if len(waiting) >= IN_FLIGHT:
+                yield waiting.pop(0).wait()
+        for message in waiting:
+            yield message.wait()
+
+    # ------------------------------------------------------------------------------------------------------------ wire
+
+    def _all_reduce(self, buffer: Tensor, what: str, *, wait: bool = True) -> Any:
+        self._count(what, buffer, 2 * (self.size - 1) / self.size)
+        with explained():
+            return dist.all_reduce(buffer, op=dist.ReduceOp.SUM, group=self.group, async_op=not wait)
+
+    def _broadcast(self, buffer: Tensor, source: int, members: Members, what: str) -> Any:
+        if self.rank != source:
+            self._count(what, buffer, 1.0)
+        with explained():
+            return dist.broadcast(buffer, self._global(source), group=self._group(members), async_op=True)
+
+    def _count(self, what: str, buffer: Tensor, times: float) -> None:
+        self.moved[what] = self.moved.get(what, 0.0) + times * buffer.numel() * buffer.itemsize
+
+    def _travels(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype if self._wire is None or not dtype.is_floating_point or dtype.itemsize <= self._wire.itemsize else self._wire
+
+    def _device(self, device: torch.device | None) -> torch.device:
+        """Where buffers live: on the accelerator if the backend knows nothing else."""
+        if device is not None:
+            return device
+        return _accelerator("cuda") if dist.get_backend(self.group) == "nccl" else torch.device("cpu")
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Say what a failed collective most likely means.
+
+    Raises:
+        KfactkError: In place of the RuntimeError that torch raises.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        what = str(error).partition("\n")[0]
+        raise KfactkError(
+            f"the ranks could not exchange curvature ({what}). Most likely another rank ended, failed, or did not call step(): look at its "
+            "output first. Then start all ranks again from the last checkpoint."
+        ) from error
+
+
+def _count(statistic: Statistic | None, device: torch.device) -> Tensor:
+    return torch.as_tensor(0.0 if statistic is None else statistic.count, dtype=torch.float64, device=device).reshape(())
+
+
+def _accelerator(kind: str) -> torch.device:
+    return torch.device(kind, torch.accelerator.current_device_index())
+
+
+def _wider(name: str) -> Callable[[Form | None, Form | None], Form | None]:
+    def widen(one: Form | None, other: Form | None) -> Form | None:
+        if one is None or other is None:
+            return other if one is None else one
+        if one.shape != other.shape:
+            raise StateError(
+                f"ranks disagree on the shape of {name!r}: {one.shape} and {other.shape}. "
+                "Each rank must hold the same model, bound in the same way; check what differs between them."
+            )
+        return Form(one.shape, torch.promote_types(one.dtype, other.dtype), one.symmetric and other.symmetric)
+
+    return widen
+
+
+def _dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name, None)
+    if not isinstance(found, torch.dtype) or not found.is_floating_point:
+        raise OptionError(f"wire_dtype is {name!r}; it must name a floating dtype of torch, such as 'bfloat16', or be None.")
+    return found
