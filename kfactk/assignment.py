@@ -51,6 +51,11 @@ class Work:
         shape = self.matrices[name]
         return math.prod(shape) * (shape[-1] if len(shape) > 1 and shape[-1] == shape[-2] else 1)
 
+    @property
+    def cost(self) -> float:
+        """The `flops` of all its matrices."""
+        return sum(self.flops(name) for name in self.matrices)
+
     def units(self) -> dict[tuple[str, str], float]:
         """What can be placed on its own, (layer, matrix) or (layer, "") for all its matrices, with its `flops`."""
         each = {(self.layer, name): float(self.flops(name)) for name in sorted(self.matrices)}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 import torch
@@ -19,14 +19,13 @@ from kfactk.coverage import Coverage
 from kfactk.errors import CaptureError, CombinationError, KfactkError, KfactkWarning
 from kfactk.figures import Recorder
 from kfactk.forward import Forward
-from kfactk.layerstate import STEP, all_or_nothing, completed_groups, split_entries
 from kfactk.linalg import inner_products
 from kfactk.observation import Observer
 from kfactk.preconditioner import Preconditioner
-from kfactk.ranks import Ranks
-from kfactk.schedule import Due, due_at, number_at, plain
+from kfactk.schedule import number_at, plain
 from kfactk.stages import Layer, Pair
 from kfactk.standin import BAD_DIRECTION, BAD_GRADIENT, all_finite, standing_in
+from kfactk.stateful import StatefulOptimizer
 from kfactk.views import LayerView, conditions, products
 
 if TYPE_CHECKING:
@@ -35,7 +34,7 @@ if TYPE_CHECKING:
 Params = Iterable[nn.Parameter] | Iterable[dict[str, Any]] | Iterable[tuple[str, nn.Parameter]]
 
 
-class Optimizer(torch.optim.Optimizer):
+class Optimizer(StatefulOptimizer):
     """A recipe bound to a model. Made by `Recipe.bind`; used like any torch optimizer.
 
     `param_groups` hold `lr`, `damping`, `weight_decay` and the update rule's own options, so schedulers and per-group values work;
@@ -76,6 +75,7 @@ class Optimizer(torch.optim.Optimizer):
         self._ready, self._closed = False, False
         self._model = followable(model)
         self._step = torch.zeros((), dtype=torch.int64)
+        self._brought = {}
         self._own_damping: list[bool] = []
         self._groups: dict[int, dict[str, Any]] = {}
         defaults = {"lr": recipe.lr, "damping": number_at("damping", recipe.damping, 0), "weight_decay": recipe.weight_decay}
@@ -85,19 +85,21 @@ class Optimizer(torch.optim.Optimizer):
         self._inner.param_groups = self.param_groups
         self.defaults = {**self._inner.defaults, **self.defaults}
         self._index()
-        rank = Ranks(recipe.placement.process_group).rank
-        self._recorder = Recorder(recipe.tracker if rank == 0 else None, recipe.summary)
+        me = weakref.ref(self)
         self._preconditioner = Preconditioner(
             self._model,
             recipe.curvature,
             recipe.basis,
             recipe.placement,
-            periods=recipe.periods_at(0),
+            calendar=recipe.calendar,
             factor_decay=recipe.factor_decay,
             exclude=recipe.exclude,
-            timed=self._recorder.timed,
+            timed=weakly(me, "_timed"),
             trained=lambda parameter, groups=self._groups: id(parameter) in groups,  # type: ignore[misc]
         )
+        pre = self._preconditioner
+        pre.places.extend(pre.layers())
+        self._recorder = Recorder(recipe.tracker if pre.ranks.rank == 0 else None, lambda: recipe.summary() | pre.places.summary())
         self._observer = Observer(
             self._preconditioner,
             recipe.fisher,
@@ -106,9 +108,8 @@ class Optimizer(torch.optim.Optimizer):
             reduction=recipe.reduction,
             loss_scale=(lambda: float(scaler.get_scale())) if scaler is not None else (lambda: 1.0),
         )
-        self._micro_batch = 0
+        self._micro_batch, self._recorded = 0, False
         self._pending: Forward | None = None
-        me = weakref.ref(self)
         self._capture = Capture(self._model, weakly(me, "_follow"), weakly(me, "_forwarded"), evaluation=recipe.observe == "manual")
         if recipe.strict and self.coverage().plain:
             self.close()
@@ -191,15 +192,12 @@ class Optimizer(torch.optim.Optimizer):
         """Hand training figures (loss, accuracy, ...) to the tracker with those of the next recorded step."""
         self._recorder.add(figures)
 
-    def _due(self) -> Due:
-        return due_at(self.steps, self.recipe.factor_every, self.recipe.scale_every, self.recipe.basis_every)
-
     def _follow(self) -> list[Layer] | None:
-        return self._preconditioner.plan(self._due).follow()
+        return self._preconditioner.plan(self.steps).follow()
 
     def _expect(self) -> None:
         """Between steps: prepare for the next one's forwards."""
-        self._capture.expect(self._preconditioner.foresee(self._due()).expects())
+        self._capture.expect(self._preconditioner.foresee(self.steps).expects())
 
     def _forwarded(self, forward: Forward) -> None:
         if self.recipe.observe == "manual":
@@ -212,12 +210,15 @@ class Optimizer(torch.optim.Optimizer):
             self._observer.observe(forward, batch, step=self.steps, micro_batch=self._micro_batch)
         self._micro_batch += 1
 
+    def _timed(self, stage: str) -> AbstractContextManager[None]:
+        return self._recorder.timed(stage)
+
     def _figures(self) -> dict[str, Tensor | float]:
         """What a tracker is told of this optimizer, besides norms, clip factor and seconds."""
         figures: dict[str, Tensor | float] = {name: float(self.param_groups[0][name]) for name in ("lr", "damping")}
         figures |= {name: float(value) for name, value in self.counters.items()}
         figures |= {f"bytes/{name}": value for name, value in self._preconditioner.ranks.moved.items()}
-        return figures | conditions(self.layers)
+        return figures
 
     # ----------------------------------------------------------------------------------------------------------- stepping
 
@@ -252,7 +253,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _step_once(self) -> None:
         self._set_damping()
-        self._capture.expect(self._preconditioner.plan(self._due).expects())
+        self._brought = {}
+        self._capture.expect(self._preconditioner.plan(self.steps).expects())
         fault = ""
         try:
             self._observer.finish()
@@ -278,7 +280,10 @@ class Optimizer(torch.optim.Optimizer):
             self._step += 1
         self._expect()
         if not allocating:
-            figures = self._recorder.finish(self.steps - 1, self._figures)
+            pre = self._preconditioner
+            found = conditions(self.layers, pre.ranks) if self._recorded else {}
+            figures = self._recorder.finish(self.steps - 1, lambda: self._figures() | found)
+            pre.ranks.moved.clear()
             if self._stepped is not None:
                 self._stepped(optimizer=self, step=self.steps - 1, figures=figures)
 
@@ -306,7 +311,9 @@ class Optimizer(torch.optim.Optimizer):
             self._recorder.see(pairs, factor)
         given = [parameter.grad for group in self.param_groups for parameter in group["params"] if parameter.grad is not None]
         ranks, device = self._preconditioner.ranks, given[0].device if given else None
-        if ranks.any(not all_finite([*given, *clipped]), device):  # one verdict for all ranks
+        verdicts = [not all_finite([*given, *clipped]), self._recorder.due(self.steps)]  # the same for all ranks
+        bad, self._recorded = map(bool, ranks.total([float(verdict) for verdict in verdicts], device))
+        if bad:
             return BAD_GRADIENT if ranks.any(not all_finite(given), device) else BAD_DIRECTION
         self._take_step([(parameter, new) for parameter, new in zip(slots, clipped, strict=True)])
         return ""
@@ -354,42 +361,12 @@ class Optimizer(torch.optim.Optimizer):
         self._groups.clear()
         self._groups.update((id(parameter), group) for group in self.param_groups for parameter in group["params"])
 
-    def _show_state(self) -> None:
-        """Bring `state` up to date: the update rule's entries by reference, and the curvature's."""
-        states = self._preconditioner.states
-        flat = {id(layer.module.weight): states[layer.name].flat() for layer in self._preconditioner.layers()}
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                inner = self._inner.state.get(parameter, {})
-                if parameter.requires_grad or inner:
-                    self.state[parameter] = {**inner, STEP: self._step, **flat.get(id(parameter), {})}
+    def _prepare_places(self) -> None:
+        self._expect()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything a resumed run needs, as torch's own optimizers give it: take it between steps."""
-        if self.steps or self._inner.state:
-            self._show_state()
-        return super().state_dict()
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a saved state; that of the bare update rule (say, a plain Adam run) is welcome too.
-
-        Raises:
-            StateError: Its curvature or its update rule is not this model's and recipe's; nothing has been changed.
-            ValueError: The parameter groups do not fit (torch's own check).
-        """
-        ours, theirs, step = split_entries(state_dict, self.param_groups)
-        groups = completed_groups(state_dict["param_groups"], self.param_groups, self.defaults, self._inner.defaults)
-        states = self._preconditioner.loaded(ours)
-        with all_or_nothing(self, self._inner):
-            super().load_state_dict({**state_dict, "state": theirs, "param_groups": groups})
-            self._inner.__setstate__({"state": defaultdict(dict, self.state), "param_groups": self.param_groups})
-        self.state = defaultdict(dict)
-        self._step = torch.tensor(step, dtype=torch.int64)
-        self._preconditioner.adopt(states)
+    def _taken_over(self) -> None:
         self._index()
         self._pending, self._micro_batch = None, 0
-        if state_dict["state"]:
-            self._show_state()
         self._expect()
 
     def zero_grad(self, set_to_none: bool = True) -> None:

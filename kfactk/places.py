@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from kfactk.assignment import Assignment, Share, Work, Workload
 from kfactk.blame import blaming
@@ -54,6 +55,11 @@ class Places:
         decomposers = share.decomposers.values()
         carried = [_union([found[:1], share.holders]) for found in decomposers if len(found) < self._ranks.size]
         return [*decomposers, *carried, *(self.audience(share, holder) for holder in share.holders), _union([share.holders[:1], outside])]
+
+    def summary(self) -> dict[str, Any]:
+        """What was decided, for the record; nothing when alone."""
+        found = self.assignment
+        return {} if found is ALONE else {"assignment": {"strategy": found.strategy, "ranks": self._ranks.size, "reason": found.reason}}
 
     def shapes(self, layer: str) -> Mapping[str, tuple[int, ...]]:
         """Shapes of a layer's matrices."""

@@ -10,12 +10,13 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from kfactk.assignment import Work, Workload
+from kfactk.assignment import Work, Workload, balance
 from kfactk.averages import RunningMean
-from kfactk.blocks import Blocks, diagonals, parts_of
+from kfactk.blocks import Blocks, diagonals
 from kfactk.coverage import Survey
 from kfactk.delivery import deliver
-from kfactk.errors import CaptureError, KfactkError, KfactkWarning, StateError
+from kfactk.errors import CaptureError, KfactkError, KfactkWarning
+from kfactk.fitting import fitted
 from kfactk.forward import overwritten, silent_message
 from kfactk.layerstate import LayerState
 from kfactk.packing import Form
@@ -24,12 +25,9 @@ from kfactk.plan import Need, Plan
 from kfactk.ranks import Ranks
 from kfactk.refresh import Damping, Refresh
 from kfactk.samples import Statistic, Use, working_dtype
-from kfactk.schedule import Due
+from kfactk.schedule import Calendar, Due
 from kfactk.stages import Basis, Curvature, Layer, Placement
 from kfactk.sums import add, guarded, local_means
-
-Periods = tuple[int, int, int]
-"""Steps between refreshes of factors, scale and basis, as they are at the first step."""
 
 
 class Preconditioner:
@@ -40,7 +38,7 @@ class Preconditioner:
         curvature: Its stage.
         basis: Its stage.
         placement: Its stage.
-        periods: How often what is due: placements ask.
+        calendar: What is due when.
         factor_decay: Decay epsilon of the factors' running means, in [0, 1].
         exclude: Patterns of names of layers to leave alone.
         trained: Tells whether a parameter is among those the optimizer trains.
@@ -54,13 +52,14 @@ class Preconditioner:
         basis: Basis,
         placement: Placement,
         *,
-        periods: Periods,
+        calendar: Calendar,
         factor_decay: float,
         exclude: Sequence[str] = (),
         trained: Callable[[nn.Parameter], bool],
         timed: Callable[[str], AbstractContextManager[None]],
     ) -> None:
-        self.curvature, self.basis, self._periods = curvature, basis, periods
+        self.curvature, self.basis, self._calendar = curvature, basis, calendar
+        self._laid_out: dict[str, int] = {}
         self.blocks = Blocks(curvature, basis)
         self.ranks = Ranks(placement.process_group, placement.wire_dtype)
         self.places = Places(placement, self.ranks, self.blocks, self._workload)
@@ -85,20 +84,36 @@ class Preconditioner:
                 self.states[layer.name] = LayerState(layer.parameters)
         return layers
 
-    def plan(self, due: Callable[[], Due]) -> Plan:
+    def plan(self, step: int) -> Plan:
         """What this step gathers; worked out once a step."""
         if self._plan is None:
-            self._plan = self.foresee(due())
+            self._plan = self.foresee(step)
         return self._plan
 
-    def foresee(self, now: Due) -> Plan:
-        """What a step would gather that began now."""
+    def foresee(self, step: int) -> Plan:
+        """What a step of this number would gather that began now."""
+        now, turn = self._calendar.at(step), self._calendar.turn(step)
         sampled = self.basis.moments_from == "samples"
         layers = self.layers()
         self.places.extend(layers)
-        states, everywhere = self.states, self.places.everywhere
-        needs = {each.name: Need.of(each, states[each.name], now, sampled=sampled, here=everywhere(each.name)) for each in layers}
+        turns = self._turns(layers)
+        needs = {}
+        for layer in layers:
+            mine = turns.get(layer.name, 0) == turn
+            due = Due(now.factors, now.scale or mine, mine)
+            here = self.places.everywhere(layer.name)
+            needs[layer.name] = Need.of(layer, self.states[layer.name], due, sampled=sampled, here=here)
         return Plan(needs, self.basis.moments_from == "gradient" and (now.scale or any(n.basis for n in needs.values())))
+
+    def _turns(self, layers: Sequence[Layer]) -> dict[str, int]:
+        """In which turn each layer is decomposed: by cost, whatever the ranks, so that another number of them does the same."""
+        if self._calendar.turns == 1:
+            return {}
+        names = [layer.name for layer in layers]
+        if list(self._laid_out) != names:
+            placed = balance({each.name: self.blocks.work(each).cost for each in layers}, range(self._calendar.turns))
+            self._laid_out = {name: placed[name] for name in names}
+        return self._laid_out
 
     def take(self, layer: Layer, uses: Sequence[Use], terms: Tensor | float, first: bool) -> None:
         """Sum up the uses of one layer in one pass; nothing of them is kept unless the basis is refreshed in this step."""
@@ -315,9 +330,7 @@ class Preconditioner:
             weight = layer.tensors()["weight"]
             if id(weight) in flat:
                 state = LayerState.from_flat(layer.parameters, flat[id(weight)], weight.device)
-                self._keep_own(layer.name, state)
-                self._check_fit(layer, state)
-                states[layer.name] = state
+                states[layer.name] = fitted(layer, state, self.blocks, self.places, self.ranks.rank)
         return states
 
     def adopt(self, states: Mapping[str, LayerState]) -> None:
@@ -329,35 +342,10 @@ class Preconditioner:
     def _workload(self, works: tuple[Work, ...]) -> Workload:
         sampled, device = self.basis.moments_from == "samples", self._device()
         dtypes = [working_dtype(parameter.dtype).itemsize for parameter in self.survey.model.parameters()]
-        return Workload(works, *self._periods, sampled, max(dtypes, default=4), device.type)
+        return Workload(works, *self._calendar.periods(0), sampled, max(dtypes, default=4), device.type)
 
     def _device(self) -> torch.device:
         return next((parameter.device for parameter in self.survey.model.parameters()), torch.device("cpu"))
-
-    def _keep_own(self, name: str, state: LayerState) -> None:
-        """Drop what other ranks keep: a state may have been saved under another placement."""
-        rank, keepers = self.ranks.rank, self.places.keepers
-        state.factors = {factor: mean for factor, mean in state.factors.items() if rank in keepers(name, factor)}
-        if not self.places.holds(name):
-            state.decomposition, state.moments = {}, {}
-
-    def _check_fit(self, layer: Layer, state: LayerState) -> None:
-        _, sums = self.blocks.blank(layer)
-        kept = {name for name in sums if self.ranks.rank in self.places.keepers(layer.name, name)}
-        expected = {name: tuple(s.total.shape) for name, s in sums.items() if s.total is not None and name in kept}
-        found = {name: tuple(value.shape) for name, value in state.factor_values().items()}
-        parts, wanted = parts_of(state.decomposition), self.blocks.blank_parts(layer, sums)
-        if state.ready and ((kept and not found) or (self.places.holds(layer.name) and not parts)):
-            raise StateError(
-                f"the saved state has no curvature for layer {layer.name!r}, which this rank needs: it is one rank's part of a state that "
-                "several ranks shared. Save such states with torch.distributed.checkpoint on all ranks, or with placement='replicated'."
-            )
-        if found != expected or (parts and parts != wanted):
-            raise StateError(
-                f"the saved curvature of layer {layer.name!r} does not fit: factors {found} decomposed as {parts}, where this "
-                f"recipe and model have {expected} and {wanted}. Bind the recipe it was saved with, or load "
-                "only the update rule's part."
-            )
 
     def _not_decomposed(self, layer: str, reason: str) -> None:
         self.failed_decompositions += 1

@@ -15,7 +15,7 @@ from kfactk.errors import CombinationError, OptionError, near_names
 from kfactk.hookspecs import STAGE_HOOKS
 from kfactk.optimizer import Optimizer, Params
 from kfactk.registry import registry
-from kfactk.schedule import Number, Period, number_at, period_at
+from kfactk.schedule import Calendar, Number, Period, number_at, period_at
 from kfactk.stages import Basis, Clip, Curvature, Fisher, Likelihood, Placement, Tracker, Update
 from kfactk.values import from_json, to_json
 
@@ -99,6 +99,7 @@ class Recipe:
     factor_every: Period = attrs.field(validator=_period)
     scale_every: Period = attrs.field(validator=_period)
     basis_every: Period = attrs.field(validator=_period)
+    stagger: bool = attrs.field(validator=_flag)
     reduction: str = attrs.field(validator=_one_of("mean", "sum"))
     observe: str = attrs.field(validator=_one_of("automatic", "manual"))
     output: Callable[[Any], Tensor] | None = attrs.field(validator=_callable)
@@ -106,6 +107,7 @@ class Recipe:
     exclude: tuple[str, ...] = attrs.field(converter=_patterns)
 
     def __attrs_post_init__(self) -> None:
+        _ = self.calendar  # turns need whole numbers
         missing = self.basis.requires - self.curvature.provides
         if missing:
             raise CombinationError(
@@ -139,11 +141,10 @@ class Recipe:
         """Which parameters would be preconditioned, by which block, or why not; prints as a table."""
         return Survey(model, self.curvature, self.exclude).coverage(lambda parameter: True)
 
-    def periods_at(self, step: int) -> tuple[int, int, int]:
-        """Steps between refreshes of factors, scale and basis, as they are at `step`."""
-        periods = {"factor_every": self.factor_every, "scale_every": self.scale_every, "basis_every": self.basis_every}
-        factors, scale, basis = (period_at(name, period, step) for name, period in periods.items())
-        return factors, scale, basis
+    @property
+    def calendar(self) -> Calendar:
+        """What is due when."""
+        return Calendar(self.factor_every, self.scale_every, self.basis_every, self.stagger)
 
     def evolve(self, **changes: Any) -> Recipe:
         """The recipe with some fields changed; takes what `kfactk.build` takes.
@@ -218,6 +219,7 @@ def build(
     factor_every: Period = 10,
     scale_every: Period = 10,
     basis_every: Period = 100,
+    stagger: bool = False,
     reduction: str = "mean",
     observe: str = "automatic",
     output: Callable[[Any], Tensor] | None = None,
@@ -247,6 +249,7 @@ def build(
         factor_every: T_c, steps between refreshes of the factors; a whole number or a function of the step. So are the next two.
         scale_every: T_s, steps between refreshes of the scale.
         basis_every: T_inv, steps between decompositions.
+        stagger: Decompose layers in turns spread over `basis_every` steps, balanced by cost, so that no step after the first bears all.
         reduction: "mean" or "sum": how your loss reduces over examples. Matters to what is measured on your own gradient only
             (fisher "empirical", the running scale of "ekfac").
         observe: "automatic", or "manual": only forwards followed by `optimizer.observe()` count.

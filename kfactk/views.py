@@ -12,6 +12,7 @@ from kfactk.blame import blaming
 from kfactk.errors import KfactkError, OptionError
 from kfactk.layerstate import LayerState
 from kfactk.preconditioner import Preconditioner
+from kfactk.ranks import Ranks
 from kfactk.stages import Layer
 
 
@@ -89,12 +90,14 @@ class LayerView:
         return self._state
 
 
-def conditions(views: Mapping[str, LayerView]) -> dict[str, Tensor | float]:
-    """The largest and the median condition number of the layers measured so far; empty before the first."""
-    known = [value.detach().double().cpu() for view in views.values() if (value := view.condition()) is not None]
+def conditions(views: Mapping[str, LayerView], ranks: Ranks) -> dict[str, Tensor | float]:
+    """The largest and the median condition number of the layers measured so far, on whatever rank; empty before the first. A collective
+    call where several ranks share the layers."""
+    known = {name: float(value) for name, view in views.items() if (value := view.condition()) is not None}
+    known = {name: value for theirs in ranks.gathered(known) for name, value in theirs.items()}
     if not known:
         return {}
-    stacked = torch.stack(known)
+    stacked = torch.tensor([known[name] for name in views if name in known], dtype=torch.float64)
     return {"condition_max": stacked.max(), "condition_median": stacked.median()}
 
 

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 import kfactk
 from kfactk import Optimizer, OptionError
-from kfactk.schedule import Due, due_at, number_at, period_at
+from kfactk.schedule import Calendar, Due, due_at, number_at, period_at
 from kfactk.testing import effort
 from kfactk.testing.truth import dense_kron, unvec, vec
 from tests.kfactk import dense
@@ -262,3 +262,50 @@ def test_a_group_keeps_its_own_damping_while_the_recipes_follows_its_function() 
         F.cross_entropy(model(x), y).backward()
         optimizer.step()
         assert [group["damping"] for group in optimizer.param_groups] == [0.7, 0.5 / (1 + step)]
+
+
+def test_turns_fall_on_steps_where_factors_and_scale_are_due() -> None:
+    calendar = Calendar(2, 3, 12, stagger=True)
+    assert calendar.turns == 2
+    assert [calendar.turn(step) for step in range(14)] == [0, None, None, None, None, None, 1, *[None] * 5, 0, None]
+    assert [step for step in range(25) if calendar.at(step).basis] == [0, 6, 12, 18, 24]
+    together = Calendar(2, 3, 12)
+    assert together.turns == 1
+    assert [step for step in range(25) if together.at(step).basis] == [0, 12, 24]
+
+
+@given(factors=st.integers(1, 6), scale=st.integers(1, 6), basis=st.integers(1, 40), step=st.integers(0, 200))
+def test_every_turn_comes_once_a_period(factors: int, scale: int, basis: int, step: int) -> None:
+    calendar = Calendar(factors, scale, basis, stagger=True)
+    assert 1 <= calendar.turns <= basis
+    turns = [turn for each in range(step, step + basis) if (turn := calendar.turn(each)) is not None]
+    assert sorted(turns) == list(range(calendar.turns))
+
+
+def test_turns_need_whole_numbers() -> None:
+    with pytest.raises(OptionError, match="stagger=True needs factor_every, scale_every and basis_every as whole numbers"):
+        kfactk.build(stagger=True, basis_every=lambda step: 10)
+    with pytest.raises(OptionError, match="stagger"):
+        kfactk.build(stagger="yes")  # type: ignore[arg-type]
+
+
+def test_layers_are_decomposed_in_their_turn_from_the_factors_of_that_step() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+    optimizer = kfactk.build(lr=0.01, damping=0.1, factor_every=1, scale_every=2, basis_every=6, stagger=True).bind(model)
+    assert kfactk.build(stagger=True).calendar.turns == 10
+    changed: dict[str, list[int]] = {name: [] for name in optimizer.layers}
+    before: dict[str, Tensor] = {}
+    for step in range(19):
+        x, y = torch.randn(12, 6, dtype=torch.float64), torch.randint(3, (12,))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+        for name, view in optimizer.layers.items():
+            vectors = view.decomposition["A"]["eigenvectors"]
+            if name not in before or not torch.equal(vectors, before[name]):
+                changed[name].append(step)
+                rotated = vectors.T @ view.factors["A"] @ vectors
+                torch.testing.assert_close(rotated, torch.diag(rotated.diagonal()), rtol=0, atol=1e-12)
+            before[name] = vectors
+    assert changed == {"0": [0, 2, 8, 14], "2": [0, 6, 12, 18], "4": [0, 4, 10, 16]}
