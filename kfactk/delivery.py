@@ -7,9 +7,10 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from kfactk.messages import Pending
 from kfactk.packing import Form, buckets
 from kfactk.places import Places
-from kfactk.ranks import Members, Pending, Ranks
+from kfactk.ranks import Members, Ranks
 
 PRESENT = "present"
 """Name of the flags, one a layer, by which a holder tells which layers it has a gradient for."""

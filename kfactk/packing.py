@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import attrs
 import torch
 from torch import Tensor
 
+from kfactk.errors import StateError
 from kfactk.samples import Statistic
 
 BUCKET_BYTES = 25 * 2**20
@@ -127,3 +128,23 @@ def buckets(forms: Mapping[str, Form], limit: int = BUCKET_BYTES) -> Iterator[li
 def form_of(statistic: Statistic) -> Form | None:
     """The form of a statistic's total; `None` without one."""
     return None if statistic.total is None else Form.of(statistic.total, symmetric=statistic.symmetric)
+
+
+def widest(name: str, forms: Iterable[Form | None]) -> Form | None:
+    """The form that all ranks' totals of one name fit into; `None` where nobody has one.
+
+    Raises:
+        StateError: Their shapes differ.
+    """
+    found: Form | None = None
+    for form in forms:
+        if found is None or form is None:
+            found = form if found is None else found
+            continue
+        if form.shape != found.shape:
+            raise StateError(
+                f"ranks disagree on the shape of {name!r}: {found.shape} and {form.shape}. "
+                "Each rank must hold the same model, bound in the same way; check what differs between them."
+            )
+        found = Form(found.shape, torch.promote_types(found.dtype, form.dtype), found.symmetric and form.symmetric)
+    return found

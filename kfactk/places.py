@@ -11,6 +11,7 @@ from kfactk.blocks import Blocks
 from kfactk.errors import StateError
 from kfactk.ranks import Members, Ranks
 from kfactk.stages import Layer, Placement
+from kfactk.sums import unkeyed
 
 ALONE = Assignment("alone", {}, "one process does everything")
 
@@ -79,6 +80,12 @@ class Places:
             return (0,)
         decomposers = self.share(layer).decomposers
         return decomposers[factor] if factor in decomposers else _union(decomposers.values())
+
+    def wanted(self, key: str) -> Members:
+        """The ranks that want a sum, by its name: those that keep a factor, or hold moments."""
+        layer, rest = unkeyed(key)
+        kind, _, name = rest.partition(".")
+        return self.keepers(layer, name) if kind == "factor" else self.holders(layer)
 
     def decomposed_here(self, layer: str) -> frozenset[str]:
         """The matrices of a layer that this rank decomposes."""

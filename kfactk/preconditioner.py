@@ -15,6 +15,7 @@ from kfactk.averages import RunningMean
 from kfactk.blocks import Blocks, diagonals
 from kfactk.coverage import Survey
 from kfactk.delivery import deliver
+from kfactk.early import Early
 from kfactk.errors import CaptureError, KfactkError, KfactkWarning
 from kfactk.fitting import fitted
 from kfactk.forward import overwritten, silent_message
@@ -27,7 +28,7 @@ from kfactk.refresh import Damping, Refresh
 from kfactk.samples import Statistic, Use, working_dtype
 from kfactk.schedule import Calendar, Due
 from kfactk.stages import Basis, Curvature, Layer, Placement
-from kfactk.sums import add, guarded, local_means
+from kfactk.sums import Joined, add, guarded, local_means
 
 
 class Preconditioner:
@@ -63,7 +64,9 @@ class Preconditioner:
         self.blocks = Blocks(curvature, basis)
         self.ranks = Ranks(placement.process_group, placement.wire_dtype)
         self.places = Places(placement, self.ranks, self.blocks, self._workload)
-        self._refresh = Refresh(self.blocks, self.places, self.ranks, factor_decay, timed, self._not_decomposed)
+        self._early = Early(self.ranks, self.places.wanted)
+        self._refresh = Refresh(self.blocks, self.places, self.ranks, self._early, factor_decay, timed, self._not_decomposed)
+        self._arrived: dict[str, Joined] = {}
         self.survey = Survey(model, curvature, exclude)
         self.states: dict[str, LayerState] = {}
         self.skipped_batches = 0
@@ -160,6 +163,11 @@ class Preconditioner:
         self._terms.append(terms)
         self._examples = examples
 
+    def leave(self) -> None:
+        """Let the sums of the forward that was just measured leave for the other ranks, if this is all that is expected."""
+        if self._plan is not None:
+            self._early.begin(self._plan, self.states)
+
     def pass_over(self, names: Iterable[str]) -> None:
         """Note that these layers ran in a forward of which nothing counts."""
         for name in names:
@@ -180,11 +188,15 @@ class Preconditioner:
         needs = self._plan.needs if self._plan is not None else {}
         self._unseen = []
         followed = [name for name, need in needs.items() if need.follows]
-        if not followed:
+        if self._plan is None or not followed:
             return False
+        self._arrived = self._early.finish(self._plan, self.states)
         changed = [name for name in followed if any(inputs._version != version for inputs, version in self.states[name].borrowed)]
         seen = [float(self.states[name].seen) for name in followed]
-        *passes, faults = self.ranks.total([*seen, float(bool(changed))], self._device())
+        several = len(self._terms) != 1
+        *passes, uneven, faults = self.ranks.total([*seen, float(several), float(bool(changed))], self._device())
+        if self.ranks.size > 1:
+            self._early.expect(not uneven)
         if changed:
             raise CaptureError(overwritten(changed[0]))
         if faults:
@@ -206,7 +218,7 @@ class Preconditioner:
         """Reduce, average over time, decompose what is due, and measure the moments in the new basis."""
         if self._plan is None:
             return
-        self._refresh.run(self._plan.needs, self.states, set(self._unseen), damping)
+        self._refresh.run(self._plan.needs, self.states, set(self._unseen), damping, self._arrived)
         self._plan.settle(self.states, self._unseen)
 
     def measure_gradients(self, gradients: Mapping[str, Tensor], reduction: str) -> None:
@@ -300,6 +312,7 @@ class Preconditioner:
         for state in self.states.values():
             state.clear_pending()
         self._terms.clear()
+        self._arrived = {}
         self._plan = None
 
     def allocate(self, layers: Iterable[Layer], damping: Damping) -> None:
@@ -335,6 +348,7 @@ class Preconditioner:
 
     def adopt(self, states: Mapping[str, LayerState]) -> None:
         """Go on from these states; layers without one start afresh."""
+        self._early.drop()
         self.states = dict(states)
         self._terms.clear()
         self._plan = None

@@ -7,39 +7,24 @@ x bytes reduced to one of g ranks, or broadcast by one, move (g - 1) x in all, a
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import reduce
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kfactk.errors import KfactkError, OptionError, StateError
-from kfactk.packing import Form, buckets, form_of, pack, unpack
+from kfactk.errors import OptionError
+from kfactk.messages import Pending, explained, flowing
+from kfactk.packing import Form, buckets, form_of, pack, unpack, widest
 from kfactk.samples import Statistic
 from kfactk.sums import Joined
 
 Members = tuple[int, ...]
 """Ranks, ascending, counted from 0 within the process group."""
-IN_FLIGHT = 4
-"""Messages under way at a time, which bounds the memory that their buffers take."""
-
-
-class Pending:
-    """A message under way; `wait` gives what it brings to this rank."""
-
-    def __init__(self, work: Any, finish: Callable[[], dict[str, Tensor]]) -> None:
-        self._work, self._finish = work, finish
-
-    def wait(self) -> dict[str, Tensor]:
-        """Wait for the message, and return the tensors by name."""
-        if self._work is not None:
-            with explained():
-                self._work.wait()
-        return self._finish()
+Forms = Mapping[str, Form | None]
+"""Forms of totals by name; `None` for a statistic without one."""
 
 
 class Ranks:
@@ -60,6 +45,7 @@ class Ranks:
         self._wire = None if wire_dtype is None else _dtype(wire_dtype)
         self._subgroups: dict[Members, Any] = {}
         self._known: set[Members] = set()
+        self._aside: Any = None
         self.moved: dict[str, float] = {}
 
     # ------------------------------------------------------------------------------------------------------------ who
@@ -156,13 +142,20 @@ class Ranks:
 
     # ----------------------------------------------------------------------------------------------------------- sums
 
-    def reduce(self, statistics: Mapping[str, Statistic], wanted: Callable[[str], Members], what: str) -> dict[str, Joined]:
+    def reduce(
+        self,
+        statistics: Mapping[str, Statistic],
+        wanted: Callable[[str], Members],
+        what: str,
+        agreed: Callable[[Forms, torch.device], None] | None = None,
+    ) -> dict[str, Joined]:
         """Sum statistics over ranks; totals reach the ranks that want them, counts all.
 
         Args:
             statistics: This rank's; it may lack names that others have, and then contributes nothing to them.
             wanted: For a name, the ranks that want its total.
             what: What is summed, for the record of bytes.
+            agreed: Told of all ranks' names with their forms, and where this rank's buffers live.
 
         Returns:
             All ranks' names, in the same order on every rank.
@@ -173,20 +166,71 @@ class Ranks:
         if self.size == 1:
             return {name: Joined.alone(each) for name, each in statistics.items()}
         forms, device = self._forms(statistics)
-        counts = torch.stack([_count(statistics.get(name), device) for name in forms]) if forms else None
-        if counts is None:
-            return {}
-        self._all_reduce(counts, "agreements")
-        totals: dict[str, Tensor] = {}
-        for members in sorted({wanted(name) for name, form in forms.items() if form is not None}):
-            these = {name: form for name, form in forms.items() if form is not None and wanted(name) == members}
-            for found in self._flowing(self._summed(run, these, statistics, members, device, what) for run in buckets(these)):
-                totals |= found
-        homes = {name: each.total.device for name, each in statistics.items() if each.total is not None}
-        return {
-            name: Joined(totals[name].to(homes.get(name, device)) if name in totals else None, count, form is not None)
-            for (name, form), count in zip(forms.items(), counts.unbind(), strict=True)
-        }
+        if agreed is not None:
+            agreed(forms, device)
+        return self._begun(statistics, forms, device, wanted, what, self.group)()
+
+    def begin(
+        self, statistics: Mapping[str, Statistic], forms: Forms, device: torch.device, wanted: Callable[[str], Members], what: str
+    ) -> Callable[[], dict[str, Joined]]:
+        """Begin such a sum, and go on; what is returned waits for it.
+
+        It travels beside other messages, such as those of a backward pass, in a process group of its own (`stand_aside`).
+
+        Args:
+            statistics: This rank's.
+            forms: The names that are summed with their forms, the same on every rank.
+            device: Where this rank's buffers live.
+            wanted: As for `reduce`; so is the next one.
+            what: What is summed.
+        """
+        return self._begun(statistics, forms, device, wanted, what, self._aside, at_once=True)
+
+    def stand_aside(self) -> None:
+        """Make the process group of sums that are begun early; a collective call."""
+        if self._aside is None:
+            with explained():
+                self._aside = dist.new_group(
+                    [self._global(rank) for rank in self.everyone], backend=dist.get_backend(self.group), use_local_synchronization=True
+                )
+
+    def _begun(
+        self,
+        statistics: Mapping[str, Statistic],
+        forms: Forms,
+        device: torch.device,
+        wanted: Callable[[str], Members],
+        what: str,
+        group: Any,
+        *,
+        at_once: bool = False,
+    ) -> Callable[[], dict[str, Joined]]:
+        if not forms:
+            return dict
+        counts = torch.stack([_count(statistics.get(name), device) for name in forms])
+        counting = self._all_reduce(counts, "agreements", wait=False, group=group)
+        goals: dict[Members, dict[str, Form]] = {}
+        for name, form in forms.items():
+            if form is not None:
+                goals.setdefault(wanted(name), {})[name] = form
+        messages = (
+            self._summed(run, these, statistics, members, device, what, group)
+            for members, these in sorted(goals.items())
+            for run in buckets(these)
+        )
+        flow = flowing(iter(list(messages)) if at_once else messages)
+
+        def finish() -> dict[str, Joined]:
+            totals = {name: total for found in flow for name, total in found.items()}
+            with explained():
+                counting.wait()
+            homes = {name: each.total.device for name, each in statistics.items() if each.total is not None}
+            return {
+                name: Joined(totals[name].to(homes.get(name, device)) if name in totals else None, count, form is not None)
+                for (name, form), count in zip(forms.items(), counts.unbind(), strict=True)
+            }
+
+        return finish
 
     def _summed(
         self,
@@ -196,6 +240,7 @@ class Ranks:
         members: Members,
         device: torch.device,
         what: str,
+        group: Any,
     ) -> Pending:
         """One bucket on its way to the ranks that want it."""
         these = [forms[name] for name in names]
@@ -203,10 +248,10 @@ class Ranks:
         filled = [form.blank(device).zero_() if total is None else total.to(device) for total, form in zip(mine, these, strict=True)]
         buffer = pack(filled, these, self._travels(these[0].dtype))
         if len(members) == self.size:
-            work = self._all_reduce(buffer, what, wait=False)
+            work = self._all_reduce(buffer, what, wait=False, group=group)
             return Pending(work, lambda: dict(zip(names, unpack(buffer, these), strict=True)))
         with explained():
-            work = dist.reduce(buffer, self._global(members[0]), group=self.group, async_op=True)
+            work = dist.reduce(buffer, self._global(members[0]), group=group, async_op=True)
         if self.rank != members[0]:
             self._count(what, buffer, 1.0)
 
@@ -219,7 +264,7 @@ class Ranks:
 
         return Pending(work, finish)
 
-    def _forms(self, statistics: Mapping[str, Statistic]) -> tuple[dict[str, Form | None], torch.device]:
+    def _forms(self, statistics: Mapping[str, Statistic]) -> tuple[Forms, torch.device]:
         """All ranks' names in one order, each with the shape and the widest dtype any rank has; and where this rank's buffers live."""
         mine = {name: form_of(statistic) for name, statistic in sorted(statistics.items())}
         kinds = sorted({each.total.device.type for each in statistics.values() if each.total is not None} - {"cpu"})
@@ -227,7 +272,7 @@ class Ranks:
             everyones = self.gathered((mine, kinds))
             kinds = sorted({kind for _, theirs in everyones for kind in theirs})
             names = sorted({name for theirs, _ in everyones for name in theirs})
-            mine = {name: reduce(_wider(name), (theirs[name] for theirs, _ in everyones if name in theirs)) for name in names}
+            mine = {name: widest(name, [theirs[name] for theirs, _ in everyones if name in theirs]) for name in names}
         here = next((s.total.device for s in statistics.values() if s.total is not None and s.total.device.type in kinds), None)
         device = here if here is not None else _accelerator(kinds[0]) if kinds else None
         return mine, self._device(device)
@@ -287,22 +332,12 @@ class Ranks:
 
         return Pending(work, finish)
 
-    def _flowing(self, messages: Iterator[Pending]) -> Iterator[dict[str, Tensor]]:
-        """What messages bring, in their order, a few of them under way at a time."""
-        waiting: list[Pending] = []
-        for message in messages:
-            waiting.append(message)
-            if len(waiting) >= IN_FLIGHT:
-                yield waiting.pop(0).wait()
-        for message in waiting:
-            yield message.wait()
-
     # ------------------------------------------------------------------------------------------------------------ wire
 
-    def _all_reduce(self, buffer: Tensor, what: str, *, wait: bool = True) -> Any:
+    def _all_reduce(self, buffer: Tensor, what: str, *, wait: bool = True, group: Any = None) -> Any:
         self._count(what, buffer, 2 * (self.size - 1) / self.size)
         with explained():
-            return dist.all_reduce(buffer, op=dist.ReduceOp.SUM, group=self.group, async_op=not wait)
+            return dist.all_reduce(buffer, op=dist.ReduceOp.SUM, group=self.group if group is None else group, async_op=not wait)
 
     def _broadcast(self, buffer: Tensor, source: int, members: Members, what: str) -> Any:
         if self.rank != source:
@@ -323,43 +358,12 @@ class Ranks:
         return _accelerator("cuda") if dist.get_backend(self.group) == "nccl" else torch.device("cpu")
 
 
-@contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """Say what a failed collective most likely means.
-
-    Raises:
-        KfactkError: In place of the RuntimeError that torch raises.
-    """
-    try:
-        yield
-    except RuntimeError as error:
-        what = str(error).partition("\n")[0]
-        raise KfactkError(
-            f"the ranks could not exchange curvature ({what}). Most likely another rank ended, failed, or did not call step(): look at its "
-            "output first. Then start all ranks again from the last checkpoint."
-        ) from error
-
-
 def _count(statistic: Statistic | None, device: torch.device) -> Tensor:
     return torch.as_tensor(0.0 if statistic is None else statistic.count, dtype=torch.float64, device=device).reshape(())
 
 
 def _accelerator(kind: str) -> torch.device:
     return torch.device(kind, torch.accelerator.current_device_index())
-
-
-def _wider(name: str) -> Callable[[Form | None, Form | None], Form | None]:
-    def widen(one: Form | None, other: Form | None) -> Form | None:
-        if one is None or other is None:
-            return other if one is None else one
-        if one.shape != other.shape:
-            raise StateError(
-                f"ranks disagree on the shape of {name!r}: {one.shape} and {other.shape}. "
-                "Each rank must hold the same model, bound in the same way; check what differs between them."
-            )
-        return Form(one.shape, torch.promote_types(one.dtype, other.dtype), one.symmetric and other.symmetric)
-
-    return widen
 
 
 def _dtype(name: str) -> torch.dtype:

@@ -16,12 +16,14 @@ from torch import Tensor
 
 from kfactk.averages import RunningMean
 from kfactk.blocks import Blocks, diagonals
+from kfactk.early import Early, with_early
 from kfactk.errors import DecompositionError, KfactkError
 from kfactk.layerstate import Kept, LayerState
+from kfactk.messages import Pending
 from kfactk.packing import Form
 from kfactk.places import Places
 from kfactk.plan import Need
-from kfactk.ranks import Pending, Ranks
+from kfactk.ranks import Ranks
 from kfactk.samples import Statistic
 from kfactk.stages import Layer
 from kfactk.sums import Joined, add, keyed, means, unkeyed
@@ -39,6 +41,7 @@ class Refresh:
         blocks: The stages.
         places: Who does what.
         ranks: How it is moved.
+        early: Sums that travel before the refresh.
         factor_decay: Decay of the factors' running means.
         timed: Gives a context that times a stage.
         failed: Told of a layer that could not be decomposed, and why.
@@ -47,11 +50,12 @@ class Refresh:
     blocks: Blocks
     places: Places
     ranks: Ranks
+    early: Early
     factor_decay: float
     timed: Callable[[str], AbstractContextManager[None]]
     failed: Callable[[str, str], None]
 
-    def run(self, needs: Mapping[str, Need], states: States, unseen: Set[str], damping: Damping) -> None:
+    def run(self, needs: Mapping[str, Need], states: States, unseen: Set[str], damping: Damping, early: Mapping[str, Joined]) -> None:
         """Refresh what is needed.
 
         Args:
@@ -59,12 +63,13 @@ class Refresh:
             states: Likewise; with what is pending.
             unseen: Layers that no rank's samples reached.
             damping: Of a layer.
+            early: Sums that travelled before.
         """
         for name in needs:
             states[name].settle()
         sums = {keyed(name, key): value for name in needs for key, value in states[name].pending.items()}
         followed = any(need.follows for need in needs.values())
-        averages = means(self._reduced(sums, "sums")) if followed else {}
+        averages = means(with_early(early, self._reduced(sums, "sums"))) if followed else {}
         with self.timed("factors"):
             self._average(states, averages, "factor")
         due = [need.layer for name, need in needs.items() if need.basis and name not in unseen]
@@ -85,12 +90,7 @@ class Refresh:
     # ------------------------------------------------------------------------------------------------------------ means
 
     def _reduced(self, sums: Mapping[str, Statistic], what: str) -> dict[str, Joined]:
-        return self.ranks.reduce(sums, self._wanted, what)
-
-    def _wanted(self, key: str) -> tuple[int, ...]:
-        layer, rest = unkeyed(key)
-        kind, _, name = rest.partition(".")
-        return self.places.keepers(layer, name) if kind == "factor" else self.places.holders(layer)
+        return self.ranks.reduce(sums, self.places.wanted, what, self.early.learn)
 
     def _average(self, states: States, averages: Mapping[str, Tensor | None], kind: str) -> None:
         for key, value in averages.items():
