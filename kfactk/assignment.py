@@ -116,11 +116,26 @@ class Assignment:
         strategy: Name of what was chosen, such as "mem_opt".
         shares: By layer.
         reason: Why, for a reader.
+
+    Example:
+        >>> print(Assignment("mem_opt", {"fc": Share({"A": (1,), "G": (1,)}, (1,))}, "each layer belongs to one rank"))
+        mem_opt: each layer belongs to one rank
+        layer  decomposed by  held by
+        fc     A 1, G 1       1
     """
 
     strategy: str
     shares: Mapping[str, Share]
     reason: str = ""
+
+    def __str__(self) -> str:
+        rows = [("layer", "decomposed by", "held by")]
+        for layer, share in self.shares.items():
+            decomposers = ", ".join(f"{name} {_span(ranks)}" for name, ranks in sorted(share.decomposers.items()))
+            rows.append((layer or "(root)", decomposers, _span(share.holders)))
+        widths = [max(len(row[column]) for row in rows) for column in range(2)]
+        table = [f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}" for row in rows]
+        return "\n".join([f"{self.strategy}: {self.reason}" if self.reason else self.strategy, *(table if self.shares else [])])
 
     def check(self, workload: Workload, ranks: int) -> Assignment:
         """Itself, if every piece of the work has ranks that exist.
@@ -147,6 +162,12 @@ class Assignment:
                     "Report it to its authors, or use another placement."
                 )
         return self
+
+
+def _span(ranks: tuple[int, ...]) -> str:
+    """Ranks in words: "2", "0, 3", "0-7"."""
+    together = len(ranks) > 2 and ranks == tuple(range(ranks[0], ranks[-1] + 1))
+    return f"{ranks[0]}-{ranks[-1]}" if together else ", ".join(map(str, ranks))
 
 
 def balance(costs: Mapping[Key, float], bins: Iterable[int]) -> dict[Key, int]:

@@ -8,6 +8,7 @@ x bytes reduced to one of g ranks, or broadcast by one, move (g - 1) x in all, a
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -27,6 +28,26 @@ Forms = Mapping[str, Form | None]
 """Forms of totals by name; `None` for a statistic without one."""
 
 
+class _Made:
+    """Process groups made out of another one."""
+
+    def __init__(self) -> None:
+        self.subgroups: dict[Members, Any] = {}
+        self.known: set[Members] = set()
+        self.aside: Any = None
+
+
+_MADE: weakref.WeakKeyDictionary[Any, _Made] = weakref.WeakKeyDictionary()
+
+
+def forget_groups() -> None:
+    """Forget the process groups made for optimizers of this process; they are shared by all of them, and kept until this is called.
+
+    Wanted only where `torch.distributed` is initialised anew in the same process, before it is destroyed.
+    """
+    _MADE.clear()
+
+
 class Ranks:
     """The ranks of one process group, and what they say to each other.
 
@@ -43,9 +64,6 @@ class Ranks:
     def __init__(self, group: Any = None, wire_dtype: str | None = None) -> None:
         self.group = group
         self._wire = None if wire_dtype is None else _dtype(wire_dtype)
-        self._subgroups: dict[Members, Any] = {}
-        self._known: set[Members] = set()
-        self._aside: Any = None
         self.moved: dict[str, float] = {}
 
     # ------------------------------------------------------------------------------------------------------------ who
@@ -81,9 +99,10 @@ class Ranks:
 
         They are made in rounds in which every rank makes exactly one: torch names groups by how many were made before.
         """
+        made = self._made
         rounds: list[list[Members]] = []
-        for members in sorted({group for group in groups if 1 < len(group) < self.size} - self._known):
-            self._known.add(members)
+        for members in sorted({group for group in groups if 1 < len(group) < self.size} - made.known):
+            made.known.add(members)
             free = next((each for each in rounds if not any(set(members) & set(other) for other in each)), None)
             if free is None:
                 rounds.append([members])
@@ -91,11 +110,17 @@ class Ranks:
                 free.append(members)
         for each in rounds:
             mine = next((members for members in each if self.rank in members), (self.rank,))
-            with explained():
-                made = dist.new_group(
-                    [self._global(member) for member in mine], backend=dist.get_backend(self.group), use_local_synchronization=True
-                )
-            self._subgroups[mine] = made
+            made.subgroups[mine] = self._new_group(mine)
+
+    def _new_group(self, members: Members) -> Any:
+        ranks = [self._global(member) for member in members]
+        with explained():
+            return dist.new_group(ranks, backend=dist.get_backend(self.group), use_local_synchronization=True)
+
+    @property
+    def _made(self) -> _Made:
+        """The groups made before out of this one, by whatever optimizer."""
+        return _MADE.setdefault(dist.group.WORLD if self.group is None else self.group, _Made())
 
     def _global(self, rank: int) -> int:
         return rank if self.group is None else int(dist.get_global_rank(self.group, rank))
@@ -103,7 +128,7 @@ class Ranks:
     def _group(self, members: Members) -> Any:
         if len(members) == self.size:
             return self.group
-        return self._subgroups[members]
+        return self._made.subgroups[members]
 
     # ------------------------------------------------------------------------------------------------- small agreements
 
@@ -184,15 +209,12 @@ class Ranks:
             wanted: As for `reduce`; so is the next one.
             what: What is summed.
         """
-        return self._begun(statistics, forms, device, wanted, what, self._aside, at_once=True)
+        return self._begun(statistics, forms, device, wanted, what, self._made.aside, at_once=True)
 
     def stand_aside(self) -> None:
         """Make the process group of sums that are begun early; a collective call."""
-        if self._aside is None:
-            with explained():
-                self._aside = dist.new_group(
-                    [self._global(rank) for rank in self.everyone], backend=dist.get_backend(self.group), use_local_synchronization=True
-                )
+        if self._made.aside is None:
+            self._made.aside = self._new_group(self.everyone)
 
     def _begun(
         self,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import gc
 import io
 import os
 import pickle
@@ -24,8 +25,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from kfactk.ranks import forget_groups
+
+STARTING = 300.0
+"""Seconds that a worker may take to start; much of it is importing torch."""
 PATIENCE = 90.0
 """Seconds that a job may take before its ranks are taken to hang."""
+WORN = 40
+"""Threads in a worker above which it is replaced."""
 GRACE = 5.0
 """Seconds that the other ranks of a failed one may go on."""
 
@@ -64,8 +71,9 @@ class Workers:
         Raises:
             RankError: A rank raised, died, or hangs. The workers are then replaced.
         """
-        while len(self._workers) < ranks:
-            self._workers.append(_started())
+        if any(_worn(process) for process, _ in self._workers):
+            self.close()
+        self._start(ranks - len(self._workers))
         self._jobs += 1
         store = str(Path(self._folder.name) / str(self._jobs))
         job = _packed((function, arguments))
@@ -76,6 +84,21 @@ class Workers:
             self.close()
             raise RankError("\n".join(f"rank {rank} of {ranks}: {failures[rank]}" for rank in sorted(failures)))
         return [answers[rank] for rank in range(ranks)]
+
+    def _start(self, number: int) -> None:
+        """Start workers, all at once, and wait until they are there."""
+        new = [_started() for _ in range(number)]
+        self._workers += new
+        for process, pipe in new:
+            if not pipe.poll(STARTING):
+                self.close()
+                raise RankError(f"a worker process did not start within {STARTING:.0f} seconds")
+            try:
+                pipe.recv()
+            except EOFError:
+                process.join(GRACE)
+                self.close()
+                raise RankError(f"a worker process ended with exit code {process.exitcode} before it could work") from None
 
     def _answers(self, ranks: int, patience: float) -> tuple[dict[int, Any], dict[int, str]]:
         answers: dict[int, Any] = {}
@@ -133,6 +156,12 @@ def shared_workers() -> Workers:
     return _SHARED[0]
 
 
+def _worn(process: BaseProcess) -> bool:
+    """Whether groups that a job left behind still run many threads in a worker (Linux): they would take time from the jobs to come."""
+    threads = Path(f"/proc/{process.pid}/task")
+    return threads.is_dir() and len(list(threads.iterdir())) > WORN
+
+
 def _started() -> tuple[BaseProcess, Connection]:
     context = mp.get_context("spawn")
     mine, theirs = context.Pipe()
@@ -145,6 +174,7 @@ def _started() -> tuple[BaseProcess, Connection]:
 def _work(pipe: Connection) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    pipe.send(None)
     while True:
         try:
             rank, ranks, store, patience, job = pipe.recv()
@@ -168,6 +198,8 @@ def _done(rank: int, ranks: int, store: str, patience: float, job: bytes) -> tup
     except BaseException:
         return False, _packed(traceback.format_exc())
     finally:
+        forget_groups()
+        gc.collect()  # a model or optimizer that outlived its job would keep its groups' threads running
         if dist.is_initialized():
             dist.destroy_process_group()
 
