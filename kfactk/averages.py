@@ -36,9 +36,9 @@ class RunningMean:
         new = new.detach()
         self.weight = 1.0 if self.value is None else decay * self.weight + 1.0
         if self.value is None:
-            self.value = new.clone()
+            self.value = new.clone(memory_format=torch.contiguous_format)
         elif self.weight == 1.0:  # nothing of the old mean is left, not even what is not finite
-            self.value = new.to(self.value.dtype, copy=True)
+            self.value = new.to(self.value.dtype, copy=True, memory_format=torch.contiguous_format)
         else:
             self.value = torch.lerp(self.value, new.to(self.value.dtype), 1.0 / self.weight)
 

@@ -102,6 +102,9 @@ class Blocks:
     def decompose(self, layer: Layer, matrices: Tensors, damping: float, diagonals: Tensors) -> dict[str, dict[str, Tensor]]:
         """Decompose some of a layer's matrices.
 
+        What comes out lies row by row, as it does on ranks that it is sent to and after it was loaded: the last bit of a product depends
+        on that.
+
         Args:
             layer: The layer.
             matrices: Those to decompose.
@@ -110,7 +113,8 @@ class Blocks:
         """
         coupling = Coupling(damping, diagonals)
         with blaming("basis", self.basis, _on(layer)):
-            return {name: self.basis.decompose(name, matrices[name], coupling) for name in sorted(matrices)}
+            found = {name: self.basis.decompose(name, matrices[name], coupling) for name in sorted(matrices)}
+        return {name: {part: tensor.contiguous() for part, tensor in parts.items()} for name, parts in found.items()}
 
     def blank_parts(self, layer: Layer, sums: Mapping[str, Statistic]) -> list[str]:
         """What the basis makes of the layer's matrices, learnt from their corners: decomposing them whole would cost as much as a step."""

@@ -11,6 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from kfactk.blame import blaming
 from kfactk.errors import OptionError, near_names
+from kfactk.originals import Originals
 from kfactk.stages import Curvature, Layer
 
 
@@ -86,6 +87,22 @@ class Coverage:
         return "\n".join([*lines, f"{len(covered)} of {len(self.rows)} parameters preconditioned ({share})"])
 
 
+@attrs.frozen(eq=False)
+class Covered(Layer):
+    """A layer whose parameters are those that are trained, also while a wrapper has put others in their place.
+
+    Args:
+        originals: Knows them.
+    """
+
+    originals: Originals
+
+    def tensors(self) -> dict[str, nn.Parameter]:
+        """The parameters themselves, by name."""
+        found = {name: self.originals.at(self.module, name) for name in self.parameters}
+        return {name: parameter for name, parameter in found.items() if parameter is not None}
+
+
 class Survey:
     """What a curvature can make of a model: the candidate layers, and the reasons for the rest.
 
@@ -103,6 +120,7 @@ class Survey:
 
     def __init__(self, model: nn.Module, curvature: Curvature, exclude: Sequence[str] = ()) -> None:
         self.model = model
+        self.originals = Originals(model)
         self._candidates: list[tuple[str, nn.Module]] = []
         self._why_not: dict[str, str] = {}
         owners: dict[int, set[str]] = {}
@@ -134,22 +152,25 @@ class Survey:
 
     def layers(self, trained: Callable[[nn.Parameter], bool]) -> list[Layer]:
         """The layers whose weight is trained now, in the model's order."""
-        found = []
+        found: list[Layer] = []
         for name, module in self._candidates:
             names = tuple(
                 key
                 for key in ("weight", "bias")
-                if (parameter := getattr(module, key, None)) is not None and parameter.requires_grad and trained(parameter)
+                if (parameter := self.originals.at(module, key)) is not None and parameter.requires_grad and trained(parameter)
             )
             if names and names[0] == "weight":
-                found.append(Layer(name, module, names))
+                found.append(Covered(name, module, names, self.originals))
         return found
 
     def coverage(self, trained: Callable[[nn.Parameter], bool]) -> Coverage:
         """The table, by what is trained now."""
         block = {_join(layer.name, key): layer.name for layer in self.layers(trained) for key in layer.parameters}
         rows = []
-        for name, parameter in self.model.named_parameters():
+        for name, _ in self.model.named_parameters():
+            owner, _, key = name.rpartition(".")
+            parameter = self.originals.at(self.model.get_submodule(owner), key)
+            assert parameter is not None
             wanted = parameter.requires_grad and trained(parameter)
             if name in block:
                 reason = ""

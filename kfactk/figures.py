@@ -70,10 +70,9 @@ class Recorder:
             _surviving(self._warned, lambda: answers.append(step % tracker.every == 0))
         return any(answers)
 
-    def see(self, pairs: Sequence[Pair], factor: Tensor) -> None:
-        """Note what the clip saw and answered."""
+    def see(self, pairs: Sequence[Pair]) -> None:
+        """Note the norms of what goes to the clip: full tensors, since not every rank records, so that none may ask the others."""
         if self._tracker is not None:
-            self._figures["clip_factor"] = factor
             self._figures["gradient_norm"] = _norm([pair.gradient for pair in pairs])
             self._figures["preconditioned_norm"] = _norm([pair.preconditioned for pair in pairs])
 

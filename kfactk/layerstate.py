@@ -22,7 +22,7 @@ PREFIX = "kfactk."
 STEP = f"{PREFIX}step"
 """Key of the number of steps taken, which every parameter's entry has."""
 OWED = f"{PREFIX}owed"
-"""Key of what a layer owes: factors, scale, basis."""
+"""Key of what a layer owes, as a sum: 1 for factors, 2 for the scale, 4 for the basis."""
 Groups = Sequence[Mapping[str, Any]]
 READY = f"{PREFIX}ready"
 """Key of whether a layer has been decomposed from factors that have seen data, on this rank or another."""
@@ -120,7 +120,11 @@ class LayerState:
         self.seen = 0
 
     def flat(self) -> dict[str, Tensor]:
-        """The lasting part under flat keys, by reference: `kfactk.factor.A`, `kfactk.basis.A.eigenvectors`, ..."""
+        """The lasting part under flat keys, by reference: `kfactk.factor.A`, `kfactk.basis.A.eigenvectors`, ...
+
+        Whether it is ready and what it owes is always there, on every rank: what ranks send each other follows from these. They are
+        0-dimensional, as torch wants of whatever is not on the parameters' device.
+        """
         out: dict[str, Tensor] = {}
         for kind, means in (("factor", self.factors), ("moment", self.moments)):
             for name, mean in means.items():
@@ -130,9 +134,8 @@ class LayerState:
         for factor, parts in self.decomposition.items():
             for name, tensor in parts.items():
                 out[f"{PREFIX}basis.{factor}.{name}"] = tensor
-        if out or self.ready:
-            out[READY] = torch.tensor(int(self.ready), dtype=torch.int64)
-            out[OWED] = torch.tensor(attrs.astuple(self.owed), dtype=torch.int64)
+        out[READY] = torch.tensor(int(self.ready), dtype=torch.int64)
+        out[OWED] = torch.tensor(sum(flag << place for place, flag in enumerate(attrs.astuple(self.owed))), dtype=torch.int64)
         return out
 
     @classmethod
@@ -149,10 +152,13 @@ class LayerState:
             raise StateError(
                 f"the saved state is damaged: {', '.join(lacking)} has not both its value and its weight. Load an earlier one."
             )
+        if READY not in flat:
+            raise StateError(f"the saved state is damaged: it has curvature, but not {READY!r}. Load an earlier one.")
         for key, tensor in flat.items():
             kind, _, rest = key.removeprefix(PREFIX).partition(".")
-            if key == OWED and tensor.shape == (3,):
-                state.owed = Due(*map(bool, tensor.tolist()))
+            if key == OWED and tensor.numel() == 1 and 0 <= int(tensor) < 8:
+                state.owed = Due(*(bool(int(tensor) >> place & 1) for place in range(3)))
+                state.missed = state.owed != NOTHING
             elif key == READY and tensor.numel() == 1:
                 state.ready = bool(tensor)
             elif kind in ("factor", "moment"):
@@ -162,14 +168,12 @@ class LayerState:
                 if rest.endswith(".weight"):
                     mean.weight = float(tensor)
                 else:
-                    mean.value = tensor.detach().to(device, copy=True)
+                    mean.value = _copied(tensor, device)
             elif kind == "basis" and "." in rest:
                 factor, _, name = rest.partition(".")
-                state.decomposition.setdefault(factor, {})[name] = tensor.detach().to(device, copy=True)
+                state.decomposition.setdefault(factor, {})[name] = _copied(tensor, device)
             else:
                 raise StateError(f"the saved state has a key {key!r} that this version does not know; was it written by a newer kfactk?")
-        if READY not in flat:
-            state.ready = bool(state.decomposition) and state.measured
         return state
 
 
@@ -275,6 +279,10 @@ def _whole(key: str, flat: Mapping[str, Any]) -> bool:
     value = key.removesuffix(".weight")
     weight = flat.get(f"{value}.weight")
     return value in flat and isinstance(weight, Tensor) and weight.numel() == 1 and bool((weight >= 0).all())
+
+
+def _copied(tensor: Tensor, device: torch.device) -> Tensor:
+    return tensor.detach().to(device, copy=True, memory_format=torch.contiguous_format)
 
 
 def _values(means: Mapping[str, RunningMean]) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, overload
 
 import torch
@@ -19,12 +20,13 @@ from kfactk.coverage import Coverage
 from kfactk.errors import CaptureError, CombinationError, KfactkError, KfactkWarning
 from kfactk.figures import Recorder
 from kfactk.forward import Forward
-from kfactk.linalg import inner_products
 from kfactk.observation import Observer
 from kfactk.preconditioner import Preconditioner
 from kfactk.schedule import number_at, plain
-from kfactk.stages import Layer, Pair
-from kfactk.standin import BAD_DIRECTION, BAD_GRADIENT, all_finite, standing_in
+from kfactk.shards import ShardedProducts
+from kfactk.slots import gradients_of, sharded, slots
+from kfactk.stages import Layer
+from kfactk.standin import BAD_DIRECTION, BAD_GRADIENT, BAD_STATISTICS, all_finite, standing_in
 from kfactk.stateful import StatefulOptimizer
 from kfactk.views import LayerView, conditions, products
 
@@ -42,9 +44,11 @@ class Optimizer(StatefulOptimizer):
 
     Args:
         recipe: What to do.
-        model: The module whose forwards are observed. `DistributedDataParallel` is seen through.
+        model: The module whose forwards are observed. `DistributedDataParallel` is seen through, and so is `fully_shard`, called before
+            or after: parameters that it replaces are replaced in `param_groups`.
         params: Parameters or groups to train, as for any torch optimizer; `None` for all of the model's.
         scaler: The `torch.amp.GradScaler` of the loop; needed only where the recipe listens to the user's own backward (`empirical`).
+            It is the one for `fully_shard`, too: what overflows in one rank's shard holds up all ranks.
         stepped: Called at the end of each step with `optimizer`, `step` and `figures`, as the hook `kfactk_stepped` is.
 
     Raises:
@@ -84,7 +88,6 @@ class Optimizer(StatefulOptimizer):
             self._inner = recipe.update.make(self.param_groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
         self._inner.param_groups = self.param_groups
         self.defaults = {**self._inner.defaults, **self.defaults}
-        self._index()
         me = weakref.ref(self)
         self._preconditioner = Preconditioner(
             self._model,
@@ -97,6 +100,7 @@ class Optimizer(StatefulOptimizer):
             timed=weakly(me, "_timed"),
             trained=lambda parameter, groups=self._groups: id(parameter) in groups,  # type: ignore[misc]
         )
+        self._index()
         pre = self._preconditioner
         pre.places.extend(pre.layers())
         self._recorder = Recorder(recipe.tracker if pre.ranks.rank == 0 else None, lambda: recipe.summary() | pre.places.summary())
@@ -109,6 +113,7 @@ class Optimizer(StatefulOptimizer):
             loss_scale=(lambda: float(scaler.get_scale())) if scaler is not None else (lambda: 1.0),
         )
         self._micro_batch, self._recorded = 0, False
+        self._told: dict[str, float] = {}
         self._pending: Forward | None = None
         self._capture = Capture(self._model, weakly(me, "_follow"), weakly(me, "_forwarded"), evaluation=recipe.observe == "manual")
         if recipe.strict and self.coverage().plain:
@@ -150,6 +155,11 @@ class Optimizer(StatefulOptimizer):
     def placement(self) -> Assignment:
         """Which rank does what, and why: `strategy`, `reason`, and each layer's `shares`; prints as a table."""
         return self._preconditioner.places.assignment
+
+    @property
+    def moved_bytes(self) -> dict[str, float]:
+        """Bytes that this rank has sent or received for curvature since bind, by what they were."""
+        return dict(self._preconditioner.ranks.moved)
 
     def coverage(self) -> Coverage:
         """Which parameters are preconditioned now, by which block, or why not."""
@@ -193,6 +203,7 @@ class Optimizer(StatefulOptimizer):
         self._recorder.add(figures)
 
     def _follow(self) -> list[Layer] | None:
+        self._index()
         return self._preconditioner.plan(self.steps).follow()
 
     def _expect(self) -> None:
@@ -217,7 +228,7 @@ class Optimizer(StatefulOptimizer):
         """What a tracker is told of this optimizer, besides norms, clip factor and seconds."""
         figures: dict[str, Tensor | float] = {name: float(self.param_groups[0][name]) for name in ("lr", "damping")}
         figures |= {name: float(value) for name, value in self.counters.items()}
-        figures |= {f"bytes/{name}": value for name, value in self._preconditioner.ranks.moved.items()}
+        figures |= {f"bytes/{name}": value - self._told.get(name, 0.0) for name, value in self.moved_bytes.items()}
         return figures
 
     # ----------------------------------------------------------------------------------------------------------- stepping
@@ -252,14 +263,15 @@ class Optimizer(StatefulOptimizer):
         return loss
 
     def _step_once(self) -> None:
+        self._index()
         self._set_damping()
         self._brought = {}
         self._capture.expect(self._preconditioner.plan(self.steps).expects())
         fault = ""
         try:
             self._observer.finish()
-            layers = [layer for layer in self._preconditioner.layers() if layer.module.weight.grad is not None]
-            gradients = {layer.name: self._gradient(layer) for layer in layers}
+            layers = [layer for layer in self._preconditioner.layers() if layer.tensors()["weight"].grad is not None]
+            gradients = gradients_of(layers, self._preconditioner.blocks)
             allocating = self._preconditioner.check(gradients) and all(float(group["lr"]) == 0 for group in self.param_groups)
             if allocating:
                 self._preconditioner.allocate(layers, self._damping)
@@ -267,7 +279,7 @@ class Optimizer(StatefulOptimizer):
                 self._preconditioner.refresh(self._damping)
                 self._preconditioner.measure_gradients(gradients, self.recipe.reduction)
             if self.recipe.weight_decay_at == "gradient":
-                gradients = {layer.name: self._gradient(layer, decayed=True) for layer in layers}
+                gradients = gradients_of(layers, self._preconditioner.blocks, partial(self._setting, "weight_decay"))
             fault = self._apply(layers, gradients)
         except BaseException:
             self._recorder.forget()
@@ -283,40 +295,32 @@ class Optimizer(StatefulOptimizer):
             pre = self._preconditioner
             found = conditions(self.layers, pre.ranks) if self._recorded else {}
             figures = self._recorder.finish(self.steps - 1, lambda: self._figures() | found)
-            pre.ranks.moved.clear()
+            self._told = self.moved_bytes
             if self._stepped is not None:
                 self._stepped(optimizer=self, step=self.steps - 1, figures=figures)
 
     def _apply(self, layers: Sequence[Layer], gradients: Mapping[str, Tensor]) -> str:
         """Precondition, clip, and let the update rule step on what came out, in place of the gradients; or say why it is not to."""
-        slots: list[nn.Parameter] = []
-        pairs: list[Pair] = []
         with self._recorder.timed("precondition"):
             found = self._preconditioner.precondition(gradients, self._damping)
-            blocks = self._preconditioner.blocks
-            for layer in layers:
-                if layer.name not in found:
-                    continue
-                preconditioned = blocks.parted(layer, found.pop(layer.name))
-                plain = blocks.parted(layer, gradients[layer.name])
-                for name, parameter in layer.tensors().items():
-                    if parameter.grad is not None:
-                        slots.append(parameter)
-                        pairs.append(Pair(plain[name], preconditioned[name], float(self._groups[id(parameter)]["lr"])))
+            parameters, whole = slots(layers, gradients, found, self._preconditioner.blocks, partial(self._setting, "lr"))
+            pairs = sharded(parameters, whole)
+        if self._recorder.due(self.steps):
+            self._recorder.see(whole)
+        del found, whole
         with self._recorder.timed("clip"):
             with blaming("clip", self.recipe.clip, "on the preconditioned gradients"):
-                answer = self.recipe.clip.clip(pairs, inner_products)
+                answer = self.recipe.clip.clip(pairs, ShardedProducts(parameters))
             clipped, factor = check_clipped(self.recipe.clip, answer, [pair.preconditioned for pair in pairs])
-        if self._recorder.due(self.steps):
-            self._recorder.see(pairs, factor)
+        self._recorder.add({"clip_factor": factor})
         given = [parameter.grad for group in self.param_groups for parameter in group["params"] if parameter.grad is not None]
         ranks, device = self._preconditioner.ranks, given[0].device if given else None
-        verdicts = [not all_finite([*given, *clipped]), self._recorder.due(self.steps)]  # the same for all ranks
-        bad, self._recorded = map(bool, ranks.total([float(verdict) for verdict in verdicts], device))
+        verdicts = [not all_finite([*given, *clipped]), self._recorder.due(self.steps), self._preconditioner.spoiled()]
+        bad, self._recorded, spoiled = map(bool, ranks.total([float(verdict) for verdict in verdicts], device))  # the same for all ranks
         if bad:
             return BAD_GRADIENT if ranks.any(not all_finite(given), device) else BAD_DIRECTION
-        self._take_step([(parameter, new) for parameter, new in zip(slots, clipped, strict=True)])
-        return ""
+        self._take_step([(parameter, new) for parameter, new in zip(parameters, clipped, strict=True)])
+        return BAD_STATISTICS if spoiled else ""
 
     def _take_step(self, replaced: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
         """Run the update rule with these gradients in place of the user's, and put the user's back."""
@@ -325,18 +329,11 @@ class Optimizer(StatefulOptimizer):
         with standing_in(self.param_groups, replaced, decayed=decayed), self._recorder.timed("update"), named:
             self._inner.step()
 
-    def _gradient(self, layer: Layer, *, decayed: bool = False) -> Tensor:
-        """One layer's gradient as its matrix, with weight decay added if wanted."""
-        gradients: dict[str, Tensor | None] = {}
-        for name, parameter in layer.tensors().items():
-            gradients[name] = parameter.grad
-            decay = float(self._groups[id(parameter)]["weight_decay"])
-            if parameter.grad is not None and decay and decayed:
-                gradients[name] = parameter.grad.add(parameter, alpha=decay)
-        return self._preconditioner.blocks.joined(layer, gradients)
-
     def _damping(self, layer: Layer) -> float:
-        return float(self._groups[id(layer.module.weight)]["damping"])
+        return self._setting("damping", layer.tensors()["weight"])
+
+    def _setting(self, name: str, parameter: nn.Parameter) -> float:
+        return float(self._groups[id(parameter)][name])
 
     def _set_damping(self) -> None:
         for group, own in zip(self.param_groups, self._own_damping, strict=True):
@@ -358,6 +355,8 @@ class Optimizer(StatefulOptimizer):
             self._index()
 
     def _index(self) -> None:
+        """Which group a parameter is in, by the parameters as they are now."""
+        self._preconditioner.survey.originals.follow(self.param_groups, self._inner.state)
         self._groups.clear()
         self._groups.update((id(parameter), group) for group in self.param_groups for parameter in group["params"])
 

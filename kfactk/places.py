@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from kfactk.assignment import Assignment, Share, Work, Workload
-from kfactk.blame import blaming
+from kfactk.blame import blaming, label_of
 from kfactk.blocks import Blocks
-from kfactk.errors import StateError
+from kfactk.errors import KfactkError, PluginError, StateError
 from kfactk.ranks import Members, Ranks
 from kfactk.stages import Layer, Placement
 from kfactk.sums import unkeyed
@@ -43,12 +43,30 @@ class Places:
                 "same way, with the same parameters trained. For a model whose parts lie on different ranks (pipeline or tensor parallel), "
                 "give the ranks that share each part as the placement's process_group, or divide it by fully_shard."
             )
-        with blaming("placement", self._placement, "dividing the work"):
-            found = self._placement.assign(workload, self._ranks.size).check(workload, self._ranks.size)
+        found = self._answer(workload)
         reason = found.reason if self.assignment is ALONE else self.assignment.reason
         self._works |= {work.layer: work for work in workload.works}
         self.assignment = Assignment(found.strategy, {**self.assignment.shares, **found.shares}, reason)
         self._ranks.prepare(group for share in found.shares.values() for group in self._groups(share))
+
+    def _answer(self, workload: Workload) -> Assignment:
+        """What the placement says, if it says the same on every rank; a collective call."""
+        found, fault = ALONE, None
+        try:
+            with blaming("placement", self._placement, "dividing the work"):
+                found = self._placement.assign(workload, self._ranks.size).check(workload, self._ranks.size)
+        except KfactkError as error:
+            fault = error
+        told = sorted((name, sorted(share.decomposers.items()), share.holders) for name, share in found.shares.items())
+        same = self._ranks.same(repr(told) if fault is None else str(fault))
+        if fault is not None:
+            raise fault
+        if not same:
+            raise PluginError(
+                f"{label_of('placement', self._placement)} divided the same work otherwise on another rank, where its answer may depend on "
+                "its arguments alone: give each rank the same options; else report it to its authors, or use another placement."
+            )
+        return found
 
     def _groups(self, share: Share) -> list[Members]:
         """The groups that messages about one layer travel in."""

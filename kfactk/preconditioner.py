@@ -301,11 +301,13 @@ class Preconditioner:
                 f"{self.places.assignment.strategy!r}), and this is rank {self.ranks.rank}: ask there, or use placement='replicated'."
             )
 
-    def finish(self, fault: str = "") -> None:
-        """End the step: count what was skipped, the whole step where it has a `fault`, and forget what is pending."""
+    def spoiled(self) -> bool:
+        """Whether a batch of this rank gave statistics that are not finite, and were left out."""
         bad = [flag for state in self.states.values() for flag in state.bad]
-        if not fault and bad and bool(torch.stack([flag.to(bad[0].device) for flag in bad]).any()):
-            fault = "a batch gave NaN or inf in its curvature statistics; such batches are skipped and counted"
+        return bool(bad) and bool(torch.stack([flag.to(bad[0].device) for flag in bad]).any())
+
+    def finish(self, fault: str = "") -> None:
+        """End the step: count it where it has a `fault`, and forget what is pending."""
         if fault:
             self.skipped_batches += 1
             self._warn(fault, fault)

@@ -239,19 +239,18 @@ def build(
         fisher: Whose targets: "mc", "exact", "empirical".
         likelihood: What the model's output means: "categorical", "bernoulli", "gaussian".
         clip: Bound on the preconditioned gradients: "none", "value", "norm", "kl".
-        placement: Which rank does what.
+        placement: Which rank does what: "replicated", "comm_opt", "mem_opt", "hybrid", "auto".
         tracker: Where runs are recorded: "mlflow", "jsonl", or `None`.
         lr: Learning rate mu.
         damping: tau, in the units of the Fisher matrix of one likelihood term; a number, or a function of the step.
         weight_decay: Per step and unit of parameter, as torch.optim's update rules take it.
         weight_decay_at: "update": the update rule adds it, after preconditioning. "gradient": added before preconditioning.
         factor_decay: Decay epsilon of the factors' running means, in [0, 1].
-        factor_every: T_c, steps between refreshes of the factors; a whole number or a function of the step. So are the next two.
+        factor_every: T_c, steps between refreshes of the factors; a whole number or a function of the step, as the next two.
         scale_every: T_s, steps between refreshes of the scale.
         basis_every: T_inv, steps between decompositions.
         stagger: Decompose layers in turns spread over `basis_every` steps, balanced by cost, so that no step after the first bears all.
-        reduction: "mean" or "sum": how your loss reduces over examples. Matters to what is measured on your own gradient only
-            (fisher "empirical", the running scale of "ekfac").
+        reduction: "mean" or "sum": how your loss reduces over examples, for what is measured on your own gradient (fisher "empirical").
         observe: "automatic", or "manual": only forwards followed by `optimizer.observe()` count.
         output: Function that finds the likelihood's parameters in what the model returns; by default the tensor itself, `.logits`,
             the item "logits", or the first element.
@@ -271,8 +270,7 @@ def build(
         >>> build(curvature="kfac", basis={"name": "ekfac", "scale_decay": 0.9}, damping=0.01)
         kfactk.build(curvature='kfac', basis={'name': 'ekfac', 'scale_decay': 0.9}, damping=0.01)
     """
-    values = {name: value for name, value in locals().items() if name != "unknown"}
-    return Recipe(**_resolved({**values, **unknown}))
+    return Recipe(**_resolved({name: value for name, value in locals().items() if name != "unknown"} | unknown))
 
 
 def _resolved(values: Mapping[str, Any]) -> dict[str, Any]:

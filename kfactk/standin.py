@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from kfactk.linalg import as_gradient
+from kfactk.shards import agreed, local, placed
 
 BAD_GRADIENT = "a batch gave NaN or inf in its gradient, and its step was not taken; such batches are skipped and counted"
+BAD_STATISTICS = "a batch gave NaN or inf in its curvature statistics; such batches are skipped and counted"
 BAD_DIRECTION = (
     "the gradient is finite and its preconditioned or clipped form holds NaN or inf: the step was not taken, and was counted. "
     "Raise damping, or load an earlier state"
@@ -24,7 +26,7 @@ def standing_in(groups: Sequence[dict[str, Any]], replaced: Sequence[tuple[nn.Pa
 
     Args:
         groups: The parameter groups.
-        replaced: Parameters, each with its gradient.
+        replaced: Parameters, each with its gradient; with this rank's part of it where the parameter is sharded.
         decayed: Whether weight decay is in these gradients, so that it is added to those of the other parameters too, and the update
             rule adds none.
     """
@@ -38,7 +40,7 @@ def standing_in(groups: Sequence[dict[str, Any]], replaced: Sequence[tuple[nn.Pa
             for group in groups:
                 group["weight_decay"] = 0.0
         for parameter, new in replaced:
-            parameter.grad = as_gradient(new, parameter)
+            parameter.grad = placed(as_gradient(new, local(parameter)), parameter)
         yield
     finally:
         for parameter, gradient, _ in found:
@@ -48,21 +50,19 @@ def standing_in(groups: Sequence[dict[str, Any]], replaced: Sequence[tuple[nn.Pa
 
 
 def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no tensor, dense or sparse, holds NaN or inf; one transfer from each device.
+    """Whether no tensor, dense, sparse or sharded, holds NaN or inf; one transfer from each device.
+
+    A collective call where any is sharded: ranks that share a tensor get the same answer, also where only one rank's part, or a plain
+    tensor of one rank, is bad.
 
     Example:
         >>> all_finite([torch.ones(2), torch.tensor([1.0, float("nan")])])
         False
     """
-    alike: dict[Any, list[Tensor]] = {}  # norms of distributed tensors are joined within one mesh only
-    for tensor in tensors:
-        values = tensor.coalesce().values() if tensor.is_sparse else tensor
-        if values.numel() and not values.is_meta:
-            alike.setdefault(getattr(values, "device_mesh", None), []).append(values)
-    verdicts = [_finite(each) for each in alike.values()]  # all of them, so that every rank takes part in every collective
-    return all(verdicts)
+    values = [tensor.coalesce().values() if tensor.is_sparse else local(tensor) for tensor in tensors]
+    return agreed(_finite([each for each in values if each.numel() and not each.is_meta]), tensors)
 
 
 def _finite(tensors: list[Tensor]) -> bool:
     norms = (torch.nn.utils.get_total_norm(tensors, order) for order in (2.0, float("inf")))  # the squares alone may be out of range
-    return any(bool(torch.isfinite(norm)) for norm in norms)
+    return not tensors or any(bool(torch.isfinite(norm)) for norm in norms)

@@ -13,6 +13,7 @@ from kfactk.errors import KfactkError, OptionError
 from kfactk.layerstate import LayerState
 from kfactk.preconditioner import Preconditioner
 from kfactk.ranks import Ranks
+from kfactk.shards import is_sharded, sharded_like, whole
 from kfactk.stages import Layer
 
 
@@ -45,21 +46,24 @@ class LayerView:
         return self._state.moment_values()
 
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Tensors shaped like the layer's parameters ("weight", "bias") as its matrix `[..., d_out, d_in]`."""
-        return self._preconditioner.blocks.joined(self.layer, tensors)
+        """Tensors shaped like the layer's parameters ("weight", "bias") as its matrix `[..., d_out, d_in]`.
+
+        Sharded tensors are made whole: a collective call then, here and below.
+        """
+        return self._preconditioner.blocks.joined(self.layer, {name: whole(tensor) for name, tensor in tensors.items()})
 
     def fisher_product(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`F v` for v shaped like the layer's parameters; missing ones count as zero.
+        """`F v` for v shaped like the layer's parameters; missing ones count as zero. Sharded where any of v is, like the parameters.
 
         Raises:
             KfactkError: No curvature has been measured yet.
         """
         state = self._measured()
         pre = self._preconditioner
-        vector, matrices = pre.blocks.joined(self.layer, tensors), pre.matrices(self.layer)
+        vector, matrices = self.matrix(tensors), pre.matrices(self.layer)
         with blaming("basis", pre.basis, f"on layer {self.layer.name!r}"):
             product = pre.basis.product(vector, matrices, state.decomposition, state.moment_values())
-        return pre.blocks.parted(self.layer, product)
+        return self._parted(product, tensors)
 
     def precondition(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """`P v = (F + damping I)^-1 v`, likewise.
@@ -69,7 +73,7 @@ class LayerView:
         """
         self._measured()
         pre = self._preconditioner
-        return pre.blocks.parted(self.layer, pre.preconditioned(self.layer, pre.blocks.joined(self.layer, tensors), self.damping))
+        return self._parted(pre.preconditioned(self.layer, self.matrix(tensors), self.damping), tensors)
 
     def condition(self) -> Tensor | None:
         """Condition number of the damped curvature (exact or a lower bound, as the basis documents); `None` before it is measured, and on
@@ -79,6 +83,12 @@ class LayerView:
             return None
         with blaming("basis", basis, f"on layer {self.layer.name!r}"):
             return basis.condition(state.decomposition, state.moment_values(), self.damping)
+
+    def _parted(self, matrix: Tensor, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        parts, parameters = self._preconditioner.blocks.parted(self.layer, matrix), self.layer.tensors()
+        if not any(is_sharded(tensor) for tensor in given.values()):
+            return parts
+        return {name: sharded_like(part, parameters[name]) for name, part in parts.items()}
 
     @property
     def _state(self) -> LayerState:

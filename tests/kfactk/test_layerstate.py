@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, strategies as st
 
 from kfactk import RunningMean, StateError, Statistic
-from kfactk.layerstate import PREFIX, STEP, LayerState, completed_groups, split_entries
+from kfactk.layerstate import OWED, PREFIX, READY, STEP, LayerState, completed_groups, split_entries
+from kfactk.schedule import NOTHING, Due
 
 NAMES = st.text(st.sampled_from("AGxy_0"), min_size=1, max_size=4)
 DTYPES = st.sampled_from([torch.float32, torch.float64])
@@ -29,6 +30,8 @@ def states(draw: st.DrawFn) -> LayerState:
         draw(st.dictionaries(NAMES, means, max_size=3)),
         draw(st.dictionaries(NAMES, parts, max_size=2)),
         draw(st.dictionaries(NAMES, means, max_size=2)),
+        ready=draw(st.booleans()),
+        owed=draw(st.builds(Due, st.booleans(), st.booleans(), st.booleans())),
     )
 
 
@@ -44,6 +47,7 @@ def test_flat_and_back_is_the_same_bit_for_bit(state: LayerState) -> None:
             assert torch.equal(ours[name].value, mean.value)
             assert ours[name].value.dtype == mean.value.dtype
             assert ours[name].value is not mean.value
+    assert (back.ready, back.owed, back.missed) == (state.ready, state.owed, state.owed != NOTHING)
     assert {n: set(parts) for n, parts in back.decomposition.items()} == {n: set(parts) for n, parts in state.decomposition.items()}
     for name, parts in state.decomposition.items():
         assert all(torch.equal(back.decomposition[name][part], value) for part, value in parts.items())
@@ -55,25 +59,53 @@ def test_a_flat_state_holds_the_tensors_themselves() -> None:
     flat = state.flat()
     assert flat["kfactk.factor.A"] is flat["kfactk.basis.A.cholesky"] is value
     assert float(flat["kfactk.factor.A.weight"]) == 3.0
-    assert set(flat) == {"kfactk.factor.A", "kfactk.factor.A.weight", "kfactk.basis.A.cholesky", "kfactk.owed"}
+    assert set(flat) == {"kfactk.factor.A", "kfactk.factor.A.weight", "kfactk.basis.A.cholesky", "kfactk.owed", "kfactk.ready"}
 
 
 @pytest.mark.parametrize("key", ["kfactk.core.A", "kfactk.basis.A", "kfactk."])
 def test_an_unknown_key_is_refused(key: str) -> None:
     with pytest.raises(StateError, match="newer kfactk"):
-        LayerState.from_flat(("weight",), {key: torch.ones(1)}, torch.device("cpu"))
+        LayerState.from_flat(("weight",), {key: torch.ones(1), READY: torch.ones(())}, torch.device("cpu"))
 
 
-def test_ready_wants_data_and_allocated_does_not() -> None:
+def test_a_rank_that_has_nothing_of_a_layer_still_tells_how_it_stands() -> None:
+    state = LayerState(("weight",), ready=True, owed=Due(True, False, False))
+    flat = state.flat()
+    assert {key: value.tolist() for key, value in flat.items()} == {READY: 1, OWED: 1}
+    assert {key: value.tolist() for key, value in LayerState(("weight",)).flat().items()} == {READY: 0, OWED: 0}
+
+
+@pytest.mark.parametrize("owed", [Due(a, b, c) for a in (False, True) for b in (False, True) for c in (False, True)])
+def test_every_debt_comes_back(owed: Due) -> None:
+    flat = LayerState(("weight",), owed=owed).flat()
+    assert int(flat[OWED]) == 1 * owed.factors + 2 * owed.scale + 4 * owed.basis
+    assert all(value.ndim == 0 for value in flat.values())
+    assert LayerState.from_flat(("weight",), flat, torch.device("cpu")).owed == owed
+
+
+@pytest.mark.parametrize("debt", [torch.tensor(8), torch.tensor(-1), torch.ones(3)])
+def test_a_debt_that_cannot_be_is_refused(debt: torch.Tensor) -> None:
+    with pytest.raises(StateError, match=OWED):
+        LayerState.from_flat(("weight",), {READY: torch.ones(()), OWED: debt}, torch.device("cpu"))
+
+
+def test_curvature_without_the_word_whether_it_is_ready_is_damaged() -> None:
+    flat = LayerState(("weight",), {"A": RunningMean(torch.ones(2, 2), 3.0)}).flat()
+    del flat[READY]
+    with pytest.raises(StateError, match=f"damaged: it has curvature, but not '{READY}'"):
+        LayerState.from_flat(("weight",), flat, torch.device("cpu"))
+
+
+def test_measured_wants_data_and_allocated_does_not() -> None:
     state = LayerState(("weight",))
-    assert not state.ready
+    assert not state.measured
     assert not state.allocated
     state.factors = {"A": RunningMean(torch.zeros(1, 1), 0.0), "G": RunningMean(torch.ones(1, 1), 1.0)}
     state.decomposition = {"A": {"cholesky": torch.ones(1, 1)}}
     assert state.allocated
-    assert not state.ready
+    assert not state.measured
     state.factors["A"].update(torch.ones(1, 1), 0.9)
-    assert state.ready
+    assert state.measured
     state.moments = {"scale": RunningMean(torch.ones(1), 0.0)}
     assert state.moment_values() == {}
     state.moments["scale"].update(torch.ones(1), 0.0)
@@ -115,5 +147,5 @@ def test_saved_groups_are_completed_or_refused() -> None:
 
 def test_a_mean_that_has_seen_nothing_leaves_nothing() -> None:
     state = LayerState(("weight",), factors={"A": RunningMean(torch.ones(2), 1.0), "positions": RunningMean()})
-    assert sorted(state.flat()) == ["kfactk.factor.A", "kfactk.factor.A.weight", "kfactk.owed"]
+    assert sorted(state.flat()) == ["kfactk.factor.A", "kfactk.factor.A.weight", "kfactk.owed", "kfactk.ready"]
     assert sorted(state.factor_values()) == ["A"]

@@ -45,6 +45,8 @@ def _against_class(module: nn.Module, covered: tuple[type[nn.Module], ...]) -> s
         return f"no curvature for transposed convolutions ({cls.__name__})"
     if cls.__name__ == "NonDynamicallyQuantizableLinear":
         return "no curvature for attention's out_proj: nn.MultiheadAttention reads its weight and never calls its forward"
+    if cls.__module__.split(".")[0] == "transformers" and cls.__name__ == "Conv1D":
+        return "no curvature for transformers' Conv1D, a linear layer that holds its weight as [d_in, d_out]"
     for base in covered:
         if isinstance(module, base):
             return f"{cls.__name__} is a subclass of {base.__name__} whose forward may differ; only the exact class is covered"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import ClassVar, cast
 
 import attrs
@@ -66,12 +67,13 @@ class ConvKfac(Kfac):
         """Zeros; for a convolution as many positions as the padding mode and one patch need."""
         if not isinstance(layer.module, CONVOLUTIONS):
             return super().blank(layer)
-        weight, window = layer.tensors()["weight"].detach(), Window.of(cast("nn.Conv2d", layer.module))
+        weight, window = layer.tensors()["weight"], Window.of(cast("nn.Conv2d", layer.module))
         patch = [dilation * (taps - 1) + 1 for taps, dilation in zip(window.kernel, window.dilation, strict=True)]
         sizes = [max(size, max(window.pads) + 1) for size in patch]
-        inputs = weight.new_zeros(1, weight.shape[1] * groups_of(layer.module), *sizes)
+        zeros = partial(torch.zeros, dtype=weight.dtype, device=weight.device)  # the weight may be sharded, activations never are
+        inputs = zeros(1, weight.shape[1] * groups_of(layer.module), *sizes)
         positions = window.patches(inputs).shape[2 : 2 + len(sizes)]
-        return Use(inputs, weight.new_zeros(1, weight.shape[0], *positions))
+        return Use(inputs, zeros(1, weight.shape[0], *positions))
 
     def rows(self, layer: Layer, use: Use) -> Rows:
         """One use as rows: patches, for a convolution."""
@@ -108,7 +110,7 @@ def channel_moment(samples: JoinedSamples) -> Statistic:
     """`sum_n T mean_s x x^T` over the uses of a convolution, `[..., channels, channels]`, counted by examples."""
     if not samples.first:
         return Statistic(None, 0.0)
-    return Statistic(summed_grams(_scaled_pixels(samples)), float(samples.examples))
+    return Statistic(summed_grams(_scaled_pixels(samples)), float(samples.examples), symmetric=True)
 
 
 def _scaled_pixels(samples: JoinedSamples) -> Iterator[Tensor]:

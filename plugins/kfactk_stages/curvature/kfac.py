@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import ClassVar
 
 import attrs
@@ -101,7 +102,8 @@ class Kfac:
         """One row of zeros."""
         weight = layer.tensors()["weight"]
         d_out, d_in = weight.shape[:2]
-        return Use(weight.new_zeros(1, d_in), weight.new_zeros(1, d_out))
+        zeros = partial(torch.zeros, dtype=weight.dtype, device=weight.device)
+        return Use(zeros(1, d_in), zeros(1, d_out))
 
     def samples(self, layer: Layer, uses: Sequence[Use], *, terms: Tensor | float, first: bool) -> Samples:
         """View the uses as samples, `[N, T, d]`; several uses concatenate along T.
