@@ -39,6 +39,7 @@ class Capture:
         self, root: nn.Module, due: Callable[[], Sequence[Layer] | None], completed: Callable[[Forward], None], *, evaluation: bool
     ) -> None:
         self.root = root
+        self._forward: Callable[..., Any] | None = None
         self._due, self._completed, self._evaluation = due, completed, evaluation
         self._calls: list[tuple[Record, GradientEdge]] = []
         self._layer_handles: list[torch.utils.hooks.RemovableHandle] = []
@@ -74,17 +75,18 @@ class Capture:
         """Root pre-hook: attach to the layers that are due, unless they run as compiled code, which would trace the hooks."""
         if self._depth and self._thread != threading.get_ident():
             return
-        if self._depth and _within(self.root):
+        if self._depth and _within(self.root) and self.root.forward == self._forward:
             self._depth += 1
             return
-        if self._depth:
+        if self._depth:  # that one was interrupted, or another method in the forward's place (Lightning's training_step) calls the forward
             self.reset()
         if not self._counts():
             return
+        _check_engine()
         layers = self._due()
         if layers is None or compiled:
             return
-        self._depth, self._thread = 1, threading.get_ident()
+        self._depth, self._thread, self._forward = 1, threading.get_ident(), self.root.forward
         self._calls = []
         for layer in layers:
             hook = LayerHook(self._calls, layer)
@@ -145,6 +147,8 @@ class LayerHook:
             return
         if not isinstance(output, Tensor) or not output.requires_grad:
             return
+        if any(map(_spread, (output, *module.parameters(recurse=False)))):
+            raise CombinationError(tensor_parallel(self._layer.name))
         inputs = (args[0] if args else kwargs["input"]).detach()
         self._calls.append((Record(self._layer, inputs, inputs._version, output.dtype), get_gradient_edge(output)))
 
@@ -215,18 +219,84 @@ def followable(model: nn.Module) -> nn.Module:
     """The module whose forwards can be followed: the model, or what DistributedDataParallel wraps.
 
     Raises:
-        CombinationError: Its layers cannot be seen by hooks.
+        CombinationError: Its layers cannot be seen by hooks, or what they see is not the whole of a layer.
         OptionError: It is no module.
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"bind() wants the model, a torch.nn.Module, and was given {type(model).__name__}; parameters go to params=.")
-    if isinstance(model, nn.DataParallel):
-        raise CombinationError("nn.DataParallel copies the model at each forward, so no hook sees its layers; use DistributedDataParallel.")
     if isinstance(model, torch.jit.ScriptModule):
         raise CombinationError("a scripted or traced model has no hooks on its layers; bind the nn.Module it was made from.")
-    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    assert isinstance(inner, nn.Module)
-    return inner
+    sharding = sys.modules.get("torch.distributed.fsdp")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.DataParallel):
+            raise CombinationError(
+                "nn.DataParallel copies the model at each forward, so no hook sees its layers; use DistributedDataParallel."
+            )
+        if sharding is not None and isinstance(module, getattr(sharding, "FullyShardedDataParallel", ())):
+            raise CombinationError(
+                "FullyShardedDataParallel keeps flat pieces of parameters, in which no layer's matrix is to be found; use "
+                "torch.distributed.fsdp.fully_shard, or DistributedDataParallel."
+            )
+        if getattr(module, "_distribute_module_applied", False):
+            raise CombinationError(tensor_parallel(name))
+    return _wrapped(model)
+
+
+def _wrapped(model: nn.Module) -> nn.Module:
+    """What DistributedDataParallel wraps, compiled before or after or not at all; the model itself where nothing does."""
+    found = inner = model
+    while True:
+        if isinstance(inner, nn.parallel.DistributedDataParallel):
+            found = inner = inner.module
+        elif isinstance(compiled := inner._modules.get("_orig_mod"), nn.Module):
+            inner = compiled
+        else:
+            return found
+
+
+def _spread(tensor: Tensor) -> bool:
+    """Whether it is a `DTensor`, of which this process has a part only."""
+    return hasattr(tensor, "device_mesh")
+
+
+def tensor_parallel(layer: str) -> str:
+    """What to tell a user whose layer is spread over ranks while it runs."""
+    return (
+        f"layer {layer!r} is spread over ranks while it runs, as tensor parallelism does (parallelize_module, distribute_module): no rank "
+        "sees its inputs and gradients whole. Have every rank run whole layers: use DistributedDataParallel, or, where memory is short, "
+        "torch.distributed.fsdp.fully_shard."
+    )
+
+
+def _check_engine() -> None:
+    """Refuse forwards that an engine runs whose other ranks would wait for curvature, or mix it, for ever.
+
+    Raises:
+        CombinationError: It does.
+    """
+    wrapper = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
+    join = getattr(wrapper, "_join_config", None)
+    if join is not None and join.enable and not join.throw_on_early_termination:
+        raise CombinationError(
+            "the model runs under join(), whose ranks stop calling step() when they run out of data, and the others would wait for their "
+            "curvature. Give all ranks as many batches (DistributedSampler does), or join with throw_on_early_termination=True."
+        )
+    if "torch.distributed.pipelining.stage" in sys.modules and _inside("torch.distributed.pipelining."):
+        raise CombinationError(
+            "the model runs as a stage of a pipeline (torch.distributed.pipelining): the ranks hold different layers, and the output of "
+            "all stages but the last is no likelihood's. Keep the whole model on every rank: use DistributedDataParallel, or, where memory "
+            "is short, torch.distributed.fsdp.fully_shard."
+        )
+
+
+def _inside(package: str) -> bool:
+    """Whether code of the package is what called."""
+    frame = sys._getframe().f_back
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").startswith(package):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def weakly(owner: weakref.ref[Any], method: str) -> Callable[..., Any]:

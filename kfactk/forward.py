@@ -143,6 +143,7 @@ def _leafmost(start: Tensor, followed: set[Node]) -> set[Node]:
     stack: list[tuple[Node, bool]] = [(start.grad_fn, False)] if start.grad_fn is not None else []
     while stack:
         node, done = stack.pop()
+        _check_node(node)
         children = [child for child, _ in node.next_functions if child is not None]
         if done:
             below = any(holds[child] for child in children)
@@ -154,6 +155,20 @@ def _leafmost(start: Tensor, followed: set[Node]) -> set[Node]:
             stack.append((node, True))
             stack.extend((child, False) for child in children if child not in opened)
     return ends
+
+
+def _check_node(node: Node) -> None:
+    """Refuse what must not run in a pass of ours.
+
+    Raises:
+        CaptureError: It is the node with which DistributedDataParallel marks the first backward pass of a static graph.
+    """
+    wrapper = getattr(node, "ddp_weakref", None)
+    if wrapper is not None and getattr(wrapper(), "static_graph", False):
+        raise CaptureError(
+            "a part of the bound model is wrapped in DistributedDataParallel with static_graph=True, whose first backward pass must be "
+            "your own. Wrap the bound model instead of a part of it, bind the module that is wrapped, or leave static_graph out."
+        )
 
 
 def _grad(loss: Tensor, edges: list[GradientEdge]) -> tuple[Tensor | None, ...]:

@@ -70,16 +70,18 @@ class Observer:
             self._preconditioner.count(terms, len(view))
             if not forward.calls:
                 return
-            if not float(terms):  # everything is masked: there is nothing to learn from this forward
+            counts = bool(float(terms))  # if not, everything is masked: there is nothing to learn from this forward
+            if not counts:
                 self._preconditioner.pass_over({record.layer.name for record, _ in forward.calls})
-                return
             if not self._fisher.own_pass:
-                self._listen(forward, terms)
+                if counts:
+                    self._listen(forward, terms)
                 return
             generator = torch.Generator(view.device)
             generator.manual_seed(draw_seed(self._fisher.seed, step, micro_batch, self._preconditioner.ranks.rank))
-            for number, loss in enumerate(self._losses(view, weights, generator)):
-                forward.run(loss, view, self._sink(terms, first=number == 0))
+            for number, loss in enumerate(self._losses(view, weights, generator)):  # all ranks run them: there may be collectives inside
+                forward.run(loss, view, self._sink(terms, first=number == 0) if counts else _ignored)
+        self._preconditioner.leave()
 
     def _losses(self, view: Tensor, weights: Tensor | None, generator: torch.Generator) -> Iterator[Tensor]:
         losses = None
@@ -105,6 +107,10 @@ class Observer:
             preconditioner.take(layer, uses, terms, first)
 
         return sink
+
+
+def _ignored(layer: Layer, uses: list[Use]) -> None:
+    """Takes what does not count."""
 
 
 def draw_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
