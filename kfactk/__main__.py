@@ -1,4 +1,4 @@
-"""The command line: `python -m kfactk stages`, `python -m kfactk plugins`, `python -m kfactk new-plugin`."""
+"""The command line: `python -m kfactk stages`, `python -m kfactk plugins`, `python -m kfactk new-plugin`, `python -m kfactk plan`."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import attrs
 
+from kfactk import planning
 from kfactk._version import __version__
 from kfactk.errors import KfactkError
 from kfactk.hookspecs import STAGE_HOOKS
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("name", metavar="NAME", help="the package's name, such as kfactk-diagonal; the stage is called diagonal")
     new.add_argument("--stage", required=True, metavar="FAMILY", help=f"what it is: {', '.join(STAGE_HOOKS)}")
     new.add_argument("--directory", type=Path, default=Path(), help="where the package's folder is made; by default the current one")
+    planning.add_arguments(commands.add_parser("plan", help="what training a model on many devices takes, for every placement"))
     return parser
 
 
@@ -156,7 +158,11 @@ def _new_plugin(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, 
     return f"Made {folder} with the {package.family} {package.stage!r}:\n{files}Next:\n{steps}", 0
 
 
-COMMANDS = {"stages": _stages, "plugins": _plugins, "new-plugin": _new_plugin}
+def _plan(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int]:
+    return planning.run(arguments), 0
+
+
+COMMANDS = {"stages": _stages, "plugins": _plugins, "new-plugin": _new_plugin, "plan": _plan}
 
 
 if __name__ == "__main__":

@@ -34,8 +34,9 @@ class Categorical(Layout):
         class_axis: Dimension of the classes for outputs of more than two dimensions: 1 for images, -1 for language models.
         ignore_index: The label of masked terms, as in `F.cross_entropy`; read where `targets` is given.
         targets: Name of the forward's argument (or keyword of `Optimizer.observe`) with the labels: those equal to `ignore_index` get
-            weight 0. They must be aligned with the output.
+            weight 0. They must be aligned with the output but for `shift`.
         weights: Name of the one with sample weights or a padding mask, `[N]` or the terms' shape.
+        shift: How many positions ahead of the output the labels are: 1 for a causal language model that shifts its labels itself.
 
     Raises:
         OptionError: An option is not of its kind.

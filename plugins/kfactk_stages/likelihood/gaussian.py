@@ -30,6 +30,7 @@ class Gaussian(Layout):
         targets: Name of the forward's argument (or keyword of `Optimizer.observe`) with the labels, the terms' shape or the
             output's: NaN marks missing terms, which get weight 0.
         weights: Name of the one with sample weights or a padding mask, `[N]` or the terms' shape.
+        shift: How many positions ahead of the output the labels are: 1 for a causal language model that shifts its labels itself.
 
     Raises:
         OptionError: An option is not of its kind.

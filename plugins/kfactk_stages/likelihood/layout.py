@@ -33,6 +33,14 @@ def _check_name(instance: object, attribute: attrs.Attribute[str | None], value:
         )
 
 
+def _check_shift(instance: object, attribute: attrs.Attribute[int], value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise OptionError(
+            f"shift={value!r} is not a number of positions: give 0 for labels aligned with the output, 1 for a causal language model that "
+            "shifts its labels itself"
+        )
+
+
 @attrs.frozen(kw_only=True)
 class Layout(abc.ABC):
     """Which dimension of the output is the event (classes, labels, regressed values), and how much each term counts.
@@ -41,16 +49,21 @@ class Layout(abc.ABC):
         class_axis: Dimension of the output that holds the event, for outputs of more than two dimensions: 1 for images
             (`[N, C, H, W]`, the layout of `F.cross_entropy`), -1 for language models (`[N, T, C]`). Outputs `[N, C]` need none.
         targets: Name of the argument of the model's forward, or of the keyword given to `Optimizer.observe`, that holds the labels.
-            Only which of them are missing is read, and those terms get weight 0. Labels must be aligned with the output: a causal
-            model that shifts its labels inside needs an `output=` function that cuts the last position off, and shifted labels.
+            Only which of them are missing is read, and those terms get weight 0. Labels must be aligned with the output, or `shift`
+            must say how they are not.
         weights: Name of the argument or keyword that holds sample weights or a padding mask, such as `attention_mask`: `[N]` or the
             shape of the terms (the output without its class axis), boolean or numbers that are not negative. With `targets` given
             too the two multiply.
+        shift: How many positions ahead of the output its labels and masks are, for outputs of one sequence an example: 1 for a causal
+            language model that is given `labels` equal to its tokens and shifts them itself, so that output t is about token t + 1 and
+            the last position is about none. What `targets` and `weights` name is shifted likewise; the last `shift` positions get
+            weight 0.
     """
 
     class_axis: int | None = attrs.field(default=None, validator=_check_axis)
     targets: str | None = attrs.field(default=None, validator=_check_name)
     weights: str | None = attrs.field(default=None, validator=_check_name)
+    shift: int = attrs.field(default=0, validator=_check_shift)
 
     def view(self, output: Tensor) -> Tensor:
         """The output as `[N, S, C]`, float32 at least, sharing its graph."""
@@ -74,7 +87,7 @@ class Layout(abc.ABC):
                     "Additive attention masks (0 and -inf) do not fit; give the mask of ones and zeros."
                 )
             result = given if result is None else result * given
-        return result
+        return result if not self.shift else ahead(result, view, self.shift)
 
     @abc.abstractmethod
     def _present(self, labels: Tensor, view: Tensor) -> Tensor:
@@ -162,8 +175,8 @@ def spread(values: Tensor, view: Tensor, option: str, name: str) -> Tensor:
             return values.reshape(n, 1).expand(n, s)
     raise CaptureError(
         f"{option}={name!r} has shape {list(values.shape)}, but the output has {n} examples of {s} terms each: give [{n}] or the shape "
-        "of the output without its class axis. Where labels are shifted against the output (causal language models), cut "
-        "the output with output= and hand over shifted labels."
+        "of the output without its class axis. Where labels are shifted against the output (causal language models), leave "
+        "both whole and give shift=1."
     )
 
 
@@ -192,6 +205,28 @@ def spread_event(missing: Tensor, view: Tensor, class_axis: int | None, name: st
             "in place of targets="
         )
     return whole
+
+
+def ahead(weights: Tensor | None, view: Tensor, shift: int) -> Tensor:
+    """Weights `[N, S]` of the terms, from those of the positions `shift` further on; 0 where there is none.
+
+    Args:
+        weights: By position, `[N, S]`; `None` where all count.
+        view: `[N, S, C]`.
+        shift: How far the terms are behind, at least 1.
+
+    Raises:
+        CaptureError: The sequences are not longer than that.
+    """
+    n, s = view.shape[:2]
+    if s <= shift:
+        raise CaptureError(
+            f"shift={shift}, but the model's output has {s} positions an example, so that no term is left: shift is for sequences whose "
+            "labels the model shifts itself; leave it out otherwise"
+        )
+    moved = view.new_zeros(n, s)
+    moved[:, :-shift] = 1 if weights is None else weights[:, shift:]
+    return moved
 
 
 def number(kind: Callable[[float], bool], why: str) -> Callable[[object, attrs.Attribute[Any], Any], None]:

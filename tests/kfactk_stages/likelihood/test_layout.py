@@ -223,3 +223,39 @@ def test_missing_labels_of_single_outputs_fit_with_or_without_their_axis(kind: t
         assert likelihood.term_weights(view, {"y": shaped}).tolist() == [[1, 0], [0, 1]]
     flat = kind(targets="y")
     assert flat.term_weights(flat.view(output(2, 4)), {"y": missing(kind, torch.tensor([1, -1]))}).tolist() == [[1], [0]]
+
+
+@each
+@settings(deadline=None)
+@given(shift=st.integers(1, 3), longer=st.integers(1, 3), seed=st.integers(0, 99))
+def test_labels_and_masks_ahead_of_the_output_are_shifted_together(kind: type[Layout], shift: int, longer: int, seed: int) -> None:
+    """Term t is about position t + shift, and the last terms are about none: the same as aligned labels and masks of the rest."""
+    generator = torch.Generator().manual_seed(seed)
+    positions = shift + longer
+    labels = missing(kind, torch.randint(-1, 2, (2, positions), generator=generator))
+    mask = torch.randint(0, 2, (2, positions), generator=generator)
+    f = output(2, positions, 4)
+    options: dict[str, Any] = {"class_axis": -1, "targets": "y", "weights": "w"}
+    found = kind(**options, shift=shift).term_weights(kind(**options).view(f), {"y": labels, "w": mask})
+    aligned = {"y": labels[:, shift:], "w": mask[:, shift:]}
+    assert found is not None
+    assert torch.equal(found[:, :longer], kind(**options).term_weights(kind(**options).view(f[:, :longer]), aligned))
+    assert torch.equal(found[:, longer:], torch.zeros(2, shift, dtype=torch.float64))
+
+
+@each
+def test_with_a_shift_the_last_terms_do_not_count_whatever_is_named(kind: type[Layout]) -> None:
+    view = kind(class_axis=-1).view(output(2, 3, 4))
+    assert kind(class_axis=-1, shift=1).term_weights(view, {}).tolist() == [[1, 1, 0], [1, 1, 0]]
+    weighted = kind(class_axis=-1, shift=2, weights="w").term_weights(view, {"w": torch.tensor([0.5, 3])})
+    assert weighted.tolist() == [[0.5, 0, 0], [3, 0, 0]]
+
+
+@each
+def test_a_shift_that_cannot_be_is_refused_with_the_remedy(kind: type[Layout]) -> None:
+    for bad in (-1, 1.0, True, None):
+        with pytest.raises(OptionError, match=r"shift=.* is not a number of positions: give 0 .* 1 for a causal language model"):
+            kind(shift=bad)
+    likelihood = kind(shift=1)
+    with pytest.raises(CaptureError, match=r"shift=1, but the model's output has 1 positions an example.*leave it out otherwise"):
+        likelihood.term_weights(likelihood.view(output(2, 4)), {})

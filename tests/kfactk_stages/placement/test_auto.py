@@ -1,0 +1,110 @@
+"""The placement `auto`: what it chooses where the choice is plain, that it says why, and that it hangs on nothing but its arguments."""
+
+import re
+from typing import Any
+
+import attrs
+import pytest
+from hypothesis import given, settings, strategies as st
+
+from kfactk import OptionError, Work, Workload, grid
+from kfactk.costs import Job, cost
+from kfactk.machines import H100, MACHINES
+from kfactk.testing import PlacementLaws
+from kfactk_stages.placement.auto import Auto
+from tests.kfactk.workloads import workloads
+
+
+class TestAuto(PlacementLaws):
+    stage = Auto()
+
+
+def layers(count: int, side: int, **periods: Any) -> Workload:
+    works = tuple(Work(f"fc{n}", {"A": (side, side), "G": (side, side)}, (side, side)) for n in range(count))
+    return Workload(works, device="cuda", **periods)
+
+
+def test_alone_it_does_everything() -> None:
+    found = Auto().assign(layers(2, 64), 1)
+    assert found.shares == grid(layers(2, 64), 1, 1, "", everyone=True).shares
+    assert (found.strategy, found.reason) == ("replicated", "auto: one rank does everything")
+
+
+def test_small_layers_are_everybodys() -> None:
+    """A message over Ethernet takes longer than all the work of layers of side 4."""
+    found = Auto(machine="cpu").assign(layers(3, 4, basis_every=1000), 4)
+    assert found.shares == grid(layers(3, 4), 4, 4, "", everyone=True).shares
+    assert found.strategy == "replicated"
+
+
+def test_large_layers_decomposed_often_are_divided() -> None:
+    """Eight of side 4096: a rank saves seconds of decomposition by milliseconds of messages."""
+    found = Auto().assign(layers(8, 4096, basis_every=1), 8)
+    assert found.strategy in ("comm_opt", "hybrid", "mem_opt")
+    assert all(len(ranks) == 1 for share in found.shares.values() for ranks in share.decomposers.values())
+
+
+def test_little_memory_leaves_the_smallest() -> None:
+    """A and G, their eigenvectors and eigenvalues, and the scale of one layer a rank is the least of eight layers on eight ranks."""
+    workload = layers(8, 64, basis_every=1000)
+    least = 4 * (2 * 64**2 + 2 * (64**2 + 64) + 64**2)
+    assert Auto(memory=least).assign(workload, 8).shares == grid(workload, 8, 1, "").shares
+    nothing = Auto(memory=1.0).assign(workload, 8)
+    assert nothing.shares == grid(workload, 8, 1, "").shares
+    assert "the smallest, since none does," in nothing.reason
+    assert Auto(memory=1e12, machine="cpu").assign(workload, 8).strategy == "replicated"
+
+
+def test_the_fullest_rank_has_to_fit() -> None:
+    """The larger layer's rank does not, though the other's would."""
+    large, small = layers(1, 64).works[0], Work("small", {"A": (4, 4), "G": (4, 4)}, (4, 4))
+    found = Auto(memory=60000).assign(Workload((large, small), device="cuda"), 2)
+    assert "the smallest, since none does," in found.reason
+
+
+def test_it_says_what_it_chose_and_why_with_numbers() -> None:
+    found = Auto(memory=2e9).assign(layers(8, 2048), 8)
+    assert found.reason.startswith(f"auto: the fastest that keeps within 2 GB of curvature a rank, by the profile 'h100': {found.strategy}")
+    assert len(re.findall(r"\([\d.]+ ms a step, [\d.e+]+ MB\)", found.reason)) >= 3
+    others = {"replicated", "comm_opt", "mem_opt"} - {found.strategy}
+    assert all(name in found.reason.partition("; beside it ")[2] for name in others)
+
+
+def test_a_row_says_how_wide_it_is() -> None:
+    """Where a hybrid wins, of 8 ranks 2 or 4 hold a layer."""
+    found = [Auto(machine=name).assign(layers(16, side), 8) for name in MACHINES for side in (64, 512, 1024, 4096)]
+    hybrids = [each for each in found if each.strategy == "hybrid"]
+    for each in hybrids:
+        width = len(next(iter(each.shares.values())).holders)
+        assert f"hybrid rows of {width} (" in each.reason
+
+
+@given(workloads(), st.integers(2, 6), st.sampled_from([None, *MACHINES]), st.sampled_from([None, "bfloat16"]))
+@settings(max_examples=25)
+def test_nothing_known_is_faster(workload: Workload, ranks: int, machine: str | None, wire: str | None) -> None:
+    workload = attrs.evolve(workload, device="cuda")
+    stage = Auto(machine=machine, wire_dtype=wire)
+    found = stage.assign(workload, ranks)
+    assert stage.assign(workload, ranks) == found
+    profile, job, itemsize = MACHINES[machine] if machine else H100, Job.of(workload), 2.0 if wire else None
+    mine = cost(job, found, ranks, profile, wire=itemsize).seconds
+    for width in (width for width in range(1, ranks + 1) if ranks % width == 0):
+        for everyone in (False, width == ranks):
+            other = grid(workload, ranks, width, "other", everyone=everyone)
+            assert mine <= cost(job, other, ranks, profile, wire=itemsize).seconds
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"machine": "h10"}, "machine is 'h10'; it names the profile that costs are estimated with, one of 'h100', 'a100', 'cpu', or None"),
+        ({"memory": 0}, "memory is 0; it is the number of bytes that curvature may take on each rank, such as 4e9, or None"),
+        ({"memory": float("inf")}, "memory is inf"),
+        ({"memory": "4G"}, "memory is '4G'"),
+        ({"memory": True}, "memory is True"),
+        ({"wire_dtype": "float16"}, "wire_dtype is 'float16'"),
+    ],
+)
+def test_options_that_cannot_work(options: dict[str, Any], said: str) -> None:
+    with pytest.raises(OptionError, match=said):
+        Auto(**options)
