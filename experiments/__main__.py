@@ -1,12 +1,15 @@
-"""The command line: `python -m experiments`, also through `nox -s experiments -- OPTIONS`."""
+"""The command line: `python -m experiments`, also through `nox -s experiments -- OPTIONS`, and in several processes through
+`torchrun --nproc-per-node N -m experiments OPTIONS`: the first process of each machine tells of mistakes, the first of all of the rest."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -16,6 +19,8 @@ from experiments.errors import ExperimentError
 
 USAGE, INTERRUPTED = 2, 130
 """Exit codes."""
+GRACE = 5.0
+"""Seconds that other processes leave the first one to tell of a mistake: torchrun ends all when one has ended."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -74,7 +79,7 @@ def _conduct(arguments: argparse.Namespace, command: str) -> None:
         output=arguments.output or Path("runs") / study.preset,
         data_dir=arguments.data_dir,
         device=arguments.device,
-        resume=arguments.resume,
+        resume=arguments.resume or _number("TORCHELASTIC_RESTART_COUNT") > 0,
         command=command,
     )
     conduct(study, options, Console())
@@ -89,8 +94,15 @@ def _seeds(words: Sequence[str] | None) -> tuple[int, ...] | None:
         raise ExperimentError(f"--seeds must be whole numbers such as 0 1 2, not {' '.join(words)!r}") from error
 
 
+def _number(variable: str) -> int:
+    return int(os.environ.get(variable, "0"))
+
+
 def _command(arguments: Sequence[str]) -> str:
     start = "nox -s experiments --" if "NOX_CURRENT_SESSION" in os.environ else "python -m experiments"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        alone = _number("WORLD_SIZE") == _number("LOCAL_WORLD_SIZE")
+        start = f"torchrun {'--standalone' if alone else '...'} --nproc-per-node {_number('LOCAL_WORLD_SIZE')} -m experiments"
     return shlex.join([*start.split(), *arguments])
 
 
@@ -121,12 +133,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _conduct(_parser().parse_args(arguments), command)
     except ExperimentError as error:
-        print(f"experiments: error: {error}", file=sys.stderr)
+        if _number("LOCAL_RANK"):
+            with contextlib.suppress(KeyboardInterrupt):
+                time.sleep(GRACE)
+        else:
+            print(f"experiments: error: {error}", file=sys.stderr)
         return USAGE
     except KeyboardInterrupt:
         for number in before:
             signal.signal(number, signal.SIG_IGN)
-        print(f"\n{farewell}", file=sys.stderr)
+        if not _number("RANK"):
+            print(f"\n{farewell}", file=sys.stderr)
         return INTERRUPTED
     finally:
         for number, handler in before.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import attrs
 import torch
 from torch import nn
 
@@ -26,10 +27,10 @@ def make(algorithm: Algorithm, model: nn.Module, *, seed: int, collector: Collec
 
 def recipe(algorithm: Algorithm, *, seed: int) -> kfactk.Recipe:
     """The recipe of a second-order algorithm."""
-    settings = dict(algorithm.settings)
-    fisher = settings.get("fisher", "mc")
-    settings["fisher"] = {"seed": seed, **(fisher if isinstance(fisher, Mapping) else {"name": fisher})}
-    return kfactk.build(**settings)
+    made = kfactk.build(**algorithm.settings)
+    fisher = algorithm.settings.get("fisher", "mc")
+    given = dict(fisher) if isinstance(fisher, Mapping) else {"name": fisher}
+    return made.evolve(fisher={"seed": seed, **given}) if "seed" in attrs.fields_dict(type(made.fisher)) else made
 
 
 def described(algorithm: Algorithm, *, seed: int) -> dict[str, Any]:
@@ -37,6 +38,13 @@ def described(algorithm: Algorithm, *, seed: int) -> dict[str, Any]:
     if "optimizer" in algorithm.settings:
         return dict(algorithm.settings)
     return recipe(algorithm, seed=seed).to_dict()
+
+
+def state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """The optimiser's state, on the first process the whole of it: curvature may lie on several. All of them have to ask."""
+    if isinstance(optimizer, kfactk.Optimizer):
+        optimizer.consolidate_state_dict()
+    return optimizer.state_dict()
 
 
 def close(optimizer: torch.optim.Optimizer) -> None:

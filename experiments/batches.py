@@ -1,4 +1,5 @@
-"""Mini-batches: order and augmentation are drawn from (seed, epoch), so an epoch can be repeated without replaying those before it."""
+"""Mini-batches: order and augmentation are drawn from (seed, epoch), so an epoch can be repeated without replaying those before it, and
+processes that share a batch need not talk."""
 
 from __future__ import annotations
 
@@ -14,21 +15,38 @@ SHIFT = 4
 """Pixels by which an augmented image moves at most."""
 
 
-def shuffled(images: Images, batch_size: int, *, seed: int, epoch: int, augment: bool) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every image once, in random order; a last batch of one image is left out, since BatchNorm cannot learn from it."""
+def shuffled(
+    images: Images, batch_size: int, *, seed: int, epoch: int, augment: bool, rank: int = 0, ranks: int = 1
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every image once, in random order; of each batch an equal part for each of several processes.
+
+    Left out are images of the last batch that cannot be divided equally, and a last batch of one image, since BatchNorm cannot learn
+    from it.
+
+    Args:
+        images: What there is.
+        batch_size: Images of all parts of a batch; a multiple of `ranks`.
+        seed: Of the run.
+        epoch: Index of the epoch.
+        augment: Whether images are shifted and mirrored.
+        rank: Which part.
+        ranks: How many parts.
+    """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(images), generator=generator)
     for index in order.split(batch_size):
-        if len(index) == 1:
+        each = len(index) // ranks
+        if each * ranks < 2:
             continue
-        chosen = index.to(images.pixels.device)
+        part = slice(rank * each, (rank + 1) * each)
+        chosen = index[part].to(images.pixels.device)
         pixels = images.pixels[chosen]
-        yield shifted_and_mirrored(pixels, generator) if augment else pixels, images.labels[chosen]
+        yield moved(pixels, *(draws[:, part] for draws in moves(len(index), generator))) if augment else pixels, images.labels[chosen]
 
 
-def steps(count: int, batch_size: int) -> int:
+def steps(count: int, batch_size: int, ranks: int = 1) -> int:
     """Number of batches that `shuffled` gives."""
-    return count // batch_size + (count % batch_size > 1)
+    return count // batch_size + (count % batch_size // ranks * ranks > 1)
 
 
 def in_order(images: Images, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -36,16 +54,21 @@ def in_order(images: Images, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]
     yield from zip(images.pixels.split(batch_size), images.labels.split(batch_size), strict=True)
 
 
-def shifted_and_mirrored(pixels: Tensor, generator: torch.Generator) -> Tensor:
-    """Shift each image by up to `SHIFT` pixels (zeros move in), and mirror every other one by chance.
+def moves(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """How images are augmented: shifts from 0 to twice `SHIFT`, `[2, N]`, and whether each is mirrored, `[1, N]`, by chance.
 
     Args:
-        pixels: `[N, C, H, W]`.
+        count: Number N of images.
         generator: On the CPU, so that every device draws the same.
     """
+    offsets = torch.randint(0, 2 * SHIFT + 1, (2, count, 1), generator=generator)[..., 0]
+    return offsets, torch.randint(0, 2, (count, 1), generator=generator).bool().T
+
+
+def moved(pixels: Tensor, offsets: Tensor, mirror: Tensor) -> Tensor:
+    """Shift each image `[N, C, H, W]` by up to `SHIFT` pixels (zeros move in), and mirror it, as `moves` has drawn."""
     count, _, height, width = pixels.shape
-    offsets = torch.randint(0, 2 * SHIFT + 1, (2, count, 1), generator=generator).to(pixels.device)
-    mirror = torch.randint(0, 2, (count, 1), generator=generator).bool().to(pixels.device)
+    offsets, mirror = offsets[..., None].to(pixels.device), mirror[0, :, None].to(pixels.device)
     rows = torch.arange(height, device=pixels.device) + offsets[0]
     columns = torch.arange(width, device=pixels.device)
     columns = torch.where(mirror, columns.flip(0), columns) + offsets[1]

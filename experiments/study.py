@@ -11,12 +11,12 @@ import attrs
 import torch
 from rich.console import Console
 
-from experiments import claims, data, figures, report, runner, store, table
+from experiments import claims, data, figures, ranks, report, runner, store, table
 from experiments.config import Study
 from experiments.errors import ExperimentError
 from experiments.progress import Progress, say
 from experiments.results import Results
-from experiments.tracking import Tracking
+from experiments.tracking import Tracking, Untracked
 
 
 @attrs.frozen
@@ -39,32 +39,46 @@ class Options:
 
 
 def conduct(study: Study, options: Options, console: Console) -> Results:
-    """Do all runs, then write and show what came out.
+    """Do all runs, together with the processes that torchrun has started besides this one; the first of them writes and shows what came
+    out.
 
     Raises:
         ExperimentError: Something the user can put right.
     """
-    device = _device(options.device)
+    device = ranks.device(options.device)
     if study.training.threads:
         torch.set_num_threads(study.training.threads)
-    _make_folder(options.output)
-    dataset = data.load(study.data, options.data_dir, options.output / "cache", lambda text: say(console, text))
-    jobs = runner.plan(study, dataset, device, options.output)
+    with ranks.joined(device) as processes:
+        if not processes.first:
+            console = Console(quiet=True)
+        results, tracking = _run(study, options, device, processes, console)
+    if isinstance(tracking, Tracking):
+        _present(results, options, tracking, console)
+    return results
+
+
+def _run(
+    study: Study, options: Options, device: torch.device, processes: ranks.Ranks, console: Console
+) -> tuple[Results, Tracking | Untracked]:
+    processes.first_only(lambda: _make_folder(options.output))
+    dataset = processes.in_turns(lambda: data.load(study.data, options.data_dir, options.output / "cache", lambda text: say(console, text)))
+    if len(set(processes.gather(dataset.checksum()))) > 1:
+        raise ExperimentError("the processes have read different images: give each machine the same files in --data-dir")
+    jobs = runner.plan(study, dataset, device, options.output, processes)
     if options.resume:
-        runner.check_resumable(jobs)
-    elif moved := store.set_aside(options.output):
+        processes.first_only(lambda: runner.check_resumable(jobs))
+    elif moved := processes.lead(lambda: store.set_aside(options.output)):
         say(console, f"earlier runs in {options.output} are now in {moved}; --resume would have gone on with them")
-    tracking = Tracking(study.preset, options.output)
+    tracking = processes.first_only(lambda: Tracking(study.preset, options.output)) or Untracked()
+    where = device.type if processes.size == 1 else f"{processes.size} {device.type} processes"
     say(
         console,
         f"{study.title}: {len(study.algorithms)} algorithms x {len(study.training.seeds)} seeds, {study.training.epochs} epochs on "
-        f"{len(dataset.train):,} images of {dataset.name}, on {device}",
+        f"{len(dataset.train):,} images of {dataset.name}, on {device if processes.size == 1 else where}",
     )
     with Progress(console, len(jobs)) as progress:
-        runs = list(runner.run(jobs, dataset, device, tracking, progress))
-    results = Results(study, dataset.name, device.type, runs)
-    _present(results, options, tracking, console)
-    return results
+        runs = list(runner.run(jobs, dataset, runner.Means(device, processes, tracking, progress)))
+    return Results(study, dataset.name, where, runs), tracking
 
 
 def _present(results: Results, options: Options, tracking: Tracking, console: Console) -> None:
@@ -91,14 +105,3 @@ def _make_folder(output: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ExperimentError(f"--output {output} cannot be written to ({error.strerror})") from error
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ExperimentError(f"--device {name} cannot be used here ({str(error).splitlines()[0]})") from error
-    return device

@@ -124,3 +124,21 @@ class Tracking:
         if self.uri.startswith("http"):
             return self.uri
         return f"{python} -m mlflow ui --backend-store-uri {self.uri}"
+
+
+class Untracked:
+    """Where processes besides the first one record: nowhere."""
+
+    def start(self, algorithm: str, seed: int, settings: Mapping[str, Any], history: Sequence[Epoch], earlier: str | None) -> str:
+        """Give an id that means nothing."""
+        return ""
+
+    def log(self, run_id: str, epochs: Sequence[Epoch], points: Sequence[Point] = ()) -> None:
+        """Leave it to the first process."""
+
+    def end(self, run_id: str, status: str) -> None:
+        """Leave it to the first process."""
+
+    def recording(self, run_id: str) -> contextlib.AbstractContextManager[None]:
+        """Nothing is open."""
+        return contextlib.nullcontext()

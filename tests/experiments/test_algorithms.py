@@ -26,6 +26,12 @@ def test_the_seed_reaches_the_fisher_pass():
     assert algorithms.described(adam, seed=7)["fisher"]["seed"] == 7
 
 
+def test_a_fisher_that_draws_nothing_has_no_seed():
+    adam = config.load("digits").algorithms["ekfacadam"]
+    exact = Algorithm("x", "X", {**adam.settings, "fisher": {"name": "exact", "max_passes": 20}}, {})
+    assert algorithms.described(exact, seed=7)["fisher"] == {"name": "exact", "max_passes": 20}
+
+
 @pytest.mark.parametrize(
     ("settings", "words"),
     [

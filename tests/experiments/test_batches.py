@@ -1,5 +1,5 @@
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import assume, given, settings, strategies as st
 
 from experiments import batches
 from experiments.data import Images
@@ -21,6 +21,26 @@ def test_an_epoch_has_every_image_once(count: int, batch_size: int, seed: int, e
     assert all((pixels[:, 0, 0, 0] == labels).all() for pixels, labels in found)
 
 
+@given(count=st.integers(2, 60), each=st.integers(1, 6), ranks=st.integers(1, 4), augment=st.booleans())
+@settings(deadline=None, max_examples=40)
+def test_processes_share_the_batches_of_one(count: int, each: int, ranks: int, augment: bool):
+    """Equal parts, augmented as one process would; only the last batch may lose what cannot be divided."""
+    assume(each * ranks > 1)
+    images = numbered(count)
+
+    def epoch(rank: int, of: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return list(batches.shuffled(images, each * ranks, seed=1, epoch=2, augment=augment, rank=rank, ranks=of))
+
+    whole, parts = epoch(0, 1), [epoch(rank, ranks) for rank in range(ranks)]
+    assert {len(part) for part in parts} == {batches.steps(count, each * ranks, ranks)}
+    for number, shares in enumerate(zip(*parts, strict=True)):
+        assert len({len(labels) for _, labels in shares}) == 1
+        for k in range(2):  # pixels, labels
+            joined = torch.cat([share[k] for share in shares])
+            assert torch.equal(joined, whole[number][k][: len(joined)])
+            assert len(whole[number][k]) - len(joined) < (ranks if len(whole[number][k]) < each * ranks else 1)
+
+
 def test_order_depends_on_seed_and_epoch_alone():
     def order(seed: int, epoch: int) -> list[int]:
         torch.rand(1)  # the global state has no say
@@ -37,7 +57,7 @@ def test_testing_keeps_the_order():
 
 def test_augmentation_shifts_and_mirrors():
     pixels = torch.randint(1, 256, (40, 3, 8, 6), dtype=torch.uint8)
-    changed = batches.shifted_and_mirrored(pixels, torch.Generator().manual_seed(1))
+    changed = batches.moved(pixels, *batches.moves(len(pixels), torch.Generator().manual_seed(1)))
     shift, seen = batches.SHIFT, set()
     for before, after in zip(pixels, changed, strict=True):
         framed = torch.zeros(3, 8 + 2 * shift, 6 + 2 * shift, dtype=torch.uint8)
