@@ -1,5 +1,5 @@
 """Every task of the project: `nox -s tests`, `nox -s experiments`, `nox -s lint`, `nox -s docs`, `nox -s plugins`,
-`nox -s mutants`, `nox -s bench`.
+`nox -s mutants`, `nox -s equivalence`, `nox -s bench`.
 
 All of them share one environment, made by the session `env` and refreshed only when what it was made from has changed. Arguments behind
 `--` go to the tool that the session runs: `nox -s tests -- tests/kfactk -k ekfac`.
@@ -136,6 +136,12 @@ def stranger(session: nox.Session, folder: Path, name: str, stages: tuple[str, .
 def mutants(session: nox.Session) -> None:
     """Put mistakes into the mathematics, one at a time, and see that the tests notice each; `nox -s mutants -- --help` shows what else."""
     session.run(python(session), "-m", "mutation", *session.posargs, interrupt_timeout=PATIENCE, terminate_timeout=PATIENCE)
+
+
+@nox.session(venv_backend="none", requires=["env"], default=False)
+def equivalence(session: nox.Session) -> None:
+    """Every combination of stages on 1 to 4 ranks against one process with the whole batch; `-- --sample N` takes N recipes."""
+    session.run(python(session), "-m", "tests.equivalence", *session.posargs, env={"OMP_NUM_THREADS": "1"})
 
 
 @nox.session(venv_backend="none", requires=["env"], default=False)

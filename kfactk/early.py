@@ -3,6 +3,9 @@
 Where every rank made exactly one forward in the last step that took statistics, the same is expected of the next one. Then the sums leave
 right after the Fisher pass. A rank that makes no forward begins them in `step()`, with nothing to add; sums of further forwards follow in
 `step()` as usual. So what is begun, and with which names, is the same on all ranks whatever they do in between.
+
+The last bit of a sum depends on where in a message it lies. So messages are made up alike whether they leave early or not, and whatever
+was learnt when: a resumed run, which has yet to learn, does what the uninterrupted one does.
 """
 
 from __future__ import annotations
@@ -47,9 +50,9 @@ class Early:
 
     def begin(self, plan: Plan, states: Mapping[str, LayerState]) -> None:
         """Let this step's sums leave, if that is expected and has not happened; they are not pending any more."""
-        if not self._expected or self._under_way is not None:
+        if not self._expected or self._under_way is not None or not self._knows(plan, states):
             return
-        forms = {key: form for key, form in self._forms.items() if self._gathered(key, plan)}
+        forms = {key: self._forms[key] for key in sorted(self._forms) if self._gathered(key, plan)}
         sums: dict[str, Statistic] = {}
         for key, form in forms.items():
             layer, rest = unkeyed(key)
@@ -70,6 +73,15 @@ class Early:
         under_way, self._under_way = self._under_way, None
         if under_way is not None:
             under_way()
+
+    def _knows(self, plan: Plan, states: Mapping[str, LayerState]) -> bool:
+        """Whether nothing would be left behind: of every layer that has run, the forms of what is gathered are known."""
+        known = {(layer, rest.partition(".")[0]) for layer, rest in map(unkeyed, self._forms)}
+        ready = {name: need for name, need in plan.needs.items() if states[name].ready}
+        return all(
+            ((name, "factor") in known or not need.factors) and ((name, "moment") in known or not need.scale or need.late)
+            for name, need in ready.items()
+        )
 
     @staticmethod
     def _gathered(key: str, plan: Plan) -> bool:

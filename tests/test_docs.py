@@ -26,6 +26,7 @@ COMMANDS = ["pip install nox && nox -s experiments", "pip install nox && nox -s 
 
 NOT_RUN = "{ .python .not-run }"
 LANGUAGES = {"python", NOT_RUN, "console", "toml", "text", 'text title="Output"', "math", "laws", "message"}
+LANGUAGES |= {f'py title="{path.name}"' for path in (ROOT / "docs" / "examples").glob("*.py")}  # included, and run by tests/docs
 LANGUAGES |= {'python title="kfactk_diagonal.py"', 'python title="test_kfactk_diagonal.py"', 'toml title="pyproject.toml"'}
 MOST_NOT_RUN = 2
 

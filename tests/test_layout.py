@@ -21,11 +21,13 @@ ABOVE = {  # module -> the modules right above it, which import it
     "hookspecs": {"registry"},
     "registry": {"recipe"},
     "capture": {"preconditioner"},
+    "shards": {"originals"},
+    "originals": {"preconditioner"},
     "preconditioner": {"optimizer"},
     "optimizer": {"recipe"},
     "recipe": set(),
 }
-DOCUMENTED = FOUNDATION | {"stages", "torch_optimizer"}
+DOCUMENTED = FOUNDATION | {"stages", "torch_optimizer", "costs", "machines"}
 """Modules of kfactk whose public names stages may import, besides what `kfactk` itself exports."""
 COMMON_WORDS = {"none", "value", "norm", "exact", "momentum"}
 """Stage names that also mean something else as a string."""

@@ -28,6 +28,25 @@ NO_MESSAGES = {  # strings of some words that no user sees as a message
     "`pip install -U …` or": "fills in a remedy",
     "Correct it and register it again": "fills in a remedy",
     "Made … with the … …: …Next: …": "no trouble: what new-plugin has made",
+    "one process does everything": "a reason of a placement",
+    (
+        "compute, messages, step: seconds of a mean step; worst step: of one in which everything is due; moved: bytes "
+        "of curvature in a mean step, all ranks together; curvature, memory: bytes on the fullest rank, memory at its "
+        "peak; *: recommended, the fastest that fits"
+    ): "what columns of a table are",
+    "…: … parameters, … layers preconditioned, … examples a rank; …, …": "the head of a table",
+    "nothing fits into …; … comes nearest with …, of which … are activations. Take a smaller batch, or more ranks.": "advice of a plan",
+    "…, … a step and … of …": "advice of a plan",
+    "…; the choice of placement matters little": "advice of a plan",
+    "…; … takes …, most of the difference in its … (… instead of …)…": "advice of a plan",
+    "auto: one rank does everything": "a reason of a placement",
+    "the smallest, since none does,": "a reason of a placement",
+    "auto: … that keeps within … GB of curvature a rank, by the profile …: …": "a reason of a placement",
+    "… (… ms a step, … MB)": "a reason of a placement",
+    "decompositions divided among ranks, gradients preconditioned by all": "a reason of a placement",
+    "each layer belongs to … of … ranks (fraction …)": "a reason of a placement",
+    "each layer belongs to one rank": "a reason of a placement",
+    "every rank does all": "a reason of a placement",
     "python -m kfactk stages --family …": "a command that is told",
 }
 

@@ -11,6 +11,7 @@ carried into a new basis, in `kfactk.testing.basis_state`.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import attrs
 import torch
@@ -22,6 +23,7 @@ from kfactk.linalg import mean_diagonal
 from kfactk.testing.basis_frame import inner, same
 from kfactk.testing.basis_state import BasisStateLaws
 from kfactk.testing.basis_traits import BasisTraitLaws
+from kfactk.testing.division import InRecipe
 from kfactk.testing.laws import law
 from kfactk.testing.situations import Situation, columns, dense
 from kfactk.testing.strategies import seeds
@@ -32,8 +34,12 @@ FLOOR = 1e-12
 """Curvature below it may drown, in float32, in the least damping that keeps divisions finite."""
 
 
-class BasisLaws(BasisStateLaws, BasisTraitLaws):
+class BasisLaws(BasisStateLaws, BasisTraitLaws, InRecipe):
     """The laws that every basis obeys, and those it claims."""
+
+    def in_recipe(self) -> dict[str, Any]:
+        """A recipe with the basis, and what measures for it."""
+        return {"basis": self.subject(), "curvature": self.measure()}
 
     @law(situation="any_situations", seed=seeds(), factor=st.floats(-3, 3))
     def test_it_is_linear(self, situation: Situation, seed: int, factor: float) -> None:

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kfactk.stages import Clip, Pair
-from kfactk.testing.laws import Laws, close, law
+from kfactk.testing.division import InRecipe
+from kfactk.testing.laws import close, law
 
 Clipped = tuple[list[Tensor], Tensor]
 """What a clip gives: tensors in the order of the pairs, and the factor."""
@@ -53,7 +54,7 @@ def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     return torch.stack([(x * y).sum() for x, y in zip(xs, ys, strict=True)])
 
 
-class ClipLaws(Laws):
+class ClipLaws(InRecipe):
     """What every clip obeys, and what it claims by the members of the class.
 
     Example:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from kfactk.testing import truth
 from kfactk.testing._layers import KNOWN, OnLayers, averaged, near, present, same
+from kfactk.testing.division import InRecipe, basis_for
 from kfactk.testing.laws import close, law
 from kfactk.testing.strategies import Case, binary_exponents, decimal_exponents, dtypes, foreign_modules, seeds, tampered
 
@@ -26,7 +27,7 @@ LARGEST, SMALLEST = 1e37, 1e-36
 """Between these, float32 holds a number to full precision, with room for a sum."""
 
 
-class CurvatureLaws(OnLayers):
+class CurvatureLaws(OnLayers, InRecipe):
     """What every curvature obeys.
 
     By default the laws draw all configurations of the layers that the strategies know (linear layers, convolutions, layer norm, embeddings)
@@ -37,6 +38,13 @@ class CurvatureLaws(OnLayers):
         >>> class TestKfac(CurvatureLaws):
         ...     stage = "kfac"
     """
+
+    def in_recipe(self) -> dict[str, Any]:
+        """A recipe with the curvature, and a registered basis that takes what it provides; the law is skipped where there is none."""
+        basis = basis_for(self.curvature)
+        if basis is None:
+            pytest.skip(f"no registered basis takes {', '.join(sorted(self.curvature.provides))}, which {self.label()} provides")
+        return {"curvature": self.curvature, "basis": basis}
 
     @law(case="cases")
     def test_tensors_is_the_inverse_of_matrix(self, case: Case) -> None:

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 import kfactk
 from kfactk.optimizer import Optimizer
 from kfactk.recipe import Recipe
+from kfactk.testing.division import equal_on_ranks, on_ranks
 from kfactk.testing.laws import close, law
 from kfactk.testing.models import Columns, Squares, Unclipped
 from kfactk.testing.strategies import seeds
@@ -128,6 +129,12 @@ class PipelineLaws(Training):
             self.backward(optimizer, model, (torch.cat([inputs] * copies), torch.cat([targets] * copies)))
 
         self.compare(made, once, repeated, f"with every example {copies} times in its batch the model trains otherwise")
+
+    @law(examples=2, recipe="steady")
+    @on_ranks
+    def test_two_ranks_are_one_process(self, recipe: Mapping[str, Any]) -> None:
+        """Two ranks with half of each batch do what one process does with the whole, and the same bit for bit."""
+        equal_on_ranks(self, recipe)
 
     @law(examples=5, recipe="recipes")
     def test_gradients_stay_as_they_were(self, recipe: Mapping[str, Any]) -> None:

@@ -1,125 +1,156 @@
-"""Laws of placements: sums over ranks, of which there is one, this process, unless a class runs several."""
+"""Laws of placements: every piece of work has its ranks, all processes give the same answer, and ranks do what one process does.
+
+class TestMine(PlacementLaws):
+    stage = "mine"
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
+import attrs
+import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import strategies as st
-from torch import Tensor
 
-from kfactk.samples import Statistic
-from kfactk.testing.laws import Laws, close, law
-from kfactk.testing.strategies import seeds
+from kfactk.assignment import Assignment, Work, Workload
+from kfactk.testing.division import Sent, equal_on_ranks, on_ranks
+from kfactk.testing.laws import Laws, law
+from kfactk.testing.ranks import shared_workers
+from kfactk.testing.training import Training
 
-Statistics = Mapping[str, Statistic]
-DTYPES = (torch.float64, torch.float32)
-NAMES = ("0.A", "0.G", "features.3.scale", "A", "")
+LARGEST = 9
+"""Most ranks that an answer is asked for."""
 
 
 @st.composite
-def statistics(draw: st.DrawFn) -> dict[str, Statistic]:
-    """Named sums of several shapes, precisions and memory layouts, some without a total, counts as numbers and as tensors."""
-    found = {}
-    for name in draw(st.lists(st.sampled_from(NAMES), unique=True)):
-        generator = torch.Generator().manual_seed(draw(seeds()))
-        shape = draw(st.sampled_from([(), (1,), (3,), (2, 3), (2, 1, 2), (0, 2)]))
-        values = torch.randn(shape, generator=generator, dtype=torch.float64).to(draw(st.sampled_from(DTYPES)))
-        total = draw(st.sampled_from([values, values.movedim(0, -1) if values.ndim else values, None]))
-        count: float = draw(st.sampled_from([0.0, 4.0, 2.5, float(2**30 + 1)]))
-        found[name] = Statistic(total, torch.tensor(count, dtype=torch.float64) if draw(st.booleans()) else count)
-    return found
+def works(draw: st.DrawFn, layer: str) -> Work:
+    """One layer's work: Kronecker factors, of groups too, one matrix of another shape, or none at all."""
+    d_out, d_in, groups = draw(st.integers(1, 40)), draw(st.integers(1, 40)), draw(st.sampled_from([(), (), (3,)]))
+    gradient = (*groups, d_out, d_in)
+    kronecker = {"A": (*groups, d_in, d_in), "G": (*groups, d_out, d_out)}
+    matrices = draw(st.sampled_from([kronecker, kronecker, {"square": gradient}, {"A": kronecker["A"]}, {}]))
+    return Work(layer, matrices, gradient, together=draw(st.booleans()))
+
+
+@st.composite
+def some_work(draw: st.DrawFn, most: int = 7) -> Workload:
+    """The work of a few layers, several of one shape among them, and how often it comes."""
+    names = [f"{number}.fc" for number in range(draw(st.integers(1, most)))]
+    each = [draw(works(name)) for name in names]
+    if draw(st.booleans()):
+        each = [attrs.evolve(each[0], layer=name) for name in names]
+    often = st.sampled_from([1, 10, 100])
+    sizes = st.sampled_from([2, 4, 8])
+    return Workload(tuple(each), draw(often), draw(often), draw(often), draw(st.booleans()), draw(sizes), "cpu")
 
 
 class PlacementLaws(Laws):
-    """Laws of a placement. They run alone in this process; a class that overrides `reduced` and `shares` runs several ranks.
+    """What every placement obeys: its answers, tried without processes, and runs on several ranks by them.
 
     Example:
         >>> class TestMine(PlacementLaws):
         ...     stage = "replicated"
-        >>> TestMine().test_sums_and_counts_are_those_of_all_ranks()
+        >>> TestMine().test_every_piece_has_ranks_that_exist()
     """
 
     family = "placement"
 
-    def shares(self) -> st.SearchStrategy[list[dict[str, Statistic]]]:
-        """What each rank has; alone, a list of one."""
-        return st.tuples(statistics()).map(list)
+    def workloads(self) -> st.SearchStrategy[Workload]:
+        """What is to be divided; for a placement that knows only some kinds of layers, to be written anew."""
+        return some_work()
 
-    def reduced(self, shares: Sequence[Statistics]) -> list[dict[str, Statistic]]:
-        """What each rank's `reduce` gives back, each being given its own share."""
-        [alone] = shares
-        return [self.subject().reduce(alone)]
+    def several(self) -> st.SearchStrategy[list[Workload]]:
+        """A few of them."""
+        return st.lists(self.workloads(), max_size=3)
 
-    def ranks(self) -> list[int]:
-        """What each rank calls itself."""
-        return [self.subject().rank]
+    @law(workload="workloads", ranks=st.integers(1, LARGEST))
+    def test_every_piece_has_ranks_that_exist(self, workload: Workload, ranks: int) -> None:
+        """Each layer has holders, each of its matrices decomposers, and all of these are ranks, in ascending order; nothing else has."""
+        found = self._answer(workload, ranks)
+        wanted = {work.layer: set(work.matrices) for work in workload.works}
+        assert set(found.shares) == set(wanted), f"of the layers {sorted(wanted)} it divided {sorted(found.shares)}"
+        for layer, share in found.shares.items():
+            assert set(share.decomposers) == wanted[layer], f"{layer} has the matrices {wanted[layer]}, not {set(share.decomposers)}"
+            for what, group in (("its holders", share.holders), *share.decomposers.items()):
+                good = isinstance(group, tuple) and group and list(group) == sorted(set(group)) and set(group) <= set(range(ranks))
+                assert good, f"{layer}: {what} lie on {group!r}, where some of the ranks 0 to {ranks - 1}, ascending, are due"
+
+    @law(workload="workloads")
+    def test_one_rank_alone_does_all(self, workload: Workload) -> None:
+        """One process has everything."""
+        for layer, share in self._answer(workload, 1).shares.items():
+            groups = {share.holders, *share.decomposers.values()}
+            assert groups == {(0,)}, f"alone, rank 0 has to do all of {layer}, and it lies on {sorted(groups)}"
+
+    @law(workload="workloads", ranks=st.integers(2, LARGEST))
+    def test_what_belongs_together_stays_together(self, workload: Workload, ranks: int) -> None:
+        """Matrices that are made of common statistics lie on the same ranks."""
+        shares = self._answer(workload, ranks).shares
+        for work in workload.works:
+            groups = set(shares[work.layer].decomposers.values())
+            assert not work.together or len(groups) <= 1, (
+                f"the matrices of {work.layer}, made of common statistics, lie on {sorted(groups)}"
+            )
+
+    @law(workload="workloads", ranks=st.integers(1, LARGEST), others="several")
+    def test_the_answer_depends_on_the_arguments_alone(self, workload: Workload, ranks: int, others: list[Workload]) -> None:
+        """Asked again, after other questions, or asked of another object of the same options, it gives the same; nothing is changed."""
+        stage, before = self.subject(), repr(workload)
+        first = stage.assign(workload, ranks)
+        for other in others:
+            stage.assign(other, ranks + 1)
+        assert stage.assign(workload, ranks) == first, "asked again, it divides the same work otherwise"
+        assert self.subject().assign(workload, ranks) == first, "another object of the same options divides the same work otherwise"
+        assert repr(workload) == before, f"the workload that it was given is changed, from {before}"
 
     @law()
-    def test_ranks_count_from_zero(self) -> None:
-        """Ranks are numbered from 0; a process alone is rank 0."""
-        found = self.ranks()
-        assert found == list(range(len(found))), f"{len(found)} ranks are numbered {found}: they must count from 0"
+    def test_it_says_between_whom_what_travels(self) -> None:
+        """`process_group` and `wire_dtype` are there; the latter is `None`, or names a floating dtype of torch."""
+        stage = self.subject()
+        name = stage.wire_dtype
+        dtype = None if name is None else getattr(torch, str(name), None)
+        floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
+        assert name is None or floating, f"wire_dtype is {name!r}: it must name a floating dtype of torch, such as 'bfloat16', or be None"
+        assert stage.process_group is None or dist.is_initialized(), (
+            f"process_group is {stage.process_group!r}, though there are no processes: it must be None, which stands for all ranks"
+        )
 
-    @law(shares="shares")
-    def test_sums_and_counts_are_those_of_all_ranks(self, shares: list[dict[str, Statistic]]) -> None:
-        """Every rank gets all names, each with the sum of the ranks' totals and of their counts; no total anywhere stays none."""
-        names = {name for share in shares for name in share}
-        for rank, result in enumerate(self.reduced(shares)):
-            assert set(result) == names, f"rank {rank} gets the names {sorted(result)}, not {sorted(names)}"
-            for name, found in result.items():
-                theirs = [share[name] for share in shares if name in share]
-                totals = [each.total for each in theirs if each.total is not None]
-                label = f"rank {rank}, {name!r}"
-                expected = sum(float(each.count) for each in theirs)
-                assert float(found.count) == expected, (
-                    f"{label}: the count is {float(found.count)}, and the ranks' counts sum to {expected}"
-                )
-                assert (found.total is None) == (not totals), f"{label}: the total is {found.total}, and {len(totals)} ranks have one"
-                if found.total is not None:
-                    _same_sum(found.total, totals, label)
+    @law(examples=2, given="several")
+    @on_ranks
+    def test_every_process_gives_the_same_answer(self, given: list[Workload]) -> None:
+        """Processes of their own give the answer that this one does, whatever order their sets and hashes have."""
+        self._without_group()
+        mine = [_told(self.subject(), workload) for workload in given]
+        for rank, theirs in enumerate(shared_workers().run(2, _answers, Sent.of((self.subject(), given)))):
+            assert theirs == mine, f"process {rank} divides the same work otherwise: {theirs}, not {mine}"
 
-    @law(shares="shares")
-    def test_what_is_given_is_not_changed(self, shares: list[dict[str, Statistic]]) -> None:
-        """The statistics that are handed in, their names and their tensors stay as they are, and a second call gives the same."""
-        before = [{name: (each.total, _copy(each.total), float(each.count)) for name, each in share.items()} for share in shares]
-        first, second = self.reduced(shares), self.reduced(shares)
-        for share, was in zip(shares, before, strict=True):
-            assert list(share) == list(was), f"names that were given are changed, from {list(was)} to {list(share)}"
-            for name, (total, copy, count) in was.items():
-                kept = share[name].total is total and _equal(total, copy) and float(share[name].count) == count
-                assert kept, f"{name!r}, which was given, is changed"
-        _assert_same(first, second, "a second call gives something else")
+    @law()
+    @on_ranks
+    def test_ranks_are_one_process(self) -> None:
+        """Two and three ranks with parts of each batch do what one process does with the whole, and the same bit for bit."""
+        self._without_group()
+        for ranks in (2, 3):
+            equal_on_ranks(Training(), {"placement": self.subject()}, ranks, rounded=self.subject().wire_dtype is not None)
 
-    @law(shares="shares", data=st.data())
-    def test_any_order_of_names_gives_the_same(self, shares: list[dict[str, Statistic]], data: st.DataObject) -> None:
-        """In which order a rank has its names does not matter."""
-        shuffled = [{name: share[name] for name in data.draw(st.permutations(list(share)), label="order")} for share in shares]
-        _assert_same(self.reduced(shares), self.reduced(shuffled), "the result depends on the order of the names")
+    def _answer(self, workload: Workload, ranks: int) -> Assignment:
+        found = self.subject().assign(workload, ranks)
+        assert isinstance(found, Assignment), f"assign gave {found!r}, where a kfactk.Assignment is due"
+        assert isinstance(found.strategy, str), f"the strategy is {found.strategy!r}: it must be its name"
+        assert isinstance(found.reason, str), f"the reason is {found.reason!r}: it must be a sentence"
+        return found
+
+    def _without_group(self) -> None:
+        if self.subject().process_group is not None:
+            pytest.skip(f"{self.label()} is for one process group, which other processes do not have")
 
 
-def _same_sum(found: Tensor, totals: list[Tensor], label: str) -> None:
-    expected = sum((each.double() for each in totals[1:]), totals[0].double())
-    assert found.shape == expected.shape, f"{label}: the total has shape {list(found.shape)}, not {list(expected.shape)}"
-    dtype = totals[0].dtype
-    for each in totals[1:]:
-        dtype = torch.promote_types(dtype, each.dtype)
-    assert found.dtype == dtype, f"{label}: the total is {found.dtype}, not {dtype}"
-    rounding = 0.0 if len(totals) == 1 else len(totals) * torch.finfo(dtype).eps
-    close(found.double(), expected, f"{label}: the total is not the sum of the ranks' totals", rtol=rounding, atol=rounding)
+def _told(stage: Any, workload: Workload) -> Sequence[Mapping[str, Any]]:
+    return [attrs.asdict(stage.assign(workload, ranks)) for ranks in range(1, LARGEST + 1)]
 
 
-def _copy(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.clone()
-
-
-def _equal(one: Tensor | None, other: Tensor | None) -> bool:
-    return one is other if one is None or other is None else torch.equal(one, other)
-
-
-def _assert_same(first: Sequence[Statistics], second: Sequence[Statistics], says: str) -> None:
-    for one, other in zip(first, second, strict=True):
-        assert set(one) == set(other), f"{says}: the names are {sorted(one)} and {sorted(other)}"
-        for name, each in one.items():
-            same = _equal(each.total, other[name].total) and float(each.count) == float(other[name].count)
-            assert same, f"{says}: {name!r} is {each} and then {other[name]}"
+def _answers(rank: int, sent: Sent) -> list[Sequence[Mapping[str, Any]]]:
+    stage, given = sent.unpacked()
+    return [_told(stage, workload) for workload in given]

@@ -33,7 +33,7 @@ PATIENCE = 90.0
 """Seconds that a job may take before its ranks are taken to hang."""
 WORN = 40
 """Threads in a worker above which it is replaced."""
-GRACE = 5.0
+GRACE = 20.0
 """Seconds that the other ranks of a failed one may go on."""
 
 
@@ -184,6 +184,8 @@ def _work(pipe: Connection) -> None:
         try:
             pipe.send(answer)
         except BrokenPipeError:  # whoever asked gave up waiting
+            return
+        if not answer[0]:  # a rank that failed is gone, as it would be elsewhere, and the others hear of it
             return
 
 

@@ -17,12 +17,13 @@ from torch.optim import lr_scheduler
 import kfactk
 from kfactk.samples import Samples, Statistic
 from kfactk.stages import Coupling, Decomposition, Tensors, Update
-from kfactk.testing.laws import Laws, close, law
+from kfactk.testing.division import InRecipe
+from kfactk.testing.laws import close, law
 from kfactk.testing.models import Columns, Squares, Unclipped
 from kfactk.testing.trajectories import DTYPES, Groups, Problem, gradient, problems, values, walk
 
 
-class UpdateLaws(Laws):
+class UpdateLaws(InRecipe):
     """What every update rule obeys; with a `counterpart`, which steps it takes.
 
     Example:

@@ -12,9 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from kfactk import OptionError, Statistic, UnknownStageError, scaffold, testing
+from kfactk import OptionError, UnknownStageError, scaffold, testing
 from kfactk.hookspecs import STAGE_HOOKS
 from kfactk.registry import Registry, registry
 from kfactk.scaffold import FILES, LAWS, SUFFIX, Package, new_plugin
@@ -199,29 +198,6 @@ def test_the_laws_hold_as_written(site: Site, tmp_path: Path) -> None:
     assert listed == {(family, f"mine_{family}", f"kfactk-mine-{family}") for family in STAGE_HOOKS}
 
 
-def test_the_placement_sums_over_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What its laws, in one process, cannot see: another rank that has a name less and a name more."""
-    package = Package("kfactk-mine", "placement")
-    module = types.ModuleType("placement")
-    exec(package.files()[f"{package.module}.py"], module.__dict__)
-    theirs = {"A": (torch.full((2,), 3.0), 4.0), "G": (torch.ones(3), 1.0), "none": (None, 2.0)}
-
-    def gather(into: list[Any], mine: Any) -> None:
-        into[:] = [mine, theirs]
-
-    for name, value in {"is_initialized": True, "get_world_size": 2, "get_rank": 1}.items():
-        monkeypatch.setattr(torch.distributed, name, lambda value=value: value)
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    stage = vars(module)[package.class_name]()
-    found = stage.reduce({"A": Statistic(torch.ones(2), torch.tensor(1.5)), "none": Statistic(None, 1.0)})
-    assert stage.rank == 1
-    assert {name: (None if each.total is None else each.total.tolist(), each.count) for name, each in found.items()} == {
-        "A": ([4.0, 4.0], 5.5),
-        "G": ([1.0, 1.0, 1.0], 1.0),
-        "none": (None, 3.0),
-    }
-
-
 BROKEN = [  # family, what is written, what is made of it, the law that tells, and what it says
     (
         "basis",
@@ -243,13 +219,8 @@ BROKEN = [  # family, what is written, what is made of it, the law that tells, a
     ("update", "groups, lr", "[dict(group) for group in groups], lr", "test_is_an_optimizer_over_the_given_groups", "groups are copied"),
     ("tracker", "(step, name, float(figure))", "(step, name, 0.0)", "test_records_what_happened", "after close.*, where .* was told"),
     ("tracker", "float(figure))", "f'{float(figure):g}')", "test_records_what_happened", "after close.*, where .* was told"),
-    (
-        "placement",
-        "return dict(statistics)",
-        "return {name: Statistic(one.total, 1.0) for name, one in statistics.items()}",
-        "test_sums_and_counts_are_those_of_all_ranks",
-        "the count is 1.0, and the ranks' counts sum to",
-    ),
+    ("placement", "number % ranks,", "number,", "test_every_piece_has_ranks_that_exist", r"its holders lie on \(\d,\), where some of"),
+    ("placement", "holders=mine", "holders=(1,)", "test_one_rank_alone_does_all", "alone, rank 0 has to do all of"),
 ]
 
 

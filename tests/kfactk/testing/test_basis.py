@@ -101,7 +101,7 @@ def test_each_law_can_fail(stage: Any, name: str, message: str) -> None:
 
 def test_each_law_is_shown_to_fail() -> None:
     [mark] = test_each_law_can_fail.pytestmark  # type: ignore[attr-defined]
-    assert {case[1] for case in mark.args[1]} == set(laws_of(BasisLaws))
+    assert {case[1] for case in mark.args[1]} == set(laws_of(BasisLaws)) - {"test_two_ranks_are_one_process"}  # see test_division.py
 
 
 def test_a_block_of_its_own_tests_the_product_too() -> None:

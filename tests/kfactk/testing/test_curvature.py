@@ -167,7 +167,9 @@ def test_a_broken_stage_is_caught(name: str) -> None:
 
 
 def test_each_law_can_be_broken() -> None:
-    assert {law for law, _, _ in BREAKS.values()} == set(laws_of(CurvatureLaws))
+    assert {law for law, _, _ in BREAKS.values()} == set(laws_of(CurvatureLaws)) - {
+        "test_two_ranks_are_one_process"
+    }  # see test_division.py
 
 
 def fresh(stage: Any) -> Any:

@@ -336,7 +336,7 @@ def test_the_recipe_is_named() -> None:
     laws = type("TestOne", (PipelineLaws,), {"recipe": {"update": "sgd"}})()
     assert laws.label() == "recipe {'update': 'sgd'}"
     assert laws.subject() == kfactk.build(update="sgd")
-    assert len(laws_of(PipelineLaws)) == 12
+    assert len(laws_of(PipelineLaws)) == 13
 
 
 def test_the_model_has_what_no_curvature_supports() -> None:

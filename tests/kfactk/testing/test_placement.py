@@ -3,151 +3,222 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from typing import Any
 
+import attrs
 import pytest
-import torch
-from hypothesis import strategies as st
+import torch.distributed as dist
 
-from kfactk import Statistic
+from kfactk import Assignment, Share, Workload, grid
 from kfactk.testing import PlacementLaws
-from kfactk.testing.placement import statistics
-from tests.kfactk.testing.broken import caught
+from tests.kfactk.testing.broken import caught, laws_of
 
-SUMS = "test_sums_and_counts_are_those_of_all_ranks"
-GIVEN = "test_what_is_given_is_not_changed"
-ORDER = "test_any_order_of_names_gives_the_same"
-
-
-class Alone:
-    """A right placement for one process."""
-
-    rank = 0
-
-    def reduce(self, statistics: Mapping[str, Statistic]) -> dict[str, Statistic]:
-        return {name: self.one(each) for name, each in statistics.items()}
-
-    def one(self, each: Statistic) -> Statistic:
-        return each
+pytestmark = pytest.mark.xdist_group("ranks")
+PIECES = "test_every_piece_has_ranks_that_exist"
+ALONE = "test_one_rank_alone_does_all"
+TOGETHER = "test_what_belongs_together_stays_together"
+ARGUMENTS = "test_the_answer_depends_on_the_arguments_alone"
+TRAVELS = "test_it_says_between_whom_what_travels"
+EVERYWHERE = "test_every_process_gives_the_same_answer"
+TRAINING = "test_ranks_are_one_process"
 
 
-class RankOne(Alone):
-    rank = 1
+class Right:
+    """Layers in rows of one rank."""
+
+    process_group: Any = None
+    wire_dtype: str | None = None
+
+    def assign(self, workload: Workload, ranks: int) -> Assignment:
+        found = grid(workload, ranks, 1, "right", "one rank a layer")
+        return attrs.evolve(found, shares={layer: self.share(layer, share, ranks) for layer, share in found.shares.items()})
+
+    def share(self, layer: str, share: Share, ranks: int) -> Share:
+        return share
 
 
-class DropsNone(Alone):
-    def reduce(self, statistics: Mapping[str, Statistic]) -> dict[str, Statistic]:
-        return {name: each for name, each in statistics.items() if each.total is not None}
+class Forgetful(Right):
+    def assign(self, workload: Workload, ranks: int) -> Assignment:
+        found = super().assign(workload, ranks)
+        return attrs.evolve(found, shares=dict(list(found.shares.items())[1:]))
 
 
-class FillsNone(Alone):
-    def one(self, each: Statistic) -> Statistic:
-        return Statistic(torch.zeros(()) if each.total is None else each.total, each.count)
+class Inventive(Right):
+    def share(self, layer: str, share: Share, ranks: int) -> Share:
+        return attrs.evolve(share, decomposers={**share.decomposers, "C": (0,)})
 
 
-class Averages(Alone):
-    def one(self, each: Statistic) -> Statistic:
-        return Statistic(None if each.total is None else each.total / (1 + float(each.count)), each.count)
+class Beyond(Right):
+    def share(self, layer: str, share: Share, ranks: int) -> Share:
+        return attrs.evolve(share, holders=(ranks,))
 
 
-class CountsInFloat32(Alone):
-    def one(self, each: Statistic) -> Statistic:
-        return Statistic(each.total, torch.as_tensor(each.count).float())
+class Nobody(Right):
+    def share(self, layer: str, share: Share, ranks: int) -> Share:
+        return attrs.evolve(share, decomposers=dict.fromkeys(share.decomposers, ()))
 
 
-class SumsInFloat32(Alone):
-    def one(self, each: Statistic) -> Statistic:
-        return Statistic(None if each.total is None else each.total.float(), each.count)
+class Unsorted(Right):
+    def share(self, layer: str, share: Share, ranks: int) -> Share:
+        return attrs.evolve(share, holders=tuple(reversed(range(ranks))))
 
 
-class Flattens(Alone):
-    def one(self, each: Statistic) -> Statistic:
-        return Statistic(None if each.total is None else each.total.reshape(-1), each.count)
+class Listing(Right):
+    def share(self, layer: str, share: Share, ranks: int) -> Share:
+        return attrs.evolve(share, holders=[0])
 
 
-class AddsInPlace(Alone):
-    def one(self, each: Statistic) -> Statistic:
-        return Statistic(None if each.total is None else each.total.add_(0.5), each.count)
+class Mapped(Right):
+    def assign(self, workload: Workload, ranks: int) -> Any:
+        return super().assign(workload, ranks).shares
 
 
-class Empties(Alone):
-    def reduce(self, statistics: Mapping[str, Statistic]) -> dict[str, Statistic]:
-        return {name: statistics.pop(name) for name in list(statistics)}  # type: ignore[attr-defined]
+class Unnamed(Right):
+    def assign(self, workload: Workload, ranks: int) -> Assignment:
+        return attrs.evolve(super().assign(workload, ranks), strategy=None)
 
 
-class Remembers(Alone):
+class Silent(Right):
+    def assign(self, workload: Workload, ranks: int) -> Assignment:
+        return attrs.evolve(super().assign(workload, ranks), reason=None)
+
+
+class NeverAlone(Right):
+    def share(self, layer: str, share: Share, ranks: int) -> Share:
+        return attrs.evolve(share, holders=(1,)) if ranks == 1 else share
+
+
+class Parting(Right):
+    """Each matrix to the next rank, whatever it is made of."""
+
+    def share(self, layer: str, share: Share, ranks: int) -> Share:
+        return attrs.evolve(share, decomposers={name: (number % ranks,) for number, name in enumerate(share.decomposers)})
+
+
+class Turning(Right):
+    """Begins where it ended the last time."""
+
     def __init__(self) -> None:
         self.calls = 0
 
-    def one(self, each: Statistic) -> Statistic:
+    def assign(self, workload: Workload, ranks: int) -> Assignment:
         self.calls += 1
-        return Statistic(each.total, each.count + self.calls)
+        return super().assign(workload, ranks)
+
+    def share(self, layer: str, share: Share, ranks: int) -> Share:
+        return attrs.evolve(share, holders=(self.calls % ranks,))
 
 
-class FirstCounts(Alone):
-    def reduce(self, statistics: Mapping[str, Statistic]) -> dict[str, Statistic]:
-        counts = [each.count for each in statistics.values()]
-        return {name: Statistic(each.total, counts[0]) for name, each in statistics.items()}
+class Numbered(Right):
+    """Its objects differ."""
+
+    made = 0
+
+    def __init__(self) -> None:
+        type(self).made += 1
+        self.number = self.made
+
+    def share(self, layer: str, share: Share, ranks: int) -> Share:
+        return attrs.evolve(share, holders=(self.number % ranks,))
+
+
+class Sorting(Right):
+    """Changes what it was given."""
+
+    def assign(self, workload: Workload, ranks: int) -> Assignment:
+        found = super().assign(workload, ranks)
+        object.__setattr__(workload, "works", workload.works[::-1] + workload.works[:1])
+        return found
+
+
+class Half(Right):
+    wire_dtype = "half precision"
+
+
+class Whole(Right):
+    wire_dtype = "int32"
+
+
+class Grouped(Right):
+    process_group = "mine"
+
+
+class Hashing(Right):
+    """By hashes of text, which each process has of its own."""
+
+    def share(self, layer: str, share: Share, ranks: int) -> Share:
+        return attrs.evolve(share, holders=(hash(layer) % 1009 % ranks,))
 
 
 @pytest.mark.parametrize(
     ("stage", "law", "says"),
     [
-        (RankOne, "test_ranks_count_from_zero", r"1 ranks are numbered \[1\]: they must count from 0"),
-        (DropsNone, SUMS, r"rank 0 gets the names \[.*\], not \["),
-        (FillsNone, SUMS, r"the total is 0\.0, and 0 ranks have one"),
-        (Averages, SUMS, "the total is not the sum of the ranks' totals"),
-        (CountsInFloat32, SUMS, r"the count is 1073741824\.0, and the ranks' counts sum to 1073741825\.0"),
-        (SumsInFloat32, SUMS, "the total is torch.float32, not torch.float64"),
-        (Flattens, SUMS, r"the total has shape \[\d\], not \["),
-        (AddsInPlace, GIVEN, "which was given, is changed"),
-        (Empties, GIVEN, r"names that were given are changed, from \['.*'\] to \[\]"),
-        (FirstCounts, ORDER, "the result depends on the order of the names"),
+        (Forgetful, PIECES, r"of the layers \['0\.fc'\] it divided \[\]"),
+        (Inventive, PIECES, r"0\.fc has the matrices .*, not .*'C'"),
+        (Beyond, PIECES, r"0\.fc: its holders lie on \(\d,\), where some of the ranks 0 to \d, ascending, are due"),
+        (Nobody, PIECES, r"0\.fc: \w+ lie on \(\), where"),
+        (Unsorted, PIECES, r"its holders lie on \(1, 0\)|its holders lie on \(\d(, \d)*, 0\)"),
+        (Listing, PIECES, r"its holders lie on \[0\]"),
+        (Mapped, PIECES, r"assign gave \{.*\}, where a kfactk.Assignment is due"),
+        (Unnamed, PIECES, "the strategy is None: it must be its name"),
+        (Silent, PIECES, "the reason is None: it must be a sentence"),
+        (NeverAlone, ALONE, r"alone, rank 0 has to do all of 0\.fc, and it lies on \[.*\(1,\)"),
+        (Parting, TOGETHER, r"the matrices of \d\.fc, made of common statistics, lie on \[\(0,\), \(1,\)"),
+        (Turning(), ARGUMENTS, "(asked again, it|another object of the same options) divides the same work otherwise"),
+        (Numbered, ARGUMENTS, "another object of the same options divides the same work otherwise"),
+        (Sorting, ARGUMENTS, "asked again, it divides|the workload that it was given is changed, from Workload"),
+        (Half, TRAVELS, "wire_dtype is 'half precision': it must name a floating dtype"),
+        (Whole, TRAVELS, "wire_dtype is 'int32'"),
+        (Grouped, TRAVELS, "process_group is 'mine', though there are no processes"),
+        (Hashing, EVERYWHERE, r"process \d divides the same work otherwise"),
     ],
 )
-def test_a_broken_placement_is_caught(stage: type[Alone], law: str, says: str) -> None:
+def test_a_broken_placement_is_caught(stage: Any, law: str, says: str) -> None:
     found = caught(PlacementLaws, stage, law)
     assert list(found) == [law]
     assert re.search(says, found[law]), found[law]
 
 
-def test_a_placement_that_remembers_is_caught() -> None:
-    found = caught(PlacementLaws, Remembers(), GIVEN)
-    assert "a second call gives something else" in found[GIVEN]
-
-
 def test_a_right_placement_obeys() -> None:
-    assert caught(PlacementLaws, Alone) == {}
+    assert caught(PlacementLaws, Right) == {}
 
 
-class TwoRanks(PlacementLaws):
-    """Several ranks, played in one process."""
-
-    def shares(self) -> st.SearchStrategy[list[dict[str, Statistic]]]:
-        def agreeing(shares: list[dict[str, Statistic]]) -> bool:
-            shapes = [{name: each.total.shape for name, each in share.items() if each.total is not None} for share in shares]
-            return all(shapes[0][name] == shapes[1][name] for name in shapes[0].keys() & shapes[1].keys())
-
-        return st.lists(statistics(), min_size=2, max_size=2).filter(agreeing)
-
-    def ranks(self) -> list[int]:
-        return [0, 1]
-
-    def reduced(self, shares: Sequence[Mapping[str, Statistic]]) -> list[dict[str, Statistic]]:
-        joined = dict(shares[0])
-        for name, each in shares[1].items():
-            joined[name] = self.joined(joined[name], each) if name in joined else each
-        return [joined, joined]
-
-    def joined(self, one: Statistic, other: Statistic) -> Statistic:
-        return one + other
+def test_every_law_is_tried() -> None:
+    mark = next(mark for mark in test_a_broken_placement_is_caught.pytestmark if mark.name == "parametrize")
+    assert {case[1] for case in mark.args[1]} | {TRAINING} == set(laws_of(PlacementLaws))
 
 
-class Forgetful(TwoRanks):
-    def joined(self, one: Statistic, other: Statistic) -> Statistic:
-        return one
+@pytest.mark.parametrize("law", [EVERYWHERE, TRAINING])
+def test_a_group_of_this_process_is_not_sent_to_others(law: str) -> None:
+    with pytest.raises(pytest.skip.Exception, match="is for one process group, which other processes do not have"):
+        getattr(type("TestGrouped", (PlacementLaws,), {"stage": Grouped})(), law)()
 
 
-def test_laws_hold_over_several_ranks_too() -> None:
-    assert caught(TwoRanks, Alone) == {}
-    assert list(caught(Forgetful, Alone)) == [SUMS]
+@attrs.frozen
+class Rounding:
+    """What travels is rounded, so that ranks only have to agree."""
+
+    process_group: Any = None
+    wire_dtype: str | None = "bfloat16"
+
+    def assign(self, workload: Workload, ranks: int) -> Assignment:
+        return grid(workload, ranks, 1, "rounding")
+
+
+def test_rounded_runs_are_compared_among_ranks_only() -> None:
+    assert caught(PlacementLaws, Rounding, TRAINING) == {}
+
+
+class Disagreeing(Right):
+    """Divides work by who asks."""
+
+    def assign(self, workload: Workload, ranks: int) -> Assignment:
+        mine = dist.get_rank() if dist.is_initialized() else 0
+        return grid(workload, ranks, ranks if mine else 1, "disagreeing")
+
+
+def test_ranks_whose_answers_differ_all_say_so() -> None:
+    said = caught(PlacementLaws, Disagreeing(), TRAINING)[TRAINING]
+    assert "rank 0 of 2: Traceback" in said
+    assert "rank 1 of 2: Traceback" in said
+    assert said.count("Disagreeing divided the same work otherwise on another rank") == 2

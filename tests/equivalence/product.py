@@ -1,0 +1,109 @@
+"""Every combination of our stages that is accepted, as it is registered: recipes, the placements they run under, and what is refused."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from random import Random
+from typing import Any
+
+import attrs
+
+import kfactk
+from kfactk import Assignment, KfactkError, Share, Workload
+from kfactk.registry import registry
+
+FAMILIES = ("curvature", "basis", "fisher", "clip", "update")
+RANKS = (1, 2, 3, 4)
+VARIANTS: Mapping[tuple[str, str], list[dict[str, Any]]] = {
+    ("curvature", "kfac"): [{}, {"spatial": "reduce"}],
+    ("curvature", "conv_kfac"): [{}, {"spatial": "sua"}, {"spatial": "reduce"}],
+    ("basis", "ekfac"): [{}, {"scale": "running"}],
+    ("fisher", "mc"): [{"samples": 2}],
+    ("clip", "value"): [{"limit": 0.05}],
+    ("clip", "norm"): [{"limit": 0.1}],
+    ("clip", "kl"): [{"limit": 1e-4}],
+}
+"""Options that take another way through a stage, and limits that bind; other stages are taken as they are by default."""
+
+Recipe = Mapping[str, Any]
+
+
+@attrs.frozen
+class Case:
+    """One recipe and the model it is tried on.
+
+    Args:
+        recipe: Arguments of `kfactk.build`, but for the placement.
+        taps: Size of the model's kernels.
+    """
+
+    recipe: Recipe
+    taps: int
+
+    def __str__(self) -> str:
+        return " x ".join(written(self.recipe[family]) for family in FAMILIES)
+
+
+@attrs.frozen
+class Anyhow:
+    """Give each layer to ranks drawn at random: any matrix to some ranks, the gradient to some, whether or not these are the same.
+
+    Args:
+        seed: Of the draws, with the layer's name.
+    """
+
+    seed: int
+    process_group: Any = None
+    wire_dtype: str | None = None
+
+    def assign(self, workload: Workload, ranks: int) -> Assignment:
+        """Any assignment that there can be."""
+        shares = {}
+        for work in workload.works:
+            random = Random(f"{self.seed},{work.layer},{ranks}")
+            some = [tuple(sorted(random.sample(range(ranks), random.randint(1, ranks)))) for _ in range(len(work.matrices) + 1)]
+            decomposers = {name: some[0 if work.together else number] for number, name in enumerate(sorted(work.matrices))}
+            shares[work.layer] = Share(decomposers, some[-1])
+        return Assignment("anyhow", shares)
+
+
+def stages(family: str) -> list[dict[str, Any]]:
+    """Every stage of ours that is registered, with each of its variants."""
+    names = sorted(info.name for info in registry().stages(family) if info.distribution == "kfactk")
+    return [{"name": name, **options} for name in names for options in VARIANTS.get((family, name), [{}])]
+
+
+def placements() -> list[dict[str, Any]]:
+    """Every placement of ours that is registered."""
+    return stages("placement")
+
+
+def cases() -> tuple[list[Case], list[str]]:
+    """The accepted ones, and those that are refused."""
+    accepted, refused = [], []
+    for combination in itertools.product(*map(stages, FAMILIES)):
+        recipe = dict(zip(FAMILIES, combination, strict=True))
+        try:
+            kfactk.build(**recipe)
+        except KfactkError as error:
+            refused.append(f"{Case(recipe, 2)}: {error}")
+            continue
+        accepted.append(Case(recipe, 2 if determined(recipe) else 1))
+    return accepted, refused
+
+
+def determined(recipe: Recipe) -> bool:
+    """Whether the matrices determine the step, kernels having several taps.
+
+    Under SUA A is Omega kron I: each eigenvalue is there once a tap, rounding chooses the eigenvectors among these, and the scale of EKFAC
+    depends on the choice. With one tap nothing is repeated.
+    """
+    return not (recipe["curvature"].get("spatial") == "sua" and recipe["basis"]["name"] == "ekfac")
+
+
+def written(stage: Any) -> str:
+    """A stage in words."""
+    if not isinstance(stage, Mapping):
+        return repr(stage)
+    return " ".join([stage["name"], *(f"{name}={value}" for name, value in stage.items() if name != "name")])

@@ -1,0 +1,150 @@
+"""One run on one rank: a model of every kind of part, its share of each batch, and what the run leaves behind, for comparison."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import kfactk
+from kfactk import Optimizer
+
+F64 = torch.float64
+BATCH = 12
+"""Examples of a batch: 1 to 4 ranks have equal parts of it."""
+STEPS = 5
+PERIODS = {"factor_every": 2, "scale_every": 3, "basis_every": 4}
+"""So that in five steps all is refreshed, nothing, the factors, the scale, and the factors with the basis."""
+NUMBERS = {"lr": 0.02, "damping": 0.02, "weight_decay": 0.01}
+Recipe = Mapping[str, Any]
+
+
+class Mixed(nn.Module):
+    """Convolution, grouped convolution, norms that mix no examples, frozen parts, and one layer used twice: `[N, 2, s, s]` to `[N, 3]`.
+
+    Args:
+        taps: Size of the convolutions' kernels; s is twice that.
+
+    The layer `wide` has more inputs than a batch has rows.
+    """
+
+    def __init__(self, taps: int = 2) -> None:
+        super().__init__()
+        self.conv, self.grouped, self.norm = nn.Conv2d(2, 4, taps), nn.Conv2d(4, 4, taps, groups=2), nn.GroupNorm(2, 4)
+        self.frozen, self.wide, self.rows = nn.Linear(16, 16).requires_grad_(False), nn.Linear(16, 5), nn.LayerNorm(5)
+        self.shared, self.out = nn.Linear(5, 5, bias=False), nn.Linear(5, 3)
+        self.out.bias.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.norm(self.grouped(torch.tanh(self.conv(x)))))
+        x = torch.tanh(self.rows(self.wide(torch.tanh(self.frozen(x.flatten(1))))))
+        return self.out(torch.tanh(self.shared(torch.tanh(self.shared(x)))))
+
+
+class Injected:
+    """Targets in place of drawn ones: those of the examples that are this rank's, one set for each draw."""
+
+    def __init__(self) -> None:
+        self._sets: Iterator[Tensor] = iter(())
+
+    def hand(self, sets: Tensor) -> None:
+        """Have `[K, N]` ready for the next K draws."""
+        self._sets = iter(sets.unsqueeze(-1))
+
+    def __call__(self, view: Tensor) -> Tensor:
+        return next(self._sets)
+
+
+@attrs.frozen(eq=False)
+class Outcome:
+    """What is left of a run on one rank.
+
+    Args:
+        figures: Parameters; of what lies on this rank the averaged factors, and what the preconditioner, and F in the measured scale, make
+            of fixed vectors: whatever eigenvectors were chosen.
+        bits: A digest of everything in the optimizer's state, and of the parameters.
+        counters: What was skipped or failed.
+    """
+
+    figures: Mapping[str, Tensor]
+    bits: Mapping[str, str]
+    counters: Mapping[str, int]
+
+
+def model(taps: int) -> Mixed:
+    """The same on every rank."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(5)
+        return Mixed(taps).to(F64)
+
+
+def batch(step: int, taps: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs, targets, and two sets of targets as if drawn."""
+    generator = torch.Generator().manual_seed(step)
+    inputs = torch.randn(BATCH, 2, 2 * taps, 2 * taps, generator=generator, dtype=F64)
+    return inputs, torch.randint(3, (BATCH,), generator=generator), torch.randint(3, (2, BATCH), generator=generator)
+
+
+def built(recipe: Recipe, placement: Any, drawn: Injected) -> kfactk.Recipe:
+    """The recipe, its draws injected."""
+    fisher = {"name": recipe["fisher"]} if isinstance(recipe["fisher"], str) else dict(recipe["fisher"])
+    if fisher["name"] == "mc":
+        fisher["draw"] = drawn
+    return kfactk.build(**{**NUMBERS, **PERIODS, **recipe, "fisher": fisher, "placement": placement})
+
+
+def train(recipe: Recipe, placement: Any, taps: int, rank: int, ranks: int) -> Outcome:
+    """Some steps of one recipe, in a process group where one is initialised."""
+    drawn, module = Injected(), model(taps)
+    wrapped = DistributedDataParallel(module) if torch.distributed.is_initialized() else module
+    optimizer = built(recipe, placement, drawn).bind(wrapped)
+    for step in range(STEPS):
+        inputs, targets, sets = batch(step, taps)
+        drawn.hand(sets[:, rank::ranks])
+        optimizer.zero_grad()
+        F.cross_entropy(wrapped(inputs[rank::ranks]), targets[rank::ranks]).backward()
+        optimizer.step()
+    outcome = Outcome(figures(optimizer, module), bits(optimizer, module), optimizer.counters)
+    optimizer.close()
+    return outcome
+
+
+def train_all(rank: int, ranks: int, recipes: Sequence[tuple[Recipe, int]], placement: Any) -> list[Outcome]:
+    """One after the other, on one rank of several; a job of `kfactk.testing.ranks`."""
+    return [train(recipe, placement, taps, rank, ranks) for recipe, taps in recipes]
+
+
+def figures(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:
+    """See `Outcome`."""
+    found = {f"parameter {name}": parameter.detach().clone() for name, parameter in module.named_parameters()}
+    names = {parameter: name for name, parameter in module.named_parameters()}
+    for parameter, entries in optimizer.state.items():
+        for key, value in entries.items():
+            if key.startswith("kfactk.factor."):
+                found[f"{key} of {names[parameter]}"] = value.clone()
+    for name, view in optimizer.layers.items():
+        if not view.decomposition:
+            continue
+        generator = torch.Generator().manual_seed(1)
+        probe = {key: torch.randn(each.shape, generator=generator, dtype=F64) for key, each in view.layer.tensors().items()}
+        for key, tensor in view.precondition(probe).items():
+            found[f"preconditioner on {name}.{key}"] = tensor.clone()
+        if view.scale:
+            product = optimizer.recipe.basis.product(view.matrix(probe), {}, view.decomposition, view.scale)
+            found[f"scale on {name}"] = product.clone()
+    return found
+
+
+def bits(optimizer: Optimizer, module: nn.Module) -> dict[str, str]:
+    """See `Outcome`."""
+    tensors = {f"parameter {name}": parameter for name, parameter in module.named_parameters()}
+    for name, parameter in module.named_parameters():
+        entries = optimizer.state.get(parameter, {})
+        tensors |= {f"{key} of {name}": value for key, value in entries.items() if isinstance(value, Tensor)}
+    return {name: hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
