@@ -38,7 +38,7 @@ def explained() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        what = str(error).partition("\n")[0]
+        what = str(error).partition("\n")[0].partition(" This is typically")[0]
         raise KfactkError(
             f"the ranks could not exchange curvature ({what}). Most likely another rank ended, failed, or did not call step(): look at its "
             "output first. Then start all ranks again from the last checkpoint."

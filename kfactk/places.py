@@ -40,8 +40,7 @@ class Places:
         if not self._ranks.same(repr(workload.works)):
             raise StateError(
                 "ranks disagree on the layers of the model: their names or shapes differ. Each rank must hold the same model, bound in the "
-                "same way, with the same parameters trained. For a model whose parts lie on different ranks (pipeline or tensor parallel), "
-                "give the ranks that share each part as the placement's process_group, or divide it by fully_shard."
+                "same way, with the same parameters trained. Where memory is short, divide the model by fully_shard."
             )
         found = self._answer(workload)
         reason = found.reason if self.assignment is ALONE else self.assignment.reason

@@ -281,7 +281,9 @@ class Ranks:
             if self.rank not in members:
                 return {}
             if len(members) > 1:
-                self._broadcast(buffer, members[0], members, what).wait()
+                work = self._broadcast(buffer, members[0], members, what)
+                with explained():
+                    work.wait()
             return dict(zip(names, unpack(buffer, these), strict=True))
 
         return Pending(work, finish)

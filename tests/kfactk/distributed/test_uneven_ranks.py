@@ -25,6 +25,7 @@ from tests.kfactk.distributed.loops import (
     assert_moved,
     assert_near,
     assert_same,
+    averaged,
     images,
     left,
     loss_of,
@@ -71,15 +72,6 @@ UNEVEN: dict[str, Callable[[int], Step]] = {
     "an additional micro-batch": additional,
     "no forward at all": absent,
 }
-
-
-def averaged(model: nn.Module) -> None:
-    """Gradients joined by hand, as a loop without wrapper does; a rank without any adds zeros."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            dist.all_reduce(gradient)
-            parameter.grad = gradient / dist.get_world_size()
 
 
 def step_once(optimizer: Optimizer, called: nn.Module, batches: Sequence[Batch], weight: float) -> None:
