@@ -78,7 +78,8 @@ class Situation:
     def refreshed(self, **changes: Any) -> Situation:
         """With these changes, decomposed and measured anew."""
         bare = attrs.evolve(self, **changes)
-        decomposition = {name: dict(self.basis.decompose(name, bare.matrices[name], bare.coupling)) for name in sorted(self.basis.requires)}
+        made = {name: self.basis.decompose(name, bare.matrices[name], bare.coupling) for name in sorted(self.basis.requires)}
+        decomposition = {name: {part: each.contiguous() for part, each in parts.items()} for name, parts in made.items()}  # as it is kept
         return bare.remeasured(decomposition=decomposition)
 
     def remeasured(self, **changes: Any) -> Situation:

@@ -31,8 +31,8 @@ STAGES: dict[str, list[Any]] = {
     "tracker": [None],
 }
 """Stages of ours which together are asked for all that their family's protocol has."""
-UNASKED = {"tracker": {"flush"}}
-"""Methods that are for users to call."""
+UNASKED = {"tracker": {"flush"}, "placement": {"assign"}}
+"""Methods that are for users to call, or are called where there are several ranks only (see test_places)."""
 RAW = ("update", "placement")
 """Families whose errors keep their kind, since torch's own mean something to callers; who raised is noted on them."""
 

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import attrs
 import pytest
 
-from kfactk import Basis, Clip, Placement
+from kfactk import Basis, Clip, Tracker
 from kfactk.hookspecs import STAGE_HOOKS
 from kfactk.stage_info import (
     COMPUTED,
@@ -147,14 +147,17 @@ def test_members_inherited_from_the_protocol_are_missing_ones() -> None:
     class Stub(Clip):
         pass
 
-    class StubProperty(Placement):
-        def reduce(self, statistics: Any) -> Any: ...
+    class StubProperty(Tracker):
+        def start(self, recipe: Any) -> None: ...
+        def record(self, step: int, figures: Any) -> None: ...
+        def flush(self) -> None: ...
+        def close(self) -> None: ...
 
     class Annotated(Basis):
         pass
 
     assert missing_members("clip", Stub()) == ["clip"]
-    assert missing_members("placement", StubProperty()) == ["rank"]
+    assert missing_members("tracker", StubProperty()) == ["every"]
     assert "requires" in missing_members("basis", Annotated())
 
 
