@@ -72,7 +72,8 @@ class Places:
         outside = tuple(rank for rank in self._ranks.everyone if rank not in share.holders)
         decomposers = share.decomposers.values()
         carried = [_union([found[:1], share.holders]) for found in decomposers if len(found) < self._ranks.size]
-        return [*decomposers, *carried, *(self.audience(share, holder) for holder in share.holders), _union([share.holders[:1], outside])]
+        heard = [self.audience(share, holder) for holder in share.holders]
+        return [*decomposers, share.holders, *carried, *heard, _union([share.holders[:1], outside])]
 
     def summary(self) -> dict[str, Any]:
         """What was decided, for the record; nothing when alone."""
