@@ -10,6 +10,7 @@ import attrs
 from torch import Tensor, nn
 
 from kfactk._version import __version__
+from kfactk.capture import followable
 from kfactk.coverage import Coverage, Survey
 from kfactk.errors import CombinationError, OptionError, near_names
 from kfactk.hookspecs import STAGE_HOOKS
@@ -138,8 +139,12 @@ class Recipe:
         return optimizer
 
     def coverage(self, model: nn.Module) -> Coverage:
-        """Which parameters would be preconditioned, by which block, or why not; prints as a table."""
-        return Survey(model, self.curvature, self.exclude).coverage(lambda parameter: True)
+        """Which parameters would be preconditioned, by which block, or why not; prints as a table.
+
+        Raises:
+            CombinationError: The model is of a kind that `bind` refuses.
+        """
+        return Survey(followable(model), self.curvature, self.exclude).coverage(lambda parameter: True)
 
     @property
     def calendar(self) -> Calendar:
