@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+import kfactk
 from kfactk import Optimizer
 from kfactk.testing.ranks import shared_workers
 from tests.kfactk.distributed.loops import accumulate, assert_same, images, left, mixed, part
@@ -70,3 +71,17 @@ def copied(rank: int) -> list[int]:
 
 def test_only_the_bound_model_is_followed_called_through_the_wrapper_or_not() -> None:
     assert shared_workers().run(1, copied) == [[0, 1, 1, 2]]
+
+
+def foretold(rank: int) -> tuple[str, str, str]:
+    """The table of a recipe before binding, for the wrapped model, and of the bound optimizer."""
+    wrapped = DistributedDataParallel(mixed())
+    recipe = kfactk.build()
+    return str(recipe.coverage(wrapped)), str(recipe.coverage(wrapped.module)), str(recipe.bind(wrapped).coverage())
+
+
+def test_coverage_before_binding_is_that_of_the_wrapped_model() -> None:
+    [(wrapped, bare, afterwards)] = shared_workers().run(1, foretold)
+    assert wrapped == bare == afterwards
+    with pytest.raises(kfactk.CombinationError, match=r"nn\.DataParallel"):
+        kfactk.build().coverage(nn.DataParallel(mixed()))
