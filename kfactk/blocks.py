@@ -38,6 +38,12 @@ class Blocks:
         with blaming("curvature", self.curvature, _on(layer)):
             return self.curvature.samples(layer, uses, terms=terms, first=first)
 
+    def none(self, layer: Layer, terms: Tensor | float) -> Samples:
+        """No samples of a layer, in a forward of so many likelihood terms."""
+        with blaming("curvature", self.curvature, _on(layer)):
+            use = self.curvature.blank(layer)
+            return self.curvature.samples(layer, [Use(use.inputs[:0], use.gradient[:0])], terms=terms, first=True)
+
     def factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
         """Sums and counts of the factors, as "factor.NAME"."""
         with blaming("curvature", self.curvature, _on(layer)):

@@ -92,9 +92,14 @@ class Early:
 
 def _fits(statistic: Statistic, form: Form | None) -> bool:
     """Whether it can travel in the place of that form: what has changed since follows in `step()`."""
-    if statistic.total is None or form is None:
-        return statistic.total is None
-    return tuple(statistic.total.shape) == form.shape and statistic.total.dtype == form.dtype and statistic.symmetric == form.symmetric
+    if statistic.total is None:
+        return True
+    return (
+        form is not None
+        and tuple(statistic.total.shape) == form.shape
+        and statistic.total.dtype == form.dtype
+        and statistic.symmetric == form.symmetric
+    )
 
 
 def with_early(early: Mapping[str, Joined], late: Mapping[str, Joined]) -> dict[str, Joined]:

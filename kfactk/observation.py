@@ -69,6 +69,7 @@ class Observer:
             terms: Tensor | float = float(view.shape[0] * view.shape[1]) if weights is None else weights.detach().sum().double()
             self._preconditioner.count(terms, len(view))
             if not forward.calls:
+                self._preconditioner.pass_by((), terms)
                 return
             counts = bool(float(terms))  # if not, everything is masked: there is nothing to learn from this forward
             if not counts:
@@ -80,7 +81,10 @@ class Observer:
             generator = torch.Generator(view.device)
             generator.manual_seed(draw_seed(self._fisher.seed, step, micro_batch, self._preconditioner.ranks.rank))
             for number, loss in enumerate(self._losses(view, weights, generator)):  # all ranks run them: there may be collectives inside
-                forward.run(loss, view, self._sink(terms, first=number == 0) if counts else _ignored)
+                sink = _Sink(self._preconditioner, terms, first=number == 0)
+                forward.run(loss, view, sink if counts else _ignored)
+                if counts and number == 0:
+                    self._preconditioner.pass_by(sink.taken, terms)
         self._preconditioner.leave()
 
     def _losses(self, view: Tensor, weights: Tensor | None, generator: torch.Generator) -> Iterator[Tensor]:
@@ -98,15 +102,27 @@ class Observer:
         def scale() -> Tensor | float:
             return (terms if self._reduction == "mean" else 1.0) / self._loss_scale()
 
-        self._listening.append(forward.listen(self._sink(terms, first=True), scale))
+        sink = _Sink(self._preconditioner, terms, first=True)  # the forward itself must not be kept
+        finish = forward.listen(sink, scale)
 
-    def _sink(self, terms: Tensor | float, *, first: bool) -> Callable[[Layer, list[Use]], None]:
-        preconditioner = self._preconditioner  # the forward itself must not be kept
+        def over() -> None:
+            finish()
+            if sink.taken:  # if not, that forward had no backward
+                sink.preconditioner.pass_by(sink.taken, terms)
 
-        def sink(layer: Layer, uses: list[Use]) -> None:
-            preconditioner.take(layer, uses, terms, first)
+        self._listening.append(over)
 
-        return sink
+
+class _Sink:
+    """Takes the layers of one pass, and notes which they were."""
+
+    def __init__(self, preconditioner: Preconditioner, terms: Tensor | float, *, first: bool) -> None:
+        self.preconditioner, self._terms, self._first = preconditioner, terms, first
+        self.taken: set[str] = set()
+
+    def __call__(self, layer: Layer, uses: list[Use]) -> None:
+        self.taken.add(layer.name)
+        self.preconditioner.take(layer, uses, self._terms, self._first)
 
 
 def _ignored(layer: Layer, uses: list[Use]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn, overload
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, overload
 import torch
 from torch import Tensor, nn
 
+from kfactk.agreement import check_group, check_recipes
 from kfactk.ambient import full_precision
 from kfactk.assignment import Assignment
 from kfactk.blame import blaming, check_clipped, naming
@@ -102,6 +103,8 @@ class Optimizer(StatefulOptimizer):
         )
         self._index()
         pre = self._preconditioner
+        check_recipes(recipe.shared(), pre.ranks)
+        check_group(model, self._trained(), pre.ranks)
         pre.places.extend(pre.layers())
         self._recorder = Recorder(recipe.tracker if pre.ranks.rank == 0 else None, lambda: recipe.summary() | pre.places.summary())
         self._observer = Observer(
@@ -204,7 +207,11 @@ class Optimizer(StatefulOptimizer):
 
     def _follow(self) -> list[Layer] | None:
         self._index()
+        check_group(self._model, self._trained(), self._preconditioner.ranks)
         return self._preconditioner.plan(self.steps).follow()
+
+    def _trained(self) -> Iterator[nn.Parameter]:
+        return (parameter for group in self.param_groups for parameter in group["params"])
 
     def _expect(self) -> None:
         """Between steps: prepare for the next one's forwards."""
@@ -258,12 +265,13 @@ class Optimizer(StatefulOptimizer):
                 loss = closure()
             if loss is not None:
                 self.record(loss=loss)
-        with full_precision(parameter.device.type for group in self.param_groups for parameter in group["params"]):
+        with full_precision(parameter.device.type for parameter in self._trained()):
             self._step_once()
         return loss
 
     def _step_once(self) -> None:
         self._index()
+        check_group(self._model, self._trained(), self._preconditioner.ranks)
         self._set_damping()
         self._brought = {}
         self._capture.expect(self._preconditioner.plan(self.steps).expects())
@@ -313,7 +321,7 @@ class Optimizer(StatefulOptimizer):
                 answer = self.recipe.clip.clip(pairs, ShardedProducts(parameters))
             clipped, factor = check_clipped(self.recipe.clip, answer, [pair.preconditioned for pair in pairs])
         self._recorder.add({"clip_factor": factor})
-        given = [parameter.grad for group in self.param_groups for parameter in group["params"] if parameter.grad is not None]
+        given = [parameter.grad for parameter in self._trained() if parameter.grad is not None]
         ranks, device = self._preconditioner.ranks, given[0].device if given else None
         verdicts = [not all_finite([*given, *clipped]), self._recorder.due(self.steps), self._preconditioner.spoiled()]
         bad, self._recorded, spoiled = map(bool, ranks.total([float(verdict) for verdict in verdicts], device))  # the same for all ranks

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -16,7 +16,7 @@ from kfactk.blocks import Blocks, diagonals
 from kfactk.coverage import Survey
 from kfactk.delivery import deliver
 from kfactk.early import Early
-from kfactk.errors import CaptureError, KfactkError, KfactkWarning
+from kfactk.errors import CaptureError, KfactkWarning
 from kfactk.fitting import fitted
 from kfactk.forward import overwritten, silent_message
 from kfactk.layerstate import LayerState
@@ -25,7 +25,7 @@ from kfactk.places import Places
 from kfactk.plan import Need, Plan
 from kfactk.ranks import Ranks
 from kfactk.refresh import Damping, Refresh
-from kfactk.samples import Statistic, Use, working_dtype
+from kfactk.samples import Samples, Statistic, Use, working_dtype
 from kfactk.schedule import Calendar, Due
 from kfactk.stages import Basis, Curvature, Layer, Placement
 from kfactk.sums import Joined, add, guarded, local_means
@@ -132,7 +132,19 @@ class Preconditioner:
                 "for each example (the scale of EKFAC) takes its rows for examples of their own. If dimension 0 of its input is not that "
                 "of the examples, see the curvature's batch_dim, or leave the layer alone with exclude=",
             )
-        if first:
+        self._gather(need, state, samples)
+        if need.late:
+            state.borrowed += [(use.inputs, use.inputs._version) for use in uses]
+
+    def pass_by(self, taken: Container[str], terms: Tensor | float) -> None:
+        """Count the likelihood terms of one forward for the layers that gave it no sample: what they add to the sums is nothing."""
+        for name, need in (self._plan.needs if self._plan is not None else {}).items():
+            if need.follows and name not in taken:
+                self._gather(need, self.states[name], self.blocks.none(need.layer, terms))
+
+    def _gather(self, need: Need, state: LayerState, samples: Samples) -> None:
+        layer = need.layer
+        if samples.first:
             state.settle()
         sums: dict[str, Statistic] = {}
         if need.factors:
@@ -140,7 +152,6 @@ class Preconditioner:
                 sums |= self.blocks.factors(layer, samples)
         if need.late:
             state.retained.append(samples)
-            state.borrowed += [(use.inputs, use.inputs._version) for use in uses]
         elif need.scale:
             with self._timed("scale"):
                 sums |= self.blocks.moments(layer, state.decomposition, samples)
@@ -270,36 +281,13 @@ class Preconditioner:
         return {name: result[name] for name in gradients if name in result}
 
     def preconditioned(self, layer: Layer, gradient: Tensor, damping: float) -> Tensor:
-        """The preconditioned form of one gradient, by a rank that holds the layer.
-
-        Raises:
-            KfactkError: It is held by other ranks.
-        """
+        """The preconditioned form of one gradient, by a rank that holds the layer."""
         state = self.states[layer.name]
-        self.check_here(layer, bool(state.decomposition), "decomposition", self.places.holders(layer.name))
         return self.blocks.precondition(layer, gradient, state.decomposition, state.moment_values(), damping)
 
     def matrices(self, layer: Layer) -> dict[str, Tensor]:
-        """The averaged factors of a layer as the matrices its basis decomposes.
-
-        Raises:
-            KfactkError: They are kept by other ranks.
-        """
-        here = self.places.decomposed_here(layer.name) == self.basis.requires
-        self.check_here(layer, here, "factors", sorted({rank for m in self.basis.requires for rank in self.places.keepers(layer.name, m)}))
+        """The averaged factors of a layer as the matrices its basis decomposes, by a rank that keeps them all."""
         return self.blocks.matrices(layer, self.states[layer.name].factor_values())
-
-    def check_here(self, layer: Layer, here: bool, what: str, ranks: Sequence[int]) -> None:
-        """Refuse what this rank cannot answer.
-
-        Raises:
-            KfactkError: `here` is false.
-        """
-        if not here:
-            raise KfactkError(
-                f"the {what} of layer {layer.name!r} lie on rank {', '.join(map(str, ranks))} (placement "
-                f"{self.places.assignment.strategy!r}), and this is rank {self.ranks.rank}: ask there, or use placement='replicated'."
-            )
 
     def spoiled(self) -> bool:
         """Whether a batch of this rank gave statistics that are not finite, and were left out."""

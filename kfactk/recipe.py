@@ -182,6 +182,18 @@ class Recipe:
                 out[field] = repr(getattr(self, field))
         return out
 
+    def shared(self) -> dict[str, str]:
+        """The fields that have to be the same on all ranks, as text; of what cannot be written, its type."""
+        out = {}
+        for field in FIELDS:
+            if field in ("tracker", "output", "placement"):  # a rank's own, but for what travels how
+                continue
+            try:
+                out[field] = repr(self._written(field))
+            except OptionError:
+                out[field] = type(getattr(self, field)).__qualname__
+        return out | {"placement": type(self.placement).__qualname__, "wire_dtype": repr(self.placement.wire_dtype)}
+
     def __repr__(self) -> str:
         mine, usual, shown = self.summary(), inspect.signature(build).parameters, []
         for field in FIELDS:

@@ -70,6 +70,7 @@ class Refresh:
         sums = {keyed(name, key): value for name in needs for key, value in states[name].pending.items()}
         followed = any(need.follows for need in needs.values())
         averages = means(with_early(early, self._reduced(sums, "sums"))) if followed else {}
+        averages = {key: value for key, value in averages.items() if unkeyed(key)[0] not in unseen}
         with self.timed("factors"):
             self._average(states, averages, "factor")
         due = [need.layer for name, need in needs.items() if need.basis and name not in unseen]

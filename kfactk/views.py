@@ -12,7 +12,7 @@ from kfactk.blame import blaming
 from kfactk.errors import KfactkError, OptionError
 from kfactk.layerstate import LayerState
 from kfactk.preconditioner import Preconditioner
-from kfactk.ranks import Ranks
+from kfactk.ranks import Members, Ranks
 from kfactk.shards import is_sharded, sharded_like, whole
 from kfactk.stages import Layer
 
@@ -56,10 +56,11 @@ class LayerView:
         """`F v` for v shaped like the layer's parameters; missing ones count as zero. Sharded where any of v is, like the parameters.
 
         Raises:
-            KfactkError: No curvature has been measured yet.
+            KfactkError: No curvature has been measured yet, or it is other ranks that have it.
         """
         state = self._measured()
         pre = self._preconditioner
+        self._check_answer("factors", {matrix: pre.places.keepers(self.layer.name, matrix) for matrix in pre.basis.requires}, tensors)
         vector, matrices = self.matrix(tensors), pre.matrices(self.layer)
         with blaming("basis", pre.basis, f"on layer {self.layer.name!r}"):
             product = pre.basis.product(vector, matrices, state.decomposition, state.moment_values())
@@ -69,10 +70,11 @@ class LayerView:
         """`P v = (F + damping I)^-1 v`, likewise.
 
         Raises:
-            KfactkError: No curvature has been measured yet.
+            KfactkError: No curvature has been measured yet, or it is other ranks that have it.
         """
         self._measured()
         pre = self._preconditioner
+        self._check_answer("decomposition", {"": pre.places.holders(self.layer.name)}, tensors)
         return self._parted(pre.preconditioned(self.layer, self.matrix(tensors), self.damping), tensors)
 
     def condition(self) -> Tensor | None:
@@ -83,6 +85,28 @@ class LayerView:
             return None
         with blaming("basis", basis, f"on layer {self.layer.name!r}"):
             return basis.condition(state.decomposition, state.moment_values(), self.damping)
+
+    def _check_answer(self, what: str, lies: Mapping[str, Members], given: Mapping[str, Tensor]) -> None:
+        """Refuse what this rank, or for sharded tensors any rank, cannot answer; before anything is sent."""
+        ranks, places = self._preconditioner.ranks, self._preconditioner.places
+        common = sorted(set.intersection(*map(set, lies.values())))
+        where = ", ".join(f"{name} on rank {', '.join(map(str, members))}".removeprefix(" on ") for name, members in sorted(lies.items()))
+        layer, strategy = self.layer.name, places.assignment.strategy
+        if any(is_sharded(tensor) for tensor in given.values()) and len(common) < ranks.size:
+            raise KfactkError(
+                f"the {what} of layer {layer!r} are not on every rank ({where}; placement {strategy!r}), and sharded tensors "
+                "need all ranks to answer together: use placement='replicated', or ask with whole tensors."
+            )
+        if not common:
+            raise KfactkError(
+                f"the {what} of layer {layer!r} lie apart ({where}; placement {strategy!r}), so no rank can answer: use "
+                "placement='replicated'."
+            )
+        if ranks.rank not in common:
+            raise KfactkError(
+                f"the {what} of layer {layer!r} can be found on rank {', '.join(map(str, common))} (placement {strategy!r}), and this is "
+                f"rank {ranks.rank}: ask there, or use placement='replicated'."
+            )
 
     def _parted(self, matrix: Tensor, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
         parts, parameters = self._preconditioner.blocks.parted(self.layer, matrix), self.layer.tensors()

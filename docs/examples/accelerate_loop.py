@@ -42,6 +42,7 @@ def main():
         accelerator.print(f"epoch {epoch}: loss {mean:.3f}")
         accelerator.save_state("checkpoint")  # model, optimizer with its curvature, scheduler, random state
 
+    accelerator.wait_for_everyone()  # each process writes a part of it
     accelerator.load_state("checkpoint")
     accelerator.end_training()
 
