@@ -195,6 +195,23 @@ def balance(costs: Mapping[Key, float], bins: Iterable[int]) -> dict[Key, int]:
     return placed
 
 
+def take_turns(costs: Mapping[Key, float], turns: int) -> dict[Key, int]:
+    """Divide pieces of work among turns: those used are evenly spread over those there are, and no more than twice as many as would
+    be, were each as dear as the dearest piece. Fewer would let a step bear more, more would leave less for several ranks to do at a time.
+
+    Args:
+        costs: Of each piece.
+        turns: How many there are.
+
+    Example:
+        >>> take_turns({"a": 1.0, "b": 5.0, "c": 3.0, "d": 1.0}, 80)
+        {'b': 0, 'c': 20, 'a': 40, 'd': 60}
+    """
+    dearest = max(costs.values(), default=0.0)
+    wanted = min(turns, 2 * math.ceil(sum(costs.values()) / dearest)) if dearest else 1
+    return {piece: turn * turns // wanted for piece, turn in balance(costs, range(wanted)).items()}
+
+
 def grid(workload: Workload, ranks: int, width: int, strategy: str, reason: str = "", *, everyone: bool = False) -> Assignment:
     """Ranks in rows of `width`: a layer belongs to one row, whose ranks hold it, and each of its matrices to one rank of that row.
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import attrs
 
-from kfactk.assignment import Assignment, Work, Workload, balance
+from kfactk.assignment import Assignment, Work, Workload, take_turns
 from kfactk.machines import Machine
 from kfactk.traffic import Frequency, Message, Sizes, bytes_a_step, is_square, messages
 
@@ -147,7 +147,7 @@ class Job:
 
     def taking_turns(self) -> list[list[Work]]:
         """The works of each turn."""
-        placed = balance({work.layer: sum(work.units().values()) for work in self.workload.works}, range(self.turns))
+        placed = take_turns({work.layer: sum(work.units().values()) for work in self.workload.works}, self.turns)
         return [[work for work in self.workload.works if placed[work.layer] == turn] for turn in range(self.turns)]
 
     @classmethod
@@ -213,6 +213,10 @@ class Memory:
         return self.model + self.activations + self.curvature + self.passing
 
 
+EVENTS = ("Fisher pass", "factors", "sums"), ("Fisher pass", "scale", "decompositions", "moments"), ("decomposition", "decompositions")
+"""What comes together in a step where things are staggered."""
+
+
 @attrs.frozen
 class Costs:
     """What a step takes under one assignment.
@@ -227,6 +231,7 @@ class Costs:
         held: Bytes of curvature kept between steps, by rank.
         decomposing: Seconds of one refresh of the basis, by rank.
         memory: Bytes on the fullest rank.
+        staggered: Whether factors, scale and decompositions fall on different steps.
     """
 
     assignment: Assignment
@@ -238,6 +243,7 @@ class Costs:
     held: tuple[float, ...]
     decomposing: tuple[float, ...]
     memory: Memory
+    staggered: bool = False
 
     @property
     def seconds(self) -> float:
@@ -246,8 +252,12 @@ class Costs:
 
     @property
     def worst(self) -> float:
-        """Of a step in which everything is due."""
-        return sum(part.worst for part in (*self.compute.values(), *self.communication.values()))
+        """Of the dearest step: one in which everything is due or, staggered, the dearest thing."""
+        every = {**self.compute, **self.communication}
+        if not self.staggered:
+            return sum(part.worst for part in every.values())
+        always = sum(part.worst for name, part in every.items() if not any(name in event for event in EVENTS))
+        return always + max(sum(every[name].worst for name in event if name in every) for event in EVENTS)
 
 
 def cost(
@@ -290,7 +300,8 @@ def cost(
     worst_moved = {kind: max(sum(m.moved for m in each if m.kind == kind) for each in due) for kind in KINDS}
     decomposing = tuple(map(sum, zip(*refreshes, strict=True)))
     memory = _memory(job, max(held))
-    return Costs(assignment, ranks, compute, communication, bytes_a_step(found, workload), worst_moved, tuple(held), decomposing, memory)
+    moved = bytes_a_step(found, workload)
+    return Costs(assignment, ranks, compute, communication, moved, worst_moved, tuple(held), decomposing, memory, job.turns > 1)
 
 
 def _due(job: Job, turn: list[Work], sizes: Mapping[str, Sizes], assignment: Assignment, ranks: int, itemsize: float) -> list[Message]:

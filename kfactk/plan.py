@@ -46,7 +46,7 @@ class Need:
         new, owed = not state.ready, state.owed
         basis = new or now.basis or owed.basis
         factors = new or now.factors or owed.factors
-        scale = sampled and (basis or now.scale or owed.scale)
+        scale = sampled and (new or now.scale or owed.scale)
         scheduled = now.factors or (sampled and now.scale) or (new and not state.missed)
         return cls(layer, factors, scale, basis, scale and (basis or not here), not scheduled)
 

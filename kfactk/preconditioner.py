@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from kfactk.assignment import Work, Workload, balance
+from kfactk.assignment import Work, Workload, take_turns
 from kfactk.averages import RunningMean
 from kfactk.blocks import Blocks, diagonals
 from kfactk.coverage import Survey
@@ -26,7 +26,7 @@ from kfactk.plan import Need, Plan
 from kfactk.ranks import Ranks
 from kfactk.refresh import Damping, Refresh
 from kfactk.samples import Samples, Statistic, Use, working_dtype
-from kfactk.schedule import Calendar, Due
+from kfactk.schedule import Calendar
 from kfactk.stages import Basis, Curvature, Layer, Placement
 from kfactk.sums import Joined, add, guarded, local_means
 
@@ -95,18 +95,16 @@ class Preconditioner:
 
     def foresee(self, step: int) -> Plan:
         """What a step of this number would gather that began now."""
-        now, turn = self._calendar.at(step), self._calendar.turn(step)
         sampled = self.basis.moments_from == "samples"
         layers = self.layers()
         self.places.extend(layers)
         turns = self._turns(layers)
         needs = {}
         for layer in layers:
-            mine = turns.get(layer.name, 0) == turn
-            due = Due(now.factors, now.scale or mine, mine)
-            here = self.places.everywhere(layer.name)
-            needs[layer.name] = Need.of(layer, self.states[layer.name], due, sampled=sampled, here=here)
-        return Plan(needs, self.basis.moments_from == "gradient" and (now.scale or any(n.basis for n in needs.values())))
+            due = self._calendar.due(step, turns.get(layer.name, 0))
+            needs[layer.name] = Need.of(layer, self.states[layer.name], due, sampled=sampled, here=self.places.everywhere(layer.name))
+        refreshed = self._calendar.due(step).scale or any(need.basis for need in needs.values())
+        return Plan(needs, self.basis.moments_from == "gradient" and refreshed)
 
     def _turns(self, layers: Sequence[Layer]) -> dict[str, int]:
         """In which turn each layer is decomposed: by cost, whatever the ranks, so that another number of them does the same."""
@@ -114,7 +112,7 @@ class Preconditioner:
             return {}
         names = [layer.name for layer in layers]
         if list(self._laid_out) != names:
-            placed = balance({each.name: self.blocks.work(each).cost for each in layers}, range(self._calendar.turns))
+            placed = take_turns({each.name: self.blocks.work(each).cost for each in layers}, self._calendar.turns)
             self._laid_out = {name: placed[name] for name in names}
         return self._laid_out
 
@@ -133,8 +131,7 @@ class Preconditioner:
                 "of the examples, see the curvature's batch_dim, or leave the layer alone with exclude=",
             )
         self._gather(need, state, samples)
-        if need.late:
-            state.borrowed += [(use.inputs, use.inputs._version) for use in uses]
+        state.borrowed += [(use.inputs, use.inputs._version) for use in uses if need.late]
 
     def pass_by(self, taken: Container[str], terms: Tensor | float) -> None:
         """Count the likelihood terms of one forward for the layers that gave it no sample: what they add to the sums is nothing."""

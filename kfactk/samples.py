@@ -13,7 +13,7 @@ summed, never the mean, loss. So damping means the same at every batch size, res
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import attrs
 import torch
@@ -121,12 +121,12 @@ class Samples:
         if not self.first:
             return Statistic(None, 0.0)
         parts = (gram(self.inputs(rows)) for rows in self.chunks(self.positions * self.d_in))
-        return Statistic(_sum(parts), float(self.examples), symmetric=True)
+        return Statistic(total_of(parts), float(self.examples), symmetric=True)
 
     def grad_moment(self) -> Statistic:
         """`sum_n sum_t g g^T`, `[..., d_out, d_out]`, counted by likelihood terms."""
         parts = (gram(self.gradients(rows)) for rows in self.chunks(self.positions * self.d_out))
-        return Statistic(_sum(parts), self.terms, symmetric=True)
+        return Statistic(total_of(parts), self.terms, symmetric=True)
 
     def per_example_gradients(self, rows: slice = slice(None)) -> Tensor:
         """`D_n` of the examples `rows`, `[..., n, d_out, d_in]`. They sum to autograd's gradient of the summed loss."""
@@ -145,7 +145,7 @@ class Samples:
         t, d_in, d_out = self.positions, self.d_in, self.d_out
         numbers = 2 * t * (d_in + d_out) + (0 if t == 1 else 2 * d_in * d_out)
         parts = (self._squared_chunk(rows, left, right) for rows in self.chunks(numbers))
-        return Statistic(_sum(parts), self.terms)
+        return Statistic(total_of(parts), self.terms)
 
     def _squared_chunk(self, rows: slice, left: Tensor | None, right: Tensor | None) -> Tensor:
         # Rotating rows costs T d^2, rotating D_n costs d_in d_out d: each side is rotated where that is cheaper.
@@ -197,7 +197,8 @@ def working_dtype(*dtypes: torch.dtype) -> torch.dtype:
     return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
-def _sum(parts: Iterator[Tensor]) -> Tensor | None:
+def total_of(parts: Iterable[Tensor]) -> Tensor | None:
+    """The sum of tensors that nobody else holds; `None` where there are none."""
     total: Tensor | None = None
     for part in parts:
         total = part if total is None else total.add_(part)

@@ -47,29 +47,33 @@ def due_at(step: int, factor_every: Period, scale_every: Period, basis_every: Pe
 class Calendar:
     """What is due when, and whose turn it is where decompositions take turns.
 
-    Staggered, layers are decomposed in turns spread over `basis_every` steps, instead of all in one. Turns fall on steps where factors
-    and scale are due, `stride = lcm(factor_every, scale_every)` apart, so that no further pass is needed; each layer still waits
-    `basis_every` steps from one refresh to the next. At the first step every layer is due.
+    Staggered, no step bears more than one thing besides what every step does: the scale is refreshed halfway between refreshes of the
+    factors, and layers are decomposed in turns, on steps where neither is due. A layer still waits `basis_every` steps from one refresh
+    to the next; its moments are carried into the new basis, until they are measured there. A layer's first decomposition waits for
+    nothing, so that at the first step everything is due.
 
     Args:
         factor_every: Steps between refreshes of the factors, as `due_at` takes it; so are the next two.
         scale_every: Steps between refreshes of the scale.
         basis_every: Steps between decompositions.
-        stagger: Whether layers take turns; periods must be whole numbers then.
+        stagger: Whether to do so; periods must be whole numbers then.
 
     Raises:
         OptionError: Layers are to take turns, and a period is a function.
 
     Example:
         >>> calendar = Calendar(10, 10, 100, stagger=True)
-        >>> calendar.turns, calendar.turn(130), calendar.turn(131)
-        (10, 3, None)
+        >>> calendar.turns, calendar.turn(101), calendar.turn(105)
+        (80, 0, None)
+        >>> calendar.due(101, turn=0), calendar.due(101, turn=1).basis
+        (Due(factors=False, scale=False, basis=True), False)
     """
 
     factor_every: Period
     scale_every: Period
     basis_every: Period
     stagger: bool = False
+    _quiet: tuple[int, ...] = attrs.field(init=False, repr=False, eq=False)
 
     def __attrs_post_init__(self) -> None:
         if self.stagger and any(callable(period) for period in (self.factor_every, self.scale_every, self.basis_every)):
@@ -77,11 +81,21 @@ class Calendar:
                 "stagger=True needs factor_every, scale_every and basis_every as whole numbers: turns are laid out over one period. "
                 "Give numbers, or leave stagger out."
             )
+        object.__setattr__(self, "_quiet", self._quiet_steps() if self.stagger else (0,))
 
-    def at(self, step: int) -> Due:
-        """What is due at `step`, for the layers whose turn it is."""
-        due = due_at(step, self.factor_every, self.scale_every, self.basis_every)
-        return Due(due.factors, due.scale, self.turn(step) is not None) if self.stagger else due
+    def _quiet_steps(self) -> tuple[int, ...]:
+        """Steps of a period on which turns fall: those on which nothing else is due in any period, or all where there are none."""
+        factors, scale, basis = self.periods(0)
+        every = math.gcd(factors, basis), math.gcd(scale, basis)  # over many periods, a step is at every multiple of these
+        quiet = tuple(s for s in range(basis) if s % every[0] and (s - scale // 2) % every[1])
+        return quiet or tuple(range(basis))
+
+    def due(self, step: int, turn: int = 0) -> Due:
+        """What is due at `step` for a layer of this turn that has been decomposed before."""
+        if not self.stagger:
+            return due_at(step, self.factor_every, self.scale_every, self.basis_every)
+        factors, scale, _ = self.periods(step)
+        return Due(step % factors == 0, step % scale == scale // 2, self.turn(step) == turn)
 
     def periods(self, step: int) -> tuple[int, int, int]:
         """The periods of factors, scale and basis, as they are at `step`."""
@@ -92,16 +106,12 @@ class Calendar:
     @property
     def turns(self) -> int:
         """Number of turns in a period; 1 when all layers are decomposed together."""
-        factors, scale, basis = self.periods(0)
-        return max(1, basis // math.lcm(factors, scale)) if self.stagger else 1
+        return len(self._quiet)
 
     def turn(self, step: int) -> int | None:
         """Whose turn it is at `step`; `None` when it is nobody's."""
-        factors, scale, basis = self.periods(step)
-        if not self.stagger:
-            return 0 if step % basis == 0 else None
-        number, rest = divmod(step % basis, math.lcm(factors, scale))
-        return number if rest == 0 and number < self.turns else None
+        rest = step % self.periods(step)[2]
+        return self._quiet.index(rest) if rest in self._quiet else None
 
 
 def period_at(name: str, period: Period, step: int) -> int:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfactk
-from kfactk import Optimizer, OptionError
+from kfactk import Optimizer, OptionError, linalg
 from kfactk.schedule import Calendar, Due, due_at, number_at, period_at
 from kfactk.testing import effort
 from kfactk.testing.truth import dense_kron, unvec, vec
@@ -264,14 +264,28 @@ def test_a_group_keeps_its_own_damping_while_the_recipes_follows_its_function() 
         assert [group["damping"] for group in optimizer.param_groups] == [0.7, 0.5 / (1 + step)]
 
 
-def test_turns_fall_on_steps_where_factors_and_scale_are_due() -> None:
-    calendar = Calendar(2, 3, 12, stagger=True)
-    assert calendar.turns == 2
-    assert [calendar.turn(step) for step in range(14)] == [0, None, None, None, None, None, 1, *[None] * 5, 0, None]
-    assert [step for step in range(25) if calendar.at(step).basis] == [0, 6, 12, 18, 24]
-    together = Calendar(2, 3, 12)
+def test_what_is_staggered_falls_on_steps_of_its_own() -> None:
+    calendar = Calendar(4, 4, 12, stagger=True)
+    assert [step for step in range(13) if calendar.due(step).factors] == [0, 4, 8, 12]
+    assert [step for step in range(13) if calendar.due(step).scale] == [2, 6, 10]
+    assert [calendar.turn(step) for step in range(13)] == [None, 0, None, 1, None, 2, None, 3, None, 4, None, 5, None]
+    assert [step for step in range(30) if calendar.due(step, turn=1).basis] == [3, 15, 27]
+    together = Calendar(4, 4, 12)
     assert together.turns == 1
-    assert [step for step in range(25) if together.at(step).basis] == [0, 12, 24]
+    assert [step for step in range(25) if together.due(step).basis] == [0, 12, 24]
+    assert all(together.due(step) == due_at(step, 4, 4, 12) for step in range(25))
+
+
+def test_without_a_quiet_step_turns_fall_on_all() -> None:
+    calendar = Calendar(1, 2, 6, stagger=True)
+    assert [calendar.turn(step) for step in range(7)] == [0, 1, 2, 3, 4, 5, 0]
+
+
+@given(factors=st.integers(3, 8), times=st.integers(1, 5), step=st.integers(0, 300))
+def test_at_most_one_thing_is_due_in_a_step(factors: int, times: int, step: int) -> None:
+    calendar = Calendar(factors, factors, factors * times, stagger=True)
+    due = calendar.due(step)
+    assert due.factors + due.scale + (calendar.turn(step) is not None) <= 1
 
 
 @given(factors=st.integers(1, 6), scale=st.integers(1, 6), basis=st.integers(1, 40), step=st.integers(0, 200))
@@ -289,23 +303,36 @@ def test_turns_need_whole_numbers() -> None:
         kfactk.build(stagger="yes")  # type: ignore[arg-type]
 
 
-def test_layers_are_decomposed_in_their_turn_from_the_factors_of_that_step() -> None:
+def test_layers_are_decomposed_in_their_turn_and_take_their_scale_along() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-    optimizer = kfactk.build(lr=0.01, damping=0.1, factor_every=1, scale_every=2, basis_every=6, stagger=True).bind(model)
-    assert kfactk.build(stagger=True).calendar.turns == 10
-    changed: dict[str, list[int]] = {name: [] for name in optimizer.layers}
-    before: dict[str, Tensor] = {}
-    for step in range(19):
+    optimizer = kfactk.build(lr=0.01, damping=0.1, factor_every=4, scale_every=4, basis_every=12, stagger=True).bind(model)
+    assert kfactk.build(stagger=True).calendar.turns == 80
+    bases: dict[str, list[int]] = {name: [] for name in optimizer.layers}
+    scales: dict[str, list[int]] = {name: [] for name in optimizer.layers}
+    before: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+    for step in range(26):
         x, y = torch.randn(12, 6, dtype=torch.float64), torch.randint(3, (12,))
         optimizer.zero_grad()
         nn.functional.cross_entropy(model(x), y).backward()
         optimizer.step()
         for name, view in optimizer.layers.items():
-            vectors = view.decomposition["A"]["eigenvectors"]
-            if name not in before or not torch.equal(vectors, before[name]):
-                changed[name].append(step)
-                rotated = vectors.T @ view.factors["A"] @ vectors
+            right, left = (view.decomposition[key]["eigenvectors"] for key in ("A", "G"))
+            scale = view.scale["scale"]
+            if name not in before or not torch.equal(right, before[name][0]):
+                bases[name].append(step)
+                rotated = right.T @ view.factors["A"] @ right
                 torch.testing.assert_close(rotated, torch.diag(rotated.diagonal()), rtol=0, atol=1e-12)
-            before[name] = vectors
-    assert changed == {"0": [0, 2, 8, 14], "2": [0, 6, 12, 18], "4": [0, 4, 10, 16]}
+                if step:
+                    turned = torch.kron(left, right).T @ torch.kron(before[name][1], before[name][0])
+                    carried = (turned @ torch.diag(before[name][2].flatten()) @ turned.T).diagonal().view_as(scale)
+                    assert torch.allclose(carried.sum(), scale.sum())  # directions in a null space share their mean
+                    seen = [~linalg.null_mask(view.decomposition[key]["eigenvalues"]) for key in ("G", "A")]
+                    kept = seen[0][:, None] & seen[1]
+                    torch.testing.assert_close(scale[kept], carried[kept])
+            elif not torch.equal(scale, before[name][2]):
+                scales[name].append(step)
+            before[name] = right, left, scale
+    assert bases == {"0": [0, 15], "2": [0, 13, 25], "4": [0, 5, 17]}, "turns at steps 3 and 1 find the factors of step 0 again"
+    regular = [6, 10, 14, 18, 22]
+    assert scales == {"0": [2, 3, *regular], "2": [1, 2, *regular], "4": [2, *regular]}, "and carry the scale over into the same basis"

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Sequence
 import attrs
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from kfactk import Samples
-from kfactk.samples import working_dtype
+from kfactk import Samples, Statistic
+from kfactk.samples import total_of, working_dtype
+from kfactk_stages.curvature._autocorrelation import applies, patch_moment, patch_sum
 from kfactk_stages.curvature._unfold import Window
 
 
@@ -111,6 +113,17 @@ class ConvRows:
         """A group's channels times padded positions."""
         return self.channels * self.window.padded_positions(self.inputs.shape[2:])
 
+    def moment(self, rows: slice, dtype: torch.dtype, *, bias: bool) -> Tensor:
+        """`sum_n sum_t a a^T` without unfolding, `[(groups,) d_in, d_in]`; where `applies(window)`."""
+        inputs = self.inputs[rows].to(dtype)
+        moment = patch_moment(inputs, self.window, self.groups)
+        if bias:
+            sums = patch_sum(inputs, self.window, self.groups)
+            moment = F.pad(moment, (0, 1, 0, 1))
+            moment[:, -1, :-1] = moment[:, :-1, -1] = sums
+            moment[:, -1, -1] = float(len(inputs) * self.positions)
+        return self._ungrouped(moment)
+
     def input_view(self, rows: slice) -> Tensor:
         """`[(groups,) n, *out, channels, *kernel]`."""
         patches = self._grouped(self.window.patches(self.inputs[rows]), self.channels)
@@ -166,6 +179,18 @@ class JoinedSamples(Samples):
     def chunks(self, numbers_per_example: int) -> Iterator[slice]:
         """Slices over the examples such that `numbers_per_example` numbers each, and one use's padded input, fit in `chunk_bytes`."""
         return super().chunks(max(numbers_per_example, self._numbers))
+
+    def input_moment(self) -> Statistic:
+        """`sum_n sum_t a a^T`, by autocorrelation, which is the cheaper way, where it applies."""
+        correlated = [use for use in self.uses if isinstance(use, ConvRows) and applies(use.window)]
+        if not self.first or len(correlated) < len(self.uses):
+            return super().input_moment()
+        parts = (
+            use.moment(rows, self.dtype, bias=self.bias)
+            for use in correlated
+            for rows in super(JoinedSamples, self).chunks(3 * use.numbers)
+        )
+        return Statistic(total_of(parts), float(self.examples), symmetric=True)
 
     def inputs(self, rows: slice = slice(None)) -> Tensor:
         """Inputs of the examples `rows`, `[..., n, T, d_in]`, in the working precision."""

@@ -44,6 +44,22 @@ class Window:
             return cls(kernel, stride, dilation, _zero_pads(module.padding, kernel, dilation), "constant")
         return cls(kernel, stride, dilation, tuple(module._reversed_padding_repeated_twice), module.padding_mode)
 
+    @property
+    def padding(self) -> tuple[tuple[int, int], ...]:
+        """Padding before and after, dimension by dimension."""
+        return tuple((self.pads[i], self.pads[i + 1]) for i in reversed(range(0, len(self.pads), 2)))
+
+    @property
+    def reach(self) -> tuple[int, ...]:
+        """How far the last tap is from the first, dimension by dimension."""
+        return tuple(dilation * (taps - 1) for taps, dilation in zip(self.kernel, self.dilation, strict=True))
+
+    def unpadded(self, inputs: Tensor) -> tuple[Tensor, Window]:
+        """The same patches of an input that is padded by now, where what is beyond it is not zeros."""
+        if self.mode == "constant":
+            return inputs, self
+        return F.pad(inputs, self.pads, mode=self.mode), attrs.evolve(self, pads=(0,) * len(self.pads), mode="constant")
+
     def padded_positions(self, sizes: Sequence[int]) -> int:
         """Number of positions of an input of spatial shape `sizes`, once padded."""
         dims = len(self.kernel)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kfactk import CaptureError, Layer, OptionError, Samples, Statistic, Tensors, Use, hookimpl
-from kfactk.samples import DEFAULT_CHUNK_BYTES, gram
+from kfactk.samples import DEFAULT_CHUNK_BYTES, gram, total_of
 from kfactk_stages.curvature._coverage import reason_against
 from kfactk_stages.curvature._rows import JoinedSamples, LinearRows, Rows
 
@@ -168,10 +168,7 @@ def reduced_grad_moment(samples: Samples) -> Statistic:
 
 def summed_grams(parts: Iterable[Tensor]) -> Tensor | None:
     """`sum r r^T` over the rows of all parts, `[..., n, T, d]` each; `None` where there are none."""
-    total: Tensor | None = None
-    for part in parts:
-        total = gram(part) if total is None else total.add_(gram(part))
-    return total
+    return total_of(gram(part) for part in parts)
 
 
 @hookimpl

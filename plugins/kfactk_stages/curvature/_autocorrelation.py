@@ -1,0 +1,104 @@
+"""The input factor of a convolution of stride 1 without unfolding its input.
+
+Let `p_t` be the patch at position t. Over *all* positions at which a patch touches the input, `sum_t p_t p_t^T` holds for taps i and j
+nothing but the correlation of the input with itself at offset j - i: a convolution's weight gradient with its own input as the output's
+gradient, of (2k - 1) offsets a dimension where k^2 pairs of taps would be. A layer sees fewer positions than all; the patches at the
+others, a thin frame in which most taps are off the input, are unfolded and taken off again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from kfactk_stages.curvature._unfold import Window
+
+
+def applies(window: Window) -> bool:
+    """Whether the moment can be had this way: stride 1, more than one tap, and zeros beyond the input that no patch exceeds."""
+    exceeded = window.mode == "constant" and any(max(pads) > most for pads, most in zip(window.padding, window.reach, strict=True))
+    return all(step == 1 for step in window.stride) and math.prod(window.kernel) > 1 and not exceeded
+
+
+def patch_moment(inputs: Tensor, window: Window, groups: int) -> Tensor:
+    """`sum_n sum_t p p^T` over the patches of a convolution, `[groups, columns, columns]`, without bias.
+
+    Args:
+        inputs: `[N, groups * channels, *S]`, in the precision wanted.
+        window: Where the patches lie; `applies(window)` must hold.
+        groups: Groups of the convolution.
+
+    References:
+        Grosse & Martens 2016, arXiv:1602.01407, where A is made of the activations' autocovariances.
+    """
+    inputs, window = window.unpadded(inputs)
+    channels, taps = inputs.shape[1] // groups, window.kernel
+    moment = _toeplitz(_autocorrelation(inputs, window, groups), channels, groups, taps)
+    for tap_slices, patches in _frame(inputs, window):
+        kept = [part.stop - part.start for part in tap_slices]
+        rows = patches.reshape(len(patches), groups, channels, *patches.shape[2:]).movedim(1, 0)  # [groups, N, channels, ...]
+        dims = len(taps)
+        rows = rows.permute(0, 1, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims)).reshape(groups, -1, channels * math.prod(kept))
+        gram = (rows.transpose(-1, -2) @ rows).view(groups, channels, *kept, channels, *kept)
+        moment[(slice(None), slice(None), *tap_slices, slice(None), *tap_slices)] -= gram
+    columns = channels * math.prod(taps)
+    return moment.view(groups, columns, columns)
+
+
+def patch_sum(inputs: Tensor, window: Window, groups: int) -> Tensor:
+    """`sum_n sum_t p`, `[groups, columns]`."""
+    patches = window.patches(inputs.sum(0, keepdim=True))
+    dims = len(window.kernel)
+    return patches.sum(tuple(range(2, 2 + dims))).reshape(groups, -1)
+
+
+def _autocorrelation(inputs: Tensor, window: Window, groups: int) -> Tensor:
+    """`sum_{n,q} x_c(q) x_c'(q + offset)`, `[groups * channels, channels, *(2 k - 1)]`, offsets in steps of the dilation."""
+    dims, channels = len(window.kernel), inputs.shape[1] // groups
+    offsets = [2 * taps - 1 for taps in window.kernel]
+    weight = inputs.new_empty(()).expand(inputs.shape[1], channels, *offsets)
+    ones, zeros = [1] * dims, [0] * dims
+    mask = [False, True, False]
+    found = torch.ops.aten.convolution_backward(
+        inputs, inputs, weight, None, ones, list(window.reach), list(window.dilation), False, zeros, groups, mask
+    )
+    result: Tensor = found[1]
+    return result
+
+
+def _toeplitz(correlation: Tensor, channels: int, groups: int, taps: tuple[int, ...]) -> Tensor:
+    """`M[c, i, c', j] = correlation[c, c', j - i]` for taps i and j, `[groups, channels, *taps, channels, *taps]`."""
+    correlation = correlation.view(groups, channels, *correlation.shape[1:])
+    moment = correlation.new_empty(groups, channels, *taps, channels, *taps)
+    for i in itertools.product(*map(range, taps)):
+        window = tuple(slice(k - 1 - first, 2 * k - 1 - first) for k, first in zip(taps, i, strict=True))
+        block: tuple[slice | int, ...] = (slice(None), slice(None), *i)
+        moment[block] = correlation[(slice(None), slice(None), slice(None), *window)]
+    return moment
+
+
+def _frame(inputs: Tensor, window: Window) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
+    """The patches that touch the input and that the layer does not see, in pieces `[N, C, *positions, *taps]`, without the taps that
+    are off the input all over a piece; and which taps are left."""
+    dims = len(window.kernel)
+    pads = [most for most in reversed(window.reach) for _ in range(2)]
+    everywhere = Window(window.kernel, window.stride, window.dilation, tuple(pads), "constant").patches(inputs)
+    sizes = everywhere.shape[2 : 2 + dims]
+    cut = [(most - before, most - after) for most, (before, after) in zip(window.reach, window.padding, strict=True)]
+    for dim in range(dims):
+        seen = tuple(slice(before, size - after) for (before, after), size in zip(cut[:dim], sizes, strict=False))
+        rest = (slice(None),) * (dims - dim - 1)
+        k, dilation = window.kernel[dim], window.dilation[dim]
+        before, after = cut[dim]
+        every = tuple(slice(0, taps) for taps in window.kernel)
+        if before:  # the tap i of the last of these positions lies on the input from i = first on
+            first = k - -(-before // dilation)
+            taps = (*every[:dim], slice(first, k), *every[dim + 1 :])
+            yield taps, everywhere[(slice(None), slice(None), *seen, slice(0, before), *rest, *taps)]
+        if after:
+            taps = (*every[:dim], slice(0, -(-after // dilation)), *every[dim + 1 :])
+            yield taps, everywhere[(slice(None), slice(None), *seen, slice(sizes[dim] - after, None), *rest, *taps)]
