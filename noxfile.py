@@ -147,4 +147,4 @@ def equivalence(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["env"], default=False)
 def bench(session: nox.Session) -> None:
     """Step times relative to SGD with momentum, and to other optimisers that are installed."""
-    session.run(python(session), "benchmarks/race.py", *session.posargs)
+    session.run(python(session), "-m", "benchmarks.race", *session.posargs)
