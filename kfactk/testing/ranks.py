@@ -191,6 +191,7 @@ def _work(pipe: Connection) -> None:
 
 def _done(rank: int, ranks: int, store: str, patience: float, job: bytes) -> tuple[bool, bytes]:
     limit = datetime.timedelta(seconds=patience)
+    environment = dict(os.environ)
     try:
         function, arguments = _unpacked(job)
         dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=limit)
@@ -204,6 +205,8 @@ def _done(rank: int, ranks: int, store: str, patience: float, job: bytes) -> tup
         gc.collect()  # a model or optimizer that outlived its job would keep its groups' threads running
         if dist.is_initialized():
             dist.destroy_process_group()
+        os.environ.clear()  # engines leave variables there that tell the next job of their ranks
+        os.environ.update(environment)
 
 
 def _packed(value: Any) -> bytes:

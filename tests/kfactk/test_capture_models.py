@@ -299,14 +299,15 @@ def test_a_transformer_encoder_with_tokens() -> None:
 
 
 class Masks(TorchDispatchMode):
-    """Which gradients convolution backwards compute: of input, weight, bias."""
+    """Which gradients the backwards of a model's convolutions compute: of input, weight, bias."""
 
-    def __init__(self) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self.seen: list[list[bool]] = []
+        self._weights = {parameter.data_ptr() for parameter in model.parameters()}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.ops.aten.convolution_backward.default:
+        if func is torch.ops.aten.convolution_backward.default and args[2].data_ptr() in self._weights:
             self.seen.append(list(args[-1]))
         return func(*args, **(kwargs or {}))
 
@@ -314,7 +315,7 @@ class Masks(TorchDispatchMode):
 def test_the_pass_computes_no_weight_gradient_and_stops_at_the_first_layer() -> None:
     model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Conv2d(2, 2, 2), nn.Tanh(), nn.Conv2d(2, 3, 1), nn.Flatten())
     optimizer = bound(model, fisher="mc")
-    with Masks() as masks:
+    with Masks(model) as masks:
         loss = F.cross_entropy(model(torch.randn(6, 1, 3, 3)), LABELS)
         of_pass = list(masks.seen)
         loss.backward()
