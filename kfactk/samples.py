@@ -128,9 +128,15 @@ class Samples:
         parts = (gram(self.gradients(rows)) for rows in self.chunks(self.positions * self.d_out))
         return Statistic(total_of(parts), self.terms, symmetric=True)
 
-    def per_example_gradients(self, rows: slice = slice(None)) -> Tensor:
-        """`D_n` of the examples `rows`, `[..., n, d_out, d_in]`. They sum to autograd's gradient of the summed loss."""
-        return self.gradients(rows).transpose(-1, -2) @ self.inputs(rows)
+    def per_example_gradients(self, rows: slice = slice(None), left: Tensor | None = None) -> Tensor:
+        """`left^T D_n` of the examples `rows`, `[..., n, d_out, d_in]`. The `D_n` sum to autograd's gradient of the summed loss.
+
+        Args:
+            rows: The examples.
+            left: `[..., d_out, k_out]`; `None` for no rotation.
+        """
+        gradients = self.gradients(rows)
+        return (gradients if left is None else _rotate(gradients, left)).transpose(-1, -2) @ self.inputs(rows)
 
     def projected_square(self, left: Tensor | None, right: Tensor | None) -> Statistic:
         """`sum_n (left^T D_n right)^2`, elementwise square, `[..., k_out, k_in]`, counted by likelihood terms.
@@ -150,15 +156,15 @@ class Samples:
     def _squared_chunk(self, rows: slice, left: Tensor | None, right: Tensor | None) -> Tensor:
         # Rotating rows costs T d^2, rotating D_n costs d_in d_out d: each side is rotated where that is cheaper.
         early_left, early_right = self.positions <= self.d_in, self.positions <= self.d_out
-        if not early_left and not early_right:
-            return project(self.per_example_gradients(rows), left, right, per_example=True).square_().sum(-3)
+        early, late = (left, None) if early_left else (None, left)
+        if not early_right:
+            return project(self.per_example_gradients(rows, early), late, right, per_example=True).square_().sum(-3)
         g, a = self.gradients(rows), self.inputs(rows)
-        g = _rotate(g, left) if left is not None and early_left else g
-        a = _rotate(a, right) if right is not None and early_right else a
+        g = g if early is None else _rotate(g, early)
+        a = a if right is None else _rotate(a, right)
         if self.positions == 1:
             return g.squeeze(-2).square().transpose(-1, -2) @ a.squeeze(-2).square()
-        late_left, late_right = None if early_left else left, None if early_right else right
-        return project(g.transpose(-1, -2) @ a, late_left, late_right, per_example=True).square_().sum(-3)
+        return project(g.transpose(-1, -2) @ a, late, None, per_example=True).square_().sum(-3)
 
 
 def project(matrix: Tensor, left: Tensor | None, right: Tensor | None, *, per_example: bool = False) -> Tensor:

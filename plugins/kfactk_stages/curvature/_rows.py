@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from kfactk import Samples, Statistic
 from kfactk.samples import total_of, working_dtype
 from kfactk_stages.curvature._autocorrelation import applies, patch_moment, patch_sum
+from kfactk_stages.curvature._per_example import weight_gradients
 from kfactk_stages.curvature._unfold import Window
 
 
@@ -124,6 +125,25 @@ class ConvRows:
             moment[:, -1, -1] = float(len(inputs) * self.positions)
         return self._ungrouped(moment)
 
+    def grad_moment(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """`sum_n sum_t g g^T`, `[(groups,) d_out, d_out]`; positions stay side by side, so that what is copied is read in its order."""
+        gradient = self._grouped(self.gradient[rows], self.outputs).flatten(3).permute(1, 2, 0, 3).to(dtype).flatten(2)
+        moment = gradient @ gradient.transpose(-1, -2)
+        return self._ungrouped(moment if isinstance(self.scale, float) and self.scale == 1.0 else moment * self.scale**2)
+
+    def per_example_gradients(self, rows: slice, dtype: torch.dtype, left: Tensor | None, *, bias: bool) -> Tensor:
+        """`left^T D_n` of this use, `[(groups,) n, d_out, d_in]`, without unfolding."""
+        gradient = self._grouped(self.gradient[rows], self.outputs).to(dtype).flatten(3)
+        if not isinstance(self.scale, float) or self.scale != 1.0:
+            gradient = gradient * self.scale
+        if left is not None:
+            gradient = left.to(dtype).transpose(-1, -2) @ gradient
+        image = gradient.reshape(*gradient.shape[:3], *self.gradient.shape[2:])
+        found = weight_gradients(self.inputs[rows].to(dtype), image, self.window)
+        if bias:
+            found = torch.cat([found, gradient.sum(-1, keepdim=True)], -1)
+        return self._ungrouped(found.transpose(0, 1))
+
     def input_view(self, rows: slice) -> Tensor:
         """`[(groups,) n, *out, channels, *kernel]`."""
         patches = self._grouped(self.window.patches(self.inputs[rows]), self.channels)
@@ -191,6 +211,23 @@ class JoinedSamples(Samples):
             for rows in super(JoinedSamples, self).chunks(3 * use.numbers)
         )
         return Statistic(total_of(parts), float(self.examples), symmetric=True)
+
+    def grad_moment(self) -> Statistic:
+        """`sum_n sum_t g g^T`, use by use."""
+        convolutions = [use for use in self.uses if isinstance(use, ConvRows)]
+        if len(convolutions) < len(self.uses):
+            return super().grad_moment()
+        chunks = [(use, rows) for use in convolutions for rows in super(JoinedSamples, self).chunks(use.positions * use.outputs)]
+        return Statistic(total_of(use.grad_moment(rows, self.dtype) for use, rows in chunks), self.terms, symmetric=True)
+
+    def per_example_gradients(self, rows: slice = slice(None), left: Tensor | None = None) -> Tensor:
+        """`left^T D_n` of the examples `rows`; convolutions are not unfolded."""
+        if not all(isinstance(use, ConvRows) for use in self.uses):
+            return super().per_example_gradients(rows, left)
+        convolutions = (use for use in self.uses if isinstance(use, ConvRows))
+        found = total_of(use.per_example_gradients(rows, self.dtype, left, bias=self.bias) for use in convolutions)
+        assert found is not None
+        return found
 
     def inputs(self, rows: slice = slice(None)) -> Tensor:
         """Inputs of the examples `rows`, `[..., n, T, d_in]`, in the working precision."""

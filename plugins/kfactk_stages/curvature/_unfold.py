@@ -60,6 +60,13 @@ class Window:
             return inputs, self
         return F.pad(inputs, self.pads, mode=self.mode), attrs.evolve(self, pads=(0,) * len(self.pads), mode="constant")
 
+    def evenly_padded(self, inputs: Tensor) -> tuple[Tensor, Window]:
+        """The same patches with as many zeros before as after, where a convolution's own padding can be had so."""
+        even = self.mode == "constant" and all(before == after for before, after in self.padding)
+        if even:
+            return inputs, self
+        return F.pad(inputs, self.pads, mode=self.mode), attrs.evolve(self, pads=(0,) * len(self.pads), mode="constant")
+
     def padded_positions(self, sizes: Sequence[int]) -> int:
         """Number of positions of an input of spatial shape `sizes`, once padded."""
         dims = len(self.kernel)
