@@ -48,7 +48,8 @@ def test_curvature_takes_the_operations_of_its_formulas(basis: str, solver: str)
         found = job.layers[work.layer]
         said = LayerCost.of(work, job.workload, positions=POSITIONS[work.layer], batch=8, solver=solver)
         assert found.factors.products == said.factors.products
-        assert found.scale.products == said.scale.products
+        plain = 2 * 8 * 9 * 4 if (work.layer, basis) == ("conv", "ekfac") else 0  # a convolution's bias column is a plain sum
+        assert found.scale.products + found.scale.convolutions == said.scale.products - plain
         assert found.precondition.products == said.precondition.products
         assert found.transport.products == said.transport.products
         assert (found.solver, found.sizes) == (solver, said.sizes)
@@ -207,3 +208,14 @@ def test_a_meter_counts_no_views() -> None:
         torch.linalg.solve_triangular(torch.empty(3, 3, device=META), torch.empty(3, 5, device=META), upper=False)
         torch.cholesky_solve(torch.empty(3, 5, device=META), torch.empty(3, 3, device=META))
     assert meter.amount.products == 9 * 5 + 2 * 9 * 5
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_backwards_of_grouped_convolutions_are_counted_by_what_they_multiply(groups: int) -> None:
+    conv = nn.Conv2d(4, 8, 3, padding=1, groups=groups, bias=False, device="meta")
+    x = torch.empty(2, 4, 5, 6, device="meta", requires_grad=True)
+    y = conv(x)
+    with Meter() as meter:
+        torch.autograd.grad(y, [x, conv.weight], torch.empty_like(y))
+    multiplied = 2 * 8 * 5 * 6 * (4 // groups) * 9  # outputs by the inputs that each is made of
+    assert meter.amount.convolutions == 2 * 2 * multiplied

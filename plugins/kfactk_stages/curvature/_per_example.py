@@ -24,6 +24,9 @@ def weight_gradients(inputs: Tensor, gradient: Tensor, window: Window) -> Tensor
     inputs, window = window.evenly_padded(inputs)
     n, groups, outputs, *out = gradient.shape
     dims, channels = len(window.kernel), inputs.shape[1] // groups
+    columns = channels * math.prod(window.kernel)
+    if not n:
+        return gradient.new_zeros(n, groups, outputs, columns)
     if math.prod(window.kernel) == 1 and math.prod(window.stride) == 1 and not any(window.pads):
         pixels = inputs.reshape(n, groups, channels, -1)
         return gradient.flatten(3) @ pixels.transpose(-1, -2)
@@ -43,4 +46,4 @@ def weight_gradients(inputs: Tensor, gradient: Tensor, window: Window) -> Tensor
         mask,
     )
     result: Tensor = found[1]
-    return result.view(n, groups, outputs, -1)
+    return result.view(n, groups, outputs, columns)

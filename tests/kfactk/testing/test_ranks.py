@@ -1,3 +1,14 @@
+"""Worker processes: what one job does to its process does not reach the next."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from kfactk.testing.ranks import shared_workers
+
+pytestmark = pytest.mark.xdist_group("ranks")
 
 
 def leaves_a_variable(rank: int) -> str | None:
