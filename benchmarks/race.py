@@ -36,6 +36,7 @@ SETTINGS: dict[str, Make] = {
     "conv_kfac, ekfac, adam": _kfactk(),
     "conv_kfac, ekfac, adam, staggered": _kfactk(stagger=True),
     "conv_kfac, kfac, adam": _kfactk(basis="kfac"),
+    "conv_kfac (reduce), ekfac, adam, staggered": _kfactk(curvature={"name": "conv_kfac", "spatial": "reduce"}, stagger=True),
 }
 """By name; each makes the optimiser of a model."""
 
@@ -97,10 +98,10 @@ def measure(settings: Mapping[str, Make], width: int, steps: int, batch: int, de
 def table(seconds: Mapping[str, list[float]]) -> str:
     """Mean and median relative to the baseline's, and the worst step relative to the median of its own."""
     base = seconds[BASELINE]
-    lines = [f"{'':36}{'mean':>8}{'median':>8}{'worst / median':>16}"]
+    lines = [f"{'':44}{'mean':>8}{'median':>8}{'worst / median':>16}"]
     for name, taken in seconds.items():
         mean, median = statistics.mean(taken) / statistics.mean(base), statistics.median(taken) / statistics.median(base)
-        lines.append(f"{name:36}{mean:8.2f}{median:8.2f}{max(taken) / statistics.median(taken):16.1f}")
+        lines.append(f"{name:44}{mean:8.2f}{median:8.2f}{max(taken) / statistics.median(taken):16.1f}")
     return "\n".join(lines)
 
 

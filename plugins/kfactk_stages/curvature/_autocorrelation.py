@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -43,7 +43,7 @@ def patch_moment(inputs: Tensor, window: Window, groups: int) -> Tensor:
         rows = patches.reshape(len(patches), groups, channels, *patches.shape[2:]).movedim(1, 0)  # [groups, N, channels, ...]
         dims = len(taps)
         rows = rows.permute(0, 1, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims)).reshape(groups, -1, channels * math.prod(kept))
-        gram = (rows.transpose(-1, -2) @ rows).view(groups, channels, *kept, channels, *kept)
+        gram = gram_of(rows).view(groups, channels, *kept, channels, *kept)
         moment[(slice(None), slice(None), *tap_slices, slice(None), *tap_slices)] -= gram
     columns = channels * math.prod(taps)
     return moment.view(groups, columns, columns)
@@ -70,6 +70,13 @@ def _autocorrelation(inputs: Tensor, window: Window, groups: int) -> Tensor:
     return result
 
 
+def gram_of(rows: Tensor) -> Tensor:
+    """`rows^T rows`, `[groups, n, n]`; of one group by a plain product, which is divided among threads along the rows too."""
+    if len(rows) > 1:
+        return rows.transpose(-1, -2) @ rows
+    return (rows[0].T @ rows[0])[None]
+
+
 def _toeplitz(correlation: Tensor, channels: int, groups: int, taps: tuple[int, ...]) -> Tensor:
     """`M[c, i, c', j] = correlation[c, c', j - i]` for taps i and j, `[groups, channels, *taps, channels, *taps]`."""
     correlation = correlation.view(groups, channels, *correlation.shape[1:])
@@ -83,22 +90,27 @@ def _toeplitz(correlation: Tensor, channels: int, groups: int, taps: tuple[int, 
 
 def _frame(inputs: Tensor, window: Window) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
     """The patches that touch the input and that the layer does not see, in pieces `[N, C, *positions, *taps]`, without the taps that
-    are off the input all over a piece; and which taps are left."""
-    dims = len(window.kernel)
-    pads = [most for most in reversed(window.reach) for _ in range(2)]
-    everywhere = Window(window.kernel, window.stride, window.dilation, tuple(pads), "constant").patches(inputs)
-    sizes = everywhere.shape[2 : 2 + dims]
-    cut = [(most - before, most - after) for most, (before, after) in zip(window.reach, window.padding, strict=True)]
-    for dim in range(dims):
-        seen = tuple(slice(before, size - after) for (before, after), size in zip(cut[:dim], sizes, strict=False))
-        rest = (slice(None),) * (dims - dim - 1)
-        k, dilation = window.kernel[dim], window.dilation[dim]
-        before, after = cut[dim]
+    are off the input all over a piece; and which taps are left.
+
+    A piece is a strip along one dimension, before or after what is seen there: of positions that are seen in the dimensions before, and
+    of all in those that follow.
+    """
+    for dim, (k, dilation, most) in enumerate(zip(window.kernel, window.dilation, window.reach, strict=True)):
+        size, (before, after) = inputs.shape[2 + dim], window.padding[dim]
+        pads = [*window.padding[:dim], (0, 0), *((reach, reach) for reach in window.reach[dim + 1 :])]
         every = tuple(slice(0, taps) for taps in window.kernel)
-        if before:  # the tap i of the last of these positions lies on the input from i = first on
-            first = k - -(-before // dilation)
-            taps = (*every[:dim], slice(first, k), *every[dim + 1 :])
-            yield taps, everywhere[(slice(None), slice(None), *seen, slice(0, before), *rest, *taps)]
-        if after:
-            taps = (*every[:dim], slice(0, -(-after // dilation)), *every[dim + 1 :])
-            yield taps, everywhere[(slice(None), slice(None), *seen, slice(sizes[dim] - after, None), *rest, *taps)]
+        if cut := most - before:  # the last of these positions has the tap i on the input from i = first on
+            taps = (*every[:dim], slice(k - -(-cut // dilation), k), *every[dim + 1 :])
+            pads[dim] = most, max(0, cut - size)
+            yield taps, _patches(inputs.narrow(2 + dim, 0, min(cut, size)), window, pads, taps)
+        if cut := most - after:
+            taps = (*every[:dim], slice(0, -(-cut // dilation)), *every[dim + 1 :])
+            pads[dim] = max(0, cut - size), most
+            yield taps, _patches(inputs.narrow(2 + dim, max(0, size - cut), min(cut, size)), window, pads, taps)
+
+
+def _patches(inputs: Tensor, window: Window, pads: Sequence[tuple[int, int]], taps: tuple[slice, ...]) -> Tensor:
+    """All patches of a padded input, of some of their taps."""
+    flat = tuple(pad for each in reversed(pads) for pad in each)
+    every = (slice(None),) * (2 + len(pads))
+    return Window(window.kernel, window.stride, window.dilation, flat, "constant").patches(inputs)[(*every, *taps)]

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from kfactk import Samples, Statistic
 from kfactk.samples import total_of, working_dtype
-from kfactk_stages.curvature._autocorrelation import applies, patch_moment, patch_sum
+from kfactk_stages.curvature._autocorrelation import applies, gram_of, patch_moment, patch_sum
 from kfactk_stages.curvature._per_example import weight_gradients
 from kfactk_stages.curvature._unfold import Window
 
@@ -128,7 +128,7 @@ class ConvRows:
     def grad_moment(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """`sum_n sum_t g g^T`, `[(groups,) d_out, d_out]`; positions stay side by side, so that what is copied is read in its order."""
         gradient = self._grouped(self.gradient[rows], self.outputs).flatten(3).permute(1, 2, 0, 3).to(dtype).flatten(2)
-        moment = gradient @ gradient.transpose(-1, -2)
+        moment = gram_of(gradient.transpose(-1, -2))
         return self._ungrouped(moment if isinstance(self.scale, float) and self.scale == 1.0 else moment * self.scale**2)
 
     def per_example_gradients(self, rows: slice, dtype: torch.dtype, left: Tensor | None, *, bias: bool) -> Tensor:
@@ -222,9 +222,9 @@ class JoinedSamples(Samples):
 
     def per_example_gradients(self, rows: slice = slice(None), left: Tensor | None = None) -> Tensor:
         """`left^T D_n` of the examples `rows`; convolutions are not unfolded."""
-        if not all(isinstance(use, ConvRows) for use in self.uses):
+        convolutions = [use for use in self.uses if isinstance(use, ConvRows) and use.positions >= use.outputs]
+        if len(convolutions) < len(self.uses):  # or there are so few positions that unfolding is cheaper
             return super().per_example_gradients(rows, left)
-        convolutions = (use for use in self.uses if isinstance(use, ConvRows))
         found = total_of(use.per_example_gradients(rows, self.dtype, left, bias=self.bias) for use in convolutions)
         assert found is not None
         return found
