@@ -109,6 +109,10 @@ class Samples:
         """Output gradients of the examples `rows`, `[..., n, T, d_out]`, in the working precision."""
         return self._gradients[..., rows, :, :].to(self.dtype)
 
+    def input_sums(self, rows: slice = slice(None)) -> Tensor:
+        """`sum_t a` of the examples `rows`, `[..., n, d_in]`."""
+        return self.inputs(rows).sum(-2)
+
     def chunks(self, numbers_per_example: int) -> Iterator[slice]:
         """Slices over the examples such that `numbers_per_example` numbers each, in the working precision, fit in `chunk_bytes`."""
         size = max(1, numbers_per_example * max(1, self.groups) * self.dtype.itemsize)

@@ -125,6 +125,12 @@ class ConvRows:
             moment[:, -1, -1] = float(len(inputs) * self.positions)
         return self._ungrouped(moment)
 
+    def input_sums(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """`sum_t a` without the bias column, `[(groups,) n, columns]`: sums over what each tap sees, where patches would be copies."""
+        dims = len(self.window.kernel)
+        sums = self.window.patches(self.inputs[rows].to(dtype)).sum(tuple(range(2, 2 + dims)))
+        return self._ungrouped(sums.reshape(len(sums), self.groups, self.columns).transpose(0, 1))
+
     def grad_moment(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """`sum_n sum_t g g^T`, `[(groups,) d_out, d_out]`; positions stay side by side, so that what is copied is read in its order."""
         gradient = self._grouped(self.gradient[rows], self.outputs).flatten(3).permute(1, 2, 0, 3).to(dtype).flatten(2)
@@ -211,6 +217,15 @@ class JoinedSamples(Samples):
             for rows in super(JoinedSamples, self).chunks(3 * use.numbers)
         )
         return Statistic(total_of(parts), float(self.examples), symmetric=True)
+
+    def input_sums(self, rows: slice = slice(None)) -> Tensor:
+        """`sum_t a` of the examples `rows`, `[..., n, d_in]`."""
+        convolutions = [use for use in self.uses if isinstance(use, ConvRows)]
+        if len(convolutions) < len(self.uses):
+            return super().input_sums(rows)
+        sums = total_of(use.input_sums(rows, self.dtype) for use in convolutions)
+        assert sums is not None
+        return F.pad(sums, (0, 1), value=float(self.positions)) if self.bias else sums
 
     def grad_moment(self) -> Statistic:
         """`sum_n sum_t g g^T`, use by use."""

@@ -156,7 +156,8 @@ def reduced_input_moment(samples: Samples) -> Statistic:
     """`sum_n abar abar^T` with `abar = mean_t a`, `[..., d_in, d_in]`, counted by examples."""
     if not samples.first:
         return Statistic(None, 0.0)
-    means = (samples.inputs(rows).mean(-2, keepdim=True) for rows in samples.chunks(samples.positions * samples.d_in))
+    chunks = samples.chunks(samples.positions * samples.d_in)
+    means = (samples.input_sums(rows).unsqueeze(-2) / max(1, samples.positions) for rows in chunks)
     return Statistic(summed_grams(means), float(samples.examples), symmetric=True)
 
 

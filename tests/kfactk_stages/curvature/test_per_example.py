@@ -85,6 +85,13 @@ def test_the_output_factor_sums_over_positions(case: tuple[Any, list[Use]]) -> N
 
 
 @settings(max_examples=40)
+@given(used())
+def test_sums_of_patches_are_those_of_the_unfolded_rows(case: tuple[Any, list[Use]]) -> None:
+    samples = samples_of(*case)
+    torch.testing.assert_close(samples.input_sums(slice(1, 3)), samples.inputs(slice(1, 3)).sum(-2), rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=40)
 @given(used(), st.sampled_from([1, 2**28]))
 def test_the_scale_is_that_of_autograds_gradients(case: tuple[Any, list[Use]], chunk_bytes: int) -> None:
     """Rotated on both sides, whichever side of whichever layer is rotated first, in chunks or at once."""
