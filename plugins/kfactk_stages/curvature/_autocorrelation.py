@@ -24,6 +24,12 @@ def applies(window: Window) -> bool:
     return all(step == 1 for step in window.stride) and math.prod(window.kernel) > 1 and not exceeded
 
 
+def wide(window: Window, sizes: Sequence[int]) -> bool:
+    """Whether every tap sees most of an input of these sizes: what is taken off again is then small beside what is left, and so is its
+    rounding."""
+    return all(size >= 2 * most for size, most in zip(sizes, window.reach, strict=True))
+
+
 def patch_moment(inputs: Tensor, window: Window, groups: int) -> Tensor:
     """`sum_n sum_t p p^T` over the patches of a convolution, `[groups, columns, columns]`, without bias.
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from kfactk import Samples, Statistic
 from kfactk.samples import total_of, working_dtype
-from kfactk_stages.curvature._autocorrelation import applies, gram_of, patch_moment, patch_sum
+from kfactk_stages.curvature._autocorrelation import applies, gram_of, patch_moment, patch_sum, wide
 from kfactk_stages.curvature._per_example import weight_gradients
 from kfactk_stages.curvature._unfold import Window
 
@@ -208,7 +208,8 @@ class JoinedSamples(Samples):
 
     def input_moment(self) -> Statistic:
         """`sum_n sum_t a a^T`, by autocorrelation, which is the cheaper way, where it applies."""
-        correlated = [use for use in self.uses if isinstance(use, ConvRows) and applies(use.window)]
+        convolutions = [use for use in self.uses if isinstance(use, ConvRows)]
+        correlated = [use for use in convolutions if applies(use.window) and wide(use.window, use.inputs.shape[2:])]
         if not self.first or len(correlated) < len(self.uses):
             return super().input_moment()
         parts = (

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kfactk import Layer, Use
-from kfactk_stages.curvature._autocorrelation import applies, patch_moment, patch_sum
+from kfactk_stages.curvature._autocorrelation import applies, patch_moment, patch_sum, wide
 from kfactk_stages.curvature._unfold import Window
 from kfactk_stages.curvature.conv_kfac import ConvKfac
 
@@ -98,3 +98,19 @@ def test_float32_is_as_near_as_unfolding_is() -> None:
     unfolded = (patches.transpose(1, 2) @ patches - truth).abs().max()
     correlated = (patch_moment(inputs, Window.of(conv), 1) - truth).abs().max()
     assert correlated < 10 * unfolded
+
+
+@pytest.mark.parametrize(("size", "is_wide"), [(3, False), (4, True), (32, True)])
+def test_inputs_of_which_a_tap_sees_little_are_unfolded(size: int, is_wide: bool) -> None:
+    assert wide(Window.of(nn.Conv2d(1, 1, 3, padding=1)), (size, 32)) == is_wide
+
+
+def test_what_no_tap_sees_is_exactly_nothing() -> None:
+    """A tap that is off the input everywhere has zeros in the factor, not the rounding of what was added and taken off again."""
+    conv, inputs = nn.Conv1d(1, 1, 2, padding="same", dilation=2), torch.randn(6, 1, 1)
+    layer = Layer("conv", conv, ("weight", "bias"))
+    samples = ConvKfac().samples(layer, [Use(inputs, torch.ones(6, 1, 1))], terms=6, first=True)
+    found = samples.input_moment().total
+    assert found is not None
+    assert int((found == 0).sum()) >= 3
+    assert bool((torch.linalg.eigvalsh(found) > -1e-6).all())
