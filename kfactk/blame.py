@@ -21,20 +21,32 @@ def label_of(family: str, stage: object) -> str:
     return f"{family} {type(stage).__module__}:{type(stage).__qualname__}"
 
 
-@contextlib.contextmanager
-def blaming(family: str, stage: object, where: str) -> Iterator[None]:
-    """Turn what a stage raises, or returns in a form nobody can use, into a `PluginError` that names it.
+class blaming:
+    """A context that turns what a stage raises, or returns in a form nobody can use, into a `PluginError` that names it.
 
-    Errors of kfactk and exhausted memory pass through.
+    Errors of kfactk and exhausted memory pass through. A class, since a generator costs more than many of the calls it surrounds.
+
+    Args:
+        family: Family of the stage.
+        stage: The stage.
+        where: What it was doing, in words that follow "failed".
     """
-    try:
-        yield
-    except (KfactkError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
+
+    __slots__ = ("_family", "_stage", "_where")
+
+    def __init__(self, family: str, stage: object, where: str) -> None:
+        self._family, self._stage, self._where = family, stage, where
+
+    def __enter__(self) -> None:
+        """Nothing is needed before."""
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        """Tell the stage apart from what it raised."""
+        if error is None or isinstance(error, KfactkError | torch.OutOfMemoryError) or not isinstance(error, Exception):
+            return
         what = f"{type(error).__name__}: {error}"
         raise PluginError(
-            f"{label_of(family, stage)} failed {where} ({what}). Report it to its authors, or use another {family}."
+            f"{label_of(self._family, self._stage)} failed {self._where} ({what}). Report it to its authors, or use another {self._family}."
         ) from error
 
 

@@ -6,6 +6,7 @@ Nothing is kept here; tensors come in and go out. What fails is told with the st
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import TypeGuard
 
 import attrs
 import torch
@@ -15,7 +16,7 @@ from kfactk.assignment import Work
 from kfactk.blame import blaming, check_matrices, check_parted, check_statistics, square
 from kfactk.linalg import mean_diagonal
 from kfactk.samples import Samples, Statistic, Use, working_dtype
-from kfactk.stages import Basis, Coupling, Curvature, Decomposition, Layer, Tensors
+from kfactk.stages import Basis, Coupling, Curvature, Decomposition, Layer, MakesOperator, Operator, PartsFactors, Tensors
 from kfactk.sums import prefixed
 
 
@@ -44,11 +45,29 @@ class Blocks:
             use = self.curvature.blank(layer)
             return self.curvature.samples(layer, [Use(use.inputs[:0], use.gradient[:0])], terms=terms, first=True)
 
-    def factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
-        """Sums and counts of the factors, as "factor.NAME"."""
+    def factors(self, layer: Layer, samples: Samples, *, inputs: bool = True, gradients: bool = True) -> dict[str, Statistic]:
+        """Sums and counts of the factors, as "factor.NAME".
+
+        Args:
+            layer: The layer.
+            samples: What it saw.
+            inputs: Whether those made of inputs alone are wanted, of a curvature that parts them.
+            gradients: Whether the others are.
+        """
         with blaming("curvature", self.curvature, _on(layer)):
-            found = self.curvature.factors(layer, samples)
+            if not parts_factors(self.curvature) or (inputs and gradients):
+                found = self.curvature.factors(layer, samples)
+            else:
+                found = (self.curvature.input_factors if inputs else self.curvature.gradient_factors)(layer, samples)
         return prefixed("factor", check_statistics("curvature", self.curvature, _on(layer), found, required=True))
+
+    def from_inputs(self, layer: Layer) -> frozenset[str]:
+        """Names of the factors made of inputs alone, where the curvature can sum them up apart."""
+        if not parts_factors(self.curvature):
+            return frozenset()
+        samples, _ = self.blank(layer)
+        with blaming("curvature", self.curvature, _on(layer)):
+            return frozenset(self.curvature.input_factors(layer, samples))
 
     def matrices(self, layer: Layer, factors: Tensors, names: frozenset[str] | None = None) -> dict[str, Tensor]:
         """Averaged factors as matrices.
@@ -146,13 +165,40 @@ class Blocks:
         with blaming("basis", self.basis, _on(layer)):
             return self.basis.transport(moments, old, new)
 
-    def precondition(self, layer: Layer, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
+    def operator(self, layer: Layer, decomposition: Decomposition, moments: Tensors, damping: float) -> Operator:
+        """`precondition` with all but the gradient given: the basis' own operator where it makes one."""
+        if not makes_operator(self.basis):
+            return lambda gradient: self.basis.precondition(gradient, decomposition, moments, damping)
+        with blaming("basis", self.basis, _on(layer)):
+            return self.basis.operator(decomposition, moments, damping)
+
+    def preconditioned(self, layer: Layer, operator: Operator, gradient: Tensor) -> Tensor:
         """The preconditioned form of a gradient `[..., d_out, d_in]`."""
         with blaming("basis", self.basis, _on(layer)):
-            preconditioned = self.basis.precondition(gradient, decomposition, moments, damping)
+            preconditioned = operator(gradient)
             if preconditioned.shape != gradient.shape:
                 raise ValueError(f"preconditioned gradient of shape {tuple(preconditioned.shape)} for {tuple(gradient.shape)}")
         return preconditioned
+
+
+def makes_operator(basis: Basis) -> TypeGuard[MakesOperator]:
+    """Whether a basis' `operator` is that of its `precondition`: not where a subclass has replaced the latter alone."""
+    return isinstance(basis, MakesOperator) and _as_new(type(basis), "operator", "precondition")
+
+
+def parts_factors(curvature: Curvature) -> TypeGuard[PartsFactors]:
+    """Whether a curvature's `input_factors` and `gradient_factors` are its `factors` in two: not where a subclass replaced the latter."""
+    extra = ("input_factors", "gradient_factors")
+    return isinstance(curvature, PartsFactors) and all(_as_new(type(curvature), name, "factors") for name in extra)
+
+
+def _as_new(cls: type, name: str, than: str) -> bool:
+    """Whether a class, or the nearest of its bases that has either method, has `name`."""
+    return any(name in vars(owner) for owner in cls.__mro__[: _depth(cls, than) + 1])
+
+
+def _depth(cls: type, name: str) -> int:
+    return next((depth for depth, owner in enumerate(cls.__mro__) if name in vars(owner)), len(cls.__mro__))
 
 
 def diagonals(matrices: Tensors) -> dict[str, Tensor]:

@@ -150,7 +150,7 @@ class LayerHook:
         if any(map(_spread, (output, *module.parameters(recurse=False)))):
             raise CombinationError(tensor_parallel(self._layer.name))
         inputs = (args[0] if args else kwargs["input"]).detach()
-        self._calls.append((Record(self._layer, inputs, inputs._version, output.dtype), get_gradient_edge(output)))
+        self._calls.append((Record(self._layer, inputs, inputs._version, output.dtype, output.shape), get_gradient_edge(output)))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerHook:
         return LayerHook(None, None)

@@ -99,8 +99,8 @@ class Covered(Layer):
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """The parameters themselves, by name."""
-        found = {name: self.originals.at(self.module, name) for name in self.parameters}
-        return {name: parameter for name, parameter in found.items() if parameter is not None}
+        at, module = self.originals.at, self.module
+        return {name: parameter for name in self.parameters if (parameter := at(module, name)) is not None}
 
 
 class Survey:

@@ -79,7 +79,7 @@ class Early:
         known = {(layer, rest.partition(".")[0]) for layer, rest in map(unkeyed, self._forms)}
         ready = {name: need for name, need in plan.needs.items() if states[name].ready}
         return all(
-            ((name, "factor") in known or not need.factors) and ((name, "moment") in known or not need.scale or need.late)
+            ((name, "factor") in known or not (need.factors or need.inputs)) and ((name, "moment") in known or not need.scale or need.late)
             for name, need in ready.items()
         )
 
@@ -87,7 +87,7 @@ class Early:
     def _gathered(key: str, plan: Plan) -> bool:
         layer, rest = unkeyed(key)
         need = plan.needs.get(layer)
-        return need is not None and (need.factors if rest.startswith("factor.") else need.scale and not need.late)
+        return need is not None and need.gathers(rest)
 
 
 def _fits(statistic: Statistic, form: Form | None) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import attrs
@@ -24,7 +24,7 @@ HALF_SCALE = 2.0**10
 
 @attrs.frozen(eq=False)
 class Record:
-    """One call of a followed layer: its input (detached, and its version then) and the dtype of its output.
+    """One call of a followed layer: its input (detached, and its version then), and the dtype and shape of its output.
 
     It must not hold the edge: a hook on a node that leads back to the node would never be freed.
     """
@@ -33,6 +33,13 @@ class Record:
     inputs: Tensor
     version: int
     dtype: torch.dtype
+    shape: torch.Size
+
+    def input(self) -> Use:
+        """This call without the gradient of its output: with zeros that take no memory."""
+        if self.inputs._version != self.version:
+            raise CaptureError(overwritten(self.layer.name))
+        return Use(self.inputs, torch.zeros((), dtype=self.dtype, device=self.inputs.device).expand(self.shape))
 
     def use(self, gradient: Tensor, scale: Tensor | float) -> Use:
         """This call with the gradient of its output."""
@@ -53,6 +60,19 @@ class Forward:
     def __init__(self, output: Any, batch: Mapping[str, Any], calls: list[tuple[Record, GradientEdge]]) -> None:
         self.output, self.batch = output, dict(batch)
         self.calls = calls
+
+    def inputs(self, names: Set[str], start: Tensor) -> dict[Layer, list[Use]]:
+        """The calls of these layers that lead to `start`, without gradients."""
+        found: dict[Layer, list[Use]] = {}
+        reached = _reachable(start) if names else set()
+        for record, edge in self.calls:
+            if record.layer.name in names and edge.node in reached:
+                found.setdefault(record.layer, []).append(record.input())
+        return found
+
+    def without(self, names: Set[str]) -> Forward:
+        """The same forward, these layers not followed."""
+        return Forward(self.output, self.batch, [call for call in self.calls if call[0].layer.name not in names])
 
     @property
     def scale(self) -> float:
@@ -133,6 +153,18 @@ class _Arrivals:
             self._waiting[name] = 0
             self._sink(self._layers[name], uses)
         self._here.clear()
+
+
+def _reachable(start: Tensor) -> set[Node]:
+    """The nodes that `start` was made by."""
+    found: set[Node] = set()
+    stack = [start.grad_fn]
+    while stack:
+        node = stack.pop()
+        if node is not None and node not in found:
+            found.add(node)
+            stack.extend(child for child, _ in node.next_functions)
+    return found
 
 
 def _leafmost(start: Tensor, followed: set[Node]) -> set[Node]:

@@ -22,7 +22,7 @@ PREFIX = "kfactk."
 STEP = f"{PREFIX}step"
 """Key of the number of steps taken, which every parameter's entry has."""
 OWED = f"{PREFIX}owed"
-"""Key of what a layer owes, as a sum: 1 for factors, 2 for the scale, 4 for the basis."""
+"""Key of what a layer owes, as a sum: 1 for factors, 2 for the scale, 4 for the basis, 8 for factors of inputs alone."""
 Groups = Sequence[Mapping[str, Any]]
 READY = f"{PREFIX}ready"
 """Key of whether a layer has been decomposed from factors that have seen data, on this rank or another."""
@@ -156,8 +156,8 @@ class LayerState:
             raise StateError(f"the saved state is damaged: it has curvature, but not {READY!r}. Load an earlier one.")
         for key, tensor in flat.items():
             kind, _, rest = key.removeprefix(PREFIX).partition(".")
-            if key == OWED and tensor.numel() == 1 and 0 <= int(tensor) < 8:
-                state.owed = Due(*(bool(int(tensor) >> place & 1) for place in range(3)))
+            if key == OWED and tensor.numel() == 1 and 0 <= int(tensor) < 16:
+                state.owed = Due(*(bool(int(tensor) >> place & 1) for place in range(4)))
                 state.missed = state.owed != NOTHING
             elif key == READY and tensor.numel() == 1:
                 state.ready = bool(tensor)

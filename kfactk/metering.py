@@ -213,8 +213,9 @@ def _layer_cost(layer: Layer, work: Work, recipe: Recipe, workload: Workload, us
     with Meter() as carrying:
         if totals:
             blocks.transport(layer, totals, parts, parts)
+    operator = blocks.operator(layer, parts, totals, 1.0)
     with Meter() as meter:
-        blocks.precondition(layer, gradient, parts, totals, 1.0)
+        blocks.preconditioned(layer, operator, gradient)
     sizes = Sizes(
         _sums(work, blank),
         {name: sum(part.numel() for part in found.values()) for name, found in parts.items()},

@@ -71,6 +71,7 @@ class Observer:
             if not forward.calls:
                 self._preconditioner.pass_by((), terms)
                 return
+            rank = self._preconditioner.ranks.rank
             counts = bool(float(terms))  # if not, everything is masked: there is nothing to learn from this forward
             if not counts:
                 self._preconditioner.pass_over({record.layer.name for record, _ in forward.calls})
@@ -78,14 +79,42 @@ class Observer:
                 if counts:
                     self._listen(forward, terms)
                 return
-            generator = torch.Generator(view.device)
-            generator.manual_seed(draw_seed(self._fisher.seed, step, micro_batch, self._preconditioner.ranks.rank))
-            for number, loss in enumerate(self._losses(view, weights, generator)):  # all ranks run them: there may be collectives inside
-                sink = _Sink(self._preconditioner, terms, first=number == 0)
-                forward.run(loss, view, sink if counts else _ignored)
-                if counts and number == 0:
-                    self._preconditioner.pass_by(sink.taken, terms)
+            taken = self._take_inputs(forward, view, terms) if counts else None
+            if self._preconditioner.wants_gradients():
+                forward = forward.without(self._preconditioner.inputs_only())
+                self._run(forward, view, weights, terms, taken, draw_seed(self._fisher.seed, step, micro_batch, rank))
+            elif taken is not None:
+                self._preconditioner.pass_by(taken, terms)
         self._preconditioner.leave()
+
+    def _take_inputs(self, forward: Forward, view: Tensor, terms: Tensor | float) -> set[str]:
+        """Hand on the layers of which inputs alone are wanted; returns their names."""
+        sink = _Sink(self._preconditioner, terms, first=True)
+        with torch.no_grad():
+            for layer, uses in forward.inputs(self._preconditioner.inputs_only(), view).items():
+                sink(layer, uses)
+        return sink.taken
+
+    def _run(
+        self, forward: Forward, view: Tensor, weights: Tensor | None, terms: Tensor | float, taken: set[str] | None, seed: int
+    ) -> None:
+        """Run the Fisher passes over a forward; all ranks run them, since there may be collectives inside.
+
+        Args:
+            forward: What was followed.
+            view: The model's output as the likelihood sees it.
+            weights: Of the likelihood's terms.
+            terms: Their number.
+            taken: The layers that are done with; `None` when the forward does not count.
+            seed: Of the draws.
+        """
+        generator = torch.Generator(view.device)
+        generator.manual_seed(seed)
+        for number, loss in enumerate(self._losses(view, weights, generator)):
+            sink = _Sink(self._preconditioner, terms, first=number == 0)
+            forward.run(loss, view, sink if taken is not None else _ignored)
+            if taken is not None and number == 0:
+                self._preconditioner.pass_by(sink.taken | taken, terms)
 
     def _losses(self, view: Tensor, weights: Tensor | None, generator: torch.Generator) -> Iterator[Tensor]:
         losses = None

@@ -271,6 +271,10 @@ class Optimizer(StatefulOptimizer):
 
     def _step_once(self) -> None:
         self._index()
+        with self._preconditioner.within_step():
+            self._step_within()
+
+    def _step_within(self) -> None:
         check_group(self._model, self._trained(), self._preconditioner.ranks)
         self._set_damping()
         self._brought = {}

@@ -41,8 +41,9 @@ class Originals:
     def look(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """Look at all places again, and tell what was replaced for good by another form of the same: old and new."""
         replaced = []
-        self._divided = _divided(self._model)
-        for module in self._model.modules():
+        modules = list(self._model.modules())
+        self._divided = _divided(modules)
+        for module in modules:
             for name, here in module._parameters.items():
                 known = self._known.get((module, name))
                 if here is None or here is known or (known is not None and self._stands_in(here, known)):
@@ -79,7 +80,9 @@ class Originals:
 
     def at(self, module: nn.Module, name: str) -> nn.Parameter | None:
         """The parameter that is meant at one place."""
-        here = getattr(module, name, None)
+        here = module._parameters.get(name)
+        if not self._divided:
+            return here
         known = self._known.get((module, name))
         return known if here is not None and known is not None and self._stands_in(here, known) else here
 
@@ -94,10 +97,10 @@ class Originals:
         return _alike(new, old) and (made_real or (sharded and not is_sharded(old)))
 
 
-def _divided(model: nn.Module) -> bool:
-    """Whether `fully_shard` has had a hand in it."""
+def _divided(modules: Sequence[nn.Module]) -> bool:
+    """Whether `fully_shard` has had a hand in one of these."""
     module = sys.modules.get("torch.distributed.fsdp")
-    return module is not None and any(isinstance(each, module.FSDPModule) for each in model.modules())
+    return module is not None and any(isinstance(each, module.FSDPModule) for each in modules)
 
 
 def _alike(one: nn.Parameter, other: nn.Parameter) -> bool:

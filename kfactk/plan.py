@@ -17,27 +17,45 @@ class Need:
 
     Args:
         layer: The layer.
-        factors: Whether its factors are refreshed.
+        factors: Whether its factors are refreshed; but for those of inputs alone, where these come apart.
+        inputs: Whether those of inputs alone are.
         scale: Whether its moments are measured on samples.
         basis: Whether its matrices are decomposed.
         late: Whether they are measured in `step()` only, on samples kept until then: in a basis that is made, or fetched, there.
         waited_for: Whether it is followed only because it did not run when it was due; it may not run now either.
+        from_inputs: Names of the factors that come apart from the others, since they are made of inputs alone.
     """
 
     layer: Layer
     factors: bool
+    inputs: bool
     scale: bool
     basis: bool
     late: bool
     waited_for: bool
+    from_inputs: frozenset[str] = frozenset()
+
+    @property
+    def passes(self) -> bool:
+        """Whether gradients are wanted, for which there is a Fisher pass."""
+        return self.factors or self.scale
 
     @property
     def follows(self) -> bool:
-        """Whether its uses are wanted."""
-        return self.factors or self.scale
+        """Whether its uses are wanted, with their gradients or without."""
+        return self.passes or self.inputs
+
+    def gathers(self, key: str) -> bool:
+        """Whether the sum of this name ("factor.A", "moment.scale") is taken before `step()`."""
+        kind, _, name = key.partition(".")
+        if kind == "factor":
+            return self.inputs if name in self.from_inputs else self.factors
+        return self.scale and not self.late
 
     @classmethod
-    def of(cls, layer: Layer, state: LayerState, now: Due, *, sampled: bool, here: bool = True) -> Need:
+    def of(
+        cls, layer: Layer, state: LayerState, now: Due, *, sampled: bool, here: bool = True, from_inputs: frozenset[str] = frozenset()
+    ) -> Need:
         """The need of a layer whose state is `state` when `now` is due by the schedule; `here`: every rank holds its decomposition.
 
         A layer that has no decomposition yet is due whatever the schedule says, and one that did not run when it was due stays due until
@@ -46,13 +64,19 @@ class Need:
         new, owed = not state.ready, state.owed
         basis = new or now.basis or owed.basis
         factors = new or now.factors or owed.factors
+        inputs = new or now.inputs or owed.inputs if from_inputs else factors
         scale = sampled and (new or now.scale or owed.scale)
-        scheduled = now.factors or (sampled and now.scale) or (new and not state.missed)
-        return cls(layer, factors, scale, basis, scale and (basis or not here), not scheduled)
+        scheduled = now.factors or (bool(from_inputs) and now.inputs) or (sampled and now.scale) or (new and not state.missed)
+        return cls(layer, factors, inputs, scale, basis, scale and (basis or not here), not scheduled, from_inputs)
+
+    @property
+    def due(self) -> bool:
+        """Whether the step changes anything that is kept of the layer."""
+        return self.follows or self.basis
 
     def debt(self) -> Due:
         """What the layer owes when it did not run."""
-        return Due(self.factors, self.scale, self.basis)
+        return Due(self.factors, self.scale, self.basis, self.inputs)
 
 
 @attrs.frozen(eq=False)

@@ -10,7 +10,8 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 
-from kfactk.assignment import Work, Workload, take_turns
+from kfactk.agenda import Agenda
+from kfactk.assignment import Work, Workload
 from kfactk.averages import RunningMean
 from kfactk.blocks import Blocks, diagonals
 from kfactk.coverage import Survey
@@ -27,7 +28,7 @@ from kfactk.ranks import Ranks
 from kfactk.refresh import Damping, Refresh
 from kfactk.samples import Samples, Statistic, Use, working_dtype
 from kfactk.schedule import Calendar
-from kfactk.stages import Basis, Curvature, Layer, Placement
+from kfactk.stages import Basis, Curvature, Layer, Operator, Placement
 from kfactk.sums import Joined, add, guarded, local_means
 
 
@@ -59,11 +60,11 @@ class Preconditioner:
         trained: Callable[[nn.Parameter], bool],
         timed: Callable[[str], AbstractContextManager[None]],
     ) -> None:
-        self.curvature, self.basis, self._calendar = curvature, basis, calendar
-        self._laid_out: dict[str, int] = {}
+        self.curvature, self.basis = curvature, basis
         self.blocks = Blocks(curvature, basis)
         self.ranks = Ranks(placement.process_group, placement.wire_dtype)
         self.places = Places(placement, self.ranks, self.blocks, self._workload)
+        self._agenda = Agenda(calendar, self.blocks, self.places)
         self._early = Early(self.ranks, self.places.wanted)
         self._refresh = Refresh(self.blocks, self.places, self.ranks, self._early, factor_decay, timed, self._not_decomposed)
         self._arrived: dict[str, Joined] = {}
@@ -77,15 +78,42 @@ class Preconditioner:
         self._plan: Plan | None = None
         self._unseen: list[str] = []
         self._warned: set[str] = set()
+        self._within: list[Layer] | None = None
+        self._flat: dict[str, dict[str, Tensor]] = {}
+        self._operators: dict[str, tuple[float, Operator]] = {}
+
+    @contextlib.contextmanager
+    def within_step(self) -> Iterator[None]:
+        """Around a step, in which the covered layers stay the same: they are looked at once."""
+        self._within = self.layers()
+        try:
+            yield
+        finally:
+            self._within = None
 
     def layers(self) -> list[Layer]:
         """The layers covered now. State whose parameters have changed (a bias frozen, say) is dropped."""
+        if self._within is not None:
+            return self._within
         layers = self.survey.layers(self._trained)
         for layer in layers:
             state = self.states.get(layer.name)
             if state is None or state.parameters != layer.parameters:
                 self.states[layer.name] = LayerState(layer.parameters)
+                self._changed(layer.name)
         return layers
+
+    def flat(self, layer: str) -> dict[str, Tensor]:
+        """What lasts of a layer's state, under flat keys; the same tensors until they change."""
+        if layer not in self._flat:
+            self._flat[layer] = self.states[layer].flat()
+        return self._flat[layer]
+
+    def _changed(self, *layers: str) -> None:
+        """Forget what was made of the states of these layers."""
+        for name in layers:
+            self._flat.pop(name, None)
+            self._operators.pop(name, None)
 
     def plan(self, step: int) -> Plan:
         """What this step gathers; worked out once a step."""
@@ -95,26 +123,7 @@ class Preconditioner:
 
     def foresee(self, step: int) -> Plan:
         """What a step of this number would gather that began now."""
-        sampled = self.basis.moments_from == "samples"
-        layers = self.layers()
-        self.places.extend(layers)
-        turns = self._turns(layers)
-        needs = {}
-        for layer in layers:
-            due = self._calendar.due(step, turns.get(layer.name, 0))
-            needs[layer.name] = Need.of(layer, self.states[layer.name], due, sampled=sampled, here=self.places.everywhere(layer.name))
-        refreshed = self._calendar.due(step).scale or any(need.basis for need in needs.values())
-        return Plan(needs, self.basis.moments_from == "gradient" and refreshed)
-
-    def _turns(self, layers: Sequence[Layer]) -> dict[str, int]:
-        """In which turn each layer is decomposed: by cost, whatever the ranks, so that another number of them does the same."""
-        if self._calendar.turns == 1:
-            return {}
-        names = [layer.name for layer in layers]
-        if list(self._laid_out) != names:
-            placed = take_turns({each.name: self.blocks.work(each).cost for each in layers}, self._calendar.turns)
-            self._laid_out = {name: placed[name] for name in names}
-        return self._laid_out
+        return self._agenda.plan(step, self.layers(), self.states)
 
     def take(self, layer: Layer, uses: Sequence[Use], terms: Tensor | float, first: bool) -> None:
         """Sum up the uses of one layer in one pass; nothing of them is kept unless the basis is refreshed in this step."""
@@ -144,9 +153,9 @@ class Preconditioner:
         if samples.first:
             state.settle()
         sums: dict[str, Statistic] = {}
-        if need.factors:
+        if need.factors or need.inputs:
             with self._timed("factors"):
-                sums |= self.blocks.factors(layer, samples)
+                sums |= self.blocks.factors(layer, samples, inputs=need.inputs, gradients=need.factors)
         if need.late:
             state.retained.append(samples)
         elif need.scale:
@@ -170,6 +179,15 @@ class Preconditioner:
         """Note the likelihood terms and the examples of one forward."""
         self._terms.append(terms)
         self._examples = examples
+
+    def inputs_only(self) -> frozenset[str]:
+        """Names of the followed layers of which no gradient is wanted in this step."""
+        needs = {} if self._plan is None else self._plan.needs
+        return frozenset(name for name, need in needs.items() if need.follows and not need.passes)
+
+    def wants_gradients(self) -> bool:
+        """Whether this step wants the gradients of a Fisher pass."""
+        return self._plan is not None and (self._plan.counts_terms or any(need.passes for need in self._plan.needs.values()))
 
     def leave(self) -> None:
         """Let the sums of the forward that was just measured leave for the other ranks, if this is all that is expected."""
@@ -224,8 +242,9 @@ class Preconditioner:
 
     def refresh(self, damping: Damping) -> None:
         """Reduce, average over time, decompose what is due, and measure the moments in the new basis."""
-        if self._plan is None:
+        if self._plan is None or not (due := [name for name, need in self._plan.needs.items() if need.due]):
             return
+        self._changed(*due)
         self._refresh.run(self._plan.needs, self.states, set(self._unseen), damping, self._arrived)
         self._plan.settle(self.states, self._unseen)
 
@@ -246,6 +265,7 @@ class Preconditioner:
             state, gradient = self.states[layer.name], gradients.get(layer.name)
             if state.ready and state.decomposition and gradient is not None:
                 mean = gradient / terms if reduction == "sum" else gradient
+                self._changed(layer.name)
                 sums = guarded(self.blocks.gradient_moments(layer, state.decomposition, mean, terms), state.bad)
                 for key, value in local_means(sums).items():
                     state.moments.setdefault(key.removeprefix("moment."), RunningMean()).update(value, self.basis.moment_decay)
@@ -279,8 +299,12 @@ class Preconditioner:
 
     def preconditioned(self, layer: Layer, gradient: Tensor, damping: float) -> Tensor:
         """The preconditioned form of one gradient, by a rank that holds the layer."""
-        state = self.states[layer.name]
-        return self.blocks.precondition(layer, gradient, state.decomposition, state.moment_values(), damping)
+        made_for, operator = self._operators.get(layer.name, (None, None))
+        if operator is None or made_for != damping:
+            state = self.states[layer.name]
+            operator = self.blocks.operator(layer, state.decomposition, state.moment_values(), damping)
+            self._operators[layer.name] = damping, operator
+        return self.blocks.preconditioned(layer, operator, gradient)
 
     def matrices(self, layer: Layer) -> dict[str, Tensor]:
         """The averaged factors of a layer as the matrices its basis decomposes, by a rank that keeps them all."""
@@ -308,6 +332,7 @@ class Preconditioner:
             state = self.states[layer.name]
             if state.allocated:
                 continue
+            self._changed(layer.name)
             samples, sums = self.blocks.blank(layer)
             rank, keepers = self.ranks.rank, self.places.keepers
             state.factors = {name: _empty(s) for name, s in sums.items() if rank in keepers(layer.name, name)}
@@ -337,13 +362,15 @@ class Preconditioner:
         """Go on from these states; layers without one start afresh."""
         self._early.drop()
         self.states = dict(states)
+        self._flat.clear()
+        self._operators.clear()
         self._terms.clear()
         self._plan = None
 
     def _workload(self, works: tuple[Work, ...]) -> Workload:
         sampled, device = self.basis.moments_from == "samples", self._device()
         dtypes = [working_dtype(parameter.dtype).itemsize for parameter in self.survey.model.parameters()]
-        return Workload(works, *self._calendar.periods(0), sampled, max(dtypes, default=4), device.type)
+        return Workload(works, *self._agenda.calendar.periods(0), sampled, max(dtypes, default=4), device.type)
 
     def _device(self) -> torch.device:
         return next((parameter.device for parameter in self.survey.model.parameters()), torch.device("cpu"))

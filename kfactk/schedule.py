@@ -19,14 +19,22 @@ Period = int | Callable[[int], int]
 
 @attrs.frozen
 class Due:
-    """What is due at one step."""
+    """What is due at one step.
+
+    Args:
+        factors: The factors; but for those made of inputs alone, where these can come apart.
+        scale: The scale.
+        basis: Decompositions.
+        inputs: Factors made of inputs alone.
+    """
 
     factors: bool
     scale: bool
     basis: bool
+    inputs: bool
 
 
-NOTHING = Due(False, False, False)
+NOTHING = Due(False, False, False, False)
 
 
 def due_at(step: int, factor_every: Period, scale_every: Period, basis_every: Period) -> Due:
@@ -34,23 +42,23 @@ def due_at(step: int, factor_every: Period, scale_every: Period, basis_every: Pe
 
     Example:
         >>> due_at(20, 10, 10, 100)
-        Due(factors=True, scale=True, basis=False)
+        Due(factors=True, scale=True, basis=False, inputs=True)
     """
     factors, scale, basis = (
         step % period_at(name, every, step) == 0
         for name, every in (("factor_every", factor_every), ("scale_every", scale_every), ("basis_every", basis_every))
     )
-    return Due(factors, scale or basis, basis)
+    return Due(factors, scale or basis, basis, factors)
 
 
 @attrs.frozen
 class Calendar:
     """What is due when, and whose turn it is where decompositions take turns.
 
-    Staggered, no step bears more than one thing besides what every step does: the scale is refreshed halfway between refreshes of the
-    factors, and layers are decomposed in turns, on steps where neither is due. A layer still waits `basis_every` steps from one refresh
-    to the next; its moments are carried into the new basis, until they are measured there. A layer's first decomposition waits for
-    nothing, so that at the first step everything is due.
+    Staggered, steps share the load: what needs the gradients of a Fisher pass, output factors and scale, comes together, so that one pass
+    serves both; input factors, which need none, come halfway in between; and layers are decomposed in turns, on steps where neither is
+    due. A layer still waits `basis_every` steps from one refresh to the next; its moments are carried into the new basis, until they are
+    measured there. A layer's first decomposition waits for nothing, so that at the first step everything is due.
 
     Args:
         factor_every: Steps between refreshes of the factors, as `due_at` takes it; so are the next two.
@@ -66,7 +74,7 @@ class Calendar:
         >>> calendar.turns, calendar.turn(101), calendar.turn(105)
         (80, 0, None)
         >>> calendar.due(101, turn=0), calendar.due(101, turn=1).basis
-        (Due(factors=False, scale=False, basis=True), False)
+        (Due(factors=False, scale=False, basis=True, inputs=False), False)
     """
 
     factor_every: Period
@@ -87,7 +95,7 @@ class Calendar:
         """Steps of a period on which turns fall: those on which nothing else is due in any period, or all where there are none."""
         factors, scale, basis = self.periods(0)
         every = math.gcd(factors, basis), math.gcd(scale, basis)  # over many periods, a step is at every multiple of these
-        quiet = tuple(s for s in range(basis) if s % every[0] and (s - scale // 2) % every[1])
+        quiet = tuple(s for s in range(basis) if s % every[0] and s % every[1] and (s - factors // 2) % every[0])
         return quiet or tuple(range(basis))
 
     def due(self, step: int, turn: int = 0) -> Due:
@@ -95,7 +103,7 @@ class Calendar:
         if not self.stagger:
             return due_at(step, self.factor_every, self.scale_every, self.basis_every)
         factors, scale, _ = self.periods(step)
-        return Due(step % factors == 0, step % scale == scale // 2, self.turn(step) == turn)
+        return Due(step % factors == 0, step % scale == 0, self.turn(step) == turn, step % factors == factors // 2)
 
     def periods(self, step: int) -> tuple[int, int, int]:
         """The periods of factors, scale and basis, as they are at `step`."""

@@ -26,8 +26,13 @@ Division = tuple[Any, tuple[int, ...]]
 """The mesh of a DTensor, and the dimensions of the mesh that divide it."""
 
 
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
     """Whether a tensor is divided among ranks, or replicated on a mesh: a DTensor."""
+    if type(tensor) in _PLAIN:
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 

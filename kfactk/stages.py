@@ -16,7 +16,7 @@ handed in and out, the framework keeps, averages, reduces and saves them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import attrs
 import torch
@@ -89,6 +89,20 @@ class Curvature(Protocol):
         other names hold is between a curvature and its basis."""
 
 
+@runtime_checkable
+class PartsFactors(Protocol):
+    """What a curvature may have besides: `factors` in two parts, of which one needs no gradients, and so no Fisher pass.
+
+    Law: together they are `factors`. A subclass that replaces `factors` alone has none.
+    """
+
+    def input_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
+        """The factors made of inputs alone; the samples' gradients may be all zeros."""
+
+    def gradient_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
+        """The others."""
+
+
 @attrs.frozen(eq=False)
 class Coupling:
     """What couples the factors of one layer when each is decomposed on its own.
@@ -155,6 +169,23 @@ class Basis(Protocol):
 
     def condition(self, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
         """Condition number of the damped curvature, for the record: exact or a lower bound, a scalar tensor."""
+
+
+Operator = Callable[[Tensor], Tensor]
+"""A linear operator on matrices `[..., d_out, d_in]`."""
+
+
+@runtime_checkable
+class MakesOperator(Protocol):
+    """What a basis may have besides: `precondition` in two parts, so that what does not depend on the gradient is done once.
+
+    Between refreshes, and while damping stays as it is, every step applies the same operator. What it holds counts as memory of the
+    optimizer. Law: `operator(decomposition, moments, damping)(gradient)` is `precondition(gradient, decomposition, moments, damping)`; a
+    subclass that replaces `precondition` alone has none.
+    """
+
+    def operator(self, decomposition: Decomposition, moments: Tensors, damping: float) -> Operator:
+        """`(F + damping I)^-1`. The tensors given do not change while it is in use."""
 
 
 class Likelihood(Protocol):

@@ -32,9 +32,8 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     def _show_state(self) -> None:
         """Bring `state` up to date: the update rule's entries by reference, and the curvature's."""
-        states, brought = self._preconditioner.states, self._brought
-        layers = self._preconditioner.layers()
-        flat = {id(layer.tensors()["weight"]): states[layer.name].flat() | brought.get(layer.name, {}) for layer in layers}
+        pre, brought = self._preconditioner, self._brought
+        flat = {id(layer.tensors()["weight"]): pre.flat(layer.name) | brought.get(layer.name, {}) for layer in pre.layers()}
         for group in self.param_groups:
             for parameter in group["params"]:
                 inner = self._inner.state.get(parameter, {})

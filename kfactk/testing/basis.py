@@ -14,10 +14,12 @@ import math
 from typing import Any
 
 import attrs
+import pytest
 import torch
 from hypothesis import assume, strategies as st
 
 from kfactk.blame import square
+from kfactk.blocks import makes_operator
 from kfactk.errors import DecompositionError
 from kfactk.linalg import mean_diagonal
 from kfactk.testing.basis_frame import inner, same
@@ -82,6 +84,16 @@ class BasisLaws(BasisStateLaws, BasisTraitLaws, InRecipe):
         expected = torch.linalg.solve(block.double(), vector)
         when = "with its moments" if situation.moments else "without moments"
         same(columns(situation.precondition()), expected, f"{when}, precondition is not the inverse of the damped matrix of `block`", 1e-6)
+
+    @law(situation="any_situations", seed=seeds(), damping=st.floats(0.01, 10.0))
+    def test_its_operator_is_the_preconditioner(self, situation: Situation, seed: int, damping: float) -> None:
+        """Where a basis has an `operator`, it does to any gradient, again and again, what `precondition` does."""
+        if not makes_operator(situation.basis):
+            pytest.skip(f"{self.label()} has no operator")
+        operator = situation.basis.operator(situation.decomposition, situation.moments, damping)
+        for gradient in (situation.gradient, situation.another(seed), situation.gradient):
+            expected = attrs.evolve(situation, damping=damping).precondition(gradient)
+            same(operator(gradient), expected, "the operator differs from `precondition`", 1e-6)
 
     @law(situation="any_situations", seed=seeds(), factor=st.floats(-3, 3))
     def test_the_product_is_linear(self, situation: Situation, seed: int, factor: float) -> None:

@@ -17,6 +17,7 @@ import torch
 from hypothesis import assume, strategies as st
 from torch import Tensor, nn
 
+from kfactk.blocks import parts_factors
 from kfactk.testing import truth
 from kfactk.testing._layers import KNOWN, OnLayers, averaged, near, present, same
 from kfactk.testing.division import InRecipe, basis_for
@@ -178,6 +179,20 @@ class CurvatureLaws(OnLayers, InRecipe):
             divided = alone[name] / (terms if degree else 1.0)
             says = f"with {terms} likelihood terms the factor has to be {f'1/{terms} of' if degree else 'the same as'} that with one term"
             close(found[name], divided, f"{name!r}: {says}")
+
+    @law(case="cases")
+    def test_parted_factors_are_the_factors(self, case: Case) -> None:
+        """Where a curvature parts its factors, the two parts are the whole, and that of inputs does not look at gradients."""
+        if not parts_factors(self.curvature):
+            pytest.skip(f"{self.label()} does not part its factors")
+        whole, blind = self.sums(case), self.samples(case.times(gradients=0.0))
+        inputs = self.curvature.input_factors(case.layer, blind)
+        gradients = self.curvature.gradient_factors(case.layer, self.samples(case))
+        both = sorted([*inputs, *gradients])
+        assert both == sorted(whole), f"input_factors and gradient_factors give {both}, where factors gives {sorted(whole)}"
+        for name, each in {**inputs, **gradients}.items():
+            close(present(each.total), present(whole[name].total), f"{name!r}: the part differs from what `factors` gives")
+            assert float(each.count) == float(whole[name].count), f"{name!r}: the part is counted otherwise than in `factors`"
 
     @law(case="cases")
     def test_later_passes_count_nothing_twice(self, case: Case) -> None:

@@ -90,7 +90,7 @@ def taken(rank: int, faulty: dict[int, str], steps: list[int], owed: list[bool])
         with together(ranks) as agree:
             if rank in faulty:
                 raise ValueError(faulty[rank])
-            agree(Control.of(steps[rank], {"fc": LayerState(("weight",), ready=True, owed=Due(owed[rank], False, False))}))
+            agree(Control.of(steps[rank], {"fc": LayerState(("weight",), ready=True, owed=Due(owed[rank], False, False, False))}))
             final = True
     except Exception as error:
         said = f"{type(error).__name__}: {error}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, strategies as st
@@ -31,7 +33,7 @@ def states(draw: st.DrawFn) -> LayerState:
         draw(st.dictionaries(NAMES, parts, max_size=2)),
         draw(st.dictionaries(NAMES, means, max_size=2)),
         ready=draw(st.booleans()),
-        owed=draw(st.builds(Due, st.booleans(), st.booleans(), st.booleans())),
+        owed=draw(st.builds(Due, *[st.booleans()] * 4)),
     )
 
 
@@ -69,21 +71,21 @@ def test_an_unknown_key_is_refused(key: str) -> None:
 
 
 def test_a_rank_that_has_nothing_of_a_layer_still_tells_how_it_stands() -> None:
-    state = LayerState(("weight",), ready=True, owed=Due(True, False, False))
+    state = LayerState(("weight",), ready=True, owed=Due(True, False, False, False))
     flat = state.flat()
     assert {key: value.tolist() for key, value in flat.items()} == {READY: 1, OWED: 1}
     assert {key: value.tolist() for key, value in LayerState(("weight",)).flat().items()} == {READY: 0, OWED: 0}
 
 
-@pytest.mark.parametrize("owed", [Due(a, b, c) for a in (False, True) for b in (False, True) for c in (False, True)])
+@pytest.mark.parametrize("owed", [Due(*flags) for flags in itertools.product((False, True), repeat=4)])
 def test_every_debt_comes_back(owed: Due) -> None:
     flat = LayerState(("weight",), owed=owed).flat()
-    assert int(flat[OWED]) == 1 * owed.factors + 2 * owed.scale + 4 * owed.basis
+    assert int(flat[OWED]) == 1 * owed.factors + 2 * owed.scale + 4 * owed.basis + 8 * owed.inputs
     assert all(value.ndim == 0 for value in flat.values())
     assert LayerState.from_flat(("weight",), flat, torch.device("cpu")).owed == owed
 
 
-@pytest.mark.parametrize("debt", [torch.tensor(8), torch.tensor(-1), torch.ones(3)])
+@pytest.mark.parametrize("debt", [torch.tensor(16), torch.tensor(-1), torch.ones(3)])
 def test_a_debt_that_cannot_be_is_refused(debt: torch.Tensor) -> None:
     with pytest.raises(StateError, match=OWED):
         LayerState.from_flat(("weight",), {READY: torch.ones(()), OWED: debt}, torch.device("cpu"))

@@ -29,7 +29,7 @@ periods = st.integers(1, 12)
 
 @given(periods, periods, periods)
 def test_everything_is_due_at_the_first_step(factors: int, scale: int, basis: int) -> None:
-    assert due_at(0, factors, scale, basis) == Due(True, True, True)
+    assert due_at(0, factors, scale, basis) == Due(True, True, True, True)
 
 
 @settings(max_examples=effort(30))
@@ -267,7 +267,8 @@ def test_a_group_keeps_its_own_damping_while_the_recipes_follows_its_function() 
 def test_what_is_staggered_falls_on_steps_of_its_own() -> None:
     calendar = Calendar(4, 4, 12, stagger=True)
     assert [step for step in range(13) if calendar.due(step).factors] == [0, 4, 8, 12]
-    assert [step for step in range(13) if calendar.due(step).scale] == [2, 6, 10]
+    assert [step for step in range(13) if calendar.due(step).scale] == [0, 4, 8, 12]
+    assert [step for step in range(13) if calendar.due(step).inputs] == [2, 6, 10]
     assert [calendar.turn(step) for step in range(13)] == [None, 0, None, 1, None, 2, None, 3, None, 4, None, 5, None]
     assert [step for step in range(30) if calendar.due(step, turn=1).basis] == [3, 15, 27]
     together = Calendar(4, 4, 12)
@@ -285,7 +286,7 @@ def test_without_a_quiet_step_turns_fall_on_all() -> None:
 def test_at_most_one_thing_is_due_in_a_step(factors: int, times: int, step: int) -> None:
     calendar = Calendar(factors, factors, factors * times, stagger=True)
     due = calendar.due(step)
-    assert due.factors + due.scale + (calendar.turn(step) is not None) <= 1
+    assert (due.factors or due.scale) + due.inputs + (calendar.turn(step) is not None) <= 1
 
 
 @given(factors=st.integers(1, 6), scale=st.integers(1, 6), basis=st.integers(1, 40), step=st.integers(0, 200))
@@ -333,6 +334,6 @@ def test_layers_are_decomposed_in_their_turn_and_take_their_scale_along() -> Non
             elif not torch.equal(scale, before[name][2]):
                 scales[name].append(step)
             before[name] = right, left, scale
-    assert bases == {"0": [0, 15], "2": [0, 13, 25], "4": [0, 5, 17]}, "turns at steps 3 and 1 find the factors of step 0 again"
-    regular = [6, 10, 14, 18, 22]
-    assert scales == {"0": [2, 3, *regular], "2": [1, 2, *regular], "4": [2, *regular]}, "and carry the scale over into the same basis"
+    assert bases == {"0": [0, 3, 15], "2": [0, 13, 25], "4": [0, 5, 17]}, "the turn at step 1 finds the factors of step 0 again"
+    regular = [4, 8, 12, 16, 20, 24]
+    assert scales == {"0": regular, "2": [1, *regular], "4": regular}, "and carries the scale over into the same basis"

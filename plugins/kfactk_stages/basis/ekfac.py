@@ -7,7 +7,7 @@ from typing import ClassVar
 import attrs
 from torch import Tensor
 
-from kfactk import Coupling, Decomposition, OptionError, Samples, Statistic, Tensors, hookimpl, linalg, project
+from kfactk import Coupling, Decomposition, Operator, OptionError, Samples, Statistic, Tensors, hookimpl, linalg, project
 
 
 def _decay(instance: object, attribute: attrs.Attribute[float | None], value: float | None) -> None:
@@ -108,17 +108,19 @@ class Ekfac:
 
     def precondition(self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
         """Equation 11; `gradient` is `[..., d_out, d_in]`."""
-        left, right = decomposition["G"]["eigenvectors"], decomposition["A"]["eigenvectors"]
-        scale = _scale_of(decomposition, moments).to(gradient.dtype)
+        return self.operator(decomposition, moments, damping)(gradient)
+
+    def operator(self, decomposition: Decomposition, moments: Tensors, damping: float) -> Operator:
+        """Equation 11 but for the gradient; holds `1 / (s* + tau)`."""
+        scale = _scale_of(decomposition, moments)
         floor = linalg.damping_floor(scale.mean((-2, -1), keepdim=True))
-        rotated = project(gradient, left, right) / (scale + floor.clamp(min=damping))
-        return project(rotated, left.transpose(-1, -2), right.transpose(-1, -2))
+        inverse = (scale + floor.clamp(min=damping)).reciprocal_()
+        return Diagonal(decomposition["G"]["eigenvectors"], decomposition["A"]["eigenvectors"], inverse)
 
     def product(self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors) -> Tensor:
         """`U_G [(U_G^T V U_A) * s*] U_A^T`, undamped."""
-        left, right = decomposition["G"]["eigenvectors"], decomposition["A"]["eigenvectors"]
-        rotated = project(vector, left, right) * _scale_of(decomposition, moments).to(vector.dtype)
-        return project(rotated, left.transpose(-1, -2), right.transpose(-1, -2))
+        scale = _scale_of(decomposition, moments)
+        return Diagonal(decomposition["G"]["eigenvectors"], decomposition["A"]["eigenvectors"], scale)(vector)
 
     def condition(self, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
         """Condition number of the damped curvature, `(max s* + tau) / (min s* + tau)`; the largest among groups."""
@@ -137,6 +139,26 @@ def _pooled(scale: Tensor, decomposition: Decomposition) -> Tensor:
     for name, dim in (("A", -1), ("G", -2)):
         scale = linalg.pool_null(scale, linalg.null_mask(decomposition[name]["eigenvalues"]), dim)
     return scale
+
+
+@attrs.frozen(eq=False)
+class Diagonal:
+    """`V -> U_G [(U_G^T V U_A) * d] U_A^T`.
+
+    Args:
+        left: U_G, `[..., d_out, d_out]`.
+        right: U_A, `[..., d_in, d_in]`.
+        diagonal: d, `[..., d_out, d_in]`.
+    """
+
+    left: Tensor
+    right: Tensor
+    diagonal: Tensor
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        """Apply it to `[..., d_out, d_in]`."""
+        rotated = project(vector, self.left, self.right).mul_(self.diagonal)
+        return project(rotated, self.left.transpose(-1, -2), self.right.transpose(-1, -2))
 
 
 @hookimpl

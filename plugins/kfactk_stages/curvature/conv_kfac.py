@@ -84,15 +84,15 @@ class ConvKfac(Kfac):
         inputs, gradient = (use.inputs, use.gradient) if batched else (use.inputs[None], use.gradient[None])
         return ConvRows(inputs, gradient, use.scale, groups_of(layer.module), window)
 
-    def factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
-        """Sums and counts of A and G; for "sua" of a convolution, of Omega and G, and of T where there is a bias."""
+    def input_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
+        """Sum and count of A; for "sua" of a convolution, of Omega, and of T where there is a bias."""
         if self.spatial != "sua" or not isinstance(layer.module, CONVOLUTIONS):
-            return super().factors(layer, samples)
+            return super().input_factors(layer, samples)
         assert isinstance(samples, JoinedSamples)
         factors = {"Omega": channel_moment(samples)}
         if layer.bias:
             factors["positions"] = _positions(samples, factors["Omega"])
-        return {**factors, "G": samples.grad_moment().scaled(1 / max(1, samples.positions))}
+        return factors
 
     def assemble(self, layer: Layer, factors: Tensors) -> dict[str, Tensor]:
         """A and G; for "sua", A is put together from Omega and T."""

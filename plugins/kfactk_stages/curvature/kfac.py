@@ -138,9 +138,17 @@ class Kfac:
 
     def factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
         """Sums and counts of A and G."""
+        return {**self.input_factors(layer, samples), **self.gradient_factors(layer, samples)}
+
+    def input_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
+        """Sum and count of A."""
+        return {"A": reduced_input_moment(samples) if self.spatial == "reduce" else samples.input_moment()}
+
+    def gradient_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
+        """Sum and count of G."""
         if self.spatial == "reduce":
-            return {"A": reduced_input_moment(samples), "G": reduced_grad_moment(samples)}
-        return {"A": samples.input_moment(), "G": samples.grad_moment().scaled(1 / max(1, samples.positions))}
+            return {"G": reduced_grad_moment(samples)}
+        return {"G": samples.grad_moment().scaled(1 / max(1, samples.positions))}
 
     def assemble(self, layer: Layer, factors: Tensors) -> dict[str, Tensor]:
         """The averaged factors are the matrices, each by itself."""

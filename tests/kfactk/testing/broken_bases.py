@@ -308,6 +308,13 @@ class Entrywise(KfacInverse):
         return g @ vector @ a
 
 
+class Doubling(KfacInverse):
+    """Its operator is not its preconditioner."""
+
+    def operator(self, decomposition: Decomposition, moments: Tensors, damping: float) -> Any:
+        return lambda gradient: 2 * self.precondition(gradient, decomposition, moments, damping)
+
+
 class Further(Ekfac):
     """The running scale, claimed to be as close to the Fisher matrix as K-FAC."""
 

@@ -63,6 +63,14 @@ def total(change: Any) -> Any:
     return lambda name, each, samples: attrs.evolve(each, total=None if each.total is None else change(name, each.total, samples))
 
 
+def peek(samples: Samples) -> float:
+    return float(samples.gradients().square().sum())
+
+
+def whole(self, layer, samples):
+    return {**Kfac.input_factors(self, layer, samples), **Kfac.gradient_factors(self, layer, samples)}
+
+
 def bias_first(self, layer, tensors):
     matrix = Kfac.matrix(self, layer, tensors)
     return matrix.roll(1, -1) if layer.bias else matrix
@@ -300,6 +308,16 @@ BREAKS: dict[str, tuple[str, Any, str]] = {
         "test_nothing_is_changed",
         with_uses(lambda layer, uses: [attrs.evolve(u, gradient=u.gradient.abs_()) for u in uses]),
         "that the stage was given was changed in place",
+    ),
+    "inputs with gradients": (
+        "test_parted_factors_are_the_factors",
+        stage(input_factors=lambda self, layer, samples: {"A": samples.input_moment() + samples.input_moment().scaled(peek(samples))}),
+        "the part differs from what `factors` gives",
+    ),
+    "a part is missing": (
+        "test_parted_factors_are_the_factors",
+        stage(factors=whole, input_factors=Kfac.input_factors, gradient_factors=lambda self, layer, samples: {}),
+        r"input_factors and gradient_factors give \['A'\], where factors gives",
     ),
     "remembers": ("test_nothing_is_changed", Remembering(), "a second call with the same data gives another factor"),
     "draws": (
