@@ -41,6 +41,7 @@ from kfactk.stages import (
     Pair as Pair,
     PartsFactors as PartsFactors,
     Placement as Placement,
+    Redecomposes as Redecomposes,
     Tensors as Tensors,
     Tracker as Tracker,
     Update as Update,

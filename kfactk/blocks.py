@@ -6,6 +6,7 @@ Nothing is kept here; tensors come in and go out. What fails is told with the st
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import TypeGuard
 
 import attrs
@@ -16,7 +17,7 @@ from kfactk.assignment import Work
 from kfactk.blame import blaming, check_matrices, check_parted, check_statistics, square
 from kfactk.linalg import mean_diagonal
 from kfactk.samples import Samples, Statistic, Use, working_dtype
-from kfactk.stages import Basis, Coupling, Curvature, Decomposition, Layer, MakesOperator, Operator, PartsFactors, Tensors
+from kfactk.stages import Basis, Coupling, Curvature, Decomposition, Layer, MakesOperator, Operator, PartsFactors, Redecomposes, Tensors
 from kfactk.sums import prefixed
 
 
@@ -124,7 +125,9 @@ class Blocks:
 
     # ------------------------------------------------------------------------------------------------------------ basis
 
-    def decompose(self, layer: Layer, matrices: Tensors, damping: float, diagonals: Tensors) -> dict[str, dict[str, Tensor]]:
+    def decompose(
+        self, layer: Layer, matrices: Tensors, damping: float, diagonals: Tensors, last: Decomposition = MappingProxyType({})
+    ) -> dict[str, dict[str, Tensor]]:
         """Decompose some of a layer's matrices.
 
         What comes out lies row by row, as it does on ranks that it is sent to and after it was loaded: the last bit of a product depends
@@ -135,11 +138,17 @@ class Blocks:
             matrices: Those to decompose.
             damping: The layer's.
             diagonals: `trace / dimension` of all its square matrices.
+            last: Their decompositions at the last refresh, as far as they are here.
         """
         coupling = Coupling(damping, diagonals)
         with blaming("basis", self.basis, _on(layer)):
-            found = {name: self.basis.decompose(name, matrices[name], coupling) for name in sorted(matrices)}
+            found = {name: self._decomposed(name, matrices[name], coupling, last.get(name)) for name in sorted(matrices)}
         return {name: {part: tensor.contiguous() for part, tensor in parts.items()} for name, parts in found.items()}
+
+    def _decomposed(self, name: str, matrix: Tensor, coupling: Coupling, last: Tensors | None) -> dict[str, Tensor]:
+        if last is not None and isinstance(self.basis, Redecomposes) and _as_new(type(self.basis), "redecompose", "decompose"):
+            return self.basis.redecompose(name, matrix, coupling, last)
+        return self.basis.decompose(name, matrix, coupling)
 
     def blank_parts(self, layer: Layer, sums: Mapping[str, Statistic]) -> list[str]:
         """What the basis makes of the layer's matrices, learnt from their corners: decomposing them whole would cost as much as a step."""

@@ -136,6 +136,38 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     raise DecompositionError(f"eigendecomposition failed in every way tried: {'; '.join(failures)}")
 
 
+def orthogonal_iteration(matrix: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of simultaneous iteration on a symmetric positive semi-definite matrix, from an orthonormal basis.
+
+        Q' R = M Q,    the columns of Q from the largest eigenvalue to the smallest
+
+    Repeated, it converges to the eigenvectors, each at the ratio of its eigenvalue to the next larger one; |R_ii| then is the eigenvalue.
+    Of a matrix that has changed little since its eigenvectors were taken one step is enough, at about half the operations of `eigh`.
+
+    Args:
+        matrix: `[..., n, n]`; only finiteness is required.
+        vectors: Q, `[..., n, n]`, in the order of ascending eigenvalues, as `eigh` gives them.
+
+    Returns:
+        |R_ii|, `[..., n]`, ascending, and the new basis in the same order; signs follow those of `vectors`.
+
+    Raises:
+        DecompositionError: The matrix is not finite, or the result is not.
+
+    References:
+        Golub & Van Loan, "Matrix Computations", section 8.2.4.
+    """
+    if not bool(torch.isfinite(matrix).all()):
+        raise DecompositionError("a factor holds NaN or inf; it was not decomposed")
+    turned, triangle = torch.linalg.qr(matrix @ vectors.flip(-1))
+    diagonal = triangle.diagonal(dim1=-2, dim2=-1)
+    values, order = diagonal.abs().sort(-1)
+    found = (turned * torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-2)).gather(-1, order.unsqueeze(-2).expand_as(turned))
+    if not bool(torch.isfinite(found).all()):
+        raise DecompositionError("orthogonal iteration gave a result that was not finite")
+    return values, found
+
+
 def cholesky(matrix: Tensor, shift: Tensor | float) -> Tensor:
     """Lower Cholesky factor of `M + shift I`, growing the shift a little where rounding makes it indefinite.
 

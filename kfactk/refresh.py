@@ -117,7 +117,8 @@ class Refresh:
                 try:
                     coupling = known.get(layer.name) or diagonals(matrices)
                     needed = {name: matrices[name] for name in self.places.decomposed_here(layer.name)}
-                    made[layer.name] = self.blocks.decompose(layer, needed, damping(layer), coupling)
+                    last = states[layer.name].decomposition if states[layer.name].ready else {}
+                    made[layer.name] = self.blocks.decompose(layer, needed, damping(layer), coupling, last)
                 except DecompositionError as error:
                     errors[layer.name] = str(error)
         except Exception as error:

@@ -171,6 +171,21 @@ class Basis(Protocol):
         """Condition number of the damped curvature, for the record: exact or a lower bound, a scalar tensor."""
 
 
+@runtime_checkable
+class Redecomposes(Protocol):
+    """What a basis may have besides: a decomposition that starts from the last one, where that is cheaper.
+
+    Laws: those of `decompose`. A subclass that replaces `decompose` alone has none.
+    """
+
+    def redecompose(self, name: str, matrix: Tensor, coupling: Coupling, last: Tensors) -> dict[str, Tensor]:
+        """Decompose one matrix of which there is a decomposition already, of an earlier average.
+
+        Raises:
+            DecompositionError: It cannot be decomposed; the framework goes on with the last one.
+        """
+
+
 Operator = Callable[[Tensor], Tensor]
 """A linear operator on matrices `[..., d_out, d_in]`."""
 

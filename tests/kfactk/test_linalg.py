@@ -327,3 +327,55 @@ def test_a_gradient_has_the_layout_and_precision_of_its_parameter(here: str, the
 
 def test_a_gradient_of_another_shape_is_not_stretched() -> None:
     assert linalg.as_gradient(torch.ones(()), torch.zeros(2, 3)).shape == ()
+
+
+def psd(n: int, seed: int, spread: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
+    """A matrix with eigenvalues apart, its eigenvalues in ascending order and its eigenvectors, in float64."""
+    generator = torch.Generator().manual_seed(seed)
+    vectors = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))[0]
+    values = torch.arange(1, n + 1, dtype=torch.float64) ** spread
+    return vectors @ torch.diag(values) @ vectors.mT, values, vectors
+
+
+@given(n=st.integers(1, 9), seed=st.integers(0, 999))
+def test_orthogonal_iteration_leaves_eigenvectors_alone(n: int, seed: int) -> None:
+    matrix, values, vectors = psd(n, seed)
+    found, turned = linalg.orthogonal_iteration(matrix, vectors)
+    torch.testing.assert_close(found, values)
+    torch.testing.assert_close(turned, vectors, rtol=1e-6, atol=1e-6)
+
+
+@given(n=st.integers(1, 7), seed=st.integers(0, 999), groups=st.integers(1, 3))
+def test_orthogonal_iteration_converges_to_the_eigenvectors(n: int, seed: int, groups: int) -> None:
+    each = [psd(n, seed + k) for k in range(groups)]
+    matrix, values = torch.stack([m for m, _, _ in each]), torch.stack([v for _, v, _ in each])
+    turned = torch.linalg.qr(torch.randn(groups, n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))[0]
+    for _ in range(200):
+        found, turned = linalg.orthogonal_iteration(matrix, turned)
+        torch.testing.assert_close(turned.mT @ turned, torch.eye(n, dtype=torch.float64).expand(groups, n, n))
+    torch.testing.assert_close(found, values)
+    torch.testing.assert_close(turned.mT @ matrix @ turned, torch.diag_embed(values), rtol=1e-8, atol=1e-6)
+
+
+@given(n=st.integers(2, 8), seed=st.integers(0, 999), size=st.floats(1e-4, 1e-2))
+def test_one_orthogonal_iteration_follows_a_matrix_that_has_moved(n: int, seed: int, size: float) -> None:
+    """What is off the diagonal of the largest directions shrinks."""
+    matrix, _, vectors = psd(n, seed, spread=6.0)
+    upper = torch.triu(torch.full((n, n), size, dtype=torch.float64), 1)
+    moved = vectors @ torch.linalg.matrix_exp(upper - upper.mT)
+    before = moved.mT @ matrix @ moved
+    _, turned = linalg.orthogonal_iteration(matrix, moved)
+    after = turned.mT @ matrix @ turned
+
+    def off(found: Tensor) -> float:
+        return float((found - torch.diag(found.diagonal())).norm())
+
+    assert off(after) < 0.5 * off(before)
+
+
+def test_orthogonal_iteration_survives_a_null_space_and_refuses_what_is_not_finite() -> None:
+    values, vectors = linalg.orthogonal_iteration(torch.zeros(3, 3), torch.eye(3))
+    assert values.tolist() == [0, 0, 0]
+    torch.testing.assert_close(vectors.mT @ vectors, torch.eye(3))
+    with pytest.raises(DecompositionError, match="NaN or inf"):
+        linalg.orthogonal_iteration(torch.full((2, 2), float("nan")), torch.eye(2))
