@@ -146,7 +146,7 @@ class Blocks:
         return {name: {part: tensor.contiguous() for part, tensor in parts.items()} for name, parts in found.items()}
 
     def _decomposed(self, name: str, matrix: Tensor, coupling: Coupling, last: Tensors | None) -> dict[str, Tensor]:
-        if last is not None and isinstance(self.basis, Redecomposes) and _as_new(type(self.basis), "redecompose", "decompose"):
+        if last is not None and redecomposes(self.basis):
             return self.basis.redecompose(name, matrix, coupling, last)
         return self.basis.decompose(name, matrix, coupling)
 
@@ -193,6 +193,11 @@ class Blocks:
 def makes_operator(basis: Basis) -> TypeGuard[MakesOperator]:
     """Whether a basis' `operator` is that of its `precondition`: not where a subclass has replaced the latter alone."""
     return isinstance(basis, MakesOperator) and _as_new(type(basis), "operator", "precondition")
+
+
+def redecomposes(basis: Basis) -> TypeGuard[Redecomposes]:
+    """Whether a basis starts from its last decomposition: not where a subclass has replaced `decompose` alone."""
+    return isinstance(basis, Redecomposes) and _as_new(type(basis), "redecompose", "decompose")
 
 
 def parts_factors(curvature: Curvature) -> TypeGuard[PartsFactors]:

@@ -19,7 +19,7 @@ import torch
 from hypothesis import assume, strategies as st
 
 from kfactk.blame import square
-from kfactk.blocks import makes_operator
+from kfactk.blocks import makes_operator, redecomposes
 from kfactk.errors import DecompositionError
 from kfactk.linalg import mean_diagonal
 from kfactk.testing.basis_frame import inner, same
@@ -94,6 +94,20 @@ class BasisLaws(BasisStateLaws, BasisTraitLaws, InRecipe):
         for gradient in (situation.gradient, situation.another(seed), situation.gradient):
             expected = attrs.evolve(situation, damping=damping).precondition(gradient)
             same(operator(gradient), expected, "the operator differs from `precondition`", 1e-6)
+
+    @law(situation="situations")
+    def test_decomposing_again_changes_nothing(self, situation: Situation) -> None:
+        """Where a basis starts from its last decomposition, that of a matrix which has not changed gives the same preconditioner."""
+        if not redecomposes(situation.basis):
+            pytest.skip(f"{self.label()} starts afresh each time")
+        again = {
+            name: situation.basis.redecompose(name, situation.matrices[name], situation.coupling, last)
+            for name, last in situation.decomposition.items()
+        }
+        moments = situation.measured(again)
+        expected = attrs.evolve(situation, moments=situation.measured(situation.decomposition)).precondition()
+        found = attrs.evolve(situation, decomposition=again, moments=moments).precondition()
+        same(found, expected, "decomposed again from its own decomposition, the matrix gives another preconditioner", 1e-5)
 
     @law(situation="any_situations", seed=seeds(), factor=st.floats(-3, 3))
     def test_the_product_is_linear(self, situation: Situation, seed: int, factor: float) -> None:

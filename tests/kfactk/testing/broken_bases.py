@@ -315,6 +315,13 @@ class Doubling(KfacInverse):
         return lambda gradient: 2 * self.precondition(gradient, decomposition, moments, damping)
 
 
+class Wandering(KfacInverse):
+    """Each decomposition adds to the last one."""
+
+    def redecompose(self, name: str, matrix: Tensor, coupling: Coupling, last: Tensors) -> Parts:
+        return {"cholesky": last["cholesky"] + self.decompose(name, matrix, coupling)["cholesky"]}
+
+
 class Further(Ekfac):
     """The running scale, claimed to be as close to the Fisher matrix as K-FAC."""
 

@@ -54,6 +54,7 @@ def test_a_basis_that_resets_its_moments_is_sound() -> None:
         (faulty.Twice, "test_it_is_the_dense_damped_inverse", "precondition is not the inverse of the damped matrix of `block`"),
         (faulty.Transposed, "test_it_is_the_dense_damped_inverse", "precondition is not the inverse of the damped"),
         (faulty.Doubling, "test_its_operator_is_the_preconditioner", "the operator differs from `precondition`"),
+        (faulty.Wandering, "test_decomposing_again_changes_nothing", "the matrix gives another preconditioner"),
         (faulty.Shifted, "test_the_product_is_linear", "the product is not linear"),
         (faulty.Indefinite, "test_the_product_is_the_block_without_damping", "the product is not positive semi-definite"),
         (faulty.Lopsided, "test_the_product_is_the_block_without_damping", "the product is not self-adjoint"),
