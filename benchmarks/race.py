@@ -144,7 +144,8 @@ def raced(chosen: Mapping[str, Setting], width: int, steps: int, batch: int, dev
         for name, run in measure(mine, width, steps, batch, device, profiled=True)[0].items():
             runs[name].stages = run.stages
     found = figures(runs, floors(chosen, network(width), IMAGE, batch, speed, device))
-    middle, spoken = 1000 * statistics.median(runs[BASELINE].seconds), ", ".join(f"{rate / 1e9:.0f} in {name}" for name, rate in speed.items())
+    middle = 1000 * statistics.median(runs[BASELINE].seconds)
+    spoken = ", ".join(f"{rate / 1e9:.0f} in {name}" for name, rate in speed.items())
     print(f"ResNet-8, {width} channels, {batch} images of 32 x 32, {device.type}; a step of {BASELINE} took {middle:.1f} ms (median),")
     print(f"and a large matrix product ran at {spoken} GFLOP/s")
     print(f"{table(found)}\n\n{stages(found)}\n", flush=True)
