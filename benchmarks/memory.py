@@ -30,7 +30,8 @@ from kfactk.costs import LayerCost
 from kfactk.optimizer import Optimizer
 
 SHORT = {"factor_every": 2, "scale_every": 2, "basis_every": 4}
-STEPS, IMAGE, MIB = 5, (3, 32, 32), 2**20
+STEPS, OTHERS, IMAGE, MIB = 5, 11, (3, 32, 32), 2**20
+"""Of others, whose periods are 10, more steps are taken."""
 
 
 def peak(run: Callable[[], object], device: torch.device) -> int:
@@ -156,7 +157,7 @@ def measured(chosen: Mapping[str, Setting], width: int, batch: int, device: torc
     found: dict[str, dict[str, Any]] = {}
     for name, setting in chosen.items():
         if setting.options is None:
-            found[name] = {"above": trained(setting.make, width, batch, STEPS, device)[0] - base}
+            found[name] = {"above": trained(setting.make, width, batch, OTHERS, device)[0] - base}
         else:
             rule = str(setting.options["update"])
             if rule not in rules:

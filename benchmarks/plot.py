@@ -20,7 +20,9 @@ def race(found: dict[str, Any]) -> Figure:
     """Bars of mean steps, with the floor as a line across, the median as a dot, and worst / median in words; one panel a width."""
     races = found["races"]
     names = list(races[0]["settings"])
-    figure, panels = plt.subplots(1, len(races), figsize=(5.5 * len(races) + 2, 0.42 * len(names) + 1.6), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(
+        1, len(races), figsize=(5.5 * len(races) + 2, 0.42 * len(names) + 1.6), sharey=True, squeeze=False, layout="constrained"
+    )
     for panel, each in zip(panels[0], races, strict=True):
         for place, name in enumerate(names):
             setting = each["settings"][name]
@@ -35,7 +37,7 @@ def race(found: dict[str, Any]) -> Figure:
             title=f"{each['width']} channels, {each['device']}", xlabel="mean step, x SGD", yticks=range(len(names)), yticklabels=names
         )
         panel.set_xlim(0, 1.45 * max(each["settings"][name]["mean"] for name in names))
-        panel.invert_yaxis() if panel is panels[0][0] else None
+    panels[0][0].invert_yaxis()
     figure.suptitle("Bars: mean; dots: median; red: arithmetic floor; worst: worst step / median", fontsize=9)
     return figure
 
@@ -44,7 +46,9 @@ def memory(found: dict[str, Any]) -> Figure:
     """Bars of peaks above SGD's, with what is kept and what is allowed as lines across; one panel a width."""
     runs = found["runs"]
     names = [name for name, each in runs[0]["settings"].items() if each["above"] > 0]
-    figure, panels = plt.subplots(1, len(runs), figsize=(5.5 * len(runs) + 2, 0.42 * len(names) + 1.6), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(
+        1, len(runs), figsize=(5.5 * len(runs) + 2, 0.42 * len(names) + 1.6), sharey=True, squeeze=False, layout="constrained"
+    )
     for panel, run in zip(panels[0], runs, strict=True):
         for place, name in enumerate(names):
             each = run["settings"][name]
@@ -55,7 +59,7 @@ def memory(found: dict[str, Any]) -> Figure:
         panel.set(
             title=f"{run['width']} channels, {run['device']}", xlabel="peak above SGD, MiB", yticks=range(len(names)), yticklabels=names
         )
-        panel.invert_yaxis() if panel is panels[0][0] else None
+    panels[0][0].invert_yaxis()
     figure.suptitle("Red: kept between steps; dotted: 1.5 x that and one layer's workspace", fontsize=9)
     return figure
 
@@ -63,7 +67,7 @@ def memory(found: dict[str, Any]) -> Figure:
 def scaling(found: dict[str, Any]) -> Figure:
     """Seconds of stages when due over each dimension, with their exponents."""
     dimensions = found["dimensions"]
-    figure, panels = plt.subplots(1, len(dimensions), figsize=(4.2 * len(dimensions), 4.5), squeeze=False)
+    figure, panels = plt.subplots(1, len(dimensions), figsize=(4.2 * len(dimensions), 5.5), squeeze=False, layout="constrained")
     for panel, (dimension, each) in zip(panels[0], dimensions.items(), strict=True):
         for name, slope in each["exponents"].items():
             values = [1e3 * point["sgd" if name == "step of SGD" else name] for point in each["seconds"]]
@@ -73,7 +77,7 @@ def scaling(found: dict[str, Any]) -> Figure:
         panel.set(title=dimension, xscale="log", yscale="log", xlabel=dimension, ylabel="ms when due")
         panel.set_xticks(each["sizes"], labels=[str(size) for size in each["sizes"]])
         panel.minorticks_off()
-        panel.legend(fontsize=7)
+        panel.legend(fontsize=7, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     return figure
 
 
