@@ -53,6 +53,8 @@ class Recorder:
     @contextlib.contextmanager
     def _timing(self, stage: str) -> Iterator[None]:
         now = time.perf_counter if self._profile is None else self._profile.now
+        if self._profile is not None:
+            self._profile.add(stage, 0.0)  # stages in the order in which they begin
         start = now()
         self._inside.append(0.0)
         try:

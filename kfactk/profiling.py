@@ -58,7 +58,7 @@ class Profile:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds by stage, all steps together, in the order in which stages first ran; `model` and `rest` stand last."""
+        """Seconds by stage, all steps together, in the order in which they first began; `model` and `rest` stand last."""
         found: dict[str, float] = {}
         for step in self._steps:
             for stage, taken in step.items():
@@ -105,7 +105,7 @@ class Profile:
         """Rows of stages: milliseconds of a mean step, their share of it, in how many steps the stage ran, and its worst step."""
         steps, whole = len(self._steps), self.whole
         if not steps:
-            return "no step was taken"
+            return "no steps"
         counts, worst = self.counts, self.worst
         lines = [f"{f'{steps} steps':16}{'mean, ms':>12}{'share':>9}{'ran in':>9}{'worst, ms':>12}"]
         for stage, taken in self.seconds.items():

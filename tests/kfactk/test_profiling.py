@@ -61,6 +61,11 @@ def test_stages_count_in_the_steps_in_which_they_are_due() -> None:
     assert profile.counts == {"fisher": 5, "factors": 4, "scale": 3, "basis": 2, **every}
 
 
+def test_stages_stand_in_the_order_in_which_they_begin() -> None:
+    found = list(profiled(2, basis="ekfac", **PERIODS).seconds)
+    assert found == ["fisher", "factors", "basis", "scale", "precondition", "clip", "update", "model", "rest"]
+
+
 def test_a_basis_without_moments_has_no_scale() -> None:
     assert set(profiled(2, basis="kfac").seconds) == STAGES - {"scale"} | {"model", "rest"}
 
@@ -134,7 +139,7 @@ def test_a_profile_within_a_profile_is_refused() -> None:
         pass
     with optimizer.profile() as profile:  # the first was left
         pass
-    assert str(profile) == "no step was taken"
+    assert str(profile) == "no steps"
 
 
 def test_profiles_end_with_their_block(clock: Clock) -> None:
