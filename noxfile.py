@@ -146,5 +146,10 @@ def equivalence(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["env"], default=False)
 def bench(session: nox.Session) -> None:
-    """Step times relative to SGD with momentum, and to other optimisers that are installed."""
-    session.run(python(session), "-m", "benchmarks.race", *session.posargs)
+    """All benchmarks, about ten minutes; `-- race --widths 16` runs one part, `-- --help` tells which there are.
+
+    Optimisers of other packages are installed for it, each that can be; the race names those that are not there.
+    """
+    for requirement in nox.project.dependency_groups(nox.project.load_toml(ROOT / "pyproject.toml"), "bench"):
+        session.run(python(session), "-m", "pip", "install", "--quiet", requirement, success_codes=(0, 1))
+    session.run(python(session), "-m", "benchmarks", *session.posargs)

@@ -1,69 +1,44 @@
 """Step times of kfactk's settings and of other optimisers relative to SGD with momentum, side by side.
 
-All of them take turns, one step each, in one process, so that whatever else the machine does meets them alike. The ratios, not the
-seconds, are what carries over to other machines. Everything is due in a first step, which is not counted; the steps that are counted
-hold every period a whole number of times.
+All of them take turns, one step each, in one process, so that whatever else the machine does meets them alike; so does a large matrix
+product, whose rate makes the floor. The ratios, not the seconds, are what carries over to other machines. Everything is due in a first
+step, which is not counted; the steps that are counted hold every period a whole number of times. What is raced is in `settings.py`.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import contextlib
+import json
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import kfactk
-from experiments.models import ResNet
+from benchmarks.floor import Floor, Product, floors
+from benchmarks.settings import BASELINE, NOT_ON_THE_INDEX, Setting, missing, network, settings
+from kfactk.optimizer import Optimizer
 
-BASELINE = "SGD, momentum (torch)"
-PERIODS = {"factor_every": 10, "scale_every": 10, "basis_every": 100}
-Make = Callable[[nn.Module], Any]
-
-
-def _kfactk(**recipe: Any) -> Make:
-    return lambda model: kfactk.build(**{"update": "adam", **PERIODS, **recipe}).bind(model)
+IMAGE = (3, 32, 32)
 
 
-SETTINGS: dict[str, Make] = {
-    BASELINE: lambda model: torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9),
-    "Adam (torch)": lambda model: torch.optim.Adam(model.parameters(), lr=0.001),
-    "conv_kfac, ekfac, adam": _kfactk(),
-    "conv_kfac, ekfac, adam, staggered": _kfactk(stagger=True),
-    "conv_kfac, kfac, adam": _kfactk(basis="kfac"),
-    "conv_kfac (reduce), ekfac, adam, staggered": _kfactk(curvature={"name": "conv_kfac", "spatial": "reduce"}, stagger=True),
-}
-"""By name; each makes the optimiser of a model."""
+@attrs.define
+class Run:
+    """One setting in the race.
 
+    Args:
+        seconds: Of each step after the first.
+        stages: Seconds of a mean one of these, by stage, for a setting of kfactk.
+    """
 
-def _others() -> dict[str, Make]:
-    """Second-order optimisers of other packages, those that are installed."""
-    found: dict[str, Make] = {}
-    if importlib.util.find_spec("pytorch_optimizer"):
-        from pytorch_optimizer import SOAP
-
-        found["SOAP, every 10 (pytorch_optimizer)"] = lambda model: SOAP(model.parameters(), lr=0.003, precondition_frequency=10)
-    if importlib.util.find_spec("heavyball"):
-        import heavyball
-
-        heavyball.utils.compile_mode = None  # its autotuning takes minutes a shape on a CPU
-        found["SOAP (heavyball)"] = lambda model: heavyball.SOAP(model.parameters(), lr=0.003, precondition_frequency=10)
-    if importlib.util.find_spec("singd"):
-        from singd.optim.optimizer import SINGD
-
-        found["SINGD, every 10"] = lambda model: SINGD(model, T=10, lr=0.01, momentum=0.9)
-    return found
-
-
-def network(width: int) -> nn.Module:
-    """ResNet-8 for images of 32 x 32."""
-    torch.manual_seed(0)
-    return ResNet(3, (width, 2 * width, 4 * width), 10)
+    seconds: list[float]
+    stages: dict[str, float]
 
 
 def timed_step(model: nn.Module, optimizer: Any, images: Tensor, labels: Tensor) -> float:
@@ -78,53 +53,126 @@ def timed_step(model: nn.Module, optimizer: Any, images: Tensor, labels: Tensor)
     return time.perf_counter() - start
 
 
-def measure(settings: Mapping[str, Make], width: int, steps: int, batch: int, device: torch.device) -> dict[str, list[float]]:
-    """Seconds of each setting's steps after the first."""
+def measure(
+    chosen: Mapping[str, Setting], width: int, steps: int, batch: int, device: torch.device, *, profiled: bool
+) -> tuple[dict[str, Run], dict[str, float]]:
+    """Race these settings.
+
+    Args:
+        chosen: By name.
+        width: Channels of the network's first stage.
+        steps: How many are counted.
+        batch: Images in a mini-batch.
+        device: Where.
+        profiled: Whether stages are told apart; on an accelerator that takes time.
+
+    Returns:
+        Runs by name, and the FLOPs a second of a large matrix product, by precision.
+    """
     torch.manual_seed(0)
-    images, labels = torch.randn(batch, 3, 32, 32, device=device), torch.randint(10, (batch,), device=device)
-    runs = []
-    for name, make in settings.items():
+    images, labels = torch.randn(batch, *IMAGE, device=device), torch.randint(10, (batch,), device=device)
+    entries = []
+    for name, setting in chosen.items():
         model = network(width).to(device)
-        runs.append((name, model, make(model)))
-    seconds: dict[str, list[float]] = {name: [] for name in settings}
-    for step in range(steps + 1):
-        for name, model, optimizer in runs:
-            taken = timed_step(model, optimizer, images, labels)
-            if step:
-                seconds[name].append(taken)
-    return seconds
+        entries.append((name, model, setting.make(model)))
+    products = [Product(name, device) for name in sorted({setting.precision for setting in chosen.values()} | {"float32"})]
+    runs, profiles = {name: Run([], {}) for name in chosen}, {}
+    multiplied: dict[str, list[float]] = {product.precision: [] for product in products}
+    with contextlib.ExitStack() as stack:
+        for name, _, optimizer in entries:
+            if profiled and isinstance(optimizer, Optimizer):
+                profiles[name] = stack.enter_context(optimizer.profile())
+        for step in range(steps + 1):
+            for name, model, optimizer in entries:
+                taken = timed_step(model, optimizer, images, labels)
+                if step:
+                    runs[name].seconds.append(taken)
+            for product in products:
+                multiplied[product.precision].append(product.seconds())
+    for name, profile in profiles.items():
+        counted = profile.steps[1:]
+        every = {stage for each in counted for stage in each} - {"model"}  # in which others took their turns
+        runs[name].stages = {stage: sum(each.get(stage, 0.0) for each in counted) / len(counted) for stage in every}
+    return runs, {product.precision: product.rate(multiplied[product.precision]) for product in products}
 
 
-def table(seconds: Mapping[str, list[float]]) -> str:
-    """Mean and median relative to the baseline's, and the worst step relative to the median of its own."""
-    base = seconds[BASELINE]
-    lines = [f"{'':44}{'mean':>8}{'median':>8}{'worst / median':>16}"]
-    for name, taken in seconds.items():
-        mean, median = statistics.mean(taken) / statistics.mean(base), statistics.median(taken) / statistics.median(base)
-        lines.append(f"{name:44}{mean:8.2f}{median:8.2f}{max(taken) / statistics.median(taken):16.1f}")
+def figures(runs: Mapping[str, Run], least: Mapping[str, Floor]) -> dict[str, dict[str, Any]]:
+    """By setting: mean, floor of the mean and median relative to the baseline's, worst step relative to the median of its own, and
+    stages, measured and at least, relative to the baseline's."""
+    base, middle = statistics.mean(runs[BASELINE].seconds), statistics.median(runs[BASELINE].seconds)
+    found: dict[str, dict[str, Any]] = {}
+    for name, run in runs.items():
+        median = statistics.median(run.seconds)
+        found[name] = {
+            "mean": statistics.mean(run.seconds) / base,
+            "median": median / middle,
+            "worst": max(run.seconds) / median,
+            "floor": least[name].ratio(middle) if name in least else None,
+            "stages": {stage: taken / base for stage, taken in run.stages.items()},
+            "floors": {stage: taken / middle for stage, taken in least[name].mean.items()} if name in least else {},
+            "seconds": run.seconds,
+        }
+    return found
+
+
+def table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Lines of settings."""
+    lines = [f"{'x SGD':44}{'mean':>8}{'floor':>8}{'median':>8}{'worst / median':>16}"]
+    for name, each in found.items():
+        least = "" if each["floor"] is None else f"{each['floor']:.2f}"
+        lines.append(f"{name:44}{each['mean']:8.2f}{least:>8}{each['median']:8.2f}{each['worst']:16.1f}")
     return "\n".join(lines)
 
 
+def stages(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """Lines of kfactk's settings: what each stage adds to a mean step, and what it adds at least."""
+    names = ("fisher", "factors", "scale", "basis", "precondition", "clip", "update", "rest")
+    lines = [f"{'mean step, x SGD (floor)':44}" + "".join(f"{name:>15}" for name in names)]
+    for name, each in found.items():
+        if each["stages"]:
+            cells = [f"{each['stages'].get(stage, 0.0):.3f}" for stage in names]
+            least = [f" ({each['floors'][stage]:.3f})" if stage in each["floors"] else "" for stage in names]
+            lines.append(f"{name:44}" + "".join(f"{cell + floor:>15}" for cell, floor in zip(cells, least, strict=True)))
+    return "\n".join(lines)
+
+
+def raced(chosen: Mapping[str, Setting], width: int, steps: int, batch: int, device: torch.device) -> dict[str, Any]:
+    """Race at one width, and print the tables."""
+    runs, speed = measure(chosen, width, steps, batch, device, profiled=device.type == "cpu")
+    if device.type != "cpu":
+        mine = {name: setting for name, setting in chosen.items() if setting.options is not None}
+        for name, run in measure(mine, width, steps, batch, device, profiled=True)[0].items():
+            runs[name].stages = run.stages
+    found = figures(runs, floors(chosen, network(width), IMAGE, batch, speed, device))
+    middle = 1000 * statistics.median(runs[BASELINE].seconds)
+    spoken = ", ".join(f"{rate / 1e9:.0f} in {name}" for name, rate in speed.items())
+    print(f"ResNet-8, {width} channels, {batch} images of 32 x 32, {device.type}; a step of {BASELINE} took {middle:.1f} ms (median),")
+    print(f"and a large matrix product ran at {spoken} GFLOP/s")
+    print(f"{table(found)}\n\n{stages(found)}\n", flush=True)
+    return {"width": width, "batch": batch, "device": device.type, "sgd_ms": middle, "flops": speed, "settings": found}
+
+
 def main() -> None:
-    """Measure, and print a table."""
-    parser = argparse.ArgumentParser(description="Step times relative to SGD with momentum.")
+    """Measure, print tables, and write the figures."""
+    parser = argparse.ArgumentParser(prog="race", description="Step times relative to SGD with momentum.")
     parser.add_argument(
         "--steps", type=int, default=100, help="steps of each setting; a multiple of 100 holds every period as often as it comes"
     )
     parser.add_argument("--batch", type=int, default=64, help="images in a mini-batch")
-    parser.add_argument("--widths", type=int, nargs="+", default=[16], help="channels of the first stage")
+    parser.add_argument("--widths", type=int, nargs="+", default=[16, 64], help="channels of the first stage")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
     parser.add_argument("--only", default="", help="settings whose name contains this, besides SGD")
+    parser.add_argument("--output", type=Path, help="folder to write race.json into")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    every = SETTINGS | _others()
-    settings = {name: make for name, make in every.items() if name == BASELINE or arguments.only in name}
-    for width in arguments.widths:
-        seconds = measure(settings, width, arguments.steps, arguments.batch, torch.device(arguments.device))
-        middle = 1000 * statistics.median(seconds[BASELINE])
-        print(f"ResNet-8, {width} channels, {arguments.batch} images of 32 x 32; a step of {BASELINE} took {middle:.1f} ms (median)")
-        print(table(seconds), flush=True)
+    chosen = settings(arguments.only)
+    absent = [*missing(), *(f"{name} (not on the package index)" for name in NOT_ON_THE_INDEX)]
+    print(f"not installed, and so not raced: {', '.join(absent)}")
+    results = [raced(chosen, width, arguments.steps, arguments.batch, torch.device(arguments.device)) for width in arguments.widths]
+    if arguments.output is not None:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        (arguments.output / "race.json").write_text(json.dumps({"torch": torch.__version__, "races": results}, indent=1))
 
 
 if __name__ == "__main__":

@@ -13,17 +13,20 @@ import attrs
 import torch
 from torch import Tensor
 
-from kfactk.errors import KfactkWarning
+from kfactk.errors import KfactkError, KfactkWarning
+from kfactk.profiling import Profile
 from kfactk.stages import Pair, Tracker
+
+IDLE = contextlib.nullcontext()
 
 
 class Recorder:
-    """Gathers one step's figures and hands them to the recipe's tracker.
+    """Gathers one step's figures and hands them to the recipe's tracker, and the seconds of stages to a profile while there is one.
 
     A tracker that raises costs a warning, said once, never the training run.
 
     Args:
-        tracker: The recipe's; with none, everything here does nothing.
+        tracker: The recipe's; with none, and no profile, everything here does nothing.
         summary: Gives the recipe as text-safe mappings.
     """
 
@@ -32,6 +35,7 @@ class Recorder:
         self._figures: dict[str, Tensor | float] = {}
         self._seconds: dict[str, float] = {}
         self._inside: list[float] = []
+        self._profile: Profile | None = None
         self._warned: list[str] = []
         self._finalizer: weakref.finalize[Any, Recorder] | None = None
         if self._tracker is not None:
@@ -39,24 +43,47 @@ class Recorder:
             _surviving(warned, lambda: fresh.start(summary()))
             self._finalizer = weakref.finalize(self, _surviving, warned, fresh.close)
 
-    @contextlib.contextmanager
-    def timed(self, stage: str) -> Iterator[None]:
+    def timed(self, stage: str) -> contextlib.AbstractContextManager[None]:
         """Add the wall-clock seconds of the block to those of `stage` in this step, those of blocks inside it left out.
 
-        On a device that works asynchronously these are the seconds until the work was queued.
+        On a device that works asynchronously these are the seconds until the work was queued, or, within a profile, done.
         """
-        if self._tracker is None:
-            yield
-            return
-        start = time.perf_counter()
+        return IDLE if self._tracker is None and self._profile is None else self._timing(stage)
+
+    @contextlib.contextmanager
+    def _timing(self, stage: str) -> Iterator[None]:
+        now = time.perf_counter if self._profile is None else self._profile.now
+        if self._profile is not None:
+            self._profile.add(stage, 0.0)  # stages in the order in which they begin
+        start = now()
         self._inside.append(0.0)
         try:
             yield
         finally:
-            whole = time.perf_counter() - start
-            self._seconds[stage] = self._seconds.get(stage, 0.0) + whole - self._inside.pop()
+            whole = now() - start
+            own = whole - self._inside.pop()
+            self._seconds[stage] = self._seconds.get(stage, 0.0) + own
+            if self._profile is not None:
+                self._profile.add(stage, own)
             if self._inside:
                 self._inside[-1] += whole
+
+    @contextlib.contextmanager
+    def profiled(self, optimizer: torch.optim.Optimizer) -> Iterator[Profile]:
+        """Gather the seconds of an optimizer's steps.
+
+        Raises:
+            KfactkError: Its steps are being gathered already.
+        """
+        if self._profile is not None:
+            raise KfactkError("this optimizer is being profiled already: leave the first `with optimizer.profile()` before another begins.")
+        self._profile = profile = Profile(parameter.device for group in optimizer.param_groups for parameter in group["params"])
+        begins = optimizer.register_step_pre_hook(lambda *_: profile.enter())
+        try:
+            yield profile
+        finally:
+            begins.remove()
+            self._profile = None
 
     def add(self, figures: Mapping[str, Tensor | float]) -> None:
         """Take figures from outside (loss, accuracy)."""
@@ -90,6 +117,8 @@ class Recorder:
             tracker = self._tracker
             assert tracker is not None
             _surviving(self._warned, lambda: tracker.record(step, figures))
+        if self._profile is not None:
+            self._profile.leave()
         self.forget()
         return dict(figures)
 

@@ -23,6 +23,7 @@ from kfactk.figures import Recorder
 from kfactk.forward import Forward
 from kfactk.observation import Observer
 from kfactk.preconditioner import Preconditioner
+from kfactk.profiling import Profile
 from kfactk.schedule import number_at, plain
 from kfactk.shards import ShardedProducts
 from kfactk.slots import gradients_of, sharded, slots
@@ -204,6 +205,10 @@ class Optimizer(StatefulOptimizer):
     def record(self, **figures: Tensor | float) -> None:
         """Hand training figures (loss, accuracy, ...) to the tracker with those of the next recorded step."""
         self._recorder.add(figures)
+
+    def profile(self) -> AbstractContextManager[Profile]:
+        """Time the stages of the steps inside: `with optimizer.profile() as profile:` and then `print(profile)`; see `Profile`."""
+        return self._recorder.profiled(self)
 
     def _follow(self) -> list[Layer] | None:
         self._index()

@@ -8,7 +8,7 @@ What is done, and in which order messages go, follows from the plan of the step,
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import attrs
 import torch
@@ -71,14 +71,14 @@ class Refresh:
         followed = any(need.follows for need in needs.values())
         averages = means(with_early(early, self._reduced(sums, "sums"))) if followed else {}
         averages = {key: value for key, value in averages.items() if unkeyed(key)[0] not in unseen}
-        with self.timed("factors"):
+        with self._timed("factors", any(need.factors for need in needs.values())):
             self._average(states, averages, "factor")
         due = [need.layer for name, need in needs.items() if need.basis and name not in unseen]
         previous: dict[str, Kept] = {layer.name: states[layer.name].keep() for layer in due}
         try:
-            with self.timed("basis"):
+            with self._timed("basis", bool(due)):
                 made = self._decompose(due, states, damping)
-            with self.timed("scale"):
+            with self._timed("scale", any(need.scale or (need.basis and self.blocks.basis.moments_from) for need in needs.values())):
                 self._average(states, averages, "moment")
                 self._measure({name: need for name, need in needs.items() if name not in unseen}, states, made)
             for name in needs:
@@ -87,6 +87,9 @@ class Refresh:
             for name, kept in previous.items():
                 states[name].put_back(kept)
             raise
+
+    def _timed(self, stage: str, due: bool) -> AbstractContextManager[None]:
+        return self.timed(stage) if due else nullcontext()
 
     # ------------------------------------------------------------------------------------------------------------ means
 

@@ -1,0 +1,171 @@
+"""The least that a setting's curvature can take here: its arithmetic at the rate of a large matrix product, and its decompositions.
+
+The cost model of `python -m kfactk plan` counts the FLOPs that each part of a step does, from shapes; it is given a machine on which memory
+and launches are free, convolutions run like matrix products, and decompositions take what they take when nothing else runs.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import nn
+
+import kfactk
+from benchmarks.settings import Setting
+from kfactk.costs import Job, cost
+from kfactk.machines import CPU, Curve, Machine
+from kfactk.metering import job_of, meta_batch
+
+STAGES = {"Fisher pass": "fisher", "factors": "factors", "scale": "scale", "decomposition": "basis", "preconditioning": "precondition"}
+"""Parts of the cost model, and the stages that a profile tells apart."""
+SOLVERS: dict[str, Callable[[torch.Tensor], Any]] = {"eigh": torch.linalg.eigh, "cholesky": torch.linalg.cholesky}
+
+
+@attrs.frozen
+class Floor:
+    """Seconds at least.
+
+    Args:
+        mean: Of curvature in a mean step, by stage.
+        worst: Of curvature in the dearest step.
+        model: Of forward and backward, whose arithmetic SGD's step holds too.
+    """
+
+    mean: Mapping[str, float]
+    worst: float
+    model: float
+
+    def ratio(self, base: float) -> float:
+        """A mean step relative to the baseline's, if the rest took what the baseline takes.
+
+        Args:
+            base: Seconds of the baseline's step.
+
+        Example:
+            >>> Floor({"fisher": 0.1, "precondition": 0.3}, 1.0, 0.5).ratio(2.0)
+            1.2
+        """
+        return 1.0 + sum(self.mean.values()) / base
+
+
+def median_seconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:
+    """Median seconds of a run, after one that is not counted."""
+    return statistics.median([seconds(run, device) for _ in range(repeats + 1)][1:])
+
+
+def seconds(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one run, until the device has done it."""
+    start = time.perf_counter()
+    run()
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+    return time.perf_counter() - start
+
+
+@attrs.frozen
+class Product:
+    """A large matrix product, of which the rate is wanted.
+
+    Args:
+        precision: Name of its dtype.
+        device: Where.
+    """
+
+    precision: str
+    device: torch.device
+    _operands: tuple[torch.Tensor, torch.Tensor] = attrs.field(init=False, repr=False, eq=False)
+
+    def __attrs_post_init__(self) -> None:
+        one, other = (torch.randn(self.side, self.side, device=self.device).to(getattr(torch, self.precision)) for _ in range(2))
+        object.__setattr__(self, "_operands", (one, other))
+
+    @property
+    def side(self) -> int:
+        """Of its square matrices."""
+        return 1024 if self.device.type == "cpu" else 8192
+
+    def seconds(self) -> float:
+        """Of one product."""
+        one, other = self._operands
+        return seconds(lambda: one @ other, self.device)
+
+    def rate(self, taken: Sequence[float]) -> float:
+        """FLOPs a second, in the median of products that took so long."""
+        return 2 * self.side**3 / statistics.median(taken)
+
+
+def sides(jobs: Iterable[Job]) -> dict[str, list[int]]:
+    """By solver, the sides of the matrices that these jobs decompose."""
+    found: dict[str, set[int]] = {}
+    for job in jobs:
+        for work in job.workload.works:
+            if solver := job.layers[work.layer].solver:
+                found.setdefault(solver, set()).update(shape[-1] for shape in work.matrices.values() if len(shape) > 1)
+    return {solver: sorted(each) for solver, each in found.items()}
+
+
+def solving(device: torch.device, wanted: Mapping[str, Sequence[int]], repeats: int = 3) -> dict[str, Curve]:
+    """Seconds to decompose one matrix of each of these sides, by solver."""
+    found = {}
+    for solver, each in wanted.items():
+        points = []
+        for n in each:
+            rows = torch.randn(2 * n, n, device=device)
+            matrix = rows.T @ rows / n + torch.eye(n, device=device)
+            run = SOLVERS[solver]
+            points.append((n, median_seconds(lambda run=run, matrix=matrix: run(matrix), repeats if n < 1000 else 1, device)))  # type: ignore[misc]
+        found[solver] = Curve(tuple(points))
+    return found
+
+
+def ideal(rate: float, solvers: Mapping[str, Curve]) -> Machine:
+    """A machine on which nothing takes time but arithmetic and decompositions."""
+    free = math.inf
+    return attrs.evolve(
+        CPU, name="floor", products={"float32": rate}, convolutions=1.0, bandwidth=free, launch=0.0, solvers={**CPU.solvers, **solvers}
+    )
+
+
+def job(setting: Setting, model: nn.Module, shape: Sequence[int], batch: int) -> Job:
+    """What a setting takes on mini-batches of so many examples of this shape."""
+    return job_of(copy.deepcopy(model).to("meta"), setting.recipe(), meta_batch("x".join(map(str, shape)), batch))
+
+
+def floor_of(found: Job, recipe: kfactk.Recipe, machine: Machine) -> Floor:
+    """Seconds at least of one rank's steps."""
+    costs = cost(found, recipe.placement.assign(found.workload, 1), 1, machine)
+    mean = {stage: costs.compute[part].mean for part, stage in STAGES.items()}
+    model = costs.compute["forward and backward"].mean
+    return Floor(mean, costs.worst - model - costs.compute["update"].mean, model)
+
+
+def floors(
+    settings: Mapping[str, Setting],
+    model: nn.Module,
+    shape: Sequence[int],
+    batch: int,
+    speed: Mapping[str, float],
+    device: torch.device,
+) -> dict[str, Floor]:
+    """Those of kfactk's settings, by name.
+
+    Args:
+        settings: By name.
+        model: What they train.
+        shape: Of one example.
+        batch: Examples in a mini-batch.
+        speed: FLOPs a second of a large matrix product, by precision.
+        device: Where matrices are decomposed, to learn what that takes.
+    """
+    mine = {name: setting for name, setting in settings.items() if setting.options is not None}
+    jobs = {name: job(setting, model, shape, batch) for name, setting in mine.items()}
+    solvers = solving(device, sides(jobs.values()))
+    machines = {precision: ideal(rate, solvers) for precision, rate in speed.items()}
+    return {name: floor_of(jobs[name], setting.recipe(), machines[setting.precision]) for name, setting in mine.items()}

@@ -1,0 +1,146 @@
+"""What is raced: settings of kfactk, torch's own optimisers, and second-order ones of other packages, where they are installed.
+
+The tables are there to be edited: a line makes a setting known to the race, to the measurement of memory and to the plot.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import torch
+from torch import nn
+
+import kfactk
+from experiments.models import ResNet
+
+BASELINE = "SGD, momentum (torch)"
+PERIODS = {"factor_every": 10, "scale_every": 10, "basis_every": 100}
+"""Those of the thesis, unless a setting says otherwise."""
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "conv_kfac, ekfac, adam": {},
+    "conv_kfac, ekfac, adam, staggered": {"stagger": True},
+    "conv_kfac, kfac, adam": {"basis": "kfac"},
+    "conv_kfac (reduce), ekfac, adam, staggered": {"curvature": {"name": "conv_kfac", "spatial": "reduce"}, "stagger": True},
+}
+"""Settings of kfactk: arguments of `kfactk.build`, besides `PERIODS` and Adam."""
+PRECISIONS: dict[str, str] = {}
+"""By name, in which precision a setting's matrix products may run at best, where it is not float32: the floor takes that rate."""
+NOT_ON_THE_INDEX = ("kfac-pytorch",)
+"""Packages one would look for here, and that cannot be installed from the package index."""
+
+
+@attrs.frozen
+class Setting:
+    """One way to train.
+
+    Args:
+        make: Makes the optimiser of a model.
+        options: Arguments of `kfactk.build`, for a setting of kfactk.
+        precision: In which its matrix products may run at best.
+    """
+
+    make: Callable[[nn.Module], Any]
+    options: dict[str, Any] | None = None
+    precision: str = "float32"
+
+    def recipe(self, **options: Any) -> kfactk.Recipe:
+        """That of a setting of kfactk, with changes."""
+        assert self.options is not None
+        return kfactk.build(**{**self.options, **options})
+
+
+def ours(name: str) -> Setting:
+    """The setting of kfactk of this name in `RECIPES`."""
+    options = {"update": "adam", **PERIODS, **RECIPES[name]}
+    return Setting(lambda model: kfactk.build(**options).bind(model), options, PRECISIONS.get(name, "float32"))
+
+
+def torchs() -> dict[str, Setting]:
+    """Optimisers of torch."""
+    found: dict[str, Setting] = {
+        BASELINE: Setting(lambda model: torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)),
+        "Adam (torch)": Setting(lambda model: torch.optim.Adam(model.parameters(), lr=0.001)),
+        "AdamW (torch)": Setting(lambda model: torch.optim.AdamW(model.parameters(), lr=0.001)),
+    }
+    if hasattr(torch.optim, "Muon"):
+        found["Muon, kernels as matrices (torch)"] = Setting(Matrices)
+    return found
+
+
+class Matrices:
+    """torch's Muon, which takes matrices alone: kernels are shown to it as matrices `[outputs, rest]`, the rest goes to AdamW."""
+
+    def __init__(self, model: nn.Module) -> None:
+        tensors = [parameter for parameter in model.parameters() if parameter.ndim > 1]
+        self._pairs = [(parameter, nn.Parameter(parameter.detach().flatten(1))) for parameter in tensors]  # one storage
+        self._muon = torch.optim.Muon([matrix for _, matrix in self._pairs], lr=0.01)
+        self._rest = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.ndim == 1], lr=0.001)
+        self._model = model
+
+    def zero_grad(self) -> None:
+        """Reset the model's gradients."""
+        self._model.zero_grad()
+
+    def step(self) -> None:
+        """Take one step of both."""
+        for parameter, matrix in self._pairs:
+            matrix.grad = None if parameter.grad is None else parameter.grad.flatten(1)
+        self._muon.step()
+        self._rest.step()
+
+
+def pytorch_optimizers() -> dict[str, Setting]:
+    """Of the package pytorch-optimizer."""
+    from pytorch_optimizer import SOAP
+
+    return {"SOAP, every 10 (pytorch_optimizer)": Setting(lambda model: SOAP(model.parameters(), lr=0.003, precondition_frequency=10))}
+
+
+def heavyballs() -> dict[str, Setting]:
+    """Of the package heavyball, uncompiled: its autotuning takes minutes a shape on a CPU."""
+    import heavyball
+
+    heavyball.utils.compile_mode = None
+    return {
+        "SOAP, every 10 (heavyball)": Setting(lambda model: heavyball.SOAP(model.parameters(), lr=0.003, precondition_frequency=10)),
+        "Muon (heavyball)": Setting(lambda model: heavyball.Muon(model.parameters(), lr=0.02)),
+    }
+
+
+def singds() -> dict[str, Setting]:
+    """Of the package singd."""
+    from singd.optim.optimizer import SINGD
+
+    return {"SINGD, every 10 (singd)": Setting(lambda model: SINGD(model, T=10, lr=0.01, momentum=0.9, warn_unsupported=False))}
+
+
+OTHERS: dict[str, Callable[[], dict[str, Setting]]] = {
+    "pytorch_optimizer": pytorch_optimizers,
+    "heavyball": heavyballs,
+    "singd": singds,
+}
+"""By the module that has to be there."""
+
+
+def missing() -> list[str]:
+    """Modules that are raced where they are installed, and are not."""
+    return [module for module in OTHERS if importlib.util.find_spec(module) is None]
+
+
+def settings(only: str = "") -> dict[str, Setting]:
+    """All that can be had here, by name: the baseline, and those whose name contains `only`."""
+    every = torchs() | {name: ours(name) for name in RECIPES}
+    for module, make in OTHERS.items():
+        if module not in missing():
+            every |= make()
+    return {name: setting for name, setting in every.items() if name == BASELINE or only in name}
+
+
+def network(width: int) -> nn.Module:
+    """ResNet-8 for images of 32 x 32."""
+    torch.manual_seed(0)
+    return ResNet(3, (width, 2 * width, 4 * width), 10)

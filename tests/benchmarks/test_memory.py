@@ -1,0 +1,47 @@
+"""Bytes against those that are known: of tensors that come and go, and of the factors of a layer."""
+
+import torch
+from torch import nn
+
+import kfactk
+from benchmarks import memory, settings
+from benchmarks.settings import BASELINE
+
+CPU = torch.device("cpu")
+
+
+def test_the_peak_is_of_what_lives_at_once():
+    def run() -> torch.Tensor:
+        first = torch.empty(3000)
+        second = torch.empty(5000)
+        del first
+        third = torch.empty(1000)
+        return second.clone() if len(third) else third  # 4 x (5000 + 1000 + 5000)
+
+    assert memory.peak(run, CPU) == 4 * 11000
+
+
+def test_temporaries_inside_of_an_operation_count():
+    matrix = torch.eye(64)
+    assert memory.peak(lambda: torch.linalg.eigh(matrix), CPU) > 4 * (64 * 64 + 64)  # LAPACK's workspace besides the result
+
+
+def test_what_is_kept_is_factors_bases_and_scale():
+    model = nn.Linear(3, 2)
+    optimizer = kfactk.build(curvature="kfac", basis="ekfac", update="adam").bind(model)
+    nn.functional.cross_entropy(model(torch.randn(4, 3)), torch.randint(2, (4,))).backward()
+    optimizer.step()
+    kept = memory.Kept.by(optimizer)
+    matrices, vectors, scale = 4 * 4 + 2 * 2, 4 + 2, 2 * 4
+    assert 4 * (2 * matrices + vectors + scale) <= kept.curvature <= 4 * (2 * matrices + vectors + scale) + 256  # and a few counters
+    assert 4 * 2 * 8 <= kept.update <= 4 * 2 * 8 + 64  # Adam's moments of eight numbers, and its step
+
+
+def test_an_optimiser_takes_what_it_keeps_at_least():
+    name = "conv_kfac, ekfac, adam"
+    chosen = {key: setting for key, setting in settings.settings().items() if key in (BASELINE, name)}
+    found = memory.measured(chosen, 2, 2, CPU)
+    assert found[BASELINE]["above"] == 0
+    assert found[name]["above"] >= found[name]["least"] > 0
+    assert found[name]["workspace"] > 0
+    assert found[name]["layer"] in chosen[name].recipe().bind(settings.network(2)).layers
