@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import attrs
 from torch import Tensor
 
-from kfactk import Coupling, Decomposition, OptionError, Samples, Statistic, Tensors, hookimpl, linalg, project
+from kfactk import Coupling, Decomposition, OptionError, Samples, Statistic, Tensors, hookimpl, linalg, project, project_channels
+from kfactk_stages.basis._channels import pool_channels, scaled, spread
 
 
 def _decay(instance: object, attribute: attrs.Attribute[float | None], value: float | None) -> None:
@@ -26,6 +25,18 @@ def _scale(instance: object, attribute: attrs.Attribute[str], value: str) -> Non
         )
 
 
+def _inputs(instance: object, attribute: attrs.Attribute[str], value: str) -> None:
+    if value not in INPUTS:
+        raise OptionError(
+            f"basis 'ekfac' has inputs={value!r}; it is 'full' (the eigenbasis of A) or 'channels' (that of the channels, each tap of a "
+            "kernel being a direction of its own)."
+        )
+
+
+INPUTS = {"full": "A", "channels": "C"}
+"""The matrix that each setting of `inputs` decomposes."""
+
+
 @attrs.frozen
 class Ekfac:
     """Exact diagonal of the Fisher in the Kronecker-factored eigenbasis.
@@ -35,12 +46,23 @@ class Ekfac:
     Directions in the numerical null space of A or G, among which the eigensolver chooses at will, share their mean scale, so that P does
     not depend on that choice. Before any scale has been measured, the product of the eigenvalues stands in for it (K-FAC's own).
 
+    With `inputs="channels"` the input side of a convolution is rotated among its channels only,
+
+        C = U_C S_C U_C^T,   U_A = blockdiag(U_C kron I_taps, 1)
+
+    the bias being a direction of its own. The decomposition is of c channels in place of c taps, the projections are by c x c matrices,
+    and s* is still the exact diagonal of the Fisher in this basis, an entry for each channel direction *and* tap. Null directions are
+    pooled tap by tap. Before any scale has been measured, an eigenvalue of C stands for each tap, and their mean for the bias. Where C
+    has the size of A, as for a linear layer, there is no difference.
+
     Args:
         scale: "exact": s* from per-example gradients of the Fisher pass (equation 10). "running": EKFAC-ra, the squared mini-batch mean
             gradient in the basis, times the number of likelihood terms so that damping keeps its meaning.
         scale_decay: Decay of the running mean of the scale between refreshes of the basis, in [0, 1]; `None` means 0 (the last
             mini-batch's alone, as in the study) for "exact", and 0.95 for "running". On a refresh the running mean is carried into
             the new basis.
+        inputs: "full": the eigenbasis of A, `[d_in, d_in]`. "channels": that of C, `[c, c]`, for each tap; the curvature has to provide
+            it (`conv_kfac` does, with `spatial="sua"` without ever forming A).
 
     Raises:
         OptionError: An option has a value that cannot work.
@@ -56,18 +78,26 @@ class Ekfac:
 
     References:
         George et al. 2018, arXiv:1806.03884, algorithm 1 and section 4.2.
+        Grosse & Martens 2016, arXiv:1602.01407, for uncorrelated activations, of which "channels" takes the basis and not the values.
     """
 
     scale: str = attrs.field(default="exact", validator=_scale)
     scale_decay: float | None = attrs.field(default=None, validator=_decay)
+    inputs: str = attrs.field(default="full", validator=_inputs)
 
-    requires: ClassVar[frozenset[str]] = frozenset({"A", "G"})
+    @property
+    def requires(self) -> frozenset[str]:
+        """G, and A or C."""
+        return frozenset({INPUTS[self.inputs], "G"})
 
     @property
     def laws(self) -> frozenset[str]:
-        """The exact scale is also at least as close to the Fisher matrix as K-FAC; the running one need not be."""
-        every = frozenset({"rotation-equivariant", "null-space-independent", "exact-when-kronecker"})
-        return every | {"closer-than-kfac"} if self.scale == "exact" else every
+        """The exact scale is also at least as close to the Fisher matrix as K-FAC; the running one need not be.
+
+        A basis of channels keeps its taps where they are, so that it turns with no other coordinates, and cannot be exact across taps.
+        """
+        every = {"null-space-independent"} | ({"closer-than-kfac"} if self.scale == "exact" else set())
+        return frozenset(every if self.inputs == "channels" else every | {"rotation-equivariant", "exact-when-kronecker"})
 
     @property
     def moments_from(self) -> str | None:
@@ -88,7 +118,9 @@ class Ekfac:
 
     def moments(self, decomposition: Decomposition, samples: Samples) -> dict[str, Statistic]:
         """`{"scale": sum_n (U_G^T D_n U_A)^2}`, `[..., d_out, d_in]`, null directions pooled."""
-        square = samples.projected_square(decomposition["G"]["eigenvectors"], decomposition["A"]["eigenvectors"])
+        left, right = _vectors(decomposition)
+        whole = right.shape[-1] == samples.d_in
+        square = samples.projected_square(left, right) if whole else samples.projected_square_of_channels(left, right)
         total = None if square.total is None else _pooled(square.total, decomposition)
         return {"scale": Statistic(total, square.count)}
 
@@ -96,28 +128,33 @@ class Ekfac:
         """`{"scale": M (U_G^T D U_A)^2}` of the mini-batch mean gradient D over M terms; nothing for the exact scale."""
         if self.scale == "exact":
             return {}
-        rotated = project(gradient, decomposition["G"]["eigenvectors"], decomposition["A"]["eigenvectors"])
+        rotated = _projected(gradient, *_vectors(decomposition))
         return {"scale": Statistic(_pooled(rotated.square() * terms, decomposition), 1.0)}
 
     def transport(self, moments: Tensors, old: Decomposition, new: Decomposition) -> dict[str, Tensor]:
         """The diagonal, in the new basis, of the operator that is `diag(scale)` in the old one; null directions pooled."""
         if "scale" not in moments:
             return {}
-        turn = {name: (old[name]["eigenvectors"].transpose(-1, -2) @ new[name]["eigenvectors"]).square() for name in ("A", "G")}
-        return {"scale": _pooled(turn["G"].transpose(-1, -2) @ moments["scale"] @ turn["A"], new)}
+        left, right = ((u.transpose(-1, -2) @ v).square() for u, v in zip(_vectors(old), _vectors(new), strict=True))
+        return {"scale": _pooled(_projected(moments["scale"], left, right), new)}
 
     def precondition(self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
         """Equation 11; `gradient` is `[..., d_out, d_in]`."""
-        left, right = decomposition["G"]["eigenvectors"], decomposition["A"]["eigenvectors"]
-        scale = _scale_of(decomposition, moments).to(gradient.dtype)
+        left, right = _vectors(decomposition)
+        scale = _scale_of(decomposition, moments, gradient.shape[-1]).to(gradient.dtype)
         floor = linalg.damping_floor(scale.mean((-2, -1), keepdim=True))
+        if right.shape[-1] < gradient.shape[-1]:
+            return scaled(gradient, left, right, (scale + floor.clamp(min=damping)).reciprocal_())
         rotated = project(gradient, left, right) / (scale + floor.clamp(min=damping))
         return project(rotated, left.transpose(-1, -2), right.transpose(-1, -2))
 
     def product(self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors) -> Tensor:
         """`U_G [(U_G^T V U_A) * s*] U_A^T`, undamped."""
-        left, right = decomposition["G"]["eigenvectors"], decomposition["A"]["eigenvectors"]
-        rotated = project(vector, left, right) * _scale_of(decomposition, moments).to(vector.dtype)
+        left, right = _vectors(decomposition)
+        scale = _scale_of(decomposition, moments, vector.shape[-1]).to(vector.dtype)
+        if right.shape[-1] < vector.shape[-1]:
+            return scaled(vector, left, right, scale)
+        rotated = project(vector, left, right) * scale
         return project(rotated, left.transpose(-1, -2), right.transpose(-1, -2))
 
     def condition(self, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
@@ -127,16 +164,34 @@ class Ekfac:
         return ((scale.amax((-2, -1)) + tau) / (scale.amin((-2, -1)) + tau)).max()
 
 
-def _scale_of(decomposition: Decomposition, moments: Tensors) -> Tensor:
+def _input_side(decomposition: Decomposition) -> Tensors:
+    """The decomposition of C, or of A."""
+    return decomposition["C" if "C" in decomposition else "A"]
+
+
+def _vectors(decomposition: Decomposition) -> tuple[Tensor, Tensor]:
+    """U_G, and U_A or U_C."""
+    return decomposition["G"]["eigenvectors"], _input_side(decomposition)["eigenvectors"]
+
+
+def _projected(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`left^T M right`, or, where `right` is of channels, of each tap."""
+    return project(matrix, left, right) if right.shape[-1] == matrix.shape[-1] else project_channels(matrix, left, right)
+
+
+def _scale_of(decomposition: Decomposition, moments: Tensors, d_in: int | None = None) -> Tensor:
+    """`[..., d_out, d_in]`; where it was not measured and `d_in` is not told, an entry an eigenvalue, of the same extremes and mean."""
     if "scale" in moments:
         return moments["scale"]
-    return decomposition["G"]["eigenvalues"].unsqueeze(-1) * decomposition["A"]["eigenvalues"].unsqueeze(-2)
+    values = _input_side(decomposition)["eigenvalues"]
+    values = values if d_in in (None, values.shape[-1]) else spread(values, d_in)
+    return decomposition["G"]["eigenvalues"].unsqueeze(-1) * values.unsqueeze(-2)
 
 
 def _pooled(scale: Tensor, decomposition: Decomposition) -> Tensor:
-    for name, dim in (("A", -1), ("G", -2)):
-        scale = linalg.pool_null(scale, linalg.null_mask(decomposition[name]["eigenvalues"]), dim)
-    return scale
+    null = linalg.null_mask(_input_side(decomposition)["eigenvalues"])
+    scale = linalg.pool_null(scale, null, -1) if null.shape[-1] == scale.shape[-1] else pool_channels(scale, null)
+    return linalg.pool_null(scale, linalg.null_mask(decomposition["G"]["eigenvalues"]), -2)
 
 
 @hookimpl

@@ -150,6 +150,12 @@ class ConvRows:
             found = torch.cat([found, gradient.sum(-1, keepdim=True)], -1)
         return self._ungrouped(found.transpose(0, 1))
 
+    def turned(self, rows: slice, right: Tensor, dtype: torch.dtype) -> ConvRows:
+        """The use on the examples `rows`, its channels rotated by `[(groups,) channels, k]`: padding, of every mode, commutes with it."""
+        inputs = self._grouped(self.inputs[rows].to(dtype), self.channels).flatten(3)
+        turned = (right.to(dtype).transpose(-1, -2) @ inputs).reshape(len(inputs), -1, *self.inputs.shape[2:])
+        return attrs.evolve(self, inputs=turned, gradient=self.gradient[rows])
+
     def input_view(self, rows: slice) -> Tensor:
         """`[(groups,) n, *out, channels, *kernel]`."""
         patches = self._grouped(self.window.patches(self.inputs[rows]), self.channels)
@@ -244,6 +250,21 @@ class JoinedSamples(Samples):
         found = total_of(use.per_example_gradients(rows, self.dtype, left, bias=self.bias) for use in convolutions)
         assert found is not None
         return found
+
+    def _squared_channels(self, rows: slice, left: Tensor | None, right: Tensor) -> Tensor:
+        """Channels are rotated in the images, S c^2 operations an example, or in the D_n, d_out taps c^2 of them."""
+        convolutions = [use for use in self.uses if isinstance(use, ConvRows)]
+        pixels = sum(math.prod(use.inputs.shape[2:]) for use in convolutions)
+        columns = self.d_in - self.bias
+        if len(convolutions) < len(self.uses) or pixels * right.shape[-2] > self.d_out * columns:
+            return super()._squared_channels(rows, left, right)
+        turned = [use.turned(rows, right, self.dtype) for use in convolutions]
+        samples = JoinedSamples(turned, bias=self.bias, terms=self.terms, first=self.first, chunk_bytes=self.chunk_bytes)
+        early, late = (left, None) if self.positions <= columns else (None, left)
+        found = samples.per_example_gradients(slice(None), early)
+        if late is not None:
+            found = late.to(found.dtype).transpose(-1, -2).unsqueeze(-3) @ found
+        return found.square_().sum(-3)
 
     def inputs(self, rows: slice = slice(None)) -> Tensor:
         """Inputs of the examples `rows`, `[..., n, T, d_in]`, in the working precision."""

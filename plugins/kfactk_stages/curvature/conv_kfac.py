@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import ClassVar, cast
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from kfactk import Layer, Samples, Statistic, Tensors, Use, hookimpl
 from kfactk.linalg import block_diagonal, kron
 from kfactk_stages.curvature._coverage import CONVOLUTIONS
+from kfactk_stages.curvature._on_demand import OnDemand
 from kfactk_stages.curvature._rows import ConvRows, JoinedSamples, Rows
 from kfactk_stages.curvature._unfold import Window
 from kfactk_stages.curvature.kfac import Kfac, groups_of, summed_grams
@@ -34,7 +35,13 @@ class ConvKfac(Kfac):
     Here x are the channels at input position s, padding left out. The paper states "sua" with covariances; here x is not centred. Its
     bias is a block of its own, since the cross terms of taps and bias would make A indefinite. For `nn.Linear`, "sua" is "sud".
     Every eigenvalue of this A comes as often as the kernel has taps, so its eigenbasis, and with it an EKFAC step, is determined only
-    up to the eigensolver's choice among them; the K-FAC inverse is not affected.
+    up to the eigensolver's choice among them; the K-FAC inverse is not affected, nor a basis made of C.
+
+    For a basis that rotates channels only there is C, the factor for which `C kron I_taps` is closest to A without its bias,
+
+        sua:  C = Omega,        sud, reduce:  C_{cd} = (1/taps) sum_k A_{ck,dk},        nn.Linear:  C = A, bias included
+
+    the mean of A over taps. With "sua", A is not formed unless it is asked for.
 
     Args:
         spatial: How the rows of one example are summed: "sud" (spatially uncorrelated derivatives), "sua" (spatially uncorrelated
@@ -53,13 +60,14 @@ class ConvKfac(Kfac):
         >>> {name: tuple(s.total.shape) for name, s in factors.items()}
         {'Omega': (2, 2), 'positions': (), 'G': (4, 4)}
         >>> {name: tuple(m.shape) for name, m in curvature.assemble(layer, {n: s.total / s.count for n, s in factors.items()}).items()}
-        {'A': (19, 19), 'G': (4, 4)}
+        {'A': (19, 19), 'C': (2, 2), 'G': (4, 4)}
 
     References:
         Grosse & Martens 2016, "A Kronecker-factored approximate Fisher matrix for convolution layers", arXiv:1602.01407.
         Eschenhagen et al. 2023, "Kronecker-Factored Approximate Curvature for Modern Neural Network Architectures", arXiv:2311.00636.
     """
 
+    provides: ClassVar[frozenset[str]] = frozenset({"A", "C", "G"})
     spatial_settings: ClassVar[tuple[str, ...]] = ("sud", "sua", "reduce")
     covered: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, *CONVOLUTIONS)
 
@@ -94,16 +102,36 @@ class ConvKfac(Kfac):
             factors["positions"] = _positions(samples, factors["Omega"])
         return {**factors, "G": samples.grad_moment().scaled(1 / max(1, samples.positions))}
 
-    def assemble(self, layer: Layer, factors: Tensors) -> dict[str, Tensor]:
-        """A and G; for "sua", A is put together from Omega and T."""
-        if "Omega" not in factors:
-            return super().assemble(layer, factors)
-        omega = factors["Omega"]
-        taps = math.prod(layer.tensors()["weight"].shape[2:])
-        a = kron(omega, torch.eye(taps, dtype=omega.dtype, device=omega.device))
-        if layer.bias:
-            a = block_diagonal(a, factors["positions"].to(omega.dtype).expand(*omega.shape[:-2], 1, 1))
-        return {"A": a, "G": factors["G"]}
+    def assemble(self, layer: Layer, factors: Tensors) -> Tensors:
+        """A, C and G, those of them that the factors tell, each made when it is asked for."""
+        makers: dict[str, Callable[[], Tensor]] = {}
+        if "Omega" in factors:
+            makers |= {"A": partial(_uncorrelated, layer, factors), "C": lambda: factors["Omega"]}
+        elif "A" in factors:
+            makers |= {"A": lambda: factors["A"], "C": partial(_over_channels, layer, factors["A"])}
+        if "G" in factors:
+            makers["G"] = lambda: factors["G"]
+        return OnDemand(makers)
+
+
+def _taps(layer: Layer) -> int:
+    return math.prod(layer.tensors()["weight"].shape[2:])
+
+
+def _uncorrelated(layer: Layer, factors: Tensors) -> Tensor:
+    """`blockdiag(Omega kron I_taps, T)`."""
+    omega = factors["Omega"]
+    a = kron(omega, torch.eye(_taps(layer), dtype=omega.dtype, device=omega.device))
+    return block_diagonal(a, factors["positions"].to(omega.dtype).expand(*omega.shape[:-2], 1, 1)) if layer.bias else a
+
+
+def _over_channels(layer: Layer, a: Tensor) -> Tensor:
+    """The mean over taps of a convolution's A, `[..., channels, channels]`; of any other layer A itself."""
+    if not isinstance(layer.module, CONVOLUTIONS):
+        return a
+    taps, columns = _taps(layer), a.shape[-1] - layer.bias
+    blocks = a[..., :columns, :columns].view(*a.shape[:-2], columns // taps, taps, columns // taps, taps)
+    return blocks.diagonal(dim1=-3, dim2=-1).mean(-1)
 
 
 def channel_moment(samples: JoinedSamples) -> Statistic:
