@@ -123,7 +123,8 @@ class Basis(Protocol):
         "rotation-equivariant": in other orthonormal coordinates of inputs and outputs, `precondition` is the same operator.
         "null-space-independent": it does not depend on which eigenvectors span the null space of A or G.
         "closer-than-kfac": on the mini-batch it was measured on, F is at least as close to the Fisher matrix, in the Frobenius norm, as
-        A kron G. "exact-when-kronecker": for one example with T = 1, F is the Fisher matrix.
+        A kron G; where it requires C, `C kron I_taps` stands for A. "exact-when-kronecker": for one example with T = 1, F is the Fisher
+        matrix.
         """
 
     @property

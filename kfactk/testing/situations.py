@@ -97,6 +97,11 @@ class Situation:
         return local_means(self.basis.gradient_moments(decomposition, self.mean_gradient, self.terms))
 
     @property
+    def required(self) -> dict[str, Tensor]:
+        """The matrices that the basis requires."""
+        return {name: self.matrices[name] for name in sorted(self.basis.requires)}
+
+    @property
     def coupling(self) -> Coupling:
         """What the framework tells of the other matrices when it has one decomposed."""
         return Coupling(self.damping, {name: mean_diagonal(matrix) for name, matrix in self.matrices.items() if square(matrix)})
@@ -200,6 +205,17 @@ def dense(apply: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
             unit[..., i, j] = 1
             found.append(columns(apply(unit)))
     return torch.stack(found, -1)
+
+
+def over_taps(channels: Tensor, d_in: int, bias: float) -> Tensor:
+    """`blockdiag(M kron I_taps, bias)` of a matrix `[..., c, c]` of channels, with the side `d_in`; M itself where it has that side."""
+    c = channels.shape[-1]
+    out = channels.new_zeros(*channels.shape[:-2], d_in, d_in)
+    for tap in range(d_in // c):
+        out[..., tap : d_in // c * c : d_in // c, tap : d_in // c * c : d_in // c] = channels
+    if d_in % c:
+        out[..., -1, -1] = bias
+    return out
 
 
 def named(decomposition: Mapping[str, Tensors]) -> dict[str, Tensor]:
