@@ -6,7 +6,7 @@ import attrs
 from torch import Tensor
 
 from kfactk import Coupling, Decomposition, OptionError, Samples, Statistic, Tensors, hookimpl, linalg, project, project_channels
-from kfactk_stages.basis._channels import pool_channels, scaled, spread
+from kfactk_stages.basis._channels import pool_channels, products, scaled, spread
 
 
 def _decay(instance: object, attribute: attrs.Attribute[float | None], value: float | None) -> None:
@@ -28,13 +28,13 @@ def _scale(instance: object, attribute: attrs.Attribute[str], value: str) -> Non
 def _inputs(instance: object, attribute: attrs.Attribute[str], value: str) -> None:
     if value not in INPUTS:
         raise OptionError(
-            f"basis 'ekfac' has inputs={value!r}; it is 'full' (the eigenbasis of A) or 'channels' (that of the channels, each tap of a "
-            "kernel being a direction of its own)."
+            f"basis 'ekfac' has inputs={value!r}; it is 'full' (the eigenbasis of A), 'channels' (that of the channels, each tap of a "
+            "kernel being a direction of its own) or 'channels+taps' (those of both)."
         )
 
 
-INPUTS = {"full": "A", "channels": "C"}
-"""The matrix that each setting of `inputs` decomposes."""
+INPUTS = {"full": {"A"}, "channels": {"C"}, "channels+taps": {"C", "K"}}
+"""The matrices that each setting of `inputs` decomposes."""
 
 
 @attrs.frozen
@@ -46,14 +46,16 @@ class Ekfac:
     Directions in the numerical null space of A or G, among which the eigensolver chooses at will, share their mean scale, so that P does
     not depend on that choice. Before any scale has been measured, the product of the eigenvalues stands in for it (K-FAC's own).
 
-    With `inputs="channels"` the input side of a convolution is rotated among its channels only,
+    The eigenbasis of a convolution's A can be replaced by a product of one of its channels and one of its taps, the positions within the
+    kernel, the bias being a direction of its own:
 
-        C = U_C S_C U_C^T,   U_A = blockdiag(U_C kron I_taps, 1)
+        channels:       C = U_C S_C U_C^T,                          U_A = blockdiag(U_C kron I_taps, 1)
+        channels+taps:  C = U_C S_C U_C^T,   K = U_K S_K U_K^T,     U_A = blockdiag(U_C kron U_K, 1)
 
-    the bias being a direction of its own. The decomposition is of c channels in place of c taps, the projections are by c x c matrices,
-    and s* is still the exact diagonal of the Fisher in this basis, an entry for each channel direction *and* tap. Null directions are
-    pooled tap by tap. Before any scale has been measured, an eigenvalue of C stands for each tap, and their mean for the bias. Where C
-    has the size of A, as for a linear layer, there is no difference.
+    So c x c matrices are decomposed and multiplied by, in place of those of c times taps, and s* is still the exact diagonal of the
+    Fisher in this basis, an entry for each channel direction *and* tap. Null directions of channels are pooled tap by tap, those of taps
+    channel by channel. Before any scale has been measured, the products of eigenvalues stand in for it, and for the bias their mean.
+    Where C has the size of A, as for a linear layer, there is no difference.
 
     Args:
         scale: "exact": s* from per-example gradients of the Fisher pass (equation 10). "running": EKFAC-ra, the squared mini-batch mean
@@ -61,8 +63,9 @@ class Ekfac:
         scale_decay: Decay of the running mean of the scale between refreshes of the basis, in [0, 1]; `None` means 0 (the last
             mini-batch's alone, as in the study) for "exact", and 0.95 for "running". On a refresh the running mean is carried into
             the new basis.
-        inputs: "full": the eigenbasis of A, `[d_in, d_in]`. "channels": that of C, `[c, c]`, for each tap; the curvature has to provide
-            it (`conv_kfac` does, with `spatial="sua"` without ever forming A).
+        inputs: "full": the eigenbasis of A, `[d_in, d_in]`. "channels": that of C, `[c, c]`, for each tap. "channels+taps": that and the
+            one of K, `[taps, taps]`. The curvature has to provide C and K: `conv_kfac` does, and with `spatial="sua"` or "stationary" A
+            is never formed.
 
     Raises:
         OptionError: An option has a value that cannot work.
@@ -87,17 +90,17 @@ class Ekfac:
 
     @property
     def requires(self) -> frozenset[str]:
-        """G, and A or C."""
-        return frozenset({INPUTS[self.inputs], "G"})
+        """G, and A, or C, or C and K."""
+        return frozenset({*INPUTS[self.inputs], "G"})
 
     @property
     def laws(self) -> frozenset[str]:
         """The exact scale is also at least as close to the Fisher matrix as K-FAC; the running one need not be.
 
-        A basis of channels keeps its taps where they are, so that it turns with no other coordinates, and cannot be exact across taps.
+        A product of channels and taps turns with no coordinates that mix the two, and is exact for no example that does.
         """
         every = {"null-space-independent"} | ({"closer-than-kfac"} if self.scale == "exact" else set())
-        return frozenset(every if self.inputs == "channels" else every | {"rotation-equivariant", "exact-when-kronecker"})
+        return frozenset(every | {"rotation-equivariant", "exact-when-kronecker"} if self.inputs == "full" else every)
 
     @property
     def moments_from(self) -> str | None:
@@ -118,9 +121,9 @@ class Ekfac:
 
     def moments(self, decomposition: Decomposition, samples: Samples) -> dict[str, Statistic]:
         """`{"scale": sum_n (U_G^T D_n U_A)^2}`, `[..., d_out, d_in]`, null directions pooled."""
-        left, right = _vectors(decomposition)
+        left, right, taps = _vectors(decomposition)
         whole = right.shape[-1] == samples.d_in
-        square = samples.projected_square(left, right) if whole else samples.projected_square_of_channels(left, right)
+        square = samples.projected_square(left, right) if whole else samples.projected_square_of_channels(left, right, taps)
         total = None if square.total is None else _pooled(square.total, decomposition)
         return {"scale": Statistic(total, square.count)}
 
@@ -135,25 +138,28 @@ class Ekfac:
         """The diagonal, in the new basis, of the operator that is `diag(scale)` in the old one; null directions pooled."""
         if "scale" not in moments:
             return {}
-        left, right = ((u.transpose(-1, -2) @ v).square() for u, v in zip(_vectors(old), _vectors(new), strict=True))
-        return {"scale": _pooled(_projected(moments["scale"], left, right), new)}
+        left, right, taps = (
+            None if u is None or v is None else (u.transpose(-1, -2) @ v).square()
+            for u, v in zip(_vectors(old), _vectors(new), strict=True)
+        )
+        return {"scale": _pooled(_projected(moments["scale"], left, right, taps), new)}
 
     def precondition(self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
         """Equation 11; `gradient` is `[..., d_out, d_in]`."""
-        left, right = _vectors(decomposition)
+        left, right, taps = _vectors(decomposition)
         scale = _scale_of(decomposition, moments, gradient.shape[-1]).to(gradient.dtype)
         floor = linalg.damping_floor(scale.mean((-2, -1), keepdim=True))
         if right.shape[-1] < gradient.shape[-1]:
-            return scaled(gradient, left, right, (scale + floor.clamp(min=damping)).reciprocal_())
+            return scaled(gradient, left, right, taps, (scale + floor.clamp(min=damping)).reciprocal_())
         rotated = project(gradient, left, right) / (scale + floor.clamp(min=damping))
         return project(rotated, left.transpose(-1, -2), right.transpose(-1, -2))
 
     def product(self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors) -> Tensor:
         """`U_G [(U_G^T V U_A) * s*] U_A^T`, undamped."""
-        left, right = _vectors(decomposition)
+        left, right, taps = _vectors(decomposition)
         scale = _scale_of(decomposition, moments, vector.shape[-1]).to(vector.dtype)
         if right.shape[-1] < vector.shape[-1]:
-            return scaled(vector, left, right, scale)
+            return scaled(vector, left, right, taps, scale)
         rotated = project(vector, left, right) * scale
         return project(rotated, left.transpose(-1, -2), right.transpose(-1, -2))
 
@@ -164,33 +170,41 @@ class Ekfac:
         return ((scale.amax((-2, -1)) + tau) / (scale.amin((-2, -1)) + tau)).max()
 
 
-def _input_side(decomposition: Decomposition) -> Tensors:
-    """The decomposition of C, or of A."""
-    return decomposition["C" if "C" in decomposition else "A"]
+def _inputs_of(decomposition: Decomposition, part: str) -> tuple[Tensor, Tensor | None]:
+    """The eigenvalues, or eigenvectors, of A or C, and those of K where there are taps to rotate."""
+    if "A" in decomposition:
+        return decomposition["A"][part], None
+    taps = decomposition["K"][part] if "K" in decomposition else None
+    return decomposition["C"][part], None if taps is None or taps.shape[-1] == 1 else taps
 
 
-def _vectors(decomposition: Decomposition) -> tuple[Tensor, Tensor]:
-    """U_G, and U_A or U_C."""
-    return decomposition["G"]["eigenvectors"], _input_side(decomposition)["eigenvectors"]
+def _vectors(decomposition: Decomposition) -> tuple[Tensor, Tensor, Tensor | None]:
+    """U_G, U_A or U_C, and U_K."""
+    return decomposition["G"]["eigenvectors"], *_inputs_of(decomposition, "eigenvectors")
 
 
-def _projected(matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """`left^T M right`, or, where `right` is of channels, of each tap."""
-    return project(matrix, left, right) if right.shape[-1] == matrix.shape[-1] else project_channels(matrix, left, right)
+def _projected(matrix: Tensor, left: Tensor | None, right: Tensor | None, taps: Tensor | None) -> Tensor:
+    """`left^T M right`, or, where `right` is of channels, `left^T M blockdiag(right kron taps, 1)`."""
+    whole = right is None or right.shape[-1] == matrix.shape[-1]
+    return project(matrix, left, right) if whole else project_channels(matrix, left, right, taps)
 
 
 def _scale_of(decomposition: Decomposition, moments: Tensors, d_in: int | None = None) -> Tensor:
     """`[..., d_out, d_in]`; where it was not measured and `d_in` is not told, an entry an eigenvalue, of the same extremes and mean."""
     if "scale" in moments:
         return moments["scale"]
-    values = _input_side(decomposition)["eigenvalues"]
-    values = values if d_in in (None, values.shape[-1]) else spread(values, d_in)
+    values, taps = _inputs_of(decomposition, "eigenvalues")
+    if d_in not in (None, values.shape[-1]):
+        values = spread(values, taps, d_in)
+    elif taps is not None:
+        values = products(values, taps)
     return decomposition["G"]["eigenvalues"].unsqueeze(-1) * values.unsqueeze(-2)
 
 
 def _pooled(scale: Tensor, decomposition: Decomposition) -> Tensor:
-    null = linalg.null_mask(_input_side(decomposition)["eigenvalues"])
-    scale = linalg.pool_null(scale, null, -1) if null.shape[-1] == scale.shape[-1] else pool_channels(scale, null)
+    values, taps = _inputs_of(decomposition, "eigenvalues")
+    null, null_taps = linalg.null_mask(values), None if taps is None else linalg.null_mask(taps)
+    scale = linalg.pool_null(scale, null, -1) if null.shape[-1] == scale.shape[-1] else pool_channels(scale, null, null_taps)
     return linalg.pool_null(scale, linalg.null_mask(decomposition["G"]["eigenvalues"]), -2)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kfactk import Samples, Statistic
+from kfactk import Samples, Statistic, project_channels
 from kfactk.samples import total_of, working_dtype
 from kfactk_stages.curvature._autocorrelation import applies, gram_of, patch_moment, patch_sum, wide
 from kfactk_stages.curvature._per_example import weight_gradients
@@ -251,20 +251,18 @@ class JoinedSamples(Samples):
         assert found is not None
         return found
 
-    def _squared_channels(self, rows: slice, left: Tensor | None, right: Tensor) -> Tensor:
+    def _squared_channels(self, rows: slice, left: Tensor | None, right: Tensor, taps: Tensor | None) -> Tensor:
         """Channels are rotated in the images, S c^2 operations an example, or in the D_n, d_out taps c^2 of them."""
         convolutions = [use for use in self.uses if isinstance(use, ConvRows)]
         pixels = sum(math.prod(use.inputs.shape[2:]) for use in convolutions)
         columns = self.d_in - self.bias
         if len(convolutions) < len(self.uses) or pixels * right.shape[-2] > self.d_out * columns:
-            return super()._squared_channels(rows, left, right)
+            return super()._squared_channels(rows, left, right, taps)
         turned = [use.turned(rows, right, self.dtype) for use in convolutions]
         samples = JoinedSamples(turned, bias=self.bias, terms=self.terms, first=self.first, chunk_bytes=self.chunk_bytes)
         early, late = (left, None) if self.positions <= columns else (None, left)
         found = samples.per_example_gradients(slice(None), early)
-        if late is not None:
-            found = late.to(found.dtype).transpose(-1, -2).unsqueeze(-3) @ found
-        return found.square_().sum(-3)
+        return project_channels(found, late, None, taps, per_example=True).square_().sum(-3)
 
     def inputs(self, rows: slice = slice(None)) -> Tensor:
         """Inputs of the examples `rows`, `[..., n, T, d_in]`, in the working precision."""
