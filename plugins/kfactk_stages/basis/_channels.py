@@ -1,7 +1,7 @@
 """Algebra in a basis `U_G kron (U_C kron U_K)` of a layer's matrix, with no matrix larger than U_G, U_C and U_K.
 
-Columns are in the order channel, tap; the bias, where there is one, comes last and is a direction of its own. U_K is left out where the taps
-are not rotated. What is said of the input side follows from shapes: d_in is `channels * taps (+ 1)`.
+Columns are in the order channel, tap; the bias, where there is one, comes last and is a direction of its own. U_K is left out where the
+taps are not rotated. What is said of the input side follows from shapes: d_in is `channels * taps (+ 1)`.
 """
 
 from __future__ import annotations

@@ -168,10 +168,10 @@ class ConvRows:
         gradient = self._grouped(self.gradient[rows], self.outputs).flatten(3)
         return self._ungrouped(gradient.permute(1, 0, 3, 2))
 
-    def pixels(self, rows: slice) -> Tensor:
-        """The unpadded inputs, `[(groups,) n, S, channels]`."""
-        inputs = self._grouped(self.inputs[rows], self.channels).flatten(3)
-        return self._ungrouped(inputs.permute(1, 0, 3, 2))
+    def pixel_moment(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """`sum_n sum_s x x^T` of the unpadded inputs, `[(groups,) channels, channels]`; pixels stay side by side, as in `grad_moment`."""
+        pixels = self._grouped(self.inputs[rows], self.channels).flatten(3).permute(1, 2, 0, 3).to(dtype).flatten(2)
+        return self._ungrouped(gram_of(pixels.transpose(-1, -2)))
 
     def _grouped(self, tensor: Tensor, channels: int) -> Tensor:
         return tensor.view(len(tensor), self.groups, channels, *tensor.shape[2:])
