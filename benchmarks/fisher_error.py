@@ -31,8 +31,11 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "EKFAC, sud": ("sud", "full"),
     "K-FAC, sua": ("sua", ""),
     "EKFAC, sua": ("sua", "full"),
-    "EKFAC, channels of sua": ("sua", "channels"),
-    "EKFAC, channels of sud": ("sud", "channels"),
+    "EKFAC, channels, sua": ("sua", "channels"),
+    "EKFAC, channels, sud": ("sud", "channels"),
+    "K-FAC, stationary": ("stationary", ""),
+    "EKFAC, channels+taps, stationary": ("stationary", "channels+taps"),
+    "EKFAC, channels+taps, sud": ("sud", "channels+taps"),
 }
 """By name: `spatial` of the curvature, and `inputs` of the basis, nothing for the product of factors."""
 
@@ -56,7 +59,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> float
         loss = F.cross_entropy(model(images[chosen]), labels[chosen])
         loss.backward()
         optimizer.step()
-    return float(loss)
+    return float(loss.detach())
 
 
 def passes(model: nn.Module, images: Tensor) -> Iterator[dict[str, Use]]:
@@ -77,10 +80,14 @@ def passes(model: nn.Module, images: Tensor) -> Iterator[dict[str, Use]]:
         yield {name: Use(calls[name][0], gradient) for name, gradient in zip(layers, found, strict=True)}
 
 
-def widened(channels: Tensor, taps: int, bias: bool) -> Tensor:
-    """`blockdiag(M kron I_taps, 1)`."""
-    matrix = kron(channels, torch.eye(taps, dtype=channels.dtype))
-    return block_diagonal(matrix, matrix.new_ones(1, 1)) if bias else matrix
+def input_side(parts: Mapping[str, Mapping[str, Tensor]], layer: Layer) -> Tensor:
+    """U_A: as it is, or of channels and taps with the bias apart."""
+    vectors = {name: each["eigenvectors"] for name, each in parts.items()}
+    if "A" in vectors:
+        return vectors["A"]
+    taps = layer.tensors()["weight"].shape[2:].numel()
+    found = kron(vectors["C"], vectors.get("K", torch.eye(taps, dtype=vectors["C"].dtype)))
+    return block_diagonal(found, found.new_ones(1, 1)) if layer.bias else found
 
 
 def errors(layer: Layer, uses: list[Use], terms: int) -> dict[str, float]:
@@ -115,17 +122,14 @@ def ekfac(basis: Ekfac, matrices: Mapping[str, Tensor], samples: list[Samples], 
     parts = {name: basis.decompose(name, matrices[name], Coupling(0.0, {})) for name in basis.requires}
     totals = [statistic.total for each in samples for statistic in basis.moments(parts, each).values()]
     scale = torch.stack([total for total in totals if total is not None]).sum(0) / terms
-    right = parts["C" if "C" in parts else "A"]["eigenvectors"]
-    if len(right) < samples[0].d_in:
-        right = widened(right, samples[0].d_in // len(right), layer.bias)
-    q = kron(right, parts["G"]["eigenvectors"])
+    q = kron(input_side(parts, layer), parts["G"]["eigenvectors"])
     return (q * scale.T.flatten()) @ q.T
 
 
 def table(found: Mapping[str, Mapping[str, float]]) -> str:
     """A row for each setting, a column for each layer."""
-    lines = [f"{'':26}" + "".join(f"{layer:>22}" for layer in found)]
-    lines += [f"{name:26}" + "".join(f"{each[name]:22.3f}" for each in found.values()) for name in SETTINGS]
+    lines = [f"{'':34}" + "".join(f"{layer:>22}" for layer in found)]
+    lines += [f"{name:34}" + "".join(f"{each[name]:22.3f}" for each in found.values()) for name in SETTINGS]
     return "\n".join(lines)
 
 

@@ -64,8 +64,8 @@ class Curvature(Protocol):
     """
 
     provides: ClassVar[frozenset[str]]
-    """Names of the tensors that `assemble` returns. Kronecker factors are called A (input side) and G (output side); C is a factor of the
-    input's channels, so that `C kron I_taps` stands for A without its bias."""
+    """Names of the tensors that `assemble` returns. Kronecker factors are called A (input side) and G (output side); C and K are
+    factors of the input's channels and of the taps of a kernel, so that `C kron K` stands for A without its bias."""
 
     def unsupported(self, module: nn.Module) -> str | None:
         """Why this module cannot be preconditioned exactly, for a reader; `None` when it can."""
@@ -123,8 +123,8 @@ class Basis(Protocol):
         "rotation-equivariant": in other orthonormal coordinates of inputs and outputs, `precondition` is the same operator.
         "null-space-independent": it does not depend on which eigenvectors span the null space of A or G.
         "closer-than-kfac": on the mini-batch it was measured on, F is at least as close to the Fisher matrix, in the Frobenius norm, as
-        A kron G; where it requires C, `C kron I_taps` stands for A. "exact-when-kronecker": for one example with T = 1, F is the Fisher
-        matrix.
+        A kron G; where it requires C, `C kron K` or `C kron I_taps` stands for A. "exact-when-kronecker": for one example with T = 1, F
+        is the Fisher matrix.
         """
 
     @property

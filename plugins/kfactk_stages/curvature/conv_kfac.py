@@ -39,8 +39,8 @@ class ConvKfac(Kfac):
     Here x are the channels at input position s, padding left out. The paper states "sua" with covariances; here x is not centred. Its
     bias is a block of its own, since the cross terms of taps and bias would make A indefinite. "stationary" is "sua" with the correlation
     K of taps that lie k apart along one axis of the image, the same everywhere in it and for each channel. For `nn.Linear` both are "sud".
-    Every eigenvalue of the A of "sua" comes as often as the kernel has taps, so its eigenbasis, and with it an EKFAC step, is determined only
-    up to the eigensolver's choice among them; the K-FAC inverse is not affected, nor a basis made of C.
+    Every eigenvalue of the A of "sua" comes as often as the kernel has taps, so its eigenbasis, and with it an EKFAC step, is determined
+    only up to the eigensolver's choice among them; the K-FAC inverse is not affected, nor a basis made of C.
 
     For a basis that is a product of one of channels and one of taps there are C and K, for which `C kron K` stands for A without its bias:
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 import kfactk
 from kfactk import CombinationError, Coupling, Layer, OptionError, Samples, Statistic, Use
 from kfactk.testing import BasisLaws, effort
+from kfactk.testing.basis_traits import BasisTraitLaws
 from kfactk.testing.situations import Situation
 from kfactk.testing.strategies import Case, conv_cases
 from kfactk.testing.truth import dense_fisher, dense_kron, module_gradients, projected_square, vec
@@ -28,29 +29,34 @@ ROUNDING = {F64: 1e-9, torch.float32: 1e-4}
 CHANNELS = Ekfac(inputs="channels")
 
 
-def widened(u_c: Tensor, d_in: int) -> Tensor:
-    """`blockdiag(U_C kron I_taps, 1)`, entry by entry."""
-    c, taps = len(u_c), d_in // len(u_c)
+def widened(u_c: Tensor, d_in: int, u_k: Tensor | None = None) -> Tensor:
+    """`blockdiag(U_C kron U_K, 1)`, entry by entry."""
+    c = len(u_c)
+    u_k = torch.eye(d_in // c, dtype=u_c.dtype) if u_k is None else u_k
+    taps = len(u_k)
     out = torch.zeros(d_in, d_in, dtype=u_c.dtype)
     for i in range(c):
         for j in range(c):
-            for tap in range(taps):
-                out[i * taps + tap, j * taps + tap] = u_c[i, j]
+            for one in range(taps):
+                for other in range(taps):
+                    out[i * taps + one, j * taps + other] = u_c[i, j] * u_k[one, other]
     if d_in > c * taps:
         out[-1, -1] = 1
     return out
 
 
-def pooled(scale: Tensor, values: tuple[Tensor, Tensor], tolerance: float) -> Tensor:
-    """Null directions of C share their mean tap by tap, those of G column by column."""
+def pooled(scale: Tensor, values: tuple[Tensor, Tensor, Tensor], tolerance: float) -> Tensor:
+    """Null directions of C share their mean tap by tap, those of K channel by channel, those of G column by column."""
     out = scale.clone()
-    c, g = ([i for i, value in enumerate(each.tolist()) if value <= tolerance * max(0.0, float(each.max()))] for each in values)
-    taps = scale.shape[1] // len(values[0])
-    if c:
-        for row in out:
-            for tap in range(taps):
-                at = [i * taps + tap for i in c]
-                row[at] = row[at].mean()
+    c, k, g = ([i for i, value in enumerate(each.tolist()) if value <= tolerance * max(0.0, float(each.max()))] for each in values)
+    channels, taps = len(values[0]), len(values[1])
+    for row in out:
+        for tap in range(taps) if c else ():
+            at = [i * taps + tap for i in c]
+            row[at] = row[at].mean()
+        for channel in range(channels) if k else ():
+            at = [channel * taps + tap for tap in k]
+            row[at] = row[at].mean()
     if g:
         for column in out.T:
             column[g] = column[g].mean()
@@ -67,19 +73,27 @@ class TestEkfacChannels(BasisLaws):
         return each_group(situation.groups, lambda k: self.block_of(situation, k))
 
     def block_of(self, situation: Situation, k: Any) -> Tensor:
-        dtype, d_in = situation.gradient.dtype, situation.gradient.shape[-1]
-        c, g = (situation.matrices[name][k].double() for name in ("C", "G"))
-        u_c, u_g = (situation.decomposition[name]["eigenvectors"][k].double() for name in ("C", "G"))
-        assert is_eigenbasis(c, u_c, ROUNDING[dtype]), "the eigenvectors of C are none"
-        assert is_eigenbasis(g, u_g, ROUNDING[dtype]), "the eigenvectors of G are none"
-        u_a, values = widened(u_c, d_in), ((u_c.T @ c @ u_c).diagonal(), (u_g.T @ g @ u_g).diagonal())
+        dtype, d_in, matrices = situation.gradient.dtype, situation.gradient.shape[-1], dict(situation.required)
+        vectors = {name: parts["eigenvectors"][k].double() for name, parts in situation.decomposition.items()}
+        if "K" not in matrices:
+            taps = d_in // len(vectors["C"])
+            matrices["K"] = vectors["K"] = torch.eye(taps, dtype=F64).expand(situation.groups or 1, taps, taps)
+            vectors["K"] = vectors["K"][0]
+            matrices["K"] = matrices["K"] if situation.groups else matrices["K"][0]
+        values = {}
+        for name, u in vectors.items():
+            matrix = matrices[name][k].double()
+            assert is_eigenbasis(matrix, u, ROUNDING[dtype]), f"the eigenvectors of {name} are none"
+            values[name] = (u.T @ matrix @ u).diagonal()
+        u_a = widened(vectors["C"], d_in, vectors["K"])
         if situation.moments:
-            scale = pooled(self.scale(situation, k, u_a, u_g), values, NULL[dtype])
+            scale = self.scale(situation, k, u_a, vectors["G"])
+            scale = pooled(scale, (values["C"], values["K"], values["G"]), NULL[dtype])
         else:
-            a = torch.cat([torch.stack([value] * (d_in // len(c))) for value in values[0]])
-            a = torch.cat([a, values[0].mean().reshape(1)]) if d_in % len(c) else a
-            scale = torch.outer(values[1], a)
-        return ekfac_block(u_a, u_g, scale, situation.damping)
+            a = torch.stack([one * other for one in values["C"] for other in values["K"]])
+            a = torch.cat([a, a.mean().reshape(1)]) if len(a) < d_in else a
+            scale = torch.outer(values["G"], a)
+        return ekfac_block(u_a, vectors["G"], scale, situation.damping)
 
     def scale(self, situation: Situation, k: Any, u_a: Tensor, u_g: Tensor) -> Tensor:
         return projected_square(situation.per_example[k], u_g, u_a) / situation.terms
@@ -89,6 +103,29 @@ class TestEkfacChannelsOfPatches(TestEkfacChannels):
     """With the mean over taps of a factor of patches."""
 
     curvature: ClassVar[Any] = "conv_kfac"
+
+
+class TestEkfacTaps(TestEkfacChannels):
+    """Taps rotated too, by what a factor of patches says of them."""
+
+    stage: ClassVar[Any] = {"name": "ekfac", "inputs": "channels+taps"}
+    curvature: ClassVar[Any] = "conv_kfac"
+
+
+class TestEkfacTapsStationary(TestEkfacTaps):
+    """And by their distance."""
+
+    curvature: ClassVar[Any] = {"name": "conv_kfac", "spatial": "stationary"}
+
+
+class TestEkfacTapsOfReduce(BasisTraitLaws):
+    """With "reduce" directions in the null spaces carry gradient."""
+
+    stage: ClassVar[Any] = {"name": "ekfac", "inputs": "channels+taps"}
+    curvature: ClassVar[Any] = {"name": "conv_kfac", "spatial": "reduce"}
+
+    block, block_of, scale = TestEkfacChannels.block, TestEkfacChannels.block_of, TestEkfacChannels.scale
+    test_it_is_the_dense_damped_inverse = BasisLaws.test_it_is_the_dense_damped_inverse
 
 
 class TestEkfacChannelsRunning(TestEkfacChannels):
@@ -104,10 +141,11 @@ def orthogonal(*shape: int, seed: int) -> Tensor:
     return torch.linalg.qr(torch.randn(*shape, shape[-1], dtype=F64, generator=torch.Generator().manual_seed(seed))).Q
 
 
-def decomposition_of(c: int, d_out: int, lead: tuple[int, ...], seed: int) -> dict[str, dict[str, Tensor]]:
+def decomposition_of(c: int, d_out: int, lead: tuple[int, ...], seed: int, taps: int = 0) -> dict[str, dict[str, Tensor]]:
+    sides = {"C": c, "G": d_out, **({"K": taps} if taps else {})}
     return {
-        "C": {"eigenvalues": torch.ones(*lead, c, dtype=F64), "eigenvectors": orthogonal(*lead, c, seed=seed)},
-        "G": {"eigenvalues": torch.ones(*lead, d_out, dtype=F64), "eigenvectors": orthogonal(*lead, d_out, seed=seed + 1)},
+        name: {"eigenvalues": torch.ones(*lead, n, dtype=F64), "eigenvectors": orthogonal(*lead, n, seed=seed + k)}
+        for k, (name, n) in enumerate(sides.items())
     }
 
 
@@ -117,8 +155,10 @@ def samples_of(case: Case, uses: int, chunk_bytes: int, spatial: str = "sua") ->
 
 
 @law
-@given(conv_cases(), st.integers(1, 2), st.sampled_from([1, 2**28]), st.booleans(), st.integers(0, 99))
-def test_the_scale_is_that_of_autograds_gradients(case: Case, uses: int, chunk_bytes: int, with_left: bool, seed: int) -> None:
+@given(conv_cases(), st.integers(1, 2), st.sampled_from([1, 2**28]), st.booleans(), st.booleans(), st.integers(0, 99))
+def test_the_scale_is_that_of_autograds_gradients(
+    case: Case, uses: int, chunk_bytes: int, with_left: bool, with_taps: bool, seed: int
+) -> None:
     """Channels rotated in the images or in the gradients, of any kernel, stride, padding and grouping."""
     samples = samples_of(case, uses, chunk_bytes)
     truth = sum(range(1, uses + 1)) * module_gradients(case.module, case.inputs, case.gradient)
@@ -126,8 +166,12 @@ def test_the_scale_is_that_of_autograds_gradients(case: Case, uses: int, chunk_b
     lead = (len(truth),) if truth.ndim == 4 else ()
     c = case.module.in_channels // case.module.groups
     left, right = orthogonal(*lead, samples.d_out, seed=seed), orthogonal(*lead, c, seed=seed + 1)
-    expected = torch.stack([projected_square(truth[k], left[k] if with_left else None, widened(right[k], samples.d_in)) for k in groups])
-    found: Statistic = samples.projected_square_of_channels(left if with_left else None, right)
+    taps = orthogonal(*lead, math.prod(case.module.kernel_size), seed=seed + 2) if with_taps else None
+    rights = [widened(right[k], samples.d_in, None if taps is None else taps[k]) for k in groups]
+    expected = torch.stack(
+        [projected_square(truth[k], left[k] if with_left else None, each) for k, each in zip(groups, rights, strict=True)]
+    )
+    found: Statistic = samples.projected_square_of_channels(left if with_left else None, right, taps)
     assert found.total is not None
     torch.testing.assert_close(found.total, expected if lead else expected[0], rtol=1e-9, atol=1e-9)
     assert found.count == 2.0
@@ -152,37 +196,42 @@ def test_whichever_side_is_rotated_first(channels: int, outputs: int, size: int,
 
 
 @law
-@given(st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.sampled_from([(), (2,)]), st.integers(0, 99))
+@given(
+    st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.booleans(), st.sampled_from([(), (2,)]), st.integers(0, 99)
+)
 def test_transport_is_the_diagonal_of_the_old_operator_in_the_new_basis(
-    c: int, taps: int, d_out: int, bias: bool, lead: tuple[int, ...], seed: int
+    c: int, taps: int, d_out: int, bias: bool, with_taps: bool, lead: tuple[int, ...], seed: int
 ) -> None:
     d_in = c * taps + bias
-    old, new = (decomposition_of(c, d_out, lead, seed + k) for k in (0, 7))
+    old, new = (decomposition_of(c, d_out, lead, seed + k, taps if with_taps else 0) for k in (0, 7))
     scale = torch.randn(*lead, d_out, d_in, dtype=F64, generator=torch.Generator().manual_seed(seed)).square()
     carried = CHANNELS.transport({"scale": scale}, old, new)["scale"]
     for k in range(2) if lead else [...]:
-        operators = [dense_kron(widened(each["C"]["eigenvectors"][k], d_in), each["G"]["eigenvectors"][k]) for each in (old, new)]
+        bases = [{name: parts["eigenvectors"][k] for name, parts in each.items()} for each in (old, new)]
+        operators = [dense_kron(widened(each["C"], d_in, each.get("K")), each["G"]) for each in bases]
         operator = operators[0] @ torch.diag(vec(scale[k])) @ operators[0].T
         torch.testing.assert_close(vec(carried[k]), (operators[1].T @ operator @ operators[1]).diagonal(), rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(CHANNELS.transport({"scale": scale}, old, old)["scale"], scale, rtol=1e-9, atol=1e-11)
 
 
 @law
-@given(conv_cases(), st.integers(0, 99))
-def test_it_is_no_farther_from_the_fisher_than_the_product_of_factors(case: Case, seed: int) -> None:
+@given(conv_cases(), st.sampled_from(["channels", "channels+taps"]), st.integers(0, 99))
+def test_it_is_no_farther_from_the_fisher_than_the_product_of_factors(case: Case, inputs: str, seed: int) -> None:
     """Whatever stands for the bias: A' kron G is a diagonal in this basis, and s* the best of those."""
+    basis = Ekfac(inputs=inputs)
     layer, samples = case.layer, samples_of(case, 1, 2**28, "sud")
     means = {name: s.total / s.count for name, s in ConvKfac().factors(layer, samples).items() if s.total is not None}
     matrices = ConvKfac().assemble(layer, means)
-    parts = {name: CHANNELS.decompose(name, matrices[name], Coupling(0.1, {})) for name in ("C", "G")}
-    found = CHANNELS.moments(parts, samples)["scale"]
+    parts = {name: basis.decompose(name, matrices[name], Coupling(0.1, {})) for name in basis.requires}
+    found = basis.moments(parts, samples)["scale"]
     assert found.total is not None
     gradients, d_in = module_gradients(case.module, case.inputs, case.gradient), samples.d_in
     for k in range(len(gradients)) if gradients.ndim == 4 else [...]:
         fisher = dense_fisher(gradients[k], 2.0)
-        q = dense_kron(widened(parts["C"]["eigenvectors"][k], d_in), parts["G"]["eigenvectors"][k])
+        vectors = {name: each["eigenvectors"][k] for name, each in parts.items()}
+        q = dense_kron(widened(vectors["C"], d_in, vectors.get("K")), vectors["G"])
         mine = q @ torch.diag(vec(found.total[k] / 2.0)) @ q.T
-        a = widened(matrices["C"][k], d_in)
+        a = widened(matrices["C"][k], d_in, matrices["K"][k] if "K" in parts else None)
         if "bias" in layer.parameters and d_in > 1:
             a[-1, -1] = 10.0 ** (seed % 5 - 2)
         kfac = dense_kron(a, matrices["G"][k])
@@ -210,6 +259,7 @@ def test_c_is_the_factor_of_channels_that_is_closest(spatial: str, groups: int) 
 def test_c_of_a_linear_layer_is_a() -> None:
     matrices = ConvKfac().assemble(Layer("fc", nn.Linear(2, 1), ("weight", "bias")), {"A": torch.eye(3), "G": torch.eye(1)})
     assert matrices["C"] is matrices["A"]
+    assert matrices["K"].tolist() == [[1.0]]
 
 
 def test_nothing_of_the_size_of_patches_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,15 +295,17 @@ def step(model: nn.Module, optimizer: Any, inputs: Tensor) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("spatial", ["sud", "sua", "reduce"])
-def test_views_are_of_the_dense_block(spatial: str) -> None:
+@pytest.mark.parametrize("inputs", ["channels", "channels+taps"])
+@pytest.mark.parametrize("spatial", ["sud", "sua", "reduce", "stationary"])
+def test_views_are_of_the_dense_block(spatial: str, inputs: str) -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(2, 3, 3, groups=1), nn.Tanh(), nn.Flatten(), nn.Linear(27, 3)).double()
-    recipe = {**RECIPE, "curvature": {"name": "conv_kfac", "spatial": spatial}}
+    recipe = {**RECIPE, "curvature": {"name": "conv_kfac", "spatial": spatial}, "basis": {"name": "ekfac", "inputs": inputs}}
     optimizer = kfactk.build(**recipe).bind(model)
     step(model, optimizer, torch.randn(6, 2, 5, 5, dtype=F64))
     view = optimizer.layers["0"]
-    q = dense_kron(widened(view.decomposition["C"]["eigenvectors"], 19), view.decomposition["G"]["eigenvectors"])
+    vectors = {name: parts["eigenvectors"] for name, parts in view.decomposition.items()}
+    q = dense_kron(widened(vectors["C"], 19, vectors.get("K")), vectors["G"])
     fisher = q @ torch.diag(vec(view.scale["scale"])) @ q.T
     v = {"weight": torch.randn(3, 2, 3, 3, dtype=F64), "bias": torch.randn(3, dtype=F64)}
     given_ = vec(view.matrix(v))
