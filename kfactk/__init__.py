@@ -26,7 +26,7 @@ from kfactk.hookspecs import PLUGIN_API as PLUGIN_API, hookimpl as hookimpl
 from kfactk.optimizer import Optimizer as Optimizer
 from kfactk.profiling import Profile as Profile
 from kfactk.recipe import Recipe as Recipe, build as build
-from kfactk.samples import Samples as Samples, Statistic as Statistic, Use as Use, project as project
+from kfactk.samples import Samples as Samples, Statistic as Statistic, Use as Use, project as project, project_channels as project_channels
 from kfactk.stages import (
     Basis as Basis,
     Clip as Clip,

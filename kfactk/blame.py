@@ -73,20 +73,21 @@ def check_statistics(family: str, stage: object, where: str, found: Any, *, requ
     return dict(found)
 
 
-def check_matrices(stage: object, where: str, found: Mapping[str, Tensor], required: Set[str]) -> Mapping[str, Tensor]:
-    """The assembled matrices, checked.
+def check_matrices(stage: object, where: str, found: Mapping[str, Tensor], required: Set[str]) -> dict[str, Tensor]:
+    """The assembled matrices that are required, checked; others are not asked for, since asking may make them.
 
     Raises:
         PluginError: One that the basis requires is missing, or a Kronecker factor is not square.
     """
-    oblong = {name: tuple(found[name].shape) for name in KRONECKER & set(found) if not square(found[name])}
-    if oblong or not required <= set(found):
+    there = {name: found[name] for name in required if name in found}
+    oblong = {name: tuple(matrix.shape) for name, matrix in there.items() if name in KRONECKER and not square(matrix)}
+    if oblong or len(there) < len(required):
         but = f"; Kronecker factors are square in their last two dimensions, not {oblong}" if oblong else ""
         raise PluginError(
             f"{label_of('curvature', stage)} assembled {', '.join(sorted(found)) or 'nothing'} {where}, where "
             f"{', '.join(sorted(required))} are due{but}. Report it to its authors."
         )
-    return found
+    return there
 
 
 def square(matrix: Tensor) -> bool:

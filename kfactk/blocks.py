@@ -80,7 +80,7 @@ class Blocks:
         """
         with blaming("curvature", self.curvature, _on(layer)):
             found = self.curvature.assemble(layer, factors)
-        return dict(check_matrices(self.curvature, _on(layer), found, self.basis.requires if names is None else names))
+        return check_matrices(self.curvature, _on(layer), found, self.basis.requires if names is None else names)
 
     def joined(self, layer: Layer, tensors: Mapping[str, Tensor | None]) -> Tensor:
         """Tensors shaped like a layer's parameters as its matrix, float32 at least; `None` counts as zeros."""
@@ -121,7 +121,7 @@ class Blocks:
             found = self.curvature.assemble(layer, {name: factor})
         except Exception:  # a curvature that needs all its factors at once says so in its own way
             return False
-        return set(found) == {name} and tuple(found[name].shape) == shape
+        return self.basis.requires & set(found) == {name} and tuple(found[name].shape) == shape
 
     # ------------------------------------------------------------------------------------------------------------ basis
 
@@ -152,10 +152,9 @@ class Blocks:
 
     def blank_parts(self, layer: Layer, sums: Mapping[str, Statistic]) -> list[str]:
         """What the basis makes of the layer's matrices, learnt from their corners: decomposing them whole would cost as much as a step."""
-        with blaming("curvature", self.curvature, _on(layer)):
-            matrices = self.curvature.assemble(layer, {n: torch.zeros_like(s.total) for n, s in sums.items() if s.total is not None})
+        matrices = self.matrices(layer, {n: torch.zeros_like(s.total) for n, s in sums.items() if s.total is not None})
         corners = {n: m[..., :1, :1] if square(m) else m for n, m in matrices.items()}
-        return parts_of(self.decompose(layer, {n: corners[n] for n in self.basis.requires}, 1.0, diagonals(corners)))
+        return parts_of(self.decompose(layer, corners, 1.0, diagonals(corners)))
 
     def moments(self, layer: Layer, decomposition: Decomposition, samples: Samples) -> dict[str, Statistic]:
         """Sums and counts of the moments on samples, as "moment.NAME"."""

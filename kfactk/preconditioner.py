@@ -339,8 +339,7 @@ class Preconditioner:
             if self.places.holds(layer.name):
                 blank = {name: torch.zeros_like(s.total) for name, s in sums.items() if s.total is not None}
                 matrices = self.blocks.matrices(layer, blank)
-                needed = {name: matrices[name] for name in self.basis.requires}
-                state.decomposition = self.blocks.decompose(layer, needed, damping(layer), diagonals(matrices))
+                state.decomposition = self.blocks.decompose(layer, matrices, damping(layer), diagonals(matrices))
                 found = self.blocks.moments(layer, state.decomposition, samples)
                 state.moments = {key.removeprefix("moment."): _empty(s) for key, s in found.items()}
 

@@ -157,6 +157,28 @@ class Samples:
         parts = (self._squared_chunk(rows, left, right) for rows in self.chunks(numbers))
         return Statistic(total_of(parts), self.terms)
 
+    def projected_square_of_channels(self, left: Tensor | None, right: Tensor, taps: Tensor | None = None) -> Statistic:
+        """`sum_n (left^T D_n blockdiag(right kron taps, 1))^2`, elementwise square, `[..., k_out, k * l (+ 1)]`, counted by terms.
+
+        `projected_square` with a matrix that is never formed: the input space is rotated among its channels, and its taps.
+
+        Args:
+            left: `[..., d_out, k_out]`, columns are directions of the output space; `None` for no rotation.
+            right: `[..., channels, k]`, columns are directions of the channel space, where `d_in` is `channels * taps (+ 1)`.
+            taps: `[..., taps, l]`, the same for the taps; `None` for no rotation.
+
+        References:
+            George et al. 2018, arXiv:1806.03884, the scale s* of EKFAC, in a basis that is a product on the input side.
+        """
+        numbers = 2 * self.positions * (self.d_in + self.d_out) + 2 * self.d_in * self.d_out
+        parts = (self._squared_channels(rows, left, right, taps) for rows in self.chunks(numbers))
+        return Statistic(total_of(parts), self.terms)
+
+    def _squared_channels(self, rows: slice, left: Tensor | None, right: Tensor, taps: Tensor | None) -> Tensor:
+        early, late = (left, None) if self.positions <= self.d_in else (None, left)
+        found = self.per_example_gradients(rows, early)
+        return project_channels(found, late, right, taps, per_example=True).square_().sum(-3)
+
     def _squared_chunk(self, rows: slice, left: Tensor | None, right: Tensor | None) -> Tensor:
         # Rotating rows costs T d^2, rotating D_n costs d_in d_out d: each side is rotated where that is cheaper.
         early_left, early_right = self.positions <= self.d_in, self.positions <= self.d_out
@@ -169,6 +191,69 @@ class Samples:
         if self.positions == 1:
             return g.squeeze(-2).square().transpose(-1, -2) @ a.squeeze(-2).square()
         return project(g.transpose(-1, -2) @ a, late, None, per_example=True).square_().sum(-3)
+
+
+def channel_columns(d_in: int, channels: int, taps: int | None = None) -> int:
+    """How many of `d_in` columns are channels times taps, channel by channel; one more is the bias.
+
+    With one channel and `taps` not told, a bias column is counted as a tap: where taps are not rotated, that is the same basis.
+
+    Raises:
+        ValueError: More than one column is left over.
+
+    Example:
+        >>> channel_columns(19, 2), channel_columns(18, 2), channel_columns(10, 1, taps=9)
+        (18, 18, 9)
+    """
+    columns = d_in - d_in % channels if taps is None else channels * taps
+    if not columns <= d_in <= columns + 1 or not columns:
+        many = "" if taps is None else f"{taps} "
+        raise ValueError(f"{d_in} columns are not {channels} channels times {many}taps, with or without a bias column")
+    return columns
+
+
+def project_channels(
+    matrix: Tensor, left: Tensor | None, right: Tensor | None, taps: Tensor | None = None, *, per_example: bool = False
+) -> Tensor:
+    """`left^T M blockdiag(right kron taps, 1)`: channels and taps are rotated, the bias column is left where it is.
+
+    Args:
+        matrix: `[..., d_out, channels * taps (+ 1)]`, columns in the order channel, tap, bias; with `per_example` it has an example
+            dimension before its last two that the rotations lack.
+        left: `[..., d_out, k_out]`; `None` for no rotation.
+        right: `[..., channels, k]`; `None` for no rotation.
+        taps: `[..., taps, l]`; `None` for no rotation.
+        per_example: See `matrix`.
+
+    Returns:
+        `[..., k_out, k * l (+ 1)]`.
+
+    Example:
+        >>> project_channels(torch.tensor([[1.0, 2.0, 3.0, 4.0, 9.0]]), None, torch.tensor([[0.0, 1.0], [1.0, 0.0]]))
+        tensor([[3., 4., 1., 2., 9.]])
+    """
+    if left is not None:
+        turn = left.to(matrix.dtype).transpose(-1, -2)
+        matrix = (turn.unsqueeze(-3) if per_example else turn) @ matrix
+    if right is None and taps is None:
+        return matrix
+    many = None if taps is None else taps.shape[-2]
+    channels = right.shape[-2] if right is not None else matrix.shape[-1] // (many or 1)
+    columns = channel_columns(matrix.shape[-1], channels, many)
+    body = matrix[..., :columns]
+    body = body.view(*body.shape[:-1], channels, columns // channels)
+    if taps is not None:
+        body = _turned(body, taps)
+    if right is not None:
+        body = _turned(body.transpose(-1, -2), right).transpose(-1, -2)
+    found = body.flatten(-2)
+    return found if columns == matrix.shape[-1] else torch.cat([found, matrix[..., columns:]], -1)
+
+
+def _turned(body: Tensor, rotation: Tensor) -> Tensor:
+    """`body @ rotation`, all rows that one rotation turns as one product."""
+    rows = body.flatten(rotation.ndim - 2, -2) @ rotation.to(body.dtype)
+    return rows.view(*body.shape[:-1], rotation.shape[-1])
 
 
 def project(matrix: Tensor, left: Tensor | None, right: Tensor | None, *, per_example: bool = False) -> Tensor:

@@ -64,7 +64,8 @@ class Curvature(Protocol):
     """
 
     provides: ClassVar[frozenset[str]]
-    """Names of the tensors that `assemble` returns. Kronecker factors are called A (input side) and G (output side)."""
+    """Names of the tensors that `assemble` returns. Kronecker factors are called A (input side) and G (output side); C and K are
+    factors of the input's channels and of the taps of a kernel, so that `C kron K` stands for A without its bias."""
 
     def unsupported(self, module: nn.Module) -> str | None:
         """Why this module cannot be preconditioned exactly, for a reader; `None` when it can."""
@@ -84,9 +85,10 @@ class Curvature(Protocol):
     def factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
         """Sums and counts to be averaged over micro-batches, ranks and time."""
 
-    def assemble(self, layer: Layer, factors: Tensors) -> dict[str, Tensor]:
-        """The averaged factors as the tensors named in `provides`. A and G are square: `[..., d_in, d_in]` and `[..., d_out, d_out]`; what
-        other names hold is between a curvature and its basis."""
+    def assemble(self, layer: Layer, factors: Tensors) -> Tensors:
+        """The averaged factors as the tensors named in `provides`; a mapping may make each when it is asked for, and only those that the
+        basis requires are. A and G are square: `[..., d_in, d_in]` and `[..., d_out, d_out]`; what other names hold is between a
+        curvature and its basis."""
 
 
 @runtime_checkable
@@ -109,7 +111,7 @@ class Coupling:
 
     Args:
         damping: The layer's damping tau.
-        mean_diagonal: For each square matrix, `trace / dimension`, `[...]`.
+        mean_diagonal: For each square matrix that the basis requires, `trace / dimension`, `[...]`.
     """
 
     damping: float
@@ -124,8 +126,9 @@ class Basis(Protocol):
     it claims to represent.
     """
 
-    requires: ClassVar[frozenset[str]]
-    """Names of the matrices it needs from the curvature."""
+    @property
+    def requires(self) -> frozenset[str]:
+        """Names of the matrices it needs from the curvature; may depend on its options."""
 
     @property
     def laws(self) -> frozenset[str]:
@@ -134,7 +137,8 @@ class Basis(Protocol):
         "rotation-equivariant": in other orthonormal coordinates of inputs and outputs, `precondition` is the same operator.
         "null-space-independent": it does not depend on which eigenvectors span the null space of A or G.
         "closer-than-kfac": on the mini-batch it was measured on, F is at least as close to the Fisher matrix, in the Frobenius norm, as
-        A kron G. "exact-when-kronecker": for one example with T = 1, F is the Fisher matrix.
+        A kron G; where it requires C, `C kron K` or `C kron I_taps` stands for A. "exact-when-kronecker": for one example with T = 1, F
+        is the Fisher matrix.
         """
 
     @property

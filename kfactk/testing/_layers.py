@@ -76,7 +76,7 @@ class OnLayers(Laws):
 
     def matrices(self, case: Case, **how: Any) -> dict[str, Tensor]:
         """The assembled matrices."""
-        return self.curvature.assemble(case.layer, self.means(case, **how))
+        return dict(self.curvature.assemble(case.layer, self.means(case, **how)))
 
     def gradients(self, case: Case) -> Tensor:
         """D by autograd, example by example."""

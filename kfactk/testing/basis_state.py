@@ -169,8 +169,8 @@ class BasisStateLaws(BasisFrame):
     def test_transport_follows_the_directions(self, situation: Situation) -> None:
         """In a basis of the same directions in the opposite order, moments are left out (reset), or the operator is the same."""
         null = "null-space-independent" in situation.basis.laws
-        assume(all(separated(matrix, null=null) for matrix in situation.matrices.values() if square(matrix)))
-        matrices = {name: _turned_over(matrix) if name in ("A", "G") else matrix for name, matrix in situation.matrices.items()}
+        assume(all(separated(matrix, null=null) for matrix in situation.required.values() if square(matrix)))
+        matrices = {name: _turned_over(matrix) if name in ("A", "C", "K", "G") else matrix for name, matrix in situation.matrices.items()}
         new = situation.refreshed(matrices=matrices)
         carried = self.carried(situation, new.decomposition)
         if not carried:

@@ -11,17 +11,19 @@ from torch import Tensor
 
 from kfactk.blame import square
 from kfactk.errors import OptionError, near_names
+from kfactk.linalg import mean_diagonal
 from kfactk.samples import Samples
 from kfactk.testing.basis_frame import BasisFrame, same
 from kfactk.testing.laws import law
-from kfactk.testing.situations import Situation, dense, null_dimension, orthogonal, separated, turn_within_null
+from kfactk.testing.situations import Situation, dense, null_dimension, orthogonal, over_taps, separated, turn_within_null
 from kfactk.testing.strategies import seeds
 from kfactk.testing.truth import dense_fisher, dense_kron
 
 TRAITS = {
     "rotation-equivariant": "in other orthonormal coordinates of inputs and outputs, P is the same operator",
     "null-space-independent": "P does not depend on which eigenvectors span the null space of a matrix",
-    "closer-than-kfac": "F differs from the Fisher matrix of its mini-batch no more than A kron G does, in the Frobenius norm",
+    "closer-than-kfac": "F differs from the Fisher matrix of its mini-batch no more than A kron G does, in the Frobenius norm; where it "
+    "requires C, C kron K, or C kron I_taps, stands for A",
     "exact-when-kronecker": "for one example with T = 1, F is the Fisher matrix",
 }
 """Names that `Basis.laws` may hold, each with its law."""
@@ -41,7 +43,7 @@ class BasisTraitLaws(BasisFrame):
     def test_it_turns_with_the_coordinates(self, situation: Situation, seed: int) -> None:
         """Trait "rotation-equivariant": in other orthonormal coordinates of inputs and outputs, P is the same operator."""
         self.wants(situation, "rotation-equivariant")
-        assume(all(separated(matrix, null=True) for matrix in situation.matrices.values() if square(matrix)))
+        assume(all(separated(matrix, null=True) for matrix in situation.required.values() if square(matrix)))
         rows = situation.samples
         left, right = orthogonal(_square(situation, -2), seed), orthogonal(_square(situation, -1), seed + 1)
         matrices = {name: self.turned(name, situation.matrices[name], left, right) for name in sorted(situation.basis.requires)}
@@ -55,13 +57,15 @@ class BasisTraitLaws(BasisFrame):
         """Trait "null-space-independent": P does not depend on which eigenvectors span the null space of A or G.
 
         For a rotation R within the null space, R A R^T = A, so that the eigenvectors U and R U are as good as one another. To have had R U
-        in place of U is the same as to see samples and gradient through R while U is kept, whatever a decomposition may consist of.
+        in place of U is the same as to see samples and gradient through R while U is kept, whatever a decomposition may consist of. Where
+        C, or C and K, stand for A, R is of channels, the same for each tap, and of taps, the same for each channel.
         """
         self.wants(situation, "null-space-independent")
-        assume(all(separated(matrix, null=True) for matrix in situation.matrices.values() if square(matrix)))
-        a, g = self.kronecker(situation, "null-space-independent")
-        assume(max(null_dimension(a), null_dimension(g)) > 1)
-        left, right = turn_within_null(g, seed), turn_within_null(a, seed + 1)
+        assume(all(separated(matrix, null=True) for matrix in situation.required.values() if square(matrix)))
+        channels, taps, g = self.factors(situation, "null-space-independent")
+        assume(max(null_dimension(each) for each in (channels, g, *([] if taps is None else [taps]))) > 1)
+        turns = turn_within_null(channels, seed + 1), None if taps is None else turn_within_null(taps, seed + 2)
+        left, right = turn_within_null(g, seed), over_taps(*turns, situation.gradient.shape[-1], 1.0)
         turned = situation.remeasured(**_turned(situation, situation.samples, left, right))
         says = "the preconditioner depends on the choice of eigenvectors in a null space of A or G: another choice gives another result"
         same(turned.precondition(), left @ situation.precondition() @ right.mT, says, 1e-6)
@@ -70,7 +74,8 @@ class BasisTraitLaws(BasisFrame):
     def test_it_is_at_least_as_close_to_the_fisher_as_kfac(self, situation: Situation) -> None:
         """Trait "closer-than-kfac": ||Fisher - F|| <= ||Fisher - A kron G|| in the Frobenius norm, on the mini-batch of the moments."""
         self.wants(situation, "closer-than-kfac")
-        a, g = self.kronecker(situation, "closer-than-kfac")
+        channels, taps, g = self.factors(situation, "closer-than-kfac")
+        a = over_taps(channels, taps, situation.gradient.shape[-1], float(mean_diagonal(channels).mean()))
         fisher = dense_fisher(situation.per_example, situation.terms)
         mine, kfac = (torch.linalg.matrix_norm(fisher - each) for each in (dense(situation.product, situation.gradient), dense_kron(a, g)))
         assert bool((mine <= kfac * (1 + 1e-9) + 1e-12 * fisher.norm()).all()), (
@@ -90,19 +95,23 @@ class BasisTraitLaws(BasisFrame):
         if trait not in situation.basis.laws:
             pytest.skip(f"{self.label()} does not claim {trait!r} ({TRAITS[trait]})")
 
-    def kronecker(self, situation: Situation, trait: str) -> tuple[Tensor, Tensor]:
-        """A and G.
+    def factors(self, situation: Situation, trait: str) -> tuple[Tensor, Tensor | None, Tensor]:
+        """A, or C for a basis that requires it, K where it requires that, and G.
 
         Raises:
             OptionError: There are none.
         """
-        missing = sorted({"A", "G"} - set(situation.matrices))
+        side = {"C"} & situation.basis.requires or {"A"}
+        taps = {"K"} & situation.basis.requires
+        missing = sorted((side | taps | {"G"}) - set(situation.matrices))
         if missing:
+            spoken = " and ".join(sorted(side | taps | {"G"}))
             raise OptionError(
-                f"{self.label()} claims {trait!r}, which speaks of A and G, and curvature {situation.curvature!r} does not provide "
+                f"{self.label()} claims {trait!r}, which speaks of {spoken}, and curvature {situation.curvature!r} does not provide "
                 f"{' and '.join(missing)}. Name another one in the class (`curvature = ...`), or do not claim it."
             )
-        return situation.matrices["A"], situation.matrices["G"]
+        found = situation.matrices
+        return found[min(side)], found["K"] if taps else None, found["G"]
 
 
 def _square(situation: Situation, dim: int) -> Tensor:

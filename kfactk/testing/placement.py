@@ -31,7 +31,8 @@ def works(draw: st.DrawFn, layer: str) -> Work:
     d_out, d_in, groups = draw(st.integers(1, 40)), draw(st.integers(1, 40)), draw(st.sampled_from([(), (), (3,)]))
     gradient = (*groups, d_out, d_in)
     kronecker = {"A": (*groups, d_in, d_in), "G": (*groups, d_out, d_out)}
-    matrices = draw(st.sampled_from([kronecker, kronecker, {"square": gradient}, {"A": kronecker["A"]}, {}]))
+    channels = {"C": (*groups, 1, 1), "G": kronecker["G"], "K": (*groups, d_in, d_in)}
+    matrices = draw(st.sampled_from([kronecker, kronecker, channels, {"square": gradient}, {"A": kronecker["A"]}, {}]))
     return Work(layer, matrices, gradient, together=draw(st.booleans()))
 
 

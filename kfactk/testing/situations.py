@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kfactk.blame import square
-from kfactk.linalg import mean_diagonal
+from kfactk.linalg import kron, mean_diagonal
 from kfactk.samples import Samples, Use
 from kfactk.stages import Coupling, Decomposition, Tensors
 from kfactk.sums import local_means
@@ -95,6 +95,11 @@ class Situation:
         if source == "samples":
             return local_means(self.basis.moments(decomposition, self.samples))
         return local_means(self.basis.gradient_moments(decomposition, self.mean_gradient, self.terms))
+
+    @property
+    def required(self) -> dict[str, Tensor]:
+        """The matrices that the basis requires."""
+        return {name: self.matrices[name] for name in sorted(self.basis.requires)}
 
     @property
     def coupling(self) -> Coupling:
@@ -200,6 +205,21 @@ def dense(apply: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
             unit[..., i, j] = 1
             found.append(columns(apply(unit)))
     return torch.stack(found, -1)
+
+
+def over_taps(channels: Tensor, taps: Tensor | None, d_in: int, bias: float) -> Tensor:
+    """`blockdiag(M kron taps, bias)` of a matrix M of channels, with the side `d_in`; taps are the identity where `None`, and M itself is
+    meant where it has that side."""
+    c = channels.shape[-1]
+    if c == d_in:
+        return channels
+    many = d_in // c if taps is None else taps.shape[-1]
+    out = channels.new_zeros(*channels.shape[:-2], d_in, d_in)
+    eye = torch.eye(many, dtype=channels.dtype).expand(*channels.shape[:-2], many, many)
+    out[..., : c * many, : c * many] = kron(channels, eye if taps is None else taps)
+    if d_in > c * many:
+        out[..., -1, -1] = bias
+    return out
 
 
 def named(decomposition: Mapping[str, Tensors]) -> dict[str, Tensor]:

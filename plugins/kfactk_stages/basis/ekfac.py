@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import attrs
 from torch import Tensor
 
-from kfactk import Coupling, Decomposition, Operator, OptionError, Samples, Statistic, Tensors, hookimpl, linalg, project
+from kfactk import Coupling, Decomposition, Operator, OptionError, Samples, Statistic, Tensors, hookimpl, linalg, project, project_channels
+from kfactk_stages.basis._channels import pool_channels, products, scaled, spread
 
 
 def _decay(instance: object, attribute: attrs.Attribute[float | None], value: float | None) -> None:
@@ -26,6 +25,18 @@ def _scale(instance: object, attribute: attrs.Attribute[str], value: str) -> Non
         )
 
 
+def _inputs(instance: object, attribute: attrs.Attribute[str], value: str) -> None:
+    if value not in INPUTS:
+        raise OptionError(
+            f"basis 'ekfac' has inputs={value!r}; it is 'full' (the eigenbasis of A), 'channels' (that of the channels, each tap of a "
+            "kernel being a direction of its own) or 'channels+taps' (those of both)."
+        )
+
+
+INPUTS = {"full": {"A"}, "channels": {"C"}, "channels+taps": {"C", "K"}}
+"""The matrices that each setting of `inputs` decomposes."""
+
+
 @attrs.frozen
 class Ekfac:
     """Exact diagonal of the Fisher in the Kronecker-factored eigenbasis.
@@ -35,12 +46,26 @@ class Ekfac:
     Directions in the numerical null space of A or G, among which the eigensolver chooses at will, share their mean scale, so that P does
     not depend on that choice. Before any scale has been measured, the product of the eigenvalues stands in for it (K-FAC's own).
 
+    The eigenbasis of a convolution's A can be replaced by a product of one of its channels and one of its taps, the positions within the
+    kernel, the bias being a direction of its own:
+
+        channels:       C = U_C S_C U_C^T,                          U_A = blockdiag(U_C kron I_taps, 1)
+        channels+taps:  C = U_C S_C U_C^T,   K = U_K S_K U_K^T,     U_A = blockdiag(U_C kron U_K, 1)
+
+    So c x c matrices are decomposed and multiplied by, in place of those of c times taps, and s* is still the exact diagonal of the
+    Fisher in this basis, an entry for each channel direction *and* tap. Null directions of channels are pooled tap by tap, those of taps
+    channel by channel. Before any scale has been measured, the products of eigenvalues stand in for it, and for the bias their mean.
+    Where C has the size of A, as for a linear layer, there is no difference.
+
     Args:
         scale: "exact": s* from per-example gradients of the Fisher pass (equation 10). "running": EKFAC-ra, the squared mini-batch mean
             gradient in the basis, times the number of likelihood terms so that damping keeps its meaning.
         scale_decay: Decay of the running mean of the scale between refreshes of the basis, in [0, 1]; `None` means 0 (the last
             mini-batch's alone, as in the study) for "exact", and 0.95 for "running". On a refresh the running mean is carried into
             the new basis.
+        inputs: "full": the eigenbasis of A, `[d_in, d_in]`. "channels": that of C, `[c, c]`, for each tap. "channels+taps": that and the
+            one of K, `[taps, taps]`. The curvature has to provide C and K: `conv_kfac` does, and with `spatial="sua"` or "stationary" A
+            is never formed.
 
     Raises:
         OptionError: An option has a value that cannot work.
@@ -56,18 +81,26 @@ class Ekfac:
 
     References:
         George et al. 2018, arXiv:1806.03884, algorithm 1 and section 4.2.
+        Grosse & Martens 2016, arXiv:1602.01407, for uncorrelated activations, of which "channels" takes the basis and not the values.
     """
 
     scale: str = attrs.field(default="exact", validator=_scale)
     scale_decay: float | None = attrs.field(default=None, validator=_decay)
+    inputs: str = attrs.field(default="full", validator=_inputs)
 
-    requires: ClassVar[frozenset[str]] = frozenset({"A", "G"})
+    @property
+    def requires(self) -> frozenset[str]:
+        """G, and A, or C, or C and K."""
+        return frozenset({*INPUTS[self.inputs], "G"})
 
     @property
     def laws(self) -> frozenset[str]:
-        """The exact scale is also at least as close to the Fisher matrix as K-FAC; the running one need not be."""
-        every = frozenset({"rotation-equivariant", "null-space-independent", "exact-when-kronecker"})
-        return every | {"closer-than-kfac"} if self.scale == "exact" else every
+        """The exact scale is also at least as close to the Fisher matrix as K-FAC; the running one need not be.
+
+        A product of channels and taps turns with no coordinates that mix the two, and is exact for no example that does.
+        """
+        every = {"null-space-independent"} | ({"closer-than-kfac"} if self.scale == "exact" else set())
+        return frozenset(every | {"rotation-equivariant", "exact-when-kronecker"} if self.inputs == "full" else every)
 
     @property
     def moments_from(self) -> str | None:
@@ -88,7 +121,9 @@ class Ekfac:
 
     def moments(self, decomposition: Decomposition, samples: Samples) -> dict[str, Statistic]:
         """`{"scale": sum_n (U_G^T D_n U_A)^2}`, `[..., d_out, d_in]`, null directions pooled."""
-        square = samples.projected_square(decomposition["G"]["eigenvectors"], decomposition["A"]["eigenvectors"])
+        left, right, taps = _vectors(decomposition)
+        whole = right.shape[-1] == samples.d_in
+        square = samples.projected_square(left, right) if whole else samples.projected_square_of_channels(left, right, taps)
         total = None if square.total is None else _pooled(square.total, decomposition)
         return {"scale": Statistic(total, square.count)}
 
@@ -96,15 +131,18 @@ class Ekfac:
         """`{"scale": M (U_G^T D U_A)^2}` of the mini-batch mean gradient D over M terms; nothing for the exact scale."""
         if self.scale == "exact":
             return {}
-        rotated = project(gradient, decomposition["G"]["eigenvectors"], decomposition["A"]["eigenvectors"])
+        rotated = _projected(gradient, *_vectors(decomposition))
         return {"scale": Statistic(_pooled(rotated.square() * terms, decomposition), 1.0)}
 
     def transport(self, moments: Tensors, old: Decomposition, new: Decomposition) -> dict[str, Tensor]:
         """The diagonal, in the new basis, of the operator that is `diag(scale)` in the old one; null directions pooled."""
         if "scale" not in moments:
             return {}
-        turn = {name: (old[name]["eigenvectors"].transpose(-1, -2) @ new[name]["eigenvectors"]).square() for name in ("A", "G")}
-        return {"scale": _pooled(turn["G"].transpose(-1, -2) @ moments["scale"] @ turn["A"], new)}
+        left, right, taps = (
+            None if u is None or v is None else (u.transpose(-1, -2) @ v).square()
+            for u, v in zip(_vectors(old), _vectors(new), strict=True)
+        )
+        return {"scale": _pooled(_projected(moments["scale"], left, right, taps), new)}
 
     def precondition(self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
         """Equation 11; `gradient` is `[..., d_out, d_in]`."""
@@ -112,15 +150,17 @@ class Ekfac:
 
     def operator(self, decomposition: Decomposition, moments: Tensors, damping: float) -> Operator:
         """Equation 11 but for the gradient; holds `1 / (s* + tau)`."""
-        scale = _scale_of(decomposition, moments)
+        if "scale" not in moments:  # its shape is the gradient's
+            return lambda gradient: self._diagonal(decomposition, _scale_of(decomposition, moments, gradient.shape[-1]), damping)(gradient)
+        return self._diagonal(decomposition, moments["scale"], damping)
+
+    def _diagonal(self, decomposition: Decomposition, scale: Tensor, damping: float) -> Diagonal:
         floor = linalg.damping_floor(scale.mean((-2, -1), keepdim=True))
-        inverse = (scale + floor.clamp(min=damping)).reciprocal_()
-        return Diagonal(decomposition["G"]["eigenvectors"], decomposition["A"]["eigenvectors"], inverse)
+        return Diagonal(*_vectors(decomposition), (scale + floor.clamp(min=damping)).reciprocal_())
 
     def product(self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors) -> Tensor:
         """`U_G [(U_G^T V U_A) * s*] U_A^T`, undamped."""
-        scale = _scale_of(decomposition, moments)
-        return Diagonal(decomposition["G"]["eigenvectors"], decomposition["A"]["eigenvectors"], scale)(vector)
+        return Diagonal(*_vectors(decomposition), _scale_of(decomposition, moments, vector.shape[-1]))(vector)
 
     def condition(self, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
         """Condition number of the damped curvature, `(max s* + tau) / (min s* + tau)`; the largest among groups."""
@@ -129,35 +169,65 @@ class Ekfac:
         return ((scale.amax((-2, -1)) + tau) / (scale.amin((-2, -1)) + tau)).max()
 
 
-def _scale_of(decomposition: Decomposition, moments: Tensors) -> Tensor:
+def _inputs_of(decomposition: Decomposition, part: str) -> tuple[Tensor, Tensor | None]:
+    """The eigenvalues, or eigenvectors, of A or C, and those of K where there are taps to rotate."""
+    if "A" in decomposition:
+        return decomposition["A"][part], None
+    taps = decomposition["K"][part] if "K" in decomposition else None
+    return decomposition["C"][part], None if taps is None or taps.shape[-1] == 1 else taps
+
+
+def _vectors(decomposition: Decomposition) -> tuple[Tensor, Tensor, Tensor | None]:
+    """U_G, U_A or U_C, and U_K."""
+    return decomposition["G"]["eigenvectors"], *_inputs_of(decomposition, "eigenvectors")
+
+
+def _projected(matrix: Tensor, left: Tensor | None, right: Tensor | None, taps: Tensor | None) -> Tensor:
+    """`left^T M right`, or, where `right` is of channels, `left^T M blockdiag(right kron taps, 1)`."""
+    whole = right is None or right.shape[-1] == matrix.shape[-1]
+    return project(matrix, left, right) if whole else project_channels(matrix, left, right, taps)
+
+
+def _scale_of(decomposition: Decomposition, moments: Tensors, d_in: int | None = None) -> Tensor:
+    """`[..., d_out, d_in]`; where it was not measured and `d_in` is not told, an entry an eigenvalue, of the same extremes and mean."""
     if "scale" in moments:
         return moments["scale"]
-    return decomposition["G"]["eigenvalues"].unsqueeze(-1) * decomposition["A"]["eigenvalues"].unsqueeze(-2)
+    values, taps = _inputs_of(decomposition, "eigenvalues")
+    if d_in not in (None, values.shape[-1]):
+        values = spread(values, taps, d_in)
+    elif taps is not None:
+        values = products(values, taps)
+    return decomposition["G"]["eigenvalues"].unsqueeze(-1) * values.unsqueeze(-2)
 
 
 def _pooled(scale: Tensor, decomposition: Decomposition) -> Tensor:
-    for name, dim in (("A", -1), ("G", -2)):
-        scale = linalg.pool_null(scale, linalg.null_mask(decomposition[name]["eigenvalues"]), dim)
-    return scale
+    values, taps = _inputs_of(decomposition, "eigenvalues")
+    null, null_taps = linalg.null_mask(values), None if taps is None else linalg.null_mask(taps)
+    scale = linalg.pool_null(scale, null, -1) if null.shape[-1] == scale.shape[-1] else pool_channels(scale, null, null_taps)
+    return linalg.pool_null(scale, linalg.null_mask(decomposition["G"]["eigenvalues"]), -2)
 
 
 @attrs.frozen(eq=False)
 class Diagonal:
-    """`V -> U_G [(U_G^T V U_A) * d] U_A^T`.
+    """`V -> U [(U^T V) * w]`, what is diagonal in the basis U.
 
     Args:
         left: U_G, `[..., d_out, d_out]`.
-        right: U_A, `[..., d_in, d_in]`.
-        diagonal: d, `[..., d_out, d_in]`.
+        right: U_A, `[..., d_in, d_in]`, or U_C, `[..., channels, channels]`.
+        taps: U_K, `[..., taps, taps]`, beside U_C; `None` for the identity.
+        weights: w, `[..., d_out, d_in]`.
     """
 
     left: Tensor
     right: Tensor
-    diagonal: Tensor
+    taps: Tensor | None
+    weights: Tensor
 
     def __call__(self, vector: Tensor) -> Tensor:
         """Apply it to `[..., d_out, d_in]`."""
-        rotated = project(vector, self.left, self.right).mul_(self.diagonal)
+        if self.right.shape[-1] < vector.shape[-1]:
+            return scaled(vector, self.left, self.right, self.taps, self.weights)
+        rotated = project(vector, self.left, self.right).mul_(self.weights)
         return project(rotated, self.left.transpose(-1, -2), self.right.transpose(-1, -2))
 
 

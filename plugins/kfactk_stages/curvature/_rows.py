@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kfactk import Samples, Statistic
+from kfactk import Samples, Statistic, project_channels
 from kfactk.samples import total_of, working_dtype
 from kfactk_stages.curvature._autocorrelation import applies, gram_of, patch_moment, patch_sum, wide
 from kfactk_stages.curvature._per_example import weight_gradients
@@ -150,6 +150,12 @@ class ConvRows:
             found = torch.cat([found, gradient.sum(-1, keepdim=True)], -1)
         return self._ungrouped(found.transpose(0, 1))
 
+    def turned(self, rows: slice, right: Tensor, dtype: torch.dtype) -> ConvRows:
+        """The use on the examples `rows`, its channels rotated by `[(groups,) channels, k]`: padding, of every mode, commutes with it."""
+        inputs = self._grouped(self.inputs[rows].to(dtype), self.channels).flatten(3)
+        turned = (right.to(dtype).transpose(-1, -2) @ inputs).reshape(len(inputs), -1, *self.inputs.shape[2:])
+        return attrs.evolve(self, inputs=turned, gradient=self.gradient[rows])
+
     def input_view(self, rows: slice) -> Tensor:
         """`[(groups,) n, *out, channels, *kernel]`."""
         patches = self._grouped(self.window.patches(self.inputs[rows]), self.channels)
@@ -162,10 +168,10 @@ class ConvRows:
         gradient = self._grouped(self.gradient[rows], self.outputs).flatten(3)
         return self._ungrouped(gradient.permute(1, 0, 3, 2))
 
-    def pixels(self, rows: slice) -> Tensor:
-        """The unpadded inputs, `[(groups,) n, S, channels]`."""
-        inputs = self._grouped(self.inputs[rows], self.channels).flatten(3)
-        return self._ungrouped(inputs.permute(1, 0, 3, 2))
+    def pixel_moment(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """`sum_n sum_s x x^T` of the unpadded inputs, `[(groups,) channels, channels]`; pixels stay side by side, as in `grad_moment`."""
+        pixels = self._grouped(self.inputs[rows], self.channels).flatten(3).permute(1, 2, 0, 3).to(dtype).flatten(2)
+        return self._ungrouped(gram_of(pixels.transpose(-1, -2)))
 
     def _grouped(self, tensor: Tensor, channels: int) -> Tensor:
         return tensor.view(len(tensor), self.groups, channels, *tensor.shape[2:])
@@ -244,6 +250,19 @@ class JoinedSamples(Samples):
         found = total_of(use.per_example_gradients(rows, self.dtype, left, bias=self.bias) for use in convolutions)
         assert found is not None
         return found
+
+    def _squared_channels(self, rows: slice, left: Tensor | None, right: Tensor, taps: Tensor | None) -> Tensor:
+        """Channels are rotated in the images, S c^2 operations an example, or in the D_n, d_out taps c^2 of them."""
+        convolutions = [use for use in self.uses if isinstance(use, ConvRows)]
+        pixels = sum(math.prod(use.inputs.shape[2:]) for use in convolutions)
+        columns = self.d_in - self.bias
+        if len(convolutions) < len(self.uses) or pixels * right.shape[-2] > self.d_out * columns:
+            return super()._squared_channels(rows, left, right, taps)
+        turned = [use.turned(rows, right, self.dtype) for use in convolutions]
+        samples = JoinedSamples(turned, bias=self.bias, terms=self.terms, first=self.first, chunk_bytes=self.chunk_bytes)
+        early, late = (left, None) if self.positions <= columns else (None, left)
+        found = samples.per_example_gradients(slice(None), early)
+        return project_channels(found, late, None, taps, per_example=True).square_().sum(-3)
 
     def inputs(self, rows: slice = slice(None)) -> Tensor:
         """Inputs of the examples `rows`, `[..., n, T, d_in]`, in the working precision."""

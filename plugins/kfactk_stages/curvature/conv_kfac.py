@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import ClassVar, cast
 
@@ -12,11 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from kfactk import Layer, Samples, Statistic, Tensors, Use, hookimpl
-from kfactk.linalg import block_diagonal, kron
+from kfactk.linalg import block_diagonal, kron, mean_diagonal
+from kfactk.samples import total_of
 from kfactk_stages.curvature._coverage import CONVOLUTIONS
+from kfactk_stages.curvature._lags import lag_sums, tap_correlation
+from kfactk_stages.curvature._on_demand import OnDemand
 from kfactk_stages.curvature._rows import ConvRows, JoinedSamples, Rows
 from kfactk_stages.curvature._unfold import Window
-from kfactk_stages.curvature.kfac import Kfac, groups_of, summed_grams
+from kfactk_stages.curvature.kfac import Kfac, groups_of
 
 
 @attrs.frozen(kw_only=True)
@@ -31,14 +34,26 @@ class ConvKfac(Kfac):
         sua:     A = blockdiag(Omega kron I_taps, T),   Omega = T mean_{n,s} x x^T,     G as in sud
         reduce:  A = (1/N) sum_n abar abar^T,           G = (1/M) sum_n gsum gsum^T,    abar = mean_t a,  gsum = sum_t g
 
+        stationary:  A = blockdiag(Omega kron K, T),    K = kron_axes R,    R_ij = r_{|i-j|} / r_0,    r_k = sum_{n,s} <x_s, x_{s+k}>
+
     Here x are the channels at input position s, padding left out. The paper states "sua" with covariances; here x is not centred. Its
-    bias is a block of its own, since the cross terms of taps and bias would make A indefinite. For `nn.Linear`, "sua" is "sud".
-    Every eigenvalue of this A comes as often as the kernel has taps, so its eigenbasis, and with it an EKFAC step, is determined only
-    up to the eigensolver's choice among them; the K-FAC inverse is not affected.
+    bias is a block of its own, since the cross terms of taps and bias would make A indefinite. "stationary" is "sua" with the correlation
+    K of taps that lie k apart along one axis of the image, the same everywhere in it and for each channel. For `nn.Linear` both are "sud".
+    Every eigenvalue of the A of "sua" comes as often as the kernel has taps, so its eigenbasis, and with it an EKFAC step, is determined
+    only up to the eigensolver's choice among them; the K-FAC inverse is not affected, nor a basis made of C.
+
+    For a basis that is a product of one of channels and one of taps there are C and K, for which `C kron K` stands for A without its bias:
+
+        sua, stationary:  C = Omega,                            K as above; the identity for sua
+        sud, reduce:      C_{cd} = (1/taps) sum_k A_{ck,dk},    K_{kl} = sum_c A_{ck,cl} / tr C
+        nn.Linear:        C = A, bias included,                 K = 1
+
+    K has the mean diagonal 1. With "sua" and "stationary", A is not formed unless it is asked for.
 
     Args:
         spatial: How the rows of one example are summed: "sud" (spatially uncorrelated derivatives), "sua" (spatially uncorrelated
-            activations; the factor that is kept has the size of the channels only) or "reduce" (neither).
+            activations; the factor that is kept has the size of the channels only), "reduce" (neither), or "stationary" (activations whose
+            correlation depends on their distance only).
         batch_dim: Which dimension of a linear layer's inputs of rank 3 and more counts the examples, from the front.
         chunk_bytes: Bound on temporaries, in bytes. One example is always processed whole.
 
@@ -53,14 +68,15 @@ class ConvKfac(Kfac):
         >>> {name: tuple(s.total.shape) for name, s in factors.items()}
         {'Omega': (2, 2), 'positions': (), 'G': (4, 4)}
         >>> {name: tuple(m.shape) for name, m in curvature.assemble(layer, {n: s.total / s.count for n, s in factors.items()}).items()}
-        {'A': (19, 19), 'G': (4, 4)}
+        {'A': (19, 19), 'C': (2, 2), 'K': (9, 9), 'G': (4, 4)}
 
     References:
         Grosse & Martens 2016, "A Kronecker-factored approximate Fisher matrix for convolution layers", arXiv:1602.01407.
         Eschenhagen et al. 2023, "Kronecker-Factored Approximate Curvature for Modern Neural Network Architectures", arXiv:2311.00636.
     """
 
-    spatial_settings: ClassVar[tuple[str, ...]] = ("sud", "sua", "reduce")
+    provides: ClassVar[frozenset[str]] = frozenset({"A", "C", "G", "K"})
+    spatial_settings: ClassVar[tuple[str, ...]] = ("sud", "sua", "reduce", "stationary")
     covered: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, *CONVOLUTIONS)
 
     def blank(self, layer: Layer) -> Use:
@@ -85,40 +101,93 @@ class ConvKfac(Kfac):
         return ConvRows(inputs, gradient, use.scale, groups_of(layer.module), window)
 
     def input_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
-        """Sum and count of A; for "sua" of a convolution, of Omega, and of T where there is a bias."""
-        if self.spatial != "sua" or not isinstance(layer.module, CONVOLUTIONS):
+        """Sum and count of A; for "sua" and "stationary" of a convolution, of Omega, of T where there is a bias, and for the latter of the
+        products of pixels that are taps apart."""
+        if self.spatial not in ("sua", "stationary") or not isinstance(layer.module, CONVOLUTIONS):
             return super().input_factors(layer, samples)
         assert isinstance(samples, JoinedSamples)
         factors = {"Omega": channel_moment(samples)}
         if layer.bias:
             factors["positions"] = _positions(samples, factors["Omega"])
+        if self.spatial == "stationary" and _taps(layer) > 1:
+            factors["lags"] = lag_moment(samples)
         return factors
 
-    def assemble(self, layer: Layer, factors: Tensors) -> dict[str, Tensor]:
-        """A and G; for "sua", A is put together from Omega and T."""
-        if "Omega" not in factors:
-            return super().assemble(layer, factors)
-        omega = factors["Omega"]
-        taps = math.prod(layer.tensors()["weight"].shape[2:])
-        a = kron(omega, torch.eye(taps, dtype=omega.dtype, device=omega.device))
-        if layer.bias:
-            a = block_diagonal(a, factors["positions"].to(omega.dtype).expand(*omega.shape[:-2], 1, 1))
-        return {"A": a, "G": factors["G"]}
+    def assemble(self, layer: Layer, factors: Tensors) -> Tensors:
+        """A, C, K and G, those of them that the factors tell, each made when it is asked for."""
+        makers: dict[str, Callable[[], Tensor]] = {}
+        if "Omega" in factors:
+            correlation = partial(_correlation, layer, factors)
+            makers |= {"A": lambda: _product(layer, factors, correlation()), "C": lambda: factors["Omega"], "K": correlation}
+        elif "A" in factors:
+            a = factors["A"]
+            makers |= {"A": lambda: a, "C": partial(_over_channels, layer, a), "K": partial(_over_taps, layer, a)}
+        if "G" in factors:
+            makers["G"] = lambda: factors["G"]
+        return OnDemand(makers)
+
+
+def _taps(layer: Layer) -> int:
+    return math.prod(layer.tensors()["weight"].shape[2:])
+
+
+def _correlation(layer: Layer, factors: Tensors) -> Tensor:
+    """K, `[..., taps, taps]`."""
+    omega, kernel = factors["Omega"], layer.tensors()["weight"].shape[2:]
+    if "lags" not in factors:
+        return torch.eye(math.prod(kernel), dtype=omega.dtype, device=omega.device).expand(*omega.shape[:-2], -1, -1)
+    return tap_correlation(factors["lags"], omega.diagonal(dim1=-2, dim2=-1).sum(-1), kernel)
+
+
+def _product(layer: Layer, factors: Tensors, correlation: Tensor) -> Tensor:
+    """`blockdiag(Omega kron K, T)`."""
+    omega = factors["Omega"]
+    a = kron(omega, correlation)
+    return block_diagonal(a, factors["positions"].to(omega.dtype).expand(*omega.shape[:-2], 1, 1)) if layer.bias else a
+
+
+def _over_channels(layer: Layer, a: Tensor) -> Tensor:
+    """The mean over taps of a convolution's A, `[..., channels, channels]`; of any other layer A itself."""
+    if not isinstance(layer.module, CONVOLUTIONS):
+        return a
+    return _split(layer, a).diagonal(dim1=-3, dim2=-1).mean(-1)
+
+
+def _over_taps(layer: Layer, a: Tensor) -> Tensor:
+    """The sum over channels of a convolution's A, `[..., taps, taps]`, with the mean diagonal 1; the identity where that is zero."""
+    if not isinstance(layer.module, CONVOLUTIONS):
+        return a.new_ones(*a.shape[:-2], 1, 1)
+    k = _split(layer, a).diagonal(dim1=-4, dim2=-2).sum(-1)
+    mean = mean_diagonal(k)[..., None, None]
+    return torch.where(mean > 0, k / torch.where(mean > 0, mean, 1.0), torch.eye(k.shape[-1], dtype=k.dtype, device=k.device))
+
+
+def _split(layer: Layer, a: Tensor) -> Tensor:
+    """A without the bias as a view `[..., channels, taps, channels, taps]`."""
+    taps, columns = _taps(layer), a.shape[-1] - layer.bias
+    return a[..., :columns, :columns].view(*a.shape[:-2], columns // taps, taps, columns // taps, taps)
 
 
 def channel_moment(samples: JoinedSamples) -> Statistic:
     """`sum_n T mean_s x x^T` over the uses of a convolution, `[..., channels, channels]`, counted by examples."""
+    return _over_pixels(samples, lambda use, rows: use.pixel_moment(rows, samples.dtype), symmetric=True)
+
+
+def lag_moment(samples: JoinedSamples) -> Statistic:
+    """`sum_n T mean_s <x_s, x_{s + k}>` for pixels k = 1, 2, ... taps apart along each axis, `[..., lags]`, counted by examples."""
+    return _over_pixels(samples, lambda use, rows: lag_sums(use.inputs[rows].to(samples.dtype), use.window, use.groups), symmetric=False)
+
+
+def _over_pixels(samples: JoinedSamples, summed: Callable[[ConvRows, slice], Tensor], *, symmetric: bool) -> Statistic:
+    """A sum over the pixels of all uses, times T over their number."""
     if not samples.first:
         return Statistic(None, 0.0)
-    return Statistic(summed_grams(_scaled_pixels(samples)), float(samples.examples), symmetric=True)
-
-
-def _scaled_pixels(samples: JoinedSamples) -> Iterator[Tensor]:
+    parts: list[Tensor] = []
     for use in samples.uses:
         assert isinstance(use, ConvRows)
         spatial = math.prod(use.inputs.shape[2:])
-        for rows in samples.chunks(spatial * use.channels):
-            yield use.pixels(rows).to(samples.dtype) * math.sqrt(use.positions / max(1, spatial))
+        parts += (summed(use, rows) * (use.positions / max(1, spatial)) for rows in samples.chunks(spatial * use.channels))
+    return Statistic(total_of(parts), float(samples.examples), symmetric=symmetric)
 
 
 def _positions(samples: Samples, moment: Statistic) -> Statistic:

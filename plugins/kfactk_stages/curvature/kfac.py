@@ -150,7 +150,7 @@ class Kfac:
             return {"G": reduced_grad_moment(samples)}
         return {"G": samples.grad_moment().scaled(1 / max(1, samples.positions))}
 
-    def assemble(self, layer: Layer, factors: Tensors) -> dict[str, Tensor]:
+    def assemble(self, layer: Layer, factors: Tensors) -> Tensors:
         """The averaged factors are the matrices, each by itself."""
         return {name: factors[name] for name in ("A", "G") if name in factors}
 

@@ -1,0 +1,37 @@
+"""Matrices that are made when they are asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+
+import attrs
+from torch import Tensor
+
+
+@attrs.frozen(eq=False)
+class OnDemand(Mapping[str, Tensor]):
+    """A mapping whose values are made at each look-up, so that what nobody looks up costs nothing.
+
+    Args:
+        makers: By name; each makes its tensor.
+
+    Example:
+        >>> import torch
+        >>> matrices = OnDemand({"I": lambda: torch.eye(1), "huge": lambda: torch.eye(10**9)})
+        >>> list(matrices), matrices["I"]
+        (['I', 'huge'], tensor([[1.]]))
+    """
+
+    makers: Mapping[str, Callable[[], Tensor]]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.makers[name]()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.makers
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.makers)
+
+    def __len__(self) -> int:
+        return len(self.makers)
