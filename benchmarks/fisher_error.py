@@ -92,7 +92,7 @@ def input_side(parts: Mapping[str, Mapping[str, Tensor]], layer: Layer) -> Tenso
 
 def errors(layer: Layer, uses: list[Use], terms: int) -> dict[str, float]:
     """The relative error of each setting on one layer."""
-    curvatures = {spatial: ConvKfac(spatial=spatial) for spatial in ("sud", "sua")}
+    curvatures = {spatial: ConvKfac(spatial=spatial) for spatial, _ in SETTINGS.values()}
     samples = [curvatures["sud"].samples(layer, [use], terms=terms, first=not k) for k, use in enumerate(uses)]
     gradients = torch.cat([each.per_example_gradients() for each in samples])
     rows = gradients.transpose(-1, -2).flatten(1)  # vec stacks columns

@@ -26,8 +26,8 @@ SUA = {"name": "conv_kfac", "spatial": "sua"}
 FAMILIES = ("curvature", "basis", "fisher", "clip", "update")
 OPTIONS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("curvature", "kfac"): [{"spatial": "reduce"}],
-    ("curvature", "conv_kfac"): [{"spatial": "sua"}, {"spatial": "reduce"}],
-    ("basis", "ekfac"): [{"scale": "running"}, {"scale_decay": 0.9}],
+    ("curvature", "conv_kfac"): [{"spatial": "sua"}, {"spatial": "reduce"}, {"spatial": "stationary"}],
+    ("basis", "ekfac"): [{"scale": "running"}, {"scale_decay": 0.9}, {"inputs": "channels"}, {"inputs": "channels+taps"}],
     ("fisher", "mc"): [{"samples": 2, "seed": 3}],
     ("clip", "value"): [{"limit": 1e-3}],
     ("clip", "norm"): [{"limit": 1e-2}],

@@ -1,5 +1,6 @@
 """ConvKfac, and what it shares with Kfac, against per-example autograd and plain loops in float64."""
 
+import itertools
 import math
 from typing import ClassVar
 
@@ -17,7 +18,7 @@ from tests.allocation import LargestAllocation
 
 laws = settings(deadline=None, max_examples=effort(40))
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
-spatials = st.sampled_from(["sud", "sua", "reduce"])
+spatials = st.sampled_from(["sud", "sua", "reduce", "stationary"])
 chunks = st.sampled_from([1, 500, 5000, 2**28])
 
 
@@ -36,6 +37,10 @@ class TestConvKfacSua(CurvatureLaws):
         """Its A leaves out what taps and bias have in common."""
         convs = st.builds(nn.Conv2d, st.integers(1, 3), st.integers(1, 3), st.just(1), bias=st.just(False))
         return linear_cases(max_rank=2) | case_of(convs, lambda m: st.integers(1, 3).map(lambda n: (n, m.in_channels, 1, 1)))
+
+
+class TestConvKfacStationary(TestConvKfacSua):
+    stage: ClassVar = {"name": "conv_kfac", "spatial": "stationary"}
 
 
 def layer_of(case: Case, *, frozen_bias: bool = False) -> Layer:
@@ -82,9 +87,32 @@ def explicit_factors(case, spatial, terms):
     for k in range(groups):
         x = case.inputs[:, k * size : (k + 1) * size].flatten(2).transpose(1, 2)
         omega = t * truth.moment(x) / (n * x.shape[1])
-        block = truth.dense_kron(omega, torch.eye(taps, dtype=omega.dtype))
+        images = case.inputs[:, k * size : (k + 1) * size]
+        correlation = torch.eye(taps, dtype=omega.dtype) if spatial == "sua" else explicit_correlation(case.module, images)
+        block = truth.dense_kron(omega, correlation)
         blocks.append(torch.block_diag(block, torch.tensor([[float(t)]], dtype=omega.dtype)) if case.bias else block)
     return (torch.stack(blocks) if groups > 1 else blocks[0]), big_g
+
+
+def explicit_correlation(module, images):
+    """`prod_axes r(distance along it) / r(0)` for each pair of taps, r from pairs of pixels found one by one."""
+    places = list(itertools.product(*map(range, images.shape[2:])))
+
+    def mean_product(offset):
+        pairs = [(s, tuple(i + d for i, d in zip(s, offset, strict=True))) for s in places]
+        pairs = [(s, other) for s, other in pairs if other in places]
+        return sum(float((images[(..., *s)] * images[(..., *other)]).sum()) for s, other in pairs)
+
+    taps = list(itertools.product(*map(range, module.kernel_size)))
+    out = torch.ones(len(taps), len(taps), dtype=images.dtype)
+    nearest = mean_product((0,) * len(module.kernel_size))
+    for i, one in enumerate(taps):
+        for j, other in enumerate(taps):
+            for axis, (a, b) in enumerate(zip(one, other, strict=True)):
+                offset = [0] * len(one)
+                offset[axis] = abs(a - b) * module.dilation[axis]
+                out[i, j] *= mean_product(offset) / nearest if nearest else float(a == b)
+    return out
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])
@@ -139,7 +167,7 @@ def test_an_unbatched_input_is_one_example(case):
 @laws
 @given(linear_cases(), spatials)
 def test_linear_layers_are_treated_as_kfac_treats_them(case, spatial):
-    own, other = ConvKfac(spatial=spatial), Kfac(spatial="sud" if spatial == "sua" else spatial)
+    own, other = ConvKfac(spatial=spatial), Kfac(spatial="reduce" if spatial == "reduce" else "sud")
     one, two = factors_of(case, own), factors_of(case, other)
     assert set(one) == set(two) == {"A", "G"}
     for name in one:
@@ -228,10 +256,43 @@ def test_sua_keeps_a_small_factor():
     case = fixed(nn.Conv2d(3, 2, 5, padding=2), 6, 6)
     shapes = {name: tuple(s.total.shape) for name, s in factors_of(case, ConvKfac(spatial="sua")).items()}
     assert shapes == {"Omega": (3, 3), "positions": (), "G": (2, 2)}
+    stationary = {name: tuple(s.total.shape) for name, s in factors_of(case, ConvKfac(spatial="stationary")).items()}
+    assert stationary == {**shapes, "lags": (8,)}
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_taps_of_constant_images(value):
+    """All taps see the same, up to the border; where they see nothing, K is the identity."""
+    module = nn.Conv2d(1, 1, (2, 1), bias=False).double()
+    images = torch.full((2, 1, 4, 3), value, dtype=torch.float64)
+    case = Case(module, images, torch.ones_like(module(images)).detach())
+    for spatial, off in (("stationary", 3 / 4), ("sud", 1.0), ("sua", 0.0)):
+        curvature = ConvKfac(spatial=spatial)
+        k = curvature.assemble(layer_of(case), averaged(factors_of(case, curvature)))["K"]
+        expected = torch.tensor([[1.0, off * value], [off * value, 1.0]], dtype=torch.float64)
+        torch.testing.assert_close(k, expected)
+
+
+@laws
+@given(conv_cases())
+def test_channels_and_taps_are_the_partial_traces_of_patches(case):
+    matrices = ConvKfac().assemble(layer_of(case), averaged(factors_of(case, ConvKfac())))
+    taps = math.prod(case.module.kernel_size)
+    for k in range(case.module.groups) if case.module.groups > 1 else [...]:
+        a, c, correlation = (matrices[name][k] for name in ("A", "C", "K"))
+        for i in range(len(c)):
+            for j in range(len(c)):
+                mean = sum(a[i * taps + tap, j * taps + tap] for tap in range(taps)) / taps
+                torch.testing.assert_close(c[i, j], mean)
+        trace = float(c.trace())
+        for one in range(taps):
+            for other in range(taps):
+                total = float(sum(a[i * taps + one, i * taps + other] for i in range(len(c))))
+                assert float(correlation[one, other]) == pytest.approx(total / trace if trace else float(one == other))
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("spatial", ["sud", "sua", "reduce"])
+@pytest.mark.parametrize("spatial", ["sud", "sua", "reduce", "stationary"])
 @pytest.mark.parametrize("mode", ["zeros", "reflect"])
 def test_half_precision_computes_in_float32(half, spatial, mode):
     case = fixed(nn.Conv2d(4, 4, 3, padding=1, groups=2, padding_mode=mode), 8, 8, examples=8, dtype=half)
@@ -256,7 +317,14 @@ MEMORY_CASES = [
 @pytest.mark.parametrize(("module", "size"), MEMORY_CASES)
 @pytest.mark.parametrize(
     ("spatial", "memory_format"),
-    [("sud", torch.contiguous_format), ("sud", torch.channels_last), ("sua", torch.contiguous_format), ("reduce", torch.contiguous_format)],
+    [
+        ("sud", torch.contiguous_format),
+        ("sud", torch.channels_last),
+        ("sua", torch.contiguous_format),
+        ("stationary", torch.contiguous_format),
+        ("stationary", torch.channels_last),
+        ("reduce", torch.contiguous_format),
+    ],
 )
 def test_temporaries_stay_within_chunk_bytes(module, size, spatial, memory_format):
     case = fixed(module, *size, examples=80)
@@ -270,11 +338,13 @@ def test_temporaries_stay_within_chunk_bytes(module, size, spatial, memory_forma
             samples = samples_of(case, curvature)
             curvature.factors(layer_of(case), samples)
             samples.projected_square(left, right)
+            samples.projected_square_of_channels(left, channels)
         return largest.bytes
 
     rows = samples_of(case)
     lead = (rows.groups,) if rows.groups > 1 else ()
     left, right = (torch.ones(*lead, d, d, dtype=torch.float64) for d in (rows.d_out, rows.d_in))
+    channels = torch.ones(*lead, module.in_channels // module.groups, module.in_channels // module.groups, dtype=torch.float64)
     one_example = 2 * (rows.positions * (rows.d_in + rows.d_out) + rows.d_in * rows.d_out) * rows.groups * 8
     result = max(rows.d_in, rows.d_out) ** 2 * rows.groups * 8
     assert 0 < largest(chunk_bytes) <= max(chunk_bytes, one_example, result)
