@@ -12,9 +12,9 @@ from torch.nn import functional as F
 
 from kfactk import Samples, Statistic
 from kfactk.samples import product, total_of, working_dtype
-from kfactk_stages.curvature import _autocorrelation, _slabs
-from kfactk_stages.curvature._autocorrelation import applies, gram_of, patch_moment, patch_sum, wide
+from kfactk_stages.curvature._autocorrelation import gram_of, patch_moment, patch_sum
 from kfactk_stages.curvature._per_example import weight_gradients
+from kfactk_stages.curvature._plan import cheapest
 from kfactk_stages.curvature._slabs import slab_moment
 from kfactk_stages.curvature._unfold import Window
 
@@ -137,22 +137,20 @@ class ConvRows:
         """A group's channels times padded positions."""
         return self.channels * self.window.padded_positions(self.inputs.shape[2:])
 
-    @property
-    def correlated(self) -> bool:
-        """Whether the moment is had by autocorrelation rather than of slabs."""
-        sizes, known = self.inputs.shape[2:], (self.window, self.inputs.shape[2:], self.channels, self.examples)
-        return applies(self.window) and wide(self.window, sizes) and _autocorrelation.cost(*known) < _slabs.cost(*known)
-
     def moments(self, samples: JoinedSamples) -> Iterator[Tensor]:
-        """`sum_n sum_t a a^T` without unfolding, `[(groups,) d_in, d_in]`, in parts that add."""
-        if self.correlated:
-            for rows in Samples.chunks(samples, 3 * self.numbers):
-                inputs = self.inputs[rows].to(samples.dtype)
-                yield self._bordered(patch_moment(inputs, self.window, self.groups), inputs, bias=samples.bias)
-        else:
+        """`sum_n sum_t a a^T`, `[(groups,) d_in, d_in]`, in parts that add, the cheapest way."""
+        way = cheapest(self.window, tuple(self.inputs.shape[2:]), self.channels, self.examples * self.groups)
+        if way == "slabs":
             within = min(samples.chunk_bytes, SLAB_BYTES) if samples.device.type == "cpu" else samples.chunk_bytes
             moment = slab_moment(self.inputs, self.window, self.groups, samples.dtype, within)
             yield self._bordered(moment, self.inputs, bias=samples.bias)
+            return
+        for rows in Samples.chunks(samples, 3 * self.numbers if way == "correlation" else self.positions * self.columns):
+            if way == "correlation":
+                moment = patch_moment(self.inputs[rows].to(samples.dtype), self.window, self.groups)
+            else:
+                moment = gram_of(self.input_view(rows).reshape(self.groups, -1, self.columns).to(samples.dtype))
+            yield self._bordered(moment, self.inputs[rows], bias=samples.bias)
 
     def _bordered(self, moment: Tensor, inputs: Tensor, *, bias: bool) -> Tensor:
         if bias:

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from functools import cached_property, lru_cache
+from typing import Any
 
 import attrs
 import torch
@@ -33,31 +34,64 @@ class Slabs:
     sizes: tuple[int, ...]
     dim: int
 
-    @classmethod
-    def of(cls, window: Window, sizes: Sequence[int]) -> Slabs:
-        """Along the dimension of most taps."""
-        return cls(window, tuple(sizes), max(range(len(sizes)), key=lambda dim: window.kernel[dim]))
-
-    @property
+    @cached_property
     def positions(self) -> tuple[int, ...]:
         """Positions of the output, dimension by dimension."""
         return self.window.positions(self.sizes)
 
-    @property
+    @cached_property
     def others(self) -> tuple[int, ...]:
         """The dimensions that are unfolded."""
         return tuple(dim for dim in range(len(self.sizes)) if dim != self.dim)
 
-    @property
+    @cached_property
+    def places(self) -> tuple[tuple[int, int], ...]:
+        """Phase of each tap, and the first row that it sees there."""
+        stride, dilation = self.window.stride[self.dim], self.window.dilation[self.dim]
+        return tuple((tap * dilation % stride, tap * dilation // stride) for tap in range(self.window.kernel[self.dim]))
+
+    @cached_property
     def phases(self) -> dict[int, int]:
         """Number of rows of each phase of the stride that a tap is in."""
-        return {phase: row + self.positions[self.dim] for phase, row in sorted(map(self.place, range(self.window.kernel[self.dim])))}
+        return {phase: row + self.positions[self.dim] for phase, row in sorted(self.places)}
 
-    @property
+    @cached_property
     def widths(self) -> tuple[int, int]:
         """Columns for each channel, and positions for each row and example."""
         taps, positions = self.window.kernel, self.positions
         return math.prod(taps[dim] for dim in self.others), math.prod(positions[dim] for dim in self.others)
+
+    @cached_property
+    def pairs(self) -> dict[tuple[int, int], tuple[int, int, int] | None]:
+        """Pairs of taps, each once: the nearest that sees the same rows but for some at the ends, and how many those are.
+
+        `None` where there is no such pair, or where too many rows differ.
+        """
+        stride, dilation, reach = (each[self.dim] for each in (self.window.stride, self.window.dilation, self.window.reach))
+        steps = stride // math.gcd(stride, dilation)
+        rows, most = steps * dilation // stride, max(self.window.padding[self.dim])
+        wide = self.sizes[self.dim] >= 2 * reach and most <= reach and self.positions[self.dim] >= 4 * rows
+        pairs = itertools.combinations_with_replacement(range(self.window.kernel[self.dim]), 2)
+        return {(one, other): (one - steps, other - steps, rows) if wide and one >= steps else None for one, other in pairs}
+
+    @cached_property
+    def copies(self) -> dict[int, list[tuple[tuple[Any, ...], tuple[slice, ...]]]]:
+        """By phase, what of its array `[groups, channels, *other taps, rows, N, *other positions]` is what of the input."""
+        window, positions = self.window, self.positions
+        found: dict[int, list[tuple[tuple[Any, ...], tuple[slice, ...]]]] = {}
+        for phase, count in self.phases.items():
+            first = phase - window.padding[self.dim][0]
+            rows = _within(count, first, window.stride[self.dim], self.sizes[self.dim])
+            found[phase] = []
+            for taps in itertools.product(*(range(window.kernel[dim]) for dim in self.others)):
+                target, source = [rows[0], slice(None)], [slice(None)] * (3 + len(self.sizes))
+                source[3 + self.dim] = rows[1]
+                for dim, tap in zip(self.others, taps, strict=True):
+                    first = tap * window.dilation[dim] - window.padding[dim][0]
+                    to, source[3 + dim] = _within(positions[dim], first, window.stride[dim], self.sizes[dim])
+                    target.append(to)
+                found[phase].append(((slice(None), slice(None), *taps, *target), tuple(source)))
+        return found
 
     @property
     def numbers(self) -> int:
@@ -68,32 +102,20 @@ class Slabs:
     def products(self) -> int:
         """Multiplications for each pair of channels of an example."""
         columns, positions = self.widths
-        pairs = [self.earlier(*pair) is None for pair in self.pairs]
-        return sum(pairs) * self.positions[self.dim] * positions * columns**2
-
-    @property
-    def pairs(self) -> list[tuple[int, int]]:
-        """Pairs of taps, each once."""
-        return list(itertools.combinations_with_replacement(range(self.window.kernel[self.dim]), 2))
-
-    def place(self, tap: int) -> tuple[int, int]:
-        """Phase of a tap, and the first row that it sees there."""
-        row, phase = divmod(tap * self.window.dilation[self.dim], self.window.stride[self.dim])
-        return phase, row
-
-    def earlier(self, one: int, other: int) -> tuple[int, int, int] | None:
-        """The nearest pair that sees the same rows but for some at the ends, and how many those are; `None` where they are too many."""
-        stride, dilation, reach = (each[self.dim] for each in (self.window.stride, self.window.dilation, self.window.reach))
-        steps = stride // math.gcd(stride, dilation)
-        rows, size, pads = steps * dilation // stride, self.sizes[self.dim], self.window.padding[self.dim]
-        wide = size >= 2 * reach and max(pads) <= reach and self.positions[self.dim] >= 4 * rows
-        return (one - steps, other - steps, rows) if wide and one >= steps else None
+        return list(self.pairs.values()).count(None) * self.positions[self.dim] * positions * columns**2
 
 
-def cost(window: Window, sizes: Sequence[int], channels: int, examples: int) -> float:
-    """What `slab_moment` costs a group, in multiplications of the kind that `_autocorrelation.cost` counts."""
-    slabs = Slabs.of(*window.zero_padded(sizes))
-    return examples * channels * (1.3 * slabs.products * channels + MOVED * slabs.numbers) + len(slabs.pairs) * CALLED / 4
+@lru_cache(maxsize=256)
+def slabs_of(window: Window, sizes: tuple[int, ...]) -> Slabs:
+    """The slabs along the dimension of most taps, of an input of spatial shape `sizes` once it is padded if it is not with zeros."""
+    window, sizes = window.zero_padded(sizes)
+    return Slabs(window, sizes, max(range(len(sizes)), key=lambda dim: window.kernel[dim]))
+
+
+def cost(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -> float:
+    """What `slab_moment` costs, in multiplications of the kind that `_autocorrelation.cost` counts."""
+    slabs = slabs_of(window, sizes)
+    return examples * channels * (1.3 * slabs.products * channels + MOVED * slabs.numbers) + (8 + 4 * len(slabs.pairs)) * CALLED
 
 
 def slab_moment(inputs: Tensor, window: Window, groups: int, dtype: torch.dtype, chunk_bytes: int) -> Tensor:
@@ -107,22 +129,23 @@ def slab_moment(inputs: Tensor, window: Window, groups: int, dtype: torch.dtype,
         chunk_bytes: Bound on what is unfolded at a time, in bytes; one example is always unfolded whole.
     """
     channels = inputs.shape[1] // groups
-    slabs = Slabs.of(*window.zero_padded(inputs.shape[2:]))
+    slabs = slabs_of(window, tuple(inputs.shape[2:]))
     columns, taps = channels * slabs.widths[0], slabs.window.kernel
     found = {pair: inputs.new_zeros(groups, columns, columns, dtype=dtype) for pair in slabs.pairs}
     step = max(1, chunk_bytes // max(1, groups * channels * slabs.numbers * dtype.itemsize))
     arrays: dict[int, Tensor] = {}
     for start in range(0, len(inputs), step):
-        piece = window.unpadded(inputs[start : start + step])[0].unflatten(1, (groups, channels))
+        piece = window.unpadded(inputs[start : start + step])[0]
+        piece = piece.reshape(len(piece), groups, channels, *piece.shape[2:])
         arrays = _filled(piece, slabs, dtype, arrays if start + step <= len(inputs) else {})
         _add(found, slabs, arrays)
     moment = inputs.new_empty(groups, channels, *taps, channels, *taps, dtype=dtype)
-    for one, other in slabs.pairs:
-        if earlier := slabs.earlier(one, other):
+    for (one, other), earlier in slabs.pairs.items():
+        if earlier:
             found[one, other] += found[earlier[:2]]
-        sides = [moment.narrow(2 + slabs.dim, i, 1).narrow(3 + len(taps) + slabs.dim, j, 1) for i, j in ((one, other), (other, one))]
         block = found[one, other]
-        for side, value in zip(sides, (block, block.transpose(-1, -2)) if one != other else (block,), strict=False):
+        for i, j, value in ((one, other, block), (other, one, block.transpose(-1, -2)))[: 1 + (one != other)]:
+            side = moment.select(2 + slabs.dim, i).select(2 + len(taps) + slabs.dim, j)
             side.copy_(value.reshape(side.shape))
     return moment.view(groups, channels * math.prod(taps), -1)
 
@@ -130,22 +153,15 @@ def slab_moment(inputs: Tensor, window: Window, groups: int, dtype: torch.dtype,
 def _filled(inputs: Tensor, slabs: Slabs, dtype: torch.dtype, arrays: dict[int, Tensor]) -> dict[int, Tensor]:
     """By phase `[groups, channels, *other taps, rows, N, *other positions]`; what `arrays` holds beyond the input stays zero."""
     n, groups, channels = inputs.shape[:3]
-    window, positions, others = slabs.window, slabs.positions, slabs.others
-    shape = [window.kernel[dim] for dim in others], [positions[dim] for dim in others]
+    others = slabs.others
+    shape = [slabs.window.kernel[dim] for dim in others], [slabs.positions[dim] for dim in others]
     arrays = arrays or {
         phase: inputs.new_zeros(groups, channels, *shape[0], rows, n, *shape[1], dtype=dtype) for phase, rows in slabs.phases.items()
     }
     order = (1, 2, 3 + slabs.dim, 0, *(3 + dim for dim in others))
-    for phase, array in arrays.items():
-        rows = _within(slabs.phases[phase], phase - window.padding[slabs.dim][0], window.stride[slabs.dim], slabs.sizes[slabs.dim])
-        for taps in itertools.product(*map(range, shape[0])):
-            target, source = [rows[0], slice(None)], [slice(None)] * inputs.ndim
-            source[3 + slabs.dim] = rows[1]
-            for dim, tap in zip(others, taps, strict=True):
-                first = tap * window.dilation[dim] - window.padding[dim][0]
-                to, source[3 + dim] = _within(positions[dim], first, window.stride[dim], slabs.sizes[dim])
-                target.append(to)
-            array[(slice(None), slice(None), *taps, *target)].copy_(inputs[tuple(source)].permute(order))
+    for phase, pieces in slabs.copies.items():
+        for target, source in pieces:
+            arrays[phase][target].copy_(inputs[source].permute(order))
     return arrays
 
 
@@ -163,11 +179,11 @@ def _add(found: dict[tuple[int, int], Tensor], slabs: Slabs, arrays: dict[int, T
     positions = slabs.positions[slabs.dim]
 
     def slab(tap: int, start: int, stop: int) -> Tensor:
-        phase, row = slabs.place(tap)
+        phase, row = slabs.places[tap]
         return flat[phase][:, :, row + start : row + stop].flatten(2)
 
     for (one, other), total in found.items():
-        earlier = slabs.earlier(one, other)
+        earlier = slabs.pairs[one, other]
         if earlier is None:
             _add_product(total, slab(one, 0, positions), slab(other, 0, positions), 1)
         else:

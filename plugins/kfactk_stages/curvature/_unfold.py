@@ -11,8 +11,8 @@ from torch.nn import functional as F
 
 MOVED = 80
 """Multiplications in a large product that take as long as the copy of one number does, strided, on a CPU."""
-CALLED = 5_000_000
-"""Multiplications that take as long as a handful of calls on small tensors."""
+CALLED = 250_000
+"""Multiplications that take as long as a call on small tensors."""
 
 
 @attrs.frozen
