@@ -122,16 +122,16 @@ class Samples:
         """Where the numbers are."""
         return self._gradients.device
 
-    def chunks(self, numbers_per_example: int, within: int | None = None) -> Iterator[slice]:
-        """Slices over the examples, of equal length but for the last, such that `numbers_per_example` numbers each fit.
+    def chunks(self, numbers_per_example: int, most: int | None = None) -> Iterator[slice]:
+        """Slices over the examples, of equal length but for the last.
 
         Args:
-            numbers_per_example: Numbers in the working precision, a group.
-            within: Bytes they are to fit in beside `chunk_bytes`; one example is always processed whole.
+            numbers_per_example: Numbers in the working precision, a group, such that those of a slice fit in `chunk_bytes`.
+            most: No slice is longer.
         """
         size = max(1, numbers_per_example * max(1, self.groups) * self.dtype.itemsize)
-        most = max(1, (self.chunk_bytes if within is None else min(within, self.chunk_bytes)) // size)
-        step = max(1, math.ceil(self.examples / max(1, math.ceil(self.examples / most))))
+        longest = max(1, min(self.chunk_bytes // size, self.examples if most is None else most))
+        step = max(1, math.ceil(self.examples / math.ceil(max(1, self.examples) / longest)))
         for start in range(0, self.examples, step):
             yield slice(start, min(start + step, self.examples))
 
@@ -188,18 +188,19 @@ class Samples:
             George et al. 2018, arXiv:1806.03884, the scale s* of EKFAC (equation 10 of the study).
         """
         t, d_in, d_out = self.positions, self.d_in, self.d_out
-        numbers = 2 * t * (d_in + d_out) + (0 if t == 1 else 2 * d_in * d_out)
         left, right = (None if side is None else side.to(precision or self.dtype) for side in (left, right))
-        within = None
+        by_rows = t == 1 or (right is not None and t <= d_out)
+        most = None
         if self.device.type == "cpu":  # a large rotation is read once a chunk, and is to be worth it
-            within = max([CACHED_BYTES, *(2 * side.nbytes for side in (left, right) if side is not None)])
-        square, total = self._squared(left, right, precision), None
-        for rows in self.chunks(numbers, within):
+            made = self.groups * self.dtype.itemsize * (t * (d_out + (d_in if by_rows else 0)) + 2 * d_in * d_out)
+            most = max([CACHED_BYTES, *(2 * side.nbytes for side in (left, right) if side is not None)]) // max(1, made)
+        square, total = self._squared(left, right, precision, by_rows=by_rows), None
+        for rows in self.chunks(2 * t * (d_in + d_out) + (0 if t == 1 else 2 * d_in * d_out), most):
             total = square(rows, total)
         return Statistic(total, self.terms)
 
     def _squared(
-        self, left: Tensor | None, right: Tensor | None, precision: torch.dtype | None
+        self, left: Tensor | None, right: Tensor | None, precision: torch.dtype | None, *, by_rows: bool
     ) -> Callable[[slice, Tensor | None], Tensor]:
         """What adds the squares of the examples of a slice to a total.
 
@@ -209,11 +210,11 @@ class Samples:
         early, late = (left, None) if t <= self.d_in else (None, left)
         rotated = self.inputs if right is None else self.input_rotation(right, precision)
 
-        def by_gradients(rows: slice, total: Tensor | None) -> Tensor:
+        def of_gradients(rows: slice, total: Tensor | None) -> Tensor:
             matrices = self.per_example_gradients(rows, early, precision=precision)
             return _add_squares(project(matrices, late, right, per_example=True, precision=precision), total)
 
-        def by_rows(rows: slice, total: Tensor | None) -> Tensor:
+        def of_rows(rows: slice, total: Tensor | None) -> Tensor:
             g = self.gradients(rows)
             g, a = g if early is None else _rotate(g, early, precision), rotated(rows)
             if t == 1:
@@ -221,7 +222,7 @@ class Samples:
                 return part if total is None else total.add_(part)
             return _add_squares(project(g.transpose(-1, -2) @ a, late, None, per_example=True, precision=precision), total)
 
-        return by_rows if t == 1 or (right is not None and t <= self.d_out) else by_gradients
+        return of_rows if by_rows else of_gradients
 
 
 def _add_squares(matrices: Tensor, total: Tensor | None) -> Tensor:

@@ -79,14 +79,7 @@ class LinearRows:
 
     def rotation(self, right: Tensor, dtype: torch.dtype, *, bias: bool) -> Callable[[slice], Tensor]:
         """What makes `a right`, `[n, T, k_in]`, of the examples of a slice, in the precision of `right` and then given in `dtype`."""
-
-        def rotated(rows: slice) -> Tensor:
-            view = self.input_view(rows)
-            flat = view.flatten(0, 1).to(right.dtype)
-            found = torch.addmm(right[-1], flat, right[:-1]) if bias else flat @ right
-            return found.to(dtype).view(*view.shape[:2], -1)
-
-        return rotated
+        return lambda rows: rotated_rows(self.input_view(rows), right, dtype, bias=bias)
 
 
 @attrs.frozen(eq=False)
@@ -145,7 +138,7 @@ class ConvRows:
             moment = slab_moment(self.inputs, self.window, self.groups, samples.dtype, within)
             yield self._bordered(moment, self.inputs, bias=samples.bias)
             return
-        for rows in Samples.chunks(samples, 3 * self.numbers if way == "correlation" else self.positions * self.columns):
+        for rows in Samples.chunks(samples, 3 * self.numbers if way == "correlation" else max(self.numbers, self.positions * self.columns)):
             if way == "correlation":
                 moment = patch_moment(self.inputs[rows].to(samples.dtype), self.window, self.groups)
             else:
@@ -159,10 +152,18 @@ class ConvRows:
         return self._ungrouped(moment)
 
     def rotation(self, right: Tensor, dtype: torch.dtype, *, bias: bool) -> Callable[[slice], Tensor]:
-        """What makes `a right`, `[(groups,) n, T, k_in]`, of the examples of a slice, in the precision of `right`: a convolution.
+        """What makes `a right`, `[(groups,) n, T, k_in]`, of the examples of a slice, in the precision of `right`, then given in `dtype`.
 
-        Its filters are the columns of `right`, its bias their last row; the result is given in `dtype`.
+        Of more than one tap it is a convolution, whose filters are the columns of `right` and whose bias is their last row.
         """
+        if math.prod(self.window.kernel) == 1:
+
+            def pixels(rows: slice) -> Tensor:
+                view = self.input_view(rows).flatten(-1 - len(self.window.kernel))
+                lead = view.shape[: -1 - len(self.window.kernel)]
+                return rotated_rows(view.reshape(*lead, self.positions, self.channels), right, dtype, bias=bias)
+
+            return pixels
         filters = right.reshape(self.groups, self.columns + bias, -1).transpose(-1, -2)
         weight = filters[..., : self.columns].reshape(-1, self.channels, *self.window.kernel)
         offset = filters[..., -1].reshape(-1) if bias else None
@@ -227,6 +228,17 @@ class ConvRows:
         return tensor.squeeze(0) if self.groups == 1 else tensor
 
 
+def rotated_rows(rows: Tensor, right: Tensor, dtype: torch.dtype, *, bias: bool) -> Tensor:
+    """`[..., n, t, d]` times `right`, with `bias` of one row more for a column of ones that is not there; rounded once, then `dtype`."""
+    flat = rows.flatten(-3, -2).to(right.dtype)
+    if bias:
+        add = torch.baddbmm if flat.ndim == 3 else torch.addmm
+        found = add(right[..., -1:, :], flat, right[..., :-1, :])
+    else:
+        found = flat @ right
+    return found.to(dtype).view(*rows.shape[:-1], right.shape[-1])
+
+
 def bordered(moment: Tensor, sums: Tensor, count: float) -> Tensor:
     """The moment of rows to which a column of ones is joined, `[..., d + 1, d + 1]`, of that of the rows, their sum and their number."""
     moment = F.pad(moment, (0, 1, 0, 1))
@@ -268,9 +280,9 @@ class JoinedSamples(Samples):
         """Where the numbers are."""
         return self.uses[0].inputs.device
 
-    def chunks(self, numbers_per_example: int, within: int | None = None) -> Iterator[slice]:
+    def chunks(self, numbers_per_example: int, most: int | None = None) -> Iterator[slice]:
         """Slices over the examples such that `numbers_per_example` numbers each, and one use's padded input, fit."""
-        return super().chunks(max(numbers_per_example, self._numbers), within)
+        return super().chunks(max(numbers_per_example, self._numbers), most)
 
     def input_moment(self) -> Statistic:
         """`sum_n sum_t a a^T`, use by use, without unfolding and without a column of ones."""
