@@ -115,7 +115,7 @@ def slabs_of(window: Window, sizes: tuple[int, ...]) -> Slabs:
 def cost(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -> float:
     """What `slab_moment` costs, in multiplications of the kind that `_autocorrelation.cost` counts."""
     slabs = slabs_of(window, sizes)
-    return examples * channels * (1.3 * slabs.products * channels + MOVED * slabs.numbers) + (8 + 4 * len(slabs.pairs)) * CALLED
+    return examples * channels * (1.3 * slabs.products * channels + MOVED * slabs.numbers) + (20 + 4 * len(slabs.pairs)) * CALLED
 
 
 def slab_moment(inputs: Tensor, window: Window, groups: int, dtype: torch.dtype, chunk_bytes: int) -> Tensor:
