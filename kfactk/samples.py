@@ -13,13 +13,17 @@ summed, never the mean, loss. So damping means the same at every batch size, res
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import attrs
 import torch
 from torch import Tensor
 
 DEFAULT_CHUNK_BYTES = 256 * 2**20
+CACHED_BYTES = 24 * 2**20
+"""What is made and read again at once stays in the cache of a CPU below about this, and its memory is used again, not mapped anew."""
+SMALL = 16384
+"""Numbers below which a call costs more than a pass over them."""
 
 
 @attrs.frozen(eq=False)
@@ -113,10 +117,21 @@ class Samples:
         """`sum_t a` of the examples `rows`, `[..., n, d_in]`."""
         return self.inputs(rows).sum(-2)
 
-    def chunks(self, numbers_per_example: int) -> Iterator[slice]:
-        """Slices over the examples such that `numbers_per_example` numbers each, in the working precision, fit in `chunk_bytes`."""
+    @property
+    def device(self) -> torch.device:
+        """Where the numbers are."""
+        return self._gradients.device
+
+    def chunks(self, numbers_per_example: int, most: int | None = None) -> Iterator[slice]:
+        """Slices over the examples, of equal length but for the last.
+
+        Args:
+            numbers_per_example: Numbers in the working precision, a group, such that those of a slice fit in `chunk_bytes`.
+            most: No slice is longer.
+        """
         size = max(1, numbers_per_example * max(1, self.groups) * self.dtype.itemsize)
-        step = max(1, self.chunk_bytes // size)
+        longest = max(1, min(self.chunk_bytes // size, self.examples if most is None else most))
+        step = max(1, math.ceil(self.examples / math.ceil(max(1, self.examples) / longest)))
         for start in range(0, self.examples, step):
             yield slice(start, min(start + step, self.examples))
 
@@ -132,30 +147,57 @@ class Samples:
         parts = (gram(self.gradients(rows)) for rows in self.chunks(self.positions * self.d_out))
         return Statistic(total_of(parts), self.terms, symmetric=True)
 
-    def per_example_gradients(self, rows: slice = slice(None), left: Tensor | None = None) -> Tensor:
+    def per_example_gradients(
+        self, rows: slice = slice(None), left: Tensor | None = None, *, precision: torch.dtype | None = None
+    ) -> Tensor:
         """`left^T D_n` of the examples `rows`, `[..., n, d_out, d_in]`. The `D_n` sum to autograd's gradient of the summed loss.
 
         Args:
             rows: The examples.
             left: `[..., d_out, k_out]`; `None` for no rotation.
+            precision: What the operands of the rotation are rounded to; `None` for the working precision.
         """
         gradients = self.gradients(rows)
-        return (gradients if left is None else _rotate(gradients, left)).transpose(-1, -2) @ self.inputs(rows)
+        return (gradients if left is None else _rotate(gradients, left, precision)).transpose(-1, -2) @ self.inputs(rows)
 
-    def projected_square(self, left: Tensor | None, right: Tensor | None) -> Statistic:
+    def input_rotation(self, right: Tensor, precision: torch.dtype | None = None) -> Callable[[slice], Tensor]:
+        """What makes `a right`, `[..., n, T, k_in]`, of the examples of a slice.
+
+        Args:
+            right: `[..., d_in, k_in]`.
+            precision: What the operands are rounded to; `None` for the working precision.
+        """
+        return lambda rows: _rotate(self.inputs(rows), right, precision)
+
+    def projected_square(self, left: Tensor | None, right: Tensor | None, *, precision: torch.dtype | None = None) -> Statistic:
         """`sum_n (left^T D_n right)^2`, elementwise square, `[..., k_out, k_in]`, counted by likelihood terms.
+
+        Rotations in a lower precision round their operands and their results, at most by u each, relatively (u = 2^-8 for bfloat16);
+        squares and sums are in the working precision. For columns of unit length and m_n = sum_t |g_{n,t}| |a_{n,t}| this moves the
+        result s, entry by entry, no further than
+
+            |sqrt(s_low) - sqrt(s)| <= 7 u sqrt(sum_n m_n^2)
 
         Args:
             left: `[..., d_out, k_out]`, columns are directions of the output space; `None` for no rotation.
             right: `[..., d_in, k_in]`, the same for the input space.
+            precision: What the operands of the rotations are rounded to, such as `torch.bfloat16`, with products accumulated in float32;
+                `None` for the working precision.
 
         References:
             George et al. 2018, arXiv:1806.03884, the scale s* of EKFAC (equation 10 of the study).
         """
         t, d_in, d_out = self.positions, self.d_in, self.d_out
-        numbers = 2 * t * (d_in + d_out) + (0 if t == 1 else 2 * d_in * d_out)
-        parts = (self._squared_chunk(rows, left, right) for rows in self.chunks(numbers))
-        return Statistic(total_of(parts), self.terms)
+        left, right = (None if side is None else side.to(precision or self.dtype) for side in (left, right))
+        by_rows = t == 1 or (right is not None and t <= d_out)
+        most = None
+        if self.device.type == "cpu":  # a large rotation is read once a chunk, and is to be worth it
+            made = self.groups * self.dtype.itemsize * (t * (d_out + (d_in if by_rows else 0)) + 2 * d_in * d_out)
+            most = max([CACHED_BYTES, *(2 * side.nbytes for side in (left, right) if side is not None)]) // max(1, made)
+        square, total = self._squared(left, right, precision, by_rows=by_rows), None
+        for rows in self.chunks(2 * t * (d_in + d_out) + (0 if t == 1 else 2 * d_in * d_out), most):
+            total = square(rows, total)
+        return Statistic(total, self.terms)
 
     def projected_square_of_channels(self, left: Tensor | None, right: Tensor, taps: Tensor | None = None) -> Statistic:
         """`sum_n (left^T D_n blockdiag(right kron taps, 1))^2`, elementwise square, `[..., k_out, k * l (+ 1)]`, counted by terms.
@@ -171,26 +213,40 @@ class Samples:
             George et al. 2018, arXiv:1806.03884, the scale s* of EKFAC, in a basis that is a product on the input side.
         """
         numbers = 2 * self.positions * (self.d_in + self.d_out) + 2 * self.d_in * self.d_out
-        parts = (self._squared_channels(rows, left, right, taps) for rows in self.chunks(numbers))
-        return Statistic(total_of(parts), self.terms)
+        total = None
+        for rows in self.chunks(numbers):
+            total = self._squared_channels(rows, total, left, right, taps)
+        return Statistic(total, self.terms)
 
-    def _squared_channels(self, rows: slice, left: Tensor | None, right: Tensor, taps: Tensor | None) -> Tensor:
+    def _squared_channels(self, rows: slice, total: Tensor | None, left: Tensor | None, right: Tensor, taps: Tensor | None) -> Tensor:
         early, late = (left, None) if self.positions <= self.d_in else (None, left)
         found = self.per_example_gradients(rows, early)
-        return project_channels(found, late, right, taps, per_example=True).square_().sum(-3)
+        return add_squares(project_channels(found, late, right, taps, per_example=True), total)
 
-    def _squared_chunk(self, rows: slice, left: Tensor | None, right: Tensor | None) -> Tensor:
-        # Rotating rows costs T d^2, rotating D_n costs d_in d_out d: each side is rotated where that is cheaper.
-        early_left, early_right = self.positions <= self.d_in, self.positions <= self.d_out
-        early, late = (left, None) if early_left else (None, left)
-        if not early_right:
-            return project(self.per_example_gradients(rows, early), late, right, per_example=True).square_().sum(-3)
-        g, a = self.gradients(rows), self.inputs(rows)
-        g = g if early is None else _rotate(g, early)
-        a = a if right is None else _rotate(a, right)
-        if self.positions == 1:
-            return g.squeeze(-2).square().transpose(-1, -2) @ a.squeeze(-2).square()
-        return project(g.transpose(-1, -2) @ a, late, None, per_example=True).square_().sum(-3)
+    def _squared(
+        self, left: Tensor | None, right: Tensor | None, precision: torch.dtype | None, *, by_rows: bool
+    ) -> Callable[[slice, Tensor | None], Tensor]:
+        """What adds the squares of the examples of a slice to a total.
+
+        Rotating rows costs T d^2, rotating D_n costs d_in d_out d: each side is rotated where that is cheaper.
+        """
+        t = self.positions
+        early, late = (left, None) if t <= self.d_in else (None, left)
+        rotated = self.inputs if right is None else self.input_rotation(right, precision)
+
+        def of_gradients(rows: slice, total: Tensor | None) -> Tensor:
+            matrices = self.per_example_gradients(rows, early, precision=precision)
+            return add_squares(project(matrices, late, right, per_example=True, precision=precision), total)
+
+        def of_rows(rows: slice, total: Tensor | None) -> Tensor:
+            g = self.gradients(rows)
+            g, a = g if early is None else _rotate(g, early, precision), rotated(rows)
+            if t == 1:
+                part = g.squeeze(-2).square().transpose(-1, -2) @ a.squeeze(-2).square()
+                return part if total is None else total.add_(part)
+            return add_squares(project(g.transpose(-1, -2) @ a, late, None, per_example=True, precision=precision), total)
+
+        return of_rows if by_rows else of_gradients
 
 
 def channel_columns(d_in: int, channels: int, taps: int | None = None) -> int:
@@ -256,24 +312,46 @@ def _turned(body: Tensor, rotation: Tensor) -> Tensor:
     return rows.view(*body.shape[:-1], rotation.shape[-1])
 
 
-def project(matrix: Tensor, left: Tensor | None, right: Tensor | None, *, per_example: bool = False) -> Tensor:
-    """`left^T matrix right`; with `per_example` the matrix has an example dimension before its last two that the rotations lack."""
+def add_squares(matrices: Tensor, total: Tensor | None) -> Tensor:
+    """`total + sum_n matrices^2` over the dimension of the examples, in place where there is a total."""
+    if matrices.device.type != "cpu" or matrices[..., 0, :, :].numel() < SMALL:
+        part = matrices.square().sum(-3)
+        return part if total is None else total.add_(part)
+    total = matrices.new_zeros(*matrices.shape[:-3], *matrices.shape[-2:]) if total is None else total
+    for matrix in matrices.unbind(-3):  # one pass over each, where squares would be written and read
+        total.addcmul_(matrix, matrix)
+    return total
+
+
+def project(
+    matrix: Tensor, left: Tensor | None, right: Tensor | None, *, per_example: bool = False, precision: torch.dtype | None = None
+) -> Tensor:
+    """`left^T matrix right`; with `per_example` the matrix has an example dimension before its last two that the rotations lack.
+
+    Operands are rounded to `precision` and the result is given in the precision of the matrix.
+    """
     if not per_example:
-        matrix = matrix if left is None else left.to(matrix.dtype).transpose(-1, -2) @ matrix
-        return matrix if right is None else matrix @ right.to(matrix.dtype)
+        matrix = matrix if left is None else product(left.transpose(-1, -2), matrix, matrix.dtype, precision)
+        return matrix if right is None else product(matrix, right, matrix.dtype, precision)
     if right is not None:
-        matrix = _rotate(matrix, right)
+        matrix = _rotate(matrix, right, precision)
     if left is not None:  # examples beside the columns: one product, where broadcasting would copy `left` for each example
         beside = matrix.movedim(-3, -2)
-        product = left.to(matrix.dtype).transpose(-1, -2) @ beside.flatten(-2)
-        matrix = product.reshape(*product.shape[:-1], *beside.shape[-2:]).movedim(-2, -3)
+        found = product(left.transpose(-1, -2), beside.flatten(-2), matrix.dtype, precision)
+        matrix = found.reshape(*found.shape[:-1], *beside.shape[-2:]).movedim(-2, -3)
     return matrix
 
 
-def _rotate(rows: Tensor, rotation: Tensor) -> Tensor:
+def product(one: Tensor, other: Tensor, dtype: torch.dtype, precision: torch.dtype | None) -> Tensor:
+    """`one other` in `dtype`, of operands rounded to `precision`, which is `dtype` where it is `None`."""
+    rounded = precision or dtype
+    return (one.to(rounded) @ other.to(rounded)).to(dtype)
+
+
+def _rotate(rows: Tensor, rotation: Tensor, precision: torch.dtype | None = None) -> Tensor:
     """Rows `[..., n, t, d]` times one rotation `[..., d, k]` for all examples, as one product, which broadcasting would not be."""
-    product = rows.flatten(-3, -2) @ rotation.to(rows.dtype)
-    return product.reshape(*rows.shape[:-1], product.shape[-1])
+    found = product(rows.flatten(-3, -2), rotation, rows.dtype, precision)
+    return found.reshape(*rows.shape[:-1], found.shape[-1])
 
 
 def gram(rows: Tensor) -> Tensor:

@@ -76,6 +76,64 @@ def test_every_order_of_contraction_agrees_with_dense(t, d_in, d_out, groups):
         )
 
 
+def orthogonal(*shape, seed):
+    return torch.linalg.qr(normal(*shape, seed=seed)).Q
+
+
+@laws
+@given(rows(), chunks, st.booleans(), st.booleans())
+def test_low_precision_moves_the_square_within_its_bound(pair, chunk_bytes, with_left, with_right):
+    a, g = pair
+    left = orthogonal(*a.shape[:-3], g.shape[-1], g.shape[-1], seed=3) if with_left else None
+    right = orthogonal(*a.shape[:-3], a.shape[-1], a.shape[-1], seed=4) if with_right else None
+    found = Samples(a, g, terms=1.0, chunk_bytes=chunk_bytes).projected_square(left, right, precision=torch.bfloat16).total
+    exact = truth.projected_square(dense(a, g), left, right)
+    lengths = (g.norm(dim=-1) * a.norm(dim=-1)).sum(-1).square().sum(-1)[..., None, None]
+    assert found.dtype == torch.float64
+    assert bool(((found.sqrt() - exact.sqrt()).abs() <= 7 * 2**-8 * lengths.sqrt() + 1e-12).all())
+
+
+@pytest.mark.parametrize("t", [1, 3, 40])
+def test_low_precision_is_that_of_the_rotations_alone(t):
+    a, g = normal(50, t, 8).float(), normal(50, t, 6, seed=1).float()
+    samples = Samples(a, g, terms=1.0)
+    left, right = orthogonal(6, 6, seed=2).float(), orthogonal(8, 8, seed=3).float()
+    exact, rounded = (samples.projected_square(left, right, precision=p).total for p in (torch.float32, torch.bfloat16))
+    torch.testing.assert_close(exact, samples.projected_square(left, right).total, rtol=0, atol=0)
+    assert 1e-4 < float((rounded - exact).norm() / exact.norm()) < 2e-2  # squares and their sum are not rounded
+    plain = samples.projected_square(None, None, precision=torch.bfloat16).total
+    torch.testing.assert_close(plain, samples.projected_square(None, None).total, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("examples", [(), (5,)])
+def test_project_in_low_precision_rounds_its_operands_and_results(examples):
+    matrix, left, right = normal(*examples, 3, 4).float(), orthogonal(3, 3, seed=1).float(), orthogonal(4, 4, seed=2).float()
+    low = [each.bfloat16() for each in (left, right)]
+    found = project(matrix, left, right, per_example=bool(examples), precision=torch.bfloat16)
+    exact = left.T @ matrix @ right
+    assert found.dtype == torch.float32
+    assert 0 < float((found - exact).abs().max()) <= 7 * 2**-8 * float(matrix.norm())
+    torch.testing.assert_close(project(matrix, *low, per_example=bool(examples), precision=torch.bfloat16), found, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("groups", [(), (2,)])
+def test_large_matrices_are_squared_one_by_one(groups):
+    a, g = normal(*groups, 3, 5, 150), normal(*groups, 3, 5, 120, seed=1)
+    left, right = normal(*groups, 120, 120, seed=2), normal(*groups, 150, 150, seed=3)
+    for bound in (1, 2**28):
+        found = Samples(a, g, terms=1.0, chunk_bytes=bound).projected_square(left, right).total
+        torch.testing.assert_close(found, truth.projected_square(dense(a, g), left, right))
+
+
+@given(st.integers(0, 40), st.integers(1, 50), st.sampled_from([1, 100, 1000, 2**28]), st.sampled_from([None, 0, 1, 7, 100]))
+def test_chunks_cover_the_examples_in_equal_parts(n, numbers, chunk_bytes, most):
+    found = list(Samples(normal(n, 1, 2), normal(n, 1, 2), terms=1.0, chunk_bytes=chunk_bytes).chunks(numbers, most))
+    assert [i for rows in found for i in range(rows.start, rows.stop)] == list(range(n))
+    lengths = [rows.stop - rows.start for rows in found]
+    assert all(length == 1 or (length * numbers * 8 <= chunk_bytes and length <= (most or length)) for length in lengths)
+    assert len(set(lengths[:-1])) <= 1
+
+
 @pytest.mark.parametrize("groups", [(), (2,)])
 @pytest.mark.parametrize("examples", [(), (5,)])
 def test_project_is_left_transposed_matrix_right(groups, examples):

@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kfactk_stages.curvature._unfold import Window
+from kfactk_stages.curvature._unfold import CALLED, MOVED, Window
 
 
 def applies(window: Window) -> bool:
@@ -28,6 +28,21 @@ def wide(window: Window, sizes: Sequence[int]) -> bool:
     """Whether every tap sees most of an input of these sizes: what is taken off again is then small beside what is left, and so is its
     rounding."""
     return all(size >= 2 * most for size, most in zip(sizes, window.reach, strict=True))
+
+
+def cost(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -> float:
+    """What `patch_moment` costs, in multiplications: oneDNN has blocks of 16 channels, and small work still has its calls."""
+    padded = -(-channels // 16) * 16
+    total = math.prod(2 * taps - 1 for taps in window.kernel) * math.prod(sizes) * padded**2
+    calls = 10
+    for dim, (k, dilation, most) in enumerate(zip(window.kernel, window.dilation, window.reach, strict=True)):
+        for cut in (most - pad for pad in window.padding[dim]):
+            if cut > 0:
+                numbers = cut * math.prod(sizes) // sizes[dim]
+                columns = channels * -(-cut // dilation) * math.prod(window.kernel) // k
+                total += numbers * columns * (columns + MOVED)
+                calls += 20
+    return examples * total + calls * CALLED
 
 
 def patch_moment(inputs: Tensor, window: Window, groups: int) -> Tensor:

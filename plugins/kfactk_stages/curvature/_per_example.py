@@ -1,13 +1,22 @@
-"""The weight gradient of every single example of a convolution, without unfolding its input."""
+"""The weight gradient of every single example of a convolution, without unfolding its input where that is cheaper."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from kfactk_stages.curvature._unfold import Window
+
+
+def unfolds(kernel: Sequence[int], channels: int, outputs: int, positions: int) -> bool:
+    """Whether unfolding is the cheaper way: of one tap, of few positions, or of a few channels, with which the convolution is slow.
+
+    One channel in and out, as in depthwise convolutions, has a kernel of its own.
+    """
+    return math.prod(kernel) == 1 or positions < outputs or (channels < 8 and channels * outputs > 1)
 
 
 def weight_gradients(inputs: Tensor, gradient: Tensor, window: Window) -> Tensor:
@@ -21,15 +30,16 @@ def weight_gradients(inputs: Tensor, gradient: Tensor, window: Window) -> Tensor
     Returns:
         `[N, groups, outputs, channels * taps]`.
     """
-    inputs, window = window.evenly_padded(inputs)
     n, groups, outputs, *out = gradient.shape
     dims, channels = len(window.kernel), inputs.shape[1] // groups
     columns = channels * math.prod(window.kernel)
     if not n:
         return gradient.new_zeros(n, groups, outputs, columns)
-    if math.prod(window.kernel) == 1 and math.prod(window.stride) == 1 and not any(window.pads):
-        pixels = inputs.reshape(n, groups, channels, -1)
-        return gradient.flatten(3) @ pixels.transpose(-1, -2)
+    if unfolds(window.kernel, channels, outputs, math.prod(out)):
+        taps_first = (0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
+        patches = window.patches(inputs).permute(taps_first).reshape(n, groups, columns, -1)
+        return gradient.flatten(3) @ patches.transpose(-1, -2)
+    inputs, window = window.evenly_padded(inputs)
     weight = inputs.new_empty(()).expand(n * groups * outputs, channels, *window.kernel)
     padding, zeros, mask = [before for before, _ in window.padding], [0] * dims, [False, True, False]
     found = torch.ops.aten.convolution_backward(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import attrs
 import torch
@@ -11,10 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kfactk import Samples, Statistic, project_channels
-from kfactk.samples import total_of, working_dtype
-from kfactk_stages.curvature._autocorrelation import applies, gram_of, patch_moment, patch_sum, wide
+from kfactk.samples import add_squares, product, total_of, working_dtype
+from kfactk_stages.curvature._autocorrelation import gram_of, patch_moment, patch_sum
 from kfactk_stages.curvature._per_example import weight_gradients
+from kfactk_stages.curvature._plan import cheapest
+from kfactk_stages.curvature._slabs import slab_moment
 from kfactk_stages.curvature._unfold import Window
+
+SLAB_BYTES = 4 * 2**20
+"""What is unfolded at a time for the moment on a CPU."""
 
 
 @attrs.frozen(eq=False)
@@ -65,6 +70,17 @@ class LinearRows:
         """`[n, T, d_out]`."""
         return self.gradient[rows].flatten(1, -2)
 
+    def moments(self, samples: JoinedSamples) -> Iterator[Tensor]:
+        """`sum_n sum_t a a^T`, `[d_in, d_in]`, in parts that add; ones are not joined to the rows but are a border of what they make."""
+        for rows in Samples.chunks(samples, self.numbers):
+            flat = self.inputs[rows].flatten(0, -2).to(samples.dtype)
+            moment = flat.T @ flat
+            yield bordered(moment, flat.sum(0), len(flat)) if samples.bias else moment
+
+    def rotation(self, right: Tensor, dtype: torch.dtype, *, bias: bool) -> Callable[[slice], Tensor]:
+        """What makes `a right`, `[n, T, k_in]`, of the examples of a slice, in the precision of `right` and then given in `dtype`."""
+        return lambda rows: rotated_rows(self.input_view(rows), right, dtype, bias=bias)
+
 
 @attrs.frozen(eq=False)
 class ConvRows:
@@ -114,16 +130,52 @@ class ConvRows:
         """A group's channels times padded positions."""
         return self.channels * self.window.padded_positions(self.inputs.shape[2:])
 
-    def moment(self, rows: slice, dtype: torch.dtype, *, bias: bool) -> Tensor:
-        """`sum_n sum_t a a^T` without unfolding, `[(groups,) d_in, d_in]`; where `applies(window)`."""
-        inputs = self.inputs[rows].to(dtype)
-        moment = patch_moment(inputs, self.window, self.groups)
+    def moments(self, samples: JoinedSamples) -> Iterator[Tensor]:
+        """`sum_n sum_t a a^T`, `[(groups,) d_in, d_in]`, in parts that add, the cheapest way."""
+        way = cheapest(self.window, tuple(self.inputs.shape[2:]), self.channels, self.examples * self.groups)
+        if way == "slabs":
+            within = min(samples.chunk_bytes, SLAB_BYTES) if samples.device.type == "cpu" else samples.chunk_bytes
+            moment = slab_moment(self.inputs, self.window, self.groups, samples.dtype, within)
+            yield self._bordered(moment, self.inputs, bias=samples.bias)
+            return
+        for rows in Samples.chunks(samples, 3 * self.numbers if way == "correlation" else max(self.numbers, self.positions * self.columns)):
+            if way == "correlation":
+                moment = patch_moment(self.inputs[rows].to(samples.dtype), self.window, self.groups)
+            else:
+                moment = gram_of(self.input_view(rows).reshape(self.groups, -1, self.columns).to(samples.dtype))
+            yield self._bordered(moment, self.inputs[rows], bias=samples.bias)
+
+    def _bordered(self, moment: Tensor, inputs: Tensor, *, bias: bool) -> Tensor:
         if bias:
-            sums = patch_sum(inputs, self.window, self.groups)
-            moment = F.pad(moment, (0, 1, 0, 1))
-            moment[:, -1, :-1] = moment[:, :-1, -1] = sums
-            moment[:, -1, -1] = float(len(inputs) * self.positions)
+            sums = patch_sum(inputs.sum(0, keepdim=True, dtype=moment.dtype), self.window, self.groups)
+            moment = bordered(moment, sums, len(inputs) * self.positions)
         return self._ungrouped(moment)
+
+    def rotation(self, right: Tensor, dtype: torch.dtype, *, bias: bool) -> Callable[[slice], Tensor]:
+        """What makes `a right`, `[(groups,) n, T, k_in]`, of the examples of a slice, in the precision of `right`, then given in `dtype`.
+
+        Of more than one tap it is a convolution, whose filters are the columns of `right` and whose bias is their last row.
+        """
+        if math.prod(self.window.kernel) == 1:
+
+            def pixels(rows: slice) -> Tensor:
+                view = self.input_view(rows).flatten(-1 - len(self.window.kernel))
+                lead = view.shape[: -1 - len(self.window.kernel)]
+                return rotated_rows(view.reshape(*lead, self.positions, self.channels), right, dtype, bias=bias)
+
+            return pixels
+        filters = right.reshape(self.groups, self.columns + bias, -1).transpose(-1, -2)
+        weight = filters[..., : self.columns].reshape(-1, self.channels, *self.window.kernel)
+        offset = filters[..., -1].reshape(-1) if bias else None
+
+        def rotated(rows: slice) -> Tensor:
+            inputs, window = self.window.evenly_padded(self.inputs[rows].to(right.dtype))
+            padding = [before for before, _ in window.padding]
+            convolve = (F.conv1d, F.conv2d, F.conv3d)[len(padding) - 1]
+            found = convolve(inputs, weight, offset, window.stride, padding, window.dilation, self.groups).to(dtype)
+            return self._ungrouped(self._grouped(found, filters.shape[1]).flatten(3).permute(1, 0, 3, 2))
+
+        return rotated
 
     def input_sums(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """`sum_t a` without the bias column, `[(groups,) n, columns]`: sums over what each tap sees, where patches would be copies."""
@@ -137,13 +189,15 @@ class ConvRows:
         moment = gram_of(gradient.transpose(-1, -2))
         return self._ungrouped(moment if isinstance(self.scale, float) and self.scale == 1.0 else moment * self.scale**2)
 
-    def per_example_gradients(self, rows: slice, dtype: torch.dtype, left: Tensor | None, *, bias: bool) -> Tensor:
-        """`left^T D_n` of this use, `[(groups,) n, d_out, d_in]`, without unfolding."""
+    def per_example_gradients(
+        self, rows: slice, dtype: torch.dtype, left: Tensor | None, precision: torch.dtype | None, *, bias: bool
+    ) -> Tensor:
+        """`left^T D_n` of this use, `[(groups,) n, d_out, d_in]`."""
         gradient = self._grouped(self.gradient[rows], self.outputs).to(dtype).flatten(3)
         if not isinstance(self.scale, float) or self.scale != 1.0:
             gradient = gradient * self.scale
         if left is not None:
-            gradient = left.to(dtype).transpose(-1, -2) @ gradient
+            gradient = product(left.transpose(-1, -2), gradient, dtype, precision)
         image = gradient.reshape(*gradient.shape[:3], *self.gradient.shape[2:])
         found = weight_gradients(self.inputs[rows].to(dtype), image, self.window)
         if bias:
@@ -180,6 +234,25 @@ class ConvRows:
         return tensor.squeeze(0) if self.groups == 1 else tensor
 
 
+def rotated_rows(rows: Tensor, right: Tensor, dtype: torch.dtype, *, bias: bool) -> Tensor:
+    """`[..., n, t, d]` times `right`, with `bias` of one row more for a column of ones that is not there; rounded once, then `dtype`."""
+    flat = rows.flatten(-3, -2).to(right.dtype)
+    if bias:
+        add = torch.baddbmm if flat.ndim == 3 else torch.addmm
+        found = add(right[..., -1:, :], flat, right[..., :-1, :])
+    else:
+        found = flat @ right
+    return found.to(dtype).view(*rows.shape[:-1], right.shape[-1])
+
+
+def bordered(moment: Tensor, sums: Tensor, count: float) -> Tensor:
+    """The moment of rows to which a column of ones is joined, `[..., d + 1, d + 1]`, of that of the rows, their sum and their number."""
+    moment = F.pad(moment, (0, 1, 0, 1))
+    moment[..., -1, :-1] = moment[..., :-1, -1] = sums
+    moment[..., -1, -1] = float(count)
+    return moment
+
+
 Rows = LinearRows | ConvRows
 """One use of a layer: T rows for each of N examples."""
 
@@ -208,21 +281,20 @@ class JoinedSamples(Samples):
         self.uses, self.bias, self._shape = tuple(uses), bias, shape
         self._numbers = max(use.numbers for use in uses)
 
-    def chunks(self, numbers_per_example: int) -> Iterator[slice]:
-        """Slices over the examples such that `numbers_per_example` numbers each, and one use's padded input, fit in `chunk_bytes`."""
-        return super().chunks(max(numbers_per_example, self._numbers))
+    @property
+    def device(self) -> torch.device:
+        """Where the numbers are."""
+        return self.uses[0].inputs.device
+
+    def chunks(self, numbers_per_example: int, most: int | None = None) -> Iterator[slice]:
+        """Slices over the examples such that `numbers_per_example` numbers each, and one use's padded input, fit."""
+        return super().chunks(max(numbers_per_example, self._numbers), most)
 
     def input_moment(self) -> Statistic:
-        """`sum_n sum_t a a^T`, by autocorrelation, which is the cheaper way, where it applies."""
-        convolutions = [use for use in self.uses if isinstance(use, ConvRows)]
-        correlated = [use for use in convolutions if applies(use.window) and wide(use.window, use.inputs.shape[2:])]
-        if not self.first or len(correlated) < len(self.uses):
-            return super().input_moment()
-        parts = (
-            use.moment(rows, self.dtype, bias=self.bias)
-            for use in correlated
-            for rows in super(JoinedSamples, self).chunks(3 * use.numbers)
-        )
+        """`sum_n sum_t a a^T`, use by use, without unfolding and without a column of ones."""
+        if not self.first:
+            return Statistic(None, 0.0)
+        parts = (part for use in self.uses for part in use.moments(self))
         return Statistic(total_of(parts), float(self.examples), symmetric=True)
 
     def input_sums(self, rows: slice = slice(None)) -> Tensor:
@@ -242,27 +314,35 @@ class JoinedSamples(Samples):
         chunks = [(use, rows) for use in convolutions for rows in super(JoinedSamples, self).chunks(use.positions * use.outputs)]
         return Statistic(total_of(use.grad_moment(rows, self.dtype) for use, rows in chunks), self.terms, symmetric=True)
 
-    def per_example_gradients(self, rows: slice = slice(None), left: Tensor | None = None) -> Tensor:
-        """`left^T D_n` of the examples `rows`; convolutions are not unfolded."""
-        convolutions = [use for use in self.uses if isinstance(use, ConvRows) and use.positions >= use.outputs]
-        if len(convolutions) < len(self.uses):  # or there are so few positions that unfolding is cheaper
-            return super().per_example_gradients(rows, left)
-        found = total_of(use.per_example_gradients(rows, self.dtype, left, bias=self.bias) for use in convolutions)
+    def per_example_gradients(
+        self, rows: slice = slice(None), left: Tensor | None = None, *, precision: torch.dtype | None = None
+    ) -> Tensor:
+        """`left^T D_n` of the examples `rows`; convolutions are unfolded only where that is cheaper."""
+        convolutions = [use for use in self.uses if isinstance(use, ConvRows)]
+        if len(convolutions) < len(self.uses):
+            return super().per_example_gradients(rows, left, precision=precision)
+        found = total_of(use.per_example_gradients(rows, self.dtype, left, precision, bias=self.bias) for use in convolutions)
         assert found is not None
         return found
 
-    def _squared_channels(self, rows: slice, left: Tensor | None, right: Tensor, taps: Tensor | None) -> Tensor:
+    def _squared_channels(self, rows: slice, total: Tensor | None, left: Tensor | None, right: Tensor, taps: Tensor | None) -> Tensor:
         """Channels are rotated in the images, S c^2 operations an example, or in the D_n, d_out taps c^2 of them."""
         convolutions = [use for use in self.uses if isinstance(use, ConvRows)]
         pixels = sum(math.prod(use.inputs.shape[2:]) for use in convolutions)
         columns = self.d_in - self.bias
         if len(convolutions) < len(self.uses) or pixels * right.shape[-2] > self.d_out * columns:
-            return super()._squared_channels(rows, left, right, taps)
+            return super()._squared_channels(rows, total, left, right, taps)
         turned = [use.turned(rows, right, self.dtype) for use in convolutions]
         samples = JoinedSamples(turned, bias=self.bias, terms=self.terms, first=self.first, chunk_bytes=self.chunk_bytes)
         early, late = (left, None) if self.positions <= columns else (None, left)
         found = samples.per_example_gradients(slice(None), early)
-        return project_channels(found, late, None, taps, per_example=True).square_().sum(-3)
+        return add_squares(project_channels(found, late, None, taps, per_example=True), total)
+
+    def input_rotation(self, right: Tensor, precision: torch.dtype | None = None) -> Callable[[slice], Tensor]:
+        """What makes `a right` of the examples of a slice, without unfolding and without a column of ones."""
+        right = right.to(precision or self.dtype)
+        ways = [use.rotation(right, self.dtype, bias=self.bias) for use in self.uses]
+        return ways[0] if len(ways) == 1 else lambda rows: torch.cat([way(rows) for way in ways], -2)
 
     def inputs(self, rows: slice = slice(None)) -> Tensor:
         """Inputs of the examples `rows`, `[..., n, T, d_in]`, in the working precision."""

@@ -9,6 +9,11 @@ import attrs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+MOVED = 80
+"""Multiplications in a large product that take as long as the copy of one number does, strided, on a CPU."""
+CALLED = 250_000
+"""Multiplications that take as long as a call on small tensors."""
+
 
 @attrs.frozen
 class Window:
@@ -59,6 +64,20 @@ class Window:
         if self.mode == "constant":
             return inputs, self
         return F.pad(inputs, self.pads, mode=self.mode), attrs.evolve(self, pads=(0,) * len(self.pads), mode="constant")
+
+    def zero_padded(self, sizes: Sequence[int]) -> tuple[Window, tuple[int, ...]]:
+        """The window and the spatial shape of what `unpadded` makes of an input of spatial shape `sizes`."""
+        if self.mode == "constant":
+            return self, tuple(sizes)
+        padded = tuple(size + sum(pads) for size, pads in zip(sizes, self.padding, strict=True))
+        return attrs.evolve(self, pads=(0,) * len(self.pads), mode="constant"), padded
+
+    def positions(self, sizes: Sequence[int]) -> tuple[int, ...]:
+        """Positions of the output over an input of spatial shape `sizes`, dimension by dimension."""
+        return tuple(
+            (size + sum(pads) - reach - 1) // step + 1
+            for size, pads, reach, step in zip(sizes, self.padding, self.reach, self.stride, strict=True)
+        )
 
     def evenly_padded(self, inputs: Tensor) -> tuple[Tensor, Window]:
         """The same patches with as many zeros before as after, where a convolution's own padding can be had so."""

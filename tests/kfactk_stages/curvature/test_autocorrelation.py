@@ -46,7 +46,9 @@ def patches_of(conv: Any, inputs: Tensor) -> Tensor:
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     padded = F.pad(inputs, conv._reversed_padding_repeated_twice, mode=mode)
     reach = [d * (k - 1) for k, d in zip(conv.kernel_size, conv.dilation, strict=True)]
-    positions = itertools.product(*(range(size - most) for size, most in zip(padded.shape[2:], reach, strict=True)))
+    positions = itertools.product(
+        *(range(0, size - most, step) for size, most, step in zip(padded.shape[2:], reach, conv.stride, strict=True))
+    )
     found = []
     for position in positions:
         cut = tuple(slice(p, p + most + 1, d) for p, most, d in zip(position, reach, conv.dilation, strict=True))

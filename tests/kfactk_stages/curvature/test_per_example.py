@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from hypothesis import assume, given, settings, strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kfactk import Layer, Samples, Use
+from kfactk_stages.curvature._per_example import unfolds
 from kfactk_stages.curvature.conv_kfac import ConvKfac
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -23,15 +25,18 @@ def used(draw: st.DrawFn) -> tuple[Any, list[Use]]:
     kernel, stride, dilation = draw(st.tuples(*[st.integers(1, 3)] * dims)), draw(each), draw(each)
     padding: Any = draw(st.one_of(st.just("same"), st.tuples(*[st.integers(0, 2)] * dims)))
     mode = draw(st.sampled_from(["zeros", "zeros", "circular"]))
+    channels, outputs = draw(st.sampled_from([(2, 1), (8, 1), (8, 3), (1, 1), (2, 40)]))
     options = {"padding": padding, "stride": 1 if padding == "same" else stride, "dilation": dilation, "groups": groups}
-    conv = CONVOLUTIONS[dims - 1](2 * groups, groups, kernel, bias=draw(st.booleans()), padding_mode=mode, **options).double()
+    conv = CONVOLUTIONS[dims - 1](
+        channels * groups, outputs * groups, kernel, bias=draw(st.booleans()), padding_mode=mode, **options
+    ).double()
     sizes = draw(st.tuples(*[st.integers(3, 6)] * dims))
     reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
     pads = reach if padding == "same" else [2 * p for p in padding]
     assume(all(size + pad > most for size, pad, most in zip(sizes, pads, reach, strict=True)))
     uses = []
     for scale in draw(st.sampled_from([[1.0], [0.5], [1.0, 2.0]])):
-        inputs = torch.randn(3, 2 * groups, *sizes, dtype=torch.float64)
+        inputs = torch.randn(3, channels * groups, *sizes, dtype=torch.float64)
         uses.append(Use(inputs, torch.randn_like(conv(inputs)), scale))
     return conv, uses
 
@@ -106,6 +111,40 @@ def test_the_scale_is_that_of_autograds_gradients(case: tuple[Any, list[Use]], c
     found = samples.projected_square(left, right).total
     assert found is not None
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=60)
+@given(used())
+def test_rotations_in_bfloat16_move_the_scale_within_their_bound(case: tuple[Any, list[Use]]) -> None:
+    conv, uses = case
+    samples, truth = samples_of(conv, uses), by_autograd(conv, uses).transpose(0, 1)
+    left, right = (torch.linalg.qr(torch.randn(conv.groups, side, side, dtype=torch.float64)).Q for side in truth.shape[-2:])
+    exact = (left.transpose(-1, -2).unsqueeze(1) @ truth @ right.unsqueeze(1)).square().sum(1)
+    lengths = (samples.gradients().norm(dim=-1) * samples.inputs().norm(dim=-1)).sum(-1).square().sum(-1)  # of a group
+    if conv.groups == 1:
+        exact, left, right = exact[0], left[0], right[0]
+    found = samples.projected_square(left, right, precision=torch.bfloat16).total
+    assert found is not None
+    assert found.dtype == torch.float64
+    moved = (found.sqrt() - exact.sqrt()).abs().flatten(-2).amax(-1)
+    assert bool((moved <= 7 * 2**-8 * lengths.sqrt()).all())
+
+
+@pytest.mark.parametrize(
+    ("kernel", "channels", "outputs", "positions", "expected"),
+    [
+        ((3, 3), 16, 16, 1024, False),
+        ((3, 3), 16, 16, 16, False),
+        ((3, 3), 16, 17, 16, True),
+        ((3, 3), 3, 16, 1024, True),
+        ((3, 3), 1, 1, 1024, False),
+        ((1, 1), 16, 16, 1024, True),
+    ],
+)
+def test_one_tap_few_positions_and_few_channels_are_unfolded(
+    kernel: tuple[int, ...], channels: int, outputs: int, positions: int, expected: bool
+) -> None:
+    assert unfolds(kernel, channels, outputs, positions) == expected
 
 
 def test_scaled_gradients_may_be_known_on_the_device_only() -> None:

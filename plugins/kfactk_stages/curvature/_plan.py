@@ -1,0 +1,37 @@
+"""Which way of the input factor of a convolution is the cheapest."""
+
+from __future__ import annotations
+
+import math
+from functools import lru_cache
+
+from kfactk_stages.curvature import _autocorrelation, _slabs
+from kfactk_stages.curvature._unfold import CALLED, MOVED, Window
+
+
+@lru_cache(maxsize=1024)
+def cheapest(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -> str:
+    """ "correlation", "slabs" or "patches", for a group of so many channels, of inputs of spatial shape `sizes`.
+
+    Args:
+        window: Where the patches lie.
+        sizes: Spatial shape of the input.
+        channels: Channels of a group.
+        examples: Examples, times groups.
+    """
+    costs = costs_of(window, sizes, channels, examples)
+    return min(costs, key=costs.__getitem__)
+
+
+def costs_of(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -> dict[str, float]:
+    """What each way that applies costs, in multiplications of a large product."""
+    columns = channels * math.prod(window.kernel)
+    rows = examples * math.prod(window.positions(sizes))
+    moved = (1.5 if columns == channels else 2) * MOVED  # a patch is copied in runs as short as a kernel is wide
+    costs = {
+        "slabs": _slabs.cost(window, sizes, channels, examples),
+        "patches": rows * columns * (columns + moved) + 4 * CALLED,
+    }
+    if _autocorrelation.applies(window) and _autocorrelation.wide(window, sizes):
+        costs["correlation"] = _autocorrelation.cost(window, sizes, channels, examples)
+    return costs
