@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import attrs
+import torch
 from torch import Tensor
 
 from kfactk import Coupling, Decomposition, Operator, OptionError, Samples, Statistic, Tensors, hookimpl, linalg, project, project_channels
-from kfactk_stages.basis._channels import pool_channels, products, scaled, spread
+from kfactk.samples import product
+from kfactk_stages.basis._channels import pool_channels, products, spread
+from kfactk_stages.basis._diagonal import Diagonal, worth_rounding
 
 
 def _decay(instance: object, attribute: attrs.Attribute[float | None], value: float | None) -> None:
@@ -25,6 +28,22 @@ def _scale(instance: object, attribute: attrs.Attribute[str], value: str) -> Non
         )
 
 
+def _products(instance: object, attribute: attrs.Attribute[str], value: str) -> None:
+    if value not in PRECISIONS:
+        raise OptionError(
+            f"basis 'ekfac' has products={value!r}; it is 'full' (the precision of the factors) or 'bfloat16' (large products with "
+            "eigenvectors round their operands to bfloat16)."
+        )
+
+
+def _iterated(instance: object, attribute: attrs.Attribute[int | None], value: int | None) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise OptionError(
+            f"basis 'ekfac' has iterate_from={value!r}; it is the size of a matrix from which on one orthogonal iteration takes the place "
+            "of a new eigendecomposition: a positive whole number, or None for never."
+        )
+
+
 def _inputs(instance: object, attribute: attrs.Attribute[str], value: str) -> None:
     if value not in INPUTS:
         raise OptionError(
@@ -35,6 +54,8 @@ def _inputs(instance: object, attribute: attrs.Attribute[str], value: str) -> No
 
 INPUTS = {"full": {"A"}, "channels": {"C"}, "channels+taps": {"C", "K"}}
 """The matrices that each setting of `inputs` decomposes."""
+PRECISIONS: dict[str, torch.dtype | None] = {"full": None, "bfloat16": torch.bfloat16}
+"""What each setting of `products` rounds operands to."""
 
 
 @attrs.frozen
@@ -67,6 +88,14 @@ class Ekfac:
             one of K, `[taps, taps]`. The curvature has to provide C and K: `conv_kfac` does, and with `spatial="sua"` or "stationary" A
             is never formed.
 
+        products: "full": products with eigenvectors are taken in the precision of the factors. "bfloat16": large ones (`worth_rounding`)
+            round their operands to bfloat16 and accumulate in float32, two to three times as fast where the hardware has such products.
+            One and the same rounded U turns there and back, so that P stays symmetric and positive definite for that U; the gradient is
+            rounded too, by at most 2^-8 of its norm, which P may multiply by at most 1 / tau. s* is measured with the same rounding.
+        iterate_from: Matrices of this size and more are decomposed by one step of orthogonal iteration from their last eigenvectors
+            (`kfactk.linalg.orthogonal_iteration`), at less than the price of a new decomposition; `None` for never. s* is exact in
+            whatever orthonormal basis comes out.
+
     Raises:
         OptionError: An option has a value that cannot work.
 
@@ -87,6 +116,8 @@ class Ekfac:
     scale: str = attrs.field(default="exact", validator=_scale)
     scale_decay: float | None = attrs.field(default=None, validator=_decay)
     inputs: str = attrs.field(default="full", validator=_inputs)
+    products: str = attrs.field(default="full", validator=_products)
+    iterate_from: int | None = attrs.field(default=None, validator=_iterated)
 
     @property
     def requires(self) -> frozenset[str]:
@@ -119,11 +150,23 @@ class Ekfac:
         values, vectors = linalg.eigh(matrix)
         return {"eigenvalues": values, "eigenvectors": vectors}
 
+    def redecompose(self, name: str, matrix: Tensor, coupling: Coupling, last: Tensors) -> dict[str, Tensor]:
+        """`decompose`, or from the size `iterate_from` on one orthogonal iteration from the last eigenvectors."""
+        if self.iterate_from is None or matrix.shape[-1] < self.iterate_from or matrix.shape != last["eigenvectors"].shape:
+            return self.decompose(name, matrix, coupling)
+        values, vectors = linalg.orthogonal_iteration(matrix, last["eigenvectors"])
+        return {"eigenvalues": values, "eigenvectors": vectors}
+
     def moments(self, decomposition: Decomposition, samples: Samples) -> dict[str, Statistic]:
         """`{"scale": sum_n (U_G^T D_n U_A)^2}`, `[..., d_out, d_in]`, null directions pooled."""
         left, right, taps = _vectors(decomposition)
         whole = right.shape[-1] == samples.d_in
-        square = samples.projected_square(left, right) if whole else samples.projected_square_of_channels(left, right, taps)
+        if whole:
+            precision = self._rounded(samples.examples * min(samples.positions, samples.d_out), right)
+            options = {} if precision is None else {"precision": precision}
+            square = samples.projected_square(left, right, **options)
+        else:
+            square = samples.projected_square_of_channels(left, right, taps)
         total = None if square.total is None else _pooled(square.total, decomposition)
         return {"scale": Statistic(total, square.count)}
 
@@ -139,7 +182,7 @@ class Ekfac:
         if "scale" not in moments:
             return {}
         left, right, taps = (
-            None if u is None or v is None else (u.transpose(-1, -2) @ v).square()
+            None if u is None or v is None else product(u.transpose(-1, -2), v, v.dtype, self._rounded(u.shape[-1], v)).square()
             for u, v in zip(_vectors(old), _vectors(new), strict=True)
         )
         return {"scale": _pooled(_projected(moments["scale"], left, right, taps), new)}
@@ -156,11 +199,17 @@ class Ekfac:
 
     def _diagonal(self, decomposition: Decomposition, scale: Tensor, damping: float) -> Diagonal:
         floor = linalg.damping_floor(scale.mean((-2, -1), keepdim=True))
-        return Diagonal(*_vectors(decomposition), (scale + floor.clamp(min=damping)).reciprocal_())
+        weights = (scale + floor.clamp(min=damping)).reciprocal_()
+        return Diagonal.of(*_vectors(decomposition), weights, PRECISIONS[self.products])
+
+    def _rounded(self, rows: int, right: Tensor) -> torch.dtype | None:
+        """The precision that a product of so many rows with `right` rounds its operands to."""
+        precision = PRECISIONS[self.products]
+        return precision if precision is not None and worth_rounding(rows, right) else None
 
     def product(self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors) -> Tensor:
         """`U_G [(U_G^T V U_A) * s*] U_A^T`, undamped."""
-        return Diagonal(*_vectors(decomposition), _scale_of(decomposition, moments, vector.shape[-1]))(vector)
+        return Diagonal.of(*_vectors(decomposition), _scale_of(decomposition, moments, vector.shape[-1]), None)(vector)
 
     def condition(self, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
         """Condition number of the damped curvature, `(max s* + tau) / (min s* + tau)`; the largest among groups."""
@@ -205,30 +254,6 @@ def _pooled(scale: Tensor, decomposition: Decomposition) -> Tensor:
     null, null_taps = linalg.null_mask(values), None if taps is None else linalg.null_mask(taps)
     scale = linalg.pool_null(scale, null, -1) if null.shape[-1] == scale.shape[-1] else pool_channels(scale, null, null_taps)
     return linalg.pool_null(scale, linalg.null_mask(decomposition["G"]["eigenvalues"]), -2)
-
-
-@attrs.frozen(eq=False)
-class Diagonal:
-    """`V -> U [(U^T V) * w]`, what is diagonal in the basis U.
-
-    Args:
-        left: U_G, `[..., d_out, d_out]`.
-        right: U_A, `[..., d_in, d_in]`, or U_C, `[..., channels, channels]`.
-        taps: U_K, `[..., taps, taps]`, beside U_C; `None` for the identity.
-        weights: w, `[..., d_out, d_in]`.
-    """
-
-    left: Tensor
-    right: Tensor
-    taps: Tensor | None
-    weights: Tensor
-
-    def __call__(self, vector: Tensor) -> Tensor:
-        """Apply it to `[..., d_out, d_in]`."""
-        if self.right.shape[-1] < vector.shape[-1]:
-            return scaled(vector, self.left, self.right, self.taps, self.weights)
-        rotated = project(vector, self.left, self.right).mul_(self.weights)
-        return project(rotated, self.left.transpose(-1, -2), self.right.transpose(-1, -2))
 
 
 @hookimpl

@@ -1,9 +1,9 @@
 """The input factor of a convolution of stride 1 without unfolding its input.
 
 Let `p_t` be the patch at position t. Over *all* positions at which a patch touches the input, `sum_t p_t p_t^T` holds for taps i and j
-nothing but the correlation of the input with itself at offset j - i: a convolution's weight gradient with its own input as the output's
-gradient, of (2k - 1) offsets a dimension where k^2 pairs of taps would be. A layer sees fewer positions than all; the patches at the
-others, a thin frame in which most taps are off the input, are unfolded and taken off again.
+nothing but the correlation of the input with itself at offset j - i, of which there are (2k - 1) a dimension where there are k^2 pairs of
+taps. A layer sees fewer positions than all; the patches at the others, a thin frame in which most taps are off the input, are unfolded
+and taken off again.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import itertools
 import math
 from collections.abc import Iterator, Sequence
 
-import torch
 from torch import Tensor
 
+from kfactk_stages.curvature import _spectral
 from kfactk_stages.curvature._unfold import CALLED, MOVED, Window
 
 
@@ -31,18 +31,17 @@ def wide(window: Window, sizes: Sequence[int]) -> bool:
 
 
 def cost(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -> float:
-    """What `patch_moment` costs, in multiplications: oneDNN has blocks of 16 channels, and small work still has its calls."""
-    padded = -(-channels // 16) * 16
-    total = math.prod(2 * taps - 1 for taps in window.kernel) * math.prod(sizes) * padded**2
+    """What `patch_moment` costs, in multiplications of a large product; small work still has its calls."""
+    total = _spectral.cost(window, sizes, channels, examples)
     calls = 10
     for dim, (k, dilation, most) in enumerate(zip(window.kernel, window.dilation, window.reach, strict=True)):
         for cut in (most - pad for pad in window.padding[dim]):
             if cut > 0:
                 numbers = cut * math.prod(sizes) // sizes[dim]
                 columns = channels * -(-cut // dilation) * math.prod(window.kernel) // k
-                total += numbers * columns * (columns + MOVED)
+                total += examples * numbers * columns * (1.5 * columns + 2 * MOVED)
                 calls += 20
-    return examples * total + calls * CALLED
+    return total + calls * CALLED
 
 
 def patch_moment(inputs: Tensor, window: Window, groups: int) -> Tensor:
@@ -58,7 +57,7 @@ def patch_moment(inputs: Tensor, window: Window, groups: int) -> Tensor:
     """
     inputs, window = window.unpadded(inputs)
     channels, taps = inputs.shape[1] // groups, window.kernel
-    moment = _toeplitz(_autocorrelation(inputs, window, groups), channels, groups, taps)
+    moment = _toeplitz(_spectral.autocorrelation(inputs, window, groups), channels, groups, taps)
     for tap_slices, patches in _frame(inputs, window):
         kept = [part.stop - part.start for part in tap_slices]
         rows = patches.reshape(len(patches), groups, channels, *patches.shape[2:]).movedim(1, 0)  # [groups, N, channels, ...]
@@ -75,20 +74,6 @@ def patch_sum(inputs: Tensor, window: Window, groups: int) -> Tensor:
     patches = window.patches(inputs.sum(0, keepdim=True))
     dims = len(window.kernel)
     return patches.sum(tuple(range(2, 2 + dims))).reshape(groups, -1)
-
-
-def _autocorrelation(inputs: Tensor, window: Window, groups: int) -> Tensor:
-    """`sum_{n,q} x_c(q) x_c'(q + offset)`, `[groups * channels, channels, *(2 k - 1)]`, offsets in steps of the dilation."""
-    dims, channels = len(window.kernel), inputs.shape[1] // groups
-    offsets = [2 * taps - 1 for taps in window.kernel]
-    weight = inputs.new_empty(()).expand(inputs.shape[1], channels, *offsets)
-    ones, zeros = [1] * dims, [0] * dims
-    mask = [False, True, False]
-    found = torch.ops.aten.convolution_backward(
-        inputs, inputs, weight, None, ones, list(window.reach), list(window.dilation), False, zeros, groups, mask
-    )
-    result: Tensor = found[1]
-    return result
 
 
 def gram_of(rows: Tensor) -> Tensor:

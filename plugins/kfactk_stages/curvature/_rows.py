@@ -18,6 +18,8 @@ from kfactk_stages.curvature._plan import cheapest
 from kfactk_stages.curvature._slabs import slab_moment
 from kfactk_stages.curvature._unfold import Window
 
+COMPLEX = ("cpu", "cuda")
+"""Devices on which Fourier transforms and complex products are known to work."""
 SLAB_BYTES = 4 * 2**20
 """What is unfolded at a time for the moment on a CPU."""
 
@@ -132,13 +134,15 @@ class ConvRows:
 
     def moments(self, samples: JoinedSamples) -> Iterator[Tensor]:
         """`sum_n sum_t a a^T`, `[(groups,) d_in, d_in]`, in parts that add, the cheapest way."""
-        way = cheapest(self.window, tuple(self.inputs.shape[2:]), self.channels, self.examples * self.groups)
+        way = "slabs"
+        if samples.device.type in COMPLEX:
+            way = cheapest(self.window, tuple(self.inputs.shape[2:]), self.channels, self.examples * self.groups)
         if way == "slabs":
             within = min(samples.chunk_bytes, SLAB_BYTES) if samples.device.type == "cpu" else samples.chunk_bytes
             moment = slab_moment(self.inputs, self.window, self.groups, samples.dtype, within)
             yield self._bordered(moment, self.inputs, bias=samples.bias)
             return
-        for rows in Samples.chunks(samples, 3 * self.numbers if way == "correlation" else max(self.numbers, self.positions * self.columns)):
+        for rows in Samples.chunks(samples, 8 * self.numbers if way == "correlation" else max(self.numbers, self.positions * self.columns)):
             if way == "correlation":
                 moment = patch_moment(self.inputs[rows].to(samples.dtype), self.window, self.groups)
             else:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kfactk_stages.curvature._unfold import Window
+from kfactk_stages.curvature._unfold import CALLED, MOVED, Window
 
 WORKSPACE = 2**24
 """Bytes that products at several frequencies may take at a time."""
@@ -42,6 +42,14 @@ def autocorrelation(inputs: Tensor, window: Window, groups: int) -> Tensor:
     half = found.view(len(back), groups, channels, channels)  # at no offset, and at those after it in lexicographic order
     whole = torch.cat([half[1:].flip(0).mT, half])
     return whole.permute(1, 2, 3, 0).reshape(groups * channels, channels, *(2 * taps - 1 for taps in window.kernel))
+
+
+def cost(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -> float:
+    """What `autocorrelation` costs, in multiplications of a large product: transforms are bound by the copying of numbers."""
+    padded = tuple(fast_length(size + reach) for size, reach in zip(sizes, window.reach, strict=True))
+    frequencies, offsets = math.prod(_frequencies(padded)), math.prod(2 * taps - 1 for taps in window.kernel) // 2 + 1
+    products = 4 * frequencies * channels**2
+    return examples * (1.3 * products + 6 * MOVED * frequencies * channels) + offsets * products + 10 * CALLED
 
 
 def fast_length(size: int) -> int:
