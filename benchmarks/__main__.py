@@ -39,7 +39,7 @@ def run(part: str, arguments: Sequence[str], output: Path) -> int:
     output.mkdir(parents=True, exist_ok=True)
     print(f"== {part}: {PARTS[part][0]}", flush=True)
     with (
-        (output / f"{part}.txt").open("w") as kept,
+        (output / f"{part}.txt").open("w", buffering=1) as kept,
         subprocess.Popen(command(part, arguments, output), stdout=subprocess.PIPE, text=True, bufsize=1) as process,
     ):
         assert process.stdout is not None
