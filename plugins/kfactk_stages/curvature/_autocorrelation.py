@@ -30,10 +30,15 @@ def wide(window: Window, sizes: Sequence[int]) -> bool:
     return all(size >= 2 * most for size, most in zip(sizes, window.reach, strict=True))
 
 
+def offsets(window: Window) -> int:
+    """Number of offsets between taps."""
+    return math.prod(2 * taps - 1 for taps in window.kernel)
+
+
 def cost(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -> float:
     """What `patch_moment` costs, in multiplications: oneDNN has blocks of 16 channels, and small work still has its calls."""
     padded = -(-channels // 16) * 16
-    total = math.prod(2 * taps - 1 for taps in window.kernel) * math.prod(sizes) * padded**2
+    total = offsets(window) * math.prod(sizes) * padded**2
     calls = 10
     for dim, (k, dilation, most) in enumerate(zip(window.kernel, window.dilation, window.reach, strict=True)):
         for cut in (most - pad for pad in window.padding[dim]):
