@@ -46,10 +46,16 @@ def autocorrelation(inputs: Tensor, window: Window, groups: int) -> Tensor:
 
 def cost(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -> float:
     """What `autocorrelation` costs, in multiplications of a large product: transforms are bound by the copying of numbers."""
+    there, back, numbers = work(window, sizes, channels, examples)
+    return 1.3 * there + back + 3 * MOVED * numbers + 10 * CALLED
+
+
+def work(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -> tuple[float, float, float]:
+    """Multiplications of the products at all frequencies, and of the way back; and numbers that the transforms give."""
     padded = tuple(fast_length(size + reach) for size, reach in zip(sizes, window.reach, strict=True))
     frequencies, offsets = math.prod(_frequencies(padded)), math.prod(2 * taps - 1 for taps in window.kernel) // 2 + 1
-    products = 4 * frequencies * channels**2
-    return examples * (1.3 * products + 6 * MOVED * frequencies * channels) + offsets * products + 10 * CALLED
+    products = 4.0 * frequencies * channels**2
+    return examples * products, offsets * products, 2.0 * examples * channels * frequencies
 
 
 def fast_length(size: int) -> int:
