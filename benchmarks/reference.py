@@ -1,0 +1,200 @@
+"""Training loss against wall-clock at one reference point: a ResNet-8 on 5,000 of CIFAR-10's images, for four epochs.
+
+Contestants take turns, one step each, in one process, on the same mini-batches and from the same weights. So one race gives losses and
+seconds, and a rival's loss after its last step can be held against ours after as much wall-clock.
+
+Images are a folder with train/CLASS/* and test/CLASS/*, or torchvision's CIFAR-10 (downloaded where it is missing); 5,000 training and
+2,000 test images are drawn from them with seed 0, as `experiments` draws them. Batches of 64; a batch that is not full is left out (78
+remain in an epoch); no augmentation; constant learning rate. A seed sets initial weights, order of images and draws of the Fisher pass.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import attrs
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from benchmarks.contestants import BASELINE, Contestant, due_steps, everyone
+from experiments import batches, data, models
+from experiments.config import Data
+
+TRAIN, TEST, BATCH, STEPS = 5000, 2000, 64, 312
+SMOOTHED = 20
+"""Losses are means over so many steps."""
+
+
+@attrs.define
+class Run:
+    """What became of one contestant with one seed.
+
+    Args:
+        name: The contestant's.
+        seed: The run's.
+        settings: What it was made with.
+        losses: Of each step's mini-batch, before the step.
+        seconds: Of each step, forward and backward included.
+        accuracy: On the test images, in per cent, after `STEPS` steps.
+    """
+
+    name: str
+    seed: int
+    settings: str
+    losses: list[float] = attrs.field(factory=list)
+    seconds: list[float] = attrs.field(factory=list)
+    accuracy: float = float("nan")
+
+    def loss(self, steps: int) -> float:
+        """Mean over the last `SMOOTHED` of so many steps."""
+        return statistics.fmean(self.losses[steps - SMOOTHED : steps])
+
+
+class Runner:
+    """A contestant under way: its model, its optimiser and the record."""
+
+    def __init__(self, name: str, contestant: Contestant, seed: int, device: torch.device) -> None:
+        self.run = Run(name, seed, contestant.settings)
+        self._model = models.make("resnet8", channels=3, classes=10, seed=seed).to(device)
+        torch.manual_seed(seed)
+        self._optimizer = contestant.make(self._model, seed)
+
+    def step(self, images: Tensor, labels: Tensor) -> None:
+        """Learn from one mini-batch, timed."""
+        start = time.perf_counter()
+        self._optimizer.zero_grad()
+        loss = F.cross_entropy(self._model(images), labels)
+        loss.backward()
+        self._optimizer.step()
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        self.run.seconds.append(time.perf_counter() - start)
+        self.run.losses.append(loss.item())
+
+    @torch.no_grad()
+    def test(self, images: Tensor, labels: Tensor) -> None:
+        """Record the accuracy."""
+        self._model.eval()
+        right = sum(int((self._model(x).argmax(1) == y).sum()) for x, y in zip(images.split(500), labels.split(500), strict=True))
+        self._model.train()
+        self.run.accuracy = 100 * right / len(labels)
+
+
+@attrs.frozen(eq=False)
+class Task:
+    """Normalised images with their labels, on the device.
+
+    Args:
+        train: To learn from.
+        test: To test on.
+    """
+
+    train: data.Images
+    test: data.Images
+
+    @classmethod
+    def load(cls, folder: Path, cache: Path, device: torch.device) -> Task:
+        """Read the images; `cache` is a folder for decoded ones."""
+        dataset = data.load(Data("cifar10", train=TRAIN, test=TEST), folder, cache, print)
+        mean, deviation = dataset.normalisation()
+        parts = (dataset.train, dataset.test)
+        return cls(*(data.Images((part.pixels.float() - mean) / deviation, part.labels).to(device) for part in parts))
+
+    def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Full mini-batches, without end."""
+        for epoch in itertools.count():
+            for images, labels in batches.shuffled(self.train, BATCH, seed=seed, epoch=epoch, augment=False):
+                if len(labels) == BATCH:
+                    yield images, labels
+
+
+def race(task: Task, contestants: Mapping[str, Contestant], seed: int, steps: int) -> list[Run]:
+    """Let contestants learn in turns, one step each.
+
+    Args:
+        task: What is learnt.
+        contestants: By name, the baseline among them.
+        seed: Of all runs.
+        steps: How many each takes; more than `STEPS`, so that the cheaper ones can use up the time of the dearer ones.
+    """
+    device = task.train.pixels.device
+    field = [Runner(name, each, seed, device) for name, each in contestants.items()]
+    warm = Runner(BASELINE, contestants[BASELINE], seed, device)  # what a process does once, it does here
+    for step, (images, labels) in enumerate(itertools.islice(task.batches(seed), steps), start=1):
+        if step == 1:
+            warm.step(images, labels)
+        for each in field:
+            each.step(images, labels)
+            if step == STEPS:
+                each.test(task.test.pixels, task.test.labels)
+    return [each.run for each in field]
+
+
+def costs(runs: Sequence[Run]) -> list[float]:
+    """Seconds up to the end of each step; a step's own are the median over the runs, so that what disturbs one of them does not count."""
+    return list(itertools.accumulate(statistics.median(seconds) for seconds in zip(*(run.seconds for run in runs), strict=True)))
+
+
+def table(runs: Mapping[str, Sequence[Run]], contestants: Mapping[str, Contestant]) -> str:
+    """Means over seeds; below, kfactk's settings at the wall-clock that each rival took."""
+    spent = {name: costs(found) for name, found in runs.items()}
+    base = spent[BASELINE][STEPS - 1]
+    final = {name: statistics.fmean(run.loss(STEPS) for run in found) for name, found in runs.items()}
+    head = f"{'after ' + str(STEPS) + ' steps':44}{'loss':>8}{'+-':>7}{'test acc.':>11}{'wall, x SGD':>13}"
+    lines = [head + f"{'factors/scale/basis due':>25}"]
+    for name, found in sorted(runs.items(), key=lambda item: final[item[0]]):
+        spread = statistics.stdev(run.loss(STEPS) for run in found) if len(found) > 1 else float("nan")
+        accuracy, recipe = statistics.fmean(run.accuracy for run in found), contestants[name].recipe
+        due = "/".join(map(str, due_steps(recipe, STEPS).values())) if recipe else ""
+        lines.append(f"{name:44}{final[name]:8.3f}{spread:7.3f}{accuracy:11.1f}{spent[name][STEPS - 1] / base:13.2f}{due:>25}")
+    rivals = [name for name in runs if contestants[name].recipe is None]
+    for ours in (name for name in runs if contestants[name].recipe is not None):
+        lines.append(f"\n{ours + ', at the wall-clock of':44}{'theirs':>8}{'ours':>8}{'our steps':>11}")
+        for rival in rivals:
+            budget, taken = spent[rival][STEPS - 1], spent[ours]
+            steps = max(SMOOTHED, sum(seconds <= budget for seconds in taken))
+            loss = statistics.fmean(run.loss(steps) for run in runs[ours])
+            more = "+" if steps == len(taken) else ""  # there was time for more than were taken
+            lines.append(f"  {rival:42}{final[rival]:8.3f}{loss:8.3f}{steps:10}{more}")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Race the seeds that have not been raced yet, and print a table."""
+    parser = argparse.ArgumentParser(description="Training loss against wall-clock at the reference point.")
+    parser.add_argument("--data", type=Path, required=True, help="folder with train/CLASS/* and test/CLASS/*, or torchvision's CIFAR-10")
+    parser.add_argument("--out", type=Path, default=Path("runs/reference"), help="folder for the results, a file of JSON for each seed")
+    parser.add_argument("--steps", type=int, default=480, help=f"steps of each contestant; at least {STEPS}")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", default=[], help="contestants whose name contains one of these, besides SGD")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
+    arguments = parser.parse_args()
+    if arguments.steps < STEPS:
+        parser.error(f"--steps must be at least {STEPS}")
+    torch.set_num_threads(arguments.threads)
+    chosen = {n: c for n, c in everyone().items() if n == BASELINE or not arguments.only or any(part in n for part in arguments.only)}
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    task = Task.load(arguments.data, arguments.out / "images", torch.device(arguments.device))
+    runs: dict[str, list[Run]] = {name: [] for name in chosen}
+    for seed in arguments.seeds:
+        path = arguments.out / f"seed-{seed}.json"
+        found = [Run(**each) for each in json.loads(path.read_text())] if path.exists() else []
+        if {(run.name, run.settings) for run in found} != {(name, each.settings) for name, each in chosen.items()}:
+            found = race(task, chosen, seed, arguments.steps)
+            path.write_text(json.dumps([attrs.asdict(run) for run in found]))
+        for run in found:
+            runs[run.name].append(run)
+        print(f"seed {seed}: {path}", flush=True)
+    print(table(runs, chosen))
+
+
+if __name__ == "__main__":
+    main()
