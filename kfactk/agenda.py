@@ -35,8 +35,15 @@ class Agenda:
         due = {turn: self.calendar.due(step, turn) for turn in {0, *turns.values()}}
         needs = {}
         for layer in layers:
-            now, here = due[turns.get(layer.name, 0)], self._places.everywhere(layer.name)
-            needs[layer.name] = Need.of(layer, states[layer.name], now, sampled=sampled, here=here, from_inputs=self._from_inputs(layer))
+            needs[layer.name] = Need.of(
+                layer,
+                states[layer.name],
+                due[turns.get(layer.name, 0)],
+                sampled=sampled,
+                here=self._places.everywhere(layer.name),
+                spread=self.calendar.stagger,
+                from_inputs=self._from_inputs(layer),
+            )
         refreshed = due[0].scale or any(need.basis for need in needs.values())
         return Plan(needs, self._blocks.basis.moments_from == "gradient" and refreshed)
 

@@ -210,9 +210,12 @@ class Optimizer(StatefulOptimizer):
         """Time the stages of the steps inside: `with optimizer.profile() as profile:` and then `print(profile)`; see `Profile`."""
         return self._recorder.profiled(self)
 
-    def _follow(self) -> list[Layer] | None:
+    def _look(self) -> None:
         self._index()
         check_group(self._model, self._trained(), self._preconditioner.ranks)
+
+    def _follow(self) -> list[Layer] | None:
+        self._look()
         return self._preconditioner.plan(self.steps).follow()
 
     def _trained(self) -> Iterator[nn.Parameter]:
@@ -270,17 +273,12 @@ class Optimizer(StatefulOptimizer):
                 loss = closure()
             if loss is not None:
                 self.record(loss=loss)
-        with full_precision(parameter.device.type for parameter in self._trained()):
+        self._look()
+        with full_precision(parameter.device.type for parameter in self._trained()), self._preconditioner.within_step():
             self._step_once()
         return loss
 
     def _step_once(self) -> None:
-        self._index()
-        with self._preconditioner.within_step():
-            self._step_within()
-
-    def _step_within(self) -> None:
-        check_group(self._model, self._trained(), self._preconditioner.ranks)
         self._set_damping()
         self._brought = {}
         self._capture.expect(self._preconditioner.plan(self.steps).expects())

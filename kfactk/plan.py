@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import attrs
 
 from kfactk.layerstate import LayerState
-from kfactk.schedule import NOTHING, Due
+from kfactk.schedule import Due
 from kfactk.stages import Layer
 
 
@@ -24,6 +24,7 @@ class Need:
         late: Whether they are measured in `step()` only, on samples kept until then: in a basis that is made, or fetched, there.
         waited_for: Whether it is followed only because it did not run when it was due; it may not run now either.
         from_inputs: Names of the factors that come apart from the others, since they are made of inputs alone.
+        puts_off: Whether the scale, due in a basis that is made in this step for the first time, is left to the next forward.
     """
 
     layer: Layer
@@ -34,6 +35,7 @@ class Need:
     late: bool
     waited_for: bool
     from_inputs: frozenset[str] = frozenset()
+    puts_off: bool = False
 
     @property
     def passes(self) -> bool:
@@ -54,20 +56,39 @@ class Need:
 
     @classmethod
     def of(
-        cls, layer: Layer, state: LayerState, now: Due, *, sampled: bool, here: bool = True, from_inputs: frozenset[str] = frozenset()
+        cls,
+        layer: Layer,
+        state: LayerState,
+        now: Due,
+        *,
+        sampled: bool,
+        here: bool = True,
+        spread: bool = False,
+        from_inputs: frozenset[str] = frozenset(),
     ) -> Need:
-        """The need of a layer whose state is `state` when `now` is due by the schedule; `here`: every rank holds its decomposition.
+        """The need of a layer whose state is `state` when `now` is due by the schedule.
 
         A layer that has no decomposition yet is due whatever the schedule says, and one that did not run when it was due stays due until
         it runs.
+
+        Args:
+            layer: The layer.
+            state: Its state.
+            now: What is due.
+            sampled: Whether moments are measured on samples.
+            here: Whether every rank holds its decomposition.
+            spread: Whether what is due is spread over steps. The first scale then waits for the next forward, when it can be measured
+                as the gradients arrive: else the samples of all layers would be kept at the same time.
+            from_inputs: Names of the factors that come apart from the others.
         """
         new, owed = not state.ready, state.owed
         basis = new or now.basis or owed.basis
         factors = new or now.factors or owed.factors
         inputs = new or now.inputs or owed.inputs if from_inputs else factors
-        scale = sampled and (new or now.scale or owed.scale)
+        puts_off = new and spread and sampled
+        scale = sampled and not puts_off and (new or now.scale or owed.scale)
         scheduled = now.factors or (bool(from_inputs) and now.inputs) or (sampled and now.scale) or (new and not state.missed)
-        return cls(layer, factors, inputs, scale, basis, scale and (basis or not here), not scheduled, from_inputs)
+        return cls(layer, factors, inputs, scale, basis, scale and (basis or not here), not scheduled, from_inputs, puts_off)
 
     @property
     def due(self) -> bool:
@@ -77,6 +98,10 @@ class Need:
     def debt(self) -> Due:
         """What the layer owes when it did not run."""
         return Due(self.factors, self.scale, self.basis, self.inputs)
+
+    def rest(self) -> Due:
+        """What it owes when it did."""
+        return Due(False, self.puts_off, False, False)
 
 
 @attrs.frozen(eq=False)
@@ -101,9 +126,9 @@ class Plan:
         return self.counts_terms or any(need.follows and not need.waited_for for need in self.needs.values())
 
     def settle(self, states: Mapping[str, LayerState], unseen: Iterable[str]) -> None:
-        """Note in the states what the layers that did not run still owe, and that the others owe nothing."""
+        """Note in the states what the layers still owe."""
         unseen = set(unseen)
         for name, need in self.needs.items():
             if need.follows:
                 states[name].missed = name in unseen
-                states[name].owed = need.debt() if name in unseen else NOTHING
+                states[name].owed = need.debt() if name in unseen else need.rest()

@@ -319,7 +319,8 @@ def test_layers_are_decomposed_in_their_turn_and_take_their_scale_along() -> Non
         optimizer.step()
         for name, view in optimizer.layers.items():
             right, left = (view.decomposition[key]["eigenvectors"] for key in ("A", "G"))
-            scale = view.scale["scale"]
+            scale = view.scale.get("scale")
+            assert (scale is None) == (step == 0), "the first scale comes with the second forward"
             if name not in before or not torch.equal(right, before[name][0]):
                 bases[name].append(step)
                 rotated = right.T @ view.factors["A"] @ right
@@ -331,9 +332,9 @@ def test_layers_are_decomposed_in_their_turn_and_take_their_scale_along() -> Non
                     seen = [~linalg.null_mask(view.decomposition[key]["eigenvalues"]) for key in ("G", "A")]
                     kept = seen[0][:, None] & seen[1]
                     torch.testing.assert_close(scale[kept], carried[kept])
-            elif not torch.equal(scale, before[name][2]):
+            elif before[name][2] is None or not torch.equal(scale, before[name][2]):
                 scales[name].append(step)
             before[name] = right, left, scale
     assert bases == {"0": [0, 3, 15], "2": [0, 13, 25], "4": [0, 5, 17]}, "the turn at step 1 finds the factors of step 0 again"
     regular = [4, 8, 12, 16, 20, 24]
-    assert scales == {"0": regular, "2": [1, *regular], "4": regular}, "and carries the scale over into the same basis"
+    assert scales == dict.fromkeys(bases, [1, *regular])
