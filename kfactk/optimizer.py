@@ -339,9 +339,8 @@ class Optimizer(StatefulOptimizer):
 
     def _take_step(self, replaced: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
         """Run the update rule with these gradients in place of the user's, and put the user's back."""
-        decayed = self.recipe.weight_decay_at == "gradient"
-        named = naming("update", self.recipe.update, "taking the step")
-        with standing_in(self.param_groups, replaced, decayed=decayed), self._recorder.timed("update"), named:
+        there = standing_in(self.param_groups, replaced, decayed=self.recipe.weight_decay_at == "gradient")
+        with there, self._recorder.timed("update"), naming("update", self.recipe.update, "taking the step"):
             self._inner.step()
 
     def _damping(self, layer: Layer) -> float:

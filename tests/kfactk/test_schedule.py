@@ -337,4 +337,4 @@ def test_layers_are_decomposed_in_their_turn_and_take_their_scale_along() -> Non
             before[name] = right, left, scale
     assert bases == {"0": [0, 3, 15], "2": [0, 13, 25], "4": [0, 5, 17]}, "the turn at step 1 finds the factors of step 0 again"
     regular = [4, 8, 12, 16, 20, 24]
-    assert scales == dict.fromkeys(bases, [1, *regular])
+    assert scales == {name: [1, *regular] for name in bases}
