@@ -125,6 +125,15 @@ def test_large_matrices_are_squared_one_by_one(groups):
         torch.testing.assert_close(found, truth.projected_square(dense(a, g), left, right))
 
 
+@pytest.mark.parametrize(("t", "rotated", "made"), [(1, True, 0), (4, True, 0), (5, True, 1), (4, False, 1), (1, False, 0)])
+def test_rows_are_rotated_where_they_are_fewer_than_outputs(monkeypatch, t, rotated, made):
+    """Rotating rows costs T d_in^2 an example, rotating its gradient d_out d_in^2; without rotation the gradient is what is squared."""
+    calls, plain = [], Samples.per_example_gradients
+    monkeypatch.setattr(Samples, "per_example_gradients", lambda *args, **options: calls.append(1) or plain(*args, **options))
+    Samples(normal(2, t, 3), normal(2, t, 4, seed=1), terms=2.0).projected_square(None, normal(3, 3, seed=2) if rotated else None)
+    assert len(calls) == made
+
+
 @given(st.integers(0, 40), st.integers(1, 50), st.sampled_from([1, 100, 1000, 2**28]), st.sampled_from([None, 0, 1, 7, 100]))
 def test_chunks_cover_the_examples_in_equal_parts(n, numbers, chunk_bytes, most):
     found = list(Samples(normal(n, 1, 2), normal(n, 1, 2), terms=1.0, chunk_bytes=chunk_bytes).chunks(numbers, most))

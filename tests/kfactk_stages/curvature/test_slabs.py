@@ -99,6 +99,13 @@ def test_what_no_tap_sees_is_exactly_nothing(size: int) -> None:
     assert bool((moment[patches.T @ patches == 0] == 0).all())
 
 
+def test_what_a_tap_does_not_see_leaves_no_rounding() -> None:
+    """The last tap sees the second of two pixels only, which is small beside the first."""
+    inputs = torch.tensor([[[1e4, 1.0]]])
+    moment = slab_moment(inputs, Window.of(nn.Conv1d(1, 1, 5, padding=3)), 1, torch.float32, 2**20)[0]
+    assert float(moment[4, 4]) == 1.0
+
+
 def test_pairs_of_taps_a_stride_apart_share_their_rows() -> None:
     """A 3 x 3 kernel of stride 2 has 5 products of slabs, one of stride 1 has 3, and a small input all 6."""
 
