@@ -20,14 +20,28 @@ BASELINE = "SGD, momentum (torch)"
 PERIODS = {"factor_every": 10, "scale_every": 10, "basis_every": 100}
 """Those of the thesis, unless a setting says otherwise."""
 
+FUSED = {"name": "adam", "fused": True}
+ROUNDED = {"name": "ekfac", "products": "bfloat16", "iterate_from": 2048}
+CHANNELS = {"name": "ekfac", "inputs": "channels"}
+SUA = {"name": "conv_kfac", "spatial": "sua"}
+
 RECIPES: dict[str, dict[str, Any]] = {
-    "conv_kfac, ekfac, adam": {},
-    "conv_kfac, ekfac, adam, staggered": {"stagger": True},
-    "conv_kfac, kfac, adam": {"basis": "kfac"},
-    "conv_kfac (reduce), ekfac, adam, staggered": {"curvature": {"name": "conv_kfac", "spatial": "reduce"}, "stagger": True},
+    "ekfac (sud)": {},
+    "ekfac (sud), staggered": {"update": FUSED, "stagger": True},
+    "ekfac (sud), staggered, bfloat16": {"update": FUSED, "stagger": True, "basis": ROUNDED},
+    "ekfac channels (sua), staggered": {"update": FUSED, "stagger": True, "basis": CHANNELS, "curvature": SUA},
+    "ekfac channels (sua), running scale": {
+        "update": FUSED,
+        "stagger": True,
+        "basis": {**CHANNELS, "scale": "running"},
+        "curvature": SUA,
+        "fisher": "empirical",
+        "clip": "none",
+    },
+    "kfac (sud), staggered": {"update": FUSED, "basis": "kfac", "stagger": True},
 }
 """Settings of kfactk: arguments of `kfactk.build`, besides `PERIODS` and Adam."""
-PRECISIONS: dict[str, str] = {}
+PRECISIONS: dict[str, str] = {"ekfac (sud), staggered, bfloat16": "bfloat16"}
 """By name, in which precision a setting's matrix products may run at best, where it is not float32: the floor takes that rate."""
 NOT_ON_THE_INDEX = ("kfac-pytorch",)
 """Packages one would look for here, and that cannot be installed from the package index."""
