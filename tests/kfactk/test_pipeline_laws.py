@@ -27,7 +27,7 @@ FAMILIES = ("curvature", "basis", "fisher", "clip", "update")
 OPTIONS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("curvature", "kfac"): [{"spatial": "reduce"}],
     ("curvature", "conv_kfac"): [{"spatial": "sua"}, {"spatial": "reduce"}, {"spatial": "stationary"}],
-    ("basis", "ekfac"): [{"scale": "running"}, {"scale_decay": 0.9}, {"inputs": "channels"}, {"inputs": "channels+taps"}],
+    ("basis", "ekfac"): [{"inputs": "channels"}, {"inputs": "channels+taps"}, {"scale": "running"}, {"scale_decay": 0.9}],
     ("fisher", "mc"): [{"samples": 2, "seed": 3}],
     ("clip", "value"): [{"limit": 1e-3}],
     ("clip", "norm"): [{"limit": 1e-2}],
@@ -72,6 +72,15 @@ def accepted(recipe: Mapping[str, Any]) -> bool:
     except KfactkError:
         return False
     return True
+
+
+class TestEkfacOfChannelsAndTaps(PipelineLaws):
+    recipe: ClassVar[dict[str, Any]] = {
+        **STUDY,
+        "curvature": {"name": "conv_kfac", "spatial": "stationary"},
+        "basis": {"name": "ekfac", "inputs": "channels+taps"},
+        "update": "adam",
+    }
 
 
 class TestEveryCombination(PipelineLaws):

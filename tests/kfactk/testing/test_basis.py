@@ -130,7 +130,7 @@ def test_a_block_of_the_wrong_shape_is_told() -> None:
     [
         (
             {"stage": faulty.Strange},
-            r"requires strange, which no registered curvature provides \(.*conv_kfac provides A, G;",
+            r"requires strange, which no registered curvature provides \(.*conv_kfac provides A, C, G, K;",
         ),
         (
             {"stage": faulty.DiagonalInverse, "curvature": "kfac"},

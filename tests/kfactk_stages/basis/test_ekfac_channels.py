@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import kfactk
 from kfactk import CombinationError, Coupling, Layer, OptionError, Samples, Statistic, Use
+from kfactk.assignment import Workload
+from kfactk.blocks import Blocks
 from kfactk.testing import BasisLaws, effort
 from kfactk.testing.basis_traits import BasisTraitLaws
 from kfactk.testing.situations import Situation
@@ -19,6 +21,7 @@ from kfactk.testing.strategies import Case, conv_cases
 from kfactk.testing.truth import dense_fisher, dense_kron, module_gradients, projected_square, vec
 from kfactk_stages.basis.ekfac import Ekfac
 from kfactk_stages.curvature.conv_kfac import ConvKfac
+from kfactk_stages.placement.comm_opt import CommOpt
 from tests.kfactk.dense import each_group, ekfac_block, is_eigenbasis
 
 F64 = torch.float64
@@ -113,9 +116,12 @@ class TestEkfacTaps(TestEkfacChannels):
 
 
 class TestEkfacTapsStationary(TestEkfacTaps):
-    """And by their distance."""
+    """And by their distance; on ranks each of which decomposes some of the layers."""
 
     curvature: ClassVar[Any] = {"name": "conv_kfac", "spatial": "stationary"}
+
+    def in_recipe(self) -> dict[str, Any]:
+        return {**super().in_recipe(), "placement": "comm_opt"}
 
 
 class TestEkfacTapsOfReduce(BasisTraitLaws):
@@ -312,6 +318,26 @@ def test_views_are_of_the_dense_block(spatial: str, inputs: str) -> None:
     torch.testing.assert_close(vec(view.matrix(view.fisher_product(v))), fisher @ given_, rtol=1e-9, atol=1e-12)
     damped = fisher + 0.01 * torch.eye(len(fisher), dtype=F64)
     torch.testing.assert_close(damped @ vec(view.matrix(view.precondition(v))), given_, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("module", "inputs", "matrices"),
+    [
+        (nn.Conv2d(4, 6, 3), "channels", {"C": (4, 4), "G": (6, 6)}),
+        (nn.Conv2d(4, 6, 3), "channels+taps", {"C": (4, 4), "G": (6, 6), "K": (9, 9)}),
+        (nn.Conv1d(4, 6, 5, groups=2), "channels+taps", {"C": (2, 2, 2), "G": (2, 3, 3), "K": (2, 5, 5)}),
+        (nn.Conv3d(3, 3, 2, groups=3), "channels", {"C": (3, 1, 1), "G": (3, 1, 1)}),
+        (nn.Linear(4, 3), "channels+taps", {"C": (5, 5), "G": (3, 3), "K": (1, 1)}),
+    ],
+)
+@pytest.mark.parametrize("spatial", ["sud", "sua", "stationary"])
+def test_the_work_of_a_layer_is_of_its_channels(module: nn.Module, inputs: str, matrices: dict[str, Any], spatial: str) -> None:
+    """What placements divide; matrices of one layer stay together, since statistics are not one a matrix."""
+    found = Blocks(ConvKfac(spatial=spatial), Ekfac(inputs=inputs)).work(Layer("mine", module, ("weight", "bias")))
+    assert found.matrices == matrices
+    assert found.together
+    shares = CommOpt().assign(Workload((found,)), 4).shares["mine"]
+    assert len(set(shares.decomposers.values())) == 1
 
 
 def test_a_curvature_without_c_is_refused() -> None:
