@@ -119,7 +119,7 @@ def main() -> None:
     """Measure, print tables, and write the figures."""
     parser = argparse.ArgumentParser(prog="scaling", description="Seconds of stages over width, depth, batch and resolution.")
     parser.add_argument("--dimensions", nargs="+", choices=tuple(DIMENSIONS), default=list(DIMENSIONS))
-    parser.add_argument("--setting", default="ekfac (sud)", help="a setting of kfactk by its name in the race")
+    parser.add_argument("--setting", default="ekfac", help="a setting of kfactk by its name in the race")
     parser.add_argument("--steps", type=int, default=6, help="steps of each point after the first; a basis is due in every third")
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")

@@ -21,27 +21,28 @@ PERIODS = {"factor_every": 10, "scale_every": 10, "basis_every": 100}
 """Those of the thesis, unless a setting says otherwise."""
 
 FUSED = {"name": "adam", "fused": True}
-ROUNDED = {"name": "ekfac", "products": "bfloat16", "iterate_from": 2048}
-CHANNELS = {"name": "ekfac", "inputs": "channels"}
-SUA = {"name": "conv_kfac", "spatial": "sua"}
+ROUNDED = {"name": "ekfac", "products": "bfloat16"}
+FACTORED = {"name": "ekfac", "inputs": "channels+taps"}
+STATIONARY = {"name": "conv_kfac", "spatial": "stationary"}
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "ekfac (sud)": {},
-    "ekfac (sud), staggered": {"update": FUSED, "stagger": True},
-    "ekfac (sud), staggered, bfloat16": {"update": FUSED, "stagger": True, "basis": ROUNDED},
-    "ekfac channels (sua), staggered": {"update": FUSED, "stagger": True, "basis": CHANNELS, "curvature": SUA},
-    "ekfac channels (sua), running scale": {
+    "ekfac": {},
+    "ekfac, staggered": {"update": FUSED, "stagger": True},
+    "ekfac, staggered, bfloat16": {"update": FUSED, "stagger": True, "basis": ROUNDED},
+    "ekfac, staggered, bfloat16, iterated": {"update": FUSED, "stagger": True, "basis": {**ROUNDED, "iterate_from": 2048}},
+    "ekfac of channels and taps, staggered": {"update": FUSED, "stagger": True, "basis": FACTORED, "curvature": STATIONARY},
+    "ekfac of channels and taps, running": {
         "update": FUSED,
         "stagger": True,
-        "basis": {**CHANNELS, "scale": "running"},
-        "curvature": SUA,
+        "basis": {**FACTORED, "scale": "running"},
+        "curvature": STATIONARY,
         "fisher": "empirical",
         "clip": "none",
     },
-    "kfac (sud), staggered": {"update": FUSED, "basis": "kfac", "stagger": True},
+    "kfac, staggered": {"update": FUSED, "basis": "kfac", "stagger": True},
 }
-"""Settings of kfactk: arguments of `kfactk.build`, besides `PERIODS` and Adam."""
-PRECISIONS: dict[str, str] = {"ekfac (sud), staggered, bfloat16": "bfloat16"}
+"""Settings of kfactk: arguments of `kfactk.build`, besides `PERIODS` and Adam. Where nothing else is told, the curvature is `conv_kfac`."""
+PRECISIONS = {name: "bfloat16" for name in RECIPES if "bfloat16" in name}
 """By name, in which precision a setting's matrix products may run at best, where it is not float32: the floor takes that rate."""
 NOT_ON_THE_INDEX = ("kfac-pytorch",)
 """Packages one would look for here, and that cannot be installed from the package index."""

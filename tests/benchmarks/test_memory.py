@@ -38,7 +38,7 @@ def test_what_is_kept_is_factors_bases_and_scale():
 
 
 def test_an_optimiser_takes_what_it_keeps_at_least():
-    name = "ekfac (sud)"
+    name = "ekfac"
     chosen = {key: setting for key, setting in settings.settings().items() if key in (BASELINE, name)}
     found = memory.measured(chosen, 2, 2, CPU)
     assert found[BASELINE]["above"] == 0
