@@ -38,5 +38,5 @@ def test_the_list_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
     lines = capsys.readouterr().out.splitlines()
     assert "missing 1/T  [plugins/kfactk_stages/curvature/kfac.py]" in lines
     assert " => " in lines[-1]
-    assert main(["--list", "--only", "1/T", "--sample", "0"]) == 0
+    assert main(["--list", "--only", "missing min(1", "--sample", "0"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == 2
