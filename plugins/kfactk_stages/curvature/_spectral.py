@@ -17,8 +17,12 @@ from torch import Tensor
 
 from kfactk_stages.curvature._unfold import CALLED, MOVED, Window
 
-WORKSPACE = 2**24
+WORKSPACE = 2**26
 """Bytes that products at several frequencies may take at a time."""
+CACHED = 2**22
+"""Bytes of transforms that stay in the cache of a CPU until they are multiplied."""
+LEAST = 16
+"""Examples that are multiplied at a time at least: of fewer the products, not the examples, are what is read and written."""
 
 
 def autocorrelation(inputs: Tensor, window: Window, groups: int) -> Tensor:
@@ -29,19 +33,37 @@ def autocorrelation(inputs: Tensor, window: Window, groups: int) -> Tensor:
         window: Whose kernel and dilation give the offsets.
         groups: Channels are correlated within their group.
     """
-    n, channels, dims = len(inputs), inputs.shape[1] // groups, len(window.kernel)
+    channels = inputs.shape[1] // groups
     sizes = tuple(fast_length(size + reach) for size, reach in zip(inputs.shape[2:], window.reach, strict=True))
-    spectrum = torch.fft.rfftn(inputs, s=sizes, dim=tuple(range(2, 2 + dims)))
-    spectrum = spectrum.view(n, groups, channels, -1).permute(3, 1, 2, 0).contiguous()
-    back = _inverse(sizes, window.kernel, window.dilation, spectrum.dtype, spectrum.device)
+    frequencies = _frequencies(sizes)
+    dtype = torch.complex128 if inputs.dtype == torch.float64 else torch.complex64
+    back = _inverse(sizes, window.kernel, window.dilation, dtype, inputs.device)
     found = inputs.new_zeros(len(back), groups * channels * channels)
-    step = max(1, WORKSPACE // max(1, spectrum.element_size() * groups * channels * channels))
-    for start in range(0, len(spectrum), step):
-        some = spectrum[start : start + step]
-        found += (back[:, start : start + step] @ (some @ some.mH).flatten(1)).real
+    count, square = math.prod(frequencies), groups * channels * channels * dtype.itemsize
+    if count * square <= WORKSPACE:  # all frequencies at a time, and examples piece by piece, so that their transforms stay in cache
+        products = torch.zeros(count * groups, channels, channels, dtype=dtype, device=inputs.device)
+        step = max(LEAST, CACHED // max(1, count * inputs.shape[1] * dtype.itemsize))
+        for start in range(0, len(inputs), step):
+            some = _transformed(inputs[start : start + step], sizes, groups)
+            torch.baddbmm(products, some, some.mH, out=products)
+        found += (back @ products.view(count, -1)).real
+    else:
+        spectrum = _transformed(inputs, sizes, groups).unflatten(0, (count, groups))
+        step = max(1, WORKSPACE // max(1, square))
+        for start in range(0, count, step):
+            some = spectrum[start : start + step]
+            found += (back[:, start : start + step] @ (some @ some.mH).flatten(1)).real
     half = found.view(len(back), groups, channels, channels)  # at no offset, and at those after it in lexicographic order
     whole = torch.cat([half[1:].flip(0).mT, half])
     return whole.permute(1, 2, 3, 0).reshape(groups * channels, channels, *(2 * taps - 1 for taps in window.kernel))
+
+
+def _transformed(inputs: Tensor, sizes: tuple[int, ...], groups: int) -> Tensor:
+    """The spectrum, `[frequencies * groups, channels, N]`."""
+    dims, channels = len(sizes), inputs.shape[1] // groups
+    spectrum: Tensor = torch.fft.rfftn(inputs, s=sizes, dim=tuple(range(2, 2 + dims)))
+    found: Tensor = spectrum.reshape(len(inputs), groups, channels, -1).permute(3, 1, 2, 0).flatten(0, 1)
+    return found.contiguous()
 
 
 def cost(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -> float:
