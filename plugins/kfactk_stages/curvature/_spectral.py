@@ -48,7 +48,7 @@ def autocorrelation(inputs: Tensor, window: Window, groups: int) -> Tensor:
             torch.baddbmm(products, some, some.mH, out=products)
         found += (back @ products.view(count, -1)).real
     else:
-        spectrum = _transformed(inputs, sizes, groups).unflatten(0, (count, groups))
+        spectrum = _transformed(inputs, sizes, groups).view(count, groups, channels, -1)
         step = max(1, WORKSPACE // max(1, square))
         for start in range(0, count, step):
             some = spectrum[start : start + step]
