@@ -28,7 +28,7 @@ _SHORT: dict[str, Any] = {
     "fisher": "empirical",
     "clip": "none",  # with Adam a constant factor cancels, and at these learning rates it never bounds anything
     "lr": 0.005,
-    "damping": 0.0003,
+    "damping": 0.0001,
     "scale_every": 1,
 }
 """Nothing is measured twice: factors and scale come from the backward that a step makes anyway."""
@@ -39,7 +39,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "kfactk, the study's": {"lr": 0.003, "damping": 0.001},
     "kfactk, the study's, basis every 10": {"lr": 0.003, "damping": 0.001, "basis_every": 10},
     "kfactk, short": {**_SHORT, "factor_decay": 0.6, "basis_every": early},
-    "kfactk, short, reduce": {**_SHORT, "curvature": _REDUCE, "factor_decay": 0.6, "basis_every": early},
+    "kfactk, short, reduce": {**_SHORT, "curvature": _REDUCE, "lr": 0.008, "factor_decay": 0.6, "basis_every": early},
     "kfactk, short, every 5": {**_SHORT, "factor_decay": 0.8, "factor_every": 5, "basis_every": 5},
 }
 """Arguments of `kfactk.build`, by name; what is left out has its default, the study's."""

@@ -6,6 +6,9 @@ seconds, and a rival's loss after its last step can be held against ours after a
 Images are a folder with train/CLASS/* and test/CLASS/*, or torchvision's CIFAR-10 (downloaded where it is missing); 5,000 training and
 2,000 test images are drawn from them with seed 0, as `experiments` draws them. Batches of 64; a batch that is not full is left out (78
 remain in an epoch); no augmentation; constant learning rate. A seed sets initial weights, order of images and draws of the Fisher pass.
+
+Within an epoch the loss of new mini-batches rises, since their images were seen ever longer ago, and at its end it drops. So two means are
+shown: over 20 steps, and over as many as an epoch has, which does not depend on where in an epoch it is taken. The second one decides.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import argparse
 import itertools
 import json
 import statistics
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -28,8 +32,8 @@ from experiments import batches, data, models
 from experiments.config import Data
 
 TRAIN, TEST, BATCH, STEPS = 5000, 2000, 64, 312
-SMOOTHED = 20
-"""Losses are means over so many steps."""
+SMOOTHED, EPOCH = 20, 78
+"""Losses are means over so many steps, the last ones and an epoch's."""
 
 
 @attrs.define
@@ -52,9 +56,9 @@ class Run:
     seconds: list[float] = attrs.field(factory=list)
     accuracy: float = float("nan")
 
-    def loss(self, steps: int) -> float:
-        """Mean over the last `SMOOTHED` of so many steps."""
-        return statistics.fmean(self.losses[steps - SMOOTHED : steps])
+    def loss(self, steps: int, over: int) -> float:
+        """Mean over the last `over` of the first `steps` steps."""
+        return statistics.fmean(self.losses[steps - over : steps])
 
 
 class Runner:
@@ -130,6 +134,8 @@ def race(task: Task, contestants: Mapping[str, Contestant], seed: int, steps: in
     for step, (images, labels) in enumerate(itertools.islice(task.batches(seed), steps), start=1):
         if step == 1:
             warm.step(images, labels)
+        if step % 50 == 0:
+            print(f"seed {seed}: step {step} of {steps}", file=sys.stderr, flush=True)
         for each in field:
             each.step(images, labels)
             if step == STEPS:
@@ -143,27 +149,38 @@ def costs(runs: Sequence[Run]) -> list[float]:
 
 
 def table(runs: Mapping[str, Sequence[Run]], contestants: Mapping[str, Contestant]) -> str:
-    """Means over seeds; below, kfactk's settings at the wall-clock that each rival took."""
+    """Means over seeds after `STEPS` steps, the lowest loss of an epoch first."""
     spent = {name: costs(found) for name, found in runs.items()}
-    base = spent[BASELINE][STEPS - 1]
-    final = {name: statistics.fmean(run.loss(STEPS) for run in found) for name, found in runs.items()}
-    head = f"{'after ' + str(STEPS) + ' steps':44}{'loss':>8}{'+-':>7}{'test acc.':>11}{'wall, x SGD':>13}"
+    head = f"{'after ' + str(STEPS) + ' steps':44}{'last ' + str(SMOOTHED):>9}{'epoch':>8}{'+-':>7}{'test acc.':>11}{'wall, x SGD':>13}"
     lines = [head + f"{'factors/scale/basis due':>25}"]
-    for name, found in sorted(runs.items(), key=lambda item: final[item[0]]):
-        spread = statistics.stdev(run.loss(STEPS) for run in found) if len(found) > 1 else float("nan")
+    for name, found in sorted(runs.items(), key=lambda item: _mean(item[1], STEPS, EPOCH)):
+        spread = statistics.stdev(run.loss(STEPS, EPOCH) for run in found) if len(found) > 1 else float("nan")
         accuracy, recipe = statistics.fmean(run.accuracy for run in found), contestants[name].recipe
         due = "/".join(map(str, due_steps(recipe, STEPS).values())) if recipe else ""
-        lines.append(f"{name:44}{final[name]:8.3f}{spread:7.3f}{accuracy:11.1f}{spent[name][STEPS - 1] / base:13.2f}{due:>25}")
-    rivals = [name for name in runs if contestants[name].recipe is None]
-    for ours in (name for name in runs if contestants[name].recipe is not None):
-        lines.append(f"\n{ours + ', at the wall-clock of':44}{'theirs':>8}{'ours':>8}{'our steps':>11}")
-        for rival in rivals:
-            budget, taken = spent[rival][STEPS - 1], spent[ours]
-            steps = max(SMOOTHED, sum(seconds <= budget for seconds in taken))
-            loss = statistics.fmean(run.loss(steps) for run in runs[ours])
-            more = "+" if steps == len(taken) else ""  # there was time for more than were taken
-            lines.append(f"  {rival:42}{final[rival]:8.3f}{loss:8.3f}{steps:10}{more}")
+        losses = f"{_mean(found, STEPS, SMOOTHED):9.3f}{_mean(found, STEPS, EPOCH):8.3f}{spread:7.3f}"
+        lines.append(f"{name:44}{losses}{accuracy:11.1f}{spent[name][STEPS - 1] / spent[BASELINE][STEPS - 1]:13.2f}{due:>25}")
     return "\n".join(lines)
+
+
+def duels(runs: Mapping[str, Sequence[Run]], contestants: Mapping[str, Contestant]) -> str:
+    """Each of kfactk's settings after the wall-clock that each rival took for `STEPS` steps; means over seeds."""
+    spent = {name: costs(found) for name, found in runs.items()}
+    lines = [
+        f"{'':44}{'our':>7}{f'loss over {SMOOTHED} steps':>24}{'over an epoch':>20}",
+        f"{'':44}{'steps':>7}" + f"{'theirs':>15}{'ours':>8}" * 2,
+    ]
+    for ours in (name for name in runs if contestants[name].recipe is not None):
+        lines.append(f"{ours}, at the wall-clock of")
+        for rival in (name for name in runs if contestants[name].recipe is None):
+            steps = max(EPOCH, sum(seconds <= spent[rival][STEPS - 1] for seconds in spent[ours]))
+            short = "+" if steps == len(spent[ours]) else " "  # there was time for more than were taken
+            pairs = [(_mean(runs[rival], STEPS, over), _mean(runs[ours], steps, over)) for over in (SMOOTHED, EPOCH)]
+            lines.append(f"  {rival:42}{steps:6}{short}" + "".join(f"{theirs:15.3f}{mine:8.3f}" for theirs, mine in pairs))
+    return "\n".join(lines)
+
+
+def _mean(runs: Sequence[Run], steps: int, over: int) -> float:
+    return statistics.fmean(run.loss(steps, over) for run in runs)
 
 
 def main() -> None:
@@ -194,6 +211,7 @@ def main() -> None:
             runs[run.name].append(run)
         print(f"seed {seed}: {path}", flush=True)
     print(table(runs, chosen))
+    print(f"\n{duels(runs, chosen)}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"TRAIN": CLASSES * EACH, "TEST": CLASSES * EACH, "BATCH": 16, "STEPS": 3, "SMOOTHED": 2}.items():
+    for name, value in {"TRAIN": CLASSES * EACH, "TEST": CLASSES * EACH, "BATCH": 16, "STEPS": 4, "SMOOTHED": 2, "EPOCH": 3}.items():
         monkeypatch.setattr(reference, name, value)
     everyone = {name: each for name, each in contestants.everyone().items() if "torch" in name or name == "kfactk, short"}
     monkeypatch.setattr(reference, "everyone", lambda: everyone)
@@ -46,11 +46,11 @@ def test_batches_are_full_and_an_epoch_repeats_no_image(images: Path, tmp_path: 
 
 def test_a_contestant_learns_as_it_would_alone(images: Path, tmp_path: Path) -> None:
     task = reference.Task.load(images, tmp_path / "cache", torch.device("cpu"))
-    runs = reference.race(task, reference.everyone(), seed=5, steps=4)
+    runs = reference.race(task, reference.everyone(), seed=5, steps=5)
     model = models.make("resnet8", channels=3, classes=10, seed=5)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
     losses = []
-    for pixels, labels in itertools.islice(task.batches(seed=5), 4):
+    for pixels, labels in itertools.islice(task.batches(seed=5), 5):
         optimizer.zero_grad()
         loss = F.cross_entropy(model(pixels), labels)
         loss.backward()
@@ -58,7 +58,7 @@ def test_a_contestant_learns_as_it_would_alone(images: Path, tmp_path: Path) -> 
         losses.append(loss.item())
     assert next(run.losses for run in runs if run.name == contestants.BASELINE) == losses
     for run in runs:
-        assert len(run.losses) == len(run.seconds) == 4
+        assert len(run.losses) == len(run.seconds) == 5
         assert run.losses[0] == losses[0]  # the same weights and images
         assert 0 <= run.accuracy <= 100
 
@@ -78,20 +78,20 @@ def test_ours_is_read_at_the_rivals_wall_clock() -> None:
     runs = {
         contestants.BASELINE: [reference.Run(contestants.BASELINE, 0, "", [9.0, 8.0, 6.0, 5.0, 4.0], [1.0] * 5, 50.0)],
         "dear": [reference.Run("dear", 0, "", [9.0, 5.0, 3.0, 2.0, 1.0], [1.6] * 5, 60.0)],
-        "our": [reference.Run("our", 0, "", [9.0, 4.0, 2.0, 1.0, 0.5], [1.2] * 5, 70.0)],
+        "our": [reference.Run("our", 0, "", [9.0, 4.0, 2.0, 1.0, 0.5], [1.25] * 5, 70.0)],
     }
-    rows = [line.split() for line in reference.table(runs, field).splitlines()]
-    final = {row[0]: row[1:] for row in rows[1:4]}
-    assert final["our"][:1] + final["our"][2:] == ["3.000", "70.0", "1.20", "1/3/1"]
-    assert final["dear"][:1] + final["dear"][2:] == ["4.000", "60.0", "1.60"]
-    assert rows[-2][-3:] == ["7.000", "6.500", "2"]  # 3 seconds are 2 steps of 1.2
-    assert rows[-1][-3:] == ["4.000", "1.500", "4"]  # 4.8 seconds are 4
+    final = {row[0]: row[1:] for row in map(str.split, reference.table(runs, field).splitlines()[1:])}
+    assert final["our"] == ["1.500", "2.333", "nan", "70.0", "1.25", "1/4/1"]  # (2 + 1) / 2, (4 + 2 + 1) / 3
+    assert final["dear"] == ["2.500", "3.333", "nan", "60.0", "1.60"]
+    rows = [line.split() for line in reference.duels(runs, field).splitlines()]
+    assert rows[-2][-5:] == ["3", "5.500", "3.000", "6.333", "5.000"]  # 4 seconds are 3 steps of 1.25
+    assert rows[-1][-5:] == ["5+", "2.500", "0.750", "3.333", "1.167"]  # 6.4 seconds are more than there were
 
 
 def test_the_command_races_a_seed_once(
     images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["reference", "--data", str(images), "--out", str(tmp_path / "out"), "--steps", "4", "--seeds", "1", "--threads", "1"]
+    command = ["reference", "--data", str(images), "--out", str(tmp_path / "out"), "--steps", "5", "--seeds", "1", "--threads", "1"]
     monkeypatch.setattr(sys, "argv", command)
     reference.main()
     kept = tmp_path / "out" / "seed-1.json"
