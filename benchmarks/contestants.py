@@ -17,12 +17,6 @@ Make = Callable[[nn.Module, int], Any]
 
 BASELINE = "SGD, momentum (torch)"
 
-
-def early(step: int) -> int:
-    """Decompositions at steps 0, 10, 20, 30, 40, 60, 80, 120, 160 and every 80th from there: what is measured at first goes stale first."""
-    return 10 if step < 40 else 20 if step < 80 else 40 if step < 160 else 80
-
-
 _SHORT: dict[str, Any] = {
     "basis": {"name": "ekfac", "scale": "running"},
     "fisher": "empirical",
@@ -30,6 +24,7 @@ _SHORT: dict[str, Any] = {
     "lr": 0.005,
     "damping": 0.0001,
     "scale_every": 1,
+    "update": {"name": "adam", "fused": True},
 }
 """Nothing is measured twice: factors and scale come from the backward that a step makes anyway."""
 
@@ -38,8 +33,8 @@ _REDUCE = {"name": "conv_kfac", "spatial": "reduce"}
 RECIPES: dict[str, dict[str, Any]] = {
     "kfactk, the study's": {"lr": 0.003, "damping": 0.001},
     "kfactk, the study's, basis every 10": {"lr": 0.003, "damping": 0.001, "basis_every": 10},
-    "kfactk, short": {**_SHORT, "factor_decay": 0.6, "basis_every": early},
-    "kfactk, short, reduce": {**_SHORT, "curvature": _REDUCE, "lr": 0.008, "factor_decay": 0.6, "basis_every": early},
+    "kfactk, short": {**_SHORT, "factor_decay": 0.6, "basis_every": kfactk.early},
+    "kfactk, short, reduce": {**_SHORT, "curvature": _REDUCE, "lr": 0.008, "factor_decay": 0.6, "basis_every": kfactk.early},
     "kfactk, short, every 5": {**_SHORT, "factor_decay": 0.8, "factor_every": 5, "basis_every": 5},
 }
 """Arguments of `kfactk.build`, by name; what is left out has its default, the study's."""

@@ -27,6 +27,7 @@ from kfactk.optimizer import Optimizer as Optimizer
 from kfactk.profiling import Profile as Profile
 from kfactk.recipe import Recipe as Recipe, build as build
 from kfactk.samples import Samples as Samples, Statistic as Statistic, Use as Use, project as project, project_channels as project_channels
+from kfactk.schedule import early as early
 from kfactk.stages import (
     Basis as Basis,
     Clip as Clip,

@@ -110,15 +110,11 @@ def test_the_command_races_a_seed_once(
     [
         ({}, {"factors": 32, "scale": 32, "basis": 4}),
         ({"stagger": True}, {"factors": 32, "scale": 32, "basis": 5}),  # turn 0 at steps 1, 101, 201, 301
-        ({"factor_every": 5, "scale_every": 1, "basis_every": contestants.early}, {"factors": 63, "scale": 312, "basis": 10}),
+        ({"factor_every": 5, "scale_every": 1, "basis_every": kfactk.early}, {"factors": 63, "scale": 312, "basis": 10}),
     ],
 )
 def test_due_steps(arguments: dict[str, object], due: dict[str, int]) -> None:
     assert contestants.due_steps(kfactk.build(**arguments), 312) == due  # type: ignore[arg-type]
-
-
-def test_the_early_schedule() -> None:
-    assert [step for step in range(401) if step % contestants.early(step) == 0] == [0, 10, 20, 30, 40, 60, 80, 120, 160, 240, 320, 400]
 
 
 def test_a_recipe_draws_by_the_runs_seed() -> None:

@@ -277,6 +277,11 @@ def test_what_is_staggered_falls_on_steps_of_its_own() -> None:
     assert all(together.due(step) == due_at(step, 4, 4, 12) for step in range(25))
 
 
+def test_the_early_period_doubles_with_the_age_of_the_run() -> None:
+    due = [step for step in range(401) if due_at(step, 1, 1, kfactk.early).basis]
+    assert due == [0, 10, 20, 30, 40, 60, 80, 120, 160, 240, 320, 400]
+
+
 def test_without_a_quiet_step_turns_fall_on_all() -> None:
     calendar = Calendar(1, 2, 6, stagger=True)
     assert [calendar.turn(step) for step in range(7)] == [0, 1, 2, 3, 4, 5, 0]
