@@ -79,7 +79,7 @@ def check_matrices(stage: object, where: str, found: Mapping[str, Tensor], requi
     Raises:
         PluginError: One that the basis requires is missing, or a Kronecker factor is not square.
     """
-    there = {name: found[name] for name in required if name in found}
+    there = {name: found[name] for name in sorted(required) if name in found}
     oblong = {name: tuple(matrix.shape) for name, matrix in there.items() if name in KRONECKER and not square(matrix)}
     if oblong or len(there) < len(required):
         but = f"; Kronecker factors are square in their last two dimensions, not {oblong}" if oblong else ""
