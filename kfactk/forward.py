@@ -72,7 +72,8 @@ class Forward:
 
     def without(self, names: Set[str]) -> Forward:
         """The same forward, these layers not followed."""
-        return Forward(self.output, self.batch, [call for call in self.calls if call[0].layer.name not in names])
+        kept = [call for call in self.calls if call[0].layer.name not in names]
+        return self if len(kept) == len(self.calls) else Forward(self.output, self.batch, kept)
 
     @property
     def scale(self) -> float:

@@ -84,6 +84,8 @@ def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
     if packet is torch.ops.aten.convolution_backward:  # torch's own count leaves groups out of account
         gradient, inputs, weight, transposed, wanted = args[0], args[1], args[2], args[7], args[10]
         return int(2 * (inputs if transposed else gradient).numel() * math.prod(weight.shape[1:]) * sum(wanted[:2]))
+    if packet not in flop_registry:  # torch counts operations in place under the names of the others
+        packet = getattr(torch.ops.aten, packet.__name__.removesuffix("_"), packet)
     if packet not in flop_registry:
         return 0
     return int(flop_registry[packet](*args, **kwargs, out_val=out))

@@ -115,4 +115,4 @@ def test_a_gradient_that_changes_its_shape_is_refused() -> None:
     matrices = {"A": torch.eye(2, dtype=F64), "G": torch.eye(2, dtype=F64)}
     made = blocks.decompose(linear, matrices, 0.1, diagonals(matrices))
     with pytest.raises(PluginError, match=r"Flattening failed on layer 'mine' .*preconditioned gradient of shape \(4,\) for \(2, 2\)"):
-        blocks.precondition(linear, torch.ones(2, 2, dtype=F64), made, {}, 0.1)
+        blocks.preconditioned(linear, blocks.operator(linear, made, {}, 0.1), torch.ones(2, 2, dtype=F64))

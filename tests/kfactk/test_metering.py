@@ -47,8 +47,13 @@ def test_curvature_takes_the_operations_of_its_formulas(basis: str, solver: str)
     for work in job.workload.works:
         found = job.layers[work.layer]
         said = LayerCost.of(work, job.workload, positions=POSITIONS[work.layer], batch=8, solver=solver)
-        assert found.factors.products == said.factors.products
-        plain = 2 * 8 * 9 * 4 if (work.layer, basis) == ("conv", "ekfac") else 0  # a convolution's bias column is a plain sum
+        outputs, inputs = work.gradient[-2:]
+        row = 2 * 8 * POSITIONS[work.layer]  # FLOPs of one product of the rows of 8 examples with a number
+        if work.layer == "conv":  # of the products of patches some are the same, and are made once
+            assert row * outputs**2 < found.factors.products < said.factors.products
+        else:  # the bias' column of ones is no product, but a sum
+            assert found.factors.products == said.factors.products - (row * (2 * inputs - 1) if work.layer == "head" else 0)
+        plain = {"conv": row * outputs, "rows": 0, "head": row * inputs}[work.layer] if basis == "ekfac" else 0  # nor is it in the scale
         assert found.scale.products + found.scale.convolutions == said.scale.products - plain
         assert found.precondition.products == said.precondition.products
         assert found.transport.products == said.transport.products

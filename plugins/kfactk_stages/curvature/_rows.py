@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from kfactk import Samples, Statistic, project_channels
 from kfactk.samples import add_squares, product, total_of, working_dtype
+from kfactk_stages.curvature import _spectral
 from kfactk_stages.curvature._autocorrelation import gram_of, patch_moment, patch_sum
 from kfactk_stages.curvature._per_example import weight_gradients
 from kfactk_stages.curvature._plan import cheapest
@@ -134,9 +135,7 @@ class ConvRows:
 
     def moments(self, samples: JoinedSamples) -> Iterator[Tensor]:
         """`sum_n sum_t a a^T`, `[(groups,) d_in, d_in]`, in parts that add, the cheapest way."""
-        way = "slabs"
-        if samples.device.type in COMPLEX:
-            way = cheapest(self.window, tuple(self.inputs.shape[2:]), self.channels, self.examples * self.groups)
+        way = self._way(samples)
         if way == "slabs":
             within = min(samples.chunk_bytes, SLAB_BYTES) if samples.device.type == "cpu" else samples.chunk_bytes
             moment = slab_moment(self.inputs, self.window, self.groups, samples.dtype, within)
@@ -148,6 +147,13 @@ class ConvRows:
             else:
                 moment = gram_of(self.input_view(rows).reshape(self.groups, -1, self.columns).to(samples.dtype))
             yield self._bordered(moment, self.inputs[rows], bias=samples.bias)
+
+    def _way(self, samples: JoinedSamples) -> str:
+        """The cheapest way for the moment, among those that the device knows and that fit in `chunk_bytes`."""
+        sizes = tuple(self.inputs.shape[2:])
+        way = cheapest(self.window, sizes, self.channels, self.examples * self.groups)
+        needed = _spectral.workspace(self.window, sizes, self.channels, self.groups, samples.dtype) if way == "correlation" else 0
+        return way if needed <= samples.chunk_bytes and samples.device.type in COMPLEX else "slabs"
 
     def _bordered(self, moment: Tensor, inputs: Tensor, *, bias: bool) -> Tensor:
         if bias:

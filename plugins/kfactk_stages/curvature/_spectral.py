@@ -80,6 +80,13 @@ def work(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -
     return examples * products, offsets * products, 2.0 * examples * channels * frequencies
 
 
+def workspace(window: Window, sizes: tuple[int, ...], channels: int, groups: int, dtype: torch.dtype) -> int:
+    """Bytes that products and transforms take at least, at a time, for inputs of a dtype."""
+    padded = tuple(fast_length(size + reach) for size, reach in zip(sizes, window.reach, strict=True))
+    numbers = math.prod(_frequencies(padded)) * channels * groups
+    return 2 * dtype.itemsize * max(min(numbers * channels, WORKSPACE), LEAST * numbers)
+
+
 def fast_length(size: int) -> int:
     """The least length of at least `size` without prime factors above 5.
 
