@@ -47,7 +47,7 @@ def autocorrelation(inputs: Tensor, window: Window, groups: int) -> Tensor:
             some = _transformed(inputs[start : start + step], sizes, groups)
             torch.baddbmm(products, some, some.mH, out=products)
         found += (back @ products.view(count, -1)).real
-    else:
+    elif len(inputs):
         spectrum = _transformed(inputs, sizes, groups).view(count, groups, channels, -1)
         step = max(1, WORKSPACE // max(1, square))
         for start in range(0, count, step):

@@ -37,7 +37,7 @@ def cases(draw: st.DrawFn) -> tuple[Tensor, Window, int]:
     kernel = tuple(draw(st.lists(st.integers(1, 4 if dims == 1 else 3), min_size=dims, max_size=dims)))
     dilation = tuple(draw(st.lists(st.integers(1, 2), min_size=dims, max_size=dims)))
     sizes = draw(st.lists(st.integers(1, 7), min_size=dims, max_size=dims))
-    groups, channels, n = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    groups, channels, n = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(0, 3))
     seed = draw(st.integers(0, 2**16))
     inputs = torch.randn(n, groups * channels, *sizes, dtype=F64, generator=torch.Generator().manual_seed(seed))
     return inputs, Window(kernel, (1,) * dims, dilation, (0,) * (2 * dims), "constant"), groups
