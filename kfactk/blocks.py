@@ -206,7 +206,7 @@ def parts_factors(curvature: Curvature) -> TypeGuard[PartsFactors]:
 
 
 def _as_new(cls: type, name: str, than: str) -> bool:
-    """Whether a class, or the nearest of its bases that has either method, has `name`."""
+    """Whether a method is defined in the class that defines another one, or in one derived from that."""
     return any(name in vars(owner) for owner in cls.__mro__[: _depth(cls, than) + 1])
 
 

@@ -71,7 +71,7 @@ class Refresh:
         followed = any(need.follows for need in needs.values())
         averages = means(with_early(early, self._reduced(sums, "sums"))) if followed else {}
         averages = {key: value for key, value in averages.items() if unkeyed(key)[0] not in unseen}
-        with self._timed("factors", any(need.factors for need in needs.values())):
+        with self._timed("factors", any(need.factors or need.inputs for need in needs.values())):
             self._average(states, averages, "factor")
         due = [need.layer for name, need in needs.items() if need.basis and name not in unseen]
         previous: dict[str, Kept] = {layer.name: states[layer.name].keep() for layer in due}
