@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from kfactk.assignment import take_turns
+from kfactk.assignment import late_part, take_turns
 from kfactk.blocks import Blocks
 from kfactk.layerstate import LayerState
 from kfactk.places import Places
 from kfactk.plan import Need, Plan
-from kfactk.schedule import Calendar
+from kfactk.schedule import NOTHING, Calendar
 from kfactk.stages import Layer
 
 
@@ -25,27 +25,38 @@ class Agenda:
     def __init__(self, calendar: Calendar, blocks: Blocks, places: Places) -> None:
         self.calendar, self._blocks, self._places = calendar, blocks, places
         self._turns: dict[str, int] = {}
+        self._late: frozenset[str] = frozenset()
         self._parted: dict[tuple[str, tuple[str, ...]], frozenset[str]] = {}
 
     def plan(self, step: int, layers: Sequence[Layer], states: Mapping[str, LayerState]) -> Plan:
         """What the step of this number gathers, by the states as they are now."""
         sampled = self._blocks.basis.moments_from == "samples"
         self._places.extend(layers)
-        turns = self._turns_of(layers)
-        due = {turn: self.calendar.due(step, turn) for turn in {0, *turns.values()}}
+        self._divide(layers)
+        whose = self.calendar.turn(step) if self.calendar.stagger else 0
+        due = {(mine, part): self.calendar.due(step, (whose or 0) if mine else -1, part) for mine in (False, True) for part in (0, 1)}
+        soon = [self.calendar.soon(step, part) for part in (0, 1)]
         needs = {}
         for layer in layers:
+            part, state = self._part(layer), states[layer.name]
+            now = due[self._turns.get(layer.name, 0) == whose, part]
+            if now == NOTHING and state.settled:
+                continue
             needs[layer.name] = Need.of(
                 layer,
-                states[layer.name],
-                due[turns.get(layer.name, 0)],
+                state,
+                now,
                 sampled=sampled,
                 here=self._places.everywhere(layer.name),
                 spread=self.calendar.stagger,
+                soon=soon[part],
                 from_inputs=self._from_inputs(layer),
             )
-        refreshed = due[0].scale or any(need.basis for need in needs.values())
+        refreshed = due[False, 0].scale or any(need.basis for need in needs.values())
         return Plan(needs, self._blocks.basis.moments_from == "gradient" and refreshed)
+
+    def _part(self, layer: Layer) -> int:
+        return 1 if self._late and layer.name not in self._late else 0
 
     def _from_inputs(self, layer: Layer) -> frozenset[str]:
         """Names of the layer's factors that are summed up apart from the others, where things are spread over steps."""
@@ -56,12 +67,11 @@ class Agenda:
             self._parted[key] = self._blocks.from_inputs(layer)
         return self._parted[key]
 
-    def _turns_of(self, layers: Sequence[Layer]) -> dict[str, int]:
-        """In which turn each layer is decomposed: by cost, whatever the ranks, so that another number of them does the same."""
-        if self.calendar.turns == 1:
-            return {}
-        names = [layer.name for layer in layers]
-        if list(self._turns) != names:
-            placed = take_turns({each.name: self._blocks.work(each).cost for each in layers}, self.calendar.turns)
-            self._turns = {name: placed[name] for name in names}
-        return self._turns
+    def _divide(self, layers: Sequence[Layer]) -> None:
+        """Divide the layers among turns, and among passes: by cost, whatever the ranks, so that another number of them does the same."""
+        if not self.calendar.stagger or list(self._turns) == [layer.name for layer in layers]:
+            return
+        works = [self._blocks.work(layer) for layer in layers]
+        placed = take_turns({work.layer: work.cost for work in works}, self.calendar.turns)
+        self._turns = {work.layer: placed[work.layer] for work in works}
+        self._late = late_part(works) if self._blocks.basis.moments_from == "samples" else frozenset()

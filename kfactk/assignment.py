@@ -20,7 +20,7 @@ References:
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import TypeVar
 
 import attrs
@@ -210,6 +210,27 @@ def take_turns(costs: Mapping[Key, float], turns: int) -> dict[Key, int]:
     dearest = max(costs.values(), default=0.0)
     wanted = min(turns, 2 * math.ceil(sum(costs.values()) / dearest)) if dearest else 1
     return {piece: turn * turns // wanted for piece, turn in balance(costs, range(wanted)).items()}
+
+
+def late_part(works: Sequence[Work]) -> frozenset[str]:
+    """The layers that share a Fisher pass, where two passes share the load: those nearest the output.
+
+    Their pass is the shorter one, since it ends at the first of them; so they are as many as it takes to have three quarters of what it
+    takes to rotate the gradients of an example, but never all.
+
+    Args:
+        works: Of all layers, in the model's order.
+
+    Example:
+        >>> works = [Work(name, {}, (4, 4)) for name in "abcd"]
+        >>> sorted(late_part(works))
+        ['b', 'c', 'd']
+    """
+    costs = [math.prod(work.gradient) * sum(work.gradient[-2:]) for work in works]
+    late: list[int] = []
+    while len(late) < len(works) - 1 and 4 * sum(costs[place] for place in late) < 3 * sum(costs):
+        late.append(len(works) - 1 - len(late))
+    return frozenset(works[place].layer for place in late)
 
 
 def grid(workload: Workload, ranks: int, width: int, strategy: str, reason: str = "", *, everyone: bool = False) -> Assignment:

@@ -82,8 +82,8 @@ class Blocks:
             found = self.curvature.assemble(layer, factors)
         return check_matrices(self.curvature, _on(layer), found, self.basis.requires if names is None else names)
 
-    def joined(self, layer: Layer, tensors: Mapping[str, Tensor | None]) -> Tensor:
-        """Tensors shaped like a layer's parameters as its matrix, float32 at least; `None` counts as zeros."""
+    def joined(self, layer: Layer, tensors: Tensors) -> Tensor:
+        """Tensors shaped like a layer's parameters as its matrix, float32 at least; those that are missing count as zeros."""
         named = {}
         for name, parameter in layer.tensors().items():
             tensor = tensors.get(name)

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import attrs
 
-from kfactk.assignment import Assignment, Work, Workload, take_turns
+from kfactk.assignment import Assignment, Work, Workload, late_part, take_turns
 from kfactk.machines import Machine
 from kfactk.traffic import Frequency, Message, Sizes, bytes_a_step, is_square, messages
 
@@ -213,8 +213,8 @@ class Memory:
         return self.model + self.activations + self.curvature + self.passing
 
 
-EVENTS = ("Fisher pass", "factors", "sums"), ("Fisher pass", "scale", "decompositions", "moments"), ("decomposition", "decompositions")
-"""What comes together in a step where things are staggered."""
+EVENTS = ("factors", "sums"), ("Fisher pass", "scale", "sums", "decompositions", "moments"), ("decomposition", "decompositions")
+"""What comes together in a step where things are staggered; output factors, which are small, are counted with those of inputs."""
 
 
 @attrs.frozen
@@ -325,14 +325,16 @@ def _computing(job: Job, machine: Machine, precision: str, often: Frequency) -> 
         return Part(share * seconds, seconds if share else 0.0)
 
     factors = sum((layer.factors for layer in job.layers.values()), NOTHING)
-    scale = sum((layer.scale for layer in job.layers.values()), NOTHING)
+    late = late_part(job.workload.works) if job.turns > 1 else frozenset()
+    halves = [sum((each.scale for name, each in job.layers.items() if (name in late) == side), NOTHING) for side in (False, True)]
+    scales = [part(scale.times(max(1, job.passes)), often.scale) for scale in halves]
     touched = job.workload.itemsize * job.parameters * (4 + 2 * job.state)
     update = Amount(bytes=touched, launches=4.0 * len(job.layers) if job.parameters else 0.0)
     return {
         "forward and backward": part(job.step, 1.0, precision),
         "Fisher pass": part(job.fisher.times(job.passes), often.passes, precision),
         "factors": part(factors.times(max(1, job.passes)), often.factors),
-        "scale": part(scale.times(max(1, job.passes)), often.scale),
+        "scale": Part(sum(scale.mean for scale in scales), max(scale.worst for scale in scales)),
         "update": part(update, 1.0),
     }
 

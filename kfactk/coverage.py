@@ -93,14 +93,22 @@ class Covered(Layer):
 
     Args:
         originals: Knows them.
+        held: The parameters themselves, where they were looked up once and for all.
     """
 
     originals: Originals
+    held: dict[str, nn.Parameter] | None = None
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """The parameters themselves, by name."""
+        if self.held is not None:
+            return self.held
         at, module = self.originals.at, self.module
         return {name: parameter for name in self.parameters if (parameter := at(module, name)) is not None}
+
+    def hold(self) -> Covered:
+        """The same layer, for a time in which no parameter is replaced: they are looked up now."""
+        return attrs.evolve(self, held=self.tensors())
 
 
 class Survey:
@@ -150,9 +158,9 @@ class Survey:
             for key in own:
                 self._why_not[_join(name, key)] = reason or ""
 
-    def layers(self, trained: Callable[[nn.Parameter], bool]) -> list[Layer]:
+    def layers(self, trained: Callable[[nn.Parameter], bool]) -> list[Covered]:
         """The layers whose weight is trained now, in the model's order."""
-        found: list[Layer] = []
+        found: list[Covered] = []
         for name, module in self._candidates:
             names = tuple(
                 key

@@ -96,6 +96,11 @@ class LayerState:
         self.settle()
         return len(self.retained), len(self.borrowed), self.seen
 
+    @property
+    def settled(self) -> bool:
+        """Whether it has a decomposition, or what stands for one, and owes nothing."""
+        return self.ready and self.owed == NOTHING
+
     def back_to(self, mark: tuple[int, int, int]) -> None:
         """Forget what was gathered since `mark`."""
         self.staged.clear()

@@ -222,7 +222,7 @@ def damping_floor(mean: Tensor) -> Tensor:
 
 def inner_products(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     """`<x, y>` pair by pair, `[len]`, on the first one's device."""
-    return torch.stack([(x * y).sum().to(xs[0].device) for x, y in zip(xs, ys, strict=True)])
+    return torch.stack([torch.dot(x.reshape(-1), y.reshape(-1)).to(xs[0].device) for x, y in zip(xs, ys, strict=True)])
 
 
 def as_gradient(tensor: Tensor, parameter: Tensor) -> Tensor:

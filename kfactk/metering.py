@@ -101,7 +101,7 @@ def workload_of(model: nn.Module, recipe: Recipe) -> Workload:
     return _workload(_layers(model, recipe), recipe)
 
 
-def _layers(model: nn.Module, recipe: Recipe) -> list[Layer]:
+def _layers(model: nn.Module, recipe: Recipe) -> Sequence[Layer]:
     found = Survey(model, recipe.curvature, recipe.exclude).layers(lambda parameter: True)
     if not found:
         raise CombinationError(

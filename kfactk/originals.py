@@ -41,7 +41,7 @@ class Originals:
     def look(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """Look at all places again, and tell what was replaced for good by another form of the same: old and new."""
         replaced = []
-        modules = list(self._model.modules())
+        modules = _modules(self._model)
         self._divided = _divided(modules)
         for module in modules:
             for name, here in module._parameters.items():
@@ -95,6 +95,18 @@ class Originals:
         sharded = is_sharded(new)
         made_real = old.is_meta and not new.is_meta and (sharded or not self._divided)
         return _alike(new, old) and (made_real or (sharded and not is_sharded(old)))
+
+
+def _modules(model: nn.Module) -> list[nn.Module]:
+    """What `model.modules()` gives, in another order and in a fraction of the time: it is asked for at every step."""
+    found: dict[nn.Module, None] = {}
+    stack = [model]
+    while stack:
+        module = stack.pop()
+        if module not in found:
+            found[module] = None
+            stack.extend(child for child in module._modules.values() if child is not None)
+    return list(found)
 
 
 def _divided(modules: Sequence[nn.Module]) -> bool:

@@ -121,7 +121,8 @@ class Places:
 
     def everywhere(self, layer: str) -> bool:
         """Whether every rank does."""
-        return len(self.holders(layer)) == self._ranks.size
+        size = self._ranks.size
+        return size == 1 or len(self.share(layer).holders) == size
 
     def divided(self, layer: str) -> bool:
         """Whether decompositions of a layer have to travel, or can fail on one rank alone."""

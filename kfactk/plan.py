@@ -64,6 +64,7 @@ class Need:
         sampled: bool,
         here: bool = True,
         spread: bool = False,
+        soon: bool = False,
         from_inputs: frozenset[str] = frozenset(),
     ) -> Need:
         """The need of a layer whose state is `state` when `now` is due by the schedule.
@@ -79,16 +80,17 @@ class Need:
             here: Whether every rank holds its decomposition.
             spread: Whether what is due is spread over steps. The first scale then waits for the next forward, when it can be measured
                 as the gradients arrive: else the samples of all layers would be kept at the same time.
+            soon: Whether the schedule brings the scale so soon that the first one can wait for that.
             from_inputs: Names of the factors that come apart from the others.
         """
         new, owed = not state.ready, state.owed
         basis = new or now.basis or owed.basis
         factors = new or now.factors or owed.factors
         inputs = new or now.inputs or owed.inputs if from_inputs else factors
-        puts_off = new and spread and sampled
-        scale = sampled and not puts_off and (new or now.scale or owed.scale)
+        waits = new and spread and sampled
+        scale = sampled and not waits and (new or now.scale or owed.scale)
         scheduled = now.factors or (bool(from_inputs) and now.inputs) or (sampled and now.scale) or (new and not state.missed)
-        return cls(layer, factors, inputs, scale, basis, scale and (basis or not here), not scheduled, from_inputs, puts_off)
+        return cls(layer, factors, inputs, scale, basis, scale and (basis or not here), not scheduled, from_inputs, waits and not soon)
 
     @property
     def due(self) -> bool:

@@ -14,7 +14,7 @@ from kfactk.agenda import Agenda
 from kfactk.assignment import Work, Workload
 from kfactk.averages import RunningMean
 from kfactk.blocks import Blocks, diagonals
-from kfactk.coverage import Survey
+from kfactk.coverage import Covered, Survey
 from kfactk.delivery import deliver
 from kfactk.early import Early
 from kfactk.errors import CaptureError, KfactkWarning
@@ -78,23 +78,26 @@ class Preconditioner:
         self._plan: Plan | None = None
         self._unseen: list[str] = []
         self._warned: set[str] = set()
-        self._within: list[Layer] | None = None
+        self._within: tuple[list[Covered], list[Covered]] | None = None
+        self._foreseen: tuple[object, Plan] | None = None
         self._flat: dict[str, dict[str, Tensor]] = {}
         self._operators: dict[str, tuple[float, Operator]] = {}
 
     @contextlib.contextmanager
     def within_step(self) -> Iterator[None]:
-        """Around a step, in which the covered layers stay the same: they are looked at once."""
-        self._within = self.layers()
+        """Around a step, in which the covered layers and their parameters stay the same: they are looked at once."""
+        layers = self._look()
+        self._within = layers, [layer.hold() for layer in layers]
         try:
             yield
         finally:
             self._within = None
 
-    def layers(self) -> list[Layer]:
+    def layers(self) -> Sequence[Layer]:
         """The layers covered now. State whose parameters have changed (a bias frozen, say) is dropped."""
-        if self._within is not None:
-            return self._within
+        return self._look() if self._within is None else self._within[1]
+
+    def _look(self) -> list[Covered]:
         layers = self.survey.layers(self._trained)
         for layer in layers:
             state = self.states.get(layer.name)
@@ -122,8 +125,12 @@ class Preconditioner:
         return self._plan
 
     def foresee(self, step: int) -> Plan:
-        """What a step of this number would gather that began now."""
-        return self._agenda.plan(step, self.layers(), self.states)
+        """What a step of this number would gather that began now; worked out once for layers and states that stay as they are."""
+        layers = self._look() if self._within is None else self._within[0]
+        seen = step, [(layer.name, layer.parameters) for layer in layers]
+        if self._foreseen is None or self._foreseen[0] != seen:
+            self._foreseen = seen, self._agenda.plan(step, layers, self.states)
+        return self._foreseen[1]
 
     def take(self, layer: Layer, uses: Sequence[Use], terms: Tensor | float, first: bool) -> None:
         """Sum up the uses of one layer in one pass; nothing of them is kept unless the basis is refreshed in this step."""
@@ -324,7 +331,7 @@ class Preconditioner:
             state.clear_pending()
         self._terms.clear()
         self._arrived = {}
-        self._plan = None
+        self._plan = self._foreseen = None
 
     def allocate(self, layers: Iterable[Layer], damping: Damping) -> None:
         """Create the tensors of layers that have none, without data, so that a checkpoint can be loaded into them."""
@@ -364,7 +371,7 @@ class Preconditioner:
         self._flat.clear()
         self._operators.clear()
         self._terms.clear()
-        self._plan = None
+        self._plan = self._foreseen = None
 
     def _workload(self, works: tuple[Work, ...]) -> Workload:
         sampled, device = self.basis.moments_from == "samples", self._device()

@@ -56,9 +56,10 @@ class Calendar:
     """What is due when, and whose turn it is where decompositions take turns.
 
     Staggered, steps share the load: what needs the gradients of a Fisher pass, output factors and scale, comes together, so that one pass
-    serves both; input factors, which need none, come halfway in between; and layers are decomposed in turns, on steps where neither is
-    due. A layer still waits `basis_every` steps from one refresh to the next; its moments are carried into the new basis, until they are
-    measured there. A layer's first decomposition waits for nothing, so that at the first step everything is due.
+    serves both; layers in two parts have a pass each, a third of a period apart; input factors, which need none, come after two thirds of
+    it; and layers are decomposed in turns, on steps where nothing else is due. A layer still waits `basis_every` steps from one refresh to
+    the next; its moments are carried into the new basis, until they are measured there. A layer's first decomposition waits for nothing,
+    so that at the first step everything is due.
 
     Args:
         factor_every: Steps between refreshes of the factors, as `due_at` takes it; so are the next two.
@@ -71,8 +72,10 @@ class Calendar:
 
     Example:
         >>> calendar = Calendar(10, 10, 100, stagger=True)
-        >>> calendar.turns, calendar.turn(101), calendar.turn(105)
-        (80, 0, None)
+        >>> calendar.turns, calendar.turn(101), calendar.turn(106)
+        (70, 0, None)
+        >>> [step for step in range(25) if calendar.due(step, part=1).scale]
+        [3, 13, 23]
         >>> calendar.due(101, turn=0), calendar.due(101, turn=1).basis
         (Due(factors=False, scale=False, basis=True, inputs=False), False)
     """
@@ -81,6 +84,7 @@ class Calendar:
     scale_every: Period
     basis_every: Period
     stagger: bool = False
+    _third: int = attrs.field(init=False, repr=False, eq=False)
     _quiet: tuple[int, ...] = attrs.field(init=False, repr=False, eq=False)
 
     def __attrs_post_init__(self) -> None:
@@ -89,21 +93,26 @@ class Calendar:
                 "stagger=True needs factor_every, scale_every and basis_every as whole numbers: turns are laid out over one period. "
                 "Give numbers, or leave stagger out."
             )
+        object.__setattr__(self, "_third", min(self.periods(0)[:2]) // 3 if self.stagger else 0)
         object.__setattr__(self, "_quiet", self._quiet_steps() if self.stagger else (0,))
 
     def _quiet_steps(self) -> tuple[int, ...]:
         """Steps of a period on which turns fall: those on which nothing else is due in any period, or all where there are none."""
         factors, scale, basis = self.periods(0)
         every = math.gcd(factors, basis), math.gcd(scale, basis)  # over many periods, a step is at every multiple of these
-        quiet = tuple(s for s in range(basis) if s % every[0] and s % every[1] and (s - factors // 2) % every[0])
-        return quiet or tuple(range(basis))
+        busy = [(each, part * self._third) for each in every for part in (0, 1)] + [(every[0], _inputs_at(factors))]
+        return tuple(s for s in range(basis) if all((s - at) % each for each, at in busy)) or tuple(range(basis))
 
-    def due(self, step: int, turn: int = 0) -> Due:
-        """What is due at `step` for a layer of this turn that has been decomposed before."""
+    def due(self, step: int, turn: int = 0, part: int = 0) -> Due:
+        """What is due at `step` for a layer of this turn and this part, 0 or 1, that has been decomposed before."""
         if not self.stagger:
             return due_at(step, self.factor_every, self.scale_every, self.basis_every)
-        factors, scale, _ = self.periods(step)
-        return Due(step % factors == 0, step % scale == 0, self.turn(step) == turn, step % factors == factors // 2)
+        (factors, scale, _), at = self.periods(step), step - part * self._third
+        return Due(at % factors == 0, at % scale == 0, self.turn(step) == turn, step % factors == _inputs_at(factors))
+
+    def soon(self, step: int, part: int) -> bool:
+        """Whether this part's scale is due within a third of a period after `step`, where things are staggered."""
+        return self.stagger and 0 < (part * self._third - step) % self.periods(step)[1] <= self._third
 
     def periods(self, step: int) -> tuple[int, int, int]:
         """The periods of factors, scale and basis, as they are at `step`."""
@@ -120,6 +129,11 @@ class Calendar:
         """Whose turn it is at `step`; `None` when it is nobody's."""
         rest = step % self.periods(step)[2]
         return self._quiet.index(rest) if rest in self._quiet else None
+
+
+def _inputs_at(factor_every: int) -> int:
+    """At which step of each period staggered input factors are due."""
+    return 2 * factor_every // 3
 
 
 def early(step: int) -> int:

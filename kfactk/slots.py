@@ -4,53 +4,60 @@ and the update rule see. Shards are made whole on the way in, each rank taking i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from kfactk.blocks import Blocks
+from kfactk.samples import working_dtype
 from kfactk.shards import shard_of, whole
 from kfactk.stages import Layer, Pair, Tensors
 
+Plain = Mapping[str, Mapping[str, Tensor]]
+"""By layer name, the gradients of its parameters by their names; those that have one."""
 
-def gradients_of(layers: Sequence[Layer], blocks: Blocks, decay: Callable[[nn.Parameter], float] | None = None) -> dict[str, Tensor]:
-    """The gradient of each layer as its matrix. A collective call where parameters are sharded.
+
+def gradients_of(
+    layers: Sequence[Layer], blocks: Blocks, decay: Callable[[nn.Parameter], float] | None = None
+) -> tuple[Plain, dict[str, Tensor]]:
+    """The gradients of the layers' parameters, whole and in the working precision, and each layer's as its matrix. A collective call
+    where parameters are sharded.
 
     Args:
         layers: The layers.
         blocks: Joins tensors shaped like a layer's parameters to its matrix.
         decay: How much of each parameter is added to its gradient, if any.
     """
-    found = {}
+    found: dict[str, dict[str, Tensor]] = {}
     for layer in layers:
-        tensors: dict[str, Tensor | None] = {}
+        found[layer.name] = {}
         for name, parameter in layer.tensors().items():
             gradient, share = parameter.grad, 0.0 if decay is None else decay(parameter)
-            tensors[name] = None if gradient is None else whole(gradient.add(parameter, alpha=share) if share else gradient)
-        found[layer.name] = blocks.joined(layer, tensors)
-    return found
+            if gradient is not None:
+                full = whole(gradient.add(parameter, alpha=share) if share else gradient).detach()
+                found[layer.name][name] = full.to(working_dtype(full.dtype))
+    return found, {layer.name: blocks.joined(layer, found[layer.name]) for layer in layers}
 
 
 def slots(
-    layers: Sequence[Layer], gradients: Tensors, preconditioned: Tensors, blocks: Blocks, lr: Callable[[nn.Parameter], float]
+    layers: Sequence[Layer], plain: Plain, preconditioned: Tensors, blocks: Blocks, lr: Callable[[nn.Parameter], float]
 ) -> tuple[list[nn.Parameter], list[Pair]]:
     """The parameters that get a preconditioned gradient, and for each the full pair.
 
     Args:
         layers: The layers.
-        gradients: By layer name, `[..., d_out, d_in]`.
-        preconditioned: The same, preconditioned; layers may be missing.
+        plain: Their gradients.
+        preconditioned: By layer name, `[..., d_out, d_in]`; layers may be missing.
         blocks: Takes matrices apart.
         lr: Learning rate of a parameter.
     """
     parameters, pairs = [], []
     for layer in layers:
         if layer.name in preconditioned:
-            plain, made = blocks.parted(layer, gradients[layer.name]), blocks.parted(layer, preconditioned[layer.name])
-            for name, parameter in layer.tensors().items():
-                if parameter.grad is not None:
-                    parameters.append(parameter)
-                    pairs.append(Pair(plain[name], made[name], lr(parameter)))
+            made, tensors = blocks.parted(layer, preconditioned[layer.name]), layer.tensors()
+            for name, gradient in plain[layer.name].items():
+                parameters.append(tensors[name])
+                pairs.append(Pair(gradient, made[name], lr(tensors[name])))
     return parameters, pairs
 
 

@@ -8,7 +8,7 @@ import attrs
 import pytest
 from hypothesis import given, strategies as st
 
-from kfactk.assignment import Assignment, Share, Work, Workload, balance, grid
+from kfactk.assignment import Assignment, Share, Work, Workload, balance, grid, late_part
 from kfactk.errors import PluginError
 from tests.kfactk.workloads import workloads
 
@@ -153,3 +153,14 @@ def test_common_statistics_are_not_divided() -> None:
     with pytest.raises(PluginError, match="divided the matrices of layer 'fc2', which are made of common statistics"):
         Assignment("mine", {"fc2": Share({"A": (0,), "G": (1,)}, (0, 1))}).check(workload, 2)
     Assignment("mine", {"fc2": Share({"A": (1,), "G": (1,)}, (0, 1))}).check(workload, 2)
+
+
+@given(shapes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=8))
+def test_the_late_part_is_the_least_end_of_the_model_with_three_quarters_of_the_work(shapes: list[tuple[int, int]]) -> None:
+    works = [Work(str(place), {}, shape) for place, shape in enumerate(shapes)]
+    costs = [o * i * (o + i) for o, i in shapes]
+    late = sorted(map(int, late_part(works)))
+    assert late == list(range(len(shapes) - len(late), len(shapes))), "the end of the model"
+    assert len(late) < len(shapes), "never all"
+    if 0 < len(late) < len(shapes) - 1:
+        assert 4 * sum(costs[place] for place in late) >= 3 * sum(costs) > 4 * sum(costs[place] for place in late[1:])

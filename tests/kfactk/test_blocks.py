@@ -99,7 +99,7 @@ def test_parts_and_diagonals() -> None:
 
 def test_missing_tensors_count_as_zeros() -> None:
     linear = layer(nn.Linear(2, 2))
-    joined = Blocks(ConvKfac(), KfacInverse()).joined(linear, {"weight": torch.ones(2, 2, dtype=torch.bfloat16), "bias": None})
+    joined = Blocks(ConvKfac(), KfacInverse()).joined(linear, {"weight": torch.ones(2, 2, dtype=torch.bfloat16)})
     assert torch.equal(joined, torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]], dtype=F64))
 
 

@@ -39,7 +39,7 @@ def rows(model: nn.Sequential, x: Tensor) -> dict[str, Tensor]:
     return {name: torch.cat([each, torch.ones(len(each), 1, dtype=F64)], 1) for name, each in seen.items()}
 
 
-def test_input_factors_come_halfway_without_a_fisher_pass(passes: list[int]) -> None:
+def test_input_factors_come_between_passes_and_without_one(passes: list[int]) -> None:
     torch.manual_seed(0)
     model = net()
     optimizer = bound(model, **STAGGERED, fisher="mc")
@@ -49,8 +49,8 @@ def test_input_factors_come_halfway_without_a_fisher_pass(passes: list[int]) -> 
         moments = {name: a.T @ a / len(a) for name, a in rows(model, x).items()}
         passes.clear()
         train(optimizer, model, (x, y))
-        wanted = step in (0, 1, 4)  # the first scale comes with the second forward
-        assert len(passes) == wanted, f"a Fisher pass at step {step}, where gradients are wanted at steps 0, 1 and 4"
+        wanted = step in (0, 1, 4, 5)  # all at 0; the later layer's first scale at 1, and the earlier layer's part at 1 and 5
+        assert passes == ([1] if wanted else []), f"Fisher passes to {passes} at step {step}"
         if step == 0:
             expected = moments
         elif step in (2, 6):
@@ -58,8 +58,10 @@ def test_input_factors_come_halfway_without_a_fisher_pass(passes: list[int]) -> 
             expected = {name: expected[name] + (moments[name] - expected[name]) / weight for name in expected}
         for name, view in optimizer.layers.items():
             torch.testing.assert_close(view.factors["A"], expected[name])
-            if step not in (0, 4):
+            if step not in {"0": (0, 1, 5), "2": (0, 4)}[name]:
                 assert torch.equal(view.factors["G"], outputs[name]), f"G changed at step {step}"
+            elif step:
+                assert not torch.equal(view.factors["G"], outputs[name]), f"G stayed at step {step}"
             outputs[name] = view.factors["G"].clone()
 
 
@@ -167,7 +169,7 @@ def test_a_curvature_that_does_not_part_its_factors_takes_all_with_the_gradients
         after = [view.factors["A"] for view in optimizer.layers.values()]
         changed = any(old is None or not torch.equal(old, new) for old, new in zip(before, after, strict=True))
         seen.append((len(passes), changed))
-    assert seen == [(1, True), (1, False), (0, False), (0, False), (1, True), (0, False)]
+    assert seen == [(1, True), (1, True), (0, False), (0, False), (1, True), (1, True)]
 
 
 def test_a_listening_fisher_takes_inputs_with_the_users_backward() -> None:
@@ -184,4 +186,41 @@ def test_a_listening_fisher_takes_inputs_with_the_users_backward() -> None:
 
 
 def test_the_recipe_is_the_same_with_kfactk_build() -> None:
-    assert kfactk.build(stagger=True).calendar.due(5).inputs
+    assert kfactk.build(stagger=True).calendar.due(6).inputs
+
+
+class Watched(torch.autograd.Function):
+    """The identity, which notes when a backward passes it."""
+
+    passed = 0
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        Watched.passed += 1
+        return gradient
+
+
+class Gate(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        found: Tensor = Watched.apply(x)
+        return found
+
+
+def test_the_pass_of_the_later_layers_goes_no_deeper() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 5), Gate(), nn.Linear(5, 6), Gate(), nn.Linear(6, 3)).double()
+    optimizer = bound(model, **STAGGERED, fisher="mc")
+    depths = []
+    for _ in range(10):
+        x, y = batch()
+        optimizer.zero_grad()
+        Watched.passed = 0
+        loss = F.cross_entropy(model(x), y)  # our own pass runs right after the forward
+        depths.append(Watched.passed)
+        loss.backward()
+        optimizer.step()
+    assert depths == [2, 2, 0, 0, 1, 2, 0, 0, 1, 2]

@@ -97,9 +97,9 @@ def test_cost_is_proportional_to_the_batch() -> None:
 
 
 def test_periods_and_kinds_come_from_the_recipe() -> None:
-    job = counted(factor_every=3, scale_every=5, basis_every=30, stagger=True)
+    job = counted(factor_every=6, scale_every=8, basis_every=24, stagger=True)
     workload = job.workload
-    assert (workload.factor_every, workload.scale_every, workload.basis_every, job.turns) == (3, 5, 30, 8)
+    assert (workload.factor_every, workload.scale_every, workload.basis_every, job.turns) == (6, 8, 24, 12)
     assert (workload.sampled, workload.itemsize, workload.device) == (True, 4, "meta")
     assert not counted(basis="kfac").workload.sampled
     running = counted(basis={"name": "ekfac", "scale": "running"})

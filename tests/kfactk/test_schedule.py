@@ -266,11 +266,15 @@ def test_a_group_keeps_its_own_damping_while_the_recipes_follows_its_function() 
 
 def test_what_is_staggered_falls_on_steps_of_its_own() -> None:
     calendar = Calendar(4, 4, 12, stagger=True)
-    assert [step for step in range(13) if calendar.due(step).factors] == [0, 4, 8, 12]
-    assert [step for step in range(13) if calendar.due(step).scale] == [0, 4, 8, 12]
+    for kind in ("factors", "scale"):
+        assert [[step for step in range(13) if getattr(calendar.due(step, part=part), kind)] for part in (0, 1)] == [
+            [0, 4, 8, 12],
+            [1, 5, 9],
+        ]
     assert [step for step in range(13) if calendar.due(step).inputs] == [2, 6, 10]
-    assert [calendar.turn(step) for step in range(13)] == [None, 0, None, 1, None, 2, None, 3, None, 4, None, 5, None]
-    assert [step for step in range(30) if calendar.due(step, turn=1).basis] == [3, 15, 27]
+    assert [step for step in range(13) if calendar.due(step, part=1).inputs] == [2, 6, 10]
+    assert [calendar.turn(step) for step in range(13)] == [None, None, None, 0, None, None, None, 1, None, None, None, 2, None]
+    assert [step for step in range(35) if calendar.due(step, turn=1).basis] == [7, 19, 31]
     together = Calendar(4, 4, 12)
     assert together.turns == 1
     assert [step for step in range(25) if together.due(step).basis] == [0, 12, 24]
@@ -287,11 +291,20 @@ def test_without_a_quiet_step_turns_fall_on_all() -> None:
     assert [calendar.turn(step) for step in range(7)] == [0, 1, 2, 3, 4, 5, 0]
 
 
-@given(factors=st.integers(3, 8), times=st.integers(1, 5), step=st.integers(0, 300))
+@given(factors=st.integers(4, 9), times=st.integers(1, 5), step=st.integers(0, 300))
 def test_at_most_one_thing_is_due_in_a_step(factors: int, times: int, step: int) -> None:
     calendar = Calendar(factors, factors, factors * times, stagger=True)
-    due = calendar.due(step)
-    assert (due.factors or due.scale) + due.inputs + (calendar.turn(step) is not None) <= 1
+    due, other = calendar.due(step), calendar.due(step, part=1)
+    passes = [each.factors or each.scale for each in (due, other)]
+    assert sum(passes) + due.inputs + (calendar.turn(step) is not None) <= 1
+    assert due.inputs == other.inputs, "input factors of all layers come together"
+
+
+@given(scale=st.integers(1, 30), factors=st.integers(1, 30), step=st.integers(0, 300), part=st.integers(0, 1))
+def test_a_first_scale_waits_for_the_schedule_a_third_of_a_period_at_most(scale: int, factors: int, step: int, part: int) -> None:
+    calendar = Calendar(factors, scale, 1, stagger=True)
+    comes = [later for later in range(1, min(factors, scale) // 3 + 1) if calendar.due(step + later, part=part).scale]
+    assert calendar.soon(step, part) == bool(comes)
 
 
 @given(factors=st.integers(1, 6), scale=st.integers(1, 6), basis=st.integers(1, 40), step=st.integers(0, 200))
@@ -313,7 +326,7 @@ def test_layers_are_decomposed_in_their_turn_and_take_their_scale_along() -> Non
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5), nn.Tanh(), nn.Linear(5, 3)).double()
     optimizer = kfactk.build(lr=0.01, damping=0.1, factor_every=4, scale_every=4, basis_every=12, stagger=True).bind(model)
-    assert kfactk.build(stagger=True).calendar.turns == 80
+    assert kfactk.build(stagger=True).calendar.turns == 70
     bases: dict[str, list[int]] = {name: [] for name in optimizer.layers}
     scales: dict[str, list[int]] = {name: [] for name in optimizer.layers}
     before: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
@@ -325,7 +338,7 @@ def test_layers_are_decomposed_in_their_turn_and_take_their_scale_along() -> Non
         for name, view in optimizer.layers.items():
             right, left = (view.decomposition[key]["eigenvectors"] for key in ("A", "G"))
             scale = view.scale.get("scale")
-            assert (scale is None) == (step == 0), "the first scale comes with the second forward"
+            assert (scale is None) == (step == 0), "the first scale comes with the second forward, for both parts"
             if name not in before or not torch.equal(right, before[name][0]):
                 bases[name].append(step)
                 rotated = right.T @ view.factors["A"] @ right
@@ -340,6 +353,5 @@ def test_layers_are_decomposed_in_their_turn_and_take_their_scale_along() -> Non
             elif before[name][2] is None or not torch.equal(scale, before[name][2]):
                 scales[name].append(step)
             before[name] = right, left, scale
-    assert bases == {"0": [0, 3, 15], "2": [0, 13, 25], "4": [0, 5, 17]}, "the turn at step 1 finds the factors of step 0 again"
-    regular = [4, 8, 12, 16, 20, 24]
-    assert scales == {name: [1, *regular] for name in bases}
+    assert bases == {"0": [0, 7, 19], "2": [0, 3, 15], "4": [0, 11, 23]}
+    assert scales == {"0": [1, 5, 9, 13, 17, 21, 25], "2": [1, 4, 8, 12, 16, 20, 24], "4": [1, 4, 8, 12, 16, 20, 24]}
