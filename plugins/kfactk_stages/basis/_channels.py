@@ -6,11 +6,12 @@ taps are not rotated. What is said of the input side follows from shapes: d_in i
 
 from __future__ import annotations
 
+import attrs
 import torch
 from torch import Tensor
 
 from kfactk import linalg
-from kfactk.samples import channel_columns, project_channels
+from kfactk.samples import channel_columns
 
 
 def spread(channels: Tensor, taps: Tensor | None, d_in: int) -> Tensor:
@@ -54,32 +55,59 @@ def pool_channels(scale: Tensor, null: Tensor, null_taps: Tensor | None) -> Tens
     return pooled if columns == scale.shape[-1] else torch.cat([pooled, scale[..., columns:]], -1)
 
 
-def scaled(matrix: Tensor, left: Tensor, right: Tensor, taps: Tensor | None, weights: Tensor) -> Tensor:
-    """`U [(U^T V) * w]` for the basis U, V as a matrix.
+@attrs.frozen(eq=False)
+class ChannelDiagonal:
+    """`V -> U [(U^T V) * w]` for a basis U that is a product on the input side.
+
+    What is turned lies tap by tap, `[..., taps, d_out, channels]`, so that each rotation is one product of whole matrices.
 
     Args:
-        matrix: `[..., d_out, d_in]`.
         left: U_G, `[..., d_out, d_out]`.
         right: U_C, `[..., channels, channels]`.
         taps: U_K, `[..., taps, taps]`; `None` for the identity.
-        weights: `[..., d_out, d_in]`.
+        weights: w, tap by tap.
+        bias: The weights of the bias, `[..., d_out, 1]`; `None` where there is none.
     """
-    if taps is not None:
-        turned = scaled(project_channels(matrix, None, None, taps), left, right, None, weights)
-        return project_channels(turned, None, None, taps.transpose(-1, -2))
-    left, right = left.to(matrix.dtype), right.to(matrix.dtype)
-    channels, turn = right.shape[-1], left.transpose(-1, -2)
-    columns = channel_columns(matrix.shape[-1], channels)
-    by_tap = _by_channel(matrix, channels, columns).transpose(-1, -2)
-    rows, flat = (*right.shape[:-2], -1, channels), (*matrix.shape[:-1], columns)  # all that one rotation turns, as one product
-    inside = (turn @ (by_tap.reshape(rows) @ right).view(flat)).view(by_tap.shape)
-    inside = (inside * _by_channel(weights, channels, columns).transpose(-1, -2)).view(flat)
-    outside = ((left @ inside).view(rows) @ right.transpose(-1, -2)).view(by_tap.shape)
-    found = torch.empty_like(matrix, memory_format=torch.contiguous_format)
-    _by_channel(found, channels, columns).copy_(outside.transpose(-1, -2))
-    if columns < matrix.shape[-1]:
-        found[..., columns:] = left @ ((turn @ matrix[..., columns:]) * weights[..., columns:])
-    return found
+
+    left: Tensor
+    right: Tensor
+    taps: Tensor | None
+    weights: Tensor
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, left: Tensor, right: Tensor, taps: Tensor | None, weights: Tensor) -> ChannelDiagonal:
+        """The operator, its weights given as `[..., d_out, d_in]`."""
+        d_in, channels = weights.shape[-1], right.shape[-1]
+        columns = channel_columns(d_in, channels, None if taps is None else taps.shape[-1])
+        return cls(left, right, taps, _tap_major(weights, channels, columns), weights[..., columns:] if columns < d_in else None)
+
+    def __call__(self, vector: Tensor) -> Tensor:
+        """Apply it to `[..., d_out, d_in]`."""
+        left, right = self.left.to(vector.dtype), self.right.to(vector.dtype)
+        taps = None if self.taps is None else self.taps.to(vector.dtype)
+        turn, channels, columns = left.transpose(-1, -2), right.shape[-1], self.weights.shape[-3] * right.shape[-1]
+        by_tap = _tap_major(vector, channels, columns)
+        inside = self._turned(by_tap, turn, right, None if taps is None else taps.transpose(-1, -2)).mul_(self.weights)
+        outside = self._turned(inside, left, right.transpose(-1, -2), taps)
+        found = torch.empty_like(vector, memory_format=torch.contiguous_format)
+        _by_channel(found, channels, columns).copy_(outside.movedim(-3, -1))
+        if self.bias is not None:
+            found[..., columns:] = left @ ((turn @ vector[..., columns:]) * self.bias)
+        return found
+
+    @staticmethod
+    def _turned(by_tap: Tensor, left: Tensor, right: Tensor, taps: Tensor | None) -> Tensor:
+        """`left M right` of each tap's matrix, of mixtures `taps` of them."""
+        if taps is not None:
+            by_tap = (taps @ by_tap.flatten(-2)).view(by_tap.shape)
+        by_tap = (by_tap.flatten(-3, -2) @ right).view(by_tap.shape)
+        return left.unsqueeze(-3) @ by_tap
+
+
+def _tap_major(matrix: Tensor, channels: int, columns: int) -> Tensor:
+    """Columns without the bias, `[..., taps, d_out, channels]`."""
+    return _by_channel(matrix, channels, columns).movedim(-1, -3).contiguous()
 
 
 def _by_channel(matrix: Tensor, channels: int, columns: int) -> Tensor:

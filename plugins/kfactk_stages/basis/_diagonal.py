@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from kfactk import project
-from kfactk_stages.basis._channels import scaled
+from kfactk.stages import Operator
+from kfactk_stages.basis._channels import ChannelDiagonal
 
 WORTH = 4_000_000
 """Multiplications from which on a product of rounded operands is the faster one, their rounding included."""
@@ -29,29 +30,16 @@ class Diagonal:
 
     Args:
         left: U_G, `[..., d_out, d_out]`.
-        right: U_A, `[..., d_in, d_in]`, or U_C, `[..., channels, channels]`; in the precision its operands are rounded to.
-        taps: U_K, `[..., taps, taps]`, beside U_C; `None` for the identity.
+        right: U_A, `[..., d_in, d_in]`; both in the precision their operands are rounded to.
         weights: w, `[..., d_out, d_in]`.
     """
 
     left: Tensor
     right: Tensor
-    taps: Tensor | None
     weights: Tensor
-
-    @classmethod
-    def of(cls, left: Tensor, right: Tensor, taps: Tensor | None, weights: Tensor, precision: torch.dtype | None) -> Diagonal:
-        """The operator whose large products round their operands to `precision`; `None` for none."""
-        d_out, d_in = weights.shape[-2:]
-        if precision is not None and right.shape[-1] == d_in:
-            left = left.to(precision) if worth_rounding(d_in, left) else left
-            right = right.to(precision) if worth_rounding(d_out, right) else right
-        return cls(left, right, taps, weights)
 
     def __call__(self, vector: Tensor) -> Tensor:
         """Apply it to `[..., d_out, d_in]`."""
-        if self.right.shape[-1] < vector.shape[-1]:
-            return scaled(vector, self.left, self.right, self.taps, self.weights)
         turned = self._turned(vector, self.left, self.right).mul_(self.weights)
         return self._turned(turned, self.left.transpose(-1, -2), self.right.transpose(-1, -2))
 
@@ -59,6 +47,25 @@ class Diagonal:
         """`left^T M right`, each product in the precision of its rotation where that is the lower one."""
         matrix = project(matrix, left, None, precision=_lower(left))
         return project(matrix, None, right, precision=_lower(right))
+
+
+def diagonal(left: Tensor, right: Tensor, taps: Tensor | None, weights: Tensor, precision: torch.dtype | None) -> Operator:
+    """`V -> U [(U^T V) * w]` for the basis that these directions make.
+
+    Args:
+        left: U_G, `[..., d_out, d_out]`.
+        right: U_A, `[..., d_in, d_in]`, or U_C, `[..., channels, channels]`.
+        taps: U_K, `[..., taps, taps]`, beside U_C; `None` for the identity.
+        weights: w, `[..., d_out, d_in]`.
+        precision: What operands of large products with U_A or U_G are rounded to; `None` for none.
+    """
+    d_out, d_in = weights.shape[-2:]
+    if right.shape[-1] < d_in:
+        return ChannelDiagonal.of(left, right, taps, weights)
+    if precision is not None:
+        left = left.to(precision) if worth_rounding(d_in, left) else left
+        right = right.to(precision) if worth_rounding(d_out, right) else right
+    return Diagonal(left, right, weights)
 
 
 def _lower(rotation: Tensor) -> torch.dtype | None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from kfactk import Coupling, Decomposition, Operator, OptionError, Samples, Statistic, Tensors, hookimpl, linalg, project, project_channels
 from kfactk.samples import product
 from kfactk_stages.basis._channels import pool_channels, products, spread
-from kfactk_stages.basis._diagonal import Diagonal, worth_rounding
+from kfactk_stages.basis._diagonal import diagonal, worth_rounding
 
 
 def _decay(instance: object, attribute: attrs.Attribute[float | None], value: float | None) -> None:
@@ -197,10 +197,10 @@ class Ekfac:
             return lambda gradient: self._diagonal(decomposition, _scale_of(decomposition, moments, gradient.shape[-1]), damping)(gradient)
         return self._diagonal(decomposition, moments["scale"], damping)
 
-    def _diagonal(self, decomposition: Decomposition, scale: Tensor, damping: float) -> Diagonal:
+    def _diagonal(self, decomposition: Decomposition, scale: Tensor, damping: float) -> Operator:
         floor = linalg.damping_floor(scale.mean((-2, -1), keepdim=True))
         weights = (scale + floor.clamp(min=damping)).reciprocal_()
-        return Diagonal.of(*_vectors(decomposition), weights, PRECISIONS[self.products])
+        return diagonal(*_vectors(decomposition), weights, PRECISIONS[self.products])
 
     def _rounded(self, rows: int, right: Tensor) -> torch.dtype | None:
         """The precision that a product of so many rows with `right` rounds its operands to."""
@@ -209,7 +209,7 @@ class Ekfac:
 
     def product(self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors) -> Tensor:
         """`U_G [(U_G^T V U_A) * s*] U_A^T`, undamped."""
-        return Diagonal.of(*_vectors(decomposition), _scale_of(decomposition, moments, vector.shape[-1]), None)(vector)
+        return diagonal(*_vectors(decomposition), _scale_of(decomposition, moments, vector.shape[-1]), None)(vector)
 
     def condition(self, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
         """Condition number of the damped curvature, `(max s* + tau) / (min s* + tau)`; the largest among groups."""
