@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import attrs
@@ -54,12 +55,14 @@ def add(into: dict[str, Statistic], sums: Mapping[str, Statistic]) -> None:
 
 
 def guarded(sums: Mapping[str, Statistic], bad: list[Tensor]) -> dict[str, Statistic]:
-    """The sums with a batch that is not finite anywhere contributing (0, 0) everywhere; the flag is kept on the device."""
-    totals = [statistic.total for statistic in sums.values() if statistic.total is not None]
+    """The sums with a batch that is not finite anywhere contributing (0, 0) everywhere; the flag is kept, and only a CPU's is read."""
+    totals = [statistic.total for statistic in sums.values() if statistic.total is not None and statistic.total.numel()]
     if not totals:
         return dict(sums)
-    good = torch.stack([torch.isfinite(total).all() for total in totals]).all()
+    good = torch.stack([torch.isfinite(torch.linalg.vector_norm(total, math.inf)) for total in totals]).all()
     bad.append(~good)
+    if good.device.type == "cpu" and good:
+        return dict(sums)
     return {
         name: attrs.evolve(
             statistic,
