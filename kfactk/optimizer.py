@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import partial
-from typing import TYPE_CHECKING, Any, NoReturn, overload
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -28,8 +28,9 @@ from kfactk.schedule import number_at, plain
 from kfactk.shards import ShardedProducts
 from kfactk.slots import Plain, gradients_of, sharded, slots
 from kfactk.stages import Layer
-from kfactk.standin import BAD_DIRECTION, BAD_GRADIENT, BAD_STATISTICS, all_finite, standing_in
+from kfactk.standin import standing_in
 from kfactk.stateful import StatefulOptimizer
+from kfactk.verdicts import Verdicts
 from kfactk.views import LayerView, conditions, products
 
 if TYPE_CHECKING:
@@ -104,6 +105,7 @@ class Optimizer(StatefulOptimizer):
         )
         self._index()
         pre = self._preconditioner
+        self._verdicts = Verdicts(self._inner, pre.ranks, pre.skipped)
         check_recipes(recipe.shared(), pre.ranks)
         check_group(model, self._trained(), pre.ranks)
         pre.places.extend(pre.layers())
@@ -151,7 +153,8 @@ class Optimizer(StatefulOptimizer):
 
     @property
     def counters(self) -> dict[str, int]:
-        """What went wrong and was survived: skipped batches, failed decompositions."""
+        """What went wrong and was survived: skipped batches, failed decompositions. Waits for the device where it has yet to tell."""
+        self._verdicts.read()
         pre = self._preconditioner
         return {"skipped_batches": pre.skipped_batches, "failed_decompositions": pre.failed_decompositions}
 
@@ -329,13 +332,13 @@ class Optimizer(StatefulOptimizer):
             clipped, factor = check_clipped(self.recipe.clip, answer, [pair.preconditioned for pair in pairs])
         self._recorder.add({"clip_factor": factor})
         given = [parameter.grad for parameter in self._trained() if parameter.grad is not None]
-        ranks, device = self._preconditioner.ranks, given[0].device if given else None
-        verdicts = [not all_finite([*given, *clipped]), self._recorder.due(self.steps), self._preconditioner.spoiled()]
-        bad, self._recorded, spoiled = map(bool, ranks.total([float(verdict) for verdict in verdicts], device))  # the same for all ranks
-        if bad:
-            return BAD_GRADIENT if ranks.any(not all_finite(given), device) else BAD_DIRECTION
-        self._take_step([(parameter, new) for parameter, new in zip(parameters, clipped, strict=True)])
-        return BAD_STATISTICS if spoiled else ""
+        due, recorded = self._preconditioner.plan(self.steps).due(), self._recorder.due(self.steps)
+        verdict = self._verdicts.on(given, clipped, reading=due, recorded=recorded, spoiled=self._preconditioner.spoiled)
+        self._recorded = verdict.recorded
+        if verdict.stepping:
+            with verdict.around:
+                self._take_step(list(zip(parameters, clipped, strict=True)))
+        return verdict.fault
 
     def _take_step(self, replaced: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
         """Run the update rule with these gradients in place of the user's, and put the user's back."""
@@ -392,9 +395,4 @@ class Optimizer(StatefulOptimizer):
         self._closed = True
         self._capture.close()
         self._recorder.close()
-
-    def __reduce__(self) -> NoReturn:
-        raise KfactkError(
-            "an optimizer cannot be copied or pickled: it is bound to its model by hooks. Save optimizer.state_dict(), and load it into "
-            "recipe.bind(model) where it is wanted."
-        )
+        self._verdicts.read()

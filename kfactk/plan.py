@@ -127,6 +127,10 @@ class Plan:
         """Whether a forward is sure to be of interest."""
         return self.counts_terms or any(need.follows and not need.waited_for for need in self.needs.values())
 
+    def due(self) -> bool:
+        """Whether the step changes anything that is kept of curvature, or gathers anything for it."""
+        return self.counts_terms or any(need.due for need in self.needs.values())
+
     def settle(self, states: Mapping[str, LayerState], unseen: Iterable[str]) -> None:
         """Note in the states what the layers still owe."""
         unseen = set(unseen)

@@ -324,14 +324,18 @@ class Preconditioner:
 
     def finish(self, fault: str = "") -> None:
         """End the step: count it where it has a `fault`, and forget what is pending."""
-        if fault:
-            self.skipped_batches += 1
-            self._warn(fault, fault)
+        self.skipped({fault: 1} if fault else {})
         for state in self.states.values():
             state.clear_pending()
         self._terms.clear()
         self._arrived = {}
         self._plan = self._foreseen = None
+
+    def skipped(self, faults: Mapping[str, int]) -> None:
+        """Count batches that were skipped, so many by each fault."""
+        self.skipped_batches += sum(faults.values())
+        for fault in faults:
+            self._warn(fault, fault)
 
     def allocate(self, layers: Iterable[Layer], damping: Damping) -> None:
         """Create the tensors of layers that have none, without data, so that a checkpoint can be loaded into them."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from kfactk.errors import KfactkError
 from kfactk.gathering import Control, brought, together
 from kfactk.layerstate import STEP, all_or_nothing, completed_groups, split_entries
 from kfactk.preconditioner import Preconditioner
+from kfactk.verdicts import Verdicts
 
 
 class StatefulOptimizer(torch.optim.Optimizer):
@@ -18,6 +20,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
 
     _preconditioner: Preconditioner
     _inner: torch.optim.Optimizer
+    _verdicts: Verdicts
     _step: Tensor
     _brought: dict[str, dict[str, Tensor]]
     """Of each layer what came from other ranks, between `consolidate_state_dict` and the next step."""
@@ -46,6 +49,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
         Where ranks share the curvature this is the part of this rank. `torch.distributed.checkpoint` puts parts together; for one file,
         call `consolidate_state_dict` before.
         """
+        self._verdicts.read()
         if int(self._step) or self._inner.state:
             self._show_state()
         return super().state_dict()
@@ -101,3 +105,9 @@ class StatefulOptimizer(torch.optim.Optimizer):
         if state_dict["state"]:
             self._show_state()
         self._taken_over()
+
+    def __reduce__(self) -> NoReturn:
+        raise KfactkError(
+            "an optimizer cannot be copied or pickled: it is bound to its model by hooks. Save optimizer.state_dict(), and load it into "
+            "recipe.bind(model) where it is wanted."
+        )
