@@ -64,5 +64,8 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
 
 
 def _finite(tensors: list[Tensor]) -> bool:
-    norms = (torch.nn.utils.get_total_norm(tensors, order) for order in (2.0, float("inf")))  # the squares alone may be out of range
-    return not tensors or any(bool(torch.isfinite(norm)) for norm in norms)
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        by_device.setdefault(tensor.device, []).append(tensor)
+    norms = [torch.stack(torch._foreach_norm(same, float("inf"))) for same in by_device.values()]
+    return all(bool(norm.isfinite().all()) for norm in norms)
