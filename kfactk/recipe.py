@@ -266,7 +266,7 @@ def build(
         factor_every: T_c, steps between refreshes of the factors; a whole number or a function of the step, as the next two.
         scale_every: T_s, steps between refreshes of the scale.
         basis_every: T_inv, steps between decompositions.
-        stagger: Spread what is due, so that no step after the first bears all: the scale comes halfway between factors, layers in turns.
+        stagger: Spread what is due over steps, each as often as it is told to, so that no step after the first bears all.
         reduction: "mean" or "sum": how your loss reduces over examples, for what is measured on your own gradient (fisher "empirical").
         observe: "automatic", or "manual": only forwards followed by `optimizer.observe()` count.
         output: Function that finds the likelihood's parameters in what the model returns; by default the tensor itself, `.logits`,

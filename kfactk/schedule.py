@@ -72,8 +72,8 @@ class Calendar:
 
     Example:
         >>> calendar = Calendar(10, 10, 100, stagger=True)
-        >>> calendar.turns, calendar.turn(101), calendar.turn(106)
-        (70, 0, None)
+        >>> calendar.turns, calendar.turn(1), calendar.turn(101), calendar.turn(106)
+        (70, None, 0, None)
         >>> [step for step in range(25) if calendar.due(step, part=1).scale]
         [3, 13, 23]
         >>> calendar.due(101, turn=0), calendar.due(101, turn=1).basis
@@ -126,9 +126,10 @@ class Calendar:
         return len(self._quiet)
 
     def turn(self, step: int) -> int | None:
-        """Whose turn it is at `step`; `None` when it is nobody's."""
-        rest = step % self.periods(step)[2]
-        return self._quiet.index(rest) if rest in self._quiet else None
+        """Whose turn it is at `step`; `None` when it is nobody's, as long as there are but the factors of the first step, too."""
+        factors, _, basis = self.periods(step)
+        rest = step % basis
+        return self._quiet.index(rest) if rest in self._quiet and not (self.stagger and 0 < step < _inputs_at(factors)) else None
 
 
 def _inputs_at(factor_every: int) -> int:

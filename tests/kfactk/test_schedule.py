@@ -275,6 +275,9 @@ def test_what_is_staggered_falls_on_steps_of_its_own() -> None:
     assert [step for step in range(13) if calendar.due(step, part=1).inputs] == [2, 6, 10]
     assert [calendar.turn(step) for step in range(13)] == [None, None, None, 0, None, None, None, 1, None, None, None, 2, None]
     assert [step for step in range(35) if calendar.due(step, turn=1).basis] == [7, 19, 31]
+    assert [step for step in range(200) if Calendar(10, 10, 100, stagger=True).turn(step) == 0] == [101], (
+        "at step 1 factors are those of step 0"
+    )
     together = Calendar(4, 4, 12)
     assert together.turns == 1
     assert [step for step in range(25) if together.due(step).basis] == [0, 12, 24]
@@ -311,6 +314,7 @@ def test_a_first_scale_waits_for_the_schedule_a_third_of_a_period_at_most(scale:
 def test_every_turn_comes_once_a_period(factors: int, scale: int, basis: int, step: int) -> None:
     calendar = Calendar(factors, scale, basis, stagger=True)
     assert 1 <= calendar.turns <= basis
+    step += 2 * factors // 3
     turns = [turn for each in range(step, step + basis) if (turn := calendar.turn(each)) is not None]
     assert sorted(turns) == list(range(calendar.turns))
 
