@@ -159,9 +159,9 @@ def factor_cost(samples: JoinedSamples) -> tuple[float, float, float]:
     sizes, n = tuple(use.inputs.shape[2:]), samples.examples * use.groups
     way = cheapest(use.window, sizes, use.channels, n)
     slabs, positions = slabs_of(use.window, sizes), samples.positions
-    there, back, transformed = _spectral.work(use.window, sizes, use.channels, n)
+    transforms, products, transformed = _spectral.work(use.window, sizes, use.channels, n)
     made = {
-        "correlation": (there + back, 2.0 * transformed),
+        "correlation": (transforms + products, 2.0 * transformed),
         "slabs": (n * slabs.products * use.channels**2, 2.0 * n * slabs.numbers * use.channels),
         "patches": (float(n * positions * use.columns**2), 2.0 * n * positions * use.columns),
     }[way]

@@ -2,20 +2,26 @@
 
 Let `p_t` be the patch at position t. Over *all* positions at which a patch touches the input, `sum_t p_t p_t^T` holds for taps i and j
 nothing but the correlation of the input with itself at offset j - i, of which there are (2k - 1) a dimension where there are k^2 pairs of
-taps. A layer sees fewer positions than all; the patches at the others, a thin frame in which most taps are off the input, are unfolded
-and taken off again.
+taps. A layer sees fewer positions than all; the others are a thin frame, in which most taps are off the input: at one side of it what is
+left of a patch lies within a strip of the input, as the patches of a convolution with a dimension less. Their moment is taken off again.
 """
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
+import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from kfactk_stages.curvature import _spectral
-from kfactk_stages.curvature._unfold import CALLED, MOVED, Window
+from kfactk_stages.curvature import _slabs, _spectral
+from kfactk_stages.curvature._slabs import slab_blocks
+from kfactk_stages.curvature._unfold import CALLED, MOVED, Window, moment_of
+
+STRIP_BYTES = 2**22
+"""What is copied at a time of a strip beside the border."""
 
 
 def applies(window: Window) -> bool:
@@ -32,16 +38,13 @@ def wide(window: Window, sizes: Sequence[int]) -> bool:
 
 def cost(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -> float:
     """What `patch_moment` costs, in multiplications of a large product; small work still has its calls."""
-    total = _spectral.cost(window, sizes, channels, examples)
-    calls = 10
-    for dim, (k, dilation, most) in enumerate(zip(window.kernel, window.dilation, window.reach, strict=True)):
-        for cut in (most - pad for pad in window.padding[dim]):
-            if cut > 0:
-                numbers = cut * math.prod(sizes) // sizes[dim]
-                columns = channels * -(-cut // dilation) * math.prod(window.kernel) // k
-                total += examples * numbers * columns * (1.5 * columns + 2 * MOVED)
-                calls += 20
-    return total + calls * CALLED
+    total = _spectral.cost(window, sizes, channels, examples) + 60.0 * (channels * math.prod(window.kernel)) ** 2
+    for dim in range(len(sizes)):
+        one = (*sizes[:dim], 1, *sizes[dim + 1 :])
+        for cut, sides in _cuts(window, dim).items():
+            kept, strips = channels * -(-cut // window.dilation[dim]), examples * cut * len(sides)
+            total += _slabs.cost(_along(window, dim), one, kept, strips) + MOVED * strips * kept * math.prod(one) + 20 * CALLED
+    return total
 
 
 def patch_moment(inputs: Tensor, window: Window, groups: int) -> Tensor:
@@ -57,16 +60,19 @@ def patch_moment(inputs: Tensor, window: Window, groups: int) -> Tensor:
     """
     inputs, window = window.unpadded(inputs)
     channels, taps = inputs.shape[1] // groups, window.kernel
-    moment = _toeplitz(_spectral.autocorrelation(inputs, window, groups), channels, groups, taps)
-    for tap_slices, patches in _frame(inputs, window):
-        kept = [part.stop - part.start for part in tap_slices]
-        rows = patches.reshape(len(patches), groups, channels, *patches.shape[2:]).movedim(1, 0)  # [groups, N, channels, ...]
-        dims = len(taps)
-        rows = rows.permute(0, 1, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims)).reshape(groups, -1, channels * math.prod(kept))
-        gram = gram_of(rows).view(groups, channels, *kept, channels, *kept)
-        moment[(slice(None), slice(None), *tap_slices, slice(None), *tap_slices)] -= gram
-    columns = channels * math.prod(taps)
-    return moment.view(groups, columns, columns)
+    blocks = _toeplitz(_spectral.autocorrelation(inputs, window, groups), taps)
+    for dim, (k, dilation) in enumerate(zip(taps, window.dilation, strict=True)):
+        for cut, sides in _cuts(window, dim).items():
+            kept = -(-cut // dilation)
+            strips = torch.cat([_strip(inputs, dim, cut, dilation, groups, after=after) for after in sides], 1)
+            found = slab_blocks(strips, _along(window, dim), groups * len(sides), inputs.dtype, STRIP_BYTES)
+            found = found.select(len(taps) + dim, 0).select(dim, 0)
+            found = found.view(*found.shape[:-3], len(sides), groups, kept, channels, kept, channels)
+            for side, after in zip(found.unbind(-6), sides, strict=True):
+                seen = [slice(None)] * len(taps)
+                seen[dim] = slice(0, kept) if after else slice(k - kept, k)
+                blocks[(*seen, *seen)] -= side.movedim((-4, -2), (dim, len(taps) + dim))
+    return moment_of(blocks)
 
 
 def patch_sum(inputs: Tensor, window: Window, groups: int) -> Tensor:
@@ -83,40 +89,40 @@ def gram_of(rows: Tensor) -> Tensor:
     return (rows[0].T @ rows[0])[None]
 
 
-def _toeplitz(correlation: Tensor, channels: int, groups: int, taps: tuple[int, ...]) -> Tensor:
-    """`M[c, i, c', j] = correlation[c, c', j - i]` for taps i and j, `[groups, channels, *taps, channels, *taps]`."""
-    correlation = correlation.view(groups, channels, *correlation.shape[1:])
-    moment = correlation.new_empty(groups, channels, *taps, channels, *taps)
+def _toeplitz(correlation: Tensor, taps: tuple[int, ...]) -> Tensor:
+    """`M[i, j] = correlation[j - i]` for taps i and j, `[*taps, *taps, groups, channels, channels]`."""
+    blocks = correlation.new_empty(*taps, *taps, *correlation.shape[len(taps) :])
     for i in itertools.product(*map(range, taps)):
-        window = tuple(slice(k - 1 - first, 2 * k - 1 - first) for k, first in zip(taps, i, strict=True))
-        block: tuple[slice | int, ...] = (slice(None), slice(None), *i)
-        moment[block] = correlation[(slice(None), slice(None), slice(None), *window)]
-    return moment
+        blocks[i] = correlation[tuple(slice(k - 1 - first, 2 * k - 1 - first) for k, first in zip(taps, i, strict=True))]
+    return blocks
 
 
-def _frame(inputs: Tensor, window: Window) -> Iterator[tuple[tuple[slice, ...], Tensor]]:
-    """The patches that touch the input and that the layer does not see, in pieces `[N, C, *positions, *taps]`, without the taps that
-    are off the input all over a piece; and which taps are left.
+def _cuts(window: Window, dim: int) -> dict[int, list[bool]]:
+    """How many positions a layer does not see along a dimension, and whether they are before what it sees or after."""
+    found: dict[int, list[bool]] = {}
+    for after, pad in enumerate(window.padding[dim]):
+        if window.reach[dim] > pad:
+            found.setdefault(window.reach[dim] - pad, []).append(bool(after))
+    return found
 
-    A piece is a strip along one dimension, before or after what is seen there: of positions that are seen in the dimensions before, and
-    of all in those that follow.
+
+def _along(window: Window, dim: int) -> Window:
+    """The window over a strip: of positions that are seen in the dimensions before `dim`, and of all in those that follow."""
+    pads = [*window.padding[:dim], (0, 0), *((reach, reach) for reach in window.reach[dim + 1 :])]
+    single = (*window.kernel[:dim], 1, *window.kernel[dim + 1 :])
+    return Window(single, window.stride, window.dilation, tuple(pad for each in reversed(pads) for pad in each), "constant")
+
+
+def _strip(inputs: Tensor, dim: int, cut: int, dilation: int, groups: int, *, after: bool) -> Tensor:
+    """What is seen at the `cut` positions along a dimension that are the first of all, or the last, by the taps that see anything there.
+
+    Returns:
+        `[N * cut, groups * taps * channels, *S]`, with one place in the dimension.
     """
-    for dim, (k, dilation, most) in enumerate(zip(window.kernel, window.dilation, window.reach, strict=True)):
-        size, (before, after) = inputs.shape[2 + dim], window.padding[dim]
-        pads = [*window.padding[:dim], (0, 0), *((reach, reach) for reach in window.reach[dim + 1 :])]
-        every = tuple(slice(0, taps) for taps in window.kernel)
-        if cut := most - before:  # the last of these positions has the tap i on the input from i = first on
-            taps = (*every[:dim], slice(k - -(-cut // dilation), k), *every[dim + 1 :])
-            pads[dim] = most, max(0, cut - size)
-            yield taps, _patches(inputs.narrow(2 + dim, 0, min(cut, size)), window, pads, taps)
-        if cut := most - after:
-            taps = (*every[:dim], slice(0, -(-cut // dilation)), *every[dim + 1 :])
-            pads[dim] = max(0, cut - size), most
-            yield taps, _patches(inputs.narrow(2 + dim, max(0, size - cut), min(cut, size)), window, pads, taps)
-
-
-def _patches(inputs: Tensor, window: Window, pads: Sequence[tuple[int, int]], taps: tuple[slice, ...]) -> Tensor:
-    """All patches of a padded input, of some of their taps."""
-    flat = tuple(pad for each in reversed(pads) for pad in each)
-    every = (slice(None),) * (2 + len(pads))
-    return Window(window.kernel, window.stride, window.dilation, flat, "constant").patches(inputs)[(*every, *taps)]
+    size, reach = inputs.shape[2 + dim], (-(-cut // dilation) - 1) * dilation
+    pads = [max(0, cut - size), reach] if after else [reach, max(0, cut - size)]
+    strip = inputs.narrow(2 + dim, max(0, size - cut) if after else 0, min(cut, size))
+    if any(pads):
+        strip = F.pad(strip, (*[0, 0] * (inputs.ndim - 3 - dim), *pads))
+    strip = strip.reshape(len(inputs), groups, -1, *strip.shape[2:]).unfold(3 + dim, reach + 1, 1)[..., ::dilation]
+    return strip.movedim((3 + dim, -1), (1, 3)).flatten(2, 4).flatten(0, 1).unsqueeze(2 + dim)

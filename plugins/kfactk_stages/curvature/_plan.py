@@ -27,10 +27,9 @@ def costs_of(window: Window, sizes: tuple[int, ...], channels: int, examples: in
     """What each way that applies costs, in multiplications of a large product."""
     columns = channels * math.prod(window.kernel)
     rows = examples * math.prod(window.positions(sizes))
-    moved = (1.5 if columns == channels else 2) * MOVED  # a patch is copied in runs as short as a kernel is wide
     costs = {
         "slabs": _slabs.cost(window, sizes, channels, examples),
-        "patches": rows * columns * (columns + moved) + 4 * CALLED,
+        "patches": rows * columns * (columns + MOVED) + 40.0 * columns**2 + 8 * CALLED,
     }
     if _autocorrelation.applies(window) and _autocorrelation.wide(window, sizes):
         costs["correlation"] = _autocorrelation.cost(window, sizes, channels, examples)

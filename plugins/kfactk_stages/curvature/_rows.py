@@ -19,8 +19,6 @@ from kfactk_stages.curvature._plan import cheapest
 from kfactk_stages.curvature._slabs import slab_moment
 from kfactk_stages.curvature._unfold import Window
 
-COMPLEX = ("cpu", "cuda")
-"""Devices on which Fourier transforms and complex products are known to work."""
 SLAB_BYTES = 4 * 2**20
 """What is unfolded at a time for the moment on a CPU."""
 
@@ -149,11 +147,11 @@ class ConvRows:
             yield self._bordered(moment, self.inputs[rows], bias=samples.bias)
 
     def _way(self, samples: JoinedSamples) -> str:
-        """The cheapest way for the moment, among those that the device knows and that fit in `chunk_bytes`."""
+        """The cheapest way for the moment among those that fit in `chunk_bytes`."""
         sizes = tuple(self.inputs.shape[2:])
         way = cheapest(self.window, sizes, self.channels, self.examples * self.groups)
         needed = _spectral.workspace(self.window, sizes, self.channels, self.groups, samples.dtype) if way == "correlation" else 0
-        return way if needed <= samples.chunk_bytes and samples.device.type in COMPLEX else "slabs"
+        return way if needed <= samples.chunk_bytes else "slabs"
 
     def _bordered(self, moment: Tensor, inputs: Tensor, *, bias: bool) -> Tensor:
         if bias:

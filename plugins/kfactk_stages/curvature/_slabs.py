@@ -17,7 +17,10 @@ import attrs
 import torch
 from torch import Tensor
 
-from kfactk_stages.curvature._unfold import CALLED, MOVED, Window
+from kfactk_stages.curvature._unfold import CALLED, Window, moment_of
+
+SPLIT = 128
+"""Columns from which on a symmetric product is made in three parts, without most of what lies below the diagonal."""
 
 
 @attrs.frozen
@@ -75,8 +78,32 @@ class Slabs:
         return {(one, other): (one - steps, other - steps, rows) if wide and one >= steps else None for one, other in pairs}
 
     @cached_property
+    def terms(self) -> list[tuple[tuple[int, int], tuple[int, int], slice, int]]:
+        """Products of slabs: of a pair of taps, those whose rows are multiplied, positions at which both see the input, and the sign.
+
+        The rows are all that two taps see, or those that they see more and less than an earlier pair.
+        """
+        last = self.positions[self.dim]
+        found: list[tuple[tuple[int, int], tuple[int, int], slice, int]] = []
+        for pair, earlier in self.pairs.items():
+            if earlier is None:
+                found.append((pair, pair, self._seen(pair, 0, last), 1))
+            else:
+                found.append((pair, pair, self._seen(pair, last - earlier[2], last), 1))
+                found.append((pair, earlier[:2], self._seen(earlier[:2], 0, earlier[2]), -1))
+        return [term for term in found if term[2].start < term[2].stop]
+
+    def _seen(self, taps: tuple[int, int], low: int, high: int) -> slice:
+        """The positions from `low` to `high` at which both taps see the input."""
+        for phase, row in (self.places[tap] for tap in taps):
+            first = phase - self.window.padding[self.dim][0]
+            rows = _within(self.phases[phase], first, self.window.stride[self.dim], self.sizes[self.dim])[0]
+            low, high = max(low, rows.start - row), min(high, rows.stop - row)
+        return slice(low, high)
+
+    @cached_property
     def copies(self) -> dict[int, list[tuple[tuple[Any, ...], tuple[slice, ...]]]]:
-        """By phase, what of its array `[groups, channels, *other taps, rows, N, *other positions]` is what of the input."""
+        """By phase, what of its array `[groups, *other taps, channels, rows, N, *other positions]` is what of the input."""
         window, positions = self.window, self.positions
         found: dict[int, list[tuple[tuple[Any, ...], tuple[slice, ...]]]] = {}
         for phase, count in self.phases.items():
@@ -90,7 +117,7 @@ class Slabs:
                     first = tap * window.dilation[dim] - window.padding[dim][0]
                     to, source[3 + dim] = _within(positions[dim], first, window.stride[dim], self.sizes[dim])
                     target.append(to)
-                found[phase].append(((slice(None), slice(None), *taps, *target), tuple(source)))
+                found[phase].append(((slice(None), *taps, slice(None), *target), tuple(source)))
         return found
 
     @property
@@ -102,7 +129,8 @@ class Slabs:
     def products(self) -> int:
         """Multiplications for each pair of channels of an example."""
         columns, positions = self.widths
-        return list(self.pairs.values()).count(None) * self.positions[self.dim] * positions * columns**2
+        rows = sum(seen.stop - seen.start for _, _, seen, _ in self.terms)
+        return int(rows) * positions * columns**2
 
 
 @lru_cache(maxsize=256)
@@ -115,11 +143,18 @@ def slabs_of(window: Window, sizes: tuple[int, ...]) -> Slabs:
 def cost(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -> float:
     """What `slab_moment` costs, in multiplications of the kind that `_autocorrelation.cost` counts."""
     slabs = slabs_of(window, sizes)
-    return examples * channels * (1.3 * slabs.products * channels + MOVED * slabs.numbers) + (20 + 4 * len(slabs.pairs)) * CALLED
+    columns = channels * slabs.widths[0]
+    products = examples * channels**2 * slabs.products * (1 + 45 / (columns + 1.5))  # thin ones are bound by what they read
+    return products + 250.0 * (columns * window.kernel[slabs.dim]) ** 2 + 10 * max(1, len(slabs.terms)) * CALLED
 
 
 def slab_moment(inputs: Tensor, window: Window, groups: int, dtype: torch.dtype, chunk_bytes: int) -> Tensor:
-    """`sum_n sum_t p p^T` over the patches of a convolution, `[groups, columns, columns]`, without bias.
+    """`sum_n sum_t p p^T` over the patches of a convolution, `[groups, columns, columns]`, without bias; see `slab_blocks`."""
+    return moment_of(slab_blocks(inputs, window, groups, dtype, chunk_bytes))
+
+
+def slab_blocks(inputs: Tensor, window: Window, groups: int, dtype: torch.dtype, chunk_bytes: int) -> Tensor:
+    """The moment tap by tap, `[*taps, *taps, groups, channels, channels]`.
 
     Args:
         inputs: `[N, groups * channels, *S]`.
@@ -128,10 +163,11 @@ def slab_moment(inputs: Tensor, window: Window, groups: int, dtype: torch.dtype,
         dtype: The precision wanted.
         chunk_bytes: Bound on what is unfolded at a time, in bytes; one example is always unfolded whole.
     """
-    channels = inputs.shape[1] // groups
+    channels, taps = inputs.shape[1] // groups, window.kernel
     slabs = slabs_of(window, tuple(inputs.shape[2:]))
-    columns, taps = channels * slabs.widths[0], slabs.window.kernel
-    found = {pair: inputs.new_zeros(groups, columns, columns, dtype=dtype) for pair in slabs.pairs}
+    columns, k = channels * slabs.widths[0], taps[slabs.dim]
+    made = [pair for pair, earlier in slabs.pairs.items() if earlier is None or any(pair == each[0] for each in slabs.terms)]
+    found = {pair: inputs.new_zeros(groups, columns, columns, dtype=dtype) for pair in made}
     step = max(1, chunk_bytes // max(1, groups * channels * slabs.numbers * dtype.itemsize))
     arrays: dict[int, Tensor] = {}
     for start in range(0, len(inputs), step):
@@ -139,24 +175,28 @@ def slab_moment(inputs: Tensor, window: Window, groups: int, dtype: torch.dtype,
         piece = piece.reshape(len(piece), groups, channels, *piece.shape[2:])
         arrays = _filled(piece, slabs, dtype, arrays if start + step <= len(inputs) else {})
         _add(found, slabs, arrays)
-    moment = inputs.new_empty(groups, channels, *taps, channels, *taps, dtype=dtype)
-    for (one, other), earlier in slabs.pairs.items():
+    for pair, earlier in slabs.pairs.items():
+        if pair in found and pair[0] == pair[1] and columns >= SPLIT:
+            found[pair] = found[pair].triu() + found[pair].triu(1).mT
         if earlier:
-            found[one, other] += found[earlier[:2]]
-        block = found[one, other]
-        for i, j, value in ((one, other, block), (other, one, block.transpose(-1, -2)))[: 1 + (one != other)]:
-            side = moment.select(2 + slabs.dim, i).select(2 + len(taps) + slabs.dim, j)
-            side.copy_(value.reshape(side.shape))
-    return moment.view(groups, channels * math.prod(taps), -1)
+            found[pair] = found[pair].add_(found[earlier[:2]]) if pair in found else found[earlier[:2]]
+    pairs = itertools.product(range(k), range(k))
+    blocks = torch.stack([found[i, j] if i <= j else found[j, i].mT for i, j in pairs])
+    others = *(taps[dim] for dim in slabs.others), channels
+    blocks = blocks.view(k, k, groups, *others, *others)
+    first, second = (list(range(start, start + len(taps) - 1)) for start in (3, 3 + len(taps)))
+    first.insert(slabs.dim, 0)
+    second.insert(slabs.dim, 1)
+    return blocks.permute(*first, *second, 2, 2 + len(taps), 2 + 2 * len(taps))
 
 
 def _filled(inputs: Tensor, slabs: Slabs, dtype: torch.dtype, arrays: dict[int, Tensor]) -> dict[int, Tensor]:
-    """By phase `[groups, channels, *other taps, rows, N, *other positions]`; what `arrays` holds beyond the input stays zero."""
+    """By phase `[groups, *other taps, channels, rows, N, *other positions]`; what `arrays` holds beyond the input stays zero."""
     n, groups, channels = inputs.shape[:3]
     others = slabs.others
     shape = [slabs.window.kernel[dim] for dim in others], [slabs.positions[dim] for dim in others]
     arrays = arrays or {
-        phase: inputs.new_zeros(groups, channels, *shape[0], rows, n, *shape[1], dtype=dtype) for phase, rows in slabs.phases.items()
+        phase: inputs.new_zeros(groups, *shape[0], channels, rows, n, *shape[1], dtype=dtype) for phase, rows in slabs.phases.items()
     }
     order = (1, 2, 3 + slabs.dim, 0, *(3 + dim for dim in others))
     for phase, pieces in slabs.copies.items():
@@ -174,27 +214,16 @@ def _within(count: int, first: int, step: int, size: int) -> tuple[slice, slice]
 
 
 def _add(found: dict[tuple[int, int], Tensor], slabs: Slabs, arrays: dict[int, Tensor]) -> None:
-    """Add products of slabs: of all that two taps see, or of what two taps see more and less than an earlier pair."""
+    """Add products of slabs, in place; of one group by a plain product, which is divided among threads along the rows too."""
     flat = {phase: array.flatten(1, 1 + len(slabs.others)).flatten(3) for phase, array in arrays.items()}  # [groups, columns, rows, ...]
-    positions = slabs.positions[slabs.dim]
-
-    def slab(tap: int, start: int, stop: int) -> Tensor:
-        phase, row = slabs.places[tap]
-        return flat[phase][:, :, row + start : row + stop].flatten(2)
-
-    for (one, other), total in found.items():
-        earlier = slabs.pairs[one, other]
-        if earlier is None:
-            _add_product(total, slab(one, 0, positions), slab(other, 0, positions), 1)
-        else:
-            before, beside, rows = earlier
-            _add_product(total, slab(one, positions - rows, positions), slab(other, positions - rows, positions), 1)
-            _add_product(total, slab(before, 0, rows), slab(beside, 0, rows), -1)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor, sign: int) -> None:
-    """`total += sign * left right^T`, in place; of one group by a plain product, which is divided among threads along the rows too."""
-    if len(total) > 1:
-        total.baddbmm_(left, right.transpose(-1, -2), alpha=sign)
-    else:
-        total[0].addmm_(left[0], right[0].T, alpha=sign)
+    for pair, taps, rows, sign in slabs.terms:
+        places = (slabs.places[tap] for tap in taps)
+        left, right = (flat[phase][:, :, row + rows.start : row + rows.stop].flatten(2) for phase, row in places)
+        columns, symmetric = left.shape[1], taps[0] == taps[1]
+        step = -(-columns // 3) if symmetric and columns >= SPLIT else columns
+        for first in range(0, columns, step):
+            total, beside = found[pair][:, first : first + step], first if symmetric else 0
+            if len(left) > 1:
+                total[:, :, beside:].baddbmm_(left[:, first : first + step], right[:, beside:].mT, alpha=sign)
+            else:
+                total[0, :, beside:].addmm_(left[0, first : first + step], right[0, beside:].T, alpha=sign)

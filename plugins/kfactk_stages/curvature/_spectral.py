@@ -1,8 +1,12 @@
 """The correlation of an input with itself at small offsets, by Fourier transforms.
 
 What is convolution in space is, at each frequency, one small product over the examples: `X(f) X(f)^H`, channels by channels. The offsets
-a kernel asks for are few, so that the way back is a product with a few rows of the inverse transform. Padded by the kernel's reach the
-circular correlation is the plain one.
+a kernel asks for are few, so that the way back is a product with a few rows of the inverse transform. At as many frequencies as the input
+is long and the kernel reaches, the circular correlation is the plain one.
+
+The sizes are small too, so that the transform itself is a product, with a matrix of cosines and sines, dimension by dimension: each finds
+the numbers where the one before has left them, and none copies, pads or reorders them. All of it is real: of `X = R + i J` the product is
+`R R^T + J J^T + i (J R^T - R J^T)`, symmetric and antisymmetric, which takes three real products for the four of a complex one.
 """
 
 from __future__ import annotations
@@ -10,122 +14,134 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Sequence
 
+import attrs
 import torch
 from torch import Tensor
 
-from kfactk_stages.curvature._unfold import CALLED, MOVED, Window
+from kfactk_stages.curvature._unfold import CALLED, Window
 
 WORKSPACE = 2**26
-"""Bytes that products at several frequencies may take at a time."""
-CACHED = 2**22
-"""Bytes of transforms that stay in the cache of a CPU until they are multiplied."""
-LEAST = 16
-"""Examples that are multiplied at a time at least: of fewer the products, not the examples, are what is read and written."""
+"""Bytes that transforms at several frequencies, or their products, may take at a time."""
+CACHED = 2**20
+"""The same on a CPU, where they are to stay in its cache until they are read."""
+WRITTEN = 50
+"""Multiplications of a large product that take as long as it takes small ones to write and read a number."""
+
+
+@attrs.frozen
+class Transform:
+    """The transform of an input, and of it back to the offsets between taps.
+
+    Args:
+        there: By dimension, the last first: rows of the transform of the real part and of the imaginary, `[2 L, size]` each, of which
+            real and imaginary parts take turns; the last dimension has no imaginary part and half of the frequencies.
+        even, odd: Offsets of no offset and after it in lexicographic order, from the symmetric and the antisymmetric products,
+            `[offsets, frequencies]`.
+    """
+
+    there: tuple[tuple[Tensor, Tensor], ...]
+    even: Tensor
+    odd: Tensor
 
 
 def autocorrelation(inputs: Tensor, window: Window, groups: int) -> Tensor:
-    """`sum_{n,q} x_c(q) x_c'(q + offset)`, `[groups * channels, channels, *(2 k - 1)]`, offsets in steps of the dilation.
+    """`sum_{n,q} x_c(q) x_c'(q + offset)`, `[*(2 k - 1), groups, channels, channels]`, offsets in steps of the dilation.
 
     Args:
         inputs: `[N, groups * channels, *S]`, float32 or float64.
         window: Whose kernel and dilation give the offsets.
         groups: Channels are correlated within their group.
     """
-    channels = inputs.shape[1] // groups
-    sizes = tuple(fast_length(size + reach) for size, reach in zip(inputs.shape[2:], window.reach, strict=True))
-    frequencies = _frequencies(sizes)
-    dtype = torch.complex128 if inputs.dtype == torch.float64 else torch.complex64
-    back = _inverse(sizes, window.kernel, window.dilation, dtype, inputs.device)
-    found = inputs.new_zeros(len(back), groups * channels * channels)
-    count, square = math.prod(frequencies), groups * channels * channels * dtype.itemsize
-    if count * square <= WORKSPACE:  # all frequencies at a time, and examples piece by piece, so that their transforms stay in cache
-        products = torch.zeros(count * groups, channels, channels, dtype=dtype, device=inputs.device)
-        step = max(LEAST, CACHED // max(1, count * inputs.shape[1] * dtype.itemsize))
-        for start in range(0, len(inputs), step):
-            some = _transformed(inputs[start : start + step], sizes, groups)
-            torch.baddbmm(products, some, some.mH, out=products)
-        found += (back @ products.view(count, -1)).real
-    elif len(inputs):
-        spectrum = _transformed(inputs, sizes, groups).view(count, groups, channels, -1)
-        step = max(1, WORKSPACE // max(1, square))
-        for start in range(0, count, step):
-            some = spectrum[start : start + step]
-            found += (back[:, start : start + step] @ (some @ some.mH).flatten(1)).real
-    half = found.view(len(back), groups, channels, channels)  # at no offset, and at those after it in lexicographic order
+    n, channels, sizes = len(inputs), inputs.shape[1] // groups, tuple(inputs.shape[2:])
+    transform = transform_of(sizes, window.kernel, window.dilation, inputs.dtype, inputs.device)
+    first, count = transform.there[0][0], transform.even.shape[1]
+    rows = (first @ inputs.reshape(-1, sizes[-1]).T).view(len(first) // 2, 2, -1)  # [frequencies, 2, N C *S] without the last dimension
+    within = CACHED if inputs.device.type == "cpu" else WORKSPACE
+    per = count // len(rows)  # frequencies of the other dimensions for each of the last
+    step = max(1, within // max(1, 2 * per * inputs.shape[1] * n * inputs.itemsize))
+    most = max(1, WORKSPACE // max(1, groups * channels**2 * inputs.itemsize))
+    symmetric = inputs.new_zeros(len(transform.even), groups * channels**2)
+    antisymmetric = torch.zeros_like(symmetric)
+    for start in range(0, len(rows), step):
+        some = rows[start : start + step]
+        pieces = _transformed(some, transform, sizes).view(per * len(some), 2 * n, groups, channels)
+        for begin in range(0, len(pieces), most):
+            some = pieces[begin : begin + most].transpose(1, 2).flatten(0, 1)  # [frequencies * groups, 2 N, channels]
+            at = slice(start * per + begin, start * per + begin + len(some) // groups)
+            symmetric.addmm_(transform.even[:, at], (some.mT @ some).view(-1, symmetric.shape[1]))
+            antisymmetric.addmm_(transform.odd[:, at], (some[:, :n].mT @ some[:, n:]).view(-1, symmetric.shape[1]))
+    turned = antisymmetric.view(-1, groups, channels, channels)
+    half = symmetric.view_as(turned) + (turned.mT - turned)
     whole = torch.cat([half[1:].flip(0).mT, half])
-    return whole.permute(1, 2, 3, 0).reshape(groups * channels, channels, *(2 * taps - 1 for taps in window.kernel))
+    return whole.view(*(2 * taps - 1 for taps in window.kernel), groups, channels, channels)
 
 
-def _transformed(inputs: Tensor, sizes: tuple[int, ...], groups: int) -> Tensor:
-    """The spectrum, `[frequencies * groups, channels, N]`."""
-    dims, channels = len(sizes), inputs.shape[1] // groups
-    spectrum: Tensor = torch.fft.rfftn(inputs, s=sizes, dim=tuple(range(2, 2 + dims)))
-    found: Tensor = spectrum.reshape(len(inputs), groups, channels, -1).permute(3, 1, 2, 0).flatten(0, 1)
-    return found.contiguous()
-
-
-def cost(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -> float:
-    """What `autocorrelation` costs, in multiplications of a large product: transforms are bound by the copying of numbers."""
-    there, back, numbers = work(window, sizes, channels, examples)
-    return 1.3 * there + back + 3 * MOVED * numbers + 10 * CALLED
-
-
-def work(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -> tuple[float, float, float]:
-    """Multiplications of the products at all frequencies, and of the way back; and numbers that the transforms give."""
-    padded = tuple(fast_length(size + reach) for size, reach in zip(sizes, window.reach, strict=True))
-    frequencies, offsets = math.prod(_frequencies(padded)), math.prod(2 * taps - 1 for taps in window.kernel) // 2 + 1
-    products = 4.0 * frequencies * channels**2
-    return examples * products, offsets * products, 2.0 * examples * channels * frequencies
-
-
-def workspace(window: Window, sizes: tuple[int, ...], channels: int, groups: int, dtype: torch.dtype) -> int:
-    """Bytes that products and transforms take at least, at a time, for inputs of a dtype."""
-    padded = tuple(fast_length(size + reach) for size, reach in zip(sizes, window.reach, strict=True))
-    numbers = math.prod(_frequencies(padded)) * channels * groups
-    return 2 * dtype.itemsize * max(min(numbers * channels, WORKSPACE), LEAST * numbers)
-
-
-def fast_length(size: int) -> int:
-    """The least length of at least `size` without prime factors above 5.
-
-    Example:
-        >>> fast_length(34)
-        36
-    """
-    return next(length for length in itertools.count(size) if _rest(length) == 1)
-
-
-def _rest(length: int) -> int:
-    for prime in (2, 3, 5):
-        while length % prime == 0:
-            length //= prime
-    return length
+def _transformed(rows: Tensor, transform: Transform, sizes: tuple[int, ...]) -> Tensor:
+    """`[frequencies, 2, N C *S]` of the last dimension alone to `[frequencies, 2, N C]` of all."""
+    for (first, second), size in zip(transform.there[1:], reversed(sizes[:-1]), strict=True):
+        real, imaginary = (rows[:, part].view(len(rows), -1, size).mT for part in (0, 1))
+        found = torch.bmm(first.expand(len(rows), -1, -1), real)
+        rows = found.baddbmm_(second.expand(len(rows), -1, -1), imaginary).view(len(rows) * len(first) // 2, 2, -1)
+    return rows
 
 
 @functools.lru_cache(maxsize=128)
-def _inverse(
+def transform_of(
     sizes: tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """The rows of the inverse transform for the later half of the offsets, `[offsets, frequencies]`.
+) -> Transform:
+    """The transform for inputs of spatial shape `sizes`.
 
-    `X X^H` belongs to the opposite offset, and frequencies whose mirror image the real transform leaves out count twice.
+    Frequencies of the last dimension lie between those of the plain transform, so that none but the last of an odd number is its own
+    mirror image: those that the real transform leaves out are half of all.
     """
-    spans = [range(-(taps - 1), taps) for taps in kernel]
-    offsets = list(itertools.product(*spans))[math.prod(2 * taps - 1 for taps in kernel) // 2 :]
-    angles = torch.zeros(len(offsets), *_frequencies(sizes), dtype=torch.float64)
-    for dim, (size, step, count) in enumerate(zip(sizes, dilation, _frequencies(sizes), strict=True)):
-        shifts = torch.tensor([offset[dim] * step for offset in offsets], dtype=torch.float64)
-        turned = torch.outer(shifts, torch.arange(count, dtype=torch.float64)) * (-2 * math.pi / size)
-        angles += turned.view(-1, *(count if other == dim else 1 for other in range(len(sizes))))
-    last = torch.full((_frequencies(sizes)[-1],), 2.0, dtype=torch.float64)
-    last[0] = 1.0
-    if sizes[-1] % 2 == 0:
-        last[-1] = 1.0
-    weights = (last / math.prod(sizes)).expand(angles.shape)
-    return torch.polar(weights.contiguous(), angles).flatten(1).to(device=device, dtype=dtype)
+    lengths = [size + step * (taps - 1) for size, taps, step in zip(sizes, kernel, dilation, strict=True)]
+    turns = [torch.arange(length, dtype=torch.float64) * (2 * math.pi / length) for length in lengths]
+    turns[-1] = (turns[-1] + math.pi / lengths[-1])[: -(-lengths[-1] // 2)]
+    there = []
+    for angles, size in zip(reversed(turns), reversed(sizes), strict=True):
+        at = torch.outer(angles, torch.arange(size, dtype=torch.float64))
+        there.append((torch.stack([at.cos(), -at.sin()], 1).flatten(0, 1), torch.stack([at.sin(), at.cos()], 1).flatten(0, 1)))
+    offsets = list(itertools.product(*(range(-(taps - 1), taps) for taps in kernel)))[math.prod(2 * taps - 1 for taps in kernel) // 2 :]
+    turned = torch.zeros(len(offsets), 1, dtype=torch.float64)
+    for dim in reversed(range(len(sizes))):
+        steps = torch.tensor([offset[dim] * dilation[dim] for offset in offsets], dtype=torch.float64)
+        turned = (turned.unsqueeze(-1) + torch.outer(steps, turns[dim]).unsqueeze(1)).flatten(1)
+    weights = torch.full((len(turns[-1]),), 2.0 / math.prod(lengths), dtype=torch.float64)
+    if lengths[-1] % 2:
+        weights[-1] /= 2
+    weights = weights.repeat_interleave(turned.shape[1] // len(weights))
+    placed = [(one.to(device, dtype), other.to(device, dtype)) for one, other in there]
+    return Transform(tuple(placed), (turned.cos() * weights).to(device, dtype), (turned.sin() * weights).to(device, dtype))
 
 
-def _frequencies(sizes: Sequence[int]) -> tuple[int, ...]:
-    return (*sizes[:-1], sizes[-1] // 2 + 1)
+def _frequencies(window: Window, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    lengths = [size + reach for size, reach in zip(sizes, window.reach, strict=True)]
+    return (*lengths[:-1], -(-lengths[-1] // 2))
+
+
+def cost(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -> float:
+    """What `autocorrelation` costs, in multiplications of a large product."""
+    transforms, products, numbers = work(window, sizes, channels, examples)
+    small = 1.6 * transforms + WRITTEN * numbers + 2 * math.prod(_frequencies(window, sizes)) * (WRITTEN * channels**2 + 5000)
+    return small + products + 40 * CALLED
+
+
+def work(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -> tuple[float, float, float]:
+    """Multiplications of the transforms, and of the products at all frequencies and the way back; and numbers that transforms give."""
+    frequencies, left, transforms, numbers = 1, math.prod(sizes), 0, 0
+    for dim in reversed(range(len(sizes))):
+        parts = 1 if dim == len(sizes) - 1 else 2
+        frequencies *= _frequencies(window, sizes)[dim]
+        transforms += 2 * parts * frequencies * left
+        left //= sizes[dim]
+        numbers += 2 * frequencies * left
+    offsets = math.prod(2 * taps - 1 for taps in window.kernel) // 2 + 1
+    products = frequencies * channels**2 * (3.0 * examples + 2 * offsets)
+    return float(examples * channels * transforms), products, float(examples * channels * (numbers + 2 * frequencies))
+
+
+def workspace(window: Window, sizes: tuple[int, ...], channels: int, groups: int, dtype: torch.dtype) -> int:
+    """Bytes that products take at least, at a time, for inputs of a dtype."""
+    square = dtype.itemsize * groups * channels**2
+    return 2 * max(square, min(square * math.prod(_frequencies(window, sizes)), WORKSPACE))

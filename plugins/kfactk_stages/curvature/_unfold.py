@@ -9,8 +9,8 @@ import attrs
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-MOVED = 80
-"""Multiplications in a large product that take as long as the copy of one number does, strided, on a CPU."""
+MOVED = 200
+"""Multiplications of a large product that take as long as a number does that is copied into a patch, on a CPU."""
 CALLED = 250_000
 """Multiplications that take as long as a call on small tensors."""
 
@@ -97,6 +97,14 @@ class Window:
         for i, (taps, step, dilation) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)):
             padded = padded.unfold(2 + i, dilation * (taps - 1) + 1, step)[..., ::dilation]
         return padded
+
+
+def moment_of(blocks: Tensor) -> Tensor:
+    """A moment tap by tap, `[*taps, *taps, groups, channels, channels]`, as `[groups, channels * taps, channels * taps]`."""
+    dims = (blocks.ndim - 3) // 2
+    found = blocks.permute(2 * dims, 2 * dims + 1, *range(dims), 2 * dims + 2, *range(dims, 2 * dims))
+    columns = blocks.shape[-1] * math.prod(blocks.shape[:dims])
+    return found.reshape(-1, columns, columns)
 
 
 def _zero_pads(padding: str | int | tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[int, ...]:

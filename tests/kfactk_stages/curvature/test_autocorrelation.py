@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import assume, given, settings, strategies as st
+from hypothesis import assume, example, given, settings, strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,11 +23,13 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 def convolutions(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
     """A convolution of stride 1, and an input for it."""
     dims, groups = draw(st.sampled_from([1, 2, 2, 2, 3])), draw(st.integers(1, 2))
-    each = st.tuples(*[st.integers(1, 3)] * dims)
-    kernel, dilation, sizes = draw(each), draw(st.tuples(*[st.integers(1, 2)] * dims)), draw(st.tuples(*[st.integers(3, 7)] * dims))
+    each = st.tuples(*[st.integers(1, 5 if dims == 1 else 3)] * dims)
+    kernel, dilation, sizes = draw(each), draw(st.tuples(*[st.integers(1, 2)] * dims)), draw(st.tuples(*[st.integers(1, 7)] * dims))
     padding: Any = draw(st.one_of(st.just("same"), st.tuples(*[st.integers(0, 2)] * dims)))
     mode = draw(st.sampled_from(["zeros", "zeros", "circular", "replicate"]))
     channels = groups * draw(st.integers(1, 2))
+    least = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)] if padding == "same" else padding
+    assume(mode != "circular" or all(most <= size for most, size in zip(least, sizes, strict=True)))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         conv = CONVOLUTIONS[dims - 1](
@@ -57,8 +59,9 @@ def patches_of(conv: Any, inputs: Tensor) -> Tensor:
     return torch.stack(found).flatten(0, 1).transpose(0, 1)
 
 
-@settings(max_examples=60)
+@settings(max_examples=120)
 @given(convolutions())
+@example((nn.Conv1d(1, 1, 5, padding=2, bias=False).double(), torch.ones(1, 1, 1, dtype=torch.float64)))
 def test_it_is_the_gram_matrix_of_the_patches(case: tuple[Any, Tensor]) -> None:
     conv, inputs = case
     window, patches = Window.of(conv), patches_of(conv, inputs)

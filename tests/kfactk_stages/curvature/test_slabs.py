@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kfactk import Layer, Use
-from kfactk_stages.curvature import _rows
+from kfactk_stages.curvature import _rows, _slabs
 from kfactk_stages.curvature._plan import costs_of
 from kfactk_stages.curvature._slabs import slab_moment, slabs_of
 from kfactk_stages.curvature._unfold import Window
@@ -42,11 +42,12 @@ def convolutions(draw: st.DrawFn) -> tuple[Any, Tensor]:
 
 
 @settings(max_examples=150)
-@given(convolutions(), st.sampled_from([1, 2000, 2**22]))
-def test_it_is_the_gram_matrix_of_the_patches(case: tuple[Any, Tensor], chunk_bytes: int) -> None:
+@given(convolutions(), st.sampled_from([1, 2000, 2**22]), st.sampled_from([1, 128]))
+def test_it_is_the_gram_matrix_of_the_patches(case: tuple[Any, Tensor], chunk_bytes: int, split: int) -> None:
     conv, inputs = case
     patches = patches_of(conv, inputs)
-    found = slab_moment(inputs, Window.of(conv), conv.groups, torch.float64, chunk_bytes)
+    with mock.patch.object(_slabs, "SPLIT", split):
+        found = slab_moment(inputs, Window.of(conv), conv.groups, torch.float64, chunk_bytes)
     torch.testing.assert_close(found, patches.transpose(1, 2) @ patches, rtol=1e-10, atol=1e-10)
 
 
@@ -104,6 +105,13 @@ def test_what_a_tap_does_not_see_leaves_no_rounding() -> None:
     inputs = torch.tensor([[[1e4, 1.0]]])
     moment = slab_moment(inputs, Window.of(nn.Conv1d(1, 1, 5, padding=3)), 1, torch.float32, 2**20)[0]
     assert float(moment[4, 4]) == 1.0
+
+
+def test_products_leave_out_what_a_tap_does_not_see() -> None:
+    """Of four pixels and a pixel of padding the first tap sees three, so that its products have three rows and none has five."""
+    slabs = slabs_of(Window.of(nn.Conv1d(1, 1, 3, padding=1)), (4,))
+    rows = {pair: [(at.stop - at.start, sign) for key, _, at, sign in slabs.terms if key == pair] for pair in slabs.pairs}
+    assert rows == {(0, 0): [(3, 1)], (0, 1): [(3, 1)], (0, 2): [(2, 1)], (1, 1): [(1, 1)], (1, 2): [], (2, 2): [(1, -1)]}
 
 
 def test_pairs_of_taps_a_stride_apart_share_their_rows() -> None:
