@@ -163,6 +163,7 @@ def factor_cost(samples: JoinedSamples) -> tuple[float, float, float]:
     made = {
         "correlation": (transforms + products, 2.0 * transformed),
         "slabs": (n * slabs.products * use.channels**2, 2.0 * n * slabs.numbers * use.channels),
+        "pixels": (float(n * positions * use.columns**2), 0.0),
         "patches": (float(n * positions * use.columns**2), 2.0 * n * positions * use.columns),
     }[way]
     return made[0], 0.0, use.inputs.numel() + made[1] + use.groups * use.columns**2

@@ -89,6 +89,17 @@ def gram_of(rows: Tensor) -> Tensor:
     return (rows[0].T @ rows[0])[None]
 
 
+def pixel_gram(images: Tensor) -> Tensor:
+    """`sum_n sum_t x x^T` over the pixels of images `[N, groups, channels, *T]`, `[groups, channels, channels]`.
+
+    Image by image nothing is moved; only where a product is not small beside its image are pixels of all images brought together.
+    """
+    channels, flat = images.shape[2], images.flatten(3)
+    if flat.shape[3] >= 4 * channels:
+        return (flat @ flat.mT).sum(0)
+    return gram_of(flat.permute(1, 2, 0, 3).flatten(2).mT)
+
+
 def _toeplitz(correlation: Tensor, taps: tuple[int, ...]) -> Tensor:
     """`M[i, j] = correlation[j - i]` for taps i and j, `[*taps, *taps, groups, channels, channels]`."""
     blocks = correlation.new_empty(*taps, *taps, *correlation.shape[len(taps) :])

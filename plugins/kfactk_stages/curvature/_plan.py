@@ -11,7 +11,7 @@ from kfactk_stages.curvature._unfold import CALLED, MOVED, Window
 
 @lru_cache(maxsize=1024)
 def cheapest(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -> str:
-    """ "correlation", "slabs" or "patches", for a group of so many channels, of inputs of spatial shape `sizes`.
+    """ "pixels", "correlation", "slabs" or "patches", for a group of so many channels, of inputs of spatial shape `sizes`.
 
     Args:
         window: Where the patches lie.
@@ -27,6 +27,8 @@ def costs_of(window: Window, sizes: tuple[int, ...], channels: int, examples: in
     """What each way that applies costs, in multiplications of a large product."""
     columns = channels * math.prod(window.kernel)
     rows = examples * math.prod(window.positions(sizes))
+    if columns == channels and not any(window.pads):
+        return {"pixels": rows * columns * (columns + 40.0) + 4 * CALLED}
     costs = {
         "slabs": _slabs.cost(window, sizes, channels, examples),
         "patches": rows * columns * (columns + MOVED) + 40.0 * columns**2 + 8 * CALLED,

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from kfactk import Samples, Statistic, project_channels
 from kfactk.samples import add_squares, product, total_of, working_dtype
 from kfactk_stages.curvature import _spectral
-from kfactk_stages.curvature._autocorrelation import gram_of, patch_moment, patch_sum
+from kfactk_stages.curvature._autocorrelation import gram_of, patch_moment, patch_sum, pixel_gram
 from kfactk_stages.curvature._per_example import weight_gradients
 from kfactk_stages.curvature._plan import cheapest
 from kfactk_stages.curvature._slabs import slab_moment
@@ -134,6 +134,12 @@ class ConvRows:
     def moments(self, samples: JoinedSamples) -> Iterator[Tensor]:
         """`sum_n sum_t a a^T`, `[(groups,) d_in, d_in]`, in parts that add, the cheapest way."""
         way = self._way(samples)
+        if way == "pixels":
+            seen = slice(None), slice(None), slice(None), *(slice(None, None, step) for step in self.window.stride)
+            for rows in Samples.chunks(samples, self.numbers):
+                pixels = self._grouped(self.inputs[rows], self.channels)[seen].to(samples.dtype)
+                yield self._bordered(pixel_gram(pixels), self.inputs[rows], bias=samples.bias)
+            return
         if way == "slabs":
             within = min(samples.chunk_bytes, SLAB_BYTES) if samples.device.type == "cpu" else samples.chunk_bytes
             moment = slab_moment(self.inputs, self.window, self.groups, samples.dtype, within)
@@ -192,9 +198,8 @@ class ConvRows:
         return self._ungrouped(sums.reshape(len(sums), self.groups, self.columns).transpose(0, 1))
 
     def grad_moment(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """`sum_n sum_t g g^T`, `[(groups,) d_out, d_out]`; positions stay side by side, so that what is copied is read in its order."""
-        gradient = self._grouped(self.gradient[rows], self.outputs).flatten(3).permute(1, 2, 0, 3).to(dtype).flatten(2)
-        moment = gram_of(gradient.transpose(-1, -2))
+        """`sum_n sum_t g g^T`, `[(groups,) d_out, d_out]`."""
+        moment = pixel_gram(self._grouped(self.gradient[rows], self.outputs).to(dtype))
         return self._ungrouped(moment if isinstance(self.scale, float) and self.scale == 1.0 else moment * self.scale**2)
 
     def per_example_gradients(
@@ -231,9 +236,8 @@ class ConvRows:
         return self._ungrouped(gradient.permute(1, 0, 3, 2))
 
     def pixel_moment(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """`sum_n sum_s x x^T` of the unpadded inputs, `[(groups,) channels, channels]`; pixels stay side by side, as in `grad_moment`."""
-        pixels = self._grouped(self.inputs[rows], self.channels).flatten(3).permute(1, 2, 0, 3).to(dtype).flatten(2)
-        return self._ungrouped(gram_of(pixels.transpose(-1, -2)))
+        """`sum_n sum_s x x^T` of the unpadded inputs, `[(groups,) channels, channels]`."""
+        return self._ungrouped(pixel_gram(self._grouped(self.inputs[rows], self.channels).to(dtype)))
 
     def _grouped(self, tensor: Tensor, channels: int) -> Tensor:
         return tensor.view(len(tensor), self.groups, channels, *tensor.shape[2:])

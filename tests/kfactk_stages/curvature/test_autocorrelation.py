@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kfactk import Layer, Use
-from kfactk_stages.curvature._autocorrelation import applies, patch_moment, patch_sum, wide
+from kfactk_stages.curvature._autocorrelation import applies, patch_moment, patch_sum, pixel_gram, wide
 from kfactk_stages.curvature._unfold import Window
 from kfactk_stages.curvature.conv_kfac import ConvKfac
 
@@ -85,6 +85,14 @@ def test_the_factor_of_the_curvature_is_that_of_the_patches(case: tuple[Any, Ten
     expected = rows.transpose(1, 2) @ rows
     torch.testing.assert_close(found.total, expected if conv.groups > 1 else expected[0], rtol=1e-10, atol=1e-10)
     assert found.count == len(inputs)
+
+
+@given(n=st.integers(0, 4), groups=st.integers(1, 3), channels=st.integers(1, 4), pixels=st.integers(1, 20), seed=st.integers(0, 99))
+def test_the_gram_matrix_of_pixels_is_their_sum_of_squares(n: int, groups: int, channels: int, pixels: int, seed: int) -> None:
+    """Of few pixels and of many, which are two ways."""
+    images = torch.randn(n, groups, channels, pixels, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    expected = torch.einsum("ngcst,ngdst->gcd", images, images)
+    torch.testing.assert_close(pixel_gram(images), expected, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize(

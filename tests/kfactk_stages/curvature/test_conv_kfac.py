@@ -327,7 +327,7 @@ MEMORY_CASES = [
     ],
 )
 def test_temporaries_stay_within_chunk_bytes(module, size, spatial, memory_format):
-    case = fixed(module, *size, examples=80)
+    case = fixed(module, *size, examples=240)
     if len(size) == 2:
         case = Case(module, case.inputs.to(memory_format=memory_format), case.gradient.to(memory_format=memory_format))
     chunk_bytes = 20_000

@@ -22,8 +22,11 @@ from kfactk_stages.curvature._unfold import Window
         (nn.Conv2d(64, 64, 3, padding=1, groups=64), 16, "slabs"),
         (nn.Conv2d(16, 16, 3, padding=1, groups=1), 4, "slabs"),
         (nn.Conv2d(64, 64, 3, padding=1), 4, "correlation"),
+        (nn.Conv2d(64, 64, 1), 32, "pixels"),
+        (nn.Conv2d(64, 64, 1, stride=2), 32, "pixels"),
         (nn.Conv2d(64, 64, 1, padding=1), 32, "slabs"),
         (nn.Conv2d(4, 4, 3, padding=1), 2, "patches"),
+        (nn.Conv2d(64, 10, 1), 1, "pixels"),
     ],
     ids=str,
 )

@@ -67,6 +67,19 @@ def test_every_way_that_applies_gives_the_factor_of_the_patches(case: tuple[Any,
         assert (found.count, found.symmetric) == (len(inputs), True)
 
 
+@pytest.mark.parametrize("size", [2, 9])
+@pytest.mark.parametrize("options", [{}, {"stride": (2, 3)}, {"groups": 2, "stride": 2, "bias": False}], ids=str)
+def test_kernels_of_one_tap_are_the_gram_matrix_of_the_pixels_they_see(options: dict[str, Any], size: int) -> None:
+    conv = nn.Conv2d(4, 2, 1, **options).double()
+    inputs = torch.randn(5, 4, size, size, dtype=torch.float64)
+    assert list(costs_of(Window.of(conv), (size, size), 4 // conv.groups, 5)) == ["pixels"]
+    rows, names = patches_of(conv, inputs), ("weight",) if conv.bias is None else ("weight", "bias")
+    rows = rows if conv.bias is None else F.pad(rows, (0, 1), value=1.0)
+    samples = ConvKfac().samples(Layer("conv", conv, names), [Use(inputs, conv(inputs).detach())], terms=5, first=True)
+    expected = rows.transpose(1, 2) @ rows
+    torch.testing.assert_close(samples.input_moment().total, expected if conv.groups > 1 else expected[0], rtol=1e-10, atol=1e-10)
+
+
 def test_an_empty_batch_has_an_empty_moment() -> None:
     found = slab_moment(torch.zeros(0, 2, 6, 6), Window.of(nn.Conv2d(2, 3, 3, stride=2)), 1, torch.float32, 2**20)
     assert found.shape == (1, 18, 18)
