@@ -168,8 +168,11 @@ def agreed(good: bool, tensors: Sequence[Tensor]) -> bool:
         >>> agreed(True, [torch.ones(2)])
         True
     """
+    meshes = dict.fromkeys(tensor.device_mesh for tensor in tensors if is_sharded(tensor))
+    if not meshes:
+        return good
     flag = torch.tensor(float(not good))
-    for mesh in dict.fromkeys(tensor.device_mesh for tensor in tensors if is_sharded(tensor)):
+    for mesh in meshes:
         flag = _summed(flag, (mesh, tuple(range(mesh.ndim))))
     return not bool(flag)
 

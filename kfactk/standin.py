@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import cmath
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,6 +20,8 @@ BAD_DIRECTION = (
     "the gradient is finite and its preconditioned or clipped form holds NaN or inf: the step was not taken, and was counted. "
     "Raise damping, or load an earlier state"
 )
+SMALL = 2**16
+"""Numbers of a tensor that are copied sooner than they are worth a call of their own."""
 
 
 @contextlib.contextmanager
@@ -64,8 +68,31 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
 
 
 def _finite(tensors: list[Tensor]) -> bool:
-    by_device: dict[torch.device, list[Tensor]] = {}
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for tensor in tensors:
-        by_device.setdefault(tensor.device, []).append(tensor)
-    norms = [torch.stack(torch._foreach_norm(same, float("inf"))) for same in by_device.values()]
-    return all(bool(norm.isfinite().all()) for norm in norms)
+        alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+    gathered = [_gathered(same) for same in alike.values()]
+    squares = ([torch.dot(flat, flat) for flat in flats] for flats in gathered)  # the cheapest, but may be out of range where they are not
+    return all(map(_read, squares)) or all(_read([torch.linalg.vector_norm(flat, math.inf) for flat in flats]) for flats in gathered)
+
+
+def _read(numbers: Sequence[Tensor]) -> bool:
+    """Whether numbers, each a tensor on the same device, are finite: one transfer."""
+    return all(map(cmath.isfinite, [numbers[0].item()] if len(numbers) == 1 else torch.stack(list(numbers)).tolist()))
+
+
+def _gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The same numbers in fewer tensors `[n]`: small ones side by side, since a call takes longer than to copy them."""
+    found, room = [], 0
+    runs: list[list[Tensor]] = []
+    for tensor in tensors:
+        flat = tensor.reshape(-1)
+        if len(flat) > SMALL:
+            found.append(flat)
+            continue
+        if len(flat) > room:
+            runs.append([])
+            room = 16 * SMALL
+        runs[-1].append(flat)
+        room -= len(flat)
+    return found + [torch.cat(run) for run in runs]
