@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks import heap
 from kfactk import Layer, Samples, Use
 from kfactk_stages.curvature import _spectral
 from kfactk_stages.curvature._plan import cheapest
@@ -246,6 +247,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured, in seconds, there too")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    heap.keep_freed()
     rates = Rates.measured(arguments.repeats)
     gemm = {str(dtype).removeprefix("torch."): rate for dtype, rate in rates.gemm.items()}
     speeds = ", ".join(f"{2 * rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in gemm.items())

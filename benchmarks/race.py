@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from benchmarks import heap
 from benchmarks.floor import Floor, Product, floors
 from benchmarks.settings import BASELINE, NOT_ON_THE_INDEX, Setting, missing, network, settings
 from kfactk.optimizer import Optimizer
@@ -166,6 +167,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="folder to write race.json into")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    heap.keep_freed()
     chosen = settings(arguments.only)
     absent = [*missing(), *(f"{name} (not on the package index)" for name in NOT_ON_THE_INDEX)]
     print(f"not installed, and so not raced: {', '.join(absent)}")
