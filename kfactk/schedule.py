@@ -72,11 +72,11 @@ class Calendar:
 
     Example:
         >>> calendar = Calendar(10, 10, 100, stagger=True)
-        >>> calendar.turns, calendar.turn(1), calendar.turn(101), calendar.turn(106)
-        (70, None, 0, None)
+        >>> calendar.turns, calendar.turn(1), calendar.turn(7), calendar.turn(107)
+        (70, None, 0, 0)
         >>> [step for step in range(25) if calendar.due(step, part=1).scale]
         [3, 13, 23]
-        >>> calendar.due(101, turn=0), calendar.due(101, turn=1).basis
+        >>> calendar.due(107, turn=0), calendar.due(107, turn=1).basis
         (Due(factors=False, scale=False, basis=True, inputs=False), False)
     """
 
@@ -97,11 +97,15 @@ class Calendar:
         object.__setattr__(self, "_quiet", self._quiet_steps() if self.stagger else (0,))
 
     def _quiet_steps(self) -> tuple[int, ...]:
-        """Steps of a period on which turns fall: those on which nothing else is due in any period, or all where there are none."""
+        """Steps of a period on which turns fall: those on which nothing else is due in any period, or all where there are none.
+
+        The first turn is the first step after which factors are others than at the first step.
+        """
         factors, scale, basis = self.periods(0)
         every = math.gcd(factors, basis), math.gcd(scale, basis)  # over many periods, a step is at every multiple of these
         busy = [(each, part * self._third) for each in every for part in (0, 1)] + [(every[0], _inputs_at(factors))]
-        return tuple(s for s in range(basis) if all((s - at) % each for each, at in busy)) or tuple(range(basis))
+        quiet = [s for s in range(basis) if all((s - at) % each for each, at in busy)] or list(range(basis))
+        return tuple(sorted(quiet, key=lambda step: (step < _inputs_at(factors), step)))
 
     def due(self, step: int, turn: int = 0, part: int = 0) -> Due:
         """What is due at `step` for a layer of this turn and this part, 0 or 1, that has been decomposed before."""

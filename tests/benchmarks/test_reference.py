@@ -109,7 +109,7 @@ def test_the_command_races_a_seed_once(
     ("arguments", "due"),
     [
         ({}, {"factors": 32, "scale": 32, "basis": 4}),
-        ({"stagger": True}, {"factors": 32, "scale": 32, "basis": 4}),  # turn 0 at steps 101, 201, 301
+        ({"stagger": True}, {"factors": 32, "scale": 32, "basis": 5}),  # turn 0 at steps 7, 107, 207, 307
         ({"factor_every": 5, "scale_every": 1, "basis_every": kfactk.early}, {"factors": 63, "scale": 312, "basis": 10}),
     ],
 )
