@@ -29,8 +29,8 @@ from benchmarks.settings import BASELINE, Setting, network, settings
 from kfactk.costs import LayerCost
 from kfactk.optimizer import Optimizer
 
-SHORT = {"factor_every": 2, "scale_every": 2, "basis_every": 4}
-STEPS, OTHERS, IMAGE, MIB = 5, 11, (3, 32, 32), 2**20
+SHORT = {"factor_every": 4, "scale_every": 4, "basis_every": 8}
+STEPS, OTHERS, IMAGE, MIB = 9, 11, (3, 32, 32), 2**20
 """Of others, whose periods are 10, more steps are taken."""
 
 
