@@ -24,6 +24,7 @@ class Agenda:
 
     def __init__(self, calendar: Calendar, blocks: Blocks, places: Places) -> None:
         self.calendar, self._blocks, self._places = calendar, blocks, places
+        self._divided: list[tuple[str, tuple[str, ...]]] = []
         self._turns: dict[str, int] = {}
         self._late: frozenset[str] = frozenset()
         self._parted: dict[tuple[str, tuple[str, ...]], frozenset[str]] = {}
@@ -69,8 +70,10 @@ class Agenda:
 
     def _divide(self, layers: Sequence[Layer]) -> None:
         """Divide the layers among turns, and among passes: by cost, whatever the ranks, so that another number of them does the same."""
-        if not self.calendar.stagger or list(self._turns) == [layer.name for layer in layers]:
+        each = [(layer.name, layer.parameters) for layer in layers]
+        if not self.calendar.stagger or self._divided == each:
             return
+        self._divided = each
         works = [self._blocks.work(layer) for layer in layers]
         placed = take_turns({work.layer: work.cost for work in works}, self.calendar.turns)
         self._turns = {work.layer: placed[work.layer] for work in works}

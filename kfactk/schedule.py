@@ -57,9 +57,9 @@ class Calendar:
 
     Staggered, steps share the load: what needs the gradients of a Fisher pass, output factors and scale, comes together, so that one pass
     serves both; layers in two parts have a pass each, a third of a period apart; input factors, which need none, come after two thirds of
-    it; and layers are decomposed in turns, on steps where nothing else is due. A layer still waits `basis_every` steps from one refresh to
-    the next; its moments are carried into the new basis, until they are measured there. A layer's first decomposition waits for nothing,
-    so that at the first step everything is due.
+    it; and layers are decomposed in turns, on steps where nothing else is due, if there are any. A layer's first decomposition waits for
+    nothing, so that at the first step everything is due; the second comes with its first turn, and from then on it waits `basis_every`
+    steps from one to the next. Its moments are carried into the new basis, until they are measured there.
 
     Args:
         factor_every: Steps between refreshes of the factors, as `due_at` takes it; so are the next two.

@@ -360,3 +360,34 @@ def test_layers_are_decomposed_in_their_turn_and_take_their_scale_along() -> Non
             before[name] = right, left, scale
     assert bases == {"0": [0, 7, 19], "2": [0, 3, 15], "4": [0, 11, 23]}
     assert scales == {"0": [1, 5, 9, 13, 17, 21, 25], "2": [1, 4, 8, 12, 16, 20, 24], "4": [1, 4, 8, 12, 16, 20, 24]}
+
+
+def test_turns_and_parts_follow_what_is_trained() -> None:
+    """So that a run that is gone on from divides layers as the one that was not interrupted does."""
+    torch.manual_seed(0)
+    data = [(torch.randn(12, 5, dtype=torch.float64), torch.randint(3, (12,))) for _ in range(16)]
+
+    def made(frozen: bool) -> tuple[nn.Sequential, kfactk.Optimizer]:
+        torch.manual_seed(1)
+        middle = [layer for _ in range(3) for layer in (nn.Linear(8, 8), nn.Tanh())]
+        model = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), *middle, nn.Linear(8, 3)).double()
+        model[2].bias.requires_grad_(not frozen)
+        return model, kfactk.build(lr=0.01, damping=0.1, factor_every=3, scale_every=3, basis_every=4, stagger=True).bind(model)
+
+    def train(model: nn.Sequential, optimizer: kfactk.Optimizer, steps: range) -> None:
+        for step in steps:
+            model[2].bias.requires_grad_(step < 4)
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model(data[step][0]), data[step][1]).backward()
+            optimizer.step()
+
+    model, optimizer = made(frozen=False)
+    train(model, optimizer, range(6))
+    kept, saved = copy.deepcopy(model.state_dict()), copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, range(6, 16))
+    other, resumed = made(frozen=True)
+    other.load_state_dict(kept)
+    resumed.load_state_dict(saved)
+    train(other, resumed, range(6, 16))
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
