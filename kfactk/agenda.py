@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache, partial
 
 from kfactk.assignment import late_part, take_turns
 from kfactk.blocks import Blocks
@@ -34,13 +35,12 @@ class Agenda:
         sampled = self._blocks.basis.moments_from == "samples"
         self._places.extend(layers)
         self._divide(layers)
-        whose = self.calendar.turn(step) if self.calendar.stagger else 0
-        due = {(mine, part): self.calendar.due(step, (whose or 0) if mine else -1, part) for mine in (False, True) for part in (0, 1)}
+        due = cache(partial(self.calendar.due, step))
         soon = [self.calendar.soon(step, part) for part in (0, 1)]
         needs = {}
         for layer in layers:
             part, state = self._part(layer), states[layer.name]
-            now = due[self._turns.get(layer.name, 0) == whose, part]
+            now = due(self._turns.get(layer.name, 0), part)
             if now == NOTHING and state.settled:
                 continue
             needs[layer.name] = Need.of(
@@ -53,7 +53,7 @@ class Agenda:
                 soon=soon[part],
                 from_inputs=self._from_inputs(layer),
             )
-        refreshed = due[False, 0].scale or any(need.basis for need in needs.values())
+        refreshed = due(0, 0).scale or any(need.basis for need in needs.values())
         return Plan(needs, self._blocks.basis.moments_from == "gradient" and refreshed)
 
     def _part(self, layer: Layer) -> int:
@@ -70,10 +70,10 @@ class Agenda:
 
     def _divide(self, layers: Sequence[Layer]) -> None:
         """Divide the layers among turns, and among passes: by cost, whatever the ranks, so that another number of them does the same."""
-        each = [(layer.name, layer.parameters) for layer in layers]
-        if not self.calendar.stagger or self._divided == each:
+        trained = [(layer.name, layer.parameters) for layer in layers]
+        if not self.calendar.stagger or self._divided == trained:
             return
-        self._divided = each
+        self._divided = trained
         works = [self._blocks.work(layer) for layer in layers]
         placed = take_turns({work.layer: work.cost for work in works}, self.calendar.turns)
         self._turns = {work.layer: placed[work.layer] for work in works}

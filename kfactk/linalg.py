@@ -221,8 +221,12 @@ def damping_floor(mean: Tensor) -> Tensor:
 
 
 def inner_products(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
-    """`<x, y>` pair by pair, `[len]`, on the first one's device."""
-    return torch.stack([torch.dot(x.reshape(-1), y.reshape(-1)).to(xs[0].device) for x, y in zip(xs, ys, strict=True)])
+    """`<x, y>` pair by pair, `[len]`, on the first one's device, each in the wider precision of its two."""
+    dots = []
+    for x, y in zip(xs, ys, strict=True):
+        dtype = torch.promote_types(x.dtype, y.dtype)
+        dots.append(torch.dot(x.reshape(-1).to(dtype), y.reshape(-1).to(dtype)).to(xs[0].device))
+    return torch.stack(dots)
 
 
 def as_gradient(tensor: Tensor, parameter: Tensor) -> Tensor:

@@ -26,7 +26,7 @@ from kfactk.preconditioner import Preconditioner
 from kfactk.profiling import Profile
 from kfactk.schedule import number_at, plain
 from kfactk.shards import ShardedProducts
-from kfactk.slots import Plain, gradients_of, sharded, slots
+from kfactk.slots import Raw, gradients_of, sharded, slots
 from kfactk.stages import Layer
 from kfactk.standin import standing_in
 from kfactk.stateful import StatefulOptimizer
@@ -289,7 +289,7 @@ class Optimizer(StatefulOptimizer):
         try:
             self._observer.finish()
             layers = [layer for layer in self._preconditioner.layers() if layer.tensors()["weight"].grad is not None]
-            plain, gradients = gradients_of(layers, self._preconditioner.blocks)
+            raw, gradients = gradients_of(layers, self._preconditioner.blocks)
             allocating = self._preconditioner.check(gradients) and all(float(group["lr"]) == 0 for group in self.param_groups)
             if allocating:
                 self._preconditioner.allocate(layers, self._damping)
@@ -297,8 +297,8 @@ class Optimizer(StatefulOptimizer):
                 self._preconditioner.refresh(self._damping)
                 self._preconditioner.measure_gradients(gradients, self.recipe.reduction)
             if self.recipe.weight_decay_at == "gradient":
-                plain, gradients = gradients_of(layers, self._preconditioner.blocks, partial(self._setting, "weight_decay"))
-            fault = self._apply(layers, plain, gradients)
+                raw, gradients = gradients_of(layers, self._preconditioner.blocks, partial(self._setting, "weight_decay"))
+            fault = self._apply(layers, raw, gradients)
         except BaseException:
             self._recorder.forget()
             raise
@@ -317,11 +317,11 @@ class Optimizer(StatefulOptimizer):
             if self._stepped is not None:
                 self._stepped(optimizer=self, step=self.steps - 1, figures=figures)
 
-    def _apply(self, layers: Sequence[Layer], plain: Plain, gradients: Mapping[str, Tensor]) -> str:
+    def _apply(self, layers: Sequence[Layer], raw: Raw, gradients: Mapping[str, Tensor]) -> str:
         """Precondition, clip, and let the update rule step on what came out, in place of the gradients; or say why it is not to."""
         with self._recorder.timed("precondition"):
             found = self._preconditioner.precondition(gradients, self._damping)
-            parameters, whole = slots(layers, plain, found, self._preconditioner.blocks, partial(self._setting, "lr"))
+            parameters, whole = slots(layers, raw, found, self._preconditioner.blocks, partial(self._setting, "lr"))
             pairs = sharded(parameters, whole)
         if self._recorder.due(self.steps):
             self._recorder.see(whole)

@@ -13,13 +13,13 @@ from kfactk.samples import working_dtype
 from kfactk.shards import shard_of, whole
 from kfactk.stages import Layer, Pair, Tensors
 
-Plain = Mapping[str, Mapping[str, Tensor]]
+Raw = Mapping[str, Mapping[str, Tensor]]
 """By layer name, the gradients of its parameters by their names; those that have one."""
 
 
 def gradients_of(
     layers: Sequence[Layer], blocks: Blocks, decay: Callable[[nn.Parameter], float] | None = None
-) -> tuple[Plain, dict[str, Tensor]]:
+) -> tuple[Raw, dict[str, Tensor]]:
     """The gradients of the layers' parameters, whole and in the working precision, and each layer's as its matrix. A collective call
     where parameters are sharded.
 
@@ -40,13 +40,13 @@ def gradients_of(
 
 
 def slots(
-    layers: Sequence[Layer], plain: Plain, preconditioned: Tensors, blocks: Blocks, lr: Callable[[nn.Parameter], float]
+    layers: Sequence[Layer], raw: Raw, preconditioned: Tensors, blocks: Blocks, lr: Callable[[nn.Parameter], float]
 ) -> tuple[list[nn.Parameter], list[Pair]]:
     """The parameters that get a preconditioned gradient, and for each the full pair.
 
     Args:
         layers: The layers.
-        plain: Their gradients.
+        raw: Their gradients.
         preconditioned: By layer name, `[..., d_out, d_in]`; layers may be missing.
         blocks: Takes matrices apart.
         lr: Learning rate of a parameter.
@@ -55,7 +55,7 @@ def slots(
     for layer in layers:
         if layer.name in preconditioned:
             made, tensors = blocks.parted(layer, preconditioned[layer.name]), layer.tensors()
-            for name, gradient in plain[layer.name].items():
+            for name, gradient in raw[layer.name].items():
                 parameters.append(tensors[name])
                 pairs.append(Pair(gradient, made[name], lr(tensors[name])))
     return parameters, pairs

@@ -379,3 +379,8 @@ def test_orthogonal_iteration_survives_a_null_space_and_refuses_what_is_not_fini
     torch.testing.assert_close(vectors.mT @ vectors, torch.eye(3))
     with pytest.raises(DecompositionError, match="NaN or inf"):
         linalg.orthogonal_iteration(torch.full((2, 2), float("nan")), torch.eye(2))
+
+
+def test_inner_products_of_two_precisions_are_in_the_wider_one() -> None:
+    x, y = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1e-9], dtype=F64)
+    assert linalg.inner_products([x, y], [y, x]).tolist() == [1.0 + 2e-9] * 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from functools import reduce
 
 import attrs
 import torch
@@ -54,13 +53,11 @@ class KlClip:
         tensors = [pair.preconditioned for pair in pairs]
         if not tensors:
             return [], one(tensors)
-        products = dot(widened([pair.gradient for pair in pairs]), widened(tensors))
-        by_lr: dict[float, list[int]] = {}
-        for place, pair in enumerate(pairs):
-            by_lr.setdefault(pair.lr, []).append(place)
-        every = len(by_lr) == 1
-        sums = [(products if every else torch.stack([products[place] for place in same])).sum() * (lr * lr) for lr, same in by_lr.items()]
-        total = reduce(torch.add, sums)
+        products = dot(widened([pair.gradient for pair in pairs]), widened(tensors)).unbind()
+        by_lr: dict[float, list[Tensor]] = {}
+        for pair, product in zip(pairs, products, strict=True):
+            by_lr.setdefault(pair.lr, []).append(product)
+        total = torch.stack([torch.stack(same).sum() * (lr * lr) for lr, same in by_lr.items()]).sum()
         factor = torch.where(total > self.limit, math.sqrt(self.limit) / total.sqrt(), 1.0)  # the quotient's root could underflow
         return scaled(tensors, factor), factor
 
