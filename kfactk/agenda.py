@@ -14,6 +14,10 @@ from kfactk.schedule import NOTHING, Calendar
 from kfactk.stages import Layer
 
 
+NOBODYS = -1
+"""A turn that never comes."""
+
+
 class Agenda:
     """Makes the plans of one optimizer's steps.
 
@@ -35,12 +39,12 @@ class Agenda:
         sampled = self._blocks.basis.moments_from == "samples"
         self._places.extend(layers)
         self._divide(layers)
-        due = cache(partial(self.calendar.due, step))
+        due, today = cache(partial(self.calendar.due, step)), self.calendar.turn(step)
         soon = [self.calendar.soon(step, part) for part in (0, 1)]
         needs = {}
         for layer in layers:
-            part, state = self._part(layer), states[layer.name]
-            now = due(self._turns.get(layer.name, 0), part)
+            part, state, turn = self._part(layer), states[layer.name], self._turns.get(layer.name, 0)
+            now = due(turn if turn == today else NOBODYS, part)  # for all whose turn it is not, the same
             if now == NOTHING and state.settled:
                 continue
             needs[layer.name] = Need.of(
@@ -53,7 +57,7 @@ class Agenda:
                 soon=soon[part],
                 from_inputs=self._from_inputs(layer),
             )
-        refreshed = due(0, 0).scale or any(need.basis for need in needs.values())
+        refreshed = due(NOBODYS, 0).scale or any(need.basis for need in needs.values())
         return Plan(needs, self._blocks.basis.moments_from == "gradient" and refreshed)
 
     def _part(self, layer: Layer) -> int:

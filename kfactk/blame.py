@@ -101,9 +101,8 @@ def check_parted(parameters: Mapping[str, Tensor], found: dict[str, Tensor]) -> 
     Raises:
         ValueError: Names or shapes are not those of the parameters.
     """
-    made = {name: tuple(tensor.shape) for name, tensor in found.items()}
-    due = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
-    if made != due:
+    if found.keys() != parameters.keys() or any(tensor.shape != parameters[name].shape for name, tensor in found.items()):
+        made, due = ({name: tuple(tensor.shape) for name, tensor in each.items()} for each in (found, parameters))
         raise ValueError(f"`tensors` gave the shapes {made}, where those of the parameters are due: {due}")
     return found
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from kfactk.assignment import Work
 from kfactk.blame import blaming, check_matrices, check_parted, check_statistics, square
 from kfactk.linalg import mean_diagonal
-from kfactk.samples import Samples, Statistic, Use, working_dtype
+from kfactk.samples import Samples, Statistic, Use, working
 from kfactk.stages import Basis, Coupling, Curvature, Decomposition, Layer, MakesOperator, Operator, PartsFactors, Redecomposes, Tensors
 from kfactk.sums import prefixed
 
@@ -88,7 +88,7 @@ class Blocks:
         for name, parameter in layer.tensors().items():
             tensor = tensors.get(name)
             tensor = torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device) if tensor is None else tensor
-            named[name] = tensor.detach().to(working_dtype(tensor.dtype))
+            named[name] = working(tensor.detach())
         with blaming("curvature", self.curvature, _on(layer)):
             return self.curvature.matrix(layer, named)
 

@@ -108,7 +108,7 @@ class Covered(Layer):
 
     def hold(self) -> Covered:
         """The same layer, for a time in which no parameter is replaced: they are looked up now."""
-        return attrs.evolve(self, held=self.tensors())
+        return Covered(self.name, self.module, self.parameters, self.originals, self.tensors())
 
 
 class Survey:
@@ -160,15 +160,15 @@ class Survey:
 
     def layers(self, trained: Callable[[nn.Parameter], bool]) -> list[Covered]:
         """The layers whose weight is trained now, in the model's order."""
-        found: list[Covered] = []
+        found, at = [], self.originals.at
         for name, module in self._candidates:
-            names = tuple(
-                key
-                for key in ("weight", "bias")
-                if (parameter := self.originals.at(module, key)) is not None and parameter.requires_grad and trained(parameter)
-            )
-            if names and names[0] == "weight":
-                found.append(Covered(name, module, names, self.originals))
+            held = {}
+            for key in ("weight", "bias"):
+                parameter = at(module, key)
+                if parameter is not None and parameter.requires_grad and trained(parameter):
+                    held[key] = parameter
+            if "weight" in held:
+                found.append(Covered(name, module, tuple(held), self.originals))
         return found
 
     def coverage(self, trained: Callable[[nn.Parameter], bool]) -> Coverage:

@@ -224,9 +224,12 @@ def inner_products(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     """`<x, y>` pair by pair, `[len]`, on the first one's device, each in the wider precision of its two."""
     dots = []
     for x, y in zip(xs, ys, strict=True):
-        dtype = torch.promote_types(x.dtype, y.dtype)
-        dots.append(torch.dot(x.reshape(-1).to(dtype), y.reshape(-1).to(dtype)).to(xs[0].device))
-    return torch.stack(dots)
+        if x.dtype != y.dtype:
+            dtype = torch.promote_types(x.dtype, y.dtype)
+            x, y = x.to(dtype), y.to(dtype)
+        dots.append(torch.dot(x.reshape(-1), y.reshape(-1)))
+    device = xs[0].device
+    return torch.stack([dot if dot.device == device else dot.to(device) for dot in dots])
 
 
 def as_gradient(tensor: Tensor, parameter: Tensor) -> Tensor:

@@ -40,17 +40,17 @@ class Originals:
 
     def look(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
         """Look at all places again, and tell what was replaced for good by another form of the same: old and new."""
-        replaced = []
+        replaced, known_at = [], self._known
         modules = _modules(self._model)
         self._divided = _divided(modules)
         for module in modules:
             for name, here in module._parameters.items():
-                known = self._known.get((module, name))
-                if here is None or here is known or (known is not None and self._stands_in(here, known)):
+                known = known_at.get((module, name))
+                if here is known or here is None or (known is not None and self._stands_in(here, known)):
                     continue
                 if known is not None and self._succeeds(here, known):
                     replaced.append((known, here))
-                self._known[module, name] = here
+                known_at[module, name] = here
         return replaced
 
     def follow(self, groups: Sequence[dict[str, Any]], state: Mapping[Any, Any]) -> None:
@@ -68,7 +68,7 @@ class Originals:
                 if old is not new and _alike(old, new):
                     self._known.update({place: new for place, known in self._known.items() if known is old})
         replaced = {id(old): new for old, new in self.look()}
-        for group in groups:
+        for group in groups if replaced else ():
             if any(id(parameter) in replaced and parameter in state for parameter in group["params"]):
                 raise KfactkError(
                     "parameters were replaced (by fully_shard, say) after the optimizer's first step, and its state is that of the old "
@@ -100,12 +100,12 @@ class Originals:
 def _modules(model: nn.Module) -> list[nn.Module]:
     """What `model.modules()` gives, in another order and in a fraction of the time: it is asked for at every step."""
     found: dict[nn.Module, None] = {}
-    stack = [model]
+    stack: list[nn.Module | None] = [model]
     while stack:
         module = stack.pop()
-        if module not in found:
+        if module is not None and module not in found:
             found[module] = None
-            stack.extend(child for child in module._modules.values() if child is not None)
+            stack.extend(module._modules.values())
     return list(found)
 
 

@@ -293,7 +293,7 @@ class Preconditioner:
             return self.preconditioned(layers[name], gradients[name], damping(layers[name])) if name in gradients else None
 
         ready = [name for name in layers if self.states[name].ready]
-        moved = [name for name in ready if not self.places.everywhere(name)]
+        moved = [] if self.ranks.size == 1 else [name for name in ready if not self.places.everywhere(name)]
         result = {name: gradient for name, gradient in gradients.items() if name not in ready}
         if moved:
             dtypes = {name: working_dtype(layers[name].tensors()["weight"].dtype) for name in moved}

@@ -345,7 +345,9 @@ def project(
 def product(one: Tensor, other: Tensor, dtype: torch.dtype, precision: torch.dtype | None) -> Tensor:
     """`one other` in `dtype`, of operands rounded to `precision`, which is `dtype` where it is `None`."""
     rounded = precision or dtype
-    return (one.to(rounded) @ other.to(rounded)).to(dtype)
+    one = one if one.dtype == rounded else one.to(rounded)
+    found = one @ (other if other.dtype == rounded else other.to(rounded))
+    return found if rounded == dtype else found.to(dtype)
 
 
 def _rotate(rows: Tensor, rotation: Tensor, precision: torch.dtype | None = None) -> Tensor:
@@ -368,6 +370,12 @@ def working_dtype(*dtypes: torch.dtype) -> torch.dtype:
         torch.float32
     """
     return torch.float64 if torch.float64 in dtypes else torch.float32
+
+
+def working(tensor: Tensor) -> Tensor:
+    """The tensor in the precision curvature is computed in; itself where that is its own."""
+    dtype = working_dtype(tensor.dtype)
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def total_of(parts: Iterable[Tensor]) -> Tensor | None:

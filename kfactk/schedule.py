@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
@@ -85,7 +85,7 @@ class Calendar:
     basis_every: Period
     stagger: bool = False
     _third: int = attrs.field(init=False, repr=False, eq=False)
-    _quiet: tuple[int, ...] = attrs.field(init=False, repr=False, eq=False)
+    _quiet: Mapping[int, int] = attrs.field(init=False, repr=False, eq=False)
 
     def __attrs_post_init__(self) -> None:
         if self.stagger and any(callable(period) for period in (self.factor_every, self.scale_every, self.basis_every)):
@@ -94,7 +94,7 @@ class Calendar:
                 "Give numbers, or leave stagger out."
             )
         object.__setattr__(self, "_third", min(self.periods(0)[:2]) // 3 if self.stagger else 0)
-        object.__setattr__(self, "_quiet", self._quiet_steps() if self.stagger else (0,))
+        object.__setattr__(self, "_quiet", {step: turn for turn, step in enumerate(self._quiet_steps() if self.stagger else (0,))})
 
     def _quiet_steps(self) -> tuple[int, ...]:
         """Steps of a period on which turns fall: those on which nothing else is due in any period, or all where there are none.
@@ -120,9 +120,11 @@ class Calendar:
 
     def periods(self, step: int) -> tuple[int, int, int]:
         """The periods of factors, scale and basis, as they are at `step`."""
-        named = {"factor_every": self.factor_every, "scale_every": self.scale_every, "basis_every": self.basis_every}
-        factors, scale, basis = (period_at(name, period, step) for name, period in named.items())
-        return factors, scale, basis
+        return (
+            period_at("factor_every", self.factor_every, step),
+            period_at("scale_every", self.scale_every, step),
+            period_at("basis_every", self.basis_every, step),
+        )
 
     @property
     def turns(self) -> int:
@@ -133,7 +135,7 @@ class Calendar:
         """Whose turn it is at `step`; `None` when it is nobody's, as long as there are but the factors of the first step, too."""
         factors, _, basis = self.periods(step)
         rest = step % basis
-        return self._quiet.index(rest) if rest in self._quiet and not (self.stagger and 0 < step < _inputs_at(factors)) else None
+        return None if self.stagger and 0 < step < _inputs_at(factors) else self._quiet.get(rest)
 
 
 def _inputs_at(factor_every: int) -> int:

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import Tensor, nn
 
 from kfactk.blocks import Blocks
-from kfactk.samples import working_dtype
-from kfactk.shards import shard_of, whole
+from kfactk.samples import working
+from kfactk.shards import is_sharded, shard_of, whole
 from kfactk.stages import Layer, Pair, Tensors
 
 Raw = Mapping[str, Mapping[str, Tensor]]
@@ -34,8 +34,7 @@ def gradients_of(
         for name, parameter in layer.tensors().items():
             gradient, share = parameter.grad, 0.0 if decay is None else decay(parameter)
             if gradient is not None:
-                full = whole(gradient.add(parameter, alpha=share) if share else gradient).detach()
-                found[layer.name][name] = full.to(working_dtype(full.dtype))
+                found[layer.name][name] = working(whole(gradient.add(parameter, alpha=share) if share else gradient).detach())
     return found, {layer.name: blocks.joined(layer, found[layer.name]) for layer in layers}
 
 
@@ -62,6 +61,9 @@ def slots(
 
 
 def sharded(parameters: Sequence[nn.Parameter], pairs: Sequence[Pair]) -> list[Pair]:
-    """This rank's part of each pair, as plain tensors."""
-    each = zip(parameters, pairs, strict=True)
-    return [Pair(shard_of(pair.gradient, p), shard_of(pair.preconditioned, p), pair.lr) for p, pair in each]
+    """This rank's part of each pair, as plain tensors; the pair itself where it is not divided."""
+
+    def part(pair: Pair, parameter: Tensor) -> Pair:
+        return Pair(shard_of(pair.gradient, parameter), shard_of(pair.preconditioned, parameter), pair.lr)
+
+    return [part(pair, p) if is_sharded(p) else pair for p, pair in zip(parameters, pairs, strict=True)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import cmath
 import contextlib
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -64,13 +65,14 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
         False
     """
     values = [tensor.coalesce().values() if tensor.is_sparse else local(tensor) for tensor in tensors]
-    return agreed(_finite([each for each in values if each.numel() and not each.is_meta]), tensors)
+    return agreed(_finite(values), tensors)
 
 
 def _finite(tensors: list[Tensor]) -> bool:
-    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    alike: defaultdict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
     for tensor in tensors:
-        alike.setdefault((tensor.device, tensor.dtype), []).append(tensor)
+        if tensor.numel() and not tensor.is_meta:
+            alike[tensor.device, tensor.dtype].append(tensor)
     gathered = [_gathered(same) for same in alike.values()]
     squares = ([torch.dot(flat, flat) for flat in flats] for flats in gathered)  # the cheapest, but may be out of range where they are not
     return all(map(_read, squares)) or all(_read([torch.linalg.vector_norm(flat, math.inf) for flat in flats]) for flats in gathered)
@@ -86,13 +88,13 @@ def _gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
     found, room = [], 0
     runs: list[list[Tensor]] = []
     for tensor in tensors:
-        flat = tensor.reshape(-1)
-        if len(flat) > SMALL:
+        flat, count = tensor.reshape(-1), tensor.numel()
+        if count > SMALL:
             found.append(flat)
             continue
-        if len(flat) > room:
+        if count > room:
             runs.append([])
             room = 16 * SMALL
         runs[-1].append(flat)
-        room -= len(flat)
+        room -= count
     return found + [torch.cat(run) for run in runs]

@@ -6,7 +6,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from kfactk import project
+from kfactk.samples import product
 from kfactk.stages import Operator
 from kfactk_stages.basis._channels import ChannelDiagonal
 
@@ -39,14 +39,11 @@ class Diagonal:
     weights: Tensor
 
     def __call__(self, vector: Tensor) -> Tensor:
-        """Apply it to `[..., d_out, d_in]`."""
-        turned = self._turned(vector, self.left, self.right).mul_(self.weights)
-        return self._turned(turned, self.left.transpose(-1, -2), self.right.transpose(-1, -2))
-
-    def _turned(self, matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """`left^T M right`, each product in the precision of its rotation where that is the lower one."""
-        matrix = project(matrix, left, None, precision=_lower(left))
-        return project(matrix, None, right, precision=_lower(right))
+        """Apply it to `[..., d_out, d_in]`, each product in the precision of its rotation where that is the lower one."""
+        left, right, dtype = self.left, self.right, vector.dtype
+        lower_left, lower_right = _lower(left), _lower(right)
+        turned = product(product(left.mT, vector, dtype, lower_left), right, dtype, lower_right).mul_(self.weights)
+        return product(product(left, turned, dtype, lower_left), right.mT, dtype, lower_right)
 
 
 def diagonal(left: Tensor, right: Tensor, taps: Tensor | None, weights: Tensor, precision: torch.dtype | None) -> Operator:

@@ -84,19 +84,17 @@ class Kfac:
 
     def matrix(self, layer: Layer, tensors: Tensors) -> Tensor:
         """Join weight and bias into `[d_out, d_in]`, or `[groups, d_out/g, d_in]` for a grouped layer, bias last."""
-        groups = groups_of(layer.module)
-        weight = tensors["weight"]
-        matrix = weight.reshape(groups, weight.shape[0] // groups, -1)
-        if layer.bias:
-            matrix = torch.cat([matrix, tensors["bias"].reshape(groups, -1, 1)], -1)
-        return matrix.squeeze(0) if groups == 1 else matrix
+        groups, weight = groups_of(layer.module), tensors["weight"]
+        rows = () if groups == 1 else (groups,)
+        matrix = weight.reshape(*rows, weight.shape[0] // groups, -1)
+        return torch.cat([matrix, tensors["bias"].reshape(*rows, -1, 1)], -1) if layer.bias else matrix
 
     def tensors(self, layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
         """Inverse of `matrix`."""
-        shapes = {name: parameter.shape for name, parameter in layer.tensors().items()}
+        like = layer.tensors()
         if not layer.bias:
-            return {"weight": matrix.reshape(shapes["weight"])}
-        return {"weight": matrix[..., :-1].reshape(shapes["weight"]), "bias": matrix[..., -1].reshape(shapes["bias"])}
+            return {"weight": matrix.reshape(like["weight"].shape)}
+        return {"weight": matrix[..., :-1].reshape(like["weight"].shape), "bias": matrix[..., -1].reshape(like["bias"].shape)}
 
     def blank(self, layer: Layer) -> Use:
         """One row of zeros."""
