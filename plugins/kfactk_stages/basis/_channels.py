@@ -39,6 +39,21 @@ def products(channels: Tensor, taps: Tensor) -> Tensor:
     return (channels.unsqueeze(-1) * taps.unsqueeze(-2)).flatten(-2)
 
 
+def joint_basis(channels: Tensor, taps: Tensor | None, d_in: int) -> Tensor:
+    """`blockdiag(U_C kron U_K, 1)`, `[..., d_in, d_in]`: the basis of the input side as one matrix.
+
+    Args:
+        channels: U_C, `[..., channels, channels]`.
+        taps: U_K, `[..., taps, taps]`; `None` for the identity.
+        d_in: Number of columns.
+    """
+    columns = channel_columns(d_in, channels.shape[-1], None if taps is None else taps.shape[-1])
+    if taps is None:
+        taps = torch.eye(columns // channels.shape[-1], dtype=channels.dtype, device=channels.device)
+    basis = linalg.kron(channels, taps)
+    return basis if columns == d_in else linalg.block_diagonal(basis, basis.new_ones(*basis.shape[:-2], 1, 1))
+
+
 def pool_channels(scale: Tensor, null: Tensor, null_taps: Tensor | None) -> Tensor:
     """Give the channel directions in `null` their shared mean, tap by tap, and those of taps theirs; the bias keeps its own.
 

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from kfactk.samples import product
 from kfactk.stages import Operator
-from kfactk_stages.basis._channels import ChannelDiagonal
+from kfactk_stages.basis._channels import ChannelDiagonal, joint_basis
 
 WORTH = 4_000_000
 """Multiplications from which on a product of rounded operands is the faster one, their rounding included."""
+DENSE = 128
+"""Columns up to which two products with the basis of a layer's whole input side are faster than many small ones with its parts."""
 
 
 def worth_rounding(rows: int, right: Tensor) -> bool:
@@ -58,7 +60,7 @@ def diagonal(left: Tensor, right: Tensor, taps: Tensor | None, weights: Tensor, 
     """
     d_out, d_in = weights.shape[-2:]
     if right.shape[-1] < d_in:
-        return ChannelDiagonal.of(left, right, taps, weights)
+        return ChannelDiagonal.of(left, right, taps, weights) if d_in > DENSE else Diagonal(left, joint_basis(right, taps, d_in), weights)
     if precision is not None:
         left = left.to(precision) if worth_rounding(d_in, left) else left
         right = right.to(precision) if worth_rounding(d_out, right) else right

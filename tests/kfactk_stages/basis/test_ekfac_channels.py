@@ -19,6 +19,7 @@ from kfactk.testing.basis_traits import BasisTraitLaws
 from kfactk.testing.situations import Situation
 from kfactk.testing.strategies import Case, conv_cases
 from kfactk.testing.truth import dense_fisher, dense_kron, module_gradients, projected_square, vec
+from kfactk_stages.basis import _diagonal
 from kfactk_stages.basis.ekfac import Ekfac
 from kfactk_stages.curvature.conv_kfac import ConvKfac
 from kfactk_stages.placement.comm_opt import CommOpt
@@ -218,6 +219,30 @@ def test_transport_is_the_diagonal_of_the_old_operator_in_the_new_basis(
         operator = operators[0] @ torch.diag(vec(scale[k])) @ operators[0].T
         torch.testing.assert_close(vec(carried[k]), (operators[1].T @ operator @ operators[1]).diagonal(), rtol=1e-9, atol=1e-11)
     torch.testing.assert_close(CHANNELS.transport({"scale": scale}, old, old)["scale"], scale, rtol=1e-9, atol=1e-11)
+
+
+@law
+@given(
+    st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.booleans(), st.sampled_from([(), (2,)]), st.integers(0, 99)
+)
+@pytest.mark.parametrize("dense", [0, 10**6])
+def test_small_and_large_layers_have_the_same_operator(
+    dense: int, c: int, taps: int, d_out: int, bias: bool, with_taps: bool, lead: tuple[int, ...], seed: int
+) -> None:
+    """By one basis of the whole input side, and tap by tap."""
+    d_in = c * taps + bias
+    parts = decomposition_of(c, d_out, lead, seed, taps if with_taps else 0)
+    left, right, tap = (parts[name]["eigenvectors"] if name in parts else None for name in ("G", "C", "K"))
+    generator = torch.Generator().manual_seed(seed)
+    weights, vector = (torch.randn(*lead, d_out, d_in, dtype=F64, generator=generator) for _ in range(2))
+    assert left is not None and right is not None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_diagonal, "DENSE", dense)
+        found = _diagonal.diagonal(left, right, tap, weights, None)(vector)
+    for k in range(2) if lead else [...]:
+        basis = dense_kron(widened(right[k], d_in, None if tap is None else tap[k]), left[k])
+        truth = basis @ torch.diag(vec(weights[k])) @ basis.T @ vec(vector[k])
+        torch.testing.assert_close(vec(found[k]), truth, rtol=1e-9, atol=1e-11)
 
 
 @law
