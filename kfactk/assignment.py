@@ -215,7 +215,7 @@ def take_turns(costs: Mapping[Key, float], turns: int) -> dict[Key, int]:
 def late_part(works: Sequence[Work]) -> frozenset[str]:
     """The layers that share a Fisher pass, where two passes share the load: those nearest the output.
 
-    Their pass is the shorter one, since it ends at the first of them; so they are as many as it takes to have three quarters of what it
+    Their pass is the shorter one, since it ends at the first of them; so they are as many as it takes to have nine tenths of what it
     takes to rotate the gradients of an example, but never all.
 
     Args:
@@ -228,7 +228,7 @@ def late_part(works: Sequence[Work]) -> frozenset[str]:
     """
     costs = [math.prod(work.gradient) * sum(work.gradient[-2:]) for work in works]
     late: list[int] = []
-    while len(late) < len(works) - 1 and 4 * sum(costs[place] for place in late) < 3 * sum(costs):
+    while len(late) < len(works) - 1 and 10 * sum(costs[place] for place in late) < 9 * sum(costs):
         late.append(len(works) - 1 - len(late))
     return frozenset(works[place].layer for place in late)
 
