@@ -13,7 +13,6 @@ from kfactk.plan import Need, Plan
 from kfactk.schedule import NOTHING, Calendar
 from kfactk.stages import Layer
 
-
 NOBODYS = -1
 """A turn that never comes."""
 

@@ -232,10 +232,10 @@ def test_small_and_large_layers_have_the_same_operator(
     """By one basis of the whole input side, and tap by tap."""
     d_in = c * taps + bias
     parts = decomposition_of(c, d_out, lead, seed, taps if with_taps else 0)
-    left, right, tap = (parts[name]["eigenvectors"] if name in parts else None for name in ("G", "C", "K"))
+    left, right = (parts[name]["eigenvectors"] for name in ("G", "C"))
+    tap = parts["K"]["eigenvectors"] if with_taps else None
     generator = torch.Generator().manual_seed(seed)
     weights, vector = (torch.randn(*lead, d_out, d_in, dtype=F64, generator=generator) for _ in range(2))
-    assert left is not None and right is not None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_diagonal, "DENSE", dense)
         found = _diagonal.diagonal(left, right, tap, weights, None)(vector)
