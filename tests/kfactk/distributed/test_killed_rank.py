@@ -19,7 +19,6 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn import functional as F
@@ -27,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import kfactk
 from kfactk import KfactkError
-from kfactk.testing.ranks import shared_workers
+from kfactk.testing.ranks import shared_workers, starting
 from tests.kfactk.small import F64, assert_equal
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -162,7 +161,7 @@ def uninterrupted(ranks: int, placement: str) -> list[Tensor]:
     ],
 )
 def test_the_others_end_and_the_run_goes_on(ranks: int, placement: str, place: str, tmp_path: Path) -> None:
-    context = mp.get_context("spawn")
+    context = starting()
     processes = [context.Process(target=doomed, args=(rank, ranks, str(tmp_path), placement, place)) for rank in range(ranks)]
     for process in processes:
         process.start()
