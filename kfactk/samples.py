@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 DEFAULT_CHUNK_BYTES = 256 * 2**20
-CACHED_BYTES = 48 * 2**20
+CACHED_BYTES = 32 * 2**20
 """What is made and read again at once stays in the cache of a CPU below about this, and its memory is used again, not mapped anew."""
 SMALL = 16384
 """Numbers below which a call costs more than a pass over them."""
