@@ -212,9 +212,9 @@ class Samples:
         References:
             George et al. 2018, arXiv:1806.03884, the scale s* of EKFAC, in a basis that is a product on the input side.
         """
-        numbers = 2 * self.positions * (self.d_in + self.d_out) + 2 * self.d_in * self.d_out
-        total = None
-        for rows in self.chunks(numbers):
+        numbers, total = 2 * self.positions * (self.d_in + self.d_out) + 2 * self.d_in * self.d_out, None
+        most = CACHED_BYTES // (numbers * self.groups * self.dtype.itemsize) if self.device.type == "cpu" else None
+        for rows in self.chunks(numbers, most):
             total = self._squared_channels(rows, total, left, right, taps)
         return Statistic(total, self.terms)
 
