@@ -47,6 +47,12 @@ class StatefulOptimizer(torch.optim.Optimizer):
         """Let layers that were added since find their places; a collective call."""
         raise NotImplementedError
 
+    def _outdate(self) -> None:
+        """After a step: let go of what `state` showed, so that curvature that is replaced is not kept; saved states hold the entries."""
+        if not self._outdated:
+            self.__dict__["state"].clear()
+            self._outdated = True
+
     def _show_state(self) -> None:
         """Bring `state` up to date: the update rule's entries by reference, and the curvature's."""
         self._outdated = False
