@@ -38,7 +38,7 @@ class Agenda:
         sampled = self._blocks.basis.moments_from == "samples"
         self._places.extend(layers)
         self._divide(layers)
-        due, today = cache(partial(self.calendar.due, step)), self.calendar.turn(step)
+        due, today = cache(partial(self.calendar.due, step)), self.calendar.turn(step) if self.calendar.stagger else 0
         soon = [self.calendar.soon(step, part) for part in (0, 1)]
         needs = {}
         for layer in layers:
@@ -56,7 +56,7 @@ class Agenda:
                 soon=soon[part],
                 from_inputs=self._from_inputs(layer),
             )
-        refreshed = due(NOBODYS, 0).scale or any(need.basis for need in needs.values())
+        refreshed = due(0, 0).scale or any(need.basis for need in needs.values())
         return Plan(needs, self._blocks.basis.moments_from == "gradient" and refreshed)
 
     def _part(self, layer: Layer) -> int:

@@ -88,7 +88,7 @@ def full_precision(device_types: Iterable[str]) -> contextlib.ExitStack:
         torch.float32
     """
     stack = contextlib.ExitStack()
-    for kind in sorted(set(device_types)) if torch._C._is_any_autocast_enabled() else ():
+    for kind in sorted(set(device_types)):
         if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
             stack.enter_context(torch.autocast(kind, enabled=False))
     return stack

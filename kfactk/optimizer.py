@@ -305,7 +305,7 @@ class Optimizer(StatefulOptimizer):
         finally:
             self._preconditioner.finish(fault)
             self._pending, self._micro_batch = None, 0
-        self._outdate()
+        self._show_state()
         if not allocating:
             self._step += 1
         self._expect()

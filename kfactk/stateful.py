@@ -24,20 +24,6 @@ class StatefulOptimizer(torch.optim.Optimizer):
     _step: Tensor
     _brought: dict[str, dict[str, Tensor]]
     """Of each layer what came from other ranks, between `consolidate_state_dict` and the next step."""
-    _outdated = False
-    """Whether a step has been taken since `state` was brought up to date."""
-
-    @property
-    def state(self) -> defaultdict[Any, Any]:
-        """By parameter, what the update rule and the curvature keep; brought up to date when it is asked for, not in every step."""
-        if self._outdated:
-            self._show_state()
-        return self.__dict__["state"]  # type: ignore[no-any-return]
-
-    @state.setter
-    def state(self, state: defaultdict[Any, Any]) -> None:
-        self.__dict__["state"] = state
-        self._outdated = False
 
     def _taken_over(self) -> None:
         """What there is to do after a state was loaded."""
@@ -47,22 +33,15 @@ class StatefulOptimizer(torch.optim.Optimizer):
         """Let layers that were added since find their places; a collective call."""
         raise NotImplementedError
 
-    def _outdate(self) -> None:
-        """After a step: let go of what `state` showed, so that curvature that is replaced is not kept; saved states hold the entries."""
-        if not self._outdated:
-            self.__dict__["state"].clear()
-            self._outdated = True
-
     def _show_state(self) -> None:
         """Bring `state` up to date: the update rule's entries by reference, and the curvature's."""
-        self._outdated = False
-        pre, brought, state = self._preconditioner, self._brought, self.state
+        pre, brought = self._preconditioner, self._brought
         flat = {id(layer.tensors()["weight"]): pre.flat(layer.name) | brought.get(layer.name, {}) for layer in pre.layers()}
         for group in self.param_groups:
             for parameter in group["params"]:
                 inner = self._inner.state.get(parameter, {})
                 if parameter.requires_grad or inner:
-                    state[parameter] = {**inner, STEP: self._step, **flat.get(id(parameter), {})}
+                    self.state[parameter] = {**inner, STEP: self._step, **flat.get(id(parameter), {})}
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, as torch's own optimizers give it: take it between steps.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import weakref
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -250,15 +249,6 @@ def test_state_shows_the_update_rules_own_tensors() -> None:
     assert optimizer.state[model[0].weight]["momentum_buffer"] is optimizer._inner.state[model[0].weight]["momentum_buffer"]
 
 
-def test_no_step_is_spent_on_showing_state(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = net()
-    optimizer = recipe().bind(model)
-    monkeypatch.setattr(Optimizer, "_show_state", lambda self: pytest.fail("it was shown, and nobody had asked"))
-    run(optimizer, model, 0, 4)
-    monkeypatch.undo()
-    assert all(int(optimizer.state[parameter]["kfactk.step"]) == 4 for parameter in model.parameters())
-
-
 def test_a_saved_state_stays_as_it_was_and_what_was_shown_is_let_go() -> None:
     model = net()
     optimizer = recipe(update="sgd").bind(model)
@@ -272,8 +262,6 @@ def test_a_saved_state_stays_as_it_was_and_what_was_shown_is_let_go() -> None:
     assert all(saved["state"][key].keys() == entry.keys() for key, entry in copied.items())
     del saved
     assert old() is None, "a basis that was replaced"
-    optimizer.state = defaultdict(dict)
-    assert not optimizer.state
 
 
 def test_a_plain_adam_checkpoint_is_welcome() -> None:
