@@ -137,6 +137,7 @@ class Manual(Module):
             scheduler: Any = self.lr_schedulers()
             scheduler.step()
             assert set(optimizer.layers) == {"0", "2"}, "the wrapper has the optimizer's own methods"
+            assert len(optimizer.state) == 4, "and its state"
 
 
 @pytest.mark.parametrize("closure", [True, False])
