@@ -166,7 +166,7 @@ def _worn(process: BaseProcess) -> bool:
     return threads.is_dir() and len(list(threads.iterdir())) > WORN
 
 
-def starting() -> SpawnContext | ForkServerContext:
+def process_context() -> SpawnContext | ForkServerContext:
     """How processes start: on Linux forked off one that has imported torch and done nothing else, elsewhere each on its own.
 
     What is forked has the environment variables of the first start.
@@ -179,7 +179,7 @@ def starting() -> SpawnContext | ForkServerContext:
 
 
 def _started() -> tuple[BaseProcess, Connection]:
-    context = starting()
+    context = process_context()
     mine, theirs = context.Pipe()
     process = context.Process(target=_work, args=(theirs,), daemon=True)
     process.start()

@@ -1,4 +1,4 @@
-"""Algebra in a basis `U_G kron (U_C kron U_K)` of a layer's matrix, with no matrix larger than U_G, U_C and U_K.
+"""Algebra in a basis `U_G kron (U_C kron U_K)` of a layer's matrix, with no matrix larger than U_G, U_C and U_K, but for `joint_basis`.
 
 Columns are in the order channel, tap; the bias, where there is one, comes last and is a direction of its own. U_K is left out where the
 taps are not rotated. What is said of the input side follows from shapes: d_in is `channels * taps (+ 1)`.
@@ -40,7 +40,7 @@ def products(channels: Tensor, taps: Tensor) -> Tensor:
 
 
 def joint_basis(channels: Tensor, taps: Tensor | None, d_in: int) -> Tensor:
-    """`blockdiag(U_C kron U_K, 1)`, `[..., d_in, d_in]`: the basis of the input side as one matrix.
+    """`blockdiag(U_C kron U_K, 1)`, `[..., d_in, d_in]`: the basis of the input side as one matrix, for layers that are small.
 
     Args:
         channels: U_C, `[..., channels, channels]`.

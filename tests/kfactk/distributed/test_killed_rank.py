@@ -26,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import kfactk
 from kfactk import KfactkError
-from kfactk.testing.ranks import shared_workers, starting
+from kfactk.testing.ranks import process_context, shared_workers
 from tests.kfactk.small import F64, assert_equal
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -161,7 +161,7 @@ def uninterrupted(ranks: int, placement: str) -> list[Tensor]:
     ],
 )
 def test_the_others_end_and_the_run_goes_on(ranks: int, placement: str, place: str, tmp_path: Path) -> None:
-    context = starting()
+    context = process_context()
     processes = [context.Process(target=doomed, args=(rank, ranks, str(tmp_path), placement, place)) for rank in range(ranks)]
     for process in processes:
         process.start()

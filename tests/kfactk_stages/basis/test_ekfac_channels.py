@@ -294,20 +294,21 @@ def test_c_of_a_linear_layer_is_a() -> None:
 
 
 def test_nothing_of_the_size_of_patches_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With uncorrelated activations neither A nor a matrix of its size is made, from factors to preconditioned gradient."""
+    """With uncorrelated activations no matrix of the size of A is made, from factors to preconditioned gradient, of a large layer."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(4, 4, 5, padding=2), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
+    model = nn.Sequential(nn.Conv2d(6, 4, 5, padding=2), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
     optimizer = kfactk.build(**RECIPE, basis_every=1).bind(model)
     sides: list[int] = []
     eigh = torch.linalg.eigh
     monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: (sides.append(matrix.shape[-1]), eigh(matrix))[1])
     monkeypatch.setattr("kfactk_stages.curvature.conv_kfac.kron", lambda *_: pytest.fail("A was formed"))
+    monkeypatch.setattr(_diagonal, "joint_basis", lambda *_: pytest.fail("a basis of the size of A was formed"))
     for _ in range(2):
-        step(model, optimizer, torch.randn(8, 4, 6, 6))
-    assert sorted(set(sides)) == [3, 4, 145]  # the linear layer's own, and channels
+        step(model, optimizer, torch.randn(8, 6, 6, 6))
+    assert sorted(set(sides)) == [3, 4, 6, 145]  # the linear layer's own, and channels
     view = optimizer.layers["0"]
-    assert {name: tuple(factor.shape) for name, factor in view.factors.items()} == {"C": (4, 4), "G": (4, 4)}
-    assert view.scale["scale"].shape == (4, 101)
+    assert {name: tuple(factor.shape) for name, factor in view.factors.items()} == {"C": (6, 6), "G": (4, 4)}
+    assert view.scale["scale"].shape == (4, 151)
 
 
 RECIPE: dict[str, Any] = {
