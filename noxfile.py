@@ -146,7 +146,7 @@ def equivalence(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["env"], default=False)
 def bench(session: nox.Session) -> None:
-    """All benchmarks, about ten minutes; `-- race --widths 16` runs one part, `-- --help` tells which there are.
+    """All benchmarks, about 25 minutes on two idle cores; `-- race --widths 16` runs one part, `-- --help` tells which there are.
 
     Optimisers of other packages are installed for it, each that can be; the race names those that are not there.
     """

@@ -24,6 +24,8 @@ FUSED = {"name": "adam", "fused": True}
 ROUNDED = {"name": "ekfac", "products": "bfloat16"}
 FACTORED = {"name": "ekfac", "inputs": "channels+taps"}
 STATIONARY = {"name": "conv_kfac", "spatial": "stationary"}
+OWN_GRADIENT = {"update": FUSED, "stagger": True, "fisher": "empirical", "clip": "none"}
+"""Statistics from the gradient of the loss itself, so that no Fisher pass is taken."""
 
 RECIPES: dict[str, dict[str, Any]] = {
     "ekfac": {},
@@ -31,13 +33,11 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ekfac, staggered, bfloat16": {"update": FUSED, "stagger": True, "basis": ROUNDED},
     "ekfac, staggered, bfloat16, iterated": {"update": FUSED, "stagger": True, "basis": {**ROUNDED, "iterate_from": 2048}},
     "ekfac of channels and taps, staggered": {"update": FUSED, "stagger": True, "basis": FACTORED, "curvature": STATIONARY},
-    "ekfac of channels and taps, running": {
-        "update": FUSED,
-        "stagger": True,
-        "basis": {**FACTORED, "scale": "running"},
-        "curvature": STATIONARY,
-        "fisher": "empirical",
-        "clip": "none",
+    "ekfac of channels and taps, running": {**OWN_GRADIENT, "basis": {**FACTORED, "scale": "running"}, "curvature": STATIONARY},
+    "ekfac of channels, running": {
+        **OWN_GRADIENT,
+        "basis": {"name": "ekfac", "inputs": "channels", "scale": "running"},
+        "curvature": {"name": "conv_kfac", "spatial": "sua"},
     },
     "kfac, staggered": {"update": FUSED, "basis": "kfac", "stagger": True},
 }
