@@ -6,6 +6,7 @@ Nothing is kept here; tensors come in and go out. What fails is told with the st
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from types import MappingProxyType
 from typing import TypeGuard
 
@@ -191,23 +192,24 @@ class Blocks:
 
 def makes_operator(basis: Basis) -> TypeGuard[MakesOperator]:
     """Whether a basis' `operator` is that of its `precondition`: not where a subclass has replaced the latter alone."""
-    return isinstance(basis, MakesOperator) and _as_new(type(basis), "operator", "precondition")
+    return _has(type(basis), MakesOperator, "precondition", "operator")
 
 
 def redecomposes(basis: Basis) -> TypeGuard[Redecomposes]:
     """Whether a basis starts from its last decomposition: not where a subclass has replaced `decompose` alone."""
-    return isinstance(basis, Redecomposes) and _as_new(type(basis), "redecompose", "decompose")
+    return _has(type(basis), Redecomposes, "decompose", "redecompose")
 
 
 def parts_factors(curvature: Curvature) -> TypeGuard[PartsFactors]:
     """Whether a curvature's `input_factors` and `gradient_factors` are its `factors` in two: not where a subclass replaced the latter."""
-    extra = ("input_factors", "gradient_factors")
-    return isinstance(curvature, PartsFactors) and all(_as_new(type(curvature), name, "factors") for name in extra)
+    return _has(type(curvature), PartsFactors, "factors", "input_factors", "gradient_factors")
 
 
-def _as_new(cls: type, name: str, than: str) -> bool:
-    """Whether a method is defined in the class that defines another one, or in one derived from that."""
-    return any(name in vars(owner) for owner in cls.__mro__[: _depth(cls, than) + 1])
+@lru_cache(maxsize=128)
+def _has(cls: type, extra: type, than: str, *names: str) -> bool:
+    """Whether a class has what a protocol asks for, each method defined where the method `than` is, or in a class derived from that."""
+    owners = [vars(owner) for owner in cls.__mro__[: _depth(cls, than) + 1]]
+    return issubclass(cls, extra) and all(any(name in owner for owner in owners) for name in names)
 
 
 def _depth(cls: type, name: str) -> int:

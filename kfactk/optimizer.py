@@ -294,8 +294,9 @@ class Optimizer(StatefulOptimizer):
             if allocating:
                 self._preconditioner.allocate(layers, self._damping)
             else:
-                self._preconditioner.refresh(self._damping)
-                self._preconditioner.measure_gradients(gradients, self.recipe.reduction)
+                with self._changing():
+                    self._preconditioner.refresh(self._damping)
+                    self._preconditioner.measure_gradients(gradients, self.recipe.reduction)
             if self.recipe.weight_decay_at == "gradient":
                 raw, gradients = gradients_of(layers, self._preconditioner.blocks, partial(self._setting, "weight_decay"))
             fault = self._apply(layers, raw, gradients)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import defaultdict
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 import torch
@@ -10,7 +12,7 @@ from torch import Tensor
 
 from kfactk.errors import KfactkError
 from kfactk.gathering import Control, brought, together
-from kfactk.layerstate import STEP, all_or_nothing, completed_groups, split_entries
+from kfactk.layerstate import PREFIX, STEP, all_or_nothing, completed_groups, split_entries
 from kfactk.preconditioner import Preconditioner
 from kfactk.verdicts import Verdicts
 
@@ -42,6 +44,19 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 inner = self._inner.state.get(parameter, {})
                 if parameter.requires_grad or inner:
                     self.state[parameter] = {**inner, STEP: self._step, **flat.get(id(parameter), {})}
+
+    @contextlib.contextmanager
+    def _changing(self) -> Iterator[None]:
+        """Around a change of curvature: `state` does not show it, lest old tensors live there beside the new ones."""
+        layers = self._preconditioner.layers() if self._preconditioner.plan(int(self._step)).due() else []
+        weights = [weight for layer in layers if (weight := layer.tensors()["weight"]) in self.state]
+        for weight in weights:  # saved states hold the entries themselves
+            self.state[weight] = {key: value for key, value in self.state[weight].items() if key == STEP or not key.startswith(PREFIX)}
+        try:
+            yield
+        finally:
+            if weights:
+                self._show_state()
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs, as torch's own optimizers give it: take it between steps.

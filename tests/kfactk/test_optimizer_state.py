@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import weakref
@@ -24,6 +25,7 @@ from torch.nn import functional as F
 
 import kfactk
 from kfactk import Optimizer, Recipe, StateError
+from kfactk_stages.basis.ekfac import Ekfac
 from tests.kfactk.small import assert_equal, values
 
 BASES: dict[str, Any] = {"kfac": "kfac", "ekfac": {"name": "ekfac", "scale_decay": 0.5}, "running": {"name": "ekfac", "scale": "running"}}
@@ -262,6 +264,28 @@ def test_a_saved_state_stays_as_it_was_and_what_was_shown_is_let_go() -> None:
     assert all(saved["state"][key].keys() == entry.keys() for key, entry in copied.items())
     del saved
     assert old() is None, "a basis that was replaced"
+
+
+@pytest.mark.parametrize("failing", [False, True])
+def test_state_does_not_hold_a_basis_while_it_is_replaced(failing: bool) -> None:
+    seen: list[bool] = []
+
+    class Looking(Ekfac):
+        def decompose(self, name: str, matrix: Tensor, coupling: Any) -> dict[str, Tensor]:
+            seen.append(any(".eigenvectors" in key for key in optimizer.state.get(model[4].weight, {})))
+            if failing and optimizer.steps == 5:
+                raise KeyboardInterrupt
+            return super().decompose(name, matrix, coupling)
+
+    model = net()
+    optimizer = kfactk.build(basis=Looking(), update="momentum", basis_every=5).bind(model)
+    run(optimizer, model, 0, 5)
+    shown = optimizer.state[model[4].weight].keys()
+    assert any(".eigenvectors" in key for key in shown)
+    with pytest.raises(KeyboardInterrupt) if failing else contextlib.nullcontext():
+        run(optimizer, model, 5, 1)
+    assert not any(seen)
+    assert optimizer.state[model[4].weight].keys() == shown
 
 
 def test_a_plain_adam_checkpoint_is_welcome() -> None:
