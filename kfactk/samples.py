@@ -13,7 +13,7 @@ summed, never the mean, loss. So damping means the same at every batch size, res
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 
 import attrs
 import torch
@@ -48,7 +48,7 @@ class Statistic:
 
     def scaled(self, factor: float) -> Statistic:
         """The same count with the sum multiplied by `factor`."""
-        return Statistic(None if self.total is None else self.total * factor, self.count, self.symmetric)
+        return attrs.evolve(self, total=None if self.total is None else self.total * factor)
 
 
 @attrs.frozen(eq=False)
@@ -97,17 +97,13 @@ class Samples:
         chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     ) -> None:
         self._inputs, self._gradients = inputs, gradients
-        dtype = working_dtype(inputs.dtype, gradients.dtype)
-        self._describe(gradients.shape, inputs.shape[-1], dtype, terms=terms, first=first, chunk_bytes=chunk_bytes)
-
-    def _describe(
-        self, gradients: Sequence[int], d_in: int, dtype: torch.dtype, *, terms: Tensor | float, first: bool, chunk_bytes: int
-    ) -> None:
-        """All but the numbers: the shape of the output gradients, the columns of the inputs, the working precision, what is counted."""
-        self.examples, self.positions, self.d_out = map(int, gradients[-3:])
-        self.groups, self.d_in, self.dtype = int(math.prod(gradients[:-3])), int(d_in), dtype
+        self.examples, self.positions = int(gradients.shape[-3]), int(gradients.shape[-2])
+        self.d_out, self.d_in = int(gradients.shape[-1]), int(inputs.shape[-1])
+        self.groups = int(math.prod(gradients.shape[:-3]))
+        self.dtype = working_dtype(inputs.dtype, gradients.dtype)
         self.terms: Tensor | float = terms if first else 0.0
-        self.first, self.chunk_bytes = first, chunk_bytes
+        self.first = first
+        self.chunk_bytes = chunk_bytes
 
     def inputs(self, rows: slice = slice(None)) -> Tensor:
         """Inputs of the examples `rows`, `[..., n, T, d_in]`, in the working precision (float32 at least)."""

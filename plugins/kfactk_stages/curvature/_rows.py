@@ -281,10 +281,16 @@ class JoinedSamples(Samples):
     def __init__(self, uses: Sequence[Rows], *, bias: bool, terms: Tensor | float, first: bool, chunk_bytes: int) -> None:
         one = uses[0]
         lead = (one.groups,) if one.groups > 1 else ()
-        shape = (*lead, one.examples, sum(use.positions for use in uses), one.outputs)
+        shape = (*lead, one.examples, sum(use.positions for use in uses))
         dtype = working_dtype(*(tensor.dtype for use in uses for tensor in (use.inputs, use.gradient)))
-        self._describe(shape, one.columns + bias, dtype, terms=terms, first=first, chunk_bytes=chunk_bytes)
-        self.uses, self.bias, self._lead = tuple(uses), bias, lead
+        super().__init__(  # shapes without numbers: the numbers are read by `inputs` and `gradients`
+            torch.empty(*shape, one.columns + bias, dtype=dtype, device="meta"),
+            torch.empty(*shape, one.outputs, dtype=dtype, device="meta"),
+            terms=terms,
+            first=first,
+            chunk_bytes=chunk_bytes,
+        )
+        self.uses, self.bias, self._shape = tuple(uses), bias, shape
         self._numbers = max(use.numbers for use in uses)
 
     @property
@@ -355,8 +361,8 @@ class JoinedSamples(Samples):
         views = [use.input_view(rows) for use in self.uses]
         if len(views) == 1 and views[0].ndim == 3 and not self.bias:
             return views[0].to(self.dtype)
-        n = len(range(*rows.indices(self.examples)))
-        out = views[0].new_ones((*self._lead, n, self.positions, self.d_in), dtype=self.dtype)
+        lead, n = self._shape[:-2], len(range(*rows.indices(self.examples)))
+        out = views[0].new_ones((*lead, n, self.positions, self.d_in), dtype=self.dtype)
         start, columns = 0, self.d_in - self.bias
         for use, view in zip(self.uses, views, strict=True):
             out[..., start : start + use.positions, :columns].view(view.shape).copy_(view)
