@@ -155,7 +155,8 @@ def _scaled(draw: st.DrawFn, frame: BasisFrame) -> Situation:
     found = Situation.of(frame.subject(), frame.measure(), case, seed=seed)
     size = float(mean_diagonal(dense(found.product, found.gradient)).mean())
     exponent = 2 * (inputs + gradients)
-    scale = 10.0 ** draw(st.integers(max(-20, exponent - 30), min(20, exponent + 30)))
+    ends = max(-20, exponent - 30), min(20, exponent + 30)
+    scale = 10.0 ** draw(st.sampled_from(ends) | st.integers(*ends))
     damping = draw(st.sampled_from([0.01, 1.0, 100.0])) * (size or 10.0**exponent)
     return found.refreshed(gradient=found.gradient * scale, damping=damping)
 

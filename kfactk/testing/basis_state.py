@@ -99,6 +99,7 @@ class BasisStateLaws(BasisFrame):
         """The groups of a layer are preconditioned as if each were a layer of its own."""
         if situation is None or situation.groups is None:
             pytest.skip(f"the curvature that {self.label()} is measured with supports no layer with groups")
+        assume(all(separated(matrix, null=True) for matrix in situation.required.values() if square(matrix)))
         measured = bool(situation.moments)
         for k in range(situation.groups):
             alone = situation.group(k)

@@ -40,13 +40,17 @@ class KfacInverse:
     moment_decay: ClassVar[float] = 0.0
 
     def decompose(self, name: str, matrix: Tensor, coupling: Coupling) -> dict[str, Tensor]:
-        """Cholesky factor of the damped matrix, `{"cholesky": [..., n, n]}`, lower triangular."""
+        """Cholesky factor of the damped matrix, `{"cholesky": [..., n, n]}`, lower triangular: of A / pi, and of pi G.
+
+        So both are as large as the root of F, and what lies between one division and the next stays between V and P V.
+        """
         mean_a, mean_g = coupling.mean_diagonal["A"], coupling.mean_diagonal["G"]
         pi = linalg.tikhonov_pi(mean_a, mean_g)
         root = coupling.damping**0.5
         shift = pi * root if name == "A" else root / pi
         shift = torch.maximum(shift, linalg.damping_floor(coupling.mean_diagonal[name]))
-        return {"cholesky": linalg.cholesky(matrix, shift)}
+        balance = pi.rsqrt() if name == "A" else pi.sqrt()
+        return {"cholesky": linalg.cholesky(matrix, shift).mul_(balance[..., None, None])}
 
     def moments(self, decomposition: Decomposition, samples: Samples) -> dict[str, Statistic]:
         """None."""

@@ -168,7 +168,7 @@ class Overflowing(Ekfac):
     """Leaves the range of float32 on its way."""
 
     def precondition(self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
-        return super().precondition(gradient * 1e25, decomposition, moments, damping) / 1e25
+        return super().precondition(gradient * 1e35, decomposition, moments, damping) / 1e35
 
 
 class Absolute(Ekfac):
