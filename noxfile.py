@@ -61,7 +61,11 @@ def tests(session: nox.Session) -> None:
         session.notify("lint")
     profile = "thorough" if THOROUGH in session.posargs else "quick"
     arguments = given or ["-n", WORKERS, "--dist", "loadgroup"]
-    variables = {"OMP_NUM_THREADS": "1", "KFACTK_LAWS": profile, "COVERAGE_FILE": str(session.cache_dir / "coverage")}
+    variables = {
+        "OMP_NUM_THREADS": "1",
+        "KFACTK_LAWS": profile,
+        "COVERAGE_FILE": str(session.cache_dir / "coverage"),
+    }
     if session.posargs:
         session.run(python(session), "-m", "pytest", *arguments, env=variables)
         return
@@ -75,7 +79,14 @@ def tests(session: nox.Session) -> None:
 @nox.session(venv_backend="none", requires=["env"], default=False)
 def experiments(session: nox.Session) -> None:
     """The study, in small by default; `nox -s experiments -- --help` shows what else there is."""
-    session.run(python(session), "-m", "experiments", *session.posargs, interrupt_timeout=PATIENCE, terminate_timeout=PATIENCE)
+    session.run(
+        python(session),
+        "-m",
+        "experiments",
+        *session.posargs,
+        interrupt_timeout=PATIENCE,
+        terminate_timeout=PATIENCE,
+    )
 
 
 @nox.session(venv_backend="none", requires=["env"], default=False)
@@ -101,10 +112,29 @@ def plugins(session: nox.Session) -> None:
         written = Path(folder) / "written"
         written.mkdir()
         for family in FAMILIES:
-            named = "new-plugin", f"kfactk-my-{family}", "--stage", family, "--directory", str(written)
+            named = (
+                "new-plugin",
+                f"kfactk-my-{family}",
+                "--stage",
+                family,
+                "--directory",
+                str(written),
+            )
             session.run(python(session), "-m", "kfactk", *named, silent=True)
-        sources = [str(path) for place in (written, ROOT / "plugins" / "kfactk-diagonal") for path in sorted(place.rglob("*.py"))]
-        session.run(python(session), "-m", "ruff", "check", "--no-cache", "--output-format=concise", *sources)
+        sources = [
+            str(path)
+            for place in (written, ROOT / "plugins" / "kfactk-diagonal")
+            for path in sorted(place.rglob("*.py"))
+        ]
+        session.run(
+            python(session),
+            "-m",
+            "ruff",
+            "check",
+            "--no-cache",
+            "--output-format=concise",
+            *sources,
+        )
         session.run(python(session), "-m", "ruff", "format", "--no-cache", "--check", *sources)
         session.run(python(session), "-m", "mypy", *sources)
 
@@ -114,20 +144,37 @@ def stranger(session: nox.Session, folder: Path, name: str, stages: tuple[str, .
     source, module, interpreter = ROOT / "plugins" / name, name.replace("-", "_"), python(session)
     pip = interpreter, "-m", "pip"
     version = nox.project.load_toml(source / "pyproject.toml")["project"]["version"]
-    shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "build"))
+    shutil.copytree(
+        source, folder / name, ignore=shutil.ignore_patterns("__pycache__", "*.egg-info", "build")
+    )
     elsewhere = folder / "elsewhere"
     elsewhere.mkdir()
     shutil.copy(source / f"test_{module}.py", elsewhere)
     try:
         session.run(*pip, "install", "--quiet", f"{folder / name}[test]")
         with session.chdir(elsewhere):
-            tests = "-m", "pytest", "-p", "no:cacheprovider", "--doctest-modules", "--pyargs", f"test_{module}.py", module
+            tests = (
+                "-m",
+                "pytest",
+                "-p",
+                "no:cacheprovider",
+                "--doctest-modules",
+                "--pyargs",
+                f"test_{module}.py",
+                module,
+            )
             session.run(interpreter, *tests, env={"OMP_NUM_THREADS": "1"})
             for family in stages:
-                listed = str(session.run(interpreter, "-m", "kfactk", "stages", "--family", family, silent=True))
+                listed = str(
+                    session.run(
+                        interpreter, "-m", "kfactk", "stages", "--family", family, silent=True
+                    )
+                )
                 session.log(listed)
                 if f"from {name} {version}" not in listed:
-                    session.error(f"`kfactk stages --family {family}` lists nothing from {name} {version}, which is installed")
+                    session.error(
+                        f"`kfactk stages --family {family}` lists nothing from {name} {version}, which is installed"
+                    )
     finally:
         session.run(*pip, "uninstall", "--quiet", "--yes", name)
 
@@ -135,13 +182,22 @@ def stranger(session: nox.Session, folder: Path, name: str, stages: tuple[str, .
 @nox.session(venv_backend="none", requires=["env"], default=False)
 def mutants(session: nox.Session) -> None:
     """Put mistakes into the mathematics, one at a time, and see that the tests notice each; `nox -s mutants -- --help` shows what else."""
-    session.run(python(session), "-m", "mutation", *session.posargs, interrupt_timeout=PATIENCE, terminate_timeout=PATIENCE)
+    session.run(
+        python(session),
+        "-m",
+        "mutation",
+        *session.posargs,
+        interrupt_timeout=PATIENCE,
+        terminate_timeout=PATIENCE,
+    )
 
 
 @nox.session(venv_backend="none", requires=["env"], default=False)
 def equivalence(session: nox.Session) -> None:
     """Every combination of stages on 1 to 4 ranks against one process with the whole batch; `-- --sample N` takes N recipes."""
-    session.run(python(session), "-m", "tests.equivalence", *session.posargs, env={"OMP_NUM_THREADS": "1"})
+    session.run(
+        python(session), "-m", "tests.equivalence", *session.posargs, env={"OMP_NUM_THREADS": "1"}
+    )
 
 
 @nox.session(venv_backend="none", requires=["env"], default=False)
@@ -150,6 +206,10 @@ def bench(session: nox.Session) -> None:
 
     Optimisers of other packages are installed for it, each that can be; the race names those that are not there.
     """
-    for requirement in nox.project.dependency_groups(nox.project.load_toml(ROOT / "pyproject.toml"), "bench"):
-        session.run(python(session), "-m", "pip", "install", "--quiet", requirement, success_codes=(0, 1))
+    for requirement in nox.project.dependency_groups(
+        nox.project.load_toml(ROOT / "pyproject.toml"), "bench"
+    ):
+        session.run(
+            python(session), "-m", "pip", "install", "--quiet", requirement, success_codes=(0, 1)
+        )
     session.run(python(session), "-m", "benchmarks", *session.posargs)

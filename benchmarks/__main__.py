@@ -40,7 +40,9 @@ def run(part: str, arguments: Sequence[str], output: Path) -> int:
     print(f"== {part}: {PARTS[part][0]}", flush=True)
     with (
         (output / f"{part}.txt").open("w", buffering=1) as kept,
-        subprocess.Popen(command(part, arguments, output), stdout=subprocess.PIPE, text=True, bufsize=1) as process,
+        subprocess.Popen(
+            command(part, arguments, output), stdout=subprocess.PIPE, text=True, bufsize=1
+        ) as process,
     ):
         assert process.stdout is not None
         for line in process.stdout:
@@ -58,14 +60,23 @@ def main(given: Sequence[str] | None = None) -> int:
         epilog=f"parts, all of them unless one is named:\n{lines}\nPART --help tells the arguments of one",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--output", type=Path, default=FOLDER, help=f"folder for tables, figures and plots ({FOLDER})")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=FOLDER,
+        help=f"folder for tables, figures and plots ({FOLDER})",
+    )
     parser.add_argument("part", nargs="?", choices=tuple(PARTS), help="the one part to run")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="what that part is given")
     asked = parser.parse_args(given)
-    behind = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # the folder may be named behind the part as well
+    behind = argparse.ArgumentParser(
+        add_help=False, allow_abbrev=False
+    )  # the folder may be named behind the part as well
     behind.add_argument("--output", type=Path, default=asked.output)
     folder, arguments = behind.parse_known_args(asked.arguments)
-    statuses = [run(part, arguments, folder.output) for part in ([asked.part] if asked.part else PARTS)]
+    statuses = [
+        run(part, arguments, folder.output) for part in ([asked.part] if asked.part else PARTS)
+    ]
     return next((status for status in statuses if status), 0)
 
 

@@ -34,7 +34,13 @@ RECIPES: dict[str, dict[str, Any]] = {
     "kfactk, the study's": {"lr": 0.003, "damping": 0.001},
     "kfactk, the study's, basis every 10": {"lr": 0.003, "damping": 0.001, "basis_every": 10},
     "kfactk, short": {**_SHORT, "factor_decay": 0.6, "basis_every": kfactk.early},
-    "kfactk, short, reduce": {**_SHORT, "curvature": _REDUCE, "lr": 0.008, "factor_decay": 0.6, "basis_every": kfactk.early},
+    "kfactk, short, reduce": {
+        **_SHORT,
+        "curvature": _REDUCE,
+        "lr": 0.008,
+        "factor_decay": 0.6,
+        "basis_every": kfactk.early,
+    },
     "kfactk, short, every 5": {**_SHORT, "factor_decay": 0.8, "factor_every": 5, "basis_every": 5},
 }
 """Arguments of `kfactk.build`, by name; what is left out has its default, the study's."""
@@ -58,7 +64,11 @@ class Contestant:
 def everyone() -> dict[str, Contestant]:
     """All contestants by name: the baseline, rivals that are installed, and kfactk's settings."""
     sgd = _rival(torch.optim.SGD, lr=0.02, momentum=0.9)
-    return {BASELINE: sgd, "AdamW (torch)": _rival(torch.optim.AdamW, lr=0.001)} | _installed() | {n: ours(r) for n, r in RECIPES.items()}
+    return (
+        {BASELINE: sgd, "AdamW (torch)": _rival(torch.optim.AdamW, lr=0.001)}
+        | _installed()
+        | {n: ours(r) for n, r in RECIPES.items()}
+    )
 
 
 def ours(arguments: Mapping[str, Any]) -> Contestant:
@@ -66,7 +76,11 @@ def ours(arguments: Mapping[str, Any]) -> Contestant:
     recipe = kfactk.build(**arguments)
 
     def make(model: nn.Module, seed: int) -> kfactk.Optimizer:
-        drawn = recipe.evolve(fisher={"name": "mc", "seed": seed}) if arguments.get("fisher", "mc") == "mc" else recipe
+        drawn = (
+            recipe.evolve(fisher={"name": "mc", "seed": seed})
+            if arguments.get("fisher", "mc") == "mc"
+            else recipe
+        )
         return drawn.bind(model)
 
     return Contestant(make, repr(recipe), recipe)
@@ -75,12 +89,17 @@ def ours(arguments: Mapping[str, Any]) -> Contestant:
 def due_steps(recipe: kfactk.Recipe, steps: int) -> dict[str, int]:
     """Of so many steps, on how many factors, the scale and a layer's decomposition are due."""
     due = [recipe.calendar.due(step) for step in range(1, steps)]  # at the first all are
-    return {what: 1 + sum(getattr(each, what) for each in due) for what in ("factors", "scale", "basis")}
+    return {
+        what: 1 + sum(getattr(each, what) for each in due) for what in ("factors", "scale", "basis")
+    }
 
 
 def _rival(kind: Any, **settings: Any) -> Contestant:
     written = ", ".join(f"{name}={value!r}" for name, value in settings.items())
-    return Contestant(lambda model, seed: kind(model.parameters(), **settings), f"{kind.__module__}.{kind.__name__}({written})")
+    return Contestant(
+        lambda model, seed: kind(model.parameters(), **settings),
+        f"{kind.__module__}.{kind.__name__}({written})",
+    )
 
 
 def _installed() -> dict[str, Contestant]:
@@ -89,7 +108,9 @@ def _installed() -> dict[str, Contestant]:
     if importlib.util.find_spec("pytorch_optimizer"):
         from pytorch_optimizer import SOAP
 
-        found["SOAP, every 10 (pytorch_optimizer)"] = _rival(SOAP, lr=0.01, precondition_frequency=10)
+        found["SOAP, every 10 (pytorch_optimizer)"] = _rival(
+            SOAP, lr=0.01, precondition_frequency=10
+        )
     if importlib.util.find_spec("heavyball"):
         import heavyball
 

@@ -25,10 +25,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfactk
-from kfactk.costs import AVERAGING, Job, cost
-from kfactk.machines import Machine, calibrate
-from kfactk.metering import job_of, meta_batch
-from kfactk.testing.ranks import Workers
+from kfactk.costmodel.cost import AVERAGING, Job, cost
+from kfactk.costmodel.counting import job_of, meta_batch
+from kfactk.costmodel.hardware import Machine, calibrate
+from kfactk.testing._support.ranks import Workers
 
 PERIODS = {"factor_every": 2, "scale_every": 4, "basis_every": 8}
 CYCLE = math.lcm(*PERIODS.values())
@@ -40,13 +40,25 @@ def convolutions() -> nn.Module:
     """Four convolutions with BatchNorm, and a linear layer."""
     layers: list[nn.Module] = []
     for channels, wider in ((3, 32), (32, 64), (64, 64), (64, 64)):
-        layers += [nn.Conv2d(channels, wider, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(wider), nn.ReLU()]
+        layers += [
+            nn.Conv2d(channels, wider, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(wider),
+            nn.ReLU(),
+        ]
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
 
 
 def perceptron() -> nn.Module:
     """Linear layers whose matrices weigh more than their rows."""
-    return nn.Sequential(nn.Linear(256, 512), nn.ReLU(), nn.Linear(512, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, 10))
+    return nn.Sequential(
+        nn.Linear(256, 512),
+        nn.ReLU(),
+        nn.Linear(512, 512),
+        nn.ReLU(),
+        nn.Linear(512, 256),
+        nn.ReLU(),
+        nn.Linear(256, 10),
+    )
 
 
 class Block(nn.Module):
@@ -61,7 +73,11 @@ class Block(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[N, T, width]` to the same."""
-        asked = self.attend(self.before(hidden)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        asked = (
+            self.attend(self.before(hidden))
+            .unflatten(-1, (3, self.heads, -1))
+            .permute(2, 0, 3, 1, 4)
+        )
         heard = F.scaled_dot_product_attention(asked[0], asked[1], asked[2], is_causal=True)
         hidden = hidden + self.join(heard.transpose(1, 2).flatten(2))
         return hidden + self.narrow(F.gelu(self.widen(self.between(hidden))))
@@ -78,7 +94,14 @@ class Transformer(nn.Module):
         length: Longest sequence.
     """
 
-    def __init__(self, width: int = 768, depth: int = 12, heads: int = 12, tokens: int = 50257, length: int = 1024) -> None:
+    def __init__(
+        self,
+        width: int = 768,
+        depth: int = 12,
+        heads: int = 12,
+        tokens: int = 50257,
+        length: int = 1024,
+    ) -> None:
         super().__init__()
         self.token, self.place = nn.Embedding(tokens, width), nn.Embedding(length, width)
         self.blocks = nn.Sequential(*(Block(width, heads) for _ in range(depth)))
@@ -127,20 +150,35 @@ def measure(rank: int, cycles: int, clock: str) -> tuple[Machine, dict[tuple[str
         for placement in (PLAIN, *PLACEMENTS):
             torch.manual_seed(0)
             model = make()
-            recipe = kfactk.build(placement="replicated" if placement == PLAIN else placement, update="momentum", **PERIODS)
+            recipe = kfactk.build(
+                placement="replicated" if placement == PLAIN else placement,
+                update="momentum",
+                **PERIODS,
+            )
             job = job_of(copy.deepcopy(model).to("meta"), recipe, meta_batch(shape, batch))
-            seconds = timed(model, None if placement == PLAIN else recipe, shape, batch, cycles, CLOCKS[clock])
+            seconds = timed(
+                model, None if placement == PLAIN else recipe, shape, batch, cycles, CLOCKS[clock]
+            )
             found[name, placement] = compared(placement, job, recipe, ranks, machine, seconds)
     return machine, found
 
 
 def timed(
-    model: nn.Module, recipe: kfactk.Recipe | None, shape: str, batch: int, cycles: int, clock: Callable[[], float]
+    model: nn.Module,
+    recipe: kfactk.Recipe | None,
+    shape: str,
+    batch: int,
+    cycles: int,
+    clock: Callable[[], float],
 ) -> list[list[float]]:
     """Seconds of each step, by cycle; the first cycle, which warms up, is left out."""
     images, labels = torch.randn(batch, *map(int, shape.split("x"))), torch.randint(10, (batch,))
     wrapped = nn.parallel.DistributedDataParallel(model) if dist.get_world_size() > 1 else model
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9) if recipe is None else recipe.bind(wrapped)
+    optimizer = (
+        torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+        if recipe is None
+        else recipe.bind(wrapped)
+    )
     taken = []
     for _ in range((cycles + 1) * CYCLE):
         dist.barrier()
@@ -152,7 +190,14 @@ def timed(
     return [taken[n : n + CYCLE] for n in range(CYCLE, len(taken), CYCLE)]
 
 
-def compared(placement: str, job: Job, recipe: kfactk.Recipe, ranks: int, machine: Machine, seconds: list[list[float]]) -> Result:
+def compared(
+    placement: str,
+    job: Job,
+    recipe: kfactk.Recipe,
+    ranks: int,
+    machine: Machine,
+    seconds: list[list[float]],
+) -> Result:
     """What was measured beside what the model says."""
     assignment = recipe.placement.assign(job.workload, ranks)
     costs = cost(job, assignment, ranks, machine)
@@ -172,8 +217,14 @@ def table(ranks: int, answers: list[tuple[Machine, dict[Any, Result]]]) -> list[
     """Lines for one number of ranks; a step is as long as its slowest rank's."""
     lines = []
     for key, result in answers[0][1].items():
-        mean, worst = (max(getattr(found[key], which) for _, found in answers) for which in ("measured", "measured_worst"))
-        error, worst_error = (100 * (said / seen - 1) for said, seen in ((result.predicted, mean), (result.worst, worst)))
+        mean, worst = (
+            max(getattr(found[key], which) for _, found in answers)
+            for which in ("measured", "measured_worst")
+        )
+        error, worst_error = (
+            100 * (said / seen - 1)
+            for said, seen in ((result.predicted, mean), (result.worst, worst))
+        )
         lines.append(
             f"{ranks:5}  {key[0]:13}{key[1]:12}{1e3 * result.predicted:9.1f}{1e3 * mean:10.1f}{error:+8.0f} %"
             f"{1e3 * result.worst:10.1f}{1e3 * worst:10.1f}{worst_error:+8.0f} %"
@@ -185,11 +236,19 @@ def main() -> None:
     """Measure on 1, 2 and 4 ranks, and print a table."""
     parser = argparse.ArgumentParser(description="Predicted against measured steps.")
     parser.add_argument("--ranks", default="1,2,4", help="numbers of ranks")
-    parser.add_argument("--cycles", type=int, default=5, help=f"cycles of {CYCLE} steps each; their median counts")
-    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="whose seconds are measured")
-    parser.add_argument("--parts", action="store_true", help="print what each part is predicted to take, too")
+    parser.add_argument(
+        "--cycles", type=int, default=5, help=f"cycles of {CYCLE} steps each; their median counts"
+    )
+    parser.add_argument(
+        "--clock", choices=tuple(CLOCKS), default="wall", help="whose seconds are measured"
+    )
+    parser.add_argument(
+        "--parts", action="store_true", help="print what each part is predicted to take, too"
+    )
     arguments = parser.parse_args()
-    print(f"{'ranks':>5}  {'model':13}{'placement':12}{'mean step, ms: said':>20}{'seen':>5}  error   worst, ms: said   seen     error")
+    print(
+        f"{'ranks':>5}  {'model':13}{'placement':12}{'mean step, ms: said':>20}{'seen':>5}  error   worst, ms: said   seen     error"
+    )
     errors = []
     with Workers() as workers:
         for ranks in map(int, arguments.ranks.split(",")):
@@ -199,7 +258,14 @@ def main() -> None:
             errors += [abs(float(line.split("%")[0].split()[-1])) for line in lines]
             if arguments.parts:
                 for key, result in answers[0][1].items():
-                    print(key, {name: f"{1e3 * seconds:.1f}" for name, seconds in result.parts.items() if seconds})
+                    print(
+                        key,
+                        {
+                            name: f"{1e3 * seconds:.1f}"
+                            for name, seconds in result.parts.items()
+                            if seconds
+                        },
+                    )
                 print(answers[0][0])
     print(f"mean step: median error {statistics.median(errors):.0f} %, largest {max(errors):.0f} %")
 

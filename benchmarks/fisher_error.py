@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from experiments.config import Data
 from experiments.data import load
-from kfactk import Coupling, Layer, Samples, Use
+from kfactk import FactorContext, Layer, LayerCall, Samples
 from kfactk.linalg import block_diagonal, kron
 from kfactk_stages.basis.ekfac import Ekfac
 from kfactk_stages.curvature.conv_kfac import ConvKfac
@@ -44,9 +44,16 @@ def network(channels: int, width: int, classes: int) -> nn.Sequential:
     """Four 3x3 convolutions, two of which halve the image."""
     torch.manual_seed(0)
     convolutions: list[nn.Module] = []
-    for before, after, stride in ((channels, width, 1), (width, width, 2), (width, width, 1), (width, width, 2)):
+    for before, after, stride in (
+        (channels, width, 1),
+        (width, width, 2),
+        (width, width, 1),
+        (width, width, 2),
+    ):
         convolutions += [nn.Conv2d(before, after, 3, stride=stride, padding=1), nn.ReLU()]
-    return nn.Sequential(*convolutions, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, classes))
+    return nn.Sequential(
+        *convolutions, nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * width, classes)
+    )
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> float:
@@ -62,14 +69,16 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> float
     return float(loss.detach())
 
 
-def passes(model: nn.Module, images: Tensor) -> Iterator[dict[str, Use]]:
+def passes(model: nn.Module, images: Tensor) -> Iterator[dict[str, LayerCall]]:
     """What each convolution sees in each pass of the Fisher without sampling."""
     calls: dict[str, tuple[Tensor, Tensor]] = {}
 
     def noting(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         return lambda module, given, output: calls.__setitem__(name, (given[0].detach(), output))
 
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)}
+    layers = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Conv2d)
+    }
     handles = [module.register_forward_hook(noting(name)) for name, module in layers.items()]
     likelihood = Categorical()
     view = likelihood.view(model(images))
@@ -77,7 +86,10 @@ def passes(model: nn.Module, images: Tensor) -> Iterator[dict[str, Use]]:
         handle.remove()
     for loss in Exact().losses(view, likelihood, None, torch.Generator()):
         found = torch.autograd.grad(loss, [calls[name][1] for name in layers], retain_graph=True)
-        yield {name: Use(calls[name][0], gradient) for name, gradient in zip(layers, found, strict=True)}
+        yield {
+            name: LayerCall(calls[name][0], gradient)
+            for name, gradient in zip(layers, found, strict=True)
+        }
 
 
 def input_side(parts: Mapping[str, Mapping[str, Tensor]], layer: Layer) -> Tensor:
@@ -90,22 +102,31 @@ def input_side(parts: Mapping[str, Mapping[str, Tensor]], layer: Layer) -> Tenso
     return block_diagonal(found, found.new_ones(1, 1)) if layer.bias else found
 
 
-def errors(layer: Layer, uses: list[Use], terms: int) -> dict[str, float]:
+def errors(layer: Layer, uses: list[LayerCall], terms: int) -> dict[str, float]:
     """The relative error of each setting on one layer."""
     curvatures = {spatial: ConvKfac(spatial=spatial) for spatial, _ in SETTINGS.values()}
-    samples = [curvatures["sud"].samples(layer, [use], terms=terms, first=not k) for k, use in enumerate(uses)]
+    samples = [
+        curvatures["sud"].samples(layer, [use], terms=terms, first=not k)
+        for k, use in enumerate(uses)
+    ]
     gradients = torch.cat([each.per_example_gradients() for each in samples])
     rows = gradients.transpose(-1, -2).flatten(1)  # vec stacks columns
     fisher = rows.T @ rows / terms
     found = {}
     for name, (spatial, inputs) in SETTINGS.items():
         matrices = mean_matrices(curvatures[spatial], layer, samples, terms)
-        mine = kron(matrices["A"], matrices["G"]) if not inputs else ekfac(Ekfac(inputs=inputs), matrices, samples, terms, layer)
+        mine = (
+            kron(matrices["A"], matrices["G"])
+            if not inputs
+            else ekfac(Ekfac(inputs=inputs), matrices, samples, terms, layer)
+        )
         found[name] = float((fisher - mine).norm() / fisher.norm())
     return found
 
 
-def mean_matrices(curvature: ConvKfac, layer: Layer, samples: list[Samples], terms: int) -> Mapping[str, Tensor]:
+def mean_matrices(
+    curvature: ConvKfac, layer: Layer, samples: list[Samples], terms: int
+) -> Mapping[str, Tensor]:
     """The assembled factors of all passes."""
     totals: Matrices = {}
     counts: dict[str, float] = {}
@@ -117,10 +138,17 @@ def mean_matrices(curvature: ConvKfac, layer: Layer, samples: list[Samples], ter
     return curvature.assemble(layer, {name: total / counts[name] for name, total in totals.items()})
 
 
-def ekfac(basis: Ekfac, matrices: Mapping[str, Tensor], samples: list[Samples], terms: int, layer: Layer) -> Tensor:
+def ekfac(
+    basis: Ekfac, matrices: Mapping[str, Tensor], samples: list[Samples], terms: int, layer: Layer
+) -> Tensor:
     """The block of a basis, dense."""
-    parts = {name: basis.decompose(name, matrices[name], Coupling(0.0, {})) for name in basis.requires}
-    totals = [statistic.total for each in samples for statistic in basis.moments(parts, each).values()]
+    parts = {
+        name: basis.decompose(name, matrices[name], FactorContext(0.0, {}))
+        for name in basis.requires
+    }
+    totals = [
+        statistic.total for each in samples for statistic in basis.moments(parts, each).values()
+    ]
     scale = torch.stack([total for total in totals if total is not None]).sum(0) / terms
     q = kron(input_side(parts, layer), parts["G"]["eigenvectors"])
     return (q * scale.T.flatten()) @ q.T
@@ -129,17 +157,34 @@ def ekfac(basis: Ekfac, matrices: Mapping[str, Tensor], samples: list[Samples], 
 def table(found: Mapping[str, Mapping[str, float]]) -> str:
     """A row for each setting, a column for each layer."""
     lines = [f"{'':34}" + "".join(f"{layer:>22}" for layer in found)]
-    lines += [f"{name:34}" + "".join(f"{each[name]:22.3f}" for each in found.values()) for name in SETTINGS]
+    lines += [
+        f"{name:34}" + "".join(f"{each[name]:22.3f}" for each in found.values())
+        for name in SETTINGS
+    ]
     return "\n".join(lines)
 
 
 def main() -> None:
     """Train, measure, and print a table."""
-    parser = argparse.ArgumentParser(description="Relative error of curvatures of convolutions, in the Frobenius norm.")
+    parser = argparse.ArgumentParser(
+        description="Relative error of curvatures of convolutions, in the Frobenius norm."
+    )
     parser.add_argument("--width", type=int, default=8, help="channels of each convolution")
-    parser.add_argument("--steps", type=int, nargs="+", default=[0, 300], help="after how many training steps to measure")
-    parser.add_argument("--examples", type=int, default=256, help="images that the Fisher matrix is of")
-    parser.add_argument("--data-dir", type=Path, help="a folder of CIFAR-10's images, as the experiments take it; digits without")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        nargs="+",
+        default=[0, 300],
+        help="after how many training steps to measure",
+    )
+    parser.add_argument(
+        "--examples", type=int, default=256, help="images that the Fisher matrix is of"
+    )
+    parser.add_argument(
+        "--data-dir",
+        type=Path,
+        help="a folder of CIFAR-10's images, as the experiments take it; digits without",
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -160,8 +205,13 @@ def main() -> None:
             side = uses[0][name].gradient.shape[-1]
             label = f"{module.weight.shape[1]} to {module.weight.shape[0]}, {side} x {side}"
             layer = Layer(name, module, ("weight", "bias"))
-            found[f"{name}: {label}"] = errors(layer, [use[name] for use in uses], arguments.examples)
-        print(f"{dataset.name}, {arguments.examples} images, after {steps} steps" + (f" (loss {loss:.2f})" if steps else ""))
+            found[f"{name}: {label}"] = errors(
+                layer, [use[name] for use in uses], arguments.examples
+            )
+        print(
+            f"{dataset.name}, {arguments.examples} images, after {steps} steps"
+            + (f" (loss {loss:.2f})" if steps else "")
+        )
         print(table(found), flush=True)
 
 

@@ -19,13 +19,22 @@ from torch import nn
 
 import kfactk
 from benchmarks.settings import Setting
-from kfactk.costs import Job, cost
-from kfactk.machines import CPU, Curve, Machine
-from kfactk.metering import job_of, meta_batch
+from kfactk.costmodel.cost import Job, cost
+from kfactk.costmodel.counting import job_of, meta_batch
+from kfactk.costmodel.hardware import CPU, Curve, Machine
 
-STAGES = {"Fisher pass": "fisher", "factors": "factors", "scale": "scale", "decomposition": "basis", "preconditioning": "precondition"}
+STAGES = {
+    "Fisher pass": "fisher",
+    "factors": "factors",
+    "scale": "scale",
+    "decomposition": "basis",
+    "preconditioning": "precondition",
+}
 """Parts of the cost model, and the stages that a profile tells apart."""
-SOLVERS: dict[str, Callable[[torch.Tensor], Any]] = {"eigh": torch.linalg.eigh, "cholesky": torch.linalg.cholesky}
+SOLVERS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "eigh": torch.linalg.eigh,
+    "cholesky": torch.linalg.cholesky,
+}
 
 
 @attrs.frozen
@@ -83,7 +92,10 @@ class Product:
     _operands: tuple[torch.Tensor, torch.Tensor] = attrs.field(init=False, repr=False, eq=False)
 
     def __attrs_post_init__(self) -> None:
-        one, other = (torch.randn(self.side, self.side, device=self.device).to(getattr(torch, self.precision)) for _ in range(2))
+        one, other = (
+            torch.randn(self.side, self.side, device=self.device).to(getattr(torch, self.precision))
+            for _ in range(2)
+        )
         object.__setattr__(self, "_operands", (one, other))
 
     @property
@@ -107,11 +119,15 @@ def sides(jobs: Iterable[Job]) -> dict[str, list[int]]:
     for job in jobs:
         for work in job.workload.works:
             if solver := job.layers[work.layer].solver:
-                found.setdefault(solver, set()).update(shape[-1] for shape in work.matrices.values() if len(shape) > 1)
+                found.setdefault(solver, set()).update(
+                    shape[-1] for shape in work.matrices.values() if len(shape) > 1
+                )
     return {solver: sorted(each) for solver, each in found.items()}
 
 
-def solving(device: torch.device, wanted: Mapping[str, Sequence[int]], repeats: int = 3) -> dict[str, Curve]:
+def solving(
+    device: torch.device, wanted: Mapping[str, Sequence[int]], repeats: int = 3
+) -> dict[str, Curve]:
     """Seconds to decompose one matrix of each of these sides, by solver."""
     found = {}
     for solver, each in wanted.items():
@@ -120,7 +136,16 @@ def solving(device: torch.device, wanted: Mapping[str, Sequence[int]], repeats: 
             rows = torch.randn(2 * n, n, device=device)
             matrix = rows.T @ rows / n + torch.eye(n, device=device)
             run = SOLVERS[solver]
-            points.append((n, median_seconds(lambda run=run, matrix=matrix: run(matrix), repeats if n < 1000 else 1, device)))  # type: ignore[misc]
+            points.append(
+                (
+                    n,
+                    median_seconds(
+                        lambda run=run, matrix=matrix: run(matrix),
+                        repeats if n < 1000 else 1,
+                        device,
+                    ),
+                )
+            )  # type: ignore[misc]
         found[solver] = Curve(tuple(points))
     return found
 
@@ -129,13 +154,23 @@ def ideal(rate: float, solvers: Mapping[str, Curve]) -> Machine:
     """A machine on which nothing takes time but arithmetic and decompositions."""
     free = math.inf
     return attrs.evolve(
-        CPU, name="floor", products={"float32": rate}, convolutions=1.0, bandwidth=free, launch=0.0, solvers={**CPU.solvers, **solvers}
+        CPU,
+        name="floor",
+        products={"float32": rate},
+        convolutions=1.0,
+        bandwidth=free,
+        launch=0.0,
+        solvers={**CPU.solvers, **solvers},
     )
 
 
 def job(setting: Setting, model: nn.Module, shape: Sequence[int], batch: int) -> Job:
     """What a setting takes on mini-batches of so many examples of this shape."""
-    return job_of(copy.deepcopy(model).to("meta"), setting.recipe(), meta_batch("x".join(map(str, shape)), batch))
+    return job_of(
+        copy.deepcopy(model).to("meta"),
+        setting.recipe(),
+        meta_batch("x".join(map(str, shape)), batch),
+    )
 
 
 def floor_of(found: Job, recipe: kfactk.Recipe, machine: Machine) -> Floor:
@@ -168,4 +203,7 @@ def floors(
     jobs = {name: job(setting, model, shape, batch) for name, setting in mine.items()}
     solvers = solving(device, sides(jobs.values()))
     machines = {precision: ideal(rate, solvers) for precision, rate in speed.items()}
-    return {name: floor_of(jobs[name], setting.recipe(), machines[setting.precision]) for name, setting in mine.items()}
+    return {
+        name: floor_of(jobs[name], setting.recipe(), machines[setting.precision])
+        for name, setting in mine.items()
+    }

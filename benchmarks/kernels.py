@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from benchmarks import heap
-from kfactk import Layer, Samples, Use
+from kfactk import Layer, LayerCall, Samples
 from kfactk_stages.curvature import _spectral
 from kfactk_stages.curvature._plan import cheapest
 from kfactk_stages.curvature._rows import ConvRows, JoinedSamples
@@ -52,12 +52,19 @@ class Shape:
 
     def samples(self, batch: int) -> JoinedSamples:
         """Samples of random images."""
-        options: dict[str, Any] = {"padding": self.kernel // 2, "stride": self.stride, "groups": self.groups, "bias": False}
+        options: dict[str, Any] = {
+            "padding": self.kernel // 2,
+            "stride": self.stride,
+            "groups": self.groups,
+            "bias": False,
+        }
         conv = nn.Conv2d(self.channels, self.outputs, self.kernel, **options)
         inputs = torch.randn(batch, self.channels, self.side, self.side)
         with torch.no_grad():
             gradient = torch.randn_like(conv(inputs))
-        found = ConvKfac().samples(Layer("conv", conv, ("weight",)), [Use(inputs, gradient)], terms=batch, first=True)
+        found = ConvKfac().samples(
+            Layer("conv", conv, ("weight",)), [LayerCall(inputs, gradient)], terms=batch, first=True
+        )
         assert isinstance(found, JoinedSamples)
         return found
 
@@ -115,12 +122,21 @@ class Rates:
         one, other = torch.randn(2048, 2048), torch.randn(2048, 2048)
         low = one.bfloat16(), other.bfloat16()
         source, target = torch.randn(2**24), torch.empty(2**24)
-        taken = seconds([lambda: one @ other, lambda: low[0] @ low[1], lambda: target.copy_(source)], repeats)
-        return cls({torch.float32: 2048**3 / taken[0], torch.bfloat16: 2048**3 / taken[1]}, 2 * source.nbytes / taken[2])
+        taken = seconds(
+            [lambda: one @ other, lambda: low[0] @ low[1], lambda: target.copy_(source)], repeats
+        )
+        return cls(
+            {torch.float32: 2048**3 / taken[0], torch.bfloat16: 2048**3 / taken[1]},
+            2 * source.nbytes / taken[2],
+        )
 
-    def floor(self, multiplications: float, rotating: float, numbers: float, precision: torch.dtype) -> float:
+    def floor(
+        self, multiplications: float, rotating: float, numbers: float, precision: torch.dtype
+    ) -> float:
         """Seconds of so many multiplications, of which those that rotate are in `precision`, or of so many float32 numbers moved."""
-        arithmetic = (multiplications - rotating) / self.gemm[torch.float32] + rotating / self.gemm[precision]
+        arithmetic = (multiplications - rotating) / self.gemm[torch.float32] + rotating / self.gemm[
+            precision
+        ]
         return max(arithmetic, 4 * numbers / self.copy)
 
 
@@ -148,7 +164,9 @@ def dense_square(samples: Samples, left: Tensor, right: Tensor) -> Tensor:
     assert isinstance(samples, JoinedSamples)
     use = samples.uses[0]
     assert isinstance(use, ConvRows)
-    patches = F.unfold(use.inputs, use.window.kernel, padding=use.window.padding[0][0], stride=use.window.stride)
+    patches = F.unfold(
+        use.inputs, use.window.kernel, padding=use.window.padding[0][0], stride=use.window.stride
+    )
     matrices = torch.einsum("not,nit->noi", use.gradient.flatten(2), patches)
     return torch.einsum("ok,noi,il->nkl", left, matrices, right).square().sum(0)
 
@@ -186,21 +204,55 @@ def scale_cost(samples: JoinedSamples) -> tuple[float, float, float]:
 def rows_of(batch: int, repeats: int, rates: Rates) -> list[dict[str, Any]]:
     """Everything that is measured, a line of the table each."""
     single, low = torch.float32, torch.bfloat16
-    tasks: list[tuple[str, Shape, Callable[[JoinedSamples], tuple[float, float, float]], torch.dtype, Kernel, Kernel]] = []
+    tasks: list[
+        tuple[
+            str,
+            Shape,
+            Callable[[JoinedSamples], tuple[float, float, float]],
+            torch.dtype,
+            Kernel,
+            Kernel,
+        ]
+    ] = []
     for shape in FACTORS:
         tasks.append(
-            ("input factor", shape, factor_cost, single, lambda s: total(s.input_moment()), lambda s: total(Samples.input_moment(s)))
+            (
+                "input factor",
+                shape,
+                factor_cost,
+                single,
+                lambda s: total(s.input_moment()),
+                lambda s: total(Samples.input_moment(s)),
+            )
         )
     for shape in SCALES:
         plain = Samples.per_example_gradients
-        tasks.append(("per-example gradients", shape, gradient_cost, single, lambda s: s.per_example_gradients(), plain))
+        tasks.append(
+            (
+                "per-example gradients",
+                shape,
+                gradient_cost,
+                single,
+                lambda s: s.per_example_gradients(),
+                plain,
+            )
+        )
     for shape in SCALES:
         d_in, d_out = shape.channels * shape.kernel**2, shape.outputs
         left, right = (torch.linalg.qr(torch.randn(side, side)).Q for side in (d_out, d_in))
         dense = partial(dense_square, left=left, right=right)
         for precision in (single, low):
             ours = partial(_square, left=left, right=right, precision=precision)
-            tasks.append((f"scale, {precision}".replace("torch.", ""), shape, scale_cost, precision, ours, dense))
+            tasks.append(
+                (
+                    f"scale, {precision}".replace("torch.", ""),
+                    shape,
+                    scale_cost,
+                    precision,
+                    ours,
+                    dense,
+                )
+            )
     return [_measured(*task, batch, repeats, rates) for task in tasks]
 
 
@@ -240,23 +292,38 @@ def _measured(
 
 def main() -> None:
     """Measure, and print a table."""
-    parser = argparse.ArgumentParser(description="Kernels of convolutions against their plain forms.")
+    parser = argparse.ArgumentParser(
+        description="Kernels of convolutions against their plain forms."
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=1, help="seconds are those of the wall with more than one")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured, in seconds, there too")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="seconds are those of the wall with more than one"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write what was measured, in seconds, there too"
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     heap.keep_freed()
     rates = Rates.measured(arguments.repeats)
     gemm = {str(dtype).removeprefix("torch."): rate for dtype, rate in rates.gemm.items()}
     speeds = ", ".join(f"{2 * rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in gemm.items())
-    print(f"{arguments.batch} images; a large GEMM runs at {speeds}, a large copy at {rates.copy / 1e9:.1f} GB/s")
+    print(
+        f"{arguments.batch} images; a large GEMM runs at {speeds}, a large copy at {rates.copy / 1e9:.1f} GB/s"
+    )
     print(f"{'':24}{'channels, side, kernel, stride':>30}", end="")
-    print(f"{'ours, ms':>10}{'plain, ms':>11}{'ratio':>8}{'floor, ms':>11}{'/ floor':>8}{'deviation':>11}")
+    print(
+        f"{'ours, ms':>10}{'plain, ms':>11}{'ratio':>8}{'floor, ms':>11}{'/ floor':>8}{'deviation':>11}"
+    )
     rows = rows_of(arguments.batch, arguments.repeats, rates)
     if arguments.json:
-        machine = {"batch": arguments.batch, "threads": arguments.threads, "multiplications": gemm, "bytes": rates.copy}
+        machine = {
+            "batch": arguments.batch,
+            "threads": arguments.threads,
+            "multiplications": gemm,
+            "bytes": rates.copy,
+        }
         arguments.json.write_text(json.dumps({**machine, "kernels": rows}, indent=1) + "\n")
 
 

@@ -26,8 +26,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.floor import job
 from benchmarks.settings import BASELINE, Setting, network, settings
-from kfactk.costs import LayerCost
-from kfactk.optimizer import Optimizer
+from kfactk.costmodel.cost import LayerCost
+from kfactk.optim.optimizer import Optimizer
 
 SHORT = {"factor_every": 4, "scale_every": 4, "basis_every": 8}
 STEPS, OTHERS, IMAGE, MIB = 9, 11, (3, 32, 32), 2**20
@@ -55,7 +55,10 @@ def peak(run: Callable[[], object], device: torch.device) -> int:
         run()
     events = watched.profiler.kineto_results.events()  # type: ignore[union-attr]
     highest = current = 0
-    for event in sorted((event for event in events if event.name() == "[memory]"), key=lambda event: event.start_ns()):
+    for event in sorted(
+        (event for event in events if event.name() == "[memory]"),
+        key=lambda event: event.start_ns(),
+    ):
         current += event.nbytes()
         highest = max(highest, current)
     return highest
@@ -63,7 +66,9 @@ def peak(run: Callable[[], object], device: torch.device) -> int:
 
 def bytes_of(tensors: Mapping[str, Any]) -> int:
     """Of those that are tensors."""
-    return sum(value.numel() * value.itemsize for value in tensors.values() if isinstance(value, Tensor))
+    return sum(
+        value.numel() * value.itemsize for value in tensors.values() if isinstance(value, Tensor)
+    )
 
 
 @attrs.define
@@ -83,13 +88,19 @@ class Kept:
         """What this one keeps."""
         found = cls()
         for state in optimizer.state.values():
-            curvature = {key: value for key, value in state.items() if str(key).startswith("kfactk.")}
+            curvature = {
+                key: value for key, value in state.items() if str(key).startswith("kfactk.")
+            }
             found.curvature += bytes_of(curvature)
-            found.update += bytes_of({str(key): value for key, value in state.items() if key not in curvature})
+            found.update += bytes_of(
+                {str(key): value for key, value in state.items() if key not in curvature}
+            )
         return found
 
 
-def trained(make: Callable[[nn.Module], Any], width: int, batch: int, steps: int, device: torch.device) -> tuple[int, Kept]:
+def trained(
+    make: Callable[[nn.Module], Any], width: int, batch: int, steps: int, device: torch.device
+) -> tuple[int, Kept]:
     """Peak of so many steps, from the making of the model on, and what is kept after them."""
     kept = Kept()
 
@@ -97,7 +108,10 @@ def trained(make: Callable[[nn.Module], Any], width: int, batch: int, steps: int
         nonlocal kept
         model = network(width).to(device)
         optimizer = make(model)
-        images, labels = torch.randn(batch, *IMAGE, device=device), torch.randint(10, (batch,), device=device)
+        images, labels = (
+            torch.randn(batch, *IMAGE, device=device),
+            torch.randint(10, (batch,), device=device),
+        )
         for _ in range(steps):
             optimizer.zero_grad()
             F.cross_entropy(model(images), labels).backward()
@@ -117,7 +131,9 @@ def bound(setting: Setting, **options: Any) -> Callable[[nn.Module], Optimizer]:
 def plain(setting: Setting) -> Callable[[nn.Module], torch.optim.Optimizer]:
     """Makes the update rule of a setting of kfactk, without curvature."""
     recipe = setting.recipe()
-    return lambda model: recipe.update.make([{"params": list(model.parameters())}], lr=recipe.lr, weight_decay=0.0)
+    return lambda model: recipe.update.make(
+        [{"params": list(model.parameters())}], lr=recipe.lr, weight_decay=0.0
+    )
 
 
 def largest(setting: Setting, width: int, batch: int) -> list[str]:
@@ -131,7 +147,9 @@ def largest(setting: Setting, width: int, batch: int) -> list[str]:
     return sorted({max(layers, key=lambda name: count(layers[name])) for count in counts})
 
 
-def workspace(setting: Setting, width: int, batch: int, base: int, device: torch.device) -> tuple[int, str]:
+def workspace(
+    setting: Setting, width: int, batch: int, base: int, device: torch.device
+) -> tuple[int, str]:
     """The most that one layer alone takes above what it keeps, and which layer that is.
 
     Args:
@@ -150,7 +168,9 @@ def workspace(setting: Setting, width: int, batch: int, base: int, device: torch
     return max(found)
 
 
-def measured(chosen: Mapping[str, Setting], width: int, batch: int, device: torch.device) -> dict[str, dict[str, Any]]:
+def measured(
+    chosen: Mapping[str, Setting], width: int, batch: int, device: torch.device
+) -> dict[str, dict[str, Any]]:
     """Bytes, by setting; each is printed as soon as it is known."""
     base, momentum = trained(chosen[BASELINE].make, width, batch, STEPS, device)
     rules: dict[str, int] = {}
@@ -165,7 +185,12 @@ def measured(chosen: Mapping[str, Setting], width: int, batch: int, device: torc
             highest, kept = trained(bound(setting), width, batch, STEPS, device)
             most, layer = workspace(setting, width, batch, rules[rule], device)
             least = kept.curvature + kept.update - momentum.update
-            found[name] = {"above": highest - base, "least": least, "workspace": most, "layer": layer}
+            found[name] = {
+                "above": highest - base,
+                "least": least,
+                "workspace": most,
+                "layer": layer,
+            }
         print(row(name, found[name]), flush=True)
     return found
 
@@ -182,9 +207,13 @@ def row(name: str, found: Mapping[str, Any]) -> str:
 
 def main() -> None:
     """Measure, print tables, and write the figures."""
-    parser = argparse.ArgumentParser(prog="memory", description="Peak memory above that of SGD with momentum.")
+    parser = argparse.ArgumentParser(
+        prog="memory", description="Peak memory above that of SGD with momentum."
+    )
     parser.add_argument("--batch", type=int, default=64, help="images in a mini-batch")
-    parser.add_argument("--widths", type=int, nargs="+", default=[16, 64], help="channels of the first stage")
+    parser.add_argument(
+        "--widths", type=int, nargs="+", default=[16, 64], help="channels of the first stage"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
     parser.add_argument("--only", default="", help="settings whose name contains this, besides SGD")
@@ -193,14 +222,27 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     chosen, results = settings(arguments.only), []
     for width in arguments.widths:
-        print(f"ResNet-8, {width} channels, {arguments.batch} images of 32 x 32, {arguments.device}; MiB above SGD's peak")
-        print(f"{'':44}{'peak':>10}{'least':>10}{'workspace':>12}{'/ least':>10}{'/ allowed':>12}  of layer")
+        print(
+            f"ResNet-8, {width} channels, {arguments.batch} images of 32 x 32, {arguments.device}; MiB above SGD's peak"
+        )
+        print(
+            f"{'':44}{'peak':>10}{'least':>10}{'workspace':>12}{'/ least':>10}{'/ allowed':>12}  of layer"
+        )
         found = measured(chosen, width, arguments.batch, torch.device(arguments.device))
-        results.append({"width": width, "batch": arguments.batch, "device": arguments.device, "settings": found})
+        results.append(
+            {
+                "width": width,
+                "batch": arguments.batch,
+                "device": arguments.device,
+                "settings": found,
+            }
+        )
         print("allowed: 1.5 x least + workspace\n")
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "memory.json").write_text(json.dumps({"torch": torch.__version__, "runs": results}, indent=1))
+        (arguments.output / "memory.json").write_text(
+            json.dumps({"torch": torch.__version__, "runs": results}, indent=1)
+        )
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from benchmarks import heap
 from benchmarks.floor import Floor, Product, floors
 from benchmarks.settings import BASELINE, NOT_ON_THE_INDEX, Setting, missing, network, settings
-from kfactk.optimizer import Optimizer
+from kfactk.optim.optimizer import Optimizer
 
 IMAGE = (3, 32, 32)
 
@@ -55,7 +55,13 @@ def timed_step(model: nn.Module, optimizer: Any, images: Tensor, labels: Tensor)
 
 
 def measure(
-    chosen: Mapping[str, Setting], width: int, steps: int, batch: int, device: torch.device, *, profiled: bool
+    chosen: Mapping[str, Setting],
+    width: int,
+    steps: int,
+    batch: int,
+    device: torch.device,
+    *,
+    profiled: bool,
 ) -> tuple[dict[str, Run], dict[str, float]]:
     """Race these settings.
 
@@ -71,12 +77,18 @@ def measure(
         Runs by name, and the FLOPs a second of a large matrix product, by precision.
     """
     torch.manual_seed(0)
-    images, labels = torch.randn(batch, *IMAGE, device=device), torch.randint(10, (batch,), device=device)
+    images, labels = (
+        torch.randn(batch, *IMAGE, device=device),
+        torch.randint(10, (batch,), device=device),
+    )
     entries = []
     for name, setting in chosen.items():
         model = network(width).to(device)
         entries.append((name, model, setting.make(model)))
-    products = [Product(name, device) for name in sorted({setting.precision for setting in chosen.values()} | {"float32"})]
+    products = [
+        Product(name, device)
+        for name in sorted({setting.precision for setting in chosen.values()} | {"float32"})
+    ]
     runs, profiles = {name: Run([], {}) for name in chosen}, {}
     multiplied: dict[str, list[float]] = {product.precision: [] for product in products}
     with contextlib.ExitStack() as stack:
@@ -92,15 +104,24 @@ def measure(
                 multiplied[product.precision].append(product.seconds())
     for name, profile in profiles.items():
         counted = profile.steps[1:]
-        every = {stage for each in counted for stage in each} - {"model"}  # in which others took their turns
-        runs[name].stages = {stage: sum(each.get(stage, 0.0) for each in counted) / len(counted) for stage in every}
-    return runs, {product.precision: product.rate(multiplied[product.precision]) for product in products}
+        every = {stage for each in counted for stage in each} - {
+            "model"
+        }  # in which others took their turns
+        runs[name].stages = {
+            stage: sum(each.get(stage, 0.0) for each in counted) / len(counted) for stage in every
+        }
+    return runs, {
+        product.precision: product.rate(multiplied[product.precision]) for product in products
+    }
 
 
-def figures(runs: Mapping[str, Run], least: Mapping[str, Floor]) -> dict[str, dict[str, Any]]:
+def metrics(runs: Mapping[str, Run], least: Mapping[str, Floor]) -> dict[str, dict[str, Any]]:
     """By setting: mean, floor of the mean and median relative to the baseline's, worst step relative to the median of its own, and
     stages, measured and at least, relative to the baseline's."""
-    base, middle = statistics.mean(runs[BASELINE].seconds), statistics.median(runs[BASELINE].seconds)
+    base, middle = (
+        statistics.mean(runs[BASELINE].seconds),
+        statistics.median(runs[BASELINE].seconds),
+    )
     found: dict[str, dict[str, Any]] = {}
     for name, run in runs.items():
         median = statistics.median(run.seconds)
@@ -110,7 +131,9 @@ def figures(runs: Mapping[str, Run], least: Mapping[str, Floor]) -> dict[str, di
             "worst": max(run.seconds) / median,
             "floor": least[name].ratio(middle) if name in least else None,
             "stages": {stage: taken / base for stage, taken in run.stages.items()},
-            "floors": {stage: taken / middle for stage, taken in least[name].mean.items()} if name in least else {},
+            "floors": {stage: taken / middle for stage, taken in least[name].mean.items()}
+            if name in least
+            else {},
             "seconds": run.seconds,
         }
     return found
@@ -121,7 +144,9 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
     lines = [f"{'x SGD':44}{'mean':>8}{'floor':>8}{'median':>8}{'worst / median':>16}"]
     for name, each in found.items():
         least = "" if each["floor"] is None else f"{each['floor']:.2f}"
-        lines.append(f"{name:44}{each['mean']:8.2f}{least:>8}{each['median']:8.2f}{each['worst']:16.1f}")
+        lines.append(
+            f"{name:44}{each['mean']:8.2f}{least:>8}{each['median']:8.2f}{each['worst']:16.1f}"
+        )
     return "\n".join(lines)
 
 
@@ -132,35 +157,59 @@ def stages(found: Mapping[str, Mapping[str, Any]]) -> str:
     for name, each in found.items():
         if each["stages"]:
             cells = [f"{each['stages'].get(stage, 0.0):.3f}" for stage in names]
-            least = [f" ({each['floors'][stage]:.3f})" if stage in each["floors"] else "" for stage in names]
-            lines.append(f"{name:44}" + "".join(f"{cell + floor:>15}" for cell, floor in zip(cells, least, strict=True)))
+            least = [
+                f" ({each['floors'][stage]:.3f})" if stage in each["floors"] else ""
+                for stage in names
+            ]
+            lines.append(
+                f"{name:44}"
+                + "".join(f"{cell + floor:>15}" for cell, floor in zip(cells, least, strict=True))
+            )
     return "\n".join(lines)
 
 
-def raced(chosen: Mapping[str, Setting], width: int, steps: int, batch: int, device: torch.device) -> dict[str, Any]:
+def raced(
+    chosen: Mapping[str, Setting], width: int, steps: int, batch: int, device: torch.device
+) -> dict[str, Any]:
     """Race at one width, and print the tables."""
     runs, speed = measure(chosen, width, steps, batch, device, profiled=device.type == "cpu")
     if device.type != "cpu":
         mine = {name: setting for name, setting in chosen.items() if setting.options is not None}
         for name, run in measure(mine, width, steps, batch, device, profiled=True)[0].items():
             runs[name].stages = run.stages
-    found = figures(runs, floors(chosen, network(width), IMAGE, batch, speed, device))
+    found = metrics(runs, floors(chosen, network(width), IMAGE, batch, speed, device))
     middle = 1000 * statistics.median(runs[BASELINE].seconds)
     spoken = ", ".join(f"{rate / 1e9:.0f} in {name}" for name, rate in speed.items())
-    print(f"ResNet-8, {width} channels, {batch} images of 32 x 32, {device.type}; a step of {BASELINE} took {middle:.1f} ms (median),")
+    print(
+        f"ResNet-8, {width} channels, {batch} images of 32 x 32, {device.type}; a step of {BASELINE} took {middle:.1f} ms (median),"
+    )
     print(f"and a large matrix product ran at {spoken} GFLOP/s")
     print(f"{table(found)}\n\n{stages(found)}\n", flush=True)
-    return {"width": width, "batch": batch, "device": device.type, "sgd_ms": middle, "flops": speed, "settings": found}
+    return {
+        "width": width,
+        "batch": batch,
+        "device": device.type,
+        "sgd_ms": middle,
+        "flops": speed,
+        "settings": found,
+    }
 
 
 def main() -> None:
     """Measure, print tables, and write the figures."""
-    parser = argparse.ArgumentParser(prog="race", description="Step times relative to SGD with momentum.")
+    parser = argparse.ArgumentParser(
+        prog="race", description="Step times relative to SGD with momentum."
+    )
     parser.add_argument(
-        "--steps", type=int, default=100, help="steps of each setting; a multiple of 100 holds every period as often as it comes"
+        "--steps",
+        type=int,
+        default=100,
+        help="steps of each setting; a multiple of 100 holds every period as often as it comes",
     )
     parser.add_argument("--batch", type=int, default=64, help="images in a mini-batch")
-    parser.add_argument("--widths", type=int, nargs="+", default=[16, 64], help="channels of the first stage")
+    parser.add_argument(
+        "--widths", type=int, nargs="+", default=[16, 64], help="channels of the first stage"
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
     parser.add_argument("--only", default="", help="settings whose name contains this, besides SGD")
@@ -171,10 +220,15 @@ def main() -> None:
     chosen = settings(arguments.only)
     absent = [*missing(), *(f"{name} (not on the package index)" for name in NOT_ON_THE_INDEX)]
     print(f"not installed, and so not raced: {', '.join(absent)}")
-    results = [raced(chosen, width, arguments.steps, arguments.batch, torch.device(arguments.device)) for width in arguments.widths]
+    results = [
+        raced(chosen, width, arguments.steps, arguments.batch, torch.device(arguments.device))
+        for width in arguments.widths
+    ]
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
-        (arguments.output / "race.json").write_text(json.dumps({"torch": torch.__version__, "races": results}, indent=1))
+        (arguments.output / "race.json").write_text(
+            json.dumps({"torch": torch.__version__, "races": results}, indent=1)
+        )
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What ranks send, hold and compute under each placement, measured on gloo ranks of this machine.
 
-Two tables. Bytes on the wire in a step, all ranks together, against the least that any exchange can do with (`kfactk.traffic.least_bytes`).
+Two tables. Bytes on the wire in a step, all ranks together, against the least that any exchange can do with (`kfactk.costmodel.communication.least_bytes`).
 And, for each rank (the largest of all): memory that curvature takes, resident (the bytes of its factors, decompositions and moments) and at
 its peak (of the process' resident set, above that of the same steps under SGD); processor seconds of one refresh with everything due; and
 the order of operations of its decompositions (n^3 each). Wall time is left out: ranks share the cores there are.
@@ -21,10 +21,15 @@ from torch.nn.parallel import DistributedDataParallel
 
 import kfactk
 from kfactk.assignment import Work, Workload
-from kfactk.testing.ranks import Workers
-from kfactk.traffic import least_bytes
+from kfactk.costmodel.communication import least_bytes
+from kfactk.testing._support.ranks import Workers
 
-PLACEMENTS: tuple[Any, ...] = ("replicated", "comm_opt", {"name": "hybrid", "fraction": 0.5}, "mem_opt")
+PLACEMENTS: tuple[Any, ...] = (
+    "replicated",
+    "comm_opt",
+    {"name": "hybrid", "fraction": 0.5},
+    "mem_opt",
+)
 PERIODS = {"factor_every": 2, "scale_every": 2, "basis_every": 4}
 BATCH = 64
 
@@ -41,18 +46,25 @@ def network(width: int, depth: int) -> nn.Module:
 def batch(width: int, step: int, rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
     """This rank's share of one batch of noise."""
     generator = torch.Generator().manual_seed(step)
-    x, y = torch.randn(BATCH, width, generator=generator), torch.randint(width, (BATCH,), generator=generator)
+    x, y = (
+        torch.randn(BATCH, width, generator=generator),
+        torch.randint(width, (BATCH,), generator=generator),
+    )
     return x[rank::ranks], y[rank::ranks]
 
 
-def measured(rank: int, ranks: int, placement: Any, basis: str, width: int, depth: int) -> dict[str, Any]:
+def measured(
+    rank: int, ranks: int, placement: Any, basis: str, width: int, depth: int
+) -> dict[str, Any]:
     """One rank's part of a run over one period of refreshes, after the first one."""
     peak_of_sgd = _trained(rank, ranks, width, depth, None)["peak"]
     found = _trained(rank, ranks, width, depth, {"placement": placement, "basis": basis})
     return {**found, "peak": max(0, found["peak"] - peak_of_sgd)}
 
 
-def _trained(rank: int, ranks: int, width: int, depth: int, stages: dict[str, Any] | None) -> dict[str, Any]:
+def _trained(
+    rank: int, ranks: int, width: int, depth: int, stages: dict[str, Any] | None
+) -> dict[str, Any]:
     first: dict[str, float] = {}
     model = network(width, depth)
     wrapped = DistributedDataParallel(model) if ranks > 1 else model
@@ -60,7 +72,9 @@ def _trained(rank: int, ranks: int, width: int, depth: int, stages: dict[str, An
     if stages is None:
         optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     else:
-        optimizer = kfactk.build(update="momentum", lr=1e-3, damping=0.1, **PERIODS, **stages).bind(wrapped)
+        optimizer = kfactk.build(update="momentum", lr=1e-3, damping=0.1, **PERIODS, **stages).bind(
+            wrapped
+        )
     period, seconds = math.lcm(*PERIODS.values()), 0.0
     _forget_peak()
     before = _resident("VmRSS")
@@ -78,7 +92,12 @@ def _trained(rank: int, ranks: int, width: int, depth: int, stages: dict[str, An
     if stages is None:
         return {"peak": peak}
     assert isinstance(optimizer, kfactk.Optimizer)
-    held = [tensor for entry in optimizer.state_dict()["state"].values() for key, tensor in entry.items() if key.startswith("kfactk.")]
+    held = [
+        tensor
+        for entry in optimizer.state_dict()["state"].values()
+        for key, tensor in entry.items()
+        if key.startswith("kfactk.")
+    ]
     operations = _operations(optimizer, model, rank)
     moved = optimizer.moved_bytes
     optimizer.close()
@@ -95,16 +114,28 @@ def _operations(optimizer: kfactk.Optimizer, model: nn.Module, rank: int) -> flo
     """n^3 summed over the matrices that a rank decomposes."""
     total, shares = 0.0, optimizer.placement.shares
     for work in works(model):
-        mine = work.matrices if not shares else [name for name, ranks in shares[work.layer].decomposers.items() if rank in ranks]
+        mine = (
+            work.matrices
+            if not shares
+            else [
+                name for name, ranks in shares[work.layer].inverse_workers.items() if rank in ranks
+            ]
+        )
         total += sum(work.flops(name) for name in mine)
     return total
 
 
 def works(model: nn.Module) -> tuple[Work, ...]:
     """The work of a network of linear layers, from its sizes."""
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    linear = {
+        name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
+    }
     return tuple(
-        Work(name, {"A": (m.in_features + 1,) * 2, "G": (m.out_features,) * 2}, (m.out_features, m.in_features + 1))
+        Work(
+            name,
+            {"A": (m.in_features + 1,) * 2, "G": (m.out_features,) * 2},
+            (m.out_features, m.in_features + 1),
+        )
         for name, m in linear.items()
     )
 
@@ -121,50 +152,96 @@ def _resident(field: str) -> int:
 
 
 def _label(placement: Any) -> str:
-    return placement if isinstance(placement, str) else f"{placement['name']} {placement['fraction']:g}"
+    return (
+        placement
+        if isinstance(placement, str)
+        else f"{placement['name']} {placement['fraction']:g}"
+    )
 
 
 def _holders(placement: Any, ranks: int) -> int:
     """How many ranks hold a layer under each of `PLACEMENTS`, and how many decompose a matrix, as their definitions say."""
-    return {"replicated": ranks, "comm_opt": ranks, "mem_opt": 1}.get(_label(placement), max(1, ranks // 2))
+    return {"replicated": ranks, "comm_opt": ranks, "mem_opt": 1}.get(
+        _label(placement), max(1, ranks // 2)
+    )
 
 
 def main() -> None:
     """Measure, and print both tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--width", type=int, default=512)
     parser.add_argument("--depth", type=int, default=8)
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
     arguments = parser.parse_args()
     width, depth = arguments.width, arguments.depth
-    workload = {b: Workload(works(network(width, depth)), **PERIODS, sampled=b == "ekfac") for b in ("ekfac", "kfac")}
+    workload = {
+        b: Workload(works(network(width, depth)), **PERIODS, sampled=b == "ekfac")
+        for b in ("ekfac", "kfac")
+    }
     wire, hold = [], []
     for basis in ("ekfac", "kfac"):
         for placement in PLACEMENTS:
             for ranks in arguments.ranks:
-                with Workers() as workers:  # fresh processes, so that one run's memory is not another's
-                    found = workers.run(ranks, measured, ranks, placement, basis, width, depth, patience=600.0)
+                with (
+                    Workers() as workers
+                ):  # fresh processes, so that one run's memory is not another's
+                    found = workers.run(
+                        ranks, measured, ranks, placement, basis, width, depth, patience=600.0
+                    )
                 name = f"{basis} {_label(placement)} {ranks}"
                 if ranks > 1:
-                    least = least_bytes(workload[basis], ranks, _holders(placement, ranks), ranks if placement == "replicated" else 1)
-                    moved = {kind: sum(each["bytes"].get(kind, 0.0) for each in found) for kind in (*least, "agreements")}
-                    cells = [f"{moved[kind] / 2**20:.2f} ({least[kind] / 2**20:.2f})" for kind in least]
-                    cells += [f"{moved['agreements'] / 2**20:.4f}", f"{sum(moved.values()) / max(1.0, sum(least.values())):.4f}"]
+                    least = least_bytes(
+                        workload[basis],
+                        ranks,
+                        _holders(placement, ranks),
+                        ranks if placement == "replicated" else 1,
+                    )
+                    moved = {
+                        kind: sum(each["bytes"].get(kind, 0.0) for each in found)
+                        for kind in (*least, "agreements")
+                    }
+                    cells = [
+                        f"{moved[kind] / 2**20:.2f} ({least[kind] / 2**20:.2f})" for kind in least
+                    ]
+                    cells += [
+                        f"{moved['agreements'] / 2**20:.4f}",
+                        f"{sum(moved.values()) / max(1.0, sum(least.values())):.4f}",
+                    ]
                     wire.append([name, *cells])
-                largest = {key: max(each[key] for each in found) for key in ("held", "peak", "seconds", "operations")}
+                largest = {
+                    key: max(each[key] for each in found)
+                    for key in ("held", "peak", "seconds", "operations")
+                }
                 mib = [f"{largest[key] / 2**20:.1f}" for key in ("held", "peak")]
-                hold.append([name, *mib, f"{largest['seconds']:.3f}", f"{largest['operations'] / 1e9:.2f}"])
+                hold.append(
+                    [name, *mib, f"{largest['seconds']:.3f}", f"{largest['operations'] / 1e9:.2f}"]
+                )
                 print(name, flush=True)
     head = "MiB a step, all ranks (least)"
-    _table([head, "sums", "decompositions", "moments", "gradients", "agreements", "of the least"], wire)
-    _table(["largest of all ranks", "held, MiB", "peak, MiB", "refresh, CPU s", "decompositions, 1e9 operations"], hold)
+    _table(
+        [head, "sums", "decompositions", "moments", "gradients", "agreements", "of the least"], wire
+    )
+    _table(
+        [
+            "largest of all ranks",
+            "held, MiB",
+            "peak, MiB",
+            "refresh, CPU s",
+            "decompositions, 1e9 operations",
+        ],
+        hold,
+    )
 
 
 def _table(head: list[str], rows: list[list[str]]) -> None:
     widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
     print()
     for row in [head, ["-" * width for width in widths], *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
 
 
 if __name__ == "__main__":

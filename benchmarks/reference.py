@@ -87,7 +87,10 @@ class Runner:
     def test(self, images: Tensor, labels: Tensor) -> None:
         """Record the accuracy."""
         self._model.eval()
-        right = sum(int((self._model(x).argmax(1) == y).sum()) for x, y in zip(images.split(500), labels.split(500), strict=True))
+        right = sum(
+            int((self._model(x).argmax(1) == y).sum())
+            for x, y in zip(images.split(500), labels.split(500), strict=True)
+        )
         self._model.train()
         self.run.accuracy = 100 * right / len(labels)
 
@@ -110,12 +113,19 @@ class Task:
         dataset = data.load(Data("cifar10", train=TRAIN, test=TEST), folder, cache, print)
         mean, deviation = dataset.normalisation()
         parts = (dataset.train, dataset.test)
-        return cls(*(data.Images((part.pixels.float() - mean) / deviation, part.labels).to(device) for part in parts))
+        return cls(
+            *(
+                data.Images((part.pixels.float() - mean) / deviation, part.labels).to(device)
+                for part in parts
+            )
+        )
 
     def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Full mini-batches, without end."""
         for epoch in itertools.count():
-            for images, labels in batches.shuffled(self.train, BATCH, seed=seed, epoch=epoch, augment=False):
+            for images, labels in batches.shuffled(
+                self.train, BATCH, seed=seed, epoch=epoch, augment=False
+            ):
                 if len(labels) == BATCH:
                     yield images, labels
 
@@ -131,7 +141,9 @@ def race(task: Task, contestants: Mapping[str, Contestant], seed: int, steps: in
     """
     device = task.train.pixels.device
     field = [Runner(name, each, seed, device) for name, each in contestants.items()]
-    warm = Runner(BASELINE, contestants[BASELINE], seed, device)  # what a process does once, it does here
+    warm = Runner(
+        BASELINE, contestants[BASELINE], seed, device
+    )  # what a process does once, it does here
     for step, (images, labels) in enumerate(itertools.islice(task.batches(seed), steps), start=1):
         if step == 1:
             warm.step(images, labels)
@@ -146,7 +158,12 @@ def race(task: Task, contestants: Mapping[str, Contestant], seed: int, steps: in
 
 def costs(runs: Sequence[Run]) -> list[float]:
     """Seconds up to the end of each step; a step's own are the median over the runs, so that what disturbs one of them does not count."""
-    return list(itertools.accumulate(statistics.median(seconds) for seconds in zip(*(run.seconds for run in runs), strict=True)))
+    return list(
+        itertools.accumulate(
+            statistics.median(seconds)
+            for seconds in zip(*(run.seconds for run in runs), strict=True)
+        )
+    )
 
 
 def table(runs: Mapping[str, Sequence[Run]], contestants: Mapping[str, Contestant]) -> str:
@@ -155,11 +172,19 @@ def table(runs: Mapping[str, Sequence[Run]], contestants: Mapping[str, Contestan
     head = f"{'after ' + str(STEPS) + ' steps':44}{'last ' + str(SMOOTHED):>9}{'epoch':>8}{'+-':>7}{'test acc.':>11}{'wall, x SGD':>13}"
     lines = [head + f"{'factors/scale/basis due':>25}"]
     for name, found in sorted(runs.items(), key=lambda item: _mean(item[1], STEPS, EPOCH)):
-        spread = statistics.stdev(run.loss(STEPS, EPOCH) for run in found) if len(found) > 1 else float("nan")
+        spread = (
+            statistics.stdev(run.loss(STEPS, EPOCH) for run in found)
+            if len(found) > 1
+            else float("nan")
+        )
         accuracy, recipe = statistics.fmean(run.accuracy for run in found), contestants[name].recipe
         due = "/".join(map(str, due_steps(recipe, STEPS).values())) if recipe else ""
-        losses = f"{_mean(found, STEPS, SMOOTHED):9.3f}{_mean(found, STEPS, EPOCH):8.3f}{spread:7.3f}"
-        lines.append(f"{name:44}{losses}{accuracy:11.1f}{spent[name][STEPS - 1] / spent[BASELINE][STEPS - 1]:13.2f}{due:>25}")
+        losses = (
+            f"{_mean(found, STEPS, SMOOTHED):9.3f}{_mean(found, STEPS, EPOCH):8.3f}{spread:7.3f}"
+        )
+        lines.append(
+            f"{name:44}{losses}{accuracy:11.1f}{spent[name][STEPS - 1] / spent[BASELINE][STEPS - 1]:13.2f}{due:>25}"
+        )
     return "\n".join(lines)
 
 
@@ -174,9 +199,17 @@ def duels(runs: Mapping[str, Sequence[Run]], contestants: Mapping[str, Contestan
         lines.append(f"{ours}, at the wall-clock of")
         for rival in (name for name in runs if contestants[name].recipe is None):
             steps = max(EPOCH, sum(seconds <= spent[rival][STEPS - 1] for seconds in spent[ours]))
-            short = "+" if steps == len(spent[ours]) else " "  # there was time for more than were taken
-            pairs = [(_mean(runs[rival], STEPS, over), _mean(runs[ours], steps, over)) for over in (SMOOTHED, EPOCH)]
-            lines.append(f"  {rival:42}{steps:6}{short}" + "".join(f"{theirs:15.3f}{mine:8.3f}" for theirs, mine in pairs))
+            short = (
+                "+" if steps == len(spent[ours]) else " "
+            )  # there was time for more than were taken
+            pairs = [
+                (_mean(runs[rival], STEPS, over), _mean(runs[ours], steps, over))
+                for over in (SMOOTHED, EPOCH)
+            ]
+            lines.append(
+                f"  {rival:42}{steps:6}{short}"
+                + "".join(f"{theirs:15.3f}{mine:8.3f}" for theirs, mine in pairs)
+            )
     return "\n".join(lines)
 
 
@@ -186,12 +219,31 @@ def _mean(runs: Sequence[Run], steps: int, over: int) -> float:
 
 def main() -> None:
     """Race the seeds that have not been raced yet, and print a table."""
-    parser = argparse.ArgumentParser(description="Training loss against wall-clock at the reference point.")
-    parser.add_argument("--data", type=Path, required=True, help="folder with train/CLASS/* and test/CLASS/*, or torchvision's CIFAR-10")
-    parser.add_argument("--out", type=Path, default=Path("runs/reference"), help="folder for the results, a file of JSON for each seed")
-    parser.add_argument("--steps", type=int, default=480, help=f"steps of each contestant; at least {STEPS}")
+    parser = argparse.ArgumentParser(
+        description="Training loss against wall-clock at the reference point."
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        required=True,
+        help="folder with train/CLASS/* and test/CLASS/*, or torchvision's CIFAR-10",
+    )
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("runs/reference"),
+        help="folder for the results, a file of JSON for each seed",
+    )
+    parser.add_argument(
+        "--steps", type=int, default=480, help=f"steps of each contestant; at least {STEPS}"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", default=[], help="contestants whose name contains one of these, besides SGD")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        help="contestants whose name contains one of these, besides SGD",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
     arguments = parser.parse_args()
@@ -199,14 +251,20 @@ def main() -> None:
         parser.error(f"--steps must be at least {STEPS}")
     torch.set_num_threads(arguments.threads)
     heap.keep_freed()
-    chosen = {n: c for n, c in everyone().items() if n == BASELINE or not arguments.only or any(part in n for part in arguments.only)}
+    chosen = {
+        n: c
+        for n, c in everyone().items()
+        if n == BASELINE or not arguments.only or any(part in n for part in arguments.only)
+    }
     arguments.out.mkdir(parents=True, exist_ok=True)
     task = Task.load(arguments.data, arguments.out / "images", torch.device(arguments.device))
     runs: dict[str, list[Run]] = {name: [] for name in chosen}
     for seed in arguments.seeds:
         path = arguments.out / f"seed-{seed}.json"
         found = [Run(**each) for each in json.loads(path.read_text())] if path.exists() else []
-        if {(run.name, run.settings) for run in found} != {(name, each.settings) for name, each in chosen.items()}:
+        if {(run.name, run.settings) for run in found} != {
+            (name, each.settings) for name, each in chosen.items()
+        }:
             found = race(task, chosen, seed, arguments.steps)
             path.write_text(json.dumps([attrs.asdict(run) for run in found]))
         for run in found:

@@ -24,7 +24,12 @@ from benchmarks.race import timed_step
 from benchmarks.settings import BASELINE, PERIODS, settings
 
 OFTEN = {"factor_every": 1, "scale_every": 1, "basis_every": 3}
-STAGES = {"fisher": "factor_every", "factors": "factor_every", "scale": "scale_every", "basis": "basis_every"}
+STAGES = {
+    "fisher": "factor_every",
+    "factors": "factor_every",
+    "scale": "scale_every",
+    "basis": "basis_every",
+}
 """Stages that are not due at every step, and whose period they follow."""
 
 
@@ -49,8 +54,14 @@ class Shape:
         torch.manual_seed(0)
         layers: list[nn.Module] = []
         for inputs in [3] + [self.width] * self.depth:
-            layers += [nn.Conv2d(inputs, self.width, 3, padding=1, bias=False), nn.BatchNorm2d(self.width), nn.ReLU()]
-        return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(self.width, 10))
+            layers += [
+                nn.Conv2d(inputs, self.width, 3, padding=1, bias=False),
+                nn.BatchNorm2d(self.width),
+                nn.ReLU(),
+            ]
+        return nn.Sequential(
+            *layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(self.width, 10)
+        )
 
 
 DIMENSIONS: dict[str, tuple[int, ...]] = {
@@ -68,10 +79,14 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
         >>> round(exponent([1, 2, 4], [3.0, 24.0, 192.0]), 6)
         3.0
     """
-    return statistics.linear_regression([math.log(size) for size in sizes], [math.log(taken) for taken in seconds]).slope
+    return statistics.linear_regression(
+        [math.log(size) for size in sizes], [math.log(taken) for taken in seconds]
+    ).slope
 
 
-def measured(shapes: Sequence[Shape], name: str, steps: int, device: torch.device) -> list[dict[str, float]]:
+def measured(
+    shapes: Sequence[Shape], name: str, steps: int, device: torch.device
+) -> list[dict[str, float]]:
     """For each shape, seconds by stage where it is due (medians), those of a step of SGD as `sgd`, and of a mean step as `mean`."""
     chosen = settings()
     recipe = chosen[name].recipe(**OFTEN)
@@ -79,22 +94,47 @@ def measured(shapes: Sequence[Shape], name: str, steps: int, device: torch.devic
     entries = []
     with contextlib.ExitStack() as stack:
         for shape in shapes:
-            data = torch.randn(shape.batch, 3, shape.side, shape.side, device=device), torch.randint(10, (shape.batch,), device=device)
+            data = (
+                torch.randn(shape.batch, 3, shape.side, shape.side, device=device),
+                torch.randint(10, (shape.batch,), device=device),
+            )
             model, plain = shape.network().to(device), shape.network().to(device)
             optimizer = recipe.bind(model)
-            entries.append((data, plain, chosen[BASELINE].make(plain), model, optimizer, stack.enter_context(optimizer.profile())))
+            entries.append(
+                (
+                    data,
+                    plain,
+                    chosen[BASELINE].make(plain),
+                    model,
+                    optimizer,
+                    stack.enter_context(optimizer.profile()),
+                )
+            )
         plains: list[list[float]] = [[] for _ in shapes]
         for _ in range(steps + 1):
-            for ((images, labels), plain, sgd, model, optimizer, _), taken in zip(entries, plains, strict=True):
+            for ((images, labels), plain, sgd, model, optimizer, _), taken in zip(
+                entries, plains, strict=True
+            ):
                 taken.append(timed_step(plain, sgd, images, labels))
                 timed_step(model, optimizer, images, labels)
     found = []
     for (*_, profile), taken in zip(entries, plains, strict=True):
         counted = profile.steps[1:]
-        stages = {stage: [step[stage] for step in counted if stage in step] for stage in profile.seconds if stage != "model"}
+        stages = {
+            stage: [step[stage] for step in counted if stage in step]
+            for stage in profile.seconds
+            if stage != "model"
+        }
         each = {stage: statistics.median(times) for stage, times in stages.items() if times}
         sgd_step = statistics.median(taken[1:])
-        found.append({**each, "sgd": sgd_step, "mean": sgd_step + sum(_share(stage, periods) * times for stage, times in each.items())})
+        found.append(
+            {
+                **each,
+                "sgd": sgd_step,
+                "mean": sgd_step
+                + sum(_share(stage, periods) * times for stage, times in each.items()),
+            }
+        )
     return found
 
 
@@ -103,24 +143,51 @@ def _share(stage: str, periods: Mapping[str, Any]) -> float:
     return 0.0 if stage == "update" else 1.0 / periods[STAGES[stage]] if stage in STAGES else 1.0
 
 
-def table(dimension: str, sizes: Sequence[int], found: Sequence[Mapping[str, float]]) -> tuple[list[str], dict[str, float]]:
+def table(
+    dimension: str, sizes: Sequence[int], found: Sequence[Mapping[str, float]]
+) -> tuple[list[str], dict[str, float]]:
     """Lines of stages, and their exponents."""
     names = [name for name in found[0] if name not in ("sgd", "mean")]
-    rows = {"step of SGD": [each["sgd"] for each in found], **{name: [each[name] for each in found] for name in names}}
+    rows = {
+        "step of SGD": [each["sgd"] for each in found],
+        **{name: [each[name] for each in found] for name in names},
+    }
     exponents = {name: exponent(sizes, taken) for name, taken in rows.items()}
-    lines = [f"{f'{dimension}, ms when due':24}" + "".join(f"{size:10}" for size in sizes) + f"{'exponent':>10}"]
+    lines = [
+        f"{f'{dimension}, ms when due':24}"
+        + "".join(f"{size:10}" for size in sizes)
+        + f"{'exponent':>10}"
+    ]
     for name, taken in rows.items():
-        lines.append(f"{name:24}" + "".join(f"{1e3 * seconds:10.2f}" for seconds in taken) + f"{exponents[name]:10.2f}")
-    lines.append(f"{'mean step, x SGD':24}" + "".join(f"{each['mean'] / each['sgd']:10.2f}" for each in found))
+        lines.append(
+            f"{name:24}"
+            + "".join(f"{1e3 * seconds:10.2f}" for seconds in taken)
+            + f"{exponents[name]:10.2f}"
+        )
+    lines.append(
+        f"{'mean step, x SGD':24}"
+        + "".join(f"{each['mean'] / each['sgd']:10.2f}" for each in found)
+    )
     return lines, exponents
 
 
 def main() -> None:
     """Measure, print tables, and write the figures."""
-    parser = argparse.ArgumentParser(prog="scaling", description="Seconds of stages over width, depth, batch and resolution.")
-    parser.add_argument("--dimensions", nargs="+", choices=tuple(DIMENSIONS), default=list(DIMENSIONS))
-    parser.add_argument("--setting", default="ekfac", help="a setting of kfactk by its name in the race")
-    parser.add_argument("--steps", type=int, default=6, help="steps of each point after the first; a basis is due in every third")
+    parser = argparse.ArgumentParser(
+        prog="scaling", description="Seconds of stages over width, depth, batch and resolution."
+    )
+    parser.add_argument(
+        "--dimensions", nargs="+", choices=tuple(DIMENSIONS), default=list(DIMENSIONS)
+    )
+    parser.add_argument(
+        "--setting", default="ekfac", help="a setting of kfactk by its name in the race"
+    )
+    parser.add_argument(
+        "--steps",
+        type=int,
+        default=6,
+        help="steps of each point after the first; a basis is due in every third",
+    )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
     parser.add_argument("--output", type=Path, help="folder to write scaling.json into")
@@ -138,7 +205,10 @@ def main() -> None:
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / "scaling.json").write_text(
-            json.dumps({"torch": torch.__version__, "setting": arguments.setting, "dimensions": results}, indent=1)
+            json.dumps(
+                {"torch": torch.__version__, "setting": arguments.setting, "dimensions": results},
+                indent=1,
+            )
         )
 
 

@@ -31,9 +31,22 @@ RECIPES: dict[str, dict[str, Any]] = {
     "ekfac": {},
     "ekfac, staggered": {"update": FUSED, "stagger": True},
     "ekfac, staggered, bfloat16": {"update": FUSED, "stagger": True, "basis": ROUNDED},
-    "ekfac, staggered, bfloat16, iterated": {"update": FUSED, "stagger": True, "basis": {**ROUNDED, "iterate_from": 2048}},
-    "ekfac of channels and taps, staggered": {"update": FUSED, "stagger": True, "basis": FACTORED, "curvature": STATIONARY},
-    "ekfac of channels and taps, running": {**OWN_GRADIENT, "basis": {**FACTORED, "scale": "running"}, "curvature": STATIONARY},
+    "ekfac, staggered, bfloat16, iterated": {
+        "update": FUSED,
+        "stagger": True,
+        "basis": {**ROUNDED, "iterate_from": 2048},
+    },
+    "ekfac of channels and taps, staggered": {
+        "update": FUSED,
+        "stagger": True,
+        "basis": FACTORED,
+        "curvature": STATIONARY,
+    },
+    "ekfac of channels and taps, running": {
+        **OWN_GRADIENT,
+        "basis": {**FACTORED, "scale": "running"},
+        "curvature": STATIONARY,
+    },
     "ekfac of channels, running": {
         **OWN_GRADIENT,
         "basis": {"name": "ekfac", "inputs": "channels", "scale": "running"},
@@ -71,7 +84,9 @@ class Setting:
 def ours(name: str) -> Setting:
     """The setting of kfactk of this name in `RECIPES`."""
     options = {"update": "adam", **PERIODS, **RECIPES[name]}
-    return Setting(lambda model: kfactk.build(**options).bind(model), options, PRECISIONS.get(name, "float32"))
+    return Setting(
+        lambda model: kfactk.build(**options).bind(model), options, PRECISIONS.get(name, "float32")
+    )
 
 
 def torchs() -> dict[str, Setting]:
@@ -91,9 +106,13 @@ class Matrices:
 
     def __init__(self, model: nn.Module) -> None:
         tensors = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-        self._pairs = [(parameter, nn.Parameter(parameter.detach().flatten(1))) for parameter in tensors]  # one storage
+        self._pairs = [
+            (parameter, nn.Parameter(parameter.detach().flatten(1))) for parameter in tensors
+        ]  # one storage
         self._muon = torch.optim.Muon([matrix for _, matrix in self._pairs], lr=0.01)
-        self._rest = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.ndim == 1], lr=0.001)
+        self._rest = torch.optim.AdamW(
+            [parameter for parameter in model.parameters() if parameter.ndim == 1], lr=0.001
+        )
         self._model = model
 
     def zero_grad(self) -> None:
@@ -112,7 +131,11 @@ def pytorch_optimizers() -> dict[str, Setting]:
     """Of the package pytorch-optimizer."""
     from pytorch_optimizer import SOAP
 
-    return {"SOAP, every 10 (pytorch_optimizer)": Setting(lambda model: SOAP(model.parameters(), lr=0.003, precondition_frequency=10))}
+    return {
+        "SOAP, every 10 (pytorch_optimizer)": Setting(
+            lambda model: SOAP(model.parameters(), lr=0.003, precondition_frequency=10)
+        )
+    }
 
 
 def heavyballs() -> dict[str, Setting]:
@@ -121,7 +144,9 @@ def heavyballs() -> dict[str, Setting]:
 
     heavyball.utils.compile_mode = None
     return {
-        "SOAP, every 10 (heavyball)": Setting(lambda model: heavyball.SOAP(model.parameters(), lr=0.003, precondition_frequency=10)),
+        "SOAP, every 10 (heavyball)": Setting(
+            lambda model: heavyball.SOAP(model.parameters(), lr=0.003, precondition_frequency=10)
+        ),
         "Muon (heavyball)": Setting(lambda model: heavyball.Muon(model.parameters(), lr=0.02)),
     }
 
@@ -130,7 +155,11 @@ def singds() -> dict[str, Setting]:
     """Of the package singd."""
     from singd.optim.optimizer import SINGD
 
-    return {"SINGD, every 10 (singd)": Setting(lambda model: SINGD(model, T=10, lr=0.01, momentum=0.9, warn_unsupported=False))}
+    return {
+        "SINGD, every 10 (singd)": Setting(
+            lambda model: SINGD(model, T=10, lr=0.01, momentum=0.9, warn_unsupported=False)
+        )
+    }
 
 
 OTHERS: dict[str, Callable[[], dict[str, Setting]]] = {

@@ -16,11 +16,15 @@ class Docstrings(griffe.Extension):
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
         """Called by griffe for every module, class, function and attribute."""
         if obj.docstring is not None:
-            obj.docstring.value = re.sub(r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE)
+            obj.docstring.value = re.sub(
+                r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE
+            )
         found = _imported(obj) if obj.is_class else None
         if found is not None and attrs.has(found):
             fields = [field for field in attrs.fields(found) if field.init]
-            initialiser = griffe.Function("__init__", parameters=griffe.Parameters(*map(_parameter, fields)))
+            initialiser = griffe.Function(
+                "__init__", parameters=griffe.Parameters(*map(_parameter, fields))
+            )
             obj.set_member("__init__", initialiser)
 
 
@@ -34,7 +38,19 @@ def _imported(obj: griffe.Object) -> type[Any] | None:
 
 
 def _parameter(field: attrs.Attribute[Any]) -> griffe.Parameter:
-    kind = griffe.ParameterKind.keyword_only if field.kw_only else griffe.ParameterKind.positional_or_keyword
-    default = None if field.default is attrs.NOTHING else "..." if isinstance(field.default, attrs.Factory) else repr(field.default)
-    annotation = field.type if isinstance(field.type, str) or field.type is None else field.type.__name__
+    kind = (
+        griffe.ParameterKind.keyword_only
+        if field.kw_only
+        else griffe.ParameterKind.positional_or_keyword
+    )
+    default = (
+        None
+        if field.default is attrs.NOTHING
+        else "..."
+        if isinstance(field.default, attrs.Factory)
+        else repr(field.default)
+    )
+    annotation = (
+        field.type if isinstance(field.type, str) or field.type is None else field.type.__name__
+    )
     return griffe.Parameter(field.alias, annotation=annotation, kind=kind, default=default)

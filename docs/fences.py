@@ -26,11 +26,19 @@ def math(source: str, *_: Any, **__: Any) -> str:
         True
     """
     numbers = TAG.findall(source)
-    plain = TAG.sub("", source).replace(r"\begin{aligned}", r"\begin{array}{rl}").replace(r"\end{aligned}", r"\end{array}")
-    found = latex2mathml.converter.convert(plain.strip(), display="block").replace("<mtable>", '<mtable displaystyle="true">')
+    plain = (
+        TAG.sub("", source)
+        .replace(r"\begin{aligned}", r"\begin{array}{rl}")
+        .replace(r"\end{aligned}", r"\end{array}")
+    )
+    found = latex2mathml.converter.convert(plain.strip(), display="block").replace(
+        "<mtable>", '<mtable displaystyle="true">'
+    )
     odd = re.findall(r"<m\w>(\\\w*|&)</m\w>", found)
     if odd:
-        raise SuperFencesException(f"{', '.join(odd)} is not understood in the formula {source!r}. Write it in another way.")
+        raise SuperFencesException(
+            f"{', '.join(odd)} is not understood in the formula {source!r}. Write it in another way."
+        )
     ElementTree.fromstring(found)
     return f'<div class="math">{found}{"".join(f"<span>({number})</span>" for number in numbers)}</div>'
 
@@ -44,8 +52,13 @@ def laws(source: str, *_: Any, **__: Any) -> str:
     """
     rows = []
     for name in source.split():
-        rows += [(law.removeprefix("test_").replace("_", " "), sentence) for law, sentence in laws_of(name).items()]
-    cells = "".join(f"<tr><td>{html.escape(law)}</td><td>{_code(sentence)}</td></tr>" for law, sentence in rows)
+        rows += [
+            (law.removeprefix("test_").replace("_", " "), sentence)
+            for law, sentence in laws_of(name).items()
+        ]
+    cells = "".join(
+        f"<tr><td>{html.escape(law)}</td><td>{_code(sentence)}</td></tr>" for law, sentence in rows
+    )
     return f"<table><thead><tr><th>law</th><th>what it says</th></tr></thead><tbody>{cells}</tbody></table>"
 
 
@@ -56,21 +69,28 @@ def message(source: str, *_: Any, **__: Any) -> str:
         >>> message("it is <…>\\nit is not")
         '<pre class="message"><code>it is &lt;…&gt;</code><code>it is not</code></pre>'
     """
-    lines = "".join(f"<code>{html.escape(line, quote=False)}</code>" for line in source.splitlines())
+    lines = "".join(
+        f"<code>{html.escape(line, quote=False)}</code>" for line in source.splitlines()
+    )
     return f'<pre class="message">{lines}</pre>'
 
 
 def laws_of(name: str) -> dict[str, str]:
     """The laws of one class of `kfactk.testing`, inherited ones first: method name to the first paragraph of its docstring."""
     owner = getattr(testing, name)
-    marked = {law: getattr(owner, law) for law in dir(owner) if hasattr(getattr(owner, law), "kfactk_law")}
+    marked = {
+        law: getattr(owner, law) for law in dir(owner) if hasattr(getattr(owner, law), "kfactk_law")
+    }
     ancestors = [each.__module__ for each in reversed(owner.__mro__)]
 
     def place(law: str) -> tuple[int, int]:
         written = marked[law].kfactk_law.function
         return ancestors.index(written.__module__), written.__code__.co_firstlineno
 
-    return {law: " ".join((marked[law].__doc__ or "").split("\n\n")[0].split()) for law in sorted(marked, key=place)}
+    return {
+        law: " ".join((marked[law].__doc__ or "").split("\n\n")[0].split())
+        for law in sorted(marked, key=place)
+    }
 
 
 def _code(sentence: str) -> str:

@@ -37,32 +37,72 @@ def _parser() -> argparse.ArgumentParser:
         prog="experiments",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="The study: optimisers race on images, and a table, four figures and a report come out.",
-        epilog="presets:\n" + "\n".join(f"  {name:18}{config.read(path).title}" for name, path in config.presets().items()),
+        epilog="presets:\n"
+        + "\n".join(
+            f"  {name:18}{config.read(path).title}" for name, path in config.presets().items()
+        ),
         allow_abbrev=False,
     )
-    parser.add_argument("--preset", metavar="NAME", help=f"{', '.join(config.presets())}; digits if left out")
-    parser.add_argument("--config", type=Path, metavar="FILE", help="settings of your own, as in experiments/configs/digits.toml")
-    parser.add_argument("--algorithms", nargs="+", metavar="NAME", help="only these, as sgd ekfacadam; all of the preset if left out")
-    parser.add_argument("--seeds", nargs="+", metavar="N", help="one run of every algorithm for each, as 0 1 2")
+    parser.add_argument(
+        "--preset", metavar="NAME", help=f"{', '.join(config.presets())}; digits if left out"
+    )
+    parser.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help="settings of your own, as in experiments/configs/digits.toml",
+    )
+    parser.add_argument(
+        "--algorithms",
+        nargs="+",
+        metavar="NAME",
+        help="only these, as sgd ekfacadam; all of the preset if left out",
+    )
+    parser.add_argument(
+        "--seeds", nargs="+", metavar="N", help="one run of every algorithm for each, as 0 1 2"
+    )
     parser.add_argument("--epochs", type=int, metavar="N", help="passes over the training images")
     parser.add_argument("--batch-size", type=int, metavar="N", help="training images in one step")
-    parser.add_argument("--max-steps", type=int, metavar="N", help="stop every run after so many steps, and test on as many batches")
+    parser.add_argument(
+        "--max-steps",
+        type=int,
+        metavar="N",
+        help="stop every run after so many steps, and test on as many batches",
+    )
     parser.add_argument(
         "--data-dir",
         type=Path,
         metavar="DIR",
         help="CIFAR-10: a folder with train/CLASS/*.jpg and test/CLASS/*.jpg, or where torchvision has put it or is to put it (runs/data)",
     )
-    parser.add_argument("--device", default="auto", metavar="NAME", help="cpu, cuda, cuda:1, ...; a GPU if there is one, if left out")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="where everything is written; runs/PRESET if left out")
-    parser.add_argument("--resume", action="store_true", help="go on with an interrupted study; finished runs are kept as they are")
+    parser.add_argument(
+        "--device",
+        default="auto",
+        metavar="NAME",
+        help="cpu, cuda, cuda:1, ...; a GPU if there is one, if left out",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="where everything is written; runs/PRESET if left out",
+    )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with an interrupted study; finished runs are kept as they are",
+    )
     return parser
 
 
 def _conduct(arguments: argparse.Namespace, command: str) -> None:
     if arguments.preset is not None and arguments.config is not None:
         raise ExperimentError("--preset and --config both name the settings: give one of them")
-    study = config.load(arguments.preset or "digits") if arguments.config is None else config.read(arguments.config)
+    study = (
+        config.load(arguments.preset or "digits")
+        if arguments.config is None
+        else config.read(arguments.config)
+    )
     study = config.chosen(
         study,
         algorithms=_names(" ".join(arguments.algorithms)) if arguments.algorithms else None,
@@ -71,7 +111,9 @@ def _conduct(arguments: argparse.Namespace, command: str) -> None:
         batch_size=arguments.batch_size,
         max_steps=arguments.max_steps,
     )
-    from rich.console import Console  # imported late, like torch and MLflow below: mistakes above are told at once
+    from rich.console import (
+        Console,  # imported late, like torch and MLflow below: mistakes above are told at once
+    )
 
     from experiments.study import Options, conduct
 
@@ -91,7 +133,9 @@ def _seeds(words: Sequence[str] | None) -> tuple[int, ...] | None:
     try:
         return tuple(int(word) for word in _names(" ".join(words)))
     except ValueError as error:
-        raise ExperimentError(f"--seeds must be whole numbers such as 0 1 2, not {' '.join(words)!r}") from error
+        raise ExperimentError(
+            f"--seeds must be whole numbers such as 0 1 2, not {' '.join(words)!r}"
+        ) from error
 
 
 def _number(variable: str) -> int:
@@ -99,7 +143,9 @@ def _number(variable: str) -> int:
 
 
 def _command(arguments: Sequence[str]) -> str:
-    start = "nox -s experiments --" if "NOX_CURRENT_SESSION" in os.environ else "python -m experiments"
+    start = (
+        "nox -s experiments --" if "NOX_CURRENT_SESSION" in os.environ else "python -m experiments"
+    )
     if "TORCHELASTIC_RUN_ID" in os.environ:
         alone = _number("WORLD_SIZE") == _number("LOCAL_WORLD_SIZE")
         start = f"torchrun {'--standalone' if alone else '...'} --nproc-per-node {_number('LOCAL_WORLD_SIZE')} -m experiments"

@@ -14,10 +14,17 @@ from experiments.collector import Collector
 from experiments.config import Algorithm
 from experiments.errors import ExperimentError, near_names
 
-FIRST_ORDER = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW, "radam": torch.optim.RAdam}
+FIRST_ORDER = {
+    "sgd": torch.optim.SGD,
+    "adam": torch.optim.Adam,
+    "adamw": torch.optim.AdamW,
+    "radam": torch.optim.RAdam,
+}
 
 
-def make(algorithm: Algorithm, model: nn.Module, *, seed: int, collector: Collector) -> torch.optim.Optimizer:
+def make(
+    algorithm: Algorithm, model: nn.Module, *, seed: int, collector: Collector
+) -> torch.optim.Optimizer:
     """Make the optimiser of one run; `seed` sets the draws of its Fisher pass, `collector` gets its figures if it has any."""
     settings = dict(algorithm.settings)
     if "optimizer" in settings:
@@ -30,7 +37,11 @@ def recipe(algorithm: Algorithm, *, seed: int) -> kfactk.Recipe:
     made = kfactk.build(**algorithm.settings)
     fisher = algorithm.settings.get("fisher", "mc")
     given = dict(fisher) if isinstance(fisher, Mapping) else {"name": fisher}
-    return made.evolve(fisher={"seed": seed, **given}) if "seed" in attrs.fields_dict(type(made.fisher)) else made
+    return (
+        made.evolve(fisher={"seed": seed, **given})
+        if "seed" in attrs.fields_dict(type(made.fisher))
+        else made
+    )
 
 
 def described(algorithm: Algorithm, *, seed: int) -> dict[str, Any]:
@@ -61,7 +72,9 @@ def check(algorithm: Algorithm) -> None:
     """
     name = algorithm.settings.get("optimizer")
     if name is not None and name not in FIRST_ORDER:
-        raise ExperimentError(f"algorithm {algorithm.name}: there is no first-order optimizer {name!r}.{near_names(name, FIRST_ORDER)}")
+        raise ExperimentError(
+            f"algorithm {algorithm.name}: there is no first-order optimizer {name!r}.{near_names(name, FIRST_ORDER)}"
+        )
     try:
         described(algorithm, seed=0)
     except kfactk.KfactkError as error:

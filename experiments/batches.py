@@ -16,7 +16,14 @@ SHIFT = 4
 
 
 def shuffled(
-    images: Images, batch_size: int, *, seed: int, epoch: int, augment: bool, rank: int = 0, ranks: int = 1
+    images: Images,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    augment: bool,
+    rank: int = 0,
+    ranks: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Every image once, in random order; of each batch an equal part for each of several processes.
 
@@ -41,7 +48,12 @@ def shuffled(
         part = slice(rank * each, (rank + 1) * each)
         chosen = index[part].to(images.pixels.device)
         pixels = images.pixels[chosen]
-        yield moved(pixels, *(draws[:, part] for draws in moves(len(index), generator))) if augment else pixels, images.labels[chosen]
+        yield (
+            moved(pixels, *(draws[:, part] for draws in moves(len(index), generator)))
+            if augment
+            else pixels,
+            images.labels[chosen],
+        )
 
 
 def steps(count: int, batch_size: int, ranks: int = 1) -> int:
@@ -74,4 +86,8 @@ def moved(pixels: Tensor, offsets: Tensor, mirror: Tensor) -> Tensor:
     columns = torch.where(mirror, columns.flip(0), columns) + offsets[1]
     padded = functional.pad(pixels, (SHIFT, SHIFT, SHIFT, SHIFT))
     example = torch.arange(count, device=pixels.device)
-    return padded[example[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2).contiguous()
+    return (
+        padded[example[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+        .permute(0, 3, 1, 2)
+        .contiguous()
+    )

@@ -15,7 +15,7 @@ class Point:
     """The figures of one step."""
 
     step: int
-    figures: dict[str, float]
+    metrics: dict[str, float]
 
 
 class Collector:
@@ -37,9 +37,9 @@ class Collector:
     def start(self, recipe: Mapping[str, Any]) -> None:
         """Nothing is to be prepared."""
 
-    def record(self, step: int, figures: Mapping[str, Tensor | float]) -> None:
+    def record(self, step: int, metrics: Mapping[str, Tensor | float]) -> None:
         """Hold the figures of one step; tensors stay on their device."""
-        self._held.append((step, dict(figures)))
+        self._held.append((step, dict(metrics)))
 
     def flush(self) -> None:
         """Nothing is written here."""
@@ -50,14 +50,17 @@ class Collector:
     def take(self) -> list[Point]:
         """All that is held, which is then forgotten."""
         held, self._held = self._held, []
-        return [Point(step, {name: float(value) for name, value in figures.items()}) for step, figures in held]
+        return [
+            Point(step, {name: float(value) for name, value in metrics.items()})
+            for step, metrics in held
+        ]
 
 
 def means(points: list[Point]) -> dict[str, float]:
     """Mean of each figure over the points in which it is finite."""
     values: dict[str, list[float]] = {}
     for point in points:
-        for name, value in point.figures.items():
+        for name, value in point.metrics.items():
             if math.isfinite(value):
                 values.setdefault(name, []).append(value)
     return {name: sum(known) / len(known) for name, known in values.items()}

@@ -20,13 +20,25 @@ SCHEDULES = ("constant", "cosine")
 FIRST_ORDER = ("optimizer", "lr", "momentum", "weight_decay", "nesterov")
 SECOND_ORDER = (
     *("curvature", "basis", "fisher", "likelihood", "clip", "update", "placement"),
-    *("lr", "damping", "weight_decay", "factor_decay", "factor_every", "scale_every", "basis_every"),
+    *(
+        "lr",
+        "damping",
+        "weight_decay",
+        "factor_decay",
+        "factor_every",
+        "scale_every",
+        "basis_every",
+    ),
 )
 REFERENCE = ("train_accuracy", "test_accuracy")
 
 
 def _whole(least: int) -> Callable[[Any], str | None]:
-    return lambda value: None if type(value) is int and value >= least else f"must be a whole number of at least {least}"
+    return lambda value: (
+        None
+        if type(value) is int and value >= least
+        else f"must be a whole number of at least {least}"
+    )
 
 
 def _number(value: Any) -> str | None:
@@ -42,13 +54,25 @@ def _text(value: Any) -> str | None:
 
 
 def _seeds(value: Any) -> str | None:
-    good = isinstance(value, list | tuple) and value and all(type(seed) is int and 0 <= seed < 2**31 for seed in value)
-    return None if good and len(set(value)) == len(value) else "must be a list of different whole numbers from 0 to 2147483647"
+    good = (
+        isinstance(value, list | tuple)
+        and value
+        and all(type(seed) is int and 0 <= seed < 2**31 for seed in value)
+    )
+    return (
+        None
+        if good and len(set(value)) == len(value)
+        else "must be a list of different whole numbers from 0 to 2147483647"
+    )
 
 
 def _one_of(names: tuple[str, ...]) -> Callable[[Any], str | None]:
     def check(value: Any) -> str | None:
-        return None if value in names else f"must be one of {', '.join(names)}.{near_names(str(value), names)}"
+        return (
+            None
+            if value in names
+            else f"must be one of {', '.join(names)}.{near_names(str(value), names)}"
+        )
 
     return check
 
@@ -137,14 +161,21 @@ class Study:
 
 def presets() -> dict[str, Path]:
     """The presets there are, by name, the smallest first."""
-    return {path.stem: path for path in sorted(FOLDER.glob("*.toml"), key=lambda path: (path.stem != "digits", "resnet50" in path.stem))}
+    return {
+        path.stem: path
+        for path in sorted(
+            FOLDER.glob("*.toml"), key=lambda path: (path.stem != "digits", "resnet50" in path.stem)
+        )
+    }
 
 
 def load(preset: str) -> Study:
     """Read a preset by name."""
     known = presets()
     if preset not in known:
-        raise ExperimentError(f"there is no preset {preset!r}.{near_names(preset, known)} Presets: {', '.join(known)}")
+        raise ExperimentError(
+            f"there is no preset {preset!r}.{near_names(preset, known)} Presets: {', '.join(known)}"
+        )
     return read(known[preset])
 
 
@@ -173,12 +204,16 @@ def read(path: Path) -> Study:
 def _known(path: Path, where: str, table: Mapping[str, Any], names: tuple[str, ...]) -> None:
     for key in table:
         if key not in names:
-            raise ExperimentError(f"{path}: there is no setting {where}{key}.{near_names(key, names)} Settings here: {', '.join(names)}")
+            raise ExperimentError(
+                f"{path}: there is no setting {where}{key}.{near_names(key, names)} Settings here: {', '.join(names)}"
+            )
 
 
 def _table(path: Path, where: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ExperimentError(f"{path}: [{where}] must be a table of settings, and is {'missing' if value is None else repr(value)}")
+        raise ExperimentError(
+            f"{path}: [{where}] must be a table of settings, and is {'missing' if value is None else repr(value)}"
+        )
     return value
 
 
@@ -192,7 +227,12 @@ def _section(path: Path, table: Mapping[str, Any], name: str, kind: type[Any]) -
                 raise ExperimentError(f"{path}: {name}.{key} is missing")
         elif problem := field.metadata["check"](section[key]):
             raise ExperimentError(f"{path}: {name}.{key} {problem}, not {section[key]!r}")
-    return kind(**{key: tuple(value) if isinstance(value, list) else value for key, value in section.items()})
+    return kind(
+        **{
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in section.items()
+        }
+    )
 
 
 def _algorithms(path: Path, table: Mapping[str, Any]) -> dict[str, Algorithm]:
@@ -208,7 +248,11 @@ def _algorithms(path: Path, table: Mapping[str, Any]) -> dict[str, Algorithm]:
         first_order = "optimizer" in own
         _known(path, f"{where}.", own, FIRST_ORDER if first_order else SECOND_ORDER)
         settings = own if first_order else {**shared, **own}
-        for key in ("optimizer", "lr", "weight_decay") if first_order else ("curvature", "basis", "update", "lr", "damping"):
+        for key in (
+            ("optimizer", "lr", "weight_decay")
+            if first_order
+            else ("curvature", "basis", "update", "lr", "damping")
+        ):
             if key not in settings:
                 raise ExperimentError(f"{path}: {where}.{key} is missing")
         for key in ("lr", "momentum", "weight_decay", "damping", "factor_decay"):
@@ -234,4 +278,6 @@ def chosen(study: Study, **options: Any) -> Study:
                 f"there is no algorithm {name!r}.{near_names(name, study.algorithms)} Algorithms: {', '.join(study.algorithms)}"
             )
     algorithms = {name: study.algorithms[name] for name in names} if names else study.algorithms
-    return attrs.evolve(study, training=attrs.evolve(study.training, **training), algorithms=algorithms)
+    return attrs.evolve(
+        study, training=attrs.evolve(study.training, **training), algorithms=algorithms
+    )

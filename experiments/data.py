@@ -37,7 +37,9 @@ class Images:
     def subset(self, count: int, seed: int, name: str) -> Images:
         """`count` of them, drawn by `seed`; all for 0."""
         if count > len(self):
-            raise ExperimentError(f"data.{name} = {count}, but there are only {len(self)} {name} images")
+            raise ExperimentError(
+                f"data.{name} = {count}, but there are only {len(self)} {name} images"
+            )
         if count in (0, len(self)):
             return self
         index = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
@@ -67,7 +69,12 @@ class Dataset:
     def normalisation(self) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the training images, per channel, `[C, 1, 1]` each."""
         channels = self.train.pixels.shape[1]
-        counts = torch.stack([torch.bincount(self.train.pixels[:, c].flatten(), minlength=256) for c in range(channels)]).double()
+        counts = torch.stack(
+            [
+                torch.bincount(self.train.pixels[:, c].flatten(), minlength=256)
+                for c in range(channels)
+            ]
+        ).double()
         values, total = torch.arange(256, dtype=torch.float64), counts.sum(1)
         mean = (counts * values).sum(1) / total
         deviation = ((counts * (values - mean[:, None]) ** 2).sum(1) / total).sqrt().clamp(min=1.0)
@@ -95,7 +102,9 @@ def load(settings: Data, data_dir: Path | None, cache: Path, say: Callable[[str]
     """
     if settings.source == "digits":
         if data_dir is not None:
-            raise ExperimentError("the digits come with scikit-learn: leave --data-dir out, or choose --preset cifar10-small")
+            raise ExperimentError(
+                "the digits come with scikit-learn: leave --data-dir out, or choose --preset cifar10-small"
+            )
         return _digits(settings)
     data_dir = Path("runs/data") if data_dir is None else data_dir
     if folder.is_image_folder(data_dir):
@@ -110,9 +119,16 @@ def _digits(settings: Data) -> Dataset:
     digits = load_digits()
     train, test = settings.train or len(digits.target) * 4 // 5, settings.test or None
     if train + (test or 1) > len(digits.target):
-        raise ExperimentError(f"data.train + data.test = {train + (test or 1)}, but there are only {len(digits.target)} digits")
+        raise ExperimentError(
+            f"data.train + data.test = {train + (test or 1)}, but there are only {len(digits.target)} digits"
+        )
     split = train_test_split(
-        digits.images, digits.target, train_size=train, test_size=test, stratify=digits.target, random_state=settings.seed
+        digits.images,
+        digits.target,
+        train_size=train,
+        test_size=test,
+        stratify=digits.target,
+        random_state=settings.seed,
     )
     parts = [torch.from_numpy(part) for part in split]
     pixels = [(part * (255 / 16)).round().to(torch.uint8)[:, None] for part in parts[:2]]
@@ -124,32 +140,50 @@ def _digits(settings: Data) -> Dataset:
     )
 
 
-def _from_folder(settings: Data, data_dir: Path, cache: Path, say: Callable[[str], None]) -> Dataset:
+def _from_folder(
+    settings: Data, data_dir: Path, cache: Path, say: Callable[[str], None]
+) -> Dataset:
     classes, listing = folder.list_images(data_dir)
     parts = {}
     for part, count in (("train", settings.train), ("test", settings.test)):
         files = listing[part]
         if count > len(files):
-            raise ExperimentError(f"data.{part} = {count}, but {data_dir / part} holds only {len(files)} images")
+            raise ExperimentError(
+                f"data.{part} = {count}, but {data_dir / part} holds only {len(files)} images"
+            )
         if 0 < count < len(files):
-            index = torch.randperm(len(files), generator=torch.Generator().manual_seed(settings.seed))[:count]
+            index = torch.randperm(
+                len(files), generator=torch.Generator().manual_seed(settings.seed)
+            )[:count]
             files = [files[i] for i in index.tolist()]
         parts[part] = _decoded(files, data_dir, cache / f"{part}.pt", say)
     return Dataset(f"CIFAR-10 from {data_dir}", parts["train"], parts["test"], classes)
 
 
-def _decoded(files: list[tuple[Path, int]], data_dir: Path, cache: Path, say: Callable[[str], None]) -> Images:
+def _decoded(
+    files: list[tuple[Path, int]], data_dir: Path, cache: Path, say: Callable[[str], None]
+) -> Images:
     key = folder.signature(files, data_dir)
     try:
         kept = torch.load(cache, weights_only=True)
         if kept["key"] == key:
             return Images(kept["pixels"], kept["labels"])
-    except Exception as error:  # damaged bytes make torch.load raise anything; the images themselves are the truth
+    except (
+        Exception
+    ) as error:  # damaged bytes make torch.load raise anything; the images themselves are the truth
         if cache.exists():
             say(f"{cache} cannot be used ({type(error).__name__}) and is made anew")
     say(f"decoding {len(files):,} images from {data_dir} (once; kept in {cache})")
-    images = Images(folder.decode([path for path, _ in files], SIZE), torch.tensor([label for _, label in files]))
-    write_atomically(cache, lambda path: torch.save({"key": key, "pixels": images.pixels, "labels": images.labels}, path))
+    images = Images(
+        folder.decode([path for path, _ in files], SIZE),
+        torch.tensor([label for _, label in files]),
+    )
+    write_atomically(
+        cache,
+        lambda path: torch.save(
+            {"key": key, "pixels": images.pixels, "labels": images.labels}, path
+        ),
+    )
     return images
 
 
@@ -160,7 +194,10 @@ def _from_torchvision(settings: Data, data_dir: Path, say: Callable[[str], None]
     say(f"CIFAR-10 from torchvision, in {data_dir} (downloaded if it is not there: 170 MB)")
     try:
         parts = [CIFAR10(data_dir, train=train, download=True) for train in (True, False)]
-    except (OSError, RuntimeError) as error:  # urllib's errors are OSErrors; torchvision raises RuntimeError for damaged files
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # urllib's errors are OSErrors; torchvision raises RuntimeError for damaged files
         reason = getattr(error, "reason", None) or error
         if data_dir.is_dir() and not any(data_dir.iterdir()):
             data_dir.rmdir()  # made for the download
@@ -168,7 +205,12 @@ def _from_torchvision(settings: Data, data_dir: Path, say: Callable[[str], None]
             f"CIFAR-10 is not in {data_dir} and could not be downloaded ({reason}): connect to the network, or give --data-dir a folder "
             "with torchvision's cifar-10-batches-py or with images as train/CLASS/*.jpg and test/CLASS/*.jpg"
         ) from error
-    images = [Images(torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)) for part in parts]
+    images = [
+        Images(
+            torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
+        )
+        for part in parts
+    ]
     return Dataset(
         name="CIFAR-10 from torchvision",
         train=images[0].subset(settings.train, settings.seed, "train"),

@@ -14,6 +14,8 @@ class ExperimentError(Exception):
 
 def near_names(name: str, known: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the known names closest to `name`, or nothing."""
-    from kfactk.errors import near_names as near  # imported late: it loads torch, which --help need not wait for
+    from kfactk.errors import (
+        near_names as near,  # imported late: it loads torch, which --help need not wait for
+    )
 
     return near(name, known)

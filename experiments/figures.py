@@ -47,7 +47,15 @@ def draw(results: Results, metric: str) -> Figure:
         mean, low, high = (reduce(curves[:, known], axis=0) for reduce in (np.mean, np.min, np.max))
         every = max(1, results.epochs // 10)
         axes.plot(
-            epochs[known], mean, label=algorithm.label, color=colour, linestyle=line, marker=marker, markersize=4, markevery=every, lw=1.5
+            epochs[known],
+            mean,
+            label=algorithm.label,
+            color=colour,
+            linestyle=line,
+            marker=marker,
+            markersize=4,
+            markevery=every,
+            lw=1.5,
         )
         axes.fill_between(epochs[known], low, high, color=colour, alpha=0.15, lw=0)
     _finish(axes, metric)
@@ -67,7 +75,9 @@ def _finish(axes: Axes, metric: str) -> None:
         axes.yaxis.set_major_formatter(plain)
         axes.yaxis.set_minor_locator(ticker.NullLocator())
     axes.grid(which="major", alpha=0.3)
-    axes.legend(frameon=False, ncols=2, fontsize="small", loc="lower right" if accuracy else "upper right")
+    axes.legend(
+        frameon=False, ncols=2, fontsize="small", loc="lower right" if accuracy else "upper right"
+    )
 
 
 def save_all(results: Results, folder: Path) -> dict[str, str]:

@@ -53,7 +53,9 @@ def list_images(data_dir: Path) -> tuple[tuple[str, ...], dict[str, list[tuple[P
     """
     classes, listing = {}, {}
     for part in PARTS:
-        classes[part] = tuple(sorted(path.name for path in (data_dir / part).iterdir() if path.is_dir()))
+        classes[part] = tuple(
+            sorted(path.name for path in (data_dir / part).iterdir() if path.is_dir())
+        )
         listing[part] = [
             (path, label)
             for label, name in enumerate(classes[part])
@@ -61,10 +63,14 @@ def list_images(data_dir: Path) -> tuple[tuple[str, ...], dict[str, list[tuple[P
             if path.suffix.lower() in SUFFIXES
         ]
         if not listing[part]:
-            raise ExperimentError(f"--data-dir {data_dir}: {part} holds no images; {SHAPE} is what is read ({', '.join(SUFFIXES)})")
+            raise ExperimentError(
+                f"--data-dir {data_dir}: {part} holds no images; {SHAPE} is what is read ({', '.join(SUFFIXES)})"
+            )
     if classes["train"] != classes["test"]:
         odd = sorted(set(classes["train"]) ^ set(classes["test"]))
-        raise ExperimentError(f"--data-dir {data_dir}: train and test must have the same class folders; not in both: {', '.join(odd)}")
+        raise ExperimentError(
+            f"--data-dir {data_dir}: train and test must have the same class folders; not in both: {', '.join(odd)}"
+        )
     return classes["train"], listing
 
 
@@ -73,7 +79,9 @@ def signature(files: list[tuple[Path, int]], data_dir: Path) -> str:
     digest = hashlib.sha256()
     for path, label in files:
         status = path.stat()
-        digest.update(f"{path.relative_to(data_dir)} {label} {status.st_size} {status.st_mtime_ns}\n".encode())
+        digest.update(
+            f"{path.relative_to(data_dir)} {label} {status.st_size} {status.st_mtime_ns}\n".encode()
+        )
     return digest.hexdigest()
 
 
@@ -91,6 +99,8 @@ def decode(paths: list[Path], size: int) -> Tensor:
         except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
             raise ExperimentError(f"{path} is not an image that can be read: {error}") from error
         if image.size != (size, size):
-            raise ExperimentError(f"{path} is {image.width}x{image.height} pixels; all images must be {size}x{size}")
+            raise ExperimentError(
+                f"{path} is {image.width}x{image.height} pixels; all images must be {size}x{size}"
+            )
         pixels[i] = np.asarray(image)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()

@@ -20,7 +20,9 @@ class Block(nn.Module):
         self.norm2 = nn.BatchNorm2d(outputs)
         self.shortcut: nn.Module = nn.Identity()
         if stride != 1 or inputs != outputs:
-            self.shortcut = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs))
+            self.shortcut = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs)
+            )
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `[N, inputs, H, W]` to `[N, outputs, H / stride, W / stride]`."""
@@ -36,7 +38,9 @@ class ResNet(nn.Module):
         self.stem = nn.Conv2d(channels, widths[0], 3, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(widths[0])
         before = (widths[0], *widths[:-1])
-        self.blocks = nn.Sequential(*(Block(a, b, 1 + (i > 0)) for i, (a, b) in enumerate(zip(before, widths, strict=True))))
+        self.blocks = nn.Sequential(
+            *(Block(a, b, 1 + (i > 0)) for i, (a, b) in enumerate(zip(before, widths, strict=True)))
+        )
         self.head = nn.Linear(widths[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -34,13 +34,17 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         """Normalise `[N, C, H, W]`; in training a collective call, and so is its backward pass."""
         if not self.training:
             return super().forward(x)
-        own_variance, own_mean = (each.double() for each in torch.var_mean(x, (0, 2, 3), correction=0))
+        own_variance, own_mean = (
+            each.double() for each in torch.var_mean(x, (0, 2, 3), correction=0)
+        )
         mean, square = _Mean.apply(torch.stack([own_mean, own_variance + own_mean**2]))
         variance = (square - mean**2).clamp(min=0)
         with torch.no_grad():
             count = x.numel() // self.num_features * dist.get_world_size()
             self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_((variance * count / (count - 1)).to(self.running_var.dtype), self.momentum)
+            self.running_var.lerp_(
+                (variance * count / (count - 1)).to(self.running_var.dtype), self.momentum
+            )
             self.num_batches_tracked += 1
         scale = self.weight * (variance + self.eps).rsqrt().to(x.dtype)
         return x * scale[:, None, None] + (self.bias - mean.to(x.dtype) * scale)[:, None, None]
@@ -51,6 +55,8 @@ def share(model: nn.Module) -> None:
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.BatchNorm2d:
-                made = SharedBatchNorm2d(child.num_features, eps=child.eps, momentum=child.momentum).to(child.weight)
+                made = SharedBatchNorm2d(
+                    child.num_features, eps=child.eps, momentum=child.momentum
+                ).to(child.weight)
                 made.load_state_dict(child.state_dict())
                 setattr(parent, name, made)

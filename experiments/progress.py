@@ -8,7 +8,15 @@ from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress as Bars, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress as Bars,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from experiments.results import Epoch
 
@@ -54,7 +62,13 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self._console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
             self._bars = Bars(*columns, TextColumn("{task.fields[note]}"), console=self._console)
             self._total = self._bars.add_task("all runs", total=self._runs, note="")
             self._bars.start()
@@ -75,7 +89,9 @@ class Progress:
         task = None
         if self._bars is not None:
             note = summary(history[-1]) if history else ""
-            task = self._bars.add_task(label, total=steps, completed=sum(epoch.steps for epoch in history), note=note)
+            task = self._bars.add_task(
+                label, total=steps, completed=sum(epoch.steps for epoch in history), note=note
+            )
         elif history:
             say(self._console, f"{label}: goes on after epoch {history[-1].epoch}")
         try:
@@ -93,8 +109,23 @@ class Progress:
 
 
 class _Shown:
-    def __init__(self, console: Console, bars: Bars | None, task: TaskID | None, label: str, steps: int, seen: list[Epoch]) -> None:
-        self._console, self._bars, self._task, self._label, self._steps, self._seen = console, bars, task, label, steps, seen
+    def __init__(
+        self,
+        console: Console,
+        bars: Bars | None,
+        task: TaskID | None,
+        label: str,
+        steps: int,
+        seen: list[Epoch],
+    ) -> None:
+        self._console, self._bars, self._task, self._label, self._steps, self._seen = (
+            console,
+            bars,
+            task,
+            label,
+            steps,
+            seen,
+        )
         self._slow = False
 
     def step(self) -> None:
@@ -105,6 +136,11 @@ class _Shown:
         self._seen.append(epoch)
         self._slow = self._slow or epoch.seconds > SLOW
         if self._bars is not None and self._task is not None:
-            self._bars.update(self._task, note=f"training loss {epoch.train_loss:.4f}, test accuracy {epoch.test_accuracy:.2f} %")
-        elif self._slow and sum(epoch.steps for epoch in self._seen) < self._steps:  # the last one is in the run's own line
+            self._bars.update(
+                self._task,
+                note=f"training loss {epoch.train_loss:.4f}, test accuracy {epoch.test_accuracy:.2f} %",
+            )
+        elif (
+            self._slow and sum(epoch.steps for epoch in self._seen) < self._steps
+        ):  # the last one is in the run's own line
             say(self._console, f"{self._label}: {summary(epoch)}")

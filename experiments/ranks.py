@@ -22,7 +22,7 @@ TURNS = 3
 
 
 @attrs.frozen
-class Ranks:
+class Communicator:
     """This process among those that share the study. What a method does is done by all of them, at the same point of the study.
 
     Args:
@@ -102,24 +102,28 @@ def launched() -> bool:
 
 
 @contextlib.contextmanager
-def joined(device: torch.device) -> Iterator[Ranks]:
+def joined(device: torch.device) -> Iterator[Communicator]:
     """Join the others that torchrun has started, if it has, until the study is over on all of them.
 
     Args:
         device: Where this process works; decides between nccl, gloo and others.
     """
     if not launched():
-        yield Ranks()
+        yield Communicator()
         return
     backend = dist.get_default_backend_for_device(device)
     dist.init_process_group(backend)
     orderly = False
     try:
-        yield Ranks(dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0")))
+        yield Communicator(
+            dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0"))
+        )
         dist.barrier()
         orderly = True
     finally:
-        if orderly or backend == "gloo":  # after an error nccl would wait for what the others have not begun
+        if (
+            orderly or backend == "gloo"
+        ):  # after an error nccl would wait for what the others have not begun
             dist.destroy_process_group()
 
 
@@ -135,10 +139,17 @@ def device(name: str) -> torch.device:
         found = torch.device(name)
         torch.empty(1, device=found).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ExperimentError(f"--device {name} cannot be used here ({str(error).splitlines()[0]})") from error
+        raise ExperimentError(
+            f"--device {name} cannot be used here ({str(error).splitlines()[0]})"
+        ) from error
     if launched() and found.type != "cpu":
         module = torch.get_device_module(found)
-        found = own(found, int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")), module.device_count())
+        found = own(
+            found,
+            int(os.environ.get("LOCAL_RANK", "0")),
+            int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
+            module.device_count(),
+        )
         module.set_device(found)
     return found
 
@@ -156,9 +167,13 @@ def own(device: torch.device, local: int, here: int, count: int) -> torch.device
         ExperimentError: There is not one for each.
     """
     if here > 1 and device.index is not None:
-        raise ExperimentError(f"--device {device} cannot be shared by {here} processes: give --device {device.type}, each takes its own")
+        raise ExperimentError(
+            f"--device {device} cannot be shared by {here} processes: give --device {device.type}, each takes its own"
+        )
     if here > count:
-        raise ExperimentError(f"{here} processes cannot share {count} {device.type} device(s): start fewer of them, or give --device cpu")
+        raise ExperimentError(
+            f"{here} processes cannot share {count} {device.type} device(s): start fewer of them, or give --device cpu"
+        )
     return torch.device(device.type, local if device.index is None else device.index)
 
 

@@ -85,7 +85,11 @@ class Spread:
         if not math.isfinite(self.mean):
             return "diverged"
         form = ".1e" if 0 < self.mean < 10 ** (1 - digits) else f".{digits}f"
-        return f"{self.mean:{form}}" if self.seeds == 1 else f"{self.mean:{form}}±{(self.high - self.low) / 2:{form}}"
+        return (
+            f"{self.mean:{form}}"
+            if self.seeds == 1
+            else f"{self.mean:{form}}±{(self.high - self.low) / 2:{form}}"
+        )
 
 
 @attrs.frozen(eq=False)
@@ -127,7 +131,9 @@ class Results:
 
     def seconds(self, algorithm: str) -> float:
         """Median seconds of an epoch over epochs and seeds."""
-        return float(np.median([epoch.seconds for run in self.of(algorithm) for epoch in run.history]))
+        return float(
+            np.median([epoch.seconds for run in self.of(algorithm) for epoch in run.history])
+        )
 
     def relative_seconds(self, algorithm: str) -> float | None:
         """Seconds of an epoch, as a multiple of SGD's; `None` when SGD did not run."""

@@ -14,7 +14,7 @@ from experiments.config import Algorithm, Study
 from experiments.data import Dataset
 from experiments.errors import ExperimentError
 from experiments.progress import Progress
-from experiments.ranks import Ranks
+from experiments.ranks import Communicator
 from experiments.results import Run
 from experiments.tracking import Tracking, Untracked
 
@@ -35,7 +35,9 @@ class Job:
         return f"{self.algorithm.label}, seed {self.seed}"
 
 
-def plan(study: Study, dataset: Dataset, device: torch.device, output: Path, ranks: Ranks) -> list[Job]:
+def plan(
+    study: Study, dataset: Dataset, device: torch.device, output: Path, ranks: Communicator
+) -> list[Job]:
     """The runs of a study: all algorithms with the first seed, then with the next.
 
     Raises:
@@ -44,7 +46,11 @@ def plan(study: Study, dataset: Dataset, device: torch.device, output: Path, ran
     _check_parts(study.training.batch_size, ranks.size)
     for algorithm in study.algorithms.values():
         algorithms.check(algorithm)
-    images, data, shared = dataset.checksum(), attrs.asdict(study.data), attrs.asdict(study.training)
+    images, data, shared = (
+        dataset.checksum(),
+        attrs.asdict(study.data),
+        attrs.asdict(study.training),
+    )
     for key in ("seeds", "threads"):
         shared.pop(key)
     return [
@@ -95,7 +101,7 @@ class Means:
     """
 
     device: torch.device
-    ranks: Ranks
+    ranks: Communicator
     tracking: Tracking | Untracked
     progress: Progress
 
@@ -110,19 +116,36 @@ def run(jobs: list[Job], dataset: Dataset, by: Means) -> Iterator[Run]:
             record = _run_one(job, record, dataset, by)
         else:
             by.progress.skipped(job.label, len(record.history))
-        yield Run(job.algorithm.name, job.seed, record.status, record.history, record.settings["algorithm"])
+        yield Run(
+            job.algorithm.name,
+            job.seed,
+            record.status,
+            record.history,
+            record.settings["algorithm"],
+        )
 
 
-def _run_one(job: Job, record: store.Record | None, dataset: Dataset, by: Means) -> store.Record:
+def _run_one(
+    job: Job, record: store.RecordedCall | None, dataset: Dataset, by: Means
+) -> store.RecordedCall:
     trainer = training.Trainer(job.study, job.algorithm, job.seed, dataset, by.device, by.ranks)
     try:
         if record is not None and (state := by.ranks.lead(job.folder.checkpoint)) is not None:
             trainer.load_state_dict(state)
         earlier = None if record is None else record.mlflow_run_id
-        run_id = by.tracking.start(job.algorithm.name, job.seed, job.settings, trainer.history, earlier)
-        record = _keep(job, by.ranks, store.Record(job.settings, store.UNDER_WAY, run_id, tuple(trainer.history)))
+        run_id = by.tracking.start(
+            job.algorithm.name, job.seed, job.settings, trainer.history, earlier
+        )
+        record = _keep(
+            job,
+            by.ranks,
+            store.RecordedCall(job.settings, store.UNDER_WAY, run_id, tuple(trainer.history)),
+        )
         steps = training.steps(job.study, dataset, by.ranks.size)
-        with by.tracking.recording(run_id), by.progress.run(job.label, steps, trainer.history) as shown:
+        with (
+            by.tracking.recording(run_id),
+            by.progress.run(job.label, steps, trainer.history) as shown,
+        ):
             while not trainer.finished:
                 epoch = trainer.run_epoch(shown.step)
                 record = attrs.evolve(record, history=(*record.history, epoch))
@@ -138,8 +161,13 @@ def _run_one(job: Job, record: store.Record | None, dataset: Dataset, by: Means)
 
 
 def _keep(
-    job: Job, ranks: Ranks, record: store.Record, *, checkpoint: dict[str, Any] | None = None, model: dict[str, Any] | None = None
-) -> store.Record:
+    job: Job,
+    ranks: Communicator,
+    record: store.RecordedCall,
+    *,
+    checkpoint: dict[str, Any] | None = None,
+    model: dict[str, Any] | None = None,
+) -> store.RecordedCall:
     """Write what is given, the record last, if it is on this process to write."""
     if ranks.first:
         if checkpoint is not None:

@@ -26,7 +26,7 @@ UNDER_WAY = "running"
 
 
 @attrs.frozen
-class Record:
+class RecordedCall:
     """What `run.json` holds.
 
     Args:
@@ -48,23 +48,34 @@ class RunFolder:
 
     path: Path
 
-    def record(self) -> Record | None:
+    def record(self) -> RecordedCall | None:
         """What is known of the run, or `None`."""
         try:
             values = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-            return Record(
-                values["settings"], values["status"], values["mlflow_run_id"], tuple(Epoch(**_read(epoch)) for epoch in values["history"])
+            return RecordedCall(
+                values["settings"],
+                values["status"],
+                values["mlflow_run_id"],
+                tuple(Epoch(**_read(epoch)) for epoch in values["history"]),
             )
         except FileNotFoundError:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ExperimentError(f"{self.path / 'run.json'} cannot be read ({error}): delete the folder to run it again") from error
+            raise ExperimentError(
+                f"{self.path / 'run.json'} cannot be read ({error}): delete the folder to run it again"
+            ) from error
 
-    def write_record(self, record: Record) -> None:
+    def write_record(self, record: RecordedCall) -> None:
         """Write `run.json`; a finished run's checkpoint is no longer needed."""
         values = attrs.asdict(record)
         for epoch in values["history"]:
-            epoch.update({key: repr(value) for key, value in epoch.items() if isinstance(value, float) and not math.isfinite(value)})
+            epoch.update(
+                {
+                    key: repr(value)
+                    for key, value in epoch.items()
+                    if isinstance(value, float) and not math.isfinite(value)
+                }
+            )
         write_text(self.path / "run.json", json.dumps(values, indent=1, allow_nan=False) + "\n")
         if record.status != UNDER_WAY:
             (self.path / "checkpoint.pt").unlink(missing_ok=True)
@@ -77,7 +88,9 @@ class RunFolder:
         except FileNotFoundError:
             return None
         except Exception as error:  # damaged bytes make torch.load raise anything
-            raise ExperimentError(f"{path} cannot be read ({type(error).__name__}): delete it to start that run again") from error
+            raise ExperimentError(
+                f"{path} cannot be read ({type(error).__name__}): delete it to start that run again"
+            ) from error
 
     def write_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Replace the checkpoint."""
@@ -114,7 +127,9 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Settings that differ, as `key: old, now new`."""
     before, after = dict(flat(old)), dict(flat(new))
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
-    return [f"{key} was {before.get(key, 'not set')}, now {after.get(key, 'not set')}" for key in keys]
+    return [
+        f"{key} was {before.get(key, 'not set')}, now {after.get(key, 'not set')}" for key in keys
+    ]
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

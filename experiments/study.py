@@ -58,17 +58,30 @@ def conduct(study: Study, options: Options, console: Console) -> Results:
 
 
 def _run(
-    study: Study, options: Options, device: torch.device, processes: ranks.Ranks, console: Console
+    study: Study,
+    options: Options,
+    device: torch.device,
+    processes: ranks.Communicator,
+    console: Console,
 ) -> tuple[Results, Tracking | Untracked]:
     processes.first_only(lambda: _make_folder(options.output))
-    dataset = processes.in_turns(lambda: data.load(study.data, options.data_dir, options.output / "cache", lambda text: say(console, text)))
+    dataset = processes.in_turns(
+        lambda: data.load(
+            study.data, options.data_dir, options.output / "cache", lambda text: say(console, text)
+        )
+    )
     if len(set(processes.gather(dataset.checksum()))) > 1:
-        raise ExperimentError("the processes have read different images: give each machine the same files in --data-dir")
+        raise ExperimentError(
+            "the processes have read different images: give each machine the same files in --data-dir"
+        )
     jobs = runner.plan(study, dataset, device, options.output, processes)
     if options.resume:
         processes.first_only(lambda: runner.check_resumable(jobs))
     elif moved := processes.lead(lambda: store.set_aside(options.output)):
-        say(console, f"earlier runs in {options.output} are now in {moved}; --resume would have gone on with them")
+        say(
+            console,
+            f"earlier runs in {options.output} are now in {moved}; --resume would have gone on with them",
+        )
     tracking = processes.first_only(lambda: Tracking(study.preset, options.output)) or Untracked()
     where = device.type if processes.size == 1 else f"{processes.size} {device.type} processes"
     say(
@@ -94,7 +107,10 @@ def _present(results: Results, options: Options, tracking: Tracking, console: Co
     judged = [claim for claim in claims.check(results) if claim.verdict != claims.OPEN]
     for claim in judged:
         say(console, f"{claim.verdict:>14}: {claim.text} ({claim.evidence})")
-    say(console, f"\nreport   {path.resolve()}\nfigures  {(options.output / 'figures').resolve()}\nMLflow   {interface}")
+    say(
+        console,
+        f"\nreport   {path.resolve()}\nfigures  {(options.output / 'figures').resolve()}\nMLflow   {interface}",
+    )
 
 
 def _make_folder(output: Path) -> None:
@@ -104,4 +120,6 @@ def _make_folder(output: Path) -> None:
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise ExperimentError(f"--output {output} cannot be written to ({error.strerror})") from error
+        raise ExperimentError(
+            f"--output {output} cannot be written to ({error.strerror})"
+        ) from error

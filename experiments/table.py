@@ -7,7 +7,15 @@ from rich.table import Table
 
 from experiments.results import Results
 
-HEADINGS = ("algorithm", "training loss", "training acc. %", "test loss", "test acc. %", "s/epoch", "vs SGD")
+HEADINGS = (
+    "algorithm",
+    "training loss",
+    "training acc. %",
+    "test loss",
+    "test acc. %",
+    "s/epoch",
+    "vs SGD",
+)
 
 
 def rows(results: Results) -> list[tuple[str, ...]]:
@@ -31,18 +39,37 @@ def _row(results: Results, name: str, label: str) -> tuple[str, ...]:
 def caption(results: Results) -> str:
     """What the numbers are."""
     seeds = list(dict.fromkeys(run.seed for run in results.runs))
-    over = f"seed {seeds[0]}" if len(seeds) == 1 else f"mean ± half the range over seeds {', '.join(map(str, seeds))}"
+    over = (
+        f"seed {seeds[0]}"
+        if len(seeds) == 1
+        else f"mean ± half the range over seeds {', '.join(map(str, seeds))}"
+    )
     text = f"After {results.epochs} epoch{'s' * (results.epochs > 1)}: {over}. "
     text += "Training figures are means over the last epoch's steps; an epoch's seconds are the median of its training steps' time."
     limit = results.study.training.max_steps
-    return text + (f" Every run was stopped after {limit} steps, and tested on as many batches." if limit else "")
+    return text + (
+        f" Every run was stopped after {limit} steps, and tested on as many batches."
+        if limit
+        else ""
+    )
 
 
 def for_terminal(results: Results) -> Table:
     """The table, for rich."""
-    table = Table(title=results.study.title, caption=caption(results), caption_justify="left", box=SIMPLE_HEAD, padding=0, show_edge=False)
+    table = Table(
+        title=results.study.title,
+        caption=caption(results),
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=0,
+        show_edge=False,
+    )
     for heading in HEADINGS:  # narrow enough for 80 columns
-        table.add_column(heading.replace(" ", "\n", 1), justify="left" if heading == "algorithm" else "right", no_wrap=True)
+        table.add_column(
+            heading.replace(" ", "\n", 1),
+            justify="left" if heading == "algorithm" else "right",
+            no_wrap=True,
+        )
     for row in rows(results):
         table.add_row(*row)
     return table

@@ -53,15 +53,26 @@ class Tracking:
             found = self._client.get_experiment_by_name(self.experiment)
             if found is None:
                 artifacts = None if given else (output / "mlartifacts").resolve().as_uri()
-                self._id = self._client.create_experiment(self.experiment, artifact_location=artifacts)
+                self._id = self._client.create_experiment(
+                    self.experiment, artifact_location=artifacts
+                )
             else:
                 self._id = found.experiment_id
                 if found.lifecycle_stage == "deleted":
                     self._client.restore_experiment(self._id)
         except (MlflowException, OSError) as error:
-            raise ExperimentError(f"MLflow's store {self.uri} cannot be used ({error}): check MLFLOW_TRACKING_URI") from error
+            raise ExperimentError(
+                f"MLflow's store {self.uri} cannot be used ({error}): check MLFLOW_TRACKING_URI"
+            ) from error
 
-    def start(self, algorithm: str, seed: int, settings: Mapping[str, Any], history: Sequence[Epoch], earlier: str | None) -> str:
+    def start(
+        self,
+        algorithm: str,
+        seed: int,
+        settings: Mapping[str, Any],
+        history: Sequence[Epoch],
+        earlier: str | None,
+    ) -> str:
         """Open the run of one algorithm and seed, or go on with an earlier one; what it lacks of `history` is added.
 
         Returns:
@@ -71,14 +82,24 @@ class Tracking:
         from mlflow.exceptions import MlflowException
 
         if earlier is not None:
-            with contextlib.suppress(MlflowException):  # it is gone, or in another store: a new one gets the whole history
+            with contextlib.suppress(
+                MlflowException
+            ):  # it is gone, or in another store: a new one gets the whole history
                 self._client.update_run(earlier, status="RUNNING")
-                known = {point.step for point in self._client.get_metric_history(earlier, "test_loss")}
+                known = {
+                    point.step for point in self._client.get_metric_history(earlier, "test_loss")
+                }
                 self.log(earlier, [epoch for epoch in history if epoch.epoch not in known])
                 return earlier
         tags = {"algorithm": algorithm, "seed": str(seed)}
-        run_id = str(self._client.create_run(self._id, run_name=f"{algorithm}-seed{seed}", tags=tags).info.run_id)
-        self._client.log_batch(run_id, params=[Param(key, str(value)) for key, value in flat(settings)])
+        run_id = str(
+            self._client.create_run(
+                self._id, run_name=f"{algorithm}-seed{seed}", tags=tags
+            ).info.run_id
+        )
+        self._client.log_batch(
+            run_id, params=[Param(key, str(value)) for key, value in flat(settings)]
+        )
         self.log(run_id, history)
         return run_id
 
@@ -88,10 +109,19 @@ class Tracking:
 
         now = int(time.time() * 1000)
         metrics = [
-            Metric(key, value, now, epoch.epoch) for epoch in epochs for key, value in {**epoch.metrics, "seconds": epoch.seconds}.items()
+            Metric(key, value, now, epoch.epoch)
+            for epoch in epochs
+            for key, value in {**epoch.metrics, "seconds": epoch.seconds}.items()
         ]
-        metrics += [Metric(f"step/{key}", value, now, point.step) for point in points for key, value in point.figures.items()]
-        self._unsent += [partial(self._client.log_batch, run_id, metrics[i : i + AT_ONCE]) for i in range(0, len(metrics), AT_ONCE)]
+        metrics += [
+            Metric(f"step/{key}", value, now, point.step)
+            for point in points
+            for key, value in point.metrics.items()
+        ]
+        self._unsent += [
+            partial(self._client.log_batch, run_id, metrics[i : i + AT_ONCE])
+            for i in range(0, len(metrics), AT_ONCE)
+        ]
         self._send()
 
     def end(self, run_id: str, status: str) -> None:
@@ -108,7 +138,10 @@ class Tracking:
                 self._unsent[0]()
                 del self._unsent[0]
         except (MlflowException, OSError) as error:
-            warnings.warn(f"MLflow's store fails; training goes on, and what it lacks is sent with the next epoch: {error}", stacklevel=3)
+            warnings.warn(
+                f"MLflow's store fails; training goes on, and what it lacks is sent with the next epoch: {error}",
+                stacklevel=3,
+            )
 
     @contextlib.contextmanager
     def recording(self, run_id: str) -> Iterator[None]:
@@ -129,7 +162,14 @@ class Tracking:
 class Untracked:
     """Where processes besides the first one record: nowhere."""
 
-    def start(self, algorithm: str, seed: int, settings: Mapping[str, Any], history: Sequence[Epoch], earlier: str | None) -> str:
+    def start(
+        self,
+        algorithm: str,
+        seed: int,
+        settings: Mapping[str, Any],
+        history: Sequence[Epoch],
+        earlier: str | None,
+    ) -> str:
         """Give an id that means nothing."""
         return ""
 

@@ -17,7 +17,7 @@ from experiments import algorithms, batches, models, norm
 from experiments.collector import Collector, Point, means
 from experiments.config import Algorithm, Study
 from experiments.data import Dataset
-from experiments.ranks import Ranks
+from experiments.ranks import Communicator
 from experiments.results import Epoch
 
 RECORDED = 10
@@ -37,27 +37,39 @@ class Trainer:
     """
 
     def __init__(
-        self, study: Study, algorithm: Algorithm, seed: int, dataset: Dataset, device: torch.device, ranks: Ranks | None = None
+        self,
+        study: Study,
+        algorithm: Algorithm,
+        seed: int,
+        dataset: Dataset,
+        device: torch.device,
+        ranks: Communicator | None = None,
     ) -> None:
         torch.manual_seed(seed)
-        self._ranks = ranks = Ranks() if ranks is None else ranks
+        self._ranks = ranks = Communicator() if ranks is None else ranks
         self._training, self._augment, self._seed = study.training, study.data.augment, seed
         self._dataset, self._device = dataset, device
         self._mean, self._deviation = (value.to(device) for value in dataset.normalisation())
         channels = dataset.train.pixels.shape[1]
-        model = models.make(study.model.name, channels=channels, classes=len(dataset.classes), seed=seed)
+        model = models.make(
+            study.model.name, channels=channels, classes=len(dataset.classes), seed=seed
+        )
         if ranks.size > 1:
             norm.share(model)
         self.model = model.to(device)
         self._shared = ranks.wrap(self.model, device)
         self._collector = Collector(RECORDED)
-        self.optimizer = algorithms.make(algorithm, self.model, seed=seed, collector=self._collector)
+        self.optimizer = algorithms.make(
+            algorithm, self.model, seed=seed, collector=self._collector
+        )
         self.points: list[Point] = []
         self.history: list[Epoch] = []
         self._steps = 0
         self._scheduler = None
         if study.training.schedule == "cosine":
-            self._scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, T_max=steps(study, dataset, ranks.size))
+            self._scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
+                self.optimizer, T_max=steps(study, dataset, ranks.size)
+            )
 
     @property
     def diverged(self) -> bool:
@@ -68,7 +80,11 @@ class Trainer:
     def finished(self) -> bool:
         """Whether there is nothing left to do."""
         limit = self._training.max_steps
-        return len(self.history) >= self._training.epochs or self.diverged or (limit is not None and self._steps >= limit)
+        return (
+            len(self.history) >= self._training.epochs
+            or self.diverged
+            or (limit is not None and self._steps >= limit)
+        )
 
     def run_epoch(self, on_step: Callable[[], None]) -> Epoch:
         """Learn for one epoch, then test; `on_step` is called after every step. `points` are then the recorded steps of this epoch."""
@@ -90,7 +106,9 @@ class Trainer:
             on_step()
             if self._steps == self._training.max_steps:
                 break
-        loss, right, count = self._ranks.sum(sums).tolist()  # waits for the device, so that the time below is the work's
+        loss, right, count = self._ranks.sum(
+            sums
+        ).tolist()  # waits for the device, so that the time below is the work's
         seconds = time.perf_counter() - started
         self.points = self._collector.take()
         test_loss, test_accuracy = self._test()
@@ -121,7 +139,9 @@ class Trainer:
     def _test(self) -> tuple[float, float]:
         self.model.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=self._device)
-        for i, (pixels, labels) in enumerate(batches.in_order(self._dataset.test, self._training.test_batch_size)):
+        for i, (pixels, labels) in enumerate(
+            batches.in_order(self._dataset.test, self._training.test_batch_size)
+        ):
             if i == self._training.max_steps:
                 break
             if i % self._ranks.size != self._ranks.rank:
@@ -142,7 +162,9 @@ class Trainer:
             "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
             "random": {
                 "torch": torch.get_rng_state(),
-                "cuda": [torch.cuda.get_rng_state(self._device)] if self._device.type == "cuda" else [],
+                "cuda": [torch.cuda.get_rng_state(self._device)]
+                if self._device.type == "cuda"
+                else [],
                 "python": random.getstate(),
             },
             "steps": self._steps,
@@ -170,10 +192,14 @@ class Trainer:
 
 def _sums(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
     right = (logits.argmax(1) == labels).sum()
-    return torch.stack([loss.double(), right.double(), torch.full_like(loss, len(labels), dtype=torch.float64)])
+    return torch.stack(
+        [loss.double(), right.double(), torch.full_like(loss, len(labels), dtype=torch.float64)]
+    )
 
 
 def steps(study: Study, dataset: Dataset, ranks: int = 1) -> int:
     """Optimiser steps of one run that so many processes share."""
-    count = study.training.epochs * batches.steps(len(dataset.train), study.training.batch_size, ranks)
+    count = study.training.epochs * batches.steps(
+        len(dataset.train), study.training.batch_size, ranks
+    )
     return min(count, study.training.max_steps or count)

@@ -9,8 +9,6 @@ from kfactk.assignment import (
     balance as balance,
     grid as grid,
 )
-from kfactk.averages import RunningMean as RunningMean
-from kfactk.coverage import Coverage as Coverage
 from kfactk.errors import (
     CaptureError as CaptureError,
     CombinationError as CombinationError,
@@ -22,25 +20,34 @@ from kfactk.errors import (
     StateError as StateError,
     UnknownStageError as UnknownStageError,
 )
-from kfactk.hookspecs import PLUGIN_API as PLUGIN_API, hookimpl as hookimpl
-from kfactk.optimizer import Optimizer as Optimizer
-from kfactk.profiling import Profile as Profile
+from kfactk.optim.optimizer import Optimizer as Optimizer
+from kfactk.optim.profile import Profile as Profile
+from kfactk.optim.views import BlockView as BlockView
+from kfactk.preconditioner.coverage import Coverage as Coverage
+from kfactk.preconditioner.schedule import early as early
 from kfactk.recipe import Recipe as Recipe, build as build
-from kfactk.samples import Samples as Samples, Statistic as Statistic, Use as Use, project as project, project_channels as project_channels
-from kfactk.schedule import early as early
+from kfactk.registry.hookspecs import PLUGIN_API as PLUGIN_API, hookimpl as hookimpl
+from kfactk.registry.torch_optimizer import TorchOptimizer as TorchOptimizer
+from kfactk.samples import (
+    LayerCall as LayerCall,
+    Samples as Samples,
+    Statistic as Statistic,
+    project as project,
+    project_channels as project_channels,
+)
 from kfactk.stages import (
     Basis as Basis,
     Clip as Clip,
-    Coupling as Coupling,
     Curvature as Curvature,
     Decomposition as Decomposition,
     Dot as Dot,
+    FactorContext as FactorContext,
     Fisher as Fisher,
+    GradientPair as GradientPair,
     Layer as Layer,
     Likelihood as Likelihood,
     MakesOperator as MakesOperator,
     Operator as Operator,
-    Pair as Pair,
     PartsFactors as PartsFactors,
     Placement as Placement,
     Redecomposes as Redecomposes,
@@ -48,5 +55,4 @@ from kfactk.stages import (
     Tracker as Tracker,
     Update as Update,
 )
-from kfactk.torch_optimizer import TorchOptimizer as TorchOptimizer
-from kfactk.views import LayerView as LayerView
+from kfactk.statistics import RunningMean as RunningMean

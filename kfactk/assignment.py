@@ -90,22 +90,26 @@ class Share:
     """The ranks that share one layer's work. Ranks ascend and count from 0 within the process group.
 
     Args:
-        decomposers: For each matrix, the ranks that keep and decompose it; the first one sends it to holders that are not among them.
-        holders: The ranks that keep its decompositions and moments, and precondition its gradient.
+        inverse_workers: For each matrix, the ranks that keep and decompose it; the first one sends it to holders that are not among them.
+        gradient_workers: The ranks that keep its decompositions and moments, and precondition its gradient.
     """
 
-    decomposers: Mapping[str, tuple[int, ...]]
-    holders: tuple[int, ...]
+    inverse_workers: Mapping[str, tuple[int, ...]]
+    gradient_workers: tuple[int, ...]
 
     def source(self, rank: int) -> int:
         """The holder that gives `rank` the preconditioned gradient: itself if it is one.
 
         Example:
-            >>> share = Share({"A": (2,), "G": (3,)}, holders=(2, 3))
+            >>> share = Share({"A": (2,), "G": (3,)}, gradient_workers=(2, 3))
             >>> [share.source(rank) for rank in range(4)]
             [2, 3, 2, 3]
         """
-        return rank if rank in self.holders else self.holders[rank % len(self.holders)]
+        return (
+            rank
+            if rank in self.gradient_workers
+            else self.gradient_workers[rank % len(self.gradient_workers)]
+        )
 
 
 @attrs.frozen
@@ -131,11 +135,18 @@ class Assignment:
     def __str__(self) -> str:
         rows = [("layer", "decomposed by", "held by")]
         for layer, share in self.shares.items():
-            decomposers = ", ".join(f"{name} {_span(ranks)}" for name, ranks in sorted(share.decomposers.items()))
-            rows.append((layer or "(root)", decomposers, _span(share.holders)))
+            inverse_workers = ", ".join(
+                f"{name} {_span(ranks)}" for name, ranks in sorted(share.inverse_workers.items())
+            )
+            rows.append((layer or "(root)", inverse_workers, _span(share.gradient_workers)))
         widths = [max(len(row[column]) for row in rows) for column in range(2)]
         table = [f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}" for row in rows]
-        return "\n".join([f"{self.strategy}: {self.reason}" if self.reason else self.strategy, *(table if self.shares else [])])
+        return "\n".join(
+            [
+                f"{self.strategy}: {self.reason}" if self.reason else self.strategy,
+                *(table if self.shares else []),
+            ]
+        )
 
     def check(self, workload: Workload, ranks: int) -> Assignment:
         """Itself, if every piece of the work has ranks that exist.
@@ -145,18 +156,22 @@ class Assignment:
         """
         for work in workload.works:
             share = self.shares.get(work.layer)
-            if share is None or set(share.decomposers) != set(work.matrices):
+            if share is None or set(share.inverse_workers) != set(work.matrices):
                 raise PluginError(
                     f"the placement {self.strategy!r} left work of layer {work.layer!r} to nobody: {share}, where its matrices are "
                     f"{', '.join(sorted(work.matrices))}. Report it to its authors, or use another placement."
                 )
-            for group in (*share.decomposers.values(), share.holders):
-                if not group or list(group) != sorted(set(group)) or not 0 <= group[0] <= group[-1] < ranks:
+            for group in (*share.inverse_workers.values(), share.gradient_workers):
+                if (
+                    not group
+                    or list(group) != sorted(set(group))
+                    or not 0 <= group[0] <= group[-1] < ranks
+                ):
                     raise PluginError(
                         f"the placement {self.strategy!r} gave work of layer {work.layer!r} to the ranks {group}; they must ascend and lie "
                         f"between 0 and {ranks - 1}. Report it to its authors, or use another placement."
                     )
-            if work.together and len(set(share.decomposers.values())) > 1:
+            if work.together and len(set(share.inverse_workers.values())) > 1:
                 raise PluginError(
                     f"the placement {self.strategy!r} divided the matrices of layer {work.layer!r}, which are made of common statistics. "
                     "Report it to its authors, or use another placement."
@@ -195,24 +210,24 @@ def balance(costs: Mapping[Key, float], bins: Iterable[int]) -> dict[Key, int]:
     return placed
 
 
-def take_turns(costs: Mapping[Key, float], turns: int) -> dict[Key, int]:
+def assign_slots(costs: Mapping[Key, float], slots: int) -> dict[Key, int]:
     """Divide pieces of work among turns: those used are evenly spread over those there are, and no more than twice as many as would
     be, were each as dear as the dearest piece. Fewer would let a step bear more, more would leave less for several ranks to do at a time.
 
     Args:
         costs: Of each piece.
-        turns: How many there are.
+        slots: How many there are.
 
     Example:
-        >>> take_turns({"a": 1.0, "b": 5.0, "c": 3.0, "d": 1.0}, 80)
+        >>> assign_slots({"a": 1.0, "b": 5.0, "c": 3.0, "d": 1.0}, 80)
         {'b': 0, 'c': 20, 'a': 40, 'd': 60}
     """
     dearest = max(costs.values(), default=0.0)
-    wanted = min(turns, 2 * math.ceil(sum(costs.values()) / dearest)) if dearest else 1
-    return {piece: turn * turns // wanted for piece, turn in balance(costs, range(wanted)).items()}
+    wanted = min(slots, 2 * math.ceil(sum(costs.values()) / dearest)) if dearest else 1
+    return {piece: slot * slots // wanted for piece, slot in balance(costs, range(wanted)).items()}
 
 
-def late_part(works: Sequence[Work]) -> frozenset[str]:
+def late_layers(works: Sequence[Work]) -> frozenset[str]:
     """The layers that share a Fisher pass, where two passes share the load: those nearest the output.
 
     Their pass is the shorter one, since it ends at the first of them; so they are as many as it takes to have nine tenths of what it
@@ -223,7 +238,7 @@ def late_part(works: Sequence[Work]) -> frozenset[str]:
 
     Example:
         >>> works = [Work(name, {}, (4, 4)) for name in "abcd"]
-        >>> sorted(late_part(works))
+        >>> sorted(late_layers(works))
         ['b', 'c', 'd']
     """
     costs = [math.prod(work.gradient) * sum(work.gradient[-2:]) for work in works]
@@ -233,7 +248,15 @@ def late_part(works: Sequence[Work]) -> frozenset[str]:
     return frozenset(works[place].layer for place in late)
 
 
-def grid(workload: Workload, ranks: int, width: int, strategy: str, reason: str = "", *, everyone: bool = False) -> Assignment:
+def grid(
+    workload: Workload,
+    ranks: int,
+    width: int,
+    strategy: str,
+    reason: str = "",
+    *,
+    everyone: bool = False,
+) -> Assignment:
     """Ranks in rows of `width`: a layer belongs to one row, whose ranks hold it, and each of its matrices to one rank of that row.
 
     Args:
@@ -250,14 +273,26 @@ def grid(workload: Workload, ranks: int, width: int, strategy: str, reason: str 
         Share(decomposers={'A': (0,), 'G': (1,)}, holders=(0, 1))
     """
     works = {work.layer: work for work in workload.works}
-    row_of = balance({name: sum(work.units().values()) for name, work in works.items()}, range(ranks // width))
+    row_of = balance(
+        {name: sum(work.units().values()) for name, work in works.items()}, range(ranks // width)
+    )
     worker: dict[tuple[str, str], int] = {}
     for row in range(ranks // width):
-        units = {unit: cost for name, work in works.items() if row_of[name] == row for unit, cost in work.units().items()}
+        units = {
+            unit: cost
+            for name, work in works.items()
+            if row_of[name] == row
+            for unit, cost in work.units().items()
+        }
         worker |= balance(units, range(row * width, (row + 1) * width))
     shares = {}
     for name, work in works.items():
-        holders = tuple(range(row_of[name] * width, (row_of[name] + 1) * width))
-        one = {matrix: (worker[name, "" if work.together else matrix],) for matrix in sorted(work.matrices)}
-        shares[name] = Share(dict.fromkeys(one, holders) if everyone else one, holders)
+        gradient_workers = tuple(range(row_of[name] * width, (row_of[name] + 1) * width))
+        one = {
+            matrix: (worker[name, "" if work.together else matrix],)
+            for matrix in sorted(work.matrices)
+        }
+        shares[name] = Share(
+            dict.fromkeys(one, gradient_workers) if everyone else one, gradient_workers
+        )
     return Assignment(strategy, shares, reason)

@@ -56,5 +56,8 @@ def near_names(name: str, known: Iterable[str]) -> str:
         ''
     """
     names = {each.lower(): each for each in known}
-    close = [names[each] for each in difflib.get_close_matches(name.lower(), list(names), n=3, cutoff=0.5)]
+    close = [
+        names[each]
+        for each in difflib.get_close_matches(name.lower(), list(names), n=3, cutoff=0.5)
+    ]
     return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""

@@ -87,7 +87,9 @@ def null_tolerance(dtype: torch.dtype, n: int) -> float:
 def null_mask(eigenvalues: Tensor) -> Tensor:
     """Which directions are in the numerical null space, `[..., n]` boolean. All of them for a zero matrix."""
     largest = eigenvalues.amax(-1, keepdim=True)
-    return eigenvalues <= null_tolerance(eigenvalues.dtype, eigenvalues.shape[-1]) * largest.clamp(min=0)
+    return eigenvalues <= null_tolerance(eigenvalues.dtype, eigenvalues.shape[-1]) * largest.clamp(
+        min=0
+    )
 
 
 def pool_null(values: Tensor, mask: Tensor, dim: int) -> Tensor:
@@ -125,8 +127,13 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     for times, prepare in _ATTEMPTS:
         shift = times * jitter(matrix)
         try:
-            values, vectors = torch.linalg.eigh(prepare(add_diagonal(matrix, shift) if times else matrix))
-        except (RuntimeError, TypeError) as error:  # LinAlgError is the first, float64 on MPS the second
+            values, vectors = torch.linalg.eigh(
+                prepare(add_diagonal(matrix, shift) if times else matrix)
+            )
+        except (
+            RuntimeError,
+            TypeError,
+        ) as error:  # LinAlgError is the first, float64 on MPS the second
             failures.append(str(error).partition("\n")[0])
             continue
         values, vectors = (values.to(matrix) - shift.unsqueeze(-1)).clamp(min=0), vectors.to(matrix)
@@ -162,7 +169,9 @@ def orthogonal_iteration(matrix: Tensor, vectors: Tensor) -> tuple[Tensor, Tenso
     turned, triangle = torch.linalg.qr(matrix @ vectors.flip(-1))
     diagonal = triangle.diagonal(dim1=-2, dim2=-1)
     values, order = diagonal.abs().sort(-1)
-    found = (turned * torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-2)).gather(-1, order.unsqueeze(-2).expand_as(turned))
+    found = (turned * torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-2)).gather(
+        -1, order.unsqueeze(-2).expand_as(turned)
+    )
     if not bool(torch.isfinite(found).all()):
         raise DecompositionError("orthogonal iteration gave a result that was not finite")
     return values, found
@@ -184,7 +193,9 @@ def cholesky(matrix: Tensor, shift: Tensor | float) -> Tensor:
     shifted, failures = add_diagonal(matrix, shift), []
     for times, prepare in _ATTEMPTS:
         try:
-            lower, info = torch.linalg.cholesky_ex(prepare(add_diagonal(shifted, times * jitter(shifted)) if times else shifted))
+            lower, info = torch.linalg.cholesky_ex(
+                prepare(add_diagonal(shifted, times * jitter(shifted)) if times else shifted)
+            )
         except (RuntimeError, TypeError) as error:  # what a device lacks
             failures.append(str(error).partition("\n")[0])
             continue
@@ -235,5 +246,7 @@ def inner_products(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
 def as_gradient(tensor: Tensor, parameter: Tensor) -> Tensor:
     """The tensor in the dtype and the memory layout of its parameter: torch's fused update rules read gradients without their strides."""
     tensor = tensor.to(parameter.dtype)
-    fits = tensor.shape != parameter.shape or tensor.stride() == parameter.stride()  # of another shape: torch refuses it
+    fits = (
+        tensor.shape != parameter.shape or tensor.stride() == parameter.stride()
+    )  # of another shape: torch refuses it
     return tensor if fits else torch.empty_like(parameter).copy_(tensor)

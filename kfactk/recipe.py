@@ -10,15 +10,16 @@ import attrs
 from torch import Tensor, nn
 
 from kfactk._version import __version__
-from kfactk.capture import followable
-from kfactk.coverage import Coverage, Survey
+from kfactk.capture.support import supported_model
 from kfactk.errors import CombinationError, OptionError, near_names
-from kfactk.hookspecs import STAGE_HOOKS
-from kfactk.optimizer import Optimizer, Params
-from kfactk.registry import registry
-from kfactk.schedule import Calendar, Number, Period, number_at, period_at
+from kfactk.optim.optimizer import Optimizer, Params
+from kfactk.options import Number, Period, number_at, period_at
+from kfactk.preconditioner.coverage import Coverage, ModelSurvey
+from kfactk.preconditioner.schedule import UpdateSchedule
+from kfactk.registry.hookspecs import STAGE_HOOKS
+from kfactk.registry.registry import registry
+from kfactk.registry.serialization import from_json, to_json
 from kfactk.stages import Basis, Clip, Curvature, Fisher, Likelihood, Placement, Tracker, Update
-from kfactk.values import from_json, to_json
 
 
 def _number(high: float = float("inf")) -> Callable[[Any, attrs.Attribute[Any], Any], None]:
@@ -32,8 +33,14 @@ def _number(high: float = float("inf")) -> Callable[[Any, attrs.Attribute[Any], 
 def _plain_number(high: float = float("inf")) -> Callable[[Any, attrs.Attribute[Any], Any], None]:
     def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
         if callable(value):
-            remedy = "use a torch.optim.lr_scheduler" if attribute.name == "lr" else "set it in optimizer.param_groups"
-            raise OptionError(f"{attribute.name} must be a number; to change it while training, {remedy}.")
+            remedy = (
+                "use a torch.optim.lr_scheduler"
+                if attribute.name == "lr"
+                else "set it in optimizer.param_groups"
+            )
+            raise OptionError(
+                f"{attribute.name} must be a number; to change it while training, {remedy}."
+            )
         number_at(attribute.name, value, 0, high=high)
 
     return check
@@ -48,14 +55,18 @@ def _one_of(*allowed: str) -> Callable[[Any, attrs.Attribute[Any], Any], None]:
     def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
         if value not in allowed:
             hint = near_names(str(value), allowed)
-            raise OptionError(f"{attribute.name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.{hint}")
+            raise OptionError(
+                f"{attribute.name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.{hint}"
+            )
 
     return check
 
 
 def _callable(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     if value is not None and not callable(value):
-        raise OptionError(f"{attribute.name} must be a function of what the model returns, not {value!r}.")
+        raise OptionError(
+            f"{attribute.name} must be a function of what the model returns, not {value!r}."
+        )
 
 
 def _flag(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
@@ -64,8 +75,12 @@ def _flag(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
 
 
 def _patterns(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, (list, tuple)) or not all(isinstance(pattern, str) and pattern for pattern in value):
-        raise OptionError(f"exclude is {value!r}; it must be a list of names of modules, such as ['head'] or ['*.attention'].")
+    if not isinstance(value, (list, tuple)) or not all(
+        isinstance(pattern, str) and pattern for pattern in value
+    ):
+        raise OptionError(
+            f"exclude is {value!r}; it must be a list of names of modules, such as ['head'] or ['*.attention']."
+        )
     return tuple(value)
 
 
@@ -117,7 +132,9 @@ class Recipe:
                 "that provides it: python -m kfactk stages."
             )
 
-    def bind(self, model: nn.Module, params: Params | None = None, *, scaler: Any = None) -> Optimizer:
+    def bind(
+        self, model: nn.Module, params: Params | None = None, *, scaler: Any = None
+    ) -> Optimizer:
         """Make the optimizer of a model.
 
         Args:
@@ -144,12 +161,14 @@ class Recipe:
         Raises:
             CombinationError: The model is of a kind that `bind` refuses.
         """
-        return Survey(followable(model), self.curvature, self.exclude).coverage(lambda parameter: True)
+        return ModelSurvey(supported_model(model), self.curvature, self.exclude).coverage(
+            lambda parameter: True
+        )
 
     @property
-    def calendar(self) -> Calendar:
+    def calendar(self) -> UpdateSchedule:
         """What is due when."""
-        return Calendar(self.factor_every, self.scale_every, self.basis_every, self.stagger)
+        return UpdateSchedule(self.factor_every, self.scale_every, self.basis_every, self.stagger)
 
     def evolve(self, **changes: Any) -> Recipe:
         """The recipe with some fields changed; takes what `kfactk.build` takes.
@@ -186,13 +205,20 @@ class Recipe:
         """The fields that have to be the same on all ranks, as text; of what cannot be written, its type."""
         out = {}
         for field in FIELDS:
-            if field in ("tracker", "output", "placement"):  # a rank's own, but for what travels how
+            if field in (
+                "tracker",
+                "output",
+                "placement",
+            ):  # a rank's own, but for what travels how
                 continue
             try:
                 out[field] = repr(self._written(field))
             except OptionError:
                 out[field] = type(getattr(self, field)).__qualname__
-        return out | {"placement": type(self.placement).__qualname__, "wire_dtype": repr(self.placement.wire_dtype)}
+        return out | {
+            "placement": type(self.placement).__qualname__,
+            "wire_dtype": repr(self.placement.wire_dtype),
+        }
 
     def __repr__(self) -> str:
         mine, usual, shown = self.summary(), inspect.signature(build).parameters, []
@@ -287,7 +313,11 @@ def build(
         >>> build(curvature="kfac", basis={"name": "ekfac", "scale_decay": 0.9}, damping=0.01)
         kfactk.build(curvature='kfac', basis={'name': 'ekfac', 'scale_decay': 0.9}, damping=0.01)
     """
-    return Recipe(**_resolved({name: value for name, value in locals().items() if name != "unknown"} | unknown))
+    return Recipe(
+        **_resolved(
+            {name: value for name, value in locals().items() if name != "unknown"} | unknown
+        )
+    )
 
 
 def _resolved(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -301,7 +331,9 @@ def _resolved(values: Mapping[str, Any]) -> dict[str, Any]:
     for name, value in values.items():
         if name in STAGE_HOOKS:
             if value is None and name != "tracker":
-                raise OptionError(f"{name} is None; every recipe has one. Leave it out for the default, or see python -m kfactk stages.")
+                raise OptionError(
+                    f"{name} is None; every recipe has one. Leave it out for the default, or see python -m kfactk stages."
+                )
             out[name] = None if value is None else registry().resolve(name, value)
         else:
             out[name] = from_json(value)

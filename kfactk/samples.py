@@ -52,7 +52,7 @@ class Statistic:
 
 
 @attrs.frozen(eq=False)
-class Use:
+class LayerCall:
     """One call of a module in one forward.
 
     Args:
@@ -148,7 +148,11 @@ class Samples:
         return Statistic(total_of(parts), self.terms, symmetric=True)
 
     def per_example_gradients(
-        self, rows: slice = slice(None), left: Tensor | None = None, *, precision: torch.dtype | None = None
+        self,
+        rows: slice = slice(None),
+        left: Tensor | None = None,
+        *,
+        precision: torch.dtype | None = None,
     ) -> Tensor:
         """`left^T D_n` of the examples `rows`, `[..., n, d_out, d_in]`. The `D_n` sum to autograd's gradient of the summed loss.
 
@@ -158,9 +162,13 @@ class Samples:
             precision: What the operands of the rotation are rounded to; `None` for the working precision.
         """
         gradients = self.gradients(rows)
-        return (gradients if left is None else _rotate(gradients, left, precision)).transpose(-1, -2) @ self.inputs(rows)
+        return (gradients if left is None else _rotate(gradients, left, precision)).transpose(
+            -1, -2
+        ) @ self.inputs(rows)
 
-    def input_rotation(self, right: Tensor, precision: torch.dtype | None = None) -> Callable[[slice], Tensor]:
+    def input_rotation(
+        self, right: Tensor, precision: torch.dtype | None = None
+    ) -> Callable[[slice], Tensor]:
         """What makes `a right`, `[..., n, T, k_in]`, of the examples of a slice.
 
         Args:
@@ -169,7 +177,9 @@ class Samples:
         """
         return lambda rows: _rotate(self.inputs(rows), right, precision)
 
-    def projected_square(self, left: Tensor | None, right: Tensor | None, *, precision: torch.dtype | None = None) -> Statistic:
+    def projected_square(
+        self, left: Tensor | None, right: Tensor | None, *, precision: torch.dtype | None = None
+    ) -> Statistic:
         """`sum_n (left^T D_n right)^2`, elementwise square, `[..., k_out, k_in]`, counted by likelihood terms.
 
         Rotations in a lower precision round their operands and their results, at most by u each, relatively (u = 2^-8 for bfloat16);
@@ -188,18 +198,30 @@ class Samples:
             George et al. 2018, arXiv:1806.03884, the scale s* of EKFAC (equation 10 of the study).
         """
         t, d_in, d_out = self.positions, self.d_in, self.d_out
-        left, right = (None if side is None else side.to(precision or self.dtype) for side in (left, right))
+        left, right = (
+            None if side is None else side.to(precision or self.dtype) for side in (left, right)
+        )
         by_rows = t == 1 or (right is not None and t <= d_out)
         most = None
-        if self.device.type == "cpu":  # a large rotation is read once a chunk, and is to be worth it
-            made = self.groups * self.dtype.itemsize * (t * (d_out + (d_in if by_rows else 0)) + 2 * d_in * d_out)
-            most = max([CACHED_BYTES, *(2 * side.nbytes for side in (left, right) if side is not None)]) // max(1, made)
+        if (
+            self.device.type == "cpu"
+        ):  # a large rotation is read once a chunk, and is to be worth it
+            made = (
+                self.groups
+                * self.dtype.itemsize
+                * (t * (d_out + (d_in if by_rows else 0)) + 2 * d_in * d_out)
+            )
+            most = max(
+                [CACHED_BYTES, *(2 * side.nbytes for side in (left, right) if side is not None)]
+            ) // max(1, made)
         square, total = self._squared(left, right, precision, by_rows=by_rows), None
         for rows in self.chunks(2 * t * (d_in + d_out) + (0 if t == 1 else 2 * d_in * d_out), most):
             total = square(rows, total)
         return Statistic(total, self.terms)
 
-    def projected_square_of_channels(self, left: Tensor | None, right: Tensor, taps: Tensor | None = None) -> Statistic:
+    def projected_square_of_channels(
+        self, left: Tensor | None, right: Tensor, taps: Tensor | None = None
+    ) -> Statistic:
         """`sum_n (left^T D_n blockdiag(right kron taps, 1))^2`, elementwise square, `[..., k_out, k * l (+ 1)]`, counted by terms.
 
         `projected_square` with a matrix that is never formed: the input space is rotated among its channels, and its taps.
@@ -212,19 +234,38 @@ class Samples:
         References:
             George et al. 2018, arXiv:1806.03884, the scale s* of EKFAC, in a basis that is a product on the input side.
         """
-        numbers, total = 2 * self.positions * (self.d_in + self.d_out) + 2 * self.d_in * self.d_out, None
-        most = CACHED_BYTES // (numbers * self.groups * self.dtype.itemsize) if self.device.type == "cpu" else None
+        numbers, total = (
+            2 * self.positions * (self.d_in + self.d_out) + 2 * self.d_in * self.d_out,
+            None,
+        )
+        most = (
+            CACHED_BYTES // (numbers * self.groups * self.dtype.itemsize)
+            if self.device.type == "cpu"
+            else None
+        )
         for rows in self.chunks(numbers, most):
             total = self._squared_channels(rows, total, left, right, taps)
         return Statistic(total, self.terms)
 
-    def _squared_channels(self, rows: slice, total: Tensor | None, left: Tensor | None, right: Tensor, taps: Tensor | None) -> Tensor:
+    def _squared_channels(
+        self,
+        rows: slice,
+        total: Tensor | None,
+        left: Tensor | None,
+        right: Tensor,
+        taps: Tensor | None,
+    ) -> Tensor:
         early, late = (left, None) if self.positions <= self.d_in else (None, left)
         found = self.per_example_gradients(rows, early)
         return add_squares(project_channels(found, late, right, taps, per_example=True), total)
 
     def _squared(
-        self, left: Tensor | None, right: Tensor | None, precision: torch.dtype | None, *, by_rows: bool
+        self,
+        left: Tensor | None,
+        right: Tensor | None,
+        precision: torch.dtype | None,
+        *,
+        by_rows: bool,
     ) -> Callable[[slice, Tensor | None], Tensor]:
         """What adds the squares of the examples of a slice to a total.
 
@@ -236,7 +277,9 @@ class Samples:
 
         def of_gradients(rows: slice, total: Tensor | None) -> Tensor:
             matrices = self.per_example_gradients(rows, early, precision=precision)
-            return add_squares(project(matrices, late, right, per_example=True, precision=precision), total)
+            return add_squares(
+                project(matrices, late, right, per_example=True, precision=precision), total
+            )
 
         def of_rows(rows: slice, total: Tensor | None) -> Tensor:
             g = self.gradients(rows)
@@ -244,7 +287,10 @@ class Samples:
             if t == 1:
                 part = g.squeeze(-2).square().transpose(-1, -2) @ a.squeeze(-2).square()
                 return part if total is None else total.add_(part)
-            return add_squares(project(g.transpose(-1, -2) @ a, late, None, per_example=True, precision=precision), total)
+            return add_squares(
+                project(g.transpose(-1, -2) @ a, late, None, per_example=True, precision=precision),
+                total,
+            )
 
         return of_rows if by_rows else of_gradients
 
@@ -264,12 +310,19 @@ def channel_columns(d_in: int, channels: int, taps: int | None = None) -> int:
     columns = d_in - d_in % channels if taps is None else channels * taps
     if not columns <= d_in <= columns + 1 or not columns:
         many = "" if taps is None else f"{taps} "
-        raise ValueError(f"{d_in} columns are not {channels} channels times {many}taps, with or without a bias column")
+        raise ValueError(
+            f"{d_in} columns are not {channels} channels times {many}taps, with or without a bias column"
+        )
     return columns
 
 
 def project_channels(
-    matrix: Tensor, left: Tensor | None, right: Tensor | None, taps: Tensor | None = None, *, per_example: bool = False
+    matrix: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    taps: Tensor | None = None,
+    *,
+    per_example: bool = False,
 ) -> Tensor:
     """`left^T M blockdiag(right kron taps, 1)`: channels and taps are rotated, the bias column is left where it is.
 
@@ -317,32 +370,49 @@ def add_squares(matrices: Tensor, total: Tensor | None) -> Tensor:
     if matrices.device.type != "cpu" or matrices[..., 0, :, :].numel() < SMALL:
         part = matrices.square().sum(-3)
         return part if total is None else total.add_(part)
-    total = matrices.new_zeros(*matrices.shape[:-3], *matrices.shape[-2:]) if total is None else total
-    for matrix in matrices.unbind(-3):  # one pass over each, where squares would be written and read
+    total = (
+        matrices.new_zeros(*matrices.shape[:-3], *matrices.shape[-2:]) if total is None else total
+    )
+    for matrix in matrices.unbind(
+        -3
+    ):  # one pass over each, where squares would be written and read
         total.addcmul_(matrix, matrix)
     return total
 
 
 def project(
-    matrix: Tensor, left: Tensor | None, right: Tensor | None, *, per_example: bool = False, precision: torch.dtype | None = None
+    matrix: Tensor,
+    left: Tensor | None,
+    right: Tensor | None,
+    *,
+    per_example: bool = False,
+    precision: torch.dtype | None = None,
 ) -> Tensor:
     """`left^T matrix right`; with `per_example` the matrix has an example dimension before its last two that the rotations lack.
 
     Operands are rounded to `precision` and the result is given in the precision of the matrix.
     """
     if not per_example:
-        matrix = matrix if left is None else product(left.transpose(-1, -2), matrix, matrix.dtype, precision)
+        matrix = (
+            matrix
+            if left is None
+            else product(left.transpose(-1, -2), matrix, matrix.dtype, precision)
+        )
         return matrix if right is None else product(matrix, right, matrix.dtype, precision)
     if right is not None:
         matrix = _rotate(matrix, right, precision)
-    if left is not None:  # examples beside the columns: one product, where broadcasting would copy `left` for each example
+    if (
+        left is not None
+    ):  # examples beside the columns: one product, where broadcasting would copy `left` for each example
         beside = matrix.movedim(-3, -2)
         found = product(left.transpose(-1, -2), beside.flatten(-2), matrix.dtype, precision)
         matrix = found.reshape(*found.shape[:-1], *beside.shape[-2:]).movedim(-2, -3)
     return matrix
 
 
-def product(one: Tensor, other: Tensor, dtype: torch.dtype, precision: torch.dtype | None) -> Tensor:
+def product(
+    one: Tensor, other: Tensor, dtype: torch.dtype, precision: torch.dtype | None
+) -> Tensor:
     """`one other` in `dtype`, of operands rounded to `precision`, which is `dtype` where it is `None`."""
     rounded = precision or dtype
     one = one if one.dtype == rounded else one.to(rounded)

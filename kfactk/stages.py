@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from kfactk.assignment import Assignment, Workload
-from kfactk.samples import Samples, Statistic, Use
+from kfactk.samples import LayerCall, Samples, Statistic
 
 Tensors = Mapping[str, Tensor]
 """Named tensors: factors, one decomposed factor, or moments."""
@@ -76,10 +76,12 @@ class Curvature(Protocol):
     def tensors(self, layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
         """Inverse of `matrix`."""
 
-    def blank(self, layer: Layer) -> Use:
+    def blank(self, layer: Layer) -> LayerCall:
         """A use of the layer on zeros, of the smallest valid size: tells the shapes of factors and moments without data."""
 
-    def samples(self, layer: Layer, uses: Sequence[Use], *, terms: Tensor | float, first: bool) -> Samples:
+    def samples(
+        self, layer: Layer, uses: Sequence[LayerCall], *, terms: Tensor | float, first: bool
+    ) -> Samples:
         """View the uses of the layer in one forward as samples; several uses of a shared module concatenate along T."""
 
     def factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
@@ -106,7 +108,7 @@ class PartsFactors(Protocol):
 
 
 @attrs.frozen(eq=False)
-class Coupling:
+class FactorContext:
     """What couples the factors of one layer when each is decomposed on its own.
 
     Args:
@@ -149,7 +151,7 @@ class Basis(Protocol):
     def moment_decay(self) -> float:
         """Decay of the running mean of the moments; 0 keeps the last mini-batch's."""
 
-    def decompose(self, name: str, matrix: Tensor, coupling: Coupling) -> dict[str, Tensor]:
+    def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> dict[str, Tensor]:
         """Decompose one matrix, `[..., n, n]`.
 
         Raises:
@@ -159,16 +161,24 @@ class Basis(Protocol):
     def moments(self, decomposition: Decomposition, samples: Samples) -> dict[str, Statistic]:
         """Moments measured on per-example gradients, in the basis; empty for a basis without any."""
 
-    def gradient_moments(self, decomposition: Decomposition, gradient: Tensor, terms: Tensor | float) -> dict[str, Statistic]:
+    def gradient_moments(
+        self, decomposition: Decomposition, gradient: Tensor, terms: Tensor | float
+    ) -> dict[str, Statistic]:
         """Moments measured on the mini-batch mean gradient `[..., d_out, d_in]` over `terms` likelihood terms."""
 
-    def transport(self, moments: Tensors, old: Decomposition, new: Decomposition) -> dict[str, Tensor]:
+    def transport(
+        self, moments: Tensors, old: Decomposition, new: Decomposition
+    ) -> dict[str, Tensor]:
         """Carry moments from the old basis to the new one; what is left out is reset."""
 
-    def precondition(self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
+    def precondition(
+        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
+    ) -> Tensor:
         """`(F + damping I)^-1` applied to `[..., d_out, d_in]`. `moments` may be empty: no batch has been measured yet."""
 
-    def product(self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors) -> Tensor:
+    def product(
+        self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors
+    ) -> Tensor:
         """`F` applied to `[..., d_out, d_in]`, undamped, F being what this basis represents."""
 
     def condition(self, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
@@ -182,7 +192,9 @@ class Redecomposes(Protocol):
     Laws: those of `decompose`. A subclass that replaces `decompose` alone has none.
     """
 
-    def redecompose(self, name: str, matrix: Tensor, coupling: Coupling, last: Tensors) -> dict[str, Tensor]:
+    def redecompose(
+        self, name: str, matrix: Tensor, context: FactorContext, last: Tensors
+    ) -> dict[str, Tensor]:
         """Decompose one matrix of which there is a decomposition already, of an earlier average.
 
         Raises:
@@ -240,7 +252,13 @@ class Fisher(Protocol):
     own_pass: ClassVar[bool]
     """Whether the framework runs backward passes of its own over `losses`; otherwise the user's own backward is listened to."""
 
-    def losses(self, view: Tensor, likelihood: Likelihood, weights: Tensor | None, generator: torch.Generator) -> Iterator[Tensor]:
+    def losses(
+        self,
+        view: Tensor,
+        likelihood: Likelihood,
+        weights: Tensor | None,
+        generator: torch.Generator,
+    ) -> Iterator[Tensor]:
         """Scalar summed losses of one forward, scaled so that the **sum** of their gradients' outer products is M F."""
 
     @property
@@ -249,7 +267,7 @@ class Fisher(Protocol):
 
 
 @attrs.frozen(eq=False)
-class Pair:
+class GradientPair:
     """One preconditioned parameter on its way to the update rule.
 
     Args:
@@ -270,14 +288,16 @@ Dot = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 class Clip(Protocol):
     """Bounds the preconditioned gradients. Laws: never enlarges; zero stays zero."""
 
-    def clip(self, pairs: Sequence[Pair], dot: Dot) -> tuple[list[Tensor], Tensor]:
+    def clip(self, pairs: Sequence[GradientPair], dot: Dot) -> tuple[list[Tensor], Tensor]:
         """The clipped preconditioned gradients, in order, and the factor (1 for untouched) as a scalar tensor for the record."""
 
 
 class Update(Protocol):
     """Makes the torch.optim optimiser that takes the step."""
 
-    def make(self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    def make(
+        self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float
+    ) -> torch.optim.Optimizer:
         """The optimiser over `groups` (dicts with "params" and, perhaps, their own "lr" and "weight_decay", which must be kept)."""
 
 
@@ -306,7 +326,7 @@ class Tracker(Protocol):
     def start(self, recipe: Mapping[str, Any]) -> None:
         """Called once, at bind, with the recipe as text-safe nested mappings."""
 
-    def record(self, step: int, figures: Mapping[str, Tensor | float]) -> None:
+    def record(self, step: int, metrics: Mapping[str, Tensor | float]) -> None:
         """Take figures of one step; 0-dimensional tensors may still be on the device."""
 
     def flush(self) -> None:

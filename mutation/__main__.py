@@ -18,11 +18,33 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m mutation", description=__doc__)
     parser.add_argument("--list", action="store_true", help="print the mutants, and run nothing")
-    parser.add_argument("--only", action="append", default=[], metavar="NAME", help="run the mutants whose name holds this; repeatable")
-    parser.add_argument("--sample", type=int, default=120, metavar="N", help="how many mutants the tool makes (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="which ones (default: %(default)s)")
-    parser.add_argument("--explained", action="store_true", help="run those of the sample too that are explained")
-    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 8), metavar="N", help="how many at a time")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="run the mutants whose name holds this; repeatable",
+    )
+    parser.add_argument(
+        "--sample",
+        type=int,
+        default=120,
+        metavar="N",
+        help="how many mutants the tool makes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="which ones (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--explained", action="store_true", help="run those of the sample too that are explained"
+    )
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=min(os.cpu_count() or 1, 8),
+        metavar="N",
+        help="how many at a time",
+    )
     return parser.parse_args(given)
 
 
@@ -35,9 +57,17 @@ def main(given: Sequence[str] | None = None, root: Path = ROOT) -> int:
     except MutantError as error:
         print(error, file=sys.stderr)
         return 2
-    ours, made = ([m for m in each if not options.only or any(text in m.name for text in options.only)] for each in (ours, made))
+    ours, made = (
+        [m for m in each if not options.only or any(text in m.name for text in options.only)]
+        for each in (ours, made)
+    )
     if options.list:
-        print("\n".join(f"{mutant.name}  [{mutant.path}]" if mutant in ours else mutant.name for mutant in [*ours, *made]))
+        print(
+            "\n".join(
+                f"{mutant.name}  [{mutant.path}]" if mutant in ours else mutant.name
+                for mutant in [*ours, *made]
+            )
+        )
         return 0
     start = time.monotonic()
     told = [mutant for mutant in made if mutant.name in reasons and not options.explained]
@@ -47,12 +77,21 @@ def main(given: Sequence[str] | None = None, root: Path = ROOT) -> int:
     verdicts = {}
     for verdict in runner.run(running, options.jobs, root):
         verdicts[verdict.mutant.name] = verdict
-        print(f"[{len(verdicts)}/{len(running)}] {verdict.outcome}: {verdict.mutant.name}", file=sys.stderr, flush=True)
+        print(
+            f"[{len(verdicts)}/{len(running)}] {verdict.outcome}: {verdict.mutant.name}",
+            file=sys.stderr,
+            flush=True,
+        )
     for mutant in told:
         verdicts[mutant.name] = Verdict(mutant, "explained", reasons[mutant.name], 0.0)
-    failures = report("the committed list", [verdicts[mutant.name] for mutant in ours], {}, strict=True)
+    failures = report(
+        "the committed list", [verdicts[mutant.name] for mutant in ours], {}, strict=True
+    )
     failures += report(
-        f"{len(made)} mutants made by cosmic-ray, seed {options.seed}", [verdicts[m.name] for m in made], reasons, strict=False
+        f"{len(made)} mutants made by cosmic-ray, seed {options.seed}",
+        [verdicts[m.name] for m in made],
+        reasons,
+        strict=False,
     )
     print(f"\n{time.monotonic() - start:.0f} s, {options.jobs} at a time")
     return 1 if failures else 0
@@ -61,7 +100,11 @@ def main(given: Sequence[str] | None = None, root: Path = ROOT) -> int:
 def sound(mutants: Sequence[Mutant], jobs: int, root: Path) -> bool:
     """Whether the tests pass without any mutant: those that fail anyway would kill them all."""
     paths = sorted({path for mutant in mutants for path in mutant.tests})
-    wanted = [path for path in paths if not any(other != path and Path(path).is_relative_to(other) for other in paths)]
+    wanted = [
+        path
+        for path in paths
+        if not any(other != path and Path(path).is_relative_to(other) for other in paths)
+    ]
     if not wanted:
         return True
     with runner.Bench(root) as bench:
@@ -74,7 +117,9 @@ def sound(mutants: Sequence[Mutant], jobs: int, root: Path) -> bool:
     return outcome == "survived"
 
 
-def report(title: str, verdicts: Sequence[Verdict], reasons: dict[str, str], *, strict: bool) -> int:
+def report(
+    title: str, verdicts: Sequence[Verdict], reasons: dict[str, str], *, strict: bool
+) -> int:
     """Print a table.
 
     Args:
@@ -96,11 +141,19 @@ def report(title: str, verdicts: Sequence[Verdict], reasons: dict[str, str], *, 
         wrong = verdict.outcome == "broken" or (not verdict.noticed and not excused)
         failures += wrong
         counts[verdict.outcome] = counts.get(verdict.outcome, 0) + 1
-        name = verdict.mutant.name if verdict.mutant.path in verdict.mutant.name else f"{verdict.mutant.name}  [{verdict.mutant.path}]"
-        print(f"{verdict.outcome.upper() if wrong else verdict.outcome:<10} {verdict.seconds:6.1f}  {name}")
+        name = (
+            verdict.mutant.name
+            if verdict.mutant.path in verdict.mutant.name
+            else f"{verdict.mutant.name}  [{verdict.mutant.path}]"
+        )
+        print(
+            f"{verdict.outcome.upper() if wrong else verdict.outcome:<10} {verdict.seconds:6.1f}  {name}"
+        )
         if verdict.by:
             print(f"{'':<17}    {verdict.by}")
-    print(f"\n{len(verdicts)} mutants: {', '.join(f'{count} {outcome}' for outcome, count in sorted(counts.items()))}")
+    print(
+        f"\n{len(verdicts)} mutants: {', '.join(f'{count} {outcome}' for outcome, count in sorted(counts.items()))}"
+    )
     return failures
 
 

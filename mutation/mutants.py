@@ -58,15 +58,25 @@ def listed(root: Path = ROOT, path: Path = LISTED) -> list[Mutant]:
 
 def _made(entry: dict[str, Any], root: Path) -> Mutant:
     name = entry.get("name", "a mutant without a name")
-    if lacking := [key for key in ("name", "path", "old", "new", "why", "tests") if key not in entry]:
+    if lacking := [
+        key for key in ("name", "path", "old", "new", "why", "tests") if key not in entry
+    ]:
         raise MutantError(f"{name}: {', '.join(lacking)} is missing")
     if unknown := sorted(set(entry) - {"name", "path", "old", "new", "why", "tests", "hangs"}):
         raise MutantError(f"{name}: there is no {', '.join(unknown)}")
     text, old, new = (root / entry["path"]).read_text(), entry["old"], entry["new"]
     if text.count(old) != 1 or old == new:
-        raise MutantError(f"{name}: its text stands {text.count(old)} times in {entry['path']}, where once is wanted:\n{old}")
+        raise MutantError(
+            f"{name}: its text stands {text.count(old)} times in {entry['path']}, where once is wanted:\n{old}"
+        )
     _present(name, entry["tests"], root)
-    return Mutant(name, entry["path"], text.replace(old, new), tuple(entry["tests"]), hangs=entry.get("hangs", False))
+    return Mutant(
+        name,
+        entry["path"],
+        text.replace(old, new),
+        tuple(entry["tests"]),
+        hangs=entry.get("hangs", False),
+    )
 
 
 def _present(name: str, tests: Iterable[str], root: Path) -> None:

@@ -21,7 +21,18 @@ import attrs
 from mutation.mutants import ROOT, Mutant
 from mutation.witness import ELSEWHERE, FOLDER, INVALID, MODULE, REPORT
 
-COPIED = ("kfactk", "plugins", "tests", "mutation", "experiments", "docs", "pyproject.toml", "noxfile.py", "README.md", "CHANGELOG.md")
+COPIED = (
+    "kfactk",
+    "plugins",
+    "tests",
+    "mutation",
+    "experiments",
+    "docs",
+    "pyproject.toml",
+    "noxfile.py",
+    "README.md",
+    "CHANGELOG.md",
+)
 NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.egg-info", ".hypothesis", "build", "dist")
 PATIENCE = 900.0
 """Seconds after which the tests of a mutant are given up."""
@@ -87,14 +98,18 @@ class Bench:
         file.write_text(mutant.source)
         try:
             for i, path in enumerate(mutant.tests):
-                outcome, by = self.run([path], mutant.module, [f"--ignore={seen}" for seen in mutant.tests[:i]])
+                outcome, by = self.run(
+                    [path], mutant.module, [f"--ignore={seen}" for seen in mutant.tests[:i]]
+                )
                 if outcome != "survived":
                     break
         finally:
             file.write_text(original)
         return Verdict(mutant, outcome, by, time.monotonic() - start)
 
-    def run(self, tests: Sequence[str], module: str, options: Sequence[str] = ()) -> tuple[str, str]:
+    def run(
+        self, tests: Sequence[str], module: str, options: Sequence[str] = ()
+    ) -> tuple[str, str]:
         """Run tests until the first one fails.
 
         Args:
@@ -108,7 +123,9 @@ class Bench:
         report = self.folder.parent / "report.json"
         report.unlink(missing_ok=True)
         environment = {
-            **{name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")},  # the copy is not to be measured
+            **{
+                name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")
+            },  # the copy is not to be measured
             FOLDER: str(self.folder),
             MODULE: module,
             REPORT: str(report),
@@ -117,7 +134,17 @@ class Bench:
             "OMP_NUM_THREADS": "1",
             "KFACTK_LAWS": "quick",
         }
-        pytest = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", "mutation.witness"]
+        pytest = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-x",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-p",
+            "mutation.witness",
+        ]
         code, said = self._finish([*pytest, *options, *tests], environment)
         if code is None:
             return "timed out", f"after {self._patience:g} s"
@@ -129,12 +156,22 @@ class Bench:
             return "killed", str(json.loads(report.read_text()))
         return "broken", said[-2000:]
 
-    def _finish(self, command: Sequence[str], environment: dict[str, str]) -> tuple[int | None, str]:
+    def _finish(
+        self, command: Sequence[str], environment: dict[str, str]
+    ) -> tuple[int | None, str]:
         """Exit code and output; no code where it did not end in time. Processes that it started end with it."""
         if self._closed:
             return -signal.SIGINT, "interrupted"
         pipe, both = subprocess.PIPE, subprocess.STDOUT
-        process = subprocess.Popen(command, cwd=self.folder, env=environment, stdout=pipe, stderr=both, text=True, start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=environment,
+            stdout=pipe,
+            stderr=both,
+            text=True,
+            start_new_session=True,
+        )
         self._process = process
         try:
             said, _ = process.communicate(timeout=self._patience)

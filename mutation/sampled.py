@@ -20,8 +20,8 @@ from mutation.mutants import ROOT, Mutant, MutantError
 EXPLAINED = Path(__file__).with_name("explained.toml")
 SOURCES = (
     "kfactk/linalg.py",
-    "kfactk/averages.py",
-    "kfactk/sums.py",
+    "kfactk/statistics.py",
+    "kfactk/statistics.py",
     "kfactk/samples.py",
     "plugins/kfactk_stages/curvature",
     "plugins/kfactk_stages/basis",
@@ -73,7 +73,9 @@ def sample(count: int, seed: int, root: Path = ROOT) -> list[Mutant]:
     """`count` mutants, one a place. Changes of the source exchange few of them: the draw is by a hash of each one's surroundings."""
 
     def lot(c: Candidate) -> bytes:
-        return hashlib.blake2b(f"{seed} {c.path} {c.where} {c.line} {c.operator} {c.place[1]}".encode()).digest()
+        return hashlib.blake2b(
+            f"{seed} {c.path} {c.where} {c.line} {c.operator} {c.place[1]}".encode()
+        ).digest()
 
     found: dict[tuple[str, tuple[int, int]], Mutant] = {}
     for candidate in sorted(candidates(root), key=lot) if count else ():
@@ -98,10 +100,19 @@ def explained(root: Path = ROOT, path: Path = EXPLAINED) -> dict[str, str]:
         key = _key(entry["path"], entry["where"], entry["old"], entry["new"])
         if not entry.get("because"):
             raise MutantError(f"no reason is given for\n{key}")
-        near = [c for c in there if (c.path, c.where) == (entry["path"], entry["where"]) and entry["old"].startswith(c.line)]
+        near = [
+            c
+            for c in there
+            if (c.path, c.where) == (entry["path"], entry["where"])
+            and entry["old"].startswith(c.line)
+        ]
         text = (root / entry["path"]).read_text() if near else ""
-        if not any((source := c.source(text)) is not None and c.key(text, source) == key for c in near):
-            raise MutantError(f"stale: no mutant is this any more, so take the entry out or bring it up to date:\n{key}")
+        if not any(
+            (source := c.source(text)) is not None and c.key(text, source) == key for c in near
+        ):
+            raise MutantError(
+                f"stale: no mutant is this any more, so take the entry out or bring it up to date:\n{key}"
+            )
         found[key] = entry["because"]
     return found
 
@@ -126,8 +137,12 @@ def candidates_of(path: str, text: str) -> list[Candidate]:
         operator = kind()
         places = [start for node in nodes for start, _ in operator.mutation_positions(node)]
         for occurrence, place in enumerate(places):
-            where = max((span for span in names if span[0] <= place[0] <= span[1]), default=(0, 0, "module"))[2]
-            found.append(Candidate(path, where, lines[place[0] - 1].strip(), name, occurrence, place))
+            where = max(
+                (span for span in names if span[0] <= place[0] <= span[1]), default=(0, 0, "module")
+            )[2]
+            found.append(
+                Candidate(path, where, lines[place[0] - 1].strip(), name, occurrence, place)
+            )
     return found
 
 
@@ -166,7 +181,9 @@ def _names(text: str) -> list[tuple[int, int, str]]:
     def visit(node: ast.AST, prefix: str) -> None:
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.FunctionDef | ast.ClassDef):
-                first = min([child.lineno, *(decorator.lineno for decorator in child.decorator_list)])
+                first = min(
+                    [child.lineno, *(decorator.lineno for decorator in child.decorator_list)]
+                )
                 found.append((first, child.end_lineno or first, prefix + child.name))
                 visit(child, f"{prefix}{child.name}.")
             else:
@@ -178,8 +195,14 @@ def _names(text: str) -> list[tuple[int, int, str]]:
 
 def _difference(text: str, source: str) -> tuple[str, str]:
     old, new = text.splitlines(), source.splitlines()
-    changed = [step for step in difflib.SequenceMatcher(a=old, b=new, autojunk=False).get_opcodes() if step[0] != "equal"]
-    return _joined(line for _, i, j, _, _ in changed for line in old[i:j]), _joined(line for *_, i, j in changed for line in new[i:j])
+    changed = [
+        step
+        for step in difflib.SequenceMatcher(a=old, b=new, autojunk=False).get_opcodes()
+        if step[0] != "equal"
+    ]
+    return _joined(line for _, i, j, _, _ in changed for line in old[i:j]), _joined(
+        line for *_, i, j in changed for line in new[i:j]
+    )
 
 
 def _joined(lines: Iterable[str]) -> str:
@@ -188,6 +211,9 @@ def _joined(lines: Iterable[str]) -> str:
 
 def _mutant(name: str, path: str, source: str, root: Path) -> Mutant:
     folder, stem = Path(path.removeprefix("plugins/")).parent, Path(path).stem
-    mirrored = sorted(found.relative_to(root).as_posix() for found in (root / "tests" / folder).glob(f"test_{stem}*.py"))
+    mirrored = sorted(
+        found.relative_to(root).as_posix()
+        for found in (root / "tests" / folder).glob(f"test_{stem}*.py")
+    )
     first = mirrored or [f"tests/{folder.as_posix()}"]
     return Mutant(name, path, source, (*first, *MORE))

@@ -19,16 +19,29 @@ INVALID, ELSEWHERE = 90, 91
 def pytest_sessionstart(session: pytest.Session) -> None:
     """Look before any test is collected."""
     hypothesis.settings.register_profile(  # the same examples every time, and no time spent on finding the smallest that fails
-        "mutants", deadline=None, derandomize=True, database=None, phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate)
+        "mutants",
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=(hypothesis.Phase.explicit, hypothesis.Phase.generate),
     )
     hypothesis.settings.load_profile("mutants")
     try:
-        modules = [importlib.import_module(name) for name in ("kfactk", "kfactk_stages", os.environ[MODULE])]
+        modules = [
+            importlib.import_module(name)
+            for name in ("kfactk", "kfactk_stages", os.environ[MODULE])
+        ]
     except Exception as error:
-        pytest.exit(f"{os.environ[MODULE]} cannot be imported: {type(error).__name__}: {error}", returncode=INVALID)
+        pytest.exit(
+            f"{os.environ[MODULE]} cannot be imported: {type(error).__name__}: {error}",
+            returncode=INVALID,
+        )
     for module in modules:
         if not Path(str(module.__file__)).is_relative_to(os.environ[FOLDER]):
-            pytest.exit(f"{module.__name__} was imported from {module.__file__}, not from the copy", returncode=ELSEWHERE)
+            pytest.exit(
+                f"{module.__name__} was imported from {module.__file__}, not from the copy",
+                returncode=ELSEWHERE,
+            )
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:

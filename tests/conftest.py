@@ -6,7 +6,7 @@ import hypothesis
 import pytest
 import torch
 
-from kfactk.testing.ranks import shared_workers
+from kfactk.testing._support.ranks import shared_workers
 
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)

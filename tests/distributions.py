@@ -23,21 +23,28 @@ class Site:
 
     def module(self, name: str, source: str) -> None:
         """Write an importable module; `hookimpl` and `attrs` are imported for it."""
-        header = "from __future__ import annotations\nimport attrs\nfrom kfactk.hookspecs import hookimpl\n"
+        header = "from __future__ import annotations\nimport attrs\nfrom kfactk.registry.hookspecs import hookimpl\n"
         (self.folder / f"{name}.py").write_text(header + textwrap.dedent(source))
         self.modules.append(name)
 
-    def install(self, distribution: str, entry_points: Mapping[str, str], version: str = "1.0") -> None:
+    def install(
+        self, distribution: str, entry_points: Mapping[str, str], version: str = "1.0"
+    ) -> None:
         """Write the metadata of a distribution with entry points of the group `kfactk`."""
         folder = self.folder / f"{distribution.replace('-', '_')}-{version}.dist-info"
         folder.mkdir()
-        (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n")
+        (folder / "METADATA").write_text(
+            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: {version}\n"
+        )
         lines = [f"{name} = {value}" for name, value in entry_points.items()]
         (folder / "entry_points.txt").write_text("\n".join(["[kfactk]", *lines]) + "\n")
 
     def entry_points(self) -> list[EntryPoint]:
         """Entry points of the distributions in the folder, in their order on disk made steady."""
-        found = sorted(importlib.metadata.distributions(path=[str(self.folder)]), key=lambda each: each.metadata["Name"])
+        found = sorted(
+            importlib.metadata.distributions(path=[str(self.folder)]),
+            key=lambda each: each.metadata["Name"],
+        )
         return [entry for each in found for entry in each.entry_points]
 
 

@@ -44,7 +44,9 @@ def template(node: ast.AST) -> str | None:
         case ast.Constant(value=str(text)):
             parts = [text]
         case ast.JoinedStr(values=values):
-            parts = [str(value.value) if isinstance(value, ast.Constant) else "…" for value in values]
+            parts = [
+                str(value.value) if isinstance(value, ast.Constant) else "…" for value in values
+            ]
         case _:
             return None
     return re.sub("…+", "…", " ".join("".join(parts).split()))
@@ -61,7 +63,11 @@ def _messages(node: ast.AST, file: str, kind: str) -> Iterator[Message]:
     if text is not None:
         if words(text):
             yield Message(text, kind, f"{file}:{getattr(node, 'lineno', 0)}")
-        fills = [value.value for value in node.values if isinstance(value, ast.FormattedValue)] if isinstance(node, ast.JoinedStr) else []
+        fills = (
+            [value.value for value in node.values if isinstance(value, ast.FormattedValue)]
+            if isinstance(node, ast.JoinedStr)
+            else []
+        )
         for fill in fills:
             yield from _messages(fill, file, kind="")
         return

@@ -13,7 +13,7 @@ from torch import nn
 
 import kfactk
 from kfactk.__main__ import main
-from kfactk.registry import registry
+from kfactk.registry.registry import registry
 from kfactk.testing import BasisLaws
 from tests.kfactk.testing.broken import caught
 from tests.test_docs import Block, blocks
@@ -32,14 +32,23 @@ def titled() -> list[tuple[str, Block]]:
 
 def test_blocks_are_taken_from_their_files() -> None:
     for name, block in titled():
-        assert block.text in (FOLDER / name).read_text() + "\n", f"docs/plugins.md:{block.line} is not in {name}"
+        assert block.text in (FOLDER / name).read_text() + "\n", (
+            f"docs/plugins.md:{block.line} is not in {name}"
+        )
 
 
 def test_the_page_shows_the_modules_whole() -> None:
     """Whatever in them is code stands on the page, but for private functions."""
-    shown = {name: "".join(block.text for other, block in titled() if other == name) for name in (f"{NAME}.py", f"test_{NAME}.py")}
+    shown = {
+        name: "".join(block.text for other, block in titled() if other == name)
+        for name in (f"{NAME}.py", f"test_{NAME}.py")
+    }
     for name, text in shown.items():
-        lines = [line for line in (FOLDER / name).read_text().partition("annotations\n")[2].splitlines() if line]
+        lines = [
+            line
+            for line in (FOLDER / name).read_text().partition("annotations\n")[2].splitlines()
+            if line
+        ]
         missing = [line for line in lines if line not in text]
         assert len(missing) <= 5, f"{name}: {missing}"  # `_damped`
 
@@ -73,22 +82,32 @@ def diagonal(source: str) -> Iterator[ModuleType]:
             "damping).to(gradient.dtype)",
             "damping).sqrt().to(gradient.dtype)",
             "test_it_is_the_dense_damped_inverse",
-            [r"without moments, precondition is not the inverse .*", r"basis .* breaks a law of its family: P is the inverse .*"],
+            [
+                r"without moments, precondition is not the inverse .*",
+                r"basis .* breaks a law of its family: P is the inverse .*",
+            ],
         ),
         (
             "if not matrix.isfinite().all():",
             "if False:",
             "test_a_matrix_that_is_not_finite_is_refused",
-            [r"decompose\('square', \.\.\.\) took a matrix .*", r"basis .* breaks a law of its family: A matrix with NaN or inf .*"],
+            [
+                r"decompose\('square', \.\.\.\) took a matrix .*",
+                r"basis .* breaks a law of its family: A matrix with NaN or inf .*",
+            ],
         ),
     ],
 )
-def test_laws_say_what_the_page_shows(source: str, diagonal: ModuleType, right: str, wrong: str, law: str, lines: list[str]) -> None:
+def test_laws_say_what_the_page_shows(
+    source: str, diagonal: ModuleType, right: str, wrong: str, law: str, lines: list[str]
+) -> None:
     assert source.count(right) == 1
     broken = load(source.replace(right, wrong))
     found = caught(BasisLaws, broken.DiagonalInverse, law, shrunk=False, curvature="diagonal")[law]
     shown = "\n".join(block.text for block in blocks(PAGE) if block.language == "text")
-    mistake = next(line.replace(right, wrong).strip() for line in source.splitlines() if right in line)
+    mistake = next(
+        line.replace(right, wrong).strip() for line in source.splitlines() if right in line
+    )
     assert mistake in shown or wrong == "if False:"
     for line in lines:
         (said,), (printed,) = re.findall(line, found), re.findall(line, shown)
@@ -96,7 +115,9 @@ def test_laws_say_what_the_page_shows(source: str, diagonal: ModuleType, right: 
         assert re.sub("holds (nan|inf)", "holds nan", said) == printed
 
 
-def test_new_plugin_says_what_the_page_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_new_plugin_says_what_the_page_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     command, shown = blocks(PAGE)[:2]
     assert command.text.startswith("$ python -m kfactk ")
@@ -106,8 +127,14 @@ def test_new_plugin_says_what_the_page_shows(tmp_path: Path, monkeypatch: pytest
 
 def test_it_is_made_as_new_plugin_would(tmp_path: Path) -> None:
     """Its pyproject.toml is what `new-plugin` writes, but for the description and the entry point, which stands for two stages."""
-    assert main(["new-plugin", "kfactk-diagonal", "--stage", "basis", "--directory", str(tmp_path)]) == 0
-    ours, fresh = (tomllib.loads((folder / "pyproject.toml").read_text()) for folder in (FOLDER, tmp_path / "kfactk-diagonal"))
+    assert (
+        main(["new-plugin", "kfactk-diagonal", "--stage", "basis", "--directory", str(tmp_path)])
+        == 0
+    )
+    ours, fresh = (
+        tomllib.loads((folder / "pyproject.toml").read_text())
+        for folder in (FOLDER, tmp_path / "kfactk-diagonal")
+    )
     for each in (ours, fresh):
         del each["project"]["description"], each["project"]["entry-points"]
     assert ours == fresh
@@ -120,9 +147,18 @@ def test_there_is_nothing_to_choose(diagonal: ModuleType, spatial: str) -> None:
 
 
 def test_it_trains_and_is_written_down(diagonal: ModuleType) -> None:
-    recipe = kfactk.build(curvature={"name": "diagonal", "batch_dim": 1}, basis="diagonal", clip="none", update="sgd", lr=0.1, damping=0.1)
+    recipe = kfactk.build(
+        curvature={"name": "diagonal", "batch_dim": 1},
+        basis="diagonal",
+        clip="none",
+        update="sgd",
+        lr=0.1,
+        damping=0.1,
+    )
     assert recipe.to_dict()["curvature"] == {"name": "diagonal", "batch_dim": 1}
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3))
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)
+    )
     optimizer = recipe.bind(model)
     x, y = torch.randn(32, 1, 4, 4), torch.randint(3, (32,))
     losses = []

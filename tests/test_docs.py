@@ -16,8 +16,9 @@ import attrs
 import pytest
 
 import kfactk
-from kfactk import hookspecs, testing
-from kfactk.registry import registry
+from kfactk import testing
+from kfactk.registry import hookspecs
+from kfactk.registry.registry import registry
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -25,15 +26,42 @@ DOCS = "\n".join(page.read_text() for page in PAGES[1:])
 COMMANDS = ["pip install nox && nox -s experiments", "pip install nox && nox -s tests"]
 
 NOT_RUN = "{ .python .not-run }"
-LANGUAGES = {"python", NOT_RUN, "console", "toml", "text", 'text title="Output"', "math", "laws", "message"}
-LANGUAGES |= {f'py title="{path.name}"' for path in (ROOT / "docs" / "examples").glob("*.py")}  # included, and run by tests/docs
-LANGUAGES |= {'python title="kfactk_diagonal.py"', 'python title="test_kfactk_diagonal.py"', 'toml title="pyproject.toml"'}
+LANGUAGES = {
+    "python",
+    NOT_RUN,
+    "console",
+    "toml",
+    "text",
+    'text title="Output"',
+    "math",
+    "laws",
+    "message",
+}
+LANGUAGES |= {
+    f'py title="{path.name}"' for path in (ROOT / "docs" / "examples").glob("*.py")
+}  # included, and run by tests/docs
+LANGUAGES |= {
+    'python title="kfactk_diagonal.py"',
+    'python title="test_kfactk_diagonal.py"',
+    'toml title="pyproject.toml"',
+}
 MOST_NOT_RUN = 2
 
 page_names = [str(page.relative_to(ROOT)) for page in PAGES]
 OURS = "kfactk"
 """The distribution that our own stages come with."""
-GREEK = {"alpha": "α", "delta": "δ", "epsilon": "ε", "lambda": "λ", "mu": "μ", "nu": "ν", "phi": "φ", "pi": "π", "rho": "ρ", "tau": "τ"}
+GREEK = {
+    "alpha": "α",
+    "delta": "δ",
+    "epsilon": "ε",
+    "lambda": "λ",
+    "mu": "μ",
+    "nu": "ν",
+    "phi": "φ",
+    "pi": "π",
+    "rho": "ρ",
+    "tau": "τ",
+}
 GREEK |= {"theta": "θ", "Omega": "Ω", "eta": "η", "gamma": "γ", "sigma": "σ"}
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=page_names)
@@ -66,12 +94,18 @@ def blocks(page: Path) -> list[Block]:
 
 @each_page
 def test_fences_are_of_known_kinds(page: Path) -> None:
-    odd = [f"line {block.line}: {block.language!r}" for block in blocks(page) if block.language not in LANGUAGES]
+    odd = [
+        f"line {block.line}: {block.language!r}"
+        for block in blocks(page)
+        if block.language not in LANGUAGES
+    ]
     assert not odd, f"use one of {sorted(LANGUAGES)}, so that examples are run: {odd}"
 
 
 def test_few_examples_are_not_run() -> None:
-    assert sum(block.language == NOT_RUN for page in PAGES for block in blocks(page)) <= MOST_NOT_RUN
+    assert (
+        sum(block.language == NOT_RUN for page in PAGES for block in blocks(page)) <= MOST_NOT_RUN
+    )
 
 
 @each_page
@@ -90,25 +124,36 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             printed = out.getvalue()
         elif block.language.startswith("text title"):
             flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-            assert doctest.OutputChecker().check_output(block.text, printed, flags), f"line {block.line}: printed\n{printed}"
+            assert doctest.OutputChecker().check_output(block.text, printed, flags), (
+                f"line {block.line}: printed\n{printed}"
+            )
         elif block.language.split(" title")[0] == "toml":
             tomllib.loads(block.text)
 
 
 def test_readme_names_exactly_two_commands() -> None:
     readme = PAGES[0]
-    shell = [line.removeprefix("$ ") for block in blocks(readme) if block.language == "console" for line in block.text.splitlines()]
+    shell = [
+        line.removeprefix("$ ")
+        for block in blocks(readme)
+        if block.language == "console"
+        for line in block.text.splitlines()
+    ]
     assert shell == COMMANDS
     prose = readme.read_text()
     for command in COMMANDS:
         prose = prose.replace(command, "")
-    assert not re.search(r"\b(pip|uv|conda|nox -s|git clone|apt)\b", prose), "a set-up command besides the two"
+    assert not re.search(r"\b(pip|uv|conda|nox -s|git clone|apt)\b", prose), (
+        "a set-up command besides the two"
+    )
 
 
 def test_the_documentation_is_built_so_that_warnings_count() -> None:
     source = (ROOT / "noxfile.py").read_text()
     assert '"--strict"' in source
-    assert "--quiet" not in source.split("def docs(")[1].split("@nox")[0], "under --quiet mkdocs counts no warnings, so --strict is void"
+    assert "--quiet" not in source.split("def docs(")[1].split("@nox")[0], (
+        "under --quiet mkdocs counts no warnings, so --strict is void"
+    )
 
 
 def test_the_commands_are_nox_sessions() -> None:
@@ -118,11 +163,19 @@ def test_the_commands_are_nox_sessions() -> None:
 
 
 def hooks() -> list[str]:
-    return [name for name, _ in inspect.getmembers(hookspecs, inspect.isfunction) if name.startswith("kfactk_")]
+    return [
+        name
+        for name, _ in inspect.getmembers(hookspecs, inspect.isfunction)
+        if name.startswith("kfactk_")
+    ]
 
 
 def public_names(module: types.ModuleType = kfactk) -> list[str]:
-    return [name for name, value in vars(module).items() if not name.startswith("_") and not inspect.ismodule(value)]
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_") and not inspect.ismodule(value)
+    ]
 
 
 def test_hooks_and_public_names_are_found() -> None:
@@ -136,7 +189,11 @@ def test_hooks_are_documented(name: str) -> None:
 
 
 def test_public_names_are_documented() -> None:
-    missing = [name for name in public_names() if not re.search(rf"`(kfactk\.)?{name}\b|^::: kfactk\.(\w+\.)*{name}$", DOCS, re.MULTILINE)]
+    missing = [
+        name
+        for name in public_names()
+        if not re.search(rf"`(kfactk\.)?{name}\b|^::: kfactk\.(\w+\.)*{name}$", DOCS, re.MULTILINE)
+    ]
     assert not missing, f"no page of docs/ mentions {missing}"
 
 
@@ -162,14 +219,20 @@ def test_every_stage_is_described() -> None:
     """In the section of its family, by a row of a table or in words."""
     page = (ROOT / "docs" / "stages.md").read_text()
     sections = {part.split("\n")[0]: part for part in page.split("\n## ")[1:]}
-    missing = [info for info in registry().stages() if info.distribution == OURS and f"`{info.name}`" not in sections[info.family]]
+    missing = [
+        info
+        for info in registry().stages()
+        if info.distribution == OURS and f"`{info.name}`" not in sections[info.family]
+    ]
     assert not missing, f"docs/stages.md does not mention {missing}"
 
 
 def test_tables_of_options_are_those_of_the_registry() -> None:
     listed = {
         (family, stage, option.strip("`"), default.strip("`"))
-        for family, option, stages, default, _ in rows("stages.md", "| option | of | default | sets |")
+        for family, option, stages, default, _ in rows(
+            "stages.md", "| option | of | default | sets |"
+        )
         for stage in re.findall("`(.+?)`", stages)
     }
     there = {
@@ -178,23 +241,37 @@ def test_tables_of_options_are_those_of_the_registry() -> None:
         if info.distribution == OURS
         for option in info.options
     }
-    assert listed == there, f"docs/stages.md: lacks {sorted(there - listed)}, has {sorted(listed - there)}"
+    assert listed == there, (
+        f"docs/stages.md: lacks {sorted(there - listed)}, has {sorted(listed - there)}"
+    )
 
 
 def test_every_argument_of_build_is_in_a_page_besides_the_reference() -> None:
     prose = "\n".join(page.read_text() for page in PAGES[1:] if "reference" not in str(page))
-    missing = [name for name in inspect.signature(kfactk.build).parameters if name != "unknown" and not re.search(rf"\b{name}\b", prose)]
+    missing = [
+        name
+        for name in inspect.signature(kfactk.build).parameters
+        if name != "unknown" and not re.search(rf"\b{name}\b", prose)
+    ]
     assert not missing, f"no page says what {missing} of kfactk.build is for"
 
 
 def test_greek_letters_of_docstrings_are_in_the_mathematics() -> None:
     page = (ROOT / "docs" / "mathematics.md").read_text()
-    sources = "\n".join(path.read_text() for path in (ROOT / "plugins" / "kfactk_stages").rglob("*.py"))
-    missing = [name for name, letter in GREEK.items() if re.search(rf"\b{name}\d?\b", sources) and letter not in page]
+    sources = "\n".join(
+        path.read_text() for path in (ROOT / "plugins" / "kfactk_stages").rglob("*.py")
+    )
+    missing = [
+        name
+        for name, letter in GREEK.items()
+        if re.search(rf"\b{name}\d?\b", sources) and letter not in page
+    ]
     assert not missing, f"docs/mathematics.md does not explain {missing}"
     equations = set(re.findall(r"equation \(?(\d+)\)?", sources))
     assert equations, "no docstring names an equation"
-    assert all(rf"\tag{{{number}}}" in page for number in equations), f"docs/mathematics.md lacks one of the equations {equations}"
+    assert all(rf"\tag{{{number}}}" in page for number in equations), (
+        f"docs/mathematics.md lacks one of the equations {equations}"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -202,7 +279,14 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The documentation, built as `nox -s docs` does; a warning is an error."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}, check=False)
+    done = subprocess.run(
+        command,
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        check=False,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return folder
 
@@ -213,8 +297,11 @@ def described() -> dict[str, set[str]]:
     for module in (kfactk, testing):
         for name in public_names(module):
             value = getattr(module, name)
-            found[f"{module.__name__}.{name}"] = {f"{module.__name__}.{name}", f"{getattr(value, '__module__', '')}.{name}"}
-    found |= {hook: {f"kfactk.hookspecs.{hook}"} for hook in hooks()}
+            found[f"{module.__name__}.{name}"] = {
+                f"{module.__name__}.{name}",
+                f"{getattr(value, '__module__', '')}.{name}",
+            }
+    found |= {hook: {f"kfactk.registry.hookspecs.{hook}"} for hook in hooks()}
     for info in registry().stages():
         if info.distribution == OURS:
             stage = type(registry().resolve(info.family, info.name))
@@ -224,7 +311,11 @@ def described() -> dict[str, set[str]]:
 
 @pytest.mark.xdist_group("site")
 def test_the_reference_describes_every_public_name(site: Path) -> None:
-    anchors = {anchor for page in site.rglob("*.html") for anchor in re.findall(r'\bid="([^"]+)"', page.read_text())}
+    anchors = {
+        anchor
+        for page in site.rglob("*.html")
+        for anchor in re.findall(r'\bid="([^"]+)"', page.read_text())
+    }
     missing = [what for what, ids in described().items() if not ids & anchors]
     assert not missing, f"add `::: name` to a page in docs/reference*: {missing}"
 
@@ -233,9 +324,19 @@ def test_the_reference_describes_every_public_name(site: Path) -> None:
 def test_every_law_is_listed(site: Path) -> None:
     page = (site / "testing" / "index.html").read_text()
     for name in public_names(testing):
-        laws = [law for law in dir(getattr(testing, name)) if hasattr(getattr(getattr(testing, name), law), "kfactk_law")]
-        missing = [law for law in laws if f"<td>{law.removeprefix('test_').replace('_', ' ')}</td>" not in page]
-        assert not missing, f"docs/testing.md does not list {missing} of {name}: has it a fence ```laws with {name}?"
+        laws = [
+            law
+            for law in dir(getattr(testing, name))
+            if hasattr(getattr(getattr(testing, name), law), "kfactk_law")
+        ]
+        missing = [
+            law
+            for law in laws
+            if f"<td>{law.removeprefix('test_').replace('_', ' ')}</td>" not in page
+        ]
+        assert not missing, (
+            f"docs/testing.md does not list {missing} of {name}: has it a fence ```laws with {name}?"
+        )
 
 
 @pytest.mark.xdist_group("site")
@@ -243,7 +344,9 @@ def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
     fetched = {
         f"{page.relative_to(site)}: {tag}"
         for page in site.rglob("*.html")
-        for tag in re.findall(r"<(?:script|link|img)\b[^>]*?\b(?:src|href)=\"?(?:https?:)?//[^>]*>", page.read_text())
+        for tag in re.findall(
+            r"<(?:script|link|img)\b[^>]*?\b(?:src|href)=\"?(?:https?:)?//[^>]*>", page.read_text()
+        )
         if 'rel="canonical"' not in tag
     }
     assert not fetched, fetched
@@ -256,7 +359,9 @@ def test_formulas_are_typeset(site: Path) -> None:
         written = sum(block.language == "math" for block in blocks(page))
         if written:
             built = site / page.relative_to(ROOT / "docs").with_suffix("") / "index.html"
-            assert built.read_text().count("<math ") == written, f"{page.name}: formulas that are shown as they are written"
+            assert built.read_text().count("<math ") == written, (
+                f"{page.name}: formulas that are shown as they are written"
+            )
 
 
 def test_the_drawing_says_in_words_what_it_shows() -> None:
@@ -265,19 +370,31 @@ def test_the_drawing_says_in_words_what_it_shows() -> None:
     words = re.search("<desc.*?>(.+?)</desc>", drawing, re.DOTALL)
     assert words is not None
     for family in hookspecs.STAGE_HOOKS:
-        assert re.search(rf"\b{family}\b", words[1], re.IGNORECASE), f"the drawing's <desc> does not tell of the {family}"
-        assert f">{family.capitalize()}" in drawing.replace(">Tracker ", ">Tracker"), f"the drawing has no {family}"
+        assert re.search(rf"\b{family}\b", words[1], re.IGNORECASE), (
+            f"the drawing's <desc> does not tell of the {family}"
+        )
+        assert f">{family.capitalize()}" in drawing.replace(">Tracker ", ">Tracker"), (
+            f"the drawing has no {family}"
+        )
 
 
 @each_page
 def test_links_lead_somewhere(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
-    targets = [target for target in re.findall(r"\]\(([^)\s]+)\)", text) if not target.startswith(("https://", "#"))]
+    targets = [
+        target
+        for target in re.findall(r"\]\(([^)\s]+)\)", text)
+        if not target.startswith(("https://", "#"))
+    ]
     broken = [target for target in targets if not (page.parent / target.split("#")[0]).exists()]
     assert not broken, f"{page.name}: {broken}"
 
 
 def test_every_page_is_in_the_navigation() -> None:
     config = (ROOT / "mkdocs.yml").read_text()
-    missing = [name for page in PAGES[1:] if (name := page.relative_to(ROOT / "docs").as_posix()) not in config]
+    missing = [
+        name
+        for page in PAGES[1:]
+        if (name := page.relative_to(ROOT / "docs").as_posix()) not in config
+    ]
     assert not missing, f"mkdocs.yml does not list {missing}"

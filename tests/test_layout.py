@@ -49,7 +49,9 @@ class Import:
 def sources(package: str) -> dict[str, Path]:
     """Module name to file, for one of our packages."""
     root = ROOT / SETUPTOOLS["package-dir"][package]
-    return {module_name(package, path.relative_to(root)): path for path in sorted(root.rglob("*.py"))}
+    return {
+        module_name(package, path.relative_to(root)): path for path in sorted(root.rglob("*.py"))
+    }
 
 
 def module_name(package: str, path: Path) -> str:
@@ -70,8 +72,12 @@ def _imports(node: ast.AST, top: bool) -> Iterator[Import]:
             yield from (Import(alias.name, "", node.lineno, top) for alias in node.names)
             return
         case ast.ImportFrom():
-            assert node.level == 0, f"line {node.lineno}: import absolutely, so that this test can follow"
-            yield from (Import(node.module or "", alias.name, node.lineno, top) for alias in node.names)
+            assert node.level == 0, (
+                f"line {node.lineno}: import absolutely, so that this test can follow"
+            )
+            yield from (
+                Import(node.module or "", alias.name, node.lineno, top) for alias in node.names
+            )
             return
         case _:
             children = list(ast.iter_child_nodes(node))
@@ -87,7 +93,11 @@ def graph() -> dict[str, set[str]]:
     for name, path in files.items():
         found = set()
         for item in imports(path):
-            target = f"{item.module}.{item.name}" if f"{item.module}.{item.name}" in files else item.module
+            target = (
+                f"{item.module}.{item.name}"
+                if f"{item.module}.{item.name}" in files
+                else item.module
+            )
             if target in files and target != name:
                 found.add(target.removeprefix("kfactk").removeprefix("."))
         edges[name.removeprefix("kfactk").removeprefix(".")] = found
@@ -130,13 +140,20 @@ def test_no_import_cycle_in_the_core() -> None:
 
 
 def test_the_core_imports_from_modules_not_from_its_own_front() -> None:
-    fronts = sorted(name for name, targets in graph().items() if "" in targets and name.split(".")[0] not in {"__main__", "testing"})
+    fronts = sorted(
+        name
+        for name, targets in graph().items()
+        if "" in targets and name.split(".")[0] not in {"__main__", "testing"}
+    )
     assert not fronts, f"modules that import names from kfactk/__init__.py: {fronts}"
 
 
 @pytest.mark.parametrize(
     ("package", "forbidden"),
-    [("kfactk", {"kfactk_stages", "experiments", "tests"}), ("kfactk_stages", {"experiments", "tests"})],
+    [
+        ("kfactk", {"kfactk_stages", "experiments", "tests"}),
+        ("kfactk_stages", {"experiments", "tests"}),
+    ],
 )
 def test_packages_do_not_look_up(package: str, forbidden: set[str]) -> None:
     wrong = [
@@ -156,9 +173,15 @@ def test_stages_import_only_what_kfactk_makes_public() -> None:
             if item.module.split(".")[0] != "kfactk":
                 continue
             module = item.module.removeprefix("kfactk").removeprefix(".")
-            is_public = item.name in public | DOCUMENTED if not module else module in DOCUMENTED and not item.name.startswith("_")
+            is_public = (
+                item.name in public | DOCUMENTED
+                if not module
+                else module in DOCUMENTED and not item.name.startswith("_")
+            )
             if not is_public:
-                wrong.append(f"{name}:{item.line} imports {item.name or 'module'} from {item.module}")
+                wrong.append(
+                    f"{name}:{item.line} imports {item.name or 'module'} from {item.module}"
+                )
     assert not wrong, wrong
 
 
@@ -166,14 +189,17 @@ def test_stages_import_only_what_kfactk_makes_public() -> None:
 def test_only_declared_dependencies_are_imported(package: str) -> None:
     project = PYPROJECT["project"]
     declared, kit = (
-        {re.split(r"[^\w-]", text)[0] for text in each} for each in (project["dependencies"], project["optional-dependencies"]["testing"])
+        {re.split(r"[^\w-]", text)[0] for text in each}
+        for each in (project["dependencies"], project["optional-dependencies"]["testing"])
     )
     ours = set(SETUPTOOLS["package-dir"])
     wrong = []
     for name, path in sources(package).items():
         for item in imports(path):
             root = item.module.split(".")[0]
-            optional = (name == f"kfactk_stages.tracker.{root}" and not item.top) or (name.startswith("kfactk.testing") and root in kit)
+            optional = (name == f"kfactk_stages.tracker.{root}" and not item.top) or (
+                name.startswith("kfactk.testing") and root in kit
+            )
             if root not in declared | ours | sys.stdlib_module_names and not optional:
                 wrong.append(f"{name}:{item.line} imports {root}")
     assert not wrong, f"not among the dependencies {sorted(declared)}: {wrong}"
@@ -181,9 +207,16 @@ def test_only_declared_dependencies_are_imported(package: str) -> None:
 
 def test_the_experiments_import_only_what_their_extra_declares() -> None:
     project = PYPROJECT["project"]
-    declared = {re.split(r"[^\w-]", text)[0] for text in [*project["dependencies"], *project["optional-dependencies"]["experiments"]]}
+    declared = {
+        re.split(r"[^\w-]", text)[0]
+        for text in [*project["dependencies"], *project["optional-dependencies"]["experiments"]]
+    }
     modules = {"scikit-learn": "sklearn", "pillow": "PIL"}
-    known = {modules.get(name, name) for name in declared} | {"kfactk", "kfactk_stages", "experiments"} | sys.stdlib_module_names
+    known = (
+        {modules.get(name, name) for name in declared}
+        | {"kfactk", "kfactk_stages", "experiments"}
+        | sys.stdlib_module_names
+    )
     wrong = [
         f"{path.name}:{item.line} imports {item.module}"
         for path in sorted((ROOT / "experiments").rglob("*.py"))
@@ -196,14 +229,23 @@ def test_the_experiments_import_only_what_their_extra_declares() -> None:
 @pytest.mark.parametrize("name", ["errors", "linalg", "averages"])
 def test_pure_modules_know_no_layers_and_no_processes(name: str) -> None:
     path = ROOT / "kfactk" / f"{name}.py"
-    used = {ast.unparse(node) for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    used = {
+        ast.unparse(node)
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Attribute)
+    }
     used |= {f"{item.module}.{item.name}" for item in imports(path)}
     wrong = sorted(text for text in used if re.match(r"torch\.(nn|distributed|autograd)\b", text))
     assert not wrong, f"kfactk.{name} uses {wrong}"
 
 
 def implements_hooks(path: Path) -> bool:
-    decorators = [d for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef) for d in node.decorator_list]
+    decorators = [
+        d
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.FunctionDef)
+        for d in node.decorator_list
+    ]
     return any(ast.unparse(d).split("(")[0].split(".")[-1] == "hookimpl" for d in decorators)
 
 
@@ -211,17 +253,26 @@ def test_entry_points_are_the_modules_that_implement_hooks() -> None:
     modules = {name for name, path in sources("kfactk_stages").items() if implements_hooks(path)}
     registered = set(ENTRY_POINTS.values())
     assert modules, "no module with a hookimpl was found"
-    assert not modules - registered, f"stage modules missing from [project.entry-points.kfactk]: {sorted(modules - registered)}"
-    assert not registered - modules, f"entry points without a module that implements a hook: {sorted(registered - modules)}"
+    assert not modules - registered, (
+        f"stage modules missing from [project.entry-points.kfactk]: {sorted(modules - registered)}"
+    )
+    assert not registered - modules, (
+        f"entry points without a module that implements a hook: {sorted(registered - modules)}"
+    )
 
 
 def test_entry_points_are_named_after_their_modules() -> None:
-    assert {f"kfactk_stages.{name}": module for name, module in ENTRY_POINTS.items()} == {m: m for m in ENTRY_POINTS.values()}
+    assert {f"kfactk_stages.{name}": module for name, module in ENTRY_POINTS.items()} == {
+        m: m for m in ENTRY_POINTS.values()
+    }
 
 
 @pytest.mark.parametrize("package", ["kfactk", "kfactk_stages"])
 def test_every_package_directory_is_in_the_wheel(package: str) -> None:
-    found = {name.rpartition(".")[0] if path.name != "__init__.py" else name for name, path in sources(package).items()}
+    found = {
+        name.rpartition(".")[0] if path.name != "__init__.py" else name
+        for name, path in sources(package).items()
+    }
     listed = {name for name in SETUPTOOLS["packages"] if name.split(".")[0] == package}
     assert found == listed
     assert "py.typed" in SETUPTOOLS["package-data"][package]
@@ -243,11 +294,23 @@ def test_the_core_names_no_stage() -> None:
 
 def python_files() -> list[Path]:
     folders = ["kfactk", "plugins", "experiments", "mutation", "tests", "benchmarks"]
-    return [ROOT / "noxfile.py", *sorted(path for folder in folders for path in (ROOT / folder).rglob("*.py") if "build" not in path.parts)]
+    return [
+        ROOT / "noxfile.py",
+        *sorted(
+            path
+            for folder in folders
+            for path in (ROOT / folder).rglob("*.py")
+            if "build" not in path.parts
+        ),
+    ]
 
 
 def test_no_file_is_long() -> None:
-    long = {str(path.relative_to(ROOT)): count for path in python_files() if (count := len(path.read_text().splitlines())) > LONGEST_FILE}
+    long = {
+        str(path.relative_to(ROOT)): count
+        for path in python_files()
+        if (count := len(path.read_text().splitlines())) > LONGEST_FILE
+    }
     assert not long, long
 
 
@@ -256,7 +319,8 @@ def test_no_function_is_long() -> None:
         f"{path.relative_to(ROOT)}:{node.lineno} {node.name} has {node.end_lineno - node.lineno + 1} lines"
         for path in python_files()
         for node in ast.walk(ast.parse(path.read_text()))
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) and (node.end_lineno or 0) - node.lineno + 1 > LONGEST_FUNCTION
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (node.end_lineno or 0) - node.lineno + 1 > LONGEST_FUNCTION
     ]
     assert not long, long
 
@@ -269,5 +333,10 @@ def test_every_stage_has_tests_at_its_own_path(module: str) -> None:
 
 def test_folders_of_tests_mirror_those_of_the_source() -> None:
     for package, folder in SETUPTOOLS["package-dir"].items():
-        tests = {path.relative_to(ROOT / "tests" / package).parent for path in (ROOT / "tests" / package).rglob("test_*.py")}
-        assert tests - LOOPS <= {path.relative_to(ROOT / folder).parent for path in sources(package).values()}
+        tests = {
+            path.relative_to(ROOT / "tests" / package).parent
+            for path in (ROOT / "tests" / package).rglob("test_*.py")
+        }
+        assert tests - LOOPS <= {
+            path.relative_to(ROOT / folder).parent for path in sources(package).values()
+        }

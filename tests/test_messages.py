@@ -88,7 +88,9 @@ def told() -> list[Message]:
         for path in sorted(package.rglob("*.py"))
         if "templates" not in path.parts
     ]
-    return [message for path in files for message in messages(path, phrases="testing" not in path.parts)]
+    return [
+        message for path in files for message in messages(path, phrases="testing" not in path.parts)
+    ]
 
 
 MESSAGES = told()
@@ -98,7 +100,10 @@ LISTED = {(fence.section, line) for fence in FENCES for line in fence.lines}
 
 def test_messages_are_found() -> None:
     found = {(message.kind, message.text) for message in MESSAGES}
-    assert ("CaptureError", "output= found … in what the model returned; it must find a tensor.") in found  # an error's f-string
+    assert (
+        "CaptureError",
+        "output= found … in what the model returned; it must find a tensor.",
+    ) in found  # an error's f-string
     assert ("KfactkWarning", "… (said once)") in found  # a warning
     assert ("", "it could not be imported: …") in found  # a phrase on its way into an error
     assert {kind for kind, _ in found} >= ERRORS - {"UnknownStageError"} | {""}
@@ -109,29 +114,45 @@ def test_every_message_is_listed() -> None:
     anywhere = {line for _, line in LISTED}
     missing = []
     for message in MESSAGES:
-        listed = (message.kind, message.text) in LISTED if message.kind else message.text in anywhere
+        listed = (
+            (message.kind, message.text) in LISTED if message.kind else message.text in anywhere
+        )
         if not listed and message.text not in NO_MESSAGES:
-            missing.append(f"{message.where}, {f'## `{message.kind}`' if message.kind else 'where it belongs'}:\n{message.text}")
+            missing.append(
+                f"{message.where}, {f'## `{message.kind}`' if message.kind else 'where it belongs'}:\n{message.text}"
+            )
     text = "\n".join(dict.fromkeys(missing))
-    assert not missing, f"docs/errors.md lacks {len(missing)} messages; add each to a ```message fence with a remedy below it:\n{text}"
+    assert not missing, (
+        f"docs/errors.md lacks {len(missing)} messages; add each to a ```message fence with a remedy below it:\n{text}"
+    )
 
 
 def test_nothing_is_listed_that_nobody_says() -> None:
     said = {message.text for path in _sources() for message in messages(path, least=1)}
-    stale = [f"line {fence.line}: {line}" for fence in FENCES for line in fence.lines if line not in said]
-    assert not stale, "docs/errors.md lists what kfactk does not say (any more):\n" + "\n".join(stale)
+    stale = [
+        f"line {fence.line}: {line}" for fence in FENCES for line in fence.lines if line not in said
+    ]
+    assert not stale, "docs/errors.md lists what kfactk does not say (any more):\n" + "\n".join(
+        stale
+    )
 
 
 def test_every_message_has_a_remedy() -> None:
     """Below its fence, of some words, and not the same words as elsewhere."""
     short = [fence.line for fence in FENCES if words(fence.remedy) < LEAST_REMEDY]
     assert not short, f"docs/errors.md: fences without a remedy below them, at lines {short}"
-    again = [(a.line, b.line) for a, b in itertools.combinations(FENCES, 2) if a.remedy.strip() == b.remedy.strip()]
+    again = [
+        (a.line, b.line)
+        for a, b in itertools.combinations(FENCES, 2)
+        if a.remedy.strip() == b.remedy.strip()
+    ]
     assert not again, f"docs/errors.md: the same remedy twice, at lines {again}"
 
 
 def test_every_class_of_errors_has_a_section() -> None:
-    missing = [name for name in ERRORS if not re.search(rf"^## `{name}`$", PAGE.read_text(), re.MULTILINE)]
+    missing = [
+        name for name in ERRORS if not re.search(rf"^## `{name}`$", PAGE.read_text(), re.MULTILINE)
+    ]
     assert not missing, f"docs/errors.md has no section on {missing}"
 
 
@@ -141,4 +162,8 @@ def test_what_is_no_message_is_there() -> None:
 
 
 def _sources() -> list[Path]:
-    return [path for package in ("kfactk", "plugins/kfactk_stages") for path in (ROOT / package).rglob("*.py")]
+    return [
+        path
+        for package in ("kfactk", "plugins/kfactk_stages")
+        for path in (ROOT / package).rglob("*.py")
+    ]

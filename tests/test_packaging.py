@@ -22,7 +22,9 @@ pytestmark = pytest.mark.xdist_group("packaging")  # one worker, so that the whe
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [str(part) for part in command], cwd=cwd, capture_output=True, text=True, timeout=300
+    )
     assert done.returncode == 0, f"{command} exited {done.returncode}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 
@@ -39,7 +41,17 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
             shutil.copytree(source, target, ignore=ignore)
         else:
             shutil.copy(source, target)
-    run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, folder / "source", cwd=folder)
+    run(
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        folder,
+        folder / "source",
+        cwd=folder,
+    )
     (path,) = folder.glob("*.whl")
     return path
 
@@ -48,13 +60,23 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def contents(wheel: Path) -> dict[str, str]:
     """Text of every file in the wheel by its name, that of metadata files without their folder."""
     with zipfile.ZipFile(wheel) as archive:
-        return {re.sub(r"^[^/]*\.dist-info/", "dist-info/", name): archive.read(name).decode() for name in archive.namelist()}
+        return {
+            re.sub(r"^[^/]*\.dist-info/", "dist-info/", name): archive.read(name).decode()
+            for name in archive.namelist()
+        }
 
 
 def test_the_wheel_carries_both_packages_whole_and_nothing_else(contents: dict[str, str]) -> None:
     expected = {"kfactk/py.typed", "kfactk_stages/py.typed"}
-    for package, folder in (("kfactk", ROOT / "kfactk"), ("kfactk_stages", ROOT / "plugins" / "kfactk_stages")):
-        expected |= {f"{package}/{path.relative_to(folder).as_posix()}" for kind in ("*.py", "*.template") for path in folder.rglob(kind)}
+    for package, folder in (
+        ("kfactk", ROOT / "kfactk"),
+        ("kfactk_stages", ROOT / "plugins" / "kfactk_stages"),
+    ):
+        expected |= {
+            f"{package}/{path.relative_to(folder).as_posix()}"
+            for kind in ("*.py", "*.template")
+            for path in folder.rglob(kind)
+        }
     assert {name for name in contents if not name.startswith("dist-info/")} == expected
 
 
@@ -71,29 +93,69 @@ def test_the_metadata(contents: dict[str, str]) -> None:
 
 
 def test_the_version_is_written_in_one_place(contents: dict[str, str]) -> None:
-    (version,) = re.findall(r'^__version__ = "(.+)"$', (ROOT / "kfactk" / "_version.py").read_text(), re.MULTILINE)
+    (version,) = re.findall(
+        r'^__version__ = "(.+)"$', (ROOT / "kfactk" / "_version.py").read_text(), re.MULTILINE
+    )
     assert email.message_from_string(contents["dist-info/METADATA"])["Version"] == version
     assert PYPROJECT["project"]["dynamic"] == ["version"]
-    modules = [path for folder in ("kfactk", "plugins/kfactk_stages") for path in (ROOT / folder).rglob("*.py")]
+    modules = [
+        path
+        for folder in ("kfactk", "plugins/kfactk_stages")
+        for path in (ROOT / folder).rglob("*.py")
+    ]
     assert [path.name for path in modules if f'"{version}"' in path.read_text()] == ["_version.py"]
 
 
 def test_building_needs_no_torch() -> None:
-    assert [re.split(r"[^\w-]", text)[0] for text in PYPROJECT["build-system"]["requires"]] == ["setuptools"]
+    assert [re.split(r"[^\w-]", text)[0] for text in PYPROJECT["build-system"]["requires"]] == [
+        "setuptools"
+    ]
 
 
 def test_an_installed_wheel_lists_the_first_party_stages(wheel: Path, tmp_path: Path) -> None:
     """Installed alone into a fresh environment that borrows our dependencies, and run outside the checkout."""
     venv.create(tmp_path / "env", with_pip=False, symlinks=True)
     python = tmp_path / "env" / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
-    run(sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index", "--no-deps", wheel, cwd=tmp_path)
-    site = Path(run(python, "-I", "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=tmp_path).strip())
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--quiet",
+        "--no-index",
+        "--no-deps",
+        wheel,
+        cwd=tmp_path,
+    )
+    site = Path(
+        run(
+            python,
+            "-I",
+            "-c",
+            "import sysconfig; print(sysconfig.get_path('purelib'))",
+            cwd=tmp_path,
+        ).strip()
+    )
     # A path line adds packages, not the .pth files among them: the checkout's editable install stays out of sight.
-    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n" + sysconfig.get_path("platlib") + "\n")
+    (site / "borrowed.pth").write_text(
+        sysconfig.get_path("purelib") + "\n" + sysconfig.get_path("platlib") + "\n"
+    )
 
-    where = run(python, "-I", "-c", "import kfactk, kfactk_stages; print(kfactk.__file__, kfactk_stages.__file__)", cwd=tmp_path)
+    where = run(
+        python,
+        "-I",
+        "-c",
+        "import kfactk, kfactk_stages; print(kfactk.__file__, kfactk_stages.__file__)",
+        cwd=tmp_path,
+    )
     assert [Path(text).is_relative_to(site) for text in where.split()] == [True, True]
     listed = json.loads(run(python, "-I", "-m", "kfactk", "stages", "--json", cwd=tmp_path))
     text = json.dumps(listed)
-    missing = [name for name in PYPROJECT["project"]["entry-points"]["kfactk"] if f'"{name.split(".")[1]}"' not in text]
+    missing = [
+        name
+        for name in PYPROJECT["project"]["entry-points"]["kfactk"]
+        if f'"{name.split(".")[1]}"' not in text
+    ]
     assert not missing, f"stages that the installed wheel does not list: {missing}\n{text}"

@@ -20,8 +20,12 @@ def main():
     labels = (points.prod(1) > 0).long()  # which quadrants: no line divides them
     loader = DataLoader(TensorDataset(points, labels), batch_size=32, shuffle=True)
 
-    model = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2))
-    recipe = kfactk.build(curvature="kfac", basis="ekfac", update="momentum", lr=0.03, damping=0.03, basis_every=20)
+    model = nn.Sequential(
+        nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2)
+    )
+    recipe = kfactk.build(
+        curvature="kfac", basis="ekfac", update="momentum", lr=0.03, damping=0.03, basis_every=20
+    )
     optimizer = recipe.bind(model)  # the bare model, before prepare
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=64)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
@@ -40,7 +44,9 @@ def main():
             total += loss.detach()
         mean = accelerator.reduce(total / len(loader), "mean")
         accelerator.print(f"epoch {epoch}: loss {mean:.3f}")
-        accelerator.save_state("checkpoint")  # model, optimizer with its curvature, scheduler, random state
+        accelerator.save_state(
+            "checkpoint"
+        )  # model, optimizer with its curvature, scheduler, random state
 
     accelerator.wait_for_everyone()  # each process writes a part of it
     accelerator.load_state("checkpoint")

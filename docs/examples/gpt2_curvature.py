@@ -4,7 +4,7 @@ import attrs
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from kfactk import Layer, Tensors, Use
+from kfactk import Layer, LayerCall, Tensors
 from kfactk_stages.curvature.kfac import Kfac
 
 
@@ -23,6 +23,6 @@ class Gpt2Kfac(Kfac):
         weight = {"weight": matrix[:, : layer.module.nx].T}
         return {**weight, "bias": matrix[:, -1]} if layer.bias else weight
 
-    def blank(self, layer: Layer) -> Use:
+    def blank(self, layer: Layer) -> LayerCall:
         use = super().blank(layer)
-        return Use(use.gradient, use.inputs) if isinstance(layer.module, Conv1D) else use
+        return LayerCall(use.gradient, use.inputs) if isinstance(layer.module, Conv1D) else use

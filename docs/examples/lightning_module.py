@@ -13,7 +13,9 @@ import kfactk
 class Classifier(lightning.LightningModule):
     def __init__(self):
         super().__init__()
-        self.network = nn.Sequential(nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2))
+        self.network = nn.Sequential(
+            nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2)
+        )
 
     def training_step(self, batch, index):
         x, y = batch
@@ -26,7 +28,14 @@ class Classifier(lightning.LightningModule):
         self.log("accuracy", (self.network(x).argmax(1) == y).float().mean())
 
     def configure_optimizers(self):
-        recipe = kfactk.build(curvature="kfac", basis="ekfac", update="momentum", lr=0.05, damping=0.03, basis_every=20)
+        recipe = kfactk.build(
+            curvature="kfac",
+            basis="ekfac",
+            update="momentum",
+            lr=0.05,
+            damping=0.03,
+            basis_every=20,
+        )
         optimizer = recipe.bind(self.network)  # what training_step calls, not self
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
@@ -34,7 +43,13 @@ class Classifier(lightning.LightningModule):
 
 def trainer(epochs):
     saved = ModelCheckpoint(dirpath="checkpoints", filename="{epoch}", save_top_k=-1)
-    return lightning.Trainer(max_epochs=epochs, callbacks=[saved], accelerator="cpu", logger=False, enable_progress_bar=False)
+    return lightning.Trainer(
+        max_epochs=epochs,
+        callbacks=[saved],
+        accelerator="cpu",
+        logger=False,
+        enable_progress_bar=False,
+    )
 
 
 def main():

@@ -8,14 +8,25 @@ matrices) and `distributions` (Fisher information, frequencies); `models` and `t
 
 import importlib.util
 
-if _missing := [name for name in ("hypothesis", "pytest") if importlib.util.find_spec(name) is None]:
-    raise ModuleNotFoundError(f"kfactk.testing wants {' and '.join(_missing)}: pip install 'kfactk[testing]'", name=_missing[0])
+if _missing := [
+    name for name in ("hypothesis", "pytest") if importlib.util.find_spec(name) is None
+]:
+    raise ModuleNotFoundError(
+        f"kfactk.testing wants {' and '.join(_missing)}: pip install 'kfactk[testing]'",
+        name=_missing[0],
+    )
 
+from kfactk.testing._support.laws import (
+    Law as Law,
+    Laws as Laws,
+    close as close,
+    effort as effort,
+    law as law,
+)
 from kfactk.testing.basis import BasisLaws as BasisLaws
 from kfactk.testing.clip import ClipLaws as ClipLaws
 from kfactk.testing.curvature import CurvatureLaws as CurvatureLaws
 from kfactk.testing.fisher import FisherLaws as FisherLaws
-from kfactk.testing.laws import Law as Law, Laws as Laws, close as close, effort as effort, law as law
 from kfactk.testing.likelihood import LikelihoodLaws as LikelihoodLaws
 from kfactk.testing.pipeline import PipelineLaws as PipelineLaws
 from kfactk.testing.placement import PlacementLaws as PlacementLaws

@@ -10,9 +10,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kfactk.stages import Clip, Pair
-from kfactk.testing.division import InRecipe
-from kfactk.testing.laws import close, law
+from kfactk.stages import Clip, GradientPair
+from kfactk.testing._support.division import InRecipe
+from kfactk.testing._support.laws import close, law
 
 Clipped = tuple[list[Tensor], Tensor]
 """What a clip gives: tensors in the order of the pairs, and the factor."""
@@ -24,7 +24,7 @@ MEASURABLE, REACH = 18, 20
 
 
 @st.composite
-def clip_pairs(draw: st.DrawFn, reach: int = MEASURABLE) -> list[Pair]:
+def clip_pairs(draw: st.DrawFn, reach: int = MEASURABLE) -> list[GradientPair]:
     """Pairs of a few tensors, each preconditioned by a positive definite matrix; some are zero; learning rates of up to three groups.
 
     Args:
@@ -38,14 +38,19 @@ def clip_pairs(draw: st.DrawFn, reach: int = MEASURABLE) -> list[Pair]:
     pairs = []
     for _ in range(draw(st.integers(1, 4))):
         shape = draw(st.lists(st.integers(1, 3), max_size=3))
-        gradient, direction, diagonal = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3))
+        gradient, direction, diagonal = (
+            torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(3)
+        )
         direction /= direction.norm()
         product = (diagonal.abs() + 0.1) * gradient + direction * (direction * gradient).sum()
         zero = draw(st.sampled_from([False, False, True]))
         sizes = [0.0 if zero else 10.0 ** draw(exponents) for _ in range(2)]
         dtype = draw(st.sampled_from(dtypes))
-        gradient, product = ((x / x.abs().max() * size).to(dtype) for x, size in zip((gradient, product), sizes, strict=True))
-        pairs.append(Pair(gradient, product, lr=draw(st.sampled_from(rates))))
+        gradient, product = (
+            (x / x.abs().max() * size).to(dtype)
+            for x, size in zip((gradient, product), sizes, strict=True)
+        )
+        pairs.append(GradientPair(gradient, product, lr=draw(st.sampled_from(rates))))
     return pairs
 
 
@@ -77,7 +82,9 @@ class ClipLaws(InRecipe):
     reaches_bound: ClassVar[bool] = False
     """Claim: what exceeds the bound is brought to the bound, not below."""
 
-    def bound(self, pairs: Sequence[Pair], clipped: Sequence[Tensor]) -> tuple[float, float] | None:
+    def bound(
+        self, pairs: Sequence[GradientPair], clipped: Sequence[Tensor]
+    ) -> tuple[float, float] | None:
         """The quantity that the clip bounds, measured on `clipped`, and what it must not exceed; `None`: no bound is promised.
 
         A class writes this in arithmetic of its own, for its stage's options. Where the bound is kept already, `clipped` being the
@@ -89,71 +96,94 @@ class ClipLaws(InRecipe):
         """
         return None
 
-    def run(self, pairs: Sequence[Pair]) -> Clipped:
+    def run(self, pairs: Sequence[GradientPair]) -> Clipped:
         """Clip with honest inner products."""
         stage: Clip = self.subject()
         return stage.clip(pairs, dot)
 
     @law(pairs=clip_pairs(REACH))
-    def test_gives_one_tensor_for_each_pair(self, pairs: list[Pair]) -> None:
+    def test_gives_one_tensor_for_each_pair(self, pairs: list[GradientPair]) -> None:
         """For each pair there is one tensor of its shape and dtype, in order, and the factor is a scalar tensor."""
         clipped, factor = self.run(pairs)
-        assert isinstance(clipped, list), f"the clipped tensors come as {type(clipped).__name__}, where a list is due"
-        assert isinstance(factor, Tensor), f"the factor is a {type(factor).__name__}, where a tensor is due (it may stay on the device)"
-        assert factor.shape == (), f"the factor has shape {tuple(factor.shape)}, where a scalar is due"
+        assert isinstance(clipped, list), (
+            f"the clipped tensors come as {type(clipped).__name__}, where a list is due"
+        )
+        assert isinstance(factor, Tensor), (
+            f"the factor is a {type(factor).__name__}, where a tensor is due (it may stay on the device)"
+        )
+        assert factor.shape == (), (
+            f"the factor has shape {tuple(factor.shape)}, where a scalar is due"
+        )
         wanted = [(tuple(p.preconditioned.shape), p.preconditioned.dtype) for p in pairs]
         found = [(tuple(c.shape), c.dtype) for c in clipped]
-        assert found == wanted, f"shapes and dtypes are not those of the preconditioned gradients: {found} for {wanted}"
+        assert found == wanted, (
+            f"shapes and dtypes are not those of the preconditioned gradients: {found} for {wanted}"
+        )
 
     @law()
     def test_no_pairs(self) -> None:
         """Without pairs there is nothing to clip: an empty list, and the factor 1."""
         clipped, factor = self.run([])
         assert clipped == [], f"no pairs went in, and {clipped} came out"
-        assert float(factor) == 1.0, f"no pairs went in, and the factor is {float(factor)} in place of 1"
+        assert float(factor) == 1.0, (
+            f"no pairs went in, and the factor is {float(factor)} in place of 1"
+        )
 
     @law(pairs=clip_pairs(REACH))
-    def test_never_enlarges(self, pairs: list[Pair]) -> None:
+    def test_never_enlarges(self, pairs: list[GradientPair]) -> None:
         """The norm over all tensors does not grow; nor, if claimed, any entry."""
         clipped, _ = self.run(pairs)
         before, after = _norm(_wide(pairs)), _norm([c.double() for c in clipped])
-        assert after <= before * (1 + _slack(pairs)), f"the clip enlarges: the norm of all preconditioned gradients {before} became {after}"
+        assert after <= before * (1 + _slack(pairs)), (
+            f"the clip enlarges: the norm of all preconditioned gradients {before} became {after}"
+        )
         if self.keeps_entries:
             for p, c in zip(_wide(pairs), clipped, strict=True):
                 kept = (c.double().abs() <= p.abs()) & (c.double() * p >= 0)
-                assert kept.all(), f"an entry grew or changed its sign: {p.tolist()} became {c.tolist()}"
+                assert kept.all(), (
+                    f"an entry grew or changed its sign: {p.tolist()} became {c.tolist()}"
+                )
 
     @law(pairs=clip_pairs(REACH))
-    def test_finite_stays_finite(self, pairs: list[Pair]) -> None:
+    def test_finite_stays_finite(self, pairs: list[GradientPair]) -> None:
         """From finite input comes finite output, even where squares overflow or vanish."""
         clipped, factor = self.run(pairs)
         for k, c in enumerate(clipped):
-            assert torch.isfinite(c).all(), f"finite input became NaN or inf in tensor {k}: {c.tolist()}"
+            assert torch.isfinite(c).all(), (
+                f"finite input became NaN or inf in tensor {k}: {c.tolist()}"
+            )
         assert torch.isfinite(factor), f"the factor of finite input is {float(factor)}"
 
     @law(pairs=clip_pairs(REACH))
-    def test_zero_stays_zero(self, pairs: list[Pair]) -> None:
+    def test_zero_stays_zero(self, pairs: list[GradientPair]) -> None:
         """A zero tensor stays zero, beside others and alone; when all are zero the factor is 1."""
         clipped, _ = self.run(pairs)
         for pair, c in zip(pairs, clipped, strict=True):
             if not pair.preconditioned.any():
                 assert torch.equal(c, torch.zeros_like(c)), f"a zero tensor became {c.tolist()}"
-        nothing = [Pair(torch.zeros_like(p.gradient), torch.zeros_like(p.preconditioned), p.lr) for p in pairs]
+        nothing = [
+            GradientPair(torch.zeros_like(p.gradient), torch.zeros_like(p.preconditioned), p.lr)
+            for p in pairs
+        ]
         clipped, factor = self.run(nothing)
         for c in clipped:
-            assert torch.equal(c, torch.zeros_like(c)), f"all gradients are zero, and one became {c.tolist()}: is there a division by zero?"
-        assert float(factor) == 1.0, f"all gradients are zero, and the factor is {float(factor)} in place of 1"
+            assert torch.equal(c, torch.zeros_like(c)), (
+                f"all gradients are zero, and one became {c.tolist()}: is there a division by zero?"
+            )
+        assert float(factor) == 1.0, (
+            f"all gradients are zero, and the factor is {float(factor)} in place of 1"
+        )
 
     @law(pairs=clip_pairs())
-    def test_factor_lies_between_zero_and_one(self, pairs: list[Pair]) -> None:
+    def test_factor_lies_between_zero_and_one(self, pairs: list[GradientPair]) -> None:
         """The factor lies in (0, 1] wherever the squares of the input can be represented."""
         _, factor = self.run(pairs)
         assert 0 < float(factor) <= 1, f"the factor is {float(factor)}, outside (0, 1]"
 
     @law(examples=50, pairs=clip_pairs())
-    def test_bound_is_kept(self, pairs: list[Pair]) -> None:
+    def test_bound_is_kept(self, pairs: list[GradientPair]) -> None:
         """The promised bound holds; what kept it before is left bit for bit, with factor 1; what did not is brought to it, if claimed."""
-        wide = [Pair(p.gradient.double(), p.preconditioned.double(), p.lr) for p in pairs]
+        wide = [GradientPair(p.gradient.double(), p.preconditioned.double(), p.lr) for p in pairs]
         before = self.bound(wide, _wide(pairs))
         if before is None:
             pytest.skip(f"{type(self).__name__} has no `bound`: {self.label()} promises none")
@@ -161,69 +191,122 @@ class ClipLaws(InRecipe):
         after = self.bound(wide, [c.double() for c in clipped])
         assert after is not None
         slack, tiny = _slack(pairs), 1e-60
-        assert after[0] <= after[1] * (1 + slack) + tiny, f"the bound {after[1]} is exceeded: {after[0]} (before the clip {before[0]})"
+        assert after[0] <= after[1] * (1 + slack) + tiny, (
+            f"the bound {after[1]} is exceeded: {after[0]} (before the clip {before[0]})"
+        )
         if before[0] <= before[1] * (1 - slack):
-            same = all(torch.equal(p.preconditioned, c) for p, c in zip(pairs, clipped, strict=True))
-            assert same, f"{before[0]} is within the bound {before[1]}, and yet the tensors were changed"
-            assert float(factor) == 1.0, f"{before[0]} is within the bound {before[1]}, and yet the factor is {float(factor)}"
+            same = all(
+                torch.equal(p.preconditioned, c) for p, c in zip(pairs, clipped, strict=True)
+            )
+            assert same, (
+                f"{before[0]} is within the bound {before[1]}, and yet the tensors were changed"
+            )
+            assert float(factor) == 1.0, (
+                f"{before[0]} is within the bound {before[1]}, and yet the factor is {float(factor)}"
+            )
         elif self.reaches_bound and before[0] > before[1] * (1 + slack):
-            assert after[0] >= after[1] * (1 - slack), f"more is cut off than the bound {after[1]} asks for: {before[0]} became {after[0]}"
+            assert after[0] >= after[1] * (1 - slack), (
+                f"more is cut off than the bound {after[1]} asks for: {before[0]} became {after[0]}"
+            )
 
     @law(pairs=clip_pairs())
-    def test_clipping_twice_is_clipping_once(self, pairs: list[Pair]) -> None:
+    def test_clipping_twice_is_clipping_once(self, pairs: list[GradientPair]) -> None:
         """If claimed: what was clipped once is left, but for rounding, by clipping it again."""
         if not self.idempotent:
             pytest.skip(f"{type(self).__name__} does not claim `idempotent`")
         once, _ = self.run(pairs)
-        twice, factor = self.run([Pair(p.gradient, c, p.lr) for p, c in zip(pairs, once, strict=True)])
-        _same(twice, once, "not idempotent: clipping a second time changes the tensors", _slack(pairs))
-        assert float(factor) >= 1 - _slack(pairs), f"not idempotent: the factor of the second time is {float(factor)}"
+        twice, factor = self.run(
+            [GradientPair(p.gradient, c, p.lr) for p, c in zip(pairs, once, strict=True)]
+        )
+        _same(
+            twice, once, "not idempotent: clipping a second time changes the tensors", _slack(pairs)
+        )
+        assert float(factor) >= 1 - _slack(pairs), (
+            f"not idempotent: the factor of the second time is {float(factor)}"
+        )
 
     @law(pairs=clip_pairs())
-    def test_direction_is_kept(self, pairs: list[Pair]) -> None:
+    def test_direction_is_kept(self, pairs: list[GradientPair]) -> None:
         """If claimed: every tensor is the preconditioned gradient times the factor."""
         if not self.keeps_direction:
             pytest.skip(f"{type(self).__name__} does not claim `keeps_direction`")
         clipped, factor = self.run(pairs)
         scaled = [p * float(factor) for p in _wide(pairs)]
         _same(
-            clipped, scaled, "the direction is not kept: the tensors are not the preconditioned gradients times the factor", _slack(pairs)
+            clipped,
+            scaled,
+            "the direction is not kept: the tensors are not the preconditioned gradients times the factor",
+            _slack(pairs),
         )
 
     @law(pairs=clip_pairs(), data=st.data())
-    def test_order_of_pairs_does_not_matter(self, pairs: list[Pair], data: st.DataObject) -> None:
+    def test_order_of_pairs_does_not_matter(
+        self, pairs: list[GradientPair], data: st.DataObject
+    ) -> None:
         """Pairs in another order are clipped to the same tensors in that order, by the same factor."""
         order = data.draw(st.permutations(range(len(pairs))), label="order")
         clipped, factor = self.run(pairs)
         moved, moved_factor = self.run([pairs[k] for k in order])
-        _same(moved, [clipped[k] for k in order], "the order of the pairs matters to the clipped tensors", _slack(pairs))
-        _same([moved_factor], [factor], "the order of the pairs matters to the factor", _slack(pairs))
+        _same(
+            moved,
+            [clipped[k] for k in order],
+            "the order of the pairs matters to the clipped tensors",
+            _slack(pairs),
+        )
+        _same(
+            [moved_factor], [factor], "the order of the pairs matters to the factor", _slack(pairs)
+        )
 
     @law(pairs=clip_pairs(REACH))
-    def test_input_is_left_alone(self, pairs: list[Pair]) -> None:
+    def test_input_is_left_alone(self, pairs: list[GradientPair]) -> None:
         """The pairs are not modified, and clipping them again, with the same stage, gives the same."""
         stage: Clip = self.subject()
         copies = [(p.gradient.clone(), p.preconditioned.clone()) for p in pairs]
         clipped, factor = stage.clip(pairs, dot)
         for pair, (gradient, preconditioned) in zip(pairs, copies, strict=True):
-            assert torch.equal(pair.gradient, gradient), f"a gradient was modified: {gradient.tolist()} became {pair.gradient.tolist()}"
+            assert torch.equal(pair.gradient, gradient), (
+                f"a gradient was modified: {gradient.tolist()} became {pair.gradient.tolist()}"
+            )
             found = pair.preconditioned
-            assert torch.equal(found, preconditioned), f"the input was modified: {preconditioned.tolist()} became {found.tolist()}"
+            assert torch.equal(found, preconditioned), (
+                f"the input was modified: {preconditioned.tolist()} became {found.tolist()}"
+            )
         again, again_factor = stage.clip(pairs, dot)
-        _same([*again, again_factor], [*clipped, factor], "the same pairs are clipped to something else the second time", 0.0)
+        _same(
+            [*again, again_factor],
+            [*clipped, factor],
+            "the same pairs are clipped to something else the second time",
+            0.0,
+        )
 
     @law(pairs=clip_pairs())
-    def test_sums_go_through_the_given_dot(self, pairs: list[Pair]) -> None:
+    def test_sums_go_through_the_given_dot(self, pairs: list[GradientPair]) -> None:
         """Cut into shards, each seen by one rank alone, the tensors are clipped as when whole: `dot` alone knows all shards."""
-        flat = [Pair(p.gradient.flatten(), p.preconditioned.flatten(), p.lr) for p in pairs]
+        flat = [GradientPair(p.gradient.flatten(), p.preconditioned.flatten(), p.lr) for p in pairs]
         cuts = [len(p.gradient) // 2 for p in flat]
-        firsts = [Pair(p.gradient[:k], p.preconditioned[:k], p.lr) for p, k in zip(flat, cuts, strict=True)]
-        seconds = [Pair(p.gradient[k:], p.preconditioned[k:], p.lr) for p, k in zip(flat, cuts, strict=True)]
+        firsts = [
+            GradientPair(p.gradient[:k], p.preconditioned[:k], p.lr)
+            for p, k in zip(flat, cuts, strict=True)
+        ]
+        seconds = [
+            GradientPair(p.gradient[k:], p.preconditioned[k:], p.lr)
+            for p, k in zip(flat, cuts, strict=True)
+        ]
         whole, factor = self.run(flat)
         (one, one_factor), (other, other_factor) = _on_shards(self.subject(), [firsts, seconds])
         says = "sharded tensors are clipped otherwise than whole ones: sums over elements must be taken with the given dot"
-        _same([torch.cat(halves) for halves in zip(one, other, strict=True)], whole, says, _slack(pairs))
-        _same([one_factor, other_factor], [factor, factor], f"{says}. This is the factor", _slack(pairs))
+        _same(
+            [torch.cat(halves) for halves in zip(one, other, strict=True)],
+            whole,
+            says,
+            _slack(pairs),
+        )
+        _same(
+            [one_factor, other_factor],
+            [factor, factor],
+            f"{says}. This is the factor",
+            _slack(pairs),
+        )
 
 
 class _Asked(BaseException):
@@ -234,7 +317,7 @@ class _Asked(BaseException):
         self.products = products
 
 
-def _on_shards(stage: Clip, shards: Sequence[Sequence[Pair]]) -> list[Clipped]:
+def _on_shards(stage: Clip, shards: Sequence[Sequence[GradientPair]]) -> list[Clipped]:
     """Clip every shard; each call of `dot` answers with the sum over shards. A clip starts again whenever it gets one answer further."""
     answers: list[Tensor] = []
     while True:
@@ -243,11 +326,15 @@ def _on_shards(stage: Clip, shards: Sequence[Sequence[Pair]]) -> list[Clipped]:
         done = [outcome for outcome in outcomes if not isinstance(outcome, Tensor)]
         if not asked:
             return done
-        assert not done, "one shard asks for inner products that another does not: ranks would wait for each other forever"
+        assert not done, (
+            "one shard asks for inner products that another does not: ranks would wait for each other forever"
+        )
         answers.append(torch.stack(asked).sum(0))
 
 
-def _until_asked(stage: Clip, shard: Sequence[Pair], answers: Sequence[Tensor]) -> Clipped | Tensor:
+def _until_asked(
+    stage: Clip, shard: Sequence[GradientPair], answers: Sequence[Tensor]
+) -> Clipped | Tensor:
     known = iter(answers)
 
     def answered(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
@@ -261,7 +348,7 @@ def _until_asked(stage: Clip, shard: Sequence[Pair], answers: Sequence[Tensor]) 
         return asked.products
 
 
-def _wide(pairs: Sequence[Pair]) -> list[Tensor]:
+def _wide(pairs: Sequence[GradientPair]) -> list[Tensor]:
     return [p.preconditioned.double() for p in pairs]
 
 
@@ -269,7 +356,7 @@ def _norm(tensors: Sequence[Tensor]) -> float:
     return float(torch.cat([t.flatten() for t in tensors]).norm())
 
 
-def _slack(pairs: Sequence[Pair]) -> float:
+def _slack(pairs: Sequence[GradientPair]) -> float:
     return max(SLACK[p.preconditioned.dtype] for p in pairs)
 
 

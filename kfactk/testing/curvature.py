@@ -17,12 +17,20 @@ import torch
 from hypothesis import assume, strategies as st
 from torch import Tensor, nn
 
-from kfactk.blocks import parts_factors
-from kfactk.testing import truth
-from kfactk.testing._layers import KNOWN, OnLayers, averaged, near, present, same
-from kfactk.testing.division import InRecipe, basis_for
-from kfactk.testing.laws import close, law
-from kfactk.testing.strategies import Case, binary_exponents, decimal_exponents, dtypes, foreign_modules, seeds, tampered
+from kfactk.preconditioner.block import parts_factors
+from kfactk.testing._support import truth
+from kfactk.testing._support.division import InRecipe, basis_for
+from kfactk.testing._support.laws import close, law
+from kfactk.testing._support.layers import KNOWN, OnLayers, averaged, near, present, same
+from kfactk.testing._support.strategies import (
+    Case,
+    binary_exponents,
+    decimal_exponents,
+    dtypes,
+    foreign_modules,
+    seeds,
+    tampered,
+)
 
 LARGEST, SMALLEST = 1e37, 1e-36
 """Between these, float32 holds a number to full precision, with room for a sum."""
@@ -44,7 +52,9 @@ class CurvatureLaws(OnLayers, InRecipe):
         """A recipe with the curvature, and a registered basis that takes what it provides; the law is skipped where there is none."""
         basis = basis_for(self.curvature)
         if basis is None:
-            pytest.skip(f"no registered basis takes {', '.join(sorted(self.curvature.provides))}, which {self.label()} provides")
+            pytest.skip(
+                f"no registered basis takes {', '.join(sorted(self.curvature.provides))}, which {self.label()} provides"
+            )
         return {"curvature": self.curvature, "basis": basis}
 
     @law(case="cases")
@@ -52,38 +62,65 @@ class CurvatureLaws(OnLayers, InRecipe):
         """Parameters become a matrix and come back exactly: every number once, names, shapes and order as in `layer.parameters`."""
         given, start = {}, 0
         for name, parameter in case.layer.tensors().items():
-            given[name] = torch.arange(start, start + parameter.numel(), dtype=torch.float64).reshape(parameter.shape)
+            given[name] = torch.arange(
+                start, start + parameter.numel(), dtype=torch.float64
+            ).reshape(parameter.shape)
             start += parameter.numel()
         matrix = self.curvature.matrix(case.layer, given)
-        assert matrix.ndim >= 2, f"matrix() has to be [..., d_out, d_in]; it has shape {list(matrix.shape)}"
-        assert torch.equal(matrix.flatten().sort().values, torch.arange(start, dtype=torch.float64)), (
+        assert matrix.ndim >= 2, (
+            f"matrix() has to be [..., d_out, d_in]; it has shape {list(matrix.shape)}"
+        )
+        assert torch.equal(
+            matrix.flatten().sort().values, torch.arange(start, dtype=torch.float64)
+        ), (
             f"matrix() has to hold each of the {start} numbers of {', '.join(given)} once; from 0, 1, 2, ... it made {matrix.tolist()}"
         )
         back = self.curvature.tensors(case.layer, matrix)
-        assert list(back) == list(given), f"tensors() has to name the parameters as the layer does, {list(given)}; it gave {list(back)}"
+        assert list(back) == list(given), (
+            f"tensors() has to name the parameters as the layer does, {list(given)}; it gave {list(back)}"
+        )
         for name, tensor in given.items():
-            close(back[name], tensor, f"tensors(matrix(x)) differs from x in {name!r}", rtol=0, atol=0)
+            close(
+                back[name], tensor, f"tensors(matrix(x)) differs from x in {name!r}", rtol=0, atol=0
+            )
 
     @law(case="known_cases")
     def test_matrix_has_the_order_of_the_convention(self, case: Case) -> None:
         """Rows of the matrix are outputs, columns inputs in the order of `weight.reshape(d_out, -1)`, the bias last, groups first."""
         tensors = {name: parameter.detach() for name, parameter in case.layer.tensors().items()}
         matrix = self.curvature.matrix(case.layer, tensors)
-        close(matrix, truth.as_matrix(case.module, tensors), "the matrix is not [..., d_out, d_in] with the bias as last column", rtol=0)
+        close(
+            matrix,
+            truth.as_matrix(case.module, tensors),
+            "the matrix is not [..., d_out, d_in] with the bias as last column",
+            rtol=0,
+        )
 
     @law(case="cases", some=st.integers(0, 2))
     def test_per_example_gradients_are_autograds(self, case: Case, some: int) -> None:
         """Each example's D is what autograd gives for that example alone, summed over the uses of the layer; all D sum to its gradient."""
         samples, expected = self.samples(case), self.gradients(case)
         found = samples.per_example_gradients()
-        close(found, expected, "the per-example gradients D_n = sum_t g a^T differ from those of autograd, example by example")
+        close(
+            found,
+            expected,
+            "the per-example gradients D_n = sum_t g a^T differ from those of autograd, example by example",
+        )
         sizes = (samples.examples, samples.d_out, samples.d_in)
-        assert sizes == expected.shape[-3:], f"(examples, d_out, d_in) is {sizes}, the per-example gradients have {list(expected.shape)}"
+        assert sizes == expected.shape[-3:], (
+            f"(examples, d_out, d_in) is {sizes}, the per-example gradients have {list(expected.shape)}"
+        )
         rows = slice(some, some + 1)
-        close(samples.per_example_gradients(rows), expected[..., rows, :, :], f"the gradients of the examples {some}:{some + 1} are others")
+        close(
+            samples.per_example_gradients(rows),
+            expected[..., rows, :, :],
+            f"the gradients of the examples {some}:{some + 1} are others",
+        )
         parameters = case.layer.tensors()
         total = sum(((case.module(x) * g).sum() for x, g in case.calls), torch.zeros(()))
-        whole = dict(zip(parameters, torch.autograd.grad(total, list(parameters.values())), strict=True))
+        whole = dict(
+            zip(parameters, torch.autograd.grad(total, list(parameters.values())), strict=True)
+        )
         says = "the per-example gradients do not sum to autograd's gradient of the summed loss"
         close(found.sum(-3), self.curvature.matrix(case.layer, whole), says)
 
@@ -97,11 +134,19 @@ class CurvatureLaws(OnLayers, InRecipe):
             ("input_moment", samples.input_moment(), a, len(case.inputs)),
             ("grad_moment", samples.grad_moment(), g, len(case.inputs) if terms is None else terms),
         ):
-            close(present(moment.total), truth.moment(rows), f"{what}() of the samples is not the sum of r r^T over the rows r")
-            assert float(moment.count) == count, f"{what}() of the samples is counted {float(moment.count)} times, not {count}"
+            close(
+                present(moment.total),
+                truth.moment(rows),
+                f"{what}() of the samples is not the sum of r r^T over the rows r",
+            )
+            assert float(moment.count) == count, (
+                f"{what}() of the samples is counted {float(moment.count)} times, not {count}"
+            )
 
     @law(case="cases", seed=seeds(), sides=st.sampled_from(["", "left", "right", "left and right"]))
-    def test_projected_square_is_that_of_the_gradients(self, case: Case, seed: int, sides: str) -> None:
+    def test_projected_square_is_that_of_the_gradients(
+        self, case: Case, seed: int, sides: str
+    ) -> None:
         """The samples' `projected_square` is the sum over examples of the squares of `left^T D_n right`."""
         samples, d = self.samples(case, terms=2.0), self.gradients(case)
         rotations = dict(zip(("left", "right"), rotations_of(d, seed), strict=True))
@@ -109,13 +154,17 @@ class CurvatureLaws(OnLayers, InRecipe):
         found = samples.projected_square(left, right)
         says = f"projected_square({sides or 'no rotation'}) is not sum_n (left^T D_n right)^2"
         close(present(found.total), truth.projected_square(d, left, right), says)
-        assert float(found.count) == 2.0, f"projected_square is counted {float(found.count)} times, not by its 2 likelihood terms"
+        assert float(found.count) == 2.0, (
+            f"projected_square is counted {float(found.count)} times, not by its 2 likelihood terms"
+        )
 
     @law(case="cases")
     def test_what_is_assembled(self, case: Case) -> None:
         """`assemble` returns the tensors named in `provides`; A and G are symmetric positive semi-definite."""
         found, provides = self.matrices(case), set(self.curvature.provides)
-        assert set(found) == provides, f"assemble() returns {sorted(found)}, where `provides` says {sorted(provides)}"
+        assert set(found) == provides, (
+            f"assemble() returns {sorted(found)}, where `provides` says {sorted(provides)}"
+        )
         shape = self.curvature.matrix(case.layer, case.layer.tensors()).shape
         for name, tensor in found.items():
             assert tensor.isfinite().all(), f"{name} is not finite: {tensor.tolist()}"
@@ -139,22 +188,38 @@ class CurvatureLaws(OnLayers, InRecipe):
         one = case.rows([0])
         found = self.matrices(one, terms=terms)
         says = f"A kron G of one example with one row is not vec(D) vec(D)^T / {terms}"
-        close(truth.dense_kron(found["A"], found["G"]), truth.dense_fisher(self.gradients(one), terms), says)
+        close(
+            truth.dense_kron(found["A"], found["G"]),
+            truth.dense_fisher(self.gradients(one), terms),
+            says,
+        )
 
     @law(case="cases", random=st.randoms(use_true_random=False))
     def test_order_does_not_matter(self, case: Case, random: Random) -> None:
         """The factors are means over examples: the order of the examples, and of the layer's uses, does not matter."""
         order, expected = list(range(len(case.inputs))), self.means(case)
         random.shuffle(order)
-        same(self.means(case.rows(order)), expected, f"the factor changes when the examples come in the order {order}")
+        same(
+            self.means(case.rows(order)),
+            expected,
+            f"the factor changes when the examples come in the order {order}",
+        )
         backwards = Case(case.module, *case.calls[-1], case.calls[:-1][::-1])
-        same(self.means(backwards), expected, "the factor changes when the uses of the layer come in another order")
+        same(
+            self.means(backwards),
+            expected,
+            "the factor changes when the uses of the layer come in another order",
+        )
 
     @law(case="cases")
     def test_duplication_does_not_matter(self, case: Case) -> None:
         """The factors are means over examples: the same batch twice has the same."""
         twice = case.rows(2 * list(range(len(case.inputs))))
-        same(self.means(twice), self.means(case), "the factor changes when every example comes twice; it is no mean over examples")
+        same(
+            self.means(twice),
+            self.means(case),
+            "the factor changes when every example comes twice; it is no mean over examples",
+        )
 
     @law(case="cases", cut=st.integers(0, 3))
     def test_parts_of_a_batch_add_up(self, case: Case, cut: int) -> None:
@@ -166,15 +231,25 @@ class CurvatureLaws(OnLayers, InRecipe):
         )
         for name, each in whole.items():
             joined, split = one[name] + two[name], f"a batch of {len(order)} split after {cut}"
-            close(present(joined.total), present(each.total), f"{name!r}: the sums of the parts of {split} do not add to that of the whole")
+            close(
+                present(joined.total),
+                present(each.total),
+                f"{name!r}: the sums of the parts of {split} do not add to that of the whole",
+            )
             counts = float(joined.count), float(each.count)
-            assert abs(counts[0] - counts[1]) <= 1e-9 * counts[1], f"{name!r}: the counts of {split} add to {counts[0]}, not {counts[1]}"
+            assert abs(counts[0] - counts[1]) <= 1e-9 * counts[1], (
+                f"{name!r}: the counts of {split} add to {counts[0]}, not {counts[1]}"
+            )
 
     @law(case="cases", terms=st.sampled_from([0.5, 3.0, 70.0]), on_device=st.booleans())
     def test_terms_normalise_the_gradients(self, case: Case, terms: float, on_device: bool) -> None:
         """The Fisher matrix is a mean over likelihood terms: what depends on gradients is divided by their number, the rest is not."""
         number = torch.tensor(terms, dtype=torch.float64) if on_device else terms
-        found, alone, degrees = self.means(case, terms=number), self.means(case, terms=1.0), self._degrees(case)
+        found, alone, degrees = (
+            self.means(case, terms=number),
+            self.means(case, terms=1.0),
+            self._degrees(case),
+        )
         for name, degree in degrees.items():
             divided = alone[name] / (terms if degree else 1.0)
             says = f"with {terms} likelihood terms the factor has to be {f'1/{terms} of' if degree else 'the same as'} that with one term"
@@ -189,33 +264,61 @@ class CurvatureLaws(OnLayers, InRecipe):
         inputs = self.curvature.input_factors(case.layer, blind)
         gradients = self.curvature.gradient_factors(case.layer, self.samples(case))
         both = sorted([*inputs, *gradients])
-        assert both == sorted(whole), f"input_factors and gradient_factors give {both}, where factors gives {sorted(whole)}"
+        assert both == sorted(whole), (
+            f"input_factors and gradient_factors give {both}, where factors gives {sorted(whole)}"
+        )
         for name, each in {**inputs, **gradients}.items():
-            close(present(each.total), present(whole[name].total), f"{name!r}: the part differs from what `factors` gives")
-            assert float(each.count) == float(whole[name].count), f"{name!r}: the part is counted otherwise than in `factors`"
+            close(
+                present(each.total),
+                present(whole[name].total),
+                f"{name!r}: the part differs from what `factors` gives",
+            )
+            assert float(each.count) == float(whole[name].count), (
+                f"{name!r}: the part is counted otherwise than in `factors`"
+            )
 
     @law(case="cases")
     def test_later_passes_count_nothing_twice(self, case: Case) -> None:
         """A second Fisher pass over the same forward (`first=False`) adds its gradients, but no inputs and no counts."""
         first, later, degrees = self.sums(case), self.sums(case, first=False), self._degrees(case)
-        assert set(later) == set(first), f"a later pass gives the factors {sorted(later)}, the first one {sorted(first)}"
+        assert set(later) == set(first), (
+            f"a later pass gives the factors {sorted(later)}, the first one {sorted(first)}"
+        )
         for name, degree in degrees.items():
             count = float(later[name].count)
-            assert count == 0, f"{name!r}: a later pass over the same forward counts {count} times; it has to count nothing"
+            assert count == 0, (
+                f"{name!r}: a later pass over the same forward counts {count} times; it has to count nothing"
+            )
             joined, times = averaged({name: first[name] + later[name]})[name], 2 if degree else 1
             says = f"after two passes with the same gradients it has to be {times} times that of one pass"
-            close(joined, times * averaged(first)[name], f"{name!r}: {says} (inputs are taken once a forward, gradients at every pass)")
+            close(
+                joined,
+                times * averaged(first)[name],
+                f"{name!r}: {says} (inputs are taken once a forward, gradients at every pass)",
+            )
 
     @law(case="cases", power=binary_exponents())
     def test_gradients_scale_the_factors(self, case: Case, power: int) -> None:
         """Gradients times c multiply each factor by a power of c: A by none, G by c^2."""
-        degrees, plain, scaled = self._degrees(case), self.means(case), self.means(case.times(gradients=2.0**power))
+        degrees, plain, scaled = (
+            self._degrees(case),
+            self.means(case),
+            self.means(case.times(gradients=2.0**power)),
+        )
         for name, degree in degrees.items():
-            close(scaled[name] / 2.0 ** (power * degree), plain[name], f"{name!r} goes with c^{degree} at c = 2, but not at c = 2^{power}")
+            close(
+                scaled[name] / 2.0 ** (power * degree),
+                plain[name],
+                f"{name!r} goes with c^{degree} at c = 2, but not at c = 2^{power}",
+            )
         if {"A", "G"} <= set(self.curvature.provides):
             before, after = self.matrices(case), self.matrices(case.times(gradients=2.0**power))
             close(after["A"], before["A"], "A depends on the size of the gradients")
-            close(after["G"] / 4.0**power, before["G"], f"gradients times 2^{power} do not multiply G by its square")
+            close(
+                after["G"] / 4.0**power,
+                before["G"],
+                f"gradients times 2^{power} do not multiply G by its square",
+            )
 
     @law(case="known_cases", power=binary_exponents())
     def test_inputs_scale_the_input_factor(self, case: Case, power: int) -> None:
@@ -225,14 +328,25 @@ class CurvatureLaws(OnLayers, InRecipe):
         scale = torch.full(before["A"].shape[-1:], 2.0**power, dtype=torch.float64)
         if "bias" in case.layer.parameters:
             scale[-1] = 1.0
-        close(after["A"] / scale / scale[:, None], before["A"], f"A does not follow the inputs when these are multiplied by 2^{power}")
+        close(
+            after["A"] / scale / scale[:, None],
+            before["A"],
+            f"A does not follow the inputs when these are multiplied by 2^{power}",
+        )
         close(after["G"], before["G"], "G depends on the size of the inputs")
 
-    @law(case="cases", decade=decimal_exponents(), which=st.sampled_from(["inputs", "gradients", "both"]))
+    @law(
+        case="cases",
+        decade=decimal_exponents(),
+        which=st.sampled_from(["inputs", "gradients", "both"]),
+    )
     def test_tiny_and_huge_numbers_survive(self, case: Case, decade: int, which: str) -> None:
         """In float32 the factors are right at every scale of inputs and gradients at which float32 can hold them."""
         known = type(case.module) in KNOWN
-        inputs, gradients = 10.0 ** (decade if known and which != "gradients" else 0), 10.0 ** (decade if which == "gradients" else 0)
+        inputs, gradients = (
+            10.0 ** (decade if known and which != "gradients" else 0),
+            10.0 ** (decade if which == "gradients" else 0),
+        )
         if which == "both":
             assume(abs(decade) < 18)
             gradients = 1 / inputs
@@ -249,22 +363,48 @@ class CurvatureLaws(OnLayers, InRecipe):
         low = case.to(dtype)
         wide = low.to(torch.float64)
         working = torch.float64 if dtype == torch.float64 else torch.float32
-        found = {"per-example gradients": self.samples(low).per_example_gradients(), **self.means(low), **self.matrices(low)}
-        expected = {"per-example gradients": self.gradients(wide), **self.means(wide), **self.matrices(wide)}
+        found = {
+            "per-example gradients": self.samples(low).per_example_gradients(),
+            **self.means(low),
+            **self.matrices(low),
+        }
+        expected = {
+            "per-example gradients": self.gradients(wide),
+            **self.means(wide),
+            **self.matrices(wide),
+        }
         for name, each in found.items():
-            assert each.dtype == working, f"{name!r} is {each.dtype} for {dtype}; it has to be {working}"
-            near(each, expected[name], f"{name!r} of {dtype} data is not computed in {working}", 1e-5)
+            assert each.dtype == working, (
+                f"{name!r} is {each.dtype} for {dtype}; it has to be {working}"
+            )
+            near(
+                each, expected[name], f"{name!r} of {dtype} data is not computed in {working}", 1e-5
+            )
 
-    @law(case="cases", power=st.sampled_from([-30, -1, 10]), dtype=st.sampled_from([torch.float16, torch.float64]), on_device=st.booleans())
-    def test_the_scale_of_a_use_is_honoured(self, case: Case, power: int, dtype: torch.dtype, on_device: bool) -> None:
+    @law(
+        case="cases",
+        power=st.sampled_from([-30, -1, 10]),
+        dtype=st.sampled_from([torch.float16, torch.float64]),
+        on_device=st.booleans(),
+    )
+    def test_the_scale_of_a_use_is_honoured(
+        self, case: Case, power: int, dtype: torch.dtype, on_device: bool
+    ) -> None:
         """A use's gradient counts times its `scale`, multiplied in float32 at least, be it a number or a tensor."""
         low, numbers = case.to(dtype), [2.0 ** (power + 2 * use) for use in range(len(case.calls))]
         wide = low.to(torch.float64)
-        first, *further = [(x, g * number) for (x, g), number in zip(wide.calls, numbers, strict=True)]
+        first, *further = [
+            (x, g * number) for (x, g), number in zip(wide.calls, numbers, strict=True)
+        ]
         true = Case(wide.module, *first, tuple(further), case.seed)
         scales = [torch.tensor(number) for number in numbers] if on_device else numbers
         says = f"{dtype} gradients with the scales {numbers} do not count that many times"
-        near(self.samples(low, scales=scales).per_example_gradients(), self.gradients(true), f"per-example gradients: {says}", 1e-5)
+        near(
+            self.samples(low, scales=scales).per_example_gradients(),
+            self.gradients(true),
+            f"per-example gradients: {says}",
+            1e-5,
+        )
         expected = self.means(true)
         for name, each in self.means(low, scales=scales).items():
             near(each, expected[name], f"{name!r}: {says}", 1e-5)
@@ -282,14 +422,31 @@ class CurvatureLaws(OnLayers, InRecipe):
             f"blank() has a gradient {list(use.gradient.shape)}, the layer's output for its inputs is {list(shape)}"
         )
         blank = self.curvature.samples(layer, [use], terms=1.0, first=True)
-        assert blank.examples == 1, f"blank() has to be one example, the smallest use; it has {blank.examples}"
-        sums = {"blank": self.curvature.factors(layer, blank), "real": self.curvature.factors(layer, real)}
+        assert blank.examples == 1, (
+            f"blank() has to be one example, the smallest use; it has {blank.examples}"
+        )
+        sums = {
+            "blank": self.curvature.factors(layer, blank),
+            "real": self.curvature.factors(layer, real),
+        }
         found = {kind: described(averaged(each)) for kind, each in sums.items()}
-        assert found["blank"] == found["real"], f"factors of blank() are {found['blank']}, those of data {found['real']}"
-        found = {kind: described(self.curvature.assemble(layer, averaged(each))) for kind, each in sums.items()}
-        assert found["blank"] == found["real"], f"matrices of blank() are {found['blank']}, those of data {found['real']}"
-        found = {k: described({"square": present(s.projected_square(None, None).total)}) for k, s in (("blank", blank), ("real", real))}
-        assert found["blank"] == found["real"], f"moments of blank() are {found['blank']}, those of data {found['real']}"
+        assert found["blank"] == found["real"], (
+            f"factors of blank() are {found['blank']}, those of data {found['real']}"
+        )
+        found = {
+            kind: described(self.curvature.assemble(layer, averaged(each)))
+            for kind, each in sums.items()
+        }
+        assert found["blank"] == found["real"], (
+            f"matrices of blank() are {found['blank']}, those of data {found['real']}"
+        )
+        found = {
+            k: described({"square": present(s.projected_square(None, None).total)})
+            for k, s in (("blank", blank), ("real", real))
+        }
+        assert found["blank"] == found["real"], (
+            f"moments of blank() are {found['blank']}, those of data {found['real']}"
+        )
 
     @law(case="cases", size=st.sampled_from([1, 300, 3000]))
     def test_chunks_do_not_matter(self, case: Case, size: int) -> None:
@@ -302,27 +459,49 @@ class CurvatureLaws(OnLayers, InRecipe):
         same(chunked.means(case), self.means(case), f"the factor changes with chunk_bytes={size}")
         samples, others = self.samples(case), chunked.samples(case)
         rotations = rotations_of(samples.per_example_gradients(), 0)
-        expected, found = ({"projected square": present(each.projected_square(*rotations).total)} for each in (samples, others))
+        expected, found = (
+            {"projected square": present(each.projected_square(*rotations).total)}
+            for each in (samples, others)
+        )
         same(found, expected, f"it changes with chunk_bytes={size}")
 
     @law(case="cases")
     def test_nothing_is_changed(self, case: Case) -> None:
         """A stage holds no state: it changes nothing that it is given, draws no global random numbers, and repeats itself."""
-        kept = [tensor.detach().clone() for tensor in (*case.module.parameters(), *itertools.chain(*case.calls))]
+        kept = [
+            tensor.detach().clone()
+            for tensor in (*case.module.parameters(), *itertools.chain(*case.calls))
+        ]
         random, before = torch.get_rng_state(), self.means(case)
         self.matrices(case)
         self.samples(case).projected_square(None, None)
-        same(self.means(case), before, "a second call with the same data gives another factor", rtol=0, atol=0)
-        for was, now in zip(kept, (*case.module.parameters(), *itertools.chain(*case.calls)), strict=True):
-            assert torch.equal(was, now), f"a tensor {list(was.shape)} that the stage was given was changed in place"
-        assert all(parameter.grad is None for parameter in case.module.parameters()), "the stage filled .grad of a parameter"
-        assert torch.equal(random, torch.get_rng_state()), "the stage draws from the global random numbers"
+        same(
+            self.means(case),
+            before,
+            "a second call with the same data gives another factor",
+            rtol=0,
+            atol=0,
+        )
+        for was, now in zip(
+            kept, (*case.module.parameters(), *itertools.chain(*case.calls)), strict=True
+        ):
+            assert torch.equal(was, now), (
+                f"a tensor {list(was.shape)} that the stage was given was changed in place"
+            )
+        assert all(parameter.grad is None for parameter in case.module.parameters()), (
+            "the stage filled .grad of a parameter"
+        )
+        assert torch.equal(random, torch.get_rng_state()), (
+            "the stage draws from the global random numbers"
+        )
 
     @law(case="cases")
     def test_what_cannot_be_treated_is_refused(self, case: Case) -> None:
         """Of a layer that it takes, `unsupported` refuses every form that computes or trains something else, and says why."""
         for what, module in tampered(case.module):
-            assert self._reason(module, what), f"unsupported() accepts {what}; its gradients would be taken for those of the plain layer"
+            assert self._reason(module, what), (
+                f"unsupported() accepts {what}; its gradients would be taken for those of the plain layer"
+            )
 
     @law()
     def test_unrelated_modules_are_refused(self) -> None:
@@ -342,17 +521,24 @@ class CurvatureLaws(OnLayers, InRecipe):
             raise AssertionError(
                 f"unsupported() raises {type(error).__name__} for {what}, where it has to return a reason: {error}"
             ) from error
-        assert reason is None or (isinstance(reason, str) and reason.strip()), f"unsupported() returns {reason!r} for {what}, not a reason"
+        assert reason is None or (isinstance(reason, str) and reason.strip()), (
+            f"unsupported() returns {reason!r} for {what}, not a reason"
+        )
         return None if reason is None else str(reason)
 
 
 def described(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     """Shape and precision of each."""
-    return {name: f"{list(tensor.shape)} {tensor.dtype}" for name, tensor in sorted(tensors.items())}
+    return {
+        name: f"{list(tensor.shape)} {tensor.dtype}" for name, tensor in sorted(tensors.items())
+    }
 
 
 def rotations_of(gradients: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     """Square matrices of normal numbers to the sizes of per-example gradients `[..., N, d_out, d_in]`: left and right."""
     generator, lead = torch.Generator().manual_seed(seed), gradients.shape[:-3]
-    left, right = (torch.randn(*lead, size, size, generator=generator, dtype=gradients.dtype) for size in gradients.shape[-2:])
+    left, right = (
+        torch.randn(*lead, size, size, generator=generator, dtype=gradients.dtype)
+        for size in gradients.shape[-2:]
+    )
     return left, right

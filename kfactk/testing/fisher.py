@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from kfactk.errors import KfactkError, OptionError
-from kfactk.registry import registry
+from kfactk.registry.registry import registry
 from kfactk.stages import Fisher, Likelihood
-from kfactk.testing.distributions import FALSE_ALARM, hessian
-from kfactk.testing.laws import Laws, close, effort, law
-from kfactk.testing.strategies import Terms, seeds, terms
+from kfactk.testing._support.distributions import FALSE_ALARM, hessian
+from kfactk.testing._support.laws import Laws, close, effort, law
+from kfactk.testing._support.strategies import Terms, seeds, terms
 
 WEIGHTS = (0.5, 3.0, 1.0, 0.0)
 DRAWS = 100_000
@@ -55,39 +55,67 @@ class FisherLaws(Laws):
     def test_it_says_how_it_works(self) -> None:
         """It says whether it has a pass of its own, and which seed its draws derive from; without a pass it gives no losses."""
         stage = self.subject()
-        assert isinstance(stage.own_pass, bool), f"own_pass is {stage.own_pass!r}: it must be True or False"
+        assert isinstance(stage.own_pass, bool), (
+            f"own_pass is {stage.own_pass!r}: it must be True or False"
+        )
         whole = isinstance(stage.seed, int) and not isinstance(stage.seed, bool)
-        assert whole, f"seed is {stage.seed!r}: it must be a whole number, 0 for an estimator that draws nothing"
+        assert whole, (
+            f"seed is {stage.seed!r}: it must be a whole number, 0 for an estimator that draws nothing"
+        )
         if not stage.own_pass:
             [likelihood, *_] = natural_likelihoods(self.likelihoods)
-            losses = list(stage.losses(torch.zeros(2, 1, 3, requires_grad=True), likelihood, None, torch.Generator()))
-            assert not losses, f"it gives {len(losses)} losses that nobody would ask for: own_pass is False"
+            losses = list(
+                stage.losses(
+                    torch.zeros(2, 1, 3, requires_grad=True), likelihood, None, torch.Generator()
+                )
+            )
+            assert not losses, (
+                f"it gives {len(losses)} losses that nobody would ask for: own_pass is False"
+            )
 
     @law(likelihood="each_likelihood", case="cases", seed=seeds())
-    def test_losses_are_scalars_with_gradients(self, likelihood: Likelihood, case: Terms, seed: int) -> None:
+    def test_losses_are_scalars_with_gradients(
+        self, likelihood: Likelihood, case: Terms, seed: int
+    ) -> None:
         """Its losses are finite scalars of which the view has gradients."""
         view = case.rows.clone().requires_grad_()
         count = 0
-        for loss in self._passing().losses(view, likelihood, case.weights, torch.Generator().manual_seed(seed)):
-            assert loss.ndim == 0, f"a loss has shape {list(loss.shape)}: it must be summed to a scalar"
-            assert loss.requires_grad, "a loss does not require gradients: it must be computed from the view, not from its values alone"
+        for loss in self._passing().losses(
+            view, likelihood, case.weights, torch.Generator().manual_seed(seed)
+        ):
+            assert loss.ndim == 0, (
+                f"a loss has shape {list(loss.shape)}: it must be summed to a scalar"
+            )
+            assert loss.requires_grad, (
+                "a loss does not require gradients: it must be computed from the view, not from its values alone"
+            )
             assert bool(torch.isfinite(loss)), f"a loss is {loss.item()}"
             count += 1
         assert count, "it gives no loss, though own_pass is True"
 
     @law(likelihood="each_likelihood", case="cases", seed=seeds())
-    def test_outer_products_are_the_dense_fisher(self, likelihood: Likelihood, case: Terms, seed: int) -> None:
+    def test_outer_products_are_the_dense_fisher(
+        self, likelihood: Likelihood, case: Terms, seed: int
+    ) -> None:
         """Without draws, the outer products of each example's gradients, summed over the losses, are its part of M F."""
         stage = self._of_kind(deterministic=True)
         gradients = scores(stage, likelihood, case.rows, case.weights, seed)
-        expected = torch.stack([dense(likelihood, rows, weights) for rows, weights in _examples(case)])
-        says = (
-            "the outer products of the gradients, summed over the losses, are not the weighted Fisher information of each example's terms"
+        expected = torch.stack(
+            [dense(likelihood, rows, weights) for rows, weights in _examples(case)]
         )
-        close(torch.einsum("kni,knj->nij", gradients, gradients), expected, says, rtol=1e-9, atol=1e-12)
+        says = "the outer products of the gradients, summed over the losses, are not the weighted Fisher information of each example's terms"
+        close(
+            torch.einsum("kni,knj->nij", gradients, gradients),
+            expected,
+            says,
+            rtol=1e-9,
+            atol=1e-12,
+        )
 
     @law(likelihood="each_likelihood", case="cases", seed=seeds())
-    def test_through_a_network_they_are_the_gauss_newton_matrix(self, likelihood: Likelihood, case: Terms, seed: int) -> None:
+    def test_through_a_network_they_are_the_gauss_newton_matrix(
+        self, likelihood: Likelihood, case: Terms, seed: int
+    ) -> None:
         """Without draws, the outer products of gradients of a network's parameters are the Gauss-Newton matrix sum_s w_s J_s^T H_s J_s."""
         stage, c = self._of_kind(deterministic=True), case.rows.shape[-1]
         model = network(c, seed)
@@ -95,15 +123,23 @@ class FisherLaws(Laws):
         for rows, weights in _examples(case):
 
             def output(*values: Tensor, rows: Tensor = rows) -> Tensor:
-                found: Tensor = torch.func.functional_call(model, dict(zip(names, values, strict=True)), (rows.unsqueeze(0),))
+                found: Tensor = torch.func.functional_call(
+                    model, dict(zip(names, values, strict=True)), (rows.unsqueeze(0),)
+                )
                 return found
 
             view = output(*parameters)
             blocks = torch.func.jacrev(output, argnums=tuple(range(len(names))))(*parameters)
-            jacobian = torch.cat([block.reshape(rows.numel(), -1) for block in blocks], dim=-1).detach()
+            jacobian = torch.cat(
+                [block.reshape(rows.numel(), -1) for block in blocks], dim=-1
+            ).detach()
             found = torch.zeros(jacobian.shape[1], jacobian.shape[1], dtype=torch.float64)
-            for loss in stage.losses(view, likelihood, weights.unsqueeze(0), torch.Generator().manual_seed(seed)):
-                gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, parameters, retain_graph=True)])
+            for loss in stage.losses(
+                view, likelihood, weights.unsqueeze(0), torch.Generator().manual_seed(seed)
+            ):
+                gradient = torch.cat(
+                    [g.flatten() for g in torch.autograd.grad(loss, parameters, retain_graph=True)]
+                )
                 found += torch.outer(gradient, gradient)
             expected = jacobian.T @ dense(likelihood, view[0].detach(), weights) @ jacobian
             says = "through a network, the outer products of the parameters' gradients are not the Gauss-Newton matrix"
@@ -122,28 +158,42 @@ class FisherLaws(Laws):
             self._converges(seed)
 
     @law(likelihood="each_likelihood", case="cases", seed=seeds())
-    def test_masked_terms_contribute_nothing(self, likelihood: Likelihood, case: Terms, seed: int) -> None:
+    def test_masked_terms_contribute_nothing(
+        self, likelihood: Likelihood, case: Terms, seed: int
+    ) -> None:
         """Terms of weight zero have no gradient."""
         n, s = case.rows.shape[:2]
         cycle = torch.arange(n * s, dtype=torch.float64).remainder(3).reshape(n, s)
         weights = cycle if case.weights is None else case.weights
-        gradients = scores(self._passing(), likelihood, case.rows, weights, seed).reshape(-1, *case.rows.shape)
+        gradients = scores(self._passing(), likelihood, case.rows, weights, seed).reshape(
+            -1, *case.rows.shape
+        )
         masked = gradients[:, weights == 0]
-        assert not masked.numel() or float(masked.abs().max()) == 0, "a term of weight zero has a gradient"
+        assert not masked.numel() or float(masked.abs().max()) == 0, (
+            "a term of weight zero has a gradient"
+        )
 
     @law(likelihood="each_likelihood", case="cases", seed=seeds())
-    def test_the_generator_alone_decides(self, likelihood: Likelihood, case: Terms, seed: int) -> None:
+    def test_the_generator_alone_decides(
+        self, likelihood: Likelihood, case: Terms, seed: int
+    ) -> None:
         """The same generator gives the same losses; the global random state is neither read nor changed."""
         stage, state = self._passing(), torch.get_rng_state()
         first = scores(stage, likelihood, case.rows, case.weights, seed)
-        assert torch.equal(torch.get_rng_state(), state), "the global random state is changed: draw with the generator that is given"
+        assert torch.equal(torch.get_rng_state(), state), (
+            "the global random state is changed: draw with the generator that is given"
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
             again = scores(stage, likelihood, case.rows, case.weights, seed)
-        assert torch.equal(first, again), "the same generator gives other losses: something else is read, such as the global random state"
+        assert torch.equal(first, again), (
+            "the same generator gives other losses: something else is read, such as the global random state"
+        )
 
     @law(likelihood="each_likelihood", case="cases", seed=seeds())
-    def test_the_users_loss_and_gradients_are_left_alone(self, likelihood: Likelihood, case: Terms, seed: int) -> None:
+    def test_the_users_loss_and_gradients_are_left_alone(
+        self, likelihood: Likelihood, case: Terms, seed: int
+    ) -> None:
         """Taking the losses and their gradients leaves `.grad`, the view, the weights and the user's own backward as they were."""
         stage, c = self._passing(), case.rows.shape[-1]
         mixing = torch.eye(c, dtype=torch.float64).requires_grad_()
@@ -154,21 +204,32 @@ class FisherLaws(Laws):
         for loss in stage.losses(view, likelihood, weights, torch.Generator().manual_seed(seed)):
             torch.autograd.grad(loss, view, retain_graph=True)
         assert mixing.grad is mark, ".grad of a parameter is replaced"
-        assert float((mark - 7).abs().max()) == 0, ".grad of a parameter is changed: never call backward()"
+        assert float((mark - 7).abs().max()) == 0, (
+            ".grad of a parameter is changed: never call backward()"
+        )
         assert torch.equal(view.detach(), case.rows), "the view is changed"
-        assert weights is None or case.weights is None or torch.equal(weights, case.weights), "the weights are changed"
+        assert weights is None or case.weights is None or torch.equal(weights, case.weights), (
+            "the weights are changed"
+        )
         torch.autograd.backward(users)
         close(mark, 7 + expected, "the user's own backward, run afterwards, gives other gradients")
 
     def _converges(self, seed: int) -> None:
         stage = self._of_kind(deterministic=False)
-        rows = 1.5 * (2 * torch.rand(2, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) - 1)
+        rows = 1.5 * (
+            2 * torch.rand(2, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+            - 1
+        )
         some = torch.tensor([WEIGHTS[seed % 4], WEIGHTS[1 + seed % 3]], dtype=torch.float64)
-        for likelihood, given in itertools.product(natural_likelihoods(self.likelihoods), (None, some)):
+        for likelihood, given in itertools.product(
+            natural_likelihoods(self.likelihoods), (None, some)
+        ):
             many = None if given is None else given.expand(DRAWS, 2).contiguous()
             gradients = scores(stage, likelihood, rows.expand(DRAWS, 2, 3).contiguous(), many, seed)
             products = torch.einsum("kni,knj->nij", gradients, gradients).flatten(1)
-            truth = dense(likelihood, rows, torch.ones(2, dtype=torch.float64) if given is None else given)
+            truth = dense(
+                likelihood, rows, torch.ones(2, dtype=torch.float64) if given is None else given
+            )
             bound = NormalDist().inv_cdf(1 - FALSE_ALARM / (2 * truth.numel()))
             mean, deviation = products.mean(0), products.std(0) / DRAWS**0.5
             excess = (mean - truth.flatten()).abs() - bound * deviation - 1e-9
@@ -184,23 +245,34 @@ class FisherLaws(Laws):
         """The stage; the law is skipped for one without a pass of its own."""
         stage: Fisher = self.subject()
         if not stage.own_pass:
-            pytest.skip(f"{self.label()} listens to the user's own backward: it has no losses that this law could be put to")
+            pytest.skip(
+                f"{self.label()} listens to the user's own backward: it has no losses that this law could be put to"
+            )
         return stage
 
     def _of_kind(self, *, deterministic: bool) -> Fisher:
         """The stage; the law is skipped for one that draws when it should not, or the other way round."""
         stage = self._passing()
-        likelihood, rows = natural_likelihoods(self.likelihoods)[0], torch.linspace(-1, 1, 3, dtype=torch.float64).expand(PROBES, 2, 3)
+        likelihood, rows = (
+            natural_likelihoods(self.likelihoods)[0],
+            torch.linspace(-1, 1, 3, dtype=torch.float64).expand(PROBES, 2, 3),
+        )
         found = torch.equal(*(scores(stage, likelihood, rows, None, seed) for seed in (0, 1)))
         if self.deterministic is not None:
             same = f"two seeds give {'the same' if found else 'different'} losses"
-            assert found == self.deterministic, f"{same}, and the class says deterministic = {self.deterministic}"
+            assert found == self.deterministic, (
+                f"{same}, and the class says deterministic = {self.deterministic}"
+            )
         if found != deterministic:
-            pytest.skip(f"{self.label()} {'draws nothing' if found else 'draws'}: another law holds it to the Fisher matrix")
+            pytest.skip(
+                f"{self.label()} {'draws nothing' if found else 'draws'}: another law holds it to the Fisher matrix"
+            )
         return stage
 
 
-def scores(stage: Fisher, likelihood: Likelihood, rows: Tensor, weights: Tensor | None, seed: int) -> Tensor:
+def scores(
+    stage: Fisher, likelihood: Likelihood, rows: Tensor, weights: Tensor | None, seed: int
+) -> Tensor:
     """Gradient of each loss in the output of each example, `[losses, N, S C]`."""
     view = rows.clone().requires_grad_()
     losses = stage.losses(view, likelihood, weights, torch.Generator().manual_seed(seed))
@@ -280,5 +352,9 @@ def network(width: int, seed: int) -> nn.Module:
 
 
 def _examples(case: Terms) -> Iterator[tuple[Tensor, Tensor]]:
-    weights = torch.ones(case.rows.shape[:2], dtype=torch.float64) if case.weights is None else case.weights
+    weights = (
+        torch.ones(case.rows.shape[:2], dtype=torch.float64)
+        if case.weights is None
+        else case.weights
+    )
     return zip(case.rows, weights, strict=True)

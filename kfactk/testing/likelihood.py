@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.distributions import Distribution
 
 from kfactk.errors import CaptureError, OptionError
-from kfactk.testing import distributions
-from kfactk.testing.distributions import Cells, drawn, score, surprise
-from kfactk.testing.laws import Laws, close, effort, law
-from kfactk.testing.strategies import Terms, seeds, terms
+from kfactk.testing._support import distributions
+from kfactk.testing._support.distributions import Cells, drawn, score, surprise
+from kfactk.testing._support.laws import Laws, close, effort, law
+from kfactk.testing._support.strategies import Terms, seeds, terms
 
 DRAWS = 200_000
 """Draws for each of two rows, of which the frequencies are taken."""
@@ -96,7 +96,11 @@ class LikelihoodLaws(Laws):
 
     def extents(self) -> st.SearchStrategy[list[int]]:
         """Sizes of an output's dimensions besides the examples' and the event's."""
-        return st.just([]) if self.event_axis is None else st.lists(st.integers(1, 3), min_size=self._least(), max_size=3)
+        return (
+            st.just([])
+            if self.event_axis is None
+            else st.lists(st.integers(1, 3), min_size=self._least(), max_size=3)
+        )
 
     def output(self, rows: Tensor, extents: list[int]) -> Tensor:
         """The model's output whose terms are `[N, S, C]`, S being the product of the extents; it requires a gradient."""
@@ -112,12 +116,24 @@ class LikelihoodLaws(Laws):
         output = self.output(rows, extents)
         view = self.subject().view(output)
         looks = f"the view of an output of shape {list(output.shape)}"
-        assert tuple(view.shape) == (n, s, c), f"{looks} has shape {list(view.shape)}, not [N, S, C] = {[n, s, c]}"
-        close(view.detach(), rows, f"{looks} does not hold the output's numbers, terms in order and the event last")
-        assert view.requires_grad, f"{looks} does not require gradients: it must share the output's graph"
+        assert tuple(view.shape) == (n, s, c), (
+            f"{looks} has shape {list(view.shape)}, not [N, S, C] = {[n, s, c]}"
+        )
+        close(
+            view.detach(),
+            rows,
+            f"{looks} does not hold the output's numbers, terms in order and the event last",
+        )
+        assert view.requires_grad, (
+            f"{looks} does not require gradients: it must share the output's graph"
+        )
         cotangent = _normal(seed + 1, n, s, c)
         (gradient,) = torch.autograd.grad((view * cotangent).sum(), output)
-        close(gradient, self.output(cotangent, extents).detach(), f"a gradient of {looks} does not reach the output as it is")
+        close(
+            gradient,
+            self.output(cotangent, extents).detach(),
+            f"a gradient of {looks} does not reach the output as it is",
+        )
 
     @law()
     def test_what_cannot_be_its_parameters_is_refused(self) -> None:
@@ -129,14 +145,24 @@ class LikelihoodLaws(Laws):
             (torch.zeros(2, width), "that does not require gradients"),
         ]
         bad += [
-            (torch.zeros(2, c, requires_grad=True), f"of width {c}, which is not among the class' `widths`,")
+            (
+                torch.zeros(2, c, requires_grad=True),
+                f"of width {c}, which is not among the class' `widths`,",
+            )
             for c in range(1, max(self.widths))
             if c not in self.widths
         ]
         if 1 not in self.widths:
-            bad.append((torch.zeros(3, requires_grad=True), "of one number an example, which is not among the class' `widths`,"))
+            bad.append(
+                (
+                    torch.zeros(3, requires_grad=True),
+                    "of one number an example, which is not among the class' `widths`,",
+                )
+            )
         for output, what in bad:
-            _refused(partial(stage.view, output), f"an output {what} is not refused with a CaptureError")
+            _refused(
+                partial(stage.view, output), f"an output {what} is not refused with a CaptureError"
+            )
         try:
             view = stage.view(torch.zeros(3, requires_grad=True))
         except CaptureError:
@@ -156,14 +182,20 @@ class LikelihoodLaws(Laws):
         )
         expected = self._nll(case.rows, targets)
         if self.normalised:
-            close(found.detach(), expected, "nll is not minus the log-probability of the distribution")
+            close(
+                found.detach(), expected, "nll is not minus the log-probability of the distribution"
+            )
         elsewhere = case.rows + 0.1
         difference = found.detach() - stage.nll(elsewhere, targets)
-        says = "nll differs from minus the log-probability of the distribution by more than a constant"
+        says = (
+            "nll differs from minus the log-probability of the distribution by more than a constant"
+        )
         close(difference, expected - self._nll(elsewhere, targets), says)
         cotangent = _normal(seed, *found.shape)
         (gradient,) = torch.autograd.grad((cotangent * found).sum(), view)
-        scores = [score(self.distribution, row, target) for row, target in _each(case.rows, targets)]
+        scores = [
+            score(self.distribution, row, target) for row, target in _each(case.rows, targets)
+        ]
         truth = -cotangent.unsqueeze(-1) * torch.stack(scores).reshape(view.shape)
         close(
             gradient,
@@ -175,7 +207,7 @@ class LikelihoodLaws(Laws):
     def test_draws_follow_the_distribution(self) -> None:
         """Drawn targets have the distribution's frequencies, in each component, independently over components, terms and examples.
 
-        False alarm: below 1e-8 a seed, by Chernoff's bound for each frequency (`kfactk.testing.distributions.surprise`). The seeds
+        False alarm: below 1e-8 a seed, by Chernoff's bound for each frequency (`kfactk.testing._support.distributions.surprise`). The seeds
         are fixed, so that the law gives the same each time.
         """
         for seed in range(effort(1)):
@@ -186,11 +218,15 @@ class LikelihoodLaws(Laws):
         view = rows.expand(DRAWS, *rows.shape).contiguous()
         draws = self.subject().sample(view, torch.Generator().manual_seed(seed))
         shape = (DRAWS, 2, *self.distribution(rows[0]).sample().shape)
-        assert tuple(draws.shape) == shape, f"drawn targets have shape {list(draws.shape)}, not [N, S] and the shape of one value, {shape}"
+        assert tuple(draws.shape) == shape, (
+            f"drawn targets have shape {list(draws.shape)}, not [N, S] and the shape of one value, {shape}"
+        )
         parts = [self.cells(self.distribution(row), draws[:, s]) for s, row in enumerate(rows)]
         for row, each in zip(rows, parts, strict=True):
             found = surprise(each)
-            assert not found, f"draws do not follow the distribution of the output {row.tolist()}: {found}"
+            assert not found, (
+                f"draws do not follow the distribution of the output {row.tolist()}: {found}"
+            )
         found = surprise([parts[0][0], parts[1][0]])
         assert not found, f"the terms of one example are not drawn independently: {found}"
         codes, probabilities = parts[0][0].codes, parts[0][0].probabilities
@@ -204,14 +240,24 @@ class LikelihoodLaws(Laws):
         view = rows.clone().requires_grad_()
         generator, state = torch.Generator().manual_seed(seed), torch.get_rng_state()
         first = stage.sample(view, generator)
-        assert torch.equal(torch.get_rng_state(), state), "drawing changes the global random state: draw with the generator that is given"
-        assert not first.requires_grad, "drawn targets require gradients: they must be cut off from the view's graph"
+        assert torch.equal(torch.get_rng_state(), state), (
+            "drawing changes the global random state: draw with the generator that is given"
+        )
+        assert not first.requires_grad, (
+            "drawn targets require gradients: they must be cut off from the view's graph"
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
             again = stage.sample(view, torch.Generator().manual_seed(seed))
-        assert torch.equal(first, again), "the same view and generator give other draws: something else is read"
-        assert not torch.equal(first, stage.sample(view, torch.Generator().manual_seed(seed + 1))), "another seed gives the same draws"
-        assert not torch.equal(first, stage.sample(view, generator)), "two draws in a row from one generator are the same"
+        assert torch.equal(first, again), (
+            "the same view and generator give other draws: something else is read"
+        )
+        assert not torch.equal(
+            first, stage.sample(view, torch.Generator().manual_seed(seed + 1))
+        ), "another seed gives the same draws"
+        assert not torch.equal(first, stage.sample(view, generator)), (
+            "two draws in a row from one generator are the same"
+        )
         assert torch.equal(view.detach(), rows), "drawing changes the view"
 
     @law(case="cases")
@@ -223,36 +269,56 @@ class LikelihoodLaws(Laws):
             assert column.shape == view.shape, (
                 f"a column of the root has shape {list(column.shape)}, not that of the view, {list(view.shape)}"
             )
-            assert not column.requires_grad, "a column of the root requires gradients: it must be detached"
+            assert not column.requires_grad, (
+                "a column of the root requires gradients: it must be detached"
+            )
             total += column.unsqueeze(-1) * column.unsqueeze(-2)
-        expected = torch.stack([self.information(row) for row in case.rows.flatten(0, 1)]).reshape(total.shape)
-        close(total, expected, "the root's outer products do not sum to the Fisher information", rtol=1e-9, atol=1e-12)
+        expected = torch.stack([self.information(row) for row in case.rows.flatten(0, 1)]).reshape(
+            total.shape
+        )
+        close(
+            total,
+            expected,
+            "the root's outer products do not sum to the Fisher information",
+            rtol=1e-9,
+            atol=1e-12,
+        )
 
     @law(case="cases", data=st.data(), seed=seeds())
-    def test_terms_weigh_what_the_batch_says(self, case: Terms, data: st.DataObject, seed: int) -> None:
+    def test_terms_weigh_what_the_batch_says(
+        self, case: Terms, data: st.DataObject, seed: int
+    ) -> None:
         """Each term has the weight that the batch gives it, and 1 where nothing is said; what is named and missing is refused."""
         stage, (n, s) = self.subject(), case.rows.shape[:2]
-        given = data.draw(st.lists(st.sampled_from(self.weights), min_size=n * s, max_size=n * s), label="weights")
+        given = data.draw(
+            st.lists(st.sampled_from(self.weights), min_size=n * s, max_size=n * s), label="weights"
+        )
         weights = torch.tensor(given, dtype=torch.float64).reshape(n, s)
         targets = drawn(self.distribution, case.rows, seed)
         batch = self.batch(targets, weights)
         found = stage.term_weights(case.rows, batch)
         if found is None:
             found = torch.ones(n, s, dtype=torch.float64)
-        assert tuple(found.shape) == (n, s), f"weights have shape {list(found.shape)}, not one for each term, {[n, s]}"
+        assert tuple(found.shape) == (n, s), (
+            f"weights have shape {list(found.shape)}, not one for each term, {[n, s]}"
+        )
         assert not found.requires_grad, "weights require gradients: they must be detached"
         close(found.double(), weights, "terms do not weigh what the batch says")
         if self.weights == (1.0,):
             return
         _refused(
-            lambda: stage.term_weights(case.rows, {}), "a batch without the weights (or labels) that the stage was told of is not refused"
+            lambda: stage.term_weights(case.rows, {}),
+            "a batch without the weights (or labels) that the stage was told of is not refused",
         )
         if set(self.weights) <= {0.0, 1.0}:
             return
         for bad in (-1.0, math.nan, math.inf):
             spoilt = weights.clone()
             spoilt[0, 0] = bad
-            _refused(partial(stage.term_weights, case.rows, self.batch(targets, spoilt)), f"a weight of {bad} is not refused")
+            _refused(
+                partial(stage.term_weights, case.rows, self.batch(targets, spoilt)),
+                f"a weight of {bad} is not refused",
+            )
 
     def _least(self) -> int:
         """How many dimensions an output must have besides those of examples and event, for `event_axis` to be one of its dimensions."""
@@ -260,7 +326,10 @@ class LikelihoodLaws(Laws):
         return max(0, axis - 1 if axis > 0 else -axis - 1)
 
     def _nll(self, rows: Tensor, targets: Tensor) -> Tensor:
-        each = [-distributions.log_prob(self.distribution(row), target) for row, target in _each(rows, targets)]
+        each = [
+            -distributions.log_prob(self.distribution(row), target)
+            for row, target in _each(rows, targets)
+        ]
         return torch.stack(each).reshape(rows.shape[:2])
 
 

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from hypothesis import strategies as st
 
 from kfactk.assignment import Assignment, Work, Workload
-from kfactk.testing.division import Sent, equal_on_ranks, on_ranks
-from kfactk.testing.laws import Laws, law
-from kfactk.testing.ranks import shared_workers
-from kfactk.testing.training import Training
+from kfactk.testing._support.division import Sent, equal_on_ranks, on_ranks
+from kfactk.testing._support.laws import Laws, law
+from kfactk.testing._support.ranks import shared_workers
+from kfactk.testing._support.training import Training
 
 LARGEST = 9
 """Most ranks that an answer is asked for."""
@@ -28,11 +28,19 @@ LARGEST = 9
 @st.composite
 def works(draw: st.DrawFn, layer: str) -> Work:
     """One layer's work: Kronecker factors, of groups too, one matrix of another shape, or none at all."""
-    d_out, d_in, groups = draw(st.integers(1, 40)), draw(st.integers(1, 40)), draw(st.sampled_from([(), (), (3,)]))
+    d_out, d_in, groups = (
+        draw(st.integers(1, 40)),
+        draw(st.integers(1, 40)),
+        draw(st.sampled_from([(), (), (3,)])),
+    )
     gradient = (*groups, d_out, d_in)
     kronecker = {"A": (*groups, d_in, d_in), "G": (*groups, d_out, d_out)}
     channels = {"C": (*groups, 1, 1), "G": kronecker["G"], "K": (*groups, d_in, d_in)}
-    matrices = draw(st.sampled_from([kronecker, kronecker, channels, {"square": gradient}, {"A": kronecker["A"]}, {}]))
+    matrices = draw(
+        st.sampled_from(
+            [kronecker, kronecker, channels, {"square": gradient}, {"A": kronecker["A"]}, {}]
+        )
+    )
     return Work(layer, matrices, gradient, together=draw(st.booleans()))
 
 
@@ -45,7 +53,9 @@ def some_work(draw: st.DrawFn, most: int = 7) -> Workload:
         each = [attrs.evolve(each[0], layer=name) for name in names]
     often = st.sampled_from([1, 10, 100])
     sizes = st.sampled_from([2, 4, 8])
-    return Workload(tuple(each), draw(often), draw(often), draw(often), draw(st.booleans()), draw(sizes), "cpu")
+    return Workload(
+        tuple(each), draw(often), draw(often), draw(often), draw(st.booleans()), draw(sizes), "cpu"
+    )
 
 
 class PlacementLaws(Laws):
@@ -72,39 +82,61 @@ class PlacementLaws(Laws):
         """Each layer has holders, each of its matrices decomposers, and all of these are ranks, in ascending order; nothing else has."""
         found = self._answer(workload, ranks)
         wanted = {work.layer: set(work.matrices) for work in workload.works}
-        assert set(found.shares) == set(wanted), f"of the layers {sorted(wanted)} it divided {sorted(found.shares)}"
+        assert set(found.shares) == set(wanted), (
+            f"of the layers {sorted(wanted)} it divided {sorted(found.shares)}"
+        )
         for layer, share in found.shares.items():
-            assert set(share.decomposers) == wanted[layer], f"{layer} has the matrices {wanted[layer]}, not {set(share.decomposers)}"
-            for what, group in (("its holders", share.holders), *share.decomposers.items()):
-                good = isinstance(group, tuple) and group and list(group) == sorted(set(group)) and set(group) <= set(range(ranks))
-                assert good, f"{layer}: {what} lie on {group!r}, where some of the ranks 0 to {ranks - 1}, ascending, are due"
+            assert set(share.inverse_workers) == wanted[layer], (
+                f"{layer} has the matrices {wanted[layer]}, not {set(share.inverse_workers)}"
+            )
+            for what, group in (
+                ("its holders", share.gradient_workers),
+                *share.inverse_workers.items(),
+            ):
+                good = (
+                    isinstance(group, tuple)
+                    and group
+                    and list(group) == sorted(set(group))
+                    and set(group) <= set(range(ranks))
+                )
+                assert good, (
+                    f"{layer}: {what} lie on {group!r}, where some of the ranks 0 to {ranks - 1}, ascending, are due"
+                )
 
     @law(workload="workloads")
     def test_one_rank_alone_does_all(self, workload: Workload) -> None:
         """One process has everything."""
         for layer, share in self._answer(workload, 1).shares.items():
-            groups = {share.holders, *share.decomposers.values()}
-            assert groups == {(0,)}, f"alone, rank 0 has to do all of {layer}, and it lies on {sorted(groups)}"
+            groups = {share.gradient_workers, *share.inverse_workers.values()}
+            assert groups == {(0,)}, (
+                f"alone, rank 0 has to do all of {layer}, and it lies on {sorted(groups)}"
+            )
 
     @law(workload="workloads", ranks=st.integers(2, LARGEST))
     def test_what_belongs_together_stays_together(self, workload: Workload, ranks: int) -> None:
         """Matrices that are made of common statistics lie on the same ranks."""
         shares = self._answer(workload, ranks).shares
         for work in workload.works:
-            groups = set(shares[work.layer].decomposers.values())
+            groups = set(shares[work.layer].inverse_workers.values())
             assert not work.together or len(groups) <= 1, (
                 f"the matrices of {work.layer}, made of common statistics, lie on {sorted(groups)}"
             )
 
     @law(workload="workloads", ranks=st.integers(1, LARGEST), others="several")
-    def test_the_answer_depends_on_the_arguments_alone(self, workload: Workload, ranks: int, others: list[Workload]) -> None:
+    def test_the_answer_depends_on_the_arguments_alone(
+        self, workload: Workload, ranks: int, others: list[Workload]
+    ) -> None:
         """Asked again, after other questions, or asked of another object of the same options, it gives the same; nothing is changed."""
         stage, before = self.subject(), repr(workload)
         first = stage.assign(workload, ranks)
         for other in others:
             stage.assign(other, ranks + 1)
-        assert stage.assign(workload, ranks) == first, "asked again, it divides the same work otherwise"
-        assert self.subject().assign(workload, ranks) == first, "another object of the same options divides the same work otherwise"
+        assert stage.assign(workload, ranks) == first, (
+            "asked again, it divides the same work otherwise"
+        )
+        assert self.subject().assign(workload, ranks) == first, (
+            "another object of the same options divides the same work otherwise"
+        )
         assert repr(workload) == before, f"the workload that it was given is changed, from {before}"
 
     @law()
@@ -114,7 +146,9 @@ class PlacementLaws(Laws):
         name = stage.wire_dtype
         dtype = None if name is None else getattr(torch, str(name), None)
         floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
-        assert name is None or floating, f"wire_dtype is {name!r}: it must name a floating dtype of torch, such as 'bfloat16', or be None"
+        assert name is None or floating, (
+            f"wire_dtype is {name!r}: it must name a floating dtype of torch, such as 'bfloat16', or be None"
+        )
         assert stage.process_group is None or dist.is_initialized(), (
             f"process_group is {stage.process_group!r}, though there are no processes: it must be None, which stands for all ranks"
         )
@@ -125,8 +159,12 @@ class PlacementLaws(Laws):
         """Processes of their own give the answer that this one does, whatever order their sets and hashes have."""
         self._without_group()
         mine = [_told(self.subject(), workload) for workload in given]
-        for rank, theirs in enumerate(shared_workers().run(2, _answers, Sent.of((self.subject(), given)))):
-            assert theirs == mine, f"process {rank} divides the same work otherwise: {theirs}, not {mine}"
+        for rank, theirs in enumerate(
+            shared_workers().run(2, _answers, Sent.of((self.subject(), given)))
+        ):
+            assert theirs == mine, (
+                f"process {rank} divides the same work otherwise: {theirs}, not {mine}"
+            )
 
     @law()
     @on_ranks
@@ -134,18 +172,31 @@ class PlacementLaws(Laws):
         """Two and three ranks with parts of each batch do what one process does with the whole, and the same bit for bit."""
         self._without_group()
         for ranks in (2, 3):
-            equal_on_ranks(Training(), {"placement": self.subject()}, ranks, rounded=self.subject().wire_dtype is not None)
+            equal_on_ranks(
+                Training(),
+                {"placement": self.subject()},
+                ranks,
+                rounded=self.subject().wire_dtype is not None,
+            )
 
     def _answer(self, workload: Workload, ranks: int) -> Assignment:
         found = self.subject().assign(workload, ranks)
-        assert isinstance(found, Assignment), f"assign gave {found!r}, where a kfactk.Assignment is due"
-        assert isinstance(found.strategy, str), f"the strategy is {found.strategy!r}: it must be its name"
-        assert isinstance(found.reason, str), f"the reason is {found.reason!r}: it must be a sentence"
+        assert isinstance(found, Assignment), (
+            f"assign gave {found!r}, where a kfactk.Assignment is due"
+        )
+        assert isinstance(found.strategy, str), (
+            f"the strategy is {found.strategy!r}: it must be its name"
+        )
+        assert isinstance(found.reason, str), (
+            f"the reason is {found.reason!r}: it must be a sentence"
+        )
         return found
 
     def _without_group(self) -> None:
         if self.subject().process_group is not None:
-            pytest.skip(f"{self.label()} is for one process group, which other processes do not have")
+            pytest.skip(
+                f"{self.label()} is for one process group, which other processes do not have"
+            )
 
 
 def _told(stage: Any, workload: Workload) -> Sequence[Mapping[str, Any]]:

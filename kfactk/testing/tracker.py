@@ -22,16 +22,16 @@ from torch import Tensor, nn
 
 import kfactk
 from kfactk.errors import KfactkWarning
-from kfactk.registry import registry
+from kfactk.registry.registry import registry
 from kfactk.stages import Tracker
-from kfactk.testing.laws import Laws, law
+from kfactk.testing._support.laws import Laws, law
 
 NAMES = ("loss", "clip_factor", "seconds/basis", "layer.0/condition", "condition_max")
 METHODS = ("start", "record", "close")
 """What the framework calls, and a sink may fail in."""
 CHILD = """
 import json, os, sys
-from kfactk.registry import registry
+from kfactk.registry.registry import registry
 tracker = registry().resolve("tracker", json.loads(sys.argv[1]))
 tracker.start({})
 for step in range(3):
@@ -77,7 +77,7 @@ class Figure:
         return float(self.given())
 
 
-def figures(*, finite: bool) -> st.SearchStrategy[dict[str, Figure]]:
+def metrics(*, finite: bool) -> st.SearchStrategy[dict[str, Figure]]:
     """Figures of one step by name."""
     values = st.floats(-(2.0**100), 2.0**100, width=32) | st.integers(-1000, 1000)
     kinds = st.sampled_from([None, torch.float32, torch.float64, torch.bfloat16])
@@ -90,9 +90,16 @@ def figures(*, finite: bool) -> st.SearchStrategy[dict[str, Figure]]:
 def recipes() -> st.SearchStrategy[dict[str, Any]]:
     """Recipes as trackers get them: text-safe nested mappings."""
     names = st.sampled_from(["lr", "basis", "name", "damping", "betas"])
-    leaves = st.none() | st.booleans() | st.integers(-5, 5) | st.floats(0, 1) | st.text("abc_ -", min_size=1, max_size=5).map(str.strip)
+    leaves = (
+        st.none()
+        | st.booleans()
+        | st.integers(-5, 5)
+        | st.floats(0, 1)
+        | st.text("abc_ -", min_size=1, max_size=5).map(str.strip)
+    )
     values = st.recursive(
-        leaves.filter(lambda value: value != ""), lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3)
+        leaves.filter(lambda value: value != ""),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(names, inner, max_size=3),
     )
     return st.dictionaries(names, values, max_size=4)
 
@@ -105,7 +112,7 @@ class TrackerLaws(Laws):
         ...     every = 1
         ...     def __init__(self, path): self.path, self.held = path, []
         ...     def start(self, recipe): self.path.write_text("")
-        ...     def record(self, step, figures): self.held.append(f"{step} {float(figures['loss'])!r}")
+        ...     def record(self, step, metrics): self.held.append(f"{step} {float(metrics['loss'])!r}")
         ...     def flush(self):
         ...         with self.path.open("a") as file: file.writelines(f"{line}\\n" for line in self.held)
         ...         self.held = []
@@ -140,7 +147,11 @@ class TrackerLaws(Laws):
         """Steps in rising order, with their figures."""
         steps = st.lists(st.integers(0, 1000), min_size=1, max_size=5, unique=True).map(sorted)
         finite = not self.keeps_nonfinite
-        return steps.flatmap(lambda found: st.tuples(*(st.tuples(st.just(step), figures(finite=finite)) for step in found)).map(list))
+        return steps.flatmap(
+            lambda found: st.tuples(
+                *(st.tuples(st.just(step), metrics(finite=finite)) for step in found)
+            ).map(list)
+        )
 
     @law(examples=8, rows="finite_rows")
     def test_records_what_happened(self, rows: list[tuple[int, dict[str, Figure]]]) -> None:
@@ -158,7 +169,9 @@ class TrackerLaws(Laws):
             self._is_recorded(folder, rows, "after close()")
 
     @law(examples=4, rows="finite_rows", more="finite_rows")
-    def test_flush_shows_what_is_held(self, rows: list[tuple[int, dict[str, Figure]]], more: list[tuple[int, dict[str, Figure]]]) -> None:
+    def test_flush_shows_what_is_held(
+        self, rows: list[tuple[int, dict[str, Figure]]], more: list[tuple[int, dict[str, Figure]]]
+    ) -> None:
         """After `flush` all that was told can be read, without waiting for `close`; flushing again adds nothing; recording goes on."""
         later = [(rows[-1][0] + 1 + step, told) for step, told in more]
         with _folder() as folder:
@@ -200,9 +213,13 @@ class TrackerLaws(Laws):
             losses, _ = _train(self.stage_in(folder), seed, 2 * every + 1)
             rows = self._read(folder).rows
         steps = [step for step, _ in rows]
-        assert steps == [0, every, 2 * every], f"with every={every}, steps {steps} of {2 * every + 1} are recorded"
+        assert steps == [0, every, 2 * every], (
+            f"with every={every}, steps {steps} of {2 * every + 1} are recorded"
+        )
         for step, found in rows:
-            assert self._near(found.get("loss", math.nan), losses[step]), f"the loss of step {step} was {losses[step]}; recorded is {found}"
+            assert self._near(found.get("loss", math.nan), losses[step]), (
+                f"the loss of step {step} was {losses[step]}; recorded is {found}"
+            )
 
     @law(examples=1, seed=st.integers(0, 2**16))
     def test_does_not_change_training(self, seed: int) -> None:
@@ -214,18 +231,30 @@ class TrackerLaws(Laws):
             f"training with the tracker gives other parameters, or draws random numbers: {tracked[1]}, {plain[1]}"
         )
 
-    @law(examples=3, seed=st.integers(0, 2**16), fails=st.lists(st.sampled_from(METHODS), min_size=1, unique=True))
+    @law(
+        examples=3,
+        seed=st.integers(0, 2**16),
+        fails=st.lists(st.sampled_from(METHODS), min_size=1, unique=True),
+    )
     def test_a_failing_sink_costs_no_training(self, seed: int, fails: list[str]) -> None:
         """When start, record or close raise, there is one KfactkWarning, and the parameters are, bit for bit, those without a tracker."""
         with _folder() as folder, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             failing = Failing(self._made(folder), tuple(fails))
             found = _train(failing, seed, failing.every + 1)
-        said = [str(warning.message) for warning in caught if issubclass(warning.category, KfactkWarning)]
+        said = [
+            str(warning.message)
+            for warning in caught
+            if issubclass(warning.category, KfactkWarning)
+        ]
         ours = [text for text in said if Failing.WHY in text]
-        assert len(ours) == 1, f"{len(ours)} warnings were given, where one is due, of a tracker whose {', '.join(fails)} fail: {said}"
+        assert len(ours) == 1, (
+            f"{len(ours)} warnings were given, where one is due, of a tracker whose {', '.join(fails)} fail: {said}"
+        )
         plain = _train(None, seed, failing.every + 1)
-        assert found == plain, f"a tracker whose {', '.join(fails)} fail changes the training: {found}, {plain}"
+        assert found == plain, (
+            f"a tracker whose {', '.join(fails)} fail changes the training: {found}, {plain}"
+        )
 
     @law(examples=1)
     def test_flushed_records_survive_the_process(self) -> None:
@@ -235,8 +264,15 @@ class TrackerLaws(Laws):
         with _folder() as folder:
             spec = registry().describe("tracker", self._made(folder))
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-            child = subprocess.run([sys.executable, "-c", CHILD, json.dumps(spec)], env=environment, capture_output=True, text=True)
-            assert child.returncode == 9, f"the process that was to die ended with {child.returncode}: {child.stderr}"
+            child = subprocess.run(
+                [sys.executable, "-c", CHILD, json.dumps(spec)],
+                env=environment,
+                capture_output=True,
+                text=True,
+            )
+            assert child.returncode == 9, (
+                f"the process that was to die ended with {child.returncode}: {child.stderr}"
+            )
             rows = [(step, dict(found)) for step, found in self._read(folder).rows]
         wanted = [(step, {"loss": step / 4}) for step in range(3)]
         assert rows[:3] == wanted, f"the process flushed {wanted} and died; read back is {rows}"
@@ -253,19 +289,25 @@ class TrackerLaws(Laws):
     def _read(self, folder: Path) -> Recorded:
         found = self.read(folder)
         if found is None:
-            pytest.skip(f"{type(self).__name__} has no `read`, which tells how to read back what was recorded")
+            pytest.skip(
+                f"{type(self).__name__} has no `read`, which tells how to read back what was recorded"
+            )
         return found
 
     def _near(self, found: float, told: float) -> bool:
         same = found == told or (math.isnan(found) and math.isnan(told))
         return same or abs(found - told) <= self.precision * abs(told)
 
-    def _is_recorded(self, folder: Path, rows: Sequence[tuple[int, Mapping[str, Figure]]], when: str) -> None:
+    def _is_recorded(
+        self, folder: Path, rows: Sequence[tuple[int, Mapping[str, Figure]]], when: str
+    ) -> None:
         found = self._read(folder).rows
         steps, wanted = [step for step, _ in found], [step for step, _ in rows]
         assert steps == wanted, f"{when}, steps {steps} are recorded, where {wanted} were told"
         for (step, told), (_, row) in zip(rows, found, strict=True):
-            assert set(row) == set(told), f"{when}, step {step} has the figures {sorted(row)}, where {sorted(told)} were told"
+            assert set(row) == set(told), (
+                f"{when}, step {step} has the figures {sorted(row)}, where {sorted(told)} were told"
+            )
             for name, figure in told.items():
                 says = f"{when}, {name!r} of step {step} is {row[name]!r}, where {figure.number()!r} was told"
                 assert self._near(float(row[name]), figure.number()), says
@@ -295,11 +337,11 @@ class Failing:
         self._may_fail("start")
         self.original.start(recipe)
 
-    def record(self, step: int, figures: Mapping[str, Tensor | float]) -> None:
+    def record(self, step: int, metrics: Mapping[str, Tensor | float]) -> None:
         """Record, or fail; nothing is recorded where nothing was started."""
         self._may_fail("record")
         if "start" not in self.fails:
-            self.original.record(step, figures)
+            self.original.record(step, metrics)
 
     def flush(self) -> None:
         """Flush."""
@@ -316,13 +358,17 @@ class Failing:
             raise OSError(self.WHY)
 
 
-def _train(tracker: Any, seed: int, steps: int) -> tuple[list[float], tuple[list[list[float]], int]]:
+def _train(
+    tracker: Any, seed: int, steps: int
+) -> tuple[list[float], tuple[list[list[float]], int]]:
     """Losses of a small run; and its parameters with what the global generator draws next."""
     before = torch.get_rng_state()
     torch.manual_seed(seed)
     try:
         model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
-        optimizer = kfactk.build(tracker=tracker, factor_every=2, scale_every=2, basis_every=2).bind(model)
+        optimizer = kfactk.build(
+            tracker=tracker, factor_every=2, scale_every=2, basis_every=2
+        ).bind(model)
         losses = []
         for _ in range(steps):
             optimizer.zero_grad()

@@ -16,11 +16,19 @@ from torch.optim import lr_scheduler
 
 import kfactk
 from kfactk.samples import Samples, Statistic
-from kfactk.stages import Coupling, Decomposition, Tensors, Update
-from kfactk.testing.division import InRecipe
-from kfactk.testing.laws import close, law
-from kfactk.testing.models import Columns, Squares, Unclipped
-from kfactk.testing.trajectories import DTYPES, Groups, Problem, gradient, problems, values, walk
+from kfactk.stages import Decomposition, FactorContext, Tensors, Update
+from kfactk.testing._support.division import InRecipe
+from kfactk.testing._support.laws import close, law
+from kfactk.testing._support.models import Columns, Squares, Unclipped
+from kfactk.testing._support.trajectories import (
+    DTYPES,
+    Groups,
+    Problem,
+    gradient,
+    problems,
+    values,
+    walk,
+)
 
 
 class UpdateLaws(InRecipe):
@@ -42,7 +50,9 @@ class UpdateLaws(InRecipe):
     tolerance: ClassVar[float] = 1e-9
     """Relative difference to the counterpart that is allowed, in float64."""
 
-    def counterpart(self, groups: Groups, *, lr: float, weight_decay: float) -> torch.optim.Optimizer | None:
+    def counterpart(
+        self, groups: Groups, *, lr: float, weight_decay: float
+    ) -> torch.optim.Optimizer | None:
         """An optimizer whose steps the rule must take: another class, or the rule's equation written down step by step; `None`: none.
 
         Args:
@@ -71,11 +81,21 @@ class UpdateLaws(InRecipe):
         """A torch.optim.Optimizer is made whose groups are the given dicts, with their own `lr` and `weight_decay`, or else the given."""
         groups = problem.start()
         optimizer = problem.made(self.make, groups)
-        assert isinstance(optimizer, torch.optim.Optimizer), f"a {type(optimizer).__name__} is made, which is no torch.optim.Optimizer"
-        same = len(optimizer.param_groups) == len(groups) and all(a is b for a, b in zip(optimizer.param_groups, groups, strict=True))
-        assert same, "the groups are copied: learning rates set in the given dicts would not reach the optimizer"
+        assert isinstance(optimizer, torch.optim.Optimizer), (
+            f"a {type(optimizer).__name__} is made, which is no torch.optim.Optimizer"
+        )
+        same = len(optimizer.param_groups) == len(groups) and all(
+            a is b for a, b in zip(optimizer.param_groups, groups, strict=True)
+        )
+        assert same, (
+            "the groups are copied: learning rates set in the given dicts would not reach the optimizer"
+        )
         for group, drawn in zip(groups, problem.groups, strict=True):
-            wanted = {"lr": problem.lr, **({"weight_decay": problem.weight_decay} if self.decays else {}), **drawn.options}
+            wanted = {
+                "lr": problem.lr,
+                **({"weight_decay": problem.weight_decay} if self.decays else {}),
+                **drawn.options,
+            }
             found = {name: group.get(name) for name in wanted}
             assert found == wanted, f"a group has {found}, where {wanted} was given"
 
@@ -87,15 +107,28 @@ class UpdateLaws(InRecipe):
         if other is None:
             pytest.skip(f"{type(self).__name__} has no `counterpart`")
         mine = walk(problem.made(self.make, problem.start()), problem.drops)
-        for step, (found, expected) in enumerate(zip(mine, walk(other, problem.drops), strict=True)):
-            self._same(found, expected, f"the parameters after step {step} are not those of the counterpart", self.tolerance)
+        for step, (found, expected) in enumerate(
+            zip(mine, walk(other, problem.drops), strict=True)
+        ):
+            self._same(
+                found,
+                expected,
+                f"the parameters after step {step} are not those of the counterpart",
+                self.tolerance,
+            )
 
     @law(examples=5, problem="exact_problems")
     def test_is_the_step_that_kfactk_takes(self, problem: Problem) -> None:
         """Bound to a model by `kfactk.build`, with identity preconditioning, it takes the same steps as alone."""
         models = [_chain(problem.seed) for _ in range(2)]
         recipe = kfactk.build(
-            **{"basis": Identity(), "clip": Unclipped(), "fisher": Columns(), "likelihood": Squares(), "update": self.stage},
+            **{
+                "basis": Identity(),
+                "clip": Unclipped(),
+                "fisher": Columns(),
+                "likelihood": Squares(),
+                "update": self.stage,
+            },
             lr=problem.lr,
             weight_decay=problem.weight_decay,
         )
@@ -110,7 +143,12 @@ class UpdateLaws(InRecipe):
                 optimizer.step()
         bound.close()
         found, expected = ([p.detach() for p in model.parameters()] for model in models)
-        self._same(found, expected, "through kfactk, with identity preconditioning, the parameters are not those of the rule alone", 1e-11)
+        self._same(
+            found,
+            expected,
+            "through kfactk, with identity preconditioning, the parameters are not those of the rule alone",
+            1e-11,
+        )
 
     @law(examples=10, problem="problems", stop=st.integers(0, 4))
     def test_resumes_bit_for_bit(self, problem: Problem, stop: int) -> None:
@@ -123,12 +161,19 @@ class UpdateLaws(InRecipe):
         file.seek(0)
         copies = problem.start()
         for own, group in zip(optimizer.param_groups, copies, strict=True):
-            group["params"] = [nn.Parameter(parameter.detach().clone()) for parameter in own["params"]]
+            group["params"] = [
+                nn.Parameter(parameter.detach().clone()) for parameter in own["params"]
+            ]
         resumed = problem.made(self.make, copies)
         resumed.load_state_dict(torch.load(file, weights_only=True))
         expected, found = walk(optimizer, rest, stop), walk(resumed, rest, stop)
         for step, (a, b) in enumerate(zip(found, expected, strict=True)):
-            self._same(a, b, f"step {step} after resuming from the state differs from the uninterrupted run", 0.0)
+            self._same(
+                a,
+                b,
+                f"step {step} after resuming from the state differs from the uninterrupted run",
+                0.0,
+            )
 
     @law(examples=10, problem="exact_problems")
     def test_schedules_reach_it(self, problem: Problem) -> None:
@@ -138,16 +183,31 @@ class UpdateLaws(InRecipe):
         slower = problem.start()
         for group in slower:
             group["lr"] = 0.25 * group.get("lr", problem.lr)
-        found, expected = walk(scheduled, [1.0])[-1], walk(problem.made(self.make, slower), [1.0])[-1]
-        self._same(found, expected, "a schedule that quarters the learning rate does not reach the first step", 1e-12)
+        found, expected = (
+            walk(scheduled, [1.0])[-1],
+            walk(problem.made(self.make, slower), [1.0])[-1],
+        )
+        self._same(
+            found,
+            expected,
+            "a schedule that quarters the learning rate does not reach the first step",
+            1e-12,
+        )
         scheduled = problem.made(self.make, problem.start())
         factors = [math.prod(problem.drops[: k + 1]) for k in range(len(problem.drops))]
-        schedule = lr_scheduler.LambdaLR(scheduled, lambda step: factors[min(step, len(factors) - 1)])
+        schedule = lr_scheduler.LambdaLR(
+            scheduled, lambda step: factors[min(step, len(factors) - 1)]
+        )
         by_hand = walk(problem.made(self.make, problem.start()), problem.drops)
         for step, expected in enumerate(by_hand):
             found = walk(scheduled, [1.0], step)[-1]
             schedule.step()
-            self._same(found, expected, f"step {step} under a LambdaLR differs from that with the rate set by hand", 1e-12)
+            self._same(
+                found,
+                expected,
+                f"step {step} under a LambdaLR differs from that with the rate set by hand",
+                1e-12,
+            )
 
     @law(examples=10, problem="exact_problems")
     def test_weight_decay_acts_from_the_first_step(self, problem: Problem) -> None:
@@ -165,14 +225,22 @@ class UpdateLaws(InRecipe):
                     says = f"weight decay {decay} does not act at the first step: zero gradients took {x.tolist()} to {y.tolist()}"
                     assert ((y - x) * x < 0).all(), says
                 else:
-                    assert torch.equal(x, y), f"zero gradients without weight decay moved {x.tolist()} to {y.tolist()}"
+                    assert torch.equal(x, y), (
+                        f"zero gradients without weight decay moved {x.tolist()} to {y.tolist()}"
+                    )
 
     @law(examples=10, problem="problems", data=st.data())
-    def test_parameters_without_gradient_are_left_alone(self, problem: Problem, data: st.DataObject) -> None:
+    def test_parameters_without_gradient_are_left_alone(
+        self, problem: Problem, data: st.DataObject
+    ) -> None:
         """A parameter without gradient is not touched, and the others take the steps they take without it."""
         groups = problem.start()
-        idle = data.draw(st.sampled_from([p for group in groups for p in group["params"]]).map(id), label="idle")
-        place = next(k for k, p in enumerate(p for group in groups for p in group["params"]) if id(p) == idle)
+        idle = data.draw(
+            st.sampled_from([p for group in groups for p in group["params"]]).map(id), label="idle"
+        )
+        place = next(
+            k for k, p in enumerate(p for group in groups for p in group["params"]) if id(p) == idle
+        )
         optimizer, before = problem.made(self.make, groups), values(groups)[place]
         alone = problem.start()
         left = iter(range(sum(len(group["params"]) for group in alone)))
@@ -188,9 +256,13 @@ class UpdateLaws(InRecipe):
             if other is not None:
                 walk(other, [1.0], step)
         after = values(groups)
-        assert torch.equal(before, after[place]), f"a parameter without gradient moved: {before.tolist()} to {after[place].tolist()}"
+        assert torch.equal(before, after[place]), (
+            f"a parameter without gradient moved: {before.tolist()} to {after[place].tolist()}"
+        )
         rest = [value for k, value in enumerate(after) if k != place]
-        self._same(rest, values(alone), "a parameter without gradient changes the steps of the others", 0.0)
+        self._same(
+            rest, values(alone), "a parameter without gradient changes the steps of the others", 0.0
+        )
 
     @law(examples=10, problem="problems")
     def test_closure(self, problem: Problem) -> None:
@@ -206,16 +278,24 @@ class UpdateLaws(InRecipe):
             return torch.tensor(2.5)
 
         loss: Any = optimizer.step(closure)  # type: ignore[arg-type]
-        assert calls == [True], f"the closure was called {len(calls)} times, with gradients enabled: {calls}; once with True is due"
+        assert calls == [True], (
+            f"the closure was called {len(calls)} times, with gradients enabled: {calls}; once with True is due"
+        )
         assert loss is not None, "step(closure) returns None in place of the closure's loss"
-        assert float(loss) == 2.5, f"step(closure) returns {loss} in place of the closure's loss 2.5"
+        assert float(loss) == 2.5, (
+            f"step(closure) returns {loss} in place of the closure's loss 2.5"
+        )
         expected = walk(problem.made(self.make, problem.start()), [1.0])[-1]
-        self._same(values(groups), expected, "step(closure) differs from a step on the same gradients", 0.0)
+        self._same(
+            values(groups), expected, "step(closure) differs from a step on the same gradients", 0.0
+        )
 
     @law(examples=10, problem="problems")
     def test_is_deterministic(self, problem: Problem) -> None:
         """The same gradients give the same parameters, bit for bit."""
-        one, other = (walk(problem.made(self.make, problem.start()), problem.drops)[-1] for _ in range(2))
+        one, other = (
+            walk(problem.made(self.make, problem.start()), problem.drops)[-1] for _ in range(2)
+        )
         self._same(one, other, "two runs on the same gradients differ", 0.0)
 
     @law(examples=10, problem="problems")
@@ -227,11 +307,18 @@ class UpdateLaws(InRecipe):
             optimizer.add_param_group(group)
         found = walk(optimizer, problem.drops)[-1]
         expected = walk(problem.made(self.make, problem.start()), problem.drops)[-1]
-        self._same(found, expected, "groups added before the first step act otherwise than those given from the start", 0.0)
+        self._same(
+            found,
+            expected,
+            "groups added before the first step act otherwise than those given from the start",
+            0.0,
+        )
         late = nn.Parameter(torch.full((2,), 3.0, dtype=torch.float64))
         optimizer.add_param_group({"params": [late], "lr": 0.05})
         walk(optimizer, [1.0], len(problem.drops))
-        assert not torch.equal(late.detach(), torch.full_like(late, 3.0)), "a group added after some steps does not move"
+        assert not torch.equal(late.detach(), torch.full_like(late, 3.0)), (
+            "a group added after some steps does not move"
+        )
 
     @law(examples=10, problem="problems")
     def test_dtypes_stay(self, problem: Problem) -> None:
@@ -241,12 +328,20 @@ class UpdateLaws(InRecipe):
         walk(optimizer, [1.0])
         after = [parameter for group in groups for parameter in group["params"]]
         for start, parameter in zip(before, after, strict=True):
-            assert parameter.dtype == start.dtype, f"a parameter of {start.dtype} became one of {parameter.dtype}"
-            assert parameter.shape == start.shape, f"a parameter of shape {tuple(start.shape)} has now {tuple(parameter.shape)}"
-            assert torch.isfinite(parameter).all(), f"the step took {start.tolist()} to {parameter.tolist()}"
+            assert parameter.dtype == start.dtype, (
+                f"a parameter of {start.dtype} became one of {parameter.dtype}"
+            )
+            assert parameter.shape == start.shape, (
+                f"a parameter of shape {tuple(start.shape)} has now {tuple(parameter.shape)}"
+            )
+            assert torch.isfinite(parameter).all(), (
+                f"the step took {start.tolist()} to {parameter.tolist()}"
+            )
             was = gradient(start, 0)
             assert parameter.grad is not None, "the step took a gradient away"
-            assert torch.equal(parameter.grad, was), f"the step changed a gradient: {was.tolist()} to {parameter.grad.tolist()}"
+            assert torch.equal(parameter.grad, was), (
+                f"the step changed a gradient: {was.tolist()} to {parameter.grad.tolist()}"
+            )
 
     @law(examples=10, problem="exact_problems")
     def test_zero_rate_changes_nothing(self, problem: Problem) -> None:
@@ -261,7 +356,9 @@ class UpdateLaws(InRecipe):
         moved = not all(torch.equal(x, y) for x, y in zip(before, values(groups[:1]), strict=True))
         assert moved, f"a group with lr={groups[0]['lr']} does not move"
 
-    def _same(self, found: Sequence[Tensor], expected: Sequence[Tensor], says: str, tolerance: float) -> None:
+    def _same(
+        self, found: Sequence[Tensor], expected: Sequence[Tensor], says: str, tolerance: float
+    ) -> None:
         for x, y in zip(found, expected, strict=True):
             close(x, y, says, rtol=tolerance, atol=tolerance / 10)
 
@@ -275,7 +372,7 @@ class Identity:
     moments_from: ClassVar[str | None] = None
     moment_decay: ClassVar[float] = 0.0
 
-    def decompose(self, name: str, matrix: Tensor, coupling: Coupling) -> dict[str, Tensor]:
+    def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> dict[str, Tensor]:
         """Nothing."""
         return {}
 
@@ -283,19 +380,27 @@ class Identity:
         """Nothing."""
         return {}
 
-    def gradient_moments(self, decomposition: Decomposition, gradient: Tensor, terms: Tensor | float) -> dict[str, Statistic]:
+    def gradient_moments(
+        self, decomposition: Decomposition, gradient: Tensor, terms: Tensor | float
+    ) -> dict[str, Statistic]:
         """Nothing."""
         return {}
 
-    def transport(self, moments: Tensors, old: Decomposition, new: Decomposition) -> dict[str, Tensor]:
+    def transport(
+        self, moments: Tensors, old: Decomposition, new: Decomposition
+    ) -> dict[str, Tensor]:
         """Nothing."""
         return {}
 
-    def precondition(self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
+    def precondition(
+        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
+    ) -> Tensor:
         """The gradient."""
         return gradient
 
-    def product(self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors) -> Tensor:
+    def product(
+        self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors
+    ) -> Tensor:
         """The vector."""
         return vector
 

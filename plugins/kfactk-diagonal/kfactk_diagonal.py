@@ -9,9 +9,9 @@ from typing import ClassVar
 
 import attrs
 from kfactk import (
-    Coupling,
     Decomposition,
     DecompositionError,
+    FactorContext,
     Layer,
     Samples,
     Statistic,
@@ -41,9 +41,9 @@ class DiagonalFisher(ConvKfac):
 
     Example:
         >>> import torch
-        >>> from kfactk import Use
+        >>> from kfactk import LayerCall
         >>> layer = Layer("fc", torch.nn.Linear(1, 1), ("weight", "bias"))
-        >>> use = Use(torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [2.0]]))
+        >>> use = LayerCall(torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [2.0]]))
         >>> samples = DiagonalFisher().samples(layer, [use], terms=2, first=True)
         >>> square = DiagonalFisher().factors(layer, samples)["square"]
         >>> square.total / square.count
@@ -73,8 +73,8 @@ class DiagonalInverse:
 
     Example:
         >>> import torch
-        >>> basis, coupling = DiagonalInverse(), Coupling(damping=1.0, mean_diagonal={})
-        >>> decomposition = {"square": basis.decompose("square", torch.tensor([[0.0, 3.0]]), coupling)}
+        >>> basis, context = DiagonalInverse(), FactorContext(damping=1.0, mean_diagonal={})
+        >>> decomposition = {"square": basis.decompose("square", torch.tensor([[0.0, 3.0]]), context)}
         >>> basis.precondition(torch.ones(1, 2), decomposition, {}, damping=1.0)
         tensor([[1.0000, 0.2500]])
 
@@ -88,7 +88,7 @@ class DiagonalInverse:
     moments_from: ClassVar[str | None] = None
     moment_decay: ClassVar[float] = 0.0
 
-    def decompose(self, name: str, matrix: Tensor, coupling: Coupling) -> dict[str, Tensor]:
+    def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> dict[str, Tensor]:
         """The diagonal as it is, `[..., d_out, d_in]`."""
         if not matrix.isfinite().all():
             raise DecompositionError("the diagonal holds NaN or inf; it was not taken")

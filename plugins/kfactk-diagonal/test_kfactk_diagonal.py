@@ -3,8 +3,8 @@
 import torch
 from kfactk import linalg
 from kfactk.testing import BasisLaws, CurvatureLaws, PipelineLaws, close, law, truth
-from kfactk.testing.situations import Situation
-from kfactk.testing.strategies import Case
+from kfactk.testing._support.situations import Situation
+from kfactk.testing._support.strategies import Case
 from torch import Tensor
 
 

@@ -8,14 +8,16 @@ from torch import nn
 
 from benchmarks import floor
 from benchmarks.settings import PERIODS, Setting
-from kfactk.machines import Curve
+from kfactk.costmodel.hardware import Curve
 
 N, D, H, C = 16, 4, 5, 3  # examples, inputs, hidden units, classes
 EIGH = Curve(((1, 1.0), (64, 64.0)))  # a matrix of side n takes n seconds
 
 
 def found(**options):
-    setting = Setting(lambda model: None, {"curvature": "kfac", "clip": "none", **PERIODS, **options})
+    setting = Setting(
+        lambda model: None, {"curvature": "kfac", "clip": "none", **PERIODS, **options}
+    )
     model = nn.Sequential(nn.Linear(D, H, bias=False), nn.Tanh(), nn.Linear(H, C, bias=False))
     machine = floor.ideal(1.0, {"eigh": EIGH})
     return floor.floor_of(floor.job(setting, model, (D,), N), setting.recipe(), machine)
@@ -24,9 +26,13 @@ def found(**options):
 def test_arithmetic_is_that_of_products_of_matrices():
     layers = ((H, D), (C, H))
     mean = found(basis="ekfac").mean
-    assert mean["fisher"] == pytest.approx(2 * N * C * H / 10)  # to the first layer's output, and to no weight
+    assert mean["fisher"] == pytest.approx(
+        2 * N * C * H / 10
+    )  # to the first layer's output, and to no weight
     assert mean["factors"] == pytest.approx(sum(2 * N * (o * o + i * i) for o, i in layers) / 10)
-    assert mean["scale"] == pytest.approx(sum(2 * N * (o * i + o * o + i * i) for o, i in layers) / 10)
+    assert mean["scale"] == pytest.approx(
+        sum(2 * N * (o * i + o * o + i * i) for o, i in layers) / 10
+    )
     assert mean["precondition"] == pytest.approx(sum(4 * o * i * (o + i) for o, i in layers))
     carried = sum(2 * (i**3 + o**3) + 2 * o * i * (o + i) for o, i in layers)
     assert mean["basis"] == pytest.approx((sum(o + i for o, i in layers) + carried) / 100)
@@ -44,8 +50,14 @@ def test_a_staggered_worst_step_is_the_dearest_of_what_comes_together():
         + 10 * sum(together.mean[name] for name in ("fisher", "factors", "scale"))
     )
     assert apart.mean == pytest.approx(together.mean)
-    scales = [2 * N * (o * i + o * o + i * i) for o, i in ((H, D), (C, H))]  # each in a part of its own, of the same pass
-    events = [10 * together.mean["factors"], 10 * together.mean["fisher"] + max(scales), 50 * together.mean["basis"]]
+    scales = [
+        2 * N * (o * i + o * o + i * i) for o, i in ((H, D), (C, H))
+    ]  # each in a part of its own, of the same pass
+    events = [
+        10 * together.mean["factors"],
+        10 * together.mean["fisher"] + max(scales),
+        50 * together.mean["basis"],
+    ]
     assert together.mean["precondition"] + max(events[:2]) <= apart.worst < together.worst
 
 

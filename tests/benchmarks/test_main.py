@@ -25,7 +25,9 @@ def test_every_part_is_a_module():
 def ran(monkeypatch):
     """Parts that were run, with their arguments and folder, in place of running them; memory fails."""
     found = []
-    monkeypatch.setattr(entry, "run", lambda *given: found.append(given) or (3 if given[0] == "memory" else 0))
+    monkeypatch.setattr(
+        entry, "run", lambda *given: found.append(given) or (3 if given[0] == "memory" else 0)
+    )
     return found
 
 
@@ -35,7 +37,13 @@ def test_all_parts_run_in_turn_though_one_fails(ran):
     assert {folder for *_, folder in ran} == {entry.FOLDER}
 
 
-@pytest.mark.parametrize("given", [["--output", "there", "race", "--widths", "16"], ["race", "--widths", "16", "--output", "there"]])
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--output", "there", "race", "--widths", "16"],
+        ["race", "--widths", "16", "--output", "there"],
+    ],
+)
 def test_one_part_runs_with_its_arguments(ran, given):
     assert entry.main(given) == 0
     assert ran == [("race", ["--widths", "16"], Path("there"))]

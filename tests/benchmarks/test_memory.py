@@ -23,7 +23,9 @@ def test_the_peak_is_of_what_lives_at_once():
 
 def test_temporaries_inside_of_an_operation_count():
     matrix = torch.eye(64)
-    assert memory.peak(lambda: torch.linalg.eigh(matrix), CPU) > 4 * (64 * 64 + 64)  # LAPACK's workspace besides the result
+    assert memory.peak(lambda: torch.linalg.eigh(matrix), CPU) > 4 * (
+        64 * 64 + 64
+    )  # LAPACK's workspace besides the result
 
 
 def test_what_is_kept_is_factors_bases_and_scale():
@@ -33,13 +35,21 @@ def test_what_is_kept_is_factors_bases_and_scale():
     optimizer.step()
     kept = memory.Kept.by(optimizer)
     matrices, vectors, scale = 4 * 4 + 2 * 2, 4 + 2, 2 * 4
-    assert 4 * (2 * matrices + vectors + scale) <= kept.curvature <= 4 * (2 * matrices + vectors + scale) + 256  # and a few counters
-    assert 4 * 2 * 8 <= kept.update <= 4 * 2 * 8 + 64  # Adam's moments of eight numbers, and its step
+    assert (
+        4 * (2 * matrices + vectors + scale)
+        <= kept.curvature
+        <= 4 * (2 * matrices + vectors + scale) + 256
+    )  # and a few counters
+    assert (
+        4 * 2 * 8 <= kept.update <= 4 * 2 * 8 + 64
+    )  # Adam's moments of eight numbers, and its step
 
 
 def test_an_optimiser_takes_what_it_keeps_at_least():
     name = "ekfac"
-    chosen = {key: setting for key, setting in settings.settings().items() if key in (BASELINE, name)}
+    chosen = {
+        key: setting for key, setting in settings.settings().items() if key in (BASELINE, name)
+    }
     found = memory.measured(chosen, 2, 2, CPU)
     assert found[BASELINE]["above"] == 0
     assert found[name]["above"] >= found[name]["least"] > 0

@@ -7,18 +7,50 @@ from matplotlib.container import BarContainer
 
 from benchmarks import plot
 
-SETTING = {"mean": 1.5, "median": 1.2, "worst": 2.0, "floor": 1.25, "stages": {"fisher": 0.1}, "floors": {"fisher": 0.05}, "seconds": [1.0]}
-BASE = {"mean": 1.0, "median": 1.0, "worst": 1.1, "floor": None, "stages": {}, "floors": {}, "seconds": [1.0]}
+SETTING = {
+    "mean": 1.5,
+    "median": 1.2,
+    "worst": 2.0,
+    "floor": 1.25,
+    "stages": {"fisher": 0.1},
+    "floors": {"fisher": 0.05},
+    "seconds": [1.0],
+}
+BASE = {
+    "mean": 1.0,
+    "median": 1.0,
+    "worst": 1.1,
+    "floor": None,
+    "stages": {},
+    "floors": {},
+    "seconds": [1.0],
+}
 FIGURES = {
-    "race": {"races": [{"width": width, "device": "cpu", "settings": {"SGD": BASE, "ours": SETTING}} for width in (16, 64)]},
+    "race": {
+        "races": [
+            {"width": width, "device": "cpu", "settings": {"SGD": BASE, "ours": SETTING}}
+            for width in (16, 64)
+        ]
+    },
     "memory": {
         "runs": [
-            {"width": 16, "device": "cpu", "settings": {"SGD": {"above": 0}, "ours": {"above": 3 * 2**20, "least": 2**20, "workspace": 0}}}
+            {
+                "width": 16,
+                "device": "cpu",
+                "settings": {
+                    "SGD": {"above": 0},
+                    "ours": {"above": 3 * 2**20, "least": 2**20, "workspace": 0},
+                },
+            }
         ]
     },
     "scaling": {
         "dimensions": {
-            "width": {"sizes": [1, 2], "seconds": [{"sgd": 1.0, "fisher": 2.0}] * 2, "exponents": {"step of SGD": 0.0, "fisher": 0.0}}
+            "width": {
+                "sizes": [1, 2],
+                "seconds": [{"sgd": 1.0, "fisher": 2.0}] * 2,
+                "exponents": {"step of SGD": 0.0, "fisher": 0.0},
+            }
         }
     },
 }
@@ -32,7 +64,12 @@ def headless():
 
 
 def lengths(panel):
-    return [bar.get_width() for bars in panel.containers if isinstance(bars, BarContainer) for bar in bars]
+    return [
+        bar.get_width()
+        for bars in panel.containers
+        if isinstance(bars, BarContainer)
+        for bar in bars
+    ]
 
 
 def test_bars_are_means_and_lines_floors():
@@ -58,5 +95,10 @@ def test_what_there_is_is_drawn(tmp_path):
     assert plot.draw(tmp_path) == []
     for part in ("race", "scaling"):
         (tmp_path / f"{part}.json").write_text(json.dumps(FIGURES[part]))
-    assert {path.name for path in plot.draw(tmp_path)} == {"race.png", "race.svg", "scaling.png", "scaling.svg"}
+    assert {path.name for path in plot.draw(tmp_path)} == {
+        "race.png",
+        "race.svg",
+        "scaling.png",
+        "scaling.svg",
+    }
     assert (tmp_path / "race.png").read_bytes().startswith(b"\x89PNG")

@@ -8,7 +8,10 @@ from benchmarks.floor import Floor
 from benchmarks.race import Run
 from benchmarks.settings import BASELINE
 
-RUNS = {BASELINE: Run([1.0, 2.0, 3.0], {}), "ours": Run([2.0, 4.0, 12.0], {"fisher": 1.0, "rest": 0.5})}
+RUNS = {
+    BASELINE: Run([1.0, 2.0, 3.0], {}),
+    "ours": Run([2.0, 4.0, 12.0], {"fisher": 1.0, "rest": 0.5}),
+}
 FLOORS = {"ours": Floor({"fisher": 0.5, "precondition": 0.1}, 2.0, 1.0)}
 
 
@@ -28,15 +31,36 @@ def test_tables_show_them():
     assert first.split()[-3:] == ["1.00", "1.00", "1.5"]
     assert second.split() == ["ours", "3.00", "1.30", "2.00", "3.0"]
     [line] = race.stages(found).splitlines()[1:]
-    assert line.split() == ["ours", "0.500", "(0.250)", "0.000", "0.000", "0.000", "0.000", "(0.050)", "0.000", "0.000", "0.250"]
+    assert line.split() == [
+        "ours",
+        "0.500",
+        "(0.250)",
+        "0.000",
+        "0.000",
+        "0.000",
+        "0.000",
+        "(0.050)",
+        "0.000",
+        "0.000",
+        "0.250",
+    ]
 
 
 def test_all_take_as_many_steps_and_ours_are_told_apart_by_stage():
-    chosen = {name: setting for name, setting in settings.settings().items() if name in (BASELINE, "ekfac")}
+    chosen = {
+        name: setting
+        for name, setting in settings.settings().items()
+        if name in (BASELINE, "ekfac")
+    }
     runs, speed = race.measure(chosen, 1, 2, 2, torch.device("cpu"), profiled=True)
     assert {name: len(run.seconds) for name, run in runs.items()} == dict.fromkeys(chosen, 2)
     assert set(speed) == {"float32"}
     mine = runs["ekfac"]
-    assert set(mine.stages) == {"precondition", "clip", "update", "rest"}  # nothing else is due in the two steps after the first
+    assert set(mine.stages) == {
+        "precondition",
+        "clip",
+        "update",
+        "rest",
+    }  # nothing else is due in the two steps after the first
     assert sum(mine.stages.values()) < sum(mine.seconds) / 2
     assert not runs[BASELINE].stages

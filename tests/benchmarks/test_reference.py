@@ -19,7 +19,9 @@ EACH = 7
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    for part, (label, i) in itertools.product(("train", "test"), itertools.product(range(CLASSES), range(EACH))):
+    for part, (label, i) in itertools.product(
+        ("train", "test"), itertools.product(range(CLASSES), range(EACH))
+    ):
         folder = tmp_path / "images" / part / f"class{label}"
         folder.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (32, 32), (25 * label, 36 * i, 100)).save(folder / f"{i}.png")
@@ -28,9 +30,20 @@ def images(tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"TRAIN": CLASSES * EACH, "TEST": CLASSES * EACH, "BATCH": 16, "STEPS": 4, "SMOOTHED": 2, "EPOCH": 3}.items():
+    for name, value in {
+        "TRAIN": CLASSES * EACH,
+        "TEST": CLASSES * EACH,
+        "BATCH": 16,
+        "STEPS": 4,
+        "SMOOTHED": 2,
+        "EPOCH": 3,
+    }.items():
         monkeypatch.setattr(reference, name, value)
-    everyone = {name: each for name, each in contestants.everyone().items() if "torch" in name or name == "kfactk, short"}
+    everyone = {
+        name: each
+        for name, each in contestants.everyone().items()
+        if "torch" in name or name == "kfactk, short"
+    }
     monkeypatch.setattr(reference, "everyone", lambda: everyone)
 
 
@@ -41,7 +54,9 @@ def test_batches_are_full_and_an_epoch_repeats_no_image(images: Path, tmp_path: 
     assert len(pixels.flatten(1).unique(dim=0)) == 64
     again = torch.cat([batch for batch, _ in itertools.islice(task.batches(seed=3), 4)])
     assert torch.equal(pixels, again)
-    assert [len(batch) for batch, _ in itertools.islice(task.batches(seed=3), 9)] == [16] * 9  # of three epochs
+    assert [len(batch) for batch, _ in itertools.islice(task.batches(seed=3), 9)] == [
+        16
+    ] * 9  # of three epochs
 
 
 def test_a_contestant_learns_as_it_would_alone(images: Path, tmp_path: Path) -> None:
@@ -64,7 +79,10 @@ def test_a_contestant_learns_as_it_would_alone(images: Path, tmp_path: Path) -> 
 
 
 def test_what_disturbs_one_run_does_not_count() -> None:
-    runs = [reference.Run("a", seed, "", seconds=seconds) for seed, seconds in enumerate(([1.0, 2.0], [9.0, 2.5], [1.5, 80.0]))]
+    runs = [
+        reference.Run("a", seed, "", seconds=seconds)
+        for seed, seconds in enumerate(([1.0, 2.0], [9.0, 2.5], [1.5, 80.0]))
+    ]
     assert reference.costs(runs) == [1.5, 4.0]
 
 
@@ -76,22 +94,60 @@ def test_ours_is_read_at_the_rivals_wall_clock() -> None:
         "our": short,
     }
     runs = {
-        contestants.BASELINE: [reference.Run(contestants.BASELINE, 0, "", [9.0, 8.0, 6.0, 5.0, 4.0], [1.0] * 5, 50.0)],
+        contestants.BASELINE: [
+            reference.Run(contestants.BASELINE, 0, "", [9.0, 8.0, 6.0, 5.0, 4.0], [1.0] * 5, 50.0)
+        ],
         "dear": [reference.Run("dear", 0, "", [9.0, 5.0, 3.0, 2.0, 1.0], [1.6] * 5, 60.0)],
         "our": [reference.Run("our", 0, "", [9.0, 4.0, 2.0, 1.0, 0.5], [1.25] * 5, 70.0)],
     }
-    final = {row[0]: row[1:] for row in map(str.split, reference.table(runs, field).splitlines()[1:])}
-    assert final["our"] == ["1.500", "2.333", "nan", "70.0", "1.25", "1/4/1"]  # (2 + 1) / 2, (4 + 2 + 1) / 3
+    final = {
+        row[0]: row[1:] for row in map(str.split, reference.table(runs, field).splitlines()[1:])
+    }
+    assert final["our"] == [
+        "1.500",
+        "2.333",
+        "nan",
+        "70.0",
+        "1.25",
+        "1/4/1",
+    ]  # (2 + 1) / 2, (4 + 2 + 1) / 3
     assert final["dear"] == ["2.500", "3.333", "nan", "60.0", "1.60"]
     rows = [line.split() for line in reference.duels(runs, field).splitlines()]
-    assert rows[-2][-5:] == ["3", "5.500", "3.000", "6.333", "5.000"]  # 4 seconds are 3 steps of 1.25
-    assert rows[-1][-5:] == ["5+", "2.500", "0.750", "3.333", "1.167"]  # 6.4 seconds are more than there were
+    assert rows[-2][-5:] == [
+        "3",
+        "5.500",
+        "3.000",
+        "6.333",
+        "5.000",
+    ]  # 4 seconds are 3 steps of 1.25
+    assert rows[-1][-5:] == [
+        "5+",
+        "2.500",
+        "0.750",
+        "3.333",
+        "1.167",
+    ]  # 6.4 seconds are more than there were
 
 
 def test_the_command_races_a_seed_once(
-    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    command = ["reference", "--data", str(images), "--out", str(tmp_path / "out"), "--steps", "5", "--seeds", "1", "--threads", "1"]
+    command = [
+        "reference",
+        "--data",
+        str(images),
+        "--out",
+        str(tmp_path / "out"),
+        "--steps",
+        "5",
+        "--seeds",
+        "1",
+        "--threads",
+        "1",
+    ]
     monkeypatch.setattr(sys, "argv", command)
     reference.main()
     kept = tmp_path / "out" / "seed-1.json"
@@ -109,8 +165,14 @@ def test_the_command_races_a_seed_once(
     ("arguments", "due"),
     [
         ({}, {"factors": 32, "scale": 32, "basis": 4}),
-        ({"stagger": True}, {"factors": 32, "scale": 32, "basis": 5}),  # turn 0 at steps 7, 107, 207, 307
-        ({"factor_every": 5, "scale_every": 1, "basis_every": kfactk.early}, {"factors": 63, "scale": 312, "basis": 10}),
+        (
+            {"stagger": True},
+            {"factors": 32, "scale": 32, "basis": 5},
+        ),  # turn 0 at steps 7, 107, 207, 307
+        (
+            {"factor_every": 5, "scale_every": 1, "basis_every": kfactk.early},
+            {"factors": 63, "scale": 312, "basis": 10},
+        ),
     ],
 )
 def test_due_steps(arguments: dict[str, object], due: dict[str, int]) -> None:

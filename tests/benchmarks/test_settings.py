@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from benchmarks import settings
-from kfactk.optimizer import Optimizer
+from kfactk.optim.optimizer import Optimizer
 
 
 @pytest.mark.parametrize("name", sorted(settings.RECIPES))

@@ -17,7 +17,9 @@ each = pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 @each
 def test_is_shown_in_a_page_as_it_is(example: Path) -> None:
     shown = f'```py title="{example.name}"\n--8<-- "docs/examples/{example.name}"\n```'
-    assert any(shown in page.read_text() for page in (ROOT / "docs").glob("*.md")), f"no page of docs/ includes {example.name}"
+    assert any(shown in page.read_text() for page in (ROOT / "docs").glob("*.md")), (
+        f"no page of docs/ includes {example.name}"
+    )
 
 
 @each
@@ -34,7 +36,9 @@ def test_does_not_hide_a_package_that_it_imports(example: Path) -> None:
     assert not {name.split(".")[0] for name in names} & {path.stem for path in EXAMPLES}
 
 
-def run(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def run(
+    name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> str:
     """What the script prints, run as a user would from a folder of its own."""
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(ROOT / "docs" / "examples" / f"{name}.py"), run_name="__main__")
@@ -45,20 +49,26 @@ def numbers(what: str, printed: str) -> list[float]:
     return [float(number) for number in re.findall(rf"{what} '?([\d.]+)", printed)]
 
 
-def test_lightning(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lightning(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, resumed = numbers("accuracy", run("lightning_module", capsys, tmp_path, monkeypatch))
     assert whole > 0.9
     assert resumed == whole
 
 
-def test_accelerate(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerate(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     losses = numbers("loss", run("accelerate_loop", capsys, tmp_path, monkeypatch))
     assert len(losses) == 4
     assert losses[-1] < 0.5 * losses[0]
     assert (tmp_path / "checkpoint" / "optimizer.bin").exists()
 
 
-def test_huggingface_loop(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huggingface_loop(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     printed = run("huggingface_loop", capsys, tmp_path, monkeypatch)
     losses = numbers("loss", printed)
     assert len(losses) == 3
@@ -66,7 +76,9 @@ def test_huggingface_loop(capsys: pytest.CaptureFixture[str], tmp_path: Path, mo
     assert "8 of 12 parameters preconditioned" in printed
 
 
-def test_huggingface_trainer(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_huggingface_trainer(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     printed = run("huggingface_trainer", capsys, tmp_path, monkeypatch)
     *whole, before_last, last = numbers("'loss':", printed)
     assert [before_last, last] == whole[2:], "the resumed epochs are those of the whole run"

@@ -40,12 +40,27 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.equivalence", description=__doc__)
     parser.add_argument("--sample", type=int, metavar="N", help="N recipes at random, not all")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="which ones (default: %(default)s)")
     parser.add_argument(
-        "--part", type=_part, default=(1, 1), metavar="I/N", help="part I of N equal parts, for several machines or sittings"
+        "--seed", type=int, default=0, metavar="S", help="which ones (default: %(default)s)"
     )
-    parser.add_argument("--ranks", type=int, nargs="+", default=list(RANKS), metavar="R", help="numbers of ranks (default: 1 2 3 4)")
-    parser.add_argument("--placement", nargs="+", metavar="NAME", help="placements by name (default: all)")
+    parser.add_argument(
+        "--part",
+        type=_part,
+        default=(1, 1),
+        metavar="I/N",
+        help="part I of N equal parts, for several machines or sittings",
+    )
+    parser.add_argument(
+        "--ranks",
+        type=int,
+        nargs="+",
+        default=list(RANKS),
+        metavar="R",
+        help="numbers of ranks (default: 1 2 3 4)",
+    )
+    parser.add_argument(
+        "--placement", nargs="+", metavar="NAME", help="placements by name (default: all)"
+    )
     return parser.parse_args(given)
 
 
@@ -54,10 +69,21 @@ def main(given: Sequence[str] | None = None) -> int:
     options = arguments(given)
     torch.set_num_threads(1)
     accepted, refused = cases()
-    chosen = accepted if options.sample is None else Random(options.seed).sample(accepted, min(options.sample, len(accepted)))
+    chosen = (
+        accepted
+        if options.sample is None
+        else Random(options.seed).sample(accepted, min(options.sample, len(accepted)))
+    )
     chosen = chosen[options.part[0] - 1 :: options.part[1]]
-    places = [each for each in placements() if options.placement is None or each["name"] in options.placement]
-    print(f"{len(accepted)} recipes are accepted, {len(refused)} refused; {len(chosen)} run under {len(places)} placements", flush=True)
+    places = [
+        each
+        for each in placements()
+        if options.placement is None or each["name"] in options.placement
+    ]
+    print(
+        f"{len(accepted)} recipes are accepted, {len(refused)} refused; {len(chosen)} run under {len(places)} placements",
+        flush=True,
+    )
     table = {(written(place), ranks): Cell() for place in places for ranks in options.ranks}
     start, done = time.monotonic(), 0
     for job in _batched(chosen, JOB):
@@ -66,11 +92,17 @@ def main(given: Sequence[str] | None = None) -> int:
             for case, found in zip(job, judged(job, place, ranks, truths), strict=True):
                 table[written(place), ranks].add(case, found)
                 if found.faults or not found.deviation <= TOLERANCE:
-                    told = "; ".join([f"off by {found.deviation:.1e} in the {found.where}", *found.faults])
+                    told = "; ".join(
+                        [f"off by {found.deviation:.1e} in the {found.where}", *found.faults]
+                    )
                     print(f"{case} x {written(place)} on {ranks} ranks: {told}", flush=True)
         done += len(job)
         worst = max(cell.deviation for cell in table.values())
-        print(f"[{done}/{len(chosen)}] {time.monotonic() - start:.0f} s, largest deviation {worst:.1e}", file=sys.stderr, flush=True)
+        print(
+            f"[{done}/{len(chosen)}] {time.monotonic() - start:.0f} s, largest deviation {worst:.1e}",
+            file=sys.stderr,
+            flush=True,
+        )
     report(table)
     return 1 if any(cell.faulty for cell in table.values()) or not chosen else 0
 
@@ -79,9 +111,15 @@ def report(table: dict[tuple[str, int], Cell]) -> None:
     """Print the table."""
     print(f"\n{'placement':<24}{'ranks':>6}{'runs':>8}{'unequal':>9}{'largest deviation':>19}  of")
     for (place, ranks), cell in table.items():
-        print(f"{place:<24}{ranks:>6}{cell.runs:>8}{cell.faulty:>9}{cell.deviation:>19.1e}  {cell.where}")
-    runs, faulty = (sum(getattr(cell, name) for cell in table.values()) for name in ("runs", "faulty"))
-    print(f"{'all':<24}{'':>6}{runs:>8}{faulty:>9}{max(cell.deviation for cell in table.values()):>19.1e}")
+        print(
+            f"{place:<24}{ranks:>6}{cell.runs:>8}{cell.faulty:>9}{cell.deviation:>19.1e}  {cell.where}"
+        )
+    runs, faulty = (
+        sum(getattr(cell, name) for cell in table.values()) for name in ("runs", "faulty")
+    )
+    print(
+        f"{'all':<24}{'':>6}{runs:>8}{faulty:>9}{max(cell.deviation for cell in table.values()):>19.1e}"
+    )
 
 
 def _part(text: str) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 
-from kfactk.testing.ranks import RankError, shared_workers
+from kfactk.testing._support.ranks import RankError, shared_workers
 from tests.equivalence.product import Case
 from tests.equivalence.training import Outcome, train, train_all
 
@@ -51,20 +51,36 @@ class Truths:
 def judged(cases: Sequence[Case], placement: Any, ranks: int, truths: Truths) -> list[Verdict]:
     """Run recipes one after the other as a single job on several ranks, and compare."""
     try:
-        outcomes = shared_workers().run(ranks, train_all, ranks, [(case.recipe, case.taps) for case in cases], placement, patience=600.0)
+        outcomes = shared_workers().run(
+            ranks,
+            train_all,
+            ranks,
+            [(case.recipe, case.taps) for case in cases],
+            placement,
+            patience=600.0,
+        )
     except RankError as error:
         if len(cases) > 1:  # to find out which
-            first, *others = [verdict for case in cases for verdict in judged([case], placement, ranks, truths)]
+            first, *others = [
+                verdict for case in cases for verdict in judged([case], placement, ranks, truths)
+            ]
             told = f"a job of {len(cases)} recipes, of which this is the first, failed: {error}"
             return [attrs.evolve(first, faults=(*first.faults, told)), *others]
         return [Verdict(math.inf, "a rank failed", (str(error),))]
-    return [verdict(truths[case], [outcome[number] for outcome in outcomes]) for number, case in enumerate(cases)]
+    return [
+        verdict(truths[case], [outcome[number] for outcome in outcomes])
+        for number, case in enumerate(cases)
+    ]
 
 
 def verdict(truth: Outcome, outcomes: Sequence[Outcome]) -> Verdict:
     """One run on several ranks against that of one process."""
     faults = [*disagreements([outcome.bits for outcome in outcomes])]
-    faults += [f"rank {rank} counts {found.counters}" for rank, found in enumerate(outcomes) if found.counters != truth.counters]
+    faults += [
+        f"rank {rank} counts {found.counters}"
+        for rank, found in enumerate(outcomes)
+        if found.counters != truth.counters
+    ]
     seen = {name for outcome in outcomes for name in outcome.figures}
     faults += [f"no rank has the {name}" for name in sorted(set(truth.figures) - seen)]
     faults += [f"one process has no {name}" for name in sorted(seen - set(truth.figures))]

@@ -11,7 +11,7 @@ import attrs
 
 import kfactk
 from kfactk import Assignment, KfactkError, Share, Workload
-from kfactk.registry import registry
+from kfactk.registry.registry import registry
 
 FAMILIES = ("curvature", "basis", "fisher", "clip", "update")
 RANKS = (1, 2, 3, 4)
@@ -62,16 +62,26 @@ class Anyhow:
         shares = {}
         for work in workload.works:
             random = Random(f"{self.seed},{work.layer},{ranks}")
-            some = [tuple(sorted(random.sample(range(ranks), random.randint(1, ranks)))) for _ in range(len(work.matrices) + 1)]
-            decomposers = {name: some[0 if work.together else number] for number, name in enumerate(sorted(work.matrices))}
-            shares[work.layer] = Share(decomposers, some[-1])
+            some = [
+                tuple(sorted(random.sample(range(ranks), random.randint(1, ranks))))
+                for _ in range(len(work.matrices) + 1)
+            ]
+            inverse_workers = {
+                name: some[0 if work.together else number]
+                for number, name in enumerate(sorted(work.matrices))
+            }
+            shares[work.layer] = Share(inverse_workers, some[-1])
         return Assignment("anyhow", shares)
 
 
 def stages(family: str) -> list[dict[str, Any]]:
     """Every stage of ours that is registered, with each of its variants."""
     names = sorted(info.name for info in registry().stages(family) if info.distribution == "kfactk")
-    return [{"name": name, **options} for name in names for options in VARIANTS.get((family, name), [{}])]
+    return [
+        {"name": name, **options}
+        for name in names
+        for options in VARIANTS.get((family, name), [{}])
+    ]
 
 
 def placements() -> list[dict[str, Any]]:
@@ -106,4 +116,6 @@ def written(stage: Any) -> str:
     """A stage in words."""
     if not isinstance(stage, Mapping):
         return repr(stage)
-    return " ".join([stage["name"], *(f"{name}={value}" for name, value in stage.items() if name != "name")])
+    return " ".join(
+        [stage["name"], *(f"{name}={value}" for name, value in stage.items() if name != "name")]
+    )

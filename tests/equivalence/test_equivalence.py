@@ -9,12 +9,23 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 
-from kfactk.registry import registry
+from kfactk.registry.registry import registry
 from kfactk.testing import effort
-from kfactk.testing.ranks import shared_workers
+from kfactk.testing._support.ranks import shared_workers
 from tests.equivalence.__main__ import Cell, main
 from tests.equivalence.judging import TOLERANCE, Truths, Verdict, disagreements, judged, verdict
-from tests.equivalence.product import FAMILIES, RANKS, VARIANTS, Anyhow, Case, cases, determined, placements, stages, written
+from tests.equivalence.product import (
+    FAMILIES,
+    RANKS,
+    VARIANTS,
+    Anyhow,
+    Case,
+    cases,
+    determined,
+    placements,
+    stages,
+    written,
+)
 from tests.equivalence.training import Mixed, Outcome, train, train_all
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -35,12 +46,16 @@ DEFAULT = Case({**SUA.recipe, "curvature": {"name": "conv_kfac"}}, taps=2)
 def check(case: Case, placement: object, ranks: int) -> None:
     [found] = judged([case], placement, ranks, Truths())
     assert not found.faults, found.faults
-    assert found.deviation <= TOLERANCE, f"{case} x {placement} on {ranks} ranks is off by {found.deviation:.1e} in the {found.where}"
+    assert found.deviation <= TOLERANCE, (
+        f"{case} x {placement} on {ranks} ranks is off by {found.deviation:.1e} in the {found.where}"
+    )
 
 
 @settings(max_examples=effort(6))
 @given(st.sampled_from(ACCEPTED), st.sampled_from(placements()), st.sampled_from(RANKS))
-def test_ranks_do_what_one_process_does(case: Case, placement: dict[str, object], ranks: int) -> None:
+def test_ranks_do_what_one_process_does(
+    case: Case, placement: dict[str, object], ranks: int
+) -> None:
     check(case, placement, ranks)
 
 
@@ -56,9 +71,15 @@ def test_where_rounding_chooses_the_eigenvectors_ranks_agree_all_the_same() -> N
     assert not determined(SUA.recipe)
     truth = train(SUA.recipe, "replicated", 2, 0, 1)
     for placement in placements():
-        outcomes = [each[0] for each in shared_workers().run(3, train_all, 3, [(SUA.recipe, 2)], placement)]
+        outcomes = [
+            each[0] for each in shared_workers().run(3, train_all, 3, [(SUA.recipe, 2)], placement)
+        ]
         assert not list(disagreements([outcome.bits for outcome in outcomes]))
-        assert all(bool(torch.isfinite(tensor).all()) for outcome in outcomes for tensor in outcome.figures.values())
+        assert all(
+            bool(torch.isfinite(tensor).all())
+            for outcome in outcomes
+            for tensor in outcome.figures.values()
+        )
         assert {name for outcome in outcomes for name in outcome.figures} == set(truth.figures)
 
 
@@ -66,9 +87,15 @@ def test_every_stage_of_ours_is_in_the_product() -> None:
     for family in (*FAMILIES, "placement"):
         listed = {info.name for info in registry().stages(family) if info.distribution == "kfactk"}
         assert {stage["name"] for stage in stages(family)} == listed
-    assert {name for _, name in VARIANTS} <= {stage["name"] for family in FAMILIES for stage in stages(family)}
+    assert {name for _, name in VARIANTS} <= {
+        stage["name"] for family in FAMILIES for stage in stages(family)
+    }
     assert len(ACCEPTED) + len(REFUSED) == math.prod(len(stages(family)) for family in FAMILIES)
-    assert [case.taps for case in ACCEPTED].count(1) == len([case for case in ACCEPTED if not determined(case.recipe)]) > 0
+    assert (
+        [case.taps for case in ACCEPTED].count(1)
+        == len([case for case in ACCEPTED if not determined(case.recipe)])
+        > 0
+    )
     assert written(SUA.recipe["curvature"]) == "conv_kfac spatial=sua"
 
 
@@ -83,7 +110,11 @@ def test_the_model_has_every_kind_of_part() -> None:
         assert Mixed(1)(torch.zeros(2, 2, 2, 2)).shape == (2, 3)
 
 
-TRUTH = Outcome({"parameter a": torch.tensor([1.0, 4.0]), "scale": torch.zeros(2)}, {"a": "1"}, {"skipped_batches": 0})
+TRUTH = Outcome(
+    {"parameter a": torch.tensor([1.0, 4.0]), "scale": torch.zeros(2)},
+    {"a": "1"},
+    {"skipped_batches": 0},
+)
 
 
 @pytest.mark.parametrize(
@@ -91,7 +122,7 @@ TRUTH = Outcome({"parameter a": torch.tensor([1.0, 4.0]), "scale": torch.zeros(2
     [
         ({"bits": {"a": "2"}}, "ranks have different bits in the a"),
         ({"counters": {"skipped_batches": 1}}, "rank 1 counts {'skipped_batches': 1}"),
-        ({"figures": {"more": torch.ones(1)}}, "one process has no more"),
+        ({"metrics": {"more": torch.ones(1)}}, "one process has no more"),
     ],
 )
 def test_faults_are_told(changes: dict[str, object], says: str) -> None:
@@ -103,7 +134,12 @@ def test_what_no_rank_has_and_what_deviates_is_told() -> None:
     found = verdict(TRUTH, [only])
     assert found.faults == ("no rank has the scale",)
     assert (round(found.deviation, 6), found.where) == (0.05, "parameter a")
-    assert verdict(TRUTH, [attrs.evolve(TRUTH, figures={"parameter a": torch.tensor([math.nan, 4])})]).deviation == math.inf
+    assert (
+        verdict(
+            TRUTH, [attrs.evolve(TRUTH, figures={"parameter a": torch.tensor([math.nan, 4])})]
+        ).deviation
+        == math.inf
+    )
     assert verdict(TRUTH, [TRUTH, TRUTH]) == Verdict(0.0, "scale")
 
 
@@ -128,16 +164,24 @@ def test_a_rank_that_fails_is_told_with_its_recipe() -> None:
     wrong = attrs.evolve(DEFAULT, recipe={**DEFAULT.recipe, "lr": -1.0})
     good, bad = judged([DEFAULT, wrong], "replicated", 1, Truths())
     assert good.deviation <= TOLERANCE
-    assert "a job of 2 recipes, of which this is the first, failed: rank 0 of 1: Traceback" in good.faults[0]
+    assert (
+        "a job of 2 recipes, of which this is the first, failed: rank 0 of 1: Traceback"
+        in good.faults[0]
+    )
     assert bad.deviation == math.inf
     assert "lr is -1.0" in bad.faults[0] or "lr=-1.0" in bad.faults[0]
 
 
-def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_prints_the_table(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     arguments = ["--sample", "1", "--ranks", "2", "--placement", "mem_opt", "comm_opt"]
     assert main(arguments) == 0
     told = capsys.readouterr()
-    assert f"{len(ACCEPTED)} recipes are accepted, {len(REFUSED)} refused; 1 run under 2 placements" in told.out
+    assert (
+        f"{len(ACCEPTED)} recipes are accepted, {len(REFUSED)} refused; 1 run under 2 placements"
+        in told.out
+    )
     assert [line.split()[:4] for line in told.out.splitlines()[-3:]] == [
         ["comm_opt", "2", "1", "0"],
         ["mem_opt", "2", "1", "0"],
@@ -145,13 +189,18 @@ def test_the_command_prints_the_table(capsys: pytest.CaptureFixture[str], monkey
     ]
     assert "[1/1]" in told.err
     seen: list[Case] = []
-    monkeypatch.setattr("tests.equivalence.__main__.judged", lambda cases, *_: seen.extend(cases) or [Verdict() for _ in cases])
+    monkeypatch.setattr(
+        "tests.equivalence.__main__.judged",
+        lambda cases, *_: seen.extend(cases) or [Verdict() for _ in cases],
+    )
     for part in ("1/3", "2/3", "3/3"):
         assert main(["--part", part, "--ranks", "1", "--placement", "mem_opt"]) == 0
     assert sorted(map(str, seen)) == sorted(map(str, ACCEPTED))
     with pytest.raises(SystemExit):
         main(["--part", "4/3"])
     assert "'4/3' is no part: write 1/4 for the first of four" in capsys.readouterr().err
-    monkeypatch.setattr("tests.equivalence.__main__.judged", lambda cases, *_: [Verdict(1e-9, "parameter x")])
+    monkeypatch.setattr(
+        "tests.equivalence.__main__.judged", lambda cases, *_: [Verdict(1e-9, "parameter x")]
+    )
     assert main(arguments) == 1
     assert "on 2 ranks: off by 1.0e-09 in the parameter x" in capsys.readouterr().out

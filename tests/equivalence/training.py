@@ -36,8 +36,16 @@ class Mixed(nn.Module):
 
     def __init__(self, taps: int = 2) -> None:
         super().__init__()
-        self.conv, self.grouped, self.norm = nn.Conv2d(2, 4, taps), nn.Conv2d(4, 4, taps, groups=2), nn.GroupNorm(2, 4)
-        self.frozen, self.wide, self.rows = nn.Linear(16, 16).requires_grad_(False), nn.Linear(16, 5), nn.LayerNorm(5)
+        self.conv, self.grouped, self.norm = (
+            nn.Conv2d(2, 4, taps),
+            nn.Conv2d(4, 4, taps, groups=2),
+            nn.GroupNorm(2, 4),
+        )
+        self.frozen, self.wide, self.rows = (
+            nn.Linear(16, 16).requires_grad_(False),
+            nn.Linear(16, 5),
+            nn.LayerNorm(5),
+        )
         self.shared, self.out = nn.Linear(5, 5, bias=False), nn.Linear(5, 3)
         self.out.bias.requires_grad_(False)
 
@@ -88,15 +96,23 @@ def batch(step: int, taps: int) -> tuple[Tensor, Tensor, Tensor]:
     """Inputs, targets, and two sets of targets as if drawn."""
     generator = torch.Generator().manual_seed(step)
     inputs = torch.randn(BATCH, 2, 2 * taps, 2 * taps, generator=generator, dtype=F64)
-    return inputs, torch.randint(3, (BATCH,), generator=generator), torch.randint(3, (2, BATCH), generator=generator)
+    return (
+        inputs,
+        torch.randint(3, (BATCH,), generator=generator),
+        torch.randint(3, (2, BATCH), generator=generator),
+    )
 
 
 def built(recipe: Recipe, placement: Any, drawn: Injected) -> kfactk.Recipe:
     """The recipe, its draws injected."""
-    fisher = {"name": recipe["fisher"]} if isinstance(recipe["fisher"], str) else dict(recipe["fisher"])
+    fisher = (
+        {"name": recipe["fisher"]} if isinstance(recipe["fisher"], str) else dict(recipe["fisher"])
+    )
     if fisher["name"] == "mc":
         fisher["draw"] = drawn
-    return kfactk.build(**{**NUMBERS, **PERIODS, **recipe, "fisher": fisher, "placement": placement})
+    return kfactk.build(
+        **{**NUMBERS, **PERIODS, **recipe, "fisher": fisher, "placement": placement}
+    )
 
 
 def train(recipe: Recipe, placement: Any, taps: int, rank: int, ranks: int) -> Outcome:
@@ -115,14 +131,19 @@ def train(recipe: Recipe, placement: Any, taps: int, rank: int, ranks: int) -> O
     return outcome
 
 
-def train_all(rank: int, ranks: int, recipes: Sequence[tuple[Recipe, int]], placement: Any) -> list[Outcome]:
-    """One after the other, on one rank of several; a job of `kfactk.testing.ranks`."""
+def train_all(
+    rank: int, ranks: int, recipes: Sequence[tuple[Recipe, int]], placement: Any
+) -> list[Outcome]:
+    """One after the other, on one rank of several; a job of `kfactk.testing._support.ranks`."""
     return [train(recipe, placement, taps, rank, ranks) for recipe, taps in recipes]
 
 
 def figures(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:
     """See `Outcome`."""
-    found = {f"parameter {name}": parameter.detach().clone() for name, parameter in module.named_parameters()}
+    found = {
+        f"parameter {name}": parameter.detach().clone()
+        for name, parameter in module.named_parameters()
+    }
     names = {parameter: name for name, parameter in module.named_parameters()}
     for parameter, entries in optimizer.state.items():
         for key, value in entries.items():
@@ -132,11 +153,16 @@ def figures(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:
         if not view.decomposition:
             continue
         generator = torch.Generator().manual_seed(1)
-        probe = {key: torch.randn(each.shape, generator=generator, dtype=F64) for key, each in view.layer.tensors().items()}
+        probe = {
+            key: torch.randn(each.shape, generator=generator, dtype=F64)
+            for key, each in view.layer.tensors().items()
+        }
         for key, tensor in view.precondition(probe).items():
             found[f"preconditioner on {name}.{key}"] = tensor.clone()
         if view.scale:
-            product = optimizer.recipe.basis.product(view.matrix(probe), {}, view.decomposition, view.scale)
+            product = optimizer.recipe.basis.product(
+                view.matrix(probe), {}, view.decomposition, view.scale
+            )
             found[f"scale on {name}"] = product.clone()
     return found
 
@@ -146,5 +172,10 @@ def bits(optimizer: Optimizer, module: nn.Module) -> dict[str, str]:
     tensors = {f"parameter {name}": parameter for name, parameter in module.named_parameters()}
     for name, parameter in module.named_parameters():
         entries = optimizer.state.get(parameter, {})
-        tensors |= {f"{key} of {name}": value for key, value in entries.items() if isinstance(value, Tensor)}
-    return {name: hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest() for name, tensor in tensors.items()}
+        tensors |= {
+            f"{key} of {name}": value for key, value in entries.items() if isinstance(value, Tensor)
+        }
+    return {
+        name: hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()
+        for name, tensor in tensors.items()
+    }

@@ -67,7 +67,9 @@ def images(tmp_path: Path) -> Path:
         for label, name in enumerate(("cat", "dog")):
             (root / part / name).mkdir(parents=True)
             for i in range(count):
-                Image.new("RGB", (32, 32), (10 * label + i, 100, 100)).save(root / part / name / f"{i}.jpg", quality=100, subsampling=0)
+                Image.new("RGB", (32, 32), (10 * label + i, 100, 100)).save(
+                    root / part / name / f"{i}.jpg", quality=100, subsampling=0
+                )
     return root
 
 
@@ -79,11 +81,21 @@ def make_results(losses: dict[str, list[list[float]]], **training: object) -> Re
     for name, seeds in losses.items():
         for seed, values in enumerate(seeds):
             history = tuple(
-                Epoch(i + 1, 10, 2.0 if name == "sgd" else 3.0, value, 100 - value, 2 * value, 100 - 2 * value)
+                Epoch(
+                    i + 1,
+                    10,
+                    2.0 if name == "sgd" else 3.0,
+                    value,
+                    100 - value,
+                    2 * value,
+                    100 - 2 * value,
+                )
                 for i, value in enumerate(values)
             )
             status = "finished" if math.isfinite(values[-1]) else "diverged"
-            runs.append(Run(name, seed, status, history, {"lr": 0.1, "update": {"name": "<adam & co>"}}))
+            runs.append(
+                Run(name, seed, status, history, {"lr": 0.1, "update": {"name": "<adam & co>"}})
+            )
     return Results(study, "made-up images", "cpu", runs)
 
 

@@ -17,7 +17,10 @@ def test_every_algorithm_of_every_preset_can_be_made(preset):
         optimizer = algorithms.make(algorithm, model, seed=5, collector=Collector(1))
         assert isinstance(optimizer, kfactk.Optimizer) == (algorithm.name != "sgd")
         group = optimizer.param_groups[0]
-        assert (group["lr"], group["weight_decay"]) == (algorithm.settings["lr"], algorithm.settings["weight_decay"])
+        assert (group["lr"], group["weight_decay"]) == (
+            algorithm.settings["lr"],
+            algorithm.settings["weight_decay"],
+        )
         algorithms.close(optimizer)
 
 
@@ -28,7 +31,9 @@ def test_the_seed_reaches_the_fisher_pass():
 
 def test_a_fisher_that_draws_nothing_has_no_seed():
     adam = config.load("digits").algorithms["ekfacadam"]
-    exact = Algorithm("x", "X", {**adam.settings, "fisher": {"name": "exact", "max_passes": 20}}, {})
+    exact = Algorithm(
+        "x", "X", {**adam.settings, "fisher": {"name": "exact", "max_passes": 20}}, {}
+    )
     assert algorithms.described(exact, seed=7)["fisher"] == {"name": "exact", "max_passes": 20}
 
 
@@ -48,10 +53,14 @@ def test_settings_that_cannot_work_are_told_before_any_run(settings, words):
 
 def test_the_collector_gets_what_a_tracker_gets():
     model, collector = nn.Sequential(nn.Linear(4, 3)), Collector(2)
-    optimizer = algorithms.make(config.load("digits").algorithms["ekfac"], model, seed=0, collector=collector)
+    optimizer = algorithms.make(
+        config.load("digits").algorithms["ekfac"], model, seed=0, collector=collector
+    )
     for _ in range(5):
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(torch.randn(8, 4)), torch.zeros(8, dtype=torch.long)).backward()
+        nn.functional.cross_entropy(
+            model(torch.randn(8, 4)), torch.zeros(8, dtype=torch.long)
+        ).backward()
         optimizer.step()
     algorithms.close(optimizer)
     points = collector.take()

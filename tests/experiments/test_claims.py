@@ -14,7 +14,9 @@ def as_published(made_up):
     curves = {name: [2.0 / (i + 1) for i in range(20)] for name in OLD}
     curves["ekfacadam"] = [1.0 / (i + 1) for i in range(20)]
     curves["ekfacradam"] = [1.1 / (i + 1) for i in range(20)]
-    curves["ekfacnag"] = [0.9 / (i + 1) if i < 9 else (1.9 if i == 9 else 2.1) / (i + 1) for i in range(20)]
+    curves["ekfacnag"] = [
+        0.9 / (i + 1) if i < 9 else (1.9 if i == 9 else 2.1) / (i + 1) for i in range(20)
+    ]
     return curves
 
 
@@ -35,11 +37,15 @@ def test_each_claim_can_fail(made_up):
         ({"ekfacnag": [0.5 / (i + 1) for i in range(20)]}, {3, 4}),
     ):
         results = made_up({name: [curve] for name, curve in {**base, **change}.items()})
-        assert {i for i, verdict in enumerate(verdicts(results)) if verdict == claims.FAILS} == expected
+        assert {
+            i for i, verdict in enumerate(verdicts(results)) if verdict == claims.FAILS
+        } == expected
 
 
 def test_a_missing_algorithm_leaves_a_claim_open(made_up):
-    judged = claims.check(made_up({"sgd": [[2.0, 1.0], [2.0, 1.0]], "ekfacadam": [[1.0, 0.9], [1.0, 1.08]]}))
+    judged = claims.check(
+        made_up({"sgd": [[2.0, 1.0], [2.0, 1.0]], "ekfacadam": [[1.0, 0.9], [1.0, 1.08]]})
+    )
     assert [claim.verdict for claim in judged] == [claims.HOLDS, *[claims.OPEN] * 4]
     assert "0.99 against 1 after 2 epochs; lower for 1 of 2 seeds" in judged[0].evidence
     assert "kfac" in judged[1].evidence

@@ -16,8 +16,14 @@ def test_resnet50_has_the_published_settings():
         "ekfacadam": (0.003, 0.001, 0.001),
         "ekfacradam": (0.01, 0.0003, 0.001),
     }
-    assert {name: tuple(a.settings.get(key) for key in ("lr", "weight_decay", "damping")) for name, a in study.algorithms.items()} == table
-    stages = {name: (a.settings.get("basis"), a.settings.get("update")) for name, a in study.algorithms.items()}
+    assert {
+        name: tuple(a.settings.get(key) for key in ("lr", "weight_decay", "damping"))
+        for name, a in study.algorithms.items()
+    } == table
+    stages = {
+        name: (a.settings.get("basis"), a.settings.get("update"))
+        for name, a in study.algorithms.items()
+    }
     assert stages == {
         "sgd": (None, None),
         "kfac": ("kfac", "momentum"),
@@ -26,10 +32,16 @@ def test_resnet50_has_the_published_settings():
         "ekfacadam": ("ekfac", "adam"),
         "ekfacradam": ("ekfac", "radam"),
     }
-    assert (study.training.epochs, study.training.batch_size, study.training.test_batch_size) == (100, 64, 256)
+    assert (study.training.epochs, study.training.batch_size, study.training.test_batch_size) == (
+        100,
+        64,
+        256,
+    )
     assert study.training.schedule == "constant"
     shared = study.algorithms["kfac"].settings
-    assert [shared[key] for key in ("factor_decay", "factor_every", "scale_every", "basis_every")] == [0.95, 10, 10, 100]
+    assert [
+        shared[key] for key in ("factor_decay", "factor_every", "scale_every", "basis_every")
+    ] == [0.95, 10, 10, 100]
     assert shared["clip"] == {"name": "kl", "limit": 0.01}
 
 
@@ -68,7 +80,9 @@ def test_shared_settings_yield_to_an_algorithms_own(tiny: Path):
         ('title = "A tiny study"', "title = 3", ["title"]),
     ],
 )
-def test_a_mistake_is_one_line_that_names_file_and_key(tiny: Path, old: str, new: str, words: list[str]):
+def test_a_mistake_is_one_line_that_names_file_and_key(
+    tiny: Path, old: str, new: str, words: list[str]
+):
     assert old in tiny.read_text()
     tiny.write_text(tiny.read_text().replace(old, new))
     with pytest.raises(ExperimentError) as caught:
@@ -85,9 +99,21 @@ def test_a_missing_file_is_named(tmp_path: Path):
 
 
 def test_the_command_line_has_the_last_word(tiny: Path):
-    study = config.chosen(config.read(tiny), algorithms=["ekfacadam"], epochs=9, seeds=(4, 5), batch_size=None, max_steps=2)
+    study = config.chosen(
+        config.read(tiny),
+        algorithms=["ekfacadam"],
+        epochs=9,
+        seeds=(4, 5),
+        batch_size=None,
+        max_steps=2,
+    )
     assert list(study.algorithms) == ["ekfacadam"]
-    assert (study.training.epochs, study.training.seeds, study.training.batch_size, study.training.max_steps) == (9, (4, 5), 50, 2)
+    assert (
+        study.training.epochs,
+        study.training.seeds,
+        study.training.batch_size,
+        study.training.max_steps,
+    ) == (9, (4, 5), 50, 2)
 
 
 @pytest.mark.parametrize(

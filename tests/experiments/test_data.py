@@ -16,7 +16,12 @@ def quiet(_: str) -> None:
 
 
 def load_tiny_digits(**changes) -> data.Dataset:
-    return data.load(Data(**{"source": "digits", "train": 1437, "test": 360, **changes}), None, Path("unused"), quiet)
+    return data.load(
+        Data(**{"source": "digits", "train": 1437, "test": 360, **changes}),
+        None,
+        Path("unused"),
+        quiet,
+    )
 
 
 def test_digits_are_split_once_and_for_all():
@@ -25,14 +30,21 @@ def test_digits_are_split_once_and_for_all():
     together = torch.cat([dataset.train.pixels, dataset.test.pixels])[:, 0].flatten(1).numpy()
     original = (load_digits().data * 255 / 16).round()
     assert sorted(map(tuple, together)) == sorted(map(tuple, original.astype(np.uint8)))
-    share = torch.bincount(dataset.test.labels) / torch.bincount(torch.cat([dataset.train.labels, dataset.test.labels]))
+    share = torch.bincount(dataset.test.labels) / torch.bincount(
+        torch.cat([dataset.train.labels, dataset.test.labels])
+    )
     assert ((share - 0.2).abs() < 0.02).all()
     assert load_tiny_digits().checksum() == dataset.checksum()
     assert load_tiny_digits(seed=1).checksum() != dataset.checksum()
 
 
 def test_labels_stay_with_their_images():
-    original = {tuple(row): label for row, label in zip((load_digits().data * 255 / 16).round(), load_digits().target, strict=True)}
+    original = {
+        tuple(row): label
+        for row, label in zip(
+            (load_digits().data * 255 / 16).round(), load_digits().target, strict=True
+        )
+    }
     dataset = load_tiny_digits(train=50, test=20)
     for part in (dataset.train, dataset.test):
         for pixels, label in zip(part.pixels, part.labels, strict=True):
@@ -58,7 +70,9 @@ def test_a_folder_of_images_is_read_once(images: Path, tmp_path: Path):
     red = first.train.pixels[:, 0].float().mean((1, 2))
     torch.testing.assert_close(red, torch.tensor([0.0, 1, 2, 10, 11, 12]), atol=2, rtol=0)
     assert len(said) == 2
-    assert data.load(settings, images, tmp_path / "cache", said.append).checksum() == first.checksum()
+    assert (
+        data.load(settings, images, tmp_path / "cache", said.append).checksum() == first.checksum()
+    )
     assert len(said) == 2  # from the cache
     (images / "train" / "cat" / "0.jpg").unlink()
     assert len(data.load(settings, images, tmp_path / "cache", said.append).train) == 5
@@ -69,7 +83,12 @@ def test_a_folder_of_images_is_read_once(images: Path, tmp_path: Path):
 
 def test_a_subset_is_drawn_by_its_seed(images: Path, tmp_path: Path):
     def load(seed: int) -> data.Dataset:
-        return data.load(Data(source="cifar10", train=4, test=2, seed=seed), images, tmp_path / f"cache{seed}", quiet)
+        return data.load(
+            Data(source="cifar10", train=4, test=2, seed=seed),
+            images,
+            tmp_path / f"cache{seed}",
+            quiet,
+        )
 
     assert len(load(0).train) == 4
     assert load(0).checksum() == load(0).checksum()
@@ -94,7 +113,9 @@ class FakeCifar:
 
     def __init__(self, root: Path, train: bool, download: bool) -> None:
         count = 20 if train else 10
-        self.data = np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones((1, 32, 32, 3), np.uint8)
+        self.data = np.arange(count, dtype=np.uint8)[:, None, None, None] * np.ones(
+            (1, 32, 32, 3), np.uint8
+        )
         self.targets = [i % 10 for i in range(count)]
 
 
@@ -106,11 +127,18 @@ def test_torchvisions_images_become_tensors(tmp_path: Path, monkeypatch: pytest.
     assert (dataset.train.pixels[:, 0, 0, 0] % 10 == dataset.train.labels).all()
 
 
-@pytest.mark.parametrize("error", [URLError("no route to host"), RuntimeError("File not found or corrupted.")])
-def test_without_a_network_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception):
+@pytest.mark.parametrize(
+    "error", [URLError("no route to host"), RuntimeError("File not found or corrupted.")]
+)
+def test_without_a_network_it_says_what_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+):
     def fail(*_: object, **__: object) -> None:
         raise error
 
     monkeypatch.setattr("torchvision.datasets.CIFAR10", fail)
-    with pytest.raises(ExperimentError, match=r"could not be downloaded .*connect to the network, or give --data-dir"):
+    with pytest.raises(
+        ExperimentError,
+        match=r"could not be downloaded .*connect to the network, or give --data-dir",
+    ):
         data.load(Data(source="cifar10"), tmp_path / "new", tmp_path, quiet)

@@ -21,11 +21,16 @@ def test_a_figure_shows_mean_and_spread_of_every_algorithm(made_up, metric):
         corners = shade.get_paths()[0].vertices
         for epoch in (1, 2):
             heights = corners[corners[:, 0] == epoch][:, 1]
-            np.testing.assert_allclose([heights.min(), heights.max()], [curves[:, epoch - 1].min(), curves[:, epoch - 1].max()])
+            np.testing.assert_allclose(
+                [heights.min(), heights.max()],
+                [curves[:, epoch - 1].min(), curves[:, epoch - 1].max()],
+            )
 
 
 def test_a_diverged_run_is_drawn_up_to_where_it_was_finite(made_up):
-    axes = figures.draw(made_up({"sgd": [[3.0, 1.0, 0.5]], "kfac": [[3.0, math.nan]]}), "train_loss").axes[0]
+    axes = figures.draw(
+        made_up({"sgd": [[3.0, 1.0, 0.5]], "kfac": [[3.0, math.nan]]}), "train_loss"
+    ).axes[0]
     assert [len(line.get_xdata()) for line in axes.lines] == [3, 1]
 
 

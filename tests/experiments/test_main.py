@@ -27,7 +27,9 @@ def history(output: Path, run: str) -> list[dict]:
     epochs = json.loads((output / "runs" / run / "run.json").read_text())["history"]
     for epoch in epochs:
         epoch.pop("seconds")
-        epoch["curvature"] = {key: value for key, value in epoch["curvature"].items() if not key.startswith("seconds")}
+        epoch["curvature"] = {
+            key: value for key, value in epoch["curvature"].items() if not key.startswith("seconds")
+        }
     return epochs
 
 
@@ -35,7 +37,10 @@ def assert_same(output: Path, whole: Path) -> None:
     """The same numbers, to the last bit, and in MLflow one point where there is one."""
     for run in RUNS:
         assert history(output, run) == history(whole, run)
-        mine, other = (torch.load(folder / "runs" / run / "model.pt", weights_only=True) for folder in (output, whole))
+        mine, other = (
+            torch.load(folder / "runs" / run / "model.pt", weights_only=True)
+            for folder in (output, whole)
+        )
         assert mine.keys() == other.keys()
         assert all(torch.equal(mine[key], other[key]) for key in mine)
     assert logged(output) == logged(whole)
@@ -47,7 +52,9 @@ def logged(output: Path) -> dict[str, list[tuple[str, int]]]:
         runs = database.execute("select run_uuid, name, status from runs").fetchall()
         assert len({name for _, name, _ in runs}) == len(runs)  # resuming makes no second run
         return {
-            f"{name} {status}": sorted(database.execute("select key, step from metrics where run_uuid = ?", (uuid,)))
+            f"{name} {status}": sorted(
+                database.execute("select key, step from metrics where run_uuid = ?", (uuid,))
+            )
             for uuid, name, status in runs
         }
 
@@ -65,7 +72,9 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> Path:
     (root / "tiny.toml").write_text(tiny_text)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        assert study("--config", root / "tiny.toml", "--output", root / "out", "--device", "cpu") == 0
+        assert (
+            study("--config", root / "tiny.toml", "--output", root / "out", "--device", "cpu") == 0
+        )
     return root / "out"
 
 
@@ -75,7 +84,10 @@ def test_a_study_leaves_everything(whole: Path):
     for run in RUNS:
         assert json.loads((whole / "runs" / run / "run.json").read_text())["status"] == "finished"
         assert [epoch["epoch"] for epoch in history(whole, run)] == [1, 2, 3]
-        assert sorted(path.name for path in (whole / "runs" / run).iterdir()) == ["model.pt", "run.json"]
+        assert sorted(path.name for path in (whole / "runs" / run).iterdir()) == [
+            "model.pt",
+            "run.json",
+        ]
 
 
 def test_mlflow_has_one_run_for_each_with_a_point_an_epoch(whole: Path):
@@ -86,12 +98,20 @@ def test_mlflow_has_one_run_for_each_with_a_point_an_epoch(whole: Path):
             assert [step for key, step in recorded if key == metric] == [1, 2, 3]
     assert ("step/damping", 0) in points["ekfacadam-seed0 FINISHED"]
     with sqlite3.connect(whole / "mlflow.db") as database:
-        assert database.execute("select name from experiments where name like 'kfactk%'").fetchall() == [("kfactk-tiny",)]
+        assert database.execute(
+            "select name from experiments where name like 'kfactk%'"
+        ).fetchall() == [("kfactk-tiny",)]
         params = set(database.execute("select key, value from params"))
-    assert {("algorithm.damping", "0.03"), ("algorithm.update.name", "adam"), ("training.epochs", "3")} <= params
+    assert {
+        ("algorithm.damping", "0.03"),
+        ("algorithm.update.name", "adam"),
+        ("training.epochs", "3"),
+    } <= params
 
 
-def test_ctrl_c_and_resume_is_as_if_nothing_had_happened(whole: Path, tiny: Path, tmp_path: Path, monkeypatch, capsys):
+def test_ctrl_c_and_resume_is_as_if_nothing_had_happened(
+    whole: Path, tiny: Path, tmp_path: Path, monkeypatch, capsys
+):
     arguments = ("--config", tiny, "--output", tmp_path / "out", "--device", "cpu")
     steps, step = [], training.Trainer._step
 
@@ -131,10 +151,22 @@ sys.exit(__main__.main(sys.argv[2:]))
 """
 
 
-@pytest.mark.parametrize(("sign", "code"), [("SIGKILL", -signal.SIGKILL), ("SIGTERM", 130)], ids=["killed", "second Ctrl-C"])
-def test_a_killed_study_goes_on_after_its_last_epoch(whole: Path, tiny: Path, tmp_path: Path, sign: str, code: int, monkeypatch):
+@pytest.mark.parametrize(
+    ("sign", "code"),
+    [("SIGKILL", -signal.SIGKILL), ("SIGTERM", 130)],
+    ids=["killed", "second Ctrl-C"],
+)
+def test_a_killed_study_goes_on_after_its_last_epoch(
+    whole: Path, tiny: Path, tmp_path: Path, sign: str, code: int, monkeypatch
+):
     arguments = ["--config", str(tiny), "--output", str(tmp_path / "out"), "--device", "cpu"]
-    done = subprocess.run([sys.executable, "-c", SABOTAGE, sign, *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", SABOTAGE, sign, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     assert len(history(tmp_path / "out", "ekfacadam-seed0")) == 2
@@ -166,7 +198,18 @@ def test_other_settings_are_not_mixed_in(whole: Path, tiny: Path, capsys):
 
 
 def test_starting_afresh_keeps_what_was_there(tiny: Path, tmp_path: Path, capsys):
-    arguments = ("--config", tiny, "--output", tmp_path / "out", "--algorithms", "sgd", "--max-steps", "1", "--device", "cpu")
+    arguments = (
+        "--config",
+        tiny,
+        "--output",
+        tmp_path / "out",
+        "--algorithms",
+        "sgd",
+        "--max-steps",
+        "1",
+        "--device",
+        "cpu",
+    )
     assert study(*arguments) == 0
     assert "earlier runs" not in capsys.readouterr().out
     before = history(tmp_path / "out", "sgd-seed0")
@@ -203,7 +246,9 @@ def test_starting_afresh_keeps_what_was_there(tiny: Path, tmp_path: Path, capsys
         ("--output DIR/file", "cannot be written to"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(arguments: str, words: str, tmp_path: Path, capsys, monkeypatch):
+def test_mistakes_are_one_line_and_exit_code_2(
+    arguments: str, words: str, tmp_path: Path, capsys, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").touch()
     (tmp_path / "wrong" / "something").mkdir(parents=True)

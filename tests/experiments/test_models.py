@@ -8,18 +8,27 @@ def count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-@pytest.mark.parametrize(("name", "channels", "size"), [("digits_resnet", 1, 8), ("resnet8", 3, 32)])
+@pytest.mark.parametrize(
+    ("name", "channels", "size"), [("digits_resnet", 1, 8), ("resnet8", 3, 32)]
+)
 def test_logits_and_initial_weights(name: str, channels: int, size: int):
-    model, same, other = (models.make(name, channels=channels, classes=10, seed=seed) for seed in (0, 0, 1))
+    model, same, other = (
+        models.make(name, channels=channels, classes=10, seed=seed) for seed in (0, 0, 1)
+    )
     assert model(torch.zeros(2, channels, size, size)).shape == (2, 10)
     assert torch.equal(model.stem.weight, same.stem.weight)
     assert not torch.equal(model.stem.weight, other.stem.weight)
 
 
 def test_resnet8_is_the_usual_one():
-    convolutions = 9 * (3 * 16 + 2 * 16 * 16 + 16 * 32 + 32 * 32 + 32 * 64 + 64 * 64) + 16 * 32 + 32 * 64
+    convolutions = (
+        9 * (3 * 16 + 2 * 16 * 16 + 16 * 32 + 32 * 32 + 32 * 64 + 64 * 64) + 16 * 32 + 32 * 64
+    )
     norms = 2 * (3 * 16 + 3 * 32 + 3 * 64)
-    assert count(models.make("resnet8", channels=3, classes=10, seed=0)) == convolutions + norms + 64 * 10 + 10
+    assert (
+        count(models.make("resnet8", channels=3, classes=10, seed=0))
+        == convolutions + norms + 64 * 10 + 10
+    )
 
 
 def test_resnet50_keeps_the_resolution_of_small_images():
@@ -27,7 +36,9 @@ def test_resnet50_keeps_the_resolution_of_small_images():
     assert count(model) == 23_520_842  # the usual figure for CIFAR-10
     shapes = {}
     for name in ("conv1", "layer1", "layer2", "layer3", "layer4"):
-        model.get_submodule(name).register_forward_hook(lambda m, i, out, name=name: shapes.update({name: tuple(out.shape)}))
+        model.get_submodule(name).register_forward_hook(
+            lambda m, i, out, name=name: shapes.update({name: tuple(out.shape)})
+        )
     model.eval()
     with torch.no_grad():
         assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10)

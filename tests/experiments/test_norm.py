@@ -5,21 +5,27 @@ import torch
 from torch import Tensor, nn
 
 from experiments import norm
-from kfactk.testing.ranks import shared_workers
+from kfactk.testing._support.ranks import shared_workers
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
 
 def model() -> nn.Module:
     torch.manual_seed(5)
-    layers = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3), nn.Sequential(nn.ReLU(), nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4))).double()
+    layers = nn.Sequential(
+        nn.Conv2d(2, 3, 3),
+        nn.BatchNorm2d(3),
+        nn.Sequential(nn.ReLU(), nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4)),
+    ).double()
     for parameter in layers.parameters():
         nn.init.normal_(parameter)
     return layers
 
 
 def images() -> Tensor:
-    return torch.randn(6, 2, 5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 3
+    return (
+        torch.randn(6, 2, 5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 3
+    )
 
 
 def learnt(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
@@ -30,7 +36,9 @@ def learnt(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
     y.pow(3).sum().backward()
     found = {"output": y.detach(), "input": x.grad, "evaluated": net.eval()(x).detach()}
     found |= {f"buffer {name}": value.double() for name, value in net.named_buffers()}
-    return found | {f"gradient {name}": parameter.grad for name, parameter in net.named_parameters()}
+    return found | {
+        f"gradient {name}": parameter.grad for name, parameter in net.named_parameters()
+    }
 
 
 def part(rank: int, ranks: int) -> dict[str, Tensor]:
@@ -51,4 +59,6 @@ def test_the_whole_batch_is_normalised(ranks: int):
             joined = parts[-1]
         else:
             joined = torch.cat(parts)
-        torch.testing.assert_close(joined, value, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            joined, value, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+        )

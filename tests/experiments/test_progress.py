@@ -25,12 +25,18 @@ def shown(seconds: list[float], *, terminal: bool, history: int = 0) -> str:
     return console.file.getvalue()
 
 
-@pytest.mark.parametrize(("seconds", "lines"), [([0.1, 0.1, 0.1], []), ([9.0, 0.1, 9.0], [1, 2]), ([0.1, 9.0, 0.1], [2])])
+@pytest.mark.parametrize(
+    ("seconds", "lines"), [([0.1, 0.1, 0.1], []), ([9.0, 0.1, 9.0], [1, 2]), ([0.1, 9.0, 0.1], [2])]
+)
 def test_slow_epochs_get_lines_where_there_are_no_bars(seconds: list[float], lines: list[int]):
     text = shown(seconds, terminal=False).splitlines()
     assert text[0] == "[1/2] SGD, seed 0: finished earlier, 3 epochs"
-    assert [line.split(": training")[0] for line in text[1:-1]] == [f"SGD, seed 1: epoch {i}" for i in lines]
-    assert text[-1].startswith("[2/2] SGD, seed 1: epoch 3: training loss 0.5000, accuracy 90.00 %; test loss 0.6000, accuracy 80.00 % (")
+    assert [line.split(": training")[0] for line in text[1:-1]] == [
+        f"SGD, seed 1: epoch {i}" for i in lines
+    ]
+    assert text[-1].startswith(
+        "[2/2] SGD, seed 1: epoch 3: training loss 0.5000, accuracy 90.00 %; test loss 0.6000, accuracy 80.00 % ("
+    )
 
 
 def test_a_resumed_run_says_so():

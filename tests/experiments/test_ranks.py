@@ -15,9 +15,9 @@ import torch.distributed as dist
 from experiments import config, data, ranks, runner
 from experiments.__main__ import main
 from experiments.errors import ExperimentError
-from experiments.ranks import Ranks
+from experiments.ranks import Communicator
 from experiments.training import Trainer
-from kfactk.testing.ranks import shared_workers
+from kfactk.testing._support.ranks import shared_workers
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -39,7 +39,7 @@ def told(work: Any, *arguments: Any) -> Any:
 
 def agreements(rank: int, folder: str) -> dict[str, Any]:
     """What each of three processes on two machines, of which rank 2 is alone on its own, gets from what they do together."""
-    mine = Ranks(rank, 3, local=rank % 2)
+    mine = Communicator(rank, 3, local=rank % 2)
     log = Path(folder) / "log"
 
     def note() -> int:
@@ -78,16 +78,25 @@ def test_rank_0_decides_and_errors_are_everyones(tmp_path: Path):
 
 
 def alone(work: str, *arguments: Any) -> Any:
-    return told(getattr(Ranks(), work), *arguments)
+    return told(getattr(Communicator(), work), *arguments)
 
 
 def test_alone_nothing_is_sent():
     assert not dist.is_initialized()
-    assert alone("lead", lambda: 1) == alone("first_only", lambda: 1) == alone("in_turns", lambda: 1) == 1
-    assert alone("lead", lambda: refused("so")) == alone("in_turns", lambda: refused("so")) == "error: so"
+    assert (
+        alone("lead", lambda: 1)
+        == alone("first_only", lambda: 1)
+        == alone("in_turns", lambda: 1)
+        == 1
+    )
+    assert (
+        alone("lead", lambda: refused("so"))
+        == alone("in_turns", lambda: refused("so"))
+        == "error: so"
+    )
     assert alone("gather", 5) == [5]
     with ranks.joined(CPU) as mine:
-        assert mine == Ranks(0, 1, 0)
+        assert mine == Communicator(0, 1, 0)
     assert not dist.is_initialized()
 
 
@@ -96,15 +105,28 @@ def tiny_study(path: str) -> tuple[config.Study, data.Dataset]:
     return study, data.load(study.data, None, Path(path).parent, print)
 
 
-def epochs(rank: int, path: str, algorithm: str, changes: dict[str, Any], size: int = 2) -> dict[str, Any]:
+def epochs(
+    rank: int, path: str, algorithm: str, changes: dict[str, Any], size: int = 2
+) -> dict[str, Any]:
     """Two epochs: figures, weights, and the state that is kept."""
     study, dataset = tiny_study(path)
     chosen = study.algorithms[algorithm]
-    trainer = Trainer(study, attrs.evolve(chosen, settings={**chosen.settings, **changes}), 4, dataset, CPU, Ranks(rank, size, rank))
+    trainer = Trainer(
+        study,
+        attrs.evolve(chosen, settings={**chosen.settings, **changes}),
+        4,
+        dataset,
+        CPU,
+        Communicator(rank, size, rank),
+    )
     history = [trainer.run_epoch(lambda: None) for _ in range(2)]
     found = {"history": history, "state": trainer.state_dict()}
-    found["weights"] = {name: value.detach().clone() for name, value in trainer.model.state_dict().items()}
-    found["state"]["optimizer"] = {key: sorted(entry) for key, entry in found["state"]["optimizer"]["state"].items()}
+    found["weights"] = {
+        name: value.detach().clone() for name, value in trainer.model.state_dict().items()
+    }
+    found["state"]["optimizer"] = {
+        key: sorted(entry) for key, entry in found["state"]["optimizer"]["state"].items()
+    }
     trainer.close()
     return found
 
@@ -118,8 +140,12 @@ def test_two_processes_learn_what_one_learns(algorithm: str, tiny: Path):
     assert one["weights"].keys() == other["weights"].keys() == alone["weights"].keys()
     for name, value in alone["weights"].items():
         assert torch.equal(one["weights"][name], other["weights"][name])
-        torch.testing.assert_close(one["weights"][name], value, rtol=2e-3, atol=4e-3)  # Adam makes much of the rounding of small gradients
-    for mine, theirs, wanted in zip(one["history"], other["history"], alone["history"], strict=True):
+        torch.testing.assert_close(
+            one["weights"][name], value, rtol=2e-3, atol=4e-3
+        )  # Adam makes much of the rounding of small gradients
+    for mine, theirs, wanted in zip(
+        one["history"], other["history"], alone["history"], strict=True
+    ):
         assert mine.metrics == theirs.metrics
         assert mine.steps == wanted.steps == 3
         for figure, value in wanted.metrics.items():
@@ -128,27 +154,36 @@ def test_two_processes_learn_what_one_learns(algorithm: str, tiny: Path):
 
 def test_a_divided_state_is_kept_whole(tiny: Path):
     one, _ = shared_workers().run(2, epochs, str(tiny), "ekfacadam", {"placement": "mem_opt"})
-    assert one["state"]["optimizer"] == epochs(0, str(tiny), "ekfacadam", {}, 1)["state"]["optimizer"]
+    assert (
+        one["state"]["optimizer"] == epochs(0, str(tiny), "ekfacadam", {}, 1)["state"]["optimizer"]
+    )
 
 
 def test_batches_that_cannot_be_shared_are_refused(tiny: Path, tmp_path: Path):
     study, dataset = tiny_study(str(tiny))
     for size, refuses in ((1, False), (2, False), (3, True), (50, False), (100, True)):
         if not refuses:
-            jobs = runner.plan(study, dataset, CPU, tmp_path, Ranks(0, size))
+            jobs = runner.plan(study, dataset, CPU, tmp_path, Communicator(0, size))
             assert {job.settings["processes"] for job in jobs} == {size}
             continue
-        with pytest.raises(ExperimentError, match=f"50 images cannot be shared equally by {size} processes"):
-            runner.plan(study, dataset, CPU, tmp_path, Ranks(0, size))
+        with pytest.raises(
+            ExperimentError, match=f"50 images cannot be shared equally by {size} processes"
+        ):
+            runner.plan(study, dataset, CPU, tmp_path, Communicator(0, size))
 
 
 def test_each_process_has_a_device_of_its_own():
     cuda = torch.device("cuda")
-    assert [ranks.own(cuda, local, 2, 2) for local in range(2)] == [torch.device("cuda", 0), torch.device("cuda", 1)]
+    assert [ranks.own(cuda, local, 2, 2) for local in range(2)] == [
+        torch.device("cuda", 0),
+        torch.device("cuda", 1),
+    ]
     assert ranks.own(torch.device("cuda", 1), 0, 1, 2) == torch.device("cuda", 1)
     with pytest.raises(ExperimentError, match="3 processes cannot share 2 cuda device"):
         ranks.own(cuda, 0, 3, 2)
-    with pytest.raises(ExperimentError, match="--device cuda:1 cannot be shared by 2 processes: give --device cuda"):
+    with pytest.raises(
+        ExperimentError, match="--device cuda:1 cannot be shared by 2 processes: give --device cuda"
+    ):
         ranks.own(torch.device("cuda", 1), 0, 2, 2)
 
 
@@ -170,10 +205,32 @@ sys.exit(__main__.main(sys.argv[2:]))
 
 
 def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, arguments)]
-    variables = {key: value for key, value in os.environ.items() if key not in ("MLFLOW_TRACKING_URI", "NOX_CURRENT_SESSION")}
-    variables["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [variables.get("PYTHONPATH")])])
-    return subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        *map(str, arguments),
+    ]
+    variables = {
+        key: value
+        for key, value in os.environ.items()
+        if key not in ("MLFLOW_TRACKING_URI", "NOX_CURRENT_SESSION")
+    }
+    variables["PYTHONPATH"] = os.pathsep.join(
+        [str(ROOT), *filter(None, [variables.get("PYTHONPATH")])]
+    )
+    return subprocess.run(
+        command,
+        cwd=ROOT,
+        env=variables,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+        check=False,
+    )
 
 
 def histories(output: Path) -> dict[str, list[dict[str, Any]]]:
@@ -190,8 +247,14 @@ def shared(tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> tuple[Pa
     """A study that two processes did without interruption: its settings, its folder, what was printed."""
     folder = tmp_path_factory.mktemp("shared")
     settings = folder / "tiny.toml"
-    settings.write_text(tiny_text.replace('curvature = "conv_kfac"', 'curvature = "conv_kfac"\nplacement = "mem_opt"'))
-    done = torchrun("-m", "experiments", "--config", settings, "--output", folder / "out", "--device", "cpu")
+    settings.write_text(
+        tiny_text.replace(
+            'curvature = "conv_kfac"', 'curvature = "conv_kfac"\nplacement = "mem_opt"'
+        )
+    )
+    done = torchrun(
+        "-m", "experiments", "--config", settings, "--output", folder / "out", "--device", "cpu"
+    )
     assert done.returncode == 0, done.stderr
     return settings, folder / "out", done.stdout
 
@@ -200,19 +263,32 @@ def test_torchrun_conducts_the_study_and_one_process_speaks(shared: tuple[Path, 
     _, output, printed = shared
     assert printed.count("2 algorithms x 1 seeds, 3 epochs") == printed.count("report   ") == 1
     assert "on 2 cpu processes" in printed
-    assert "torchrun --standalone --nproc-per-node 2 -m experiments" in (output / "report.html").read_text()
-    assert {run: len(epochs) for run, epochs in histories(output).items()} == {"ekfacadam-seed0": 3, "sgd-seed0": 3}
+    assert (
+        "torchrun --standalone --nproc-per-node 2 -m experiments"
+        in (output / "report.html").read_text()
+    )
+    assert {run: len(epochs) for run, epochs in histories(output).items()} == {
+        "ekfacadam-seed0": 3,
+        "sgd-seed0": 3,
+    }
 
 
 @pytest.mark.parametrize("what", ["killed", "Ctrl-C"])
-def test_all_processes_end_and_the_study_goes_on(what: str, shared: tuple[Path, Path, str], tmp_path: Path):
+def test_all_processes_end_and_the_study_goes_on(
+    what: str, shared: tuple[Path, Path, str], tmp_path: Path
+):
     settings, whole, _ = shared
     (tmp_path / "sabotage.py").write_text(SABOTAGE)
     arguments = ("--config", settings, "--output", tmp_path / "out", "--device", "cpu")
     done = torchrun(tmp_path / "sabotage.py", what, *arguments)
     assert done.returncode != 0
     if what == "Ctrl-C":
-        assert done.stderr.count("interrupted: finished epochs are kept; go on with: torchrun --standalone --nproc-per-node 2") == 1
+        assert (
+            done.stderr.count(
+                "interrupted: finished epochs are kept; go on with: torchrun --standalone --nproc-per-node 2"
+            )
+            == 1
+        )
     assert len(histories(tmp_path / "out")["ekfacadam-seed0"]) == 1
     assert main([*map(str, arguments), "--resume"]) == 2  # one process is something else
     done = torchrun("-m", "experiments", *arguments, "--resume")

@@ -33,7 +33,11 @@ class Page(HTMLParser):
         self.handle_attributes(attrs)
 
     def handle_attributes(self, attrs):
-        self.addresses += [value for name, value in attrs if name in ("src", "href", "xlink:href", "data", "action", "srcset")]
+        self.addresses += [
+            value
+            for name, value in attrs
+            if name in ("src", "href", "xlink:href", "data", "action", "srcset")
+        ]
         self.ids += [value for name, value in attrs if name == "id"]
 
     def handle_endtag(self, tag):
@@ -46,7 +50,12 @@ class Page(HTMLParser):
 @pytest.fixture
 def text(made_up, tmp_path: Path) -> str:
     results = made_up({name: [[3.0, 0.5 + i / 10], [2.0, 0.4]] for i, name in enumerate(ALL)})
-    report.write(tmp_path / "report.html", results, figures.save_all(results, tmp_path / "figures"), [("Again", "run <this> & that")])
+    report.write(
+        tmp_path / "report.html",
+        results,
+        figures.save_all(results, tmp_path / "figures"),
+        [("Again", "run <this> & that")],
+    )
     return (tmp_path / "report.html").read_text()
 
 
@@ -96,6 +105,9 @@ def test_what_the_study_reports_is_set_beside_where_it_is_known(made_up, tmp_pat
     from experiments import config
 
     results = made_up({"ekfacadam": [[3.0, 0.5]]})
-    results = attrs.evolve(results, study=attrs.evolve(results.study, algorithms=config.load("cifar10-resnet50").algorithms))
+    results = attrs.evolve(
+        results,
+        study=attrs.evolve(results.study, algorithms=config.load("cifar10-resnet50").algorithms),
+    )
     report.write(tmp_path / "report.html", results, {}, [])
     assert "98.31" in Page((tmp_path / "report.html").read_text()).text

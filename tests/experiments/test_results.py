@@ -30,7 +30,9 @@ def test_cost_is_relative_to_sgd(made_up):
 
 def test_a_diverged_seed_is_not_averaged_away(made_up):
     results = made_up({"sgd": [[2.0, 1.0, 0.5], [2.0, math.nan]]})
-    np.testing.assert_array_equal(results.curves("sgd", "train_loss"), [[2.0, 1.0, 0.5], [2.0, np.nan, np.nan]])
+    np.testing.assert_array_equal(
+        results.curves("sgd", "train_loss"), [[2.0, 1.0, 0.5], [2.0, np.nan, np.nan]]
+    )
     assert not math.isfinite(results.final("sgd", "train_loss").mean)
     assert table.rows(results)[0][1] == "diverged"
 
@@ -39,8 +41,25 @@ def test_the_table_fits_a_terminal_of_80_columns(made_up):
     from rich.console import Console
 
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(table.for_terminal(made_up({"sgd": [[0.1234], [0.4321]], "ekfacradam": [[0.0], [0.9999]], "kfac": [[1e-5], [2e-5]]})))
+    console.print(
+        table.for_terminal(
+            made_up(
+                {
+                    "sgd": [[0.1234], [0.4321]],
+                    "ekfacradam": [[0.0], [0.9999]],
+                    "kfac": [[1e-5], [2e-5]],
+                }
+            )
+        )
+    )
     text = console.export_text()
-    for word in ("EKFACradam", "0.2777±0.1543", "99.72±0.15", "1.50x", "seeds 0, 1", "1.5e-05±5.0e-06"):
+    for word in (
+        "EKFACradam",
+        "0.2777±0.1543",
+        "99.72±0.15",
+        "1.50x",
+        "seeds 0, 1",
+        "1.5e-05±5.0e-06",
+    ):
         assert word in text
     assert "…" not in text

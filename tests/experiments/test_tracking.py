@@ -17,11 +17,15 @@ def tracking(tmp_path_factory: pytest.TempPathFactory) -> Tracking:
 
 
 def recorded(tracking: Tracking, run_id: str, metric: str) -> list[tuple[int, float]]:
-    return [(point.step, point.value) for point in tracking._client.get_metric_history(run_id, metric)]
+    return [
+        (point.step, point.value) for point in tracking._client.get_metric_history(run_id, metric)
+    ]
 
 
 def test_parameters_are_flat_text(tracking: Tracking):
-    run_id = tracking.start("ekfac", 2, {"lr": 0.1, "clip": {"name": "kl"}, "seeds": [0, 1]}, [], None)
+    run_id = tracking.start(
+        "ekfac", 2, {"lr": 0.1, "clip": {"name": "kl"}, "seeds": [0, 1]}, [], None
+    )
     found = tracking._client.get_run(run_id).data
     assert found.params == {"lr": "0.1", "clip.name": "kl", "seeds": "[0, 1]"}
     assert (found.tags["algorithm"], found.tags["seed"]) == ("ekfac", "2")
@@ -69,8 +73,12 @@ def test_a_failing_store_costs_no_training(tracking: Tracking, monkeypatch: pyte
     assert tracking._client.get_run(run_id).info.status == "FINISHED"
 
 
-def test_how_to_open_it_names_the_store(tracking: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    assert tracking.how_to_open("python") == f"python -m mlflow ui --backend-store-uri {tracking.uri}"
+def test_how_to_open_it_names_the_store(
+    tracking: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    assert (
+        tracking.how_to_open("python") == f"python -m mlflow ui --backend-store-uri {tracking.uri}"
+    )
     assert tracking.uri.startswith("sqlite:////")
     other = f"sqlite:///{tmp_path}/other.db"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", other)

@@ -45,8 +45,12 @@ def test_figures_are_those_of_the_model(study, dataset):
     assert epoch.train_accuracy == pytest.approx(100 * right / 150)
     model.eval()
     logits = model(normalised(dataset.test.pixels))
-    assert epoch.test_loss == pytest.approx(functional.cross_entropy(logits, dataset.test.labels).item(), rel=1e-4)
-    assert epoch.test_accuracy == pytest.approx(100 * (logits.argmax(1) == dataset.test.labels).double().mean().item())
+    assert epoch.test_loss == pytest.approx(
+        functional.cross_entropy(logits, dataset.test.labels).item(), rel=1e-4
+    )
+    assert epoch.test_accuracy == pytest.approx(
+        100 * (logits.argmax(1) == dataset.test.labels).double().mean().item()
+    )
     assert (epoch.epoch, epoch.steps) == (1, 3)
 
 
@@ -89,4 +93,6 @@ def test_divergence_ends_a_run(study, dataset):
 def test_closing_takes_the_hooks_away(study, dataset):
     trainer = Trainer(study, study.algorithms["ekfacadam"], 0, dataset, CPU)
     trainer.close()
-    assert not any(module._forward_hooks or module._forward_pre_hooks for module in trainer.model.modules())
+    assert not any(
+        module._forward_hooks or module._forward_pre_hooks for module in trainer.model.modules()
+    )

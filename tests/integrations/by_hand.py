@@ -34,7 +34,9 @@ def points(dtype: torch.dtype = torch.float32) -> TensorDataset:
     return TensorDataset(x.to(dtype), x[:, :3].argmax(1))
 
 
-def loader(batch: int = BATCH, dtype: torch.dtype = torch.float32) -> DataLoader[tuple[Tensor, ...]]:
+def loader(
+    batch: int = BATCH, dtype: torch.dtype = torch.float32
+) -> DataLoader[tuple[Tensor, ...]]:
     """Batches in order."""
     return DataLoader(points(dtype), batch)
 
@@ -84,19 +86,30 @@ def trained(
     return model, optimizer
 
 
-def same(found: tuple[nn.Module, kfactk.Optimizer], expected: tuple[nn.Module, kfactk.Optimizer], tolerance: float = 0.0) -> None:
+def same(
+    found: tuple[nn.Module, kfactk.Optimizer],
+    expected: tuple[nn.Module, kfactk.Optimizer],
+    tolerance: float = 0.0,
+) -> None:
     """Parameters, factors and scales are equal: bit for bit, or to a relative tolerance."""
     for mine, theirs in zip(numbers(*found), numbers(*expected), strict=True):
         if tolerance:
-            torch.testing.assert_close(mine, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max()))
+            torch.testing.assert_close(
+                mine, theirs, rtol=tolerance, atol=tolerance * float(theirs.abs().max())
+            )
         else:
             assert torch.equal(mine, theirs)
     assert found[1].steps == expected[1].steps
-    assert [group["lr"] for group in found[1].param_groups] == [group["lr"] for group in expected[1].param_groups]
+    assert [group["lr"] for group in found[1].param_groups] == [
+        group["lr"] for group in expected[1].param_groups
+    ]
 
 
 def numbers(model: nn.Module, optimizer: kfactk.Optimizer) -> list[Tensor]:
     """All that a run ends with, as plain tensors."""
     views = optimizer.layers.values()
-    found = [*model.parameters(), *(each for view in views for each in (*view.factors.values(), *view.scale.values()))]
+    found = [
+        *model.parameters(),
+        *(each for view in views for each in (*view.factors.values(), *view.scale.values())),
+    ]
     return [tensor.detach() for tensor in found]

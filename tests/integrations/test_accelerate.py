@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfactk
-from kfactk.testing.ranks import shared_workers
+from kfactk.testing._support.ranks import shared_workers
 from tests.integrations.by_hand import bound, loader, network, numbers, same, trained
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -44,16 +44,32 @@ class Run:
     """As in Accelerate's tutorials, on the network that all frameworks are tried on."""
 
     def __init__(
-        self, *, micro: int = 1, half: bool = False, late: bool = False, batch: int = 8, dtype: torch.dtype = torch.float32
+        self,
+        *,
+        micro: int = 1,
+        half: bool = False,
+        late: bool = False,
+        batch: int = 8,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
-        self.accelerator = Accelerator(cpu=True, gradient_accumulation_steps=micro, mixed_precision="bf16" if half else "no")
+        self.accelerator = Accelerator(
+            cpu=True, gradient_accumulation_steps=micro, mixed_precision="bf16" if half else "no"
+        )
         self.network = network(dtype)
         model: Any = self.accelerator.prepare(self.network) if late else self.network
-        self.optimizer, scheduler = bound(model, **({"fisher": "exact"} if dtype == torch.float64 else {}))
-        prepared = self.accelerator.prepare(*([] if late else [model]), self.optimizer, loader(batch, dtype), scheduler)
-        self.model, self.wrapper, self.loader, self.scheduler = [model, *prepared] if late else prepared
+        self.optimizer, scheduler = bound(
+            model, **({"fisher": "exact"} if dtype == torch.float64 else {})
+        )
+        prepared = self.accelerator.prepare(
+            *([] if late else [model]), self.optimizer, loader(batch, dtype), scheduler
+        )
+        self.model, self.wrapper, self.loader, self.scheduler = (
+            [model, *prepared] if late else prepared
+        )
 
-    def train(self, epochs: int = 2, clip: float | None = None) -> tuple[nn.Module, kfactk.Optimizer]:
+    def train(
+        self, epochs: int = 2, clip: float | None = None
+    ) -> tuple[nn.Module, kfactk.Optimizer]:
         for _ in range(epochs):
             for x, y in self.loader:
                 with self.accelerator.accumulate(self.model):
@@ -109,7 +125,9 @@ def test_arguments_keep_their_names_under_mixed_precision() -> None:
     tokens = torch.randn(2, 5, 3)
     model = Masked()
     optimizer = kfactk.build(
-        curvature="kfac", fisher="exact", likelihood={"name": "categorical", "class_axis": -1, "weights": "mask"}
+        curvature="kfac",
+        fisher="exact",
+        likelihood={"name": "categorical", "class_axis": -1, "weights": "mask"},
     ).bind(model)
     model, wrapper = Accelerator(cpu=True, mixed_precision="bf16").prepare(model, optimizer)
     model(tokens, mask).sum().backward()
@@ -118,13 +136,17 @@ def test_arguments_keep_their_names_under_mixed_precision() -> None:
         probabilities = model.layer(tokens).double().softmax(-1)[mask.bool()]
     # G = (1 / (M T)) sum over the M terms of diag(p) - p p^T, with T = 5 rows an example
     expected = (probabilities.sum(0).diag() - probabilities.T @ probabilities) / (7 * 5)
-    torch.testing.assert_close(optimizer.layers["layer"].factors["G"].double(), expected, rtol=0.02, atol=1e-4)
+    torch.testing.assert_close(
+        optimizer.layers["layer"].factors["G"].double(), expected, rtol=0.02, atol=1e-4
+    )
 
 
 def test_the_wrapper_has_no_methods_but_those_of_torch() -> None:
     run = Run()
     assert run.wrapper.optimizer is run.optimizer
-    assert not hasattr(run.wrapper, "observe"), "docs/integrations.md says that it is to be looked for in optimizer.optimizer"
+    assert not hasattr(run.wrapper, "observe"), (
+        "docs/integrations.md says that it is to be looked for in optimizer.optimizer"
+    )
 
 
 @pytest.mark.filterwarnings("ignore:no layer is preconditioned")
@@ -139,7 +161,13 @@ def test_a_model_of_one_layer_is_bound_before_prepare_or_not_known() -> None:
 
 
 def rank_trains(rank: int, micro: int) -> list[Tensor]:
-    variables = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    variables = {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": "0",
+    }
     os.environ.update(variables)
     forget()
     try:

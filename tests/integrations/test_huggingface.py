@@ -22,13 +22,20 @@ from tests.integrations.by_hand import same
 
 EXAMPLES = Path(__file__).parents[2] / "docs" / "examples"
 N, T, VOCABULARY = 3, 5, 7
-SHAPE: dict[str, Any] = {"hidden_size": 4, "intermediate_size": 6, "num_hidden_layers": 1, "num_attention_heads": 2}
+SHAPE: dict[str, Any] = {
+    "hidden_size": 4,
+    "intermediate_size": 6,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+}
 CAUSAL = {"name": "categorical", "class_axis": -1, "targets": "labels", "shift": 1}
 
 
 def llama(**options: Any) -> Any:
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=1, max_position_embeddings=8, **SHAPE, **options)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, num_key_value_heads=1, max_position_embeddings=8, **SHAPE, **options
+    )
     return transformers.LlamaForCausalLM(config)
 
 
@@ -43,7 +50,11 @@ def in_double(model: Any) -> Any:
 def bert(kind: Any) -> Any:
     torch.manual_seed(0)
     dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return kind(transformers.BertConfig(vocab_size=VOCABULARY, num_labels=3, max_position_embeddings=8, **dropout, **SHAPE))
+    return kind(
+        transformers.BertConfig(
+            vocab_size=VOCABULARY, num_labels=3, max_position_embeddings=8, **dropout, **SHAPE
+        )
+    )
 
 
 def tokens(classes: int = VOCABULARY) -> dict[str, Tensor]:
@@ -75,17 +86,39 @@ def case(kind: str) -> Case:
     if kind == "causal":
         return Case(llama, batch, CAUSAL, pairs(batch["labels"][:, 1:] != -100))
     if kind == "causal, masked by padding":
-        likelihood = {"name": "categorical", "class_axis": -1, "weights": "attention_mask", "shift": 1}
-        return Case(llama, {**batch, "labels": batch["input_ids"]}, likelihood, pairs(batch["attention_mask"][:, 1:] == 1))
+        likelihood = {
+            "name": "categorical",
+            "class_axis": -1,
+            "weights": "attention_mask",
+            "shift": 1,
+        }
+        return Case(
+            llama,
+            {**batch, "labels": batch["input_ids"]},
+            likelihood,
+            pairs(batch["attention_mask"][:, 1:] == 1),
+        )
     if kind == "tokens":
         likelihood = {"name": "categorical", "class_axis": -1, "targets": "labels"}
-        return Case(lambda: bert(transformers.BertForTokenClassification), few, likelihood, pairs(few["labels"] != -100))
+        return Case(
+            lambda: bert(transformers.BertForTokenClassification),
+            few,
+            likelihood,
+            pairs(few["labels"] != -100),
+        )
     assert kind == "sequences"
     whole = {**few, "labels": few["input_ids"][:, 0] % 3}
-    return Case(lambda: bert(transformers.BertForSequenceClassification), whole, "categorical", [(n,) for n in range(N)])
+    return Case(
+        lambda: bert(transformers.BertForSequenceClassification),
+        whole,
+        "categorical",
+        [(n,) for n in range(N)],
+    )
 
 
-each_kind = pytest.mark.parametrize("kind", ["causal", "causal, masked by padding", "tokens", "sequences"])
+each_kind = pytest.mark.parametrize(
+    "kind", ["causal", "causal, masked by padding", "tokens", "sequences"]
+)
 
 
 class Watched:
@@ -95,7 +128,9 @@ class Watched:
         self.inputs: dict[str, Tensor] = {}
         self.outputs: dict[str, Tensor] = {}
         modules = {name: model.get_submodule(name) for name in names}
-        handles = [module.register_forward_hook(self._keep(name)) for name, module in modules.items()]
+        handles = [
+            module.register_forward_hook(self._keep(name)) for name, module in modules.items()
+        ]
         self.answer = model(**batch)
         for handle in handles:
             handle.remove()
@@ -110,13 +145,20 @@ class Watched:
     def rows(self, name: str) -> Tensor:
         """Inputs of each example, with a last column of ones for the bias: `[N, rows, d_in]`."""
         inputs = self.inputs[name].reshape(N, -1, self.inputs[name].shape[-1])
-        return torch.cat([inputs, torch.ones_like(inputs[..., :1])], -1) if self.bias[name] else inputs
+        return (
+            torch.cat([inputs, torch.ones_like(inputs[..., :1])], -1) if self.bias[name] else inputs
+        )
 
     def gradients(self, loss: Tensor) -> dict[str, Tensor]:
         """Of a loss with respect to the outputs, `[N, rows, d_out]`."""
-        found = torch.autograd.grad(loss, list(self.outputs.values()), retain_graph=True, allow_unused=True)
+        found = torch.autograd.grad(
+            loss, list(self.outputs.values()), retain_graph=True, allow_unused=True
+        )
         pairs = zip(self.outputs.items(), found, strict=True)
-        return {n: (torch.zeros_like(o) if g is None else g).reshape(N, -1, o.shape[-1]) for (n, o), g in pairs}
+        return {
+            n: (torch.zeros_like(o) if g is None else g).reshape(N, -1, o.shape[-1])
+            for (n, o), g in pairs
+        }
 
     def counted(self, where: list[tuple[int, ...]]) -> Iterator[tuple[float, dict[str, Tensor]]]:
         """Each class of each term that counts: its probability, and the gradients of its log-probability."""
@@ -132,7 +174,14 @@ def measured(kind: str, fisher: str) -> tuple[kfactk.Optimizer, Watched, Case]:
     try:
         made = case(kind)
         model = in_double(made.model())
-        recipe = kfactk.build(curvature="kfac", basis="ekfac", update="sgd", lr=1e-300, fisher=fisher, likelihood=made.likelihood)
+        recipe = kfactk.build(
+            curvature="kfac",
+            basis="ekfac",
+            update="sgd",
+            lr=1e-300,
+            fisher=fisher,
+            likelihood=made.likelihood,
+        )
         optimizer = recipe.bind(model)
         model(**made.batch).loss.backward()
         optimizer.step()
@@ -147,7 +196,10 @@ def test_the_fisher_is_that_of_the_terms_which_the_loss_counts(kind: str) -> Non
     optimizer, seen, made = measured(kind, "exact")
     terms = len(made.counted)
     assert len(optimizer.layers) == {"causal": 8, "tokens": 7, "sequences": 8}[kind.split(",")[0]]
-    g = {name: torch.zeros(seen.outputs[name].shape[-1:] * 2, dtype=torch.float64) for name in optimizer.layers}
+    g = {
+        name: torch.zeros(seen.outputs[name].shape[-1:] * 2, dtype=torch.float64)
+        for name in optimizer.layers
+    }
     scale = {name: torch.zeros_like(view.scale["scale"]) for name, view in optimizer.layers.items()}
     for probability, gradients in seen.counted(made.counted):
         for name, view in optimizer.layers.items():
@@ -180,16 +232,23 @@ def test_the_empirical_fisher_is_that_of_the_loss_in_the_model(kind: str) -> Non
     for name, gradient in seen.gradients(seen.answer.loss).items():
         rows = terms * gradient.flatten(0, 1)
         expected = rows.T @ rows / (terms * gradient.shape[1])
-        torch.testing.assert_close(optimizer.layers[name].factors["G"], expected, rtol=1e-10, atol=1e-14, msg=name)
+        torch.testing.assert_close(
+            optimizer.layers[name].factors["G"], expected, rtol=1e-10, atol=1e-14, msg=name
+        )
 
 
 def test_what_a_model_returns_without_names_or_labels_is_refused_with_the_remedy() -> None:
     batch = tokens()
     model = llama()
     optimizer = kfactk.build(curvature="kfac", likelihood=CAUSAL).bind(model)
-    with pytest.raises(kfactk.CaptureError, match="looks like a loss: return the logits, or pick them with output="):
+    with pytest.raises(
+        kfactk.CaptureError, match="looks like a loss: return the logits, or pick them with output="
+    ):
         model(**batch, return_dict=False)
-    with pytest.raises(kfactk.CaptureError, match="targets='labels' names an argument that this forward was not given"):
+    with pytest.raises(
+        kfactk.CaptureError,
+        match="targets='labels' names an argument that this forward was not given",
+    ):
         model(input_ids=batch["input_ids"])
     optimizer.close()
     optimizer = kfactk.build(curvature="kfac").bind(model)
@@ -205,33 +264,55 @@ def rows(count: int = 12) -> list[dict[str, Tensor]]:
 
 def prepared(model: Any) -> tuple[kfactk.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     periods = {"factor_every": 2, "scale_every": 2, "basis_every": 3}
-    optimizer = kfactk.build(curvature="kfac", basis="ekfac", update="adamw", lr=0.01, likelihood=CAUSAL, **periods).bind(model)
+    optimizer = kfactk.build(
+        curvature="kfac", basis="ekfac", update="adamw", lr=0.01, likelihood=CAUSAL, **periods
+    ).bind(model)
     return optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
 
 
-def by_trainer(folder: Path, *, epochs: int = 2, resume: str | None = None, **options: Any) -> tuple[nn.Module, kfactk.Optimizer]:
+def by_trainer(
+    folder: Path, *, epochs: int = 2, resume: str | None = None, **options: Any
+) -> tuple[nn.Module, kfactk.Optimizer]:
     model = llama()
     settings = TrainingArguments(
         str(folder),
         num_train_epochs=epochs,
         per_device_train_batch_size=4,
         train_sampling_strategy="sequential",
-        **{"save_strategy": "epoch", "logging_strategy": "no", "report_to": "none", "use_cpu": True, "disable_tqdm": True, **options},
+        **{
+            "save_strategy": "epoch",
+            "logging_strategy": "no",
+            "report_to": "none",
+            "use_cpu": True,
+            "disable_tqdm": True,
+            **options,
+        },
     )
     optimizer, scheduler = prepared(model)
     if resume is not None:
         nn.init.zeros_(model.lm_head.weight)
-    trainer = Trainer(model, settings, train_dataset=rows(), eval_dataset=rows(), optimizers=(optimizer, scheduler))
+    trainer = Trainer(
+        model,
+        settings,
+        train_dataset=rows(),
+        eval_dataset=rows(),
+        optimizers=(optimizer, scheduler),
+    )
     trainer.train(resume_from_checkpoint=resume)
     return model, optimizer
 
 
-def by_loop(*, epochs: int = 2, micro: int = 1, half: bool = False) -> tuple[nn.Module, kfactk.Optimizer]:
+def by_loop(
+    *, epochs: int = 2, micro: int = 1, half: bool = False
+) -> tuple[nn.Module, kfactk.Optimizer]:
     """The Trainer's arithmetic by hand: a mean over all labels of a step, gradients clipped at norm 1."""
     model = llama()
     optimizer, scheduler = prepared(model)
     model.train()
-    batches = [{key: torch.stack([row[key] for row in rows()[start : start + 4]]) for key in rows()[0]} for start in (0, 4, 8)]
+    batches = [
+        {key: torch.stack([row[key] for row in rows()[start : start + 4]]) for key in rows()[0]}
+        for start in (0, 4, 8)
+    ]
     for _ in range(epochs):
         for start in range(0, 3, micro):
             group = batches[start : start + micro]
@@ -241,7 +322,9 @@ def by_loop(*, epochs: int = 2, micro: int = 1, half: bool = False) -> tuple[nn.
                 with torch.autocast("cpu", torch.bfloat16, enabled=half):
                     logits = model(**given, labels=batch["labels"], use_cache=False).logits.float()
                 target = batch["labels"][:, 1:].flatten()
-                (F.cross_entropy(logits[:, :-1].flatten(0, 1), target, reduction="sum") / count).backward()
+                (
+                    F.cross_entropy(logits[:, :-1].flatten(0, 1), target, reduction="sum") / count
+                ).backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
             scheduler.step()
@@ -292,17 +375,31 @@ def test_a_trainer_resumed_from_its_checkpoint_equals_the_uninterrupted_one(tmp_
 
 def gpt2() -> Any:
     torch.manual_seed(0)
-    names = {"n_positions": 8, "n_embd": 4, "n_layer": 1, "n_head": 2, "bos_token_id": 0, "eos_token_id": 0}
+    names = {
+        "n_positions": 8,
+        "n_embd": 4,
+        "n_layer": 1,
+        "n_head": 2,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
     rates = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-    return transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=VOCABULARY, **names, **rates)).double()
+    return transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=VOCABULARY, **names, **rates)
+    ).double()
 
 
 def test_why_gpt2_is_not_covered_is_said() -> None:
     for curvature in ("kfac", "conv_kfac"):
-        reasons = {row.parameter: row.reason for row in kfactk.build(curvature=curvature).coverage(gpt2())}
+        reasons = {
+            row.parameter: row.reason for row in kfactk.build(curvature=curvature).coverage(gpt2())
+        }
         for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
             reason = reasons[f"transformer.h.0.{name}.weight"]
-            assert reason == "no curvature for transformers' Conv1D, a linear layer that holds its weight as [d_in, d_out]"
+            assert (
+                reason
+                == "no curvature for transformers' Conv1D, a linear layer that holds its weight as [d_in, d_out]"
+            )
 
 
 def test_the_curvature_for_gpt2_in_the_documentation_equals_kfac_on_linear_layers() -> None:
@@ -313,9 +410,19 @@ def test_the_curvature_for_gpt2_in_the_documentation_equals_kfac_on_linear_layer
     for name in names:
         module = ours.get_submodule(name)
         linear = nn.Linear(module.nx, module.nf, dtype=torch.float64)
-        linear.weight.data, linear.bias.data = module.weight.data.T.clone(), module.bias.data.clone()
+        linear.weight.data, linear.bias.data = (
+            module.weight.data.T.clone(),
+            module.bias.data.clone(),
+        )
         ours.set_submodule(name, linear)
-    options: dict[str, Any] = {"basis": "ekfac", "update": "sgd", "lr": 0.1, "fisher": "exact", "likelihood": CAUSAL, "basis_every": 2}
+    options: dict[str, Any] = {
+        "basis": "ekfac",
+        "update": "sgd",
+        "lr": 0.1,
+        "fisher": "exact",
+        "likelihood": CAUSAL,
+        "basis_every": 2,
+    }
     for model, stage in ((theirs, curvature), (ours, "kfac")):
         optimizer = kfactk.build(curvature=stage, **options).bind(model)
         assert set(names) <= set(optimizer.layers)

@@ -18,22 +18,31 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, DistributedSampler
 
 import kfactk
-from kfactk.testing.ranks import shared_workers
+from kfactk.testing._support.ranks import shared_workers
 from tests.integrations.by_hand import bound, loader, network, numbers, points, same, trained
 
 pytestmark = [
     pytest.mark.xdist_group("ranks"),
-    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore:.*litlogger", "ignore:`isinstance"),
+    pytest.mark.filterwarnings(
+        "ignore::DeprecationWarning", "ignore:.*litlogger", "ignore:`isinstance"
+    ),
 ]
 PATIENCE = 300.0
 """Seconds for two processes to import the framework and train, on a busy machine too."""
-QUIET: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+}
 
 
 class Module(lightning.LightningModule):
     """As in Lightning's tutorials, on the network that all frameworks are tried on."""
 
-    def __init__(self, *, bind_self: bool = False, dtype: torch.dtype = torch.float32, **options: Any) -> None:
+    def __init__(
+        self, *, bind_self: bool = False, dtype: torch.dtype = torch.float32, **options: Any
+    ) -> None:
         super().__init__()
         self.network, self.bind_self, self.options = network(dtype), bind_self, options
 
@@ -54,8 +63,12 @@ class Module(lightning.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
 
-def fitted(module: Module, epochs: int = 2, path: Path | None = None, **options: Any) -> tuple[nn.Module, kfactk.Optimizer]:
-    trainer = lightning.Trainer(max_epochs=epochs, **{**QUIET, "enable_checkpointing": False, **options})
+def fitted(
+    module: Module, epochs: int = 2, path: Path | None = None, **options: Any
+) -> tuple[nn.Module, kfactk.Optimizer]:
+    trainer = lightning.Trainer(
+        max_epochs=epochs, **{**QUIET, "enable_checkpointing": False, **options}
+    )
     trainer.fit(module, loader(), loader(), ckpt_path=path)
     (optimizer,) = trainer.optimizers
     assert isinstance(optimizer, kfactk.Optimizer)
@@ -74,7 +87,10 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
         ({"accumulate_grad_batches": 2}, {"micro": 2}),
         ({"gradient_clip_val": 0.1}, {"clip": 0.1}),
         ({"precision": "bf16-mixed"}, {"half": True}),
-        ({"accumulate_grad_batches": 3, "precision": "bf16-mixed", "gradient_clip_val": 0.1}, {"micro": 3, "half": True, "clip": 0.1}),
+        (
+            {"accumulate_grad_batches": 3, "precision": "bf16-mixed", "gradient_clip_val": 0.1},
+            {"micro": 3, "half": True, "clip": 0.1},
+        ),
     ],
     ids=["plain", "accumulated", "clipped", "bf16", "all"],
 )
@@ -136,7 +152,9 @@ class Manual(Module):
         if self.trainer.is_last_batch:
             scheduler: Any = self.lr_schedulers()
             scheduler.step()
-            assert set(optimizer.layers) == {"0", "2"}, "the wrapper has the optimizer's own methods"
+            assert set(optimizer.layers) == {"0", "2"}, (
+                "the wrapper has the optimizer's own methods"
+            )
             assert len(optimizer.state) == 4, "and its state"
 
 
@@ -160,7 +178,7 @@ def test_a_training_step_may_skip_a_batch() -> None:
     assert all(view.factors for view in optimizer.layers.values())
 
 
-class Ranks(LightningEnvironment):
+class Communicator(LightningEnvironment):
     """Processes that were started by others, in a process group that exists."""
 
     def __init__(self, rank: int, ranks: int) -> None:
@@ -190,9 +208,16 @@ class Ranks(LightningEnvironment):
 def rank_fits(rank: int, micro: int, bind_self: bool) -> list[Tensor]:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     module = Module(bind_self=bind_self, dtype=torch.float64, fisher="exact")
-    strategy = DDPStrategy(cluster_environment=Ranks(rank, 2), process_group_backend="gloo")
-    options = {"max_epochs": 2, "devices": 2, "accumulate_grad_batches": micro, "enable_checkpointing": False}
-    trainer = lightning.Trainer(strategy=strategy, use_distributed_sampler=False, **options, **QUIET)
+    strategy = DDPStrategy(cluster_environment=Communicator(rank, 2), process_group_backend="gloo")
+    options = {
+        "max_epochs": 2,
+        "devices": 2,
+        "accumulate_grad_batches": micro,
+        "enable_checkpointing": False,
+    }
+    trainer = lightning.Trainer(
+        strategy=strategy, use_distributed_sampler=False, **options, **QUIET
+    )
     data = points(torch.float64)
     mine = DataLoader(data, 4, sampler=DistributedSampler(data, 2, rank, shuffle=False))
     trainer.fit(module, mine, mine)

@@ -16,7 +16,15 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from kfactk.testing.truth import as_matrix, dense_kron, input_rows, moment, output_rows, solve, vec
+from kfactk.testing._support.truth import (
+    as_matrix,
+    dense_kron,
+    input_rows,
+    moment,
+    output_rows,
+    solve,
+    vec,
+)
 
 Scores = Callable[[Tensor, int], list[Tensor]]
 """From the output for one example, `[1, ...]`, and its index: scalars whose gradients' outer products sum to that example's part of M F."""
@@ -43,26 +51,40 @@ class Seen:
 
 def watch(model: nn.Module, inputs: Tensor, scores: Scores, names: list[str]) -> dict[str, Seen]:
     """Run the model on each example alone and note what flows through the named layers."""
-    per_example = [_watch_one(model, inputs[n : n + 1], lambda output, n=n: scores(output, n), names) for n in range(len(inputs))]
+    per_example = [
+        _watch_one(model, inputs[n : n + 1], lambda output, n=n: scores(output, n), names)
+        for n in range(len(inputs))
+    ]
     found = {}
     for name in names:
         module, ones = model.get_submodule(name), [example[name] for example in per_example]
         axis = 1 if getattr(module, "groups", 1) > 1 else 0
         raw = [torch.cat([one[0][use] for one in ones]) for use in range(len(ones[0][0]))]
-        rows = torch.cat([input_rows(module, each, bias=module.bias is not None) for each in raw], dim=-2)
+        rows = torch.cat(
+            [input_rows(module, each, bias=module.bias is not None) for each in raw], dim=-2
+        )
         gradients = [
-            torch.cat([torch.cat([output_rows(module, g) for g in one[1][k]], dim=-2) for one in ones], dim=axis)
+            torch.cat(
+                [torch.cat([output_rows(module, g) for g in one[1][k]], dim=-2) for one in ones],
+                dim=axis,
+            )
             for k in range(len(ones[0][1]))
         ]
-        products = [torch.stack([one[2][k] for one in ones], dim=axis) for k in range(len(ones[0][2]))]
+        products = [
+            torch.stack([one[2][k] for one in ones], dim=axis) for k in range(len(ones[0][2]))
+        ]
         found[name] = Seen(module, raw, rows, gradients, products)
     return found
 
 
-def _watch_one(model: nn.Module, inputs: Tensor, scores: Callable[[Tensor], list[Tensor]], names: list[str]) -> dict[str, tuple]:
+def _watch_one(
+    model: nn.Module, inputs: Tensor, scores: Callable[[Tensor], list[Tensor]], names: list[str]
+) -> dict[str, tuple]:
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in names}
     handles = [
-        model.get_submodule(name).register_forward_hook(lambda m, args, output, name=name: calls[name].append((args[0].detach(), output)))
+        model.get_submodule(name).register_forward_hook(
+            lambda m, args, output, name=name: calls[name].append((args[0].detach(), output))
+        )
         for name in names
     ]
     losses = scores(model(inputs))
@@ -76,7 +98,16 @@ def _watch_one(model: nn.Module, inputs: Tensor, scores: Callable[[Tensor], list
         for loss in losses:
             rows.append(list(torch.autograd.grad(loss, outputs, retain_graph=True)))
             products.append(
-                as_matrix(module, dict(zip(own, torch.autograd.grad(loss, list(own.values()), retain_graph=True), strict=True)))
+                as_matrix(
+                    module,
+                    dict(
+                        zip(
+                            own,
+                            torch.autograd.grad(loss, list(own.values()), retain_graph=True),
+                            strict=True,
+                        )
+                    ),
+                )
             )
         found[name] = ([given for given, _ in calls[name]], rows, products)
     return found
@@ -97,7 +128,11 @@ def factors(seen: Seen, spatial: str, terms: float) -> dict[str, Tensor]:
 def _uncorrelated_activations(seen: Seen, positions: int) -> Tensor:
     """`blockdiag(T E[x x^T] kron I_taps, T)` of a convolution used once, x the channels at one input position."""
     [raw], groups = seen.raw, seen.module.groups
-    size, taps, bias = raw.shape[1] // groups, math.prod(seen.module.kernel_size), seen.module.bias is not None
+    size, taps, bias = (
+        raw.shape[1] // groups,
+        math.prod(seen.module.kernel_size),
+        seen.module.bias is not None,
+    )
     blocks = []
     for k in range(groups):
         pixels = raw[:, k * size : (k + 1) * size].flatten(2).transpose(1, 2)
@@ -141,7 +176,9 @@ def exact_scale(products: list[Tensor], u_a: Tensor, u_g: Tensor, terms: float) 
     return total / terms
 
 
-def pooled(scale: Tensor, a: Tensor, g: Tensor, u_a: Tensor, u_g: Tensor, tolerance: float) -> Tensor:
+def pooled(
+    scale: Tensor, a: Tensor, g: Tensor, u_a: Tensor, u_g: Tensor, tolerance: float
+) -> Tensor:
     """The null-space rule: directions with eigenvalues below `tolerance` times the largest share their mean, in A, then in G."""
     scale = scale.clone()
     null_a, null_g = _null(a, u_a, tolerance), _null(g, u_g, tolerance)
@@ -163,7 +200,10 @@ def is_eigenbasis(matrix: Tensor, vectors: Tensor, tolerance: float) -> bool:
     """Whether the columns are orthonormal and diagonalise the matrix."""
     turned = vectors.T @ matrix @ vectors
     off = turned - torch.diag(turned.diagonal())
-    straight = float((vectors.T @ vectors - torch.eye(len(vectors), dtype=vectors.dtype)).abs().max()) <= tolerance
+    straight = (
+        float((vectors.T @ vectors - torch.eye(len(vectors), dtype=vectors.dtype)).abs().max())
+        <= tolerance
+    )
     return straight and float(off.abs().max()) <= tolerance * max(float(matrix.abs().max()), 1e-30)
 
 
@@ -220,7 +260,11 @@ def as_tensors(module: nn.Module, matrix: Tensor) -> dict[str, Tensor]:
 
 
 def clipped(
-    kind: str, limit: float, gradients: Mapping[str, Tensor], changed: Mapping[str, Tensor], lr: Mapping[str, float]
+    kind: str,
+    limit: float,
+    gradients: Mapping[str, Tensor],
+    changed: Mapping[str, Tensor],
+    lr: Mapping[str, float],
 ) -> dict[str, Tensor]:
     """The preconditioned gradients after clipping, by the formulas; `lr` by parameter name."""
     if kind == "none":
@@ -235,7 +279,13 @@ def clipped(
     return {name: p * min(1.0, math.sqrt(limit / length)) for name, p in changed.items()}
 
 
-def updated(kind: str | type, model: nn.Module, gradients: Mapping[str, Tensor], lr: float, weight_decay: float = 0.0) -> dict[str, Tensor]:
+def updated(
+    kind: str | type,
+    model: nn.Module,
+    gradients: Mapping[str, Tensor],
+    lr: float,
+    weight_decay: float = 0.0,
+) -> dict[str, Tensor]:
     """Parameters after one step of the rule from a fresh start, with these gradients."""
     model = copy.deepcopy(model)
     parameters = dict(model.named_parameters())
@@ -255,16 +305,24 @@ def updated(kind: str | type, model: nn.Module, gradients: Mapping[str, Tensor],
     for name, parameter in parameters.items():
         parameter.grad = gradients[name].clone()
     rule = rules[kind] if isinstance(kind, str) else kind
-    decay = {"weight_decay": weight_decay} if isinstance(kind, str) or "weight_decay" in inspect.signature(kind).parameters else {}
+    decay = (
+        {"weight_decay": weight_decay}
+        if isinstance(kind, str) or "weight_decay" in inspect.signature(kind).parameters
+        else {}
+    )
     rule(list(parameters.values()), lr=lr, **decay).step()
     return {name: parameter.detach() for name, parameter in parameters.items()}
 
 
-def exact_scores(log_likelihoods: Callable[[Tensor, int], Iterator[tuple[Tensor, Tensor]]]) -> Scores:
+def exact_scores(
+    log_likelihoods: Callable[[Tensor, int], Iterator[tuple[Tensor, Tensor]]],
+) -> Scores:
     """Scores of the exact Fisher: for each possible label of each term its negative log-likelihood times the root of its probability."""
 
     def scores(output: Tensor, n: int) -> list[Tensor]:
-        return [probability.detach().sqrt() * nll for probability, nll in log_likelihoods(output, n)]
+        return [
+            probability.detach().sqrt() * nll for probability, nll in log_likelihoods(output, n)
+        ]
 
     return scores
 
@@ -333,6 +391,8 @@ def all_preconditioned(
     for name, each in seen.items():
         own = layer_gradient(each, name, gradients)
         matrix = own if applied is None else layer_gradient(each, name, applied)
-        matrix = preconditioned(each, matrix, own=own, terms=problem.terms, vectors=vectors.get(name, {}), **how)
+        matrix = preconditioned(
+            each, matrix, own=own, terms=problem.terms, vectors=vectors.get(name, {}), **how
+        )
         out |= {f"{name}.{key}": tensor for key, tensor in as_tensors(each.module, matrix).items()}
     return out

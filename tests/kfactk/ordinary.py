@@ -26,7 +26,12 @@ RARELY: dict[str, Any] = {"factor_every": 100, "scale_every": 100, "basis_every"
 def net() -> nn.Sequential:
     torch.manual_seed(3)
     return nn.Sequential(
-        nn.Conv2d(2, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 3, groups=2), nn.Flatten(), nn.Linear(16, 3)
+        nn.Conv2d(2, 4, 3, padding=1),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Conv2d(4, 4, 3, groups=2),
+        nn.Flatten(),
+        nn.Linear(16, 3),
     )
 
 
@@ -36,11 +41,21 @@ def batches(count: int) -> list[tuple[Tensor, Tensor]]:
 
 
 def bound(model: nn.Module, params: Any = None, **recipe: Any) -> Optimizer:
-    options: dict[str, Any] = {"update": UPDATES["adam"], "fisher": "exact", "lr": 0.01, "weight_decay": 0.01}
+    options: dict[str, Any] = {
+        "update": UPDATES["adam"],
+        "fisher": "exact",
+        "lr": 0.01,
+        "weight_decay": 0.01,
+    }
     return kfactk.build(**(options | RARELY | recipe)).bind(model, params)
 
 
-def train(optimizer: Optimizer, model: nn.Module, data: tuple[Tensor, Tensor], spoilt: Callable[[nn.Module], None] | None = None) -> None:
+def train(
+    optimizer: Optimizer,
+    model: nn.Module,
+    data: tuple[Tensor, Tensor],
+    spoilt: Callable[[nn.Module], None] | None = None,
+) -> None:
     optimizer.zero_grad()
     F.cross_entropy(model(data[0]), data[1]).backward()
     if spoilt is not None:
@@ -58,4 +73,9 @@ def spoil(value: float, layer: int = 0) -> Callable[[nn.Module], None]:
 def everything(optimizer: Optimizer, model: nn.Module) -> list[Tensor]:
     """Parameters, and all tensors of the optimizer's state but the number of steps it has made itself."""
     entries = [optimizer.state[parameter] for parameter in model.parameters()]
-    return values(model) + [v for entry in entries for key, v in sorted(entry.items()) if key != "kfactk.step" and isinstance(v, Tensor)]
+    return values(model) + [
+        v
+        for entry in entries
+        for key, v in sorted(entry.items())
+        if key != "kfactk.step" and isinstance(v, Tensor)
+    ]

@@ -59,7 +59,9 @@ def net(dtype: torch.dtype = F64) -> Net:
 
 def data(step: int, n: int = BATCH) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(step)
-    return torch.randn(n, 2, 4, 4, generator=generator, dtype=F64), torch.randint(3, (n,), generator=generator)
+    return torch.randn(n, 2, 4, 4, generator=generator, dtype=F64), torch.randint(
+        3, (n,), generator=generator
+    )
 
 
 def part(step: int, n: int = BATCH) -> tuple[Tensor, Tensor]:
@@ -74,7 +76,9 @@ def line() -> DeviceMesh:
 
 def grid(replicas: int = 2) -> DeviceMesh:
     """For HSDP: replicas of shards."""
-    return init_device_mesh("cpu", (replicas, dist.get_world_size() // replicas), mesh_dim_names=("replicate", "shard"))
+    return init_device_mesh(
+        "cpu", (replicas, dist.get_world_size() // replicas), mesh_dim_names=("replicate", "shard")
+    )
 
 
 def root_only(model: nn.Module, mesh: DeviceMesh, **options: Any) -> nn.Module:
@@ -94,7 +98,11 @@ def in_part(model: nn.Module, mesh: DeviceMesh, **options: Any) -> nn.Module:
     return fully_shard(model, mesh=mesh, **options)
 
 
-WAYS: dict[str, Callable[..., nn.Module]] = {"root only": root_only, "nested": nested, "in part": in_part}
+WAYS: dict[str, Callable[..., nn.Module]] = {
+    "root only": root_only,
+    "nested": nested,
+    "in part": in_part,
+}
 
 
 def full(tensor: Tensor) -> Tensor:
@@ -129,4 +137,7 @@ def deviation(ours: dict[str, Tensor], truth: dict[str, Tensor]) -> float:
     """The largest deviation of any tensor, relative to its norm."""
     assert ours.keys() == truth.keys()
     assert len(truth) >= 12, "something is missing"
-    return max(float((ours[name] - tensor).norm() / tensor.norm().clamp(min=1e-30)) for name, tensor in truth.items())
+    return max(
+        float((ours[name] - tensor).norm() / tensor.norm().clamp(min=1e-30))
+        for name, tensor in truth.items()
+    )

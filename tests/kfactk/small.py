@@ -24,11 +24,19 @@ def batch(n: int = 6) -> tuple[Tensor, Tensor]:
 
 def bound(model: nn.Module, params: Any = None, **recipe: Any) -> Optimizer:
     """Bound to a recipe without sampling or clipping, whose update is the plain step, unless told otherwise."""
-    options: dict[str, Any] = {"fisher": "exact", "clip": "none", "update": "sgd", "lr": 0.1, "damping": 0.05}
+    options: dict[str, Any] = {
+        "fisher": "exact",
+        "clip": "none",
+        "update": "sgd",
+        "lr": 0.1,
+        "damping": 0.05,
+    }
     return kfactk.build(**(options | recipe)).bind(model, params)
 
 
-def train(optimizer: Optimizer, model: nn.Module, data: tuple[Tensor, Tensor], observe: bool = False) -> float:
+def train(
+    optimizer: Optimizer, model: nn.Module, data: tuple[Tensor, Tensor], observe: bool = False
+) -> float:
     optimizer.zero_grad()
     loss = F.cross_entropy(model(data[0]), data[1])
     if observe:
@@ -39,11 +47,16 @@ def train(optimizer: Optimizer, model: nn.Module, data: tuple[Tensor, Tensor], o
 
 
 def hooks(model: nn.Module) -> int:
-    return sum(len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks) for module in model.modules())
+    return sum(
+        len(module._forward_hooks) + len(module._forward_pre_hooks) + len(module._backward_hooks)
+        for module in model.modules()
+    )
 
 
 def factors(optimizer: Optimizer) -> list[Tensor]:
-    return [value for view in optimizer.layers.values() for _, value in sorted(view.factors.items())]
+    return [
+        value for view in optimizer.layers.values() for _, value in sorted(view.factors.items())
+    ]
 
 
 def values(model: nn.Module) -> list[Tensor]:

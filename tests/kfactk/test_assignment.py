@@ -8,7 +8,7 @@ import attrs
 import pytest
 from hypothesis import given, strategies as st
 
-from kfactk.assignment import Assignment, Share, Work, Workload, balance, grid, late_part
+from kfactk.assignment import Assignment, Share, Work, Workload, balance, grid, late_layers
 from kfactk.errors import PluginError
 from tests.kfactk.workloads import workloads
 
@@ -23,8 +23,18 @@ THREE = Workload((FC1, FC2, FC3))
 
 def test_costs_are_cubes_of_square_matrices_and_sizes_of_others() -> None:
     work = Work("conv", {"A": (2, 3, 3), "G": (2, 5, 5), "d": (7,), "s": (4, 6)}, (2, 5, 3))
-    assert {name: work.flops(name) for name in work.matrices} == {"A": 54, "G": 250, "d": 7, "s": 24}
-    assert work.units() == {("conv", "A"): 54.0, ("conv", "G"): 250.0, ("conv", "d"): 7.0, ("conv", "s"): 24.0}
+    assert {name: work.flops(name) for name in work.matrices} == {
+        "A": 54,
+        "G": 250,
+        "d": 7,
+        "s": 24,
+    }
+    assert work.units() == {
+        ("conv", "A"): 54.0,
+        ("conv", "G"): 250.0,
+        ("conv", "d"): 7.0,
+        ("conv", "s"): 24.0,
+    }
     assert attrs.evolve(work, together=True).units() == {("conv", ""): 335.0}
 
 
@@ -38,14 +48,20 @@ def test_balance_takes_the_longest_first_and_the_first_of_equals() -> None:
 
 
 def loads(costs: Sequence[float], placed: dict[int, int], bins: int) -> list[float]:
-    return [sum(costs[piece] for piece, number in placed.items() if number == each) for each in range(bins)]
+    return [
+        sum(costs[piece] for piece, number in placed.items() if number == each)
+        for each in range(bins)
+    ]
 
 
 @given(st.lists(st.integers(0, 30).map(float), min_size=1, max_size=7), st.integers(1, 3))
 def test_balance_is_within_four_thirds_of_the_best_there_is(costs: list[float], bins: int) -> None:
     """Graham's bound, 4/3 - 1/(3 bins), against every division there is."""
     placed = balance(dict(enumerate(costs)), range(bins))
-    best = min(max(loads(costs, dict(enumerate(choice)), bins)) for choice in itertools.product(range(bins), repeat=len(costs)))
+    best = min(
+        max(loads(costs, dict(enumerate(choice)), bins))
+        for choice in itertools.product(range(bins), repeat=len(costs))
+    )
     assert max(loads(costs, placed, bins)) <= (4 / 3 - 1 / (3 * bins)) * best + 1e-9
 
 
@@ -77,7 +93,10 @@ def test_rows_of_two_among_four() -> None:
 
 def test_everyone_of_a_row_decomposes_where_asked() -> None:
     found = grid(Workload((FC1, FC3)), ranks=4, width=2, strategy="rows", everyone=True)
-    assert found.shares == {"fc1": Share({"A": (2, 3), "G": (2, 3)}, (2, 3)), "fc3": Share({"A": (0, 1), "G": (0, 1)}, (0, 1))}
+    assert found.shares == {
+        "fc1": Share({"A": (2, 3), "G": (2, 3)}, (2, 3)),
+        "fc3": Share({"A": (0, 1), "G": (0, 1)}, (0, 1)),
+    }
     assert (found.strategy, found.reason) == ("rows", "")
 
 
@@ -90,17 +109,23 @@ def test_matrices_of_common_statistics_stay_together() -> None:
     }
 
 
-@given(workloads(), st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (6, 3), (5, 5)]), st.booleans())
-def test_grids_keep_every_promise(workload: Workload, shape: tuple[int, int], everyone: bool) -> None:
+@given(
+    workloads(),
+    st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (6, 3), (5, 5)]),
+    st.booleans(),
+)
+def test_grids_keep_every_promise(
+    workload: Workload, shape: tuple[int, int], everyone: bool
+) -> None:
     ranks, width = shape
     found = grid(workload, ranks, width, "any", everyone=everyone)
     assert found.check(workload, ranks) is found
     for share in found.shares.values():
-        row = share.holders[0] // width
-        assert share.holders == tuple(range(row * width, (row + 1) * width))
-        for decomposers in share.decomposers.values():
-            assert set(decomposers) <= set(share.holders)
-            assert len(decomposers) == (width if everyone else 1)
+        row = share.gradient_workers[0] // width
+        assert share.gradient_workers == tuple(range(row * width, (row + 1) * width))
+        for inverse_workers in share.inverse_workers.values():
+            assert set(inverse_workers) <= set(share.gradient_workers)
+            assert len(inverse_workers) == (width if everyone else 1)
 
 
 @given(workloads(), st.sampled_from([2, 3, 4]))
@@ -111,7 +136,7 @@ def test_no_rank_bears_more_than_four_thirds_of_its_part(workload: Workload, ran
     units = [cost for work in workload.works for cost in work.units().values()]
     borne = [0.0] * ranks
     for work in workload.works:
-        for name, (rank,) in found.shares[work.layer].decomposers.items():
+        for name, (rank,) in found.shares[work.layer].inverse_workers.items():
             borne[rank] += work.flops(name)
     assert math.isclose(sum(borne), sum(units))
     assert max(borne) <= sum(units) / ranks + max(units) * (1 - 1 / ranks) + 1e-6
@@ -132,14 +157,29 @@ def changed(share: Share) -> Assignment:
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        (attrs.evolve(GOOD, shares={name: GOOD.shares[name] for name in ("fc1", "fc3")}), r"work of layer 'fc2' to nobody: None.* A, G"),
-        (changed(Share({"A": (0,)}, (0, 1))), r"'mine' left work of layer 'fc2' to nobody: .*, where its matrices are A, G\. Report"),
-        (changed(Share({"A": (0,), "G": (0,), "H": (0,)}, (0,))), "left work of layer 'fc2' to nobody"),
-        (changed(Share({"A": (0,), "G": ()}, (0,))), r"gave work of layer 'fc2' to the ranks \(\); .*between 0 and 1"),
+        (
+            attrs.evolve(GOOD, shares={name: GOOD.shares[name] for name in ("fc1", "fc3")}),
+            r"work of layer 'fc2' to nobody: None.* A, G",
+        ),
+        (
+            changed(Share({"A": (0,)}, (0, 1))),
+            r"'mine' left work of layer 'fc2' to nobody: .*, where its matrices are A, G\. Report",
+        ),
+        (
+            changed(Share({"A": (0,), "G": (0,), "H": (0,)}, (0,))),
+            "left work of layer 'fc2' to nobody",
+        ),
+        (
+            changed(Share({"A": (0,), "G": ()}, (0,))),
+            r"gave work of layer 'fc2' to the ranks \(\); .*between 0 and 1",
+        ),
         (changed(Share({"A": (0,), "G": (0,)}, ())), r"gave work of layer 'fc2' to the ranks \(\)"),
         (changed(Share({"A": (0,), "G": (2,)}, (0,))), r"to the ranks \(2,\)"),
         (changed(Share({"A": (0,), "G": (0,)}, (-1, 0))), r"to the ranks \(-1, 0\)"),
-        (changed(Share({"A": (0,), "G": (0,)}, (1, 0))), r"to the ranks \(1, 0\); they must ascend"),
+        (
+            changed(Share({"A": (0,), "G": (0,)}, (1, 0))),
+            r"to the ranks \(1, 0\); they must ascend",
+        ),
         (changed(Share({"A": (0,), "G": (0,)}, (1, 1))), r"to the ranks \(1, 1\)"),
     ],
 )
@@ -150,17 +190,26 @@ def test_answers_that_cannot_be_are_refused(wrong: Assignment, said: str) -> Non
 
 def test_common_statistics_are_not_divided() -> None:
     workload = Workload((attrs.evolve(FC2, together=True),))
-    with pytest.raises(PluginError, match="divided the matrices of layer 'fc2', which are made of common statistics"):
+    with pytest.raises(
+        PluginError,
+        match="divided the matrices of layer 'fc2', which are made of common statistics",
+    ):
         Assignment("mine", {"fc2": Share({"A": (0,), "G": (1,)}, (0, 1))}).check(workload, 2)
     Assignment("mine", {"fc2": Share({"A": (1,), "G": (1,)}, (0, 1))}).check(workload, 2)
 
 
 @given(shapes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=8))
-def test_the_late_part_is_the_least_end_of_the_model_with_nine_tenths_of_the_work(shapes: list[tuple[int, int]]) -> None:
+def test_the_late_part_is_the_least_end_of_the_model_with_nine_tenths_of_the_work(
+    shapes: list[tuple[int, int]],
+) -> None:
     works = [Work(str(place), {}, shape) for place, shape in enumerate(shapes)]
     costs = [o * i * (o + i) for o, i in shapes]
-    late = sorted(map(int, late_part(works)))
+    late = sorted(map(int, late_layers(works)))
     assert late == list(range(len(shapes) - len(late), len(shapes))), "the end of the model"
     assert len(late) < len(shapes), "never all"
     if 0 < len(late) < len(shapes) - 1:
-        assert 10 * sum(costs[place] for place in late) >= 9 * sum(costs) > 10 * sum(costs[place] for place in late[1:])
+        assert (
+            10 * sum(costs[place] for place in late)
+            >= 9 * sum(costs)
+            > 10 * sum(costs[place] for place in late[1:])
+        )

@@ -13,7 +13,9 @@ names = st.text(string.ascii_lowercase + "_", min_size=3, max_size=12)
 
 def test_every_error_derives_from_the_root() -> None:
     classes = [kind for _, kind in inspect.getmembers(errors, inspect.isclass)]
-    kinds = [kind for kind in classes if issubclass(kind, Exception) and not issubclass(kind, Warning)]
+    kinds = [
+        kind for kind in classes if issubclass(kind, Exception) and not issubclass(kind, Warning)
+    ]
     assert len(kinds) == 8
     assert all(issubclass(kind, KfactkError) and kind.__doc__ for kind in kinds)
     assert issubclass(KfactkWarning, UserWarning)

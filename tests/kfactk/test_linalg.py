@@ -31,14 +31,23 @@ def rotation(seed: int, n: int) -> Tensor:
 def test_any_number_of_leading_dimensions() -> None:
     a, b = draw(0, 2, 5, 3, 3), draw(1, 2, 5, 4, 4)
     pairs = zip(a.flatten(0, 1), b.flatten(0, 1), strict=True)
-    assert torch.equal(linalg.block_diagonal(a, b).flatten(0, 1), torch.stack([torch.block_diag(x, y) for x, y in pairs]))
-    assert torch.equal(linalg.jitter(a).flatten(), torch.stack([linalg.jitter(x) for x in a.flatten(0, 1)]))
-    torch.testing.assert_close(linalg.jitter(a[0, 0]), a[0, 0].abs().max() * 3 * torch.finfo(F64).eps)
+    assert torch.equal(
+        linalg.block_diagonal(a, b).flatten(0, 1),
+        torch.stack([torch.block_diag(x, y) for x, y in pairs]),
+    )
+    assert torch.equal(
+        linalg.jitter(a).flatten(), torch.stack([linalg.jitter(x) for x in a.flatten(0, 1)])
+    )
+    torch.testing.assert_close(
+        linalg.jitter(a[0, 0]), a[0, 0].abs().max() * 3 * torch.finfo(F64).eps
+    )
 
 
 @settings(deadline=None)
 @given(seed=seeds, m=sizes, n=sizes, p=sizes, q=sizes, lead=leading)
-def test_kron_is_torch_kron_of_each_pair(seed: int, m: int, n: int, p: int, q: int, lead: tuple[int, ...]) -> None:
+def test_kron_is_torch_kron_of_each_pair(
+    seed: int, m: int, n: int, p: int, q: int, lead: tuple[int, ...]
+) -> None:
     a, b = draw(seed, *lead, m, n), draw(seed + 1, *lead, p, q)
     pairs = zip(a.reshape(-1, m, n), b.reshape(-1, p, q), strict=True)
     expected = torch.stack([torch.kron(x, y) for x, y in pairs]).reshape(*lead, m * p, n * q)
@@ -61,7 +70,11 @@ def test_mixed_product(seed: int, m: int, n: int, k: int, p: int, lead: tuple[in
 @settings(deadline=None)
 @given(seed=seeds, o=sizes, i=sizes, p=sizes, q=sizes, lead=leading)
 def test_the_vec_trick(seed: int, o: int, i: int, p: int, q: int, lead: tuple[int, ...]) -> None:
-    left, v, right = draw(seed, *lead, p, o), draw(seed + 1, *lead, o, i), draw(seed + 2, *lead, q, i)
+    left, v, right = (
+        draw(seed, *lead, p, o),
+        draw(seed + 1, *lead, o, i),
+        draw(seed + 2, *lead, q, i),
+    )
     dense = (linalg.kron(right, left) @ linalg.vec(v).unsqueeze(-1)).squeeze(-1)
     torch.testing.assert_close(linalg.vec(left @ v @ right.mT), dense)
     assert torch.equal(linalg.unvec(linalg.vec(v), o, i), v)
@@ -73,10 +86,14 @@ def test_vec_stacks_columns() -> None:
 
 @settings(deadline=None)
 @given(seed=seeds, o=sizes, i=sizes, lead=leading)
-def test_the_inverse_and_the_eigenbasis_of_a_product(seed: int, o: int, i: int, lead: tuple[int, ...]) -> None:
+def test_the_inverse_and_the_eigenbasis_of_a_product(
+    seed: int, o: int, i: int, lead: tuple[int, ...]
+) -> None:
     a, g = spd(seed, *lead, n=i), spd(seed + 1, *lead, n=o)
     dense = linalg.kron(a, g)
-    torch.testing.assert_close(torch.linalg.inv(dense), linalg.kron(torch.linalg.inv(a), torch.linalg.inv(g)))
+    torch.testing.assert_close(
+        torch.linalg.inv(dense), linalg.kron(torch.linalg.inv(a), torch.linalg.inv(g))
+    )
     (s_a, u_a), (s_g, u_g) = linalg.eigh(a), linalg.eigh(g)
     u = linalg.kron(u_a, u_g)
     s = linalg.kron(s_a.unsqueeze(-1), s_g.unsqueeze(-1)).squeeze(-1)
@@ -87,21 +104,35 @@ def test_the_inverse_and_the_eigenbasis_of_a_product(seed: int, o: int, i: int, 
 def test_small_helpers() -> None:
     a, b = draw(0, 3, 2, 2), draw(1, 3, 4, 4)
     joined = linalg.block_diagonal(a, b)
-    assert torch.equal(joined, torch.stack([torch.block_diag(x, y) for x, y in zip(a, b, strict=True)]))
+    assert torch.equal(
+        joined, torch.stack([torch.block_diag(x, y) for x, y in zip(a, b, strict=True)])
+    )
     torch.testing.assert_close(linalg.mean_diagonal(b), torch.stack([x.trace() / 4 for x in b]))
     assert torch.equal(linalg.symmetrise(b), linalg.symmetrise(b).mT)
     before = b.clone()
     each = torch.tensor([1.0, 2.0, 3.0], dtype=F64)
-    torch.testing.assert_close(linalg.add_diagonal(b, each), before + each[:, None, None] * torch.eye(4, dtype=F64))
-    torch.testing.assert_close(linalg.add_diagonal(b, torch.tensor(2.0)), before + 2 * torch.eye(4, dtype=F64))
+    torch.testing.assert_close(
+        linalg.add_diagonal(b, each), before + each[:, None, None] * torch.eye(4, dtype=F64)
+    )
+    torch.testing.assert_close(
+        linalg.add_diagonal(b, torch.tensor(2.0)), before + 2 * torch.eye(4, dtype=F64)
+    )
     assert torch.equal(b, before), "the input stays as it is"
     once = torch.eye(2).expand(3, 2, 2)
     assert torch.equal(linalg.add_diagonal(once, 1.0), 2 * torch.eye(2).expand(3, 2, 2))
 
 
 @settings(deadline=None)
-@given(seed=seeds, n=st.integers(1, 12), rank=st.integers(0, 12), scale=scales, dtype=st.sampled_from([torch.float32, F64]))
-def test_eigh_survives_rank_deficiency_and_every_scale(seed: int, n: int, rank: int, scale: float, dtype: torch.dtype) -> None:
+@given(
+    seed=seeds,
+    n=st.integers(1, 12),
+    rank=st.integers(0, 12),
+    scale=scales,
+    dtype=st.sampled_from([torch.float32, F64]),
+)
+def test_eigh_survives_rank_deficiency_and_every_scale(
+    seed: int, n: int, rank: int, scale: float, dtype: torch.dtype
+) -> None:
     matrix = (spd(seed, n=n, rank=min(rank, n)) * scale / n).to(dtype)
     values, vectors = linalg.eigh(matrix)
     assert values.dtype == vectors.dtype == dtype
@@ -115,8 +146,16 @@ def test_eigh_survives_rank_deficiency_and_every_scale(seed: int, n: int, rank: 
 
 
 @settings(deadline=None)
-@given(seed=seeds, n=st.integers(1, 12), rank=st.integers(0, 12), scale=scales, dtype=st.sampled_from([torch.float32, F64]))
-def test_cholesky_survives_rank_deficiency_and_every_scale(seed: int, n: int, rank: int, scale: float, dtype: torch.dtype) -> None:
+@given(
+    seed=seeds,
+    n=st.integers(1, 12),
+    rank=st.integers(0, 12),
+    scale=scales,
+    dtype=st.sampled_from([torch.float32, F64]),
+)
+def test_cholesky_survives_rank_deficiency_and_every_scale(
+    seed: int, n: int, rank: int, scale: float, dtype: torch.dtype
+) -> None:
     matrix = (spd(seed, n=n, rank=min(rank, n)) * scale / n).to(dtype)
     lower = linalg.cholesky(matrix, 0.0)
     assert lower.dtype == dtype
@@ -132,13 +171,20 @@ def test_cholesky_survives_what_rounding_made_indefinite(dtype: torch.dtype) -> 
     matrix = rows.to(dtype).T @ rows.to(dtype)
     assert torch.linalg.cholesky_ex(matrix)[1] > 0, "the case is meant to be hard"
     lower = linalg.cholesky(matrix, 0.0)
-    torch.testing.assert_close(lower @ lower.T, matrix, rtol=0, atol=100 * 512 * torch.finfo(dtype).eps * float(matrix.max()))
+    torch.testing.assert_close(
+        lower @ lower.T,
+        matrix,
+        rtol=0,
+        atol=100 * 512 * torch.finfo(dtype).eps * float(matrix.max()),
+    )
 
 
 def test_cholesky_shifts_each_matrix_by_its_own() -> None:
     matrix, shift = spd(0, 2, n=3), torch.tensor([0.5, 2.0], dtype=F64)
     lower = linalg.cholesky(matrix, shift)
-    torch.testing.assert_close(lower @ lower.mT, matrix + shift[:, None, None] * torch.eye(3, dtype=F64))
+    torch.testing.assert_close(
+        lower @ lower.mT, matrix + shift[:, None, None] * torch.eye(3, dtype=F64)
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -158,7 +204,9 @@ def test_cholesky_of_an_indefinite_matrix_is_refused() -> None:
 
 @pytest.mark.parametrize("failures", [1, 2, 3])
 @pytest.mark.parametrize("kind", [torch.linalg.LinAlgError, NotImplementedError, TypeError])
-def test_eigh_tries_again(monkeypatch: pytest.MonkeyPatch, failures: int, kind: type[Exception]) -> None:
+def test_eigh_tries_again(
+    monkeypatch: pytest.MonkeyPatch, failures: int, kind: type[Exception]
+) -> None:
     real, seen = torch.linalg.eigh, []
 
     def flaky(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -178,7 +226,9 @@ def test_eigh_tries_again(monkeypatch: pytest.MonkeyPatch, failures: int, kind: 
 
 
 @pytest.mark.parametrize("kind", [NotImplementedError, TypeError])
-def test_cholesky_tries_again_where_a_device_lacks_it(monkeypatch: pytest.MonkeyPatch, kind: type[Exception]) -> None:
+def test_cholesky_tries_again_where_a_device_lacks_it(
+    monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
+) -> None:
     real, calls = torch.linalg.cholesky_ex, []
 
     def flaky(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,7 +263,10 @@ def test_eigh_gives_up_with_every_reason(monkeypatch: pytest.MonkeyPatch) -> Non
         raise torch.linalg.LinAlgError(f"no luck in {matrix.dtype}\nsecond line")
 
     monkeypatch.setattr(torch.linalg, "eigh", fails)
-    with pytest.raises(DecompositionError, match=r"no luck in torch.float32; no luck in torch.float32; no luck in torch.float64") as caught:
+    with pytest.raises(
+        DecompositionError,
+        match=r"no luck in torch.float32; no luck in torch.float32; no luck in torch.float64",
+    ) as caught:
         linalg.eigh(torch.eye(2))
     assert "second line" not in str(caught.value)
 
@@ -237,24 +290,33 @@ def test_eigenvalues_beyond_the_range_of_the_precision_are_refused() -> None:
 def test_pi_is_the_papers_and_one_without_curvature() -> None:
     a = torch.tensor([4.0, 0.0, 4.0, 0.0, float("nan")], dtype=F64)
     g = torch.tensor([9.0, 9.0, 0.0, 0.0, 1.0], dtype=F64)
-    torch.testing.assert_close(linalg.tikhonov_pi(a, g), torch.tensor([2 / 3, 1, 1, 1, 1], dtype=F64))
+    torch.testing.assert_close(
+        linalg.tikhonov_pi(a, g), torch.tensor([2 / 3, 1, 1, 1, 1], dtype=F64)
+    )
     extreme = linalg.tikhonov_pi(torch.tensor(1e30), torch.tensor(1e-30))
     torch.testing.assert_close(extreme, torch.tensor(1e30))
 
 
 @settings(deadline=None)
 @given(seed=seeds, n=st.integers(2, 30), data=st.data(), scale=st.sampled_from([1e-20, 1.0, 1e20]))
-def test_the_null_space_is_found_at_every_scale(seed: int, n: int, data: st.DataObject, scale: float) -> None:
+def test_the_null_space_is_found_at_every_scale(
+    seed: int, n: int, data: st.DataObject, scale: float
+) -> None:
     rank = data.draw(st.integers(0, n))
     u = rotation(seed, n)
-    exact = torch.cat([torch.zeros(n - rank, dtype=F64), torch.linspace(0.5, 1, rank, dtype=F64)]) * scale
+    exact = (
+        torch.cat([torch.zeros(n - rank, dtype=F64), torch.linspace(0.5, 1, rank, dtype=F64)])
+        * scale
+    )
     for dtype in (F64, torch.float32):
         values, _ = linalg.eigh(((u * exact) @ u.T).to(dtype))
         assert linalg.null_mask(values).tolist() == [True] * (n - rank) + [False] * rank
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_null_rule_of_lower_precisions_grows_with_the_root_of_the_dimension(dtype: torch.dtype) -> None:
+def test_the_null_rule_of_lower_precisions_grows_with_the_root_of_the_dimension(
+    dtype: torch.dtype,
+) -> None:
     eps = torch.finfo(dtype).eps
     assert [linalg.null_tolerance(dtype, n) for n in (1, 9, 64)] == [4 * eps, 12 * eps, 32 * eps]
 
@@ -268,7 +330,9 @@ def test_the_null_rule_of_float64() -> None:
 
 @settings(deadline=None)
 @given(seed=seeds, o=st.integers(2, 6), i=st.integers(2, 6), data=st.data())
-def test_pooled_moments_do_not_depend_on_the_basis_of_the_null_space(seed: int, o: int, i: int, data: st.DataObject) -> None:
+def test_pooled_moments_do_not_depend_on_the_basis_of_the_null_space(
+    seed: int, o: int, i: int, data: st.DataObject
+) -> None:
     null_o, null_i = data.draw(st.integers(0, o)), data.draw(st.integers(0, i))
     gradients = draw(seed, 5, o, i)
 
@@ -293,13 +357,17 @@ def test_pooling_by_hand() -> None:
     rows = linalg.pool_null(values, torch.tensor([True, True]), -2)
     assert rows.tolist() == [[3, 5, 15], [3, 5, 15]]
     assert torch.equal(linalg.pool_null(values, torch.tensor([False, False, False]), -1), values)
-    batched = linalg.pool_null(values.expand(2, 2, 3), torch.tensor([[True, True, False], [False, True, True]]), -1)
+    batched = linalg.pool_null(
+        values.expand(2, 2, 3), torch.tensor([[True, True, False], [False, True, True]]), -1
+    )
     assert batched.tolist() == [[[2, 2, 10], [6, 6, 20]], [[1, 6.5, 6.5], [5, 13.5, 13.5]]]
 
 
 @settings(deadline=None)
 @given(mean=st.floats(0, 2.0**100, width=32), gradient=st.floats(-(2.0**20), 2.0**20, width=32))
-def test_the_damping_floor_keeps_divisions_finite_and_stays_out_of_the_way(mean: float, gradient: float) -> None:
+def test_the_damping_floor_keeps_divisions_finite_and_stays_out_of_the_way(
+    mean: float, gradient: float
+) -> None:
     floor = linalg.damping_floor(torch.tensor(mean))
     assert bool(floor > 0)
     assert bool(torch.isfinite(torch.tensor(gradient) / floor))
@@ -349,16 +417,26 @@ def test_orthogonal_iteration_leaves_eigenvectors_alone(n: int, seed: int) -> No
 def test_orthogonal_iteration_converges_to_the_eigenvectors(n: int, seed: int, groups: int) -> None:
     each = [psd(n, seed + k) for k in range(groups)]
     matrix, values = torch.stack([m for m, _, _ in each]), torch.stack([v for _, v, _ in each])
-    turned = torch.linalg.qr(torch.randn(groups, n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)))[0]
+    turned = torch.linalg.qr(
+        torch.randn(
+            groups, n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+        )
+    )[0]
     for _ in range(200):
         found, turned = linalg.orthogonal_iteration(matrix, turned)
-        torch.testing.assert_close(turned.mT @ turned, torch.eye(n, dtype=torch.float64).expand(groups, n, n))
+        torch.testing.assert_close(
+            turned.mT @ turned, torch.eye(n, dtype=torch.float64).expand(groups, n, n)
+        )
     torch.testing.assert_close(found, values)
-    torch.testing.assert_close(turned.mT @ matrix @ turned, torch.diag_embed(values), rtol=1e-8, atol=1e-6)
+    torch.testing.assert_close(
+        turned.mT @ matrix @ turned, torch.diag_embed(values), rtol=1e-8, atol=1e-6
+    )
 
 
 @given(n=st.integers(2, 8), seed=st.integers(0, 999), size=st.floats(1e-4, 1e-2))
-def test_one_orthogonal_iteration_follows_a_matrix_that_has_moved(n: int, seed: int, size: float) -> None:
+def test_one_orthogonal_iteration_follows_a_matrix_that_has_moved(
+    n: int, seed: int, size: float
+) -> None:
     """What is off the diagonal of the largest directions shrinks."""
     matrix, _, vectors = psd(n, seed, spread=6.0)
     upper = torch.triu(torch.full((n, n), size, dtype=torch.float64), 1)

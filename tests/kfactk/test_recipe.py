@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import kfactk
 from kfactk import CombinationError, KfactkError, OptionError, Recipe, UnknownStageError
-from kfactk.registry import Registry
+from kfactk.registry.registry import Registry
 from kfactk.testing import effort
 
 
@@ -59,7 +59,14 @@ def assert_reads_back(recipe: Recipe) -> None:
 
 
 STAGES: dict[str, st.SearchStrategy[Any]] = {
-    "curvature": st.sampled_from(["kfac", "conv_kfac", {"name": "conv_kfac", "spatial": "sua"}, {"name": "kfac", "batch_dim": 1}]),
+    "curvature": st.sampled_from(
+        [
+            "kfac",
+            "conv_kfac",
+            {"name": "conv_kfac", "spatial": "sua"},
+            {"name": "kfac", "batch_dim": 1},
+        ]
+    ),
     "basis": st.one_of(
         st.just("kfac"),
         st.builds(
@@ -70,16 +77,29 @@ STAGES: dict[str, st.SearchStrategy[Any]] = {
     ),
     "update": st.one_of(
         st.sampled_from(["sgd", "momentum", "adamw", "radam"]),
-        st.builds(lambda a, b: {"name": "adam", "betas": [a, b]}, st.floats(0, 0.99), st.floats(0, 0.99)),
+        st.builds(
+            lambda a, b: {"name": "adam", "betas": [a, b]}, st.floats(0, 0.99), st.floats(0, 0.99)
+        ),
         st.builds(lambda m: {"name": "nag", "momentum": m}, st.floats(0, 0.99)),
         st.sampled_from([torch.optim.Adagrad, {"name": "torch.optim:RMSprop", "alpha": 0.9}]),
     ),
-    "fisher": st.sampled_from(["mc", "exact", "empirical", {"name": "mc", "samples": 3, "seed": 9}]),
+    "fisher": st.sampled_from(
+        ["mc", "exact", "empirical", {"name": "mc", "samples": 3, "seed": 9}]
+    ),
     "likelihood": st.sampled_from(
-        ["categorical", "bernoulli", {"name": "gaussian", "variance": 0.5}, {"name": "categorical", "class_axis": -1}]
+        [
+            "categorical",
+            "bernoulli",
+            {"name": "gaussian", "variance": 0.5},
+            {"name": "categorical", "class_axis": -1},
+        ]
     ),
     "clip": st.just("none")
-    | st.builds(lambda name, limit: {"name": name, "limit": limit}, st.sampled_from(["kl", "norm", "value"]), st.floats(1e-9, 1e9)),
+    | st.builds(
+        lambda name, limit: {"name": name, "limit": limit},
+        st.sampled_from(["kl", "norm", "value"]),
+        st.floats(1e-9, 1e9),
+    ),
     "placement": st.just("replicated"),
     "tracker": st.sampled_from([None, {"name": "jsonl", "path": "runs/a.jsonl", "every": 3}]),
 }
@@ -113,13 +133,20 @@ def test_every_recipe_reads_back_from_what_is_written(arguments: dict[str, Any])
 def test_the_repr_shows_what_differs_from_the_defaults() -> None:
     assert repr(kfactk.build()) == "kfactk.build()"
     assert repr(kfactk.build(lr=0.003, basis="ekfac")) == "kfactk.build()"
-    shown = repr(kfactk.build(update="nag", clip={"name": "kl", "limit": 0.5}, lr=0.01, damping=halved))
-    assert shown.startswith("kfactk.build(clip={'name': 'kl', 'limit': 0.5}, update='nag', lr=0.01, damping={'callable': '")
+    shown = repr(
+        kfactk.build(update="nag", clip={"name": "kl", "limit": 0.5}, lr=0.01, damping=halved)
+    )
+    assert shown.startswith(
+        "kfactk.build(clip={'name': 'kl', 'limit': 0.5}, update='nag', lr=0.01, damping={'callable': '"
+    )
     assert "lambda" in repr(kfactk.build(damping=lambda step: 0.1))
 
 
 def test_equality_and_hashes() -> None:
-    one, other = kfactk.build(clip={"name": "kl", "limit": 0.5}), kfactk.build(clip={"name": "kl", "limit": 0.5})
+    one, other = (
+        kfactk.build(clip={"name": "kl", "limit": 0.5}),
+        kfactk.build(clip={"name": "kl", "limit": 0.5}),
+    )
     assert one == other
     assert len({one, other, kfactk.build()}) == 2
     assert one != kfactk.build()
@@ -133,9 +160,13 @@ def test_a_recipe_is_frozen_and_evolves() -> None:
     with pytest.raises(attrs.exceptions.FrozenInstanceError):
         recipe.lr = 0.2  # type: ignore[misc]
     changed = recipe.evolve(update="sgd", basis={"name": "ekfac", "scale_decay": 0.5})
-    assert changed == kfactk.build(lr=0.1, update="sgd", basis={"name": "ekfac", "scale_decay": 0.5})
+    assert changed == kfactk.build(
+        lr=0.1, update="sgd", basis={"name": "ekfac", "scale_decay": 0.5}
+    )
     assert recipe == kfactk.build(lr=0.1)
-    with pytest.raises(OptionError, match=r"'dampening' is not an argument.*Did you mean 'damping'"):
+    with pytest.raises(
+        OptionError, match=r"'dampening' is not an argument.*Did you mean 'damping'"
+    ):
         recipe.evolve(dampening=0.1)
     with pytest.raises(OptionError, match="damping is -1"):
         recipe.evolve(damping=-1)
@@ -165,13 +196,21 @@ LOCAL: dict[str, Any] = {
 @pytest.mark.parametrize("field", LOCAL)
 def test_a_lambda_is_used_but_not_written(field: str) -> None:
     recipe = kfactk.build(**{field: LOCAL[field]})
-    with pytest.raises(OptionError, match=rf"{'draw' if field == 'fisher' else field}.*lambda.*top level of an importable module"):
+    with pytest.raises(
+        OptionError,
+        match=rf"{'draw' if field == 'fisher' else field}.*lambda.*top level of an importable module",
+    ):
         recipe.to_dict()
     assert "lambda" in str(recipe.summary()[field])
     json.dumps(recipe.summary())
 
 
-NUMBER = {"lr": "at least 0", "damping": "at least 0", "weight_decay": "at least 0", "factor_decay": "between 0 and 1"}
+NUMBER = {
+    "lr": "at least 0",
+    "damping": "at least 0",
+    "weight_decay": "at least 0",
+    "factor_decay": "between 0 and 1",
+}
 BAD_NUMBERS = [-0.1, float("nan"), True, "0.1", None, [0.1], torch.tensor(0.1), 1j]
 
 
@@ -208,7 +247,11 @@ def test_functions_of_the_step_are_checked_where_they_are_asked() -> None:
         kfactk.build(factor_every=lambda step: 0).bind(model)
 
 
-WORDS = [("reduction", "means", "'mean'"), ("observe", "auto", "'automatic'"), ("weight_decay_at", "gradients", "'gradient'")]
+WORDS = [
+    ("reduction", "means", "'mean'"),
+    ("observe", "auto", "'automatic'"),
+    ("weight_decay_at", "gradients", "'gradient'"),
+]
 
 
 @pytest.mark.parametrize(("field", "word", "near"), WORDS)
@@ -223,7 +266,10 @@ def test_flags_are_checked() -> None:
 
 
 def test_unknown_arguments_and_stages_name_near_ones() -> None:
-    with pytest.raises(OptionError, match=r"'curvatures' is not an argument of kfactk\.build\. Did you mean 'curvature'"):
+    with pytest.raises(
+        OptionError,
+        match=r"'curvatures' is not an argument of kfactk\.build\. Did you mean 'curvature'",
+    ):
         kfactk.build(curvatures="kfac")
     with pytest.raises(UnknownStageError, match="ekfac"):
         kfactk.build(basis="ekfca")
@@ -248,7 +294,9 @@ class Diagonal:
 
 
 def test_stages_that_cannot_work_together_are_refused() -> None:
-    with pytest.raises(CombinationError, match=r"basis 'ekfac' needs A, G.*does not provide \(it provides D\)"):
+    with pytest.raises(
+        CombinationError, match=r"basis 'ekfac' needs A, G.*does not provide \(it provides D\)"
+    ):
         kfactk.build(curvature=Diagonal())
 
 
@@ -258,7 +306,9 @@ def test_every_refusal_is_a_kfactk_error() -> None:
     assert issubclass(CombinationError, KfactkError)
 
 
-def test_binding_prints_nothing_and_a_recipe_binds_many_models(capsys: pytest.CaptureFixture[str]) -> None:
+def test_binding_prints_nothing_and_a_recipe_binds_many_models(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     recipe = kfactk.build()
     first, second = recipe.bind(nn.Linear(2, 2)), recipe.bind(nn.Linear(3, 3))
     assert first.recipe is second.recipe is recipe
@@ -267,7 +317,9 @@ def test_binding_prints_nothing_and_a_recipe_binds_many_models(capsys: pytest.Ca
 
 
 def test_coverage_prints_a_table() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 3, bias=False))
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(2, 3, bias=False)
+    )
     text = str(kfactk.build().coverage(model))
     assert text.splitlines() == [
         "parameter  shape    preconditioned by",
@@ -278,10 +330,15 @@ def test_coverage_prints_a_table() -> None:
         "3.weight   3x2      block 3",
         "3 of 5 parameters preconditioned (26 of 30 elements, 86.7%)",
     ]
-    assert re.search(r"no curvature for Conv2d here; curvature='conv_kfac'", str(kfactk.build(curvature="kfac").coverage(model)))
+    assert re.search(
+        r"no curvature for Conv2d here; curvature='conv_kfac'",
+        str(kfactk.build(curvature="kfac").coverage(model)),
+    )
 
 
-def test_a_recipe_can_be_shown_when_a_default_stage_it_does_not_use_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_recipe_can_be_shown_when_a_default_stage_it_does_not_use_is_missing(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     without = Registry.load(disabled=["clip.kl"])
     monkeypatch.setattr("kfactk.recipe.registry", lambda: without)
     recipe = kfactk.build(clip="norm")

@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from kfactk import Samples, Statistic, project
 from kfactk.samples import gram, working_dtype
-from kfactk.testing import truth
+from kfactk.testing._support import truth
 from tests.allocation import LargestAllocation
 
 laws = settings(deadline=None, max_examples=40)
@@ -26,7 +26,9 @@ def rows(draw):
     """Inputs `[..., N, T, d_in]` and gradients `[..., N, T, d_out]`; T up to well above d, so that every order of contraction is met."""
     lead, n, t = draw(leads), draw(dims), draw(st.integers(1, 30))
     seed = draw(st.integers(0, 1000))
-    return normal(*lead, n, t, draw(dims), seed=seed), normal(*lead, n, t, draw(dims), seed=seed + 1)
+    return normal(*lead, n, t, draw(dims), seed=seed), normal(
+        *lead, n, t, draw(dims), seed=seed + 1
+    )
 
 
 def dense(inputs, gradients):
@@ -50,7 +52,9 @@ def test_per_example_gradients_are_sums_of_outer_products(pair):
     a, g = pair
     samples = Samples(a, g, terms=1.0)
     torch.testing.assert_close(samples.per_example_gradients(), dense(a, g))
-    torch.testing.assert_close(samples.per_example_gradients(slice(0, 1)), dense(a, g)[..., :1, :, :])
+    torch.testing.assert_close(
+        samples.per_example_gradients(slice(0, 1)), dense(a, g)[..., :1, :, :]
+    )
 
 
 @laws
@@ -64,7 +68,9 @@ def test_projected_square_is_dense(pair, chunk_bytes, with_left, with_right, k_o
     assert result.count == 3.0
 
 
-@pytest.mark.parametrize(("t", "d_in", "d_out"), [(1, 5, 4), (3, 5, 4), (3, 5, 2), (3, 2, 5), (9, 4, 5)])
+@pytest.mark.parametrize(
+    ("t", "d_in", "d_out"), [(1, 5, 4), (3, 5, 4), (3, 5, 2), (3, 2, 5), (9, 4, 5)]
+)
 @pytest.mark.parametrize("groups", [(), (3,)])
 def test_every_order_of_contraction_agrees_with_dense(t, d_in, d_out, groups):
     a, g = normal(*groups, 6, t, d_in), normal(*groups, 6, t, d_out, seed=1)
@@ -86,7 +92,11 @@ def test_low_precision_moves_the_square_within_its_bound(pair, chunk_bytes, with
     a, g = pair
     left = orthogonal(*a.shape[:-3], g.shape[-1], g.shape[-1], seed=3) if with_left else None
     right = orthogonal(*a.shape[:-3], a.shape[-1], a.shape[-1], seed=4) if with_right else None
-    found = Samples(a, g, terms=1.0, chunk_bytes=chunk_bytes).projected_square(left, right, precision=torch.bfloat16).total
+    found = (
+        Samples(a, g, terms=1.0, chunk_bytes=chunk_bytes)
+        .projected_square(left, right, precision=torch.bfloat16)
+        .total
+    )
     exact = truth.projected_square(dense(a, g), left, right)
     lengths = (g.norm(dim=-1) * a.norm(dim=-1)).sum(-1).square().sum(-1)[..., None, None]
     assert found.dtype == torch.float64
@@ -98,22 +108,36 @@ def test_low_precision_is_that_of_the_rotations_alone(t):
     a, g = normal(50, t, 8).float(), normal(50, t, 6, seed=1).float()
     samples = Samples(a, g, terms=1.0)
     left, right = orthogonal(6, 6, seed=2).float(), orthogonal(8, 8, seed=3).float()
-    exact, rounded = (samples.projected_square(left, right, precision=p).total for p in (torch.float32, torch.bfloat16))
+    exact, rounded = (
+        samples.projected_square(left, right, precision=p).total
+        for p in (torch.float32, torch.bfloat16)
+    )
     torch.testing.assert_close(exact, samples.projected_square(left, right).total, rtol=0, atol=0)
-    assert 1e-4 < float((rounded - exact).norm() / exact.norm()) < 2e-2  # squares and their sum are not rounded
+    assert (
+        1e-4 < float((rounded - exact).norm() / exact.norm()) < 2e-2
+    )  # squares and their sum are not rounded
     plain = samples.projected_square(None, None, precision=torch.bfloat16).total
     torch.testing.assert_close(plain, samples.projected_square(None, None).total, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("examples", [(), (5,)])
 def test_project_in_low_precision_rounds_its_operands_and_results(examples):
-    matrix, left, right = normal(*examples, 3, 4).float(), orthogonal(3, 3, seed=1).float(), orthogonal(4, 4, seed=2).float()
+    matrix, left, right = (
+        normal(*examples, 3, 4).float(),
+        orthogonal(3, 3, seed=1).float(),
+        orthogonal(4, 4, seed=2).float(),
+    )
     low = [each.bfloat16() for each in (left, right)]
     found = project(matrix, left, right, per_example=bool(examples), precision=torch.bfloat16)
     exact = left.T @ matrix @ right
     assert found.dtype == torch.float32
     assert 0 < float((found - exact).abs().max()) <= 7 * 2**-8 * float(matrix.norm())
-    torch.testing.assert_close(project(matrix, *low, per_example=bool(examples), precision=torch.bfloat16), found, rtol=0, atol=0)
+    torch.testing.assert_close(
+        project(matrix, *low, per_example=bool(examples), precision=torch.bfloat16),
+        found,
+        rtol=0,
+        atol=0,
+    )
 
 
 @pytest.mark.parametrize("groups", [(), (2,)])
@@ -125,21 +149,42 @@ def test_large_matrices_are_squared_one_by_one(groups):
         torch.testing.assert_close(found, truth.projected_square(dense(a, g), left, right))
 
 
-@pytest.mark.parametrize(("t", "rotated", "made"), [(1, True, 0), (4, True, 0), (5, True, 1), (4, False, 1), (1, False, 0)])
+@pytest.mark.parametrize(
+    ("t", "rotated", "made"),
+    [(1, True, 0), (4, True, 0), (5, True, 1), (4, False, 1), (1, False, 0)],
+)
 def test_rows_are_rotated_where_they_are_fewer_than_outputs(monkeypatch, t, rotated, made):
     """Rotating rows costs T d_in^2 an example, rotating its gradient d_out d_in^2; without rotation the gradient is what is squared."""
     calls, plain = [], Samples.per_example_gradients
-    monkeypatch.setattr(Samples, "per_example_gradients", lambda *args, **options: calls.append(1) or plain(*args, **options))
-    Samples(normal(2, t, 3), normal(2, t, 4, seed=1), terms=2.0).projected_square(None, normal(3, 3, seed=2) if rotated else None)
+    monkeypatch.setattr(
+        Samples,
+        "per_example_gradients",
+        lambda *args, **options: calls.append(1) or plain(*args, **options),
+    )
+    Samples(normal(2, t, 3), normal(2, t, 4, seed=1), terms=2.0).projected_square(
+        None, normal(3, 3, seed=2) if rotated else None
+    )
     assert len(calls) == made
 
 
-@given(st.integers(0, 40), st.integers(1, 50), st.sampled_from([1, 100, 1000, 2**28]), st.sampled_from([None, 0, 1, 7, 100]))
+@given(
+    st.integers(0, 40),
+    st.integers(1, 50),
+    st.sampled_from([1, 100, 1000, 2**28]),
+    st.sampled_from([None, 0, 1, 7, 100]),
+)
 def test_chunks_cover_the_examples_in_equal_parts(n, numbers, chunk_bytes, most):
-    found = list(Samples(normal(n, 1, 2), normal(n, 1, 2), terms=1.0, chunk_bytes=chunk_bytes).chunks(numbers, most))
+    found = list(
+        Samples(normal(n, 1, 2), normal(n, 1, 2), terms=1.0, chunk_bytes=chunk_bytes).chunks(
+            numbers, most
+        )
+    )
     assert [i for rows in found for i in range(rows.start, rows.stop)] == list(range(n))
     lengths = [rows.stop - rows.start for rows in found]
-    assert all(length == 1 or (length * numbers * 8 <= chunk_bytes and length <= (most or length)) for length in lengths)
+    assert all(
+        length == 1 or (length * numbers * 8 <= chunk_bytes and length <= (most or length))
+        for length in lengths
+    )
     assert len(set(lengths[:-1])) <= 1
 
 
@@ -150,7 +195,9 @@ def test_project_is_left_transposed_matrix_right(groups, examples):
     left, right = normal(*groups, 3, 2, seed=1), normal(*groups, 4, 6, seed=2)
     letters = ("g" if groups else ""), ("n" if examples else "")
     group, each = letters
-    expected = torch.einsum(f"{group}ok,{group}{each}oi,{group}il->{group}{each}kl", left, matrix, right)
+    expected = torch.einsum(
+        f"{group}ok,{group}{each}oi,{group}il->{group}{each}kl", left, matrix, right
+    )
     torch.testing.assert_close(project(matrix, left, right, per_example=bool(examples)), expected)
     assert project(matrix, None, None, per_example=bool(examples)) is matrix
 
@@ -173,7 +220,9 @@ def test_order_duplication_and_splitting_of_the_batch_do_not_matter(pair, random
     for one, other in zip(whole, statistics(order + order), strict=True):
         torch.testing.assert_close(one.total / one.count, other.total / other.count)
     cut = random.randrange(n + 1)
-    for one, head, tail in zip(whole, statistics(order[:cut]), statistics(order[cut:]), strict=True):
+    for one, head, tail in zip(
+        whole, statistics(order[:cut]), statistics(order[cut:]), strict=True
+    ):
         both = head + tail
         torch.testing.assert_close(one.total, both.total)
         assert one.count == both.count
@@ -191,13 +240,21 @@ def test_later_passes_over_a_forward_add_sums_and_no_counts():
 
 def test_an_empty_batch_contributes_nothing():
     samples = Samples(normal(0, 2, 4), normal(0, 2, 5), terms=0.0)
-    for statistic in (samples.input_moment(), samples.grad_moment(), samples.projected_square(None, None)):
+    for statistic in (
+        samples.input_moment(),
+        samples.grad_moment(),
+        samples.projected_square(None, None),
+    ):
         assert statistic.total is None
         assert statistic.count == 0
 
 
 def test_statistics_add_and_scale():
-    one, two, none = Statistic(torch.tensor(1.0), 2.0), Statistic(torch.tensor(4.0), torch.tensor(3.0)), Statistic(None, 5.0)
+    one, two, none = (
+        Statistic(torch.tensor(1.0), 2.0),
+        Statistic(torch.tensor(4.0), torch.tensor(3.0)),
+        Statistic(None, 5.0),
+    )
     assert ((one + two).total, (one + two).count) == (torch.tensor(5.0), torch.tensor(5.0))
     assert ((one + none).total, (one + none).count) == (torch.tensor(1.0), 7.0)
     assert ((none + one).total, (none + one).count) == (torch.tensor(1.0), 7.0)
@@ -212,9 +269,17 @@ def test_half_precision_is_summed_in_float32(half):
     a, g = normal(64, 5, 6).to(half), normal(64, 5, 4, seed=1).to(half)
     left, right = normal(4, 4, seed=2), normal(6, 6, seed=3)
     samples = Samples(a, g, terms=1.0)
-    results = samples.input_moment().total, samples.grad_moment().total, samples.projected_square(left, right).total
+    results = (
+        samples.input_moment().total,
+        samples.grad_moment().total,
+        samples.projected_square(left, right).total,
+    )
     d = dense(a.double(), g.double())
-    expected = truth.moment(a.double()), truth.moment(g.double()), truth.projected_square(d, left, right)
+    expected = (
+        truth.moment(a.double()),
+        truth.moment(g.double()),
+        truth.projected_square(d, left, right),
+    )
     for result, value in zip(results, expected, strict=True):
         assert result.dtype == torch.float32
         torch.testing.assert_close(result.double(), value, rtol=1e-5, atol=1e-4)
@@ -234,7 +299,9 @@ def test_inputs_are_left_alone():
     assert torch.equal(g, copies[1])
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 6), (5, 8, 6), (7, 8, 6), (40, 8, 6), (3, 2, 30), (20, 2, 30)])
+@pytest.mark.parametrize(
+    "shape", [(1, 8, 6), (5, 8, 6), (7, 8, 6), (40, 8, 6), (3, 2, 30), (20, 2, 30)]
+)
 @pytest.mark.parametrize("groups", [(), (2,)])
 def test_temporaries_stay_within_chunk_bytes(shape, groups):
     t, d_in, d_out = shape
@@ -243,7 +310,12 @@ def test_temporaries_stay_within_chunk_bytes(shape, groups):
     samples = Samples(a, g, terms=1.0, chunk_bytes=20_000)
     assert a.nbytes + g.nbytes > 2 * samples.chunk_bytes or t == 1
     with LargestAllocation() as largest:
-        samples.input_moment(), samples.grad_moment(), samples.projected_square(left, right), samples.projected_square(left, None)
+        (
+            samples.input_moment(),
+            samples.grad_moment(),
+            samples.projected_square(left, right),
+            samples.projected_square(left, None),
+        )
     assert 0 < largest.bytes <= samples.chunk_bytes
 
 

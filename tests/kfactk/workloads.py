@@ -14,7 +14,12 @@ side = st.integers(1, 40)
 def works(draw: st.DrawFn, name: str) -> Work:
     o, i = draw(side), draw(side)
     lead = draw(st.sampled_from([(), (), (3,)]))
-    return Work(name, {"A": (*lead, i, i), "G": (*lead, o, o)}, (*lead, o, i), together=draw(st.sampled_from([False, False, True])))
+    return Work(
+        name,
+        {"A": (*lead, i, i), "G": (*lead, o, o)},
+        (*lead, o, i),
+        together=draw(st.sampled_from([False, False, True])),
+    )
 
 
 @st.composite

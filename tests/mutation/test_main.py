@@ -15,21 +15,39 @@ def verdict(name: str, outcome: str, by: str = "") -> Verdict:
 
 @pytest.mark.parametrize(
     ("strict", "reasons", "failures"),
-    [(True, {}, ["one", "two", "three", "five"]), (False, {}, ["one", "three", "five"]), (False, {"one": "equal"}, ["three", "five"])],
+    [
+        (True, {}, ["one", "two", "three", "five"]),
+        (False, {}, ["one", "three", "five"]),
+        (False, {"one": "equal"}, ["three", "five"]),
+    ],
 )
 def test_what_is_not_noticed_is_a_failure_and_is_seen(
     strict: bool, reasons: dict[str, str], failures: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    outcomes = {"one": "survived", "two": "invalid", "three": "timed out", "four": "killed", "five": "broken", "six": "explained"}
+    outcomes = {
+        "one": "survived",
+        "two": "invalid",
+        "three": "timed out",
+        "four": "killed",
+        "five": "broken",
+        "six": "explained",
+    }
     found = report(
-        "all of them", [verdict(name, outcome, f"by {name}") for name, outcome in outcomes.items()], {"six": "", **reasons}, strict=strict
+        "all of them",
+        [verdict(name, outcome, f"by {name}") for name, outcome in outcomes.items()],
+        {"six": "", **reasons},
+        strict=strict,
     )
     printed = capsys.readouterr().out
     assert found == len(failures)
     assert [
-        line.split()[-2] for line in printed.splitlines() if line.startswith(("SURVIVED", "INVALID", "TIMED OUT", "BROKEN"))
+        line.split()[-2]
+        for line in printed.splitlines()
+        if line.startswith(("SURVIVED", "INVALID", "TIMED OUT", "BROKEN"))
     ] == failures
-    assert "6 mutants: 1 broken, 1 explained, 1 invalid, 1 killed, 1 survived, 1 timed out" in printed
+    assert (
+        "6 mutants: 1 broken, 1 explained, 1 invalid, 1 killed, 1 survived, 1 timed out" in printed
+    )
     assert "by four" in printed
 
 

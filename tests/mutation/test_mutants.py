@@ -34,17 +34,30 @@ def test_the_list_fits_the_source() -> None:
     assert len(mutants) >= 25
     for mutant in mutants:
         original = (ROOT / mutant.path).read_text()
-        assert ast.dump(ast.parse(mutant.source)) != ast.dump(ast.parse(original)), f"{mutant.name} changes nothing that is run"
+        assert ast.dump(ast.parse(mutant.source)) != ast.dump(ast.parse(original)), (
+            f"{mutant.name} changes nothing that is run"
+        )
         assert mutant.module.startswith(("kfactk.", "kfactk_stages.")), mutant.name
 
 
-ENTRY = {"name": "one", "path": "a.py", "old": "x = 1", "new": "x = 2", "why": "it is one", "tests": ["test_a.py"]}
+ENTRY = {
+    "name": "one",
+    "path": "a.py",
+    "old": "x = 1",
+    "new": "x = 2",
+    "why": "it is one",
+    "tests": ["test_a.py"],
+}
 
 
 def made(folder: Path, *entries: dict[str, Any], text: str = "x = 1\n") -> Any:
     (folder / "a.py").write_text(text)
     (folder / "test_a.py").touch()
-    lines = [f"{key} = {json.dumps(value)}" for entry in entries for key, value in [("[[mutant]]", None), *entry.items()]]
+    lines = [
+        f"{key} = {json.dumps(value)}"
+        for entry in entries
+        for key, value in [("[[mutant]]", None), *entry.items()]
+    ]
     (folder / "list.toml").write_text("\n".join(line.removesuffix(" = null") for line in lines))
     return listed(folder, folder / "list.toml")
 
@@ -61,12 +74,22 @@ def test_an_entry_becomes_a_file_with_a_mistake(tmp_path: Path) -> None:
         ([ENTRY], "x = 1\nx = 1\n", "stands 2 times"),
         ([{**ENTRY, "new": "x = 1"}], "x = 1\n", "where once is wanted"),
         ([ENTRY, ENTRY], "x = 1\n", r"several mutants of one name: \['one'\]"),
-        ([{key: value for key, value in ENTRY.items() if key != "why"}], "x = 1\n", "one: why is missing"),
+        (
+            [{key: value for key, value in ENTRY.items() if key != "why"}],
+            "x = 1\n",
+            "one: why is missing",
+        ),
         ([{**ENTRY, "test": []}], "x = 1\n", "one: there is no test$"),
-        ([{**ENTRY, "tests": ["test_a.py", "test_b.py"]}], "x = 1\n", "one: there are no tests at test_b.py"),
+        (
+            [{**ENTRY, "tests": ["test_a.py", "test_b.py"]}],
+            "x = 1\n",
+            "one: there are no tests at test_b.py",
+        ),
     ],
     ids=["gone", "twice", "the same", "name twice", "no reason", "misspelt", "no tests"],
 )
-def test_an_entry_that_does_not_fit_is_told(tmp_path: Path, entries: list[dict[str, Any]], text: str, message: str) -> None:
+def test_an_entry_that_does_not_fit_is_told(
+    tmp_path: Path, entries: list[dict[str, Any]], text: str, message: str
+) -> None:
     with pytest.raises(MutantError, match=message):
         made(tmp_path, *entries, text=text)

@@ -11,7 +11,7 @@ from mutation.mutants import ROOT, Mutant
 from mutation.runner import Bench, Verdict, run
 
 SOURCE = "def double(x):\n    return 2 * x\n"
-TESTS = "from kfactk.sums import double\n\ndef test_four():\n    assert double(2) == 4\n\ndef test_six():\n    assert double(3) == 6\n"
+TESTS = "from kfactk.statistics import double\n\ndef test_four():\n    assert double(2) == 4\n\ndef test_six():\n    assert double(3) == 6\n"
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT / "mutation", root / "mutation")
     for name, text in {
         "kfactk/__init__.py": "",
-        "kfactk/sums.py": SOURCE,
+        "kfactk/statistics.py": SOURCE,
         "plugins/kfactk_stages/__init__.py": "",
         "tests/few/test_sums.py": "def test_nothing():\n    pass\n",
         "tests/test_sums.py": TESTS,
@@ -31,7 +31,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def mutant(source: str, *tests: str, hangs: bool = False) -> Mutant:
-    return Mutant("it", "kfactk/sums.py", source, tests or ("tests/test_sums.py",), hangs)
+    return Mutant("it", "kfactk/statistics.py", source, tests or ("tests/test_sums.py",), hangs)
 
 
 @pytest.mark.parametrize(
@@ -39,8 +39,16 @@ def mutant(source: str, *tests: str, hangs: bool = False) -> Mutant:
     [
         (SOURCE.replace("2 * x", "x * x"), "killed", "tests/test_sums.py::test_six"),
         (SOURCE.replace("2 * x", "x + x"), "survived", ""),
-        (SOURCE.replace("2 * x", "2 *"), "invalid", "kfactk.sums cannot be imported: SyntaxError"),
-        (SOURCE + "raise OSError(3)", "invalid", "kfactk.sums cannot be imported: OSError: 3"),
+        (
+            SOURCE.replace("2 * x", "2 *"),
+            "invalid",
+            "kfactk.statistics cannot be imported: SyntaxError",
+        ),
+        (
+            SOURCE + "raise OSError(3)",
+            "invalid",
+            "kfactk.statistics cannot be imported: OSError: 3",
+        ),
         (SOURCE.replace("double", "twice"), "killed", "tests/test_sums.py (collected)"),
     ],
     ids=["other", "equal", "no Python", "raises", "renamed"],
@@ -50,14 +58,17 @@ def test_outcomes(project: Path, source: str, outcome: str, by: str) -> None:
         verdict = bench.judge(mutant(source))
         assert (verdict.outcome, verdict.noticed) == (outcome, outcome == "killed")
         assert by in verdict.by
-        assert (bench.folder / "kfactk/sums.py").read_text() == SOURCE
+        assert (bench.folder / "kfactk/statistics.py").read_text() == SOURCE
     assert not bench.folder.exists()
-    assert (project / "kfactk/sums.py").read_text() == SOURCE
+    assert (project / "kfactk/statistics.py").read_text() == SOURCE
 
 
 def test_paths_are_run_in_turn_and_each_mutant_is_a_fresh_one(project: Path) -> None:
     """Mutants of equal size made within one second: a compiled file left behind would be taken for the next one's."""
-    broken, same = (mutant(SOURCE.replace("2 * x", new), "tests/few", "tests/test_sums.py") for new in ("3 * x", "x + x"))
+    broken, same = (
+        mutant(SOURCE.replace("2 * x", new), "tests/few", "tests/test_sums.py")
+        for new in ("3 * x", "x + x")
+    )
     verdicts = list(run([broken, same, broken, same], 2, project))
     assert sorted(v.outcome for v in verdicts) == ["killed", "killed", "survived", "survived"]
     assert {v.by for v in verdicts if v.noticed} == {"tests/test_sums.py::test_four"}
@@ -76,6 +87,6 @@ def test_an_import_from_elsewhere_is_no_verdict(project: Path, tmp_path: Path) -
     shutil.copytree(project, tmp_path / "project")
     shutil.rmtree(tmp_path / "project/plugins")
     with Bench(tmp_path / "project") as bench:
-        outcome, by = bench.run(["tests/test_sums.py"], "kfactk.sums")
+        outcome, by = bench.run(["tests/test_sums.py"], "kfactk.statistics")
     assert outcome == "broken"
     assert "kfactk_stages was imported from" in by

@@ -27,7 +27,11 @@ class Box:
 
 def changed() -> dict[str, str]:
     """Key to source, of all changes of the text."""
-    return {c.key(TEXT, source): source for c in candidates_of("kfactk/box.py", TEXT) if (source := c.source(TEXT)) is not None}
+    return {
+        c.key(TEXT, source): source
+        for c in candidates_of("kfactk/box.py", TEXT)
+        if (source := c.source(TEXT)) is not None
+    }
 
 
 def test_changes_are_named_by_what_they_change() -> None:
@@ -62,8 +66,13 @@ def test_a_sample_is_drawn_one_a_place_and_keeps_its_draw(tmp_path: Path) -> Non
     drawn = sample(3, 0, tmp_path)
     assert drawn == sample(3, 0, tmp_path)
     assert len({mutant.name for mutant in drawn}) == 3
-    assert all(mutant.tests == ("tests/kfactk/test_linalg.py", "tests/kfactk", "tests/kfactk_stages") for mutant in drawn)
-    assert {mutant.name for mutant in sample(1000, 0, tmp_path)} != {mutant.name for mutant in sample(1000, 1, tmp_path)}
+    assert all(
+        mutant.tests == ("tests/kfactk/test_linalg.py", "tests/kfactk", "tests/kfactk_stages")
+        for mutant in drawn
+    )
+    assert {mutant.name for mutant in sample(1000, 0, tmp_path)} != {
+        mutant.name for mutant in sample(1000, 1, tmp_path)
+    }
     files_below = "\n\n\nNUMBER = 1\n" + TEXT
     (tmp_path / "kfactk/linalg.py").write_text(files_below)
     again = {mutant.name for mutant in sample(6, 0, tmp_path)}
@@ -84,7 +93,9 @@ def test_a_stale_explanation_is_told(tmp_path: Path) -> None:
     path.write_text(ENTRY.format(old=OLD, new=OLD.replace("*", "+"), because="it is so"))
     assert list(explained(tmp_path, path).values()) == ["it is so"]
     path.write_text(ENTRY.format(old=OLD, new=OLD.replace("*", "++"), because="it is so"))
-    with pytest.raises(MutantError, match=r"stale: no mutant is this any more.*\nkfactk/linalg.py:Box.volume"):
+    with pytest.raises(
+        MutantError, match=r"stale: no mutant is this any more.*\nkfactk/linalg.py:Box.volume"
+    ):
         explained(tmp_path, path)
     path.write_text(ENTRY.format(old=OLD, new=OLD.replace("*", "+"), because=""))
     with pytest.raises(MutantError, match=r"no reason is given for\nkfactk/linalg\.py"):

@@ -30,7 +30,11 @@ def spread(channels: Tensor, taps: Tensor | None, d_in: int) -> Tensor:
         tensor([1., 1., 3., 3., 2.])
     """
     columns = channel_columns(d_in, channels.shape[-1], None if taps is None else taps.shape[-1])
-    found = channels.repeat_interleave(columns // channels.shape[-1], -1) if taps is None else products(channels, taps)
+    found = (
+        channels.repeat_interleave(columns // channels.shape[-1], -1)
+        if taps is None
+        else products(channels, taps)
+    )
     return found if columns == d_in else torch.cat([found, found.mean(-1, keepdim=True)], -1)
 
 
@@ -49,9 +53,15 @@ def joint_basis(channels: Tensor, taps: Tensor | None, d_in: int) -> Tensor:
     """
     columns = channel_columns(d_in, channels.shape[-1], None if taps is None else taps.shape[-1])
     if taps is None:
-        taps = torch.eye(columns // channels.shape[-1], dtype=channels.dtype, device=channels.device)
+        taps = torch.eye(
+            columns // channels.shape[-1], dtype=channels.dtype, device=channels.device
+        )
     basis = linalg.kron(channels, taps)
-    return basis if columns == d_in else linalg.block_diagonal(basis, basis.new_ones(*basis.shape[:-2], 1, 1))
+    return (
+        basis
+        if columns == d_in
+        else linalg.block_diagonal(basis, basis.new_ones(*basis.shape[:-2], 1, 1))
+    )
 
 
 def pool_channels(scale: Tensor, null: Tensor, null_taps: Tensor | None) -> Tensor:
@@ -62,7 +72,9 @@ def pool_channels(scale: Tensor, null: Tensor, null_taps: Tensor | None) -> Tens
         null: `[..., channels]`, boolean.
         null_taps: `[..., taps]`, boolean; `None` for none.
     """
-    columns = channel_columns(scale.shape[-1], null.shape[-1], None if null_taps is None else null_taps.shape[-1])
+    columns = channel_columns(
+        scale.shape[-1], null.shape[-1], None if null_taps is None else null_taps.shape[-1]
+    )
     pooled = linalg.pool_null(_by_channel(scale, null.shape[-1], columns), null.unsqueeze(-2), -2)
     if null_taps is not None:
         pooled = linalg.pool_null(pooled, null_taps.unsqueeze(-2), -1)
@@ -91,19 +103,33 @@ class ChannelDiagonal:
     bias: Tensor | None
 
     @classmethod
-    def of(cls, left: Tensor, right: Tensor, taps: Tensor | None, weights: Tensor) -> ChannelDiagonal:
+    def of(
+        cls, left: Tensor, right: Tensor, taps: Tensor | None, weights: Tensor
+    ) -> ChannelDiagonal:
         """The operator, its weights given as `[..., d_out, d_in]`."""
         d_in, channels = weights.shape[-1], right.shape[-1]
         columns = channel_columns(d_in, channels, None if taps is None else taps.shape[-1])
-        return cls(left, right, taps, _tap_major(weights, channels, columns), weights[..., columns:] if columns < d_in else None)
+        return cls(
+            left,
+            right,
+            taps,
+            _tap_major(weights, channels, columns),
+            weights[..., columns:] if columns < d_in else None,
+        )
 
     def __call__(self, vector: Tensor) -> Tensor:
         """Apply it to `[..., d_out, d_in]`."""
         left, right = self.left.to(vector.dtype), self.right.to(vector.dtype)
         taps = None if self.taps is None else self.taps.to(vector.dtype)
-        turn, channels, columns = left.transpose(-1, -2), right.shape[-1], self.weights.shape[-3] * right.shape[-1]
+        turn, channels, columns = (
+            left.transpose(-1, -2),
+            right.shape[-1],
+            self.weights.shape[-3] * right.shape[-1],
+        )
         by_tap = _tap_major(vector, channels, columns)
-        inside = self._turned(by_tap, turn, right, None if taps is None else taps.transpose(-1, -2)).mul_(self.weights)
+        inside = self._turned(
+            by_tap, turn, right, None if taps is None else taps.transpose(-1, -2)
+        ).mul_(self.weights)
         outside = self._turned(inside, left, right.transpose(-1, -2), taps)
         found = torch.empty_like(vector, memory_format=torch.contiguous_format)
         _by_channel(found, channels, columns).copy_(outside.movedim(-3, -1))

@@ -44,11 +44,15 @@ class Diagonal:
         """Apply it to `[..., d_out, d_in]`, each product in the precision of its rotation where that is the lower one."""
         left, right, dtype = self.left, self.right, vector.dtype
         lower_left, lower_right = _lower(left), _lower(right)
-        turned = product(product(left.mT, vector, dtype, lower_left), right, dtype, lower_right).mul_(self.weights)
+        turned = product(
+            product(left.mT, vector, dtype, lower_left), right, dtype, lower_right
+        ).mul_(self.weights)
         return product(product(left, turned, dtype, lower_left), right.mT, dtype, lower_right)
 
 
-def diagonal(left: Tensor, right: Tensor, taps: Tensor | None, weights: Tensor, precision: torch.dtype | None) -> Operator:
+def diagonal(
+    left: Tensor, right: Tensor, taps: Tensor | None, weights: Tensor, precision: torch.dtype | None
+) -> Operator:
     """`V -> U [(U^T V) * w]` for the basis that these directions make.
 
     Args:
@@ -60,7 +64,11 @@ def diagonal(left: Tensor, right: Tensor, taps: Tensor | None, weights: Tensor, 
     """
     d_out, d_in = weights.shape[-2:]
     if right.shape[-1] < d_in:
-        return ChannelDiagonal.of(left, right, taps, weights) if d_in > DENSE else Diagonal(left, joint_basis(right, taps, d_in), weights)
+        return (
+            ChannelDiagonal.of(left, right, taps, weights)
+            if d_in > DENSE
+            else Diagonal(left, joint_basis(right, taps, d_in), weights)
+        )
     if precision is not None:
         left = left.to(precision) if worth_rounding(d_in, left) else left
         right = right.to(precision) if worth_rounding(d_out, right) else right

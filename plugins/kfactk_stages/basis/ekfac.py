@@ -6,7 +6,19 @@ import attrs
 import torch
 from torch import Tensor
 
-from kfactk import Coupling, Decomposition, Operator, OptionError, Samples, Statistic, Tensors, hookimpl, linalg, project, project_channels
+from kfactk import (
+    Decomposition,
+    FactorContext,
+    Operator,
+    OptionError,
+    Samples,
+    Statistic,
+    Tensors,
+    hookimpl,
+    linalg,
+    project,
+    project_channels,
+)
 from kfactk.samples import product
 from kfactk_stages.basis._channels import pool_channels, products, spread
 from kfactk_stages.basis._diagonal import diagonal, worth_rounding
@@ -103,8 +115,8 @@ class Ekfac:
         >>> import torch
         >>> basis = Ekfac()
         >>> matrices = {"A": torch.diag(torch.tensor([1.0, 4.0])), "G": torch.eye(1)}
-        >>> coupling = Coupling(damping=0.0, mean_diagonal={})
-        >>> decomposition = {name: basis.decompose(name, matrix, coupling) for name, matrix in matrices.items()}
+        >>> context = FactorContext(damping=0.0, mean_diagonal={})
+        >>> decomposition = {name: basis.decompose(name, matrix, context) for name, matrix in matrices.items()}
         >>> basis.precondition(torch.ones(1, 2), decomposition, {"scale": torch.tensor([[1.0, 3.0]])}, 1.0)
         tensor([[0.5000, 0.2500]])
 
@@ -130,8 +142,14 @@ class Ekfac:
 
         A product of channels and taps turns with no coordinates that mix the two, and is exact for no example that does.
         """
-        every = {"null-space-independent"} | ({"closer-than-kfac"} if self.scale == "exact" else set())
-        return frozenset(every | {"rotation-equivariant", "exact-when-kronecker"} if self.inputs == "full" else every)
+        every = {"null-space-independent"} | (
+            {"closer-than-kfac"} if self.scale == "exact" else set()
+        )
+        return frozenset(
+            every | {"rotation-equivariant", "exact-when-kronecker"}
+            if self.inputs == "full"
+            else every
+        )
 
     @property
     def moments_from(self) -> str | None:
@@ -145,15 +163,21 @@ class Ekfac:
             return self.scale_decay
         return 0.0 if self.scale == "exact" else 0.95
 
-    def decompose(self, name: str, matrix: Tensor, coupling: Coupling) -> dict[str, Tensor]:
+    def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> dict[str, Tensor]:
         """`{"eigenvalues": [..., n], "eigenvectors": [..., n, n]}`, eigenvectors in columns."""
         values, vectors = linalg.eigh(matrix)
         return {"eigenvalues": values, "eigenvectors": vectors}
 
-    def redecompose(self, name: str, matrix: Tensor, coupling: Coupling, last: Tensors) -> dict[str, Tensor]:
+    def redecompose(
+        self, name: str, matrix: Tensor, context: FactorContext, last: Tensors
+    ) -> dict[str, Tensor]:
         """`decompose`, or from the size `iterate_from` on one orthogonal iteration from the last eigenvectors."""
-        if self.iterate_from is None or matrix.shape[-1] < self.iterate_from or matrix.shape != last["eigenvectors"].shape:
-            return self.decompose(name, matrix, coupling)
+        if (
+            self.iterate_from is None
+            or matrix.shape[-1] < self.iterate_from
+            or matrix.shape != last["eigenvectors"].shape
+        ):
+            return self.decompose(name, matrix, context)
         values, vectors = linalg.orthogonal_iteration(matrix, last["eigenvectors"])
         return {"eigenvalues": values, "eigenvectors": vectors}
 
@@ -162,7 +186,9 @@ class Ekfac:
         left, right, taps = _vectors(decomposition)
         whole = right.shape[-1] == samples.d_in
         if whole:
-            precision = self._rounded(samples.examples * min(samples.positions, samples.d_out), right)
+            precision = self._rounded(
+                samples.examples * min(samples.positions, samples.d_out), right
+            )
             options = {} if precision is None else {"precision": precision}
             square = samples.projected_square(left, right, **options)
         else:
@@ -170,31 +196,41 @@ class Ekfac:
         total = None if square.total is None else _pooled(square.total, decomposition)
         return {"scale": Statistic(total, square.count)}
 
-    def gradient_moments(self, decomposition: Decomposition, gradient: Tensor, terms: Tensor | float) -> dict[str, Statistic]:
+    def gradient_moments(
+        self, decomposition: Decomposition, gradient: Tensor, terms: Tensor | float
+    ) -> dict[str, Statistic]:
         """`{"scale": M (U_G^T D U_A)^2}` of the mini-batch mean gradient D over M terms; nothing for the exact scale."""
         if self.scale == "exact":
             return {}
         rotated = _projected(gradient, *_vectors(decomposition))
         return {"scale": Statistic(_pooled(rotated.square() * terms, decomposition), 1.0)}
 
-    def transport(self, moments: Tensors, old: Decomposition, new: Decomposition) -> dict[str, Tensor]:
+    def transport(
+        self, moments: Tensors, old: Decomposition, new: Decomposition
+    ) -> dict[str, Tensor]:
         """The diagonal, in the new basis, of the operator that is `diag(scale)` in the old one; null directions pooled."""
         if "scale" not in moments:
             return {}
         left, right, taps = (
-            None if u is None or v is None else product(u.transpose(-1, -2), v, v.dtype, self._rounded(u.shape[-1], v)).square()
+            None
+            if u is None or v is None
+            else product(u.transpose(-1, -2), v, v.dtype, self._rounded(u.shape[-1], v)).square()
             for u, v in zip(_vectors(old), _vectors(new), strict=True)
         )
         return {"scale": _pooled(_projected(moments["scale"], left, right, taps), new)}
 
-    def precondition(self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
+    def precondition(
+        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
+    ) -> Tensor:
         """Equation 11; `gradient` is `[..., d_out, d_in]`."""
         return self.operator(decomposition, moments, damping)(gradient)
 
     def operator(self, decomposition: Decomposition, moments: Tensors, damping: float) -> Operator:
         """Equation 11 but for the gradient; holds `1 / (s* + tau)`."""
         if "scale" not in moments:  # its shape is the gradient's
-            return lambda gradient: self._diagonal(decomposition, _scale_of(decomposition, moments, gradient.shape[-1]), damping)(gradient)
+            return lambda gradient: self._diagonal(
+                decomposition, _scale_of(decomposition, moments, gradient.shape[-1]), damping
+            )(gradient)
         return self._diagonal(decomposition, moments["scale"], damping)
 
     def _diagonal(self, decomposition: Decomposition, scale: Tensor, damping: float) -> Operator:
@@ -207,9 +243,13 @@ class Ekfac:
         precision = PRECISIONS[self.products]
         return precision if precision is not None and worth_rounding(rows, right) else None
 
-    def product(self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors) -> Tensor:
+    def product(
+        self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors
+    ) -> Tensor:
         """`U_G [(U_G^T V U_A) * s*] U_A^T`, undamped."""
-        return diagonal(*_vectors(decomposition), _scale_of(decomposition, moments, vector.shape[-1]), None)(vector)
+        return diagonal(
+            *_vectors(decomposition), _scale_of(decomposition, moments, vector.shape[-1]), None
+        )(vector)
 
     def condition(self, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
         """Condition number of the damped curvature, `(max s* + tau) / (min s* + tau)`; the largest among groups."""
@@ -231,7 +271,9 @@ def _vectors(decomposition: Decomposition) -> tuple[Tensor, Tensor, Tensor | Non
     return decomposition["G"]["eigenvectors"], *_inputs_of(decomposition, "eigenvectors")
 
 
-def _projected(matrix: Tensor, left: Tensor | None, right: Tensor | None, taps: Tensor | None) -> Tensor:
+def _projected(
+    matrix: Tensor, left: Tensor | None, right: Tensor | None, taps: Tensor | None
+) -> Tensor:
     """`left^T M right`, or, where `right` is of channels, `left^T M blockdiag(right kron taps, 1)`."""
     whole = right is None or right.shape[-1] == matrix.shape[-1]
     return project(matrix, left, right) if whole else project_channels(matrix, left, right, taps)
@@ -252,7 +294,11 @@ def _scale_of(decomposition: Decomposition, moments: Tensors, d_in: int | None =
 def _pooled(scale: Tensor, decomposition: Decomposition) -> Tensor:
     values, taps = _inputs_of(decomposition, "eigenvalues")
     null, null_taps = linalg.null_mask(values), None if taps is None else linalg.null_mask(taps)
-    scale = linalg.pool_null(scale, null, -1) if null.shape[-1] == scale.shape[-1] else pool_channels(scale, null, null_taps)
+    scale = (
+        linalg.pool_null(scale, null, -1)
+        if null.shape[-1] == scale.shape[-1]
+        else pool_channels(scale, null, null_taps)
+    )
     return linalg.pool_null(scale, linalg.null_mask(decomposition["G"]["eigenvalues"]), -2)
 
 

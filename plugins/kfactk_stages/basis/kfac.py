@@ -8,7 +8,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from kfactk import Coupling, Decomposition, Samples, Statistic, Tensors, hookimpl, linalg
+from kfactk import Decomposition, FactorContext, Samples, Statistic, Tensors, hookimpl, linalg
 
 
 @attrs.frozen
@@ -24,8 +24,8 @@ class KfacInverse:
         >>> import torch
         >>> basis, tau = KfacInverse(), 0.04
         >>> matrices = {"A": torch.eye(3), "G": torch.eye(2)}
-        >>> coupling = Coupling(damping=tau, mean_diagonal={k: linalg.mean_diagonal(m) for k, m in matrices.items()})
-        >>> decomposition = {name: basis.decompose(name, matrix, coupling) for name, matrix in matrices.items()}
+        >>> context = FactorContext(damping=tau, mean_diagonal={k: linalg.mean_diagonal(m) for k, m in matrices.items()})
+        >>> decomposition = {name: basis.decompose(name, matrix, context) for name, matrix in matrices.items()}
         >>> basis.precondition(torch.ones(2, 3), decomposition, {}, tau)[0, 0]  # 1 / 1.2**2
         tensor(0.6944)
 
@@ -34,21 +34,23 @@ class KfacInverse:
     """
 
     requires: ClassVar[frozenset[str]] = frozenset({"A", "G"})
-    laws: ClassVar[frozenset[str]] = frozenset({"rotation-equivariant", "null-space-independent", "exact-when-kronecker"})
+    laws: ClassVar[frozenset[str]] = frozenset(
+        {"rotation-equivariant", "null-space-independent", "exact-when-kronecker"}
+    )
 
     moments_from: ClassVar[str | None] = None
     moment_decay: ClassVar[float] = 0.0
 
-    def decompose(self, name: str, matrix: Tensor, coupling: Coupling) -> dict[str, Tensor]:
+    def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> dict[str, Tensor]:
         """Cholesky factor of the damped matrix, `{"cholesky": [..., n, n]}`, lower triangular: of A / pi, and of pi G.
 
         So both are as large as the root of F, and what lies between one division and the next stays between V and P V.
         """
-        mean_a, mean_g = coupling.mean_diagonal["A"], coupling.mean_diagonal["G"]
+        mean_a, mean_g = context.mean_diagonal["A"], context.mean_diagonal["G"]
         pi = linalg.tikhonov_pi(mean_a, mean_g)
-        root = coupling.damping**0.5
+        root = context.damping**0.5
         shift = pi * root if name == "A" else root / pi
-        shift = torch.maximum(shift, linalg.damping_floor(coupling.mean_diagonal[name]))
+        shift = torch.maximum(shift, linalg.damping_floor(context.mean_diagonal[name]))
         balance = pi.rsqrt() if name == "A" else pi.sqrt()
         return {"cholesky": linalg.cholesky(matrix, shift).mul_(balance[..., None, None])}
 
@@ -56,22 +58,30 @@ class KfacInverse:
         """None."""
         return {}
 
-    def gradient_moments(self, decomposition: Decomposition, gradient: Tensor, terms: Tensor | float) -> dict[str, Statistic]:
+    def gradient_moments(
+        self, decomposition: Decomposition, gradient: Tensor, terms: Tensor | float
+    ) -> dict[str, Statistic]:
         """None."""
         return {}
 
-    def transport(self, moments: Tensors, old: Decomposition, new: Decomposition) -> dict[str, Tensor]:
+    def transport(
+        self, moments: Tensors, old: Decomposition, new: Decomposition
+    ) -> dict[str, Tensor]:
         """Nothing to carry."""
         return {}
 
-    def precondition(self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
+    def precondition(
+        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
+    ) -> Tensor:
         """`G^-1 V A^-1` with the damped factors; `gradient` is `[..., d_out, d_in]`."""
         lower_a = decomposition["A"]["cholesky"].to(gradient.dtype)
         lower_g = decomposition["G"]["cholesky"].to(gradient.dtype)
         half = torch.cholesky_solve(gradient, lower_g)
         return torch.cholesky_solve(half.transpose(-1, -2), lower_a).transpose(-1, -2)
 
-    def product(self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors) -> Tensor:
+    def product(
+        self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors
+    ) -> Tensor:
         """`F vec(V) = vec(G V A)`, undamped."""
         return matrices["G"].to(vector.dtype) @ vector @ matrices["A"].to(vector.dtype)
 

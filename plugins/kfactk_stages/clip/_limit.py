@@ -38,7 +38,9 @@ def widened(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def scaled(tensors: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
     """New tensors `factor * t`, of the same dtypes and devices; `factor` is 0-dimensional and is never read by the host."""
-    return [(t * factor.to(t.device)).to(t.dtype) for t in tensors]  # of 0-dimensional ones the wider dtype would win
+    return [
+        (t * factor.to(t.device)).to(t.dtype) for t in tensors
+    ]  # of 0-dimensional ones the wider dtype would win
 
 
 def one(tensors: Sequence[Tensor]) -> Tensor:

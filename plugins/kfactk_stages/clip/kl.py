@@ -9,7 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from kfactk import Dot, Pair, hookimpl
+from kfactk import Dot, GradientPair, hookimpl
 from kfactk_stages.clip._limit import one, positive, scaled, widened
 
 
@@ -34,10 +34,10 @@ class KlClip:
         OptionError: `limit` is not a positive finite number.
 
     Example:
-        >>> from kfactk import Pair
+        >>> from kfactk import GradientPair
         >>> def dot(xs, ys):
         ...     return torch.stack([(x * y).sum() for x, y in zip(xs, ys)])
-        >>> clipped, factor = KlClip(limit=0.01).clip([Pair(torch.tensor([2.0]), torch.tensor([2.0]), lr=0.1)], dot)
+        >>> clipped, factor = KlClip(limit=0.01).clip([GradientPair(torch.tensor([2.0]), torch.tensor([2.0]), lr=0.1)], dot)
         >>> round(float(clipped[0]), 4), round(float(factor), 4)
         (1.0, 0.5)
 
@@ -48,7 +48,7 @@ class KlClip:
 
     limit: float = attrs.field(default=0.01, validator=positive)
 
-    def clip(self, pairs: Sequence[Pair], dot: Dot) -> tuple[list[Tensor], Tensor]:
+    def clip(self, pairs: Sequence[GradientPair], dot: Dot) -> tuple[list[Tensor], Tensor]:
         """The scaled preconditioned gradients, and what they were scaled by, nu."""
         tensors = [pair.preconditioned for pair in pairs]
         if not tensors:
@@ -57,8 +57,12 @@ class KlClip:
         by_lr: dict[float, list[Tensor]] = {}
         for pair, product in zip(pairs, products, strict=True):
             by_lr.setdefault(pair.lr, []).append(product)
-        total = torch.stack([torch.stack(same).sum() * (lr * lr) for lr, same in by_lr.items()]).sum()
-        factor = torch.where(total > self.limit, math.sqrt(self.limit) / total.sqrt(), 1.0)  # the quotient's root could underflow
+        total = torch.stack(
+            [torch.stack(same).sum() * (lr * lr) for lr, same in by_lr.items()]
+        ).sum()
+        factor = torch.where(
+            total > self.limit, math.sqrt(self.limit) / total.sqrt(), 1.0
+        )  # the quotient's root could underflow
         return scaled(tensors, factor), factor
 
 

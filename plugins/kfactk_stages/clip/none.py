@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import attrs
 from torch import Tensor
 
-from kfactk import Dot, Pair, hookimpl
+from kfactk import Dot, GradientPair, hookimpl
 from kfactk_stages.clip._limit import one
 
 
@@ -19,13 +19,13 @@ class NoClip:
 
     Example:
         >>> import torch
-        >>> from kfactk import Pair
-        >>> clipped, factor = NoClip().clip([Pair(torch.ones(2), torch.tensor([3.0, 4.0]), lr=0.1)], dot=None)
+        >>> from kfactk import GradientPair
+        >>> clipped, factor = NoClip().clip([GradientPair(torch.ones(2), torch.tensor([3.0, 4.0]), lr=0.1)], dot=None)
         >>> clipped[0], factor
         (tensor([3., 4.]), tensor(1.))
     """
 
-    def clip(self, pairs: Sequence[Pair], dot: Dot) -> tuple[list[Tensor], Tensor]:
+    def clip(self, pairs: Sequence[GradientPair], dot: Dot) -> tuple[list[Tensor], Tensor]:
         """The preconditioned gradients themselves, and 1."""
         tensors = [pair.preconditioned for pair in pairs]
         return tensors, one(tensors)

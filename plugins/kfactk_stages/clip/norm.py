@@ -8,7 +8,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from kfactk import Dot, Pair, hookimpl
+from kfactk import Dot, GradientPair, hookimpl
 from kfactk_stages.clip._limit import one, positive, scaled, widened
 
 
@@ -28,10 +28,10 @@ class NormClip:
         OptionError: `limit` is not a positive finite number.
 
     Example:
-        >>> from kfactk import Pair
+        >>> from kfactk import GradientPair
         >>> def dot(xs, ys):
         ...     return torch.stack([(x * y).sum() for x, y in zip(xs, ys)])
-        >>> clipped, factor = NormClip(limit=1.0).clip([Pair(torch.ones(2), torch.tensor([3.0, 4.0]), lr=0.1)], dot)
+        >>> clipped, factor = NormClip(limit=1.0).clip([GradientPair(torch.ones(2), torch.tensor([3.0, 4.0]), lr=0.1)], dot)
         >>> clipped[0], factor
         (tensor([0.6000, 0.8000]), tensor(0.2000))
 
@@ -41,7 +41,7 @@ class NormClip:
 
     limit: float = attrs.field(default=1.0, validator=positive)
 
-    def clip(self, pairs: Sequence[Pair], dot: Dot) -> tuple[list[Tensor], Tensor]:
+    def clip(self, pairs: Sequence[GradientPair], dot: Dot) -> tuple[list[Tensor], Tensor]:
         """The scaled preconditioned gradients, and what they were scaled by."""
         tensors = [pair.preconditioned for pair in pairs]
         if not tensors:

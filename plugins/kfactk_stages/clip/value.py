@@ -8,7 +8,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from kfactk import Dot, Pair, hookimpl
+from kfactk import Dot, GradientPair, hookimpl
 from kfactk_stages.clip._limit import one, positive, widened
 
 
@@ -31,10 +31,10 @@ class ValueClip:
         OptionError: `limit` is not a positive finite number.
 
     Example:
-        >>> from kfactk import Pair
+        >>> from kfactk import GradientPair
         >>> def dot(xs, ys):
         ...     return torch.stack([(x * y).sum() for x, y in zip(xs, ys)])
-        >>> clipped, factor = ValueClip(limit=1.0).clip([Pair(torch.ones(2), torch.tensor([3.0, -4.0]), lr=0.1)], dot)
+        >>> clipped, factor = ValueClip(limit=1.0).clip([GradientPair(torch.ones(2), torch.tensor([3.0, -4.0]), lr=0.1)], dot)
         >>> clipped[0], factor
         (tensor([ 1., -1.]), tensor(0.2828))
 
@@ -44,7 +44,7 @@ class ValueClip:
 
     limit: float = attrs.field(default=1.0, validator=positive)
 
-    def clip(self, pairs: Sequence[Pair], dot: Dot) -> tuple[list[Tensor], Tensor]:
+    def clip(self, pairs: Sequence[GradientPair], dot: Dot) -> tuple[list[Tensor], Tensor]:
         """The bounded preconditioned gradients, and the part of their norm that is left."""
         tensors = [pair.preconditioned for pair in pairs]
         clipped = [self._bounded(tensor) for tensor in tensors]

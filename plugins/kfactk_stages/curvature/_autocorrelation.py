@@ -26,8 +26,12 @@ STRIP_BYTES = 2**22
 
 def applies(window: Window) -> bool:
     """Whether the moment can be had this way: stride 1, more than one tap, and zeros beyond the input that no patch exceeds."""
-    exceeded = window.mode == "constant" and any(max(pads) > most for pads, most in zip(window.padding, window.reach, strict=True))
-    return all(step == 1 for step in window.stride) and math.prod(window.kernel) > 1 and not exceeded
+    exceeded = window.mode == "constant" and any(
+        max(pads) > most for pads, most in zip(window.padding, window.reach, strict=True)
+    )
+    return (
+        all(step == 1 for step in window.stride) and math.prod(window.kernel) > 1 and not exceeded
+    )
 
 
 def wide(window: Window, sizes: Sequence[int]) -> bool:
@@ -38,12 +42,19 @@ def wide(window: Window, sizes: Sequence[int]) -> bool:
 
 def cost(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -> float:
     """What `patch_moment` costs, in multiplications of a large product; small work still has its calls."""
-    total = _spectral.cost(window, sizes, channels, examples) + 60.0 * (channels * math.prod(window.kernel)) ** 2
+    total = (
+        _spectral.cost(window, sizes, channels, examples)
+        + 60.0 * (channels * math.prod(window.kernel)) ** 2
+    )
     for dim in range(len(sizes)):
         one = (*sizes[:dim], 1, *sizes[dim + 1 :])
         for cut, sides in _cuts(window, dim).items():
             kept, strips = channels * -(-cut // window.dilation[dim]), examples * cut * len(sides)
-            total += _slabs.cost(_along(window, dim), one, kept, strips) + MOVED * strips * kept * math.prod(one) + 20 * CALLED
+            total += (
+                _slabs.cost(_along(window, dim), one, kept, strips)
+                + MOVED * strips * kept * math.prod(one)
+                + 20 * CALLED
+            )
     return total
 
 
@@ -64,10 +75,16 @@ def patch_moment(inputs: Tensor, window: Window, groups: int) -> Tensor:
     for dim, (k, dilation) in enumerate(zip(taps, window.dilation, strict=True)):
         for cut, sides in _cuts(window, dim).items():
             kept = -(-cut // dilation)
-            strips = torch.cat([_strip(inputs, dim, cut, dilation, groups, after=after) for after in sides], 1)
-            found = slab_blocks(strips, _along(window, dim), groups * len(sides), inputs.dtype, STRIP_BYTES)
+            strips = torch.cat(
+                [_strip(inputs, dim, cut, dilation, groups, after=after) for after in sides], 1
+            )
+            found = slab_blocks(
+                strips, _along(window, dim), groups * len(sides), inputs.dtype, STRIP_BYTES
+            )
             found = found.select(len(taps) + dim, 0).select(dim, 0)
-            found = found.view(*found.shape[:-3], len(sides), groups, kept, channels, kept, channels)
+            found = found.view(
+                *found.shape[:-3], len(sides), groups, kept, channels, kept, channels
+            )
             for side, after in zip(found.unbind(-6), sides, strict=True):
                 seen = [slice(None)] * len(taps)
                 seen[dim] = slice(0, kept) if after else slice(k - kept, k)
@@ -104,7 +121,9 @@ def _toeplitz(correlation: Tensor, taps: tuple[int, ...]) -> Tensor:
     """`M[i, j] = correlation[j - i]` for taps i and j, `[*taps, *taps, groups, channels, channels]`."""
     blocks = correlation.new_empty(*taps, *taps, *correlation.shape[len(taps) :])
     for i in itertools.product(*map(range, taps)):
-        blocks[i] = correlation[tuple(slice(k - 1 - first, 2 * k - 1 - first) for k, first in zip(taps, i, strict=True))]
+        blocks[i] = correlation[
+            tuple(slice(k - 1 - first, 2 * k - 1 - first) for k, first in zip(taps, i, strict=True))
+        ]
     return blocks
 
 
@@ -121,10 +140,18 @@ def _along(window: Window, dim: int) -> Window:
     """The window over a strip: of positions that are seen in the dimensions before `dim`, and of all in those that follow."""
     pads = [*window.padding[:dim], (0, 0), *((reach, reach) for reach in window.reach[dim + 1 :])]
     single = (*window.kernel[:dim], 1, *window.kernel[dim + 1 :])
-    return Window(single, window.stride, window.dilation, tuple(pad for each in reversed(pads) for pad in each), "constant")
+    return Window(
+        single,
+        window.stride,
+        window.dilation,
+        tuple(pad for each in reversed(pads) for pad in each),
+        "constant",
+    )
 
 
-def _strip(inputs: Tensor, dim: int, cut: int, dilation: int, groups: int, *, after: bool) -> Tensor:
+def _strip(
+    inputs: Tensor, dim: int, cut: int, dilation: int, groups: int, *, after: bool
+) -> Tensor:
     """What is seen at the `cut` positions along a dimension that are the first of all, or the last, by the taps that see anything there.
 
     Returns:
@@ -135,5 +162,7 @@ def _strip(inputs: Tensor, dim: int, cut: int, dilation: int, groups: int, *, af
     strip = inputs.narrow(2 + dim, max(0, size - cut) if after else 0, min(cut, size))
     if any(pads):
         strip = F.pad(strip, (*[0, 0] * (inputs.ndim - 3 - dim), *pads))
-    strip = strip.reshape(len(inputs), groups, -1, *strip.shape[2:]).unfold(3 + dim, reach + 1, 1)[..., ::dilation]
+    strip = strip.reshape(len(inputs), groups, -1, *strip.shape[2:]).unfold(3 + dim, reach + 1, 1)[
+        ..., ::dilation
+    ]
     return strip.movedim((3 + dim, -1), (1, 3)).flatten(2, 4).flatten(0, 1).unsqueeze(2 + dim)

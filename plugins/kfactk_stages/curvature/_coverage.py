@@ -29,13 +29,20 @@ def reason_against(module: nn.Module, covered: tuple[type[nn.Module], ...]) -> s
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """The module's class, without the subclass that `torch.distributed` (`fully_shard`) swaps in, which leaves the forward alone."""
-    return next(cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.distributed."))
+    return next(
+        cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.distributed.")
+    )
 
 
 def _against_class(module: nn.Module, covered: tuple[type[nn.Module], ...]) -> str | None:
     cls = plain_class(module)
     if parametrize.is_parametrized(module):
-        names = " and ".join(name for name in ("weight", "bias") if parametrize.is_parametrized(module, name)) or "state"
+        names = (
+            " and ".join(
+                name for name in ("weight", "bias") if parametrize.is_parametrized(module, name)
+            )
+            or "state"
+        )
         return f"its {names} is parametrized (torch.nn.utils.parametrize): what is trained is not the layer's own matrix"
     if isinstance(module, LazyModuleMixin) and isinstance(module, covered):
         return f"{cls.__name__} is not initialised yet; run one forward before binding"

@@ -25,10 +25,17 @@ def lag_sums(inputs: Tensor, window: Window, groups: int) -> Tensor:
     images = inputs.view(len(inputs), groups, -1, *inputs.shape[2:])
     others = tuple(dim for dim in range(images.ndim) if dim != 1)
     sums = []
-    for axis, (taps, dilation) in enumerate(zip(window.kernel, window.dilation, strict=True), start=3):
+    for axis, (taps, dilation) in enumerate(
+        zip(window.kernel, window.dilation, strict=True), start=3
+    ):
         for step in range(dilation, taps * dilation, dilation):
             kept = max(images.shape[axis] - step, 0)
-            sums.append((images.narrow(axis, 0, kept) * images.narrow(axis, images.shape[axis] - kept, kept)).sum(others))
+            sums.append(
+                (
+                    images.narrow(axis, 0, kept)
+                    * images.narrow(axis, images.shape[axis] - kept, kept)
+                ).sum(others)
+            )
     found = torch.stack(sums, -1)
     return found.squeeze(0) if groups == 1 else found
 
@@ -50,7 +57,9 @@ def tap_correlation(lags: Tensor, mean_square: Tensor, kernel: Sequence[int]) ->
     relative = torch.where(silent, 0.0, lags / torch.where(silent, 1.0, mean_square.unsqueeze(-1)))
     found, start = lags.new_ones(*lags.shape[:-1], 1, 1), 0
     for taps in kernel:
-        row = torch.cat([torch.ones_like(relative[..., :1]), relative[..., start : start + taps - 1]], -1)
+        row = torch.cat(
+            [torch.ones_like(relative[..., :1]), relative[..., start : start + taps - 1]], -1
+        )
         index = torch.arange(taps, device=lags.device)
         found = kron(found, row[..., (index[:, None] - index).abs()])
         start += taps - 1

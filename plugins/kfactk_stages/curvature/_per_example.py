@@ -16,7 +16,9 @@ def unfolds(kernel: Sequence[int], channels: int, outputs: int, positions: int) 
 
     One channel in and out, as in depthwise convolutions, has a kernel of its own.
     """
-    return math.prod(kernel) == 1 or positions < outputs or (channels < 8 and channels * outputs > 1)
+    return (
+        math.prod(kernel) == 1 or positions < outputs or (channels < 8 and channels * outputs > 1)
+    )
 
 
 def weight_gradients(inputs: Tensor, gradient: Tensor, window: Window) -> Tensor:
@@ -41,7 +43,11 @@ def weight_gradients(inputs: Tensor, gradient: Tensor, window: Window) -> Tensor
         return gradient.flatten(3) @ patches.transpose(-1, -2)
     inputs, window = window.evenly_padded(inputs)
     weight = inputs.new_empty(()).expand(n * groups * outputs, channels, *window.kernel)
-    padding, zeros, mask = [before for before, _ in window.padding], [0] * dims, [False, True, False]
+    padding, zeros, mask = (
+        [before for before, _ in window.padding],
+        [0] * dims,
+        [False, True, False],
+    )
     found = torch.ops.aten.convolution_backward(
         gradient.reshape(1, n * groups * outputs, *out),
         inputs.reshape(1, n * groups * channels, *inputs.shape[2:]),

@@ -23,7 +23,9 @@ def cheapest(window: Window, sizes: tuple[int, ...], channels: int, examples: in
     return min(costs, key=costs.__getitem__)
 
 
-def costs_of(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -> dict[str, float]:
+def costs_of(
+    window: Window, sizes: tuple[int, ...], channels: int, examples: int
+) -> dict[str, float]:
     """What each way that applies costs, in multiplications of a large product."""
     columns = channels * math.prod(window.kernel)
     rows = examples * math.prod(window.positions(sizes))

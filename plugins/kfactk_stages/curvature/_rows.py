@@ -78,7 +78,9 @@ class LinearRows:
             moment = flat.T @ flat
             yield bordered(moment, flat.sum(0), len(flat)) if samples.bias else moment
 
-    def rotation(self, right: Tensor, dtype: torch.dtype, *, bias: bool) -> Callable[[slice], Tensor]:
+    def rotation(
+        self, right: Tensor, dtype: torch.dtype, *, bias: bool
+    ) -> Callable[[slice], Tensor]:
         """What makes `a right`, `[n, T, k_in]`, of the examples of a slice, in the precision of `right` and then given in `dtype`."""
         return lambda rows: rotated_rows(self.input_view(rows), right, dtype, bias=bias)
 
@@ -135,37 +137,61 @@ class ConvRows:
         """`sum_n sum_t a a^T`, `[(groups,) d_in, d_in]`, in parts that add, the cheapest way."""
         way = self._way(samples)
         if way == "pixels":
-            seen = slice(None), slice(None), slice(None), *(slice(None, None, step) for step in self.window.stride)
+            seen = (
+                slice(None),
+                slice(None),
+                slice(None),
+                *(slice(None, None, step) for step in self.window.stride),
+            )
             for rows in Samples.chunks(samples, self.numbers):
                 pixels = self._grouped(self.inputs[rows], self.channels)[seen].to(samples.dtype)
                 yield self._bordered(pixel_gram(pixels), self.inputs[rows], bias=samples.bias)
             return
         if way == "slabs":
-            within = min(samples.chunk_bytes, SLAB_BYTES) if samples.device.type == "cpu" else samples.chunk_bytes
+            within = (
+                min(samples.chunk_bytes, SLAB_BYTES)
+                if samples.device.type == "cpu"
+                else samples.chunk_bytes
+            )
             moment = slab_moment(self.inputs, self.window, self.groups, samples.dtype, within)
             yield self._bordered(moment, self.inputs, bias=samples.bias)
             return
-        for rows in Samples.chunks(samples, 8 * self.numbers if way == "correlation" else max(self.numbers, self.positions * self.columns)):
+        for rows in Samples.chunks(
+            samples,
+            8 * self.numbers
+            if way == "correlation"
+            else max(self.numbers, self.positions * self.columns),
+        ):
             if way == "correlation":
                 moment = patch_moment(self.inputs[rows].to(samples.dtype), self.window, self.groups)
             else:
-                moment = gram_of(self.input_view(rows).reshape(self.groups, -1, self.columns).to(samples.dtype))
+                moment = gram_of(
+                    self.input_view(rows).reshape(self.groups, -1, self.columns).to(samples.dtype)
+                )
             yield self._bordered(moment, self.inputs[rows], bias=samples.bias)
 
     def _way(self, samples: JoinedSamples) -> str:
         """The cheapest way for the moment among those that fit in `chunk_bytes`."""
         sizes = tuple(self.inputs.shape[2:])
         way = cheapest(self.window, sizes, self.channels, self.examples * self.groups)
-        needed = _spectral.workspace(self.window, sizes, self.channels, self.groups, samples.dtype) if way == "correlation" else 0
+        needed = (
+            _spectral.workspace(self.window, sizes, self.channels, self.groups, samples.dtype)
+            if way == "correlation"
+            else 0
+        )
         return way if needed <= samples.chunk_bytes else "slabs"
 
     def _bordered(self, moment: Tensor, inputs: Tensor, *, bias: bool) -> Tensor:
         if bias:
-            sums = patch_sum(inputs.sum(0, keepdim=True, dtype=moment.dtype), self.window, self.groups)
+            sums = patch_sum(
+                inputs.sum(0, keepdim=True, dtype=moment.dtype), self.window, self.groups
+            )
             moment = bordered(moment, sums, len(inputs) * self.positions)
         return self._ungrouped(moment)
 
-    def rotation(self, right: Tensor, dtype: torch.dtype, *, bias: bool) -> Callable[[slice], Tensor]:
+    def rotation(
+        self, right: Tensor, dtype: torch.dtype, *, bias: bool
+    ) -> Callable[[slice], Tensor]:
         """What makes `a right`, `[(groups,) n, T, k_in]`, of the examples of a slice, in the precision of `right`, then given in `dtype`.
 
         Of more than one tap it is a convolution, whose filters are the columns of `right` and whose bias is their last row.
@@ -175,7 +201,9 @@ class ConvRows:
             def pixels(rows: slice) -> Tensor:
                 view = self.input_view(rows).flatten(-1 - len(self.window.kernel))
                 lead = view.shape[: -1 - len(self.window.kernel)]
-                return rotated_rows(view.reshape(*lead, self.positions, self.channels), right, dtype, bias=bias)
+                return rotated_rows(
+                    view.reshape(*lead, self.positions, self.channels), right, dtype, bias=bias
+                )
 
             return pixels
         filters = right.reshape(self.groups, self.columns + bias, -1).transpose(-1, -2)
@@ -186,8 +214,12 @@ class ConvRows:
             inputs, window = self.window.evenly_padded(self.inputs[rows].to(right.dtype))
             padding = [before for before, _ in window.padding]
             convolve = (F.conv1d, F.conv2d, F.conv3d)[len(padding) - 1]
-            found = convolve(inputs, weight, offset, window.stride, padding, window.dilation, self.groups).to(dtype)
-            return self._ungrouped(self._grouped(found, filters.shape[1]).flatten(3).permute(1, 0, 3, 2))
+            found = convolve(
+                inputs, weight, offset, window.stride, padding, window.dilation, self.groups
+            ).to(dtype)
+            return self._ungrouped(
+                self._grouped(found, filters.shape[1]).flatten(3).permute(1, 0, 3, 2)
+            )
 
         return rotated
 
@@ -200,10 +232,20 @@ class ConvRows:
     def grad_moment(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """`sum_n sum_t g g^T`, `[(groups,) d_out, d_out]`."""
         moment = pixel_gram(self._grouped(self.gradient[rows], self.outputs).to(dtype))
-        return self._ungrouped(moment if isinstance(self.scale, float) and self.scale == 1.0 else moment * self.scale**2)
+        return self._ungrouped(
+            moment
+            if isinstance(self.scale, float) and self.scale == 1.0
+            else moment * self.scale**2
+        )
 
     def per_example_gradients(
-        self, rows: slice, dtype: torch.dtype, left: Tensor | None, precision: torch.dtype | None, *, bias: bool
+        self,
+        rows: slice,
+        dtype: torch.dtype,
+        left: Tensor | None,
+        precision: torch.dtype | None,
+        *,
+        bias: bool,
     ) -> Tensor:
         """`left^T D_n` of this use, `[(groups,) n, d_out, d_in]`."""
         gradient = self._grouped(self.gradient[rows], self.outputs).to(dtype).flatten(3)
@@ -220,7 +262,9 @@ class ConvRows:
     def turned(self, rows: slice, right: Tensor, dtype: torch.dtype) -> ConvRows:
         """The use on the examples `rows`, its channels rotated by `[(groups,) channels, k]`: padding, of every mode, commutes with it."""
         inputs = self._grouped(self.inputs[rows].to(dtype), self.channels).flatten(3)
-        turned = (right.to(dtype).transpose(-1, -2) @ inputs).reshape(len(inputs), -1, *self.inputs.shape[2:])
+        turned = (right.to(dtype).transpose(-1, -2) @ inputs).reshape(
+            len(inputs), -1, *self.inputs.shape[2:]
+        )
         return attrs.evolve(self, inputs=turned, gradient=self.gradient[rows])
 
     def input_view(self, rows: slice) -> Tensor:
@@ -237,7 +281,9 @@ class ConvRows:
 
     def pixel_moment(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """`sum_n sum_s x x^T` of the unpadded inputs, `[(groups,) channels, channels]`."""
-        return self._ungrouped(pixel_gram(self._grouped(self.inputs[rows], self.channels).to(dtype)))
+        return self._ungrouped(
+            pixel_gram(self._grouped(self.inputs[rows], self.channels).to(dtype))
+        )
 
     def _grouped(self, tensor: Tensor, channels: int) -> Tensor:
         return tensor.view(len(tensor), self.groups, channels, *tensor.shape[2:])
@@ -278,11 +324,21 @@ class JoinedSamples(Samples):
         terms, first, chunk_bytes: See `kfactk.Samples`.
     """
 
-    def __init__(self, uses: Sequence[Rows], *, bias: bool, terms: Tensor | float, first: bool, chunk_bytes: int) -> None:
+    def __init__(
+        self,
+        uses: Sequence[Rows],
+        *,
+        bias: bool,
+        terms: Tensor | float,
+        first: bool,
+        chunk_bytes: int,
+    ) -> None:
         one = uses[0]
         lead = (one.groups,) if one.groups > 1 else ()
         shape = (*lead, one.examples, sum(use.positions for use in uses))
-        dtype = working_dtype(*(tensor.dtype for use in uses for tensor in (use.inputs, use.gradient)))
+        dtype = working_dtype(
+            *(tensor.dtype for use in uses for tensor in (use.inputs, use.gradient))
+        )
         super().__init__(  # shapes without numbers: the numbers are read by `inputs` and `gradients`
             torch.empty(*shape, one.columns + bias, dtype=dtype, device="meta"),
             torch.empty(*shape, one.outputs, dtype=dtype, device="meta"),
@@ -323,21 +379,43 @@ class JoinedSamples(Samples):
         convolutions = [use for use in self.uses if isinstance(use, ConvRows)]
         if len(convolutions) < len(self.uses):
             return super().grad_moment()
-        chunks = [(use, rows) for use in convolutions for rows in super(JoinedSamples, self).chunks(use.positions * use.outputs)]
-        return Statistic(total_of(use.grad_moment(rows, self.dtype) for use, rows in chunks), self.terms, symmetric=True)
+        chunks = [
+            (use, rows)
+            for use in convolutions
+            for rows in super(JoinedSamples, self).chunks(use.positions * use.outputs)
+        ]
+        return Statistic(
+            total_of(use.grad_moment(rows, self.dtype) for use, rows in chunks),
+            self.terms,
+            symmetric=True,
+        )
 
     def per_example_gradients(
-        self, rows: slice = slice(None), left: Tensor | None = None, *, precision: torch.dtype | None = None
+        self,
+        rows: slice = slice(None),
+        left: Tensor | None = None,
+        *,
+        precision: torch.dtype | None = None,
     ) -> Tensor:
         """`left^T D_n` of the examples `rows`; convolutions are unfolded only where that is cheaper."""
         convolutions = [use for use in self.uses if isinstance(use, ConvRows)]
         if len(convolutions) < len(self.uses):
             return super().per_example_gradients(rows, left, precision=precision)
-        found = total_of(use.per_example_gradients(rows, self.dtype, left, precision, bias=self.bias) for use in convolutions)
+        found = total_of(
+            use.per_example_gradients(rows, self.dtype, left, precision, bias=self.bias)
+            for use in convolutions
+        )
         assert found is not None
         return found
 
-    def _squared_channels(self, rows: slice, total: Tensor | None, left: Tensor | None, right: Tensor, taps: Tensor | None) -> Tensor:
+    def _squared_channels(
+        self,
+        rows: slice,
+        total: Tensor | None,
+        left: Tensor | None,
+        right: Tensor,
+        taps: Tensor | None,
+    ) -> Tensor:
         """Channels are rotated in the images, S c^2 operations an example, or in the D_n, d_out taps c^2 of them."""
         convolutions = [use for use in self.uses if isinstance(use, ConvRows)]
         pixels = sum(math.prod(use.inputs.shape[2:]) for use in convolutions)
@@ -345,16 +423,22 @@ class JoinedSamples(Samples):
         if len(convolutions) < len(self.uses) or pixels * right.shape[-2] > self.d_out * columns:
             return super()._squared_channels(rows, total, left, right, taps)
         turned = [use.turned(rows, right, self.dtype) for use in convolutions]
-        samples = JoinedSamples(turned, bias=self.bias, terms=self.terms, first=self.first, chunk_bytes=self.chunk_bytes)
+        samples = JoinedSamples(
+            turned, bias=self.bias, terms=self.terms, first=self.first, chunk_bytes=self.chunk_bytes
+        )
         early, late = (left, None) if self.positions <= columns else (None, left)
         found = samples.per_example_gradients(slice(None), early)
         return add_squares(project_channels(found, late, None, taps, per_example=True), total)
 
-    def input_rotation(self, right: Tensor, precision: torch.dtype | None = None) -> Callable[[slice], Tensor]:
+    def input_rotation(
+        self, right: Tensor, precision: torch.dtype | None = None
+    ) -> Callable[[slice], Tensor]:
         """What makes `a right` of the examples of a slice, without unfolding and without a column of ones."""
         right = right.to(precision or self.dtype)
         ways = [use.rotation(right, self.dtype, bias=self.bias) for use in self.uses]
-        return ways[0] if len(ways) == 1 else lambda rows: torch.cat([way(rows) for way in ways], -2)
+        return (
+            ways[0] if len(ways) == 1 else lambda rows: torch.cat([way(rows) for way in ways], -2)
+        )
 
     def inputs(self, rows: slice = slice(None)) -> Tensor:
         """Inputs of the examples `rows`, `[..., n, T, d_in]`, in the working precision."""

@@ -51,7 +51,10 @@ class Slabs:
     def places(self) -> tuple[tuple[int, int], ...]:
         """Phase of each tap, and the first row that it sees there."""
         stride, dilation = self.window.stride[self.dim], self.window.dilation[self.dim]
-        return tuple((tap * dilation % stride, tap * dilation // stride) for tap in range(self.window.kernel[self.dim]))
+        return tuple(
+            (tap * dilation % stride, tap * dilation // stride)
+            for tap in range(self.window.kernel[self.dim])
+        )
 
     @cached_property
     def phases(self) -> dict[int, int]:
@@ -62,7 +65,9 @@ class Slabs:
     def widths(self) -> tuple[int, int]:
         """Columns for each channel, and positions for each row and example."""
         taps, positions = self.window.kernel, self.positions
-        return math.prod(taps[dim] for dim in self.others), math.prod(positions[dim] for dim in self.others)
+        return math.prod(taps[dim] for dim in self.others), math.prod(
+            positions[dim] for dim in self.others
+        )
 
     @cached_property
     def pairs(self) -> dict[tuple[int, int], tuple[int, int, int] | None]:
@@ -70,12 +75,21 @@ class Slabs:
 
         `None` where there is no such pair, or where too many rows differ.
         """
-        stride, dilation, reach = (each[self.dim] for each in (self.window.stride, self.window.dilation, self.window.reach))
+        stride, dilation, reach = (
+            each[self.dim] for each in (self.window.stride, self.window.dilation, self.window.reach)
+        )
         steps = stride // math.gcd(stride, dilation)
         rows, most = steps * dilation // stride, max(self.window.padding[self.dim])
-        wide = self.sizes[self.dim] >= 2 * reach and most <= reach and self.positions[self.dim] >= 4 * rows
+        wide = (
+            self.sizes[self.dim] >= 2 * reach
+            and most <= reach
+            and self.positions[self.dim] >= 4 * rows
+        )
         pairs = itertools.combinations_with_replacement(range(self.window.kernel[self.dim]), 2)
-        return {(one, other): (one - steps, other - steps, rows) if wide and one >= steps else None for one, other in pairs}
+        return {
+            (one, other): (one - steps, other - steps, rows) if wide and one >= steps else None
+            for one, other in pairs
+        }
 
     @cached_property
     def terms(self) -> list[tuple[tuple[int, int], tuple[int, int], slice, int]]:
@@ -97,7 +111,9 @@ class Slabs:
         """The positions from `low` to `high` at which both taps see the input."""
         for phase, row in (self.places[tap] for tap in taps):
             first = phase - self.window.padding[self.dim][0]
-            rows = _within(self.phases[phase], first, self.window.stride[self.dim], self.sizes[self.dim])[0]
+            rows = _within(
+                self.phases[phase], first, self.window.stride[self.dim], self.sizes[self.dim]
+            )[0]
             low, high = max(low, rows.start - row), min(high, rows.stop - row)
         return slice(low, high)
 
@@ -115,7 +131,9 @@ class Slabs:
                 source[3 + self.dim] = rows[1]
                 for dim, tap in zip(self.others, taps, strict=True):
                     first = tap * window.dilation[dim] - window.padding[dim][0]
-                    to, source[3 + dim] = _within(positions[dim], first, window.stride[dim], self.sizes[dim])
+                    to, source[3 + dim] = _within(
+                        positions[dim], first, window.stride[dim], self.sizes[dim]
+                    )
                     target.append(to)
                 found[phase].append(((slice(None), *taps, slice(None), *target), tuple(source)))
         return found
@@ -144,16 +162,26 @@ def cost(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -
     """What `slab_moment` costs, in multiplications of the kind that `_autocorrelation.cost` counts."""
     slabs = slabs_of(window, sizes)
     columns = channels * slabs.widths[0]
-    products = examples * channels**2 * slabs.products * (1 + 45 / (columns + 1.5))  # thin ones are bound by what they read
-    return products + 250.0 * (columns * window.kernel[slabs.dim]) ** 2 + 10 * max(1, len(slabs.terms)) * CALLED
+    products = (
+        examples * channels**2 * slabs.products * (1 + 45 / (columns + 1.5))
+    )  # thin ones are bound by what they read
+    return (
+        products
+        + 250.0 * (columns * window.kernel[slabs.dim]) ** 2
+        + 10 * max(1, len(slabs.terms)) * CALLED
+    )
 
 
-def slab_moment(inputs: Tensor, window: Window, groups: int, dtype: torch.dtype, chunk_bytes: int) -> Tensor:
+def slab_moment(
+    inputs: Tensor, window: Window, groups: int, dtype: torch.dtype, chunk_bytes: int
+) -> Tensor:
     """`sum_n sum_t p p^T` over the patches of a convolution, `[groups, columns, columns]`, without bias; see `slab_blocks`."""
     return moment_of(slab_blocks(inputs, window, groups, dtype, chunk_bytes))
 
 
-def slab_blocks(inputs: Tensor, window: Window, groups: int, dtype: torch.dtype, chunk_bytes: int) -> Tensor:
+def slab_blocks(
+    inputs: Tensor, window: Window, groups: int, dtype: torch.dtype, chunk_bytes: int
+) -> Tensor:
     """The moment tap by tap, `[*taps, *taps, groups, channels, channels]`.
 
     Args:
@@ -166,7 +194,11 @@ def slab_blocks(inputs: Tensor, window: Window, groups: int, dtype: torch.dtype,
     channels, taps = inputs.shape[1] // groups, window.kernel
     slabs = slabs_of(window, tuple(inputs.shape[2:]))
     columns, k = channels * slabs.widths[0], taps[slabs.dim]
-    made = [pair for pair, earlier in slabs.pairs.items() if earlier is None or any(pair == each[0] for each in slabs.terms)]
+    made = [
+        pair
+        for pair, earlier in slabs.pairs.items()
+        if earlier is None or any(pair == each[0] for each in slabs.terms)
+    ]
     found = {pair: inputs.new_zeros(groups, columns, columns, dtype=dtype) for pair in made}
     step = max(1, chunk_bytes // max(1, groups * channels * slabs.numbers * dtype.itemsize))
     arrays: dict[int, Tensor] = {}
@@ -179,7 +211,9 @@ def slab_blocks(inputs: Tensor, window: Window, groups: int, dtype: torch.dtype,
         if pair in found and pair[0] == pair[1] and columns >= SPLIT:
             found[pair] = found[pair].triu() + found[pair].triu(1).mT
         if earlier:
-            found[pair] = found[pair].add_(found[earlier[:2]]) if pair in found else found[earlier[:2]]
+            found[pair] = (
+                found[pair].add_(found[earlier[:2]]) if pair in found else found[earlier[:2]]
+            )
     pairs = itertools.product(range(k), range(k))
     blocks = torch.stack([found[i, j] if i <= j else found[j, i].mT for i, j in pairs])
     others = *(taps[dim] for dim in slabs.others), channels
@@ -190,13 +224,16 @@ def slab_blocks(inputs: Tensor, window: Window, groups: int, dtype: torch.dtype,
     return blocks.permute(*first, *second, 2, 2 + len(taps), 2 + 2 * len(taps))
 
 
-def _filled(inputs: Tensor, slabs: Slabs, dtype: torch.dtype, arrays: dict[int, Tensor]) -> dict[int, Tensor]:
+def _filled(
+    inputs: Tensor, slabs: Slabs, dtype: torch.dtype, arrays: dict[int, Tensor]
+) -> dict[int, Tensor]:
     """By phase `[groups, *other taps, channels, rows, N, *other positions]`; what `arrays` holds beyond the input stays zero."""
     n, groups, channels = inputs.shape[:3]
     others = slabs.others
     shape = [slabs.window.kernel[dim] for dim in others], [slabs.positions[dim] for dim in others]
     arrays = arrays or {
-        phase: inputs.new_zeros(groups, *shape[0], channels, rows, n, *shape[1], dtype=dtype) for phase, rows in slabs.phases.items()
+        phase: inputs.new_zeros(groups, *shape[0], channels, rows, n, *shape[1], dtype=dtype)
+        for phase, rows in slabs.phases.items()
     }
     order = (1, 2, 3 + slabs.dim, 0, *(3 + dim for dim in others))
     for phase, pieces in slabs.copies.items():
@@ -210,20 +247,31 @@ def _within(count: int, first: int, step: int, size: int) -> tuple[slice, slice]
     low = max(0, -(first // step))
     high = max(low, min(count, (size - 1 - first) // step + 1))
     start = first + step * low
-    return slice(low, high), slice(start, start + step * (high - low), step) if high > low else slice(0, 0)
+    return slice(low, high), slice(
+        start, start + step * (high - low), step
+    ) if high > low else slice(0, 0)
 
 
 def _add(found: dict[tuple[int, int], Tensor], slabs: Slabs, arrays: dict[int, Tensor]) -> None:
     """Add products of slabs, in place; of one group by a plain product, which is divided among threads along the rows too."""
-    flat = {phase: array.flatten(1, 1 + len(slabs.others)).flatten(3) for phase, array in arrays.items()}  # [groups, columns, rows, ...]
+    flat = {
+        phase: array.flatten(1, 1 + len(slabs.others)).flatten(3) for phase, array in arrays.items()
+    }  # [groups, columns, rows, ...]
     for pair, taps, rows, sign in slabs.terms:
         places = (slabs.places[tap] for tap in taps)
-        left, right = (flat[phase][:, :, row + rows.start : row + rows.stop].flatten(2) for phase, row in places)
+        left, right = (
+            flat[phase][:, :, row + rows.start : row + rows.stop].flatten(2)
+            for phase, row in places
+        )
         columns, symmetric = left.shape[1], taps[0] == taps[1]
         step = -(-columns // 3) if symmetric and columns >= SPLIT else columns
         for first in range(0, columns, step):
             total, beside = found[pair][:, first : first + step], first if symmetric else 0
             if len(left) > 1:
-                total[:, :, beside:].baddbmm_(left[:, first : first + step], right[:, beside:].mT, alpha=sign)
+                total[:, :, beside:].baddbmm_(
+                    left[:, first : first + step], right[:, beside:].mT, alpha=sign
+                )
             else:
-                total[0, :, beside:].addmm_(left[0, first : first + step], right[0, beside:].T, alpha=sign)
+                total[0, :, beside:].addmm_(
+                    left[0, first : first + step], right[0, beside:].T, alpha=sign
+                )

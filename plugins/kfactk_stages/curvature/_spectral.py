@@ -56,7 +56,9 @@ def autocorrelation(inputs: Tensor, window: Window, groups: int) -> Tensor:
     n, channels, sizes = len(inputs), inputs.shape[1] // groups, tuple(inputs.shape[2:])
     transform = transform_of(sizes, window.kernel, window.dilation, inputs.dtype, inputs.device)
     first, count = transform.there[0][0], transform.even.shape[1]
-    rows = (first @ inputs.reshape(-1, sizes[-1]).T).view(len(first) // 2, 2, -1)  # [frequencies, 2, N C *S] without the last dimension
+    rows = (first @ inputs.reshape(-1, sizes[-1]).T).view(
+        len(first) // 2, 2, -1
+    )  # [frequencies, 2, N C *S] without the last dimension
     within = CACHED if inputs.device.type == "cpu" else WORKSPACE
     per = count // len(rows)  # frequencies of the other dimensions for each of the last
     step = max(1, within // max(1, 2 * per * inputs.shape[1] * n * inputs.itemsize))
@@ -67,10 +69,14 @@ def autocorrelation(inputs: Tensor, window: Window, groups: int) -> Tensor:
         some = rows[start : start + step]
         pieces = _transformed(some, transform, sizes).view(per * len(some), 2 * n, groups, channels)
         for begin in range(0, len(pieces), most):
-            some = pieces[begin : begin + most].transpose(1, 2).flatten(0, 1)  # [frequencies * groups, 2 N, channels]
+            some = (
+                pieces[begin : begin + most].transpose(1, 2).flatten(0, 1)
+            )  # [frequencies * groups, 2 N, channels]
             at = slice(start * per + begin, start * per + begin + len(some) // groups)
             symmetric.addmm_(transform.even[:, at], (some.mT @ some).view(-1, symmetric.shape[1]))
-            antisymmetric.addmm_(transform.odd[:, at], (some[:, :n].mT @ some[:, n:]).view(-1, symmetric.shape[1]))
+            antisymmetric.addmm_(
+                transform.odd[:, at], (some[:, :n].mT @ some[:, n:]).view(-1, symmetric.shape[1])
+            )
     turned = antisymmetric.view(-1, groups, channels, channels)
     half = symmetric.view_as(turned) + (turned.mT - turned)
     whole = torch.cat([half[1:].flip(0).mT, half])
@@ -82,37 +88,60 @@ def _transformed(rows: Tensor, transform: Transform, sizes: tuple[int, ...]) -> 
     for (first, second), size in zip(transform.there[1:], reversed(sizes[:-1]), strict=True):
         real, imaginary = (rows[:, part].view(len(rows), -1, size).mT for part in (0, 1))
         found = torch.bmm(first.expand(len(rows), -1, -1), real)
-        rows = found.baddbmm_(second.expand(len(rows), -1, -1), imaginary).view(len(rows) * len(first) // 2, 2, -1)
+        rows = found.baddbmm_(second.expand(len(rows), -1, -1), imaginary).view(
+            len(rows) * len(first) // 2, 2, -1
+        )
     return rows
 
 
 @functools.lru_cache(maxsize=128)
 def transform_of(
-    sizes: tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    sizes: tuple[int, ...],
+    kernel: tuple[int, ...],
+    dilation: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> Transform:
     """The transform for inputs of spatial shape `sizes`.
 
     Frequencies of the last dimension lie between those of the plain transform, so that none but the last of an odd number is its own
     mirror image: those that the real transform leaves out are half of all.
     """
-    lengths = [size + step * (taps - 1) for size, taps, step in zip(sizes, kernel, dilation, strict=True)]
-    turns = [torch.arange(length, dtype=torch.float64) * (2 * math.pi / length) for length in lengths]
+    lengths = [
+        size + step * (taps - 1) for size, taps, step in zip(sizes, kernel, dilation, strict=True)
+    ]
+    turns = [
+        torch.arange(length, dtype=torch.float64) * (2 * math.pi / length) for length in lengths
+    ]
     turns[-1] = (turns[-1] + math.pi / lengths[-1])[: -(-lengths[-1] // 2)]
     there = []
     for angles, size in zip(reversed(turns), reversed(sizes), strict=True):
         at = torch.outer(angles, torch.arange(size, dtype=torch.float64))
-        there.append((torch.stack([at.cos(), -at.sin()], 1).flatten(0, 1), torch.stack([at.sin(), at.cos()], 1).flatten(0, 1)))
-    offsets = list(itertools.product(*(range(-(taps - 1), taps) for taps in kernel)))[math.prod(2 * taps - 1 for taps in kernel) // 2 :]
+        there.append(
+            (
+                torch.stack([at.cos(), -at.sin()], 1).flatten(0, 1),
+                torch.stack([at.sin(), at.cos()], 1).flatten(0, 1),
+            )
+        )
+    offsets = list(itertools.product(*(range(-(taps - 1), taps) for taps in kernel)))[
+        math.prod(2 * taps - 1 for taps in kernel) // 2 :
+    ]
     turned = torch.zeros(len(offsets), 1, dtype=torch.float64)
     for dim in reversed(range(len(sizes))):
-        steps = torch.tensor([offset[dim] * dilation[dim] for offset in offsets], dtype=torch.float64)
+        steps = torch.tensor(
+            [offset[dim] * dilation[dim] for offset in offsets], dtype=torch.float64
+        )
         turned = (turned.unsqueeze(-1) + torch.outer(steps, turns[dim]).unsqueeze(1)).flatten(1)
     weights = torch.full((len(turns[-1]),), 2.0 / math.prod(lengths), dtype=torch.float64)
     if lengths[-1] % 2:
         weights[-1] /= 2
     weights = weights.repeat_interleave(turned.shape[1] // len(weights))
     placed = [(one.to(device, dtype), other.to(device, dtype)) for one, other in there]
-    return Transform(tuple(placed), (turned.cos() * weights).to(device, dtype), (turned.sin() * weights).to(device, dtype))
+    return Transform(
+        tuple(placed),
+        (turned.cos() * weights).to(device, dtype),
+        (turned.sin() * weights).to(device, dtype),
+    )
 
 
 def _frequencies(window: Window, sizes: tuple[int, ...]) -> tuple[int, ...]:
@@ -123,11 +152,17 @@ def _frequencies(window: Window, sizes: tuple[int, ...]) -> tuple[int, ...]:
 def cost(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -> float:
     """What `autocorrelation` costs, in multiplications of a large product."""
     transforms, products, numbers = work(window, sizes, channels, examples)
-    small = 1.6 * transforms + WRITTEN * numbers + 2 * math.prod(_frequencies(window, sizes)) * (WRITTEN * channels**2 + 5000)
+    small = (
+        1.6 * transforms
+        + WRITTEN * numbers
+        + 2 * math.prod(_frequencies(window, sizes)) * (WRITTEN * channels**2 + 5000)
+    )
     return small + products + 40 * CALLED
 
 
-def work(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -> tuple[float, float, float]:
+def work(
+    window: Window, sizes: tuple[int, ...], channels: int, examples: int
+) -> tuple[float, float, float]:
     """Multiplications of the transforms, and of the products at all frequencies and the way back; and numbers that transforms give."""
     frequencies, left, transforms, numbers = 1, math.prod(sizes), 0, 0
     for dim in reversed(range(len(sizes))):
@@ -138,10 +173,16 @@ def work(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -
         numbers += 2 * frequencies * left
     offsets = math.prod(2 * taps - 1 for taps in window.kernel) // 2 + 1
     products = frequencies * channels**2 * (3.0 * examples + 2 * offsets)
-    return float(examples * channels * transforms), products, float(examples * channels * (numbers + 2 * frequencies))
+    return (
+        float(examples * channels * transforms),
+        products,
+        float(examples * channels * (numbers + 2 * frequencies)),
+    )
 
 
-def workspace(window: Window, sizes: tuple[int, ...], channels: int, groups: int, dtype: torch.dtype) -> int:
+def workspace(
+    window: Window, sizes: tuple[int, ...], channels: int, groups: int, dtype: torch.dtype
+) -> int:
     """Bytes that products take at least, at a time, for inputs of a dtype."""
     square = dtype.itemsize * groups * channels**2
     return 2 * max(square, min(square * math.prod(_frequencies(window, sizes)), WORKSPACE))

@@ -46,24 +46,38 @@ class Window:
         dilation = _each(module.dilation, len(kernel))
         stride = _each(module.stride, len(kernel))
         if module.padding_mode == "zeros":
-            return cls(kernel, stride, dilation, _zero_pads(module.padding, kernel, dilation), "constant")
-        return cls(kernel, stride, dilation, tuple(module._reversed_padding_repeated_twice), module.padding_mode)
+            return cls(
+                kernel, stride, dilation, _zero_pads(module.padding, kernel, dilation), "constant"
+            )
+        return cls(
+            kernel,
+            stride,
+            dilation,
+            tuple(module._reversed_padding_repeated_twice),
+            module.padding_mode,
+        )
 
     @property
     def padding(self) -> tuple[tuple[int, int], ...]:
         """Padding before and after, dimension by dimension."""
-        return tuple((self.pads[i], self.pads[i + 1]) for i in reversed(range(0, len(self.pads), 2)))
+        return tuple(
+            (self.pads[i], self.pads[i + 1]) for i in reversed(range(0, len(self.pads), 2))
+        )
 
     @property
     def reach(self) -> tuple[int, ...]:
         """How far the last tap is from the first, dimension by dimension."""
-        return tuple(dilation * (taps - 1) for taps, dilation in zip(self.kernel, self.dilation, strict=True))
+        return tuple(
+            dilation * (taps - 1) for taps, dilation in zip(self.kernel, self.dilation, strict=True)
+        )
 
     def unpadded(self, inputs: Tensor) -> tuple[Tensor, Window]:
         """The same patches of an input that is padded by now, where what is beyond it is not zeros."""
         if self.mode == "constant":
             return inputs, self
-        return F.pad(inputs, self.pads, mode=self.mode), attrs.evolve(self, pads=(0,) * len(self.pads), mode="constant")
+        return F.pad(inputs, self.pads, mode=self.mode), attrs.evolve(
+            self, pads=(0,) * len(self.pads), mode="constant"
+        )
 
     def zero_padded(self, sizes: Sequence[int]) -> tuple[Window, tuple[int, ...]]:
         """The window and the spatial shape of what `unpadded` makes of an input of spatial shape `sizes`."""
@@ -76,7 +90,9 @@ class Window:
         """Positions of the output over an input of spatial shape `sizes`, dimension by dimension."""
         return tuple(
             (size + sum(pads) - reach - 1) // step + 1
-            for size, pads, reach, step in zip(sizes, self.padding, self.reach, self.stride, strict=True)
+            for size, pads, reach, step in zip(
+                sizes, self.padding, self.reach, self.stride, strict=True
+            )
         )
 
     def evenly_padded(self, inputs: Tensor) -> tuple[Tensor, Window]:
@@ -84,17 +100,24 @@ class Window:
         even = self.mode == "constant" and all(before == after for before, after in self.padding)
         if even:
             return inputs, self
-        return F.pad(inputs, self.pads, mode=self.mode), attrs.evolve(self, pads=(0,) * len(self.pads), mode="constant")
+        return F.pad(inputs, self.pads, mode=self.mode), attrs.evolve(
+            self, pads=(0,) * len(self.pads), mode="constant"
+        )
 
     def padded_positions(self, sizes: Sequence[int]) -> int:
         """Number of positions of an input of spatial shape `sizes`, once padded."""
         dims = len(self.kernel)
-        return math.prod(size + self.pads[2 * (dims - 1 - i)] + self.pads[2 * (dims - 1 - i) + 1] for i, size in enumerate(sizes))
+        return math.prod(
+            size + self.pads[2 * (dims - 1 - i)] + self.pads[2 * (dims - 1 - i) + 1]
+            for i, size in enumerate(sizes)
+        )
 
     def patches(self, inputs: Tensor) -> Tensor:
         """`[N, C, *S]` to a view `[N, C, *out, *kernel]` of the padded input."""
         padded = F.pad(inputs, self.pads, mode=self.mode) if any(self.pads) else inputs
-        for i, (taps, step, dilation) in enumerate(zip(self.kernel, self.stride, self.dilation, strict=True)):
+        for i, (taps, step, dilation) in enumerate(
+            zip(self.kernel, self.stride, self.dilation, strict=True)
+        ):
             padded = padded.unfold(2 + i, dilation * (taps - 1) + 1, step)[..., ::dilation]
         return padded
 
@@ -102,12 +125,16 @@ class Window:
 def moment_of(blocks: Tensor) -> Tensor:
     """A moment tap by tap, `[*taps, *taps, groups, channels, channels]`, as `[groups, channels * taps, channels * taps]`."""
     dims = (blocks.ndim - 3) // 2
-    found = blocks.permute(2 * dims, 2 * dims + 1, *range(dims), 2 * dims + 2, *range(dims, 2 * dims))
+    found = blocks.permute(
+        2 * dims, 2 * dims + 1, *range(dims), 2 * dims + 2, *range(dims, 2 * dims)
+    )
     columns = blocks.shape[-1] * math.prod(blocks.shape[:dims])
     return found.reshape(-1, columns, columns)
 
 
-def _zero_pads(padding: str | int | tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, ...]) -> tuple[int, ...]:
+def _zero_pads(
+    padding: str | int | tuple[int, ...], kernel: tuple[int, ...], dilation: tuple[int, ...]
+) -> tuple[int, ...]:
     if padding == "valid":
         return (0, 0) * len(kernel)
     if padding == "same":

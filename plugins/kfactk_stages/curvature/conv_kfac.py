@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from kfactk import Layer, Samples, Statistic, Tensors, Use, hookimpl
+from kfactk import Layer, LayerCall, Samples, Statistic, Tensors, hookimpl
 from kfactk.linalg import block_diagonal, kron, mean_diagonal
 from kfactk.samples import total_of
 from kfactk_stages.curvature._coverage import CONVOLUTIONS
@@ -62,7 +62,7 @@ class ConvKfac(Kfac):
 
     Example:
         >>> layer = Layer("conv", nn.Conv2d(2, 4, 3, padding="same"), ("weight", "bias"))
-        >>> use = Use(torch.ones(5, 2, 6, 6), torch.ones(5, 4, 6, 6))
+        >>> use = LayerCall(torch.ones(5, 2, 6, 6), torch.ones(5, 4, 6, 6))
         >>> curvature = ConvKfac(spatial="sua")
         >>> factors = curvature.factors(layer, curvature.samples(layer, [use], terms=5, first=True))
         >>> {name: tuple(s.total.shape) for name, s in factors.items()}
@@ -79,25 +79,32 @@ class ConvKfac(Kfac):
     spatial_settings: ClassVar[tuple[str, ...]] = ("sud", "sua", "reduce", "stationary")
     covered: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, *CONVOLUTIONS)
 
-    def blank(self, layer: Layer) -> Use:
+    def blank(self, layer: Layer) -> LayerCall:
         """Zeros; for a convolution as many positions as the padding mode and one patch need."""
         if not isinstance(layer.module, CONVOLUTIONS):
             return super().blank(layer)
         weight, window = layer.tensors()["weight"], Window.of(cast("nn.Conv2d", layer.module))
-        patch = [dilation * (taps - 1) + 1 for taps, dilation in zip(window.kernel, window.dilation, strict=True)]
+        patch = [
+            dilation * (taps - 1) + 1
+            for taps, dilation in zip(window.kernel, window.dilation, strict=True)
+        ]
         sizes = [max(size, max(window.pads) + 1) for size in patch]
-        zeros = partial(torch.zeros, dtype=weight.dtype, device=weight.device)  # the weight may be sharded, activations never are
+        zeros = partial(
+            torch.zeros, dtype=weight.dtype, device=weight.device
+        )  # the weight may be sharded, activations never are
         inputs = zeros(1, weight.shape[1] * groups_of(layer.module), *sizes)
         positions = window.patches(inputs).shape[2 : 2 + len(sizes)]
-        return Use(inputs, zeros(1, weight.shape[0], *positions))
+        return LayerCall(inputs, zeros(1, weight.shape[0], *positions))
 
-    def rows(self, layer: Layer, use: Use) -> Rows:
+    def rows(self, layer: Layer, use: LayerCall) -> Rows:
         """One use as rows: patches, for a convolution."""
         if not isinstance(layer.module, CONVOLUTIONS):
             return super().rows(layer, use)
         window = Window.of(cast("nn.Conv2d", layer.module))
         batched = use.inputs.ndim == len(window.kernel) + 2
-        inputs, gradient = (use.inputs, use.gradient) if batched else (use.inputs[None], use.gradient[None])
+        inputs, gradient = (
+            (use.inputs, use.gradient) if batched else (use.inputs[None], use.gradient[None])
+        )
         return ConvRows(inputs, gradient, use.scale, groups_of(layer.module), window)
 
     def input_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
@@ -118,10 +125,18 @@ class ConvKfac(Kfac):
         makers: dict[str, Callable[[], Tensor]] = {}
         if "Omega" in factors:
             correlation = partial(_correlation, layer, factors)
-            makers |= {"A": lambda: _product(layer, factors, correlation()), "C": lambda: factors["Omega"], "K": correlation}
+            makers |= {
+                "A": lambda: _product(layer, factors, correlation()),
+                "C": lambda: factors["Omega"],
+                "K": correlation,
+            }
         elif "A" in factors:
             a = factors["A"]
-            makers |= {"A": lambda: a, "C": partial(_over_channels, layer, a), "K": partial(_over_taps, layer, a)}
+            makers |= {
+                "A": lambda: a,
+                "C": partial(_over_channels, layer, a),
+                "K": partial(_over_taps, layer, a),
+            }
         if "G" in factors:
             makers["G"] = lambda: factors["G"]
         return OnDemand(makers)
@@ -135,7 +150,9 @@ def _correlation(layer: Layer, factors: Tensors) -> Tensor:
     """K, `[..., taps, taps]`."""
     omega, kernel = factors["Omega"], layer.tensors()["weight"].shape[2:]
     if "lags" not in factors:
-        return torch.eye(math.prod(kernel), dtype=omega.dtype, device=omega.device).expand(*omega.shape[:-2], -1, -1)
+        return torch.eye(math.prod(kernel), dtype=omega.dtype, device=omega.device).expand(
+            *omega.shape[:-2], -1, -1
+        )
     return tap_correlation(factors["lags"], omega.diagonal(dim1=-2, dim2=-1).sum(-1), kernel)
 
 
@@ -143,7 +160,11 @@ def _product(layer: Layer, factors: Tensors, correlation: Tensor) -> Tensor:
     """`blockdiag(Omega kron K, T)`."""
     omega = factors["Omega"]
     a = kron(omega, correlation)
-    return block_diagonal(a, factors["positions"].to(omega.dtype).expand(*omega.shape[:-2], 1, 1)) if layer.bias else a
+    return (
+        block_diagonal(a, factors["positions"].to(omega.dtype).expand(*omega.shape[:-2], 1, 1))
+        if layer.bias
+        else a
+    )
 
 
 def _over_channels(layer: Layer, a: Tensor) -> Tensor:
@@ -159,26 +180,40 @@ def _over_taps(layer: Layer, a: Tensor) -> Tensor:
         return a.new_ones(*a.shape[:-2], 1, 1)
     k = _split(layer, a).diagonal(dim1=-4, dim2=-2).sum(-1)
     mean = mean_diagonal(k)[..., None, None]
-    return torch.where(mean > 0, k / torch.where(mean > 0, mean, 1.0), torch.eye(k.shape[-1], dtype=k.dtype, device=k.device))
+    return torch.where(
+        mean > 0,
+        k / torch.where(mean > 0, mean, 1.0),
+        torch.eye(k.shape[-1], dtype=k.dtype, device=k.device),
+    )
 
 
 def _split(layer: Layer, a: Tensor) -> Tensor:
     """A without the bias as a view `[..., channels, taps, channels, taps]`."""
     taps, columns = _taps(layer), a.shape[-1] - layer.bias
-    return a[..., :columns, :columns].view(*a.shape[:-2], columns // taps, taps, columns // taps, taps)
+    return a[..., :columns, :columns].view(
+        *a.shape[:-2], columns // taps, taps, columns // taps, taps
+    )
 
 
 def channel_moment(samples: JoinedSamples) -> Statistic:
     """`sum_n T mean_s x x^T` over the uses of a convolution, `[..., channels, channels]`, counted by examples."""
-    return _over_pixels(samples, lambda use, rows: use.pixel_moment(rows, samples.dtype), symmetric=True)
+    return _over_pixels(
+        samples, lambda use, rows: use.pixel_moment(rows, samples.dtype), symmetric=True
+    )
 
 
 def lag_moment(samples: JoinedSamples) -> Statistic:
     """`sum_n T mean_s <x_s, x_{s + k}>` for pixels k = 1, 2, ... taps apart along each axis, `[..., lags]`, counted by examples."""
-    return _over_pixels(samples, lambda use, rows: lag_sums(use.inputs[rows].to(samples.dtype), use.window, use.groups), symmetric=False)
+    return _over_pixels(
+        samples,
+        lambda use, rows: lag_sums(use.inputs[rows].to(samples.dtype), use.window, use.groups),
+        symmetric=False,
+    )
 
 
-def _over_pixels(samples: JoinedSamples, summed: Callable[[ConvRows, slice], Tensor], *, symmetric: bool) -> Statistic:
+def _over_pixels(
+    samples: JoinedSamples, summed: Callable[[ConvRows, slice], Tensor], *, symmetric: bool
+) -> Statistic:
     """A sum over the pixels of all uses, times T over their number."""
     if not samples.first:
         return Statistic(None, 0.0)
@@ -186,7 +221,10 @@ def _over_pixels(samples: JoinedSamples, summed: Callable[[ConvRows, slice], Ten
     for use in samples.uses:
         assert isinstance(use, ConvRows)
         spatial = math.prod(use.inputs.shape[2:])
-        parts += (summed(use, rows) * (use.positions / max(1, spatial)) for rows in samples.chunks(spatial * use.channels))
+        parts += (
+            summed(use, rows) * (use.positions / max(1, spatial))
+            for rows in samples.chunks(spatial * use.channels)
+        )
     return Statistic(total_of(parts), float(samples.examples), symmetric=symmetric)
 
 
@@ -194,7 +232,9 @@ def _positions(samples: Samples, moment: Statistic) -> Statistic:
     """T as a statistic with the count of `moment`, so that batches of different resolution average."""
     if moment.total is None:
         return Statistic(None, moment.count)
-    return Statistic(moment.total.new_tensor(float(samples.positions * samples.examples)), moment.count)
+    return Statistic(
+        moment.total.new_tensor(float(samples.positions * samples.examples)), moment.count
+    )
 
 
 @hookimpl

@@ -10,7 +10,16 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from kfactk import CaptureError, Layer, OptionError, Samples, Statistic, Tensors, Use, hookimpl
+from kfactk import (
+    CaptureError,
+    Layer,
+    LayerCall,
+    OptionError,
+    Samples,
+    Statistic,
+    Tensors,
+    hookimpl,
+)
 from kfactk.samples import DEFAULT_CHUNK_BYTES, gram, total_of
 from kfactk_stages.curvature._coverage import reason_against
 from kfactk_stages.curvature._rows import JoinedSamples, LinearRows, Rows
@@ -26,12 +35,16 @@ def _spatial(curvature: Kfac, attribute: attrs.Attribute[str], value: str) -> No
 
 def _batch_dim(curvature: Kfac, attribute: attrs.Attribute[int], value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise OptionError(f"batch_dim={value!r} is not a dimension counted from the front; give 0 (batch first) or 1 (sequence first)")
+        raise OptionError(
+            f"batch_dim={value!r} is not a dimension counted from the front; give 0 (batch first) or 1 (sequence first)"
+        )
 
 
 def _chunk_bytes(curvature: Kfac, attribute: attrs.Attribute[int], value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise OptionError(f"chunk_bytes={value!r} is not a number of bytes; give a positive integer, such as {DEFAULT_CHUNK_BYTES}")
+        raise OptionError(
+            f"chunk_bytes={value!r} is not a number of bytes; give a positive integer, such as {DEFAULT_CHUNK_BYTES}"
+        )
 
 
 @attrs.frozen(kw_only=True)
@@ -59,7 +72,7 @@ class Kfac:
     Example:
         >>> import torch
         >>> layer = Layer("fc", nn.Linear(3, 2), ("weight", "bias"))
-        >>> use = Use(torch.ones(5, 3), torch.ones(5, 2))
+        >>> use = LayerCall(torch.ones(5, 3), torch.ones(5, 2))
         >>> curvature = Kfac()
         >>> samples = curvature.samples(layer, [use], terms=5, first=True)
         >>> {name: tuple(s.total.shape) for name, s in curvature.factors(layer, samples).items()}
@@ -87,23 +100,30 @@ class Kfac:
         groups, weight = groups_of(layer.module), tensors["weight"]
         rows = () if groups == 1 else (groups,)
         matrix = weight.reshape(*rows, weight.shape[0] // groups, -1)
-        return torch.cat([matrix, tensors["bias"].reshape(*rows, -1, 1)], -1) if layer.bias else matrix
+        return (
+            torch.cat([matrix, tensors["bias"].reshape(*rows, -1, 1)], -1) if layer.bias else matrix
+        )
 
     def tensors(self, layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
         """Inverse of `matrix`."""
         like = layer.tensors()
         if not layer.bias:
             return {"weight": matrix.reshape(like["weight"].shape)}
-        return {"weight": matrix[..., :-1].reshape(like["weight"].shape), "bias": matrix[..., -1].reshape(like["bias"].shape)}
+        return {
+            "weight": matrix[..., :-1].reshape(like["weight"].shape),
+            "bias": matrix[..., -1].reshape(like["bias"].shape),
+        }
 
-    def blank(self, layer: Layer) -> Use:
+    def blank(self, layer: Layer) -> LayerCall:
         """One row of zeros."""
         weight = layer.tensors()["weight"]
         d_out, d_in = weight.shape[:2]
         zeros = partial(torch.zeros, dtype=weight.dtype, device=weight.device)
-        return Use(zeros(1, d_in), zeros(1, d_out))
+        return LayerCall(zeros(1, d_in), zeros(1, d_out))
 
-    def samples(self, layer: Layer, uses: Sequence[Use], *, terms: Tensor | float, first: bool) -> Samples:
+    def samples(
+        self, layer: Layer, uses: Sequence[LayerCall], *, terms: Tensor | float, first: bool
+    ) -> Samples:
         """View the uses as samples, `[N, T, d]`; several uses concatenate along T.
 
         Raises:
@@ -117,11 +137,15 @@ class Kfac:
                 "it cannot be told which rows belong to one example; "
                 "call it with the examples in the same dimension each time, or leave it out of `params`"
             )
-        return JoinedSamples(rows, bias=layer.bias, terms=terms, first=first, chunk_bytes=self.chunk_bytes)
+        return JoinedSamples(
+            rows, bias=layer.bias, terms=terms, first=first, chunk_bytes=self.chunk_bytes
+        )
 
-    def rows(self, layer: Layer, use: Use) -> Rows:
+    def rows(self, layer: Layer, use: LayerCall) -> Rows:
         """One use as rows."""
-        return LinearRows(self._batched(layer, use.inputs), self._batched(layer, use.gradient), use.scale)
+        return LinearRows(
+            self._batched(layer, use.inputs), self._batched(layer, use.gradient), use.scale
+        )
 
     def _batched(self, layer: Layer, tensor: Tensor) -> Tensor:
         """`[N, *, d]`, at least one dimension between examples and features."""
@@ -140,7 +164,11 @@ class Kfac:
 
     def input_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
         """Sum and count of A."""
-        return {"A": reduced_input_moment(samples) if self.spatial == "reduce" else samples.input_moment()}
+        return {
+            "A": reduced_input_moment(samples)
+            if self.spatial == "reduce"
+            else samples.input_moment()
+        }
 
     def gradient_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
         """Sum and count of G."""
@@ -169,7 +197,10 @@ def reduced_input_moment(samples: Samples) -> Statistic:
 
 def reduced_grad_moment(samples: Samples) -> Statistic:
     """`sum_n gsum gsum^T` with `gsum = sum_t g`, `[..., d_out, d_out]`, counted by likelihood terms."""
-    sums = (samples.gradients(rows).sum(-2, keepdim=True) for rows in samples.chunks(samples.positions * samples.d_out))
+    sums = (
+        samples.gradients(rows).sum(-2, keepdim=True)
+        for rows in samples.chunks(samples.positions * samples.d_out)
+    )
     return Statistic(summed_grams(sums), samples.terms, symmetric=True)
 
 

@@ -44,7 +44,13 @@ class Empirical:
         """Nothing is drawn: 0."""
         return 0
 
-    def losses(self, view: Tensor, likelihood: Likelihood, weights: Tensor | None, generator: torch.Generator) -> Iterator[Tensor]:
+    def losses(
+        self,
+        view: Tensor,
+        likelihood: Likelihood,
+        weights: Tensor | None,
+        generator: torch.Generator,
+    ) -> Iterator[Tensor]:
         """None: the user's backward is listened to."""
         return iter(())
 

@@ -14,7 +14,9 @@ from kfactk import CaptureError, Likelihood, OptionError, hookimpl
 
 def _check_passes(instance: object, attribute: attrs.Attribute[int], value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise OptionError(f"max_passes must be a whole number of backward passes, 1 or more, not {value!r}")
+        raise OptionError(
+            f"max_passes must be a whole number of backward passes, 1 or more, not {value!r}"
+        )
 
 
 @attrs.frozen(kw_only=True)
@@ -56,7 +58,13 @@ class Exact:
         """Nothing is drawn: 0."""
         return 0
 
-    def losses(self, view: Tensor, likelihood: Likelihood, weights: Tensor | None, generator: torch.Generator) -> Iterator[Tensor]:
+    def losses(
+        self,
+        view: Tensor,
+        likelihood: Likelihood,
+        weights: Tensor | None,
+        generator: torch.Generator,
+    ) -> Iterator[Tensor]:
         """One loss for each position and each column of the likelihood's root."""
         positions, width = view.shape[1], view.shape[2]
         if positions * width > self.max_passes:
@@ -67,7 +75,9 @@ class Exact:
             )
         return self._losses(view, likelihood, weights)
 
-    def _losses(self, view: Tensor, likelihood: Likelihood, weights: Tensor | None) -> Iterator[Tensor]:
+    def _losses(
+        self, view: Tensor, likelihood: Likelihood, weights: Tensor | None
+    ) -> Iterator[Tensor]:
         root_weights = None if weights is None else weights.sqrt()
         for column in likelihood.root(view):
             for s in range(view.shape[1]):

@@ -15,17 +15,23 @@ from kfactk import Likelihood, OptionError, hookimpl
 
 def _check_samples(instance: object, attribute: attrs.Attribute[int], value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise OptionError(f"samples must be a whole number of draws, 1 or more, not {value!r}: each costs one backward pass")
+        raise OptionError(
+            f"samples must be a whole number of draws, 1 or more, not {value!r}: each costs one backward pass"
+        )
 
 
 def _check_seed(instance: object, attribute: attrs.Attribute[int], value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise OptionError(f"seed must be a whole number, 0 or more, not {value!r}: every draw derives from it, the step and the rank")
+        raise OptionError(
+            f"seed must be a whole number, 0 or more, not {value!r}: every draw derives from it, the step and the rank"
+        )
 
 
 def _check_draw(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
     if value is not None and not callable(value):
-        raise OptionError(f"draw must be a function from the detached output [N, S, C] to targets, or None, not {value!r}")
+        raise OptionError(
+            f"draw must be a function from the detached output [N, S, C] to targets, or None, not {value!r}"
+        )
 
 
 @attrs.frozen(kw_only=True)
@@ -65,13 +71,25 @@ class MonteCarlo:
     seed: int = attrs.field(default=0, validator=_check_seed)
     draw: Callable[[Tensor], Tensor] | None = attrs.field(default=None, validator=_check_draw)
 
-    def losses(self, view: Tensor, likelihood: Likelihood, weights: Tensor | None, generator: torch.Generator) -> Iterator[Tensor]:
+    def losses(
+        self,
+        view: Tensor,
+        likelihood: Likelihood,
+        weights: Tensor | None,
+        generator: torch.Generator,
+    ) -> Iterator[Tensor]:
         """One loss a draw."""
         root_weights = None if weights is None else weights.sqrt()
         for _ in range(self.samples):
-            targets = likelihood.sample(view.detach(), generator) if self.draw is None else self.draw(view.detach())
+            targets = (
+                likelihood.sample(view.detach(), generator)
+                if self.draw is None
+                else self.draw(view.detach())
+            )
             terms = likelihood.nll(view, targets)
-            yield (terms if root_weights is None else root_weights * terms).sum() / math.sqrt(self.samples)
+            yield (terms if root_weights is None else root_weights * terms).sum() / math.sqrt(
+                self.samples
+            )
 
 
 @hookimpl

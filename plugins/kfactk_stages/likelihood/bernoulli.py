@@ -46,7 +46,8 @@ class Bernoulli(Layout):
     """
 
     ignore_index: float = attrs.field(
-        default=-100, validator=number(lambda value: True, "a number, the label that marks terms without one")
+        default=-100,
+        validator=number(lambda value: True, "a number, the label that marks terms without one"),
     )
 
     def sample(self, view: Tensor, generator: torch.Generator) -> Tensor:
@@ -56,7 +57,9 @@ class Bernoulli(Layout):
 
     def nll(self, view: Tensor, targets: Tensor) -> Tensor:
         """Binary cross entropies of targets `[N, S, C]`, summed over C: `[N, S]`."""
-        return F.binary_cross_entropy_with_logits(view, targets.to(view.dtype), reduction="none").sum(-1)
+        return F.binary_cross_entropy_with_logits(
+            view, targets.to(view.dtype), reduction="none"
+        ).sum(-1)
 
     def root(self, view: Tensor) -> Iterator[Tensor]:
         """C columns `sqrt(p_c (1 - p_c)) e_c`, `[N, S, C]`."""

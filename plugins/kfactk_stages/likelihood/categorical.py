@@ -15,7 +15,9 @@ from kfactk_stages.likelihood.layout import Layout, spread
 
 def _check_index(instance: object, attribute: attrs.Attribute[int], value: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
-        raise OptionError(f"{attribute.alias} must be an integer, not {value!r}: it is the label that marks terms without one")
+        raise OptionError(
+            f"{attribute.alias} must be an integer, not {value!r}: it is the label that marks terms without one"
+        )
 
 
 @attrs.frozen(kw_only=True)
@@ -74,14 +76,18 @@ class Categorical(Layout):
     def sample(self, view: Tensor, generator: torch.Generator) -> Tensor:
         """Classes `[N, S]`, drawn from the softmax by the exponential race (Gumbel's trick): no host transfer, and no crash on NaN."""
         noise = torch.empty_like(view, requires_grad=False).exponential_(generator=generator)
-        noise.clamp_(min=torch.finfo(noise.dtype).eps / 2)  # an exact zero would make a hopeless class win
+        noise.clamp_(
+            min=torch.finfo(noise.dtype).eps / 2
+        )  # an exact zero would make a hopeless class win
         return (view.detach() - noise.log_()).argmax(-1)
 
     def nll(self, view: Tensor, targets: Tensor) -> Tensor:
         """Cross entropy, `[N, S]`, of targets `[N, S]`; 0 where the target is an `ignore_index` that is not a class."""
         classes = view.shape[-1]
         ignored = -100 if 0 <= self.ignore_index < classes else self.ignore_index
-        losses = F.cross_entropy(view.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=ignored)
+        losses = F.cross_entropy(
+            view.flatten(0, 1), targets.flatten(), reduction="none", ignore_index=ignored
+        )
         return losses.reshape(view.shape[:2])
 
     def root(self, view: Tensor) -> Iterator[Tensor]:
@@ -95,7 +101,9 @@ class Categorical(Layout):
             share = (log_p[..., c + 1 :] - ahead.unsqueeze(-1)).exp()
             column = torch.zeros_like(log_p)
             column[..., c] = size
-            column[..., c + 1 :] = torch.where(size.unsqueeze(-1) > 0, -size.unsqueeze(-1) * share, 0.0)
+            column[..., c + 1 :] = torch.where(
+                size.unsqueeze(-1) > 0, -size.unsqueeze(-1) * share, 0.0
+            )
             yield column
 
     def _present(self, labels: Tensor, view: Tensor) -> Tensor:

@@ -47,7 +47,11 @@ class Gaussian(Layout):
     """
 
     variance: float = attrs.field(
-        default=1.0, validator=number(lambda value: 0 < value < math.inf, "a positive, finite number (the variance of the noise)")
+        default=1.0,
+        validator=number(
+            lambda value: 0 < value < math.inf,
+            "a positive, finite number (the variance of the noise)",
+        ),
     )
 
     def sample(self, view: Tensor, generator: torch.Generator) -> Tensor:

@@ -14,7 +14,9 @@ from kfactk import CaptureError, OptionError
 from kfactk.errors import near_names
 
 
-def _check_axis(instance: object, attribute: attrs.Attribute[int | None], value: int | None) -> None:
+def _check_axis(
+    instance: object, attribute: attrs.Attribute[int | None], value: int | None
+) -> None:
     if value is None:
         return
     if isinstance(value, bool) or not isinstance(value, int):
@@ -22,10 +24,14 @@ def _check_axis(instance: object, attribute: attrs.Attribute[int | None], value:
             f"{attribute.alias} must be an integer or None, not {value!r}: it is the dimension of the output that holds the classes"
         )
     if value == 0:
-        raise OptionError(f"{attribute.alias}=0 is the dimension of the examples; use 1 for images or -1 for language models")
+        raise OptionError(
+            f"{attribute.alias}=0 is the dimension of the examples; use 1 for images or -1 for language models"
+        )
 
 
-def _check_name(instance: object, attribute: attrs.Attribute[str | None], value: str | None) -> None:
+def _check_name(
+    instance: object, attribute: attrs.Attribute[str | None], value: str | None
+) -> None:
     if value is not None and (not isinstance(value, str) or not value):
         raise OptionError(
             f"{attribute.alias} must be the name of an argument, not {type(value).__name__}: give the name under which the tensor reaches "
@@ -80,7 +86,9 @@ class Layout(abc.ABC):
             labels = fetch(batch, self.targets, "targets", view)
             result = self._present(labels, view).to(view.dtype)
         if self.weights is not None:
-            given = spread(fetch(batch, self.weights, "weights", view), view, "weights", self.weights).to(view.dtype)
+            given = spread(
+                fetch(batch, self.weights, "weights", view), view, "weights", self.weights
+            ).to(view.dtype)
             if not bool((given >= 0).all()) or not bool(torch.isfinite(given).all()):
                 raise CaptureError(
                     f"weights={self.weights!r} holds negative or non-finite numbers: a weight says how often a term counts. "
@@ -106,7 +114,9 @@ def as_terms(output: Tensor, class_axis: int | None) -> Tensor:
             f"the model's output ({seen}) is not floating point: return logits, or pick them with output=, not class indices or masks"
         )
     if output.ndim == 0:
-        raise CaptureError("the model's output is a single number, which looks like a loss: return the logits, or pick them with output=")
+        raise CaptureError(
+            "the model's output is a single number, which looks like a loss: return the logits, or pick them with output="
+        )
     if not output.requires_grad:
         raise CaptureError(
             f"the model's output ({seen}) does not require gradients, so no curvature can be measured on it. Was the forward run under "
@@ -158,7 +168,9 @@ def fetch(batch: Mapping[str, Any], name: str, option: str, view: Tensor) -> Ten
     try:
         return torch.as_tensor(value, device=view.device).detach()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise CaptureError(f"{option}={name!r} is a {type(value).__name__} that cannot be made a tensor: {error}") from error
+        raise CaptureError(
+            f"{option}={name!r} is a {type(value).__name__} that cannot be made a tensor: {error}"
+        ) from error
 
 
 def spread(values: Tensor, view: Tensor, option: str, name: str) -> Tensor:
@@ -194,7 +206,12 @@ def spread_event(missing: Tensor, view: Tensor, class_axis: int | None, name: st
     """
     n, s, c = view.shape
     axis = -1 if class_axis is None or missing.ndim == 2 else class_axis
-    entries = missing.ndim > 1 and -missing.ndim <= axis < missing.ndim and missing.shape[axis] == c and missing.shape[0] == n
+    entries = (
+        missing.ndim > 1
+        and -missing.ndim <= axis < missing.ndim
+        and missing.shape[axis] == c
+        and missing.shape[0] == n
+    )
     if c == 1 or not entries or missing.numel() != n * s * c:
         return spread(missing, view, "targets", name)
     flags = missing.movedim(axis, -1).reshape(n, s, c)
@@ -229,7 +246,9 @@ def ahead(weights: Tensor | None, view: Tensor, shift: int) -> Tensor:
     return moved
 
 
-def number(kind: Callable[[float], bool], why: str) -> Callable[[object, attrs.Attribute[Any], Any], None]:
+def number(
+    kind: Callable[[float], bool], why: str
+) -> Callable[[object, attrs.Attribute[Any], Any], None]:
     """An attrs validator for numbers: `kind` says whether the value will do, `why` what it has to be."""
 
     def check(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:

@@ -7,8 +7,8 @@ import math
 import attrs
 
 from kfactk import Assignment, OptionError, Workload, grid, hookimpl
-from kfactk.costs import Costs, Job, cost
-from kfactk.machines import MACHINES, machine_named
+from kfactk.costmodel.cost import Costs, Job, cost
+from kfactk.costmodel.hardware import MACHINES, machine_named
 from kfactk_stages.placement._options import Travelling
 
 WIRE_BYTES = {None: None, "float32": 4.0, "bfloat16": 2.0}
@@ -23,8 +23,12 @@ def _machine(placement: Auto, attribute: attrs.Attribute[str | None], value: str
 
 
 def _memory(placement: Auto, attribute: attrs.Attribute[float | None], value: float | None) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf):
-        raise OptionError(f"memory is {value!r}; it is the number of bytes that curvature may take on each rank, such as 4e9, or None.")
+    if value is not None and (
+        isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf
+    ):
+        raise OptionError(
+            f"memory is {value!r}; it is the number of bytes that curvature may take on each rank, such as 4e9, or None."
+        )
 
 
 @attrs.frozen
@@ -59,14 +63,27 @@ class Auto(Travelling):
     def assign(self, workload: Workload, ranks: int) -> Assignment:
         """The cheapest assignment."""
         if ranks == 1:
-            return grid(workload, 1, 1, "replicated", "auto: one rank does everything", everyone=True)
+            return grid(
+                workload, 1, 1, "replicated", "auto: one rank does everything", everyone=True
+            )
         machine = machine_named(self.machine, workload.device)
         job = Job.of(workload)
-        found = [cost(job, each, ranks, machine, wire=WIRE_BYTES[self.wire_dtype]) for each in _candidates(workload, ranks)]
+        found = [
+            cost(job, each, ranks, machine, wire=WIRE_BYTES[self.wire_dtype])
+            for each in _candidates(workload, ranks)
+        ]
         bound = machine.memory if self.memory is None else self.memory
         fitting = [costs for costs in found if max(costs.held) <= bound]
-        chosen = min(fitting, key=lambda costs: costs.seconds) if fitting else min(found, key=lambda costs: max(costs.held))
-        others = "; ".join(_told(costs) for costs in found if costs is not chosen and costs.assignment.strategy != "hybrid")
+        chosen = (
+            min(fitting, key=lambda costs: costs.seconds)
+            if fitting
+            else min(found, key=lambda costs: max(costs.held))
+        )
+        others = "; ".join(
+            _told(costs)
+            for costs in found
+            if costs is not chosen and costs.assignment.strategy != "hybrid"
+        )
         why = "the fastest" if fitting else "the smallest, since none does,"
         reason = f"auto: {why} that keeps within {bound / 1e9:.3g} GB of curvature a rank, by the profile {machine.name!r}: {_told(chosen)}"
         return attrs.evolve(chosen.assignment, reason=f"{reason}; beside it {others}")

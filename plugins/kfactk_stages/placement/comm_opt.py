@@ -30,7 +30,13 @@ class CommOpt(Travelling):
 
     def assign(self, workload: Workload, ranks: int) -> Assignment:
         """One row of all ranks."""
-        return grid(workload, ranks, ranks, "comm_opt", "decompositions divided among ranks, gradients preconditioned by all")
+        return grid(
+            workload,
+            ranks,
+            ranks,
+            "comm_opt",
+            "decompositions divided among ranks, gradients preconditioned by all",
+        )
 
 
 @hookimpl

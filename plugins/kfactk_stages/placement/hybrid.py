@@ -10,7 +10,9 @@ from kfactk_stages.placement._options import Travelling
 
 def _fraction(placement: Hybrid, attribute: attrs.Attribute[float], value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value <= 1:
-        raise OptionError(f"fraction is {value!r}; it is the part of the ranks that hold a layer, so it must be above 0 and at most 1.")
+        raise OptionError(
+            f"fraction is {value!r}; it is the part of the ranks that hold a layer, so it must be above 0 and at most 1."
+        )
 
 
 @attrs.frozen
@@ -28,7 +30,7 @@ class Hybrid(Travelling):
     Example:
         >>> from kfactk import Work
         >>> works = tuple(Work(name, {"A": (3, 3), "G": (2, 2)}, (2, 3)) for name in ("fc1", "fc2"))
-        >>> [share.holders for share in Hybrid(fraction=0.5).assign(Workload(works), ranks=4).shares.values()]
+        >>> [share.gradient_workers for share in Hybrid(fraction=0.5).assign(Workload(works), ranks=4).shares.values()]
         [(0, 1), (2, 3)]
 
     References:
@@ -41,7 +43,13 @@ class Hybrid(Travelling):
         """Rows of `fraction * ranks`."""
         wanted = max(1, int(self.fraction * ranks + 1e-9))
         width = max(divisor for divisor in range(1, wanted + 1) if ranks % divisor == 0)
-        return grid(workload, ranks, width, "hybrid", f"each layer belongs to {width} of {ranks} ranks (fraction {self.fraction:g})")
+        return grid(
+            workload,
+            ranks,
+            width,
+            "hybrid",
+            f"each layer belongs to {width} of {ranks} ranks (fraction {self.fraction:g})",
+        )
 
 
 @hookimpl

@@ -22,7 +22,7 @@ class MemOpt(Travelling):
     Example:
         >>> from kfactk import Work
         >>> works = tuple(Work(name, {"A": (3, 3), "G": (2, 2)}, (2, 3)) for name in ("fc1", "fc2"))
-        >>> [share.holders for share in MemOpt().assign(Workload(works), ranks=2).shares.values()]
+        >>> [share.gradient_workers for share in MemOpt().assign(Workload(works), ranks=2).shares.values()]
         [(0,), (1,)]
 
     References:

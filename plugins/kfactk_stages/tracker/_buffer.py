@@ -25,12 +25,12 @@ class Row:
     Args:
         step: The step.
         milliseconds: When it was recorded, since the epoch.
-        figures: Numbers by name.
+        metrics: Numbers by name.
     """
 
     step: int
     milliseconds: int
-    figures: dict[str, float | int]
+    metrics: dict[str, float | int]
 
 
 @attrs.frozen(eq=False)
@@ -58,7 +58,7 @@ class Buffer:
     def __len__(self) -> int:
         return len(self._held)
 
-    def add(self, step: int, figures: Mapping[str, Tensor | float]) -> None:
+    def add(self, step: int, metrics: Mapping[str, Tensor | float]) -> None:
         """Take in the figures of one step.
 
         Raises:
@@ -67,52 +67,72 @@ class Buffer:
         numbers: dict[str, float | int] = {}
         names: dict[Kind, list[str]] = {}
         values: dict[Kind, list[Tensor]] = {}
-        for name, figure in figures.items():
+        for name, figure in metrics.items():
             if isinstance(figure, Tensor) and figure.numel() == 1:
                 names.setdefault((figure.device, figure.dtype), []).append(name)
-                values.setdefault((figure.device, figure.dtype), []).append(figure.detach().reshape(()))
+                values.setdefault((figure.device, figure.dtype), []).append(
+                    figure.detach().reshape(())
+                )
             elif isinstance(figure, int | float):
                 numbers[name] = figure
             else:
-                what = f"a tensor of shape {tuple(figure.shape)}" if isinstance(figure, Tensor) else f"a {type(figure).__name__}"
-                raise KfactkError(f"the figure {name!r} of step {step} is {what}; only numbers and 0-dimensional tensors can be recorded.")
+                what = (
+                    f"a tensor of shape {tuple(figure.shape)}"
+                    if isinstance(figure, Tensor)
+                    else f"a {type(figure).__name__}"
+                )
+                raise KfactkError(
+                    f"the figure {name!r} of step {step} is {what}; only numbers and 0-dimensional tensors can be recorded."
+                )
         stacks = {kind: torch.stack(tensors) for kind, tensors in values.items()}
-        self._held.append(_Held(step, int(time.time() * 1000), tuple(figures), numbers, names, stacks))
+        self._held.append(
+            _Held(step, int(time.time() * 1000), tuple(metrics), numbers, names, stacks)
+        )
 
     def take(self) -> list[Row]:
         """Everything held, in the order it came, as numbers; nothing is held afterwards."""
         held, self._held = self._held, []
         fetched: dict[Kind, list[float | int]] = {}
         for kind in {kind for one in held for kind in one.stacks}:
-            fetched[kind] = torch.cat([one.stacks[kind] for one in held if kind in one.stacks]).tolist()
+            fetched[kind] = torch.cat(
+                [one.stacks[kind] for one in held if kind in one.stacks]
+            ).tolist()
         position = dict.fromkeys(fetched, 0)
         rows = []
         for one in held:
-            figures = dict(one.numbers)
+            metrics = dict(one.numbers)
             for kind, names in one.names.items():
                 start = position[kind]
                 position[kind] = start + len(names)
-                figures.update(zip(names, fetched[kind][start : start + len(names)], strict=True))
-            rows.append(Row(one.step, one.milliseconds, {name: figures[name] for name in one.order}))
+                metrics.update(zip(names, fetched[kind][start : start + len(names)], strict=True))
+            rows.append(
+                Row(one.step, one.milliseconds, {name: metrics[name] for name in one.order})
+            )
         return rows
 
 
 def at_least_one(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     """Attrs validator: a whole number, 1 or more."""
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise OptionError(f"{type(instance).__name__}: {attribute.name}={value!r} cannot work: it must be a whole number, 1 or more.")
+        raise OptionError(
+            f"{type(instance).__name__}: {attribute.name}={value!r} cannot work: it must be a whole number, 1 or more."
+        )
 
 
 def text(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     """Attrs validator: a non-empty string, or `None` where that is the default."""
     if not ((isinstance(value, str) and value) or (value is None and attribute.default is None)):
-        raise OptionError(f"{type(instance).__name__}: {attribute.name}={value!r} cannot work: it must be a non-empty string.")
+        raise OptionError(
+            f"{type(instance).__name__}: {attribute.name}={value!r} cannot work: it must be a non-empty string."
+        )
 
 
 def any_text(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     """Attrs validator: a string, empty perhaps."""
     if not isinstance(value, str):
-        raise OptionError(f"{type(instance).__name__}: {attribute.name}={value!r} cannot work: it must be a string.")
+        raise OptionError(
+            f"{type(instance).__name__}: {attribute.name}={value!r} cannot work: it must be a string."
+        )
 
 
 def flattened(value: Any, prefix: str = "") -> dict[str, Any]:

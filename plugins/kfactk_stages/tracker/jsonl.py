@@ -57,16 +57,18 @@ class JsonLines:
         self.flush()
         self._append(_line({"recipe": recipe}))
 
-    def record(self, step: int, figures: Mapping[str, Tensor | float]) -> None:
+    def record(self, step: int, metrics: Mapping[str, Tensor | float]) -> None:
         """Hold the figures of one step back; write when enough are held."""
-        self._held.add(step, figures)
+        self._held.add(step, metrics)
         if len(self._held) >= self.buffer:
             self.flush()
 
     def flush(self) -> None:
         """Write what is held back."""
         if len(self._held):
-            self._append("".join(_line({"step": row.step, **row.figures}) for row in self._held.take()))
+            self._append(
+                "".join(_line({"step": row.step, **row.metrics}) for row in self._held.take())
+            )
 
     def close(self) -> None:
         """Write what is held back; no file stays open between writes."""

@@ -77,7 +77,11 @@ class Mlflow:
             ) from error
         active = mlflow.active_run()
         if active is not None:
-            unused = [name for name in ("experiment", "run_name", "tracking_uri") if getattr(self, name) is not None]
+            unused = [
+                name
+                for name in ("experiment", "run_name", "tracking_uri")
+                if getattr(self, name) is not None
+            ]
             if unused:
                 warnings.warn(
                     f"tracker 'mlflow' writes to the active run {active.info.run_name!r}; {' and '.join(unused)} are for runs of its "
@@ -85,7 +89,11 @@ class Mlflow:
                     KfactkWarning,
                     stacklevel=2,
                 )
-            self._run.client, self._run.run_id, self._run.own = mlflow.MlflowClient(), active.info.run_id, False
+            self._run.client, self._run.run_id, self._run.own = (
+                mlflow.MlflowClient(),
+                active.info.run_id,
+                False,
+            )
         else:
             try:
                 client = mlflow.MlflowClient(tracking_uri=self.tracking_uri)
@@ -98,9 +106,9 @@ class Mlflow:
             self._run.client, self._run.run_id, self._run.own = client, run.info.run_id, True
         self._log_params(recipe)
 
-    def record(self, step: int, figures: Mapping[str, Tensor | float]) -> None:
+    def record(self, step: int, metrics: Mapping[str, Tensor | float]) -> None:
         """Hold the figures of one step back; send when enough are held."""
-        self._held.add(step, figures)
+        self._held.add(step, metrics)
         if len(self._held) >= self.buffer:
             self.flush()
 
@@ -112,7 +120,11 @@ class Mlflow:
         from mlflow import MlflowException
         from mlflow.entities import Metric
 
-        metrics = [Metric(self._key(name), float(value), row.milliseconds, row.step) for row in rows for name, value in row.figures.items()]
+        metrics = [
+            Metric(self._key(name), float(value), row.milliseconds, row.step)
+            for row in rows
+            for name, value in row.metrics.items()
+        ]
         try:
             for start in range(0, len(metrics), METRICS_A_BATCH):
                 client.log_batch(self._run.run_id, metrics=metrics[start : start + METRICS_A_BATCH])
@@ -136,7 +148,9 @@ class Mlflow:
 
     def _client(self) -> MlflowClient:
         if self._run.client is None:
-            raise KfactkError("tracker 'mlflow' has figures but no run: it was not started, or is closed. Bind the recipe again.")
+            raise KfactkError(
+                "tracker 'mlflow' has figures but no run: it was not started, or is closed. Bind the recipe again."
+            )
         return self._run.client
 
     def _experiment_id(self, client: MlflowClient) -> str:
@@ -155,7 +169,9 @@ class Mlflow:
 
         client = self._client()
         known: Mapping[str, str] = client.get_run(self._run.run_id).data.params
-        wanted = {self._key(name): str(value)[:LONGEST_VALUE] for name, value in flattened(recipe).items()}
+        wanted = {
+            self._key(name): str(value)[:LONGEST_VALUE] for name, value in flattened(recipe).items()
+        }
         changed = sorted(key for key, value in wanted.items() if known.get(key, value) != value)
         if changed:
             warnings.warn(

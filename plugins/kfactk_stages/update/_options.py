@@ -12,7 +12,9 @@ if TYPE_CHECKING:
 
 
 def _refuse(instance: Any, attribute: attrs.Attribute[Any], value: Any, must: str) -> OptionError:
-    return OptionError(f"{type(instance).__name__}: {attribute.name}={value!r} cannot work: it must be {must}.")
+    return OptionError(
+        f"{type(instance).__name__}: {attribute.name}={value!r} cannot work: it must be {must}."
+    )
 
 
 def _number(value: Any) -> bool:
@@ -22,7 +24,12 @@ def _number(value: Any) -> bool:
 def decay(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     """Attrs validator: a number in [0, 1)."""
     if not (_number(value) and 0 <= value < 1):
-        raise _refuse(instance, attribute, value, "a number in [0, 1), such as 0.9; 0 keeps nothing of the past")
+        raise _refuse(
+            instance,
+            attribute,
+            value,
+            "a number in [0, 1), such as 0.9; 0 keeps nothing of the past",
+        )
 
 
 def fraction(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
@@ -58,6 +65,10 @@ def flag(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
 def implementation(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     """Attrs validator for `foreach` and `fused`: True, False or None, and not both True."""
     if not (value is None or isinstance(value, bool)):
-        raise _refuse(instance, attribute, value, "True, False or None; None leaves the choice to torch")
+        raise _refuse(
+            instance, attribute, value, "True, False or None; None leaves the choice to torch"
+        )
     if value and attribute.name == "fused" and instance.foreach:
-        raise OptionError(f"{type(instance).__name__}: foreach=True and fused=True exclude each other. Leave one of them None.")
+        raise OptionError(
+            f"{type(instance).__name__}: foreach=True and fused=True exclude each other. Leave one of them None."
+        )

@@ -44,13 +44,17 @@ class Adam:
 
     rule: ClassVar[type[torch.optim.Adam]] = torch.optim.Adam
 
-    betas: tuple[float, float] = attrs.field(default=(0.9, 0.999), converter=as_tuple, validator=betas)
+    betas: tuple[float, float] = attrs.field(
+        default=(0.9, 0.999), converter=as_tuple, validator=betas
+    )
     eps: float = attrs.field(default=1e-8, validator=non_negative)
     amsgrad: bool = attrs.field(default=False, validator=flag)
     foreach: bool | None = attrs.field(default=None, validator=implementation)
     fused: bool | None = attrs.field(default=None, validator=implementation)
 
-    def make(self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    def make(
+        self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float
+    ) -> torch.optim.Optimizer:
         """The torch optimiser over `groups`."""
         return self.rule(
             groups,

@@ -45,7 +45,9 @@ class Momentum:
     foreach: bool | None = attrs.field(default=None, validator=implementation)
     fused: bool | None = attrs.field(default=None, validator=implementation)
 
-    def make(self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    def make(
+        self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float
+    ) -> torch.optim.Optimizer:
         """`torch.optim.SGD` with momentum over `groups`."""
         return torch.optim.SGD(
             groups,

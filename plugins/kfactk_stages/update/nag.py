@@ -37,8 +37,18 @@ class NAG(torch.optim.Optimizer):
         CombinationError: A gradient is sparse.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float, momentum: float = 0.9, weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "previous_momentum": momentum})
+    def __init__(
+        self, params: Iterable[Any], lr: float, momentum: float = 0.9, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(
+            params,
+            {
+                "lr": lr,
+                "momentum": momentum,
+                "weight_decay": weight_decay,
+                "previous_momentum": momentum,
+            },
+        )
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -65,7 +75,9 @@ class NAG(torch.optim.Optimizer):
             return
         grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
         if any(grad.is_sparse for grad in grads):
-            raise CombinationError("update 'nag' does not take sparse gradients. Use update 'sgd', or an embedding with sparse=False.")
+            raise CombinationError(
+                "update 'nag' does not take sparse gradients. Use update 'sgd', or an embedding with sparse=False."
+            )
         velocities = [self._velocity(p) for p in params]
         if group["weight_decay"] != 0:
             grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
@@ -113,7 +125,9 @@ class Nag:
 
     momentum: float = attrs.field(default=0.9, validator=decay)
 
-    def make(self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    def make(
+        self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float
+    ) -> torch.optim.Optimizer:
         """`NAG` over `groups`."""
         return NAG(groups, lr=lr, momentum=self.momentum, weight_decay=weight_decay)
 

@@ -43,12 +43,16 @@ class RAdam:
         Liu et al. 2020, arXiv:1908.03265.
     """
 
-    betas: tuple[float, float] = attrs.field(default=(0.9, 0.999), converter=as_tuple, validator=betas)
+    betas: tuple[float, float] = attrs.field(
+        default=(0.9, 0.999), converter=as_tuple, validator=betas
+    )
     eps: float = attrs.field(default=1e-8, validator=non_negative)
     decoupled_weight_decay: bool = attrs.field(default=False, validator=flag)
     foreach: bool | None = attrs.field(default=None, validator=implementation)
 
-    def make(self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    def make(
+        self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float
+    ) -> torch.optim.Optimizer:
         """`torch.optim.RAdam` over `groups`."""
         return torch.optim.RAdam(
             groups,

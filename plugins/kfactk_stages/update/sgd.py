@@ -39,9 +39,13 @@ class Sgd:
     foreach: bool | None = attrs.field(default=None, validator=implementation)
     fused: bool | None = attrs.field(default=None, validator=implementation)
 
-    def make(self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    def make(
+        self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float
+    ) -> torch.optim.Optimizer:
         """`torch.optim.SGD` over `groups`."""
-        return torch.optim.SGD(groups, lr=lr, weight_decay=weight_decay, foreach=self.foreach, fused=self.fused)
+        return torch.optim.SGD(
+            groups, lr=lr, weight_decay=weight_decay, foreach=self.foreach, fused=self.fused
+        )
 
 
 @hookimpl

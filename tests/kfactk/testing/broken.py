@@ -47,7 +47,9 @@ def caught(laws: type[Laws], stage: Any, *names: str, **members: Any) -> dict[st
 def _without_shrinking() -> Iterator[None]:
     """Tests that are defined in here report the first example that fails."""
     before = settings.get_current_profile_name()
-    settings.register_profile("unshrunk", settings.default, phases=[Phase.generate], derandomize=True, database=None)
+    settings.register_profile(
+        "unshrunk", settings.default, phases=[Phase.generate], derandomize=True, database=None
+    )
     settings.load_profile("unshrunk")
     try:
         yield
@@ -58,4 +60,8 @@ def _without_shrinking() -> Iterator[None]:
 def _said(error: BaseException) -> list[str]:
     """All that an error says, and for a law that is broken in several ways all that each of them says."""
     inner = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
-    return [str(error), *getattr(error, "__notes__", ()), *(line for each in inner for line in _said(each))]
+    return [
+        str(error),
+        *getattr(error, "__notes__", ()),
+        *(line for each in inner for line in _said(each)),
+    ]

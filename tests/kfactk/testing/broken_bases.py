@@ -8,7 +8,16 @@ import attrs
 import torch
 from torch import Tensor
 
-from kfactk import Coupling, Decomposition, DecompositionError, Samples, Statistic, Tensors, linalg, project
+from kfactk import (
+    Decomposition,
+    DecompositionError,
+    FactorContext,
+    Samples,
+    Statistic,
+    Tensors,
+    linalg,
+    project,
+)
 from kfactk_stages.basis.ekfac import Ekfac
 from kfactk_stages.basis.kfac import KfacInverse
 from kfactk_stages.curvature.kfac import Kfac
@@ -38,7 +47,7 @@ class DiagonalInverse:
     moments_from: ClassVar[str | None] = None
     moment_decay: ClassVar[float] = 0.0
 
-    def decompose(self, name: str, matrix: Tensor, coupling: Coupling) -> Parts:
+    def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> Parts:
         if not bool(torch.isfinite(matrix).all()):
             raise DecompositionError(f"the factor {name!r} holds NaN or inf; it was not taken")
         return {"diagonal": matrix}
@@ -46,7 +55,9 @@ class DiagonalInverse:
     def moments(self, decomposition: Decomposition, samples: Samples) -> dict[str, Statistic]:
         return {}
 
-    def gradient_moments(self, decomposition: Decomposition, gradient: Tensor, terms: Tensor | float) -> dict[str, Statistic]:
+    def gradient_moments(
+        self, decomposition: Decomposition, gradient: Tensor, terms: Tensor | float
+    ) -> dict[str, Statistic]:
         return {}
 
     def transport(self, moments: Tensors, old: Decomposition, new: Decomposition) -> Parts:
@@ -54,12 +65,18 @@ class DiagonalInverse:
 
     def damped(self, decomposition: Decomposition, damping: float) -> Tensor:
         diagonal = decomposition["square"]["diagonal"]
-        return diagonal + linalg.damping_floor(diagonal.mean((-2, -1), keepdim=True)).clamp(min=damping)
+        return diagonal + linalg.damping_floor(diagonal.mean((-2, -1), keepdim=True)).clamp(
+            min=damping
+        )
 
-    def precondition(self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
+    def precondition(
+        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
+    ) -> Tensor:
         return gradient / self.damped(decomposition, damping)
 
-    def product(self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors) -> Tensor:
+    def product(
+        self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors
+    ) -> Tensor:
         return vector * matrices["square"]
 
     def condition(self, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
@@ -76,7 +93,7 @@ class Strange(DiagonalInverse):
 class Plain(DiagonalInverse):
     """As one would write it at first."""
 
-    def decompose(self, name: str, matrix: Tensor, coupling: Coupling) -> Parts:
+    def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> Parts:
         return {"diagonal": matrix}
 
     def damped(self, decomposition: Decomposition, damping: float) -> Tensor:
@@ -86,28 +103,36 @@ class Plain(DiagonalInverse):
 class Twice(Ekfac):
     """Twice the step."""
 
-    def precondition(self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
+    def precondition(
+        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
+    ) -> Tensor:
         return 2 * super().precondition(gradient, decomposition, moments, damping)
 
 
 class Normalised(Ekfac):
     """A step whose length does not grow with the gradient."""
 
-    def precondition(self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
+    def precondition(
+        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
+    ) -> Tensor:
         return super().precondition(gradient / gradient.norm(), decomposition, moments, damping)
 
 
 class Uphill(Ekfac):
     """The opposite step."""
 
-    def precondition(self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
+    def precondition(
+        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
+    ) -> Tensor:
         return -super().precondition(gradient, decomposition, moments, damping)
 
 
 class OneWay(Ekfac):
     """Into the basis and not all the way back."""
 
-    def precondition(self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
+    def precondition(
+        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
+    ) -> Tensor:
         left, right = decomposition["G"]["eigenvectors"], decomposition["A"]["eigenvectors"]
         return project(super().precondition(gradient, decomposition, moments, damping), left, right)
 
@@ -115,29 +140,40 @@ class OneWay(Ekfac):
 class Transposed(Ekfac):
     """Projects with the transposes."""
 
-    def precondition(self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
-        parts = {name: {**each, "eigenvectors": each["eigenvectors"].mT} for name, each in decomposition.items()}
+    def precondition(
+        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
+    ) -> Tensor:
+        parts = {
+            name: {**each, "eigenvectors": each["eigenvectors"].mT}
+            for name, each in decomposition.items()
+        }
         return super().precondition(gradient, parts, moments, damping)
 
 
 class Shifted(Ekfac):
     """A product with something added."""
 
-    def product(self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors) -> Tensor:
+    def product(
+        self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors
+    ) -> Tensor:
         return super().product(vector, matrices, decomposition, moments) + 1
 
 
 class Indefinite(Ekfac):
     """A product that is minus what it should be."""
 
-    def product(self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors) -> Tensor:
+    def product(
+        self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors
+    ) -> Tensor:
         return -super().product(vector, matrices, decomposition, moments)
 
 
 class Lopsided(KfacInverse):
     """A product on one side only, from a matrix that is not symmetric."""
 
-    def product(self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors) -> Tensor:
+    def product(
+        self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors
+    ) -> Tensor:
         return vector @ matrices["A"].tril()
 
 
@@ -158,25 +194,38 @@ class ByGroup(Boasting):
 class Bare(Ekfac):
     """No floor under the damping."""
 
-    def precondition(self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
+    def precondition(
+        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
+    ) -> Tensor:
         left, right = decomposition["G"]["eigenvectors"], decomposition["A"]["eigenvectors"]
-        values = decomposition["G"]["eigenvalues"].unsqueeze(-1) * decomposition["A"]["eigenvalues"].unsqueeze(-2)
-        return project(project(gradient, left, right) / (moments.get("scale", values) + damping), left.mT, right.mT)
+        values = decomposition["G"]["eigenvalues"].unsqueeze(-1) * decomposition["A"][
+            "eigenvalues"
+        ].unsqueeze(-2)
+        return project(
+            project(gradient, left, right) / (moments.get("scale", values) + damping),
+            left.mT,
+            right.mT,
+        )
 
 
 class Overflowing(Ekfac):
     """Leaves the range of float32 on its way."""
 
-    def precondition(self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
+    def precondition(
+        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
+    ) -> Tensor:
         return super().precondition(gradient * 1e35, decomposition, moments, damping) / 1e35
 
 
 class Absolute(Ekfac):
     """Nothing below an absolute threshold counts."""
 
-    def decompose(self, name: str, matrix: Tensor, coupling: Coupling) -> Parts:
-        found = super().decompose(name, matrix, coupling)
-        return {**found, "eigenvalues": torch.where(found["eigenvalues"] < 1e-5, 0.0, found["eigenvalues"])}
+    def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> Parts:
+        found = super().decompose(name, matrix, context)
+        return {
+            **found,
+            "eigenvalues": torch.where(found["eigenvalues"] < 1e-5, 0.0, found["eigenvalues"]),
+        }
 
     def moments(self, decomposition: Decomposition, samples: Samples) -> dict[str, Statistic]:
         found = super().moments(decomposition, samples)["scale"]
@@ -186,8 +235,8 @@ class Absolute(Ekfac):
 class Patching(Ekfac):
     """Takes a matrix that is not finite for zero."""
 
-    def decompose(self, name: str, matrix: Tensor, coupling: Coupling) -> Parts:
-        return super().decompose(name, matrix.nan_to_num(0.0, 0.0, 0.0), coupling)
+    def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> Parts:
+        return super().decompose(name, matrix.nan_to_num(0.0, 0.0, 0.0), context)
 
 
 class Undeclared(Ekfac):
@@ -219,9 +268,13 @@ class Dotted(Ekfac):
 class Sized(Ekfac):
     """Parts whose number depends on the data."""
 
-    def decompose(self, name: str, matrix: Tensor, coupling: Coupling) -> Parts:
-        found = super().decompose(name, matrix, coupling)
-        return found if float(matrix.abs().max()) == 0 else {**found, "rank": torch.ones(int(torch.linalg.matrix_rank(matrix).max()))}
+    def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> Parts:
+        found = super().decompose(name, matrix, context)
+        return (
+            found
+            if float(matrix.abs().max()) == 0
+            else {**found, "rank": torch.ones(int(torch.linalg.matrix_rank(matrix).max()))}
+        )
 
 
 class Remembering(Ekfac):
@@ -229,16 +282,22 @@ class Remembering(Ekfac):
 
     last: ClassVar[dict[str, Tensor]] = {}
 
-    def decompose(self, name: str, matrix: Tensor, coupling: Coupling) -> Parts:
+    def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> Parts:
         before = self.last.get(name)
         self.last[name] = matrix
-        return super().decompose(name, matrix if before is None or before.shape != matrix.shape else (matrix + before) / 2, coupling)
+        return super().decompose(
+            name,
+            matrix if before is None or before.shape != matrix.shape else (matrix + before) / 2,
+            context,
+        )
 
 
 class Mixing(Ekfac):
     """Groups share their mean."""
 
-    def precondition(self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
+    def precondition(
+        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
+    ) -> Tensor:
         found = super().precondition(gradient, decomposition, moments, damping)
         return found.mean(0, keepdim=True).expand_as(found) if found.ndim > 2 else found
 
@@ -246,7 +305,9 @@ class Mixing(Ekfac):
 class Scribbling(Ekfac):
     """Divides in place."""
 
-    def precondition(self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
+    def precondition(
+        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
+    ) -> Tensor:
         if "scale" in moments:
             moments["scale"].add_(damping)
         return super().precondition(gradient, decomposition, moments, 0.0)
@@ -255,7 +316,9 @@ class Scribbling(Ekfac):
 class Narrow(Ekfac):
     """In the precision of its state."""
 
-    def precondition(self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
+    def precondition(
+        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
+    ) -> Tensor:
         narrow = gradient.to(decomposition["A"]["eigenvalues"].dtype)
         return super().precondition(narrow, decomposition, moments, damping)
 
@@ -292,7 +355,11 @@ class Unpooled(Ekfac):
     """Each direction of a null space has the scale that the eigensolver's choice gives it."""
 
     def moments(self, decomposition: Decomposition, samples: Samples) -> dict[str, Statistic]:
-        return {"scale": samples.projected_square(decomposition["G"]["eigenvectors"], decomposition["A"]["eigenvectors"])}
+        return {
+            "scale": samples.projected_square(
+                decomposition["G"]["eigenvectors"], decomposition["A"]["eigenvectors"]
+            )
+        }
 
 
 class Entrywise(KfacInverse):
@@ -300,10 +367,12 @@ class Entrywise(KfacInverse):
 
     laws = frozenset({"rotation-equivariant", "exact-when-kronecker"})
 
-    def decompose(self, name: str, matrix: Tensor, coupling: Coupling) -> Parts:
-        return super().decompose(name, torch.diag_embed(matrix.diagonal(dim1=-2, dim2=-1)), coupling)
+    def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> Parts:
+        return super().decompose(name, torch.diag_embed(matrix.diagonal(dim1=-2, dim2=-1)), context)
 
-    def product(self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors) -> Tensor:
+    def product(
+        self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors
+    ) -> Tensor:
         a, g = (torch.diag_embed(matrices[name].diagonal(dim1=-2, dim2=-1)) for name in ("A", "G"))
         return g @ vector @ a
 
@@ -318,8 +387,10 @@ class Doubling(KfacInverse):
 class Wandering(KfacInverse):
     """Each decomposition adds to the last one."""
 
-    def redecompose(self, name: str, matrix: Tensor, coupling: Coupling, last: Tensors) -> Parts:
-        return {"cholesky": last["cholesky"] + self.decompose(name, matrix, coupling)["cholesky"]}
+    def redecompose(
+        self, name: str, matrix: Tensor, context: FactorContext, last: Tensors
+    ) -> Parts:
+        return {"cholesky": last["cholesky"] + self.decompose(name, matrix, context)["cholesky"]}
 
 
 class Further(Ekfac):
@@ -338,4 +409,6 @@ class Unknown(Ekfac):
 class Claiming(DiagonalInverse):
     """Claims what is said of A and G."""
 
-    laws: ClassVar[frozenset[str]] = frozenset({"rotation-equivariant", "null-space-independent", "closer-than-kfac"})
+    laws: ClassVar[frozenset[str]] = frozenset(
+        {"rotation-equivariant", "null-space-independent", "closer-than-kfac"}
+    )

@@ -9,7 +9,7 @@ import attrs
 import torch
 from torch import nn
 
-from kfactk import Layer, Samples, Statistic, Use
+from kfactk import Layer, LayerCall, Samples, Statistic
 from kfactk_stages.curvature.conv_kfac import ConvKfac
 from kfactk_stages.curvature.kfac import Kfac
 
@@ -18,7 +18,7 @@ def stage(base: type = Kfac, **members: Any) -> Any:
     return type("Broken", (base,), members)()
 
 
-def joined(self: Kfac, layer: Layer, uses: Sequence[Use], **how: Any) -> Samples:
+def joined(self: Kfac, layer: Layer, uses: Sequence[LayerCall], **how: Any) -> Samples:
     return Kfac.samples(self, layer, uses, **how)
 
 
@@ -26,14 +26,19 @@ def with_factors(change: Any, base: type = Kfac) -> Any:
     """A stage whose A and G went through a function of their name, their statistic and the samples."""
 
     def factors(self, layer, samples):
-        return {name: change(name, each, samples) for name, each in base.factors(self, layer, samples).items()}
+        return {
+            name: change(name, each, samples)
+            for name, each in base.factors(self, layer, samples).items()
+        }
 
     return stage(base, factors=factors)
 
 
 def with_assembled(change: Any, base: type = Kfac) -> Any:
     def assemble(self, layer, factors):
-        return {name: change(name, each) for name, each in base.assemble(self, layer, factors).items()}
+        return {
+            name: change(name, each) for name, each in base.assemble(self, layer, factors).items()
+        }
 
     return stage(base, assemble=assemble)
 
@@ -60,7 +65,9 @@ def with_samples(**members: Any) -> Any:
 
 def total(change: Any) -> Any:
     """Change the sum alone, where there is one."""
-    return lambda name, each, samples: attrs.evolve(each, total=None if each.total is None else change(name, each.total, samples))
+    return lambda name, each, samples: attrs.evolve(
+        each, total=None if each.total is None else change(name, each.total, samples)
+    )
 
 
 def peek(samples: Samples) -> float:
@@ -68,7 +75,10 @@ def peek(samples: Samples) -> float:
 
 
 def whole(self, layer, samples):
-    return {**Kfac.input_factors(self, layer, samples), **Kfac.gradient_factors(self, layer, samples)}
+    return {
+        **Kfac.input_factors(self, layer, samples),
+        **Kfac.gradient_factors(self, layer, samples),
+    }
 
 
 def bias_first(self, layer, tensors):
@@ -83,7 +93,11 @@ def bias_first_back(self, layer, matrix):
 def without_last_chunk(self, layer, samples):
     found = Kfac.factors(self, layer, samples)
     rows = list(samples.chunks(samples.positions * samples.d_in))
-    return found if len(rows) < 2 else {name: Statistic(s.total * 0.5, s.count) for name, s in found.items()}
+    return (
+        found
+        if len(rows) < 2
+        else {name: Statistic(s.total * 0.5, s.count) for name, s in found.items()}
+    )
 
 
 class Remembering(Kfac):
@@ -95,18 +109,29 @@ class Remembering(Kfac):
         found = super().factors(layer, samples)
         seen = self.before.setdefault("calls", [])
         seen.append(1)
-        return {name: attrs.evolve(s, total=None if s.total is None else s.total * len(seen)) for name, s in found.items()}
+        return {
+            name: attrs.evolve(s, total=None if s.total is None else s.total * len(seen))
+            for name, s in found.items()
+        }
 
 
 BREAKS: dict[str, tuple[str, Any, str]] = {
     "tensors flips": (
         "test_tensors_is_the_inverse_of_matrix",
-        stage(tensors=lambda self, layer, matrix: {n: t.flip(0) for n, t in Kfac.tensors(self, layer, matrix).items()}),
+        stage(
+            tensors=lambda self, layer, matrix: {
+                n: t.flip(0) for n, t in Kfac.tensors(self, layer, matrix).items()
+            }
+        ),
         r"tensors\(matrix\(x\)\) differs from x in 'weight'",
     ),
     "tensors in another order": (
         "test_tensors_is_the_inverse_of_matrix",
-        stage(tensors=lambda self, layer, matrix: dict(reversed(Kfac.tensors(self, layer, matrix).items()))),
+        stage(
+            tensors=lambda self, layer, matrix: dict(
+                reversed(Kfac.tensors(self, layer, matrix).items())
+            )
+        ),
         r"as the layer does, \['weight', 'bias'\]; it gave \['bias', 'weight'\]",
     ),
     "matrix forgets the bias": (
@@ -126,37 +151,57 @@ BREAKS: dict[str, tuple[str, Any, str]] = {
     ),
     "frozen bias has a column": (
         "test_per_example_gradients_are_autograds",
-        stage(samples=lambda self, layer, uses, **how: joined(self, Layer("", layer.module, ("weight", "bias")), uses, **how)),
+        stage(
+            samples=lambda self, layer, uses, **how: joined(
+                self, Layer("", layer.module, ("weight", "bias")), uses, **how
+            )
+        ),
         "differ from those of autograd",
     ),
     "no groups": (
         "test_per_example_gradients_are_autograds",
-        with_uses(lambda layer, uses: [attrs.evolve(u, inputs=u.inputs.flip(1)) for u in uses], ConvKfac),
+        with_uses(
+            lambda layer, uses: [attrs.evolve(u, inputs=u.inputs.flip(1)) for u in uses], ConvKfac
+        ),
         "differ from those of autograd",
     ),
     "tokens are examples": (
         "test_per_example_gradients_are_autograds",
-        with_uses(lambda layer, uses: [Use(u.inputs.flatten(0, -2), u.gradient.flatten(0, -2), u.scale) for u in uses]),
+        with_uses(
+            lambda layer, uses: [
+                LayerCall(u.inputs.flatten(0, -2), u.gradient.flatten(0, -2), u.scale) for u in uses
+            ]
+        ),
         "(differ from those of autograd|different numbers of examples)",
     ),
     "slices are ignored": (
         "test_per_example_gradients_are_autograds",
-        with_samples(per_example_gradients=lambda self, rows=None: self.gradients().mT @ self.inputs()),
+        with_samples(
+            per_example_gradients=lambda self, rows=None: self.gradients().mT @ self.inputs()
+        ),
         r"the gradients of the examples \d:\d are others",
     ),
     "input moment counts terms": (
         "test_moments_are_sums_over_rows",
-        with_samples(input_moment=lambda self: Statistic(Samples.input_moment(self).total, self.terms)),
+        with_samples(
+            input_moment=lambda self: Statistic(Samples.input_moment(self).total, self.terms)
+        ),
         r"input_moment\(\) of the samples is counted 3.5 times, not \d",
     ),
     "input moment is a mean": (
         "test_moments_are_sums_over_rows",
-        with_samples(input_moment=lambda self: Samples.input_moment(self).scaled(1 / self.positions)),
+        with_samples(
+            input_moment=lambda self: Samples.input_moment(self).scaled(1 / self.positions)
+        ),
         r"input_moment\(\) of the samples is not the sum of r r\^T",
     ),
     "projection transposed": (
         "test_projected_square_is_that_of_the_gradients",
-        with_samples(projected_square=lambda self, left, right: Samples.projected_square(self, None if left is None else left.mT, right)),
+        with_samples(
+            projected_square=lambda self, left, right: Samples.projected_square(
+                self, None if left is None else left.mT, right
+            )
+        ),
         r"projected_square\(left.*\) is not sum_n \(left\^T D_n right\)\^2",
     ),
     "provides less": (
@@ -169,13 +214,21 @@ BREAKS: dict[str, tuple[str, Any, str]] = {
         stage(assemble=lambda self, layer, factors: {"A": factors["G"], "G": factors["A"]}),
         r"A has shape \[\d, \d\]; for a matrix \[\d, \d\] it has to be",
     ),
-    "triangle of G": ("test_what_is_assembled", with_assembled(lambda name, m: m.tril()), "is not symmetric"),
+    "triangle of G": (
+        "test_what_is_assembled",
+        with_assembled(lambda name, m: m.tril()),
+        "is not symmetric",
+    ),
     "shifted A": (
         "test_what_is_assembled",
         with_assembled(lambda name, m: m - m.trace() * torch.eye(len(m), dtype=m.dtype)),
         "is not positive semi-definite: it has the eigenvalue -",
     ),
-    "infinite": ("test_what_is_assembled", with_assembled(lambda name, m: m / 0), "A is not finite"),
+    "infinite": (
+        "test_what_is_assembled",
+        with_assembled(lambda name, m: m / 0),
+        "A is not finite",
+    ),
     "no 1/M": (
         "test_one_row_of_one_example_is_exact",
         with_factors(lambda name, s, samples: Statistic(s.total, float(samples.examples))),
@@ -188,12 +241,22 @@ BREAKS: dict[str, tuple[str, Any, str]] = {
     ),
     "first example weighs double": (
         "test_order_does_not_matter",
-        with_factors(total(lambda name, t, s: t + s.inputs(slice(0, 1))[0].mT @ s.inputs(slice(0, 1))[0] if name == "A" else t)),
+        with_factors(
+            total(
+                lambda name, t, s: (
+                    t + s.inputs(slice(0, 1))[0].mT @ s.inputs(slice(0, 1))[0] if name == "A" else t
+                )
+            )
+        ),
         "'A': the factor changes when the examples come in the order",
     ),
     "the last use's gradients": (
         "test_order_does_not_matter",
-        with_uses(lambda layer, uses: [attrs.evolve(u, gradient=u.gradient * (i + 1)) for i, u in enumerate(uses)]),
+        with_uses(
+            lambda layer, uses: [
+                attrs.evolve(u, gradient=u.gradient * (i + 1)) for i, u in enumerate(uses)
+            ]
+        ),
         "'G': the factor changes when the uses of the layer come in another order",
     ),
     "divided twice": (
@@ -204,7 +267,10 @@ BREAKS: dict[str, tuple[str, Any, str]] = {
     "mean in place of the sum": (
         "test_parts_of_a_batch_add_up",
         with_factors(
-            lambda name, s, samples: Statistic(None if s.total is None else s.total / max(samples.examples, 1), float(samples.examples > 0))
+            lambda name, s, samples: Statistic(
+                None if s.total is None else s.total / max(samples.examples, 1),
+                float(samples.examples > 0),
+            )
         ),
         r"'A': the sums of the parts of a batch of \d split after \d do not add to that of the whole",
     ),
@@ -215,7 +281,11 @@ BREAKS: dict[str, tuple[str, Any, str]] = {
     ),
     "an empty batch fails": (
         "test_parts_of_a_batch_add_up",
-        with_factors(lambda name, s, samples: Statistic(s.total, s.count / float(samples.examples) * float(samples.examples))),
+        with_factors(
+            lambda name, s, samples: Statistic(
+                s.total, s.count / float(samples.examples) * float(samples.examples)
+            )
+        ),
         "division by zero",
     ),
     "gradients by examples": (
@@ -230,7 +300,11 @@ BREAKS: dict[str, tuple[str, Any, str]] = {
     ),
     "later passes count": (
         "test_later_passes_count_nothing_twice",
-        stage(samples=lambda self, layer, uses, terms, first: joined(self, layer, uses, terms=terms, first=True)),
+        stage(
+            samples=lambda self, layer, uses, terms, first: joined(
+                self, layer, uses, terms=terms, first=True
+            )
+        ),
         "'A': a later pass over the same forward counts",
     ),
     "later passes add nothing": (
@@ -260,7 +334,12 @@ BREAKS: dict[str, tuple[str, Any, str]] = {
     ),
     "half precision": (
         "test_at_least_float32_is_computed_in",
-        with_uses(lambda layer, uses: [attrs.evolve(u, gradient=(u.gradient.half() * 3).to(u.gradient.dtype) / 3) for u in uses]),
+        with_uses(
+            lambda layer, uses: [
+                attrs.evolve(u, gradient=(u.gradient.half() * 3).to(u.gradient.dtype) / 3)
+                for u in uses
+            ]
+        ),
         "is not computed in torch.float",
     ),
     "half in, half out": (
@@ -280,30 +359,54 @@ BREAKS: dict[str, tuple[str, Any, str]] = {
     ),
     "scale in half precision": (
         "test_the_scale_of_a_use_is_honoured",
-        with_uses(lambda layer, uses: [Use(u.inputs, (u.gradient * u.scale).to(u.gradient.dtype)) for u in uses]),
+        with_uses(
+            lambda layer, uses: [
+                LayerCall(u.inputs, (u.gradient * u.scale).to(u.gradient.dtype)) for u in uses
+            ]
+        ),
         "do not count that many times",
     ),
     "blank on ones": (
         "test_blank_tells_the_shapes",
-        stage(blank=lambda self, layer: attrs.evolve(Kfac.blank(self, layer), inputs=torch.ones(1, layer.module.in_features))),
+        stage(
+            blank=lambda self, layer: attrs.evolve(
+                Kfac.blank(self, layer), inputs=torch.ones(1, layer.module.in_features)
+            )
+        ),
         r"the inputs of blank\(\) are not zero",
     ),
     "blank in float32": (
         "test_blank_tells_the_shapes",
-        stage(blank=lambda self, layer: Use(torch.zeros(1, layer.module.in_features), torch.zeros(1, layer.module.out_features))),
+        stage(
+            blank=lambda self, layer: LayerCall(
+                torch.zeros(1, layer.module.in_features), torch.zeros(1, layer.module.out_features)
+            )
+        ),
         r"factors of blank\(\) are {'A': .*torch.float32.* those of data {.*float64",
     ),
     "blank of two": (
         "test_blank_tells_the_shapes",
-        stage(blank=lambda self, layer: Use(*(t.repeat(2, 1) for t in attrs.astuple(Kfac.blank(self, layer), recurse=False)[:2]))),
+        stage(
+            blank=lambda self, layer: LayerCall(
+                *(t.repeat(2, 1) for t in attrs.astuple(Kfac.blank(self, layer), recurse=False)[:2])
+            )
+        ),
         r"blank\(\) has to be one example, the smallest use; it has 2",
     ),
     "blank transposed": (
         "test_blank_tells_the_shapes",
-        stage(blank=lambda self, layer: Use(*(attrs.astuple(Kfac.blank(self, layer), recurse=False)[i] for i in (0, 0)))),
+        stage(
+            blank=lambda self, layer: LayerCall(
+                *(attrs.astuple(Kfac.blank(self, layer), recurse=False)[i] for i in (0, 0))
+            )
+        ),
         r"blank\(\) has a gradient \[1, \d\], the layer's output for its inputs is \[1, \d\]",
     ),
-    "chunks are lost": ("test_chunks_do_not_matter", stage(factors=without_last_chunk), r"the factor changes with chunk_bytes="),
+    "chunks are lost": (
+        "test_chunks_do_not_matter",
+        stage(factors=without_last_chunk),
+        r"the factor changes with chunk_bytes=",
+    ),
     "in place": (
         "test_nothing_is_changed",
         with_uses(lambda layer, uses: [attrs.evolve(u, gradient=u.gradient.abs_()) for u in uses]),
@@ -311,15 +414,27 @@ BREAKS: dict[str, tuple[str, Any, str]] = {
     ),
     "inputs with gradients": (
         "test_parted_factors_are_the_factors",
-        stage(input_factors=lambda self, layer, samples: {"A": samples.input_moment() + samples.input_moment().scaled(peek(samples))}),
+        stage(
+            input_factors=lambda self, layer, samples: {
+                "A": samples.input_moment() + samples.input_moment().scaled(peek(samples))
+            }
+        ),
         "the part differs from what `factors` gives",
     ),
     "a part is missing": (
         "test_parted_factors_are_the_factors",
-        stage(factors=whole, input_factors=Kfac.input_factors, gradient_factors=lambda self, layer, samples: {}),
+        stage(
+            factors=whole,
+            input_factors=Kfac.input_factors,
+            gradient_factors=lambda self, layer, samples: {},
+        ),
         r"input_factors and gradient_factors give \['A'\], where factors gives",
     ),
-    "remembers": ("test_nothing_is_changed", Remembering(), "a second call with the same data gives another factor"),
+    "remembers": (
+        "test_nothing_is_changed",
+        Remembering(),
+        "a second call with the same data gives another factor",
+    ),
     "draws": (
         "test_nothing_is_changed",
         with_factors(total(lambda name, t, samples: t + 0 * torch.rand(()))),
@@ -327,7 +442,9 @@ BREAKS: dict[str, tuple[str, Any, str]] = {
     ),
     "isinstance": (
         "test_what_cannot_be_treated_is_refused",
-        stage(unsupported=lambda self, module: None if isinstance(module, nn.Linear) else "not linear"),
+        stage(
+            unsupported=lambda self, module: None if isinstance(module, nn.Linear) else "not linear"
+        ),
         r"unsupported\(\) accepts a subclass of Linear with a forward of its own",
     ),
     "exact class alone": (

@@ -16,7 +16,9 @@ class Poisson:
 
     def view(self, output: Tensor) -> Tensor:
         if not (output.is_floating_point() and output.requires_grad and 1 <= output.ndim <= 2):
-            raise CaptureError(f"log-rates are [N] or [N, C], floating, with gradients, not {list(output.shape)}")
+            raise CaptureError(
+                f"log-rates are [N] or [N, C], floating, with gradients, not {list(output.shape)}"
+            )
         return output.reshape(len(output), 1, -1)
 
     def term_weights(self, view: Tensor, batch: Mapping[str, Any]) -> Tensor | None:
@@ -57,7 +59,9 @@ class Scaled(Poisson):
         return (view[..., 0] + (view[..., 1] / 2).exp() * noise).detach()
 
     def nll(self, view: Tensor, targets: Tensor) -> Tensor:
-        return ((targets - view[..., 0]).square() * (-view[..., 1]).exp() + view[..., 1]) / 2  # the constant is left out
+        return (
+            (targets - view[..., 0]).square() * (-view[..., 1]).exp() + view[..., 1]
+        ) / 2  # the constant is left out
 
     def root(self, view: Tensor) -> Iterator[Tensor]:
         zero = torch.zeros_like(view.detach()[..., 0])
@@ -76,7 +80,10 @@ class Correlated(Poisson):
         return super().view(output)
 
     def sample(self, view: Tensor, generator: torch.Generator) -> Tensor:
-        return view.detach() + torch.randn(view.shape, generator=generator, dtype=view.dtype) @ self.factor.T
+        return (
+            view.detach()
+            + torch.randn(view.shape, generator=generator, dtype=view.dtype) @ self.factor.T
+        )
 
     def nll(self, view: Tensor, targets: Tensor) -> Tensor:
         return -dist.MultivariateNormal(view, scale_tril=self.factor).log_prob(targets)

@@ -12,10 +12,16 @@ from torch import Tensor
 
 from kfactk import Basis, Decomposition, OptionError, Tensors
 from kfactk.testing import BasisLaws
-from kfactk.testing.basis_frame import BasisFrame
-from kfactk.testing.situations import Situation, dense, null_dimension, separated, turn_within_null
-from kfactk.testing.strategies import single_row_cases
-from kfactk.testing.truth import dense_kron
+from kfactk.testing._support.basis_frame import BasisFrame
+from kfactk.testing._support.situations import (
+    Situation,
+    dense,
+    null_dimension,
+    separated,
+    turn_within_null,
+)
+from kfactk.testing._support.strategies import single_row_cases
+from kfactk.testing._support.truth import dense_kron
 from kfactk_stages.basis.ekfac import Ekfac
 from kfactk_stages.basis.kfac import KfacInverse
 from kfactk_stages.curvature.conv_kfac import ConvKfac
@@ -34,8 +40,14 @@ class TestDiagonal(BasisLaws):
 def test_a_first_draft_of_a_diagonal_basis_is_told_what_it_lacks() -> None:
     laws = ("test_a_matrix_that_is_not_finite_is_refused", "test_it_stays_finite_without_damping")
     found = caught(BasisLaws, faulty.Plain, *laws, curvature=faulty.DiagonalFisher)
-    assert "must raise kfactk.DecompositionError" in found["test_a_matrix_that_is_not_finite_is_refused"]
-    assert "kfactk.linalg.damping_floor, keeps divisions finite" in found["test_it_stays_finite_without_damping"]
+    assert (
+        "must raise kfactk.DecompositionError"
+        in found["test_a_matrix_that_is_not_finite_is_refused"]
+    )
+    assert (
+        "kfactk.linalg.damping_floor, keeps divisions finite"
+        in found["test_it_stays_finite_without_damping"]
+    )
 
 
 def test_a_basis_that_resets_its_moments_is_sound() -> None:
@@ -48,42 +60,154 @@ def test_a_basis_that_resets_its_moments_is_sound() -> None:
     ("stage", "name", "message"),
     [
         (faulty.Normalised, "test_it_is_linear", "the preconditioner is not linear"),
-        (faulty.OneWay, "test_it_is_self_adjoint", "the preconditioner is not self-adjoint: <W, P V> ="),
-        (faulty.Uphill, "test_it_is_positive_definite", "the preconditioner is not positive definite: <V, P V> = -"),
-        (faulty.Twice, "test_with_much_damping_it_divides_by_it", "damping * P is not the identity"),
-        (faulty.Twice, "test_it_is_the_dense_damped_inverse", "precondition is not the inverse of the damped matrix of `block`"),
-        (faulty.Transposed, "test_it_is_the_dense_damped_inverse", "precondition is not the inverse of the damped"),
-        (faulty.Doubling, "test_its_operator_is_the_preconditioner", "the operator differs from `precondition`"),
-        (faulty.Wandering, "test_decomposing_again_changes_nothing", "the matrix gives another preconditioner"),
+        (
+            faulty.OneWay,
+            "test_it_is_self_adjoint",
+            "the preconditioner is not self-adjoint: <W, P V> =",
+        ),
+        (
+            faulty.Uphill,
+            "test_it_is_positive_definite",
+            "the preconditioner is not positive definite: <V, P V> = -",
+        ),
+        (
+            faulty.Twice,
+            "test_with_much_damping_it_divides_by_it",
+            "damping * P is not the identity",
+        ),
+        (
+            faulty.Twice,
+            "test_it_is_the_dense_damped_inverse",
+            "precondition is not the inverse of the damped matrix of `block`",
+        ),
+        (
+            faulty.Transposed,
+            "test_it_is_the_dense_damped_inverse",
+            "precondition is not the inverse of the damped",
+        ),
+        (
+            faulty.Doubling,
+            "test_its_operator_is_the_preconditioner",
+            "the operator differs from `precondition`",
+        ),
+        (
+            faulty.Wandering,
+            "test_decomposing_again_changes_nothing",
+            "the matrix gives another preconditioner",
+        ),
         (faulty.Shifted, "test_the_product_is_linear", "the product is not linear"),
-        (faulty.Indefinite, "test_the_product_is_the_block_without_damping", "the product is not positive semi-definite"),
-        (faulty.Lopsided, "test_the_product_is_the_block_without_damping", "the product is not self-adjoint"),
-        (faulty.Boasting, "test_the_condition_is_no_more_than_the_true_one", "that of the dense block is"),
-        (faulty.ByGroup, "test_the_condition_is_no_more_than_the_true_one", "a tensor of shape (1,), where a scalar one is due"),
-        (faulty.Bare, "test_it_stays_finite_without_damping", "without damping the preconditioned gradient holds NaN or inf"),
-        (faulty.Absolute, "test_it_scales_with_the_curvature", "times what it was: is there an absolute threshold?"),
-        (faulty.Overflowing, "test_float32_holds_from_1e_20_to_1e20", "holds NaN or inf at this scale"),
-        (faulty.Patching, "test_a_matrix_that_is_not_finite_is_refused", "it must raise kfactk.DecompositionError"),
-        (faulty.Undeclared, "test_moments_come_from_where_it_says", "moments_from is None, yet moments gives scale"),
-        (faulty.Silent, "test_moments_come_from_where_it_says", "moments_from is 'samples', yet nothing comes from there"),
-        (faulty.Forever, "test_moments_come_from_where_it_says", "moment_decay is 1.5, which is not in [0, 1]"),
+        (
+            faulty.Indefinite,
+            "test_the_product_is_the_block_without_damping",
+            "the product is not positive semi-definite",
+        ),
+        (
+            faulty.Lopsided,
+            "test_the_product_is_the_block_without_damping",
+            "the product is not self-adjoint",
+        ),
+        (
+            faulty.Boasting,
+            "test_the_condition_is_no_more_than_the_true_one",
+            "that of the dense block is",
+        ),
+        (
+            faulty.ByGroup,
+            "test_the_condition_is_no_more_than_the_true_one",
+            "a tensor of shape (1,), where a scalar one is due",
+        ),
+        (
+            faulty.Bare,
+            "test_it_stays_finite_without_damping",
+            "without damping the preconditioned gradient holds NaN or inf",
+        ),
+        (
+            faulty.Absolute,
+            "test_it_scales_with_the_curvature",
+            "times what it was: is there an absolute threshold?",
+        ),
+        (
+            faulty.Overflowing,
+            "test_float32_holds_from_1e_20_to_1e20",
+            "holds NaN or inf at this scale",
+        ),
+        (
+            faulty.Patching,
+            "test_a_matrix_that_is_not_finite_is_refused",
+            "it must raise kfactk.DecompositionError",
+        ),
+        (
+            faulty.Undeclared,
+            "test_moments_come_from_where_it_says",
+            "moments_from is None, yet moments gives scale",
+        ),
+        (
+            faulty.Silent,
+            "test_moments_come_from_where_it_says",
+            "moments_from is 'samples', yet nothing comes from there",
+        ),
+        (
+            faulty.Forever,
+            "test_moments_come_from_where_it_says",
+            "moment_decay is 1.5, which is not in [0, 1]",
+        ),
         (faulty.Dotted, "test_the_state_survives_a_checkpoint", "names have no dots"),
-        (faulty.Sized, "test_it_can_be_allocated_without_data", "decomposition: without data there is"),
-        (faulty.Remembering, "test_each_matrix_is_decomposed_alone", "it depends on more than its arguments"),
-        (faulty.Mixing, "test_groups_stand_alone", "the preconditioned gradient of group 0 depends on the other groups"),
-        (faulty.Scribbling, "test_nothing_it_is_given_is_modified", "precondition changes what it is given: moment scale"),
-        (faulty.Narrow, "test_a_wider_gradient_is_taken", "precondition of a float64 gradient with float32 state is torch.float32"),
+        (
+            faulty.Sized,
+            "test_it_can_be_allocated_without_data",
+            "decomposition: without data there is",
+        ),
+        (
+            faulty.Remembering,
+            "test_each_matrix_is_decomposed_alone",
+            "it depends on more than its arguments",
+        ),
+        (
+            faulty.Mixing,
+            "test_groups_stand_alone",
+            "the preconditioned gradient of group 0 depends on the other groups",
+        ),
+        (
+            faulty.Scribbling,
+            "test_nothing_it_is_given_is_modified",
+            "precondition changes what it is given: moment scale",
+        ),
+        (
+            faulty.Narrow,
+            "test_a_wider_gradient_is_taken",
+            "precondition of a float64 gradient with float32 state is torch.float32",
+        ),
         (
             faulty.Fading,
             "test_transport_into_the_same_basis_changes_nothing",
             "transport from a basis to itself changes",
         ),
-        (faulty.Inventing, "test_transport_into_the_same_basis_changes_nothing", "transport of no moments gives scale"),
-        (faulty.Fading, "test_transport_keeps_the_trace", "moments do not fit the basis they were carried into"),
+        (
+            faulty.Inventing,
+            "test_transport_into_the_same_basis_changes_nothing",
+            "transport of no moments gives scale",
+        ),
+        (
+            faulty.Fading,
+            "test_transport_keeps_the_trace",
+            "moments do not fit the basis they were carried into",
+        ),
         (faulty.Keeping, "test_transport_follows_the_directions", "moments mix two bases"),
-        (faulty.Unpooled, "test_the_choice_within_null_spaces_does_not_matter", "another choice gives another result"),
-        (faulty.Entrywise, "test_it_turns_with_the_coordinates", "the preconditioner depends on the coordinates"),
-        (faulty.Entrywise, "test_one_row_gives_the_fisher", "it does not represent the Fisher matrix"),
+        (
+            faulty.Unpooled,
+            "test_the_choice_within_null_spaces_does_not_matter",
+            "another choice gives another result",
+        ),
+        (
+            faulty.Entrywise,
+            "test_it_turns_with_the_coordinates",
+            "the preconditioner depends on the coordinates",
+        ),
+        (
+            faulty.Entrywise,
+            "test_one_row_gives_the_fisher",
+            "it does not represent the Fisher matrix",
+        ),
         (
             {"name": faulty.Further, "scale": "running"},
             "test_it_is_at_least_as_close_to_the_fisher_as_kfac",
@@ -103,20 +227,31 @@ def test_each_law_can_fail(stage: Any, name: str, message: str) -> None:
 
 def test_each_law_is_shown_to_fail() -> None:
     [mark] = test_each_law_can_fail.pytestmark  # type: ignore[attr-defined]
-    assert {case[1] for case in mark.args[1]} == set(laws_of(BasisLaws)) - {"test_two_ranks_are_one_process"}  # see test_division.py
+    assert {case[1] for case in mark.args[1]} == set(laws_of(BasisLaws)) - {
+        "test_two_ranks_are_one_process"
+    }  # see test_division.py
 
 
 def test_a_block_of_its_own_tests_the_product_too() -> None:
     class Halved(KfacInverse):
-        def product(self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors) -> Tensor:
+        def product(
+            self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors
+        ) -> Tensor:
             return super().product(vector, matrices, decomposition, moments) / 2
 
     def block(self: BasisLaws, situation: Situation) -> Tensor:
-        eye = torch.eye(situation.gradient[..., :, :].numel() // (situation.groups or 1), dtype=torch.float64)
-        return dense_kron(situation.matrices["A"], situation.matrices["G"]) + situation.damping * eye
+        eye = torch.eye(
+            situation.gradient[..., :, :].numel() // (situation.groups or 1), dtype=torch.float64
+        )
+        return (
+            dense_kron(situation.matrices["A"], situation.matrices["G"]) + situation.damping * eye
+        )
 
     name = "test_the_product_is_the_block_without_damping"
-    assert "the product is not the matrix of `block` without damping" in caught(BasisLaws, Halved, name, block=block)[name]
+    assert (
+        "the product is not the matrix of `block` without damping"
+        in caught(BasisLaws, Halved, name, block=block)[name]
+    )
 
 
 def test_a_block_of_the_wrong_shape_is_told() -> None:
@@ -153,7 +288,10 @@ def test_a_curvature_without_layers_is_told() -> None:
         def unsupported(self, module: Any) -> str | None:
             return "not this one"
 
-    with pytest.raises(OptionError, match=r"supports none of the layers that the laws can draw\. Override `cases\(self\)`"):
+    with pytest.raises(
+        OptionError,
+        match=r"supports none of the layers that the laws can draw\. Override `cases\(self\)`",
+    ):
         type("TestMine", (BasisFrame,), {"stage": "kfac", "curvature": Picky})().cases()
 
 
@@ -164,7 +302,9 @@ def test_claims_on_matrices_that_are_not_known_are_told() -> None:
         "test_it_is_at_least_as_close_to_the_fisher_as_kfac": "does not provide A and G",
     }
     found = caught(BasisLaws, faulty.Claiming, *claims, curvature=faulty.DiagonalFisher)
-    assert {name: message in found[name] for name, message in claims.items()} == dict.fromkeys(claims, True)
+    assert {name: message in found[name] for name, message in claims.items()} == dict.fromkeys(
+        claims, True
+    )
 
 
 @settings(max_examples=10)
@@ -191,7 +331,10 @@ def test_turning_within_a_null_space_leaves_the_matrix() -> None:
 
 
 def test_a_linear_map_as_a_matrix() -> None:
-    left, right = torch.randn(2, 3, 3, dtype=torch.float64), torch.randn(2, 4, 4, dtype=torch.float64)
+    left, right = (
+        torch.randn(2, 3, 3, dtype=torch.float64),
+        torch.randn(2, 4, 4, dtype=torch.float64),
+    )
     found = dense(lambda v: left @ v @ right.mT, torch.zeros(2, 3, 4, dtype=torch.float64))
     torch.testing.assert_close(found, dense_kron(right, left))
 

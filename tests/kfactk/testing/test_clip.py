@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kfactk import Pair
+from kfactk import GradientPair
 from kfactk.testing import ClipLaws
-from kfactk.testing.laws import VARIABLE
+from kfactk.testing._support.laws import VARIABLE
 from tests.kfactk.testing.broken import caught
 
 ONE = torch.ones(())
@@ -23,45 +23,48 @@ ONE = torch.ones(())
 class By:
     """A clip that is one function."""
 
-    rule: Callable[[Sequence[Pair], Any], Any]
+    rule: Callable[[Sequence[GradientPair], Any], Any]
 
-    def clip(self, pairs: Sequence[Pair], dot: Any) -> Any:
+    def clip(self, pairs: Sequence[GradientPair], dot: Any) -> Any:
         return self.rule(pairs, dot)
 
 
-def given(pairs: Sequence[Pair]) -> list[Tensor]:
+def given(pairs: Sequence[GradientPair]) -> list[Tensor]:
     return [p.preconditioned for p in pairs]
 
 
-def times(pairs: Sequence[Pair], factor: Tensor) -> tuple[list[Tensor], Tensor]:
+def times(pairs: Sequence[GradientPair], factor: Tensor) -> tuple[list[Tensor], Tensor]:
     return [p * factor.to(p.dtype) for p in given(pairs)], factor
 
 
-def norm_of(pairs: Sequence[Pair], dot: Any) -> Tensor:
+def norm_of(pairs: Sequence[GradientPair], dot: Any) -> Tensor:
     wide = [p.double() for p in given(pairs)]
     return dot(wide, wide).sum().sqrt() if pairs else torch.zeros(())
 
 
-def by_norm(pairs: Sequence[Pair], dot: Any) -> tuple[list[Tensor], Tensor]:
+def by_norm(pairs: Sequence[GradientPair], dot: Any) -> tuple[list[Tensor], Tensor]:
     """As it ought to be, with the limit 1."""
     return times(pairs, 1 / norm_of(pairs, dot).clamp(min=1.0))
 
 
-def fisher_length(pairs: Sequence[Pair], dot: Any, rates: Sequence[float]) -> Tensor:
-    products = [dot([p.gradient.double()], [p.preconditioned.double()])[0] * lr**2 for p, lr in zip(pairs, rates, strict=True)]
+def fisher_length(pairs: Sequence[GradientPair], dot: Any, rates: Sequence[float]) -> Tensor:
+    products = [
+        dot([p.gradient.double()], [p.preconditioned.double()])[0] * lr**2
+        for p, lr in zip(pairs, rates, strict=True)
+    ]
     return torch.stack([*products, torch.zeros((), dtype=torch.float64)]).sum()
 
 
-def modifying(pairs: Sequence[Pair], dot: Any) -> tuple[list[Tensor], Tensor]:
+def modifying(pairs: Sequence[GradientPair], dot: Any) -> tuple[list[Tensor], Tensor]:
     factor = 1 / norm_of(pairs, dot).clamp(min=1.0)
     return [p.mul_(factor) for p in given(pairs)], factor
 
 
-def by_layer(pairs: Sequence[Pair], dot: Any) -> tuple[list[Tensor], Tensor]:
+def by_layer(pairs: Sequence[GradientPair], dot: Any) -> tuple[list[Tensor], Tensor]:
     return [c for p in pairs for c in by_norm([p], dot)[0]], ONE
 
 
-def unless_it_has_nothing(pairs: Sequence[Pair], dot: Any) -> tuple[list[Tensor], Tensor]:
+def unless_it_has_nothing(pairs: Sequence[GradientPair], dot: Any) -> tuple[list[Tensor], Tensor]:
     return by_norm(pairs, dot) if any(p.numel() for p in given(pairs)) else (given(pairs), ONE)
 
 
@@ -71,7 +74,7 @@ class Adaptive:
     def __init__(self) -> None:
         self.factor = 1.0
 
-    def clip(self, pairs: Sequence[Pair], dot: Any) -> Any:
+    def clip(self, pairs: Sequence[GradientPair], dot: Any) -> Any:
         self.factor /= 2
         return times(pairs, torch.tensor(self.factor))
 
@@ -81,7 +84,9 @@ class Norm(ClipLaws):
 
     idempotent = keeps_direction = keeps_entries = reaches_bound = True
 
-    def bound(self, pairs: Sequence[Pair], clipped: Sequence[Tensor]) -> tuple[float, float]:
+    def bound(
+        self, pairs: Sequence[GradientPair], clipped: Sequence[Tensor]
+    ) -> tuple[float, float]:
         return float(torch.cat([c.flatten() for c in clipped]).norm()), 1.0
 
 
@@ -96,57 +101,127 @@ class Kl(ClipLaws):
 
     keeps_direction = keeps_entries = reaches_bound = True
 
-    def bound(self, pairs: Sequence[Pair], clipped: Sequence[Tensor]) -> tuple[float, float]:
+    def bound(
+        self, pairs: Sequence[GradientPair], clipped: Sequence[Tensor]
+    ) -> tuple[float, float]:
         def length(tensors: Sequence[Tensor]) -> float:
-            return float(sum(p.lr**2 * (p.gradient * x).sum() for p, x in zip(pairs, tensors, strict=True)))
+            return float(
+                sum(p.lr**2 * (p.gradient * x).sum() for p, x in zip(pairs, tensors, strict=True))
+            )
 
         return length(clipped), (0.01 * length(given(pairs))) ** 0.5
 
 
-def own_rate(pairs: Sequence[Pair]) -> list[float]:
+def own_rate(pairs: Sequence[GradientPair]) -> list[float]:
     return [pair.lr for pair in pairs]
 
 
-def by_rates(rates: Callable[[Sequence[Pair]], Sequence[float]], pairs: Sequence[Pair], dot: Any) -> tuple[list[Tensor], Tensor]:
+def by_rates(
+    rates: Callable[[Sequence[GradientPair]], Sequence[float]],
+    pairs: Sequence[GradientPair],
+    dot: Any,
+) -> tuple[list[Tensor], Tensor]:
     return times(pairs, 0.1 / fisher_length(pairs, dot, rates(pairs)).sqrt().clamp(min=0.1))
 
 
-def kl(rates: Callable[[Sequence[Pair]], Sequence[float]]) -> By:
+def kl(rates: Callable[[Sequence[GradientPair]], Sequence[float]]) -> By:
     return By(partial(by_rates, rates))
 
 
-def swap(pairs: Sequence[Pair], dot: Any) -> tuple[list[Tensor], Tensor]:
+def swap(pairs: Sequence[GradientPair], dot: Any) -> tuple[list[Tensor], Tensor]:
     return [p.flip(0) if p.ndim else p for p in given(pairs)], ONE
 
 
 BROKEN: dict[str, tuple[type[ClipLaws], Any, str, str]] = {
-    "a tensor lost": (ClipLaws, lambda ps, d: (given(ps)[:1], ONE), "gives_one_tensor_for_each_pair", "not those of the preconditioned"),
-    "flattened": (ClipLaws, lambda ps, d: ([p.flatten() for p in given(ps)], ONE), "gives_one_tensor_for_each_pair", "shapes and dtypes"),
-    "widened": (ClipLaws, lambda ps, d: ([p.double() for p in given(ps)], ONE), "gives_one_tensor_for_each_pair", "torch.float64"),
-    "a tuple": (ClipLaws, lambda ps, d: (tuple(given(ps)), ONE), "gives_one_tensor_for_each_pair", "come as tuple"),
-    "factor on the host": (ClipLaws, lambda ps, d: (given(ps), 1.0), "gives_one_tensor_for_each_pair", "factor is a float"),
-    "a factor for each": (ClipLaws, lambda ps, d: (given(ps), torch.ones(len(ps))), "gives_one_tensor_for_each_pair", "factor has shape"),
-    "needs pairs": (ClipLaws, lambda ps, d: times(ps, torch.stack(given(ps)).sum()), "no_pairs", "non-empty"),
-    "factor 0 of none": (ClipLaws, lambda ps, d: times(ps, torch.ones(len(ps)).max() if ps else 0 * ONE), "no_pairs", "in place of 1"),
-    "no min(1, .)": (ClipLaws, lambda ps, d: times(ps, 1 / (norm_of(ps, d) + 1e-30)), "never_enlarges", "the clip enlarges"),
-    "factor above 1": (Norm, lambda ps, d: times(ps, 1 / (norm_of(ps, d) + 1e-30)), "factor_lies_between_zero_and_one", "outside (0, 1]"),
+    "a tensor lost": (
+        ClipLaws,
+        lambda ps, d: (given(ps)[:1], ONE),
+        "gives_one_tensor_for_each_pair",
+        "not those of the preconditioned",
+    ),
+    "flattened": (
+        ClipLaws,
+        lambda ps, d: ([p.flatten() for p in given(ps)], ONE),
+        "gives_one_tensor_for_each_pair",
+        "shapes and dtypes",
+    ),
+    "widened": (
+        ClipLaws,
+        lambda ps, d: ([p.double() for p in given(ps)], ONE),
+        "gives_one_tensor_for_each_pair",
+        "torch.float64",
+    ),
+    "a tuple": (
+        ClipLaws,
+        lambda ps, d: (tuple(given(ps)), ONE),
+        "gives_one_tensor_for_each_pair",
+        "come as tuple",
+    ),
+    "factor on the host": (
+        ClipLaws,
+        lambda ps, d: (given(ps), 1.0),
+        "gives_one_tensor_for_each_pair",
+        "factor is a float",
+    ),
+    "a factor for each": (
+        ClipLaws,
+        lambda ps, d: (given(ps), torch.ones(len(ps))),
+        "gives_one_tensor_for_each_pair",
+        "factor has shape",
+    ),
+    "needs pairs": (
+        ClipLaws,
+        lambda ps, d: times(ps, torch.stack(given(ps)).sum()),
+        "no_pairs",
+        "non-empty",
+    ),
+    "factor 0 of none": (
+        ClipLaws,
+        lambda ps, d: times(ps, torch.ones(len(ps)).max() if ps else 0 * ONE),
+        "no_pairs",
+        "in place of 1",
+    ),
+    "no min(1, .)": (
+        ClipLaws,
+        lambda ps, d: times(ps, 1 / (norm_of(ps, d) + 1e-30)),
+        "never_enlarges",
+        "the clip enlarges",
+    ),
+    "factor above 1": (
+        Norm,
+        lambda ps, d: times(ps, 1 / (norm_of(ps, d) + 1e-30)),
+        "factor_lies_between_zero_and_one",
+        "outside (0, 1]",
+    ),
     "entries swapped": (Norm, swap, "never_enlarges", "an entry grew or changed its sign"),
-    "turned round": (Norm, lambda ps, d: times(ps, -ONE), "never_enlarges", "an entry grew or changed its sign"),
+    "turned round": (
+        Norm,
+        lambda ps, d: times(ps, -ONE),
+        "never_enlarges",
+        "an entry grew or changed its sign",
+    ),
     "inf / inf": (
         ClipLaws,
-        lambda ps, d: ([p * p.abs().max() / p.abs().max().clamp(min=1e-10) for p in given(ps)], ONE),
+        lambda ps, d: (
+            [p * p.abs().max() / p.abs().max().clamp(min=1e-10) for p in given(ps)],
+            ONE,
+        ),
         "finite_stays_finite",
         "finite input became NaN or inf in tensor",
     ),
     "0 / 0": (
         Norm,
-        lambda ps, d: times(ps, (1 / norm_of(ps, d)).clamp(max=1.0) * norm_of(ps, d) / norm_of(ps, d)),
+        lambda ps, d: times(
+            ps, (1 / norm_of(ps, d)).clamp(max=1.0) * norm_of(ps, d) / norm_of(ps, d)
+        ),
         "zero_stays_zero",
         "division by zero",
     ),
     "zero noticed, not told": (
         Norm,
-        lambda ps, d: times(ps, torch.where(norm_of(ps, d) > 0, 1 / norm_of(ps, d).clamp(min=1.0), 0.0)),
+        lambda ps, d: times(
+            ps, torch.where(norm_of(ps, d) > 0, 1 / norm_of(ps, d).clamp(min=1.0), 0.0)
+        ),
         "zero_stays_zero",
         "the factor is 0.0 in place of 1",
     ),
@@ -157,19 +232,49 @@ BROKEN: dict[str, tuple[type[ClipLaws], Any, str, str]] = {
         "a zero tensor became",
     ),
     "layer by layer": (Norm, by_layer, "bound_is_kept", "the bound 1.0 is exceeded"),
-    "always scales": (Loose, lambda ps, d: times(ps, 1 / (1 + norm_of(ps, d))), "bound_is_kept", "is within the bound 1.0, and yet the"),
-    "told a wrong factor": (Norm, lambda ps, d: (by_norm(ps, d)[0], 0.5 * ONE), "bound_is_kept", "and yet the factor is 0.5"),
+    "always scales": (
+        Loose,
+        lambda ps, d: times(ps, 1 / (1 + norm_of(ps, d))),
+        "bound_is_kept",
+        "is within the bound 1.0, and yet the",
+    ),
+    "told a wrong factor": (
+        Norm,
+        lambda ps, d: (by_norm(ps, d)[0], 0.5 * ONE),
+        "bound_is_kept",
+        "and yet the factor is 0.5",
+    ),
     "cuts too much": (
         Norm,
         lambda ps, d: by_norm(ps, d) if norm_of(ps, d) <= 1 else times(ps, 0.5 / norm_of(ps, d)),
         "bound_is_kept",
         "more is cut off than the bound 1.0 asks for",
     ),
-    "one rate for all groups": (Kl, kl(lambda ps: [p.lr for p in ps[:1]] * len(ps)).rule, "bound_is_kept", "bound"),
+    "one rate for all groups": (
+        Kl,
+        kl(lambda ps: [p.lr for p in ps[:1]] * len(ps)).rule,
+        "bound_is_kept",
+        "bound",
+    ),
     "the rate once": (Kl, kl(lambda ps: [p.lr**0.5 for p in ps]).rule, "bound_is_kept", "bound"),
-    "the first pair alone": (Kl, kl(lambda ps: [p.lr * (k == 0) for k, p in enumerate(ps)]).rule, "bound_is_kept", "exceeded"),
-    "scales twice": (Norm, kl(lambda ps: [p.lr for p in ps]).rule, "clipping_twice_is_clipping_once", "not idempotent"),
-    "by entries": (Norm, lambda ps, d: ([p.clamp(-1, 1) for p in given(ps)], ONE), "direction_is_kept", "the direction is not kept"),
+    "the first pair alone": (
+        Kl,
+        kl(lambda ps: [p.lr * (k == 0) for k, p in enumerate(ps)]).rule,
+        "bound_is_kept",
+        "exceeded",
+    ),
+    "scales twice": (
+        Norm,
+        kl(lambda ps: [p.lr for p in ps]).rule,
+        "clipping_twice_is_clipping_once",
+        "not idempotent",
+    ),
+    "by entries": (
+        Norm,
+        lambda ps, d: ([p.clamp(-1, 1) for p in given(ps)], ONE),
+        "direction_is_kept",
+        "the direction is not kept",
+    ),
     "by the first": (
         ClipLaws,
         lambda ps, d: times(ps, by_norm(ps[:1], d)[1]),
@@ -179,11 +284,18 @@ BROKEN: dict[str, tuple[type[ClipLaws], Any, str, str]] = {
     "in place": (Norm, modifying, "input_is_left_alone", "the input was modified"),
     "sums of its own": (
         Norm,
-        lambda ps, d: by_norm(ps, lambda xs, ys: torch.stack([(x * y).sum() for x, y in zip(xs, ys, strict=True)])),
+        lambda ps, d: by_norm(
+            ps, lambda xs, ys: torch.stack([(x * y).sum() for x, y in zip(xs, ys, strict=True)])
+        ),
         "sums_go_through_the_given_dot",
         "must be taken with the given dot",
     ),
-    "a rank steps out": (Norm, unless_it_has_nothing, "sums_go_through_the_given_dot", "wait for each other forever"),
+    "a rank steps out": (
+        Norm,
+        unless_it_has_nothing,
+        "sums_go_through_the_given_dot",
+        "wait for each other forever",
+    ),
 }
 
 
@@ -198,7 +310,10 @@ def test_a_broken_clip_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_clip_with_memory_is_caught() -> None:
-    assert "something else the second time" in caught(ClipLaws, Adaptive, "test_input_is_left_alone")["test_input_is_left_alone"]
+    assert (
+        "something else the second time"
+        in caught(ClipLaws, Adaptive, "test_input_is_left_alone")["test_input_is_left_alone"]
+    )
 
 
 @pytest.mark.parametrize(("laws", "stage"), [(Norm, By(by_norm)), (Kl, kl(own_rate))])

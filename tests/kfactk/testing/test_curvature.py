@@ -13,9 +13,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kfactk import Layer, Samples, Statistic, Use
+from kfactk import Layer, LayerCall, Samples, Statistic
 from kfactk.testing import CurvatureLaws
-from kfactk.testing.strategies import Case, case_of
+from kfactk.testing._support.strategies import Case, case_of
 from kfactk_stages.curvature._coverage import reason_against
 from kfactk_stages.curvature.conv_kfac import ConvKfac
 from kfactk_stages.curvature.kfac import Kfac
@@ -49,11 +49,20 @@ class Shaped:
     covered: ClassVar[tuple[type[nn.Module], ...]]
 
     def unsupported(self, module):
-        return reason_against(module, self.covered) if "weight" in module._parameters else f"no weight in {type(module).__name__}"
+        return (
+            reason_against(module, self.covered)
+            if "weight" in module._parameters
+            else f"no weight in {type(module).__name__}"
+        )
 
-    def samples(self, layer, uses: Sequence[Use], *, terms, first):
+    def samples(self, layer, uses: Sequence[LayerCall], *, terms, first):
         rows = [self.rows(layer, use) for use in uses]
-        return Samples(torch.cat([a for a, _ in rows], -2), torch.cat([g for _, g in rows], -2), terms=terms, first=first)
+        return Samples(
+            torch.cat([a for a, _ in rows], -2),
+            torch.cat([g for _, g in rows], -2),
+            terms=terms,
+            first=first,
+        )
 
 
 @attrs.frozen
@@ -69,16 +78,21 @@ class UnitWise(Shaped):
     def tensors(self, layer: Layer, matrix: Tensor):
         return {name: matrix[:, 0, i] for i, name in enumerate(layer.parameters)}
 
-    def blank(self, layer: Layer) -> Use:
+    def blank(self, layer: Layer) -> LayerCall:
         weight = layer.tensors()["weight"].detach()
-        return Use(weight.new_zeros(1, len(weight)), weight.new_zeros(1, len(weight)))
+        return LayerCall(weight.new_zeros(1, len(weight)), weight.new_zeros(1, len(weight)))
 
-    def rows(self, layer: Layer, use: Use) -> tuple[Tensor, Tensor]:
+    def rows(self, layer: Layer, use: LayerCall) -> tuple[Tensor, Tensor]:
         wide = torch.float64 if use.gradient.dtype == torch.float64 else torch.float32
-        x = nn.functional.layer_norm(use.inputs.to(wide), layer.module.normalized_shape, eps=layer.module.eps)
+        x = nn.functional.layer_norm(
+            use.inputs.to(wide), layer.module.normalized_shape, eps=layer.module.eps
+        )
         columns = torch.stack([x, torch.ones_like(x)][: len(layer.parameters)], -1)
         rows = (columns, (use.gradient.to(wide) * use.scale)[..., None])
-        return [each.reshape(len(x), math.prod(x.shape[1:-1]), *each.shape[-2:]).permute(2, 0, 1, 3) for each in rows]
+        return [
+            each.reshape(len(x), math.prod(x.shape[1:-1]), *each.shape[-2:]).permute(2, 0, 1, 3)
+            for each in rows
+        ]
 
     def factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
         d = samples.per_example_gradients().squeeze(-2)
@@ -96,7 +110,11 @@ class TokenWise(Shaped):
     covered: ClassVar = (nn.Embedding,)
 
     def unsupported(self, module):
-        if type(module) is nn.Embedding and "forward" not in vars(module) and "weight" in module._parameters:
+        if (
+            type(module) is nn.Embedding
+            and "forward" not in vars(module)
+            and "weight" in module._parameters
+        ):
             return f"its weight is {module.weight.dtype}" if module.weight.is_complex() else None
         return f"{type(module).__name__} is no plain embedding"
 
@@ -106,17 +124,26 @@ class TokenWise(Shaped):
     def tensors(self, layer, matrix):
         return {"weight": matrix.T}
 
-    def blank(self, layer: Layer) -> Use:
-        return Use(torch.zeros(1, dtype=torch.long), layer.module.weight.detach().new_zeros(1, layer.module.embedding_dim))
+    def blank(self, layer: Layer) -> LayerCall:
+        return LayerCall(
+            torch.zeros(1, dtype=torch.long),
+            layer.module.weight.detach().new_zeros(1, layer.module.embedding_dim),
+        )
 
-    def rows(self, layer: Layer, use: Use) -> tuple[Tensor, Tensor]:
+    def rows(self, layer: Layer, use: LayerCall) -> tuple[Tensor, Tensor]:
         wide = torch.float64 if use.gradient.dtype == torch.float64 else torch.float32
         seen = nn.functional.one_hot(use.inputs, layer.module.num_embeddings).to(wide)
         sizes = len(use.inputs), math.prod(use.inputs.shape[1:])
-        return [each.reshape(*sizes, each.shape[-1]) for each in (seen, use.gradient.to(wide) * use.scale)]
+        return [
+            each.reshape(*sizes, each.shape[-1])
+            for each in (seen, use.gradient.to(wide) * use.scale)
+        ]
 
     def factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
-        seen = Statistic(samples.inputs().sum((0, 1)) if samples.first else None, float(samples.examples) * samples.first)
+        seen = Statistic(
+            samples.inputs().sum((0, 1)) if samples.first else None,
+            float(samples.examples) * samples.first,
+        )
         return {"frequency": seen, "G": samples.grad_moment()}
 
     def assemble(self, layer, factors):
@@ -151,7 +178,12 @@ class TestOtherLayers(CurvatureLaws):
 
     def cases(self):
         modules = st.builds(Twofold, st.integers(1, 3), st.integers(1, 3), bias=st.booleans())
-        return case_of(modules, lambda m: st.tuples(st.integers(1, 3), st.just(m.in_features)), uses=2, freeze=True)
+        return case_of(
+            modules,
+            lambda m: st.tuples(st.integers(1, 3), st.just(m.in_features)),
+            uses=2,
+            freeze=True,
+        )
 
     def single_row_cases(self):
         return self.cases().map(lambda case: Case(case.module, case.inputs, case.gradient))
@@ -177,7 +209,9 @@ def fresh(stage: Any) -> Any:
 
 
 def test_laws_that_do_not_apply_say_so() -> None:
-    with pytest.raises(pytest.skip.Exception, match=r"provides square, not the Kronecker factors A and G"):
+    with pytest.raises(
+        pytest.skip.Exception, match=r"provides square, not the Kronecker factors A and G"
+    ):
         fresh(DiagonalFisher).test_one_row_of_one_example_is_exact()
     with pytest.raises(pytest.skip.Exception, match="has no option chunk_bytes"):
         fresh(UnitWise).test_chunks_do_not_matter()
@@ -187,6 +221,8 @@ def test_laws_that_do_not_apply_say_so() -> None:
 
 def test_a_stage_for_unknown_layers_is_told_what_to_write() -> None:
     refusing = stage(unsupported=lambda self, module: "no")
-    found = caught(CurvatureLaws, refusing, "test_tensors_is_the_inverse_of_matrix")["test_tensors_is_the_inverse_of_matrix"]
+    found = caught(CurvatureLaws, refusing, "test_tensors_is_the_inverse_of_matrix")[
+        "test_tensors_is_the_inverse_of_matrix"
+    ]
     assert "accepts no layer that the laws know how to draw" in found
     assert "write `covers` and `cases`" in found

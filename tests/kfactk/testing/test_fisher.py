@@ -34,21 +34,38 @@ class Estimator:
     own_pass: Any = True
     seed: Any = 0
 
-    def __init__(self, function: Callable[[Tensor, Likelihood, Tensor, torch.Generator], Losses], **members: Any) -> None:
+    def __init__(
+        self,
+        function: Callable[[Tensor, Likelihood, Tensor, torch.Generator], Losses],
+        **members: Any,
+    ) -> None:
         self.function = function
         vars(self).update(members)
 
-    def losses(self, view: Tensor, likelihood: Likelihood, weights: Tensor | None, generator: torch.Generator) -> Losses:
+    def losses(
+        self,
+        view: Tensor,
+        likelihood: Likelihood,
+        weights: Tensor | None,
+        generator: torch.Generator,
+    ) -> Losses:
         given = torch.ones(view.shape[:2], dtype=view.dtype) if weights is None else weights
         return self.function(view, likelihood, given, generator)
 
 
 def drawn(
-    *, k: int = 1, scale: float | None = None, power: float = 0.5, view_of: Callable[[Tensor], Tensor] = Tensor.detach, **how: Any
+    *,
+    k: int = 1,
+    scale: float | None = None,
+    power: float = 0.5,
+    view_of: Callable[[Tensor], Tensor] = Tensor.detach,
+    **how: Any,
 ) -> Callable[..., Losses]:
     """The sampled Fisher; the arguments spoil it."""
 
-    def losses(view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator) -> Losses:
+    def losses(
+        view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
+    ) -> Losses:
         for _ in range(k):
             targets = likelihood.sample(view_of(view).contiguous(), how.get("generator", generator))
             terms = weights**power * likelihood.nll(view, targets)
@@ -57,10 +74,14 @@ def drawn(
     return losses
 
 
-def exact(*, power: float = 0.5, last: int | None = None, mixed: bool = False) -> Callable[..., Losses]:
+def exact(
+    *, power: float = 0.5, last: int | None = None, mixed: bool = False
+) -> Callable[..., Losses]:
     """The Fisher without draws; the arguments spoil it."""
 
-    def losses(view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator) -> Losses:
+    def losses(
+        view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
+    ) -> Losses:
         for column in likelihood.root(view):
             terms = weights**power * (view * column).sum(-1)
             if mixed:
@@ -72,7 +93,9 @@ def exact(*, power: float = 0.5, last: int | None = None, mixed: bool = False) -
     return losses
 
 
-def signs(view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator) -> Losses:
+def signs(
+    view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
+) -> Losses:
     """The root's columns with random signs: draws no target, and has the Fisher matrix as expectation."""
     total = torch.zeros_like(view)
     for column in likelihood.root(view):
@@ -81,15 +104,21 @@ def signs(view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torc
     yield (weights.sqrt().unsqueeze(-1) * total * view).sum()
 
 
-def flipped_once(view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator) -> Losses:
+def flipped_once(
+    view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
+) -> Losses:
     """One sign for all columns of a term: the columns' cross products stay."""
     flips = 2.0 * torch.randint(2, view.shape[:2], generator=generator) - 1
     yield (weights.sqrt() * flips * (view * sum(likelihood.root(view))).sum(-1)).sum()
 
 
-def most_probable(view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator) -> Losses:
+def most_probable(
+    view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
+) -> Losses:
     """A fixed draw in place of the expectation."""
-    yield from drawn(generator=torch.Generator().manual_seed(0))(view, likelihood, weights, generator)
+    yield from drawn(generator=torch.Generator().manual_seed(0))(
+        view, likelihood, weights, generator
+    )
 
 
 def test_a_right_estimator_that_draws_no_targets_obeys() -> None:
@@ -99,22 +128,44 @@ def test_a_right_estimator_that_draws_no_targets_obeys() -> None:
 @pytest.mark.parametrize(
     ("function", "law", "says"),
     [
-        (drawn(k=2, scale=1.0), CONVERGE, r"does not converge to the Fisher information of .*entry \[\d, \d\] is .* ought to be"),
+        (
+            drawn(k=2, scale=1.0),
+            CONVERGE,
+            r"does not converge to the Fisher information of .*entry \[\d, \d\] is .* ought to be",
+        ),
         (drawn(scale=1.03), CONVERGE, r"and \d\.\d standard errors are allowed"),
         (drawn(power=1.0), CONVERGE, r"weights \[0\.5, 3\.0\]"),
         (drawn(view_of=lambda view: view[:1].expand_as(view) * 0), CONVERGE, "does not converge"),
         (drawn(view_of=lambda view: 1.03 * view.detach()), CONVERGE, "does not converge"),
         (flipped_once, CONVERGE, "does not converge"),
         (most_probable, DENSE, "are not the weighted Fisher information of each example's terms"),
-        (exact(power=1.0), DENSE, "are not the weighted Fisher information of each example's terms"),
-        (exact(last=-1), DENSE, "it gives no loss for a view|are not the weighted Fisher information"),
-        (exact(mixed=True), DENSE, "are not the weighted Fisher information of each example's terms"),
-        (exact(mixed=True), NETWORK, "the outer products of the parameters' gradients are not the Gauss-Newton matrix"),
+        (
+            exact(power=1.0),
+            DENSE,
+            "are not the weighted Fisher information of each example's terms",
+        ),
+        (
+            exact(last=-1),
+            DENSE,
+            "it gives no loss for a view|are not the weighted Fisher information",
+        ),
+        (
+            exact(mixed=True),
+            DENSE,
+            "are not the weighted Fisher information of each example's terms",
+        ),
+        (
+            exact(mixed=True),
+            NETWORK,
+            "the outer products of the parameters' gradients are not the Gauss-Newton matrix",
+        ),
         (exact(power=0.0), MASKED, "a term of weight zero has a gradient"),
         (drawn(power=0.0), MASKED, "a term of weight zero has a gradient"),
     ],
 )
-def test_a_wrong_expectation_is_caught(function: Callable[..., Losses], law: str, says: str) -> None:
+def test_a_wrong_expectation_is_caught(
+    function: Callable[..., Losses], law: str, says: str
+) -> None:
     found = caught(FisherLaws, Estimator(function), law)
     assert list(found) == [law]
     assert re.search(says, found[law], re.DOTALL), found[law]
@@ -122,7 +173,9 @@ def test_a_wrong_expectation_is_caught(function: Callable[..., Losses], law: str
 
 def test_draws_shared_by_examples_or_by_terms_do_not_converge() -> None:
     def shared(*, whole: bool) -> Callable[..., Losses]:
-        def losses(view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator) -> Losses:
+        def losses(
+            view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
+        ) -> Losses:
             one = view.detach()[:1] if whole else view.detach()
             state = generator.get_state()
             targets = []
@@ -131,7 +184,10 @@ def test_draws_shared_by_examples_or_by_terms_do_not_converge() -> None:
                     generator.set_state(state)
                 targets.append(likelihood.sample(one[:, s : s + 1].contiguous(), generator))
             drawn = torch.cat(targets, 1)
-            yield (weights.sqrt() * likelihood.nll(view, drawn.expand(len(view), *drawn.shape[1:]).contiguous())).sum()
+            yield (
+                weights.sqrt()
+                * likelihood.nll(view, drawn.expand(len(view), *drawn.shape[1:]).contiguous())
+            ).sum()
 
         return losses
 
@@ -140,44 +196,74 @@ def test_draws_shared_by_examples_or_by_terms_do_not_converge() -> None:
 
 
 def wrong_side_effects() -> dict[str, tuple[Callable[..., Losses], str, str]]:
-    def unsummed(view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator) -> Losses:
+    def unsummed(
+        view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
+    ) -> Losses:
         yield likelihood.nll(view, likelihood.sample(view.detach(), generator))
 
-    def cut(view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator) -> Losses:
+    def cut(
+        view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
+    ) -> Losses:
         yield likelihood.nll(view.detach(), likelihood.sample(view.detach(), generator)).sum()
 
-    def infinite(view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator) -> Losses:
+    def infinite(
+        view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
+    ) -> Losses:
         yield view.sum() / 0
 
-    def nothing(view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator) -> Losses:
+    def nothing(
+        view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
+    ) -> Losses:
         return iter(())
 
-    def global_draws(view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator) -> Losses:
+    def global_draws(
+        view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
+    ) -> Losses:
         yield (view * torch.randn_like(view)).sum()
 
-    def reads_global(view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator) -> Losses:
+    def reads_global(
+        view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
+    ) -> Losses:
         yield (view * torch.initial_seed()).sum()
 
-    def backward(view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator) -> Losses:
+    def backward(
+        view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
+    ) -> Losses:
         for loss in exact()(view, likelihood, weights, generator):
             loss.backward(retain_graph=True)
             yield loss
 
-    def in_place(view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator) -> Losses:
+    def in_place(
+        view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
+    ) -> Losses:
         yield from exact()(view, likelihood, weights, generator)
         view.detach().add_(1)
 
-    def weights_in_place(view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator) -> Losses:
+    def weights_in_place(
+        view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
+    ) -> Losses:
         yield from exact()(view, likelihood, weights.add_(1), generator)
 
     return {
-        "unsummed": (unsummed, SCALARS, r"a loss has shape \[\d, \d\]: it must be summed to a scalar"),
+        "unsummed": (
+            unsummed,
+            SCALARS,
+            r"a loss has shape \[\d, \d\]: it must be summed to a scalar",
+        ),
         "cut off": (cut, SCALARS, "a loss does not require gradients"),
         "infinite": (infinite, SCALARS, "a loss is (inf|nan)"),
         "none": (nothing, SCALARS, "it gives no loss, though own_pass is True"),
-        "global draws": (global_draws, GENERATOR, "the global random state is changed: draw with the generator"),
+        "global draws": (
+            global_draws,
+            GENERATOR,
+            "the global random state is changed: draw with the generator",
+        ),
         "global seed": (reads_global, GENERATOR, "the same generator gives other losses"),
-        "backward": (backward, UNTOUCHED, r"\.grad of a parameter is changed: never call backward\(\)"),
+        "backward": (
+            backward,
+            UNTOUCHED,
+            r"\.grad of a parameter is changed: never call backward\(\)",
+        ),
         "view in place": (in_place, UNTOUCHED, "the view is changed"),
         "weights in place": (weights_in_place, UNTOUCHED, "the weights are changed"),
     }
@@ -218,7 +304,10 @@ def test_laws_that_do_not_apply_are_skipped_with_the_reason() -> None:
     kinds = (DENSE, NETWORK, CONVERGE)
     assert set(skipped(Estimator(exact()), *kinds)) == {CONVERGE}
     assert set(skipped(Estimator(drawn()), *kinds)) == {DENSE, NETWORK}
-    assert "draws: another law holds it to the Fisher matrix" in skipped(Estimator(drawn()), DENSE)[DENSE]
+    assert (
+        "draws: another law holds it to the Fisher matrix"
+        in skipped(Estimator(drawn()), DENSE)[DENSE]
+    )
     listening = skipped(Estimator(lambda *given: iter(()), own_pass=False), *laws_of(FisherLaws))
     assert set(listening) == set(laws_of(FisherLaws)) - {SAYS}
     assert all("listens to the user's own backward" in reason for reason in listening.values())
@@ -232,7 +321,10 @@ def test_a_class_may_say_whether_anything_is_drawn() -> None:
 
 
 def test_likelihoods_whose_hessian_depends_on_the_target_are_refused() -> None:
-    with pytest.raises(OptionError, match=r"The Hessian of .*Scaled.* depends on the target.*Take it out of `likelihoods`"):
+    with pytest.raises(
+        OptionError,
+        match=r"The Hessian of .*Scaled.* depends on the target.*Take it out of `likelihoods`",
+    ):
         natural_likelihoods([Scaled()])
     assert len(natural_likelihoods(["gaussian", {"name": "gaussian", "variance": 2.0}])) == 2
     names = {type(each).__name__.lower() for each in natural_likelihoods(None)}

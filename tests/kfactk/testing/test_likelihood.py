@@ -13,8 +13,8 @@ from torch import Tensor, distributions as dist
 
 from kfactk import CaptureError
 from kfactk.testing import LikelihoodLaws
-from kfactk.testing.distributions import Cells, cells
-from kfactk.testing.strategies import Terms, terms
+from kfactk.testing._support.distributions import Cells, cells
+from kfactk.testing._support.strategies import Terms, terms
 from tests.kfactk.testing.broken import caught
 from tests.kfactk.testing.outside import Correlated, Poisson, Rates, Scaled, Weighted
 
@@ -71,7 +71,9 @@ class TestCorrelated(CorrelatedLaws):
     stage = Correlated
 
     def cells(self, found: Any, draws: Tensor) -> list[Cells]:
-        straight = torch.linalg.solve_triangular(found.scale_tril, (draws - found.mean).T, upper=False).T
+        straight = torch.linalg.solve_triangular(
+            found.scale_tril, (draws - found.mean).T, upper=False
+        ).T
         return cells(dist.Normal(torch.zeros(2), torch.ones(2)), straight)
 
 
@@ -138,7 +140,9 @@ class Rounded(Poisson):
 
 class SharedByComponents(Scaled):
     def sample(self, view: Tensor, generator: torch.Generator) -> Tensor:
-        return view.detach() + torch.randn(*view.shape[:2], 1, generator=generator, dtype=view.dtype)
+        return view.detach() + torch.randn(
+            *view.shape[:2], 1, generator=generator, dtype=view.dtype
+        )
 
 
 class SharedByTerms(Scaled):
@@ -149,8 +153,12 @@ class SharedByTerms(Scaled):
 
 class SharedByExamples(Scaled):
     def sample(self, view: Tensor, generator: torch.Generator) -> Tensor:
-        noise = torch.randn(-(len(view) // -2), view.shape[1], generator=generator, dtype=view.dtype)
-        return (view[..., 0] + (view[..., 1] / 2).exp() * noise.repeat_interleave(2, 0)[: len(view)]).detach()
+        noise = torch.randn(
+            -(len(view) // -2), view.shape[1], generator=generator, dtype=view.dtype
+        )
+        return (
+            view[..., 0] + (view[..., 1] / 2).exp() * noise.repeat_interleave(2, 0)[: len(view)]
+        ).detach()
 
 
 class OneTarget(Poisson):
@@ -215,13 +223,38 @@ class SaysNothing(Poisson):
 @pytest.mark.parametrize(
     ("stage", "laws", "law", "says"),
     [
-        (HalfRoot, PoissonLaws, ROOT, "the root's outer products do not sum to the Fisher information"),
-        (DiagonalRoot, PoissonLaws, ROOT, "the root's outer products do not sum to the Fisher information"),
-        (RootWithGraph, PoissonLaws, ROOT, "a column of the root requires gradients: it must be detached"),
+        (
+            HalfRoot,
+            PoissonLaws,
+            ROOT,
+            "the root's outer products do not sum to the Fisher information",
+        ),
+        (
+            DiagonalRoot,
+            PoissonLaws,
+            ROOT,
+            "the root's outer products do not sum to the Fisher information",
+        ),
+        (
+            RootWithGraph,
+            PoissonLaws,
+            ROOT,
+            "a column of the root requires gradients: it must be detached",
+        ),
         (MeanNll, PoissonLaws, NLL, "nll is not minus the log-probability of the distribution"),
-        (UnsummedNll, PoissonLaws, NLL, r"nll has shape \[.*\]: it must be one number for each term"),
+        (
+            UnsummedNll,
+            PoissonLaws,
+            NLL,
+            r"nll has shape \[.*\]: it must be one number for each term",
+        ),
         (ShortNll, PoissonLaws, NLL, "nll is not minus the log-probability of the distribution"),
-        (CutNll, PoissonLaws, NLL, r"the gradient of nll is not minus that of .* \(terms mixed, or a part detached\?\)"),
+        (
+            CutNll,
+            PoissonLaws,
+            NLL,
+            r"the gradient of nll is not minus that of .* \(terms mixed, or a part detached\?\)",
+        ),
         (
             Warm,
             PoissonLaws,
@@ -231,22 +264,49 @@ class SaysNothing(Poisson):
         (Rounded, PoissonLaws, DRAWS, r"drawn was \d+\.5, which the distribution does not give"),
         (SharedByTerms, ScaledLaws, DRAWS, "the terms of one example are not drawn independently"),
         (SharedByExamples, ScaledLaws, DRAWS, "neighbouring examples are not drawn independently"),
-        (OneTarget, PoissonLaws, DRAWS, r"drawn targets have shape \[200000, 2\], not \[N, S\] and the shape of one value"),
+        (
+            OneTarget,
+            PoissonLaws,
+            DRAWS,
+            r"drawn targets have shape \[200000, 2\], not \[N, S\] and the shape of one value",
+        ),
         (GlobalDraws, PoissonLaws, PURE, "drawing changes the global random state"),
         (SeededGlobally, PoissonLaws, PURE, "the same view and generator give other draws"),
         (ForgetsTheGenerator, PoissonLaws, PURE, "another seed gives the same draws"),
         (Stuck, PoissonLaws, PURE, "two draws in a row from one generator are the same"),
         (DrawsWithGraph, ScaledLaws, PURE, "drawn targets require gradients"),
-        (CutView, PoissonLaws, VIEW, "does not require gradients: it must share the output's graph"),
-        (TwiceTheView, PoissonLaws, VIEW, "does not hold the output's numbers, terms in order and the event last"),
+        (
+            CutView,
+            PoissonLaws,
+            VIEW,
+            "does not require gradients: it must share the output's graph",
+        ),
+        (
+            TwiceTheView,
+            PoissonLaws,
+            VIEW,
+            "does not hold the output's numbers, terms in order and the event last",
+        ),
         (FlatView, PoissonLaws, VIEW, r"has shape \[\d, \d\], not \[N, S, C\]"),
         (AnyView, PoissonLaws, REFUSED, "an output of integers is not refused with a CaptureError"),
-        (SaysNothing, PoissonLaws, REFUSED, "is not refused with a CaptureError that says anything"),
-        (Poisson, ScaledLaws, REFUSED, "an output of width 1, which is not among the class' `widths`, is not refused"),
+        (
+            SaysNothing,
+            PoissonLaws,
+            REFUSED,
+            "is not refused with a CaptureError that says anything",
+        ),
+        (
+            Poisson,
+            ScaledLaws,
+            REFUSED,
+            "an output of width 1, which is not among the class' `widths`, is not refused",
+        ),
         (Poisson, WeightedLaws, WEIGHTS, "terms do not weigh what the batch says"),
     ],
 )
-def test_a_broken_likelihood_is_caught(stage: type[Poisson], laws: type[LikelihoodLaws], law: str, says: str) -> None:
+def test_a_broken_likelihood_is_caught(
+    stage: type[Poisson], laws: type[LikelihoodLaws], law: str, says: str
+) -> None:
     found = caught(laws, stage, law)
     assert list(found) == [law]
     assert re.search(says, found[law], re.DOTALL), found[law]
@@ -264,7 +324,10 @@ def test_noise_shared_by_components_is_caught() -> None:
 
 def test_what_may_be_left_out_of_nll_is_said_by_the_class() -> None:
     assert caught(PoissonLaws, ShortNll, NLL, normalised=False) == {}
-    assert "by more than a constant" in caught(PoissonLaws, MeanNll, NLL, normalised=False, widths=(2, 3))[NLL]
+    assert (
+        "by more than a constant"
+        in caught(PoissonLaws, MeanNll, NLL, normalised=False, widths=(2, 3))[NLL]
+    )
 
 
 def test_mixed_terms_are_caught() -> None:
@@ -297,7 +360,10 @@ def test_wrong_weights_are_caught(spoil: Any, says: str) -> None:
 @pytest.mark.parametrize(
     ("batch", "says"),
     [
-        ({"w": None}, "a batch without the weights (or labels) that the stage was told of is not refused"),
+        (
+            {"w": None},
+            "a batch without the weights (or labels) that the stage was told of is not refused",
+        ),
         ({"w": -1.0}, "a weight of -1.0 is not refused with"),
     ],
 )
@@ -306,7 +372,9 @@ def test_weights_that_are_not_checked_are_caught(batch: dict[str, Any], says: st
         def term_weights(self, view: Tensor, given: Mapping[str, Any]) -> Tensor:
             if batch["w"] is None:
                 return given.get("w", torch.ones(view.shape[:2], dtype=view.dtype))
-            return super().term_weights(view, {name: each.clamp(min=0) for name, each in given.items()})
+            return super().term_weights(
+                view, {name: each.clamp(min=0) for name, each in given.items()}
+            )
 
     assert says.split(" with")[0] in caught(WeightedLaws, Lenient, WEIGHTS)[WEIGHTS]
 
@@ -316,15 +384,25 @@ def test_other_errors_are_no_refusal() -> None:
         def view(self, output: Tensor) -> Tensor:
             return super().view(output) if output.is_floating_point() else output.logits
 
-    assert "is not refused with a CaptureError, but ends in" in caught(PoissonLaws, Crashes, REFUSED)[REFUSED]
+    assert (
+        "is not refused with a CaptureError, but ends in"
+        in caught(PoissonLaws, Crashes, REFUSED)[REFUSED]
+    )
 
 
 def test_what_the_class_has_to_write_is_said() -> None:
-    assert "does not say which distribution its likelihood stands for" in caught(LikelihoodLaws, Poisson, NLL)[NLL]
-    assert "Write `def cells(self, found, draws)`" in caught(CorrelatedLaws, Correlated, DRAWS)[DRAWS]
+    assert (
+        "does not say which distribution its likelihood stands for"
+        in caught(LikelihoodLaws, Poisson, NLL)[NLL]
+    )
+    assert (
+        "Write `def cells(self, found, draws)`" in caught(CorrelatedLaws, Correlated, DRAWS)[DRAWS]
+    )
 
     class Mixed(PoissonLaws):
         def distribution(self, row: Tensor) -> dist.Distribution:
-            return dist.MixtureSameFamily(dist.Categorical(torch.ones(2)), dist.Poisson(row.exp().expand(2, -1).T))
+            return dist.MixtureSameFamily(
+                dist.Categorical(torch.ones(2)), dist.Poisson(row.exp().expand(2, -1).T)
+            )
 
     assert "Write `def information(self, row)`" in caught(Mixed, Poisson, ROOT)[ROOT]

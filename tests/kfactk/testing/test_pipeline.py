@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 import kfactk
 from kfactk import Layer, Optimizer, Statistic, hookimpl
-from kfactk.capture import Capture
-from kfactk.registry import registry
+from kfactk.capture.hooks import ModelHooks
+from kfactk.registry.registry import registry
 from kfactk.testing import PipelineLaws
-from kfactk.testing.models import Scale
+from kfactk.testing._support.models import Scale
+from kfactk.testing._support.training import Recipes, flattened, identical
 from kfactk.testing.pipeline import EXACT
-from kfactk.testing.training import Recipes, flattened, identical
 from kfactk_stages.basis.kfac import KfacInverse
 from kfactk_stages.clip.none import NoClip
 from kfactk_stages.curvature.kfac import Kfac
@@ -38,14 +38,18 @@ def found(law: str, **recipe: Any) -> str:
 class Global(MonteCarlo):
     """Draws from the global generator."""
 
-    def losses(self, view: Tensor, likelihood: Any, weights: Any, generator: torch.Generator) -> Iterator[Tensor]:
+    def losses(
+        self, view: Tensor, likelihood: Any, weights: Any, generator: torch.Generator
+    ) -> Iterator[Tensor]:
         return super().losses(view, likelihood, weights, torch.default_generator)
 
 
 class Peeking(MonteCarlo):
     """Draws from a copy of the global generator, which stays where it is."""
 
-    def losses(self, view: Tensor, likelihood: Any, weights: Any, generator: torch.Generator) -> Iterator[Tensor]:
+    def losses(
+        self, view: Tensor, likelihood: Any, weights: Any, generator: torch.Generator
+    ) -> Iterator[Tensor]:
         generator.set_state(torch.get_rng_state())
         return super().losses(view, likelihood, weights, generator)
 
@@ -61,11 +65,16 @@ class Gambling(NoClip):
     ("recipe", "says"),
     [
         ({"fisher": Global()}, "training moved torch's global random state"),
-        ({"fisher": Peeking()}, "two runs of one recipe under another global random state are not the same: "),
+        (
+            {"fisher": Peeking()},
+            "two runs of one recipe under another global random state are not the same: ",
+        ),
         ({"clip": Gambling()}, "training moved the random state of the module random"),
     ],
 )
-def test_the_global_random_state_is_neither_read_nor_moved(recipe: dict[str, Any], says: str) -> None:
+def test_the_global_random_state_is_neither_read_nor_moved(
+    recipe: dict[str, Any], says: str
+) -> None:
     assert says in found("test_equal_seeds_give_equal_runs", **recipe)
 
 
@@ -97,7 +106,9 @@ def test_what_is_not_in_the_state_is_not_resumed() -> None:
 
 def test_a_step_count_that_is_not_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
     load = Optimizer.load_state_dict
-    monkeypatch.setattr(Optimizer, "load_state_dict", lambda self, state: (load(self, state), self._step.zero_()))
+    monkeypatch.setattr(
+        Optimizer, "load_state_dict", lambda self, state: (load(self, state), self._step.zero_())
+    )
     assert "and the resumed optimizer has 0" in found("test_a_resumed_run_is_the_uninterrupted_one")
 
 
@@ -105,12 +116,19 @@ class FirstFirst(NoClip):
     """Favours the layer that comes first."""
 
     def clip(self, pairs: Any, dot: Any) -> Any:
-        return [pair.preconditioned * (2.0 if number == 0 else 1.0) for number, pair in enumerate(pairs)], torch.ones(())
+        return [
+            pair.preconditioned * (2.0 if number == 0 else 1.0) for number, pair in enumerate(pairs)
+        ], torch.ones(())
 
 
 def test_the_order_of_layers() -> None:
-    said = found("test_the_order_of_layers_does_not_matter", clip=FirstFirst(), update="sgd", lr=0.1)
-    assert "with its layers registered in another order (reversed) the model trains otherwise: " in said
+    said = found(
+        "test_the_order_of_layers_does_not_matter", clip=FirstFirst(), update="sgd", lr=0.1
+    )
+    assert (
+        "with its layers registered in another order (reversed) the model trains otherwise: "
+        in said
+    )
 
 
 @attrs.frozen(kw_only=True)
@@ -120,14 +138,21 @@ class Counting(Kfac):
     count: float = 1.0
 
     def factors(self, layer: Layer, samples: Any) -> dict[str, Statistic]:
-        return {name: Statistic(each.total, self.count) for name, each in super().factors(layer, samples).items()}
+        return {
+            name: Statistic(each.total, self.count)
+            for name, each in super().factors(layer, samples).items()
+        }
 
 
 def test_batches_that_are_split_or_repeated() -> None:
-    split = found("test_accumulated_micro_batches_are_one_batch", curvature=Counting(), basis="kfac")
+    split = found(
+        "test_accumulated_micro_batches_are_one_batch", curvature=Counting(), basis="kfac"
+    )
     assert "a batch of 6 accumulated in micro-batches of [" in split
     assert "differs" in split
-    repeated = found("test_a_batch_several_times_over_is_one_batch", curvature=Counting(count=6.0), basis="kfac")
+    repeated = found(
+        "test_a_batch_several_times_over_is_one_batch", curvature=Counting(count=6.0), basis="kfac"
+    )
     assert "with every example 2 times in its batch the model trains otherwise" in repeated
 
 
@@ -156,15 +181,19 @@ def test_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_forwards_that_must_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
     law = "test_evaluation_changes_nothing"
-    monkeypatch.setattr(Capture, "_counts", lambda self: torch.is_grad_enabled())
+    monkeypatch.setattr(ModelHooks, "_counts", lambda self: torch.is_grad_enabled())
     assert "with forwards that must not count " in found(law)
-    monkeypatch.setattr(Capture, "_counts", lambda self: self.root.training)
+    monkeypatch.setattr(ModelHooks, "_counts", lambda self: self.root.training)
     assert "does not require gradients" in found(law)
 
 
 def test_closures(monkeypatch: pytest.MonkeyPatch) -> None:
     law, step = "test_a_closure_is_the_loop", Optimizer.step
-    monkeypatch.setattr(Optimizer, "step", lambda self, closure=None: (closure and closure(), step(self, closure))[1])
+    monkeypatch.setattr(
+        Optimizer,
+        "step",
+        lambda self, closure=None: (closure and closure(), step(self, closure))[1],
+    )
     assert "step(closure) trains otherwise than the loop" in found(law)
     monkeypatch.setattr(Optimizer, "step", lambda self, closure=None: (step(self, closure), 0.0)[1])
     assert "step(closure) returned 0.0, where the closure's loss is" in found(law)
@@ -175,9 +204,13 @@ class Ageing(KfacInverse):
 
     calls = 0
 
-    def precondition(self, gradient: Tensor, decomposition: Any, moments: Any, damping: float) -> Tensor:
+    def precondition(
+        self, gradient: Tensor, decomposition: Any, moments: Any, damping: float
+    ) -> Tensor:
         type(self).calls += 1
-        return super().precondition(gradient, decomposition, moments, damping) * (1 + 1e-3 * self.calls)
+        return super().precondition(gradient, decomposition, moments, damping) * (
+            1 + 1e-3 * self.calls
+        )
 
 
 @attrs.frozen
@@ -215,7 +248,10 @@ class Learning:
 
 def test_copies_of_recipes() -> None:
     law = "test_a_copied_recipe_is_the_same"
-    assert "a recipe that is bound again trains otherwise: a stage remembers the first run" in found(law, basis=Ageing())
+    assert (
+        "a recipe that is bound again trains otherwise: a stage remembers the first run"
+        in found(law, basis=Ageing())
+    )
     assert "a deep copy of the recipe is another" in found(law, clip=Diluted(strength=0.7))
     assert "a deep copy of the recipe trains otherwise" in found(law, clip=Diluted())
     assert "training changed the recipe" in found(law, clip=Learning())
@@ -240,7 +276,10 @@ def test_what_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     finally:
         registry().unregister(plugin)
     monkeypatch.setattr(Optimizer, "close", lambda self: self._capture.close())
-    assert "step() after close() does not say that the optimizer was closed, but: curvature is due" in found(law)
+    assert (
+        "step() after close() does not say that the optimizer was closed, but: curvature is due"
+        in found(law)
+    )
 
 
 class Doubled(KfacInverse):
@@ -248,23 +287,29 @@ class Doubled(KfacInverse):
 
     laws = frozenset({EXACT})
 
-    def precondition(self, gradient: Tensor, decomposition: Any, moments: Any, damping: float) -> Tensor:
+    def precondition(
+        self, gradient: Tensor, decomposition: Any, moments: Any, damping: float
+    ) -> Tensor:
         return super().precondition(gradient, decomposition, moments, damping) / 2
 
 
 class Undamped(KfacInverse):
     """Knows no damping."""
 
-    def decompose(self, name: str, matrix: Tensor, coupling: Any) -> dict[str, Tensor]:
-        return super().decompose(name, matrix, attrs.evolve(coupling, damping=1e-6))
+    def decompose(self, name: str, matrix: Tensor, context: Any) -> dict[str, Tensor]:
+        return super().decompose(name, matrix, attrs.evolve(context, damping=1e-6))
 
 
 def test_a_quadratic() -> None:
-    assert "one Newton step did not land on the least-squares solution" in found("test_a_quadratic_is_solved_in_one_step", basis=Doubled())
+    assert "one Newton step did not land on the least-squares solution" in found(
+        "test_a_quadratic_is_solved_in_one_step", basis=Doubled()
+    )
     sound = type("Sound", (KfacInverse,), {"laws": frozenset({EXACT})})()
     assert found("test_a_quadratic_is_solved_in_one_step", basis=sound) == ""
     law = "test_huge_damping_makes_a_gradient_step"
-    assert "under huge damping the step is not lr / damping times the gradient" in found(law, basis=Undamped())
+    assert "under huge damping the step is not lr / damping times the gradient" in found(
+        law, basis=Undamped()
+    )
 
 
 class ConvolutionsOnly(Kfac):
@@ -275,13 +320,31 @@ class ConvolutionsOnly(Kfac):
 @pytest.mark.parametrize(
     ("law", "recipe", "why"),
     [
-        ("test_a_quadratic_is_solved_in_one_step", {"basis": type("Modest", (KfacInverse,), {"laws": frozenset()})()}, "does not claim"),
-        ("test_huge_damping_makes_a_gradient_step", {"curvature": ConvolutionsOnly()}, "does not support nn.Linear"),
-        ("test_a_batch_several_times_over_is_one_batch", {"basis": {"name": "ekfac", "scale": "running"}}, "independent examples"),
-        ("test_a_batch_several_times_over_is_one_batch", {"reduction": "sum"}, "grows with its batch"),
+        (
+            "test_a_quadratic_is_solved_in_one_step",
+            {"basis": type("Modest", (KfacInverse,), {"laws": frozenset()})()},
+            "does not claim",
+        ),
+        (
+            "test_huge_damping_makes_a_gradient_step",
+            {"curvature": ConvolutionsOnly()},
+            "does not support nn.Linear",
+        ),
+        (
+            "test_a_batch_several_times_over_is_one_batch",
+            {"basis": {"name": "ekfac", "scale": "running"}},
+            "independent examples",
+        ),
+        (
+            "test_a_batch_several_times_over_is_one_batch",
+            {"reduction": "sum"},
+            "grows with its batch",
+        ),
     ],
 )
-def test_a_law_that_a_recipe_does_not_claim_is_skipped_with_the_reason(law: str, recipe: dict[str, Any], why: str) -> None:
+def test_a_law_that_a_recipe_does_not_claim_is_skipped_with_the_reason(
+    law: str, recipe: dict[str, Any], why: str
+) -> None:
     made = type("TestOne", (PipelineLaws,), {"recipe": recipe})()
     with pytest.raises(pytest.skip.Exception, match=why):
         getattr(made, law)()
@@ -292,7 +355,9 @@ def test_a_drawn_recipe_that_does_not_claim_a_law_is_passed_over() -> None:
 
     class Drawn(PipelineLaws):
         def recipes(self) -> Recipes:
-            return st.sampled_from([{"reduction": "sum"}, {}]).map(lambda recipe: tried.append(recipe) or recipe)
+            return st.sampled_from([{"reduction": "sum"}, {}]).map(
+                lambda recipe: tried.append(recipe) or recipe
+            )
 
     Drawn().test_a_batch_several_times_over_is_one_batch()
     assert {"reduction": "sum"} in tried
@@ -325,7 +390,10 @@ class TestAnotherModelBatchAndLoss(PipelineLaws):
         return Tokens()
 
     def batch(self, generator: torch.Generator, examples: int) -> tuple[Tensor, Tensor]:
-        inputs, targets = (torch.randn(examples, 2, width, generator=generator, dtype=torch.float64) for width in (3, 2))
+        inputs, targets = (
+            torch.randn(examples, 2, width, generator=generator, dtype=torch.float64)
+            for width in (3, 2)
+        )
         return inputs, targets
 
     def loss(self, output: Any, targets: Tensor) -> Tensor:
@@ -342,9 +410,13 @@ def test_the_recipe_is_named() -> None:
 def test_the_model_has_what_no_curvature_supports() -> None:
     laws = PipelineLaws()
     assert torch.equal(*(next(laws.fresh().parameters()) for _ in range(2)))
-    assert [name for name, module in laws.fresh().named_modules() if isinstance(module, Scale)] == ["scale"]
+    assert [name for name, module in laws.fresh().named_modules() if isinstance(module, Scale)] == [
+        "scale"
+    ]
     optimizer = laws.subject().bind(model := laws.fresh())
-    assert optimizer.coverage().plain == ("scale.factor",) or list(optimizer.coverage().plain) == ["scale.factor"]
+    assert optimizer.coverage().plain == ("scale.factor",) or list(optimizer.coverage().plain) == [
+        "scale.factor"
+    ]
     assert hooks(model) == 2
 
 
@@ -356,7 +428,10 @@ def test_comparisons_tell_names_types_and_values_apart() -> None:
     for other, says in (
         ({"b": [1, {"c": torch.ones(1)}]}, "other names"),
         ({"b": [2, {"c": torch.ones(1)}], "a": None}, "is 2, not 1"),
-        ({"b": [1, {"c": torch.ones(1).double()}], "a": None}, "is torch.float64, not torch.float32"),
+        (
+            {"b": [1, {"c": torch.ones(1).double()}], "a": None},
+            "is torch.float64, not torch.float32",
+        ),
         ({"b": [1, {"c": torch.ones(1) + 1e-6}], "a": None}, "c differs"),
     ):
         with pytest.raises(AssertionError, match=says):

@@ -31,7 +31,12 @@ class Right:
 
     def assign(self, workload: Workload, ranks: int) -> Assignment:
         found = grid(workload, ranks, 1, "right", "one rank a layer")
-        return attrs.evolve(found, shares={layer: self.share(layer, share, ranks) for layer, share in found.shares.items()})
+        return attrs.evolve(
+            found,
+            shares={
+                layer: self.share(layer, share, ranks) for layer, share in found.shares.items()
+            },
+        )
 
     def share(self, layer: str, share: Share, ranks: int) -> Share:
         return share
@@ -45,27 +50,27 @@ class Forgetful(Right):
 
 class Inventive(Right):
     def share(self, layer: str, share: Share, ranks: int) -> Share:
-        return attrs.evolve(share, decomposers={**share.decomposers, "C": (0,)})
+        return attrs.evolve(share, inverse_workers={**share.inverse_workers, "C": (0,)})
 
 
 class Beyond(Right):
     def share(self, layer: str, share: Share, ranks: int) -> Share:
-        return attrs.evolve(share, holders=(ranks,))
+        return attrs.evolve(share, gradient_workers=(ranks,))
 
 
 class Nobody(Right):
     def share(self, layer: str, share: Share, ranks: int) -> Share:
-        return attrs.evolve(share, decomposers=dict.fromkeys(share.decomposers, ()))
+        return attrs.evolve(share, inverse_workers=dict.fromkeys(share.inverse_workers, ()))
 
 
 class Unsorted(Right):
     def share(self, layer: str, share: Share, ranks: int) -> Share:
-        return attrs.evolve(share, holders=tuple(reversed(range(ranks))))
+        return attrs.evolve(share, gradient_workers=tuple(reversed(range(ranks))))
 
 
 class Listing(Right):
     def share(self, layer: str, share: Share, ranks: int) -> Share:
-        return attrs.evolve(share, holders=[0])
+        return attrs.evolve(share, gradient_workers=[0])
 
 
 class Mapped(Right):
@@ -85,14 +90,19 @@ class Silent(Right):
 
 class NeverAlone(Right):
     def share(self, layer: str, share: Share, ranks: int) -> Share:
-        return attrs.evolve(share, holders=(1,)) if ranks == 1 else share
+        return attrs.evolve(share, gradient_workers=(1,)) if ranks == 1 else share
 
 
 class Parting(Right):
     """Each matrix to the next rank, whatever it is made of."""
 
     def share(self, layer: str, share: Share, ranks: int) -> Share:
-        return attrs.evolve(share, decomposers={name: (number % ranks,) for number, name in enumerate(share.decomposers)})
+        return attrs.evolve(
+            share,
+            inverse_workers={
+                name: (number % ranks,) for number, name in enumerate(share.inverse_workers)
+            },
+        )
 
 
 class Turning(Right):
@@ -106,7 +116,7 @@ class Turning(Right):
         return super().assign(workload, ranks)
 
     def share(self, layer: str, share: Share, ranks: int) -> Share:
-        return attrs.evolve(share, holders=(self.calls % ranks,))
+        return attrs.evolve(share, gradient_workers=(self.calls % ranks,))
 
 
 class Numbered(Right):
@@ -119,7 +129,7 @@ class Numbered(Right):
         self.number = self.made
 
     def share(self, layer: str, share: Share, ranks: int) -> Share:
-        return attrs.evolve(share, holders=(self.number % ranks,))
+        return attrs.evolve(share, gradient_workers=(self.number % ranks,))
 
 
 class Sorting(Right):
@@ -147,7 +157,7 @@ class Hashing(Right):
     """By hashes of text, which each process has of its own."""
 
     def share(self, layer: str, share: Share, ranks: int) -> Share:
-        return attrs.evolve(share, holders=(hash(layer) % 1009 % ranks,))
+        return attrs.evolve(share, gradient_workers=(hash(layer) % 1009 % ranks,))
 
 
 @pytest.mark.parametrize(
@@ -155,7 +165,11 @@ class Hashing(Right):
     [
         (Forgetful, PIECES, r"of the layers \['0\.fc'\] it divided \[\]"),
         (Inventive, PIECES, r"0\.fc has the matrices .*, not .*'C'"),
-        (Beyond, PIECES, r"0\.fc: its holders lie on \(\d,\), where some of the ranks 0 to \d, ascending, are due"),
+        (
+            Beyond,
+            PIECES,
+            r"0\.fc: its holders lie on \(\d,\), where some of the ranks 0 to \d, ascending, are due",
+        ),
         (Nobody, PIECES, r"0\.fc: \w+ lie on \(\), where"),
         (Unsorted, PIECES, r"its holders lie on \(1, 0\)|its holders lie on \(\d(, \d)*, 0\)"),
         (Listing, PIECES, r"its holders lie on \[0\]"),
@@ -163,10 +177,22 @@ class Hashing(Right):
         (Unnamed, PIECES, "the strategy is None: it must be its name"),
         (Silent, PIECES, "the reason is None: it must be a sentence"),
         (NeverAlone, ALONE, r"alone, rank 0 has to do all of 0\.fc, and it lies on \[.*\(1,\)"),
-        (Parting, TOGETHER, r"the matrices of \d\.fc, made of common statistics, lie on \[\(0,\), \(1,\)"),
-        (Turning(), ARGUMENTS, "(asked again, it|another object of the same options) divides the same work otherwise"),
+        (
+            Parting,
+            TOGETHER,
+            r"the matrices of \d\.fc, made of common statistics, lie on \[\(0,\), \(1,\)",
+        ),
+        (
+            Turning(),
+            ARGUMENTS,
+            "(asked again, it|another object of the same options) divides the same work otherwise",
+        ),
         (Numbered, ARGUMENTS, "another object of the same options divides the same work otherwise"),
-        (Sorting, ARGUMENTS, "asked again, it divides|the workload that it was given is changed, from Workload"),
+        (
+            Sorting,
+            ARGUMENTS,
+            "asked again, it divides|the workload that it was given is changed, from Workload",
+        ),
         (Half, TRAVELS, "wire_dtype is 'half precision': it must name a floating dtype"),
         (Whole, TRAVELS, "wire_dtype is 'int32'"),
         (Grouped, TRAVELS, "process_group is 'mine', though there are no processes"),
@@ -184,13 +210,17 @@ def test_a_right_placement_obeys() -> None:
 
 
 def test_every_law_is_tried() -> None:
-    mark = next(mark for mark in test_a_broken_placement_is_caught.pytestmark if mark.name == "parametrize")
+    mark = next(
+        mark for mark in test_a_broken_placement_is_caught.pytestmark if mark.name == "parametrize"
+    )
     assert {case[1] for case in mark.args[1]} | {TRAINING} == set(laws_of(PlacementLaws))
 
 
 @pytest.mark.parametrize("law", [EVERYWHERE, TRAINING])
 def test_a_group_of_this_process_is_not_sent_to_others(law: str) -> None:
-    with pytest.raises(pytest.skip.Exception, match="is for one process group, which other processes do not have"):
+    with pytest.raises(
+        pytest.skip.Exception, match="is for one process group, which other processes do not have"
+    ):
         getattr(type("TestGrouped", (PlacementLaws,), {"stage": Grouped})(), law)()
 
 

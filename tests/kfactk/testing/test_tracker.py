@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-import kfactk.figures
+import kfactk.optim.metrics
 from kfactk.testing import Recorded, TrackerLaws
-from kfactk.testing.laws import VARIABLE
+from kfactk.testing._support.laws import VARIABLE
 from tests.kfactk.testing.broken import caught
 
 
@@ -30,8 +30,10 @@ class Lines:
     def written(self, recipe: Mapping[str, Any]) -> Any:
         return recipe
 
-    def record(self, step: int, figures: Mapping[str, Any]) -> None:
-        self.held.append(json.dumps([step, {name: self.number(value) for name, value in figures.items()}]))
+    def record(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self.held.append(
+            json.dumps([step, {name: self.number(value) for name, value in metrics.items()}])
+        )
 
     def number(self, value: Any) -> float:
         return float(value)
@@ -55,18 +57,23 @@ class LinesLaws(TrackerLaws):
 
     def read(self, folder: Path) -> Recorded:
         recipe, *rows = (folder / "lines").read_text().splitlines()
-        return Recorded([(step, found) for step, found in map(json.loads, rows)], json.loads(recipe))
+        return Recorded(
+            [(step, found) for step, found in map(json.loads, rows)], json.loads(recipe)
+        )
 
 
 class HoldsTensors(Lines):
     """Turns tensors into numbers only when it writes."""
 
-    def record(self, step: int, figures: Mapping[str, Any]) -> None:
-        self.held.append((step, dict(figures)))
+    def record(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self.held.append((step, dict(metrics)))
 
     def flush(self) -> None:
         rows, self.held = self.held, []
-        self.held = [json.dumps([step, {name: float(value) for name, value in figures.items()}]) for step, figures in rows]
+        self.held = [
+            json.dumps([step, {name: float(value) for name, value in metrics.items()}])
+            for step, metrics in rows
+        ]
         super().flush()
 
 
@@ -83,14 +90,14 @@ class LosesNan(Lines):
 class CountsSteps(Lines):
     count = -1
 
-    def record(self, step: int, figures: Mapping[str, Any]) -> None:
+    def record(self, step: int, metrics: Mapping[str, Any]) -> None:
         self.count += 1
-        super().record(self.count, figures)
+        super().record(self.count, metrics)
 
 
 class LosesNames(Lines):
-    def record(self, step: int, figures: Mapping[str, Any]) -> None:
-        super().record(step, {name: value for name, value in figures.items() if "/" not in name})
+    def record(self, step: int, metrics: Mapping[str, Any]) -> None:
+        super().record(step, {name: value for name, value in metrics.items() if "/" not in name})
 
 
 class Backwards(Lines):
@@ -147,9 +154,9 @@ class LosesLosses(Lines):
 
     loss = 0.0
 
-    def record(self, step: int, figures: Mapping[str, Any]) -> None:
-        super().record(step, {**figures, "loss": self.loss} if "loss" in figures else figures)
-        self.loss = figures.get("loss", 0.0)
+    def record(self, step: int, metrics: Mapping[str, Any]) -> None:
+        super().record(step, {**metrics, "loss": self.loss} if "loss" in metrics else metrics)
+        self.loss = metrics.get("loss", 0.0)
 
 
 class Draws(Lines):
@@ -186,7 +193,11 @@ BROKEN: list[tuple[type[Lines], str, str]] = [
     (Repeats, "records_what_happened", "are recorded, where"),
     (ClosesOnce, "records_what_happened", "closed already"),
     (LosesTheEnd, "records_what_happened", "after close(), steps [] are recorded"),
-    (FlushesAtTheEnd, "flush_shows_what_is_held", "after flush(), before close(), steps [] are recorded"),
+    (
+        FlushesAtTheEnd,
+        "flush_shows_what_is_held",
+        "after flush(), before close(), steps [] are recorded",
+    ),
     (Repeats, "flush_shows_what_is_held", "after flush(), before close()"),
     (ForgetsOptions, "recipe_is_recorded_at_the_start", "reads back as"),
     (Never, "every_is_a_whole_number", "every=0 is not a whole number"),
@@ -198,7 +209,9 @@ BROKEN: list[tuple[type[Lines], str, str]] = [
 
 
 @pytest.mark.parametrize(("stage", "title", "says"), BROKEN)
-def test_a_broken_tracker_is_caught(stage: type[Lines], title: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_tracker_is_caught(
+    stage: type[Lines], title: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(VARIABLE, "thorough")  # as many examples as it takes to find one that fails
     law = f"test_{title}"
     found = caught(LinesLaws, stage, law)
@@ -222,7 +235,7 @@ def test_rounding_to_a_stated_precision_is_allowed() -> None:
 
 def test_a_framework_that_a_sink_can_stop_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     law = "test_a_failing_sink_costs_no_training"
-    monkeypatch.setattr(kfactk.figures, "_surviving", lambda warned, call: call())
+    monkeypatch.setattr(kfactk.optim.metrics, "_surviving", lambda warned, call: call())
     assert "the sink is broken" in caught(LinesLaws, Lines, law)[law]
 
     def silent(warned: list[str], call: Any) -> None:
@@ -231,19 +244,23 @@ def test_a_framework_that_a_sink_can_stop_is_caught(monkeypatch: pytest.MonkeyPa
         except OSError:
             torch.rand(())
 
-    monkeypatch.setattr(kfactk.figures, "_surviving", silent)
+    monkeypatch.setattr(kfactk.optim.metrics, "_surviving", silent)
     assert "0 warnings were given, where one is due" in caught(LinesLaws, Lines, law)[law]
 
 
 def test_a_framework_that_records_other_steps_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     law = "test_is_told_of_a_run"
     monkeypatch.setattr(
-        kfactk.figures.Recorder, "due", lambda self, step: self._tracker is not None and (step + 1) % self._tracker.every == 0
+        kfactk.optim.metrics.MetricsRecorder,
+        "due",
+        lambda self, step: self._tracker is not None and (step + 1) % self._tracker.every == 0,
     )
     assert "with every=2, steps [1, 3] of 5 are recorded" in caught(LinesLaws, Lines, law)[law]
 
 
-@pytest.mark.parametrize(("stage", "says"), [(Lines, None), (Buffers, "the process flushed [(0, {'loss': 0.0})")])
+@pytest.mark.parametrize(
+    ("stage", "says"), [(Lines, None), (Buffers, "the process flushed [(0, {'loss': 0.0})")]
+)
 def test_what_a_dying_process_takes_along_is_missed(stage: type[Lines], says: str | None) -> None:
     law = "test_flushed_records_survive_the_process"
     found = caught(LinesLaws, stage, law, survives_exit=True)
@@ -252,7 +269,9 @@ def test_what_a_dying_process_takes_along_is_missed(stage: type[Lines], says: st
 
 def test_what_cannot_be_read_back_is_skipped_with_a_reason() -> None:
     made = type("TestBlind", (TrackerLaws,), {"stage": Lines, "stage_in": LinesLaws.stage_in})()
-    with pytest.raises(pytest.skip.Exception, match="TestBlind has no `read`, which tells how to read back"):
+    with pytest.raises(
+        pytest.skip.Exception, match="TestBlind has no `read`, which tells how to read back"
+    ):
         made.test_records_what_happened()
     with pytest.raises(pytest.skip.Exception, match="does not claim `survives_exit`"):
         made.test_flushed_records_survive_the_process()

@@ -8,21 +8,25 @@ import pytest
 import torch
 
 from kfactk.testing import UpdateLaws
-from kfactk.testing.laws import VARIABLE
-from kfactk.testing.trajectories import Groups
+from kfactk.testing._support.laws import VARIABLE
+from kfactk.testing._support.trajectories import Groups
 from tests.kfactk.testing.broken import caught
 
 
 class TestRMSprop(UpdateLaws):
     stage = torch.optim.RMSprop
 
-    def counterpart(self, groups: Groups, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    def counterpart(
+        self, groups: Groups, *, lr: float, weight_decay: float
+    ) -> torch.optim.Optimizer:
         return torch.optim.RMSprop(groups, lr=lr, weight_decay=weight_decay)
 
 
 class TestNAdam(UpdateLaws):
     stage = {"name": torch.optim.NAdam, "momentum_decay": 0.01}  # noqa: RUF012
-    dtypes = (torch.float32,)  # torch casts a part of its state when it loads it into other precisions
+    dtypes = (
+        torch.float32,
+    )  # torch casts a part of its state when it loads it into other precisions
 
 
 class TestRprop(UpdateLaws):
@@ -61,7 +65,9 @@ class Plain(torch.optim.Optimizer):
 
     def mean(self, p: Any, gradient: torch.Tensor) -> torch.Tensor:
         state = self.state[p]
-        state["mean"] = gradient.clone() if "mean" not in state else 0.5 * state["mean"] + 0.5 * gradient
+        state["mean"] = (
+            gradient.clone() if "mean" not in state else 0.5 * state["mean"] + 0.5 * gradient
+        )
         return state["mean"]
 
 
@@ -118,7 +124,9 @@ class CountsAll(Plain):
     """Divides by the number of its parameters."""
 
     def advance(self, p: Any, group: dict[str, Any]) -> None:
-        super().advance(p, {**group, "lr": group["lr"] / sum(len(each["params"]) for each in self.param_groups)})
+        super().advance(
+            p, {**group, "lr": group["lr"] / sum(len(each["params"]) for each in self.param_groups)}
+        )
 
 
 class LosesTheLoss(Plain):
@@ -243,17 +251,45 @@ class Maker:
 
 
 BROKEN: list[tuple[Any, str, str]] = [
-    (Stubborn(), "is_an_optimizer_over_the_given_groups", "a list is made, which is no torch.optim.Optimizer"),
+    (
+        Stubborn(),
+        "is_an_optimizer_over_the_given_groups",
+        "a list is made, which is no torch.optim.Optimizer",
+    ),
     (Maker(Copies), "is_an_optimizer_over_the_given_groups", "the groups are copied"),
     (Maker(IgnoresOwnRates), "is_an_optimizer_over_the_given_groups", "a group has {'lr': "),
     (Maker(LateDecay), "equals_its_counterpart", "are not those of the counterpart"),
-    (Maker(Counts), "is_the_step_that_kfactk_takes", "through kfactk, with identity preconditioning, the parameters are not"),
-    (Maker(Forgets), "resumes_bit_for_bit", "after resuming from the state differs from the uninterrupted run"),
+    (
+        Maker(Counts),
+        "is_the_step_that_kfactk_takes",
+        "through kfactk, with identity preconditioning, the parameters are not",
+    ),
+    (
+        Maker(Forgets),
+        "resumes_bit_for_bit",
+        "after resuming from the state differs from the uninterrupted run",
+    ),
     (Maker(FixedRate), "schedules_reach_it", "does not reach the first step"),
-    (Maker(LateDecay), "weight_decay_acts_from_the_first_step", "weight decay 0.2 does not act at the first step"),
-    (Maker(WrongWayDecay), "weight_decay_acts_from_the_first_step", "weight decay 0.2 does not act at the first step"),
-    (Maker(MovesAll), "parameters_without_gradient_are_left_alone", "a parameter without gradient moved"),
-    (Maker(CountsAll), "parameters_without_gradient_are_left_alone", "changes the steps of the others"),
+    (
+        Maker(LateDecay),
+        "weight_decay_acts_from_the_first_step",
+        "weight decay 0.2 does not act at the first step",
+    ),
+    (
+        Maker(WrongWayDecay),
+        "weight_decay_acts_from_the_first_step",
+        "weight decay 0.2 does not act at the first step",
+    ),
+    (
+        Maker(MovesAll),
+        "parameters_without_gradient_are_left_alone",
+        "a parameter without gradient moved",
+    ),
+    (
+        Maker(CountsAll),
+        "parameters_without_gradient_are_left_alone",
+        "changes the steps of the others",
+    ),
     (Maker(LosesTheLoss), "closure", "returns None in place of the closure's loss"),
     (Maker(WithoutGradients), "closure", "with gradients enabled: [False]"),
     (Maker(EvaluatesTwice), "closure", "called 2 times"),
@@ -273,10 +309,14 @@ BROKEN: list[tuple[Any, str, str]] = [
 
 
 @pytest.mark.parametrize(("stage", "title", "says"), BROKEN)
-def test_a_broken_rule_is_caught(stage: Any, title: str, says: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_rule_is_caught(
+    stage: Any, title: str, says: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(VARIABLE, "thorough")  # as many examples as it takes to find one that fails
 
-    def counterpart(self: Any, groups: Groups, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    def counterpart(
+        self: Any, groups: Groups, *, lr: float, weight_decay: float
+    ) -> torch.optim.Optimizer:
         return Plain(groups, lr, weight_decay)
 
     members = {"counterpart": counterpart, "decays": stage is not torch.optim.Rprop}

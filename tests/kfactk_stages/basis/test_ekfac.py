@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
-from kfactk import Coupling, OptionError, Samples
+from kfactk import FactorContext, OptionError, Samples
 from kfactk.testing import BasisLaws, effort
-from kfactk.testing.basis_traits import BasisTraitLaws
-from kfactk.testing.situations import Situation
-from kfactk.testing.truth import dense_kron, vec
+from kfactk.testing._support.basis_traits import BasisTraitLaws
+from kfactk.testing._support.situations import Situation
+from kfactk.testing._support.truth import dense_kron, vec
 from kfactk_stages.basis.ekfac import Ekfac
 from tests.kfactk.dense import each_group, ekfac_block, exact_scale, is_eigenbasis, pooled
 
@@ -37,7 +37,9 @@ class TestEkfac(BasisLaws):
     def block_of(self, situation: Situation, k: Any) -> Tensor:
         dtype = situation.gradient.dtype
         a, g = (situation.matrices[name][k].double() for name in ("A", "G"))
-        u_a, u_g = (situation.decomposition[name]["eigenvectors"][k].double() for name in ("A", "G"))
+        u_a, u_g = (
+            situation.decomposition[name]["eigenvectors"][k].double() for name in ("A", "G")
+        )
         assert is_eigenbasis(a, u_a, ROUNDING[dtype]), "the eigenvectors of A are none"
         assert is_eigenbasis(g, u_g, ROUNDING[dtype]), "the eigenvectors of G are none"
         if situation.moments:
@@ -102,25 +104,43 @@ class Drawn:
     def products(self) -> Tensor:
         """D, `[N, d_out, d_in]`."""
         return torch.stack(
-            [sum(torch.outer(g, a) for g, a in zip(gs, as_, strict=True)) for gs, as_ in zip(self.gradients, self.inputs, strict=True)]
+            [
+                sum(torch.outer(g, a) for g, a in zip(gs, as_, strict=True))
+                for gs, as_ in zip(self.gradients, self.inputs, strict=True)
+            ]
         )
 
 
 @st.composite
 def drawn(draw: st.DrawFn, groups: int = 1) -> Drawn:
     generator = torch.Generator().manual_seed(draw(st.integers(0, 2**16)))
-    n, t, d_in, d_out = draw(st.integers(1, 6)), draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(1, 5))
+    n, t, d_in, d_out = (
+        draw(st.integers(1, 6)),
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 5)),
+        draw(st.integers(1, 5)),
+    )
     shapes = [(groups, n, t, d_in), (groups, n, t, d_out), (groups, d_out, d_in)]
     tensors = [torch.randn(shape, generator=generator, dtype=F64) for shape in shapes]
-    return Drawn(*(tensors if groups > 1 else [each[0] for each in tensors]), 10.0 ** draw(st.integers(-3, 1)), draw(st.booleans()))
+    return Drawn(
+        *(tensors if groups > 1 else [each[0] for each in tensors]),
+        10.0 ** draw(st.integers(-3, 1)),
+        draw(st.booleans()),
+    )
 
 
 def decomposed(factors: dict[str, Tensor]) -> Parts:
-    return {name: Ekfac().decompose(name, matrix, Coupling(0.1, {})) for name, matrix in factors.items()}
+    return {
+        name: Ekfac().decompose(name, matrix, FactorContext(0.1, {}))
+        for name, matrix in factors.items()
+    }
 
 
 def measured(parts: Parts, samples: Samples) -> dict[str, Tensor]:
-    return {name: statistic.total / statistic.count for name, statistic in Ekfac().moments(parts, samples).items()}
+    return {
+        name: statistic.total / statistic.count
+        for name, statistic in Ekfac().moments(parts, samples).items()
+    }
 
 
 def bases(parts: Parts) -> tuple[Tensor, Tensor]:
@@ -128,7 +148,9 @@ def bases(parts: Parts) -> tuple[Tensor, Tensor]:
 
 
 def orthogonal(n: int, seed: int) -> Tensor:
-    q, _ = torch.linalg.qr(torch.randn(n, n, dtype=F64, generator=torch.Generator().manual_seed(seed)))
+    q, _ = torch.linalg.qr(
+        torch.randn(n, n, dtype=F64, generator=torch.Generator().manual_seed(seed))
+    )
     return q
 
 
@@ -137,7 +159,9 @@ def turned_in_null_space(parts: Parts, seed: int) -> Parts:
     out = {}
     for name, each in parts.items():
         values, vectors = each["eigenvalues"], each["eigenvectors"].clone()
-        null = [i for i, value in enumerate(values.tolist()) if value <= 1e-10 * float(values.max())]
+        null = [
+            i for i, value in enumerate(values.tolist()) if value <= 1e-10 * float(values.max())
+        ]
         vectors[:, null] = vectors[:, null] @ orthogonal(len(null), seed)
         out[name] = {"eigenvalues": values, "eigenvectors": vectors}
     return out
@@ -147,24 +171,36 @@ def turned_in_null_space(parts: Parts, seed: int) -> Parts:
 @given(drawn(), st.integers(0, 99))
 def test_that_choice_does_not_matter_after_transport_either(x: Drawn, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    inputs, gradients = (torch.randn(each.shape, generator=generator, dtype=F64) for each in (x.inputs, x.gradients))
+    inputs, gradients = (
+        torch.randn(each.shape, generator=generator, dtype=F64) for each in (x.inputs, x.gradients)
+    )
     before = attrs.evolve(x, inputs=inputs, gradients=gradients)
     old, new = decomposed(before.factors), decomposed(x.factors)
     scale = measured(old, before.samples)
     results = []
     for parts in (new, turned_in_null_space(new, seed)):
-        results.append(Ekfac().precondition(x.gradient, parts, Ekfac().transport(scale, old, parts), x.tau))
+        results.append(
+            Ekfac().precondition(x.gradient, parts, Ekfac().transport(scale, old, parts), x.tau)
+        )
     torch.testing.assert_close(*results, rtol=1e-8, atol=1e-9)
 
 
 @law
 @given(drawn(), st.integers(0, 99))
-def test_transport_is_the_diagonal_of_the_old_operator_in_the_new_basis(x: Drawn, seed: int) -> None:
+def test_transport_is_the_diagonal_of_the_old_operator_in_the_new_basis(
+    x: Drawn, seed: int
+) -> None:
     d_out, d_in = x.gradient.shape
     old, new = (
         {
-            "A": {"eigenvalues": torch.ones(d_in, dtype=F64), "eigenvectors": orthogonal(d_in, seed + k)},
-            "G": {"eigenvalues": torch.ones(d_out, dtype=F64), "eigenvectors": orthogonal(d_out, seed + k + 1)},
+            "A": {
+                "eigenvalues": torch.ones(d_in, dtype=F64),
+                "eigenvectors": orthogonal(d_in, seed + k),
+            },
+            "G": {
+                "eigenvalues": torch.ones(d_out, dtype=F64),
+                "eigenvectors": orthogonal(d_out, seed + k + 1),
+            },
         }
         for k in (0, 7)
     )
@@ -173,7 +209,9 @@ def test_transport_is_the_diagonal_of_the_old_operator_in_the_new_basis(x: Drawn
     carried = Ekfac().transport({"scale": scale}, old, new)["scale"]
     q = dense_kron(*bases(new))
     torch.testing.assert_close(vec(carried), (q.T @ operator @ q).diagonal(), rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(Ekfac().transport({"scale": scale}, old, old)["scale"], scale, rtol=1e-9, atol=1e-11)
+    torch.testing.assert_close(
+        Ekfac().transport({"scale": scale}, old, old)["scale"], scale, rtol=1e-9, atol=1e-11
+    )
     assert Ekfac().transport({}, old, new) == {}
 
 
@@ -183,12 +221,18 @@ def test_the_condition_is_that_of_the_dense_block(x: Drawn) -> None:
     parts = decomposed(x.factors)
     scale = measured(parts, x.samples)
     values = torch.linalg.eigvalsh(ekfac_block(*bases(parts), scale["scale"], x.tau))
-    assert float(Ekfac().condition(parts, scale, x.tau)) == pytest.approx(float(values[-1] / values[0]), rel=1e-8)
+    assert float(Ekfac().condition(parts, scale, x.tau)) == pytest.approx(
+        float(values[-1] / values[0]), rel=1e-8
+    )
 
 
 def test_where_moments_come_from_and_how_long_they_last() -> None:
     assert (Ekfac(scale="running").moments_from, Ekfac().moments_from) == ("gradient", "samples")
-    assert (Ekfac(scale="running").moment_decay, Ekfac().moment_decay, Ekfac(scale_decay=0.5).moment_decay) == (0.95, 0.0, 0.5)
+    assert (
+        Ekfac(scale="running").moment_decay,
+        Ekfac().moment_decay,
+        Ekfac(scale_decay=0.5).moment_decay,
+    ) == (0.95, 0.0, 0.5)
 
 
 def test_only_the_exact_scale_claims_to_be_closer_than_kfac() -> None:
@@ -197,7 +241,11 @@ def test_only_the_exact_scale_claims_to_be_closer_than_kfac() -> None:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"scale": "mean"}, "scale='mean'"), ({"scale_decay": 1.5}, "scale_decay=1.5"), ({"scale_decay": -0.1}, "scale_decay=-0.1")],
+    [
+        ({"scale": "mean"}, "scale='mean'"),
+        ({"scale_decay": 1.5}, "scale_decay=1.5"),
+        ({"scale_decay": -0.1}, "scale_decay=-0.1"),
+    ],
 )
 def test_options_that_cannot_work_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(OptionError, match=message):

@@ -11,14 +11,28 @@ from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 
 import kfactk
-from kfactk import CombinationError, Coupling, Layer, OptionError, Samples, Statistic, Use
+from kfactk import (
+    CombinationError,
+    FactorContext,
+    Layer,
+    LayerCall,
+    OptionError,
+    Samples,
+    Statistic,
+)
 from kfactk.assignment import Workload
-from kfactk.blocks import Blocks
+from kfactk.preconditioner.block import Blocks
 from kfactk.testing import BasisLaws, effort
-from kfactk.testing.basis_traits import BasisTraitLaws
-from kfactk.testing.situations import Situation
-from kfactk.testing.strategies import Case, conv_cases
-from kfactk.testing.truth import dense_fisher, dense_kron, module_gradients, projected_square, vec
+from kfactk.testing._support.basis_traits import BasisTraitLaws
+from kfactk.testing._support.situations import Situation
+from kfactk.testing._support.strategies import Case, conv_cases
+from kfactk.testing._support.truth import (
+    dense_fisher,
+    dense_kron,
+    module_gradients,
+    projected_square,
+    vec,
+)
 from kfactk_stages.basis import _diagonal
 from kfactk_stages.basis.ekfac import Ekfac
 from kfactk_stages.curvature.conv_kfac import ConvKfac
@@ -52,7 +66,14 @@ def widened(u_c: Tensor, d_in: int, u_k: Tensor | None = None) -> Tensor:
 def pooled(scale: Tensor, values: tuple[Tensor, Tensor, Tensor], tolerance: float) -> Tensor:
     """Null directions of C share their mean tap by tap, those of K channel by channel, those of G column by column."""
     out = scale.clone()
-    c, k, g = ([i for i, value in enumerate(each.tolist()) if value <= tolerance * max(0.0, float(each.max()))] for each in values)
+    c, k, g = (
+        [
+            i
+            for i, value in enumerate(each.tolist())
+            if value <= tolerance * max(0.0, float(each.max()))
+        ]
+        for each in values
+    )
     channels, taps = len(values[0]), len(values[1])
     for row in out:
         for tap in range(taps) if c else ():
@@ -77,11 +98,20 @@ class TestEkfacChannels(BasisLaws):
         return each_group(situation.groups, lambda k: self.block_of(situation, k))
 
     def block_of(self, situation: Situation, k: Any) -> Tensor:
-        dtype, d_in, matrices = situation.gradient.dtype, situation.gradient.shape[-1], dict(situation.required)
-        vectors = {name: parts["eigenvectors"][k].double() for name, parts in situation.decomposition.items()}
+        dtype, d_in, matrices = (
+            situation.gradient.dtype,
+            situation.gradient.shape[-1],
+            dict(situation.required),
+        )
+        vectors = {
+            name: parts["eigenvectors"][k].double()
+            for name, parts in situation.decomposition.items()
+        }
         if "K" not in matrices:
             taps = d_in // len(vectors["C"])
-            matrices["K"] = vectors["K"] = torch.eye(taps, dtype=F64).expand(situation.groups or 1, taps, taps)
+            matrices["K"] = vectors["K"] = torch.eye(taps, dtype=F64).expand(
+                situation.groups or 1, taps, taps
+            )
             vectors["K"] = vectors["K"][0]
             matrices["K"] = matrices["K"] if situation.groups else matrices["K"][0]
         values = {}
@@ -131,7 +161,11 @@ class TestEkfacTapsOfReduce(BasisTraitLaws):
     stage: ClassVar[Any] = {"name": "ekfac", "inputs": "channels+taps"}
     curvature: ClassVar[Any] = {"name": "conv_kfac", "spatial": "reduce"}
 
-    block, block_of, scale = TestEkfacChannels.block, TestEkfacChannels.block_of, TestEkfacChannels.scale
+    block, block_of, scale = (
+        TestEkfacChannels.block,
+        TestEkfacChannels.block_of,
+        TestEkfacChannels.scale,
+    )
     test_it_is_the_dense_damped_inverse = BasisLaws.test_it_is_the_dense_damped_inverse
 
 
@@ -145,24 +179,40 @@ class TestEkfacChannelsRunning(TestEkfacChannels):
 
 
 def orthogonal(*shape: int, seed: int) -> Tensor:
-    return torch.linalg.qr(torch.randn(*shape, shape[-1], dtype=F64, generator=torch.Generator().manual_seed(seed))).Q
+    return torch.linalg.qr(
+        torch.randn(*shape, shape[-1], dtype=F64, generator=torch.Generator().manual_seed(seed))
+    ).Q
 
 
-def decomposition_of(c: int, d_out: int, lead: tuple[int, ...], seed: int, taps: int = 0) -> dict[str, dict[str, Tensor]]:
+def decomposition_of(
+    c: int, d_out: int, lead: tuple[int, ...], seed: int, taps: int = 0
+) -> dict[str, dict[str, Tensor]]:
     sides = {"C": c, "G": d_out, **({"K": taps} if taps else {})}
     return {
-        name: {"eigenvalues": torch.ones(*lead, n, dtype=F64), "eigenvectors": orthogonal(*lead, n, seed=seed + k)}
+        name: {
+            "eigenvalues": torch.ones(*lead, n, dtype=F64),
+            "eigenvectors": orthogonal(*lead, n, seed=seed + k),
+        }
         for k, (name, n) in enumerate(sides.items())
     }
 
 
 def samples_of(case: Case, uses: int, chunk_bytes: int, spatial: str = "sua") -> Samples:
-    given_ = [Use(case.inputs, case.gradient, 1.0 + k) for k in range(uses)]
-    return ConvKfac(spatial=spatial, chunk_bytes=chunk_bytes).samples(case.layer, given_, terms=2.0, first=True)
+    given_ = [LayerCall(case.inputs, case.gradient, 1.0 + k) for k in range(uses)]
+    return ConvKfac(spatial=spatial, chunk_bytes=chunk_bytes).samples(
+        case.layer, given_, terms=2.0, first=True
+    )
 
 
 @law
-@given(conv_cases(), st.integers(1, 2), st.sampled_from([1, 2**28]), st.booleans(), st.booleans(), st.integers(0, 99))
+@given(
+    conv_cases(),
+    st.integers(1, 2),
+    st.sampled_from([1, 2**28]),
+    st.booleans(),
+    st.booleans(),
+    st.integers(0, 99),
+)
 def test_the_scale_is_that_of_autograds_gradients(
     case: Case, uses: int, chunk_bytes: int, with_left: bool, with_taps: bool, seed: int
 ) -> None:
@@ -173,29 +223,46 @@ def test_the_scale_is_that_of_autograds_gradients(
     lead = (len(truth),) if truth.ndim == 4 else ()
     c = case.module.in_channels // case.module.groups
     left, right = orthogonal(*lead, samples.d_out, seed=seed), orthogonal(*lead, c, seed=seed + 1)
-    taps = orthogonal(*lead, math.prod(case.module.kernel_size), seed=seed + 2) if with_taps else None
+    taps = (
+        orthogonal(*lead, math.prod(case.module.kernel_size), seed=seed + 2) if with_taps else None
+    )
     rights = [widened(right[k], samples.d_in, None if taps is None else taps[k]) for k in groups]
     expected = torch.stack(
-        [projected_square(truth[k], left[k] if with_left else None, each) for k, each in zip(groups, rights, strict=True)]
+        [
+            projected_square(truth[k], left[k] if with_left else None, each)
+            for k, each in zip(groups, rights, strict=True)
+        ]
     )
-    found: Statistic = samples.projected_square_of_channels(left if with_left else None, right, taps)
+    found: Statistic = samples.projected_square_of_channels(
+        left if with_left else None, right, taps
+    )
     assert found.total is not None
     torch.testing.assert_close(found.total, expected if lead else expected[0], rtol=1e-9, atol=1e-9)
     assert found.count == 2.0
 
 
-@pytest.mark.parametrize(("channels", "outputs", "size"), [(2, 2, 9), (2, 8, 3), (5, 2, 3), (1, 3, 4), (3, 4, 1)])
+@pytest.mark.parametrize(
+    ("channels", "outputs", "size"), [(2, 2, 9), (2, 8, 3), (5, 2, 3), (1, 3, 4), (3, 4, 1)]
+)
 @pytest.mark.parametrize("padding_mode", ["zeros", "circular", "replicate"])
-def test_whichever_side_is_rotated_first(channels: int, outputs: int, size: int, padding_mode: str) -> None:
+def test_whichever_side_is_rotated_first(
+    channels: int, outputs: int, size: int, padding_mode: str
+) -> None:
     torch.manual_seed(0)
     conv = nn.Conv2d(channels, outputs, 3, padding=1, padding_mode=padding_mode).double()
     inputs = torch.randn(4, channels, size, size, dtype=F64)
     case = Case(conv, inputs, torch.randn(4, outputs, size, size, dtype=F64))
     samples = samples_of(case, 1, 2**28)
     left, right = orthogonal(outputs, seed=1), orthogonal(channels, seed=2)
-    truth = projected_square(module_gradients(conv, inputs, case.gradient), left, widened(right, samples.d_in))
+    truth = projected_square(
+        module_gradients(conv, inputs, case.gradient), left, widened(right, samples.d_in)
+    )
     found = samples.projected_square_of_channels(left, right).total
-    plain = Samples(samples.inputs(), samples.gradients(), terms=2.0).projected_square_of_channels(left, right).total
+    plain = (
+        Samples(samples.inputs(), samples.gradients(), terms=2.0)
+        .projected_square_of_channels(left, right)
+        .total
+    )
     assert found is not None
     assert plain is not None
     torch.testing.assert_close(found, truth, rtol=1e-10, atol=1e-10)
@@ -204,30 +271,64 @@ def test_whichever_side_is_rotated_first(channels: int, outputs: int, size: int,
 
 @law
 @given(
-    st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.booleans(), st.sampled_from([(), (2,)]), st.integers(0, 99)
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([(), (2,)]),
+    st.integers(0, 99),
 )
 def test_transport_is_the_diagonal_of_the_old_operator_in_the_new_basis(
     c: int, taps: int, d_out: int, bias: bool, with_taps: bool, lead: tuple[int, ...], seed: int
 ) -> None:
     d_in = c * taps + bias
-    old, new = (decomposition_of(c, d_out, lead, seed + k, taps if with_taps else 0) for k in (0, 7))
-    scale = torch.randn(*lead, d_out, d_in, dtype=F64, generator=torch.Generator().manual_seed(seed)).square()
+    old, new = (
+        decomposition_of(c, d_out, lead, seed + k, taps if with_taps else 0) for k in (0, 7)
+    )
+    scale = torch.randn(
+        *lead, d_out, d_in, dtype=F64, generator=torch.Generator().manual_seed(seed)
+    ).square()
     carried = CHANNELS.transport({"scale": scale}, old, new)["scale"]
     for k in range(2) if lead else [...]:
-        bases = [{name: parts["eigenvectors"][k] for name, parts in each.items()} for each in (old, new)]
-        operators = [dense_kron(widened(each["C"], d_in, each.get("K")), each["G"]) for each in bases]
+        bases = [
+            {name: parts["eigenvectors"][k] for name, parts in each.items()} for each in (old, new)
+        ]
+        operators = [
+            dense_kron(widened(each["C"], d_in, each.get("K")), each["G"]) for each in bases
+        ]
         operator = operators[0] @ torch.diag(vec(scale[k])) @ operators[0].T
-        torch.testing.assert_close(vec(carried[k]), (operators[1].T @ operator @ operators[1]).diagonal(), rtol=1e-9, atol=1e-11)
-    torch.testing.assert_close(CHANNELS.transport({"scale": scale}, old, old)["scale"], scale, rtol=1e-9, atol=1e-11)
+        torch.testing.assert_close(
+            vec(carried[k]),
+            (operators[1].T @ operator @ operators[1]).diagonal(),
+            rtol=1e-9,
+            atol=1e-11,
+        )
+    torch.testing.assert_close(
+        CHANNELS.transport({"scale": scale}, old, old)["scale"], scale, rtol=1e-9, atol=1e-11
+    )
 
 
 @law
 @given(
-    st.integers(1, 4), st.integers(1, 4), st.integers(1, 3), st.booleans(), st.booleans(), st.sampled_from([(), (2,)]), st.integers(0, 99)
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([(), (2,)]),
+    st.integers(0, 99),
 )
 @pytest.mark.parametrize("dense", [0, 10**6])
 def test_small_and_large_layers_have_the_same_operator(
-    dense: int, c: int, taps: int, d_out: int, bias: bool, with_taps: bool, lead: tuple[int, ...], seed: int
+    dense: int,
+    c: int,
+    taps: int,
+    d_out: int,
+    bias: bool,
+    with_taps: bool,
+    lead: tuple[int, ...],
+    seed: int,
 ) -> None:
     """By one basis of the whole input side, and tap by tap."""
     d_in = c * taps + bias
@@ -235,7 +336,9 @@ def test_small_and_large_layers_have_the_same_operator(
     left, right = (parts[name]["eigenvectors"] for name in ("G", "C"))
     tap = parts["K"]["eigenvectors"] if with_taps else None
     generator = torch.Generator().manual_seed(seed)
-    weights, vector = (torch.randn(*lead, d_out, d_in, dtype=F64, generator=generator) for _ in range(2))
+    weights, vector = (
+        torch.randn(*lead, d_out, d_in, dtype=F64, generator=generator) for _ in range(2)
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_diagonal, "DENSE", dense)
         found = _diagonal.diagonal(left, right, tap, weights, None)(vector)
@@ -247,13 +350,22 @@ def test_small_and_large_layers_have_the_same_operator(
 
 @law
 @given(conv_cases(), st.sampled_from(["channels", "channels+taps"]), st.integers(0, 99))
-def test_it_is_no_farther_from_the_fisher_than_the_product_of_factors(case: Case, inputs: str, seed: int) -> None:
+def test_it_is_no_farther_from_the_fisher_than_the_product_of_factors(
+    case: Case, inputs: str, seed: int
+) -> None:
     """Whatever stands for the bias: A' kron G is a diagonal in this basis, and s* the best of those."""
     basis = Ekfac(inputs=inputs)
     layer, samples = case.layer, samples_of(case, 1, 2**28, "sud")
-    means = {name: s.total / s.count for name, s in ConvKfac().factors(layer, samples).items() if s.total is not None}
+    means = {
+        name: s.total / s.count
+        for name, s in ConvKfac().factors(layer, samples).items()
+        if s.total is not None
+    }
     matrices = ConvKfac().assemble(layer, means)
-    parts = {name: basis.decompose(name, matrices[name], Coupling(0.1, {})) for name in basis.requires}
+    parts = {
+        name: basis.decompose(name, matrices[name], FactorContext(0.1, {}))
+        for name in basis.requires
+    }
     found = basis.moments(parts, samples)["scale"]
     assert found.total is not None
     gradients, d_in = module_gradients(case.module, case.inputs, case.gradient), samples.d_in
@@ -277,18 +389,27 @@ def test_c_is_the_factor_of_channels_that_is_closest(spatial: str, groups: int) 
     conv = nn.Conv2d(4, 2, (3, 2), groups=groups, padding=1).double()
     inputs = torch.randn(3, 4, 5, 4, dtype=F64)
     case, curvature = Case(conv, inputs, torch.randn_like(conv(inputs))), ConvKfac(spatial=spatial)
-    samples = curvature.samples(case.layer, [Use(case.inputs, case.gradient.detach())], terms=3.0, first=True)
-    matrices = curvature.assemble(case.layer, {n: s.total / s.count for n, s in curvature.factors(case.layer, samples).items()})
+    samples = curvature.samples(
+        case.layer, [LayerCall(case.inputs, case.gradient.detach())], terms=3.0, first=True
+    )
+    matrices = curvature.assemble(
+        case.layer,
+        {n: s.total / s.count for n, s in curvature.factors(case.layer, samples).items()},
+    )
     for k in range(groups) if groups > 1 else [...]:
         a, c = matrices["A"][k], matrices["C"][k]
         remainder = (a - widened(c, len(a)))[:-1, :-1]
         for i in range(len(c)):
             for j in range(len(c)):
-                assert abs(float(sum(remainder[i * 6 + tap, j * 6 + tap] for tap in range(6)))) < 1e-10
+                assert (
+                    abs(float(sum(remainder[i * 6 + tap, j * 6 + tap] for tap in range(6)))) < 1e-10
+                )
 
 
 def test_c_of_a_linear_layer_is_a() -> None:
-    matrices = ConvKfac().assemble(Layer("fc", nn.Linear(2, 1), ("weight", "bias")), {"A": torch.eye(3), "G": torch.eye(1)})
+    matrices = ConvKfac().assemble(
+        Layer("fc", nn.Linear(2, 1), ("weight", "bias")), {"A": torch.eye(3), "G": torch.eye(1)}
+    )
     assert matrices["C"] is matrices["A"]
     assert matrices["K"].tolist() == [[1.0]]
 
@@ -296,18 +417,29 @@ def test_c_of_a_linear_layer_is_a() -> None:
 def test_nothing_of_the_size_of_patches_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:
     """With uncorrelated activations no matrix of the size of A is made, from factors to preconditioned gradient, of a large layer."""
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(6, 4, 5, padding=2), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
+    model = nn.Sequential(
+        nn.Conv2d(6, 4, 5, padding=2), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3)
+    )
     optimizer = kfactk.build(**RECIPE, basis_every=1).bind(model)
     sides: list[int] = []
     eigh = torch.linalg.eigh
-    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: (sides.append(matrix.shape[-1]), eigh(matrix))[1])
-    monkeypatch.setattr("kfactk_stages.curvature.conv_kfac.kron", lambda *_: pytest.fail("A was formed"))
-    monkeypatch.setattr(_diagonal, "joint_basis", lambda *_: pytest.fail("a basis of the size of A was formed"))
+    monkeypatch.setattr(
+        torch.linalg, "eigh", lambda matrix: (sides.append(matrix.shape[-1]), eigh(matrix))[1]
+    )
+    monkeypatch.setattr(
+        "kfactk_stages.curvature.conv_kfac.kron", lambda *_: pytest.fail("A was formed")
+    )
+    monkeypatch.setattr(
+        _diagonal, "joint_basis", lambda *_: pytest.fail("a basis of the size of A was formed")
+    )
     for _ in range(2):
         step(model, optimizer, torch.randn(8, 6, 6, 6))
     assert sorted(set(sides)) == [3, 4, 6, 145]  # the linear layer's own, and channels
     view = optimizer.layers["0"]
-    assert {name: tuple(factor.shape) for name, factor in view.factors.items()} == {"C": (6, 6), "G": (4, 4)}
+    assert {name: tuple(factor.shape) for name, factor in view.factors.items()} == {
+        "C": (6, 6),
+        "G": (4, 4),
+    }
     assert view.scale["scale"].shape == (4, 151)
 
 
@@ -331,8 +463,14 @@ def step(model: nn.Module, optimizer: Any, inputs: Tensor) -> None:
 @pytest.mark.parametrize("spatial", ["sud", "sua", "reduce", "stationary"])
 def test_views_are_of_the_dense_block(spatial: str, inputs: str) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(2, 3, 3, groups=1), nn.Tanh(), nn.Flatten(), nn.Linear(27, 3)).double()
-    recipe = {**RECIPE, "curvature": {"name": "conv_kfac", "spatial": spatial}, "basis": {"name": "ekfac", "inputs": inputs}}
+    model = nn.Sequential(
+        nn.Conv2d(2, 3, 3, groups=1), nn.Tanh(), nn.Flatten(), nn.Linear(27, 3)
+    ).double()
+    recipe = {
+        **RECIPE,
+        "curvature": {"name": "conv_kfac", "spatial": spatial},
+        "basis": {"name": "ekfac", "inputs": inputs},
+    }
     optimizer = kfactk.build(**recipe).bind(model)
     step(model, optimizer, torch.randn(6, 2, 5, 5, dtype=F64))
     view = optimizer.layers["0"]
@@ -341,9 +479,13 @@ def test_views_are_of_the_dense_block(spatial: str, inputs: str) -> None:
     fisher = q @ torch.diag(vec(view.scale["scale"])) @ q.T
     v = {"weight": torch.randn(3, 2, 3, 3, dtype=F64), "bias": torch.randn(3, dtype=F64)}
     given_ = vec(view.matrix(v))
-    torch.testing.assert_close(vec(view.matrix(view.fisher_product(v))), fisher @ given_, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(
+        vec(view.matrix(view.fisher_product(v))), fisher @ given_, rtol=1e-9, atol=1e-12
+    )
     damped = fisher + 0.01 * torch.eye(len(fisher), dtype=F64)
-    torch.testing.assert_close(damped @ vec(view.matrix(view.precondition(v))), given_, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(
+        damped @ vec(view.matrix(view.precondition(v))), given_, rtol=1e-9, atol=1e-9
+    )
 
 
 @pytest.mark.parametrize(
@@ -351,19 +493,27 @@ def test_views_are_of_the_dense_block(spatial: str, inputs: str) -> None:
     [
         (nn.Conv2d(4, 6, 3), "channels", {"C": (4, 4), "G": (6, 6)}),
         (nn.Conv2d(4, 6, 3), "channels+taps", {"C": (4, 4), "G": (6, 6), "K": (9, 9)}),
-        (nn.Conv1d(4, 6, 5, groups=2), "channels+taps", {"C": (2, 2, 2), "G": (2, 3, 3), "K": (2, 5, 5)}),
+        (
+            nn.Conv1d(4, 6, 5, groups=2),
+            "channels+taps",
+            {"C": (2, 2, 2), "G": (2, 3, 3), "K": (2, 5, 5)},
+        ),
         (nn.Conv3d(3, 3, 2, groups=3), "channels", {"C": (3, 1, 1), "G": (3, 1, 1)}),
         (nn.Linear(4, 3), "channels+taps", {"C": (5, 5), "G": (3, 3), "K": (1, 1)}),
     ],
 )
 @pytest.mark.parametrize("spatial", ["sud", "sua", "stationary"])
-def test_the_work_of_a_layer_is_of_its_channels(module: nn.Module, inputs: str, matrices: dict[str, Any], spatial: str) -> None:
+def test_the_work_of_a_layer_is_of_its_channels(
+    module: nn.Module, inputs: str, matrices: dict[str, Any], spatial: str
+) -> None:
     """What placements divide; matrices of one layer stay together, since statistics are not one a matrix."""
-    found = Blocks(ConvKfac(spatial=spatial), Ekfac(inputs=inputs)).work(Layer("mine", module, ("weight", "bias")))
+    found = Blocks(ConvKfac(spatial=spatial), Ekfac(inputs=inputs)).work(
+        Layer("mine", module, ("weight", "bias"))
+    )
     assert found.matrices == matrices
     assert found.together
     shares = CommOpt().assign(Workload((found,)), 4).shares["mine"]
-    assert len(set(shares.decomposers.values())) == 1
+    assert len(set(shares.inverse_workers.values())) == 1
 
 
 def test_a_curvature_without_c_is_refused() -> None:
@@ -390,5 +540,7 @@ def test_the_condition_is_that_of_the_dense_block() -> None:
     scale = torch.rand(3, 9, dtype=F64)
     told = float(CHANNELS.condition(parts, {"scale": scale}, 0.1))
     assert math.isclose(told, float((scale.max() + 0.1) / (scale.min() + 0.1)), rel_tol=1e-12)
-    assert math.isclose(float(CHANNELS.condition(parts, {}, 0.1)), (10 + 0.1) / (0.5 + 0.1), rel_tol=1e-12)
+    assert math.isclose(
+        float(CHANNELS.condition(parts, {}, 0.1)), (10 + 0.1) / (0.5 + 0.1), rel_tol=1e-12
+    )
     assert CHANNELS.precondition(torch.ones(3, 9, dtype=F64), parts, {}, 0.1).shape == (3, 9)

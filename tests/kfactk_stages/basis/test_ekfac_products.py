@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfactk
-from kfactk import Coupling, OptionError, Samples
+from kfactk import FactorContext, OptionError, Samples
 from kfactk.testing import BasisLaws
 from kfactk_stages.basis._diagonal import Diagonal, worth_rounding
 from kfactk_stages.basis.ekfac import Ekfac
@@ -34,25 +34,38 @@ class TestRounded(BasisLaws):
     stage = {"name": "ekfac", "products": "bfloat16"}  # noqa: RUF012
 
 
-def decomposed(seed: int, d_out: int = D_OUT, d_in: int = D_IN) -> tuple[dict[str, dict[str, Tensor]], Tensor, torch.Generator]:
+def decomposed(
+    seed: int, d_out: int = D_OUT, d_in: int = D_IN
+) -> tuple[dict[str, dict[str, Tensor]], Tensor, torch.Generator]:
     """Random orthonormal bases with eigenvalues over six decades, and a scale like their product, in float64."""
     generator = torch.Generator().manual_seed(seed)
     found, values = {}, {}
     for name, n in (("G", d_out), ("A", d_in)):
         vectors = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))[0]
-        values[name] = 10 ** (-6 * torch.rand(n, dtype=torch.float64, generator=generator)).sort().values
+        values[name] = (
+            10 ** (-6 * torch.rand(n, dtype=torch.float64, generator=generator)).sort().values
+        )
         found[name] = {"eigenvalues": values[name], "eigenvectors": vectors}
-    scale = values["G"][:, None] * values["A"] * (0.5 + torch.rand(d_out, d_in, dtype=torch.float64, generator=generator))
+    scale = (
+        values["G"][:, None]
+        * values["A"]
+        * (0.5 + torch.rand(d_out, d_in, dtype=torch.float64, generator=generator))
+    )
     return found, scale, generator
 
 
-def exact(decomposition: dict[str, dict[str, Tensor]], scale: Tensor, gradient: Tensor, tau: float) -> Tensor:
+def exact(
+    decomposition: dict[str, dict[str, Tensor]], scale: Tensor, gradient: Tensor, tau: float
+) -> Tensor:
     left, right = decomposition["G"]["eigenvectors"], decomposition["A"]["eigenvectors"]
     return left @ ((left.T @ gradient @ right) / (scale + tau)) @ right.T
 
 
 def single(decomposition: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, Tensor]]:
-    return {name: {part: tensor.float() for part, tensor in parts.items()} for name, parts in decomposition.items()}
+    return {
+        name: {part: tensor.float() for part, tensor in parts.items()}
+        for name, parts in decomposition.items()
+    }
 
 
 @settings(max_examples=10, deadline=None)
@@ -76,11 +89,15 @@ def test_the_error_of_rounded_products_is_bounded(seed: int, tau: float) -> None
 @given(seed=st.integers(0, 2**16))
 def test_rounded_products_stay_symmetric_and_positive(seed: int) -> None:
     decomposition, scale, generator = decomposed(seed)
-    operator = Ekfac(products="bfloat16").operator(single(decomposition), {"scale": scale.float()}, 0.01)
+    operator = Ekfac(products="bfloat16").operator(
+        single(decomposition), {"scale": scale.float()}, 0.01
+    )
     v, w = torch.randn(2, D_OUT, D_IN, generator=generator)
     assert float((v * operator(v)).sum()) > 0
     there, back = float((w * operator(v)).sum()), float((v * operator(w)).sum())
-    assert abs(there - back) <= 4 * UNIT * float(v.norm() * operator(w).norm() + w.norm() * operator(v).norm())
+    assert abs(there - back) <= 4 * UNIT * float(
+        v.norm() * operator(w).norm() + w.norm() * operator(v).norm()
+    )
 
 
 @settings(max_examples=5, deadline=None)
@@ -108,18 +125,26 @@ def test_small_products_are_not_rounded() -> None:
     gradient = torch.randn(16, 24, generator=generator)
     moments = {"scale": scale.float()}
     plain = Ekfac().precondition(gradient, single(decomposition), moments, 0.1)
-    assert torch.equal(Ekfac(products="bfloat16").precondition(gradient, single(decomposition), moments, 0.1), plain)
+    assert torch.equal(
+        Ekfac(products="bfloat16").precondition(gradient, single(decomposition), moments, 0.1),
+        plain,
+    )
 
 
 def test_what_is_held_is_rounded_once() -> None:
     decomposition, scale, _ = decomposed(1)
-    operator = Ekfac(products="bfloat16").operator(single(decomposition), {"scale": scale.float()}, 0.1)
+    operator = Ekfac(products="bfloat16").operator(
+        single(decomposition), {"scale": scale.float()}, 0.1
+    )
     assert isinstance(operator, Diagonal)
     assert (operator.left.dtype, operator.right.dtype) == (torch.bfloat16, torch.bfloat16)
     assert worth_rounding(D_OUT, operator.right)
 
 
-@pytest.mark.parametrize("options", [{"products": "float8"}, {"iterate_from": 0}, {"iterate_from": True}, {"iterate_from": 2.5}])
+@pytest.mark.parametrize(
+    "options",
+    [{"products": "float8"}, {"iterate_from": 0}, {"iterate_from": True}, {"iterate_from": 2.5}],
+)
 def test_options_are_checked(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=next(iter(options))):
         Ekfac(**options)
@@ -128,16 +153,25 @@ def test_options_are_checked(options: dict[str, Any]) -> None:
 def test_matrices_below_the_size_are_decomposed_anew() -> None:
     matrix = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
     turned = {"eigenvalues": torch.ones(3), "eigenvectors": torch.linalg.qr(torch.randn(3, 3))[0]}
-    coupling = Coupling(damping=0.1, mean_diagonal={})
-    anew = Ekfac(iterate_from=4).redecompose("A", matrix, coupling, turned)
+    context = FactorContext(damping=0.1, mean_diagonal={})
+    anew = Ekfac(iterate_from=4).redecompose("A", matrix, context, turned)
     torch.testing.assert_close(anew["eigenvalues"], torch.tensor([1.0, 2.0, 3.0]))
-    assert not torch.equal(Ekfac(iterate_from=3).redecompose("A", matrix, coupling, turned)["eigenvectors"], anew["eigenvectors"])
+    assert not torch.equal(
+        Ekfac(iterate_from=3).redecompose("A", matrix, context, turned)["eigenvectors"],
+        anew["eigenvectors"],
+    )
 
 
 def test_a_basis_that_follows_comes_close_to_the_eigenbasis_and_resumes_bit_for_bit() -> None:
     torch.manual_seed(0)
     recipe = kfactk.build(
-        basis={"name": "ekfac", "iterate_from": 1}, fisher="exact", clip="none", update="sgd", lr=0.0, basis_every=1, factor_every=1
+        basis={"name": "ekfac", "iterate_from": 1},
+        fisher="exact",
+        clip="none",
+        update="sgd",
+        lr=0.0,
+        basis_every=1,
+        factor_every=1,
     )
 
     def made() -> tuple[nn.Module, kfactk.Optimizer]:
@@ -147,7 +181,9 @@ def test_a_basis_that_follows_comes_close_to_the_eigenbasis_and_resumes_bit_for_
 
     def train(model: nn.Module, optimizer: kfactk.Optimizer, steps: range) -> None:
         for step in steps:
-            x = torch.randn(40, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+            x = torch.randn(
+                40, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(step)
+            )
             optimizer.zero_grad()
             F.cross_entropy(model(x), torch.arange(40) % 3).backward()
             optimizer.step()
@@ -159,7 +195,9 @@ def test_a_basis_that_follows_comes_close_to_the_eigenbasis_and_resumes_bit_for_
             u = view.decomposition[name]["eigenvectors"]
             torch.testing.assert_close(u.T @ u, torch.eye(len(u), dtype=torch.float64))
             turned = u.T @ matrix @ u
-            assert float((turned - torch.diag(turned.diagonal())).norm()) < 0.05 * float(matrix.norm())
+            assert float((turned - torch.diag(turned.diagonal())).norm()) < 0.05 * float(
+                matrix.norm()
+            )
     other, resumed = made()
     other.load_state_dict(model.state_dict())
     resumed.load_state_dict(optimizer.state_dict())

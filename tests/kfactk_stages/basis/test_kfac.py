@@ -9,10 +9,10 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
-from kfactk import Coupling
+from kfactk import FactorContext
 from kfactk.testing import BasisLaws, effort
-from kfactk.testing.situations import Situation
-from kfactk.testing.truth import dense_kron, solve
+from kfactk.testing._support.situations import Situation
+from kfactk.testing._support.truth import dense_kron, solve
 from kfactk_stages.basis.kfac import KfacInverse
 from tests.kfactk.dense import each_group, kfac_block
 
@@ -58,8 +58,11 @@ def drawn(draw: st.DrawFn, groups: int = 1) -> Drawn:
 
 def decomposed(a: Tensor, g: Tensor, tau: float) -> dict[str, dict[str, Tensor]]:
     means = {"A": a.diagonal(dim1=-2, dim2=-1).mean(-1), "G": g.diagonal(dim1=-2, dim2=-1).mean(-1)}
-    coupling = Coupling(tau, means)
-    return {name: KfacInverse().decompose(name, matrix, coupling) for name, matrix in (("A", a), ("G", g))}
+    context = FactorContext(tau, means)
+    return {
+        name: KfacInverse().decompose(name, matrix, context)
+        for name, matrix in (("A", a), ("G", g))
+    }
 
 
 def inverse(a: Tensor, g: Tensor, gradient: Tensor, tau: float) -> Tensor:
@@ -69,7 +72,12 @@ def inverse(a: Tensor, g: Tensor, gradient: Tensor, tau: float) -> Tensor:
 @law
 @given(drawn(), st.floats(1e-4, 1e4))
 def test_it_does_not_matter_how_the_factors_share_a_constant(x: Drawn, c: float) -> None:
-    torch.testing.assert_close(inverse(c * x.a, x.g / c, x.gradient, x.tau), inverse(x.a, x.g, x.gradient, x.tau), rtol=1e-7, atol=1e-10)
+    torch.testing.assert_close(
+        inverse(c * x.a, x.g / c, x.gradient, x.tau),
+        inverse(x.a, x.g, x.gradient, x.tau),
+        rtol=1e-7,
+        atol=1e-10,
+    )
 
 
 @law
@@ -79,19 +87,28 @@ def test_pi_is_one_where_a_trace_is_zero(x: Drawn) -> None:
     root = math.sqrt(x.tau)
     eye_a, eye_g = torch.eye(len(x.a), dtype=F64), torch.eye(len(x.g), dtype=F64)
     without_g = solve(dense_kron(x.a + root * eye_a, root * eye_g), x.gradient)
-    torch.testing.assert_close(inverse(x.a, 0 * x.g, x.gradient, x.tau), without_g, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(
+        inverse(x.a, 0 * x.g, x.gradient, x.tau), without_g, rtol=1e-8, atol=1e-10
+    )
     without_a = solve(dense_kron(root * eye_a, x.g + root * eye_g), x.gradient)
-    torch.testing.assert_close(inverse(0 * x.a, x.g, x.gradient, x.tau), without_a, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(
+        inverse(0 * x.a, x.g, x.gradient, x.tau), without_a, rtol=1e-8, atol=1e-10
+    )
 
 
 def test_without_damping_a_regular_block_is_inverted_plainly() -> None:
     a, g = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=F64), torch.tensor([[4.0]], dtype=F64)
     v = torch.tensor([[1.0, 2.0]], dtype=F64)
-    torch.testing.assert_close(inverse(a, g, v, 0.0), solve(dense_kron(a, g), v), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        inverse(a, g, v, 0.0), solve(dense_kron(a, g), v), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_a_changed_damping_is_seen_at_the_next_refresh_only() -> None:
     a, g, v = torch.eye(2, dtype=F64), torch.eye(1, dtype=F64), torch.ones(1, 2, dtype=F64)
     parts = decomposed(a, g, 0.04)
-    assert torch.equal(KfacInverse().precondition(v, parts, {}, 0.04), KfacInverse().precondition(v, parts, {}, 4.0))
+    assert torch.equal(
+        KfacInverse().precondition(v, parts, {}, 0.04),
+        KfacInverse().precondition(v, parts, {}, 4.0),
+    )
     torch.testing.assert_close(inverse(a, g, v, 4.0), v / 9)

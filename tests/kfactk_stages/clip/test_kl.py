@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kfactk import OptionError, Pair
+from kfactk import GradientPair, OptionError
 from kfactk.testing import ClipLaws
 from kfactk_stages.clip.kl import KlClip
 
@@ -19,8 +19,12 @@ class TestKl(ClipLaws):
     limit = 0.01
     keeps_direction = keeps_entries = reaches_bound = True
 
-    def bound(self, pairs: Sequence[Pair], clipped: Sequence[Tensor]) -> tuple[float, float]:
-        return length(pairs, clipped), math.sqrt(self.limit * length(pairs, [p.preconditioned for p in pairs]))
+    def bound(
+        self, pairs: Sequence[GradientPair], clipped: Sequence[Tensor]
+    ) -> tuple[float, float]:
+        return length(pairs, clipped), math.sqrt(
+            self.limit * length(pairs, [p.preconditioned for p in pairs])
+        )
 
 
 class TestKlOfAnotherLimit(TestKl):
@@ -28,10 +32,15 @@ class TestKlOfAnotherLimit(TestKl):
     limit = 1e-7
 
 
-def length(pairs: Sequence[Pair], steps: Sequence[Tensor]) -> float:
+def length(pairs: Sequence[GradientPair], steps: Sequence[Tensor]) -> float:
     """`sum_l mu_l^2 <g_l, x_l>`, summed by Python."""
-    numbers = [(p.lr, p.gradient.flatten().tolist(), x.flatten().tolist()) for p, x in zip(pairs, steps, strict=True)]
-    return math.fsum(lr**2 * a * b for lr, gradient, step in numbers for a, b in zip(gradient, step, strict=True))
+    numbers = [
+        (p.lr, p.gradient.flatten().tolist(), x.flatten().tolist())
+        for p, x in zip(pairs, steps, strict=True)
+    ]
+    return math.fsum(
+        lr**2 * a * b for lr, gradient, step in numbers for a, b in zip(gradient, step, strict=True)
+    )
 
 
 def dot(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
@@ -40,16 +49,21 @@ def dot(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
 
 
 def test_every_group_counts_with_its_own_learning_rate() -> None:
-    pairs = [Pair(torch.tensor([3.0]), torch.tensor([2.0]), lr=0.1), Pair(torch.tensor([5.0]), torch.tensor([4.0]), lr=0.2)]
+    pairs = [
+        GradientPair(torch.tensor([3.0]), torch.tensor([2.0]), lr=0.1),
+        GradientPair(torch.tensor([5.0]), torch.tensor([4.0]), lr=0.2),
+    ]
     clipped, factor = KlClip(limit=0.01).clip(pairs, dot)
     expected = math.sqrt(0.01 / (0.1**2 * 6 + 0.2**2 * 20))
     assert factor.item() == pytest.approx(expected)
     assert [c.item() for c in clipped] == pytest.approx([2 * expected, 4 * expected])
 
 
-@pytest.mark.parametrize(("gradient", "lr"), [([1e4, -1e4], 0.0), ([1e-30, 0.0], 1e-20)], ids=["lr 0", "underflow"])
+@pytest.mark.parametrize(
+    ("gradient", "lr"), [([1e4, -1e4], 0.0), ([1e-30, 0.0], 1e-20)], ids=["lr 0", "underflow"]
+)
 def test_nothing_to_bound_leaves_everything(gradient: list[float], lr: float) -> None:
-    pair = Pair(torch.tensor(gradient), 7 * torch.tensor(gradient), lr=lr)
+    pair = GradientPair(torch.tensor(gradient), 7 * torch.tensor(gradient), lr=lr)
     clipped, factor = KlClip().clip([pair], dot)
     assert factor.item() == 1.0
     assert torch.equal(clipped[0], pair.preconditioned)
@@ -57,15 +71,17 @@ def test_nothing_to_bound_leaves_everything(gradient: list[float], lr: float) ->
 
 def test_a_length_far_above_the_limit_is_brought_to_it() -> None:
     large = torch.tensor([1e18])  # limit / length, 1e-46, is beyond float32; its root is not
-    clipped, factor = KlClip(limit=1e-10).clip([Pair(large, large, lr=1.0)], dot)
+    clipped, factor = KlClip(limit=1e-10).clip([GradientPair(large, large, lr=1.0)], dot)
     assert factor.item() == pytest.approx(1e-23, rel=1e-6)
     assert clipped[0].item() == pytest.approx(1e-5, rel=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_measured_in_float32(dtype: torch.dtype) -> None:
-    gradient = torch.full((300,), 300.0, dtype=dtype)  # its square is beyond float16, and the sum beyond bfloat16's digits
-    pair = Pair(gradient, gradient.clone(), lr=1.0)
+    gradient = torch.full(
+        (300,), 300.0, dtype=dtype
+    )  # its square is beyond float16, and the sum beyond bfloat16's digits
+    pair = GradientPair(gradient, gradient.clone(), lr=1.0)
     clipped, factor = KlClip(limit=1.0).clip([pair], dot)
     assert factor.item() == pytest.approx(1 / math.sqrt(300 * float(gradient[0]) ** 2), rel=1e-5)
     assert factor.dtype == torch.float32
@@ -73,7 +89,10 @@ def test_half_precision_is_measured_in_float32(dtype: torch.dtype) -> None:
 
 
 def test_never_reads_the_factor() -> None:
-    pairs = [Pair(torch.ones(2, device="meta"), torch.ones(2, device="meta"), lr=lr) for lr in (0.1, 0.2)]
+    pairs = [
+        GradientPair(torch.ones(2, device="meta"), torch.ones(2, device="meta"), lr=lr)
+        for lr in (0.1, 0.2)
+    ]
     clipped, factor = KlClip().clip(pairs, dot)  # a meta tensor has no value that could be read
     assert factor.is_meta
     assert factor.shape == ()

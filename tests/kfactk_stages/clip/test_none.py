@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from kfactk import Pair
+from kfactk import GradientPair
 from kfactk.testing import ClipLaws
 from kfactk_stages.clip.none import NoClip, kfactk_clips
 
@@ -15,7 +15,10 @@ class TestNone(ClipLaws):
 
 
 def test_everything_is_left() -> None:
-    pairs = [Pair(torch.ones(2), torch.tensor([1e30, float("nan")]), lr=0.1), Pair(torch.ones(1), torch.zeros(1), lr=0.0)]
+    pairs = [
+        GradientPair(torch.ones(2), torch.tensor([1e30, float("nan")]), lr=0.1),
+        GradientPair(torch.ones(1), torch.zeros(1), lr=0.0),
+    ]
     clipped, factor = NoClip().clip(pairs, dot=lambda xs, ys: torch.zeros(0))
     assert all(new is pair.preconditioned for new, pair in zip(clipped, pairs, strict=True))
     assert factor.item() == 1.0

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
-from kfactk import OptionError, Pair
+from kfactk import GradientPair, OptionError
 from kfactk.testing import ClipLaws, effort
 from kfactk_stages.clip.value import ValueClip
 
@@ -20,7 +20,9 @@ class TestValue(ClipLaws):
     limit = 1.0
     idempotent = keeps_entries = reaches_bound = True
 
-    def bound(self, pairs: Sequence[Pair], clipped: Sequence[Tensor]) -> tuple[float, float]:
+    def bound(
+        self, pairs: Sequence[GradientPair], clipped: Sequence[Tensor]
+    ) -> tuple[float, float]:
         return max(abs(x) for c in clipped for x in c.flatten().tolist()), self.limit
 
 
@@ -39,11 +41,18 @@ entries = st.lists(st.floats(-1e6, 1e6, allow_subnormal=False), min_size=1, max_
 @settings(max_examples=effort(100), deadline=None)
 @given(st.lists(entries, min_size=1, max_size=3), st.floats(1e-6, 1e7))
 def test_entries_against_python(values: list[list[float]], limit: float) -> None:
-    pairs = [Pair(torch.ones(len(v), dtype=torch.float64), torch.tensor(v, dtype=torch.float64), lr=0.1) for v in values]
+    pairs = [
+        GradientPair(
+            torch.ones(len(v), dtype=torch.float64), torch.tensor(v, dtype=torch.float64), lr=0.1
+        )
+        for v in values
+    ]
     clipped, factor = ValueClip(limit=limit).clip(pairs, dot)
     expected = [[max(-limit, min(limit, x)) for x in v] for v in values]
     assert [c.tolist() for c in clipped] == expected
-    again, second = ValueClip(limit=limit).clip([Pair(p.gradient, c, lr=0.1) for p, c in zip(pairs, clipped, strict=True)], dot)
+    again, second = ValueClip(limit=limit).clip(
+        [GradientPair(p.gradient, c, lr=0.1) for p, c in zip(pairs, clipped, strict=True)], dot
+    )
     assert [c.tolist() for c in again] == expected
     assert second.item() == 1.0
     before, after = (math.hypot(*(x for v in vs for x in v)) for vs in (values, expected))
@@ -52,18 +61,22 @@ def test_entries_against_python(values: list[list[float]], limit: float) -> None
 
 def test_half_precision() -> None:
     tensor = torch.tensor([60000.0, -300.0], dtype=torch.float16)
-    untouched, factor = ValueClip(limit=1e9).clip([Pair(tensor, tensor, lr=0.1)], dot)  # a limit float16 cannot hold
+    untouched, factor = ValueClip(limit=1e9).clip(
+        [GradientPair(tensor, tensor, lr=0.1)], dot
+    )  # a limit float16 cannot hold
     assert torch.equal(untouched[0], tensor)
     assert factor.item() == 1.0
-    clipped, factor = ValueClip(limit=300).clip([Pair(tensor, tensor, lr=0.1)], dot)
+    clipped, factor = ValueClip(limit=300).clip([GradientPair(tensor, tensor, lr=0.1)], dot)
     assert clipped[0].tolist() == [300.0, -300.0]
     assert clipped[0].dtype == torch.float16
-    assert factor.item() == pytest.approx(math.hypot(300, 300) / math.hypot(tensor[0].item(), 300), rel=1e-5)
+    assert factor.item() == pytest.approx(
+        math.hypot(300, 300) / math.hypot(tensor[0].item(), 300), rel=1e-5
+    )
     assert tensor[1].item() == -300.0
 
 
 def test_never_reads_a_value() -> None:
-    pair = Pair(torch.ones(2, device="meta"), torch.ones(2, device="meta"), lr=0.1)
+    pair = GradientPair(torch.ones(2, device="meta"), torch.ones(2, device="meta"), lr=0.1)
     assert ValueClip().clip([pair], dot)[1].is_meta
 
 

@@ -15,7 +15,13 @@ from kfactk_stages.curvature._unfold import Window
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"padding": 2}, {"padding": (0, 3)}, {"padding": "same", "dilation": (1, 2)}, {"padding": (2, 1), "padding_mode": "circular"}],
+    [
+        {},
+        {"padding": 2},
+        {"padding": (0, 3)},
+        {"padding": "same", "dilation": (1, 2)},
+        {"padding": (2, 1), "padding_mode": "circular"},
+    ],
     ids=str,
 )
 def test_padded_positions_are_those_of_the_padded_input(options: dict[str, Any]) -> None:

@@ -9,9 +9,18 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import nn
 
-from kfactk import CaptureError, Layer, OptionError, Use
-from kfactk.testing import CurvatureLaws, effort, truth
-from kfactk.testing.strategies import CONV, MODES, Case, case_of, conv_cases, layer_cases, linear_cases
+from kfactk import CaptureError, Layer, LayerCall, OptionError
+from kfactk.testing import CurvatureLaws, effort
+from kfactk.testing._support import truth
+from kfactk.testing._support.strategies import (
+    CONV,
+    MODES,
+    Case,
+    case_of,
+    conv_cases,
+    layer_cases,
+    linear_cases,
+)
 from kfactk_stages.curvature.conv_kfac import ConvKfac
 from kfactk_stages.curvature.kfac import Kfac
 from tests.allocation import LargestAllocation
@@ -35,8 +44,12 @@ class TestConvKfacSua(CurvatureLaws):
 
     def single_row_cases(self):
         """Its A leaves out what taps and bias have in common."""
-        convs = st.builds(nn.Conv2d, st.integers(1, 3), st.integers(1, 3), st.just(1), bias=st.just(False))
-        return linear_cases(max_rank=2) | case_of(convs, lambda m: st.integers(1, 3).map(lambda n: (n, m.in_channels, 1, 1)))
+        convs = st.builds(
+            nn.Conv2d, st.integers(1, 3), st.integers(1, 3), st.just(1), bias=st.just(False)
+        )
+        return linear_cases(max_rank=2) | case_of(
+            convs, lambda m: st.integers(1, 3).map(lambda n: (n, m.in_channels, 1, 1))
+        )
 
 
 class TestConvKfacStationary(TestConvKfacSua):
@@ -44,16 +57,22 @@ class TestConvKfacStationary(TestConvKfacSua):
 
 
 def layer_of(case: Case, *, frozen_bias: bool = False) -> Layer:
-    return Layer("layer", case.module, ("weight", "bias") if case.bias and not frozen_bias else ("weight",))
+    return Layer(
+        "layer", case.module, ("weight", "bias") if case.bias and not frozen_bias else ("weight",)
+    )
 
 
 def samples_of(case, curvature=None, *, index=slice(None), terms=1.0, first=True, **kwargs):
-    use = Use(case.inputs[index], case.gradient[index])
-    return (curvature or ConvKfac()).samples(layer_of(case, **kwargs), [use], terms=terms, first=first)
+    use = LayerCall(case.inputs[index], case.gradient[index])
+    return (curvature or ConvKfac()).samples(
+        layer_of(case, **kwargs), [use], terms=terms, first=first
+    )
 
 
 def factors_of(case, curvature, *, index=slice(None), terms=1.0, first=True):
-    return curvature.factors(layer_of(case), samples_of(case, curvature, index=index, terms=terms, first=first))
+    return curvature.factors(
+        layer_of(case), samples_of(case, curvature, index=index, terms=terms, first=first)
+    )
 
 
 def averaged(statistics):
@@ -63,9 +82,13 @@ def averaged(statistics):
 def fixed(module, *spatial, examples=3, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     module = module.to(dtype)
-    inputs = torch.randn(examples, module.in_channels, *spatial, generator=generator, dtype=torch.float64).to(dtype)
+    inputs = torch.randn(
+        examples, module.in_channels, *spatial, generator=generator, dtype=torch.float64
+    ).to(dtype)
     with torch.no_grad():
-        gradient = torch.randn(module(inputs).shape, generator=generator, dtype=torch.float64).to(dtype)
+        gradient = torch.randn(module(inputs).shape, generator=generator, dtype=torch.float64).to(
+            dtype
+        )
     return Case(module, inputs, gradient)
 
 
@@ -88,9 +111,17 @@ def explicit_factors(case, spatial, terms):
         x = case.inputs[:, k * size : (k + 1) * size].flatten(2).transpose(1, 2)
         omega = t * truth.moment(x) / (n * x.shape[1])
         images = case.inputs[:, k * size : (k + 1) * size]
-        correlation = torch.eye(taps, dtype=omega.dtype) if spatial == "sua" else explicit_correlation(case.module, images)
+        correlation = (
+            torch.eye(taps, dtype=omega.dtype)
+            if spatial == "sua"
+            else explicit_correlation(case.module, images)
+        )
         block = truth.dense_kron(omega, correlation)
-        blocks.append(torch.block_diag(block, torch.tensor([[float(t)]], dtype=omega.dtype)) if case.bias else block)
+        blocks.append(
+            torch.block_diag(block, torch.tensor([[float(t)]], dtype=omega.dtype))
+            if case.bias
+            else block
+        )
     return (torch.stack(blocks) if groups > 1 else blocks[0]), big_g
 
 
@@ -120,21 +151,32 @@ def explicit_correlation(module, images):
 @pytest.mark.parametrize("padding", ["same", "valid", (2, 1, 0)])
 def test_every_padding_and_mode(dims, mode, padding):
     padding = padding if isinstance(padding, str) else padding[:dims]
-    module = CONV[dims](2, 2, (2, 3, 2)[:dims], padding=padding, dilation=(3, 1, 1)[:dims], padding_mode=mode)
+    module = CONV[dims](
+        2, 2, (2, 3, 2)[:dims], padding=padding, dilation=(3, 1, 1)[:dims], padding_mode=mode
+    )
     case = fixed(module, *(4, 5, 3)[:dims])
-    torch.testing.assert_close(samples_of(case).per_example_gradients(), truth.module_gradients(case.module, case.inputs, case.gradient))
+    torch.testing.assert_close(
+        samples_of(case).per_example_gradients(),
+        truth.module_gradients(case.module, case.inputs, case.gradient),
+    )
 
 
 @laws
 @given(layer_cases())
 def test_rows_are_the_patches(case):
     samples = samples_of(case)
-    a, g = truth.input_rows(case.module, case.inputs, bias=case.bias), truth.output_rows(case.module, case.gradient)
+    a, g = (
+        truth.input_rows(case.module, case.inputs, bias=case.bias),
+        truth.output_rows(case.module, case.gradient),
+    )
     torch.testing.assert_close(samples.inputs(), a)
     torch.testing.assert_close(samples.gradients(), g)
     torch.testing.assert_close(samples.inputs(slice(0, 1)), a[..., :1, :, :])
     torch.testing.assert_close(samples.gradients(slice(0, 1)), g[..., :1, :, :])
-    assert (samples.examples, samples.positions, samples.d_in, samples.d_out) == (*a.shape[-3:], g.shape[-1])
+    assert (samples.examples, samples.positions, samples.d_in, samples.d_out) == (
+        *a.shape[-3:],
+        g.shape[-1],
+    )
     assert samples.groups == getattr(case.module, "groups", 1)
 
 
@@ -142,7 +184,9 @@ def test_rows_are_the_patches(case):
 @given(layer_cases(), spatials, chunks, st.sampled_from([1.0, 3.5]))
 def test_factors_are_the_loops(case, spatial, chunk_bytes, terms):
     curvature = ConvKfac(spatial=spatial, chunk_bytes=chunk_bytes)
-    matrices = curvature.assemble(layer_of(case), averaged(factors_of(case, curvature, terms=terms)))
+    matrices = curvature.assemble(
+        layer_of(case), averaged(factors_of(case, curvature, terms=terms))
+    )
     a, g = explicit_factors(case, spatial, terms)
     assert set(matrices) == curvature.provides
     torch.testing.assert_close(matrices["A"], a)
@@ -160,8 +204,13 @@ def test_blank_leaves_room_for_the_padding(mode):
 @given(conv_cases())
 def test_an_unbatched_input_is_one_example(case):
     layer = layer_of(case)
-    unbatched = ConvKfac().samples(layer, [Use(case.inputs[0], case.gradient[0])], terms=1.0, first=True)
-    torch.testing.assert_close(unbatched.per_example_gradients(), truth.module_gradients(case.module, case.inputs[:1], case.gradient[:1]))
+    unbatched = ConvKfac().samples(
+        layer, [LayerCall(case.inputs[0], case.gradient[0])], terms=1.0, first=True
+    )
+    torch.testing.assert_close(
+        unbatched.per_example_gradients(),
+        truth.module_gradients(case.module, case.inputs[:1], case.gradient[:1]),
+    )
 
 
 @laws
@@ -190,11 +239,13 @@ class Repeated(nn.Module):
 def captured_uses(model, module, inputs, loss):
     """The uses of `module` in one forward, with the gradients of `loss(output)` that autograd has for its outputs."""
     calls = []
-    handle = module.register_forward_hook(lambda _, args, output: calls.append((args[0].detach(), output)))
+    handle = module.register_forward_hook(
+        lambda _, args, output: calls.append((args[0].detach(), output))
+    )
     value = loss(model(inputs))
     handle.remove()
     gradients = torch.autograd.grad(value, [output for _, output in calls])
-    return [Use(x, g) for (x, _), g in zip(calls, gradients, strict=True)]
+    return [LayerCall(x, g) for (x, _), g in zip(calls, gradients, strict=True)]
 
 
 @pytest.mark.parametrize("groups", [1, 2])
@@ -212,26 +263,34 @@ def test_a_shared_module_sums_over_its_uses(groups, bias, spatial, chunk_bytes):
     samples = curvature.samples(layer, uses, terms=4.0, first=True)
     d = truth.layer_gradients(model, "shared", inputs, inputs, lambda output, _: output.sum())
     torch.testing.assert_close(samples.per_example_gradients(), d)
-    torch.testing.assert_close(samples.projected_square(None, None).total, truth.projected_square(d, None, None))
+    torch.testing.assert_close(
+        samples.projected_square(None, None).total, truth.projected_square(d, None, None)
+    )
 
     matrices = curvature.assemble(layer, averaged(curvature.factors(layer, samples)))
     a = torch.cat([truth.input_rows(model.shared, use.inputs, bias=bias) for use in uses], -2)
     g = torch.cat([truth.output_rows(model.shared, use.gradient) for use in uses], -2)
     if spatial == "reduce":
-        expected = truth.moment(a.mean(-2, keepdim=True)) / 4, truth.moment(g.sum(-2, keepdim=True)) / 4
+        expected = (
+            truth.moment(a.mean(-2, keepdim=True)) / 4,
+            truth.moment(g.sum(-2, keepdim=True)) / 4,
+        )
     else:
         expected = truth.moment(a) / 4, truth.moment(g) / (4 * a.shape[-2])
     torch.testing.assert_close(matrices["G"], expected[1])
     if spatial != "sua":
         torch.testing.assert_close(matrices["A"], expected[0])
     else:
-        each = [explicit_factors(Case(model.shared, use.inputs, use.gradient), "sua", 4.0)[0] for use in uses]
+        each = [
+            explicit_factors(Case(model.shared, use.inputs, use.gradient), "sua", 4.0)[0]
+            for use in uses
+        ]
         torch.testing.assert_close(matrices["A"], each[0] + each[1])
 
 
 def test_uses_of_different_batch_sizes_are_refused():
     module = nn.Conv1d(1, 1, 1)
-    uses = [Use(torch.ones(n, 1, 3), torch.ones(n, 1, 3)) for n in (2, 4)]
+    uses = [LayerCall(torch.ones(n, 1, 3), torch.ones(n, 1, 3)) for n in (2, 4)]
     with pytest.raises(CaptureError, match=r"'layer'.*\[2, 4\].*leave it out"):
         ConvKfac().samples(Layer("layer", module, ("weight", "bias")), uses, terms=1.0, first=True)
 
@@ -241,7 +300,9 @@ def test_resolutions_average_in_sua():
     cases = [fixed(module, 4, 4, examples=1), fixed(module, 2, 2, examples=3, seed=1)]
     curvature = ConvKfac(spatial="sua")
     one, two = (factors_of(case, curvature) for case in cases)
-    a = curvature.assemble(layer_of(cases[0]), averaged({name: one[name] + two[name] for name in one}))["A"]
+    a = curvature.assemble(
+        layer_of(cases[0]), averaged({name: one[name] + two[name] for name in one})
+    )["A"]
     each = [explicit_factors(case, "sua", 1.0)[0] for case in cases]
     torch.testing.assert_close(a, (each[0] + 3 * each[1]) / 4)
 
@@ -254,9 +315,14 @@ def test_sua_is_sud_where_a_pixel_is_a_patch():
 
 def test_sua_keeps_a_small_factor():
     case = fixed(nn.Conv2d(3, 2, 5, padding=2), 6, 6)
-    shapes = {name: tuple(s.total.shape) for name, s in factors_of(case, ConvKfac(spatial="sua")).items()}
+    shapes = {
+        name: tuple(s.total.shape) for name, s in factors_of(case, ConvKfac(spatial="sua")).items()
+    }
     assert shapes == {"Omega": (3, 3), "positions": (), "G": (2, 2)}
-    stationary = {name: tuple(s.total.shape) for name, s in factors_of(case, ConvKfac(spatial="stationary")).items()}
+    stationary = {
+        name: tuple(s.total.shape)
+        for name, s in factors_of(case, ConvKfac(spatial="stationary")).items()
+    }
     assert stationary == {**shapes, "lags": (8,)}
 
 
@@ -288,18 +354,24 @@ def test_channels_and_taps_are_the_partial_traces_of_patches(case):
         for one in range(taps):
             for other in range(taps):
                 total = float(sum(a[i * taps + one, i * taps + other] for i in range(len(c))))
-                assert float(correlation[one, other]) == pytest.approx(total / trace if trace else float(one == other))
+                assert float(correlation[one, other]) == pytest.approx(
+                    total / trace if trace else float(one == other)
+                )
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("spatial", ["sud", "sua", "reduce", "stationary"])
 @pytest.mark.parametrize("mode", ["zeros", "reflect"])
 def test_half_precision_computes_in_float32(half, spatial, mode):
-    case = fixed(nn.Conv2d(4, 4, 3, padding=1, groups=2, padding_mode=mode), 8, 8, examples=8, dtype=half)
+    case = fixed(
+        nn.Conv2d(4, 4, 3, padding=1, groups=2, padding_mode=mode), 8, 8, examples=8, dtype=half
+    )
     exact = Case(case.module.double(), case.inputs.double(), case.gradient.double())
     curvature = ConvKfac(spatial=spatial)
     matrices = curvature.assemble(layer_of(case), averaged(factors_of(case, curvature, terms=8.0)))
-    for matrix, expected in zip((matrices["A"], matrices["G"]), explicit_factors(exact, spatial, 8.0), strict=True):
+    for matrix, expected in zip(
+        (matrices["A"], matrices["G"]), explicit_factors(exact, spatial, 8.0), strict=True
+    ):
         assert matrix.dtype == torch.float32
         torch.testing.assert_close(matrix.double(), expected, rtol=1e-5, atol=1e-5)
 
@@ -329,7 +401,11 @@ MEMORY_CASES = [
 def test_temporaries_stay_within_chunk_bytes(module, size, spatial, memory_format):
     case = fixed(module, *size, examples=240)
     if len(size) == 2:
-        case = Case(module, case.inputs.to(memory_format=memory_format), case.gradient.to(memory_format=memory_format))
+        case = Case(
+            module,
+            case.inputs.to(memory_format=memory_format),
+            case.gradient.to(memory_format=memory_format),
+        )
     chunk_bytes = 20_000
 
     def largest(chunk_bytes):
@@ -344,8 +420,15 @@ def test_temporaries_stay_within_chunk_bytes(module, size, spatial, memory_forma
     rows = samples_of(case)
     lead = (rows.groups,) if rows.groups > 1 else ()
     left, right = (torch.ones(*lead, d, d, dtype=torch.float64) for d in (rows.d_out, rows.d_in))
-    channels = torch.ones(*lead, module.in_channels // module.groups, module.in_channels // module.groups, dtype=torch.float64)
-    one_example = 2 * (rows.positions * (rows.d_in + rows.d_out) + rows.d_in * rows.d_out) * rows.groups * 8
+    channels = torch.ones(
+        *lead,
+        module.in_channels // module.groups,
+        module.in_channels // module.groups,
+        dtype=torch.float64,
+    )
+    one_example = (
+        2 * (rows.positions * (rows.d_in + rows.d_out) + rows.d_in * rows.d_out) * rows.groups * 8
+    )
     result = max(rows.d_in, rows.d_out) ** 2 * rows.groups * 8
     assert 0 < largest(chunk_bytes) <= max(chunk_bytes, one_example, result)
     assert largest(2**28) > 2 * max(chunk_bytes, one_example, result)
@@ -355,7 +438,10 @@ def test_geometry_is_read_when_the_layer_is_used():
     module = nn.Conv2d(2, 2, 3, padding=1)
     module.stride, module.padding, module.dilation = 2, 2, (2,)
     case = fixed(module, 5, 5)
-    torch.testing.assert_close(samples_of(case).per_example_gradients(), truth.module_gradients(case.module, case.inputs, case.gradient))
+    torch.testing.assert_close(
+        samples_of(case).per_example_gradients(),
+        truth.module_gradients(case.module, case.inputs, case.gradient),
+    )
 
 
 def test_options_are_checked():

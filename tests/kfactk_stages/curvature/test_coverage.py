@@ -74,13 +74,28 @@ def test_kfac_points_to_conv_kfac(module):
         (lambda: nn.LazyLinear(2), "LazyLinear is not initialised yet; run one forward"),
         (lambda: parametrizations.weight_norm(nn.Linear(2, 2)), "its weight is parametrized"),
         (lambda: parametrizations.orthogonal(nn.Conv2d(2, 2, 1)), "its weight is parametrized"),
-        (lambda: parametrizations.spectral_norm(nn.Linear(2, 2), "bias"), "its bias is parametrized"),
+        (
+            lambda: parametrizations.spectral_norm(nn.Linear(2, 2), "bias"),
+            "its bias is parametrized",
+        ),
         (old_weight_norm, "its weight is computed from other parameters"),
-        (lambda: nn.utils.spectral_norm(nn.Conv2d(2, 2, 1)), "its weight is computed from other parameters"),
-        (lambda: prune.l1_unstructured(nn.Linear(2, 2), "weight", 0.5), "its weight is computed from other parameters"),
-        (lambda: prune.l1_unstructured(nn.Linear(2, 2), "bias", 0.5), "its bias is computed from other parameters"),
+        (
+            lambda: nn.utils.spectral_norm(nn.Conv2d(2, 2, 1)),
+            "its weight is computed from other parameters",
+        ),
+        (
+            lambda: prune.l1_unstructured(nn.Linear(2, 2), "weight", 0.5),
+            "its weight is computed from other parameters",
+        ),
+        (
+            lambda: prune.l1_unstructured(nn.Linear(2, 2), "bias", 0.5),
+            "its bias is computed from other parameters",
+        ),
         (own_buffer_as_weight, "its weight is computed"),
-        (lambda: nn.ConvTranspose2d(2, 2, 1), "no curvature for transposed convolutions (ConvTranspose2d)"),
+        (
+            lambda: nn.ConvTranspose2d(2, 2, 1),
+            "no curvature for transposed convolutions (ConvTranspose2d)",
+        ),
         (lambda: nn.MultiheadAttention(2, 1).out_proj, "attention's out_proj"),
         (lambda: nn.Bilinear(2, 2, 2), "no curvature for Bilinear"),
         (lambda: nn.Embedding(2, 2), "no curvature for Embedding"),
@@ -97,7 +112,9 @@ def test_refusals_say_why(make, reason, curvature):
     module = make()
     answer = curvature.unsupported(module)
     assert answer is not None
-    if not (isinstance(module, nn.Conv2d) and type(curvature) is Kfac and "parametrized" not in reason):
+    if not (
+        isinstance(module, nn.Conv2d) and type(curvature) is Kfac and "parametrized" not in reason
+    ):
         assert reason in answer
 
 
@@ -105,8 +122,12 @@ def test_the_subclass_that_fully_shard_swaps_in_is_covered():
     from torch.distributed.fsdp import FSDPModule
 
     module = nn.Linear(2, 2)
-    module.__class__ = type("FSDPLinear", (FSDPModule, nn.Linear), {"__module__": FSDPModule.__module__})
+    module.__class__ = type(
+        "FSDPLinear", (FSDPModule, nn.Linear), {"__module__": FSDPModule.__module__}
+    )
     assert Kfac().unsupported(module) is None
     module = Doubled(2, 2)
-    module.__class__ = type("FSDPDoubled", (FSDPModule, Doubled), {"__module__": FSDPModule.__module__})
+    module.__class__ = type(
+        "FSDPDoubled", (FSDPModule, Doubled), {"__module__": FSDPModule.__module__}
+    )
     assert "Doubled is a subclass of Linear" in Kfac().unsupported(module)

@@ -14,7 +14,9 @@ def without_weight() -> nn.Module:
 
 @pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
 @pytest.mark.parametrize(
-    ("make", "reason"), [(without_weight, "it has no weight"), (lambda: nn.Linear(2, 0), "its weight is empty")], ids=["none", "empty"]
+    ("make", "reason"),
+    [(without_weight, "it has no weight"), (lambda: nn.Linear(2, 0), "its weight is empty")],
+    ids=["none", "empty"],
 )
 def test_a_layer_without_numbers_is_left_alone(make, reason):
     assert Kfac().unsupported(make()) == reason

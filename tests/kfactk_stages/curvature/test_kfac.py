@@ -7,9 +7,10 @@ import torch
 from hypothesis import given, settings
 from torch import nn
 
-from kfactk import CaptureError, Layer, OptionError, Use
-from kfactk.testing import CurvatureLaws, effort, truth
-from kfactk.testing.strategies import linear_cases
+from kfactk import CaptureError, Layer, LayerCall, OptionError
+from kfactk.testing import CurvatureLaws, effort
+from kfactk.testing._support import truth
+from kfactk.testing._support.strategies import linear_cases
 from kfactk_stages.curvature.kfac import Kfac
 
 laws = settings(deadline=None, max_examples=effort(30))
@@ -39,22 +40,27 @@ def averaged(statistics):
 @given(linear_cases(max_rank=5))
 def test_any_rank_has_the_first_dimension_as_examples(case):
     layer = Layer("fc", case.module, BOTH if case.bias else ("weight",))
-    samples = Kfac().samples(layer, [Use(case.inputs, case.gradient)], terms=1.0, first=True)
+    samples = Kfac().samples(layer, [LayerCall(case.inputs, case.gradient)], terms=1.0, first=True)
     assert samples.examples == len(case.inputs)
     assert samples.positions == case.inputs[0].numel() // case.inputs.shape[-1]
-    torch.testing.assert_close(samples.per_example_gradients(), truth.module_gradients(case.module, case.inputs, case.gradient))
+    torch.testing.assert_close(
+        samples.per_example_gradients(),
+        truth.module_gradients(case.module, case.inputs, case.gradient),
+    )
 
 
 def test_a_vector_is_one_example():
     module = nn.Linear(3, 2).double()
     a, g = torch.randn(3, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
-    samples = Kfac().samples(Layer("fc", module, BOTH), [Use(a, g)], terms=1.0, first=True)
+    samples = Kfac().samples(Layer("fc", module, BOTH), [LayerCall(a, g)], terms=1.0, first=True)
     assert (samples.examples, samples.positions) == (1, 1)
-    torch.testing.assert_close(samples.per_example_gradients(), truth.module_gradients(module, a[None], g[None]))
+    torch.testing.assert_close(
+        samples.per_example_gradients(), truth.module_gradients(module, a[None], g[None])
+    )
 
 
 def test_batch_dim_on_the_features_is_refused():
-    use = Use(torch.ones(2, 3, 4), torch.ones(2, 3, 5))
+    use = LayerCall(torch.ones(2, 3, 4), torch.ones(2, 3, 5))
     with pytest.raises(CaptureError, match=r"batch_dim=2.*'fc'.*\(2, 3, 4\)"):
         Kfac(batch_dim=2).samples(Layer("fc", nn.Linear(4, 5), BOTH), [use], terms=1.0, first=True)
 
@@ -78,10 +84,15 @@ def test_a_shared_module_sums_over_its_uses(spatial):
     inputs, labels = torch.randn(5, 3, dtype=torch.float64), torch.tensor([0, 1, 2, 0, 1])
     loss = nn.CrossEntropyLoss(reduction="sum")
     calls = []
-    handle = model.shared.register_forward_hook(lambda _, args, output: calls.append((args[0].detach(), output)))
+    handle = model.shared.register_forward_hook(
+        lambda _, args, output: calls.append((args[0].detach(), output))
+    )
     value = loss(model(inputs), labels)
     handle.remove()
-    uses = [Use(x, g) for (x, _), g in zip(calls, torch.autograd.grad(value, [y for _, y in calls]), strict=True)]
+    uses = [
+        LayerCall(x, g)
+        for (x, _), g in zip(calls, torch.autograd.grad(value, [y for _, y in calls]), strict=True)
+    ]
 
     layer, curvature = Layer("shared", model.shared, BOTH), Kfac(spatial=spatial)
     samples = curvature.samples(layer, uses, terms=5.0, first=True)
@@ -92,14 +103,17 @@ def test_a_shared_module_sums_over_its_uses(spatial):
     a = torch.cat([truth.input_rows(model.shared, use.inputs, bias=True) for use in uses], 1)
     g = torch.cat([truth.output_rows(model.shared, use.gradient) for use in uses], 1)
     if spatial == "reduce":
-        expected = {"A": truth.moment(a.mean(1, keepdim=True)) / 5, "G": truth.moment(g.sum(1, keepdim=True)) / 5}
+        expected = {
+            "A": truth.moment(a.mean(1, keepdim=True)) / 5,
+            "G": truth.moment(g.sum(1, keepdim=True)) / 5,
+        }
     else:
         expected = {"A": truth.moment(a) / 5, "G": truth.moment(g) / 20}
     torch.testing.assert_close(averaged(curvature.factors(layer, samples)), expected)
 
 
 def test_uses_of_different_batch_sizes_are_refused():
-    uses = [Use(torch.ones(n, 2), torch.ones(n, 1)) for n in (3, 5)]
+    uses = [LayerCall(torch.ones(n, 2), torch.ones(n, 1)) for n in (3, 5)]
     with pytest.raises(CaptureError, match=r"'fc'.*\[3, 5\]"):
         Kfac().samples(Layer("fc", nn.Linear(2, 1), BOTH), uses, terms=1.0, first=True)
 
@@ -116,14 +130,20 @@ def test_deep_linear_network_is_exact():
         gradients = []
         for c in range(3):
             calls = []
-            handle = module.register_forward_hook(lambda _, args, output, calls=calls: calls.append((args[0].detach(), output)))
+            handle = module.register_forward_hook(
+                lambda _, args, output, calls=calls: calls.append((args[0].detach(), output))
+            )
             value = model(inputs)[:, c].sum()
             handle.remove()
             (g,) = torch.autograd.grad(value, [calls[0][1]])
-            samples = Kfac().samples(layer, [Use(calls[0][0], g)], terms=6.0, first=c == 0)
+            samples = Kfac().samples(layer, [LayerCall(calls[0][0], g)], terms=6.0, first=c == 0)
             factors = Kfac().factors(layer, samples)
             sums = factors if sums is None else {key: sums[key] + factors[key] for key in sums}
-            gradients.append(truth.layer_gradients(model, name, inputs, inputs, lambda output, _, c=c: output[:, c].sum()))
+            gradients.append(
+                truth.layer_gradients(
+                    model, name, inputs, inputs, lambda output, _, c=c: output[:, c].sum()
+                )
+            )
         matrices = averaged(sums)
         fisher = truth.dense_fisher(torch.cat(gradients), 6.0)
         torch.testing.assert_close(truth.dense_kron(matrices["A"], matrices["G"]), fisher)
@@ -131,7 +151,12 @@ def test_deep_linear_network_is_exact():
 
 def test_no_copy_of_a_plain_input():
     a, g = torch.randn(4, 3), torch.randn(4, 2)
-    samples = Kfac().samples(Layer("fc", nn.Linear(3, 2, bias=False), ("weight",)), [Use(a, g)], terms=1.0, first=True)
+    samples = Kfac().samples(
+        Layer("fc", nn.Linear(3, 2, bias=False), ("weight",)),
+        [LayerCall(a, g)],
+        terms=1.0,
+        first=True,
+    )
     assert samples.inputs().data_ptr() == a.data_ptr()
     assert samples.gradients().data_ptr() == g.data_ptr()
 
@@ -140,9 +165,13 @@ def test_no_copy_of_a_plain_input():
 def test_examples_or_rows_may_be_none(rows):
     layer = Layer("fc", nn.Linear(3, 2), BOTH)
     for shape in ((0, rows), (rows, 0)):
-        samples = Kfac().samples(layer, [Use(torch.ones(*shape, 3), torch.ones(*shape, 2))], terms=1.0, first=True)
+        samples = Kfac().samples(
+            layer, [LayerCall(torch.ones(*shape, 3), torch.ones(*shape, 2))], terms=1.0, first=True
+        )
         for statistic in Kfac().factors(layer, samples).values():
-            assert statistic.total is None or torch.equal(statistic.total, torch.zeros_like(statistic.total))
+            assert statistic.total is None or torch.equal(
+                statistic.total, torch.zeros_like(statistic.total)
+            )
 
 
 @pytest.mark.parametrize(

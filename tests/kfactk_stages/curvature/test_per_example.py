@@ -10,7 +10,7 @@ from hypothesis import assume, given, settings, strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kfactk import Layer, Samples, Use
+from kfactk import Layer, LayerCall, Samples
 from kfactk_stages.curvature._per_example import unfolds
 from kfactk_stages.curvature.conv_kfac import ConvKfac
 
@@ -18,7 +18,7 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
 
 @st.composite
-def used(draw: st.DrawFn) -> tuple[Any, list[Use]]:
+def used(draw: st.DrawFn) -> tuple[Any, list[LayerCall]]:
     """A convolution with any stride, dilation and padding, and one or two uses of it."""
     dims, groups = draw(st.sampled_from([1, 2, 2, 3])), draw(st.integers(1, 2))
     each = st.tuples(*[st.integers(1, 2)] * dims)
@@ -26,9 +26,19 @@ def used(draw: st.DrawFn) -> tuple[Any, list[Use]]:
     padding: Any = draw(st.one_of(st.just("same"), st.tuples(*[st.integers(0, 2)] * dims)))
     mode = draw(st.sampled_from(["zeros", "zeros", "circular"]))
     channels, outputs = draw(st.sampled_from([(2, 1), (8, 1), (8, 3), (1, 1), (2, 40)]))
-    options = {"padding": padding, "stride": 1 if padding == "same" else stride, "dilation": dilation, "groups": groups}
+    options = {
+        "padding": padding,
+        "stride": 1 if padding == "same" else stride,
+        "dilation": dilation,
+        "groups": groups,
+    }
     conv = CONVOLUTIONS[dims - 1](
-        channels * groups, outputs * groups, kernel, bias=draw(st.booleans()), padding_mode=mode, **options
+        channels * groups,
+        outputs * groups,
+        kernel,
+        bias=draw(st.booleans()),
+        padding_mode=mode,
+        **options,
     ).double()
     sizes = draw(st.tuples(*[st.integers(3, 6)] * dims))
     reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
@@ -37,22 +47,26 @@ def used(draw: st.DrawFn) -> tuple[Any, list[Use]]:
     uses = []
     for scale in draw(st.sampled_from([[1.0], [0.5], [1.0, 2.0]])):
         inputs = torch.randn(3, channels * groups, *sizes, dtype=torch.float64)
-        uses.append(Use(inputs, torch.randn_like(conv(inputs)), scale))
+        uses.append(LayerCall(inputs, torch.randn_like(conv(inputs)), scale))
     return conv, uses
 
 
-def samples_of(conv: Any, uses: list[Use]) -> Samples:
+def samples_of(conv: Any, uses: list[LayerCall]) -> Samples:
     names = ("weight",) if conv.bias is None else ("weight", "bias")
     return ConvKfac().samples(Layer("conv", conv, names), uses, terms=3, first=True)
 
 
-def by_autograd(conv: Any, uses: list[Use]) -> Tensor:
+def by_autograd(conv: Any, uses: list[LayerCall]) -> Tensor:
     """The gradient of each example alone, `[n, groups, d_out, d_in]`."""
     found = []
     for example in range(3):
         conv.zero_grad()
         for use in uses:
-            (conv(use.inputs[example : example + 1]) * use.gradient[example : example + 1] * use.scale).sum().backward()
+            (
+                conv(use.inputs[example : example + 1])
+                * use.gradient[example : example + 1]
+                * use.scale
+            ).sum().backward()
         matrix = conv.weight.grad.reshape(conv.groups, conv.out_channels // conv.groups, -1)
         if conv.bias is not None:
             matrix = torch.cat([matrix, conv.bias.grad.reshape(conv.groups, -1, 1)], -1)
@@ -62,52 +76,85 @@ def by_autograd(conv: Any, uses: list[Use]) -> Tensor:
 
 @settings(max_examples=60)
 @given(used(), st.booleans())
-def test_per_example_gradients_are_autograds(case: tuple[Any, list[Use]], rotated: bool) -> None:
+def test_per_example_gradients_are_autograds(
+    case: tuple[Any, list[LayerCall]], rotated: bool
+) -> None:
     conv, uses = case
     truth = by_autograd(conv, uses).transpose(0, 1)
-    left = torch.randn(conv.groups, conv.out_channels // conv.groups, 2, dtype=torch.float64) if rotated else None
+    left = (
+        torch.randn(conv.groups, conv.out_channels // conv.groups, 2, dtype=torch.float64)
+        if rotated
+        else None
+    )
     if left is not None:
         truth = left.transpose(-1, -2).unsqueeze(1) @ truth
     if conv.groups == 1:
         truth, left = truth[0], None if left is None else left[0]
     samples = samples_of(conv, uses)
-    torch.testing.assert_close(samples.per_example_gradients(slice(None), left), truth, rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(samples.per_example_gradients(slice(1, 3), left), truth[..., 1:3, :, :], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        samples.per_example_gradients(slice(None), left), truth, rtol=1e-10, atol=1e-10
+    )
+    torch.testing.assert_close(
+        samples.per_example_gradients(slice(1, 3), left),
+        truth[..., 1:3, :, :],
+        rtol=1e-10,
+        atol=1e-10,
+    )
 
 
 @settings(max_examples=40)
 @given(used())
-def test_the_output_factor_sums_over_positions(case: tuple[Any, list[Use]]) -> None:
+def test_the_output_factor_sums_over_positions(case: tuple[Any, list[LayerCall]]) -> None:
     conv, uses = case
-    truth = torch.zeros(conv.groups, conv.out_channels // conv.groups, conv.out_channels // conv.groups, dtype=torch.float64)
+    truth = torch.zeros(
+        conv.groups,
+        conv.out_channels // conv.groups,
+        conv.out_channels // conv.groups,
+        dtype=torch.float64,
+    )
     for use in uses:
-        for position in (use.gradient * use.scale).flatten(2).movedim(1, -1).reshape(-1, conv.groups, conv.out_channels // conv.groups):
+        for position in (
+            (use.gradient * use.scale)
+            .flatten(2)
+            .movedim(1, -1)
+            .reshape(-1, conv.groups, conv.out_channels // conv.groups)
+        ):
             truth += position.unsqueeze(-1) * position.unsqueeze(-2)
     found = samples_of(conv, uses).grad_moment()
     assert found.total is not None
-    torch.testing.assert_close(found.total, truth if conv.groups > 1 else truth[0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        found.total, truth if conv.groups > 1 else truth[0], rtol=1e-10, atol=1e-10
+    )
     assert (found.count, found.symmetric) == (3, True)
 
 
 @settings(max_examples=40)
 @given(used())
-def test_sums_of_patches_are_those_of_the_unfolded_rows(case: tuple[Any, list[Use]]) -> None:
+def test_sums_of_patches_are_those_of_the_unfolded_rows(case: tuple[Any, list[LayerCall]]) -> None:
     samples = samples_of(*case)
-    torch.testing.assert_close(samples.input_sums(slice(1, 3)), samples.inputs(slice(1, 3)).sum(-2), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(
+        samples.input_sums(slice(1, 3)), samples.inputs(slice(1, 3)).sum(-2), rtol=1e-10, atol=1e-10
+    )
 
 
 @settings(max_examples=40)
 @given(used(), st.sampled_from([1, 2**28]))
-def test_the_scale_is_that_of_autograds_gradients(case: tuple[Any, list[Use]], chunk_bytes: int) -> None:
+def test_the_scale_is_that_of_autograds_gradients(
+    case: tuple[Any, list[LayerCall]], chunk_bytes: int
+) -> None:
     """Rotated on both sides, whichever side of whichever layer is rotated first, in chunks or at once."""
     conv, uses = case
     truth = by_autograd(conv, uses).transpose(0, 1)
-    left, right = (torch.randn(conv.groups, side, side, dtype=torch.float64) for side in truth.shape[-2:])
+    left, right = (
+        torch.randn(conv.groups, side, side, dtype=torch.float64) for side in truth.shape[-2:]
+    )
     expected = (left.transpose(-1, -2).unsqueeze(1) @ truth @ right.unsqueeze(1)).square().sum(1)
     if conv.groups == 1:
         expected, left, right = expected[0], left[0], right[0]
     names = ("weight",) if conv.bias is None else ("weight", "bias")
-    samples = ConvKfac(chunk_bytes=chunk_bytes).samples(Layer("conv", conv, names), uses, terms=3, first=True)
+    samples = ConvKfac(chunk_bytes=chunk_bytes).samples(
+        Layer("conv", conv, names), uses, terms=3, first=True
+    )
     found = samples.projected_square(left, right).total
     assert found is not None
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
@@ -115,12 +162,19 @@ def test_the_scale_is_that_of_autograds_gradients(case: tuple[Any, list[Use]], c
 
 @settings(max_examples=60)
 @given(used())
-def test_rotations_in_bfloat16_move_the_scale_within_their_bound(case: tuple[Any, list[Use]]) -> None:
+def test_rotations_in_bfloat16_move_the_scale_within_their_bound(
+    case: tuple[Any, list[LayerCall]],
+) -> None:
     conv, uses = case
     samples, truth = samples_of(conv, uses), by_autograd(conv, uses).transpose(0, 1)
-    left, right = (torch.linalg.qr(torch.randn(conv.groups, side, side, dtype=torch.float64)).Q for side in truth.shape[-2:])
+    left, right = (
+        torch.linalg.qr(torch.randn(conv.groups, side, side, dtype=torch.float64)).Q
+        for side in truth.shape[-2:]
+    )
     exact = (left.transpose(-1, -2).unsqueeze(1) @ truth @ right.unsqueeze(1)).square().sum(1)
-    lengths = (samples.gradients().norm(dim=-1) * samples.inputs().norm(dim=-1)).sum(-1).square().sum(-1)  # of a group
+    lengths = (
+        (samples.gradients().norm(dim=-1) * samples.inputs().norm(dim=-1)).sum(-1).square().sum(-1)
+    )  # of a group
     if conv.groups == 1:
         exact, left, right = exact[0], left[0], right[0]
     found = samples.projected_square(left, right, precision=torch.bfloat16).total
@@ -151,6 +205,9 @@ def test_one_tap_few_positions_and_few_channels_are_unfolded(
 def test_scaled_gradients_may_be_known_on_the_device_only() -> None:
     conv, inputs = nn.Conv2d(2, 3, 3), torch.randn(2, 2, 5, 5)
     gradient = torch.randn_like(conv(inputs))
-    plain, scaled = (samples_of(conv, [Use(inputs, g, s)]) for g, s in ((gradient * 4, 1.0), (gradient, torch.tensor(4.0))))
+    plain, scaled = (
+        samples_of(conv, [LayerCall(inputs, g, s)])
+        for g, s in ((gradient * 4, 1.0), (gradient, torch.tensor(4.0)))
+    )
     assert torch.equal(plain.per_example_gradients(), scaled.per_example_gradients())
     assert F.mse_loss(plain.grad_moment().total, scaled.grad_moment().total) == 0  # type: ignore[arg-type]

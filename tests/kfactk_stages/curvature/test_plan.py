@@ -31,7 +31,10 @@ from kfactk_stages.curvature._unfold import Window
     ids=str,
 )
 def test_the_cheapest_way_is_taken(conv: nn.Conv2d, size: int, way: str) -> None:
-    assert cheapest(Window.of(conv), (size, size), conv.in_channels // conv.groups, 64 * conv.groups) == way
+    assert (
+        cheapest(Window.of(conv), (size, size), conv.in_channels // conv.groups, 64 * conv.groups)
+        == way
+    )
 
 
 @pytest.mark.parametrize(("size", "correlated"), [(3, False), (4, True)])

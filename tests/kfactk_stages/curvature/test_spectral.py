@@ -16,7 +16,9 @@ from kfactk_stages.curvature._unfold import Window
 F64 = torch.float64
 
 
-def correlated(inputs: Tensor, kernel: tuple[int, ...], dilation: tuple[int, ...], groups: int) -> Tensor:
+def correlated(
+    inputs: Tensor, kernel: tuple[int, ...], dilation: tuple[int, ...], groups: int
+) -> Tensor:
     """`sum_{n,q} x_c(q) x_c'(q + offset)`, offset by offset."""
     channels, sizes = inputs.shape[1] // groups, inputs.shape[2:]
     x = inputs.reshape(len(inputs), groups, channels, *sizes)
@@ -24,8 +26,14 @@ def correlated(inputs: Tensor, kernel: tuple[int, ...], dilation: tuple[int, ...
     found = []
     for offset in offsets:
         shifts = [o * d for o, d in zip(offset, dilation, strict=True)]
-        here = tuple(slice(max(0, -s), max(0, size - max(0, s))) for s, size in zip(shifts, sizes, strict=True))
-        there = tuple(slice(max(0, s), max(0, size + min(0, s))) for s, size in zip(shifts, sizes, strict=True))
+        here = tuple(
+            slice(max(0, -s), max(0, size - max(0, s)))
+            for s, size in zip(shifts, sizes, strict=True)
+        )
+        there = tuple(
+            slice(max(0, s), max(0, size + min(0, s)))
+            for s, size in zip(shifts, sizes, strict=True)
+        )
         one, other = x[(..., *here)].flatten(3), x[(..., *there)].flatten(3)
         found.append(torch.einsum("ngcq,ngdq->gcd", one, other))
     return torch.stack(found).view(*(2 * taps - 1 for taps in kernel), groups, channels, channels)
@@ -34,18 +42,28 @@ def correlated(inputs: Tensor, kernel: tuple[int, ...], dilation: tuple[int, ...
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[Tensor, Window, int]:
     dims = draw(st.integers(1, 3))
-    kernel = tuple(draw(st.lists(st.integers(1, 4 if dims == 1 else 3), min_size=dims, max_size=dims)))
+    kernel = tuple(
+        draw(st.lists(st.integers(1, 4 if dims == 1 else 3), min_size=dims, max_size=dims))
+    )
     dilation = tuple(draw(st.lists(st.integers(1, 2), min_size=dims, max_size=dims)))
     sizes = draw(st.lists(st.integers(1, 7), min_size=dims, max_size=dims))
     groups, channels, n = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.integers(0, 3))
     seed = draw(st.integers(0, 2**16))
-    inputs = torch.randn(n, groups * channels, *sizes, dtype=F64, generator=torch.Generator().manual_seed(seed))
+    inputs = torch.randn(
+        n, groups * channels, *sizes, dtype=F64, generator=torch.Generator().manual_seed(seed)
+    )
     return inputs, Window(kernel, (1,) * dims, dilation, (0,) * (2 * dims), "constant"), groups
 
 
-@given(case=cases(), workspace=st.sampled_from([1, 2**10, 2**26]), cached=st.sampled_from([1, 2**10, 2**20]))
+@given(
+    case=cases(),
+    workspace=st.sampled_from([1, 2**10, 2**26]),
+    cached=st.sampled_from([1, 2**10, 2**20]),
+)
 @settings(deadline=None)
-def test_it_is_the_sum_over_the_input(case: tuple[Tensor, Window, int], workspace: int, cached: int) -> None:
+def test_it_is_the_sum_over_the_input(
+    case: tuple[Tensor, Window, int], workspace: int, cached: int
+) -> None:
     inputs, window, groups = case
     expected = correlated(inputs, window.kernel, window.dilation, groups)
     with pytest.MonkeyPatch.context() as patch:

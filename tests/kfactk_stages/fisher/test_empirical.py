@@ -6,7 +6,7 @@ from kfactk_stages.likelihood.categorical import Categorical
 
 
 class TestLaws(FisherLaws):
-    """Those about losses are skipped: it has none. `tests/kfactk/test_observation.py` has the laws of what it measures."""
+    """Those about losses are skipped: it has none. `tests/kfactk/capture/test_fisher_pass.py` has the laws of what it measures."""
 
     stage = "empirical"
 
@@ -15,7 +15,14 @@ def test_it_adds_no_pass_and_draws_nothing() -> None:
     generator = torch.Generator().manual_seed(0)
     state, before = generator.get_state(), torch.get_rng_state()
     assert not Empirical.own_pass
-    assert list(Empirical().losses(torch.zeros(2, 1, 3, requires_grad=True), Categorical(), None, generator)) == []
+    assert (
+        list(
+            Empirical().losses(
+                torch.zeros(2, 1, 3, requires_grad=True), Categorical(), None, generator
+            )
+        )
+        == []
+    )
     assert torch.equal(generator.get_state(), state)
     assert torch.equal(torch.get_rng_state(), before)
     assert Empirical().seed == 0

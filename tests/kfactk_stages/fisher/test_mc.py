@@ -13,7 +13,11 @@ from kfactk_stages.likelihood.categorical import Categorical
 from kfactk_stages.likelihood.gaussian import Gaussian
 
 F64 = torch.float64
-LIKELIHOODS = [Categorical(class_axis=-1), Bernoulli(class_axis=-1), Gaussian(class_axis=-1, variance=0.5)]
+LIKELIHOODS = [
+    Categorical(class_axis=-1),
+    Bernoulli(class_axis=-1),
+    Gaussian(class_axis=-1, variance=0.5),
+]
 
 
 class TestLaws(FisherLaws):
@@ -32,10 +36,18 @@ def outputs(n: int, *shape: int) -> Tensor:
     return one.expand(n, *shape).contiguous().requires_grad_()
 
 
-def gradients(fisher: MonteCarlo, likelihood: Likelihood, output: Tensor, weights: Tensor | None, seed: int = 0) -> Tensor:
+def gradients(
+    fisher: MonteCarlo,
+    likelihood: Likelihood,
+    output: Tensor,
+    weights: Tensor | None,
+    seed: int = 0,
+) -> Tensor:
     view = likelihood.view(output)
     losses = fisher.losses(view, likelihood, weights, torch.Generator().manual_seed(seed))
-    return torch.stack([torch.autograd.grad(loss, view, retain_graph=True)[0].flatten(1) for loss in losses])
+    return torch.stack(
+        [torch.autograd.grad(loss, view, retain_graph=True)[0].flatten(1) for loss in losses]
+    )
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
@@ -64,10 +76,17 @@ def test_injected_targets_take_the_place_of_draws() -> None:
         seen.append(view)
         return targets
 
-    likelihood, output = Categorical(class_axis=1), torch.randn(2, 3, 2, dtype=F64, requires_grad=True)
+    likelihood, output = (
+        Categorical(class_axis=1),
+        torch.randn(2, 3, 2, dtype=F64, requires_grad=True),
+    )
     generator = torch.Generator().manual_seed(0)
     state = generator.get_state()
-    losses = list(MonteCarlo(draw=draw, samples=2).losses(likelihood.view(output), likelihood, None, generator))
+    losses = list(
+        MonteCarlo(draw=draw, samples=2).losses(
+            likelihood.view(output), likelihood, None, generator
+        )
+    )
     assert torch.equal(generator.get_state(), state)
     assert all(view.shape == (2, 2, 3) and not view.requires_grad for view in seen)
     assert len(seen) == 2

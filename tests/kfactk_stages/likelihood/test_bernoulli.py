@@ -8,7 +8,7 @@ from torch.distributions import Bernoulli as Truth, Distribution
 
 from kfactk import OptionError
 from kfactk.testing import LikelihoodLaws
-from kfactk.testing.strategies import Terms, terms
+from kfactk.testing._support.strategies import Terms, terms
 from kfactk_stages.likelihood.bernoulli import Bernoulli
 
 F64 = torch.float64
@@ -40,7 +40,9 @@ class TestLawsWithMissingLabels(TestLaws):
 
 
 def logits(seed: int, *shape: int, scale: float = 1.0) -> Tensor:
-    return (scale * torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))).requires_grad_()
+    return (
+        scale * torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))
+    ).requires_grad_()
 
 
 def test_root_of_certain_labels() -> None:

@@ -8,7 +8,7 @@ from torch.distributions import Categorical as Truth, Distribution
 
 from kfactk import CaptureError, OptionError
 from kfactk.testing import LikelihoodLaws
-from kfactk.testing.strategies import Terms, terms
+from kfactk.testing._support.strategies import Terms, terms
 from kfactk_stages.likelihood.categorical import Categorical
 
 F64 = torch.float64
@@ -41,7 +41,11 @@ class TestLawsWithMissingLabels(TestLaws):
 
 
 def logits(seed: int, *shape: int, scale: float = 1.0, dtype: torch.dtype = F64) -> Tensor:
-    return (scale * torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed))).to(dtype).requires_grad_()
+    return (
+        (scale * torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed)))
+        .to(dtype)
+        .requires_grad_()
+    )
 
 
 def outer_products(likelihood: Categorical, view: Tensor) -> Tensor:
@@ -56,7 +60,13 @@ def test_root_has_a_column_less_than_there_are_classes(c: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
 def test_root_of_certain_and_of_forbidden_classes(dtype: torch.dtype) -> None:
     inf = float("inf")
-    rows = [[0.0, -inf, 1.0, -inf], [-inf, -inf, -inf, 3.0], [5.0, -inf, -inf, -inf], [0.0, 1e4, -1e4, 1e4], [-200, 0, -300, -150]]
+    rows = [
+        [0.0, -inf, 1.0, -inf],
+        [-inf, -inf, -inf, 3.0],
+        [5.0, -inf, -inf, -inf],
+        [0.0, 1e4, -1e4, 1e4],
+        [-200, 0, -300, -150],
+    ]
     view = torch.tensor([rows], dtype=dtype)
     p = view.softmax(-1)
     expected = torch.diag_embed(p) - p.unsqueeze(-1) * p.unsqueeze(-2)
@@ -114,7 +124,9 @@ def test_a_class_that_doubles_as_ignore_index_can_still_be_drawn(ignored: int) -
 def test_ignore_index_masks(ignored: int) -> None:
     likelihood = Categorical(class_axis=1, targets="y", ignore_index=ignored)
     view = likelihood.view(logits(0, 2, 4, 3))
-    assert likelihood.term_weights(view, {"y": torch.tensor([[1, ignored, 2], [ignored, 3, 1]])}).tolist() == [[1, 0, 1], [0, 1, 1]]
+    assert likelihood.term_weights(
+        view, {"y": torch.tensor([[1, ignored, 2], [ignored, 3, 1]])}
+    ).tolist() == [[1, 0, 1], [0, 1, 1]]
 
 
 def test_what_is_no_choice_is_refused_with_the_remedy() -> None:

@@ -9,7 +9,7 @@ from torch.distributions import Distribution, Normal as Truth
 
 from kfactk import OptionError
 from kfactk.testing import LikelihoodLaws
-from kfactk.testing.strategies import Terms, terms
+from kfactk.testing._support.strategies import Terms, terms
 from kfactk_stages.likelihood.gaussian import Gaussian
 
 F64 = torch.float64
@@ -31,7 +31,12 @@ class TestLaws(LikelihoodLaws):
 
 
 class TestLawsWithMissingLabels(TestLaws):
-    stage: ClassVar[dict[str, Any]] = {"name": "gaussian", "class_axis": -1, "targets": "y", "variance": 3.7}
+    stage: ClassVar[dict[str, Any]] = {
+        "name": "gaussian",
+        "class_axis": -1,
+        "targets": "y",
+        "variance": 3.7,
+    }
     event_axis = -1
     widths = (1, 2, 3)
     weights = (0.0, 1.0)
@@ -41,12 +46,19 @@ class TestLawsWithMissingLabels(TestLaws):
 
 
 class TestLawsOfASmallVariance(TestLaws):
-    stage: ClassVar[dict[str, Any]] = {"name": "gaussian", "class_axis": 1, "weights": "w", "variance": 1e-3}
+    stage: ClassVar[dict[str, Any]] = {
+        "name": "gaussian",
+        "class_axis": 1,
+        "weights": "w",
+        "variance": 1e-3,
+    }
     widths = (1, 2)
 
 
 def means(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+    return torch.randn(
+        *shape, dtype=F64, generator=torch.Generator().manual_seed(seed)
+    ).requires_grad_()
 
 
 @pytest.mark.parametrize("c", [1, 3])
@@ -61,7 +73,9 @@ def test_half_the_width_as_variance_makes_it_mse_loss(c: int) -> None:
 def test_draws_are_the_mean_plus_noise_of_the_variance() -> None:
     """40000 draws of 3 numbers: each bound is off with probability below 1e-4."""
     f = torch.tensor([2.0, 0.0, -100.0])
-    draws = Gaussian(variance=4.0).sample(f.expand(200, 200, 3).contiguous().requires_grad_(), torch.Generator().manual_seed(3))
+    draws = Gaussian(variance=4.0).sample(
+        f.expand(200, 200, 3).contiguous().requires_grad_(), torch.Generator().manual_seed(3)
+    )
     assert draws.shape == (200, 200, 3)
     noise = (draws - f).double().flatten(0, 1)
     assert float(noise.mean(0).abs().max()) < 4.3 * 2 / 200

@@ -21,12 +21,22 @@ each = pytest.mark.parametrize("kind", ALL)
 
 
 def output(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
-    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
+    return (
+        torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        .to(dtype)
+        .requires_grad_()
+    )
 
 
 @settings(deadline=None)
-@given(kind=st.sampled_from(ALL), shape=st.lists(st.integers(2, 4), min_size=2, max_size=5), data=st.data())
-def test_the_view_puts_terms_in_order_and_classes_last(kind: type[Layout], shape: list[int], data: st.DataObject) -> None:
+@given(
+    kind=st.sampled_from(ALL),
+    shape=st.lists(st.integers(2, 4), min_size=2, max_size=5),
+    data=st.data(),
+)
+def test_the_view_puts_terms_in_order_and_classes_last(
+    kind: type[Layout], shape: list[int], data: st.DataObject
+) -> None:
     axis = data.draw(st.integers(1, len(shape) - 1))
     written = data.draw(st.sampled_from([axis, axis - len(shape)]))
     f = output(*shape)
@@ -55,24 +65,46 @@ def test_a_vector_is_one_number_an_example(kind: type[Layout]) -> None:
 
 @each
 @pytest.mark.parametrize(
-    ("dtype", "seen"), [(torch.float16, torch.float32), (torch.bfloat16, torch.float32), (torch.float32,) * 2, (torch.float64,) * 2]
+    ("dtype", "seen"),
+    [
+        (torch.float16, torch.float32),
+        (torch.bfloat16, torch.float32),
+        (torch.float32,) * 2,
+        (torch.float64,) * 2,
+    ],
 )
-def test_the_view_is_float32_at_least(kind: type[Layout], dtype: torch.dtype, seen: torch.dtype) -> None:
+def test_the_view_is_float32_at_least(
+    kind: type[Layout], dtype: torch.dtype, seen: torch.dtype
+) -> None:
     assert kind().view(output(4, 3, dtype=dtype)).dtype == seen
 
 
 @each
 def test_what_cannot_be_viewed_is_refused_with_the_remedy(kind: type[Layout]) -> None:
-    with pytest.raises(CaptureError, match=r"3 dimensions \(shape \[2, 3, 4\].*class_axis=1 for images.*class_axis=-1 for language"):
+    with pytest.raises(
+        CaptureError,
+        match=r"3 dimensions \(shape \[2, 3, 4\].*class_axis=1 for images.*class_axis=-1 for language",
+    ):
         kind().view(output(2, 3, 4))
-    with pytest.raises(CaptureError, match=r"looks like a loss: return the logits, or pick them with output="):
+    with pytest.raises(
+        CaptureError, match=r"looks like a loss: return the logits, or pick them with output="
+    ):
         kind().view(output(2, 3).sum())
     with pytest.raises(CaptureError, match=r"torch.int64\) is not floating point: return logits"):
         kind().view(torch.zeros(2, 3, dtype=torch.long))
     with pytest.raises(CaptureError, match=r"shape \[2, 3\].*does not require gradients.*no_grad"):
         kind().view(output(2, 3).detach())
-    for axis, shape in [(3, (2, 3, 4)), (-3, (2, 3, 4)), (-4, (2, 3, 4)), (2, (2, 3)), (-2, (2, 3))]:
-        with pytest.raises(CaptureError, match=rf"class_axis={axis} does not fit .*1 to {len(shape) - 1}, or -1 to {1 - len(shape)}"):
+    for axis, shape in [
+        (3, (2, 3, 4)),
+        (-3, (2, 3, 4)),
+        (-4, (2, 3, 4)),
+        (2, (2, 3)),
+        (-2, (2, 3)),
+    ]:
+        with pytest.raises(
+            CaptureError,
+            match=rf"class_axis={axis} does not fit .*1 to {len(shape) - 1}, or -1 to {1 - len(shape)}",
+        ):
             kind(class_axis=axis).view(output(*shape))
 
 
@@ -87,7 +119,9 @@ def test_what_cannot_be_viewed_is_refused_with_the_remedy(kind: type[Layout]) ->
         ({"weights": ""}, "weights must be the name of an argument"),
     ],
 )
-def test_options_of_the_wrong_kind_are_refused(kind: type[Layout], options: dict[str, Any], message: str) -> None:
+def test_options_of_the_wrong_kind_are_refused(
+    kind: type[Layout], options: dict[str, Any], message: str
+) -> None:
     with pytest.raises(OptionError, match=message):
         kind(**options)
 
@@ -121,7 +155,9 @@ def test_nothing_given_weighs_nothing(kind: type[Layout]) -> None:
         ([3, 4], [[3.0] * 6, [4.0] * 6]),
     ],
 )
-def test_weights_of_examples_or_terms(kind: type[Layout], given_weights: Any, expected: list[list[float]]) -> None:
+def test_weights_of_examples_or_terms(
+    kind: type[Layout], given_weights: Any, expected: list[list[float]]
+) -> None:
     likelihood = kind(class_axis=1, weights="w")
     view = likelihood.view(output(2, 5, 3, 2, dtype=torch.float16))
     found = likelihood.term_weights(view, {"x": None, "w": given_weights})
@@ -142,8 +178,12 @@ def test_a_weight_of_terms_lines_up_with_its_term() -> None:
     weights = torch.rand(2, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     likelihood = Categorical(class_axis=1, weights="w")
     view = likelihood.view(f)
-    found = (likelihood.term_weights(view, {"w": weights}) * likelihood.nll(view, targets.flatten(1))).sum()
-    torch.testing.assert_close(found, (weights * torch.nn.functional.cross_entropy(f, targets, reduction="none")).sum())
+    found = (
+        likelihood.term_weights(view, {"w": weights}) * likelihood.nll(view, targets.flatten(1))
+    ).sum()
+    torch.testing.assert_close(
+        found, (weights * torch.nn.functional.cross_entropy(f, targets, reduction="none")).sum()
+    )
 
 
 @each
@@ -151,7 +191,8 @@ def test_weights_that_do_not_fit_are_refused_with_the_remedy(kind: type[Layout])
     likelihood = kind(class_axis=-1, weights="attention_mask")
     view = likelihood.view(output(2, 3, 4))
     with pytest.raises(
-        CaptureError, match=r"weights='attention_mask'.*there are: 'x', 'attn_mask'\. Did you mean 'attn_mask'.*observe\(attention_mask="
+        CaptureError,
+        match=r"weights='attention_mask'.*there are: 'x', 'attn_mask'\. Did you mean 'attn_mask'.*observe\(attention_mask=",
     ):
         likelihood.term_weights(view, {"x": 1, "attn_mask": 2})
     with pytest.raises(CaptureError, match="there are: none"):
@@ -161,7 +202,10 @@ def test_weights_that_do_not_fit_are_refused_with_the_remedy(kind: type[Layout])
     with pytest.raises(CaptureError, match=r"is a str that cannot be made a tensor"):
         likelihood.term_weights(view, {"attention_mask": "ones"})
     for shape in [(), (3,), (2, 2), (3, 2), (2, 3, 4)]:
-        with pytest.raises(CaptureError, match=rf"has shape \[{', '.join(map(str, shape))}\], but the output has 2 examples of 3 terms"):
+        with pytest.raises(
+            CaptureError,
+            match=rf"has shape \[{', '.join(map(str, shape))}\], but the output has 2 examples of 3 terms",
+        ):
             likelihood.term_weights(view, {"attention_mask": torch.ones(shape)})
     for bad in (-1.0, float("nan"), float("inf"), float("-inf")):
         with pytest.raises(CaptureError, match=r"negative or non-finite.*Additive attention masks"):
@@ -172,23 +216,35 @@ def test_weights_that_do_not_fit_are_refused_with_the_remedy(kind: type[Layout])
 def test_labels_that_do_not_fit_are_refused_with_the_remedy(kind: type[Layout]) -> None:
     likelihood = kind(class_axis=-1, targets="labels")
     view = likelihood.view(output(2, 3, 4))
-    with pytest.raises(CaptureError, match=r"targets='labels' names an argument that this forward was not given"):
+    with pytest.raises(
+        CaptureError, match=r"targets='labels' names an argument that this forward was not given"
+    ):
         likelihood.term_weights(view, {"x": 1})
     with pytest.raises(CaptureError, match=r"targets='labels' has shape \[2, 2\].*shifted"):
         likelihood.term_weights(view, {"labels": torch.zeros(2, 2)})
 
 
 def missing(kind: type[Layout], labels: Tensor) -> Tensor:
-    return torch.where(labels < 0, float("nan"), labels) if kind is Gaussian else torch.where(labels < 0, -100, labels)
+    return (
+        torch.where(labels < 0, float("nan"), labels)
+        if kind is Gaussian
+        else torch.where(labels < 0, -100, labels)
+    )
 
 
 @each
 def test_missing_labels_get_no_weight_and_multiply_with_weights(kind: type[Layout]) -> None:
     labels = missing(kind, torch.tensor([[1, -1, 0], [0, 1, -1]]))
     view = kind(class_axis=-1).view(output(2, 3, 4))
-    assert kind(class_axis=-1, targets="y").term_weights(view, {"y": labels}).tolist() == [[1, 0, 1], [1, 1, 0]]
+    assert kind(class_axis=-1, targets="y").term_weights(view, {"y": labels}).tolist() == [
+        [1, 0, 1],
+        [1, 1, 0],
+    ]
     both = kind(class_axis=-1, targets="y", weights="w")
-    assert both.term_weights(view, {"y": labels, "w": torch.tensor([0.5, 3])}).tolist() == [[0.5, 0, 0.5], [3, 3, 0]]
+    assert both.term_weights(view, {"y": labels, "w": torch.tensor([0.5, 3])}).tolist() == [
+        [0.5, 0, 0.5],
+        [3, 3, 0],
+    ]
 
 
 @pytest.mark.parametrize("kind", [Bernoulli, Gaussian])
@@ -197,7 +253,10 @@ def test_missing_vectors_count_as_a_whole(kind: type[Layout]) -> None:
     view = likelihood.view(output(2, 3, 4))
     labels = torch.ones(2, 3, 4)
     labels[0, 1] = labels[1, 2] = -1
-    assert likelihood.term_weights(view, {"y": missing(kind, labels)}).tolist() == [[1, 0, 1], [1, 1, 0]]
+    assert likelihood.term_weights(view, {"y": missing(kind, labels)}).tolist() == [
+        [1, 0, 1],
+        [1, 1, 0],
+    ]
     labels[0, 0, 0] = -1
     with pytest.raises(CaptureError, match=r"only some entries are missing.*Give weights="):
         likelihood.term_weights(view, {"y": missing(kind, labels)})
@@ -211,24 +270,32 @@ def test_missing_vectors_lie_as_in_the_output(kind: type[Layout]) -> None:
     labels[0, :, 1, 2] = -1
     expected = torch.ones(2, 9)
     expected[0, 5] = 0
-    assert torch.equal(likelihood.term_weights(view, {"y": missing(kind, labels)}).float(), expected)
+    assert torch.equal(
+        likelihood.term_weights(view, {"y": missing(kind, labels)}).float(), expected
+    )
 
 
 @pytest.mark.parametrize("kind", [Bernoulli, Gaussian])
-def test_missing_labels_of_single_outputs_fit_with_or_without_their_axis(kind: type[Layout]) -> None:
+def test_missing_labels_of_single_outputs_fit_with_or_without_their_axis(
+    kind: type[Layout],
+) -> None:
     labels = missing(kind, torch.tensor([[[1, -1]], [[-1, 0]]]))
     likelihood = kind(class_axis=1, targets="y")
     view = likelihood.view(output(2, 1, 2))
     for shaped in (labels, labels.squeeze(1)):
         assert likelihood.term_weights(view, {"y": shaped}).tolist() == [[1, 0], [0, 1]]
     flat = kind(targets="y")
-    assert flat.term_weights(flat.view(output(2, 4)), {"y": missing(kind, torch.tensor([1, -1]))}).tolist() == [[1], [0]]
+    assert flat.term_weights(
+        flat.view(output(2, 4)), {"y": missing(kind, torch.tensor([1, -1]))}
+    ).tolist() == [[1], [0]]
 
 
 @each
 @settings(deadline=None)
 @given(shift=st.integers(1, 3), longer=st.integers(1, 3), seed=st.integers(0, 99))
-def test_labels_and_masks_ahead_of_the_output_are_shifted_together(kind: type[Layout], shift: int, longer: int, seed: int) -> None:
+def test_labels_and_masks_ahead_of_the_output_are_shifted_together(
+    kind: type[Layout], shift: int, longer: int, seed: int
+) -> None:
     """Term t is about position t + shift, and the last terms are about none: the same as aligned labels and masks of the rest."""
     generator = torch.Generator().manual_seed(seed)
     positions = shift + longer
@@ -236,10 +303,15 @@ def test_labels_and_masks_ahead_of_the_output_are_shifted_together(kind: type[La
     mask = torch.randint(0, 2, (2, positions), generator=generator)
     f = output(2, positions, 4)
     options: dict[str, Any] = {"class_axis": -1, "targets": "y", "weights": "w"}
-    found = kind(**options, shift=shift).term_weights(kind(**options).view(f), {"y": labels, "w": mask})
+    found = kind(**options, shift=shift).term_weights(
+        kind(**options).view(f), {"y": labels, "w": mask}
+    )
     aligned = {"y": labels[:, shift:], "w": mask[:, shift:]}
     assert found is not None
-    assert torch.equal(found[:, :longer], kind(**options).term_weights(kind(**options).view(f[:, :longer]), aligned))
+    assert torch.equal(
+        found[:, :longer],
+        kind(**options).term_weights(kind(**options).view(f[:, :longer]), aligned),
+    )
     assert torch.equal(found[:, longer:], torch.zeros(2, shift, dtype=torch.float64))
 
 
@@ -247,15 +319,23 @@ def test_labels_and_masks_ahead_of_the_output_are_shifted_together(kind: type[La
 def test_with_a_shift_the_last_terms_do_not_count_whatever_is_named(kind: type[Layout]) -> None:
     view = kind(class_axis=-1).view(output(2, 3, 4))
     assert kind(class_axis=-1, shift=1).term_weights(view, {}).tolist() == [[1, 1, 0], [1, 1, 0]]
-    weighted = kind(class_axis=-1, shift=2, weights="w").term_weights(view, {"w": torch.tensor([0.5, 3])})
+    weighted = kind(class_axis=-1, shift=2, weights="w").term_weights(
+        view, {"w": torch.tensor([0.5, 3])}
+    )
     assert weighted.tolist() == [[0.5, 0, 0], [3, 0, 0]]
 
 
 @each
 def test_a_shift_that_cannot_be_is_refused_with_the_remedy(kind: type[Layout]) -> None:
     for bad in (-1, 1.0, True, None):
-        with pytest.raises(OptionError, match=r"shift=.* is not a number of positions: give 0 .* 1 for a causal language model"):
+        with pytest.raises(
+            OptionError,
+            match=r"shift=.* is not a number of positions: give 0 .* 1 for a causal language model",
+        ):
             kind(shift=bad)
     likelihood = kind(shift=1)
-    with pytest.raises(CaptureError, match=r"shift=1, but the model's output has 1 positions an example.*leave it out otherwise"):
+    with pytest.raises(
+        CaptureError,
+        match=r"shift=1, but the model's output has 1 positions an example.*leave it out otherwise",
+    ):
         likelihood.term_weights(likelihood.view(output(2, 4)), {})

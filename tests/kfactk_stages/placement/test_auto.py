@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from kfactk import OptionError, Work, Workload, grid
-from kfactk.costs import Job, cost
-from kfactk.machines import H100, MACHINES
+from kfactk.costmodel.cost import Job, cost
+from kfactk.costmodel.hardware import H100, MACHINES
 from kfactk.testing import PlacementLaws
 from kfactk_stages.placement.auto import Auto
 from tests.kfactk.workloads import workloads
@@ -20,7 +20,9 @@ class TestAuto(PlacementLaws):
 
 
 def layers(count: int, side: int, **periods: Any) -> Workload:
-    works = tuple(Work(f"fc{n}", {"A": (side, side), "G": (side, side)}, (side, side)) for n in range(count))
+    works = tuple(
+        Work(f"fc{n}", {"A": (side, side), "G": (side, side)}, (side, side)) for n in range(count)
+    )
     return Workload(works, device="cuda", **periods)
 
 
@@ -41,7 +43,11 @@ def test_large_layers_decomposed_often_are_divided() -> None:
     """Eight of side 4096: a rank saves seconds of decomposition by milliseconds of messages."""
     found = Auto().assign(layers(8, 4096, basis_every=1), 8)
     assert found.strategy in ("comm_opt", "hybrid", "mem_opt")
-    assert all(len(ranks) == 1 for share in found.shares.values() for ranks in share.decomposers.values())
+    assert all(
+        len(ranks) == 1
+        for share in found.shares.values()
+        for ranks in share.inverse_workers.values()
+    )
 
 
 def test_little_memory_leaves_the_smallest() -> None:
@@ -64,7 +70,9 @@ def test_the_fullest_rank_has_to_fit() -> None:
 
 def test_it_says_what_it_chose_and_why_with_numbers() -> None:
     found = Auto(memory=2e9).assign(layers(8, 2048), 8)
-    assert found.reason.startswith(f"auto: the fastest that keeps within 2 GB of curvature a rank, by the profile 'h100': {found.strategy}")
+    assert found.reason.startswith(
+        f"auto: the fastest that keeps within 2 GB of curvature a rank, by the profile 'h100': {found.strategy}"
+    )
     assert len(re.findall(r"\([\d.]+ ms a step, [\d.e+]+ MB\)", found.reason)) >= 3
     others = {"replicated", "comm_opt", "mem_opt"} - {found.strategy}
     assert all(name in found.reason.partition("; beside it ")[2] for name in others)
@@ -72,21 +80,36 @@ def test_it_says_what_it_chose_and_why_with_numbers() -> None:
 
 def test_a_row_says_how_wide_it_is() -> None:
     """Where a hybrid wins, of 8 ranks 2 or 4 hold a layer."""
-    found = [Auto(machine=name).assign(layers(16, side), 8) for name in MACHINES for side in (64, 512, 1024, 4096)]
+    found = [
+        Auto(machine=name).assign(layers(16, side), 8)
+        for name in MACHINES
+        for side in (64, 512, 1024, 4096)
+    ]
     hybrids = [each for each in found if each.strategy == "hybrid"]
     for each in hybrids:
-        width = len(next(iter(each.shares.values())).holders)
+        width = len(next(iter(each.shares.values())).gradient_workers)
         assert f"hybrid rows of {width} (" in each.reason
 
 
-@given(workloads(), st.integers(2, 6), st.sampled_from([None, *MACHINES]), st.sampled_from([None, "bfloat16"]))
+@given(
+    workloads(),
+    st.integers(2, 6),
+    st.sampled_from([None, *MACHINES]),
+    st.sampled_from([None, "bfloat16"]),
+)
 @settings(max_examples=25)
-def test_nothing_known_is_faster(workload: Workload, ranks: int, machine: str | None, wire: str | None) -> None:
+def test_nothing_known_is_faster(
+    workload: Workload, ranks: int, machine: str | None, wire: str | None
+) -> None:
     workload = attrs.evolve(workload, device="cuda")
     stage = Auto(machine=machine, wire_dtype=wire)
     found = stage.assign(workload, ranks)
     assert stage.assign(workload, ranks) == found
-    profile, job, itemsize = MACHINES[machine] if machine else H100, Job.of(workload), 2.0 if wire else None
+    profile, job, itemsize = (
+        MACHINES[machine] if machine else H100,
+        Job.of(workload),
+        2.0 if wire else None,
+    )
     mine = cost(job, found, ranks, profile, wire=itemsize).seconds
     for width in (width for width in range(1, ranks + 1) if ranks % width == 0):
         for everyone in (False, width == ranks):
@@ -97,8 +120,14 @@ def test_nothing_known_is_faster(workload: Workload, ranks: int, machine: str | 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"machine": "h10"}, "machine is 'h10'; it names the profile that costs are estimated with, one of 'h100', 'a100', 'cpu', or None"),
-        ({"memory": 0}, "memory is 0; it is the number of bytes that curvature may take on each rank, such as 4e9, or None"),
+        (
+            {"machine": "h10"},
+            "machine is 'h10'; it names the profile that costs are estimated with, one of 'h100', 'a100', 'cpu', or None",
+        ),
+        (
+            {"memory": 0},
+            "memory is 0; it is the number of bytes that curvature may take on each rank, such as 4e9, or None",
+        ),
         ({"memory": float("inf")}, "memory is inf"),
         ({"memory": "4G"}, "memory is '4G'"),
         ({"memory": True}, "memory is True"),

@@ -31,11 +31,25 @@ def test_layers_go_to_rows_and_matrices_to_ranks_of_the_row() -> None:
 
 @pytest.mark.parametrize(
     ("fraction", "ranks", "width"),
-    [(1, 6, 6), (0.99, 6, 3), (0.5, 6, 3), (0.49, 6, 2), (1 / 3, 6, 2), (0.1, 6, 1), (0.5, 5, 1), (0.5, 7, 1), (0.75, 8, 4), (0.01, 4, 1)],
+    [
+        (1, 6, 6),
+        (0.99, 6, 3),
+        (0.5, 6, 3),
+        (0.49, 6, 2),
+        (1 / 3, 6, 2),
+        (0.1, 6, 1),
+        (0.5, 5, 1),
+        (0.5, 7, 1),
+        (0.75, 8, 4),
+        (0.01, 4, 1),
+    ],
 )
 def test_the_width_is_a_divisor_of_the_ranks(fraction: float, ranks: int, width: int) -> None:
     """The largest that is no more than the fraction of the ranks, and 1 at least."""
-    assert {len(share.holders) for share in Hybrid(fraction=fraction).assign(WORKLOAD, ranks).shares.values()} == {width}
+    assert {
+        len(share.gradient_workers)
+        for share in Hybrid(fraction=fraction).assign(WORKLOAD, ranks).shares.values()
+    } == {width}
 
 
 def test_the_ends_are_the_other_strategies() -> None:

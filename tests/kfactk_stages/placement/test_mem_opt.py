@@ -27,4 +27,9 @@ def test_layers_go_whole_the_longest_first() -> None:
 
 def test_more_ranks_than_layers_leave_some_without() -> None:
     shares = MemOpt().assign(WORKLOAD, 6).shares
-    assert {name: share.holders for name, share in shares.items()} == {"small": (2,), "large": (0,), "joined": (1,), "flat": (3,)}
+    assert {name: share.gradient_workers for name, share in shares.items()} == {
+        "small": (2,),
+        "large": (0,),
+        "joined": (1,),
+        "flat": (3,),
+    }

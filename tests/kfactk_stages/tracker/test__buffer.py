@@ -13,13 +13,21 @@ from kfactk_stages.tracker._buffer import Buffer, flattened
 
 def test_figures_come_back_as_numbers_in_order() -> None:
     buffer = Buffer()
-    buffer.add(0, {"loss": torch.tensor(0.5), "lr": 0.1, "skipped": torch.tensor(2), "double": torch.tensor(1e-200, dtype=torch.float64)})
+    buffer.add(
+        0,
+        {
+            "loss": torch.tensor(0.5),
+            "lr": 0.1,
+            "skipped": torch.tensor(2),
+            "double": torch.tensor(1e-200, dtype=torch.float64),
+        },
+    )
     buffer.add(10, {"lr": 0.2})
     buffer.add(20, {"skipped": torch.tensor([3]), "loss": torch.tensor(math.inf), "flag": True})
     assert len(buffer) == 3
     rows = buffer.take()
     assert [row.step for row in rows] == [0, 10, 20]
-    assert [list(row.figures.items()) for row in rows] == [
+    assert [list(row.metrics.items()) for row in rows] == [
         [("loss", 0.5), ("lr", 0.1), ("skipped", 2), ("double", 1e-200)],
         [("lr", 0.2)],
         [("skipped", 3), ("loss", math.inf), ("flag", True)],
@@ -33,12 +41,14 @@ def test_values_are_those_of_the_moment() -> None:
     buffer.add(0, {"x": figure})
     figure.add_(1)
     buffer.add(1, {"x": figure})
-    assert [row.figures["x"] for row in buffer.take()] == [1.0, 2.0]
+    assert [row.metrics["x"] for row in buffer.take()] == [1.0, 2.0]
 
 
 def test_nothing_is_read_before_it_is_taken() -> None:
     buffer = Buffer()
-    buffer.add(0, {"x": torch.ones((), device="meta", requires_grad=True)})  # a meta tensor has no value that could be read
+    buffer.add(
+        0, {"x": torch.ones((), device="meta", requires_grad=True)}
+    )  # a meta tensor has no value that could be read
     with pytest.raises((RuntimeError, NotImplementedError)):
         buffer.take()
 
@@ -53,7 +63,12 @@ def test_other_things_are_refused_by_name(figure: object) -> None:
 
 def test_flattened() -> None:
     assert flattened({}) == {}
-    recipe = {"clip": {"name": "kl", "limit": 0.01}, "groups": [{"lr": 1}, {}], "tracker": None, "betas": (0.9, 0.99)}
+    recipe = {
+        "clip": {"name": "kl", "limit": 0.01},
+        "groups": [{"lr": 1}, {}],
+        "tracker": None,
+        "betas": (0.9, 0.99),
+    }
     assert flattened(recipe) == {
         "clip.name": "kl",
         "clip.limit": 0.01,

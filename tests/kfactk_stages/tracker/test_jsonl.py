@@ -32,7 +32,13 @@ class TestJsonLines(TrackerLaws):
     def read(self, folder: Path) -> Recorded:
         recipe, *rows = lines(folder / "run.jsonl")
         assert set(recipe) == {"recipe"}
-        return Recorded([(row.pop("step"), {name: float(value) for name, value in row.items()}) for row in rows], recipe["recipe"])
+        return Recorded(
+            [
+                (row.pop("step"), {name: float(value) for name, value in row.items()})
+                for row in rows
+            ],
+            recipe["recipe"],
+        )
 
 
 class TestSparseJsonLines(TestJsonLines):
@@ -78,11 +84,11 @@ def test_what_is_not_finite_stays_valid_json(tmp_path: Path) -> None:
     tracker.start({"limit": math.inf, "nested": [math.nan]})
     tracker.record(0, {"a": torch.tensor(math.nan), "b": -math.inf, "c": torch.tensor(math.inf)})
     tracker.close()
-    recipe, figures = lines(path)
+    recipe, metrics = lines(path)
     assert recipe == {"recipe": {"limit": "inf", "nested": ["nan"]}}
-    assert figures == {"step": 0, "a": "nan", "b": "-inf", "c": "inf"}
-    assert math.isnan(float(figures["a"]))
-    assert float(figures["b"]) == -math.inf
+    assert metrics == {"step": 0, "a": "nan", "b": "-inf", "c": "inf"}
+    assert math.isnan(float(metrics["a"]))
+    assert float(metrics["b"]) == -math.inf
 
 
 def test_resuming_appends_even_after_a_line_cut_short(tmp_path: Path) -> None:
@@ -125,7 +131,10 @@ def test_equality_is_over_options_and_instances_hold_their_own(tmp_path: Path) -
     assert "_held" not in repr(one)
 
 
-@pytest.mark.parametrize("options", [{"every": 0}, {"every": 2.5}, {"every": True}, {"buffer": 0}, {"path": ""}, {"path": None}])
+@pytest.mark.parametrize(
+    "options",
+    [{"every": 0}, {"every": 2.5}, {"every": True}, {"buffer": 0}, {"path": ""}, {"path": None}],
+)
 def test_options_are_checked(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=next(iter(options))):
         JsonLines(**options)

@@ -38,13 +38,20 @@ def runs(uri: str, experiment: str) -> list[Any]:
 
     client = mlflow.MlflowClient(tracking_uri=uri)
     found = client.get_experiment_by_name(experiment)
-    return list(client.search_runs([found.experiment_id], order_by=["attributes.start_time"])) if found else []
+    return (
+        list(client.search_runs([found.experiment_id], order_by=["attributes.start_time"]))
+        if found
+        else []
+    )
 
 
 def history(uri: str, run_id: str, name: str) -> list[tuple[int, float]]:
     import mlflow
 
-    return [(m.step, m.value) for m in mlflow.MlflowClient(tracking_uri=uri).get_metric_history(run_id, name)]
+    return [
+        (m.step, m.value)
+        for m in mlflow.MlflowClient(tracking_uri=uri).get_metric_history(run_id, name)
+    ]
 
 
 @pytest.mark.usefixtures("store")
@@ -63,7 +70,10 @@ class TestMlflow(TrackerLaws):
             for step, value in history(mlflow.get_tracking_uri(), run.info.run_id, name):
                 assert name.removeprefix("kfactk/") not in rows.setdefault(step, {})
                 rows[step][name.removeprefix("kfactk/")] = value
-        return Recorded(sorted(rows.items()), {name.removeprefix("kfactk/"): value for name, value in run.data.params.items()})
+        return Recorded(
+            sorted(rows.items()),
+            {name.removeprefix("kfactk/"): value for name, value in run.data.params.items()},
+        )
 
 
 def test_an_own_run_from_start_to_end(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -71,7 +81,9 @@ def test_an_own_run_from_start_to_end(store: str, monkeypatch: pytest.MonkeyPatc
 
     send = mlflow.MlflowClient.log_batch
 
-    def within_the_server_limits(client: Any, run_id: str, metrics: Any = (), params: Any = ()) -> None:
+    def within_the_server_limits(
+        client: Any, run_id: str, metrics: Any = (), params: Any = ()
+    ) -> None:
         assert len(metrics) <= 1000
         assert len(params) <= 100
         assert all(len(param.value) <= 6000 for param in params)
@@ -79,7 +91,15 @@ def test_an_own_run_from_start_to_end(store: str, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(mlflow.MlflowClient, "log_batch", within_the_server_limits)
     tracker = Mlflow(experiment="own", run_name="first", tracking_uri=store, buffer=3)
-    tracker.start({"lr": 0.1, "clip": {"name": "kl"}, "long": "x" * 10_000, "many": list(range(150)), "odd[name]": True})
+    tracker.start(
+        {
+            "lr": 0.1,
+            "clip": {"name": "kl"},
+            "long": "x" * 10_000,
+            "many": list(range(150)),
+            "odd[name]": True,
+        }
+    )
     assert mlflow.active_run() is None  # nothing global is set
     (run,) = runs(store, "own")
     assert run.info.run_name == "first"
@@ -93,7 +113,9 @@ def test_an_own_run_from_start_to_end(store: str, monkeypatch: pytest.MonkeyPatc
     for step in (0, 10, 20, 30):
         tracker.record(step, {"loss": torch.tensor(1.0 / (step + 1)), "layer.0/condition": 3})
     assert len(history(store, run.info.run_id, "kfactk/loss")) == 3
-    tracker.record(40, {"loss": torch.tensor(math.nan), **{f"figure {k}": float(k) for k in range(1100)}})
+    tracker.record(
+        40, {"loss": torch.tensor(math.nan), **{f"figure {k}": float(k) for k in range(1100)}}
+    )
     tracker.close()
     tracker.close()
     (run,) = runs(store, "own")
@@ -102,7 +124,9 @@ def test_an_own_run_from_start_to_end(store: str, monkeypatch: pytest.MonkeyPatc
     assert [step for step, _ in losses] == [0, 10, 20, 30, 40]
     assert [value for _, value in losses[:4]] == pytest.approx([1, 1 / 11, 1 / 21, 1 / 31])
     assert math.isnan(losses[4][1])
-    assert history(store, run.info.run_id, "kfactk/layer.0/condition") == [(step, 3.0) for step in (0, 10, 20, 30)]
+    assert history(store, run.info.run_id, "kfactk/layer.0/condition") == [
+        (step, 3.0) for step in (0, 10, 20, 30)
+    ]
     assert run.data.metrics["kfactk/figure 1099"] == 1099.0
     tracker.record(50, {"loss": 1.0})
     with pytest.raises(KfactkError, match="not started, or is closed"):
@@ -139,7 +163,10 @@ def test_mlflows_own_settings_place_an_own_run(store: str, monkeypatch: pytest.M
     tracker = Mlflow()
     tracker.start({})
     tracker.start({})  # starting again ends the run before
-    assert [run.info.status for run in runs(store, "from the environment")] == ["FINISHED", "RUNNING"]
+    assert [run.info.status for run in runs(store, "from the environment")] == [
+        "FINISHED",
+        "RUNNING",
+    ]
     tracker.close()
 
 
@@ -160,7 +187,10 @@ def test_closing_what_never_started() -> None:
     assert tracker.flush() is None
 
 
-@pytest.mark.parametrize("options", [{"every": 0}, {"buffer": -1}, {"prefix": None}, {"experiment": ""}, {"tracking_uri": 3}])
+@pytest.mark.parametrize(
+    "options",
+    [{"every": 0}, {"buffer": -1}, {"prefix": None}, {"experiment": ""}, {"tracking_uri": 3}],
+)
 def test_options_are_checked(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=next(iter(options))):
         Mlflow(**options)

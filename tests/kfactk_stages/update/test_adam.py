@@ -10,7 +10,7 @@ import torch
 import kfactk
 from kfactk import OptionError
 from kfactk.testing import UpdateLaws
-from kfactk.testing.trajectories import Groups
+from kfactk.testing._support.trajectories import Groups
 from kfactk_stages.update.adam import Adam
 from tests.kfactk_stages.update.trajectories import assert_same, groups, parameters, run
 
@@ -33,15 +33,23 @@ class Literal(torch.optim.Optimizer):
 class TestAdam(UpdateLaws):
     stage = "adam"
 
-    def counterpart(self, groups: Groups, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        return Literal(groups, {"lr": lr, "weight_decay": weight_decay, "betas": (0.9, 0.999), "eps": 1e-8})
+    def counterpart(
+        self, groups: Groups, *, lr: float, weight_decay: float
+    ) -> torch.optim.Optimizer:
+        return Literal(
+            groups, {"lr": lr, "weight_decay": weight_decay, "betas": (0.9, 0.999), "eps": 1e-8}
+        )
 
 
 class TestFusedAmsgrad(UpdateLaws):
     stage = {"name": "adam", "amsgrad": True, "fused": True, "eps": 1e-3}  # noqa: RUF012
 
-    def counterpart(self, groups: Groups, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        return torch.optim.Adam(groups, lr=lr, weight_decay=weight_decay, amsgrad=True, eps=1e-3, foreach=False)
+    def counterpart(
+        self, groups: Groups, *, lr: float, weight_decay: float
+    ) -> torch.optim.Optimizer:
+        return torch.optim.Adam(
+            groups, lr=lr, weight_decay=weight_decay, amsgrad=True, eps=1e-3, foreach=False
+        )
 
 
 @pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}, {"fused": True}, {}])
@@ -49,15 +57,25 @@ class TestFusedAmsgrad(UpdateLaws):
 def test_is_equation_13(rates: tuple[tuple[float, float], float], options: dict[str, Any]) -> None:
     betas, eps = rates
     factors = [1, 1, 0.1, 1, 5]
-    history = run(lambda g: Adam(betas=betas, eps=eps, **options).make(g, lr=0.05, weight_decay=0.01), lr_factors=factors)
-    literal = run(lambda g: Literal(g, {"lr": 0.05, "weight_decay": 0.01, "betas": betas, "eps": eps}), lr_factors=factors)
+    history = run(
+        lambda g: Adam(betas=betas, eps=eps, **options).make(g, lr=0.05, weight_decay=0.01),
+        lr_factors=factors,
+    )
+    literal = run(
+        lambda g: Literal(g, {"lr": 0.05, "weight_decay": 0.01, "betas": betas, "eps": eps}),
+        lr_factors=factors,
+    )
     assert_same(history, literal, rtol=1e-9, atol=1e-10)
 
 
 def test_amsgrad_is_handed_on() -> None:
     history = run(lambda g: Adam(amsgrad=True).make(g, lr=0.05, weight_decay=0.01))
-    assert_same(history, run(lambda g: torch.optim.Adam(g, lr=0.05, weight_decay=0.01, amsgrad=True)))
-    assert not torch.equal(history[-1][0], run(lambda g: torch.optim.Adam(g, lr=0.05, weight_decay=0.01))[-1][0])
+    assert_same(
+        history, run(lambda g: torch.optim.Adam(g, lr=0.05, weight_decay=0.01, amsgrad=True))
+    )
+    assert not torch.equal(
+        history[-1][0], run(lambda g: torch.optim.Adam(g, lr=0.05, weight_decay=0.01))[-1][0]
+    )
 
 
 def test_is_the_torch_optimiser() -> None:
@@ -65,15 +83,27 @@ def test_is_the_torch_optimiser() -> None:
 
 
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
-def test_fused_steps_are_the_plain_ones_for_every_memory_layout(format: torch.memory_format) -> None:
+def test_fused_steps_are_the_plain_ones_for_every_memory_layout(
+    format: torch.memory_format,
+) -> None:
     histories = []
     for fused in (True, False):
         torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Conv2d(2, 3, 2), torch.nn.Flatten(), torch.nn.Linear(12, 2)).double().to(memory_format=format)
-        optimizer = kfactk.build(update={"name": "adam", "fused": fused}, clip="none", fisher="exact").bind(model)
+        model = (
+            torch.nn.Sequential(
+                torch.nn.Conv2d(2, 3, 2), torch.nn.Flatten(), torch.nn.Linear(12, 2)
+            )
+            .double()
+            .to(memory_format=format)
+        )
+        optimizer = kfactk.build(
+            update={"name": "adam", "fused": fused}, clip="none", fisher="exact"
+        ).bind(model)
         for _ in range(3):
             optimizer.zero_grad()
-            torch.nn.functional.cross_entropy(model(torch.randn(4, 2, 3, 3, dtype=torch.float64)), torch.tensor([0, 1, 1, 0])).backward()
+            torch.nn.functional.cross_entropy(
+                model(torch.randn(4, 2, 3, 3, dtype=torch.float64)), torch.tensor([0, 1, 1, 0])
+            ).backward()
             optimizer.step()
         histories.append([[p.detach() for p in model.parameters()]])
     assert_same(*histories, rtol=1e-9, atol=1e-10)
@@ -86,7 +116,15 @@ def test_betas_may_come_from_json() -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"betas": (0.9,)}, {"betas": (0.9, 1.0)}, {"betas": 0.9}, {"betas": (-0.1, 0.9)}, {"eps": -1e-8}, {"eps": "0"}, {"amsgrad": 1}],
+    [
+        {"betas": (0.9,)},
+        {"betas": (0.9, 1.0)},
+        {"betas": 0.9},
+        {"betas": (-0.1, 0.9)},
+        {"eps": -1e-8},
+        {"eps": "0"},
+        {"amsgrad": 1},
+    ],
 )
 def test_options_are_checked(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=next(iter(options))):

@@ -9,7 +9,7 @@ import torch
 
 from kfactk import OptionError
 from kfactk.testing import UpdateLaws
-from kfactk.testing.trajectories import Groups
+from kfactk.testing._support.trajectories import Groups
 from kfactk_stages.update.adamw import AdamW
 from tests.kfactk_stages.update.trajectories import assert_same, groups, parameters, run
 
@@ -32,14 +32,22 @@ class Literal(torch.optim.Optimizer):
 class TestAdamW(UpdateLaws):
     stage = "adamw"
 
-    def counterpart(self, groups: Groups, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        return Literal(groups, {"lr": lr, "weight_decay": weight_decay, "betas": (0.9, 0.999), "eps": 1e-8})
+    def counterpart(
+        self, groups: Groups, *, lr: float, weight_decay: float
+    ) -> torch.optim.Optimizer:
+        return Literal(
+            groups, {"lr": lr, "weight_decay": weight_decay, "betas": (0.9, 0.999), "eps": 1e-8}
+        )
 
 
 @pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}, {"fused": True}])
 def test_equation(options: dict[str, Any]) -> None:
-    history = run(lambda g: AdamW(betas=(0.7, 0.9), eps=1e-3, **options).make(g, lr=0.05, weight_decay=0.3))
-    literal = run(lambda g: Literal(g, {"lr": 0.05, "weight_decay": 0.3, "betas": (0.7, 0.9), "eps": 1e-3}))
+    history = run(
+        lambda g: AdamW(betas=(0.7, 0.9), eps=1e-3, **options).make(g, lr=0.05, weight_decay=0.3)
+    )
+    literal = run(
+        lambda g: Literal(g, {"lr": 0.05, "weight_decay": 0.3, "betas": (0.7, 0.9), "eps": 1e-3})
+    )
     assert_same(history, literal, rtol=1e-9, atol=1e-10)
 
 
@@ -51,7 +59,9 @@ def test_is_the_torch_optimiser() -> None:
     assert given[0]["weight_decay"] == 0.0  # not torch's default of 0.01
 
 
-@pytest.mark.parametrize("options", [{"betas": (0.9, 1.0)}, {"eps": -1.0}, {"amsgrad": None}, {"fused": "yes"}])
+@pytest.mark.parametrize(
+    "options", [{"betas": (0.9, 1.0)}, {"eps": -1.0}, {"amsgrad": None}, {"fused": "yes"}]
+)
 def test_options_are_checked(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=next(iter(options))):
         AdamW(**options)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kfactk import CombinationError, OptionError
 from kfactk.testing import UpdateLaws
-from kfactk.testing.trajectories import Groups
+from kfactk.testing._support.trajectories import Groups
 from kfactk_stages.update.nag import NAG, Nag
 from tests.kfactk_stages.update.trajectories import assert_same, gradient, groups, parameters, run
 
@@ -28,7 +28,9 @@ class Literal(torch.optim.Optimizer):
             for p in group["params"]:
                 state, alpha = self.state[p], group["momentum"]
                 gradient = p.grad + group["weight_decay"] * p.data
-                state["v"] = alpha * state.get("v", torch.zeros_like(p.data)) - group["lr"] * gradient
+                state["v"] = (
+                    alpha * state.get("v", torch.zeros_like(p.data)) - group["lr"] * gradient
+                )
                 state["theta"] = state.get("theta", p.data.clone()) + state["v"]
                 p.data = state["theta"] + alpha * state["v"]
 
@@ -36,18 +38,24 @@ class Literal(torch.optim.Optimizer):
 class TestNag(UpdateLaws):
     stage = "nag"
 
-    def counterpart(self, groups: Groups, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    def counterpart(
+        self, groups: Groups, *, lr: float, weight_decay: float
+    ) -> torch.optim.Optimizer:
         return Literal(groups, {"lr": lr, "weight_decay": weight_decay, "momentum": 0.9})
 
 
 class TestNagWithoutMomentum(UpdateLaws):
     stage = {"name": "nag", "momentum": 0.0}  # noqa: RUF012
 
-    def counterpart(self, groups: Groups, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    def counterpart(
+        self, groups: Groups, *, lr: float, weight_decay: float
+    ) -> torch.optim.Optimizer:
         return torch.optim.SGD(groups, lr=lr, weight_decay=weight_decay)
 
 
-def literal(steps: int, lr_factors: Sequence[float], momenta: Sequence[float], decays: Sequence[float]) -> list[list[Tensor]]:
+def literal(
+    steps: int, lr_factors: Sequence[float], momenta: Sequence[float], decays: Sequence[float]
+) -> list[list[Tensor]]:
     """Equation (12) in its own variables: theta and v, gradient taken at theta + alpha v. Returns the look-ahead points that follow."""
     rates = [0.1, 0.003, 0.003]
     thetas = [p.detach().clone() for p in parameters()]
@@ -58,17 +66,25 @@ def literal(steps: int, lr_factors: Sequence[float], momenta: Sequence[float], d
         for k in range(3):
             rates[k] *= lr_factors[step] if step < len(lr_factors) else 1.0
             ahead = thetas[k] + alpha * velocities[k]
-            velocities[k] = alpha * velocities[k] - rates[k] * (gradient(ahead, step) + decays[k] * ahead)
+            velocities[k] = alpha * velocities[k] - rates[k] * (
+                gradient(ahead, step) + decays[k] * ahead
+            )
             thetas[k] = thetas[k] + velocities[k]
         history.append([theta + following * v for theta, v in zip(thetas, velocities, strict=True)])
     return history
 
 
-@pytest.mark.parametrize("lr_factors", [[], DROP, UP_AND_DOWN], ids=["constant", "drop", "up and down"])
+@pytest.mark.parametrize(
+    "lr_factors", [[], DROP, UP_AND_DOWN], ids=["constant", "drop", "up and down"]
+)
 @pytest.mark.parametrize("momentum", [0.0, 0.5, 0.9])
 def test_is_equation_12(lr_factors: list[float], momentum: float) -> None:
-    history = run(lambda g: Nag(momentum=momentum).make(g, lr=0.1, weight_decay=0.01), lr_factors=lr_factors)
-    assert_same(history, literal(12, lr_factors, [momentum] * 13, [0.01, 0.2, 0.2]), rtol=1e-11, atol=1e-12)
+    history = run(
+        lambda g: Nag(momentum=momentum).make(g, lr=0.1, weight_decay=0.01), lr_factors=lr_factors
+    )
+    assert_same(
+        history, literal(12, lr_factors, [momentum] * 13, [0.01, 0.2, 0.2]), rtol=1e-11, atol=1e-12
+    )
 
 
 def test_is_equation_12_while_the_momentum_changes() -> None:
@@ -136,7 +152,10 @@ def test_resumes_from_its_state_bit_for_bit(dtype: torch.dtype, tmp_path: Any) -
 
 
 def test_parameters_of_several_precisions_in_one_group() -> None:
-    params = [torch.nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in (torch.float64, torch.bfloat16, torch.float32)]
+    params = [
+        torch.nn.Parameter(torch.ones(3, dtype=dtype))
+        for dtype in (torch.float64, torch.bfloat16, torch.float32)
+    ]
     optimizer = NAG(params, lr=0.25, momentum=0.5)
     for p in params:
         p.grad = torch.ones_like(p)

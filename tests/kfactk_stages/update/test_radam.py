@@ -10,7 +10,7 @@ import torch
 
 from kfactk import OptionError
 from kfactk.testing import UpdateLaws
-from kfactk.testing.trajectories import Groups
+from kfactk.testing._support.trajectories import Groups
 from kfactk_stages.update.radam import RAdam
 from tests.kfactk_stages.update.trajectories import assert_same, groups, parameters, run
 
@@ -36,7 +36,12 @@ class Literal(torch.optim.Optimizer):
                 step = s / (1 - rho1**t)
                 length = longest - 2 * t * rho2**t / (1 - rho2**t)
                 if length > group["threshold"]:
-                    tempered = math.sqrt((length - 4) * (length - 2) * longest / ((longest - 4) * (longest - 2) * length))
+                    tempered = math.sqrt(
+                        (length - 4)
+                        * (length - 2)
+                        * longest
+                        / ((longest - 4) * (longest - 2) * length)
+                    )
                     step = step * tempered * math.sqrt(1 - rho2**t) / (torch.sqrt(r) + group["eps"])
                 p.data = p.data - group["lr"] * step
 
@@ -44,19 +49,32 @@ class Literal(torch.optim.Optimizer):
 class TestRAdam(UpdateLaws):
     stage = "radam"
 
-    def counterpart(self, groups: Groups, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        return Literal(groups, {"lr": lr, "weight_decay": weight_decay, **USUAL, "decoupled": False})
+    def counterpart(
+        self, groups: Groups, *, lr: float, weight_decay: float
+    ) -> torch.optim.Optimizer:
+        return Literal(
+            groups, {"lr": lr, "weight_decay": weight_decay, **USUAL, "decoupled": False}
+        )
 
 
 class TestDecoupledRAdam(UpdateLaws):
     stage = {"name": "radam", "decoupled_weight_decay": True, "foreach": False}  # noqa: RUF012
 
-    def counterpart(self, groups: Groups, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    def counterpart(
+        self, groups: Groups, *, lr: float, weight_decay: float
+    ) -> torch.optim.Optimizer:
         return Literal(groups, {"lr": lr, "weight_decay": weight_decay, **USUAL, "decoupled": True})
 
 
 def literal(threshold: float, decoupled: bool = False) -> list[list[torch.Tensor]]:
-    defaults = {"lr": 0.05, "weight_decay": 0.1, "betas": (0.9, 0.999), "eps": 1e-3, "decoupled": decoupled, "threshold": threshold}
+    defaults = {
+        "lr": 0.05,
+        "weight_decay": 0.1,
+        "betas": (0.9, 0.999),
+        "eps": 1e-3,
+        "decoupled": decoupled,
+        "threshold": threshold,
+    }
     return run(lambda g: Literal(g, defaults))
 
 
@@ -79,7 +97,15 @@ def test_is_the_torch_optimiser() -> None:
     assert type(RAdam().make(groups(parameters()), lr=0.05, weight_decay=0.0)) is torch.optim.RAdam
 
 
-@pytest.mark.parametrize("options", [{"betas": [0.9, 0.9, 0.9]}, {"eps": float("inf")}, {"decoupled_weight_decay": 0}, {"foreach": 1}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"betas": [0.9, 0.9, 0.9]},
+        {"eps": float("inf")},
+        {"decoupled_weight_decay": 0},
+        {"foreach": 1},
+    ],
+)
 def test_options_are_checked(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=next(iter(options))):
         RAdam(**options)

@@ -7,7 +7,7 @@ import torch
 
 from kfactk import OptionError
 from kfactk.testing import UpdateLaws
-from kfactk.testing.trajectories import Groups
+from kfactk.testing._support.trajectories import Groups
 from kfactk_stages.update.sgd import Sgd
 from tests.kfactk_stages.update.trajectories import assert_same, groups, parameters, run
 
@@ -15,7 +15,9 @@ from tests.kfactk_stages.update.trajectories import assert_same, groups, paramet
 class TestSgd(UpdateLaws):
     stage = "sgd"
 
-    def counterpart(self, groups: Groups, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    def counterpart(
+        self, groups: Groups, *, lr: float, weight_decay: float
+    ) -> torch.optim.Optimizer:
         return Literal(groups, {"lr": lr, "weight_decay": weight_decay})
 
 
@@ -24,7 +26,9 @@ def test_is_the_torch_optimiser_with_its_options() -> None:
     assert type(optimizer) is torch.optim.SGD
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.003]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.01, 0.2]
-    assert all(group["foreach"] is False and group["momentum"] == 0 for group in optimizer.param_groups)
+    assert all(
+        group["foreach"] is False and group["momentum"] == 0 for group in optimizer.param_groups
+    )
 
 
 @pytest.mark.parametrize("options", [{"foreach": True}, {"foreach": False}, {"fused": True}, {}])

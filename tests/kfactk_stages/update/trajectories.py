@@ -13,7 +13,10 @@ Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
 def parameters(dtype: torch.dtype = torch.float64) -> list[torch.nn.Parameter]:
     generator = torch.Generator().manual_seed(3)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype)) for shape in [(3, 2), (4,), ()]]
+    return [
+        torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+        for shape in [(3, 2), (4,), ()]
+    ]
 
 
 def groups(params: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
@@ -23,11 +26,21 @@ def groups(params: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
 
 def gradient(parameter: Tensor, step: int) -> Tensor:
     """Of a quadratic whose curvature grows along the entries, moving with the step."""
-    curvature = torch.linspace(0.5, 3.0, max(1, parameter.numel()), dtype=torch.float64).reshape(parameter.shape)
-    return (curvature * parameter.detach().double() + torch.sin(torch.tensor(float(step)))).to(parameter.dtype)
+    curvature = torch.linspace(0.5, 3.0, max(1, parameter.numel()), dtype=torch.float64).reshape(
+        parameter.shape
+    )
+    return (curvature * parameter.detach().double() + torch.sin(torch.tensor(float(step)))).to(
+        parameter.dtype
+    )
 
 
-def run(make: Make, *, steps: int = 12, lr_factors: Sequence[float] = (), dtype: torch.dtype = torch.float64) -> list[list[Tensor]]:
+def run(
+    make: Make,
+    *,
+    steps: int = 12,
+    lr_factors: Sequence[float] = (),
+    dtype: torch.dtype = torch.float64,
+) -> list[list[Tensor]]:
     """Parameters after every step; `lr_factors[k]` multiplies every group's learning rate before step k."""
     params = parameters(dtype)
     optimizer = make(groups(params))

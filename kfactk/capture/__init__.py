@@ -1,0 +1,1 @@
+"""See what flows through followed layers: hooks, forwards and Fisher passes."""

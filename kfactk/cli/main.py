@@ -1,0 +1,209 @@
+"""The command line: `python -m kfactk stages`, `python -m kfactk plugins`, `python -m kfactk new-plugin`, `python -m kfactk plan`."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import shlex
+import sys
+import textwrap
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import attrs
+
+from kfactk._version import __version__
+from kfactk.cli import plan as planning
+from kfactk.cli.new_plugin import new_plugin
+from kfactk.errors import KfactkError
+from kfactk.registry.hookspecs import STAGE_HOOKS
+from kfactk.registry.inspection import REQUIRED, OptionInfo, StageInfo
+from kfactk.registry.loading import PluginInfo
+from kfactk.registry.registry import Registry, callable_path, registry
+
+WIDTH = 100
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code.
+
+    Args:
+        argv: Arguments without the program's name; `None` for those of the process.
+    """
+    arguments = _parser().parse_args(argv)
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_, **__: print(
+            f"warning: {message}", file=sys.stderr
+        )
+        with contextlib.redirect_stdout(
+            sys.stderr
+        ):  # a plugin that prints when imported would spoil the JSON
+            plugins = registry()
+    try:
+        text, code = COMMANDS[arguments.command](plugins, arguments)
+    except KfactkError as error:
+        print(f"kfactk: {error}", file=sys.stderr)
+        return 2
+    return code if _printed(text) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="kfactk", description="List what kfactk can be composed of, and begin something new."
+    )
+    parser.add_argument("--version", action="version", version=f"kfactk {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True)
+    stages = commands.add_parser(
+        "stages", help="every stage: options, defaults, provider, version and paper"
+    )
+    stages.add_argument("--family", help="one family only, such as basis")
+    plugins = commands.add_parser(
+        "plugins", help="every plugin: status, stages, and why it failed; exit code 1 when one did"
+    )
+    for command in (stages, plugins):
+        command.add_argument("--json", action="store_true", help="JSON on standard output")
+    new = commands.add_parser(
+        "new-plugin", help="write a package with a stage of your own, whose tests pass"
+    )
+    new.add_argument(
+        "name",
+        metavar="NAME",
+        help="the package's name, such as kfactk-diagonal; the stage is called diagonal",
+    )
+    new.add_argument(
+        "--stage", required=True, metavar="FAMILY", help=f"what it is: {', '.join(STAGE_HOOKS)}"
+    )
+    new.add_argument(
+        "--directory",
+        type=Path,
+        default=Path(),
+        help="where the package's folder is made; by default the current one",
+    )
+    planning.add_arguments(
+        commands.add_parser(
+            "plan", help="what training a model on many devices takes, for every placement"
+        )
+    )
+    return parser
+
+
+def _printed(text: str) -> bool:
+    """Print; `False` when the reader went away."""
+    try:
+        encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
+        print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # what is still buffered must not fail at exit
+        return False
+    return True
+
+
+def _stages(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int]:
+    infos = plugins.stages(arguments.family)
+    if arguments.json:
+        return json.dumps([info.to_dict() for info in infos], indent=2, allow_nan=False), 0
+    if not infos:
+        return (
+            "No stage is loaded. `python -m kfactk plugins` says why; `pip install kfactk` installs the first ones.",
+            0,
+        )
+    lines = []
+    for family, group in itertools.groupby(infos, key=lambda info: info.family):
+        members = list(group)
+        indent = 4 + max(len(info.name) for info in members)
+        lines += [family, *(line for info in members for line in _stage_lines(info, indent)), ""]
+    return "\n".join(lines).rstrip(), 0
+
+
+def _stage_lines(info: StageInfo, indent: int) -> list[str]:
+    options = ", ".join(_option_text(option) for option in info.options)
+    rows = [info.summary, f"options: {options or 'none'}", f"from {_origin(info)}"]
+    if info.paper:
+        rows.append(f"paper: {info.paper}")
+    if info.conflict:
+        rows.append(
+            "CONFLICT: several plugins claim this name, and none is used; the warning tells how to choose"
+        )
+    if info.blocked:
+        rows = [f"BLOCKED by {info.blocked}", f"from {_origin(info)}"]
+    lines = [line for row in rows if row for line in _wrapped(row, indent)]
+    return [f"  {info.name}".ljust(indent) + lines[0].lstrip(), *lines[1:]]
+
+
+def _wrapped(text: str, indent: int) -> list[str]:
+    wrapper = textwrap.TextWrapper(WIDTH, break_long_words=False, break_on_hyphens=False)
+    wrapper.initial_indent, wrapper.subsequent_indent = " " * indent, " " * (indent + 2)
+    return wrapper.wrap(text)
+
+
+def _option_text(option: OptionInfo) -> str:
+    if option.default is REQUIRED:
+        return f"{option.name} (required)"
+    if callable(option.default):
+        with contextlib.suppress(KfactkError):
+            return f"{option.name}={callable_path(option.default)}"
+    return f"{option.name}={option.default!r}"
+
+
+def _origin(info: StageInfo | PluginInfo) -> str:
+    distribution = (
+        f"{info.distribution} {info.version or ''}".strip() if info.distribution else "this process"
+    )
+    return f"{distribution} (plugin {info.plugin})" if isinstance(info, StageInfo) else distribution
+
+
+def _api_text(info: PluginInfo) -> str:
+    return "API ?" if info.api is None else f"API {info.api}"
+
+
+def _plugins(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int]:
+    infos = plugins.plugins()
+    code = int(any(info.status == "failed" for info in infos))
+    if arguments.json:
+        return json.dumps([attrs.asdict(info) for info in infos], indent=2, allow_nan=False), code
+    if not infos:
+        return (
+            "No plugin is installed: no distribution has an entry point of the group kfactk. Try `pip install kfactk`.",
+            code,
+        )
+    rows = [
+        (info.name, _origin(info), _api_text(info), info.status, ", ".join(info.stages) or "-")
+        for info in infos
+    ]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
+    lines = []
+    for info, row in zip(infos, rows, strict=True):
+        head = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=False)) + "  "
+        wrapped = textwrap.wrap(row[-1], max(20, WIDTH - len(head)), break_on_hyphens=False)
+        lines += [head + wrapped[0], *(" " * len(head) + line for line in wrapped[1:])]
+        if info.error:
+            lines += _wrapped(info.error, 4)
+    return "\n".join(lines), code
+
+
+def _new_plugin(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int]:
+    package, folder = new_plugin(arguments.name, arguments.stage, arguments.directory, plugins)
+    path = (
+        str(folder) if folder.is_absolute() else os.path.join(".", folder)
+    )  # pip takes a bare name for one in the index
+    files = "".join(f"  {file.name}\n" for file in sorted(folder.iterdir()))
+    commands = (
+        f"pip install -e {shlex.quote(f'{path}[test]')}",
+        f"pytest {shlex.quote(path)}",
+        f"python -m kfactk stages --family {package.family}",
+    )
+    steps = "\n".join(f"  {command}" for command in commands)
+    return f"Made {folder} with the {package.family} {package.stage!r}:\n{files}Next:\n{steps}", 0
+
+
+def _plan(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int]:
+    return planning.run(arguments), 0
+
+
+COMMANDS = {"stages": _stages, "plugins": _plugins, "new-plugin": _new_plugin, "plan": _plan}

@@ -1,0 +1,384 @@
+"""What a machine can do, as a few numbers: profiles of known devices, and one measured on this machine.
+
+A profile holds rates that are *reached*, not those of a data sheet. For the devices named here they are the data sheet's peak times an
+assumed share, both written beside each other below; `calibrate` measures them instead.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+import torch.distributed as dist
+
+from kfactk.errors import OptionError, near_names
+
+GIGA, TERA = 1e9, 1e12
+
+
+@attrs.frozen
+class Link:
+    """A network, as one rank sees it.
+
+    Args:
+        bandwidth: Bytes a second, in one direction.
+        latency: Seconds until the first byte arrives.
+    """
+
+    bandwidth: float
+    latency: float
+
+
+@attrs.frozen
+class Curve:
+    """Seconds over the side n of a matrix, through measured points: straight lines in logarithms, ~n before and ~n^3 after them.
+
+    Args:
+        points: Pairs (n, seconds), ascending.
+
+    Example:
+        >>> curve = Curve(((10, 1.0), (100, 100.0)))
+        >>> curve(5), round(curve(20), 6), curve(200)
+        (0.5, 4.0, 800.0)
+    """
+
+    points: tuple[tuple[int, float], ...]
+
+    def __call__(self, n: int) -> float:
+        """Seconds for side n."""
+        (first, least), (last, most) = self.points[0], self.points[-1]
+        if n <= first:
+            return least * n / first
+        if n >= last:
+            return most * (n / last) ** 3
+        right = next(i for i, (size, _) in enumerate(self.points) if size >= n)
+        (low, before), (high, after) = self.points[right - 1], self.points[right]
+        return before * math.exp(
+            math.log(after / before) * math.log(n / low) / math.log(high / low)
+        )
+
+
+@attrs.frozen
+class Machine:
+    """What one rank's device does, and the network between ranks.
+
+    Args:
+        name: What to call it.
+        kind: Type of device, as torch calls it.
+        products: FLOP/s reached in large matrix products, by precision: "float32", "tf32", "bfloat16".
+        convolutions: Share of these that convolutions reach.
+        precision: In which one a model computes unless told otherwise. Curvature is computed in float32.
+        bandwidth: Bytes a second that reach the device's memory.
+        launch: Seconds from one operation to the next, however small.
+        solvers: Seconds to decompose one float32 matrix: "eigh", "cholesky".
+        near: The network within a node.
+        far: The network between nodes.
+        node: Ranks in a node.
+        memory: Bytes of one device.
+        overlaps: Whether messages travel while the device computes.
+    """
+
+    name: str
+    kind: str
+    products: Mapping[str, float]
+    convolutions: float
+    precision: str
+    bandwidth: float
+    launch: float
+    solvers: Mapping[str, Curve]
+    near: Link
+    far: Link
+    node: int
+    memory: float
+    overlaps: bool
+
+    def rate(self, precision: str) -> float:
+        """FLOP/s of products in a precision.
+
+        Raises:
+            OptionError: The machine has no such precision.
+        """
+        if precision not in self.products:
+            raise OptionError(
+                f"the machine {self.name!r} has no figures for the precision {precision!r}.{near_names(precision, self.products)} "
+                f"It has them for {', '.join(self.products)}."
+            )
+        return self.products[precision]
+
+    def link(self, members: Sequence[int]) -> Link:
+        """The slowest network between these ranks, which ascend."""
+        return self.near if members[0] // self.node == members[-1] // self.node else self.far
+
+
+def _assumed_solvers(column: float, bandwidth: float, rate: float) -> dict[str, Curve]:
+    """Decompositions as their steps take: n dependent columns, then the memory traffic of `n^3/3` numbers and products.
+
+    Args:
+        column: Seconds of one column's launches and synchronisation.
+        bandwidth: Bytes a second.
+        rate: FLOP/s in float32.
+    """
+    sizes = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
+    eigh = [(n, n * column + 4 * n**3 / 3 / bandwidth + 10 / 3 * n**3 / rate) for n in sizes]
+    cholesky = [(n, n * column / 32 + n**3 / 3 / (rate / 4)) for n in sizes]
+    return {"eigh": Curve(tuple(eigh)), "cholesky": Curve(tuple(cholesky))}
+
+
+H100 = Machine(
+    name="h100",
+    kind="cuda",
+    products={"float32": 0.75 * 67 * TERA, "tf32": 0.7 * 495 * TERA, "bfloat16": 0.7 * 989 * TERA},
+    convolutions=0.5,
+    precision="tf32",
+    bandwidth=0.8 * 3.35 * TERA,
+    launch=4e-6,
+    solvers=_assumed_solvers(40e-6, 0.8 * 3.35 * TERA, 0.75 * 67 * TERA),
+    near=Link(0.75 * 450 * GIGA, 10e-6),
+    far=Link(0.75 * 50 * GIGA, 20e-6),
+    node=8,
+    memory=80 * GIGA,
+    overlaps=True,
+)
+"""NVIDIA H100 SXM5 80 GB, eight to a node (DGX H100).
+
+    from the data sheets (peak)                                assumed share that is reached
+    67 TFLOP/s float32                                         75 %
+    495 TFLOP/s TF32, 989 TFLOP/s bfloat16, both dense         70 % in products, half of that in convolutions
+    3.35 TB/s HBM3, 80 GB                                      80 %
+    NVLink 900 GB/s in both directions together                75 % of 450 GB/s each way
+    eight 400 Gbit/s network ports a node, one a device        75 % of 50 GB/s
+
+Not from a data sheet, and assumed: latencies, 4 microseconds a launch, and 40 microseconds for each column of an eigendecomposition.
+
+References:
+    NVIDIA, "H100 Tensor Core GPU" and "DGX H100" data sheets.
+"""
+
+A100 = Machine(
+    name="a100",
+    kind="cuda",
+    products={
+        "float32": 0.75 * 19.5 * TERA,
+        "tf32": 0.7 * 156 * TERA,
+        "bfloat16": 0.7 * 312 * TERA,
+    },
+    convolutions=0.5,
+    precision="tf32",
+    bandwidth=0.8 * 2.039 * TERA,
+    launch=5e-6,
+    solvers=_assumed_solvers(50e-6, 0.8 * 2.039 * TERA, 0.75 * 19.5 * TERA),
+    near=Link(0.75 * 300 * GIGA, 10e-6),
+    far=Link(0.75 * 25 * GIGA, 20e-6),
+    node=8,
+    memory=80 * GIGA,
+    overlaps=True,
+)
+"""NVIDIA A100 SXM4 80 GB, eight to a node (DGX A100).
+
+    from the data sheets (peak)                                assumed share that is reached
+    19.5 TFLOP/s float32                                       75 %
+    156 TFLOP/s TF32, 312 TFLOP/s bfloat16, both dense         70 % in products, half of that in convolutions
+    2.039 TB/s HBM2e, 80 GB                                    80 %
+    NVLink 600 GB/s in both directions together                75 % of 300 GB/s each way
+    eight 200 Gbit/s network ports a node, one a device        75 % of 25 GB/s
+
+The rest is assumed as for `H100`, a little slower. To compare: for ResNet-50 in batches of 256 the profile gives 1073 images a second in
+TF32 and 2128 in bfloat16, where NVIDIA published 938 and (mixed precision) 2470 for one such device.
+
+References:
+    NVIDIA, "A100 Tensor Core GPU" and "DGX A100" data sheets; NVIDIA DeepLearningExamples, ResNet50 v1.5 for PyTorch.
+"""
+
+CPU = Machine(
+    name="cpu",
+    kind="cpu",
+    products={"float32": 0.7 * 64 * GIGA},
+    convolutions=0.5,
+    precision="float32",
+    bandwidth=0.5 * 20 * GIGA,
+    launch=5e-6,
+    solvers=_assumed_solvers(10e-6, 0.5 * 20 * GIGA, 0.3 * 64 * GIGA),
+    near=Link(1 * GIGA, 100e-6),
+    far=Link(0.7 * 1.25 * GIGA, 200e-6),
+    node=8,
+    memory=4 * GIGA,
+    overlaps=False,
+)
+"""One core of a server: a stand-in for a machine that has not been measured, no more.
+
+    peak                                                       assumed share that is reached
+    64 GFLOP/s float32: 2 GHz, one 512-bit multiply-add        70 % in products, half of that in convolutions
+    20 GB/s memory, 4 GB a rank                                50 %
+    10 Gbit/s Ethernet between nodes                           70 %
+
+Processors differ by more than a factor of ten: use `calibrate` (`python -m kfactk plan --calibrate`) where you can.
+
+References:
+    Intel, "Intel 64 and IA-32 Architectures Optimization Reference Manual", for the operations a cycle.
+"""
+
+MACHINES = {machine.name: machine for machine in (H100, A100, CPU)}
+"""Profiles by name."""
+
+
+def machine_named(name: str | None, device: str = "cpu") -> Machine:
+    """A profile by name, or else the one that stands for a type of device: "cpu" for "cpu", "h100" for any accelerator.
+
+    Raises:
+        OptionError: There is no such profile.
+
+    Example:
+        >>> machine_named("a100").name, machine_named(None, "cuda").name
+        ('a100', 'h100')
+    """
+    if name is None:
+        return CPU if device == "cpu" else H100
+    if name not in MACHINES:
+        raise OptionError(
+            f"there is no machine profile {name!r}.{near_names(name, MACHINES)} There are: {', '.join(MACHINES)}; "
+            "python -m kfactk plan --calibrate measures the machine it runs on."
+        )
+    return MACHINES[name]
+
+
+def calibrate(
+    device: torch.device | str = "cpu",
+    *,
+    repeats: int = 5,
+    clock: Callable[[], float] = time.perf_counter,
+) -> Machine:
+    """Measure this machine, in a few seconds. Within a process group all ranks measure at once, and get the same answer.
+
+    What ranks take from each other by sharing processors and memory is so in the figures. The network is taken to be one: that which
+    the group spans.
+
+    Args:
+        device: The device to measure.
+        repeats: How often each measurement is made; their median counts.
+        clock: Tells seconds: `time.process_time` for those of the processor, whatever else it is busy with.
+    """
+    device = torch.device(device)
+    ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    gauge = _Gauge(device, repeats, clock)
+    precisions = {"float32": torch.float32} | (
+        {"bfloat16": torch.bfloat16} if device.type == "cuda" else {}
+    )
+    products = {name: gauge.products(dtype) for name, dtype in precisions.items()}
+    sizes = (32, 128, 384) if device.type == "cpu" else (64, 512, 2048)
+    solvers = {"eigh": torch.linalg.eigh, "cholesky": torch.linalg.cholesky}
+    points = {
+        name: [(n, gauge.solving(solve, n)) for n in sizes] for name, solve in solvers.items()
+    }
+    base = machine_named(None, device.type)
+    measured = attrs.evolve(
+        base,
+        name="this machine",
+        kind=device.type,
+        products=products,
+        convolutions=gauge.convolutions() / products["float32"],
+        precision="float32",
+        bandwidth=gauge.bandwidth(),
+        launch=gauge.launch(),
+        solvers={name: Curve(tuple(found)) for name, found in points.items()},
+        node=int(os.environ.get("LOCAL_WORLD_SIZE", ranks if ranks > 1 else base.node)),
+        memory=_memory(device, ranks),
+    )
+    if ranks == 1:
+        return measured
+    return attrs.evolve(measured, near=(link := gauge.link(ranks)), far=link)
+
+
+class _Gauge:
+    """Times operations on one device; where there is a process group, in the mean over its ranks."""
+
+    def __init__(self, device: torch.device, repeats: int, clock: Callable[[], float]) -> None:
+        self.device, self.repeats, self.clock = device, repeats, clock
+
+    def seconds(self, run: Callable[[], Any], times: int = 1) -> float:
+        """Median seconds of one run out of `times` in a row, after a first one that is not counted."""
+        run()
+        found = []
+        for _ in range(self.repeats):
+            self._ready()
+            start = self.clock()
+            for _ in range(times):
+                run()
+            self._ready()
+            found.append((self.clock() - start) / times)
+        return self._agreed(statistics.median(found))
+
+    def _ready(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.synchronize(self.device)
+
+    def _agreed(self, value: float) -> float:
+        if not (dist.is_available() and dist.is_initialized()):
+            return value
+        buffer = torch.tensor([value], dtype=torch.float64, device=self.device)
+        dist.all_reduce(buffer)
+        return float(buffer) / dist.get_world_size()
+
+    def _random(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        generator = torch.Generator(self.device).manual_seed(0)
+        return torch.randn(*shape, generator=generator, device=self.device, dtype=dtype)
+
+    def products(self, dtype: torch.dtype) -> float:
+        n = 512 if self.device.type == "cpu" else 8192
+        matrix = self._random(n, n, dtype=dtype)
+        return 2 * n**3 / self.seconds(lambda: matrix @ matrix)
+
+    def convolutions(self) -> float:
+        """FLOP/s of 3x3 convolutions of three shapes, forward and both backward products."""
+        examples, flops, seconds = (8 if self.device.type == "cpu" else 128), 0, 0.0
+        for channels, outputs, side in ((3, 32, 32), (32, 64, 16), (64, 64, 8)):
+            images = self._random(examples, channels, side, side).requires_grad_()
+            weight = self._random(outputs, channels, 3, 3).requires_grad_()
+            seconds += self.seconds(lambda images=images, weight=weight: _convolve(images, weight))  # type: ignore[misc]
+            flops += 3 * 2 * examples * side * side * channels * outputs * 9
+        return flops / seconds
+
+    def bandwidth(self) -> float:
+        """Bytes a second, of a sum that reads two tensors and writes one."""
+        numbers = 2**24 if self.device.type == "cpu" else 2**28
+        one, other = self._random(numbers), self._random(numbers)
+        out = torch.empty_like(one)
+        return 12 * numbers / self.seconds(lambda: torch.add(one, other, out=out))
+
+    def launch(self) -> float:
+        """Seconds of an operation too small to take any, as modules and autograd start them: four for each linear layer."""
+        layers = 20
+        model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(layers))).to(self.device)
+        parameters, rows = list(model.parameters()), self._random(2, 2)
+        return self.seconds(
+            lambda: torch.autograd.grad(model(rows).sum(), parameters), times=20
+        ) / (4 * layers)
+
+    def solving(self, solve: Callable[[torch.Tensor], Any], n: int) -> float:
+        rows = self._random(2 * n, n)
+        matrix = rows.T @ rows / n + torch.eye(n, device=self.device)
+        return self.seconds(lambda: solve(matrix), times=max(1, 128 // n))
+
+    def link(self, ranks: int) -> Link:
+        """From all-reduces of few and of many bytes, turned round as the cost model takes them."""
+        small, large = self._random(8), self._random(2**20)
+        idle = self.seconds(lambda: dist.all_reduce(small), times=8)
+        busy = self.seconds(lambda: dist.all_reduce(large))
+        hops = 2 * math.ceil(math.log2(ranks))
+        return Link(2 * (ranks - 1) / ranks * 4 * 2**20 / max(busy - idle, 1e-9), idle / hops)
+
+
+def _convolve(images: torch.Tensor, weight: torch.Tensor) -> None:
+    out = torch.nn.functional.conv2d(images, weight, padding=1)
+    torch.autograd.grad(out, (images, weight), torch.ones_like(out))
+
+
+def _memory(device: torch.device, ranks: int) -> float:
+    if device.type == "cuda":
+        return float(torch.cuda.mem_get_info(device)[1])
+    return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / ranks

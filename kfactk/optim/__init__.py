@@ -1,0 +1,1 @@
+"""The optimizer that users hold: the step, checkpoints, metrics and views."""

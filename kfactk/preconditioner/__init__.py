@@ -1,0 +1,1 @@
+"""Keep and apply curvature: blocks, their state, their schedule and their placement."""

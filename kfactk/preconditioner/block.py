@@ -1,0 +1,307 @@
+"""Curvature and basis at work on one layer: every call of these two stages is made here, and what they give is checked.
+
+Nothing is kept here; tensors come in and go out. What fails is told with the stage and the layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from types import MappingProxyType
+from typing import TypeGuard
+
+import attrs
+import torch
+from torch import Tensor
+
+from kfactk.assignment import Work
+from kfactk.linalg import mean_diagonal
+from kfactk.samples import LayerCall, Samples, Statistic, working
+from kfactk.stages import (
+    Basis,
+    Curvature,
+    Decomposition,
+    FactorContext,
+    Layer,
+    MakesOperator,
+    Operator,
+    PartsFactors,
+    Redecomposes,
+    Tensors,
+)
+from kfactk.statistics import prefixed
+from kfactk.validation import (
+    attribute_errors,
+    check_matrices,
+    check_parted,
+    check_statistics,
+    square,
+)
+
+
+@attrs.frozen
+class Blocks:
+    """The two stages that make a layer's block.
+
+    Args:
+        curvature: Its stage.
+        basis: Its stage.
+    """
+
+    curvature: Curvature
+    basis: Basis
+
+    # ------------------------------------------------------------------------------------------------------- curvature
+
+    def samples(
+        self, layer: Layer, uses: Sequence[LayerCall], *, terms: Tensor | float, first: bool
+    ) -> Samples:
+        """The uses of a layer in one pass, as samples."""
+        with attribute_errors("curvature", self.curvature, _on(layer)):
+            return self.curvature.samples(layer, uses, terms=terms, first=first)
+
+    def none(self, layer: Layer, terms: Tensor | float) -> Samples:
+        """No samples of a layer, in a forward of so many likelihood terms."""
+        with attribute_errors("curvature", self.curvature, _on(layer)):
+            use = self.curvature.blank(layer)
+            return self.curvature.samples(
+                layer, [LayerCall(use.inputs[:0], use.gradient[:0])], terms=terms, first=True
+            )
+
+    def factors(
+        self, layer: Layer, samples: Samples, *, inputs: bool = True, gradients: bool = True
+    ) -> dict[str, Statistic]:
+        """Sums and counts of the factors, as "factor.NAME".
+
+        Args:
+            layer: The layer.
+            samples: What it saw.
+            inputs: Whether those made of inputs alone are wanted, of a curvature that parts them.
+            gradients: Whether the others are.
+        """
+        with attribute_errors("curvature", self.curvature, _on(layer)):
+            if not parts_factors(self.curvature) or (inputs and gradients):
+                found = self.curvature.factors(layer, samples)
+            else:
+                found = (
+                    self.curvature.input_factors if inputs else self.curvature.gradient_factors
+                )(layer, samples)
+        return prefixed(
+            "factor",
+            check_statistics("curvature", self.curvature, _on(layer), found, required=True),
+        )
+
+    def from_inputs(self, layer: Layer) -> frozenset[str]:
+        """Names of the factors made of inputs alone, where the curvature can sum them up apart."""
+        if not parts_factors(self.curvature):
+            return frozenset()
+        samples, _ = self.blank(layer)
+        with attribute_errors("curvature", self.curvature, _on(layer)):
+            return frozenset(self.curvature.input_factors(layer, samples))
+
+    def matrices(
+        self, layer: Layer, factors: Tensors, names: frozenset[str] | None = None
+    ) -> dict[str, Tensor]:
+        """Averaged factors as matrices.
+
+        Args:
+            layer: The layer.
+            factors: The means by name.
+            names: Those that are needed; `None` for all that the basis requires.
+        """
+        with attribute_errors("curvature", self.curvature, _on(layer)):
+            found = self.curvature.assemble(layer, factors)
+        return check_matrices(
+            self.curvature, _on(layer), found, self.basis.requires if names is None else names
+        )
+
+    def joined(self, layer: Layer, tensors: Tensors) -> Tensor:
+        """Tensors shaped like a layer's parameters as its matrix, float32 at least; those that are missing count as zeros."""
+        named = {}
+        for name, parameter in layer.tensors().items():
+            tensor = tensors.get(name)
+            tensor = (
+                torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+                if tensor is None
+                else tensor
+            )
+            named[name] = working(tensor.detach())
+        with attribute_errors("curvature", self.curvature, _on(layer)):
+            return self.curvature.matrix(layer, named)
+
+    def parted(self, layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
+        """Inverse of `joined`."""
+        with attribute_errors("curvature", self.curvature, _on(layer)):
+            return check_parted(layer.tensors(), self.curvature.tensors(layer, matrix))
+
+    def blank(self, layer: Layer) -> tuple[Samples, dict[str, Statistic]]:
+        """A layer's samples and sums of a use on zeros: shapes without data."""
+        with attribute_errors("curvature", self.curvature, _on(layer)):
+            samples = self.curvature.samples(
+                layer, [self.curvature.blank(layer)], terms=1.0, first=True
+            )
+            return samples, self.curvature.factors(layer, samples)
+
+    def work(self, layer: Layer) -> Work:
+        """The layer's work, by its shapes.
+
+        Matrices can be kept apart where each is made of the one statistic of its name.
+        """
+        _, sums = self.blank(layer)
+        blank = {name: torch.zeros_like(s.total) for name, s in sums.items() if s.total is not None}
+        matrices = self.matrices(layer, blank)
+        shapes = {name: tuple(matrices[name].shape) for name in sorted(self.basis.requires)}
+        gradient = tuple(self.joined(layer, {}).shape)
+        apart = set(blank) == set(shapes) and all(
+            self._alone(layer, name, blank[name], shapes[name]) for name in shapes
+        )
+        return Work(layer.name, shapes, gradient, together=not apart)
+
+    def _alone(self, layer: Layer, name: str, factor: Tensor, shape: tuple[int, ...]) -> bool:
+        try:
+            found = self.curvature.assemble(layer, {name: factor})
+        except Exception:  # a curvature that needs all its factors at once says so in its own way
+            return False
+        return self.basis.requires & set(found) == {name} and tuple(found[name].shape) == shape
+
+    # ------------------------------------------------------------------------------------------------------------ basis
+
+    def decompose(
+        self,
+        layer: Layer,
+        matrices: Tensors,
+        damping: float,
+        diagonals: Tensors,
+        last: Decomposition = MappingProxyType({}),
+    ) -> dict[str, dict[str, Tensor]]:
+        """Decompose some of a layer's matrices.
+
+        What comes out lies row by row, as it does on ranks that it is sent to and after it was loaded: the last bit of a product depends
+        on that.
+
+        Args:
+            layer: The layer.
+            matrices: Those to decompose.
+            damping: The layer's.
+            diagonals: `trace / dimension` of all its square matrices.
+            last: Their decompositions at the last refresh, as far as they are here.
+        """
+        context = FactorContext(damping, diagonals)
+        with attribute_errors("basis", self.basis, _on(layer)):
+            found = {
+                name: self._decomposed(name, matrices[name], context, last.get(name))
+                for name in sorted(matrices)
+            }
+        return {
+            name: {part: tensor.contiguous() for part, tensor in parts.items()}
+            for name, parts in found.items()
+        }
+
+    def _decomposed(
+        self, name: str, matrix: Tensor, context: FactorContext, last: Tensors | None
+    ) -> dict[str, Tensor]:
+        if last is not None and redecomposes(self.basis):
+            return self.basis.redecompose(name, matrix, context, last)
+        return self.basis.decompose(name, matrix, context)
+
+    def blank_parts(self, layer: Layer, sums: Mapping[str, Statistic]) -> list[str]:
+        """What the basis makes of the layer's matrices, learnt from their corners: decomposing them whole would cost as much as a step."""
+        matrices = self.matrices(
+            layer, {n: torch.zeros_like(s.total) for n, s in sums.items() if s.total is not None}
+        )
+        corners = {n: m[..., :1, :1] if square(m) else m for n, m in matrices.items()}
+        return parts_of(self.decompose(layer, corners, 1.0, diagonals(corners)))
+
+    def moments(
+        self, layer: Layer, decomposition: Decomposition, samples: Samples
+    ) -> dict[str, Statistic]:
+        """Sums and counts of the moments on samples, as "moment.NAME"."""
+        with attribute_errors("basis", self.basis, _on(layer)):
+            found = self.basis.moments(decomposition, samples)
+        return prefixed(
+            "moment", check_statistics("basis", self.basis, _on(layer), found, required=False)
+        )
+
+    def gradient_moments(
+        self, layer: Layer, decomposition: Decomposition, gradient: Tensor, terms: Tensor | float
+    ) -> dict[str, Statistic]:
+        """The same of a mini-batch mean gradient."""
+        with attribute_errors("basis", self.basis, _on(layer)):
+            found = self.basis.gradient_moments(decomposition, gradient, terms)
+        return prefixed(
+            "moment", check_statistics("basis", self.basis, _on(layer), found, required=False)
+        )
+
+    def transport(
+        self, layer: Layer, moments: Tensors, old: Decomposition, new: Decomposition
+    ) -> dict[str, Tensor]:
+        """Moments carried from one decomposition to another."""
+        with attribute_errors("basis", self.basis, _on(layer)):
+            return self.basis.transport(moments, old, new)
+
+    def operator(
+        self, layer: Layer, decomposition: Decomposition, moments: Tensors, damping: float
+    ) -> Operator:
+        """`precondition` with all but the gradient given: the basis' own operator where it makes one."""
+        if not makes_operator(self.basis):
+            return lambda gradient: self.basis.precondition(
+                gradient, decomposition, moments, damping
+            )
+        with attribute_errors("basis", self.basis, _on(layer)):
+            return self.basis.operator(decomposition, moments, damping)
+
+    def preconditioned(self, layer: Layer, operator: Operator, gradient: Tensor) -> Tensor:
+        """The preconditioned form of a gradient `[..., d_out, d_in]`."""
+        with attribute_errors("basis", self.basis, _on(layer)):
+            preconditioned = operator(gradient)
+            if preconditioned.shape != gradient.shape:
+                raise ValueError(
+                    f"preconditioned gradient of shape {tuple(preconditioned.shape)} for {tuple(gradient.shape)}"
+                )
+        return preconditioned
+
+
+def makes_operator(basis: Basis) -> TypeGuard[MakesOperator]:
+    """Whether a basis' `operator` is that of its `precondition`: not where a subclass has replaced the latter alone."""
+    return _has(type(basis), MakesOperator, "precondition", "operator")
+
+
+def redecomposes(basis: Basis) -> TypeGuard[Redecomposes]:
+    """Whether a basis starts from its last decomposition: not where a subclass has replaced `decompose` alone."""
+    return _has(type(basis), Redecomposes, "decompose", "redecompose")
+
+
+def parts_factors(curvature: Curvature) -> TypeGuard[PartsFactors]:
+    """Whether a curvature's `input_factors` and `gradient_factors` are its `factors` in two: not where a subclass replaced the latter."""
+    return _has(type(curvature), PartsFactors, "factors", "input_factors", "gradient_factors")
+
+
+@lru_cache(maxsize=128)
+def _has(cls: type, extra: type, than: str, *names: str) -> bool:
+    """Whether a class has what a protocol asks for, each method defined where the method `than` is, or in a class derived from that."""
+    owners = [vars(owner) for owner in cls.__mro__[: _depth(cls, than) + 1]]
+    return issubclass(cls, extra) and all(any(name in owner for owner in owners) for name in names)
+
+
+def _depth(cls: type, name: str) -> int:
+    return next(
+        (depth for depth, owner in enumerate(cls.__mro__) if name in vars(owner)), len(cls.__mro__)
+    )
+
+
+def diagonals(matrices: Tensors) -> dict[str, Tensor]:
+    """`trace / dimension` of the square ones."""
+    return {name: mean_diagonal(matrix) for name, matrix in matrices.items() if square(matrix)}
+
+
+def parts_of(decomposition: Decomposition) -> list[str]:
+    """The parts by name and number of dimensions; their sizes follow from the factors'."""
+    return sorted(
+        f"{name}.{part} ({tensor.ndim}-D)"
+        for name, parts in decomposition.items()
+        for part, tensor in parts.items()
+    )
+
+
+def _on(layer: Layer) -> str:
+    return f"on layer {layer.name!r}"

@@ -1,0 +1,1 @@
+"""Find stages: plugins, their hooks, names, options and JSON forms."""

@@ -1,0 +1,284 @@
+"""What can be read off a stage's factory: its options, its documentation, and whether an object is a stage of a family."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+
+from kfactk import stages
+from kfactk.errors import OptionError
+from kfactk.registry.serialization import to_json
+
+REQUIRED: Any = attrs.NOTHING
+"""Default of an option that has none."""
+
+
+class _Computed:
+    def __repr__(self) -> str:
+        return "<computed from the other options>"
+
+
+COMPUTED: Any = _Computed()
+"""Default of an option whose default depends on the others."""
+
+PROTOCOLS: dict[str, type[Any]] = {
+    "curvature": stages.Curvature,
+    "basis": stages.Basis,
+    "fisher": stages.Fisher,
+    "likelihood": stages.Likelihood,
+    "clip": stages.Clip,
+    "update": stages.Update,
+    "placement": stages.Placement,
+    "tracker": stages.Tracker,
+}
+"""Stage family to the protocol its stages have the members of."""
+
+
+@attrs.frozen
+class OptionInfo:
+    """One option of a stage.
+
+    Args:
+        name: The keyword argument.
+        default: Its default, or `REQUIRED`, or `COMPUTED`.
+        annotation: Its type, as text.
+        doc: What its docstring says.
+        attribute: Where the made stage keeps the value.
+    """
+
+    name: str
+    default: Any
+    annotation: str = ""
+    doc: str = ""
+    attribute: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe; a default that JSON has no form for is shown by its `repr`."""
+        required = self.default is REQUIRED
+        try:
+            default = None if required else to_json(self.default)
+        except OptionError:
+            default = repr(self.default)
+        return {
+            "name": self.name,
+            "required": required,
+            "default": default,
+            "annotation": self.annotation,
+            "doc": self.doc,
+        }
+
+
+@attrs.frozen
+class StageInfo:
+    """One stage as listed.
+
+    Args:
+        family: Its family, such as "basis".
+        name: Its name within the family.
+        options: Its options; empty for a blocked one, which is not imported.
+        plugin: The plugin that provides it, by entry-point name.
+        distribution: The distribution the plugin came with; `None` for one registered in this process.
+        version: Version of that distribution.
+        paper: First work its References name, or "".
+        summary: First line of its documentation, or "".
+        conflict: Whether another plugin claims the same name, so that neither can be used by it.
+        blocked: What blocks it, or "".
+    """
+
+    family: str
+    name: str
+    options: tuple[OptionInfo, ...]
+    plugin: str
+    distribution: str | None
+    version: str | None
+    paper: str
+    summary: str
+    conflict: bool = False
+    blocked: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe nested mappings."""
+        return attrs.asdict(self, recurse=False) | {
+            "options": [option.to_dict() for option in self.options]
+        }
+
+
+@attrs.frozen
+class Options:
+    """The options a factory takes.
+
+    Args:
+        known: Those it names.
+        open: Whether it takes others too (`**kwargs`, or a signature that cannot be read).
+    """
+
+    known: tuple[OptionInfo, ...]
+    open: bool
+
+    def names(self) -> list[str]:
+        """Names of the known ones."""
+        return [option.name for option in self.known]
+
+
+def options_of(factory: Callable[..., Any]) -> Options:
+    """The options of a stage's factory: fields of an attrs class or dataclass, or arguments of any other callable.
+
+    Example:
+        >>> def constant(value: float, scale: float = 2.0): ...
+        >>> [(option.name, option.annotation, option.default) for option in options_of(constant).known]
+        [('value', 'float', NOTHING), ('scale', 'float', 2.0)]
+    """
+    try:
+        parameters = inspect.signature(factory).parameters.values()
+    except (TypeError, ValueError):
+        return Options((), open=True)
+    docs = _argument_docs(documentation(factory))
+    fields = _fields(factory)
+    known = []
+    for parameter in parameters:
+        if parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
+            annotation = (
+                ""
+                if parameter.annotation is parameter.empty
+                else inspect.formatannotation(parameter.annotation)
+            )
+            default = REQUIRED if parameter.default is parameter.empty else parameter.default
+            plain = OptionInfo(
+                parameter.name,
+                default,
+                annotation.strip("'"),
+                docs.get(parameter.name, ""),
+                parameter.name,
+            )
+            better = dict(fields.get(parameter.name, {}))
+            if not _computed(parameter.default):
+                better.pop("default", None)
+            known.append(attrs.evolve(plain, **better))
+    return Options(
+        tuple(known), open=any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters)
+    )
+
+
+def documentation(factory: Callable[..., Any]) -> str:
+    """The docstring of a factory, cleaned; of what a partial calls, for a partial."""
+    return inspect.cleandoc(getattr(_unbound(factory), "__doc__", None) or "")
+
+
+def summary(doc: str) -> str:
+    """First line of a docstring."""
+    return doc.partition("\n")[0].strip()
+
+
+def paper(doc: str) -> str:
+    """The first work that the References section of a docstring names, or "".
+
+    Example:
+        >>> paper("One line." + chr(10) * 2 + "References:" + chr(10) + "    George et al. 2018, arXiv:1806.03884, section 4.")
+        'George et al. 2018, arXiv:1806.03884, section 4'
+    """
+    entries = [""]
+    for line in _section(doc, "References"):
+        text = re.sub(r"^\s*(?:[-*]|\[\w+\])\s+", "", line).strip()
+        entries[-1] = f"{entries[-1]} {text}".strip()
+        if not text or text.endswith((".", ";")):
+            entries.append("")
+    works = (
+        entry.rstrip(".;")
+        for entry in entries
+        if re.search(r"arxiv|doi|et al\.|\b(?:19|20)\d\d\b", entry, re.IGNORECASE)
+    )
+    return next(works, "")
+
+
+def missing_members(family: str, stage: object) -> list[str]:
+    """Members of the family's protocol that an object lacks, or only inherits from the protocol itself.
+
+    Example:
+        >>> missing_members("clip", object())
+        ['clip']
+    """
+    absent = object()
+    missing = []
+    for name, stub in _members(PROTOCOLS[family]).items():
+        found = inspect.getattr_static(stage, name, absent)
+        if found is stub or (found is absent and not hasattr(stage, name)):
+            missing.append(name)
+    return missing
+
+
+def _members(protocol: type[Any]) -> dict[str, object]:
+    annotated = dict.fromkeys(inspect.get_annotations(protocol), object())
+    return {
+        name: member
+        for name, member in (annotated | dict(vars(protocol))).items()
+        if not name.startswith("_")
+    }
+
+
+def _unbound(factory: Callable[..., Any]) -> Callable[..., Any]:
+    """What a partial, however nested, calls in the end."""
+    while isinstance(factory, functools.partial):
+        factory = factory.func
+    return factory
+
+
+def _computed(default: Any) -> bool:
+    """Whether a signature's default only stands for one that the class computes."""
+    return default is attrs.NOTHING or type(default).__name__ == "_HAS_DEFAULT_FACTORY_CLASS"
+
+
+def _fields(factory: Callable[..., Any]) -> dict[str, dict[str, Any]]:
+    """What attrs and dataclasses know better than the signature: computed defaults, types, and where a value is kept."""
+    found: dict[str, dict[str, Any]] = {}
+    factory = _unbound(factory)
+    if inspect.isclass(factory) and attrs.has(factory):
+        for field in attrs.fields(factory):
+            better = found[field.alias or field.name] = {
+                "attribute": field.name,
+                "annotation": _type_text(field.type),
+            }
+            if isinstance(field.default, attrs.Factory):  # type: ignore[arg-type]
+                better["default"] = (
+                    COMPUTED if field.default.takes_self else field.default.factory()
+                )
+    elif inspect.isclass(factory) and dataclasses.is_dataclass(factory):
+        for entry in dataclasses.fields(factory):
+            if entry.default_factory is not dataclasses.MISSING:
+                found[entry.name] = {"default": entry.default_factory()}
+    return found
+
+
+def _type_text(annotation: Any) -> str:
+    if annotation is None:
+        return ""
+    return annotation if isinstance(annotation, str) else inspect.formatannotation(annotation)
+
+
+def _section(doc: str, title: str) -> list[str]:
+    lines = doc.splitlines()
+    if f"{title}:" not in lines:
+        return []
+    body = lines[lines.index(f"{title}:") + 1 :]
+    end = next(
+        (n for n, line in enumerate(body) if line.strip() and not line.startswith(" ")), len(body)
+    )
+    return inspect.cleandoc("\n" + "\n".join(body[:end])).splitlines()
+
+
+def _argument_docs(doc: str) -> dict[str, str]:
+    docs: dict[str, str] = {}
+    name = ""
+    for line in _section(doc, "Args"):
+        head = re.match(r"\*{0,2}(\w+)(?: \(.*?\))?:\s*(.*)", line)
+        if head:
+            name = head[1]
+            docs[name] = head[2]
+        elif name and line.strip():
+            docs[name] = f"{docs[name]} {line.strip()}".strip()
+    return docs

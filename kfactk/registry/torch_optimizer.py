@@ -1,0 +1,170 @@
+"""Any `torch.optim.Optimizer` class as an update rule."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, cast
+
+import attrs
+import torch
+
+from kfactk.errors import OptionError, near_names
+
+UNFIT: dict[type[torch.optim.Optimizer], str] = {
+    torch.optim.LBFGS: "it evaluates the loss several times a step, at points for which no preconditioned gradient exists",
+    torch.optim.SparseAdam: "it takes sparse gradients only, and preconditioned gradients are dense",
+}
+"""Classes that cannot be an update rule, and why."""
+OURS = ("lr", "weight_decay")
+"""Arguments that `build` and the parameter groups decide."""
+
+
+def _fit(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if not (isinstance(value, type) and issubclass(value, torch.optim.Optimizer)):
+        raise OptionError(
+            f"{value!r} cannot be an update rule: it is not a class derived from torch.optim.Optimizer. Give such a class."
+        )
+    for unfit, why in UNFIT.items():
+        if issubclass(value, unfit):
+            raise OptionError(
+                f"{value.__name__} cannot be an update rule: {why}. Use another, such as torch.optim.SGD."
+            )
+    if "lr" not in (takes := _arguments(value)) and "**" not in takes:
+        raise OptionError(
+            f"{value.__name__} cannot be an update rule: it takes no `lr`, which clips and schedulers rely on. Use another."
+        )
+
+
+def _known(
+    instance: TorchOptimizer, attribute: attrs.Attribute[Any], value: Mapping[str, Any]
+) -> None:
+    takes = _arguments(instance.optimizer)
+    options = [name for name in takes if name not in ("params", "**", *OURS)]
+    update = f"Update {instance.optimizer.__name__}"
+    for name in value:
+        if name in OURS:
+            raise OptionError(
+                f"{update} takes no option {name!r}: give it to build, or to a parameter group."
+            )
+        if name == "params" or (name not in options and "**" not in takes):
+            raise OptionError(
+                f"{update} has no option {name!r}.{near_names(str(name), options)} It has: {', '.join(options)}."
+            )
+
+
+def _as_tuples(value: Any) -> Any:
+    """Lists as tuples, all the way down: betas read back from JSON equal those written."""
+    if isinstance(value, list | tuple):
+        return tuple(_as_tuples(item) for item in value)
+    return value
+
+
+def _frozen_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _as_tuples(value) for name, value in options.items()}
+
+
+@attrs.frozen
+class TorchOptimizer:
+    """The step of a `torch.optim.Optimizer` class, taken on preconditioned gradients.
+
+    Args:
+        optimizer: The class. It must take `lr` and step on dense gradients that are computed once a step.
+        options: Its other keyword arguments; `lr` and `weight_decay` come from `build` and the parameter groups. Lists become tuples.
+
+    Raises:
+        OptionError: The class cannot take the step (LBFGS, SparseAdam), or lacks an option given.
+
+    Example:
+        >>> parameter = torch.nn.Parameter(torch.ones(1))
+        >>> update = TorchOptimizer(torch.optim.SGD, {"momentum": 0.9})
+        >>> optimizer = update.make([{"params": [parameter], "lr": 0.5}], lr=0.1, weight_decay=0.0)
+        >>> type(optimizer).__name__, optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]
+        ('SGD', 0.5, 0.9)
+    """
+
+    optimizer: type[torch.optim.Optimizer] = attrs.field(validator=_fit)
+    options: Mapping[str, Any] = attrs.field(
+        factory=dict, converter=_frozen_options, validator=_known, hash=False
+    )
+
+    def make(
+        self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float
+    ) -> torch.optim.Optimizer:
+        """The optimiser over `groups`, whose dicts become its `param_groups` themselves, not copies of them.
+
+        Args:
+            groups: Dicts with "params" and, perhaps, their own values of any option.
+            lr: Learning rate of groups without their own.
+            weight_decay: Weight decay of groups without their own.
+
+        Raises:
+            OptionError: The class has no weight decay and one is asked for; it refuses its arguments; it copies `groups`.
+        """
+        name, takes = self.optimizer.__name__, _arguments(self.optimizer)
+        given = {"lr": lr, **self.options}
+        if "weight_decay" in takes or "**" in takes:
+            given["weight_decay"] = weight_decay
+        elif weight_decay or any(group.get("weight_decay") for group in groups):
+            raise OptionError(
+                f"Update {name} has no weight decay, and one is asked for. Set weight_decay=0, or use another update."
+            )
+        try:
+            made = cast("Callable[..., torch.optim.Optimizer]", self.optimizer)(groups, **given)
+        except (TypeError, ValueError) as error:
+            raise OptionError(
+                f"Update {name} refuses its arguments: {error}. Check its options, lr and weight_decay."
+            ) from error
+        if [id(group) for group in made.param_groups] != [id(group) for group in groups]:
+            raise OptionError(
+                f"Update {name} copies the parameter groups it is given, so that learning-rate schedulers would not reach it. "
+                "Let it hand them to torch.optim.Optimizer.__init__ as they are."
+            )
+        return made
+
+    @classmethod
+    def adapt(cls, candidate: Any) -> Callable[..., TorchOptimizer] | None:
+        """A factory of updates, if the candidate is an optimiser class or a `functools.partial` of one; else `None`."""
+        bound: dict[str, Any] = {}
+        if isinstance(candidate, functools.partial):
+            if candidate.args:
+                return None
+            candidate, bound = candidate.func, candidate.keywords
+        if not (isinstance(candidate, type) and issubclass(candidate, torch.optim.Optimizer)):
+            return None
+
+        def factory(**options: Any) -> TorchOptimizer:
+            return cls(candidate, {**bound, **options})
+
+        factory.__doc__ = candidate.__doc__
+        factory.__signature__ = _signature(candidate, bound)  # type: ignore[attr-defined]
+        return factory
+
+    @classmethod
+    def unwrap(cls, stage: object) -> tuple[type[Any], Mapping[str, Any]] | None:
+        """The class and options of an update made by `adapt`; `None` for any other object, subclasses included."""
+        return (stage.optimizer, stage.options) if type(stage) is cls else None
+
+
+def _arguments(optimizer: type[torch.optim.Optimizer]) -> tuple[str, ...]:
+    """Names of the class's arguments, "**" among them when it takes any."""
+    parameters = inspect.signature(optimizer).parameters.values()
+    return tuple("**" if p.kind is p.VAR_KEYWORD else p.name for p in parameters)
+
+
+def _signature(
+    optimizer: type[torch.optim.Optimizer], bound: Mapping[str, Any]
+) -> inspect.Signature:
+    """The class's arguments less those that are not the user's to give here, with the bound ones as defaults."""
+    parameters = []
+    for parameter in inspect.signature(optimizer).parameters.values():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            parameters.append(parameter)
+        elif parameter.kind is not parameter.VAR_POSITIONAL and parameter.name not in (
+            "params",
+            *OURS,
+        ):
+            default = bound.get(parameter.name, parameter.default)
+            parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY, default=default))
+    return inspect.Signature(parameters)

@@ -1,0 +1,1 @@
+"""What the laws share: drawn inputs, dense truth, and small training runs."""

@@ -1,0 +1,318 @@
+"""The laws of bases on what is kept between steps: decompositions and moments, saved, allocated, carried into a new basis."""
+
+from __future__ import annotations
+
+import copy
+import io
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+import pytest
+import torch
+from hypothesis import assume
+from torch import Tensor
+
+from kfactk.preconditioner.state import BlockState
+from kfactk.statistics import RunningMean, local_means
+from kfactk.testing._support.basis_frame import BasisFrame, same
+from kfactk.testing._support.laws import law
+from kfactk.testing._support.situations import Situation, dense, enlarged, named, separated
+from kfactk.testing._support.strategies import seeds
+from kfactk.validation import square
+
+
+class BasisStateLaws(BasisFrame):
+    """What a basis keeps."""
+
+    @law(examples=15, situation="situations")
+    def test_moments_come_from_where_it_says(self, situation: Situation) -> None:
+        """`moments_from` names the one source of moments, and `moment_decay` is in [0, 1]."""
+        basis, parts = situation.basis, situation.decomposition
+        decay, source = basis.moment_decay, basis.moments_from
+        assert 0 <= decay <= 1, f"moment_decay is {decay}, which is not in [0, 1]"
+        of_samples = basis.moments(parts, situation.samples)
+        of_gradient = basis.gradient_moments(parts, situation.mean_gradient, situation.terms)
+        if source != "gradient":
+            assert not of_gradient, (
+                f"moments_from is {source!r}, yet gradient_moments gives {', '.join(of_gradient)}: they are never asked for"
+            )
+        if source is None:
+            assert not of_samples, (
+                f"moments_from is None, yet moments gives {', '.join(of_samples)}: they are never asked for"
+            )
+        else:
+            assert of_gradient or of_samples, (
+                f"moments_from is {source!r}, yet nothing comes from there"
+            )
+
+    @law(examples=15, situation="situations")
+    def test_the_state_survives_a_checkpoint(self, situation: Situation) -> None:
+        """Decomposition and moments, saved and loaded with weights_only, are the same numbers and precondition bit for bit the same."""
+        moments = {name: RunningMean(value, 1.0) for name, value in situation.moments.items()}
+        state = BlockState(
+            ("weight",),
+            {},
+            {name: dict(parts) for name, parts in situation.decomposition.items()},
+            moments,
+        )
+        file = io.BytesIO()
+        torch.save(state.flat(), file)
+        file.seek(0)
+        loaded = BlockState.from_flat(
+            ("weight",), torch.load(file, weights_only=True), torch.device("cpu")
+        )
+        kept = named(situation.decomposition) | {
+            f"moment {name}": value for name, value in situation.moments.items()
+        }
+        found = named(loaded.decomposition) | {
+            f"moment {name}": value for name, value in loaded.moment_values().items()
+        }
+        assert set(found) == set(kept), (
+            f"after a checkpoint there are {sorted(found)}, where there were {sorted(kept)}: names have no dots"
+        )
+        changed = [
+            name
+            for name, value in kept.items()
+            if found[name].dtype != value.dtype or not torch.equal(found[name], value)
+        ]
+        assert not changed, f"a checkpoint changed {', '.join(changed)}"
+        again = attrs.evolve(
+            situation, decomposition=loaded.decomposition, moments=loaded.moment_values()
+        )
+        assert torch.equal(again.precondition(), situation.precondition()), (
+            "what was saved and loaded preconditions differently"
+        )
+
+    @law(examples=15, situation="situations")
+    def test_it_can_be_allocated_without_data(self, situation: Situation) -> None:
+        """On blank samples, and on corners of the matrices, decompositions and moments have the same parts, shapes and precision: so
+        checkpoints can be loaded into an optimizer that has seen nothing."""
+        curvature, layer = situation.curvature, situation.case.layer
+        samples = curvature.samples(layer, [curvature.blank(layer)], terms=1.0, first=True)
+        matrices = curvature.assemble(
+            layer,
+            {
+                n: torch.zeros_like(s)
+                for n, s in local_means(curvature.factors(layer, samples)).items()
+            },
+        )
+        blank = situation.refreshed(
+            samples=samples, matrices=dict(matrices), mean_gradient=0 * situation.mean_gradient
+        )
+        for what, real, empty in (
+            ("decomposition", named(situation.decomposition), named(blank.decomposition)),
+            ("moments", situation.moments, blank.moments),
+        ):
+            wanted, found = (
+                {name: (tuple(t.shape), t.dtype) for name, t in each.items()}
+                for each in (real, empty)
+            )
+            assert found == wanted, f"{what}: without data there is {found}, with data {wanted}"
+        corners = {
+            name: matrix[..., :1, :1] if square(matrix) else matrix
+            for name, matrix in matrices.items()
+        }
+        context = attrs.evolve(situation, matrices=corners).context
+        parts = named(
+            {
+                name: situation.basis.decompose(name, corners[name], context)
+                for name in sorted(situation.basis.requires)
+            }
+        )
+        wanted_parts, found_parts = (
+            {name: t.ndim for name, t in each.items()}
+            for each in (named(situation.decomposition), parts)
+        )
+        assert found_parts == wanted_parts, (
+            f"a corner of the matrices decomposes into {found_parts}, the whole into {wanted_parts}"
+        )
+
+    @law(examples=15, situation="situations")
+    def test_each_matrix_is_decomposed_alone(self, situation: Situation) -> None:
+        """A decomposition depends on its matrix and the Coupling only: not on what was decomposed before, nor by which process."""
+        twin = copy.deepcopy(situation.basis)
+        names = sorted(situation.basis.requires, reverse=True)
+        for name in names:
+            twin.decompose(name, situation.matrices[name] + 1, situation.context)
+        for name in names:
+            alone = twin.decompose(name, situation.matrices[name], situation.context)
+            for part, tensor in situation.decomposition[name].items():
+                says = f"decompose({name!r}, ...) gives another {part!r} after other matrices: it depends on more than its arguments"
+                assert part in alone, says
+                assert torch.equal(alone[part], tensor), says
+
+    @law(situation="grouped")
+    def test_groups_stand_alone(self, situation: Situation | None) -> None:
+        """The groups of a layer are preconditioned as if each were a layer of its own."""
+        if situation is None or situation.groups is None:
+            pytest.skip(
+                f"the curvature that {self.label()} is measured with supports no layer with groups"
+            )
+        assume(
+            all(
+                separated(matrix, null=True)
+                for matrix in situation.required.values()
+                if square(matrix)
+            )
+        )
+        measured = bool(situation.moments)
+        for k in range(situation.groups):
+            alone = situation.group(k)
+            alone = alone if measured else attrs.evolve(alone, moments={})
+            for what, together, apart in (
+                ("preconditioned gradient", situation.precondition()[k], alone.precondition()),
+                ("product", situation.product()[k], alone.product()),
+            ):
+                same(together, apart, f"the {what} of group {k} depends on the other groups", 1e-6)
+
+    @law(examples=15, situation="situations", seed=seeds())
+    def test_nothing_it_is_given_is_modified(self, situation: Situation, seed: int) -> None:
+        """No method changes a tensor it is given: matrices, samples, decompositions, moments, gradients."""
+        basis, parts, moments, context = (
+            situation.basis,
+            situation.decomposition,
+            situation.moments,
+            situation.context,
+        )
+        other = self.on_other_numbers(situation, seed)
+        given = {f"matrix {n}": t for n, t in situation.matrices.items()} | {
+            f"decomposition {n}": t for n, t in named(parts).items()
+        }
+        given |= {f"moment {n}": t for n, t in moments.items()} | {
+            f"the new decomposition {n}": t for n, t in named(other).items()
+        }
+        given |= {f"mean diagonal {n}": t for n, t in context.mean_diagonal.items()}
+        given |= {"gradient": situation.gradient, "mean gradient": situation.mean_gradient}
+        given |= {
+            f"samples {k}": t
+            for k, t in enumerate(t for call in situation.case.calls for t in call)
+        }
+        before = {name: tensor.clone() for name, tensor in given.items()}
+        calls: dict[str, Callable[[], Any]] = {
+            "decompose": lambda: [
+                basis.decompose(n, situation.matrices[n], context) for n in sorted(basis.requires)
+            ],
+            "moments": lambda: basis.moments(parts, situation.samples),
+            "gradient_moments": lambda: basis.gradient_moments(
+                parts, situation.mean_gradient, situation.terms
+            ),
+            "transport": lambda: basis.transport(moments, parts, other),
+            "precondition": situation.precondition,
+            "product": situation.product,
+            "condition": lambda: basis.condition(parts, moments, situation.damping),
+        }
+        for method, call in calls.items():
+            call()
+            changed = [
+                name for name, tensor in given.items() if not torch.equal(tensor, before[name])
+            ]
+            assert not changed, f"{method} changes what it is given: {', '.join(changed)}"
+
+    @law(examples=15, situation="any_situations")
+    def test_a_wider_gradient_is_taken(self, situation: Situation) -> None:
+        """State in float32, as after a load, serves a float64 gradient: the result has its shape and precision."""
+        narrow = Situation.of(
+            situation.basis,
+            situation.curvature,
+            situation.case.to(torch.float32),
+            damping=situation.damping,
+        )
+        wide = narrow.gradient.double()
+        for method, found in (
+            ("precondition", narrow.precondition(wide)),
+            ("product", narrow.product(wide)),
+        ):
+            assert found.dtype == torch.float64, (
+                f"{method} of a float64 gradient with float32 state is {found.dtype}"
+            )
+            assert found.shape == wide.shape, (
+                f"{method} has shape {tuple(found.shape)} for a gradient of {tuple(wide.shape)}"
+            )
+
+    @law(examples=15, situation="situations")
+    def test_transport_into_the_same_basis_changes_nothing(self, situation: Situation) -> None:
+        """With old and new basis the same, moments are kept, or left out (reset); without moments there is nothing to carry."""
+        parts = situation.decomposition
+        empty = situation.basis.transport({}, parts, parts)
+        assert empty == {}, (
+            f"transport of no moments gives {', '.join(empty)}: nothing has been measured"
+        )
+        for name, value in self.carried(situation, parts).items():
+            same(
+                value,
+                situation.moments[name],
+                f"transport from a basis to itself changes the moment {name!r}",
+            )
+
+    @law(situation="regular_situations", seed=seeds())
+    def test_transport_keeps_the_trace(self, situation: Situation, seed: int) -> None:
+        """Carried into the basis of another mini-batch, moments are left out (reset), or the operator keeps its trace: it has the one
+        that moments measured in the new basis on the same mini-batch give."""
+        matrices = self.with_other_numbers(situation, seed).matrices
+        new = attrs.evolve(situation, matrices=matrices).refreshed()
+        carried = self.carried(situation, new.decomposition)
+        if set(carried) != set(situation.moments):
+            return
+        moved = attrs.evolve(new, moments=carried)
+        old, direct = (
+            dense(each.product, each.gradient).diagonal(dim1=-2, dim2=-1).sum(-1)
+            for each in (moved, new)
+        )
+        same(
+            old,
+            direct,
+            "moments do not fit the basis they were carried into: the trace differs from that of moments measured in it",
+        )
+
+    @law(situation="regular_situations")
+    def test_transport_follows_the_directions(self, situation: Situation) -> None:
+        """In a basis of the same directions in the opposite order, moments are left out (reset), or the operator is the same."""
+        null = "null-space-independent" in situation.basis.laws
+        assume(
+            all(
+                separated(matrix, null=null)
+                for matrix in situation.required.values()
+                if square(matrix)
+            )
+        )
+        matrices = {
+            name: _turned_over(matrix) if name in ("A", "C", "K", "G") else matrix
+            for name, matrix in situation.matrices.items()
+        }
+        new = situation.refreshed(matrices=matrices)
+        carried = self.carried(situation, new.decomposition)
+        if not carried:
+            return
+        moved = attrs.evolve(new, moments=carried, matrices=situation.matrices)
+        says = "moments mix two bases: carried into one of the same directions in the opposite order, the operator is another"
+        same(moved.product(), situation.product(), says, 1e-6)
+
+    def carried(self, situation: Situation, new: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
+        """The moments after `transport`, which must be among those there were."""
+        found = dict(situation.basis.transport(situation.moments, situation.decomposition, new))
+        strange = sorted(set(found) - set(situation.moments))
+        assert not strange, f"transport gives {', '.join(strange)}, which was not among the moments"
+        return found
+
+    def with_other_numbers(self, situation: Situation, seed: int) -> Situation:
+        """The same layer on another mini-batch."""
+        case = enlarged(situation.case, len(situation.case.gradient), seed + 1)
+        return Situation.of(
+            situation.basis,
+            situation.curvature,
+            case,
+            damping=situation.damping,
+            terms=situation.terms,
+        )
+
+    def on_other_numbers(self, situation: Situation, seed: int) -> dict[str, dict[str, Tensor]]:
+        """The decomposition that another mini-batch gives."""
+        return self.with_other_numbers(situation, seed).decomposition
+
+
+def _turned_over(matrix: Tensor) -> Tensor:
+    """`2 lambda_max I - M`: the same eigenvectors, the eigenvalues in the opposite order."""
+    largest = torch.linalg.eigvalsh(matrix)[..., -1:, None]
+    turned: Tensor = 2 * largest * torch.eye(matrix.shape[-1], dtype=matrix.dtype) - matrix
+    return turned

@@ -1,0 +1,175 @@
+"""What all laws share: a class names its stage, inherits the laws of its family, and pytest finds one test for each law.
+
+    class TestEkfac(BasisLaws):
+        stage = "ekfac"
+
+A law is a method marked with `law`; its arguments are drawn by Hypothesis. Each subclass gets tests of its own, so that examples that
+failed are remembered for it alone. How many examples are drawn depends on the environment variable `KFACTK_LAWS`, "quick" or "thorough".
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import attrs
+import torch
+from hypothesis import HealthCheck, Phase, given, settings, strategies as st
+from torch import Tensor
+
+from kfactk.errors import OptionError, UnknownStageError, near_names
+from kfactk.registry.registry import registry
+
+VARIABLE = "KFACTK_LAWS"
+"""Environment variable that names the profile."""
+PROFILES = {"quick": 1, "thorough": 20}
+"""Profile to the factor by which it multiplies the number of examples of every law."""
+HEALTH = (HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large)
+
+
+def effort(examples: int) -> int:
+    """How many examples to draw, given how many the quick profile draws.
+
+    Raises:
+        OptionError: `KFACTK_LAWS` names no profile.
+    """
+    name = os.environ.get(VARIABLE, "quick")
+    if name not in PROFILES:
+        raise OptionError(
+            f"{VARIABLE}={name!r} is no profile of the laws.{near_names(name, PROFILES)} There are: {', '.join(PROFILES)}."
+        )
+    return examples * PROFILES[name]
+
+
+@attrs.frozen(eq=False)
+class Law:
+    """How a law is to be tested.
+
+    Args:
+        function: The law as it was written: a method whose arguments are drawn.
+        drawn: For each argument a strategy, or the name of a method of the class that gives one.
+        examples: How many examples the quick profile draws.
+    """
+
+    function: Callable[..., None]
+    drawn: dict[str, st.SearchStrategy[Any] | str]
+    examples: int
+
+    def test_of(self, owner: type[Laws]) -> Callable[..., None]:
+        """The law as a test of one class."""
+
+        @functools.wraps(self.function)
+        def check(self: Laws, *arguments: Any, **drawn: Any) -> None:
+            __tracebackhide__ = True
+            try:
+                original(self, *arguments, **drawn)
+            except Exception as error:
+                error.add_note(
+                    f"{self.label()} breaks a law of its family: {' '.join((original.__doc__ or original.__name__).split())}"
+                )
+                raise
+
+        original = self.function
+        test: Callable[..., None] = check
+        if self.drawn:
+            found = {
+                name: each if isinstance(each, st.SearchStrategy) else _named(owner, each)
+                for name, each in self.drawn.items()
+            }
+            phases = [
+                phase for phase in settings().phases if phase is not Phase.explain
+            ]  # it points into torch
+            how = settings(
+                max_examples=effort(self.examples), deadline=None, suppress_health_check=HEALTH
+            )
+            test = settings(how, phases=phases, report_multiple_bugs=False)(given(**found)(check))
+        test.kfactk_law = self  # type: ignore[attr-defined]
+        return test
+
+
+def _named(owner: type[Laws], name: str) -> st.SearchStrategy[Any]:
+    return st.deferred(lambda: getattr(owner(), name)())
+
+
+def law(
+    examples: int = 25, **drawn: st.SearchStrategy[Any] | str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Mark a method as a law.
+
+    Args:
+        examples: How many examples the quick profile draws.
+        drawn: A strategy for each argument; or the name of a method of the class, without arguments, that gives the strategy.
+
+    Example:
+        >>> class ClipLaws(Laws):
+        ...     family = "clip"
+        ...     @law(limit=st.floats(0.1, 10.0))
+        ...     def test_zero_stays_zero(self, limit):
+        ...         "Zero stays zero."
+        ...         clipped, _ = self.subject().clip([], lambda xs, ys: torch.zeros(0))
+        ...         assert clipped == []
+        >>> class TestNone(ClipLaws):
+        ...     stage = "none"
+        >>> TestNone().test_zero_stays_zero()
+    """
+
+    def mark(function: Callable[..., None]) -> Callable[..., None]:
+        function.kfactk_law = Law(function, dict(drawn), examples)  # type: ignore[attr-defined]
+        return function
+
+    return mark
+
+
+class Laws:
+    """Root of the classes of laws. Subclasses name the stage; pytest collects those whose name begins with `Test`."""
+
+    family: ClassVar[str]
+    """The stage family that the laws are for."""
+    stage: ClassVar[Any] = None
+    """The stage: whatever `kfactk.build` takes for it, such as "ekfac", {"name": "ekfac", "scale": "running"}, a class or an object."""
+
+    def __init_subclass__(cls, **more: Any) -> None:
+        super().__init_subclass__(**more)
+        written = dict.fromkeys(name for each in cls.__mro__ for name in vars(each))
+        for name in written:  # in this order they run
+            marked = getattr(getattr(cls, name), "kfactk_law", None)
+            if isinstance(marked, Law):
+                setattr(cls, name, marked.test_of(cls))
+
+    def subject(self) -> Any:
+        """The stage that is to obey.
+
+        Raises:
+            OptionError: The class names none.
+        """
+        if self.stage is None:
+            raise OptionError(
+                f"{type(self).__name__} names no {self.family}. Write `stage = ...` in the class, as for kfactk.build."
+            )
+        try:
+            return registry().resolve(self.family, self.stage)
+        except UnknownStageError as error:
+            error.add_note(
+                "Is the package that provides it installed? In its folder: pip install -e ."
+            )
+            raise
+
+    def label(self) -> str:
+        """The stage in words, for messages."""
+        return f"{self.family} {self.stage!r}"
+
+
+def close(
+    actual: Tensor, expected: Tensor, says: str, *, rtol: float = 1e-8, atol: float = 1e-10
+) -> None:
+    """Assert that two tensors are equal within `atol + rtol |expected|`; NaN equals nothing.
+
+    Raises:
+        AssertionError: Opens with `says`, which tells what ought to be equal.
+    """
+    __tracebackhide__ = True
+    torch.testing.assert_close(
+        actual, expected, rtol=rtol, atol=atol, msg=lambda found: f"{says}.\n{found}"
+    )

@@ -1,0 +1,177 @@
+"""What the laws of curvatures share: which layers are drawn for a stage, and what it makes of them."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from kfactk.errors import OptionError
+from kfactk.samples import LayerCall, Samples, Statistic
+from kfactk.stages import Curvature
+from kfactk.testing._support import truth
+from kfactk.testing._support.laws import Laws, close
+from kfactk.testing._support.strategies import CONV, Case, Kind, foreign_modules, kinds
+
+KNOWN = (nn.Linear, *CONV.values())
+"""Layers whose matrix and rows `truth` knows."""
+
+
+class OnLayers(Laws):
+    """Laws over layers with data."""
+
+    family = "curvature"
+    pytestmark = pytest.mark.filterwarnings(
+        "ignore:Using padding='same' with even kernel:UserWarning"
+    )
+    covers: ClassVar[tuple[type[nn.Module], ...]] = (*KNOWN, nn.LayerNorm, nn.Embedding)
+    """Classes of modules that `cases` can draw; `unsupported` has to refuse the others."""
+
+    def cases(self) -> st.SearchStrategy[Case]:
+        """The layers to try the stage on, with data."""
+        cases = st.one_of([kind.cases for kind in self._accepted()])
+        return cases.filter(lambda case: self.curvature.unsupported(case.module) is None)
+
+    def single_row_cases(self) -> st.SearchStrategy[Case]:
+        """Those among them with T = 1, where Kronecker factors of one example are exact."""
+        self._want_kronecker()
+        cases = st.one_of(
+            [kind.single_row for kind in self._accepted() if kind.single_row is not None]
+        )
+        return cases.filter(lambda case: self.curvature.unsupported(case.module) is None)
+
+    def known_cases(self) -> st.SearchStrategy[Case]:
+        """Those among them whose rows and matrix have a form that the laws know: linear layers and convolutions."""
+        if not any(
+            type(each) in KNOWN
+            and type(each) in self.covers
+            and not self.curvature.unsupported(each)
+            for each in foreign_modules()
+        ):
+            pytest.skip(
+                f"{self.label()} takes neither linear layers nor convolutions, and the rows of other layers are their own"
+            )
+        return self.cases().filter(lambda case: type(case.module) in KNOWN)
+
+    def arranged(self, case: Case, tensor: Tensor) -> Tensor:
+        """An input or output gradient, examples in dim 0, as the stage is to get it; for a stage that wants them elsewhere."""
+        return tensor
+
+    @functools.cached_property
+    def curvature(self) -> Curvature:
+        """The stage."""
+        stage: Curvature = self.subject()
+        return stage
+
+    def samples(
+        self,
+        case: Case,
+        *,
+        scales: Sequence[Tensor | float] | None = None,
+        terms: Any = None,
+        first: bool = True,
+    ) -> Samples:
+        """What the stage makes of a case; a term an example unless told."""
+        scales = [1.0] * len(case.calls) if scales is None else scales
+        uses = [
+            LayerCall(self.arranged(case, x), self.arranged(case, g), scale)
+            for (x, g), scale in zip(case.calls, scales, strict=True)
+        ]
+        terms = float(len(case.inputs)) if terms is None else terms
+        return self.curvature.samples(case.layer, uses, terms=terms, first=first)
+
+    def sums(self, case: Case, **how: Any) -> dict[str, Statistic]:
+        """Its factors, as sums and counts."""
+        return self.curvature.factors(case.layer, self.samples(case, **how))
+
+    def means(self, case: Case, **how: Any) -> dict[str, Tensor]:
+        """Its factors, averaged."""
+        return averaged(self.sums(case, **how))
+
+    def matrices(self, case: Case, **how: Any) -> dict[str, Tensor]:
+        """The assembled matrices."""
+        return dict(self.curvature.assemble(case.layer, self.means(case, **how)))
+
+    def gradients(self, case: Case) -> Tensor:
+        """D by autograd, example by example."""
+        if type(case.module) in KNOWN:
+            return sum(
+                (truth.module_gradients(case.module, x, g) for x, g in case.calls), torch.zeros(())
+            )
+        calls = [
+            truth.per_example_gradients(case.module, x, g, lambda output, g: (output * g).sum())
+            for x, g in case.calls
+        ]
+        summed = [
+            {name: sum((part[name] for part in parts), torch.zeros(())) for name in parts[0]}
+            for parts in zip(*calls, strict=True)
+        ]
+        return torch.stack([self.curvature.matrix(case.layer, each) for each in summed], -3)
+
+    def _accepted(self) -> list[Kind]:
+        found = [
+            kind
+            for kind in kinds()
+            if any(self.curvature.unsupported(probe) is None for probe in kind.probes)
+        ]
+        if not found:
+            raise OptionError(
+                f"{self.label()} accepts no layer that the laws know how to draw. If it is for layers of another class, write `covers` and "
+                "`cases` in the class of the laws (and `single_row_cases` if it has factors A and G); else `unsupported` refuses too much."
+            )
+        return found
+
+    def _want_kronecker(self) -> None:
+        if not {"A", "G"} <= set(self.curvature.provides):
+            pytest.skip(
+                f"{self.label()} provides {', '.join(sorted(self.curvature.provides))}, not the Kronecker factors A and G"
+            )
+
+    def _degrees(self, case: Case) -> dict[str, int]:
+        """For each factor, the power of the gradient's scale it goes with; a factor that is zero is left out."""
+        once, twice = self.means(case), self.means(case.times(gradients=2.0))
+        return {
+            name: round(float((twice[name].norm() / once[name].norm()).log2()))
+            for name in once
+            if once[name].any() and twice[name].any()
+        }
+
+
+def averaged(sums: Mapping[str, Statistic]) -> dict[str, Tensor]:
+    """Sum over count of each factor.
+
+    Raises:
+        AssertionError: One has nothing to divide.
+    """
+    for name, each in sums.items():
+        assert each.total is not None, f"factor {name!r} has no sum, though there are examples"
+        assert float(each.count) > 0, (
+            f"factor {name!r} is counted {float(each.count)} times, though there are examples"
+        )
+    return {name: each.total / each.count for name, each in sums.items() if each.total is not None}
+
+
+def same(
+    found: Mapping[str, Tensor], expected: Mapping[str, Tensor], says: str, **tolerance: float
+) -> None:
+    """Assert that two sets of tensors have the same names and are close."""
+    assert set(found) == set(expected), f"{says}: there are {sorted(found)}, not {sorted(expected)}"
+    for name, tensor in expected.items():
+        close(found[name], tensor, f"{name!r}: {says}", **tolerance)
+
+
+def near(found: Tensor, expected: Tensor, says: str, relative: float, *, atol: float = 0.0) -> None:
+    """Assert that they agree within `relative` of the largest number expected, in float64."""
+    largest = float(expected.abs().max()) if expected.numel() else 0.0
+    close(found.double(), expected.double(), says, rtol=0, atol=relative * largest + atol)
+
+
+def present(total: Tensor | None) -> Tensor:
+    """A sum that has to be there."""
+    assert total is not None, "there is no sum, though there are examples"
+    return total

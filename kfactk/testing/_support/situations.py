@@ -1,0 +1,329 @@
+"""What a basis meets: one layer's matrices, decomposed, with moments, a gradient and a damping; drawn, or changed by a law."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import attrs
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kfactk.linalg import kron, mean_diagonal
+from kfactk.samples import LayerCall, Samples
+from kfactk.stages import Decomposition, FactorContext, Tensors
+from kfactk.statistics import local_means
+from kfactk.testing._support.strategies import Case, seeds
+from kfactk.testing._support.truth import module_gradients
+from kfactk.validation import square
+
+NULL, CLEAR = 1e-13, 1e-9
+"""Eigenvalues below the first fraction of the largest are zero; laws on null spaces keep away from those between the two."""
+
+
+@attrs.frozen(eq=False, repr=False)
+class Situation:
+    """One layer as its basis meets it.
+
+    Args:
+        basis: The stage.
+        curvature: What measured the matrices and the samples.
+        case: The layer with one mini-batch.
+        terms: Number M of likelihood terms of the mini-batch.
+        damping: tau.
+        samples: The mini-batch as samples.
+        mean_gradient: The gradient of the mini-batch's summed loss over M, `[..., d_out, d_in]`: moments may be measured on it.
+        gradient: What is to be preconditioned, of the same shape; drawn on its own.
+        matrices: What the curvature assembled from the mini-batch.
+        decomposition: What the basis made of those it requires.
+        moments: What the basis measured, on the samples or on the mean gradient as `moments_from` says; empty before any was.
+    """
+
+    basis: Any
+    curvature: Any
+    case: Case
+    terms: float
+    damping: float
+    samples: Samples
+    mean_gradient: Tensor
+    gradient: Tensor
+    matrices: dict[str, Tensor]
+    decomposition: dict[str, dict[str, Tensor]] = attrs.Factory(dict)
+    moments: dict[str, Tensor] = attrs.Factory(dict)
+
+    @classmethod
+    def of(
+        cls,
+        basis: Any,
+        curvature: Any,
+        case: Case,
+        *,
+        damping: float = 0.1,
+        terms: float | None = None,
+        seed: int = 0,
+    ) -> Situation:
+        """A basis on one mini-batch, whose matrices are those of this batch.
+
+        Args:
+            basis: The stage.
+            curvature: What measures.
+            case: The layer and the mini-batch.
+            damping: tau.
+            terms: M; the number of examples by default.
+            seed: Of the gradient to be preconditioned.
+        """
+        layer, examples = case.layer, float(len(case.gradient))
+        terms = examples if terms is None else terms
+        samples = curvature.samples(
+            layer, [LayerCall(x, g) for x, g in case.calls], terms=terms, first=True
+        )
+        matrices = curvature.assemble(layer, local_means(curvature.factors(layer, samples)))
+        parameters = layer.tensors()
+        loss = sum(((case.module(x) * g).sum() for x, g in case.calls), torch.zeros(()))
+        found = torch.autograd.grad(loss, list(parameters.values()))
+        mean = curvature.matrix(layer, dict(zip(parameters, found, strict=True))) / terms
+        gradient = torch.randn(
+            mean.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        ).to(mean.dtype)
+        return cls(
+            basis, curvature, case, terms, damping, samples, mean, gradient, dict(matrices)
+        ).refreshed()
+
+    def refreshed(self, **changes: Any) -> Situation:
+        """With these changes, decomposed and measured anew."""
+        bare = attrs.evolve(self, **changes)
+        made = {
+            name: self.basis.decompose(name, bare.matrices[name], bare.context)
+            for name in sorted(self.basis.requires)
+        }
+        decomposition = {
+            name: {part: each.contiguous() for part, each in parts.items()}
+            for name, parts in made.items()
+        }  # as it is kept
+        return bare.remeasured(decomposition=decomposition)
+
+    def remeasured(self, **changes: Any) -> Situation:
+        """With these changes, moments measured anew in the same decomposition."""
+        bare = attrs.evolve(self, **changes)
+        return attrs.evolve(bare, moments=bare.measured(bare.decomposition))
+
+    def measured(self, decomposition: Decomposition) -> dict[str, Tensor]:
+        """The moments that the mini-batch has in a decomposition."""
+        source = self.basis.moments_from
+        if source is None:
+            return {}
+        if source == "samples":
+            return local_means(self.basis.moments(decomposition, self.samples))
+        return local_means(
+            self.basis.gradient_moments(decomposition, self.mean_gradient, self.terms)
+        )
+
+    @property
+    def required(self) -> dict[str, Tensor]:
+        """The matrices that the basis requires."""
+        return {name: self.matrices[name] for name in sorted(self.basis.requires)}
+
+    @property
+    def context(self) -> FactorContext:
+        """What the framework tells of the other matrices when it has one decomposed."""
+        return FactorContext(
+            self.damping,
+            {
+                name: mean_diagonal(matrix)
+                for name, matrix in self.matrices.items()
+                if square(matrix)
+            },
+        )
+
+    @property
+    def per_example(self) -> Tensor:
+        """D from torch.func, one example at a time, in float64: `[..., N, d_out, d_in]`."""
+        case = self.case.to(torch.float64)
+        return torch.stack([module_gradients(case.module, x, g) for x, g in case.calls]).sum(0)
+
+    @property
+    def groups(self) -> int | None:
+        """Number of groups; `None` where the layer has none."""
+        return len(self.gradient) if self.gradient.ndim > 2 else None
+
+    def group(self, k: int) -> Situation:
+        """One group on its own, decomposed and measured on its own."""
+        samples = Samples(self.samples.inputs()[k], self.samples.gradients()[k], terms=self.terms)
+        matrices = {name: matrix[k] for name, matrix in self.matrices.items()}
+        return self.refreshed(
+            samples=samples,
+            matrices=matrices,
+            gradient=self.gradient[k],
+            mean_gradient=self.mean_gradient[k],
+        )
+
+    def precondition(self, gradient: Tensor | None = None) -> Tensor:
+        """The preconditioned form of a gradient; by default the situation's."""
+        gradient = self.gradient if gradient is None else gradient
+        found: Tensor = self.basis.precondition(
+            gradient, self.decomposition, self.moments, self.damping
+        )
+        return found
+
+    def product(self, vector: Tensor | None = None) -> Tensor:
+        """F applied to `[..., d_out, d_in]`; by default to the situation's gradient."""
+        vector = self.gradient if vector is None else vector
+        found: Tensor = self.basis.product(vector, self.matrices, self.decomposition, self.moments)
+        return found
+
+    def another(self, seed: int) -> Tensor:
+        """A further gradient of the same shape."""
+        numbers = torch.randn(
+            self.gradient.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+        )
+        return numbers.to(self.gradient.dtype)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(f"{name} {_shape(matrix)}" for name, matrix in self.matrices.items())
+        moments = f"moments {', '.join(self.moments)}" if self.moments else "no moments"
+        return f"Situation({self.case!r}, {self.curvature!r} gives {shown}; {moments}, terms {self.terms:g}, damping {self.damping:g})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))  # what Hypothesis prints
+
+
+def _shape(matrix: Tensor) -> str:
+    shape = "x".join(map(str, matrix.shape))
+    return (
+        f"{shape} of rank {torch.linalg.matrix_rank(matrix.double()).tolist()}"
+        if square(matrix)
+        else shape
+    )
+
+
+@st.composite
+def situations(
+    draw: st.DrawFn,
+    basis: Any,
+    curvature: Any,
+    cases: st.SearchStrategy[Case],
+    *,
+    least: int = 1,
+    zeros: bool = True,
+    bare: bool = False,
+) -> Situation:
+    """Draw a situation.
+
+    Args:
+        draw: Given by Hypothesis.
+        basis: The stage.
+        curvature: What measures.
+        cases: Layers with a mini-batch.
+        least: Fewest examples. By default there are few, so that matrices lack rank, or enough.
+        zeros: Whether inputs or gradients may be all zero.
+        bare: Whether moments may be missing, as before the first measurement.
+    """
+    case, seed = draw(cases), draw(seeds())
+    if least > 1 or draw(st.booleans()):
+        case = enlarged(case, max(least, 6), seed)
+    if zeros and (nothing := draw(st.sampled_from(["", "", "", "", "inputs", "gradients"]))):
+        case = case.times(**{nothing if case.inputs.is_floating_point() else "gradients": 0.0})
+    terms = float(len(case.gradient)) * draw(st.sampled_from([1.0, 3.0]))
+    found = Situation.of(
+        basis, curvature, case, damping=10.0 ** draw(st.integers(-3, 1)), terms=terms, seed=seed
+    )
+    return attrs.evolve(found, moments={}) if bare and draw(st.booleans()) else found
+
+
+def enlarged(case: Case, examples: int, seed: int) -> Case:
+    """The case with that many examples of other numbers; inputs that are not floating, indices, are repeated."""
+    generator = torch.Generator().manual_seed(seed)
+    case = case.rows([n % len(case.gradient) for n in range(examples)])
+    calls = [
+        (_noise(x, generator) if x.is_floating_point() else x, _noise(g, generator))
+        for x, g in case.calls
+    ]
+    return attrs.evolve(
+        case, inputs=calls[0][0], gradient=calls[0][1], further=tuple(calls[1:]), seed=seed
+    )
+
+
+def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+    return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.dtype)
+
+
+def columns(matrix: Tensor) -> Tensor:
+    """`vec`, columns stacked: `[..., d_out, d_in]` to `[..., n]`, in float64."""
+    return matrix.double().transpose(-1, -2).flatten(-2)
+
+
+def dense(apply: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
+    """The matrix `[..., n, n]` of a linear map on matrices shaped like `like`, in float64, column by column; one for each group."""
+    found = []
+    for j in range(like.shape[-1]):
+        for i in range(like.shape[-2]):
+            unit = torch.zeros_like(like)
+            unit[..., i, j] = 1
+            found.append(columns(apply(unit)))
+    return torch.stack(found, -1)
+
+
+def over_taps(channels: Tensor, taps: Tensor | None, d_in: int, bias: float) -> Tensor:
+    """`blockdiag(M kron taps, bias)` of a matrix M of channels, with the side `d_in`; taps are the identity where `None`, and M itself is
+    meant where it has that side."""
+    c = channels.shape[-1]
+    if c == d_in:
+        return channels
+    many = d_in // c if taps is None else taps.shape[-1]
+    out = channels.new_zeros(*channels.shape[:-2], d_in, d_in)
+    eye = torch.eye(many, dtype=channels.dtype).expand(*channels.shape[:-2], many, many)
+    out[..., : c * many, : c * many] = kron(channels, eye if taps is None else taps)
+    if d_in > c * many:
+        out[..., -1, -1] = bias
+    return out
+
+
+def named(decomposition: Mapping[str, Tensors]) -> dict[str, Tensor]:
+    """All tensors of a decomposition, as MATRIX.PART."""
+    return {
+        f"{name}.{part}": tensor
+        for name, parts in decomposition.items()
+        for part, tensor in parts.items()
+    }
+
+
+def orthogonal(like: Tensor, seed: int) -> Tensor:
+    """A random orthogonal matrix for each of `[..., n, n]`."""
+    numbers = torch.randn(
+        like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
+    )
+    rotation: Tensor = torch.linalg.qr(numbers).Q.to(like.dtype)
+    return rotation
+
+
+def separated(matrix: Tensor, *, null: bool) -> bool:
+    """Whether eigenvalues are so far apart that the eigenvectors are determined; those of a null space aside where `null`."""
+    for block in matrix.reshape(-1, *matrix.shape[-2:]):
+        values = torch.linalg.eigvalsh(block)
+        largest = max(float(values[-1]), 0.0)
+        kept = values[values > NULL * largest] if null else values
+        if bool((kept < CLEAR * largest).any()) or bool((kept.diff() < 1e-3 * largest).any()):
+            return False
+        if not null and largest == 0 and len(values) > 1:
+            return False
+    return True
+
+
+def turn_within_null(matrix: Tensor, seed: int) -> Tensor:
+    """An orthogonal R of each `[..., n, n]` with `R M R^T = M`: random within the null space of M, the identity on what is orthogonal."""
+    blocks = []
+    for k, block in enumerate(matrix.reshape(-1, *matrix.shape[-2:])):
+        values, vectors = torch.linalg.eigh(block)
+        null = vectors[:, values <= NULL * values[-1].clamp(min=0)]
+        turn = orthogonal(null.T @ null, seed + k)
+        blocks.append(
+            torch.eye(len(block), dtype=block.dtype) - null @ null.T + null @ turn @ null.T
+        )
+    return torch.stack(blocks).reshape(matrix.shape)
+
+
+def null_dimension(matrix: Tensor) -> int:
+    """Dimension of the largest null space among `[..., n, n]`."""
+    values = torch.linalg.eigvalsh(matrix)
+    return int((values <= NULL * values[..., -1:].clamp(min=0)).sum(-1).max())

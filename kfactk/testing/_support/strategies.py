@@ -1,0 +1,453 @@
+"""Hypothesis strategies of the laws: random layers with an input and an output gradient, in float64; and modules to be refused."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import attrs
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+
+from kfactk.stages import Layer
+
+ShapesOf = Callable[[Any], st.SearchStrategy[tuple[int, ...]]]
+"""From a module, strategies for the shape of its input."""
+Fill = Callable[[Any, tuple[int, ...], torch.Generator], Tensor]
+"""From a module, a shape and a generator, the input."""
+CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+LAZY: dict[type[nn.Module], Any] = {
+    nn.Linear: nn.LazyLinear,
+    nn.Conv1d: nn.LazyConv1d,
+    nn.Conv2d: nn.LazyConv2d,
+    nn.Conv3d: nn.LazyConv3d,
+}
+MODES = ("zeros", "circular", "reflect", "replicate")
+
+
+@attrs.frozen(eq=False, repr=False)
+class Case:
+    """A layer, what it was called with, and the gradient of a summed loss with respect to its output; examples in dim 0.
+
+    Args:
+        module: The layer.
+        inputs: Its input.
+        gradient: The gradient, of its output's shape.
+        further: Input and gradient of each further use of the layer in the same forward, as many examples each.
+        seed: What the numbers were drawn from; for its repr.
+    """
+
+    module: Any
+    inputs: Tensor
+    gradient: Tensor
+    further: tuple[tuple[Tensor, Tensor], ...] = ()
+    seed: int | None = None
+
+    def __repr__(self) -> str:
+        uses = ", ".join(f"{list(x.shape)} -> {list(g.shape)}" for x, g in self.calls)
+        frozen = [
+            name
+            for name, parameter in self.module.named_parameters()
+            if not parameter.requires_grad
+        ]
+        more = [f"{' and '.join(frozen)} frozen"] if frozen else []
+        return f"Case({', '.join([str(self.module), f'called {uses}', str(self.gradient.dtype), *more, f'seed {self.seed}'])})"
+
+    def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
+        printer.text(repr(self))  # what Hypothesis prints: tensors would say less in more lines
+
+    @property
+    def bias(self) -> bool:
+        """Whether the layer has a bias."""
+        return getattr(self.module, "bias", None) is not None
+
+    @property
+    def layer(self) -> Layer:
+        """The layer as stages get it; a frozen bias is none of its parameters."""
+        names = [
+            name
+            for name, parameter in self.module.named_parameters(recurse=False)
+            if parameter.requires_grad
+        ]
+        return Layer("layer", self.module, tuple(names))
+
+    @property
+    def calls(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Input and gradient of each use."""
+        return ((self.inputs, self.gradient), *self.further)
+
+    def rows(self, examples: Sequence[int]) -> Case:
+        """The case with these examples, in this order."""
+        index = torch.tensor(examples, dtype=torch.long)
+        return self._each(lambda inputs, gradient: (inputs[index], gradient[index]))
+
+    def to(self, dtype: torch.dtype) -> Case:
+        """The case in another precision, the layer's parameters too; integer inputs stay."""
+        moved = self._each(
+            lambda inputs, gradient: (
+                inputs.to(dtype) if inputs.is_floating_point() else inputs,
+                gradient.to(dtype),
+            )
+        )
+        return attrs.evolve(moved, module=copy.deepcopy(self.module).to(dtype))
+
+    def times(self, *, inputs: float = 1.0, gradients: float = 1.0) -> Case:
+        """The case with the inputs, or the gradients, multiplied by a number."""
+        return self._each(lambda x, g: (x if inputs == 1.0 else x * inputs, g * gradients))
+
+    def _each(self, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Case:
+        (inputs, gradient), *further = [change(*call) for call in self.calls]
+        return Case(self.module, inputs, gradient, tuple(further), self.seed)
+
+
+def seeds() -> st.SearchStrategy[int]:
+    """Seeds of generators."""
+    return st.integers(0, 2**16)
+
+
+def normal(module: Any, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Normal numbers."""
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def dtypes() -> st.SearchStrategy[torch.dtype]:
+    """Precisions of a layer and its data."""
+    return st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
+
+
+def binary_exponents() -> st.SearchStrategy[int]:
+    """Exponents of factors that change no digits: powers of two between 1e-20 and 1e20."""
+    return st.sampled_from([1, -1, 20, -20, 66, -66])
+
+
+def decimal_exponents() -> st.SearchStrategy[int]:
+    """Exponents of ten from -20 to 20, float32's limits for a square among them."""
+    return st.sampled_from([0, 4, -4, 10, -10, 17, 18, -18, 20, -20])
+
+
+@st.composite
+def case_of(
+    draw: st.DrawFn,
+    modules: st.SearchStrategy[Any],
+    inputs_of: ShapesOf,
+    *,
+    uses: int = 1,
+    freeze: bool = False,
+    fill: Fill = normal,
+) -> Case:
+    """Fill a drawn module's parameters, inputs and gradient with seeded normal numbers.
+
+    Args:
+        draw: Given by Hypothesis.
+        modules: The module.
+        inputs_of: The shape of its input, examples first.
+        uses: Most uses of the module in one forward; further ones have shapes of their own.
+        freeze: Whether the bias may be frozen.
+        fill: What the inputs hold.
+    """
+    module = draw(modules).double()
+    shapes = [draw(inputs_of(module)) for _ in range(draw(st.integers(1, uses)) if uses > 1 else 1)]
+    if freeze and getattr(module, "bias", None) is not None:
+        module.bias.requires_grad_(not draw(st.booleans()))
+    seed = draw(seeds())
+    generator = torch.Generator().manual_seed(seed)
+    calls = []
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+        for shape in shapes:
+            inputs = fill(module, (shapes[0][0], *shape[1:]), generator)
+            calls.append(
+                (
+                    inputs,
+                    torch.randn(module(inputs).shape, generator=generator, dtype=torch.float64),
+                )
+            )
+    return Case(module, *calls[0], tuple(calls[1:]), seed)
+
+
+def linear_cases(
+    max_rank: int = 4, *, uses: int = 1, freeze: bool = False
+) -> st.SearchStrategy[Case]:
+    """`nn.Linear` with batched inputs of rank 2 to `max_rank`; see `case_of`."""
+    modules = st.builds(nn.Linear, st.integers(1, 4), st.integers(1, 4), bias=st.booleans())
+    extras = st.lists(st.integers(1, 3), max_size=max_rank - 2)
+    shapes: ShapesOf = lambda m: st.builds(
+        lambda n, extra: (n, *extra, m.in_features), st.integers(1, 4), extras
+    )  # noqa: E731
+    return case_of(modules, shapes, uses=uses, freeze=freeze)
+
+
+@st.composite
+def convolutions(draw: st.DrawFn, dimensions: Sequence[int] = (1, 2, 3)) -> Any:
+    """A convolution of 1 to 3 dimensions with any geometry torch accepts."""
+    dims = draw(st.sampled_from(dimensions))
+    largest = {1: 4, 2: 3, 3: 2}[dims]
+
+    def each(low: int, high: int) -> tuple[int, ...]:
+        return tuple(draw(st.integers(low, high)) for _ in range(dims))
+
+    kernel, dilation = each(1, largest), each(1, 2)
+    mode = draw(st.sampled_from(MODES))
+    padding = draw(st.sampled_from(["same", "valid"]) | st.just(each(0, 2)))
+    stride = (1,) * dims if padding == "same" else each(1, 3)
+    groups = draw(st.integers(1, 3))
+    return CONV[dims](
+        groups * draw(st.integers(1, 2)),
+        groups
+        * draw(
+            st.integers(1, 3)
+        ),  # eigenvectors of 2 x 2 matrices are symmetric, and hide a transposition
+        kernel,
+        stride=stride,
+        padding=padding,
+        dilation=dilation,
+        groups=groups,
+        bias=draw(st.booleans()),
+        padding_mode=mode,
+    )
+
+
+@st.composite
+def _conv_shape(draw: st.DrawFn, module: Any) -> tuple[int, ...]:
+    """A small input shape that the module accepts: patches fit, and reflect and circular padding have what they copy."""
+    sizes = []
+    for i, kernel in enumerate(module.kernel_size):
+        span = module.dilation[i] * (kernel - 1) + 1
+        before, after = module._reversed_padding_repeated_twice[-2 * i - 2 :][:2]
+        least = max(1, span - before - after)
+        if module.padding_mode == "circular":
+            least = max(least, before, after)
+        if module.padding_mode == "reflect":
+            least = max(least, before + 1, after + 1)
+        sizes.append(least + draw(st.integers(0, 2)))
+    return draw(st.integers(1, 3)), module.in_channels, *sizes
+
+
+def conv_cases(
+    dimensions: Sequence[int] = (1, 2, 3), *, uses: int = 1, freeze: bool = False
+) -> st.SearchStrategy[Case]:
+    """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`: strides, dilations, paddings, padding modes, groups, depthwise, with and without bias."""
+    return case_of(convolutions(dimensions), _conv_shape, uses=uses, freeze=freeze)
+
+
+def norm_cases(*, uses: int = 1, freeze: bool = False) -> st.SearchStrategy[Case]:
+    """`nn.LayerNorm` over the last dimension, inputs of rank 2 and 3."""
+    modules = st.builds(nn.LayerNorm, st.integers(2, 4), bias=st.booleans())
+    extras = st.lists(st.integers(1, 3), max_size=1)
+    return case_of(
+        modules,
+        lambda m: st.builds(
+            lambda n, extra: (n, *extra, *m.normalized_shape), st.integers(1, 3), extras
+        ),
+        uses=uses,
+        freeze=freeze,
+    )
+
+
+def embedding_cases(*, uses: int = 1) -> st.SearchStrategy[Case]:
+    """`nn.Embedding`, inputs of rank 1 and 2."""
+
+    def fill(module: Any, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+        return torch.randint(module.num_embeddings, shape, generator=generator)
+
+    modules = st.builds(nn.Embedding, st.integers(1, 4), st.integers(1, 3))
+    return case_of(
+        modules,
+        lambda m: st.lists(st.integers(1, 3), min_size=1, max_size=2).map(tuple),
+        uses=uses,
+        fill=fill,
+    )
+
+
+def layer_cases(*, uses: int = 1, freeze: bool = False) -> st.SearchStrategy[Case]:
+    """Linear layers and convolutions; see `case_of`."""
+    return linear_cases(uses=uses, freeze=freeze) | conv_cases(uses=uses, freeze=freeze)
+
+
+def single_row_cases() -> st.SearchStrategy[Case]:
+    """Layers seen with T = 1: linear ones on `[N, d]`, convolutions whose kernel covers the input."""
+    return linear_cases(max_rank=2) | covering_conv_cases(2)
+
+
+def covering_conv_cases(dims: int) -> st.SearchStrategy[Case]:
+    """Convolutions of `dims` dimensions whose kernel covers the input."""
+    modules = st.builds(
+        lambda groups, channels, outputs, kernel, bias: CONV[dims](
+            groups * channels, groups * outputs, kernel, groups=groups, bias=bias
+        ),
+        st.integers(1, 2),
+        st.integers(1, 2),
+        st.integers(1, 2),
+        st.tuples(*(st.integers(1, 2) for _ in range(dims))),
+        st.booleans(),
+    )
+    return case_of(
+        modules, lambda m: st.integers(1, 3).map(lambda n: (n, m.in_channels, *m.kernel_size))
+    )
+
+
+@attrs.frozen(eq=False)
+class Kind:
+    """One kind of layer.
+
+    Args:
+        probes: Small modules of the kind, to ask a stage whether it takes any.
+        cases: All configurations, up to three uses in one forward, the bias frozen or not.
+        single_row: Cases with one use and T = 1; `None` where the layer has no rows that its weight multiplies.
+    """
+
+    probes: tuple[nn.Module, ...]
+    cases: st.SearchStrategy[Case]
+    single_row: st.SearchStrategy[Case] | None = None
+
+
+def kinds() -> list[Kind]:
+    """The kinds of layers that the laws of curvatures can draw."""
+    both = (True, False)
+    return [
+        Kind(
+            tuple(nn.Linear(2, 3, bias=bias) for bias in both),
+            linear_cases(uses=3, freeze=True),
+            linear_cases(max_rank=2),
+        ),
+        *(
+            Kind(
+                tuple(conv(2, 2, 1, bias=bias) for bias in both),
+                conv_cases((dims,), uses=2, freeze=True),
+                covering_conv_cases(dims),
+            )
+            for dims, conv in CONV.items()
+        ),
+        Kind(tuple(nn.LayerNorm(2, bias=bias) for bias in both), norm_cases(uses=2, freeze=True)),
+        Kind((nn.Embedding(3, 2),), embedding_cases(uses=2)),
+    ]
+
+
+def foreign_modules() -> Iterator[nn.Module]:
+    """Modules of many classes, which few curvatures can treat."""
+    yield from (
+        nn.Linear(2, 2),
+        nn.Conv1d(2, 2, 1),
+        nn.Conv2d(2, 2, 1),
+        nn.Conv3d(2, 2, 1),
+        nn.Bilinear(2, 2, 2),
+    )
+    yield from (
+        nn.ConvTranspose1d(2, 2, 1),
+        nn.ConvTranspose2d(2, 2, 1),
+        nn.LazyConvTranspose2d(2, 1),
+        nn.LazyBatchNorm2d(),
+    )
+    yield from (
+        nn.BatchNorm1d(2),
+        nn.BatchNorm2d(2),
+        nn.BatchNorm2d(2, affine=False),
+        nn.GroupNorm(1, 2),
+        nn.LayerNorm(2),
+        nn.RMSNorm(2),
+    )
+    yield from (
+        nn.Embedding(3, 2),
+        nn.EmbeddingBag(3, 2),
+        nn.MultiheadAttention(2, 1),
+        nn.LSTM(2, 2),
+        nn.GRUCell(2, 2),
+        nn.PReLU(),
+    )
+    yield from (
+        nn.ReLU(),
+        nn.Identity(),
+        nn.Sequential(nn.Linear(2, 2)),
+        nn.ModuleList(),
+        nn.ParameterList([torch.ones(2)]),
+    )
+
+
+def tampered(plain: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """What no curvature that takes `plain` can treat exactly, each with its description: the layer does not compute what its class says,
+    or what is trained is not its weight."""
+    cls = type(plain)
+
+    def changed(change: Callable[[Any], object]) -> nn.Module:
+        module = copy.deepcopy(plain)
+        change(module)
+        return module
+
+    def subclass(module: Any) -> None:
+        module.__class__ = type(
+            f"Doubled{cls.__name__}",
+            (cls,),
+            {"forward": lambda self, *args: 2 * cls.forward(self, *args)},
+        )
+
+    def as_buffer(module: Any) -> None:
+        weight = module.weight.detach()
+        del module.weight
+        module.register_buffer("weight", weight)
+
+    def as_complex(module: Any) -> None:
+        module.weight = nn.Parameter(module.weight.detach().to(torch.complex64))
+
+    def prune_half(module: Any, name: str) -> None:
+        prune.l1_unstructured(module, name, 0.5)  # type: ignore[no-untyped-call]
+
+    yield f"a subclass of {cls.__name__} with a forward of its own", changed(subclass)
+    yield (
+        f"{cls.__name__} with another forward set on the instance",
+        changed(lambda m: setattr(m, "forward", torch.tanh)),
+    )
+    yield f"{cls.__name__} whose weight is a buffer", changed(as_buffer)
+    yield f"{cls.__name__} with complex weights", changed(as_complex)
+    for name, _ in plain.named_parameters(recurse=False):
+        parametrized = functools.partial(
+            parametrize.register_parametrization, tensor_name=name, parametrization=nn.Tanh()
+        )
+        yield f"{cls.__name__} whose {name} is parametrized", changed(parametrized)
+        yield (
+            f"{cls.__name__} whose {name} is pruned",
+            changed(functools.partial(prune_half, name=name)),
+        )
+    if cls is nn.Linear:
+        yield (
+            "the output projection of nn.MultiheadAttention, which is never called",
+            nn.MultiheadAttention(2, 1).out_proj,
+        )
+    if cls in LAZY:
+        yield (
+            f"{LAZY[cls].__name__} before its first forward",
+            LAZY[cls](2) if cls is nn.Linear else LAZY[cls](2, 1),
+        )
+
+
+@attrs.frozen(eq=False)
+class Terms:
+    """The parameters of likelihood terms, `[N, S, C]`, and the weight of each, `[N, S]`; `None` where all are 1."""
+
+    rows: Tensor
+    weights: Tensor | None
+
+
+@st.composite
+def terms(
+    draw: st.DrawFn,
+    widths: Sequence[int] = (2, 3, 4),
+    scales: Sequence[float] = (1.0, 0.0, 4.0),
+    weights: Sequence[float] = (),
+) -> Terms:
+    """A few examples of a few terms, normal numbers times a scale; each term has one of `weights`, if there are any."""
+    n, s, c = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from(widths))
+    generator = torch.Generator().manual_seed(draw(seeds()))
+    rows = draw(st.sampled_from(scales)) * torch.randn(
+        n, s, c, generator=generator, dtype=torch.float64
+    )
+    if not weights:
+        return Terms(rows, None)
+    given = draw(st.none() | st.lists(st.sampled_from(weights), min_size=n * s, max_size=n * s))
+    return Terms(
+        rows, None if given is None else torch.tensor(given, dtype=torch.float64).reshape(n, s)
+    )

@@ -1,0 +1,123 @@
+"""Problems that update rules are compared on: groups of small parameters, gradients of a moving quadratic, and the steps taken."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16)
+Groups = list[dict[str, Any]]
+Make = Callable[..., torch.optim.Optimizer]
+
+
+@attrs.frozen
+class Group:
+    """One parameter group of a drawn problem.
+
+    Args:
+        shapes: Of its parameters.
+        options: Its own `lr` and `weight_decay`, where it has them.
+    """
+
+    shapes: tuple[tuple[int, ...], ...]
+    options: Mapping[str, float]
+
+
+@attrs.frozen
+class Problem:
+    """Parameters to train, and on what: gradients of a moving quadratic.
+
+    Args:
+        groups: The parameter groups.
+        lr: Learning rate of groups without their own.
+        weight_decay: Weight decay of groups without their own.
+        drops: What every learning rate is multiplied by before each step; as many as there are steps.
+        dtype: Of the parameters.
+        seed: Of their values.
+    """
+
+    groups: tuple[Group, ...]
+    lr: float
+    weight_decay: float
+    drops: tuple[float, ...]
+    dtype: torch.dtype
+    seed: int
+
+    def start(self) -> Groups:
+        """New groups with new parameters, the same every time."""
+        generator = torch.Generator().manual_seed(self.seed)
+
+        def parameter(shape: tuple[int, ...]) -> nn.Parameter:
+            return nn.Parameter(
+                (torch.randn(shape, generator=generator, dtype=torch.float64) + 0.1).to(self.dtype)
+            )
+
+        return [
+            {"params": [parameter(shape) for shape in group.shapes], **group.options}
+            for group in self.groups
+        ]
+
+    def made(self, make: Make, groups: Groups) -> torch.optim.Optimizer:
+        """The optimizer over such groups."""
+        return make(groups, lr=self.lr, weight_decay=self.weight_decay)
+
+    def without_decay(self) -> Problem:
+        """The same without any weight decay."""
+        groups = (
+            attrs.evolve(
+                group, options={k: v for k, v in group.options.items() if k != "weight_decay"}
+            )
+            for group in self.groups
+        )
+        return attrs.evolve(self, groups=tuple(groups), weight_decay=0.0)
+
+
+@st.composite
+def problems(draw: st.DrawFn, dtypes: Sequence[torch.dtype] = DTYPES) -> Problem:
+    """Up to three groups of small parameters, scalars among them, over a few steps with changing learning rates."""
+    rates, decays = st.sampled_from([0.001, 0.02, 0.1]), st.sampled_from([0.0, 0.01, 0.2])
+    shapes = st.lists(st.sampled_from([(), (1,), (3,), (2, 3)]), min_size=1, max_size=2).map(tuple)
+    options = st.fixed_dictionaries({}, optional={"lr": rates, "weight_decay": decays})
+    return Problem(
+        tuple(draw(st.lists(st.builds(Group, shapes, options), min_size=1, max_size=3))),
+        draw(rates),
+        draw(decays),
+        tuple(draw(st.lists(st.sampled_from([1.0, 1.0, 0.1, 2.0]), min_size=2, max_size=8))),
+        draw(st.sampled_from(dtypes)),
+        draw(st.integers(0, 2**16)),
+    )
+
+
+def gradient(parameter: Tensor, step: int) -> Tensor:
+    """Of a quadratic whose curvature grows along the entries and whose minimum moves with the step."""
+    curvature = torch.linspace(0.5, 3.0, max(1, parameter.numel()), dtype=torch.float64).reshape(
+        parameter.shape
+    )
+    return (curvature * parameter.detach().double() + torch.sin(torch.tensor(float(step)))).to(
+        parameter.dtype
+    )
+
+
+def walk(
+    optimizer: torch.optim.Optimizer, drops: Sequence[float], first: int = 0
+) -> list[list[Tensor]]:
+    """Take a step for each of `drops`, by which the learning rates are multiplied before it; the parameters after each step."""
+    history = []
+    for step, drop in enumerate(drops, first):
+        for group in optimizer.param_groups:
+            group["lr"] = group["lr"] * drop
+            for parameter in group["params"]:
+                parameter.grad = gradient(parameter, step)
+        optimizer.step()
+        history.append(values(optimizer.param_groups))
+    return history
+
+
+def values(groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
+    """Copies of the parameters."""
+    return [parameter.detach().clone() for group in groups for parameter in group["params"]]

@@ -1,0 +1,228 @@
+"""Messages and bytes: by hand for small cases, equal to the closed form for grids, and equal to what ranks really send."""
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+from torch import nn
+from torch.nn import functional as F
+
+import kfactk
+from kfactk.assignment import Assignment, Share, Work, Workload, grid
+from kfactk.costmodel.communication import (
+    BUCKET,
+    Frequency,
+    Message,
+    Sizes,
+    bytes_a_step,
+    due_share,
+    least_bytes,
+    messages,
+)
+from kfactk.costmodel.counting import workload_of
+from kfactk.costmodel.hardware import H100
+from kfactk.testing._support.ranks import shared_workers
+from tests.kfactk.workloads import workloads
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+FC = Work("fc", {"A": (3, 3), "G": (2, 2)}, (2, 3))
+SHAPES = st.sampled_from([(1, 1), (2, 1), (2, 2), (3, 1), (4, 1), (4, 2), (4, 4), (6, 2), (6, 3)])
+
+
+def sizes(workload: Workload) -> dict[str, Sizes]:
+    return {work.layer: Sizes.of(work, sampled=workload.sampled) for work in workload.works}
+
+
+def found(workload: Workload, assignment: Assignment, ranks: int) -> list[Message]:
+    return messages(workload, sizes(workload), assignment, ranks, workload.itemsize)
+
+
+def test_sizes_are_triangles_eigenbases_and_diagonals() -> None:
+    assert Sizes.of(FC, sampled=False) == Sizes({"A": 6, "G": 3}, {"A": 9, "G": 4}, 0)
+    grouped = Work("conv", {"A": (5, 3, 3), "G": (5, 2, 2), "d": (7,)}, (5, 2, 3), together=True)
+    assert Sizes.of(grouped, sampled=True) == Sizes(
+        {"": 5 * 6 + 5 * 3 + 7}, {"A": 5 * 12, "G": 5 * 6, "d": 7}, 30
+    )
+
+
+@given(st.lists(st.integers(1, 8), min_size=1, max_size=3))
+def test_the_share_of_due_steps_is_what_counting_gives(periods: list[int]) -> None:
+    cycle = math.prod(periods)
+    assert math.isclose(
+        due_share(*periods),
+        sum(any(step % p == 0 for p in periods) for step in range(cycle)) / cycle,
+    )
+
+
+def test_frequencies_are_those_of_the_schedule() -> None:
+    """Steps 0 to 11: factors at 0 2 4 6 8 10, scale at 0 3 6 9, basis at 0 4 8; its scale is measured with it."""
+    often = Frequency.of(Workload((), factor_every=2, scale_every=3, basis_every=4))
+    assert often == Frequency(6 / 12, 6 / 12, 3 / 12, 3 / 12, 8 / 12)
+    assert Frequency.of(Workload((), 2, 3, 4, sampled=False)) == Frequency(
+        1 / 2, 0.0, 1 / 4, 0.0, 1 / 2
+    )
+
+
+def test_messages_of_a_layer_that_one_rank_owns() -> None:
+    """6 + 3 numbers of sums to rank 1, its 12 + 6 of eigenvectors and eigenvalues through all, moments and gradients of 6."""
+    everyone = (0, 1, 2)
+    owned = Assignment("own", {"fc": Share({"A": (1,), "G": (1,)}, (1,))})
+    assert sorted(map(str, found(Workload((FC,)), owned, 3))) == sorted(
+        map(
+            str,
+            [
+                Message("sums", "factors", "reduce", everyone, 36.0, 1),
+                Message("decompositions", "basis", "broadcast", everyone, 72.0, 1),
+                Message("moments", "scale", "reduce", everyone, 24.0, 1),
+                Message("decompositions", "scale_alone", "broadcast", everyone, 72.0, 1),
+                Message("gradients", "", "broadcast", everyone, 24.0, 1),
+            ],
+        )
+    )
+
+
+def test_messages_of_a_layer_that_two_of_four_hold() -> None:
+    """Without moments: decompositions go from their decomposers to the other holder, gradients from each holder to its half."""
+    held = Assignment("rows", {"fc": Share({"A": (2,), "G": (3,)}, (2, 3))})
+    assert {str(message) for message in found(Workload((FC,), sampled=False), held, 4)} == {
+        str(Message("sums", "factors", "reduce", (0, 1, 2, 3), 24.0, 2)),
+        str(Message("sums", "factors", "reduce", (0, 1, 2, 3), 12.0, 3)),
+        str(Message("decompositions", "basis", "broadcast", (2, 3), 36.0, 2)),
+        str(Message("decompositions", "basis", "broadcast", (2, 3), 16.0, 3)),
+        str(Message("gradients", "", "broadcast", (0, 2), 24.0, 2)),
+        str(Message("gradients", "", "broadcast", (1, 3), 24.0, 3)),
+    }
+
+
+@given(workloads(), SHAPES)
+def test_grids_move_the_least_there_is(workload: Workload, shape: tuple[int, int]) -> None:
+    ranks, width = shape
+    moved = bytes_a_step(found(workload, grid(workload, ranks, width, "grid"), ranks), workload)
+    assert moved == pytest.approx(least_bytes(workload, ranks, width), abs=1e-6)
+
+
+@given(workloads(), st.integers(1, 6))
+def test_where_everybody_does_everything_only_sums_are_moved(
+    workload: Workload, ranks: int
+) -> None:
+    moved = bytes_a_step(
+        found(workload, grid(workload, ranks, ranks, "all", everyone=True), ranks), workload
+    )
+    assert moved["gradients"] == moved["decompositions"] == 0
+    assert moved == pytest.approx(least_bytes(workload, ranks, ranks, ranks))
+
+
+@given(workloads(), SHAPES)
+def test_bytes_grow_with_ranks_and_with_sizes(workload: Workload, shape: tuple[int, int]) -> None:
+    ranks, width = shape
+    less, more = (sum(least_bytes(workload, n, min(n, width)).values()) for n in (ranks, ranks + 1))
+    assert less <= more
+    assert 2 * less == pytest.approx(sum(least_bytes(workload, ranks, width, itemsize=8).values()))
+
+
+def test_seconds_of_messages() -> None:
+    """x / bandwidth along a pipeline, 2 (g-1)/g of it in a ring; a tree's depth of latencies, for each bucket; the slowest network; and
+    ten launches and four times its bytes in memory for packing."""
+    near, far = H100.near, H100.far
+
+    def packing(size: float, buckets: int = 1) -> float:
+        return 4 * size / H100.bandwidth + buckets * 10 * H100.launch
+
+    one = Message("sums", "", "broadcast", (0, 1, 2), 1e6).seconds(H100)
+    assert one == pytest.approx(packing(1e6) + 1e6 / near.bandwidth + 2 * near.latency)
+    ring = Message("sums", "", "all-reduce", tuple(range(16)), 1e6).seconds(H100)
+    assert ring == pytest.approx(packing(1e6) + 2 * 15 / 16 * 1e6 / far.bandwidth + 8 * far.latency)
+    three = Message("sums", "", "reduce", (7, 8), 2.5 * BUCKET).seconds(H100)
+    assert three == pytest.approx(
+        packing(2.5 * BUCKET, 3) + 2.5 * BUCKET / far.bandwidth + 3 * far.latency
+    )
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(2, 3, 3), nn.Linear(12, 5)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.fc(F.relu(self.conv(images)).flatten(1))
+
+
+class Lasting(dict[str, float]):
+    """A record of bytes that the end of a step does not clear."""
+
+    def clear(self) -> None:
+        pass
+
+
+def moved_by(
+    rank: int, placement: Any, basis: str, wire: str | None
+) -> tuple[dict[str, float], Assignment]:
+    """Bytes that this rank counts over one cycle of the periods after the first step, with what it counts in agreements left out."""
+    torch.manual_seed(0)
+    model = Net()
+    recipe = kfactk.build(
+        basis=basis,
+        placement=placement | {"wire_dtype": wire},
+        factor_every=2,
+        scale_every=3,
+        basis_every=6,
+    )
+    optimizer = recipe.bind(model)
+    totals: dict[str, float] = {}
+    moved = optimizer._preconditioner.ranks.moved = Lasting()
+    for step in range(7):
+        before = dict(moved)
+        optimizer.zero_grad()
+        F.cross_entropy(model(torch.randn(4, 2, 4, 4)), torch.arange(4)).backward()
+        optimizer.step()
+        if step:
+            totals = {
+                kind: totals.get(kind, 0.0) + moved[kind] - before.get(kind, 0.0)
+                for kind in moved
+                if kind != "agreements"
+            }
+    return totals, optimizer.placement
+
+
+@pytest.mark.parametrize("basis", ["kfac", "ekfac"])
+@pytest.mark.parametrize(
+    "placement",
+    [
+        {"name": "replicated"},
+        {"name": "comm_opt"},
+        {"name": "hybrid", "fraction": 0.5},
+        {"name": "mem_opt"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("ranks", "wire"), [(2, None), (4, "bfloat16")])
+def test_ranks_send_what_the_model_says(
+    ranks: int, wire: str | None, placement: dict[str, Any], basis: str
+) -> None:
+    """To the byte, besides a flag for each layer and step with which a holder tells whether it had a gradient."""
+    answers = shared_workers().run(ranks, moved_by, placement, basis, wire)
+    measured = sum(sum(totals.values()) for totals, _ in answers)
+    recipe = kfactk.build(basis=basis, factor_every=2, scale_every=3, basis_every=6)
+    workload, assignment = workload_of(Net(), recipe), answers[0][1]
+    itemsize = 2 if wire else 4
+    said = messages(workload, sizes(workload), assignment, ranks, itemsize)
+    flags = (
+        6 * sum(len(m.members) - 1 for m in _one_a_layer(workload, assignment, ranks)) * itemsize
+    )
+    assert measured == pytest.approx(
+        6 * sum(bytes_a_step(said, workload).values()) + flags, abs=1e-6
+    )
+
+
+def _one_a_layer(workload: Workload, assignment: Assignment, ranks: int) -> list[Message]:
+    """Gradients' messages, for each layer by itself."""
+    out = []
+    for work in workload.works:
+        alone = Workload((work,), sampled=False)
+        out += [
+            m for m in messages(alone, sizes(alone), assignment, ranks, 1) if m.kind == "gradients"
+        ]
+    return out

@@ -1,0 +1,166 @@
+"""Ranks that were given different recipes, or share curvature with more ranks than they share gradients with, are told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
+from torch.nn.parallel import DistributedDataParallel
+
+import kfactk
+from kfactk.testing._support.ranks import Workers, shared_workers
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+DIFFERENT: list[tuple[str, Any, Any]] = [
+    ("basis_every", 10, 20),
+    ("factor_every", 5, 10),
+    ("basis", "kfac", "ekfac"),
+    ("basis", {"name": "ekfac", "scale": "running"}, "ekfac"),
+    ("damping", 0.1, 0.01),
+    ("factor_decay", 0.9, 0.95),
+    ("update", "sgd", "adam"),
+    ("lr", 0.1, 0.2),
+    ("exclude", ["0"], []),
+    ("placement", "mem_opt", "comm_opt"),
+    ("placement", {"name": "mem_opt", "wire_dtype": "bfloat16"}, "mem_opt"),
+]
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
+
+
+def told(rank: int, field: str, one: Any, other: Any) -> str:
+    try:
+        kfactk.build(**{field: other if rank == 1 else one}).bind(net())
+    except kfactk.KfactkError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+@pytest.mark.parametrize(("field", "one", "other"), DIFFERENT)
+def test_different_recipes_are_told_on_every_rank(field: str, one: Any, other: Any) -> None:
+    found = shared_workers().run(3, told, field, one, other)
+    assert len(set(found)) == 1
+    name = "wire_dtype" if isinstance(one, dict) and "wire_dtype" in one else field
+    assert found[0].startswith(f"OptionError: ranks were given different recipes: {name} is ")
+    assert "on rank 0 and" in found[0]
+    assert "on rank 1. Build the same recipe" in found[0]
+
+
+def own_things(rank: int) -> str:
+    """What may differ, and what cannot be compared."""
+    recipe = kfactk.build(
+        damping=lambda step: 0.1,
+        output=(lambda out: out) if rank else None,
+        tracker=None,
+        placement={"name": "mem_opt", "process_group": dist.new_group([0, 1])},
+    )
+    return recipe.bind(net()).placement.strategy
+
+
+def test_what_is_a_ranks_own_may_differ() -> None:
+    assert shared_workers().run(2, own_things) == ["mem_opt", "mem_opt"]
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[Workers]:
+    """Processes of their own: torch keeps what it knows of a mesh, and takes one over the same ranks in a later job for it."""
+    with Workers() as found:
+        yield found
+
+
+def pairs(rank: int, wrapper: str, when: str, named: bool) -> str:
+    """Two models on four ranks, each wrapped for two."""
+    groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    mine, model = groups[rank // 2], net()
+    recipe = kfactk.build(
+        placement={"name": "replicated", "process_group": mine} if named else "replicated"
+    )
+    optimizer = recipe.bind(model) if when == "before" else None
+    called = model
+    if wrapper == "ddp":
+        called = DistributedDataParallel(model, process_group=mine)
+    else:
+        fully_shard(model, mesh=DeviceMesh.from_group(mine, "cpu"))
+    try:
+        optimizer = optimizer or recipe.bind(called)
+        F.cross_entropy(called(torch.randn(4, 3)), torch.randint(2, (4,))).backward()
+        optimizer.step()
+    except kfactk.CombinationError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(
+    ("wrapper", "name"), [("ddp", "DistributedDataParallel"), ("sharded", "fully_shard")]
+)
+def test_a_forgotten_group_is_told(workers: Workers, wrapper: str, name: str, when: str) -> None:
+    found = workers.run(4, pairs, wrapper, when, False)
+    assert [text.partition(" of 4 train this model together")[0] for text in found] == [
+        f"{name} has ranks 0, 1",
+        f"{name} has ranks 0, 1",
+        f"{name} has ranks 2, 3",
+        f"{name} has ranks 2, 3",
+    ]
+    assert all("placement={'name': ..., 'process_group': group}" in text for text in found)
+
+
+@pytest.mark.parametrize("wrapper", ["ddp", "sharded"])
+def test_a_named_group_is_taken(workers: Workers, wrapper: str) -> None:
+    assert workers.run(4, pairs, wrapper, "after", True) == [""] * 4
+
+
+def asked(rank: int, placement: str, sharded: bool) -> dict[str, str]:
+    """What is said to who asks for products with the weight of a layer whose matrices are the only ones."""
+    model: nn.Module = nn.Sequential(nn.Linear(3, 2))
+    if sharded:
+        fully_shard(model)
+    optimizer = kfactk.build(placement=placement).bind(model)
+    called = model if sharded else DistributedDataParallel(model)
+    F.cross_entropy(called(torch.randn(4, 3)), torch.randint(2, (4,))).backward()
+    optimizer.step()
+    vectors = {"0.weight": model.get_parameter("0.weight").detach().clone()}
+    found = {}
+    for name in ("fisher_product", "precondition"):
+        try:
+            getattr(optimizer, name)(vectors)
+        except kfactk.KfactkError as error:
+            found[name] = str(error)
+        else:
+            found[name] = "answered"
+    return found
+
+
+def test_what_lies_apart_is_told_as_such() -> None:
+    for rank, found in enumerate(shared_workers().run(2, asked, "comm_opt", False)):
+        assert found["precondition"] == "answered", rank
+        assert "the factors of layer '0' lie apart (A on rank" in found["fisher_product"]
+        assert "so no rank can answer: use placement='replicated'" in found["fisher_product"]
+
+
+def test_what_another_rank_holds_is_asked_for_there() -> None:
+    found = [each["precondition"] for each in shared_workers().run(2, asked, "mem_opt", False)]
+    assert sorted(text == "answered" for text in found) == [False, True]
+    assert any(
+        "the decomposition of layer '0' can be found on rank" in text and "ask there" in text
+        for text in found
+    )
+
+
+@pytest.mark.parametrize("placement", ["mem_opt", "comm_opt"])
+def test_sharded_tensors_are_answered_by_all_or_by_none(placement: str) -> None:
+    first, second = shared_workers().run(2, asked, placement, True)
+    assert first == second
+    assert "sharded tensors need all ranks to answer together" in first["fisher_product"]
+    assert (first["precondition"] == "answered") == (placement == "comm_opt")

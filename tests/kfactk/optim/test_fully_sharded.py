@@ -1,0 +1,144 @@
+"""Ranks that share a model by `fully_shard`, each with its part of the batch, do what one plain process does with the whole batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from torch import Tensor
+
+import kfactk
+from kfactk.testing._support.ranks import shared_workers
+from tests.kfactk.sharded import (
+    WAYS,
+    data,
+    deviation,
+    found,
+    grid,
+    line,
+    net,
+    parameters,
+    part,
+    train,
+)
+
+pytestmark = pytest.mark.xdist_group("ranks")
+
+STEPS = 4
+SCHEDULE: dict[str, Any] = {
+    "factor_every": 1,
+    "scale_every": 2,
+    "basis_every": 3,
+    "damping": 0.05,
+    "lr": 0.05,
+    "fisher": "exact",
+}
+CASES: dict[str, dict[str, Any]] = {
+    "EKFAC, KL clip, Adam": {
+        "curvature": "conv_kfac",
+        "basis": "ekfac",
+        "clip": {"name": "kl", "limit": 1e-3},
+        "update": "adam",
+    },
+    "sua, K-FAC, norm clip, momentum": {
+        "curvature": {"name": "conv_kfac", "spatial": "sua"},
+        "basis": "kfac",
+        "clip": {"name": "norm", "limit": 0.1},
+        "update": "momentum",
+        "weight_decay": 0.1,
+    },
+    "reduce, running EKFAC, value clip, NAG": {
+        "curvature": {"name": "conv_kfac", "spatial": "reduce"},
+        "basis": {"name": "ekfac", "scale": "running"},
+        "clip": {"name": "value", "limit": 0.02},
+        "update": "nag",
+    },
+    "linear layers only, AdamW": {
+        "curvature": "kfac",
+        "basis": "ekfac",
+        "clip": "none",
+        "update": "adamw",
+        "weight_decay": 0.1,
+    },
+    "decay at the gradient, RAdam, empirical": {
+        "curvature": "conv_kfac",
+        "basis": "kfac",
+        "clip": {"name": "kl", "limit": 1e-3},
+        "update": "radam",
+        "weight_decay": 0.1,
+        "weight_decay_at": "gradient",
+        "fisher": "empirical",
+    },
+}
+
+
+def alone(case: str) -> dict[str, Tensor]:
+    model = net()
+    optimizer = kfactk.build(**(SCHEDULE | CASES[case])).bind(model)
+    for step in range(STEPS):
+        train(optimizer, model, data(step))
+    return found(optimizer, model)
+
+
+def agreed_load(
+    rank: int, way: str, replicas: int, options: dict[str, Any]
+) -> dict[str, dict[str, Tensor]]:
+    results = {}
+    for case, recipe in CASES.items():
+        model = net()
+        WAYS[way](model, grid(replicas) if replicas else line(), **options)
+        optimizer = kfactk.build(**(SCHEDULE | recipe)).bind(model)
+        for step in range(STEPS):
+            train(optimizer, model, part(step))
+        results[case] = found(optimizer, model)
+        optimizer.close()
+    return results
+
+
+@pytest.mark.parametrize(
+    ("ranks", "way", "replicas", "options"),
+    [
+        (1, "nested", 0, {}),
+        (2, "root only", 0, {}),
+        (3, "nested", 0, {"reshard_after_forward": False}),
+        (4, "in part", 0, {"reshard_after_forward": True}),
+        (4, "nested", 2, {}),
+        (4, "root only", 2, {"reshard_after_forward": False}),
+        (4, "nested", 0, {"reshard_after_forward": 2}),
+    ],
+)
+def test_ranks_equal_one_process(
+    ranks: int, way: str, replicas: int, options: dict[str, Any]
+) -> None:
+    results = shared_workers().run(ranks, agreed_load, way, replicas, options)
+    for case in CASES:
+        truth = alone(case)
+        for ours in results:
+            assert deviation(ours[case], truth) < 1e-10, case
+
+
+def placed(rank: int, names: list[str]) -> dict[str, dict[str, Tensor]]:
+    results = {}
+    for name in names:
+        model = WAYS["in part"](net(), line())
+        optimizer = kfactk.build(**(SCHEDULE | CASES["EKFAC, KL clip, Adam"]), placement=name).bind(
+            model
+        )
+        for step in range(STEPS):
+            train(optimizer, model, part(step))
+        assert optimizer.placement.strategy == name
+        results[name] = parameters(model)
+        optimizer.close()
+    return results
+
+
+def test_placements_divide_the_curvature_of_a_divided_model() -> None:
+    model = net()
+    optimizer = kfactk.build(**(SCHEDULE | CASES["EKFAC, KL clip, Adam"])).bind(model)
+    for step in range(STEPS):
+        train(optimizer, model, data(step))
+    truth = parameters(model)
+    names = ["comm_opt", "mem_opt", "hybrid"]
+    for ours in shared_workers().run(4, placed, names):
+        for name in names:
+            assert deviation(ours[name], truth) < 1e-10, name

@@ -1,0 +1,128 @@
+"""Which parameters have a block: every one of them is told, with the truth counted by hand."""
+
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings, strategies as st
+from torch import Tensor, nn
+from torch.nn.utils import parametrizations
+
+from kfactk.preconditioner.coverage import Coverage, ModelSurvey, Row
+from kfactk_stages.curvature.conv_kfac import ConvKfac
+
+
+def coverage(model: nn.Module) -> Coverage:
+    return ModelSurvey(model, ConvKfac()).coverage(lambda parameter: True)
+
+
+def reasons(model: nn.Module) -> dict[str, str]:
+    return {row.parameter: row.reason for row in coverage(model)}
+
+
+PARTS = {
+    "linear": (lambda: nn.Linear(2, 3), 2, 0),
+    "no bias": (lambda: nn.Linear(2, 3, bias=False), 1, 0),
+    "conv": (lambda: nn.Conv2d(2, 4, 3, groups=2), 2, 0),
+    "norm": (lambda: nn.BatchNorm1d(3), 0, 2),
+    "embedding": (lambda: nn.Embedding(4, 2), 0, 1),
+    "attention": (lambda: nn.MultiheadAttention(4, 2), 0, 4),
+    "nothing": (nn.ReLU, 0, 0),
+    "transposed": (lambda: nn.ConvTranspose1d(2, 2, 2), 0, 2),
+}
+
+
+@settings(max_examples=30)
+@given(st.lists(st.sampled_from(sorted(PARTS)), max_size=5), st.booleans())
+def test_every_parameter_has_one_row_and_a_block_or_a_reason(
+    names: list[str], nested: bool
+) -> None:
+    parts = [PARTS[name][0]() for name in names]
+    model = nn.Sequential(*parts)
+    table = coverage(nn.ModuleDict({"body": model}) if nested else model)
+    assert [row.parameter.removeprefix("body.") for row in table] == [
+        name for name, _ in model.named_parameters()
+    ]
+    assert len(table.covered) == sum(PARTS[name][1] for name in names)
+    assert len(table.plain) == sum(PARTS[name][2] for name in names)
+    assert all((row.block is None) == bool(row.reason) for row in table)
+    assert sum(row.numel for row in table) == sum(
+        parameter.numel() for parameter in model.parameters()
+    )
+
+
+def test_the_root_itself_can_be_a_layer() -> None:
+    assert str(coverage(nn.Linear(2, 3))).splitlines()[1] == "weight     3x2    block (root)"
+
+
+def test_a_model_without_parameters() -> None:
+    assert str(coverage(nn.ReLU())).endswith(
+        "0 of 0 parameters preconditioned (0 of 0 elements, 0.0%)"
+    )
+
+
+def test_tied_weights_have_no_block_and_name_each_other() -> None:
+    model = nn.ModuleDict(
+        {"embed": nn.Embedding(5, 3), "out": nn.Linear(3, 5), "free": nn.Linear(3, 3)}
+    )
+    model["out"].weight = model["embed"].weight
+    found = reasons(model)
+    assert set(coverage(model).covered) == {"free.weight", "free.bias"}
+    assert found["out.bias"] == "tied: it shares a parameter with embed.weight"
+    layers = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    layers[1].bias = layers[0].bias
+    assert reasons(layers)["0.weight"] == "tied: it shares a parameter with 1.bias"
+
+
+def test_a_module_registered_twice_has_one_block() -> None:
+    shared = nn.Linear(3, 3)
+    table = coverage(nn.Sequential(shared, nn.ReLU(), shared))
+    assert table.covered == ("0.weight", "0.bias")
+
+
+def test_reasons_that_readers_need() -> None:
+    class Own(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input) * 2
+
+    model = nn.ModuleDict(
+        {
+            "own": Own(2, 2),
+            "weight_norm": parametrizations.weight_norm(nn.Linear(2, 2)),
+            "attention": nn.MultiheadAttention(4, 2),
+            "frozen": nn.Linear(2, 2).requires_grad_(False),
+            "partly": nn.Linear(2, 2),
+            "loose": nn.ParameterList([nn.Parameter(torch.ones(2))]),
+        }
+    )
+    model["partly"].weight.requires_grad_(False)
+    found = reasons(model)
+    assert "subclass of Linear whose forward may differ" in found["own.weight"]
+    assert "parametrized" in found["weight_norm.bias"]
+    assert "never calls its forward" in found["attention.out_proj.weight"]
+    assert found["frozen.weight"] == found["partly.weight"] == "frozen (requires_grad is False)"
+    assert found["partly.bias"] == "the layer's weight is not trained"
+    assert found["loose.0"] == "no curvature for ParameterList"
+    assert not coverage(model).covered
+
+
+def test_what_is_trained_is_asked_anew() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    survey = ModelSurvey(model, ConvKfac())
+    assert [layer.name for layer in survey.layers(lambda parameter: True)] == ["0", "1"]
+    model[0].weight.requires_grad_(False)
+    model[1].bias.requires_grad_(False)
+    assert [(layer.name, layer.parameters) for layer in survey.layers(lambda parameter: True)] == [
+        ("1", ("weight",))
+    ]
+    assert survey.layers(lambda parameter: False) == []
+    table = survey.coverage(lambda parameter: parameter is model[1].weight)
+    assert {row.parameter: row.reason for row in table}[
+        "0.bias"
+    ] == "not among the optimizer's parameters"
+    assert table.plain == ()
+
+
+def test_a_scalar_parameter() -> None:
+    row = Row("scale", (), None, "no curvature", True)
+    assert row.numel == 1
+    assert "scalar" in str(Coverage((row,)))

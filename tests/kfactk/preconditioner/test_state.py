@@ -1,0 +1,215 @@
+"""The form of a layer's state in a checkpoint, and back."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given, strategies as st
+
+from kfactk import RunningMean, StateError, Statistic
+from kfactk.optim.checkpoint import completed_groups, split_entries
+from kfactk.preconditioner.schedule import NOTHING, DueWork
+from kfactk.preconditioner.state import OVERDUE, PREFIX, READY, STEP, BlockState
+
+NAMES = st.text(st.sampled_from("AGxy_0"), min_size=1, max_size=4)
+DTYPES = st.sampled_from([torch.float32, torch.float64])
+
+
+def tensors(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
+    return torch.randn(shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+@st.composite
+def states(draw: st.DrawFn) -> BlockState:
+    dtype = draw(DTYPES)
+    means = st.builds(
+        lambda n, seed, weight: RunningMean(tensors((n, n), dtype, seed), weight),
+        st.integers(1, 3),
+        st.integers(0, 99),
+        st.floats(0, 1e6),
+    )
+    parts = st.dictionaries(
+        NAMES,
+        st.builds(lambda seed: tensors((2, 2), dtype, seed), st.integers(0, 99)),
+        min_size=1,
+        max_size=2,
+    )
+    return BlockState(
+        ("weight", "bias"),
+        draw(st.dictionaries(NAMES, means, max_size=3)),
+        draw(st.dictionaries(NAMES, parts, max_size=2)),
+        draw(st.dictionaries(NAMES, means, max_size=2)),
+        ready=draw(st.booleans()),
+        overdue=draw(st.builds(DueWork, *[st.booleans()] * 4)),
+    )
+
+
+@given(states())
+def test_flat_and_back_is_the_same_bit_for_bit(state: BlockState) -> None:
+    flat = state.flat()
+    assert all(
+        key.startswith(PREFIX) and isinstance(value, torch.Tensor) for key, value in flat.items()
+    )
+    back = BlockState.from_flat(state.parameters, flat, torch.device("cpu"))
+    for ours, theirs in ((back.factors, state.factors), (back.moments, state.moments)):
+        assert set(ours) == set(theirs)
+        for name, mean in theirs.items():
+            assert ours[name].weight == mean.weight
+            assert torch.equal(ours[name].value, mean.value)
+            assert ours[name].value.dtype == mean.value.dtype
+            assert ours[name].value is not mean.value
+    assert (back.ready, back.overdue, back.missed) == (
+        state.ready,
+        state.overdue,
+        state.overdue != NOTHING,
+    )
+    assert {n: set(parts) for n, parts in back.decomposition.items()} == {
+        n: set(parts) for n, parts in state.decomposition.items()
+    }
+    for name, parts in state.decomposition.items():
+        assert all(
+            torch.equal(back.decomposition[name][part], value) for part, value in parts.items()
+        )
+
+
+def test_a_flat_state_holds_the_tensors_themselves() -> None:
+    value = torch.ones(2, 2)
+    state = BlockState(("weight",), {"A": RunningMean(value, 3.0)}, {"A": {"cholesky": value}})
+    flat = state.flat()
+    assert flat["kfactk.factor.A"] is flat["kfactk.basis.A.cholesky"] is value
+    assert float(flat["kfactk.factor.A.weight"]) == 3.0
+    assert set(flat) == {
+        "kfactk.factor.A",
+        "kfactk.factor.A.weight",
+        "kfactk.basis.A.cholesky",
+        "kfactk.overdue",
+        "kfactk.ready",
+    }
+
+
+@pytest.mark.parametrize("key", ["kfactk.core.A", "kfactk.basis.A", "kfactk."])
+def test_an_unknown_key_is_refused(key: str) -> None:
+    with pytest.raises(StateError, match="newer kfactk"):
+        BlockState.from_flat(
+            ("weight",), {key: torch.ones(1), READY: torch.ones(())}, torch.device("cpu")
+        )
+
+
+def test_a_rank_that_has_nothing_of_a_layer_still_tells_how_it_stands() -> None:
+    state = BlockState(("weight",), ready=True, overdue=DueWork(True, False, False, False))
+    flat = state.flat()
+    assert {key: value.tolist() for key, value in flat.items()} == {READY: 1, OVERDUE: 1}
+    assert {key: value.tolist() for key, value in BlockState(("weight",)).flat().items()} == {
+        READY: 0,
+        OVERDUE: 0,
+    }
+
+
+@pytest.mark.parametrize(
+    "overdue", [DueWork(*flags) for flags in itertools.product((False, True), repeat=4)]
+)
+def test_every_debt_comes_back(overdue: DueWork) -> None:
+    flat = BlockState(("weight",), overdue=overdue).flat()
+    assert (
+        int(flat[OVERDUE])
+        == 1 * overdue.factors + 2 * overdue.scale + 4 * overdue.basis + 8 * overdue.inputs
+    )
+    assert all(value.ndim == 0 for value in flat.values())
+    assert BlockState.from_flat(("weight",), flat, torch.device("cpu")).overdue == overdue
+
+
+@pytest.mark.parametrize("debt", [torch.tensor(16), torch.tensor(-1), torch.ones(3)])
+def test_a_debt_that_cannot_be_is_refused(debt: torch.Tensor) -> None:
+    with pytest.raises(StateError, match=OVERDUE):
+        BlockState.from_flat(
+            ("weight",), {READY: torch.ones(()), OVERDUE: debt}, torch.device("cpu")
+        )
+
+
+def test_curvature_without_the_word_whether_it_is_ready_is_damaged() -> None:
+    flat = BlockState(("weight",), {"A": RunningMean(torch.ones(2, 2), 3.0)}).flat()
+    del flat[READY]
+    with pytest.raises(StateError, match=f"damaged: it has curvature, but not '{READY}'"):
+        BlockState.from_flat(("weight",), flat, torch.device("cpu"))
+
+
+def test_measured_wants_data_and_allocated_does_not() -> None:
+    state = BlockState(("weight",))
+    assert not state.measured
+    assert not state.allocated
+    state.factors = {
+        "A": RunningMean(torch.zeros(1, 1), 0.0),
+        "G": RunningMean(torch.ones(1, 1), 1.0),
+    }
+    state.decomposition = {"A": {"cholesky": torch.ones(1, 1)}}
+    assert state.allocated
+    assert not state.measured
+    state.factors["A"].update(torch.ones(1, 1), 0.9)
+    assert state.measured
+    state.moments = {"scale": RunningMean(torch.ones(1), 0.0)}
+    assert state.moment_values() == {}
+    state.moments["scale"].update(torch.ones(1), 0.0)
+    assert set(state.moment_values()) == {"scale"}
+
+
+def test_the_end_of_a_step_forgets_what_was_pending_only() -> None:
+    state = BlockState(("weight",), {"A": RunningMean(torch.ones(1), 1.0)})
+    state.pending["factor.A"] = Statistic(torch.ones(1), 1.0)
+    state.seen = 2
+    state.bad.append(torch.tensor(True))
+    state.clear_pending()
+    assert (state.pending, state.retained, state.seen, state.bad) == ({}, [], 0, [])
+    assert set(state.factors) == {"A"}
+
+
+def test_a_saved_state_is_divided_by_owner() -> None:
+    first, second = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(2))
+    saved = {
+        "state": {
+            0: {"exp_avg": 1, STEP: torch.tensor(5), "kfactk.factor.A": 2},
+            1: {STEP: torch.tensor(5)},
+        },
+        "param_groups": [{"params": [0]}, {"params": [1]}],
+    }
+    ours, theirs, step = split_entries(saved, [{"params": [first, second]}])
+    assert (ours, theirs, step) == ({id(first): {"kfactk.factor.A": 2}}, {0: {"exp_avg": 1}}, 5)
+    assert split_entries(
+        {"state": {}, "param_groups": [{"params": [0, 1]}]}, [{"params": [first, second]}]
+    ) == ({}, {}, 0)
+
+
+def test_saved_groups_are_completed_or_refused() -> None:
+    rule = {"lr": 0.1, "betas": (0.9, 0.99), "amsgrad": False, "foreach": None}
+    known = rule | {"damping": 0.1}
+    current = [known | {"params": ["p"], "damping": 0.5, "mine": 1}]
+    saved = {"params": [0], "lr": 0.3, "betas": (0.8, 0.9), "theirs": 2}
+    expected = {
+        "params": [0],
+        "lr": 0.3,
+        "betas": (0.8, 0.9),
+        "amsgrad": False,
+        "foreach": None,
+        "damping": 0.5,
+        "theirs": 2,
+    }
+    assert completed_groups([saved], current, known, rule) == [expected]
+    assert completed_groups([saved, saved], current, known, rule) == [saved, saved]
+    with pytest.raises(
+        StateError, match="another update rule's: its parameter groups have no betas"
+    ):
+        completed_groups([{"params": [0], "lr": 0.3, "momentum": 0.9}], current, known, rule)
+
+
+def test_a_mean_that_has_seen_nothing_leaves_nothing() -> None:
+    state = BlockState(
+        ("weight",), factors={"A": RunningMean(torch.ones(2), 1.0), "positions": RunningMean()}
+    )
+    assert sorted(state.flat()) == [
+        "kfactk.factor.A",
+        "kfactk.factor.A.weight",
+        "kfactk.overdue",
+        "kfactk.ready",
+    ]
+    assert sorted(state.factor_values()) == ["A"]

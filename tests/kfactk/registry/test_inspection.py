@@ -1,0 +1,202 @@
+"""What is read off factories: options, documentation, and missing members."""
+
+import dataclasses
+import functools
+import json
+from typing import Any, ClassVar
+
+import attrs
+import pytest
+
+from kfactk import Basis, Clip, Tracker
+from kfactk.registry.hookspecs import STAGE_HOOKS
+from kfactk.registry.inspection import (
+    COMPUTED,
+    PROTOCOLS,
+    REQUIRED,
+    OptionInfo,
+    StageInfo,
+    documentation,
+    missing_members,
+    options_of,
+    paper,
+    summary,
+)
+
+
+@attrs.frozen
+class Attrs:
+    """One line,
+    and another.
+
+    Args:
+        rate: How fast,
+            in steps.
+        _hidden: Not this way.
+        hidden (int): Kept apart.
+
+    Raises:
+        OptionError: Never.
+
+    References:
+        - Ahead of its time.
+        - Kingma & Ba 2015, arXiv:1412.6980,
+          algorithm 1.
+        - Later et al. 2020.
+    """
+
+    rate: float
+    _hidden: int = 3
+    names: list[str] = attrs.field(factory=list)
+    total: float = attrs.Factory(lambda self: self.rate * 2, takes_self=True)
+    internal: int = attrs.field(default=0, init=False)
+
+
+@dataclasses.dataclass
+class Data:
+    rate: float = 1.0
+    names: list[str] = dataclasses.field(default_factory=list)
+
+
+class Plain:
+    def __init__(self, rate: float, *, mode: str = "a") -> None: ...
+
+
+def test_options_of_an_attrs_class() -> None:
+    options = options_of(Attrs)
+    assert options.known == (
+        OptionInfo("rate", REQUIRED, "float", "How fast, in steps.", "rate"),
+        OptionInfo("hidden", 3, "int", "Kept apart.", "_hidden"),
+        OptionInfo("names", [], "list[str]", "", "names"),
+        OptionInfo("total", COMPUTED, "float", "", "total"),
+    )
+    assert not options.open
+
+
+def test_options_of_a_dataclass_and_a_plain_class() -> None:
+    assert [(o.name, o.default) for o in options_of(Data).known] == [("rate", 1.0), ("names", [])]
+    assert [(o.name, o.default, o.annotation) for o in options_of(Plain).known] == [
+        ("rate", REQUIRED, "float"),
+        ("mode", "a", "str"),
+    ]
+
+
+def test_options_of_functions_and_partials() -> None:
+    def make(a: int, /, b: "str", *rest: int, c: float = 1.0, **more: Any) -> None: ...
+
+    options = options_of(make)
+    assert [(o.name, o.annotation) for o in options.known] == [("b", "str"), ("c", "float")]
+    assert options.open
+    assert [(o.name, o.default) for o in options_of(functools.partial(Plain, rate=2.0)).known] == [
+        ("rate", 2.0),
+        ("mode", "a"),
+    ]
+
+
+def test_a_computed_default_is_one_through_a_partial_too_unless_bound() -> None:
+    bound = functools.partial(Attrs, rate=1.0, names=["a"])
+    assert [(o.name, o.default) for o in options_of(bound).known] == [
+        ("rate", 1.0),
+        ("hidden", 3),
+        ("names", ["a"]),
+        ("total", COMPUTED),
+    ]
+    assert [o.default for o in options_of(functools.partial(Data, rate=2.0)).known] == [2.0, []]
+
+
+def test_a_factory_without_a_readable_signature_takes_anything() -> None:
+    assert options_of(type) == options_of(iter)
+    assert options_of(iter).open
+
+
+def test_documentation_is_read() -> None:
+    doc = documentation(functools.partial(functools.partial(Attrs, rate=1.0)))
+    assert summary(doc) == "One line,"
+    assert paper(doc) == "Kingma & Ba 2015, arXiv:1412.6980, algorithm 1"
+
+
+@pytest.mark.parametrize(
+    ("references", "expected"),
+    [
+        ("    https://example.org: the manual.", ""),
+        ("    [1] Some One, 2019, A title.", "Some One, 2019, A title"),
+        ("    See doi:10.1000/182", "See doi:10.1000/182"),
+        ("    First et al., A thing; Second 2001.", "First et al., A thing; Second 2001"),
+        ("    First 1999, A;\n    Second 2001, B.", "First 1999, A"),
+        ("", ""),
+    ],
+)
+def test_the_first_work_is_the_paper(references: str, expected: str) -> None:
+    assert (
+        paper(f"Line.\n\nReferences:\n{references}\n\nNotes:\n    Wrong et al. 2022.") == expected
+    )
+
+
+def test_no_documentation() -> None:
+    assert (documentation(Plain), paper(""), summary("")) == ("", "", "")
+
+
+def test_every_family_has_a_protocol_with_members() -> None:
+    assert PROTOCOLS.keys() == STAGE_HOOKS.keys()
+    assert all(missing_members(family, object()) for family in PROTOCOLS)
+
+
+def test_missing_members_are_named() -> None:
+    class Half:
+        requires: ClassVar[frozenset[str]] = frozenset()
+
+        @property
+        def moments_from(self) -> str | None:
+            raise RuntimeError("must not be run")
+
+        def decompose(self) -> None: ...
+
+    missing = missing_members("basis", Half())
+    assert {"laws", "moments", "precondition", "transport"} <= set(missing)
+    assert not {"requires", "moments_from", "decompose"} & set(missing)
+
+
+def test_members_inherited_from_the_protocol_are_missing_ones() -> None:
+    class Stub(Clip):
+        pass
+
+    class StubProperty(Tracker):
+        def start(self, recipe: Any) -> None: ...
+        def record(self, step: int, metrics: Any) -> None: ...
+        def flush(self) -> None: ...
+        def close(self) -> None: ...
+
+    class Annotated(Basis):
+        pass
+
+    assert missing_members("clip", Stub()) == ["clip"]
+    assert missing_members("tracker", StubProperty()) == ["every"]
+    assert "requires" in missing_members("basis", Annotated())
+
+
+def test_a_proxy_has_what_it_forwards() -> None:
+    class Proxy:
+        def __getattr__(self, name: str) -> Any:
+            if name == "clip":
+                return lambda pairs, dot: None
+            raise AttributeError(name)
+
+    assert missing_members("clip", Proxy()) == []
+    assert missing_members("update", Proxy()) == ["make"]
+
+
+def test_infos_are_json_safe() -> None:
+    options = (
+        OptionInfo("a", REQUIRED),
+        OptionInfo("b", (1, 2)),
+        OptionInfo("c", lambda: 0),
+        OptionInfo("d", len),
+    )
+    info = StageInfo("clip", "x", options, "p", None, None, "", "")
+    written = json.loads(json.dumps(info.to_dict()))
+    assert written["family"] == "clip"
+    a, b, c, d = written["options"]
+    assert (a["required"], a["default"]) == (True, None)
+    assert (b["required"], b["default"]) == (False, [1, 2])
+    assert "lambda" in c["default"]
+    assert d["default"] == {"callable": "builtins:len"}
