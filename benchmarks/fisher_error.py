@@ -102,30 +102,30 @@ def input_side(parts: Mapping[str, Mapping[str, Tensor]], layer: Layer) -> Tenso
     return block_diagonal(found, found.new_ones(1, 1)) if layer.bias else found
 
 
-def errors(layer: Layer, uses: list[LayerCall], terms: int) -> dict[str, float]:
+def errors(layer: Layer, calls: list[LayerCall], num_terms: int) -> dict[str, float]:
     """The relative error of each setting on one layer."""
     curvatures = {spatial: ConvKfac(spatial=spatial) for spatial, _ in SETTINGS.values()}
     samples = [
-        curvatures["sud"].samples(layer, [use], terms=terms, first=not k)
-        for k, use in enumerate(uses)
+        curvatures["sud"].samples(layer, [call], num_terms=num_terms, first=not k)
+        for k, call in enumerate(calls)
     ]
     gradients = torch.cat([each.per_example_gradients() for each in samples])
     rows = gradients.transpose(-1, -2).flatten(1)  # vec stacks columns
-    fisher = rows.T @ rows / terms
+    fisher = rows.T @ rows / num_terms
     found = {}
     for name, (spatial, inputs) in SETTINGS.items():
-        matrices = mean_matrices(curvatures[spatial], layer, samples, terms)
+        matrices = mean_matrices(curvatures[spatial], layer, samples, num_terms)
         mine = (
             kron(matrices["A"], matrices["G"])
             if not inputs
-            else ekfac(Ekfac(inputs=inputs), matrices, samples, terms, layer)
+            else ekfac(Ekfac(inputs=inputs), matrices, samples, num_terms, layer)
         )
         found[name] = float((fisher - mine).norm() / fisher.norm())
     return found
 
 
 def mean_matrices(
-    curvature: ConvKfac, layer: Layer, samples: list[Samples], terms: int
+    curvature: ConvKfac, layer: Layer, samples: list[Samples], num_terms: int
 ) -> Mapping[str, Tensor]:
     """The assembled factors of all passes."""
     totals: Matrices = {}
@@ -139,7 +139,11 @@ def mean_matrices(
 
 
 def ekfac(
-    basis: Ekfac, matrices: Mapping[str, Tensor], samples: list[Samples], terms: int, layer: Layer
+    basis: Ekfac,
+    matrices: Mapping[str, Tensor],
+    samples: list[Samples],
+    num_terms: int,
+    layer: Layer,
 ) -> Tensor:
     """The block of a basis, dense."""
     parts = {
@@ -149,7 +153,7 @@ def ekfac(
     totals = [
         statistic.total for each in samples for statistic in basis.moments(parts, each).values()
     ]
-    scale = torch.stack([total for total in totals if total is not None]).sum(0) / terms
+    scale = torch.stack([total for total in totals if total is not None]).sum(0) / num_terms
     q = kron(input_side(parts, layer), parts["G"]["eigenvectors"])
     return (q * scale.T.flatten()) @ q.T
 
@@ -198,15 +202,15 @@ def main() -> None:
         done = steps
         exact = network(images.shape[1], arguments.width, len(dataset.classes)).double()
         exact.load_state_dict(model.state_dict())
-        uses = list(passes(exact, images[: arguments.examples].double()))
+        calls = list(passes(exact, images[: arguments.examples].double()))
         found = {}
-        for name in uses[0]:
+        for name in calls[0]:
             module = exact.get_submodule(name)
-            side = uses[0][name].gradient.shape[-1]
+            side = calls[0][name].gradient.shape[-1]
             label = f"{module.weight.shape[1]} to {module.weight.shape[0]}, {side} x {side}"
             layer = Layer(name, module, ("weight", "bias"))
             found[f"{name}: {label}"] = errors(
-                layer, [use[name] for use in uses], arguments.examples
+                layer, [call[name] for call in calls], arguments.examples
             )
         print(
             f"{dataset.name}, {arguments.examples} images, after {steps} steps"

@@ -63,7 +63,10 @@ class Shape:
         with torch.no_grad():
             gradient = torch.randn_like(conv(inputs))
         found = ConvKfac().samples(
-            Layer("conv", conv, ("weight",)), [LayerCall(inputs, gradient)], terms=batch, first=True
+            Layer("conv", conv, ("weight",)),
+            [LayerCall(inputs, gradient)],
+            num_terms=batch,
+            first=True,
         )
         assert isinstance(found, JoinedSamples)
         return found
@@ -162,43 +165,46 @@ def total(statistic: Any) -> Tensor:
 def dense_square(samples: Samples, left: Tensor, right: Tensor) -> Tensor:
     """The scale as one would write it: unfold, per-example gradients, rotate both sides, square, sum."""
     assert isinstance(samples, JoinedSamples)
-    use = samples.uses[0]
-    assert isinstance(use, ConvRows)
+    call = samples.calls[0]
+    assert isinstance(call, ConvRows)
     patches = F.unfold(
-        use.inputs, use.window.kernel, padding=use.window.padding[0][0], stride=use.window.stride
+        call.inputs,
+        call.window.kernel,
+        padding=call.window.padding[0][0],
+        stride=call.window.stride,
     )
-    matrices = torch.einsum("not,nit->noi", use.gradient.flatten(2), patches)
+    matrices = torch.einsum("not,nit->noi", call.gradient.flatten(2), patches)
     return torch.einsum("ok,noi,il->nkl", left, matrices, right).square().sum(0)
 
 
 def factor_cost(samples: JoinedSamples) -> tuple[float, float, float]:
     """Multiplications of the input factor the way that is taken, those that rotate, and numbers moved at least."""
-    use = samples.uses[0]
-    assert isinstance(use, ConvRows)
-    sizes, n = tuple(use.inputs.shape[2:]), samples.examples * use.groups
-    way = cheapest(use.window, sizes, use.channels, n)
-    slabs, positions = slabs_of(use.window, sizes), samples.positions
-    transforms, products, transformed = _spectral.work(use.window, sizes, use.channels, n)
+    call = samples.calls[0]
+    assert isinstance(call, ConvRows)
+    sizes, n = tuple(call.inputs.shape[2:]), samples.examples * call.groups
+    way = cheapest(call.window, sizes, call.channels, n)
+    slabs, positions = slabs_of(call.window, sizes), samples.positions
+    transforms, products, transformed = _spectral.work(call.window, sizes, call.channels, n)
     made = {
         "correlation": (transforms + products, 2.0 * transformed),
-        "slabs": (n * slabs.products * use.channels**2, 2.0 * n * slabs.numbers * use.channels),
-        "pixels": (float(n * positions * use.columns**2), 0.0),
-        "patches": (float(n * positions * use.columns**2), 2.0 * n * positions * use.columns),
+        "slabs": (n * slabs.products * call.channels**2, 2.0 * n * slabs.numbers * call.channels),
+        "pixels": (float(n * positions * call.columns**2), 0.0),
+        "patches": (float(n * positions * call.columns**2), 2.0 * n * positions * call.columns),
     }[way]
-    return made[0], 0.0, use.inputs.numel() + made[1] + use.groups * use.columns**2
+    return made[0], 0.0, call.inputs.numel() + made[1] + call.groups * call.columns**2
 
 
 def gradient_cost(samples: JoinedSamples) -> tuple[float, float, float]:
     """The same of per-example gradients."""
     n, t, i, o = samples.examples * samples.groups, samples.positions, samples.d_in, samples.d_out
-    return n * t * i * o, 0.0, samples.uses[0].inputs.numel() + n * o * (t + i)
+    return n * t * i * o, 0.0, samples.calls[0].inputs.numel() + n * o * (t + i)
 
 
 def scale_cost(samples: JoinedSamples) -> tuple[float, float, float]:
     """The same of the scale, each side rotated where that is cheaper."""
     n, t, i, o = samples.examples * samples.groups, samples.positions, samples.d_in, samples.d_out
     rotating = n * (min(t, i) * o * o + min(t, o) * i * i)
-    return n * t * i * o + rotating, rotating, samples.uses[0].inputs.numel() + n * o * t + i * i
+    return n * t * i * o + rotating, rotating, samples.calls[0].inputs.numel() + n * o * t + i * i
 
 
 def rows_of(batch: int, repeats: int, rates: Rates) -> list[dict[str, Any]]:

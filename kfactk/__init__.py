@@ -20,6 +20,10 @@ from kfactk.errors import (
     StateError as StateError,
     UnknownStageError as UnknownStageError,
 )
+from kfactk.operators import (
+    CurvatureOperator as CurvatureOperator,
+    SpectralOperator as SpectralOperator,
+)
 from kfactk.optim.optimizer import Optimizer as Optimizer
 from kfactk.optim.profile import Profile as Profile
 from kfactk.optim.views import BlockView as BlockView
@@ -46,11 +50,7 @@ from kfactk.stages import (
     GradientPair as GradientPair,
     Layer as Layer,
     Likelihood as Likelihood,
-    MakesOperator as MakesOperator,
-    Operator as Operator,
-    PartsFactors as PartsFactors,
     Placement as Placement,
-    Redecomposes as Redecomposes,
     Tensors as Tensors,
     Tracker as Tracker,
     Update as Update,

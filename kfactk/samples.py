@@ -75,14 +75,14 @@ class Samples:
     Args:
         inputs: `[..., N, T, d_in]`, bias column included; floating.
         gradients: `[..., N, T, d_out]`.
-        terms: Number M of likelihood terms behind this mini-batch. Counts enter once a forward: on the second and later Fisher passes
+        num_terms: Number M of likelihood terms behind this mini-batch. Counts enter once a forward: on the second and later Fisher passes
             over the same forward (`exact`) `first` is False, and both counts are taken as zero.
         first: Whether this is the first Fisher pass over its forward.
         chunk_bytes: Bound on the size of temporaries, in bytes. One example is always processed whole.
 
     Example:
         >>> a, g = torch.ones(4, 1, 3), torch.ones(4, 1, 2)
-        >>> s = Samples(a, g, terms=4)
+        >>> s = Samples(a, g, num_terms=4)
         >>> s.input_moment().total.shape, s.per_example_gradients().shape
         (torch.Size([3, 3]), torch.Size([4, 2, 3]))
     """
@@ -92,7 +92,7 @@ class Samples:
         inputs: Tensor,
         gradients: Tensor,
         *,
-        terms: Tensor | float,
+        num_terms: Tensor | float,
         first: bool = True,
         chunk_bytes: int = DEFAULT_CHUNK_BYTES,
     ) -> None:
@@ -101,7 +101,7 @@ class Samples:
         self.d_out, self.d_in = int(gradients.shape[-1]), int(inputs.shape[-1])
         self.groups = int(math.prod(gradients.shape[:-3]))
         self.dtype = working_dtype(inputs.dtype, gradients.dtype)
-        self.terms: Tensor | float = terms if first else 0.0
+        self.num_terms: Tensor | float = num_terms if first else 0.0
         self.first = first
         self.chunk_bytes = chunk_bytes
 
@@ -145,7 +145,7 @@ class Samples:
     def grad_moment(self) -> Statistic:
         """`sum_n sum_t g g^T`, `[..., d_out, d_out]`, counted by likelihood terms."""
         parts = (gram(self.gradients(rows)) for rows in self.chunks(self.positions * self.d_out))
-        return Statistic(total_of(parts), self.terms, symmetric=True)
+        return Statistic(total_of(parts), self.num_terms, symmetric=True)
 
     def per_example_gradients(
         self,
@@ -217,7 +217,7 @@ class Samples:
         square, total = self._squared(left, right, precision, by_rows=by_rows), None
         for rows in self.chunks(2 * t * (d_in + d_out) + (0 if t == 1 else 2 * d_in * d_out), most):
             total = square(rows, total)
-        return Statistic(total, self.terms)
+        return Statistic(total, self.num_terms)
 
     def projected_square_of_channels(
         self, left: Tensor | None, right: Tensor, taps: Tensor | None = None
@@ -245,7 +245,7 @@ class Samples:
         )
         for rows in self.chunks(numbers, most):
             total = self._squared_channels(rows, total, left, right, taps)
-        return Statistic(total, self.terms)
+        return Statistic(total, self.num_terms)
 
     def _squared_channels(
         self,

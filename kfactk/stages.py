@@ -1,6 +1,7 @@
-"""The protocols of the stage families, and the small classes that pass between stages.
+"""Stage families: the base class or protocol of each, and the small classes that pass between stages.
 
-    model -capture-> Use -curvature-> Samples -> Statistic (factors) -basis-> decomposition, moments -> Pair -clip-> -update->
+    model --capture--> LayerCall --curvature--> Samples --> Statistic (factors)
+          --basis--> decomposition --> CurvatureOperator --> GradientPair --clip--> --update-->
 
 Known methods are combinations of parts:
 
@@ -8,239 +9,292 @@ Known methods are combinations of parts:
     EKFAC      = curvature kfac | conv_kfac, basis ekfac, update momentum
     EKFACnag   = ... update nag;   EKFACadam = ... update adam;   EKFACradam = ... update radam
 
-The mathematical convention that all of them share stands at the top of `kfactk.samples`. A stage is an object of any class that has the
-members below; ours are frozen attrs classes whose fields are the options. Stages hold no state and call no collective: tensors are
-handed in and out, the framework keeps, averages, reduces and saves them.
+All stages share one mathematical convention. It stands at the top of `kfactk.samples`. A curvature
+and a basis derive from the base class below and inherit its defaults. Any other stage is an object
+of a class with the members of its protocol. Our stages are frozen attrs classes whose fields are
+their options. A stage holds no state and calls no collective: the framework hands it tensors, and
+keeps, averages, reduces and saves what it returns.
 """
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Protocol, runtime_checkable
+from typing import Any, ClassVar, Protocol
 
 import attrs
 import torch
 from torch import Tensor, nn
 
 from kfactk.assignment import Assignment, Workload
+from kfactk.operators import CurvatureOperator
 from kfactk.samples import LayerCall, Samples, Statistic
 
 Tensors = Mapping[str, Tensor]
 """Named tensors: factors, one decomposed factor, or moments."""
 Decomposition = Mapping[str, Tensors]
-"""For each factor's name, what `Basis.decompose` made of it."""
+"""For the name of each factor, what `Basis.decompose` made of it."""
 
 
 @attrs.frozen(eq=False)
 class Layer:
-    """One covered layer.
+    """One layer that a curvature covers: the parameters that are preconditioned together.
 
     Args:
-        name: Its qualified name in the model.
-        module: The module; its parameters are always read through it, since wrappers may replace them.
-        parameters: Names of the parameters that are preconditioned together, `"weight"` first. A frozen bias is not among them, and
-            then the layer's matrix has no bias column.
+        name: Unique name: the module's path in the model, followed by `[part]` where there is one.
+        module: The module. Read parameters through `tensors`, since wrappers may replace them.
+        parameters: Names of the trained parameters, the anchor first. A frozen bias is not among
+            them: the layer's matrix then has no bias column.
+        part: Which part of the module this is; "" where the module is one layer.
+        sites: All modules that hold these parameters; several where modules are tied.
+
+    Example:
+        >>> layer = Layer("fc", nn.Linear(2, 3), ("weight", "bias"))
+        >>> layer.anchor.shape, layer.bias, layer.path
+        (torch.Size([3, 2]), True, 'fc')
     """
 
     name: str
     module: nn.Module
     parameters: tuple[str, ...]
+    part: str = ""
+    sites: tuple[nn.Module, ...] = attrs.field(
+        default=attrs.Factory(lambda self: (self.module,), takes_self=True)
+    )
 
     @property
     def bias(self) -> bool:
         """Whether the layer's matrix has a bias column."""
         return "bias" in self.parameters
 
+    @property
+    def path(self) -> str:
+        """The module's path in the model."""
+        return self.name.removesuffix(f"[{self.part}]") if self.part else self.name
+
+    @property
+    def anchor(self) -> nn.Parameter:
+        """The parameter under which the layer's curvature is saved."""
+        return self.tensors()[self.parameters[0]]
+
     def tensors(self) -> dict[str, nn.Parameter]:
-        """The parameters themselves, by name."""
+        """Return the parameters themselves, by name."""
         return {name: getattr(self.module, name) for name in self.parameters}
 
 
-class Curvature(Protocol):
+class Curvature(abc.ABC):
     """How a layer's parameters form a matrix, and which factors its samples are summed into.
 
-    Laws: `tensors(matrix(x)) == x` exactly; per-example gradients sum to autograd's gradient of the summed loss; factors are symmetric
-    positive semi-definite, independent of the order, duplication and splitting of the batch.
+    Laws: `tensors(matrix(x)) == x` exactly. Per-example gradients sum to autograd's gradient of the
+    summed loss. Factors are symmetric positive semi-definite. They do not depend on the order,
+    duplication and splitting of the batch.
     """
 
     provides: ClassVar[frozenset[str]]
-    """Names of the tensors that `assemble` returns. Kronecker factors are called A (input side) and G (output side); C and K are
-    factors of the input's channels and of the taps of a kernel, so that `C kron K` stands for A without its bias."""
+    """Names of the tensors that `assemble` returns. Kronecker factors are called A (input side) and
+    G (output side). C and K are factors of the input's channels and of the taps of a kernel:
+    `C kron K` stands for A without its bias."""
+    default_basis: ClassVar[str | Mapping[str, Any] | None] = None
+    """The basis of a block that names none, where the recipe's does not fit `provides`."""
 
+    @abc.abstractmethod
     def unsupported(self, module: nn.Module) -> str | None:
-        """Why this module cannot be preconditioned exactly, for a reader; `None` when it can."""
+        """Return why this module cannot be preconditioned exactly, or `None` when it can."""
 
+    def parts(self, module: nn.Module) -> Mapping[str, tuple[str, ...]]:
+        """Return the parts of a supported module: for each, its parameters' names, anchor first.
+
+        A part is a layer while its anchor is trained. The default is one part, "", of the weight
+        and, where there is one, the bias.
+        """
+        names = ("weight", "bias")
+        return {"": tuple(n for n in names if module._parameters.get(n) is not None)}
+
+    def same_call(self, module: nn.Module, other: nn.Module) -> bool:
+        """Return whether two modules with the same parameters compute the same function.
+
+        Tied modules make one layer where this holds. The default compares class and settings.
+        """
+        return type(module) is type(other) and module.extra_repr() == other.extra_repr()
+
+    @abc.abstractmethod
     def matrix(self, layer: Layer, tensors: Tensors) -> Tensor:
         """Join tensors shaped like `layer.parameters` into `[..., d_out, d_in]`, bias last."""
 
+    @abc.abstractmethod
     def tensors(self, layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
-        """Inverse of `matrix`."""
+        """Return the inverse of `matrix`."""
 
+    @abc.abstractmethod
     def blank(self, layer: Layer) -> LayerCall:
-        """A use of the layer on zeros, of the smallest valid size: tells the shapes of factors and moments without data."""
+        """Return a call on zeros, of the smallest valid size: it tells shapes without data."""
 
+    @abc.abstractmethod
     def samples(
-        self, layer: Layer, uses: Sequence[LayerCall], *, terms: Tensor | float, first: bool
+        self, layer: Layer, calls: Sequence[LayerCall], *, num_terms: Tensor | float, first: bool
     ) -> Samples:
-        """View the uses of the layer in one forward as samples; several uses of a shared module concatenate along T."""
+        """View the calls of the layer in one forward as samples.
 
-    def factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
-        """Sums and counts to be averaged over micro-batches, ranks and time."""
-
-    def assemble(self, layer: Layer, factors: Tensors) -> Tensors:
-        """The averaged factors as the tensors named in `provides`; a mapping may make each when it is asked for, and only those that the
-        basis requires are. A and G are square: `[..., d_in, d_in]` and `[..., d_out, d_out]`; what other names hold is between a
-        curvature and its basis."""
-
-
-@runtime_checkable
-class PartsFactors(Protocol):
-    """What a curvature may have besides: `factors` in two parts, of which one needs no gradients, and so no Fisher pass.
-
-    Law: together they are `factors`. A subclass that replaces `factors` alone has none.
-    """
+        Args:
+            layer: The layer.
+            calls: Several calls of a shared module concatenate along T.
+            num_terms: Number M of likelihood terms of the forward.
+            first: Whether this is the first Fisher pass over the forward.
+        """
 
     def input_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
-        """The factors made of inputs alone; the samples' gradients may be all zeros."""
+        """Return sums and counts of the factors made of inputs alone; there are none by default.
 
+        They need no Fisher pass. The samples' gradients may be all zeros.
+        """
+        return {}
+
+    @abc.abstractmethod
     def gradient_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
-        """The others."""
+        """Return sums and counts of the factors that need gradients."""
+
+    def factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
+        """Return the sums and counts of all factors. Do not replace it in a subclass."""
+        inputs = self.input_factors(layer, samples)
+        return {**inputs, **self.gradient_factors(layer, samples)}
+
+    def assemble(self, layer: Layer, factors: Tensors) -> Tensors:
+        """Return the averaged factors as the tensors named in `provides`; the default is as is.
+
+        A mapping may make each tensor when it is asked for: the framework asks for those that the
+        basis requires. A and G are square: `[..., d_in, d_in]` and `[..., d_out, d_out]`.
+        """
+        return {name: factors[name] for name in self.provides if name in factors}
 
 
 @attrs.frozen(eq=False)
 class FactorContext:
-    """What couples the factors of one layer when each is decomposed on its own.
+    """What `Basis.decompose` may know besides the matrix it decomposes.
 
     Args:
         damping: The layer's damping tau.
-        mean_diagonal: For each square matrix that the basis requires, `trace / dimension`, `[...]`.
+        mean_diagonal: `trace / dimension` of each square matrix that the basis requires, `[...]`.
+        previous: The matrix's decomposition at the last refresh, where it is on this rank.
     """
 
     damping: float
     mean_diagonal: Tensors
+    previous: Tensors | None = None
 
 
-class Basis(Protocol):
-    """How the assembled matrices are decomposed, and how a gradient is preconditioned with the result.
+class Basis(abc.ABC):
+    """How the assembled matrices are decomposed, and the operator that the result makes.
 
-    Laws: `precondition` is linear, self-adjoint and positive definite in the gradient; `damping * precondition -> identity` as damping
-    grows (for a basis that sees damping at its refresh only: when refreshed with it); it agrees with the dense damped inverse of what
-    it claims to represent.
+    An author writes `requires`, `decompose` and `operator`; the rest has defaults. The laws of the
+    operator stand at `kfactk.CurvatureOperator`. Where damping is seen at the refresh only, they
+    hold for the damping of the refresh.
     """
 
-    @property
-    def requires(self) -> frozenset[str]:
-        """Names of the matrices it needs from the curvature; may depend on its options."""
+    requires: frozenset[str]
+    """Names of the matrices it needs from the curvature; may be a property."""
+    laws: frozenset[str] = frozenset()
+    """Further laws it claims; `kfactk.testing.BasisLaws` tests those claimed.
 
-    @property
-    def laws(self) -> frozenset[str]:
-        """Further laws it claims; `kfactk.testing.BasisLaws` tests those claimed.
+    - "rotation-equivariant": in other orthonormal coordinates of inputs and outputs, `solve` is the
+      same operator.
+    - "null-space-independent": it does not depend on which eigenvectors span the null space of A
+      or G.
+    - "closer-than-kfac": on the mini-batch it was measured on, F is at least as close to the Fisher
+      matrix, in the Frobenius norm, as `A kron G`. Where the basis requires C, `C kron K` or
+      `C kron I_taps` stands for A.
+    - "exact-when-kronecker": for one example with T = 1, F is the Fisher matrix.
+    """
+    moments_from: str | None = None
+    """Where moments come from: "samples" (Fisher pass), "gradient" (the user's own gradient), or
+    `None` for a basis without moments."""
+    moment_decay: float = 0.0
+    """Decay of the running mean of the moments, in [0, 1]; 0 keeps the last mini-batch's."""
 
-        "rotation-equivariant": in other orthonormal coordinates of inputs and outputs, `precondition` is the same operator.
-        "null-space-independent": it does not depend on which eigenvectors span the null space of A or G.
-        "closer-than-kfac": on the mini-batch it was measured on, F is at least as close to the Fisher matrix, in the Frobenius norm, as
-        A kron G; where it requires C, `C kron K` or `C kron I_taps` stands for A. "exact-when-kronecker": for one example with T = 1, F
-        is the Fisher matrix.
-        """
-
-    @property
-    def moments_from(self) -> str | None:
-        """Where its moments come from: "samples" (Fisher pass), "gradient" (the user's own gradient), or `None`."""
-
-    @property
-    def moment_decay(self) -> float:
-        """Decay of the running mean of the moments; 0 keeps the last mini-batch's."""
-
+    @abc.abstractmethod
     def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> dict[str, Tensor]:
-        """Decompose one matrix, `[..., n, n]`.
+        """Decompose one matrix.
+
+        Args:
+            name: Which of `requires` it is.
+            matrix: `[..., n, n]`, or whatever the curvature assembles under this name.
+            context: What couples it to the layer's other matrices and to the last refresh.
 
         Raises:
-            DecompositionError: It cannot be decomposed; the framework goes on with the last good one.
+            DecompositionError: It cannot be decomposed. The last good decomposition stays in use.
+        """
+
+    @abc.abstractmethod
+    def operator(
+        self, decomposition: Decomposition, moments: Tensors, damping: float, matrices: Tensors
+    ) -> CurvatureOperator:
+        """Return F of the layer as an operator.
+
+        The framework keeps the operator until the next refresh or another damping. What it holds
+        counts as memory of the optimizer. The tensors given do not change while it is in use.
+
+        Args:
+            decomposition: What `decompose` made of each matrix.
+            moments: Averaged moments; empty before the first batch was measured.
+            damping: tau.
+            matrices: The averaged matrices, each made when it is read, on ranks that keep factors.
+                Read them in `multiply` alone, and only where the decomposition does not tell F.
         """
 
     def moments(self, decomposition: Decomposition, samples: Samples) -> dict[str, Statistic]:
-        """Moments measured on per-example gradients, in the basis; empty for a basis without any."""
+        """Return moments of the per-example gradients, in the basis."""
+        return {}
 
     def gradient_moments(
-        self, decomposition: Decomposition, gradient: Tensor, terms: Tensor | float
+        self, decomposition: Decomposition, gradient: Tensor, num_terms: Tensor | float
     ) -> dict[str, Statistic]:
-        """Moments measured on the mini-batch mean gradient `[..., d_out, d_in]` over `terms` likelihood terms."""
+        """Return moments of the mini-batch mean gradient.
+
+        Args:
+            decomposition: What `decompose` made of each matrix.
+            gradient: `[..., d_out, d_in]`.
+            num_terms: Number of likelihood terms that it is the mean over.
+        """
+        return {}
 
     def transport(
         self, moments: Tensors, old: Decomposition, new: Decomposition
     ) -> dict[str, Tensor]:
-        """Carry moments from the old basis to the new one; what is left out is reset."""
-
-    def precondition(
-        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
-    ) -> Tensor:
-        """`(F + damping I)^-1` applied to `[..., d_out, d_in]`. `moments` may be empty: no batch has been measured yet."""
-
-    def product(
-        self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors
-    ) -> Tensor:
-        """`F` applied to `[..., d_out, d_in]`, undamped, F being what this basis represents."""
-
-    def condition(self, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
-        """Condition number of the damped curvature, for the record: exact or a lower bound, a scalar tensor."""
-
-
-@runtime_checkable
-class Redecomposes(Protocol):
-    """What a basis may have besides: a decomposition that starts from the last one, where that is cheaper.
-
-    Laws: those of `decompose`. A subclass that replaces `decompose` alone has none.
-    """
-
-    def redecompose(
-        self, name: str, matrix: Tensor, context: FactorContext, last: Tensors
-    ) -> dict[str, Tensor]:
-        """Decompose one matrix of which there is a decomposition already, of an earlier average.
-
-        Raises:
-            DecompositionError: It cannot be decomposed; the framework goes on with the last one.
-        """
-
-
-Operator = Callable[[Tensor], Tensor]
-"""A linear operator on matrices `[..., d_out, d_in]`."""
-
-
-@runtime_checkable
-class MakesOperator(Protocol):
-    """What a basis may have besides: `precondition` in two parts, so that what does not depend on the gradient is done once.
-
-    Between refreshes, and while damping stays as it is, every step applies the same operator. What it holds counts as memory of the
-    optimizer. Law: `operator(decomposition, moments, damping)(gradient)` is `precondition(gradient, decomposition, moments, damping)`; a
-    subclass that replaces `precondition` alone has none.
-    """
-
-    def operator(self, decomposition: Decomposition, moments: Tensors, damping: float) -> Operator:
-        """`(F + damping I)^-1`. The tensors given do not change while it is in use."""
+        """Carry moments from the old basis to the new one; those left out are reset."""
+        return {}
 
 
 class Likelihood(Protocol):
-    """What the model's output means: the distribution R(y | f(x)) whose Fisher information is taken."""
+    """What the model's output means: the distribution R(y | f(x)) whose Fisher information it is."""
 
     def view(self, output: Tensor) -> Tensor:
-        """The output as `[N, S, C]`: examples, terms of one example, the event axis. Shares its graph with `output`.
+        """Return the output as `[N, S, C]`: examples, terms of one example, the event axis.
+
+        The result shares its graph with `output`.
 
         Raises:
-            CaptureError: The output cannot be this distribution's parameters; says what it looks like and the remedy.
+            CaptureError: The output cannot be this distribution's parameters. The message says what
+                it looks like, and the remedy.
         """
 
     def term_weights(self, view: Tensor, batch: Mapping[str, Any]) -> Tensor | None:
-        """Weight of each term, `[N, S]`, zero for masked ones; `None` when all are 1. `batch` names the arguments of the model's forward
-        and those given to `Optimizer.observe`."""
+        """Return the weight of each term, `[N, S]`, zero for masked ones; `None` when all are 1.
+
+        Args:
+            view: What `view` returned, detached.
+            batch: The arguments of the model's forward and of `Optimizer.observe`, by name.
+        """
 
     def sample(self, view: Tensor, generator: torch.Generator) -> Tensor:
         """Draw targets from the model's own predictive distribution, in the form `nll` takes."""
 
     def nll(self, view: Tensor, targets: Tensor) -> Tensor:
-        """Negative log-likelihood of each term, `[N, S]`."""
+        """Return the negative log-likelihood of each term, `[N, S]`."""
 
     def root(self, view: Tensor) -> Iterator[Tensor]:
-        """Detached `[N, S, C]` columns whose outer products over C sum to the Fisher information of the output, for each term."""
+        """Yield detached `[N, S, C]` columns.
+
+        Their outer products over C sum to the Fisher information of the output, for each term.
+        """
 
 
 class Fisher(Protocol):
@@ -250,7 +304,8 @@ class Fisher(Protocol):
     """
 
     own_pass: ClassVar[bool]
-    """Whether the framework runs backward passes of its own over `losses`; otherwise the user's own backward is listened to."""
+    """Whether the framework runs backward passes of its own over `losses`. Otherwise it listens to
+    the user's backward."""
 
     def losses(
         self,
@@ -259,7 +314,10 @@ class Fisher(Protocol):
         weights: Tensor | None,
         generator: torch.Generator,
     ) -> Iterator[Tensor]:
-        """Scalar summed losses of one forward, scaled so that the **sum** of their gradients' outer products is M F."""
+        """Yield the scalar summed losses of one forward.
+
+        They are scaled so that the **sum** of their gradients' outer products is M F.
+        """
 
     @property
     def seed(self) -> int:
@@ -289,7 +347,10 @@ class Clip(Protocol):
     """Bounds the preconditioned gradients. Laws: never enlarges; zero stays zero."""
 
     def clip(self, pairs: Sequence[GradientPair], dot: Dot) -> tuple[list[Tensor], Tensor]:
-        """The clipped preconditioned gradients, in order, and the factor (1 for untouched) as a scalar tensor for the record."""
+        """Return the clipped gradients, in order, and the factor applied.
+
+        The factor is a scalar tensor, 1 where nothing was clipped; it is recorded.
+        """
 
 
 class Update(Protocol):
@@ -298,13 +359,17 @@ class Update(Protocol):
     def make(
         self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float
     ) -> torch.optim.Optimizer:
-        """The optimiser over `groups` (dicts with "params" and, perhaps, their own "lr" and "weight_decay", which must be kept)."""
+        """Return the optimiser over `groups`.
+
+        Groups are dicts with "params". Their own "lr" and "weight_decay" must be kept.
+        """
 
 
 class Placement(Protocol):
-    """Which rank does what. A placement only answers; the framework moves sums, decompositions and gradients accordingly.
+    """Which rank does what. A placement only answers; the framework moves tensors accordingly.
 
-    Laws: every matrix and every gradient has a rank; the answer depends on the arguments alone, so that every rank gets the same.
+    Laws: every matrix and every gradient has a rank. The answer depends on the arguments alone, so
+    that every rank gets the same.
     """
 
     process_group: Any
@@ -317,20 +382,23 @@ class Placement(Protocol):
 
 
 class Tracker(Protocol):
-    """Records what happened, on rank 0 only. The framework batches nothing for it, and goes on, with a warning, when it raises."""
+    """Records what happened, on rank 0 only.
+
+    The framework batches nothing for it, and goes on, with a warning, when it raises.
+    """
 
     @property
     def every(self) -> int:
         """Record one step in so many."""
 
     def start(self, recipe: Mapping[str, Any]) -> None:
-        """Called once, at bind, with the recipe as text-safe nested mappings."""
+        """Begin a run; called once, at bind, with the recipe as text-safe nested mappings."""
 
     def record(self, step: int, metrics: Mapping[str, Tensor | float]) -> None:
-        """Take figures of one step; 0-dimensional tensors may still be on the device."""
+        """Take the metrics of one step; 0-dimensional tensors may still be on the device."""
 
     def flush(self) -> None:
-        """Write what is held back, for those who want to read before the end; the framework itself calls `close` alone."""
+        """Write what is held back, for readers before the end; the framework calls only `close`."""
 
     def close(self) -> None:
-        """Flush and let go of resources; may be called twice."""
+        """Flush and release resources; may be called twice."""

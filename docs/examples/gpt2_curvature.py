@@ -24,5 +24,5 @@ class Gpt2Kfac(Kfac):
         return {**weight, "bias": matrix[:, -1]} if layer.bias else weight
 
     def blank(self, layer: Layer) -> LayerCall:
-        use = super().blank(layer)
-        return LayerCall(use.gradient, use.inputs) if isinstance(layer.module, Conv1D) else use
+        call = super().blank(layer)
+        return LayerCall(call.gradient, call.inputs) if isinstance(layer.module, Conv1D) else call

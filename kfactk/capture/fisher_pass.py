@@ -74,46 +74,46 @@ class FisherPass:
             with attribute_errors("likelihood", self._likelihood, "on the model's output"):
                 view = self._likelihood.view(output)
                 weights = self._likelihood.term_weights(view.detach(), {**forward.batch, **batch})
-            terms: Tensor | float = (
+            num_terms: Tensor | float = (
                 float(view.shape[0] * view.shape[1])
                 if weights is None
                 else weights.detach().sum().double()
             )
-            self._preconditioner.count(terms, len(view))
+            self._preconditioner.count(num_terms, len(view))
             if not forward.calls:
-                self._preconditioner.pass_by((), terms)
+                self._preconditioner.pass_by((), num_terms)
                 return
             rank = self._preconditioner.ranks.rank
             counts = bool(
-                float(terms)
+                float(num_terms)
             )  # if not, everything is masked: there is nothing to learn from this forward
             if not counts:
                 self._preconditioner.pass_over({record.layer.name for record, _ in forward.calls})
             if not self._fisher.own_pass:
                 if counts:
-                    self._listen(forward, terms)
+                    self._listen(forward, num_terms)
                 return
-            taken = self._take_inputs(forward, view, terms) if counts else None
+            taken = self._take_inputs(forward, view, num_terms) if counts else None
             if self._preconditioner.wants_gradients():
                 forward = forward.without(self._preconditioner.inputs_only())
                 self._run(
                     forward,
                     view,
                     weights,
-                    terms,
+                    num_terms,
                     taken,
                     draw_seed(self._fisher.seed, step, micro_batch, rank),
                 )
             elif taken is not None:
-                self._preconditioner.pass_by(taken, terms)
+                self._preconditioner.pass_by(taken, num_terms)
         self._preconditioner.leave()
 
-    def _take_inputs(self, forward: Forward, view: Tensor, terms: Tensor | float) -> set[str]:
+    def _take_inputs(self, forward: Forward, view: Tensor, num_terms: Tensor | float) -> set[str]:
         """Hand on the layers of which inputs alone are wanted; returns their names."""
-        sink = _Sink(self._preconditioner, terms, first=True)
+        sink = _Sink(self._preconditioner, num_terms, first=True)
         with torch.no_grad():
-            for layer, uses in forward.inputs(self._preconditioner.inputs_only(), view).items():
-                sink(layer, uses)
+            for layer, calls in forward.inputs(self._preconditioner.inputs_only(), view).items():
+                sink(layer, calls)
         return sink.taken
 
     def _run(
@@ -121,7 +121,7 @@ class FisherPass:
         forward: Forward,
         view: Tensor,
         weights: Tensor | None,
-        terms: Tensor | float,
+        num_terms: Tensor | float,
         taken: set[str] | None,
         seed: int,
     ) -> None:
@@ -131,17 +131,17 @@ class FisherPass:
             forward: What was followed.
             view: The model's output as the likelihood sees it.
             weights: Of the likelihood's terms.
-            terms: Their number.
+            num_terms: Their number.
             taken: The layers that are done with; `None` when the forward does not count.
             seed: Of the draws.
         """
         generator = torch.Generator(view.device)
         generator.manual_seed(seed)
         for number, loss in enumerate(self._losses(view, weights, generator)):
-            sink = _Sink(self._preconditioner, terms, first=number == 0)
+            sink = _Sink(self._preconditioner, num_terms, first=number == 0)
             forward.run(loss, view, sink if taken is not None else _ignored)
             if taken is not None and number == 0:
-                self._preconditioner.pass_by(sink.taken | taken, terms)
+                self._preconditioner.pass_by(sink.taken | taken, num_terms)
 
     def _losses(
         self, view: Tensor, weights: Tensor | None, generator: torch.Generator
@@ -161,18 +161,20 @@ class FisherPass:
                 return
             yield loss
 
-    def _listen(self, forward: Forward, terms: Tensor | float) -> None:
+    def _listen(self, forward: Forward, num_terms: Tensor | float) -> None:
         # The user's loss is (scale / M) or scale times the sum; gradients are wanted of the sum.
         def scale() -> Tensor | float:
-            return (terms if self._reduction == "mean" else 1.0) / self._loss_scale()
+            return (num_terms if self._reduction == "mean" else 1.0) / self._loss_scale()
 
-        sink = _Sink(self._preconditioner, terms, first=True)  # the forward itself must not be kept
+        sink = _Sink(
+            self._preconditioner, num_terms, first=True
+        )  # the forward itself must not be kept
         finish = forward.listen(sink, scale)
 
         def over() -> None:
             finish()
             if sink.taken:  # if not, that forward had no backward
-                sink.preconditioner.pass_by(sink.taken, terms)
+                sink.preconditioner.pass_by(sink.taken, num_terms)
 
         self._listening.append(over)
 
@@ -181,17 +183,17 @@ class _Sink:
     """Takes the layers of one pass, and notes which they were."""
 
     def __init__(
-        self, preconditioner: Preconditioner, terms: Tensor | float, *, first: bool
+        self, preconditioner: Preconditioner, num_terms: Tensor | float, *, first: bool
     ) -> None:
-        self.preconditioner, self._terms, self._first = preconditioner, terms, first
+        self.preconditioner, self._num_terms, self._first = preconditioner, num_terms, first
         self.taken: set[str] = set()
 
-    def __call__(self, layer: Layer, uses: list[LayerCall]) -> None:
+    def __call__(self, layer: Layer, calls: list[LayerCall]) -> None:
         self.taken.add(layer.name)
-        self.preconditioner.take(layer, uses, self._terms, self._first)
+        self.preconditioner.take(layer, calls, self._num_terms, self._first)
 
 
-def _ignored(layer: Layer, uses: list[LayerCall]) -> None:
+def _ignored(layer: Layer, calls: list[LayerCall]) -> None:
     """Takes what does not count."""
 
 

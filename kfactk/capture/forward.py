@@ -45,7 +45,7 @@ class RecordedCall:
             torch.zeros((), dtype=self.dtype, device=self.inputs.device).expand(self.shape),
         )
 
-    def use(self, gradient: Tensor, scale: Tensor | float) -> LayerCall:
+    def call(self, gradient: Tensor, scale: Tensor | float) -> LayerCall:
         """This call with the gradient of its output."""
         if self.inputs._version != self.version:
             raise CaptureError(overwritten(self.layer.name))
@@ -156,16 +156,16 @@ class _Arrivals:
         if self._waiting.get(name, 0) == 0:  # a second backward through the same graph
             return
         scale = self._scale() if callable(self._scale) else self._scale
-        self._here.setdefault(name, []).append(record.use(gradient, scale))
+        self._here.setdefault(name, []).append(record.call(gradient, scale))
         self._waiting[name] -= 1
         if self._waiting[name] == 0:
             self._sink(record.layer, self._here.pop(name))
 
     def finish(self) -> None:
         """Hand on the layers some of whose uses do not reach the loss: those uses have zero gradient and add nothing."""
-        for name, uses in list(self._here.items()):
+        for name, calls in list(self._here.items()):
             self._waiting[name] = 0
-            self._sink(self._layers[name], uses)
+            self._sink(self._layers[name], calls)
         self._here.clear()
 
 

@@ -155,11 +155,11 @@ def job_of(model: nn.Module, recipe: Recipe, batch: Tensor) -> Job:
     """
     layers = _layers(model, recipe)
     workload = _workload(layers, recipe)
-    uses: dict[str, list[tuple[Tensor, Tensor]]] = {layer.name: [] for layer in layers}
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {layer.name: [] for layer in layers}
     model.train()
-    with _watched(layers, uses), Meter() as forward:
+    with _watched(layers, calls), Meter() as forward:
         output = _ran(model, batch)
-    called = {name: found for name, found in uses.items() if found}
+    called = {name: found for name, found in calls.items() if found}
     outputs = [out for found in called.values() for _, out in found if out.requires_grad]
     with Meter() as fisher:
         torch.autograd.grad(
@@ -202,12 +202,12 @@ def _ran(model: nn.Module, batch: Tensor) -> Tensor:
 
 @contextlib.contextmanager
 def _watched(
-    layers: Sequence[Layer], uses: Mapping[str, list[tuple[Tensor, Tensor]]]
+    layers: Sequence[Layer], calls: Mapping[str, list[tuple[Tensor, Tensor]]]
 ) -> Iterator[None]:
     """Note the input and output of each call of these layers."""
 
     def noting(name: str) -> Callable[..., None]:
-        return lambda module, given, out: uses[name].append((given[0], out))
+        return lambda module, given, out: calls[name].append((given[0], out))
 
     handles = [layer.module.register_forward_hook(noting(layer.name)) for layer in layers]
     try:
@@ -218,7 +218,7 @@ def _watched(
 
 
 def _layer_cost(
-    layer: Layer, work: Work, recipe: Recipe, workload: Workload, uses: Sequence[LayerCall]
+    layer: Layer, work: Work, recipe: Recipe, workload: Workload, calls: Sequence[LayerCall]
 ) -> LayerCost:
     """Count the stages at work on one layer."""
     blocks = Blocks(recipe.curvature, recipe.basis)
@@ -227,8 +227,8 @@ def _layer_cost(
     gradient = torch.empty(work.gradient, device="meta")
     factors = scale = NOTHING
     moments: dict[str, Statistic] = {}
-    if uses:
-        samples = blocks.samples(layer, uses, terms=1.0, first=True)
+    if calls:
+        samples = blocks.samples(layer, calls, num_terms=1.0, first=True)
         blocks.factors(
             layer, samples
         )  # what is made once and kept, such as a table, is no part of a step
@@ -259,7 +259,7 @@ def _layer_cost(
         {name: sum(part.numel() for part in found.values()) for name, found in parts.items()},
         sum(total.numel() for total in totals.values()),
     )
-    retained = float(sum(use.inputs.numel() + use.gradient.numel() for use in uses))
+    retained = float(sum(call.inputs.numel() + call.gradient.numel() for call in calls))
     return LayerCost(factors, scale, meter.amount, sizes, retained, solver, carrying.amount)
 
 
@@ -321,7 +321,7 @@ def _decomposed(
 def _passes(recipe: Recipe, output: Tensor) -> tuple[int, bool]:
     """Fisher passes over one forward, and whether they are the framework's own."""
     view = recipe.likelihood.view(output)
-    terms, width = int(view.shape[1]), int(view.shape[2])
+    num_terms, width = int(view.shape[1]), int(view.shape[2])
 
     def losses(positions: int) -> int:
         few = torch.zeros(1, positions, width, requires_grad=True)
@@ -330,7 +330,7 @@ def _passes(recipe: Recipe, output: Tensor) -> tuple[int, bool]:
     if not recipe.fisher.own_pass:
         return 1, False
     one = losses(1)
-    return (one if terms == 1 else one + (losses(2) - one) * (terms - 1)), True
+    return (one if num_terms == 1 else one + (losses(2) - one) * (num_terms - 1)), True
 
 
 def _state(recipe: Recipe) -> float:

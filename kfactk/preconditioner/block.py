@@ -54,18 +54,21 @@ class Blocks:
     # ------------------------------------------------------------------------------------------------------- curvature
 
     def samples(
-        self, layer: Layer, uses: Sequence[LayerCall], *, terms: Tensor | float, first: bool
+        self, layer: Layer, calls: Sequence[LayerCall], *, num_terms: Tensor | float, first: bool
     ) -> Samples:
         """The uses of a layer in one pass, as samples."""
         with attribute_errors("curvature", self.curvature, _on(layer)):
-            return self.curvature.samples(layer, uses, terms=terms, first=first)
+            return self.curvature.samples(layer, calls, num_terms=num_terms, first=first)
 
-    def none(self, layer: Layer, terms: Tensor | float) -> Samples:
+    def none(self, layer: Layer, num_terms: Tensor | float) -> Samples:
         """No samples of a layer, in a forward of so many likelihood terms."""
         with attribute_errors("curvature", self.curvature, _on(layer)):
-            use = self.curvature.blank(layer)
+            call = self.curvature.blank(layer)
             return self.curvature.samples(
-                layer, [LayerCall(use.inputs[:0], use.gradient[:0])], terms=terms, first=True
+                layer,
+                [LayerCall(call.inputs[:0], call.gradient[:0])],
+                num_terms=num_terms,
+                first=True,
             )
 
     def factors(
@@ -138,7 +141,7 @@ class Blocks:
         """A layer's samples and sums of a use on zeros: shapes without data."""
         with attribute_errors("curvature", self.curvature, _on(layer)):
             samples = self.curvature.samples(
-                layer, [self.curvature.blank(layer)], terms=1.0, first=True
+                layer, [self.curvature.blank(layer)], num_terms=1.0, first=True
             )
             return samples, self.curvature.factors(layer, samples)
 
@@ -223,11 +226,15 @@ class Blocks:
         )
 
     def gradient_moments(
-        self, layer: Layer, decomposition: Decomposition, gradient: Tensor, terms: Tensor | float
+        self,
+        layer: Layer,
+        decomposition: Decomposition,
+        gradient: Tensor,
+        num_terms: Tensor | float,
     ) -> dict[str, Statistic]:
         """The same of a mini-batch mean gradient."""
         with attribute_errors("basis", self.basis, _on(layer)):
-            found = self.basis.gradient_moments(decomposition, gradient, terms)
+            found = self.basis.gradient_moments(decomposition, gradient, num_terms)
         return prefixed(
             "moment", check_statistics("basis", self.basis, _on(layer), found, required=False)
         )

@@ -78,7 +78,7 @@ class Preconditioner:
         self.skipped_batches = 0
         self.failed_decompositions = 0
         self._trained, self._timed = trained, timed
-        self._terms: list[Tensor | float] = []
+        self._num_terms: list[Tensor | float] = []
         self._examples = 0
         self._plan: Plan | None = None
         self._unseen: list[str] = []
@@ -138,13 +138,13 @@ class Preconditioner:
         return self._foreseen[1]
 
     def take(
-        self, layer: Layer, uses: Sequence[LayerCall], terms: Tensor | float, first: bool
+        self, layer: Layer, calls: Sequence[LayerCall], num_terms: Tensor | float, first: bool
     ) -> None:
         """Sum up the uses of one layer in one pass; nothing of them is kept unless the basis is refreshed in this step."""
         if self._plan is None or layer.name not in self._plan.needs:
             return
         need, state = self._plan.needs[layer.name], self.states[layer.name]
-        samples = self.blocks.samples(layer, uses, terms=terms, first=first)
+        samples = self.blocks.samples(layer, calls, num_terms=num_terms, first=first)
         state.seen += 1
         if need.scale and samples.examples != self._examples:
             self._warn(
@@ -154,13 +154,13 @@ class Preconditioner:
                 "of the examples, see the curvature's batch_dim, or leave the layer alone with exclude=",
             )
         self._gather(need, state, samples)
-        state.input_versions += [(use.inputs, use.inputs._version) for use in uses if need.late]
+        state.input_versions += [(call.inputs, call.inputs._version) for call in calls if need.late]
 
-    def pass_by(self, taken: Container[str], terms: Tensor | float) -> None:
+    def pass_by(self, taken: Container[str], num_terms: Tensor | float) -> None:
         """Count the likelihood terms of one forward for the layers that gave it no sample: what they add to the sums is nothing."""
         for name, need in (self._plan.needs if self._plan is not None else {}).items():
             if need.follows and name not in taken:
-                self._gather(need, self.states[name], self.blocks.none(need.layer, terms))
+                self._gather(need, self.states[name], self.blocks.none(need.layer, num_terms))
 
     def _gather(self, need: BlockPlan, state: BlockState, samples: Samples) -> None:
         layer = need.layer
@@ -182,18 +182,21 @@ class Preconditioner:
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
         """Around the passes over one forward: what they give counts as a whole or, when one of them fails, not at all."""
-        marks, terms = {name: state.mark() for name, state in self.states.items()}, len(self._terms)
+        marks, num_terms = (
+            {name: state.mark() for name, state in self.states.items()},
+            len(self._num_terms),
+        )
         try:
             yield
         except BaseException:
             for name, mark in marks.items():
                 self.states[name].rollback(mark)
-            del self._terms[terms:]
+            del self._num_terms[num_terms:]
             raise
 
-    def count(self, terms: Tensor | float, examples: int) -> None:
+    def count(self, num_terms: Tensor | float, examples: int) -> None:
         """Note the likelihood terms and the examples of one forward."""
-        self._terms.append(terms)
+        self._num_terms.append(num_terms)
         self._examples = examples
 
     def inputs_only(self) -> frozenset[str]:
@@ -243,7 +246,7 @@ class Preconditioner:
             )
         ]
         seen = [float(self.states[name].seen) for name in followed]
-        several = len(self._terms) != 1
+        several = len(self._num_terms) != 1
         *passes, uneven, faults = self.ranks.total(
             [*seen, float(several), float(bool(changed))], self._device()
         )
@@ -295,17 +298,18 @@ class Preconditioner:
         """
         if self._plan is None or not self._plan.counts_terms:
             return
-        local = sum(self._terms, start=0.0)
-        [terms] = self.ranks.total([float(local)], self._device())
-        if not terms:
+        local = sum(self._num_terms, start=0.0)
+        [num_terms] = self.ranks.total([float(local)], self._device())
+        if not num_terms:
             return
         for layer in self.layers():
             state, gradient = self.states[layer.name], gradients.get(layer.name)
             if state.ready and state.decomposition and gradient is not None:
-                mean = gradient / terms if reduction == "sum" else gradient
+                mean = gradient / num_terms if reduction == "sum" else gradient
                 self._changed(layer.name)
                 sums = finite_only(
-                    self.blocks.gradient_moments(layer, state.decomposition, mean, terms), state.bad
+                    self.blocks.gradient_moments(layer, state.decomposition, mean, num_terms),
+                    state.bad,
                 )
                 for key, value in local_means(sums).items():
                     state.moments.setdefault(key.removeprefix("moment."), RunningMean()).update(
@@ -374,7 +378,7 @@ class Preconditioner:
         self.skipped({fault: 1} if fault else {})
         for state in self.states.values():
             state.clear_pending()
-        self._terms.clear()
+        self._num_terms.clear()
         self._arrived = {}
         self._plan = self._foreseen = None
 
@@ -433,7 +437,7 @@ class Preconditioner:
         self.states = dict(states)
         self._flat.clear()
         self._operators.clear()
-        self._terms.clear()
+        self._num_terms.clear()
         self._plan = self._foreseen = None
 
     def _workload(self, works: tuple[Work, ...]) -> Workload:

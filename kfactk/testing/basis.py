@@ -220,7 +220,7 @@ class BasisLaws(BasisStateLaws, BasisTraitLaws, InRecipe):
             situation.basis,
             situation.curvature,
             case,
-            terms=situation.terms,
+            num_terms=situation.num_terms,
             damping=situation.damping * c * c,
         )
         moments = scaled.moments if situation.moments else {}

@@ -124,15 +124,20 @@ class CurvatureLaws(OnLayers, InRecipe):
         says = "the per-example gradients do not sum to autograd's gradient of the summed loss"
         close(found.sum(-3), self.curvature.matrix(case.layer, whole), says)
 
-    @law(case="known_cases", terms=st.sampled_from([None, 3.5]))
-    def test_moments_are_sums_over_rows(self, case: Case, terms: float | None) -> None:
+    @law(case="known_cases", num_terms=st.sampled_from([None, 3.5]))
+    def test_moments_are_sums_over_rows(self, case: Case, num_terms: float | None) -> None:
         """The samples' moments are sums of a a^T and g g^T over all rows, counted by examples and by likelihood terms."""
-        samples, bias = self.samples(case, terms=terms), "bias" in case.layer.parameters
+        samples, bias = self.samples(case, num_terms=num_terms), "bias" in case.layer.parameters
         a = torch.cat([truth.input_rows(case.module, x, bias=bias) for x, _ in case.calls], -2)
         g = torch.cat([truth.output_rows(case.module, g) for _, g in case.calls], -2)
         for what, moment, rows, count in (
             ("input_moment", samples.input_moment(), a, len(case.inputs)),
-            ("grad_moment", samples.grad_moment(), g, len(case.inputs) if terms is None else terms),
+            (
+                "grad_moment",
+                samples.grad_moment(),
+                g,
+                len(case.inputs) if num_terms is None else num_terms,
+            ),
         ):
             close(
                 present(moment.total),
@@ -148,7 +153,7 @@ class CurvatureLaws(OnLayers, InRecipe):
         self, case: Case, seed: int, sides: str
     ) -> None:
         """The samples' `projected_square` is the sum over examples of the squares of `left^T D_n right`."""
-        samples, d = self.samples(case, terms=2.0), self.gradients(case)
+        samples, d = self.samples(case, num_terms=2.0), self.gradients(case)
         rotations = dict(zip(("left", "right"), rotations_of(d, seed), strict=True))
         left, right = (rotation if side in sides else None for side, rotation in rotations.items())
         found = samples.projected_square(left, right)
@@ -182,15 +187,15 @@ class CurvatureLaws(OnLayers, InRecipe):
                 f"{name} is not positive semi-definite: it has the eigenvalue {least:.3g}, beside {largest:.3g}"
             )
 
-    @law(case="single_row_cases", terms=st.sampled_from([1.0, 3.5]))
-    def test_one_row_of_one_example_is_exact(self, case: Case, terms: float) -> None:
+    @law(case="single_row_cases", num_terms=st.sampled_from([1.0, 3.5]))
+    def test_one_row_of_one_example_is_exact(self, case: Case, num_terms: float) -> None:
         """For one example with T = 1, A kron G is the Fisher matrix itself, vec(D) vec(D)^T over the number of likelihood terms."""
         one = case.rows([0])
-        found = self.matrices(one, terms=terms)
-        says = f"A kron G of one example with one row is not vec(D) vec(D)^T / {terms}"
+        found = self.matrices(one, num_terms=num_terms)
+        says = f"A kron G of one example with one row is not vec(D) vec(D)^T / {num_terms}"
         close(
             truth.dense_kron(found["A"], found["G"]),
-            truth.dense_fisher(self.gradients(one), terms),
+            truth.dense_fisher(self.gradients(one), num_terms),
             says,
         )
 
@@ -241,18 +246,20 @@ class CurvatureLaws(OnLayers, InRecipe):
                 f"{name!r}: the counts of {split} add to {counts[0]}, not {counts[1]}"
             )
 
-    @law(case="cases", terms=st.sampled_from([0.5, 3.0, 70.0]), on_device=st.booleans())
-    def test_terms_normalise_the_gradients(self, case: Case, terms: float, on_device: bool) -> None:
+    @law(case="cases", num_terms=st.sampled_from([0.5, 3.0, 70.0]), on_device=st.booleans())
+    def test_terms_normalise_the_gradients(
+        self, case: Case, num_terms: float, on_device: bool
+    ) -> None:
         """The Fisher matrix is a mean over likelihood terms: what depends on gradients is divided by their number, the rest is not."""
-        number = torch.tensor(terms, dtype=torch.float64) if on_device else terms
+        number = torch.tensor(num_terms, dtype=torch.float64) if on_device else num_terms
         found, alone, degrees = (
-            self.means(case, terms=number),
-            self.means(case, terms=1.0),
+            self.means(case, num_terms=number),
+            self.means(case, num_terms=1.0),
             self._degrees(case),
         )
         for name, degree in degrees.items():
-            divided = alone[name] / (terms if degree else 1.0)
-            says = f"with {terms} likelihood terms the factor has to be {f'1/{terms} of' if degree else 'the same as'} that with one term"
+            divided = alone[name] / (num_terms if degree else 1.0)
+            says = f"with {num_terms} likelihood terms the factor has to be {f'1/{num_terms} of' if degree else 'the same as'} that with one term"
             close(found[name], divided, f"{name!r}: {says}")
 
     @law(case="cases")
@@ -391,7 +398,10 @@ class CurvatureLaws(OnLayers, InRecipe):
         self, case: Case, power: int, dtype: torch.dtype, on_device: bool
     ) -> None:
         """A use's gradient counts times its `scale`, multiplied in float32 at least, be it a number or a tensor."""
-        low, numbers = case.to(dtype), [2.0 ** (power + 2 * use) for use in range(len(case.calls))]
+        low, numbers = (
+            case.to(dtype),
+            [2.0 ** (power + 2 * call) for call in range(len(case.calls))],
+        )
         wide = low.to(torch.float64)
         first, *further = [
             (x, g * number) for (x, g), number in zip(wide.calls, numbers, strict=True)
@@ -414,14 +424,16 @@ class CurvatureLaws(OnLayers, InRecipe):
         """`blank` is a use on zeros that the layer accepts; factors, matrices and moments made of it have the shapes of real ones."""
         module, case = case.module, case.to(dtype)
         layer, real = case.layer, self.samples(case)
-        use = self.curvature.blank(layer)
-        assert not use.inputs.any(), "the inputs of blank() are not zero"
-        assert not use.gradient.any(), "the gradient of blank() is not zero"
-        shape = module(use.inputs.double() if use.inputs.is_floating_point() else use.inputs).shape
-        assert use.gradient.shape == shape, (
-            f"blank() has a gradient {list(use.gradient.shape)}, the layer's output for its inputs is {list(shape)}"
+        call = self.curvature.blank(layer)
+        assert not call.inputs.any(), "the inputs of blank() are not zero"
+        assert not call.gradient.any(), "the gradient of blank() is not zero"
+        shape = module(
+            call.inputs.double() if call.inputs.is_floating_point() else call.inputs
+        ).shape
+        assert call.gradient.shape == shape, (
+            f"blank() has a gradient {list(call.gradient.shape)}, the layer's output for its inputs is {list(shape)}"
         )
-        blank = self.curvature.samples(layer, [use], terms=1.0, first=True)
+        blank = self.curvature.samples(layer, [call], num_terms=1.0, first=True)
         assert blank.examples == 1, (
             f"blank() has to be one example, the smallest use; it has {blank.examples}"
         )

@@ -148,7 +148,7 @@ class PipelineLaws(Training):
         edges = [0, *sorted(cuts), EXAMPLES]
 
         def whole(optimizer: Optimizer, model: nn.Module, number: int) -> None:
-            self.backward(optimizer, model, self.data(number), terms=listens and mean)
+            self.backward(optimizer, model, self.data(number), num_terms=listens and mean)
 
         def split(optimizer: Optimizer, model: nn.Module, number: int) -> None:
             inputs, targets = self.data(number)
@@ -159,7 +159,7 @@ class PipelineLaws(Training):
                     model,
                     (inputs[start:end], targets[start:end]),
                     share,
-                    terms=listens and mean,
+                    num_terms=listens and mean,
                 )
 
         sizes = [end - start for start, end in itertools.pairwise(edges)]

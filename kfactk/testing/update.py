@@ -381,7 +381,7 @@ class Identity:
         return {}
 
     def gradient_moments(
-        self, decomposition: Decomposition, gradient: Tensor, terms: Tensor | float
+        self, decomposition: Decomposition, gradient: Tensor, num_terms: Tensor | float
     ) -> dict[str, Statistic]:
         """Nothing."""
         return {}

@@ -43,8 +43,8 @@ class DiagonalFisher(ConvKfac):
         >>> import torch
         >>> from kfactk import LayerCall
         >>> layer = Layer("fc", torch.nn.Linear(1, 1), ("weight", "bias"))
-        >>> use = LayerCall(torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [2.0]]))
-        >>> samples = DiagonalFisher().samples(layer, [use], terms=2, first=True)
+        >>> call = LayerCall(torch.tensor([[1.0], [3.0]]), torch.tensor([[1.0], [2.0]]))
+        >>> samples = DiagonalFisher().samples(layer, [call], num_terms=2, first=True)
         >>> square = DiagonalFisher().factors(layer, samples)["square"]
         >>> square.total / square.count
         tensor([[18.5000,  2.5000]])
@@ -116,7 +116,7 @@ class DiagonalInverse:
         return {}
 
     def gradient_moments(
-        self, decomposition: Decomposition, gradient: Tensor, terms: Tensor | float
+        self, decomposition: Decomposition, gradient: Tensor, num_terms: Tensor | float
     ) -> dict[str, Statistic]:
         """None."""
         return {}

@@ -14,7 +14,7 @@ class TestDiagonalFisher(CurvatureLaws):
     @law(case="known_cases")
     def test_it_is_the_diagonal(self, case: Case) -> None:
         """The factor is the diagonal of the dense Fisher matrix."""
-        dense = truth.dense_fisher(self.gradients(case), terms=len(case.inputs))
+        dense = truth.dense_fisher(self.gradients(case), num_terms=len(case.inputs))
         found = linalg.vec(self.means(case)["square"])
         close(found, dense.diagonal(dim1=-2, dim2=-1), "the factor is not the Fisher's diagonal")
 

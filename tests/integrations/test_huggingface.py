@@ -194,7 +194,7 @@ def measured(kind: str, fisher: str) -> tuple[kfactk.Optimizer, Watched, Case]:
 def test_the_fisher_is_that_of_the_terms_which_the_loss_counts(kind: str) -> None:
     """A, G and the scale of EKFAC, term by term and class by class from autograd: F = (1/M) sum_terms sum_c p_c grad grad^T."""
     optimizer, seen, made = measured(kind, "exact")
-    terms = len(made.counted)
+    num_terms = len(made.counted)
     assert len(optimizer.layers) == {"causal": 8, "tokens": 7, "sequences": 8}[kind.split(",")[0]]
     g = {
         name: torch.zeros(seen.outputs[name].shape[-1:] * 2, dtype=torch.float64)
@@ -204,10 +204,10 @@ def test_the_fisher_is_that_of_the_terms_which_the_loss_counts(kind: str) -> Non
     for probability, gradients in seen.counted(made.counted):
         for name, view in optimizer.layers.items():
             rows = gradients[name].flatten(0, 1)
-            g[name] += probability * rows.T @ rows / (terms * gradients[name].shape[1])
+            g[name] += probability * rows.T @ rows / (num_terms * gradients[name].shape[1])
             left, right = (view.decomposition[side]["eigenvectors"] for side in "GA")
             block = gradients[name].flatten(0, 1).T @ seen.rows(name).flatten(0, 1)
-            scale[name] += probability * (left.T @ block @ right).square() / terms
+            scale[name] += probability * (left.T @ block @ right).square() / num_terms
     for name, view in optimizer.layers.items():
         a = seen.rows(name).flatten(0, 1)
         torch.testing.assert_close(view.factors["A"], a.T @ a / N, rtol=1e-10, atol=1e-14, msg=name)
@@ -228,10 +228,10 @@ def blurred(found: Tensor, expected: Tensor, view: Any) -> None:
 def test_the_empirical_fisher_is_that_of_the_loss_in_the_model(kind: str) -> None:
     """The model's own loss is a mean over the M terms it counts, so gradients of the sum are M times its."""
     optimizer, seen, made = measured(kind, "empirical")
-    terms = len(made.counted)
+    num_terms = len(made.counted)
     for name, gradient in seen.gradients(seen.answer.loss).items():
-        rows = terms * gradient.flatten(0, 1)
-        expected = rows.T @ rows / (terms * gradient.shape[1])
+        rows = num_terms * gradient.flatten(0, 1)
+        expected = rows.T @ rows / (num_terms * gradient.shape[1])
         torch.testing.assert_close(
             optimizer.layers[name].factors["G"], expected, rtol=1e-10, atol=1e-14, msg=name
         )

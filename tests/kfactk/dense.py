@@ -59,7 +59,7 @@ def watch(model: nn.Module, inputs: Tensor, scores: Scores, names: list[str]) ->
     for name in names:
         module, ones = model.get_submodule(name), [example[name] for example in per_example]
         axis = 1 if getattr(module, "groups", 1) > 1 else 0
-        raw = [torch.cat([one[0][use] for one in ones]) for use in range(len(ones[0][0]))]
+        raw = [torch.cat([one[0][call] for one in ones]) for call in range(len(ones[0][0]))]
         rows = torch.cat(
             [input_rows(module, each, bias=module.bias is not None) for each in raw], dim=-2
         )
@@ -113,13 +113,16 @@ def _watch_one(
     return found
 
 
-def factors(seen: Seen, spatial: str, terms: float) -> dict[str, Tensor]:
+def factors(seen: Seen, spatial: str, num_terms: float) -> dict[str, Tensor]:
     """A and G by their definitions; leading group dimension where the layer is grouped."""
     examples, positions = seen.inputs.shape[-3], seen.inputs.shape[-2]
     if spatial == "reduce":
         a = moment(seen.inputs.mean(-2, keepdim=True)) / examples
-        return {"A": a, "G": sum(moment(g.sum(-2, keepdim=True)) for g in seen.gradients) / terms}
-    g = sum(moment(g) for g in seen.gradients) / (terms * positions)
+        return {
+            "A": a,
+            "G": sum(moment(g.sum(-2, keepdim=True)) for g in seen.gradients) / num_terms,
+        }
+    g = sum(moment(g) for g in seen.gradients) / (num_terms * positions)
     if spatial == "sua" and not isinstance(seen.module, nn.Linear):
         return {"A": _uncorrelated_activations(seen, positions), "G": g}
     return {"A": moment(seen.inputs) / examples, "G": g}
@@ -167,13 +170,13 @@ def ekfac_block(u_a: Tensor, u_g: Tensor, scale: Tensor, tau: float) -> Tensor:
     return q @ torch.diag(vec(scale) + tau) @ q.T
 
 
-def exact_scale(products: list[Tensor], u_a: Tensor, u_g: Tensor, terms: float) -> Tensor:
+def exact_scale(products: list[Tensor], u_a: Tensor, u_g: Tensor, num_terms: float) -> Tensor:
     """Equation 10: squares of the projected per-example gradients, summed over passes and examples one at a time, over M."""
     total = u_a.new_zeros(len(u_g), len(u_a))
     for each in products:
         for d in each:
             total += (u_g.T @ d @ u_a) ** 2
-    return total / terms
+    return total / num_terms
 
 
 def pooled(
@@ -213,7 +216,7 @@ def preconditioned(
     *,
     spatial: str,
     basis: str,
-    terms: float,
+    num_terms: float,
     tau: float,
     vectors: Mapping[str, Tensor],
     own: Tensor | None = None,
@@ -227,14 +230,14 @@ def preconditioned(
         gradient: The mean gradient as the layer's matrix.
         spatial: "sud", "sua" or "reduce".
         basis: "kfac", "exact" (EKFAC) or "running" (EKFAC-ra).
-        terms: M.
+        num_terms: M.
         tau: Damping.
         vectors: For EKFAC the eigenvectors of A and G, which are not unique; checked here to be such.
         own: The gradient that EKFAC-ra's scale is measured on, where it is not the same.
         tolerance: Of that check.
         null: Eigenvalues below this fraction of the largest belong to the null space.
     """
-    whole, groups = factors(seen, spatial, terms), gradient.ndim == 3
+    whole, groups = factors(seen, spatial, num_terms), gradient.ndim == 3
     blocks = range(len(gradient)) if groups else [...]
     parts = []
     for k in blocks:
@@ -245,8 +248,8 @@ def preconditioned(
         u_a, u_g = vectors["A"][k], vectors["G"][k]
         assert is_eigenbasis(a, u_a, tolerance)
         assert is_eigenbasis(g, u_g, tolerance)
-        running = terms * (u_g.T @ (v if own is None else own[k]) @ u_a) ** 2
-        scale = running if basis == "running" else exact_scale(products, u_a, u_g, terms)
+        running = num_terms * (u_g.T @ (v if own is None else own[k]) @ u_a) ** 2
+        scale = running if basis == "running" else exact_scale(products, u_a, u_g, num_terms)
         parts.append(solve(ekfac_block(u_a, u_g, pooled(scale, a, g, u_a, u_g, null), tau), v))
     return torch.stack(parts) if groups else parts[0]
 
@@ -343,14 +346,14 @@ class Problem:
         inputs: The batch, examples in dim 0.
         loss: The user's loss of the model's output for the whole batch.
         scores: Whose gradients make the Fisher matrix.
-        terms: M.
+        num_terms: M.
     """
 
     model: nn.Module
     inputs: Tensor
     loss: Callable[[Tensor], Tensor]
     scores: Scores
-    terms: float
+    num_terms: float
 
     def gradients(self) -> dict[str, Tensor]:
         """The user's gradient, by parameter name."""
@@ -392,7 +395,7 @@ def all_preconditioned(
         own = layer_gradient(each, name, gradients)
         matrix = own if applied is None else layer_gradient(each, name, applied)
         matrix = preconditioned(
-            each, matrix, own=own, terms=problem.terms, vectors=vectors.get(name, {}), **how
+            each, matrix, own=own, num_terms=problem.num_terms, vectors=vectors.get(name, {}), **how
         )
         out |= {f"{name}.{key}": tensor for key, tensor in as_tensors(each.module, matrix).items()}
     return out

@@ -39,7 +39,7 @@ def dense(inputs, gradients):
 @given(rows(), chunks)
 def test_moments_are_the_loops(pair, chunk_bytes):
     a, g = pair
-    samples = Samples(a, g, terms=7.0, chunk_bytes=chunk_bytes)
+    samples = Samples(a, g, num_terms=7.0, chunk_bytes=chunk_bytes)
     torch.testing.assert_close(samples.input_moment().total, truth.moment(a))
     torch.testing.assert_close(samples.grad_moment().total, truth.moment(g))
     assert samples.input_moment().count == a.shape[-3]
@@ -50,7 +50,7 @@ def test_moments_are_the_loops(pair, chunk_bytes):
 @given(rows())
 def test_per_example_gradients_are_sums_of_outer_products(pair):
     a, g = pair
-    samples = Samples(a, g, terms=1.0)
+    samples = Samples(a, g, num_terms=1.0)
     torch.testing.assert_close(samples.per_example_gradients(), dense(a, g))
     torch.testing.assert_close(
         samples.per_example_gradients(slice(0, 1)), dense(a, g)[..., :1, :, :]
@@ -63,7 +63,7 @@ def test_projected_square_is_dense(pair, chunk_bytes, with_left, with_right, k_o
     a, g = pair
     left = normal(*a.shape[:-3], g.shape[-1], k_out, seed=3) if with_left else None
     right = normal(*a.shape[:-3], a.shape[-1], k_in, seed=4) if with_right else None
-    result = Samples(a, g, terms=3.0, chunk_bytes=chunk_bytes).projected_square(left, right)
+    result = Samples(a, g, num_terms=3.0, chunk_bytes=chunk_bytes).projected_square(left, right)
     torch.testing.assert_close(result.total, truth.projected_square(dense(a, g), left, right))
     assert result.count == 3.0
 
@@ -77,7 +77,7 @@ def test_every_order_of_contraction_agrees_with_dense(t, d_in, d_out, groups):
     left, right = normal(*groups, d_out, d_out, seed=2), normal(*groups, d_in, d_in, seed=3)
     for sides in itertools.product((left, None), (right, None)):
         torch.testing.assert_close(
-            Samples(a, g, terms=1.0, chunk_bytes=1).projected_square(*sides).total,
+            Samples(a, g, num_terms=1.0, chunk_bytes=1).projected_square(*sides).total,
             truth.projected_square(dense(a, g), *sides),
         )
 
@@ -93,7 +93,7 @@ def test_low_precision_moves_the_square_within_its_bound(pair, chunk_bytes, with
     left = orthogonal(*a.shape[:-3], g.shape[-1], g.shape[-1], seed=3) if with_left else None
     right = orthogonal(*a.shape[:-3], a.shape[-1], a.shape[-1], seed=4) if with_right else None
     found = (
-        Samples(a, g, terms=1.0, chunk_bytes=chunk_bytes)
+        Samples(a, g, num_terms=1.0, chunk_bytes=chunk_bytes)
         .projected_square(left, right, precision=torch.bfloat16)
         .total
     )
@@ -106,7 +106,7 @@ def test_low_precision_moves_the_square_within_its_bound(pair, chunk_bytes, with
 @pytest.mark.parametrize("t", [1, 3, 40])
 def test_low_precision_is_that_of_the_rotations_alone(t):
     a, g = normal(50, t, 8).float(), normal(50, t, 6, seed=1).float()
-    samples = Samples(a, g, terms=1.0)
+    samples = Samples(a, g, num_terms=1.0)
     left, right = orthogonal(6, 6, seed=2).float(), orthogonal(8, 8, seed=3).float()
     exact, rounded = (
         samples.projected_square(left, right, precision=p).total
@@ -145,7 +145,7 @@ def test_large_matrices_are_squared_one_by_one(groups):
     a, g = normal(*groups, 3, 5, 150), normal(*groups, 3, 5, 120, seed=1)
     left, right = normal(*groups, 120, 120, seed=2), normal(*groups, 150, 150, seed=3)
     for bound in (1, 2**28):
-        found = Samples(a, g, terms=1.0, chunk_bytes=bound).projected_square(left, right).total
+        found = Samples(a, g, num_terms=1.0, chunk_bytes=bound).projected_square(left, right).total
         torch.testing.assert_close(found, truth.projected_square(dense(a, g), left, right))
 
 
@@ -161,7 +161,7 @@ def test_rows_are_rotated_where_they_are_fewer_than_outputs(monkeypatch, t, rota
         "per_example_gradients",
         lambda *args, **options: calls.append(1) or plain(*args, **options),
     )
-    Samples(normal(2, t, 3), normal(2, t, 4, seed=1), terms=2.0).projected_square(
+    Samples(normal(2, t, 3), normal(2, t, 4, seed=1), num_terms=2.0).projected_square(
         None, normal(3, 3, seed=2) if rotated else None
     )
     assert len(calls) == made
@@ -175,7 +175,7 @@ def test_rows_are_rotated_where_they_are_fewer_than_outputs(monkeypatch, t, rota
 )
 def test_chunks_cover_the_examples_in_equal_parts(n, numbers, chunk_bytes, most):
     found = list(
-        Samples(normal(n, 1, 2), normal(n, 1, 2), terms=1.0, chunk_bytes=chunk_bytes).chunks(
+        Samples(normal(n, 1, 2), normal(n, 1, 2), num_terms=1.0, chunk_bytes=chunk_bytes).chunks(
             numbers, most
         )
     )
@@ -211,7 +211,7 @@ def test_order_duplication_and_splitting_of_the_batch_do_not_matter(pair, random
     random.shuffle(order)
 
     def statistics(index):
-        samples = Samples(a[..., index, :, :], g[..., index, :, :], terms=float(len(index)))
+        samples = Samples(a[..., index, :, :], g[..., index, :, :], num_terms=float(len(index)))
         return samples.input_moment(), samples.grad_moment(), samples.projected_square(None, None)
 
     whole = statistics(list(range(n)))
@@ -230,7 +230,7 @@ def test_order_duplication_and_splitting_of_the_batch_do_not_matter(pair, random
 
 def test_later_passes_over_a_forward_add_sums_and_no_counts():
     a, g = normal(3, 2, 4), normal(3, 2, 5, seed=1)
-    later = Samples(a, g, terms=3.0, first=False)
+    later = Samples(a, g, num_terms=3.0, first=False)
     assert later.input_moment().total is None
     assert later.input_moment().count == 0
     assert later.grad_moment().count == 0
@@ -239,7 +239,7 @@ def test_later_passes_over_a_forward_add_sums_and_no_counts():
 
 
 def test_an_empty_batch_contributes_nothing():
-    samples = Samples(normal(0, 2, 4), normal(0, 2, 5), terms=0.0)
+    samples = Samples(normal(0, 2, 4), normal(0, 2, 5), num_terms=0.0)
     for statistic in (
         samples.input_moment(),
         samples.grad_moment(),
@@ -268,7 +268,7 @@ def test_statistics_add_and_scale():
 def test_half_precision_is_summed_in_float32(half):
     a, g = normal(64, 5, 6).to(half), normal(64, 5, 4, seed=1).to(half)
     left, right = normal(4, 4, seed=2), normal(6, 6, seed=3)
-    samples = Samples(a, g, terms=1.0)
+    samples = Samples(a, g, num_terms=1.0)
     results = (
         samples.input_moment().total,
         samples.grad_moment().total,
@@ -293,7 +293,7 @@ def test_working_dtype():
 def test_inputs_are_left_alone():
     a, g = normal(4, 1, 3), normal(4, 1, 2, seed=1)
     copies = a.clone(), g.clone()
-    samples = Samples(a, g, terms=4.0, chunk_bytes=1)
+    samples = Samples(a, g, num_terms=4.0, chunk_bytes=1)
     samples.input_moment(), samples.grad_moment(), samples.projected_square(None, None)
     assert torch.equal(a, copies[0])
     assert torch.equal(g, copies[1])
@@ -307,7 +307,7 @@ def test_temporaries_stay_within_chunk_bytes(shape, groups):
     t, d_in, d_out = shape
     a, g = normal(*groups, 200, t, d_in), normal(*groups, 200, t, d_out, seed=1)
     left, right = normal(*groups, d_out, d_out), normal(*groups, d_in, d_in)
-    samples = Samples(a, g, terms=1.0, chunk_bytes=20_000)
+    samples = Samples(a, g, num_terms=1.0, chunk_bytes=20_000)
     assert a.nbytes + g.nbytes > 2 * samples.chunk_bytes or t == 1
     with LargestAllocation() as largest:
         (

@@ -43,7 +43,7 @@ class Lookup(Kfac):
 
 
 class Deaf(Kfac):
-    def samples(self, layer: Any, uses: Any) -> Any:  # type: ignore[override]
+    def samples(self, layer: Any, calls: Any) -> Any:  # type: ignore[override]
         raise AssertionError
 
 

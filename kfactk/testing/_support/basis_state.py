@@ -32,7 +32,7 @@ class BasisStateLaws(BasisFrame):
         decay, source = basis.moment_decay, basis.moments_from
         assert 0 <= decay <= 1, f"moment_decay is {decay}, which is not in [0, 1]"
         of_samples = basis.moments(parts, situation.samples)
-        of_gradient = basis.gradient_moments(parts, situation.mean_gradient, situation.terms)
+        of_gradient = basis.gradient_moments(parts, situation.mean_gradient, situation.num_terms)
         if source != "gradient":
             assert not of_gradient, (
                 f"moments_from is {source!r}, yet gradient_moments gives {', '.join(of_gradient)}: they are never asked for"
@@ -89,7 +89,7 @@ class BasisStateLaws(BasisFrame):
         """On blank samples, and on corners of the matrices, decompositions and moments have the same parts, shapes and precision: so
         checkpoints can be loaded into an optimizer that has seen nothing."""
         curvature, layer = situation.curvature, situation.case.layer
-        samples = curvature.samples(layer, [curvature.blank(layer)], terms=1.0, first=True)
+        samples = curvature.samples(layer, [curvature.blank(layer)], num_terms=1.0, first=True)
         matrices = curvature.assemble(
             layer,
             {
@@ -195,7 +195,7 @@ class BasisStateLaws(BasisFrame):
             ],
             "moments": lambda: basis.moments(parts, situation.samples),
             "gradient_moments": lambda: basis.gradient_moments(
-                parts, situation.mean_gradient, situation.terms
+                parts, situation.mean_gradient, situation.num_terms
             ),
             "transport": lambda: basis.transport(moments, parts, other),
             "precondition": situation.precondition,
@@ -303,7 +303,7 @@ class BasisStateLaws(BasisFrame):
             situation.curvature,
             case,
             damping=situation.damping,
-            terms=situation.terms,
+            num_terms=situation.num_terms,
         )
 
     def on_other_numbers(self, situation: Situation, seed: int) -> dict[str, dict[str, Tensor]]:

@@ -117,7 +117,7 @@ class BasisTraitLaws(BasisFrame):
         a = over_taps(
             channels, taps, situation.gradient.shape[-1], float(mean_diagonal(channels).mean())
         )
-        fisher = dense_fisher(situation.per_example, situation.terms)
+        fisher = dense_fisher(situation.per_example, situation.num_terms)
         mine, kfac = (
             torch.linalg.matrix_norm(fisher - each)
             for each in (dense(situation.product, situation.gradient), dense_kron(a, g))
@@ -130,7 +130,7 @@ class BasisTraitLaws(BasisFrame):
     def test_one_row_gives_the_fisher(self, situation: Situation) -> None:
         """Trait "exact-when-kronecker": for one example with T = 1, where the Fisher matrix is A kron G, F is the Fisher matrix."""
         self.wants(situation, "exact-when-kronecker")
-        fisher = dense_fisher(situation.per_example, situation.terms)
+        fisher = dense_fisher(situation.per_example, situation.num_terms)
         product = dense(situation.product, situation.gradient)
         same(
             product,
@@ -176,7 +176,7 @@ def _turned(situation: Situation, rows: Samples, left: Tensor, right: Tensor) ->
         rows.gradients() @ left.mT.unsqueeze(-3),
     )
     return {
-        "samples": Samples(inputs, gradients, terms=situation.terms),
+        "samples": Samples(inputs, gradients, num_terms=situation.num_terms),
         "mean_gradient": left @ situation.mean_gradient @ right.mT,
         "gradient": left @ situation.gradient @ right.mT,
     }

@@ -73,17 +73,17 @@ class OnLayers(Laws):
         case: Case,
         *,
         scales: Sequence[Tensor | float] | None = None,
-        terms: Any = None,
+        num_terms: Any = None,
         first: bool = True,
     ) -> Samples:
         """What the stage makes of a case; a term an example unless told."""
         scales = [1.0] * len(case.calls) if scales is None else scales
-        uses = [
+        calls = [
             LayerCall(self.arranged(case, x), self.arranged(case, g), scale)
             for (x, g), scale in zip(case.calls, scales, strict=True)
         ]
-        terms = float(len(case.inputs)) if terms is None else terms
-        return self.curvature.samples(case.layer, uses, terms=terms, first=first)
+        num_terms = float(len(case.inputs)) if num_terms is None else num_terms
+        return self.curvature.samples(case.layer, calls, num_terms=num_terms, first=first)
 
     def sums(self, case: Case, **how: Any) -> dict[str, Statistic]:
         """Its factors, as sums and counts."""

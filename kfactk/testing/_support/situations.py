@@ -30,7 +30,7 @@ class Situation:
         basis: The stage.
         curvature: What measured the matrices and the samples.
         case: The layer with one mini-batch.
-        terms: Number M of likelihood terms of the mini-batch.
+        num_terms: Number M of likelihood terms of the mini-batch.
         damping: tau.
         samples: The mini-batch as samples.
         mean_gradient: The gradient of the mini-batch's summed loss over M, `[..., d_out, d_in]`: moments may be measured on it.
@@ -43,7 +43,7 @@ class Situation:
     basis: Any
     curvature: Any
     case: Case
-    terms: float
+    num_terms: float
     damping: float
     samples: Samples
     mean_gradient: Tensor
@@ -60,7 +60,7 @@ class Situation:
         case: Case,
         *,
         damping: float = 0.1,
-        terms: float | None = None,
+        num_terms: float | None = None,
         seed: int = 0,
     ) -> Situation:
         """A basis on one mini-batch, whose matrices are those of this batch.
@@ -70,24 +70,24 @@ class Situation:
             curvature: What measures.
             case: The layer and the mini-batch.
             damping: tau.
-            terms: M; the number of examples by default.
+            num_terms: M; the number of examples by default.
             seed: Of the gradient to be preconditioned.
         """
         layer, examples = case.layer, float(len(case.gradient))
-        terms = examples if terms is None else terms
+        num_terms = examples if num_terms is None else num_terms
         samples = curvature.samples(
-            layer, [LayerCall(x, g) for x, g in case.calls], terms=terms, first=True
+            layer, [LayerCall(x, g) for x, g in case.calls], num_terms=num_terms, first=True
         )
         matrices = curvature.assemble(layer, local_means(curvature.factors(layer, samples)))
         parameters = layer.tensors()
         loss = sum(((case.module(x) * g).sum() for x, g in case.calls), torch.zeros(()))
         found = torch.autograd.grad(loss, list(parameters.values()))
-        mean = curvature.matrix(layer, dict(zip(parameters, found, strict=True))) / terms
+        mean = curvature.matrix(layer, dict(zip(parameters, found, strict=True))) / num_terms
         gradient = torch.randn(
             mean.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
         ).to(mean.dtype)
         return cls(
-            basis, curvature, case, terms, damping, samples, mean, gradient, dict(matrices)
+            basis, curvature, case, num_terms, damping, samples, mean, gradient, dict(matrices)
         ).refreshed()
 
     def refreshed(self, **changes: Any) -> Situation:
@@ -116,7 +116,7 @@ class Situation:
         if source == "samples":
             return local_means(self.basis.moments(decomposition, self.samples))
         return local_means(
-            self.basis.gradient_moments(decomposition, self.mean_gradient, self.terms)
+            self.basis.gradient_moments(decomposition, self.mean_gradient, self.num_terms)
         )
 
     @property
@@ -149,7 +149,9 @@ class Situation:
 
     def group(self, k: int) -> Situation:
         """One group on its own, decomposed and measured on its own."""
-        samples = Samples(self.samples.inputs()[k], self.samples.gradients()[k], terms=self.terms)
+        samples = Samples(
+            self.samples.inputs()[k], self.samples.gradients()[k], num_terms=self.num_terms
+        )
         matrices = {name: matrix[k] for name, matrix in self.matrices.items()}
         return self.refreshed(
             samples=samples,
@@ -182,7 +184,7 @@ class Situation:
     def __repr__(self) -> str:
         shown = ", ".join(f"{name} {_shape(matrix)}" for name, matrix in self.matrices.items())
         moments = f"moments {', '.join(self.moments)}" if self.moments else "no moments"
-        return f"Situation({self.case!r}, {self.curvature!r} gives {shown}; {moments}, terms {self.terms:g}, damping {self.damping:g})"
+        return f"Situation({self.case!r}, {self.curvature!r} gives {shown}; {moments}, terms {self.num_terms:g}, damping {self.damping:g})"
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(repr(self))  # what Hypothesis prints
@@ -224,9 +226,14 @@ def situations(
         case = enlarged(case, max(least, 6), seed)
     if zeros and (nothing := draw(st.sampled_from(["", "", "", "", "inputs", "gradients"]))):
         case = case.times(**{nothing if case.inputs.is_floating_point() else "gradients": 0.0})
-    terms = float(len(case.gradient)) * draw(st.sampled_from([1.0, 3.0]))
+    num_terms = float(len(case.gradient)) * draw(st.sampled_from([1.0, 3.0]))
     found = Situation.of(
-        basis, curvature, case, damping=10.0 ** draw(st.integers(-3, 1)), terms=terms, seed=seed
+        basis,
+        curvature,
+        case,
+        damping=10.0 ** draw(st.integers(-3, 1)),
+        num_terms=num_terms,
+        seed=seed,
     )
     return attrs.evolve(found, moments={}) if bare and draw(st.booleans()) else found
 

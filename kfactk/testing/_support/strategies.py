@@ -48,14 +48,14 @@ class Case:
     seed: int | None = None
 
     def __repr__(self) -> str:
-        uses = ", ".join(f"{list(x.shape)} -> {list(g.shape)}" for x, g in self.calls)
+        calls = ", ".join(f"{list(x.shape)} -> {list(g.shape)}" for x, g in self.calls)
         frozen = [
             name
             for name, parameter in self.module.named_parameters()
             if not parameter.requires_grad
         ]
         more = [f"{' and '.join(frozen)} frozen"] if frozen else []
-        return f"Case({', '.join([str(self.module), f'called {uses}', str(self.gradient.dtype), *more, f'seed {self.seed}'])})"
+        return f"Case({', '.join([str(self.module), f'called {calls}', str(self.gradient.dtype), *more, f'seed {self.seed}'])})"
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(repr(self))  # what Hypothesis prints: tensors would say less in more lines
@@ -135,7 +135,7 @@ def case_of(
     modules: st.SearchStrategy[Any],
     inputs_of: ShapesOf,
     *,
-    uses: int = 1,
+    most_calls: int = 1,
     freeze: bool = False,
     fill: Fill = normal,
 ) -> Case:
@@ -145,12 +145,14 @@ def case_of(
         draw: Given by Hypothesis.
         modules: The module.
         inputs_of: The shape of its input, examples first.
-        uses: Most uses of the module in one forward; further ones have shapes of their own.
+        most_calls: Most calls of the module in one forward; further ones have shapes of their own.
         freeze: Whether the bias may be frozen.
         fill: What the inputs hold.
     """
     module = draw(modules).double()
-    shapes = [draw(inputs_of(module)) for _ in range(draw(st.integers(1, uses)) if uses > 1 else 1)]
+    shapes = [
+        draw(inputs_of(module)) for _ in range(draw(st.integers(1, most_calls)) if most_calls > 1 else 1)
+    ]
     if freeze and getattr(module, "bias", None) is not None:
         module.bias.requires_grad_(not draw(st.booleans()))
     seed = draw(seeds())
@@ -171,7 +173,7 @@ def case_of(
 
 
 def linear_cases(
-    max_rank: int = 4, *, uses: int = 1, freeze: bool = False
+    max_rank: int = 4, *, most_calls: int = 1, freeze: bool = False
 ) -> st.SearchStrategy[Case]:
     """`nn.Linear` with batched inputs of rank 2 to `max_rank`; see `case_of`."""
     modules = st.builds(nn.Linear, st.integers(1, 4), st.integers(1, 4), bias=st.booleans())
@@ -179,7 +181,7 @@ def linear_cases(
     shapes: ShapesOf = lambda m: st.builds(
         lambda n, extra: (n, *extra, m.in_features), st.integers(1, 4), extras
     )  # noqa: E731
-    return case_of(modules, shapes, uses=uses, freeze=freeze)
+    return case_of(modules, shapes, most_calls=most_calls, freeze=freeze)
 
 
 @st.composite
@@ -229,13 +231,13 @@ def _conv_shape(draw: st.DrawFn, module: Any) -> tuple[int, ...]:
 
 
 def conv_cases(
-    dimensions: Sequence[int] = (1, 2, 3), *, uses: int = 1, freeze: bool = False
+    dimensions: Sequence[int] = (1, 2, 3), *, most_calls: int = 1, freeze: bool = False
 ) -> st.SearchStrategy[Case]:
     """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`: strides, dilations, paddings, padding modes, groups, depthwise, with and without bias."""
-    return case_of(convolutions(dimensions), _conv_shape, uses=uses, freeze=freeze)
+    return case_of(convolutions(dimensions), _conv_shape, most_calls=most_calls, freeze=freeze)
 
 
-def norm_cases(*, uses: int = 1, freeze: bool = False) -> st.SearchStrategy[Case]:
+def norm_cases(*, most_calls: int = 1, freeze: bool = False) -> st.SearchStrategy[Case]:
     """`nn.LayerNorm` over the last dimension, inputs of rank 2 and 3."""
     modules = st.builds(nn.LayerNorm, st.integers(2, 4), bias=st.booleans())
     extras = st.lists(st.integers(1, 3), max_size=1)
@@ -244,12 +246,12 @@ def norm_cases(*, uses: int = 1, freeze: bool = False) -> st.SearchStrategy[Case
         lambda m: st.builds(
             lambda n, extra: (n, *extra, *m.normalized_shape), st.integers(1, 3), extras
         ),
-        uses=uses,
+        most_calls=most_calls,
         freeze=freeze,
     )
 
 
-def embedding_cases(*, uses: int = 1) -> st.SearchStrategy[Case]:
+def embedding_cases(*, most_calls: int = 1) -> st.SearchStrategy[Case]:
     """`nn.Embedding`, inputs of rank 1 and 2."""
 
     def fill(module: Any, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -259,14 +261,14 @@ def embedding_cases(*, uses: int = 1) -> st.SearchStrategy[Case]:
     return case_of(
         modules,
         lambda m: st.lists(st.integers(1, 3), min_size=1, max_size=2).map(tuple),
-        uses=uses,
+        most_calls=most_calls,
         fill=fill,
     )
 
 
-def layer_cases(*, uses: int = 1, freeze: bool = False) -> st.SearchStrategy[Case]:
+def layer_cases(*, most_calls: int = 1, freeze: bool = False) -> st.SearchStrategy[Case]:
     """Linear layers and convolutions; see `case_of`."""
-    return linear_cases(uses=uses, freeze=freeze) | conv_cases(uses=uses, freeze=freeze)
+    return linear_cases(most_calls=most_calls, freeze=freeze) | conv_cases(most_calls=most_calls, freeze=freeze)
 
 
 def single_row_cases() -> st.SearchStrategy[Case]:
@@ -312,19 +314,19 @@ def kinds() -> list[Kind]:
     return [
         Kind(
             tuple(nn.Linear(2, 3, bias=bias) for bias in both),
-            linear_cases(uses=3, freeze=True),
+            linear_cases(most_calls=3, freeze=True),
             linear_cases(max_rank=2),
         ),
         *(
             Kind(
                 tuple(conv(2, 2, 1, bias=bias) for bias in both),
-                conv_cases((dims,), uses=2, freeze=True),
+                conv_cases((dims,), most_calls=2, freeze=True),
                 covering_conv_cases(dims),
             )
             for dims, conv in CONV.items()
         ),
-        Kind(tuple(nn.LayerNorm(2, bias=bias) for bias in both), norm_cases(uses=2, freeze=True)),
-        Kind((nn.Embedding(3, 2),), embedding_cases(uses=2)),
+        Kind(tuple(nn.LayerNorm(2, bias=bias) for bias in both), norm_cases(most_calls=2, freeze=True)),
+        Kind((nn.Embedding(3, 2),), embedding_cases(most_calls=2)),
     ]
 
 

@@ -98,13 +98,13 @@ class Training(Laws):
         data: Data,
         factor: float = 1.0,
         *,
-        terms: bool = False,
+        num_terms: bool = False,
     ) -> Tensor:
-        """Forward and backward of one batch, whose loss is multiplied by `factor` and, with `terms`, by the number of its terms."""
+        """Forward and backward of one batch, whose loss is multiplied by `factor` and, with `num_terms`, by the number of its terms."""
         output = model(data[0])
         optimizer.observe()
         loss = self.loss(output, data[1]) * factor
-        if terms:
+        if num_terms:
             view = optimizer.recipe.likelihood.view(
                 (optimizer.recipe.output or model_output)(output)
             )

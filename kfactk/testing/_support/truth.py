@@ -76,7 +76,7 @@ def module_gradients(module: nn.Module, inputs: Tensor, cotangent: Tensor) -> Te
 
 def categorical_fisher_gradients(model: nn.Module, layer: str, inputs: Tensor) -> Tensor:
     """D of the exact Fisher of a softmax output `[N, C]`: N*C "examples", one an example and class, each times the root of the
-    class' probability, so that `dense_fisher(D, terms=N)` is F."""
+    class' probability, so that `dense_fisher(D, num_terms=N)` is F."""
     with torch.no_grad():
         probabilities = model(inputs).softmax(-1)
     parts = []
@@ -94,15 +94,15 @@ def vec(matrix: Tensor) -> Tensor:
     return torch.cat([matrix[:, j] for j in range(matrix.shape[1])])
 
 
-def dense_fisher(gradients: Tensor, terms: float) -> Tensor:
+def dense_fisher(gradients: Tensor, num_terms: float) -> Tensor:
     """`(1/M) sum_n vec(D_n) vec(D_n)^T` of D `[N, d_out, d_in]` (`[groups, N, ...]`: one for each group)."""
     if gradients.ndim == 4:
-        return torch.stack([dense_fisher(block, terms) for block in gradients])
+        return torch.stack([dense_fisher(block, num_terms) for block in gradients])
     size = gradients.shape[1] * gradients.shape[2]
     fisher = gradients.new_zeros(size, size)
     for matrix in gradients:
         fisher += torch.outer(vec(matrix), vec(matrix))
-    return fisher / terms
+    return fisher / num_terms
 
 
 def dense_kron(a: Tensor, b: Tensor) -> Tensor:

@@ -197,13 +197,13 @@ class Ekfac:
         return {"scale": Statistic(total, square.count)}
 
     def gradient_moments(
-        self, decomposition: Decomposition, gradient: Tensor, terms: Tensor | float
+        self, decomposition: Decomposition, gradient: Tensor, num_terms: Tensor | float
     ) -> dict[str, Statistic]:
         """`{"scale": M (U_G^T D U_A)^2}` of the mini-batch mean gradient D over M terms; nothing for the exact scale."""
         if self.scale == "exact":
             return {}
         rotated = _projected(gradient, *_vectors(decomposition))
-        return {"scale": Statistic(_pooled(rotated.square() * terms, decomposition), 1.0)}
+        return {"scale": Statistic(_pooled(rotated.square() * num_terms, decomposition), 1.0)}
 
     def transport(
         self, moments: Tensors, old: Decomposition, new: Decomposition

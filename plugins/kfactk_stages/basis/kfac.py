@@ -59,7 +59,7 @@ class KfacInverse:
         return {}
 
     def gradient_moments(
-        self, decomposition: Decomposition, gradient: Tensor, terms: Tensor | float
+        self, decomposition: Decomposition, gradient: Tensor, num_terms: Tensor | float
     ) -> dict[str, Statistic]:
         """None."""
         return {}

@@ -319,40 +319,40 @@ class JoinedSamples(Samples):
     """Samples of all uses of a layer, joined along T.
 
     Args:
-        uses: The uses; all of the same number of examples, columns, outputs and groups.
+        calls: The uses; all of the same number of examples, columns, outputs and groups.
         bias: Whether the inputs get a last column of ones.
         terms, first, chunk_bytes: See `kfactk.Samples`.
     """
 
     def __init__(
         self,
-        uses: Sequence[Rows],
+        calls: Sequence[Rows],
         *,
         bias: bool,
-        terms: Tensor | float,
+        num_terms: Tensor | float,
         first: bool,
         chunk_bytes: int,
     ) -> None:
-        one = uses[0]
+        one = calls[0]
         lead = (one.groups,) if one.groups > 1 else ()
-        shape = (*lead, one.examples, sum(use.positions for use in uses))
+        shape = (*lead, one.examples, sum(call.positions for call in calls))
         dtype = working_dtype(
-            *(tensor.dtype for use in uses for tensor in (use.inputs, use.gradient))
+            *(tensor.dtype for call in calls for tensor in (call.inputs, call.gradient))
         )
         super().__init__(  # shapes without numbers: the numbers are read by `inputs` and `gradients`
             torch.empty(*shape, one.columns + bias, dtype=dtype, device="meta"),
             torch.empty(*shape, one.outputs, dtype=dtype, device="meta"),
-            terms=terms,
+            num_terms=num_terms,
             first=first,
             chunk_bytes=chunk_bytes,
         )
-        self.uses, self.bias, self._shape = tuple(uses), bias, shape
-        self._numbers = max(use.numbers for use in uses)
+        self.calls, self.bias, self._shape = tuple(calls), bias, shape
+        self._numbers = max(call.numbers for call in calls)
 
     @property
     def device(self) -> torch.device:
         """Where the numbers are."""
-        return self.uses[0].inputs.device
+        return self.calls[0].inputs.device
 
     def chunks(self, numbers_per_example: int, most: int | None = None) -> Iterator[slice]:
         """Slices over the examples such that `numbers_per_example` numbers each, and one use's padded input, fit."""
@@ -362,31 +362,31 @@ class JoinedSamples(Samples):
         """`sum_n sum_t a a^T`, use by use, without unfolding and without a column of ones."""
         if not self.first:
             return Statistic(None, 0.0)
-        parts = (part for use in self.uses for part in use.moments(self))
+        parts = (part for call in self.calls for part in call.moments(self))
         return Statistic(total_of(parts), float(self.examples), symmetric=True)
 
     def input_sums(self, rows: slice = slice(None)) -> Tensor:
         """`sum_t a` of the examples `rows`, `[..., n, d_in]`."""
-        convolutions = [use for use in self.uses if isinstance(use, ConvRows)]
-        if len(convolutions) < len(self.uses):
+        convolutions = [call for call in self.calls if isinstance(call, ConvRows)]
+        if len(convolutions) < len(self.calls):
             return super().input_sums(rows)
-        sums = total_of(use.input_sums(rows, self.dtype) for use in convolutions)
+        sums = total_of(call.input_sums(rows, self.dtype) for call in convolutions)
         assert sums is not None
         return F.pad(sums, (0, 1), value=float(self.positions)) if self.bias else sums
 
     def grad_moment(self) -> Statistic:
         """`sum_n sum_t g g^T`, use by use."""
-        convolutions = [use for use in self.uses if isinstance(use, ConvRows)]
-        if len(convolutions) < len(self.uses):
+        convolutions = [call for call in self.calls if isinstance(call, ConvRows)]
+        if len(convolutions) < len(self.calls):
             return super().grad_moment()
         chunks = [
-            (use, rows)
-            for use in convolutions
-            for rows in super(JoinedSamples, self).chunks(use.positions * use.outputs)
+            (call, rows)
+            for call in convolutions
+            for rows in super(JoinedSamples, self).chunks(call.positions * call.outputs)
         ]
         return Statistic(
-            total_of(use.grad_moment(rows, self.dtype) for use, rows in chunks),
-            self.terms,
+            total_of(call.grad_moment(rows, self.dtype) for call, rows in chunks),
+            self.num_terms,
             symmetric=True,
         )
 
@@ -398,12 +398,12 @@ class JoinedSamples(Samples):
         precision: torch.dtype | None = None,
     ) -> Tensor:
         """`left^T D_n` of the examples `rows`; convolutions are unfolded only where that is cheaper."""
-        convolutions = [use for use in self.uses if isinstance(use, ConvRows)]
-        if len(convolutions) < len(self.uses):
+        convolutions = [call for call in self.calls if isinstance(call, ConvRows)]
+        if len(convolutions) < len(self.calls):
             return super().per_example_gradients(rows, left, precision=precision)
         found = total_of(
-            use.per_example_gradients(rows, self.dtype, left, precision, bias=self.bias)
-            for use in convolutions
+            call.per_example_gradients(rows, self.dtype, left, precision, bias=self.bias)
+            for call in convolutions
         )
         assert found is not None
         return found
@@ -417,14 +417,18 @@ class JoinedSamples(Samples):
         taps: Tensor | None,
     ) -> Tensor:
         """Channels are rotated in the images, S c^2 operations an example, or in the D_n, d_out taps c^2 of them."""
-        convolutions = [use for use in self.uses if isinstance(use, ConvRows)]
-        pixels = sum(math.prod(use.inputs.shape[2:]) for use in convolutions)
+        convolutions = [call for call in self.calls if isinstance(call, ConvRows)]
+        pixels = sum(math.prod(call.inputs.shape[2:]) for call in convolutions)
         columns = self.d_in - self.bias
-        if len(convolutions) < len(self.uses) or pixels * right.shape[-2] > self.d_out * columns:
+        if len(convolutions) < len(self.calls) or pixels * right.shape[-2] > self.d_out * columns:
             return super()._squared_channels(rows, total, left, right, taps)
-        turned = [use.turned(rows, right, self.dtype) for use in convolutions]
+        turned = [call.turned(rows, right, self.dtype) for call in convolutions]
         samples = JoinedSamples(
-            turned, bias=self.bias, terms=self.terms, first=self.first, chunk_bytes=self.chunk_bytes
+            turned,
+            bias=self.bias,
+            num_terms=self.num_terms,
+            first=self.first,
+            chunk_bytes=self.chunk_bytes,
         )
         early, late = (left, None) if self.positions <= columns else (None, left)
         found = samples.per_example_gradients(slice(None), early)
@@ -435,29 +439,29 @@ class JoinedSamples(Samples):
     ) -> Callable[[slice], Tensor]:
         """What makes `a right` of the examples of a slice, without unfolding and without a column of ones."""
         right = right.to(precision or self.dtype)
-        ways = [use.rotation(right, self.dtype, bias=self.bias) for use in self.uses]
+        ways = [call.rotation(right, self.dtype, bias=self.bias) for call in self.calls]
         return (
             ways[0] if len(ways) == 1 else lambda rows: torch.cat([way(rows) for way in ways], -2)
         )
 
     def inputs(self, rows: slice = slice(None)) -> Tensor:
         """Inputs of the examples `rows`, `[..., n, T, d_in]`, in the working precision."""
-        views = [use.input_view(rows) for use in self.uses]
+        views = [call.input_view(rows) for call in self.calls]
         if len(views) == 1 and views[0].ndim == 3 and not self.bias:
             return views[0].to(self.dtype)
         lead, n = self._shape[:-2], len(range(*rows.indices(self.examples)))
         out = views[0].new_ones((*lead, n, self.positions, self.d_in), dtype=self.dtype)
         start, columns = 0, self.d_in - self.bias
-        for use, view in zip(self.uses, views, strict=True):
-            out[..., start : start + use.positions, :columns].view(view.shape).copy_(view)
-            start += use.positions
+        for call, view in zip(self.calls, views, strict=True):
+            out[..., start : start + call.positions, :columns].view(view.shape).copy_(view)
+            start += call.positions
         return out
 
     def gradients(self, rows: slice = slice(None)) -> Tensor:
         """Output gradients of the examples `rows`, `[..., n, T, d_out]`, in the working precision."""
-        parts = [use.gradient_view(rows).to(self.dtype) for use in self.uses]
+        parts = [call.gradient_view(rows).to(self.dtype) for call in self.calls]
         scaled = [
-            part if isinstance(use.scale, float) and use.scale == 1.0 else part * use.scale
-            for use, part in zip(self.uses, parts, strict=True)
+            part if isinstance(call.scale, float) and call.scale == 1.0 else part * call.scale
+            for call, part in zip(self.calls, parts, strict=True)
         ]
         return scaled[0] if len(scaled) == 1 else torch.cat(scaled, -2)

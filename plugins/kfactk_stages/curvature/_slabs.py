@@ -92,7 +92,7 @@ class Slabs:
         }
 
     @cached_property
-    def terms(self) -> list[tuple[tuple[int, int], tuple[int, int], slice, int]]:
+    def num_terms(self) -> list[tuple[tuple[int, int], tuple[int, int], slice, int]]:
         """Products of slabs: of a pair of taps, those whose rows are multiplied, positions at which both see the input, and the sign.
 
         The rows are all that two taps see, or those that they see more and less than an earlier pair.
@@ -147,7 +147,7 @@ class Slabs:
     def products(self) -> int:
         """Multiplications for each pair of channels of an example."""
         columns, positions = self.widths
-        rows = sum(seen.stop - seen.start for _, _, seen, _ in self.terms)
+        rows = sum(seen.stop - seen.start for _, _, seen, _ in self.num_terms)
         return int(rows) * positions * columns**2
 
 
@@ -168,7 +168,7 @@ def cost(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -
     return (
         products
         + 250.0 * (columns * window.kernel[slabs.dim]) ** 2
-        + 10 * max(1, len(slabs.terms)) * CALLED
+        + 10 * max(1, len(slabs.num_terms)) * CALLED
     )
 
 
@@ -197,7 +197,7 @@ def slab_blocks(
     made = [
         pair
         for pair, earlier in slabs.pairs.items()
-        if earlier is None or any(pair == each[0] for each in slabs.terms)
+        if earlier is None or any(pair == each[0] for each in slabs.num_terms)
     ]
     found = {pair: inputs.new_zeros(groups, columns, columns, dtype=dtype) for pair in made}
     step = max(1, chunk_bytes // max(1, groups * channels * slabs.numbers * dtype.itemsize))
@@ -257,7 +257,7 @@ def _add(found: dict[tuple[int, int], Tensor], slabs: Slabs, arrays: dict[int, T
     flat = {
         phase: array.flatten(1, 1 + len(slabs.others)).flatten(3) for phase, array in arrays.items()
     }  # [groups, columns, rows, ...]
-    for pair, taps, rows, sign in slabs.terms:
+    for pair, taps, rows, sign in slabs.num_terms:
         places = (slabs.places[tap] for tap in taps)
         left, right = (
             flat[phase][:, :, row + rows.start : row + rows.stop].flatten(2)

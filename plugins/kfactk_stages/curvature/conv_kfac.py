@@ -62,9 +62,9 @@ class ConvKfac(Kfac):
 
     Example:
         >>> layer = Layer("conv", nn.Conv2d(2, 4, 3, padding="same"), ("weight", "bias"))
-        >>> use = LayerCall(torch.ones(5, 2, 6, 6), torch.ones(5, 4, 6, 6))
+        >>> call = LayerCall(torch.ones(5, 2, 6, 6), torch.ones(5, 4, 6, 6))
         >>> curvature = ConvKfac(spatial="sua")
-        >>> factors = curvature.factors(layer, curvature.samples(layer, [use], terms=5, first=True))
+        >>> factors = curvature.factors(layer, curvature.samples(layer, [call], num_terms=5, first=True))
         >>> {name: tuple(s.total.shape) for name, s in factors.items()}
         {'Omega': (2, 2), 'positions': (), 'G': (4, 4)}
         >>> {name: tuple(m.shape) for name, m in curvature.assemble(layer, {n: s.total / s.count for n, s in factors.items()}).items()}
@@ -96,16 +96,16 @@ class ConvKfac(Kfac):
         positions = window.patches(inputs).shape[2 : 2 + len(sizes)]
         return LayerCall(inputs, zeros(1, weight.shape[0], *positions))
 
-    def rows(self, layer: Layer, use: LayerCall) -> Rows:
+    def rows(self, layer: Layer, call: LayerCall) -> Rows:
         """One use as rows: patches, for a convolution."""
         if not isinstance(layer.module, CONVOLUTIONS):
-            return super().rows(layer, use)
+            return super().rows(layer, call)
         window = Window.of(cast("nn.Conv2d", layer.module))
-        batched = use.inputs.ndim == len(window.kernel) + 2
+        batched = call.inputs.ndim == len(window.kernel) + 2
         inputs, gradient = (
-            (use.inputs, use.gradient) if batched else (use.inputs[None], use.gradient[None])
+            (call.inputs, call.gradient) if batched else (call.inputs[None], call.gradient[None])
         )
-        return ConvRows(inputs, gradient, use.scale, groups_of(layer.module), window)
+        return ConvRows(inputs, gradient, call.scale, groups_of(layer.module), window)
 
     def input_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
         """Sum and count of A; for "sua" and "stationary" of a convolution, of Omega, of T where there is a bias, and for the latter of the
@@ -198,7 +198,7 @@ def _split(layer: Layer, a: Tensor) -> Tensor:
 def channel_moment(samples: JoinedSamples) -> Statistic:
     """`sum_n T mean_s x x^T` over the uses of a convolution, `[..., channels, channels]`, counted by examples."""
     return _over_pixels(
-        samples, lambda use, rows: use.pixel_moment(rows, samples.dtype), symmetric=True
+        samples, lambda call, rows: call.pixel_moment(rows, samples.dtype), symmetric=True
     )
 
 
@@ -206,7 +206,7 @@ def lag_moment(samples: JoinedSamples) -> Statistic:
     """`sum_n T mean_s <x_s, x_{s + k}>` for pixels k = 1, 2, ... taps apart along each axis, `[..., lags]`, counted by examples."""
     return _over_pixels(
         samples,
-        lambda use, rows: lag_sums(use.inputs[rows].to(samples.dtype), use.window, use.groups),
+        lambda call, rows: lag_sums(call.inputs[rows].to(samples.dtype), call.window, call.groups),
         symmetric=False,
     )
 
@@ -218,12 +218,12 @@ def _over_pixels(
     if not samples.first:
         return Statistic(None, 0.0)
     parts: list[Tensor] = []
-    for use in samples.uses:
-        assert isinstance(use, ConvRows)
-        spatial = math.prod(use.inputs.shape[2:])
+    for call in samples.calls:
+        assert isinstance(call, ConvRows)
+        spatial = math.prod(call.inputs.shape[2:])
         parts += (
-            summed(use, rows) * (use.positions / max(1, spatial))
-            for rows in samples.chunks(spatial * use.channels)
+            summed(call, rows) * (call.positions / max(1, spatial))
+            for rows in samples.chunks(spatial * call.channels)
         )
     return Statistic(total_of(parts), float(samples.examples), symmetric=symmetric)
 

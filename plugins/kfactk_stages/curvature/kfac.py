@@ -72,9 +72,9 @@ class Kfac:
     Example:
         >>> import torch
         >>> layer = Layer("fc", nn.Linear(3, 2), ("weight", "bias"))
-        >>> use = LayerCall(torch.ones(5, 3), torch.ones(5, 2))
+        >>> call = LayerCall(torch.ones(5, 3), torch.ones(5, 2))
         >>> curvature = Kfac()
-        >>> samples = curvature.samples(layer, [use], terms=5, first=True)
+        >>> samples = curvature.samples(layer, [call], num_terms=5, first=True)
         >>> {name: tuple(s.total.shape) for name, s in curvature.factors(layer, samples).items()}
         {'A': (4, 4), 'G': (2, 2)}
 
@@ -122,14 +122,14 @@ class Kfac:
         return LayerCall(zeros(1, d_in), zeros(1, d_out))
 
     def samples(
-        self, layer: Layer, uses: Sequence[LayerCall], *, terms: Tensor | float, first: bool
+        self, layer: Layer, calls: Sequence[LayerCall], *, num_terms: Tensor | float, first: bool
     ) -> Samples:
         """View the uses as samples, `[N, T, d]`; several uses concatenate along T.
 
         Raises:
             CaptureError: The uses do not have the same number of examples, or an input has no dimension `batch_dim` to spare.
         """
-        rows = [self.rows(layer, use) for use in uses]
+        rows = [self.rows(layer, call) for call in calls]
         sizes = sorted({row.examples for row in rows})
         if len(sizes) > 1:
             raise CaptureError(
@@ -138,13 +138,13 @@ class Kfac:
                 "call it with the examples in the same dimension each time, or leave it out of `params`"
             )
         return JoinedSamples(
-            rows, bias=layer.bias, terms=terms, first=first, chunk_bytes=self.chunk_bytes
+            rows, bias=layer.bias, num_terms=num_terms, first=first, chunk_bytes=self.chunk_bytes
         )
 
-    def rows(self, layer: Layer, use: LayerCall) -> Rows:
+    def rows(self, layer: Layer, call: LayerCall) -> Rows:
         """One use as rows."""
         return LinearRows(
-            self._batched(layer, use.inputs), self._batched(layer, use.gradient), use.scale
+            self._batched(layer, call.inputs), self._batched(layer, call.gradient), call.scale
         )
 
     def _batched(self, layer: Layer, tensor: Tensor) -> Tensor:
@@ -201,7 +201,7 @@ def reduced_grad_moment(samples: Samples) -> Statistic:
         samples.gradients(rows).sum(-2, keepdim=True)
         for rows in samples.chunks(samples.positions * samples.d_out)
     )
-    return Statistic(summed_grams(sums), samples.terms, symmetric=True)
+    return Statistic(summed_grams(sums), samples.num_terms, symmetric=True)
 
 
 def summed_grams(parts: Iterable[Tensor]) -> Tensor | None:

@@ -75,7 +75,7 @@ def assert_is_dense(model: nn.Module, optimizer: Optimizer, problem: dense.Probl
     """Factors and scale by definition (the scale in the optimizer's own basis, checked to be one), and the step that follows."""
     seen, vectors, expected = problem.watch((nn.Linear,)), {}, {}
     for name, each in seen.items():
-        factors = dense.factors(each, "sud", problem.terms)
+        factors = dense.factors(each, "sud", problem.num_terms)
         turned = vectors[name] = {
             key: optimizer.layers[name].decomposition[key]["eigenvectors"] for key in factors
         }
@@ -83,7 +83,7 @@ def assert_is_dense(model: nn.Module, optimizer: Optimizer, problem: dense.Probl
             expected[f"{name}.{key}"] = matrix
             assert dense.is_eigenbasis(matrix, turned[key], 1e-9)
         expected[f"{name}.scale"] = dense.exact_scale(
-            each.products, turned["A"], turned["G"], problem.terms
+            each.products, turned["A"], turned["G"], problem.num_terms
         )
     assert_same(found(optimizer), expected)
     changed = dense.all_preconditioned(

@@ -392,13 +392,13 @@ def test_the_pass_gives_autograds_gradients_at_every_edge(monkeypatch: pytest.Mo
             if gradient is not None:
                 by_layer.setdefault(record.layer.name, []).append(gradient)
 
-        def compare(layer: Any, uses: Any) -> None:
+        def compare(layer: Any, calls: Any) -> None:
             expected = by_layer.pop(layer.name)
-            found = [use.gradient * use.scale for use in uses]
+            found = [call.gradient * call.scale for call in calls]
             assert len(found) == len(expected)
             assert all(any(torch.equal(one, other) for other in found) for one in expected)
             compared.append(layer.name)
-            sink(layer, uses)
+            sink(layer, calls)
 
         original(self, loss, start, compare)
         assert not by_layer

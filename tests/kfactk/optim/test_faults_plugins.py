@@ -295,11 +295,11 @@ def test_a_stage_hook_that_raises_when_its_plugin_is_registered(name: str) -> No
     fresh.register(hook(name, dict), name="saboteur")
 
 
-def within(name: str, body: Callable[..., Any], use: Callable[[], None]) -> None:
+def within(name: str, body: Callable[..., Any], call: Callable[[], None]) -> None:
     plugin = hook(name, body)
     registry().register(plugin, name="saboteur")
     try:
-        use()
+        call()
     finally:
         registry().unregister(plugin)
 
@@ -312,11 +312,11 @@ def test_a_hook_that_raises_at_bind_leaves_no_optimizer_behind(kind: type[BaseEx
         assert hooks(model) == 2
         raise kind("sabotage")
 
-    def use() -> None:
+    def call() -> None:
         with pytest.raises(kind, match="sabotage"):
             kfactk.build().bind(model)
 
-    within("kfactk_bound", sabotage, use)
+    within("kfactk_bound", sabotage, call)
     assert hooks(model) == 0
     train(kfactk.build().bind(model), model, batch())
 
@@ -334,14 +334,14 @@ def test_a_hook_that_raises_after_a_step_finds_it_taken(kind: type[BaseException
         if step == 1:
             raise kind("sabotage")
 
-    def use() -> None:
+    def call() -> None:
         train(optimizers[0], models[0], data[0])
         with pytest.raises(kind, match="sabotage"):
             train(optimizers[0], models[0], data[1])
         assert optimizers[0].steps == 2
         train(optimizers[0], models[0], data[2])
 
-    within("kfactk_stepped", sabotage, use)
+    within("kfactk_stepped", sabotage, call)
     for each in data:
         train(optimizers[1], models[1], each)
     close(values(models[0]), values(models[1]))

@@ -79,7 +79,7 @@ def test_a_block_has_the_damping_of_its_weights_group() -> None:
         name: parts["eigenvectors"] for name, parts in optimizer.layers["0"].decomposition.items()
     }
     truth = dense.preconditioned(
-        seen, gradient, spatial="sud", basis="exact", terms=6.0, tau=0.2, vectors=vectors
+        seen, gradient, spatial="sud", basis="exact", num_terms=6.0, tau=0.2, vectors=vectors
     )
     torch.testing.assert_close(model[0].weight, start[0] - 0.1 * truth[:, :-1])
     torch.testing.assert_close(model[0].bias, start[1] - 0.1 * truth[:, -1])

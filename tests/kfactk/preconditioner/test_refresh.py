@@ -88,10 +88,10 @@ class BreakingAssembly(ConvKfac):
 class BreakingSamples(ConvKfac):
     """Fails on rank 1 in its Fisher pass."""
 
-    def samples(self, layer: Any, uses: Any, *, terms: Any, first: bool) -> Any:
-        if mine(1) and bool(uses[0].gradient.any()):
+    def samples(self, layer: Any, calls: Any, *, num_terms: Any, first: bool) -> Any:
+        if mine(1) and bool(calls[0].gradient.any()):
             raise ZeroDivisionError("broken")
-        return super().samples(layer, uses, terms=terms, first=first)
+        return super().samples(layer, calls, num_terms=num_terms, first=first)
 
 
 @attrs.frozen(kw_only=True)

@@ -22,12 +22,12 @@ class Switch(nn.Module):
         super().__init__()
         self.first, self.sometimes, self.last = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)
 
-    def forward(self, x: Tensor, use: bool = False) -> Tensor:
+    def forward(self, x: Tensor, call: bool = False) -> Tensor:
         x = torch.tanh(self.first(x))
-        return self.last(torch.tanh(self.sometimes(x)) if use else x)
+        return self.last(torch.tanh(self.sometimes(x)) if call else x)
 
 
-def use(optimizer: kfactk.Optimizer, model: Switch, with_it: bool) -> dict[str, Tensor]:
+def call(optimizer: kfactk.Optimizer, model: Switch, with_it: bool) -> dict[str, Tensor]:
     """One step; how `sometimes` moved, over the learning rate, beside its plain gradient."""
     before = model.sometimes.weight.detach().clone()
     optimizer.zero_grad()
@@ -54,7 +54,7 @@ def test_a_layer_that_does_not_run_when_it_is_due_is_waited_for() -> None:
     handle = model.sometimes.register_forward_pre_hook(watch)
     for step in steps:
         runs = step in (1, 2, 6, 7, 8, 9)  # never when it is due, but for step 8
-        found = use(optimizer, model, with_it=runs)
+        found = call(optimizer, model, with_it=runs)
         assert torch.allclose(found["moved"], found["plain"], rtol=1e-6, atol=1e-12) == (
             not runs
         ), step
@@ -97,7 +97,7 @@ def test_a_run_with_a_layer_that_does_not_always_run_resumes_bit_for_bit(saved_a
     def go_on(optimizer: kfactk.Optimizer, model: Switch, steps: range) -> None:
         for step in steps:
             torch.manual_seed(step)
-            use(optimizer, model, with_it=step in (5, 8, 9, 11))
+            call(optimizer, model, with_it=step in (5, 8, 9, 11))
 
     torch.manual_seed(0)
     model = Switch().double()
@@ -221,9 +221,9 @@ def test_a_layer_that_is_unfrozen_is_followed_at_once() -> None:
     model = Switch().double()
     model.first.requires_grad_(False)
     optimizer = bound(model, factor_every=100, scale_every=100, basis_every=100)
-    use(optimizer, model, with_it=False)
+    call(optimizer, model, with_it=False)
     model.first.requires_grad_(True)
-    use(optimizer, model, with_it=False)
+    call(optimizer, model, with_it=False)
     assert set(optimizer.layers["first"].factors) == {"A", "G"}
 
 

@@ -56,7 +56,7 @@ class DiagonalInverse:
         return {}
 
     def gradient_moments(
-        self, decomposition: Decomposition, gradient: Tensor, terms: Tensor | float
+        self, decomposition: Decomposition, gradient: Tensor, num_terms: Tensor | float
     ) -> dict[str, Statistic]:
         return {}
 

@@ -18,8 +18,8 @@ def stage(base: type = Kfac, **members: Any) -> Any:
     return type("Broken", (base,), members)()
 
 
-def joined(self: Kfac, layer: Layer, uses: Sequence[LayerCall], **how: Any) -> Samples:
-    return Kfac.samples(self, layer, uses, **how)
+def joined(self: Kfac, layer: Layer, calls: Sequence[LayerCall], **how: Any) -> Samples:
+    return Kfac.samples(self, layer, calls, **how)
 
 
 def with_factors(change: Any, base: type = Kfac) -> Any:
@@ -46,8 +46,8 @@ def with_assembled(change: Any, base: type = Kfac) -> Any:
 def with_uses(change: Any, base: type = Kfac) -> Any:
     """A stage that sees other uses than it is given."""
 
-    def samples(self, layer, uses, **how):
-        return base.samples(self, layer, change(layer, uses), **how)
+    def samples(self, layer, calls, **how):
+        return base.samples(self, layer, change(layer, calls), **how)
 
     return stage(base, samples=samples)
 
@@ -55,8 +55,8 @@ def with_uses(change: Any, base: type = Kfac) -> Any:
 def with_samples(**members: Any) -> Any:
     """A stage whose samples have other methods."""
 
-    def samples(self, layer, uses, **how):
-        found = Kfac.samples(self, layer, uses, **how)
+    def samples(self, layer, calls, **how):
+        found = Kfac.samples(self, layer, calls, **how)
         found.__class__ = type("BrokenSamples", (type(found),), members)
         return found
 
@@ -146,14 +146,14 @@ BREAKS: dict[str, tuple[str, Any, str]] = {
     ),
     "only the first use": (
         "test_per_example_gradients_are_autograds",
-        with_uses(lambda layer, uses: uses[:1]),
+        with_uses(lambda layer, calls: calls[:1]),
         "differ from those of autograd, example by example",
     ),
     "frozen bias has a column": (
         "test_per_example_gradients_are_autograds",
         stage(
-            samples=lambda self, layer, uses, **how: joined(
-                self, Layer("", layer.module, ("weight", "bias")), uses, **how
+            samples=lambda self, layer, calls, **how: joined(
+                self, Layer("", layer.module, ("weight", "bias")), calls, **how
             )
         ),
         "differ from those of autograd",
@@ -161,15 +161,16 @@ BREAKS: dict[str, tuple[str, Any, str]] = {
     "no groups": (
         "test_per_example_gradients_are_autograds",
         with_uses(
-            lambda layer, uses: [attrs.evolve(u, inputs=u.inputs.flip(1)) for u in uses], ConvKfac
+            lambda layer, calls: [attrs.evolve(u, inputs=u.inputs.flip(1)) for u in calls], ConvKfac
         ),
         "differ from those of autograd",
     ),
     "tokens are examples": (
         "test_per_example_gradients_are_autograds",
         with_uses(
-            lambda layer, uses: [
-                LayerCall(u.inputs.flatten(0, -2), u.gradient.flatten(0, -2), u.scale) for u in uses
+            lambda layer, calls: [
+                LayerCall(u.inputs.flatten(0, -2), u.gradient.flatten(0, -2), u.scale)
+                for u in calls
             ]
         ),
         "(differ from those of autograd|different numbers of examples)",
@@ -184,7 +185,7 @@ BREAKS: dict[str, tuple[str, Any, str]] = {
     "input moment counts terms": (
         "test_moments_are_sums_over_rows",
         with_samples(
-            input_moment=lambda self: Statistic(Samples.input_moment(self).total, self.terms)
+            input_moment=lambda self: Statistic(Samples.input_moment(self).total, self.num_terms)
         ),
         r"input_moment\(\) of the samples is counted 3.5 times, not \d",
     ),
@@ -253,8 +254,8 @@ BREAKS: dict[str, tuple[str, Any, str]] = {
     "the last use's gradients": (
         "test_order_does_not_matter",
         with_uses(
-            lambda layer, uses: [
-                attrs.evolve(u, gradient=u.gradient * (i + 1)) for i, u in enumerate(uses)
+            lambda layer, calls: [
+                attrs.evolve(u, gradient=u.gradient * (i + 1)) for i, u in enumerate(calls)
             ]
         ),
         "'G': the factor changes when the uses of the layer come in another order",
@@ -295,14 +296,14 @@ BREAKS: dict[str, tuple[str, Any, str]] = {
     ),
     "inputs by terms": (
         "test_terms_normalise_the_gradients",
-        with_factors(lambda name, s, samples: Statistic(s.total, samples.terms)),
+        with_factors(lambda name, s, samples: Statistic(s.total, samples.num_terms)),
         r"'A': with .* likelihood terms the factor has to be the same as that with one term",
     ),
     "later passes count": (
         "test_later_passes_count_nothing_twice",
         stage(
-            samples=lambda self, layer, uses, terms, first: joined(
-                self, layer, uses, terms=terms, first=True
+            samples=lambda self, layer, calls, num_terms, first: joined(
+                self, layer, calls, num_terms=num_terms, first=True
             )
         ),
         "'A': a later pass over the same forward counts",
@@ -335,9 +336,9 @@ BREAKS: dict[str, tuple[str, Any, str]] = {
     "half precision": (
         "test_at_least_float32_is_computed_in",
         with_uses(
-            lambda layer, uses: [
+            lambda layer, calls: [
                 attrs.evolve(u, gradient=(u.gradient.half() * 3).to(u.gradient.dtype) / 3)
-                for u in uses
+                for u in calls
             ]
         ),
         "is not computed in torch.float",
@@ -349,19 +350,19 @@ BREAKS: dict[str, tuple[str, Any, str]] = {
     ),
     "scale ignored": (
         "test_the_scale_of_a_use_is_honoured",
-        with_uses(lambda layer, uses: [attrs.evolve(u, scale=1.0) for u in uses]),
+        with_uses(lambda layer, calls: [attrs.evolve(u, scale=1.0) for u in calls]),
         r"per-example gradients: torch.float16 gradients with the scales \[.*\] do not count that many times",
     ),
     "scale of the first use": (
         "test_the_scale_of_a_use_is_honoured",
-        with_uses(lambda layer, uses: [attrs.evolve(u, scale=uses[0].scale) for u in uses]),
+        with_uses(lambda layer, calls: [attrs.evolve(u, scale=calls[0].scale) for u in calls]),
         "do not count that many times",
     ),
     "scale in half precision": (
         "test_the_scale_of_a_use_is_honoured",
         with_uses(
-            lambda layer, uses: [
-                LayerCall(u.inputs, (u.gradient * u.scale).to(u.gradient.dtype)) for u in uses
+            lambda layer, calls: [
+                LayerCall(u.inputs, (u.gradient * u.scale).to(u.gradient.dtype)) for u in calls
             ]
         ),
         "do not count that many times",
@@ -409,7 +410,9 @@ BREAKS: dict[str, tuple[str, Any, str]] = {
     ),
     "in place": (
         "test_nothing_is_changed",
-        with_uses(lambda layer, uses: [attrs.evolve(u, gradient=u.gradient.abs_()) for u in uses]),
+        with_uses(
+            lambda layer, calls: [attrs.evolve(u, gradient=u.gradient.abs_()) for u in calls]
+        ),
         "that the stage was given was changed in place",
     ),
     "inputs with gradients": (

@@ -55,12 +55,12 @@ class Shaped:
             else f"no weight in {type(module).__name__}"
         )
 
-    def samples(self, layer, uses: Sequence[LayerCall], *, terms, first):
-        rows = [self.rows(layer, use) for use in uses]
+    def samples(self, layer, calls: Sequence[LayerCall], *, num_terms, first):
+        rows = [self.rows(layer, call) for call in calls]
         return Samples(
             torch.cat([a for a, _ in rows], -2),
             torch.cat([g for _, g in rows], -2),
-            terms=terms,
+            num_terms=num_terms,
             first=first,
         )
 
@@ -82,13 +82,13 @@ class UnitWise(Shaped):
         weight = layer.tensors()["weight"].detach()
         return LayerCall(weight.new_zeros(1, len(weight)), weight.new_zeros(1, len(weight)))
 
-    def rows(self, layer: Layer, use: LayerCall) -> tuple[Tensor, Tensor]:
-        wide = torch.float64 if use.gradient.dtype == torch.float64 else torch.float32
+    def rows(self, layer: Layer, call: LayerCall) -> tuple[Tensor, Tensor]:
+        wide = torch.float64 if call.gradient.dtype == torch.float64 else torch.float32
         x = nn.functional.layer_norm(
-            use.inputs.to(wide), layer.module.normalized_shape, eps=layer.module.eps
+            call.inputs.to(wide), layer.module.normalized_shape, eps=layer.module.eps
         )
         columns = torch.stack([x, torch.ones_like(x)][: len(layer.parameters)], -1)
-        rows = (columns, (use.gradient.to(wide) * use.scale)[..., None])
+        rows = (columns, (call.gradient.to(wide) * call.scale)[..., None])
         return [
             each.reshape(len(x), math.prod(x.shape[1:-1]), *each.shape[-2:]).permute(2, 0, 1, 3)
             for each in rows
@@ -96,7 +96,7 @@ class UnitWise(Shaped):
 
     def factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
         d = samples.per_example_gradients().squeeze(-2)
-        return {"units": Statistic(d.mT @ d, samples.terms)}
+        return {"units": Statistic(d.mT @ d, samples.num_terms)}
 
     def assemble(self, layer, factors):
         return dict(factors)
@@ -130,13 +130,13 @@ class TokenWise(Shaped):
             layer.module.weight.detach().new_zeros(1, layer.module.embedding_dim),
         )
 
-    def rows(self, layer: Layer, use: LayerCall) -> tuple[Tensor, Tensor]:
-        wide = torch.float64 if use.gradient.dtype == torch.float64 else torch.float32
-        seen = nn.functional.one_hot(use.inputs, layer.module.num_embeddings).to(wide)
-        sizes = len(use.inputs), math.prod(use.inputs.shape[1:])
+    def rows(self, layer: Layer, call: LayerCall) -> tuple[Tensor, Tensor]:
+        wide = torch.float64 if call.gradient.dtype == torch.float64 else torch.float32
+        seen = nn.functional.one_hot(call.inputs, layer.module.num_embeddings).to(wide)
+        sizes = len(call.inputs), math.prod(call.inputs.shape[1:])
         return [
             each.reshape(*sizes, each.shape[-1])
-            for each in (seen, use.gradient.to(wide) * use.scale)
+            for each in (seen, call.gradient.to(wide) * call.scale)
         ]
 
     def factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
@@ -168,8 +168,8 @@ class Twofold(nn.Linear):
 class TwofoldKfac(Kfac):
     covered: ClassVar = (Twofold,)
 
-    def rows(self, layer, use):
-        return super().rows(layer, attrs.evolve(use, gradient=2 * use.gradient))
+    def rows(self, layer, call):
+        return super().rows(layer, attrs.evolve(call, gradient=2 * call.gradient))
 
 
 class TestOtherLayers(CurvatureLaws):
@@ -181,7 +181,7 @@ class TestOtherLayers(CurvatureLaws):
         return case_of(
             modules,
             lambda m: st.tuples(st.integers(1, 3), st.just(m.in_features)),
-            uses=2,
+            calls=2,
             freeze=True,
         )
 

@@ -68,8 +68,8 @@ def drawn(
     ) -> Losses:
         for _ in range(k):
             targets = likelihood.sample(view_of(view).contiguous(), how.get("generator", generator))
-            terms = weights**power * likelihood.nll(view, targets)
-            yield terms.sum() * (1 / math.sqrt(k) if scale is None else scale)
+            num_terms = weights**power * likelihood.nll(view, targets)
+            yield num_terms.sum() * (1 / math.sqrt(k) if scale is None else scale)
 
     return losses
 
@@ -83,12 +83,12 @@ def exact(
         view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
     ) -> Losses:
         for column in likelihood.root(view):
-            terms = weights**power * (view * column).sum(-1)
+            num_terms = weights**power * (view * column).sum(-1)
             if mixed:
-                yield terms.sum()
+                yield num_terms.sum()
                 continue
             for s in range(view.shape[1])[:last]:
-                yield terms[:, s].sum()
+                yield num_terms[:, s].sum()
 
     return losses
 

@@ -260,9 +260,9 @@ def test_copies_of_recipes() -> None:
 class Clinging(Kfac):
     """Leaves a hook on every layer."""
 
-    def samples(self, layer: Layer, uses: Any, *, terms: Any, first: bool) -> Any:
+    def samples(self, layer: Layer, calls: Any, *, num_terms: Any, first: bool) -> Any:
         layer.module.register_forward_hook(lambda *_: None)
-        return super().samples(layer, uses, terms=terms, first=first)
+        return super().samples(layer, calls, num_terms=num_terms, first=first)
 
 
 def test_what_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:

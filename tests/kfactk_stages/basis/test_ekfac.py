@@ -49,7 +49,7 @@ class TestEkfac(BasisLaws):
         return ekfac_block(u_a, u_g, scale, situation.damping)
 
     def scale(self, situation: Situation, k: Any, u_a: Tensor, u_g: Tensor) -> Tensor:
-        return exact_scale([situation.per_example[k]], u_a, u_g, situation.terms)
+        return exact_scale([situation.per_example[k]], u_a, u_g, situation.num_terms)
 
 
 class TestEkfacRunning(TestEkfac):
@@ -58,7 +58,7 @@ class TestEkfacRunning(TestEkfac):
     stage: ClassVar[Any] = {"name": "ekfac", "scale": "running"}
 
     def scale(self, situation: Situation, k: Any, u_a: Tensor, u_g: Tensor) -> Tensor:
-        return situation.terms * (u_g.T @ situation.mean_gradient[k].double() @ u_a) ** 2
+        return situation.num_terms * (u_g.T @ situation.mean_gradient[k].double() @ u_a) ** 2
 
 
 class TestEkfacOnReduce(BasisTraitLaws):
@@ -98,7 +98,7 @@ class Drawn:
 
     @property
     def samples(self) -> Samples:
-        return Samples(self.inputs, self.gradients, terms=self.examples)
+        return Samples(self.inputs, self.gradients, num_terms=self.examples)
 
     @property
     def products(self) -> Tensor:

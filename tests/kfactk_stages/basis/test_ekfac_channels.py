@@ -130,7 +130,7 @@ class TestEkfacChannels(BasisLaws):
         return ekfac_block(u_a, vectors["G"], scale, situation.damping)
 
     def scale(self, situation: Situation, k: Any, u_a: Tensor, u_g: Tensor) -> Tensor:
-        return projected_square(situation.per_example[k], u_g, u_a) / situation.terms
+        return projected_square(situation.per_example[k], u_g, u_a) / situation.num_terms
 
 
 class TestEkfacChannelsOfPatches(TestEkfacChannels):
@@ -175,7 +175,7 @@ class TestEkfacChannelsRunning(TestEkfacChannels):
     stage: ClassVar[Any] = {"name": "ekfac", "inputs": "channels", "scale": "running"}
 
     def scale(self, situation: Situation, k: Any, u_a: Tensor, u_g: Tensor) -> Tensor:
-        return situation.terms * (u_g.T @ situation.mean_gradient[k].double() @ u_a) ** 2
+        return situation.num_terms * (u_g.T @ situation.mean_gradient[k].double() @ u_a) ** 2
 
 
 def orthogonal(*shape: int, seed: int) -> Tensor:
@@ -197,10 +197,10 @@ def decomposition_of(
     }
 
 
-def samples_of(case: Case, uses: int, chunk_bytes: int, spatial: str = "sua") -> Samples:
-    given_ = [LayerCall(case.inputs, case.gradient, 1.0 + k) for k in range(uses)]
+def samples_of(case: Case, calls: int, chunk_bytes: int, spatial: str = "sua") -> Samples:
+    given_ = [LayerCall(case.inputs, case.gradient, 1.0 + k) for k in range(calls)]
     return ConvKfac(spatial=spatial, chunk_bytes=chunk_bytes).samples(
-        case.layer, given_, terms=2.0, first=True
+        case.layer, given_, num_terms=2.0, first=True
     )
 
 
@@ -214,11 +214,11 @@ def samples_of(case: Case, uses: int, chunk_bytes: int, spatial: str = "sua") ->
     st.integers(0, 99),
 )
 def test_the_scale_is_that_of_autograds_gradients(
-    case: Case, uses: int, chunk_bytes: int, with_left: bool, with_taps: bool, seed: int
+    case: Case, calls: int, chunk_bytes: int, with_left: bool, with_taps: bool, seed: int
 ) -> None:
     """Channels rotated in the images or in the gradients, of any kernel, stride, padding and grouping."""
-    samples = samples_of(case, uses, chunk_bytes)
-    truth = sum(range(1, uses + 1)) * module_gradients(case.module, case.inputs, case.gradient)
+    samples = samples_of(case, calls, chunk_bytes)
+    truth = sum(range(1, calls + 1)) * module_gradients(case.module, case.inputs, case.gradient)
     groups = range(len(truth)) if truth.ndim == 4 else [...]
     lead = (len(truth),) if truth.ndim == 4 else ()
     c = case.module.in_channels // case.module.groups
@@ -259,7 +259,7 @@ def test_whichever_side_is_rotated_first(
     )
     found = samples.projected_square_of_channels(left, right).total
     plain = (
-        Samples(samples.inputs(), samples.gradients(), terms=2.0)
+        Samples(samples.inputs(), samples.gradients(), num_terms=2.0)
         .projected_square_of_channels(left, right)
         .total
     )
@@ -390,7 +390,7 @@ def test_c_is_the_factor_of_channels_that_is_closest(spatial: str, groups: int) 
     inputs = torch.randn(3, 4, 5, 4, dtype=F64)
     case, curvature = Case(conv, inputs, torch.randn_like(conv(inputs))), ConvKfac(spatial=spatial)
     samples = curvature.samples(
-        case.layer, [LayerCall(case.inputs, case.gradient.detach())], terms=3.0, first=True
+        case.layer, [LayerCall(case.inputs, case.gradient.detach())], num_terms=3.0, first=True
     )
     matrices = curvature.assemble(
         case.layer,

@@ -110,7 +110,7 @@ def test_the_error_of_a_rounded_scale_is_bounded(seed: int, t: int) -> None:
     left, right = decomposition["G"]["eigenvectors"], decomposition["A"]["eigenvectors"]
     d = torch.einsum("nto,nti->noi", g @ left, a @ right)
     expected = d.square().sum(0)
-    samples = Samples(a.float(), g.float(), terms=64)
+    samples = Samples(a.float(), g.float(), num_terms=64)
     found = Ekfac(products="bfloat16").moments(single(decomposition), samples)["scale"].total
     assert found is not None
     bound = 7 * UNIT * (g.norm(dim=-1) * a.norm(dim=-1)).sum(-1).square().sum().sqrt()

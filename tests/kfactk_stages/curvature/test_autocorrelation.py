@@ -116,7 +116,10 @@ def test_the_factor_of_the_curvature_is_that_of_the_patches(case: tuple[Any, Ten
         rows, names = F.pad(rows, (0, 1), value=1.0), ("weight", "bias")
     layer, curvature = Layer("conv", conv, names), ConvKfac()
     samples = curvature.samples(
-        layer, [LayerCall(inputs, torch.zeros_like(conv(inputs)))], terms=len(inputs), first=True
+        layer,
+        [LayerCall(inputs, torch.zeros_like(conv(inputs)))],
+        num_terms=len(inputs),
+        first=True,
     )
     found = curvature.factors(layer, samples)["A"]
     assert found.total is not None
@@ -184,7 +187,7 @@ def test_what_no_tap_sees_is_exactly_nothing() -> None:
     conv, inputs = nn.Conv1d(1, 1, 2, padding="same", dilation=2), torch.randn(6, 1, 1)
     layer = Layer("conv", conv, ("weight", "bias"))
     samples = ConvKfac().samples(
-        layer, [LayerCall(inputs, torch.ones(6, 1, 1))], terms=6, first=True
+        layer, [LayerCall(inputs, torch.ones(6, 1, 1))], num_terms=6, first=True
     )
     found = samples.input_moment().total
     assert found is not None

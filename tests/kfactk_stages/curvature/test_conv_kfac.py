@@ -62,16 +62,16 @@ def layer_of(case: Case, *, frozen_bias: bool = False) -> Layer:
     )
 
 
-def samples_of(case, curvature=None, *, index=slice(None), terms=1.0, first=True, **kwargs):
-    use = LayerCall(case.inputs[index], case.gradient[index])
+def samples_of(case, curvature=None, *, index=slice(None), num_terms=1.0, first=True, **kwargs):
+    call = LayerCall(case.inputs[index], case.gradient[index])
     return (curvature or ConvKfac()).samples(
-        layer_of(case, **kwargs), [use], terms=terms, first=first
+        layer_of(case, **kwargs), [call], num_terms=num_terms, first=first
     )
 
 
-def factors_of(case, curvature, *, index=slice(None), terms=1.0, first=True):
+def factors_of(case, curvature, *, index=slice(None), num_terms=1.0, first=True):
     return curvature.factors(
-        layer_of(case), samples_of(case, curvature, index=index, terms=terms, first=first)
+        layer_of(case), samples_of(case, curvature, index=index, num_terms=num_terms, first=first)
     )
 
 
@@ -92,7 +92,7 @@ def fixed(module, *spatial, examples=3, seed=0, dtype=torch.float64):
     return Case(module, inputs, gradient)
 
 
-def explicit_factors(case, spatial, terms):
+def explicit_factors(case, spatial, num_terms):
     """A and G from rows read off index by index."""
     a = truth.input_rows(case.module, case.inputs, bias=case.bias)
     g = truth.output_rows(case.module, case.gradient)
@@ -100,8 +100,8 @@ def explicit_factors(case, spatial, terms):
     if spatial == "reduce":
         abar = sum(a[..., i : i + 1, :] for i in range(t)) / t
         gsum = sum(g[..., i : i + 1, :] for i in range(t))
-        return truth.moment(abar) / n, truth.moment(gsum) / terms
-    big_g = truth.moment(g) / (terms * t)
+        return truth.moment(abar) / n, truth.moment(gsum) / num_terms
+    big_g = truth.moment(g) / (num_terms * t)
     if spatial == "sud" or isinstance(case.module, nn.Linear):
         return truth.moment(a) / n, big_g
     groups, taps = case.module.groups, math.prod(case.module.kernel_size)
@@ -182,12 +182,12 @@ def test_rows_are_the_patches(case):
 
 @laws
 @given(layer_cases(), spatials, chunks, st.sampled_from([1.0, 3.5]))
-def test_factors_are_the_loops(case, spatial, chunk_bytes, terms):
+def test_factors_are_the_loops(case, spatial, chunk_bytes, num_terms):
     curvature = ConvKfac(spatial=spatial, chunk_bytes=chunk_bytes)
     matrices = curvature.assemble(
-        layer_of(case), averaged(factors_of(case, curvature, terms=terms))
+        layer_of(case), averaged(factors_of(case, curvature, num_terms=num_terms))
     )
-    a, g = explicit_factors(case, spatial, terms)
+    a, g = explicit_factors(case, spatial, num_terms)
     assert set(matrices) == curvature.provides
     torch.testing.assert_close(matrices["A"], a)
     torch.testing.assert_close(matrices["G"], g)
@@ -205,7 +205,7 @@ def test_blank_leaves_room_for_the_padding(mode):
 def test_an_unbatched_input_is_one_example(case):
     layer = layer_of(case)
     unbatched = ConvKfac().samples(
-        layer, [LayerCall(case.inputs[0], case.gradient[0])], terms=1.0, first=True
+        layer, [LayerCall(case.inputs[0], case.gradient[0])], num_terms=1.0, first=True
     )
     torch.testing.assert_close(
         unbatched.per_example_gradients(),
@@ -257,10 +257,10 @@ def test_a_shared_module_sums_over_its_uses(groups, bias, spatial, chunk_bytes):
     model = Repeated(nn.Conv2d(2, 2, 3, padding=1, groups=groups, bias=bias)).double()
     inputs = torch.randn(4, 2, 4, 6, dtype=torch.float64)
     layer = Layer("shared", model.shared, ("weight", "bias") if bias else ("weight",))
-    uses = captured_uses(model, model.shared, inputs, lambda output: output.sum())
-    assert len(uses) == 2
+    calls = captured_uses(model, model.shared, inputs, lambda output: output.sum())
+    assert len(calls) == 2
     curvature = ConvKfac(spatial=spatial, chunk_bytes=chunk_bytes)
-    samples = curvature.samples(layer, uses, terms=4.0, first=True)
+    samples = curvature.samples(layer, calls, num_terms=4.0, first=True)
     d = truth.layer_gradients(model, "shared", inputs, inputs, lambda output, _: output.sum())
     torch.testing.assert_close(samples.per_example_gradients(), d)
     torch.testing.assert_close(
@@ -268,8 +268,8 @@ def test_a_shared_module_sums_over_its_uses(groups, bias, spatial, chunk_bytes):
     )
 
     matrices = curvature.assemble(layer, averaged(curvature.factors(layer, samples)))
-    a = torch.cat([truth.input_rows(model.shared, use.inputs, bias=bias) for use in uses], -2)
-    g = torch.cat([truth.output_rows(model.shared, use.gradient) for use in uses], -2)
+    a = torch.cat([truth.input_rows(model.shared, call.inputs, bias=bias) for call in calls], -2)
+    g = torch.cat([truth.output_rows(model.shared, call.gradient) for call in calls], -2)
     if spatial == "reduce":
         expected = (
             truth.moment(a.mean(-2, keepdim=True)) / 4,
@@ -282,17 +282,19 @@ def test_a_shared_module_sums_over_its_uses(groups, bias, spatial, chunk_bytes):
         torch.testing.assert_close(matrices["A"], expected[0])
     else:
         each = [
-            explicit_factors(Case(model.shared, use.inputs, use.gradient), "sua", 4.0)[0]
-            for use in uses
+            explicit_factors(Case(model.shared, call.inputs, call.gradient), "sua", 4.0)[0]
+            for call in calls
         ]
         torch.testing.assert_close(matrices["A"], each[0] + each[1])
 
 
 def test_uses_of_different_batch_sizes_are_refused():
     module = nn.Conv1d(1, 1, 1)
-    uses = [LayerCall(torch.ones(n, 1, 3), torch.ones(n, 1, 3)) for n in (2, 4)]
+    calls = [LayerCall(torch.ones(n, 1, 3), torch.ones(n, 1, 3)) for n in (2, 4)]
     with pytest.raises(CaptureError, match=r"'layer'.*\[2, 4\].*leave it out"):
-        ConvKfac().samples(Layer("layer", module, ("weight", "bias")), uses, terms=1.0, first=True)
+        ConvKfac().samples(
+            Layer("layer", module, ("weight", "bias")), calls, num_terms=1.0, first=True
+        )
 
 
 def test_resolutions_average_in_sua():
@@ -368,7 +370,9 @@ def test_half_precision_computes_in_float32(half, spatial, mode):
     )
     exact = Case(case.module.double(), case.inputs.double(), case.gradient.double())
     curvature = ConvKfac(spatial=spatial)
-    matrices = curvature.assemble(layer_of(case), averaged(factors_of(case, curvature, terms=8.0)))
+    matrices = curvature.assemble(
+        layer_of(case), averaged(factors_of(case, curvature, num_terms=8.0))
+    )
     for matrix, expected in zip(
         (matrices["A"], matrices["G"]), explicit_factors(exact, spatial, 8.0), strict=True
     ):

@@ -40,7 +40,9 @@ def averaged(statistics):
 @given(linear_cases(max_rank=5))
 def test_any_rank_has_the_first_dimension_as_examples(case):
     layer = Layer("fc", case.module, BOTH if case.bias else ("weight",))
-    samples = Kfac().samples(layer, [LayerCall(case.inputs, case.gradient)], terms=1.0, first=True)
+    samples = Kfac().samples(
+        layer, [LayerCall(case.inputs, case.gradient)], num_terms=1.0, first=True
+    )
     assert samples.examples == len(case.inputs)
     assert samples.positions == case.inputs[0].numel() // case.inputs.shape[-1]
     torch.testing.assert_close(
@@ -52,7 +54,9 @@ def test_any_rank_has_the_first_dimension_as_examples(case):
 def test_a_vector_is_one_example():
     module = nn.Linear(3, 2).double()
     a, g = torch.randn(3, dtype=torch.float64), torch.randn(2, dtype=torch.float64)
-    samples = Kfac().samples(Layer("fc", module, BOTH), [LayerCall(a, g)], terms=1.0, first=True)
+    samples = Kfac().samples(
+        Layer("fc", module, BOTH), [LayerCall(a, g)], num_terms=1.0, first=True
+    )
     assert (samples.examples, samples.positions) == (1, 1)
     torch.testing.assert_close(
         samples.per_example_gradients(), truth.module_gradients(module, a[None], g[None])
@@ -60,9 +64,11 @@ def test_a_vector_is_one_example():
 
 
 def test_batch_dim_on_the_features_is_refused():
-    use = LayerCall(torch.ones(2, 3, 4), torch.ones(2, 3, 5))
+    call = LayerCall(torch.ones(2, 3, 4), torch.ones(2, 3, 5))
     with pytest.raises(CaptureError, match=r"batch_dim=2.*'fc'.*\(2, 3, 4\)"):
-        Kfac(batch_dim=2).samples(Layer("fc", nn.Linear(4, 5), BOTH), [use], terms=1.0, first=True)
+        Kfac(batch_dim=2).samples(
+            Layer("fc", nn.Linear(4, 5), BOTH), [call], num_terms=1.0, first=True
+        )
 
 
 class Recurrent(nn.Module):
@@ -89,19 +95,19 @@ def test_a_shared_module_sums_over_its_uses(spatial):
     )
     value = loss(model(inputs), labels)
     handle.remove()
-    uses = [
+    calls = [
         LayerCall(x, g)
         for (x, _), g in zip(calls, torch.autograd.grad(value, [y for _, y in calls]), strict=True)
     ]
 
     layer, curvature = Layer("shared", model.shared, BOTH), Kfac(spatial=spatial)
-    samples = curvature.samples(layer, uses, terms=5.0, first=True)
+    samples = curvature.samples(layer, calls, num_terms=5.0, first=True)
     assert samples.positions == 4
     d = truth.layer_gradients(model, "shared", inputs, labels, loss)
     torch.testing.assert_close(samples.per_example_gradients(), d)
     torch.testing.assert_close(samples.projected_square(None, None).total, (d**2).sum(0))
-    a = torch.cat([truth.input_rows(model.shared, use.inputs, bias=True) for use in uses], 1)
-    g = torch.cat([truth.output_rows(model.shared, use.gradient) for use in uses], 1)
+    a = torch.cat([truth.input_rows(model.shared, call.inputs, bias=True) for call in calls], 1)
+    g = torch.cat([truth.output_rows(model.shared, call.gradient) for call in calls], 1)
     if spatial == "reduce":
         expected = {
             "A": truth.moment(a.mean(1, keepdim=True)) / 5,
@@ -113,9 +119,9 @@ def test_a_shared_module_sums_over_its_uses(spatial):
 
 
 def test_uses_of_different_batch_sizes_are_refused():
-    uses = [LayerCall(torch.ones(n, 2), torch.ones(n, 1)) for n in (3, 5)]
+    calls = [LayerCall(torch.ones(n, 2), torch.ones(n, 1)) for n in (3, 5)]
     with pytest.raises(CaptureError, match=r"'fc'.*\[3, 5\]"):
-        Kfac().samples(Layer("fc", nn.Linear(2, 1), BOTH), uses, terms=1.0, first=True)
+        Kfac().samples(Layer("fc", nn.Linear(2, 1), BOTH), calls, num_terms=1.0, first=True)
 
 
 def test_deep_linear_network_is_exact():
@@ -136,7 +142,9 @@ def test_deep_linear_network_is_exact():
             value = model(inputs)[:, c].sum()
             handle.remove()
             (g,) = torch.autograd.grad(value, [calls[0][1]])
-            samples = Kfac().samples(layer, [LayerCall(calls[0][0], g)], terms=6.0, first=c == 0)
+            samples = Kfac().samples(
+                layer, [LayerCall(calls[0][0], g)], num_terms=6.0, first=c == 0
+            )
             factors = Kfac().factors(layer, samples)
             sums = factors if sums is None else {key: sums[key] + factors[key] for key in sums}
             gradients.append(
@@ -154,7 +162,7 @@ def test_no_copy_of_a_plain_input():
     samples = Kfac().samples(
         Layer("fc", nn.Linear(3, 2, bias=False), ("weight",)),
         [LayerCall(a, g)],
-        terms=1.0,
+        num_terms=1.0,
         first=True,
     )
     assert samples.inputs().data_ptr() == a.data_ptr()
@@ -166,7 +174,10 @@ def test_examples_or_rows_may_be_none(rows):
     layer = Layer("fc", nn.Linear(3, 2), BOTH)
     for shape in ((0, rows), (rows, 0)):
         samples = Kfac().samples(
-            layer, [LayerCall(torch.ones(*shape, 3), torch.ones(*shape, 2))], terms=1.0, first=True
+            layer,
+            [LayerCall(torch.ones(*shape, 3), torch.ones(*shape, 2))],
+            num_terms=1.0,
+            first=True,
         )
         for statistic in Kfac().factors(layer, samples).values():
             assert statistic.total is None or torch.equal(

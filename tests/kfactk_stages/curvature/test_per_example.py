@@ -44,28 +44,28 @@ def used(draw: st.DrawFn) -> tuple[Any, list[LayerCall]]:
     reach = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
     pads = reach if padding == "same" else [2 * p for p in padding]
     assume(all(size + pad > most for size, pad, most in zip(sizes, pads, reach, strict=True)))
-    uses = []
+    calls = []
     for scale in draw(st.sampled_from([[1.0], [0.5], [1.0, 2.0]])):
         inputs = torch.randn(3, channels * groups, *sizes, dtype=torch.float64)
-        uses.append(LayerCall(inputs, torch.randn_like(conv(inputs)), scale))
-    return conv, uses
+        calls.append(LayerCall(inputs, torch.randn_like(conv(inputs)), scale))
+    return conv, calls
 
 
-def samples_of(conv: Any, uses: list[LayerCall]) -> Samples:
+def samples_of(conv: Any, calls: list[LayerCall]) -> Samples:
     names = ("weight",) if conv.bias is None else ("weight", "bias")
-    return ConvKfac().samples(Layer("conv", conv, names), uses, terms=3, first=True)
+    return ConvKfac().samples(Layer("conv", conv, names), calls, num_terms=3, first=True)
 
 
-def by_autograd(conv: Any, uses: list[LayerCall]) -> Tensor:
+def by_autograd(conv: Any, calls: list[LayerCall]) -> Tensor:
     """The gradient of each example alone, `[n, groups, d_out, d_in]`."""
     found = []
     for example in range(3):
         conv.zero_grad()
-        for use in uses:
+        for call in calls:
             (
-                conv(use.inputs[example : example + 1])
-                * use.gradient[example : example + 1]
-                * use.scale
+                conv(call.inputs[example : example + 1])
+                * call.gradient[example : example + 1]
+                * call.scale
             ).sum().backward()
         matrix = conv.weight.grad.reshape(conv.groups, conv.out_channels // conv.groups, -1)
         if conv.bias is not None:
@@ -79,8 +79,8 @@ def by_autograd(conv: Any, uses: list[LayerCall]) -> Tensor:
 def test_per_example_gradients_are_autograds(
     case: tuple[Any, list[LayerCall]], rotated: bool
 ) -> None:
-    conv, uses = case
-    truth = by_autograd(conv, uses).transpose(0, 1)
+    conv, calls = case
+    truth = by_autograd(conv, calls).transpose(0, 1)
     left = (
         torch.randn(conv.groups, conv.out_channels // conv.groups, 2, dtype=torch.float64)
         if rotated
@@ -90,7 +90,7 @@ def test_per_example_gradients_are_autograds(
         truth = left.transpose(-1, -2).unsqueeze(1) @ truth
     if conv.groups == 1:
         truth, left = truth[0], None if left is None else left[0]
-    samples = samples_of(conv, uses)
+    samples = samples_of(conv, calls)
     torch.testing.assert_close(
         samples.per_example_gradients(slice(None), left), truth, rtol=1e-10, atol=1e-10
     )
@@ -105,22 +105,22 @@ def test_per_example_gradients_are_autograds(
 @settings(max_examples=40)
 @given(used())
 def test_the_output_factor_sums_over_positions(case: tuple[Any, list[LayerCall]]) -> None:
-    conv, uses = case
+    conv, calls = case
     truth = torch.zeros(
         conv.groups,
         conv.out_channels // conv.groups,
         conv.out_channels // conv.groups,
         dtype=torch.float64,
     )
-    for use in uses:
+    for call in calls:
         for position in (
-            (use.gradient * use.scale)
+            (call.gradient * call.scale)
             .flatten(2)
             .movedim(1, -1)
             .reshape(-1, conv.groups, conv.out_channels // conv.groups)
         ):
             truth += position.unsqueeze(-1) * position.unsqueeze(-2)
-    found = samples_of(conv, uses).grad_moment()
+    found = samples_of(conv, calls).grad_moment()
     assert found.total is not None
     torch.testing.assert_close(
         found.total, truth if conv.groups > 1 else truth[0], rtol=1e-10, atol=1e-10
@@ -143,8 +143,8 @@ def test_the_scale_is_that_of_autograds_gradients(
     case: tuple[Any, list[LayerCall]], chunk_bytes: int
 ) -> None:
     """Rotated on both sides, whichever side of whichever layer is rotated first, in chunks or at once."""
-    conv, uses = case
-    truth = by_autograd(conv, uses).transpose(0, 1)
+    conv, calls = case
+    truth = by_autograd(conv, calls).transpose(0, 1)
     left, right = (
         torch.randn(conv.groups, side, side, dtype=torch.float64) for side in truth.shape[-2:]
     )
@@ -153,7 +153,7 @@ def test_the_scale_is_that_of_autograds_gradients(
         expected, left, right = expected[0], left[0], right[0]
     names = ("weight",) if conv.bias is None else ("weight", "bias")
     samples = ConvKfac(chunk_bytes=chunk_bytes).samples(
-        Layer("conv", conv, names), uses, terms=3, first=True
+        Layer("conv", conv, names), calls, num_terms=3, first=True
     )
     found = samples.projected_square(left, right).total
     assert found is not None
@@ -165,8 +165,8 @@ def test_the_scale_is_that_of_autograds_gradients(
 def test_rotations_in_bfloat16_move_the_scale_within_their_bound(
     case: tuple[Any, list[LayerCall]],
 ) -> None:
-    conv, uses = case
-    samples, truth = samples_of(conv, uses), by_autograd(conv, uses).transpose(0, 1)
+    conv, calls = case
+    samples, truth = samples_of(conv, calls), by_autograd(conv, calls).transpose(0, 1)
     left, right = (
         torch.linalg.qr(torch.randn(conv.groups, side, side, dtype=torch.float64)).Q
         for side in truth.shape[-2:]

@@ -85,7 +85,7 @@ def test_every_way_that_applies_gives_the_factor_of_the_patches(case: tuple[Any,
         samples = ConvKfac().samples(
             Layer("conv", conv, names),
             [LayerCall(inputs, conv(inputs).detach())],
-            terms=len(inputs),
+            num_terms=len(inputs),
             first=True,
         )
         with mock.patch.object(_rows, "cheapest", lambda *_, way=way: way):
@@ -110,7 +110,10 @@ def test_kernels_of_one_tap_are_the_gram_matrix_of_the_pixels_they_see(
     rows, names = patches_of(conv, inputs), ("weight",) if conv.bias is None else ("weight", "bias")
     rows = rows if conv.bias is None else F.pad(rows, (0, 1), value=1.0)
     samples = ConvKfac().samples(
-        Layer("conv", conv, names), [LayerCall(inputs, conv(inputs).detach())], terms=5, first=True
+        Layer("conv", conv, names),
+        [LayerCall(inputs, conv(inputs).detach())],
+        num_terms=5,
+        first=True,
     )
     expected = rows.transpose(1, 2) @ rows
     torch.testing.assert_close(
@@ -173,7 +176,7 @@ def test_products_leave_out_what_a_tap_does_not_see() -> None:
     """Of four pixels and a pixel of padding the first tap sees three, so that its products have three rows and none has five."""
     slabs = slabs_of(Window.of(nn.Conv1d(1, 1, 3, padding=1)), (4,))
     rows = {
-        pair: [(at.stop - at.start, sign) for key, _, at, sign in slabs.terms if key == pair]
+        pair: [(at.stop - at.start, sign) for key, _, at, sign in slabs.num_terms if key == pair]
         for pair in slabs.pairs
     }
     assert rows == {

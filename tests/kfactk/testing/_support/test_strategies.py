@@ -94,7 +94,8 @@ def test_rows_are_taken_of_every_use(case, random):
 
 def test_precision_and_scale_change_copies():
     case = first(
-        linear_cases(uses=2, freeze=True), lambda c: bool(c.further) and c.bias and not c.layer.bias
+        linear_cases(most_calls=2, freeze=True),
+        lambda c: bool(c.further) and c.bias and not c.layer.bias,
     )
     half = case.to(torch.float16)
     assert (
