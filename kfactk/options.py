@@ -1,4 +1,11 @@
-"""Options of recipes and stages: numbers that may be functions of the step, and their validators."""
+"""Options of recipes and stages: validators for attrs fields, and numbers that depend on the step.
+
+A validator names the option, its value and what it must be. Stages and recipes share these:
+
+    @attrs.frozen
+    class Norm:
+        limit: float = attrs.field(default=1.0, validator=number(low=0, low_open=True))
+"""
 
 from __future__ import annotations
 
@@ -6,20 +13,129 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import attrs
 from torch import Tensor
 
-from kfactk.errors import OptionError
+from kfactk.errors import OptionError, near_names
 
 Number = float | Callable[[int], float]
 """A number, or a function of the step (from 0) that gives one."""
-
-
 Period = int | Callable[[int], int]
 """A number of steps, or a function of the step that gives one."""
+Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
+"""What attrs calls with the instance, the attribute and the value."""
+
+
+def refusal(
+    instance: object, attribute: attrs.Attribute[Any], value: object, must: str
+) -> OptionError:
+    """Return the error that a validator raises.
+
+    Args:
+        instance: The object whose option it is.
+        attribute: The option.
+        value: Its value.
+        must: What the value must be, and the remedy, in words that follow "it must be".
+    """
+    owner = type(instance).__name__
+    return OptionError(
+        f"{owner}: {attribute.alias or attribute.name}={value!r} cannot work: it must be {must}."
+    )
+
+
+def number(
+    low: float = -math.inf,
+    high: float = math.inf,
+    *,
+    low_open: bool = False,
+    high_open: bool = False,
+    optional: bool = False,
+    hint: str = "",
+) -> Validator:
+    """Return a validator for a finite number in an interval.
+
+    Args:
+        low: Least value.
+        high: Largest value.
+        low_open: Whether `low` itself is refused.
+        high_open: Whether `high` itself is refused.
+        optional: Whether `None` is allowed.
+        hint: What else to tell, appended to the message.
+    """
+    must = "a finite number" + _interval(low, high, low_open, high_open) + hint
+
+    def check(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if value is None and optional:
+            return
+        good = isinstance(value, int | float) and not isinstance(value, bool)
+        good = good and math.isfinite(value) and low <= value <= high
+        if not good or (low_open and value == low) or (high_open and value == high):
+            raise refusal(instance, attribute, value, must + (" or None" if optional else ""))
+
+    return check
+
+
+def _interval(low: float, high: float, low_open: bool, high_open: bool) -> str:
+    if math.isinf(low) and math.isinf(high):
+        return ""
+    if math.isinf(high):
+        return f" greater than {low:g}" if low_open else f" of at least {low:g}"
+    left, right = "(" if low_open else "[", ")" if high_open else "]"
+    return f" in {left}{low:g}, {high:g}{right}"
+
+
+def whole(low: int = 1, *, optional: bool = False, hint: str = "") -> Validator:
+    """Return a validator for a whole number of at least `low`, or, where `optional`, `None`."""
+    must = f"a whole number of at least {low}{' or None' if optional else ''}{hint}"
+
+    def check(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if value is None and optional:
+            return
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise refusal(instance, attribute, value, must)
+
+    return check
+
+
+def choice(*allowed: object, hint: str = "") -> Validator:
+    """Return a validator for one of the `allowed` values; `hint` is appended to the message."""
+    must = f"one of {', '.join(map(repr, allowed))}{hint}"
+    names = [each for each in allowed if isinstance(each, str)]
+
+    def check(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if not any(
+            value is each or (type(value) is type(each) and value == each) for each in allowed
+        ):
+            raise refusal(
+                instance, attribute, value, must + near_names(str(value), names).rstrip("?")
+            )
+
+    return check
+
+
+def flag(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+    """Check that a value is True or False."""
+    if not isinstance(value, bool):
+        raise refusal(instance, attribute, value, "True or False")
+
+
+def function(*, optional: bool = True, hint: str = "") -> Validator:
+    """Return a validator for a callable, or, where `optional`, `None`."""
+
+    def check(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if not callable(value) and not (optional and value is None):
+            raise refusal(instance, attribute, value, f"a function{hint}")
+
+    return check
+
+
+def as_tuple(value: Any) -> Any:
+    """Convert a list, as read from JSON, to a tuple; leave anything else to the validator."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def period_at(name: str, period: Period, step: int) -> int:
-    """The period at `step`, checked.
+    """Return the period at `step`, checked.
 
     Raises:
         OptionError: It is not a whole number of at least 1.
@@ -34,30 +150,22 @@ def period_at(name: str, period: Period, step: int) -> int:
 
 
 def number_at(
-    name: str, number: Number, step: int, *, low: float = 0.0, high: float = float("inf")
+    name: str, number: Number, step: int, *, low: float = 0.0, high: float = math.inf
 ) -> float:
-    """The number at `step`, checked.
+    """Return the number at `step`, checked.
 
     Raises:
         OptionError: It is not a number in [low, high].
     """
     value = number(step) if callable(number) else number
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, (int, float))
-        or not low <= value <= high
-        or math.isinf(value)
-    ):
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if not good or not low <= value <= high or math.isinf(value):
         where = f" at step {step}" if callable(number) else ""
-        bounds = (
-            f"of at least {low:g}, and finite"
-            if high == float("inf")
-            else f"between {low:g} and {high:g}"
-        )
-        raise OptionError(f"{name} is {value!r}{where}; it must be a number {bounds}.")
+        bounds = _interval(low, high, False, False)
+        raise OptionError(f"{name} is {value!r}{where}; it must be a finite number{bounds}.")
     return float(value)
 
 
 def plain(value: Any) -> Any:
-    """A tensor of one element, as torch takes learning rates, as its number; anything else as it is."""
+    """Return a tensor of one element, as torch takes learning rates, as its number."""
     return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value

@@ -49,7 +49,7 @@ class FisherLaws(Laws):
 
     def cases(self) -> st.SearchStrategy[Terms]:
         """Outputs with and without weights."""
-        return num_terms(weights=WEIGHTS)
+        return terms(weights=WEIGHTS)
 
     @law()
     def test_it_says_how_it_works(self) -> None:
