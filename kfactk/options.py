@@ -106,9 +106,8 @@ def choice(*allowed: object, hint: str = "") -> Validator:
         if not any(
             value is each or (type(value) is type(each) and value == each) for each in allowed
         ):
-            raise refusal(
-                instance, attribute, value, must + near_names(str(value), names).rstrip("?")
-            )
+            near = near_names(str(value), names)
+            raise OptionError(f"{refusal(instance, attribute, value, must)}{near}")
 
     return check
 
