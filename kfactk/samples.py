@@ -59,11 +59,13 @@ class LayerCall:
         inputs: The module's input as it was called, detached.
         gradient: Gradient of the summed (Fisher) loss with respect to the module's output, of the output's shape, times `1 / scale`.
         scale: What `gradient` is still to be multiplied by (power-of-two protection against half-precision underflow, loss scaling).
+        training: Whether the module was in training mode; `None` where that is not known.
     """
 
     inputs: Tensor
     gradient: Tensor
     scale: Tensor | float = 1.0
+    training: bool | None = None
 
 
 class Samples:

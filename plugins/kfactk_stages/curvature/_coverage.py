@@ -64,7 +64,7 @@ def _against_class(module: nn.Module, covered: tuple[type[nn.Module], ...]) -> s
 
 def _against_parameters(module: nn.Module) -> str | None:
     for name in ("weight", "bias"):
-        if name not in module._parameters:
+        if name not in module._parameters and (name == "weight" or hasattr(module, name)):
             return (
                 f"its {name} is computed from other parameters (weight_norm, spectral_norm, pruning) and is no parameter itself; "
                 "remove the reparametrization to cover it"
