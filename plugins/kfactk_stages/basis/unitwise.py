@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
 
 import attrs
 import torch
@@ -76,8 +75,8 @@ class Unitwise(Basis):
         arXiv:2002.06015, the blocks of batch normalisation.
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset({"U"})
-    laws: ClassVar[frozenset[str]] = frozenset({"rotation-equivariant"})
+    requires = frozenset({"U"})
+    laws = frozenset({"rotation-equivariant"})
 
     def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> dict[str, Tensor]:
         """Return `{"eigenvalues": [..., n], "eigenvectors": [..., n, n]}`, vectors in columns."""

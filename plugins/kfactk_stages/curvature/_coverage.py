@@ -44,7 +44,7 @@ def _against_class(module: nn.Module, covered: tuple[type[nn.Module], ...]) -> s
             or "state"
         )
         return f"its {names} is parametrized (torch.nn.utils.parametrize): what is trained is not the layer's own matrix"
-    if isinstance(module, LazyModuleMixin) and isinstance(module, covered):
+    if isinstance(module, LazyModuleMixin) and module.cls_to_become in covered:
         return f"{cls.__name__} is not initialised yet; run one forward before binding"
     if cls in covered:
         return None
