@@ -56,14 +56,18 @@ class LayerCall:
     """One call of a module in one forward.
 
     Args:
-        inputs: The module's input as it was called, detached.
-        gradient: Gradient of the summed (Fisher) loss with respect to the module's output, of the output's shape, times `1 / scale`.
-        scale: What `gradient` is still to be multiplied by (power-of-two protection against half-precision underflow, loss scaling).
+        inputs: The module's input, detached.
+        gradient: Gradient of the summed (Fisher) loss with respect to the module's output, of the
+            output's shape, times `1 / scale`.
+        scale: Factor that `gradient` still has to be multiplied by: protection against underflow in
+            half precision, or loss scaling.
+        training: Whether the module was in training mode.
     """
 
     inputs: Tensor
     gradient: Tensor
     scale: Tensor | float = 1.0
+    training: bool = True
 
 
 class Samples:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 
 import attrs
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor
 from kfactk.distributed.communicator import Communicator
 from kfactk.distributed.packing import TensorSpec, buckets
 from kfactk.errors import OptionError, StateError
-from kfactk.preconditioner.state import BlockState
 from kfactk.statistics import joined_key, split_key
 
 Flat = Mapping[str, Mapping[str, Tensor]]
@@ -21,62 +19,59 @@ Flat = Mapping[str, Mapping[str, Tensor]]
 
 @attrs.frozen
 class Control:
-    """What ranks must have in common to go on together: all that their messages follow from.
+    """What ranks must have in common to go on together: their messages follow from it.
 
     Args:
         step: The number of steps taken.
-        layers: Of each layer that has a state, whether it is ready, and what it owes.
+        layers: For each layer that has a state, whether it is ready, and what is overdue.
     """
 
     step: int
-    layers: Mapping[str, tuple[bool, tuple[bool, bool, bool]]]
-
-    @classmethod
-    def of(cls, step: int, states: Mapping[str, BlockState]) -> Control:
-        """What is in these states."""
-        return cls(
-            step,
-            {name: (state.ready, attrs.astuple(state.overdue)) for name, state in states.items()},
-        )
+    layers: Mapping[str, tuple[bool, tuple[bool, ...]]]
 
 
-@contextlib.contextmanager
-def agreed_load(ranks: Communicator) -> Iterator[Callable[[Control], None]]:
-    """Around the taking over of a state by every rank: what fails on one rank fails on all.
+class AgreedLoad:
+    """A context in which every rank takes over a state, or no rank does.
 
-    Gives a function to be called with what this rank would go on with, before anything is final; it raises where another rank cannot.
-
-    Raises:
-        StateError: Another rank failed, or would go on with something else.
+    Args:
+        ranks: Those that share the layers.
     """
-    told = False
 
-    def agree(control: Control) -> None:
-        nonlocal told
-        told = True
-        reports: list[tuple[str, Control | None]] = ranks.gathered(("", control))
+    def __init__(self, ranks: Communicator) -> None:
+        self._ranks, self._told = ranks, False
+
+    def __enter__(self) -> AgreedLoad:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not self._told:
+            self._ranks.gathered((f"{type(error).__name__}: {error}", None))
+
+    def agree(self, control: Control) -> None:
+        """Compare what each rank would go on with, before anything is final; a collective call.
+
+        Raises:
+            StateError: Another rank failed, or would go on with something else.
+        """
+        self._told = True
+        reports: list[tuple[str, Control | None]] = self._ranks.gathered(("", control))
         for rank, (fault, _) in enumerate(reports):
             if fault:
                 raise StateError(
                     f"rank {rank} cannot take over the saved state, and so no rank does: {fault}"
                 )
-        if others := [rank for rank, (_, theirs) in enumerate(reports) if theirs != reports[0][1]]:
+        others = [rank for rank, (_, theirs) in enumerate(reports) if theirs != reports[0][1]]
+        if others:
             steps = ", ".join(
                 f"rank {rank} at step {theirs.step}"
                 for rank, (_, theirs) in enumerate(reports)
                 if theirs is not None
             )
             raise StateError(
-                f"the ranks were given different states ({steps}; what layers owe differs from rank 0 on rank "
-                f"{', '.join(map(str, others))}). Load the same checkpoint on every rank."
+                f"the ranks were given different states ({steps}; what is overdue differs from "
+                f"rank 0 on rank {', '.join(map(str, others))}). Load the same checkpoint on every "
+                "rank."
             )
-
-    try:
-        yield agree
-    except Exception as error:
-        if not told:
-            ranks.gathered((f"{type(error).__name__}: {error}", None))
-        raise
 
 
 def gathered_state(
