@@ -14,7 +14,7 @@ from kfactk.errors import CaptureError
 from kfactk.preconditioner.preconditioner import Preconditioner
 from kfactk.samples import LayerCall
 from kfactk.stages import Fisher, Layer, Likelihood
-from kfactk.validation import attribute_errors, label_of
+from kfactk.validation import attribute_errors, stage_label
 
 
 class FisherPass:
@@ -149,7 +149,7 @@ class FisherPass:
         losses = None
         while True:
             with attribute_errors(
-                "fisher", self._fisher, f"with {label_of('likelihood', self._likelihood)}"
+                "fisher", self._fisher, f"with {stage_label('likelihood', self._likelihood)}"
             ):
                 losses = (
                     iter(self._fisher.losses(view, self._likelihood, weights, generator))

@@ -14,7 +14,7 @@ from kfactk.capture.torch_modes import full_precision
 from kfactk.errors import CaptureError
 from kfactk.samples import LayerCall
 from kfactk.stages import Layer
-from kfactk.validation import overwritten
+from kfactk.validation import input_modified_message
 
 Sink = Callable[[Layer, list[LayerCall]], None]
 """Takes all uses of one layer in one forward, once the gradients of all of them have arrived."""
@@ -39,7 +39,7 @@ class RecordedCall:
     def input(self) -> LayerCall:
         """This call without the gradient of its output: with zeros that take no memory."""
         if self.inputs._version != self.version:
-            raise CaptureError(overwritten(self.layer.name))
+            raise CaptureError(input_modified_message(self.layer.name))
         return LayerCall(
             self.inputs,
             torch.zeros((), dtype=self.dtype, device=self.inputs.device).expand(self.shape),
@@ -48,7 +48,7 @@ class RecordedCall:
     def call(self, gradient: Tensor, scale: Tensor | float) -> LayerCall:
         """This call with the gradient of its output."""
         if self.inputs._version != self.version:
-            raise CaptureError(overwritten(self.layer.name))
+            raise CaptureError(input_modified_message(self.layer.name))
         return LayerCall(self.inputs, gradient.detach(), scale)
 
 

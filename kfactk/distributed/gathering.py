@@ -13,7 +13,7 @@ from kfactk.distributed.communicator import Communicator
 from kfactk.distributed.packing import TensorSpec, buckets
 from kfactk.errors import OptionError, StateError
 from kfactk.preconditioner.state import BlockState
-from kfactk.statistics import joined_key, split_key
+from kfactk.statistics import join_key, split_key
 
 Flat = Mapping[str, Mapping[str, Tensor]]
 """Of each layer, the flat form of its state."""
@@ -100,7 +100,7 @@ def gathered_state(
             f"to={to!r} is no rank: give one of 0 to {ranks.size - 1}, counted within the placement's process group, or None."
         )
     mine = {
-        joined_key(layer, key): tensor.detach()
+        join_key(layer, key): tensor.detach()
         for layer, flat in parts.items()
         for key, tensor in flat.items()
     }

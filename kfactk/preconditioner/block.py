@@ -29,12 +29,12 @@ from kfactk.stages import (
     Redecomposes,
     Tensors,
 )
-from kfactk.statistics import prefixed
+from kfactk.statistics import add_prefix
 from kfactk.validation import (
     attribute_errors,
     check_matrices,
-    check_parted,
     check_statistics,
+    check_tensors,
     square,
 )
 
@@ -89,7 +89,7 @@ class Blocks:
                 found = (
                     self.curvature.input_factors if inputs else self.curvature.gradient_factors
                 )(layer, samples)
-        return prefixed(
+        return add_prefix(
             "factor",
             check_statistics("curvature", self.curvature, _on(layer), found, required=True),
         )
@@ -135,7 +135,7 @@ class Blocks:
     def parted(self, layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
         """Inverse of `joined`."""
         with attribute_errors("curvature", self.curvature, _on(layer)):
-            return check_parted(layer.tensors(), self.curvature.tensors(layer, matrix))
+            return check_tensors(layer.tensors(), self.curvature.tensors(layer, matrix))
 
     def blank(self, layer: Layer) -> tuple[Samples, dict[str, Statistic]]:
         """A layer's samples and sums of a use on zeros: shapes without data."""
@@ -158,7 +158,7 @@ class Blocks:
         apart = set(blank) == set(shapes) and all(
             self._alone(layer, name, blank[name], shapes[name]) for name in shapes
         )
-        return Work(layer.name, shapes, gradient, together=not apart)
+        return Work(layer.name, shapes, gradient, indivisible=not apart)
 
     def _alone(self, layer: Layer, name: str, factor: Tensor, shape: tuple[int, ...]) -> bool:
         try:
@@ -221,7 +221,7 @@ class Blocks:
         """Sums and counts of the moments on samples, as "moment.NAME"."""
         with attribute_errors("basis", self.basis, _on(layer)):
             found = self.basis.moments(decomposition, samples)
-        return prefixed(
+        return add_prefix(
             "moment", check_statistics("basis", self.basis, _on(layer), found, required=False)
         )
 
@@ -235,7 +235,7 @@ class Blocks:
         """The same of a mini-batch mean gradient."""
         with attribute_errors("basis", self.basis, _on(layer)):
             found = self.basis.gradient_moments(decomposition, gradient, num_terms)
-        return prefixed(
+        return add_prefix(
             "moment", check_statistics("basis", self.basis, _on(layer), found, required=False)
         )
 

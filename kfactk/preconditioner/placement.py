@@ -11,7 +11,7 @@ from kfactk.errors import KfactkError, PluginError, StateError
 from kfactk.preconditioner.block import Blocks
 from kfactk.stages import Layer, Placement
 from kfactk.statistics import split_key
-from kfactk.validation import attribute_errors, label_of
+from kfactk.validation import attribute_errors, stage_label
 
 ALONE = Assignment("alone", {}, "one process does everything")
 
@@ -82,7 +82,7 @@ class BlockPlacement:
             raise fault
         if not same:
             raise PluginError(
-                f"{label_of('placement', self._placement)} divided the same work otherwise on another rank, where its answer may depend on "
+                f"{stage_label('placement', self._placement)} divided the same work otherwise on another rank, where its answer may depend on "
                 "its arguments alone: give each rank the same options; else report it to its authors, or use another placement."
             )
         return found

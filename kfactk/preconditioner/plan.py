@@ -10,7 +10,7 @@ from functools import cache, partial
 
 import attrs
 
-from kfactk.assignment import assign_slots, late_layers
+from kfactk.assignment import assign_slots, layers_near_output
 from kfactk.preconditioner.block import Blocks
 from kfactk.preconditioner.placement import BlockPlacement
 from kfactk.preconditioner.schedule import NOTHING, DueWork, UpdateSchedule
@@ -241,5 +241,5 @@ class Planner:
         placed = assign_slots({work.layer: work.cost for work in works}, self.calendar.slots)
         self._slots = {work.layer: placed[work.layer] for work in works}
         self._late = (
-            late_layers(works) if self._blocks.basis.moments_from == "samples" else frozenset()
+            layers_near_output(works) if self._blocks.basis.moments_from == "samples" else frozenset()
         )

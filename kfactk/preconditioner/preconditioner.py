@@ -25,8 +25,8 @@ from kfactk.preconditioner.schedule import UpdateSchedule
 from kfactk.preconditioner.state import BlockState
 from kfactk.samples import LayerCall, Samples, Statistic, working_dtype
 from kfactk.stages import Basis, Curvature, Layer, Operator, Placement
-from kfactk.statistics import ReducedStatistic, RunningMean, add, finite_only, local_means
-from kfactk.validation import overwritten, silent_message
+from kfactk.statistics import ReducedStatistic, RunningMean, add_sums, drop_nonfinite, local_means
+from kfactk.validation import input_modified_message, missing_samples_message
 
 
 class Preconditioner:
@@ -177,7 +177,7 @@ class Preconditioner:
         elif need.scale:
             with self._timed("scale"):
                 sums |= self.blocks.moments(layer, state.decomposition, samples)
-        add(state.staged, sums)
+        add_sums(state.staged, sums)
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
@@ -253,7 +253,7 @@ class Preconditioner:
         if self.ranks.size > 1:
             self._early.expect(not uneven)
         if changed:
-            raise CaptureError(overwritten(changed[0]))
+            raise CaptureError(input_modified_message(changed[0]))
         if faults:
             raise CaptureError(
                 "another rank found that a layer's input was modified in place after its forward; see what it says."
@@ -271,7 +271,7 @@ class Preconditioner:
             [float(bool(silent)), float(nonzero)], self._device()
         )
         if silent:
-            raise CaptureError(silent_message(silent))
+            raise CaptureError(missing_samples_message(silent))
         if others_silent:
             raise CaptureError(
                 "another rank has a gradient for a layer that gave no sample on any rank; see what it says."
@@ -307,7 +307,7 @@ class Preconditioner:
             if state.ready and state.decomposition and gradient is not None:
                 mean = gradient / num_terms if reduction == "sum" else gradient
                 self._changed(layer.name)
-                sums = finite_only(
+                sums = drop_nonfinite(
                     self.blocks.gradient_moments(layer, state.decomposition, mean, num_terms),
                     state.bad,
                 )

@@ -25,7 +25,7 @@ from kfactk.preconditioner.plan import BlockPlan
 from kfactk.preconditioner.state import BlockState, Kept
 from kfactk.samples import Statistic
 from kfactk.stages import Layer
-from kfactk.statistics import ReducedStatistic, RunningMean, add, joined_key, means, split_key
+from kfactk.statistics import ReducedStatistic, RunningMean, add_sums, join_key, means, split_key
 
 Damping = Callable[[Layer], float]
 States = Mapping[str, BlockState]
@@ -74,7 +74,7 @@ class Refresh:
         for name in needs:
             states[name].settle()
         sums = {
-            joined_key(name, key): value
+            join_key(name, key): value
             for name in needs
             for key, value in states[name].pending.items()
         }
@@ -258,10 +258,10 @@ class Refresh:
             for samples in state.retained if sampled else ():
                 if samples.first:
                     state.settle()
-                add(state.staged, self.blocks.moments(layer, whole, samples))
+                add_sums(state.staged, self.blocks.moments(layer, whole, samples))
             state.settle()
             sums |= {
-                joined_key(name, key): value
+                join_key(name, key): value
                 for key, value in state.pending.items()
                 if key.startswith("moment.")
             }

@@ -13,7 +13,7 @@ from kfactk.distributed.packing import TensorSpec
 from kfactk.errors import StateError
 from kfactk.preconditioner.schedule import NOTHING, DueWork
 from kfactk.samples import Samples, Statistic
-from kfactk.statistics import RunningMean, add, finite_only
+from kfactk.statistics import RunningMean, add_sums, drop_nonfinite
 
 PREFIX = "kfactk."
 """First part of every key that the curvature has in `Optimizer.state`."""
@@ -85,7 +85,7 @@ class BlockState:
 
     def settle(self) -> None:
         """End a forward: what it gave joins the sums of the step, all of it or, where any of it is not finite, nothing."""
-        add(self.pending, finite_only(self.staged, self.bad))
+        add_sums(self.pending, drop_nonfinite(self.staged, self.bad))
         self.staged.clear()
 
     def mark(self) -> tuple[int, int, int]:
