@@ -129,7 +129,8 @@ class Assignment:
         reason: Why it was chosen, for a reader.
 
     Example:
-        >>> print(Assignment("mem_opt", {"fc": Share({"A": (1,), "G": (1,)}, (1,))}, "one rank each"))
+        >>> share = Share({"A": (1,), "G": (1,)}, (1,))
+        >>> print(Assignment("mem_opt", {"fc": share}, "one rank each"))
         mem_opt: one rank each
         layer  inverse workers  gradient workers
         fc     A 1, G 1         1

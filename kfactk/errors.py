@@ -1,4 +1,4 @@
-"""Exceptions and warnings of kfactk. A message says what happened, the likely cause, the next step."""
+"""Exceptions and warnings of kfactk. A message says what happened, likely causes, the next step."""
 
 from __future__ import annotations
 

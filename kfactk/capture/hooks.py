@@ -21,7 +21,13 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kfactk.capture.forward import Forward, RecordedCall
 from kfactk.capture.support import check_engine, is_distributed, tensor_parallel
-from kfactk.capture.torch_modes import EAGERNESS, leave_alone, opaque, saved_as_is, uncounted
+from kfactk.capture.torch_modes import (
+    EAGERNESS,
+    in_transform_or_backward,
+    run_uncompiled,
+    save_unchanged,
+    skip_frame,
+)
 from kfactk.errors import CombinationError
 from kfactk.stages import Layer
 
@@ -51,7 +57,7 @@ class ModelHooks:
         self._layer_handles: list[torch.utils.hooks.RemovableHandle] = []
         self._depth, self._thread = 0, 0
         self._token = object()
-        leave_alone(RootHook.__call__)
+        skip_frame(RootHook.__call__)
         before, after = RootHook(self, "before"), RootHook(self, "after")
         self._handles = [
             root.register_forward_pre_hook(before, with_kwargs=True),
@@ -69,7 +75,7 @@ class ModelHooks:
     def expect(self, due: bool) -> None:
         """Between forwards: whether the next one is due. What is compiled runs eagerly from then on until it is told otherwise."""
         if due and self._finalizer.alive:
-            EAGERNESS.hold(self._token)
+            EAGERNESS.force(self._token)
         else:
             EAGERNESS.release(self._token)
 
@@ -114,12 +120,12 @@ class ModelHooks:
         _remove(self._layer_handles)
         calls, self._calls = self._calls, []
         if output is not None:
-            with saved_as_is():
+            with save_unchanged():
                 self._completed(Forward(output, _named(module, args, kwargs), calls))
 
     def _counts(self) -> bool:
         return (
-            torch.is_grad_enabled() and (self.root.training or self._evaluation) and not uncounted()
+            torch.is_grad_enabled() and (self.root.training or self._evaluation) and not in_transform_or_backward()
         )
 
 
@@ -148,7 +154,7 @@ class RootHook:
         else:
             capture.after(module, args, kwargs, output)
 
-    __call__ = opaque(
+    __call__ = run_uncompiled(
         _run,
         "kfactk's hooks on the model break the graph: bind the compiled model, or compile without fullgraph=True",
     )

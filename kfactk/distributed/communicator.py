@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kfactk.distributed.messages import PendingMessage, explained, flowing
-from kfactk.distributed.packing import TensorSpec, buckets, pack, spec_of, unpack, widest
+from kfactk.distributed.messages import PendingMessage, explain_failures, receive_in_order
+from kfactk.distributed.packing import TensorSpec, buckets, common_spec, pack, spec_of, unpack
 from kfactk.errors import OptionError
 from kfactk.samples import Statistic
 from kfactk.statistics import ReducedStatistic
@@ -119,7 +119,7 @@ class Communicator:
 
     def _new_group(self, members: Members) -> Any:
         ranks = [self._global(member) for member in members]
-        with explained():
+        with explain_failures():
             return dist.new_group(
                 ranks, backend=dist.get_backend(self.group), use_local_synchronization=True
             )
@@ -156,7 +156,7 @@ class Communicator:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        with explained():
+        with explain_failures():
             dist.all_gather_object(found, value, group=self.group)
         return found
 
@@ -166,7 +166,7 @@ class Communicator:
             return True
         number = int.from_bytes(hashlib.blake2b(what.encode(), digest_size=6).digest(), "big")
         buffer = torch.tensor([number, -number], dtype=torch.int64, device=self._device(None))
-        with explained():
+        with explain_failures():
             dist.all_reduce(buffer, op=dist.ReduceOp.MAX, group=self.group)
         self._count("agreements", buffer, 2 * (self.size - 1) / self.size)
         largest, least = buffer.tolist()
@@ -252,11 +252,11 @@ class Communicator:
             for members, these in sorted(goals.items())
             for run in buckets(these)
         )
-        flow = flowing(iter(list(messages)) if at_once else messages)
+        flow = receive_in_order(iter(list(messages)) if at_once else messages)
 
         def finish() -> dict[str, ReducedStatistic]:
             totals = {name: total for found in flow for name, total in found.items()}
-            with explained():
+            with explain_failures():
                 counting.wait()
             homes = {
                 name: each.total.device
@@ -297,7 +297,7 @@ class Communicator:
             return PendingMessage(
                 work, lambda: dict(zip(names, unpack(buffer, these), strict=True))
             )
-        with explained():
+        with explain_failures():
             work = dist.reduce(buffer, self._global(members[0]), group=group, async_op=True)
         if self.rank != members[0]:
             self._count(what, buffer, 1.0)
@@ -307,7 +307,7 @@ class Communicator:
                 return {}
             if len(members) > 1:
                 work = self._broadcast(buffer, members[0], members, what)
-                with explained():
+                with explain_failures():
                     work.wait()
             return dict(zip(names, unpack(buffer, these), strict=True))
 
@@ -325,7 +325,7 @@ class Communicator:
             kinds = sorted({kind for _, theirs in everyones for kind in theirs})
             names = sorted({name for theirs, _ in everyones for name in theirs})
             mine = {
-                name: widest(name, [theirs[name] for theirs, _ in everyones if name in theirs])
+                name: common_spec(name, [theirs[name] for theirs, _ in everyones if name in theirs])
                 for name in names
             }
         here = next(
@@ -404,7 +404,7 @@ class Communicator:
         self, buffer: Tensor, what: str, *, wait: bool = True, group: Any = None
     ) -> Any:
         self._count(what, buffer, 2 * (self.size - 1) / self.size)
-        with explained():
+        with explain_failures():
             return dist.all_reduce(
                 buffer,
                 op=dist.ReduceOp.SUM,
@@ -415,7 +415,7 @@ class Communicator:
     def _broadcast(self, buffer: Tensor, source: int, members: Members, what: str) -> Any:
         if self.rank != source:
             self._count(what, buffer, 1.0)
-        with explained():
+        with explain_failures():
             return dist.broadcast(
                 buffer, self._global(source), group=self._group(members), async_op=True
             )

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from kfactk.distributed.gathering import Control, agreed_load, gathered_state
+from kfactk.distributed.gathering import Progress, gather_state, load_on_all_ranks
 from kfactk.errors import KfactkError, StateError
 from kfactk.optim.nonfinite import NonFiniteGuard
 from kfactk.options import number_at, plain
@@ -245,7 +245,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             (parameter.device for group in self.param_groups for parameter in group["params"]),
             torch.device("cpu"),
         )
-        self._brought = gathered_state(flat, pre.ranks, to, device)
+        self._brought = gather_state(flat, pre.ranks, to, device)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take over a saved state; that of the bare update rule (say, a plain Adam run) is welcome too.
@@ -259,7 +259,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
             ValueError: The parameter groups do not fit (torch's own check).
         """
         self._prepare_places()
-        with agreed_load(self._preconditioner.ranks) as agree:
+        with load_on_all_ranks(self._preconditioner.ranks) as agree:
             ours, theirs, step = split_entries(state_dict, self.param_groups)
             groups = completed_groups(
                 state_dict["param_groups"], self.param_groups, self.defaults, self._inner.defaults
@@ -270,7 +270,7 @@ class StatefulOptimizer(torch.optim.Optimizer):
                 self._inner.__setstate__(
                     {"state": defaultdict(dict, self.state), "param_groups": self.param_groups}
                 )
-                agree(Control.of(step, states))
+                agree(Progress.of(step, states))
         self.state = defaultdict(dict)
         self._step = torch.tensor(step, dtype=torch.int64)
         self._brought = {}

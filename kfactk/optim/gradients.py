@@ -16,7 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kfactk.distributed.sharding import agreed, is_sharded, local, placed, shard_of, whole
+from kfactk.distributed.sharding import (
+    from_local_shard,
+    full_tensor,
+    is_sharded,
+    local_shard,
+    shard_of,
+    true_on_all_ranks,
+)
 from kfactk.linalg import as_gradient
 from kfactk.preconditioner.block import Blocks
 from kfactk.samples import working
@@ -44,7 +51,7 @@ def gradients_of(
             gradient, share = parameter.grad, 0.0 if decay is None else decay(parameter)
             if gradient is not None:
                 found[layer.name][name] = working(
-                    whole(gradient.add(parameter, alpha=share) if share else gradient).detach()
+                    full_tensor(gradient.add(parameter, alpha=share) if share else gradient).detach()
                 )
     return found, {layer.name: blocks.joined(layer, found[layer.name]) for layer in layers}
 
@@ -131,7 +138,7 @@ def swapped_gradients(
             for group in groups:
                 group["weight_decay"] = 0.0
         for parameter, new in replaced:
-            parameter.grad = placed(as_gradient(new, local(parameter)), parameter)
+            parameter.grad = from_local_shard(as_gradient(new, local_shard(parameter)), parameter)
         yield
     finally:
         for parameter, gradient, _ in found:
@@ -151,9 +158,9 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
         False
     """
     values = [
-        tensor.coalesce().values() if tensor.is_sparse else local(tensor) for tensor in tensors
+        tensor.coalesce().values() if tensor.is_sparse else local_shard(tensor) for tensor in tensors
     ]
-    return agreed(_finite(values), tensors)
+    return true_on_all_ranks(_finite(values), tensors)
 
 
 def _finite(tensors: list[Tensor]) -> bool:
