@@ -26,7 +26,7 @@ from kfactk.distributed.sharding import (
 )
 from kfactk.linalg import as_gradient
 from kfactk.preconditioner.block import Blocks
-from kfactk.samples import working
+from kfactk.samples import to_working_dtype
 from kfactk.stages import GradientPair, Layer, Tensors
 
 NamedGradients = Mapping[str, Mapping[str, Tensor]]
@@ -50,7 +50,7 @@ def gradients_of(
         for name, parameter in layer.tensors().items():
             gradient, share = parameter.grad, 0.0 if decay is None else decay(parameter)
             if gradient is not None:
-                found[layer.name][name] = working(
+                found[layer.name][name] = to_working_dtype(
                     full_tensor(gradient.add(parameter, alpha=share) if share else gradient).detach()
                 )
     return found, {layer.name: blocks.joined(layer, found[layer.name]) for layer in layers}

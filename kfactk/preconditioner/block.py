@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kfactk.assignment import Work
 from kfactk.linalg import mean_diagonal
-from kfactk.samples import LayerCall, Samples, Statistic, working
+from kfactk.samples import LayerCall, Samples, Statistic, to_working_dtype
 from kfactk.stages import (
     Basis,
     Curvature,
@@ -128,7 +128,7 @@ class Blocks:
                 if tensor is None
                 else tensor
             )
-            named[name] = working(tensor.detach())
+            named[name] = to_working_dtype(tensor.detach())
         with attribute_errors("curvature", self.curvature, _on(layer)):
             return self.curvature.matrix(layer, named)
 
