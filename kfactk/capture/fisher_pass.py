@@ -16,7 +16,7 @@ from kfactk.capture.support import model_output
 from kfactk.errors import CaptureError
 from kfactk.samples import LayerCall
 from kfactk.stages import Fisher, Layer, Likelihood
-from kfactk.validation import attribute_errors, label_of
+from kfactk.validation import attribute_errors, stage_label
 
 
 class SampleTaker(Protocol):
@@ -243,7 +243,7 @@ class FisherPass:
         self, view: Tensor, weights: Tensor | None, generator: torch.Generator
     ) -> Iterator[Tensor]:
         losses = None
-        where = f"with {label_of('likelihood', self._likelihood)}"
+        where = f"with {stage_label('likelihood', self._likelihood)}"
         while True:
             with attribute_errors("fisher", self._fisher, where):
                 if losses is None:

@@ -14,7 +14,7 @@ from kfactk.capture.torch_modes import full_precision
 from kfactk.errors import CaptureError
 from kfactk.samples import LayerCall
 from kfactk.stages import Layer
-from kfactk.validation import overwritten
+from kfactk.validation import input_modified_message
 
 Sink = Callable[[Layer, list[LayerCall]], None]
 """Takes all calls of one layer in one forward, once the gradients of all of them have arrived."""
@@ -76,7 +76,7 @@ class RecordedCall:
             CaptureError: The input was modified in place since.
         """
         if self.inputs._version != self.version:
-            raise CaptureError(overwritten(self.layer.name))
+            raise CaptureError(input_modified_message(self.layer.name))
         return LayerCall(self.inputs, gradient.detach(), scale, training=self.training)
 
 

@@ -22,7 +22,13 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from kfactk.capture.forward import Forward, RecordedCall
 from kfactk.capture.support import check_engine, is_distributed, tensor_parallel
-from kfactk.capture.torch_modes import EAGERNESS, leave_alone, opaque, saved_as_is, uncounted
+from kfactk.capture.torch_modes import (
+    EAGERNESS,
+    in_transform_or_backward,
+    run_uncompiled,
+    save_unchanged,
+    skip_frame,
+)
 from kfactk.errors import CombinationError
 from kfactk.stages import Layer
 
@@ -56,7 +62,7 @@ class ModelHooks:
         self._layer_handles: list[torch.utils.hooks.RemovableHandle] = []
         self._depth, self._thread = 0, 0
         self._token = object()
-        leave_alone(RootHook.__call__)
+        skip_frame(RootHook.__call__)
         before, after = RootHook(self, "before"), RootHook(self, "after")
         self._handles = [
             root.register_forward_pre_hook(before, with_kwargs=True),
@@ -74,7 +80,7 @@ class ModelHooks:
     def expect(self, due: bool) -> None:
         """Say between forwards whether the next one is due; compiled code then runs eagerly."""
         if due and self._finalizer.alive:
-            EAGERNESS.hold(self._token)
+            EAGERNESS.force(self._token)
         else:
             EAGERNESS.release(self._token)
 
@@ -125,14 +131,14 @@ class ModelHooks:
         layers, self._layers = self._layers, ()
         listener = self._listener()
         if output is not None and listener is not None:
-            with saved_as_is():
+            with save_unchanged():
                 forward = Forward(output, _named(module, args, kwargs), calls, layers)
                 listener._end_forward(forward)
 
     def _counts(self) -> bool:
         """Return whether a forward that begins now counts."""
         mode = self.root.training or self._evaluation
-        return torch.is_grad_enabled() and mode and not uncounted()
+        return torch.is_grad_enabled() and mode and not in_transform_or_backward()
 
 
 class RootHook:
@@ -160,7 +166,7 @@ class RootHook:
         else:
             hooks.after(module, args, kwargs, output)
 
-    __call__ = opaque(
+    __call__ = run_uncompiled(
         _run,
         "kfactk's hooks on the model break the graph. Bind the compiled model, or compile without "
         "fullgraph=True.",

@@ -277,7 +277,7 @@ def _sums(work: Work, blank: Mapping[str, Statistic]) -> dict[str, int]:
             )
     return (
         {"": sum(each.values())}
-        if work.together
+        if work.indivisible
         else {name: each[name] for name in sorted(work.matrices)}
     )
 

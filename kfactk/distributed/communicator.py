@@ -19,8 +19,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kfactk.distributed.messages import PendingMessage, explained, flowing
-from kfactk.distributed.packing import TensorSpec, buckets, pack, spec_of, unpack, widest
+from kfactk.distributed.messages import PendingMessage, explain_failures, receive_in_order
+from kfactk.distributed.packing import TensorSpec, buckets, common_spec, pack, spec_of, unpack
 from kfactk.errors import OptionError
 from kfactk.samples import Statistic
 from kfactk.statistics import ReducedStatistic
@@ -125,7 +125,7 @@ class Communicator:
 
     def _new_group(self, members: Members) -> Any:
         ranks = [self._global(member) for member in members]
-        with explained():
+        with explain_failures():
             return dist.new_group(
                 ranks, backend=dist.get_backend(self.group), use_local_synchronization=True
             )
@@ -164,7 +164,7 @@ class Communicator:
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
-        with explained():
+        with explain_failures():
             dist.all_gather_object(found, value, group=self.group)
         return found
 
@@ -174,7 +174,7 @@ class Communicator:
             return True
         number = int.from_bytes(hashlib.blake2b(what.encode(), digest_size=6).digest(), "big")
         buffer = torch.tensor([number, -number], dtype=torch.int64, device=self._device(None))
-        with explained():
+        with explain_failures():
             dist.all_reduce(buffer, op=dist.ReduceOp.MAX, group=self.group)
         self._record("agreements", buffer, 2 * (self.size - 1) / self.size)
         largest, least = buffer.tolist()
@@ -185,7 +185,7 @@ class Communicator:
     def agree(self, statistics: Mapping[str, Statistic]) -> tuple[TensorSpecs, torch.device]:
         """Return the names and specs that all ranks' statistics have, in one order; a collective.
 
-        A spec has the shape, and the widest dtype that any rank has. The second result is the
+        A spec has the shape, and the common_spec dtype that any rank has. The second result is the
         device of this rank's buffers.
 
         Args:
@@ -202,7 +202,7 @@ class Communicator:
             kinds = sorted({kind for _, theirs in everyones for kind in theirs})
             names = sorted({name for theirs, _ in everyones for name in theirs})
             mine = {
-                name: widest(name, [theirs[name] for theirs, _ in everyones if name in theirs])
+                name: common_spec(name, [theirs[name] for theirs, _ in everyones if name in theirs])
                 for name in names
             }
         here = next((total.device for total in totals if total.device.type in kinds), None)
@@ -295,7 +295,7 @@ class Communicator:
         if len(members) == self.size:
             work = self._all_reduce(buffer, what, wait=False, group=group)
             return _Summed(work, self, buffer, these, None, what)
-        with explained():
+        with explain_failures():
             work = dist.reduce(buffer, self._global(members[0]), group=group, async_op=True)
         if self.rank != members[0]:
             self._record(what, buffer, 1.0)
@@ -353,7 +353,7 @@ class Communicator:
         self, buffer: Tensor, what: str, *, wait: bool = True, group: Any = None
     ) -> Any:
         self._record(what, buffer, 2 * (self.size - 1) / self.size)
-        with explained():
+        with explain_failures():
             return dist.all_reduce(
                 buffer,
                 op=dist.ReduceOp.SUM,
@@ -364,13 +364,13 @@ class Communicator:
     def pass_on(self, buffer: Tensor, members: Members, what: str) -> None:
         """Copy a buffer from the first member to the others, and wait."""
         work = self._broadcast(buffer, members[0], members, what)
-        with explained():
+        with explain_failures():
             work.wait()
 
     def _broadcast(self, buffer: Tensor, source: int, members: Members, what: str) -> Any:
         if self.rank != source:
             self._record(what, buffer, 1.0)
-        with explained():
+        with explain_failures():
             return dist.broadcast(
                 buffer, self._global(source), group=self._group(members), async_op=True
             )
@@ -441,7 +441,7 @@ class PendingReduction:
         homes: Mapping[str, torch.device],
         device: torch.device,
     ) -> None:
-        self._messages, self._specs = flowing(iter(messages)), specs
+        self._messages, self._specs = receive_in_order(iter(messages)), specs
         self._counting, self._counts = counting, counts
         self._homes, self._device = homes, device
 
@@ -450,7 +450,7 @@ class PendingReduction:
         if self._counts is None:
             return {}
         totals = {name: total for found in self._messages for name, total in found.items()}
-        with explained():
+        with explain_failures():
             self._counting.wait()
         reduced = {}
         for (name, spec), count in zip(self._specs.items(), self._counts.unbind(), strict=True):

@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from kfactk.distributed.gathering import Control
+from kfactk.distributed.gathering import Progress
 from kfactk.errors import StateError
 from kfactk.options import number_at, plain
 from kfactk.preconditioner.block import Block
@@ -205,7 +205,7 @@ def completed_groups(
     return completed
 
 
-def control_of(step: int, states: Mapping[str, BlockState]) -> Control:
+def progress_of(step: int, states: Mapping[str, BlockState]) -> Progress:
     """Return what ranks compare before they go on with these states."""
     layers = {n: (state.ready, attrs.astuple(state.overdue)) for n, state in states.items()}
-    return Control(step, layers)
+    return Progress(step, layers)

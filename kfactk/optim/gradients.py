@@ -12,10 +12,16 @@ from typing import Any
 import attrs
 from torch import Tensor, nn
 
-from kfactk.distributed.sharding import is_sharded, local, placed, shard_of, whole
+from kfactk.distributed.sharding import (
+    from_local_shard,
+    full_tensor,
+    is_sharded,
+    local_shard,
+    shard_of,
+)
 from kfactk.linalg import as_gradient
 from kfactk.preconditioner.block import Block
-from kfactk.samples import working
+from kfactk.samples import to_working_dtype
 from kfactk.stages import GradientPair, Tensors
 
 Groups = Mapping[int, Mapping[str, Any]]
@@ -56,7 +62,7 @@ def read(blocks: Sequence[Block], groups: Groups, *, decayed: bool = False) -> B
                 continue
             decay = float(groups[id(parameter)]["weight_decay"]) if decayed else 0.0
             gradient = gradient.add(parameter, alpha=decay) if decay else gradient
-            found[name] = working(whole(gradient).detach())
+            found[name] = to_working_dtype(full_tensor(gradient).detach())
         named[block.name], matrices[block.name] = found, block.matrix(found)
     return BlockGradients(named, matrices)
 
@@ -128,7 +134,7 @@ def swapped(
             for group in groups:
                 group["weight_decay"] = 0.0
         for parameter, new in replaced:
-            parameter.grad = placed(as_gradient(new, local(parameter)), parameter)
+            parameter.grad = from_local_shard(as_gradient(new, local_shard(parameter)), parameter)
         yield
     finally:
         for parameter, gradient, _ in found:

@@ -14,7 +14,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from kfactk.distributed.sharding import agreed, is_sharded, local
+from kfactk.distributed.sharding import is_sharded, local_shard, true_on_all_ranks
 from kfactk.preconditioner.preconditioner import Preconditioner
 
 BAD_GRADIENT = (
@@ -160,8 +160,8 @@ def all_finite(tensors: Sequence[Tensor]) -> bool:
         >>> all_finite([torch.ones(2), torch.tensor([1.0, float("nan")])])
         False
     """
-    values = [t.coalesce().values() if t.is_sparse else local(t) for t in tensors]
-    return agreed(_finite(values), tensors)
+    values = [t.coalesce().values() if t.is_sparse else local_shard(t) for t in tensors]
+    return true_on_all_ranks(_finite(values), tensors)
 
 
 def _finite(tensors: list[Tensor]) -> bool:

@@ -18,7 +18,7 @@ from kfactk.capture.hooks import ModelHooks
 from kfactk.capture.support import supported_model
 from kfactk.capture.torch_modes import full_precision
 from kfactk.distributed.consistency import check_group, check_recipes
-from kfactk.distributed.gathering import AgreedLoad, gathered_state
+from kfactk.distributed.gathering import LoadOnAllRanks, gather_state
 from kfactk.distributed.sharding import ShardedProducts
 from kfactk.errors import CaptureError, CombinationError, KfactkError, KfactkWarning
 from kfactk.optim import checkpoint, gradients
@@ -499,7 +499,7 @@ class Optimizer(torch.optim.Optimizer):
         pre = self._preconditioner
         flat = {block.name: block.flat() for block in pre.blocks()}
         device = next((parameter.device for parameter in self._trained()), torch.device("cpu"))
-        self._gathered = gathered_state(flat, pre.communicator, to, device)
+        self._gathered = gather_state(flat, pre.communicator, to, device)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a saved state; that of the bare update rule (say, a plain Adam run) works too.
@@ -515,7 +515,7 @@ class Optimizer(torch.optim.Optimizer):
         pre = self._preconditioner
         self._follow_model()
         pre.placement.extend(pre.blocks())
-        with AgreedLoad(pre.communicator) as load:
+        with LoadOnAllRanks(pre.communicator) as load:
             saved = checkpoint.SavedState.split(state_dict, self.param_groups)
             groups = checkpoint.completed_groups(
                 state_dict["param_groups"], self.param_groups, self.defaults, self._inner.defaults
@@ -526,7 +526,7 @@ class Optimizer(torch.optim.Optimizer):
                 super().load_state_dict(given)
                 rule = {"state": defaultdict(dict, self.state), "param_groups": self.param_groups}
                 self._inner.__setstate__(rule)
-                load.agree(checkpoint.control_of(saved.step, states))
+                load.agree(checkpoint.progress_of(saved.step, states))
         self.state = defaultdict(dict)
         self._step = torch.tensor(saved.step, dtype=torch.int64)
         self._gathered = {}

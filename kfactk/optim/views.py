@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kfactk.distributed.communicator import Communicator, Members
-from kfactk.distributed.sharding import is_sharded, sharded_like, whole
+from kfactk.distributed.sharding import full_tensor, is_sharded, sharded_like
 from kfactk.errors import KfactkError, OptionError
 from kfactk.operators import CurvatureOperator
 from kfactk.preconditioner.block import Block
@@ -69,7 +69,7 @@ class BlockView:
 
         Sharded tensors are made whole: a collective call then, here and below.
         """
-        return self.block.matrix({name: whole(tensor) for name, tensor in tensors.items()})
+        return self.block.matrix({name: full_tensor(tensor) for name, tensor in tensors.items()})
 
     def fisher_product(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return `F v` for v shaped like the layer's parameters; missing ones count as zero.

@@ -17,15 +17,15 @@ from kfactk.linalg import mean_diagonal
 from kfactk.operators import CurvatureOperator
 from kfactk.preconditioner.plan import BlockPlan
 from kfactk.preconditioner.state import BlockState
-from kfactk.samples import LayerCall, Samples, Statistic, working
+from kfactk.samples import LayerCall, Samples, Statistic, to_working_dtype
 from kfactk.stages import Basis, Curvature, Decomposition, FactorContext, Layer, Tensors
-from kfactk.statistics import RunningMean, add, prefixed
+from kfactk.statistics import RunningMean, add_prefix, add_sums
 from kfactk.timing import StageTimer
 from kfactk.validation import (
     attribute_errors,
     check_matrices,
-    check_parted,
     check_statistics,
+    check_tensors,
     square,
 )
 
@@ -109,7 +109,7 @@ class Block:
         elif plan.scale:
             with self.timer.timed("scale"):
                 sums |= self.moments(state.decomposition, samples)
-        add(state.staged, sums)
+        add_sums(state.staged, sums)
 
     def samples(
         self, calls: Sequence[LayerCall], *, num_terms: Tensor | float, first: bool
@@ -135,21 +135,21 @@ class Block:
             if gradients:
                 found |= self.curvature.gradient_factors(self.layer, samples)
         checked = check_statistics("curvature", self.curvature, self._where, found, required=True)
-        return prefixed("factor", checked)
+        return add_prefix("factor", checked)
 
     def moments(self, decomposition: Decomposition, samples: Samples) -> dict[str, Statistic]:
         """Return sums and counts of the moments on samples, as "moment.NAME"."""
         with attribute_errors("basis", self.basis, self._where):
             found = self.basis.moments(decomposition, samples)
         checked = check_statistics("basis", self.basis, self._where, found, required=False)
-        return prefixed("moment", checked)
+        return add_prefix("moment", checked)
 
     def gradient_moments(self, gradient: Tensor, num_terms: Tensor | float) -> dict[str, Statistic]:
         """Return the moments of a mini-batch mean gradient, as "moment.NAME"."""
         with attribute_errors("basis", self.basis, self._where):
             found = self.basis.gradient_moments(self.state.decomposition, gradient, num_terms)
         checked = check_statistics("basis", self.basis, self._where, found, required=False)
-        return prefixed("moment", checked)
+        return add_prefix("moment", checked)
 
     # ------------------------------------------------------------------------------- averaging
 
@@ -286,7 +286,7 @@ class Block:
                 tensor = torch.zeros(
                     parameter.shape, dtype=parameter.dtype, device=parameter.device
                 )
-            named[name] = working(tensor.detach())
+            named[name] = to_working_dtype(tensor.detach())
         with attribute_errors("curvature", self.curvature, self._where):
             return self.curvature.matrix(self.layer, named)
 
@@ -294,7 +294,7 @@ class Block:
         """Return the inverse of `matrix`."""
         with attribute_errors("curvature", self.curvature, self._where):
             found = self.curvature.tensors(self.layer, matrix)
-            return check_parted(self.layer.tensors(), found)
+            return check_tensors(self.layer.tensors(), found)
 
     def blank(self) -> tuple[Samples, dict[str, Statistic]]:
         """Return samples and factor sums of a call on zeros: shapes without data."""
@@ -323,7 +323,7 @@ class Block:
         apart = set(blank) == set(shapes) and all(
             self._alone(name, blank[name], shapes[name]) for name in shapes
         )
-        return Work(self.name, shapes, tuple(self.matrix({}).shape), together=not apart)
+        return Work(self.name, shapes, tuple(self.matrix({}).shape), indivisible=not apart)
 
     def _alone(self, name: str, factor: Tensor, shape: tuple[int, ...]) -> bool:
         try:

@@ -15,7 +15,7 @@ from kfactk.preconditioner.schedule import UpdateSchedule
 from kfactk.samples import working_dtype
 from kfactk.stages import Placement
 from kfactk.statistics import split_key
-from kfactk.validation import attribute_errors, label_of
+from kfactk.validation import attribute_errors, stage_label
 
 ALONE = Assignment("alone", {}, "one process does everything")
 
@@ -90,7 +90,7 @@ class BlockPlacement:
             raise fault
         if not same:
             raise PluginError(
-                f"{label_of('placement', self._placement)} divided the same work differently on "
+                f"{stage_label('placement', self._placement)} divided the same work differently on "
                 "another rank. Its answer may depend on its arguments alone. Give each rank the "
                 "same options; else report it to its authors, or use another placement."
             )

@@ -7,7 +7,7 @@ from functools import cache, partial
 
 import attrs
 
-from kfactk.assignment import assign_slots, late_layers
+from kfactk.assignment import assign_slots, layers_near_output
 from kfactk.preconditioner.block import Block
 from kfactk.preconditioner.placement import BlockPlacement
 from kfactk.preconditioner.plan import BlockPlan
@@ -138,4 +138,4 @@ class Planner:
         placed = assign_slots(costs, self.schedule.slots)
         self._slots = {work.layer: placed[work.layer] for work in works}
         sampled = any(block.sampled for block in blocks)
-        self._late = late_layers(works) if sampled else frozenset()
+        self._late = layers_near_output(works) if sampled else frozenset()

@@ -25,9 +25,9 @@ from kfactk.preconditioner.schedule import UpdateSchedule
 from kfactk.preconditioner.state import READY, BlockState, part_of
 from kfactk.samples import LayerCall, working_dtype
 from kfactk.stages import Layer, Placement
-from kfactk.statistics import ReducedStatistic, finite_only, local_means
+from kfactk.statistics import ReducedStatistic, drop_nonfinite, local_means
 from kfactk.timing import StageTimer
-from kfactk.validation import overwritten, silent_message
+from kfactk.validation import input_modified_message, missing_samples_message
 
 
 class Preconditioner:
@@ -289,7 +289,7 @@ class Preconditioner:
         if self.communicator.size > 1:
             self.overlapped.expect_one_forward(not uneven)
         if changed:
-            raise CaptureError(overwritten(changed[0]))
+            raise CaptureError(input_modified_message(changed[0]))
         if faults:
             raise CaptureError(
                 "another rank found that a layer's input was modified in place after its forward. "
@@ -311,7 +311,7 @@ class Preconditioner:
         flags = [float(bool(silent)), float(nonzero)]
         silent_anywhere, nonzero_anywhere = self.communicator.total(flags, device_of(missing))
         if silent:
-            raise CaptureError(silent_message(silent))
+            raise CaptureError(missing_samples_message(silent))
         if silent_anywhere:
             raise CaptureError(
                 "another rank has a gradient for a layer that gave no sample on any rank. See the "
@@ -384,7 +384,7 @@ class Preconditioner:
             wanted = block.basis.moments_from == "gradient" and state.ready and state.decomposition
             if wanted and gradient is not None:
                 mean = gradient / num_terms if reduction == "sum" else gradient
-                sums = finite_only(block.gradient_moments(mean, num_terms), state.nonfinite)
+                sums = drop_nonfinite(block.gradient_moments(mean, num_terms), state.nonfinite)
                 means = local_means(sums)
                 block.update_moments({k.removeprefix("moment."): m for k, m in means.items()})
 

@@ -25,7 +25,7 @@ from kfactk.preconditioner.exchange import OverlappedReduction, merged
 from kfactk.preconditioner.placement import BlockPlacement
 from kfactk.preconditioner.plan import BlockPlan
 from kfactk.samples import Statistic
-from kfactk.statistics import ReducedStatistic, RunningMean, add, joined_key, means, split_key
+from kfactk.statistics import ReducedStatistic, RunningMean, add_sums, join_key, means, split_key
 from kfactk.timing import StageTimer
 
 Plans = Mapping[Block, BlockPlan]
@@ -99,7 +99,7 @@ class Refresh:
         if not any(plan.follows for plan in plans.values()):
             return {}
         sums = {
-            joined_key(block.name, key): statistic
+            join_key(block.name, key): statistic
             for block in plans
             for key, statistic in block.state.pending.items()
         }
@@ -240,11 +240,11 @@ class Refresh:
             for samples in state.retained if block.sampled else ():
                 if samples.first:
                     state.commit()
-                add(state.staged, block.moments(whole, samples))
+                add_sums(state.staged, block.moments(whole, samples))
             state.commit()
             for key, value in state.pending.items():
                 if key.startswith("moment."):
-                    sums[joined_key(block.name, key)] = value
+                    sums[join_key(block.name, key)] = value
             state.retained.clear()
             if block in made:
                 if self.placement.holds(block.name):

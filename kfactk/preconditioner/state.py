@@ -13,7 +13,7 @@ from kfactk.distributed.packing import TensorSpec
 from kfactk.errors import StateError
 from kfactk.preconditioner.schedule import NOTHING, DueWork
 from kfactk.samples import Samples, Statistic
-from kfactk.statistics import RunningMean, add, finite_only
+from kfactk.statistics import RunningMean, add_sums, drop_nonfinite
 
 PREFIX = "kfactk."
 """First part of every curvature key in `Optimizer.state`."""
@@ -89,7 +89,7 @@ class BlockState:
 
     def commit(self) -> None:
         """End a forward: add its sums to those of the step, or nothing where any is not finite."""
-        add(self.pending, finite_only(self.staged, self.nonfinite))
+        add_sums(self.pending, drop_nonfinite(self.staged, self.nonfinite))
         self.staged.clear()
 
     def savepoint(self) -> Savepoint:
