@@ -60,7 +60,7 @@ class BlockView:
         Raises:
             KfactkError: No curvature has been measured yet, or it is other ranks that have it.
         """
-        state = self._measured()
+        self._measured()
         pre = self._preconditioner
         self._check_answer(
             "factors",
@@ -70,11 +70,9 @@ class BlockView:
             },
             tensors,
         )
-        vector, matrices = self.matrix(tensors), pre.matrices(self.layer)
+        vector = self.matrix(tensors)
         with attribute_errors("basis", pre.basis, f"on layer {self.layer.name!r}"):
-            product = pre.basis.product(
-                vector, matrices, state.decomposition, state.moment_values()
-            )
+            product = pre.operator(self.layer, self.damping).multiply(vector)
         return self._parted(product, tensors)
 
     def precondition(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -99,7 +97,7 @@ class BlockView:
         if not (state.ready and state.decomposition):
             return None
         with attribute_errors("basis", basis, f"on layer {self.layer.name!r}"):
-            return basis.condition(state.decomposition, state.moment_values(), self.damping)
+            return self._preconditioner.operator(self.layer, self.damping).condition()
 
     def _check_answer(
         self, what: str, lies: Mapping[str, Members], given: Mapping[str, Tensor]

@@ -5,10 +5,8 @@ Nothing is kept here; tensors come in and go out. What fails is told with the st
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import TypeGuard
 
 import attrs
 import torch
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from kfactk.assignment import Work
 from kfactk.linalg import mean_diagonal
+from kfactk.operators import CurvatureOperator
 from kfactk.samples import LayerCall, Samples, Statistic, working
 from kfactk.stages import (
     Basis,
@@ -23,10 +22,6 @@ from kfactk.stages import (
     Decomposition,
     FactorContext,
     Layer,
-    MakesOperator,
-    Operator,
-    PartsFactors,
-    Redecomposes,
     Tensors,
 )
 from kfactk.statistics import prefixed
@@ -83,12 +78,9 @@ class Blocks:
             gradients: Whether the others are.
         """
         with attribute_errors("curvature", self.curvature, _on(layer)):
-            if not parts_factors(self.curvature) or (inputs and gradients):
-                found = self.curvature.factors(layer, samples)
-            else:
-                found = (
-                    self.curvature.input_factors if inputs else self.curvature.gradient_factors
-                )(layer, samples)
+            found = self.curvature.input_factors(layer, samples) if inputs else {}
+            if gradients:
+                found = {**found, **self.curvature.gradient_factors(layer, samples)}
         return prefixed(
             "factor",
             check_statistics("curvature", self.curvature, _on(layer), found, required=True),
@@ -96,8 +88,6 @@ class Blocks:
 
     def from_inputs(self, layer: Layer) -> frozenset[str]:
         """Names of the factors made of inputs alone, where the curvature can sum them up apart."""
-        if not parts_factors(self.curvature):
-            return frozenset()
         samples, _ = self.blank(layer)
         with attribute_errors("curvature", self.curvature, _on(layer)):
             return frozenset(self.curvature.input_factors(layer, samples))
@@ -192,20 +182,15 @@ class Blocks:
         context = FactorContext(damping, diagonals)
         with attribute_errors("basis", self.basis, _on(layer)):
             found = {
-                name: self._decomposed(name, matrices[name], context, last.get(name))
+                name: self.basis.decompose(
+                    name, matrices[name], attrs.evolve(context, previous=last.get(name))
+                )
                 for name in sorted(matrices)
             }
         return {
             name: {part: tensor.contiguous() for part, tensor in parts.items()}
             for name, parts in found.items()
         }
-
-    def _decomposed(
-        self, name: str, matrix: Tensor, context: FactorContext, last: Tensors | None
-    ) -> dict[str, Tensor]:
-        if last is not None and redecomposes(self.basis):
-            return self.basis.redecompose(name, matrix, context, last)
-        return self.basis.decompose(name, matrix, context)
 
     def blank_parts(self, layer: Layer, sums: Mapping[str, Statistic]) -> list[str]:
         """What the basis makes of the layer's matrices, learnt from their corners: decomposing them whole would cost as much as a step."""
@@ -247,20 +232,23 @@ class Blocks:
             return self.basis.transport(moments, old, new)
 
     def operator(
-        self, layer: Layer, decomposition: Decomposition, moments: Tensors, damping: float
-    ) -> Operator:
-        """`precondition` with all but the gradient given: the basis' own operator where it makes one."""
-        if not makes_operator(self.basis):
-            return lambda gradient: self.basis.precondition(
-                gradient, decomposition, moments, damping
-            )
+        self,
+        layer: Layer,
+        decomposition: Decomposition,
+        moments: Tensors,
+        damping: float,
+        matrices: Tensors = MappingProxyType({}),
+    ) -> CurvatureOperator:
+        """F of a layer as an operator."""
         with attribute_errors("basis", self.basis, _on(layer)):
-            return self.basis.operator(decomposition, moments, damping)
+            return self.basis.operator(decomposition, moments, damping, matrices)
 
-    def preconditioned(self, layer: Layer, operator: Operator, gradient: Tensor) -> Tensor:
+    def preconditioned(
+        self, layer: Layer, operator: CurvatureOperator, gradient: Tensor
+    ) -> Tensor:
         """The preconditioned form of a gradient `[..., d_out, d_in]`."""
         with attribute_errors("basis", self.basis, _on(layer)):
-            preconditioned = operator(gradient)
+            preconditioned = operator.solve(gradient)
             if preconditioned.shape != gradient.shape:
                 raise ValueError(
                     f"preconditioned gradient of shape {tuple(preconditioned.shape)} for {tuple(gradient.shape)}"
@@ -268,32 +256,22 @@ class Blocks:
         return preconditioned
 
 
-def makes_operator(basis: Basis) -> TypeGuard[MakesOperator]:
-    """Whether a basis' `operator` is that of its `precondition`: not where a subclass has replaced the latter alone."""
-    return _has(type(basis), MakesOperator, "precondition", "operator")
+@attrs.frozen(eq=False)
+class LazyMatrices(Mapping[str, Tensor]):
+    """The matrices of a layer, each assembled when it is read."""
 
+    blocks: Blocks
+    layer: Layer
+    factors: Tensors
 
-def redecomposes(basis: Basis) -> TypeGuard[Redecomposes]:
-    """Whether a basis starts from its last decomposition: not where a subclass has replaced `decompose` alone."""
-    return _has(type(basis), Redecomposes, "decompose", "redecompose")
+    def __getitem__(self, name: str) -> Tensor:
+        return self.blocks.matrices(self.layer, self.factors, frozenset({name}))[name]
 
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self.blocks.basis.requires))
 
-def parts_factors(curvature: Curvature) -> TypeGuard[PartsFactors]:
-    """Whether a curvature's `input_factors` and `gradient_factors` are its `factors` in two: not where a subclass replaced the latter."""
-    return _has(type(curvature), PartsFactors, "factors", "input_factors", "gradient_factors")
-
-
-@lru_cache(maxsize=128)
-def _has(cls: type, extra: type, than: str, *names: str) -> bool:
-    """Whether a class has what a protocol asks for, each method defined where the method `than` is, or in a class derived from that."""
-    owners = [vars(owner) for owner in cls.__mro__[: _depth(cls, than) + 1]]
-    return issubclass(cls, extra) and all(any(name in owner for owner in owners) for name in names)
-
-
-def _depth(cls: type, name: str) -> int:
-    return next(
-        (depth for depth, owner in enumerate(cls.__mro__) if name in vars(owner)), len(cls.__mro__)
-    )
+    def __len__(self) -> int:
+        return len(self.blocks.basis.requires)
 
 
 def diagonals(matrices: Tensors) -> dict[str, Tensor]:

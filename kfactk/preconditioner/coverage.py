@@ -106,7 +106,7 @@ class CoveredLayer(Layer):
         held: The parameters themselves, where they were looked up once and for all.
     """
 
-    originals: ParameterTracker
+    originals: ParameterTracker = attrs.field(kw_only=True)
     held: dict[str, nn.Parameter] | None = None
 
     def tensors(self) -> dict[str, nn.Parameter]:
@@ -122,7 +122,13 @@ class CoveredLayer(Layer):
 
     def hold(self) -> CoveredLayer:
         """The same layer, for a time in which no parameter is replaced: they are looked up now."""
-        return CoveredLayer(self.name, self.module, self.parameters, self.originals, self.tensors())
+        return CoveredLayer(
+            self.name,
+            self.module,
+            self.parameters,
+            originals=self.originals,
+            held=self.tensors(),
+        )
 
 
 class ModelSurvey:
@@ -191,7 +197,7 @@ class ModelSurvey:
                 if parameter is not None and parameter.requires_grad and trained(parameter):
                     held[key] = parameter
             if "weight" in held:
-                found.append(CoveredLayer(name, module, tuple(held), self.originals))
+                found.append(CoveredLayer(name, module, tuple(held), originals=self.originals))
         return found
 
     def coverage(self, trained: Callable[[nn.Parameter], bool]) -> Coverage:

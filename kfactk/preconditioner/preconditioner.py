@@ -14,7 +14,8 @@ from kfactk.assignment import Work, Workload
 from kfactk.distributed.communicator import Communicator
 from kfactk.distributed.packing import TensorSpec
 from kfactk.errors import CaptureError, KfactkWarning
-from kfactk.preconditioner.block import Blocks, diagonals
+from kfactk.operators import CurvatureOperator
+from kfactk.preconditioner.block import Blocks, LazyMatrices, diagonals
 from kfactk.preconditioner.coverage import CoveredLayer, ModelSurvey
 from kfactk.preconditioner.exchange import OverlappedReduction, broadcast_gradients
 from kfactk.preconditioner.fitting import checked_state
@@ -24,7 +25,7 @@ from kfactk.preconditioner.refresh import Damping, Refresh
 from kfactk.preconditioner.schedule import UpdateSchedule
 from kfactk.preconditioner.state import BlockState
 from kfactk.samples import LayerCall, Samples, Statistic, working_dtype
-from kfactk.stages import Basis, Curvature, Layer, Operator, Placement
+from kfactk.stages import Basis, Curvature, Layer, Placement
 from kfactk.statistics import ReducedStatistic, RunningMean, add, finite_only, local_means
 from kfactk.validation import overwritten, silent_message
 
@@ -86,7 +87,7 @@ class Preconditioner:
         self._within: tuple[list[CoveredLayer], list[CoveredLayer]] | None = None
         self._foreseen: tuple[object, Plan] | None = None
         self._flat: dict[str, dict[str, Tensor]] = {}
-        self._operators: dict[str, tuple[float, Operator]] = {}
+        self._operators: dict[str, tuple[float, CurvatureOperator]] = {}
 
     @contextlib.contextmanager
     def within_step(self) -> Iterator[None]:
@@ -355,14 +356,19 @@ class Preconditioner:
 
     def preconditioned(self, layer: Layer, gradient: Tensor, damping: float) -> Tensor:
         """The preconditioned form of one gradient, by a rank that holds the layer."""
+        return self.blocks.preconditioned(layer, self.operator(layer, damping), gradient)
+
+    def operator(self, layer: Layer, damping: float) -> CurvatureOperator:
+        """F of one layer as an operator, by a rank that holds the layer; kept until its state changes."""
         made_for, operator = self._operators.get(layer.name, (None, None))
         if operator is None or made_for != damping:
             state = self.states[layer.name]
+            matrices = LazyMatrices(self.blocks, layer, state.factor_values())
             operator = self.blocks.operator(
-                layer, state.decomposition, state.moment_values(), damping
+                layer, state.decomposition, state.moment_values(), damping, matrices
             )
             self._operators[layer.name] = damping, operator
-        return self.blocks.preconditioned(layer, operator, gradient)
+        return operator
 
     def matrices(self, layer: Layer) -> dict[str, Tensor]:
         """The averaged factors of a layer as the matrices its basis decomposes, by a rank that keeps them all."""
