@@ -45,9 +45,9 @@ class Ekfac(Basis):
 
     The option `inputs` may replace the eigenbasis of A:
 
-        channels:       C = U_C S_C U_C^T,                        U_A = blockdiag(U_C kron I_taps, 1)
-        channels+taps:  C = U_C S_C U_C^T,   K = U_K S_K U_K^T,   U_A = blockdiag(U_C kron U_K, 1)
-        diagonal:       a = diag A,                               U_A = I
+        channels:       C = U_C S_C U_C^T,                       U_A = blockdiag(U_C kron I_taps, 1)
+        channels+taps:  C = U_C S_C U_C^T,  K = U_K S_K U_K^T,   U_A = blockdiag(U_C kron U_K, 1)
+        diagonal:       a = diag A,                              U_A = I
 
     For convolutions, matrices of the size of the channels (and of the taps) are decomposed then, in
     place of one of channels times taps. The bias is a direction of its own. s* is still the exact
@@ -172,9 +172,7 @@ class Ekfac(Basis):
         """Return the operator of a scale `[..., d_out, d_in]`."""
         precision = PRECISIONS[self.products]
         left, right, taps = _vectors(decomposition)
-        return operator_in(
-            left, right, taps, spectrum=scale, damping=damping, precision=precision
-        )
+        return operator_in(left, right, taps, spectrum=scale, damping=damping, precision=precision)
 
     def moments(self, decomposition: Decomposition, samples: Samples) -> dict[str, Statistic]:
         """Return `{"scale": sum_n (U_G^T D_n U_A)^2}`, null directions pooled."""
