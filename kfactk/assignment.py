@@ -49,7 +49,7 @@ class Work:
     def flops(self, name: str) -> float:
         """Order of the operations that decomposing one matrix takes: n^3 for each square one, and its size for any other."""
         shape = self.matrices[name]
-        return math.prod(shape) * (shape[-1] if len(shape) > 1 and shape[-1] == shape[-2] else 1)
+        return math.prod(shape) * (shape[-1] if is_square(shape) else 1)
 
     @property
     def cost(self) -> float:
@@ -105,11 +105,8 @@ class Share:
             >>> [share.source(rank) for rank in range(4)]
             [2, 3, 2, 3]
         """
-        return (
-            rank
-            if rank in self.gradient_workers
-            else self.gradient_workers[rank % len(self.gradient_workers)]
-        )
+        workers = self.gradient_workers
+        return rank if rank in workers else workers[rank % len(workers)]
 
 
 @attrs.frozen
@@ -135,18 +132,12 @@ class Assignment:
     def __str__(self) -> str:
         rows = [("layer", "decomposed by", "held by")]
         for layer, share in self.shares.items():
-            inverse_workers = ", ".join(
-                f"{name} {_span(ranks)}" for name, ranks in sorted(share.inverse_workers.items())
-            )
-            rows.append((layer or "(root)", inverse_workers, _span(share.gradient_workers)))
-        widths = [max(len(row[column]) for row in rows) for column in range(2)]
-        table = [f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}" for row in rows]
-        return "\n".join(
-            [
-                f"{self.strategy}: {self.reason}" if self.reason else self.strategy,
-                *(table if self.shares else []),
-            ]
-        )
+            each = (f"{m} {_span(ranks)}" for m, ranks in sorted(share.inverse_workers.items()))
+            rows.append((layer or "(root)", ", ".join(each), _span(share.gradient_workers)))
+        first, second = (max(len(row[column]) for row in rows) for column in range(2))
+        table = [f"{row[0]:<{first}}  {row[1]:<{second}}  {row[2]}" for row in rows]
+        head = f"{self.strategy}: {self.reason}" if self.reason else self.strategy
+        return "\n".join([head, *table] if self.shares else [head])
 
     def check(self, workload: Workload, ranks: int) -> Assignment:
         """Itself, if every piece of the work has ranks that exist.
@@ -155,28 +146,33 @@ class Assignment:
             PluginError: A layer or matrix has no rank, or ranks that cannot be; says which.
         """
         for work in workload.works:
-            share = self.shares.get(work.layer)
-            if share is None or set(share.inverse_workers) != set(work.matrices):
+            if fault := self._fault(work, ranks):
                 raise PluginError(
-                    f"the placement {self.strategy!r} left work of layer {work.layer!r} to nobody: {share}, where its matrices are "
-                    f"{', '.join(sorted(work.matrices))}. Report it to its authors, or use another placement."
-                )
-            for group in (*share.inverse_workers.values(), share.gradient_workers):
-                if (
-                    not group
-                    or list(group) != sorted(set(group))
-                    or not 0 <= group[0] <= group[-1] < ranks
-                ):
-                    raise PluginError(
-                        f"the placement {self.strategy!r} gave work of layer {work.layer!r} to the ranks {group}; they must ascend and lie "
-                        f"between 0 and {ranks - 1}. Report it to its authors, or use another placement."
-                    )
-            if work.together and len(set(share.inverse_workers.values())) > 1:
-                raise PluginError(
-                    f"the placement {self.strategy!r} divided the matrices of layer {work.layer!r}, which are made of common statistics. "
+                    f"the placement {self.strategy!r} {fault}. "
                     "Report it to its authors, or use another placement."
                 )
         return self
+
+    def _fault(self, work: Work, ranks: int) -> str:
+        share, layer = self.shares.get(work.layer), f"layer {work.layer!r}"
+        if share is None or set(share.inverse_workers) != set(work.matrices):
+            matrices = ", ".join(sorted(work.matrices))
+            return f"left work of {layer} to nobody: {share}, where its matrices are {matrices}"
+        for group in (*share.inverse_workers.values(), share.gradient_workers):
+            ascending = list(group) == sorted(set(group))
+            if not (group and ascending and 0 <= group[0] <= group[-1] < ranks):
+                return (
+                    f"gave work of {layer} to the ranks {group}; "
+                    f"they must ascend and lie between 0 and {ranks - 1}"
+                )
+        if work.together and len(set(share.inverse_workers.values())) > 1:
+            return f"divided the matrices of {layer}, which are made of common statistics"
+        return ""
+
+
+def is_square(shape: tuple[int, ...]) -> bool:
+    """Return whether a shape is that of square matrices."""
+    return len(shape) > 1 and shape[-1] == shape[-2]
 
 
 def _span(ranks: tuple[int, ...]) -> str:
@@ -270,7 +266,7 @@ def grid(
     Example:
         >>> work = Work("fc", {"A": (3, 3), "G": (2, 2)}, (2, 3))
         >>> grid(Workload((work,)), ranks=4, width=2, strategy="hybrid").shares["fc"]
-        Share(decomposers={'A': (0,), 'G': (1,)}, holders=(0, 1))
+        Share(inverse_workers={'A': (0,), 'G': (1,)}, gradient_workers=(0, 1))
     """
     works = {work.layer: work for work in workload.works}
     row_of = balance(
@@ -278,21 +274,12 @@ def grid(
     )
     worker: dict[tuple[str, str], int] = {}
     for row in range(ranks // width):
-        units = {
-            unit: cost
-            for name, work in works.items()
-            if row_of[name] == row
-            for unit, cost in work.units().items()
-        }
+        mine = (work for name, work in works.items() if row_of[name] == row)
+        units = {unit: cost for work in mine for unit, cost in work.units().items()}
         worker |= balance(units, range(row * width, (row + 1) * width))
     shares = {}
     for name, work in works.items():
-        gradient_workers = tuple(range(row_of[name] * width, (row_of[name] + 1) * width))
-        one = {
-            matrix: (worker[name, "" if work.together else matrix],)
-            for matrix in sorted(work.matrices)
-        }
-        shares[name] = Share(
-            dict.fromkeys(one, gradient_workers) if everyone else one, gradient_workers
-        )
+        workers = tuple(range(row_of[name] * width, (row_of[name] + 1) * width))
+        one = {m: (worker[name, "" if work.together else m],) for m in sorted(work.matrices)}
+        shares[name] = Share(dict.fromkeys(one, workers) if everyone else one, workers)
     return Assignment(strategy, shares, reason)
