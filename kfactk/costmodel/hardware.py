@@ -106,8 +106,8 @@ class Machine:
         """
         if precision not in self.products:
             raise OptionError(
-                f"the machine {self.name!r} has no figures for the precision {precision!r}.{near_names(precision, self.products)} "
-                f"It has them for {', '.join(self.products)}."
+                f"the machine {self.name!r} has no rate for the precision {precision!r}."
+                f"{near_names(precision, self.products)} Choose one of {', '.join(self.products)}."
             )
         return self.products[precision]
 
@@ -241,8 +241,8 @@ def machine_named(name: str | None, device: str = "cpu") -> Machine:
         return CPU if device == "cpu" else H100
     if name not in MACHINES:
         raise OptionError(
-            f"there is no machine profile {name!r}.{near_names(name, MACHINES)} There are: {', '.join(MACHINES)}; "
-            "python -m kfactk plan --calibrate measures the machine it runs on."
+            f"there is no machine profile {name!r}.{near_names(name, MACHINES)} There are: "
+            f"{', '.join(MACHINES)}; python -m kfactk plan --calibrate measures the machine it runs on."
         )
     return MACHINES[name]
 
