@@ -21,6 +21,7 @@ from kfactk._version import __version__
 from kfactk.errors import OptionError
 from kfactk.registry.hookspecs import PROJECT
 from kfactk.registry.inspection import PROTOCOLS, StageInfo
+from kfactk.registry.loading import normal_name
 from kfactk.registry.registry import Registry
 
 LAWS = {family: f"{protocol.__name__}Laws" for family, protocol in PROTOCOLS.items()}
@@ -127,8 +128,8 @@ def new_plugin(name: str, family: str, directory: Path, known: Registry) -> tupl
 
 
 def _normal(name: str) -> str:
-    """The name as package indexes compare it: lower case, single dashes."""
-    normal = re.sub(r"[-_.]+", "-", name).lower()
+    """The name as package indexes compare it, checked."""
+    normal = normal_name(name)
     if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", normal) or len(normal) > LONGEST:
         letters = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-").removeprefix(f"{PROJECT}-")
         example = letters if re.match(r"[a-z]", letters) else "diagonal"
