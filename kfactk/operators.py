@@ -1,7 +1,7 @@
 """Curvature of one layer as a linear operator: solve with it, multiply by it, read its spectrum.
 
-All operators act on matrices `[..., d_out, d_in]`, the form of a layer's gradient. Leading dimensions
-are groups: the operator acts on each of them alone.
+All operators act on matrices `[..., d_out, d_in]`, the form of a layer's gradient. Leading
+dimensions are groups: the operator acts on each of them alone.
 """
 
 from __future__ import annotations

@@ -14,7 +14,14 @@ from collections.abc import Mapping, Sequence
 
 import attrs
 
-from kfactk.assignment import Assignment, Work, Workload, assign_slots, is_square, late_layers
+from kfactk.assignment import (
+    Assignment,
+    Work,
+    Workload,
+    assign_slots,
+    is_square,
+    layers_near_output,
+)
 from kfactk.costmodel.communication import KINDS, Frequency, Message, Sizes, bytes_a_step, messages
 from kfactk.costmodel.hardware import Machine
 
@@ -351,7 +358,7 @@ def _computing(job: Job, machine: Machine, precision: str, often: Frequency) -> 
         return Part(share * seconds, seconds if share else 0.0)
 
     factors = sum((layer.factors for layer in job.layers.values()), NOTHING)
-    late = late_layers(job.workload.works) if job.turns > 1 else frozenset()
+    late = layers_near_output(job.workload.works) if job.turns > 1 else frozenset()
     halves = {False: NOTHING, True: NOTHING}
     for name, layer in job.layers.items():
         halves[name in late] += layer.scale

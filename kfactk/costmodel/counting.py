@@ -111,7 +111,7 @@ def _workload(layers: Sequence[Layer], recipe: Recipe) -> Workload:
     weight = layers[0].tensors()["weight"]
     return Workload(
         tuple(blocks.work(layer) for layer in layers),
-        *recipe.calendar.periods(0),
+        *recipe.schedule.periods(0),
         sampled=recipe.basis.moments_from == "samples",
         itemsize=working_dtype(*(layer.tensors()["weight"].dtype for layer in layers)).itemsize,
         device=weight.device.type,
@@ -162,7 +162,7 @@ def job_of(model: nn.Module, recipe: Recipe, batch: Tensor) -> Job:
         parameters=sum(parameter.numel() for parameter in trained),
         state=_state(recipe),
         activations=float(forward.written),
-        turns=recipe.calendar.slots,
+        turns=recipe.schedule.slots,
     )
 
 
@@ -233,7 +233,7 @@ def _sums(work: Work, blank: Mapping[str, Statistic]) -> dict[str, int]:
         for name, statistic in blank.items()
         if statistic.total is not None
     }
-    return {"": sum(each.values())} if work.together else {n: each[n] for n in sorted(each)}
+    return {"": sum(each.values())} if work.indivisible else {n: each[n] for n in sorted(each)}
 
 
 def _decomposed(
