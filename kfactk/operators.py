@@ -85,8 +85,9 @@ class SpectralOperator(CurvatureOperator):
 
     def condition(self) -> Tensor:
         """Return `(max s + damping) / (min s + damping)`, the largest among groups."""
-        damped = self.spectrum + self._tau()
-        return (damped.amax((-2, -1)) / damped.amin((-2, -1))).max()
+        s, tau = self.spectrum, self._tau()
+        largest, least = s.amax((-2, -1), keepdim=True), s.amin((-2, -1), keepdim=True)
+        return ((largest + tau) / (least + tau)).max()
 
     def logdet(self) -> Tensor:
         """Return the logarithm of the determinant of `F + damping I`: a scalar."""

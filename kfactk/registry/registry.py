@@ -25,6 +25,7 @@ from kfactk.errors import (
 )
 from kfactk.registry.hookspecs import PROJECT, STAGE_HOOKS
 from kfactk.registry.inspection import (
+    BASE_CLASSES,
     REQUIRED,
     OptionInfo,
     StageInfo,
@@ -33,10 +34,12 @@ from kfactk.registry.inspection import (
     options_of,
     paper,
     summary,
+    undefined_members,
 )
 from kfactk.registry.loading import DISABLE, Plugin, Plugins, Provider, installed
 from kfactk.registry.serialization import callable_path, explain, from_json, import_path, to_json
 from kfactk.registry.torch_optimizer import TorchOptimizer
+from kfactk.stages import Curvature
 
 ADAPTERS: dict[str, type[TorchOptimizer]] = {"update": TorchOptimizer}
 """Family to a stage class that wraps objects which are not stages themselves."""
@@ -272,6 +275,12 @@ def _make(
             )
         return _checked(family, source, label, None)
     _check_options(factory, options, label)
+    if undefined := undefined_members(factory):
+        blame: type[KfactkError] = PluginError if plugin else OptionError
+        raise blame(
+            f"{label} cannot be made: its class does not define {', '.join(undefined)}. Define "
+            f"them; {_documented(family)}."
+        )
     try:
         stage = factory(**options)
     except KfactkError:
@@ -284,7 +293,7 @@ def _make(
             f"{label} refuses {given}: {explain(error)}. Its options are: {has}."
         ) from error
     except Exception as error:
-        kind: type[KfactkError] = PluginError if plugin else OptionError
+        kind = PluginError if plugin else OptionError
         raise kind(
             f"{label} could not be made: {explain(error)}. "
             f"Install what it needs, or use another {family}."
@@ -310,40 +319,58 @@ def _check_options(factory: Callable[..., Any], options: Mapping[str, Any], labe
 
 
 def _checked(family: str, stage: Any, label: str, plugin: Plugin | None) -> Any:
-    missing = missing_members(family, stage)
-    if not missing:
+    """Return the stage if it has what its family demands."""
+    reason = _unfit(family, stage)
+    if not reason:
         _check_traits(family, stage, label)
         return stage
-    lacks, where = (
-        ", ".join(missing),
-        f"`kfactk.stages.{family.capitalize()}` documents what a {family} has",
-    )
     if plugin:
         raise PluginError(
-            f"{label} made a {type(stage).__qualname__}, which lacks {lacks}. Report it to its authors; {where}."
+            f"{label} made a {type(stage).__qualname__}, which {reason}. Report it to its authors; "
+            f"{_documented(family)}."
         )
     raise OptionError(
-        f"{label} is no {family}: it lacks {lacks}. Give a name, a class or a stage; {where}."
+        f"{label} is no {family}: it {reason}. Give a name, a class or a stage; "
+        f"{_documented(family)}."
     )
+
+
+def _documented(family: str) -> str:
+    return f"`kfactk.stages.{family.capitalize()}` documents what a {family} has"
+
+
+def _unfit(family: str, stage: object) -> str:
+    """Return why an object is no stage of the family, or ""."""
+    base, missing = BASE_CLASSES.get(family), ", ".join(missing_members(family, stage))
+    lacks = f"lacks {missing}" if missing else ""
+    if base is not None and not isinstance(stage, base):
+        derive = f"does not derive from kfactk.{base.__name__}"
+        return f"{derive}, and {lacks}" if lacks else derive
+    if isinstance(stage, Curvature) and type(stage).factors is not Curvature.factors:
+        return (
+            "replaces `factors`, which is the sum of `input_factors` and `gradient_factors`; "
+            "replace these instead"
+        )
+    return lacks
 
 
 TRAITS = {"curvature": ("provides",), "basis": ("requires", "laws")}
+"""Members of each family that are sets of names."""
 
 
 def _check_traits(family: str, stage: Any, label: str) -> None:
     for name in TRAITS.get(family, ()):
-        value: Any = getattr(stage, name, frozenset())
+        value: Any = getattr(stage, name)
         if not isinstance(value, Set) or not all(isinstance(item, str) for item in value):
             raise PluginError(
-                f"{label} has {name}={value!r}, which must be a frozenset of names. Report it to its authors."
+                f"{label} has {name}={value!r}, which must be a frozenset of names. Report it to "
+                "its authors."
             )
-    if family == "basis" and (source := getattr(stage, "moments_from", None)) not in (
-        None,
-        "samples",
-        "gradient",
-    ):
+    source = stage.moments_from if family == "basis" else None
+    if source not in (None, "samples", "gradient"):
         raise PluginError(
-            f"{label} has moments_from={source!r}, which must be 'samples', 'gradient' or None. Report it to its authors."
+            f"{label} has moments_from={source!r}, which must be 'samples', 'gradient' or None. "
+            "Report it to its authors."
         )
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from kfactk.stages import Layer
+from kfactk.stages import Curvature, Layer
 
 ShapesOf = Callable[[Any], st.SearchStrategy[tuple[int, ...]]]
 """From a module, strategies for the shape of its input."""
@@ -309,6 +309,10 @@ class Kind:
     probes: tuple[nn.Module, ...]
     cases: st.SearchStrategy[Case]
     single_row: st.SearchStrategy[Case] | None = None
+
+    def supported_by(self, curvature: Curvature) -> bool:
+        """Return whether a curvature takes any of the probes."""
+        return any(curvature.unsupported(probe) is None for probe in self.probes)
 
 
 def kinds() -> list[Kind]:
