@@ -25,11 +25,11 @@ from kfactk.capture.support import model_output
 from kfactk.costmodel.communication import Sizes, numbers_sent
 from kfactk.costmodel.cost import NOTHING, Amount, Job, LayerCost
 from kfactk.errors import CombinationError, OptionError
-from kfactk.preconditioner.block import Blocks
+from kfactk.preconditioner.block import Block, Parts
 from kfactk.preconditioner.coverage import ModelSurvey
 from kfactk.recipe import Recipe
 from kfactk.samples import LayerCall, Statistic, working_dtype
-from kfactk.stages import Curvature, Layer
+from kfactk.statistics import RunningMean
 
 SOLVERS = {"eigh": ("eigh", "svd", "eig", "qr", "inv", "lu"), "cholesky": ("cholesky",)}
 """Names of decompositions in machine profiles, and what is counted as one: anything but Cholesky as an eigendecomposition."""
@@ -96,25 +96,25 @@ def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
     return int(count(*args, **kwargs, out_val=out)) if count else 0
 
 
-def _layers(model: nn.Module, recipe: Recipe) -> Sequence[Layer]:
-    found = ModelSurvey(model, recipe.curvature, recipe.exclude).layers(lambda parameter: True)
-    if not found:
+def _blocks(model: nn.Module, recipe: Recipe) -> list[Block]:
+    survey = ModelSurvey(model, recipe.rules, recipe.exclude)
+    layers = survey.layers({id(parameter) for parameter in model.parameters()})
+    if not layers:
         raise CombinationError(
             "no layer of the model is preconditioned, so there is nothing to place. "
             "See print(recipe.coverage(model)) for the reasons."
         )
-    return found
+    return [Block(layer, rule.curvature, rule.basis) for layer, rule in layers]
 
 
-def _workload(layers: Sequence[Layer], recipe: Recipe) -> Workload:
-    blocks = Blocks(recipe.curvature, recipe.basis)
-    weight = layers[0].tensors()["weight"]
+def _workload(blocks: Sequence[Block], recipe: Recipe) -> Workload:
+    anchors = [block.layer.anchor for block in blocks]
     return Workload(
-        tuple(blocks.work(layer) for layer in layers),
+        tuple(block.work() for block in blocks),
         *recipe.schedule.periods(0),
-        sampled=recipe.basis.moments_from == "samples",
-        itemsize=working_dtype(*(layer.tensors()["weight"].dtype for layer in layers)).itemsize,
-        device=weight.device.type,
+        sampled=any(block.sampled for block in blocks),
+        itemsize=max(working_dtype(anchor.dtype).itemsize for anchor in anchors),
+        device=anchors[0].device.type,
     )
 
 
@@ -129,14 +129,15 @@ def job_of(model: nn.Module, recipe: Recipe, batch: Tensor) -> Job:
     Raises:
         CombinationError: The model's forward needs numbers, which the meta device does not have.
     """
-    layers = _layers(model, recipe)
-    workload = _workload(layers, recipe)
-    calls: dict[str, list[tuple[Tensor, Tensor]]] = {layer.name: [] for layer in layers}
+    blocks = _blocks(model, recipe)
+    workload = _workload(blocks, recipe)
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {block.name: [] for block in blocks}
     model.train()
     with contextlib.ExitStack() as hooks, Meter() as forward:
-        for layer in layers:
-            watching = functools.partial(_note, calls[layer.name])
-            hooks.enter_context(layer.module.register_forward_hook(watching))
+        for block in blocks:
+            watching = functools.partial(_note, calls[block.name])
+            for site in block.layer.sites:
+                hooks.enter_context(site.register_forward_hook(watching))
         output = _ran(model, batch)
     outputs = [out for found in calls.values() for _, out in found if out.requires_grad]
     with Meter() as fisher:
@@ -147,12 +148,12 @@ def job_of(model: nn.Module, recipe: Recipe, batch: Tensor) -> Job:
     with Meter() as backward:
         torch.autograd.grad(output, trained, torch.empty_like(output), allow_unused=True)
     costs = {}
-    for layer, work in zip(layers, workload.works, strict=True):
+    for block, work in zip(blocks, workload.works, strict=True):
         found = [
             LayerCall(given.detach(), torch.empty_like(out).detach())
-            for given, out in calls[layer.name]
+            for given, out in calls[block.name]
         ]
-        costs[layer.name] = _layer_cost(layer, work, recipe, workload, found)
+        costs[block.name] = _layer_cost(block, work, found)
     return Job(
         workload,
         costs,
@@ -182,45 +183,38 @@ def _note(calls: list[tuple[Tensor, Tensor]], module: nn.Module, inputs: Any, ou
     calls.append((inputs[0], out))
 
 
-def _layer_cost(
-    layer: Layer, work: Work, recipe: Recipe, workload: Workload, calls: Sequence[LayerCall]
-) -> LayerCost:
+def _layer_cost(block: Block, work: Work, calls: Sequence[LayerCall]) -> LayerCost:
     """Count the stages at work on one layer."""
-    blocks = Blocks(recipe.curvature, recipe.basis)
-    _, blank = blocks.blank(layer)
-    parts, solver = _decomposed(blocks, layer, work, recipe.curvature, blank)
+    samples, blank = block.blank()
+    parts, solver = _decomposed(block, work)
+    block.state.decomposition = parts
     gradient = torch.empty(work.gradient, device="meta")
     factors = scale = NOTHING
     moments: dict[str, Statistic] = {}
     if calls:
-        samples = blocks.samples(layer, calls, num_terms=1.0, first=True)
-        blocks.factors(layer, samples)  # once more: tables that are made once are no part of a step
+        samples = block.samples(calls, num_terms=1.0, first=True)
+        block.factors(samples)  # once more: tables that are made once are no part of a step
         with Meter() as meter:
-            blocks.factors(layer, samples)
+            block.factors(samples)
         factors = meter.amount
-        if workload.sampled:
-            with Meter() as meter:
-                moments = blocks.moments(layer, parts, samples)
-            scale = meter.amount
-    else:
-        moments = blocks.moments(layer, parts, blocks.blank(layer)[0]) if workload.sampled else {}
-    if recipe.basis.moments_from == "gradient":
-        moments = blocks.gradient_moments(layer, parts, gradient, 1.0)
-    totals = {
-        key.partition(".")[2]: found.total
-        for key, found in moments.items()
-        if found.total is not None
-    }
+    if block.sampled:
+        with Meter() as meter:
+            moments = block.moments(parts, samples)
+        scale = meter.amount if calls else NOTHING
+    elif block.basis.moments_from == "gradient":
+        moments = block.gradient_moments(gradient, 1.0)
+    for key, found in moments.items():
+        if found.total is not None:
+            block.state.moments[key.removeprefix("moment.")] = RunningMean(found.total, 1.0)
     with Meter() as carrying:
-        if totals:
-            blocks.transport(layer, totals, parts, parts)
-    operator = blocks.operator(layer, parts, totals, 1.0)
+        block.adopt(parts)
+    block.operator(1.0)
     with Meter() as meter:
-        blocks.preconditioned(layer, operator, gradient)
+        block.solve(gradient, 1.0)
     sizes = Sizes(
         _sums(work, blank),
         {name: sum(part.numel() for part in found.values()) for name, found in parts.items()},
-        sum(total.numel() for total in totals.values()),
+        sum(moment.numel() for moment in block.state.moment_values().values()),
     )
     retained = float(sum(call.inputs.numel() + call.gradient.numel() for call in calls))
     return LayerCost(factors, scale, meter.amount, sizes, retained, solver, carrying.amount)
@@ -236,9 +230,7 @@ def _sums(work: Work, blank: Mapping[str, Statistic]) -> dict[str, int]:
     return {"": sum(each.values())} if work.indivisible else {n: each[n] for n in sorted(each)}
 
 
-def _decomposed(
-    blocks: Blocks, layer: Layer, work: Work, curvature: Curvature, blank: Mapping[str, Statistic]
-) -> tuple[dict[str, dict[str, Tensor]], str]:
+def _decomposed(block: Block, work: Work) -> tuple[Parts, str]:
     """A layer's decomposition without its numbers, and in what way it is made: from corners with sides that tell what they stand for."""
     corners, means = {}, {}
     for name, shape in work.matrices.items():
@@ -249,8 +241,8 @@ def _decomposed(
         else:
             corners[name] = torch.ones(*groups, *(ROWS, COLUMNS)[-len(shape) :])
     with Meter() as meter:
-        small = blocks.decompose(layer, corners, 1.0, means)
-    parts: dict[str, dict[str, Tensor]] = {}
+        small = block.decompose(1.0, corners, means)
+    parts: Parts = {}
     for name, found in small.items():
         shape = work.matrices[name]
         rows = shape[-2] if len(shape) > 1 else 1
