@@ -172,7 +172,7 @@ def moved_by(
     )
     optimizer = recipe.bind(model)
     totals: dict[str, float] = {}
-    moved = optimizer._preconditioner.ranks.moved = Lasting()
+    moved = optimizer._preconditioner.communicator.moved = Lasting()
     for step in range(7):
         before = dict(moved)
         optimizer.zero_grad()
