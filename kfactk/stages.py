@@ -1,4 +1,4 @@
-"""Stage families: the base class or protocol of each, and the small classes that pass between stages.
+"""Stage families: the base class or protocol of each, and the classes that pass between stages.
 
     model --capture--> LayerCall --curvature--> Samples --> Statistic (factors)
           --basis--> decomposition --> CurvatureOperator --> GradientPair --clip--> --update-->
@@ -277,7 +277,7 @@ class Basis(abc.ABC):
 
 
 class Likelihood(Protocol):
-    """What the model's output means: the distribution R(y | f(x)) whose Fisher information it is."""
+    """What the model's output means: a distribution R(y | f(x)), of which F is the information."""
 
     def view(self, output: Tensor) -> Tensor:
         """Return the output as `[N, S, C]`: examples, terms of one example, the event axis.

@@ -52,7 +52,7 @@ class Sizes:
             many = math.prod(shape) // (n * n) if n else 1
             sums[name] = many * n * (n + 1) // 2 if n else math.prod(shape)
             kept[name] = many * (n * n + sampled * n) if n else math.prod(shape)
-        if work.together:
+        if work.indivisible:
             sums = {"": sum(sums.values())}
         return cls(sums, kept, math.prod(work.gradient) if sampled else 0)
 

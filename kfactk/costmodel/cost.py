@@ -13,7 +13,7 @@ from collections.abc import Mapping
 
 import attrs
 
-from kfactk.assignment import Assignment, Work, Workload, assign_slots, late_layers
+from kfactk.assignment import Assignment, Work, Workload, assign_slots, layers_near_output
 from kfactk.costmodel.communication import (
     Frequency,
     Message,
@@ -175,7 +175,7 @@ class Job:
     def taking_turns(self) -> list[list[Work]]:
         """The works of each turn."""
         placed = assign_slots(
-            {work.layer: sum(work.units().values()) for work in self.workload.works}, self.turns
+            {work.layer: sum(work.pieces().values()) for work in self.workload.works}, self.turns
         )
         return [
             [work for work in self.workload.works if placed[work.layer] == turn]
@@ -417,7 +417,7 @@ def _computing(job: Job, machine: Machine, precision: str, often: Frequency) -> 
         return Part(share * seconds, seconds if share else 0.0)
 
     factors = sum((layer.factors for layer in job.layers.values()), NOTHING)
-    late = late_layers(job.workload.works) if job.turns > 1 else frozenset()
+    late = layers_near_output(job.workload.works) if job.turns > 1 else frozenset()
     halves = [
         sum((each.scale for name, each in job.layers.items() if (name in late) == side), NOTHING)
         for side in (False, True)

@@ -135,7 +135,7 @@ def _workload(layers: Sequence[Layer], recipe: Recipe) -> Workload:
     weight = layers[0].tensors()["weight"]
     return Workload(
         tuple(blocks.work(layer) for layer in layers),
-        *recipe.calendar.periods(0),
+        *recipe.schedule.periods(0),
         sampled=recipe.basis.moments_from == "samples",
         itemsize=working_dtype(*(layer.tensors()["weight"].dtype for layer in layers)).itemsize,
         device=weight.device.type,
@@ -185,7 +185,7 @@ def job_of(model: nn.Module, recipe: Recipe, batch: Tensor) -> Job:
         sum(parameter.numel() for parameter in trained),
         _state(recipe),
         float(forward.written),
-        recipe.calendar.slots,
+        recipe.schedule.slots,
     )
 
 
@@ -277,7 +277,7 @@ def _sums(work: Work, blank: Mapping[str, Statistic]) -> dict[str, int]:
             )
     return (
         {"": sum(each.values())}
-        if work.together
+        if work.indivisible
         else {name: each[name] for name in sorted(work.matrices)}
     )
 

@@ -167,7 +167,7 @@ def test_grouped_and_spatially_homogeneous_convolutions() -> None:
         meta_batch("6x4x4", 2),
     )
     work = sua.workload.works[0]
-    assert (work.together, dict(work.matrices)) == (True, {"A": (55, 55), "G": (4, 4)})
+    assert (work.indivisible, dict(work.matrices)) == (True, {"A": (55, 55), "G": (4, 4)})
     assert set(sua.layers["0"].sizes.sums) == {""}
     assert 6 * 7 // 2 + 4 * 5 // 2 + 1 <= sua.layers["0"].sizes.sums[""] <= 6 * 6 + 4 * 4 + 1
 

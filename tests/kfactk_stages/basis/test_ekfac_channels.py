@@ -514,7 +514,7 @@ def test_the_work_of_a_layer_is_of_its_channels(
         Layer("mine", module, ("weight", "bias"))
     )
     assert found.matrices == matrices
-    assert found.together
+    assert found.indivisible
     shares = CommOpt().assign(Workload((found,)), 4).shares["mine"]
     assert len(set(shares.inverse_workers.values())) == 1
 
