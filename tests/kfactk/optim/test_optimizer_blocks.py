@@ -358,7 +358,7 @@ def test_state_lies_with_the_first_parameter_of_a_layer() -> None:
         (model.body.weight, "A"),
     ):
         assert any(key.startswith(f"kfactk.factor.{factor}") for key in optimizer.state[parameter])
-    assert not any("kfactk" in key for key in optimizer.state[model.ln.bias])
+    assert not any("factor" in key for key in optimizer.state[model.ln.bias])
 
 
 def test_a_resumed_run_goes_on_bit_for_bit() -> None:
@@ -381,6 +381,18 @@ def test_a_resumed_run_goes_on_bit_for_bit() -> None:
     trained(other, resumed, 4)
     for (name, mine), theirs in zip(model.named_parameters(), other.parameters(), strict=True):
         assert torch.equal(mine, theirs), name
+
+
+def test_blocks_follow_what_is_frozen_between_steps() -> None:
+    model = Words()
+    periods = {"factor_every": 1, "scale_every": 1, "basis_every": 1}
+    optimizer = kfactk.build(**PLAIN, **periods, curvature=LIST).bind(model)
+    for trains, columns in ((True, 2), (False, 1), (True, 2)):
+        model.ln.bias.requires_grad_(trains)
+        model.emb.requires_grad_(trains)
+        trained(model, optimizer, 2)
+        assert optimizer.layers["ln"].factors["U"].shape == (4, columns, columns)
+        assert ("emb" in optimizer.layers) == trains
 
 
 class TestWords(PipelineLaws):
