@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(f"--{family}", help=f"the recipe's {family}: {named}")
     for period in PERIODS:
         add(f"--{period.replace('_', '-')}", type=_count, help=f"the recipe's {period}")
-    add("--stagger", action="store_true", help="decompose layers in turns, as in the recipe")
+    add("--stagger", action="store_true", help="decompose layers in different steps, as in the recipe")
     add("--exclude", action="append", help="names of modules to leave alone; may be repeated")
     add("--json", action="store_true", help="JSON on standard output")
 

@@ -146,7 +146,7 @@ class Job:
         parameters: Numbers that are trained.
         state: Numbers that the update rule keeps for each of them.
         activations: Bytes kept between forward and backward.
-        turns: In how many turns layers are decomposed, as `stagger` has it; 1 for all at once.
+        slots: Number of slots that layers are decomposed in, where staggered; 1 for all at once.
     """
 
     workload: Workload
@@ -157,13 +157,13 @@ class Job:
     parameters: int = 0
     state: float = 2.0
     activations: float = 0.0
-    turns: int = 1
+    slots: int = 1
 
-    def taking_turns(self) -> list[list[Work]]:
-        """The works of each turn."""
+    def works_by_slot(self) -> list[list[Work]]:
+        """Return the works of each slot."""
         works = self.workload.works
-        placed = assign_slots({work.layer: work.cost for work in works}, self.turns)
-        return [[w for w in works if placed[w.layer] == turn] for turn in range(self.turns)]
+        placed = assign_slots({work.layer: work.cost for work in works}, self.slots)
+        return [[w for w in works if placed[w.layer] == slot] for slot in range(self.slots)]
 
     @classmethod
     def of(
@@ -317,13 +317,13 @@ def cost(
         part = attrs.evolve(workload, works=tuple(works))
         return messages(part, sizes, assignment, ranks, wire or workload.itemsize)
 
-    turns, found = job.taking_turns(), sent(workload.works)
+    slots, found = job.works_by_slot(), sent(workload.works)
     due = [
-        [m for m in sent(turn) if m.when != "scale_alone"]
-        + [m for m in sent([w for w in workload.works if w not in turn]) if m.when != "basis"]
-        for turn in turns
+        [m for m in sent(slot) if m.when != "scale_alone"]
+        + [m for m in sent([w for w in workload.works if w not in slot]) if m.when != "basis"]
+        for slot in slots
     ]
-    refreshes = [_decomposing(job, turn, assignment, ranks, machine) for turn in turns]
+    refreshes = [_decomposing(job, slot, assignment, ranks, machine) for slot in slots]
     held, preconditioning = _by_rank(job, assignment, ranks, machine)
     compute = _computing(job, machine, precision or machine.precision, often)
     slowest = [max(each) for each in refreshes]
@@ -346,7 +346,7 @@ def cost(
         held=tuple(held),
         decomposing=tuple(map(sum, zip(*refreshes, strict=True))),
         memory=_memory(job, max(held)),
-        staggered=job.turns > 1,
+        staggered=job.slots > 1,
     )
 
 
@@ -358,7 +358,7 @@ def _computing(job: Job, machine: Machine, precision: str, often: Frequency) -> 
         return Part(share * seconds, seconds if share else 0.0)
 
     factors = sum((layer.factors for layer in job.layers.values()), NOTHING)
-    late = layers_near_output(job.workload.works) if job.turns > 1 else frozenset()
+    late = layers_near_output(job.workload.works) if job.slots > 1 else frozenset()
     halves = {False: NOTHING, True: NOTHING}
     for name, layer in job.layers.items():
         halves[name in late] += layer.scale
@@ -375,11 +375,11 @@ def _computing(job: Job, machine: Machine, precision: str, often: Frequency) -> 
 
 
 def _decomposing(
-    job: Job, turn: list[Work], assignment: Assignment, ranks: int, machine: Machine
+    job: Job, works: list[Work], assignment: Assignment, ranks: int, machine: Machine
 ) -> list[float]:
     """Seconds that each rank decomposes, and carries the moments that it holds into the new basis."""
     seconds = [0.0] * ranks
-    for work in turn:
+    for work in works:
         share, layer = assignment.shares[work.layer], job.layers[work.layer]
         for rank in share.gradient_workers:
             seconds[rank] += layer.transport.seconds(machine)

@@ -163,7 +163,7 @@ def job_of(model: nn.Module, recipe: Recipe, batch: Tensor) -> Job:
         parameters=sum(parameter.numel() for parameter in trained),
         state=_state(recipe),
         activations=float(forward.written),
-        turns=recipe.schedule.slots,
+        slots=recipe.schedule.slots,
     )
 
 

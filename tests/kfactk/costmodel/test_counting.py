@@ -109,7 +109,7 @@ def test_cost_is_proportional_to_the_batch() -> None:
 def test_periods_and_kinds_come_from_the_recipe() -> None:
     job = counted(factor_every=6, scale_every=8, basis_every=24, stagger=True)
     workload = job.workload
-    assert (workload.factor_every, workload.scale_every, workload.basis_every, job.turns) == (
+    assert (workload.factor_every, workload.scale_every, workload.basis_every, job.slots) == (
         6,
         8,
         24,
