@@ -88,7 +88,7 @@ def ours(arguments: Mapping[str, Any]) -> Contestant:
 
 def due_steps(recipe: kfactk.Recipe, steps: int) -> dict[str, int]:
     """Of so many steps, on how many factors, the scale and a layer's decomposition are due."""
-    due = [recipe.calendar.due(step) for step in range(1, steps)]  # at the first all are
+    due = [recipe.schedule.due(step) for step in range(1, steps)]  # at the first all are
     return {
         what: 1 + sum(getattr(each, what) for each in due) for what in ("factors", "scale", "basis")
     }

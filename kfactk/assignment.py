@@ -1,20 +1,22 @@
-"""Who does what: a layer's work by its shapes, and the ranks that share it. Pure: no process, no tensor.
+"""Which ranks do which work: the work of each layer by its shapes, and the ranks that share it.
 
-The work of a layer has parts that may lie on different ranks (KAISA's terms in brackets):
+Pure: no process, no tensor. The work of a layer has two parts, which may lie on different ranks:
 
-    keeping and decomposing each of its matrices, A and G apart    its *decomposers*  [inverse workers]
-    preconditioning its gradient in every step                     its *holders*      [gradient workers]
+    average and decompose each of its matrices, A and G apart    its *inverse workers*
+    precondition its gradient in every step                      its *gradient workers*
 
-Every rank that is no holder is sent the preconditioned gradient by one of them. Known strategies are choices of these:
+Every other rank receives the preconditioned gradient from a gradient worker. Strategies:
 
-    replicated   decomposers all,  holders all         no message but the sums
-    comm_opt     decomposers one,  holders all         decompositions travel, gradients do not
-    mem_opt      decomposers one,  holders that one    gradients travel, nothing is held twice
-    hybrid       decomposers one of a group of holders; each group is one gradient-worker fraction of the ranks
+    replicated   inverse workers all,  gradient workers all        only sums are exchanged
+    comm_opt     inverse workers one,  gradient workers all        decompositions travel
+    mem_opt      inverse workers one,  gradient workers that one   gradients travel
+    hybrid       inverse workers one of the gradient workers, which are a fraction of the ranks
 
 References:
-    Pauloski et al. 2021, "KAISA: An Adaptive Second-Order Optimizer Framework for Deep Neural Networks", arXiv:2107.01739.
-    Pauloski et al. 2020, "Convolutional Neural Network Training with Distributed K-FAC", arXiv:2007.00784.
+    Pauloski et al. 2021, "KAISA: An Adaptive Second-Order Optimizer Framework for Deep Neural
+    Networks", arXiv:2107.01739.
+    Pauloski et al. 2020, "Convolutional Neural Network Training with Distributed K-FAC",
+    arXiv:2007.00784.
 """
 
 from __future__ import annotations
@@ -32,48 +34,55 @@ Key = TypeVar("Key", bound=Hashable)
 
 @attrs.frozen
 class Work:
-    """One layer's work.
+    """The work of one layer.
 
     Args:
         layer: The layer's name.
-        matrices: Shapes `(..., n, m)` of the matrices its basis decomposes, by name.
+        matrices: Shapes `(..., n, m)` of the matrices that its basis decomposes, by name.
         gradient: Shape `(..., d_out, d_in)` of its gradient as a matrix.
-        together: Whether its matrices cannot be kept apart, because they are made of common statistics.
+        indivisible: Whether all its matrices must lie on the same ranks, because they are made of
+            the same statistics.
     """
 
     layer: str
     matrices: Mapping[str, tuple[int, ...]]
     gradient: tuple[int, ...]
-    together: bool = False
+    indivisible: bool = False
 
     def flops(self, name: str) -> float:
-        """Order of the operations that decomposing one matrix takes: n^3 for each square one, and its size for any other."""
+        """Return the order of FLOPs to decompose a matrix: n^3 if it is square, else its size."""
         shape = self.matrices[name]
-        return math.prod(shape) * (shape[-1] if len(shape) > 1 and shape[-1] == shape[-2] else 1)
+        return math.prod(shape) * (shape[-1] if is_square(shape) else 1)
 
     @property
     def cost(self) -> float:
-        """The `flops` of all its matrices."""
+        """The sum of `flops` over all matrices."""
         return sum(self.flops(name) for name in self.matrices)
 
-    def units(self) -> dict[tuple[str, str], float]:
-        """What can be placed on its own, (layer, matrix) or (layer, "") for all its matrices, with its `flops`."""
-        each = {(self.layer, name): float(self.flops(name)) for name in sorted(self.matrices)}
-        return {(self.layer, ""): sum(each.values())} if self.together else each
+    def pieces(self) -> dict[tuple[str, str], float]:
+        """Return the `flops` of each piece that can be placed on its own.
+
+        A piece is (layer, matrix), or (layer, "") for all matrices of an indivisible layer.
+        """
+        flops = {(self.layer, name): float(self.flops(name)) for name in sorted(self.matrices)}
+        return {(self.layer, ""): sum(flops.values())} if self.indivisible else flops
 
 
 @attrs.frozen
 class Workload:
-    """The work of all layers, and how often it comes.
+    """The work of all layers, and how often it is due.
+
+    Periods that vary are those of the first step.
 
     Args:
         works: One for each layer, in the model's order.
-        factor_every: Steps between refreshes of the factors, at the first step where that varies; so are the next two.
+        factor_every: Steps between refreshes of the factors.
         scale_every: Steps between refreshes of the scale.
         basis_every: Steps between decompositions.
-        sampled: Whether moments are measured on every rank's samples, for which decompositions must visit every rank.
+        sampled: Whether moments are measured on the samples of every rank. Every rank then needs
+            the decompositions.
         itemsize: Bytes of a number.
-        device: Type of the device that the parameters are on.
+        device: Type of the device that holds the parameters.
     """
 
     works: tuple[Work, ...]
@@ -87,45 +96,44 @@ class Workload:
 
 @attrs.frozen
 class Share:
-    """The ranks that share one layer's work. Ranks ascend and count from 0 within the process group.
+    """The ranks that share the work of one layer: ascending, counted within the process group.
 
     Args:
-        inverse_workers: For each matrix, the ranks that keep and decompose it; the first one sends it to holders that are not among them.
-        gradient_workers: The ranks that keep its decompositions and moments, and precondition its gradient.
+        inverse_workers: For each matrix, the ranks that average and decompose it. The first one
+            sends it to gradient workers that are not among them.
+        gradient_workers: The ranks that keep decompositions and moments, and precondition.
     """
 
     inverse_workers: Mapping[str, tuple[int, ...]]
     gradient_workers: tuple[int, ...]
 
     def source(self, rank: int) -> int:
-        """The holder that gives `rank` the preconditioned gradient: itself if it is one.
+        """Return the gradient worker that serves `rank`: itself if it is one.
 
         Example:
             >>> share = Share({"A": (2,), "G": (3,)}, gradient_workers=(2, 3))
             >>> [share.source(rank) for rank in range(4)]
             [2, 3, 2, 3]
         """
-        return (
-            rank
-            if rank in self.gradient_workers
-            else self.gradient_workers[rank % len(self.gradient_workers)]
-        )
+        workers = self.gradient_workers
+        return rank if rank in workers else workers[rank % len(workers)]
 
 
 @attrs.frozen
 class Assignment:
-    """What a placement answers.
+    """The answer of a placement.
 
     Args:
-        strategy: Name of what was chosen, such as "mem_opt".
-        shares: By layer.
-        reason: Why, for a reader.
+        strategy: Name of the chosen strategy, such as "mem_opt".
+        shares: One for each layer, by name.
+        reason: Why it was chosen, for a reader.
 
     Example:
-        >>> print(Assignment("mem_opt", {"fc": Share({"A": (1,), "G": (1,)}, (1,))}, "each layer belongs to one rank"))
-        mem_opt: each layer belongs to one rank
-        layer  decomposed by  held by
-        fc     A 1, G 1       1
+        >>> share = Share({"A": (1,), "G": (1,)}, (1,))
+        >>> print(Assignment("mem_opt", {"fc": share}, "one rank each"))
+        mem_opt: one rank each
+        layer  inverse workers  gradient workers
+        fc     A 1, G 1         1
     """
 
     strategy: str
@@ -133,65 +141,67 @@ class Assignment:
     reason: str = ""
 
     def __str__(self) -> str:
-        rows = [("layer", "decomposed by", "held by")]
+        rows = [("layer", "inverse workers", "gradient workers")]
         for layer, share in self.shares.items():
-            inverse_workers = ", ".join(
-                f"{name} {_span(ranks)}" for name, ranks in sorted(share.inverse_workers.items())
+            each = (
+                f"{m} {_rank_text(ranks)}" for m, ranks in sorted(share.inverse_workers.items())
             )
-            rows.append((layer or "(root)", inverse_workers, _span(share.gradient_workers)))
-        widths = [max(len(row[column]) for row in rows) for column in range(2)]
-        table = [f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}" for row in rows]
-        return "\n".join(
-            [
-                f"{self.strategy}: {self.reason}" if self.reason else self.strategy,
-                *(table if self.shares else []),
-            ]
-        )
+            rows.append((layer or "(root)", ", ".join(each), _rank_text(share.gradient_workers)))
+        first, second = (max(len(row[column]) for row in rows) for column in range(2))
+        table = [f"{row[0]:<{first}}  {row[1]:<{second}}  {row[2]}" for row in rows]
+        head = f"{self.strategy}: {self.reason}" if self.reason else self.strategy
+        return "\n".join([head, *table] if self.shares else [head])
 
     def check(self, workload: Workload, ranks: int) -> Assignment:
-        """Itself, if every piece of the work has ranks that exist.
+        """Return the assignment itself if it places the whole workload on ranks that exist.
 
         Raises:
-            PluginError: A layer or matrix has no rank, or ranks that cannot be; says which.
+            PluginError: A layer or matrix has no rank, or a rank that cannot be.
         """
         for work in workload.works:
-            share = self.shares.get(work.layer)
-            if share is None or set(share.inverse_workers) != set(work.matrices):
+            if fault := self._fault(work, ranks):
                 raise PluginError(
-                    f"the placement {self.strategy!r} left work of layer {work.layer!r} to nobody: {share}, where its matrices are "
-                    f"{', '.join(sorted(work.matrices))}. Report it to its authors, or use another placement."
-                )
-            for group in (*share.inverse_workers.values(), share.gradient_workers):
-                if (
-                    not group
-                    or list(group) != sorted(set(group))
-                    or not 0 <= group[0] <= group[-1] < ranks
-                ):
-                    raise PluginError(
-                        f"the placement {self.strategy!r} gave work of layer {work.layer!r} to the ranks {group}; they must ascend and lie "
-                        f"between 0 and {ranks - 1}. Report it to its authors, or use another placement."
-                    )
-            if work.together and len(set(share.inverse_workers.values())) > 1:
-                raise PluginError(
-                    f"the placement {self.strategy!r} divided the matrices of layer {work.layer!r}, which are made of common statistics. "
+                    f"the placement {self.strategy!r} {fault}. "
                     "Report it to its authors, or use another placement."
                 )
         return self
 
+    def _fault(self, work: Work, ranks: int) -> str:
+        share, layer = self.shares.get(work.layer), f"layer {work.layer!r}"
+        if share is None or set(share.inverse_workers) != set(work.matrices):
+            matrices = ", ".join(sorted(work.matrices))
+            return f"did not assign all matrices of {layer}, {matrices}: it gave {share}"
+        for group in (*share.inverse_workers.values(), share.gradient_workers):
+            ascending = list(group) == sorted(set(group))
+            if not (group and ascending and 0 <= group[0] <= group[-1] < ranks):
+                must = f"they must ascend and lie between 0 and {ranks - 1}"
+                return f"assigned {layer} to the ranks {group}; {must}"
+        if work.indivisible and len(set(share.inverse_workers.values())) > 1:
+            return (
+                f"put the matrices of {layer} on different ranks, but they are made of the same "
+                "statistics"
+            )
+        return ""
 
-def _span(ranks: tuple[int, ...]) -> str:
-    """Ranks in words: "2", "0, 3", "0-7"."""
-    together = len(ranks) > 2 and ranks == tuple(range(ranks[0], ranks[-1] + 1))
-    return f"{ranks[0]}-{ranks[-1]}" if together else ", ".join(map(str, ranks))
+
+def is_square(shape: tuple[int, ...]) -> bool:
+    """Return whether a shape is that of square matrices."""
+    return len(shape) > 1 and shape[-1] == shape[-2]
+
+
+def _rank_text(ranks: tuple[int, ...]) -> str:
+    """Return ranks as text: "2", "0, 3", "0-7"."""
+    contiguous = len(ranks) > 2 and ranks == tuple(range(ranks[0], ranks[-1] + 1))
+    return f"{ranks[0]}-{ranks[-1]}" if contiguous else ", ".join(map(str, ranks))
 
 
 def balance(costs: Mapping[Key, float], bins: Iterable[int]) -> dict[Key, int]:
-    """Divide pieces of work among bins: the longest first, each to the least loaded bin, the first one among equals.
+    """Divide pieces of work among bins, longest first, each to the least loaded bin.
 
-    The largest load is at most 4/3 of the least possible.
+    The largest load is at most 4/3 of the least possible. Ties go to the first bin.
 
     Args:
-        costs: Of each piece; the order of pieces of equal cost counts.
+        costs: Cost of each piece; pieces of equal cost keep their order.
         bins: Numbers of the bins.
 
     Example:
@@ -202,50 +212,53 @@ def balance(costs: Mapping[Key, float], bins: Iterable[int]) -> dict[Key, int]:
         Graham 1969, "Bounds on Multiprocessing Timing Anomalies".
     """
     loads = dict.fromkeys(bins, 0.0)
-    placed = {}
+    bin_of = {}
     for piece in sorted(costs, key=lambda piece: -costs[piece]):
         least = min(loads, key=lambda number: loads[number])
-        placed[piece] = least
+        bin_of[piece] = least
         loads[least] += costs[piece]
-    return placed
+    return bin_of
 
 
 def assign_slots(costs: Mapping[Key, float], slots: int) -> dict[Key, int]:
-    """Divide pieces of work among turns: those used are evenly spread over those there are, and no more than twice as many as would
-    be, were each as dear as the dearest piece. Fewer would let a step bear more, more would leave less for several ranks to do at a time.
+    """Divide pieces of work among the slots of a staggered schedule.
+
+    The used slots are evenly spaced, and at most `2 ceil(total cost / largest cost)`. With fewer of
+    them a step would cost more; with more of them fewer ranks could work at the same time.
 
     Args:
-        costs: Of each piece.
-        slots: How many there are.
+        costs: Cost of each piece.
+        slots: Number of slots.
 
     Example:
         >>> assign_slots({"a": 1.0, "b": 5.0, "c": 3.0, "d": 1.0}, 80)
         {'b': 0, 'c': 20, 'a': 40, 'd': 60}
     """
-    dearest = max(costs.values(), default=0.0)
-    wanted = min(slots, 2 * math.ceil(sum(costs.values()) / dearest)) if dearest else 1
-    return {piece: slot * slots // wanted for piece, slot in balance(costs, range(wanted)).items()}
+    largest = max(costs.values(), default=0.0)
+    used = min(slots, 2 * math.ceil(sum(costs.values()) / largest)) if largest else 1
+    return {piece: number * slots // used for piece, number in balance(costs, range(used)).items()}
 
 
-def late_layers(works: Sequence[Work]) -> frozenset[str]:
-    """The layers that share a Fisher pass, where two passes share the load: those nearest the output.
+def layers_near_output(works: Sequence[Work]) -> frozenset[str]:
+    """Return the layers of the shorter Fisher pass, where two passes share the load.
 
-    Their pass is the shorter one, since it ends at the first of them; so they are as many as it takes to have nine tenths of what it
-    takes to rotate the gradients of an example, but never all.
+    A pass ends at its first layer, so the layers nearest the output make the shorter one. They are
+    the fewest with nine tenths of the cost to rotate per-example gradients, but never all layers.
 
     Args:
-        works: Of all layers, in the model's order.
+        works: Work of all layers, in the model's order.
 
     Example:
         >>> works = [Work(name, {}, (4, 4)) for name in "abcd"]
-        >>> sorted(late_layers(works))
+        >>> sorted(layers_near_output(works))
         ['b', 'c', 'd']
     """
     costs = [math.prod(work.gradient) * sum(work.gradient[-2:]) for work in works]
-    late: list[int] = []
-    while len(late) < len(works) - 1 and 10 * sum(costs[place] for place in late) < 9 * sum(costs):
-        late.append(len(works) - 1 - len(late))
-    return frozenset(works[place].layer for place in late)
+    first, reached = len(works), 0
+    while first > 1 and 10 * reached < 9 * sum(costs):
+        first -= 1
+        reached += costs[first]
+    return frozenset(work.layer for work in works[first:])
 
 
 def grid(
@@ -257,42 +270,35 @@ def grid(
     *,
     everyone: bool = False,
 ) -> Assignment:
-    """Ranks in rows of `width`: a layer belongs to one row, whose ranks hold it, and each of its matrices to one rank of that row.
+    """Arrange the ranks in rows of `width`, and assign each layer to one row.
+
+    All ranks of the row are the layer's gradient workers; each of its matrices has one of them as
+    its inverse worker.
 
     Args:
         workload: The work.
         ranks: Number of ranks.
         width: Ranks in a row; divides `ranks`.
-        strategy: What to call the result.
-        reason: Why, for a reader.
-        everyone: Whether all ranks of the row keep and decompose each matrix, rather than one of them.
+        strategy: Name of the result.
+        reason: Why it was chosen, for a reader.
+        everyone: Whether every rank of the row is an inverse worker of each matrix.
 
     Example:
         >>> work = Work("fc", {"A": (3, 3), "G": (2, 2)}, (2, 3))
         >>> grid(Workload((work,)), ranks=4, width=2, strategy="hybrid").shares["fc"]
-        Share(decomposers={'A': (0,), 'G': (1,)}, holders=(0, 1))
+        Share(inverse_workers={'A': (0,), 'G': (1,)}, gradient_workers=(0, 1))
     """
     works = {work.layer: work for work in workload.works}
-    row_of = balance(
-        {name: sum(work.units().values()) for name, work in works.items()}, range(ranks // width)
-    )
+    rows = range(ranks // width)
+    row_of = balance({name: work.cost for name, work in works.items()}, rows)
     worker: dict[tuple[str, str], int] = {}
-    for row in range(ranks // width):
-        units = {
-            unit: cost
-            for name, work in works.items()
-            if row_of[name] == row
-            for unit, cost in work.units().items()
-        }
-        worker |= balance(units, range(row * width, (row + 1) * width))
+    for row in rows:
+        mine = (work for name, work in works.items() if row_of[name] == row)
+        pieces = {piece: cost for work in mine for piece, cost in work.pieces().items()}
+        worker |= balance(pieces, range(row * width, (row + 1) * width))
     shares = {}
     for name, work in works.items():
-        gradient_workers = tuple(range(row_of[name] * width, (row_of[name] + 1) * width))
-        one = {
-            matrix: (worker[name, "" if work.together else matrix],)
-            for matrix in sorted(work.matrices)
-        }
-        shares[name] = Share(
-            dict.fromkeys(one, gradient_workers) if everyone else one, gradient_workers
-        )
+        workers = tuple(range(row_of[name] * width, (row_of[name] + 1) * width))
+        one = {m: (worker[name, "" if work.indivisible else m],) for m in sorted(work.matrices)}
+        shares[name] = Share(dict.fromkeys(one, workers) if everyone else one, workers)
     return Assignment(strategy, shares, reason)

@@ -1,4 +1,4 @@
-"""The errors kfactk raises: one root, a few kinds, each with what happened, why, and what to do next."""
+"""Exceptions and warnings of kfactk. A message says what happened, likely causes, the next step."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 
 class KfactkError(Exception):
-    """Root of every error kfactk raises; catch this to catch them all."""
+    """Base class of every error that kfactk raises."""
 
 
 class PluginError(KfactkError):
-    """A plugin could not be imported, misspelt a hook, or claims a name another plugin has."""
+    """A plugin cannot be loaded, a name is claimed twice, or a stage broke its protocol."""
 
 
 class UnknownStageError(KfactkError):
@@ -19,19 +19,19 @@ class UnknownStageError(KfactkError):
 
 
 class OptionError(KfactkError, ValueError):
-    """A stage or recipe option is unknown or has a value that cannot work."""
+    """An option of a recipe or stage is unknown or has a value that cannot work."""
 
 
 class CombinationError(KfactkError):
-    """Stages that cannot work together, or a model none of whose layers they support."""
+    """Stages, model and ranks do not work together; for example, no layer is supported."""
 
 
 class CaptureError(KfactkError):
-    """What flowed through the model could not be captured, or was captured wrongly."""
+    """The inputs and gradients of a layer could not be captured, or are wrong."""
 
 
 class DecompositionError(KfactkError):
-    """A factor could not be decomposed, whatever was tried."""
+    """A factor could not be decomposed, and every fallback failed too."""
 
 
 class StateError(KfactkError):
@@ -39,15 +39,11 @@ class StateError(KfactkError):
 
 
 class KfactkWarning(UserWarning):
-    """Something went wrong that training can go on with; said once."""
+    """A problem that training survives. Each is issued once."""
 
 
 def near_names(name: str, known: Iterable[str]) -> str:
-    """Return `` Did you mean 'a' or 'b'?`` for the names closest to `name`, or nothing.
-
-    Args:
-        name: What was asked for.
-        known: The names there are.
+    """Return `` Did you mean 'a' or 'b'?`` for the known names closest to `name`, or "".
 
     Example:
         >>> near_names("ekfca", ["kfac", "ekfac", "adam"])
@@ -55,9 +51,6 @@ def near_names(name: str, known: Iterable[str]) -> str:
         >>> near_names("zzz", ["kfac"])
         ''
     """
-    names = {each.lower(): each for each in known}
-    close = [
-        names[each]
-        for each in difflib.get_close_matches(name.lower(), list(names), n=3, cutoff=0.5)
-    ]
-    return f" Did you mean {' or '.join(repr(c) for c in close)}?" if close else ""
+    by_lower = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(name.lower(), list(by_lower), n=3, cutoff=0.5)
+    return f" Did you mean {' or '.join(repr(by_lower[each]) for each in close)}?" if close else ""

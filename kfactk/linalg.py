@@ -1,8 +1,9 @@
-"""Pure linear algebra on the last two dimensions: Kronecker products, damped inverses, decompositions that survive bad input.
+"""Linear algebra on the last two dimensions: Kronecker products, and robust decompositions.
 
-No hooks, no module state, no collectives. Matrices `V` are `[..., d_out, d_in]` and `vec` stacks columns, so that
+Pure: no hooks, no module state, no collectives. Matrices V are `[..., d_out, d_in]`, and `vec`
+stacks columns, so that
 
-    vec(L V R^T) = (R kron L) vec(V)                                                                (the vec trick)
+    vec(L V R^T) = (R kron L) vec(V)                                        (the vec trick)
 """
 
 from __future__ import annotations
@@ -21,12 +22,14 @@ def vec(matrix: Tensor) -> Tensor:
 
 
 def unvec(vector: Tensor, d_out: int, d_in: int) -> Tensor:
-    """Inverse of `vec`: `[..., d_in * d_out]` to `[..., d_out, d_in]`."""
+    """Invert `vec`: `[..., d_in * d_out]` to `[..., d_out, d_in]`."""
     return vector.reshape(*vector.shape[:-1], d_in, d_out).transpose(-1, -2)
 
 
 def kron(a: Tensor, b: Tensor) -> Tensor:
-    """Kronecker product over the last two dimensions, leading dimensions broadcast: `[..., m p, n q]`.
+    """Return the Kronecker product of `[..., m, n]` and `[..., p, q]`, `[..., m p, n q]`.
+
+    Leading dimensions broadcast.
 
     Example:
         >>> kron(torch.eye(2), torch.tensor([[2.0]]))
@@ -38,7 +41,7 @@ def kron(a: Tensor, b: Tensor) -> Tensor:
 
 
 def block_diagonal(a: Tensor, b: Tensor) -> Tensor:
-    """`[[a, 0], [0, b]]` over the last two dimensions; leading dimensions must agree."""
+    """Return `[[a, 0], [0, b]]`; leading dimensions must agree."""
     m, n = a.shape[-1], b.shape[-1]
     out = a.new_zeros(*a.shape[:-2], m + n, m + n)
     out[..., :m, :m] = a
@@ -47,17 +50,17 @@ def block_diagonal(a: Tensor, b: Tensor) -> Tensor:
 
 
 def mean_diagonal(matrix: Tensor) -> Tensor:
-    """`trace / dimension`, `[...]`."""
+    """Return `trace / dimension`, `[...]`."""
     return matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
 
 
 def symmetrise(matrix: Tensor) -> Tensor:
-    """`(M + M^T) / 2`."""
+    """Return `(M + M^T) / 2`."""
     return (matrix + matrix.transpose(-1, -2)) / 2
 
 
 def add_diagonal(matrix: Tensor, value: Tensor | float) -> Tensor:
-    """`M + value I`; `value` is a number or `[...]`, one for each matrix."""
+    """Return `M + value I`; `value` is a number or `[...]`, one for each matrix."""
     out = matrix.clone()
     diagonal = out.diagonal(dim1=-2, dim2=-1)
     diagonal += value.unsqueeze(-1) if isinstance(value, Tensor) and value.ndim else value
@@ -65,7 +68,7 @@ def add_diagonal(matrix: Tensor, value: Tensor | float) -> Tensor:
 
 
 def tikhonov_pi(mean_a: Tensor, mean_g: Tensor) -> Tensor:
-    """`pi = sqrt((tr A / dim A) / (tr G / dim G))`, 1 where either trace is zero.
+    """Return `pi = sqrt((tr A / dim A) / (tr G / dim G))`, 1 where either trace is zero.
 
     Args:
         mean_a: `tr A / dim A`, `[...]`.
@@ -80,24 +83,30 @@ def tikhonov_pi(mean_a: Tensor, mean_g: Tensor) -> Tensor:
 
 
 def null_tolerance(dtype: torch.dtype, n: int) -> float:
-    """Eigenvalues below this fraction of the largest belong to the numerical null space of an n x n matrix."""
+    """Return the fraction of the largest eigenvalue below which one counts as zero.
+
+    Args:
+        dtype: Precision of the matrix.
+        n: Its dimension.
+    """
     return n * 1e-12 if dtype == torch.float64 else 4 * n**0.5 * torch.finfo(dtype).eps
 
 
 def null_mask(eigenvalues: Tensor) -> Tensor:
-    """Which directions are in the numerical null space, `[..., n]` boolean. All of them for a zero matrix."""
-    largest = eigenvalues.amax(-1, keepdim=True)
-    return eigenvalues <= null_tolerance(eigenvalues.dtype, eigenvalues.shape[-1]) * largest.clamp(
-        min=0
-    )
+    """Return which directions are in the numerical null space, `[..., n]`: all of a zero matrix."""
+    largest = eigenvalues.amax(-1, keepdim=True).clamp(min=0)
+    return eigenvalues <= null_tolerance(eigenvalues.dtype, eigenvalues.shape[-1]) * largest
 
 
 def pool_null(values: Tensor, mask: Tensor, dim: int) -> Tensor:
-    """Give the directions in `mask` along `dim` (-1 or -2) their shared mean, so that their choice inside the null space does not matter.
+    """Replace values along null directions by their mean.
+
+    The result then does not depend on which eigenvectors span the null space.
 
     Args:
         values: `[..., d_out, d_in]`.
-        mask: `[..., d_in]` for `dim=-1`, `[..., d_out]` for `dim=-2`.
+        mask: Null directions, `[..., d_in]` for `dim=-1`, `[..., d_out]` for `dim=-2`.
+        dim: The dimension of the directions, -1 or -2.
     """
     mask = mask.unsqueeze(-2 if dim == -1 else -1)
     count = mask.sum(dim, keepdim=True).clamp(min=1)
@@ -106,23 +115,23 @@ def pool_null(values: Tensor, mask: Tensor, dim: int) -> Tensor:
 
 
 def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigendecomposition of symmetric positive semi-definite matrices that survives what LAPACK does not.
+    """Decompose symmetric positive semi-definite matrices, also where LAPACK fails at first.
 
-    Tries as it is, with a jitter of the rounding error's size, in float64, and on the CPU, in this order. The jitter is taken off the
-    eigenvalues again, so that the null space stays one.
+    The attempts are: as is; with `jitter`; in float64; on the CPU. The jitter is subtracted from
+    the eigenvalues again, so that the null space keeps eigenvalue zero.
 
     Args:
         matrix: `[..., n, n]`; only finiteness is required.
 
     Returns:
-        Eigenvalues `[..., n]`, ascending and clamped at zero, and eigenvectors `[..., n, n]` in columns; dtype and device of the input.
+        Eigenvalues `[..., n]`, ascending and clamped at zero, and eigenvectors `[..., n, n]` in
+        columns; dtype and device of the input.
 
     Raises:
         DecompositionError: The matrix is not finite, or every attempt failed.
     """
     matrix = symmetrise(matrix)
-    if not bool(torch.isfinite(matrix).all()):
-        raise DecompositionError("a factor holds NaN or inf; it was not decomposed")
+    _check_finite(matrix)
     failures = []
     for times, prepare in _ATTEMPTS:
         shift = times * jitter(matrix)
@@ -130,10 +139,8 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
             values, vectors = torch.linalg.eigh(
                 prepare(add_diagonal(matrix, shift) if times else matrix)
             )
-        except (
-            RuntimeError,
-            TypeError,
-        ) as error:  # LinAlgError is the first, float64 on MPS the second
+        # LinAlgError is a RuntimeError; float64 on MPS is a TypeError.
+        except (RuntimeError, TypeError) as error:
             failures.append(str(error).partition("\n")[0])
             continue
         values, vectors = (values.to(matrix) - shift.unsqueeze(-1)).clamp(min=0), vectors.to(matrix)
@@ -144,19 +151,20 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def orthogonal_iteration(matrix: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """One step of simultaneous iteration on a symmetric positive semi-definite matrix, from an orthonormal basis.
+    """Do one step of simultaneous iteration on a symmetric positive semi-definite matrix.
 
         Q' R = M Q,    the columns of Q from the largest eigenvalue to the smallest
 
-    Repeated, it converges to the eigenvectors, each at the ratio of its eigenvalue to the next larger one; |R_ii| then is the eigenvalue.
-    Of a matrix that has changed little since its eigenvectors were taken one step is enough, at about half the operations of `eigh`.
+    Repeated, it converges to the eigenvectors, each at the ratio of its eigenvalue to the next
+    larger one; |R_ii| then is the eigenvalue. If the matrix has changed little since `vectors` were
+    its eigenvectors, one step is enough. It takes about half the operations of `eigh`.
 
     Args:
         matrix: `[..., n, n]`; only finiteness is required.
         vectors: Q, `[..., n, n]`, in the order of ascending eigenvalues, as `eigh` gives them.
 
     Returns:
-        |R_ii|, `[..., n]`, ascending, and the new basis in the same order; signs follow those of `vectors`.
+        |R_ii|, `[..., n]`, ascending, and the new basis in the same order, signs as in `vectors`.
 
     Raises:
         DecompositionError: The matrix is not finite, or the result is not.
@@ -164,21 +172,21 @@ def orthogonal_iteration(matrix: Tensor, vectors: Tensor) -> tuple[Tensor, Tenso
     References:
         Golub & Van Loan, "Matrix Computations", section 8.2.4.
     """
-    if not bool(torch.isfinite(matrix).all()):
-        raise DecompositionError("a factor holds NaN or inf; it was not decomposed")
-    turned, triangle = torch.linalg.qr(matrix @ vectors.flip(-1))
+    _check_finite(matrix)
+    orthogonal, triangle = torch.linalg.qr(matrix @ vectors.flip(-1))
     diagonal = triangle.diagonal(dim1=-2, dim2=-1)
     values, order = diagonal.abs().sort(-1)
-    found = (turned * torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-2)).gather(
-        -1, order.unsqueeze(-2).expand_as(turned)
-    )
+    signs = torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-2)
+    found = (orthogonal * signs).gather(-1, order.unsqueeze(-2).expand_as(orthogonal))
     if not bool(torch.isfinite(found).all()):
         raise DecompositionError("orthogonal iteration gave a result that was not finite")
     return values, found
 
 
 def cholesky(matrix: Tensor, shift: Tensor | float) -> Tensor:
-    """Lower Cholesky factor of `M + shift I`, growing the shift a little where rounding makes it indefinite.
+    """Return the lower Cholesky factor of `M + shift I`.
+
+    Where rounding makes it indefinite, the shift grows by a few times `jitter`.
 
     Args:
         matrix: `[..., n, n]`, symmetric positive semi-definite.
@@ -188,15 +196,14 @@ def cholesky(matrix: Tensor, shift: Tensor | float) -> Tensor:
         DecompositionError: The matrix is not finite, or every attempt failed.
     """
     matrix = symmetrise(matrix)
-    if not bool(torch.isfinite(matrix).all()):
-        raise DecompositionError("a factor holds NaN or inf; it was not decomposed")
+    _check_finite(matrix)
     shifted, failures = add_diagonal(matrix, shift), []
     for times, prepare in _ATTEMPTS:
         try:
             lower, info = torch.linalg.cholesky_ex(
                 prepare(add_diagonal(shifted, times * jitter(shifted)) if times else shifted)
             )
-        except (RuntimeError, TypeError) as error:  # what a device lacks
+        except (RuntimeError, TypeError) as error:  # not implemented on this device
             failures.append(str(error).partition("\n")[0])
             continue
         result: Tensor = lower.to(matrix)
@@ -207,7 +214,7 @@ def cholesky(matrix: Tensor, shift: Tensor | float) -> Tensor:
 
 
 def jitter(matrix: Tensor) -> Tensor:
-    """What to add to the diagonal to make room for rounding, `[...]`: `eps * n * max|M|`, and something even for a zero matrix."""
+    """Return `eps * n * max|M|`, `[...]`, the size of rounding errors; positive also for zero."""
     info = torch.finfo(matrix.dtype)
     return (matrix.abs().amax((-2, -1)) * info.eps * matrix.shape[-1]).clamp(min=info.tiny)
 
@@ -218,21 +225,33 @@ _ATTEMPTS: tuple[tuple[float, Callable[[Tensor], Tensor]], ...] = (
     (8.0, lambda matrix: matrix.double()),
     (64.0, lambda matrix: matrix.cpu().double()),
 )
-"""How many times `jitter` is added, and what precision and device follow. The jitter stays that of the precision the matrix was made
-in: what made it indefinite was rounding there, which float64 does not undo."""
+"""Multiples of `jitter` to add, and the precision and device to try. `jitter` is always that of the
+original precision: rounding there made the matrix indefinite, and float64 does not undo it."""
+
+
+def _check_finite(matrix: Tensor) -> None:
+    if not bool(torch.isfinite(matrix).all()):
+        raise DecompositionError("a factor holds NaN or inf; it was not decomposed")
 
 
 def damping_floor(mean: Tensor) -> Tensor:
-    """Least damping for curvature whose mean diagonal is `mean`, so that a division by (scale + damping) stays finite.
+    """Return the least damping that keeps a division by (scale + damping) finite.
 
-    `eps * mean`, and never less than the square root of the smallest normal number (1e-19 in float32), zero curvature included.
+    It is `eps * mean`, and at least the square root of the smallest normal number (1e-19 in
+    float32), also for zero curvature.
+
+    Args:
+        mean: Mean diagonal of the curvature, any shape.
     """
     info = torch.finfo(mean.dtype)
     return (mean * info.eps).clamp(min=info.tiny**0.5)
 
 
 def inner_products(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
-    """`<x, y>` pair by pair, `[len]`, on the first one's device, each in the wider precision of its two."""
+    """Return `<x, y>` pair by pair, `[len]`, on the first one's device.
+
+    Each is computed in the wider precision of its two.
+    """
     dots = []
     for x, y in zip(xs, ys, strict=True):
         if x.dtype != y.dtype:
@@ -244,9 +263,12 @@ def inner_products(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
 
 
 def as_gradient(tensor: Tensor, parameter: Tensor) -> Tensor:
-    """The tensor in the dtype and the memory layout of its parameter: torch's fused update rules read gradients without their strides."""
+    """Return the tensor in the dtype and memory layout of its parameter.
+
+    Fused update rules of torch read gradients without their strides. A tensor of another shape
+    keeps its layout; torch refuses it.
+    """
     tensor = tensor.to(parameter.dtype)
-    fits = (
-        tensor.shape != parameter.shape or tensor.stride() == parameter.stride()
-    )  # of another shape: torch refuses it
-    return tensor if fits else torch.empty_like(parameter).copy_(tensor)
+    if tensor.shape != parameter.shape or tensor.stride() == parameter.stride():
+        return tensor
+    return torch.empty_like(parameter).copy_(tensor)

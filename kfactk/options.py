@@ -143,7 +143,8 @@ def period_at(name: str, period: Period, step: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         where = f" at step {step}" if callable(period) else ""
         raise OptionError(
-            f"{name} is {value!r}{where}; it counts steps, so it must be a whole number of at least 1."
+            f"{name} is {value!r}{where}; it counts steps, so it must be a whole number of at "
+            "least 1."
         )
     return value
 

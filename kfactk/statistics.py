@@ -1,7 +1,4 @@
-"""Exponential running mean that carries its own weight, so that it is unbiased from the first value on.
-
-Arithmetic of local sums and counts: joining them, keeping bad batches out, dividing.
-"""
+"""Arithmetic of sums and counts: name them, add them, drop what is not finite, divide, average."""
 
 from __future__ import annotations
 
@@ -17,12 +14,12 @@ from kfactk.samples import Statistic
 
 @attrs.define(eq=False)
 class RunningMean:
-    """Weighted mean of the values seen so far, value k of t weighing `decay ** (t - k)`.
+    """Weighted mean of the values seen so far; value k of t weighs `decay ** (t - k)`.
 
         w_t = decay * w_{t-1} + 1,    m_t = m_{t-1} + (x_t - m_{t-1}) / w_t
 
-    The mean of a constant is that constant from the first value on (no identity start, no bias). `decay=0` keeps the last value;
-    `decay=1` is the plain arithmetic mean.
+    It carries its own weight, so the mean of a constant is that constant from the first value on.
+    `decay=0` keeps the last value; `decay=1` is the arithmetic mean.
 
     Args:
         value: The mean, any shape; `None` before the first update.
@@ -40,18 +37,18 @@ class RunningMean:
     weight: float = 0.0
 
     def update(self, new: Tensor, decay: float) -> None:
-        """Take one more value in. `new` has the shape of the mean; `decay` lies in [0, 1]."""
+        """Take in one more value, of the shape of the mean; `decay` lies in [0, 1]."""
         new = new.detach()
         self.weight = 1.0 if self.value is None else decay * self.weight + 1.0
         if self.value is None:
             self.value = new.clone(memory_format=torch.contiguous_format)
-        elif self.weight == 1.0:  # nothing of the old mean is left, not even what is not finite
+        elif self.weight == 1.0:  # forget the old mean, also where it is not finite
             self.value = new.to(self.value.dtype, copy=True, memory_format=torch.contiguous_format)
         else:
             self.value = torch.lerp(self.value, new.to(self.value.dtype), 1.0 / self.weight)
 
     def replace(self, value: Tensor) -> None:
-        """Set the mean to a transformed version of itself (a change of basis), its weight unchanged."""
+        """Set the mean after a change of basis; its weight stays."""
         self.value = value
 
 
@@ -60,7 +57,7 @@ class ReducedStatistic:
     """A statistic summed over ranks.
 
     Args:
-        total: The sum; `None` where this rank is not among those that want it, or where no rank has one.
+        total: The sum; `None` where this rank does not receive it, or where no rank has one.
         count: The sum of the counts, known on every rank.
         exists: Whether any rank had a total.
     """
@@ -71,34 +68,40 @@ class ReducedStatistic:
 
     @classmethod
     def alone(cls, statistic: Statistic) -> ReducedStatistic:
-        """The statistic of the only rank there is."""
+        """Return the statistic of a single rank as if it were reduced."""
         return cls(statistic.total, statistic.count, statistic.total is not None)
 
 
-def prefixed(prefix: str, statistics: Mapping[str, Statistic]) -> dict[str, Statistic]:
-    """The statistics under names that begin with `prefix` and a dot."""
+def add_prefix(prefix: str, statistics: Mapping[str, Statistic]) -> dict[str, Statistic]:
+    """Return the statistics under the names `prefix.name`."""
     return {f"{prefix}.{name}": statistic for name, statistic in statistics.items()}
 
 
-def joined_key(name: str, key: str) -> str:
-    """One name for a layer's statistic; `split_key` takes it apart, whatever the layer is called."""
-    return f"{key}|{name}"
+def join_key(layer: str, key: str) -> str:
+    """Return one name for a statistic of a layer; `key` holds no bar, `layer` may."""
+    return f"{key}|{layer}"
 
 
-def split_key(text: str) -> tuple[str, str]:
-    """Inverse of `joined_key`: the layer's name and the key, which holds no bar."""
-    key, _, name = text.partition("|")
-    return name, key
+def split_key(joined: str) -> tuple[str, str]:
+    """Return the layer's name and the key, the inverse of `join_key`."""
+    key, _, layer = joined.partition("|")
+    return layer, key
 
 
-def add(into: dict[str, Statistic], sums: Mapping[str, Statistic]) -> None:
+def add_sums(into: dict[str, Statistic], sums: Mapping[str, Statistic]) -> None:
     """Add `sums` to those of `into`, name by name."""
     for name, statistic in sums.items():
         into[name] = into[name] + statistic if name in into else statistic
 
 
-def finite_only(sums: Mapping[str, Statistic], bad: list[Tensor]) -> dict[str, Statistic]:
-    """The sums with a batch that is not finite anywhere contributing (0, 0) everywhere; the flag is kept, and only a CPU's is read."""
+def drop_nonfinite(sums: Mapping[str, Statistic], nonfinite: list[Tensor]) -> dict[str, Statistic]:
+    """Return the sums of one batch, or (0, 0) for each of them if any total is not finite.
+
+    Args:
+        sums: The sums, by name.
+        nonfinite: Receives a boolean scalar: whether the sums were dropped. It stays on its device;
+            only on a CPU is it read here.
+    """
     totals = [
         statistic.total
         for statistic in sums.values()
@@ -109,41 +112,31 @@ def finite_only(sums: Mapping[str, Statistic], bad: list[Tensor]) -> dict[str, S
     good = torch.stack(
         [torch.isfinite(torch.linalg.vector_norm(total, math.inf)) for total in totals]
     ).all()
-    bad.append(~good)
+    nonfinite.append(~good)
     if good.device.type == "cpu" and good:
         return dict(sums)
     return {
         name: attrs.evolve(
             statistic,
             total=None if statistic.total is None else torch.where(good, statistic.total, 0.0),
-            count=_count(statistic.count, good) * good,
+            count=_count_tensor(statistic.count, good.device) * good,
         )
         for name, statistic in sums.items()
     }
 
 
-def _count(count: Tensor | float, like: Tensor) -> Tensor:
-    return (
-        count.detach().double()
-        if isinstance(count, Tensor)
-        else torch.tensor(float(count), dtype=torch.float64, device=like.device)
-    )
-
-
-def local_means(sums: Mapping[str, Statistic]) -> dict[str, Tensor]:
-    """The same of one process' sums."""
-    return {
-        name: mean
-        for name, mean in means(
-            {name: ReducedStatistic.alone(each) for name, each in sums.items()}
-        ).items()
-        if mean is not None
-    }
+def _count_tensor(count: Tensor | float, device: torch.device) -> Tensor:
+    if isinstance(count, Tensor):
+        return count.detach().double()
+    return torch.tensor(float(count), dtype=torch.float64, device=device)
 
 
 def means(sums: Mapping[str, ReducedStatistic]) -> dict[str, Tensor | None]:
-    """Sum over count, of those that counted something; `None` where the sum is another rank's. One transfer tells which."""
-    some = {name: joined for name, joined in sums.items() if joined.exists}
+    """Return sum over count where the count is positive; `None` where another rank has the sum.
+
+    All counts are read in one transfer from their device.
+    """
+    some = {name: reduced for name, reduced in sums.items() if reduced.exists}
     if not some:
         return {}
     device = next((s.count.device for s in some.values() if isinstance(s.count, Tensor)), None)
@@ -151,7 +144,13 @@ def means(sums: Mapping[str, ReducedStatistic]) -> dict[str, Tensor | None]:
         [torch.as_tensor(s.count, dtype=torch.float64, device=device) for s in some.values()]
     ).tolist()
     return {
-        name: None if joined.total is None else joined.total / count
-        for (name, joined), count in zip(some.items(), counts, strict=True)
+        name: None if reduced.total is None else reduced.total / count
+        for (name, reduced), count in zip(some.items(), counts, strict=True)
         if count > 0
     }
+
+
+def local_means(sums: Mapping[str, Statistic]) -> dict[str, Tensor]:
+    """Return the `means` of the sums of a single rank."""
+    alone = {name: ReducedStatistic.alone(statistic) for name, statistic in sums.items()}
+    return {name: mean for name, mean in means(alone).items() if mean is not None}

@@ -1,4 +1,4 @@
-"""Faults of stages, told with the stage, the layer and what was expected: a stranger's stage must not fail silently, nor without a name."""
+"""Checks of what stages return, and messages for errors that name the stage and the layer."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from kfactk.errors import KfactkError, PluginError
 from kfactk.samples import Statistic
 
 KRONECKER = frozenset({"A", "G"})
-"""Names that mean the Kronecker factors of the input and the output side."""
+"""Names of the Kronecker factors of the input and the output side."""
 
 
-def label_of(family: str, stage: object) -> str:
-    """A stage in words, such as `curvature kfactk_stages.curvature.kfac:Kfac`."""
+def stage_label(family: str, stage: object) -> str:
+    """Return the stage as text, such as `curvature kfactk_stages.curvature.kfac:Kfac`."""
     return f"{family} {type(stage).__module__}:{type(stage).__qualname__}"
 
 
 class attribute_errors:
-    """A context that turns what a stage raises, or returns in a form nobody can use, into a `PluginError` that names it.
+    """Context that turns an exception of a stage into a `PluginError` that names the stage.
 
-    Errors of kfactk and exhausted memory pass through. A class, since a generator costs more than many of the calls it surrounds.
+    Errors of kfactk and exhausted memory pass through. This is a class because a generator would
+    cost more than many of the calls it surrounds.
 
     Args:
         family: Family of the stage.
@@ -38,156 +39,175 @@ class attribute_errors:
         self._family, self._stage, self._where = family, stage, where
 
     def __enter__(self) -> None:
-        """Nothing is needed before."""
+        """Do nothing."""
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> None:
-        """Tell the stage apart from what it raised."""
-        if (
-            error is None
-            or isinstance(error, KfactkError | torch.OutOfMemoryError)
-            or not isinstance(error, Exception)
+        """Raise the `PluginError`."""
+        if not isinstance(error, Exception) or isinstance(
+            error, KfactkError | torch.OutOfMemoryError
         ):
             return
-        what = f"{type(error).__name__}: {error}"
         raise PluginError(
-            f"{label_of(self._family, self._stage)} failed {self._where} ({what}). Report it to its authors, or use another {self._family}."
+            f"{stage_label(self._family, self._stage)} failed {self._where} "
+            f"({type(error).__name__}: {error}). Report it to its authors, or use another "
+            f"{self._family}."
         ) from error
 
 
 @contextlib.contextmanager
 def note_stage(family: str, stage: object, where: str) -> Iterator[None]:
-    """Note on whatever a stage raises which stage it was, where errors of the libraries below it have to keep their kind."""
+    """Add a note that names the stage to an exception whose type must not change.
+
+    Args:
+        family: Family of the stage.
+        stage: The stage.
+        where: What it was doing, in words that follow its name.
+    """
     try:
         yield
     except BaseException as error:
-        error.add_note(f"raised by {label_of(family, stage)} {where}")
+        error.add_note(f"raised by {stage_label(family, stage)} {where}")
         raise
 
 
 def check_statistics(
     family: str, stage: object, where: str, found: Any, *, required: bool
 ) -> dict[str, Statistic]:
-    """What a stage summed up, checked.
+    """Return the statistics that a stage gave, checked.
+
+    Args:
+        family: Family of the stage.
+        stage: The stage.
+        where: What it was doing, in words that follow "gave ...".
+        found: What it returned.
+        required: Whether there must be at least one.
 
     Raises:
-        PluginError: It is no mapping of names to `Statistic`, or empty though something is required.
+        PluginError: It is no mapping of names to `Statistic`, or empty though one is required.
     """
     good = isinstance(found, Mapping) and all(
-        isinstance(k, str) and isinstance(v, Statistic) for k, v in found.items()
+        isinstance(name, str) and isinstance(each, Statistic) for name, each in found.items()
     )
-    if not good or (required and not found):
-        gave = (
-            "nothing"
-            if good
-            else repr(found)
-            if not isinstance(found, Mapping)
-            else {k: type(v).__name__ for k, v in found.items()}
-        )
-        raise PluginError(
-            f"{label_of(family, stage)} gave {gave} {where}, where names with a kfactk.Statistic each are due. Report it."
-        )
-    return dict(found)
+    if good and (found or not required):
+        return dict(found)
+    if good:
+        gave = "nothing"
+    elif isinstance(found, Mapping):
+        gave = str({name: type(each).__name__ for name, each in found.items()})
+    else:
+        gave = repr(found)
+    raise PluginError(
+        f"{stage_label(family, stage)} gave {gave} {where}; it must give a dict from names to "
+        f"kfactk.Statistic. Report it to its authors, or use another {family}."
+    )
 
 
 def check_matrices(
     stage: object, where: str, found: Mapping[str, Tensor], required: Set[str]
 ) -> dict[str, Tensor]:
-    """The assembled matrices that are required, checked; others are not asked for, since asking may make them.
+    """Return the required ones among the matrices that a curvature assembled, checked.
+
+    Others are not read, since a mapping may make each matrix when it is read.
+
+    Args:
+        stage: The curvature.
+        where: What it was doing, in words that follow "assembled ...".
+        found: What it returned.
+        required: Names that the basis requires.
 
     Raises:
-        PluginError: One that the basis requires is missing, or a Kronecker factor is not square.
+        PluginError: A required matrix is missing, or a Kronecker factor is not square.
     """
-    there = {name: found[name] for name in sorted(required) if name in found}
+    present = {name: found[name] for name in sorted(required) if name in found}
     oblong = {
         name: tuple(matrix.shape)
-        for name, matrix in there.items()
+        for name, matrix in present.items()
         if name in KRONECKER and not square(matrix)
     }
-    if oblong or len(there) < len(required):
-        but = (
-            f"; Kronecker factors are square in their last two dimensions, not {oblong}"
-            if oblong
-            else ""
-        )
+    if oblong or len(present) < len(required):
+        shapes = f" with the last two dimensions equal, not {oblong}" if oblong else ""
         raise PluginError(
-            f"{label_of('curvature', stage)} assembled {', '.join(sorted(found)) or 'nothing'} {where}, where "
-            f"{', '.join(sorted(required))} are due{but}. Report it to its authors."
+            f"{stage_label('curvature', stage)} assembled {', '.join(sorted(found)) or 'nothing'} "
+            f"{where}; the basis requires {', '.join(sorted(required))}{shapes}. Report it to its "
+            "authors, or use another curvature."
         )
-    return there
+    return present
 
 
 def square(matrix: Tensor) -> bool:
-    """Whether the last two dimensions are equal."""
+    """Return whether the last two dimensions are equal."""
     return matrix.ndim >= 2 and matrix.shape[-1] == matrix.shape[-2]
 
 
-def check_parted(parameters: Mapping[str, Tensor], found: dict[str, Tensor]) -> dict[str, Tensor]:
-    """What a curvature made of a layer's matrix, checked.
+def check_tensors(parameters: Mapping[str, Tensor], found: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return what `Curvature.tensors` gave, checked.
 
     Raises:
-        ValueError: Names or shapes are not those of the parameters.
+        ValueError: Its names or shapes are not those of the parameters.
     """
-    if found.keys() != parameters.keys() or any(
-        tensor.shape != parameters[name].shape for name, tensor in found.items()
-    ):
-        made, due = (
-            {name: tuple(tensor.shape) for name, tensor in each.items()}
-            for each in (found, parameters)
-        )
-        raise ValueError(
-            f"`tensors` gave the shapes {made}, where those of the parameters are due: {due}"
-        )
-    return found
+    same_names = found.keys() == parameters.keys()
+    if same_names and all(found[name].shape == each.shape for name, each in parameters.items()):
+        return found
+    shapes, expected = (
+        {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+        for tensors in (found, parameters)
+    )
+    raise ValueError(f"`tensors` gave the shapes {shapes}; the parameters have {expected}")
 
 
 def check_clipped(
     stage: object, found: Any, given: Sequence[Tensor]
 ) -> tuple[list[Tensor], Tensor]:
-    """What a clip gave, checked.
+    """Return what a clip gave, checked.
+
+    Args:
+        stage: The clip.
+        found: What it returned.
+        given: The preconditioned gradients that it was given.
 
     Raises:
-        PluginError: It is not a list of tensors, one of the same shape for each of the `given` preconditioned gradients, and a factor.
+        PluginError: It is not a pair of a list and a factor, or a tensor's shape has changed.
     """
-    if not (
-        isinstance(found, tuple)
-        and len(found) == 2
-        and isinstance(found[0], list)
-        and len(found[0]) == len(given)
-    ):
+    remedy = "Report it to its authors, or use another clip."
+    is_pair = isinstance(found, tuple) and len(found) == 2 and isinstance(found[0], list)
+    if not is_pair or len(found[0]) != len(given):
         raise PluginError(
-            f"{label_of('clip', stage)} gave {type(found).__name__}, where a pair is due: a list of {len(given)} tensors, one for each "
-            "it was given, and the factor as a tensor. Report it to its authors, or use another clip."
+            f"{stage_label('clip', stage)} gave {type(found).__name__}; it must give a pair of a "
+            f"list of {len(given)} tensors, one for each it was given, and the factor as a tensor. "
+            f"{remedy}"
         )
-    shapes = [
-        (getattr(c, "shape", type(c).__name__), p.shape)
-        for c, p in zip(found[0], given, strict=True)
-    ]
-    if wrong := next((f"{mine} for {theirs}" for mine, theirs in shapes if mine != theirs), ""):
-        raise PluginError(
-            f"{label_of('clip', stage)} changed the shape of a gradient: {wrong}. Report it, or use another clip."
-        )
+    for clipped, preconditioned in zip(found[0], given, strict=True):
+        shape = getattr(clipped, "shape", type(clipped).__name__)
+        if shape != preconditioned.shape:
+            raise PluginError(
+                f"{stage_label('clip', stage)} changed the shape of a gradient: {shape} for "
+                f"{preconditioned.shape}. {remedy}"
+            )
     return found
 
 
-def overwritten(layer: str) -> str:
-    """What to tell a user whose code changed a layer's input while its statistics still had to be taken."""
+def input_modified_message(layer: str) -> str:
+    """Return the message for a layer whose input changed before its statistics were taken."""
     return (
-        f"the input of layer {layer!r} was modified in place after its forward, so its statistics would be wrong. Refill input buffers "
-        "only after step(), or hand the model a copy."
+        f"the input of layer {layer!r} was modified in place after its forward, so its statistics "
+        "would be wrong. Refill input buffers only after step(), or give the model a copy."
     )
 
 
-def silent_message(names: Sequence[str]) -> str:
-    """What to tell a user whose layers were not seen although they have a gradient."""
-    shown = ", ".join(repr(name) for name in names[:4]) + (
-        f" and {len(names) - 4} more" if len(names) > 4 else ""
-    )
+def missing_samples_message(layers: Sequence[str]) -> str:
+    """Return the message for layers that have a gradient but gave no sample."""
+    shown = ", ".join(repr(name) for name in layers[:4])
+    if len(layers) > 4:
+        shown += f" and {len(layers) - 4} more"
     return (
-        f"curvature is due, and layer {shown} has a gradient but gave no sample: preconditioning it would use wrong statistics. "
-        "Likely causes: observe='manual' without optimizer.observe() between forward and backward; the bound model itself was not called "
-        "(a submodule or a copy was); the forward ran in evaluation mode (use observe='manual'), under reentrant activation checkpointing "
-        "(use use_reentrant=False) or compiled before bind; the layer does not lead to the output that the likelihood sees (name it "
-        "with output=, or leave a head with a loss of its own alone with exclude=). Nothing was changed by this step."
+        f"curvature is due, and layer {shown} has a gradient but gave no sample: to precondition "
+        "it would use wrong statistics. Likely causes: observe='manual' without "
+        "optimizer.observe() between forward and backward; the bound model itself was not called, "
+        "but a submodule or a copy was; the forward ran in evaluation mode (use observe='manual'), "
+        "under reentrant activation checkpointing (use use_reentrant=False) or compiled before "
+        "bind; the layer does not lead to the output that the likelihood sees (name it with "
+        "output=, or leave a head with a loss of its own alone with exclude=). This step changed "
+        "nothing."
     )

@@ -1,4 +1,4 @@
-"""Modes of torch that surround the user's code and that curvature must not be computed under, or must know of."""
+"""Modes of torch around the user's code: compilation, functorch, checkpointing, autocast."""
 
 from __future__ import annotations
 
@@ -11,44 +11,45 @@ import torch
 from torch import Tensor
 
 
-class Eagerness:
-    """Makes what torch.compile has compiled run eagerly while anybody holds it: compiled code ignores hooks put on later.
+class ForcedEagerness:
+    """Runs compiled code eagerly while anyone asks for it: compiled code ignores later hooks.
 
     Example:
-        >>> eagerness, gradient_worker = Eagerness(), object()
-        >>> eagerness.hold(gradient_worker)
-        >>> eagerness.release(gradient_worker)
+        >>> eagerness, token = ForcedEagerness(), object()
+        >>> eagerness.force(token)
+        >>> eagerness.release(token)
     """
 
     def __init__(self) -> None:
-        self._holders: set[object] = set()
+        self._tokens: set[object] = set()
         self._stance: Any = None
 
-    def hold(self, gradient_worker: object) -> None:
-        """From now on; a second hold of the same holder changes nothing."""
-        if not self._holders:
+    def force(self, token: object) -> None:
+        """Force eagerness until `token` is released; the same token counts once."""
+        if not self._tokens:
             self._stance = torch.compiler.set_stance("force_eager")
-        self._holders.add(gradient_worker)
+        self._tokens.add(token)
 
-    def release(self, gradient_worker: object) -> None:
-        """Go back to the stance that was found, once the last holder releases."""
-        if gradient_worker in self._holders:
-            self._holders.remove(gradient_worker)
-            if not self._holders:
+    def release(self, token: object) -> None:
+        """Restore the stance of before, once the last token is released."""
+        if token in self._tokens:
+            self._tokens.remove(token)
+            if not self._tokens:
                 self._stance.__exit__(None, None, None)
 
 
-EAGERNESS = Eagerness()
-"""The process' own: the stance of the compiler is global."""
+EAGERNESS = ForcedEagerness()
+"""The one of this process: the stance of the compiler is global."""
 
 
-def opaque(function: Callable[..., None], why: str) -> Callable[..., None]:
-    """The function as one that compiled code leaves for, here and in what it calls, without importing the compiler.
+def run_uncompiled(function: Callable[..., None], message: str) -> Callable[..., None]:
+    """Return the function such that compiled code breaks its graph to call it.
+
+    It and what it calls run uncompiled. The compiler is not imported.
 
     Args:
-        function: A method or function that returns nothing. It is told by `compiled=` whether what called it, and what is called after
-            it returns, runs as compiled code.
-        why: What a user of `fullgraph=True` is told.
+        function: Returns nothing, and takes `compiled=`: whether its caller runs as compiled code.
+        message: What a user of `fullgraph=True` reads.
     """
 
     def call(*args: Any) -> None:
@@ -58,34 +59,36 @@ def opaque(function: Callable[..., None], why: str) -> Callable[..., None]:
 
     call.__doc__ = function.__doc__
     call._torchdynamo_disable = True  # type: ignore[attr-defined]  # what torch.compiler.disable sets
-    call._torchdynamo_disable_msg = why  # type: ignore[attr-defined]
+    call._torchdynamo_disable_msg = message  # type: ignore[attr-defined]
     return call
 
 
-def leave_alone(function: Callable[..., None]) -> None:
-    """Have the compiler skip the function's own frame, whatever calls it. Imports the compiler, which any torch optimizer has done."""
+def skip_frame(function: Callable[..., None]) -> None:
+    """Make the compiler skip the function's own frame.
+
+    This imports the compiler, as any torch optimizer does.
+    """
     import torch._dynamo
 
     torch._dynamo.decorators.skip(function)
 
 
-def uncounted() -> bool:
-    """Whether what runs now is not the user's forward: a functorch transform, or activation checkpointing's second one in a backward."""
+def in_transform_or_backward() -> bool:
+    """Return whether this is a functorch transform, or the recomputation of a checkpoint."""
     return (
         torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._current_graph_task_id() != -1
     )
 
 
-def saved_as_is() -> contextlib.AbstractContextManager[Any]:
-    """Keeps what autograd saves out of the sight of hooks around, such as those of a checkpoint around the whole model."""
-    return torch.autograd.graph.saved_tensors_hooks(
-        torch.Tensor.detach, _same
-    )  # undetached, an output would hold its own node
+def save_unchanged() -> contextlib.AbstractContextManager[Any]:
+    """Hide what autograd saves from outer hooks, such as those of a checkpoint around the model."""
+    # Undetached, an output would hold its own node.
+    return torch.autograd.graph.saved_tensors_hooks(torch.Tensor.detach, _identity)
 
 
 def full_precision(device_types: Iterable[str]) -> contextlib.ExitStack:
-    """Switches autocast off, where it is on.
+    """Switch autocast off where it is on.
 
     Example:
         >>> with torch.autocast("cpu", torch.bfloat16), full_precision(["cpu"]):
@@ -99,5 +102,6 @@ def full_precision(device_types: Iterable[str]) -> contextlib.ExitStack:
     return stack
 
 
-def _same(tensor: Tensor) -> Tensor:
+def _identity(tensor: Tensor) -> Tensor:
+
     return tensor

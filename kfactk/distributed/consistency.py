@@ -1,4 +1,4 @@
-"""What ranks have to agree on before they share work: the recipe, and who shares it."""
+"""Check what ranks must agree on before they share work: the recipe, and the process group."""
 
 from __future__ import annotations
 
@@ -14,52 +14,57 @@ from kfactk.errors import CombinationError, OptionError
 
 
 def check_recipes(fields: Mapping[str, str], ranks: Communicator) -> None:
-    """Compare the ranks' recipes; a collective call.
+    """Compare the recipes of all ranks; a collective call.
 
     Args:
-        fields: This rank's, field by field, as text.
-        ranks: Those that are to share the work.
+        fields: The fields of this rank's recipe, as text.
+        ranks: The ranks that are to share the work.
 
     Raises:
-        OptionError: Two ranks have different ones.
+        OptionError: Two ranks have different recipes.
     """
     if ranks.same(repr(sorted(fields.items()))):
         return
-    every = ranks.gathered(dict(fields))
+    recipes = ranks.gathered(dict(fields))
     for field in fields:
-        if other := next(
-            (rank for rank, theirs in enumerate(every) if theirs[field] != every[0][field]), None
-        ):
-            raise OptionError(
-                f"ranks were given different recipes: {field} is {every[0][field]} on rank 0 and {every[other][field]} on rank {other}. "
-                "Build the same recipe on all ranks."
-            )
+        for rank, recipe in enumerate(recipes):
+            if recipe[field] != recipes[0][field]:
+                raise OptionError(
+                    f"ranks were given different recipes: {field} is {recipes[0][field]} on rank 0 "
+                    f"and {recipe[field]} on rank {rank}. Build the same recipe on all ranks."
+                )
 
 
 def check_group(model: nn.Module, parameters: Iterable[Tensor], ranks: Communicator) -> None:
-    """Hold the ranks that share curvature against those that a wrapper has share gradients or parameters, where no group was named.
+    """Compare the ranks that share curvature with those of DDP or `fully_shard`.
+
+    Nothing is checked where the placement has a process group.
 
     Args:
-        model: The model, with wrappers that are around it or inside.
-        parameters: Those that are trained, sharded where they are.
-        ranks: Those that are to share the work.
+        model: The model, with its wrappers.
+        parameters: The trained parameters, sharded where they are.
+        ranks: The ranks that are to share the work.
 
     Raises:
         CombinationError: They are not the same.
     """
     if ranks.group is not None or ranks.size == 1:
         return
-    for wrapper, members in _wrappers(model, parameters):
-        size = dist.get_world_size()
+    size = dist.get_world_size()
+    for wrapper, members in _wrapper_ranks(model, parameters):
         if set(members) != set(range(size)):
             raise CombinationError(
-                f"{wrapper} has ranks {', '.join(map(str, members))} of {size} train this model together, and the placement was "
-                "given no process group, so it would mix in the curvature of the others. Give it the wrapper's: "
+                f"{wrapper} has ranks {', '.join(map(str, members))} of {size} train this model "
+                "together, but the placement has no process group, so it would mix in the "
+                "curvature of the other ranks. Give it the group of the wrapper: "
                 "placement={'name': ..., 'process_group': group}."
             )
 
 
-def _wrappers(model: nn.Module, parameters: Iterable[Tensor]) -> Iterator[tuple[str, list[int]]]:
+def _wrapper_ranks(
+    model: nn.Module, parameters: Iterable[Tensor]
+) -> Iterator[tuple[str, list[int]]]:
+    """Yield the name of each wrapper with the ranks that it spans."""
     active = getattr(nn.parallel.DistributedDataParallel, "_active_ddp_module", None)
     for module in (*([] if active is None else [active]), *model.modules()):
         if isinstance(module, nn.parallel.DistributedDataParallel):

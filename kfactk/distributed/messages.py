@@ -1,36 +1,44 @@
-"""Messages under way between ranks, and what it means when one does not arrive."""
+"""Messages under way between ranks, and the error of one that does not arrive."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
 
 from kfactk.errors import KfactkError
 
-IN_FLIGHT = 4
-"""Messages under way at a time, which bounds the memory that their buffers take."""
+MAX_IN_FLIGHT = 4
+"""Largest number of messages under way at a time; it bounds the memory of their buffers."""
 
 
 class PendingMessage:
-    """A message under way; `wait` gives what it brings to this rank."""
+    """A message under way; `wait` returns what it brings to this rank.
 
-    def __init__(self, work: Any, finish: Callable[[], dict[str, Tensor]]) -> None:
-        self._work, self._finish = work, finish
+    Args:
+        work: What torch returned for the collective; `None` where nothing travels.
+    """
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
 
     def wait(self) -> dict[str, Tensor]:
-        """Wait for the message, and return the tensors by name."""
+        """Wait for the message, and return its tensors by name."""
         if self._work is not None:
-            with explained():
+            with explain_failures():
                 self._work.wait()
-        return self._finish()
+        return self.tensors()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of a message that has arrived; a subclass knows them."""
+        raise NotImplementedError
 
 
 @contextlib.contextmanager
-def explained() -> Iterator[None]:
-    """Say what a failed collective most likely means.
+def explain_failures() -> Iterator[None]:
+    """Explain the failure of a collective.
 
     Raises:
         KfactkError: In place of the RuntimeError that torch raises.
@@ -40,17 +48,18 @@ def explained() -> Iterator[None]:
     except RuntimeError as error:
         what = str(error).partition("\n")[0].partition(" This is typically")[0]
         raise KfactkError(
-            f"the ranks could not exchange curvature ({what}). Most likely another rank ended, failed, or did not call step(): look at its "
-            "output first. Then start all ranks again from the last checkpoint."
+            f"the ranks could not exchange curvature ({what}). Most likely another rank ended, "
+            "failed, or did not call step(): look at its output first. Then start all ranks again "
+            "from the last checkpoint."
         ) from error
 
 
-def flowing(messages: Iterator[PendingMessage]) -> Iterator[dict[str, Tensor]]:
-    """What messages bring, in their order, a few of them under way at a time."""
+def receive_in_order(messages: Iterator[PendingMessage]) -> Iterator[dict[str, Tensor]]:
+    """Yield what messages bring, in their order, with at most `MAX_IN_FLIGHT` under way."""
     waiting: list[PendingMessage] = []
     for message in messages:
         waiting.append(message)
-        if len(waiting) >= IN_FLIGHT:
+        if len(waiting) >= MAX_IN_FLIGHT:
             yield waiting.pop(0).wait()
     for message in waiting:
         yield message.wait()

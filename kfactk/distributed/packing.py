@@ -1,4 +1,4 @@
-"""Tensors in flat buffers for the wire: symmetric ones as one triangle, many small ones in one message."""
+"""Pack tensors into flat buffers: symmetric ones as one triangle, small ones in one message."""
 
 from __future__ import annotations
 
@@ -12,18 +12,12 @@ from kfactk.errors import StateError
 from kfactk.samples import Statistic
 
 BUCKET_BYTES = 25 * 2**20
-"""Size at which a message is sent off, and the next one begun."""
+"""Largest size of a message with several tensors."""
 
 
 @attrs.frozen
 class TensorSpec:
-    """What has to be known of a tensor to take it out of a buffer.
-
-    Args:
-        shape: Its shape.
-        dtype: Its dtype.
-        symmetric: Whether it travels as one triangle.
-    """
+    """The shape and dtype of a tensor, and whether it travels as one triangle."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -31,30 +25,28 @@ class TensorSpec:
 
     @classmethod
     def of(cls, tensor: Tensor, *, symmetric: bool = False) -> TensorSpec:
-        """The form of a tensor."""
-        return cls(
-            tuple(tensor.shape),
-            tensor.dtype,
-            symmetric and tensor.ndim >= 2 and tensor.shape[-1] == tensor.shape[-2],
-        )
+        """Return the spec of a tensor; `symmetric` is ignored where the tensor is not square."""
+        square = tensor.ndim >= 2 and tensor.shape[-1] == tensor.shape[-2]
+        return cls(tuple(tensor.shape), tensor.dtype, symmetric and square)
 
     @property
     def numel(self) -> int:
-        """How many numbers travel."""
+        """Number of elements that travel."""
         if not self.symmetric:
             return torch.Size(self.shape).numel()
         n = self.shape[-1]
         return torch.Size(self.shape[:-2]).numel() * (n * (n + 1) // 2)
 
     def blank(self, device: torch.device) -> Tensor:
-        """A tensor of this form, without values."""
+        """Return an uninitialised tensor of this shape and dtype."""
         return torch.empty(self.shape, dtype=self.dtype, device=device)
 
 
 def pack_symmetric(matrix: Tensor) -> Tensor:
-    """The lower triangle `[..., n (n + 1) / 2]` of `[..., n, n]`, as rectangles: no index is needed.
+    """Return the lower triangle `[..., n (n + 1) / 2]` of `[..., n, n]`.
 
-    The leading half's lower triangle and the trailing half's upper one share a rectangle, and the block between them follows.
+    It is made of rectangles, without indices: the lower triangle of the leading half and the upper
+    triangle of the trailing half share one; the block between them is the other.
 
     Example:
         >>> m = torch.tensor([[1.0, 2.0], [2.0, 3.0]])
@@ -63,7 +55,8 @@ def pack_symmetric(matrix: Tensor) -> Tensor:
                 [2., 3.]]))
 
     References:
-        Gustavson et al. 2010, "Rectangular Full Packed Format for Cholesky's Algorithm", arXiv:0901.1696.
+        Gustavson et al. 2010, "Rectangular Full Packed Format for Cholesky's Algorithm",
+        arXiv:0901.1696.
     """
     n = matrix.shape[-1]
     head, tail = (n + 1) // 2, n // 2
@@ -74,7 +67,7 @@ def pack_symmetric(matrix: Tensor) -> Tensor:
 
 
 def unpack_symmetric(packed: Tensor, n: int) -> Tensor:
-    """Inverse of `pack_symmetric`, `[..., n, n]`."""
+    """Return the symmetric matrix `[..., n, n]`, the inverse of `pack_symmetric`."""
     head, tail = (n + 1) // 2, n // 2
     lead = packed.shape[:-1]
     first, last = torch.split(packed, [head * (tail + 1), tail * head], -1)
@@ -89,79 +82,74 @@ def unpack_symmetric(packed: Tensor, n: int) -> Tensor:
 
 
 def pack(tensors: Sequence[Tensor], specs: Sequence[TensorSpec], dtype: torch.dtype) -> Tensor:
-    """Tensors of these forms as one flat buffer of `dtype`."""
-    flat = [
-        pack_symmetric(tensor) if form.symmetric else tensor
-        for tensor, form in zip(tensors, specs, strict=True)
+    """Return tensors with these specs as one flat buffer of `dtype`."""
+    parts = [
+        pack_symmetric(tensor) if spec.symmetric else tensor
+        for tensor, spec in zip(tensors, specs, strict=True)
     ]
-    return torch.cat([each.reshape(-1).to(dtype) for each in flat])
+    return torch.cat([part.reshape(-1).to(dtype) for part in parts])
 
 
 def unpack(buffer: Tensor, specs: Sequence[TensorSpec]) -> list[Tensor]:
-    """Inverse of `pack`; the tensors own their memory."""
-    found = []
-    for part, form in zip(torch.split(buffer, [form.numel for form in specs]), specs, strict=True):
-        if form.symmetric:
-            found.append(
-                unpack_symmetric(part.to(form.dtype).reshape(*form.shape[:-2], -1), form.shape[-1])
-            )
+    """Return the tensors, each in memory of its own, the inverse of `pack`."""
+    tensors = []
+    for part, spec in zip(torch.split(buffer, [spec.numel for spec in specs]), specs, strict=True):
+        if spec.symmetric:
+            triangles = part.to(spec.dtype).reshape(*spec.shape[:-2], -1)
+            tensors.append(unpack_symmetric(triangles, spec.shape[-1]))
         else:
-            found.append(part.to(form.dtype, copy=True).reshape(form.shape))
-    return found
+            tensors.append(part.to(spec.dtype, copy=True).reshape(spec.shape))
+    return tensors
 
 
 def buckets(specs: Mapping[str, TensorSpec], limit: int = BUCKET_BYTES) -> Iterator[list[str]]:
-    """Names in runs whose tensors together do not exceed `limit` bytes, each run of one dtype; a larger tensor goes alone.
+    """Yield the names in buckets of one dtype and at most `limit` bytes; a larger tensor is alone.
 
     Example:
-        >>> specs = {name: TensorSpec((n,), torch.float32) for name, n in {"a": 1, "b": 2, "c": 9}.items()}
+        >>> sizes = {"a": 1, "b": 2, "c": 9}
+        >>> specs = {name: TensorSpec((n,), torch.float32) for name, n in sizes.items()}
         >>> list(buckets(specs, limit=16))
         [['a', 'b'], ['c']]
     """
-    for dtype in sorted({form.dtype for form in specs.values()}, key=str):
-        run: list[str] = []
+    for dtype in sorted({spec.dtype for spec in specs.values()}, key=str):
+        bucket: list[str] = []
         size = 0
-        for name, form in specs.items():
-            if form.dtype != dtype:
+        for name, spec in specs.items():
+            if spec.dtype != dtype:
                 continue
-            bytes_ = form.numel * form.dtype.itemsize
-            if run and size + bytes_ > limit:
-                yield run
-                run, size = [], 0
-            run.append(name)
-            size += bytes_
-        if run:
-            yield run
+            nbytes = spec.numel * spec.dtype.itemsize
+            if bucket and size + nbytes > limit:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(name)
+            size += nbytes
+        if bucket:
+            yield bucket
 
 
 def spec_of(statistic: Statistic) -> TensorSpec | None:
-    """The form of a statistic's total; `None` without one."""
-    return (
-        None
-        if statistic.total is None
-        else TensorSpec.of(statistic.total, symmetric=statistic.symmetric)
-    )
+    """Return the spec of a statistic's total; `None` without one."""
+    if statistic.total is None:
+        return None
+    return TensorSpec.of(statistic.total, symmetric=statistic.symmetric)
 
 
-def widest(name: str, specs: Iterable[TensorSpec | None]) -> TensorSpec | None:
-    """The form that all ranks' totals of one name fit into; `None` where nobody has one.
+def common_spec(name: str, specs: Iterable[TensorSpec | None]) -> TensorSpec | None:
+    """Return the spec that the total of every rank fits into; `None` where no rank has one.
 
     Raises:
         StateError: Their shapes differ.
     """
-    found: TensorSpec | None = None
-    for form in specs:
-        if found is None or form is None:
-            found = form if found is None else found
+    common: TensorSpec | None = None
+    for spec in specs:
+        if common is None or spec is None:
+            common = common or spec
             continue
-        if form.shape != found.shape:
+        if spec.shape != common.shape:
             raise StateError(
-                f"ranks disagree on the shape of {name!r}: {found.shape} and {form.shape}. "
-                "Each rank must hold the same model, bound in the same way; check what differs between them."
+                f"ranks disagree on the shape of {name!r}: {common.shape} and {spec.shape}. Every "
+                "rank must hold the same model, bound in the same way; check what differs."
             )
-        found = TensorSpec(
-            found.shape,
-            torch.promote_types(found.dtype, form.dtype),
-            found.symmetric and form.symmetric,
-        )
-    return found
+        dtype = torch.promote_types(common.dtype, spec.dtype)
+        common = TensorSpec(common.shape, dtype, common.symmetric and spec.symmetric)
+    return common

@@ -1,9 +1,12 @@
-"""Parameters that `torch.distributed.fsdp.fully_shard` divides among ranks, and the plain tensors that everything else works on.
+"""Convert between parameters that `torch.distributed.fsdp.fully_shard` shards and plain tensors.
 
-A sharded parameter is a DTensor: a mesh of ranks, and for each of its dimensions a placement. `Shard` (and `_StridedShard`) divides a
-dimension of the tensor, unevenly where it must, so that a rank may have nothing; `Replicate` (the first dimension of an HSDP mesh) has
-the same on each of its ranks. Functions that communicate say so; all ranks of a mesh must call them alike. A plain tensor passes through
-all of them without a message. Nothing here imports `torch.distributed.tensor` before there is a DTensor, which takes its time.
+A sharded parameter is a DTensor: a mesh of ranks, and a placement for each dimension of the mesh.
+`Shard` (and `_StridedShard`) divides a dimension of the tensor, unevenly where it must, so a shard
+may be empty. `Replicate`, the first dimension of an HSDP mesh, keeps the same on each rank.
+
+Functions that communicate say so; all ranks of a mesh must call them alike. Plain tensors pass
+through without a message. `torch.distributed.tensor` is slow to import, so it is imported only
+where there is a DTensor.
 """
 
 from __future__ import annotations
@@ -24,24 +27,22 @@ if TYPE_CHECKING:
 
 Division = tuple[Any, tuple[int, ...]]
 """The mesh of a DTensor, and the dimensions of the mesh that divide it."""
-
-
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
 def is_sharded(tensor: Tensor) -> TypeGuard[DTensor]:
-    """Whether a tensor is divided among ranks, or replicated on a mesh: a DTensor."""
+    """Return whether a tensor is a DTensor: sharded, or replicated on a mesh."""
     if type(tensor) in _PLAIN:
         return False
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The full tensor, on every rank. A collective call for a DTensor.
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return the full tensor, on every rank. A collective call for a DTensor.
 
     Raises:
-        CombinationError: It is distributed in another way than `fully_shard` does it.
+        CombinationError: Its placements are not those of `fully_shard`.
     """
     if not is_sharded(tensor):
         return tensor
@@ -50,11 +51,11 @@ def whole(tensor: Tensor) -> Tensor:
         return tensor.full_tensor()
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's shard, as a plain tensor that shares memory with it; it may be empty.
+def local_shard(tensor: Tensor) -> Tensor:
+    """Return this rank's shard, as a plain tensor that shares its memory; it may be empty.
 
     Raises:
-        CombinationError: It is distributed in another way than `fully_shard` does it.
+        CombinationError: Its placements are not those of `fully_shard`.
     """
     if not is_sharded(tensor):
         return tensor
@@ -64,19 +65,24 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def shard_of(full: Tensor, parameter: Tensor) -> Tensor:
-    """This rank's part of a full tensor that every rank has, divided as `parameter` is; in memory of its own if it is divided at all."""
-    return local(sharded_like(full, parameter))
+    """Return this rank's shard of a full tensor that every rank has, divided as `parameter` is.
+
+    It has memory of its own where the parameter is sharded.
+    """
+    return local_shard(sharded_like(full, parameter))
 
 
 def sharded_like(full: Tensor, parameter: Tensor) -> Tensor:
-    """A full tensor that every rank has, as a DTensor with the mesh and the placements of `parameter`; without a message.
+    """Return a full tensor as a DTensor with the mesh and the placements of `parameter`.
+
+    No message is sent. With a plain parameter, `full` itself is returned.
 
     Args:
         full: Of the parameter's shape and any dtype, equal on all ranks.
-        parameter: With a plain one, `full` is returned.
+        parameter: The parameter.
 
     Raises:
-        CombinationError: The parameter is distributed in another way than `fully_shard` does it.
+        CombinationError: The parameter's placements are not those of `fully_shard`.
     """
     if not is_sharded(parameter):
         return full
@@ -88,8 +94,11 @@ def sharded_like(full: Tensor, parameter: Tensor) -> Tensor:
     )
 
 
-def placed(shard: Tensor, parameter: Tensor) -> Tensor:
-    """A shard as the DTensor that it is a part of: the inverse of `local`; without a message."""
+def from_local_shard(shard: Tensor, parameter: Tensor) -> Tensor:
+    """Return the DTensor that a shard is a part of, the inverse of `local_shard`.
+
+    No message is sent.
+    """
     if not is_sharded(parameter):
         return shard
     from torch.distributed.tensor import DTensor
@@ -101,24 +110,22 @@ def placed(shard: Tensor, parameter: Tensor) -> Tensor:
 
 
 def division(tensor: Tensor) -> Division | None:
-    """What divides a tensor; `None` for a plain one.
+    """Return what divides a tensor; `None` for a plain one.
 
     Raises:
-        CombinationError: It is distributed in another way than `fully_shard` does it.
+        CombinationError: Its placements are not those of `fully_shard`.
     """
     if not is_sharded(tensor):
         return None
     from torch.distributed.tensor import Replicate, Shard
     from torch.distributed.tensor.placement_types import _StridedShard
 
-    if other := [
-        placement
-        for placement in tensor.placements
-        if not isinstance(placement, Shard | _StridedShard | Replicate)
-    ]:
+    known = (Shard, _StridedShard, Replicate)
+    if other := [each for each in tensor.placements if not isinstance(each, known)]:
         raise CombinationError(
-            f"a tensor of shape {tuple(tensor.shape)} is distributed as {other[0]}, and only shards and replicas, as fully_shard makes "
-            "them, are understood. Shard the model with torch.distributed.fsdp.fully_shard, or leave that layer alone with exclude=."
+            f"a tensor of shape {tuple(tensor.shape)} is distributed as {other[0]}; only the "
+            "shards and replicas that fully_shard makes are supported. Shard the model with "
+            "torch.distributed.fsdp.fully_shard, or leave that layer alone with exclude=."
         )
     sharded = tuple(
         dim
@@ -129,15 +136,15 @@ def division(tensor: Tensor) -> Division | None:
 
 
 class ShardedProducts:
-    """A `Dot` over shards: local sums, then one message for each mesh, along the dimensions that divide it. A collective call.
+    """A `Dot` over shards: local sums, then one all-reduce for each mesh. A collective call.
 
-    Replicas (HSDP) are counted once. The answer is the same on every rank.
+    Replicas (HSDP) are counted once. The result is the same on every rank.
 
     Args:
         parameters: Those that the tensors belong to, in the order of the clip's pairs.
 
     Raises:
-        CombinationError: A parameter is distributed in another way than `fully_shard` does it.
+        CombinationError: A parameter's placements are not those of `fully_shard`.
 
     Example:
         >>> ShardedProducts([torch.zeros(2)])([torch.ones(2)], [torch.ones(2)])
@@ -148,53 +155,57 @@ class ShardedProducts:
         self._divisions = [division(parameter) for parameter in parameters]
 
     def __call__(self, xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
-        """`<x, y>` pair by pair, `[len]`, on the first one's device.
+        """Return `<x, y>` pair by pair, `[len]`, on the first one's device.
 
         Raises:
-            PluginError: Tensors of different meshes, and not one for each pair, so that it cannot be told whose shards they are.
+            PluginError: Parameters lie on different meshes, and there is not one tensor for each.
         """
         sums = inner_products(xs, ys)
-        divisions = self._of(len(sums))
-        for each in dict.fromkeys(divisions):
-            if each is not None:
-                rows = [row for row, other in enumerate(divisions) if other == each]
-                sums[rows] = _summed(sums[rows], each)
+        divisions = self._divisions_of(len(sums))
+        for division in dict.fromkeys(divisions):
+            if division is not None:
+                rows = [row for row, other in enumerate(divisions) if other == division]
+                sums[rows] = _sum_over_ranks(sums[rows], division)
         return sums
 
-    def _of(self, count: int) -> list[Division | None]:
+    def _divisions_of(self, count: int) -> list[Division | None]:
+        """Return the division of each of `count` tensors."""
         if len(set(self._divisions)) == 1:
             return self._divisions[:1] * count
         if count != len(self._divisions):
             raise PluginError(
-                f"the clip asked for inner products of {count} tensors where there are {len(self._divisions)} pairs, whose parameters are "
-                "divided among ranks in different ways: give dot one tensor for each pair, in their order. Report it to its authors, or "
-                "use another clip."
+                f"the clip asked for inner products of {count} tensors where there are "
+                f"{len(self._divisions)} pairs, whose parameters are sharded in different ways. "
+                "The clip must give dot one tensor for each pair, in their order. Report it to its "
+                "authors, or use another clip."
             )
         return self._divisions
 
 
-def agreed(good: bool, tensors: Sequence[Tensor]) -> bool:
-    """Whether `good` is true on all ranks that share any of these tensors. A collective call where any is a DTensor.
+def true_on_all_ranks(flag: bool, tensors: Sequence[Tensor]) -> bool:
+    """Return whether `flag` is true on all ranks that share any of these tensors.
+
+    A collective call where any of them is a DTensor.
 
     Example:
-        >>> agreed(True, [torch.ones(2)])
+        >>> true_on_all_ranks(True, [torch.ones(2)])
         True
     """
     meshes = dict.fromkeys(tensor.device_mesh for tensor in tensors if is_sharded(tensor))
     if not meshes:
-        return good
-    flag = torch.tensor(float(not good))
+        return flag
+    false = torch.tensor(float(not flag))
     for mesh in meshes:
-        flag = _summed(flag, (mesh, tuple(range(mesh.ndim))))
-    return not bool(flag)
+        false = _sum_over_ranks(false, (mesh, tuple(range(mesh.ndim))))
+    return not bool(false)
 
 
-def _summed(values: Tensor, along: Division) -> Tensor:
-    """The sum over ranks along some dimensions of a mesh."""
+def _sum_over_ranks(values: Tensor, along: Division) -> Tensor:
+    """Return the sum over ranks along some dimensions of a mesh."""
     mesh, dims = along
-    there = (
+    on_mesh = (
         values.clone() if values.device.type == mesh.device_type else values.to(mesh.device_type)
     )
     for dim in dims:
-        dist.all_reduce(there, group=mesh.get_group(dim))
-    return there.to(values.device)
+        dist.all_reduce(on_mesh, group=mesh.get_group(dim))
+    return on_mesh.to(values.device)

@@ -16,6 +16,7 @@ if _missing := [
         name=_missing[0],
     )
 
+from kfactk.testing._support import truth as truth
 from kfactk.testing._support.laws import (
     Law as Law,
     Laws as Laws,
@@ -23,6 +24,8 @@ from kfactk.testing._support.laws import (
     effort as effort,
     law as law,
 )
+from kfactk.testing._support.situations import Situation as Situation
+from kfactk.testing._support.strategies import Case as Case
 from kfactk.testing.basis import BasisLaws as BasisLaws
 from kfactk.testing.clip import ClipLaws as ClipLaws
 from kfactk.testing.curvature import CurvatureLaws as CurvatureLaws

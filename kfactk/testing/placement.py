@@ -41,7 +41,7 @@ def works(draw: st.DrawFn, layer: str) -> Work:
             [kronecker, kronecker, channels, {"square": gradient}, {"A": kronecker["A"]}, {}]
         )
     )
-    return Work(layer, matrices, gradient, together=draw(st.booleans()))
+    return Work(layer, matrices, gradient, indivisible=draw(st.booleans()))
 
 
 @st.composite
@@ -118,7 +118,7 @@ class PlacementLaws(Laws):
         shares = self._answer(workload, ranks).shares
         for work in workload.works:
             groups = set(shares[work.layer].inverse_workers.values())
-            assert not work.together or len(groups) <= 1, (
+            assert not work.indivisible or len(groups) <= 1, (
                 f"the matrices of {work.layer}, made of common statistics, lie on {sorted(groups)}"
             )
 

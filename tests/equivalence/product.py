@@ -68,7 +68,7 @@ class Anyhow:
                 for _ in range(len(work.matrices) + 1)
             ]
             inverse_workers = {
-                name: some[0 if work.together else number]
+                name: some[0 if work.indivisible else number]
                 for number, name in enumerate(sorted(work.matrices))
             }
             shares[work.layer] = Share(inverse_workers, some[-1])

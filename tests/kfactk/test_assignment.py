@@ -1,4 +1,4 @@
-"""Who does what: literal partitions, the 4/3 of longest-first, and answers that are refused."""
+"""Assignments: literal partitions, the 4/3 bound of longest-first, and refused assignments."""
 
 import itertools
 import math
@@ -8,7 +8,7 @@ import attrs
 import pytest
 from hypothesis import given, strategies as st
 
-from kfactk.assignment import Assignment, Share, Work, Workload, balance, grid, late_layers
+from kfactk.assignment import Assignment, Share, Work, Workload, balance, grid, layers_near_output
 from kfactk.errors import PluginError
 from tests.kfactk.workloads import workloads
 
@@ -21,7 +21,7 @@ FC1, FC2, FC3 = (
 THREE = Workload((FC1, FC2, FC3))
 
 
-def test_costs_are_cubes_of_square_matrices_and_sizes_of_others() -> None:
+def test_work_costs_cubes_of_square_matrices_and_sizes_of_others() -> None:
     work = Work("conv", {"A": (2, 3, 3), "G": (2, 5, 5), "d": (7,), "s": (4, 6)}, (2, 5, 3))
     assert {name: work.flops(name) for name in work.matrices} == {
         "A": 54,
@@ -29,13 +29,13 @@ def test_costs_are_cubes_of_square_matrices_and_sizes_of_others() -> None:
         "d": 7,
         "s": 24,
     }
-    assert work.units() == {
+    assert work.pieces() == {
         ("conv", "A"): 54.0,
         ("conv", "G"): 250.0,
         ("conv", "d"): 7.0,
         ("conv", "s"): 24.0,
     }
-    assert attrs.evolve(work, together=True).units() == {("conv", ""): 335.0}
+    assert attrs.evolve(work, indivisible=True).pieces() == {("conv", ""): 335.0}
 
 
 def test_balance_takes_the_longest_first_and_the_first_of_equals() -> None:
@@ -47,26 +47,26 @@ def test_balance_takes_the_longest_first_and_the_first_of_equals() -> None:
     assert balance({}, range(2)) == {}
 
 
-def loads(costs: Sequence[float], placed: dict[int, int], bins: int) -> list[float]:
+def loads(costs: Sequence[float], bin_of: dict[int, int], bins: int) -> list[float]:
     return [
-        sum(costs[piece] for piece, number in placed.items() if number == each)
-        for each in range(bins)
+        sum(costs[piece] for piece, other in bin_of.items() if other == number)
+        for number in range(bins)
     ]
 
 
 @given(st.lists(st.integers(0, 30).map(float), min_size=1, max_size=7), st.integers(1, 3))
-def test_balance_is_within_four_thirds_of_the_best_there_is(costs: list[float], bins: int) -> None:
-    """Graham's bound, 4/3 - 1/(3 bins), against every division there is."""
-    placed = balance(dict(enumerate(costs)), range(bins))
+def test_balance_is_within_four_thirds_of_the_optimum(costs: list[float], bins: int) -> None:
+    """Graham's bound is 4/3 - 1/(3 bins); the optimum comes from all divisions."""
+    found = balance(dict(enumerate(costs)), range(bins))
     best = min(
         max(loads(costs, dict(enumerate(choice)), bins))
         for choice in itertools.product(range(bins), repeat=len(costs))
     )
-    assert max(loads(costs, placed, bins)) <= (4 / 3 - 1 / (3 * bins)) * best + 1e-9
+    assert max(loads(costs, found, bins)) <= (4 / 3 - 1 / (3 * bins)) * best + 1e-9
 
 
-def test_one_row_of_all_ranks_divides_matrices() -> None:
-    """fc3.A 125 -> 0; fc2.A 64 -> 1; fc1.A 27 -> 1; fc1.G 8 -> 1; fc3.G 8 -> 1; fc2.G 1 -> 1: 125 and 108."""
+def test_grid_of_one_row_divides_matrices() -> None:
+    """fc3.A 125 goes to rank 0; fc2.A 64, fc1.A 27, fc1.G 8, fc3.G 8, fc2.G 1 go to rank 1."""
     assert grid(THREE, ranks=2, width=2, strategy="one").shares == {
         "fc1": Share({"A": (1,), "G": (1,)}, (0, 1)),
         "fc2": Share({"A": (1,), "G": (1,)}, (0, 1)),
@@ -74,7 +74,7 @@ def test_one_row_of_all_ranks_divides_matrices() -> None:
     }
 
 
-def test_rows_of_one_rank_own_layers() -> None:
+def test_grid_of_rows_of_one_rank_divides_layers() -> None:
     """Layers cost 35, 65, 133."""
     assert grid(THREE, ranks=2, width=1, strategy="own").shares == {
         "fc1": Share({"A": (1,), "G": (1,)}, (1,)),
@@ -83,7 +83,7 @@ def test_rows_of_one_rank_own_layers() -> None:
     }
 
 
-def test_rows_of_two_among_four() -> None:
+def test_grid_of_two_rows_divides_layers_and_matrices() -> None:
     assert grid(THREE, ranks=4, width=2, strategy="rows", reason="why not").shares == {
         "fc1": Share({"A": (3,), "G": (3,)}, (2, 3)),
         "fc2": Share({"A": (2,), "G": (3,)}, (2, 3)),
@@ -91,7 +91,7 @@ def test_rows_of_two_among_four() -> None:
     }
 
 
-def test_everyone_of_a_row_decomposes_where_asked() -> None:
+def test_grid_with_everyone_makes_the_row_inverse_workers() -> None:
     found = grid(Workload((FC1, FC3)), ranks=4, width=2, strategy="rows", everyone=True)
     assert found.shares == {
         "fc1": Share({"A": (2, 3), "G": (2, 3)}, (2, 3)),
@@ -100,9 +100,9 @@ def test_everyone_of_a_row_decomposes_where_asked() -> None:
     assert (found.strategy, found.reason) == ("rows", "")
 
 
-def test_matrices_of_common_statistics_stay_together() -> None:
-    """conv costs 16, so fc1.A 27 goes first, then conv to the other rank, then fc1.G 8 to the one with 16."""
-    conv = Work("conv", {"A": (2, 2), "G": (2, 2)}, (2, 2), together=True)
+def test_grid_keeps_indivisible_matrices_on_one_rank() -> None:
+    """fc1.A 27 goes first, then conv 16 to the other rank, then fc1.G 8 to the one with 16."""
+    conv = Work("conv", {"A": (2, 2), "G": (2, 2)}, (2, 2), indivisible=True)
     assert grid(Workload((FC1, conv)), ranks=2, width=2, strategy="one").shares == {
         "fc1": Share({"A": (0,), "G": (1,)}, (0, 1)),
         "conv": Share({"A": (1,), "G": (1,)}, (0, 1)),
@@ -114,7 +114,7 @@ def test_matrices_of_common_statistics_stay_together() -> None:
     st.sampled_from([(1, 1), (2, 1), (2, 2), (4, 1), (4, 2), (6, 3), (5, 5)]),
     st.booleans(),
 )
-def test_grids_keep_every_promise(
+def test_grid_assigns_all_work_within_rows(
     workload: Workload, shape: tuple[int, int], everyone: bool
 ) -> None:
     ranks, width = shape
@@ -129,20 +129,20 @@ def test_grids_keep_every_promise(
 
 
 @given(workloads(), st.sampled_from([2, 3, 4]))
-def test_no_rank_bears_more_than_four_thirds_of_its_part(workload: Workload, ranks: int) -> None:
-    """The least possible is at least the mean, and at least the largest piece; longest-first stays within 4/3 of the best, and within
-    the mean and one piece."""
+def test_grid_loads_no_rank_with_more_than_the_mean_and_a_piece(
+    workload: Workload, ranks: int
+) -> None:
     found = grid(workload, ranks, ranks, "one")
-    units = [cost for work in workload.works for cost in work.units().values()]
-    borne = [0.0] * ranks
+    pieces = [cost for work in workload.works for cost in work.pieces().values()]
+    loads = [0.0] * ranks
     for work in workload.works:
         for name, (rank,) in found.shares[work.layer].inverse_workers.items():
-            borne[rank] += work.flops(name)
-    assert math.isclose(sum(borne), sum(units))
-    assert max(borne) <= sum(units) / ranks + max(units) * (1 - 1 / ranks) + 1e-6
+            loads[rank] += work.flops(name)
+    assert math.isclose(sum(loads), sum(pieces))
+    assert max(loads) <= sum(pieces) / ranks + max(pieces) * (1 - 1 / ranks) + 1e-6
 
 
-def test_a_holder_is_its_own_source_and_the_others_are_divided_among_holders() -> None:
+def test_source_divides_other_ranks_among_gradient_workers() -> None:
     share = Share({"A": (1,)}, (1, 4, 5))
     assert [share.source(rank) for rank in range(7)] == [1, 1, 5, 1, 4, 5, 1]
 
@@ -155,25 +155,25 @@ def changed(share: Share) -> Assignment:
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("wrong", "message"),
     [
         (
             attrs.evolve(GOOD, shares={name: GOOD.shares[name] for name in ("fc1", "fc3")}),
-            r"work of layer 'fc2' to nobody: None.* A, G",
+            r"did not assign all matrices of layer 'fc2', A, G: it gave None\. Report",
         ),
         (
             changed(Share({"A": (0,)}, (0, 1))),
-            r"'mine' left work of layer 'fc2' to nobody: .*, where its matrices are A, G\. Report",
+            r"'mine' did not assign all matrices of layer 'fc2', A, G: it gave Share\(.*Report",
         ),
         (
             changed(Share({"A": (0,), "G": (0,), "H": (0,)}, (0,))),
-            "left work of layer 'fc2' to nobody",
+            "did not assign all matrices of layer 'fc2'",
         ),
         (
             changed(Share({"A": (0,), "G": ()}, (0,))),
-            r"gave work of layer 'fc2' to the ranks \(\); .*between 0 and 1",
+            r"assigned layer 'fc2' to the ranks \(\); .*between 0 and 1",
         ),
-        (changed(Share({"A": (0,), "G": (0,)}, ())), r"gave work of layer 'fc2' to the ranks \(\)"),
+        (changed(Share({"A": (0,), "G": (0,)}, ())), r"assigned layer 'fc2' to the ranks \(\)"),
         (changed(Share({"A": (0,), "G": (2,)}, (0,))), r"to the ranks \(2,\)"),
         (changed(Share({"A": (0,), "G": (0,)}, (-1, 0))), r"to the ranks \(-1, 0\)"),
         (
@@ -183,28 +183,28 @@ def changed(share: Share) -> Assignment:
         (changed(Share({"A": (0,), "G": (0,)}, (1, 1))), r"to the ranks \(1, 1\)"),
     ],
 )
-def test_answers_that_cannot_be_are_refused(wrong: Assignment, said: str) -> None:
-    with pytest.raises(PluginError, match=said):
+def test_check_refuses_missing_and_impossible_ranks(wrong: Assignment, message: str) -> None:
+    with pytest.raises(PluginError, match=message):
         wrong.check(THREE, 2)
 
 
-def test_common_statistics_are_not_divided() -> None:
-    workload = Workload((attrs.evolve(FC2, together=True),))
+def test_check_refuses_a_divided_indivisible_layer() -> None:
+    workload = Workload((attrs.evolve(FC2, indivisible=True),))
     with pytest.raises(
         PluginError,
-        match="divided the matrices of layer 'fc2', which are made of common statistics",
+        match="put the matrices of layer 'fc2' on different ranks",
     ):
         Assignment("mine", {"fc2": Share({"A": (0,), "G": (1,)}, (0, 1))}).check(workload, 2)
     Assignment("mine", {"fc2": Share({"A": (1,), "G": (1,)}, (0, 1))}).check(workload, 2)
 
 
 @given(shapes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=8))
-def test_the_late_part_is_the_least_end_of_the_model_with_nine_tenths_of_the_work(
+def test_layers_near_output_are_the_fewest_with_nine_tenths_of_the_cost(
     shapes: list[tuple[int, int]],
 ) -> None:
     works = [Work(str(place), {}, shape) for place, shape in enumerate(shapes)]
     costs = [o * i * (o + i) for o, i in shapes]
-    late = sorted(map(int, late_layers(works)))
+    late = sorted(map(int, layers_near_output(works)))
     assert late == list(range(len(shapes) - len(late), len(shapes))), "the end of the model"
     assert len(late) < len(shapes), "never all"
     if 0 < len(late) < len(shapes) - 1:

@@ -1,3 +1,5 @@
+"""Linear algebra equals dense truth in float64; decompositions handle degenerate input."""
+
 from collections.abc import Callable
 
 import pytest
@@ -28,7 +30,7 @@ def rotation(seed: int, n: int) -> Tensor:
     return torch.linalg.qr(draw(seed, n, n)).Q
 
 
-def test_any_number_of_leading_dimensions() -> None:
+def test_block_diagonal_and_jitter_take_leading_dimensions() -> None:
     a, b = draw(0, 2, 5, 3, 3), draw(1, 2, 5, 4, 4)
     pairs = zip(a.flatten(0, 1), b.flatten(0, 1), strict=True)
     assert torch.equal(
@@ -61,7 +63,9 @@ def test_kron_broadcasts_leading_dimensions() -> None:
 
 @settings(deadline=None)
 @given(seed=seeds, m=sizes, n=sizes, k=sizes, p=sizes, lead=leading)
-def test_mixed_product(seed: int, m: int, n: int, k: int, p: int, lead: tuple[int, ...]) -> None:
+def test_kron_satisfies_the_mixed_product(
+    seed: int, m: int, n: int, k: int, p: int, lead: tuple[int, ...]
+) -> None:
     a, c = draw(seed, *lead, m, n), draw(seed + 1, *lead, n, k)
     b, d = draw(seed + 2, *lead, k, p), draw(seed + 3, *lead, p, m)
     torch.testing.assert_close(linalg.kron(a, b) @ linalg.kron(c, d), linalg.kron(a @ c, b @ d))
@@ -69,7 +73,9 @@ def test_mixed_product(seed: int, m: int, n: int, k: int, p: int, lead: tuple[in
 
 @settings(deadline=None)
 @given(seed=seeds, o=sizes, i=sizes, p=sizes, q=sizes, lead=leading)
-def test_the_vec_trick(seed: int, o: int, i: int, p: int, q: int, lead: tuple[int, ...]) -> None:
+def test_vec_satisfies_the_vec_trick(
+    seed: int, o: int, i: int, p: int, q: int, lead: tuple[int, ...]
+) -> None:
     left, v, right = (
         draw(seed, *lead, p, o),
         draw(seed + 1, *lead, o, i),
@@ -86,7 +92,7 @@ def test_vec_stacks_columns() -> None:
 
 @settings(deadline=None)
 @given(seed=seeds, o=sizes, i=sizes, lead=leading)
-def test_the_inverse_and_the_eigenbasis_of_a_product(
+def test_kron_has_the_inverse_and_eigenbasis_of_its_factors(
     seed: int, o: int, i: int, lead: tuple[int, ...]
 ) -> None:
     a, g = spd(seed, *lead, n=i), spd(seed + 1, *lead, n=o)
@@ -101,7 +107,7 @@ def test_the_inverse_and_the_eigenbasis_of_a_product(
     torch.testing.assert_close(u @ torch.diag_embed(s) @ u.mT, dense)
 
 
-def test_small_helpers() -> None:
+def test_diagonals_and_symmetrise_equal_dense() -> None:
     a, b = draw(0, 3, 2, 2), draw(1, 3, 4, 4)
     joined = linalg.block_diagonal(a, b)
     assert torch.equal(
@@ -117,7 +123,7 @@ def test_small_helpers() -> None:
     torch.testing.assert_close(
         linalg.add_diagonal(b, torch.tensor(2.0)), before + 2 * torch.eye(4, dtype=F64)
     )
-    assert torch.equal(b, before), "the input stays as it is"
+    assert torch.equal(b, before), "add_diagonal must not change its input"
     once = torch.eye(2).expand(3, 2, 2)
     assert torch.equal(linalg.add_diagonal(once, 1.0), 2 * torch.eye(2).expand(3, 2, 2))
 
@@ -130,7 +136,7 @@ def test_small_helpers() -> None:
     scale=scales,
     dtype=st.sampled_from([torch.float32, F64]),
 )
-def test_eigh_survives_rank_deficiency_and_every_scale(
+def test_eigh_handles_rank_deficiency_at_every_scale(
     seed: int, n: int, rank: int, scale: float, dtype: torch.dtype
 ) -> None:
     matrix = (spd(seed, n=n, rank=min(rank, n)) * scale / n).to(dtype)
@@ -153,7 +159,7 @@ def test_eigh_survives_rank_deficiency_and_every_scale(
     scale=scales,
     dtype=st.sampled_from([torch.float32, F64]),
 )
-def test_cholesky_survives_rank_deficiency_and_every_scale(
+def test_cholesky_handles_rank_deficiency_at_every_scale(
     seed: int, n: int, rank: int, scale: float, dtype: torch.dtype
 ) -> None:
     matrix = (spd(seed, n=n, rank=min(rank, n)) * scale / n).to(dtype)
@@ -166,10 +172,10 @@ def test_cholesky_survives_rank_deficiency_and_every_scale(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
-def test_cholesky_survives_what_rounding_made_indefinite(dtype: torch.dtype) -> None:
+def test_cholesky_handles_a_matrix_made_indefinite_by_rounding(dtype: torch.dtype) -> None:
     rows = 1 + 1e-3 * draw(0, 8, 512)
     matrix = rows.to(dtype).T @ rows.to(dtype)
-    assert torch.linalg.cholesky_ex(matrix)[1] > 0, "the case is meant to be hard"
+    assert torch.linalg.cholesky_ex(matrix)[1] > 0, "the case must be indefinite"
     lower = linalg.cholesky(matrix, 0.0)
     torch.testing.assert_close(
         lower @ lower.T,
@@ -179,7 +185,7 @@ def test_cholesky_survives_what_rounding_made_indefinite(dtype: torch.dtype) -> 
     )
 
 
-def test_cholesky_shifts_each_matrix_by_its_own() -> None:
+def test_cholesky_takes_a_shift_for_each_matrix() -> None:
     matrix, shift = spd(0, 2, n=3), torch.tensor([0.5, 2.0], dtype=F64)
     lower = linalg.cholesky(matrix, shift)
     torch.testing.assert_close(
@@ -188,7 +194,7 @@ def test_cholesky_shifts_each_matrix_by_its_own() -> None:
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_is_refused(bad: float) -> None:
+def test_decompositions_refuse_what_is_not_finite(bad: float) -> None:
     matrix = torch.eye(3)
     matrix[0, 1] = matrix[1, 0] = bad
     with pytest.raises(DecompositionError, match="NaN or inf"):
@@ -197,14 +203,14 @@ def test_what_is_not_finite_is_refused(bad: float) -> None:
         linalg.cholesky(matrix, 1.0)
 
 
-def test_cholesky_of_an_indefinite_matrix_is_refused() -> None:
+def test_cholesky_refuses_an_indefinite_matrix() -> None:
     with pytest.raises(DecompositionError, match="positive semi-definite"):
         linalg.cholesky(torch.diag(torch.tensor([1.0, -1.0])), 0.1)
 
 
 @pytest.mark.parametrize("failures", [1, 2, 3])
 @pytest.mark.parametrize("kind", [torch.linalg.LinAlgError, NotImplementedError, TypeError])
-def test_eigh_tries_again(
+def test_eigh_retries_after_a_failure(
     monkeypatch: pytest.MonkeyPatch, failures: int, kind: type[Exception]
 ) -> None:
     real, seen = torch.linalg.eigh, []
@@ -226,7 +232,7 @@ def test_eigh_tries_again(
 
 
 @pytest.mark.parametrize("kind", [NotImplementedError, TypeError])
-def test_cholesky_tries_again_where_a_device_lacks_it(
+def test_cholesky_retries_where_a_device_lacks_it(
     monkeypatch: pytest.MonkeyPatch, kind: type[Exception]
 ) -> None:
     real, calls = torch.linalg.cholesky_ex, []
@@ -245,7 +251,7 @@ def test_cholesky_tries_again_where_a_device_lacks_it(
     torch.testing.assert_close(lower @ lower.T, matrix, rtol=0, atol=2e-4)
 
 
-def test_eigh_tries_again_when_the_result_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eigh_retries_after_a_nonfinite_result(monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = torch.linalg.eigh, []
 
     def flaky(matrix: Tensor) -> tuple[Tensor, Tensor]:
@@ -258,7 +264,7 @@ def test_eigh_tries_again_when_the_result_is_not_finite(monkeypatch: pytest.Monk
     assert len(calls) == 2
 
 
-def test_eigh_gives_up_with_every_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eigh_reports_every_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(matrix: Tensor) -> tuple[Tensor, Tensor]:
         raise torch.linalg.LinAlgError(f"no luck in {matrix.dtype}\nsecond line")
 
@@ -271,9 +277,9 @@ def test_eigh_gives_up_with_every_reason(monkeypatch: pytest.MonkeyPatch) -> Non
     assert "second line" not in str(caught.value)
 
 
-def test_eigh_costs_one_attempt_when_all_is_well(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_eigh_makes_one_attempt_where_it_succeeds(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(self: Tensor) -> Tensor:
-        raise AssertionError("a healthy matrix needs no other precision or device")
+        raise AssertionError("this matrix needs no other precision or device")
 
     monkeypatch.setattr(Tensor, "double", never)
     monkeypatch.setattr(Tensor, "cpu", never)
@@ -282,12 +288,12 @@ def test_eigh_costs_one_attempt_when_all_is_well(monkeypatch: pytest.MonkeyPatch
     assert vectors.shape == linalg.cholesky(torch.eye(3), 0.1).shape == (3, 3)
 
 
-def test_eigenvalues_beyond_the_range_of_the_precision_are_refused() -> None:
+def test_eigh_refuses_eigenvalues_beyond_the_range_of_the_precision() -> None:
     with pytest.raises(DecompositionError, match="not finite"):
         linalg.eigh(torch.full((16, 16), 1e38))
 
 
-def test_pi_is_the_papers_and_one_without_curvature() -> None:
+def test_tikhonov_pi_is_one_without_curvature() -> None:
     a = torch.tensor([4.0, 0.0, 4.0, 0.0, float("nan")], dtype=F64)
     g = torch.tensor([9.0, 9.0, 0.0, 0.0, 1.0], dtype=F64)
     torch.testing.assert_close(
@@ -299,7 +305,7 @@ def test_pi_is_the_papers_and_one_without_curvature() -> None:
 
 @settings(deadline=None)
 @given(seed=seeds, n=st.integers(2, 30), data=st.data(), scale=st.sampled_from([1e-20, 1.0, 1e20]))
-def test_the_null_space_is_found_at_every_scale(
+def test_null_mask_finds_the_null_space_at_every_scale(
     seed: int, n: int, data: st.DataObject, scale: float
 ) -> None:
     rank = data.draw(st.integers(0, n))
@@ -314,14 +320,14 @@ def test_the_null_space_is_found_at_every_scale(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_null_rule_of_lower_precisions_grows_with_the_root_of_the_dimension(
+def test_null_tolerance_of_low_precision_grows_with_the_root_of_the_dimension(
     dtype: torch.dtype,
 ) -> None:
     eps = torch.finfo(dtype).eps
     assert [linalg.null_tolerance(dtype, n) for n in (1, 9, 64)] == [4 * eps, 12 * eps, 32 * eps]
 
 
-def test_the_null_rule_of_float64() -> None:
+def test_null_mask_of_float64_has_an_exact_threshold() -> None:
     threshold = 4 * 1e-12
     values = torch.tensor([-1.0, 0.99 * threshold, 1.01 * threshold, 1.0], dtype=F64)
     assert linalg.null_mask(values).tolist() == [True, True, False, False]
@@ -330,7 +336,7 @@ def test_the_null_rule_of_float64() -> None:
 
 @settings(deadline=None)
 @given(seed=seeds, o=st.integers(2, 6), i=st.integers(2, 6), data=st.data())
-def test_pooled_moments_do_not_depend_on_the_basis_of_the_null_space(
+def test_pool_null_ignores_the_basis_of_the_null_space(
     seed: int, o: int, i: int, data: st.DataObject
 ) -> None:
     null_o, null_i = data.draw(st.integers(0, o)), data.draw(st.integers(0, i))
@@ -342,15 +348,15 @@ def test_pooled_moments_do_not_depend_on_the_basis_of_the_null_space(
         return linalg.pool_null(scale, torch.arange(o) < null_o, -2)
 
     u_g, u_a = rotation(seed + 1, o), rotation(seed + 2, i)
-    turned_g, turned_a = u_g.clone(), u_a.clone()
-    turned_g[:, :null_o] = u_g[:, :null_o] @ rotation(seed + 3, null_o) if null_o else u_g[:, :0]
-    turned_a[:, :null_i] = u_a[:, :null_i] @ rotation(seed + 4, null_i) if null_i else u_a[:, :0]
-    first, second = pooled(u_g, u_a), pooled(turned_g, turned_a)
+    other_g, other_a = u_g.clone(), u_a.clone()
+    other_g[:, :null_o] = u_g[:, :null_o] @ rotation(seed + 3, null_o) if null_o else u_g[:, :0]
+    other_a[:, :null_i] = u_a[:, :null_i] @ rotation(seed + 4, null_i) if null_i else u_a[:, :0]
+    first, second = pooled(u_g, u_a), pooled(other_g, other_a)
     torch.testing.assert_close(first, second)
     torch.testing.assert_close(first.sum(), gradients.square().sum() / 5)
 
 
-def test_pooling_by_hand() -> None:
+def test_pool_null_averages_rows_and_columns() -> None:
     values = torch.tensor([[1.0, 3.0, 10.0], [5.0, 7.0, 20.0]])
     columns = linalg.pool_null(values, torch.tensor([True, True, False]), -1)
     assert columns.tolist() == [[2, 2, 10], [6, 6, 20]]
@@ -365,9 +371,7 @@ def test_pooling_by_hand() -> None:
 
 @settings(deadline=None)
 @given(mean=st.floats(0, 2.0**100, width=32), gradient=st.floats(-(2.0**20), 2.0**20, width=32))
-def test_the_damping_floor_keeps_divisions_finite_and_stays_out_of_the_way(
-    mean: float, gradient: float
-) -> None:
+def test_damping_floor_keeps_divisions_finite_and_is_small(mean: float, gradient: float) -> None:
     floor = linalg.damping_floor(torch.tensor(mean))
     assert bool(floor > 0)
     assert bool(torch.isfinite(torch.tensor(gradient) / floor))
@@ -385,7 +389,7 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("there", LAYOUTS)
 @pytest.mark.parametrize("here", LAYOUTS)
-def test_a_gradient_has_the_layout_and_precision_of_its_parameter(here: str, there: str) -> None:
+def test_as_gradient_takes_layout_and_precision_of_the_parameter(here: str, there: str) -> None:
     values = torch.arange(48, dtype=torch.float64).reshape(2, 3, 2, 4)
     parameter = LAYOUTS[there](torch.zeros(2, 3, 2, 4, dtype=torch.float32))
     made = linalg.as_gradient(LAYOUTS[here](values), parameter)
@@ -393,12 +397,12 @@ def test_a_gradient_has_the_layout_and_precision_of_its_parameter(here: str, the
     assert torch.equal(made, values.float())
 
 
-def test_a_gradient_of_another_shape_is_not_stretched() -> None:
+def test_as_gradient_does_not_broadcast() -> None:
     assert linalg.as_gradient(torch.ones(()), torch.zeros(2, 3)).shape == ()
 
 
 def psd(n: int, seed: int, spread: float = 3.0) -> tuple[Tensor, Tensor, Tensor]:
-    """A matrix with eigenvalues apart, its eigenvalues in ascending order and its eigenvectors, in float64."""
+    """Return a matrix with distinct eigenvalues, its ascending eigenvalues, its eigenvectors."""
     generator = torch.Generator().manual_seed(seed)
     vectors = torch.linalg.qr(torch.randn(n, n, dtype=torch.float64, generator=generator))[0]
     values = torch.arange(1, n + 1, dtype=torch.float64) ** spread
@@ -406,52 +410,52 @@ def psd(n: int, seed: int, spread: float = 3.0) -> tuple[Tensor, Tensor, Tensor]
 
 
 @given(n=st.integers(1, 9), seed=st.integers(0, 999))
-def test_orthogonal_iteration_leaves_eigenvectors_alone(n: int, seed: int) -> None:
+def test_orthogonal_iteration_keeps_eigenvectors(n: int, seed: int) -> None:
     matrix, values, vectors = psd(n, seed)
-    found, turned = linalg.orthogonal_iteration(matrix, vectors)
+    found, basis = linalg.orthogonal_iteration(matrix, vectors)
     torch.testing.assert_close(found, values)
-    torch.testing.assert_close(turned, vectors, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(basis, vectors, rtol=1e-6, atol=1e-6)
 
 
 @given(n=st.integers(1, 7), seed=st.integers(0, 999), groups=st.integers(1, 3))
 def test_orthogonal_iteration_converges_to_the_eigenvectors(n: int, seed: int, groups: int) -> None:
-    each = [psd(n, seed + k) for k in range(groups)]
-    matrix, values = torch.stack([m for m, _, _ in each]), torch.stack([v for _, v, _ in each])
-    turned = torch.linalg.qr(
+    cases = [psd(n, seed + k) for k in range(groups)]
+    matrix, values = torch.stack([m for m, _, _ in cases]), torch.stack([v for _, v, _ in cases])
+    basis = torch.linalg.qr(
         torch.randn(
             groups, n, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
         )
     )[0]
     for _ in range(200):
-        found, turned = linalg.orthogonal_iteration(matrix, turned)
+        found, basis = linalg.orthogonal_iteration(matrix, basis)
         torch.testing.assert_close(
-            turned.mT @ turned, torch.eye(n, dtype=torch.float64).expand(groups, n, n)
+            basis.mT @ basis, torch.eye(n, dtype=torch.float64).expand(groups, n, n)
         )
     torch.testing.assert_close(found, values)
     torch.testing.assert_close(
-        turned.mT @ matrix @ turned, torch.diag_embed(values), rtol=1e-8, atol=1e-6
+        basis.mT @ matrix @ basis, torch.diag_embed(values), rtol=1e-8, atol=1e-6
     )
 
 
 @given(n=st.integers(2, 8), seed=st.integers(0, 999), size=st.floats(1e-4, 1e-2))
-def test_one_orthogonal_iteration_follows_a_matrix_that_has_moved(
+def test_orthogonal_iteration_follows_a_changed_matrix_in_one_step(
     n: int, seed: int, size: float
 ) -> None:
-    """What is off the diagonal of the largest directions shrinks."""
+    """The off-diagonal part shrinks by half."""
     matrix, _, vectors = psd(n, seed, spread=6.0)
     upper = torch.triu(torch.full((n, n), size, dtype=torch.float64), 1)
     moved = vectors @ torch.linalg.matrix_exp(upper - upper.mT)
     before = moved.mT @ matrix @ moved
-    _, turned = linalg.orthogonal_iteration(matrix, moved)
-    after = turned.mT @ matrix @ turned
+    _, basis = linalg.orthogonal_iteration(matrix, moved)
+    after = basis.mT @ matrix @ basis
 
-    def off(found: Tensor) -> float:
+    def off_diagonal(found: Tensor) -> float:
         return float((found - torch.diag(found.diagonal())).norm())
 
-    assert off(after) < 0.5 * off(before)
+    assert off_diagonal(after) < 0.5 * off_diagonal(before)
 
 
-def test_orthogonal_iteration_survives_a_null_space_and_refuses_what_is_not_finite() -> None:
+def test_orthogonal_iteration_handles_zero_and_refuses_what_is_not_finite() -> None:
     values, vectors = linalg.orthogonal_iteration(torch.zeros(3, 3), torch.eye(3))
     assert values.tolist() == [0, 0, 0]
     torch.testing.assert_close(vectors.mT @ vectors, torch.eye(3))
@@ -459,6 +463,6 @@ def test_orthogonal_iteration_survives_a_null_space_and_refuses_what_is_not_fini
         linalg.orthogonal_iteration(torch.full((2, 2), float("nan")), torch.eye(2))
 
 
-def test_inner_products_of_two_precisions_are_in_the_wider_one() -> None:
+def test_inner_products_use_the_wider_precision() -> None:
     x, y = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1e-9], dtype=F64)
     assert linalg.inner_products([x, y], [y, x]).tolist() == [1.0 + 2e-9] * 2

@@ -1,4 +1,4 @@
-"""Samples against plain loops over per-example matrices, float64."""
+"""Samples equal plain loops over per-example matrices, in float64."""
 
 import itertools
 
@@ -23,7 +23,7 @@ def normal(*shape, seed=0, dtype=torch.float64):
 
 @st.composite
 def rows(draw):
-    """Inputs `[..., N, T, d_in]` and gradients `[..., N, T, d_out]`; T up to well above d, so that every order of contraction is met."""
+    """Draw inputs `[..., N, T, d_in]` and gradients `[..., N, T, d_out]`, T below and above d."""
     lead, n, t = draw(leads), draw(dims), draw(st.integers(1, 30))
     seed = draw(st.integers(0, 1000))
     return normal(*lead, n, t, draw(dims), seed=seed), normal(
@@ -37,7 +37,7 @@ def dense(inputs, gradients):
 
 @laws
 @given(rows(), chunks)
-def test_moments_are_the_loops(pair, chunk_bytes):
+def test_moments_equal_loops(pair, chunk_bytes):
     a, g = pair
     samples = Samples(a, g, num_terms=7.0, chunk_bytes=chunk_bytes)
     torch.testing.assert_close(samples.input_moment().total, truth.moment(a))
@@ -59,7 +59,9 @@ def test_per_example_gradients_are_sums_of_outer_products(pair):
 
 @laws
 @given(rows(), chunks, st.booleans(), st.booleans(), dims, dims)
-def test_projected_square_is_dense(pair, chunk_bytes, with_left, with_right, k_out, k_in):
+def test_projected_square_equals_the_dense_one(
+    pair, chunk_bytes, with_left, with_right, k_out, k_in
+):
     a, g = pair
     left = normal(*a.shape[:-3], g.shape[-1], k_out, seed=3) if with_left else None
     right = normal(*a.shape[:-3], a.shape[-1], k_in, seed=4) if with_right else None
@@ -72,7 +74,7 @@ def test_projected_square_is_dense(pair, chunk_bytes, with_left, with_right, k_o
     ("t", "d_in", "d_out"), [(1, 5, 4), (3, 5, 4), (3, 5, 2), (3, 2, 5), (9, 4, 5)]
 )
 @pytest.mark.parametrize("groups", [(), (3,)])
-def test_every_order_of_contraction_agrees_with_dense(t, d_in, d_out, groups):
+def test_projected_square_is_right_in_every_order_of_contraction(t, d_in, d_out, groups):
     a, g = normal(*groups, 6, t, d_in), normal(*groups, 6, t, d_out, seed=1)
     left, right = normal(*groups, d_out, d_out, seed=2), normal(*groups, d_in, d_in, seed=3)
     for sides in itertools.product((left, None), (right, None)):
@@ -88,7 +90,9 @@ def orthogonal(*shape, seed):
 
 @laws
 @given(rows(), chunks, st.booleans(), st.booleans())
-def test_low_precision_moves_the_square_within_its_bound(pair, chunk_bytes, with_left, with_right):
+def test_projected_square_in_low_precision_is_within_its_bound(
+    pair, chunk_bytes, with_left, with_right
+):
     a, g = pair
     left = orthogonal(*a.shape[:-3], g.shape[-1], g.shape[-1], seed=3) if with_left else None
     right = orthogonal(*a.shape[:-3], a.shape[-1], a.shape[-1], seed=4) if with_right else None
@@ -104,7 +108,7 @@ def test_low_precision_moves_the_square_within_its_bound(pair, chunk_bytes, with
 
 
 @pytest.mark.parametrize("t", [1, 3, 40])
-def test_low_precision_is_that_of_the_rotations_alone(t):
+def test_projected_square_rounds_rotations_only(t):
     a, g = normal(50, t, 8).float(), normal(50, t, 6, seed=1).float()
     samples = Samples(a, g, num_terms=1.0)
     left, right = orthogonal(6, 6, seed=2).float(), orthogonal(8, 8, seed=3).float()
@@ -113,9 +117,7 @@ def test_low_precision_is_that_of_the_rotations_alone(t):
         for p in (torch.float32, torch.bfloat16)
     )
     torch.testing.assert_close(exact, samples.projected_square(left, right).total, rtol=0, atol=0)
-    assert (
-        1e-4 < float((rounded - exact).norm() / exact.norm()) < 2e-2
-    )  # squares and their sum are not rounded
+    assert 1e-4 < float((rounded - exact).norm() / exact.norm()) < 2e-2
     plain = samples.projected_square(None, None, precision=torch.bfloat16).total
     torch.testing.assert_close(plain, samples.projected_square(None, None).total, rtol=0, atol=0)
 
@@ -141,7 +143,7 @@ def test_project_in_low_precision_rounds_its_operands_and_results(examples):
 
 
 @pytest.mark.parametrize("groups", [(), (2,)])
-def test_large_matrices_are_squared_one_by_one(groups):
+def test_projected_square_of_large_matrices_equals_the_dense_one(groups):
     a, g = normal(*groups, 3, 5, 150), normal(*groups, 3, 5, 120, seed=1)
     left, right = normal(*groups, 120, 120, seed=2), normal(*groups, 150, 150, seed=3)
     for bound in (1, 2**28):
@@ -153,8 +155,8 @@ def test_large_matrices_are_squared_one_by_one(groups):
     ("t", "rotated", "made"),
     [(1, True, 0), (4, True, 0), (5, True, 1), (4, False, 1), (1, False, 0)],
 )
-def test_rows_are_rotated_where_they_are_fewer_than_outputs(monkeypatch, t, rotated, made):
-    """Rotating rows costs T d_in^2 an example, rotating its gradient d_out d_in^2; without rotation the gradient is what is squared."""
+def test_projected_square_rotates_rows_where_that_is_cheaper(monkeypatch, t, rotated, made):
+    """To rotate rows costs T d_in^2 an example, to rotate its gradient d_out d_in^2."""
     calls, plain = [], Samples.per_example_gradients
     monkeypatch.setattr(
         Samples,
@@ -204,7 +206,7 @@ def test_project_is_left_transposed_matrix_right(groups, examples):
 
 @laws
 @given(rows(), st.randoms(use_true_random=False))
-def test_order_duplication_and_splitting_of_the_batch_do_not_matter(pair, random):
+def test_statistics_ignore_order_duplication_and_splitting_of_the_batch(pair, random):
     a, g = pair
     n = a.shape[-3]
     order = list(range(n))
@@ -228,7 +230,7 @@ def test_order_duplication_and_splitting_of_the_batch_do_not_matter(pair, random
         assert one.count == both.count
 
 
-def test_later_passes_over_a_forward_add_sums_and_no_counts():
+def test_samples_of_later_passes_add_sums_and_no_counts():
     a, g = normal(3, 2, 4), normal(3, 2, 5, seed=1)
     later = Samples(a, g, num_terms=3.0, first=False)
     assert later.input_moment().total is None
@@ -238,7 +240,7 @@ def test_later_passes_over_a_forward_add_sums_and_no_counts():
     torch.testing.assert_close(later.grad_moment().total, truth.moment(g))
 
 
-def test_an_empty_batch_contributes_nothing():
+def test_samples_of_an_empty_batch_contribute_nothing():
     samples = Samples(normal(0, 2, 4), normal(0, 2, 5), num_terms=0.0)
     for statistic in (
         samples.input_moment(),
@@ -261,11 +263,11 @@ def test_statistics_add_and_scale():
     assert ((none + none).total, (none + none).count) == (None, 10.0)
     assert (two.scaled(0.5).total, two.scaled(0.5).count) == (torch.tensor(2.0), torch.tensor(3.0))
     assert none.scaled(0.5).total is None
-    assert one.total == 1.0  # adding leaves the terms alone
+    assert one.total == 1.0  # unchanged
 
 
 @pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
-def test_half_precision_is_summed_in_float32(half):
+def test_samples_of_half_precision_are_summed_in_float32(half):
     a, g = normal(64, 5, 6).to(half), normal(64, 5, 4, seed=1).to(half)
     left, right = normal(4, 4, seed=2), normal(6, 6, seed=3)
     samples = Samples(a, g, num_terms=1.0)
@@ -285,12 +287,12 @@ def test_half_precision_is_summed_in_float32(half):
         torch.testing.assert_close(result.double(), value, rtol=1e-5, atol=1e-4)
 
 
-def test_working_dtype():
+def test_working_dtype_is_float32_or_float64():
     assert working_dtype(torch.float16, torch.bfloat16) == torch.float32
     assert working_dtype(torch.float32, torch.float64) == torch.float64
 
 
-def test_inputs_are_left_alone():
+def test_samples_do_not_change_their_inputs():
     a, g = normal(4, 1, 3), normal(4, 1, 2, seed=1)
     copies = a.clone(), g.clone()
     samples = Samples(a, g, num_terms=4.0, chunk_bytes=1)
@@ -303,7 +305,7 @@ def test_inputs_are_left_alone():
     "shape", [(1, 8, 6), (5, 8, 6), (7, 8, 6), (40, 8, 6), (3, 2, 30), (20, 2, 30)]
 )
 @pytest.mark.parametrize("groups", [(), (2,)])
-def test_temporaries_stay_within_chunk_bytes(shape, groups):
+def test_samples_keep_temporaries_within_chunk_bytes(shape, groups):
     t, d_in, d_out = shape
     a, g = normal(*groups, 200, t, d_in), normal(*groups, 200, t, d_out, seed=1)
     left, right = normal(*groups, d_out, d_out), normal(*groups, d_in, d_in)

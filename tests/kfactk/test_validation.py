@@ -1,4 +1,4 @@
-"""A stranger's faulty stage is named, with the layer and what was expected; nothing of it is silent."""
+"""An error of a faulty stage names the stage, the layer and what was expected."""
 
 from __future__ import annotations
 
@@ -78,20 +78,20 @@ class Broken(NormClip):
 FAULTS = {
     Silent: ("curvature", "gave nothing on layer"),
     Bare: ("curvature", "'A': 'Tensor'"),
-    Misnamed: ("curvature", "assembled G, a on layer '0', where A, G are due"),
-    Oblong: ("curvature", "square in their last two"),
+    Misnamed: ("curvature", "assembled G, a on layer '0'; the basis requires A, G"),
+    Oblong: ("curvature", r"last two dimensions equal, not \{'A': "),
     Lookup: ("curvature", "KeyError: 'wrong'"),
     Deaf: ("curvature", "unexpected keyword argument"),
     Reshaping: ("basis", r"shape \(5, 5\)|shape \(\d, \d\) for"),
     Unmeasured: ("basis", "'scale': 'Tensor'"),
     Short: ("clip", "a list of 4 tensors"),
-    Lone: ("clip", "gave list, where a pair is due"),
+    Lone: ("clip", "gave list; it must give a pair"),
     Broken: ("clip", "no attribute 'preconditoned'"),
 }
 
 
 @pytest.mark.parametrize("stage", FAULTS, ids=lambda stage: stage.__name__)
-def test_a_faulty_stage_is_named_with_its_family_and_fault(stage: type) -> None:
+def test_error_of_a_faulty_stage_names_family_and_fault(stage: type) -> None:
     family, message = FAULTS[stage]
     torch.manual_seed(0)
     model = torch.nn.Sequential(
@@ -105,7 +105,7 @@ def test_a_faulty_stage_is_named_with_its_family_and_fault(stage: type) -> None:
     assert_equal(before, values(model))
 
 
-def test_errors_of_kfactk_pass_through_a_stage_as_they_are() -> None:
+def test_kfactk_error_passes_through_a_stage_unchanged() -> None:
     class Refusing(Kfac):
         def factors(self, layer: Any, samples: Any) -> Any:
             raise KfactkError("as it is")
@@ -118,15 +118,13 @@ def test_errors_of_kfactk_pass_through_a_stage_as_they_are() -> None:
 @pytest.mark.parametrize(
     ("trait", "value"), [("provides", ["A", "G"]), ("provides", "AG"), ("provides", {1})]
 )
-def test_traits_of_the_wrong_kind_are_refused_when_the_stage_is_made(
-    trait: str, value: Any
-) -> None:
+def test_build_refuses_traits_of_the_wrong_type(trait: str, value: Any) -> None:
     stage = type("Odd", (Kfac,), {trait: value})
     with pytest.raises(PluginError, match=f"has {trait}=.*must be a frozenset of names"):
         kfactk.build(curvature=stage)
 
 
-def test_an_unknown_source_of_moments_is_refused_when_the_stage_is_made() -> None:
+def test_build_refuses_an_unknown_source_of_moments() -> None:
     @attrs.frozen
     class Typo(Ekfac):
         @property
@@ -162,9 +160,7 @@ class Turned(Kfac):
         ),
     ],
 )
-def test_shapes_that_do_not_fit_are_blamed_on_the_stage(
-    options: dict[str, Any], message: str
-) -> None:
+def test_error_of_wrong_shapes_names_the_stage(options: dict[str, Any], message: str) -> None:
     model = net()
     optimizer = kfactk.build(**options).bind(model)
     with pytest.raises(PluginError, match=message):

@@ -18,7 +18,7 @@ def works(draw: st.DrawFn, name: str) -> Work:
         name,
         {"A": (*lead, i, i), "G": (*lead, o, o)},
         (*lead, o, i),
-        together=draw(st.sampled_from([False, False, True])),
+        indivisible=draw(st.sampled_from([False, False, True])),
     )
 
 

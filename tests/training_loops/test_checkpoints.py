@@ -319,7 +319,8 @@ def test_a_state_damaged_on_one_rank_is_refused_by_all(damaged: int) -> None:
     assert texts[damaged].startswith("the saved state is damaged: kfactk.factor.A")
     for rank in {0, 1, 2} - {damaged}:
         assert texts[rank].startswith(
-            f"rank {damaged} cannot take over the saved state, and so no rank does: StateError: {texts[damaged]}"
+            f"rank {damaged} cannot load the saved state, and so no rank loads it: StateError: "
+            f"{texts[damaged]}"
         )
 
 

@@ -114,11 +114,7 @@ class OnLayers(Laws):
         return torch.stack([self.curvature.matrix(case.layer, each) for each in summed], -3)
 
     def _accepted(self) -> list[Kind]:
-        found = [
-            kind
-            for kind in kinds()
-            if any(self.curvature.unsupported(probe) is None for probe in kind.probes)
-        ]
+        found = [kind for kind in kinds() if kind.supported_by(self.curvature)]
         if not found:
             raise OptionError(
                 f"{self.label()} accepts no layer that the laws know how to draw. If it is for layers of another class, write `covers` and "

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
-from kfactk.stages import Layer
+from kfactk.stages import Curvature, Layer
 
 ShapesOf = Callable[[Any], st.SearchStrategy[tuple[int, ...]]]
 """From a module, strategies for the shape of its input."""
@@ -151,7 +151,8 @@ def case_of(
     """
     module = draw(modules).double()
     shapes = [
-        draw(inputs_of(module)) for _ in range(draw(st.integers(1, most_calls)) if most_calls > 1 else 1)
+        draw(inputs_of(module))
+        for _ in range(draw(st.integers(1, most_calls)) if most_calls > 1 else 1)
     ]
     if freeze and getattr(module, "bias", None) is not None:
         module.bias.requires_grad_(not draw(st.booleans()))
@@ -268,7 +269,9 @@ def embedding_cases(*, most_calls: int = 1) -> st.SearchStrategy[Case]:
 
 def layer_cases(*, most_calls: int = 1, freeze: bool = False) -> st.SearchStrategy[Case]:
     """Linear layers and convolutions; see `case_of`."""
-    return linear_cases(most_calls=most_calls, freeze=freeze) | conv_cases(most_calls=most_calls, freeze=freeze)
+    return linear_cases(most_calls=most_calls, freeze=freeze) | conv_cases(
+        most_calls=most_calls, freeze=freeze
+    )
 
 
 def single_row_cases() -> st.SearchStrategy[Case]:
@@ -307,6 +310,10 @@ class Kind:
     cases: st.SearchStrategy[Case]
     single_row: st.SearchStrategy[Case] | None = None
 
+    def supported_by(self, curvature: Curvature) -> bool:
+        """Return whether a curvature takes any of the probes."""
+        return any(curvature.unsupported(probe) is None for probe in self.probes)
+
 
 def kinds() -> list[Kind]:
     """The kinds of layers that the laws of curvatures can draw."""
@@ -325,7 +332,10 @@ def kinds() -> list[Kind]:
             )
             for dims, conv in CONV.items()
         ),
-        Kind(tuple(nn.LayerNorm(2, bias=bias) for bias in both), norm_cases(most_calls=2, freeze=True)),
+        Kind(
+            tuple(nn.LayerNorm(2, bias=bias) for bias in both),
+            norm_cases(most_calls=2, freeze=True),
+        ),
         Kind((nn.Embedding(3, 2),), embedding_cases(most_calls=2)),
     ]
 

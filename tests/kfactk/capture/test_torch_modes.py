@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kfactk import CaptureError, Optimizer
-from kfactk.capture.torch_modes import EAGERNESS, Eagerness, full_precision
+from kfactk.capture.torch_modes import EAGERNESS, ForcedEagerness, full_precision
 from tests.kfactk.small import F64, assert_equal, batch, bound, factors, hooks, net, train, values
 
 
@@ -209,18 +209,18 @@ def test_one_of_two_on_the_same_model_does_not_keep_the_compiler_back() -> None:
 
 @pytest.mark.usefixtures("fresh")
 def test_holders_of_the_compiler_are_counted() -> None:
-    eagerness, one, other = Eagerness(), object(), object()
+    eagerness, one, other = ForcedEagerness(), object(), object()
     with torch.compiler.set_stance("eager_on_recompile"):
         eagerness.release(one)
-        eagerness.hold(one)
-        eagerness.hold(one)
-        eagerness.hold(other)
+        eagerness.force(one)
+        eagerness.force(one)
+        eagerness.force(other)
         eagerness.release(one)
         eagerness.release(one)
         assert stance() == "force_eager"
         eagerness.release(other)
         assert stance() == "eager_on_recompile"
-    assert not EAGERNESS._holders
+    assert not EAGERNESS._tokens
 
 
 @pytest.mark.usefixtures("fresh")

@@ -22,7 +22,7 @@ from tests.distributions import Site, site as site
 from tests.kfactk.testing.broken import caught
 
 ROOT = Path(__file__).parents[3]
-TEMPLATES = ROOT / "kfactk" / "templates"
+TEMPLATES = ROOT / "kfactk" / "cli" / "templates"
 each_family = pytest.mark.parametrize("family", STAGE_HOOKS)
 
 
@@ -74,7 +74,7 @@ def test_names_derive_from_one(
         ("../escape", "Try kfactk-escape."),
         ("a/b", "Try kfactk-a-b."),
         ("kfactk-" + 60 * "a", "60 in all"),
-        ("taming", "its folder would be called like its module.* such as kfactk-taming"),
+        ("taming", "its folder would have the name of its module.* such as kfactk-taming"),
         ("test-this", "pytest would take the module 'test_this'"),
         ("conftest-two", "pytest would take"),
         ("-", "begin with a letter"),
@@ -268,31 +268,31 @@ def test_the_laws_hold_as_written(site: Site, tmp_path: Path) -> None:
 BROKEN = [  # family, what is written, what is made of it, the law that tells, and what it says
     (
         "basis",
-        "rotated, left.transpose(-1, -2), right.transpose(-1, -2)",
-        "rotated, left, right",
+        "coefficients, self.left.mT, self.right.mT",
+        "coefficients, self.left, self.right",
         "test_it_is_self_adjoint",
-        "the preconditioner is not self-adjoint",
+        "solve is not self-adjoint",
     ),
     (
         "basis",
-        "floor.clamp(min=damping)",
-        "floor",
+        "(spectrum, damping,",
+        "(spectrum, 0.0,",
         "test_with_much_damping_it_divides_by_it",
         r"damping \* P is not the identity",
     ),
     (
         "basis",
-        "left, right) / damped",
-        "left, right) / damped.sqrt()",
-        "test_it_is_the_dense_damped_inverse",
-        "not the inverse",
+        "linalg.eigh(matrix)",
+        "linalg.eigh(matrix.mT @ matrix)",
+        "test_one_row_gives_the_fisher",
+        "F is not the Fisher matrix",
     ),
     ("curvature", ".scaled(1 / rows)", "", "test_g_is_a_mean_over_rows", "G is not the mean"),
     (
         "curvature",
-        " * use.scale",
+        " * call.scale",
         "",
-        "test_the_scale_of_a_use_is_honoured",
+        "test_the_scale_of_a_call_is_honoured",
         "per-example gradients: .* do not count",
     ),
     (

@@ -1,4 +1,4 @@
-"""What ranks say to each other, held against sums and copies worked out directly, on 1 to 4 of them; whoever lacks what."""
+"""Collectives on 1 to 4 ranks equal sums and copies that are computed directly."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kfactk import KfactkError, OptionError, StateError, Statistic
 from kfactk.distributed import communicator as module
-from kfactk.distributed.communicator import Communicator, PendingMessage, explained
+from kfactk.distributed.communicator import Communicator, PendingMessage, explain_failures
 from kfactk.distributed.packing import TensorSpec, buckets
 from kfactk.testing._support.ranks import shared_workers
 
@@ -35,15 +35,13 @@ def everyone(ranks: int) -> Callable[[str], tuple[int, ...]]:
     return lambda name: tuple(range(ranks))
 
 
-# ------------------------------------------------------------------------------------------------------------------- sums
+# --------------------------------------------------------------------------------------------- sums
 
 
 def local(rank: int) -> dict[str, Statistic]:
-    """What each rank saw: second moments of its rows, some names on the last rank only, in an order of its own."""
+    """Return second moments of a rank's rows; odd ranks have other names, dtypes and order."""
     x, last = rows(rank), rank % 2 == 1
-    count = (
-        torch.tensor(float(len(x))) if last else float(len(x))
-    )  # known on the host, or on the device only
+    count = torch.tensor(float(len(x))) if last else float(len(x))
     statistics = {
         "shared": Statistic(x.T @ x, count, symmetric=True),
         "half known": Statistic(x.T @ x, count, symmetric=last),
@@ -81,7 +79,7 @@ def reduced(
 
 @some_ranks
 @pytest.mark.parametrize("wanted", ["everyone", "one each", "a pair"])
-def test_sums_are_those_of_all_data(ranks: int, wanted: str) -> None:
+def test_reduce_sums_the_data_of_all_ranks(ranks: int, wanted: str) -> None:
     x, odd = (
         torch.cat([rows(rank) for rank in range(ranks)]),
         [rank for rank in range(ranks) if rank % 2],
@@ -129,7 +127,7 @@ def test_sums_are_those_of_all_data(ranks: int, wanted: str) -> None:
 
 
 @several
-def test_who_wants_a_sum_gets_the_same_bits_in_the_same_order(ranks: int) -> None:
+def test_reduce_gives_the_same_bits_in_the_same_order(ranks: int) -> None:
     for wanted in ("everyone", "a pair"):
         found = run(ranks, reduced, wanted)
         assert all(list(metrics) == sorted(found[0]) for metrics in found)
@@ -148,7 +146,7 @@ def nothing(rank: int) -> dict[str, Statistic]:
 
 
 @several
-def test_ranks_without_samples_get_the_others(ranks: int) -> None:
+def test_reduce_serves_ranks_without_samples(ranks: int) -> None:
     for metrics in run(ranks, reduced, "everyone", only_the_last):
         torch.testing.assert_close(
             metrics["shared"][0], rows(ranks - 1).T @ rows(ranks - 1), rtol=1e-14, atol=1e-14
@@ -157,7 +155,7 @@ def test_ranks_without_samples_get_the_others(ranks: int) -> None:
     assert run(ranks, reduced, "everyone", nothing) == [{}] * ranks
 
 
-def test_alone_everything_stays_as_it_is() -> None:
+def test_communicator_of_one_rank_changes_nothing() -> None:
     statistics = {"b": Statistic(torch.ones(2), 3.0), "a": Statistic(None, torch.tensor(2.0))}
     talk = Communicator()
     found = talk.reduce(statistics, everyone(1), "sums")
@@ -183,14 +181,14 @@ def unlike_shapes(rank: int) -> str:
 
 
 @several
-def test_ranks_whose_shapes_disagree_are_told_so_on_every_rank(ranks: int) -> None:
-    said = run(ranks, unlike_shapes)
-    assert set(said) == {said[0]}
-    assert "ranks disagree on the shape of 'A': (2,) and (3,)" in said[0]
+def test_reduce_refuses_different_shapes_on_every_rank(ranks: int) -> None:
+    messages = run(ranks, unlike_shapes)
+    assert set(messages) == {messages[0]}
+    assert "ranks disagree on the shape of 'A': (2,) and (3,)" in messages[0]
 
 
 def in_small_messages(rank: int) -> dict[str, Tensor]:
-    """More messages than may be under way at once, of two dtypes."""
+    """Send more messages than may be under way at once, of two dtypes."""
     module.buckets = functools.partial(buckets, limit=16)  # type: ignore[assignment]
     try:
         mine = {
@@ -207,7 +205,7 @@ def in_small_messages(rank: int) -> dict[str, Tensor]:
     return {name: each.total for name, each in found.items() if each.total is not None}
 
 
-def test_many_messages_do_not_mix() -> None:
+def test_reduce_keeps_many_messages_apart() -> None:
     found = run(3, in_small_messages)
     for n in range(24):
         have = [rank for rank, totals in enumerate(found) if f"{n:02}" in totals]
@@ -218,7 +216,7 @@ def test_many_messages_do_not_mix() -> None:
             )
 
 
-# ----------------------------------------------------------------------------------------------------------------- copies
+# ------------------------------------------------------------------------------------------- copies
 
 
 def copied(rank: int, source: int, members: tuple[int, ...], wire: str | None) -> Any:
@@ -256,7 +254,9 @@ def copied(rank: int, source: int, members: tuple[int, ...], wire: str | None) -
         (4, 2, (1, 2, 3)),
     ],
 )
-def test_copies_are_those_of_the_source(ranks: int, source: int, members: tuple[int, ...]) -> None:
+def test_send_copies_the_tensors_of_the_source(
+    ranks: int, source: int, members: tuple[int, ...]
+) -> None:
     found = run(ranks, copied, source, members, None)
     assert [each is not None for each in found] == [rank in members for rank in range(ranks)]
     size = rows(7).numel() * 8 + 4 * 8 + 4 + rows(8).numel() * 4
@@ -271,11 +271,11 @@ def test_copies_are_those_of_the_source(ranks: int, source: int, members: tuple[
         assert moved == (0 if rank == source else size)
 
 
-# ------------------------------------------------------------------------------------------------------------------- wire
+# --------------------------------------------------------------------------------------------- wire
 
 
 @several
-def test_rounded_copies_are_the_same_on_the_source_too(ranks: int) -> None:
+def test_send_with_wire_dtype_rounds_on_the_source_too(ranks: int) -> None:
     found = run(ranks, copied, 1, tuple(range(ranks)), "bfloat16")
     for rank, (tensors, _, moved) in enumerate(found):
         assert torch.equal(tensors["a"], rows(7).T.to(BF16).double())
@@ -301,7 +301,7 @@ def rounded_sums(
 
 
 @several
-def test_rounded_sums_are_the_same_everywhere_and_near(ranks: int) -> None:
+def test_reduce_with_wire_dtype_is_equal_on_all_ranks_and_close(ranks: int) -> None:
     exact = sum((rows(rank).T @ rows(rank) for rank in range(ranks)), torch.zeros(3, 3, dtype=F64))
     for wire, precision in (("float32", 1e-6), ("bfloat16", ranks * 2.0**-8)):
         for wanted in ((*range(ranks),), (0, ranks - 1)):
@@ -322,10 +322,10 @@ def test_rounded_sums_are_the_same_everywhere_and_near(ranks: int) -> None:
 @several
 @pytest.mark.parametrize(("wire", "itemsize"), [(None, 8), ("float32", 4), ("bfloat16", 2)])
 @pytest.mark.parametrize(("symmetric", "numbers"), [(True, 6), (False, 9)])
-def test_bytes_of_sums(
+def test_reduce_records_the_bytes_it_moves(
     ranks: int, wire: str | None, itemsize: int, symmetric: bool, numbers: int
 ) -> None:
-    """x bytes summed to all of g ranks move 2 (g - 1) x in all; to one (g - 1) x; to two another x."""
+    """x bytes move 2 (g - 1) x times to all g ranks, (g - 1) x to one, and x more to a second."""
     x = numbers * itemsize
     for wanted, total in (((*range(ranks),), 2 * (ranks - 1) * x), ((1,), (ranks - 1) * x)):
         moved = [moved for _, moved in run(ranks, rounded_sums, wire, symmetric, wanted)]
@@ -337,12 +337,12 @@ def test_bytes_of_sums(
 
 
 @pytest.mark.parametrize("wire", ["int32", "brain", "Tensor"])
-def test_what_cannot_travel(wire: str) -> None:
+def test_communicator_refuses_wire_dtypes_that_are_not_floating(wire: str) -> None:
     with pytest.raises(OptionError, match=f"wire_dtype is '{wire}'; it must name a floating dtype"):
         Communicator(wire_dtype=wire)
 
 
-# ------------------------------------------------------------------------------------------------------ agreements, groups
+# ------------------------------------------------------------------------------- agreements, groups
 
 
 def agreements(rank: int) -> tuple[Any, ...]:
@@ -358,7 +358,7 @@ def agreements(rank: int) -> tuple[Any, ...]:
 
 
 @some_ranks
-def test_agreements(ranks: int) -> None:
+def test_total_any_gathered_same_agree(ranks: int) -> None:
     turns = sum(range(ranks))
     expected = (
         [ranks, turns, ranks * 2.0**40 + turns],
@@ -372,7 +372,7 @@ def test_agreements(ranks: int) -> None:
 
 
 def in_groups(rank: int) -> dict[str, Any]:
-    """Two groups of the ranks 0, 2 and 1, 3, each on its own."""
+    """Use two groups of the ranks 0, 2 and 1, 3, each on its own."""
     groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
     talk = Communicator(groups[rank % 2])
     talk.prepare([(0, 1)])
@@ -396,7 +396,7 @@ def in_groups(rank: int) -> dict[str, Any]:
     return found
 
 
-def test_process_groups() -> None:
+def test_communicator_stays_within_its_process_group() -> None:
     found = run(4, in_groups)
     assert [each["place"] for each in found] == [(0, 2), (0, 2), (1, 2), (1, 2)]
     assert [each["all"] for each in found] == [2.0, 4.0, 2.0, 4.0]
@@ -405,7 +405,7 @@ def test_process_groups() -> None:
 
 
 def overlapping(rank: int) -> float:
-    """Groups that share ranks, made in one order everywhere, some in a second call."""
+    """Make groups that share ranks, some of them in a second call."""
     talk, size = Communicator(), dist.get_world_size()
     pairs = [(a, b) for a in range(size) for b in range(a + 1, size)]
     talk.prepare([*pairs, (0,), tuple(range(size))])
@@ -425,19 +425,19 @@ def overlapping(rank: int) -> float:
     return heard
 
 
-def test_groups_may_share_ranks() -> None:
+def test_prepare_makes_groups_that_share_ranks() -> None:
     assert run(4, overlapping) == [4.0, 4.0, 4.0, 3.0]
 
 
-def test_a_failed_collective_is_explained() -> None:
+def test_explain_failures_names_the_likely_cause() -> None:
     with (
-        pytest.raises(KfactkError, match=r"Connection closed\b.*look at its output first") as said,
-        explained(),
+        pytest.raises(KfactkError, match=r"Connection closed\b.*look at its output") as caught,
+        explain_failures(),
     ):
         raise RuntimeError("Connection closed\nby peer")
-    assert "by peer" not in str(said.value)
-    assert isinstance(said.value.__cause__, RuntimeError)
-    with pytest.raises(ValueError, match="mine"), explained():
+    assert "by peer" not in str(caught.value)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    with pytest.raises(ValueError, match="mine"), explain_failures():
         raise ValueError("mine")
 
 
@@ -446,7 +446,8 @@ class Broken:
         raise RuntimeError("timed out")
 
 
-def test_waiting_explains_too() -> None:
+def test_pending_message_explains_a_failed_wait() -> None:
+
     with pytest.raises(KfactkError, match="timed out"):
         PendingMessage(Broken(), dict).wait()
     assert PendingMessage(None, lambda: {"x": torch.ones(1)}).wait().keys() == {"x"}

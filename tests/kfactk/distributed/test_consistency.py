@@ -1,4 +1,4 @@
-"""Ranks that were given different recipes, or share curvature with more ranks than they share gradients with, are told at once."""
+"""Bind refuses different recipes on ranks, and curvature shared by more ranks than gradients."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def net() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2))
 
 
-def told(rank: int, field: str, one: Any, other: Any) -> str:
+def bind_message(rank: int, field: str, one: Any, other: Any) -> str:
     try:
         kfactk.build(**{field: other if rank == 1 else one}).bind(net())
     except kfactk.KfactkError as error:
@@ -48,8 +48,10 @@ def told(rank: int, field: str, one: Any, other: Any) -> str:
 
 
 @pytest.mark.parametrize(("field", "one", "other"), DIFFERENT)
-def test_different_recipes_are_told_on_every_rank(field: str, one: Any, other: Any) -> None:
-    found = shared_workers().run(3, told, field, one, other)
+def test_check_recipes_refuses_different_ones_on_every_rank(
+    field: str, one: Any, other: Any
+) -> None:
+    found = shared_workers().run(3, bind_message, field, one, other)
     assert len(set(found)) == 1
     name = "wire_dtype" if isinstance(one, dict) and "wire_dtype" in one else field
     assert found[0].startswith(f"OptionError: ranks were given different recipes: {name} is ")
@@ -57,8 +59,8 @@ def test_different_recipes_are_told_on_every_rank(field: str, one: Any, other: A
     assert "on rank 1. Build the same recipe" in found[0]
 
 
-def own_things(rank: int) -> str:
-    """What may differ, and what cannot be compared."""
+def bind_own_things(rank: int) -> str:
+    """Bind a recipe with fields that may differ or that cannot be compared."""
     recipe = kfactk.build(
         damping=lambda step: 0.1,
         output=(lambda out: out) if rank else None,
@@ -68,19 +70,19 @@ def own_things(rank: int) -> str:
     return recipe.bind(net()).placement.strategy
 
 
-def test_what_is_a_ranks_own_may_differ() -> None:
-    assert shared_workers().run(2, own_things) == ["mem_opt", "mem_opt"]
+def test_check_recipes_ignores_what_may_differ() -> None:
+    assert shared_workers().run(2, bind_own_things) == ["mem_opt", "mem_opt"]
 
 
 @pytest.fixture(scope="module")
 def workers() -> Iterator[Workers]:
-    """Processes of their own: torch keeps what it knows of a mesh, and takes one over the same ranks in a later job for it."""
+    """Start separate processes: torch keeps its meshes, and would reuse them in a later job."""
     with Workers() as found:
         yield found
 
 
 def pairs(rank: int, wrapper: str, when: str, named: bool) -> str:
-    """Two models on four ranks, each wrapped for two."""
+    """Train two models on four ranks, each of them wrapped for two."""
     groups = [dist.new_group([0, 1]), dist.new_group([2, 3])]
     mine, model = groups[rank // 2], net()
     recipe = kfactk.build(
@@ -105,7 +107,9 @@ def pairs(rank: int, wrapper: str, when: str, named: bool) -> str:
 @pytest.mark.parametrize(
     ("wrapper", "name"), [("ddp", "DistributedDataParallel"), ("sharded", "fully_shard")]
 )
-def test_a_forgotten_group_is_told(workers: Workers, wrapper: str, name: str, when: str) -> None:
+def test_check_group_refuses_a_missing_process_group(
+    workers: Workers, wrapper: str, name: str, when: str
+) -> None:
     found = workers.run(4, pairs, wrapper, when, False)
     assert [text.partition(" of 4 train this model together")[0] for text in found] == [
         f"{name} has ranks 0, 1",
@@ -117,12 +121,12 @@ def test_a_forgotten_group_is_told(workers: Workers, wrapper: str, name: str, wh
 
 
 @pytest.mark.parametrize("wrapper", ["ddp", "sharded"])
-def test_a_named_group_is_taken(workers: Workers, wrapper: str) -> None:
+def test_check_group_accepts_a_named_process_group(workers: Workers, wrapper: str) -> None:
     assert workers.run(4, pairs, wrapper, "after", True) == [""] * 4
 
 
-def asked(rank: int, placement: str, sharded: bool) -> dict[str, str]:
-    """What is said to who asks for products with the weight of a layer whose matrices are the only ones."""
+def answers(rank: int, placement: str, sharded: bool) -> dict[str, str]:
+    """Ask for products with the weight of the only layer, and return the answers or errors."""
     model: nn.Module = nn.Sequential(nn.Linear(3, 2))
     if sharded:
         fully_shard(model)
@@ -142,15 +146,15 @@ def asked(rank: int, placement: str, sharded: bool) -> dict[str, str]:
     return found
 
 
-def test_what_lies_apart_is_told_as_such() -> None:
-    for rank, found in enumerate(shared_workers().run(2, asked, "comm_opt", False)):
+def test_fisher_product_refuses_factors_on_different_ranks() -> None:
+    for rank, found in enumerate(shared_workers().run(2, answers, "comm_opt", False)):
         assert found["precondition"] == "answered", rank
         assert "the factors of layer '0' lie apart (A on rank" in found["fisher_product"]
         assert "so no rank can answer: use placement='replicated'" in found["fisher_product"]
 
 
-def test_what_another_rank_holds_is_asked_for_there() -> None:
-    found = [each["precondition"] for each in shared_workers().run(2, asked, "mem_opt", False)]
+def test_precondition_names_the_rank_that_can_answer() -> None:
+    found = [each["precondition"] for each in shared_workers().run(2, answers, "mem_opt", False)]
     assert sorted(text == "answered" for text in found) == [False, True]
     assert any(
         "the decomposition of layer '0' can be found on rank" in text and "ask there" in text
@@ -159,8 +163,9 @@ def test_what_another_rank_holds_is_asked_for_there() -> None:
 
 
 @pytest.mark.parametrize("placement", ["mem_opt", "comm_opt"])
-def test_sharded_tensors_are_answered_by_all_or_by_none(placement: str) -> None:
-    first, second = shared_workers().run(2, asked, placement, True)
+def test_sharded_products_are_answered_on_all_ranks_or_on_none(placement: str) -> None:
+    first, second = shared_workers().run(2, answers, placement, True)
+
     assert first == second
     assert "sharded tensors need all ranks to answer together" in first["fisher_product"]
     assert (first["precondition"] == "answered") == (placement == "comm_opt")

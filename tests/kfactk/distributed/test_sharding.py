@@ -1,4 +1,4 @@
-"""Between DTensors and plain tensors: what torch itself gathers, divides and sums is the truth."""
+"""Conversions between DTensors and plain tensors equal what torch gathers, divides and sums."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from kfactk import CombinationError, PluginError
 from kfactk.distributed.sharding import (
     ShardedProducts,
-    agreed,
+    from_local_shard,
+    full_tensor,
     is_sharded,
-    local,
-    placed,
+    local_shard,
     shard_of,
     sharded_like,
-    whole,
+    true_on_all_ranks,
 )
 from kfactk.testing._support.ranks import shared_workers
 from tests.kfactk.sharded import F64, grid, line
@@ -48,7 +48,7 @@ def layouts(ranks: int) -> list[tuple[DeviceMesh, list[Any]]]:
 
 
 def chunk(full: Tensor, dim: int, mesh_dim: int, mesh: DeviceMesh) -> Tensor:
-    """What `torch.chunk` gives this rank: the way `fully_shard` divides."""
+    """Return this rank's chunk of `torch.chunk`, which divides as `fully_shard` does."""
     chunks = full.chunk(mesh.size(mesh_dim), dim)
     place = mesh.get_local_rank(mesh_dim)
     return chunks[place] if place < len(chunks) else full.narrow(dim, 0, 0)
@@ -67,18 +67,18 @@ def there_and_back(rank: int, ranks: int) -> None:
                 tuple(placements),
                 full.shape,
             )
-            assert torch.equal(made.full_tensor(), full), "torch puts the parts together"
-            assert torch.equal(whole(made), full)
-            part = local(made)
+            assert torch.equal(made.full_tensor(), full)
+            assert torch.equal(full_tensor(made), full)
+            part = local_shard(made)
             assert not is_sharded(part)
             if placements[-1] == Shard(0) and not isinstance(placements[0], _StridedShard):
                 assert torch.equal(part, chunk(full, 0, mesh.ndim - 1, mesh))
             own = shard_of(full, parameter)
             assert torch.equal(own, part)
             assert own.untyped_storage().nbytes() == own.nbytes, (
-                "the full tensor is not kept alive by its part"
+                "a shard must not keep the full tensor alive"
             )
-            again = placed(part, parameter)
+            again = from_local_shard(part, parameter)
             assert (again.placements, again.shape, again.stride()) == (
                 parameter.placements,
                 parameter.shape,
@@ -91,16 +91,18 @@ def along_columns(rank: int) -> None:
     full = torch.arange(30.0, dtype=F64).reshape(3, 10)
     parameter = distribute_tensor(torch.zeros_like(full), line(), [Shard(1)])
     assert torch.equal(shard_of(full, parameter), chunk(full, 1, 0, line()))
-    assert torch.equal(whole(sharded_like(full, parameter)), full)
+    assert torch.equal(full_tensor(sharded_like(full, parameter)), full)
 
 
 def without_a_message(rank: int) -> None:
-    """Only one rank divides, joins and looks: a message would wait for the others, or be answered by their next one."""
+    """Convert on one rank only: a message would wait, or receive the next one of the others."""
     full = torch.arange(10.0).reshape(5, 2)
     parameter = distribute_tensor(torch.zeros(5, 2), line(), [Shard(0)])
     if rank == 0:
         made = sharded_like(full, parameter)
-        assert torch.equal(local(placed(local(made), parameter)), shard_of(full, parameter))
+        assert torch.equal(
+            local_shard(from_local_shard(local_shard(made), parameter)), shard_of(full, parameter)
+        )
     total = torch.tensor(float(rank))
     dist.all_reduce(total)
     assert float(total) == sum(range(dist.get_world_size()))
@@ -145,23 +147,23 @@ def of_several_meshes(rank: int) -> None:
         dot(parts[:2], parts[:2])
 
 
-def verdicts(rank: int) -> tuple[bool, ...]:
+def flags(rank: int) -> tuple[bool, ...]:
     parameters = [torch.zeros(2), distribute_tensor(torch.zeros(5), line(), [Shard(0)])]
     if dist.get_world_size() == 4:
         parameters.append(distribute_tensor(torch.zeros(5), grid(), [Replicate(), Shard(0)]))
     last = dist.get_world_size() - 1
     return (
-        agreed(True, parameters),
-        agreed(rank != last, parameters),
-        agreed(rank != last, parameters[:1]),
+        true_on_all_ranks(True, parameters),
+        true_on_all_ranks(rank != last, parameters),
+        true_on_all_ranks(rank != last, parameters[:1]),
     )
 
 
 def refused(rank: int) -> None:
     partial = DTensor.from_local(torch.ones(2), line(), [Partial()])
     for call in (
-        whole,
-        local,
+        full_tensor,
+        local_shard,
         lambda each: sharded_like(torch.ones(2), each),
         lambda each: ShardedProducts([each]),
     ):
@@ -170,46 +172,46 @@ def refused(rank: int) -> None:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_shards_are_what_torch_divides_and_puts_together(ranks: int) -> None:
+def test_shards_are_those_of_torch(ranks: int) -> None:
     shared_workers().run(ranks, there_and_back, ranks)
     shared_workers().run(ranks, along_columns)
 
 
-def test_dividing_takes_no_message() -> None:
+def test_sharded_like_sends_no_message() -> None:
     shared_workers().run(3, without_a_message)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 4])
-def test_inner_products_are_those_of_the_full_tensors_and_equal_on_all_ranks(ranks: int) -> None:
+def test_sharded_products_are_those_of_full_tensors_on_all_ranks(ranks: int) -> None:
     first, *others = shared_workers().run(ranks, products, ranks)
     for other in others:
         assert all(torch.equal(one, same) for one, same in zip(first, other, strict=True))
 
 
-def test_inner_products_over_several_meshes() -> None:
+def test_sharded_products_over_several_meshes() -> None:
     shared_workers().run(4, of_several_meshes)
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_a_verdict_is_shared_by_the_ranks_of_a_mesh(ranks: int) -> None:
-    found = shared_workers().run(ranks, verdicts)
+def test_true_on_all_ranks_asks_the_ranks_of_a_mesh(ranks: int) -> None:
+    found = shared_workers().run(ranks, flags)
     assert found == [(True, False, True)] * (ranks - 1) + [(True, False, False)], (
-        "a plain tensor is nobody else's"
+        "a plain tensor has no other ranks"
     )
 
 
-def test_other_layouts_are_refused() -> None:
+def test_partial_tensors_are_refused() -> None:
     shared_workers().run(2, refused)
 
 
-def test_plain_tensors_pass_through() -> None:
+def test_plain_tensors_pass_through_unchanged() -> None:
     tensor = torch.ones(2, 3)
     for answer in (
-        whole(tensor),
-        local(tensor),
+        full_tensor(tensor),
+        local_shard(tensor),
         sharded_like(tensor, tensor),
         shard_of(tensor, tensor),
-        placed(tensor, tensor),
+        from_local_shard(tensor, tensor),
     ):
         assert answer is tensor
     assert not is_sharded(tensor)

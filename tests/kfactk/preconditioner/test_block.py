@@ -80,7 +80,7 @@ class Further(ConvKfac):
 @pytest.mark.parametrize("curvature", [ReducedStatistic(), Doubling(), Further()])
 def test_matrices_of_common_statistics_stay_together(curvature: ConvKfac) -> None:
     found = Blocks(curvature, KfacInverse()).work(layer(nn.Linear(4, 3)))
-    assert found == Work("mine", {"A": (5, 5), "G": (3, 3)}, (3, 5), together=True)
+    assert found == Work("mine", {"A": (5, 5), "G": (3, 3)}, (3, 5), indivisible=True)
 
 
 @attrs.frozen(kw_only=True)
@@ -93,7 +93,7 @@ class OnlyG(KfacInverse):
 def test_what_a_basis_does_not_need_is_no_work() -> None:
     found = Blocks(ConvKfac(), OnlyG()).work(layer(nn.Linear(4, 3)))
     assert found.matrices == {"G": (3, 3)}
-    assert found.together  # the other statistic is kept where this one is
+    assert found.indivisible  # the other statistic is kept where this one is
 
 
 def test_parts_and_diagonals() -> None:

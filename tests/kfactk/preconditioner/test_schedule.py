@@ -436,7 +436,7 @@ def test_layers_are_decomposed_in_their_turn_and_take_their_scale_along() -> Non
     optimizer = kfactk.build(
         lr=0.01, damping=0.1, factor_every=4, scale_every=4, basis_every=12, stagger=True
     ).bind(model)
-    assert kfactk.build(stagger=True).calendar.slots == 70
+    assert kfactk.build(stagger=True).schedule.slots == 70
     bases: dict[str, list[int]] = {name: [] for name in optimizer.layers}
     scales: dict[str, list[int]] = {name: [] for name in optimizer.layers}
     before: dict[str, tuple[Tensor, Tensor, Tensor]] = {}

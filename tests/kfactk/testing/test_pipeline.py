@@ -28,6 +28,7 @@ from kfactk_stages.curvature.kfac import Kfac
 from kfactk_stages.fisher.mc import MonteCarlo
 from tests.kfactk.small import hooks
 from tests.kfactk.testing.broken import caught, laws_of
+from tests.kfactk.testing.broken_bases import Changed
 
 
 def found(law: str, **recipe: Any) -> str:
@@ -137,11 +138,14 @@ class Counting(Kfac):
 
     count: float = 1.0
 
-    def factors(self, layer: Layer, samples: Any) -> dict[str, Statistic]:
-        return {
-            name: Statistic(each.total, self.count)
-            for name, each in super().factors(layer, samples).items()
-        }
+    def input_factors(self, layer: Layer, samples: Any) -> dict[str, Statistic]:
+        return self.counted(super().input_factors(layer, samples))
+
+    def gradient_factors(self, layer: Layer, samples: Any) -> dict[str, Statistic]:
+        return self.counted(super().gradient_factors(layer, samples))
+
+    def counted(self, found: dict[str, Statistic]) -> dict[str, Statistic]:
+        return {name: Statistic(each.total, self.count) for name, each in found.items()}
 
 
 def test_batches_that_are_split_or_repeated() -> None:
@@ -204,13 +208,11 @@ class Ageing(KfacInverse):
 
     calls = 0
 
-    def precondition(
-        self, gradient: Tensor, decomposition: Any, moments: Any, damping: float
-    ) -> Tensor:
+    def operator(self, *given: Any) -> Changed:
         type(self).calls += 1
-        return super().precondition(gradient, decomposition, moments, damping) * (
-            1 + 1e-3 * self.calls
-        )
+        scale = 1 + 1e-3 * self.calls
+        right = super().operator(*given)
+        return Changed(right, {"solve": lambda right, v: right.solve(v) * scale})
 
 
 @attrs.frozen
@@ -287,10 +289,9 @@ class Doubled(KfacInverse):
 
     laws = frozenset({EXACT})
 
-    def precondition(
-        self, gradient: Tensor, decomposition: Any, moments: Any, damping: float
-    ) -> Tensor:
-        return super().precondition(gradient, decomposition, moments, damping) / 2
+    def operator(self, *given: Any) -> Changed:
+        right = super().operator(*given)
+        return Changed(right, {"solve": lambda right, v: right.solve(v) / 2})
 
 
 class Undamped(KfacInverse):

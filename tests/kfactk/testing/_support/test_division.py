@@ -27,6 +27,7 @@ from kfactk_stages.clip.none import NoClip
 from kfactk_stages.curvature.conv_kfac import ConvKfac
 from kfactk_stages.curvature.kfac import Kfac
 from tests.kfactk.testing.broken import caught
+from tests.kfactk.testing.broken_bases import Changed
 
 pytestmark = pytest.mark.xdist_group("ranks")
 LAW = "test_two_ranks_are_one_process"
@@ -47,33 +48,33 @@ def mine() -> float:
 class Apart(KfacInverse):
     """Each rank's own step."""
 
-    def precondition(self, gradient: Tensor, *rest: Any) -> Tensor:
-        return super().precondition(gradient, *rest) * mine()
+    def operator(self, *given: Any) -> Changed:
+        right = super().operator(*given)
+        return Changed(right, {"solve": lambda right, v: right.solve(v) * mine()})
 
 
 class Longer(KfacInverse):
     """Longer steps in company."""
 
-    def precondition(self, gradient: Tensor, *rest: Any) -> Tensor:
-        return super().precondition(gradient, *rest) * together()
+    def operator(self, *given: Any) -> Changed:
+        right = super().operator(*given)
+        return Changed(right, {"solve": lambda right, v: right.solve(v) * together()})
 
 
 class Batched(Kfac):
     """Divides by its own number of examples: the mean of means, but weighed wrongly."""
 
-    def factors(self, layer: Any, samples: Any) -> dict[str, Statistic]:
-        return {
-            name: Statistic(each.total, each.count / together())
-            for name, each in super().factors(layer, samples).items()
-        }
+    def gradient_factors(self, layer: Any, samples: Any) -> dict[str, Statistic]:
+        found = super().gradient_factors(layer, samples)["G"]
+        return {"G": Statistic(found.total, found.count / together())}
 
 
 class Counting(ConvKfac):
     """G is a sum over a rank's part of the batch, not a mean."""
 
-    def factors(self, layer: Any, samples: Any) -> dict[str, Statistic]:
-        found = super().factors(layer, samples)
-        return {**found, "G": found["G"].scaled(float(samples.examples))}
+    def gradient_factors(self, layer: Any, samples: Any) -> dict[str, Statistic]:
+        found = super().gradient_factors(layer, samples)["G"]
+        return {"G": found.scaled(float(samples.examples))}
 
 
 class Bounded(NoClip):
