@@ -261,7 +261,7 @@ class SaysNothing(Poisson):
             DRAWS,
             r"draws do not follow the .* of 200000 draws have values of probability .* fewer than 1e-09 of all cases",
         ),
-        (Rounded, PoissonLaws, DRAWS, r"drawn was \d+\.5, which the distribution does not give"),
+        (Rounded, PoissonLaws, DRAWS, r"sampler drew \d+\.5, which the distribution does not give"),
         (SharedByTerms, ScaledLaws, DRAWS, "the terms of one example are not drawn independently"),
         (SharedByExamples, ScaledLaws, DRAWS, "neighbouring examples are not drawn independently"),
         (
