@@ -362,7 +362,7 @@ def test_wrong_weights_are_caught(spoil: Any, says: str) -> None:
     [
         (
             {"w": None},
-            "a batch without the weights (or labels) that the stage was told of is not refused",
+            "a batch without the weights or labels that the stage names is not refused",
         ),
         ({"w": -1.0}, "a weight of -1.0 is not refused with"),
     ],
