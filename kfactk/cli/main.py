@@ -1,4 +1,4 @@
-"""The command line: `python -m kfactk stages`, `python -m kfactk plugins`, `python -m kfactk new-plugin`, `python -m kfactk plan`."""
+"""The command line, `python -m kfactk`, with the commands stages, plugins, new-plugin and plan."""
 
 from __future__ import annotations
 
@@ -29,77 +29,75 @@ WIDTH = 100
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code.
+    """Run one command, and return the exit code.
 
     Args:
-        argv: Arguments without the program's name; `None` for those of the process.
+        argv: Arguments without the name of the program; `None` for those of the process.
     """
     arguments = _parser().parse_args(argv)
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_, **__: print(
             f"warning: {message}", file=sys.stderr
         )
-        with contextlib.redirect_stdout(
-            sys.stderr
-        ):  # a plugin that prints when imported would spoil the JSON
+        # A plugin that prints on import must not break the JSON output.
+        with contextlib.redirect_stdout(sys.stderr):
             plugins = registry()
     try:
         text, code = COMMANDS[arguments.command](plugins, arguments)
     except KfactkError as error:
         print(f"kfactk: {error}", file=sys.stderr)
         return 2
-    return code if _printed(text) else 1
+    return code if _print(text) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="kfactk", description="List what kfactk can be composed of, and begin something new."
+        prog="kfactk", description="List stages and plugins, start a plugin, or plan a training."
     )
     parser.add_argument("--version", action="version", version=f"kfactk {__version__}")
     commands = parser.add_subparsers(dest="command", required=True)
     stages = commands.add_parser(
-        "stages", help="every stage: options, defaults, provider, version and paper"
+        "stages", help="list every stage: options, defaults, plugin, version and paper"
     )
     stages.add_argument("--family", help="one family only, such as basis")
     plugins = commands.add_parser(
-        "plugins", help="every plugin: status, stages, and why it failed; exit code 1 when one did"
+        "plugins", help="list every plugin: status, stages, errors; exit code 1 if one failed"
     )
     for command in (stages, plugins):
         command.add_argument("--json", action="store_true", help="JSON on standard output")
     new = commands.add_parser(
-        "new-plugin", help="write a package with a stage of your own, whose tests pass"
+        "new-plugin", help="write a package with a stage that works and passes its tests"
     )
     new.add_argument(
         "name",
         metavar="NAME",
-        help="the package's name, such as kfactk-diagonal; the stage is called diagonal",
+        help="name of the package, such as kfactk-diagonal; the stage is then called diagonal",
     )
     new.add_argument(
-        "--stage", required=True, metavar="FAMILY", help=f"what it is: {', '.join(STAGE_HOOKS)}"
+        "--stage", required=True, metavar="FAMILY", help=f"its family: {', '.join(STAGE_HOOKS)}"
     )
     new.add_argument(
         "--directory",
         type=Path,
         default=Path(),
-        help="where the package's folder is made; by default the current one",
+        help="folder to make the package's folder in; the current one by default",
     )
     planning.add_arguments(
         commands.add_parser(
-            "plan", help="what training a model on many devices takes, for every placement"
+            "plan", help="predict what training a model costs, for every placement"
         )
     )
     return parser
 
 
-def _printed(text: str) -> bool:
-    """Print; `False` when the reader went away."""
+def _print(text: str) -> bool:
+    """Print the text, and return whether the reader is still there."""
     try:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # what is still buffered must not fail at exit
+        # What is still buffered must not fail at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return False
     return True
 
@@ -109,10 +107,11 @@ def _stages(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int]
     if arguments.json:
         return json.dumps([info.to_dict() for info in infos], indent=2, allow_nan=False), 0
     if not infos:
-        return (
-            "No stage is loaded. `python -m kfactk plugins` says why; `pip install kfactk` installs the first ones.",
-            0,
+        text = (
+            "No stage is loaded. `python -m kfactk plugins` says why; `pip install kfactk` installs "
+            "the first-party stages."
         )
+        return text, 0
     lines = []
     for family, group in itertools.groupby(infos, key=lambda info: info.family):
         members = list(group)
@@ -128,15 +127,16 @@ def _stage_lines(info: StageInfo, indent: int) -> list[str]:
         rows.append(f"paper: {info.paper}")
     if info.conflict:
         rows.append(
-            "CONFLICT: several plugins claim this name, and none is used; the warning tells how to choose"
+            "CONFLICT: several plugins claim this name, and none of them is used; the warning says "
+            "how to choose one"
         )
     if info.blocked:
         rows = [f"BLOCKED by {info.blocked}", f"from {_origin(info)}"]
-    lines = [line for row in rows if row for line in _wrapped(row, indent)]
+    lines = [line for row in rows if row for line in _wrap(row, indent)]
     return [f"  {info.name}".ljust(indent) + lines[0].lstrip(), *lines[1:]]
 
 
-def _wrapped(text: str, indent: int) -> list[str]:
+def _wrap(text: str, indent: int) -> list[str]:
     wrapper = textwrap.TextWrapper(WIDTH, break_long_words=False, break_on_hyphens=False)
     wrapper.initial_indent, wrapper.subsequent_indent = " " * indent, " " * (indent + 2)
     return wrapper.wrap(text)
@@ -168,10 +168,11 @@ def _plugins(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int
     if arguments.json:
         return json.dumps([attrs.asdict(info) for info in infos], indent=2, allow_nan=False), code
     if not infos:
-        return (
-            "No plugin is installed: no distribution has an entry point of the group kfactk. Try `pip install kfactk`.",
-            code,
+        text = (
+            "No plugin is installed: no distribution has an entry point of the group kfactk. Try "
+            "`pip install kfactk`."
         )
+        return text, code
     rows = [
         (info.name, _origin(info), _api_text(info), info.status, ", ".join(info.stages) or "-")
         for info in infos
@@ -183,15 +184,15 @@ def _plugins(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int
         wrapped = textwrap.wrap(row[-1], max(20, WIDTH - len(head)), break_on_hyphens=False)
         lines += [head + wrapped[0], *(" " * len(head) + line for line in wrapped[1:])]
         if info.error:
-            lines += _wrapped(info.error, 4)
+            lines += _wrap(info.error, 4)
     return "\n".join(lines), code
 
 
 def _new_plugin(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int]:
     package, folder = new_plugin(arguments.name, arguments.stage, arguments.directory, plugins)
-    path = (
-        str(folder) if folder.is_absolute() else os.path.join(".", folder)
-    )  # pip takes a bare name for one in the index
+    # pip would look up a bare name in the package index.
+    path = str(folder) if folder.is_absolute() else os.path.join(".", folder)
+
     files = "".join(f"  {file.name}\n" for file in sorted(folder.iterdir()))
     commands = (
         f"pip install -e {shlex.quote(f'{path}[test]')}",

@@ -1,10 +1,13 @@
-"""Which messages an assignment makes, how many bytes they move, and the least that would do. Pure: no process, no tensor.
+"""Messages that an assignment causes, the bytes that they move, and the least bytes possible.
 
-For each factor refresh the sums of each matrix go to the ranks that decompose it; for each basis refresh its decomposition goes to the
-ranks that hold it, and, where moments are measured on samples, through every rank; so it does again where the scale alone is refreshed,
-and then the moments go to the holders. In every step ranks that do not hold a layer get its preconditioned gradient.
+Pure: no process, no tensor. At each refresh of the factors, the sums of a matrix go to its inverse
+workers. At each refresh of the basis, its decomposition goes to the gradient workers; where moments
+are measured on samples, it goes to every rank. The same holds where the scale alone is refreshed.
+The moments then go to the gradient workers. In every step, the other ranks receive the
+preconditioned gradient.
 
-x bytes reduced to one of g ranks, or broadcast by one, move (g - 1) x in all; an all-reduce moves twice that.
+x bytes reduced to one of g ranks, or broadcast by one, move (g - 1) x in all; an all-reduce moves
+twice that.
 """
 
 from __future__ import annotations
@@ -18,20 +21,22 @@ import attrs
 from kfactk.assignment import Assignment, Work, Workload
 from kfactk.costmodel.hardware import Machine
 
-BUCKET = 25 * 2**20
+BUCKET_BYTES = 25 * 2**20
 """Bytes at which messages between the same ranks are divided."""
-HANDLING = 10
-"""Operations that pack a message and take it out again, which read and write its bytes twice."""
+PACKING_LAUNCHES = 10
+"""Operations that pack and unpack a message; they read and write its bytes twice."""
+KINDS = ("sums", "decompositions", "moments", "gradients")
+"""Kinds of messages."""
 
 
 @attrs.frozen
 class Sizes:
-    """How many numbers of one layer travel and are kept.
+    """Numbers of one layer that travel and are kept.
 
     Args:
-        sums: Of each piece of its statistics, by matrix, or "" for all of them together.
-        kept: Of each matrix's decomposition.
-        moments: Of its moments.
+        sums: Size of each piece of its statistics, by matrix, or "" for all of them.
+        kept: Size of each matrix's decomposition.
+        moments: Size of its moments.
     """
 
     sums: Mapping[str, int]
@@ -40,7 +45,10 @@ class Sizes:
 
     @classmethod
     def of(cls, work: Work, *, sampled: bool) -> Sizes:
-        """What follows from shapes: triangles of symmetric matrices, decompositions of `n^2` and, with moments, n numbers.
+        """Return the sizes that follow from shapes.
+
+        Sums are triangles of symmetric matrices. Decompositions have `n^2` numbers, and with
+        moments n more.
 
         Example:
             >>> Sizes.of(Work("fc", {"A": (3, 3), "G": (2, 2)}, (2, 3)), sampled=True)
@@ -49,9 +57,9 @@ class Sizes:
         sums, kept = {}, {}
         for name, shape in sorted(work.matrices.items()):
             n = shape[-1] if is_square(shape) else 0
-            many = math.prod(shape) // (n * n) if n else 1
-            sums[name] = many * n * (n + 1) // 2 if n else math.prod(shape)
-            kept[name] = many * (n * n + sampled * n) if n else math.prod(shape)
+            groups = math.prod(shape) // (n * n) if n else 1
+            sums[name] = groups * n * (n + 1) // 2 if n else math.prod(shape)
+            kept[name] = groups * (n * n + sampled * n) if n else math.prod(shape)
         if work.indivisible:
             sums = {"": sum(sums.values())}
         return cls(sums, kept, math.prod(work.gradient) if sampled else 0)
@@ -59,7 +67,15 @@ class Sizes:
 
 @attrs.frozen
 class Frequency:
-    """How often in a step, on average, something is due; everything is due at step 0."""
+    """Share of steps in which something is due; everything is due at step 0.
+
+    Args:
+        factors: Share of steps that refresh factors.
+        scale: Share of steps that refresh the scale, with the basis or alone.
+        basis: Share of steps that refresh the basis.
+        scale_alone: Share of steps that refresh the scale, but not the basis.
+        passes: Share of steps that need samples.
+    """
 
     factors: float
     scale: float
@@ -69,7 +85,7 @@ class Frequency:
 
     @classmethod
     def of(cls, workload: Workload) -> Frequency:
-        """From the periods. A refresh of the basis is one of the scale; `passes` counts steps in which samples are wanted at all.
+        """Return the frequencies that follow from the periods.
 
         Example:
             >>> Frequency.of(Workload((), factor_every=10, scale_every=10, basis_every=100))
@@ -89,7 +105,7 @@ class Frequency:
 
 
 def due_share(*periods: int) -> float:
-    """The share of steps that are a multiple of one period at least.
+    """Return the share of steps that are a multiple of at least one period.
 
     Example:
         >>> due_share(2, 3), due_share(10, 100)
@@ -110,38 +126,41 @@ class Message:
     """Bytes between ranks.
 
     Args:
-        kind: "sums", "decompositions", "moments", "gradients".
+        kind: One of `KINDS`.
         when: Field of `Frequency` that says how often; "" for every step.
-        way: "all-reduce", "reduce" or "broadcast".
+        collective: "all-reduce", "reduce" or "broadcast".
         members: The ranks that take part, ascending.
-        size: Bytes of what is reduced or broadcast.
-        source: To which rank it is reduced, or which one broadcasts.
+        size: Bytes that are reduced or broadcast.
+        source: The rank that receives the reduction, or that broadcasts.
     """
 
     kind: str
     when: str
-    way: str
+    collective: str
     members: tuple[int, ...]
     size: float
     source: int = 0
 
     @property
     def moved(self) -> float:
-        """Bytes that all members together send."""
-        return (len(self.members) - 1) * self.size * (2 if self.way == "all-reduce" else 1)
+        """Bytes that all members send."""
+        return (len(self.members) - 1) * self.size * (2 if self.collective == "all-reduce" else 1)
 
     def seconds(self, machine: Machine) -> float:
-        """From packing to unpacking; on the wire bandwidth is that of rings and pipelines, latency that of trees."""
-        ranks, buckets = len(self.members), max(1, math.ceil(self.size / BUCKET))
+        """Return the seconds from packing to unpacking.
+
+        Bandwidth is that of rings and pipelines, latency that of trees.
+        """
+        ranks, buckets = len(self.members), max(1, math.ceil(self.size / BUCKET_BYTES))
         link, hops = machine.link(self.members), math.ceil(math.log2(ranks)) * buckets
-        handling = buckets * HANDLING * machine.launch + 4 * self.size / machine.bandwidth
-        if self.way == "all-reduce":
+        packing = buckets * PACKING_LAUNCHES * machine.launch + 4 * self.size / machine.bandwidth
+        if self.collective == "all-reduce":
             return (
-                handling
+                packing
                 + 2 * (ranks - 1) / ranks * self.size / link.bandwidth
                 + 2 * hops * link.latency
             )
-        return handling + self.size / link.bandwidth + hops * link.latency
+        return packing + self.size / link.bandwidth + hops * link.latency
 
 
 def messages(
@@ -151,12 +170,12 @@ def messages(
     ranks: int,
     itemsize: float,
 ) -> list[Message]:
-    """What an assignment makes the ranks send, messages of one kind between the same ranks joined.
+    """Return the messages of an assignment; those of one kind between the same ranks are joined.
 
     Args:
         workload: The work.
-        sizes: By layer.
-        assignment: Who does what.
+        sizes: Sizes of each layer, by name.
+        assignment: Which ranks do which work.
         ranks: Number of ranks.
         itemsize: Bytes of a number on the wire.
     """
@@ -171,61 +190,52 @@ def messages(
 def _messages(
     workload: Workload, sizes: Mapping[str, Sizes], assignment: Assignment, ranks: int
 ) -> Iterator[Message]:
+    """Yield the messages of each layer, their sizes in numbers."""
     everyone = tuple(range(ranks))
     for work in workload.works:
         share, size = assignment.shares[work.layer], sizes[work.layer]
-        holding = set(share.gradient_workers)
-        outside = [rank for rank in everyone if rank not in holding]
+        others = [rank for rank in everyone if rank not in share.gradient_workers]
         for piece, numbers in size.sums.items() if share.inverse_workers else ():
-            yield from _reduced(
-                "sums",
-                "factors",
-                numbers,
-                share.inverse_workers[piece or min(share.inverse_workers)],
-                everyone,
-            )
+            receivers = share.inverse_workers[piece or min(share.inverse_workers)]
+            yield from _reduce("sums", "factors", numbers, receivers, everyone)
         for name, inverse_workers in share.inverse_workers.items():
             if inverse_workers != everyone:
-                visited = everyone if workload.sampled else share.gradient_workers
-                yield _sent("decompositions", "basis", size.kept[name], inverse_workers[0], visited)
+                receivers = everyone if workload.sampled else share.gradient_workers
+                numbers = size.kept[name]
+                yield _broadcast("decompositions", "basis", numbers, inverse_workers[0], receivers)
         if workload.sampled:
-            yield from _reduced("moments", "scale", size.moments, share.gradient_workers, everyone)
-            yield _sent(
-                "decompositions",
-                "scale_alone",
-                sum(size.kept.values()),
-                share.gradient_workers[0],
-                outside,
-            )
-        waiting: dict[int, list[int]] = {}
-        for rank in outside:
-            waiting.setdefault(share.source(rank), []).append(rank)
-        for source, receivers in waiting.items():
-            yield _sent("gradients", "", math.prod(work.gradient), source, receivers)
+            yield from _reduce("moments", "scale", size.moments, share.gradient_workers, everyone)
+            numbers, source = sum(size.kept.values()), share.gradient_workers[0]
+            yield _broadcast("decompositions", "scale_alone", numbers, source, others)
+        receivers_of: dict[int, list[int]] = {}
+        for rank in others:
+            receivers_of.setdefault(share.source(rank), []).append(rank)
+        for source, receiving in receivers_of.items():
+            yield _broadcast("gradients", "", math.prod(work.gradient), source, receiving)
 
 
-def _reduced(
-    kind: str, when: str, size: float, wanting: tuple[int, ...], everyone: tuple[int, ...]
+def _reduce(
+    kind: str, when: str, size: float, receivers: tuple[int, ...], everyone: tuple[int, ...]
 ) -> Iterator[Message]:
-    if wanting == everyone:
+    """Yield the messages of a sum over all ranks that reaches some of them."""
+    if receivers == everyone:
         yield Message(kind, when, "all-reduce", everyone, size)
         return
-    yield Message(kind, when, "reduce", everyone, size, wanting[0])
-    yield Message(kind, when, "broadcast", wanting, size, wanting[0])
+    yield Message(kind, when, "reduce", everyone, size, receivers[0])
+    yield Message(kind, when, "broadcast", receivers, size, receivers[0])
 
 
-def _sent(kind: str, when: str, size: float, source: int, receivers: Sequence[int]) -> Message:
+def _broadcast(kind: str, when: str, size: float, source: int, receivers: Sequence[int]) -> Message:
     return Message(kind, when, "broadcast", tuple(sorted({source, *receivers})), size, source)
 
 
-def bytes_a_step(found: list[Message], workload: Workload) -> dict[str, float]:
-    """Bytes that messages move in a step on average, all ranks together, by kind."""
-    often = Frequency.of(workload)
-    moved = dict.fromkeys(("sums", "decompositions", "moments", "gradients"), 0.0)
+def bytes_per_step(found: list[Message], workload: Workload) -> dict[str, float]:
+    """Return the bytes that messages move in a mean step on all ranks, by kind."""
+    frequency = Frequency.of(workload)
+    moved = dict.fromkeys(KINDS, 0.0)
     for message in found:
-        moved[message.kind] += message.moved * (
-            getattr(often, message.when) if message.when else 1.0
-        )
+        share = getattr(frequency, message.when) if message.when else 1.0
+        moved[message.kind] += message.moved * share
     return moved
 
 
@@ -238,15 +248,17 @@ def least_bytes(
     sizes: Mapping[str, Sizes] | None = None,
     itemsize: float | None = None,
 ) -> dict[str, float]:
-    r"""The least bytes a step that any exchange can do with, on average and all ranks together, by kind.
+    r"""Return the least bytes that any exchange moves in a mean step on all ranks, by kind.
 
-    Of R ranks h hold a layer and d decompose each of its matrices. Sums of f bytes over R ranks need R - 1 messages to come together in
-    one place and one more for each further place; so do the moments of m bytes. Decompositions of b bytes reach h ranks, or all R where
-    moments are sampled; preconditioned gradients of v bytes reach the R - h that do not hold:
+    Of R ranks, each layer has h gradient workers, and each of its matrices d inverse workers. Sums
+    of f bytes take R - 1 messages to come together on one rank, and one more for each further rank;
+    so do moments of m bytes. Decompositions of b bytes reach h ranks, or all R where moments are
+    sampled. Preconditioned gradients of v bytes reach the other R - h ranks:
 
         sums            (R + d - 2) f / T_factors
-        decompositions  (max(h, d) - d) b / T_basis;  sampled:  (R - d) b / T_basis + (R - h) b (1/T_scale - 1/T_basis)
-        moments         sampled:  (R + h - 2) m / T_scale
+        decompositions  (max(h, d) - d) b / T_basis
+            sampled:    (R - d) b / T_basis + (R - h) b (1/T_scale - 1/T_basis)
+        moments         sampled: (R + h - 2) m / T_scale
         gradients       (R - h) v
 
     where 1/T_scale counts the steps in which scale or basis is due.
@@ -255,42 +267,35 @@ def least_bytes(
         workload: The work.
         ranks: R.
         gradient_workers: h.
-        inverse_workers: d, which are holders, or hold among them.
-        sizes: By layer; `None` for what follows from the shapes.
+        inverse_workers: d; they are among the gradient workers, or include them.
+        sizes: Sizes of each layer, by name; `None` for those that follow from shapes.
         itemsize: Bytes of a number on the wire; `None` for the workload's.
 
     Example:
-        >>> work = Workload((Work("fc", {"A": (3, 3), "G": (2, 2)}, (2, 3)),), factor_every=1, basis_every=2, sampled=False)
+        >>> fc = Work("fc", {"A": (3, 3), "G": (2, 2)}, (2, 3))
+        >>> work = Workload((fc,), factor_every=1, basis_every=2, sampled=False)
         >>> least_bytes(work, ranks=4, gradient_workers=1)
         {'sums': 108.0, 'decompositions': 0.0, 'moments': 0.0, 'gradients': 72.0}
     """
-    sizes = (
-        {work.layer: Sizes.of(work, sampled=workload.sampled) for work in workload.works}
-        if sizes is None
-        else sizes
-    )
-    itemsize, often = workload.itemsize if itemsize is None else itemsize, Frequency.of(workload)
-    f, b, m, v = (
-        itemsize * total
-        for total in (
-            sum(sum(size.sums.values()) for size in sizes.values()),
-            sum(sum(size.kept.values()) for size in sizes.values()),
-            sum(size.moments for size in sizes.values()),
-            sum(math.prod(work.gradient) for work in workload.works),
-        )
-    )
-    reached = (
-        ranks if workload.sampled else max(gradient_workers, inverse_workers)
-    ) - inverse_workers
+    if sizes is None:
+        sizes = {work.layer: Sizes.of(work, sampled=workload.sampled) for work in workload.works}
+    itemsize = workload.itemsize if itemsize is None else itemsize
+    frequency = Frequency.of(workload)
+    f = itemsize * sum(sum(size.sums.values()) for size in sizes.values())
+    b = itemsize * sum(sum(size.kept.values()) for size in sizes.values())
+    m = itemsize * sum(size.moments for size in sizes.values())
+    v = itemsize * sum(math.prod(work.gradient) for work in workload.works)
+    reached = ranks if workload.sampled else max(gradient_workers, inverse_workers)
+    others = ranks - gradient_workers
     return {
-        "sums": (ranks + inverse_workers - 2) * f * often.factors,
-        "decompositions": reached * b * often.basis
-        + (ranks - gradient_workers) * b * often.scale_alone,
-        "moments": (ranks + gradient_workers - 2) * m * often.scale,
-        "gradients": float((ranks - gradient_workers) * v),
+        "sums": (ranks + inverse_workers - 2) * f * frequency.factors,
+        "decompositions": (reached - inverse_workers) * b * frequency.basis
+        + others * b * frequency.scale_alone,
+        "moments": (ranks + gradient_workers - 2) * m * frequency.scale,
+        "gradients": float(others * v),
     }
 
 
 def is_square(shape: tuple[int, ...]) -> bool:
-    """Whether a shape is that of square matrices."""
+    """Return whether a shape is that of square matrices."""
     return len(shape) > 1 and shape[-1] == shape[-2]

@@ -1,8 +1,9 @@
-"""What a model and a recipe take, counted without any data: the forward, its backwards and the stages run on the meta device.
+"""Count what training a model with a recipe costs, without data.
 
-Tensors there have shapes and no numbers, so that a model of any size is looked at on any machine, and what is counted is what is run, a
-stranger's stage included. Only decompositions look at numbers: the corners of matrices are decomposed instead, to learn in what way it is
-done and how large the result is.
+Forward, backward and stages run on the meta device, where tensors have shapes and no numbers. So
+models of any size are counted on any machine, with any stage of a plugin. Decompositions need
+numbers: a small corner of each matrix is decomposed instead, which tells the solver and the shapes
+of the result.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ from torch.utils.flop_counter import flop_registry
 from kfactk.assignment import Work, Workload
 from kfactk.capture.support import model_output
 from kfactk.costmodel.communication import Sizes, is_square
-from kfactk.costmodel.cost import NOTHING, Amount, Job, LayerCost
+from kfactk.costmodel.cost import NOTHING, Amount, LayerCost, TrainingLoad
 from kfactk.errors import CombinationError, OptionError
 from kfactk.preconditioner.block import Blocks
 from kfactk.preconditioner.coverage import ModelSurvey
 from kfactk.recipe import Recipe
 from kfactk.samples import LayerCall, Statistic, working_dtype
-from kfactk.stages import Curvature, Layer
+from kfactk.stages import Layer
 
 SOLVERS = {"eigh": ("eigh", "svd", "eig", "qr", "inv", "lu"), "cholesky": ("cholesky",)}
-"""Names of decompositions in machine profiles, and what is counted as one: anything but Cholesky as an eigendecomposition."""
+"""For each solver of a machine profile, the operations counted as it: all but Cholesky as eigh."""
 GROUPS, ROWS, COLUMNS = 3, 5, 7
-"""Sides of the corners that are decomposed in place of whole matrices: told apart in the result, each stands for the matrix' own."""
+"""Sides of a corner. They differ, so that each tells in the result which side it stands for."""
 FREE = {
     "_unsafe_view",
     "alias",
@@ -43,12 +44,12 @@ FREE = {
     "new_empty",
     "new_empty_strided",
 }
-"""Operations besides views that touch no number."""
+"""Operations besides views that read and write nothing."""
 TRIANGULAR = {torch.ops.aten.cholesky_solve, torch.ops.aten.linalg_solve_triangular}
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts what torch runs while it is entered: FLOPs, bytes read and written, and operations, but no views.
+    """Counts the operations that torch runs inside it, their FLOPs and bytes, without views.
 
     Example:
         >>> with Meter() as meter:
@@ -71,17 +72,16 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func.is_view or packet.__name__ in FREE:
             return out
         flops = _flops(packet, args, kwargs or {}, out)
-        convolving = "convolution" in packet.__name__
+        is_convolution = "convolution" in packet.__name__
         written = sum(each.nbytes for each in tree_leaves(out) if isinstance(each, Tensor))
         read = sum(each.nbytes for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor))
         self.written += written
-        self.amount += Amount(
-            0 if convolving else flops, flops if convolving else 0, read + written, 1
-        )
+        products, convolutions = (0, flops) if is_convolution else (flops, 0)
+        self.amount += Amount(products, convolutions, read + written, 1)
         return out
 
-    def decompositions(self) -> str:
-        """In what way matrices were decomposed, "" for in none."""
+    def solver(self) -> str:
+        """Return the solver that decomposed matrices, or ""."""
         for solver, words in SOLVERS.items():
             if any(word in name.split("_") for name in self.seen for word in words):
                 return solver
@@ -89,22 +89,15 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 
 def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
-    if packet in TRIANGULAR:  # twice n^2 for each column by two triangles, n^2 by one
+    """Return the FLOPs of one operation."""
+    if packet in TRIANGULAR:  # n^2 for each column and triangle
         n, columns = out.shape[-2], out.numel() // out.shape[-2]
         return int((2 if packet is torch.ops.aten.cholesky_solve else 1) * n * n * columns)
-    if (
-        packet is torch.ops.aten.convolution_backward
-    ):  # torch's own count leaves groups out of account
+    if packet is torch.ops.aten.convolution_backward:  # torch's own count ignores groups
         gradient, inputs, weight, transposed, wanted = args[0], args[1], args[2], args[7], args[10]
-        return int(
-            2
-            * (inputs if transposed else gradient).numel()
-            * math.prod(weight.shape[1:])
-            * sum(wanted[:2])
-        )
-    if (
-        packet not in flop_registry
-    ):  # torch counts operations in place under the names of the others
+        numbers = (inputs if transposed else gradient).numel()
+        return int(2 * numbers * math.prod(weight.shape[1:]) * sum(wanted[:2]))
+    if packet not in flop_registry:  # an in-place operation counts as the other one
         packet = getattr(torch.ops.aten, packet.__name__.removesuffix("_"), packet)
     if packet not in flop_registry:
         return 0
@@ -112,7 +105,7 @@ def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
 
 
 def workload_of(model: nn.Module, recipe: Recipe) -> Workload:
-    """The work that a recipe's placement divides, for all of a model's parameters.
+    """Return the work that a recipe's placement divides, for all of a model's parameters.
 
     Args:
         model: On any device; on the meta device nothing is allocated.
@@ -125,7 +118,8 @@ def _layers(model: nn.Module, recipe: Recipe) -> Sequence[Layer]:
     found = ModelSurvey(model, recipe.curvature, recipe.exclude).layers(lambda parameter: True)
     if not found:
         raise CombinationError(
-            "no layer of the model is preconditioned, so there is nothing to place. See print(recipe.coverage(model)) for the reasons."
+            "no layer of the model is preconditioned, so there is nothing to place. "
+            "print(recipe.coverage(model)) gives the reasons."
         )
     return found
 
@@ -142,23 +136,23 @@ def _workload(layers: Sequence[Layer], recipe: Recipe) -> Workload:
     )
 
 
-def job_of(model: nn.Module, recipe: Recipe, batch: Tensor) -> Job:
-    """What training a model with a recipe takes on one rank.
+def training_load(model: nn.Module, recipe: Recipe, batch: Tensor) -> TrainingLoad:
+    """Return what training a model with a recipe costs one rank.
 
     Args:
-        model: On the meta device.
-        recipe: What it is trained with.
+        model: The model, on the meta device.
+        recipe: The recipe.
         batch: A rank's mini-batch, on the meta device.
 
     Raises:
-        CombinationError: The model's forward needs numbers, which the meta device does not have.
+        CombinationError: The model's forward fails without numbers.
     """
     layers = _layers(model, recipe)
     workload = _workload(layers, recipe)
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {layer.name: [] for layer in layers}
     model.train()
-    with _watched(layers, calls), Meter() as forward:
-        output = _ran(model, batch)
+    with _record_calls(layers, calls), Meter() as forward:
+        output = _run(model, batch)
     called = {name: found for name, found in calls.items() if found}
     outputs = [out for found in called.values() for _, out in found if out.requires_grad]
     with Meter() as fisher:
@@ -175,41 +169,41 @@ def job_of(model: nn.Module, recipe: Recipe, batch: Tensor) -> Job:
             for given, out in called.get(layer.name, [])
         ]
         costs[layer.name] = _layer_cost(layer, work, recipe, workload, found)
-    passes, alone = _passes(recipe, output)
-    return Job(
+    return TrainingLoad(
         workload,
         costs,
         forward.amount + backward.amount,
         fisher.amount,
-        passes if alone else 0,
+        _passes(recipe, output),
         sum(parameter.numel() for parameter in trained),
-        _state(recipe),
+        _state_per_parameter(recipe),
         float(forward.written),
         recipe.calendar.slots,
     )
 
 
-def _ran(model: nn.Module, batch: Tensor) -> Tensor:
+def _run(model: nn.Module, batch: Tensor) -> Tensor:
     try:
         return model_output(model(batch))
     except (NotImplementedError, RuntimeError) as error:
         raise CombinationError(
-            f"the model could not be run without data, on the meta device and an input of shape {tuple(batch.shape)} "
-            f"({str(error).partition(chr(10))[0]}). Is input= right? A forward that looks at values (.item(), if on a tensor, masks made "
-            "of data) cannot be planned; give a variant of the model that does not."
+            "the model could not run without data, on the meta device and an input of shape "
+            f"{tuple(batch.shape)} ({str(error).partition(chr(10))[0]}). Check input=. A forward "
+            "that reads values (.item(), if on a tensor, masks made of data) cannot be planned; "
+            "give a variant of the model that does not."
         ) from error
 
 
 @contextlib.contextmanager
-def _watched(
+def _record_calls(
     layers: Sequence[Layer], calls: Mapping[str, list[tuple[Tensor, Tensor]]]
 ) -> Iterator[None]:
-    """Note the input and output of each call of these layers."""
+    """Record the input and output of each call of these layers."""
 
-    def noting(name: str) -> Callable[..., None]:
+    def recorder(name: str) -> Callable[..., None]:
         return lambda module, given, out: calls[name].append((given[0], out))
 
-    handles = [layer.module.register_forward_hook(noting(layer.name)) for layer in layers]
+    handles = [layer.module.register_forward_hook(recorder(layer.name)) for layer in layers]
     try:
         yield
     finally:
@@ -220,18 +214,16 @@ def _watched(
 def _layer_cost(
     layer: Layer, work: Work, recipe: Recipe, workload: Workload, calls: Sequence[LayerCall]
 ) -> LayerCost:
-    """Count the stages at work on one layer."""
+    """Count what the stages do for one layer."""
     blocks = Blocks(recipe.curvature, recipe.basis)
     _, blank = blocks.blank(layer)
-    parts, solver = _decomposed(blocks, layer, work, recipe.curvature, blank)
+    parts, solver = _decompose_corners(blocks, layer, work)
     gradient = torch.empty(work.gradient, device="meta")
     factors = scale = NOTHING
     moments: dict[str, Statistic] = {}
     if calls:
         samples = blocks.samples(layer, calls, num_terms=1.0, first=True)
-        blocks.factors(
-            layer, samples
-        )  # what is made once and kept, such as a table, is no part of a step
+        blocks.factors(layer, samples)  # makes what is cached, which is no part of a step
         with Meter() as meter:
             blocks.factors(layer, samples)
         factors = meter.amount
@@ -248,7 +240,7 @@ def _layer_cost(
         for key, found in moments.items()
         if found.total is not None
     }
-    with Meter() as carrying:
+    with Meter() as transport:
         if totals:
             blocks.transport(layer, totals, parts, parts)
     operator = blocks.operator(layer, parts, totals, 1.0)
@@ -260,37 +252,31 @@ def _layer_cost(
         sum(total.numel() for total in totals.values()),
     )
     retained = float(sum(call.inputs.numel() + call.gradient.numel() for call in calls))
-    return LayerCost(factors, scale, meter.amount, sizes, retained, solver, carrying.amount)
+    return LayerCost(factors, scale, meter.amount, sizes, retained, solver, transport.amount)
 
 
 def _sums(work: Work, blank: Mapping[str, Statistic]) -> dict[str, int]:
-    """Numbers of a layer's statistics as they travel."""
-    each = {}
+    """Return how many numbers of a layer's statistics travel."""
+    sizes = {}
     for name, statistic in blank.items():
         if statistic.total is not None:
             shape = tuple(statistic.total.shape)
-            n = shape[-1] if is_square(shape) else 0
-            each[name] = (
-                math.prod(shape) // (n * n) * (n * (n + 1) // 2)
-                if n and statistic.symmetric
-                else math.prod(shape)
-            )
-    return (
-        {"": sum(each.values())}
-        if work.indivisible
-        else {name: each[name] for name in sorted(work.matrices)}
-    )
+            n = shape[-1] if is_square(shape) and statistic.symmetric else 0
+            groups = math.prod(shape) // (n * n) if n else 1
+            sizes[name] = groups * (n * (n + 1) // 2) if n else math.prod(shape)
+    if work.indivisible:
+        return {"": sum(sizes.values())}
+    return {name: sizes[name] for name in sorted(work.matrices)}
 
 
-def _decomposed(
-    blocks: Blocks, layer: Layer, work: Work, curvature: Curvature, blank: Mapping[str, Statistic]
+def _decompose_corners(
+    blocks: Blocks, layer: Layer, work: Work
 ) -> tuple[dict[str, dict[str, Tensor]], str]:
-    """A layer's decomposition without its numbers, and in what way it is made: from corners with sides that tell what they stand for."""
+    """Return a layer's decomposition without numbers, and its solver."""
     corners = {}
     for name, shape in work.matrices.items():
-        sides = (GROUPS,) * (len(shape) - 2) + (
-            (COLUMNS, COLUMNS) if is_square(shape) else (ROWS, COLUMNS)
-        )[-len(shape) :]
+        last = (COLUMNS, COLUMNS) if is_square(shape) else (ROWS, COLUMNS)
+        sides = (GROUPS,) * (len(shape) - 2) + last[-len(shape) :]
         corners[name] = (
             torch.eye(COLUMNS).expand(sides).clone() if is_square(shape) else torch.ones(sides)
         )
@@ -304,37 +290,37 @@ def _decomposed(
     parts: dict[str, dict[str, Tensor]] = {}
     for name, found in small.items():
         shape = work.matrices[name]
-        whole = {
+        full = {
             GROUPS: math.prod(shape[:-2]),
             COLUMNS: shape[-1],
             ROWS: shape[-2] if len(shape) > 1 else 1,
         }
         parts[name] = {
             key: torch.empty(
-                [whole.get(side, side) for side in part.shape], dtype=part.dtype, device="meta"
+                [full.get(side, side) for side in part.shape], dtype=part.dtype, device="meta"
             )
             for key, part in found.items()
         }
-    return parts, meter.decompositions()
+    return parts, meter.solver()
 
 
-def _passes(recipe: Recipe, output: Tensor) -> tuple[int, bool]:
-    """Fisher passes over one forward, and whether they are the framework's own."""
+def _passes(recipe: Recipe, output: Tensor) -> int:
+    """Return the number of Fisher passes that the framework makes over one forward."""
     view = recipe.likelihood.view(output)
     num_terms, width = int(view.shape[1]), int(view.shape[2])
+    if not recipe.fisher.own_pass:
+        return 0
 
     def losses(positions: int) -> int:
         few = torch.zeros(1, positions, width, requires_grad=True)
         return sum(1 for _ in recipe.fisher.losses(few, recipe.likelihood, None, torch.Generator()))
 
-    if not recipe.fisher.own_pass:
-        return 1, False
     one = losses(1)
-    return (one if num_terms == 1 else one + (losses(2) - one) * (num_terms - 1)), True
+    return one if num_terms == 1 else one + (losses(2) - one) * (num_terms - 1)
 
 
-def _state(recipe: Recipe) -> float:
-    """Numbers that the update rule keeps for each parameter, learnt from a small one."""
+def _state_per_parameter(recipe: Recipe) -> float:
+    """Return how many numbers the update rule keeps for each parameter."""
     parameter = nn.Parameter(torch.ones(64, 64))
     optimizer = recipe.update.make([{"params": [parameter]}], lr=0.0, weight_decay=0.0)
     parameter.grad = torch.zeros_like(parameter)
@@ -348,10 +334,14 @@ def _state(recipe: Recipe) -> float:
 
 
 def meta_batch(text: str, size: int) -> Tensor:
-    """A mini-batch on the meta device, from `SHAPE` or `SHAPE:DTYPE`, the shape of one example with x between sizes.
+    """Return a mini-batch on the meta device.
+
+    Args:
+        text: Shape of one example as `SHAPE` or `SHAPE:DTYPE`, with x between sizes.
+        size: Number of examples.
 
     Raises:
-        OptionError: It is written in another way.
+        OptionError: The text has another form.
 
     Example:
         >>> meta_batch("3x224x224", 2).shape, meta_batch("512:int64", 2).dtype
@@ -364,6 +354,8 @@ def meta_batch(text: str, size: int) -> Tensor:
         each.isascii() and each.isdigit() and int(each) for each in sizes
     ):
         raise OptionError(
-            f"the input {text!r} is no shape of an example: write 3x224x224 for an image, or 512:int64 for 512 tokens."
+            f"the input {text!r} is no shape of an example: write 3x224x224 for an image, or "
+            "512:int64 for 512 tokens."
         )
+
     return torch.empty(size, *map(int, sizes), dtype=dtype, device="meta")
