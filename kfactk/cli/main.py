@@ -83,9 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         help="folder to make the package's folder in; the current one by default",
     )
     planning.add_arguments(
-        commands.add_parser(
-            "plan", help="predict what training a model costs, for every placement"
-        )
+        commands.add_parser("plan", help="predict what training a model costs, for every placement")
     )
     return parser
 
@@ -108,8 +106,8 @@ def _stages(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int]
         return json.dumps([info.to_dict() for info in infos], indent=2, allow_nan=False), 0
     if not infos:
         text = (
-            "No stage is loaded. `python -m kfactk plugins` says why; `pip install kfactk` installs "
-            "the first-party stages."
+            "No stage is loaded. `python -m kfactk plugins` says why; `pip install kfactk` "
+            "installs the first-party stages."
         )
         return text, 0
     lines = []
@@ -192,7 +190,6 @@ def _new_plugin(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, 
     package, folder = new_plugin(arguments.name, arguments.stage, arguments.directory, plugins)
     # pip would look up a bare name in the package index.
     path = str(folder) if folder.is_absolute() else os.path.join(".", folder)
-
     files = "".join(f"  {file.name}\n" for file in sorted(folder.iterdir()))
     commands = (
         f"pip install -e {shlex.quote(f'{path}[test]')}",

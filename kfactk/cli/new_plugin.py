@@ -210,4 +210,3 @@ def _write(files: dict[str, str], target: Path) -> None:
             f"{target} cannot be made: {error.strerror or error}. Give a --directory that exists, "
             f"can be written and does not contain {target.name}."
         ) from error
-

@@ -210,8 +210,9 @@ def _from_torchvision(name: str) -> Any:
         models = importlib.import_module("torchvision.models")
     except ImportError as error:
         raise OptionError(
-            f"the model {name!r} is one of torchvision, which cannot be imported ({error}). Install "
-            "it (pip install torchvision), or name a model of your own as package.module:callable."
+            f"the model {name!r} is one of torchvision, which cannot be imported ({error}). "
+            "Install it (pip install torchvision), or name a model of your own as "
+            "package.module:callable."
         ) from error
     if name not in models.list_models():
         raise OptionError(
@@ -364,7 +365,6 @@ def _as_dict(row: Row) -> dict[str, Any]:
         "worst_moved": dict(costs.worst_moved),
         "held": list(costs.held),
         "refresh_seconds": list(costs.refresh_seconds),
-
         "memory": {**attrs.asdict(costs.memory), "total": costs.memory.total},
         "fits": row.fits,
         "recommended": row.recommended,
