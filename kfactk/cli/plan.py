@@ -135,8 +135,8 @@ def compare(
         costs = cost(load, assignment, ranks, machine, precision=precision, wire=wire)
         asked = value if isinstance(value, str) else json.dumps(value)
         label = asked if assignment.strategy in asked else f"{asked}: {assignment.strategy}"
-        holding, *others = {len(share.gradient_workers) for share in assignment.shares.values()}
-        label += f", {holding} hold" if not others and 1 < holding < ranks else ""
+        width, *others = {len(share.gradient_workers) for share in assignment.shares.values()}
+        label += f", rows of {width}" if not others and 1 < width < ranks else ""
         rows.append(Row(label, costs, costs.memory.total <= machine.memory))
     fitting = [row for row in rows if row.fits]
     best = min(fitting, key=lambda row: row.costs.seconds) if fitting else None
