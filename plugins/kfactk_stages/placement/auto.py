@@ -5,7 +5,7 @@ from __future__ import annotations
 import attrs
 
 from kfactk import Assignment, Workload, grid, hookimpl
-from kfactk.costmodel.cost import Costs, Job, cost
+from kfactk.costmodel.cost import Costs, TrainingLoad, cost
 from kfactk.costmodel.hardware import MACHINES, machine_named
 from kfactk.options import choice, number
 from kfactk_stages.placement._options import PlacementOptions
@@ -64,9 +64,9 @@ class Auto(PlacementOptions):
                 workload, 1, 1, "replicated", "auto: one rank does everything", everyone=True
             )
         machine = machine_named(self.machine, workload.device)
-        job = Job.of(workload)
+        load = TrainingLoad.of(workload)
         candidates = [
-            cost(job, each, ranks, machine, wire=WIRE_BYTES[self.wire_dtype])
+            cost(load, each, ranks, machine, wire=WIRE_BYTES[self.wire_dtype])
             for each in _candidates(workload, ranks)
         ]
         bound = machine.memory if self.memory is None else self.memory
