@@ -11,6 +11,7 @@ claims them in its `laws`. The laws of its state (decompositions, moments) are i
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import attrs
@@ -193,7 +194,11 @@ class BasisLaws(BasisStateLaws, BasisTraitLaws, InRecipe):
         """Of a `SpectralOperator`: `function(f, V)` is f(F) V."""
         operator, fisher = self._spectral(situation)
         values, vectors = torch.linalg.eigh(fisher)
-        for name, f in {"root": torch.sqrt, "exponential": lambda s: torch.exp(-s)}.items():
+        functions: dict[str, Callable[[Tensor], Tensor]] = {
+            "root": lambda s: s.sqrt(),
+            "exponential": lambda s: (-s).exp(),
+        }
+        for name, f in functions.items():
             scaled = vectors * f(values.clamp(min=0)).unsqueeze(-2)
             expected = (scaled @ vectors.mT @ columns(situation.gradient).unsqueeze(-1)).squeeze(-1)
             found = columns(operator.function(f, situation.gradient))

@@ -188,11 +188,11 @@ def test_examples_or_rows_may_be_none(rows):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"spatial": "sua"}, "spatial='sua'.*Kfac.*'sud', 'reduce'"),
+        ({"spatial": "sua"}, "Kfac: spatial='sua'.*'sud', 'reduce'"),
         ({"batch_dim": -1}, "batch_dim=-1.*from the front"),
         ({"batch_dim": True}, "batch_dim=True"),
         ({"batch_dim": 1.0}, "batch_dim=1.0"),
-        ({"chunk_bytes": 0}, "chunk_bytes=0.*positive"),
+        ({"chunk_bytes": 0}, "chunk_bytes=0.*at least 1"),
         ({"chunk_bytes": 1e6}, "chunk_bytes=1000000.0"),
     ],
 )

@@ -176,7 +176,7 @@ def test_products_leave_out_what_a_tap_does_not_see() -> None:
     """Of four pixels and a pixel of padding the first tap sees three, so that its products have three rows and none has five."""
     slabs = slabs_of(Window.of(nn.Conv1d(1, 1, 3, padding=1)), (4,))
     rows = {
-        pair: [(at.stop - at.start, sign) for key, _, at, sign in slabs.num_terms if key == pair]
+        pair: [(at.stop - at.start, sign) for key, _, at, sign in slabs.summands if key == pair]
         for pair in slabs.pairs
     }
     assert rows == {
