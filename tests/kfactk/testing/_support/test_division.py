@@ -1,4 +1,4 @@
-"""The law of ranks catches stages that make ranks differ, from each other or from one process, and says what it cannot send."""
+"""The law of ranks catches stages that make ranks differ from each other or from one process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.kfactk.testing.broken_bases import Changed
 pytestmark = pytest.mark.xdist_group("ranks")
 LAW = "test_two_ranks_are_one_process"
 OTHERWISE = (
-    "2 ranks, each with its part of every batch, do not what one process does with the whole"
+    "2 ranks, each with its part of every batch, do not do what one process does with the whole"
 )
 BITS = "after the same steps ranks have different bits in the"
 
@@ -106,10 +106,7 @@ class Hurrying(torch.optim.SGD):
 def test_each_family_is_held_to_it(laws: type[Laws], stage: type, says: str) -> None:
     found = caught(laws, stage, LAW)
     assert says in found[LAW]
-    assert (
-        "In a recipe, two ranks with half of each batch do what one process does with the whole"
-        in found[LAW]
-    )
+    assert "Two ranks with half of each batch do what one process does with the whole" in found[LAW]
 
 
 class Summing(Training):
