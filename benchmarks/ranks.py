@@ -1,6 +1,6 @@
 """What ranks send, hold and compute under each placement, measured on gloo ranks of this machine.
 
-Two tables. Bytes on the wire in a step, all ranks together, against the least that any exchange can do with (`kfactk.costmodel.communication.least_bytes`).
+Two tables. Bytes on the wire in a step, all ranks together, against the least that any exchange can do with (`least_bytes`).
 And, for each rank (the largest of all): memory that curvature takes, resident (the bytes of its factors, decompositions and moments) and at
 its peak (of the process' resident set, above that of the same steps under SGD); processor seconds of one refresh with everything due; and
 the order of operations of its decompositions (n^3 each). Wall time is left out: ranks share the cores there are.
@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import kfactk
 from kfactk.assignment import Work, Workload
-from kfactk.costmodel.communication import least_bytes
+from kfactk.costmodel.communication import Frequency, Sizes
 from kfactk.testing._support.ranks import Workers
 
 PLACEMENTS: tuple[Any, ...] = (
@@ -32,6 +32,52 @@ PLACEMENTS: tuple[Any, ...] = (
 )
 PERIODS = {"factor_every": 2, "scale_every": 2, "basis_every": 4}
 BATCH = 64
+
+
+def least_bytes(
+    workload: Workload,
+    ranks: int,
+    gradient_workers: int,
+    inverse_workers: int = 1,
+    itemsize: float | None = None,
+) -> dict[str, float]:
+    """Return the least bytes a step that any exchange needs, a mean over steps, of all ranks, by kind.
+
+    Of R ranks h hold a layer and d decompose each of its matrices. Sums of f bytes over R ranks
+    need R - 1 messages to meet in one place, and one more for each further place; so do the moments
+    of m bytes. Decompositions of b bytes reach h ranks, or all R where moments are sampled.
+    Preconditioned gradients of v bytes reach the R - h ranks that do not hold the layer:
+
+        sums            (R + d - 2) f / T_factors
+        decompositions  (max(h, d) - d) b / T_basis
+                        sampled:  (R - d) b / T_basis + (R - h) b (1/T_scale - 1/T_basis)
+        moments         sampled:  (R + h - 2) m / T_scale
+        gradients       (R - h) v
+
+    where 1/T_scale counts the steps in which scale or basis is due.
+
+    Args:
+        workload: The work.
+        ranks: R.
+        gradient_workers: h.
+        inverse_workers: d, which are gradient workers, or have gradient workers among them.
+        itemsize: Bytes of a number on the wire; `None` for the workload's.
+    """
+    sizes = [Sizes.of(work, sampled=workload.sampled) for work in workload.works]
+    itemsize, often = itemsize or workload.itemsize, Frequency.of(workload)
+    f = itemsize * sum(sum(size.sums.values()) for size in sizes)
+    b = itemsize * sum(sum(size.kept.values()) for size in sizes)
+    m = itemsize * sum(size.moments for size in sizes)
+    v = itemsize * sum(math.prod(work.gradient) for work in workload.works)
+    outside = ranks - gradient_workers
+    reached = ranks if workload.sampled else max(gradient_workers, inverse_workers)
+    return {
+        "sums": (ranks + inverse_workers - 2) * f * often.factors,
+        "decompositions": (reached - inverse_workers) * b * often.basis
+        + outside * b * often.scale_alone,
+        "moments": (ranks + gradient_workers - 2) * m * often.scale,
+        "gradients": float(outside * v),
+    }
 
 
 def network(width: int, depth: int) -> nn.Module:

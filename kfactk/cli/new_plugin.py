@@ -21,6 +21,7 @@ from kfactk._version import __version__
 from kfactk.errors import OptionError
 from kfactk.registry.hookspecs import PROJECT
 from kfactk.registry.inspection import PROTOCOLS, StageInfo
+from kfactk.registry.loading import normal_name
 from kfactk.registry.registry import Registry
 
 LAWS = {family: f"{protocol.__name__}Laws" for family, protocol in PROTOCOLS.items()}
@@ -83,13 +84,12 @@ class Package:
             "Laws": LAWS[self.family],
             "needs": __version__,
         }
-        folder = importlib.resources.files(PROJECT) / "templates"
+        folder = importlib.resources.files(__package__) / "templates"
         made = {}
         for file, template in FILES.items():
-            text = (folder / (template.format(family=self.family) + SUFFIX)).read_text(
-                encoding="utf-8"
-            )
-            made[file.format(module=self.module)] = Template(text).substitute(names)
+            source = folder / (template.format(family=self.family) + SUFFIX)
+            text = Template(source.read_text(encoding="utf-8")).substitute(names)
+            made[file.format(module=self.module)] = text
         return made
 
 
@@ -119,7 +119,8 @@ def new_plugin(name: str, family: str, directory: Path, known: Registry) -> tupl
     target = directory / package.distribution
     if target.exists() or target.is_symlink():
         raise OptionError(
-            f"{target} is there already, and nothing of it is overwritten. Give another name, or another --directory."
+            f"{target} is there already, and nothing of it is overwritten. "
+            "Give another name, or another --directory."
         )
     _check_free(package, stages)
     _write(package.files(), target)
@@ -127,61 +128,48 @@ def new_plugin(name: str, family: str, directory: Path, known: Registry) -> tupl
 
 
 def _normal(name: str) -> str:
-    """The name as package indexes compare it: lower case, single dashes."""
-    normal = re.sub(r"[-_.]+", "-", name).lower()
+    """The name as package indexes compare it, checked."""
+    normal = normal_name(name)
     if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", normal) or len(normal) > LONGEST:
-        letters = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        letters = letters.removeprefix(f"{PROJECT}-")
-        hint = f" Try {PROJECT}-{letters}." if re.match(r"[a-z]", letters) else ""
+        letters = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-").removeprefix(f"{PROJECT}-")
+        example = letters if re.match(r"[a-z]", letters) else "diagonal"
         raise OptionError(
-            f"{name!r} cannot be the name of a distribution and its module: it must begin with a letter, end with a letter or digit, and "
-            f"have only ASCII letters, digits and dashes in between, {LONGEST} in all.{hint}"
+            f"{name!r} cannot be the name of a distribution and its module: it must begin with a "
+            "letter, end with a letter or digit, and have only ASCII letters, digits and dashes in "
+            f"between, {LONGEST} in all. Try {PROJECT}-{example}."
         )
     stage = normal.removeprefix(f"{PROJECT}-")
     if normal == PROJECT or not stage[0].isalpha():
         raise OptionError(
-            f"{name!r} leaves no name for the stage, which begins with a letter. Give one such as {PROJECT}-diagonal."
+            f"{name!r} leaves no name for the stage, which begins with a letter. "
+            f"Give a name such as {PROJECT}-diagonal."
         )
     return normal
 
 
 def _check_free(package: Package, stages: list[StageInfo]) -> None:
     """Refuse names that something installed has."""
-    taken = ""
-    if keyword.iskeyword(package.module) or keyword.issoftkeyword(package.module):
-        taken = f"{package.module!r} is a word of Python and cannot be a module's name"
-    elif importlib.util.find_spec(package.module) is not None:
-        taken = f"a module {package.module!r} can be imported already, and one would hide the other"
-    elif package.module == package.distribution:
-        taken = "its folder would be called like its module, and hide it from a Python that runs beside the folder"
-    elif package.module.startswith(("test_", "conftest")):
-        taken = f"pytest would take the module {package.module!r} for one of its own"
-    elif _installed(package.distribution):
-        taken = f"a distribution {package.distribution!r} is installed already"
+    name, module, taken = package.distribution, package.module, ""
+    if keyword.iskeyword(module) or keyword.issoftkeyword(module):
+        taken = f"{module!r} is a word of Python and cannot be a module's name"
+    elif importlib.util.find_spec(module) is not None:
+        taken = f"a module {module!r} can be imported already, and one would hide the other"
+    elif module == name:
+        taken = "its folder would have the name of its module, and hide it from a Python run there"
+    elif module.startswith(("test_", "conftest")):
+        taken = f"pytest would take the module {module!r} for one of its own"
+    elif any(importlib.metadata.distributions(name=name)):
+        taken = f"a distribution {name!r} is installed already"
     if taken:
-        prefixed = package.distribution.startswith(f"{PROJECT}-")
-        other = (
-            f"{package.distribution}-{package.family}"
-            if prefixed
-            else f"{PROJECT}-{package.distribution}"
-        )
+        prefixed = name.startswith(f"{PROJECT}-")
+        other = f"{name}-{package.family}" if prefixed else f"{PROJECT}-{name}"
+        raise OptionError(f"{name!r} cannot be used: {taken}. Give another name, such as {other}.")
+    if rival := next((info for info in stages if info.name == package.stage), None):
         raise OptionError(
-            f"{package.distribution!r} cannot be used: {taken}. Give another name, such as {other}."
+            f"There is a {package.family} {package.stage!r} already, of "
+            f"{rival.distribution or rival.plugin}: with two of a name neither could be used. "
+            f"Give another name, such as {name}-2."
         )
-    rivals = [info for info in stages if info.name == package.stage]
-    if rivals:
-        raise OptionError(
-            f"There is a {package.family} {package.stage!r} already, of {rivals[0].distribution or rivals[0].plugin}: with two of a name "
-            f"neither could be used. Give another name, such as {package.distribution}-2."
-        )
-
-
-def _installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.distribution(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _write(files: dict[str, str], target: Path) -> None:
@@ -195,5 +183,6 @@ def _write(files: dict[str, str], target: Path) -> None:
             whole.rename(target)
     except OSError as error:
         raise OptionError(
-            f"{target} cannot be made: {error.strerror or error}. Give a --directory that exists, can be written and lacks {target.name}."
+            f"{target} cannot be made: {error.strerror or error}. "
+            f"Give a --directory that exists, can be written and lacks {target.name}."
         ) from error

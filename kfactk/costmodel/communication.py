@@ -15,13 +15,15 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
 
-from kfactk.assignment import Assignment, Work, Workload
+from kfactk.assignment import Assignment, Work, Workload, is_square
 from kfactk.costmodel.hardware import Machine
 
 BUCKET = 25 * 2**20
 """Bytes at which messages between the same ranks are divided."""
 HANDLING = 10
 """Operations that pack a message and take it out again, which read and write its bytes twice."""
+KINDS = ("sums", "decompositions", "moments", "gradients")
+"""Kinds of messages."""
 
 
 @attrs.frozen
@@ -48,13 +50,23 @@ class Sizes:
         """
         sums, kept = {}, {}
         for name, shape in sorted(work.matrices.items()):
-            n = shape[-1] if is_square(shape) else 0
-            many = math.prod(shape) // (n * n) if n else 1
-            sums[name] = many * n * (n + 1) // 2 if n else math.prod(shape)
-            kept[name] = many * (n * n + sampled * n) if n else math.prod(shape)
+            sums[name] = numbers_sent(shape)
+            eigenvalues = math.prod(shape[:-1]) if sampled and is_square(shape) else 0
+            kept[name] = math.prod(shape) + eigenvalues
         if work.indivisible:
             sums = {"": sum(sums.values())}
         return cls(sums, kept, math.prod(work.gradient) if sampled else 0)
+
+
+def numbers_sent(shape: tuple[int, ...], *, symmetric: bool = True) -> int:
+    """Return how many numbers of a tensor travel: of square symmetric matrices a triangle.
+
+    Example:
+        >>> numbers_sent((2, 3, 3)), numbers_sent((2, 3)), numbers_sent((3, 3), symmetric=False)
+        (12, 6, 9)
+    """
+    whole = math.prod(shape)
+    return (whole + math.prod(shape[:-1])) // 2 if symmetric and is_square(shape) else whole
 
 
 @attrs.frozen
@@ -66,6 +78,7 @@ class Frequency:
     basis: float
     scale_alone: float
     passes: float
+    step: float = 1.0
 
     @classmethod
     def of(cls, workload: Workload) -> Frequency:
@@ -73,19 +86,14 @@ class Frequency:
 
         Example:
             >>> Frequency.of(Workload((), factor_every=10, scale_every=10, basis_every=100))
-            Frequency(factors=0.1, scale=0.1, basis=0.01, scale_alone=0.09, passes=0.1)
+            Frequency(factors=0.1, scale=0.1, basis=0.01, scale_alone=0.09, passes=0.1, step=1.0)
         """
         factor, scale, basis = workload.factor_every, workload.scale_every, workload.basis_every
         if not workload.sampled:
             return cls(1 / factor, 0.0, 1 / basis, 0.0, 1 / factor)
         either = due_share(scale, basis)
-        return cls(
-            1 / factor,
-            either,
-            1 / basis,
-            round(either - 1 / basis, 12),
-            due_share(factor, scale, basis),
-        )
+        alone = round(either - 1 / basis, 12)
+        return cls(1 / factor, either, 1 / basis, alone, due_share(factor, scale, basis))
 
 
 def due_share(*periods: int) -> float:
@@ -96,13 +104,12 @@ def due_share(*periods: int) -> float:
         (0.6666666666666666, 0.1)
     """
     cycle = math.lcm(*periods)
-    sizes = range(1, len(periods) + 1)
     terms = (
         int((-1) ** (size - 1)) * cycle // math.lcm(*some)
-        for size in sizes
+        for size in range(1, len(periods) + 1)
         for some in itertools.combinations(periods, size)
     )
-    return float(sum(terms) / cycle)
+    return sum(terms) / cycle
 
 
 @attrs.frozen
@@ -110,8 +117,8 @@ class Message:
     """Bytes between ranks.
 
     Args:
-        kind: "sums", "decompositions", "moments", "gradients".
-        when: Field of `Frequency` that says how often; "" for every step.
+        kind: One of `KINDS`.
+        when: Field of `Frequency` that says how often.
         way: "all-reduce", "reduce" or "broadcast".
         members: The ranks that take part, ascending.
         size: Bytes of what is reduced or broadcast.
@@ -135,13 +142,9 @@ class Message:
         ranks, buckets = len(self.members), max(1, math.ceil(self.size / BUCKET))
         link, hops = machine.link(self.members), math.ceil(math.log2(ranks)) * buckets
         handling = buckets * HANDLING * machine.launch + 4 * self.size / machine.bandwidth
-        if self.way == "all-reduce":
-            return (
-                handling
-                + 2 * (ranks - 1) / ranks * self.size / link.bandwidth
-                + 2 * hops * link.latency
-            )
-        return handling + self.size / link.bandwidth + hops * link.latency
+        reduced = self.way == "all-reduce"
+        carried = 2 * (ranks - 1) / ranks * self.size if reduced else self.size
+        return handling + carried / link.bandwidth + (1 + reduced) * hops * link.latency
 
 
 def messages(
@@ -174,34 +177,24 @@ def _messages(
     everyone = tuple(range(ranks))
     for work in workload.works:
         share, size = assignment.shares[work.layer], sizes[work.layer]
-        holding = set(share.gradient_workers)
-        outside = [rank for rank in everyone if rank not in holding]
-        for piece, numbers in size.sums.items() if share.inverse_workers else ():
-            yield from _reduced(
-                "sums",
-                "factors",
-                numbers,
-                share.inverse_workers[piece or min(share.inverse_workers)],
-                everyone,
-            )
-        for name, inverse_workers in share.inverse_workers.items():
-            if inverse_workers != everyone:
-                visited = everyone if workload.sampled else share.gradient_workers
-                yield _sent("decompositions", "basis", size.kept[name], inverse_workers[0], visited)
+        workers, inverse_workers = share.gradient_workers, share.inverse_workers
+        outside = sorted(set(everyone) - set(workers))
+        for piece, numbers in size.sums.items() if inverse_workers else ():
+            wanting = inverse_workers[piece or min(inverse_workers)]
+            yield from _reduced("sums", "factors", numbers, wanting, everyone)
+        for name, ready in inverse_workers.items():
+            if ready != everyone:
+                visited = everyone if workload.sampled else workers
+                yield _broadcast("decompositions", "basis", size.kept[name], ready[0], visited)
         if workload.sampled:
-            yield from _reduced("moments", "scale", size.moments, share.gradient_workers, everyone)
-            yield _sent(
-                "decompositions",
-                "scale_alone",
-                sum(size.kept.values()),
-                share.gradient_workers[0],
-                outside,
-            )
+            yield from _reduced("moments", "scale", size.moments, workers, everyone)
+            kept = sum(size.kept.values())
+            yield _broadcast("decompositions", "scale_alone", kept, workers[0], outside)
         waiting: dict[int, list[int]] = {}
         for rank in outside:
             waiting.setdefault(share.source(rank), []).append(rank)
         for source, receivers in waiting.items():
-            yield _sent("gradients", "", math.prod(work.gradient), source, receivers)
+            yield _broadcast("gradients", "step", math.prod(work.gradient), source, receivers)
 
 
 def _reduced(
@@ -214,83 +207,14 @@ def _reduced(
     yield Message(kind, when, "broadcast", wanting, size, wanting[0])
 
 
-def _sent(kind: str, when: str, size: float, source: int, receivers: Sequence[int]) -> Message:
+def _broadcast(kind: str, when: str, size: float, source: int, receivers: Sequence[int]) -> Message:
     return Message(kind, when, "broadcast", tuple(sorted({source, *receivers})), size, source)
 
 
 def bytes_a_step(found: list[Message], workload: Workload) -> dict[str, float]:
     """Bytes that messages move in a step on average, all ranks together, by kind."""
     often = Frequency.of(workload)
-    moved = dict.fromkeys(("sums", "decompositions", "moments", "gradients"), 0.0)
+    moved = dict.fromkeys(KINDS, 0.0)
     for message in found:
-        moved[message.kind] += message.moved * (
-            getattr(often, message.when) if message.when else 1.0
-        )
+        moved[message.kind] += message.moved * getattr(often, message.when)
     return moved
-
-
-def least_bytes(
-    workload: Workload,
-    ranks: int,
-    gradient_workers: int,
-    inverse_workers: int = 1,
-    *,
-    sizes: Mapping[str, Sizes] | None = None,
-    itemsize: float | None = None,
-) -> dict[str, float]:
-    r"""The least bytes a step that any exchange can do with, on average and all ranks together, by kind.
-
-    Of R ranks h hold a layer and d decompose each of its matrices. Sums of f bytes over R ranks need R - 1 messages to come together in
-    one place and one more for each further place; so do the moments of m bytes. Decompositions of b bytes reach h ranks, or all R where
-    moments are sampled; preconditioned gradients of v bytes reach the R - h that do not hold:
-
-        sums            (R + d - 2) f / T_factors
-        decompositions  (max(h, d) - d) b / T_basis;  sampled:  (R - d) b / T_basis + (R - h) b (1/T_scale - 1/T_basis)
-        moments         sampled:  (R + h - 2) m / T_scale
-        gradients       (R - h) v
-
-    where 1/T_scale counts the steps in which scale or basis is due.
-
-    Args:
-        workload: The work.
-        ranks: R.
-        gradient_workers: h.
-        inverse_workers: d, which are holders, or hold among them.
-        sizes: By layer; `None` for what follows from the shapes.
-        itemsize: Bytes of a number on the wire; `None` for the workload's.
-
-    Example:
-        >>> work = Workload((Work("fc", {"A": (3, 3), "G": (2, 2)}, (2, 3)),), factor_every=1, basis_every=2, sampled=False)
-        >>> least_bytes(work, ranks=4, gradient_workers=1)
-        {'sums': 108.0, 'decompositions': 0.0, 'moments': 0.0, 'gradients': 72.0}
-    """
-    sizes = (
-        {work.layer: Sizes.of(work, sampled=workload.sampled) for work in workload.works}
-        if sizes is None
-        else sizes
-    )
-    itemsize, often = workload.itemsize if itemsize is None else itemsize, Frequency.of(workload)
-    f, b, m, v = (
-        itemsize * total
-        for total in (
-            sum(sum(size.sums.values()) for size in sizes.values()),
-            sum(sum(size.kept.values()) for size in sizes.values()),
-            sum(size.moments for size in sizes.values()),
-            sum(math.prod(work.gradient) for work in workload.works),
-        )
-    )
-    reached = (
-        ranks if workload.sampled else max(gradient_workers, inverse_workers)
-    ) - inverse_workers
-    return {
-        "sums": (ranks + inverse_workers - 2) * f * often.factors,
-        "decompositions": reached * b * often.basis
-        + (ranks - gradient_workers) * b * often.scale_alone,
-        "moments": (ranks + gradient_workers - 2) * m * often.scale,
-        "gradients": float((ranks - gradient_workers) * v),
-    }
-
-
-def is_square(shape: tuple[int, ...]) -> bool:
-    """Whether a shape is that of square matrices."""
-    return len(shape) > 1 and shape[-1] == shape[-2]

@@ -9,19 +9,20 @@ whenever the periods meet, everything is due at once. Pure: no process, no tenso
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
 
 import attrs
 
-from kfactk.assignment import Assignment, Work, Workload, assign_slots, layers_near_output
-from kfactk.costmodel.communication import (
-    Frequency,
-    Message,
-    Sizes,
-    bytes_a_step,
+from kfactk.assignment import (
+    Assignment,
+    Work,
+    Workload,
+    assign_slots,
     is_square,
-    messages,
+    layers_near_output,
 )
+from kfactk.costmodel.communication import KINDS, Frequency, Message, Sizes, bytes_a_step, messages
 from kfactk.costmodel.hardware import Machine
 
 AVERAGING = "averaging gradients"
@@ -45,9 +46,7 @@ class Amount:
     launches: float = 0.0
 
     def __add__(self, other: Amount) -> Amount:
-        return Amount(
-            *(a + b for a, b in zip(attrs.astuple(self), attrs.astuple(other), strict=True))
-        )
+        return Amount(*map(operator.add, attrs.astuple(self), attrs.astuple(other)))
 
     def times(self, often: float) -> Amount:
         """That often.
@@ -110,34 +109,22 @@ class LayerCost:
             precondition    4 o i (o + i) with eigenvectors, half of it by two solves with triangles
             transport       2 (i^3 + o^3) + 2 o i (o + i)
         """
-        (o, i), item = work.gradient[-2:], workload.itemsize
+        (o, i), item, t = work.gradient[-2:], workload.itemsize, positions
         groups, once = math.prod(work.gradient[:-2]), float(batch > 0)
+        many = 2.0 * batch * groups
         sizes = Sizes.of(work, sampled=workload.sampled)
-        rows = float(batch * groups * positions * (o + i))
-        moments = item * float(batch > 0 and workload.sampled)
-        factors = batch * groups * 2.0 * positions * (i * i + o * o)
-        scale = (
-            batch
-            * groups
-            * (
-                2.0 * positions * o * i
-                + 2.0 * o * o * min(positions, i)
-                + 2.0 * i * i * min(positions, o)
-            )
-        )
-        turns = (4.0 if solver == "eigh" else 2.0) * groups * o * i * (o + i)
+        rows = float(batch * groups * t * (o + i))
         touched = item * (2.0 * sum(sizes.kept.values()) + 8.0 * math.prod(work.gradient))
-        return cls(
-            Amount(factors, 0.0, item * 6.0 * rows, 8 * once),
-            Amount(scale, 0.0, moments * 8.0 * rows, 20 * once) if moments else NOTHING,
-            Amount(turns, 0.0, touched, 10),
-            sizes,
-            rows,
-            solver,
-            Amount(groups * 2.0 * (i**3 + o**3 + o * i * (o + i)), 0.0, touched, 10)
-            if workload.sampled
-            else NOTHING,
-        )
+        precondition = (4.0 if solver == "eigh" else 2.0) * groups * o * i * (o + i)
+        factors = Amount(many * t * (i * i + o * o), 0.0, item * 6.0 * rows, 8 * once)
+        scale = transport = NOTHING
+        if workload.sampled:
+            products = many * (t * o * i + o * o * min(t, i) + i * i * min(t, o))
+            scale = Amount(products, 0.0, item * 8.0 * rows, 20 * once)
+            products = groups * 2.0 * (i**3 + o**3 + o * i * (o + i))
+            transport = Amount(products, 0.0, touched, 10)
+        solving = Amount(precondition, 0.0, touched, 10)
+        return cls(factors, scale, solving, sizes, rows, solver, transport)
 
     def decomposing(self, shape: tuple[int, ...], machine: Machine) -> float:
         """Seconds to decompose one of its matrices."""
@@ -159,7 +146,7 @@ class Job:
         parameters: Numbers that are trained.
         state: Numbers that the update rule keeps for each of them.
         activations: Bytes kept between forward and backward.
-        turns: In how many turns layers are decomposed, as `stagger` has it; 1 for all at once.
+        slots: Number of slots that layers are decomposed in, where staggered; 1 for all at once.
     """
 
     workload: Workload
@@ -170,17 +157,13 @@ class Job:
     parameters: int = 0
     state: float = 2.0
     activations: float = 0.0
-    turns: int = 1
+    slots: int = 1
 
-    def taking_turns(self) -> list[list[Work]]:
-        """The works of each turn."""
-        placed = assign_slots(
-            {work.layer: sum(work.pieces().values()) for work in self.workload.works}, self.turns
-        )
-        return [
-            [work for work in self.workload.works if placed[work.layer] == turn]
-            for turn in range(self.turns)
-        ]
+    def works_by_slot(self) -> list[list[Work]]:
+        """Return the works of each slot."""
+        works = self.workload.works
+        placed = assign_slots({work.layer: work.cost for work in works}, self.slots)
+        return [[w for w in works if placed[w.layer] == slot] for slot in range(self.slots)]
 
     @classmethod
     def of(
@@ -201,17 +184,15 @@ class Job:
             forward: FLOPs of the model's forward on one example. Its backward takes twice that, a Fisher pass once.
             solver: "eigh" or "cholesky".
         """
-        where = positions or {}
-        layers = {
-            work.layer: LayerCost.of(
-                work, workload, positions=where.get(work.layer, 1), batch=batch, solver=solver
+        layers = {}
+        for work in workload.works:
+            t = (positions or {}).get(work.layer, 1)
+            layers[work.layer] = LayerCost.of(
+                work, workload, positions=t, batch=batch, solver=solver
             )
-            for work in workload.works
-        }
         size = sum(math.prod(work.gradient) for work in workload.works) if batch else 0
-        return cls(
-            workload, layers, Amount(3 * batch * forward), Amount(batch * forward), parameters=size
-        )
+        step, fisher = Amount(3 * batch * forward), Amount(batch * forward)
+        return cls(workload, layers, step, fisher, parameters=size)
 
 
 @attrs.frozen
@@ -294,14 +275,12 @@ class Costs:
     def worst(self) -> float:
         """Of the dearest step: one in which everything is due or, staggered, the dearest thing."""
         every = {**self.compute, **self.communication}
+        worst = {name: part.worst for name, part in every.items()}
         if not self.staggered:
-            return sum(part.worst for part in every.values())
-        always = sum(
-            part.worst for name, part in every.items() if not any(name in event for event in EVENTS)
-        )
-        return always + max(
-            sum(every[name].worst for name in event if name in every) for event in EVENTS
-        )
+            return sum(worst.values())
+        rare = {name for event in EVENTS for name in event}
+        dearest = max(sum(worst.get(name, 0.0) for name in event) for event in EVENTS)
+        return dearest + sum(seconds for name, seconds in worst.items() if name not in rare)
 
 
 def cost(
@@ -331,82 +310,44 @@ def cost(
         >>> divided.memory.curvature / alone.memory.curvature
         0.125
     """
-    workload, often, itemsize = (
-        job.workload,
-        Frequency.of(job.workload),
-        wire or job.workload.itemsize,
-    )
+    workload, often = job.workload, Frequency.of(job.workload)
     sizes = {name: each.sizes for name, each in job.layers.items()}
-    found = messages(workload, sizes, assignment, ranks, itemsize)
-    turns = job.taking_turns()
-    due = (
-        [found]
-        if job.turns == 1
-        else [_due(job, turn, sizes, assignment, ranks, itemsize) for turn in turns]
-    )
+
+    def sent(works: Sequence[Work]) -> list[Message]:
+        part = attrs.evolve(workload, works=tuple(works))
+        return messages(part, sizes, assignment, ranks, wire or workload.itemsize)
+
+    slots, found = job.works_by_slot(), sent(workload.works)
     due = [
-        [message for message in each if job.turns > 1 or message.when != "scale_alone"]
-        for each in due
+        [m for m in sent(slot) if m.when != "scale_alone"]
+        + [m for m in sent([w for w in workload.works if w not in slot]) if m.when != "basis"]
+        for slot in slots
     ]
-    refreshes = [_decomposing(job, turn, assignment, ranks, machine) for turn in turns]
+    refreshes = [_decomposing(job, slot, assignment, ranks, machine) for slot in slots]
     held, preconditioning = _by_rank(job, assignment, ranks, machine)
     compute = _computing(job, machine, precision or machine.precision, often)
-    compute["decomposition"] = Part(
-        sum(map(max, refreshes)) * often.basis, max(map(max, refreshes))
-    )
+    slowest = [max(each) for each in refreshes]
+    compute["decomposition"] = Part(sum(slowest) * often.basis, max(slowest))
     compute["preconditioning"] = Part(max(preconditioning), max(preconditioning))
-    communication = {}
+    communication, worst_moved = {}, {}
     for kind in KINDS:
-        worst = max(_sending([m for m in each if m.kind == kind], machine, ranks) for each in due)
-        communication[kind] = Part(
-            _sending([m for m in found if m.kind == kind], machine, ranks, often), worst
-        )
+        every, *each_due = ([m for m in each if m.kind == kind] for each in (found, *due))
+        worst = max(_sending(each, machine, ranks) for each in each_due)
+        communication[kind] = Part(_sending(every, machine, ranks, often), worst)
+        worst_moved[kind] = max(sum(m.moved for m in each) for each in each_due)
     communication[AVERAGING] = _averaging(job, machine, ranks, compute["forward and backward"].mean)
-    worst_moved = {
-        kind: max(sum(m.moved for m in each if m.kind == kind) for each in due) for kind in KINDS
-    }
-    decomposing = tuple(map(sum, zip(*refreshes, strict=True)))
-    memory = _memory(job, max(held))
-    moved = bytes_a_step(found, workload)
     return Costs(
         assignment,
         ranks,
         compute,
         communication,
-        moved,
-        worst_moved,
-        tuple(held),
-        decomposing,
-        memory,
-        job.turns > 1,
+        moved=bytes_a_step(found, workload),
+        worst_moved=worst_moved,
+        held=tuple(held),
+        decomposing=tuple(map(sum, zip(*refreshes, strict=True))),
+        memory=_memory(job, max(held)),
+        staggered=job.slots > 1,
     )
-
-
-def _due(
-    job: Job,
-    turn: list[Work],
-    sizes: Mapping[str, Sizes],
-    assignment: Assignment,
-    ranks: int,
-    itemsize: float,
-) -> list[Message]:
-    """The messages of a step in which one turn's layers are decomposed, and of the others the scale alone is refreshed."""
-    found = []
-    for works, not_due in (
-        (turn, "scale_alone"),
-        ([work for work in job.workload.works if work not in turn], "basis"),
-    ):
-        part = attrs.evolve(job.workload, works=tuple(works))
-        found += [
-            message
-            for message in messages(part, sizes, assignment, ranks, itemsize)
-            if message.when != not_due
-        ]
-    return found
-
-
-KINDS = ("sums", "decompositions", "moments", "gradients")
-"""Kinds of messages."""
 
 
 def _computing(job: Job, machine: Machine, precision: str, often: Frequency) -> dict[str, Part]:
@@ -417,12 +358,11 @@ def _computing(job: Job, machine: Machine, precision: str, often: Frequency) -> 
         return Part(share * seconds, seconds if share else 0.0)
 
     factors = sum((layer.factors for layer in job.layers.values()), NOTHING)
-    late = layers_near_output(job.workload.works) if job.turns > 1 else frozenset()
-    halves = [
-        sum((each.scale for name, each in job.layers.items() if (name in late) == side), NOTHING)
-        for side in (False, True)
-    ]
-    scales = [part(scale.times(max(1, job.passes)), often.scale) for scale in halves]
+    late = layers_near_output(job.workload.works) if job.slots > 1 else frozenset()
+    halves = {False: NOTHING, True: NOTHING}
+    for name, layer in job.layers.items():
+        halves[name in late] += layer.scale
+    scales = [part(half.times(max(1, job.passes)), often.scale) for half in halves.values()]
     touched = job.workload.itemsize * job.parameters * (4 + 2 * job.state)
     update = Amount(bytes=touched, launches=4.0 * len(job.layers) if job.parameters else 0.0)
     return {
@@ -435,15 +375,16 @@ def _computing(job: Job, machine: Machine, precision: str, often: Frequency) -> 
 
 
 def _decomposing(
-    job: Job, turn: list[Work], assignment: Assignment, ranks: int, machine: Machine
+    job: Job, works: list[Work], assignment: Assignment, ranks: int, machine: Machine
 ) -> list[float]:
     """Seconds that each rank decomposes, and carries the moments that it holds into the new basis."""
     seconds = [0.0] * ranks
-    for work in turn:
-        for rank in assignment.shares[work.layer].gradient_workers:
-            seconds[rank] += job.layers[work.layer].transport.seconds(machine)
-        for name, inverse_workers in assignment.shares[work.layer].inverse_workers.items():
-            taken = job.layers[work.layer].decomposing(work.matrices[name], machine)
+    for work in works:
+        share, layer = assignment.shares[work.layer], job.layers[work.layer]
+        for rank in share.gradient_workers:
+            seconds[rank] += layer.transport.seconds(machine)
+        for name, inverse_workers in share.inverse_workers.items():
+            taken = layer.decomposing(work.matrices[name], machine)
             for rank in inverse_workers:
                 seconds[rank] += taken
     return seconds
@@ -473,9 +414,7 @@ def _sending(
     """Seconds of messages one after the other, as the busiest rank sees them: each once, or as often as it comes in a mean step."""
     shared, own = 0.0, [0.0] * ranks
     for message in found:
-        seconds = message.seconds(machine) * (
-            getattr(often, message.when) if often is not None and message.when else 1.0
-        )
+        seconds = message.seconds(machine) * (getattr(often, message.when) if often else 1.0)
         if len(message.members) == ranks:
             shared += seconds
         else:
@@ -488,7 +427,7 @@ def _averaging(job: Job, machine: Machine, ranks: int, computing: float) -> Part
     """What is left of the gradients' all-reduce, of which two thirds of the step's computation, its backward, may hide a part."""
     if ranks == 1 or not job.parameters:
         return Part(0.0, 0.0)
-    message = Message(AVERAGING, "", "all-reduce", tuple(range(ranks)), 4.0 * job.parameters)
+    message = Message(AVERAGING, "step", "all-reduce", tuple(range(ranks)), 4.0 * job.parameters)
     seconds = max(0.0, message.seconds(machine) - (computing * 2 / 3 if machine.overlaps else 0.0))
     return Part(seconds, seconds)
 

@@ -8,8 +8,10 @@ done and how large the result is.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,33 +20,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from kfactk.assignment import Work, Workload
+from kfactk.assignment import Work, Workload, is_square
 from kfactk.capture.support import model_output
-from kfactk.costmodel.communication import Sizes, is_square
+from kfactk.costmodel.communication import Sizes, numbers_sent
 from kfactk.costmodel.cost import NOTHING, Amount, Job, LayerCost
 from kfactk.errors import CombinationError, OptionError
-from kfactk.preconditioner.block import Blocks
+from kfactk.preconditioner.block import Block, Parts
 from kfactk.preconditioner.coverage import ModelSurvey
 from kfactk.recipe import Recipe
 from kfactk.samples import LayerCall, Statistic, working_dtype
-from kfactk.stages import Curvature, Layer
+from kfactk.statistics import RunningMean
 
 SOLVERS = {"eigh": ("eigh", "svd", "eig", "qr", "inv", "lu"), "cholesky": ("cholesky",)}
 """Names of decompositions in machine profiles, and what is counted as one: anything but Cholesky as an eigendecomposition."""
 GROUPS, ROWS, COLUMNS = 3, 5, 7
 """Sides of the corners that are decomposed in place of whole matrices: told apart in the result, each stands for the matrix' own."""
-FREE = {
-    "_unsafe_view",
-    "alias",
-    "detach",
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "new_empty",
-    "new_empty_strided",
-}
+FREE = {"_unsafe_view", "alias", "detach", "empty", "empty_like", "empty_strided"}
+FREE |= {"new_empty", "new_empty_strided"}
 """Operations besides views that touch no number."""
-TRIANGULAR = {torch.ops.aten.cholesky_solve, torch.ops.aten.linalg_solve_triangular}
+TRIANGULAR = {torch.ops.aten.cholesky_solve: 2, torch.ops.aten.linalg_solve_triangular: 1}
+"""Operations that solve with triangles, and with how many."""
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -71,13 +66,9 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func.is_view or packet.__name__ in FREE:
             return out
         flops = _flops(packet, args, kwargs or {}, out)
-        convolving = "convolution" in packet.__name__
-        written = sum(each.nbytes for each in tree_leaves(out) if isinstance(each, Tensor))
-        read = sum(each.nbytes for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor))
-        self.written += written
-        self.amount += Amount(
-            0 if convolving else flops, flops if convolving else 0, read + written, 1
-        )
+        work = (0, flops) if "convolution" in packet.__name__ else (flops, 0)
+        self.written += (written := _nbytes(out))
+        self.amount += Amount(*work, _nbytes((args, kwargs)) + written, 1)
         return out
 
     def decompositions(self) -> str:
@@ -88,57 +79,42 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return ""
 
 
+def _nbytes(tree: Any) -> int:
+    return sum(each.nbytes for each in tree_leaves(tree) if isinstance(each, Tensor))
+
+
 def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
-    if packet in TRIANGULAR:  # twice n^2 for each column by two triangles, n^2 by one
-        n, columns = out.shape[-2], out.numel() // out.shape[-2]
-        return int((2 if packet is torch.ops.aten.cholesky_solve else 1) * n * n * columns)
-    if (
-        packet is torch.ops.aten.convolution_backward
-    ):  # torch's own count leaves groups out of account
+    if packet in TRIANGULAR:  # n^2 for each column and triangle
+        return TRIANGULAR[packet] * int(out.shape[-2] * out.numel())
+    if packet is torch.ops.aten.convolution_backward:  # torch's own count ignores groups
         gradient, inputs, weight, transposed, wanted = args[0], args[1], args[2], args[7], args[10]
-        return int(
-            2
-            * (inputs if transposed else gradient).numel()
-            * math.prod(weight.shape[1:])
-            * sum(wanted[:2])
-        )
-    if (
-        packet not in flop_registry
-    ):  # torch counts operations in place under the names of the others
+        products = (inputs if transposed else gradient).numel() * math.prod(weight.shape[1:])
+        return int(2 * products * sum(wanted[:2]))
+    if packet not in flop_registry:  # operations in place count under the names of the others
         packet = getattr(torch.ops.aten, packet.__name__.removesuffix("_"), packet)
-    if packet not in flop_registry:
-        return 0
-    return int(flop_registry[packet](*args, **kwargs, out_val=out))
+    count = flop_registry.get(packet)
+    return int(count(*args, **kwargs, out_val=out)) if count else 0
 
 
-def workload_of(model: nn.Module, recipe: Recipe) -> Workload:
-    """The work that a recipe's placement divides, for all of a model's parameters.
-
-    Args:
-        model: On any device; on the meta device nothing is allocated.
-        recipe: Its stages and periods.
-    """
-    return _workload(_layers(model, recipe), recipe)
-
-
-def _layers(model: nn.Module, recipe: Recipe) -> Sequence[Layer]:
-    found = ModelSurvey(model, recipe.curvature, recipe.exclude).layers(lambda parameter: True)
-    if not found:
+def _blocks(model: nn.Module, recipe: Recipe) -> list[Block]:
+    survey = ModelSurvey(model, recipe.rules, recipe.exclude)
+    layers = survey.layers({id(parameter) for parameter in model.parameters()})
+    if not layers:
         raise CombinationError(
-            "no layer of the model is preconditioned, so there is nothing to place. See print(recipe.coverage(model)) for the reasons."
+            "no layer of the model is preconditioned, so there is nothing to place. "
+            "See print(recipe.coverage(model)) for the reasons."
         )
-    return found
+    return [Block(layer, rule.curvature, rule.basis) for layer, rule in layers]
 
 
-def _workload(layers: Sequence[Layer], recipe: Recipe) -> Workload:
-    blocks = Blocks(recipe.curvature, recipe.basis)
-    weight = layers[0].tensors()["weight"]
+def _workload(blocks: Sequence[Block], recipe: Recipe) -> Workload:
+    anchors = [block.layer.anchor for block in blocks]
     return Workload(
-        tuple(blocks.work(layer) for layer in layers),
+        tuple(block.work() for block in blocks),
         *recipe.schedule.periods(0),
-        sampled=recipe.basis.moments_from == "samples",
-        itemsize=working_dtype(*(layer.tensors()["weight"].dtype for layer in layers)).itemsize,
-        device=weight.device.type,
+        sampled=any(block.sampled for block in blocks),
+        itemsize=max(working_dtype(anchor.dtype).itemsize for anchor in anchors),
+        device=anchors[0].device.type,
     )
 
 
@@ -153,14 +129,17 @@ def job_of(model: nn.Module, recipe: Recipe, batch: Tensor) -> Job:
     Raises:
         CombinationError: The model's forward needs numbers, which the meta device does not have.
     """
-    layers = _layers(model, recipe)
-    workload = _workload(layers, recipe)
-    calls: dict[str, list[tuple[Tensor, Tensor]]] = {layer.name: [] for layer in layers}
+    blocks = _blocks(model, recipe)
+    workload = _workload(blocks, recipe)
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {block.name: [] for block in blocks}
     model.train()
-    with _watched(layers, calls), Meter() as forward:
+    with contextlib.ExitStack() as hooks, Meter() as forward:
+        for block in blocks:
+            watching = functools.partial(_note, calls[block.name])
+            for site in block.layer.sites:
+                hooks.enter_context(site.register_forward_hook(watching))
         output = _ran(model, batch)
-    called = {name: found for name, found in calls.items() if found}
-    outputs = [out for found in called.values() for _, out in found if out.requires_grad]
+    outputs = [out for found in calls.values() for _, out in found if out.requires_grad]
     with Meter() as fisher:
         torch.autograd.grad(
             output, outputs, torch.empty_like(output), retain_graph=True, allow_unused=True
@@ -169,23 +148,22 @@ def job_of(model: nn.Module, recipe: Recipe, batch: Tensor) -> Job:
     with Meter() as backward:
         torch.autograd.grad(output, trained, torch.empty_like(output), allow_unused=True)
     costs = {}
-    for layer, work in zip(layers, workload.works, strict=True):
+    for block, work in zip(blocks, workload.works, strict=True):
         found = [
             LayerCall(given.detach(), torch.empty_like(out).detach())
-            for given, out in called.get(layer.name, [])
+            for given, out in calls[block.name]
         ]
-        costs[layer.name] = _layer_cost(layer, work, recipe, workload, found)
-    passes, alone = _passes(recipe, output)
+        costs[block.name] = _layer_cost(block, work, found)
     return Job(
         workload,
         costs,
-        forward.amount + backward.amount,
-        fisher.amount,
-        passes if alone else 0,
-        sum(parameter.numel() for parameter in trained),
-        _state(recipe),
-        float(forward.written),
-        recipe.schedule.slots,
+        step=forward.amount + backward.amount,
+        fisher=fisher.amount,
+        passes=_passes(recipe, output),
+        parameters=sum(parameter.numel() for parameter in trained),
+        state=_state(recipe),
+        activations=float(forward.written),
+        slots=recipe.schedule.slots,
     )
 
 
@@ -194,70 +172,49 @@ def _ran(model: nn.Module, batch: Tensor) -> Tensor:
         return model_output(model(batch))
     except (NotImplementedError, RuntimeError) as error:
         raise CombinationError(
-            f"the model could not be run without data, on the meta device and an input of shape {tuple(batch.shape)} "
-            f"({str(error).partition(chr(10))[0]}). Is input= right? A forward that looks at values (.item(), if on a tensor, masks made "
-            "of data) cannot be planned; give a variant of the model that does not."
+            "the model could not be run without data, on the meta device and an input of shape "
+            f"{tuple(batch.shape)} ({str(error).partition(chr(10))[0]}). Is input= right? A forward "
+            "that looks at values (.item(), if on a tensor, masks made of data) cannot be planned; "
+            "give a variant of the model that does not."
         ) from error
 
 
-@contextlib.contextmanager
-def _watched(
-    layers: Sequence[Layer], calls: Mapping[str, list[tuple[Tensor, Tensor]]]
-) -> Iterator[None]:
-    """Note the input and output of each call of these layers."""
-
-    def noting(name: str) -> Callable[..., None]:
-        return lambda module, given, out: calls[name].append((given[0], out))
-
-    handles = [layer.module.register_forward_hook(noting(layer.name)) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _note(calls: list[tuple[Tensor, Tensor]], module: nn.Module, inputs: Any, out: Tensor) -> None:
+    calls.append((inputs[0], out))
 
 
-def _layer_cost(
-    layer: Layer, work: Work, recipe: Recipe, workload: Workload, calls: Sequence[LayerCall]
-) -> LayerCost:
+def _layer_cost(block: Block, work: Work, calls: Sequence[LayerCall]) -> LayerCost:
     """Count the stages at work on one layer."""
-    blocks = Blocks(recipe.curvature, recipe.basis)
-    _, blank = blocks.blank(layer)
-    parts, solver = _decomposed(blocks, layer, work, recipe.curvature, blank)
+    samples, blank = block.blank()
+    parts, solver = _decomposed(block, work)
+    block.state.decomposition = parts
     gradient = torch.empty(work.gradient, device="meta")
     factors = scale = NOTHING
     moments: dict[str, Statistic] = {}
     if calls:
-        samples = blocks.samples(layer, calls, num_terms=1.0, first=True)
-        blocks.factors(
-            layer, samples
-        )  # what is made once and kept, such as a table, is no part of a step
+        samples = block.samples(calls, num_terms=1.0, first=True)
+        block.factors(samples)  # once more: tables that are made once are no part of a step
         with Meter() as meter:
-            blocks.factors(layer, samples)
+            block.factors(samples)
         factors = meter.amount
-        if workload.sampled:
-            with Meter() as meter:
-                moments = blocks.moments(layer, parts, samples)
-            scale = meter.amount
-    else:
-        moments = blocks.moments(layer, parts, blocks.blank(layer)[0]) if workload.sampled else {}
-    if recipe.basis.moments_from == "gradient":
-        moments = blocks.gradient_moments(layer, parts, gradient, 1.0)
-    totals = {
-        key.partition(".")[2]: found.total
-        for key, found in moments.items()
-        if found.total is not None
-    }
+    if block.sampled:
+        with Meter() as meter:
+            moments = block.moments(parts, samples)
+        scale = meter.amount if calls else NOTHING
+    elif block.basis.moments_from == "gradient":
+        moments = block.gradient_moments(gradient, 1.0)
+    for key, found in moments.items():
+        if found.total is not None:
+            block.state.moments[key.removeprefix("moment.")] = RunningMean(found.total, 1.0)
     with Meter() as carrying:
-        if totals:
-            blocks.transport(layer, totals, parts, parts)
-    operator = blocks.operator(layer, parts, totals, 1.0)
+        block.adopt(parts)
+    block.operator(1.0)
     with Meter() as meter:
-        blocks.preconditioned(layer, operator, gradient)
+        block.solve(gradient, 1.0)
     sizes = Sizes(
         _sums(work, blank),
         {name: sum(part.numel() for part in found.values()) for name, found in parts.items()},
-        sum(total.numel() for total in totals.values()),
+        sum(moment.numel() for moment in block.state.moment_values().values()),
     )
     retained = float(sum(call.inputs.numel() + call.gradient.numel() for call in calls))
     return LayerCost(factors, scale, meter.amount, sizes, retained, solver, carrying.amount)
@@ -265,61 +222,40 @@ def _layer_cost(
 
 def _sums(work: Work, blank: Mapping[str, Statistic]) -> dict[str, int]:
     """Numbers of a layer's statistics as they travel."""
-    each = {}
-    for name, statistic in blank.items():
-        if statistic.total is not None:
-            shape = tuple(statistic.total.shape)
-            n = shape[-1] if is_square(shape) else 0
-            each[name] = (
-                math.prod(shape) // (n * n) * (n * (n + 1) // 2)
-                if n and statistic.symmetric
-                else math.prod(shape)
-            )
-    return (
-        {"": sum(each.values())}
-        if work.indivisible
-        else {name: each[name] for name in sorted(work.matrices)}
-    )
-
-
-def _decomposed(
-    blocks: Blocks, layer: Layer, work: Work, curvature: Curvature, blank: Mapping[str, Statistic]
-) -> tuple[dict[str, dict[str, Tensor]], str]:
-    """A layer's decomposition without its numbers, and in what way it is made: from corners with sides that tell what they stand for."""
-    corners = {}
-    for name, shape in work.matrices.items():
-        sides = (GROUPS,) * (len(shape) - 2) + (
-            (COLUMNS, COLUMNS) if is_square(shape) else (ROWS, COLUMNS)
-        )[-len(shape) :]
-        corners[name] = (
-            torch.eye(COLUMNS).expand(sides).clone() if is_square(shape) else torch.ones(sides)
-        )
-    means = {
-        name: corner.new_ones(corner.shape[:-2])
-        for name, corner in corners.items()
-        if is_square(tuple(corner.shape))
+    each = {
+        name: numbers_sent(tuple(statistic.total.shape), symmetric=statistic.symmetric)
+        for name, statistic in blank.items()
+        if statistic.total is not None
     }
+    return {"": sum(each.values())} if work.indivisible else {n: each[n] for n in sorted(each)}
+
+
+def _decomposed(block: Block, work: Work) -> tuple[Parts, str]:
+    """A layer's decomposition without its numbers, and in what way it is made: from corners with sides that tell what they stand for."""
+    corners, means = {}, {}
+    for name, shape in work.matrices.items():
+        groups = (GROUPS,) * (len(shape) - 2)
+        if is_square(shape):
+            corners[name] = torch.eye(COLUMNS).expand(*groups, COLUMNS, COLUMNS).clone()
+            means[name] = torch.ones(groups)
+        else:
+            corners[name] = torch.ones(*groups, *(ROWS, COLUMNS)[-len(shape) :])
     with Meter() as meter:
-        small = blocks.decompose(layer, corners, 1.0, means)
-    parts: dict[str, dict[str, Tensor]] = {}
+        small = block.decompose(1.0, corners, means)
+    parts: Parts = {}
     for name, found in small.items():
         shape = work.matrices[name]
-        whole = {
-            GROUPS: math.prod(shape[:-2]),
-            COLUMNS: shape[-1],
-            ROWS: shape[-2] if len(shape) > 1 else 1,
-        }
-        parts[name] = {
-            key: torch.empty(
-                [whole.get(side, side) for side in part.shape], dtype=part.dtype, device="meta"
-            )
-            for key, part in found.items()
-        }
+        rows = shape[-2] if len(shape) > 1 else 1
+        whole = {GROUPS: math.prod(shape[:-2]), ROWS: rows, COLUMNS: shape[-1]}
+        parts[name] = {}
+        for key, part in found.items():
+            sides = [whole.get(side, side) for side in part.shape]
+            parts[name][key] = torch.empty(sides, dtype=part.dtype, device="meta")
     return parts, meter.decompositions()
 
 
-def _passes(recipe: Recipe, output: Tensor) -> tuple[int, bool]:
-    """Fisher passes over one forward, and whether they are the framework's own."""
+def _passes(recipe: Recipe, output: Tensor) -> int:
+    """Return the number of the framework's own Fisher passes over one forward."""
     view = recipe.likelihood.view(output)
     num_terms, width = int(view.shape[1]), int(view.shape[2])
 
@@ -328,9 +264,9 @@ def _passes(recipe: Recipe, output: Tensor) -> tuple[int, bool]:
         return sum(1 for _ in recipe.fisher.losses(few, recipe.likelihood, None, torch.Generator()))
 
     if not recipe.fisher.own_pass:
-        return 1, False
+        return 0
     one = losses(1)
-    return (one if num_terms == 1 else one + (losses(2) - one) * (num_terms - 1)), True
+    return one if num_terms == 1 else one + (losses(2) - one) * (num_terms - 1)
 
 
 def _state(recipe: Recipe) -> float:
@@ -339,12 +275,8 @@ def _state(recipe: Recipe) -> float:
     optimizer = recipe.update.make([{"params": [parameter]}], lr=0.0, weight_decay=0.0)
     parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    numbers = sum(
-        value.numel()
-        for value in optimizer.state[parameter].values()
-        if isinstance(value, Tensor) and value.numel() > 1
-    )
-    return numbers / parameter.numel()
+    kept = (each for each in optimizer.state[parameter].values() if isinstance(each, Tensor))
+    return sum(each.numel() for each in kept if each.numel() > 1) / parameter.numel()
 
 
 def meta_batch(text: str, size: int) -> Tensor:
@@ -359,11 +291,10 @@ def meta_batch(text: str, size: int) -> Tensor:
     """
     shape, _, name = text.partition(":")
     dtype = getattr(torch, name or "float32", None)
-    sizes = shape.split("x")
-    if not isinstance(dtype, torch.dtype) or not all(
-        each.isascii() and each.isdigit() and int(each) for each in sizes
-    ):
+    sides = r"0*[1-9][0-9]*"
+    if not isinstance(dtype, torch.dtype) or not re.fullmatch(f"{sides}(x{sides})*", shape):
         raise OptionError(
-            f"the input {text!r} is no shape of an example: write 3x224x224 for an image, or 512:int64 for 512 tokens."
+            f"the input {text!r} is no shape of an example: write 3x224x224 for an image, "
+            "or 512:int64 for 512 tokens."
         )
-    return torch.empty(size, *map(int, sizes), dtype=dtype, device="meta")
+    return torch.empty(size, *map(int, shape.split("x")), dtype=dtype, device="meta")

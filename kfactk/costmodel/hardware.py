@@ -6,6 +6,8 @@ assumed share, both written beside each other below; `calibrate` measures them i
 
 from __future__ import annotations
 
+import bisect
+import functools
 import math
 import os
 import statistics
@@ -52,16 +54,14 @@ class Curve:
 
     def __call__(self, n: int) -> float:
         """Seconds for side n."""
-        (first, least), (last, most) = self.points[0], self.points[-1]
-        if n <= first:
-            return least * n / first
-        if n >= last:
-            return most * (n / last) ** 3
-        right = next(i for i, (size, _) in enumerate(self.points) if size >= n)
-        (low, before), (high, after) = self.points[right - 1], self.points[right]
-        return before * math.exp(
-            math.log(after / before) * math.log(n / low) / math.log(high / low)
-        )
+        right = bisect.bisect_left(self.points, (n,))
+        if right == 0:
+            return self.points[0][1] * n / self.points[0][0]
+        low, before = self.points[right - 1]
+        if right == len(self.points):
+            return before * (n / low) ** 3
+        high, after = self.points[right]
+        return float(before * (after / before) ** (math.log(n / low) / math.log(high / low)))
 
 
 @attrs.frozen
@@ -106,8 +106,8 @@ class Machine:
         """
         if precision not in self.products:
             raise OptionError(
-                f"the machine {self.name!r} has no figures for the precision {precision!r}.{near_names(precision, self.products)} "
-                f"It has them for {', '.join(self.products)}."
+                f"the machine {self.name!r} has no rate for the precision {precision!r}."
+                f"{near_names(precision, self.products)} Choose one of {', '.join(self.products)}."
             )
         return self.products[precision]
 
@@ -241,8 +241,8 @@ def machine_named(name: str | None, device: str = "cpu") -> Machine:
         return CPU if device == "cpu" else H100
     if name not in MACHINES:
         raise OptionError(
-            f"there is no machine profile {name!r}.{near_names(name, MACHINES)} There are: {', '.join(MACHINES)}; "
-            "python -m kfactk plan --calibrate measures the machine it runs on."
+            f"there is no machine profile {name!r}.{near_names(name, MACHINES)} There are: "
+            f"{', '.join(MACHINES)}; python -m kfactk plan --calibrate measures the machine it runs on."
         )
     return MACHINES[name]
 
@@ -265,16 +265,14 @@ def calibrate(
     """
     device = torch.device(device)
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    gauge = _Gauge(device, repeats, clock)
-    precisions = {"float32": torch.float32} | (
-        {"bfloat16": torch.bfloat16} if device.type == "cuda" else {}
-    )
-    products = {name: gauge.products(dtype) for name, dtype in precisions.items()}
+    gauge = _Gauge(device, repeats, clock, ranks)
+    precisions = ("float32", "bfloat16") if device.type == "cuda" else ("float32",)
+    products = {name: gauge.products(getattr(torch, name)) for name in precisions}
     sizes = (32, 128, 384) if device.type == "cpu" else (64, 512, 2048)
-    solvers = {"eigh": torch.linalg.eigh, "cholesky": torch.linalg.cholesky}
-    points = {
-        name: [(n, gauge.solving(solve, n)) for n in sizes] for name, solve in solvers.items()
-    }
+    solvers = {}
+    for name in ("eigh", "cholesky"):
+        solve = getattr(torch.linalg, name)
+        solvers[name] = Curve(tuple((n, gauge.solving(solve, n)) for n in sizes))
     base = machine_named(None, device.type)
     measured = attrs.evolve(
         base,
@@ -285,20 +283,23 @@ def calibrate(
         precision="float32",
         bandwidth=gauge.bandwidth(),
         launch=gauge.launch(),
-        solvers={name: Curve(tuple(found)) for name, found in points.items()},
+        solvers=solvers,
         node=int(os.environ.get("LOCAL_WORLD_SIZE", ranks if ranks > 1 else base.node)),
         memory=_memory(device, ranks),
     )
     if ranks == 1:
         return measured
-    return attrs.evolve(measured, near=(link := gauge.link(ranks)), far=link)
+    return attrs.evolve(measured, near=(link := gauge.link()), far=link)
 
 
+@attrs.frozen
 class _Gauge:
     """Times operations on one device; where there is a process group, in the mean over its ranks."""
 
-    def __init__(self, device: torch.device, repeats: int, clock: Callable[[], float]) -> None:
-        self.device, self.repeats, self.clock = device, repeats, clock
+    device: torch.device
+    repeats: int
+    clock: Callable[[], float]
+    ranks: int
 
     def seconds(self, run: Callable[[], Any], times: int = 1) -> float:
         """Median seconds of one run out of `times` in a row, after a first one that is not counted."""
@@ -311,18 +312,14 @@ class _Gauge:
                 run()
             self._ready()
             found.append((self.clock() - start) / times)
-        return self._agreed(statistics.median(found))
+        agreed = torch.tensor(statistics.median(found), dtype=torch.float64, device=self.device)
+        if self.ranks > 1:
+            dist.all_reduce(agreed)
+        return float(agreed) / self.ranks
 
     def _ready(self) -> None:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
-
-    def _agreed(self, value: float) -> float:
-        if not (dist.is_available() and dist.is_initialized()):
-            return value
-        buffer = torch.tensor([value], dtype=torch.float64, device=self.device)
-        dist.all_reduce(buffer)
-        return float(buffer) / dist.get_world_size()
 
     def _random(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         generator = torch.Generator(self.device).manual_seed(0)
@@ -339,7 +336,7 @@ class _Gauge:
         for channels, outputs, side in ((3, 32, 32), (32, 64, 16), (64, 64, 8)):
             images = self._random(examples, channels, side, side).requires_grad_()
             weight = self._random(outputs, channels, 3, 3).requires_grad_()
-            seconds += self.seconds(lambda images=images, weight=weight: _convolve(images, weight))  # type: ignore[misc]
+            seconds += self.seconds(functools.partial(_convolve, images, weight))
             flops += 3 * 2 * examples * side * side * channels * outputs * 9
         return flops / seconds
 
@@ -355,22 +352,22 @@ class _Gauge:
         layers = 20
         model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(layers))).to(self.device)
         parameters, rows = list(model.parameters()), self._random(2, 2)
-        return self.seconds(
-            lambda: torch.autograd.grad(model(rows).sum(), parameters), times=20
-        ) / (4 * layers)
+        seconds = self.seconds(lambda: torch.autograd.grad(model(rows).sum(), parameters), times=20)
+        return seconds / (4 * layers)
 
     def solving(self, solve: Callable[[torch.Tensor], Any], n: int) -> float:
         rows = self._random(2 * n, n)
         matrix = rows.T @ rows / n + torch.eye(n, device=self.device)
         return self.seconds(lambda: solve(matrix), times=max(1, 128 // n))
 
-    def link(self, ranks: int) -> Link:
+    def link(self) -> Link:
         """From all-reduces of few and of many bytes, turned round as the cost model takes them."""
         small, large = self._random(8), self._random(2**20)
         idle = self.seconds(lambda: dist.all_reduce(small), times=8)
         busy = self.seconds(lambda: dist.all_reduce(large))
-        hops = 2 * math.ceil(math.log2(ranks))
-        return Link(2 * (ranks - 1) / ranks * 4 * 2**20 / max(busy - idle, 1e-9), idle / hops)
+        carried = 2 * (self.ranks - 1) / self.ranks * 4 * 2**20
+        hops = 2 * math.ceil(math.log2(self.ranks))
+        return Link(carried / max(busy - idle, 1e-9), idle / hops)
 
 
 def _convolve(images: torch.Tensor, weight: torch.Tensor) -> None:

@@ -83,20 +83,20 @@ class Plugin:
     outdated: str | None = None
 
     def __str__(self) -> str:
-        origin = (
-            f"{self.distribution} {self.version or ''}".strip()
-            if self.distribution
-            else "registered in this process"
-        )
-        return f"{self.name!r} ({origin})"
+        origin = f"{self.distribution or 'registered in this process'} {self.version or ''}"
+        return f"{self.name!r} ({origin.strip()})"
 
     def info(self) -> PluginInfo:
         """The plugin as listed."""
-        names = tuple(f"{provider.family}.{provider.name}" for provider in self.providers)
-        status = "blocked" if self.blocked_by else "failed" if self.problems else "loaded"
-        error = f"blocked by {self.blocked_by}" if self.blocked_by else "; ".join(self.problems)
         return PluginInfo(
-            self.name, self.distribution, self.version, self.module, names, status, error, self.api
+            self.name,
+            self.distribution,
+            self.version,
+            self.module,
+            stages=tuple(f"{provider.family}.{provider.name}" for provider in self.providers),
+            status="blocked" if self.blocked_by else "failed" if self.problems else "loaded",
+            error=f"blocked by {self.blocked_by}" if self.blocked_by else "; ".join(self.problems),
+            api=self.api,
         )
 
 
@@ -110,23 +110,28 @@ class Plugins:
     def __init__(self, disabled: Iterable[str] = ()) -> None:
         self.manager = pluggy.PluginManager(PROJECT)
         self.manager.add_hookspecs(hookspecs)
-        self.disabled = tuple(
-            pattern for pattern in (entry.strip() for entry in disabled) if pattern
-        )
+        self.disabled = tuple(filter(None, (pattern.strip() for pattern in disabled)))
         self.records: list[Plugin] = []
 
-    def load(self, entry_points: Iterable[EntryPoint]) -> None:
+    @property
+    def hook(self) -> pluggy.HookRelay:
+        """Calls hooks, such as `hook.kfactk_bound(optimizer=...)`, in every plugin."""
+        return self.manager.hook
+
+    def plugins(self) -> list[PluginInfo]:
+        """Every plugin found, failed and blocked ones included."""
+        return [record.info() for record in self.records]
+
+    def load_entry_points(self, entry_points: Iterable[EntryPoint]) -> None:
         """Load entry points, each on its own, then warn once about each that failed, is doubled, or was to be blocked and is not there.
 
         The same name and value found twice (an editable install and its built metadata) is one plugin.
         """
-        notes = []
-        seen: dict[tuple[str, str], None] = {}
+        single: dict[tuple[str, str], EntryPoint] = {}
         for entry in entry_points:
-            if (entry.name, entry.value) not in seen:
-                seen[entry.name, entry.value] = None
-                notes += self._load(entry)
-        for message in [*notes, *self._doubled(), *self._idle_patterns()]:
+            single.setdefault((entry.name, entry.value), entry)
+        failed = [message for entry in single.values() for message in self._load(entry)]
+        for message in [*failed, *self._doubled(), *self._idle_patterns()]:
             warnings.warn(message, KfactkWarning, stacklevel=3)
 
     def register(self, plugin: object, name: str | None = None) -> str:
@@ -140,23 +145,22 @@ class Plugins:
         record = Plugin(name, module=getattr(plugin, "__name__", type(plugin).__qualname__))
         if any(other.name == name for other in self.records):
             raise PluginError(
-                f"A plugin named {name!r} is there already. Call unregister({name!r}) first, or give another name."
+                f"A plugin named {name!r} is there already. "
+                f"Call unregister({name!r}) first, or give another name."
             )
         if blocker := self._blocker(record):
             raise PluginError(
-                f"The plugin {name!r} is blocked by {blocker}. Change that variable, or give another name."
+                f"The plugin {name!r} is blocked by {blocker}. "
+                "Change that variable, or give another name."
             )
         record.problems += self._admit(record, plugin)
         if record.problems:
             if self.manager.is_registered(plugin):
                 self.manager.unregister(plugin)
-            remedy = (
-                f"Try `pip install -U {record.outdated}`"
-                if record.outdated
-                else "Correct it and register it again"
-            )
+            upgrade = f"Try `pip install -U {record.outdated}`" if record.outdated else ""
             raise PluginError(
-                f"The plugin {name!r} cannot be registered: {'; '.join(record.problems)}. {remedy}."
+                f"The plugin {name!r} cannot be registered: {'; '.join(record.problems)}. "
+                f"{upgrade or 'Correct it and register it again'}."
             )
         self.records.append(record)
         return name
@@ -172,10 +176,10 @@ class Plugins:
                 self.manager.unregister(record.loaded)
                 self.records.remove(record)
                 return
-        names = [record.name for record in self.records]
-        hint = near_names(plugin, names) if isinstance(plugin, str) else ""
+        hint = near_names(str(plugin), [record.name for record in self.records])
         raise PluginError(
-            f"No plugin {plugin!r} is registered.{hint} `python -m kfactk plugins` lists those installed."
+            f"No plugin {plugin!r} is registered.{hint} "
+            "See `python -m kfactk plugins` for those installed."
         )
 
     def _load(self, entry: EntryPoint) -> list[str]:
@@ -193,9 +197,10 @@ class Plugins:
         if not record.problems:
             return []
         outdated = record.outdated or record.distribution
-        upgrade = f"`pip install -U {outdated}` or " if outdated else ""
+        upgrade = f"Try `pip install -U {outdated}`, or block" if outdated else "Block"
         return [
-            f"The kfactk plugin {record} failed: {'; '.join(record.problems)}. Try {upgrade}block it with {DISABLE}={record.name}."
+            f"The kfactk plugin {record} failed: {'; '.join(record.problems)}. "
+            f"{upgrade} it with {DISABLE}={record.name}."
         ]
 
     def _admit(self, record: Plugin, plugin: Any) -> list[str]:
@@ -204,13 +209,12 @@ class Plugins:
             return [problem]
         if (other := self.manager.get_name(plugin)) is not None:
             return [
-                f"it is the same object as plugin {other!r}, which is loaded already: remove one of the two entry points"
+                f"it is the same object as plugin {other!r}, which is loaded already: "
+                "remove one of the two entry points"
             ]
-        free = not self.manager.has_plugin(record.name)
+        suffix = f" = {record.module}" if self.manager.has_plugin(record.name) else ""
         try:
-            self.manager.register(
-                plugin, name=record.name if free else f"{record.name} = {record.module}"
-            )
+            self.manager.register(plugin, name=record.name + suffix)
         except Exception as error:
             if self.manager.is_registered(plugin):
                 self.manager.unregister(plugin)
@@ -219,10 +223,11 @@ class Plugins:
         problems = [*self._misspelt(plugin), *_unmarked(plugin)]
         if not problems and not self.manager.get_hookcallers(plugin):
             problems.append(
-                f"{plugin!r} has no function marked with @kfactk.hookimpl (an entry point names a module or object that has)"
+                f"{plugin!r} has no function marked with @kfactk.hookimpl "
+                "(an entry point names a module or object that has)"
             )
         for family, hook in STAGE_HOOKS.items():
-            for implementation in getattr(self.manager.hook, hook).get_hookimpls():
+            for implementation in getattr(self.hook, hook).get_hookimpls():
                 if implementation.plugin is plugin:
                     problems += _collect(record, family, hook, implementation.function)
         return problems
@@ -230,26 +235,21 @@ class Plugins:
     def _misspelt(self, plugin: Any) -> list[str]:
         problems = []
         for caller in self.manager.get_hookcallers(plugin) or []:
-            optional = all(
-                impl.optionalhook for impl in caller.get_hookimpls() if impl.plugin is plugin
-            )
-            if not caller.has_spec() and not optional:
+            mine = (each for each in caller.get_hookimpls() if each.plugin is plugin)
+            if not caller.has_spec() and not all(each.optionalhook for each in mine):
                 problems.append(f"kfactk has no hook {caller.name!r}{_hook_hint(caller.name)}")
         return problems
 
     def _blocker(self, record: Plugin) -> str:
         """The pattern that blocks a plugin, as `KFACTK_DISABLE_PLUGINS=pattern`, or ""."""
-        return next(
-            (f"{DISABLE}={pattern}" for pattern in self.disabled if _matches(pattern, record)), ""
-        )
+        patterns = (pattern for pattern in self.disabled if _matches(pattern, record))
+        return next((f"{DISABLE}={pattern}" for pattern in patterns), "")
 
     def _doubled(self) -> list[str]:
         by_name: dict[str, list[str]] = {}
-        for record in self.records:
-            if not record.blocked_by:
-                by_name.setdefault(record.name, []).append(
-                    f"{record.distribution} {record.version}: {record.module}"
-                )
+        for record in (each for each in self.records if not each.blocked_by):
+            origin = f"{record.distribution} {record.version}: {record.module}"
+            by_name.setdefault(record.name, []).append(origin)
         return [
             f"Several kfactk plugins are named {name!r} ({'; '.join(origins)}), and all are used. "
             f"To choose, uninstall a distribution, or block it with {DISABLE}=<its name>."
@@ -258,12 +258,11 @@ class Plugins:
         ]
 
     def _idle_patterns(self) -> list[str]:
-        known = sorted(
-            {name for record in self.records for name in (record.name, record.distribution) if name}
-        )
+        names = {name for record in self.records for name in (record.name, record.distribution)}
+        known = sorted(filter(None, names))
         return [
-            f"{DISABLE} names {pattern!r}, which is neither a plugin nor a distribution that has one.{near_names(pattern, known)} "
-            "`python -m kfactk plugins` lists them."
+            f"{DISABLE} names {pattern!r}, which is neither a plugin nor a distribution that has "
+            f"one.{near_names(pattern, known)} See `python -m kfactk plugins` for their names."
             for pattern in self.disabled
             if not any(_matches(pattern, record) for record in self.records)
         ]
@@ -275,9 +274,7 @@ def installed() -> list[EntryPoint]:
 
 
 def _origin(entry: EntryPoint) -> tuple[str | None, str | None]:
-    if entry.dist is None:
-        return None, None
-    metadata = entry.dist.metadata
+    metadata: Any = entry.dist.metadata if entry.dist else {}
     known = {key: metadata[key] for key in metadata}
     return known.get("Name"), known.get("Version")
 
@@ -289,60 +286,56 @@ def _declared(record: Plugin, plugin: Any) -> str:
     except Exception as error:
         return f"its {DECLARATION} cannot be read: {explain(error)}"
     if isinstance(version, bool) or not isinstance(version, int):
-        return f"its {DECLARATION} is {version!r}, not an integer: write {DECLARATION} = {PLUGIN_API}, the version it was written for"
+        return (
+            f"its {DECLARATION} is {version!r}, not an integer: "
+            f"write {DECLARATION} = {PLUGIN_API}, the version it was written for"
+        )
     record.api = version
     if version in SPOKEN:
         return ""
     newer = version > PLUGIN_API
     record.outdated = PROJECT if newer else record.distribution
-    speaks = (
-        f"version {PLUGIN_API}" if len(SPOKEN) == 1 else f"versions {SPOKEN[0]} to {PLUGIN_API}"
+    several = f"versions {SPOKEN[0]} to {PLUGIN_API}"
+    return (
+        f"it was written for version {version} of the plugin API, and this kfactk {__version__} "
+        f"speaks {several if len(SPOKEN) > 1 else f'version {PLUGIN_API}'}: "
+        f"a newer {record.outdated or 'plugin'} is needed"
     )
-    needed = (
-        "a newer kfactk is needed"
-        if newer
-        else f"a newer {record.distribution or 'plugin'} is needed"
-    )
-    return f"it was written for version {version} of the plugin API, and this kfactk {__version__} speaks {speaks}: {needed}"
 
 
 def _matches(pattern: str, record: Plugin) -> bool:
-    return fnmatch.fnmatchcase(record.name, pattern) or fnmatch.fnmatchcase(
-        _normal(record.distribution), _normal(pattern)
-    )
+    distribution = normal_name(record.distribution or "")
+    matches = fnmatch.fnmatchcase
+    return matches(record.name, pattern) or matches(distribution, normal_name(pattern))
 
 
-def _normal(distribution: str | None) -> str:
-    return re.sub(r"[-_.]+", "-", distribution or "").lower()
+def normal_name(distribution: str) -> str:
+    """Return a distribution's name as package indexes compare it: lower case, single dashes."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def _hook_hint(name: str) -> str:
     """Near names, compared without the prefix that all hooks share, and all names."""
     hooks = [hook for hook in vars(hookspecs) if hook.startswith(PREFIX)]
-    near = near_names(
-        name.removeprefix(PREFIX), [hook.removeprefix(PREFIX) for hook in hooks]
-    ).rstrip("?")
-    near = near.replace(" '", f" '{PREFIX}")
+    short = [hook.removeprefix(PREFIX) for hook in hooks]
+    near = near_names(name.removeprefix(PREFIX), short).rstrip("?").replace(" '", f" '{PREFIX}")
     return f"{near and '.'}{near}; the hooks are {', '.join(hooks)}"
 
 
 def _unmarked(plugin: Any) -> list[str]:
     """Functions named like hooks that the plugin defines itself and forgot to mark."""
     problems = []
-    for name in dir(plugin):
+    for name in (each for each in dir(plugin) if each.startswith(PREFIX)):
         function = inspect.getattr_static(plugin, name, None)
         function = getattr(function, "__func__", function)
-        own = inspect.isfunction(function) and (
-            not inspect.ismodule(plugin) or function.__module__ == plugin.__name__
-        )
-        if own and name.startswith(PREFIX) and not hasattr(function, f"{PROJECT}_impl"):
-            hint = (
-                ""
-                if hasattr(hookspecs, name)
-                else f" (nor does kfactk have that hook{_hook_hint(name)})"
-            )
+        if not inspect.isfunction(function) or hasattr(function, f"{PROJECT}_impl"):
+            continue
+        if not inspect.ismodule(plugin) or function.__module__ == plugin.__name__:
+            hint = f" (nor does kfactk have that hook{_hook_hint(name)})"
             problems.append(
-                f"its function {name!r} is not marked with @kfactk.hookimpl{hint}: mark it if it is a hook, rename it if not"
+                f"its function {name!r} is not marked with @kfactk.hookimpl"
+                f"{'' if hasattr(hookspecs, name) else hint}: "
+                "mark it if it is a hook, rename it if not"
             )
     return problems
 
@@ -352,22 +345,16 @@ def _collect(record: Plugin, family: str, hook: str, function: Callable[[], Any]
     try:
         stages = function()
         if not isinstance(stages, Mapping):
-            return [
-                f"its hook {hook} returned {type(stages).__name__}, not a mapping of names to factories"
-            ]
+            kind = type(stages).__name__
+            return [f"its hook {hook} returned {kind}, not a mapping of names to factories"]
         items = list(stages.items())
     except Exception as error:
         return [f"its hook {hook} raised {explain(error)}"]
     problems = []
     for name, factory in items:
         if not isinstance(name, str) or not name or ":" in name:
-            problems.append(
-                f"its hook {hook} names a stage {name!r}: a name is text without a colon"
-            )
-        elif not callable(factory):
-            problems.append(
-                f"its {family} {name!r} is {factory!r}, which cannot be called to make a stage"
-            )
+            found = f"its hook {hook} names a stage {name!r}: a name is text without a colon"
+            problems.append(found)
         elif problem := _unusable(factory):
             problems.append(f"its {family} {name!r} {problem}")
         else:
@@ -375,13 +362,12 @@ def _collect(record: Plugin, family: str, hook: str, function: Callable[[], Any]
     return problems
 
 
-def _unusable(factory: Callable[..., Any]) -> str:
+def _unusable(factory: Any) -> str:
+    if not callable(factory):
+        return f"is {factory!r}, which cannot be called to make a stage"
     try:
-        names = options_of(factory).names()
+        if "name" not in options_of(factory).names():
+            return ""
     except Exception as error:
         return f"does not let its options be read: {explain(error)}"
-    return (
-        "has an option 'name', by which a recipe gives the stage's own name: rename the option"
-        if "name" in names
-        else ""
-    )
+    return "has an option 'name', by which a recipe gives the stage's own name: rename the option"

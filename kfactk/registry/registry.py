@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from importlib.metadata import EntryPoint
 from typing import Any
 
-import pluggy
-
 from kfactk.errors import (
     KfactkError,
     KfactkWarning,
@@ -38,14 +36,8 @@ from kfactk.registry.inspection import (
     summary,
     undefined_members,
 )
-from kfactk.registry.loading import DISABLE, Plugin, PluginInfo, Plugins, Provider, installed
-from kfactk.registry.serialization import (
-    callable_path as callable_path,
-    explain,
-    from_json as from_json,
-    import_path as import_path,
-    to_json as to_json,
-)
+from kfactk.registry.loading import DISABLE, Plugin, Plugins, Provider, installed
+from kfactk.registry.serialization import callable_path, explain, from_json, import_path, to_json
 from kfactk.registry.torch_optimizer import TorchOptimizer
 from kfactk.stages import Curvature
 
@@ -56,7 +48,7 @@ BUILD = ("lr", "damping", "weight_decay")
 """Settings that are not a stage's but the recipe's, and easily looked for in the wrong place."""
 
 
-class Registry:
+class Registry(Plugins):
     """The plugins of a process and the stages they provide.
 
     Args:
@@ -77,9 +69,6 @@ class Registry:
         'Halve'
     """
 
-    def __init__(self, disabled: Iterable[str] = ()) -> None:
-        self._plugins = Plugins(disabled)
-
     @classmethod
     def load(
         cls, entry_points: Iterable[EntryPoint] | None = None, disabled: Iterable[str] | None = None
@@ -91,40 +80,13 @@ class Registry:
             disabled: What to block; `None` for what `KFACTK_DISABLE_PLUGINS` lists.
         """
         made = cls(os.environ.get(DISABLE, "").split(",") if disabled is None else disabled)
-        made._plugins.load(installed() if entry_points is None else entry_points)
+        made.load_entry_points(installed() if entry_points is None else entry_points)
         for family in STAGE_HOOKS:
             for name, providers in made._claims(family).items():
                 if len(providers) > 1:
-                    warnings.warn(
-                        str(_disputed(family, name, providers)), KfactkWarning, stacklevel=2
-                    )
+                    told = str(_disputed(family, name, providers))
+                    warnings.warn(told, KfactkWarning, stacklevel=2)
         return made
-
-    @property
-    def hook(self) -> pluggy.HookRelay:
-        """Calls hooks, such as `hook.kfactk_bound(optimizer=...)`, in every plugin."""
-        return self._plugins.manager.hook
-
-    def register(self, plugin: object, name: str | None = None) -> str:
-        """Take in a module or object with hooks, for this process only; returns its name.
-
-        Raises:
-            PluginError: Its name is taken or blocked, it was written for a plugin API that this kfactk does not speak, it implements no
-                hook, misspells one, or one of its stage hooks fails.
-        """
-        return self._plugins.register(plugin, name)
-
-    def unregister(self, plugin: object) -> None:
-        """Take out a plugin, given itself or its name.
-
-        Raises:
-            PluginError: It is not there.
-        """
-        self._plugins.unregister(plugin)
-
-    def plugins(self) -> list[PluginInfo]:
-        """Every plugin found, failed and blocked ones included."""
-        return [record.info() for record in self._plugins.records]
 
     def stages(self, family: str | None = None) -> list[StageInfo]:
         """Every stage, by family and name; names that plugins dispute and blocked ones are marked.
@@ -132,12 +94,12 @@ class Registry:
         Raises:
             UnknownStageError: There is no such family.
         """
-        families = list(STAGE_HOOKS) if family is None else [_known_family(family)]
-        return [
-            info
-            for each in families
-            for info in sorted(self._listed(each), key=lambda info: info.name)
-        ]
+        if family is not None:
+            _check_family(family)
+        found: list[StageInfo] = []
+        for each in STAGE_HOOKS if family is None else [family]:
+            found += sorted(self._listed(each), key=lambda info: info.name)
+        return found
 
     def resolve(self, family: str, spec: Any) -> Any:
         """Make a stage.
@@ -153,7 +115,7 @@ class Registry:
             PluginError: Several plugins claim the name, or the plugin's factory fails.
             OptionError: An option is unknown, missing or unfit; or `spec` is, or makes, no stage of the family.
         """
-        _known_family(family)
+        _check_family(family)
         options: dict[str, Any] = {}
         if isinstance(spec, Mapping):
             spec, options = _split(family, spec)
@@ -163,14 +125,9 @@ class Registry:
         label = f"{family} {spec!r}"
         if ":" in spec:
             return _make(family, import_path(spec), options, label, None)
-        provider = self._provider(family, spec)
-        return _make(
-            family,
-            provider.factory,
-            options,
-            f"{label} of plugin {provider.plugin}",
-            provider.plugin,
-        )
+        found = self._provider(family, spec)
+        label = f"{label} of plugin {found.plugin}"
+        return _make(family, found.factory, options, label, found.plugin)
 
     def describe(self, family: str, stage: object) -> dict[str, Any]:
         """A stage as `{"name": ..., **options}` in JSON's types, options with their default value left out; inverse of `resolve`.
@@ -178,7 +135,7 @@ class Registry:
         Raises:
             OptionError: Its class has no import path, or an option's value cannot be written or would not read back the same.
         """
-        _known_family(family)
+        _check_family(family)
         wrapped = ADAPTERS[family].unwrap(stage) if family in ADAPTERS else None
         kind: type[Any] = wrapped[0] if wrapped else type(stage)
         name = self._name_of(family, kind)
@@ -186,26 +143,23 @@ class Registry:
             try:
                 name = callable_path(kind)
             except OptionError as error:
-                raise OptionError(
-                    f"Cannot write {family} {kind.__qualname__!r}: {error}"
-                ) from error
+                what = f"{family} {kind.__qualname__!r}"
+                raise OptionError(f"Cannot write {what}: {error}") from error
         label = f"{family} {name!r}"
-        if wrapped:
-            return {"name": name} | {
-                key: to_json(value, f"option {key!r} of {label}")
-                for key, value in wrapped[1].items()
-            }
-        return {"name": name} | _written_options(stage, label)
+        if not wrapped:
+            return {"name": name} | _written_options(stage, label)
+        given = wrapped[1].items()
+        return {"name": name} | {k: to_json(v, f"option {k!r} of {label}") for k, v in given}
 
     def _claims(self, family: str) -> dict[str, list[Provider]]:
         """Who provides each name, plugins that hand out the very same factory counted once."""
         claims: dict[str, list[Provider]] = {}
-        for record in self._plugins.records:
-            for provider in record.providers:
-                if provider.family == family:
-                    others = claims.setdefault(provider.name, [])
-                    if all(other.factory is not provider.factory for other in others):
-                        others.append(provider)
+        provided = (provider for record in self.records for provider in record.providers)
+        for provider in provided:
+            if provider.family == family:
+                others = claims.setdefault(provider.name, [])
+                if all(other.factory is not provider.factory for other in others):
+                    others.append(provider)
         return claims
 
     def _provider(self, family: str, name: str) -> Provider:
@@ -220,31 +174,22 @@ class Registry:
         parts = [f"There is no {family} {name!r}.{near_names(name, known)}"]
         others = [other for other in STAGE_HOOKS if other != family and name in self._claims(other)]
         if others:
+            families = " and ".join(others)
             parts.append(
-                f"{name!r} is a stage of the family {' and '.join(others)}: pass it as {others[0]}={name!r}."
+                f"{name!r} is a stage of the family {families}: pass it as {others[0]}={name!r}."
             )
-        blocked = {
-            record: f"by {record.blocked_by}"
-            for record in self._plugins.records
-            if record.blocked_by
-        }
-        failed = {
-            record: "; ".join(record.problems)
-            for record in self._plugins.records
-            if record.problems
-        }
+        blocked = {each: f"by {each.blocked_by}" for each in self.records if each.blocked_by}
+        failed = {each: "; ".join(each.problems) for each in self.records if each.problems}
         parts.append(_suspects(f"{family}.{name}", "is blocked", blocked))
         parts.append(_suspects(f"{family}.{name}", "failed", failed))
         if "." in name:
+            path = ":".join(name.rsplit(".", 1))
             parts.append(
-                f"If {name!r} is an import path, write a colon before the last part: {':'.join(name.rsplit('.', 1))!r}."
+                f"If {name!r} is an import path, write a colon before the last part: {path!r}."
             )
-        parts.append(
-            f"Known are: {', '.join(sorted(known))}."
-            if known
-            else "No plugin that provides any is loaded: `python -m kfactk plugins`."
-        )
-        return UnknownStageError(" ".join(part for part in parts if part))
+        none = "No plugin that provides any is loaded: see `python -m kfactk plugins`."
+        parts.append(f"Known are: {', '.join(sorted(known))}." if known else none)
+        return UnknownStageError(" ".join(filter(None, parts)))
 
     def _name_of(self, family: str, kind: type[Any]) -> str | None:
         for name, providers in self._claims(family).items():
@@ -253,27 +198,14 @@ class Registry:
         return None
 
     def _listed(self, family: str) -> list[StageInfo]:
-        claims = self._claims(family)
-        found = [
-            _info(provider, conflict=len(providers) > 1)
-            for providers in claims.values()
-            for provider in providers
-        ]
-        for record in self._plugins.records:
-            kind, _, name = record.name.partition(".")
-            if record.blocked_by and kind == family and name:
-                blocked = StageInfo(
-                    family,
-                    name,
-                    (),
-                    record.name,
-                    record.distribution,
-                    record.version,
-                    "",
-                    "",
-                    blocked=record.blocked_by,
-                )
-                found.append(blocked)
+        found = []
+        for providers in self._claims(family).values():
+            found += [_info(provider, conflict=len(providers) > 1) for provider in providers]
+        for each in self.records:
+            kind, _, name = each.name.partition(".")
+            if each.blocked_by and kind == family and name:
+                origin = each.name, each.distribution, each.version
+                found.append(StageInfo(family, name, (), *origin, "", "", blocked=each.blocked_by))
         return found
 
 
@@ -283,27 +215,24 @@ def registry() -> Registry:
     return Registry.load()
 
 
-def _known_family(family: str) -> str:
+def _check_family(family: str) -> None:
     if family not in STAGE_HOOKS:
-        known = f"Known are: {', '.join(STAGE_HOOKS)}."
         raise UnknownStageError(
-            f"There is no stage family {family!r}.{near_names(str(family), STAGE_HOOKS)} {known}"
+            f"There is no stage family {family!r}.{near_names(str(family), STAGE_HOOKS)} "
+            f"Known are: {', '.join(STAGE_HOOKS)}."
         )
-    return family
 
 
 def _disputed(family: str, name: str, providers: list[Provider]) -> PluginError:
     plugins = [provider.plugin for provider in providers]
-    last = next(
-        (plugin for plugin in reversed(plugins) if plugin.distribution != PROJECT), plugins[-1]
-    )
-    pattern = (
-        last.name if len({plugin.name for plugin in plugins}) == len(plugins) else last.distribution
-    )
+    foreign = [plugin for plugin in plugins if plugin.distribution != PROJECT]
+    last, names = (foreign or plugins)[-1], {plugin.name for plugin in plugins}
+    pattern = last.name if len(names) == len(plugins) else last.distribution
     paths = ", ".join(repr(_path_of(provider)) for provider in providers)
     return PluginError(
-        f"{len(plugins)} plugins claim {family} {name!r}: {' and '.join(map(str, plugins))}. Uninstall or unregister all but one, block "
-        f"others with, say, {DISABLE}={pattern}, or give the class's path in place of {name!r}: {paths}."
+        f"{len(plugins)} plugins claim {family} {name!r}: {' and '.join(map(str, plugins))}. "
+        f"Uninstall or unregister all but one, block others with, say, {DISABLE}={pattern}, "
+        f"or give the class's path in place of {name!r}: {paths}."
     )
 
 
@@ -318,14 +247,10 @@ def _suspects(expected: str, what: str, reasons: Mapping[Plugin, str]) -> str:
 
 def _split(family: str, spec: Mapping[Any, Any]) -> tuple[Any, dict[str, Any]]:
     """The name (or class) of `{"name": ..., **options}`, and the options as Python values."""
-    if "name" not in spec:
-        raise OptionError(
-            f"{family}={dict(spec)!r} does not say which {family}. Give {{'name': ..., **options}}."
-        )
-    if not all(isinstance(key, str) for key in spec):
-        raise OptionError(
-            f"{family}={dict(spec)!r} has keys that are not text. Give {{'name': ..., **options}}."
-        )
+    unnamed, text = "name" not in spec, all(isinstance(key, str) for key in spec)
+    if unnamed or not text:
+        fault = f"does not say which {family}" if unnamed else "has keys that are not text"
+        raise OptionError(f"{family}={dict(spec)!r} {fault}. Give {{'name': ..., **options}}.")
     return spec["name"], {key: from_json(value) for key, value in spec.items() if key != "name"}
 
 
@@ -333,11 +258,8 @@ def _factory_of(family: str, source: Any) -> Callable[..., Any] | None:
     """What makes stages from options; `None` when `source` can only be a stage itself."""
     if family in ADAPTERS and (adapted := ADAPTERS[family].adapt(source)):
         return adapted
-    return (
-        source
-        if inspect.isroutine(source) or isinstance(source, type | functools.partial)
-        else None
-    )
+    makes = inspect.isroutine(source) or isinstance(source, type | functools.partial)
+    return source if makes else None
 
 
 def _make(
@@ -348,7 +270,8 @@ def _make(
     if factory is None:
         if options:
             raise OptionError(
-                f"{label} is a stage already, made with its options; {', '.join(options)} cannot be added. Give its class."
+                f"{label} is a stage already, made with its options; "
+                f"{', '.join(options)} cannot be added. Give its class."
             )
         return _checked(family, source, label, None)
     _check_options(factory, options, label)
@@ -364,20 +287,16 @@ def _make(
         raise
     except (TypeError, ValueError) as error:
         given = ", ".join(f"{key}={value!r}" for key, value in options.items()) or "no options"
-        has = (
-            ", ".join(
-                f"{option.name}: {option.annotation or 'any'}"
-                for option in options_of(factory).known
-            )
-            or "none"
-        )
+        known = options_of(factory).known
+        has = ", ".join(f"{each.name}: {each.annotation or 'any'}" for each in known) or "none"
         raise OptionError(
             f"{label} refuses {given}: {explain(error)}. Its options are: {has}."
         ) from error
     except Exception as error:
-        blame = PluginError if plugin else OptionError
-        raise blame(
-            f"{label} could not be made: {explain(error)}. Install what it needs, or use another {family}."
+        kind = PluginError if plugin else OptionError
+        raise kind(
+            f"{label} could not be made: {explain(error)}. "
+            f"Install what it needs, or use another {family}."
         ) from error
     return _checked(family, stage, label, plugin)
 
@@ -394,7 +313,8 @@ def _check_options(factory: Callable[..., Any], options: Mapping[str, Any], labe
     for option in takes.known:
         if option.default is REQUIRED and option.name not in options:
             raise OptionError(
-                f"{label} needs the option {option.name!r}. Give {{'name': ..., {option.name!r}: ...}}."
+                f"{label} needs the option {option.name!r}. "
+                f"Give {{'name': ..., {option.name!r}: ...}}."
             )
 
 
@@ -457,31 +377,30 @@ def _check_traits(family: str, stage: Any, label: str) -> None:
 def _written_options(stage: object, label: str) -> dict[str, Any]:
     """Options of a stage whose value is not the default, in JSON's types."""
     written: dict[str, Any] = {}
-    changed: dict[str, Any] = {}
+    changed: list[tuple[OptionInfo, Any]] = []
     for option in options_of(type(stage)).known:
         if not hasattr(stage, option.attribute):
             raise OptionError(
-                f"Cannot write {label}: it does not keep its option {option.name!r}. Make it an attribute of that name."
+                f"Cannot write {label}: it does not keep its option {option.name!r}. "
+                "Make it an attribute of that name."
             )
         value = getattr(stage, option.attribute)
-        form = (
-            to_json(value, f"option {option.name!r} of {label}")
-            if value is not option.default
-            else None
-        )
-        if value is option.default or form == _default_form(option):
+        if value is option.default:
+            continue
+        form = to_json(value, f"option {option.name!r} of {label}")
+        if form == _default_form(option):
             continue
         written[option.name] = form
         if from_json(form) != value:
-            changed[option.name] = (option, value)
-    if changed:
-        again = _rebuilt(stage, written, label)
-        for name, (option, value) in changed.items():
-            if (back := getattr(again, option.attribute)) != value:
-                raise OptionError(
-                    f"Cannot write option {name!r} of {label}: {value!r} would be read back as {back!r}. Give the option's "
-                    "attrs field a converter, such as `converter=tuple`."
-                )
+            changed.append((option, value))
+    again = _rebuilt(stage, written, label) if changed else None
+    for option, value in changed:
+        if (back := getattr(again, option.attribute)) != value:
+            raise OptionError(
+                f"Cannot write option {option.name!r} of {label}: {value!r} would be read back "
+                f"as {back!r}. Give the option's attrs field a converter, such as "
+                "`converter=tuple`."
+            )
     return written
 
 
@@ -490,7 +409,8 @@ def _rebuilt(stage: object, written: Mapping[str, Any], label: str) -> object:
         return type(stage)(**{name: from_json(form) for name, form in written.items()})
     except Exception as error:
         raise OptionError(
-            f"Cannot write {label}: its options {written!r} would not be accepted again: {explain(error)}."
+            f"Cannot write {label}: its options {written!r} would not be accepted again: "
+            f"{explain(error)}. Let the class accept the values that it keeps."
         ) from error
 
 
@@ -511,10 +431,8 @@ def _path_of(provider: Provider) -> str:
 
 
 def _info(provider: Provider, *, conflict: bool) -> StageInfo:
-    plugin, factory = (
-        provider.plugin,
-        _factory_of(provider.family, provider.factory) or provider.factory,
-    )
+    plugin = provider.plugin
+    factory = _factory_of(provider.family, provider.factory) or provider.factory
     doc = documentation(factory)
     return StageInfo(
         family=provider.family,

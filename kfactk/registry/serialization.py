@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import itertools
 import math
 import os
 import reprlib
@@ -19,10 +20,6 @@ from typing import Any
 import torch
 
 from kfactk.errors import OptionError, near_names
-
-MODULE_LEVEL = (
-    "Define it with `def` or `class` at the top level of an importable module and pass that"
-)
 
 
 def callable_path(function: Any) -> str:
@@ -44,28 +41,30 @@ def callable_path(function: Any) -> str:
             ...
         kfactk.errors.OptionError: <function <lambda>> cannot be written as an import path: it is a lambda. Define it with `def` or ...
     """
+    module: Any = getattr(function, "__module__", None)
+    qualname: Any = getattr(function, "__qualname__", None)
+    named = isinstance(module, str) and isinstance(qualname, str)
     if isinstance(function, functools.partial):
-        raise _unwritable(
-            function, "it is a functools.partial, whose bound arguments no path can carry"
-        )
-    module, qualname = (
-        getattr(function, "__module__", None),
-        getattr(function, "__qualname__", None),
-    )
-    if not callable(function) or not isinstance(module, str) or not isinstance(qualname, str):
-        raise _unwritable(function, "it is not a function or class of a module")
-    if "<lambda>" in qualname:
-        raise _unwritable(function, "it is a lambda")
-    if "<locals>" in qualname:
-        raise _unwritable(function, "it is defined inside a function")
-    parts = module.split(".")
-    for gradient_worker in (".".join(parts[: n + 1]) for n in range(len(parts))):
-        found = _walk(sys.modules.get(gradient_worker), qualname)
-        if found is function or (inspect.ismethod(found) and found == function):
-            return f"{gradient_worker}:{qualname}"
-    raise _unwritable(
-        function,
-        f"{module}:{qualname} leads to something else (it is bound to an object, replaced, or removed)",
+        why = "it is a functools.partial, whose bound arguments no path can carry"
+    elif not named or not callable(function):
+        why = "it is not a function or class of a module"
+    elif "<lambda>" in qualname:
+        why = "it is a lambda"
+    elif "<locals>" in qualname:
+        why = "it is defined inside a function"
+    else:
+        for package in itertools.accumulate(module.split("."), "{}.{}".format):
+            found = sys.modules.get(package)
+            for part in qualname.split("."):
+                found = getattr(found, part, None)
+            if found is function or (inspect.ismethod(found) and found == function):
+                return f"{package}:{qualname}"
+        why = f"{module}:{qualname} leads elsewhere (it is bound to an object, replaced or removed)"
+    plain = inspect.isfunction(function)
+    shown = f"<function {function.__qualname__}>" if plain else reprlib.repr(function)
+    raise OptionError(
+        f"{shown} cannot be written as an import path: {why}. Define it with `def` or `class` at "
+        "the top level of an importable module and pass that, or pass a number."
     )
 
 
@@ -85,7 +84,8 @@ def import_path(path: str) -> Any:
     module, _, qualname = path.partition(":")
     if not all(part.isidentifier() for part in [*module.split("."), *qualname.split(".")]):
         raise OptionError(
-            f"{path!r} is not an import path. Write it as 'package.module:Name', with a colon before the name."
+            f"{path!r} is not an import path. "
+            "Write it as 'package.module:Name', with a colon before the name."
         )
     try:
         found = importlib.import_module(module)
@@ -97,13 +97,10 @@ def import_path(path: str) -> Any:
     for part in qualname.split("."):
         if not hasattr(found, part):
             near = near_names(part, [name for name in dir(found) if not name.startswith("_")])
-            note = (
-                " It was written by a script of its own; move it into a module."
-                if module == "__main__"
-                else ""
-            )
+            script = " The path is of another script; move the object to a module."
             raise OptionError(
-                f"The import path {path!r} leads nowhere: {found!r} has no {part!r}.{near or ' Check the name.'}{note}"
+                f"The import path {path!r} leads nowhere: {found!r} has no {part!r}."
+                f"{near or ' Check the name.'}{script if module == '__main__' else ''}"
             )
         found = getattr(found, part)
     return found
@@ -131,7 +128,8 @@ def to_json(value: Any, what: str = "the value") -> Any:
     if isinstance(value, float):
         if math.isnan(value):
             raise OptionError(
-                f"Cannot write {what}: it is not a number (NaN), which never equals what is read back. Give a number."
+                f"Cannot write {what}: it is not a number (NaN), which never equals what is read "
+                "back. Give a number."
             )
         return float(value) if math.isfinite(value) else {"float": str(float(value))}
     if isinstance(value, Mapping):
@@ -145,9 +143,11 @@ def to_json(value: Any, what: str = "the value") -> Any:
             return {"callable": callable_path(value)}
         except OptionError as error:
             raise OptionError(f"Cannot write {what}: {error}") from error
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
     raise OptionError(
-        f"Cannot write {what}: {reprlib.repr(value)} is of type {type(value).__module__}.{type(value).__qualname__}, which JSON has no "
-        "form for. Pass plain numbers, text, lists or dicts (a tensor's `.item()` or `.tolist()`), or a module-level function."
+        f"Cannot write {what}: {reprlib.repr(value)} is of type {kind}, which JSON has no form for. "
+        "Pass plain numbers, text, lists or dicts (a tensor's `.item()` or `.tolist()`), "
+        "or a module-level function."
     )
 
 
@@ -166,15 +166,15 @@ def from_json(value: Any) -> Any:
     if type(value) is not dict:
         return value
     if len(value) == 1:
-        (tag, text), *_ = value.items()
+        ((tag, text),) = value.items()
         if tag in _TAGS and isinstance(text, str):
             try:
                 return _TAGS[tag](text)
+            except OptionError:
+                raise
             except (AttributeError, RuntimeError, ValueError) as error:
-                raise (
-                    error
-                    if isinstance(error, OptionError)
-                    else OptionError(f"{value!r} names no {tag}. Check it.")
+                raise OptionError(
+                    f"{value!r} names no {tag}. Correct it, or write the recipe again."
                 ) from error
     return {key: from_json(item) for key, item in value.items()}
 
@@ -199,7 +199,7 @@ def _dtype(name: str) -> torch.dtype:
 
 _PLAIN: list[tuple[type[Any], Callable[[Any], Any]]] = [
     (int, int),
-    (str, lambda text: str.__str__(text)),
+    (str, str.__str__),
     (os.PathLike, os.fspath),
     (torch.dtype, lambda dtype: {"dtype": str(dtype).removeprefix("torch.")}),
     (torch.device, lambda device: {"device": str(device)}),
@@ -215,27 +215,12 @@ _TAGS: dict[str, Callable[[str], Any]] = {
 def _mapping(value: Mapping[Any, Any], what: str) -> dict[str, Any]:
     if not all(isinstance(key, str) for key in value):
         raise OptionError(
-            f"Cannot write {what}: JSON's keys are text, and {list(value)!r} are not all. Use text as keys."
+            f"Cannot write {what}: JSON's keys are text, and {list(value)!r} are not all. "
+            "Use text as keys."
         )
     if len(value) == 1 and next(iter(value)) in _TAGS:
         raise OptionError(
-            f"Cannot write {what}: a dict whose only key is {next(iter(value))!r} stands for something else. Rename the key."
+            f"Cannot write {what}: a dict whose only key is {next(iter(value))!r} stands for "
+            "something else. Rename the key."
         )
     return {key: to_json(item, what) for key, item in value.items()}
-
-
-def _walk(gradient_worker: Any, qualname: str) -> Any:
-    for part in qualname.split("."):
-        gradient_worker = getattr(gradient_worker, part, None)
-    return gradient_worker
-
-
-def _unwritable(function: Any, why: str) -> OptionError:
-    shown = (
-        f"<function {function.__qualname__}>"
-        if inspect.isfunction(function)
-        else reprlib.repr(function)
-    )
-    return OptionError(
-        f"{shown} cannot be written as an import path: {why}. {MODULE_LEVEL}, or pass a number."
-    )

@@ -13,8 +13,12 @@ import torch
 from kfactk.errors import OptionError, near_names
 
 UNFIT: dict[type[torch.optim.Optimizer], str] = {
-    torch.optim.LBFGS: "it evaluates the loss several times a step, at points for which no preconditioned gradient exists",
-    torch.optim.SparseAdam: "it takes sparse gradients only, and preconditioned gradients are dense",
+    torch.optim.LBFGS: (
+        "it evaluates the loss several times a step, at points without a preconditioned gradient"
+    ),
+    torch.optim.SparseAdam: (
+        "it takes sparse gradients only, and preconditioned gradients are dense"
+    ),
 }
 """Classes that cannot be an update rule, and why."""
 OURS = ("lr", "weight_decay")
@@ -22,18 +26,17 @@ OURS = ("lr", "weight_decay")
 
 
 def _fit(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    name, why = repr(value), ""
     if not (isinstance(value, type) and issubclass(value, torch.optim.Optimizer)):
+        why = "it is not a class derived from torch.optim.Optimizer"
+    else:
+        name = value.__name__
+        why = next((why for unfit, why in UNFIT.items() if issubclass(value, unfit)), "")
+        if not why and not {"lr", "**"} & set(_arguments(value)):
+            why = "it takes no `lr`, which clips and schedulers rely on"
+    if why:
         raise OptionError(
-            f"{value!r} cannot be an update rule: it is not a class derived from torch.optim.Optimizer. Give such a class."
-        )
-    for unfit, why in UNFIT.items():
-        if issubclass(value, unfit):
-            raise OptionError(
-                f"{value.__name__} cannot be an update rule: {why}. Use another, such as torch.optim.SGD."
-            )
-    if "lr" not in (takes := _arguments(value)) and "**" not in takes:
-        raise OptionError(
-            f"{value.__name__} cannot be an update rule: it takes no `lr`, which clips and schedulers rely on. Use another."
+            f"{name} cannot be an update rule: {why}. Use another, such as torch.optim.SGD."
         )
 
 
@@ -50,7 +53,8 @@ def _known(
             )
         if name == "params" or (name not in options and "**" not in takes):
             raise OptionError(
-                f"{update} has no option {name!r}.{near_names(str(name), options)} It has: {', '.join(options)}."
+                f"{update} has no option {name!r}.{near_names(str(name), options)} "
+                f"It has: {', '.join(options)}."
             )
 
 
@@ -108,7 +112,8 @@ class TorchOptimizer:
             given["weight_decay"] = weight_decay
         elif weight_decay or any(group.get("weight_decay") for group in groups):
             raise OptionError(
-                f"Update {name} has no weight decay, and one is asked for. Set weight_decay=0, or use another update."
+                f"Update {name} has no weight decay, and one is asked for. "
+                "Set weight_decay=0, or use another update."
             )
         try:
             made = cast("Callable[..., torch.optim.Optimizer]", self.optimizer)(groups, **given)
@@ -118,7 +123,8 @@ class TorchOptimizer:
             ) from error
         if [id(group) for group in made.param_groups] != [id(group) for group in groups]:
             raise OptionError(
-                f"Update {name} copies the parameter groups it is given, so that learning-rate schedulers would not reach it. "
+                f"Update {name} copies the parameter groups it is given, so that learning-rate "
+                "schedulers would not reach it. "
                 "Let it hand them to torch.optim.Optimizer.__init__ as they are."
             )
         return made
@@ -158,13 +164,10 @@ def _signature(
 ) -> inspect.Signature:
     """The class's arguments less those that are not the user's to give here, with the bound ones as defaults."""
     parameters = []
-    for parameter in inspect.signature(optimizer).parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            parameters.append(parameter)
-        elif parameter.kind is not parameter.VAR_POSITIONAL and parameter.name not in (
-            "params",
-            *OURS,
-        ):
-            default = bound.get(parameter.name, parameter.default)
-            parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY, default=default))
+    for each in inspect.signature(optimizer).parameters.values():
+        if each.kind is each.VAR_KEYWORD:
+            parameters.append(each)
+        elif each.kind is not each.VAR_POSITIONAL and each.name not in ("params", *OURS):
+            default = bound.get(each.name, each.default)
+            parameters.append(each.replace(kind=each.KEYWORD_ONLY, default=default))
     return inspect.Signature(parameters)

@@ -50,7 +50,7 @@ def _against_class(module: nn.Module, covered: tuple[type[nn.Module], ...]) -> s
             f"its {names} is parametrized (torch.nn.utils.parametrize): what is trained is not the "
             "layer's own matrix"
         )
-    if isinstance(module, LazyModuleMixin) and isinstance(module, covered):
+    if isinstance(module, LazyModuleMixin) and module.cls_to_become in covered:
         return f"{cls.__name__} is not initialised yet; run one forward before binding"
     if cls in covered:
         return None
@@ -79,7 +79,7 @@ def _against_class(module: nn.Module, covered: tuple[type[nn.Module], ...]) -> s
 
 def _against_parameters(module: nn.Module) -> str | None:
     for name in ("weight", "bias"):
-        if name not in module._parameters:
+        if name not in module._parameters and (name == "weight" or hasattr(module, name)):
             return (
                 f"its {name} is computed from other parameters (weight_norm, spectral_norm, "
                 "pruning) and is no parameter itself; remove the reparametrization to cover it"

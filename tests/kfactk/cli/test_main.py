@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from kfactk import __main__ as command
-from kfactk.__main__ import main
 from kfactk._version import __version__
+from kfactk.cli import main as command
+from kfactk.cli.main import main
 from kfactk.registry.loading import DISABLE
 from kfactk.registry.registry import Registry
 from tests.distributions import CLIP, Site, site as site

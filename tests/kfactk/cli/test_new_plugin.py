@@ -22,7 +22,7 @@ from tests.distributions import Site, site as site
 from tests.kfactk.testing.broken import caught
 
 ROOT = Path(__file__).parents[3]
-TEMPLATES = ROOT / "kfactk" / "templates"
+TEMPLATES = ROOT / "kfactk" / "cli" / "templates"
 each_family = pytest.mark.parametrize("family", STAGE_HOOKS)
 
 
@@ -74,7 +74,7 @@ def test_names_derive_from_one(
         ("../escape", "Try kfactk-escape."),
         ("a/b", "Try kfactk-a-b."),
         ("kfactk-" + 60 * "a", "60 in all"),
-        ("taming", "its folder would be called like its module.* such as kfactk-taming"),
+        ("taming", "its folder would have the name of its module.* such as kfactk-taming"),
         ("test-this", "pytest would take the module 'test_this'"),
         ("conftest-two", "pytest would take"),
         ("-", "begin with a letter"),

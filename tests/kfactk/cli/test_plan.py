@@ -247,7 +247,7 @@ def test_nothing_is_allocated() -> None:
     [
         (
             ["--model", SMALL],
-            r"plan needs input=, the shape of one example, for a model of your own: --input 3x224x224",
+            r"plan needs --input, the shape of one example, for a model of your own: --input 3x224x224",
         ),
         (["--model", "resnet51"], r"torchvision has no model 'resnet51'\. Did you mean 'resnet50'"),
         (["--model", f"{__name__}:Smal", "--input", "64"], "Smal"),
@@ -261,7 +261,7 @@ def test_nothing_is_allocated() -> None:
         ),
         (
             ["--model", SMALL, "--input", "64", "--precision", "int8"],
-            "has no figures for the precision 'int8'",
+            "has no rate for the precision 'int8'",
         ),
         (["--model", SMALL, "--input", "64", "--placement", "mem_op"], "mem_op"),
         (

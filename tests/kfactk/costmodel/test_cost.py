@@ -174,19 +174,19 @@ def test_in_turns_the_worst_step_bears_one_of_them() -> None:
     """Two equal layers in two turns: half of the decompositions in a step, the same in the mean of one rank."""
     workload = Workload((FC, attrs.evolve(FC, layer="fc2")), sampled=False)
     job = Job(workload, {"fc": bare(), "fc2": bare()})
-    together, turns = (
-        cost(attrs.evolve(job, turns=n), rows(workload, 1, 1), 1, ONES) for n in (1, 2)
+    together, slots = (
+        cost(attrs.evolve(job, slots=n), rows(workload, 1, 1), 1, ONES) for n in (1, 2)
     )
     assert together.compute["decomposition"] == Part(pytest.approx(0.70), pytest.approx(70))
-    assert turns.compute["decomposition"] == Part(pytest.approx(0.70), pytest.approx(35))
-    shared = cost(attrs.evolve(job, turns=2), rows(workload, 2, 2), 2, ONES)
+    assert slots.compute["decomposition"] == Part(pytest.approx(0.70), pytest.approx(35))
+    shared = cost(attrs.evolve(job, slots=2), rows(workload, 2, 2), 2, ONES)
     assert shared.worst_moved["decompositions"] == 4 * 13
     assert shared.moved == cost(job, rows(workload, 2, 2), 2, ONES).moved
 
 
 def test_more_turns_than_layers_do_no_harm() -> None:
     workload = Workload((FC,))
-    job = Job(workload, {"fc": bare()}, turns=5)
+    job = Job(workload, {"fc": bare()}, slots=5)
     assert cost(job, rows(workload, 2, 1), 2, ONES).compute["decomposition"].worst == pytest.approx(
         35
     )

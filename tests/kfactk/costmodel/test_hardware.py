@@ -93,7 +93,7 @@ def test_a_precision_that_a_machine_lacks() -> None:
     assert H100.rate("bfloat16") == H100.products["bfloat16"]
     with pytest.raises(
         OptionError,
-        match=r"'cpu' has no figures for the precision 'float16'\. Did you mean 'float32'.*has them for float32",
+        match=r"'cpu' has no rate for the precision 'float16'\. Did you mean 'float32'.*Choose one of float32",
     ):
         CPU.rate("float16")
 

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from kfactk import PLUGIN_API, KfactkWarning, PluginError, plugins as plugins_module
+from kfactk import PLUGIN_API, KfactkWarning, PluginError
 from kfactk._version import __version__
+from kfactk.registry import loading
 from kfactk.registry.hookspecs import hookimpl
 from kfactk.registry.loading import DISABLE, PluginInfo, Plugins
 from tests.distributions import CLIP, Site, site as site
@@ -23,7 +24,7 @@ def load(site: Site, disabled: tuple[str, ...] = ()) -> tuple[dict[str, PluginIn
     plugins = Plugins(disabled)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        plugins.load(site.entry_points())
+        plugins.load_entry_points(site.entry_points())
     assert all(issubclass(warning.category, KfactkWarning) for warning in caught), [
         str(warning.message) for warning in caught
     ]
@@ -151,7 +152,7 @@ def test_a_name_that_two_distributions_use_is_said_and_both_load(site: Site) -> 
     site.install("b-dist", {"same": "other_plugin"}, version="7")
     plugins = Plugins()
     with pytest.warns(KfactkWarning, match="named 'same'") as caught:
-        plugins.load(site.entry_points())
+        plugins.load_entry_points(site.entry_points())
     (message,) = [str(warning.message) for warning in caught]
     assert "a-dist 1.0: good_plugin" in message
     assert "b-dist 7: other_plugin" in message
@@ -234,8 +235,8 @@ def test_a_plugin_of_our_api_declares_it(site: Site) -> None:
 def test_older_versions_stay_welcome_as_long_as_they_are_spoken(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(plugins_module, "PLUGIN_API", 3)
-    monkeypatch.setattr(plugins_module, "SPOKEN", range(2, 4))
+    monkeypatch.setattr(loading, "PLUGIN_API", 3)
+    monkeypatch.setattr(loading, "SPOKEN", range(2, 4))
     for version in (1, 2, 3, 4):
         site.module(
             f"plugin_{version}",

@@ -13,7 +13,6 @@ import torch
 from hypothesis import given, strategies as st
 
 from kfactk import Basis, KfactkWarning, OptionError, PluginError, UnknownStageError
-from kfactk.registry import registry as registry_module
 from kfactk.registry.hookspecs import STAGE_HOOKS, hookimpl
 from kfactk.registry.loading import DISABLE
 from kfactk.registry.registry import Registry, registry
@@ -484,7 +483,7 @@ def test_an_empty_registry_says_so() -> None:
 
 
 def test_the_registry_of_the_process_is_made_once_from_what_is_installed() -> None:
-    assert registry() is registry() is registry_module.registry()
+    assert registry() is registry()
     installed = {entry.name for entry in importlib.metadata.entry_points(group="kfactk")}
     assert {plugin.name for plugin in registry().plugins()} == installed
     assert {info.family for info in registry().stages()} <= set(STAGE_HOOKS)
