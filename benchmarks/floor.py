@@ -115,7 +115,7 @@ class Product:
         return 2 * self.side**3 / statistics.median(taken)
 
 
-def sides(jobs: Iterable[Job]) -> dict[str, list[int]]:
+def sides(jobs: Iterable[TrainingLoad]) -> dict[str, list[int]]:
     """Return, for each solver, the sides of the matrices that these jobs decompose."""
     found: dict[str, set[int]] = {}
     for job in jobs:
@@ -166,16 +166,16 @@ def ideal(rate: float, solvers: Mapping[str, Curve]) -> Machine:
     )
 
 
-def job(setting: Setting, model: nn.Module, shape: Sequence[int], batch: int) -> Job:
+def job(setting: Setting, model: nn.Module, shape: Sequence[int], batch: int) -> TrainingLoad:
     """Return the job of a setting on mini-batches of so many examples of this shape."""
-    return job_of(
+    return training_load(
         copy.deepcopy(model).to("meta"),
         setting.recipe(),
         meta_batch("x".join(map(str, shape)), batch),
     )
 
 
-def floor_of(found: Job, recipe: kfactk.Recipe, machine: Machine) -> Floor:
+def floor_of(found: TrainingLoad, recipe: kfactk.Recipe, machine: Machine) -> Floor:
     """Return the least times of one rank's steps."""
     costs = cost(found, recipe.placement.assign(found.workload, 1), 1, machine)
     mean = {stage: costs.compute[part].mean for part, stage in STAGES.items()}
