@@ -1,4 +1,4 @@
-"""Bytes against those that are known: of tensors that come and go, and of the factors of a layer."""
+"""Measured bytes equal known ones: of temporary tensors, and of the factors of a layer."""
 
 import torch
 from torch import nn

@@ -1,4 +1,4 @@
-"""Networks grow in the dimension asked for, exponents are slopes, and a mean step is put together of stages."""
+"""Networks grow in the right dimension, exponents are slopes, and a mean step sums its stages."""
 
 import pytest
 import torch

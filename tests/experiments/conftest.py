@@ -61,7 +61,7 @@ def tiny(tmp_path: Path, tiny_text: str) -> Path:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """A folder of images: 3 + 2 of each of two classes; red channel 10 * class + number, all else 100."""
+    """Make 3 + 2 images of each of two classes; red is 10 * class + number, the rest 100."""
     root = tmp_path / "images"
     for part, count in (("train", 3), ("test", 2)):
         for label, name in enumerate(("cat", "dog")):
@@ -74,7 +74,7 @@ def images(tmp_path: Path) -> Path:
 
 
 def make_results(losses: dict[str, list[list[float]]], **training: object) -> Results:
-    """Results of made-up runs: for each algorithm one list of training losses a seed; the other figures follow from them."""
+    """Make results up from training losses, one list a seed for each algorithm."""
     study = config.load("digits")
     study = attrs.evolve(study, training=attrs.evolve(study.training, **training))
     runs = []

@@ -34,7 +34,7 @@ def test_an_epoch_has_every_image_once(count: int, batch_size: int, seed: int, e
 )
 @settings(deadline=None, max_examples=40)
 def test_processes_share_the_batches_of_one(count: int, each: int, ranks: int, augment: bool):
-    """Equal parts, augmented as one process would; only the last batch may lose what cannot be divided."""
+    """Parts are equal and augmented as in one process; only the last batch may lose a remainder."""
     assume(each * ranks > 1)
     images = numbered(count)
 

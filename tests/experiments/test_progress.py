@@ -35,7 +35,8 @@ def test_slow_epochs_get_lines_where_there_are_no_bars(seconds: list[float], lin
         f"SGD, seed 1: epoch {i}" for i in lines
     ]
     assert text[-1].startswith(
-        "[2/2] SGD, seed 1: epoch 3: training loss 0.5000, accuracy 90.00 %; test loss 0.6000, accuracy 80.00 % ("
+        "[2/2] SGD, seed 1: epoch 3: training loss 0.5000, accuracy 90.00 %; "
+        "test loss 0.6000, accuracy 80.00 % ("
     )
 
 

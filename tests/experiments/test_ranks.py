@@ -36,7 +36,7 @@ def told(work: Any, *arguments: Any) -> Any:
 
 
 def agreements(rank: int, folder: str) -> dict[str, Any]:
-    """What each of three processes on two machines, of which rank 2 is alone on its own, gets from what they do together."""
+    """Return what one of three processes gets; ranks 0 and 2 are the first of their machines."""
     mine = Communicator(rank, 3, local=rank % 2)
     log = Path(folder) / "log"
 
@@ -131,7 +131,7 @@ def epochs(
 
 @pytest.mark.parametrize("algorithm", widening(["sgd", "ekfacadam"], quick=["ekfacadam"]))
 def test_two_processes_learn_what_one_learns(algorithm: str, tiny: Path):
-    """BatchNorm and all: but for rounding, where no targets are drawn. Each BatchNorm, and its gradient, is of the whole batch."""
+    """Up to rounding, where no targets are drawn; BatchNorm sees the whole batch."""
     changes = {} if algorithm == "sgd" else {"fisher": "exact", "placement": "mem_opt"}
     one, other = shared_workers().run(2, epochs, str(tiny), algorithm, changes)
     alone = epochs(0, str(tiny), algorithm, changes, 1)
@@ -221,7 +221,7 @@ def histories(output: Path) -> dict[str, list[dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> tuple[Path, Path, str]:
-    """A study that two processes did without interruption: its settings, its folder, what was printed."""
+    """Run a study on two processes to its end; return its settings, its folder and its output."""
     folder = tmp_path_factory.mktemp("shared")
     settings = folder / "tiny.toml"
     settings.write_text(
@@ -258,12 +258,8 @@ def test_all_processes_end_and_the_study_goes_on(
     done = conducted(what, *arguments, script=tmp_path / "sabotage.py")
     assert done.returncode != 0
     if what == "Ctrl-C":
-        assert (
-            done.stderr.count(
-                "interrupted: finished epochs are kept; go on with: torchrun --standalone --nproc-per-node 2"
-            )
-            == 1
-        )
+        said = "interrupted: finished epochs are kept; go on with: torchrun --standalone"
+        assert done.stderr.count(f"{said} --nproc-per-node 2") == 1
     assert len(histories(tmp_path / "out")["ekfacadam-seed0"]) == 1
     assert main([*map(str, arguments), "--resume"]) == 2  # one process is something else
     done = conducted(*arguments, "--resume")

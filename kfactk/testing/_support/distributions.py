@@ -1,7 +1,7 @@
-"""What torch.distributions knows about a distribution: its Fisher information, and how often each value is drawn.
+"""The Fisher information of a torch distribution, and a test of how often each value is drawn.
 
-A distribution with a batch shape stands for independent components, the log-probability being their sum. `row` is the `[C]` vector of
-parameters that a model puts out for one term, `distribution` a function from it to the distribution.
+A distribution with a batch shape has independent components: log-probabilities add up. `row` is the
+`[C]` vector of parameters that a model outputs for one term, `distribution` a function of it.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def log_prob(found: Distribution, value: Tensor) -> Tensor:
 
 
 def drawn(distribution: Family, rows: Tensor, seed: int) -> Tensor:
-    """A value for each row of `[N, S, C]`, as torch draws it; the global random state is left as it was."""
+    """Draw a value for each row of `[N, S, C]` by torch; keep the global random state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return torch.stack(
@@ -71,7 +71,8 @@ def score(distribution: Family, row: Tensor, value: Tensor) -> Tensor:
 def information(distribution: Family, row: Tensor) -> Tensor:
     """Fisher information `E[score score^T]` of the parameters, `[C, C]`.
 
-    It is enumerated where the values are few, and else the Hessian, at b = row, of the divergence KL(R(. | row) || R(. | b)).
+    Enumerate the values where they are few. Otherwise take the Hessian of the divergence
+    KL(R(. | row) || R(. | b)) at b = row.
 
     Raises:
         OptionError: The values are many, and torch knows no formula for the divergence.
@@ -88,8 +89,9 @@ def information(distribution: Family, row: Tensor) -> Tensor:
         return hessian(lambda b: kl_divergence(found, _base(distribution(b))).sum(), row)
     except NotImplementedError as error:
         raise OptionError(
-            f"The Fisher information of {type(found).__name__} cannot be found: its values cannot be enumerated, and "
-            "torch.distributions.kl_divergence has no formula for it. Write `def information(self, row)` in the class of laws."
+            f"The Fisher information of {type(found).__name__} cannot be found: its values cannot "
+            "be enumerated, and torch.distributions.kl_divergence has no formula for it. "
+            "Write `def information(self, row)` in the class of laws."
         ) from error
 
 
@@ -107,7 +109,7 @@ def hessian(function: Callable[[Tensor], Tensor], row: Tensor) -> Tensor:
 
 
 def cells(found: Distribution, draws: Tensor) -> list[Cells]:
-    """The components of draws `[n, ...]` of one distribution, each cut into cells of known probability.
+    """Cut the components of draws `[n, ...]` of one distribution into cells of known probability.
 
     Raises:
         OptionError: Neither can its values be enumerated nor has it a distribution function.
@@ -151,9 +153,10 @@ def cells(found: Distribution, draws: Tensor) -> list[Cells]:
 def surprise(parts: Sequence[Cells], false_alarm: float = FALSE_ALARM) -> str:
     """Which cell has been hit too rarely or too often, in words; "" for none.
 
-    Each component by itself and each pair of them is looked at. By Chernoff's bound a cell of probability p has in n independent draws a
-    frequency f with `n KL(f || p) > t` with probability at most `2 exp(-t)`, and t is such that all cells together are called wrong
-    by chance with probability at most `false_alarm`: no approximation, for any n.
+    Test each component and each pair of components. By Chernoff's bound, the frequency f of a cell
+    of probability p in n independent draws has `n KL(f || p) > t` with probability at most
+    `2 exp(-t)`. Choose t so that all cells together raise a false alarm with probability at most
+    `false_alarm`. This is exact for every n.
     """
     whole = [*parts, *(one.with_other(other) for one, other in itertools.combinations(parts, 2))]
     bound = math.log(2 * sum(len(each.probabilities) for each in whole) / false_alarm)
@@ -163,7 +166,8 @@ def surprise(parts: Sequence[Cells], false_alarm: float = FALSE_ALARM) -> str:
         excess = n * (_relative(f, p) + _relative(1 - f, 1 - p))
         worst = int(excess.argmax())
         if not float(excess[worst]) <= bound:
-            times = f"{float(f[worst]):.5f} of {n} draws have values of probability {float(p[worst]):.5f}"
+            times = f"{float(f[worst]):.5f} of {n} draws have values"
+            times = f"{times} of probability {float(p[worst]):.5f}"
             return f"{times}, which chance does in fewer than {false_alarm:.0e} of all cases"
     return ""
 
@@ -238,6 +242,7 @@ def _lumped(fine: Cells) -> Cells:
 
 def _no_cells(found: Distribution) -> OptionError:
     return OptionError(
-        f"How often {type(found).__name__} gives what cannot be told: its values cannot be enumerated, and it has no cdf for single "
-        "numbers. Write `def cells(self, found, draws)` in the class of laws, say by turning draws into independent normal numbers first."
+        f"How often {type(found).__name__} gives what cannot be told: its values cannot be "
+        "enumerated, and it has no cdf for single numbers. Write `def cells(self, found, draws)` "
+        "in the class of laws, say by turning draws into independent normal numbers first."
     )

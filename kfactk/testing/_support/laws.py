@@ -1,10 +1,11 @@
-"""What all laws share: a class names its stage, inherits the laws of its family, and pytest finds one test for each law.
+"""Base of all laws: a class names its stage and inherits its family's laws, each a pytest test.
 
     class TestEkfac(BasisLaws):
         stage = "ekfac"
 
-A law is a method marked with `law`; its arguments are drawn by Hypothesis. Each subclass gets tests of its own, so that examples that
-failed are remembered for it alone. How many examples are drawn depends on the environment variable `KFACTK_LAWS`, "quick" or "thorough".
+A law is a method marked with `law`; Hypothesis draws its arguments. Each subclass gets its own
+tests, so that Hypothesis remembers failed examples for it alone. The environment variable
+`KFACTK_LAWS`, "quick" or "thorough", sets the number of examples.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ HEALTH = (HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_to
 
 
 def effort(examples: int) -> int:
-    """How many examples to draw, given how many the quick profile draws.
+    """Return how many examples to draw, given how many the quick profile draws.
 
     Raises:
         OptionError: `KFACTK_LAWS` names no profile.
@@ -38,14 +39,15 @@ def effort(examples: int) -> int:
     name = os.environ.get(VARIABLE, "quick")
     if name not in PROFILES:
         raise OptionError(
-            f"{VARIABLE}={name!r} is no profile of the laws.{near_names(name, PROFILES)} There are: {', '.join(PROFILES)}."
+            f"{VARIABLE}={name!r} is no profile of the laws.{near_names(name, PROFILES)} "
+            f"There are: {', '.join(PROFILES)}."
         )
     return examples * PROFILES[name]
 
 
 @attrs.frozen(eq=False)
 class Law:
-    """How a law is to be tested.
+    """A law and how to test it.
 
     Args:
         function: The law as it was written: a method whose arguments are drawn.
@@ -66,9 +68,8 @@ class Law:
             try:
                 original(self, *arguments, **drawn)
             except Exception as error:
-                error.add_note(
-                    f"{self.label()} breaks a law of its family: {' '.join((original.__doc__ or original.__name__).split())}"
-                )
+                said = " ".join((original.__doc__ or original.__name__).split())
+                error.add_note(f"{self.label()} breaks a law of its family: {said}")
                 raise
 
         original = self.function
@@ -100,7 +101,8 @@ def law(
 
     Args:
         examples: How many examples the quick profile draws.
-        drawn: A strategy for each argument; or the name of a method of the class, without arguments, that gives the strategy.
+        drawn: A strategy for each argument, or the name of a method without arguments that
+            returns one.
 
     Example:
         >>> class ClipLaws(Laws):
@@ -123,12 +125,12 @@ def law(
 
 
 class Laws:
-    """Root of the classes of laws. Subclasses name the stage; pytest collects those whose name begins with `Test`."""
+    """Base class of laws. Subclasses name the stage; pytest collects those named `Test...`."""
 
     family: ClassVar[str]
     """The stage family that the laws are for."""
     stage: ClassVar[Any] = None
-    """The stage: whatever `kfactk.build` takes for it, such as "ekfac", {"name": "ekfac", "scale": "running"}, a class or an object."""
+    """The stage as `kfactk.build` takes it: a name, a mapping, a class or an object."""
 
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)
@@ -146,7 +148,8 @@ class Laws:
         """
         if self.stage is None:
             raise OptionError(
-                f"{type(self).__name__} names no {self.family}. Write `stage = ...` in the class, as for kfactk.build."
+                f"{type(self).__name__} names no {self.family}. "
+                "Write `stage = ...` in the class, as for kfactk.build."
             )
         try:
             return registry().resolve(self.family, self.stage)

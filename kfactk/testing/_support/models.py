@@ -1,4 +1,4 @@
-"""A small model for laws of whole recipes, and the plainest stages, by their definitions, for a problem whose answer is known."""
+"""A small model for laws of recipes, and reference stages written by their definitions."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from kfactk.stages import Dot, GradientPair, Likelihood
 
 
 class Scale(nn.Module):
-    """A trained factor for each channel of `[N, C, L]`; a class of its own, which no curvature knows."""
+    """A trained factor for each channel of `[N, C, L]`; no curvature supports this class."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -25,7 +25,7 @@ class Scale(nn.Module):
 
 
 class Net(nn.Module):
-    """A convolution, a part that no curvature supports, and two linear layers: `[N, 2, 4]` to `[N, 3]`, in float64."""
+    """A convolution, an unsupported part, two linear layers: `[N, 2, 4]` to `[N, 3]`, float64."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,7 +40,7 @@ class Net(nn.Module):
 
 @attrs.frozen(eq=False)
 class Squares:
-    """Likelihood of `|y - f|^2 / 2`: a Gaussian of variance 1 around an output `[N, C]`, whose Fisher information is I."""
+    """Likelihood of `|y - f|^2 / 2`: Gaussian of variance 1; output `[N, C]`; Fisher I."""
 
     def view(self, output: Tensor) -> Tensor:
         """`[N, 1, C]`."""
@@ -66,7 +66,7 @@ class Squares:
 
 @attrs.frozen(eq=False)
 class Columns:
-    """Fisher stage without draws: one loss for each column of the likelihood's root, for outputs of one term an example."""
+    """Fisher stage without draws: a loss for each column of the likelihood's root."""
 
     own_pass: ClassVar[bool] = True
     seed: ClassVar[int] = 0
@@ -94,7 +94,7 @@ class Unclipped:
 
 @attrs.frozen(eq=False)
 class Still:
-    """A likelihood whose draws depend on each example's output alone, whatever else is in its batch; all else is the original's.
+    """A likelihood whose draws depend on each example's output alone; else it is the original.
 
     Args:
         original: The likelihood.

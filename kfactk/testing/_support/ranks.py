@@ -1,7 +1,7 @@
-"""Several ranks on this machine: worker processes that stay alive and run functions as the ranks of a gloo process group.
+"""Ranks on this machine: lasting worker processes that run functions as a gloo process group.
 
-Importing torch takes seconds, forming a process group milliseconds: so workers are started once, and each job has a group of its own, of
-any size. Where that can be, they are forked off a process that has imported torch already.
+Importing torch takes seconds, forming a process group milliseconds. So workers start once, and each
+job has its own group of any size. On Linux they are forked from a process that has imported torch.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class Workers:
     def run(
         self, ranks: int, function: Callable[..., Any], *arguments: Any, patience: float = PATIENCE
     ) -> list[Any]:
-        """Call `function(rank, *arguments)` on each of several ranks of one gloo process group, and return what they return.
+        """Call `function(rank, *arguments)` on each rank of one gloo group; return the results.
 
         Args:
             ranks: How many; the group is the default one while the function runs.
@@ -161,7 +161,7 @@ _SHARED: list[Workers] = []
 
 
 def shared_workers() -> Workers:
-    """The workers that all laws and tests of this process share; they end with it."""
+    """Return the workers that all laws and tests of this process share; they end with it."""
     if not _SHARED:
         _SHARED.append(Workers())
         atexit.register(_SHARED[0].close)
@@ -169,15 +169,15 @@ def shared_workers() -> Workers:
 
 
 def _worn(process: BaseProcess) -> bool:
-    """Whether groups that a job left behind still run many threads in a worker (Linux): they would take time from the jobs to come."""
+    """Whether process groups left behind run many threads in a worker (Linux)."""
     threads = Path(f"/proc/{process.pid}/task")
     return threads.is_dir() and len(list(threads.iterdir())) > WORN
 
 
 def process_context() -> SpawnContext | ForkServerContext:
-    """How processes start: on Linux forked off one that has imported torch and done nothing else, elsewhere each on its own.
+    """Return how processes start: on Linux forked from one that only imported torch, else spawned.
 
-    What is forked has the environment variables of the first start.
+    Forked processes have the environment variables of the first start.
     """
     if sys.platform != "linux":
         return mp.get_context("spawn")
@@ -212,9 +212,7 @@ def _work(pipe: Connection) -> None:
             pipe.send(answer)
         except BrokenPipeError:  # whoever asked gave up waiting
             return
-        if not answer[
-            0
-        ]:  # a rank that failed is gone, as it would be elsewhere, and the others hear of it
+        if not answer[0]:  # a failed rank ends, as elsewhere, and the others notice
             return
 
 
@@ -233,7 +231,7 @@ def _done(rank: int, ranks: int, store: str, patience: float, job: bytes) -> tup
         return False, _packed(traceback.format_exc())
     finally:
         forget_groups()
-        gc.collect()  # a model or optimizer that outlived its job would keep its groups' threads running
+        gc.collect()  # a model that outlives its job keeps its groups' threads running
         if dist.is_initialized():
             dist.destroy_process_group()
         os.environ.clear()  # engines leave variables there that tell the next job of their ranks
@@ -241,7 +239,7 @@ def _done(rank: int, ranks: int, store: str, patience: float, job: bytes) -> tup
 
 
 def _packed(value: Any) -> bytes:
-    """Pickled with tensors as plain data, so that no memory is shared with a process that may end."""
+    """Pickle with tensors as plain data: share no memory with a process that may end."""
     buffer = io.BytesIO()
     torch.save(value, buffer, pickle_module=pickle)
     return buffer.getvalue()

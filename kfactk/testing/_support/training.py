@@ -1,4 +1,4 @@
-"""Training a small model by a recipe, and comparing what came of it: what the laws of recipes share."""
+"""Train a small model by a recipe and compare the results: the base of laws of recipes."""
 
 from __future__ import annotations
 
@@ -43,14 +43,15 @@ class Training(Laws):
         return st.just(self.recipe)
 
     def steady(self) -> Recipes:
-        """Those of them that rounding moves by no more than its own size, for laws that take sums in another order.
+        """Those recipes whose results rounding changes by no more than its own size.
 
-        A basis of eigenvectors is not among them where eigenvalues other than zero are repeated: any rounding turns the vectors.
+        Laws that take sums in another order use them. Repeated nonzero eigenvalues rule a basis of
+        eigenvectors out: rounding rotates the vectors.
         """
         return self.recipes()
 
     def model(self) -> nn.Module:
-        """The model, without dropout or BatchNorm; it may draw its parameters from torch's global generator."""
+        """The model, without dropout or BatchNorm; its parameters may be drawn globally."""
         return Net()
 
     def batch(self, generator: torch.Generator, examples: int) -> Data:
@@ -63,9 +64,10 @@ class Training(Laws):
         return F.cross_entropy(output, targets)
 
     def still(self, recipe: Recipe) -> Recipe:
-        """The recipe with draws that depend on each example's output alone, for laws that compare batches of other sizes.
+        """The recipe with draws that depend on each example's output alone.
 
-        Those that the likelihood makes do so here; a Fisher stage that draws by other means needs another way.
+        Laws that compare batches of other sizes use it. It changes the draws of the likelihood; a
+        Fisher stage that draws by itself needs its own override.
         """
         return recipe.evolve(likelihood=Still(recipe.likelihood))
 
@@ -100,7 +102,12 @@ class Training(Laws):
         *,
         num_terms: bool = False,
     ) -> Tensor:
-        """Forward and backward of one batch, whose loss is multiplied by `factor` and, with `num_terms`, by the number of its terms."""
+        """Run forward and backward of one batch; return the loss.
+
+        Args:
+            factor: What the loss is multiplied by.
+            num_terms: Whether to multiply it by the number of its terms as well.
+        """
         output = model(data[0])
         optimizer.observe()
         loss = self.loss(output, data[1]) * factor
@@ -147,7 +154,7 @@ class Training(Laws):
         self.alike(found[0], found[1], says)
 
     def alike(self, one: Mapping[str, Tensor], other: Mapping[str, Tensor], says: str) -> None:
-        """Assert that tensors of the same names are equal, within the tolerance of each one's size."""
+        """Assert that tensors of equal names are equal within the tolerance of their size."""
         assert one.keys() == other.keys(), (
             f"{says}: one has {sorted(one)}, the other {sorted(other)}"
         )
@@ -217,12 +224,13 @@ def through_file(state: Any) -> Any:
         return torch.load(buffer, weights_only=True)
     except pickle.UnpicklingError as error:
         raise AssertionError(
-            f"the state holds more than tensors, numbers and text, which torch.load(weights_only=True) refuses: {error}"
+            "the state holds more than tensors, numbers and text, which "
+            f"torch.load(weights_only=True) refuses: {error}"
         ) from error
 
 
 def rearrange(entries: dict[str, Any], how: str) -> None:
-    """Bring the entries of a dict into another order, in place: "reversed", or "rotated", the last one first."""
+    """Reorder the entries of a dict in place: "reversed", or "rotated" with the last one first."""
     items = list(entries.items())
     entries.clear()
     entries.update(items[::-1] if how == "reversed" else items[-1:] + items[:-1])

@@ -1,4 +1,4 @@
-"""Problems that update rules are compared on: groups of small parameters, gradients of a moving quadratic, and the steps taken."""
+"""Problems for comparing update rules: groups of small parameters on a moving quadratic."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Problem:
         groups: The parameter groups.
         lr: Learning rate of groups without their own.
         weight_decay: Weight decay of groups without their own.
-        drops: What every learning rate is multiplied by before each step; as many as there are steps.
+        drops: For each step a factor that multiplies every learning rate before it.
         dtype: Of the parameters.
         seed: Of their values.
     """
@@ -79,7 +79,7 @@ class Problem:
 
 @st.composite
 def problems(draw: st.DrawFn, dtypes: Sequence[torch.dtype] = DTYPES) -> Problem:
-    """Up to three groups of small parameters, scalars among them, over a few steps with changing learning rates."""
+    """Draw up to three groups of small parameters and scalars, and changing learning rates."""
     rates, decays = st.sampled_from([0.001, 0.02, 0.1]), st.sampled_from([0.0, 0.01, 0.2])
     shapes = st.lists(st.sampled_from([(), (1,), (3,), (2, 3)]), min_size=1, max_size=2).map(tuple)
     options = st.fixed_dictionaries({}, optional={"lr": rates, "weight_decay": decays})
@@ -94,7 +94,7 @@ def problems(draw: st.DrawFn, dtypes: Sequence[torch.dtype] = DTYPES) -> Problem
 
 
 def gradient(parameter: Tensor, step: int) -> Tensor:
-    """Of a quadratic whose curvature grows along the entries and whose minimum moves with the step."""
+    """Gradient of a quadratic whose curvature grows along the entries and whose minimum moves."""
     curvature = torch.linspace(0.5, 3.0, max(1, parameter.numel()), dtype=torch.float64).reshape(
         parameter.shape
     )
@@ -106,7 +106,7 @@ def gradient(parameter: Tensor, step: int) -> Tensor:
 def walk(
     optimizer: torch.optim.Optimizer, drops: Sequence[float], first: int = 0
 ) -> list[list[Tensor]]:
-    """Take a step for each of `drops`, by which the learning rates are multiplied before it; the parameters after each step."""
+    """Multiply learning rates by each of `drops` and take a step; return parameters after each."""
     history = []
     for step, drop in enumerate(drops, first):
         for group in optimizer.param_groups:
