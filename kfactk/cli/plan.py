@@ -73,7 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         add(f"--{family}", help=f"the recipe's {family}: {named}")
     for period in PERIODS:
         add(f"--{period.replace('_', '-')}", type=_count, help=f"the recipe's {period}")
-    add("--stagger", action="store_true", help="decompose layers in different steps, as in the recipe")
+    add(
+        "--stagger",
+        action="store_true",
+        help="decompose layers in different steps, as in the recipe",
+    )
     add("--exclude", action="append", help="names of modules to leave alone; may be repeated")
     add("--json", action="store_true", help="JSON on standard output")
 
@@ -89,8 +93,8 @@ def run(arguments: argparse.Namespace) -> str:
     machine = calibrate() if arguments.calibrate else machine_named(arguments.device)
     if arguments.input is None and ":" in arguments.model:
         raise OptionError(
-            "plan needs --input, the shape of one example, for a model of your own: "
-            "--input 3x224x224, or --input 512:int64."
+            "plan needs the shape of one example for a model of your own: "
+            "give --input 3x224x224, or --input 512:int64."
         )
     batch = meta_batch(arguments.input or IMAGE, arguments.batch)
     job = job_of(model_on_meta(arguments.model), recipe, batch)
@@ -190,7 +194,7 @@ def _stage_value(text: Any) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise OptionError(
-            f"{text!r} is no JSON ({error}); a stage with options is written as "
+            f"{text!r} is no JSON ({error}); write a stage with options as "
             """'{"name": "...", "option": 1}'."""
         ) from error
 

@@ -241,8 +241,8 @@ def machine_named(name: str | None, device: str = "cpu") -> Machine:
         return CPU if device == "cpu" else H100
     if name not in MACHINES:
         raise OptionError(
-            f"there is no machine profile {name!r}.{near_names(name, MACHINES)} There are: "
-            f"{', '.join(MACHINES)}; python -m kfactk plan --calibrate measures the machine it runs on."
+            f"there is no machine profile {name!r}.{near_names(name, MACHINES)} Use one of: "
+            f"{', '.join(MACHINES)}; or measure this machine: python -m kfactk plan --calibrate."
         )
     return MACHINES[name]
 

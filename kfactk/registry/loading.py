@@ -28,7 +28,7 @@ from kfactk.registry.serialization import explain
 DISABLE = "KFACTK_DISABLE_PLUGINS"
 """Environment variable: names of plugins or distributions to block, separated by commas; `*` and `?` match as in file names."""
 PREFIX = f"{PROJECT}_"
-DECLARATION = f"{PREFIX}api"
+DECLARATION = "kfactk_api"
 """Attribute of a plugin: the version of the plugin API it was written for."""
 
 

@@ -11,7 +11,7 @@ import inspect
 import os
 import reprlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -171,25 +171,27 @@ class Registry(Plugins):
         return claims[name][0]
 
     def _unknown(self, family: str, name: str, known: list[str]) -> UnknownStageError:
-        parts = [f"There is no {family} {name!r}.{near_names(name, known)}"]
+        hints = "".join(f" {hint}" for hint in self._hints(family, name) if hint)
+        choice = f"Use one of: {', '.join(sorted(known))}."
+        if not known:
+            choice = "No plugin that provides any is loaded: see `python -m kfactk plugins`."
+        return UnknownStageError(
+            f"There is no {family} {name!r}.{near_names(name, known)}{hints} {choice}"
+        )
+
+    def _hints(self, family: str, name: str) -> Iterator[str]:
+        """Yield what may be the reason that a name is not known."""
         others = [other for other in STAGE_HOOKS if other != family and name in self._claims(other)]
         if others:
             families = " and ".join(others)
-            parts.append(
-                f"{name!r} is a stage of the family {families}: pass it as {others[0]}={name!r}."
-            )
+            yield f"{name!r} is a stage of the family {families}: pass it as {others[0]}={name!r}."
         blocked = {each: f"by {each.blocked_by}" for each in self.records if each.blocked_by}
         failed = {each: "; ".join(each.problems) for each in self.records if each.problems}
-        parts.append(_suspects(f"{family}.{name}", "is blocked", blocked))
-        parts.append(_suspects(f"{family}.{name}", "failed", failed))
+        yield _suspects(f"{family}.{name}", "is blocked", blocked)
+        yield _suspects(f"{family}.{name}", "failed", failed)
         if "." in name:
             path = ":".join(name.rsplit(".", 1))
-            parts.append(
-                f"If {name!r} is an import path, write a colon before the last part: {path!r}."
-            )
-        none = "No plugin that provides any is loaded: see `python -m kfactk plugins`."
-        parts.append(f"Known are: {', '.join(sorted(known))}." if known else none)
-        return UnknownStageError(" ".join(filter(None, parts)))
+            yield f"If {name!r} is an import path, write a colon before the last part: {path!r}."
 
     def _name_of(self, family: str, kind: type[Any]) -> str | None:
         for name, providers in self._claims(family).items():
@@ -219,7 +221,7 @@ def _check_family(family: str) -> None:
     if family not in STAGE_HOOKS:
         raise UnknownStageError(
             f"There is no stage family {family!r}.{near_names(str(family), STAGE_HOOKS)} "
-            f"Known are: {', '.join(STAGE_HOOKS)}."
+            f"Use one of: {', '.join(STAGE_HOOKS)}."
         )
 
 
@@ -290,7 +292,7 @@ def _make(
         known = options_of(factory).known
         has = ", ".join(f"{each.name}: {each.annotation or 'any'}" for each in known) or "none"
         raise OptionError(
-            f"{label} refuses {given}: {explain(error)}. Its options are: {has}."
+            f"{label} refuses {given}: {explain(error)}. Correct them; its options are: {has}."
         ) from error
     except Exception as error:
         kind = PluginError if plugin else OptionError
@@ -305,7 +307,7 @@ def _check_options(factory: Callable[..., Any], options: Mapping[str, Any], labe
     takes = options_of(factory)
     for name in options:
         if name not in takes.names() and not takes.open:
-            has = f"It has: {', '.join(takes.names())}." if takes.known else "It has none."
+            has = f"Use one of: {', '.join(takes.names())}." if takes.known else "Leave it out."
             ours = f" {name!r} is an argument of kfactk.build." if name in BUILD else ""
             raise OptionError(
                 f"{label} has no option {name!r}.{ours or near_names(name, takes.names())} {has}"

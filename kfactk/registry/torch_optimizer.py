@@ -54,7 +54,7 @@ def _known(
         if name == "params" or (name not in options and "**" not in takes):
             raise OptionError(
                 f"{update} has no option {name!r}.{near_names(str(name), options)} "
-                f"It has: {', '.join(options)}."
+                f"Use one of: {', '.join(options)}."
             )
 
 

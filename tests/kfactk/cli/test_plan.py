@@ -247,7 +247,7 @@ def test_nothing_is_allocated() -> None:
     [
         (
             ["--model", SMALL],
-            r"plan needs --input, the shape of one example, for a model of your own: --input 3x224x224",
+            r"plan needs the shape of one example for a model of your own: give --input 3x224x224",
         ),
         (["--model", "resnet51"], r"torchvision has no model 'resnet51'\. Did you mean 'resnet50'"),
         (["--model", f"{__name__}:Smal", "--input", "64"], "Smal"),
@@ -266,7 +266,7 @@ def test_nothing_is_allocated() -> None:
         (["--model", SMALL, "--input", "64", "--placement", "mem_op"], "mem_op"),
         (
             ["--model", SMALL, "--input", "64", "--basis", '{"name": '],
-            r"is no JSON \(.*\); a stage with options is written as",
+            r"is no JSON \(.*\); write a stage with options as",
         ),
         (
             ["--model", SMALL, "--input", "63"],

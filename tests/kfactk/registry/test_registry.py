@@ -174,7 +174,7 @@ def test_options_come_in_their_json_forms(ours: Registry) -> None:
         (
             "scal",
             UnknownStageError,
-            ["no clip 'scal'", "Did you mean 'scale'", "Known are: broken, failing"],
+            ["no clip 'scal'", "Did you mean 'scale'", "Use one of: broken, failing"],
         ),
         ("mine", UnknownStageError, ["stage of the family update", "update='mine'"]),
         ("some.module.Name", UnknownStageError, ["'some.module:Name'"]),
