@@ -65,13 +65,13 @@ class LayerCall:
             output's shape, times `1 / scale`.
         scale: Factor that `gradient` still has to be multiplied by: protection against underflow in
             half precision, or loss scaling.
-        training: Whether the module was in training mode.
+        training: Whether the module was in training mode; `None` where that is not known.
     """
 
     inputs: Tensor
     gradient: Tensor
     scale: Tensor | float = 1.0
-    training: bool = True
+    training: bool | None = None
 
 
 class Samples:

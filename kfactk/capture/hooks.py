@@ -197,7 +197,7 @@ class LayerHook:
             return
         if any(map(is_distributed, (output, *module.parameters(recurse=False)))):
             raise CombinationError(tensor_parallel(self._layer.name))
-        inputs = (args[0] if args else kwargs["input"]).detach()
+        inputs = (args[0] if args else next(iter(kwargs.values()))).detach()
         record = RecordedCall(
             self._layer, inputs, inputs._version, output.dtype, output.shape, module.training
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping
 from random import Random
@@ -89,8 +90,9 @@ def placements() -> list[dict[str, Any]]:
     return stages("placement")
 
 
+@functools.cache
 def cases() -> tuple[list[Case], list[str]]:
-    """The accepted ones, and those that are refused."""
+    """Return the accepted recipes, and those that are refused with their messages."""
     accepted, refused = [], []
     for combination in itertools.product(*map(stages, FAMILIES)):
         recipe = dict(zip(FAMILIES, combination, strict=True))

@@ -122,7 +122,7 @@ TRUTH = Outcome(
     [
         ({"bits": {"a": "2"}}, "ranks have different bits in the a"),
         ({"counters": {"skipped_batches": 1}}, "rank 1 counts {'skipped_batches': 1}"),
-        ({"metrics": {"more": torch.ones(1)}}, "one process has no more"),
+        ({"figures": {"more": torch.ones(1)}}, "one process has no more"),
     ],
 )
 def test_faults_are_told(changes: dict[str, object], says: str) -> None:

@@ -4,17 +4,16 @@ import json
 import os
 import signal
 import sqlite3
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from experiments import training
+from experiments import tracking, training
 from experiments.__main__ import main
+from kfactk.testing._support.ranks import process_context
 
-ROOT = Path(__file__).parents[2]
 RUNS = ("sgd-seed0", "ekfacadam-seed0")
 
 
@@ -133,42 +132,41 @@ def test_ctrl_c_and_resume_is_as_if_nothing_had_happened(
     assert_same(tmp_path / "out", whole)
 
 
-SABOTAGE = """
-import os, signal, sys
-from experiments import __main__, tracking, training
-steps, step, end = [], training.Trainer._step, tracking.Tracking.end
-def stopped(*args):
-    steps.append(1)
-    if len(steps) == 9 + 7:
-        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
-    return step(*args)
-def again(*args):
-    if args[2] == "interrupted":
-        os.kill(os.getpid(), signal.SIGINT)
-    return end(*args)
-training.Trainer._step, tracking.Tracking.end = stopped, again
-sys.exit(__main__.main(sys.argv[2:]))
-"""
+def struck(sign: int, arguments: list[str], stderr: str) -> None:
+    """In a process of its own: a study that gets a signal in its last epoch, and Ctrl-C while it records that it was interrupted."""
+    os.dup2(os.open(stderr, os.O_CREAT | os.O_WRONLY), 2)
+    steps, step, end = [], training.Trainer._step, tracking.Tracking.end
+
+    def stopped(*args):
+        steps.append(1)
+        if len(steps) == 9 + 7:
+            os.kill(os.getpid(), sign)
+        return step(*args)
+
+    def again(*args):
+        if args[2] == "interrupted":
+            os.kill(os.getpid(), signal.SIGINT)
+        return end(*args)
+
+    training.Trainer._step, tracking.Tracking.end = stopped, again
+    sys.exit(main(arguments))
 
 
 @pytest.mark.parametrize(
     ("sign", "code"),
-    [("SIGKILL", -signal.SIGKILL), ("SIGTERM", 130)],
+    [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 130)],
     ids=["killed", "second Ctrl-C"],
 )
 def test_a_killed_study_goes_on_after_its_last_epoch(
-    whole: Path, tiny: Path, tmp_path: Path, sign: str, code: int, monkeypatch
+    whole: Path, tiny: Path, tmp_path: Path, sign: int, code: int, monkeypatch
 ):
     arguments = ["--config", str(tiny), "--output", str(tmp_path / "out"), "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, "-c", SABOTAGE, sign, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
+    stderr = tmp_path / "stderr"
+    process = process_context().Process(target=struck, args=(sign, arguments, str(stderr)))
+    process.start()
+    process.join()
+    assert process.exitcode == code, stderr.read_text()
+    assert "Traceback" not in stderr.read_text()
     assert len(history(tmp_path / "out", "ekfacadam-seed0")) == 2
     steps, step = [], training.Trainer._step
     monkeypatch.setattr(training.Trainer, "_step", lambda *args: steps.append(1) or step(*args))

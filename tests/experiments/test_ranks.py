@@ -1,9 +1,6 @@
 """The study in several processes: they agree, share the work, and end and go on together."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +15,13 @@ from experiments.errors import ExperimentError
 from experiments.ranks import Communicator
 from experiments.training import Trainer
 from kfactk.testing._support.ranks import shared_workers
+from tests.covering import widening
+from tests.torchrun import Done, torchrun
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-PATIENCE = 300.0
 
 
 def refused(message: str) -> Any:
@@ -131,7 +129,7 @@ def epochs(
     return found
 
 
-@pytest.mark.parametrize("algorithm", ["sgd", "ekfacadam"])
+@pytest.mark.parametrize("algorithm", widening(["sgd", "ekfacadam"], quick=["ekfacadam"]))
 def test_two_processes_learn_what_one_learns(algorithm: str, tiny: Path):
     """BatchNorm and all: but for rounding, where no targets are drawn. Each BatchNorm, and its gradient, is of the whole batch."""
     changes = {} if algorithm == "sgd" else {"fisher": "exact", "placement": "mem_opt"}
@@ -204,33 +202,12 @@ sys.exit(__main__.main(sys.argv[2:]))
 """
 
 
-def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        *map(str, arguments),
-    ]
-    variables = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("MLFLOW_TRACKING_URI", "NOX_CURRENT_SESSION")
-    }
-    variables["PYTHONPATH"] = os.pathsep.join(
-        [str(ROOT), *filter(None, [variables.get("PYTHONPATH")])]
-    )
-    return subprocess.run(
-        command,
-        cwd=ROOT,
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+def conducted(*arguments: object, script: Path = ROOT / "experiments" / "__main__.py") -> Done:
+    """The study on two processes, whose variables are not those of this session."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("MLFLOW_TRACKING_URI", "NOX_CURRENT_SESSION"):
+            patch.delenv(name, raising=False)
+        return torchrun(script, *arguments, folder=ROOT)
 
 
 def histories(output: Path) -> dict[str, list[dict[str, Any]]]:
@@ -252,9 +229,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> tuple[Pa
             'curvature = "conv_kfac"', 'curvature = "conv_kfac"\nplacement = "mem_opt"'
         )
     )
-    done = torchrun(
-        "-m", "experiments", "--config", settings, "--output", folder / "out", "--device", "cpu"
-    )
+    done = conducted("--config", settings, "--output", folder / "out", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     return settings, folder / "out", done.stdout
 
@@ -273,14 +248,14 @@ def test_torchrun_conducts_the_study_and_one_process_speaks(shared: tuple[Path, 
     }
 
 
-@pytest.mark.parametrize("what", ["killed", "Ctrl-C"])
+@pytest.mark.parametrize("what", widening(["killed", "Ctrl-C"], quick=["killed"]))
 def test_all_processes_end_and_the_study_goes_on(
     what: str, shared: tuple[Path, Path, str], tmp_path: Path
 ):
     settings, whole, _ = shared
     (tmp_path / "sabotage.py").write_text(SABOTAGE)
     arguments = ("--config", settings, "--output", tmp_path / "out", "--device", "cpu")
-    done = torchrun(tmp_path / "sabotage.py", what, *arguments)
+    done = conducted(what, *arguments, script=tmp_path / "sabotage.py")
     assert done.returncode != 0
     if what == "Ctrl-C":
         assert (
@@ -291,7 +266,7 @@ def test_all_processes_end_and_the_study_goes_on(
         )
     assert len(histories(tmp_path / "out")["ekfacadam-seed0"]) == 1
     assert main([*map(str, arguments), "--resume"]) == 2  # one process is something else
-    done = torchrun("-m", "experiments", *arguments, "--resume")
+    done = conducted(*arguments, "--resume")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("goes on after epoch 1") == done.stdout.count("finished earlier") == 1
     assert histories(tmp_path / "out") == histories(whole)

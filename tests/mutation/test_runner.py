@@ -11,7 +11,15 @@ from mutation.mutants import ROOT, Mutant
 from mutation.runner import Bench, Verdict, run
 
 SOURCE = "def double(x):\n    return 2 * x\n"
-TESTS = "from kfactk.statistics import double\n\ndef test_four():\n    assert double(2) == 4\n\ndef test_six():\n    assert double(3) == 6\n"
+TESTS = """
+from kfactk.statistics import double
+
+def test_four():
+    assert double(2) == 4
+
+def test_six():
+    assert double(3) == 6
+"""
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +36,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     return root
+
+
+@pytest.fixture(autouse=True)
+def plain_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start the inner pytest without installed plugins: to import them takes longer than its tests."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
 
 
 def mutant(source: str, *tests: str, hangs: bool = False) -> Mutant:

@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 import kfactk
 from kfactk import Optimizer
 from kfactk.testing._support.ranks import shared_workers
+from tests.covering import covering
 from tests.training_loops.loops import (
     EACH,
     PLACEMENTS,
@@ -99,9 +100,7 @@ def unscaled_run(fisher: str, bad: Sequence[int], recipe: dict[str, Any]) -> dic
     return left(optimizer, model, decompositions=False)
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("bad", [[0], [2, 3]], ids=str)
-@pytest.mark.parametrize("fisher", FISHERS)
+@covering(fisher=FISHERS, bad=[[0], [2, 3]], placement=PLACEMENTS)
 def test_a_step_that_overflows_on_one_rank_is_left_out_on_all(
     fisher: str, bad: list[int], placement: str
 ) -> None:
@@ -197,9 +196,9 @@ def test_autocast_on_ranks_equals_one_process_to_its_precision(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("fisher", ["exact", "empirical"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@covering(
+    dtype=[torch.float16, torch.bfloat16], fisher=["exact", "empirical"], placement=PLACEMENTS
+)
 @pytest.mark.filterwarnings("ignore::kfactk.KfactkWarning")
 def test_inputs_out_of_range_on_one_rank(
     dtype: torch.dtype, fisher: str, placement: str, device: str

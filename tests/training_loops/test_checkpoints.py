@@ -24,6 +24,7 @@ from torch.nn import functional as F
 
 from kfactk import Optimizer
 from kfactk.testing._support.ranks import shared_workers
+from tests.covering import covering
 from tests.kfactk.optim.test_optimizer_state import assert_same
 from tests.training_loops import resume
 from tests.training_loops.loops import PLACEMENTS, PRECISION, left
@@ -50,25 +51,22 @@ SAMPLE = [
     Case("ekfac+adam", "after the scale alone"),
     Case("kfac+momentum", "something owed"),
     Case("running+adamw", "between refreshes"),
+    CASE,
 ]
+SOURCES = [Place(4, "comm_opt"), Place(4, "mem_opt"), Place(2, "hybrid")]
+TARGETS = [ALONE, Place(2, "mem_opt"), Place(3, "hybrid"), Place(4, "mem_opt")]
 
 
 # ---------------------------------------------------------------------------------------------------- torch.distributed.checkpoint
 
 
-@pytest.mark.parametrize("flat", [False, True])
+@covering(strength=1, case=SAMPLE, source=SOURCES, target=TARGETS, flat=[False, True])
 def test_a_run_goes_on_from_its_checkpoint_on_other_ranks_under_another_placement(
-    flat: bool,
+    case: Case, source: Place, target: Place, flat: bool
 ) -> None:
-    """A sample; `python -m tests.training_loops.resume` runs all of them."""
-    targets = [ALONE, Place(2, "mem_opt"), Place(3, "hybrid"), Place(4, "mem_opt")]
-    sources = [Place(4, "comm_opt"), Place(4, "mem_opt"), Place(2, "hybrid")]
-    for outcome in (
-        resume.matrix([CASE], sources[:2], targets, flat)
-        if flat
-        else resume.matrix(SAMPLE, sources, targets)
-    ):
-        assert outcome.good, outcome
+    """`python -m tests.training_loops.resume` prints the whole matrix."""
+    (outcome,) = resume.matrix([case], [source], [target], flat)
+    assert outcome.good, outcome
 
 
 def test_a_deviation_is_seen() -> None:
@@ -179,8 +177,7 @@ def moved(
     return second, identical([first], [second])
 
 
-@pytest.mark.parametrize("other", ["mem_opt", "hybrid"])
-@pytest.mark.parametrize("way", WAYS)
+@covering(strength=1, way=WAYS, other=["mem_opt", "hybrid"])
 def test_every_way_of_torch_moves_a_state_that_ranks_share(
     way: str, other: str, tmp_path: Path
 ) -> None:
@@ -287,8 +284,11 @@ def refusals(ranks: int, *arguments: Any) -> tuple[list[str], list[str]]:
     return [kind for kind, *_ in found], [text for _, text, _ in found]
 
 
-@pytest.mark.parametrize("placement", ["comm_opt", "mem_opt", "hybrid"])
-@pytest.mark.parametrize("target", [ALONE, Place(3, "replicated"), Place(3, "mem_opt")], ids=str)
+@covering(
+    strength=1,
+    placement=["comm_opt", "mem_opt", "hybrid"],
+    target=[ALONE, Place(3, "replicated"), Place(3, "mem_opt")],
+)
 def test_one_ranks_part_alone_is_refused_with_the_remedy(placement: str, target: Place) -> None:
     part = shared_workers().run(2, one_part, 2, placement)[0]["state"]
     kinds, texts = refusals(target.ranks, target, dict.fromkeys(range(target.ranks), part), {}, 6)
@@ -336,8 +336,7 @@ OTHERS: dict[str, tuple[dict[str, Any], int, str]] = {
 }
 
 
-@pytest.mark.parametrize("placement", ["comm_opt", "mem_opt"])
-@pytest.mark.parametrize("name", OTHERS)
+@covering(strength=1, name=OTHERS, placement=["comm_opt", "mem_opt"])
 def test_a_state_of_something_else_is_refused_by_all(name: str, placement: str) -> None:
     changes, width, message = OTHERS[name]
     whole = shared_workers().run(3, whole_state, Place(3, "mem_opt"))[0]

@@ -9,7 +9,6 @@ import datetime
 import functools
 import os
 import signal
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
@@ -28,6 +27,7 @@ import kfactk
 from kfactk import KfactkError
 from kfactk.testing._support.ranks import process_context, shared_workers
 from tests.kfactk.small import F64, assert_equal
+from tests.torchrun import torchrun
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -229,20 +229,12 @@ def test_the_others_end_and_the_run_goes_on(
 
 def test_torchrun_starts_a_run_again_that_lost_a_rank(tmp_path: Path) -> None:
     """On one machine torchrun keeps its store between starts, in which gloo then finds processes that are gone: the variable mends that."""
-    launch = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "--max-restarts",
-        "1",
-    ]
-    command = [*launch, "-m", "tests.training_loops.test_killed_rank", str(tmp_path)]
-    variables = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    done = subprocess.run(
-        command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=BOUND, check=False
+    done = torchrun(
+        Path(__file__),
+        tmp_path,
+        folder=ROOT,
+        restarts=1,
+        variables={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "starts").read_text() == "from 0\nfrom 4\n"

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfactk import Optimizer
 from kfactk.testing._support.ranks import shared_workers
+from tests.covering import covering
 from tests.kfactk.small import F64, bound
 from tests.training_loops.loops import (
     EACH,
@@ -118,19 +119,23 @@ def check(ranks: Sequence[dict[str, Tensor]], truth: dict[str, Tensor], placemen
     assert_near({name: ranks[0][name] for name in truth}, truth)
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("basis", BASES)
-@pytest.mark.parametrize("name", UNEVEN)
+@covering(
+    allowed=lambda name, basis, placement, wrapped: name != "no forward at all" or not wrapped,
+    name=UNEVEN,
+    basis=BASES,
+    placement=PLACEMENTS,
+    wrapped=[True, False],
+)
 def test_uneven_batches_equal_one_process_with_all_of_them(
-    name: str, basis: str, placement: str
+    name: str, basis: str, placement: str, wrapped: bool
 ) -> None:
+    """Wrapped or with gradients averaged by hand; DDP needs a forward of every rank."""
     recipe = {"basis": BASES[basis], "update": "adam", "lr": 0.01}
     plan = [(UNEVEN[name] if step in (0, 2, 3) else even)(step) for step in range(STEPS)]
-    for wrapped in (True, False) if name != "no forward at all" else (False,):
-        ranks = shared_workers().run(
-            2, uneven_run, plan, wrapped, {**recipe, "placement": PLACEMENTS[placement]}
-        )
-        check(ranks, whole(plan, recipe), placement)
+    ranks = shared_workers().run(
+        2, uneven_run, plan, wrapped, {**recipe, "placement": PLACEMENTS[placement]}
+    )
+    check(ranks, whole(plan, recipe), placement)
 
 
 # ------------------------------------------------------------------------------------------------------------------ masked terms
@@ -181,9 +186,7 @@ def masked_run(
     }
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("at", [[0], [1, 2]], ids=str)
-@pytest.mark.parametrize("basis", ["EKFAC", "K-FAC"])
+@covering(basis=["EKFAC", "K-FAC"], at=[[0], [1, 2]], placement=PLACEMENTS)
 def test_a_rank_of_which_every_term_is_masked_adds_nothing(
     basis: str, at: list[int], placement: str
 ) -> None:
@@ -235,9 +238,11 @@ def test_every_rank_runs_the_passes_whatever_its_data(fisher: Any, count: int) -
     assert shared_workers().run(2, passes_of_all, fisher, count) == [[3, 0]] * 2
 
 
-@pytest.mark.parametrize("basis", BASES)
-@pytest.mark.parametrize("likelihood", ["categorical", "gaussian", "bernoulli"])
-@pytest.mark.parametrize("fisher", ["exact", "mc", "empirical"])
+@covering(
+    fisher=["exact", "mc", "empirical"],
+    likelihood=["categorical", "gaussian", "bernoulli"],
+    basis=BASES,
+)
 def test_no_examples_at_all_are_no_trouble_and_count_for_nothing(
     fisher: str, likelihood: str, basis: str
 ) -> None:
@@ -302,10 +307,12 @@ def alone_run(at: int, recipe: dict[str, Any]) -> dict[str, Tensor]:
     return left(optimizer, model, decompositions=False)
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
-@pytest.mark.parametrize("at", [0, 3])
-@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+@covering(
+    fisher=["exact", "empirical"],
+    at=[0, 3],
+    value=[float("nan"), float("inf")],
+    placement=PLACEMENTS,
+)
 @pytest.mark.filterwarnings("ignore::kfactk.KfactkWarning")
 def test_a_bad_batch_on_one_rank_is_skipped_by_all(
     fisher: str, at: int, value: float, placement: str
@@ -356,9 +363,7 @@ def bad_curvature_run(
     return left(optimizer, model), optimizer.counters
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("at", [[0], [2, 3]], ids=str)
-@pytest.mark.parametrize("basis", ["EKFAC", "K-FAC"])
+@covering(basis=["EKFAC", "K-FAC"], at=[[0], [2, 3]], placement=PLACEMENTS)
 def test_a_batch_whose_curvature_is_bad_is_left_out_and_its_step_is_taken(
     basis: str, at: list[int], placement: str
 ) -> None:
@@ -423,11 +428,11 @@ def branching_run(rank: int, at: Sequence[int], recipe: dict[str, Any]) -> list[
     return found
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize(
-    "at", [[0, 1, 0, 1], [-1, 1, -1, 0, 2, -1, 0], [2, -1, -1, -1, 1, 0]], ids=str
+@covering(
+    every=[1, 4],
+    at=[[0, 1, 0, 1], [-1, 1, -1, 0, 2, -1, 0], [2, -1, -1, -1, 1, 0]],
+    placement=PLACEMENTS,
 )
-@pytest.mark.parametrize("every", [1, 4])
 def test_a_layer_that_only_one_ranks_data_reach(every: int, at: list[int], placement: str) -> None:
     """One process that sees the ranks' batches one after another; what a layer did not see does not count for it."""
     recipe = {"factor_every": every, "scale_every": every, "basis_every": every, "update": "sgd"}

@@ -55,10 +55,10 @@ class BasisStateLaws(BasisFrame):
         moments = {name: RunningMean(value, 1.0) for name, value in situation.moments.items()}
         parts = {name: dict(each) for name, each in situation.decomposition.items()}
         file = io.BytesIO()
-        torch.save(BlockState(("weight",), {}, parts, moments).flat(), file)
+        torch.save(BlockState({}, parts, moments).flat(), file)
         file.seek(0)
         flat = torch.load(file, weights_only=True)
-        loaded = BlockState.from_flat(("weight",), flat, torch.device("cpu"))
+        loaded = BlockState.from_flat(flat, torch.device("cpu"))
         kept, found = (
             named(decomposition) | {f"moment {name}": value for name, value in values.items()}
             for decomposition, values in (

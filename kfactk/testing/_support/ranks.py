@@ -200,6 +200,7 @@ def _started() -> tuple[BaseProcess, Connection]:
 def _work(pipe: Connection) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    gc.freeze()  # else each collection after a job walks through all of torch
     pipe.send(None)
     while True:
         try:

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from kfactk import Curvature, Layer, LayerCall, Samples, Statistic, Tensors, hookimpl
 from kfactk.options import whole
-from kfactk.samples import DEFAULT_CHUNK_BYTES, total_of, working_dtype
+from kfactk.samples import CACHED_BYTES, DEFAULT_CHUNK_BYTES, total_of, working_dtype
 from kfactk_stages.curvature._calls import check_examples, examples_first, scaled
 from kfactk_stages.curvature._coverage import reason_against
 
@@ -83,12 +83,11 @@ class NormCall:
         groups = module.num_groups if isinstance(module, nn.GroupNorm) else module.num_features
         return torch.group_norm(x, groups, eps=module.eps)
 
-    def unit_gradients(self, rows: slice, dtype: torch.dtype, *, shift: bool) -> Tensor:
-        """Return `(sum_t g x_hat, sum_t g)` of each example, `[n, C, 2]` or `[n, C, 1]`."""
+    def unit_gradients(self, rows: slice, dtype: torch.dtype, *, shift: bool) -> list[Tensor]:
+        """Return `sum_t g x_hat` and, with `shift`, `sum_t g` of each example, `[n, C]` each."""
         gradient = self.gradient[rows].to(dtype)
-        products = self.normalised(rows, dtype).mul_(gradient)
-        sums = [self._summed(each) for each in ((products, gradient) if shift else (products,))]
-        return scaled(torch.stack(sums, -1), self.scale)
+        found = [self.normalised(rows, dtype).mul_(gradient), *([gradient] if shift else [])]
+        return [scaled(self._summed(each), self.scale) for each in found]
 
     def rows(self, tensor: Tensor) -> Tensor:
         """View a tensor shaped like the inputs of some examples as `[C, n, T]`."""
@@ -151,13 +150,10 @@ class NormSamples(Samples):
         views = [call.rows(part) for call, part in zip(self.calls, parts, strict=True)]
         return torch.cat(views, -1).unsqueeze(-1)
 
-    def unit_gradients(self, rows: slice) -> Tensor:
-        """Return d of each example and unit, summed over the calls, `[n, C, 2]` or `[n, C, 1]`."""
-        found = total_of(
-            call.unit_gradients(rows, self.dtype, shift=self.shift) for call in self.calls
-        )
-        assert found is not None
-        return found
+    def unit_gradients(self, rows: slice) -> list[Tensor]:
+        """Return the parts of d of each example and unit, summed over the calls, `[n, C]` each."""
+        calls = (call.unit_gradients(rows, self.dtype, shift=self.shift) for call in self.calls)
+        return [sum(parts[1:], parts[0]) for parts in zip(*calls, strict=True)]
 
     def per_example_gradients(
         self,
@@ -169,13 +165,22 @@ class NormSamples(Samples):
         """Return `left^T D_n` of the examples `rows`, `[C, n, 1, 2]` or `[C, n, 1, 1]`."""
         if left is not None:
             return super().per_example_gradients(rows, left, precision=precision)
-        return self.unit_gradients(rows).transpose(0, 1).unsqueeze(-2)
+        return torch.stack(self.unit_gradients(rows), -1).transpose(0, 1).unsqueeze(-2)
 
     def unit_moment(self) -> Statistic:
         """Return `sum_n d_n d_n^T`, `[C, 2, 2]` or `[C, 1, 1]`, counted by likelihood terms."""
-        gradients = (self.unit_gradients(rows) for rows in self.chunks(3 * self.positions + 8))
-        parts = ((each.unsqueeze(-1) * each.unsqueeze(-2)).sum(0) for each in gradients)
-        return Statistic(total_of(parts), self.num_terms, symmetric=True)
+        numbers, most = 3 * self.positions + 8, None
+        if self.device.type == "cpu":
+            most = max(1, CACHED_BYTES // max(1, numbers * self.groups * self.dtype.itemsize))
+        chunks = self.chunks(numbers, most)
+        total = total_of(_moment(self.unit_gradients(rows)) for rows in chunks)
+        return Statistic(total, self.num_terms, symmetric=True)
+
+
+def _moment(d: Sequence[Tensor]) -> Tensor:
+    """Return `sum_n d d^T`, `[C, k, k]`, of the k parts of d, `[n, C]` each."""
+    products = [(one * other).sum(0) for one in d for other in d]
+    return torch.stack(products, -1).view(-1, len(d), len(d))
 
 
 @attrs.frozen(kw_only=True)
@@ -348,7 +353,7 @@ def _running(
     shape = (-1, *[1] * (inputs.ndim - 2))
     variance = module.running_var.detach().to(dtype)
     inverse = (variance + module.eps).rsqrt().view(shape)
-    return module.running_mean.detach().to(dtype).view(shape), inverse
+    return module.running_mean.detach().to(dtype, copy=True).view(shape), inverse
 
 
 @lru_cache

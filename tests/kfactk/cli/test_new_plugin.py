@@ -58,7 +58,7 @@ def test_names_derive_from_one(
     package, folder = new_plugin(given, family, tmp_path, Registry())
     assert (package.distribution, package.module, package.stage, package.class_name) == names
     assert folder == tmp_path / names[0]
-    assert f"class {names[3]}:" in (folder / f"{names[1]}.py").read_text()
+    assert f"\nclass {names[3]}" in (folder / f"{names[1]}.py").read_text()
 
 
 @pytest.mark.parametrize(
