@@ -25,8 +25,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfactk
-from kfactk.costmodel.cost import AVERAGING, Job, cost
-from kfactk.costmodel.counting import job_of, meta_batch
+from kfactk.costmodel.cost import AVERAGING, TrainingLoad, cost
+from kfactk.costmodel.counting import meta_batch, training_load
 from kfactk.costmodel.hardware import Machine, calibrate
 from kfactk.testing._support.ranks import Workers
 
@@ -155,7 +155,7 @@ def measure(rank: int, cycles: int, clock: str) -> tuple[Machine, dict[tuple[str
                 update="momentum",
                 **PERIODS,
             )
-            job = job_of(copy.deepcopy(model).to("meta"), recipe, meta_batch(shape, batch))
+            job = training_load(copy.deepcopy(model).to("meta"), recipe, meta_batch(shape, batch))
             seconds = timed(
                 model, None if placement == PLAIN else recipe, shape, batch, cycles, CLOCKS[clock]
             )
@@ -192,7 +192,7 @@ def timed(
 
 def compared(
     placement: str,
-    job: Job,
+    job: TrainingLoad,
     recipe: kfactk.Recipe,
     ranks: int,
     machine: Machine,

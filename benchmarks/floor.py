@@ -19,8 +19,8 @@ from torch import nn
 
 import kfactk
 from benchmarks.settings import Setting
-from kfactk.costmodel.cost import Job, cost
-from kfactk.costmodel.counting import job_of, meta_batch
+from kfactk.costmodel.cost import TrainingLoad, cost
+from kfactk.costmodel.counting import meta_batch, training_load
 from kfactk.costmodel.hardware import CPU, Curve, Machine
 
 STAGES = {
@@ -113,7 +113,7 @@ class Product:
         return 2 * self.side**3 / statistics.median(taken)
 
 
-def sides(jobs: Iterable[Job]) -> dict[str, list[int]]:
+def sides(jobs: Iterable[TrainingLoad]) -> dict[str, list[int]]:
     """By solver, the sides of the matrices that these jobs decompose."""
     found: dict[str, set[int]] = {}
     for job in jobs:
@@ -164,16 +164,16 @@ def ideal(rate: float, solvers: Mapping[str, Curve]) -> Machine:
     )
 
 
-def job(setting: Setting, model: nn.Module, shape: Sequence[int], batch: int) -> Job:
+def job(setting: Setting, model: nn.Module, shape: Sequence[int], batch: int) -> TrainingLoad:
     """What a setting takes on mini-batches of so many examples of this shape."""
-    return job_of(
+    return training_load(
         copy.deepcopy(model).to("meta"),
         setting.recipe(),
         meta_batch("x".join(map(str, shape)), batch),
     )
 
 
-def floor_of(found: Job, recipe: kfactk.Recipe, machine: Machine) -> Floor:
+def floor_of(found: TrainingLoad, recipe: kfactk.Recipe, machine: Machine) -> Floor:
     """Seconds at least of one rank's steps."""
     costs = cost(found, recipe.placement.assign(found.workload, 1), 1, machine)
     mean = {stage: costs.compute[part].mean for part, stage in STAGES.items()}

@@ -1,4 +1,4 @@
-"""The command line: `python -m kfactk stages`, `python -m kfactk plugins`, `python -m kfactk new-plugin`, `python -m kfactk plan`."""
+"""The command line, `python -m kfactk`, with the commands stages, plugins, new-plugin and plan."""
 
 from __future__ import annotations
 
@@ -32,33 +32,34 @@ CONFLICT = "several plugins claim this name, and none is used; the warning tells
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit code.
+    """Run one command, and return the exit code.
 
     Args:
-        argv: Arguments without the program's name; `None` for those of the process.
+        argv: Arguments without the name of the program; `None` for those of the process.
     """
     arguments = _parser().parse_args(argv)
     with warnings.catch_warnings():
         warnings.showwarning = lambda text, *_, **__: print(f"warning: {text}", file=sys.stderr)
-        with contextlib.redirect_stdout(sys.stderr):  # a plugin that prints would spoil the JSON
+        # A plugin that prints on import must not break the JSON output.
+        with contextlib.redirect_stdout(sys.stderr):
             plugins = registry()
     try:
         text, code = COMMANDS[arguments.command](plugins, arguments)
     except KfactkError as error:
         print(f"kfactk: {error}", file=sys.stderr)
         return 2
-    return code if _printed(text) else 1
+    return code if _print(text) else 1
 
 
 def _parser() -> argparse.ArgumentParser:
-    what = "List what kfactk can be composed of, and begin something new."
+    what = "List stages and plugins, start a plugin, or plan a training."
     parser = argparse.ArgumentParser(prog="kfactk", description=what)
     parser.add_argument("--version", action="version", version=f"kfactk {__version__}")
     command = parser.add_subparsers(dest="command", required=True).add_parser
-    stages = command("stages", help="list stages: options, defaults, provider, version and paper")
+    stages = command("stages", help="list stages: options, defaults, plugin, version and paper")
     stages.add_argument("--family", help="one family only, such as basis")
     plugins = command(
-        "plugins", help="list plugins: status, stages and errors; exit code 1 for any"
+        "plugins", help="list plugins: status, stages, errors; exit code 1 if one failed"
     )
     for each in (stages, plugins):
         each.add_argument("--json", action="store_true", help="JSON on standard output")
@@ -73,12 +74,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _printed(text: str) -> bool:
-    """Print; `False` when the reader went away."""
+def _print(text: str) -> bool:
+    """Print the text, and return whether the reader is still there."""
     try:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
-    except BrokenPipeError:  # what is still buffered must not fail at exit
+    except BrokenPipeError:
+        # What is still buffered must not fail at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return False
     return True
@@ -89,8 +91,8 @@ def _stages(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int]
     if arguments.json:
         return _json([info.to_dict() for info in infos]), 0
     if not infos:
-        why = "`python -m kfactk plugins` says why; `pip install kfactk` installs the first ones."
-        return f"No stage is loaded. {why}", 0
+        text = "`python -m kfactk plugins` says why; `pip install kfactk` installs ours."
+        return f"No stage is loaded. {text}", 0
     lines = []
     for family, group in itertools.groupby(infos, key=lambda info: info.family):
         members = list(group)
@@ -106,14 +108,17 @@ def _stage_lines(info: StageInfo, indent: int) -> list[str]:
     if info.paper:
         rows.append(f"paper: {info.paper}")
     if info.conflict:
-        rows.append(f"CONFLICT: {CONFLICT}")
+        rows.append(
+            "CONFLICT: several plugins claim this name, and none of them is used; the warning says "
+            "how to choose one"
+        )
     if info.blocked:
         rows = [f"BLOCKED by {info.blocked}", origin]
-    lines = [line for row in rows if row for line in _wrapped(row, indent)]
+    lines = [line for row in rows if row for line in _wrap(row, indent)]
     return [f"  {info.name}".ljust(indent) + lines[0].lstrip(), *lines[1:]]
 
 
-def _wrapped(text: str, indent: int) -> list[str]:
+def _wrap(text: str, indent: int) -> list[str]:
     wrapper = textwrap.TextWrapper(WIDTH, break_long_words=False, break_on_hyphens=False)
     wrapper.initial_indent, wrapper.subsequent_indent = " " * indent, " " * (indent + 2)
     return wrapper.wrap(text)
@@ -142,8 +147,8 @@ def _plugins(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int
     if arguments.json:
         return _json([attrs.asdict(info) for info in infos]), code
     if not infos:
-        why = "no distribution has an entry point of the group kfactk. Try `pip install kfactk`."
-        return f"No plugin is installed: {why}", code
+        text = "no distribution has an entry point of the group kfactk. Try `pip install kfactk`."
+        return f"No plugin is installed: {text}", code
     rows = []
     for info in infos:
         api = f"API {'?' if info.api is None else info.api}"
@@ -156,13 +161,13 @@ def _plugins(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int
         wrapped = textwrap.wrap(row[-1], max(20, WIDTH - len(head)), break_on_hyphens=False)
         lines += [head + wrapped[0], *(" " * len(head) + line for line in wrapped[1:])]
         if info.error:
-            lines += _wrapped(info.error, 4)
+            lines += _wrap(info.error, 4)
     return "\n".join(lines), code
 
 
 def _new_plugin(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int]:
     package, folder = new_plugin(arguments.name, arguments.stage, arguments.directory, plugins)
-    path = os.path.join(".", folder)  # pip looks for a bare name in the index
+    path = os.path.join(".", folder)  # pip would look up a bare name in the package index
     lines = [
         f"Made {folder} with the {package.family} {package.stage!r}:",
         *(f"  {file.name}" for file in sorted(folder.iterdir())),

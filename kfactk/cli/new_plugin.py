@@ -1,7 +1,7 @@
-"""A plugin package to start from: names derived from one, and files filled in from the templates that come with kfactk.
+"""Write a plugin package to start from: derive its names from one, and fill in templates.
 
-Everything is checked and written beside the target first and moved there in one step, so a failure leaves nothing behind and nothing
-that exists is ever overwritten.
+All files are written to a temporary folder beside the target, which is then renamed. So a failure
+leaves nothing behind, and nothing is overwritten.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kfactk.registry.loading import normal_name
 from kfactk.registry.registry import Registry
 
 LAWS = {family: f"{protocol.__name__}Laws" for family, protocol in PROTOCOLS.items()}
-"""Family to its class of laws in `kfactk.testing`."""
+"""By family, the class of its laws in `kfactk.testing`."""
 FILES = {
     "pyproject.toml": "pyproject.toml",
     "README.md": "README.md",
@@ -33,19 +33,19 @@ FILES = {
     "{module}.py": "{family}.py",
     "test_{module}.py": "test_{family}.py",
 }
-"""File of a package to the template it is made from, both with the package's names to be filled in."""
+"""By file of the package, its template; names of the package are filled into both."""
 SUFFIX = ".template"
-LONGEST = 60
-"""Most characters that a name may have, so that the names of files made of it fit everywhere."""
+MAX_LENGTH = 60
+"""Largest number of characters of a name, so that file names made of it fit everywhere."""
 
 
 @attrs.frozen
 class Package:
-    """The names in a plugin package of one stage.
+    """The names in a plugin package with one stage.
 
     Args:
-        distribution: Its name, normalised.
-        family: The stage's family.
+        distribution: Normalised name of the distribution.
+        family: Family of the stage.
 
     Example:
         >>> package = Package("kfactk-trust-region", "clip")
@@ -58,23 +58,26 @@ class Package:
 
     @property
     def module(self) -> str:
-        """Its one module."""
+        """Name of its module."""
         return self.distribution.replace("-", "_")
 
     @property
     def stage(self) -> str:
-        """The stage's name: the distribution's without `kfactk-`."""
+        """Name of the stage: that of the distribution without `kfactk-`."""
         return self.module.removeprefix(f"{PROJECT}_")
 
     @property
     def class_name(self) -> str:
-        """The stage's class, which ends with its family: no keyword, and no name that its module imports."""
+        """Name of the class of the stage.
+
+        It ends with the family, so it is no keyword and no name that the module imports.
+        """
         words = "".join(word.capitalize() for word in self.stage.split("_"))
         ending = PROTOCOLS[self.family].__name__
         return words if words.endswith(ending) else words + ending
 
     def files(self) -> dict[str, str]:
-        """Text of every file by its name."""
+        """Return the text of every file, by name."""
         names = {
             "distribution": self.distribution,
             "module": self.module,
@@ -84,80 +87,85 @@ class Package:
             "Laws": LAWS[self.family],
             "needs": __version__,
         }
-        folder = importlib.resources.files(__package__) / "templates"
-        made = {}
+        folder = importlib.resources.files(f"{PROJECT}.cli") / "templates"
+        texts = {}
         for file, template in FILES.items():
-            source = folder / (template.format(family=self.family) + SUFFIX)
-            text = Template(source.read_text(encoding="utf-8")).substitute(names)
-            made[file.format(module=self.module)] = text
-        return made
+            path = folder / (template.format(family=self.family) + SUFFIX)
+            text = Template(path.read_text(encoding="utf-8")).substitute(names)
+            texts[file.format(module=self.module)] = text
+        return texts
 
 
 def new_plugin(name: str, family: str, directory: Path, known: Registry) -> tuple[Package, Path]:
-    """Write a package with one stage that works and the laws it obeys.
+    """Write a package with one stage that works, and with the tests of its laws.
 
     Args:
-        name: The distribution's name, such as "kfactk-diagonal".
-        family: The family of its stage.
-        directory: Where its folder is made; exists.
-        known: The stages there are, whose names are taken.
+        name: Name of the distribution, such as "kfactk-diagonal".
+        family: Family of its stage.
+        directory: The folder to make the package's folder in; it exists.
+        known: The registry whose names are taken.
 
     Returns:
         The names, and the folder.
 
     Raises:
         UnknownStageError: There is no such family.
-        OptionError: The name cannot be used, something of the name is there already, or the files cannot be written.
+        OptionError: The name cannot be used, the folder exists, or the files cannot be written.
 
     Example:
-        >>> package, folder = new_plugin("kfactk-lion", "update", Path(tempfile.mkdtemp()), Registry())
+        >>> directory = Path(tempfile.mkdtemp())
+        >>> package, folder = new_plugin("kfactk-lion", "update", directory, Registry())
         >>> sorted(path.name for path in folder.iterdir())
         ['.gitignore', 'README.md', 'kfactk_lion.py', 'pyproject.toml', 'test_kfactk_lion.py']
     """
     stages = known.stages(family)
-    package = Package(_normal(name), family)
+    package = Package(_normalise(name), family)
     target = directory / package.distribution
     if target.exists() or target.is_symlink():
         raise OptionError(
-            f"{target} is there already, and nothing of it is overwritten. "
-            "Give another name, or another --directory."
+            f"{target} exists already, and nothing is overwritten. Give another name, or another "
+            "--directory."
         )
     _check_free(package, stages)
     _write(package.files(), target)
     return package, target
 
 
-def _normal(name: str) -> str:
-    """The name as package indexes compare it, checked."""
+def _normalise(name: str) -> str:
+    """Return the name as package indexes compare it, checked."""
     normal = normal_name(name)
-    if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", normal) or len(normal) > LONGEST:
+    if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", normal) or len(normal) > MAX_LENGTH:
         letters = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-").removeprefix(f"{PROJECT}-")
         example = letters if re.match(r"[a-z]", letters) else "diagonal"
         raise OptionError(
             f"{name!r} cannot be the name of a distribution and its module: it must begin with a "
             "letter, end with a letter or digit, and have only ASCII letters, digits and dashes in "
-            f"between, {LONGEST} in all. Try {PROJECT}-{example}."
+            f"between, at most {MAX_LENGTH} characters. Try {PROJECT}-{example}."
         )
     stage = normal.removeprefix(f"{PROJECT}-")
     if normal == PROJECT or not stage[0].isalpha():
         raise OptionError(
-            f"{name!r} leaves no name for the stage, which begins with a letter. "
-            f"Give a name such as {PROJECT}-diagonal."
+            f"{name!r} leaves no name for the stage, which begins with a letter. Give a name such "
+            f"as {PROJECT}-diagonal."
         )
     return normal
 
 
 def _check_free(package: Package, stages: list[StageInfo]) -> None:
-    """Refuse names that something installed has."""
+    """Refuse names that are taken.
+
+    Raises:
+        OptionError: A module, a distribution or a stage has the name.
+    """
     name, module, taken = package.distribution, package.module, ""
     if keyword.iskeyword(module) or keyword.issoftkeyword(module):
-        taken = f"{module!r} is a word of Python and cannot be a module's name"
+        taken = f"{module!r} is a keyword of Python and cannot be the name of a module"
     elif importlib.util.find_spec(module) is not None:
         taken = f"a module {module!r} can be imported already, and one would hide the other"
     elif module == name:
         taken = "its folder would have the name of its module, and hide it from a Python run there"
     elif module.startswith(("test_", "conftest")):
-        taken = f"pytest would take the module {module!r} for one of its own"
+        taken = f"pytest would collect the module {module!r} as a test"
     elif any(importlib.metadata.distributions(name=name)):
         taken = f"a distribution {name!r} is installed already"
     if taken:
@@ -175,14 +183,14 @@ def _check_free(package: Package, stages: list[StageInfo]) -> None:
 def _write(files: dict[str, str], target: Path) -> None:
     """Make the folder with all of its files, or nothing."""
     try:
-        with tempfile.TemporaryDirectory(prefix=".kfactk-", dir=target.parent) as staging:
-            whole = Path(staging) / target.name
-            whole.mkdir()
+        with tempfile.TemporaryDirectory(prefix=".kfactk-", dir=target.parent) as temporary:
+            folder = Path(temporary) / target.name
+            folder.mkdir()
             for name, text in files.items():
-                (whole / name).write_text(text, encoding="utf-8", newline="\n")
-            whole.rename(target)
+                (folder / name).write_text(text, encoding="utf-8", newline="\n")
+            folder.rename(target)
     except OSError as error:
         raise OptionError(
-            f"{target} cannot be made: {error.strerror or error}. "
-            f"Give a --directory that exists, can be written and lacks {target.name}."
+            f"{target} cannot be made: {error.strerror or error}. Give a --directory that exists, "
+            f"can be written and does not contain {target.name}."
         ) from error

@@ -1,4 +1,4 @@
-"""`python -m kfactk plan`: what training a model on many devices would take, before any of it is allocated."""
+"""`python -m kfactk plan`: predict what training a model on many devices costs, without data."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import attrs
 import torch
 from torch import nn
 
-from kfactk.costmodel.cost import Costs, Job, cost
-from kfactk.costmodel.counting import job_of, meta_batch
+from kfactk.costmodel.cost import Costs, TrainingLoad, cost
+from kfactk.costmodel.counting import meta_batch, training_load
 from kfactk.costmodel.hardware import Machine, calibrate, machine_named
 from kfactk.errors import OptionError, near_names
 from kfactk.recipe import Recipe, build
@@ -33,9 +33,9 @@ COLUMNS: tuple[str, ...] = (
     *("moved", "curvature", "memory", "fits"),
 )
 LEGEND = (
-    "compute, messages, step: seconds of a mean step; worst step: of one in which everything is "
-    "due; moved: bytes of curvature in a mean step, all ranks together; curvature, memory: bytes "
-    "on the fullest rank, memory at its peak; *: recommended, the fastest that fits"
+    "compute, messages, step: seconds of a mean step; worst step: seconds of the most expensive "
+    "step; moved: bytes of curvature that all ranks move in a mean step; curvature, memory: bytes "
+    "on the rank that needs most, memory at its peak; *: recommended, the fastest that fits"
 )
 
 
@@ -44,10 +44,10 @@ class Row:
     """One placement on one number of ranks.
 
     Args:
-        placement: What was asked for, with what it chose where that has another name.
-        costs: What it takes.
+        placement: The placement, with the strategy that it chose where that has another name.
+        costs: Its cost.
         fits: Whether it fits into the memory of a device.
-        recommended: Whether it is the fastest of those that fit.
+        recommended: Whether it is the fastest one that fits.
     """
 
     placement: str
@@ -57,16 +57,16 @@ class Row:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Declare the command's arguments."""
+    """Add the arguments of the command."""
     add, named = parser.add_argument, "a name, or JSON with its options"
     add("--model", required=True, help="a torchvision model, or package.module:callable")
     example = f"one example: {IMAGE} (torchvision's default), 512:int64"
     add("--input", metavar="SHAPE[:DTYPE]", help=example)
-    add("--batch", type=_count, default=32, help="examples a rank and step; 32 by default")
+    add("--batch", type=_count, default=32, help="examples of a rank in a step; 32 by default")
     devices = "numbers of devices, such as 8 or 1,8,64; 1 by default"
     add("--ranks", type=_counts, default=(1,), help=devices)
     add("--device", default="h100", help="machine profile: h100 (default), a100, cpu")
-    add("--calibrate", action="store_true", help="measure this machine's processor instead")
+    add("--calibrate", action="store_true", help="measure the processor of this machine instead")
     add("--precision", help="of the model: float32, tf32, bfloat16; by default the profile's")
     add("--placement", action="append", help=f"{named}; may be repeated; all by default")
     for family in STAGES:
@@ -76,14 +76,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--stagger",
         action="store_true",
-        help="decompose layers in different steps, as in the recipe",
+        help="the recipe's stagger: layers are decomposed in different steps",
     )
     add("--exclude", action="append", help="names of modules to leave alone; may be repeated")
     add("--json", action="store_true", help="JSON on standard output")
 
 
 def run(arguments: argparse.Namespace) -> str:
-    """The command's output.
+    """Run the command, and return its output.
 
     Raises:
         OptionError: An argument cannot be used.
@@ -97,7 +97,7 @@ def run(arguments: argparse.Namespace) -> str:
             "give --input 3x224x224, or --input 512:int64."
         )
     batch = meta_batch(arguments.input or IMAGE, arguments.batch)
-    job = job_of(model_on_meta(arguments.model), recipe, batch)
+    load = training_load(model_on_meta(arguments.model), recipe, batch)
     precision = arguments.precision or machine.precision
     machine.rate(precision)
     usable = (i for i in registry().stages("placement") if not (i.blocked or i.conflict))
@@ -105,39 +105,39 @@ def run(arguments: argparse.Namespace) -> str:
     rows: list[Row] = []
     for ranks in arguments.ranks:
         stages = map(_stage_value, placements)
-        rows += compare(job, recipe, list(stages), ranks, machine, precision)
+        rows += compare(load, recipe, list(stages), ranks, machine, precision)
     if arguments.json:
         shown = {"machine": attrs.asdict(machine), "precision": precision}
         return json.dumps({**shown, "rows": [_as_dict(row) for row in rows]}, indent=2)
     head = (
-        f"{arguments.model}: {job.parameters:,} parameters, "
-        f"{len(job.layers)} layers preconditioned, "
-        f"{arguments.batch} examples a rank; {machine.name}, {precision}"
+        f"{arguments.model}: {load.parameters:,} parameters, {len(load.layers)} layers "
+        f"preconditioned, {arguments.batch} examples a rank; {machine.name}, {precision}"
     )
     return "\n".join([head, repr(recipe), "", *_table(rows), "", *_advice(rows, machine)])
 
 
 def compare(
-    job: Job,
+    load: TrainingLoad,
     recipe: Recipe,
     placements: Sequence[Any],
     ranks: int,
     machine: Machine,
     precision: str,
 ) -> list[Row]:
-    """One row for each placement, on so many ranks."""
+    """Return one row for each placement, on this number of ranks."""
     rows = []
-    workload = attrs.evolve(job.workload, device=machine.kind)
+    workload = attrs.evolve(load.workload, device=machine.kind)
     for value in placements:
         placement: Placement = recipe.evolve(placement=value).placement
         assignment = placement.assign(workload, ranks).check(workload, ranks)
         dtype = placement.wire_dtype
         wire = getattr(torch, dtype).itemsize if dtype else None
-        costs = cost(job, assignment, ranks, machine, precision=precision, wire=wire)
-        asked = value if isinstance(value, str) else json.dumps(value)
-        label = asked if assignment.strategy in asked else f"{asked}: {assignment.strategy}"
-        holding, *others = {len(share.gradient_workers) for share in assignment.shares.values()}
-        label += f", {holding} hold" if not others and 1 < holding < ranks else ""
+        costs = cost(load, assignment, ranks, machine, precision=precision, wire=wire)
+        label = value if isinstance(value, str) else json.dumps(value)
+        if assignment.strategy not in label:
+            label += f": {assignment.strategy}"
+        width, *others = {len(share.gradient_workers) for share in assignment.shares.values()}
+        label += f", rows of {width}" if not others and 1 < width < ranks else ""
         rows.append(Row(label, costs, costs.memory.total <= machine.memory))
     fitting = [row for row in rows if row.fits]
     best = min(fitting, key=lambda row: row.costs.seconds) if fitting else None
@@ -145,21 +145,21 @@ def compare(
 
 
 def model_on_meta(name: str) -> nn.Module:
-    """A model whose parameters have shapes and no numbers.
+    """Return a model on the meta device.
 
     Args:
-        name: Of a torchvision model, or `package.module:callable`.
+        name: Name of a torchvision model, or `package.module:callable`.
 
     Raises:
-        OptionError: There is no such model, or what was called gave none.
+        OptionError: There is no such model, or the callable does not return one.
     """
     with torch.device("meta"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # initialising what has no numbers
+        warnings.simplefilter("ignore")  # about the initialisation of meta tensors
         found = import_path(name)() if ":" in name else _from_torchvision(name)
     if not isinstance(found, nn.Module):
         raise OptionError(
-            f"the model {name!r} gave {type(found).__name__}; "
-            "name a function or class that gives a torch.nn.Module."
+            f"the model {name!r} gave {type(found).__name__}; name a function or class that gives "
+            "a torch.nn.Module."
         )
     return found.to("meta")
 
@@ -169,7 +169,7 @@ def _from_torchvision(name: str) -> Any:
         models = importlib.import_module("torchvision.models")
     except ImportError as error:
         raise OptionError(
-            f"the model {name!r} would be torchvision's, which cannot be imported ({error}). "
+            f"the model {name!r} is one of torchvision, which cannot be imported ({error}). "
             f"Install it (pip install torchvision), or {OWN_MODEL}."
         ) from error
     if name not in models.list_models():
@@ -187,7 +187,7 @@ def _recipe(arguments: argparse.Namespace) -> Recipe:
 
 
 def _stage_value(text: Any) -> Any:
-    """A stage as the command line has it: a name, or JSON."""
+    """Return a stage of the command line: a name, or a dict from JSON."""
     if not str(text).lstrip().startswith("{"):
         return text
     try:
@@ -233,15 +233,16 @@ def _table(rows: Sequence[Row]) -> list[str]:
 
 
 def _advice(rows: Sequence[Row], machine: Machine) -> list[str]:
-    """What is recommended for each number of ranks, and why."""
+    """Return the legend, and the recommendation for each number of ranks."""
     lines = [*textwrap.wrap(LEGEND, WIDTH), ""]
     for ranks in dict.fromkeys(row.costs.ranks for row in rows):
-        why = _why([row for row in rows if row.costs.ranks == ranks], machine)
-        lines += textwrap.wrap(f"{ranks} rank{'s' if ranks > 1 else ''}: {why}", WIDTH)
+        reason = _recommendation([row for row in rows if row.costs.ranks == ranks], machine)
+        lines += textwrap.wrap(f"{ranks} rank{'s' if ranks > 1 else ''}: {reason}", WIDTH)
     return lines
 
 
-def _why(rows: Sequence[Row], machine: Machine) -> str:
+def _recommendation(rows: Sequence[Row], machine: Machine) -> str:
+    """Return the recommended row of one number of ranks, and why."""
     best = next((row for row in rows if row.recommended), None)
     if best is None:
         least = min(rows, key=lambda row: row.costs.memory.total)
@@ -252,20 +253,19 @@ def _why(rows: Sequence[Row], machine: Machine) -> str:
             "Take a smaller batch, or more ranks."
         )
     memory = f"{_bytes(best.costs.memory.total)} of {_bytes(machine.memory)}"
-    said = f"{best.placement}, {_seconds(best.costs.seconds)} a step and {memory}"
+    text = f"{best.placement}, {_seconds(best.costs.seconds)} a step and {memory}"
     others = [row for row in rows if row is not best]
     slowest = max(others, key=lambda row: row.costs.seconds, default=None)
     if slowest is None or slowest.costs.seconds < 1.005 * best.costs.seconds:
-        return f"{said}; the choice of placement matters little" if others else said
-    mine, theirs = ({**row.costs.compute, **row.costs.communication} for row in (best, slowest))
-    part = max(theirs, key=lambda name: theirs[name].mean - mine[name].mean)
-    out = [row.placement for row in others if not row.fits]
-    excluded = f"; {', '.join(out)} would not fit" if out else ""
-    return (
-        f"{said}; {slowest.placement} takes {_seconds(slowest.costs.seconds)}, "
-        f"most of the difference in its {part} "
-        f"({_seconds(theirs[part].mean)} instead of {_seconds(mine[part].mean)}){excluded}"
+        return f"{text}; the choice of placement matters little" if others else text
+    fast, slow = ({**row.costs.compute, **row.costs.communication} for row in (best, slowest))
+    part = max(slow, key=lambda name: slow[name].mean - fast[name].mean)
+    text += (
+        f"; {slowest.placement} takes {_seconds(slowest.costs.seconds)}, most of the difference in "
+        f"its {part} ({_seconds(slow[part].mean)} instead of {_seconds(fast[part].mean)})"
     )
+    too_large = [row.placement for row in others if not row.fits]
+    return f"{text}; {', '.join(too_large)} would not fit" if too_large else text
 
 
 def _as_dict(row: Row) -> dict[str, Any]:
@@ -282,7 +282,7 @@ def _as_dict(row: Row) -> dict[str, Any]:
         "moved": dict(costs.moved),
         "worst_moved": dict(costs.worst_moved),
         "held": list(costs.held),
-        "decomposing": list(costs.decomposing),
+        "refresh_seconds": list(costs.refresh_seconds),
         "memory": {**attrs.asdict(costs.memory), "total": costs.memory.total},
         "fits": row.fits,
         "recommended": row.recommended,

@@ -1,10 +1,13 @@
-"""Which messages an assignment makes, how many bytes they move, and the least that would do. Pure: no process, no tensor.
+"""Messages that an assignment causes, the bytes that they move, and the least bytes possible.
 
-For each factor refresh the sums of each matrix go to the ranks that decompose it; for each basis refresh its decomposition goes to the
-ranks that hold it, and, where moments are measured on samples, through every rank; so it does again where the scale alone is refreshed,
-and then the moments go to the holders. In every step ranks that do not hold a layer get its preconditioned gradient.
+Pure: no process, no tensor. At each refresh of the factors, the sums of a matrix go to its inverse
+workers. At each refresh of the basis, its decomposition goes to the gradient workers; where moments
+are measured on samples, it goes to every rank. The same holds where the scale alone is refreshed.
+The moments then go to the gradient workers. In every step, the other ranks receive the
+preconditioned gradient.
 
-x bytes reduced to one of g ranks, or broadcast by one, move (g - 1) x in all; an all-reduce moves twice that.
+x bytes reduced to one of g ranks, or broadcast by one, move (g - 1) x in all; an all-reduce moves
+twice that.
 """
 
 from __future__ import annotations
@@ -18,22 +21,22 @@ import attrs
 from kfactk.assignment import Assignment, Work, Workload, is_square
 from kfactk.costmodel.hardware import Machine
 
-BUCKET = 25 * 2**20
+BUCKET_BYTES = 25 * 2**20
 """Bytes at which messages between the same ranks are divided."""
-HANDLING = 10
-"""Operations that pack a message and take it out again, which read and write its bytes twice."""
+PACKING_LAUNCHES = 10
+"""Operations that pack and unpack a message; they read and write its bytes twice."""
 KINDS = ("sums", "decompositions", "moments", "gradients")
 """Kinds of messages."""
 
 
 @attrs.frozen
 class Sizes:
-    """How many numbers of one layer travel and are kept.
+    """Numbers of one layer that travel and are kept.
 
     Args:
-        sums: Of each piece of its statistics, by matrix, or "" for all of them together.
-        kept: Of each matrix's decomposition.
-        moments: Of its moments.
+        sums: Size of each piece of its statistics, by matrix, or "" for all of them.
+        kept: Size of each matrix's decomposition.
+        moments: Size of its moments.
     """
 
     sums: Mapping[str, int]
@@ -42,7 +45,10 @@ class Sizes:
 
     @classmethod
     def of(cls, work: Work, *, sampled: bool) -> Sizes:
-        """What follows from shapes: triangles of symmetric matrices, decompositions of `n^2` and, with moments, n numbers.
+        """Return the sizes that follow from shapes.
+
+        Sums are triangles of symmetric matrices. Decompositions have `n^2` numbers, and with
+        moments n more.
 
         Example:
             >>> Sizes.of(Work("fc", {"A": (3, 3), "G": (2, 2)}, (2, 3)), sampled=True)
@@ -71,7 +77,15 @@ def numbers_sent(shape: tuple[int, ...], *, symmetric: bool = True) -> int:
 
 @attrs.frozen
 class Frequency:
-    """How often in a step, on average, something is due; everything is due at step 0."""
+    """Share of steps in which something is due; everything is due at step 0.
+
+    Args:
+        factors: Share of steps that refresh factors.
+        scale: Share of steps that refresh the scale, with the basis or alone.
+        basis: Share of steps that refresh the basis.
+        scale_alone: Share of steps that refresh the scale, but not the basis.
+        passes: Share of steps that need samples.
+    """
 
     factors: float
     scale: float
@@ -82,7 +96,7 @@ class Frequency:
 
     @classmethod
     def of(cls, workload: Workload) -> Frequency:
-        """From the periods. A refresh of the basis is one of the scale; `passes` counts steps in which samples are wanted at all.
+        """Return the frequencies that follow from the periods.
 
         Example:
             >>> Frequency.of(Workload((), factor_every=10, scale_every=10, basis_every=100))
@@ -97,7 +111,7 @@ class Frequency:
 
 
 def due_share(*periods: int) -> float:
-    """The share of steps that are a multiple of one period at least.
+    """Return the share of steps that are a multiple of at least one period.
 
     Example:
         >>> due_share(2, 3), due_share(10, 100)
@@ -119,32 +133,35 @@ class Message:
     Args:
         kind: One of `KINDS`.
         when: Field of `Frequency` that says how often.
-        way: "all-reduce", "reduce" or "broadcast".
+        collective: "all-reduce", "reduce" or "broadcast".
         members: The ranks that take part, ascending.
-        size: Bytes of what is reduced or broadcast.
-        source: To which rank it is reduced, or which one broadcasts.
+        size: Bytes that are reduced or broadcast.
+        source: The rank that receives the reduction, or that broadcasts.
     """
 
     kind: str
     when: str
-    way: str
+    collective: str
     members: tuple[int, ...]
     size: float
     source: int = 0
 
     @property
     def moved(self) -> float:
-        """Bytes that all members together send."""
-        return (len(self.members) - 1) * self.size * (2 if self.way == "all-reduce" else 1)
+        """Bytes that all members send."""
+        return (len(self.members) - 1) * self.size * (2 if self.collective == "all-reduce" else 1)
 
     def seconds(self, machine: Machine) -> float:
-        """From packing to unpacking; on the wire bandwidth is that of rings and pipelines, latency that of trees."""
-        ranks, buckets = len(self.members), max(1, math.ceil(self.size / BUCKET))
+        """Return the seconds from packing to unpacking.
+
+        Bandwidth is that of rings and pipelines, latency that of trees.
+        """
+        ranks, buckets = len(self.members), max(1, math.ceil(self.size / BUCKET_BYTES))
         link, hops = machine.link(self.members), math.ceil(math.log2(ranks)) * buckets
-        handling = buckets * HANDLING * machine.launch + 4 * self.size / machine.bandwidth
-        reduced = self.way == "all-reduce"
+        packing = buckets * PACKING_LAUNCHES * machine.launch + 4 * self.size / machine.bandwidth
+        reduced = self.collective == "all-reduce"
         carried = 2 * (ranks - 1) / ranks * self.size if reduced else self.size
-        return handling + carried / link.bandwidth + (1 + reduced) * hops * link.latency
+        return packing + carried / link.bandwidth + (1 + reduced) * hops * link.latency
 
 
 def messages(
@@ -154,12 +171,12 @@ def messages(
     ranks: int,
     itemsize: float,
 ) -> list[Message]:
-    """What an assignment makes the ranks send, messages of one kind between the same ranks joined.
+    """Return the messages of an assignment; those of one kind between the same ranks are joined.
 
     Args:
         workload: The work.
-        sizes: By layer.
-        assignment: Who does what.
+        sizes: Sizes of each layer, by name.
+        assignment: Which ranks do which work.
         ranks: Number of ranks.
         itemsize: Bytes of a number on the wire.
     """
@@ -174,47 +191,49 @@ def messages(
 def _messages(
     workload: Workload, sizes: Mapping[str, Sizes], assignment: Assignment, ranks: int
 ) -> Iterator[Message]:
+    """Yield the messages of each layer, their sizes in numbers."""
     everyone = tuple(range(ranks))
     for work in workload.works:
         share, size = assignment.shares[work.layer], sizes[work.layer]
         workers, inverse_workers = share.gradient_workers, share.inverse_workers
-        outside = sorted(set(everyone) - set(workers))
+        others = sorted(set(everyone) - set(workers))
         for piece, numbers in size.sums.items() if inverse_workers else ():
-            wanting = inverse_workers[piece or min(inverse_workers)]
-            yield from _reduced("sums", "factors", numbers, wanting, everyone)
+            receivers = inverse_workers[piece or min(inverse_workers)]
+            yield from _reduce("sums", "factors", numbers, receivers, everyone)
         for name, ready in inverse_workers.items():
             if ready != everyone:
-                visited = everyone if workload.sampled else workers
-                yield _broadcast("decompositions", "basis", size.kept[name], ready[0], visited)
+                receivers = everyone if workload.sampled else workers
+                yield _broadcast("decompositions", "basis", size.kept[name], ready[0], receivers)
         if workload.sampled:
-            yield from _reduced("moments", "scale", size.moments, workers, everyone)
+            yield from _reduce("moments", "scale", size.moments, workers, everyone)
             kept = sum(size.kept.values())
-            yield _broadcast("decompositions", "scale_alone", kept, workers[0], outside)
-        waiting: dict[int, list[int]] = {}
-        for rank in outside:
-            waiting.setdefault(share.source(rank), []).append(rank)
-        for source, receivers in waiting.items():
-            yield _broadcast("gradients", "step", math.prod(work.gradient), source, receivers)
+            yield _broadcast("decompositions", "scale_alone", kept, workers[0], others)
+        receivers_of: dict[int, list[int]] = {}
+        for rank in others:
+            receivers_of.setdefault(share.source(rank), []).append(rank)
+        for source, receiving in receivers_of.items():
+            yield _broadcast("gradients", "step", math.prod(work.gradient), source, receiving)
 
 
-def _reduced(
-    kind: str, when: str, size: float, wanting: tuple[int, ...], everyone: tuple[int, ...]
+def _reduce(
+    kind: str, when: str, size: float, receivers: tuple[int, ...], everyone: tuple[int, ...]
 ) -> Iterator[Message]:
-    if wanting == everyone:
+    """Yield the messages of a sum over all ranks that reaches some of them."""
+    if receivers == everyone:
         yield Message(kind, when, "all-reduce", everyone, size)
         return
-    yield Message(kind, when, "reduce", everyone, size, wanting[0])
-    yield Message(kind, when, "broadcast", wanting, size, wanting[0])
+    yield Message(kind, when, "reduce", everyone, size, receivers[0])
+    yield Message(kind, when, "broadcast", receivers, size, receivers[0])
 
 
 def _broadcast(kind: str, when: str, size: float, source: int, receivers: Sequence[int]) -> Message:
     return Message(kind, when, "broadcast", tuple(sorted({source, *receivers})), size, source)
 
 
-def bytes_a_step(found: list[Message], workload: Workload) -> dict[str, float]:
-    """Bytes that messages move in a step on average, all ranks together, by kind."""
-    often = Frequency.of(workload)
+def bytes_per_step(found: list[Message], workload: Workload) -> dict[str, float]:
+    """Return the bytes that messages move in a mean step on all ranks, by kind."""
+    frequency = Frequency.of(workload)
     moved = dict.fromkeys(KINDS, 0.0)
     for message in found:
-        moved[message.kind] += message.moved * getattr(often, message.when)
+        moved[message.kind] += message.moved * getattr(frequency, message.when)
     return moved

@@ -1,9 +1,10 @@
-"""What a training step takes on many ranks: seconds, bytes of memory and bytes moved, from shapes and a machine's rates.
+"""Cost of a training step on many ranks: seconds, bytes of memory and bytes moved.
 
-A step is a sequence of parts. What a part takes on one rank is counted in floating-point operations, bytes of memory and launches; its
-seconds are the sum of the three, each at the machine's rate, and a part ends when the slowest rank has ended it. Messages of a part go one
-after the other. Parts that come every so many steps count in a mean step with their share, and in the worst step whole: at step 0, and
-whenever the periods meet, everything is due at once. Pure: no process, no tensor.
+A step is a sequence of parts. The amount of a part on one rank is counted in FLOPs, bytes of memory
+and launches. Its seconds are their sum, each at the rate of the machine, on the slowest rank. The
+messages of a part follow one another. A part that is due every few steps counts in a mean step with
+its share, and in the worst step in full: at step 0, and wherever the periods meet, everything is
+due. Pure: no process, no tensor.
 """
 
 from __future__ import annotations
@@ -22,16 +23,23 @@ from kfactk.assignment import (
     is_square,
     layers_near_output,
 )
-from kfactk.costmodel.communication import KINDS, Frequency, Message, Sizes, bytes_a_step, messages
+from kfactk.costmodel.communication import (
+    KINDS,
+    Frequency,
+    Message,
+    Sizes,
+    bytes_per_step,
+    messages,
+)
 from kfactk.costmodel.hardware import Machine
 
 AVERAGING = "averaging gradients"
-"""The part in which ranks average their gradients, as DistributedDataParallel does, whatever optimizer follows."""
+"""The part in which ranks average their gradients, as DistributedDataParallel does."""
 
 
 @attrs.frozen
 class Amount:
-    """Work of one kind of device.
+    """Operations and bytes of a computation.
 
     Args:
         products: FLOPs in matrix products.
@@ -48,17 +56,17 @@ class Amount:
     def __add__(self, other: Amount) -> Amount:
         return Amount(*map(operator.add, attrs.astuple(self), attrs.astuple(other)))
 
-    def times(self, often: float) -> Amount:
-        """That often.
+    def times(self, factor: float) -> Amount:
+        """Return the amount multiplied by `factor`.
 
         Example:
             >>> Amount(products=10.0, launches=3.0).times(2)
             Amount(products=20.0, convolutions=0.0, bytes=0.0, launches=6.0)
         """
-        return Amount(*(often * part for part in attrs.astuple(self)))
+        return Amount(*(factor * part for part in attrs.astuple(self)))
 
     def seconds(self, machine: Machine, precision: str = "float32") -> float:
-        """Seconds at the machine's rates; bytes are those of float32, of which half precision takes half."""
+        """Return the seconds at the machine's rates; half precision takes half of the bytes."""
         rate = machine.rate(precision)
         arithmetic = self.products / rate + self.convolutions / (rate * machine.convolutions)
         share = 0.5 if precision in ("bfloat16", "float16") else 1.0
@@ -70,16 +78,16 @@ NOTHING = Amount()
 
 @attrs.frozen
 class LayerCost:
-    """What the curvature of one layer takes.
+    """Cost of the curvature of one layer.
 
     Args:
-        factors: To sum up its factors over the mini-batch.
-        scale: To measure its moments on the mini-batch.
-        precondition: To precondition its gradient.
-        sizes: What of it travels and is kept.
-        retained: Numbers kept of the mini-batch until `step()` when its basis is due.
-        solver: How its matrices are decomposed: "eigh", "cholesky", or "" for at no cost.
-        transport: To carry its moments into a new basis.
+        factors: Amount to sum its factors over the mini-batch.
+        scale: Amount to measure its moments on the mini-batch.
+        precondition: Amount to precondition its gradient.
+        sizes: Numbers of it that travel and are kept.
+        retained: Numbers of the mini-batch that are kept until `step()` where its basis is due.
+        solver: How its matrices are decomposed: "eigh", "cholesky", or "" for without cost.
+        transport: Amount to carry its moments into a new basis.
     """
 
     factors: Amount
@@ -100,14 +108,22 @@ class LayerCost:
         batch: int = 0,
         solver: str = "eigh",
     ) -> LayerCost:
-        """What follows from shapes, T positions and N examples, for Kronecker factors A and G and a diagonal in their basis.
+        """Return the cost for factors A and G and a diagonal in their basis, from shapes.
 
-        FLOPs for each group, with o = d_out, i = d_in:
+        FLOPs for each group, with N examples, T positions, o = d_out, i = d_in:
 
             factors         2 N T (i^2 + o^2)
-            scale           N (2 T o i + 2 o^2 min(T, i) + 2 i^2 min(T, o)),  or 2 N (o i + o^2 + i^2) with T = 1
-            precondition    4 o i (o + i) with eigenvectors, half of it by two solves with triangles
+            scale           N (2 T o i + 2 o^2 min(T, i) + 2 i^2 min(T, o)),
+                            which is 2 N (o i + o^2 + i^2) for T = 1
+            precondition    4 o i (o + i) with eigenvectors, half of it with two triangular solves
             transport       2 (i^3 + o^3) + 2 o i (o + i)
+
+        Args:
+            work: The layer's work.
+            workload: The work of all layers.
+            positions: T.
+            batch: N.
+            solver: "eigh" or "cholesky".
         """
         (o, i), item, t = work.gradient[-2:], workload.itemsize, positions
         groups, once = math.prod(work.gradient[:-2]), float(batch > 0)
@@ -126,33 +142,33 @@ class LayerCost:
         solving = Amount(precondition, 0.0, touched, 10)
         return cls(factors, scale, solving, sizes, rows, solver, transport)
 
-    def decomposing(self, shape: tuple[int, ...], machine: Machine) -> float:
-        """Seconds to decompose one of its matrices."""
+    def decomposition_seconds(self, shape: tuple[int, ...], machine: Machine) -> float:
+        """Return the seconds to decompose one of its matrices."""
         if not self.solver or not is_square(shape):
             return 0.0
         return math.prod(shape[:-2]) * machine.solvers[self.solver](shape[-1])
 
 
 @attrs.frozen
-class Job:
-    """A model in training, as one rank sees it.
+class TrainingLoad:
+    """What training a model costs one rank.
 
     Args:
         workload: The work that is placed.
-        layers: What each layer's curvature takes.
-        step: Forward and backward of the rank's mini-batch.
-        fisher: One Fisher pass over it.
-        passes: Fisher passes when samples are wanted.
-        parameters: Numbers that are trained.
-        state: Numbers that the update rule keeps for each of them.
+        layers: Cost of each layer's curvature, by name.
+        forward_backward: Amount of forward and backward over the rank's mini-batch.
+        fisher_pass: Amount of one Fisher pass over it.
+        passes: Fisher passes in a step that needs samples.
+        parameters: Number of trained parameters.
+        state: Numbers that the update rule keeps for each parameter.
         activations: Bytes kept between forward and backward.
-        slots: Number of slots that layers are decomposed in, where staggered; 1 for all at once.
+        slots: Slots of the staggered schedule; 1 where all layers are decomposed at once.
     """
 
     workload: Workload
     layers: Mapping[str, LayerCost]
-    step: Amount = NOTHING
-    fisher: Amount = NOTHING
+    forward_backward: Amount = NOTHING
+    fisher_pass: Amount = NOTHING
     passes: int = 1
     parameters: int = 0
     state: float = 2.0
@@ -160,10 +176,10 @@ class Job:
     slots: int = 1
 
     def works_by_slot(self) -> list[list[Work]]:
-        """Return the works of each slot."""
+        """Return the works that are decomposed in each slot."""
         works = self.workload.works
-        placed = assign_slots({work.layer: work.cost for work in works}, self.slots)
-        return [[w for w in works if placed[w.layer] == slot] for slot in range(self.slots)]
+        slot_of = assign_slots({work.layer: work.cost for work in works}, self.slots)
+        return [[w for w in works if slot_of[w.layer] == slot] for slot in range(self.slots)]
 
     @classmethod
     def of(
@@ -174,14 +190,17 @@ class Job:
         batch: int = 0,
         forward: float = 0.0,
         solver: str = "eigh",
-    ) -> Job:
-        """What shapes alone tell; without a batch, only what a placement changes.
+    ) -> TrainingLoad:
+        """Return the load that follows from shapes.
+
+        Without a batch it has only what a placement changes.
 
         Args:
             workload: The work.
-            positions: T of each layer; 1 where it is left out.
-            batch: Examples a rank and step.
-            forward: FLOPs of the model's forward on one example. Its backward takes twice that, a Fisher pass once.
+            positions: T of each layer, by name; 1 for other layers.
+            batch: Examples of a rank in a step.
+            forward: FLOPs of the model's forward on one example. A backward takes twice that, a
+                Fisher pass once.
             solver: "eigh" or "cholesky".
         """
         layers = {}
@@ -201,7 +220,7 @@ class Part:
 
     Args:
         mean: Seconds in a mean step.
-        worst: Seconds in a step in which everything is due.
+        worst: Seconds in the most expensive step.
     """
 
     mean: float
@@ -216,18 +235,18 @@ class Memory:
         model: Parameters, their gradients and the update rule's state.
         activations: What the forward keeps for the backward.
         curvature: Factors, decompositions and moments kept between steps.
-        passing: What the worst step adds: sums before they leave, and samples kept until the basis is there.
+        temporary: Sums and samples that the worst step adds.
     """
 
     model: float
     activations: float
     curvature: float
-    passing: float
+    temporary: float
 
     @property
     def total(self) -> float:
-        """All of it."""
-        return self.model + self.activations + self.curvature + self.passing
+        """All bytes."""
+        return self.model + self.activations + self.curvature + self.temporary
 
 
 EVENTS = (
@@ -235,24 +254,26 @@ EVENTS = (
     ("Fisher pass", "scale", "sums", "decompositions", "moments"),
     ("decomposition", "decompositions"),
 )
-"""What comes together in a step where things are staggered; output factors, which are small, are counted with those of inputs."""
+"""Parts that are due in the same step of a staggered schedule.
+
+Output factors are small, and are counted with those of inputs."""
 
 
 @attrs.frozen
 class Costs:
-    """What a step takes under one assignment.
+    """Cost of a step under one assignment.
 
     Args:
-        assignment: Who does what.
+        assignment: Which ranks do which work.
         ranks: Number of ranks.
-        compute: Seconds by part.
-        communication: Seconds by part.
-        moved: Bytes of curvature moved in a mean step, all ranks together, by kind.
+        compute: Seconds of each part of the computation.
+        communication: Seconds of each kind of message.
+        moved: Bytes of curvature that all ranks move in a mean step, by kind.
         worst_moved: The same in the worst step.
         held: Bytes of curvature kept between steps, by rank.
-        decomposing: Seconds of one refresh of the basis, by rank.
-        memory: Bytes on the fullest rank.
-        staggered: Whether factors, scale and decompositions fall on different steps.
+        refresh_seconds: Seconds of one refresh of the basis, by rank.
+        memory: Bytes on the rank that needs most.
+        staggered: Whether factors, scale and decompositions are due in different steps.
     """
 
     assignment: Assignment
@@ -262,20 +283,22 @@ class Costs:
     moved: Mapping[str, float]
     worst_moved: Mapping[str, float]
     held: tuple[float, ...]
-    decomposing: tuple[float, ...]
+    refresh_seconds: tuple[float, ...]
     memory: Memory
     staggered: bool = False
 
     @property
     def seconds(self) -> float:
-        """Of a mean step."""
+        """Seconds of a mean step."""
         return sum(part.mean for part in (*self.compute.values(), *self.communication.values()))
 
     @property
     def worst(self) -> float:
-        """Of the dearest step: one in which everything is due or, staggered, the dearest thing."""
-        every = {**self.compute, **self.communication}
-        worst = {name: part.worst for name, part in every.items()}
+        """Seconds of the most expensive step.
+
+        Everything is due in it; in a staggered schedule, the most expensive of `EVENTS`.
+        """
+        worst = {n: part.worst for n, part in {**self.compute, **self.communication}.items()}
         if not self.staggered:
             return sum(worst.values())
         rare = {name for event in EVENTS for name in event}
@@ -284,7 +307,7 @@ class Costs:
 
 
 def cost(
-    job: Job,
+    load: TrainingLoad,
     assignment: Assignment,
     ranks: int,
     machine: Machine,
@@ -292,129 +315,149 @@ def cost(
     precision: str | None = None,
     wire: float | None = None,
 ) -> Costs:
-    """What a step takes.
+    """Return the cost of a step.
 
     Args:
-        job: The model in training.
-        assignment: Who does what.
+        load: What training the model costs one rank.
+        assignment: Which ranks do which work.
         ranks: Number of ranks.
-        machine: What each rank runs on.
-        precision: In which the model computes; `None` for the machine's usual one.
+        machine: The machine of each rank.
+        precision: Precision of the model; `None` for the machine's usual one.
         wire: Bytes of a number of curvature on the wire; `None` for those of the workload.
 
     Example:
         >>> from kfactk.assignment import grid
         >>> from kfactk.costmodel.hardware import H100
-        >>> job = Job.of(Workload(tuple(Work(f"fc{i}", {"A": (4096, 4096), "G": (1024, 1024)}, (1024, 4096)) for i in range(8))))
-        >>> alone, divided = (cost(job, grid(job.workload, ranks, 1, "mem_opt"), ranks, H100) for ranks in (1, 8))
+        >>> matrices = {"A": (4096, 4096), "G": (1024, 1024)}
+        >>> works = [Work(f"fc{i}", matrices, (1024, 4096)) for i in range(8)]
+        >>> load = TrainingLoad.of(Workload(tuple(works)))
+        >>> alone = cost(load, grid(load.workload, 1, 1, "mem_opt"), 1, H100)
+        >>> divided = cost(load, grid(load.workload, 8, 1, "mem_opt"), 8, H100)
         >>> divided.memory.curvature / alone.memory.curvature
         0.125
     """
-    workload, often = job.workload, Frequency.of(job.workload)
-    sizes = {name: each.sizes for name, each in job.layers.items()}
+    workload, frequency = load.workload, Frequency.of(load.workload)
+    sizes = {name: layer.sizes for name, layer in load.layers.items()}
 
     def sent(works: Sequence[Work]) -> list[Message]:
         part = attrs.evolve(workload, works=tuple(works))
         return messages(part, sizes, assignment, ranks, wire or workload.itemsize)
 
-    slots, found = job.works_by_slot(), sent(workload.works)
+    slots, found = load.works_by_slot(), sent(workload.works)
+    # A step decomposes the layers of one slot; for all others it refreshes the scale alone.
     due = [
         [m for m in sent(slot) if m.when != "scale_alone"]
         + [m for m in sent([w for w in workload.works if w not in slot]) if m.when != "basis"]
         for slot in slots
     ]
-    refreshes = [_decomposing(job, slot, assignment, ranks, machine) for slot in slots]
-    held, preconditioning = _by_rank(job, assignment, ranks, machine)
-    compute = _computing(job, machine, precision or machine.precision, often)
+    refreshes = [_refresh_seconds(load, slot, assignment, ranks, machine) for slot in slots]
+    held, preconditioning = _held_and_preconditioning(load, assignment, ranks, machine)
+    compute = _compute_parts(load, machine, precision or machine.precision, frequency)
     slowest = [max(each) for each in refreshes]
-    compute["decomposition"] = Part(sum(slowest) * often.basis, max(slowest))
+    compute["decomposition"] = Part(sum(slowest) * frequency.basis, max(slowest))
     compute["preconditioning"] = Part(max(preconditioning), max(preconditioning))
     communication, worst_moved = {}, {}
     for kind in KINDS:
         every, *each_due = ([m for m in each if m.kind == kind] for each in (found, *due))
-        worst = max(_sending(each, machine, ranks) for each in each_due)
-        communication[kind] = Part(_sending(every, machine, ranks, often), worst)
+        worst = max(_message_seconds(each, machine, ranks) for each in each_due)
+        communication[kind] = Part(_message_seconds(every, machine, ranks, frequency), worst)
         worst_moved[kind] = max(sum(m.moved for m in each) for each in each_due)
-    communication[AVERAGING] = _averaging(job, machine, ranks, compute["forward and backward"].mean)
+    backward = compute["forward and backward"].mean * 2 / 3
+    communication[AVERAGING] = _averaging_part(load, machine, ranks, backward)
     return Costs(
         assignment,
         ranks,
         compute,
         communication,
-        moved=bytes_a_step(found, workload),
+        moved=bytes_per_step(found, workload),
         worst_moved=worst_moved,
         held=tuple(held),
-        decomposing=tuple(map(sum, zip(*refreshes, strict=True))),
-        memory=_memory(job, max(held)),
-        staggered=job.slots > 1,
+        refresh_seconds=tuple(map(sum, zip(*refreshes, strict=True))),
+        memory=_memory(load, max(held)),
+        staggered=load.slots > 1,
     )
 
 
-def _computing(job: Job, machine: Machine, precision: str, often: Frequency) -> dict[str, Part]:
-    """The parts that every rank does alike."""
+def _compute_parts(
+    load: TrainingLoad, machine: Machine, precision: str, frequency: Frequency
+) -> dict[str, Part]:
+    """Return the parts of the computation that are equal on all ranks."""
 
     def part(amount: Amount, share: float, precision: str = "float32") -> Part:
         seconds = amount.seconds(machine, precision)
         return Part(share * seconds, seconds if share else 0.0)
 
-    factors = sum((layer.factors for layer in job.layers.values()), NOTHING)
-    late = layers_near_output(job.workload.works) if job.slots > 1 else frozenset()
+    layers, passes = load.layers, max(1, load.passes)
+    factors = sum((layer.factors for layer in layers.values()), NOTHING)
+    # A staggered schedule measures the scale of the layers near the output in a pass of their own.
+    near = layers_near_output(load.workload.works) if load.slots > 1 else frozenset()
     halves = {False: NOTHING, True: NOTHING}
-    for name, layer in job.layers.items():
-        halves[name in late] += layer.scale
-    scales = [part(half.times(max(1, job.passes)), often.scale) for half in halves.values()]
-    touched = job.workload.itemsize * job.parameters * (4 + 2 * job.state)
-    update = Amount(bytes=touched, launches=4.0 * len(job.layers) if job.parameters else 0.0)
+    for name, layer in layers.items():
+        halves[name in near] += layer.scale
+    scales = [part(half.times(passes), frequency.scale) for half in halves.values()]
+    touched = load.workload.itemsize * load.parameters * (4 + 2 * load.state)
+    update = Amount(bytes=touched, launches=4.0 * len(layers) if load.parameters else 0.0)
     return {
-        "forward and backward": part(job.step, 1.0, precision),
-        "Fisher pass": part(job.fisher.times(job.passes), often.passes, precision),
-        "factors": part(factors.times(max(1, job.passes)), often.factors),
+        "forward and backward": part(load.forward_backward, 1.0, precision),
+        "Fisher pass": part(load.fisher_pass.times(load.passes), frequency.passes, precision),
+        "factors": part(factors.times(passes), frequency.factors),
         "scale": Part(sum(scale.mean for scale in scales), max(scale.worst for scale in scales)),
         "update": part(update, 1.0),
     }
 
 
-def _decomposing(
-    job: Job, works: list[Work], assignment: Assignment, ranks: int, machine: Machine
+def _refresh_seconds(
+    load: TrainingLoad, slot: list[Work], assignment: Assignment, ranks: int, machine: Machine
 ) -> list[float]:
-    """Seconds that each rank decomposes, and carries the moments that it holds into the new basis."""
+    """Return the seconds in which each rank decomposes, and carries moments into the new basis."""
     seconds = [0.0] * ranks
-    for work in works:
-        share, layer = assignment.shares[work.layer], job.layers[work.layer]
+    for work in slot:
+        share, layer = assignment.shares[work.layer], load.layers[work.layer]
+        transport = layer.transport.seconds(machine)
         for rank in share.gradient_workers:
-            seconds[rank] += layer.transport.seconds(machine)
+            seconds[rank] += transport
         for name, inverse_workers in share.inverse_workers.items():
-            taken = layer.decomposing(work.matrices[name], machine)
+            decomposition = layer.decomposition_seconds(work.matrices[name], machine)
             for rank in inverse_workers:
-                seconds[rank] += taken
+                seconds[rank] += decomposition
+
     return seconds
 
 
-def _by_rank(
-    job: Job, assignment: Assignment, ranks: int, machine: Machine
+def _held_and_preconditioning(
+    load: TrainingLoad, assignment: Assignment, ranks: int, machine: Machine
 ) -> tuple[list[float], list[float]]:
-    """Bytes held, and seconds of preconditioning, of each rank."""
+    """Return the bytes that each rank keeps, and its seconds of preconditioning."""
     held, preconditioning = [0.0] * ranks, [0.0] * ranks
-    for work in job.workload.works:
-        share, layer = assignment.shares[work.layer], job.layers[work.layer]
+    itemsize = load.workload.itemsize
+    for work in load.workload.works:
+        share, layer = assignment.shares[work.layer], load.layers[work.layer]
         for name, inverse_workers in share.inverse_workers.items():
             for rank in inverse_workers:
-                held[rank] += job.workload.itemsize * math.prod(work.matrices[name])
+                held[rank] += itemsize * math.prod(work.matrices[name])
         seconds = layer.precondition.seconds(machine)
-        kept = job.workload.itemsize * (sum(layer.sizes.kept.values()) + layer.sizes.moments)
+        kept = itemsize * (sum(layer.sizes.kept.values()) + layer.sizes.moments)
         for rank in share.gradient_workers:
             held[rank] += kept
             preconditioning[rank] += seconds
     return held, preconditioning
 
 
-def _sending(
-    found: list[Message], machine: Machine, ranks: int, often: Frequency | None = None
+def _message_seconds(
+    found: list[Message], machine: Machine, ranks: int, frequency: Frequency | None = None
 ) -> float:
-    """Seconds of messages one after the other, as the busiest rank sees them: each once, or as often as it comes in a mean step."""
+    """Return the seconds of messages, one after the other, on the busiest rank.
+
+    Args:
+        found: The messages.
+        machine: The machine of each rank.
+        ranks: Number of ranks.
+        frequency: Weights for a mean step; `None` counts each message once.
+    """
     shared, own = 0.0, [0.0] * ranks
     for message in found:
-        seconds = message.seconds(machine) * (getattr(often, message.when) if often else 1.0)
+        share = getattr(frequency, message.when) if frequency else 1.0
+        seconds = message.seconds(machine) * share
         if len(message.members) == ranks:
             shared += seconds
         else:
@@ -423,19 +466,19 @@ def _sending(
     return shared + max(own)
 
 
-def _averaging(job: Job, machine: Machine, ranks: int, computing: float) -> Part:
-    """What is left of the gradients' all-reduce, of which two thirds of the step's computation, its backward, may hide a part."""
-    if ranks == 1 or not job.parameters:
+def _averaging_part(load: TrainingLoad, machine: Machine, ranks: int, backward: float) -> Part:
+    """Return the part of the gradients' all-reduce that a backward of so many seconds leaves."""
+    if ranks == 1 or not load.parameters:
         return Part(0.0, 0.0)
-    message = Message(AVERAGING, "step", "all-reduce", tuple(range(ranks)), 4.0 * job.parameters)
-    seconds = max(0.0, message.seconds(machine) - (computing * 2 / 3 if machine.overlaps else 0.0))
+    message = Message(AVERAGING, "step", "all-reduce", tuple(range(ranks)), 4.0 * load.parameters)
+    seconds = max(0.0, message.seconds(machine) - (backward if machine.overlaps else 0.0))
     return Part(seconds, seconds)
 
 
-def _memory(job: Job, curvature: float) -> Memory:
-    item = job.workload.itemsize
-    sums = sum(math.prod(shape) for work in job.workload.works for shape in work.matrices.values())
-    moments = sum(layer.sizes.moments for layer in job.layers.values())
-    retained = sum(layer.retained for layer in job.layers.values()) if job.workload.sampled else 0.0
-    model = item * job.parameters * (2 + job.state)
-    return Memory(model, job.activations, curvature, item * (sums + moments + retained))
+def _memory(load: TrainingLoad, curvature: float) -> Memory:
+    item, works, layers = load.workload.itemsize, load.workload.works, load.layers.values()
+    sums = sum(math.prod(shape) for work in works for shape in work.matrices.values())
+    moments = sum(layer.sizes.moments for layer in layers)
+    retained = sum(layer.retained for layer in layers) if load.workload.sampled else 0.0
+    model = item * load.parameters * (2 + load.state)
+    return Memory(model, load.activations, curvature, item * (sums + moments + retained))

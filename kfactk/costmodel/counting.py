@@ -1,8 +1,9 @@
-"""What a model and a recipe take, counted without any data: the forward, its backwards and the stages run on the meta device.
+"""Count what training a model with a recipe costs, without data.
 
-Tensors there have shapes and no numbers, so that a model of any size is looked at on any machine, and what is counted is what is run, a
-stranger's stage included. Only decompositions look at numbers: the corners of matrices are decomposed instead, to learn in what way it is
-done and how large the result is.
+Forward, backward and stages run on the meta device, where tensors have shapes and no numbers. So
+models of any size are counted on any machine, with any stage of a plugin. Decompositions need
+numbers: a small corner of each matrix is decomposed instead, which tells the solver and the shapes
+of the result.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.utils.flop_counter import flop_registry
 from kfactk.assignment import Work, Workload, is_square
 from kfactk.capture.support import model_output
 from kfactk.costmodel.communication import Sizes, numbers_sent
-from kfactk.costmodel.cost import NOTHING, Amount, Job, LayerCost
+from kfactk.costmodel.cost import NOTHING, Amount, LayerCost, TrainingLoad
 from kfactk.errors import CombinationError, OptionError
 from kfactk.preconditioner.block import Block, Parts
 from kfactk.preconditioner.coverage import ModelSurvey
@@ -32,18 +33,18 @@ from kfactk.samples import LayerCall, Statistic, working_dtype
 from kfactk.statistics import RunningMean
 
 SOLVERS = {"eigh": ("eigh", "svd", "eig", "qr", "inv", "lu"), "cholesky": ("cholesky",)}
-"""Names of decompositions in machine profiles, and what is counted as one: anything but Cholesky as an eigendecomposition."""
+"""For each solver of a machine profile, the operations counted as it: all but Cholesky as eigh."""
 GROUPS, ROWS, COLUMNS = 3, 5, 7
-"""Sides of the corners that are decomposed in place of whole matrices: told apart in the result, each stands for the matrix' own."""
+"""Sides of a corner. They differ, so that each tells in the result which side it stands for."""
 FREE = {"_unsafe_view", "alias", "detach", "empty", "empty_like", "empty_strided"}
 FREE |= {"new_empty", "new_empty_strided"}
-"""Operations besides views that touch no number."""
+"""Operations besides views that read and write nothing."""
 TRIANGULAR = {torch.ops.aten.cholesky_solve: 2, torch.ops.aten.linalg_solve_triangular: 1}
-"""Operations that solve with triangles, and with how many."""
+"""Triangular solves, and the number of triangles of each."""
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts what torch runs while it is entered: FLOPs, bytes read and written, and operations, but no views.
+    """Counts the operations that torch runs inside it, their FLOPs and bytes, without views.
 
     Example:
         >>> with Meter() as meter:
@@ -71,8 +72,8 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.amount += Amount(*work, _nbytes((args, kwargs)) + written, 1)
         return out
 
-    def decompositions(self) -> str:
-        """In what way matrices were decomposed, "" for in none."""
+    def solver(self) -> str:
+        """Return the solver that decomposed matrices, or ""."""
         for solver, words in SOLVERS.items():
             if any(word in name.split("_") for name in self.seen for word in words):
                 return solver
@@ -84,13 +85,14 @@ def _nbytes(tree: Any) -> int:
 
 
 def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
+    """Return the FLOPs of one operation."""
     if packet in TRIANGULAR:  # n^2 for each column and triangle
         return TRIANGULAR[packet] * int(out.shape[-2] * out.numel())
     if packet is torch.ops.aten.convolution_backward:  # torch's own count ignores groups
         gradient, inputs, weight, transposed, wanted = args[0], args[1], args[2], args[7], args[10]
         products = (inputs if transposed else gradient).numel() * math.prod(weight.shape[1:])
         return int(2 * products * sum(wanted[:2]))
-    if packet not in flop_registry:  # operations in place count under the names of the others
+    if packet not in flop_registry:  # an in-place operation counts as the other one
         packet = getattr(torch.ops.aten, packet.__name__.removesuffix("_"), packet)
     count = flop_registry.get(packet)
     return int(count(*args, **kwargs, out_val=out)) if count else 0
@@ -118,16 +120,16 @@ def _workload(blocks: Sequence[Block], recipe: Recipe) -> Workload:
     )
 
 
-def job_of(model: nn.Module, recipe: Recipe, batch: Tensor) -> Job:
-    """What training a model with a recipe takes on one rank.
+def training_load(model: nn.Module, recipe: Recipe, batch: Tensor) -> TrainingLoad:
+    """Return what training a model with a recipe costs one rank.
 
     Args:
-        model: On the meta device.
-        recipe: What it is trained with.
+        model: The model, on the meta device.
+        recipe: The recipe.
         batch: A rank's mini-batch, on the meta device.
 
     Raises:
-        CombinationError: The model's forward needs numbers, which the meta device does not have.
+        CombinationError: The model's forward fails without numbers.
     """
     blocks = _blocks(model, recipe)
     workload = _workload(blocks, recipe)
@@ -135,10 +137,10 @@ def job_of(model: nn.Module, recipe: Recipe, batch: Tensor) -> Job:
     model.train()
     with contextlib.ExitStack() as hooks, Meter() as forward:
         for block in blocks:
-            watching = functools.partial(_note, calls[block.name])
+            recording = functools.partial(_record, calls[block.name])
             for site in block.layer.sites:
-                hooks.enter_context(site.register_forward_hook(watching))
-        output = _ran(model, batch)
+                hooks.enter_context(site.register_forward_hook(recording))
+        output = _run(model, batch)
     outputs = [out for found in calls.values() for _, out in found if out.requires_grad]
     with Meter() as fisher:
         torch.autograd.grad(
@@ -154,46 +156,46 @@ def job_of(model: nn.Module, recipe: Recipe, batch: Tensor) -> Job:
             for given, out in calls[block.name]
         ]
         costs[block.name] = _layer_cost(block, work, found)
-    return Job(
+    return TrainingLoad(
         workload,
         costs,
-        step=forward.amount + backward.amount,
-        fisher=fisher.amount,
+        forward_backward=forward.amount + backward.amount,
+        fisher_pass=fisher.amount,
         passes=_passes(recipe, output),
         parameters=sum(parameter.numel() for parameter in trained),
-        state=_state(recipe),
+        state=_state_per_parameter(recipe),
         activations=float(forward.written),
         slots=recipe.schedule.slots,
     )
 
 
-def _ran(model: nn.Module, batch: Tensor) -> Tensor:
+def _run(model: nn.Module, batch: Tensor) -> Tensor:
     try:
         return model_output(model(batch))
     except (NotImplementedError, RuntimeError) as error:
         raise CombinationError(
-            "the model could not be run without data, on the meta device and an input of shape "
-            f"{tuple(batch.shape)} ({str(error).partition(chr(10))[0]}). Is input= right? A forward "
-            "that looks at values (.item(), if on a tensor, masks made of data) cannot be planned; "
+            "the model could not run without data, on the meta device and an input of shape "
+            f"{tuple(batch.shape)} ({str(error).partition(chr(10))[0]}). Check input=. A forward "
+            "that reads values (.item(), if on a tensor, masks made of data) cannot be planned; "
             "give a variant of the model that does not."
         ) from error
 
 
-def _note(calls: list[tuple[Tensor, Tensor]], module: nn.Module, inputs: Any, out: Tensor) -> None:
-    calls.append((inputs[0], out))
+def _record(calls: list[tuple[Tensor, Tensor]], module: nn.Module, args: Any, out: Tensor) -> None:
+    calls.append((args[0], out))
 
 
 def _layer_cost(block: Block, work: Work, calls: Sequence[LayerCall]) -> LayerCost:
-    """Count the stages at work on one layer."""
+    """Count what the stages do for one layer."""
     samples, blank = block.blank()
-    parts, solver = _decomposed(block, work)
+    parts, solver = _decompose_corners(block, work)
     block.state.decomposition = parts
     gradient = torch.empty(work.gradient, device="meta")
     factors = scale = NOTHING
     moments: dict[str, Statistic] = {}
     if calls:
         samples = block.samples(calls, num_terms=1.0, first=True)
-        block.factors(samples)  # once more: tables that are made once are no part of a step
+        block.factors(samples)  # makes what is cached, which is no part of a step
         with Meter() as meter:
             block.factors(samples)
         factors = meter.amount
@@ -206,7 +208,7 @@ def _layer_cost(block: Block, work: Work, calls: Sequence[LayerCall]) -> LayerCo
     for key, found in moments.items():
         if found.total is not None:
             block.state.moments[key.removeprefix("moment.")] = RunningMean(found.total, 1.0)
-    with Meter() as carrying:
+    with Meter() as transport:
         block.adopt(parts)
     block.operator(1.0)
     with Meter() as meter:
@@ -217,21 +219,21 @@ def _layer_cost(block: Block, work: Work, calls: Sequence[LayerCall]) -> LayerCo
         sum(moment.numel() for moment in block.state.moment_values().values()),
     )
     retained = float(sum(call.inputs.numel() + call.gradient.numel() for call in calls))
-    return LayerCost(factors, scale, meter.amount, sizes, retained, solver, carrying.amount)
+    return LayerCost(factors, scale, meter.amount, sizes, retained, solver, transport.amount)
 
 
 def _sums(work: Work, blank: Mapping[str, Statistic]) -> dict[str, int]:
-    """Numbers of a layer's statistics as they travel."""
-    each = {
+    """Return how many numbers of a layer's statistics travel."""
+    sizes = {
         name: numbers_sent(tuple(statistic.total.shape), symmetric=statistic.symmetric)
         for name, statistic in blank.items()
         if statistic.total is not None
     }
-    return {"": sum(each.values())} if work.indivisible else {n: each[n] for n in sorted(each)}
+    return {"": sum(sizes.values())} if work.indivisible else {n: sizes[n] for n in sorted(sizes)}
 
 
-def _decomposed(block: Block, work: Work) -> tuple[Parts, str]:
-    """A layer's decomposition without its numbers, and in what way it is made: from corners with sides that tell what they stand for."""
+def _decompose_corners(block: Block, work: Work) -> tuple[Parts, str]:
+    """Return a layer's decomposition without numbers, and its solver."""
     corners, means = {}, {}
     for name, shape in work.matrices.items():
         groups = (GROUPS,) * (len(shape) - 2)
@@ -246,31 +248,31 @@ def _decomposed(block: Block, work: Work) -> tuple[Parts, str]:
     for name, found in small.items():
         shape = work.matrices[name]
         rows = shape[-2] if len(shape) > 1 else 1
-        whole = {GROUPS: math.prod(shape[:-2]), ROWS: rows, COLUMNS: shape[-1]}
+        full = {GROUPS: math.prod(shape[:-2]), ROWS: rows, COLUMNS: shape[-1]}
         parts[name] = {}
         for key, part in found.items():
-            sides = [whole.get(side, side) for side in part.shape]
+            sides = [full.get(side, side) for side in part.shape]
             parts[name][key] = torch.empty(sides, dtype=part.dtype, device="meta")
-    return parts, meter.decompositions()
+    return parts, meter.solver()
 
 
 def _passes(recipe: Recipe, output: Tensor) -> int:
-    """Return the number of the framework's own Fisher passes over one forward."""
+    """Return the number of Fisher passes that the framework makes over one forward."""
     view = recipe.likelihood.view(output)
     num_terms, width = int(view.shape[1]), int(view.shape[2])
+    if not recipe.fisher.own_pass:
+        return 0
 
     def losses(positions: int) -> int:
         few = torch.zeros(1, positions, width, requires_grad=True)
         return sum(1 for _ in recipe.fisher.losses(few, recipe.likelihood, None, torch.Generator()))
 
-    if not recipe.fisher.own_pass:
-        return 0
     one = losses(1)
     return one if num_terms == 1 else one + (losses(2) - one) * (num_terms - 1)
 
 
-def _state(recipe: Recipe) -> float:
-    """Numbers that the update rule keeps for each parameter, learnt from a small one."""
+def _state_per_parameter(recipe: Recipe) -> float:
+    """Return how many numbers the update rule keeps for each parameter."""
     parameter = nn.Parameter(torch.ones(64, 64))
     optimizer = recipe.update.make([{"params": [parameter]}], lr=0.0, weight_decay=0.0)
     parameter.grad = torch.zeros_like(parameter)
@@ -280,10 +282,14 @@ def _state(recipe: Recipe) -> float:
 
 
 def meta_batch(text: str, size: int) -> Tensor:
-    """A mini-batch on the meta device, from `SHAPE` or `SHAPE:DTYPE`, the shape of one example with x between sizes.
+    """Return a mini-batch on the meta device.
+
+    Args:
+        text: Shape of one example as `SHAPE` or `SHAPE:DTYPE`, with x between sizes.
+        size: Number of examples.
 
     Raises:
-        OptionError: It is written in another way.
+        OptionError: The text has another form.
 
     Example:
         >>> meta_batch("3x224x224", 2).shape, meta_batch("512:int64", 2).dtype
@@ -294,7 +300,7 @@ def meta_batch(text: str, size: int) -> Tensor:
     sides = r"0*[1-9][0-9]*"
     if not isinstance(dtype, torch.dtype) or not re.fullmatch(f"{sides}(x{sides})*", shape):
         raise OptionError(
-            f"the input {text!r} is no shape of an example: write 3x224x224 for an image, "
-            "or 512:int64 for 512 tokens."
+            f"the input {text!r} is no shape of an example: write 3x224x224 for an image, or "
+            "512:int64 for 512 tokens."
         )
     return torch.empty(size, *map(int, shape.split("x")), dtype=dtype, device="meta")

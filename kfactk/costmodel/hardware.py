@@ -1,7 +1,7 @@
-"""What a machine can do, as a few numbers: profiles of known devices, and one measured on this machine.
+"""Rates of a machine: profiles of known devices, and the measurement of this one.
 
-A profile holds rates that are *reached*, not those of a data sheet. For the devices named here they are the data sheet's peak times an
-assumed share, both written beside each other below; `calibrate` measures them instead.
+A profile holds rates that programs reach. For known devices they are the peak of the data sheet
+times an assumed share; `calibrate` measures them instead.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Link:
 
 @attrs.frozen
 class Curve:
-    """Seconds over the side n of a matrix, through measured points: straight lines in logarithms, ~n before and ~n^3 after them.
+    """Seconds as a function of the side n of a matrix.
+
+    It is linear in logarithms between the points, proportional to n before and to n^3 after them.
 
     Args:
         points: Pairs (n, seconds), ascending.
@@ -53,7 +55,7 @@ class Curve:
     points: tuple[tuple[int, float], ...]
 
     def __call__(self, n: int) -> float:
-        """Seconds for side n."""
+        """Return the seconds for side n."""
         right = bisect.bisect_left(self.points, (n,))
         if right == 0:
             return self.points[0][1] * n / self.points[0][0]
@@ -66,20 +68,20 @@ class Curve:
 
 @attrs.frozen
 class Machine:
-    """What one rank's device does, and the network between ranks.
+    """The device of one rank, and the network between ranks.
 
     Args:
-        name: What to call it.
+        name: Its name.
         kind: Type of device, as torch calls it.
-        products: FLOP/s reached in large matrix products, by precision: "float32", "tf32", "bfloat16".
-        convolutions: Share of these that convolutions reach.
-        precision: In which one a model computes unless told otherwise. Curvature is computed in float32.
-        bandwidth: Bytes a second that reach the device's memory.
-        launch: Seconds from one operation to the next, however small.
-        solvers: Seconds to decompose one float32 matrix: "eigh", "cholesky".
-        near: The network within a node.
-        far: The network between nodes.
-        node: Ranks in a node.
+        products: FLOP/s of large matrix products, by precision: "float32", "tf32", "bfloat16".
+        convolutions: Share of them that convolutions reach.
+        precision: Precision that a model computes in by default. Curvature is always in float32.
+        bandwidth: Bytes a second to and from the device's memory.
+        launch: Least seconds of an operation.
+        solvers: Seconds to decompose one float32 matrix, for "eigh" and "cholesky".
+        intra_node: The network within a node.
+        inter_node: The network between nodes.
+        ranks_per_node: Ranks in a node.
         memory: Bytes of one device.
         overlaps: Whether messages travel while the device computes.
     """
@@ -92,17 +94,17 @@ class Machine:
     bandwidth: float
     launch: float
     solvers: Mapping[str, Curve]
-    near: Link
-    far: Link
-    node: int
+    intra_node: Link
+    inter_node: Link
+    ranks_per_node: int
     memory: float
     overlaps: bool
 
     def rate(self, precision: str) -> float:
-        """FLOP/s of products in a precision.
+        """Return the FLOP/s of products in a precision.
 
         Raises:
-            OptionError: The machine has no such precision.
+            OptionError: The profile does not have this precision.
         """
         if precision not in self.products:
             raise OptionError(
@@ -112,15 +114,19 @@ class Machine:
         return self.products[precision]
 
     def link(self, members: Sequence[int]) -> Link:
-        """The slowest network between these ranks, which ascend."""
-        return self.near if members[0] // self.node == members[-1] // self.node else self.far
+        """Return the slowest network between these ranks, which ascend."""
+        first, last = (rank // self.ranks_per_node for rank in (members[0], members[-1]))
+        return self.intra_node if first == last else self.inter_node
 
 
 def _assumed_solvers(column: float, bandwidth: float, rate: float) -> dict[str, Curve]:
-    """Decompositions as their steps take: n dependent columns, then the memory traffic of `n^3/3` numbers and products.
+    """Return the seconds of decompositions, estimated from rates.
+
+    They are the latency of n dependent columns, the memory traffic of `n^3/3` numbers, and the
+    products.
 
     Args:
-        column: Seconds of one column's launches and synchronisation.
+        column: Seconds of launches and synchronisation for one column.
         bandwidth: Bytes a second.
         rate: FLOP/s in float32.
     """
@@ -139,22 +145,23 @@ H100 = Machine(
     bandwidth=0.8 * 3.35 * TERA,
     launch=4e-6,
     solvers=_assumed_solvers(40e-6, 0.8 * 3.35 * TERA, 0.75 * 67 * TERA),
-    near=Link(0.75 * 450 * GIGA, 10e-6),
-    far=Link(0.75 * 50 * GIGA, 20e-6),
-    node=8,
+    intra_node=Link(0.75 * 450 * GIGA, 10e-6),
+    inter_node=Link(0.75 * 50 * GIGA, 20e-6),
+    ranks_per_node=8,
     memory=80 * GIGA,
     overlaps=True,
 )
-"""NVIDIA H100 SXM5 80 GB, eight to a node (DGX H100).
+"""NVIDIA H100 SXM5 80 GB, eight in a node (DGX H100).
 
-    from the data sheets (peak)                                assumed share that is reached
-    67 TFLOP/s float32                                         75 %
-    495 TFLOP/s TF32, 989 TFLOP/s bfloat16, both dense         70 % in products, half of that in convolutions
-    3.35 TB/s HBM3, 80 GB                                      80 %
-    NVLink 900 GB/s in both directions together                75 % of 450 GB/s each way
-    eight 400 Gbit/s network ports a node, one a device        75 % of 50 GB/s
+    peak in the data sheets                                assumed share
+    67 TFLOP/s float32                                     75 %
+    495 TFLOP/s TF32, 989 TFLOP/s bfloat16, both dense     70 % in products, half in convolutions
+    3.35 TB/s HBM3, 80 GB                                  80 %
+    NVLink 900 GB/s in both directions                     75 % of 450 GB/s in one direction
+    eight 400 Gbit/s network ports in a node               75 % of 50 GB/s for each device
 
-Not from a data sheet, and assumed: latencies, 4 microseconds a launch, and 40 microseconds for each column of an eigendecomposition.
+Assumed without a data sheet: latencies, 4 microseconds for a launch, and 40 microseconds for each
+column of an eigendecomposition.
 
 References:
     NVIDIA, "H100 Tensor Core GPU" and "DGX H100" data sheets.
@@ -173,26 +180,28 @@ A100 = Machine(
     bandwidth=0.8 * 2.039 * TERA,
     launch=5e-6,
     solvers=_assumed_solvers(50e-6, 0.8 * 2.039 * TERA, 0.75 * 19.5 * TERA),
-    near=Link(0.75 * 300 * GIGA, 10e-6),
-    far=Link(0.75 * 25 * GIGA, 20e-6),
-    node=8,
+    intra_node=Link(0.75 * 300 * GIGA, 10e-6),
+    inter_node=Link(0.75 * 25 * GIGA, 20e-6),
+    ranks_per_node=8,
     memory=80 * GIGA,
     overlaps=True,
 )
-"""NVIDIA A100 SXM4 80 GB, eight to a node (DGX A100).
+"""NVIDIA A100 SXM4 80 GB, eight in a node (DGX A100).
 
-    from the data sheets (peak)                                assumed share that is reached
-    19.5 TFLOP/s float32                                       75 %
-    156 TFLOP/s TF32, 312 TFLOP/s bfloat16, both dense         70 % in products, half of that in convolutions
-    2.039 TB/s HBM2e, 80 GB                                    80 %
-    NVLink 600 GB/s in both directions together                75 % of 300 GB/s each way
-    eight 200 Gbit/s network ports a node, one a device        75 % of 25 GB/s
+    peak in the data sheets                                assumed share
+    19.5 TFLOP/s float32                                   75 %
+    156 TFLOP/s TF32, 312 TFLOP/s bfloat16, both dense     70 % in products, half in convolutions
+    2.039 TB/s HBM2e, 80 GB                                80 %
+    NVLink 600 GB/s in both directions                     75 % of 300 GB/s in one direction
+    eight 200 Gbit/s network ports in a node               75 % of 25 GB/s for each device
 
-The rest is assumed as for `H100`, a little slower. To compare: for ResNet-50 in batches of 256 the profile gives 1073 images a second in
-TF32 and 2128 in bfloat16, where NVIDIA published 938 and (mixed precision) 2470 for one such device.
+The rest is assumed as for `H100`, a little slower. For ResNet-50 in batches of 256 the profile
+gives 1073 images a second in TF32 and 2128 in bfloat16. NVIDIA published 938, and 2470 in mixed
+precision, for one such device.
 
 References:
-    NVIDIA, "A100 Tensor Core GPU" and "DGX A100" data sheets; NVIDIA DeepLearningExamples, ResNet50 v1.5 for PyTorch.
+    NVIDIA, "A100 Tensor Core GPU" and "DGX A100" data sheets.
+    NVIDIA DeepLearningExamples, ResNet50 v1.5 for PyTorch.
 """
 
 CPU = Machine(
@@ -204,23 +213,24 @@ CPU = Machine(
     bandwidth=0.5 * 20 * GIGA,
     launch=5e-6,
     solvers=_assumed_solvers(10e-6, 0.5 * 20 * GIGA, 0.3 * 64 * GIGA),
-    near=Link(1 * GIGA, 100e-6),
-    far=Link(0.7 * 1.25 * GIGA, 200e-6),
-    node=8,
+    intra_node=Link(1 * GIGA, 100e-6),
+    inter_node=Link(0.7 * 1.25 * GIGA, 200e-6),
+    ranks_per_node=8,
     memory=4 * GIGA,
     overlaps=False,
 )
-"""One core of a server: a stand-in for a machine that has not been measured, no more.
+"""One core of a server, for a machine that has not been measured.
 
-    peak                                                       assumed share that is reached
-    64 GFLOP/s float32: 2 GHz, one 512-bit multiply-add        70 % in products, half of that in convolutions
-    20 GB/s memory, 4 GB a rank                                50 %
-    10 Gbit/s Ethernet between nodes                           70 %
+    peak                                                   assumed share
+    64 GFLOP/s float32: 2 GHz, one 512-bit multiply-add    70 % in products, half in convolutions
+    20 GB/s memory, 4 GB for each rank                     50 %
+    10 Gbit/s Ethernet between nodes                       70 %
 
-Processors differ by more than a factor of ten: use `calibrate` (`python -m kfactk plan --calibrate`) where you can.
+Processors differ by more than a factor of ten: measure with `calibrate`
+(`python -m kfactk plan --calibrate`) where you can.
 
 References:
-    Intel, "Intel 64 and IA-32 Architectures Optimization Reference Manual", for the operations a cycle.
+    Intel, "Intel 64 and IA-32 Architectures Optimization Reference Manual".
 """
 
 MACHINES = {machine.name: machine for machine in (H100, A100, CPU)}
@@ -228,7 +238,9 @@ MACHINES = {machine.name: machine for machine in (H100, A100, CPU)}
 
 
 def machine_named(name: str | None, device: str = "cpu") -> Machine:
-    """A profile by name, or else the one that stands for a type of device: "cpu" for "cpu", "h100" for any accelerator.
+    """Return a profile by name.
+
+    Without a name it is the default of the type of device: "cpu" for "cpu", "h100" for others.
 
     Raises:
         OptionError: There is no such profile.
@@ -253,48 +265,51 @@ def calibrate(
     repeats: int = 5,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Machine:
-    """Measure this machine, in a few seconds. Within a process group all ranks measure at once, and get the same answer.
+    """Measure this machine, in a few seconds; a collective call within a process group.
 
-    What ranks take from each other by sharing processors and memory is so in the figures. The network is taken to be one: that which
-    the group spans.
+    All ranks measure at the same time and get the same result, so the rates include contention for
+    processors and memory. The network between ranks is taken to be uniform.
 
     Args:
         device: The device to measure.
-        repeats: How often each measurement is made; their median counts.
-        clock: Tells seconds: `time.process_time` for those of the processor, whatever else it is busy with.
+        repeats: Number of measurements, of which the median counts.
+        clock: Returns seconds; `time.process_time` leaves out what other processes take.
     """
     device = torch.device(device)
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    gauge = _Gauge(device, repeats, clock, ranks)
+    timer = _Timer(device, repeats, clock, ranks)
     precisions = ("float32", "bfloat16") if device.type == "cuda" else ("float32",)
-    products = {name: gauge.products(getattr(torch, name)) for name in precisions}
+    products = {name: timer.products(getattr(torch, name)) for name in precisions}
     sizes = (32, 128, 384) if device.type == "cpu" else (64, 512, 2048)
     solvers = {}
     for name in ("eigh", "cholesky"):
         solve = getattr(torch.linalg, name)
-        solvers[name] = Curve(tuple((n, gauge.solving(solve, n)) for n in sizes))
+        solvers[name] = Curve(tuple((n, timer.solver(solve, n)) for n in sizes))
     base = machine_named(None, device.type)
     measured = attrs.evolve(
         base,
         name="this machine",
         kind=device.type,
         products=products,
-        convolutions=gauge.convolutions() / products["float32"],
+        convolutions=timer.convolutions() / products["float32"],
         precision="float32",
-        bandwidth=gauge.bandwidth(),
-        launch=gauge.launch(),
+        bandwidth=timer.bandwidth(),
+        launch=timer.launch(),
         solvers=solvers,
-        node=int(os.environ.get("LOCAL_WORLD_SIZE", ranks if ranks > 1 else base.node)),
+        ranks_per_node=int(
+            os.environ.get("LOCAL_WORLD_SIZE", ranks if ranks > 1 else base.ranks_per_node)
+        ),
         memory=_memory(device, ranks),
     )
     if ranks == 1:
         return measured
-    return attrs.evolve(measured, near=(link := gauge.link()), far=link)
+    link = timer.link()
+    return attrs.evolve(measured, intra_node=link, inter_node=link)
 
 
 @attrs.frozen
-class _Gauge:
-    """Times operations on one device; where there is a process group, in the mean over its ranks."""
+class _Timer:
+    """Times operations on one device, as the mean over the ranks of a process group."""
 
     device: torch.device
     repeats: int
@@ -302,22 +317,22 @@ class _Gauge:
     ranks: int
 
     def seconds(self, run: Callable[[], Any], times: int = 1) -> float:
-        """Median seconds of one run out of `times` in a row, after a first one that is not counted."""
+        """Return the median seconds of one run, out of `times` runs in a row, after a warm-up."""
         run()
         found = []
         for _ in range(self.repeats):
-            self._ready()
+            self._synchronize()
             start = self.clock()
             for _ in range(times):
                 run()
-            self._ready()
+            self._synchronize()
             found.append((self.clock() - start) / times)
-        agreed = torch.tensor(statistics.median(found), dtype=torch.float64, device=self.device)
+        mean = torch.tensor(statistics.median(found), dtype=torch.float64, device=self.device)
         if self.ranks > 1:
-            dist.all_reduce(agreed)
-        return float(agreed) / self.ranks
+            dist.all_reduce(mean)
+        return float(mean) / self.ranks
 
-    def _ready(self) -> None:
+    def _synchronize(self) -> None:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
 
@@ -326,12 +341,13 @@ class _Gauge:
         return torch.randn(*shape, generator=generator, device=self.device, dtype=dtype)
 
     def products(self, dtype: torch.dtype) -> float:
+        """Return the FLOP/s of a large matrix product."""
         n = 512 if self.device.type == "cpu" else 8192
         matrix = self._random(n, n, dtype=dtype)
         return 2 * n**3 / self.seconds(lambda: matrix @ matrix)
 
     def convolutions(self) -> float:
-        """FLOP/s of 3x3 convolutions of three shapes, forward and both backward products."""
+        """Return the FLOP/s of 3x3 convolutions of three shapes, forward and backward."""
         examples, flops, seconds = (8 if self.device.type == "cpu" else 128), 0, 0.0
         for channels, outputs, side in ((3, 32, 32), (32, 64, 16), (64, 64, 8)):
             images = self._random(examples, channels, side, side).requires_grad_()
@@ -341,33 +357,34 @@ class _Gauge:
         return flops / seconds
 
     def bandwidth(self) -> float:
-        """Bytes a second, of a sum that reads two tensors and writes one."""
+        """Return the bytes a second of a sum that reads two tensors and writes one."""
         numbers = 2**24 if self.device.type == "cpu" else 2**28
         one, other = self._random(numbers), self._random(numbers)
         out = torch.empty_like(one)
         return 12 * numbers / self.seconds(lambda: torch.add(one, other, out=out))
 
     def launch(self) -> float:
-        """Seconds of an operation too small to take any, as modules and autograd start them: four for each linear layer."""
+        """Return the seconds of a tiny operation of autograd; a linear layer has four."""
         layers = 20
         model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(layers))).to(self.device)
         parameters, rows = list(model.parameters()), self._random(2, 2)
         seconds = self.seconds(lambda: torch.autograd.grad(model(rows).sum(), parameters), times=20)
         return seconds / (4 * layers)
 
-    def solving(self, solve: Callable[[torch.Tensor], Any], n: int) -> float:
+    def solver(self, solve: Callable[[torch.Tensor], Any], n: int) -> float:
+        """Return the seconds to decompose a matrix of side n."""
         rows = self._random(2 * n, n)
         matrix = rows.T @ rows / n + torch.eye(n, device=self.device)
         return self.seconds(lambda: solve(matrix), times=max(1, 128 // n))
 
     def link(self) -> Link:
-        """From all-reduces of few and of many bytes, turned round as the cost model takes them."""
+        """Return the network that explains the seconds of a small and of a large all-reduce."""
         small, large = self._random(8), self._random(2**20)
-        idle = self.seconds(lambda: dist.all_reduce(small), times=8)
-        busy = self.seconds(lambda: dist.all_reduce(large))
-        carried = 2 * (self.ranks - 1) / self.ranks * 4 * 2**20
+        latency = self.seconds(lambda: dist.all_reduce(small), times=8)
+        total = self.seconds(lambda: dist.all_reduce(large))
         hops = 2 * math.ceil(math.log2(self.ranks))
-        return Link(carried / max(busy - idle, 1e-9), idle / hops)
+        moved = 2 * (self.ranks - 1) / self.ranks * 4 * 2**20
+        return Link(moved / max(total - latency, 1e-9), latency / hops)
 
 
 def _convolve(images: torch.Tensor, weight: torch.Tensor) -> None:

@@ -1,10 +1,11 @@
-"""Every hook a plugin can implement.
+"""Every hook that a plugin can implement.
 
-A plugin is a module or object whose functions, marked `@kfactk.hookimpl`, have the names below; it is found through an entry point of
-the group `kfactk`. Stage hooks return names with factories: a class or function whose keyword arguments are the stage's options.
+A plugin is a module or object with functions of these names, marked `@kfactk.hookimpl`. It is found
+through an entry point of the group `kfactk`. Stage hooks return factories by name: classes or
+functions whose keyword arguments are the options of the stage.
 
-What is written here and in `kfactk.stages` is versioned. A plugin says which version it was written for with `kfactk_api = 1`; it is
-loaded by every kfactk that speaks that version, and refused with a clear message by the others.
+The hooks and `kfactk.stages` have a version. A plugin declares the version it was written for with
+`kfactk_api = 1`. A kfactk that supports this version loads the plugin; others refuse it.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
 PLUGIN_API = 1
-"""Version of the plugin API: hooks, the protocols in `kfactk.stages`, and the classes that pass through them. It grows when something
-changes by which a sound plugin would stop working; additions that plugins need not know of leave it."""
-SPOKEN = range(1, PLUGIN_API + 1)
-"""Versions whose plugins work here. Ours declare none: they come in one wheel with the framework and cannot be of another version."""
-UNDECLARED = 1
-"""The version a plugin that declares none was written for, for good: the first, which asked for no declaration."""
+"""Version of the plugin API: hooks, the protocols in `kfactk.stages`, and the classes that pass
+through them. It grows with a change that breaks a correct plugin, not with additions."""
+SUPPORTED_APIS = range(1, PLUGIN_API + 1)
+"""Versions whose plugins work here."""
+UNDECLARED_API = 1
+"""Version of a plugin that declares none; it stays the first one. Plugins in kfactk's own wheel
+declare none, since they always have the version of the framework."""
 
 STAGE_HOOKS: dict[str, str] = {
     "curvature": "kfactk_curvatures",
@@ -39,12 +41,12 @@ STAGE_HOOKS: dict[str, str] = {
     "placement": "kfactk_placements",
     "tracker": "kfactk_trackers",
 }
-"""Stage family (an argument of `kfactk.build`) to the hook that provides it."""
+"""The hook that provides each stage family, by the family's argument of `kfactk.build`."""
 
 
 @hookspec
 def kfactk_curvatures() -> Mapping[str, Callable[..., Curvature]]:
-    """Curvatures by name.
+    """Return curvatures by name.
 
     Example:
         >>> @hookimpl
@@ -55,7 +57,7 @@ def kfactk_curvatures() -> Mapping[str, Callable[..., Curvature]]:
 
 @hookspec
 def kfactk_bases() -> Mapping[str, Callable[..., Basis]]:
-    """Bases by name.
+    """Return bases by name.
 
     Example:
         >>> @hookimpl
@@ -66,7 +68,7 @@ def kfactk_bases() -> Mapping[str, Callable[..., Basis]]:
 
 @hookspec
 def kfactk_fishers() -> Mapping[str, Callable[..., Fisher]]:
-    """Fisher estimators by name.
+    """Return Fisher estimators by name.
 
     Example:
         >>> @hookimpl
@@ -77,7 +79,7 @@ def kfactk_fishers() -> Mapping[str, Callable[..., Fisher]]:
 
 @hookspec
 def kfactk_likelihoods() -> Mapping[str, Callable[..., Likelihood]]:
-    """Likelihoods by name.
+    """Return likelihoods by name.
 
     Example:
         >>> @hookimpl
@@ -88,7 +90,7 @@ def kfactk_likelihoods() -> Mapping[str, Callable[..., Likelihood]]:
 
 @hookspec
 def kfactk_clips() -> Mapping[str, Callable[..., Clip]]:
-    """Clips by name.
+    """Return clips by name.
 
     Example:
         >>> @hookimpl
@@ -99,7 +101,7 @@ def kfactk_clips() -> Mapping[str, Callable[..., Clip]]:
 
 @hookspec
 def kfactk_updates() -> Mapping[str, Callable[..., Update]]:
-    """Update rules by name.
+    """Return update rules by name.
 
     Example:
         >>> @hookimpl
@@ -110,7 +112,7 @@ def kfactk_updates() -> Mapping[str, Callable[..., Update]]:
 
 @hookspec
 def kfactk_placements() -> Mapping[str, Callable[..., Placement]]:
-    """Placements by name.
+    """Return placements by name.
 
     Example:
         >>> @hookimpl
@@ -121,7 +123,7 @@ def kfactk_placements() -> Mapping[str, Callable[..., Placement]]:
 
 @hookspec
 def kfactk_trackers() -> Mapping[str, Callable[..., Tracker]]:
-    """Trackers by name.
+    """Return trackers by name.
 
     Example:
         >>> @hookimpl
@@ -132,7 +134,7 @@ def kfactk_trackers() -> Mapping[str, Callable[..., Tracker]]:
 
 @hookspec
 def kfactk_bound(optimizer: Optimizer) -> None:
-    """Called after `Recipe.bind` has made an optimizer.
+    """Take note that `Recipe.bind` has made an optimizer.
 
     Example:
         >>> @hookimpl
@@ -143,12 +145,13 @@ def kfactk_bound(optimizer: Optimizer) -> None:
 
 @hookspec
 def kfactk_stepped(optimizer: Optimizer, step: int, metrics: Mapping[str, Any]) -> None:
-    """Called at the end of every step, parameters updated.
+    """Take note of the end of a step, after parameters were updated.
 
     Args:
-        optimizer: The optimizer that stepped.
-        step: Index of the step just taken, from 0.
-        metrics: What a tracker would record of it; empty on steps that are not recorded.
+        optimizer: The optimizer that took the step.
+        step: Index of the step, from 0.
+        metrics: The metrics that trackers record; empty on steps that are not recorded.
+
 
     Example:
         >>> @hookimpl

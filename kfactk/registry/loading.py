@@ -1,7 +1,7 @@
-"""Loading plugins: entry points one by one, so that one that fails is named and the others work.
+"""Load plugins from entry points, each on its own: one that fails is named, the others work.
 
-Bare pluggy skips an entry point whose name is taken, lets one plugin's ImportError stop all loading, and ignores misspelt hooks, each
-in silence. Here every plugin leaves a record that says what became of it.
+Plain pluggy skips an entry point whose name is taken, stops at the first ImportError, and ignores
+misspelt hooks. Here every plugin has a record of what happened to it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,20 @@ import pluggy
 from kfactk._version import __version__
 from kfactk.errors import KfactkWarning, PluginError, near_names
 from kfactk.registry import hookspecs
-from kfactk.registry.hookspecs import PLUGIN_API, PROJECT, SPOKEN, STAGE_HOOKS, UNDECLARED
+from kfactk.registry.hookspecs import (
+    PLUGIN_API,
+    PROJECT,
+    STAGE_HOOKS,
+    SUPPORTED_APIS,
+    UNDECLARED_API,
+)
 from kfactk.registry.inspection import options_of
 from kfactk.registry.serialization import explain
 
 DISABLE = "KFACTK_DISABLE_PLUGINS"
-"""Environment variable: names of plugins or distributions to block, separated by commas; `*` and `?` match as in file names."""
+"""Environment variable with the plugins or distributions to block, separated by commas.
+
+`*` and `?` match as in file names."""
 PREFIX = f"{PROJECT}_"
 DECLARATION = "kfactk_api"
 """Attribute of a plugin: the version of the plugin API it was written for."""
@@ -34,17 +42,17 @@ DECLARATION = "kfactk_api"
 
 @attrs.frozen
 class PluginInfo:
-    """One plugin as listed.
+    """Public information on one plugin.
 
     Args:
-        name: Its entry-point name, or the name it was registered under.
-        distribution: The distribution it came with; `None` for one registered in this process.
-        version: Version of that distribution.
-        module: What the entry point names.
-        stages: What it provides, as "family.name".
-        status: "loaded", "failed" (wholly or in part; what did work stays usable) or "blocked".
+        name: Name of its entry point, or the name it was registered under.
+        distribution: Its distribution; `None` where it was registered in this process.
+        version: Version of the distribution.
+        module: Value of its entry point.
+        stages: The stages it provides, as "family.name".
+        status: "loaded", "failed" or "blocked". A failed plugin may still provide some stages.
         error: Why it failed or what blocks it, or "".
-        api: Version of the plugin API it was written for; `None` when that could not be read.
+        api: Version of the plugin API it was written for; `None` if that could not be read.
     """
 
     name: str
@@ -58,18 +66,31 @@ class PluginInfo:
 
 
 @attrs.frozen(eq=False)
-class Provider:
-    """A stage's factory and the plugin it came with."""
+class RegisteredStage:
+    """The factory of a stage and the plugin that provides it."""
 
     family: str
     name: str
     factory: Callable[..., Any]
-    plugin: Plugin
+    plugin: PluginRecord
 
 
 @attrs.define(eq=False)
-class Plugin:
-    """What is known of one plugin."""
+class PluginRecord:
+    """Everything known of one plugin.
+
+    Args:
+        name: Name of its entry point, or the name it was registered under.
+        distribution: Its distribution; `None` where it was registered in this process.
+        version: Version of the distribution.
+        module: Value of its entry point.
+        problems: What is wrong with it, in words that follow its name.
+        blocked_by: What blocks it, or "".
+        stages: The stages it provides.
+        loaded: The module or object, once it is registered.
+        api: Version of the plugin API it was written for; `None` if that could not be read.
+        outdated: The distribution to upgrade, where the API does not fit.
+    """
 
     name: str
     distribution: str | None = None
@@ -77,7 +98,7 @@ class Plugin:
     module: str = ""
     problems: list[str] = attrs.field(factory=list)
     blocked_by: str = ""
-    providers: list[Provider] = attrs.field(factory=list)
+    stages: list[RegisteredStage] = attrs.field(factory=list)
     loaded: Any = None
     api: int | None = None
     outdated: str | None = None
@@ -87,13 +108,13 @@ class Plugin:
         return f"{self.name!r} ({origin.strip()})"
 
     def info(self) -> PluginInfo:
-        """The plugin as listed."""
+        """Return the public information."""
         return PluginInfo(
             self.name,
             self.distribution,
             self.version,
             self.module,
-            stages=tuple(f"{provider.family}.{provider.name}" for provider in self.providers),
+            stages=tuple(f"{stage.family}.{stage.name}" for stage in self.stages),
             status="blocked" if self.blocked_by else "failed" if self.problems else "loaded",
             error=f"blocked by {self.blocked_by}" if self.blocked_by else "; ".join(self.problems),
             api=self.api,
@@ -101,59 +122,63 @@ class Plugin:
 
 
 class Plugins:
-    """The plugins of one registry, in order of loading.
+    """The plugins of one registry, in the order of loading.
 
     Args:
-        disabled: Patterns of what to block, as in `KFACTK_DISABLE_PLUGINS`.
+        disabled: Patterns of plugins to block, as in `KFACTK_DISABLE_PLUGINS`.
     """
 
     def __init__(self, disabled: Iterable[str] = ()) -> None:
         self.manager = pluggy.PluginManager(PROJECT)
         self.manager.add_hookspecs(hookspecs)
         self.disabled = tuple(filter(None, (pattern.strip() for pattern in disabled)))
-        self.records: list[Plugin] = []
+        self.records: list[PluginRecord] = []
 
     @property
     def hook(self) -> pluggy.HookRelay:
-        """Calls hooks, such as `hook.kfactk_bound(optimizer=...)`, in every plugin."""
+        """Hooks to call in every plugin, such as `hook.kfactk_bound(optimizer=...)`."""
         return self.manager.hook
 
     def plugins(self) -> list[PluginInfo]:
-        """Every plugin found, failed and blocked ones included."""
+        """Return every plugin, also failed and blocked ones."""
         return [record.info() for record in self.records]
 
     def load_entry_points(self, entry_points: Iterable[EntryPoint]) -> None:
-        """Load entry points, each on its own, then warn once about each that failed, is doubled, or was to be blocked and is not there.
+        """Load entry points, each on its own.
 
-        The same name and value found twice (an editable install and its built metadata) is one plugin.
+        Warn about each that failed, about names that are used twice, and about patterns that block
+        nothing. The same name and value found twice (an editable install and its built metadata)
+        is one plugin.
         """
-        single: dict[tuple[str, str], EntryPoint] = {}
+        unique: dict[tuple[str, str], EntryPoint] = {}
         for entry in entry_points:
-            single.setdefault((entry.name, entry.value), entry)
-        failed = [message for entry in single.values() for message in self._load(entry)]
-        for message in [*failed, *self._doubled(), *self._idle_patterns()]:
+            unique.setdefault((entry.name, entry.value), entry)
+        messages = [message for entry in unique.values() for message in self._load(entry)]
+        for message in [*messages, *self._duplicate_names(), *self._unmatched_patterns()]:
             warnings.warn(message, KfactkWarning, stacklevel=3)
 
     def register(self, plugin: object, name: str | None = None) -> str:
-        """Take in a module or object of this process; nothing of it stays when anything is wrong with it.
+        """Register a module or object of this process, and return its name.
+
+        Nothing of it stays where anything is wrong with it.
 
         Raises:
-            PluginError: Its name is taken or blocked, it was written for a plugin API that this kfactk does not speak, it implements no
-                hook, misspells one, or one of its stage hooks fails.
+            PluginError: Its name is taken or blocked, its plugin API is not supported, it
+                implements no hook, misspells one, or one of its stage hooks fails.
         """
         name = name or getattr(plugin, "__name__", None) or type(plugin).__name__
-        record = Plugin(name, module=getattr(plugin, "__name__", type(plugin).__qualname__))
+        record = PluginRecord(name, module=getattr(plugin, "__name__", type(plugin).__qualname__))
         if any(other.name == name for other in self.records):
             raise PluginError(
-                f"A plugin named {name!r} is there already. "
-                f"Call unregister({name!r}) first, or give another name."
+                f"A plugin named {name!r} is registered already. Call unregister({name!r}) first, "
+                "or give another name."
             )
         if blocker := self._blocker(record):
             raise PluginError(
-                f"The plugin {name!r} is blocked by {blocker}. "
-                "Change that variable, or give another name."
+                f"The plugin {name!r} is blocked by {blocker}. Change that variable, or give "
+                "another name."
             )
-        record.problems += self._admit(record, plugin)
+        record.problems += self._register(record, plugin)
         if record.problems:
             if self.manager.is_registered(plugin):
                 self.manager.unregister(plugin)
@@ -166,10 +191,10 @@ class Plugins:
         return name
 
     def unregister(self, plugin: object) -> None:
-        """Take out a plugin, given itself or its name.
+        """Unregister a plugin, given itself or its name.
 
         Raises:
-            PluginError: It is not there.
+            PluginError: It is not registered.
         """
         for record in self.records:
             if record.loaded is not None and (record.loaded is plugin or record.name == plugin):
@@ -178,12 +203,13 @@ class Plugins:
                 return
         hint = near_names(str(plugin), [record.name for record in self.records])
         raise PluginError(
-            f"No plugin {plugin!r} is registered.{hint} "
-            "See `python -m kfactk plugins` for those installed."
+            f"No plugin {plugin!r} is registered.{hint} See `python -m kfactk plugins` for the "
+            "installed ones."
         )
 
     def _load(self, entry: EntryPoint) -> list[str]:
-        record = Plugin(entry.name, *_origin(entry), module=entry.value)
+        """Load one entry point, and return warnings."""
+        record = PluginRecord(entry.name, *_distribution(entry), module=entry.value)
         self.records.append(record)
         record.blocked_by = self._blocker(record)
         if record.blocked_by:
@@ -193,7 +219,7 @@ class Plugins:
         except (Exception, SystemExit) as error:
             record.problems.append(f"it could not be imported: {explain(error)}")
         else:
-            record.problems += self._admit(record, plugin)
+            record.problems += self._register(record, plugin)
         if not record.problems:
             return []
         outdated = record.outdated or record.distribution
@@ -203,14 +229,14 @@ class Plugins:
             f"{upgrade} it with {DISABLE}={record.name}."
         ]
 
-    def _admit(self, record: Plugin, plugin: Any) -> list[str]:
-        """Register with pluggy, check, and collect the stages; returns what is wrong."""
-        if problem := _declared(record, plugin):
+    def _register(self, record: PluginRecord, plugin: Any) -> list[str]:
+        """Register with pluggy, check hooks, collect stages, and return problems."""
+        if problem := _check_api(record, plugin):
             return [problem]
         if (other := self.manager.get_name(plugin)) is not None:
             return [
-                f"it is the same object as plugin {other!r}, which is loaded already: "
-                "remove one of the two entry points"
+                f"it is the same object as plugin {other!r}, which is loaded already: remove one "
+                "of the two entry points"
             ]
         suffix = f" = {record.module}" if self.manager.has_plugin(record.name) else ""
         try:
@@ -220,19 +246,20 @@ class Plugins:
                 self.manager.unregister(plugin)
             return [f"its hooks do not fit: {explain(error)}"]
         record.loaded = plugin
-        problems = [*self._misspelt(plugin), *_unmarked(plugin)]
+        problems = [*self._unknown_hooks(plugin), *_unmarked_hooks(plugin)]
         if not problems and not self.manager.get_hookcallers(plugin):
             problems.append(
-                f"{plugin!r} has no function marked with @kfactk.hookimpl "
-                "(an entry point names a module or object that has)"
+                f"{plugin!r} has no function marked with @kfactk.hookimpl (an entry point must "
+                "name a module or object that has one)"
             )
         for family, hook in STAGE_HOOKS.items():
             for implementation in getattr(self.hook, hook).get_hookimpls():
                 if implementation.plugin is plugin:
-                    problems += _collect(record, family, hook, implementation.function)
+                    problems += _collect_stages(record, family, hook, implementation.function)
         return problems
 
-    def _misspelt(self, plugin: Any) -> list[str]:
+    def _unknown_hooks(self, plugin: Any) -> list[str]:
+        """Return a problem for each hook that kfactk does not have."""
         problems = []
         for caller in self.manager.get_hookcallers(plugin) or []:
             mine = (each for each in caller.get_hookimpls() if each.plugin is plugin)
@@ -240,70 +267,74 @@ class Plugins:
                 problems.append(f"kfactk has no hook {caller.name!r}{_hook_hint(caller.name)}")
         return problems
 
-    def _blocker(self, record: Plugin) -> str:
-        """The pattern that blocks a plugin, as `KFACTK_DISABLE_PLUGINS=pattern`, or ""."""
+    def _blocker(self, record: PluginRecord) -> str:
+        """Return the pattern that blocks a plugin, as `KFACTK_DISABLE_PLUGINS=pattern`, or ""."""
         patterns = (pattern for pattern in self.disabled if _matches(pattern, record))
         return next((f"{DISABLE}={pattern}" for pattern in patterns), "")
 
-    def _doubled(self) -> list[str]:
+    def _duplicate_names(self) -> list[str]:
+        """Return a warning for each name that several plugins have."""
         by_name: dict[str, list[str]] = {}
         for record in (each for each in self.records if not each.blocked_by):
             origin = f"{record.distribution} {record.version}: {record.module}"
             by_name.setdefault(record.name, []).append(origin)
         return [
             f"Several kfactk plugins are named {name!r} ({'; '.join(origins)}), and all are used. "
-            f"To choose, uninstall a distribution, or block it with {DISABLE}=<its name>."
+            f"To choose one, uninstall a distribution, or block it with {DISABLE}=<its name>."
             for name, origins in by_name.items()
             if len(origins) > 1
         ]
 
-    def _idle_patterns(self) -> list[str]:
+    def _unmatched_patterns(self) -> list[str]:
+        """Return a warning for each pattern that blocks nothing."""
         names = {name for record in self.records for name in (record.name, record.distribution)}
         known = sorted(filter(None, names))
         return [
-            f"{DISABLE} names {pattern!r}, which is neither a plugin nor a distribution that has "
-            f"one.{near_names(pattern, known)} See `python -m kfactk plugins` for their names."
+            f"{DISABLE} has {pattern!r}, which is neither a plugin nor a distribution that has one."
+            f"{near_names(pattern, known)} See `python -m kfactk plugins` for their names."
             for pattern in self.disabled
             if not any(_matches(pattern, record) for record in self.records)
         ]
 
 
-def installed() -> list[EntryPoint]:
-    """Entry points of the group `kfactk` in the environment."""
+def installed_entry_points() -> list[EntryPoint]:
+    """Return the entry points of the group `kfactk` in the environment."""
     return list(importlib.metadata.entry_points(group=PROJECT))
 
 
-def _origin(entry: EntryPoint) -> tuple[str | None, str | None]:
+def _distribution(entry: EntryPoint) -> tuple[str | None, str | None]:
+    """Return name and version of an entry point's distribution."""
     metadata: Any = entry.dist.metadata if entry.dist else {}
     known = {key: metadata[key] for key in metadata}
     return known.get("Name"), known.get("Version")
 
 
-def _declared(record: Plugin, plugin: Any) -> str:
-    """Note which version of the plugin API a plugin was written for; returns why it cannot work here, or ""."""
+def _check_api(record: PluginRecord, plugin: Any) -> str:
+    """Record the plugin API of a plugin, and return why it cannot work here, or ""."""
     try:
-        version = getattr(plugin, DECLARATION, UNDECLARED)
+        version = getattr(plugin, DECLARATION, UNDECLARED_API)
     except Exception as error:
         return f"its {DECLARATION} cannot be read: {explain(error)}"
     if isinstance(version, bool) or not isinstance(version, int):
         return (
-            f"its {DECLARATION} is {version!r}, not an integer: "
-            f"write {DECLARATION} = {PLUGIN_API}, the version it was written for"
+            f"its {DECLARATION} is {version!r}, not an integer: write {DECLARATION} = "
+            f"{PLUGIN_API}, the version it was written for"
         )
     record.api = version
-    if version in SPOKEN:
+    if version in SUPPORTED_APIS:
         return ""
     newer = version > PLUGIN_API
     record.outdated = PROJECT if newer else record.distribution
-    several = f"versions {SPOKEN[0]} to {PLUGIN_API}"
+    supported = f"version {PLUGIN_API}"
+    if len(SUPPORTED_APIS) > 1:
+        supported = f"versions {SUPPORTED_APIS[0]} to {PLUGIN_API}"
     return (
         f"it was written for version {version} of the plugin API, and this kfactk {__version__} "
-        f"speaks {several if len(SPOKEN) > 1 else f'version {PLUGIN_API}'}: "
-        f"a newer {record.outdated or 'plugin'} is needed"
+        f"supports {supported}: a newer {record.outdated or 'plugin'} is needed"
     )
 
 
-def _matches(pattern: str, record: Plugin) -> bool:
+def _matches(pattern: str, record: PluginRecord) -> bool:
     distribution = normal_name(record.distribution or "")
     matches = fnmatch.fnmatchcase
     return matches(record.name, pattern) or matches(distribution, normal_name(pattern))
@@ -315,15 +346,15 @@ def normal_name(distribution: str) -> str:
 
 
 def _hook_hint(name: str) -> str:
-    """Near names, compared without the prefix that all hooks share, and all names."""
+    """Return near names, compared without the prefix of all hooks, and all names."""
     hooks = [hook for hook in vars(hookspecs) if hook.startswith(PREFIX)]
     short = [hook.removeprefix(PREFIX) for hook in hooks]
     near = near_names(name.removeprefix(PREFIX), short).rstrip("?").replace(" '", f" '{PREFIX}")
     return f"{near and '.'}{near}; the hooks are {', '.join(hooks)}"
 
 
-def _unmarked(plugin: Any) -> list[str]:
-    """Functions named like hooks that the plugin defines itself and forgot to mark."""
+def _unmarked_hooks(plugin: Any) -> list[str]:
+    """Return a problem for each own function with the name of a hook but without the mark."""
     problems = []
     for name in (each for each in dir(plugin) if each.startswith(PREFIX)):
         function = inspect.getattr_static(plugin, name, None)
@@ -340,8 +371,10 @@ def _unmarked(plugin: Any) -> list[str]:
     return problems
 
 
-def _collect(record: Plugin, family: str, hook: str, function: Callable[[], Any]) -> list[str]:
-    """Add a hook's stages to the record; returns what is wrong with them."""
+def _collect_stages(
+    record: PluginRecord, family: str, hook: str, function: Callable[[], Any]
+) -> list[str]:
+    """Add the stages of a hook to the record, and return problems."""
     try:
         stages = function()
         if not isinstance(stages, Mapping):
@@ -355,19 +388,20 @@ def _collect(record: Plugin, family: str, hook: str, function: Callable[[], Any]
         if not isinstance(name, str) or not name or ":" in name:
             found = f"its hook {hook} names a stage {name!r}: a name is text without a colon"
             problems.append(found)
-        elif problem := _unusable(factory):
+        elif problem := _factory_problem(factory):
             problems.append(f"its {family} {name!r} {problem}")
         else:
-            record.providers.append(Provider(family, name, factory, record))
+            record.stages.append(RegisteredStage(family, name, factory, record))
     return problems
 
 
-def _unusable(factory: Any) -> str:
+def _factory_problem(factory: Any) -> str:
+    """Return what is wrong with a factory, or ""."""
     if not callable(factory):
         return f"is {factory!r}, which cannot be called to make a stage"
     try:
         if "name" not in options_of(factory).names():
             return ""
     except Exception as error:
-        return f"does not let its options be read: {explain(error)}"
-    return "has an option 'name', by which a recipe gives the stage's own name: rename the option"
+        return f"has options that cannot be read: {explain(error)}"
+    return "has an option 'name', which in a recipe is the name of the stage: rename the option"

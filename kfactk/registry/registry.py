@@ -1,7 +1,7 @@
-"""The plugin registry: stages by name, made from what a user writes, and written down again.
+"""The plugin registry: it makes stages from what a user writes, and describes them again.
 
-`registry()` is the one of this process, loaded from the installed entry points at its first use. `resolve` turns a name, a name with
-options, an import path, a class or an instance into a stage; `describe` is its inverse.
+`registry()` returns the registry of this process. `Registry.resolve` makes a stage from a name, a
+name with options, an import path, a class or an instance; `Registry.describe` is its inverse.
 """
 
 from __future__ import annotations
@@ -36,16 +36,22 @@ from kfactk.registry.inspection import (
     summary,
     undefined_members,
 )
-from kfactk.registry.loading import DISABLE, Plugin, Plugins, Provider, installed
+from kfactk.registry.loading import (
+    DISABLE,
+    PluginRecord,
+    Plugins,
+    RegisteredStage,
+    installed_entry_points,
+)
 from kfactk.registry.serialization import callable_path, explain, from_json, import_path, to_json
 from kfactk.registry.torch_optimizer import TorchOptimizer
 from kfactk.stages import Curvature
 
 ADAPTERS: dict[str, type[TorchOptimizer]] = {"update": TorchOptimizer}
-"""Family to a stage class that wraps objects which are not stages themselves."""
+"""By family, the stage class that wraps objects which are not stages themselves."""
 
-BUILD = ("lr", "damping", "weight_decay")
-"""Settings that are not a stage's but the recipe's, and easily looked for in the wrong place."""
+BUILD_ARGUMENTS = ("lr", "damping", "weight_decay")
+"""Arguments of `build` that users take for options of a stage."""
 
 
 class Registry(Plugins):
@@ -73,23 +79,23 @@ class Registry(Plugins):
     def load(
         cls, entry_points: Iterable[EntryPoint] | None = None, disabled: Iterable[str] | None = None
     ) -> Registry:
-        """Build a registry from entry points, with a warning about each plugin that fails.
+        """Load a registry from entry points, and warn about each plugin that fails.
 
         Args:
             entry_points: Those to load; `None` for the installed ones of the group `kfactk`.
-            disabled: What to block; `None` for what `KFACTK_DISABLE_PLUGINS` lists.
+            disabled: Patterns of plugins to block; `None` for those in `KFACTK_DISABLE_PLUGINS`.
         """
         made = cls(os.environ.get(DISABLE, "").split(",") if disabled is None else disabled)
-        made.load_entry_points(installed() if entry_points is None else entry_points)
+        made.load_entry_points(installed_entry_points() if entry_points is None else entry_points)
         for family in STAGE_HOOKS:
-            for name, providers in made._claims(family).items():
-                if len(providers) > 1:
-                    told = str(_disputed(family, name, providers))
-                    warnings.warn(told, KfactkWarning, stacklevel=2)
+            for name, claims in made._claims(family).items():
+                if len(claims) > 1:
+                    message = str(_conflict_error(family, name, claims))
+                    warnings.warn(message, KfactkWarning, stacklevel=2)
         return made
 
     def stages(self, family: str | None = None) -> list[StageInfo]:
-        """Every stage, by family and name; names that plugins dispute and blocked ones are marked.
+        """Return every stage, sorted by name in each family, also conflicting and blocked ones.
 
         Raises:
             UnknownStageError: There is no such family.
@@ -98,7 +104,7 @@ class Registry(Plugins):
             _check_family(family)
         found: list[StageInfo] = []
         for each in STAGE_HOOKS if family is None else [family]:
-            found += sorted(self._listed(each), key=lambda info: info.name)
+            found += sorted(self._stage_infos(each), key=lambda info: info.name)
         return found
 
     def resolve(self, family: str, spec: Any) -> Any:
@@ -106,34 +112,40 @@ class Registry(Plugins):
 
         Args:
             family: Its family, such as "basis".
-            spec: A name; `{"name": ..., **options}`, options as Python values or in the forms of `to_json`; an import path
-                "package.module:Name" in place of a name; a class or factory, called without options; or a stage, returned as it is. For
-                updates also a `torch.optim.Optimizer` class, or a `functools.partial` of one.
+            spec: A name, or an import path "package.module:Name" in its place;
+                `{"name": ..., **options}`, with options as Python values or in the forms of
+                `to_json`; a class or factory, called without options; or a stage, returned
+                unchanged. For updates also a `torch.optim.Optimizer` class, or a
+                `functools.partial` of one.
 
         Raises:
             UnknownStageError: No plugin provides the name.
             PluginError: Several plugins claim the name, or the plugin's factory fails.
-            OptionError: An option is unknown, missing or unfit; or `spec` is, or makes, no stage of the family.
+            OptionError: An option is unknown, missing or has a wrong value; or `spec` is, or makes,
+                no stage of the family.
         """
         _check_family(family)
         options: dict[str, Any] = {}
         if isinstance(spec, Mapping):
-            spec, options = _split(family, spec)
+            spec, options = _split_spec(family, spec)
         if not isinstance(spec, str):
             label = f"{family} {getattr(spec, '__qualname__', None) or reprlib.repr(spec)}"
             return _make(family, spec, options, label, None)
         label = f"{family} {spec!r}"
         if ":" in spec:
             return _make(family, import_path(spec), options, label, None)
-        found = self._provider(family, spec)
-        label = f"{label} of plugin {found.plugin}"
-        return _make(family, found.factory, options, label, found.plugin)
+        stage = self._find(family, spec)
+        label += f" of plugin {stage.plugin}"
+        return _make(family, stage.factory, options, label, stage.plugin)
 
     def describe(self, family: str, stage: object) -> dict[str, Any]:
-        """A stage as `{"name": ..., **options}` in JSON's types, options with their default value left out; inverse of `resolve`.
+        """Return a stage as `{"name": ..., **options}` in JSON's types, the inverse of `resolve`.
+
+        Options that have their default are left out.
 
         Raises:
-            OptionError: Its class has no import path, or an option's value cannot be written or would not read back the same.
+            OptionError: Its class has no name and no import path, or an option's value has no JSON
+                form that reads back the same.
         """
         _check_family(family)
         wrapped = ADAPTERS[family].unwrap(stage) if family in ADAPTERS else None
@@ -147,62 +159,62 @@ class Registry(Plugins):
                 raise OptionError(f"Cannot write {what}: {error}") from error
         label = f"{family} {name!r}"
         if not wrapped:
-            return {"name": name} | _written_options(stage, label)
+            return {"name": name} | _options_to_json(stage, label)
         given = wrapped[1].items()
         return {"name": name} | {k: to_json(v, f"option {k!r} of {label}") for k, v in given}
 
-    def _claims(self, family: str) -> dict[str, list[Provider]]:
-        """Who provides each name, plugins that hand out the very same factory counted once."""
-        claims: dict[str, list[Provider]] = {}
-        provided = (provider for record in self.records for provider in record.providers)
-        for provider in provided:
-            if provider.family == family:
-                others = claims.setdefault(provider.name, [])
-                if all(other.factory is not provider.factory for other in others):
-                    others.append(provider)
+    def _claims(self, family: str) -> dict[str, list[RegisteredStage]]:
+        """Return the different factories that plugins provide under each name."""
+        claims: dict[str, list[RegisteredStage]] = {}
+        for stage in (each for record in self.records for each in record.stages):
+            if stage.family == family:
+                others = claims.setdefault(stage.name, [])
+                if all(other.factory is not stage.factory for other in others):
+                    others.append(stage)
         return claims
 
-    def _provider(self, family: str, name: str) -> Provider:
+    def _find(self, family: str, name: str) -> RegisteredStage:
         claims = self._claims(family)
         if name not in claims:
-            raise self._unknown(family, name, list(claims))
+            raise self._unknown_stage_error(family, name, list(claims))
         if len(claims[name]) > 1:
-            raise _disputed(family, name, claims[name])
+            raise _conflict_error(family, name, claims[name])
         return claims[name][0]
 
-    def _unknown(self, family: str, name: str, known: list[str]) -> UnknownStageError:
+    def _unknown_stage_error(self, family: str, name: str, known: list[str]) -> UnknownStageError:
         hints = "".join(f" {hint}" for hint in self._hints(family, name) if hint)
         choice = f"Use one of: {', '.join(sorted(known))}."
         if not known:
-            choice = "No plugin that provides any is loaded: see `python -m kfactk plugins`."
+            choice = f"No loaded plugin provides any {family}: see `python -m kfactk plugins`."
         return UnknownStageError(
             f"There is no {family} {name!r}.{near_names(name, known)}{hints} {choice}"
         )
 
     def _hints(self, family: str, name: str) -> Iterator[str]:
-        """Yield what may be the reason that a name is not known."""
+        """Yield the likely reasons why a name is not known."""
         others = [other for other in STAGE_HOOKS if other != family and name in self._claims(other)]
         if others:
             families = " and ".join(others)
             yield f"{name!r} is a stage of the family {families}: pass it as {others[0]}={name!r}."
         blocked = {each: f"by {each.blocked_by}" for each in self.records if each.blocked_by}
         failed = {each: "; ".join(each.problems) for each in self.records if each.problems}
-        yield _suspects(f"{family}.{name}", "is blocked", blocked)
-        yield _suspects(f"{family}.{name}", "failed", failed)
+        yield _likely_cause(f"{family}.{name}", "is blocked", blocked)
+        yield _likely_cause(f"{family}.{name}", "failed", failed)
         if "." in name:
             path = ":".join(name.rsplit(".", 1))
             yield f"If {name!r} is an import path, write a colon before the last part: {path!r}."
 
     def _name_of(self, family: str, kind: type[Any]) -> str | None:
-        for name, providers in self._claims(family).items():
-            if len(providers) == 1 and providers[0].factory is kind:
+        """Return the name that `resolve` makes this class from, or `None`."""
+        for name, stages in self._claims(family).items():
+            if len(stages) == 1 and stages[0].factory is kind:
                 return name
         return None
 
-    def _listed(self, family: str) -> list[StageInfo]:
+    def _stage_infos(self, family: str) -> list[StageInfo]:
         found = []
-        for providers in self._claims(family).values():
-            found += [_info(provider, conflict=len(providers) > 1) for provider in providers]
+        for stages in self._claims(family).values():
+            found += [_stage_info(stage, conflict=len(stages) > 1) for stage in stages]
         for each in self.records:
             kind, _, name = each.name.partition(".")
             if each.blocked_by and kind == family and name:
@@ -213,7 +225,7 @@ class Registry(Plugins):
 
 @functools.cache
 def registry() -> Registry:
-    """The registry of this process, loaded from the installed entry points at the first call."""
+    """Return the registry of this process, loaded from installed entry points at the first call."""
     return Registry.load()
 
 
@@ -225,21 +237,27 @@ def _check_family(family: str) -> None:
         )
 
 
-def _disputed(family: str, name: str, providers: list[Provider]) -> PluginError:
-    plugins = [provider.plugin for provider in providers]
+def _conflict_error(family: str, name: str, stages: list[RegisteredStage]) -> PluginError:
+    plugins = [stage.plugin for stage in stages]
     foreign = [plugin for plugin in plugins if plugin.distribution != PROJECT]
     last, names = (foreign or plugins)[-1], {plugin.name for plugin in plugins}
     pattern = last.name if len(names) == len(plugins) else last.distribution
-    paths = ", ".join(repr(_path_of(provider)) for provider in providers)
+    paths = ", ".join(repr(_path_of(stage)) for stage in stages)
     return PluginError(
         f"{len(plugins)} plugins claim {family} {name!r}: {' and '.join(map(str, plugins))}. "
-        f"Uninstall or unregister all but one, block others with, say, {DISABLE}={pattern}, "
-        f"or give the class's path in place of {name!r}: {paths}."
+        f"Uninstall or unregister all but one, block the others, for example with "
+        f"{DISABLE}={pattern}, or give the path of the class in place of {name!r}: {paths}."
     )
 
 
-def _suspects(expected: str, what: str, reasons: Mapping[Plugin, str]) -> str:
-    """A sentence on plugins that may be why a stage is not there; on the one with the expected name alone, if it is among them."""
+def _likely_cause(expected: str, what: str, reasons: Mapping[PluginRecord, str]) -> str:
+    """Return a sentence on plugins that may be why a stage is missing, or "".
+
+    Args:
+        expected: Name of the plugin that would provide it; it alone is named if it is among them.
+        what: What happened to the plugins, in words that follow their names.
+        reasons: Why it happened to each.
+    """
     exact = {plugin: why for plugin, why in reasons.items() if plugin.name == expected}
     listed = "; ".join(f"{plugin}: {why}" for plugin, why in (exact or reasons).items())
     if exact:
@@ -247,8 +265,8 @@ def _suspects(expected: str, what: str, reasons: Mapping[Plugin, str]) -> str:
     return f"A plugin that {what} may provide it: {listed}." if reasons else ""
 
 
-def _split(family: str, spec: Mapping[Any, Any]) -> tuple[Any, dict[str, Any]]:
-    """The name (or class) of `{"name": ..., **options}`, and the options as Python values."""
+def _split_spec(family: str, spec: Mapping[Any, Any]) -> tuple[Any, dict[str, Any]]:
+    """Return name (or class) and options of `{"name": ..., **options}`, options in Python."""
     unnamed, text = "name" not in spec, all(isinstance(key, str) for key in spec)
     if unnamed or not text:
         fault = f"does not say which {family}" if unnamed else "has keys that are not text"
@@ -257,7 +275,7 @@ def _split(family: str, spec: Mapping[Any, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def _factory_of(family: str, source: Any) -> Callable[..., Any] | None:
-    """What makes stages from options; `None` when `source` can only be a stage itself."""
+    """Return what makes stages from options; `None` where `source` can only be a stage."""
     if family in ADAPTERS and (adapted := ADAPTERS[family].adapt(source)):
         return adapted
     makes = inspect.isroutine(source) or isinstance(source, type | functools.partial)
@@ -265,17 +283,25 @@ def _factory_of(family: str, source: Any) -> Callable[..., Any] | None:
 
 
 def _make(
-    family: str, source: Any, options: dict[str, Any], label: str, plugin: Plugin | None
+    family: str, source: Any, options: dict[str, Any], label: str, plugin: PluginRecord | None
 ) -> Any:
-    """A stage from what makes stages, or from a stage; `plugin` is who answers for it, `None` for the user."""
+    """Make a stage from a factory, or return the stage that `source` is.
+
+    Args:
+        family: The stage's family.
+        source: A factory or a stage.
+        options: Options for the factory.
+        label: The stage in errors.
+        plugin: The plugin that errors are attributed to; `None` for the user.
+    """
     factory = _factory_of(family, source)
     if factory is None:
         if options:
             raise OptionError(
-                f"{label} is a stage already, made with its options; "
-                f"{', '.join(options)} cannot be added. Give its class."
+                f"{label} is a stage already, made with its options; {', '.join(options)} cannot "
+                "be added. Give its class."
             )
-        return _checked(family, source, label, None)
+        return _check_stage(family, source, label, None)
     _check_options(factory, options, label)
     if undefined := undefined_members(factory):
         blame: type[KfactkError] = PluginError if plugin else OptionError
@@ -297,34 +323,35 @@ def _make(
     except Exception as error:
         kind = PluginError if plugin else OptionError
         raise kind(
-            f"{label} could not be made: {explain(error)}. "
-            f"Install what it needs, or use another {family}."
+            f"{label} could not be made: {explain(error)}. Install what it needs, or use another "
+            f"{family}."
         ) from error
-    return _checked(family, stage, label, plugin)
+    return _check_stage(family, stage, label, plugin)
 
 
 def _check_options(factory: Callable[..., Any], options: Mapping[str, Any], label: str) -> None:
-    takes = options_of(factory)
+    accepted = options_of(factory)
+    names = accepted.names()
     for name in options:
-        if name not in takes.names() and not takes.open:
-            has = f"Use one of: {', '.join(takes.names())}." if takes.known else "Leave it out."
-            ours = f" {name!r} is an argument of kfactk.build." if name in BUILD else ""
+        if name not in names and not accepted.open:
+            has = f"Use one of: {', '.join(names)}." if names else "Leave it out."
+            ours = f" {name!r} is an argument of kfactk.build." if name in BUILD_ARGUMENTS else ""
             raise OptionError(
-                f"{label} has no option {name!r}.{ours or near_names(name, takes.names())} {has}"
+                f"{label} has no option {name!r}.{ours or near_names(name, names)} {has}"
             )
-    for option in takes.known:
+    for option in accepted.known:
         if option.default is REQUIRED and option.name not in options:
             raise OptionError(
-                f"{label} needs the option {option.name!r}. "
-                f"Give {{'name': ..., {option.name!r}: ...}}."
+                f"{label} needs the option {option.name!r}. Give "
+                f"{{'name': ..., {option.name!r}: ...}}."
             )
 
 
-def _checked(family: str, stage: Any, label: str, plugin: Plugin | None) -> Any:
+def _check_stage(family: str, stage: Any, label: str, plugin: PluginRecord | None) -> Any:
     """Return the stage if it has what its family demands."""
     reason = _unfit(family, stage)
     if not reason:
-        _check_traits(family, stage, label)
+        _check_attributes(family, stage, label)
         return stage
     if plugin:
         raise PluginError(
@@ -356,12 +383,12 @@ def _unfit(family: str, stage: object) -> str:
     return lacks
 
 
-TRAITS = {"curvature": ("provides",), "basis": ("requires", "laws")}
-"""Members of each family that are sets of names."""
+NAME_SETS = {"curvature": ("provides",), "basis": ("requires", "laws")}
+"""By family, the attributes that must be sets of names."""
 
 
-def _check_traits(family: str, stage: Any, label: str) -> None:
-    for name in TRAITS.get(family, ()):
+def _check_attributes(family: str, stage: Any, label: str) -> None:
+    for name in NAME_SETS.get(family, ()):
         value: Any = getattr(stage, name)
         if not isinstance(value, Set) or not all(isinstance(item, str) for item in value):
             raise PluginError(
@@ -376,15 +403,15 @@ def _check_traits(family: str, stage: Any, label: str) -> None:
         )
 
 
-def _written_options(stage: object, label: str) -> dict[str, Any]:
-    """Options of a stage whose value is not the default, in JSON's types."""
+def _options_to_json(stage: object, label: str) -> dict[str, Any]:
+    """Return the options of a stage that do not have their default, in JSON's types."""
     written: dict[str, Any] = {}
     changed: list[tuple[OptionInfo, Any]] = []
     for option in options_of(type(stage)).known:
         if not hasattr(stage, option.attribute):
             raise OptionError(
-                f"Cannot write {label}: it does not keep its option {option.name!r}. "
-                "Make it an attribute of that name."
+                f"Cannot write {label}: it does not keep its option {option.name!r}. Make it an "
+                "attribute of that name."
             )
         value = getattr(stage, option.attribute)
         if value is option.default:
@@ -395,7 +422,7 @@ def _written_options(stage: object, label: str) -> dict[str, Any]:
         written[option.name] = form
         if from_json(form) != value:
             changed.append((option, value))
-    again = _rebuilt(stage, written, label) if changed else None
+    again = _remake(stage, written, label) if changed else None
     for option, value in changed:
         if (back := getattr(again, option.attribute)) != value:
             raise OptionError(
@@ -406,13 +433,14 @@ def _written_options(stage: object, label: str) -> dict[str, Any]:
     return written
 
 
-def _rebuilt(stage: object, written: Mapping[str, Any], label: str) -> object:
+def _remake(stage: object, written: Mapping[str, Any], label: str) -> object:
+    """Make the stage again from its written options."""
     try:
         return type(stage)(**{name: from_json(form) for name, form in written.items()})
     except Exception as error:
         raise OptionError(
-            f"Cannot write {label}: its options {written!r} would not be accepted again: "
-            f"{explain(error)}. Let the class accept the values that it keeps."
+            f"Cannot write {label}: its class refuses its own options {written!r}: "
+            f"{explain(error)}. Make the class accept the values that it keeps."
         ) from error
 
 
@@ -425,20 +453,19 @@ def _default_form(option: OptionInfo) -> Any:
         return REQUIRED
 
 
-def _path_of(provider: Provider) -> str:
+def _path_of(stage: RegisteredStage) -> str:
     try:
-        return callable_path(provider.factory)
+        return callable_path(stage.factory)
     except OptionError:
-        return getattr(provider.factory, "__qualname__", repr(provider.factory))
+        return getattr(stage.factory, "__qualname__", repr(stage.factory))
 
 
-def _info(provider: Provider, *, conflict: bool) -> StageInfo:
-    plugin = provider.plugin
-    factory = _factory_of(provider.family, provider.factory) or provider.factory
+def _stage_info(stage: RegisteredStage, *, conflict: bool) -> StageInfo:
+    plugin, factory = stage.plugin, _factory_of(stage.family, stage.factory) or stage.factory
     doc = documentation(factory)
     return StageInfo(
-        family=provider.family,
-        name=provider.name,
+        family=stage.family,
+        name=stage.name,
         options=options_of(factory).known,
         plugin=plugin.name,
         distribution=plugin.distribution,

@@ -1,7 +1,8 @@
-"""Option values as JSON, and functions and classes as import paths.
+"""Convert option values to JSON and back, and functions and classes to import paths and back.
 
-JSON has no functions, so they are written as `{"callable": "package.module:name"}`, which no plain string can be mistaken for. Further
-tagged forms: `{"dtype": "float64"}`, `{"device": "cuda:0"}`, and `{"float": "inf"}` for what strict JSON has no number for.
+A function is written as `{"callable": "package.module:name"}`, which no plain string can be
+mistaken for. Other tagged forms are `{"dtype": "float64"}`, `{"device": "cuda:0"}`, and
+`{"float": "inf"}` for numbers that strict JSON lacks.
 """
 
 from __future__ import annotations
@@ -23,15 +24,17 @@ from kfactk.errors import OptionError, near_names
 
 
 def callable_path(function: Any) -> str:
-    """The import path `"package.module:qualified.name"` of a function or class; `import_path` is its inverse.
+    """Return the import path `"package.module:qualified.name"` of a function or class.
 
-    Of the packages that hold it under the same name the outermost is taken: public names outlive private modules.
+    It is the outermost package that has the object under the same name, since public names outlive
+    private modules. `import_path` is the inverse.
 
     Args:
-        function: A function or class defined at the top level of a module, or an attribute of such a class.
+        function: Defined at the top level of a module, or an attribute of such a class.
 
     Raises:
-        OptionError: It is a lambda, a partial, defined inside a function, bound to an object, or not found where it says it is.
+        OptionError: It is a lambda, a partial, defined inside a function, bound to an object, or
+            its path leads to something else.
 
     Example:
         >>> callable_path(torch.optim.Adagrad)
@@ -39,13 +42,13 @@ def callable_path(function: Any) -> str:
         >>> callable_path(lambda step: 0.1)  # doctest: +ELLIPSIS
         Traceback (most recent call last):
             ...
-        kfactk.errors.OptionError: <function <lambda>> cannot be written as an import path: it is a lambda. Define it with `def` or ...
+        kfactk.errors.OptionError: <function <lambda>> cannot be written as an import path: ...
     """
     module: Any = getattr(function, "__module__", None)
     qualname: Any = getattr(function, "__qualname__", None)
     named = isinstance(module, str) and isinstance(qualname, str)
     if isinstance(function, functools.partial):
-        why = "it is a functools.partial, whose bound arguments no path can carry"
+        why = "it is a functools.partial, whose bound arguments a path cannot hold"
     elif not named or not callable(function):
         why = "it is not a function or class of a module"
     elif "<lambda>" in qualname:
@@ -69,13 +72,15 @@ def callable_path(function: Any) -> str:
 
 
 def import_path(path: str) -> Any:
-    """What an import path such as `"torch.optim:Adagrad"` names. Importing runs the module's code, so take paths from trusted files only.
+    """Return the object of an import path such as `"torch.optim:Adagrad"`.
+
+    The import runs the module's code, so take paths from trusted files only.
 
     Args:
-        path: `"package.module:name"`, the part behind the colon possibly dotted.
+        path: `"package.module:name"`; there may be dots after the colon.
 
     Raises:
-        OptionError: It is no such path, its module cannot be imported, or the module has no such name.
+        OptionError: It is no such path, its module cannot be imported, or has no such name.
 
     Example:
         >>> import_path("math:sqrt")
@@ -84,22 +89,22 @@ def import_path(path: str) -> Any:
     module, _, qualname = path.partition(":")
     if not all(part.isidentifier() for part in [*module.split("."), *qualname.split(".")]):
         raise OptionError(
-            f"{path!r} is not an import path. "
-            "Write it as 'package.module:Name', with a colon before the name."
+            f"{path!r} is not an import path. Write it as 'package.module:Name', with a colon "
+            "before the name."
         )
     try:
         found = importlib.import_module(module)
     except (Exception, SystemExit) as error:
         raise OptionError(
             f"The module of the import path {path!r} cannot be imported: {explain(error)}. "
-            "Install the package that has it, or put the module's folder on PYTHONPATH."
+            "Install its package, or put the module's folder on PYTHONPATH."
         ) from error
     for part in qualname.split("."):
         if not hasattr(found, part):
             near = near_names(part, [name for name in dir(found) if not name.startswith("_")])
-            script = " The path is of another script; move the object to a module."
+            script = " It was defined in the script that wrote the path; move it into a module."
             raise OptionError(
-                f"The import path {path!r} leads nowhere: {found!r} has no {part!r}."
+                f"The import path {path!r} names nothing: {found!r} has no {part!r}."
                 f"{near or ' Check the name.'}{script if module == '__main__' else ''}"
             )
         found = getattr(found, part)
@@ -107,14 +112,14 @@ def import_path(path: str) -> Any:
 
 
 def to_json(value: Any, what: str = "the value") -> Any:
-    """The value in JSON's types: numbers, text, booleans, `None`, lists and dicts; tuples become lists, sets sorted lists.
+    """Return the value in JSON's types; tuples become lists, sets become sorted lists.
 
     Args:
-        value: An option's value.
-        what: What it is, for the error message, such as `"option 'decay' of basis 'ekfac'"`.
+        value: The value of an option.
+        what: Its name in errors, such as `"option 'decay' of basis 'ekfac'"`.
 
     Raises:
-        OptionError: It cannot be written; says what, why, and what to do.
+        OptionError: It has no JSON form.
 
     Example:
         >>> to_json((1, 0.5, torch.float64, math.inf))
@@ -128,12 +133,12 @@ def to_json(value: Any, what: str = "the value") -> Any:
     if isinstance(value, float):
         if math.isnan(value):
             raise OptionError(
-                f"Cannot write {what}: it is not a number (NaN), which never equals what is read "
-                "back. Give a number."
+                f"Cannot write {what}: it is NaN, which never equals what is read back. Give a "
+                "number."
             )
         return float(value) if math.isfinite(value) else {"float": str(float(value))}
     if isinstance(value, Mapping):
-        return _mapping(value, what)
+        return _mapping_to_json(value, what)
     if isinstance(value, list | tuple):
         return [to_json(item, what) for item in value]
     if isinstance(value, set | frozenset):
@@ -145,17 +150,19 @@ def to_json(value: Any, what: str = "the value") -> Any:
             raise OptionError(f"Cannot write {what}: {error}") from error
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
     raise OptionError(
-        f"Cannot write {what}: {reprlib.repr(value)} is of type {kind}, which JSON has no form for. "
+        f"Cannot write {what}: {reprlib.repr(value)} is of type {kind}, which has no JSON form. "
         "Pass plain numbers, text, lists or dicts (a tensor's `.item()` or `.tolist()`), "
         "or a module-level function."
     )
 
 
 def from_json(value: Any) -> Any:
-    """Inverse of `to_json`, except that lists stay lists. What is already a Python value is left as it is.
+    """Return the Python value of a JSON form, the inverse of `to_json`; lists stay lists.
+
+    Python values are returned unchanged.
 
     Raises:
-        OptionError: An import path in it leads nowhere, or a tagged form is malformed.
+        OptionError: An import path in it names nothing, or a tagged form is malformed.
 
     Example:
         >>> from_json({"rate": {"callable": "math:sqrt"}, "limit": {"float": "inf"}})
@@ -173,14 +180,12 @@ def from_json(value: Any) -> Any:
             except OptionError:
                 raise
             except (AttributeError, RuntimeError, ValueError) as error:
-                raise OptionError(
-                    f"{value!r} names no {tag}. Correct it, or write the recipe again."
-                ) from error
+                raise OptionError(f"{value!r} is not a {tag}. Check its spelling.") from error
     return {key: from_json(item) for key, item in value.items()}
 
 
 def explain(error: BaseException) -> str:
-    """One line for an error: its type and message.
+    """Return an error as one line: its type and message.
 
     Example:
         >>> explain(KeyError("a"))
@@ -212,15 +217,15 @@ _TAGS: dict[str, Callable[[str], Any]] = {
 }
 
 
-def _mapping(value: Mapping[Any, Any], what: str) -> dict[str, Any]:
+def _mapping_to_json(value: Mapping[Any, Any], what: str) -> dict[str, Any]:
     if not all(isinstance(key, str) for key in value):
         raise OptionError(
-            f"Cannot write {what}: JSON's keys are text, and {list(value)!r} are not all. "
+            f"Cannot write {what}: the keys {list(value)!r} are not all text, as JSON requires. "
             "Use text as keys."
         )
     if len(value) == 1 and next(iter(value)) in _TAGS:
         raise OptionError(
-            f"Cannot write {what}: a dict whose only key is {next(iter(value))!r} stands for "
-            "something else. Rename the key."
+            f"Cannot write {what}: a dict whose only key is {next(iter(value))!r} would be read as "
+            "a tagged form. Rename the key."
         )
     return {key: to_json(item, what) for key, item in value.items()}

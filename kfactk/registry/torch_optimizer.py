@@ -1,4 +1,4 @@
-"""Any `torch.optim.Optimizer` class as an update rule."""
+"""Use any `torch.optim.Optimizer` class as an update rule."""
 
 from __future__ import annotations
 
@@ -12,26 +12,24 @@ import torch
 
 from kfactk.errors import OptionError, near_names
 
-UNFIT: dict[type[torch.optim.Optimizer], str] = {
-    torch.optim.LBFGS: (
-        "it evaluates the loss several times a step, at points without a preconditioned gradient"
-    ),
-    torch.optim.SparseAdam: (
-        "it takes sparse gradients only, and preconditioned gradients are dense"
-    ),
+UNSUPPORTED: dict[type[torch.optim.Optimizer], str] = {
+    torch.optim.LBFGS: "it evaluates the loss several times a step, at points that have no "
+    "preconditioned gradient",
+    torch.optim.SparseAdam: "it takes sparse gradients only, and preconditioned gradients are "
+    "dense",
 }
 """Classes that cannot be an update rule, and why."""
-OURS = ("lr", "weight_decay")
+RECIPE_ARGUMENTS = ("lr", "weight_decay")
 """Arguments that `build` and the parameter groups decide."""
 
 
-def _fit(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+def _check_class(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     name, why = repr(value), ""
     if not (isinstance(value, type) and issubclass(value, torch.optim.Optimizer)):
         why = "it is not a class derived from torch.optim.Optimizer"
     else:
         name = value.__name__
-        why = next((why for unfit, why in UNFIT.items() if issubclass(value, unfit)), "")
+        why = next((why for kind, why in UNSUPPORTED.items() if issubclass(value, kind)), "")
         if not why and not {"lr", "**"} & set(_arguments(value)):
             why = "it takes no `lr`, which clips and schedulers rely on"
     if why:
@@ -40,26 +38,26 @@ def _fit(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
         )
 
 
-def _known(
+def _check_options(
     instance: TorchOptimizer, attribute: attrs.Attribute[Any], value: Mapping[str, Any]
 ) -> None:
-    takes = _arguments(instance.optimizer)
-    options = [name for name in takes if name not in ("params", "**", *OURS)]
+    arguments = _arguments(instance.optimizer)
+    options = [name for name in arguments if name not in ("params", "**", *RECIPE_ARGUMENTS)]
     update = f"Update {instance.optimizer.__name__}"
     for name in value:
-        if name in OURS:
+        if name in RECIPE_ARGUMENTS:
             raise OptionError(
                 f"{update} takes no option {name!r}: give it to build, or to a parameter group."
             )
-        if name == "params" or (name not in options and "**" not in takes):
+        if name == "params" or (name not in options and "**" not in arguments):
             raise OptionError(
-                f"{update} has no option {name!r}.{near_names(str(name), options)} "
-                f"Use one of: {', '.join(options)}."
+                f"{update} has no option {name!r}.{near_names(str(name), options)} Use one of: "
+                f"{', '.join(options)}."
             )
 
 
 def _as_tuples(value: Any) -> Any:
-    """Lists as tuples, all the way down: betas read back from JSON equal those written."""
+    """Return nested lists as tuples, so that betas read from JSON equal those written."""
     if isinstance(value, list | tuple):
         return tuple(_as_tuples(item) for item in value)
     return value
@@ -71,67 +69,74 @@ def _frozen_options(options: Mapping[str, Any]) -> dict[str, Any]:
 
 @attrs.frozen
 class TorchOptimizer:
-    """The step of a `torch.optim.Optimizer` class, taken on preconditioned gradients.
+    """Take the step of a `torch.optim.Optimizer` class on preconditioned gradients.
 
     Args:
-        optimizer: The class. It must take `lr` and step on dense gradients that are computed once a step.
-        options: Its other keyword arguments; `lr` and `weight_decay` come from `build` and the parameter groups. Lists become tuples.
+        optimizer: The class. It must take `lr`, and step on dense gradients that are computed once.
+        options: Its other keyword arguments; `build` and the parameter groups give `lr` and
+            `weight_decay`. Lists become tuples.
 
     Raises:
-        OptionError: The class cannot take the step (LBFGS, SparseAdam), or lacks an option given.
+        OptionError: The class cannot take the step (LBFGS, SparseAdam), or lacks an option.
 
     Example:
         >>> parameter = torch.nn.Parameter(torch.ones(1))
         >>> update = TorchOptimizer(torch.optim.SGD, {"momentum": 0.9})
         >>> optimizer = update.make([{"params": [parameter], "lr": 0.5}], lr=0.1, weight_decay=0.0)
-        >>> type(optimizer).__name__, optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["momentum"]
+        >>> [group] = optimizer.param_groups
+        >>> type(optimizer).__name__, group["lr"], group["momentum"]
         ('SGD', 0.5, 0.9)
     """
 
-    optimizer: type[torch.optim.Optimizer] = attrs.field(validator=_fit)
+    optimizer: type[torch.optim.Optimizer] = attrs.field(validator=_check_class)
     options: Mapping[str, Any] = attrs.field(
-        factory=dict, converter=_frozen_options, validator=_known, hash=False
+        factory=dict, converter=_frozen_options, validator=_check_options, hash=False
     )
 
     def make(
         self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float
     ) -> torch.optim.Optimizer:
-        """The optimiser over `groups`, whose dicts become its `param_groups` themselves, not copies of them.
+        """Return the optimiser whose `param_groups` are the dicts in `groups`, not copies of them.
 
         Args:
-            groups: Dicts with "params" and, perhaps, their own values of any option.
+            groups: Dicts with "params" and optional values of other options.
             lr: Learning rate of groups without their own.
             weight_decay: Weight decay of groups without their own.
 
         Raises:
-            OptionError: The class has no weight decay and one is asked for; it refuses its arguments; it copies `groups`.
+            OptionError: The class has no weight decay though one is set, it refuses its arguments,
+                or it copies `groups`.
         """
-        name, takes = self.optimizer.__name__, _arguments(self.optimizer)
+        name, arguments = self.optimizer.__name__, _arguments(self.optimizer)
         given = {"lr": lr, **self.options}
-        if "weight_decay" in takes or "**" in takes:
+        if "weight_decay" in arguments or "**" in arguments:
             given["weight_decay"] = weight_decay
         elif weight_decay or any(group.get("weight_decay") for group in groups):
             raise OptionError(
-                f"Update {name} has no weight decay, and one is asked for. "
-                "Set weight_decay=0, or use another update."
+                f"Update {name} has no weight decay, but one is set. Set weight_decay=0, or use "
+                "another update."
             )
         try:
             made = cast("Callable[..., torch.optim.Optimizer]", self.optimizer)(groups, **given)
         except (TypeError, ValueError) as error:
             raise OptionError(
-                f"Update {name} refuses its arguments: {error}. Check its options, lr and weight_decay."
+                f"Update {name} refuses its arguments: {error}. Check its options, lr and "
+                "weight_decay."
             ) from error
         if [id(group) for group in made.param_groups] != [id(group) for group in groups]:
             raise OptionError(
                 f"Update {name} copies the parameter groups it is given, so that learning-rate "
-                "schedulers would not reach it. "
-                "Let it hand them to torch.optim.Optimizer.__init__ as they are."
+                "schedulers would not reach it. Let it pass them to "
+                "torch.optim.Optimizer.__init__ unchanged."
             )
         return made
 
     @classmethod
     def adapt(cls, candidate: Any) -> Callable[..., TorchOptimizer] | None:
-        """A factory of updates, if the candidate is an optimiser class or a `functools.partial` of one; else `None`."""
+        """Return a factory of updates for an optimiser class or a `functools.partial` of one.
+
+        Return `None` for anything else.
+        """
         bound: dict[str, Any] = {}
         if isinstance(candidate, functools.partial):
             if candidate.args:
@@ -149,12 +154,12 @@ class TorchOptimizer:
 
     @classmethod
     def unwrap(cls, stage: object) -> tuple[type[Any], Mapping[str, Any]] | None:
-        """The class and options of an update made by `adapt`; `None` for any other object, subclasses included."""
+        """Return class and options of a `TorchOptimizer`; `None` for others, also subclasses."""
         return (stage.optimizer, stage.options) if type(stage) is cls else None
 
 
 def _arguments(optimizer: type[torch.optim.Optimizer]) -> tuple[str, ...]:
-    """Names of the class's arguments, "**" among them when it takes any."""
+    """Return the names of the class's arguments, with "**" if it takes any."""
     parameters = inspect.signature(optimizer).parameters.values()
     return tuple("**" if p.kind is p.VAR_KEYWORD else p.name for p in parameters)
 
@@ -162,12 +167,15 @@ def _arguments(optimizer: type[torch.optim.Optimizer]) -> tuple[str, ...]:
 def _signature(
     optimizer: type[torch.optim.Optimizer], bound: Mapping[str, Any]
 ) -> inspect.Signature:
-    """The class's arguments less those that are not the user's to give here, with the bound ones as defaults."""
+    """Return the signature of the options, with bound values as defaults."""
     parameters = []
     for each in inspect.signature(optimizer).parameters.values():
         if each.kind is each.VAR_KEYWORD:
             parameters.append(each)
-        elif each.kind is not each.VAR_POSITIONAL and each.name not in ("params", *OURS):
+        elif each.kind is not each.VAR_POSITIONAL and each.name not in (
+            "params",
+            *RECIPE_ARGUMENTS,
+        ):
             default = bound.get(each.name, each.default)
             parameters.append(each.replace(kind=each.KEYWORD_ONLY, default=default))
     return inspect.Signature(parameters)

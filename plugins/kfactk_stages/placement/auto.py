@@ -7,7 +7,7 @@ import math
 import attrs
 
 from kfactk import Assignment, OptionError, Workload, grid, hookimpl
-from kfactk.costmodel.cost import Costs, Job, cost
+from kfactk.costmodel.cost import Costs, TrainingLoad, cost
 from kfactk.costmodel.hardware import MACHINES, machine_named
 from kfactk_stages.placement._options import Travelling
 
@@ -67,7 +67,7 @@ class Auto(Travelling):
                 workload, 1, 1, "replicated", "auto: one rank does everything", everyone=True
             )
         machine = machine_named(self.machine, workload.device)
-        job = Job.of(workload)
+        job = TrainingLoad.of(workload)
         found = [
             cost(job, each, ranks, machine, wire=WIRE_BYTES[self.wire_dtype])
             for each in _candidates(workload, ranks)

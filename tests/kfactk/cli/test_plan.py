@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kfactk.__main__ import main
 from kfactk.cli.plan import model_on_meta
-from kfactk.costmodel.counting import job_of, meta_batch
+from kfactk.costmodel.counting import meta_batch, training_load
 from kfactk.costmodel.hardware import A100, H100
 from kfactk.recipe import build
 
@@ -299,7 +299,7 @@ def test_ranks_are_counts(ranks: str, capsys: pytest.CaptureFixture[str]) -> Non
 def test_resnet50_is_what_its_paper_and_nvidia_say() -> None:
     """4.1 GFLOP multiply-adds a forward (torchvision's figure is 4.09), 25.6 million parameters; on an A100, NVIDIA measured 938 images a
     second in TF32 and 2470 in mixed precision, with kernels of another memory layout: the model is to be within a third."""
-    job = job_of(model_on_meta("resnet50"), build(), meta_batch("3x224x224", 256))
+    job = training_load(model_on_meta("resnet50"), build(), meta_batch("3x224x224", 256))
     assert job.parameters == 25_557_032
     forward = 4.09e9 * 2
     images_want_no_gradient = 2 * 112 * 112 * 64 * 147

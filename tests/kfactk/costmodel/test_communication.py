@@ -1,4 +1,4 @@
-"""Messages and bytes: by hand for small cases, equal to the closed form for grids, and equal to what ranks really send."""
+"""Messages and bytes by hand for small cases, in closed form for grids, and as ranks send them."""
 
 import math
 from typing import Any
@@ -13,15 +13,15 @@ import kfactk
 from benchmarks.ranks import least_bytes
 from kfactk.assignment import Assignment, Share, Work, Workload, grid
 from kfactk.costmodel.communication import (
-    BUCKET,
+    BUCKET_BYTES,
     Frequency,
     Message,
     Sizes,
-    bytes_a_step,
+    bytes_per_step,
     due_share,
     messages,
 )
-from kfactk.costmodel.counting import job_of, meta_batch
+from kfactk.costmodel.counting import meta_batch, training_load
 from kfactk.costmodel.hardware import H100
 from kfactk.testing._support.ranks import shared_workers
 from tests.kfactk.workloads import workloads
@@ -40,7 +40,7 @@ def found(workload: Workload, assignment: Assignment, ranks: int) -> list[Messag
     return messages(workload, sizes(workload), assignment, ranks, workload.itemsize)
 
 
-def test_sizes_are_triangles_eigenbases_and_diagonals() -> None:
+def test_sizes_of_triangles_eigenbases_and_diagonals() -> None:
     assert Sizes.of(FC, sampled=False) == Sizes({"A": 6, "G": 3}, {"A": 9, "G": 4}, 0)
     grouped = Work("conv", {"A": (5, 3, 3), "G": (5, 2, 2), "d": (7,)}, (5, 2, 3), indivisible=True)
     assert Sizes.of(grouped, sampled=True) == Sizes(
@@ -49,7 +49,7 @@ def test_sizes_are_triangles_eigenbases_and_diagonals() -> None:
 
 
 @given(st.lists(st.integers(1, 8), min_size=1, max_size=3))
-def test_the_share_of_due_steps_is_what_counting_gives(periods: list[int]) -> None:
+def test_due_share_equals_a_count_of_steps(periods: list[int]) -> None:
     cycle = math.prod(periods)
     assert math.isclose(
         due_share(*periods),
@@ -57,8 +57,11 @@ def test_the_share_of_due_steps_is_what_counting_gives(periods: list[int]) -> No
     )
 
 
-def test_frequencies_are_those_of_the_schedule() -> None:
-    """Steps 0 to 11: factors at 0 2 4 6 8 10, scale at 0 3 6 9, basis at 0 4 8; its scale is measured with it."""
+def test_frequency_follows_the_schedule() -> None:
+    """Of steps 0 to 11, factors are due at 0 2 4 6 8 10, the scale at 0 3 6 9, the basis at 0 4 8.
+
+    A refresh of the basis is one of the scale.
+    """
     often = Frequency.of(Workload((), factor_every=2, scale_every=3, basis_every=4))
     assert often == Frequency(6 / 12, 6 / 12, 3 / 12, 3 / 12, 8 / 12)
     assert Frequency.of(Workload((), 2, 3, 4, sampled=False)) == Frequency(
@@ -66,8 +69,8 @@ def test_frequencies_are_those_of_the_schedule() -> None:
     )
 
 
-def test_messages_of_a_layer_that_one_rank_owns() -> None:
-    """6 + 3 numbers of sums to rank 1, its 12 + 6 of eigenvectors and eigenvalues through all, moments and gradients of 6."""
+def test_messages_of_a_layer_of_one_rank() -> None:
+    """Numbers are 6 + 3 of sums, 12 + 6 of decompositions, 6 of moments and 6 of gradients."""
     everyone = (0, 1, 2)
     owned = Assignment("own", {"fc": Share({"A": (1,), "G": (1,)}, (1,))})
     assert sorted(map(str, found(Workload((FC,)), owned, 3))) == sorted(
@@ -84,8 +87,8 @@ def test_messages_of_a_layer_that_one_rank_owns() -> None:
     )
 
 
-def test_messages_of_a_layer_that_two_of_four_hold() -> None:
-    """Without moments: decompositions go from their decomposers to the other holder, gradients from each holder to its half."""
+def test_messages_of_a_layer_of_two_gradient_workers() -> None:
+    """Each sends a decomposition to the other one, and gradients to one of the other two ranks."""
     held = Assignment("rows", {"fc": Share({"A": (2,), "G": (3,)}, (2, 3))})
     assert {str(message) for message in found(Workload((FC,), sampled=False), held, 4)} == {
         str(Message("sums", "factors", "reduce", (0, 1, 2, 3), 24.0, 2)),
@@ -98,17 +101,15 @@ def test_messages_of_a_layer_that_two_of_four_hold() -> None:
 
 
 @given(workloads(), SHAPES)
-def test_grids_move_the_least_there_is(workload: Workload, shape: tuple[int, int]) -> None:
+def test_messages_of_grids_move_the_least_bytes(workload: Workload, shape: tuple[int, int]) -> None:
     ranks, width = shape
-    moved = bytes_a_step(found(workload, grid(workload, ranks, width, "grid"), ranks), workload)
+    moved = bytes_per_step(found(workload, grid(workload, ranks, width, "grid"), ranks), workload)
     assert moved == pytest.approx(least_bytes(workload, ranks, width), abs=1e-6)
 
 
 @given(workloads(), st.integers(1, 6))
-def test_where_everybody_does_everything_only_sums_are_moved(
-    workload: Workload, ranks: int
-) -> None:
-    moved = bytes_a_step(
+def test_messages_of_replicated_work_are_sums_only(workload: Workload, ranks: int) -> None:
+    moved = bytes_per_step(
         found(workload, grid(workload, ranks, ranks, "all", everyone=True), ranks), workload
     )
     assert moved["gradients"] == moved["decompositions"] == 0
@@ -116,17 +117,21 @@ def test_where_everybody_does_everything_only_sums_are_moved(
 
 
 @given(workloads(), SHAPES)
-def test_bytes_grow_with_ranks_and_with_sizes(workload: Workload, shape: tuple[int, int]) -> None:
+def test_least_bytes_grow_with_ranks_and_with_sizes(
+    workload: Workload, shape: tuple[int, int]
+) -> None:
     ranks, width = shape
     less, more = (sum(least_bytes(workload, n, min(n, width)).values()) for n in (ranks, ranks + 1))
     assert less <= more
     assert 2 * less == pytest.approx(sum(least_bytes(workload, ranks, width, itemsize=8).values()))
 
 
-def test_seconds_of_messages() -> None:
-    """x / bandwidth along a pipeline, 2 (g-1)/g of it in a ring; a tree's depth of latencies, for each bucket; the slowest network; and
-    ten launches and four times its bytes in memory for packing."""
-    near, far = H100.near, H100.far
+def test_message_seconds_are_those_of_pipelines_rings_trees_and_packing() -> None:
+    """A pipeline takes x / bandwidth, a ring 2 (g-1)/g of it, a tree its depth of latencies.
+
+    Packing takes ten launches, and four times the bytes in memory, for each bucket.
+    """
+    near, far = H100.intra_node, H100.inter_node
 
     def packing(size: float, buckets: int = 1) -> float:
         return 4 * size / H100.bandwidth + buckets * 10 * H100.launch
@@ -135,9 +140,9 @@ def test_seconds_of_messages() -> None:
     assert one == pytest.approx(packing(1e6) + 1e6 / near.bandwidth + 2 * near.latency)
     ring = Message("sums", "step", "all-reduce", tuple(range(16)), 1e6).seconds(H100)
     assert ring == pytest.approx(packing(1e6) + 2 * 15 / 16 * 1e6 / far.bandwidth + 8 * far.latency)
-    three = Message("sums", "step", "reduce", (7, 8), 2.5 * BUCKET).seconds(H100)
+    three = Message("sums", "step", "reduce", (7, 8), 2.5 * BUCKET_BYTES).seconds(H100)
     assert three == pytest.approx(
-        packing(2.5 * BUCKET, 3) + 2.5 * BUCKET / far.bandwidth + 3 * far.latency
+        packing(2.5 * BUCKET_BYTES, 3) + 2.5 * BUCKET_BYTES / far.bandwidth + 3 * far.latency
     )
 
 
@@ -150,7 +155,7 @@ class Net(nn.Module):
         return self.fc(F.relu(self.conv(images)).flatten(1))
 
 
-class Lasting(dict[str, float]):
+class Unclearable(dict[str, float]):
     """A record of bytes that the end of a step does not clear."""
 
     def clear(self) -> None:
@@ -160,7 +165,7 @@ class Lasting(dict[str, float]):
 def moved_by(
     rank: int, placement: Any, basis: str, wire: str | None
 ) -> tuple[dict[str, float], Assignment]:
-    """Bytes that this rank counts over one cycle of the periods after the first step, with what it counts in agreements left out."""
+    """Return the bytes of this rank in one cycle after the first step, without agreements."""
     torch.manual_seed(0)
     model = Net()
     recipe = kfactk.build(
@@ -172,7 +177,7 @@ def moved_by(
     )
     optimizer = recipe.bind(model)
     totals: dict[str, float] = {}
-    moved = optimizer._preconditioner.communicator.moved = Lasting()
+    moved = optimizer._preconditioner.communicator.moved = Unclearable()
     for step in range(7):
         before = dict(moved)
         optimizer.zero_grad()
@@ -199,27 +204,28 @@ def moved_by(
     ids=str,
 )
 @pytest.mark.parametrize(("ranks", "wire"), [(2, None), (4, "bfloat16")])
-def test_ranks_send_what_the_model_says(
+def test_ranks_send_the_bytes_of_the_cost_model(
     ranks: int, wire: str | None, placement: dict[str, Any], basis: str
 ) -> None:
-    """To the byte, besides a flag for each layer and step with which a holder tells whether it had a gradient."""
+    """Besides, gradient workers send a flag for each layer and step: whether it has a gradient."""
     answers = shared_workers().run(ranks, moved_by, placement, basis, wire)
     measured = sum(sum(totals.values()) for totals, _ in answers)
     recipe = kfactk.build(basis=basis, factor_every=2, scale_every=3, basis_every=6)
-    workload = job_of(Net().to("meta"), recipe, meta_batch("2x4x4", 4)).workload
+    workload = training_load(Net().to("meta"), recipe, meta_batch("2x4x4", 4)).workload
     assignment = answers[0][1]
     itemsize = 2 if wire else 4
-    said = messages(workload, sizes(workload), assignment, ranks, itemsize)
+    expected = messages(workload, sizes(workload), assignment, ranks, itemsize)
     flags = (
         6 * sum(len(m.members) - 1 for m in _one_a_layer(workload, assignment, ranks)) * itemsize
     )
     assert measured == pytest.approx(
-        6 * sum(bytes_a_step(said, workload).values()) + flags, abs=1e-6
+        6 * sum(bytes_per_step(expected, workload).values()) + flags, abs=1e-6
     )
 
 
 def _one_a_layer(workload: Workload, assignment: Assignment, ranks: int) -> list[Message]:
-    """Gradients' messages, for each layer by itself."""
+    """Return the messages of gradients, for each layer on its own."""
+
     out = []
     for work in workload.works:
         alone = Workload((work,), sampled=False)

@@ -1,4 +1,4 @@
-"""Machine profiles: curves, links, names, and the measuring of this machine."""
+"""Machine profiles: curves, links, names, and the measurement of this machine."""
 
 import itertools
 import math
@@ -26,7 +26,7 @@ from kfactk.testing._support.ranks import shared_workers
 pytestmark = pytest.mark.xdist_group("ranks")
 
 
-def test_curves_go_through_their_points_and_on() -> None:
+def test_curve_interpolates_and_extrapolates() -> None:
     curve = Curve(((16, 0.5), (64, 8.0), (256, 512.0)))
     assert [curve(n) for n in (16, 64, 256)] == pytest.approx([0.5, 8.0, 512.0])
     assert curve(32) == pytest.approx(2.0)  # half way in logarithms
@@ -35,24 +35,24 @@ def test_curves_go_through_their_points_and_on() -> None:
 
 
 @given(st.integers(1, 10000), st.integers(1, 10000))
-def test_larger_matrices_take_longer(one: int, other: int) -> None:
+def test_curves_of_profiles_are_monotonic(one: int, other: int) -> None:
     for machine in MACHINES.values():
         for curve in machine.solvers.values():
             assert curve(min(one, other)) <= curve(max(one, other))
 
 
 @pytest.mark.parametrize("machine", MACHINES.values(), ids=lambda machine: machine.name)
-def test_cholesky_takes_less_than_eigenvectors_and_far_is_slower(machine: Machine) -> None:
+def test_profile_has_fast_cholesky_and_slow_networks_between_nodes(machine: Machine) -> None:
     assert all(
         machine.solvers["cholesky"](n) < machine.solvers["eigh"](n) for n in (8, 64, 1000, 5000)
     )
-    assert machine.far.bandwidth < machine.near.bandwidth
-    assert machine.far.latency >= machine.near.latency
+    assert machine.inter_node.bandwidth < machine.intra_node.bandwidth
+    assert machine.inter_node.latency >= machine.intra_node.latency
     assert machine.precision in machine.products
 
 
-def test_shares_of_the_data_sheets_peaks() -> None:
-    """NVIDIA's data sheets: float32, TF32 and bfloat16 (dense) TFLOP/s, memory bandwidth and size, NVLink one way, one network port."""
+def test_profiles_reach_shares_of_the_data_sheets() -> None:
+    """TFLOP/s in float32, TF32, bfloat16; memory TB/s and GB; NVLink and network GB/s."""
     sheets = {
         "h100": (67, 494.7, 989.4, 3.35, 80, 450, 50),
         "a100": (19.5, 156, 312, 2.039, 80, 300, 25),
@@ -66,20 +66,20 @@ def test_shares_of_the_data_sheets_peaks() -> None:
         )
         assert 0.7 < machine.bandwidth / 1e12 / bandwidth < 0.9
         assert machine.memory == memory * 1e9
-        assert 0.6 < machine.near.bandwidth / 1e9 / near < 0.9
-        assert 0.6 < machine.far.bandwidth / 1e9 / far < 0.9
+        assert 0.6 < machine.intra_node.bandwidth / 1e9 / near < 0.9
+        assert 0.6 < machine.inter_node.bandwidth / 1e9 / far < 0.9
 
 
-def test_the_network_of_ranks_is_the_slowest_between_them() -> None:
+def test_link_is_the_slowest_between_ranks() -> None:
     assert [H100.link(members) for members in ((0, 7), (7, 8), (8, 9, 15), (0, 1023))] == [
-        H100.near,
-        H100.far,
-        H100.near,
-        H100.far,
+        H100.intra_node,
+        H100.inter_node,
+        H100.intra_node,
+        H100.inter_node,
     ]
 
 
-def test_profiles_have_names() -> None:
+def test_machine_named_finds_profiles() -> None:
     assert [machine_named(name) for name in ("h100", "a100", "cpu")] == [H100, A100, CPU]
     assert [machine_named(None, kind) for kind in ("cpu", "cuda", "xpu")] == [CPU, H100, H100]
     with pytest.raises(
@@ -89,17 +89,17 @@ def test_profiles_have_names() -> None:
         machine_named("h10")
 
 
-def test_a_precision_that_a_machine_lacks() -> None:
+def test_rate_refuses_an_unknown_precision() -> None:
     assert H100.rate("bfloat16") == H100.products["bfloat16"]
     with pytest.raises(
         OptionError,
-        match=r"'cpu' has no rate for the precision 'float16'\. Did you mean 'float32'.*Choose one of float32",
+        match=r"'cpu' has no rate for the precision 'float16'\. Did you mean 'float32'.*float32",
     ):
         CPU.rate("float16")
 
 
-def test_figures_are_what_was_done_in_the_seconds_it_took() -> None:
-    """By a clock on which everything takes a second."""
+def test_calibrate_divides_operations_by_seconds() -> None:
+    """On this clock everything takes a second."""
     machine = calibrate(repeats=1, clock=map(float, itertools.count()).__next__)
     assert machine.products == {"float32": 2.0 * 512**3}
     convolutions = 3 * 2 * 8 * 9 * (32 * 32 * 3 * 32 + 16 * 16 * 32 * 64 + 8 * 8 * 64 * 64)
@@ -111,17 +111,17 @@ def test_figures_are_what_was_done_in_the_seconds_it_took() -> None:
         == dict(machine.solvers["cholesky"].points)
         == {32: 1 / 4, 128: 1.0, 384: 1.0}
     )
-    assert (machine.name, machine.kind, machine.near, machine.far) == (
+    assert (machine.name, machine.kind, machine.intra_node, machine.inter_node) == (
         "this machine",
         "cpu",
-        CPU.near,
-        CPU.far,
+        CPU.intra_node,
+        CPU.inter_node,
     )
     assert machine.memory == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-def test_a_gpu_is_measured() -> None:
+def test_calibrate_measures_a_gpu() -> None:
     machine = calibrate("cuda", repeats=2)
     assert machine.kind == "cuda"
     assert machine.memory == torch.cuda.mem_get_info()[1]
@@ -132,12 +132,13 @@ def measured(rank: int) -> dict[str, object]:
     return attrs.asdict(calibrate(repeats=3))
 
 
-def test_ranks_measure_together_and_agree() -> None:
+def test_calibrate_gives_all_ranks_the_same() -> None:
     one, other = shared_workers().run(2, measured)
     assert one == other
-    assert one["near"] == one["far"]
-    near = Link(**one["near"])  # type: ignore[arg-type]
-    assert near.bandwidth > 0
-    assert math.isfinite(near.latency)
-    assert one["node"] == 2
+    assert one["intra_node"] == one["inter_node"]
+    link = Link(**one["intra_node"])  # type: ignore[arg-type]
+    assert link.bandwidth > 0
+    assert math.isfinite(link.latency)
+    assert one["ranks_per_node"] == 2
+
     assert one["memory"] == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2

@@ -1,4 +1,4 @@
-"""Loading plugins: one that fails is named and stops no other."""
+"""Plugins load one by one: one that fails is named and stops no other."""
 
 import re
 import sys
@@ -20,7 +20,7 @@ GOOD = CLIP.format(name="Good", stage="good")
 
 
 def load(site: Site, disabled: tuple[str, ...] = ()) -> tuple[dict[str, PluginInfo], list[str]]:
-    """What became of each plugin, and the warnings."""
+    """Return information on each plugin, and the warnings."""
     plugins = Plugins(disabled)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -33,16 +33,16 @@ def load(site: Site, disabled: tuple[str, ...] = ()) -> tuple[dict[str, PluginIn
     ]
 
 
-def test_a_sound_plugin_loads_without_a_word(site: Site) -> None:
+def test_correct_plugin_loads_without_a_warning(site: Site) -> None:
     site.module("good_plugin", GOOD)
     site.install("good-dist", {"good": "good_plugin"}, version="2.5")
-    infos, said = load(site)
+    infos, messages = load(site)
     assert infos == {
         "good": PluginInfo(
             "good", "good-dist", "2.5", "good_plugin", ("clip.good",), "loaded", "", 1
         )
     }
-    assert said == []
+    assert messages == []
 
 
 FAULTS: dict[str, tuple[str, str]] = {
@@ -90,62 +90,67 @@ FAULTS: dict[str, tuple[str, str]] = {
         "clip 'a' is 3, which cannot be called",
     ),
     "options raise": (
-        "@attrs.frozen\nclass C:\n    a: int = attrs.field(factory=lambda: 1 / 0)\n@hookimpl\ndef kfactk_clips(): return {'a': C}",
-        "clip 'a' does not let its options be read: ZeroDivisionError",
+        "@attrs.frozen\nclass C:\n    a: int = attrs.field(factory=lambda: 1 / 0)\n"
+        "@hookimpl\ndef kfactk_clips(): return {'a': C}",
+        "clip 'a' has options that cannot be read: ZeroDivisionError",
     ),
     "option called name": (
-        "class C:\n    def __init__(self, name): ...\n@hookimpl\ndef kfactk_clips(): return {'a': C}",
+        "class C:\n    def __init__(self, name): ...\n"
+        "@hookimpl\ndef kfactk_clips(): return {'a': C}",
         "an option 'name'",
     ),
 }
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_faulty_plugin_is_named_once_and_the_others_work(site: Site, fault: str) -> None:
-    source, says = FAULTS[fault]
+def test_faulty_plugin_is_named_once_and_others_work(site: Site, fault: str) -> None:
+    source, problem = FAULTS[fault]
     site.module("bad_plugin", source)
     site.module("good_plugin", GOOD)
     site.install("bad-dist", {"bad": "bad_plugin"}, version="0.3")
     site.install("good-dist", {"good": "good_plugin"})
-    infos, said = load(site)
+    infos, messages = load(site)
     assert infos["good"].status == "loaded"
     assert infos["good"].stages == ("clip.good",)
     assert (infos["bad"].status, infos["bad"].stages) == ("failed", ())
     assert (infos["bad"].distribution, infos["bad"].version) == ("bad-dist", "0.3")
-    assert says in infos["bad"].error
-    (message,) = said
-    for part in ("'bad' (bad-dist 0.3)", says, "`pip install -U bad-dist`", f"{DISABLE}=bad"):
+    assert problem in infos["bad"].error
+    (message,) = messages
+    for part in ("'bad' (bad-dist 0.3)", problem, "`pip install -U bad-dist`", f"{DISABLE}=bad"):
         assert part in message
 
 
-def test_an_entry_point_without_its_attribute(site: Site) -> None:
+def test_entry_point_without_its_attribute_fails(site: Site) -> None:
     site.module("good_plugin", GOOD)
     site.install("bad-dist", {"bad": "good_plugin:missing"})
     infos, _ = load(site)
     assert "AttributeError" in infos["bad"].error
 
 
-def test_what_works_of_a_partly_failing_plugin_stays(site: Site) -> None:
+def test_failed_plugin_keeps_the_stages_that_work(site: Site) -> None:
     site.module("half_plugin", GOOD + "\n@hookimpl\ndef kfactk_bases(): raise KeyError('x')\n")
     site.install("half-dist", {"half": "half_plugin"})
-    infos, said = load(site)
+    infos, messages = load(site)
     assert infos["half"].status == "failed"
     assert infos["half"].stages == ("clip.good",)
-    assert len(said) == 1
+    assert len(messages) == 1
 
 
-def test_a_helper_and_an_optional_hook_are_no_fault(site: Site) -> None:
-    optional = "\n@hookimpl(optionalhook=True)\ndef kfactk_of_the_future(): return {}\ndef _kfactk_helper(): ...\nkfactk_number = 3\n"
+def test_plugin_may_have_helpers_and_optional_hooks(site: Site) -> None:
+    optional = (
+        "\n@hookimpl(optionalhook=True)\ndef kfactk_of_the_future(): return {}\n"
+        "def _kfactk_helper(): ...\nkfactk_number = 3\n"
+    )
     site.module(
         "good_plugin", GOOD + optional + "from kfactk.registry.hookspecs import kfactk_bases\n"
     )
     site.install("good-dist", {"good": "good_plugin"})
-    infos, said = load(site)
+    infos, messages = load(site)
     assert infos["good"].status == "loaded", infos
-    assert said == []
+    assert messages == []
 
 
-def test_a_name_that_two_distributions_use_is_said_and_both_load(site: Site) -> None:
+def test_plugins_of_the_same_name_both_load_with_a_warning(site: Site) -> None:
     site.module("good_plugin", GOOD)
     site.module("other_plugin", CLIP.format(name="Other", stage="other"))
     site.install("a-dist", {"same": "good_plugin"})
@@ -159,7 +164,7 @@ def test_a_name_that_two_distributions_use_is_said_and_both_load(site: Site) -> 
     assert [record.info().stages for record in plugins.records] == [("clip.good",), ("clip.other",)]
 
 
-def test_blocking_one_of_two_settles_a_doubled_name(site: Site) -> None:
+def test_blocking_one_of_two_plugins_resolves_a_duplicate_name(site: Site) -> None:
     site.module("good_plugin", GOOD)
     site.module("other_plugin", CLIP.format(name="Other", stage="other"))
     site.install("a-dist", {"same": "good_plugin"})
@@ -167,35 +172,36 @@ def test_blocking_one_of_two_settles_a_doubled_name(site: Site) -> None:
     assert load(site, ("b-dist",))[1] == []
 
 
-def test_one_plugin_found_twice_is_one(site: Site) -> None:
+def test_plugin_found_twice_loads_once(site: Site) -> None:
     site.module("good_plugin", GOOD)
     site.install("good-dist", {"good": "good_plugin"})
     site.install("good-dist", {"good": "good_plugin"}, version="0.9")
     assert len(site.entry_points()) == 2
-    infos, said = load(site)
+    infos, messages = load(site)
     assert list(infos) == ["good"]
-    assert said == []
+    assert messages == []
 
 
-def test_two_names_for_one_module(site: Site) -> None:
+def test_second_name_of_a_module_fails(site: Site) -> None:
     site.module("good_plugin", GOOD)
     site.install("good-dist", {"first": "good_plugin", "second": "good_plugin"})
-    infos, said = load(site)
+    infos, messages = load(site)
     assert {info.status for info in infos.values()} == {"loaded", "failed"}
-    assert "same object as plugin 'first'" in said[0]
+    assert "same object as plugin 'first'" in messages[0]
 
 
 @pytest.mark.parametrize(
-    ("declared", "says", "upgrade"),
+    ("declared", "problem", "upgrade"),
     [
         (
             f"{PLUGIN_API + 1}",
-            f"for version {PLUGIN_API + 1} of the plugin API, and this kfactk {__version__} speaks version 1",
+            f"for version {PLUGIN_API + 1} of the plugin API, and this kfactk {__version__} "
+            "supports version 1: a newer kfactk is needed",
             "kfactk",
         ),
         (
             "0",
-            "for version 0 of the plugin API.* speaks version 1: a newer other-dist is needed",
+            "for version 0 of the plugin API.* supports version 1: a newer other-dist is needed",
             "other-dist",
         ),
         ("-3", "a newer other-dist is needed", "other-dist"),
@@ -205,38 +211,37 @@ def test_two_names_for_one_module(site: Site) -> None:
         ("None", "kfactk_api is None, not an integer", "other-dist"),
     ],
 )
-def test_a_plugin_of_another_api_is_refused_whole(
-    site: Site, declared: str, says: str, upgrade: str
+def test_plugin_of_another_api_is_refused(
+    site: Site, declared: str, problem: str, upgrade: str
 ) -> None:
     site.module("other_plugin", f"kfactk_api = {declared}\n{GOOD}")
     site.module("good_plugin", GOOD)
     site.install("other-dist", {"other": "other_plugin"})
     site.install("good-dist", {"good": "good_plugin"})
-    infos, said = load(site)
+    infos, messages = load(site)
     assert (infos["other"].status, infos["other"].stages, infos["good"].status) == (
         "failed",
         (),
         "loaded",
     )
-    assert re.search(says, infos["other"].error)
-    (message,) = said
+    assert re.search(problem, infos["other"].error)
+    (message,) = messages
     assert message.startswith(
-        f"The kfactk plugin 'other' (other-dist 1.0) failed: {infos['other'].error}. Try `pip install -U {upgrade}`"
+        f"The kfactk plugin 'other' (other-dist 1.0) failed: {infos['other'].error}. Try `pip "
+        f"install -U {upgrade}`"
     )
 
 
-def test_a_plugin_of_our_api_declares_it(site: Site) -> None:
+def test_plugin_may_declare_its_api(site: Site) -> None:
     site.module("good_plugin", f"kfactk_api = {PLUGIN_API}\n{GOOD}")
     site.install("good-dist", {"good": "good_plugin"})
-    infos, said = load(site)
-    assert (infos["good"].status, infos["good"].api, said) == ("loaded", PLUGIN_API, [])
+    infos, messages = load(site)
+    assert (infos["good"].status, infos["good"].api, messages) == ("loaded", PLUGIN_API, [])
 
 
-def test_older_versions_stay_welcome_as_long_as_they_are_spoken(
-    site: Site, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_plugins_of_supported_older_apis_load(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "PLUGIN_API", 3)
-    monkeypatch.setattr(loading, "SPOKEN", range(2, 4))
+    monkeypatch.setattr(loading, "SUPPORTED_APIS", range(2, 4))
     for version in (1, 2, 3, 4):
         site.module(
             f"plugin_{version}",
@@ -253,10 +258,10 @@ def test_older_versions_stay_welcome_as_long_as_they_are_spoken(
         "p4": ("failed", 4),
         "silent": ("failed", 1),
     }
-    assert "speaks versions 2 to 3" in infos["p4"].error
+    assert "supports versions 2 to 3" in infos["p4"].error
 
 
-def test_an_object_of_another_api_cannot_be_registered() -> None:
+def test_register_refuses_an_object_of_another_api() -> None:
     class Mine:
         kfactk_api = 7
 
@@ -265,13 +270,13 @@ def test_an_object_of_another_api_cannot_be_registered() -> None:
             raise AssertionError("asked for its stages")
 
     plugins = Plugins()
-    for declared, says in [
+    for declared, problem in [
         (7, "written for version 7 .*a newer kfactk is needed. Try `pip install -U kfactk`"),
         (0, "a newer plugin"),
         ("", "''"),
     ]:
         Mine.kfactk_api = declared  # type: ignore[assignment]
-        with pytest.raises(PluginError, match=says):
+        with pytest.raises(PluginError, match=problem):
             plugins.register(Mine())
     assert plugins.records == []
 
@@ -285,25 +290,25 @@ def test_an_object_of_another_api_cannot_be_registered() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["bad", "bad-dist", "Bad_Dist", "ba*", "bad-?ist"])
-def test_a_blocked_plugin_is_not_imported(site: Site, pattern: str) -> None:
+def test_blocked_plugin_is_not_imported(site: Site, pattern: str) -> None:
     site.module("bad_plugin", "raise RuntimeError('boom')")
     site.module("good_plugin", GOOD)
     site.install("bad-dist", {"bad": "bad_plugin"})
     site.install("good-dist", {"good": "good_plugin"})
-    infos, said = load(site, (f" {pattern} ", ""))
+    infos, messages = load(site, (f" {pattern} ", ""))
     assert infos["bad"].status == "blocked"
     assert infos["bad"].error == f"blocked by {DISABLE}={pattern}"
     assert infos["good"].status == "loaded"
-    assert said == []
+    assert messages == []
     assert "bad_plugin" not in sys.modules
 
 
-def test_a_pattern_that_blocks_nothing_is_said_with_near_names(site: Site) -> None:
+def test_pattern_that_blocks_nothing_warns_with_near_names(site: Site) -> None:
     site.module("good_plugin", GOOD)
     site.install("good-dist", {"good": "good_plugin"})
-    infos, said = load(site, ("godo", "good-dist", "good"))
+    infos, messages = load(site, ("godo", "good-dist", "good"))
     assert infos["good"].status == "blocked"
-    (message,) = said
+    (message,) = messages
     assert "'godo'" in message
     assert "Did you mean 'good'" in message
 
@@ -318,7 +323,7 @@ class Clip:
     def clip(self, pairs: Any, dot: Any) -> Any: ...
 
 
-def test_plugins_of_this_process_come_and_go() -> None:
+def test_register_and_unregister_plugins_of_this_process() -> None:
     plugins = Plugins()
     mine = namespace(kfactk_clips=lambda: {"mine": Clip})
     assert plugins.register(mine, "mine") == "mine"
@@ -335,7 +340,7 @@ def test_plugins_of_this_process_come_and_go() -> None:
         plugins.unregister("mine")
 
 
-def test_an_object_with_methods_is_a_plugin() -> None:
+def test_register_takes_an_object_with_methods() -> None:
     class Mine:
         @hookimpl
         def kfactk_clips(self) -> dict[str, type]:
@@ -347,7 +352,7 @@ def test_an_object_with_methods_is_a_plugin() -> None:
 
 
 @pytest.mark.parametrize(
-    ("functions", "says"),
+    ("functions", "problem"),
     [
         ({}, "no function marked"),
         ({"kfactk_clip": lambda: {}}, "Did you mean 'kfactk_clips'"),
@@ -355,18 +360,18 @@ def test_an_object_with_methods_is_a_plugin() -> None:
         ({"kfactk_clips": lambda extra: {}}, "extra"),
     ],
 )
-def test_a_faulty_plugin_of_this_process_raises_and_leaves_nothing(
-    functions: dict[str, Any], says: str
+def test_register_of_a_faulty_plugin_raises_and_leaves_nothing(
+    functions: dict[str, Any], problem: str
 ) -> None:
     plugins = Plugins()
     faulty = namespace(kfactk_stepped=lambda step: None, **functions) if functions else namespace()
-    with pytest.raises(PluginError, match=says):
+    with pytest.raises(PluginError, match=problem):
         plugins.register(faulty, "faulty")
     assert plugins.records == []
     assert not plugins.manager.is_registered(faulty)
     assert plugins.manager.hook.kfactk_stepped.get_hookimpls() == []
 
 
-def test_a_blocked_name_cannot_be_registered() -> None:
+def test_register_refuses_a_blocked_name() -> None:
     with pytest.raises(PluginError, match=f"{DISABLE}=mi\\*"):
         Plugins(["mi*"]).register(namespace(kfactk_clips=lambda: {}), "mine")

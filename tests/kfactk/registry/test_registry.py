@@ -1,4 +1,4 @@
-"""The registry: stages from what users write, written down again, and listed."""
+"""The registry makes stages from what users write, describes them again, and lists them."""
 
 import functools
 import importlib.metadata
@@ -58,7 +58,7 @@ class Scale:
 
 @attrs.frozen
 class NamedGradients:
-    """A tuple option that forgot its converter."""
+    """A clip whose tuple option lacks a converter."""
 
     bounds: tuple[float, ...] = ()
 
@@ -67,7 +67,7 @@ class NamedGradients:
 
 @attrs.frozen
 class Derived:
-    """An option whose default another one decides."""
+    """A clip with an option whose default depends on another one."""
 
     by: float = 1.0
     again: float | None = attrs.Factory(lambda self: self.by, takes_self=True)
@@ -90,7 +90,7 @@ class Forgetful:
 
 
 class Broken:
-    """A class that makes no clip."""
+    """A class that is no clip."""
 
 
 def failing() -> Any:
@@ -142,7 +142,7 @@ def ours_() -> Registry:
     return made
 
 
-def test_by_name_with_options_by_path_class_factory_and_instance(ours: Registry) -> None:
+def test_resolve_takes_names_options_paths_classes_factories_and_instances(ours: Registry) -> None:
     scale = Scale(by=2.0)
     assert ours.resolve("clip", "scale") == Scale()
     assert ours.resolve("clip", {"name": "scale", "by": 2.0}) == scale
@@ -157,7 +157,7 @@ def test_by_name_with_options_by_path_class_factory_and_instance(ours: Registry)
     assert Registry().resolve("clip", f"{HERE}:ready") is ready
 
 
-def test_options_come_in_their_json_forms(ours: Registry) -> None:
+def test_resolve_reads_options_in_their_json_forms(ours: Registry) -> None:
     spec = {
         "name": "scale",
         "rule": {"callable": "math:sqrt"},
@@ -169,7 +169,7 @@ def test_options_come_in_their_json_forms(ours: Registry) -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "kind", "says"),
+    ("spec", "kind", "parts"),
     [
         (
             "scal",
@@ -203,17 +203,17 @@ def test_options_come_in_their_json_forms(ours: Registry) -> None:
         ("no_such_package:Name", OptionError, ["No module named"]),
     ],
 )
-def test_faults_name_what_is_wrong(
-    ours: Registry, spec: Any, kind: type[Exception], says: list[str]
+def test_resolve_names_what_is_wrong(
+    ours: Registry, spec: Any, kind: type[Exception], parts: list[str]
 ) -> None:
     with pytest.raises(kind) as caught:
         ours.resolve("clip", spec)
-    for part in says:
+    for part in parts:
         assert part in str(caught.value)
     assert type(caught.value) is kind
 
 
-def test_the_factorys_error_is_the_cause(ours: Registry) -> None:
+def test_resolve_chains_the_error_of_the_factory(ours: Registry) -> None:
     with pytest.raises(OptionError) as caught:
         ours.resolve("clip", {"name": "scale", "by": -1})
     assert isinstance(caught.value.__cause__, ValueError)
@@ -227,7 +227,7 @@ def test_the_factorys_error_is_the_cause(ours: Registry) -> None:
         lambda r: r.describe("clips", ready),
     ],
 )
-def test_an_unknown_family(ours: Registry, call: Any) -> None:
+def test_unknown_family_is_refused_with_near_names(ours: Registry, call: Any) -> None:
     with pytest.raises(UnknownStageError, match=r"no stage family 'clips'\. Did you mean 'clip'"):
         call(ours)
 
@@ -251,7 +251,7 @@ scales = st.builds(
 
 
 @given(stage=scales, named=st.booleans())
-def test_what_is_described_resolves_to_the_same(stage: Scale, named: bool) -> None:
+def test_resolve_inverts_describe(stage: Scale, named: bool) -> None:
     registry = ours_() if named else Registry()
     text = json.dumps(registry.describe("clip", stage), allow_nan=False)
     assert registry.resolve("clip", json.loads(text)) == stage
@@ -260,12 +260,12 @@ def test_what_is_described_resolves_to_the_same(stage: Scale, named: bool) -> No
 @pytest.mark.parametrize(
     "stage", [Derived(), Derived(by=2.0), Derived(again=None), Derived(by=2.0, again=3.0)]
 )
-def test_a_computed_default_survives(stage: Derived) -> None:
+def test_describe_keeps_computed_defaults(stage: Derived) -> None:
     form = Registry().describe("clip", stage)
     assert Registry().resolve("clip", json.loads(json.dumps(form))) == stage
 
 
-def test_a_description_leaves_defaults_out(ours: Registry) -> None:
+def test_describe_leaves_defaults_out(ours: Registry) -> None:
     assert ours.describe("clip", Scale()) == {"name": "scale"}
     assert ours.describe("clip", Scale(by=2, bounds=[1.0], private=4)) == {
         "name": "scale",
@@ -281,7 +281,7 @@ def test_a_description_leaves_defaults_out(ours: Registry) -> None:
 
 
 @pytest.mark.parametrize(
-    ("stage", "says"),
+    ("stage", "parts"),
     [
         (Scale(rule=lambda value: value), ["option 'rule' of clip 'scale'", "lambda", "top level"]),
         (Scale(by=torch.ones(())), ["option 'by' of clip 'scale'", "torch.Tensor"]),
@@ -293,14 +293,14 @@ def test_a_description_leaves_defaults_out(ours: Registry) -> None:
         (Forgetful(2.0), ["clip 'forgetful'", "does not keep its option 'by'"]),
     ],
 )
-def test_what_cannot_be_described_is_named(ours: Registry, stage: Any, says: list[str]) -> None:
+def test_describe_names_what_has_no_json_form(ours: Registry, stage: Any, parts: list[str]) -> None:
     with pytest.raises(OptionError) as caught:
         ours.describe("clip", stage)
-    for part in says:
+    for part in parts:
         assert part in str(caught.value)
 
 
-def test_a_local_class_is_described_by_name_only(ours: Registry) -> None:
+def test_describe_needs_a_name_for_a_local_class(ours: Registry) -> None:
     @attrs.frozen
     class Local:
         def clip(self, pairs: Any, dot: Any) -> Any: ...
@@ -311,7 +311,7 @@ def test_a_local_class_is_described_by_name_only(ours: Registry) -> None:
     assert ours.describe("clip", Local()) == {"name": "local"}
 
 
-def test_any_torch_optimizer_is_an_update(ours: Registry) -> None:
+def test_resolve_makes_updates_of_torch_optimizers(ours: Registry) -> None:
     adagrad = TorchOptimizer(torch.optim.Adagrad, {"lr_decay": 0.1})
     assert ours.resolve("update", {"name": "torch.optim:Adagrad", "lr_decay": 0.1}) == adagrad
     assert ours.resolve("update", functools.partial(torch.optim.Adagrad, lr_decay=0.1)) == adagrad
@@ -341,14 +341,14 @@ def test_any_torch_optimizer_is_an_update(ours: Registry) -> None:
         (TorchOptimizer(Mine, {"momentum": 0.5}), {"name": "mine", "momentum": 0.5}),
     ],
 )
-def test_wrapped_updates_round_trip(
+def test_resolve_inverts_describe_of_torch_optimizers(
     ours: Registry, update: TorchOptimizer, form: dict[str, Any]
 ) -> None:
     assert ours.describe("update", update) == form
     assert ours.resolve("update", json.loads(json.dumps(form))) == update
 
 
-def dispute(site: Site) -> Registry:
+def load_conflict(site: Site) -> Registry:
     site.module(
         "first_plugin",
         CLIP.format(name="First", stage="shared")
@@ -361,8 +361,8 @@ def dispute(site: Site) -> Registry:
         return Registry.load(site.entry_points(), disabled=())
 
 
-def test_a_disputed_name_names_both_and_spares_the_rest(site: Site) -> None:
-    found = dispute(site)
+def test_name_of_two_plugins_is_refused_with_both_named(site: Site) -> None:
+    found = load_conflict(site)
     with pytest.raises(PluginError) as caught:
         found.resolve("clip", "shared")
     for part in (
@@ -382,17 +382,17 @@ def test_a_disputed_name_names_both_and_spares_the_rest(site: Site) -> None:
         found.resolve("update", {"name": "only", "by": 1.0})
     stage = found.resolve("clip", {"name": "first_plugin:First", "by": 2.0})
     assert found.describe("clip", stage) == {"name": "first_plugin:First", "by": 2.0}, (
-        "a disputed name would not resolve"
+        "a conflicting name would not resolve"
     )
 
 
-def test_the_remedy_for_a_dispute_helps(site: Site) -> None:
-    dispute(site)
-    settled = Registry.load(site.entry_points(), disabled=["second"])
-    assert type(settled.resolve("clip", {"name": "shared", "by": 1.0})).__name__ == "First"
+def test_blocking_a_plugin_resolves_a_conflict(site: Site) -> None:
+    load_conflict(site)
+    found = Registry.load(site.entry_points(), disabled=["second"])
+    assert type(found.resolve("clip", {"name": "shared", "by": 1.0})).__name__ == "First"
 
 
-def test_the_very_same_factory_from_two_plugins_is_no_dispute(ours: Registry) -> None:
+def test_same_factory_from_two_plugins_is_no_conflict(ours: Registry) -> None:
     ours.register(namespace({"scale": Scale}), "again")
     assert ours.resolve("clip", "scale") == Scale()
     ours.register(namespace({"scale": make_scale}), "other")
@@ -402,14 +402,17 @@ def test_the_very_same_factory_from_two_plugins_is_no_dispute(ours: Registry) ->
     assert ours.resolve("clip", "scale") == Scale()
 
 
-def test_a_blocked_stage_says_by_what(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_of_a_blocked_stage_names_the_pattern(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
     site.module("first_plugin", CLIP.format(name="First", stage="first"))
     site.install("a-dist", {"clip.first": "first_plugin"})
     monkeypatch.setenv(DISABLE, "clip.f*")
     found = Registry.load(site.entry_points())
     with pytest.raises(
         UnknownStageError,
-        match=r"provides it is blocked: 'clip.first' \(a-dist 1.0\): by KFACTK_DISABLE_PLUGINS=clip.f\*",
+        match=r"provides it is blocked: 'clip.first' \(a-dist 1.0\): "
+        r"by KFACTK_DISABLE_PLUGINS=clip.f\*",
     ):
         found.resolve("clip", "first")
     with pytest.raises(UnknownStageError, match="A plugin that is blocked may provide it"):
@@ -418,7 +421,7 @@ def test_a_blocked_stage_says_by_what(site: Site, monkeypatch: pytest.MonkeyPatc
     assert (info.name, info.blocked, info.options) == ("first", f"{DISABLE}=clip.f*", ())
 
 
-def test_a_failed_plugin_is_suspected_of_a_missing_stage(site: Site) -> None:
+def test_error_of_a_missing_stage_names_failed_plugins(site: Site) -> None:
     site.module("bad_plugin", "import no_such_package_at_all")
     site.install("a-dist", {"clip.first": "bad_plugin", "whole": "bad_plugin:x"})
     with pytest.warns(KfactkWarning):
@@ -434,7 +437,7 @@ def test_a_failed_plugin_is_suspected_of_a_missing_stage(site: Site) -> None:
         found.resolve("clip", "second")
 
 
-def test_listing(site: Site) -> None:
+def test_stages_lists_what_plugins_provide(site: Site) -> None:
     site.module("first_plugin", CLIP.format(name="First", stage="first"))
     site.install("a-dist", {"one": "first_plugin"}, version="1.5")
     found = Registry.load(site.entry_points(), disabled=())
@@ -457,14 +460,14 @@ def test_listing(site: Site) -> None:
     assert [plugin.name for plugin in found.plugins()] == ["one"]
 
 
-def test_an_optimizer_class_is_listed_without_what_is_not_its_option(ours: Registry) -> None:
+def test_stages_lists_the_options_of_an_optimizer_class(ours: Registry) -> None:
     (info,) = ours.stages("update")
     assert info.summary == "My own descent."
     assert "momentum" in [option.name for option in info.options]
     assert not {"params", "lr", "weight_decay"} & {option.name for option in info.options}
 
 
-def test_hooks_reach_plugins() -> None:
+def test_hook_calls_reach_plugins() -> None:
     calls = []
 
     @hookimpl
@@ -477,12 +480,12 @@ def test_hooks_reach_plugins() -> None:
     assert calls == [3]
 
 
-def test_an_empty_registry_says_so() -> None:
-    with pytest.raises(UnknownStageError, match="No plugin that provides any is loaded"):
+def test_error_of_an_empty_registry_says_so() -> None:
+    with pytest.raises(UnknownStageError, match="No loaded plugin provides any basis"):
         Registry.load([], disabled=()).resolve("basis", "any")
 
 
-def test_the_registry_of_the_process_is_made_once_from_what_is_installed() -> None:
+def test_registry_of_the_process_is_loaded_once_from_entry_points() -> None:
     assert registry() is registry()
     installed = {entry.name for entry in importlib.metadata.entry_points(group="kfactk")}
     assert {plugin.name for plugin in registry().plugins()} == installed

@@ -1,4 +1,4 @@
-"""Option values as JSON: what is written reads back the same, and what cannot be written says why."""
+"""Option values read back from JSON unchanged; values without a JSON form are refused."""
 
 import enum
 import functools
@@ -67,7 +67,7 @@ values = st.recursive(
 
 
 @given(value=values)
-def test_what_is_written_reads_back_the_same_through_strict_json(value: Any) -> None:
+def test_from_json_inverts_to_json_through_strict_json(value: Any) -> None:
     text = json.dumps(to_json(value), allow_nan=False)
     back = from_json(json.loads(text))
     assert back == value
@@ -75,12 +75,12 @@ def test_what_is_written_reads_back_the_same_through_strict_json(value: Any) -> 
 
 
 @given(value=values)
-def test_reading_leaves_python_values_alone(value: Any) -> None:
+def test_from_json_keeps_python_values(value: Any) -> None:
     assert from_json(value) == value
 
 
 @given(text=st.text() | st.sampled_from(["math:sqrt", "torch.float64", "inf", "callable"]))
-def test_a_plain_string_is_never_taken_for_a_path(text: str) -> None:
+def test_to_json_keeps_strings(text: str) -> None:
     assert to_json(text) == text
     assert from_json(text) == text
 
@@ -98,12 +98,12 @@ def test_a_plain_string_is_never_taken_for_a_path(text: str) -> None:
         (torch.float64, {"dtype": "float64"}),
     ],
 )
-def test_forms(value: Any, form: Any) -> None:
+def test_to_json_gives_tagged_forms(value: Any, form: Any) -> None:
     assert to_json(value) == form
     assert json.dumps(to_json(value), allow_nan=False)
 
 
-def test_the_public_name_is_preferred_to_the_private_module() -> None:
+def test_callable_path_prefers_the_public_name() -> None:
     assert torch.optim.Adagrad.__module__ == "torch.optim.adagrad"
     assert callable_path(torch.optim.Adagrad) == "torch.optim:Adagrad"
     assert callable_path(torch.optim.lr_scheduler.StepLR) == "torch.optim.lr_scheduler:StepLR"
@@ -122,7 +122,7 @@ def test_the_public_name_is_preferred_to_the_private_module() -> None:
         torch.nn.functional.relu,
     ],
 )
-def test_paths_lead_back(function: Any) -> None:
+def test_import_path_inverts_callable_path(function: Any) -> None:
     assert import_path(callable_path(function)) == function
 
 
@@ -144,13 +144,13 @@ def _local() -> Any:
         (3, "not a function or class"),
     ],
 )
-def test_what_has_no_path_says_why_and_what_to_do(function: Any, why: str) -> None:
+def test_callable_path_refuses_objects_without_a_path(function: Any, why: str) -> None:
     with pytest.raises(OptionError, match=why) as caught:
         callable_path(function)
     assert "top level of an importable module" in str(caught.value)
 
 
-def test_a_name_that_now_means_something_else_has_no_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_callable_path_refuses_a_replaced_function(monkeypatch: pytest.MonkeyPatch) -> None:
     stale = schedule
     monkeypatch.setattr(sys.modules[HERE], "schedule", _local())
     with pytest.raises(OptionError, match="leads elsewhere"):
@@ -169,13 +169,13 @@ def test_a_name_that_now_means_something_else_has_no_path(monkeypatch: pytest.Mo
         [[torch.ones(1)]],
     ],
 )
-def test_what_cannot_be_written_is_named(value: Any) -> None:
+def test_to_json_names_the_option_without_a_json_form(value: Any) -> None:
     with pytest.raises(OptionError, match="option 'rate' of clip 'mine'"):
         to_json(value, "option 'rate' of clip 'mine'")
 
 
 @pytest.mark.parametrize(
-    ("path", "says"),
+    ("path", "message"),
     [
         ("torch.optim.Adagrad", "colon"),
         ("a b:c", "colon"),
@@ -183,16 +183,18 @@ def test_what_cannot_be_written_is_named(value: Any) -> None:
         ("math:", "colon"),
         ("no_such_package.part:x", "No module named 'no_such_package'"),
         ("torch.optim:Adagradd", "Did you mean 'Adagrad'"),
-        ("__main__:no_such_thing", "of another script"),
+        ("__main__:no_such_thing", "in the script that wrote the path"),
     ],
 )
-def test_a_wrong_path_says_what_is_wrong(path: str, says: str) -> None:
-    with pytest.raises(OptionError, match=says) as caught:
+def test_import_path_refuses_wrong_paths(path: str, message: str) -> None:
+    with pytest.raises(OptionError, match=message) as caught:
         import_path(path)
     assert path in str(caught.value)
 
 
-def test_a_module_that_fails_is_the_cause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_path_chains_the_error_of_the_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "module_that_exits.py").write_text("raise SystemExit('no licence')")
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(OptionError, match="SystemExit: no licence") as caught:
@@ -210,11 +212,12 @@ def test_a_module_that_fails_is_the_cause(tmp_path: Path, monkeypatch: pytest.Mo
         {"callable": "math:sqr"},
     ],
 )
-def test_a_malformed_tag_is_an_option_error(form: dict[str, str]) -> None:
+def test_from_json_refuses_malformed_tags(form: dict[str, str]) -> None:
     with pytest.raises(OptionError):
         from_json([form])
 
 
-def test_an_error_in_one_line() -> None:
+def test_explain_gives_one_line() -> None:
+
     assert explain(ValueError("a\n  b")) == "ValueError: a b"
     assert explain(RuntimeError()) == "RuntimeError"

@@ -1,4 +1,4 @@
-"""Any torch.optim class as an update: the same steps as the class itself, on the caller's own group dicts."""
+"""A torch.optim class as an update takes its own steps, on the group dicts of the caller."""
 
 import copy
 import functools
@@ -31,7 +31,7 @@ def parameters() -> list[torch.nn.Parameter]:
     ]
 
 
-def walk(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter]) -> list[torch.Tensor]:
+def steps(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter]) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(2)
     for _ in range(4):
         for p in params:
@@ -41,21 +41,19 @@ def walk(optimizer: torch.optim.Optimizer, params: list[torch.nn.Parameter]) -> 
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_steps_are_the_classes_own(name: str) -> None:
+def test_update_takes_the_steps_of_its_class(name: str) -> None:
     kind, options = CASES[name]
     ours, theirs = parameters(), parameters()
     made = TorchOptimizer(kind, options).make([{"params": ours}], lr=0.05, weight_decay=0.1)
     plain = kind([{"params": theirs}], lr=0.05, weight_decay=0.1, **options)  # type: ignore[call-arg]
     assert type(made) is kind
-    for a, b in zip(walk(made, ours), walk(plain, theirs), strict=True):
+    for a, b in zip(steps(made, ours), steps(plain, theirs), strict=True):
         assert torch.equal(a, b)
 
 
 @settings(max_examples=effort(20))
 @given(lr=st.floats(1e-4, 1.0), own=st.floats(1e-4, 1.0), decay=st.floats(0.0, 0.5))
-def test_groups_are_the_callers_own_dicts_and_keep_their_values(
-    lr: float, own: float, decay: float
-) -> None:
+def test_make_uses_the_group_dicts_of_the_caller(lr: float, own: float, decay: float) -> None:
     first, second = parameters()
     groups: list[dict[str, Any]] = [
         {"params": [first], "lr": own, "weight_decay": decay},
@@ -71,22 +69,22 @@ def test_groups_are_the_callers_own_dicts_and_keep_their_values(
     groups[0]["lr"] = 0.0
     groups[0]["weight_decay"] = 0.0
     before = first.detach().clone()
-    walk(made, [first, second])
+    steps(made, [first, second])
     assert torch.equal(first, before), (
-        "a schedule that writes into the caller's dict reaches the step"
+        "a schedule that writes into the caller's dict must reach the step"
     )
 
 
 @pytest.mark.parametrize(
-    "unfit",
+    "unsupported",
     [torch.optim.LBFGS, torch.optim.SparseAdam, torch.optim.Optimizer, torch.nn.Linear, "Adam"],
 )
-def test_what_cannot_take_the_step_is_refused(unfit: Any) -> None:
+def test_classes_that_cannot_take_the_step_are_refused(unsupported: Any) -> None:
     with pytest.raises(OptionError, match="cannot be an update rule"):
-        TorchOptimizer(unfit)
+        TorchOptimizer(unsupported)
 
 
-def test_a_subclass_of_an_unfit_class_is_unfit() -> None:
+def test_subclass_of_an_unsupported_class_is_refused() -> None:
     class Mine(torch.optim.LBFGS):
         pass
 
@@ -94,7 +92,7 @@ def test_a_subclass_of_an_unfit_class_is_unfit() -> None:
         TorchOptimizer(Mine)
 
 
-def test_weight_decay_that_the_class_lacks_is_refused_unless_zero() -> None:
+def test_make_refuses_weight_decay_that_the_class_lacks() -> None:
     update = TorchOptimizer(torch.optim.Rprop)
     assert (
         type(update.make([{"params": parameters(), "weight_decay": 0.0}], lr=0.1, weight_decay=0.0))
@@ -107,7 +105,7 @@ def test_weight_decay_that_the_class_lacks_is_refused_unless_zero() -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         ({"momentun": 0.9}, "Did you mean 'momentum'"),
         ({"lr": 1.0}, "give it to build"),
@@ -115,12 +113,12 @@ def test_weight_decay_that_the_class_lacks_is_refused_unless_zero() -> None:
         ({"params": []}, "no option"),
     ],
 )
-def test_unknown_options_are_refused(options: dict[str, Any], says: str) -> None:
-    with pytest.raises(OptionError, match=says):
+def test_unknown_options_are_refused(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError, match=message):
         TorchOptimizer(torch.optim.SGD, options)
 
 
-def test_values_that_the_class_refuses_are_option_errors() -> None:
+def test_make_turns_refused_values_into_option_errors() -> None:
     with pytest.raises(OptionError, match="SGD refuses its arguments: Invalid momentum") as caught:
         TorchOptimizer(torch.optim.SGD, {"momentum": -1.0}).make(
             [{"params": parameters()}], lr=0.1, weight_decay=0.0
@@ -145,24 +143,24 @@ class WithoutRate(torch.optim.SGD):
         super().__init__(params, lr=0.1)
 
 
-def test_a_class_that_copies_its_groups_is_refused() -> None:
+def test_make_refuses_a_class_that_copies_its_groups() -> None:
     with pytest.raises(OptionError, match="Copying copies the parameter groups"):
         TorchOptimizer(Copying).make([{"params": parameters()}], lr=0.1, weight_decay=0.0)
 
 
-def test_a_class_that_takes_no_learning_rate_is_refused() -> None:
+def test_class_without_a_learning_rate_is_refused() -> None:
     with pytest.raises(OptionError, match="takes no `lr`"):
         TorchOptimizer(WithoutRate)
 
 
-def test_a_class_with_open_arguments_takes_what_it_is_given() -> None:
+def test_class_with_open_arguments_takes_any_option() -> None:
     made = TorchOptimizer(Open, {"momentum": 0.5}).make(
         [{"params": parameters()}], lr=0.1, weight_decay=0.2
     )
     assert (made.defaults["momentum"], made.defaults["weight_decay"]) == (0.5, 0.2)
 
 
-def test_equality_hash_copies_and_pickles() -> None:
+def test_updates_compare_hash_copy_and_pickle() -> None:
     update = TorchOptimizer(torch.optim.Adam, {"betas": [0.8, 0.9]})
     same = TorchOptimizer(torch.optim.Adam, {"betas": (0.8, 0.9)})
     assert update == same
@@ -173,7 +171,7 @@ def test_equality_hash_copies_and_pickles() -> None:
     assert missing_members("update", update) == []
 
 
-def test_adapting_classes_and_partials() -> None:
+def test_adapt_takes_classes_and_partials() -> None:
     nested = functools.partial(
         functools.partial(torch.optim.SGD, momentum=0.5, dampening=0.1), momentum=0.9
     )
@@ -197,11 +195,11 @@ def test_adapting_classes_and_partials() -> None:
 @pytest.mark.parametrize(
     "other", [torch.nn.Linear, functools.partial(torch.optim.SGD, []), len, "SGD", TorchOptimizer]
 )
-def test_what_is_no_optimiser_class_is_not_adapted(other: Any) -> None:
+def test_adapt_gives_none_for_other_objects(other: Any) -> None:
     assert TorchOptimizer.adapt(other) is None
 
 
-def test_unwrapping_is_for_exactly_this_class() -> None:
+def test_unwrap_takes_exactly_this_class() -> None:
     class Mine(TorchOptimizer):
         pass
 

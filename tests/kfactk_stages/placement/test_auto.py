@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from kfactk import OptionError, Work, Workload, grid
-from kfactk.costmodel.cost import Job, cost
+from kfactk.costmodel.cost import TrainingLoad, cost
 from kfactk.costmodel.hardware import H100, MACHINES
 from kfactk.testing import PlacementLaws
 from kfactk_stages.placement.auto import Auto
@@ -107,7 +107,7 @@ def test_nothing_known_is_faster(
     assert stage.assign(workload, ranks) == found
     profile, job, itemsize = (
         MACHINES[machine] if machine else H100,
-        Job.of(workload),
+        TrainingLoad.of(workload),
         2.0 if wire else None,
     )
     mine = cost(job, found, ranks, profile, wire=itemsize).seconds
