@@ -469,7 +469,6 @@ def to_working_dtype(tensor: Tensor) -> Tensor:
 
 def total_of(parts: Iterable[Tensor]) -> Tensor | None:
     """Return the sum of tensors, `None` without any; the first one is overwritten."""
-
     total: Tensor | None = None
     for part in parts:
         total = part if total is None else total.add_(part)

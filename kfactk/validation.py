@@ -185,7 +185,8 @@ def check_clipped(
                 f"{stage_label('clip', stage)} changed the shape of a gradient: {shape} for "
                 f"{preconditioned.shape}. {remedy}"
             )
-    return found
+    answer: tuple[list[Tensor], Tensor] = found
+    return answer
 
 
 def input_modified_message(layer: str) -> str:

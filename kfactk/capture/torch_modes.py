@@ -103,5 +103,4 @@ def full_precision(device_types: Iterable[str]) -> contextlib.ExitStack:
 
 
 def _identity(tensor: Tensor) -> Tensor:
-
     return tensor

@@ -174,9 +174,9 @@ def _check_free(package: Package, stages: list[StageInfo]) -> None:
         raise OptionError(f"{name!r} cannot be used: {taken}. Give another name, such as {other}.")
     if rival := next((info for info in stages if info.name == package.stage), None):
         raise OptionError(
-            f"There is a {package.family} {package.stage!r} already, of "
-            f"{rival.distribution or rival.plugin}: with two of a name neither could be used. "
-            f"Give another name, such as {name}-2."
+            f"{rival.distribution or rival.plugin} provides a {package.family} {package.stage!r} "
+            "already, and of two stages with one name neither could be used. Give another name, "
+            f"such as {name}-2."
         )
 
 

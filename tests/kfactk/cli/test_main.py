@@ -1,4 +1,4 @@
-"""The command line: what it prints, where, and its exit codes."""
+"""The command line prints text or JSON, and returns exit codes."""
 
 import io
 import json
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 
 @pytest.fixture
 def installed(site: Site, monkeypatch: pytest.MonkeyPatch) -> Site:
-    """The command sees what the site holds, and nothing else, each time anew."""
+    """Let every command load only what the site has."""
     monkeypatch.setattr(command, "registry", lambda: Registry.load(site.entry_points()))
     monkeypatch.delenv(DISABLE, raising=False)
     return site
@@ -36,18 +36,19 @@ def good(installed: Site) -> Site:
     return installed
 
 
-def test_stages_as_text(good: Site, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stages_prints_text(good: Site, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["stages"]) == 0
     assert capsys.readouterr().out.splitlines() == [
         "clip",
         "  good  Divide by a number.",
         "        options: by (required), mode='all'",
         "        from good-dist 2.5 (plugin clip.good)",
-        "        paper: Someone et al. 1999, A paper about dividing, arXiv:9901.00001; and another one 2001",
+        "        paper: Someone et al. 1999, A paper about dividing, arXiv:9901.00001; and another"
+        " one 2001",
     ]
 
 
-def test_stages_as_json_even_when_a_plugin_prints(
+def test_stages_prints_json_even_if_a_plugin_prints(
     good: Site, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["stages", "--json"]) == 0
@@ -69,14 +70,14 @@ def test_stages_as_json_even_when_a_plugin_prints(
     assert captured.err == "hello from a plugin\n"
 
 
-def test_one_family(good: Site, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stages_of_one_family(good: Site, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["stages", "--family", "basis", "--json"]) == 0
     assert json.loads(capsys.readouterr().out) == []
     assert main(["stages", "--family", "clip", "--json"]) == 0
     assert len(json.loads(capsys.readouterr().out)) == 1
 
 
-def test_an_unknown_family_exits_2_with_near_names(
+def test_stages_of_an_unknown_family_exits_2_with_near_names(
     good: Site, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["stages", "--family", "bases"]) == 2
@@ -85,12 +86,12 @@ def test_an_unknown_family_exits_2_with_near_names(
     assert "Did you mean 'basis'" in captured.err
 
 
-def test_plugins_without_fault(good: Site, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plugins_prints_text(good: Site, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plugins"]) == 0
     assert capsys.readouterr().out == "clip.good  good-dist 2.5  API 1  loaded  clip.good\n"
 
 
-def test_a_failed_plugin_exits_1_and_is_explained(
+def test_plugins_with_a_failed_one_exits_1_and_prints_the_error(
     good: Site, capsys: pytest.CaptureFixture[str]
 ) -> None:
     good.module("bad_plugin", "import no_such_package_at_all")
@@ -100,14 +101,14 @@ def test_a_failed_plugin_exits_1_and_is_explained(
     lines = captured.out.splitlines()
     assert lines[0] == "bad        bad-dist 1.0   API ?  failed  -"
     assert lines[1].startswith(
-        "    it could not be imported: ModuleNotFoundError: No module named 'no_such_package_at_all'"
+        "    it could not be imported: ModuleNotFoundError: No module named 'no_such_package_at_all"
     )
     assert lines[2] == "clip.good  good-dist 2.5  API 1  loaded  clip.good"
     assert "warning: The kfactk plugin 'bad' (bad-dist 1.0) failed" in captured.err
     assert main(["stages"]) == 0
 
 
-def test_plugins_as_json_with_failures_and_blocks(
+def test_plugins_prints_json_with_failed_and_blocked_ones(
     good: Site, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     good.module("bad_plugin", "1 / 0")
@@ -122,7 +123,7 @@ def test_plugins_as_json_with_failures_and_blocks(
     assert "warning:" in captured.err
 
 
-def test_blocked_and_disputed_stages_are_marked(
+def test_stages_marks_blocked_and_conflicting_ones(
     good: Site, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("One", "Two"):
@@ -135,17 +136,24 @@ def test_blocked_and_disputed_stages_are_marked(
     assert f"  good    BLOCKED by {DISABLE}=clip.good" in out
 
 
-def test_nothing_installed_says_so(installed: Site, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stages_and_plugins_say_if_nothing_is_installed(
+    installed: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["stages"]) == 0
     assert "No stage is loaded" in capsys.readouterr().out
     assert main(["plugins"]) == 0
     assert "No plugin is installed" in capsys.readouterr().out
 
 
-def test_long_texts_are_wrapped(installed: Site, capsys: pytest.CaptureFixture[str]) -> None:
+def test_stages_and_plugins_wrap_long_texts(
+    installed: Site, capsys: pytest.CaptureFixture[str]
+) -> None:
     options = "".join(f"    option_number_{n}: float = {n}.5\n" for n in range(30))
     words = "words " * 40
-    source = f"@attrs.frozen\nclass Long:\n    '''{words}'''\n{options}@hookimpl\ndef kfactk_clips(): return {{'long_' * 4: Long}}"
+    source = (
+        f"@attrs.frozen\nclass Long:\n    '''{words}'''\n{options}"
+        "@hookimpl\ndef kfactk_clips(): return {'long_' * 4: Long}"
+    )
     installed.module("long_plugin", source)
     installed.install(
         "long-dist",
@@ -161,7 +169,7 @@ def test_long_texts_are_wrapped(installed: Site, capsys: pytest.CaptureFixture[s
     assert "option_number_29=29.5" in "".join(lines)
 
 
-def test_new_plugin_says_what_to_do_next(
+def test_new_plugin_prints_the_next_commands(
     good: Site, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert main(["new-plugin", "kfactk-mine", "--stage", "clip", "--directory", str(tmp_path)]) == 0
@@ -180,21 +188,21 @@ def test_new_plugin_says_what_to_do_next(
     ]
 
 
-def test_new_plugin_in_the_current_folder(
+def test_new_plugin_uses_the_current_folder(
     good: Site, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["new-plugin", "kfactk-mine", "--stage", "clip"]) == 0
     assert f"pip install -e '{os.path.join('.', 'kfactk-mine')}[test]'" in capsys.readouterr().out
     assert main(["new-plugin", "kfactk-mine", "--stage", "clip"]) == 2
-    assert "kfactk-mine is there already" in capsys.readouterr().err
+    assert "kfactk-mine exists already" in capsys.readouterr().err
     assert main(["new-plugin", "kfactk-good", "--stage", "clip"]) == 2
-    assert "There is a clip 'good' already, of good-dist" in capsys.readouterr().err
+    assert "good-dist provides a clip 'good' already" in capsys.readouterr().err
     assert main(["new-plugin", "kfactk-other", "--stage", "clips"]) == 2
     assert "Did you mean 'clip'" in capsys.readouterr().err
 
 
-def test_a_plugin_of_another_api_is_shown(good: Site, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plugins_shows_one_of_another_api(good: Site, capsys: pytest.CaptureFixture[str]) -> None:
     good.module("new_plugin", "kfactk_api = 99")
     good.install("new-dist", {"new": "new_plugin"})
     assert main(["plugins"]) == 1
@@ -212,7 +220,7 @@ def test_a_plugin_of_another_api_is_shown(good: Site, capsys: pytest.CaptureFixt
     assert "Try `pip install -U kfactk`" in captured.err
 
 
-def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_main_prints_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
     assert ended.value.code == 0
@@ -222,7 +230,7 @@ def test_version_and_usage(capsys: pytest.CaptureFixture[str]) -> None:
     assert ended.value.code == 2
 
 
-def test_a_terminal_that_lacks_a_letter_gets_it_escaped(
+def test_main_escapes_letters_that_the_terminal_lacks(
     installed: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed.module(
@@ -235,7 +243,7 @@ def test_a_terminal_that_lacks_a_letter_gets_it_escaped(
     assert b"Gau\\xdf et al. 1999" in out.getvalue()
 
 
-def test_a_reader_that_goes_away_leaves_no_traceback() -> None:
+def test_main_prints_no_traceback_if_the_reader_closes() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     reading, writing = os.pipe()
     os.close(reading)

@@ -1,4 +1,4 @@
-"""`new-plugin`: what it writes works as it is, can fail, and takes nothing's place."""
+"""`new-plugin` writes packages that work, whose laws find mistakes, and overwrites nothing."""
 
 import importlib.metadata
 import os
@@ -52,7 +52,7 @@ def make(name: str, family: str, directory: Path, known: Registry | None = None)
         ("x-y", "fisher", ("x-y", "x_y", "x_y", "XYFisher")),
     ],
 )
-def test_names_derive_from_one(
+def test_package_derives_all_names_from_one(
     given: str, family: str, names: tuple[str, ...], tmp_path: Path
 ) -> None:
     package, folder = new_plugin(given, family, tmp_path, Registry())
@@ -62,33 +62,35 @@ def test_names_derive_from_one(
 
 
 @pytest.mark.parametrize(
-    ("name", "says"),
+    ("name", "message"),
     [
         ("", "must begin with a letter"),
         ("2nd", "must begin with a letter"),
         (
             "my basis!",
-            "ASCII letters, digits and dashes in between, 60 in all. Try kfactk-my-basis.",
+            "ASCII letters, digits and dashes in between, at most 60 characters. Try kfactk-",
         ),
         ("kfactk-größe", "Try kfactk-gr-e."),
         ("../escape", "Try kfactk-escape."),
         ("a/b", "Try kfactk-a-b."),
-        ("kfactk-" + 60 * "a", "60 in all"),
+        ("kfactk-" + 60 * "a", "at most 60 characters"),
         ("taming", "its folder would have the name of its module.* such as kfactk-taming"),
-        ("test-this", "pytest would take the module 'test_this'"),
-        ("conftest-two", "pytest would take"),
+        ("test-this", "pytest would collect the module 'test_this'"),
+        ("conftest-two", "pytest would collect"),
         ("-", "begin with a letter"),
         ("basis-", "end with a letter or digit"),
         ("kfactk", "leaves no name for the stage"),
         ("kfactk-2nd", "leaves no name for the stage, which begins with a letter"),
         (
             "lambda",
-            "'lambda' is a word of Python and cannot be a module's name. Give another name, such as kfactk-lambda.",
+            "'lambda' is a keyword of Python and cannot be the name of a module. Give another "
+            "name, such as kfactk-lambda.",
         ),
-        ("match", "'match' is a word of Python"),
+        ("match", "'match' is a keyword of Python"),
         (
             "random",
-            "a module 'random' can be imported already, and one would hide the other. Give another name, such as kfactk-random.",
+            "a module 'random' can be imported already, and one would hide the other. Give another "
+            "name, such as kfactk-random.",
         ),
         (
             "kfactk-stages",
@@ -97,27 +99,29 @@ def test_names_derive_from_one(
         ("pytest-xdist", "a distribution 'pytest-xdist' is installed already"),
         (
             "kfactk-ekfac",
-            "There is a basis 'ekfac' already, of kfactk: with two of a name neither could be used.* such as kfactk-ekfac-2",
+            "kfactk provides a basis 'ekfac' already, and of two .* such as kfactk-ekfac-2",
         ),
     ],
 )
-def test_names_that_cannot_be_used_are_refused(name: str, says: str, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match=says):
+def test_new_plugin_refuses_names_that_cannot_be_used(
+    name: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(OptionError, match=message):
         make(name, "basis", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_name_is_taken_within_its_family_only(tmp_path: Path) -> None:
+def test_new_plugin_takes_the_name_of_a_stage_of_another_family(tmp_path: Path) -> None:
     assert make("kfactk-ekfac", "clip", tmp_path).is_dir()
 
 
-def test_an_unknown_family_is_told(tmp_path: Path) -> None:
+def test_new_plugin_refuses_an_unknown_family(tmp_path: Path) -> None:
     with pytest.raises(UnknownStageError, match=r"no stage family 'bases'. Did you mean 'basis'"):
         make("kfactk-x", "bases", tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["folder", "empty folder", "file", "broken link"])
-def test_what_is_there_is_left_alone(kind: str, tmp_path: Path) -> None:
+def test_new_plugin_overwrites_nothing(kind: str, tmp_path: Path) -> None:
     target = tmp_path / "kfactk-mine"
     if kind == "file":
         target.write_text("precious")
@@ -129,7 +133,7 @@ def test_what_is_there_is_left_alone(kind: str, tmp_path: Path) -> None:
             (target / "README.md").write_text("precious")
     with pytest.raises(
         OptionError,
-        match=r"kfactk-mine is there already, and nothing of it is overwritten. Give another name",
+        match=r"kfactk-mine exists already, and nothing is overwritten. Give another name",
     ):
         make("kfactk-mine", "basis", tmp_path)
     assert list(tmp_path.iterdir()) == [target]
@@ -137,7 +141,7 @@ def test_what_is_there_is_left_alone(kind: str, tmp_path: Path) -> None:
         assert [path.read_text() for path in target.iterdir()] == ["precious"]
 
 
-def test_a_folder_that_appears_meanwhile_is_left_alone(
+def test_new_plugin_does_not_overwrite_a_folder_made_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     target = tmp_path / "kfactk-mine"
@@ -152,7 +156,9 @@ def test_a_folder_that_appears_meanwhile_is_left_alone(
     assert [path.read_text() for path in tmp_path.rglob("*") if path.is_file()] == ["precious"]
 
 
-def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_plugin_leaves_nothing_after_a_failure(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write, written = Path.write_text, []
 
     def full(path: Path, *arguments: Any, **more: Any) -> int:
@@ -164,13 +170,13 @@ def test_a_failure_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(Path, "write_text", full)
     with pytest.raises(
         OptionError,
-        match=r"cannot be made: No space left on device. Give a --directory that exists, can be written",
+        match=r"cannot be made: No space left on device. Give a --directory that exists, can be wr",
     ):
         make("kfactk-mine", "basis", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
+def test_new_plugin_refuses_a_missing_directory(tmp_path: Path) -> None:
     with pytest.raises(
         OptionError,
         match=r"cannot be made: No such file or directory. Give a --directory that exists",
@@ -178,18 +184,18 @@ def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
         make("kfactk-mine", "basis", tmp_path / "gone")
 
 
-def test_templates_are_all_used_and_all_there() -> None:
-    wanted = {
+def test_templates_are_complete_and_all_used() -> None:
+    expected = {
         template.format(family=family) + SUFFIX
         for template in FILES.values()
         for family in STAGE_HOOKS
     }
-    assert {path.name for path in TEMPLATES.iterdir()} == wanted
+    assert {path.name for path in TEMPLATES.iterdir()} == expected
     assert all(hasattr(testing, name) for name in LAWS.values())
 
 
 @each_family
-def test_everything_is_filled_in(family: str) -> None:
+def test_package_fills_in_every_name(family: str) -> None:
     files = Package("kfactk-mine", family).files()
     assert set(files) == {
         "pyproject.toml",
@@ -209,12 +215,12 @@ def test_everything_is_filled_in(family: str) -> None:
 
 
 def folders(tmp_path: Path, name: str) -> list[Path]:
-    """A package of each family; the name is long enough to tell whether lines that hold it are formatted."""
+    """Make a package of each family."""
     return [make(f"{name}-{family}", family, tmp_path) for family in STAGE_HOOKS]
 
 
 @pytest.mark.parametrize("name", ["kfactk-a", "kfactk-mine", "kfactk-rather-long"])
-def test_style_is_ruffs(name: str, tmp_path: Path) -> None:
+def test_package_passes_ruff(name: str, tmp_path: Path) -> None:
     made = folders(tmp_path, name)
     for command in (["check"], ["format", "--diff"]):
         call = [sys.executable, "-m", "ruff", *command, "--no-cache", *map(str, made)]
@@ -223,7 +229,7 @@ def test_style_is_ruffs(name: str, tmp_path: Path) -> None:
 
 
 def install(site: Site, folder: Path) -> None:
-    """As `pip install` would leave a package, going by its pyproject.toml."""
+    """Install a package as `pip install` would, from its pyproject.toml."""
     made = tomllib.loads((folder / "pyproject.toml").read_text())
     for module in made["tool"]["setuptools"]["py-modules"]:
         (site.folder / f"{module}.py").write_text((folder / f"{module}.py").read_text())
@@ -231,8 +237,8 @@ def install(site: Site, folder: Path) -> None:
     site.install(project["name"], project["entry-points"]["kfactk"], project["version"])
 
 
-def test_the_laws_hold_as_written(site: Site, tmp_path: Path) -> None:
-    """One run of pytest over a package of each family, installed. Of the recipes one law, which all stages of a family share, is enough."""
+def test_package_passes_its_own_tests(site: Site, tmp_path: Path) -> None:
+    """One pytest runs over an installed package of each family; of the recipes, one law runs."""
     tests = tmp_path / "tests"
     tests.mkdir()
     for folder in folders(tmp_path, "kfactk-mine"):
@@ -265,7 +271,7 @@ def test_the_laws_hold_as_written(site: Site, tmp_path: Path) -> None:
     assert listed == {(family, f"mine_{family}", f"kfactk-mine-{family}") for family in STAGE_HOOKS}
 
 
-BROKEN = [  # family, what is written, what is made of it, the law that tells, and what it says
+BROKEN = [  # family, text, the text that replaces it, the law that fails, its message
     (
         "basis",
         "coefficients, self.left.mT, self.right.mT",
@@ -346,15 +352,15 @@ BROKEN = [  # family, what is written, what is made of it, the law that tells, a
     ),
     (
         "tracker",
-        "(step, name, float(figure))",
+        "(step, name, float(metric))",
         "(step, name, 0.0)",
         "test_records_what_happened",
         "after close.*, where .* was told",
     ),
     (
         "tracker",
-        "float(figure))",
-        "f'{float(figure):g}')",
+        "float(metric))",
+        "f'{float(metric):g}')",
         "test_records_what_happened",
         "after close.*, where .* was told",
     ),
@@ -367,19 +373,18 @@ BROKEN = [  # family, what is written, what is made of it, the law that tells, a
     ),
     (
         "placement",
-        "holders=mine",
-        "holders=(1,)",
+        "gradient_workers=owner",
+        "gradient_workers=(1,)",
         "test_one_rank_alone_does_all",
         "alone, rank 0 has to do all of",
     ),
 ]
 
 
-@pytest.mark.parametrize(("family", "right", "wrong", "law", "says"), BROKEN)
-def test_laws_tell_what_is_wrong(
-    family: str, right: str, wrong: str, law: str, says: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("family", "right", "wrong", "law", "message"), BROKEN)
+def test_laws_of_a_package_find_mistakes(
+    family: str, right: str, wrong: str, law: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The laws that come with a package, put to its stage with a mistake in it."""
     package = Package("kfactk-mine", family)
     files = package.files()
     text = files[f"{package.module}.py"]
@@ -393,5 +398,5 @@ def test_laws_tell_what_is_wrong(
     if family == "tracker":
         monkeypatch.setattr(laws, "stage_in", lambda self, folder: stage(folder / "run.csv", 2))
     found = caught(laws, spec, law, shrunk=False)
-    assert law in found, f"{law} does not see that {right!r} is {wrong!r}"
-    assert re.search(says, found[law]), found[law]
+    assert law in found, f"{law} does not fail where {right!r} is {wrong!r}"
+    assert re.search(message, found[law]), found[law]

@@ -1,4 +1,4 @@
-"""`python -m kfactk plan`: its table, its advice, its JSON and its errors; and that the documentation shows what it prints."""
+"""`python -m kfactk plan` prints a table, advice and JSON; the documentation shows its output."""
 
 import json
 import re
@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kfactk.__main__ import main
+from kfactk.cli.main import main
 from kfactk.cli.plan import model_on_meta
 from kfactk.costmodel.counting import meta_batch, training_load
 from kfactk.costmodel.hardware import A100, H100
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[3]
 
 
 class Small(nn.Module):
-    """Named by the command; it refuses to hold numbers."""
+    """A model that refuses to have numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -32,8 +32,8 @@ class Small(nn.Module):
         return self.net(x)
 
 
-class Elsewhere(nn.Module):
-    """Some of it is put on the processor whatever the default is."""
+class OnCpu(nn.Module):
+    """A model with a layer on the CPU, whatever the default device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Elsewhere(nn.Module):
 
 
 def nothing() -> None:
-    """Makes no model."""
+    """Return no model."""
 
 
 SMALL = f"{__name__}:Small"
@@ -55,19 +55,19 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, __name__, sys.modules[Small.__module__])
 
 
-def planned(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+def plan_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     assert main(["plan", "--json", *arguments]) == 0
     return json.loads(capsys.readouterr().out)
 
 
-def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+def plan_error(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     assert main(["plan", *arguments]) == 2
     captured = capsys.readouterr()
     assert captured.out == ""
     return captured.err
 
 
-def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(
             [
@@ -105,8 +105,8 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert max(map(len, lines)) <= 110
 
 
-def test_json_holds_what_the_table_sums_up(capsys: pytest.CaptureFixture[str]) -> None:
-    found = planned(
+def test_plan_prints_json(capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan_json(
         capsys,
         "--model",
         SMALL,
@@ -131,29 +131,24 @@ def test_json_holds_what_the_table_sums_up(capsys: pytest.CaptureFixture[str]) -
     parts = {**row["compute"], **row["communication"]}
     assert row["seconds"] == pytest.approx(sum(part["mean"] for part in parts.values()))
     assert row["worst_seconds"] == pytest.approx(sum(part["worst"] for part in parts.values()))
-    # by hand: layers of A 65^2, G 32^2 and A 33^2, G 10^2, each of one rank, in float32
+    # By hand: layers with A 65^2, G 32^2 and A 33^2, G 10^2, each on one rank, in float32.
     big = 65**2 + 32**2 + 65 * 65 + 65 + 32 * 32 + 32 + 32 * 65
     small = 33**2 + 10**2 + 33 * 33 + 33 + 10 * 10 + 10 + 10 * 33
     assert sorted(row["held"]) == [4 * small, 4 * big]
     assert row["moved"]["gradients"] == 4 * (32 * 65 + 10 * 33)
-    assert (
-        row["memory"]["model"] == 4 * (32 * 65 + 10 * 33) * 4
-    )  # weights, gradients, and two of Adam
+    # Weights, gradients, and two numbers of Adam for each.
+    assert row["memory"]["model"] == 4 * (32 * 65 + 10 * 33) * 4
 
 
-def test_the_fastest_that_fits_is_recommended(capsys: pytest.CaptureFixture[str]) -> None:
-    rows = planned(capsys, "--model", SMALL, "--input", "64", "--ranks", "4,16")["rows"]
+def test_plan_recommends_the_fastest_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    rows = plan_json(capsys, "--model", SMALL, "--input", "64", "--ranks", "4,16")["rows"]
     for ranks in (4, 16):
-        mine = [row for row in rows if row["ranks"] == ranks]
-        (best,) = [row for row in mine if row["recommended"]]
-        assert (
-            best["seconds"]
-            == min(row["seconds"] for row in mine)
-            < max(row["seconds"] for row in mine)
-        )
+        seconds = [row["seconds"] for row in rows if row["ranks"] == ranks]
+        (best,) = [row for row in rows if row["ranks"] == ranks and row["recommended"]]
+        assert best["seconds"] == min(seconds) < max(seconds)
 
 
-def test_options_reach_recipe_and_placement(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_passes_options_to_recipe_and_placement(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         "--model",
         SMALL,
@@ -167,7 +162,7 @@ def test_options_reach_recipe_and_placement(capsys: pytest.CaptureFixture[str]) 
         '{"name": "mc", "samples": 3}',
     ]
     half, whole = (
-        planned(
+        plan_json(
             capsys,
             *arguments,
             "--placement",
@@ -176,28 +171,27 @@ def test_options_reach_recipe_and_placement(capsys: pytest.CaptureFixture[str]) 
         for wire in ('"bfloat16"', "null")
     )
     assert sum(half["moved"].values()) == pytest.approx(sum(whole["moved"].values()) / 2)
-    assert whole["placement"].endswith("2 hold")
+    assert whole["placement"].endswith("rows of 2")
     assert whole["memory"]["model"] == 4 * (32 * 65 + 10 * 33) * 2
-    once = planned(capsys, *arguments[:-2], "--placement", "replicated")["rows"][0]
-    thrice = planned(capsys, *arguments, "--placement", "replicated")["rows"][0]
+    once = plan_json(capsys, *arguments[:-2], "--placement", "replicated")["rows"][0]
+    thrice = plan_json(capsys, *arguments, "--placement", "replicated")["rows"][0]
     assert thrice["compute"]["Fisher pass"]["worst"] == pytest.approx(
         3 * once["compute"]["Fisher pass"]["worst"]
     )
 
 
-def test_layers_can_be_left_alone_and_take_turns(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_takes_exclude_and_stagger(capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--model", SMALL, "--input", "64", "--placement", "replicated"]
-    plain = planned(capsys, *arguments)["rows"][0]
-    without = planned(capsys, *arguments, "--exclude", "net.0")["rows"][0]
-    turns = planned(capsys, *arguments, "--stagger")["rows"][0]
+    plain = plan_json(capsys, *arguments)["rows"][0]
+    without = plan_json(capsys, *arguments, "--exclude", "net.0")["rows"][0]
+    staggered = plan_json(capsys, *arguments, "--stagger")["rows"][0]
     assert without["held"][0] < plain["held"][0]
-    assert turns["compute"]["decomposition"]["mean"] == pytest.approx(
-        plain["compute"]["decomposition"]["mean"]
-    )
-    assert turns["compute"]["decomposition"]["worst"] < plain["compute"]["decomposition"]["worst"]
+    one, other = (row["compute"]["decomposition"] for row in (plain, staggered))
+    assert other["mean"] == pytest.approx(one["mean"])
+    assert other["worst"] < one["worst"]
 
 
-def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_says_if_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(
             [
@@ -217,14 +211,14 @@ def test_what_does_not_fit_is_said(capsys: pytest.CaptureFixture[str]) -> None:
     out = capsys.readouterr().out
     assert re.search(r"\n +1  replicated .* no\n", out)
     assert re.search(
-        r"1 rank: nothing fits into 80 GB; replicated comes nearest with [\d.]+ [GT]B,\s+of\s+which",
+        r"1 rank: nothing fits into 80 GB; replicated comes near.* with [\d.]+ [GT]B,\s+of\s+which",
         out,
     )
     assert "Take a smaller batch, or more ranks." in out
 
 
-def test_this_machine_can_be_measured(capsys: pytest.CaptureFixture[str]) -> None:
-    found = planned(
+def test_plan_measures_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    found = plan_json(
         capsys, "--model", SMALL, "--input", "64", "--calibrate", "--placement", "replicated"
     )
     assert (found["machine"]["name"], found["machine"]["kind"], found["precision"]) == (
@@ -234,8 +228,8 @@ def test_this_machine_can_be_measured(capsys: pytest.CaptureFixture[str]) -> Non
     )
 
 
-def test_nothing_is_allocated() -> None:
-    for name in (SMALL, f"{__name__}:Elsewhere", "resnet18"):
+def test_model_on_meta_allocates_nothing() -> None:
+    for name in (SMALL, f"{__name__}:OnCpu", "resnet18"):
         assert all(
             tensor.is_meta
             for tensor in (*model_on_meta(name).parameters(), *model_on_meta(name).buffers())
@@ -243,7 +237,7 @@ def test_nothing_is_allocated() -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "said"),
+    ("arguments", "message"),
     [
         (
             ["--model", SMALL],
@@ -266,53 +260,60 @@ def test_nothing_is_allocated() -> None:
         (["--model", SMALL, "--input", "64", "--placement", "mem_op"], "mem_op"),
         (
             ["--model", SMALL, "--input", "64", "--basis", '{"name": '],
-            r"is no JSON \(.*\); write a stage with options as",
+            r"is no JSON \(.*\); write a stage with options as '\{\"name\"",
         ),
         (
             ["--model", SMALL, "--input", "63"],
-            r"could not be run without data, .* shape \(32, 63\)",
+            r"could not run without data, .* shape \(32, 63\)",
         ),
     ],
 )
-def test_arguments_that_cannot_be_used(
-    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+def test_plan_refuses_arguments_that_cannot_be_used(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert re.search(said, refused(capsys, *arguments))
+    assert re.search(message, plan_error(capsys, *arguments))
 
 
-def test_torchvision_may_be_missing(
+def test_plan_names_the_remedy_for_missing_torchvision(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchvision.models", None)
-    said = refused(capsys, "--model", "resnet50")
-    assert "the model 'resnet50' would be torchvision's, which cannot be imported" in said
-    assert "name a model of your own as package.module:callable" in said
+    message = plan_error(capsys, "--model", "resnet50")
+    assert "the model 'resnet50' is one of torchvision, which cannot be imported" in message
+    assert "name a model of your own as package.module:callable" in message
 
 
 @pytest.mark.parametrize("ranks", ["0", "1,x", "", "-2"])
-def test_ranks_are_counts(ranks: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_plan_refuses_ranks_that_are_no_counts(
+    ranks: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         main(["plan", "--model", SMALL, "--ranks", ranks])
     assert "is not a whole number of at least 1" in capsys.readouterr().err
 
 
-def test_resnet50_is_what_its_paper_and_nvidia_say() -> None:
-    """4.1 GFLOP multiply-adds a forward (torchvision's figure is 4.09), 25.6 million parameters; on an A100, NVIDIA measured 938 images a
-    second in TF32 and 2470 in mixed precision, with kernels of another memory layout: the model is to be within a third."""
-    job = training_load(model_on_meta("resnet50"), build(), meta_batch("3x224x224", 256))
-    assert job.parameters == 25_557_032
+def test_training_load_of_resnet50_is_close_to_published_numbers() -> None:
+    """A forward takes 4.09e9 multiply-adds (torchvision).
+
+    NVIDIA measured 938 images a second in TF32 and 2470 in mixed precision on an A100, with another
+    memory layout: the prediction must be within a third.
+    """
+    load = training_load(model_on_meta("resnet50"), build(), meta_batch("3x224x224", 256))
+    assert load.parameters == 25_557_032
     forward = 4.09e9 * 2
-    images_want_no_gradient = 2 * 112 * 112 * 64 * 147
-    assert (job.step.products + job.step.convolutions) / 256 == pytest.approx(
-        3 * forward - images_want_no_gradient, rel=0.01
-    )
+    without_input_gradient = 2 * 112 * 112 * 64 * 147
+    assert (
+        load.forward_backward.products + load.forward_backward.convolutions
+    ) / 256 == pytest.approx(3 * forward - without_input_gradient, rel=0.01)
     for precision, measured in (("tf32", 938), ("bfloat16", 2470)):
-        assert 256 / job.step.seconds(A100, precision) == pytest.approx(measured, rel=1 / 3)
-    assert job.step.seconds(H100, "tf32") < job.step.seconds(A100, "tf32")
+        assert 256 / load.forward_backward.seconds(A100, precision) == pytest.approx(
+            measured, rel=1 / 3
+        )
+    assert load.forward_backward.seconds(H100, "tf32") < load.forward_backward.seconds(A100, "tf32")
 
 
-def shown() -> list[tuple[str, str]]:
-    """Commands of docs/scaling.md, each with the block of text that follows it."""
+def documented() -> list[tuple[str, str]]:
+    """Return the commands of docs/scaling.md, each with the block of text that follows it."""
     page = (ROOT / "docs" / "scaling.md").read_text()
     found = re.findall(
         r"```console\n(python -m kfactk plan [^\n]*(?:\\\n[^\n]*)*)\n```\n\n```text\n(.*?)```",
@@ -322,12 +323,12 @@ def shown() -> list[tuple[str, str]]:
     return [(command, text) for command, text in found]
 
 
-def test_the_documentation_shows_tables() -> None:
-    assert len(shown()) >= 2
+def test_documentation_shows_tables() -> None:
+    assert len(documented()) >= 2
 
 
-@pytest.mark.parametrize(("command", "text"), shown())
-def test_tables_of_the_documentation_are_what_the_command_prints(
+@pytest.mark.parametrize(("command", "text"), documented())
+def test_documentation_shows_what_plan_prints(
     command: str, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)

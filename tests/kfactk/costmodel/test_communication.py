@@ -225,7 +225,6 @@ def test_ranks_send_the_bytes_of_the_cost_model(
 
 def _one_a_layer(workload: Workload, assignment: Assignment, ranks: int) -> list[Message]:
     """Return the messages of gradients, for each layer on its own."""
-
     out = []
     for work in workload.works:
         alone = Workload((work,), sampled=False)

@@ -259,7 +259,6 @@ def test_meter_counts_the_products_of_grouped_convolutions(groups: int) -> None:
 
 
 def test_training_load_leaves_out_cached_tables() -> None:
-
     from kfactk_stages.curvature import _spectral
 
     model = nn.Sequential(nn.Conv2d(64, 64, 3, padding=1), nn.Flatten(), nn.Linear(64 * 64, 3)).to(

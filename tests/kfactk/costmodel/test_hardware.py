@@ -140,5 +140,4 @@ def test_calibrate_gives_all_ranks_the_same() -> None:
     assert link.bandwidth > 0
     assert math.isfinite(link.latency)
     assert one["ranks_per_node"] == 2
-
     assert one["memory"] == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2

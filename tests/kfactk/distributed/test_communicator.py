@@ -447,7 +447,6 @@ class Broken:
 
 
 def test_pending_message_explains_a_failed_wait() -> None:
-
     with pytest.raises(KfactkError, match="timed out"):
         PendingMessage(Broken(), dict).wait()
     assert PendingMessage(None, lambda: {"x": torch.ones(1)}).wait().keys() == {"x"}

@@ -165,7 +165,6 @@ def test_precondition_names_the_rank_that_can_answer() -> None:
 @pytest.mark.parametrize("placement", ["mem_opt", "comm_opt"])
 def test_sharded_products_are_answered_on_all_ranks_or_on_none(placement: str) -> None:
     first, second = shared_workers().run(2, answers, placement, True)
-
     assert first == second
     assert "sharded tensors need all ranks to answer together" in first["fisher_product"]
     assert (first["precondition"] == "answered") == (placement == "comm_opt")

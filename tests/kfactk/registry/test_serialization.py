@@ -218,6 +218,5 @@ def test_from_json_refuses_malformed_tags(form: dict[str, str]) -> None:
 
 
 def test_explain_gives_one_line() -> None:
-
     assert explain(ValueError("a\n  b")) == "ValueError: a b"
     assert explain(RuntimeError()) == "RuntimeError"
