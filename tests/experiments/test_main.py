@@ -1,4 +1,4 @@
-"""The whole study in tiny, from the command line: what it writes, how it is interrupted, how it goes on."""
+"""A tiny experiment from the command line: what it writes, interruption and resumption."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from kfactk.testing._support.ranks import process_context
 RUNS = ("sgd-seed0", "ekfacadam-seed0")
 
 
-def study(*arguments: object) -> int:
+def experiment(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
 
 
@@ -66,18 +66,19 @@ def own_store(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> Path:
-    """The output of an uninterrupted study."""
+    """The output of an uninterrupted experiment."""
     root = tmp_path_factory.mktemp("whole")
     (root / "tiny.toml").write_text(tiny_text)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         assert (
-            study("--config", root / "tiny.toml", "--output", root / "out", "--device", "cpu") == 0
+            experiment("--config", root / "tiny.toml", "--output", root / "out", "--device", "cpu")
+            == 0
         )
     return root / "out"
 
 
-def test_a_study_leaves_everything(whole: Path):
+def test_experiment_writes_everything(whole: Path):
     assert (whole / "report.html").stat().st_size > 10_000
     assert len(list((whole / "figures").iterdir())) == 8
     for run in RUNS:
@@ -122,13 +123,13 @@ def test_ctrl_c_and_resume_is_as_if_nothing_had_happened(
 
     with monkeypatch.context() as patch:
         patch.setattr(training.Trainer, "_step", interrupted)
-        assert study(*arguments) == 130
+        assert experiment(*arguments) == 130
     told = capsys.readouterr().err.strip()
     assert "\n" not in told
     assert told.endswith(f"python -m experiments {' '.join(map(str, arguments))} --resume")
     assert set(logged(tmp_path / "out")) == {"sgd-seed0 FINISHED", "ekfacadam-seed0 KILLED"}
     assert [epoch["epoch"] for epoch in history(tmp_path / "out", "ekfacadam-seed0")] == [1]
-    assert study(*arguments, "--resume") == 0
+    assert experiment(*arguments, "--resume") == 0
     assert_same(tmp_path / "out", whole)
 
 
@@ -157,7 +158,7 @@ def struck(sign: int, arguments: list[str], stderr: str) -> None:
     [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 130)],
     ids=["killed", "second Ctrl-C"],
 )
-def test_a_killed_study_goes_on_after_its_last_epoch(
+def test_killed_experiment_resumes_after_its_last_epoch(
     whole: Path, tiny: Path, tmp_path: Path, sign: int, code: int, monkeypatch
 ):
     arguments = ["--config", str(tiny), "--output", str(tmp_path / "out"), "--device", "cpu"]
@@ -175,20 +176,20 @@ def test_a_killed_study_goes_on_after_its_last_epoch(
     assert_same(tmp_path / "out", whole)
 
 
-def test_a_finished_study_is_not_done_again(whole: Path, tiny: Path, monkeypatch, capsys):
+def test_finished_experiment_is_not_repeated(whole: Path, tiny: Path, monkeypatch, capsys):
     def refuse(*_: object) -> None:
         raise AssertionError("a run was made")
 
     monkeypatch.setattr(training, "Trainer", refuse)
     before = history(whole, "sgd-seed0")
-    assert study("--config", tiny, "--output", whole, "--device", "cpu", "--resume") == 0
+    assert experiment("--config", tiny, "--output", whole, "--device", "cpu", "--resume") == 0
     assert history(whole, "sgd-seed0") == before
     assert capsys.readouterr().out.count("finished earlier") == 2
 
 
 def test_other_settings_are_not_mixed_in(whole: Path, tiny: Path, capsys):
     tiny.write_text(tiny.read_text().replace("lr = 0.03", "lr = 0.02"))
-    assert study("--config", tiny, "--output", whole, "--device", "cpu", "--resume") == 2
+    assert experiment("--config", tiny, "--output", whole, "--device", "cpu", "--resume") == 2
     told = capsys.readouterr().err.strip()
     assert "\n" not in told
     for word in ("sgd-seed0", "algorithm.lr was 0.03, now 0.02", "--output"):
@@ -208,10 +209,10 @@ def test_starting_afresh_keeps_what_was_there(tiny: Path, tmp_path: Path, capsys
         "--device",
         "cpu",
     )
-    assert study(*arguments) == 0
+    assert experiment(*arguments) == 0
     assert "earlier runs" not in capsys.readouterr().out
     before = history(tmp_path / "out", "sgd-seed0")
-    assert study(*arguments) == 0
+    assert experiment(*arguments) == 0
     told = capsys.readouterr().out
     assert "earlier runs in" in told
     assert "stopped after 1 steps" in " ".join(told.split())
@@ -259,7 +260,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
 
 def test_an_unreachable_store_is_one_line(tmp_path: Path, tiny: Path, capsys, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://nowhere")
-    assert study("--config", tiny, "--output", tmp_path / "out") == 2
+    assert experiment("--config", tiny, "--output", tmp_path / "out") == 2
     told = capsys.readouterr().err
     assert "MLFLOW_TRACKING_URI" in told
     assert told.count("\n") == 1

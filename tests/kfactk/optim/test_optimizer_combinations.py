@@ -308,7 +308,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a limit of nothing": (
         {"clip": {"name": "kl", "limit": 0.0}},
-        "limit=0.0 is not a positive finite number",
+        "limit=0.0 cannot work: it must be a finite number greater than 0",
     ),
     "no clip at all": ({"clip": None}, "clip is None; every recipe has one"),
     "an unknown stage": ({"update": "lion"}, "There is no update 'lion'"),
