@@ -270,23 +270,12 @@ def _recommendation(rows: Sequence[Row], machine: Machine) -> str:
 
 def _as_dict(row: Row) -> dict[str, Any]:
     costs = row.costs
-    return {
-        "ranks": costs.ranks,
-        "placement": row.placement,
-        "strategy": costs.assignment.strategy,
-        "reason": costs.assignment.reason,
-        "seconds": costs.seconds,
-        "worst_seconds": costs.worst,
-        "compute": {name: attrs.asdict(part) for name, part in costs.compute.items()},
-        "communication": {name: attrs.asdict(part) for name, part in costs.communication.items()},
-        "moved": dict(costs.moved),
-        "worst_moved": dict(costs.worst_moved),
-        "held": list(costs.held),
-        "refresh_seconds": list(costs.refresh_seconds),
-        "memory": {**attrs.asdict(costs.memory), "total": costs.memory.total},
-        "fits": row.fits,
-        "recommended": row.recommended,
-    }
+    assignment = {"strategy": costs.assignment.strategy, "reason": costs.assignment.reason}
+    numbers = attrs.asdict(costs, filter=lambda field, _: field.name != "assignment")
+    numbers |= {"seconds": costs.seconds, "worst_seconds": costs.worst}
+    numbers["memory"] |= {"total": costs.memory.total}
+    verdict = {"fits": row.fits, "recommended": row.recommended}
+    return {"placement": row.placement, **assignment, **numbers, **verdict}
 
 
 def _seconds(seconds: float) -> str:
