@@ -87,7 +87,7 @@ class Package:
             "Laws": LAWS[self.family],
             "needs": __version__,
         }
-        folder = importlib.resources.files(__package__) / "templates"
+        folder = importlib.resources.files(f"{PROJECT}.cli") / "templates"
         texts = {}
         for file, template in FILES.items():
             path = folder / (template.format(family=self.family) + SUFFIX)
@@ -132,7 +132,7 @@ def new_plugin(name: str, family: str, directory: Path, known: Registry) -> tupl
 
 
 def _normalise(name: str) -> str:
-    """Return the name as package indexes compare it: lower case, single dashes."""
+    """Return the name as package indexes compare it, checked."""
     normal = normal_name(name)
     if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", normal) or len(normal) > MAX_LENGTH:
         letters = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-").removeprefix(f"{PROJECT}-")
@@ -163,10 +163,7 @@ def _check_free(package: Package, stages: list[StageInfo]) -> None:
     elif importlib.util.find_spec(module) is not None:
         taken = f"a module {module!r} can be imported already, and one would hide the other"
     elif module == name:
-        taken = (
-            "its folder would have the name of its module, and hide it from a Python that runs "
-            "beside the folder"
-        )
+        taken = "its folder would have the name of its module, and hide it from a Python run there"
     elif module.startswith(("test_", "conftest")):
         taken = f"pytest would collect the module {module!r} as a test"
     elif any(importlib.metadata.distributions(name=name)):
@@ -177,9 +174,9 @@ def _check_free(package: Package, stages: list[StageInfo]) -> None:
         raise OptionError(f"{name!r} cannot be used: {taken}. Give another name, such as {other}.")
     if rival := next((info for info in stages if info.name == package.stage), None):
         raise OptionError(
-            f"There is a {package.family} {package.stage!r} already, of "
-            f"{rival.distribution or rival.plugin}: with two of a name neither could be used. "
-            f"Give another name, such as {name}-2."
+            f"{rival.distribution or rival.plugin} provides a {package.family} {package.stage!r} "
+            "already, and of two stages with one name neither could be used. Give another name, "
+            f"such as {name}-2."
         )
 
 
