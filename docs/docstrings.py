@@ -1,4 +1,4 @@
-"""How docstrings are read for the reference: what griffe, which reads sources, does not know of our classes and sections."""
+"""Adapt docstrings for the reference: attrs classes and sections that griffe does not know."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ import griffe
 
 
 class Docstrings(griffe.Extension):
-    """Options of attrs classes with types and defaults; doctests as code (we head them `Example:`, griffe looks for `Examples:`)."""
+    """Show options of attrs classes with types and defaults, and the section `Example:` as code.
+
+    Griffe itself knows the section `Examples:` only.
+    """
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Called by griffe for every module, class, function and attribute."""
+        """Adapt one module, class, function or attribute; griffe calls this for each."""
         if obj.docstring is not None:
             obj.docstring.value = re.sub(
                 r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE
@@ -29,7 +32,7 @@ class Docstrings(griffe.Extension):
 
 
 def _imported(obj: griffe.Object) -> type[Any] | None:
-    """The class itself; `None` for one inside a function, or of a package that is not installed."""
+    """Return the class itself, or `None` inside a function or without its package."""
     try:
         found = getattr(importlib.import_module(obj.module.path), obj.name, None)
     except ImportError:

@@ -1,6 +1,10 @@
-"""The study: six optimisers race on images; run it with `python -m experiments` or `nox -s experiments`.
+"""Our replication of the thesis: six optimizers train on images.
 
-    config -> data -> models, algorithms -> training -> runner -> results -> table, figures, claims -> report
+Run it with `python -m experiments` or `nox -s experiments`. Modules import in this direction:
 
-One idea a file, imports in that direction. `runner` alone knows about checkpoints and MLflow; what follows it reads results only.
+    config -> data -> models, algorithms -> training -> runner -> results
+           -> table, figures, claims -> report
+
+Only `runner` knows checkpoints and MLflow; the modules after it read results only. The thesis is
+"Neural Network Optimization Based on K-FAC Algorithm", Tongji University, May 2021.
 """

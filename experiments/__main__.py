@@ -1,5 +1,11 @@
-"""The command line: `python -m experiments`, also through `nox -s experiments -- OPTIONS`, and in several processes through
-`torchrun --nproc-per-node N -m experiments OPTIONS`: the first process of each machine tells of mistakes, the first of all of the rest."""
+"""The command line of the experiments.
+
+    python -m experiments OPTIONS
+    nox -s experiments -- OPTIONS
+    torchrun --nproc-per-node N -m experiments OPTIONS
+
+Of several processes, the first on each machine reports errors; the first of all prints the rest.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +26,8 @@ from experiments.errors import ExperimentError
 USAGE, INTERRUPTED = 2, 130
 """Exit codes."""
 GRACE = 5.0
-"""Seconds that other processes leave the first one to tell of a mistake: torchrun ends all when one has ended."""
+"""Seconds that other processes wait, so that the first one can report an error: torchrun ends all
+processes once one has ended."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -36,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="experiments",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="The study: optimisers race on images, and a table, four figures and a report come out.",
+        description="Train several optimizers on images; write a table, four figures and a report.",
         epilog="presets:\n"
         + "\n".join(
             f"  {name:18}{config.read(path).title}" for name, path in config.presets().items()
@@ -44,87 +51,87 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--preset", metavar="NAME", help=f"{', '.join(config.presets())}; digits if left out"
+        "--preset", metavar="NAME", help=f"{', '.join(config.presets())}; default: digits"
     )
     parser.add_argument(
         "--config",
         type=Path,
         metavar="FILE",
-        help="settings of your own, as in experiments/configs/digits.toml",
+        help="your own settings, as in experiments/configs/digits.toml",
     )
     parser.add_argument(
         "--algorithms",
         nargs="+",
         metavar="NAME",
-        help="only these, as sgd ekfacadam; all of the preset if left out",
+        help="only these, such as sgd ekfacadam; default: all of the preset",
     )
     parser.add_argument(
-        "--seeds", nargs="+", metavar="N", help="one run of every algorithm for each, as 0 1 2"
+        "--seeds", nargs="+", metavar="N", help="run every algorithm with each, such as 0 1 2"
     )
     parser.add_argument("--epochs", type=int, metavar="N", help="passes over the training images")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="training images in one step")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="training images in each step")
     parser.add_argument(
         "--max-steps",
         type=int,
         metavar="N",
-        help="stop every run after so many steps, and test on as many batches",
+        help="stop every run after N steps, and test on N batches",
     )
     parser.add_argument(
         "--data-dir",
         type=Path,
         metavar="DIR",
-        help="CIFAR-10: a folder with train/CLASS/*.jpg and test/CLASS/*.jpg, or where torchvision has put it or is to put it (runs/data)",
+        help="CIFAR-10: a folder with train/CLASS/*.jpg and test/CLASS/*.jpg, or the folder for "
+        "torchvision's download; default: runs/data",
     )
     parser.add_argument(
         "--device",
         default="auto",
         metavar="NAME",
-        help="cpu, cuda, cuda:1, ...; a GPU if there is one, if left out",
+        help="cpu, cuda, cuda:1, ...; default: a GPU if there is one",
     )
     parser.add_argument(
         "--output",
         type=Path,
         metavar="DIR",
-        help="where everything is written; runs/PRESET if left out",
+        help="where everything is written; default: runs/PRESET",
     )
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="go on with an interrupted study; finished runs are kept as they are",
+        help="continue an interrupted experiment; finished runs stay as they are",
     )
     return parser
 
 
-def _conduct(arguments: argparse.Namespace, command: str) -> None:
+def _run(arguments: argparse.Namespace, command: str) -> None:
     if arguments.preset is not None and arguments.config is not None:
         raise ExperimentError("--preset and --config both name the settings: give one of them")
-    study = (
+    settings = (
         config.load(arguments.preset or "digits")
         if arguments.config is None
         else config.read(arguments.config)
     )
-    study = config.chosen(
-        study,
+    settings = config.with_options(
+        settings,
         algorithms=_names(" ".join(arguments.algorithms)) if arguments.algorithms else None,
         seeds=_seeds(arguments.seeds),
         epochs=arguments.epochs,
         batch_size=arguments.batch_size,
         max_steps=arguments.max_steps,
     )
-    from rich.console import (
-        Console,  # imported late, like torch and MLflow below: mistakes above are told at once
-    )
+    # Imported late, with torch and MLflow: errors in the options above are then reported at once.
+    from rich.console import Console
 
-    from experiments.study import Options, conduct
+    from experiments.experiment import Options, run
 
     options = Options(
-        output=arguments.output or Path("runs") / study.preset,
+        output=arguments.output or Path("runs") / settings.preset,
         data_dir=arguments.data_dir,
         device=arguments.device,
         resume=arguments.resume or _number("TORCHELASTIC_RESTART_COUNT") > 0,
         command=command,
     )
-    conduct(study, options, Console())
+    run(settings, options, Console())
 
 
 def _seeds(words: Sequence[str] | None) -> tuple[int, ...] | None:
@@ -147,16 +154,20 @@ def _command(arguments: Sequence[str]) -> str:
         "nox -s experiments --" if "NOX_CURRENT_SESSION" in os.environ else "python -m experiments"
     )
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        alone = _number("WORLD_SIZE") == _number("LOCAL_WORLD_SIZE")
-        start = f"torchrun {'--standalone' if alone else '...'} --nproc-per-node {_number('LOCAL_WORLD_SIZE')} -m experiments"
+        here = _number("LOCAL_WORLD_SIZE")
+        how = "--standalone" if _number("WORLD_SIZE") == here else "..."
+        start = f"torchrun {how} --nproc-per-node {here} -m experiments"
     return shlex.join([*start.split(), *arguments])
 
 
-def _on_signal(farewell: str) -> None:
-    """The first Ctrl-C (or kill) ends the run in order; the second ends the process at once. Files are whole either way."""
+def _handle_signals(message: str) -> None:
+    """Let the first Ctrl-C (or kill) end the run cleanly, and the second end the process at once.
+
+    Files are complete in both cases.
+    """
 
     def second(*_: object) -> None:
-        os.write(2, f"\n{farewell}\n".encode())
+        os.write(2, f"\n{message}\n".encode())
         os._exit(INTERRUPTED)
 
     def first(*_: object) -> None:
@@ -173,11 +184,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     command = _command(arguments)
     resume = command if "--resume" in arguments else _command([*arguments, "--resume"])
-    farewell = f"interrupted: finished epochs are kept; go on with: {resume}"
+    message = f"interrupted: finished epochs are kept; to continue, run: {resume}"
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-    _on_signal(farewell)
+    _handle_signals(message)
     try:
-        _conduct(_parser().parse_args(arguments), command)
+        _run(_parser().parse_args(arguments), command)
     except ExperimentError as error:
         if _number("LOCAL_RANK"):
             with contextlib.suppress(KeyboardInterrupt):
@@ -189,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for number in before:
             signal.signal(number, signal.SIG_IGN)
         if not _number("RANK"):
-            print(f"\n{farewell}", file=sys.stderr)
+            print(f"\n{message}", file=sys.stderr)
         return INTERRUPTED
     finally:
         for number, handler in before.items():

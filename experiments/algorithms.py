@@ -1,4 +1,4 @@
-"""From an algorithm's settings to a torch optimiser: the one place that knows how."""
+"""Make torch optimizers from the settings of algorithms."""
 
 from __future__ import annotations
 
@@ -25,7 +25,14 @@ FIRST_ORDER = {
 def make(
     algorithm: Algorithm, model: nn.Module, *, seed: int, collector: Collector
 ) -> torch.optim.Optimizer:
-    """Make the optimiser of one run; `seed` sets the draws of its Fisher pass, `collector` gets its figures if it has any."""
+    """Make the optimizer of one run.
+
+    Args:
+        algorithm: Its settings.
+        model: The model to train.
+        seed: Seed of the Fisher pass.
+        collector: Takes the metrics of a second-order algorithm.
+    """
     settings = dict(algorithm.settings)
     if "optimizer" in settings:
         return FIRST_ORDER[settings.pop("optimizer")](model.parameters(), **settings)
@@ -33,7 +40,7 @@ def make(
 
 
 def recipe(algorithm: Algorithm, *, seed: int) -> kfactk.Recipe:
-    """The recipe of a second-order algorithm."""
+    """Return the recipe of a second-order algorithm."""
     made = kfactk.build(**algorithm.settings)
     fisher = algorithm.settings.get("fisher", "mc")
     given = dict(fisher) if isinstance(fisher, Mapping) else {"name": fisher}
@@ -44,38 +51,42 @@ def recipe(algorithm: Algorithm, *, seed: int) -> kfactk.Recipe:
     )
 
 
-def described(algorithm: Algorithm, *, seed: int) -> dict[str, Any]:
-    """All settings, defaults included, as nested plain values."""
+def describe(algorithm: Algorithm, *, seed: int) -> dict[str, Any]:
+    """Return all settings, with defaults, as nested plain values."""
     if "optimizer" in algorithm.settings:
         return dict(algorithm.settings)
     return recipe(algorithm, seed=seed).to_dict()
 
 
-def state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """The optimiser's state, on the first process the whole of it: curvature may lie on several. All of them have to ask."""
+def full_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Return the state of the optimizer; on the first process, with the curvature of all processes.
+
+    All processes must call it.
+    """
     if isinstance(optimizer, kfactk.Optimizer):
         optimizer.consolidate_state_dict()
     return optimizer.state_dict()
 
 
 def close(optimizer: torch.optim.Optimizer) -> None:
-    """Take the optimiser's hooks off its model, if it has any."""
+    """Remove the optimizer's hooks from its model, if it has any."""
     if hasattr(optimizer, "close"):
         optimizer.close()
 
 
 def check(algorithm: Algorithm) -> None:
-    """Refuse settings that cannot work before any run starts.
+    """Check the settings of an algorithm, before any run starts.
 
     Raises:
-        ExperimentError: Names the algorithm and what is wrong.
+        ExperimentError: They cannot work. The message names the algorithm.
     """
     name = algorithm.settings.get("optimizer")
     if name is not None and name not in FIRST_ORDER:
         raise ExperimentError(
-            f"algorithm {algorithm.name}: there is no first-order optimizer {name!r}.{near_names(name, FIRST_ORDER)}"
+            f"algorithm {algorithm.name}: there is no first-order optimizer {name!r}."
+            f"{near_names(name, FIRST_ORDER)}"
         )
     try:
-        described(algorithm, seed=0)
+        describe(algorithm, seed=0)
     except kfactk.KfactkError as error:
         raise ExperimentError(f"algorithm {algorithm.name}: {error}") from error

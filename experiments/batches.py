@@ -1,5 +1,7 @@
-"""Mini-batches: order and augmentation are drawn from (seed, epoch), so an epoch can be repeated without replaying those before it, and
-processes that share a batch need not talk."""
+"""Mini-batches, whose order and augmentation depend on (seed, epoch) alone.
+
+A run can therefore resume at any epoch, and processes that share a batch need not communicate.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,7 @@ from torch.nn import functional
 from experiments.data import Images
 
 SHIFT = 4
-"""Pixels by which an augmented image moves at most."""
+"""Largest shift of an augmented image, in pixels."""
 
 
 def shuffled(
@@ -25,19 +27,19 @@ def shuffled(
     rank: int = 0,
     ranks: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every image once, in random order; of each batch an equal part for each of several processes.
+    """Yield every image once, in random order; each process gets an equal part of each batch.
 
-    Left out are images of the last batch that cannot be divided equally, and a last batch of one image, since BatchNorm cannot learn
-    from it.
+    Images of the last batch that cannot be divided equally are left out. So is a last batch of one
+    image, since BatchNorm cannot learn from it.
 
     Args:
-        images: What there is.
-        batch_size: Images of all parts of a batch; a multiple of `ranks`.
-        seed: Of the run.
+        images: All images.
+        batch_size: Images in all parts of a batch; a multiple of `ranks`.
+        seed: Seed of the run.
         epoch: Index of the epoch.
-        augment: Whether images are shifted and mirrored.
-        rank: Which part.
-        ranks: How many parts.
+        augment: Whether to shift and mirror images.
+        rank: Index of the part.
+        ranks: Number of parts.
     """
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
     order = torch.randperm(len(images), generator=generator)
@@ -48,26 +50,24 @@ def shuffled(
         part = slice(rank * each, (rank + 1) * each)
         chosen = index[part].to(images.pixels.device)
         pixels = images.pixels[chosen]
-        yield (
-            moved(pixels, *(draws[:, part] for draws in moves(len(index), generator)))
-            if augment
-            else pixels,
-            images.labels[chosen],
-        )
+        if augment:
+            moves = draw_moves(len(index), generator)
+            pixels = apply_moves(pixels, *(draws[:, part] for draws in moves))
+        yield pixels, images.labels[chosen]
 
 
 def steps(count: int, batch_size: int, ranks: int = 1) -> int:
-    """Number of batches that `shuffled` gives."""
+    """Return the number of batches that `shuffled` yields."""
     return count // batch_size + (count % batch_size // ranks * ranks > 1)
 
 
-def in_order(images: Images, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every image once, as they lie."""
+def in_sequence(images: Images, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield every image once, in their own order."""
     yield from zip(images.pixels.split(batch_size), images.labels.split(batch_size), strict=True)
 
 
-def moves(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """How images are augmented: shifts from 0 to twice `SHIFT`, `[2, N]`, and whether each is mirrored, `[1, N]`, by chance.
+def draw_moves(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw offsets from 0 to twice `SHIFT`, `[2, N]`, and whether to mirror each image, `[1, N]`.
 
     Args:
         count: Number N of images.
@@ -77,8 +77,14 @@ def moves(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     return offsets, torch.randint(0, 2, (count, 1), generator=generator).bool().T
 
 
-def moved(pixels: Tensor, offsets: Tensor, mirror: Tensor) -> Tensor:
-    """Shift each image `[N, C, H, W]` by up to `SHIFT` pixels (zeros move in), and mirror it, as `moves` has drawn."""
+def apply_moves(pixels: Tensor, offsets: Tensor, mirror: Tensor) -> Tensor:
+    """Shift images `[N, C, H, W]` by up to `SHIFT` pixels, zeros moving in, and mirror them.
+
+    Args:
+        pixels: The images.
+        offsets: As `draw_moves` returns.
+        mirror: As `draw_moves` returns.
+    """
     count, _, height, width = pixels.shape
     offsets, mirror = offsets[..., None].to(pixels.device), mirror[0, :, None].to(pixels.device)
     rows = torch.arange(height, device=pixels.device) + offsets[0]

@@ -1,4 +1,4 @@
-"""The study's claims, checked on the runs at hand, whichever way they come out."""
+"""The claims of the thesis, checked on our own runs."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ import numpy as np
 from experiments.results import Results
 
 NEW = ("ekfacnag", "ekfacadam", "ekfacradam")
+"""The methods that the thesis introduces."""
 OLD = ("sgd", "kfac", "ekfac")
+"""The methods that it compares them with."""
 EARLY = 10
-"""Epochs that count as the beginning, as in the study."""
+"""Number of first epochs, as in the thesis."""
 
 HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be judged"
 
 
 @attrs.frozen
 class Claim:
-    """A claim of the study.
+    """A claim of the thesis.
 
     Args:
-        text: What is claimed.
+        text: The claim.
         verdict: "holds", "does not hold" or "cannot be judged".
-        evidence: The numbers that decide.
+        evidence: The numbers behind the verdict.
     """
 
     text: str
@@ -31,7 +33,7 @@ class Claim:
 
 
 def check(results: Results) -> list[Claim]:
-    """Judge every claim on means over seeds."""
+    """Judge every claim, on means over seeds."""
     have = {algorithm.name for algorithm in results.algorithms}
     curves = {name: _mean(results, name) for name in (*NEW, *OLD) if name in have}
     claims = (
@@ -66,12 +68,12 @@ def check(results: Results) -> list[Claim]:
 
 
 def _mean(results: Results, name: str) -> np.ndarray:
-    """Training loss, meaned over seeds; infinite from where a seed diverged."""
+    """Return the mean training loss over seeds; infinite from where a seed diverged."""
     return np.nan_to_num(results.curves(name, "train_loss").mean(0), nan=np.inf)
 
 
 def _label(results: Results, name: str) -> str:
-    return results.study.algorithms[name].label
+    return results.experiment.algorithms[name].label
 
 
 def _below_sgd(results: Results, curves: dict[str, np.ndarray]) -> tuple[bool, str]:
@@ -79,14 +81,10 @@ def _below_sgd(results: Results, curves: dict[str, np.ndarray]) -> tuple[bool, s
         np.nan_to_num(results.curves(name, "train_loss")[:, -1], nan=np.inf)
         for name in ("ekfacadam", "sgd")
     )
-    pairs = (
-        f"; lower for {int((adam < sgd).sum())} of {len(adam)} seeds"
-        if len(adam) == len(sgd)
-        else ""
-    )
-    return bool(
-        adam.mean() < sgd.mean()
-    ), f"{adam.mean():.4g} against {sgd.mean():.4g} after {results.epochs} epochs{pairs}"
+    evidence = f"{adam.mean():.4g} against {sgd.mean():.4g} after {results.epochs} epochs"
+    if len(adam) == len(sgd):
+        evidence += f"; lower for {int((adam < sgd).sum())} of {len(adam)} seeds"
+    return bool(adam.mean() < sgd.mean()), evidence
 
 
 def _early_lead(results: Results, curves: dict[str, np.ndarray]) -> tuple[bool, str]:
@@ -96,19 +94,16 @@ def _early_lead(results: Results, curves: dict[str, np.ndarray]) -> tuple[bool, 
     each = ", ".join(
         f"{_label(results, name)} {int((curves[name][:early] < old.min(0)).sum())}" for name in NEW
     )
-    return (
-        bool(led.all()),
-        f"all three below all of the others in {int(led.sum())} of {early} epochs (each on its own: {each})",
-    )
+    evidence = f"all three below all of the others in {int(led.sum())} of {early} epochs"
+    return bool(led.all()), f"{evidence} (each alone: {each})"
 
 
 def _kept_lead(results: Results, curves: dict[str, np.ndarray]) -> tuple[bool, str]:
     names = ("ekfacadam", "ekfacradam")
     best = min(OLD, key=lambda name: curves[name][-1])
     values = ", ".join(f"{_label(results, name)} {curves[name][-1]:.4g}" for name in (*names, best))
-    return all(
-        curves[name][-1] < curves[best][-1] for name in names
-    ), f"final training loss: {values} (best of the others)"
+    holds = all(curves[name][-1] < curves[best][-1] for name in names)
+    return holds, f"final training loss: {values} (best of the others)"
 
 
 def _nag_slows(results: Results, curves: dict[str, np.ndarray]) -> tuple[bool, str]:
@@ -119,7 +114,10 @@ def _nag_slows(results: Results, curves: dict[str, np.ndarray]) -> tuple[bool, s
             curve[epoch - 1] < curves["ekfacnag"][epoch - 1] for curve in curves.values()
         )
 
-    evidence = f"its rank by training loss is {rank(first)} after epoch {first} and {rank(middle)} after epoch {middle} of {results.epochs}"
+    evidence = (
+        f"its rank by training loss is {rank(first)} after epoch {first} and {rank(middle)} after "
+        f"epoch {middle} of {results.epochs}"
+    )
     return rank(middle) > rank(first), evidence
 
 

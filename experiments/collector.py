@@ -1,4 +1,4 @@
-"""A tracker that holds a second-order optimiser's figures until the epoch is over, so that an interrupted epoch leaves none behind."""
+"""A tracker that keeps metrics until the end of an epoch: an interrupted epoch records none."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from torch import Tensor
 
 @attrs.frozen
 class Point:
-    """The figures of one step."""
+    """The metrics of one step."""
 
     step: int
     metrics: dict[str, float]
 
 
 class Collector:
-    """A kfactk tracker, handed to `kfactk.build` as an instance.
+    """A kfactk tracker, passed to `kfactk.build` as an instance.
 
     Args:
         every: Record one step in so many.
@@ -27,7 +27,7 @@ class Collector:
 
     def __init__(self, every: int) -> None:
         self._every = every
-        self._held: list[tuple[int, dict[str, Tensor | float]]] = []
+        self._steps: list[tuple[int, dict[str, Tensor | float]]] = []
 
     @property
     def every(self) -> int:
@@ -35,29 +35,29 @@ class Collector:
         return self._every
 
     def start(self, recipe: Mapping[str, Any]) -> None:
-        """Nothing is to be prepared."""
+        """Do nothing."""
 
     def record(self, step: int, metrics: Mapping[str, Tensor | float]) -> None:
-        """Hold the figures of one step; tensors stay on their device."""
-        self._held.append((step, dict(metrics)))
+        """Keep the metrics of one step; tensors stay on their device."""
+        self._steps.append((step, dict(metrics)))
 
     def flush(self) -> None:
-        """Nothing is written here."""
+        """Do nothing."""
 
     def close(self) -> None:
-        """Nothing is to be let go of."""
+        """Do nothing."""
 
     def take(self) -> list[Point]:
-        """All that is held, which is then forgotten."""
-        held, self._held = self._held, []
+        """Return all metrics, and forget them."""
+        steps, self._steps = self._steps, []
         return [
             Point(step, {name: float(value) for name, value in metrics.items()})
-            for step, metrics in held
+            for step, metrics in steps
         ]
 
 
 def means(points: list[Point]) -> dict[str, float]:
-    """Mean of each figure over the points in which it is finite."""
+    """Return the mean of each metric over the points where it is finite."""
     values: dict[str, list[float]] = {}
     for point in points:
         for name, value in point.metrics.items():

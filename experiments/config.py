@@ -1,4 +1,4 @@
-"""Settings of a study, read from TOML and checked, so that a mistake is one line that names the file and the key."""
+"""Settings of an experiment, read from TOML and checked; errors name the file and the key."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import attrs
 from experiments.errors import ExperimentError, near_names
 
 FOLDER = Path(__file__).parent / "configs"
-"""Where the presets are: one TOML file each."""
+"""Folder of the presets, one TOML file each."""
 
 SOURCES = ("digits", "cifar10")
 MODELS = ("digits_resnet", "resnet8", "resnet50")
@@ -83,14 +83,14 @@ def _field(check: Callable[[Any], str | None], **options: Any) -> Any:
 
 @attrs.frozen
 class Data:
-    """Which images.
+    """The images.
 
     Args:
         source: "digits" (scikit-learn) or "cifar10" (torchvision, or a folder of images).
-        train: Number of training images; 0 for all there are.
-        test: Number of test images; 0 for all there are.
-        augment: Whether training images are shifted by up to four pixels and mirrored.
-        seed: Draws the split, or the subset; the same for every run.
+        train: Number of training images; 0 for all.
+        test: Number of test images; 0 for all.
+        augment: Whether to shift training images by up to four pixels, and mirror them.
+        seed: Seed of the split or subset; the same for every run.
     """
 
     source: str = _field(_one_of(SOURCES))
@@ -102,23 +102,24 @@ class Data:
 
 @attrs.frozen
 class Model:
-    """Which network."""
+    """The network."""
 
     name: str = _field(_one_of(MODELS))
 
 
 @attrs.frozen
 class Training:
-    """How long and in what portions.
+    """How long to train, and in what batches.
 
     Args:
         epochs: Passes over the training images.
-        batch_size: Images of one step.
-        test_batch_size: Images of one evaluation step.
-        seeds: One run of every algorithm for each; a seed sets initial weights, order of images and draws of the Fisher pass.
+        batch_size: Images in one step.
+        test_batch_size: Images in one evaluation step.
+        seeds: Every algorithm runs with each. A seed sets initial weights, order of images and
+            draws of the Fisher pass.
         schedule: Learning rate over the steps: "constant", or "cosine" down to zero.
-        threads: CPU threads torch works with; 0 leaves it to torch. More do not help small networks.
-        max_steps: Stop each run, and its evaluation, after so many steps; `None` for no such limit.
+        threads: CPU threads of torch; 0 leaves it to torch. More do not help small networks.
+        max_steps: Stop each run, and its evaluation, after this many steps; `None` for no limit.
     """
 
     epochs: int = _field(_whole(1))
@@ -132,13 +133,14 @@ class Training:
 
 @attrs.frozen
 class Algorithm:
-    """One line of the figures.
+    """One of the compared algorithms.
 
     Args:
         name: Its name on the command line.
         label: Its name in figures and tables.
-        settings: Arguments of `kfactk.build`, or of the torch.optim class that `settings["optimizer"]` names.
-        reference: Final accuracies in per cent that the study printed for this preset, where it did.
+        settings: Arguments of `kfactk.build`, or of the torch.optim class that
+            `settings["optimizer"]` names.
+        reference: Final accuracies in per cent that the thesis states for this preset, if any.
     """
 
     name: str
@@ -148,8 +150,8 @@ class Algorithm:
 
 
 @attrs.frozen
-class Study:
-    """All settings of one study."""
+class Experiment:
+    """All settings of an experiment."""
 
     preset: str
     title: str
@@ -160,7 +162,7 @@ class Study:
 
 
 def presets() -> dict[str, Path]:
-    """The presets there are, by name, the smallest first."""
+    """Return the presets by name, the smallest first."""
     return {
         path.stem: path
         for path in sorted(
@@ -169,7 +171,7 @@ def presets() -> dict[str, Path]:
     }
 
 
-def load(preset: str) -> Study:
+def load(preset: str) -> Experiment:
     """Read a preset by name."""
     known = presets()
     if preset not in known:
@@ -179,8 +181,8 @@ def load(preset: str) -> Study:
     return read(known[preset])
 
 
-def read(path: Path) -> Study:
-    """Read a study's settings from a TOML file; its stem is the preset's name."""
+def read(path: Path) -> Experiment:
+    """Read the settings of an experiment from a TOML file; its stem is the preset's name."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -191,7 +193,7 @@ def read(path: Path) -> Study:
     title = table.get("title", path.stem)
     if problem := _text(title):
         raise ExperimentError(f"{path}: title {problem}, not {title!r}")
-    return Study(
+    return Experiment(
         preset=path.stem,
         title=title,
         data=_section(path, table, "data", Data),
@@ -205,15 +207,15 @@ def _known(path: Path, where: str, table: Mapping[str, Any], names: tuple[str, .
     for key in table:
         if key not in names:
             raise ExperimentError(
-                f"{path}: there is no setting {where}{key}.{near_names(key, names)} Settings here: {', '.join(names)}"
+                f"{path}: there is no setting {where}{key}.{near_names(key, names)} "
+                f"Settings here: {', '.join(names)}"
             )
 
 
 def _table(path: Path, where: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise ExperimentError(
-            f"{path}: [{where}] must be a table of settings, and is {'missing' if value is None else repr(value)}"
-        )
+        found = "missing" if value is None else repr(value)
+        raise ExperimentError(f"{path}: [{where}] must be a table of settings, but is {found}")
     return value
 
 
@@ -264,8 +266,13 @@ def _algorithms(path: Path, table: Mapping[str, Any]) -> dict[str, Algorithm]:
     return algorithms
 
 
-def chosen(study: Study, **options: Any) -> Study:
-    """The study with what the command line asked for: `algorithms` (names), and the fields of `Training`; `None` keeps what is there."""
+def with_options(experiment: Experiment, **options: Any) -> Experiment:
+    """Return the experiment with options of the command line; `None` changes nothing.
+
+    Args:
+        experiment: The settings.
+        **options: `algorithms` (names), and fields of `Training`.
+    """
     names = options.pop("algorithms", None)
     training = {key: value for key, value in options.items() if value is not None}
     for key, value in training.items():
@@ -273,11 +280,13 @@ def chosen(study: Study, **options: Any) -> Study:
         if problem := check(value):
             raise ExperimentError(f"--{key.replace('_', '-')} {problem}, not {value!r}")
     for name in names or ():
-        if name not in study.algorithms:
+        if name not in experiment.algorithms:
             raise ExperimentError(
-                f"there is no algorithm {name!r}.{near_names(name, study.algorithms)} Algorithms: {', '.join(study.algorithms)}"
+                f"there is no algorithm {name!r}.{near_names(name, experiment.algorithms)} "
+                f"Algorithms: {', '.join(experiment.algorithms)}"
             )
-    algorithms = {name: study.algorithms[name] for name in names} if names else study.algorithms
+    known = experiment.algorithms
+    algorithms = {name: known[name] for name in names} if names else known
     return attrs.evolve(
-        study, training=attrs.evolve(study.training, **training), algorithms=algorithms
+        experiment, training=attrs.evolve(experiment.training, **training), algorithms=algorithms
     )

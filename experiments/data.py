@@ -1,4 +1,4 @@
-"""Where images come from: scikit-learn's digits, torchvision's CIFAR-10, or a folder of images; all become tensors in memory."""
+"""Load images into memory: scikit-learn's digits, torchvision's CIFAR-10, or a folder of images."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Images:
         return len(self.labels)
 
     def subset(self, count: int, seed: int, name: str) -> Images:
-        """`count` of them, drawn by `seed`; all for 0."""
+        """Draw `count` images by `seed`; 0 returns all."""
         if count > len(self):
             raise ExperimentError(
                 f"data.{name} = {count}, but there are only {len(self)} {name} images"
@@ -46,18 +46,18 @@ class Images:
         return Images(self.pixels[index], self.labels[index])
 
     def to(self, device: torch.device) -> Images:
-        """The same on `device`."""
+        """Return the images on `device`."""
         return Images(self.pixels.to(device), self.labels.to(device))
 
 
 @attrs.frozen(eq=False)
 class Dataset:
-    """What is learnt, and what it is tested on.
+    """Training and test images.
 
     Args:
-        name: What it is, for readers.
-        train: Images to learn from.
-        test: Images that are never learnt from.
+        name: Name for readers.
+        train: Training images.
+        test: Test images.
         classes: Names of the classes.
     """
 
@@ -67,7 +67,7 @@ class Dataset:
     classes: tuple[str, ...]
 
     def normalisation(self) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the training images, per channel, `[C, 1, 1]` each."""
+        """Return mean and standard deviation of the training images per channel, `[C, 1, 1]`."""
         channels = self.train.pixels.shape[1]
         counts = torch.stack(
             [
@@ -81,7 +81,7 @@ class Dataset:
         return mean.float().view(-1, 1, 1), deviation.float().view(-1, 1, 1)
 
     def checksum(self) -> int:
-        """A number that differs, but for chance, when any image or label does."""
+        """Return a checksum of all images and labels."""
         value = 0
         for tensor in (self.train.pixels, self.train.labels, self.test.pixels, self.test.labels):
             value = zlib.crc32(tensor.contiguous().numpy().data, value)
@@ -89,21 +89,22 @@ class Dataset:
 
 
 def load(settings: Data, data_dir: Path | None, cache: Path, say: Callable[[str], None]) -> Dataset:
-    """Load the images of a study.
+    """Load the images of an experiment.
 
     Args:
-        settings: Which ones.
-        data_dir: Where images are, or are to be put; `None` for the usual place.
+        settings: The images.
+        data_dir: Folder of the images, or for their download; `None` for the default.
         cache: Folder for decoded images.
-        say: Called with what is being done, when it may take a while.
+        say: Takes a message before work that may take long.
 
     Raises:
-        ExperimentError: They are not there and cannot be fetched; says what to do.
+        ExperimentError: The images are missing and cannot be downloaded.
     """
     if settings.source == "digits":
         if data_dir is not None:
             raise ExperimentError(
-                "the digits come with scikit-learn: leave --data-dir out, or choose --preset cifar10-small"
+                "the digits come with scikit-learn: leave --data-dir out, or choose "
+                "--preset cifar10-small"
             )
         return _digits(settings)
     data_dir = Path("runs/data") if data_dir is None else data_dir
@@ -120,7 +121,8 @@ def _digits(settings: Data) -> Dataset:
     train, test = settings.train or len(digits.target) * 4 // 5, settings.test or None
     if train + (test or 1) > len(digits.target):
         raise ExperimentError(
-            f"data.train + data.test = {train + (test or 1)}, but there are only {len(digits.target)} digits"
+            f"data.train + data.test = {train + (test or 1)}, but there are only "
+            f"{len(digits.target)} digits"
         )
     split = train_test_split(
         digits.images,
@@ -152,15 +154,14 @@ def _from_folder(
                 f"data.{part} = {count}, but {data_dir / part} holds only {len(files)} images"
             )
         if 0 < count < len(files):
-            index = torch.randperm(
-                len(files), generator=torch.Generator().manual_seed(settings.seed)
-            )[:count]
+            generator = torch.Generator().manual_seed(settings.seed)
+            index = torch.randperm(len(files), generator=generator)[:count]
             files = [files[i] for i in index.tolist()]
-        parts[part] = _decoded(files, data_dir, cache / f"{part}.pt", say)
+        parts[part] = _decode_once(files, data_dir, cache / f"{part}.pt", say)
     return Dataset(f"CIFAR-10 from {data_dir}", parts["train"], parts["test"], classes)
 
 
-def _decoded(
+def _decode_once(
     files: list[tuple[Path, int]], data_dir: Path, cache: Path, say: Callable[[str], None]
 ) -> Images:
     key = folder.signature(files, data_dir)
@@ -168,11 +169,9 @@ def _decoded(
         kept = torch.load(cache, weights_only=True)
         if kept["key"] == key:
             return Images(kept["pixels"], kept["labels"])
-    except (
-        Exception
-    ) as error:  # damaged bytes make torch.load raise anything; the images themselves are the truth
+    except Exception as error:  # torch.load may raise anything for a damaged file
         if cache.exists():
-            say(f"{cache} cannot be used ({type(error).__name__}) and is made anew")
+            say(f"{cache} cannot be read ({type(error).__name__}): decoding the images again")
     say(f"decoding {len(files):,} images from {data_dir} (once; kept in {cache})")
     images = Images(
         folder.decode([path for path, _ in files], SIZE),
@@ -191,19 +190,18 @@ def _from_torchvision(settings: Data, data_dir: Path, say: Callable[[str], None]
     from torchvision.datasets import CIFAR10
 
     folder.check_download_target(data_dir)
-    say(f"CIFAR-10 from torchvision, in {data_dir} (downloaded if it is not there: 170 MB)")
+    say(f"CIFAR-10 from torchvision, in {data_dir} (downloaded if missing: 170 MB)")
     try:
         parts = [CIFAR10(data_dir, train=train, download=True) for train in (True, False)]
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # urllib's errors are OSErrors; torchvision raises RuntimeError for damaged files
+    # The errors of urllib are OSErrors; torchvision raises RuntimeError for damaged files.
+    except (OSError, RuntimeError) as error:
         reason = getattr(error, "reason", None) or error
         if data_dir.is_dir() and not any(data_dir.iterdir()):
             data_dir.rmdir()  # made for the download
         raise ExperimentError(
-            f"CIFAR-10 is not in {data_dir} and could not be downloaded ({reason}): connect to the network, or give --data-dir a folder "
-            "with torchvision's cifar-10-batches-py or with images as train/CLASS/*.jpg and test/CLASS/*.jpg"
+            f"CIFAR-10 is not in {data_dir} and could not be downloaded ({reason}): connect to the "
+            "network, or give --data-dir a folder with torchvision's cifar-10-batches-py or with "
+            "images as train/CLASS/*.jpg and test/CLASS/*.jpg"
         ) from error
     images = [
         Images(

@@ -1,4 +1,4 @@
-"""The one error of the study: something the user can put right, told in one line."""
+"""The error of the experiments: something that the user can correct, in one line."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 
 class ExperimentError(Exception):
-    """Shown as one line on stderr, with exit code 2."""
+    """An error that is printed as one line on stderr, with exit code 2."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
@@ -14,8 +14,7 @@ class ExperimentError(Exception):
 
 def near_names(name: str, known: Iterable[str]) -> str:
     """Return ` Did you mean 'x'?` for the known names closest to `name`, or nothing."""
-    from kfactk.errors import (
-        near_names as near,  # imported late: it loads torch, which --help need not wait for
-    )
+    # Imported late: it loads torch, which --help does not need.
+    from kfactk.errors import near_names as near
 
     return near(name, known)

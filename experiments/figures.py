@@ -1,4 +1,7 @@
-"""The four figures of the study: mean over seeds as a line, smallest to largest as a shade, one colour an algorithm, log axis."""
+"""The four figures: one metric against the epoch, a line for each algorithm, on a log axis.
+
+The line is the mean over seeds; the shade reaches from the smallest to the largest value.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ STYLES = {
     "ekfacadam": ("#D55E00", "-", "D"),
     "ekfacradam": ("#CC79A7", "-.", "P"),
 }
-"""Colour, line and marker, apart for colour-blind readers and in grey (Okabe and Ito's palette)."""
+"""Colour, line and marker; distinct for colour-blind readers and in grey (Okabe and Ito)."""
 OTHERS = (("#0072B2", ":", "X"), ("#999999", ":", "*"), ("#7F3C8D", ":", "h"))
 
 
@@ -81,7 +84,7 @@ def _finish(axes: Axes, metric: str) -> None:
 
 
 def save_all(results: Results, folder: Path) -> dict[str, str]:
-    """Save the four figures as PNG and SVG, and return the SVG's text by metric."""
+    """Save the four figures as PNG and SVG, and return the text of the SVG by metric."""
     drawn = {}
     for metric in METRICS:
         figure, text = draw(results, metric), io.StringIO()

@@ -1,4 +1,4 @@
-"""A folder of images: train/CLASS/*.jpg and test/CLASS/*.jpg, as torchvision's ImageFolder reads them."""
+"""A folder of images: train/CLASS/*.jpg and test/CLASS/*.jpg, as for torchvision's ImageFolder."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from experiments.errors import ExperimentError
 SUFFIXES = (".jpg", ".jpeg", ".png")
 PARTS = ("train", "test")
 DOWNLOADED = ("cifar-10-batches-py", "cifar-10-python.tar.gz")
-SHAPE = "train/CLASS/*.jpg and test/CLASS/*.jpg"
+LAYOUT = "train/CLASS/*.jpg and test/CLASS/*.jpg"
 
 
 def is_image_folder(data_dir: Path) -> bool:
-    """Whether `data_dir` has both parts of a folder of images."""
+    """Return whether `data_dir` has both parts of a folder of images."""
     return all((data_dir / part).is_dir() for part in PARTS)
 
 
 def check_download_target(data_dir: Path) -> None:
-    """Refuse to download into a folder that looks like a mistake: it has something in it, and nothing of CIFAR-10.
+    """Check that `data_dir` is suitable for a download.
 
     Raises:
-        ExperimentError: Says what the folder lacks.
+        ExperimentError: It is a file, or has content but nothing of CIFAR-10.
     """
     if data_dir.exists() and not data_dir.is_dir():
         raise ExperimentError(f"--data-dir {data_dir} is a file: give a folder")
@@ -40,13 +40,14 @@ def check_download_target(data_dir: Path) -> None:
     if names:
         missing = [part for part in PARTS if not (data_dir / part).is_dir()]
         raise ExperimentError(
-            f"--data-dir {data_dir} has no {' and no '.join(missing)} folder and no {DOWNLOADED[0]}: give a folder with {SHAPE}, one that "
-            "torchvision filled, or a new or empty one to download CIFAR-10 into"
+            f"--data-dir {data_dir} has no {' and no '.join(missing)} folder and no "
+            f"{DOWNLOADED[0]}: give a folder with {LAYOUT}, one that torchvision filled, or a new "
+            "or empty one to download CIFAR-10 into"
         )
 
 
 def list_images(data_dir: Path) -> tuple[tuple[str, ...], dict[str, list[tuple[Path, int]]]]:
-    """Classes, and for each part its files with their class' index, in order of name.
+    """Return the classes, and for each part its files with the index of their class, by name.
 
     Raises:
         ExperimentError: A part has no images, or the parts differ in their classes.
@@ -64,18 +65,20 @@ def list_images(data_dir: Path) -> tuple[tuple[str, ...], dict[str, list[tuple[P
         ]
         if not listing[part]:
             raise ExperimentError(
-                f"--data-dir {data_dir}: {part} holds no images; {SHAPE} is what is read ({', '.join(SUFFIXES)})"
+                f"--data-dir {data_dir}: {part} holds no images; the layout must be {LAYOUT} "
+                f"({', '.join(SUFFIXES)})"
             )
     if classes["train"] != classes["test"]:
         odd = sorted(set(classes["train"]) ^ set(classes["test"]))
         raise ExperimentError(
-            f"--data-dir {data_dir}: train and test must have the same class folders; not in both: {', '.join(odd)}"
+            f"--data-dir {data_dir}: train and test must have the same class folders; not in both: "
+            f"{', '.join(odd)}"
         )
     return classes["train"], listing
 
 
 def signature(files: list[tuple[Path, int]], data_dir: Path) -> str:
-    """Changes when the files, their order, sizes or classes do."""
+    """Return a digest of the files, their order, sizes, times and classes."""
     digest = hashlib.sha256()
     for path, label in files:
         status = path.stat()
@@ -86,7 +89,7 @@ def signature(files: list[tuple[Path, int]], data_dir: Path) -> str:
 
 
 def decode(paths: list[Path], size: int) -> Tensor:
-    """The images as `[N, 3, size, size]` of uint8.
+    """Return the images as `[N, 3, size, size]` of uint8.
 
     Raises:
         ExperimentError: An image cannot be read, or has another size.
@@ -96,8 +99,8 @@ def decode(paths: list[Path], size: int) -> Tensor:
         try:
             with Image.open(path) as file:
                 image = file.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # what Pillow raises for damaged files
-            raise ExperimentError(f"{path} is not an image that can be read: {error}") from error
+        except (OSError, SyntaxError, ValueError) as error:  # Pillow raises these for damaged files
+            raise ExperimentError(f"{path} is not a readable image: {error}") from error
         if image.size != (size, size):
             raise ExperimentError(
                 f"{path} is {image.width}x{image.height} pixels; all images must be {size}x{size}"

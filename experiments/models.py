@@ -1,4 +1,4 @@
-"""The networks: a small residual one for digits, ResNet-8 and ResNet-50 for CIFAR-10."""
+"""The networks: a small residual network for digits, ResNet-8 and ResNet-50 for CIFAR-10."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from torch.nn import functional
 
 
 class Block(nn.Module):
-    """Two 3x3 convolutions with BatchNorm and a shortcut, which is a 1x1 convolution where the shape changes (He et al. 2016)."""
+    """Two 3x3 convolutions with BatchNorm and a shortcut (He et al. 2016).
+
+    The shortcut is a 1x1 convolution where the shape changes.
+    """
 
     def __init__(self, inputs: int, outputs: int, stride: int) -> None:
         super().__init__()
@@ -31,7 +34,7 @@ class Block(nn.Module):
 
 
 class ResNet(nn.Module):
-    """A residual network with one block a stage; every stage but the first halves the image."""
+    """A residual network of one block in each stage; all stages but the first halve the image."""
 
     def __init__(self, channels: int, widths: Sequence[int], classes: int) -> None:
         super().__init__()
@@ -50,7 +53,7 @@ class ResNet(nn.Module):
 
 
 def resnet50_for_cifar(classes: int) -> nn.Module:
-    """torchvision's ResNet-50 with the stem that 32x32 images need: a 3x3 convolution of stride 1, and no max-pooling."""
+    """Return torchvision's ResNet-50 with a stem for 32x32 images: stride 1, and no max-pooling."""
     from torchvision.models import resnet50
 
     model = resnet50(num_classes=classes)
@@ -61,7 +64,7 @@ def resnet50_for_cifar(classes: int) -> nn.Module:
 
 
 def make(name: str, *, channels: int, classes: int, seed: int) -> nn.Module:
-    """Make a network whose initial weights are drawn by `seed`."""
+    """Make a network; `seed` draws its initial weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         if name == "digits_resnet":

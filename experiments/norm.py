@@ -1,4 +1,4 @@
-"""BatchNorm over the images of all processes, so that several processes with parts of a batch learn what one learns with the whole."""
+"""BatchNorm over the images of all processes: several processes then train as one does."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class _Mean(torch.autograd.Function):
-    """The mean over processes, of values in the forward and of gradients in the backward pass."""
+    """The mean over processes: of values in the forward pass, of gradients in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, values: Tensor) -> Tensor:
@@ -28,10 +28,10 @@ def _mean(values: Tensor) -> Tensor:
 
 
 class SharedBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm whose statistics are those of the whole batch, of which every process has an equal part; on any device."""
+    """BatchNorm with the statistics of the whole batch, of which each process has an equal part."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Normalise `[N, C, H, W]`; in training a collective call, and so is its backward pass."""
+        """Normalise `[N, C, H, W]`; in training, forward and backward are collective calls."""
         if not self.training:
             return super().forward(x)
         own_variance, own_mean = (
@@ -50,8 +50,8 @@ class SharedBatchNorm2d(nn.BatchNorm2d):
         return x * scale[:, None, None] + (self.bias - mean.to(x.dtype) * scale)[:, None, None]
 
 
-def share(model: nn.Module) -> None:
-    """Have a model's BatchNorm layers look at all processes' images."""
+def share_batch_norms(model: nn.Module) -> None:
+    """Replace the BatchNorm layers of a model by those over all processes."""
     for parent in list(model.modules()):
         for name, child in parent.named_children():
             if type(child) is nn.BatchNorm2d:

@@ -1,4 +1,4 @@
-"""What is shown while the runs go on: bars on a terminal, plain lines elsewhere."""
+"""Progress of the runs: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -20,39 +20,40 @@ from rich.progress import (
 
 from experiments.results import Epoch
 
-SLOW = 5.0
-"""Seconds of an epoch from which on the run's epochs get lines of their own where there are no bars."""
+SLOW_EPOCH = 5.0
+"""Seconds; without bars, each epoch of a run with a longer epoch gets its own line."""
 
 
 def say(console: Console, text: str) -> None:
-    """Print a line as it is."""
+    """Print a line without markup."""
     console.print(text, highlight=False, markup=False, soft_wrap=True)
 
 
-class Shown(Protocol):
-    """One run, as it is shown."""
+class RunProgress(Protocol):
+    """Progress of one run."""
 
     def step(self) -> None:
-        """A step was taken."""
+        """Show that a step was taken."""
 
     def epoch(self, epoch: Epoch) -> None:
-        """An epoch is over."""
+        """Show that an epoch is over."""
 
 
 def summary(epoch: Epoch) -> str:
-    """An epoch in a line."""
+    """Describe an epoch in one line."""
     return (
-        f"epoch {epoch.epoch}: training loss {epoch.train_loss:.4f}, accuracy {epoch.train_accuracy:.2f} %; "
+        f"epoch {epoch.epoch}: training loss {epoch.train_loss:.4f}, "
+        f"accuracy {epoch.train_accuracy:.2f} %; "
         f"test loss {epoch.test_loss:.4f}, accuracy {epoch.test_accuracy:.2f} %"
     )
 
 
 class Progress:
-    """Shows all runs.
+    """Progress of all runs.
 
     Args:
-        console: Where to.
-        runs: How many runs there are.
+        console: Where to print.
+        runs: Number of runs.
     """
 
     def __init__(self, console: Console, runs: int) -> None:
@@ -78,12 +79,12 @@ class Progress:
         if self._bars is not None:
             self._bars.stop()
 
-    def skipped(self, label: str, epochs: int) -> None:
-        """A run was finished already."""
-        self._over(f"{label}: finished earlier, {epochs} epochs")
+    def skip(self, label: str, epochs: int) -> None:
+        """Show that a run was finished earlier."""
+        self._end_run(f"{label}: finished earlier, {epochs} epochs")
 
     @contextlib.contextmanager
-    def run(self, label: str, steps: int, history: Sequence[Epoch]) -> Iterator[Shown]:
+    def run(self, label: str, steps: int, history: Sequence[Epoch]) -> Iterator[RunProgress]:
         """Show one run of `steps` steps, of which `history` is done."""
         started, last = time.perf_counter(), list(history)
         task = None
@@ -93,22 +94,22 @@ class Progress:
                 label, total=steps, completed=sum(epoch.steps for epoch in history), note=note
             )
         elif history:
-            say(self._console, f"{label}: goes on after epoch {history[-1].epoch}")
+            say(self._console, f"{label}: continues after epoch {history[-1].epoch}")
         try:
-            yield _Shown(self._console, self._bars, task, label, steps, last)
+            yield _RunProgress(self._console, self._bars, task, label, steps, last)
         finally:
             if self._bars is not None and task is not None:
                 self._bars.remove_task(task)
-        self._over(f"{label}: {summary(last[-1])} ({time.perf_counter() - started:.1f} s)")
+        self._end_run(f"{label}: {summary(last[-1])} ({time.perf_counter() - started:.1f} s)")
 
-    def _over(self, text: str) -> None:
+    def _end_run(self, text: str) -> None:
         self._done += 1
         say(self._console, f"[{self._done}/{self._runs}] {text}")
         if self._bars is not None and self._total is not None:
             self._bars.advance(self._total)
 
 
-class _Shown:
+class _RunProgress:
     def __init__(
         self,
         console: Console,
@@ -116,16 +117,10 @@ class _Shown:
         task: TaskID | None,
         label: str,
         steps: int,
-        seen: list[Epoch],
+        history: list[Epoch],
     ) -> None:
-        self._console, self._bars, self._task, self._label, self._steps, self._seen = (
-            console,
-            bars,
-            task,
-            label,
-            steps,
-            seen,
-        )
+        self._console, self._bars, self._task = console, bars, task
+        self._label, self._steps, self._history = label, steps, history
         self._slow = False
 
     def step(self) -> None:
@@ -133,14 +128,12 @@ class _Shown:
             self._bars.advance(self._task)
 
     def epoch(self, epoch: Epoch) -> None:
-        self._seen.append(epoch)
-        self._slow = self._slow or epoch.seconds > SLOW
+        self._history.append(epoch)
+        self._slow = self._slow or epoch.seconds > SLOW_EPOCH
+        last = sum(epoch.steps for epoch in self._history) >= self._steps
         if self._bars is not None and self._task is not None:
-            self._bars.update(
-                self._task,
-                note=f"training loss {epoch.train_loss:.4f}, test accuracy {epoch.test_accuracy:.2f} %",
-            )
-        elif (
-            self._slow and sum(epoch.steps for epoch in self._seen) < self._steps
-        ):  # the last one is in the run's own line
+            loss, accuracy = epoch.train_loss, epoch.test_accuracy
+            note = f"training loss {loss:.4f}, test accuracy {accuracy:.2f} %"
+            self._bars.update(self._task, note=note)
+        elif self._slow and not last:  # the line of the run describes the last epoch
             say(self._console, f"{self._label}: {summary(epoch)}")

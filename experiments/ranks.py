@@ -1,4 +1,7 @@
-"""The processes that share a study: this one alone, or those that torchrun has started. Rank 0 decides, prints and writes."""
+"""The processes that share an experiment: this one alone, or those that torchrun has started.
+
+Rank 0 decides, prints and writes.
+"""
 
 from __future__ import annotations
 
@@ -17,17 +20,19 @@ from experiments.errors import ExperimentError
 
 Result = TypeVar("Result")
 
-TURNS = 3
+ROUNDS = 3
 """Rank 0; then the first process of each other machine; then the rest."""
 
 
 @attrs.frozen
 class Communicator:
-    """This process among those that share the study. What a method does is done by all of them, at the same point of the study.
+    """This process among those that share the experiment.
+
+    All processes must call the same methods in the same order.
 
     Args:
         rank: Its number, from 0.
-        size: How many there are.
+        size: Number of processes.
         local: Its number on its machine, from 0.
     """
 
@@ -37,46 +42,51 @@ class Communicator:
 
     @property
     def first(self) -> bool:
-        """Whether it is the one that decides, prints and writes."""
+        """Whether this is the process that decides, prints and writes."""
         return self.rank == 0
 
-    def lead(self, work: Callable[[], Result]) -> Result:
-        """What `work` gives on rank 0, on all; or its error."""
+    def broadcast(self, work: Callable[[], Result]) -> Result:
+        """Do the work on rank 0; return its result, or raise its error, on all."""
         if self.size == 1:
             return work()
         answer = [_attempt(work) if self.first else None]
         dist.broadcast_object_list(answer, src=0)
         assert answer[0] is not None
-        value, fault = answer[0]
-        if fault is not None:
-            raise ExperimentError(fault)
+        value, error = answer[0]
+        if error is not None:
+            raise ExperimentError(error)
         return value  # type: ignore[return-value]
 
-    def first_only(self, work: Callable[[], Result]) -> Result | None:
-        """What `work` gives, on rank 0; `None` on the others, which only learn of its error."""
-        kept: list[Result] = []
-        self.lead(lambda: kept.append(work()))
-        return kept[0] if kept else None
+    def on_first(self, work: Callable[[], Result]) -> Result | None:
+        """Do the work on rank 0 and return its result there; on others, return `None`.
 
-    def in_turns(self, work: Callable[[], Result]) -> Result:
-        """Each does the work, rank 0 first and the first of each machine next: later ones find what earlier ones have fetched."""
+        An error is raised on all.
+        """
+        results: list[Result] = []
+        self.broadcast(lambda: results.append(work()))
+        return results[0] if results else None
+
+    def in_order(self, work: Callable[[], Result]) -> Result:
+        """Do the work on all, rank 0 first, then the first process of each machine, then the rest.
+
+        Later processes can then use what earlier ones have downloaded.
+        """
         if self.size == 1:
             return work()
-        mine = 0 if self.first else 1 if self.local == 0 else TURNS - 1
-        done: list[Result] = []
-        for turn in range(TURNS):
-            fault = None
-            if turn == mine:
-                value, fault = _attempt(work)
-                done += [] if fault is not None else [value]  # type: ignore[list-item]
-            faults = self.gather(fault)
-            for rank, found in enumerate(faults):
+        mine = 0 if self.first else 1 if self.local == 0 else ROUNDS - 1
+        results: list[Result] = []
+        for number in range(ROUNDS):
+            error = None
+            if number == mine:
+                value, error = _attempt(work)
+                results += [] if error is not None else [value]  # type: ignore[list-item]
+            for rank, found in enumerate(self.gather(error)):
                 if found is not None:
                     raise ExperimentError(found if rank == 0 else f"process {rank}: {found}")
-        return done[0]
+        return results[0]
 
     def gather(self, value: Result) -> list[Result]:
-        """The value of each, in the order of ranks."""
+        """Return the values of all, in the order of ranks."""
         if self.size == 1:
             return [value]
         values: list[Result] = [value] * self.size
@@ -84,54 +94,53 @@ class Communicator:
         return values
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over all, in place of what `tensor` held."""
+        """Sum `tensor` over all, in place."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def wrap(self, model: nn.Module, device: torch.device) -> nn.Module:
-        """The model that averages its gradients over all."""
+        """Return a model that averages its gradients over all."""
         if self.size == 1:
             return model
         return DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device])
 
 
 def launched() -> bool:
-    """Whether this process is one of several that were started together, by torchrun or in the same way."""
+    """Return whether torchrun, or a similar launcher, started this process with others."""
     return all(name in os.environ for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"))
 
 
 @contextlib.contextmanager
-def joined(device: torch.device) -> Iterator[Communicator]:
-    """Join the others that torchrun has started, if it has, until the study is over on all of them.
+def join(device: torch.device) -> Iterator[Communicator]:
+    """Join the processes that torchrun has started, if any, until all have finished.
 
     Args:
-        device: Where this process works; decides between nccl, gloo and others.
+        device: Device of this process; it determines the backend, such as nccl or gloo.
     """
     if not launched():
         yield Communicator()
         return
     backend = dist.get_default_backend_for_device(device)
     dist.init_process_group(backend)
-    orderly = False
+    complete = False
     try:
         yield Communicator(
             dist.get_rank(), dist.get_world_size(), int(os.environ.get("LOCAL_RANK", "0"))
         )
         dist.barrier()
-        orderly = True
+        complete = True
     finally:
-        if (
-            orderly or backend == "gloo"
-        ):  # after an error nccl would wait for what the others have not begun
+        # After an error, nccl would wait for calls that the others never make.
+        if complete or backend == "gloo":
             dist.destroy_process_group()
 
 
 def device(name: str) -> torch.device:
-    """The device of a name; for one of several processes, its own one.
+    """Return the device of a name; each of several processes gets its own.
 
     Raises:
-        ExperimentError: It cannot be used here, or there are fewer than processes.
+        ExperimentError: It cannot be used, or there are fewer devices than processes.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
@@ -144,7 +153,7 @@ def device(name: str) -> torch.device:
         ) from error
     if launched() and found.type != "cpu":
         module = torch.get_device_module(found)
-        found = own(
+        found = own_device(
             found,
             int(os.environ.get("LOCAL_RANK", "0")),
             int(os.environ.get("LOCAL_WORLD_SIZE", "1")),
@@ -154,31 +163,33 @@ def device(name: str) -> torch.device:
     return found
 
 
-def own(device: torch.device, local: int, here: int, count: int) -> torch.device:
-    """One process' own device.
+def own_device(device: torch.device, local: int, here: int, count: int) -> torch.device:
+    """Return the device of one process.
 
     Args:
-        device: What was asked for.
+        device: The requested device.
         local: Number of the process on its machine.
-        here: How many processes there are on it.
-        count: How many devices.
+        here: Number of processes on its machine.
+        count: Number of devices on its machine.
 
     Raises:
-        ExperimentError: There is not one for each.
+        ExperimentError: There are fewer devices than processes.
     """
     if here > 1 and device.index is not None:
         raise ExperimentError(
-            f"--device {device} cannot be shared by {here} processes: give --device {device.type}, each takes its own"
+            f"--device {device} cannot be shared by {here} processes: give --device {device.type}, "
+            "and each takes its own"
         )
     if here > count:
         raise ExperimentError(
-            f"{here} processes cannot share {count} {device.type} device(s): start fewer of them, or give --device cpu"
+            f"{here} processes cannot share {count} {device.type} device(s): start fewer of them, "
+            "or give --device cpu"
         )
     return torch.device(device.type, local if device.index is None else device.index)
 
 
 def _attempt(work: Callable[[], Result]) -> tuple[Result | None, str | None]:
-    """What `work` gives, and what was wrong."""
+    """Return the result of `work`, or its error as text."""
     try:
         return work(), None
     except ExperimentError as error:

@@ -1,4 +1,4 @@
-"""The report: one HTML file that holds everything and fetches nothing."""
+"""The report: one HTML file that contains everything and loads nothing."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import attrs
 from experiments import claims, table
 from experiments.files import write_text
 from experiments.results import METRICS, Results
-from experiments.store import flat
+from experiments.store import flatten
 
 TEMPLATE = Path(__file__).with_name("report.html")
 PACKAGES = ("kfactk", "torch", "torchvision", "numpy", "scikit-learn", "mlflow", "matplotlib")
@@ -27,16 +27,17 @@ def write(
     """Write the report.
 
     Args:
-        path: Where to.
+        path: The file.
         results: The runs.
         figures: SVG text by metric.
-        commands: What to type: what it does, and the command.
+        commands: Pairs of what a command does and the command.
     """
     template = Template(TEMPLATE.read_text(encoding="utf-8"))
     text = template.substitute(
-        title=escape(results.study.title),
+        title=escape(results.experiment.title),
         data=escape(
-            f"{results.dataset}; network {results.study.model.name}; {len(results.runs)} runs on {results.device}"
+            f"{results.dataset}; network {results.experiment.model.name}; "
+            f"{len(results.runs)} runs on {results.device}"
         ),
         claims="\n".join(_claim(claim) for claim in claims.check(results)),
         table=_table(table.HEADINGS, table.rows(results)),
@@ -56,7 +57,7 @@ def write(
 
 
 def versions() -> list[str]:
-    """Versions of what the numbers depend on."""
+    """Return the versions of everything that the numbers depend on."""
     found = [f"Python {platform.python_version()}", platform.platform()]
     for package in PACKAGES:
         try:
@@ -68,22 +69,30 @@ def versions() -> list[str]:
 
 def _table(headings: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
     head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
-    body = "\n".join(
-        f'<tr><th scope="row">{escape(first)}</th>{"".join(f"<td>{escape(cell)}</td>" for cell in rest)}</tr>'
-        for first, *rest in rows
+    body = "\n".join(_row(*row) for row in rows)
+    return (
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
+        f"<tbody>\n{body}\n</tbody></table></div>"
     )
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>\n{body}\n</tbody></table></div>'
+
+
+def _row(first: str, *rest: str) -> str:
+    cells = "".join(f"<td>{escape(cell)}</td>" for cell in rest)
+    return f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>'
 
 
 def _claim(claim: claims.Claim) -> str:
     kind = {claims.HOLDS: "yes", claims.FAILS: "no", claims.OPEN: "open"}[claim.verdict]
-    return f'<li><span class="{kind}">{claim.verdict}</span> {escape(claim.text)}: <em>{escape(claim.evidence)}</em>.</li>'
+    return (
+        f'<li><span class="{kind}">{claim.verdict}</span> {escape(claim.text)}: '
+        f"<em>{escape(claim.evidence)}</em>.</li>"
+    )
 
 
 def _figure(title: str, svg: str) -> str:
-    svg = svg[svg.index("<svg") :]  # without the XML head, whose document type is an address
+    svg = svg[svg.index("<svg") :]  # without the XML head, whose document type is a URL
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    prefix = re.sub(r"\W", "_", title)  # names must differ among figures that share a page
+    prefix = re.sub(r"\W", "_", title)  # names must differ among the figures of a page
     svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
     svg = svg.replace('xlink:href="#', f'xlink:href="#{prefix}-').replace(
         "url(#", f"url(#{prefix}-"
@@ -107,21 +116,25 @@ def _reference(results: Results) -> str:
     ]
     if not rows:
         return ""
-    return "<h3>What the study reports</h3>" + _table(
+    return "<h3>What the thesis reports</h3>" + _table(
         ("algorithm", "training acc. (%)", "test acc. (%)"), rows
     )
 
 
 def _settings(results: Results) -> str:
     columns = {
-        algorithm.label: dict(flat(results.of(algorithm.name)[0].settings))
+        algorithm.label: dict(flatten(results.of(algorithm.name)[0].settings))
         for algorithm in results.algorithms
     }
     keys = list(dict.fromkeys(key for settings in columns.values() for key in settings))
     rows = [(key, *(str(settings.get(key, "")) for settings in columns.values())) for key in keys]
-    study = {**attrs.asdict(results.study.data), **attrs.asdict(results.study.training)}
+    experiment = {
+        **attrs.asdict(results.experiment.data),
+        **attrs.asdict(results.experiment.training),
+    }
     shared = _table(
-        ("all runs", ""), [(key, str(value)) for key, value in study.items() if value is not None]
+        ("all runs", ""),
+        [(key, str(value)) for key, value in experiment.items() if value is not None],
     )
     return shared + _table(("first seed's", *columns), rows)
 
@@ -131,7 +144,7 @@ def _runs(results: Results) -> str:
     for run in results.runs:
         last = run.history[-1]
         values = (f"{value:.4f}" for value in last.metrics.values())
-        label = results.study.algorithms[run.algorithm].label
+        label = results.experiment.algorithms[run.algorithm].label
         rows.append(
             (
                 label,
@@ -154,10 +167,10 @@ def _curvature(results: Results) -> str:
         rows += [(algorithm.label, key, f"{value:.4g}") for key, value in last.items()]
     if not rows:
         return ""
-    heading = "<h2>Inside the preconditioners</h2><p>Means over the last epoch, first seed; all epochs are in MLflow.</p>"
     return (
-        heading
-        + "<details><summary>Figures</summary>"
-        + _table(("algorithm", "figure", "value"), rows)
+        "<h2>Metrics of the preconditioners</h2>"
+        "<p>Means over the last epoch, first seed; all epochs are in MLflow.</p>"
+        "<details><summary>Metrics</summary>"
+        + _table(("algorithm", "metric", "value"), rows)
         + "</details>"
     )

@@ -1,4 +1,4 @@
-"""What the runs gave: plain numbers, on which table, figures, claims and report are built."""
+"""The results of the runs as plain numbers, for table, figures, claims and report."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import attrs
 import numpy as np
 
-from experiments.config import Algorithm, Study
+from experiments.config import Algorithm, Experiment
 
 METRICS = {
     "train_loss": "training loss",
@@ -17,8 +17,8 @@ METRICS = {
     "test_loss": "test loss",
     "test_accuracy": "test accuracy",
 }
-"""The four figures of the study: key to name. Training figures are means over the epoch's steps, as training goes on; test figures are
-measured after it."""
+"""The four metrics: key to name. Training metrics are means over the steps of an epoch; test
+metrics are measured after it."""
 
 
 @attrs.frozen
@@ -27,13 +27,13 @@ class Epoch:
 
     Args:
         epoch: Its number, from 1.
-        steps: Optimiser steps in it.
-        seconds: Time of its training steps, without evaluation.
+        steps: Number of optimizer steps.
+        seconds: Time of the training steps, without evaluation.
         train_loss: Mean cross-entropy, in nats.
         train_accuracy: In per cent.
         test_loss: Mean cross-entropy, in nats.
         test_accuracy: In per cent.
-        curvature: Figures of the second-order stages, meaned over the epoch.
+        curvature: Metrics of the second-order stages: means over the epoch.
     """
 
     epoch: int
@@ -47,7 +47,7 @@ class Epoch:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The four figures."""
+        """The four metrics."""
         return {key: getattr(self, key) for key in METRICS}
 
 
@@ -58,9 +58,9 @@ class Run:
     Args:
         algorithm: The algorithm's name.
         seed: The seed.
-        status: "finished" or "diverged" (the loss became infinite or not a number, and the run was stopped).
+        status: "finished", or "diverged": the loss became infinite or NaN, and the run stopped.
         history: Its epochs.
-        settings: All settings of the optimiser, defaults included.
+        settings: All settings of the optimizer, with defaults.
     """
 
     algorithm: str
@@ -72,7 +72,7 @@ class Run:
 
 @attrs.frozen
 class Spread:
-    """Mean, smallest and largest over so many seeds."""
+    """Mean, smallest and largest value over seeds."""
 
     seeds: int
     mean: float
@@ -80,8 +80,10 @@ class Spread:
     high: float
 
     def text(self, digits: int) -> str:
-        """As `mean±half the range`, with so many digits after the point, or as powers of ten where they would show little; one seed has
-        no range."""
+        """Return `mean±half the range` with `digits` decimals; one seed has no range.
+
+        Small means are written with powers of ten.
+        """
         if not math.isfinite(self.mean):
             return "diverged"
         form = ".1e" if 0 < self.mean < 10 ** (1 - digits) else f".{digits}f"
@@ -94,21 +96,23 @@ class Spread:
 
 @attrs.frozen(eq=False)
 class Results:
-    """All runs of a study."""
+    """All runs of an experiment."""
 
-    study: Study
+    experiment: Experiment
     dataset: str
     device: str
     runs: Sequence[Run]
 
     @property
     def algorithms(self) -> list[Algorithm]:
-        """Algorithms that have runs, in the study's order."""
+        """Algorithms that have runs, in the experiment's order."""
         names = {run.algorithm for run in self.runs}
-        return [algorithm for name, algorithm in self.study.algorithms.items() if name in names]
+        return [
+            algorithm for name, algorithm in self.experiment.algorithms.items() if name in names
+        ]
 
     def of(self, algorithm: str) -> list[Run]:
-        """The runs of one algorithm."""
+        """Return the runs of one algorithm."""
         return [run for run in self.runs if run.algorithm == algorithm]
 
     @property
@@ -117,7 +121,7 @@ class Results:
         return max(len(run.history) for run in self.runs)
 
     def curves(self, algorithm: str, metric: str) -> np.ndarray[Any, Any]:
-        """One row a seed, one column an epoch; not a number where a run diverged or had stopped."""
+        """Return a row for each seed and a column for each epoch; NaN where there is no value."""
         rows = np.full((len(self.of(algorithm)), self.epochs), np.nan)
         for row, run in zip(rows, self.of(algorithm), strict=True):
             values = np.array([getattr(epoch, metric) for epoch in run.history])
@@ -125,16 +129,16 @@ class Results:
         return rows
 
     def final(self, algorithm: str, metric: str) -> Spread:
-        """The last epoch's value over seeds; not finite when a seed diverged."""
+        """Return the value of the last epoch over seeds; not finite where a seed diverged."""
         last = self.curves(algorithm, metric)[:, -1]
         return Spread(len(last), float(last.mean()), float(last.min()), float(last.max()))
 
     def seconds(self, algorithm: str) -> float:
-        """Median seconds of an epoch over epochs and seeds."""
+        """Return the median seconds of an epoch, over epochs and seeds."""
         return float(
             np.median([epoch.seconds for run in self.of(algorithm) for epoch in run.history])
         )
 
     def relative_seconds(self, algorithm: str) -> float | None:
-        """Seconds of an epoch, as a multiple of SGD's; `None` when SGD did not run."""
+        """Return the seconds of an epoch as a multiple of SGD's; `None` where SGD did not run."""
         return self.seconds(algorithm) / self.seconds("sgd") if self.of("sgd") else None

@@ -1,10 +1,12 @@
-"""What is kept of each run on disk, so that an interrupted study goes on where it stopped.
+"""The files of each run, from which an interrupted experiment continues.
 
-    OUTPUT/runs/ALGORITHM-seedN/run.json        settings, state, epochs so far
-    OUTPUT/runs/ALGORITHM-seedN/checkpoint.pt   while it runs: model, optimiser, schedule, random states, epochs
+    OUTPUT/runs/ALGORITHM-seedN/run.json        settings, status, epochs so far
+    OUTPUT/runs/ALGORITHM-seedN/checkpoint.pt   while it runs: model, optimizer, schedule,
+                                                random states, epochs
     OUTPUT/runs/ALGORITHM-seedN/model.pt        when it is finished: the trained weights
 
-Every file is replaced in one step. While a run is under way the checkpoint is the truth; `run.json` is, once it says "finished".
+Every file is replaced in one step. While a run is running, its checkpoint is authoritative; after
+that, `run.json` is.
 """
 
 from __future__ import annotations
@@ -22,15 +24,15 @@ from experiments.errors import ExperimentError
 from experiments.files import write_atomically, write_text
 from experiments.results import Epoch
 
-UNDER_WAY = "running"
+RUNNING = "running"
 
 
 @attrs.frozen
-class RecordedCall:
-    """What `run.json` holds.
+class RunRecord:
+    """The content of `run.json`.
 
     Args:
-        settings: Everything that the run's numbers depend on, as nested plain values.
+        settings: Everything that the numbers of the run depend on, as nested plain values.
         status: "running", "finished" or "diverged".
         mlflow_run_id: Its run in MLflow.
         history: Its epochs.
@@ -48,11 +50,11 @@ class RunFolder:
 
     path: Path
 
-    def record(self) -> RecordedCall | None:
-        """What is known of the run, or `None`."""
+    def record(self) -> RunRecord | None:
+        """Read `run.json`; return `None` where there is none."""
         try:
             values = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-            return RecordedCall(
+            return RunRecord(
                 values["settings"],
                 values["status"],
                 values["mlflow_run_id"],
@@ -62,11 +64,12 @@ class RunFolder:
             return None
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ExperimentError(
-                f"{self.path / 'run.json'} cannot be read ({error}): delete the folder to run it again"
+                f"{self.path / 'run.json'} cannot be read ({error}): delete the folder to run it "
+                "again"
             ) from error
 
-    def write_record(self, record: RecordedCall) -> None:
-        """Write `run.json`; a finished run's checkpoint is no longer needed."""
+    def write_record(self, record: RunRecord) -> None:
+        """Write `run.json`; delete the checkpoint of a finished run."""
         values = attrs.asdict(record)
         for epoch in values["history"]:
             epoch.update(
@@ -77,17 +80,17 @@ class RunFolder:
                 }
             )
         write_text(self.path / "run.json", json.dumps(values, indent=1, allow_nan=False) + "\n")
-        if record.status != UNDER_WAY:
+        if record.status != RUNNING:
             (self.path / "checkpoint.pt").unlink(missing_ok=True)
 
     def checkpoint(self) -> dict[str, Any] | None:
-        """The last checkpoint, or `None`."""
+        """Read the last checkpoint; return `None` where there is none."""
         path = self.path / "checkpoint.pt"
         try:
             return torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError:
             return None
-        except Exception as error:  # damaged bytes make torch.load raise anything
+        except Exception as error:  # torch.load may raise anything for a damaged file
             raise ExperimentError(
                 f"{path} cannot be read ({type(error).__name__}): delete it to start that run again"
             ) from error
@@ -97,7 +100,7 @@ class RunFolder:
         write_atomically(self.path / "checkpoint.pt", lambda path: torch.save(dict(state), path))
 
     def write_model(self, weights: Mapping[str, Any]) -> None:
-        """Keep the trained weights."""
+        """Write the trained weights."""
         write_atomically(self.path / "model.pt", lambda path: torch.save(dict(weights), path))
 
 
@@ -106,12 +109,12 @@ def _read(epoch: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def folder(output: Path, algorithm: str, seed: int) -> RunFolder:
-    """The folder of one run of a study in `output`."""
+    """Return the folder of one run."""
     return RunFolder(output / "runs" / f"{algorithm}-seed{seed}")
 
 
-def set_aside(output: Path) -> Path | None:
-    """Move the runs in `output` out of the way, and say where to; `None` when there are none."""
+def move_earlier_runs(output: Path) -> Path | None:
+    """Move the runs in `output` to another folder and return it; `None` where there are none."""
     runs = output / "runs"
     if not runs.is_dir() or not any(runs.iterdir()):
         return None
@@ -124,18 +127,18 @@ def set_aside(output: Path) -> Path | None:
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Settings that differ, as `key: old, now new`."""
-    before, after = dict(flat(old)), dict(flat(new))
+    """Return the settings that differ, each as `key was old, now new`."""
+    before, after = dict(flatten(old)), dict(flatten(new))
     keys = [key for key in {**before, **after} if before.get(key) != after.get(key)]
     return [
         f"{key} was {before.get(key, 'not set')}, now {after.get(key, 'not set')}" for key in keys
     ]
 
 
-def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings as pairs of a dotted key and a value; sequences as their text."""
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield nested settings as pairs of a dotted key and a value; sequences as their text."""
     for key, value in settings.items():
         if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{key}.")
+            yield from flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", str(value) if isinstance(value, list | tuple) else value

@@ -1,4 +1,4 @@
-"""The table of results: once as text cells, shown on the terminal and in the report."""
+"""The table of results as text cells, for the terminal and the report."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ HEADINGS = (
 
 
 def rows(results: Results) -> list[tuple[str, ...]]:
-    """One row an algorithm: the last epoch's values, and what an epoch costs."""
+    """Return a row for each algorithm: the values of the last epoch, and the cost of an epoch."""
     return [_row(results, algorithm.name, algorithm.label) for algorithm in results.algorithms]
 
 
@@ -37,27 +37,28 @@ def _row(results: Results, name: str, label: str) -> tuple[str, ...]:
 
 
 def caption(results: Results) -> str:
-    """What the numbers are."""
+    """Describe the numbers."""
     seeds = list(dict.fromkeys(run.seed for run in results.runs))
     over = (
         f"seed {seeds[0]}"
         if len(seeds) == 1
         else f"mean ± half the range over seeds {', '.join(map(str, seeds))}"
     )
-    text = f"After {results.epochs} epoch{'s' * (results.epochs > 1)}: {over}. "
-    text += "Training figures are means over the last epoch's steps; an epoch's seconds are the median of its training steps' time."
-    limit = results.study.training.max_steps
-    return text + (
-        f" Every run was stopped after {limit} steps, and tested on as many batches."
-        if limit
-        else ""
+    text = (
+        f"After {results.epochs} epoch{'s' * (results.epochs > 1)}: {over}. Training metrics are "
+        "means over the steps of the last epoch. The seconds of an epoch are the median time of "
+        "its training steps."
     )
+    limit = results.experiment.training.max_steps
+    if limit:
+        text += f" Every run was stopped after {limit} steps, and tested on {limit} batches."
+    return text
 
 
 def for_terminal(results: Results) -> Table:
-    """The table, for rich."""
+    """Return the table for rich."""
     table = Table(
-        title=results.study.title,
+        title=results.experiment.title,
         caption=caption(results),
         caption_justify="left",
         box=SIMPLE_HEAD,

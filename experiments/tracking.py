@@ -1,4 +1,4 @@
-"""The runs in MLflow: one experiment a preset, one run an algorithm and seed, and one point an epoch."""
+"""Runs in MLflow: an experiment for each preset, a run for each algorithm and seed."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import Any
 from experiments.collector import Point
 from experiments.errors import ExperimentError
 from experiments.results import Epoch
-from experiments.store import flat
+from experiments.store import flatten
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
-AT_ONCE = 1000
-"""Points that MLflow takes in one request."""
+MAX_METRICS = 1000
+"""MLflow's limit on the metrics of one request."""
 STATUS = {"finished": "FINISHED", "diverged": "FAILED", "interrupted": "KILLED"}
 
 
@@ -30,8 +30,8 @@ class Tracking:
     """An experiment in MLflow.
 
     Args:
-        preset: The study's preset.
-        output: Its folder; the database is put there unless `MLFLOW_TRACKING_URI` names another store.
+        preset: The preset.
+        output: Folder of the database, unless `MLFLOW_TRACKING_URI` names another store.
 
     Raises:
         ExperimentError: The store cannot be reached.
@@ -73,18 +73,16 @@ class Tracking:
         history: Sequence[Epoch],
         earlier: str | None,
     ) -> str:
-        """Open the run of one algorithm and seed, or go on with an earlier one; what it lacks of `history` is added.
+        """Start the run of one algorithm and seed, or continue an earlier one, and return its id.
 
-        Returns:
-            The run's id.
+        Epochs of `history` that the earlier run lacks are added.
         """
         from mlflow.entities import Param
         from mlflow.exceptions import MlflowException
 
         if earlier is not None:
-            with contextlib.suppress(
-                MlflowException
-            ):  # it is gone, or in another store: a new one gets the whole history
+            # Where it is gone, or in another store, a new run gets the whole history.
+            with contextlib.suppress(MlflowException):
                 self._client.update_run(earlier, status="RUNNING")
                 known = {
                     point.step for point in self._client.get_metric_history(earlier, "test_loss")
@@ -98,13 +96,13 @@ class Tracking:
             ).info.run_id
         )
         self._client.log_batch(
-            run_id, params=[Param(key, str(value)) for key, value in flat(settings)]
+            run_id, params=[Param(key, str(value)) for key, value in flatten(settings)]
         )
         self.log(run_id, history)
         return run_id
 
     def log(self, run_id: str, epochs: Sequence[Epoch], points: Sequence[Point] = ()) -> None:
-        """Record epochs against their number, and single steps' figures against theirs."""
+        """Record the metrics of epochs by epoch, and those of single steps by step."""
         from mlflow.entities import Metric
 
         now = int(time.time() * 1000)
@@ -119,18 +117,18 @@ class Tracking:
             for key, value in point.metrics.items()
         ]
         self._unsent += [
-            partial(self._client.log_batch, run_id, metrics[i : i + AT_ONCE])
-            for i in range(0, len(metrics), AT_ONCE)
+            partial(self._client.log_batch, run_id, metrics[i : i + MAX_METRICS])
+            for i in range(0, len(metrics), MAX_METRICS)
         ]
         self._send()
 
     def end(self, run_id: str, status: str) -> None:
-        """Close a run as "finished", "diverged" or "interrupted"."""
+        """End a run as "finished", "diverged" or "interrupted"."""
         self._unsent.append(partial(self._client.set_terminated, run_id, STATUS[status]))
         self._send()
 
     def _send(self) -> None:
-        """Send what is to be sent, in order; a store that fails in the middle of training costs a warning, not the training."""
+        """Send what is unsent, in order; warn where the store fails."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -139,13 +137,14 @@ class Tracking:
                 del self._unsent[0]
         except (MlflowException, OSError) as error:
             warnings.warn(
-                f"MLflow's store fails; training goes on, and what it lacks is sent with the next epoch: {error}",
+                "MLflow's store fails; training continues, and the missing metrics are sent with "
+                f"the next epoch: {error}",
                 stacklevel=3,
             )
 
     @contextlib.contextmanager
     def recording(self, run_id: str) -> Iterator[None]:
-        """Close the run as interrupted when what happens inside does not come to its end."""
+        """End the run as interrupted where the body raises."""
         try:
             yield
         except BaseException:
@@ -153,14 +152,14 @@ class Tracking:
             raise
 
     def how_to_open(self, python: str) -> str:
-        """What to type, or where to look, to see the runs."""
+        """Return the command, or the address, that shows the runs."""
         if self.uri.startswith("http"):
             return self.uri
         return f"{python} -m mlflow ui --backend-store-uri {self.uri}"
 
 
 class Untracked:
-    """Where processes besides the first one record: nowhere."""
+    """The tracking of processes other than the first: it records nothing."""
 
     def start(
         self,
@@ -170,15 +169,15 @@ class Untracked:
         history: Sequence[Epoch],
         earlier: str | None,
     ) -> str:
-        """Give an id that means nothing."""
+        """Return an empty id."""
         return ""
 
     def log(self, run_id: str, epochs: Sequence[Epoch], points: Sequence[Point] = ()) -> None:
-        """Leave it to the first process."""
+        """Do nothing."""
 
     def end(self, run_id: str, status: str) -> None:
-        """Leave it to the first process."""
+        """Do nothing."""
 
     def recording(self, run_id: str) -> contextlib.AbstractContextManager[None]:
-        """Nothing is open."""
+        """Return a context that does nothing."""
         return contextlib.nullcontext()

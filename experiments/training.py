@@ -1,4 +1,4 @@
-"""One run: an algorithm learns with one seed. Knows nothing of files, MLflow or terminals."""
+"""One run: an algorithm trains with one seed. It knows nothing of files, MLflow or terminals."""
 
 from __future__ import annotations
 
@@ -15,30 +15,30 @@ from torch.nn import functional
 
 from experiments import algorithms, batches, models, norm
 from experiments.collector import Collector, Point, means
-from experiments.config import Algorithm, Study
+from experiments.config import Algorithm, Experiment
 from experiments.data import Dataset
 from experiments.ranks import Communicator
 from experiments.results import Epoch
 
-RECORDED = 10
-"""Of so many steps, one has the figures of its second-order stages recorded."""
+RECORD_EVERY = 10
+"""Steps between records of the metrics of second-order stages."""
 
 
 class Trainer:
-    """A run under way.
+    """A run in progress.
 
     Args:
-        study: What is learnt, and how.
+        experiment: The settings.
         algorithm: The algorithm.
-        seed: Sets initial weights, order of images and draws of the Fisher pass.
+        seed: Seed of initial weights, order of images and draws of the Fisher pass.
         dataset: The images, on `device`.
-        device: Where the work is done.
-        ranks: Who shares it; each process has a trainer.
+        device: Device of this process.
+        ranks: The processes that share the run; each has a trainer.
     """
 
     def __init__(
         self,
-        study: Study,
+        experiment: Experiment,
         algorithm: Algorithm,
         seed: int,
         dataset: Dataset,
@@ -47,18 +47,19 @@ class Trainer:
     ) -> None:
         torch.manual_seed(seed)
         self._ranks = ranks = Communicator() if ranks is None else ranks
-        self._training, self._augment, self._seed = study.training, study.data.augment, seed
+        self._training, self._augment = experiment.training, experiment.data.augment
+        self._seed = seed
         self._dataset, self._device = dataset, device
         self._mean, self._deviation = (value.to(device) for value in dataset.normalisation())
         channels = dataset.train.pixels.shape[1]
         model = models.make(
-            study.model.name, channels=channels, classes=len(dataset.classes), seed=seed
+            experiment.model.name, channels=channels, classes=len(dataset.classes), seed=seed
         )
         if ranks.size > 1:
-            norm.share(model)
+            norm.share_batch_norms(model)
         self.model = model.to(device)
         self._shared = ranks.wrap(self.model, device)
-        self._collector = Collector(RECORDED)
+        self._collector = Collector(RECORD_EVERY)
         self.optimizer = algorithms.make(
             algorithm, self.model, seed=seed, collector=self._collector
         )
@@ -66,19 +67,19 @@ class Trainer:
         self.history: list[Epoch] = []
         self._steps = 0
         self._scheduler = None
-        if study.training.schedule == "cosine":
+        if experiment.training.schedule == "cosine":
             self._scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
-                self.optimizer, T_max=steps(study, dataset, ranks.size)
+                self.optimizer, T_max=steps(experiment, dataset, ranks.size)
             )
 
     @property
     def diverged(self) -> bool:
-        """Whether the last epoch's loss is no longer finite: there is nothing left to learn."""
+        """Whether the loss of the last epoch is not finite."""
         return bool(self.history) and not math.isfinite(self.history[-1].train_loss)
 
     @property
     def finished(self) -> bool:
-        """Whether there is nothing left to do."""
+        """Whether the run is over."""
         limit = self._training.max_steps
         return (
             len(self.history) >= self._training.epochs
@@ -87,7 +88,11 @@ class Trainer:
         )
 
     def run_epoch(self, on_step: Callable[[], None]) -> Epoch:
-        """Learn for one epoch, then test; `on_step` is called after every step. `points` are then the recorded steps of this epoch."""
+        """Train for one epoch, then test; `points` are then the recorded steps of the epoch.
+
+        Args:
+            on_step: Called after every step.
+        """
         self.model.train()
         before, started = self._steps, time.perf_counter()
         sums = torch.zeros(3, dtype=torch.float64, device=self._device)
@@ -106,9 +111,8 @@ class Trainer:
             on_step()
             if self._steps == self._training.max_steps:
                 break
-        loss, right, count = self._ranks.sum(
-            sums
-        ).tolist()  # waits for the device, so that the time below is the work's
+        # This waits for the device, so the time below includes all work.
+        loss, right, count = self._ranks.sum(sums).tolist()
         seconds = time.perf_counter() - started
         self.points = self._collector.take()
         test_loss, test_accuracy = self._test()
@@ -140,7 +144,7 @@ class Trainer:
         self.model.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=self._device)
         for i, (pixels, labels) in enumerate(
-            batches.in_order(self._dataset.test, self._training.test_batch_size)
+            batches.in_sequence(self._dataset.test, self._training.test_batch_size)
         ):
             if i == self._training.max_steps:
                 break
@@ -155,10 +159,13 @@ class Trainer:
         return (pixels.float() - self._mean) / self._deviation
 
     def state_dict(self) -> dict[str, Any]:
-        """All that `load_state_dict` needs to go on as if nothing had happened; all processes ask, and the first one's is kept."""
+        """Return everything that `load_state_dict` needs to continue bit for bit.
+
+        All processes must call it; the state of the first one is complete.
+        """
         return {
             "model": self.model.state_dict(),
-            "optimizer": algorithms.state(self.optimizer),
+            "optimizer": algorithms.full_state(self.optimizer),
             "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
             "random": {
                 "torch": torch.get_rng_state(),
@@ -172,7 +179,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from a state that `state_dict` gave."""
+        """Continue from a state of `state_dict`."""
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         if self._scheduler is not None:
@@ -186,7 +193,7 @@ class Trainer:
         self.history = [Epoch(**epoch) for epoch in state["history"]]
 
     def close(self) -> None:
-        """Let go of the optimiser's hooks."""
+        """Remove the optimizer's hooks."""
         algorithms.close(self.optimizer)
 
 
@@ -197,9 +204,9 @@ def _sums(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
     )
 
 
-def steps(study: Study, dataset: Dataset, ranks: int = 1) -> int:
-    """Optimiser steps of one run that so many processes share."""
-    count = study.training.epochs * batches.steps(
-        len(dataset.train), study.training.batch_size, ranks
+def steps(experiment: Experiment, dataset: Dataset, ranks: int = 1) -> int:
+    """Return the number of optimizer steps of one run, shared by `ranks` processes."""
+    count = experiment.training.epochs * batches.steps(
+        len(dataset.train), experiment.training.batch_size, ranks
     )
-    return min(count, study.training.max_steps or count)
+    return min(count, experiment.training.max_steps or count)

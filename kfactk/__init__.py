@@ -25,11 +25,10 @@ from kfactk.operators import (
     SpectralOperator as SpectralOperator,
 )
 from kfactk.optim.optimizer import Optimizer as Optimizer
-from kfactk.optim.profile import Profile as Profile
 from kfactk.optim.views import BlockView as BlockView
 from kfactk.preconditioner.coverage import Coverage as Coverage
 from kfactk.preconditioner.schedule import early as early
-from kfactk.recipe import Recipe as Recipe, build as build
+from kfactk.recipe import Recipe as Recipe, block as block, build as build
 from kfactk.registry.hookspecs import PLUGIN_API as PLUGIN_API, hookimpl as hookimpl
 from kfactk.registry.torch_optimizer import TorchOptimizer as TorchOptimizer
 from kfactk.samples import (
@@ -56,3 +55,4 @@ from kfactk.stages import (
     Update as Update,
 )
 from kfactk.statistics import RunningMean as RunningMean
+from kfactk.timing import Profile as Profile

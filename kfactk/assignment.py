@@ -52,7 +52,7 @@ class Work:
     def flops(self, name: str) -> float:
         """Return the order of FLOPs to decompose a matrix: n^3 if it is square, else its size."""
         shape = self.matrices[name]
-        return math.prod(shape) * (shape[-1] if len(shape) > 1 and shape[-1] == shape[-2] else 1)
+        return math.prod(shape) * (shape[-1] if is_square(shape) else 1)
 
     @property
     def cost(self) -> float:
@@ -143,15 +143,14 @@ class Assignment:
     def __str__(self) -> str:
         rows = [("layer", "inverse workers", "gradient workers")]
         for layer, share in self.shares.items():
-            inverse_workers = ", ".join(
-                f"{name} {_rank_text(ranks)}"
-                for name, ranks in sorted(share.inverse_workers.items())
+            each = (
+                f"{m} {_rank_text(ranks)}" for m, ranks in sorted(share.inverse_workers.items())
             )
-            rows.append((layer or "(root)", inverse_workers, _rank_text(share.gradient_workers)))
-        widths = [max(len(row[column]) for row in rows) for column in range(2)]
-        table = [f"{row[0]:<{widths[0]}}  {row[1]:<{widths[1]}}  {row[2]}" for row in rows]
+            rows.append((layer or "(root)", ", ".join(each), _rank_text(share.gradient_workers)))
+        first, second = (max(len(row[column]) for row in rows) for column in range(2))
+        table = [f"{row[0]:<{first}}  {row[1]:<{second}}  {row[2]}" for row in rows]
         head = f"{self.strategy}: {self.reason}" if self.reason else self.strategy
-        return "\n".join([head, *(table if self.shares else [])])
+        return "\n".join([head, *table] if self.shares else [head])
 
     def check(self, workload: Workload, ranks: int) -> Assignment:
         """Return the assignment itself if it places the whole workload on ranks that exist.
@@ -159,28 +158,35 @@ class Assignment:
         Raises:
             PluginError: A layer or matrix has no rank, or a rank that cannot be.
         """
-        remedy = "Report it to its authors, or use another placement."
         for work in workload.works:
-            share = self.shares.get(work.layer)
-            if share is None or set(share.inverse_workers) != set(work.matrices):
+            if fault := self._fault(work, ranks):
                 raise PluginError(
-                    f"the placement {self.strategy!r} did not assign all matrices of layer "
-                    f"{work.layer!r}, {', '.join(sorted(work.matrices))}: it gave {share}. {remedy}"
-                )
-            for group in (*share.inverse_workers.values(), share.gradient_workers):
-                ascending = list(group) == sorted(set(group))
-                if not group or not ascending or not 0 <= group[0] <= group[-1] < ranks:
-                    raise PluginError(
-                        f"the placement {self.strategy!r} assigned layer {work.layer!r} to the "
-                        f"ranks {group}; they must ascend and lie between 0 and {ranks - 1}. "
-                        f"{remedy}"
-                    )
-            if work.indivisible and len(set(share.inverse_workers.values())) > 1:
-                raise PluginError(
-                    f"the placement {self.strategy!r} put the matrices of layer {work.layer!r} on "
-                    f"different ranks, but they are made of the same statistics. {remedy}"
+                    f"the placement {self.strategy!r} {fault}. "
+                    "Report it to its authors, or use another placement."
                 )
         return self
+
+    def _fault(self, work: Work, ranks: int) -> str:
+        share, layer = self.shares.get(work.layer), f"layer {work.layer!r}"
+        if share is None or set(share.inverse_workers) != set(work.matrices):
+            matrices = ", ".join(sorted(work.matrices))
+            return f"did not assign all matrices of {layer}, {matrices}: it gave {share}"
+        for group in (*share.inverse_workers.values(), share.gradient_workers):
+            ascending = list(group) == sorted(set(group))
+            if not (group and ascending and 0 <= group[0] <= group[-1] < ranks):
+                must = f"they must ascend and lie between 0 and {ranks - 1}"
+                return f"assigned {layer} to the ranks {group}; {must}"
+        if work.indivisible and len(set(share.inverse_workers.values())) > 1:
+            return (
+                f"put the matrices of {layer} on different ranks, but they are made of the same "
+                "statistics"
+            )
+        return ""
+
+
+def is_square(shape: tuple[int, ...]) -> bool:
+    """Return whether a shape is that of square matrices."""
+    return len(shape) > 1 and shape[-1] == shape[-2]
 
 
 def _rank_text(ranks: tuple[int, ...]) -> str:
@@ -284,24 +290,15 @@ def grid(
     """
     works = {work.layer: work for work in workload.works}
     rows = range(ranks // width)
-    row_of = balance({name: sum(work.pieces().values()) for name, work in works.items()}, rows)
-    worker_of: dict[tuple[str, str], int] = {}
+    row_of = balance({name: work.cost for name, work in works.items()}, rows)
+    worker: dict[tuple[str, str], int] = {}
     for row in rows:
-        pieces = {
-            piece: cost
-            for name, work in works.items()
-            if row_of[name] == row
-            for piece, cost in work.pieces().items()
-        }
-        worker_of |= balance(pieces, range(row * width, (row + 1) * width))
+        mine = (work for name, work in works.items() if row_of[name] == row)
+        pieces = {piece: cost for work in mine for piece, cost in work.pieces().items()}
+        worker |= balance(pieces, range(row * width, (row + 1) * width))
     shares = {}
     for name, work in works.items():
-        gradient_workers = tuple(range(row_of[name] * width, (row_of[name] + 1) * width))
-        inverse_workers = {
-            matrix: gradient_workers
-            if everyone
-            else (worker_of[name, "" if work.indivisible else matrix],)
-            for matrix in sorted(work.matrices)
-        }
-        shares[name] = Share(inverse_workers, gradient_workers)
+        workers = tuple(range(row_of[name] * width, (row_of[name] + 1) * width))
+        one = {m: (worker[name, "" if work.indivisible else m],) for m in sorted(work.matrices)}
+        shares[name] = Share(dict.fromkeys(one, workers) if everyone else one, workers)
     return Assignment(strategy, shares, reason)

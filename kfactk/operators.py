@@ -1,7 +1,7 @@
 """Curvature of one layer as a linear operator: solve with it, multiply by it, read its spectrum.
 
-All operators act on matrices `[..., d_out, d_in]`, the form of a layer's gradient. Leading dimensions
-are groups: the operator acts on each of them alone.
+All operators act on matrices `[..., d_out, d_in]`, the form of a layer's gradient. Leading
+dimensions are groups: the operator acts on each of them alone.
 """
 
 from __future__ import annotations
@@ -85,8 +85,9 @@ class SpectralOperator(CurvatureOperator):
 
     def condition(self) -> Tensor:
         """Return `(max s + damping) / (min s + damping)`, the largest among groups."""
-        damped = self.spectrum + self._tau()
-        return (damped.amax((-2, -1)) / damped.amin((-2, -1))).max()
+        s, tau = self.spectrum, self._tau()
+        largest, least = s.amax((-2, -1), keepdim=True), s.amin((-2, -1), keepdim=True)
+        return ((largest + tau) / (least + tau)).max()
 
     def logdet(self) -> Tensor:
         """Return the logarithm of the determinant of `F + damping I`: a scalar."""

@@ -84,14 +84,32 @@ def _interval(low: float, high: float, low_open: bool, high_open: bool) -> str:
     return f" in {left}{low:g}, {high:g}{right}"
 
 
-def whole(low: int = 1, *, optional: bool = False, hint: str = "") -> Validator:
-    """Return a validator for a whole number of at least `low`, or, where `optional`, `None`."""
-    must = f"a whole number of at least {low}{' or None' if optional else ''}{hint}"
+def whole(low: int | None = 1, *, optional: bool = False, hint: str = "") -> Validator:
+    """Return a validator for a whole number of at least `low`, or, where `optional`, `None`.
+
+    A `low` of `None` allows all whole numbers.
+    """
+    bound = "" if low is None else f" of at least {low}"
+    must = f"a whole number{bound}{' or None' if optional else ''}{hint}"
 
     def check(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
         if value is None and optional:
             return
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        good = isinstance(value, int) and not isinstance(value, bool)
+        if not good or (low is not None and value < low):
+            raise refusal(instance, attribute, value, must)
+
+    return check
+
+
+def text(*, empty: bool = False, optional: bool = False, hint: str = "") -> Validator:
+    """Return a validator for a string, `empty` only where allowed, or, where `optional`, `None`."""
+    must = f"a {'' if empty else 'non-empty '}string{' or None' if optional else ''}{hint}"
+
+    def check(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if value is None and optional:
+            return
+        if not isinstance(value, str) or not (value or empty):
             raise refusal(instance, attribute, value, must)
 
     return check
@@ -143,7 +161,8 @@ def period_at(name: str, period: Period, step: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         where = f" at step {step}" if callable(period) else ""
         raise OptionError(
-            f"{name} is {value!r}{where}; it counts steps, so it must be a whole number of at least 1."
+            f"{name} is {value!r}{where}; it counts steps, so it must be a whole number of at "
+            "least 1."
         )
     return value
 

@@ -1,4 +1,4 @@
-"""`build` and `Recipe`: which stages, with which options; resolved and checked before any model is seen."""
+"""`build`, `block` and `Recipe`: which stages, with which options, for which layers."""
 
 from __future__ import annotations
 
@@ -11,81 +11,21 @@ from torch import Tensor, nn
 
 from kfactk._version import __version__
 from kfactk.capture.support import supported_model
-from kfactk.errors import CombinationError, OptionError, near_names
+from kfactk.errors import OptionError, near_names
 from kfactk.optim.optimizer import Optimizer, Params
-from kfactk.options import Number, Period, number_at, period_at
+from kfactk.optim.settings import FIELDS, BlockSpec, Settings, as_patterns
+from kfactk.options import Number, Period
 from kfactk.preconditioner.coverage import Coverage, ModelSurvey
-from kfactk.preconditioner.schedule import UpdateSchedule
 from kfactk.registry.hookspecs import STAGE_HOOKS
 from kfactk.registry.registry import registry
 from kfactk.registry.serialization import from_json, to_json
-from kfactk.stages import Basis, Clip, Curvature, Fisher, Likelihood, Placement, Tracker, Update
 
-
-def _number(high: float = float("inf")) -> Callable[[Any, attrs.Attribute[Any], Any], None]:
-    def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-        if not callable(value):
-            number_at(attribute.name, value, 0, high=high)
-
-    return check
-
-
-def _plain_number(high: float = float("inf")) -> Callable[[Any, attrs.Attribute[Any], Any], None]:
-    def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-        if callable(value):
-            remedy = (
-                "use a torch.optim.lr_scheduler"
-                if attribute.name == "lr"
-                else "set it in optimizer.param_groups"
-            )
-            raise OptionError(
-                f"{attribute.name} must be a number; to change it while training, {remedy}."
-            )
-        number_at(attribute.name, value, 0, high=high)
-
-    return check
-
-
-def _period(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if not callable(value):
-        period_at(attribute.name, value, 0)
-
-
-def _one_of(*allowed: str) -> Callable[[Any, attrs.Attribute[Any], Any], None]:
-    def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-        if value not in allowed:
-            hint = near_names(str(value), allowed)
-            raise OptionError(
-                f"{attribute.name} is {value!r}; it must be one of {', '.join(map(repr, allowed))}.{hint}"
-            )
-
-    return check
-
-
-def _callable(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value is not None and not callable(value):
-        raise OptionError(
-            f"{attribute.name} must be a function of what the model returns, not {value!r}."
-        )
-
-
-def _flag(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if not isinstance(value, bool):
-        raise OptionError(f"{attribute.name} is {value!r}; it must be True or False.")
-
-
-def _patterns(value: Any) -> tuple[str, ...]:
-    if not isinstance(value, (list, tuple)) or not all(
-        isinstance(pattern, str) and pattern for pattern in value
-    ):
-        raise OptionError(
-            f"exclude is {value!r}; it must be a list of names of modules, such as ['head'] or ['*.attention']."
-        )
-    return tuple(value)
+ALL_CURVATURES = ("conv_kfac", "embedding", "norm")
+"""What `curvature="all"` means, in this order: every kind of layer that we cover."""
 
 
 @attrs.frozen(kw_only=True, repr=False)
-class Recipe:
+class Recipe(Settings):
     """A checked combination of stages and numbers; frozen, `evolve` makes a changed one.
 
     Made by `kfactk.build`, which documents the fields.
@@ -99,39 +39,6 @@ class Recipe:
         True
     """
 
-    curvature: Curvature
-    basis: Basis
-    fisher: Fisher
-    likelihood: Likelihood
-    clip: Clip
-    update: Update
-    placement: Placement
-    tracker: Tracker | None
-    lr: float = attrs.field(validator=_plain_number())
-    damping: Number = attrs.field(validator=_number())
-    weight_decay: float = attrs.field(validator=_plain_number())
-    weight_decay_at: str = attrs.field(validator=_one_of("update", "gradient"))
-    factor_decay: float = attrs.field(validator=_plain_number(high=1.0))
-    factor_every: Period = attrs.field(validator=_period)
-    scale_every: Period = attrs.field(validator=_period)
-    basis_every: Period = attrs.field(validator=_period)
-    stagger: bool = attrs.field(validator=_flag)
-    reduction: str = attrs.field(validator=_one_of("mean", "sum"))
-    observe: str = attrs.field(validator=_one_of("automatic", "manual"))
-    output: Callable[[Any], Tensor] | None = attrs.field(validator=_callable)
-    strict: bool = attrs.field(validator=_flag)
-    exclude: tuple[str, ...] = attrs.field(converter=_patterns)
-
-    def __attrs_post_init__(self) -> None:
-        _ = self.calendar  # turns need whole numbers
-        missing = self.basis.requires - self.curvature.provides
-        if missing:
-            raise CombinationError(
-                f"basis {self._label('basis')} needs {', '.join(sorted(missing))}, which curvature {self._label('curvature')} does not "
-                f"provide (it provides {', '.join(sorted(self.curvature.provides)) or 'nothing'}). Choose another basis, or a curvature "
-                "that provides it: python -m kfactk stages."
-            )
-
     def bind(
         self, model: nn.Module, params: Params | None = None, *, scaler: Any = None
     ) -> Optimizer:
@@ -139,39 +46,36 @@ class Recipe:
 
         Args:
             model: The module that the training loop calls.
-            params: Parameters, named parameters or groups, as for any torch optimizer; groups may have their own `lr`, `damping`,
-                `weight_decay` and options of the update rule. `None` for all parameters of the model.
-            scaler: The loop's `torch.amp.GradScaler`; needed only with a Fisher stage that listens to the user's backward.
+            params: Parameters, named parameters or groups, as for any torch optimizer. Groups may
+                have their own `lr`, `damping`, `weight_decay` and options of the update rule.
+                `None` for all parameters of the model.
+            scaler: The loop's `torch.amp.GradScaler`; needed only with a Fisher stage that listens
+                to the user's backward.
 
         Returns:
             A `torch.optim.Optimizer`.
         """
-        hooks = registry().hook
-        optimizer = Optimizer(self, model, params, scaler=scaler, stepped=hooks.kfactk_stepped)
+        optimizer = Optimizer(self, model, params, scaler=scaler)
         try:
-            hooks.kfactk_bound(optimizer=optimizer)
+            registry().hook.kfactk_bound(optimizer=optimizer)
         except BaseException:
             optimizer.close()
             raise
         return optimizer
 
     def coverage(self, model: nn.Module) -> Coverage:
-        """Which parameters would be preconditioned, by which block, or why not; prints as a table.
+        """Return which parameters would be preconditioned, by which block, or why not.
+
+        It prints as a table.
 
         Raises:
             CombinationError: The model is of a kind that `bind` refuses.
         """
-        return ModelSurvey(supported_model(model), self.curvature, self.exclude).coverage(
-            lambda parameter: True
-        )
-
-    @property
-    def calendar(self) -> UpdateSchedule:
-        """What is due when."""
-        return UpdateSchedule(self.factor_every, self.scale_every, self.basis_every, self.stagger)
+        survey = ModelSurvey(supported_model(model), self.rules, self.exclude)
+        return survey.coverage({id(parameter) for parameter in model.parameters()})
 
     def evolve(self, **changes: Any) -> Recipe:
-        """The recipe with some fields changed; takes what `kfactk.build` takes.
+        """Return the recipe with some fields changed; it takes what `kfactk.build` takes.
 
         Raises:
             OptionError: A field is unknown or its value cannot work.
@@ -179,69 +83,71 @@ class Recipe:
         return attrs.evolve(self, **_resolved(changes))
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe form, from which `from_dict` makes an equal recipe.
+        """Return a JSON-safe form, from which `from_dict` makes an equal recipe.
 
         Raises:
-            OptionError: A value cannot be written (a lambda, a tensor); names the field and the remedy.
+            OptionError: A value cannot be written (a lambda, a tensor). The message names the field
+                and the remedy.
         """
-        return {"kfactk": __version__} | {field: self._written(field) for field in FIELDS}
+        return {"kfactk": __version__} | {field: self.written(field) for field in FIELDS}
 
     @classmethod
     def from_dict(cls, written: Mapping[str, Any]) -> Recipe:
-        """Inverse of `to_dict`; fields that are left out have their defaults."""
+        """Return the inverse of `to_dict`; fields that are left out have their defaults."""
         return build(**{name: value for name, value in written.items() if name != "kfactk"})
-
-    def summary(self) -> dict[str, Any]:
-        """Like `to_dict`, with the repr of what cannot be written: for records, never refused."""
-        out: dict[str, Any] = {"kfactk": __version__}
-        for field in FIELDS:
-            try:
-                out[field] = self._written(field)
-            except OptionError:
-                out[field] = repr(getattr(self, field))
-        return out
-
-    def shared(self) -> dict[str, str]:
-        """The fields that have to be the same on all ranks, as text; of what cannot be written, its type."""
-        out = {}
-        for field in FIELDS:
-            if field in (
-                "tracker",
-                "output",
-                "placement",
-            ):  # a rank's own, but for what travels how
-                continue
-            try:
-                out[field] = repr(self._written(field))
-            except OptionError:
-                out[field] = type(getattr(self, field)).__qualname__
-        return out | {
-            "placement": type(self.placement).__qualname__,
-            "wire_dtype": repr(self.placement.wire_dtype),
-        }
 
     def __repr__(self) -> str:
         mine, usual, shown = self.summary(), inspect.signature(build).parameters, []
         for field in FIELDS:
             if mine[field] != _written_default(field, usual[field].default):
-                value = mine[field]
-                if field in STAGE_HOOKS and isinstance(value, dict) and set(value) == {"name"}:
-                    value = value["name"]
-                shown.append(f"{field}={value!r}")
+                shown.append(f"{field}={_short(field, mine[field])!r}")
         return f"kfactk.build({', '.join(shown)})"
 
-    def _written(self, field: str) -> Any:
-        value = getattr(self, field)
-        if field in STAGE_HOOKS:
-            return None if value is None else registry().describe(field, value)
-        return to_json(value, field)
 
-    def _label(self, field: str) -> str:
-        written = self.summary()[field]
-        return repr(written["name"] if isinstance(written, dict) else written)
+def _short(field: str, value: Any) -> Any:
+    """Return a stage without options by its name alone, also within a list of blocks."""
+    if field == "curvature" and isinstance(value, list):
+        return [_short(field, each) for each in value]
+    if field not in STAGE_HOOKS or not isinstance(value, Mapping):
+        return value
+    if set(value) == {"name"}:
+        return value["name"]
+    if "curvature" in value:
+        return {k: _short(k, v) if k in STAGE_HOOKS else v for k, v in value.items()}
+    return value
 
 
-FIELDS = tuple(field.name for field in attrs.fields(Recipe))
+def block(curvature: Any, basis: Any = None, layers: Sequence[str] = ()) -> BlockSpec:
+    """Name a curvature for some layers, and their basis, for `build(curvature=[...])`.
+
+    Args:
+        curvature: As for `build`.
+        basis: As for `build`; `None` for the recipe's basis, or, where that does not fit, for the
+            curvature's own.
+        layers: Names of modules (shell-style patterns) that it may take; empty for all.
+
+    Raises:
+        UnknownStageError: No plugin provides a stage of this name.
+        OptionError: An option is unknown, or its value cannot work.
+
+    Example:
+        >>> import kfactk
+        >>> head = kfactk.block("conv_kfac", basis="kfac", layers=["head"])
+        >>> kfactk.build(curvature=[head, "conv_kfac"])
+        kfactk.build(curvature=[{'curvature': 'conv_kfac', 'basis': 'kfac', 'layers': ['head']}, \
+'conv_kfac'])
+    """
+    found = as_patterns(layers)
+    if not isinstance(found, tuple) or not all(isinstance(each, str) and each for each in found):
+        raise OptionError(
+            f"layers is {layers!r}; it must be a list of names of modules, such as ['head'] or "
+            "['*.attention']."
+        )
+    return BlockSpec(
+        registry().resolve("curvature", curvature),
+        None if basis is None else registry().resolve("basis", basis),
+        found,
+    )
 
 
 def build(
@@ -270,36 +176,48 @@ def build(
     exclude: Sequence[str] = (),
     **unknown: Any,
 ) -> Recipe:
-    """Combine stages into a recipe. The defaults are the study's EKFACadam, without its weight decay.
+    """Combine stages into a recipe. The defaults are EKFACadam's, without weight decay.
 
-    A stage is given by name (`"ekfac"`), by name with options (`{"name": "ekfac", "scale_decay": 0.9}`), by import path
-    (`"package.module:Class"`), or as an object. `python -m kfactk stages` lists names and options.
+    A stage is given by name (`"ekfac"`), by name with options (`{"name": "ekfac", "scale_decay":
+    0.9}`), by import path (`"package.module:Class"`), or as an object. `python -m kfactk stages`
+    lists names and options.
 
     Args:
-        curvature: How layers' parameters form matrices, and their factors: "conv_kfac", "kfac".
-        basis: How the factors are decomposed and the gradient preconditioned: "ekfac", "kfac".
-        update: The update rule: "sgd", "momentum", "nag", "adam", "adamw", "radam", or any `torch.optim.Optimizer` class.
+        curvature: How layers' parameters form matrices, and their factors: "conv_kfac", "kfac",
+            "embedding", "norm". A list names several: the first that supports a module takes it.
+            Its items are as here, or made by `kfactk.block`. "all" is the list of every kind of
+            layer that we cover: "conv_kfac", "embedding", "norm".
+        basis: How the factors are decomposed and the gradient preconditioned: "ekfac", "kfac",
+            "unitwise". Blocks whose curvature does not provide what it requires use the
+            curvature's own basis.
+        update: The update rule: "sgd", "momentum", "nag", "adam", "adamw", "radam", or any
+            `torch.optim.Optimizer` class.
         fisher: Whose targets: "mc", "exact", "empirical".
         likelihood: What the model's output means: "categorical", "bernoulli", "gaussian".
         clip: Bound on the preconditioned gradients: "none", "value", "norm", "kl".
         placement: Which rank does what: "replicated", "comm_opt", "mem_opt", "hybrid", "auto".
         tracker: Where runs are recorded: "mlflow", "jsonl", or `None`.
         lr: Learning rate mu.
-        damping: tau, in the units of the Fisher matrix of one likelihood term; a number, or a function of the step.
+        damping: tau, in the units of the Fisher matrix of one likelihood term; a number, or a
+            function of the step.
         weight_decay: Per step and unit of parameter, as torch.optim's update rules take it.
-        weight_decay_at: "update": the update rule adds it, after preconditioning. "gradient": added before preconditioning.
+        weight_decay_at: "update": the update rule adds it, after preconditioning. "gradient": it is
+            added before preconditioning.
         factor_decay: Decay epsilon of the factors' running means, in [0, 1].
-        factor_every: T_c, steps between refreshes of the factors; a whole number or a function of the step, as the next two.
+        factor_every: T_c, steps between refreshes of the factors; a whole number or a function of
+            the step, as the next two.
         scale_every: T_s, steps between refreshes of the scale.
         basis_every: T_inv, steps between decompositions.
-        stagger: Spread what is due over steps, each as often as it is told to, so that no step after the first bears all.
-        reduction: "mean" or "sum": how your loss reduces over examples, for what is measured on your own gradient (fisher "empirical").
+        stagger: Whether to spread over steps what is due, so that no step after the first does all.
+        reduction: "mean" or "sum": how your loss reduces over examples. Only what is measured on
+            your own gradient needs it (fisher "empirical").
         observe: "automatic", or "manual": only forwards followed by `optimizer.observe()` count.
-        output: Function that finds the likelihood's parameters in what the model returns; by default the tensor itself, `.logits`,
-            the item "logits", or the first element.
+        output: Function that finds the likelihood's parameters in what the model returns. The
+            default is the tensor itself, `.logits`, the item "logits", or the first element.
         strict: Refuse a model with a trained parameter that no block preconditions.
-        exclude: Names of modules (shell-style patterns) whose layers are left alone, their plain gradient going to the update rule: a
-            huge output layer, or a head trained on another output than the one the likelihood sees.
+        exclude: Names of modules (shell-style patterns) whose layers are left out. Their plain
+            gradient goes to the update rule. Use it for a huge output layer, or for a head trained
+            on another output than the likelihood's.
 
     Returns:
         A frozen `Recipe`.
@@ -321,25 +239,53 @@ def build(
 
 
 def _resolved(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `build` with stages in place of their names."""
     for name in values:
         if name not in FIELDS:
             raise OptionError(
-                f"{name!r} is not an argument of kfactk.build.{near_names(name, FIELDS)} There are: {', '.join(FIELDS)}. A stage's own "
-                "options go with its name: update={'name': 'adam', 'betas': (0.9, 0.99)}."
+                f"{name!r} is not an argument of kfactk.build.{near_names(name, FIELDS)} There "
+                f"are: {', '.join(FIELDS)}. A stage's own options go with its name: "
+                "update={'name': 'adam', 'betas': (0.9, 0.99)}."
             )
-    out = {}
+    out: dict[str, Any] = {}
     for name, value in values.items():
-        if name in STAGE_HOOKS:
-            if value is None and name != "tracker":
-                raise OptionError(
-                    f"{name} is None; every recipe has one. Leave it out for the default, or see python -m kfactk stages."
-                )
+        if name in STAGE_HOOKS and value is None and name != "tracker":
+            raise OptionError(
+                f"{name} is None; every recipe has one. Leave it out for the default, or see "
+                "python -m kfactk stages."
+            )
+        if name == "curvature":
+            out[name] = _blocks(value)
+        elif name in STAGE_HOOKS:
             out[name] = None if value is None else registry().resolve(name, value)
         else:
             out[name] = from_json(value)
     return out
 
 
+def _blocks(given: Any) -> tuple[BlockSpec, ...]:
+    """Return the blocks that `curvature=` names."""
+    if given == "all":
+        given = ALL_CURVATURES
+    items = given if isinstance(given, list | tuple) else [given]
+    found = []
+    for item in items:
+        if isinstance(item, BlockSpec):
+            found.append(item)
+        elif isinstance(item, Mapping) and "curvature" in item:
+            if unknown := sorted(set(item) - {"curvature", "basis", "layers"}):
+                raise OptionError(
+                    f"a block has no {', '.join(unknown)}; it has curvature, basis and layers."
+                )
+            found.append(block(**item))
+        else:
+            found.append(block(item))
+    return tuple(found)
+
+
 def _written_default(field: str, default: Any) -> Any:
-    """A default of `build` as `Recipe.summary` writes it, without resolving it: its plugin may be missing."""
+    """Return a default of `build` as `summary` writes it.
+
+    The stage is not resolved: its plugin may be missing.
+    """
     return {"name": default} if field in STAGE_HOOKS and default is not None else to_json(default)

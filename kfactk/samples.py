@@ -61,14 +61,17 @@ class LayerCall:
 
     Args:
         inputs: The module's input, detached.
-        gradient: Gradient of the summed loss with respect to the module's output, divided by
-            `scale`.
-        scale: A power of two against underflow in half precision, or the user's loss scale.
+        gradient: Gradient of the summed (Fisher) loss with respect to the module's output, of the
+            output's shape, times `1 / scale`.
+        scale: Factor that `gradient` still has to be multiplied by: protection against underflow in
+            half precision, or loss scaling.
+        training: Whether the module was in training mode; `None` where that is not known.
     """
 
     inputs: Tensor
     gradient: Tensor
     scale: Tensor | float = 1.0
+    training: bool | None = None
 
 
 class Samples:

@@ -1,4 +1,4 @@
-"""Stage families: the base class or protocol of each, and the small classes that pass between stages.
+"""Stage families: the base class or protocol of each, and the classes that pass between stages.
 
     model --capture--> LayerCall --curvature--> Samples --> Statistic (factors)
           --basis--> decomposition --> CurvatureOperator --> GradientPair --clip--> --update-->
@@ -92,8 +92,8 @@ class Curvature(abc.ABC):
 
     provides: ClassVar[frozenset[str]]
     """Names of the tensors that `assemble` returns. Kronecker factors are called A (input side) and
-    G (output side). C and K are factors of the input's channels and of the taps of a kernel:
-    `C kron K` stands for A without its bias."""
+    G (output side); a is the diagonal of A, `[..., d_in]`. C and K are factors of the input's
+    channels and of the taps of a kernel: `C kron K` stands for A without its bias."""
     default_basis: ClassVar[str | Mapping[str, Any] | None] = None
     """The basis of a block that names none, where the recipe's does not fit `provides`."""
 
@@ -164,7 +164,7 @@ class Curvature(abc.ABC):
         A mapping may make each tensor when it is asked for: the framework asks for those that the
         basis requires. A and G are square: `[..., d_in, d_in]` and `[..., d_out, d_out]`.
         """
-        return {name: factors[name] for name in self.provides if name in factors}
+        return {name: factors[name] for name in sorted(self.provides) if name in factors}
 
 
 @attrs.frozen(eq=False)
@@ -190,25 +190,38 @@ class Basis(abc.ABC):
     hold for the damping of the refresh.
     """
 
-    requires: frozenset[str]
-    """Names of the matrices it needs from the curvature; may be a property."""
-    laws: frozenset[str] = frozenset()
-    """Further laws it claims; `kfactk.testing.BasisLaws` tests those claimed.
+    @property
+    @abc.abstractmethod
+    def requires(self) -> frozenset[str]:
+        """Names of the matrices it needs from the curvature; a class attribute or a property."""
 
-    - "rotation-equivariant": in other orthonormal coordinates of inputs and outputs, `solve` is the
-      same operator.
-    - "null-space-independent": it does not depend on which eigenvectors span the null space of A
-      or G.
-    - "closer-than-kfac": on the mini-batch it was measured on, F is at least as close to the Fisher
-      matrix, in the Frobenius norm, as `A kron G`. Where the basis requires C, `C kron K` or
-      `C kron I_taps` stands for A.
-    - "exact-when-kronecker": for one example with T = 1, F is the Fisher matrix.
-    """
-    moments_from: str | None = None
-    """Where moments come from: "samples" (Fisher pass), "gradient" (the user's own gradient), or
-    `None` for a basis without moments."""
-    moment_decay: float = 0.0
-    """Decay of the running mean of the moments, in [0, 1]; 0 keeps the last mini-batch's."""
+    @property
+    def laws(self) -> frozenset[str]:
+        """Further laws it claims; `kfactk.testing.BasisLaws` tests those claimed.
+
+        - "rotation-equivariant": in other orthonormal coordinates of inputs and outputs, `solve` is
+          the same operator.
+        - "null-space-independent": it does not depend on which eigenvectors span the null space of
+          A or G.
+        - "closer-than-kfac": on the mini-batch it was measured on, F is at least as close to the
+          Fisher matrix, in the Frobenius norm, as `A kron G`. Where the basis requires C,
+          `C kron K` or `C kron I_taps` stands for A; where it requires a, `diag(a)` does.
+        - "exact-when-kronecker": for one example with T = 1, F is the Fisher matrix.
+        """
+        return frozenset()
+
+    @property
+    def moments_from(self) -> str | None:
+        """Where moments come from: "samples" (Fisher pass) or "gradient" (the user's own gradient).
+
+        `None` for a basis without moments.
+        """
+        return None
+
+    @property
+    def moment_decay(self) -> float:
+        """Decay of the running mean of the moments, in [0, 1]; 0 keeps the last mini-batch's."""
+        return 0.0
 
     @abc.abstractmethod
     def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> dict[str, Tensor]:
@@ -264,7 +277,7 @@ class Basis(abc.ABC):
 
 
 class Likelihood(Protocol):
-    """What the model's output means: the distribution R(y | f(x)) whose Fisher information it is."""
+    """What the model's output means: a distribution R(y | f(x)), of which F is the information."""
 
     def view(self, output: Tensor) -> Tensor:
         """Return the output as `[N, S, C]`: examples, terms of one example, the event axis.

@@ -1,11 +1,13 @@
 """Settings that all tests share."""
 
+import gc
 import os
 
 import hypothesis
 import pytest
 import torch
 
+from kfactk.testing import effort
 from kfactk.testing._support.ranks import shared_workers
 
 hypothesis.settings.register_profile("default", deadline=None)
@@ -19,6 +21,21 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect wider samples of a law unless the profile is thorough or `-m` asks for them."""
+    if effort(1) > 1 or "thorough" in config.option.markexpr:
+        return
+    wider = [item for item in items if item.get_closest_marker("thorough")]
+    items[:] = [item for item in items if not item.get_closest_marker("thorough")]
+    config.hook.pytest_deselected(items=wider)
+
+
+def pytest_collection_finish() -> None:
+    """Exclude what exists now from garbage collections, which would otherwise walk all of torch."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_sessionfinish() -> None:
-    """Ranks end within the session: pytest-xdist gives its processes ten seconds to exit, and then kills them, their coverage unwritten."""
+    """End the ranks before pytest-xdist kills its processes and loses their coverage."""
     shared_workers().close()

@@ -1,4 +1,4 @@
-"""README and the documentation: every example runs, every public name and hook is described, every link leads somewhere."""
+"""README and documentation: examples run, public names are described, links are valid."""
 
 import contextlib
 import doctest
@@ -49,7 +49,7 @@ MOST_NOT_RUN = 2
 
 page_names = [str(page.relative_to(ROOT)) for page in PAGES]
 OURS = "kfactk"
-"""The distribution that our own stages come with."""
+"""The distribution of the first-party stages."""
 GREEK = {
     "alpha": "α",
     "delta": "δ",
@@ -69,7 +69,7 @@ each_page = pytest.mark.parametrize("page", PAGES, ids=page_names)
 
 @attrs.frozen
 class Block:
-    """A fenced block: what stands behind the opening fence, its text, and the line its text begins on."""
+    """A fenced block: its language, its text, and the line on which its text begins."""
 
     language: str
     text: str
@@ -88,12 +88,12 @@ def blocks(page: Path) -> list[Block]:
             text = inspect.cleandoc("\n".join(["", *lines[start : number - 1]]))
             found.append(Block(fence, text + "\n", start + 1))
             fence = None
-    assert fence is None, f"{page.name}:{start}: a fence is not closed"
+    assert fence is None, f"{page.name}:{start}: this fence has no end"
     return found
 
 
 @each_page
-def test_fences_are_of_known_kinds(page: Path) -> None:
+def test_fences_have_a_known_language(page: Path) -> None:
     odd = [
         f"line {block.line}: {block.language!r}"
         for block in blocks(page)
@@ -102,7 +102,7 @@ def test_fences_are_of_known_kinds(page: Path) -> None:
     assert not odd, f"use one of {sorted(LANGUAGES)}, so that examples are run: {odd}"
 
 
-def test_few_examples_are_not_run() -> None:
+def test_fences_that_do_not_run_are_few() -> None:
     assert (
         sum(block.language == NOT_RUN for page in PAGES for block in blocks(page)) <= MOST_NOT_RUN
     )
@@ -110,7 +110,7 @@ def test_few_examples_are_not_run() -> None:
 
 @each_page
 def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Python blocks of a page share a namespace; a block of output must be what the one before it printed."""
+    """The Python blocks of a page share a namespace; a block of output follows its code."""
     module = types.ModuleType(f"example_{page.stem.replace('-', '_').lower()}")
     monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.chdir(tmp_path)
@@ -131,7 +131,7 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             tomllib.loads(block.text)
 
 
-def test_readme_names_exactly_two_commands() -> None:
+def test_readme_has_exactly_two_commands() -> None:
     readme = PAGES[0]
     shell = [
         line.removeprefix("$ ")
@@ -144,19 +144,19 @@ def test_readme_names_exactly_two_commands() -> None:
     for command in COMMANDS:
         prose = prose.replace(command, "")
     assert not re.search(r"\b(pip|uv|conda|nox -s|git clone|apt)\b", prose), (
-        "a set-up command besides the two"
+        "the README has a set-up command besides the two"
     )
 
 
-def test_the_documentation_is_built_so_that_warnings_count() -> None:
+def test_site_build_fails_on_warnings() -> None:
     source = (ROOT / "noxfile.py").read_text()
     assert '"--strict"' in source
     assert "--quiet" not in source.split("def docs(")[1].split("@nox")[0], (
-        "under --quiet mkdocs counts no warnings, so --strict is void"
+        "with --quiet, mkdocs counts no warnings, so --strict has no effect"
     )
 
 
-def test_the_commands_are_nox_sessions() -> None:
+def test_readme_commands_are_nox_sessions() -> None:
     source = (ROOT / "noxfile.py").read_text()
     for command in COMMANDS:
         assert f"def {command.split()[-1]}(session: nox.Session)" in source
@@ -178,7 +178,7 @@ def public_names(module: types.ModuleType = kfactk) -> list[str]:
     ]
 
 
-def test_hooks_and_public_names_are_found() -> None:
+def test_public_names_include_hooks_and_classes() -> None:
     assert {*hookspecs.STAGE_HOOKS.values(), "kfactk_bound", "kfactk_stepped"} == set(hooks())
     assert {"build", "Recipe", "Optimizer", "KfactkError", "hookimpl"} <= set(public_names())
 
@@ -197,7 +197,7 @@ def test_public_names_are_documented() -> None:
     assert not missing, f"no page of docs/ mentions {missing}"
 
 
-def test_every_error_has_its_remedy() -> None:
+def test_errors_have_a_section_with_the_remedy() -> None:
     page = (ROOT / "docs" / "troubleshooting.md").read_text()
     errors = [name for name in public_names() if name.endswith(("Error", "Warning"))]
     missing = [name for name in errors if not re.search(rf"^#+ .*`{name}`", page, re.MULTILINE)]
@@ -205,7 +205,7 @@ def test_every_error_has_its_remedy() -> None:
 
 
 def rows(page: str, heading: str) -> list[list[str]]:
-    """Rows of the tables of a page with this first row, cells stripped of spaces; each begins with the section it stands in."""
+    """Return rows of the tables of a page with this first row, each after its section."""
     section, inside, found = "", False, []
     for line in (ROOT / "docs" / page).read_text().splitlines():
         section = line.removeprefix("## ") if line.startswith("## ") else section
@@ -215,8 +215,7 @@ def rows(page: str, heading: str) -> list[list[str]]:
     return found
 
 
-def test_every_stage_is_described() -> None:
-    """In the section of its family, by a row of a table or in words."""
+def test_stages_are_in_the_section_of_their_family() -> None:
     page = (ROOT / "docs" / "stages.md").read_text()
     sections = {part.split("\n")[0]: part for part in page.split("\n## ")[1:]}
     missing = [
@@ -227,7 +226,7 @@ def test_every_stage_is_described() -> None:
     assert not missing, f"docs/stages.md does not mention {missing}"
 
 
-def test_tables_of_options_are_those_of_the_registry() -> None:
+def test_option_tables_equal_the_registry() -> None:
     listed = {
         (family, stage, option.strip("`"), default.strip("`"))
         for family, option, stages, default, _ in rows(
@@ -246,17 +245,17 @@ def test_tables_of_options_are_those_of_the_registry() -> None:
     )
 
 
-def test_every_argument_of_build_is_in_a_page_besides_the_reference() -> None:
+def test_arguments_of_build_are_explained_in_a_page() -> None:
     prose = "\n".join(page.read_text() for page in PAGES[1:] if "reference" not in str(page))
     missing = [
         name
         for name in inspect.signature(kfactk.build).parameters
         if name != "unknown" and not re.search(rf"\b{name}\b", prose)
     ]
-    assert not missing, f"no page says what {missing} of kfactk.build is for"
+    assert not missing, f"no page outside the reference explains {missing} of kfactk.build"
 
 
-def test_greek_letters_of_docstrings_are_in_the_mathematics() -> None:
+def test_greek_letters_are_in_the_mathematics() -> None:
     page = (ROOT / "docs" / "mathematics.md").read_text()
     sources = "\n".join(
         path.read_text() for path in (ROOT / "plugins" / "kfactk_stages").rglob("*.py")
@@ -276,7 +275,7 @@ def test_greek_letters_of_docstrings_are_in_the_mathematics() -> None:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The documentation, built as `nox -s docs` does; a warning is an error."""
+    """Build the documentation as `nox -s docs` does; a warning is an error."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     done = subprocess.run(
@@ -292,7 +291,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def described() -> dict[str, set[str]]:
-    """What the reference has to describe, and the anchors of which one has to be there."""
+    """Return what the reference must describe, with the anchors of which one must exist."""
     found = {}
     for module in (kfactk, testing):
         for name in public_names(module):
@@ -310,18 +309,18 @@ def described() -> dict[str, set[str]]:
 
 
 @pytest.mark.xdist_group("site")
-def test_the_reference_describes_every_public_name(site: Path) -> None:
+def test_reference_describes_public_names(site: Path) -> None:
     anchors = {
         anchor
         for page in site.rglob("*.html")
         for anchor in re.findall(r'\bid="([^"]+)"', page.read_text())
     }
     missing = [what for what, ids in described().items() if not ids & anchors]
-    assert not missing, f"add `::: name` to a page in docs/reference*: {missing}"
+    assert not missing, f"add `::: name` to docs/reference.md or docs/reference/: {missing}"
 
 
 @pytest.mark.xdist_group("site")
-def test_every_law_is_listed(site: Path) -> None:
+def test_laws_are_listed(site: Path) -> None:
     page = (site / "testing" / "index.html").read_text()
     for name in public_names(testing):
         laws = [
@@ -335,12 +334,12 @@ def test_every_law_is_listed(site: Path) -> None:
             if f"<td>{law.removeprefix('test_').replace('_', ' ')}</td>" not in page
         ]
         assert not missing, (
-            f"docs/testing.md does not list {missing} of {name}: has it a fence ```laws with {name}?"
+            f"docs/testing.md does not list {missing} of {name}; add a fence ```laws with {name}"
         )
 
 
 @pytest.mark.xdist_group("site")
-def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
+def test_site_fetches_nothing_from_other_servers(site: Path) -> None:
     fetched = {
         f"{page.relative_to(site)}: {tag}"
         for page in site.rglob("*.html")
@@ -354,32 +353,72 @@ def test_nothing_is_fetched_from_elsewhere(site: Path) -> None:
 
 @pytest.mark.xdist_group("site")
 def test_formulas_are_typeset(site: Path) -> None:
-    """Each fence became MathML, none is left as it was written."""
+    """Each fence becomes MathML."""
     for page in PAGES[1:]:
         written = sum(block.language == "math" for block in blocks(page))
         if written:
             built = site / page.relative_to(ROOT / "docs").with_suffix("") / "index.html"
             assert built.read_text().count("<math ") == written, (
-                f"{page.name}: formulas that are shown as they are written"
+                f"{page.name}: some formulas are shown as source"
             )
 
 
-def test_the_drawing_says_in_words_what_it_shows() -> None:
-    drawing = (ROOT / "docs" / "assets" / "data-flow.svg").read_text()
-    assert "<title" in drawing
-    words = re.search("<desc.*?>(.+?)</desc>", drawing, re.DOTALL)
-    assert words is not None
+def drawing(name: str) -> str:
+    return (ROOT / "docs" / "assets" / f"{name}.svg").read_text()
+
+
+def description(name: str) -> str:
+    """Return the text that describes a drawing in words."""
+    found = re.search("<desc.*?>(.+?)</desc>", drawing(name), re.DOTALL)
+    assert "<title" in drawing(name)
+    assert found is not None, f"{name}.svg has no <desc>"
+    return " ".join(found[1].split())
+
+
+def test_data_flow_shows_every_family() -> None:
     for family in hookspecs.STAGE_HOOKS:
-        assert re.search(rf"\b{family}\b", words[1], re.IGNORECASE), (
-            f"the drawing's <desc> does not tell of the {family}"
+        assert re.search(rf"\b{family}\b", description("data-flow"), re.IGNORECASE), (
+            f"the <desc> of the drawing does not name the {family}"
         )
-        assert f">{family.capitalize()}" in drawing.replace(">Tracker ", ">Tracker"), (
-            f"the drawing has no {family}"
-        )
+        assert f">{family.capitalize()}" in drawing("data-flow"), f"the drawing has no {family}"
+
+
+def reading_path() -> list[tuple[str, tuple[str, ...]]]:
+    """Return the files of the reading path with their functions, as the drawing names them."""
+    names = re.findall(
+        r'<text class="name"[^>]*>([\w/]+/[\w/]+|operators)(?:: ([^<]+))?<', drawing("reading-path")
+    )
+    return [(file, tuple(functions.split(", ")) if functions else ()) for file, functions in names]
+
+
+@pytest.mark.parametrize(("file", "functions"), reading_path())
+def test_reading_path_names_functions_that_exist(file: str, functions: tuple[str, ...]) -> None:
+    source = (ROOT / "kfactk" / f"{file}.py").read_text()
+    missing = [name for name in functions if not re.search(rf"\bdef {name}\b", source)]
+    assert not missing, f"kfactk/{file}.py has no function {missing}; correct the drawing"
+
+
+def test_concepts_list_the_reading_path_in_order() -> None:
+    page = (ROOT / "docs" / "concepts.md").read_text()
+    section = page.split("\n## The code of one step\n")[1].split("\n## ")[0]
+    listed = re.findall(r"^\d\. `([\w/]+)`", section, re.MULTILINE)
+    assert listed == [file for file, _ in reading_path()]
+
+
+def test_rooms_show_every_module_and_folder() -> None:
+    package = ROOT / "kfactk"
+    there = {path.stem for path in package.glob("*.py") if not path.stem.startswith("_")}
+    there |= {path.parent.name for path in package.glob("*/__init__.py")}
+    shown = set(re.findall(r"\w+", description("rooms")))
+    assert not there - shown, f"the <desc> of rooms.svg does not name {there - shown}"
+    vocabulary = re.search(r'"what"[^>]*>(errors, [^<]+)<', drawing("rooms"))
+    assert vocabulary is not None
+    stale = set(vocabulary[1].split(", ")) - there
+    assert not stale, f"rooms.svg shows {stale}, which kfactk does not have"
 
 
 @each_page
-def test_links_lead_somewhere(page: Path) -> None:
+def test_links_name_files_that_exist(page: Path) -> None:
     text = re.sub(r"```.*?```", "", page.read_text(), flags=re.DOTALL)
     targets = [
         target
@@ -390,7 +429,7 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert not broken, f"{page.name}: {broken}"
 
 
-def test_every_page_is_in_the_navigation() -> None:
+def test_pages_are_in_the_navigation() -> None:
     config = (ROOT / "mkdocs.yml").read_text()
     missing = [
         name

@@ -1,6 +1,7 @@
-"""kfactk in an Accelerate loop: gradient accumulation, clipping, a scheduler, and a checkpoint of everything.
+"""Train with kfactk in an Accelerate loop: gradient accumulation, clipping, scheduler, checkpoint.
 
-One process: `python accelerate_loop.py`. Two: `accelerate launch --cpu --num_processes 2 accelerate_loop.py`.
+One process: `python accelerate_loop.py`.
+Two processes: `accelerate launch --cpu --num_processes 2 accelerate_loop.py`.
 """
 
 import torch
@@ -17,7 +18,7 @@ def main():
     set_seed(0)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     points = torch.rand(1024, 2) * 2 - 1
-    labels = (points.prod(1) > 0).long()  # which quadrants: no line divides them
+    labels = (points.prod(1) > 0).long()  # XOR of the signs: not linearly separable
     loader = DataLoader(TensorDataset(points, labels), batch_size=32, shuffle=True)
 
     model = nn.Sequential(
@@ -26,7 +27,7 @@ def main():
     recipe = kfactk.build(
         curvature="kfac", basis="ekfac", update="momentum", lr=0.03, damping=0.03, basis_every=20
     )
-    optimizer = recipe.bind(model)  # the bare model, before prepare
+    optimizer = recipe.bind(model)  # the unwrapped model, before prepare
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=64)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
 
@@ -48,7 +49,7 @@ def main():
             "checkpoint"
         )  # model, optimizer with its curvature, scheduler, random state
 
-    accelerator.wait_for_everyone()  # each process writes a part of it
+    accelerator.wait_for_everyone()  # each process writes a part of the checkpoint
     accelerator.load_state("checkpoint")
     accelerator.end_training()
 

@@ -1,4 +1,4 @@
-"""A loop for any number of processes, which goes on from its last checkpoint.
+"""Train in any number of processes, and resume from the last checkpoint.
 
 torchrun --standalone --nproc-per-node 2 ddp_training.py
 """
@@ -21,7 +21,7 @@ BATCH, EPOCHS, FOLDER = 64, 4, Path("checkpoints")
 
 
 def save(model, optimizer, epoch):
-    """Every rank writes its part; the checkpoint counts once all of it is there."""
+    """Write the part of every rank; the checkpoint counts once all parts are there."""
     weights, state = get_state_dict(model, optimizer)
     dcp.save(
         {"model": weights, "optimizer": state, "epoch": epoch}, checkpoint_id=FOLDER / str(epoch)
@@ -32,7 +32,7 @@ def save(model, optimizer, epoch):
 
 
 def load(model, optimizer):
-    """Take over the last checkpoint, if there is one; saved by any number of ranks."""
+    """Load the last checkpoint, if there is one; any number of ranks may have saved it."""
     if not (FOLDER / "latest").exists():
         return 0
     weights, state = get_state_dict(model, optimizer)
@@ -53,7 +53,7 @@ def main():
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     torch.manual_seed(0)
     points = torch.rand(2048, 2) * 2 - 1
-    labels = (points.prod(1) > 0).long()  # which quadrants: no line divides them
+    labels = (points.prod(1) > 0).long()  # XOR of the signs: not linearly separable
     sampler = DistributedSampler(TensorDataset(points, labels))
     loader = DataLoader(sampler.dataset, batch_size=BATCH // dist.get_world_size(), sampler=sampler)
     model = DDP(

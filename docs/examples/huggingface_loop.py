@@ -1,4 +1,7 @@
-"""kfactk in a loop over a Hugging Face transformer: padded sequences, labels handed to the model, the loss and `.logits` in its answer."""
+"""Train a Hugging Face transformer with kfactk in a plain loop.
+
+The sequences are padded, the model takes the labels, and its output holds the loss and `.logits`.
+"""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -9,12 +12,12 @@ VOCABULARY, PADDING = 16, 0
 
 
 def batch(size=32, longest=12):
-    """Sequences that count upwards from somewhere, of several lengths."""
+    """Return sequences of consecutive numbers, of several lengths."""
     start = torch.randint(VOCABULARY - 1, (size, 1))
     tokens = (start + torch.arange(longest)) % (VOCABULARY - 1) + 1
     mask = (torch.arange(longest) < torch.randint(4, longest + 1, (size, 1))).long()
     tokens = torch.where(mask.bool(), tokens, PADDING)
-    labels = torch.where(mask.bool(), tokens, -100)  # the tokens themselves: the model shifts them
+    labels = torch.where(mask.bool(), tokens, -100)  # the model shifts the labels
     return {"input_ids": tokens, "attention_mask": mask, "labels": labels}
 
 

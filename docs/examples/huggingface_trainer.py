@@ -1,4 +1,4 @@
-"""kfactk in `transformers.Trainer`: the optimizer and its scheduler are handed over, and checkpoints hold them."""
+"""Train with kfactk in `transformers.Trainer`; its checkpoints hold optimizer and scheduler."""
 
 import torch
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
@@ -7,7 +7,7 @@ import kfactk
 
 
 def examples(count=256, length=8):
-    """Which of two tokens is the more frequent?"""
+    """Return sequences with the label which of two tokens is more frequent."""
     tokens = torch.randint(2, 4, (count, length + 1))
     labels = (tokens == 3).sum(1) > length // 2
     return [

@@ -1,4 +1,4 @@
-"""kfactk in Lightning: a LightningModule with automatic optimisation, a scheduler, and checkpoints that a run goes on from."""
+"""Train with kfactk in Lightning: automatic optimization, a scheduler, and a resumed checkpoint."""
 
 import lightning
 import torch
@@ -36,7 +36,7 @@ class Classifier(lightning.LightningModule):
             damping=0.03,
             basis_every=20,
         )
-        optimizer = recipe.bind(self.network)  # what training_step calls, not self
+        optimizer = recipe.bind(self.network)  # the module that training_step calls
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
@@ -55,7 +55,7 @@ def trainer(epochs):
 def main():
     lightning.seed_everything(0)
     points = torch.rand(1280, 2) * 2 - 1
-    labels = (points.prod(1) > 0).long()  # which quadrants: no line divides them
+    labels = (points.prod(1) > 0).long()  # XOR of the signs: not linearly separable
     training = DataLoader(TensorDataset(points[:1024], labels[:1024]), batch_size=64)
     validation = DataLoader(TensorDataset(points[1024:], labels[1024:]), batch_size=256)
 

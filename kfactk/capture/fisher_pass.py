@@ -1,204 +1,268 @@
-"""The Fisher pass: from one followed forward to the uses of its layers, with the likelihood's and the Fisher stage's say."""
+"""The Fisher pass: from one followed forward to the calls of its layers, with their gradients."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
+import attrs
 import torch
 from torch import Tensor
 
-from kfactk.capture.forward import Forward
+from kfactk.capture.forward import Arrivals, Forward
+from kfactk.capture.support import model_output
 from kfactk.errors import CaptureError
-from kfactk.preconditioner.preconditioner import Preconditioner
 from kfactk.samples import LayerCall
 from kfactk.stages import Fisher, Layer, Likelihood
 from kfactk.validation import attribute_errors, stage_label
+
+
+class SampleTaker(Protocol):
+    """Whoever takes the calls of layers: what this room wants of it."""
+
+    @property
+    def rank(self) -> int:
+        """This process's rank."""
+
+    def forward(self) -> AbstractContextManager[None]:
+        """Surround the passes over one forward: they count all together, or not at all."""
+
+    def begin_forward(self, num_terms: Tensor | float, examples: int) -> None:
+        """Note the likelihood terms and the examples of one forward."""
+
+    def accumulate(
+        self, layer: Layer, calls: Sequence[LayerCall], num_terms: Tensor | float, first: bool
+    ) -> None:
+        """Take the calls of one layer in one pass."""
+
+    def accumulate_nothing(self, layers: Iterable[Layer], num_terms: Tensor | float) -> None:
+        """Count the terms of one forward for layers that did not run in it."""
+
+    def mark_seen(self, layers: Iterable[Layer]) -> None:
+        """Note that layers ran in a forward of which nothing counts."""
+
+    def input_only(self) -> frozenset[str]:
+        """Return the names of the layers that need no gradients."""
+
+    def needs_pass(self) -> bool:
+        """Return whether gradients are needed."""
+
+    def end_forward(self) -> None:
+        """Note that all passes over one forward are done."""
+
+
+@attrs.frozen(eq=False)
+class LossScale:
+    """What the user's own gradients are multiplied by to be those of the summed loss.
+
+    Args:
+        num_terms: Number of likelihood terms.
+        reduction: "mean" or "sum": how the user's loss reduces over them.
+        scaler: The loop's `torch.amp.GradScaler`, if any; asked while the backward runs.
+    """
+
+    num_terms: Tensor | float
+    reduction: str
+    scaler: Any = None
+
+    def factor(self) -> Tensor | float:
+        """Return the factor."""
+        terms = self.num_terms if self.reduction == "mean" else 1.0
+        return terms if self.scaler is None else terms / float(self.scaler.get_scale())
+
+
+class LayerSink:
+    """Hands the layers of one pass to whoever takes them, and notes which they were.
+
+    Args:
+        taker: Takes them.
+        layers: Those that are followed.
+        num_terms: Number of likelihood terms of the forward.
+        first: Whether this is the first pass over the forward.
+        counts: Whether the forward counts; if not, its layers are dropped.
+    """
+
+    def __init__(
+        self,
+        taker: SampleTaker,
+        layers: Sequence[Layer],
+        num_terms: Tensor | float,
+        *,
+        first: bool = True,
+        counts: bool = True,
+    ) -> None:
+        self._taker, self._layers = taker, layers
+        self._num_terms, self._first, self._counts = num_terms, first, counts
+        self.taken: set[Layer] = set()
+
+    def __call__(self, layer: Layer, calls: list[LayerCall]) -> None:
+        """Take all calls of one layer."""
+        self.taken.add(layer)
+        if self._counts:
+            self._taker.accumulate(layer, calls, self._num_terms, self._first)
+
+    def finish(self) -> None:
+        """Count the terms for the layers that did not run."""
+        missing = [layer for layer in self._layers if layer not in self.taken]
+        self._taker.accumulate_nothing(missing, self._num_terms)
 
 
 class FisherPass:
     """Runs or awaits the backward passes that curvature is measured on.
 
     Args:
-        preconditioner: Takes the uses.
+        taker: Takes the calls of layers.
         fisher: Whose targets.
         likelihood: What the output means.
-        output: Finds the likelihood's parameters in what the model returns.
-        reduction: "mean" or "sum": how the user's loss reduces over likelihood terms (`empirical` only).
-        loss_scale: What the user's loss is multiplied by (`empirical` only), asked while the user's backward runs.
+        output: The user's function that finds the likelihood's parameters in the output.
+        reduction: "mean" or "sum": how the user's loss reduces over likelihood terms. Only a Fisher
+            stage that listens to the user's backward needs it.
+        scaler: The loop's `torch.amp.GradScaler`, if any; likewise.
     """
 
     def __init__(
         self,
-        preconditioner: Preconditioner,
+        taker: SampleTaker,
         fisher: Fisher,
         likelihood: Likelihood,
-        output: Callable[[Any], Tensor],
+        output: Any = None,
         *,
-        reduction: str,
-        loss_scale: Callable[[], float],
+        reduction: str = "mean",
+        scaler: Any = None,
     ) -> None:
-        self._preconditioner = preconditioner
-        self._fisher, self._likelihood, self._output = fisher, likelihood, output
-        self._reduction, self._loss_scale = reduction, loss_scale
-        self._listening: list[Callable[[], None]] = []
+        self._taker = taker
+        self._fisher, self._likelihood = fisher, likelihood
+        self._output = model_output if output is None else output
+        self._reduction, self._scaler = reduction, scaler
+        self._listening: list[tuple[Arrivals, LayerSink]] = []
 
     def finish(self) -> None:
-        """The user's backward is over: take what it reached of the layers that it reached in part."""
+        """End listening: take the layers that the user's backward reached in part."""
         listening, self._listening = self._listening, []
-        for finish in listening:
-            finish()
+        for arrivals, sink in listening:
+            arrivals.finish()
+            if sink.taken:  # otherwise the forward had no backward
+                sink.finish()
 
-    def observe(
+    def run(
         self, forward: Forward, batch: Mapping[str, Any], *, step: int, micro_batch: int
     ) -> None:
         """Measure one forward.
 
         Args:
             forward: What was followed.
-            batch: What the likelihood may ask for by name, besides the forward's own arguments.
+            batch: What the likelihood may ask for, besides the forward's own arguments.
             step: Index of the step, from 0.
             micro_batch: Index of the forward within the step, from 0.
+
+        Raises:
+            CaptureError: The output holds no tensor that the likelihood can read.
         """
         output = self._output(forward.output)
         if not isinstance(output, Tensor):
             raise CaptureError(
-                f"output= found {type(output).__name__} in what the model returned; it must find a tensor."
+                f"output= found {type(output).__name__} in what the model returned; it must find a "
+                "tensor."
             )
-        with (
-            torch.enable_grad(),
-            torch.autocast(output.device.type, enabled=False),
-            self._preconditioner.forward(),
-        ):
+        device = output.device.type
+        autocast = torch.autocast(device, enabled=False)
+        with torch.enable_grad(), autocast, self._taker.forward():
             with attribute_errors("likelihood", self._likelihood, "on the model's output"):
                 view = self._likelihood.view(output)
-                weights = self._likelihood.term_weights(view.detach(), {**forward.batch, **batch})
-            num_terms: Tensor | float = (
-                float(view.shape[0] * view.shape[1])
-                if weights is None
-                else weights.detach().sum().double()
-            )
-            self._preconditioner.count(num_terms, len(view))
-            if not forward.calls:
-                self._preconditioner.pass_by((), num_terms)
-                return
-            rank = self._preconditioner.ranks.rank
-            counts = bool(
-                float(num_terms)
-            )  # if not, everything is masked: there is nothing to learn from this forward
-            if not counts:
-                self._preconditioner.pass_over({record.layer.name for record, _ in forward.calls})
-            if not self._fisher.own_pass:
-                if counts:
-                    self._listen(forward, num_terms)
-                return
-            taken = self._take_inputs(forward, view, num_terms) if counts else None
-            if self._preconditioner.wants_gradients():
-                forward = forward.without(self._preconditioner.inputs_only())
-                self._run(
-                    forward,
-                    view,
-                    weights,
-                    num_terms,
-                    taken,
-                    draw_seed(self._fisher.seed, step, micro_batch, rank),
-                )
-            elif taken is not None:
-                self._preconditioner.pass_by(taken, num_terms)
-        self._preconditioner.leave()
+                named = {**forward.batch, **batch}
+                weights = self._likelihood.term_weights(view.detach(), named)
+            terms: Tensor | float = float(view.shape[0] * view.shape[1])
+            if weights is not None:
+                terms = weights.detach().sum().double()
+            self._taker.begin_forward(terms, len(view))
+            self._measure(forward, view, weights, terms, (step, micro_batch))
+        if forward.calls and self._fisher.own_pass:
+            self._taker.end_forward()
 
-    def _take_inputs(self, forward: Forward, view: Tensor, num_terms: Tensor | float) -> set[str]:
-        """Hand on the layers of which inputs alone are wanted; returns their names."""
-        sink = _Sink(self._preconditioner, num_terms, first=True)
-        with torch.no_grad():
-            for layer, calls in forward.inputs(self._preconditioner.inputs_only(), view).items():
-                sink(layer, calls)
-        return sink.taken
-
-    def _run(
+    def _measure(
         self,
         forward: Forward,
         view: Tensor,
         weights: Tensor | None,
-        num_terms: Tensor | float,
-        taken: set[str] | None,
+        terms: Tensor | float,
+        place: tuple[int, int],
+    ) -> None:
+        """Run or await the passes over one forward."""
+        if not forward.calls:
+            self._taker.accumulate_nothing(forward.layers, terms)
+            return
+        counts = bool(float(terms))  # otherwise everything is masked: nothing is to be learned
+        if not counts:
+            self._taker.mark_seen({record.layer for record, _ in forward.calls})
+        if not self._fisher.own_pass:
+            if counts:
+                self._listen(forward, terms)
+            return
+        taken = self._take_inputs(forward, view, terms) if counts else set()
+        if self._taker.needs_pass():
+            forward = forward.without(self._taker.input_only())
+            layers = [layer for layer in forward.layers if layer not in taken]
+            seed = draw_seed(self._fisher.seed, *place, self._taker.rank)
+            self._run_passes(forward, view, weights, (layers, terms, counts), seed)
+        elif counts:
+            rest = [layer for layer in forward.layers if layer not in taken]
+            self._taker.accumulate_nothing(rest, terms)
+
+    def _take_inputs(self, forward: Forward, view: Tensor, terms: Tensor | float) -> set[Layer]:
+        """Take the layers that need no gradients, and return them."""
+        sink = LayerSink(self._taker, forward.layers, terms)
+        with torch.no_grad():
+            for layer, calls in forward.inputs(self._taker.input_only(), view).items():
+                sink(layer, calls)
+        return sink.taken
+
+    def _run_passes(
+        self,
+        forward: Forward,
+        view: Tensor,
+        weights: Tensor | None,
+        wanted: tuple[Sequence[Layer], Tensor | float, bool],
         seed: int,
     ) -> None:
-        """Run the Fisher passes over a forward; all ranks run them, since there may be collectives inside.
+        """Run the Fisher passes over a forward.
 
-        Args:
-            forward: What was followed.
-            view: The model's output as the likelihood sees it.
-            weights: Of the likelihood's terms.
-            num_terms: Their number.
-            taken: The layers that are done with; `None` when the forward does not count.
-            seed: Of the draws.
+        All ranks run them, also where the forward does not count: there may be collectives inside.
         """
+        layers, terms, counts = wanted
         generator = torch.Generator(view.device)
         generator.manual_seed(seed)
         for number, loss in enumerate(self._losses(view, weights, generator)):
-            sink = _Sink(self._preconditioner, num_terms, first=number == 0)
-            forward.run(loss, view, sink if taken is not None else _ignored)
-            if taken is not None and number == 0:
-                self._preconditioner.pass_by(sink.taken | taken, num_terms)
+            sink = LayerSink(self._taker, layers, terms, first=number == 0, counts=counts)
+            forward.run(loss, view, sink)
+            if counts and number == 0:
+                sink.finish()
 
     def _losses(
         self, view: Tensor, weights: Tensor | None, generator: torch.Generator
     ) -> Iterator[Tensor]:
         losses = None
+        where = f"with {stage_label('likelihood', self._likelihood)}"
         while True:
-            with attribute_errors(
-                "fisher", self._fisher, f"with {stage_label('likelihood', self._likelihood)}"
-            ):
-                losses = (
-                    iter(self._fisher.losses(view, self._likelihood, weights, generator))
-                    if losses is None
-                    else losses
-                )
+            with attribute_errors("fisher", self._fisher, where):
+                if losses is None:
+                    found = self._fisher.losses(view, self._likelihood, weights, generator)
+                    losses = iter(found)
                 loss = next(losses, None)
             if loss is None:
                 return
             yield loss
 
-    def _listen(self, forward: Forward, num_terms: Tensor | float) -> None:
-        # The user's loss is (scale / M) or scale times the sum; gradients are wanted of the sum.
-        def scale() -> Tensor | float:
-            return (num_terms if self._reduction == "mean" else 1.0) / self._loss_scale()
-
-        sink = _Sink(
-            self._preconditioner, num_terms, first=True
-        )  # the forward itself must not be kept
-        finish = forward.listen(sink, scale)
-
-        def over() -> None:
-            finish()
-            if sink.taken:  # if not, that forward had no backward
-                sink.preconditioner.pass_by(sink.taken, num_terms)
-
-        self._listening.append(over)
-
-
-class _Sink:
-    """Takes the layers of one pass, and notes which they were."""
-
-    def __init__(
-        self, preconditioner: Preconditioner, num_terms: Tensor | float, *, first: bool
-    ) -> None:
-        self.preconditioner, self._num_terms, self._first = preconditioner, num_terms, first
-        self.taken: set[str] = set()
-
-    def __call__(self, layer: Layer, calls: list[LayerCall]) -> None:
-        self.taken.add(layer.name)
-        self.preconditioner.take(layer, calls, self._num_terms, self._first)
-
-
-def _ignored(layer: Layer, calls: list[LayerCall]) -> None:
-    """Takes what does not count."""
+    def _listen(self, forward: Forward, terms: Tensor | float) -> None:
+        """Take the layers from the user's own backward, whenever it runs."""
+        sink = LayerSink(self._taker, forward.layers, terms)  # does not keep the forward
+        scale = LossScale(terms, self._reduction, self._scaler)
+        self._listening.append((forward.listen(sink, scale), sink))
 
 
 def draw_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:
-    """A 63-bit seed for the draws of one forward: no generator state has to be kept or saved.
+    """Return a 63-bit seed for the draws of one forward: no generator state has to be saved.
 
     Example:
         >>> draw_seed(0, 1, 0, 0) == draw_seed(0, 1, 0, 0) != draw_seed(0, 0, 1, 0)

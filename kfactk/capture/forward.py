@@ -1,9 +1,9 @@
-"""One followed forward, and the backward passes over it that stream each layer's gradient as it arrives."""
+"""One followed forward, and the backward passes over it that stream each layer's gradient."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from typing import Any
+from typing import Any, Protocol
 
 import attrs
 import torch
@@ -17,17 +17,44 @@ from kfactk.stages import Layer
 from kfactk.validation import input_modified_message
 
 Sink = Callable[[Layer, list[LayerCall]], None]
-"""Takes all uses of one layer in one forward, once the gradients of all of them have arrived."""
+"""Takes all calls of one layer in one forward, once the gradients of all of them have arrived."""
 
 HALF_SCALE = 2.0**10
-"""What a Fisher loss is multiplied by where float16 gradients flow; taken out again in float32."""
+"""Factor of a Fisher loss where float16 gradients flow; it is divided out in float32."""
+
+
+class Scale(Protocol):
+    """Says what gradients are multiplied by."""
+
+    def factor(self) -> Tensor | float:
+        """Return the factor, while a backward runs."""
+
+
+@attrs.frozen
+class FixedScale:
+    """A factor that is known before the backward."""
+
+    value: float
+
+    def factor(self) -> float:
+        """Return the factor."""
+        return self.value
 
 
 @attrs.frozen(eq=False)
 class RecordedCall:
-    """One call of a followed layer: its input (detached, and its version then), and the dtype and shape of its output.
+    """One call of a followed layer: its input, and what its output looked like.
 
-    It must not hold the edge: a hook on a node that leads back to the node would never be freed.
+    A record does not hold the edge of the output: a hook on a node that leads back to the node
+    would never be freed.
+
+    Args:
+        layer: The layer.
+        inputs: The module's input, detached.
+        version: The version of the input at the call.
+        dtype: Dtype of the output.
+        shape: Shape of the output.
+        training: Whether the module was in training mode.
     """
 
     layer: Layer
@@ -35,21 +62,22 @@ class RecordedCall:
     version: int
     dtype: torch.dtype
     shape: torch.Size
+    training: bool = True
 
     def input(self) -> LayerCall:
-        """This call without the gradient of its output: with zeros that take no memory."""
-        if self.inputs._version != self.version:
-            raise CaptureError(input_modified_message(self.layer.name))
-        return LayerCall(
-            self.inputs,
-            torch.zeros((), dtype=self.dtype, device=self.inputs.device).expand(self.shape),
-        )
+        """Return this call with a gradient of zeros, which take no memory."""
+        zeros = torch.zeros((), dtype=self.dtype, device=self.inputs.device).expand(self.shape)
+        return self.call(zeros, 1.0)
 
     def call(self, gradient: Tensor, scale: Tensor | float) -> LayerCall:
-        """This call with the gradient of its output."""
+        """Return this call with the gradient of its output.
+
+        Raises:
+            CaptureError: The input was modified in place since.
+        """
         if self.inputs._version != self.version:
             raise CaptureError(input_modified_message(self.layer.name))
-        return LayerCall(self.inputs, gradient.detach(), scale)
+        return LayerCall(self.inputs, gradient.detach(), scale, training=self.training)
 
 
 class Forward:
@@ -59,16 +87,21 @@ class Forward:
         output: What the root returned.
         batch: Its arguments by name.
         calls: Calls of followed layers, in order, each with the autograd edge of its output.
+        layers: All followed layers, also those without a call.
     """
 
     def __init__(
-        self, output: Any, batch: Mapping[str, Any], calls: list[tuple[RecordedCall, GradientEdge]]
+        self,
+        output: Any,
+        batch: Mapping[str, Any],
+        calls: list[tuple[RecordedCall, GradientEdge]],
+        layers: Sequence[Layer],
     ) -> None:
         self.output, self.batch = output, dict(batch)
-        self.calls = calls
+        self.calls, self.layers = calls, layers
 
     def inputs(self, names: Set[str], start: Tensor) -> dict[Layer, list[LayerCall]]:
-        """The calls of these layers that lead to `start`, without gradients."""
+        """Return the calls of these layers that lead to `start`, without gradients."""
         found: dict[Layer, list[LayerCall]] = {}
         reached = _reachable(start) if names else set()
         for record, edge in self.calls:
@@ -77,22 +110,30 @@ class Forward:
         return found
 
     def without(self, names: Set[str]) -> Forward:
-        """The same forward, these layers not followed."""
+        """Return the same forward in which these layers are not followed."""
+        if not any(record.layer.name in names for record, _ in self.calls):
+            return self
         kept = [call for call in self.calls if call[0].layer.name not in names]
-        return self if len(kept) == len(self.calls) else Forward(self.output, self.batch, kept)
+        return Forward(self.output, self.batch, kept, self.layers)
 
     @property
     def scale(self) -> float:
-        """What a loss should be multiplied by to keep float16 gradients from underflow; a power of two."""
-        return HALF_SCALE if any(record.dtype == torch.float16 for record, _ in self.calls) else 1.0
+        """The factor of a loss that keeps float16 gradients from underflow: a power of two."""
+        return HALF_SCALE if any(r.dtype == torch.float16 for r, _ in self.calls) else 1.0
 
     def run(self, loss: Tensor, start: Tensor, sink: Sink) -> None:
-        """One backward pass of our own over `loss`, which hangs on `start`, itself part of the forward's graph.
+        """Run one backward pass of our own.
 
-        `.grad` is untouched and no weight gradient is computed: only nodes on the way to followed edges run, and of these only the
-        ones from which no other is reachable are asked for by name, so that autograd holds one layer's gradient at a time.
+        `.grad` is untouched and no weight gradient is computed. Only nodes on the way to followed
+        edges run. Of these, autograd is asked by name only for those from which no other is
+        reachable, so that it holds one layer's gradient at a time.
+
+        Args:
+            loss: The Fisher loss, which hangs on `start`.
+            start: Part of the forward's graph.
+            sink: Takes each layer as its gradients arrive.
         """
-        arrivals = _Arrivals(self.calls, sink, 1.0 / self.scale)
+        arrivals = Arrivals(self.calls, sink, FixedScale(1.0 / self.scale))
         ends = _leafmost(start, {edge.node for _, edge in self.calls})
         last = [(record, edge) for record, edge in self.calls if edge.node in ends]
         if not last:
@@ -105,72 +146,79 @@ class Forward:
             with torch.no_grad():
                 for (record, _), gradient in zip(last, gradients, strict=True):
                     if gradient is not None:
-                        arrivals.arrived(record, gradient)
+                        arrivals.add(record, gradient)
         finally:
             for handle in handles:
                 handle.remove()
         with torch.no_grad():
             arrivals.finish()
 
-    def listen(self, sink: Sink, scale: Callable[[], Tensor | float]) -> Callable[[], None]:
-        """Read the same gradients from the user's own backward, whenever it runs; `scale()` is asked then.
+    def listen(self, sink: Sink, scale: Scale) -> Arrivals:
+        """Read the same gradients from the user's own backward, whenever it runs.
+
+        Args:
+            sink: Takes each layer as its gradients arrive.
+            scale: Asked while the backward runs.
 
         Returns:
-            To be called once that backward is over: hands on the layers some of whose uses it did not reach.
+            The gradients that have arrived. Call its `finish` once the backward is over.
         """
-        arrivals = _Arrivals(self.calls, sink, scale)
+        arrivals = Arrivals(self.calls, sink, scale)
         for record, edge in self.calls:
             arrivals.watch(record, edge)
-        return arrivals.finish
+        return arrivals
 
 
-class _Arrivals:
-    """Collects gradients of one pass and hands a layer on when the last of its uses has come."""
+class Arrivals:
+    """Collects the gradients of one pass, and hands on a layer when its last one has come.
+
+    Args:
+        calls: The calls that the pass may reach.
+        sink: Takes the layers.
+        scale: What gradients are multiplied by.
+    """
 
     def __init__(
-        self,
-        calls: Sequence[tuple[RecordedCall, GradientEdge]],
-        sink: Sink,
-        scale: float | Callable[[], Tensor | float],
+        self, calls: Sequence[tuple[RecordedCall, GradientEdge]], sink: Sink, scale: Scale
     ) -> None:
         self._sink, self._scale = sink, scale
-        self._waiting: dict[str, int] = {}
+        self._waiting: dict[Layer, int] = {}
         for record, _ in calls:
-            self._waiting[record.layer.name] = self._waiting.get(record.layer.name, 0) + 1
-        self._here: dict[str, list[LayerCall]] = {}
-        self._layers = {record.layer.name: record.layer for record, _ in calls}
+            self._waiting[record.layer] = self._waiting.get(record.layer, 0) + 1
+        self._here: dict[Layer, list[LayerCall]] = {}
 
     def watch(self, record: RecordedCall, edge: GradientEdge) -> torch.utils.hooks.RemovableHandle:
+        """Read the gradient of one call as autograd reaches its node."""
         number = edge.output_nr
 
         def prehook(gradients: tuple[Tensor | None, ...]) -> None:
             gradient = gradients[number]
             if gradient is not None:
                 with torch.no_grad(), full_precision([gradient.device.type]):
-                    self.arrived(record, gradient)
+                    self.add(record, gradient)
 
         return edge.node.register_prehook(prehook)
 
-    def arrived(self, record: RecordedCall, gradient: Tensor) -> None:
-        name = record.layer.name
-        if self._waiting.get(name, 0) == 0:  # a second backward through the same graph
+    def add(self, record: RecordedCall, gradient: Tensor) -> None:
+        """Take the gradient of one call; a second backward through the graph is skipped."""
+        layer = record.layer
+        if self._waiting.get(layer, 0) == 0:
             return
-        scale = self._scale() if callable(self._scale) else self._scale
-        self._here.setdefault(name, []).append(record.call(gradient, scale))
-        self._waiting[name] -= 1
-        if self._waiting[name] == 0:
-            self._sink(record.layer, self._here.pop(name))
+        self._here.setdefault(layer, []).append(record.call(gradient, self._scale.factor()))
+        self._waiting[layer] -= 1
+        if self._waiting[layer] == 0:
+            self._sink(layer, self._here.pop(layer))
 
     def finish(self) -> None:
-        """Hand on the layers some of whose uses do not reach the loss: those uses have zero gradient and add nothing."""
-        for name, calls in list(self._here.items()):
-            self._waiting[name] = 0
-            self._sink(self._layers[name], calls)
+        """Hand on layers of which some calls have no gradient: those calls add nothing."""
+        for layer, calls in list(self._here.items()):
+            self._waiting[layer] = 0
+            self._sink(layer, calls)
         self._here.clear()
 
 
 def _reachable(start: Tensor) -> set[Node]:
-    """The nodes that `start` was made by."""
+    """Return the nodes that `start` was made by."""
     found: set[Node] = set()
     stack = [start.grad_fn]
     while stack:
@@ -182,7 +230,7 @@ def _reachable(start: Tensor) -> set[Node]:
 
 
 def _leafmost(start: Tensor, followed: set[Node]) -> set[Node]:
-    """The followed nodes reachable from `start` below which (towards the leaves) there is no other followed node."""
+    """Return the followed nodes reachable from `start` from which no other one is reachable."""
     holds: dict[Node, bool] = {}
     ends: set[Node] = set()
     opened: set[Node] = set()
@@ -204,16 +252,18 @@ def _leafmost(start: Tensor, followed: set[Node]) -> set[Node]:
 
 
 def _check_node(node: Node) -> None:
-    """Refuse what must not run in a pass of ours.
+    """Refuse a node that must not run in a pass of our own.
 
     Raises:
-        CaptureError: It is the node with which DistributedDataParallel marks the first backward pass of a static graph.
+        CaptureError: It is the node by which DistributedDataParallel marks the first backward of a
+            static graph.
     """
     wrapper = getattr(node, "ddp_weakref", None)
     if wrapper is not None and getattr(wrapper(), "static_graph", False):
         raise CaptureError(
-            "a part of the bound model is wrapped in DistributedDataParallel with static_graph=True, whose first backward pass must be "
-            "your own. Wrap the bound model instead of a part of it, bind the module that is wrapped, or leave static_graph out."
+            "a part of the bound model is wrapped in DistributedDataParallel with "
+            "static_graph=True, whose first backward must be your own. Wrap the bound model "
+            "instead of a part of it, bind the wrapped module, or leave static_graph out."
         )
 
 
@@ -223,11 +273,12 @@ def _grad(loss: Tensor, edges: list[GradientEdge]) -> tuple[Tensor | None, ...]:
     except RuntimeError as error:
         if "through the graph a second time" in str(error):
             raise CaptureError(
-                "the forward's graph is gone, because its backward ran already: call optimizer.observe() between forward and backward."
+                "the forward's graph is gone, because its backward ran already. Call "
+                "optimizer.observe() between forward and backward."
             ) from error
         if "use_reentrant=True" not in str(error):
             raise
         raise CaptureError(
-            "the model uses reentrant activation checkpointing, which cannot give gradients of layers: call "
-            "torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
+            "the model uses reentrant activation checkpointing, which cannot give gradients of "
+            "layers. Call torch.utils.checkpoint.checkpoint(..., use_reentrant=False)."
         ) from error

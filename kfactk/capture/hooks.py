@@ -1,9 +1,10 @@
-"""Forward hooks and gradient edges: what flows through each followed layer in one forward, and the gradients that come back.
+"""Forward hooks: the calls of each followed layer in one forward, with their gradient edges.
 
-Nothing is attached to a layer between forwards. On a forward for which `due` names layers, hooks are put on them before it and taken off
-after it; each call of a layer leaves its input and the autograd edge of its output. Gradients are then read at these edges, streamed
-layer by layer, either in a backward pass of our own (`Forward.run`) or in the user's (`Forward.listen`). Code that torch.compile has
-made ignores hooks put on later, so forwards that are expected to be due run eagerly.
+Nothing is attached to a layer between forwards. Hooks are put on the layers that are due before a
+forward, and taken off after it. Each call of a layer leaves its input and the autograd edge of its
+output. Gradients are then read at these edges, layer by layer: in a backward pass of our own
+(`Forward.run`) or in the user's (`Forward.listen`). Compiled code ignores hooks that come later, so
+forwards that are expected to be due run eagerly.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -32,27 +33,31 @@ from kfactk.errors import CombinationError
 from kfactk.stages import Layer
 
 
+class ForwardListener(Protocol):
+    """Whoever wants to know of the forwards of a model."""
+
+    def _begin_forward(self) -> Sequence[Layer] | None:
+        """Return the layers to follow in a forward; `None` where it is of no interest."""
+
+    def _end_forward(self, forward: Forward) -> None:
+        """Take a followed forward right after it."""
+
+
 class ModelHooks:
     """Hooks on the root of one model.
 
     Args:
         root: The module whose forwards count.
-        due: Asked at the start of each forward: the layers to follow; `None` when the forward is of no interest.
-        completed: Called with a followed forward right after it.
+        listener: Told of its forwards; it is not kept alive.
         evaluation: Whether forwards in evaluation mode are followed too.
     """
 
-    def __init__(
-        self,
-        root: nn.Module,
-        due: Callable[[], Sequence[Layer] | None],
-        completed: Callable[[Forward], None],
-        *,
-        evaluation: bool,
-    ) -> None:
+    def __init__(self, root: nn.Module, listener: ForwardListener, *, evaluation: bool) -> None:
         self.root = root
+        self._listener = weakref.ref(listener)
         self._forward: Callable[..., Any] | None = None
-        self._due, self._completed, self._evaluation = due, completed, evaluation
+        self._evaluation = evaluation
+        self._layers: Sequence[Layer] = ()
         self._calls: list[tuple[RecordedCall, GradientEdge]] = []
         self._layer_handles: list[torch.utils.hooks.RemovableHandle] = []
         self._depth, self._thread = 0, 0
@@ -64,54 +69,58 @@ class ModelHooks:
             root.register_forward_hook(after, with_kwargs=True, always_call=True),
         ]
         self._finalizer = weakref.finalize(
-            self, _let_go, self._token, self._handles, self._layer_handles
+            self, _release, self._token, self._handles, self._layer_handles
         )
         self._finalizer.atexit = False
 
     def close(self) -> None:
-        """Take every hook away; may be called twice."""
+        """Remove every hook; may be called twice."""
         self._finalizer()
 
     def expect(self, due: bool) -> None:
-        """Between forwards: whether the next one is due. What is compiled runs eagerly from then on until it is told otherwise."""
+        """Say between forwards whether the next one is due; compiled code then runs eagerly."""
         if due and self._finalizer.alive:
             EAGERNESS.force(self._token)
         else:
             EAGERNESS.release(self._token)
 
     def reset(self) -> None:
-        """Between forwards: clean up after one that was interrupted (Ctrl-C runs no hook)."""
+        """Clean up after a forward that was interrupted: Ctrl-C runs no hook."""
         self._depth = 0
         self._calls = []
         _remove(self._layer_handles)
 
     def before(self, compiled: bool) -> None:
-        """Root pre-hook: attach to the layers that are due, unless they run as compiled code, which would trace the hooks."""
+        """Attach to the layers that are due, unless compiled code would trace the hooks."""
         if self._depth and self._thread != threading.get_ident():
             return
-        if self._depth and _within(self.root) and self.root.forward == self._forward:
+        if self._depth and _is_nested(self.root) and self.root.forward == self._forward:
             self._depth += 1
             return
-        if self._depth:  # that one was interrupted, or another method in the forward's place (Lightning's training_step) calls the forward
+        if self._depth:
+            # The last forward was interrupted; or another method stands in for the forward
+            # (Lightning's training_step) and calls it.
             self.reset()
         if not self._counts():
             return
         check_engine()
-        layers = self._due()
+        listener = self._listener()
+        layers = None if listener is None else listener._begin_forward()
         if layers is None or compiled:
             return
         self._depth, self._thread, self._forward = 1, threading.get_ident(), self.root.forward
-        self._calls = []
+        self._layers, self._calls = layers, []
         for layer in layers:
             hook = LayerHook(self._calls, layer)
-            self._layer_handles.append(
-                layer.module.register_forward_hook(hook, with_kwargs=True, prepend=True)
-            )
+            for site in layer.sites:
+                self._layer_handles.append(
+                    site.register_forward_hook(hook, with_kwargs=True, prepend=True)
+                )
 
     def after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Root hook: detach, and hand the forward on. `output` is None when the forward raised."""
+        """Detach, and hand the forward on; `output` is `None` when the forward raised."""
         if not self._depth or self._thread != threading.get_ident():
             return
         self._depth -= 1
@@ -119,21 +128,24 @@ class ModelHooks:
             return
         _remove(self._layer_handles)
         calls, self._calls = self._calls, []
-        if output is not None:
+        layers, self._layers = self._layers, ()
+        listener = self._listener()
+        if output is not None and listener is not None:
             with save_unchanged():
-                self._completed(Forward(output, _named(module, args, kwargs), calls))
+                forward = Forward(output, _named(module, args, kwargs), calls, layers)
+                listener._end_forward(forward)
 
     def _counts(self) -> bool:
-        return (
-            torch.is_grad_enabled() and (self.root.training or self._evaluation) and not in_transform_or_backward()
-        )
+        """Return whether a forward that begins now counts."""
+        mode = self.root.training or self._evaluation
+        return torch.is_grad_enabled() and mode and not in_transform_or_backward()
 
 
 class RootHook:
-    """A bound hook that knows its capture weakly, and is inert once copied or pickled with the model."""
+    """Hook on the root; a copy or pickle of the model gets one that does nothing."""
 
-    def __init__(self, capture: ModelHooks | None, when: str) -> None:
-        self._capture = None if capture is None else weakref.ref(capture)
+    def __init__(self, hooks: ModelHooks | None, when: str) -> None:
+        self._hooks = None if hooks is None else weakref.ref(hooks)
         self._when = when
 
     def _run(
@@ -146,17 +158,18 @@ class RootHook:
         compiled: bool,
     ) -> None:
         """Run as a forward pre-hook or a forward hook."""
-        capture = None if self._capture is None else self._capture()
-        if capture is None or capture.root is not module:
+        hooks = None if self._hooks is None else self._hooks()
+        if hooks is None or hooks.root is not module:
             return
         if self._when == "before":
-            capture.before(compiled)
+            hooks.before(compiled)
         else:
-            capture.after(module, args, kwargs, output)
+            hooks.after(module, args, kwargs, output)
 
     __call__ = run_uncompiled(
         _run,
-        "kfactk's hooks on the model break the graph: bind the compiled model, or compile without fullgraph=True",
+        "kfactk's hooks on the model break the graph. Bind the compiled model, or compile without "
+        "fullgraph=True.",
     )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RootHook:
@@ -167,7 +180,7 @@ class RootHook:
 
 
 class LayerHook:
-    """Leaves a record of each call of one layer; inert once copied or pickled."""
+    """Records each call of one layer; a copy or pickle of the model gets one that does nothing."""
 
     def __init__(
         self, calls: list[tuple[RecordedCall, GradientEdge]] | None, layer: Layer | None
@@ -184,13 +197,11 @@ class LayerHook:
             return
         if any(map(is_distributed, (output, *module.parameters(recurse=False)))):
             raise CombinationError(tensor_parallel(self._layer.name))
-        inputs = (args[0] if args else kwargs["input"]).detach()
-        self._calls.append(
-            (
-                RecordedCall(self._layer, inputs, inputs._version, output.dtype, output.shape),
-                get_gradient_edge(output),
-            )
+        inputs = (args[0] if args else next(iter(kwargs.values()))).detach()
+        record = RecordedCall(
+            self._layer, inputs, inputs._version, output.dtype, output.shape, module.training
         )
+        self._calls.append((record, get_gradient_edge(output)))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerHook:
         return LayerHook(None, None)
@@ -199,8 +210,11 @@ class LayerHook:
         return LayerHook, (None, None)
 
 
-def _within(root: nn.Module) -> bool:
-    """Whether a call of the root is inside another one; if not, the one that was followed was interrupted (Ctrl-C runs no hook)."""
+def _is_nested(root: nn.Module) -> bool:
+    """Return whether a call of the root is inside another one.
+
+    If it is not, the forward that was followed was interrupted: Ctrl-C runs no hook.
+    """
     calls, frame = 0, sys._getframe()
     while frame.f_back is not None and calls < 2:
         frame = frame.f_back
@@ -209,12 +223,10 @@ def _within(root: nn.Module) -> bool:
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of the root's forward by name."""
     try:
         bound = inspect.signature(module.forward).bind(*args, **kwargs)
-    except (
-        TypeError,
-        ValueError,
-    ):  # a forward without a readable signature: names of keyword arguments only
+    except (TypeError, ValueError):  # the signature is unreadable: keywords alone have names
         return dict(kwargs)
     named = dict(bound.arguments)
     for name, parameter in bound.signature.parameters.items():
@@ -223,7 +235,7 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return named
 
 
-def _let_go(token: object, *handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+def _release(token: object, *handles: list[torch.utils.hooks.RemovableHandle]) -> None:
     EAGERNESS.release(token)
     _remove(*handles)
 
@@ -234,13 +246,3 @@ def _remove(*handles: Iterable[torch.utils.hooks.RemovableHandle]) -> None:
             handle.remove()
         if isinstance(group, list):
             group.clear()
-
-
-def weakly(owner: weakref.ref[Any], method: str) -> Callable[..., Any]:
-    """A call of the owner's method that does not keep it alive, and does nothing once it is gone."""
-
-    def call(*args: Any) -> Any:
-        alive = owner()
-        return None if alive is None else getattr(alive, method)(*args)
-
-    return call

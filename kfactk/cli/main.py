@@ -13,6 +13,7 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import attrs
 
@@ -23,9 +24,13 @@ from kfactk.errors import KfactkError
 from kfactk.registry.hookspecs import STAGE_HOOKS
 from kfactk.registry.inspection import REQUIRED, OptionInfo, StageInfo
 from kfactk.registry.loading import PluginInfo
-from kfactk.registry.registry import Registry, callable_path, registry
+from kfactk.registry.registry import Registry, registry
+from kfactk.registry.serialization import callable_path
 
 WIDTH = 100
+CONFLICT = (
+    "several plugins claim this name, and none of them is used; the warning says how to choose one"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,9 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_, **__: print(
-            f"warning: {message}", file=sys.stderr
-        )
+        warnings.showwarning = lambda text, *_, **__: print(f"warning: {text}", file=sys.stderr)
         # A plugin that prints on import must not break the JSON output.
         with contextlib.redirect_stdout(sys.stderr):
             plugins = registry()
@@ -51,40 +54,28 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="kfactk", description="List stages and plugins, start a plugin, or plan a training."
-    )
+    what = "List stages and plugins, start a plugin, or plan a training."
+    parser = argparse.ArgumentParser(prog="kfactk", description=what)
     parser.add_argument("--version", action="version", version=f"kfactk {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True)
-    stages = commands.add_parser(
+    command = parser.add_subparsers(dest="command", required=True).add_parser
+    stages = command(
         "stages", help="list every stage: options, defaults, plugin, version and paper"
     )
     stages.add_argument("--family", help="one family only, such as basis")
-    plugins = commands.add_parser(
+    plugins = command(
         "plugins", help="list every plugin: status, stages, errors; exit code 1 if one failed"
     )
-    for command in (stages, plugins):
-        command.add_argument("--json", action="store_true", help="JSON on standard output")
-    new = commands.add_parser(
-        "new-plugin", help="write a package with a stage that works and passes its tests"
-    )
-    new.add_argument(
-        "name",
-        metavar="NAME",
-        help="name of the package, such as kfactk-diagonal; the stage is then called diagonal",
-    )
-    new.add_argument(
-        "--stage", required=True, metavar="FAMILY", help=f"its family: {', '.join(STAGE_HOOKS)}"
-    )
-    new.add_argument(
-        "--directory",
-        type=Path,
-        default=Path(),
-        help="folder to make the package's folder in; the current one by default",
-    )
-    planning.add_arguments(
-        commands.add_parser("plan", help="predict what training a model costs, for every placement")
-    )
+    for each in (stages, plugins):
+        each.add_argument("--json", action="store_true", help="JSON on standard output")
+    new = command("new-plugin", help="write a package with a stage that works and passes its tests")
+    named = "name of the package, such as kfactk-diagonal; the stage is then called diagonal"
+    new.add_argument("name", metavar="NAME", help=named)
+    families = f"its family: {', '.join(STAGE_HOOKS)}"
+    new.add_argument("--stage", required=True, metavar="FAMILY", help=families)
+    where = "folder to make the package's folder in; the current one by default"
+    new.add_argument("--directory", type=Path, default=Path(), help=where)
+    plan = command("plan", help="predict what training a model costs, for every placement")
+    planning.add_arguments(plan)
     return parser
 
 
@@ -103,13 +94,10 @@ def _print(text: str) -> bool:
 def _stages(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int]:
     infos = plugins.stages(arguments.family)
     if arguments.json:
-        return json.dumps([info.to_dict() for info in infos], indent=2, allow_nan=False), 0
+        return _json([info.to_dict() for info in infos]), 0
     if not infos:
-        text = (
-            "No stage is loaded. `python -m kfactk plugins` says why; `pip install kfactk` "
-            "installs the first-party stages."
-        )
-        return text, 0
+        why = "`python -m kfactk plugins` says why; `pip install kfactk` installs the first-party"
+        return f"No stage is loaded. {why} stages.", 0
     lines = []
     for family, group in itertools.groupby(infos, key=lambda info: info.family):
         members = list(group)
@@ -120,16 +108,14 @@ def _stages(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int]
 
 def _stage_lines(info: StageInfo, indent: int) -> list[str]:
     options = ", ".join(_option_text(option) for option in info.options)
-    rows = [info.summary, f"options: {options or 'none'}", f"from {_origin(info)}"]
+    origin = f"from {_origin(info)} (plugin {info.plugin})"
+    rows = [info.summary, f"options: {options or 'none'}", origin]
     if info.paper:
         rows.append(f"paper: {info.paper}")
     if info.conflict:
-        rows.append(
-            "CONFLICT: several plugins claim this name, and none of them is used; the warning says "
-            "how to choose one"
-        )
+        rows.append(f"CONFLICT: {CONFLICT}")
     if info.blocked:
-        rows = [f"BLOCKED by {info.blocked}", f"from {_origin(info)}"]
+        rows = [f"BLOCKED by {info.blocked}", origin]
     lines = [line for row in rows if row for line in _wrap(row, indent)]
     return [f"  {info.name}".ljust(indent) + lines[0].lstrip(), *lines[1:]]
 
@@ -150,31 +136,26 @@ def _option_text(option: OptionInfo) -> str:
 
 
 def _origin(info: StageInfo | PluginInfo) -> str:
-    distribution = (
-        f"{info.distribution} {info.version or ''}".strip() if info.distribution else "this process"
-    )
-    return f"{distribution} (plugin {info.plugin})" if isinstance(info, StageInfo) else distribution
+    return f"{info.distribution or 'this process'} {info.version or ''}".strip()
 
 
-def _api_text(info: PluginInfo) -> str:
-    return "API ?" if info.api is None else f"API {info.api}"
+def _json(rows: list[dict[str, Any]]) -> str:
+    return json.dumps(rows, indent=2, allow_nan=False)
 
 
 def _plugins(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int]:
     infos = plugins.plugins()
     code = int(any(info.status == "failed" for info in infos))
     if arguments.json:
-        return json.dumps([attrs.asdict(info) for info in infos], indent=2, allow_nan=False), code
+        return _json([attrs.asdict(info) for info in infos]), code
     if not infos:
-        text = (
-            "No plugin is installed: no distribution has an entry point of the group kfactk. Try "
-            "`pip install kfactk`."
-        )
-        return text, code
-    rows = [
-        (info.name, _origin(info), _api_text(info), info.status, ", ".join(info.stages) or "-")
-        for info in infos
-    ]
+        why = "no distribution has an entry point of the group kfactk. Try `pip install kfactk`."
+        return f"No plugin is installed: {why}", code
+    rows = []
+    for info in infos:
+        api = f"API {'?' if info.api is None else info.api}"
+        stages = ", ".join(info.stages) or "-"
+        rows.append((info.name, _origin(info), api, info.status, stages))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)][:-1]
     lines = []
     for info, row in zip(infos, rows, strict=True):
@@ -188,16 +169,16 @@ def _plugins(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int
 
 def _new_plugin(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int]:
     package, folder = new_plugin(arguments.name, arguments.stage, arguments.directory, plugins)
-    # pip would look up a bare name in the package index.
-    path = str(folder) if folder.is_absolute() else os.path.join(".", folder)
-    files = "".join(f"  {file.name}\n" for file in sorted(folder.iterdir()))
-    commands = (
-        f"pip install -e {shlex.quote(f'{path}[test]')}",
-        f"pytest {shlex.quote(path)}",
-        f"python -m kfactk stages --family {package.family}",
-    )
-    steps = "\n".join(f"  {command}" for command in commands)
-    return f"Made {folder} with the {package.family} {package.stage!r}:\n{files}Next:\n{steps}", 0
+    path = os.path.join(".", folder)  # pip would look up a bare name in the package index
+    lines = [
+        f"Made {folder} with the {package.family} {package.stage!r}:",
+        *(f"  {file.name}" for file in sorted(folder.iterdir())),
+        "Next:",
+        f"  pip install -e {shlex.quote(f'{path}[test]')}",
+        f"  pytest {shlex.quote(path)}",
+        f"  python -m kfactk stages --family {package.family}",
+    ]
+    return "\n".join(lines), 0
 
 
 def _plan(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int]:

@@ -21,6 +21,7 @@ from kfactk._version import __version__
 from kfactk.errors import OptionError
 from kfactk.registry.hookspecs import PROJECT
 from kfactk.registry.inspection import PROTOCOLS, StageInfo
+from kfactk.registry.loading import normal_name
 from kfactk.registry.registry import Registry
 
 LAWS = {family: f"{protocol.__name__}Laws" for family, protocol in PROTOCOLS.items()}
@@ -86,7 +87,7 @@ class Package:
             "Laws": LAWS[self.family],
             "needs": __version__,
         }
-        folder = importlib.resources.files(f"{PROJECT}.cli") / "templates"
+        folder = importlib.resources.files(__package__) / "templates"
         texts = {}
         for file, template in FILES.items():
             path = folder / (template.format(family=self.family) + SUFFIX)
@@ -132,15 +133,14 @@ def new_plugin(name: str, family: str, directory: Path, known: Registry) -> tupl
 
 def _normalise(name: str) -> str:
     """Return the name as package indexes compare it: lower case, single dashes."""
-    normal = re.sub(r"[-_.]+", "-", name).lower()
+    normal = normal_name(name)
     if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", normal) or len(normal) > MAX_LENGTH:
-        letters = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
-        letters = letters.removeprefix(f"{PROJECT}-")
-        hint = f" Try {PROJECT}-{letters}." if re.match(r"[a-z]", letters) else ""
+        letters = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-").removeprefix(f"{PROJECT}-")
+        example = letters if re.match(r"[a-z]", letters) else "diagonal"
         raise OptionError(
             f"{name!r} cannot be the name of a distribution and its module: it must begin with a "
             "letter, end with a letter or digit, and have only ASCII letters, digits and dashes in "
-            f"between, at most {MAX_LENGTH} characters.{hint}"
+            f"between, at most {MAX_LENGTH} characters. Try {PROJECT}-{example}."
         )
     stage = normal.removeprefix(f"{PROJECT}-")
     if normal == PROJECT or not stage[0].isalpha():
@@ -157,43 +157,30 @@ def _check_free(package: Package, stages: list[StageInfo]) -> None:
     Raises:
         OptionError: A module, a distribution or a stage has the name.
     """
-    taken = ""
-    if keyword.iskeyword(package.module) or keyword.issoftkeyword(package.module):
-        taken = f"{package.module!r} is a keyword of Python and cannot be the name of a module"
-    elif importlib.util.find_spec(package.module) is not None:
-        taken = f"a module {package.module!r} can be imported already, and one would hide the other"
-    elif package.module == package.distribution:
+    name, module, taken = package.distribution, package.module, ""
+    if keyword.iskeyword(module) or keyword.issoftkeyword(module):
+        taken = f"{module!r} is a keyword of Python and cannot be the name of a module"
+    elif importlib.util.find_spec(module) is not None:
+        taken = f"a module {module!r} can be imported already, and one would hide the other"
+    elif module == name:
         taken = (
             "its folder would have the name of its module, and hide it from a Python that runs "
             "beside the folder"
         )
-    elif package.module.startswith(("test_", "conftest")):
-        taken = f"pytest would collect the module {package.module!r} as a test"
-    elif _is_installed(package.distribution):
-        taken = f"a distribution {package.distribution!r} is installed already"
+    elif module.startswith(("test_", "conftest")):
+        taken = f"pytest would collect the module {module!r} as a test"
+    elif any(importlib.metadata.distributions(name=name)):
+        taken = f"a distribution {name!r} is installed already"
     if taken:
-        if package.distribution.startswith(f"{PROJECT}-"):
-            other = f"{package.distribution}-{package.family}"
-        else:
-            other = f"{PROJECT}-{package.distribution}"
+        prefixed = name.startswith(f"{PROJECT}-")
+        other = f"{name}-{package.family}" if prefixed else f"{PROJECT}-{name}"
+        raise OptionError(f"{name!r} cannot be used: {taken}. Give another name, such as {other}.")
+    if rival := next((info for info in stages if info.name == package.stage), None):
         raise OptionError(
-            f"{package.distribution!r} cannot be used: {taken}. Give another name, such as {other}."
+            f"There is a {package.family} {package.stage!r} already, of "
+            f"{rival.distribution or rival.plugin}: with two of a name neither could be used. "
+            f"Give another name, such as {name}-2."
         )
-    others = [info for info in stages if info.name == package.stage]
-    if others:
-        raise OptionError(
-            f"{others[0].distribution or others[0].plugin} provides a {package.family} "
-            f"{package.stage!r} already, and of two stages with one name neither could be used. "
-            f"Give another name, such as {package.distribution}-2."
-        )
-
-
-def _is_installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.distribution(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def _write(files: dict[str, str], target: Path) -> None:

@@ -26,7 +26,12 @@ from kfactk.stages import Placement
 STAGES = ("curvature", "basis", "fisher", "likelihood", "update")
 PERIODS = ("factor_every", "scale_every", "basis_every")
 IMAGE = "3x224x224"
+OWN_MODEL = "name a model of your own as package.module:callable"
 WIDTH = 100
+COLUMNS: tuple[str, ...] = (
+    *("", "ranks", "placement", "compute", "messages", "step", "worst step"),
+    *("moved", "curvature", "memory", "fits"),
+)
 LEGEND = (
     "compute, messages, step: seconds of a mean step; worst step: seconds of the most expensive "
     "step; moved: bytes of curvature that all ranks move in a mean step; curvature, memory: bytes "
@@ -53,59 +58,28 @@ class Row:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
-    parser.add_argument(
-        "--model",
-        required=True,
-        help="name of a torchvision model, or package.module:callable that makes a model",
-    )
-    parser.add_argument(
-        "--input",
-        metavar="SHAPE[:DTYPE]",
-        help=f"one example: {IMAGE} (torchvision's default), 512:int64",
-    )
-    parser.add_argument(
-        "--batch", type=_count, default=32, help="examples of a rank in a step; 32 by default"
-    )
-    parser.add_argument(
-        "--ranks",
-        type=_counts,
-        default=(1,),
-        help="numbers of devices, such as 8 or 1,8,64; 1 by default",
-    )
-    parser.add_argument(
-        "--device", default="h100", help="machine profile: h100 (default), a100, cpu"
-    )
-    parser.add_argument(
-        "--calibrate",
-        action="store_true",
-        help="measure the processor of this machine instead, in a few seconds",
-    )
-    parser.add_argument(
-        "--precision",
-        help="precision of the model: float32, tf32, bfloat16; by default that of the profile",
-    )
-    parser.add_argument(
-        "--placement",
-        action="append",
-        help="name of a placement, or JSON with its options; may be repeated; all by default",
-    )
+    add, named = parser.add_argument, "a name, or JSON with its options"
+    model = "name of a torchvision model, or package.module:callable that makes a model"
+    add("--model", required=True, help=model)
+    example = f"one example: {IMAGE} (torchvision's default), 512:int64"
+    add("--input", metavar="SHAPE[:DTYPE]", help=example)
+    add("--batch", type=_count, default=32, help="examples of a rank in a step; 32 by default")
+    devices = "numbers of devices, such as 8 or 1,8,64; 1 by default"
+    add("--ranks", type=_counts, default=(1,), help=devices)
+    add("--device", default="h100", help="machine profile: h100 (default), a100, cpu")
+    measure = "measure the processor of this machine instead, in a few seconds"
+    add("--calibrate", action="store_true", help=measure)
+    precision = "precision of the model: float32, tf32, bfloat16; by default that of the profile"
+    add("--precision", help=precision)
+    add("--placement", action="append", help=f"{named}; may be repeated; all by default")
     for family in STAGES:
-        parser.add_argument(
-            f"--{family}", help=f"the recipe's {family}: a name, or JSON with its options"
-        )
+        add(f"--{family}", help=f"the recipe's {family}: {named}")
     for period in PERIODS:
-        parser.add_argument(
-            f"--{period.replace('_', '-')}", type=_count, help=f"the recipe's {period}"
-        )
-    parser.add_argument(
-        "--stagger",
-        action="store_true",
-        help="the recipe's stagger: layers are decomposed in different steps",
-    )
-    parser.add_argument(
-        "--exclude", action="append", help="names of modules to leave alone; may be repeated"
-    )
-    parser.add_argument("--json", action="store_true", help="JSON on standard output")
+        add(f"--{period.replace('_', '-')}", type=_count, help=f"the recipe's {period}")
+    stagger = "the recipe's stagger: layers are decomposed in different steps"
+    add("--stagger", action="store_true", help=stagger)
+    add("--exclude", action="append", help="names of modules to leave alone; may be repeated")
+    add("--json", action="store_true", help="JSON on standard output")
 
 
 def run(arguments: argparse.Namespace) -> str:
@@ -119,35 +93,22 @@ def run(arguments: argparse.Namespace) -> str:
     machine = calibrate() if arguments.calibrate else machine_named(arguments.device)
     if arguments.input is None and ":" in arguments.model:
         raise OptionError(
-            "plan needs input=, the shape of one example, for a model of your own: --input "
+            "plan needs --input, the shape of one example, for a model of your own: --input "
             "3x224x224, or --input 512:int64."
         )
-    load = training_load(
-        model_on_meta(arguments.model),
-        recipe,
-        meta_batch(arguments.input or IMAGE, arguments.batch),
-    )
+    batch = meta_batch(arguments.input or IMAGE, arguments.batch)
+    load = training_load(model_on_meta(arguments.model), recipe, batch)
     precision = arguments.precision or machine.precision
     machine.rate(precision)
-    placements = (
-        [_stage_value(text) for text in arguments.placement]
-        if arguments.placement
-        else _all_placements()
-    )
-    rows = [
-        row
-        for ranks in arguments.ranks
-        for row in compare(load, recipe, placements, ranks, machine, precision)
-    ]
+    usable = (i for i in registry().stages("placement") if not (i.blocked or i.conflict))
+    placements = arguments.placement or [info.name for info in usable]
+    rows: list[Row] = []
+    for ranks in arguments.ranks:
+        stages = map(_stage_value, placements)
+        rows += compare(load, recipe, list(stages), ranks, machine, precision)
     if arguments.json:
-        return json.dumps(
-            {
-                "machine": attrs.asdict(machine),
-                "precision": precision,
-                "rows": [_as_dict(row) for row in rows],
-            },
-            indent=2,
-        )
+        shown = {"machine": attrs.asdict(machine), "precision": precision}
+        return json.dumps({**shown, "rows": [_as_dict(row) for row in rows]}, indent=2)
     head = (
         f"{arguments.model}: {load.parameters:,} parameters, {len(load.layers)} layers "
         f"preconditioned, {arguments.batch} examples a rank; {machine.name}, {precision}"
@@ -169,16 +130,13 @@ def compare(
     for value in placements:
         placement: Placement = recipe.evolve(placement=value).placement
         assignment = placement.assign(workload, ranks).check(workload, ranks)
-        wire = None
-        if placement.wire_dtype is not None:
-            wire = float(getattr(torch, placement.wire_dtype).itemsize)
+        dtype = placement.wire_dtype
+        wire = getattr(torch, dtype).itemsize if dtype else None
         costs = cost(load, assignment, ranks, machine, precision=precision, wire=wire)
-        label = value if isinstance(value, str) else json.dumps(value)
-        if assignment.strategy not in label:
-            label += f": {assignment.strategy}"
-        widths = {len(share.gradient_workers) for share in assignment.shares.values()}
-        if len(widths) == 1 and 1 < min(widths) < ranks:
-            label += f", rows of {min(widths)}"
+        asked = value if isinstance(value, str) else json.dumps(value)
+        label = asked if assignment.strategy in asked else f"{asked}: {assignment.strategy}"
+        holding, *others = {len(share.gradient_workers) for share in assignment.shares.values()}
+        label += f", {holding} hold" if not others and 1 < holding < ranks else ""
         rows.append(Row(label, costs, costs.memory.total <= machine.memory))
     fitting = [row for row in rows if row.fits]
     best = min(fitting, key=lambda row: row.costs.seconds) if fitting else None
@@ -211,48 +169,33 @@ def _from_torchvision(name: str) -> Any:
     except ImportError as error:
         raise OptionError(
             f"the model {name!r} is one of torchvision, which cannot be imported ({error}). "
-            "Install it (pip install torchvision), or name a model of your own as "
-            "package.module:callable."
+            f"Install it (pip install torchvision), or {OWN_MODEL}."
         ) from error
     if name not in models.list_models():
         raise OptionError(
-            f"torchvision has no model {name!r}.{near_names(name, models.list_models())} Name a "
-            "model of your own as package.module:callable."
+            f"torchvision has no model {name!r}.{near_names(name, models.list_models())} "
+            f"Choose one of torchvision.models.list_models(), or {OWN_MODEL}."
         )
     return models.get_model(name, weights=None)
 
 
 def _recipe(arguments: argparse.Namespace) -> Recipe:
-    given: dict[str, Any] = {
-        family: _stage_value(text)
-        for family in STAGES
-        if (text := getattr(arguments, family)) is not None
-    }
-    given |= {
-        period: value for period in PERIODS if (value := getattr(arguments, period)) is not None
-    }
+    given = {name: getattr(arguments, name) for name in (*STAGES, *PERIODS)}
+    given = {name: _stage_value(value) for name, value in given.items() if value is not None}
     return build(**given, stagger=arguments.stagger, exclude=arguments.exclude or ())
 
 
-def _stage_value(text: str) -> Any:
+def _stage_value(text: Any) -> Any:
     """Return a stage of the command line: a name, or a dict from JSON."""
-    if not text.lstrip().startswith("{"):
+    if not str(text).lstrip().startswith("{"):
         return text
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise OptionError(
             f"{text!r} is no JSON ({error}); write a stage with options as "
-            '\'{"name": "...", "option": 1}\'.'
+            """'{"name": "...", "option": 1}'."""
         ) from error
-
-
-def _all_placements() -> list[str]:
-    return [
-        info.name
-        for info in registry().stages("placement")
-        if not info.blocked and not info.conflict
-    ]
 
 
 def _count(text: str) -> int:
@@ -266,50 +209,26 @@ def _counts(text: str) -> tuple[int, ...]:
 
 
 def _table(rows: Sequence[Row]) -> list[str]:
-    head = (
-        "",
-        "ranks",
-        "placement",
-        "compute",
-        "messages",
-        "step",
-        "worst step",
-        "moved",
-        "curvature",
-        "memory",
-        "fits",
-    )
-    cells = [head]
+    cells = [COLUMNS]
     for row in rows:
         costs = row.costs
-        compute, messages = (
-            sum(part.mean for part in parts.values())
-            for parts in (costs.compute, costs.communication)
-        )
-        cells.append(
-            (
-                "*" if row.recommended else "",
-                str(costs.ranks),
-                row.placement,
-                _seconds(compute),
-                _seconds(messages),
-                _seconds(costs.seconds),
-                _seconds(costs.worst),
-                _bytes(sum(costs.moved.values())),
-                _bytes(costs.memory.curvature),
-                _bytes(costs.memory.total),
-                "yes" if row.fits else "no",
-            )
-        )
+        seconds = [
+            sum(part.mean for part in costs.compute.values()),
+            sum(part.mean for part in costs.communication.values()),
+            costs.seconds,
+            costs.worst,
+        ]
+        sizes = [sum(costs.moved.values()), costs.memory.curvature, costs.memory.total]
+        first = ("*" if row.recommended else "", str(costs.ranks), row.placement)
+        last = "yes" if row.fits else "no"
+        cells.append((*first, *map(_seconds, seconds), *map(_bytes, sizes), last))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    left = (0, 2)
-    return [
-        "  ".join(
-            cell.ljust(width) if place in left else cell.rjust(width)
-            for place, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in cells
-    ]
+    sides = [str.ljust if name in ("", "placement") else str.rjust for name in COLUMNS]
+    lines = []
+    for line in cells:
+        padded = (side(c, w) for side, c, w in zip(sides, line, widths, strict=True))
+        lines.append("  ".join(padded).rstrip())
+    return lines
 
 
 def _advice(rows: Sequence[Row], machine: Machine) -> list[str]:
@@ -323,19 +242,17 @@ def _advice(rows: Sequence[Row], machine: Machine) -> list[str]:
 
 def _recommendation(rows: Sequence[Row], machine: Machine) -> str:
     """Return the recommended row of one number of ranks, and why."""
-    least = min(rows, key=lambda row: row.costs.memory.total)
     best = next((row for row in rows if row.recommended), None)
     if best is None:
+        least = min(rows, key=lambda row: row.costs.memory.total)
+        needed = least.costs.memory
         return (
             f"nothing fits into {_bytes(machine.memory)}; {least.placement} comes nearest with "
-            f"{_bytes(least.costs.memory.total)}, of which "
-            f"{_bytes(least.costs.memory.activations)} are activations. Take a smaller batch, or "
-            "more ranks."
+            f"{_bytes(needed.total)}, of which {_bytes(needed.activations)} are activations. "
+            "Take a smaller batch, or more ranks."
         )
-    text = (
-        f"{best.placement}, {_seconds(best.costs.seconds)} a step and "
-        f"{_bytes(best.costs.memory.total)} of {_bytes(machine.memory)}"
-    )
+    memory = f"{_bytes(best.costs.memory.total)} of {_bytes(machine.memory)}"
+    text = f"{best.placement}, {_seconds(best.costs.seconds)} a step and {memory}"
     others = [row for row in rows if row is not best]
     slowest = max(others, key=lambda row: row.costs.seconds, default=None)
     if slowest is None or slowest.costs.seconds < 1.005 * best.costs.seconds:

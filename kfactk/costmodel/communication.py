@@ -1,4 +1,4 @@
-"""Messages that an assignment causes, the bytes that they move, and the least bytes possible.
+"""Messages that an assignment causes, and the bytes that they move.
 
 Pure: no process, no tensor. At each refresh of the factors, the sums of a matrix go to its inverse
 workers. At each refresh of the basis, its decomposition goes to the gradient workers; where moments
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
 
-from kfactk.assignment import Assignment, Work, Workload
+from kfactk.assignment import Assignment, Work, Workload, is_square
 from kfactk.costmodel.hardware import Machine
 
 BUCKET_BYTES = 25 * 2**20
@@ -56,13 +56,23 @@ class Sizes:
         """
         sums, kept = {}, {}
         for name, shape in sorted(work.matrices.items()):
-            n = shape[-1] if is_square(shape) else 0
-            groups = math.prod(shape) // (n * n) if n else 1
-            sums[name] = groups * n * (n + 1) // 2 if n else math.prod(shape)
-            kept[name] = groups * (n * n + sampled * n) if n else math.prod(shape)
+            sums[name] = numbers_sent(shape)
+            eigenvalues = math.prod(shape[:-1]) if sampled and is_square(shape) else 0
+            kept[name] = math.prod(shape) + eigenvalues
         if work.indivisible:
             sums = {"": sum(sums.values())}
         return cls(sums, kept, math.prod(work.gradient) if sampled else 0)
+
+
+def numbers_sent(shape: tuple[int, ...], *, symmetric: bool = True) -> int:
+    """Return how many numbers of a tensor travel: of square symmetric matrices a triangle.
+
+    Example:
+        >>> numbers_sent((2, 3, 3)), numbers_sent((2, 3)), numbers_sent((3, 3), symmetric=False)
+        (12, 6, 9)
+    """
+    whole = math.prod(shape)
+    return (whole + math.prod(shape[:-1])) // 2 if symmetric and is_square(shape) else whole
 
 
 @attrs.frozen
@@ -75,6 +85,7 @@ class Frequency:
         basis: Share of steps that refresh the basis.
         scale_alone: Share of steps that refresh the scale, but not the basis.
         passes: Share of steps that need samples.
+        step: Share of all steps.
     """
 
     factors: float
@@ -82,6 +93,7 @@ class Frequency:
     basis: float
     scale_alone: float
     passes: float
+    step: float = 1.0
 
     @classmethod
     def of(cls, workload: Workload) -> Frequency:
@@ -89,19 +101,14 @@ class Frequency:
 
         Example:
             >>> Frequency.of(Workload((), factor_every=10, scale_every=10, basis_every=100))
-            Frequency(factors=0.1, scale=0.1, basis=0.01, scale_alone=0.09, passes=0.1)
+            Frequency(factors=0.1, scale=0.1, basis=0.01, scale_alone=0.09, passes=0.1, step=1.0)
         """
         factor, scale, basis = workload.factor_every, workload.scale_every, workload.basis_every
         if not workload.sampled:
             return cls(1 / factor, 0.0, 1 / basis, 0.0, 1 / factor)
         either = due_share(scale, basis)
-        return cls(
-            1 / factor,
-            either,
-            1 / basis,
-            round(either - 1 / basis, 12),
-            due_share(factor, scale, basis),
-        )
+        alone = round(either - 1 / basis, 12)
+        return cls(1 / factor, either, 1 / basis, alone, due_share(factor, scale, basis))
 
 
 def due_share(*periods: int) -> float:
@@ -112,13 +119,12 @@ def due_share(*periods: int) -> float:
         (0.6666666666666666, 0.1)
     """
     cycle = math.lcm(*periods)
-    sizes = range(1, len(periods) + 1)
     terms = (
         int((-1) ** (size - 1)) * cycle // math.lcm(*some)
-        for size in sizes
+        for size in range(1, len(periods) + 1)
         for some in itertools.combinations(periods, size)
     )
-    return float(sum(terms) / cycle)
+    return sum(terms) / cycle
 
 
 @attrs.frozen
@@ -127,7 +133,7 @@ class Message:
 
     Args:
         kind: One of `KINDS`.
-        when: Field of `Frequency` that says how often; "" for every step.
+        when: Field of `Frequency` that says how often.
         collective: "all-reduce", "reduce" or "broadcast".
         members: The ranks that take part, ascending.
         size: Bytes that are reduced or broadcast.
@@ -154,13 +160,9 @@ class Message:
         ranks, buckets = len(self.members), max(1, math.ceil(self.size / BUCKET_BYTES))
         link, hops = machine.link(self.members), math.ceil(math.log2(ranks)) * buckets
         packing = buckets * PACKING_LAUNCHES * machine.launch + 4 * self.size / machine.bandwidth
-        if self.collective == "all-reduce":
-            return (
-                packing
-                + 2 * (ranks - 1) / ranks * self.size / link.bandwidth
-                + 2 * hops * link.latency
-            )
-        return packing + self.size / link.bandwidth + hops * link.latency
+        reduced = self.collective == "all-reduce"
+        moved = 2 * (ranks - 1) / ranks * self.size if reduced else self.size
+        return packing + moved / link.bandwidth + (1 + reduced) * hops * link.latency
 
 
 def messages(
@@ -194,24 +196,24 @@ def _messages(
     everyone = tuple(range(ranks))
     for work in workload.works:
         share, size = assignment.shares[work.layer], sizes[work.layer]
-        others = [rank for rank in everyone if rank not in share.gradient_workers]
-        for piece, numbers in size.sums.items() if share.inverse_workers else ():
-            receivers = share.inverse_workers[piece or min(share.inverse_workers)]
+        workers, inverse_workers = share.gradient_workers, share.inverse_workers
+        others = sorted(set(everyone) - set(workers))
+        for piece, numbers in size.sums.items() if inverse_workers else ():
+            receivers = inverse_workers[piece or min(inverse_workers)]
             yield from _reduce("sums", "factors", numbers, receivers, everyone)
-        for name, inverse_workers in share.inverse_workers.items():
-            if inverse_workers != everyone:
-                receivers = everyone if workload.sampled else share.gradient_workers
-                numbers = size.kept[name]
-                yield _broadcast("decompositions", "basis", numbers, inverse_workers[0], receivers)
+        for name, decomposing in inverse_workers.items():
+            if decomposing != everyone:
+                receivers, numbers = everyone if workload.sampled else workers, size.kept[name]
+                yield _broadcast("decompositions", "basis", numbers, decomposing[0], receivers)
         if workload.sampled:
-            yield from _reduce("moments", "scale", size.moments, share.gradient_workers, everyone)
-            numbers, source = sum(size.kept.values()), share.gradient_workers[0]
-            yield _broadcast("decompositions", "scale_alone", numbers, source, others)
+            yield from _reduce("moments", "scale", size.moments, workers, everyone)
+            numbers = sum(size.kept.values())
+            yield _broadcast("decompositions", "scale_alone", numbers, workers[0], others)
         receivers_of: dict[int, list[int]] = {}
         for rank in others:
             receivers_of.setdefault(share.source(rank), []).append(rank)
         for source, receiving in receivers_of.items():
-            yield _broadcast("gradients", "", math.prod(work.gradient), source, receiving)
+            yield _broadcast("gradients", "step", math.prod(work.gradient), source, receiving)
 
 
 def _reduce(
@@ -234,68 +236,5 @@ def bytes_per_step(found: list[Message], workload: Workload) -> dict[str, float]
     frequency = Frequency.of(workload)
     moved = dict.fromkeys(KINDS, 0.0)
     for message in found:
-        share = getattr(frequency, message.when) if message.when else 1.0
-        moved[message.kind] += message.moved * share
+        moved[message.kind] += message.moved * getattr(frequency, message.when)
     return moved
-
-
-def least_bytes(
-    workload: Workload,
-    ranks: int,
-    gradient_workers: int,
-    inverse_workers: int = 1,
-    *,
-    sizes: Mapping[str, Sizes] | None = None,
-    itemsize: float | None = None,
-) -> dict[str, float]:
-    r"""Return the least bytes that any exchange moves in a mean step on all ranks, by kind.
-
-    Of R ranks, each layer has h gradient workers, and each of its matrices d inverse workers. Sums
-    of f bytes take R - 1 messages to come together on one rank, and one more for each further rank;
-    so do moments of m bytes. Decompositions of b bytes reach h ranks, or all R where moments are
-    sampled. Preconditioned gradients of v bytes reach the other R - h ranks:
-
-        sums            (R + d - 2) f / T_factors
-        decompositions  (max(h, d) - d) b / T_basis
-            sampled:    (R - d) b / T_basis + (R - h) b (1/T_scale - 1/T_basis)
-        moments         sampled: (R + h - 2) m / T_scale
-        gradients       (R - h) v
-
-    where 1/T_scale counts the steps in which scale or basis is due.
-
-    Args:
-        workload: The work.
-        ranks: R.
-        gradient_workers: h.
-        inverse_workers: d; they are among the gradient workers, or include them.
-        sizes: Sizes of each layer, by name; `None` for those that follow from shapes.
-        itemsize: Bytes of a number on the wire; `None` for the workload's.
-
-    Example:
-        >>> fc = Work("fc", {"A": (3, 3), "G": (2, 2)}, (2, 3))
-        >>> work = Workload((fc,), factor_every=1, basis_every=2, sampled=False)
-        >>> least_bytes(work, ranks=4, gradient_workers=1)
-        {'sums': 108.0, 'decompositions': 0.0, 'moments': 0.0, 'gradients': 72.0}
-    """
-    if sizes is None:
-        sizes = {work.layer: Sizes.of(work, sampled=workload.sampled) for work in workload.works}
-    itemsize = workload.itemsize if itemsize is None else itemsize
-    frequency = Frequency.of(workload)
-    f = itemsize * sum(sum(size.sums.values()) for size in sizes.values())
-    b = itemsize * sum(sum(size.kept.values()) for size in sizes.values())
-    m = itemsize * sum(size.moments for size in sizes.values())
-    v = itemsize * sum(math.prod(work.gradient) for work in workload.works)
-    reached = ranks if workload.sampled else max(gradient_workers, inverse_workers)
-    others = ranks - gradient_workers
-    return {
-        "sums": (ranks + inverse_workers - 2) * f * frequency.factors,
-        "decompositions": (reached - inverse_workers) * b * frequency.basis
-        + others * b * frequency.scale_alone,
-        "moments": (ranks + gradient_workers - 2) * m * frequency.scale,
-        "gradients": float(others * v),
-    }
-
-
-def is_square(shape: tuple[int, ...]) -> bool:
-    """Return whether a shape is that of square matrices."""
-    return len(shape) > 1 and shape[-1] == shape[-2]

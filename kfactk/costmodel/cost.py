@@ -10,18 +10,25 @@ due. Pure: no process, no tensor.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
 
 import attrs
 
-from kfactk.assignment import Assignment, Work, Workload, assign_slots, layers_near_output
+from kfactk.assignment import (
+    Assignment,
+    Work,
+    Workload,
+    assign_slots,
+    is_square,
+    layers_near_output,
+)
 from kfactk.costmodel.communication import (
     KINDS,
     Frequency,
     Message,
     Sizes,
     bytes_per_step,
-    is_square,
     messages,
 )
 from kfactk.costmodel.hardware import Machine
@@ -47,9 +54,7 @@ class Amount:
     launches: float = 0.0
 
     def __add__(self, other: Amount) -> Amount:
-        return Amount(
-            *(a + b for a, b in zip(attrs.astuple(self), attrs.astuple(other), strict=True))
-        )
+        return Amount(*map(operator.add, attrs.astuple(self), attrs.astuple(other)))
 
     def times(self, factor: float) -> Amount:
         """Return the amount multiplied by `factor`.
@@ -120,26 +125,22 @@ class LayerCost:
             batch: N.
             solver: "eigh" or "cholesky".
         """
-        (o, i), item = work.gradient[-2:], workload.itemsize
+        (o, i), item, t = work.gradient[-2:], workload.itemsize, positions
         groups, once = math.prod(work.gradient[:-2]), float(batch > 0)
+        many = 2.0 * batch * groups
         sizes = Sizes.of(work, sampled=workload.sampled)
-        rows = float(batch * groups * positions * (o + i))
-        factors = batch * groups * 2.0 * positions * (i * i + o * o)
-        to_basis = 2.0 * o * o * min(positions, i) + 2.0 * i * i * min(positions, o)
-        scale = batch * groups * (2.0 * positions * o * i + to_basis)
-        rotations = (4.0 if solver == "eigh" else 2.0) * groups * o * i * (o + i)
-        transport = groups * 2.0 * (i**3 + o**3 + o * i * (o + i))
+        rows = float(batch * groups * t * (o + i))
         touched = item * (2.0 * sum(sizes.kept.values()) + 8.0 * math.prod(work.gradient))
-        sampled, measured = workload.sampled, batch > 0 and workload.sampled
-        return cls(
-            Amount(factors, 0.0, item * 6.0 * rows, 8 * once),
-            Amount(scale, 0.0, item * 8.0 * rows, 20) if measured else NOTHING,
-            Amount(rotations, 0.0, touched, 10),
-            sizes,
-            rows,
-            solver,
-            Amount(transport, 0.0, touched, 10) if sampled else NOTHING,
-        )
+        rotations = (4.0 if solver == "eigh" else 2.0) * groups * o * i * (o + i)
+        factors = Amount(many * t * (i * i + o * o), 0.0, item * 6.0 * rows, 8 * once)
+        scale = transport = NOTHING
+        if workload.sampled:
+            products = many * (t * o * i + o * o * min(t, i) + i * i * min(t, o))
+            scale = Amount(products, 0.0, item * 8.0 * rows, 20 * once)
+            products = groups * 2.0 * (i**3 + o**3 + o * i * (o + i))
+            transport = Amount(products, 0.0, touched, 10)
+        precondition = Amount(rotations, 0.0, touched, 10)
+        return cls(factors, scale, precondition, sizes, rows, solver, transport)
 
     def decomposition_seconds(self, shape: tuple[int, ...], machine: Machine) -> float:
         """Return the seconds to decompose one of its matrices."""
@@ -176,12 +177,9 @@ class TrainingLoad:
 
     def works_by_slot(self) -> list[list[Work]]:
         """Return the works that are decomposed in each slot."""
-        costs = {work.layer: sum(work.pieces().values()) for work in self.workload.works}
-        slot_of = assign_slots(costs, self.slots)
-        return [
-            [work for work in self.workload.works if slot_of[work.layer] == slot]
-            for slot in range(self.slots)
-        ]
+        works = self.workload.works
+        slot_of = assign_slots({work.layer: work.cost for work in works}, self.slots)
+        return [[w for w in works if slot_of[w.layer] == slot] for slot in range(self.slots)]
 
     @classmethod
     def of(
@@ -205,17 +203,15 @@ class TrainingLoad:
                 Fisher pass once.
             solver: "eigh" or "cholesky".
         """
-        known = positions or {}
-        layers = {
-            work.layer: LayerCost.of(
-                work, workload, positions=known.get(work.layer, 1), batch=batch, solver=solver
+        layers = {}
+        for work in workload.works:
+            t = (positions or {}).get(work.layer, 1)
+            layers[work.layer] = LayerCost.of(
+                work, workload, positions=t, batch=batch, solver=solver
             )
-            for work in workload.works
-        }
         size = sum(math.prod(work.gradient) for work in workload.works) if batch else 0
-        return cls(
-            workload, layers, Amount(3 * batch * forward), Amount(batch * forward), parameters=size
-        )
+        step, fisher = Amount(3 * batch * forward), Amount(batch * forward)
+        return cls(workload, layers, step, fisher, parameters=size)
 
 
 @attrs.frozen
@@ -303,14 +299,12 @@ class Costs:
         Everything is due in it; in a staggered schedule, the most expensive of `EVENTS`.
         """
         parts = {**self.compute, **self.communication}
+        worst = {name: part.worst for name, part in parts.items()}
         if not self.staggered:
-            return sum(part.worst for part in parts.values())
-        always = sum(
-            part.worst for name, part in parts.items() if not any(name in event for event in EVENTS)
-        )
-        return always + max(
-            sum(parts[name].worst for name in event if name in parts) for event in EVENTS
-        )
+            return sum(worst.values())
+        rare = {name for event in EVENTS for name in event}
+        dearest = max(sum(worst.get(name, 0.0) for name in event) for event in EVENTS)
+        return dearest + sum(seconds for name, seconds in worst.items() if name not in rare)
 
 
 def cost(
@@ -344,71 +338,44 @@ def cost(
         0.125
     """
     workload, frequency = load.workload, Frequency.of(load.workload)
-    itemsize = wire or workload.itemsize
     sizes = {name: layer.sizes for name, layer in load.layers.items()}
-    found = messages(workload, sizes, assignment, ranks, itemsize)
-    slots = load.works_by_slot()
-    if load.slots > 1:
-        due = [_slot_messages(load, slot, sizes, assignment, ranks, itemsize) for slot in slots]
-    else:
-        due = [[message for message in found if message.when != "scale_alone"]]
+
+    def messages_of(works: Sequence[Work]) -> list[Message]:
+        part = attrs.evolve(workload, works=tuple(works))
+        return messages(part, sizes, assignment, ranks, wire or workload.itemsize)
+
+    slots, found = load.works_by_slot(), messages_of(workload.works)
+    due = []  # of a step that decomposes one slot, and refreshes the scale alone of all others
+    for slot in slots:
+        others = [work for work in workload.works if work not in slot]
+        decomposed = [m for m in messages_of(slot) if m.when != "scale_alone"]
+        due.append(decomposed + [m for m in messages_of(others) if m.when != "basis"])
     refreshes = [_refresh_seconds(load, slot, assignment, ranks, machine) for slot in slots]
     held, preconditioning = _held_and_preconditioning(load, assignment, ranks, machine)
     compute = _compute_parts(load, machine, precision or machine.precision, frequency)
-    compute["decomposition"] = Part(
-        sum(map(max, refreshes)) * frequency.basis, max(map(max, refreshes))
-    )
+    slowest = [max(each) for each in refreshes]
+    compute["decomposition"] = Part(sum(slowest) * frequency.basis, max(slowest))
     compute["preconditioning"] = Part(max(preconditioning), max(preconditioning))
-    communication = {
-        kind: Part(
-            _message_seconds([m for m in found if m.kind == kind], machine, ranks, frequency),
-            max(_message_seconds([m for m in d if m.kind == kind], machine, ranks) for d in due),
-        )
-        for kind in KINDS
-    }
+    communication, worst_moved = {}, {}
+    for kind in KINDS:
+        every, *each_due = ([m for m in each if m.kind == kind] for each in (found, *due))
+        worst = max(_message_seconds(each, machine, ranks) for each in each_due)
+        communication[kind] = Part(_message_seconds(every, machine, ranks, frequency), worst)
+        worst_moved[kind] = max(sum(m.moved for m in each) for each in each_due)
     backward = compute["forward and backward"].mean * 2 / 3
     communication[AVERAGING] = _averaging_part(load, machine, ranks, backward)
-    worst_moved = {
-        kind: max(sum(m.moved for m in each if m.kind == kind) for each in due) for kind in KINDS
-    }
     return Costs(
         assignment,
         ranks,
         compute,
         communication,
-        bytes_per_step(found, workload),
-        worst_moved,
-        tuple(held),
-        tuple(map(sum, zip(*refreshes, strict=True))),
-        _memory(load, max(held)),
-        load.slots > 1,
+        moved=bytes_per_step(found, workload),
+        worst_moved=worst_moved,
+        held=tuple(held),
+        refresh_seconds=tuple(map(sum, zip(*refreshes, strict=True))),
+        memory=_memory(load, max(held)),
+        staggered=load.slots > 1,
     )
-
-
-def _slot_messages(
-    load: TrainingLoad,
-    slot: list[Work],
-    sizes: Mapping[str, Sizes],
-    assignment: Assignment,
-    ranks: int,
-    itemsize: float,
-) -> list[Message]:
-    """Return the messages of a step that decomposes the layers of one slot.
-
-    For all other layers it refreshes the scale alone.
-    """
-    found = []
-    for works, not_due in (
-        (slot, "scale_alone"),
-        ([work for work in load.workload.works if work not in slot], "basis"),
-    ):
-        part = attrs.evolve(load.workload, works=tuple(works))
-        found += [
-            message
-            for message in messages(part, sizes, assignment, ranks, itemsize)
-            if message.when != not_due
-        ]
-    return found
 
 
 def _compute_parts(
@@ -424,11 +391,10 @@ def _compute_parts(
     factors = sum((layer.factors for layer in layers.values()), NOTHING)
     # A staggered schedule measures the scale of the layers near the output in a pass of their own.
     near = layers_near_output(load.workload.works) if load.slots > 1 else frozenset()
-    halves = [
-        sum((layer.scale for name, layer in layers.items() if (name in near) == side), NOTHING)
-        for side in (False, True)
-    ]
-    scales = [part(half.times(passes), frequency.scale) for half in halves]
+    halves = {False: NOTHING, True: NOTHING}
+    for name, layer in layers.items():
+        halves[name in near] += layer.scale
+    scales = [part(half.times(passes), frequency.scale) for half in halves.values()]
     touched = load.workload.itemsize * load.parameters * (4 + 2 * load.state)
     update = Amount(bytes=touched, launches=4.0 * len(layers) if load.parameters else 0.0)
     return {
@@ -447,9 +413,8 @@ def _refresh_seconds(
     seconds = [0.0] * ranks
     for work in slot:
         share, layer = assignment.shares[work.layer], load.layers[work.layer]
-        transport = layer.transport.seconds(machine)
         for rank in share.gradient_workers:
-            seconds[rank] += transport
+            seconds[rank] += layer.transport.seconds(machine)
         for name, inverse_workers in share.inverse_workers.items():
             decomposition = layer.decomposition_seconds(work.matrices[name], machine)
             for rank in inverse_workers:
@@ -491,7 +456,7 @@ def _message_seconds(
     shared, own = 0.0, [0.0] * ranks
     for message in found:
         seconds = message.seconds(machine)
-        if frequency is not None and message.when:
+        if frequency is not None:
             seconds *= getattr(frequency, message.when)
         if len(message.members) == ranks:
             shared += seconds
@@ -505,7 +470,7 @@ def _averaging_part(load: TrainingLoad, machine: Machine, ranks: int, backward: 
     """Return the part of the gradients' all-reduce that a backward of so many seconds leaves."""
     if ranks == 1 or not load.parameters:
         return Part(0.0, 0.0)
-    message = Message(AVERAGING, "", "all-reduce", tuple(range(ranks)), 4.0 * load.parameters)
+    message = Message(AVERAGING, "step", "all-reduce", tuple(range(ranks)), 4.0 * load.parameters)
     seconds = max(0.0, message.seconds(machine) - (backward if machine.overlaps else 0.0))
     return Part(seconds, seconds)
 

@@ -9,8 +9,10 @@ of the result.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,33 +21,26 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from kfactk.assignment import Work, Workload
+from kfactk.assignment import Work, Workload, is_square
 from kfactk.capture.support import model_output
-from kfactk.costmodel.communication import Sizes, is_square
+from kfactk.costmodel.communication import Sizes, numbers_sent
 from kfactk.costmodel.cost import NOTHING, Amount, LayerCost, TrainingLoad
 from kfactk.errors import CombinationError, OptionError
-from kfactk.preconditioner.block import Blocks
+from kfactk.preconditioner.block import Block, Parts
 from kfactk.preconditioner.coverage import ModelSurvey
 from kfactk.recipe import Recipe
 from kfactk.samples import LayerCall, Statistic, working_dtype
-from kfactk.stages import Layer
+from kfactk.statistics import RunningMean
 
 SOLVERS = {"eigh": ("eigh", "svd", "eig", "qr", "inv", "lu"), "cholesky": ("cholesky",)}
 """For each solver of a machine profile, the operations counted as it: all but Cholesky as eigh."""
 GROUPS, ROWS, COLUMNS = 3, 5, 7
 """Sides of a corner. They differ, so that each tells in the result which side it stands for."""
-FREE = {
-    "_unsafe_view",
-    "alias",
-    "detach",
-    "empty",
-    "empty_like",
-    "empty_strided",
-    "new_empty",
-    "new_empty_strided",
-}
+FREE = {"_unsafe_view", "alias", "detach", "empty", "empty_like", "empty_strided"}
+FREE |= {"new_empty", "new_empty_strided"}
 """Operations besides views that read and write nothing."""
-TRIANGULAR = {torch.ops.aten.cholesky_solve, torch.ops.aten.linalg_solve_triangular}
+TRIANGULAR = {torch.ops.aten.cholesky_solve: 2, torch.ops.aten.linalg_solve_triangular: 1}
+"""Operations that solve triangular systems, and the number of systems."""
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -72,12 +67,9 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func.is_view or packet.__name__ in FREE:
             return out
         flops = _flops(packet, args, kwargs or {}, out)
-        is_convolution = "convolution" in packet.__name__
-        written = sum(each.nbytes for each in tree_leaves(out) if isinstance(each, Tensor))
-        read = sum(each.nbytes for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor))
-        self.written += written
-        products, convolutions = (0, flops) if is_convolution else (flops, 0)
-        self.amount += Amount(products, convolutions, read + written, 1)
+        work = (0, flops) if "convolution" in packet.__name__ else (flops, 0)
+        self.written += (written := _nbytes(out))
+        self.amount += Amount(*work, _nbytes((args, kwargs)) + written, 1)
         return out
 
     def solver(self) -> str:
@@ -88,51 +80,43 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return ""
 
 
+def _nbytes(tree: Any) -> int:
+    return sum(each.nbytes for each in tree_leaves(tree) if isinstance(each, Tensor))
+
+
 def _flops(packet: Any, args: Any, kwargs: Any, out: Any) -> int:
     """Return the FLOPs of one operation."""
     if packet in TRIANGULAR:  # n^2 for each column and triangle
-        n, columns = out.shape[-2], out.numel() // out.shape[-2]
-        return int((2 if packet is torch.ops.aten.cholesky_solve else 1) * n * n * columns)
+        return TRIANGULAR[packet] * int(out.shape[-2] * out.numel())
     if packet is torch.ops.aten.convolution_backward:  # torch's own count ignores groups
         gradient, inputs, weight, transposed, wanted = args[0], args[1], args[2], args[7], args[10]
-        numbers = (inputs if transposed else gradient).numel()
-        return int(2 * numbers * math.prod(weight.shape[1:]) * sum(wanted[:2]))
+        products = (inputs if transposed else gradient).numel() * math.prod(weight.shape[1:])
+        return int(2 * products * sum(wanted[:2]))
     if packet not in flop_registry:  # an in-place operation counts as the other one
         packet = getattr(torch.ops.aten, packet.__name__.removesuffix("_"), packet)
-    if packet not in flop_registry:
-        return 0
-    return int(flop_registry[packet](*args, **kwargs, out_val=out))
+    count = flop_registry.get(packet)
+    return int(count(*args, **kwargs, out_val=out)) if count else 0
 
 
-def workload_of(model: nn.Module, recipe: Recipe) -> Workload:
-    """Return the work that a recipe's placement divides, for all of a model's parameters.
-
-    Args:
-        model: On any device; on the meta device nothing is allocated.
-        recipe: Its stages and periods.
-    """
-    return _workload(_layers(model, recipe), recipe)
-
-
-def _layers(model: nn.Module, recipe: Recipe) -> Sequence[Layer]:
-    found = ModelSurvey(model, recipe.curvature, recipe.exclude).layers(lambda parameter: True)
-    if not found:
+def _blocks(model: nn.Module, recipe: Recipe) -> list[Block]:
+    survey = ModelSurvey(model, recipe.rules, recipe.exclude)
+    layers = survey.layers({id(parameter) for parameter in model.parameters()})
+    if not layers:
         raise CombinationError(
             "no layer of the model is preconditioned, so there is nothing to place. "
             "print(recipe.coverage(model)) gives the reasons."
         )
-    return found
+    return [Block(layer, rule.curvature, rule.basis) for layer, rule in layers]
 
 
-def _workload(layers: Sequence[Layer], recipe: Recipe) -> Workload:
-    blocks = Blocks(recipe.curvature, recipe.basis)
-    weight = layers[0].tensors()["weight"]
+def _workload(blocks: Sequence[Block], recipe: Recipe) -> Workload:
+    anchors = [block.layer.anchor for block in blocks]
     return Workload(
-        tuple(blocks.work(layer) for layer in layers),
-        *recipe.calendar.periods(0),
-        sampled=recipe.basis.moments_from == "samples",
-        itemsize=working_dtype(*(layer.tensors()["weight"].dtype for layer in layers)).itemsize,
-        device=weight.device.type,
+        tuple(block.work() for block in blocks),
+        *recipe.schedule.periods(0),
+        sampled=any(block.sampled for block in blocks),
+        itemsize=max(working_dtype(anchor.dtype).itemsize for anchor in anchors),
+        device=anchors[0].device.type,
     )
 
 
@@ -147,14 +131,17 @@ def training_load(model: nn.Module, recipe: Recipe, batch: Tensor) -> TrainingLo
     Raises:
         CombinationError: The model's forward fails without numbers.
     """
-    layers = _layers(model, recipe)
-    workload = _workload(layers, recipe)
-    calls: dict[str, list[tuple[Tensor, Tensor]]] = {layer.name: [] for layer in layers}
+    blocks = _blocks(model, recipe)
+    workload = _workload(blocks, recipe)
+    calls: dict[str, list[tuple[Tensor, Tensor]]] = {block.name: [] for block in blocks}
     model.train()
-    with _record_calls(layers, calls), Meter() as forward:
+    with contextlib.ExitStack() as hooks, Meter() as forward:
+        for block in blocks:
+            record = functools.partial(_record_call, calls[block.name])
+            for site in block.layer.sites:
+                hooks.enter_context(site.register_forward_hook(record))
         output = _run(model, batch)
-    called = {name: found for name, found in calls.items() if found}
-    outputs = [out for found in called.values() for _, out in found if out.requires_grad]
+    outputs = [out for found in calls.values() for _, out in found if out.requires_grad]
     with Meter() as fisher:
         torch.autograd.grad(
             output, outputs, torch.empty_like(output), retain_graph=True, allow_unused=True
@@ -163,22 +150,22 @@ def training_load(model: nn.Module, recipe: Recipe, batch: Tensor) -> TrainingLo
     with Meter() as backward:
         torch.autograd.grad(output, trained, torch.empty_like(output), allow_unused=True)
     costs = {}
-    for layer, work in zip(layers, workload.works, strict=True):
+    for block, work in zip(blocks, workload.works, strict=True):
         found = [
             LayerCall(given.detach(), torch.empty_like(out).detach())
-            for given, out in called.get(layer.name, [])
+            for given, out in calls[block.name]
         ]
-        costs[layer.name] = _layer_cost(layer, work, recipe, workload, found)
+        costs[block.name] = _layer_cost(block, work, found)
     return TrainingLoad(
         workload,
         costs,
-        forward.amount + backward.amount,
-        fisher.amount,
-        _passes(recipe, output),
-        sum(parameter.numel() for parameter in trained),
-        _state_per_parameter(recipe),
-        float(forward.written),
-        recipe.calendar.slots,
+        forward_backward=forward.amount + backward.amount,
+        fisher_pass=fisher.amount,
+        passes=_passes(recipe, output),
+        parameters=sum(parameter.numel() for parameter in trained),
+        state=_state_per_parameter(recipe),
+        activations=float(forward.written),
+        slots=recipe.schedule.slots,
     )
 
 
@@ -194,62 +181,44 @@ def _run(model: nn.Module, batch: Tensor) -> Tensor:
         ) from error
 
 
-@contextlib.contextmanager
-def _record_calls(
-    layers: Sequence[Layer], calls: Mapping[str, list[tuple[Tensor, Tensor]]]
-) -> Iterator[None]:
-    """Record the input and output of each call of these layers."""
-
-    def recorder(name: str) -> Callable[..., None]:
-        return lambda module, given, out: calls[name].append((given[0], out))
-
-    handles = [layer.module.register_forward_hook(recorder(layer.name)) for layer in layers]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+def _record_call(
+    calls: list[tuple[Tensor, Tensor]], module: nn.Module, inputs: Any, out: Tensor
+) -> None:
+    calls.append((inputs[0], out))
 
 
-def _layer_cost(
-    layer: Layer, work: Work, recipe: Recipe, workload: Workload, calls: Sequence[LayerCall]
-) -> LayerCost:
+def _layer_cost(block: Block, work: Work, calls: Sequence[LayerCall]) -> LayerCost:
     """Count what the stages do for one layer."""
-    blocks = Blocks(recipe.curvature, recipe.basis)
-    _, blank = blocks.blank(layer)
-    parts, solver = _decompose_corners(blocks, layer, work)
+    samples, blank = block.blank()
+    parts, solver = _decompose_corners(block, work)
+    block.state.decomposition = parts
     gradient = torch.empty(work.gradient, device="meta")
     factors = scale = NOTHING
     moments: dict[str, Statistic] = {}
     if calls:
-        samples = blocks.samples(layer, calls, num_terms=1.0, first=True)
-        blocks.factors(layer, samples)  # makes what is cached, which is no part of a step
+        samples = block.samples(calls, num_terms=1.0, first=True)
+        block.factors(samples)  # makes what is cached, which is no part of a step
         with Meter() as meter:
-            blocks.factors(layer, samples)
+            block.factors(samples)
         factors = meter.amount
-        if workload.sampled:
-            with Meter() as meter:
-                moments = blocks.moments(layer, parts, samples)
-            scale = meter.amount
-    else:
-        moments = blocks.moments(layer, parts, blocks.blank(layer)[0]) if workload.sampled else {}
-    if recipe.basis.moments_from == "gradient":
-        moments = blocks.gradient_moments(layer, parts, gradient, 1.0)
-    totals = {
-        key.partition(".")[2]: found.total
-        for key, found in moments.items()
-        if found.total is not None
-    }
+    if block.sampled:
+        with Meter() as meter:
+            moments = block.moments(parts, samples)
+        scale = meter.amount if calls else NOTHING
+    elif block.basis.moments_from == "gradient":
+        moments = block.gradient_moments(gradient, 1.0)
+    for key, found in moments.items():
+        if found.total is not None:
+            block.state.moments[key.removeprefix("moment.")] = RunningMean(found.total, 1.0)
     with Meter() as transport:
-        if totals:
-            blocks.transport(layer, totals, parts, parts)
-    operator = blocks.operator(layer, parts, totals, 1.0)
+        block.adopt(parts)
+    block.operator(1.0)
     with Meter() as meter:
-        blocks.preconditioned(layer, operator, gradient)
+        block.solve(gradient, 1.0)
     sizes = Sizes(
         _sums(work, blank),
         {name: sum(part.numel() for part in found.values()) for name, found in parts.items()},
-        sum(total.numel() for total in totals.values()),
+        sum(moment.numel() for moment in block.state.moment_values().values()),
     )
     retained = float(sum(call.inputs.numel() + call.gradient.numel() for call in calls))
     return LayerCost(factors, scale, meter.amount, sizes, retained, solver, transport.amount)
@@ -257,50 +226,35 @@ def _layer_cost(
 
 def _sums(work: Work, blank: Mapping[str, Statistic]) -> dict[str, int]:
     """Return how many numbers of a layer's statistics travel."""
-    sizes = {}
-    for name, statistic in blank.items():
-        if statistic.total is not None:
-            shape = tuple(statistic.total.shape)
-            n = shape[-1] if is_square(shape) and statistic.symmetric else 0
-            groups = math.prod(shape) // (n * n) if n else 1
-            sizes[name] = groups * (n * (n + 1) // 2) if n else math.prod(shape)
-    if work.indivisible:
-        return {"": sum(sizes.values())}
-    return {name: sizes[name] for name in sorted(work.matrices)}
-
-
-def _decompose_corners(
-    blocks: Blocks, layer: Layer, work: Work
-) -> tuple[dict[str, dict[str, Tensor]], str]:
-    """Return a layer's decomposition without numbers, and its solver."""
-    corners = {}
-    for name, shape in work.matrices.items():
-        last = (COLUMNS, COLUMNS) if is_square(shape) else (ROWS, COLUMNS)
-        sides = (GROUPS,) * (len(shape) - 2) + last[-len(shape) :]
-        corners[name] = (
-            torch.eye(COLUMNS).expand(sides).clone() if is_square(shape) else torch.ones(sides)
-        )
-    means = {
-        name: corner.new_ones(corner.shape[:-2])
-        for name, corner in corners.items()
-        if is_square(tuple(corner.shape))
+    sizes = {
+        name: numbers_sent(tuple(statistic.total.shape), symmetric=statistic.symmetric)
+        for name, statistic in blank.items()
+        if statistic.total is not None
     }
+    return {"": sum(sizes.values())} if work.indivisible else dict(sorted(sizes.items()))
+
+
+def _decompose_corners(block: Block, work: Work) -> tuple[Parts, str]:
+    """Return a layer's decomposition without numbers, and its solver."""
+    corners, means = {}, {}
+    for name, shape in work.matrices.items():
+        groups = (GROUPS,) * (len(shape) - 2)
+        if is_square(shape):
+            corners[name] = torch.eye(COLUMNS).expand(*groups, COLUMNS, COLUMNS).clone()
+            means[name] = torch.ones(groups)
+        else:
+            corners[name] = torch.ones(*groups, *(ROWS, COLUMNS)[-len(shape) :])
     with Meter() as meter:
-        small = blocks.decompose(layer, corners, 1.0, means)
-    parts: dict[str, dict[str, Tensor]] = {}
+        small = block.decompose(1.0, corners, means)
+    parts: Parts = {}
     for name, found in small.items():
         shape = work.matrices[name]
-        full = {
-            GROUPS: math.prod(shape[:-2]),
-            COLUMNS: shape[-1],
-            ROWS: shape[-2] if len(shape) > 1 else 1,
-        }
-        parts[name] = {
-            key: torch.empty(
-                [full.get(side, side) for side in part.shape], dtype=part.dtype, device="meta"
-            )
-            for key, part in found.items()
-        }
+        rows = shape[-2] if len(shape) > 1 else 1
+        full = {GROUPS: math.prod(shape[:-2]), ROWS: rows, COLUMNS: shape[-1]}
+        parts[name] = {}
+        for key, part in found.items():
+            sides = [full.get(side, side) for side in part.shape]
+            parts[name][key] = torch.empty(sides, dtype=part.dtype, device="meta")
     return parts, meter.solver()
 
 
@@ -325,12 +279,8 @@ def _state_per_parameter(recipe: Recipe) -> float:
     optimizer = recipe.update.make([{"params": [parameter]}], lr=0.0, weight_decay=0.0)
     parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
-    numbers = sum(
-        value.numel()
-        for value in optimizer.state[parameter].values()
-        if isinstance(value, Tensor) and value.numel() > 1
-    )
-    return numbers / parameter.numel()
+    kept = (each for each in optimizer.state[parameter].values() if isinstance(each, Tensor))
+    return sum(each.numel() for each in kept if each.numel() > 1) / parameter.numel()
 
 
 def meta_batch(text: str, size: int) -> Tensor:
@@ -349,13 +299,10 @@ def meta_batch(text: str, size: int) -> Tensor:
     """
     shape, _, name = text.partition(":")
     dtype = getattr(torch, name or "float32", None)
-    sizes = shape.split("x")
-    if not isinstance(dtype, torch.dtype) or not all(
-        each.isascii() and each.isdigit() and int(each) for each in sizes
-    ):
+    sides = r"0*[1-9][0-9]*"
+    if not isinstance(dtype, torch.dtype) or not re.fullmatch(f"{sides}(x{sides})*", shape):
         raise OptionError(
             f"the input {text!r} is no shape of an example: write 3x224x224 for an image, or "
             "512:int64 for 512 tokens."
         )
-
-    return torch.empty(size, *map(int, sizes), dtype=dtype, device="meta")
+    return torch.empty(size, *map(int, shape.split("x")), dtype=dtype, device="meta")

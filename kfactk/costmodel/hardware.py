@@ -6,6 +6,7 @@ times an assumed share; `calibrate` measures them instead.
 
 from __future__ import annotations
 
+import bisect
 import functools
 import math
 import os
@@ -55,16 +56,14 @@ class Curve:
 
     def __call__(self, n: int) -> float:
         """Return the seconds for side n."""
-        (first, least), (last, most) = self.points[0], self.points[-1]
-        if n <= first:
-            return least * n / first
-        if n >= last:
-            return most * (n / last) ** 3
-        right = next(i for i, (size, _) in enumerate(self.points) if size >= n)
-        (low, before), (high, after) = self.points[right - 1], self.points[right]
-        return before * math.exp(
-            math.log(after / before) * math.log(n / low) / math.log(high / low)
-        )
+        right = bisect.bisect_left(self.points, (n,))
+        if right == 0:
+            return self.points[0][1] * n / self.points[0][0]
+        low, before = self.points[right - 1]
+        if right == len(self.points):
+            return before * (n / low) ** 3
+        high, after = self.points[right]
+        return float(before * (after / before) ** (math.log(n / low) / math.log(high / low)))
 
 
 @attrs.frozen
@@ -280,14 +279,14 @@ def calibrate(
     """
     device = torch.device(device)
     ranks = dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
-    timer = _Timer(device, repeats, clock)
-    precisions = {"float32": torch.float32}
-    if device.type == "cuda":
-        precisions["bfloat16"] = torch.bfloat16
-    products = {name: timer.products(dtype) for name, dtype in precisions.items()}
+    timer = _Timer(device, repeats, clock, ranks)
+    precisions = ("float32", "bfloat16") if device.type == "cuda" else ("float32",)
+    products = {name: timer.products(getattr(torch, name)) for name in precisions}
     sizes = (32, 128, 384) if device.type == "cpu" else (64, 512, 2048)
-    solvers = {"eigh": torch.linalg.eigh, "cholesky": torch.linalg.cholesky}
-    points = {name: [(n, timer.solver(solve, n)) for n in sizes] for name, solve in solvers.items()}
+    solvers = {}
+    for name in ("eigh", "cholesky"):
+        solve = getattr(torch.linalg, name)
+        solvers[name] = Curve(tuple((n, timer.solver(solve, n)) for n in sizes))
     base = machine_named(None, device.type)
     measured = attrs.evolve(
         base,
@@ -298,7 +297,7 @@ def calibrate(
         precision="float32",
         bandwidth=timer.bandwidth(),
         launch=timer.launch(),
-        solvers={name: Curve(tuple(found)) for name, found in points.items()},
+        solvers=solvers,
         ranks_per_node=int(
             os.environ.get("LOCAL_WORLD_SIZE", ranks if ranks > 1 else base.ranks_per_node)
         ),
@@ -306,15 +305,18 @@ def calibrate(
     )
     if ranks == 1:
         return measured
-    link = timer.link(ranks)
+    link = timer.link()
     return attrs.evolve(measured, intra_node=link, inter_node=link)
 
 
+@attrs.frozen
 class _Timer:
     """Times operations on one device, as the mean over the ranks of a process group."""
 
-    def __init__(self, device: torch.device, repeats: int, clock: Callable[[], float]) -> None:
-        self.device, self.repeats, self.clock = device, repeats, clock
+    device: torch.device
+    repeats: int
+    clock: Callable[[], float]
+    ranks: int
 
     def seconds(self, run: Callable[[], Any], times: int = 1) -> float:
         """Return the median seconds of one run, out of `times` runs in a row, after a warm-up."""
@@ -327,18 +329,14 @@ class _Timer:
                 run()
             self._synchronize()
             found.append((self.clock() - start) / times)
-        return self._mean_over_ranks(statistics.median(found))
+        median = torch.tensor(statistics.median(found), dtype=torch.float64, device=self.device)
+        if self.ranks > 1:
+            dist.all_reduce(median)
+        return float(median) / self.ranks
 
     def _synchronize(self) -> None:
         if self.device.type != "cpu":
             torch.accelerator.synchronize(self.device)
-
-    def _mean_over_ranks(self, value: float) -> float:
-        if not (dist.is_available() and dist.is_initialized()):
-            return value
-        buffer = torch.tensor([value], dtype=torch.float64, device=self.device)
-        dist.all_reduce(buffer)
-        return float(buffer) / dist.get_world_size()
 
     def _random(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         generator = torch.Generator(self.device).manual_seed(0)
@@ -372,9 +370,8 @@ class _Timer:
         layers = 20
         model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(layers))).to(self.device)
         parameters, rows = list(model.parameters()), self._random(2, 2)
-        return self.seconds(
-            lambda: torch.autograd.grad(model(rows).sum(), parameters), times=20
-        ) / (4 * layers)
+        seconds = self.seconds(lambda: torch.autograd.grad(model(rows).sum(), parameters), times=20)
+        return seconds / (4 * layers)
 
     def solver(self, solve: Callable[[torch.Tensor], Any], n: int) -> float:
         """Return the seconds to decompose a matrix of side n."""
@@ -382,13 +379,13 @@ class _Timer:
         matrix = rows.T @ rows / n + torch.eye(n, device=self.device)
         return self.seconds(lambda: solve(matrix), times=max(1, 128 // n))
 
-    def link(self, ranks: int) -> Link:
+    def link(self) -> Link:
         """Return the network that explains the seconds of a small and of a large all-reduce."""
         small, large = self._random(8), self._random(2**20)
         latency = self.seconds(lambda: dist.all_reduce(small), times=8)
         total = self.seconds(lambda: dist.all_reduce(large))
-        hops = 2 * math.ceil(math.log2(ranks))
-        moved = 2 * (ranks - 1) / ranks * 4 * 2**20
+        hops = 2 * math.ceil(math.log2(self.ranks))
+        moved = 2 * (self.ranks - 1) / self.ranks * 4 * 2**20
         return Link(moved / max(total - latency, 1e-9), latency / hops)
 
 

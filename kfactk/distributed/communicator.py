@@ -1,16 +1,19 @@
-"""The processes that share a model: every collective that kfactk makes is made here.
+"""Every collective that kfactk makes: sums, copies and small agreements between ranks.
 
-Every rank makes the same calls in the same order, whatever its data: what is sent, and by whom, follows from the recipe, the shapes and
-the step. A rank that lacks something sends zeros. Bytes are counted as each rank sends or receives them, whatever the algorithm below:
-x bytes reduced to one of g ranks, or broadcast by one, move (g - 1) x in all, an all-reduce twice that.
+Every rank makes the same calls in the same order, whatever its data. What is sent, and by whom,
+follows from the recipe, the shapes and the step. A rank that lacks something sends zeros.
+
+Bytes are counted as each rank sends or receives them, whatever algorithm torch uses: x bytes
+reduced to one of g ranks, or broadcast by one, move (g - 1) x in all; an all-reduce moves twice
+that.
 """
 
 from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,11 +28,11 @@ from kfactk.statistics import ReducedStatistic
 Members = tuple[int, ...]
 """Ranks, ascending, counted from 0 within the process group."""
 TensorSpecs = Mapping[str, TensorSpec | None]
-"""Forms of totals by name; `None` for a statistic without one."""
+"""Specs of totals by name; `None` for a statistic without a total."""
 
 
-class _Made:
-    """Process groups made out of another one."""
+class _Subgroups:
+    """Process groups made from the ranks of another one."""
 
     def __init__(self) -> None:
         self.subgroups: dict[Members, Any] = {}
@@ -37,27 +40,29 @@ class _Made:
         self.aside: Any = None
 
 
-_MADE: weakref.WeakKeyDictionary[Any, _Made] = weakref.WeakKeyDictionary()
+_SUBGROUPS: weakref.WeakKeyDictionary[Any, _Subgroups] = weakref.WeakKeyDictionary()
 
 
 def forget_groups() -> None:
-    """Forget the process groups made for optimizers of this process; they are shared by all of them, and kept until this is called.
+    """Forget the process groups made for optimizers of this process.
 
-    Wanted only where `torch.distributed` is initialised anew in the same process, before it is destroyed.
+    All optimizers share them. Call this before `torch.distributed` is destroyed, where the same
+    process initialises it again.
     """
-    _MADE.clear()
+    _SUBGROUPS.clear()
 
 
 class Communicator:
-    """The ranks of one process group, and what they say to each other.
+    """The ranks of one process group, and their collectives.
 
     Args:
-        group: A `torch.distributed` process group; `None` for all processes, or for none where nothing is initialised.
-        wire_dtype: Name of the floating dtype that totals, decompositions and gradients travel in; `None` for their own.
+        group: A `torch.distributed` process group; `None` for all processes, and for one process
+            where `torch.distributed` is not initialised.
+        wire_dtype: Name of the floating dtype of what travels; `None` for that of the tensors.
 
     Example:
-        >>> ranks = Communicator()
-        >>> ranks.rank, ranks.size
+        >>> communicator = Communicator()
+        >>> communicator.rank, communicator.size
         (0, 1)
     """
 
@@ -66,16 +71,16 @@ class Communicator:
         self._wire = None if wire_dtype is None else _dtype(wire_dtype)
         self.moved: dict[str, float] = {}
 
-    # ------------------------------------------------------------------------------------------------------------ who
+    # ---------------------------------------------------------------------------------------- who
 
     @property
     def size(self) -> int:
-        """Number of ranks: 1 when alone."""
+        """Number of ranks; 1 in a single process."""
         return self._place()[1]
 
     @property
     def rank(self) -> int:
-        """This process' rank within the group: 0 when alone."""
+        """This process's rank within the group; 0 in a single process."""
         return self._place()[0]
 
     @property
@@ -89,7 +94,7 @@ class Communicator:
         rank, size = dist.get_rank(self.group), dist.get_world_size(self.group)
         if rank < 0:
             raise OptionError(
-                "this process is not in the placement's process_group, so it has nobody to share work with. "
+                "this process is not in the placement's process_group, so it cannot share work. "
                 "Give each process the group it belongs to."
             )
         return rank, size
@@ -97,9 +102,10 @@ class Communicator:
     def prepare(self, groups: Iterable[Members]) -> None:
         """Make the process groups that will be needed; a collective call.
 
-        They are made in rounds in which every rank makes exactly one: torch names groups by how many were made before.
+        Every rank makes exactly one group in each round: torch names a group by the number of
+        groups made before.
         """
-        made = self._made
+        made = self._subgroups
         rounds: list[list[Members]] = []
         for members in sorted(
             {group for group in groups if 1 < len(group) < self.size} - made.known
@@ -125,9 +131,11 @@ class Communicator:
             )
 
     @property
-    def _made(self) -> _Made:
-        """The groups made before out of this one, by whatever optimizer."""
-        return _MADE.setdefault(dist.group.WORLD if self.group is None else self.group, _Made())
+    def _subgroups(self) -> _Subgroups:
+        """The groups made before from this one, by any optimizer."""
+        return _SUBGROUPS.setdefault(
+            dist.group.WORLD if self.group is None else self.group, _Subgroups()
+        )
 
     def _global(self, rank: int) -> int:
         return rank if self.group is None else int(dist.get_global_rank(self.group, rank))
@@ -135,12 +143,12 @@ class Communicator:
     def _group(self, members: Members) -> Any:
         if len(members) == self.size:
             return self.group
-        return self._made.subgroups[members]
+        return self._subgroups.subgroups[members]
 
-    # ------------------------------------------------------------------------------------------------- small agreements
+    # --------------------------------------------------------------------------- small agreements
 
     def total(self, numbers: Sequence[float], device: torch.device | None = None) -> list[float]:
-        """Each number summed over ranks."""
+        """Return each number summed over ranks."""
         if self.size == 1 or not numbers:
             return [float(number) for number in numbers]
         buffer = torch.tensor(numbers, dtype=torch.float64, device=self._device(device))
@@ -148,11 +156,11 @@ class Communicator:
         return [float(number) for number in buffer.tolist()]
 
     def any(self, flag: bool, device: torch.device | None = None) -> bool:
-        """Whether a flag is set on any rank."""
+        """Return whether a flag is set on any rank."""
         return bool(self.total([float(flag)], device)[0])
 
     def gathered(self, value: Any) -> list[Any]:
-        """A small picklable value of every rank, in their order."""
+        """Return a small picklable value of every rank, in their order."""
         if self.size == 1:
             return [value]
         found: list[Any] = [None] * self.size
@@ -161,33 +169,55 @@ class Communicator:
         return found
 
     def same(self, what: str) -> bool:
-        """Whether all ranks give the same text."""
+        """Return whether all ranks give the same text."""
         if self.size == 1:
             return True
         number = int.from_bytes(hashlib.blake2b(what.encode(), digest_size=6).digest(), "big")
         buffer = torch.tensor([number, -number], dtype=torch.int64, device=self._device(None))
         with explain_failures():
             dist.all_reduce(buffer, op=dist.ReduceOp.MAX, group=self.group)
-        self._count("agreements", buffer, 2 * (self.size - 1) / self.size)
+        self._record("agreements", buffer, 2 * (self.size - 1) / self.size)
         largest, least = buffer.tolist()
         return bool(largest == -least)
 
-    # ----------------------------------------------------------------------------------------------------------- sums
+    # --------------------------------------------------------------------------------------- sums
 
-    def reduce(
-        self,
-        statistics: Mapping[str, Statistic],
-        wanted: Callable[[str], Members],
-        what: str,
-        agreed: Callable[[TensorSpecs, torch.device], None] | None = None,
-    ) -> dict[str, ReducedStatistic]:
-        """Sum statistics over ranks; totals reach the ranks that want them, counts all.
+    def agree(self, statistics: Mapping[str, Statistic]) -> tuple[TensorSpecs, torch.device]:
+        """Return the names and specs that all ranks' statistics have, in one order; a collective.
+
+        A spec has the shape, and the common_spec dtype that any rank has. The second result is the
+        device of this rank's buffers.
 
         Args:
-            statistics: This rank's; it may lack names that others have, and then contributes nothing to them.
-            wanted: For a name, the ranks that want its total.
+            statistics: This rank's; it may lack names that others have.
+
+        Raises:
+            StateError: Two ranks have statistics of one name but different shapes.
+        """
+        mine = {name: spec_of(statistic) for name, statistic in sorted(statistics.items())}
+        totals = [each.total for each in statistics.values() if each.total is not None]
+        kinds = sorted({total.device.type for total in totals} - {"cpu"})
+        if self.size > 1 and not self.same(repr((list(mine.items()), kinds))):
+            everyones = self.gathered((mine, kinds))
+            kinds = sorted({kind for _, theirs in everyones for kind in theirs})
+            names = sorted({name for theirs, _ in everyones for name in theirs})
+            mine = {
+                name: common_spec(name, [theirs[name] for theirs, _ in everyones if name in theirs])
+                for name in names
+            }
+        here = next((total.device for total in totals if total.device.type in kinds), None)
+        device = here if here is not None else _accelerator(kinds[0]) if kinds else None
+        return mine, self._device(device)
+
+    def reduce(
+        self, statistics: Mapping[str, Statistic], routing: Routing, what: str
+    ) -> dict[str, ReducedStatistic]:
+        """Sum statistics over ranks: totals reach the ranks that want them, counts reach all.
+
+        Args:
+            statistics: This rank's; it contributes nothing to names that it lacks.
+            routing: Says which ranks want a total.
             what: What is summed, for the record of bytes.
-            agreed: Told of all ranks' names with their forms, and where this rank's buffers live.
 
         Returns:
             All ranks' names, in the same order on every rank.
@@ -197,82 +227,52 @@ class Communicator:
         """
         if self.size == 1:
             return {name: ReducedStatistic.alone(each) for name, each in statistics.items()}
-        specs, device = self._forms(statistics)
-        if agreed is not None:
-            agreed(specs, device)
-        return self._begun(statistics, specs, device, wanted, what, self.group)()
+        return self.begin(statistics, *self.agree(statistics), routing, what).wait()
 
     def begin(
         self,
         statistics: Mapping[str, Statistic],
         specs: TensorSpecs,
         device: torch.device,
-        wanted: Callable[[str], Members],
+        routing: Routing,
         what: str,
-    ) -> Callable[[], dict[str, ReducedStatistic]]:
-        """Begin such a sum, and go on; what is returned waits for it.
-
-        It travels beside other messages, such as those of a backward pass, in a process group of its own (`stand_aside`).
+        *,
+        aside: bool = False,
+    ) -> PendingReduction:
+        """Begin such a sum without waiting for it.
 
         Args:
             statistics: This rank's.
-            specs: The names that are summed with their forms, the same on every rank.
+            specs: The names that are summed with their specs, the same on every rank.
             device: Where this rank's buffers live.
-            wanted: As for `reduce`; so is the next one.
-            what: What is summed.
+            routing: As for `reduce`.
+            what: As for `reduce`.
+            aside: Whether it travels beside other messages, such as those of a backward pass, in a
+                process group of its own (`stand_aside`).
         """
-        return self._begun(statistics, specs, device, wanted, what, self._made.aside, at_once=True)
-
-    def stand_aside(self) -> None:
-        """Make the process group of sums that are begun early; a collective call."""
-        if self._made.aside is None:
-            self._made.aside = self._new_group(self.everyone)
-
-    def _begun(
-        self,
-        statistics: Mapping[str, Statistic],
-        specs: TensorSpecs,
-        device: torch.device,
-        wanted: Callable[[str], Members],
-        what: str,
-        group: Any,
-        *,
-        at_once: bool = False,
-    ) -> Callable[[], dict[str, ReducedStatistic]]:
         if not specs:
-            return dict
+            return PendingReduction([], {}, None, None, {}, device)
+        group = self._subgroups.aside if aside else self.group
         counts = torch.stack([_count(statistics.get(name), device) for name in specs])
         counting = self._all_reduce(counts, "agreements", wait=False, group=group)
         goals: dict[Members, dict[str, TensorSpec]] = {}
-        for name, form in specs.items():
-            if form is not None:
-                goals.setdefault(wanted(name), {})[name] = form
-        messages = (
+        for name, spec in specs.items():
+            if spec is not None:
+                goals.setdefault(routing.wanted(name), {})[name] = spec
+        messages: Iterable[PendingMessage] = (
             self._summed(run, these, statistics, members, device, what, group)
             for members, these in sorted(goals.items())
             for run in buckets(these)
         )
-        flow = receive_in_order(iter(list(messages)) if at_once else messages)
+        if aside:
+            messages = list(messages)
+        homes = {n: s.total.device for n, s in statistics.items() if s.total is not None}
+        return PendingReduction(messages, specs, counting, counts, homes, device)
 
-        def finish() -> dict[str, ReducedStatistic]:
-            totals = {name: total for found in flow for name, total in found.items()}
-            with explain_failures():
-                counting.wait()
-            homes = {
-                name: each.total.device
-                for name, each in statistics.items()
-                if each.total is not None
-            }
-            return {
-                name: ReducedStatistic(
-                    totals[name].to(homes.get(name, device)) if name in totals else None,
-                    count,
-                    form is not None,
-                )
-                for (name, form), count in zip(specs.items(), counts.unbind(), strict=True)
-            }
-
-        return finish
+    def stand_aside(self) -> None:
+        """Make the process group of sums that are begun early; a collective call."""
+        if self._subgroups.aside is None:
+            self._subgroups.aside = self._new_group(self.everyone)
 
     def _summed(
         self,
@@ -284,62 +284,24 @@ class Communicator:
         what: str,
         group: Any,
     ) -> PendingMessage:
-        """One bucket on its way to the ranks that want it."""
-        these = [specs[name] for name in names]
-        mine = [statistics[name].total if name in statistics else None for name in names]
-        filled = [
-            form.blank(device).zero_() if total is None else total.to(device)
-            for total, form in zip(mine, these, strict=True)
-        ]
-        buffer = pack(filled, these, self._travels(these[0].dtype))
+        """Send one bucket on its way to the ranks that want it."""
+        these = {name: specs[name] for name in names}
+        filled = []
+        for name, spec in these.items():
+            total = statistics[name].total if name in statistics else None
+            filled.append(spec.blank(device).zero_() if total is None else total.to(device))
+        dtype = self._travels(next(iter(these.values())).dtype)
+        buffer = pack(filled, list(these.values()), dtype)
         if len(members) == self.size:
             work = self._all_reduce(buffer, what, wait=False, group=group)
-            return PendingMessage(
-                work, lambda: dict(zip(names, unpack(buffer, these), strict=True))
-            )
+            return _Summed(work, self, buffer, these, None, what)
         with explain_failures():
             work = dist.reduce(buffer, self._global(members[0]), group=group, async_op=True)
         if self.rank != members[0]:
-            self._count(what, buffer, 1.0)
+            self._record(what, buffer, 1.0)
+        return _Summed(work, self, buffer, these, members, what)
 
-        def finish() -> dict[str, Tensor]:
-            if self.rank not in members:
-                return {}
-            if len(members) > 1:
-                work = self._broadcast(buffer, members[0], members, what)
-                with explain_failures():
-                    work.wait()
-            return dict(zip(names, unpack(buffer, these), strict=True))
-
-        return PendingMessage(work, finish)
-
-    def _forms(self, statistics: Mapping[str, Statistic]) -> tuple[TensorSpecs, torch.device]:
-        """All ranks' names in one order, each with the shape and the widest dtype any rank has; and where this rank's buffers live."""
-        mine = {name: spec_of(statistic) for name, statistic in sorted(statistics.items())}
-        kinds = sorted(
-            {each.total.device.type for each in statistics.values() if each.total is not None}
-            - {"cpu"}
-        )
-        if not self.same(repr((list(mine.items()), kinds))):
-            everyones = self.gathered((mine, kinds))
-            kinds = sorted({kind for _, theirs in everyones for kind in theirs})
-            names = sorted({name for theirs, _ in everyones for name in theirs})
-            mine = {
-                name: common_spec(name, [theirs[name] for theirs, _ in everyones if name in theirs])
-                for name in names
-            }
-        here = next(
-            (
-                s.total.device
-                for s in statistics.values()
-                if s.total is not None and s.total.device.type in kinds
-            ),
-            None,
-        )
-        device = here if here is not None else _accelerator(kinds[0]) if kinds else None
-        return mine, self._device(device)
-
-    # ----------------------------------------------------------------------------------------------------------- copies
+    # ------------------------------------------------------------------------------------- copies
 
     def send(
         self,
@@ -350,13 +312,14 @@ class Communicator:
         what: str,
         device: torch.device,
     ) -> list[PendingMessage]:
-        """Copy tensors of one rank to others; every member calls it, and others must not.
+        """Copy tensors of one rank to others; every member calls it, and no other rank does.
 
-        All members, the source too, go on with what the wire has made of the values, so that they agree bit for bit.
+        All members, the source too, go on with what the wire has made of the values, so that they
+        agree bit for bit.
 
         Args:
             tensors: On the source, the tensors by name.
-            specs: Their forms, the same on all members.
+            specs: Their specs, the same on all members.
             source: Whose they are.
             members: The source and the receivers.
             what: What is copied, for the record of bytes.
@@ -365,45 +328,31 @@ class Communicator:
         Returns:
             Messages under way, in the order in which they have to be waited for.
         """
-        return [
-            self._sent(run, tensors, specs, source, members, what, device) for run in buckets(specs)
-        ]
+        messages: list[PendingMessage] = []
+        for names in buckets(specs):
+            these = {name: specs[name] for name in names}
+            mine = {name: tensors[name] for name in names} if self.rank == source else {}
+            if len(members) == 1:
+                messages.append(_Copied(None, mine, None, these))
+                continue
+            own = these[names[0]].dtype
+            dtype = self._travels(own)
+            if self.rank == source:
+                buffer = pack(list(mine.values()), list(these.values()), dtype)
+            else:
+                numel = sum(spec.numel for spec in these.values())
+                buffer = torch.empty(numel, dtype=dtype, device=device)
+            work = self._broadcast(buffer, source, members, what)
+            kept = mine if dtype == own else {}
+            messages.append(_Copied(work, kept, buffer, these))
+        return messages
 
-    def _sent(
-        self,
-        names: Sequence[str],
-        tensors: Mapping[str, Tensor],
-        specs: Mapping[str, TensorSpec],
-        source: int,
-        members: Members,
-        what: str,
-        device: torch.device,
-    ) -> PendingMessage:
-        these = [specs[name] for name in names]
-        if len(members) == 1:
-            return PendingMessage(None, lambda: {name: tensors[name] for name in names})
-        dtype = self._travels(these[0].dtype)
-        if self.rank == source:
-            buffer = pack([tensors[name] for name in names], these, dtype)
-        else:
-            buffer = torch.empty(sum(form.numel for form in these), dtype=dtype, device=device)
-        work = self._broadcast(buffer, source, members, what)
-
-        def finish() -> dict[str, Tensor]:
-            if self.rank == source and dtype == these[0].dtype:
-                return {
-                    name: tensors[name].contiguous() for name in names
-                }  # laid out as the receivers have them
-            return dict(zip(names, unpack(buffer, these), strict=True))
-
-        return PendingMessage(work, finish)
-
-    # ------------------------------------------------------------------------------------------------------------ wire
+    # --------------------------------------------------------------------------------------- wire
 
     def _all_reduce(
         self, buffer: Tensor, what: str, *, wait: bool = True, group: Any = None
     ) -> Any:
-        self._count(what, buffer, 2 * (self.size - 1) / self.size)
+        self._record(what, buffer, 2 * (self.size - 1) / self.size)
         with explain_failures():
             return dist.all_reduce(
                 buffer,
@@ -412,28 +361,31 @@ class Communicator:
                 async_op=not wait,
             )
 
+    def pass_on(self, buffer: Tensor, members: Members, what: str) -> None:
+        """Copy a buffer from the first member to the others, and wait."""
+        work = self._broadcast(buffer, members[0], members, what)
+        with explain_failures():
+            work.wait()
+
     def _broadcast(self, buffer: Tensor, source: int, members: Members, what: str) -> Any:
         if self.rank != source:
-            self._count(what, buffer, 1.0)
+            self._record(what, buffer, 1.0)
         with explain_failures():
             return dist.broadcast(
                 buffer, self._global(source), group=self._group(members), async_op=True
             )
 
-    def _count(self, what: str, buffer: Tensor, times: float) -> None:
+    def _record(self, what: str, buffer: Tensor, times: float) -> None:
         self.moved[what] = self.moved.get(what, 0.0) + times * buffer.numel() * buffer.itemsize
 
     def _travels(self, dtype: torch.dtype) -> torch.dtype:
-        return (
-            dtype
-            if self._wire is None
-            or not dtype.is_floating_point
-            or dtype.itemsize <= self._wire.itemsize
-            else self._wire
-        )
+        """Return the dtype in which tensors of a dtype travel."""
+        wire = self._wire
+        shrinks = wire is not None and dtype.is_floating_point and dtype.itemsize > wire.itemsize
+        return wire if wire is not None and shrinks else dtype
 
     def _device(self, device: torch.device | None) -> torch.device:
-        """Where buffers live: on the accelerator if the backend knows nothing else."""
+        """Return the device of buffers: the accelerator where the backend needs it."""
         if device is not None:
             return device
         return (
@@ -455,6 +407,104 @@ def _dtype(name: str) -> torch.dtype:
     found = getattr(torch, name, None)
     if not isinstance(found, torch.dtype) or not found.is_floating_point:
         raise OptionError(
-            f"wire_dtype is {name!r}; it must name a floating dtype of torch, such as 'bfloat16', or be None."
+            f"wire_dtype is {name!r}; it must name a floating dtype of torch, such as 'bfloat16', "
+            "or be None."
         )
     return found
+
+
+class Routing(Protocol):
+    """Says which ranks want the total of a statistic."""
+
+    def wanted(self, key: str) -> Members:
+        """Return the ranks that want the total of this name."""
+
+
+class PendingReduction:
+    """A sum over ranks that is under way.
+
+    Args:
+        messages: Its buckets; where they are made one by one, a few are under way at a time.
+        specs: The names with their specs.
+        counting: The reduction of the counts.
+        counts: One for each name.
+        homes: Devices of this rank's totals.
+        device: The device of all others.
+    """
+
+    def __init__(
+        self,
+        messages: Iterable[PendingMessage],
+        specs: TensorSpecs,
+        counting: Any,
+        counts: Tensor | None,
+        homes: Mapping[str, torch.device],
+        device: torch.device,
+    ) -> None:
+        self._messages, self._specs = receive_in_order(iter(messages)), specs
+        self._counting, self._counts = counting, counts
+        self._homes, self._device = homes, device
+
+    def wait(self) -> dict[str, ReducedStatistic]:
+        """Wait for the sums, and return them by name."""
+        if self._counts is None:
+            return {}
+        totals = {name: total for found in self._messages for name, total in found.items()}
+        with explain_failures():
+            self._counting.wait()
+        reduced = {}
+        for (name, spec), count in zip(self._specs.items(), self._counts.unbind(), strict=True):
+            total = totals.get(name)
+            if total is not None:
+                total = total.to(self._homes.get(name, self._device))
+            reduced[name] = ReducedStatistic(total, count, spec is not None)
+        return reduced
+
+
+class _Summed(PendingMessage):
+    """One bucket of a sum; where some ranks alone want it, its first member passes it on."""
+
+    def __init__(
+        self,
+        work: Any,
+        communicator: Communicator,
+        buffer: Tensor,
+        specs: Mapping[str, TensorSpec],
+        members: Members | None,
+        what: str,
+    ) -> None:
+        super().__init__(work)
+        self._communicator, self._buffer, self._specs = communicator, buffer, specs
+        self._members, self._what = members, what
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the totals, or nothing on a rank that does not want them."""
+        members = self._members
+        if members is not None:
+            if self._communicator.rank not in members:
+                return {}
+            if len(members) > 1:
+                self._communicator.pass_on(self._buffer, members, self._what)
+        return dict(zip(self._specs, unpack(self._buffer, list(self._specs.values())), strict=True))
+
+
+class _Copied(PendingMessage):
+    """One bucket of copies."""
+
+    def __init__(
+        self,
+        work: Any,
+        kept: Mapping[str, Tensor],
+        buffer: Tensor | None,
+        specs: Mapping[str, TensorSpec],
+    ) -> None:
+        super().__init__(work)
+        self._kept, self._buffer, self._specs = kept, buffer, specs
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors; the source keeps its own, laid out as the receivers have them."""
+        if self._buffer is None:
+            return dict(self._kept)
+        if self._kept:
+            return {name: tensor.contiguous() for name, tensor in self._kept.items()}
+        return dict(zip(self._specs, unpack(self._buffer, list(self._specs.values())), strict=True))

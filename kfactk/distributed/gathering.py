@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 
 import attrs
 import torch
@@ -12,7 +11,6 @@ from torch import Tensor
 from kfactk.distributed.communicator import Communicator
 from kfactk.distributed.packing import TensorSpec, buckets
 from kfactk.errors import OptionError, StateError
-from kfactk.preconditioner.state import BlockState
 from kfactk.statistics import join_key, split_key
 
 FlatStates = Mapping[str, Mapping[str, Tensor]]
@@ -21,63 +19,59 @@ FlatStates = Mapping[str, Mapping[str, Tensor]]
 
 @attrs.frozen
 class Progress:
-    """What must be equal on all ranks, because their next messages follow from it.
+    """What ranks must have in common to go on together: their messages follow from it.
 
     Args:
-        step: Number of steps taken.
-        layers: For each layer with a state, whether it is ready, and its overdue work.
+        step: The number of steps taken.
+        layers: For each layer that has a state, whether it is ready, and what is overdue.
     """
 
     step: int
-    layers: Mapping[str, tuple[bool, tuple[bool, bool, bool]]]
-
-    @classmethod
-    def of(cls, step: int, states: Mapping[str, BlockState]) -> Progress:
-        """Return the progress of these states."""
-        return cls(
-            step,
-            {name: (state.ready, attrs.astuple(state.overdue)) for name, state in states.items()},
-        )
+    layers: Mapping[str, tuple[bool, tuple[bool, ...]]]
 
 
-@contextlib.contextmanager
-def load_on_all_ranks(ranks: Communicator) -> Iterator[Callable[[Progress], None]]:
-    """Surround the load of a state on every rank: what fails on one rank fails on all.
+class LoadOnAllRanks:
+    """A context in which every rank takes over a state, or no rank does.
 
-    Yield a function to call with the progress of the loaded state, before the load is final.
-
-    Raises:
-        StateError: Another rank failed, or loaded a state with another progress.
+    Args:
+        ranks: Those that share the layers.
     """
-    reported = False
 
-    def agree(progress: Progress) -> None:
-        nonlocal reported
-        reported = True
-        reports: list[tuple[str, Progress | None]] = ranks.gathered(("", progress))
+    def __init__(self, ranks: Communicator) -> None:
+        self._ranks, self._told = ranks, False
+
+    def __enter__(self) -> LoadOnAllRanks:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if isinstance(error, Exception) and not self._told:
+            self._ranks.gathered((f"{type(error).__name__}: {error}", None))
+
+    def agree(self, progress: Progress) -> None:
+        """Compare what each rank would go on with, before anything is final; a collective call.
+
+        Raises:
+            StateError: Another rank failed, or would go on with something else.
+        """
+        self._told = True
+        reports: list[tuple[str, Progress | None]] = self._ranks.gathered(("", progress))
         for rank, (fault, _) in enumerate(reports):
             if fault:
                 raise StateError(
                     f"rank {rank} cannot load the saved state, and so no rank loads it: {fault}"
                 )
-        if others := [rank for rank, (_, theirs) in enumerate(reports) if theirs != reports[0][1]]:
+        others = [rank for rank, (_, theirs) in enumerate(reports) if theirs != reports[0][1]]
+        if others:
             steps = ", ".join(
                 f"rank {rank} at step {theirs.step}"
                 for rank, (_, theirs) in enumerate(reports)
                 if theirs is not None
             )
             raise StateError(
-                f"the ranks were given different states ({steps}; rank "
-                f"{', '.join(map(str, others))} differs from rank 0 in the step or in overdue "
-                "work). Load the same checkpoint on every rank."
+                f"the ranks were given different states ({steps}; what is overdue differs from "
+                f"rank 0 on rank {', '.join(map(str, others))}). Load the same checkpoint on every "
+                "rank."
             )
-
-    try:
-        yield agree
-    except Exception as error:
-        if not reported:
-            ranks.gathered((f"{type(error).__name__}: {error}", None))
-        raise
 
 
 def gather_state(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from torch import Tensor
@@ -15,17 +15,25 @@ MAX_IN_FLIGHT = 4
 
 
 class PendingMessage:
-    """A message under way."""
+    """A message under way; `wait` returns what it brings to this rank.
 
-    def __init__(self, work: Any, finish: Callable[[], dict[str, Tensor]]) -> None:
-        self._work, self._finish = work, finish
+    Args:
+        work: What torch returned for the collective; `None` where nothing travels.
+    """
+
+    def __init__(self, work: Any) -> None:
+        self._work = work
 
     def wait(self) -> dict[str, Tensor]:
-        """Wait for the message, and return the tensors that it brings to this rank, by name."""
+        """Wait for the message, and return its tensors by name."""
         if self._work is not None:
             with explain_failures():
                 self._work.wait()
-        return self._finish()
+        return self.tensors()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the tensors of a message that has arrived; a subclass knows them."""
+        raise NotImplementedError
 
 
 @contextlib.contextmanager

@@ -1,19 +1,15 @@
-"""The places of preconditioned gradients: from the gradients of parameters to a layer's, and from its preconditioned form to what the clip
-and the update rule see. Shards are made whole on the way in, each rank taking its own part on the way out.
+"""Gradients on their way through a step: read for each block, paired, swapped for the update rule.
 
-Other gradients in place of the user's, for as long as the update rule takes its step; and whether a step can be taken on them.
+Shards are made whole on the way in. On the way out each rank takes its own part.
 """
 
 from __future__ import annotations
 
-import cmath
 import contextlib
-import math
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
+import attrs
 from torch import Tensor, nn
 
 from kfactk.distributed.sharding import (
@@ -22,107 +18,107 @@ from kfactk.distributed.sharding import (
     is_sharded,
     local_shard,
     shard_of,
-    true_on_all_ranks,
 )
 from kfactk.linalg import as_gradient
-from kfactk.preconditioner.block import Blocks
+from kfactk.preconditioner.block import Block
 from kfactk.samples import to_working_dtype
-from kfactk.stages import GradientPair, Layer, Tensors
+from kfactk.stages import GradientPair, Tensors
 
-NamedGradients = Mapping[str, Mapping[str, Tensor]]
-"""By layer name, the gradients of its parameters by their names; those that have one."""
+Groups = Mapping[int, Mapping[str, Any]]
+"""The parameter group of each trained parameter, by the parameter's id."""
 
 
-def gradients_of(
-    layers: Sequence[Layer], blocks: Blocks, decay: Callable[[nn.Parameter], float] | None = None
-) -> tuple[NamedGradients, dict[str, Tensor]]:
-    """The gradients of the layers' parameters, whole and in the working precision, and each layer's as its matrix. A collective call
-    where parameters are sharded.
+@attrs.frozen(eq=False)
+class BlockGradients:
+    """The gradients of the blocks' parameters, whole and in the working precision.
 
     Args:
-        layers: The layers.
-        blocks: Joins tensors shaped like a layer's parameters to its matrix.
-        decay: How much of each parameter is added to its gradient, if any.
+        named: By layer name, the gradients of its parameters by their names.
+        matrices: By layer name, `[..., d_out, d_in]`.
     """
-    found: dict[str, dict[str, Tensor]] = {}
-    for layer in layers:
-        found[layer.name] = {}
-        for name, parameter in layer.tensors().items():
-            gradient, share = parameter.grad, 0.0 if decay is None else decay(parameter)
-            if gradient is not None:
-                found[layer.name][name] = to_working_dtype(
-                    full_tensor(gradient.add(parameter, alpha=share) if share else gradient).detach()
-                )
-    return found, {layer.name: blocks.joined(layer, found[layer.name]) for layer in layers}
+
+    named: Mapping[str, Mapping[str, Tensor]]
+    matrices: dict[str, Tensor]
 
 
-def gradient_pairs(
-    layers: Sequence[Layer],
-    raw: NamedGradients,
-    preconditioned: Tensors,
-    blocks: Blocks,
-    lr: Callable[[nn.Parameter], float],
-) -> tuple[list[nn.Parameter], list[GradientPair]]:
-    """The parameters that get a preconditioned gradient, and for each the full pair.
+def read(blocks: Sequence[Block], groups: Groups, *, decayed: bool = False) -> BlockGradients:
+    """Read the gradients of the blocks whose anchor has one; a collective call with shards.
 
     Args:
-        layers: The layers.
-        raw: Their gradients.
+        blocks: The blocks.
+        groups: The parameter groups.
+        decayed: Whether to add each group's weight decay.
+    """
+    named: dict[str, dict[str, Tensor]] = {}
+    matrices: dict[str, Tensor] = {}
+    for block in blocks:
+        tensors = block.layer.tensors()
+        if tensors[block.layer.parameters[0]].grad is None:
+            continue
+        found: dict[str, Tensor] = {}
+        for name, parameter in tensors.items():
+            gradient = parameter.grad
+            if gradient is None:
+                continue
+            decay = float(groups[id(parameter)]["weight_decay"]) if decayed else 0.0
+            gradient = gradient.add(parameter, alpha=decay) if decay else gradient
+            found[name] = to_working_dtype(full_tensor(gradient).detach())
+        named[block.name], matrices[block.name] = found, block.matrix(found)
+    return BlockGradients(named, matrices)
+
+
+def paired(
+    blocks: Sequence[Block], gradients: BlockGradients, preconditioned: Tensors, groups: Groups
+) -> tuple[list[nn.Parameter], list[GradientPair]]:
+    """Return the parameters that get a preconditioned gradient, and the full pair of each.
+
+    Args:
+        blocks: The blocks.
+        gradients: As `read` returned them.
         preconditioned: By layer name, `[..., d_out, d_in]`; layers may be missing.
-        blocks: Takes matrices apart.
-        lr: Learning rate of a parameter.
+        groups: The parameter groups.
     """
     parameters, pairs = [], []
-    for layer in layers:
-        if layer.name in preconditioned:
-            made, tensors = blocks.parted(layer, preconditioned[layer.name]), layer.tensors()
-            for name, gradient in raw[layer.name].items():
-                parameters.append(tensors[name])
-                pairs.append(GradientPair(gradient, made[name], lr(tensors[name])))
+    for block in blocks:
+        if block.name not in preconditioned:
+            continue
+        made, tensors = block.tensors(preconditioned[block.name]), block.layer.tensors()
+        for name, gradient in gradients.named[block.name].items():
+            parameter = tensors[name]
+            parameters.append(parameter)
+            lr = float(groups[id(parameter)]["lr"])
+            pairs.append(GradientPair(gradient, made[name], lr))
     return parameters, pairs
 
 
-def sharded(
+def local_parts(
     parameters: Sequence[nn.Parameter], pairs: Sequence[GradientPair]
 ) -> list[GradientPair]:
-    """This rank's part of each pair, as plain tensors; the pair itself where it is not divided."""
-
-    def part(pair: GradientPair, parameter: Tensor) -> GradientPair:
-        return GradientPair(
-            shard_of(pair.gradient, parameter), shard_of(pair.preconditioned, parameter), pair.lr
-        )
-
-    return [
-        part(pair, p) if is_sharded(p) else pair for p, pair in zip(parameters, pairs, strict=True)
-    ]
-
-
-BAD_GRADIENT = "a batch gave NaN or inf in its gradient, and its step was not taken; such batches are skipped and counted"
-BAD_STATISTICS = (
-    "a batch gave NaN or inf in its curvature statistics; such batches are skipped and counted"
-)
-BAD_DIRECTION = (
-    "the gradient is finite and its preconditioned or clipped form holds NaN or inf: the step was not taken, and was counted. "
-    "Raise damping, or load an earlier state"
-)
-SMALL = 2**16
-"""Numbers of a tensor that are copied sooner than they are worth a call of their own."""
+    """Return this rank's part of each pair; the pair itself where its parameter is not sharded."""
+    found = []
+    for pair, p in zip(pairs, parameters, strict=True):
+        if is_sharded(p):
+            parts = shard_of(pair.gradient, p), shard_of(pair.preconditioned, p)
+            pair = GradientPair(*parts, pair.lr)
+        found.append(pair)
+    return found
 
 
 @contextlib.contextmanager
-def swapped_gradients(
+def swapped(
     groups: Sequence[dict[str, Any]],
     replaced: Sequence[tuple[nn.Parameter, Tensor]],
     *,
     decayed: bool,
 ) -> Iterator[None]:
-    """Put gradients in place of the user's; after the block, however it ends, `.grad` and weight decay are as they were.
+    """Put gradients in place of the user's; restore `.grad` and weight decay after the block.
 
     Args:
         groups: The parameter groups.
-        replaced: Parameters, each with its gradient; with this rank's part of it where the parameter is sharded.
-        decayed: Whether weight decay is in these gradients, so that it is added to those of the other parameters too, and the update
-            rule adds none.
+        replaced: Parameters, each with its gradient, or with this rank's part of it where the
+            parameter is sharded.
+        decayed: Whether these gradients contain weight decay. It is then added to the gradients of
+            the other parameters too, and the update rule adds none.
     """
     found = [
         (parameter, parameter.grad, float(group["weight_decay"]))
@@ -145,60 +141,3 @@ def swapped_gradients(
             parameter.grad = gradient
         for group, decay in zip(groups, decays, strict=True):
             group["weight_decay"] = decay
-
-
-def all_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether no tensor, dense, sparse or sharded, holds NaN or inf; one transfer from each device.
-
-    A collective call where any is sharded: ranks that share a tensor get the same answer, also where only one rank's part, or a plain
-    tensor of one rank, is bad.
-
-    Example:
-        >>> all_finite([torch.ones(2), torch.tensor([1.0, float("nan")])])
-        False
-    """
-    values = [
-        tensor.coalesce().values() if tensor.is_sparse else local_shard(tensor) for tensor in tensors
-    ]
-    return true_on_all_ranks(_finite(values), tensors)
-
-
-def _finite(tensors: list[Tensor]) -> bool:
-    alike: defaultdict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
-    for tensor in tensors:
-        if tensor.numel() and not tensor.is_meta:
-            alike[tensor.device, tensor.dtype].append(tensor)
-    gathered = [_gathered(same) for same in alike.values()]
-    squares = (
-        [torch.dot(flat, flat) for flat in flats] for flats in gathered
-    )  # the cheapest, but may be out of range where they are not
-    return all(map(_read, squares)) or all(
-        _read([torch.linalg.vector_norm(flat, math.inf) for flat in flats]) for flats in gathered
-    )
-
-
-def _read(numbers: Sequence[Tensor]) -> bool:
-    """Whether numbers, each a tensor on the same device, are finite: one transfer."""
-    return all(
-        map(
-            cmath.isfinite,
-            [numbers[0].item()] if len(numbers) == 1 else torch.stack(list(numbers)).tolist(),
-        )
-    )
-
-
-def _gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The same numbers in fewer tensors `[n]`: small ones side by side, since a call takes longer than to copy them."""
-    found, room = [], 0
-    runs: list[list[Tensor]] = []
-    for tensor in tensors:
-        flat, count = tensor.reshape(-1), tensor.numel()
-        if count > SMALL:
-            found.append(flat)
-            continue
-        if count > room:
-            runs.append([])
-            room = 16 * SMALL
-        runs[-1].append(flat)
-        room -= count
-    return found + [torch.cat(run) for run in runs]

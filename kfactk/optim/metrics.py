@@ -1,9 +1,8 @@
-"""What a tracker is given: figures of recorded steps, gathered only when one is asked for."""
+"""Metrics of recorded steps, gathered only when a tracker or a profile asks for them."""
 
 from __future__ import annotations
 
 import contextlib
-import time
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,127 +13,101 @@ import torch
 from torch import Tensor
 
 from kfactk.errors import KfactkError, KfactkWarning
-from kfactk.optim.profile import Profile
 from kfactk.stages import GradientPair, Tracker
-
-IDLE = contextlib.nullcontext()
+from kfactk.timing import Profile, StageTimer
 
 
 class MetricsRecorder:
-    """Gathers one step's figures and hands them to the recipe's tracker, and the seconds of stages to a profile while there is one.
+    """Gathers the metrics of one step and hands them to the recipe's tracker.
 
-    A tracker that raises costs a warning, said once, never the training run.
+    A tracker that raises costs one warning, never the training run.
 
     Args:
-        tracker: The recipe's; with none, and no profile, everything here does nothing.
-        summary: Gives the recipe as text-safe mappings.
+        tracker: The recipe's; without one, and without a profile, the recorder does nothing.
+        recipe: The recipe as text-safe mappings.
+        timer: Times the stages.
     """
 
-    def __init__(self, tracker: Tracker | None, summary: Callable[[], Mapping[str, Any]]) -> None:
-        self._tracker = _fresh(tracker)
-        self._figures: dict[str, Tensor | float] = {}
-        self._seconds: dict[str, float] = {}
-        self._inside: list[float] = []
-        self._profile: Profile | None = None
+    def __init__(
+        self, tracker: Tracker | None, recipe: Mapping[str, Any], timer: StageTimer
+    ) -> None:
+        self._tracker = _own(tracker)
+        self._timer = timer
+        self._timer.recording = self._tracker is not None
+        self._metrics: dict[str, Tensor | float] = {}
         self._warned: list[str] = []
         self._finalizer: weakref.finalize[Any, MetricsRecorder] | None = None
         if self._tracker is not None:
-            fresh, warned = self._tracker, self._warned
-            _surviving(warned, lambda: fresh.start(summary()))
-            self._finalizer = weakref.finalize(self, _surviving, warned, fresh.close)
-
-    def timed(self, stage: str) -> contextlib.AbstractContextManager[None]:
-        """Add the wall-clock seconds of the block to those of `stage` in this step, those of blocks inside it left out.
-
-        On a device that works asynchronously these are the seconds until the work was queued, or, within a profile, done.
-        """
-        return IDLE if self._tracker is None and self._profile is None else self._timing(stage)
-
-    @contextlib.contextmanager
-    def _timing(self, stage: str) -> Iterator[None]:
-        now = time.perf_counter if self._profile is None else self._profile.now
-        if self._profile is not None:
-            self._profile.add(stage, 0.0)  # stages in the order in which they begin
-        start = now()
-        self._inside.append(0.0)
-        try:
-            yield
-        finally:
-            whole = now() - start
-            own = whole - self._inside.pop()
-            self._seconds[stage] = self._seconds.get(stage, 0.0) + own
-            if self._profile is not None:
-                self._profile.add(stage, own)
-            if self._inside:
-                self._inside[-1] += whole
+            started, warned = self._tracker, self._warned
+            _surviving(warned, lambda: started.start(recipe))
+            self._finalizer = weakref.finalize(self, _surviving, warned, started.close)
 
     @contextlib.contextmanager
     def profiled(self, optimizer: torch.optim.Optimizer) -> Iterator[Profile]:
-        """Gather the seconds of an optimizer's steps.
+        """Gather the seconds of the optimizer's steps.
 
         Raises:
-            KfactkError: Its steps are being gathered already.
+            KfactkError: They are being gathered already.
         """
-        if self._profile is not None:
+        if self._timer.profile is not None:
             raise KfactkError(
-                "this optimizer is being profiled already: leave the first `with optimizer.profile()` before another begins."
+                "this optimizer is being profiled already. Leave the first "
+                "`with optimizer.profile()` before another one begins."
             )
-        self._profile = profile = Profile(
-            parameter.device for group in optimizer.param_groups for parameter in group["params"]
-        )
-        begins = optimizer.register_step_pre_hook(lambda *_: profile.enter())
+        profile = Profile(p.device for group in optimizer.param_groups for p in group["params"])
+        self._timer.profile = profile
+        hook = optimizer.register_step_pre_hook(lambda *_: profile.enter_step())
         try:
             yield profile
         finally:
-            begins.remove()
-            self._profile = None
+            hook.remove()
+            self._timer.profile = None
 
     def add(self, metrics: Mapping[str, Tensor | float]) -> None:
-        """Take figures from outside (loss, accuracy)."""
+        """Take metrics such as the loss for the current step."""
         if self._tracker is not None:
-            self._figures.update(
-                {
-                    name: value.detach() if isinstance(value, Tensor) else value
-                    for name, value in metrics.items()
-                }
-            )
+            for name, value in metrics.items():
+                self._metrics[name] = value.detach() if isinstance(value, Tensor) else value
 
     def due(self, step: int) -> bool:
-        """Whether `step` is recorded."""
+        """Return whether this rank records `step`."""
         answers: list[bool] = []
         if (tracker := self._tracker) is not None:
             _surviving(self._warned, lambda: answers.append(step % tracker.every == 0))
         return any(answers)
 
-    def see(self, pairs: Sequence[GradientPair]) -> None:
-        """Note the norms of what goes to the clip: full tensors, since not every rank records, so that none may ask the others."""
-        if self._tracker is not None:
-            self._figures["gradient_norm"] = _norm([pair.gradient for pair in pairs])
-            self._figures["preconditioned_norm"] = _norm([pair.preconditioned for pair in pairs])
+    def add_norms(self, pairs: Sequence[GradientPair]) -> None:
+        """Record the norms of what goes to the clip.
 
-    def finish(self, step: int, more: Callable[[], Mapping[str, Tensor | float]]) -> dict[str, Any]:
-        """End a step: record it if it is due, and return the figures.
+        The pairs hold full tensors: not every rank records, so a norm must not ask other ranks.
+        """
+        if self._tracker is not None:
+            self._metrics["gradient_norm"] = _norm([pair.gradient for pair in pairs])
+            self._metrics["preconditioned_norm"] = _norm([pair.preconditioned for pair in pairs])
+
+    def finish(self, step: int, more: Mapping[str, Tensor | float]) -> dict[str, Any]:
+        """End a step, record it if it is due, and return its metrics.
 
         Args:
             step: Index of the step just taken.
-            more: Gives figures that are worked out for recorded steps only.
+            more: Metrics that are computed for recorded steps only.
         """
         metrics: dict[str, Tensor | float] = {}
         if self.due(step):
-            seconds = {f"seconds/{name}": value for name, value in self._seconds.items()}
-            metrics = {**self._figures, **more(), **seconds}
+            seconds = {f"seconds/{name}": value for name, value in self._timer.seconds.items()}
+            metrics = {**self._metrics, **more, **seconds}
             tracker = self._tracker
             assert tracker is not None
             _surviving(self._warned, lambda: tracker.record(step, metrics))
-        if self._profile is not None:
-            self._profile.leave()
-        self.forget()
+        if self._timer.profile is not None:
+            self._timer.profile.leave_step()
+        self.discard()
         return dict(metrics)
 
-    def forget(self) -> None:
-        """Drop what was gathered of the step under way."""
-        self._seconds.clear()
-        self._figures.clear()
+    def discard(self) -> None:
+        """Drop what was gathered in the current step."""
+        self._timer.seconds.clear()
+        self._metrics.clear()
 
     def close(self) -> None:
         """Flush and close the tracker; may be called twice."""
@@ -142,9 +115,11 @@ class MetricsRecorder:
             self._finalizer()
 
 
-def _fresh(tracker: Tracker | None) -> Tracker | None:
-    """One recipe may be bound many times; each run has a tracker of its own where the class allows it."""
-    return attrs.evolve(tracker) if tracker is not None and attrs.has(type(tracker)) else tracker  # type: ignore[misc]
+def _own(tracker: Tracker | None) -> Tracker | None:
+    """Return a tracker for one run: a recipe may be bound many times."""
+    if tracker is not None and attrs.has(type(tracker)):
+        return attrs.evolve(tracker)  # type: ignore[misc]
+    return tracker
 
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -153,13 +128,15 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def _surviving(warned: list[str], call: Callable[[], None]) -> None:
+    """Call the tracker; warn once where it fails."""
     try:
         call()
     except Exception as error:  # a record is worth less than the run it records
         if not warned:
             warned.append(str(error))
             warnings.warn(
-                f"the tracker failed, and training goes on without its records: {error!r} (said once)",
+                f"the tracker failed, and training goes on without its records: {error!r} "
+                "(said once)",
                 KfactkWarning,
                 stacklevel=3,
             )

@@ -1,9 +1,12 @@
-"""Whether the update rule may step on what it is given: judged by the host, which waits for it, or by the device, and read later."""
+"""Whether the update rule may take a step: judged by the host, or by the device and read later."""
 
 from __future__ import annotations
 
+import cmath
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -11,24 +14,36 @@ import attrs
 import torch
 from torch import Tensor
 
-from kfactk.distributed.communicator import Communicator
-from kfactk.distributed.sharding import is_sharded
-from kfactk.optim.gradients import BAD_DIRECTION, BAD_GRADIENT, BAD_STATISTICS, all_finite
+from kfactk.distributed.sharding import is_sharded, local_shard, true_on_all_ranks
+from kfactk.preconditioner.preconditioner import Preconditioner
 
+BAD_GRADIENT = (
+    "a batch gave NaN or inf in its gradient, and its step was not taken. Such batches are skipped "
+    "and counted"
+)
+BAD_STATISTICS = (
+    "a batch gave NaN or inf in its curvature statistics. Such batches are skipped and counted"
+)
+BAD_DIRECTION = (
+    "the gradient is finite, and its preconditioned or clipped form holds NaN or inf. The step was "
+    "not taken, and was counted. Raise damping, or load an earlier state"
+)
+SMALL = 2**16
+"""Number of elements up to which copying a tensor is faster than a call of its own."""
 DEVICES = frozenset({"cuda"})
-"""Kinds of devices on which the host runs ahead, and where fused update rules are known to skip an update by themselves."""
+"""Devices on which the host runs ahead, and where fused update rules can skip an update."""
 SKIPPING = (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.Adagrad)
-"""Classes whose fused kernels leave parameters and state as they are where `found_inf` is 1. Subclasses may do more than that in `step`."""
+"""Classes whose fused kernels change nothing where `found_inf` is 1; subclasses may do more."""
 
 
 @attrs.frozen(eq=False)
 class Verdict:
-    """What is to be done with one batch.
+    """What to do with one batch.
 
     Args:
-        stepping: Whether the update rule is to step.
-        fault: Why the batch counts as skipped; empty where it does not, or where that is not known yet.
-        recorded: Whether the step is recorded by any rank.
+        stepping: Whether the update rule steps.
+        fault: Why the batch counts as skipped; empty where it does not, or where it is not known.
+        recorded: Whether any rank records the step.
         around: A context for the update rule's step.
     """
 
@@ -41,77 +56,52 @@ class Verdict:
 class NonFiniteGuard:
     """Judges updates.
 
-    Where the device skips an update by itself, the update rule is given `found_inf`, as `torch.amp.GradScaler` gives it, which is 1 where
-    a gradient or what goes in its place holds NaN or inf. How often that was so is counted there until the host asks.
+    Where the device can skip an update by itself, the update rule is given `found_inf`, as
+    `torch.amp.GradScaler` gives it: 1 where a gradient or its replacement holds NaN or inf. The
+    device counts how often that happens until the host asks.
 
     Args:
         rule: The update rule.
-        ranks: Those that share the work.
-        skipped: Told, when the host asks, how many updates were not taken, by the reason why.
-
-    Example:
-        >>> parameter = torch.nn.Parameter(torch.ones(1))
-        >>> verdicts = NonFiniteGuard(torch.optim.SGD([parameter], lr=0.1), Communicator(), print)
-        >>> verdict = verdicts.on([torch.tensor([float("inf")])], [], reading=True, recorded=False, spoiled=lambda: False)
-        >>> verdict.stepping, verdict.fault
-        (False, 'a batch gave NaN or inf in its gradient, and its step was not taken; such batches are skipped and counted')
+        preconditioner: Counts the batches that were skipped.
     """
 
-    def __init__(
-        self,
-        rule: torch.optim.Optimizer,
-        ranks: Communicator,
-        skipped: Callable[[Mapping[str, int]], None],
-    ) -> None:
-        self._rule, self._ranks, self._skipped = rule, ranks, skipped
+    def __init__(self, rule: torch.optim.Optimizer, preconditioner: Preconditioner) -> None:
+        self._rule, self._preconditioner = rule, preconditioner
         self._counts: Tensor | None = None
 
-    def on(
-        self,
-        gradients: Sequence[Tensor],
-        replacing: Sequence[Tensor],
-        *,
-        reading: bool,
-        recorded: bool,
-        spoiled: Callable[[], bool],
+    def judge(
+        self, gradients: Sequence[Tensor], replacing: Sequence[Tensor], *, recorded: bool
     ) -> Verdict:
         """Judge an update; a collective call.
 
         Args:
             gradients: Those that the user's backward left.
             replacing: What takes the place of some of them.
-            reading: Whether the host waits for the device in this step anyway.
             recorded: Whether this rank records the step.
-            spoiled: Tells whether this rank's statistics were not finite; asked where the host reads.
         """
-        if not reading and self._ranks.size == 1 and self._left_to_device():
+        communicator = self._preconditioner.communicator
+        reading = self._preconditioner.due
+        if not reading and communicator.size == 1 and self._left_to_device():
             return Verdict(True, "", recorded, self._skipping(gradients, replacing))
         self.read()
         device = gradients[0].device if gradients else None
-        mine = [not all_finite([*gradients, *replacing]), recorded, spoiled()]
-        bad, recorded, worse = map(
-            bool, self._ranks.total([float(each) for each in mine], device)
-        )  # the same for all ranks
+        finite = all_finite([*gradients, *replacing])
+        mine = [float(not finite), float(recorded), float(self._preconditioner.nonfinite())]
+        bad, recorded, worse = map(bool, communicator.total(mine, device))  # equal on all ranks
         if bad:
-            fault = (
-                BAD_GRADIENT
-                if self._ranks.any(not all_finite(gradients), device)
-                else BAD_DIRECTION
-            )
-            return Verdict(False, fault, recorded)
+            by_gradient = communicator.any(not all_finite(gradients), device)
+            return Verdict(False, BAD_GRADIENT if by_gradient else BAD_DIRECTION, recorded)
         return Verdict(True, BAD_STATISTICS if worse else "", recorded)
 
     def _left_to_device(self) -> bool:
-        """Whether the update rule can skip the update it is about to take by itself; not one for which it has to make its state first."""
+        """Return whether the update rule can skip the next update by itself.
+
+        It cannot where it still has to make its state.
+        """
         groups = self._rule.param_groups
         if type(self._rule) not in SKIPPING or not all(group.get("fused") for group in groups):
             return False
-        taking = [
-            (group, parameter)
-            for group in groups
-            for parameter in group["params"]
-            if parameter.grad is not None
-        ]
+        taking = [(g, p) for g in groups for p in g["params"] if p.grad is not None]
         devices = {parameter.device for _, parameter in taking}
         return (
             len(devices) == 1
@@ -124,19 +114,22 @@ class NonFiniteGuard:
         )
 
     def _has_state(self, group: Mapping[str, Any], parameter: Tensor) -> bool:
-        """A momentum buffer that is made in a skipped update is never filled: torch takes it for the last step's from then on."""
+        """Return whether the rule's state of a parameter is there.
+
+        A momentum buffer made in a skipped update is never filled: torch takes it for that of the
+        last step from then on.
+        """
         without = isinstance(self._rule, torch.optim.SGD) and not group["momentum"]
-        return without or any(
-            value is not None for value in self._rule.state.get(parameter, {}).values()
-        )
+        state = self._rule.state.get(parameter, {})
+        return without or any(value is not None for value in state.values())
 
     @contextlib.contextmanager
     def _skipping(self, gradients: Sequence[Tensor], replacing: Sequence[Tensor]) -> Iterator[None]:
-        """Around the update rule's step, which the device skips where any of these tensors holds NaN or inf."""
-        gradients, replacing = (
-            [tensor for tensor in tensors if tensor.numel()] for tensors in (gradients, replacing)
-        )
-        finite = torch.stack(torch._foreach_norm([*gradients, *replacing], float("inf"))).isfinite()
+        """Surround the update rule's step, which the device skips where a tensor is not finite."""
+        gradients = [tensor for tensor in gradients if tensor.numel()]
+        replacing = [tensor for tensor in replacing if tensor.numel()]
+        norms = torch._foreach_norm([*gradients, *replacing], float("inf"))
+        finite = torch.stack(norms).isfinite()
         sound, every = finite[: len(gradients)].all(), finite.all()
         self._rule.found_inf = (~every).float()  # type: ignore[attr-defined]
         try:
@@ -147,10 +140,61 @@ class NonFiniteGuard:
         self._counts = found.long() if self._counts is None else self._counts + found
 
     def read(self) -> None:
-        """Wait for the device, if anything was left to it since the last call, and tell what was skipped."""
+        """Wait for the device, and count what it skipped since the last call."""
         if self._counts is None:
             return
         counts = zip((BAD_GRADIENT, BAD_DIRECTION), self._counts.tolist(), strict=True)
         self._counts = None
-        if found := {reason: int(times) for reason, times in counts if times}:
-            self._skipped(found)
+        if skipped := {reason: int(times) for reason, times in counts if times}:
+            self._preconditioner.skip(skipped)
+
+
+def all_finite(tensors: Sequence[Tensor]) -> bool:
+    """Return whether no tensor, dense, sparse or sharded, holds NaN or inf.
+
+    There is one transfer from each device. It is a collective call where any tensor is sharded:
+    ranks that share a tensor get the same answer, also where only one rank's part, or a plain
+    tensor of one rank, is not finite.
+
+    Example:
+        >>> all_finite([torch.ones(2), torch.tensor([1.0, float("nan")])])
+        False
+    """
+    values = [t.coalesce().values() if t.is_sparse else local_shard(t) for t in tensors]
+    return true_on_all_ranks(_finite(values), tensors)
+
+
+def _finite(tensors: list[Tensor]) -> bool:
+    alike: defaultdict[tuple[torch.device, torch.dtype], list[Tensor]] = defaultdict(list)
+    for tensor in tensors:
+        if tensor.numel() and not tensor.is_meta:
+            alike[tensor.device, tensor.dtype].append(tensor)
+    gathered = [_gathered(same) for same in alike.values()]
+    # Sums of squares are the fastest, and may overflow where the numbers do not.
+    squares = ([torch.dot(flat, flat) for flat in flats] for flats in gathered)
+    if all(map(_read, squares)):
+        return True
+    return all(_read([torch.linalg.vector_norm(f, math.inf) for f in flats]) for flats in gathered)
+
+
+def _read(numbers: Sequence[Tensor]) -> bool:
+    """Return whether numbers on one device are finite, by one transfer."""
+    values = [numbers[0].item()] if len(numbers) == 1 else torch.stack(list(numbers)).tolist()
+    return all(map(cmath.isfinite, values))
+
+
+def _gathered(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the same numbers in fewer tensors `[n]`: small ones are joined."""
+    found, room = [], 0
+    runs: list[list[Tensor]] = []
+    for tensor in tensors:
+        flat, count = tensor.reshape(-1), tensor.numel()
+        if count > SMALL:
+            found.append(flat)
+            continue
+        if count > room:
+            runs.append([])
+            room = 16 * SMALL
+        runs[-1].append(flat)
+        room -= count
+    return found + [torch.cat(run) for run in runs]

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import warnings
-import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from functools import partial
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, NoReturn, overload
 
 import torch
 from torch import Tensor, nn
@@ -15,80 +14,75 @@ from torch import Tensor, nn
 from kfactk.assignment import Assignment
 from kfactk.capture.fisher_pass import FisherPass
 from kfactk.capture.forward import Forward
-from kfactk.capture.hooks import ModelHooks, weakly
-from kfactk.capture.support import model_output, supported_model
+from kfactk.capture.hooks import ModelHooks
+from kfactk.capture.support import supported_model
 from kfactk.capture.torch_modes import full_precision
 from kfactk.distributed.consistency import check_group, check_recipes
+from kfactk.distributed.gathering import LoadOnAllRanks, gather_state
 from kfactk.distributed.sharding import ShardedProducts
 from kfactk.errors import CaptureError, CombinationError, KfactkError, KfactkWarning
-from kfactk.optim.checkpoint import StatefulOptimizer
-from kfactk.optim.gradients import (
-    NamedGradients,
-    gradient_pairs,
-    gradients_of,
-    sharded,
-    swapped_gradients,
-)
+from kfactk.optim import checkpoint, gradients
 from kfactk.optim.metrics import MetricsRecorder
 from kfactk.optim.nonfinite import NonFiniteGuard
-from kfactk.optim.profile import Profile
-from kfactk.optim.views import BlockView, conditions, products
+from kfactk.optim.settings import Settings
+from kfactk.optim.views import BlockView, by_layer, by_parameter, conditions
 from kfactk.options import number_at, plain
 from kfactk.preconditioner.coverage import Coverage
 from kfactk.preconditioner.preconditioner import Preconditioner
-from kfactk.stages import Layer
+from kfactk.registry.registry import registry
+from kfactk.stages import GradientPair, Layer
+from kfactk.timing import Profile, StageTimer
 from kfactk.validation import attribute_errors, check_clipped, note_stage
-
-if TYPE_CHECKING:
-    from kfactk.recipe import Recipe
 
 Params = Iterable[nn.Parameter] | Iterable[dict[str, Any]] | Iterable[tuple[str, nn.Parameter]]
 
 
-class Optimizer(StatefulOptimizer):
+class Optimizer(torch.optim.Optimizer):
     """A recipe bound to a model. Made by `Recipe.bind`; used like any torch optimizer.
 
-    `param_groups` hold `lr`, `damping`, `weight_decay` and the update rule's own options, so schedulers and per-group values work;
-    `state` shows the update rule's state of each parameter together with the curvature's, under keys that begin with `kfactk.`.
+    `param_groups` hold `lr`, `damping`, `weight_decay` and the update rule's own options, so that
+    schedulers and per-group values work. `state` shows the update rule's state of each parameter
+    together with the curvature's, under keys that begin with `kfactk.`.
 
     Args:
         recipe: What to do.
-        model: The module whose forwards are observed. `DistributedDataParallel` is seen through, and so is `fully_shard`, called before
-            or after: parameters that it replaces are replaced in `param_groups`.
-        params: Parameters or groups to train, as for any torch optimizer; `None` for all of the model's.
-        scaler: The `torch.amp.GradScaler` of the loop; needed only where the recipe listens to the user's own backward (`empirical`).
-            It is the one for `fully_shard`, too: what overflows in one rank's shard holds up all ranks.
-        stepped: Called at the end of each step with `optimizer`, `step` and `metrics`, as the hook `kfactk_stepped` is.
+        model: The module whose forwards are followed. `DistributedDataParallel` is unwrapped.
+            `fully_shard` may be called before or after: where it replaces parameters, they are
+            replaced in `param_groups`.
+        params: Parameters or groups to train, as for any torch optimizer; `None` for all of the
+            model's.
+        scaler: The loop's `torch.amp.GradScaler`. Only a recipe that listens to the user's own
+            backward (`empirical`) needs it. It works with `fully_shard`: what overflows in one
+            rank's shard holds up all ranks.
 
     Raises:
-        CombinationError: The model cannot be followed, or (with `strict`) a trained parameter has no block.
+        CombinationError: The model cannot be followed, or (with `strict`) a trained parameter has
+            no block.
         OptionError: A group has a value that cannot work.
 
     Example:
         >>> import kfactk, torch
         >>> model = torch.nn.Linear(3, 2)
         >>> optimizer = kfactk.build(lr=0.1, damping=0.01).bind(model)
-        >>> loss = torch.nn.functional.cross_entropy(model(torch.randn(8, 3)), torch.randint(2, (8,)))
-        >>> loss.backward(); optimizer.step()
+        >>> x, y = torch.randn(8, 3), torch.randint(2, (8,))
+        >>> torch.nn.functional.cross_entropy(model(x), y).backward(); optimizer.step()
         >>> sorted(optimizer.layers[""].factors)
         ['A', 'G']
     """
 
     def __init__(
         self,
-        recipe: Recipe,
+        recipe: Settings,
         model: nn.Module,
         params: Params | None = None,
         *,
         scaler: Any = None,
-        stepped: Callable[..., Any] | None = None,
     ) -> None:
         self.recipe = recipe
-        self._stepped = stepped
         self._ready, self._closed = False, False
         self._model = supported_model(model)
         self._step = torch.zeros((), dtype=torch.int64)
-        self._brought = {}
+        self._gathered: Mapping[str, Mapping[str, Tensor]] = {}
         self._own_damping: list[bool] = []
         self._groups: dict[int, dict[str, Any]] = {}
         defaults = {
@@ -103,68 +97,81 @@ class Optimizer(StatefulOptimizer):
             )
         self._inner.param_groups = self.param_groups
         self.defaults = {**self._inner.defaults, **self.defaults}
-        me = weakref.ref(self)
-        self._preconditioner = Preconditioner(
+        self._timer = StageTimer()
+        self._preconditioner = pre = Preconditioner(
             self._model,
-            recipe.curvature,
-            recipe.basis,
+            recipe.rules,
             recipe.placement,
-            calendar=recipe.calendar,
+            schedule=recipe.schedule,
             factor_decay=recipe.factor_decay,
+            trained=self._groups,
             exclude=recipe.exclude,
-            timed=weakly(me, "_timed"),
-            trained=lambda parameter, groups=self._groups: id(parameter) in groups,  # type: ignore[misc]
+            timer=self._timer,
         )
         self._index()
-        pre = self._preconditioner
-        self._verdicts = NonFiniteGuard(self._inner, pre.ranks, pre.skipped)
-        check_recipes(recipe.shared(), pre.ranks)
-        check_group(model, self._trained(), pre.ranks)
-        pre.places.extend(pre.layers())
+        self._guard = NonFiniteGuard(self._inner, pre)
+        check_recipes(recipe.shared(), pre.communicator)
+        check_group(model, self._trained(), pre.communicator)
+        pre.placement.extend(pre.blocks())
         self._recorder = MetricsRecorder(
-            recipe.tracker if pre.ranks.rank == 0 else None,
-            lambda: recipe.summary() | pre.places.summary(),
+            recipe.tracker if pre.rank == 0 else None,
+            recipe.summary() | pre.placement.summary(),
+            self._timer,
         )
-        self._observer = FisherPass(
-            self._preconditioner,
+        self._fisher_pass = FisherPass(
+            pre,
             recipe.fisher,
             recipe.likelihood,
-            recipe.output or model_output,
+            recipe.output,
             reduction=recipe.reduction,
-            loss_scale=(lambda: float(scaler.get_scale())) if scaler is not None else (lambda: 1.0),
+            scaler=scaler,
         )
         self._micro_batch, self._recorded = 0, False
-        self._told: dict[str, float] = {}
-        self._pending: Forward | None = None
-        self._capture = ModelHooks(
-            self._model,
-            weakly(me, "_follow"),
-            weakly(me, "_forwarded"),
-            evaluation=recipe.observe == "manual",
-        )
-        if recipe.strict and self.coverage().plain:
+        self._reported_bytes: dict[str, float] = {}
+        self._waiting: Forward | None = None
+        manual = recipe.observe == "manual"
+        self._hooks = ModelHooks(self._model, self, evaluation=manual)
+        self._check_coverage()
+        self._ready = True
+        self._expect_forward()
+
+    def _check_coverage(self) -> None:
+        """Check that something is preconditioned, and with `strict` everything.
+
+        Raises:
+            CombinationError: With `strict`, a trained parameter has no block.
+        """
+        plain_names = self.coverage().plain
+        if self.recipe.strict and plain_names:
             self.close()
             raise CombinationError(
-                f"strict=True, and no block preconditions {', '.join(self.coverage().plain)}. See print(recipe.coverage(model)) for the "
-                "reasons; leave these out of params, choose a curvature that supports them, or drop strict."
+                f"strict=True, and no block preconditions {', '.join(plain_names)}. See "
+                "print(recipe.coverage(model)) for the reasons. Leave these parameters out of "
+                "params, choose a curvature that supports them, or drop strict."
             )
-        if not self._preconditioner.layers():
+        if not self._preconditioner.blocks():
             warnings.warn(
-                "no layer is preconditioned: the update rule alone trains this model. See print(recipe.coverage(model)) for the reasons; "
-                "are these parameters this model's?",
+                "no layer is preconditioned: the update rule alone trains this model. See "
+                "print(recipe.coverage(model)) for the reasons. Are these parameters this model's?",
                 KfactkWarning,
-                stacklevel=3,
+                stacklevel=4,
             )
-        self._ready = True
-        self._expect()
 
-    # ------------------------------------------------------------------------------------------------------------ reading
+    # --------------------------------------------------------------------------------- reading
 
     @property
     def layers(self) -> Mapping[str, BlockView]:
-        """The preconditioned layers by name, for reading factors, decompositions, scales, and for products with them."""
+        """The preconditioned layers by name, for reading curvature, and for products with it."""
         pre = self._preconditioner
-        return {layer.name: BlockView(layer, self._damping(layer), pre) for layer in pre.layers()}
+        return {
+            block.name: BlockView(
+                block,
+                float(self._groups[id(block.layer.anchor)]["damping"]),
+                pre.placement,
+                pre.communicator,
+            )
+            for block in pre.blocks()
+        }
 
     @property
     def steps(self) -> int:
@@ -173,8 +180,8 @@ class Optimizer(StatefulOptimizer):
 
     @property
     def counters(self) -> dict[str, int]:
-        """What went wrong and was survived: skipped batches, failed decompositions. Waits for the device where it has yet to tell."""
-        self._verdicts.read()
+        """Number of skipped batches and failed decompositions; may wait for the device."""
+        self._guard.read()
         pre = self._preconditioner
         return {
             "skipped_batches": pre.skipped_batches,
@@ -183,101 +190,102 @@ class Optimizer(StatefulOptimizer):
 
     @property
     def placement(self) -> Assignment:
-        """Which rank does what, and why: `strategy`, `reason`, and each layer's `shares`; prints as a table."""
-        return self._preconditioner.places.assignment
+        """Which rank does what, and why; prints as a table."""
+        return self._preconditioner.placement.assignment
 
     @property
     def moved_bytes(self) -> dict[str, float]:
-        """Bytes that this rank has sent or received for curvature since bind, by what they were."""
-        return dict(self._preconditioner.ranks.moved)
+        """Bytes that this rank has sent or received for curvature since bind, by their kind."""
+        return dict(self._preconditioner.communicator.moved)
 
     def coverage(self) -> Coverage:
-        """Which parameters are preconditioned now, by which block, or why not."""
-        return self._preconditioner.survey.coverage(lambda parameter: id(parameter) in self._groups)
+        """Return which parameters are preconditioned now, by which block, or why not."""
+        return self._preconditioner.survey.coverage(self._groups)
 
     def fisher_product(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`F v` for v given by parameter name; parameters of a layer that are left out count as zero.
+        """Return `F v` for v given by parameter name.
+
+        Parameters of a layer that are left out count as zero.
 
         Raises:
             OptionError: A name belongs to no preconditioned parameter.
             KfactkError: No curvature has been measured yet.
         """
-        return products(self.layers, tensors, BlockView.fisher_product)
+        views = self.layers
+        grouped = by_layer(views, tensors)
+        found = {name: views[name].fisher_product(group) for name, group in grouped.items()}
+        return by_parameter(views, found)
 
     def precondition(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`P v = (F + damping I)^-1 v`, likewise."""
-        return products(self.layers, tensors, BlockView.precondition)
+        """Return `P v = (F + damping I)^-1 v`, likewise."""
+        views = self.layers
+        grouped = by_layer(views, tensors)
+        found = {name: views[name].precondition(group) for name, group in grouped.items()}
+        return by_parameter(views, found)
 
-    # ---------------------------------------------------------------------------------------------------------- observing
+    # ------------------------------------------------------------------------------- observing
 
     def observe(self, **batch: Any) -> None:
-        """With `observe="manual"`: count the last forward, between it and its backward. In the automatic mode a harmless no-op.
+        """Count the last forward, with `observe="manual"`; otherwise do nothing.
+
+        Call it between a forward and its backward.
 
         Args:
-            **batch: Whatever the likelihood asks for by name (labels, masks, sample weights), besides the model's own arguments.
+            **batch: What the likelihood asks for by name (labels, masks, sample weights), besides
+                the model's own arguments.
 
         Raises:
-            CaptureError: Curvature is due and no forward has been made since the last call.
+            CaptureError: Curvature is due, and no forward was made since the last call.
         """
-        if self.recipe.observe != "manual" or self._follow() is None:
+        if self.recipe.observe != "manual" or self._begin_forward() is None:
             return
-        forward, self._pending = self._pending, None
+        forward, self._waiting = self._waiting, None
         if forward is None:
             raise CaptureError(
-                "observe() was called, but the model has made no forward since the last step() or observe() that could count."
+                "observe() was called, but the model has made no forward since the last step() or "
+                "observe() that could count. Call the bound model first."
             )
-        self._observe(forward, batch)
+        self._measure(forward, batch)
 
     def record(self, **metrics: Tensor | float) -> None:
-        """Hand training figures (loss, accuracy, ...) to the tracker with those of the next recorded step."""
+        """Hand metrics (loss, accuracy) to the tracker, with those of the next recorded step."""
         self._recorder.add(metrics)
 
     def profile(self) -> AbstractContextManager[Profile]:
-        """Time the stages of the steps inside: `with optimizer.profile() as profile:` and then `print(profile)`; see `Profile`."""
+        """Time the stages of the steps inside a `with` block; see `Profile`.
+
+        Example:
+            >>> import kfactk, torch
+            >>> optimizer = kfactk.build().bind(torch.nn.Linear(3, 2))
+            >>> with optimizer.profile() as profile:
+            ...     pass
+            >>> print(profile)
+            no steps
+        """
         return self._recorder.profiled(self)
 
-    def _look(self) -> None:
-        self._index()
-        check_group(self._model, self._trained(), self._preconditioner.ranks)
+    def _begin_forward(self) -> Sequence[Layer] | None:
+        """Return the layers to follow; see `kfactk.capture.hooks.ForwardListener`."""
+        self._follow_model()
+        return self._preconditioner.plan_forward(self.steps)
 
-    def _follow(self) -> list[Layer] | None:
-        self._look()
-        return self._preconditioner.plan(self.steps).follow()
-
-    def _trained(self) -> Iterator[nn.Parameter]:
-        return (parameter for group in self.param_groups for parameter in group["params"])
-
-    def _expect(self) -> None:
-        """Between steps: prepare for the next one's forwards."""
-        self._capture.expect(self._preconditioner.plan_ahead(self.steps).expects())
-
-    def _forwarded(self, forward: Forward) -> None:
+    def _end_forward(self, forward: Forward) -> None:
+        """Measure a followed forward, or keep it until `observe` is called."""
         if self.recipe.observe == "manual":
-            self._pending = forward
+            self._waiting = forward
         else:
-            self._observe(forward, {})
+            self._measure(forward, {})
 
-    def _observe(self, forward: Forward, batch: Mapping[str, Any]) -> None:
-        with self._recorder.timed("fisher"):
-            self._observer.observe(forward, batch, step=self.steps, micro_batch=self._micro_batch)
+    def _measure(self, forward: Forward, batch: Mapping[str, Any]) -> None:
+        with self._timer.timed("fisher"):
+            self._fisher_pass.run(forward, batch, step=self.steps, micro_batch=self._micro_batch)
         self._micro_batch += 1
 
-    def _timed(self, stage: str) -> AbstractContextManager[None]:
-        return self._recorder.timed(stage)
+    def _expect_forward(self) -> None:
+        """Prepare for the forwards of the next step."""
+        self._hooks.expect(self._preconditioner.expects_forward(self.steps))
 
-    def _figures(self) -> dict[str, Tensor | float]:
-        """What a tracker is told of this optimizer, besides norms, clip factor and seconds."""
-        metrics: dict[str, Tensor | float] = {
-            name: float(self.param_groups[0][name]) for name in ("lr", "damping")
-        }
-        metrics |= {name: float(value) for name, value in self.counters.items()}
-        metrics |= {
-            f"bytes/{name}": value - self._told.get(name, 0.0)
-            for name, value in self.moved_bytes.items()
-        }
-        return metrics
-
-    # ----------------------------------------------------------------------------------------------------------- stepping
+    # -------------------------------------------------------------------------------- stepping
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -292,132 +300,134 @@ class Optimizer(StatefulOptimizer):
             closure: Evaluates the model again and returns the loss, as for any torch optimizer.
 
         Raises:
-            CaptureError: Curvature is due, and a layer with a gradient gave no sample; nothing has been changed.
+            CaptureError: Curvature is due, and a layer with a gradient gave no sample. Nothing has
+                been changed.
             KfactkError: The optimizer was closed.
         """
         if self._closed:
             raise KfactkError(
-                "this optimizer was closed, and has no hooks on the model any more: bind the recipe again to go on."
+                "this optimizer was closed, and has no hooks on the model any more. Bind the "
+                "recipe again to go on."
             )
-        self._capture.reset()
+        self._hooks.reset()
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
             if loss is not None:
                 self.record(loss=loss)
-        self._look()
-        with (
-            full_precision(parameter.device.type for parameter in self._trained()),
-            self._preconditioner.within_step(),
-        ):
+        self._follow_model()
+        self._set_damping()
+        devices = (parameter.device.type for parameter in self._trained())
+        with full_precision(devices), self._preconditioner.within_step(self._groups):
             self._step_once()
         return loss
 
     def _step_once(self) -> None:
-        self._set_damping()
-        self._brought = {}
-        self._capture.expect(self._preconditioner.plan(self.steps).expects())
-        fault = ""
+        """Take the step: statistics, gradients, refresh, precondition, clip, update."""
+        pre, recipe = self._preconditioner, self.recipe
+        self._gathered = {}
+        fault, allocated = "", False
         try:
-            self._observer.finish()
-            layers = [
-                layer
-                for layer in self._preconditioner.layers()
-                if layer.tensors()["weight"].grad is not None
-            ]
-            raw, gradients = gradients_of(layers, self._preconditioner.blocks)
-            allocating = self._preconditioner.check(gradients) and all(
-                float(group["lr"]) == 0 for group in self.param_groups
-            )
-            if allocating:
-                self._preconditioner.allocate(layers, self._damping)
+            self._fisher_pass.finish()
+            blocks = pre.blocks()
+            read = gradients.read(blocks, self._groups)
+            allocated = pre.check(self.steps, read.matrices) and self._has_no_lr()
+            if allocated:
+                pre.allocate(read.matrices)
             else:
-                with self._changing():
-                    self._preconditioner.refresh(self._damping)
-                    self._preconditioner.measure_gradients(gradients, self.recipe.reduction)
-            if self.recipe.weight_decay_at == "gradient":
-                raw, gradients = gradients_of(
-                    layers, self._preconditioner.blocks, partial(self._setting, "weight_decay")
-                )
-            fault = self._apply(layers, raw, gradients)
+                self._refresh(read.matrices)
+            if recipe.weight_decay_at == "gradient":
+                read = gradients.read(blocks, self._groups, decayed=True)
+            with self._timer.timed("precondition"):
+                found = pre.precondition(read.matrices)
+                parameters, pairs = gradients.paired(blocks, read, found, self._groups)
+                local_pairs = gradients.local_parts(parameters, pairs)
+            recorded = self._recorder.due(self.steps)
+            if recorded:
+                self._recorder.add_norms(pairs)
+            del found, pairs, read
+            clipped = self._clip(parameters, local_pairs)
+            given = [p.grad for p in self._trained() if p.grad is not None]
+            verdict = self._guard.judge(given, clipped, recorded=recorded)
+            self._recorded, fault = verdict.recorded, verdict.fault
+            if verdict.stepping:
+                with verdict.around:
+                    self._update(list(zip(parameters, clipped, strict=True)))
         except BaseException:
-            self._recorder.forget()
+            self._recorder.discard()
             raise
         finally:
-            self._preconditioner.finish(fault)
-            self._pending, self._micro_batch = None, 0
+            pre.finish(fault)
+            self._waiting, self._micro_batch = None, 0
         self._show_state()
-        if not allocating:
+        if not allocated:  # otherwise the step made empty state, for a checkpoint to be loaded
             self._step += 1
-        self._expect()
-        if not allocating:
-            pre = self._preconditioner
-            found = conditions(self.layers, pre.ranks) if self._recorded else {}
-            metrics = self._recorder.finish(self.steps - 1, lambda: self._figures() | found)
-            self._told = self.moved_bytes
-            if self._stepped is not None:
-                self._stepped(optimizer=self, step=self.steps - 1, metrics=metrics)
+        self._expect_forward()
+        if not allocated:
+            self._report()
 
-    def _apply(
-        self, layers: Sequence[Layer], raw: NamedGradients, gradients: Mapping[str, Tensor]
-    ) -> str:
-        """Precondition, clip, and let the update rule step on what came out, in place of the gradients; or say why it is not to."""
-        with self._recorder.timed("precondition"):
-            found = self._preconditioner.precondition(gradients, self._damping)
-            parameters, whole = gradient_pairs(
-                layers, raw, found, self._preconditioner.blocks, partial(self._setting, "lr")
-            )
-            pairs = sharded(parameters, whole)
-        if self._recorder.due(self.steps):
-            self._recorder.see(whole)
-        del found, whole
-        with self._recorder.timed("clip"):
-            with attribute_errors("clip", self.recipe.clip, "on the preconditioned gradients"):
-                answer = self.recipe.clip.clip(pairs, ShardedProducts(parameters))
-            clipped, factor = check_clipped(
-                self.recipe.clip, answer, [pair.preconditioned for pair in pairs]
-            )
+    def _refresh(self, matrices: Mapping[str, Tensor]) -> None:
+        """Refresh curvature; meanwhile `state` does not show it."""
+        pre = self._preconditioner
+        hidden = pre.due and checkpoint.hide_curvature(self.state, pre.blocks())
+        try:
+            pre.refresh()
+            pre.measure_gradients(matrices, self.recipe.reduction)
+        finally:
+            if hidden:
+                self._show_state()
+
+    def _clip(
+        self, parameters: Sequence[nn.Parameter], pairs: Sequence[GradientPair]
+    ) -> list[Tensor]:
+        """Return the clipped gradients, and record the clip factor."""
+        clip = self.recipe.clip
+        with self._timer.timed("clip"):
+            with attribute_errors("clip", clip, "on the preconditioned gradients"):
+                answer = clip.clip(pairs, ShardedProducts(parameters))
+            given = [pair.preconditioned for pair in pairs]
+            clipped, factor = check_clipped(clip, answer, given)
         self._recorder.add({"clip_factor": factor})
-        given = [parameter.grad for parameter in self._trained() if parameter.grad is not None]
-        due, recorded = self._preconditioner.plan(self.steps).due(), self._recorder.due(self.steps)
-        verdict = self._verdicts.on(
-            given, clipped, reading=due, recorded=recorded, spoiled=self._preconditioner.spoiled
-        )
-        self._recorded = verdict.recorded
-        if verdict.stepping:
-            with verdict.around:
-                self._take_step(list(zip(parameters, clipped, strict=True)))
-        return verdict.fault
+        return clipped
 
-    def _take_step(self, replaced: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
-        """Run the update rule with these gradients in place of the user's, and put the user's back."""
-        there = swapped_gradients(
-            self.param_groups, replaced, decayed=self.recipe.weight_decay_at == "gradient"
-        )
-        with (
-            there,
-            self._recorder.timed("update"),
-            note_stage("update", self.recipe.update, "taking the step"),
-        ):
+    def _update(self, replaced: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
+        """Run the update rule with these gradients in place of the user's."""
+        decayed = self.recipe.weight_decay_at == "gradient"
+        swapped = gradients.swapped(self.param_groups, replaced, decayed=decayed)
+        noted = note_stage("update", self.recipe.update, "taking the step")
+        with swapped, self._timer.timed("update"), noted:
             self._inner.step()
 
-    def _damping(self, layer: Layer) -> float:
-        return self._setting("damping", layer.tensors()["weight"])
-
-    def _setting(self, name: str, parameter: nn.Parameter) -> float:
-        return float(self._groups[id(parameter)][name])
+    def _has_no_lr(self) -> bool:
+        return all(float(group["lr"]) == 0 for group in self.param_groups)
 
     def _set_damping(self) -> None:
+        """Set each group's damping where the recipe's is a function of the step; check it."""
         for group, own in zip(self.param_groups, self._own_damping, strict=True):
             if callable(self.recipe.damping) and not own:
                 group["damping"] = number_at("damping", self.recipe.damping, self.steps)
             number_at("damping of a parameter group", plain(group["damping"]), self.steps)
 
-    # ------------------------------------------------------------------------------------------------- groups, state, end
+    def _report(self) -> None:
+        """Record the metrics of the step just taken, and call the hook `kfactk_stepped`."""
+        more: dict[str, Tensor | float] = {}
+        if self._recorded:
+            more |= conditions(self.layers, self._preconditioner.communicator)
+        if self._recorder.due(self.steps - 1):
+            group = self.param_groups[0]
+            more |= {name: float(group[name]) for name in ("lr", "damping")}
+            more |= {name: float(value) for name, value in self.counters.items()}
+            for name, value in self.moved_bytes.items():
+                more[f"bytes/{name}"] = value - self._reported_bytes.get(name, 0.0)
+        found = self._recorder.finish(self.steps - 1, more)
+        self._reported_bytes = self.moved_bytes
+        registry().hook.kfactk_stepped(optimizer=self, step=self.steps - 1, metrics=found)
+
+    # ------------------------------------------------------------------------ groups and state
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, with its own `lr`, `damping`, `weight_decay` or update-rule options if it has them."""
+        """Add a group, with its own `lr`, `damping`, `weight_decay` or options of the rule."""
         for name in ("lr", "damping", "weight_decay"):
             if name in param_group:
                 number_at(f"{name} of a parameter group", plain(param_group[name]), 0)
@@ -427,30 +437,120 @@ class Optimizer(StatefulOptimizer):
         if self._ready:
             self._index()
 
+    def _trained(self) -> Iterator[nn.Parameter]:
+        return (parameter for group in self.param_groups for parameter in group["params"])
+
+    def _follow_model(self) -> None:
+        """Follow the model: parameters may have been replaced, and wrappers put around it."""
+        self._index()
+        check_group(self._model, self._trained(), self._preconditioner.communicator)
+
     def _index(self) -> None:
-        """Which group a parameter is in, by the parameters as they are now."""
-        self._preconditioner.survey.originals.follow(self.param_groups, self._inner.state)
+        """Note the group of each parameter, by the parameters as they are now."""
+        tracker = self._preconditioner.survey.tracker
+        tracker.follow(self.param_groups, self._inner.state)
         self._groups.clear()
-        self._groups.update(
-            (id(parameter), group) for group in self.param_groups for parameter in group["params"]
+        self._groups.update((id(p), group) for group in self.param_groups for p in group["params"])
+
+    def _show_state(self) -> None:
+        checkpoint.show(
+            self.state,
+            self.param_groups,
+            self._inner.state,
+            self._preconditioner.blocks(),
+            self._step,
+            self._gathered,
         )
 
-    def _prepare_places(self) -> None:
-        self._expect()
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything a resumed run needs, as torch's own optimizers do; between steps only.
 
-    def _taken_over(self) -> None:
+        Where ranks share the curvature this is the part of this rank.
+        `torch.distributed.checkpoint` puts parts together. For one file, call
+        `consolidate_state_dict` before.
+        """
+        self._guard.read()
+        if int(self._step) or self._inner.state:
+            self._show_state()
+        return super().state_dict()
+
+    def consolidate_state_dict(self, to: int | None = 0) -> None:
+        """Bring what other ranks have of the curvature to one rank, until the next step.
+
+        That rank's `state_dict()` is then the whole. Every rank calls it. Nothing moves in a single
+        process, and where every rank has everything (placement `replicated`). What arrives is in
+        the CPU's memory. Every rank has the update rule's state already; with `fully_shard` it
+        stays in shards. The method is that of `torch.distributed.optim.ZeroRedundancyOptimizer`,
+        and Lightning calls it by itself.
+
+        Args:
+            to: The rank whose `state_dict()` is to be whole, counted within the placement's process
+                group; `None` for all ranks.
+
+        Raises:
+            OptionError: There is no such rank.
+
+        Example:
+            >>> import kfactk, torch
+            >>> optimizer = kfactk.build().bind(torch.nn.Linear(3, 2))
+            >>> optimizer.consolidate_state_dict()  # on every rank; then on rank 0:
+            >>> saved = optimizer.state_dict()
+        """
+        pre = self._preconditioner
+        flat = {block.name: block.flat() for block in pre.blocks()}
+        device = next((parameter.device for parameter in self._trained()), torch.device("cpu"))
+        self._gathered = gather_state(flat, pre.communicator, to, device)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a saved state; that of the bare update rule (say, a plain Adam run) works too.
+
+        A whole state can be loaded under any placement and on any number of ranks: each takes what
+        it needs. Every rank calls it, and all of them load it, or none does.
+
+        Raises:
+            StateError: Its curvature or its update rule is not this model's and recipe's, or
+                something of it is missing, on this rank or another. Nothing has been changed.
+            ValueError: The parameter groups do not fit (torch's own check).
+        """
+        pre = self._preconditioner
+        self._follow_model()
+        pre.placement.extend(pre.blocks())
+        with LoadOnAllRanks(pre.communicator) as load:
+            saved = checkpoint.SavedState.split(state_dict, self.param_groups)
+            groups = checkpoint.completed_groups(
+                state_dict["param_groups"], self.param_groups, self.defaults, self._inner.defaults
+            )
+            states = pre.loaded(saved.curvature)
+            with checkpoint.all_or_nothing(self, self._inner):
+                given = {**state_dict, "state": saved.rule, "param_groups": groups}
+                super().load_state_dict(given)
+                rule = {"state": defaultdict(dict, self.state), "param_groups": self.param_groups}
+                self._inner.__setstate__(rule)
+                load.agree(checkpoint.progress_of(saved.step, states))
+        self.state = defaultdict(dict)
+        self._step = torch.tensor(saved.step, dtype=torch.int64)
+        self._gathered = {}
+        pre.replace_states(states)
         self._index()
-        self._pending, self._micro_batch = None, 0
-        self._expect()
+        if state_dict["state"]:
+            self._show_state()
+        self._waiting, self._micro_batch = None, 0
+        self._expect_forward()
+
+    def __reduce__(self) -> NoReturn:
+        raise KfactkError(
+            "an optimizer cannot be copied or pickled: hooks bind it to its model. Save "
+            "optimizer.state_dict(), and load it into recipe.bind(model) where it is wanted."
+        )
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as for any torch optimizer."""
-        self._capture.reset()
+        self._hooks.reset()
         super().zero_grad(set_to_none)
 
     def close(self) -> None:
         """Take all hooks off the model and close the tracker; may be called twice."""
         self._closed = True
-        self._capture.close()
+        self._hooks.close()
         self._recorder.close()
-        self._verdicts.read()
+        self._guard.read()

@@ -1,8 +1,8 @@
-"""The reading interface for researchers: what the optimizer knows of each layer, and products with it."""
+"""What researchers read: each block as the optimizer sees it now, and products with it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import attrs
 import torch
@@ -11,175 +11,159 @@ from torch import Tensor
 from kfactk.distributed.communicator import Communicator, Members
 from kfactk.distributed.sharding import full_tensor, is_sharded, sharded_like
 from kfactk.errors import KfactkError, OptionError
-from kfactk.preconditioner.preconditioner import Preconditioner
-from kfactk.preconditioner.state import BlockState
+from kfactk.operators import CurvatureOperator
+from kfactk.preconditioner.block import Block
+from kfactk.preconditioner.placement import BlockPlacement
 from kfactk.stages import Layer
-from kfactk.validation import attribute_errors
 
 
 @attrs.frozen(eq=False)
 class BlockView:
-    """One layer as the optimizer sees it now. Tensors are the optimizer's own: read, do not write.
+    """One block as the optimizer sees it now. Tensors are the optimizer's own: read, do not write.
 
     Args:
-        layer: The layer.
+        block: The block.
         damping: The damping tau it is preconditioned with now.
     """
 
-    layer: Layer
+    block: Block
     damping: float
-    _preconditioner: Preconditioner
+    _placement: BlockPlacement
+    _communicator: Communicator
+
+    @property
+    def layer(self) -> Layer:
+        """The layer."""
+        return self.block.layer
 
     @property
     def factors(self) -> dict[str, Tensor]:
-        """Averaged matrices by name, undamped: A `[..., d_in, d_in]`, G `[..., d_out, d_out]`; empty before the first step."""
-        return self._preconditioner.matrices(self.layer) if self._state.ready else {}
+        """Averaged matrices by name, undamped; empty before the first step.
+
+        K-FAC's are A `[..., d_in, d_in]` and G `[..., d_out, d_out]`.
+        """
+        return self.block.matrices() if self.block.state.ready else {}
 
     @property
     def decomposition(self) -> dict[str, dict[str, Tensor]]:
         """For each matrix, what the basis made of it at its last refresh."""
-        return dict(self._state.decomposition) if self._state.ready else {}
+        return dict(self.block.state.decomposition) if self.block.state.ready else {}
 
     @property
     def scale(self) -> dict[str, Tensor]:
-        """Moments of the basis by name (EKFAC: "scale", `[..., d_out, d_in]`); empty for a basis without any."""
-        return self._state.moment_values()
+        """Moments of the basis by name (EKFAC: "scale", `[..., d_out, d_in]`)."""
+        return self.block.state.moment_values()
+
+    @property
+    def operator(self) -> CurvatureOperator:
+        """F of the block, with its damping.
+
+        Raises:
+            KfactkError: No curvature has been measured yet, or other ranks have it.
+        """
+        self._check_workers("decomposition", self._holders(), {})
+        return self.block.operator(self.damping)
 
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Tensors shaped like the layer's parameters ("weight", "bias") as its matrix `[..., d_out, d_in]`.
+        """Join tensors shaped like the layer's parameters into its matrix `[..., d_out, d_in]`.
 
         Sharded tensors are made whole: a collective call then, here and below.
         """
-        return self._preconditioner.blocks.joined(
-            self.layer, {name: full_tensor(tensor) for name, tensor in tensors.items()}
-        )
+        return self.block.matrix({name: full_tensor(tensor) for name, tensor in tensors.items()})
 
     def fisher_product(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`F v` for v shaped like the layer's parameters; missing ones count as zero. Sharded where any of v is, like the parameters.
+        """Return `F v` for v shaped like the layer's parameters; missing ones count as zero.
+
+        The result is sharded where any of v is, like the parameters.
 
         Raises:
-            KfactkError: No curvature has been measured yet, or it is other ranks that have it.
+            KfactkError: No curvature has been measured yet, or other ranks have it.
         """
-        state = self._measured()
-        pre = self._preconditioner
-        self._check_answer(
-            "factors",
-            {
-                matrix: pre.places.factor_workers(self.layer.name, matrix)
-                for matrix in pre.basis.requires
-            },
-            tensors,
-        )
-        vector, matrices = self.matrix(tensors), pre.matrices(self.layer)
-        with attribute_errors("basis", pre.basis, f"on layer {self.layer.name!r}"):
-            product = pre.basis.product(
-                vector, matrices, state.decomposition, state.moment_values()
-            )
-        return self._parted(product, tensors)
+        requires, name = self.block.basis.requires, self.layer.name
+        workers = {matrix: self._placement.factor_workers(name, matrix) for matrix in requires}
+        self._check_workers("factors", workers, tensors)
+        return self._split(self.block.multiply(self.matrix(tensors), self.damping), tensors)
 
     def precondition(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`P v = (F + damping I)^-1 v`, likewise.
+        """Return `P v = (F + damping I)^-1 v`, likewise.
 
         Raises:
-            KfactkError: No curvature has been measured yet, or it is other ranks that have it.
+            KfactkError: No curvature has been measured yet, or other ranks have it.
         """
-        self._measured()
-        pre = self._preconditioner
-        self._check_answer(
-            "decomposition", {"": pre.places.gradient_workers(self.layer.name)}, tensors
-        )
-        return self._parted(
-            pre.preconditioned(self.layer, self.matrix(tensors), self.damping), tensors
-        )
+        self._check_workers("decomposition", self._holders(), tensors)
+        return self._split(self.block.solve(self.matrix(tensors), self.damping), tensors)
 
     def condition(self) -> Tensor | None:
-        """Condition number of the damped curvature (exact or a lower bound, as the basis documents); `None` before it is measured, and on
-        ranks that do not hold the layer."""
-        state, basis = self._state, self._preconditioner.basis
-        if not (state.ready and state.decomposition):
-            return None
-        with attribute_errors("basis", basis, f"on layer {self.layer.name!r}"):
-            return basis.condition(state.decomposition, state.moment_values(), self.damping)
+        """Return the condition number of the damped curvature, exact or a lower bound.
 
-    def _check_answer(
-        self, what: str, lies: Mapping[str, Members], given: Mapping[str, Tensor]
+        It is `None` before anything was measured, and on ranks that do not hold the layer.
+        """
+        state = self.block.state
+        measured = state.ready and state.decomposition
+        return self.block.condition(self.damping) if measured else None
+
+    def _holders(self) -> dict[str, Members]:
+        return {"": self._placement.gradient_workers(self.layer.name)}
+
+    def _check_workers(
+        self, what: str, workers: Mapping[str, Members], given: Mapping[str, Tensor]
     ) -> None:
-        """Refuse what this rank, or for sharded tensors any rank, cannot answer; before anything is sent."""
-        ranks, places = self._preconditioner.ranks, self._preconditioner.places
-        common = sorted(set.intersection(*map(set, lies.values())))
-        where = ", ".join(
-            f"{name} on rank {', '.join(map(str, members))}".removeprefix(" on ")
-            for name, members in sorted(lies.items())
-        )
-        layer, strategy = self.layer.name, places.assignment.strategy
-        if any(is_sharded(tensor) for tensor in given.values()) and len(common) < ranks.size:
+        """Refuse what this rank, or for sharded tensors any rank, cannot answer.
+
+        Raises:
+            KfactkError: No curvature has been measured yet, or other ranks have it.
+        """
+        layer = f"layer {self.layer.name!r}"
+        if not self.block.state.ready:
+            raise KfactkError(f"{layer} has no curvature yet: take a step() with a gradient first.")
+        rank, size = self._communicator.rank, self._communicator.size
+        common = sorted(set.intersection(*map(set, workers.values())))
+        told = []
+        for name, members in sorted(workers.items()):
+            ranks = f"on rank {', '.join(map(str, members))}"
+            told.append(f"{name} {ranks}" if name else ranks)
+        where = f"{', '.join(told)}; placement {self._placement.assignment.strategy!r}"
+        if any(is_sharded(tensor) for tensor in given.values()) and len(common) < size:
             raise KfactkError(
-                f"the {what} of layer {layer!r} are not on every rank ({where}; placement {strategy!r}), and sharded tensors "
-                "need all ranks to answer together: use placement='replicated', or ask with whole tensors."
+                f"the {what} of {layer} are not on every rank ({where}), and sharded tensors need "
+                "all ranks to answer together. Use placement='replicated', or ask with whole "
+                "tensors."
             )
         if not common:
             raise KfactkError(
-                f"the {what} of layer {layer!r} lie apart ({where}; placement {strategy!r}), so no rank can answer: use "
-                "placement='replicated'."
+                f"the {what} of {layer} are on different ranks ({where}), so no rank can answer. "
+                "Use placement='replicated'."
             )
-        if ranks.rank not in common:
+        if rank not in common:
             raise KfactkError(
-                f"the {what} of layer {layer!r} can be found on rank {', '.join(map(str, common))} (placement {strategy!r}), and this is "
-                f"rank {ranks.rank}: ask there, or use placement='replicated'."
+                f"the {what} of {layer} are not on this rank, {rank} ({where}). Ask on rank "
+                f"{', '.join(map(str, common))}, or use placement='replicated'."
             )
 
-    def _parted(self, matrix: Tensor, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        parts, parameters = (
-            self._preconditioner.blocks.parted(self.layer, matrix),
-            self.layer.tensors(),
-        )
+    def _split(self, matrix: Tensor, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a matrix as tensors shaped like the layer's parameters."""
+        tensors, parameters = self.block.tensors(matrix), self.layer.tensors()
         if not any(is_sharded(tensor) for tensor in given.values()):
-            return parts
-        return {name: sharded_like(part, parameters[name]) for name, part in parts.items()}
-
-    @property
-    def _state(self) -> BlockState:
-        return self._preconditioner.states[self.layer.name]
-
-    def _measured(self) -> BlockState:
-        if not self._state.ready:
-            raise KfactkError(
-                f"layer {self.layer.name!r} has no curvature yet: take a step() with a gradient first."
-            )
-        return self._state
+            return tensors
+        return {name: sharded_like(part, parameters[name]) for name, part in tensors.items()}
 
 
-def conditions(views: Mapping[str, BlockView], ranks: Communicator) -> dict[str, Tensor | float]:
-    """The largest and the median condition number of the layers measured so far, on whatever rank; empty before the first. A collective
-    call where several ranks share the layers."""
+def conditions(
+    views: Mapping[str, BlockView], communicator: Communicator
+) -> dict[str, Tensor | float]:
+    """Return the largest and the median condition number of the measured layers, on any rank.
+
+    It is empty before the first measurement. A collective call where several ranks share layers.
+    """
     known = {
-        name: float(value)
-        for name, view in views.items()
-        if (value := view.condition()) is not None
+        n: float(value) for n, view in views.items() if (value := view.condition()) is not None
     }
-    known = {name: value for theirs in ranks.gathered(known) for name, value in theirs.items()}
+    everyone = communicator.gathered(known)
+    known = {name: value for theirs in everyone for name, value in theirs.items()}
     if not known:
         return {}
     stacked = torch.tensor([known[name] for name in views if name in known], dtype=torch.float64)
     return {"condition_max": stacked.max(), "condition_median": stacked.median()}
-
-
-Product = Callable[[BlockView, Mapping[str, Tensor]], dict[str, Tensor]]
-
-
-def products(
-    views: Mapping[str, BlockView], tensors: Mapping[str, Tensor], product: Product
-) -> dict[str, Tensor]:
-    """`product` layer by layer over tensors named like the model's parameters.
-
-    Raises:
-        OptionError: A name belongs to no covered layer.
-    """
-    out = {}
-    for name, group in by_layer(views, tensors).items():
-        for key, tensor in product(views[name], group).items():
-            out[f"{name}.{key}" if name else key] = tensor
-    return out
 
 
 def by_layer(
@@ -191,17 +175,33 @@ def by_layer(
         OptionError: A name belongs to no covered layer.
     """
     owner = {
-        (f"{name}.{key}" if name else key): (name, key)
+        _qualified(view.layer, key): (name, key)
         for name, view in views.items()
         for key in view.layer.parameters
     }
     grouped: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         if name not in owner:
+            shown = f"{', '.join(list(owner)[:8])}{' ...' if len(owner) > 8 else ''}"
             raise OptionError(
-                f"{name!r} is not a preconditioned parameter, so it has no curvature block. See recipe.coverage(model); covered are: "
-                f"{', '.join(list(owner)[:8])}{' ...' if len(owner) > 8 else ''}."
+                f"{name!r} is not a preconditioned parameter, so it has no block. See "
+                f"recipe.coverage(model). Covered are: {shown}."
             )
         layer, key = owner[name]
         grouped.setdefault(layer, {})[key] = tensor
     return grouped
+
+
+def by_parameter(
+    views: Mapping[str, BlockView], found: Mapping[str, Mapping[str, Tensor]]
+) -> dict[str, Tensor]:
+    """Return tensors grouped by layer under the names of the model's parameters."""
+    return {
+        _qualified(views[name].layer, key): tensor
+        for name, group in found.items()
+        for key, tensor in group.items()
+    }
+
+
+def _qualified(layer: Layer, key: str) -> str:
+    return f"{layer.path}.{key}" if layer.path else key

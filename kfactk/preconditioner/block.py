@@ -1,35 +1,27 @@
-"""Curvature and basis at work on one layer: every call of these two stages is made here, and what they give is checked.
+"""`Block`: one layer with its curvature, its basis and its state.
 
-Nothing is kept here; tensors come in and go out. What fails is told with the stage and the layer.
+Every call of these two stages is made here, and what they return is checked. A stage that fails is
+named in the error, together with the layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from functools import lru_cache
-from types import MappingProxyType
-from typing import TypeGuard
+from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
 import torch
 from torch import Tensor
 
 from kfactk.assignment import Work
+from kfactk.errors import StateError
 from kfactk.linalg import mean_diagonal
+from kfactk.operators import CurvatureOperator
+from kfactk.preconditioner.plan import BlockPlan
+from kfactk.preconditioner.state import BlockState
 from kfactk.samples import LayerCall, Samples, Statistic, to_working_dtype
-from kfactk.stages import (
-    Basis,
-    Curvature,
-    Decomposition,
-    FactorContext,
-    Layer,
-    MakesOperator,
-    Operator,
-    PartsFactors,
-    Redecomposes,
-    Tensors,
-)
-from kfactk.statistics import add_prefix
+from kfactk.stages import Basis, Curvature, Decomposition, FactorContext, Layer, Tensors
+from kfactk.statistics import RunningMean, add_prefix, add_sums
+from kfactk.timing import StageTimer
 from kfactk.validation import (
     attribute_errors,
     check_matrices,
@@ -38,271 +30,420 @@ from kfactk.validation import (
     square,
 )
 
+Parts = dict[str, dict[str, Tensor]]
+"""For the name of each matrix, the tensors that its decomposition consists of."""
 
-@attrs.frozen
-class Blocks:
-    """The two stages that make a layer's block.
+
+@attrs.define(eq=False)
+class Block:
+    """The curvature of one layer.
 
     Args:
-        curvature: Its stage.
-        basis: Its stage.
+        layer: The layer.
+        curvature: Its curvature stage.
+        basis: Its basis stage.
+        timer: Times the stages.
+        state: What is kept between steps.
+        damping: tau of the current step.
     """
 
+    layer: Layer
     curvature: Curvature
     basis: Basis
+    timer: StageTimer = attrs.field(factory=StageTimer)
+    state: BlockState = attrs.field(factory=BlockState)
+    damping: float = 0.0
+    _operator: tuple[float, CurvatureOperator] | None = None
+    _flat: dict[str, Tensor] | None = None
+    _input_factors: frozenset[str] | None = None
 
-    # ------------------------------------------------------------------------------------------------------- curvature
+    @property
+    def name(self) -> str:
+        """The layer's name."""
+        return self.layer.name
+
+    @property
+    def sampled(self) -> bool:
+        """Whether moments are measured on samples."""
+        return self.basis.moments_from == "samples"
+
+    # ---------------------------------------------------------------------------- accumulating
+
+    def accumulate(
+        self, calls: Sequence[LayerCall], num_terms: Tensor | float, first: bool, plan: BlockPlan
+    ) -> Samples:
+        """Sum up the calls of the layer in one Fisher pass, and return them as samples.
+
+        Nothing of the calls is kept unless `plan` refreshes the basis first.
+
+        Args:
+            calls: With their gradients, or zeros where the plan needs none.
+            num_terms: Number of likelihood terms of the forward.
+            first: Whether this is the first pass over the forward.
+            plan: What is due.
+        """
+        samples = self.samples(calls, num_terms=num_terms, first=first)
+        self.state.seen += 1
+        self._gather(samples, plan)
+        if plan.late:
+            self.state.input_versions += [(call.inputs, call.inputs._version) for call in calls]
+        return samples
+
+    def accumulate_nothing(self, num_terms: Tensor | float, plan: BlockPlan) -> None:
+        """Count the terms of a forward in which the layer did not run: its sums are zero."""
+        with attribute_errors("curvature", self.curvature, self._where):
+            call = self.curvature.blank(self.layer)
+            empty = LayerCall(call.inputs[:0], call.gradient[:0])
+            samples = self.curvature.samples(self.layer, [empty], num_terms=num_terms, first=True)
+        self._gather(samples, plan)
+
+    def _gather(self, samples: Samples, plan: BlockPlan) -> None:
+        state = self.state
+        if samples.first:
+            state.commit()
+        sums: dict[str, Statistic] = {}
+        if plan.factors or plan.inputs:
+            with self.timer.timed("factors"):
+                sums |= self.factors(samples, inputs=plan.inputs, gradients=plan.factors)
+        if plan.late:
+            state.retained.append(samples)
+        elif plan.scale:
+            with self.timer.timed("scale"):
+                sums |= self.moments(state.decomposition, samples)
+        add_sums(state.staged, sums)
 
     def samples(
-        self, layer: Layer, calls: Sequence[LayerCall], *, num_terms: Tensor | float, first: bool
+        self, calls: Sequence[LayerCall], *, num_terms: Tensor | float, first: bool
     ) -> Samples:
-        """The uses of a layer in one pass, as samples."""
-        with attribute_errors("curvature", self.curvature, _on(layer)):
-            return self.curvature.samples(layer, calls, num_terms=num_terms, first=first)
-
-    def none(self, layer: Layer, num_terms: Tensor | float) -> Samples:
-        """No samples of a layer, in a forward of so many likelihood terms."""
-        with attribute_errors("curvature", self.curvature, _on(layer)):
-            call = self.curvature.blank(layer)
-            return self.curvature.samples(
-                layer,
-                [LayerCall(call.inputs[:0], call.gradient[:0])],
-                num_terms=num_terms,
-                first=True,
-            )
+        """Return the layer's calls in one pass as samples."""
+        with attribute_errors("curvature", self.curvature, self._where):
+            return self.curvature.samples(self.layer, calls, num_terms=num_terms, first=first)
 
     def factors(
-        self, layer: Layer, samples: Samples, *, inputs: bool = True, gradients: bool = True
+        self, samples: Samples, *, inputs: bool = True, gradients: bool = True
     ) -> dict[str, Statistic]:
-        """Sums and counts of the factors, as "factor.NAME".
+        """Return sums and counts of the factors, as "factor.NAME".
 
         Args:
-            layer: The layer.
-            samples: What it saw.
-            inputs: Whether those made of inputs alone are wanted, of a curvature that parts them.
+            samples: What the layer saw.
+            inputs: Whether the factors made of inputs alone are wanted.
             gradients: Whether the others are.
         """
-        with attribute_errors("curvature", self.curvature, _on(layer)):
-            if not parts_factors(self.curvature) or (inputs and gradients):
-                found = self.curvature.factors(layer, samples)
-            else:
-                found = (
-                    self.curvature.input_factors if inputs else self.curvature.gradient_factors
-                )(layer, samples)
-        return add_prefix(
-            "factor",
-            check_statistics("curvature", self.curvature, _on(layer), found, required=True),
-        )
+        found: dict[str, Statistic] = {}
+        with attribute_errors("curvature", self.curvature, self._where):
+            if inputs:
+                found |= self.curvature.input_factors(self.layer, samples)
+            if gradients:
+                found |= self.curvature.gradient_factors(self.layer, samples)
+        checked = check_statistics("curvature", self.curvature, self._where, found, required=True)
+        return add_prefix("factor", checked)
 
-    def from_inputs(self, layer: Layer) -> frozenset[str]:
-        """Names of the factors made of inputs alone, where the curvature can sum them up apart."""
-        if not parts_factors(self.curvature):
-            return frozenset()
-        samples, _ = self.blank(layer)
-        with attribute_errors("curvature", self.curvature, _on(layer)):
-            return frozenset(self.curvature.input_factors(layer, samples))
+    def moments(self, decomposition: Decomposition, samples: Samples) -> dict[str, Statistic]:
+        """Return sums and counts of the moments on samples, as "moment.NAME"."""
+        with attribute_errors("basis", self.basis, self._where):
+            found = self.basis.moments(decomposition, samples)
+        checked = check_statistics("basis", self.basis, self._where, found, required=False)
+        return add_prefix("moment", checked)
 
-    def matrices(
-        self, layer: Layer, factors: Tensors, names: frozenset[str] | None = None
-    ) -> dict[str, Tensor]:
-        """Averaged factors as matrices.
+    def gradient_moments(self, gradient: Tensor, num_terms: Tensor | float) -> dict[str, Statistic]:
+        """Return the moments of a mini-batch mean gradient, as "moment.NAME"."""
+        with attribute_errors("basis", self.basis, self._where):
+            found = self.basis.gradient_moments(self.state.decomposition, gradient, num_terms)
+        checked = check_statistics("basis", self.basis, self._where, found, required=False)
+        return add_prefix("moment", checked)
+
+    # ------------------------------------------------------------------------------- averaging
+
+    def update_factors(self, means: Tensors, decay: float) -> None:
+        """Take the factors of one step into their running means.
 
         Args:
-            layer: The layer.
-            factors: The means by name.
-            names: Those that are needed; `None` for all that the basis requires.
+            means: Averages over the step's samples, by factor name.
+            decay: Decay of the running means, in [0, 1].
         """
-        with attribute_errors("curvature", self.curvature, _on(layer)):
-            found = self.curvature.assemble(layer, factors)
-        return check_matrices(
-            self.curvature, _on(layer), found, self.basis.requires if names is None else names
-        )
+        _update(self.state.factors, means, decay)
+        self.invalidate()
 
-    def joined(self, layer: Layer, tensors: Tensors) -> Tensor:
-        """Tensors shaped like a layer's parameters as its matrix, float32 at least; those that are missing count as zeros."""
+    def update_moments(self, means: Tensors) -> None:
+        """Take the moments of one step into their running means."""
+        _update(self.state.moments, means, self.basis.moment_decay)
+        self.invalidate()
+
+    def matrices(
+        self, names: frozenset[str] | None = None, factors: Tensors | None = None
+    ) -> dict[str, Tensor]:
+        """Return averaged factors as matrices.
+
+        Args:
+            names: Those that are needed; `None` for all that the basis requires.
+            factors: The means; `None` for those that are kept.
+        """
+        factors = self.state.factor_values() if factors is None else factors
+        with attribute_errors("curvature", self.curvature, self._where):
+            found = self.curvature.assemble(self.layer, factors)
+        required = self.basis.requires if names is None else names
+        return check_matrices(self.curvature, self._where, found, required)
+
+    # ----------------------------------------------------------------------------- decomposing
+
+    def decompose(
+        self, damping: float, matrices: Tensors | None = None, diagonals: Tensors | None = None
+    ) -> Parts:
+        """Decompose matrices of the block; nothing is changed.
+
+        Results are laid out row by row, as they are on a rank that receives them and after a load:
+        the last bit of a product depends on the layout.
+
+        Args:
+            damping: tau.
+            matrices: Those to decompose; `None` for all.
+            diagonals: `trace / dimension` of all square matrices; `None` for those given.
+
+        Raises:
+            DecompositionError: A matrix cannot be decomposed.
+        """
+        matrices = self.matrices() if matrices is None else matrices
+        diagonals = mean_diagonals(matrices) if diagonals is None else diagonals
+        last = self.state.decomposition if self.state.ready else {}
+        made: Parts = {}
+        with attribute_errors("basis", self.basis, self._where):
+            for name in sorted(matrices):
+                context = FactorContext(damping, diagonals, last.get(name))
+                parts = self.basis.decompose(name, matrices[name], context)
+                made[name] = {part: tensor.contiguous() for part, tensor in parts.items()}
+        return made
+
+    def adopt(self, decomposition: Parts) -> dict[str, RunningMean]:
+        """Use a new decomposition from now on.
+
+        Returns:
+            The old moments, carried into the new basis.
+        """
+        state, carried = self.state, {}
+        if state.decomposition and state.moments:
+            with attribute_errors("basis", self.basis, self._where):
+                there = self.basis.transport(
+                    state.moment_values(), state.decomposition, decomposition
+                )
+            for name, mean in state.moments.items():
+                if name in there:
+                    carried[name] = RunningMean(there[name], mean.weight)
+        state.decomposition = decomposition
+        self.invalidate()
+        return carried
+
+    # --------------------------------------------------------------------------------- solving
+
+    def operator(self, damping: float | None = None) -> CurvatureOperator:
+        """Return F in the block's basis; kept until the block changes or damping does.
+
+        Args:
+            damping: tau; `None` for that of the current step.
+        """
+        damping = self.damping if damping is None else damping
+        if self._operator is None or self._operator[0] != damping:
+            state = self.state
+            with attribute_errors("basis", self.basis, self._where):
+                made = self.basis.operator(
+                    state.decomposition, state.moment_values(), damping, LazyMatrices(self)
+                )
+            self._operator = damping, made
+        return self._operator[1]
+
+    def solve(self, gradient: Tensor, damping: float | None = None) -> Tensor:
+        """Return the preconditioned form of a gradient `[..., d_out, d_in]`."""
+        operator = self.operator(damping)
+        with attribute_errors("basis", self.basis, self._where):
+            found = operator.solve(gradient)
+            if found.shape != gradient.shape:
+                raise ValueError(
+                    f"solve gave the shape {tuple(found.shape)} for {tuple(gradient.shape)}"
+                )
+        return found
+
+    def multiply(self, vector: Tensor, damping: float | None = None) -> Tensor:
+        """Return `F v` for `[..., d_out, d_in]`."""
+        operator = self.operator(damping)
+        with attribute_errors("basis", self.basis, self._where):
+            return operator.multiply(vector)
+
+    def condition(self, damping: float | None = None) -> Tensor:
+        """Return the condition number of the damped curvature, or a lower bound of it."""
+        operator = self.operator(damping)
+        with attribute_errors("basis", self.basis, self._where):
+            return operator.condition()
+
+    # ---------------------------------------------------------------------------------- shapes
+
+    def matrix(self, tensors: Tensors) -> Tensor:
+        """Join tensors shaped like the layer's parameters into its matrix, float32 at least.
+
+        Missing tensors count as zeros.
+        """
         named = {}
-        for name, parameter in layer.tensors().items():
+        for name, parameter in self.layer.tensors().items():
             tensor = tensors.get(name)
-            tensor = (
-                torch.zeros(parameter.shape, dtype=parameter.dtype, device=parameter.device)
-                if tensor is None
-                else tensor
-            )
+            if tensor is None:
+                tensor = torch.zeros(
+                    parameter.shape, dtype=parameter.dtype, device=parameter.device
+                )
             named[name] = to_working_dtype(tensor.detach())
-        with attribute_errors("curvature", self.curvature, _on(layer)):
-            return self.curvature.matrix(layer, named)
+        with attribute_errors("curvature", self.curvature, self._where):
+            return self.curvature.matrix(self.layer, named)
 
-    def parted(self, layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
-        """Inverse of `joined`."""
-        with attribute_errors("curvature", self.curvature, _on(layer)):
-            return check_tensors(layer.tensors(), self.curvature.tensors(layer, matrix))
+    def tensors(self, matrix: Tensor) -> dict[str, Tensor]:
+        """Return the inverse of `matrix`."""
+        with attribute_errors("curvature", self.curvature, self._where):
+            found = self.curvature.tensors(self.layer, matrix)
+            return check_tensors(self.layer.tensors(), found)
 
-    def blank(self, layer: Layer) -> tuple[Samples, dict[str, Statistic]]:
-        """A layer's samples and sums of a use on zeros: shapes without data."""
-        with attribute_errors("curvature", self.curvature, _on(layer)):
-            samples = self.curvature.samples(
-                layer, [self.curvature.blank(layer)], num_terms=1.0, first=True
-            )
-            return samples, self.curvature.factors(layer, samples)
+    def blank(self) -> tuple[Samples, dict[str, Statistic]]:
+        """Return samples and factor sums of a call on zeros: shapes without data."""
+        with attribute_errors("curvature", self.curvature, self._where):
+            calls = [self.curvature.blank(self.layer)]
+            samples = self.curvature.samples(self.layer, calls, num_terms=1.0, first=True)
+            return samples, self.curvature.factors(self.layer, samples)
 
-    def work(self, layer: Layer) -> Work:
-        """The layer's work, by its shapes.
+    def input_factors(self) -> frozenset[str]:
+        """Return the names of the factors made of inputs alone."""
+        if self._input_factors is None:
+            samples, _ = self.blank()
+            with attribute_errors("curvature", self.curvature, self._where):
+                self._input_factors = frozenset(self.curvature.input_factors(self.layer, samples))
+        return self._input_factors
+
+    def work(self) -> Work:
+        """Return the layer's work, by its shapes.
 
         Matrices can be kept apart where each is made of the one statistic of its name.
         """
-        _, sums = self.blank(layer)
-        blank = {name: torch.zeros_like(s.total) for name, s in sums.items() if s.total is not None}
-        matrices = self.matrices(layer, blank)
+        _, sums = self.blank()
+        blank = {n: torch.zeros_like(s.total) for n, s in sums.items() if s.total is not None}
+        matrices = self.matrices(factors=blank)
         shapes = {name: tuple(matrices[name].shape) for name in sorted(self.basis.requires)}
-        gradient = tuple(self.joined(layer, {}).shape)
         apart = set(blank) == set(shapes) and all(
-            self._alone(layer, name, blank[name], shapes[name]) for name in shapes
+            self._alone(name, blank[name], shapes[name]) for name in shapes
         )
-        return Work(layer.name, shapes, gradient, indivisible=not apart)
+        return Work(self.name, shapes, tuple(self.matrix({}).shape), indivisible=not apart)
 
-    def _alone(self, layer: Layer, name: str, factor: Tensor, shape: tuple[int, ...]) -> bool:
+    def _alone(self, name: str, factor: Tensor, shape: tuple[int, ...]) -> bool:
         try:
-            found = self.curvature.assemble(layer, {name: factor})
-        except Exception:  # a curvature that needs all its factors at once says so in its own way
+            found = self.curvature.assemble(self.layer, {name: factor})
+        except Exception:  # a curvature that needs all its factors at once fails in its own way
             return False
         return self.basis.requires & set(found) == {name} and tuple(found[name].shape) == shape
 
-    # ------------------------------------------------------------------------------------------------------------ basis
+    def blank_parts(self, sums: Mapping[str, Statistic]) -> list[str]:
+        """Return what the basis makes of the matrices, as `parts_of` names it.
 
-    def decompose(
-        self,
-        layer: Layer,
-        matrices: Tensors,
-        damping: float,
-        diagonals: Tensors,
-        last: Decomposition = MappingProxyType({}),
-    ) -> dict[str, dict[str, Tensor]]:
-        """Decompose some of a layer's matrices.
+        It decomposes corners of blank matrices: whole ones would cost as much as a step.
+        """
+        blank = {n: torch.zeros_like(s.total) for n, s in sums.items() if s.total is not None}
+        matrices = self.matrices(factors=blank)
+        corners = {n: m[..., :1, :1] if square(m) else m for n, m in matrices.items()}
+        return parts_of(Block(self.layer, self.curvature, self.basis).decompose(1.0, corners))
 
-        What comes out lies row by row, as it does on ranks that it is sent to and after it was loaded: the last bit of a product depends
-        on that.
+    def allocate(self, factor_names: frozenset[str], *, holds: bool) -> None:
+        """Create the tensors without data, so that a checkpoint can be loaded into them.
 
         Args:
-            layer: The layer.
-            matrices: Those to decompose.
-            damping: The layer's.
-            diagonals: `trace / dimension` of all its square matrices.
-            last: Their decompositions at the last refresh, as far as they are here.
+            factor_names: The factors that this rank keeps.
+            holds: Whether this rank preconditions the layer.
         """
-        context = FactorContext(damping, diagonals)
-        with attribute_errors("basis", self.basis, _on(layer)):
-            found = {
-                name: self._decomposed(name, matrices[name], context, last.get(name))
-                for name in sorted(matrices)
-            }
-        return {
-            name: {part: tensor.contiguous() for part, tensor in parts.items()}
-            for name, parts in found.items()
-        }
+        samples, sums = self.blank()
+        state = self.state
+        state.factors = {n: _empty(s) for n, s in sums.items() if n in factor_names}
+        if holds:
+            blank = {n: torch.zeros_like(s.total) for n, s in sums.items() if s.total is not None}
+            state.decomposition = self.decompose(self.damping, self.matrices(factors=blank))
+            found = self.moments(state.decomposition, samples)
+            state.moments = {key.removeprefix("moment."): _empty(s) for key, s in found.items()}
+        self.invalidate()
 
-    def _decomposed(
-        self, name: str, matrix: Tensor, context: FactorContext, last: Tensors | None
-    ) -> dict[str, Tensor]:
-        if last is not None and redecomposes(self.basis):
-            return self.basis.redecompose(name, matrix, context, last)
-        return self.basis.decompose(name, matrix, context)
+    def fitted(self, state: BlockState, factor_names: frozenset[str], *, holds: bool) -> BlockState:
+        """Return what this rank keeps of a saved state, whatever placement it was saved under.
 
-    def blank_parts(self, layer: Layer, sums: Mapping[str, Statistic]) -> list[str]:
-        """What the basis makes of the layer's matrices, learnt from their corners: decomposing them whole would cost as much as a step."""
-        matrices = self.matrices(
-            layer, {n: torch.zeros_like(s.total) for n, s in sums.items() if s.total is not None}
-        )
-        corners = {n: m[..., :1, :1] if square(m) else m for n, m in matrices.items()}
-        return parts_of(self.decompose(layer, corners, 1.0, diagonals(corners)))
+        Args:
+            state: The saved state; changed in place.
+            factor_names: The factors that this rank keeps.
+            holds: Whether this rank preconditions the layer.
 
-    def moments(
-        self, layer: Layer, decomposition: Decomposition, samples: Samples
-    ) -> dict[str, Statistic]:
-        """Sums and counts of the moments on samples, as "moment.NAME"."""
-        with attribute_errors("basis", self.basis, _on(layer)):
-            found = self.basis.moments(decomposition, samples)
-        return add_prefix(
-            "moment", check_statistics("basis", self.basis, _on(layer), found, required=False)
-        )
-
-    def gradient_moments(
-        self,
-        layer: Layer,
-        decomposition: Decomposition,
-        gradient: Tensor,
-        num_terms: Tensor | float,
-    ) -> dict[str, Statistic]:
-        """The same of a mini-batch mean gradient."""
-        with attribute_errors("basis", self.basis, _on(layer)):
-            found = self.basis.gradient_moments(decomposition, gradient, num_terms)
-        return add_prefix(
-            "moment", check_statistics("basis", self.basis, _on(layer), found, required=False)
-        )
-
-    def transport(
-        self, layer: Layer, moments: Tensors, old: Decomposition, new: Decomposition
-    ) -> dict[str, Tensor]:
-        """Moments carried from one decomposition to another."""
-        with attribute_errors("basis", self.basis, _on(layer)):
-            return self.basis.transport(moments, old, new)
-
-    def operator(
-        self, layer: Layer, decomposition: Decomposition, moments: Tensors, damping: float
-    ) -> Operator:
-        """`precondition` with all but the gradient given: the basis' own operator where it makes one."""
-        if not makes_operator(self.basis):
-            return lambda gradient: self.basis.precondition(
-                gradient, decomposition, moments, damping
+        Raises:
+            StateError: It is another layer's or another recipe's, or lacks what this rank needs.
+        """
+        state.factors = {n: mean for n, mean in state.factors.items() if n in factor_names}
+        if not holds:
+            state.decomposition, state.moments = {}, {}
+        if not state.ready and not state.allocated:
+            return state  # the layer had not run yet
+        _, sums = self.blank()
+        totals = {n: s.total for n, s in sums.items() if s.total is not None}
+        expected = {n: tuple(total.shape) for n, total in totals.items() if n in factor_names}
+        found = {name: tuple(value.shape) for name, value in state.factor_values().items()}
+        parts, wanted = parts_of(state.decomposition), self.blank_parts(sums)
+        lacks_parts = state.ready and holds and not parts
+        if found.items() <= expected.items() and (found != expected or lacks_parts):
+            lacking = [name for name in expected if name not in found]
+            lacking += ["its decomposition"] if lacks_parts else []
+            raise StateError(
+                f"the saved state lacks curvature of layer {self.name!r} that this rank needs "
+                f"({', '.join(lacking)}): it is one rank's part of a state that several ranks "
+                "shared. Save all of it: by torch.distributed.checkpoint on all ranks, or by "
+                "state_dict() after optimizer.consolidate_state_dict() on all ranks."
             )
-        with attribute_errors("basis", self.basis, _on(layer)):
-            return self.basis.operator(decomposition, moments, damping)
+        if found != expected or (parts and parts != wanted):
+            raise StateError(
+                f"the saved curvature of layer {self.name!r} does not fit: factors {found} "
+                f"decomposed as {parts}, where this recipe and model have {expected} and {wanted}. "
+                "Bind the recipe it was saved with, or load only the update rule's part."
+            )
+        return state
 
-    def preconditioned(self, layer: Layer, operator: Operator, gradient: Tensor) -> Tensor:
-        """The preconditioned form of a gradient `[..., d_out, d_in]`."""
-        with attribute_errors("basis", self.basis, _on(layer)):
-            preconditioned = operator(gradient)
-            if preconditioned.shape != gradient.shape:
-                raise ValueError(
-                    f"preconditioned gradient of shape {tuple(preconditioned.shape)} for {tuple(gradient.shape)}"
-                )
-        return preconditioned
+    # ----------------------------------------------------------------------------------- state
 
+    def flat(self) -> dict[str, Tensor]:
+        """Return the lasting tensors under flat keys; the same dict until the block changes."""
+        if self._flat is None:
+            self._flat = self.state.flat(self.layer.part)
+        return self._flat
 
-def makes_operator(basis: Basis) -> TypeGuard[MakesOperator]:
-    """Whether a basis' `operator` is that of its `precondition`: not where a subclass has replaced the latter alone."""
-    return _has(type(basis), MakesOperator, "precondition", "operator")
+    def invalidate(self) -> None:
+        """Drop what was derived from the state: call it after every change of the state."""
+        self._flat = self._operator = None
 
+    def replace_state(self, state: BlockState) -> None:
+        """Go on from another state."""
+        self.state = state
+        self.invalidate()
 
-def redecomposes(basis: Basis) -> TypeGuard[Redecomposes]:
-    """Whether a basis starts from its last decomposition: not where a subclass has replaced `decompose` alone."""
-    return _has(type(basis), Redecomposes, "decompose", "redecompose")
-
-
-def parts_factors(curvature: Curvature) -> TypeGuard[PartsFactors]:
-    """Whether a curvature's `input_factors` and `gradient_factors` are its `factors` in two: not where a subclass replaced the latter."""
-    return _has(type(curvature), PartsFactors, "factors", "input_factors", "gradient_factors")
-
-
-@lru_cache(maxsize=128)
-def _has(cls: type, extra: type, than: str, *names: str) -> bool:
-    """Whether a class has what a protocol asks for, each method defined where the method `than` is, or in a class derived from that."""
-    owners = [vars(owner) for owner in cls.__mro__[: _depth(cls, than) + 1]]
-    return issubclass(cls, extra) and all(any(name in owner for owner in owners) for name in names)
+    @property
+    def _where(self) -> str:
+        return f"on layer {self.name!r}"
 
 
-def _depth(cls: type, name: str) -> int:
-    return next(
-        (depth for depth, owner in enumerate(cls.__mro__) if name in vars(owner)), len(cls.__mro__)
-    )
+@attrs.frozen(eq=False)
+class LazyMatrices(Mapping[str, Tensor]):
+    """The averaged matrices of a block, each made when it is read."""
+
+    block: Block
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.block.matrices(frozenset({name}))[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self.block.basis.requires))
+
+    def __len__(self) -> int:
+        return len(self.block.basis.requires)
 
 
-def diagonals(matrices: Tensors) -> dict[str, Tensor]:
-    """`trace / dimension` of the square ones."""
+def mean_diagonals(matrices: Tensors) -> dict[str, Tensor]:
+    """Return `trace / dimension` of each square matrix."""
     return {name: mean_diagonal(matrix) for name, matrix in matrices.items() if square(matrix)}
 
 
 def parts_of(decomposition: Decomposition) -> list[str]:
-    """The parts by name and number of dimensions; their sizes follow from the factors'."""
+    """Return the parts by name and number of dimensions; sizes follow from the factors."""
     return sorted(
         f"{name}.{part} ({tensor.ndim}-D)"
         for name, parts in decomposition.items()
@@ -310,5 +451,11 @@ def parts_of(decomposition: Decomposition) -> list[str]:
     )
 
 
-def _on(layer: Layer) -> str:
-    return f"on layer {layer.name!r}"
+def _update(running: dict[str, RunningMean], means: Tensors, decay: float) -> None:
+    for name, value in means.items():
+        running.setdefault(name, RunningMean()).update(value, decay)
+
+
+def _empty(statistic: Statistic) -> RunningMean:
+    total = statistic.total
+    return RunningMean(None if total is None else torch.zeros_like(total), 0.0)

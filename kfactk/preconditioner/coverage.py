@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import fnmatch
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
 import attrs
 from torch import nn
@@ -11,7 +10,8 @@ from torch.nn.parameter import UninitializedParameter
 
 from kfactk.errors import OptionError, near_names
 from kfactk.preconditioner.parameters import ParameterTracker
-from kfactk.stages import Curvature, Layer
+from kfactk.preconditioner.rules import BlockRule, within
+from kfactk.stages import Layer
 from kfactk.validation import attribute_errors
 
 
@@ -22,9 +22,11 @@ class Row:
     Args:
         parameter: Its qualified name in the model.
         shape: Its shape.
-        block: Name of the layer whose block preconditions it; `None` when its plain gradient goes to the update rule.
+        block: Name of the layer whose block preconditions it; `None` when its plain gradient goes
+            to the update rule.
         reason: Why it has no block; empty when it has one.
         trained: Whether the optimizer trains it now.
+        stages: Names of the block's curvature and basis.
     """
 
     parameter: str
@@ -32,6 +34,7 @@ class Row:
     block: str | None
     reason: str
     trained: bool
+    stages: str = ""
 
     @property
     def numel(self) -> int:
@@ -41,16 +44,24 @@ class Row:
             count *= size
         return count
 
+    @property
+    def treatment(self) -> str:
+        """How the parameter is treated, in words."""
+        if self.block is not None:
+            stages = f" ({self.stages})" if self.stages else ""
+            return f"block {self.block or '(root)'}{stages}"
+        return f"{'-' if self.trained else 'not trained'}: {self.reason}"
+
 
 @attrs.frozen
 class Coverage:
     """Every parameter of a model with its block; prints as a table.
 
     Example:
-        >>> row = Row("0.weight", (2, 3), "0", "", True)
+        >>> row = Row("0.weight", (2, 3), "0", "", True, "kfac, ekfac")
         >>> print(Coverage((row,)))
         parameter  shape  preconditioned by
-        0.weight   2x3    block 0
+        0.weight   2x3    block 0 (kfac, ekfac)
         1 of 1 parameters preconditioned (6 of 6 elements, 100.0%)
     """
 
@@ -70,161 +81,264 @@ class Coverage:
         return tuple(row.parameter for row in self.rows if row.block is None and row.trained)
 
     def __str__(self) -> str:
-        head = ("parameter", "shape", "preconditioned by")
-        body = [
-            (
-                row.parameter,
-                "x".join(map(str, row.shape)) or "scalar",
-                f"block {row.block or '(root)'}"
-                if row.block is not None
-                else f"{'-' if row.trained else 'not trained'}: {row.reason}",
-            )
-            for row in self.rows
-        ]
-        widths = [max(len(line[i]) for line in [head, *body]) for i in (0, 1)]
-        lines = [
-            f"{name:<{widths[0]}}  {shape:<{widths[1]}}  {block}"
-            for name, shape, block in [head, *body]
-        ]
-        covered, total = (
-            [row for row in self.rows if row.block is not None],
-            sum(row.numel for row in self.rows),
-        )
-        size = sum(row.numel for row in covered)
+        lines = [("parameter", "shape", "preconditioned by")]
+        for row in self.rows:
+            shape = "x".join(map(str, row.shape)) or "scalar"
+            lines.append((row.parameter, shape, row.treatment))
+        widths = [max(len(line[column]) for line in lines) for column in (0, 1)]
+        table = [f"{n:<{widths[0]}}  {s:<{widths[1]}}  {t}" for n, s, t in lines]
+        covered = [row for row in self.rows if row.block is not None]
+        total, size = sum(row.numel for row in self.rows), sum(row.numel for row in covered)
         share = f"{size} of {total} elements, {100 * size / max(total, 1):.1f}%"
-        return "\n".join(
-            [*lines, f"{len(covered)} of {len(self.rows)} parameters preconditioned ({share})"]
-        )
+        table.append(f"{len(covered)} of {len(self.rows)} parameters preconditioned ({share})")
+        return "\n".join(table)
 
 
 @attrs.frozen(eq=False)
 class CoveredLayer(Layer):
-    """A layer whose parameters are those that are trained, also while a wrapper has put others in their place.
+    """A layer whose parameters are the trained ones, also while a wrapper has replaced them.
 
     Args:
-        originals: Knows them.
-        held: The parameters themselves, where they were looked up once and for all.
+        tracker: Knows the trained parameters.
+        held: The parameters, where they were looked up for the time of a step.
     """
 
-    originals: ParameterTracker
-    held: dict[str, nn.Parameter] | None = None
+    tracker: ParameterTracker = attrs.field(kw_only=True)
+    held: dict[str, nn.Parameter] | None = attrs.field(default=None, kw_only=True)
 
     def tensors(self) -> dict[str, nn.Parameter]:
-        """The parameters themselves, by name."""
+        """Return the parameters themselves, by name."""
         if self.held is not None:
             return self.held
-        at, module = self.originals.at, self.module
-        return {
-            name: parameter
-            for name in self.parameters
-            if (parameter := at(module, name)) is not None
-        }
+        found = {}
+        for name in self.parameters:
+            if (parameter := self.tracker.at(self.module, name)) is not None:
+                found[name] = parameter
+        return found
 
     def hold(self) -> CoveredLayer:
-        """The same layer, for a time in which no parameter is replaced: they are looked up now."""
-        return CoveredLayer(self.name, self.module, self.parameters, self.originals, self.tensors())
+        """Return the same layer for a time in which no parameter is replaced."""
+        return attrs.evolve(self, held=self.tensors())
+
+    def same(self, other: Layer) -> bool:
+        """Return whether another layer is made of the same modules and parameter names."""
+        return (
+            self.module is other.module
+            and self.part == other.part
+            and self.parameters == other.parameters
+            and len(self.sites) == len(other.sites)
+            and all(mine is theirs for mine, theirs in zip(self.sites, other.sites, strict=True))
+        )
+
+
+@attrs.frozen(eq=False)
+class Candidate:
+    """A layer that a rule can take, whatever is trained now.
+
+    Args:
+        name: The layer's name.
+        module: Its module.
+        part: Its part of the module.
+        parameters: Names of its parameters, the anchor first.
+        sites: All modules that hold these parameters.
+        rule: The rule that takes it.
+    """
+
+    name: str
+    module: nn.Module
+    part: str
+    parameters: tuple[str, ...]
+    sites: tuple[nn.Module, ...]
+    rule: BlockRule
 
 
 class ModelSurvey:
-    """What a curvature can make of a model: the candidate layers, and the reasons for the rest.
+    """What the rules make of a model: the candidate layers, and the reasons against the rest.
 
-    Structure (module types, shared parameters) is looked at once; what is trained is asked anew each time, since layers may be frozen and
-    unfrozen while training.
+    The survey follows the model: when modules or parameters are replaced, added, removed or tied,
+    the next look examines the model again. What is trained is asked anew each time.
 
     Args:
         model: The model.
-        curvature: Its stage.
-        exclude: Shell-style patterns of module names; a layer is left alone where one matches its name or that of a module it is in.
+        rules: In order; the first that supports a module takes it.
+        exclude: Shell-style patterns of module names whose layers are left alone.
 
     Raises:
-        OptionError: A pattern matches nothing.
+        OptionError: A pattern matches no module.
     """
 
-    def __init__(self, model: nn.Module, curvature: Curvature, exclude: Sequence[str] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, rules: Sequence[BlockRule], exclude: Sequence[str] = ()
+    ) -> None:
         self.model = model
-        self.originals = ParameterTracker(model)
-        self._candidates: list[tuple[str, nn.Module]] = []
-        self._why_not: dict[str, str] = {}
-        owners: dict[int, set[str]] = {}
-        modules = list(model.named_modules())
+        self.rules, self.exclude = tuple(rules), tuple(exclude)
+        self.tracker = ParameterTracker(model)
+        names = [name for name, _ in model.named_modules()]
         for pattern in exclude:
-            if not any(_within(name, pattern) for name, _ in modules):
-                names = [name for name, _ in modules if name]
-                raise OptionError(
-                    f"exclude={pattern!r} matches no module of the model.{near_names(pattern, names)} Its modules are: "
-                    f"{', '.join(names[:12])}{' ...' if len(names) > 12 else ''}."
-                )
-        for name, module in modules:
-            for parameter_name, parameter in module.named_parameters(
-                recurse=False, remove_duplicate=False
-            ):
-                owners.setdefault(id(parameter), set()).add(_join(name, parameter_name))
-        for name, module in modules:
-            own = dict(module.named_parameters(recurse=False, remove_duplicate=False))
-            if not own:
-                continue
-            excluded = next((pattern for pattern in exclude if _within(name, pattern)), None)
-            with attribute_errors("curvature", curvature, f"on module {name!r}"):
-                reason = (
-                    curvature.unsupported(module)
-                    if excluded is None
-                    else f"excluded (exclude={excluded!r})"
-                )
-            tied = sorted(
-                set().union(*(owners[id(parameter)] for parameter in own.values()))
-                - {_join(name, key) for key in own}
-            )
-            if reason is None and tied:
-                reason = f"tied: it shares a parameter with {', '.join(tied)}"
-            if reason is None:
-                self._candidates.append((name, module))
-            for key in own:
-                self._why_not[_join(name, key)] = reason or ""
+            _check_pattern("exclude", pattern, names)
+        for rule in rules:
+            for pattern in rule.layers:
+                _check_pattern("layers", pattern, names)
+        self._examined: tuple[int, ...] | None = None
+        self.candidates: tuple[Candidate, ...] = ()
+        self._why_not: dict[str, str] = {}
+        self._examine()
 
-    def layers(self, trained: Callable[[nn.Parameter], bool]) -> list[CoveredLayer]:
-        """The layers whose weight is trained now, in the model's order."""
-        found, at = [], self.originals.at
-        for name, module in self._candidates:
-            held = {}
-            for key in ("weight", "bias"):
-                parameter = at(module, key)
-                if parameter is not None and parameter.requires_grad and trained(parameter):
-                    held[key] = parameter
-            if "weight" in held:
-                found.append(CoveredLayer(name, module, tuple(held), self.originals))
+    def _examine(self) -> None:
+        """Find the candidates, where the model has changed since the last time."""
+        if self.tracker.signature == self._examined:
+            return
+        self._examined = self.tracker.signature
+        modules = [(name, module) for name, module in self.model.named_modules() if _own(module)]
+        owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
+        for name, module in modules:
+            for key, parameter in _own(module).items():
+                owners.setdefault(id(parameter), []).append((name, module, key))
+        candidates: list[Candidate] = []
+        self._why_not = {}
+        taken: set[nn.Module] = set()
+        for name, module in modules:
+            rule, reason = self._rule_for(name, module)
+            sites: tuple[nn.Module, ...] = (module,)
+            if rule is not None:
+                sites, reason = self._sites(name, module, rule, owners)
+            if rule is not None and not reason and module not in taken:
+                taken.update(sites)
+                for part, parameters in rule.curvature.parts(module).items():
+                    label = f"{name}[{part}]" if part else name
+                    candidates.append(Candidate(label, module, part, parameters, sites, rule))
+            for key in _own(module):
+                self._why_not[_join(name, key)] = reason
+        self.candidates = tuple(candidates)
+
+    def _rule_for(self, name: str, module: nn.Module) -> tuple[BlockRule | None, str]:
+        """Return the first rule that supports a module, or the reasons of all."""
+        for pattern in self.exclude:
+            if within(name, pattern):
+                return None, f"excluded (exclude={pattern!r})"
+        reasons: dict[str, None] = {}
+        for rule in self.rules:
+            if not rule.allows(name):
+                continue
+            with attribute_errors("curvature", rule.curvature, f"on module {name!r}"):
+                reason = rule.curvature.unsupported(module)
+            if reason is None:
+                return rule, ""
+            reasons[reason] = None
+        return None, "; ".join(reasons) or "no block's layers= matches it"
+
+    def _sites(
+        self,
+        name: str,
+        module: nn.Module,
+        rule: BlockRule,
+        owners: Mapping[int, Sequence[tuple[str, nn.Module, str]]],
+    ) -> tuple[tuple[nn.Module, ...], str]:
+        """Return all modules with the same parameters, or why tied modules make no layer."""
+        own = _own(module)
+        others = [each for p in own.values() for each in owners[id(p)] if each[1] is not module]
+        names = {_join(other, key) for other, _, key in others}
+        for key, parameter in own.items():
+            again = (k for _, m, k in owners[id(parameter)] if m is module and k != key)
+            names |= {_join(name, k) for k in again}
+        if not names:
+            return (module,), ""
+        tied = f"tied: it shares a parameter with {', '.join(sorted(names))}"
+        mine = {key: id(parameter) for key, parameter in own.items()}
+        sites = dict.fromkeys([module, *(other for _, other, _ in others)])
+        for other in sites:
+            if mine != {key: id(p) for key, p in _own(other).items()}:
+                return (module,), tied
+        if len(set(mine.values())) < len(mine):
+            return (module,), tied
+        for other_name, other, _ in others:
+            if self._rule_for(other_name, other)[0] is not rule:
+                return (module,), tied
+            if not rule.curvature.same_call(module, other):
+                return (module,), f"{tied}, of a module with other settings"
+        order = {id(each): place for place, each in enumerate(self.model.modules())}
+        return tuple(sorted(sites, key=lambda site: order[id(site)])), ""
+
+    def layers(self, trained: Container[int]) -> list[tuple[CoveredLayer, BlockRule]]:
+        """Return the layers whose anchor is trained now, in the model's order, with their rules.
+
+        Args:
+            trained: Ids of the parameters that the optimizer trains.
+        """
+        self._examine()
+        found = []
+        for candidate in self.candidates:
+            names = tuple(
+                name
+                for name in candidate.parameters
+                if self._is_trained(candidate.module, name, trained)
+            )
+            if names and names[0] == candidate.parameters[0]:
+                layer = CoveredLayer(
+                    candidate.name,
+                    candidate.module,
+                    names,
+                    candidate.part,
+                    candidate.sites,
+                    tracker=self.tracker,
+                )
+                found.append((layer, candidate.rule))
         return found
 
-    def coverage(self, trained: Callable[[nn.Parameter], bool]) -> Coverage:
-        """The table, by what is trained now."""
-        block = {
-            _join(layer.name, key): layer.name
-            for layer in self.layers(trained)
+    def _is_trained(self, module: nn.Module, name: str, trained: Container[int]) -> bool:
+        parameter = self.tracker.at(module, name)
+        return parameter is not None and parameter.requires_grad and id(parameter) in trained
+
+    def coverage(self, trained: Container[int]) -> Coverage:
+        """Return the table, by what is trained now."""
+        self.tracker.look()
+        blocks = {
+            _join(layer.path, key): (layer.name, rule.label)
+            for layer, rule in self.layers(trained)
             for key in layer.parameters
+        }
+        anchors = {
+            _join(owner, key): candidate.parameters[0]
+            for candidate in self.candidates
+            for owner in [candidate.name.removesuffix(f"[{candidate.part}]")]
+            for key in candidate.parameters
         }
         rows = []
         for name, _ in self.model.named_parameters():
             owner, _, key = name.rpartition(".")
-            parameter = self.originals.at(self.model.get_submodule(owner), key)
+            parameter = self.tracker.at(self.model.get_submodule(owner), key)
             assert parameter is not None
-            wanted = parameter.requires_grad and trained(parameter)
-            if name in block:
+            wanted = parameter.requires_grad and id(parameter) in trained
+            if name in blocks:
                 reason = ""
             elif not parameter.requires_grad:
                 reason = "frozen (requires_grad is False)"
-            elif not trained(parameter):
+            elif id(parameter) not in trained:
                 reason = "not among the optimizer's parameters"
             else:
-                reason = self._why_not.get(name) or "the layer's weight is not trained"
+                reason = self._why_not.get(name) or f"the layer's {anchors[name]} is not trained"
             shape = () if isinstance(parameter, UninitializedParameter) else tuple(parameter.shape)
-            rows.append(Row(name, shape, block.get(name), reason, wanted))
+            block, stages = blocks.get(name, (None, ""))
+            rows.append(Row(name, shape, block, reason, wanted, stages))
         return Coverage(tuple(rows))
 
 
-def _within(name: str, pattern: str) -> bool:
-    parts = name.split(".")
-    return any(
-        fnmatch.fnmatchcase(".".join(parts[:end]), pattern) for end in range(1, len(parts) + 1)
-    )
+def _own(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: p for name, p in module._parameters.items() if p is not None}
+
+
+def _check_pattern(option: str, pattern: str, names: Iterable[str]) -> None:
+    """Check that a pattern matches a module.
+
+    Raises:
+        OptionError: It matches none.
+    """
+    names = [name for name in names if name]
+    if not any(within(name, pattern) for name in ["", *names]):
+        raise OptionError(
+            f"{option}={pattern!r} matches no module of the model.{near_names(pattern, names)} Its "
+            f"modules are: {', '.join(names[:12])}{' ...' if len(names) > 12 else ''}."
+        )
 
 
 def _join(module: str, parameter: str) -> str:

@@ -1,168 +1,195 @@
-"""Sums that travel while the user's backward pass runs: begun after the forward, and waited for in `step()`.
+"""Messages about curvature: sums that leave before `step()`, and preconditioned gradients.
 
-Where every rank made exactly one forward in the last step that took statistics, the same is expected of the next one. Then the sums leave
-right after the Fisher pass. A rank that makes no forward begins them in `step()`, with nothing to add; sums of further forwards follow in
-`step()` as usual. So what is begun, and with which names, is the same on all ranks whatever they do in between.
+Where every rank made exactly one forward in the last step that took statistics, the next step is
+expected to do the same. Its sums then leave right after the Fisher pass, and travel while the
+user's backward runs. A rank that makes no forward, or another one than expected, begins them in
+`step()`. Sums of further forwards follow in `step()`. So the messages that are begun, and their
+names, are the same on all ranks, whatever a rank does in between.
 
-The last bit of a sum depends on where in a message it lies. So messages are made up alike whether they leave early or not, and whatever
-was learnt when: a resumed run, which has yet to learn, does what the uninterrupted one does.
-
-Preconditioned gradients, from the ranks that hold a layer to all others.
+The last bit of a sum depends on its place in a message. Messages are therefore made up alike,
+whether they leave early or not, and whenever their specs were learned: a resumed run, which has yet
+to learn, does what the uninterrupted run does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
-from kfactk.distributed.communicator import Communicator, Members
+from kfactk.distributed.communicator import Communicator, Members, PendingReduction
 from kfactk.distributed.messages import PendingMessage
 from kfactk.distributed.packing import TensorSpec, buckets
+from kfactk.preconditioner.block import Block
 from kfactk.preconditioner.placement import BlockPlacement
-from kfactk.preconditioner.plan import Plan
-from kfactk.preconditioner.state import BlockState
+from kfactk.preconditioner.plan import BlockPlan
+from kfactk.preconditioner.planner import EMPTY, StepPlan
 from kfactk.samples import Statistic
 from kfactk.statistics import ReducedStatistic, split_key
 
+PRESENT = "present"
+"""Name of the flags, one a layer, by which a worker tells which layers it has a gradient for."""
+
 
 class OverlappedReduction:
-    """The early sums of one optimizer.
+    """The sums of one optimizer that leave before `step()`.
 
     Args:
-        ranks: Moves them.
-        wanted: For a name, the ranks that want its total.
+        communicator: Moves them.
+        placement: Says which ranks want a total.
     """
 
-    def __init__(self, ranks: Communicator, wanted: Callable[[str], Members]) -> None:
-        self._ranks, self._wanted = ranks, wanted
-        self._forms: dict[str, TensorSpec | None] = {}
+    def __init__(self, communicator: Communicator, placement: BlockPlacement) -> None:
+        self._communicator, self._placement = communicator, placement
+        self._specs: dict[str, TensorSpec | None] = {}
         self._device = torch.device("cpu")
+        self._plan = EMPTY
         self._expected = False
-        self._under_way: Callable[[], dict[str, ReducedStatistic]] | None = None
+        self._under_way: PendingReduction | None = None
 
     def learn(self, specs: Mapping[str, TensorSpec | None], device: torch.device) -> None:
-        """Take note of the names and forms that all ranks' sums had."""
-        self._forms.update(specs)
+        """Record the names and specs that all ranks' sums had."""
+        self._specs.update(specs)
         self._device = device
 
-    def expect(self, one_forward_each: bool) -> None:
-        """Whether, in the step just begun to end, every rank made one forward; the same on every rank."""
-        self._expected = one_forward_each
-        if one_forward_each:
-            self._ranks.stand_aside()
+    def expect_one_forward(self, expected: bool) -> None:
+        """Say whether every rank made one forward in this step; the same on every rank."""
+        self._expected = expected
+        if expected:
+            self._communicator.stand_aside()
 
-    def begin(self, plan: Plan, states: Mapping[str, BlockState]) -> None:
-        """Let this step's sums leave, if that is expected and has not happened; they are not pending any more."""
-        if not self._expected or self._under_way is not None or not self._knows(plan, states):
+    def prepare(self, plan: StepPlan) -> None:
+        """Take the plan that every rank makes of the next step, as the blocks are now."""
+        self._plan = plan
+
+    def begin(self, plan: StepPlan) -> None:
+        """After a forward: let its sums leave, if it gathered what every rank expects."""
+        if self._expected and plan.fingerprint() == self._plan.fingerprint():
+            self._begin()
+
+    def _begin(self) -> None:
+        expected = self._expected and self._under_way is None
+        if not expected or not self._knows_all():
             return
-        specs = {key: self._forms[key] for key in sorted(self._forms) if self._gathered(key, plan)}
+        plans = self._plan.named()
+        specs = {key: self._specs[key] for key in sorted(self._specs) if _gathered(key, plans)}
+        blocks = {block.name: block for block in self._plan.plans}
         sums: dict[str, Statistic] = {}
-        for key, form in specs.items():
+        for key, spec in specs.items():
             layer, rest = split_key(key)
-            states[layer].settle()
-            pending = states[layer].pending
-            if rest in pending and _fits(pending[rest], form):
-                sums[key] = pending.pop(rest)
-        self._under_way = self._ranks.begin(sums, specs, self._device, self._wanted, "sums")
-
-    def finish(self, plan: Plan, states: Mapping[str, BlockState]) -> dict[str, ReducedStatistic]:
-        """What has arrived by now; every rank calls it once a step, before anything else is agreed on."""
-        self.begin(plan, states)
-        under_way, self._under_way = self._under_way, None
-        return under_way() if under_way is not None else {}
-
-    def drop(self) -> None:
-        """Wait for what is under way, and forget it."""
-        under_way, self._under_way = self._under_way, None
-        if under_way is not None:
-            under_way()
-
-    def _knows(self, plan: Plan, states: Mapping[str, BlockState]) -> bool:
-        """Whether nothing would be left behind: of every layer that has run, the forms of what is gathered are known."""
-        known = {(layer, rest.partition(".")[0]) for layer, rest in map(split_key, self._forms)}
-        ready = {name: need for name, need in plan.needs.items() if states[name].ready}
-        return all(
-            ((name, "factor") in known or not (need.factors or need.inputs))
-            and ((name, "moment") in known or not need.scale or need.late)
-            for name, need in ready.items()
+            state = blocks[layer].state
+            state.commit()
+            if rest in state.pending and _fits(state.pending[rest], spec):
+                sums[key] = state.pending.pop(rest)
+        self._under_way = self._communicator.begin(
+            sums, specs, self._device, self._placement, "sums", aside=True
         )
 
-    @staticmethod
-    def _gathered(key: str, plan: Plan) -> bool:
-        layer, rest = split_key(key)
-        need = plan.needs.get(layer)
-        return need is not None and need.gathers(rest)
+    def finish(self, current: Collection[Block]) -> dict[str, ReducedStatistic]:
+        """Return what has arrived for these blocks; every rank calls it first in each step."""
+        if self._plan.due:
+            self._begin()
+        under_way, self._under_way = self._under_way, None
+        if under_way is None:
+            return {}
+        kept = {block.name for block in self._plan.plans if block in current}
+        return {key: each for key, each in under_way.wait().items() if split_key(key)[0] in kept}
+
+    def forget(self, layer: str) -> None:
+        """Drop the specs of a layer whose block was replaced."""
+        self._specs = {k: spec for k, spec in self._specs.items() if split_key(k)[0] != layer}
+
+    def drop(self) -> None:
+        """Wait for what is under way, and drop it."""
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.wait()
+        self._plan = EMPTY
+
+    def _knows_all(self) -> bool:
+        """Return whether the specs of all that is gathered are known, for blocks that have run."""
+        known = {(layer, rest.partition(".")[0]) for layer, rest in map(split_key, self._specs)}
+        for block, plan in self._plan.plans.items():
+            if not block.state.ready:
+                continue
+            if (plan.factors or plan.inputs) and (block.name, "factor") not in known:
+                return False
+            if plan.scale and not plan.late and (block.name, "moment") not in known:
+                return False
+        return True
 
 
-def _fits(statistic: Statistic, form: TensorSpec | None) -> bool:
-    """Whether it can travel in the place of that form: what has changed since follows in `step()`."""
+def _gathered(key: str, plans: Mapping[str, BlockPlan]) -> bool:
+    layer, rest = split_key(key)
+    return layer in plans and plans[layer].gathers(rest)
+
+
+def _fits(statistic: Statistic, spec: TensorSpec | None) -> bool:
+    """Return whether a sum can travel under this spec; one that cannot follows in `step()`."""
     if statistic.total is None:
         return True
     return (
-        form is not None
-        and tuple(statistic.total.shape) == form.shape
-        and statistic.total.dtype == form.dtype
-        and statistic.symmetric == form.symmetric
+        spec is not None
+        and tuple(statistic.total.shape) == spec.shape
+        and statistic.total.dtype == spec.dtype
+        and statistic.symmetric == spec.symmetric
     )
 
 
 def merged(
     early: Mapping[str, ReducedStatistic], late: Mapping[str, ReducedStatistic]
 ) -> dict[str, ReducedStatistic]:
-    """Both sums together, name by name."""
+    """Return both sums together, name by name."""
     found = dict(early)
     for name, other in late.items():
         one = found.get(name)
         if one is None:
             found[name] = other
-        else:
-            totals = [each.total for each in (one, other) if each.total is not None]
-            total = None if not totals else totals[0] if len(totals) == 1 else totals[0] + totals[1]
-            found[name] = ReducedStatistic(
-                total, one.count + other.count, one.exists or other.exists
-            )
+            continue
+        totals = [each.total for each in (one, other) if each.total is not None]
+        total = totals[0] + totals[1] if len(totals) == 2 else (totals[0] if totals else None)
+        found[name] = ReducedStatistic(total, one.count + other.count, one.exists or other.exists)
     return found
 
 
-PRESENT = "present"
-"""Name of the flags, one a layer, by which a holder tells which layers it has a gradient for."""
-
-
 def broadcast_gradients(
-    names: Sequence[str],
+    blocks: Sequence[Block],
     specs: Mapping[str, TensorSpec],
-    precondition: Callable[[str], Tensor | None],
-    places: BlockPlacement,
-    ranks: Communicator,
+    gradients: Mapping[str, Tensor],
+    placement: BlockPlacement,
+    communicator: Communicator,
     device: torch.device,
 ) -> dict[str, Tensor]:
-    """Precondition what this rank holds, and receive the rest.
+    """Precondition the gradients of this rank's blocks, and receive the rest.
 
-    Messages leave while the next layers are still being preconditioned. What is sent follows from the layers that are ready, never from
-    whose gradients are there.
+    Messages leave while the next blocks are still being preconditioned. What is sent follows from
+    the blocks that are ready, never from which gradients are there.
 
     Args:
-        names: The layers that are ready, the same on every rank.
-        specs: Of their gradients as matrices.
-        precondition: Gives a layer's preconditioned gradient; `None` where it has no gradient here.
-        places: Who holds what.
-        ranks: How it is moved.
-        device: Where it is wanted.
+        blocks: Those that are ready, the same on every rank.
+        specs: Specs of their gradients as matrices, by layer name.
+        gradients: By layer name.
+        placement: Who holds what.
+        communicator: Moves them.
+        device: Where they are wanted.
 
     Returns:
-        By layer name; layers without a gradient on their holder are left out.
+        Preconditioned gradients by layer name, without layers that have none on their worker.
     """
+    by_name = {block.name: block for block in blocks}
     found: dict[str, Tensor] = {}
     messages: list[tuple[list[str], list[PendingMessage]]] = []
-    for gradient_worker, members, run in _runs(names, specs, places, ranks):
+    for worker, members, run in _runs(list(by_name), specs, placement):
         mine: dict[str, Tensor] = {}
-        if gradient_worker == ranks.rank:
-            mine = {name: tensor for name in run if (tensor := precondition(name)) is not None}
+        if worker == communicator.rank:
+            given = [name for name in run if name in gradients]
+            mine = {name: by_name[name].solve(gradients[name]) for name in given}
             found |= mine
-        if len(members) > 1 and ranks.rank in members:
-            messages.append((run, _sent(run, specs, mine, gradient_worker, members, ranks, device)))
+        if len(members) > 1 and communicator.rank in members:
+            these = {name: specs[name] for name in run}
+            sent = _send(these, mine, worker, members, communicator, device)
+            messages.append((run, sent))
     for run, pending in messages:
         arrived: dict[str, Tensor] = {}
         for message in pending:
@@ -173,53 +200,42 @@ def broadcast_gradients(
 
 
 def _runs(
-    names: Sequence[str],
-    specs: Mapping[str, TensorSpec],
-    places: BlockPlacement,
-    ranks: Communicator,
+    names: Sequence[str], specs: Mapping[str, TensorSpec], placement: BlockPlacement
 ) -> list[tuple[int, Members, list[str]]]:
-    """Messages in the order in which every rank sends them: the first bucket of each holder, then the second of each."""
+    """Return messages in the order in which every rank sends them.
+
+    The first bucket of each worker comes first, then the second bucket of each.
+    """
     routes: dict[tuple[int, Members], dict[str, TensorSpec]] = {}
     for name in names:
-        share = places.share(name)
-        for gradient_worker in share.gradient_workers:
-            routes.setdefault((gradient_worker, places.receivers(share, gradient_worker)), {})[
-                name
-            ] = specs[name]
-    runs = [
-        (number, route, run)
-        for route, these in routes.items()
-        for number, run in enumerate(buckets(these))
-    ]
-    return [
-        (gradient_worker, members, run)
-        for _, (gradient_worker, members), run in sorted(runs, key=lambda each: (each[0], each[1]))
-    ]
+        share = placement.share(name)
+        for worker in share.gradient_workers:
+            route = worker, placement.receivers(share, worker)
+            routes.setdefault(route, {})[name] = specs[name]
+    runs = []
+    for route, these in routes.items():
+        runs += [(number, route, run) for number, run in enumerate(buckets(these))]
+    runs.sort(key=lambda each: (each[0], each[1]))
+    return [(worker, members, run) for _, (worker, members), run in runs]
 
 
-def _sent(
-    run: Sequence[str],
+def _send(
     specs: Mapping[str, TensorSpec],
     mine: Mapping[str, Tensor],
-    gradient_worker: int,
+    worker: int,
     members: Members,
-    ranks: Communicator,
+    communicator: Communicator,
     device: torch.device,
 ) -> list[PendingMessage]:
-    these = {name: specs[name] for name in run}
-    flags = torch.tensor(
-        [float(name in mine) for name in run], dtype=specs[run[0]].dtype, device=device
-    )
+    """Send one bucket, with flags for the layers that have a gradient."""
+    dtype = next(iter(specs.values())).dtype
+    flags = torch.tensor([float(name in mine) for name in specs], dtype=dtype, device=device)
     given: dict[str, Tensor] = {}
-    if gradient_worker == ranks.rank:
+    if worker == communicator.rank:
         given = {
-            name: mine[name] if name in mine else specs[name].blank(device).zero_() for name in run
-        } | {PRESENT: flags}
-    return ranks.send(
-        given,
-        these | {PRESENT: TensorSpec.of(flags)},
-        gradient_worker,
-        members,
-        "gradients",
-        device,
-    )
+            name: mine[name] if name in mine else spec.blank(device).zero_()
+            for name, spec in specs.items()
+        }
+        given[PRESENT] = flags
+    all_specs = {**specs, PRESENT: TensorSpec.of(flags)}
+    return communicator.send(given, all_specs, worker, members, "gradients", device)

@@ -1,8 +1,9 @@
-"""Which parameter is meant where a wrapper puts another one in its place.
+"""Which parameter is meant where a wrapper has put another one in its place.
 
-`fully_shard` replaces each parameter by its sharded form, once and for all, and during a forward puts a gathered form in the place of
-that: until the module's forward is over, until its backward is, or until the next forward, as it was told. Parameters made on the meta
-device are replaced by real ones. The parameter that an optimizer trains, and whose `.grad` counts, is the sharded or real one throughout.
+`fully_shard` replaces each parameter by its sharded form for good. During a forward it puts a
+gathered form in that place: until the module's forward ends, until its backward ends, or until the
+next forward. A parameter on the meta device is replaced by a real one. An optimizer trains the
+sharded or real parameter throughout, and reads the `.grad` of that one.
 """
 
 from __future__ import annotations
@@ -19,89 +20,101 @@ from kfactk.errors import KfactkError
 
 
 class ParameterTracker:
-    """The parameters that are meant at the places of one model, as they were last seen there.
+    """The trained parameters of one model, by the place where they were last seen.
 
     Args:
         model: The model.
 
+    Attributes:
+        signature: Ids of all modules and parameters; it changes when the model's structure does.
+
     Example:
         >>> model = nn.Linear(2, 2, device="meta")
-        >>> originals = ParameterTracker(model)
+        >>> tracker = ParameterTracker(model)
         >>> made = model.to_empty(device="cpu")
-        >>> [(old.device.type, new.device.type) for old, new in originals.look()]
+        >>> [(old.device.type, new.device.type) for old, new in tracker.look()]
         [('meta', 'cpu'), ('meta', 'cpu')]
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
+        self.signature: tuple[int, ...] = ()
         self._known: dict[tuple[nn.Module, str], nn.Parameter] = {}
         self._seen: list[list[nn.Parameter]] = []
         self.look()
 
     def look(self) -> list[tuple[nn.Parameter, nn.Parameter]]:
-        """Look at all places again, and tell what was replaced for good by another form of the same: old and new."""
+        """Look at all places again.
+
+        Returns:
+            The old and the new parameter of each place where another form of the same parameter
+            has come for good.
+        """
         replaced, known_at = [], self._known
         modules = _modules(self._model)
         self._divided = _divided(modules)
+        signature: list[int] = []
         for module in modules:
+            signature.append(id(module))
             for name, here in module._parameters.items():
+                if here is None:
+                    signature.append(0)
+                    continue
                 known = known_at.get((module, name))
-                if (
-                    here is known
-                    or here is None
-                    or (known is not None and self._stands_in(here, known))
-                ):
+                if here is known or (known is not None and self._stands_in(here, known)):
+                    signature.append(id(known))
                     continue
                 if known is not None and self._succeeds(here, known):
                     replaced.append((known, here))
                 known_at[module, name] = here
+                signature.append(id(here))
+        if tuple(signature) != self.signature:
+            there = set(modules)
+            self._known = {place: p for place, p in known_at.items() if place[0] in there}
+            self.signature = tuple(signature)
         return replaced
 
     def follow(self, groups: Sequence[dict[str, Any]], state: Mapping[Any, Any]) -> None:
-        """Keep parameter groups and model together: what was replaced in the one, for good, is replaced in the other.
+        """Keep parameter groups and model together: a parameter replaced in one is in the other.
 
         Args:
             groups: Parameter groups of an optimizer, the same ones each time.
             state: What the update rule keeps, by parameter.
 
         Raises:
-            KfactkError: What was replaced has a state already.
+            KfactkError: A replaced parameter has a state already.
         """
         for before, group in zip(self._seen, groups, strict=False):
             for old, new in zip(before, group["params"], strict=False):
                 if old is not new and _alike(old, new):
-                    self._known.update(
-                        {place: new for place, known in self._known.items() if known is old}
-                    )
+                    places = [place for place, known in self._known.items() if known is old]
+                    self._known.update(dict.fromkeys(places, new))
         replaced = {id(old): new for old, new in self.look()}
         for group in groups if replaced else ():
-            if any(
-                id(parameter) in replaced and parameter in state for parameter in group["params"]
-            ):
+            if any(id(p) in replaced and p in state for p in group["params"]):
                 raise KfactkError(
-                    "parameters were replaced (by fully_shard, say) after the optimizer's first step, and its state is that of the old "
-                    "ones. Shard the model before training; or save state_dict(), shard, bind anew and load it through "
+                    "parameters were replaced (by fully_shard, say) after the optimizer's first "
+                    "step, and its state belongs to the old ones. Shard the model before training. "
+                    "Or save state_dict(), shard, bind anew, and load it through "
                     "torch.distributed.checkpoint.state_dict."
                 )
-            group["params"][:] = [
-                replaced.get(id(parameter), parameter) for parameter in group["params"]
-            ]
+            group["params"][:] = [replaced.get(id(p), p) for p in group["params"]]
         self._seen = [list(group["params"]) for group in groups]
 
     def at(self, module: nn.Module, name: str) -> nn.Parameter | None:
-        """The parameter that is meant at one place."""
+        """Return the trained parameter that is meant at one place."""
         here = module._parameters.get(name)
         if not self._divided:
             return here
         known = self._known.get((module, name))
-        return (
-            known
-            if here is not None and known is not None and self._stands_in(here, known)
-            else here
-        )
+        stands_in = here is not None and known is not None and self._stands_in(here, known)
+        return known if stands_in else here
 
     def _stands_in(self, here: nn.Parameter, known: nn.Parameter) -> bool:
-        """Whether `here` is there for a while only: a gathered form of `known`, or of its sharded form that has not been seen yet."""
+        """Return whether `here` is there for a while only.
+
+        It is a gathered form of `known`, or of its sharded form that has not been seen yet.
+        """
         return (
             self._divided
             and here is not known
@@ -110,14 +123,14 @@ class ParameterTracker:
         )
 
     def _succeeds(self, new: nn.Parameter, old: nn.Parameter) -> bool:
-        """Whether `new` is `old` sharded or made real."""
+        """Return whether `new` is `old` after sharding, or made real."""
         sharded = is_sharded(new)
         made_real = old.is_meta and not new.is_meta and (sharded or not self._divided)
         return _alike(new, old) and (made_real or (sharded and not is_sharded(old)))
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:
-    """What `model.modules()` gives, in another order and in a fraction of the time: it is asked for at every step."""
+    """Return the modules in a fixed order, faster than `model.modules()`: each step asks."""
     found: dict[nn.Module, None] = {}
     stack: list[nn.Module | None] = [model]
     while stack:
@@ -129,14 +142,11 @@ def _modules(model: nn.Module) -> list[nn.Module]:
 
 
 def _divided(modules: Sequence[nn.Module]) -> bool:
-    """Whether `fully_shard` has had a hand in one of these."""
-    module = sys.modules.get("torch.distributed.fsdp")
-    return module is not None and any(isinstance(each, module.FSDPModule) for each in modules)
+    """Return whether `fully_shard` was applied to one of the modules."""
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    return fsdp is not None and any(isinstance(module, fsdp.FSDPModule) for module in modules)
 
 
 def _alike(one: nn.Parameter, other: nn.Parameter) -> bool:
-    return (
-        not isinstance(one, UninitializedParameter)
-        and not isinstance(other, UninitializedParameter)
-        and one.shape == other.shape
-    )
+    lazy = isinstance(one, UninitializedParameter) or isinstance(other, UninitializedParameter)
+    return not lazy and one.shape == other.shape

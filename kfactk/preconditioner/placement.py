@@ -1,15 +1,19 @@
-"""The placement's answer as one rank sees it: what it keeps, what it holds, and whom it hears from."""
+"""The placement's answer as one rank sees it: what it keeps, holds and receives."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import torch
 
 from kfactk.assignment import Assignment, Share, Work, Workload
 from kfactk.distributed.communicator import Communicator, Members
 from kfactk.errors import KfactkError, PluginError, StateError
-from kfactk.preconditioner.block import Blocks
-from kfactk.stages import Layer, Placement
+from kfactk.preconditioner.block import Block
+from kfactk.preconditioner.schedule import UpdateSchedule
+from kfactk.samples import working_dtype
+from kfactk.stages import Placement
 from kfactk.statistics import split_key
 from kfactk.validation import attribute_errors, stage_label
 
@@ -17,210 +21,196 @@ ALONE = Assignment("alone", {}, "one process does everything")
 
 
 class BlockPlacement:
-    """Who does what, decided once and extended when layers appear that had no place yet.
+    """Which rank does what: decided once, and extended when new blocks appear.
 
     Args:
         placement: The stage.
-        ranks: The ranks that there are.
-        blocks: Tell a layer's work.
-        workload: Completes works to a workload.
+        communicator: The ranks that there are.
+        schedule: Tells how often work comes.
     """
 
     def __init__(
-        self,
-        placement: Placement,
-        ranks: Communicator,
-        blocks: Blocks,
-        workload: Callable[..., Workload],
+        self, placement: Placement, communicator: Communicator, schedule: UpdateSchedule
     ) -> None:
-        self._placement, self._ranks, self._blocks, self._workload = (
-            placement,
-            ranks,
-            blocks,
-            workload,
-        )
+        self._placement, self._communicator = placement, communicator
+        self._schedule = schedule
         self._works: dict[str, Work] = {}
         self.assignment = ALONE
 
-    def extend(self, layers: Sequence[Layer]) -> None:
-        """Give a place to the layers that have none; a collective call where there is one."""
-        if self._ranks.size == 1 or all(layer.name in self.assignment.shares for layer in layers):
+    def knows(self, layer: str) -> bool:
+        """Return whether a layer has a place."""
+        return self._communicator.size == 1 or layer in self.assignment.shares
+
+    def extend(self, blocks: Sequence[Block]) -> None:
+        """Place the blocks that have no place; a collective call where there is one."""
+        new = [block for block in blocks if not self.knows(block.name)]
+        if not new:
             return
-        new = [layer for layer in layers if layer.name not in self.assignment.shares]
-        workload = self._workload(tuple(self._blocks.work(layer) for layer in new))
-        if not self._ranks.same(repr(workload.works)):
+        workload = self._workload(new)
+        if not self._communicator.same(repr(workload.works)):
             raise StateError(
-                "ranks disagree on the layers of the model: their names or shapes differ. Each rank must hold the same model, bound in the "
-                "same way, with the same parameters trained. Where memory is short, divide the model by fully_shard."
+                "ranks disagree on the layers of the model: their names or shapes differ. Each "
+                "rank must hold the same model, bound in the same way, with the same parameters "
+                "trained. Where memory is short, divide the model by fully_shard."
             )
         found = self._answer(workload)
         reason = found.reason if self.assignment is ALONE else self.assignment.reason
         self._works |= {work.layer: work for work in workload.works}
-        self.assignment = Assignment(
-            found.strategy, {**self.assignment.shares, **found.shares}, reason
-        )
-        self._ranks.prepare(
+        shares = {**self.assignment.shares, **found.shares}
+        self.assignment = Assignment(found.strategy, shares, reason)
+        self._communicator.prepare(
             group for share in found.shares.values() for group in self._groups(share)
         )
 
+    def _workload(self, blocks: Sequence[Block]) -> Workload:
+        anchors = [block.layer.anchor for block in blocks]
+        sizes = [working_dtype(anchor.dtype).itemsize for anchor in anchors]
+        return Workload(
+            tuple(block.work() for block in blocks),
+            *self._schedule.periods(0),
+            sampled=any(block.sampled for block in blocks),
+            itemsize=max(sizes, default=4),
+            device=next((anchor.device.type for anchor in anchors), "cpu"),
+        )
+
     def _answer(self, workload: Workload) -> Assignment:
-        """What the placement says, if it says the same on every rank; a collective call."""
-        found, fault = ALONE, None
+        """Return the stage's answer, where it is the same on every rank; a collective call."""
+        found, fault, size = ALONE, None, self._communicator.size
         try:
             with attribute_errors("placement", self._placement, "dividing the work"):
-                found = self._placement.assign(workload, self._ranks.size).check(
-                    workload, self._ranks.size
-                )
+                found = self._placement.assign(workload, size).check(workload, size)
         except KfactkError as error:
             fault = error
         told = sorted(
             (name, sorted(share.inverse_workers.items()), share.gradient_workers)
             for name, share in found.shares.items()
         )
-        same = self._ranks.same(repr(told) if fault is None else str(fault))
+        same = self._communicator.same(repr(told) if fault is None else str(fault))
         if fault is not None:
             raise fault
         if not same:
             raise PluginError(
-                f"{stage_label('placement', self._placement)} divided the same work otherwise on another rank, where its answer may depend on "
-                "its arguments alone: give each rank the same options; else report it to its authors, or use another placement."
+                f"{stage_label('placement', self._placement)} divided the same work differently on "
+                "another rank. Its answer may depend on its arguments alone. Give each rank the "
+                "same options; else report it to its authors, or use another placement."
             )
         return found
 
     def _groups(self, share: Share) -> list[Members]:
-        """The groups that messages about one layer travel in."""
-        outside = tuple(rank for rank in self._ranks.everyone if rank not in share.gradient_workers)
-        inverse_workers = share.inverse_workers.values()
-        carried = [
-            _union([found[:1], share.gradient_workers])
-            for found in inverse_workers
-            if len(found) < self._ranks.size
-        ]
-        heard = [
-            self.receivers(share, gradient_worker) for gradient_worker in share.gradient_workers
-        ]
-        return [
-            *inverse_workers,
-            share.gradient_workers,
-            *carried,
-            *heard,
-            _union([share.gradient_workers[:1], outside]),
-        ]
+        """Return the groups of ranks that messages about one layer travel in."""
+        everyone, workers = self._communicator.everyone, share.gradient_workers
+        outside = tuple(rank for rank in everyone if rank not in workers)
+        inverse = list(share.inverse_workers.values())
+        carried = [_union([ranks[:1], workers]) for ranks in inverse if len(ranks) < len(everyone)]
+        heard = [self.receivers(share, worker) for worker in workers]
+        return [*inverse, workers, *carried, *heard, _union([workers[:1], outside])]
 
     def summary(self) -> dict[str, Any]:
-        """What was decided, for the record; nothing when alone."""
+        """Return what was decided, for the record; nothing in a single process."""
         found = self.assignment
-        return (
-            {}
-            if found is ALONE
-            else {
-                "assignment": {
-                    "strategy": found.strategy,
-                    "ranks": self._ranks.size,
-                    "reason": found.reason,
-                }
-            }
-        )
+        if found is ALONE:
+            return {}
+        ranks = self._communicator.size
+        told = {"strategy": found.strategy, "ranks": ranks, "reason": found.reason}
+        return {"assignment": told}
 
     def shapes(self, layer: str) -> Mapping[str, tuple[int, ...]]:
-        """Shapes of a layer's matrices."""
+        """Return the shapes of a layer's matrices."""
         return self._works[layer].matrices
 
     def gradient(self, layer: str) -> tuple[int, ...]:
-        """Shape of a layer's gradient as a matrix."""
+        """Return the shape of a layer's gradient as a matrix."""
         return self._works[layer].gradient
 
     def share(self, layer: str) -> Share:
-        """Who shares a layer's work."""
+        """Return who shares a layer's work."""
         return self.assignment.shares[layer]
 
     def factor_workers(self, layer: str, factor: str) -> Members:
-        """The ranks that keep one averaged statistic: those that decompose the matrix of its name, or any of them."""
-        if self._ranks.size == 1:
+        """Return the ranks that keep one averaged factor.
+
+        They are those that decompose the matrix of its name, or any matrix of the layer.
+        """
+        if self._communicator.size == 1:
             return (0,)
-        inverse_workers = self.share(layer).inverse_workers
-        return (
-            inverse_workers[factor]
-            if factor in inverse_workers
-            else _union(inverse_workers.values())
-        )
+        workers = self.share(layer).inverse_workers
+        return workers[factor] if factor in workers else _union(workers.values())
 
     def wanted(self, key: str) -> Members:
-        """The ranks that want a sum, by its name: those that keep a factor, or hold moments."""
+        """Return the ranks that want a sum: those that keep the factor, or use the moments."""
         layer, rest = split_key(key)
         kind, _, name = rest.partition(".")
-        return (
-            self.factor_workers(layer, name) if kind == "factor" else self.gradient_workers(layer)
-        )
+        if kind == "factor":
+            return self.factor_workers(layer, name)
+        return self.gradient_workers(layer)
 
-    def decomposed_here(self, layer: str) -> frozenset[str]:
-        """The matrices of a layer that this rank decomposes."""
-        if self._ranks.size == 1:
-            return self._blocks.basis.requires
-        return frozenset(
-            name
-            for name, ranks in self.share(layer).inverse_workers.items()
-            if self._ranks.rank in ranks
-        )
+    def decomposed_here(self, block: Block) -> frozenset[str]:
+        """Return the matrices of a block that this rank decomposes."""
+        if self._communicator.size == 1:
+            return block.basis.requires
+        rank, workers = self._communicator.rank, self.share(block.name).inverse_workers
+        return frozenset(name for name, ranks in workers.items() if rank in ranks)
 
     def gradient_workers(self, layer: str) -> Members:
-        """The ranks that precondition a layer's gradient."""
-        return (0,) if self._ranks.size == 1 else self.share(layer).gradient_workers
+        """Return the ranks that precondition a layer's gradient."""
+        return (0,) if self._communicator.size == 1 else self.share(layer).gradient_workers
 
     def holds(self, layer: str) -> bool:
-        """Whether this rank does."""
-        return self._ranks.size == 1 or self._ranks.rank in self.share(layer).gradient_workers
+        """Return whether this rank preconditions a layer's gradient."""
+        return self._communicator.rank in self.gradient_workers(layer)
 
     def everywhere(self, layer: str) -> bool:
-        """Whether every rank does."""
-        size = self._ranks.size
-        return size == 1 or len(self.share(layer).gradient_workers) == size
+        """Return whether every rank preconditions a layer's gradient; a new layer's is not."""
+        size = self._communicator.size
+        return size == 1 or (self.knows(layer) and len(self.gradient_workers(layer)) == size)
 
     def divided(self, layer: str) -> bool:
-        """Whether decompositions of a layer have to travel, or can fail on one rank alone."""
-        return self._ranks.size > 1 and any(
-            len(ranks) < self._ranks.size for ranks in self.share(layer).inverse_workers.values()
-        )
+        """Return whether decompositions of a layer travel, or can fail on one rank alone."""
+        size = self._communicator.size
+        if size == 1:
+            return False
+        return any(len(ranks) < size for ranks in self.share(layer).inverse_workers.values())
 
     def apart(self, layer: str) -> bool:
-        """Whether different ranks decompose a layer's matrices."""
-        return self._ranks.size > 1 and len(set(self.share(layer).inverse_workers.values())) > 1
+        """Return whether different ranks decompose a layer's matrices."""
+        if self._communicator.size == 1:
+            return False
+        return len(set(self.share(layer).inverse_workers.values())) > 1
 
-    def receivers(self, share: Share, gradient_worker: int) -> Members:
-        """A holder and the ranks that it gives preconditioned gradients to."""
-        others = (
-            rank
-            for rank in self._ranks.everyone
-            if rank not in share.gradient_workers and share.source(rank) == gradient_worker
-        )
-        return tuple(sorted({gradient_worker, *others}))
+    def receivers(self, share: Share, worker: int) -> Members:
+        """Return a gradient worker and the ranks it sends preconditioned gradients to."""
+        outside = (r for r in self._communicator.everyone if r not in share.gradient_workers)
+        return tuple(sorted({worker, *(rank for rank in outside if share.source(rank) == worker)}))
 
     def routes(
         self, layer: str, *, refreshed: bool, visiting: bool
     ) -> dict[str, tuple[int, Members]]:
-        """For each matrix whose decomposition travels: its source, and all that take part.
+        """Return, for each matrix whose decomposition travels, its source and all that take part.
 
         Args:
             layer: The layer.
-            refreshed: Whether it was just decomposed, and lies with its decomposers; otherwise it lies with the holders.
-            visiting: Whether every rank is to see it, for samples of its own.
+            refreshed: Whether it was just decomposed. Its decomposition is then on its inverse
+                workers, otherwise on its gradient workers.
+            visiting: Whether every rank needs it, for samples of its own.
         """
-        if self._ranks.size == 1:
+        if self._communicator.size == 1:
             return {}
         share, found = self.share(layer), {}
-        for name, inverse_workers in share.inverse_workers.items():
-            if refreshed and len(inverse_workers) == self._ranks.size:
+        everyone, workers = self._communicator.everyone, share.gradient_workers
+        for name, inverse in share.inverse_workers.items():
+            if refreshed and len(inverse) == len(everyone):
                 continue
-            source = inverse_workers[0] if refreshed else share.gradient_workers[0]
-            outside = [
-                rank
-                for rank in self._ranks.everyone
-                if refreshed or rank not in share.gradient_workers
-            ]
-            members = tuple(sorted({source, *(outside if visiting else share.gradient_workers)}))
+            source = inverse[0] if refreshed else workers[0]
+            outside = [rank for rank in everyone if refreshed or rank not in workers]
+            members = tuple(sorted({source, *(outside if visiting else workers)}))
             if len(members) > 1:
                 found[name] = source, members
         return found
+
+
+def device_of(blocks: Iterable[Block]) -> torch.device:
+    """Return the device of the first block's parameters; the CPU without blocks."""
+    return next((block.layer.anchor.device for block in blocks), torch.device("cpu"))
 
 
 def _union(groups: Iterable[Members]) -> Members:

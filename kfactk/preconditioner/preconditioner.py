@@ -1,473 +1,497 @@
-"""The flow of all layers: uses to samples, to factors, to decompositions and moments, to preconditioned gradients."""
+"""`Preconditioner`: all blocks of one model, through the forwards and the end of each step."""
 
 from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kfactk.assignment import Work, Workload
 from kfactk.distributed.communicator import Communicator
 from kfactk.distributed.packing import TensorSpec
-from kfactk.errors import CaptureError, KfactkWarning
-from kfactk.preconditioner.block import Blocks, diagonals
+from kfactk.errors import CaptureError, CombinationError, KfactkWarning
+from kfactk.preconditioner.block import Block
 from kfactk.preconditioner.coverage import CoveredLayer, ModelSurvey
 from kfactk.preconditioner.exchange import OverlappedReduction, broadcast_gradients
-from kfactk.preconditioner.fitting import checked_state
-from kfactk.preconditioner.placement import BlockPlacement
-from kfactk.preconditioner.plan import BlockPlan, Plan, Planner
-from kfactk.preconditioner.refresh import Damping, Refresh
+from kfactk.preconditioner.placement import BlockPlacement, device_of
+from kfactk.preconditioner.plan import BlockPlan
+from kfactk.preconditioner.planner import EMPTY, Planner
+from kfactk.preconditioner.refresh import Refresh
+from kfactk.preconditioner.rules import BlockRule
 from kfactk.preconditioner.schedule import UpdateSchedule
-from kfactk.preconditioner.state import BlockState
-from kfactk.samples import LayerCall, Samples, Statistic, working_dtype
-from kfactk.stages import Basis, Curvature, Layer, Operator, Placement
-from kfactk.statistics import ReducedStatistic, RunningMean, add_sums, drop_nonfinite, local_means
+from kfactk.preconditioner.state import READY, BlockState, part_of
+from kfactk.samples import LayerCall, working_dtype
+from kfactk.stages import Layer, Placement
+from kfactk.statistics import ReducedStatistic, drop_nonfinite, local_means
+from kfactk.timing import StageTimer
 from kfactk.validation import input_modified_message, missing_samples_message
 
 
 class Preconditioner:
-    """Curvature, basis and placement at work on the layers of one model.
+    """The blocks of one model.
+
+    In a forward: `plan_forward`, then `accumulate` for each layer. In a step, inside `within_step`:
+    `check`, `refresh`, `measure_gradients`, `precondition`, `finish`.
 
     Args:
         model: The model.
-        curvature: Its stage.
-        basis: Its stage.
-        placement: Its stage.
-        calendar: What is due when.
-        factor_decay: Decay epsilon of the factors' running means, in [0, 1].
+        rules: Which stages treat which layers.
+        placement: The placement stage.
+        schedule: What is due when.
+        factor_decay: Decay of the factors' running means, in [0, 1].
         exclude: Patterns of names of layers to leave alone.
-        trained: Tells whether a parameter is among those the optimizer trains.
-        timed: Gives a context that times a stage.
+        trained: Ids of the parameters that the optimizer trains; the caller keeps it current.
+        timer: Times the stages.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        curvature: Curvature,
-        basis: Basis,
+        rules: Sequence[BlockRule],
         placement: Placement,
         *,
-        calendar: UpdateSchedule,
+        schedule: UpdateSchedule,
         factor_decay: float,
+        trained: Container[int],
         exclude: Sequence[str] = (),
-        trained: Callable[[nn.Parameter], bool],
-        timed: Callable[[str], AbstractContextManager[None]],
+        timer: StageTimer | None = None,
     ) -> None:
-        self.curvature, self.basis = curvature, basis
-        self.blocks = Blocks(curvature, basis)
-        self.ranks = Communicator(placement.process_group, placement.wire_dtype)
-        self.places = BlockPlacement(placement, self.ranks, self.blocks, self._workload)
-        self._agenda = Planner(calendar, self.blocks, self.places)
-        self._early = OverlappedReduction(self.ranks, self.places.wanted)
-        self._refresh = Refresh(
-            self.blocks,
-            self.places,
-            self.ranks,
-            self._early,
-            factor_decay,
-            timed,
-            self._not_decomposed,
-        )
-        self._arrived: dict[str, ReducedStatistic] = {}
-        self.survey = ModelSurvey(model, curvature, exclude)
-        self.states: dict[str, BlockState] = {}
+        self.timer = StageTimer() if timer is None else timer
+        self.communicator = Communicator(placement.process_group, placement.wire_dtype)
+        self.placement = BlockPlacement(placement, self.communicator, schedule)
+        self.overlapped = OverlappedReduction(self.communicator, self.placement)
+        self.survey = ModelSurvey(model, rules, exclude)
         self.skipped_batches = 0
         self.failed_decompositions = 0
-        self._trained, self._timed = trained, timed
+        self._planner = Planner(schedule, self.placement)
+        self._refresh = Refresh(
+            self.placement, self.communicator, self.overlapped, self.timer, factor_decay
+        )
+        self._trained = trained
+        self._blocks: dict[str, Block] = {}
+        self._changed_blocks: dict[str, Block] = {}
+        self._followed: dict[Layer, tuple[Block, BlockPlan]] = {}
+        self._within: list[Block] | None = None
+        self._plan = EMPTY
+        self._planned: tuple[int, list[Block]] | None = None
+        self._arrived: Mapping[str, ReducedStatistic] = {}
         self._num_terms: list[Tensor | float] = []
         self._examples = 0
-        self._plan: Plan | None = None
-        self._unseen: list[str] = []
+        self._unseen: list[Block] = []
         self._warned: set[str] = set()
-        self._within: tuple[list[CoveredLayer], list[CoveredLayer]] | None = None
-        self._foreseen: tuple[object, Plan] | None = None
-        self._flat: dict[str, dict[str, Tensor]] = {}
-        self._operators: dict[str, tuple[float, Operator]] = {}
+
+    @property
+    def rank(self) -> int:
+        """This process's rank."""
+        return self.communicator.rank
+
+    # ---------------------------------------------------------------------------------- blocks
+
+    def blocks(self) -> list[Block]:
+        """Return the blocks of the layers that are covered now, in the model's order."""
+        return self._look() if self._within is None else self._within
+
+    def _look(self) -> list[Block]:
+        """Follow the model: find or make the block of each layer that is covered now.
+
+        A layer whose parameters or modules have changed gets a new block. Between steps the new
+        block stands beside the old one, since a layer may change for one forward only. In a step
+        it takes its place.
+        """
+        found = []
+        for layer, rule in self.survey.layers(self._trained):
+            block = self._blocks.get(layer.name) or self._renamed(layer)
+            if block is None:
+                block = self._blocks[layer.name] = self._made(layer, rule)
+            elif not layer.same(block.layer) or block.curvature is not rule.curvature:
+                other = self._changed_blocks.get(layer.name)
+                if other is None or not layer.same(other.layer):
+                    other = self._changed_blocks[layer.name] = self._made(layer, rule)
+                block = other
+            found.append(block)
+        return found
+
+    def _made(self, layer: Layer, rule: BlockRule) -> Block:
+        return Block(layer, rule.curvature, rule.basis, self.timer)
+
+    def _renamed(self, layer: CoveredLayer) -> Block | None:
+        """Return the block of a layer whose path in the model has changed."""
+        for name, block in self._blocks.items():
+            if layer.same(block.layer):
+                del self._blocks[name]
+                block.layer = layer
+                block.invalidate()
+                self._blocks[layer.name] = block
+                return block
+        return None
 
     @contextlib.contextmanager
-    def within_step(self) -> Iterator[None]:
-        """Around a step, in which the covered layers and their parameters stay the same: they are looked at once."""
-        layers = self._look()
-        self._within = layers, [layer.hold() for layer in layers]
+    def within_step(self, groups: Mapping[int, Mapping[str, Any]]) -> Iterator[None]:
+        """Surround a step, in which layers and parameters stay the same: look at them once.
+
+        Args:
+            groups: The parameter group of each trained parameter, by id; they hold the damping.
+        """
+        blocks = self._look()
+        for block in blocks:
+            if self._blocks[block.name] is not block:
+                self._blocks[block.name] = block
+                self.overlapped.forget(block.name)
+        self._changed_blocks.clear()
+        layers = [block.layer for block in blocks]
+        for block, layer in zip(blocks, layers, strict=True):
+            assert isinstance(layer, CoveredLayer)
+            block.layer = layer.hold()
+            block.damping = float(groups[id(block.layer.anchor)]["damping"])
+        self._within = blocks
         try:
             yield
         finally:
             self._within = None
+            for block, layer in zip(blocks, layers, strict=True):
+                block.layer = layer
 
-    def layers(self) -> Sequence[Layer]:
-        """The layers covered now. State whose parameters have changed (a bias frozen, say) is dropped."""
-        return self._look() if self._within is None else self._within[1]
+    def _prune(self) -> None:
+        """Drop blocks whose layer is no longer part of the model."""
+        known = {candidate.name for candidate in self.survey.candidates}
+        for name in [name for name in self._blocks if name not in known]:
+            del self._blocks[name]
 
-    def _look(self) -> list[CoveredLayer]:
-        layers = self.survey.layers(self._trained)
-        for layer in layers:
-            state = self.states.get(layer.name)
-            if state is None or state.parameters != layer.parameters:
-                self.states[layer.name] = BlockState(layer.parameters)
-                self._changed(layer.name)
-        return layers
+    # -------------------------------------------------------------------------------- forwards
 
-    def flat(self, layer: str) -> dict[str, Tensor]:
-        """What lasts of a layer's state, under flat keys; the same tensors until they change."""
-        if layer not in self._flat:
-            self._flat[layer] = self.states[layer].flat()
-        return self._flat[layer]
+    def plan_forward(self, step: int) -> list[Layer] | None:
+        """Return the layers to follow in a forward that begins now.
 
-    def _changed(self, *layers: str) -> None:
-        """Forget what was made of the states of these layers."""
-        for name in layers:
-            self._flat.pop(name, None)
-            self._operators.pop(name, None)
+        Returns:
+            `None` where the forward is of no interest.
+        """
+        blocks = self.blocks()
+        self._make_plan(step, blocks)
+        followed = self._plan.followed
+        self._followed |= {block.layer: (block, self._plan.plans[block]) for block in followed}
+        interest = self._plan.of_interest and bool(blocks)
+        return [block.layer for block in followed] if interest else None
 
-    def plan(self, step: int) -> Plan:
-        """What this step gathers; worked out once a step."""
-        if self._plan is None:
-            self._plan = self.plan_ahead(step)
-        return self._plan
+    def _make_plan(self, step: int, blocks: list[Block]) -> None:
+        if self._planned is None or self._planned != (step, blocks):
+            self._planned = step, blocks
+            self._plan = self._planner.plan(step, blocks)
 
-    def plan_ahead(self, step: int) -> Plan:
-        """What a step of this number would gather that began now; worked out once for layers and states that stay as they are."""
-        layers = self._look() if self._within is None else self._within[0]
-        seen = step, [(layer.name, layer.parameters) for layer in layers]
-        if self._foreseen is None or self._foreseen[0] != seen:
-            self._foreseen = seen, self._agenda.plan(step, layers, self.states)
-        return self._foreseen[1]
-
-    def take(
-        self, layer: Layer, calls: Sequence[LayerCall], num_terms: Tensor | float, first: bool
-    ) -> None:
-        """Sum up the uses of one layer in one pass; nothing of them is kept unless the basis is refreshed in this step."""
-        if self._plan is None or layer.name not in self._plan.needs:
-            return
-        need, state = self._plan.needs[layer.name], self.states[layer.name]
-        samples = self.blocks.samples(layer, calls, num_terms=num_terms, first=first)
-        state.seen += 1
-        if need.scale and samples.examples != self._examples:
-            self._warn(
-                "examples",
-                f"layer {layer.name!r} saw {samples.examples} examples where the model's output has {self._examples}: what is measured "
-                "for each example (the scale of EKFAC) takes its rows for examples of their own. If dimension 0 of its input is not that "
-                "of the examples, see the curvature's batch_dim, or leave the layer alone with exclude=",
-            )
-        self._gather(need, state, samples)
-        state.input_versions += [(call.inputs, call.inputs._version) for call in calls if need.late]
-
-    def pass_by(self, taken: Container[str], num_terms: Tensor | float) -> None:
-        """Count the likelihood terms of one forward for the layers that gave it no sample: what they add to the sums is nothing."""
-        for name, need in (self._plan.needs if self._plan is not None else {}).items():
-            if need.follows and name not in taken:
-                self._gather(need, self.states[name], self.blocks.none(need.layer, num_terms))
-
-    def _gather(self, need: BlockPlan, state: BlockState, samples: Samples) -> None:
-        layer = need.layer
-        if samples.first:
-            state.settle()
-        sums: dict[str, Statistic] = {}
-        if need.factors or need.inputs:
-            with self._timed("factors"):
-                sums |= self.blocks.factors(
-                    layer, samples, inputs=need.inputs, gradients=need.factors
-                )
-        if need.late:
-            state.retained.append(samples)
-        elif need.scale:
-            with self._timed("scale"):
-                sums |= self.blocks.moments(layer, state.decomposition, samples)
-        add_sums(state.staged, sums)
+    def expects_forward(self, step: int) -> bool:
+        """Prepare for a step between steps, and return whether it needs a forward."""
+        self._make_plan(step, self.blocks())
+        self.overlapped.prepare(self._plan)
+        return self._plan.expects_forward
 
     @contextlib.contextmanager
     def forward(self) -> Iterator[None]:
-        """Around the passes over one forward: what they give counts as a whole or, when one of them fails, not at all."""
-        marks, num_terms = (
-            {name: state.mark() for name, state in self.states.items()},
-            len(self._num_terms),
-        )
+        """Surround the passes over one forward: they count all together, or not at all."""
+        blocks = list(self._plan.plans)
+        savepoints = [block.state.savepoint() for block in blocks]
+        terms = len(self._num_terms)
         try:
             yield
         except BaseException:
-            for name, mark in marks.items():
-                self.states[name].rollback(mark)
-            del self._num_terms[num_terms:]
+            for block, savepoint in zip(blocks, savepoints, strict=True):
+                block.state.rollback(savepoint)
+            del self._num_terms[terms:]
             raise
 
-    def count(self, num_terms: Tensor | float, examples: int) -> None:
+    def begin_forward(self, num_terms: Tensor | float, examples: int) -> None:
         """Note the likelihood terms and the examples of one forward."""
         self._num_terms.append(num_terms)
         self._examples = examples
 
-    def inputs_only(self) -> frozenset[str]:
-        """Names of the followed layers of which no gradient is wanted in this step."""
-        needs = {} if self._plan is None else self._plan.needs
-        return frozenset(name for name, need in needs.items() if need.follows and not need.passes)
-
-    def wants_gradients(self) -> bool:
-        """Whether this step wants the gradients of a Fisher pass."""
-        return self._plan is not None and (
-            self._plan.counts_terms or any(need.passes for need in self._plan.needs.values())
-        )
-
-    def leave(self) -> None:
-        """Let the sums of the forward that was just measured leave for the other ranks, if this is all that is expected."""
-        if self._plan is not None:
-            self._early.begin(self._plan, self.states)
-
-    def pass_over(self, names: Iterable[str]) -> None:
-        """Note that these layers ran in a forward of which nothing counts."""
-        for name in names:
-            self.states[name].seen += 1
-
-    def check(self, gradients: Mapping[str, Tensor]) -> bool:
-        """Hold the one invariant against silent failure, before anything changes.
+    def accumulate(
+        self, layer: Layer, calls: Sequence[LayerCall], num_terms: Tensor | float, first: bool
+    ) -> None:
+        """Sum up the calls of one layer in one Fisher pass.
 
         Args:
+            layer: One that `plan_forward` gave in this step.
+            calls: Its calls, with gradients.
+            num_terms: Number of likelihood terms of the forward.
+            first: Whether this is the first pass over the forward.
+        """
+        if layer not in self._followed:
+            return
+        block, plan = self._followed[layer]
+        samples = block.accumulate(calls, num_terms, first, plan)
+        if plan.scale and samples.examples != self._examples:
+            self._warn(
+                "examples",
+                f"layer {block.name!r} saw {samples.examples} examples where the model's output "
+                f"has {self._examples}. What is measured for each example (EKFAC's scale) then "
+                "takes its rows for examples. If dimension 0 of the layer's input does not count "
+                "examples, set the curvature's batch_dim; or leave the layer out with exclude=",
+            )
+
+    def accumulate_nothing(self, layers: Iterable[Layer], num_terms: Tensor | float) -> None:
+        """Count the terms of one forward for followed layers that did not run in it."""
+        for layer in layers:
+            if layer in self._followed:
+                block, plan = self._followed[layer]
+                block.accumulate_nothing(num_terms, plan)
+
+    def input_only(self) -> frozenset[str]:
+        """Return the names of the followed layers that need no gradients in this step."""
+        plans = self._plan.plans.items()
+        return frozenset(block.name for block, plan in plans if plan.follows and not plan.passes)
+
+    def needs_pass(self) -> bool:
+        """Return whether this step needs the gradients of a Fisher pass."""
+        return self._plan.passes
+
+    def mark_seen(self, layers: Iterable[Layer]) -> None:
+        """Note that these layers ran in a forward of which nothing counts."""
+        for layer in layers:
+            if layer in self._followed:
+                self._followed[layer][0].state.seen += 1
+
+    def end_forward(self) -> None:
+        """Let the sums of the forward leave, if this is all that every rank expects."""
+        self.overlapped.begin(self._plan)
+
+    # -------------------------------------------------------------------------------- the step
+
+    def check(self, step: int, gradients: Mapping[str, Tensor]) -> bool:
+        """Plan the step, and check that its statistics are sound, before anything changes.
+
+        Args:
+            step: Index of the step, from 0.
             gradients: By layer name, the gradient of each layer that has one.
 
         Returns:
-            Whether this is an allocating step: nothing was followed, and every gradient is zero.
+            Whether the step only allocates: no layer was followed, and every gradient is zero.
 
         Raises:
-            CaptureError: A layer due for samples has a gradient but gave none.
+            CaptureError: A layer is due and has a gradient, but gave no sample.
+            CombinationError: The ranks do not plan the same.
         """
-        needs = self._plan.needs if self._plan is not None else {}
+        blocks = self.blocks()
+        self._arrived = self.overlapped.finish(blocks)
+        self._agree_on_layers(blocks)
+        self.placement.extend(blocks)
+        self._planned = None
+        self._make_plan(step, blocks)
         self._unseen = []
-        followed = [name for name, need in needs.items() if need.follows]
-        if self._plan is None or not followed:
+        followed = self._plan.followed
+        if not followed:
             return False
-        self._arrived = self._early.finish(self._plan, self.states)
-        changed = [
-            name
-            for name in followed
-            if any(
-                inputs._version != version for inputs, version in self.states[name].input_versions
-            )
-        ]
-        seen = [float(self.states[name].seen) for name in followed]
+        changed = [block.name for block in followed if _input_changed(block)]
+        seen = [float(block.state.seen) for block in followed]
         several = len(self._num_terms) != 1
-        *passes, uneven, faults = self.ranks.total(
-            [*seen, float(several), float(bool(changed))], self._device()
-        )
-        if self.ranks.size > 1:
-            self._early.expect(not uneven)
+        numbers = [*seen, float(several), float(bool(changed))]
+        *passes, uneven, faults = self.communicator.total(numbers, device_of(blocks))
+        if self.communicator.size > 1:
+            self.overlapped.expect_one_forward(not uneven)
         if changed:
             raise CaptureError(input_modified_message(changed[0]))
         if faults:
             raise CaptureError(
-                "another rank found that a layer's input was modified in place after its forward; see what it says."
+                "another rank found that a layer's input was modified in place after its forward. "
+                "See the error of that rank."
             )
-        missing = [name for name, count in zip(followed, passes, strict=True) if not count]
-        if not missing:
-            return False
+        missing = [block for block, count in zip(followed, passes, strict=True) if not count]
+        return self._check_missing(missing, gradients) if missing else False
+
+    def _check_missing(self, missing: list[Block], gradients: Mapping[str, Tensor]) -> bool:
+        """Check the layers that no rank has seen; see `check`."""
         silent = [
-            name
-            for name in missing
-            if not needs[name].waited_for and name in gradients and bool(gradients[name].any())
+            block.name
+            for block in missing
+            if not self._plan.plans[block].waited_for
+            and block.name in gradients
+            and bool(gradients[block.name].any())
         ]
         nonzero = any(bool(gradient.any()) for gradient in gradients.values())
-        others_silent, others_nonzero = self.ranks.total(
-            [float(bool(silent)), float(nonzero)], self._device()
-        )
+        flags = [float(bool(silent)), float(nonzero)]
+        silent_anywhere, nonzero_anywhere = self.communicator.total(flags, device_of(missing))
         if silent:
             raise CaptureError(missing_samples_message(silent))
-        if others_silent:
+        if silent_anywhere:
             raise CaptureError(
-                "another rank has a gradient for a layer that gave no sample on any rank; see what it says."
+                "another rank has a gradient for a layer that gave no sample on any rank. See the "
+                "error of that rank."
             )
         self._unseen = missing
-        return len(missing) == len(followed) and not others_nonzero
+        return len(missing) == len(self._plan.followed) and not nonzero_anywhere
 
-    def refresh(self, damping: Damping) -> None:
-        """Reduce, average over time, decompose what is due, and measure the moments in the new basis."""
-        if self._plan is None or not (
-            due := [name for name, need in self._plan.needs.items() if need.due]
-        ):
-            return
-        self._changed(*due)
-        self._refresh.run(self._plan.needs, self.states, set(self._unseen), damping, self._arrived)
-        self._plan.settle(self.states, self._unseen)
+    def _agree_on_layers(self, blocks: Sequence[Block]) -> None:
+        """Check that every rank trains the same layers; a collective call.
 
-    def measure_gradients(self, gradients: Mapping[str, Tensor], reduction: str) -> None:
-        """Moments of the user's own gradient, for bases that want these.
-
-        Args:
-            gradients: By layer name, the gradient as a matrix.
-            reduction: "mean" or "sum": how the user's loss reduces over likelihood terms.
+        Raises:
+            CombinationError: It does not.
         """
-        if self._plan is None or not self._plan.counts_terms:
+        if self.communicator.size == 1:
             return
-        local = sum(self._num_terms, start=0.0)
-        [num_terms] = self.ranks.total([float(local)], self._device())
-        if not num_terms:
+        mine = {block.name: block.layer.parameters for block in blocks}
+        if self.communicator.same(repr(mine)):
             return
-        for layer in self.layers():
-            state, gradient = self.states[layer.name], gradients.get(layer.name)
-            if state.ready and state.decomposition and gradient is not None:
-                mean = gradient / num_terms if reduction == "sum" else gradient
-                self._changed(layer.name)
-                sums = drop_nonfinite(
-                    self.blocks.gradient_moments(layer, state.decomposition, mean, num_terms),
-                    state.bad,
-                )
-                for key, value in local_means(sums).items():
-                    state.moments.setdefault(key.removeprefix("moment."), RunningMean()).update(
-                        value, self.basis.moment_decay
+        everyone: list[dict[str, tuple[str, ...]]] = self.communicator.gathered(mine)
+        for rank, theirs in enumerate(everyone):
+            for name in {**everyone[0], **theirs}:
+                first, other = (", ".join(each.get(name, ())) for each in (everyone[0], theirs))
+                if first != other:
+                    raise CombinationError(
+                        f"ranks train different parameters of layer {name!r}: "
+                        f"{first or 'none'} on rank 0, {other or 'none'} on rank {rank}. Freeze, "
+                        "unfreeze, replace and tie parameters on all ranks before step()."
                     )
 
-    def precondition(self, gradients: Mapping[str, Tensor], damping: Damping) -> dict[str, Tensor]:
-        """The preconditioned form of the layers' gradients; the plain one while a layer has no statistics.
+    def refresh(self) -> None:
+        """Reduce and average sums, decompose what is due, measure moments in the new basis."""
+        plans = {block: plan for block, plan in self._plan.plans.items() if plan.due}
+        if not plans:
+            return
+        for block in plans:
+            block.invalidate()
+        failures = self._refresh.run(plans, self._unseen, self._arrived)
+        for layer, reason in failures.items():
+            self._report_failure(layer, reason)
+        for block, plan in plans.items():
+            plan.settle(block.state, seen=block not in self._unseen)
+
+    def _report_failure(self, layer: str, reason: str) -> None:
+        self.failed_decompositions += 1
+        ready = self._blocks[layer].state.ready
+        fallback = (
+            "the last good decomposition stays in use"
+            if ready
+            else ("its plain gradient is used until the next decomposition")
+        )
+        self._warn("decomposition", f"layer {layer!r}: {reason}; {fallback}")
+
+    def measure_gradients(self, gradients: Mapping[str, Tensor], reduction: str) -> None:
+        """Measure the moments of the user's own gradient, for bases that want these.
 
         Args:
-            gradients: By layer name, `[..., d_out, d_in]` each, equal on all ranks.
-            damping: Of a layer.
+            gradients: By layer name, as matrices.
+            reduction: "mean" or "sum": how the user's loss reduces over likelihood terms.
+        """
+        if not self._plan.counts_terms:
+            return
+        blocks = self.blocks()
+        local = sum(self._num_terms, start=0.0)
+        [num_terms] = self.communicator.total([float(local)], device_of(blocks))
+        if not num_terms:
+            return
+        for block in blocks:
+            gradient, state = gradients.get(block.name), block.state
+            wanted = block.basis.moments_from == "gradient" and state.ready and state.decomposition
+            if wanted and gradient is not None:
+                mean = gradient / num_terms if reduction == "sum" else gradient
+                sums = drop_nonfinite(block.gradient_moments(mean, num_terms), state.nonfinite)
+                means = local_means(sums)
+                block.update_moments({k.removeprefix("moment."): m for k, m in means.items()})
+
+    def precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the preconditioned gradients; the plain one while a layer has no statistics.
+
+        Args:
+            gradients: By layer name, `[..., d_out, d_in]`, equal on all ranks.
 
         Returns:
-            The same names, but for layers whose gradient is missing on the rank that holds them.
+            The same names, without layers whose gradient is missing on the rank that holds them.
         """
-        layers = {layer.name: layer for layer in self.layers()}
-
-        def here(name: str) -> Tensor | None:
-            return (
-                self.preconditioned(layers[name], gradients[name], damping(layers[name]))
-                if name in gradients
-                else None
-            )
-
-        ready = [name for name in layers if self.states[name].ready]
-        moved = (
-            []
-            if self.ranks.size == 1
-            else [name for name in ready if not self.places.everywhere(name)]
-        )
-        result = {name: gradient for name, gradient in gradients.items() if name not in ready}
+        blocks = self.blocks()
+        ready = [block for block in blocks if block.state.ready]
+        moved = [block for block in ready if not self.placement.everywhere(block.name)]
+        names = {block.name for block in ready}
+        found = {name: gradient for name, gradient in gradients.items() if name not in names}
         if moved:
-            dtypes = {name: working_dtype(layers[name].tensors()["weight"].dtype) for name in moved}
-            specs = {name: TensorSpec(self.places.gradient(name), dtypes[name]) for name in moved}
-            result |= broadcast_gradients(
-                moved, specs, here, self.places, self.ranks, self._device()
+            specs = {
+                block.name: TensorSpec(
+                    self.placement.gradient(block.name), working_dtype(block.layer.anchor.dtype)
+                )
+                for block in moved
+            }
+            found |= broadcast_gradients(
+                moved, specs, gradients, self.placement, self.communicator, device_of(blocks)
             )
-        for name in ready:
-            if name not in moved and (tensor := here(name)) is not None:
-                result[name] = tensor
-        return {name: result[name] for name in gradients if name in result}
+        for block in ready:
+            if block not in moved and block.name in gradients:
+                found[block.name] = block.solve(gradients[block.name])
+        return {name: found[name] for name in gradients if name in found}
 
-    def preconditioned(self, layer: Layer, gradient: Tensor, damping: float) -> Tensor:
-        """The preconditioned form of one gradient, by a rank that holds the layer."""
-        made_for, operator = self._operators.get(layer.name, (None, None))
-        if operator is None or made_for != damping:
-            state = self.states[layer.name]
-            operator = self.blocks.operator(
-                layer, state.decomposition, state.moment_values(), damping
-            )
-            self._operators[layer.name] = damping, operator
-        return self.blocks.preconditioned(layer, operator, gradient)
+    @property
+    def due(self) -> bool:
+        """Whether this step changes anything that is kept, or gathers anything for it."""
+        return self._plan.due
 
-    def matrices(self, layer: Layer) -> dict[str, Tensor]:
-        """The averaged factors of a layer as the matrices its basis decomposes, by a rank that keeps them all."""
-        return self.blocks.matrices(layer, self.states[layer.name].factor_values())
-
-    def spoiled(self) -> bool:
-        """Whether a batch of this rank gave statistics that are not finite, and were left out."""
-        bad = [flag for state in self.states.values() for flag in state.bad]
-        return bool(bad) and bool(torch.stack([flag.to(bad[0].device) for flag in bad]).any())
+    def nonfinite(self) -> bool:
+        """Return whether a batch of this rank gave statistics that are not finite."""
+        flags = [flag for block in self._blocks.values() for flag in block.state.nonfinite]
+        return bool(flags) and bool(torch.stack([flag.to(flags[0].device) for flag in flags]).any())
 
     def finish(self, fault: str = "") -> None:
-        """End the step: count it where it has a `fault`, and forget what is pending."""
-        self.skipped({fault: 1} if fault else {})
-        for state in self.states.values():
-            state.clear_pending()
+        """End the step: count it where it has a `fault`, and drop what is pending."""
+        if fault:
+            self.skip({fault: 1})
+        for block in [*self._blocks.values(), *self._changed_blocks.values()]:
+            block.state.clear_pending()
+        self._changed_blocks.clear()
+        self._prune()
         self._num_terms.clear()
-        self._arrived = {}
-        self._plan = self._foreseen = None
+        self._followed, self._arrived = {}, {}
+        self._plan, self._planned = EMPTY, None
 
-    def skipped(self, faults: Mapping[str, int]) -> None:
+    def skip(self, faults: Mapping[str, int]) -> None:
         """Count batches that were skipped, so many by each fault."""
         self.skipped_batches += sum(faults.values())
         for fault in faults:
             self._warn(fault, fault)
-
-    def allocate(self, layers: Iterable[Layer], damping: Damping) -> None:
-        """Create the tensors of layers that have none, without data, so that a checkpoint can be loaded into them."""
-        for layer in layers:
-            state = self.states[layer.name]
-            if state.allocated:
-                continue
-            self._changed(layer.name)
-            samples, sums = self.blocks.blank(layer)
-            rank, factor_workers = self.ranks.rank, self.places.factor_workers
-            state.factors = {
-                name: _empty(s)
-                for name, s in sums.items()
-                if rank in factor_workers(layer.name, name)
-            }
-            if self.places.holds(layer.name):
-                blank = {
-                    name: torch.zeros_like(s.total)
-                    for name, s in sums.items()
-                    if s.total is not None
-                }
-                matrices = self.blocks.matrices(layer, blank)
-                state.decomposition = self.blocks.decompose(
-                    layer, matrices, damping(layer), diagonals(matrices)
-                )
-                found = self.blocks.moments(layer, state.decomposition, samples)
-                state.moments = {key.removeprefix("moment."): _empty(s) for key, s in found.items()}
-
-    def loaded(self, flat: Mapping[int, Mapping[str, Tensor]]) -> dict[str, BlockState]:
-        """Saved states, by the id of each layer's weight, checked against the model and the stages; nothing is taken over yet.
-
-        Raises:
-            StateError: One does not fit.
-        """
-        states = {}
-        for layer in self.layers():
-            weight = layer.tensors()["weight"]
-            if id(weight) in flat:
-                state = BlockState.from_flat(layer.parameters, flat[id(weight)], weight.device)
-                states[layer.name] = checked_state(
-                    layer, state, self.blocks, self.places, self.ranks.rank
-                )
-        return states
-
-    def adopt(self, states: Mapping[str, BlockState]) -> None:
-        """Go on from these states; layers without one start afresh."""
-        self._early.drop()
-        self.states = dict(states)
-        self._flat.clear()
-        self._operators.clear()
-        self._num_terms.clear()
-        self._plan = self._foreseen = None
-
-    def _workload(self, works: tuple[Work, ...]) -> Workload:
-        sampled, device = self.basis.moments_from == "samples", self._device()
-        dtypes = [
-            working_dtype(parameter.dtype).itemsize for parameter in self.survey.model.parameters()
-        ]
-        return Workload(
-            works, *self._agenda.calendar.periods(0), sampled, max(dtypes, default=4), device.type
-        )
-
-    def _device(self) -> torch.device:
-        return next(
-            (parameter.device for parameter in self.survey.model.parameters()), torch.device("cpu")
-        )
-
-    def _not_decomposed(self, layer: str, reason: str) -> None:
-        self.failed_decompositions += 1
-        fallback = (
-            "the last good decomposition is kept"
-            if self.states[layer].ready
-            else "its plain gradient is used until the next one"
-        )
-        self._warn("decomposition", f"layer {layer!r}: {reason}; {fallback}")
 
     def _warn(self, kind: str, message: str) -> None:
         if kind not in self._warned:
             self._warned.add(kind)
             warnings.warn(f"{message} (said once)", KfactkWarning, stacklevel=2)
 
+    # ----------------------------------------------------------------------------------- state
 
-def _empty(statistic: Statistic) -> RunningMean:
-    return RunningMean(None if statistic.total is None else torch.zeros_like(statistic.total), 0.0)
+    def allocate(self, names: Container[str]) -> None:
+        """Create the tensors of layers that have none, so that a checkpoint can be loaded."""
+        for block in self.blocks():
+            if block.name in names and not block.state.allocated:
+                block.allocate(self._kept(block), holds=self.placement.holds(block.name))
+
+    def loaded(self, saved: Mapping[int, Mapping[str, Tensor]]) -> dict[str, BlockState]:
+        """Return saved states by layer name, checked; nothing is taken over yet.
+
+        Args:
+            saved: Curvature entries by the id of the parameter that they are saved under.
+
+        Raises:
+            StateError: One does not fit the model or the stages, or lacks what this rank needs.
+        """
+        states = {}
+        for block in self.blocks():
+            anchor, part = block.layer.anchor, block.layer.part
+            if id(anchor) in saved and (READY in part_of(saved[id(anchor)], part) or not part):
+                state = BlockState.from_flat(saved[id(anchor)], anchor.device, part)
+                holds = self.placement.holds(block.name)
+                states[block.name] = block.fitted(state, self._kept(block), holds=holds)
+        return states
+
+    def _kept(self, block: Block) -> frozenset[str]:
+        """Return the names of the factors of a block that this rank keeps."""
+        _, sums = block.blank()
+        workers = self.placement.factor_workers
+        return frozenset(name for name in sums if self.rank in workers(block.name, name))
+
+    def replace_states(self, states: Mapping[str, BlockState]) -> None:
+        """Go on from these states; blocks without one start afresh."""
+        self.overlapped.drop()
+        self._changed_blocks.clear()
+        for name, block in self._blocks.items():
+            block.replace_state(states.get(name, BlockState()))
+        self._num_terms.clear()
+        self._plan, self._planned = EMPTY, None
+
+
+def _input_changed(block: Block) -> bool:
+    versions = block.state.input_versions
+    return any(inputs._version != version for inputs, version in versions)

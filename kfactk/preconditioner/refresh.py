@@ -1,13 +1,15 @@
-"""The refresh of curvature, inside `step()`: sums over ranks, means over time, decompositions, and moments in the new basis.
+"""The refresh of curvature inside `step()`.
 
-    sums of every rank -> keepers: mean over time -> decomposers: decompose -> holders, and every rank that has samples: moments -> holders
+    sums of every rank -> factor workers: mean over time -> inverse workers: decompose
+    -> gradient workers, and every rank that has samples: moments -> gradient workers
 
-What is done, and in which order messages go, follows from the plan of the step, which is the same on every rank.
+What is done, and in which order messages go, follows from the plan of the step. The plan is the
+same on every rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import attrs
@@ -18,346 +20,309 @@ from kfactk.distributed.communicator import Communicator
 from kfactk.distributed.messages import PendingMessage
 from kfactk.distributed.packing import TensorSpec
 from kfactk.errors import DecompositionError, KfactkError
-from kfactk.preconditioner.block import Blocks, diagonals
+from kfactk.preconditioner.block import Block, Parts, mean_diagonals
 from kfactk.preconditioner.exchange import OverlappedReduction, merged
 from kfactk.preconditioner.placement import BlockPlacement
 from kfactk.preconditioner.plan import BlockPlan
-from kfactk.preconditioner.state import BlockState, Kept
 from kfactk.samples import Statistic
-from kfactk.stages import Layer
 from kfactk.statistics import ReducedStatistic, RunningMean, add_sums, join_key, means, split_key
+from kfactk.timing import StageTimer
 
-Damping = Callable[[Layer], float]
-States = Mapping[str, BlockState]
-Parts = dict[str, dict[str, Tensor]]
+Plans = Mapping[Block, BlockPlan]
+Diagonals = dict[str, Tensor]
 
 
 @attrs.frozen(eq=False)
 class Refresh:
-    """Refreshes the states of all layers.
+    """Refreshes blocks.
 
     Args:
-        blocks: The stages.
-        places: Who does what.
-        ranks: How it is moved.
-        early: Sums that travel before the refresh.
-        factor_decay: Decay of the factors' running means.
-        timed: Gives a context that times a stage.
-        failed: Told of a layer that could not be decomposed, and why.
+        placement: Who does what.
+        communicator: Moves tensors between ranks.
+        overlapped: Learns which sums there are.
+        timer: Times the stages.
+        factor_decay: Decay of the factors' running means, in [0, 1].
     """
 
-    blocks: Blocks
-    places: BlockPlacement
-    ranks: Communicator
-    early: OverlappedReduction
+    placement: BlockPlacement
+    communicator: Communicator
+    overlapped: OverlappedReduction
+    timer: StageTimer
     factor_decay: float
-    timed: Callable[[str], AbstractContextManager[None]]
-    failed: Callable[[str, str], None]
 
     def run(
-        self,
-        needs: Mapping[str, BlockPlan],
-        states: States,
-        unseen: Set[str],
-        damping: Damping,
-        early: Mapping[str, ReducedStatistic],
-    ) -> None:
-        """Refresh what is needed.
+        self, plans: Plans, unseen: Sequence[Block], arrived: Mapping[str, ReducedStatistic]
+    ) -> dict[str, str]:
+        """Average, decompose and measure what is due.
 
         Args:
-            needs: By layer name.
-            states: Likewise; with what is pending.
-            unseen: Layers that no rank's samples reached.
-            damping: Of a layer.
-            early: Sums that travelled before.
+            plans: What is due for each block.
+            unseen: Blocks that no rank's samples reached.
+            arrived: Sums that left before the step.
+
+        Returns:
+            For each block that could not be decomposed, the reason.
         """
-        for name in needs:
-            states[name].settle()
-        sums = {
-            join_key(name, key): value
-            for name in needs
-            for key, value in states[name].pending.items()
-        }
-        followed = any(need.follows for need in needs.values())
-        averages = means(merged(early, self._reduced(sums, "sums"))) if followed else {}
-        averages = {
-            key: value for key, value in averages.items() if split_key(key)[0] not in unseen
-        }
-        with self._timed("factors", any(need.factors or need.inputs for need in needs.values())):
-            self._average(states, averages, "factor")
-        due = [need.layer for name, need in needs.items() if need.basis and name not in unseen]
-        previous: dict[str, Kept] = {layer.name: states[layer.name].keep() for layer in due}
+        for block in plans:
+            block.state.commit()
+        averages = self._averages(plans, unseen, arrived)
+        seen = {block: plan for block, plan in plans.items() if block not in unseen}
+        with self._timed("factors", any(plan.factors or plan.inputs for plan in plans.values())):
+            self._update(seen, averages, "factor")
+        due = [block for block, plan in seen.items() if plan.basis]
+        before = {block: block.state.snapshot() for block in due}
+        measures = any(plan.scale or (plan.basis and b.sampled) for b, plan in plans.items())
         try:
             with self._timed("basis", bool(due)):
-                made = self._decompose(due, states, damping)
-            with self._timed(
-                "scale",
-                any(
-                    need.scale or (need.basis and self.blocks.basis.moments_from)
-                    for need in needs.values()
-                ),
-            ):
-                self._average(states, averages, "moment")
-                self._measure(
-                    {name: need for name, need in needs.items() if name not in unseen}, states, made
-                )
-            for name in needs:
-                states[name].retained.clear()
-        except BaseException:  # moments stay together with the basis they were measured in
-            for name, kept in previous.items():
-                states[name].put_back(kept)
+                made, failures = self._decompose(due)
+            with self._timed("scale", measures):
+                self._update(seen, averages, "moment")
+                self._measure(seen, made)
+        except BaseException:  # moments belong to the basis they were measured in
+            for block, snapshot in before.items():
+                block.state.restore(snapshot)
+                block.invalidate()
             raise
+        for block in plans:
+            block.state.retained.clear()
+        return failures
 
     def _timed(self, stage: str, due: bool) -> AbstractContextManager[None]:
-        return self.timed(stage) if due else nullcontext()
+        return self.timer.timed(stage) if due else nullcontext()
 
-    # ------------------------------------------------------------------------------------------------------------ means
+    # ------------------------------------------------------------------------------- averaging
 
-    def _reduced(self, sums: Mapping[str, Statistic], what: str) -> dict[str, ReducedStatistic]:
-        return self.ranks.reduce(sums, self.places.wanted, what, self.early.learn)
+    def _averages(
+        self, plans: Plans, unseen: Sequence[Block], arrived: Mapping[str, ReducedStatistic]
+    ) -> dict[str, Tensor | None]:
+        """Reduce the sums of this step over ranks, and divide them by their counts."""
+        if not any(plan.follows for plan in plans.values()):
+            return {}
+        sums = {
+            join_key(block.name, key): statistic
+            for block in plans
+            for key, statistic in block.state.pending.items()
+        }
+        if self.communicator.size == 1:
+            reduced = self.communicator.reduce(sums, self.placement, "sums")
+        else:
+            specs, device = self.communicator.agree(sums)
+            self.overlapped.learn(specs, device)
+            reduced = self.communicator.begin(sums, specs, device, self.placement, "sums").wait()
+        left_out = {block.name for block in unseen}
+        averages = means(merged(arrived, reduced))
+        return {k: value for k, value in averages.items() if split_key(k)[0] not in left_out}
 
-    def _average(self, states: States, averages: Mapping[str, Tensor | None], kind: str) -> None:
+    def _update(self, plans: Plans, averages: Mapping[str, Tensor | None], kind: str) -> None:
+        """Take averages of one kind, "factor" or "moment", into the running means."""
+        found: dict[str, dict[str, Tensor]] = {}
         for key, value in averages.items():
             layer, rest = split_key(key)
-            if value is not None and rest.startswith(f"{kind}.") and layer in states:
-                state = states[layer]
-                target, decay = (
-                    (state.factors, self.factor_decay)
-                    if kind == "factor"
-                    else (state.moments, self.blocks.basis.moment_decay)
-                )
-                target.setdefault(rest.removeprefix(f"{kind}."), RunningMean()).update(value, decay)
+            if value is not None and rest.startswith(f"{kind}."):
+                found.setdefault(layer, {})[rest.removeprefix(f"{kind}.")] = value
+        for block in plans:
+            if block.name not in found:
+                continue
+            if kind == "factor":
+                block.update_factors(found[block.name], self.factor_decay)
+            else:
+                block.update_moments(found[block.name])
 
-    # --------------------------------------------------------------------------------------------------- decompositions
+    # ----------------------------------------------------------------------------- decomposing
 
-    def _decompose(
-        self, due: Sequence[Layer], states: States, damping: Damping
-    ) -> dict[str, Parts]:
-        """Decompose what this rank decomposes; for each layer whose matrices all were, somewhere, this rank's part."""
-        made: dict[str, Parts] = {}
-        errors: dict[str, str] = {}
+    def _decompose(self, due: Sequence[Block]) -> tuple[dict[Block, Parts], dict[str, str]]:
+        """Decompose what this rank decomposes.
+
+        Returns:
+            For each block whose matrices were all decomposed, on some rank, this rank's part; and
+            for each block that failed, the reason.
+        """
+        made: dict[Block, Parts] = {}
+        failures: dict[str, str] = {}
         fault: Exception | None = None
-        known = self._diagonals([layer for layer in due if self.places.apart(layer.name)], states)
+        divided = any(self.placement.divided(block.name) for block in due)
+        known = self._shared_diagonals([b for b in due if self.placement.apart(b.name)])
         try:
-            for layer in due:
-                matrices = self._matrices(layer, states[layer.name])
+            for block in due:
+                matrices = self._matrices(block)
                 if not matrices:
                     continue
                 try:
-                    context = known.get(layer.name) or diagonals(matrices)
-                    needed = {
-                        name: matrices[name] for name in self.places.decomposed_here(layer.name)
-                    }
-                    last = states[layer.name].decomposition if states[layer.name].ready else {}
-                    made[layer.name] = self.blocks.decompose(
-                        layer, needed, damping(layer), context, last
-                    )
+                    made[block] = block.decompose(block.damping, matrices, known.get(block.name))
                 except DecompositionError as error:
-                    errors[layer.name] = str(error)
+                    failures[block.name] = str(error)
         except Exception as error:
-            if not any(self.places.divided(layer.name) for layer in due):
+            if not divided:
                 raise
             fault = error
-        if any(self.places.divided(layer.name) for layer in due):
-            made, errors = self._agreed(due, states, made, errors, fault)
-        for name, reason in errors.items():
-            self.failed(name, reason)
-        return made
+        if divided:
+            return self._agree(due, made, failures, fault)
+        return made, failures
 
-    def _matrices(self, layer: Layer, state: BlockState) -> dict[str, Tensor]:
-        names = self.places.decomposed_here(layer.name)
-        return (
-            self.blocks.matrices(layer, state.factor_values(), names)
-            if names and state.measured
-            else {}
-        )
+    def _matrices(self, block: Block) -> dict[str, Tensor]:
+        """Return the measured matrices of a block that this rank decomposes."""
+        names = self.placement.decomposed_here(block)
+        return block.matrices(names) if names and block.state.measured else {}
 
-    def _diagonals(self, layers: Sequence[Layer], states: States) -> dict[str, dict[str, Tensor]]:
-        """The mean diagonals of layers whose matrices lie on different ranks, each rank telling its own."""
+    def _shared_diagonals(self, blocks: Sequence[Block]) -> dict[str, Diagonals]:
+        """Return the mean diagonals of blocks whose matrices are on different ranks."""
         numbers: list[float] = []
         spans: list[tuple[str, str, slice, tuple[int, ...]]] = []
         mine: dict[str, Tensor] = {}
-        for layer in layers:
-            matrices = self._matrices(layer, states[layer.name])
+        for block in blocks:
+            layer, matrices = block.name, self._matrices(block)
             if matrices:
-                mine[layer.name] = next(iter(matrices.values()))
-            found = diagonals(matrices)
-            for name, shape in self.places.shapes(layer.name).items():
+                mine[layer] = next(iter(matrices.values()))
+            found = mean_diagonals(matrices)
+            for name, shape in self.placement.shapes(layer).items():
                 if len(shape) < 2 or shape[-1] != shape[-2]:
                     continue
                 size = torch.Size(shape[:-2]).numel()
-                told = (
-                    name in found
-                    and self.places.share(layer.name).inverse_workers[name][0] == self.ranks.rank
-                )
-                spans.append(
-                    (layer.name, name, slice(len(numbers), len(numbers) + size), shape[:-2])
-                )
+                worker = self.placement.share(layer).inverse_workers[name][0]
+                told = name in found and worker == self.communicator.rank
+                spans.append((layer, name, slice(len(numbers), len(numbers) + size), shape[:-2]))
                 numbers += found[name].double().reshape(-1).tolist() if told else [0.0] * size
-        joined = self.ranks.total(numbers)
-        result: dict[str, dict[str, Tensor]] = {}
-        for layer_name, name, span, shape in spans:
-            if (like := mine.get(layer_name)) is not None:
-                result.setdefault(layer_name, {})[name] = like.new_tensor(joined[span]).reshape(
-                    shape
-                )
+        total = self.communicator.total(numbers)
+        result: dict[str, Diagonals] = {}
+        for layer, name, span, shape in spans:
+            if (like := mine.get(layer)) is not None:
+                result.setdefault(layer, {})[name] = like.new_tensor(total[span]).reshape(shape)
         return result
 
-    def _agreed(
+    def _agree(
         self,
-        due: Sequence[Layer],
-        states: States,
-        made: dict[str, Parts],
-        errors: dict[str, str],
+        due: Sequence[Block],
+        made: Mapping[Block, Parts],
+        failures: dict[str, str],
         fault: Exception | None,
-    ) -> tuple[dict[str, Parts], dict[str, str]]:
-        """Made and errors after every rank has told the others what became of its part."""
+    ) -> tuple[dict[Block, Parts], dict[str, str]]:
+        """Return what was made and what failed, once every rank knows of every other.
+
+        Raises:
+            KfactkError: Another rank failed for a reason of its own.
+        """
         specs = {
-            layer: {name: _forms(parts) for name, parts in found.items()}
-            for layer, found in made.items()
+            block.name: {name: _specs(parts) for name, parts in found.items()}
+            for block, found in made.items()
         }
-        reports = self.ranks.gathered(
-            (specs, errors, None if fault is None else f"{type(fault).__name__}: {fault}")
-        )
+        told = None if fault is None else f"{type(fault).__name__}: {fault}"
+        reports = self.communicator.gathered((specs, failures, told))
         if fault is not None:
             raise fault
         for rank, (_, _, theirs) in enumerate(reports):
             if theirs is not None:
                 raise KfactkError(
-                    f"rank {rank} failed while it decomposed curvature ({theirs}), and so all ranks stop. Mend it there."
+                    f"rank {rank} failed while it decomposed curvature ({theirs}), and so all "
+                    "ranks stop. Correct the cause on that rank, and start again."
                 )
-        errors = {name: reason for _, theirs, _ in reports for name, reason in theirs.items()}
-        whole: dict[str, Parts] = {}
-        for layer in due:
+        failures = {name: reason for _, theirs, _ in reports for name, reason in theirs.items()}
+        whole: dict[Block, Parts] = {}
+        for block in due:
             found: dict[str, dict[str, TensorSpec]] = {}
             for theirs, _, _ in reports:
-                found |= theirs.get(layer.name, {})
-            if layer.name not in errors and set(found) == set(self.blocks.basis.requires):
-                states[layer.name].specs = found
-                whole[layer.name] = made.get(layer.name, {})
-        return whole, errors
+                found |= theirs.get(block.name, {})
+            if block.name not in failures and set(found) == set(block.basis.requires):
+                block.state.specs = found
+                whole[block] = made.get(block, {})
+        return whole, failures
 
-    # ---------------------------------------------------------------------------------------------------------- moments
+    # ------------------------------------------------------------------------------- measuring
 
-    def _measure(
-        self, needs: Mapping[str, BlockPlan], states: States, made: Mapping[str, Parts]
-    ) -> None:
-        """Bring decompositions to where they are needed, and measure moments on the samples that were kept for them."""
-        sampled = self.blocks.basis.moments_from == "samples"
-        late = [
-            name
-            for name, need in needs.items()
-            if name in made or (need.late and states[name].ready)
-        ]
-        if not all(self.places.everywhere(name) for name in late):
-            self._learn_forms(late, states, made)
+    def _measure(self, plans: Plans, made: Mapping[Block, Parts]) -> None:
+        """Send decompositions to where they are needed, and measure moments on kept samples."""
+        late = [b for b, plan in plans.items() if b in made or (plan.late and b.state.ready)]
+        if not all(self.placement.everywhere(block.name) for block in late):
+            self._learn_specs([block for block in late if block not in made])
         sums: dict[str, Statistic] = {}
-        carried: dict[str, dict[str, RunningMean]] = {}
-        for name, whole in self._visits(late, states, made, needs):
-            state, layer = states[name], needs[name].layer
-            for samples in state.retained if sampled else ():
+        carried: dict[Block, dict[str, RunningMean]] = {}
+        for block, whole in self._received(late, made, plans):
+            state = block.state
+            for samples in state.retained if block.sampled else ():
                 if samples.first:
-                    state.settle()
-                add_sums(state.staged, self.blocks.moments(layer, whole, samples))
-            state.settle()
-            sums |= {
-                join_key(name, key): value
-                for key, value in state.pending.items()
-                if key.startswith("moment.")
-            }
+                    state.commit()
+                add_sums(state.staged, block.moments(whole, samples))
+            state.commit()
+            for key, value in state.pending.items():
+                if key.startswith("moment."):
+                    sums[join_key(block.name, key)] = value
             state.retained.clear()
-            if name in made:
-                if self.places.holds(name):
-                    if state.decomposition and state.moments:
-                        there = self.blocks.transport(
-                            layer, state.moment_values(), state.decomposition, whole
-                        )
-                        carried[name] = {
-                            n: RunningMean(there[n], mean.weight)
-                            for n, mean in state.moments.items()
-                            if n in there
-                        }
-                    state.decomposition = whole
+            if block in made:
+                if self.placement.holds(block.name):
+                    carried[block] = block.adopt(whole)
                 state.ready = True
-        averages = means(self._reduced(sums, "moments")) if sampled and late else {}
-        for name, moments in carried.items():
-            states[name].moments = moments
-        self._average(states, averages, "moment")
+                block.invalidate()
+        sampled = any(block.sampled for block in late)
+        reduced = self.communicator.reduce(sums, self.placement, "moments") if sampled else {}
+        for block, moments in carried.items():
+            block.state.moments = moments
+        self._update(plans, means(reduced), "moment")
 
-    def _visits(
-        self,
-        late: Sequence[str],
-        states: States,
-        made: Mapping[str, Parts],
-        needs: Mapping[str, BlockPlan],
-    ) -> Iterator[tuple[str, Parts]]:
-        """Layers with their whole decomposition, as far as this rank needs it; the next layer's is under way meanwhile."""
-        begun: list[tuple[str, Parts, list[PendingMessage]]] = []
-        for name in late:
-            own = made[name] if name in made else states[name].decomposition
-            begun.append(
-                (
-                    name,
-                    dict(own),
-                    self._fetch(needs[name], states[name], own, refreshed=name in made),
-                )
-            )
+    def _received(
+        self, late: Sequence[Block], made: Mapping[Block, Parts], plans: Plans
+    ) -> Iterator[tuple[Block, Parts]]:
+        """Yield blocks with their whole decomposition, as far as this rank needs it.
+
+        The decomposition of the next block is under way meanwhile.
+        """
+        begun: list[tuple[Block, Parts, list[PendingMessage]]] = []
+        for block in late:
+            own = dict(made.get(block, block.state.decomposition))
+            messages = self._fetch(block, own, refreshed=block in made, visiting=plans[block].scale)
+            begun.append((block, own, messages))
             if len(begun) > 1:
-                yield self._arrived(*begun.pop(0))
+                yield _complete(*begun.pop(0))
         for each in begun:
-            yield self._arrived(*each)
+            yield _complete(*each)
 
     def _fetch(
-        self, need: BlockPlan, state: BlockState, own: Parts, *, refreshed: bool
+        self, block: Block, own: Parts, *, refreshed: bool, visiting: bool
     ) -> list[PendingMessage]:
+        """Begin the messages that carry a block's decomposition."""
         found: list[PendingMessage] = []
-        device = need.layer.tensors()["weight"].device
         messages: dict[tuple[int, tuple[int, ...]], list[str]] = {}
-        for matrix, route in sorted(
-            self.places.routes(need.layer.name, refreshed=refreshed, visiting=need.scale).items()
-        ):
-            if self.ranks.rank in route[1]:
+        routes = self.placement.routes(block.name, refreshed=refreshed, visiting=visiting)
+        for matrix, route in sorted(routes.items()):
+            if self.communicator.rank in route[1]:
                 messages.setdefault(route, []).append(matrix)
         for (source, members), matrices in messages.items():
             specs = {
-                f"{matrix}|{part}": form
+                f"{matrix}|{part}": spec
                 for matrix in matrices
-                for part, form in state.specs[matrix].items()
+                for part, spec in block.state.specs[matrix].items()
             }
-            mine = self.ranks.rank == source
-            tensors = (
-                {
-                    f"{matrix}|{part}": own[matrix][part]
-                    for matrix in matrices
-                    for part in own[matrix]
-                }
-                if mine
-                else {}
+            tensors: dict[str, Tensor] = {}
+            if self.communicator.rank == source:
+                for matrix in matrices:
+                    tensors |= {f"{matrix}|{part}": own[matrix][part] for part in own[matrix]}
+            device = block.layer.anchor.device
+            found += self.communicator.send(
+                tensors, specs, source, members, "decompositions", device
             )
-            found += self.ranks.send(tensors, specs, source, members, "decompositions", device)
         return found
 
-    @staticmethod
-    def _arrived(name: str, own: Parts, messages: Sequence[PendingMessage]) -> tuple[str, Parts]:
-        for message in messages:
-            for key, tensor in message.wait().items():
-                matrix, _, part = key.partition("|")
-                own[matrix] = {**own.get(matrix, {}), part: tensor}
-        return name, own
-
-    def _learn_forms(self, late: Sequence[str], states: States, made: Mapping[str, Parts]) -> None:
-        """After a state was loaded, ranks that hold nothing of a layer do not know what its decomposition looks like."""
-        asked = [name for name in late if name not in made and not self.places.everywhere(name)]
-        if not self.ranks.any(any(not states[name].specs for name in asked)):
+    def _learn_specs(self, blocks: Sequence[Block]) -> None:
+        """Tell ranks the specs of decompositions they do not hold, after a state was loaded."""
+        asked = [block for block in blocks if not self.placement.everywhere(block.name)]
+        if not self.communicator.any(any(not block.state.specs for block in asked)):
             return
         mine = {
-            name: {m: _forms(parts) for m, parts in states[name].decomposition.items()}
-            for name in asked
+            block.name: {m: _specs(parts) for m, parts in block.state.decomposition.items()}
+            for block in asked
         }
-        for theirs in self.ranks.gathered(mine):
+        by_name = {block.name: block for block in asked}
+        for theirs in self.communicator.gathered(mine):
             for name, specs in theirs.items():
-                states[name].specs = specs or states[name].specs
+                state = by_name[name].state
+                state.specs = specs or state.specs
 
 
-def _forms(parts: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
+def _complete(block: Block, own: Parts, messages: Sequence[PendingMessage]) -> tuple[Block, Parts]:
+    for message in messages:
+        for key, tensor in message.wait().items():
+            matrix, _, part = key.partition("|")
+            own[matrix] = {**own.get(matrix, {}), part: tensor}
+    return block, own
+
+
+def _specs(parts: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
     return {name: TensorSpec.of(tensor) for name, tensor in parts.items()}

@@ -1,4 +1,4 @@
-"""What is kept of one layer between steps, and its form in a checkpoint."""
+"""What is kept of one block between steps, and its form in a checkpoint."""
 
 from __future__ import annotations
 
@@ -16,41 +16,40 @@ from kfactk.samples import Samples, Statistic
 from kfactk.statistics import RunningMean, add_sums, drop_nonfinite
 
 PREFIX = "kfactk."
-"""First part of every key that the curvature has in `Optimizer.state`."""
+"""First part of every curvature key in `Optimizer.state`."""
 STEP = f"{PREFIX}step"
-"""Key of the number of steps taken, which every parameter's entry has."""
-OVERDUE = f"{PREFIX}overdue"
-"""Key of what a layer owes, as a sum: 1 for factors, 2 for the scale, 4 for the basis, 8 for factors of inputs alone."""
-READY = f"{PREFIX}ready"
-"""Key of whether a layer has been decomposed from factors that have seen data, on this rank or another."""
-Kept = tuple[bool, dict[str, dict[str, Tensor]], dict[str, RunningMean]]
-"""Whether there is a decomposition, its part on this rank, and the moments measured in it."""
+"""Key of the number of steps taken; every parameter's entry has it."""
+OVERDUE, READY = "overdue", "ready"
+"""Keys, after the prefix, of what a block is overdue with and of whether it can precondition.
+
+What is overdue is a sum: 1 for factors, 2 for the scale, 4 for the basis, 8 for input factors."""
+Savepoint = tuple[int, int, int]
+Snapshot = tuple[bool, dict[str, dict[str, Tensor]], dict[str, RunningMean]]
 
 
 @attrs.define(eq=False)
 class BlockState:
-    """Factors, decomposition and moments of one layer, and what is pending within the current step.
+    """Factors, decomposition and moments of one block, and what the current step has gathered.
 
-    Each rank has a state for every layer; the tensors lie on the ranks that its placement chose.
+    Each rank has a state for every block. The tensors are on the ranks that the placement chose.
 
     Args:
-        parameters: Names of the parameters its matrices are made for; other names make the state void.
-        factors: Running means of the curvature's factors, those that are kept on this rank.
-        decomposition: For each matrix, its decomposition; empty where other ranks precondition.
-        moments: Running means of the basis' moments, likewise.
-        ready: Whether it can precondition, here or elsewhere: decomposed from factors that have seen data.
-        specs: Of each matrix' decomposition, the forms of its parts, where they are known.
-        staged: Sums of the forward whose passes are under way: "factor.NAME", "moment.NAME".
-        pending: Sums of the forwards of this step that are done.
-        retained: Samples kept until `step()` because the basis is refreshed first.
-        input_versions: The inputs that they read, each with its version then.
-        overdue: What was due when it last did not run, and still is.
-        missed: Whether it did not run when it was last due.
-        seen: Passes that reached the layer in this step, whatever their worth.
-        bad: How many of them were not finite, on the device.
+        factors: Running means of the curvature's factors that this rank keeps.
+        decomposition: The decomposition of each matrix; empty where other ranks precondition.
+        moments: Running means of the basis' moments, on the same ranks.
+        ready: Whether the block can precondition, on this rank or another: it was decomposed from
+            factors that have seen data.
+        specs: Shapes and dtypes of each matrix's decomposition, where they are known.
+        staged: Sums of the forward under way: "factor.NAME", "moment.NAME".
+        pending: Sums of the finished forwards of this step.
+        retained: Samples kept until `step()`, where the basis is refreshed first.
+        input_versions: The inputs that retained samples read, each with its version then.
+        overdue: What was due when the layer last did not run.
+        missed: Whether the layer did not run when it was last due.
+        seen: Passes that reached the layer in this step.
+        nonfinite: Flags on the device: whether each forward gave sums that are not finite.
     """
 
-    parameters: tuple[str, ...]
     factors: dict[str, RunningMean] = attrs.Factory(dict)
     decomposition: dict[str, dict[str, Tensor]] = attrs.Factory(dict)
     moments: dict[str, RunningMean] = attrs.Factory(dict)
@@ -63,124 +62,111 @@ class BlockState:
     overdue: DueWork = NOTHING
     missed: bool = False
     seen: int = 0
-    bad: list[Tensor] = attrs.Factory(list)
+    nonfinite: list[Tensor] = attrs.Factory(list)
 
     @property
     def measured(self) -> bool:
-        """Whether all its factors on this rank have seen data."""
+        """Whether all factors on this rank have seen data."""
         return bool(self.factors) and all(mean.weight > 0 for mean in self.factors.values())
 
     @property
     def allocated(self) -> bool:
-        """Whether its tensors exist, with data or without."""
+        """Whether the tensors exist, with data or without."""
         return bool(self.decomposition or self.factors)
-
-    def factor_values(self) -> dict[str, Tensor]:
-        """The factors' means by name."""
-        return _values(self.factors)
-
-    def moment_values(self) -> dict[str, Tensor]:
-        """The measured moments' means by name."""
-        return _values({name: mean for name, mean in self.moments.items() if mean.weight > 0})
-
-    def settle(self) -> None:
-        """End a forward: what it gave joins the sums of the step, all of it or, where any of it is not finite, nothing."""
-        add_sums(self.pending, drop_nonfinite(self.staged, self.bad))
-        self.staged.clear()
-
-    def mark(self) -> tuple[int, int, int]:
-        """Before a forward: end the last one, and note where this one's part will begin."""
-        self.settle()
-        return len(self.retained), len(self.input_versions), self.seen
 
     @property
     def settled(self) -> bool:
-        """Whether it has a decomposition, or what stands for one, and owes nothing."""
+        """Whether the block is ready and nothing is overdue."""
         return self.ready and self.overdue == NOTHING
 
-    def rollback(self, mark: tuple[int, int, int]) -> None:
-        """Forget what was gathered since `mark`."""
+    def factor_values(self) -> dict[str, Tensor]:
+        """Return the factors' means by name."""
+        return _values(self.factors)
+
+    def moment_values(self) -> dict[str, Tensor]:
+        """Return the means of the measured moments by name."""
+        return _values({name: mean for name, mean in self.moments.items() if mean.weight > 0})
+
+    def commit(self) -> None:
+        """End a forward: add its sums to those of the step, or nothing where any is not finite."""
+        add_sums(self.pending, drop_nonfinite(self.staged, self.nonfinite))
         self.staged.clear()
-        retained, input_versions, self.seen = mark
+
+    def savepoint(self) -> Savepoint:
+        """End the last forward and return where the part of the next one begins."""
+        self.commit()
+        return len(self.retained), len(self.input_versions), self.seen
+
+    def rollback(self, savepoint: Savepoint) -> None:
+        """Drop what was gathered since `savepoint`."""
+        self.staged.clear()
+        retained, input_versions, self.seen = savepoint
         del self.retained[retained:], self.input_versions[input_versions:]
 
-    def keep(self) -> Kept:
-        """The decomposition and the moments measured in it, to be put back when a refresh fails."""
-        return (
-            self.ready,
-            self.decomposition,
-            {name: attrs.evolve(mean) for name, mean in self.moments.items()},
-        )
+    def snapshot(self) -> Snapshot:
+        """Return the decomposition and its moments, to be restored when a refresh fails."""
+        moments = {name: attrs.evolve(mean) for name, mean in self.moments.items()}
+        return self.ready, self.decomposition, moments
 
-    def put_back(self, kept: Kept) -> None:
-        """Take over again what `keep` gave."""
-        self.ready, self.decomposition, self.moments = kept
+    def restore(self, snapshot: Snapshot) -> None:
+        """Restore what `snapshot` returned."""
+        self.ready, self.decomposition, self.moments = snapshot
 
     def clear_pending(self) -> None:
-        """Forget what this step gathered."""
-        self.staged.clear()
-        self.pending.clear()
-        self.retained.clear()
-        self.input_versions.clear()
-        self.bad.clear()
+        """Drop what the current step has gathered."""
+        for gathered in (
+            self.staged,
+            self.pending,
+            self.retained,
+            self.input_versions,
+            self.nonfinite,
+        ):
+            gathered.clear()
         self.seen = 0
 
-    def flat(self) -> dict[str, Tensor]:
-        """The lasting part under flat keys, by reference: `kfactk.factor.A`, `kfactk.basis.A.eigenvectors`, ...
+    def flat(self, part: str = "") -> dict[str, Tensor]:
+        """Return the lasting tensors, by reference, under flat keys.
 
-        Whether it is ready and what it owes is always there, on every rank: what ranks send each other follows from these. They are
-        0-dimensional, as torch wants of whatever is not on the parameters' device.
+        Keys read `kfactk.factor.A`, `kfactk.basis.A.eigenvectors` and so on; for a part of a
+        module, `kfactk.[part].factor.A`. Whether the block is ready, and what is overdue, is there
+        on every rank: messages between ranks follow from these two. They are 0-dimensional, as
+        torch wants of tensors that are not on the parameter's device.
         """
+        prefix = _prefix(part)
         out: dict[str, Tensor] = {}
         for kind, means in (("factor", self.factors), ("moment", self.moments)):
             for name, mean in means.items():
                 if mean.value is not None:
-                    out[f"{PREFIX}{kind}.{name}"] = mean.value
-                    out[f"{PREFIX}{kind}.{name}.weight"] = torch.tensor(
-                        mean.weight, dtype=torch.float64
-                    )
-        for factor, parts in self.decomposition.items():
+                    weight = torch.tensor(mean.weight, dtype=torch.float64)
+                    out[f"{prefix}{kind}.{name}"] = mean.value
+                    out[f"{prefix}{kind}.{name}.weight"] = weight
+        for matrix, parts in self.decomposition.items():
             for name, tensor in parts.items():
-                out[f"{PREFIX}basis.{factor}.{name}"] = tensor
-        out[READY] = torch.tensor(int(self.ready), dtype=torch.int64)
-        out[OVERDUE] = torch.tensor(
-            sum(flag << place for place, flag in enumerate(attrs.astuple(self.overdue))),
-            dtype=torch.int64,
-        )
+                out[f"{prefix}basis.{matrix}.{name}"] = tensor
+        overdue = sum(flag << place for place, flag in enumerate(attrs.astuple(self.overdue)))
+        out[prefix + READY] = torch.tensor(int(self.ready), dtype=torch.int64)
+        out[prefix + OVERDUE] = torch.tensor(overdue, dtype=torch.int64)
         return out
 
     @classmethod
     def from_flat(
-        cls, parameters: tuple[str, ...], flat: Mapping[str, Tensor], device: torch.device
+        cls, flat: Mapping[str, Tensor], device: torch.device, part: str = ""
     ) -> BlockState:
-        """Inverse of `flat`; tensors are copied to `device`, never cast.
+        """Return the inverse of `flat`; tensors are copied to `device` and never cast.
+
+        Args:
+            flat: The anchor's entry; keys of other parts are skipped.
+            device: Where the tensors go.
+            part: The part of the module.
 
         Raises:
-            StateError: A key is not one that `flat` writes.
+            StateError: A key is not one that `flat` writes, or a tensor is damaged.
         """
-        state = cls(parameters)
-        if wrong := sorted(
-            key
-            for key, value in flat.items()
-            if not isinstance(value, Tensor) or not bool(torch.isfinite(value).all())
-        ):
-            raise StateError(
-                f"the saved state is damaged: {', '.join(wrong)} is no tensor, or holds NaN or inf. Load an earlier one."
-            )
-        if lacking := sorted(
-            key
-            for key in flat
-            if key.split(".")[1] in ("factor", "moment") and not _whole(key, flat)
-        ):
-            raise StateError(
-                f"the saved state is damaged: {', '.join(lacking)} has not both its value and its weight. Load an earlier one."
-            )
-        if READY not in flat:
-            raise StateError(
-                f"the saved state is damaged: it has curvature, but not {READY!r}. Load an earlier one."
-            )
-        for key, tensor in flat.items():
-            kind, _, rest = key.removeprefix(PREFIX).partition(".")
+        entry = part_of(flat, part)
+        _check_tensors(entry)
+        state = cls()
+        for key, tensor in entry.items():
+            kind, _, rest = key.partition(".")
             if key == OVERDUE and tensor.numel() == 1 and 0 <= int(tensor) < 16:
                 state.overdue = DueWork(*(bool(int(tensor) >> place & 1) for place in range(4)))
                 state.missed = state.overdue != NOTHING
@@ -188,32 +174,67 @@ class BlockState:
                 state.ready = bool(tensor)
             elif kind in ("factor", "moment"):
                 means = state.factors if kind == "factor" else state.moments
-                name = rest.removesuffix(".weight")
-                mean = means.setdefault(name, RunningMean())
+                mean = means.setdefault(rest.removesuffix(".weight"), RunningMean())
                 if rest.endswith(".weight"):
                     mean.weight = float(tensor)
                 else:
                     mean.value = _copied(tensor, device)
             elif kind == "basis" and "." in rest:
-                factor, _, name = rest.partition(".")
-                state.decomposition.setdefault(factor, {})[name] = _copied(tensor, device)
+                matrix, _, name = rest.partition(".")
+                state.decomposition.setdefault(matrix, {})[name] = _copied(tensor, device)
             else:
                 raise StateError(
-                    f"the saved state has a key {key!r} that this version does not know; was it written by a newer kfactk?"
+                    f"the saved state has a key {PREFIX + key!r} that this version does not know. "
+                    "Was it written by a newer kfactk? Load it with that version."
                 )
         return state
 
 
-def _whole(key: str, flat: Mapping[str, Any]) -> bool:
-    """Whether a mean's value and weight are both there, and the weight is one number that can be one."""
+def part_of(flat: Mapping[str, Any], part: str) -> dict[str, Any]:
+    """Return the curvature entries of one part, under keys without their prefix."""
+    prefix = _prefix(part)
+    found = {key.removeprefix(prefix): v for key, v in flat.items() if key.startswith(prefix)}
+    return {key: value for key, value in found.items() if not key.startswith("[")}
+
+
+def _prefix(part: str) -> str:
+    return f"{PREFIX}[{part}]." if part else PREFIX
+
+
+def _check_tensors(entry: Mapping[str, Any]) -> None:
+    """Check the entries of a saved block.
+
+    Raises:
+        StateError: One is damaged or missing.
+    """
+    damaged = "the saved state is damaged: "
+    if wrong := sorted(key for key, value in entry.items() if not _finite(value)):
+        names = ", ".join(PREFIX + key for key in wrong)
+        raise StateError(
+            f"{damaged}{names} is no tensor, or holds NaN or inf. Load an earlier checkpoint."
+        )
+    means = [key for key in entry if key.partition(".")[0] in ("factor", "moment")]
+    if lacking := sorted(key for key in means if not _whole(key, entry)):
+        names = ", ".join(PREFIX + key for key in lacking)
+        raise StateError(
+            f"{damaged}{names} has not both its value and its weight. Load an earlier checkpoint."
+        )
+    if READY not in entry:
+        raise StateError(
+            f"{damaged}it has curvature, but not {PREFIX + READY!r}. Load an earlier checkpoint."
+        )
+
+
+def _finite(value: Any) -> bool:
+    return isinstance(value, Tensor) and bool(torch.isfinite(value).all())
+
+
+def _whole(key: str, entry: Mapping[str, Any]) -> bool:
+    """Return whether a mean's value and its weight, one number, are both there."""
     value = key.removesuffix(".weight")
-    weight = flat.get(f"{value}.weight")
-    return (
-        value in flat
-        and isinstance(weight, Tensor)
-        and weight.numel() == 1
-        and bool((weight >= 0).all())
-    )
+    weight = entry.get(f"{value}.weight")
+    good = isinstance(weight, Tensor) and weight.numel() == 1 and bool((weight >= 0).all())
+    return value in entry and good
 
 
 def _copied(tensor: Tensor, device: torch.device) -> Tensor:

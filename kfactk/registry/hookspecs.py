@@ -11,13 +11,12 @@ The hooks and `kfactk.stages` have a version. A plugin declares the version it w
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pluggy
+from torch.optim import Optimizer
 
-if TYPE_CHECKING:
-    from kfactk.optim.optimizer import Optimizer
-    from kfactk.stages import Basis, Clip, Curvature, Fisher, Likelihood, Placement, Tracker, Update
+from kfactk.stages import Basis, Clip, Curvature, Fisher, Likelihood, Placement, Tracker, Update
 
 PROJECT = "kfactk"
 hookspec = pluggy.HookspecMarker(PROJECT)

@@ -1,4 +1,4 @@
-"""What can be read off a stage's factory: its options, its documentation, and whether an object is a stage of a family."""
+"""Read a stage's factory: its options, its documentation, and whether it makes a stage."""
 
 from __future__ import annotations
 
@@ -37,7 +37,9 @@ PROTOCOLS: dict[str, type[Any]] = {
     "placement": stages.Placement,
     "tracker": stages.Tracker,
 }
-"""Stage family to the protocol its stages have the members of."""
+"""Stage family to the base class or protocol of its stages."""
+BASE_CLASSES = {"curvature": stages.Curvature, "basis": stages.Basis}
+"""Families whose stages derive from their base class. Any object may implement a protocol."""
 
 
 @attrs.frozen
@@ -59,7 +61,7 @@ class OptionInfo:
     attribute: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe; a default that JSON has no form for is shown by its `repr`."""
+        """Return a JSON-safe mapping; a default that JSON cannot hold is its `repr`."""
         required = self.default is REQUIRED
         try:
             default = None if required else to_json(self.default)
@@ -83,11 +85,12 @@ class StageInfo:
         name: Its name within the family.
         options: Its options; empty for a blocked one, which is not imported.
         plugin: The plugin that provides it, by entry-point name.
-        distribution: The distribution the plugin came with; `None` for one registered in this process.
+        distribution: The distribution the plugin came with; `None` for one registered in this
+            process.
         version: Version of that distribution.
         paper: First work its References name, or "".
         summary: First line of its documentation, or "".
-        conflict: Whether another plugin claims the same name, so that neither can be used by it.
+        conflict: Whether another plugin claims the same name, so that neither can be used by name.
         blocked: What blocks it, or "".
     """
 
@@ -103,7 +106,7 @@ class StageInfo:
     blocked: str = ""
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON-safe nested mappings."""
+        """Return JSON-safe nested mappings."""
         return attrs.asdict(self, recurse=False) | {
             "options": [option.to_dict() for option in self.options]
         }
@@ -114,7 +117,7 @@ class Options:
     """The options a factory takes.
 
     Args:
-        known: Those it names.
+        known: The options it names.
         open: Whether it takes others too (`**kwargs`, or a signature that cannot be read).
     """
 
@@ -122,16 +125,18 @@ class Options:
     open: bool
 
     def names(self) -> list[str]:
-        """Names of the known ones."""
+        """Return the names of the known options."""
         return [option.name for option in self.known]
 
 
 def options_of(factory: Callable[..., Any]) -> Options:
-    """The options of a stage's factory: fields of an attrs class or dataclass, or arguments of any other callable.
+    """Return the options of a stage's factory.
+
+    They are the fields of an attrs class or dataclass, or the arguments of any other callable.
 
     Example:
         >>> def constant(value: float, scale: float = 2.0): ...
-        >>> [(option.name, option.annotation, option.default) for option in options_of(constant).known]
+        >>> [(o.name, o.annotation, o.default) for o in options_of(constant).known]
         [('value', 'float', NOTHING), ('scale', 'float', 2.0)]
     """
     try:
@@ -166,21 +171,22 @@ def options_of(factory: Callable[..., Any]) -> Options:
 
 
 def documentation(factory: Callable[..., Any]) -> str:
-    """The docstring of a factory, cleaned; of what a partial calls, for a partial."""
+    """Return the docstring of a factory, cleaned; for a partial, that of what it calls."""
     return inspect.cleandoc(getattr(_unbound(factory), "__doc__", None) or "")
 
 
 def summary(doc: str) -> str:
-    """First line of a docstring."""
+    """Return the first line of a docstring."""
     return doc.partition("\n")[0].strip()
 
 
 def paper(doc: str) -> str:
-    """The first work that the References section of a docstring names, or "".
+    """Return the first work that the References section of a docstring names, or "".
 
     Example:
-        >>> paper("One line." + chr(10) * 2 + "References:" + chr(10) + "    George et al. 2018, arXiv:1806.03884, section 4.")
-        'George et al. 2018, arXiv:1806.03884, section 4'
+        >>> lines = "One line.", "", "References:", "    George et al. 2018, arXiv:1806.03884."
+        >>> paper(chr(10).join(lines))
+        'George et al. 2018, arXiv:1806.03884'
     """
     entries = [""]
     for line in _section(doc, "References"):
@@ -197,44 +203,64 @@ def paper(doc: str) -> str:
 
 
 def missing_members(family: str, stage: object) -> list[str]:
-    """Members of the family's protocol that an object lacks, or only inherits from the protocol itself.
+    """Return the members that a stage of the family must define and an object does not.
+
+    Members of a base class that have a default are not among them.
 
     Example:
-        >>> missing_members("clip", object())
-        ['clip']
+        >>> missing_members("clip", object()), missing_members("basis", object())
+        (['clip'], ['requires', 'decompose', 'operator'])
     """
     absent = object()
     missing = []
-    for name, stub in _members(PROTOCOLS[family]).items():
+    for name, stub in _demanded(PROTOCOLS[family]).items():
         found = inspect.getattr_static(stage, name, absent)
         if found is stub or (found is absent and not hasattr(stage, name)):
             missing.append(name)
     return missing
 
 
-def _members(protocol: type[Any]) -> dict[str, object]:
+def undefined_members(factory: Callable[..., Any]) -> list[str]:
+    """Return the abstract members that a class leaves undefined, so that it makes no object."""
+    factory = _unbound(factory)
+    abstract: frozenset[str] = getattr(factory, "__abstractmethods__", frozenset())
+    return sorted(abstract) if inspect.isabstract(factory) else []
+
+
+def _demanded(protocol: type[Any]) -> dict[str, object]:
+    """Return the members that a stage must define: of a base class those without a default."""
     annotated = dict.fromkeys(inspect.get_annotations(protocol), object())
-    return {
+    members = {
         name: member
         for name, member in (annotated | dict(vars(protocol))).items()
         if not name.startswith("_")
     }
+    if protocol not in BASE_CLASSES.values():
+        return members
+    return {
+        name: member
+        for name, member in members.items()
+        if name in protocol.__abstractmethods__ or name not in vars(protocol)
+    }
 
 
 def _unbound(factory: Callable[..., Any]) -> Callable[..., Any]:
-    """What a partial, however nested, calls in the end."""
+    """Return what a partial, however nested, calls in the end."""
     while isinstance(factory, functools.partial):
         factory = factory.func
     return factory
 
 
 def _computed(default: Any) -> bool:
-    """Whether a signature's default only stands for one that the class computes."""
+    """Return whether a signature's default only stands for one that the class computes."""
     return default is attrs.NOTHING or type(default).__name__ == "_HAS_DEFAULT_FACTORY_CLASS"
 
 
 def _fields(factory: Callable[..., Any]) -> dict[str, dict[str, Any]]:
-    """What attrs and dataclasses know better than the signature: computed defaults, types, and where a value is kept."""
+    """Return what attrs and dataclasses know better than the signature.
+
+    That is computed defaults, types, and where a value is kept.
+    """
     found: dict[str, dict[str, Any]] = {}
     factory = _unbound(factory)
     if inspect.isclass(factory) and attrs.has(factory):

@@ -104,20 +104,20 @@ class PluginRecord:
     outdated: str | None = None
 
     def __str__(self) -> str:
-        origin = (
-            f"{self.distribution} {self.version or ''}".strip()
-            if self.distribution
-            else "registered in this process"
-        )
-        return f"{self.name!r} ({origin})"
+        origin = f"{self.distribution or 'registered in this process'} {self.version or ''}"
+        return f"{self.name!r} ({origin.strip()})"
 
     def info(self) -> PluginInfo:
         """Return the public information."""
-        names = tuple(f"{stage.family}.{stage.name}" for stage in self.stages)
-        status = "blocked" if self.blocked_by else "failed" if self.problems else "loaded"
-        error = f"blocked by {self.blocked_by}" if self.blocked_by else "; ".join(self.problems)
         return PluginInfo(
-            self.name, self.distribution, self.version, self.module, names, status, error, self.api
+            self.name,
+            self.distribution,
+            self.version,
+            self.module,
+            stages=tuple(f"{stage.family}.{stage.name}" for stage in self.stages),
+            status="blocked" if self.blocked_by else "failed" if self.problems else "loaded",
+            error=f"blocked by {self.blocked_by}" if self.blocked_by else "; ".join(self.problems),
+            api=self.api,
         )
 
 
@@ -131,12 +131,19 @@ class Plugins:
     def __init__(self, disabled: Iterable[str] = ()) -> None:
         self.manager = pluggy.PluginManager(PROJECT)
         self.manager.add_hookspecs(hookspecs)
-        self.disabled = tuple(
-            pattern for pattern in (entry.strip() for entry in disabled) if pattern
-        )
+        self.disabled = tuple(filter(None, (pattern.strip() for pattern in disabled)))
         self.records: list[PluginRecord] = []
 
-    def load(self, entry_points: Iterable[EntryPoint]) -> None:
+    @property
+    def hook(self) -> pluggy.HookRelay:
+        """Hooks to call in every plugin, such as `hook.kfactk_bound(optimizer=...)`."""
+        return self.manager.hook
+
+    def plugins(self) -> list[PluginInfo]:
+        """Return every plugin, also failed and blocked ones."""
+        return [record.info() for record in self.records]
+
+    def load_entry_points(self, entry_points: Iterable[EntryPoint]) -> None:
         """Load entry points, each on its own.
 
         Warn about each that failed, about names that are used twice, and about patterns that block
@@ -146,9 +153,8 @@ class Plugins:
         unique: dict[tuple[str, str], EntryPoint] = {}
         for entry in entry_points:
             unique.setdefault((entry.name, entry.value), entry)
-        messages = [message for entry in unique.values() for message in self._load(entry)]
-
-        for message in [*messages, *self._duplicate_names(), *self._unmatched_patterns()]:
+        failures = [message for entry in unique.values() for message in self._load(entry)]
+        for message in [*failures, *self._duplicate_names(), *self._unmatched_patterns()]:
             warnings.warn(message, KfactkWarning, stacklevel=3)
 
     def register(self, plugin: object, name: str | None = None) -> str:
@@ -176,13 +182,10 @@ class Plugins:
         if record.problems:
             if self.manager.is_registered(plugin):
                 self.manager.unregister(plugin)
-            remedy = (
-                f"Try `pip install -U {record.outdated}`"
-                if record.outdated
-                else "Correct it and register it again"
-            )
+            upgrade = f"Try `pip install -U {record.outdated}`" if record.outdated else ""
             raise PluginError(
-                f"The plugin {name!r} cannot be registered: {'; '.join(record.problems)}. {remedy}."
+                f"The plugin {name!r} cannot be registered: {'; '.join(record.problems)}. "
+                f"{upgrade or 'Correct it and register it again'}."
             )
         self.records.append(record)
         return name
@@ -198,8 +201,7 @@ class Plugins:
                 self.manager.unregister(record.loaded)
                 self.records.remove(record)
                 return
-        names = [record.name for record in self.records]
-        hint = near_names(plugin, names) if isinstance(plugin, str) else ""
+        hint = near_names(str(plugin), [record.name for record in self.records])
         raise PluginError(
             f"No plugin {plugin!r} is registered.{hint} `python -m kfactk plugins` lists the "
             "installed ones."
@@ -221,10 +223,10 @@ class Plugins:
         if not record.problems:
             return []
         outdated = record.outdated or record.distribution
-        upgrade = f"`pip install -U {outdated}` or " if outdated else ""
+        upgrade = f"Try `pip install -U {outdated}`, or block" if outdated else "Block"
         return [
-            f"The kfactk plugin {record} failed: {'; '.join(record.problems)}. Try {upgrade}block "
-            f"it with {DISABLE}={record.name}."
+            f"The kfactk plugin {record} failed: {'; '.join(record.problems)}. "
+            f"{upgrade} it with {DISABLE}={record.name}."
         ]
 
     def _register(self, record: PluginRecord, plugin: Any) -> list[str]:
@@ -236,11 +238,9 @@ class Plugins:
                 f"it is the same object as plugin {other!r}, which is loaded already: remove one "
                 "of the two entry points"
             ]
-        taken = self.manager.has_plugin(record.name)
+        suffix = f" = {record.module}" if self.manager.has_plugin(record.name) else ""
         try:
-            self.manager.register(
-                plugin, name=f"{record.name} = {record.module}" if taken else record.name
-            )
+            self.manager.register(plugin, name=record.name + suffix)
         except Exception as error:
             if self.manager.is_registered(plugin):
                 self.manager.unregister(plugin)
@@ -253,7 +253,7 @@ class Plugins:
                 "name a module or object that has one)"
             )
         for family, hook in STAGE_HOOKS.items():
-            for implementation in getattr(self.manager.hook, hook).get_hookimpls():
+            for implementation in getattr(self.hook, hook).get_hookimpls():
                 if implementation.plugin is plugin:
                     problems += _collect_stages(record, family, hook, implementation.function)
         return problems
@@ -262,27 +262,22 @@ class Plugins:
         """Return a problem for each hook that kfactk does not have."""
         problems = []
         for caller in self.manager.get_hookcallers(plugin) or []:
-            optional = all(
-                impl.optionalhook for impl in caller.get_hookimpls() if impl.plugin is plugin
-            )
-            if not caller.has_spec() and not optional:
+            mine = (each for each in caller.get_hookimpls() if each.plugin is plugin)
+            if not caller.has_spec() and not all(each.optionalhook for each in mine):
                 problems.append(f"kfactk has no hook {caller.name!r}{_hook_hint(caller.name)}")
         return problems
 
     def _blocker(self, record: PluginRecord) -> str:
         """Return the pattern that blocks a plugin, as `KFACTK_DISABLE_PLUGINS=pattern`, or ""."""
-        return next(
-            (f"{DISABLE}={pattern}" for pattern in self.disabled if _matches(pattern, record)), ""
-        )
+        patterns = (pattern for pattern in self.disabled if _matches(pattern, record))
+        return next((f"{DISABLE}={pattern}" for pattern in patterns), "")
 
     def _duplicate_names(self) -> list[str]:
         """Return a warning for each name that several plugins have."""
         by_name: dict[str, list[str]] = {}
-        for record in self.records:
-            if not record.blocked_by:
-                by_name.setdefault(record.name, []).append(
-                    f"{record.distribution} {record.version}: {record.module}"
-                )
+        for record in (each for each in self.records if not each.blocked_by):
+            origin = f"{record.distribution} {record.version}: {record.module}"
+            by_name.setdefault(record.name, []).append(origin)
         return [
             f"Several kfactk plugins are named {name!r} ({'; '.join(origins)}), and all are used. "
             f"To choose one, uninstall a distribution, or block it with {DISABLE}=<its name>."
@@ -292,9 +287,8 @@ class Plugins:
 
     def _unmatched_patterns(self) -> list[str]:
         """Return a warning for each pattern that blocks nothing."""
-        known = sorted(
-            {name for record in self.records for name in (record.name, record.distribution) if name}
-        )
+        names = {name for record in self.records for name in (record.name, record.distribution)}
+        known = sorted(filter(None, names))
         return [
             f"{DISABLE} has {pattern!r}, which is neither a plugin nor a distribution that has one."
             f"{near_names(pattern, known)} `python -m kfactk plugins` lists them."
@@ -310,9 +304,7 @@ def installed_entry_points() -> list[EntryPoint]:
 
 def _distribution(entry: EntryPoint) -> tuple[str | None, str | None]:
     """Return name and version of an entry point's distribution."""
-    if entry.dist is None:
-        return None, None
-    metadata = entry.dist.metadata
+    metadata: Any = entry.dist.metadata if entry.dist else {}
     known = {key: metadata[key] for key in metadata}
     return known.get("Name"), known.get("Version")
 
@@ -333,9 +325,8 @@ def _check_api(record: PluginRecord, plugin: Any) -> str:
         return ""
     newer = version > PLUGIN_API
     record.outdated = PROJECT if newer else record.distribution
-    supported = f"version {PLUGIN_API}"
-    if len(SUPPORTED_APIS) > 1:
-        supported = f"versions {SUPPORTED_APIS[0]} to {PLUGIN_API}"
+    several = f"versions {SUPPORTED_APIS[0]} to {PLUGIN_API}"
+    supported = several if len(SUPPORTED_APIS) > 1 else f"version {PLUGIN_API}"
     return (
         f"it was written for version {version} of the plugin API, and this kfactk {__version__} "
         f"supports {supported}: a newer {record.outdated or 'plugin'} is needed"
@@ -343,44 +334,38 @@ def _check_api(record: PluginRecord, plugin: Any) -> str:
 
 
 def _matches(pattern: str, record: PluginRecord) -> bool:
-    return fnmatch.fnmatchcase(record.name, pattern) or fnmatch.fnmatchcase(
-        _normalise(record.distribution), _normalise(pattern)
-    )
+    distribution = normal_name(record.distribution or "")
+    matches = fnmatch.fnmatchcase
+    return matches(record.name, pattern) or matches(distribution, normal_name(pattern))
 
 
-def _normalise(distribution: str | None) -> str:
-    """Return the name of a distribution as package indexes compare it."""
-    return re.sub(r"[-_.]+", "-", distribution or "").lower()
+def normal_name(distribution: str) -> str:
+    """Return a distribution's name as package indexes compare it: lower case, single dashes."""
+    return re.sub(r"[-_.]+", "-", distribution).lower()
 
 
 def _hook_hint(name: str) -> str:
     """Return near names, compared without the prefix of all hooks, and all names."""
     hooks = [hook for hook in vars(hookspecs) if hook.startswith(PREFIX)]
-    near = near_names(
-        name.removeprefix(PREFIX), [hook.removeprefix(PREFIX) for hook in hooks]
-    ).rstrip("?")
-    near = near.replace(" '", f" '{PREFIX}")
+    short = [hook.removeprefix(PREFIX) for hook in hooks]
+    near = near_names(name.removeprefix(PREFIX), short).rstrip("?").replace(" '", f" '{PREFIX}")
     return f"{near and '.'}{near}; the hooks are {', '.join(hooks)}"
 
 
 def _unmarked_hooks(plugin: Any) -> list[str]:
     """Return a problem for each own function with the name of a hook but without the mark."""
     problems = []
-    for name in dir(plugin):
+    for name in (each for each in dir(plugin) if each.startswith(PREFIX)):
         function = inspect.getattr_static(plugin, name, None)
         function = getattr(function, "__func__", function)
-        own = inspect.isfunction(function) and (
-            not inspect.ismodule(plugin) or function.__module__ == plugin.__name__
-        )
-        if own and name.startswith(PREFIX) and not hasattr(function, f"{PROJECT}_impl"):
-            hint = (
-                ""
-                if hasattr(hookspecs, name)
-                else f" (nor does kfactk have that hook{_hook_hint(name)})"
-            )
+        if not inspect.isfunction(function) or hasattr(function, f"{PROJECT}_impl"):
+            continue
+        if not inspect.ismodule(plugin) or function.__module__ == plugin.__name__:
+            hint = f" (nor does kfactk have that hook{_hook_hint(name)})"
             problems.append(
-                f"its function {name!r} is not marked with @kfactk.hookimpl{hint}: mark it if it "
-                "is a hook, rename it if not"
+                f"its function {name!r} is not marked with @kfactk.hookimpl"
+                f"{'' if hasattr(hookspecs, name) else hint}: mark it if it is a hook, rename it "
+                "if not"
             )
     return problems
 
@@ -392,36 +377,30 @@ def _collect_stages(
     try:
         stages = function()
         if not isinstance(stages, Mapping):
-            return [
-                f"its hook {hook} returned {type(stages).__name__}, not a mapping of names to "
-                "factories"
-            ]
+            kind = type(stages).__name__
+            return [f"its hook {hook} returned {kind}, not a mapping of names to factories"]
         items = list(stages.items())
     except Exception as error:
         return [f"its hook {hook} raised {explain(error)}"]
     problems = []
     for name, factory in items:
         if not isinstance(name, str) or not name or ":" in name:
-            problems.append(
-                f"its hook {hook} names a stage {name!r}: a name is text without a colon"
-            )
-        elif not callable(factory):
-            problems.append(
-                f"its {family} {name!r} is {factory!r}, which cannot be called to make a stage"
-            )
-        elif problem := _options_problem(factory):
+            problem = f"its hook {hook} names a stage {name!r}: a name is text without a colon"
+            problems.append(problem)
+        elif problem := _find_fault(factory):
             problems.append(f"its {family} {name!r} {problem}")
         else:
             record.stages.append(RegisteredStage(family, name, factory, record))
     return problems
 
 
-def _options_problem(factory: Callable[..., Any]) -> str:
-    """Return what is wrong with the options of a factory, or ""."""
+def _find_fault(factory: Any) -> str:
+    """Return what is wrong with a factory, or ""."""
+    if not callable(factory):
+        return f"is {factory!r}, which cannot be called to make a stage"
     try:
-        names = options_of(factory).names()
+        if "name" not in options_of(factory).names():
+            return ""
     except Exception as error:
         return f"has options that cannot be read: {explain(error)}"
-    if "name" in names:
-        return "has an option 'name', which in a recipe is the name of the stage: rename the option"
-    return ""
+    return "has an option 'name', which in a recipe is the name of the stage: rename the option"

@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterable, Mapping, Set
 from importlib.metadata import EntryPoint
 from typing import Any
 
-import pluggy
-
 from kfactk.errors import (
     KfactkError,
     KfactkWarning,
@@ -27,6 +25,7 @@ from kfactk.errors import (
 )
 from kfactk.registry.hookspecs import PROJECT, STAGE_HOOKS
 from kfactk.registry.inspection import (
+    BASE_CLASSES,
     REQUIRED,
     OptionInfo,
     StageInfo,
@@ -35,23 +34,18 @@ from kfactk.registry.inspection import (
     options_of,
     paper,
     summary,
+    undefined_members,
 )
 from kfactk.registry.loading import (
     DISABLE,
-    PluginInfo,
     PluginRecord,
     Plugins,
     RegisteredStage,
     installed_entry_points,
 )
-from kfactk.registry.serialization import (
-    callable_path as callable_path,
-    explain,
-    from_json as from_json,
-    import_path as import_path,
-    to_json as to_json,
-)
+from kfactk.registry.serialization import callable_path, explain, from_json, import_path, to_json
 from kfactk.registry.torch_optimizer import TorchOptimizer
+from kfactk.stages import Curvature
 
 ADAPTERS: dict[str, type[TorchOptimizer]] = {"update": TorchOptimizer}
 """By family, the stage class that wraps objects which are not stages themselves."""
@@ -60,7 +54,7 @@ BUILD_ARGUMENTS = ("lr", "damping", "weight_decay")
 """Arguments of `build` that users take for options of a stage."""
 
 
-class Registry:
+class Registry(Plugins):
     """The plugins of a process and the stages they provide.
 
     Args:
@@ -81,9 +75,6 @@ class Registry:
         'Halve'
     """
 
-    def __init__(self, disabled: Iterable[str] = ()) -> None:
-        self._plugins = Plugins(disabled)
-
     @classmethod
     def load(
         cls, entry_points: Iterable[EntryPoint] | None = None, disabled: Iterable[str] | None = None
@@ -95,7 +86,7 @@ class Registry:
             disabled: Patterns of plugins to block; `None` for those in `KFACTK_DISABLE_PLUGINS`.
         """
         made = cls(os.environ.get(DISABLE, "").split(",") if disabled is None else disabled)
-        made._plugins.load(installed_entry_points() if entry_points is None else entry_points)
+        made.load_entry_points(installed_entry_points() if entry_points is None else entry_points)
         for family in STAGE_HOOKS:
             for name, claims in made._claims(family).items():
                 if len(claims) > 1:
@@ -103,44 +94,18 @@ class Registry:
                     warnings.warn(message, KfactkWarning, stacklevel=2)
         return made
 
-    @property
-    def hook(self) -> pluggy.HookRelay:
-        """Hooks to call in every plugin, such as `hook.kfactk_bound(optimizer=...)`."""
-        return self._plugins.manager.hook
-
-    def register(self, plugin: object, name: str | None = None) -> str:
-        """Register a module or object with hooks, for this process only, and return its name.
-
-        Raises:
-            PluginError: Its name is taken or blocked, its plugin API is not supported, it
-                implements no hook, misspells one, or one of its stage hooks fails.
-        """
-        return self._plugins.register(plugin, name)
-
-    def unregister(self, plugin: object) -> None:
-        """Unregister a plugin, given itself or its name.
-
-        Raises:
-            PluginError: It is not registered.
-        """
-        self._plugins.unregister(plugin)
-
-    def plugins(self) -> list[PluginInfo]:
-        """Return every plugin, also failed and blocked ones."""
-        return [record.info() for record in self._plugins.records]
-
     def stages(self, family: str | None = None) -> list[StageInfo]:
         """Return every stage, sorted by name in each family, also conflicting and blocked ones.
 
         Raises:
             UnknownStageError: There is no such family.
         """
-        families = list(STAGE_HOOKS) if family is None else [_known_family(family)]
-        return [
-            info
-            for each in families
-            for info in sorted(self._stage_infos(each), key=lambda info: info.name)
-        ]
+        if family is not None:
+            _check_family(family)
+        infos: list[StageInfo] = []
+        for each in STAGE_HOOKS if family is None else [family]:
+            infos += sorted(self._stage_infos(each), key=lambda info: info.name)
+        return infos
 
     def resolve(self, family: str, spec: Any) -> Any:
         """Make a stage.
@@ -159,7 +124,7 @@ class Registry:
             OptionError: An option is unknown, missing or has a wrong value; or `spec` is, or makes,
                 no stage of the family.
         """
-        _known_family(family)
+        _check_family(family)
         options: dict[str, Any] = {}
         if isinstance(spec, Mapping):
             spec, options = _split_spec(family, spec)
@@ -182,7 +147,7 @@ class Registry:
             OptionError: Its class has no name and no import path, or an option's value has no JSON
                 form that reads back the same.
         """
-        _known_family(family)
+        _check_family(family)
         wrapped = ADAPTERS[family].unwrap(stage) if family in ADAPTERS else None
         kind: type[Any] = wrapped[0] if wrapped else type(stage)
         name = self._name_of(family, kind)
@@ -190,26 +155,22 @@ class Registry:
             try:
                 name = callable_path(kind)
             except OptionError as error:
-                raise OptionError(
-                    f"Cannot write {family} {kind.__qualname__!r}: {error}"
-                ) from error
+                what = f"{family} {kind.__qualname__!r}"
+                raise OptionError(f"Cannot write {what}: {error}") from error
         label = f"{family} {name!r}"
-        if wrapped:
-            return {"name": name} | {
-                key: to_json(value, f"option {key!r} of {label}")
-                for key, value in wrapped[1].items()
-            }
-        return {"name": name} | _options_to_json(stage, label)
+        if not wrapped:
+            return {"name": name} | _options_to_json(stage, label)
+        given = wrapped[1].items()
+        return {"name": name} | {k: to_json(v, f"option {k!r} of {label}") for k, v in given}
 
     def _claims(self, family: str) -> dict[str, list[RegisteredStage]]:
         """Return the different factories that plugins provide under each name."""
         claims: dict[str, list[RegisteredStage]] = {}
-        for record in self._plugins.records:
-            for stage in record.stages:
-                if stage.family == family:
-                    others = claims.setdefault(stage.name, [])
-                    if all(other.factory is not stage.factory for other in others):
-                        others.append(stage)
+        for stage in (stage for record in self.records for stage in record.stages):
+            if stage.family == family:
+                others = claims.setdefault(stage.name, [])
+                if all(other.factory is not stage.factory for other in others):
+                    others.append(stage)
         return claims
 
     def _find(self, family: str, name: str) -> RegisteredStage:
@@ -224,33 +185,22 @@ class Registry:
         parts = [f"There is no {family} {name!r}.{near_names(name, known)}"]
         others = [other for other in STAGE_HOOKS if other != family and name in self._claims(other)]
         if others:
+            families = " and ".join(others)
             parts.append(
-                f"{name!r} is a stage of the family {' and '.join(others)}: pass it as "
-                f"{others[0]}={name!r}."
+                f"{name!r} is a stage of the family {families}: pass it as {others[0]}={name!r}."
             )
-        blocked = {
-            record: f"by {record.blocked_by}"
-            for record in self._plugins.records
-            if record.blocked_by
-        }
-        failed = {
-            record: "; ".join(record.problems)
-            for record in self._plugins.records
-            if record.problems
-        }
+        blocked = {each: f"by {each.blocked_by}" for each in self.records if each.blocked_by}
+        failed = {each: "; ".join(each.problems) for each in self.records if each.problems}
         parts.append(_likely_cause(f"{family}.{name}", "is blocked", blocked))
         parts.append(_likely_cause(f"{family}.{name}", "failed", failed))
         if "." in name:
+            path = ":".join(name.rsplit(".", 1))
             parts.append(
-                f"If {name!r} is an import path, write a colon before the last part: "
-                f"{':'.join(name.rsplit('.', 1))!r}."
+                f"If {name!r} is an import path, write a colon before the last part: {path!r}."
             )
-        parts.append(
-            f"There are: {', '.join(sorted(known))}."
-            if known
-            else f"No loaded plugin provides any {family}: see `python -m kfactk plugins`."
-        )
-        return UnknownStageError(" ".join(part for part in parts if part))
+        none = f"No loaded plugin provides any {family}: see `python -m kfactk plugins`."
+        parts.append(f"There are: {', '.join(sorted(known))}." if known else none)
+        return UnknownStageError(" ".join(filter(None, parts)))
 
     def _name_of(self, family: str, kind: type[Any]) -> str | None:
         """Return the name that `resolve` makes this class from, or `None`."""
@@ -260,27 +210,14 @@ class Registry:
         return None
 
     def _stage_infos(self, family: str) -> list[StageInfo]:
-        infos = [
-            _stage_info(stage, conflict=len(stages) > 1)
-            for stages in self._claims(family).values()
-            for stage in stages
-        ]
-        for record in self._plugins.records:
-            kind, _, name = record.name.partition(".")
-            if record.blocked_by and kind == family and name:
-                infos.append(
-                    StageInfo(
-                        family=family,
-                        name=name,
-                        options=(),
-                        plugin=record.name,
-                        distribution=record.distribution,
-                        version=record.version,
-                        paper="",
-                        summary="",
-                        blocked=record.blocked_by,
-                    )
-                )
+        infos = []
+        for stages in self._claims(family).values():
+            infos += [_stage_info(stage, conflict=len(stages) > 1) for stage in stages]
+        for each in self.records:
+            kind, _, name = each.name.partition(".")
+            if each.blocked_by and kind == family and name:
+                origin = each.name, each.distribution, each.version
+                infos.append(StageInfo(family, name, (), *origin, "", "", blocked=each.blocked_by))
         return infos
 
 
@@ -290,22 +227,19 @@ def registry() -> Registry:
     return Registry.load()
 
 
-def _known_family(family: str) -> str:
+def _check_family(family: str) -> None:
     if family not in STAGE_HOOKS:
         hint = near_names(str(family), STAGE_HOOKS)
         raise UnknownStageError(
             f"There is no stage family {family!r}.{hint} There are: {', '.join(STAGE_HOOKS)}."
         )
-    return family
 
 
 def _conflict_error(family: str, name: str, stages: list[RegisteredStage]) -> PluginError:
     plugins = [stage.plugin for stage in stages]
-    last = next(
-        (plugin for plugin in reversed(plugins) if plugin.distribution != PROJECT), plugins[-1]
-    )
-    names_differ = len({plugin.name for plugin in plugins}) == len(plugins)
-    pattern = last.name if names_differ else last.distribution
+    foreign = [plugin for plugin in plugins if plugin.distribution != PROJECT]
+    last, names = (foreign or plugins)[-1], {plugin.name for plugin in plugins}
+    pattern = last.name if len(names) == len(plugins) else last.distribution
     paths = ", ".join(repr(_path_of(stage)) for stage in stages)
     return PluginError(
         f"{len(plugins)} plugins claim {family} {name!r}: {' and '.join(map(str, plugins))}. "
@@ -331,11 +265,10 @@ def _likely_cause(expected: str, what: str, reasons: Mapping[PluginRecord, str])
 
 def _split_spec(family: str, spec: Mapping[Any, Any]) -> tuple[Any, dict[str, Any]]:
     """Return name (or class) and options of `{"name": ..., **options}`, options in Python."""
-    remedy = "Give {'name': ..., **options}."
-    if "name" not in spec:
-        raise OptionError(f"{family}={dict(spec)!r} does not say which {family}. {remedy}")
-    if not all(isinstance(key, str) for key in spec):
-        raise OptionError(f"{family}={dict(spec)!r} has keys that are not text. {remedy}")
+    unnamed, text = "name" not in spec, all(isinstance(key, str) for key in spec)
+    if unnamed or not text:
+        fault = f"does not say which {family}" if unnamed else "has keys that are not text"
+        raise OptionError(f"{family}={dict(spec)!r} {fault}. Give {{'name': ..., **options}}.")
     return spec["name"], {key: from_json(value) for key, value in spec.items() if key != "name"}
 
 
@@ -343,11 +276,8 @@ def _factory_of(family: str, source: Any) -> Callable[..., Any] | None:
     """Return what makes stages from options; `None` where `source` can only be a stage."""
     if family in ADAPTERS and (adapted := ADAPTERS[family].adapt(source)):
         return adapted
-    return (
-        source
-        if inspect.isroutine(source) or isinstance(source, type | functools.partial)
-        else None
-    )
+    makes = inspect.isroutine(source) or isinstance(source, type | functools.partial)
+    return source if makes else None
 
 
 def _make(
@@ -371,6 +301,12 @@ def _make(
             )
         return _check_stage(family, source, label, None)
     _check_options(factory, options, label)
+    if undefined := undefined_members(factory):
+        blame: type[KfactkError] = PluginError if plugin else OptionError
+        raise blame(
+            f"{label} cannot be made: its class does not define {', '.join(undefined)}. Define "
+            f"them; {_documented(family)}."
+        )
     try:
         stage = factory(**options)
     except KfactkError:
@@ -383,7 +319,7 @@ def _make(
             f"{label} refuses {given}: {explain(error)}. Its options are: {has or 'none'}."
         ) from error
     except Exception as error:
-        kind: type[KfactkError] = PluginError if plugin else OptionError
+        kind = PluginError if plugin else OptionError
         raise kind(
             f"{label} could not be made: {explain(error)}. Install what it needs, or use another "
             f"{family}."
@@ -410,21 +346,39 @@ def _check_options(factory: Callable[..., Any], options: Mapping[str, Any], labe
 
 
 def _check_stage(family: str, stage: Any, label: str, plugin: PluginRecord | None) -> Any:
-    """Return the stage, if it has all members of its family."""
-    missing = missing_members(family, stage)
-    if not missing:
+    """Return the stage, if it is one of its family."""
+    reason = _find_fault(family, stage)
+    if not reason:
         _check_attributes(family, stage, label)
         return stage
-    lacks = ", ".join(missing)
-    where = f"`kfactk.stages.{family.capitalize()}` documents what a {family} has"
     if plugin:
         raise PluginError(
-            f"{label} made a {type(stage).__qualname__}, which lacks {lacks}. Report it to its "
-            f"authors; {where}."
+            f"{label} made a {type(stage).__qualname__}, which {reason}. Report it to its authors; "
+            f"{_documented(family)}."
         )
     raise OptionError(
-        f"{label} is no {family}: it lacks {lacks}. Give a name, a class or a stage; {where}."
+        f"{label} is no {family}: it {reason}. Give a name, a class or a stage; "
+        f"{_documented(family)}."
     )
+
+
+def _documented(family: str) -> str:
+    return f"`kfactk.stages.{family.capitalize()}` documents what a {family} has"
+
+
+def _find_fault(family: str, stage: object) -> str:
+    """Return why an object is no stage of the family, or ""."""
+    base, missing = BASE_CLASSES.get(family), ", ".join(missing_members(family, stage))
+    lacks = f"lacks {missing}" if missing else ""
+    if base is not None and not isinstance(stage, base):
+        derive = f"does not derive from kfactk.{base.__name__}"
+        return f"{derive}, and {lacks}" if lacks else derive
+    if isinstance(stage, Curvature) and type(stage).factors is not Curvature.factors:
+        return (
+            "replaces `factors`, which is the sum of `input_factors` and `gradient_factors`; "
+            "replace these instead"
+        )
+    return lacks
 
 
 NAME_SETS = {"curvature": ("provides",), "basis": ("requires", "laws")}
@@ -433,15 +387,13 @@ NAME_SETS = {"curvature": ("provides",), "basis": ("requires", "laws")}
 
 def _check_attributes(family: str, stage: Any, label: str) -> None:
     for name in NAME_SETS.get(family, ()):
-        value: Any = getattr(stage, name, frozenset())
+        value: Any = getattr(stage, name)
         if not isinstance(value, Set) or not all(isinstance(item, str) for item in value):
             raise PluginError(
                 f"{label} has {name}={value!r}, which must be a frozenset of names. Report it to "
                 "its authors."
             )
-    if family != "basis":
-        return
-    source = getattr(stage, "moments_from", None)
+    source = stage.moments_from if family == "basis" else None
     if source not in (None, "samples", "gradient"):
         raise PluginError(
             f"{label} has moments_from={source!r}, which must be 'samples', 'gradient' or None. "
@@ -452,7 +404,7 @@ def _check_attributes(family: str, stage: Any, label: str) -> None:
 def _options_to_json(stage: object, label: str) -> dict[str, Any]:
     """Return the options of a stage that do not have their default, in JSON's types."""
     written: dict[str, Any] = {}
-    changed: dict[str, Any] = {}
+    changed: list[tuple[OptionInfo, Any]] = []
     for option in options_of(type(stage)).known:
         if not hasattr(stage, option.attribute):
             raise OptionError(
@@ -460,25 +412,22 @@ def _options_to_json(stage: object, label: str) -> dict[str, Any]:
                 "attribute of that name."
             )
         value = getattr(stage, option.attribute)
-        form = (
-            to_json(value, f"option {option.name!r} of {label}")
-            if value is not option.default
-            else None
-        )
-        if value is option.default or form == _default_form(option):
+        if value is option.default:
+            continue
+        form = to_json(value, f"option {option.name!r} of {label}")
+        if form == _default_form(option):
             continue
         written[option.name] = form
         if from_json(form) != value:
-            changed[option.name] = (option, value)
-    if changed:
-        again = _remake(stage, written, label)
-        for name, (option, value) in changed.items():
-            if (back := getattr(again, option.attribute)) != value:
-                raise OptionError(
-                    f"Cannot write option {name!r} of {label}: {value!r} would be read back as "
-                    f"{back!r}. Give the option's attrs field a converter, such as "
-                    "`converter=tuple`."
-                )
+            changed.append((option, value))
+    again = _remake(stage, written, label) if changed else None
+    for option, value in changed:
+        if (back := getattr(again, option.attribute)) != value:
+            raise OptionError(
+                f"Cannot write option {option.name!r} of {label}: {value!r} would be read back "
+                f"as {back!r}. Give the option's attrs field a converter, such as "
+                "`converter=tuple`."
+            )
     return written
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import inspect
+import itertools
 import math
 import os
 import reprlib
@@ -20,10 +21,6 @@ from typing import Any
 import torch
 
 from kfactk.errors import OptionError, near_names
-
-MODULE_LEVEL_REMEDY = (
-    "Define it with `def` or `class` at the top level of an importable module and pass that"
-)
 
 
 def callable_path(function: Any) -> str:
@@ -47,27 +44,33 @@ def callable_path(function: Any) -> str:
             ...
         kfactk.errors.OptionError: <function <lambda>> cannot be written as an import path: ...
     """
+    module: Any = getattr(function, "__module__", None)
+    qualname: Any = getattr(function, "__qualname__", None)
+    named = isinstance(module, str) and isinstance(qualname, str)
     if isinstance(function, functools.partial):
-        raise _no_path_error(
-            function, "it is a functools.partial, whose bound arguments a path cannot hold"
+        why = "it is a functools.partial, whose bound arguments a path cannot hold"
+    elif not named or not callable(function):
+        why = "it is not a function or class of a module"
+    elif "<lambda>" in qualname:
+        why = "it is a lambda"
+    elif "<locals>" in qualname:
+        why = "it is defined inside a function"
+    else:
+        for package in itertools.accumulate(module.split("."), "{}.{}".format):
+            found = sys.modules.get(package)
+            for part in qualname.split("."):
+                found = getattr(found, part, None)
+            if found is function or (inspect.ismethod(found) and found == function):
+                return f"{package}:{qualname}"
+        why = (
+            f"{module}:{qualname} leads to something else (it is bound to an object, replaced, or "
+            "removed)"
         )
-    module = getattr(function, "__module__", None)
-    qualname = getattr(function, "__qualname__", None)
-    if not callable(function) or not isinstance(module, str) or not isinstance(qualname, str):
-        raise _no_path_error(function, "it is not a function or class of a module")
-    if "<lambda>" in qualname:
-        raise _no_path_error(function, "it is a lambda")
-    if "<locals>" in qualname:
-        raise _no_path_error(function, "it is defined inside a function")
-    parts = module.split(".")
-    for package in (".".join(parts[: n + 1]) for n in range(len(parts))):
-        found = _get_attribute(sys.modules.get(package), qualname)
-        if found is function or (inspect.ismethod(found) and found == function):
-            return f"{package}:{qualname}"
-    raise _no_path_error(
-        function,
-        f"{module}:{qualname} leads to something else (it is bound to an object, replaced, or "
-        "removed)",
+    plain = inspect.isfunction(function)
+    shown = f"<function {function.__qualname__}>" if plain else reprlib.repr(function)
+    raise OptionError(
+        f"{shown} cannot be written as an import path: {why}. Define it with `def` or `class` at "
+        "the top level of an importable module and pass that, or pass a number."
     )
 
 
@@ -102,14 +105,10 @@ def import_path(path: str) -> Any:
     for part in qualname.split("."):
         if not hasattr(found, part):
             near = near_names(part, [name for name in dir(found) if not name.startswith("_")])
-            note = (
-                " It was defined in the script that wrote the path; move it into a module."
-                if module == "__main__"
-                else ""
-            )
+            script = " It was defined in the script that wrote the path; move it into a module."
             raise OptionError(
                 f"The import path {path!r} names nothing: {found!r} has no {part!r}."
-                f"{near or ' Check the name.'}{note}"
+                f"{near or ' Check the name.'}{script if module == '__main__' else ''}"
             )
         found = getattr(found, part)
     return found
@@ -152,11 +151,11 @@ def to_json(value: Any, what: str = "the value") -> Any:
             return {"callable": callable_path(value)}
         except OptionError as error:
             raise OptionError(f"Cannot write {what}: {error}") from error
+    kind = f"{type(value).__module__}.{type(value).__qualname__}"
     raise OptionError(
-        f"Cannot write {what}: {reprlib.repr(value)} is of type "
-        f"{type(value).__module__}.{type(value).__qualname__}, which has no JSON form. Pass plain "
-        "numbers, text, lists or dicts (a tensor's `.item()` or `.tolist()`), or a module-level "
-        "function."
+        f"Cannot write {what}: {reprlib.repr(value)} is of type {kind}, which has no JSON form. "
+        "Pass plain numbers, text, lists or dicts (a tensor's `.item()` or `.tolist()`), or a "
+        "module-level function."
     )
 
 
@@ -177,7 +176,7 @@ def from_json(value: Any) -> Any:
     if type(value) is not dict:
         return value
     if len(value) == 1:
-        (tag, text), *_ = value.items()
+        ((tag, text),) = value.items()
         if tag in _TAGS and isinstance(text, str):
             try:
                 return _TAGS[tag](text)
@@ -208,7 +207,7 @@ def _dtype(name: str) -> torch.dtype:
 
 _PLAIN: list[tuple[type[Any], Callable[[Any], Any]]] = [
     (int, int),
-    (str, lambda text: str.__str__(text)),
+    (str, str.__str__),
     (os.PathLike, os.fspath),
     (torch.dtype, lambda dtype: {"dtype": str(dtype).removeprefix("torch.")}),
     (torch.device, lambda device: {"device": str(device)}),
@@ -233,22 +232,3 @@ def _mapping_to_json(value: Mapping[Any, Any], what: str) -> dict[str, Any]:
             "a tagged form. Rename the key."
         )
     return {key: to_json(item, what) for key, item in value.items()}
-
-
-def _get_attribute(obj: Any, qualname: str) -> Any:
-    """Return the attribute of a dotted name, or `None`."""
-    for part in qualname.split("."):
-        obj = getattr(obj, part, None)
-    return obj
-
-
-def _no_path_error(function: Any, why: str) -> OptionError:
-    shown = (
-        f"<function {function.__qualname__}>"
-        if inspect.isfunction(function)
-        else reprlib.repr(function)
-    )
-    return OptionError(
-        f"{shown} cannot be written as an import path: {why}. {MODULE_LEVEL_REMEDY}, or pass a "
-        "number."
-    )

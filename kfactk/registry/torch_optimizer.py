@@ -13,10 +13,12 @@ import torch
 from kfactk.errors import OptionError, near_names
 
 UNSUPPORTED: dict[type[torch.optim.Optimizer], str] = {
-    torch.optim.LBFGS: "it evaluates the loss several times a step, at points that have no "
-    "preconditioned gradient",
-    torch.optim.SparseAdam: "it takes sparse gradients only, and preconditioned gradients are "
-    "dense",
+    torch.optim.LBFGS: (
+        "it evaluates the loss several times a step, at points that have no preconditioned gradient"
+    ),
+    torch.optim.SparseAdam: (
+        "it takes sparse gradients only, and preconditioned gradients are dense"
+    ),
 }
 """Classes that cannot be an update rule, and why."""
 RECIPE_ARGUMENTS = ("lr", "weight_decay")
@@ -24,21 +26,17 @@ RECIPE_ARGUMENTS = ("lr", "weight_decay")
 
 
 def _check_class(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    name, why = repr(value), ""
     if not (isinstance(value, type) and issubclass(value, torch.optim.Optimizer)):
+        why = "it is not a class derived from torch.optim.Optimizer"
+    else:
+        name = value.__name__
+        why = next((why for bad, why in UNSUPPORTED.items() if issubclass(value, bad)), "")
+        if not why and not {"lr", "**"} & set(_arguments(value)):
+            why = "it takes no `lr`, which clips and schedulers need"
+    if why:
         raise OptionError(
-            f"{value!r} cannot be an update rule: it is not a class derived from "
-            "torch.optim.Optimizer. Give such a class."
-        )
-    for unsupported, why in UNSUPPORTED.items():
-        if issubclass(value, unsupported):
-            raise OptionError(
-                f"{value.__name__} cannot be an update rule: {why}. Use another, such as "
-                "torch.optim.SGD."
-            )
-    if "lr" not in (arguments := _arguments(value)) and "**" not in arguments:
-        raise OptionError(
-            f"{value.__name__} cannot be an update rule: it takes no `lr`, which clips and "
-            "schedulers need. Use another."
+            f"{name} cannot be an update rule: {why}. Use another, such as torch.optim.SGD."
         )
 
 
@@ -172,14 +170,11 @@ def _signature(
     optimizer: type[torch.optim.Optimizer], bound: Mapping[str, Any]
 ) -> inspect.Signature:
     """Return the signature of the options, with bound values as defaults."""
-    parameters = []
-    for parameter in inspect.signature(optimizer).parameters.values():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            parameters.append(parameter)
-        elif parameter.kind is not parameter.VAR_POSITIONAL and parameter.name not in (
-            "params",
-            *RECIPE_ARGUMENTS,
-        ):
-            default = bound.get(parameter.name, parameter.default)
-            parameters.append(parameter.replace(kind=parameter.KEYWORD_ONLY, default=default))
+    parameters, fixed = [], ("params", *RECIPE_ARGUMENTS)
+    for each in inspect.signature(optimizer).parameters.values():
+        if each.kind is each.VAR_KEYWORD:
+            parameters.append(each)
+        elif each.kind is not each.VAR_POSITIONAL and each.name not in fixed:
+            default = bound.get(each.name, each.default)
+            parameters.append(each.replace(kind=each.KEYWORD_ONLY, default=default))
     return inspect.Signature(parameters)

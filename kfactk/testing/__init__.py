@@ -1,9 +1,13 @@
-"""The laws that every stage obeys, as tests that the author of a stage inherits. Wants `pip install kfactk[testing]`.
+"""Laws of stages: tests that the author of a stage inherits. Needs `pip install kfactk[testing]`.
 
-One module a family holds its laws (those of bases are spread over `basis`, `basis_state` and `basis_traits`, by what they are about);
-`laws` is the frame of all. What laws draw is in `strategies` (layers, what flowed through them, terms), `situations` (a layer and its
-basis) and `trajectories` (parameters under an update rule); what they are held against is in `truth` (per-example gradients, dense
-matrices) and `distributions` (Fisher information, frequencies); `models` and `training` run whole recipes.
+Each module holds the laws of one stage family. The folder `_support` holds the rest:
+
+- `laws`: the frame of all laws.
+- `strategies`, `situations`, `trajectories`: what laws draw, namely layers and their calls, layers
+  with a basis, and parameters under an update rule.
+- `truth`, `distributions`: what laws compare with, namely per-example gradients and dense matrices,
+  Fisher information and frequencies.
+- `models`, `training`, `ranks`: runs of whole recipes, in one process and on several ranks.
 """
 
 import importlib.util
@@ -12,10 +16,11 @@ if _missing := [
     name for name in ("hypothesis", "pytest") if importlib.util.find_spec(name) is None
 ]:
     raise ModuleNotFoundError(
-        f"kfactk.testing wants {' and '.join(_missing)}: pip install 'kfactk[testing]'",
+        f"kfactk.testing needs {' and '.join(_missing)}: pip install 'kfactk[testing]'",
         name=_missing[0],
     )
 
+from kfactk.testing._support import truth as truth
 from kfactk.testing._support.laws import (
     Law as Law,
     Laws as Laws,
@@ -23,6 +28,8 @@ from kfactk.testing._support.laws import (
     effort as effort,
     law as law,
 )
+from kfactk.testing._support.situations import Situation as Situation
+from kfactk.testing._support.strategies import Case as Case
 from kfactk.testing.basis import BasisLaws as BasisLaws
 from kfactk.testing.clip import ClipLaws as ClipLaws
 from kfactk.testing.curvature import CurvatureLaws as CurvatureLaws

@@ -1,31 +1,33 @@
-"""The laws of bases: the preconditioner as a linear operator.
+"""The laws of bases: the operator that a basis makes of one layer's curvature.
 
     class TestMine(BasisLaws):
         stage = "mine"
 
-Members: `stage`; `curvature`, what to measure with; `block`, the dense matrix that the basis claims to invert; and what is drawn. What a
-basis claims beyond, in its `laws`, is tested where it is claimed (`kfactk.testing._support.basis_traits`); what is kept of it between steps, and
-carried into a new basis, in `kfactk.testing._support.basis_state`.
+A class names its `stage`. It may also set `curvature`, what to measure with; `block`, the dense
+matrix that the basis claims to invert; and what is drawn. Further laws are tested where a basis
+claims them in its `laws`. The laws of its state (decompositions, moments) are inherited too.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import attrs
 import pytest
 import torch
 from hypothesis import assume, strategies as st
+from torch import Tensor
 
 from kfactk.errors import DecompositionError
 from kfactk.linalg import mean_diagonal
-from kfactk.preconditioner.block import makes_operator, redecomposes
-from kfactk.testing._support.basis_frame import inner, same
+from kfactk.operators import CurvatureOperator, SpectralOperator
+from kfactk.testing._support.basis_frame import BasisFrame, inner, same
 from kfactk.testing._support.basis_state import BasisStateLaws
 from kfactk.testing._support.basis_traits import BasisTraitLaws
 from kfactk.testing._support.division import InRecipe
-from kfactk.testing._support.laws import law
+from kfactk.testing._support.laws import close, law
 from kfactk.testing._support.situations import Situation, columns, dense
 from kfactk.testing._support.strategies import seeds
 from kfactk.validation import square
@@ -37,208 +39,230 @@ FLOOR = 1e-12
 
 
 class BasisLaws(BasisStateLaws, BasisTraitLaws, InRecipe):
-    """The laws that every basis obeys, and those it claims."""
+    """The laws that every basis obeys, and those it claims.
+
+    F is the operator that the basis makes of a situation, P its `solve`.
+    """
 
     def in_recipe(self) -> dict[str, Any]:
-        """A recipe with the basis, and what measures for it."""
+        """Return a recipe with the basis, and what measures for it."""
         return {"basis": self.subject(), "curvature": self.measure()}
+
+    # ------------------------------------------------------------------------------------- solve
 
     @law(situation="any_situations", seed=seeds(), factor=st.floats(-3, 3))
     def test_it_is_linear(self, situation: Situation, seed: int, factor: float) -> None:
         """P (c V + W) = c P V + P W."""
         other = situation.another(seed)
-        together = situation.precondition(factor * situation.gradient + other)
-        apart = factor * situation.precondition() + situation.precondition(other)
-        same(
-            together,
-            apart,
-            f"the preconditioner is not linear: P(c V + W), c = {factor}, differs from c P V + P W",
-        )
+        together = situation.solve(factor * situation.gradient + other)
+        apart = factor * situation.solve() + situation.solve(other)
+        says = f"solve is not linear: P(c V + W), c = {factor}, differs from c P V + P W"
+        same(together, apart, says)
 
     @law(situation="any_situations", seed=seeds())
     def test_it_is_self_adjoint(self, situation: Situation, seed: int) -> None:
         """<W, P V> = <P W, V>."""
         other = situation.another(seed)
-        there, back = (
-            inner(other, situation.precondition()),
-            inner(situation.precondition(other), situation.gradient),
-        )
-        size = float(
-            other.norm() * situation.precondition().norm()
-            + situation.gradient.norm() * situation.precondition(other).norm()
-        )
-        assert abs(there - back) <= 1e-8 * size, (
-            f"the preconditioner is not self-adjoint: <W, P V> = {there} differs from <P W, V> = {back}"
+        forth, back = situation.solve(), situation.solve(other)
+        there, again = inner(other, forth), inner(back, situation.gradient)
+        size = float(other.norm() * forth.norm() + situation.gradient.norm() * back.norm())
+        assert abs(there - again) <= 1e-8 * size, (
+            f"solve is not self-adjoint: <W, P V> = {there} differs from <P W, V> = {again}"
         )
 
     @law(situation="any_situations")
     def test_it_is_positive_definite(self, situation: Situation) -> None:
         """<V, P V> > 0, so that the step goes downhill."""
-        product = inner(situation.gradient, situation.precondition())
+        product = inner(situation.gradient, situation.solve())
         assert product > 0, (
-            f"the preconditioner is not positive definite: <V, P V> = {product} for a gradient that is not zero"
+            f"solve is not positive definite: <V, P V> = {product} for a gradient that is not zero"
         )
 
     @law(situation="situations")
     def test_with_much_damping_it_divides_by_it(self, situation: Situation) -> None:
         """Refreshed with a damping far above the curvature, damping * P is the identity."""
-        size = float(
-            dense(situation.product, situation.gradient).diagonal(dim1=-2, dim2=-1).abs().max()
-        )
+        fisher = dense(situation.multiply, situation.gradient)
+        size = float(fisher.diagonal(dim1=-2, dim2=-1).abs().max())
         damped = situation.refreshed(damping=MUCH * max(size, 1.0))
         says = "damping * P is not the identity, though the damping is 1e16 times the curvature"
-        same(damped.damping * damped.precondition(), damped.gradient, says, 1e-5)
+        same(damped.damping * damped.solve(), damped.gradient, says, 1e-5)
 
     @law(situation="any_situations")
     def test_it_is_the_dense_damped_inverse(self, situation: Situation) -> None:
-        """P is the inverse of the damped matrix that the basis claims to represent (the method `block`)."""
+        """P is the inverse of the damped matrix that the basis claims to be (method `block`)."""
         block, vector = self.block(situation), columns(situation.gradient)
         shape = (*vector.shape, vector.shape[-1])
         assert block.shape == shape, (
-            f"block(situation) has the shape {tuple(block.shape)}, where {shape} is due"
+            f"block(situation) has the shape {tuple(block.shape)}; it must be {shape}"
         )
         expected = torch.linalg.solve(block.double(), vector)
         when = "with its moments" if situation.moments else "without moments"
-        same(
-            columns(situation.precondition()),
-            expected,
-            f"{when}, precondition is not the inverse of the damped matrix of `block`",
-            1e-6,
-        )
+        says = f"{when}, solve is not the inverse of the damped matrix of `block`"
+        same(columns(situation.solve()), expected, says, 1e-6)
 
-    @law(situation="any_situations", seed=seeds(), damping=st.floats(0.01, 10.0))
-    def test_its_operator_is_the_preconditioner(
-        self, situation: Situation, seed: int, damping: float
-    ) -> None:
-        """Where a basis has an `operator`, it does to any gradient, again and again, what `precondition` does."""
-        if not makes_operator(situation.basis):
-            pytest.skip(f"{self.label()} has no operator")
-        operator = situation.basis.operator(situation.decomposition, situation.moments, damping)
+    @law(situation="any_situations", seed=seeds())
+    def test_an_operator_serves_many_gradients(self, situation: Situation, seed: int) -> None:
+        """An operator is kept between refreshes: each time it does what a fresh one does."""
+        kept = situation.fresh_operator()
         for gradient in (situation.gradient, situation.another(seed), situation.gradient):
-            expected = attrs.evolve(situation, damping=damping).precondition(gradient)
-            same(operator(gradient), expected, "the operator differs from `precondition`", 1e-6)
+            for method in ("solve", "multiply"):
+                found = getattr(kept, method)(gradient)
+                expected = getattr(situation.fresh_operator(), method)(gradient)
+                same(found, expected, f"used again, the operator's {method} gives another result")
 
     @law(situation="situations")
     def test_decomposing_again_changes_nothing(self, situation: Situation) -> None:
-        """Where a basis starts from its last decomposition, that of a matrix which has not changed gives the same preconditioner."""
-        if not redecomposes(situation.basis):
-            pytest.skip(f"{self.label()} starts afresh each time")
+        """A matrix decomposed from its own decomposition (`context.previous`) gives the same P."""
         again = {
-            name: situation.basis.redecompose(
-                name, situation.matrices[name], situation.context, last
+            name: situation.basis.decompose(
+                name, situation.matrices[name], attrs.evolve(situation.context, previous=last)
             )
             for name, last in situation.decomposition.items()
         }
         moments = situation.measured(again)
         expected = attrs.evolve(
             situation, moments=situation.measured(situation.decomposition)
-        ).precondition()
-        found = attrs.evolve(situation, decomposition=again, moments=moments).precondition()
-        same(
-            found,
-            expected,
-            "decomposed again from its own decomposition, the matrix gives another preconditioner",
-            1e-5,
-        )
+        ).solve()
+        found = attrs.evolve(situation, decomposition=again, moments=moments).solve()
+        says = "decomposed again from its own decomposition, the matrix gives another solve"
+        same(found, expected, says, 1e-5)
+
+    # ---------------------------------------------------------------------------------- multiply
 
     @law(situation="any_situations", seed=seeds(), factor=st.floats(-3, 3))
-    def test_the_product_is_linear(self, situation: Situation, seed: int, factor: float) -> None:
+    def test_multiplying_is_linear(self, situation: Situation, seed: int, factor: float) -> None:
         """F (c V + W) = c F V + F W."""
         other = situation.another(seed)
-        together = situation.product(factor * situation.gradient + other)
-        apart = factor * situation.product() + situation.product(other)
-        same(
-            together,
-            apart,
-            f"the product is not linear: F(c V + W), c = {factor}, differs from c F V + F W",
-        )
+        together = situation.multiply(factor * situation.gradient + other)
+        apart = factor * situation.multiply() + situation.multiply(other)
+        says = f"multiply is not linear: F(c V + W), c = {factor}, differs from c F V + F W"
+        same(together, apart, says)
 
     @law(situation="any_situations")
-    def test_the_product_is_the_block_without_damping(self, situation: Situation) -> None:
+    def test_multiplying_is_the_block_without_damping(self, situation: Situation) -> None:
         """F is symmetric, positive semi-definite, and what `block` says without damping."""
-        product = dense(situation.product, situation.gradient)
-        same(
-            product.transpose(-1, -2),
-            product,
-            "the product is not self-adjoint: F^T differs from F",
-        )
-        values = torch.linalg.eigvalsh(product)
+        fisher = dense(situation.multiply, situation.gradient)
+        says = "multiply is not self-adjoint: F^T differs from F"
+        same(fisher.transpose(-1, -2), fisher, says)
+        values = torch.linalg.eigvalsh(fisher)
         least, largest = float(values.min()), float(values.max())
         assert least >= -1e-9 * abs(largest), (
-            f"the product is not positive semi-definite: F has eigenvalues from {least} to {largest}"
+            f"multiply is not positive semi-definite: eigenvalues are from {least} to {largest}"
         )
         claimed = self.block(attrs.evolve(situation, damping=0.0))
-        same(product, claimed, "the product is not the matrix of `block` without damping")
+        same(fisher, claimed, "multiply is not the matrix of `block` without damping")
+
+    @law(situation="situations")
+    def test_solving_undoes_multiplying(self, situation: Situation) -> None:
+        """P (F V + damping V) = V, for a basis that damps by adding damping times the identity."""
+        plain = type(self).block is BasisFrame.block
+        if not plain and not isinstance(situation.operator, SpectralOperator):
+            pytest.skip(f"{self.label()} damps otherwise: its `block` says how")
+        damped = situation.multiply() + situation.damping * situation.gradient
+        says = "solve does not undo multiply: P (F V + damping V) differs from V"
+        same(situation.solve(damped), situation.gradient, says, 1e-6)
+
+    # ------------------------------------------------------------------------ condition, spectrum
 
     @law(situation="any_situations")
     def test_the_condition_is_no_more_than_the_true_one(self, situation: Situation) -> None:
-        """The condition number told is a finite scalar of at least 1, exact or a lower bound."""
-        told = situation.basis.condition(
-            situation.decomposition, situation.moments, situation.damping
-        )
+        """The condition number is a finite scalar of at least 1, exact or a lower bound."""
+        told = situation.operator.condition()
         assert told.shape == (), (
-            f"the condition number is a tensor of shape {tuple(told.shape)}, where a scalar one is due"
+            f"the condition number has the shape {tuple(told.shape)}; it must be a scalar tensor"
         )
         values = torch.linalg.eigvalsh(self.block(situation).double())
         true = float(values.max() / values.min())
         assert 1 - 1e-9 <= float(told) <= true * (1 + 1e-6), (
-            f"the condition number told is {float(told)}; that of the dense block is {true}"
+            f"the condition number is {float(told)}; that of the dense block is {true}"
         )
+
+    @law(situation="situations")
+    def test_the_spectrum_is_that_of_the_matrix(self, situation: Situation) -> None:
+        """Of a `SpectralOperator`: the spectrum holds the eigenvalues of F, logdet is exact."""
+        operator, fisher = self._spectral(situation)
+        found = operator.spectrum.double().flatten(-2).sort(-1).values
+        says = "the spectrum does not hold the eigenvalues of multiply"
+        same(found, torch.linalg.eigvalsh(fisher), says, 1e-7)
+        eye = torch.eye(fisher.shape[-1], dtype=fisher.dtype)
+        expected = torch.linalg.slogdet(fisher + situation.damping * eye).logabsdet.sum()
+        says = "logdet is not the logarithm of the determinant of F + damping I"
+        close(operator.logdet().double(), expected, says, rtol=1e-6, atol=1e-6)
+
+    @law(situation="situations")
+    def test_a_function_acts_on_the_spectrum(self, situation: Situation) -> None:
+        """Of a `SpectralOperator`: `function(f, V)` is f(F) V."""
+        operator, fisher = self._spectral(situation)
+        values, vectors = torch.linalg.eigh(fisher)
+        functions: dict[str, Callable[[Tensor], Tensor]] = {
+            "root": lambda s: s.sqrt(),
+            "exponential": lambda s: (-s).exp(),
+        }
+        for name, f in functions.items():
+            scaled = vectors * f(values.clamp(min=0)).unsqueeze(-2)
+            expected = (scaled @ vectors.mT @ columns(situation.gradient).unsqueeze(-1)).squeeze(-1)
+            found = columns(operator.function(f, situation.gradient))
+            same(found, expected, f"function is not f(F) V, for the {name}", 1e-5)
+
+    def _spectral(self, situation: Situation) -> tuple[SpectralOperator, Tensor]:
+        """Return the operator and F; skip the law where it is not diagonal in its basis."""
+        operator: CurvatureOperator = situation.operator
+        if not isinstance(operator, SpectralOperator):
+            pytest.skip(f"the operator of {self.label()} is no kfactk.SpectralOperator")
+        return operator, dense(operator.multiply, situation.gradient)
+
+    # ------------------------------------------------------------------------------------- scales
 
     @law(situation="any_situations", dtype=st.sampled_from([torch.float32, torch.float64]))
     def test_it_stays_finite_without_damping(
         self, situation: Situation, dtype: torch.dtype
     ) -> None:
-        """Without damping the result is finite, whether the curvature lacks rank or is zero."""
+        """Without damping the result is finite, also where curvature lacks rank or is zero."""
         case = situation.case.to(dtype)
         measured = bool(situation.moments)
         for each in (case, case.times(gradients=0.0)):
             bare = Situation.of(situation.basis, situation.curvature, each, damping=0.0)
             bare = bare if measured else attrs.evolve(bare, moments={})
-            found = bare.precondition()
+            found = bare.solve()
             assert bool(torch.isfinite(found).all()), (
-                f"without damping the preconditioned gradient holds NaN or inf ({dtype}): {found}. A floor under the damping, such as "
-                "kfactk.linalg.damping_floor, keeps divisions finite"
+                f"without damping the preconditioned gradient holds NaN or inf ({dtype}): {found}. "
+                "A floor under the damping, kfactk.linalg.damping_floor, keeps divisions finite"
             )
-            told = float(bare.basis.condition(bare.decomposition, bare.moments, 0.0))
-            assert math.isfinite(told), f"without damping the condition number told is {told}"
+            told = float(bare.operator.condition())
+            assert math.isfinite(told), f"without damping the condition number is {told}"
 
     @law(situation="any_situations", power=st.integers(-60, 60))
     def test_it_scales_with_the_curvature(self, situation: Situation, power: int) -> None:
-        """Gradients c times as large, c = 2^power, make F c^2 times as large, and with a damping c^2 times as large P 1/c^2 times: no
-        threshold is an absolute number. (Where a matrix is zero, there is no scale to go by.)"""
-        assume(
-            all(
-                float(mean_diagonal(matrix).min()) > 0
-                for matrix in situation.matrices.values()
-                if square(matrix)
-            )
-        )
+        """Gradients times c multiply F by c^2; with damping times c^2 they multiply P by 1/c^2.
+
+        So no threshold is an absolute number. Where a matrix is zero, there is no scale to go by.
+        """
+        matrices = [matrix for matrix in situation.matrices.values() if square(matrix)]
+        assume(all(float(mean_diagonal(matrix).min()) > 0 for matrix in matrices))
         c = 2.0**power
-        case = situation.case.times(gradients=c)
         scaled = Situation.of(
             situation.basis,
             situation.curvature,
-            case,
+            situation.case.times(gradients=c),
             num_terms=situation.num_terms,
             damping=situation.damping * c * c,
         )
         moments = scaled.moments if situation.moments else {}
         scaled = attrs.evolve(scaled, moments=moments, gradient=situation.gradient)
-        says = f"with gradients {c} times as large the {{}} is not {{}} times what it was: is there an absolute threshold?"
-        same(scaled.product(), situation.product() * c * c, says.format("product", c * c), 1e-6)
-        same(
-            scaled.precondition(),
-            situation.precondition() / (c * c),
-            says.format("preconditioned gradient", 1 / c / c),
-            1e-6,
-        )
+        says = f"with gradients {c} times as large, {{}} is not {{}} times what it was: is there "
+        says += "an absolute threshold?"
+        expected = situation.multiply() * c * c
+        same(scaled.multiply(), expected, says.format("multiply", c * c), 1e-6)
+        expected = situation.solve() / (c * c)
+        same(scaled.solve(), expected, says.format("solve", 1 / c / c), 1e-6)
 
     @law(situation="scaled")
     def test_float32_holds_from_1e_20_to_1e20(self, situation: Situation) -> None:
-        """At every scale that float32 can represent the result is finite, downhill, no longer than the gradient over the damping; and
-        right, unless curvature is so small that it drowns in the least damping."""
-        found = situation.precondition()
+        """At every scale of float32 the result is finite, downhill, and no longer than V / damping.
+
+        It is right too, unless curvature is so small that it drowns in the least damping.
+        """
+        found = situation.solve()
         assert bool(torch.isfinite(found).all()), (
             f"the preconditioned gradient holds NaN or inf at this scale: {found}"
         )
@@ -248,23 +272,15 @@ class BasisLaws(BasisStateLaws, BasisTraitLaws, InRecipe):
         longest = float(situation.gradient.double().norm()) / situation.damping
         length = float(found.double().norm())
         assert length <= longest * 1.001, (
-            f"at this scale P V has norm {length}, more than that of V over the damping, {longest}"
+            f"at this scale P V has the norm {length}, more than V over the damping, {longest}"
         )
-        sizes = [
-            float(mean_diagonal(matrix).min())
-            for matrix in situation.matrices.values()
-            if square(matrix)
-        ]
+        matrices = [matrix for matrix in situation.matrices.values() if square(matrix)]
+        sizes = [float(mean_diagonal(matrix).min()) for matrix in matrices]
         if min([*sizes, situation.damping]) > FLOOR:
-            expected = torch.linalg.solve(
-                self.block(situation).double(), columns(situation.gradient)
-            )
-            same(
-                columns(found),
-                expected,
-                "at this scale precondition is not the inverse of the damped matrix of `block`",
-                1e-2,
-            )
+            block = self.block(situation).double()
+            expected = torch.linalg.solve(block, columns(situation.gradient))
+            says = "at this scale solve is not the inverse of the damped matrix of `block`"
+            same(columns(found), expected, says, 1e-2)
 
     @law(
         examples=15,
@@ -275,17 +291,17 @@ class BasisLaws(BasisStateLaws, BasisTraitLaws, InRecipe):
     def test_a_matrix_that_is_not_finite_is_refused(
         self, situation: Situation, bad: float, seed: int
     ) -> None:
-        """A matrix with NaN or inf in it raises DecompositionError, so that the last good decomposition is kept."""
+        """A matrix with NaN or inf in it raises DecompositionError: the last good one is kept."""
         for name in sorted(situation.basis.requires):
-            matrix = situation.matrices[name].clone()
-            row, column = seed % matrix.shape[-2], seed % matrix.shape[-1]
-            matrix[..., row, column] = bad
+            matrix = situation.matrices[name].clone(memory_format=torch.contiguous_format)
+            matrix.view(-1)[seed % matrix.numel()] = bad
             spoilt = attrs.evolve(situation, matrices={**situation.matrices, name: matrix})
             try:
                 found = situation.basis.decompose(name, matrix, spoilt.context)
             except DecompositionError:
                 continue
             raise AssertionError(
-                f"decompose({name!r}, ...) took a matrix that holds {bad} and gave {', '.join(found) or 'nothing'}, where it must raise "
-                "kfactk.DecompositionError: the framework then goes on with the last good decomposition"
+                f"decompose({name!r}, ...) took a matrix that holds {bad} and gave "
+                f"{', '.join(found) or 'nothing'}; it must raise kfactk.DecompositionError, so "
+                "that the framework goes on with the last good decomposition"
             )

@@ -1,4 +1,4 @@
-"""Laws of clips: nothing grows, zero stays zero, and what the class claims of its stage holds."""
+"""Laws of clips: nothing grows, zero stays zero, and the claims of the class hold."""
 
 from __future__ import annotations
 
@@ -15,17 +15,19 @@ from kfactk.testing._support.division import InRecipe
 from kfactk.testing._support.laws import close, law
 
 Clipped = tuple[list[Tensor], Tensor]
-"""What a clip gives: tensors in the order of the pairs, and the factor."""
+"""What a clip returns: tensors in the order of the pairs, and the factor."""
 RATES = (0.0, 1e-4, 0.03, 0.3, 1.0)
 SLACK = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 2.0**-6}
-"""Relative error that sums and roundings in a precision are allowed."""
+"""Relative error allowed for sums and roundings, by precision."""
 MEASURABLE, REACH = 18, 20
-"""Powers of ten up to which float32 can hold the squares, and up to which sizes are drawn."""
+"""Powers of ten: up to the first, float32 holds the squares; up to the second, sizes are drawn."""
 
 
 @st.composite
 def clip_pairs(draw: st.DrawFn, reach: int = MEASURABLE) -> list[GradientPair]:
-    """Pairs of a few tensors, each preconditioned by a positive definite matrix; some are zero; learning rates of up to three groups.
+    """Draw pairs of a few tensors, each preconditioned by a positive definite matrix.
+
+    Some are zero. They have the learning rates of up to three groups.
 
     Args:
         draw: Given by Hypothesis.
@@ -55,12 +57,12 @@ def clip_pairs(draw: st.DrawFn, reach: int = MEASURABLE) -> list[GradientPair]:
 
 
 def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
-    """Inner products pair by pair, in the tensors' own precision."""
+    """Return the inner products pair by pair, in the tensors' own precision."""
     return torch.stack([(x * y).sum() for x, y in zip(xs, ys, strict=True)])
 
 
 class ClipLaws(InRecipe):
-    """What every clip obeys, and what it claims by the members of the class.
+    """Laws of every clip, and of the claims that the members of the class make.
 
     Example:
         >>> class Halve:
@@ -74,21 +76,22 @@ class ClipLaws(InRecipe):
 
     family = "clip"
     idempotent: ClassVar[bool] = False
-    """Claim: what was clipped once is not changed by clipping it again."""
+    """Claim: clipping a second time changes nothing."""
     keeps_direction: ClassVar[bool] = False
-    """Claim: all tensors are multiplied by one number, which is the factor."""
+    """Claim: all tensors are multiplied by one number, the factor."""
     keeps_entries: ClassVar[bool] = False
     """Claim: no entry grows or changes its sign."""
     reaches_bound: ClassVar[bool] = False
-    """Claim: what exceeds the bound is brought to the bound, not below."""
+    """Claim: what exceeds the bound is reduced to the bound, not below."""
 
     def bound(
         self, pairs: Sequence[GradientPair], clipped: Sequence[Tensor]
     ) -> tuple[float, float] | None:
-        """The quantity that the clip bounds, measured on `clipped`, and what it must not exceed; `None`: no bound is promised.
+        """Return the quantity that the clip bounds, measured on `clipped`, and its bound.
 
-        A class writes this in arithmetic of its own, for its stage's options. Where the bound is kept already, `clipped` being the
-        preconditioned gradients themselves, the stage must leave everything bit for bit.
+        `None` stands for no bound. A class computes both independently of the stage, for the
+        stage's options. Where the preconditioned gradients already keep the bound, the stage must
+        not change them.
 
         Args:
             pairs: What the clip was given, in float64.
@@ -97,23 +100,21 @@ class ClipLaws(InRecipe):
         return None
 
     def run(self, pairs: Sequence[GradientPair]) -> Clipped:
-        """Clip with honest inner products."""
+        """Clip with the inner products of one process."""
         stage: Clip = self.subject()
         return stage.clip(pairs, dot)
 
     @law(pairs=clip_pairs(REACH))
     def test_gives_one_tensor_for_each_pair(self, pairs: list[GradientPair]) -> None:
-        """For each pair there is one tensor of its shape and dtype, in order, and the factor is a scalar tensor."""
+        """Each pair gives one tensor of its shape and dtype, in order; the factor is a scalar."""
         clipped, factor = self.run(pairs)
         assert isinstance(clipped, list), (
-            f"the clipped tensors come as {type(clipped).__name__}, where a list is due"
+            f"the clipped tensors come as {type(clipped).__name__}, not as a list"
         )
         assert isinstance(factor, Tensor), (
-            f"the factor is a {type(factor).__name__}, where a tensor is due (it may stay on the device)"
+            f"the factor is a {type(factor).__name__}, not a tensor, which may stay on the device"
         )
-        assert factor.shape == (), (
-            f"the factor has shape {tuple(factor.shape)}, where a scalar is due"
-        )
+        assert factor.shape == (), f"the factor has shape {tuple(factor.shape)}: make it a scalar"
         wanted = [(tuple(p.preconditioned.shape), p.preconditioned.dtype) for p in pairs]
         found = [(tuple(c.shape), c.dtype) for c in clipped]
         assert found == wanted, (
@@ -133,12 +134,12 @@ class ClipLaws(InRecipe):
     def test_never_enlarges(self, pairs: list[GradientPair]) -> None:
         """The norm over all tensors does not grow; nor, if claimed, any entry."""
         clipped, _ = self.run(pairs)
-        before, after = _norm(_wide(pairs)), _norm([c.double() for c in clipped])
+        before, after = _norm(_doubles(pairs)), _norm([c.double() for c in clipped])
         assert after <= before * (1 + _slack(pairs)), (
             f"the clip enlarges: the norm of all preconditioned gradients {before} became {after}"
         )
         if self.keeps_entries:
-            for p, c in zip(_wide(pairs), clipped, strict=True):
+            for p, c in zip(_doubles(pairs), clipped, strict=True):
                 kept = (c.double().abs() <= p.abs()) & (c.double() * p >= 0)
                 assert kept.all(), (
                     f"an entry grew or changed its sign: {p.tolist()} became {c.tolist()}"
@@ -146,7 +147,7 @@ class ClipLaws(InRecipe):
 
     @law(pairs=clip_pairs(REACH))
     def test_finite_stays_finite(self, pairs: list[GradientPair]) -> None:
-        """From finite input comes finite output, even where squares overflow or vanish."""
+        """Finite input gives finite output, even where squares overflow or vanish."""
         clipped, factor = self.run(pairs)
         for k, c in enumerate(clipped):
             assert torch.isfinite(c).all(), (
@@ -156,7 +157,7 @@ class ClipLaws(InRecipe):
 
     @law(pairs=clip_pairs(REACH))
     def test_zero_stays_zero(self, pairs: list[GradientPair]) -> None:
-        """A zero tensor stays zero, beside others and alone; when all are zero the factor is 1."""
+        """A zero tensor stays zero, among others and alone; where all are zero, the factor is 1."""
         clipped, _ = self.run(pairs)
         for pair, c in zip(pairs, clipped, strict=True):
             if not pair.preconditioned.any():
@@ -182,11 +183,11 @@ class ClipLaws(InRecipe):
 
     @law(examples=50, pairs=clip_pairs())
     def test_bound_is_kept(self, pairs: list[GradientPair]) -> None:
-        """The promised bound holds; what kept it before is left bit for bit, with factor 1; what did not is brought to it, if claimed."""
+        """The bound holds. Gradients within it do not change; the others reach it, if claimed."""
         wide = [GradientPair(p.gradient.double(), p.preconditioned.double(), p.lr) for p in pairs]
-        before = self.bound(wide, _wide(pairs))
+        before = self.bound(wide, _doubles(pairs))
         if before is None:
-            pytest.skip(f"{type(self).__name__} has no `bound`: {self.label()} promises none")
+            pytest.skip(f"{type(self).__name__} has no `bound`: {self.label()} claims none")
         clipped, factor = self.run(pairs)
         after = self.bound(wide, [c.double() for c in clipped])
         assert after is not None
@@ -202,7 +203,8 @@ class ClipLaws(InRecipe):
                 f"{before[0]} is within the bound {before[1]}, and yet the tensors were changed"
             )
             assert float(factor) == 1.0, (
-                f"{before[0]} is within the bound {before[1]}, and yet the factor is {float(factor)}"
+                f"{before[0]} is within the bound {before[1]}, "
+                f"and yet the factor is {float(factor)}"
             )
         elif self.reaches_bound and before[0] > before[1] * (1 + slack):
             assert after[0] >= after[1] * (1 - slack), (
@@ -211,7 +213,7 @@ class ClipLaws(InRecipe):
 
     @law(pairs=clip_pairs())
     def test_clipping_twice_is_clipping_once(self, pairs: list[GradientPair]) -> None:
-        """If claimed: what was clipped once is left, but for rounding, by clipping it again."""
+        """If claimed: clipping a second time changes nothing, but for rounding."""
         if not self.idempotent:
             pytest.skip(f"{type(self).__name__} does not claim `idempotent`")
         once, _ = self.run(pairs)
@@ -231,11 +233,12 @@ class ClipLaws(InRecipe):
         if not self.keeps_direction:
             pytest.skip(f"{type(self).__name__} does not claim `keeps_direction`")
         clipped, factor = self.run(pairs)
-        scaled = [p * float(factor) for p in _wide(pairs)]
+        scaled = [p * float(factor) for p in _doubles(pairs)]
         _same(
             clipped,
             scaled,
-            "the direction is not kept: the tensors are not the preconditioned gradients times the factor",
+            "the direction is not kept: the tensors are not the preconditioned gradients times "
+            "the factor",
             _slack(pairs),
         )
 
@@ -243,7 +246,7 @@ class ClipLaws(InRecipe):
     def test_order_of_pairs_does_not_matter(
         self, pairs: list[GradientPair], data: st.DataObject
     ) -> None:
-        """Pairs in another order are clipped to the same tensors in that order, by the same factor."""
+        """Pairs in another order give the same tensors in that order, and the same factor."""
         order = data.draw(st.permutations(range(len(pairs))), label="order")
         clipped, factor = self.run(pairs)
         moved, moved_factor = self.run([pairs[k] for k in order])
@@ -259,7 +262,7 @@ class ClipLaws(InRecipe):
 
     @law(pairs=clip_pairs(REACH))
     def test_input_is_left_alone(self, pairs: list[GradientPair]) -> None:
-        """The pairs are not modified, and clipping them again, with the same stage, gives the same."""
+        """The pairs are not modified, and the same stage clips them to the same a second time."""
         stage: Clip = self.subject()
         copies = [(p.gradient.clone(), p.preconditioned.clone()) for p in pairs]
         clipped, factor = stage.clip(pairs, dot)
@@ -281,7 +284,7 @@ class ClipLaws(InRecipe):
 
     @law(pairs=clip_pairs())
     def test_sums_go_through_the_given_dot(self, pairs: list[GradientPair]) -> None:
-        """Cut into shards, each seen by one rank alone, the tensors are clipped as when whole: `dot` alone knows all shards."""
+        """Shards on several ranks are clipped as whole tensors are: only `dot` knows all shards."""
         flat = [GradientPair(p.gradient.flatten(), p.preconditioned.flatten(), p.lr) for p in pairs]
         cuts = [len(p.gradient) // 2 for p in flat]
         firsts = [
@@ -294,7 +297,10 @@ class ClipLaws(InRecipe):
         ]
         whole, factor = self.run(flat)
         (one, one_factor), (other, other_factor) = _on_shards(self.subject(), [firsts, seconds])
-        says = "sharded tensors are clipped otherwise than whole ones: sums over elements must be taken with the given dot"
+        says = (
+            "sharded tensors are clipped otherwise than whole ones: sums over elements must be "
+            "taken with the given dot"
+        )
         _same(
             [torch.cat(halves) for halves in zip(one, other, strict=True)],
             whole,
@@ -309,8 +315,8 @@ class ClipLaws(InRecipe):
         )
 
 
-class _Asked(BaseException):
-    """A shard's clip waits for the inner products over all shards."""
+class _DotCalled(BaseException):
+    """The clip of a shard needs the inner products over all shards."""
 
     def __init__(self, products: Tensor) -> None:
         super().__init__()
@@ -318,37 +324,42 @@ class _Asked(BaseException):
 
 
 def _on_shards(stage: Clip, shards: Sequence[Sequence[GradientPair]]) -> list[Clipped]:
-    """Clip every shard; each call of `dot` answers with the sum over shards. A clip starts again whenever it gets one answer further."""
-    answers: list[Tensor] = []
+    """Clip every shard; each call of `dot` returns the sum over all shards.
+
+    After each new sum, the clips start again, with all sums so far.
+    """
+    sums: list[Tensor] = []
     while True:
-        outcomes = [_until_asked(stage, shard, answers) for shard in shards]
-        asked = [outcome for outcome in outcomes if isinstance(outcome, Tensor)]
+        outcomes = [_clip_until_dot(stage, shard, sums) for shard in shards]
+        products = [outcome for outcome in outcomes if isinstance(outcome, Tensor)]
         done = [outcome for outcome in outcomes if not isinstance(outcome, Tensor)]
-        if not asked:
+        if not products:
             return done
         assert not done, (
-            "one shard asks for inner products that another does not: ranks would wait for each other forever"
+            "one shard asks for inner products that another does not: ranks would wait for each "
+            "other forever"
         )
-        answers.append(torch.stack(asked).sum(0))
+        sums.append(torch.stack(products).sum(0))
 
 
-def _until_asked(
-    stage: Clip, shard: Sequence[GradientPair], answers: Sequence[Tensor]
+def _clip_until_dot(
+    stage: Clip, shard: Sequence[GradientPair], sums: Sequence[Tensor]
 ) -> Clipped | Tensor:
-    known = iter(answers)
+    """Return the clipped shard, or its inner products at the first `dot` without a known sum."""
+    known = iter(sums)
 
-    def answered(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
-        for answer in known:
-            return answer
-        raise _Asked(dot(xs, ys))
+    def replay(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+        for total in known:
+            return total
+        raise _DotCalled(dot(xs, ys))
 
     try:
-        return stage.clip(shard, answered)
-    except _Asked as asked:
-        return asked.products
+        return stage.clip(shard, replay)
+    except _DotCalled as called:
+        return called.products
 
 
-def _wide(pairs: Sequence[GradientPair]) -> list[Tensor]:
+def _doubles(pairs: Sequence[GradientPair]) -> list[Tensor]:
     return [p.preconditioned.double() for p in pairs]
 
 

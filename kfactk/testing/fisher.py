@@ -1,4 +1,4 @@
-"""Laws of Fisher estimators: the outer products of the gradients of their losses are the Fisher matrix, exactly or on average."""
+"""Laws of Fisher estimators: outer products of gradients are the Fisher matrix, or its estimate."""
 
 from __future__ import annotations
 
@@ -22,13 +22,15 @@ from kfactk.testing._support.strategies import Terms, seeds, terms
 
 WEIGHTS = (0.5, 3.0, 1.0, 0.0)
 DRAWS = 100_000
-"""Independent examples of which the mean outer product is taken."""
+"""Number of independent examples in the mean outer product."""
 PROBES = 16
-"""Examples in which losses that ought to differ are compared, and draws that the Hessian must not depend on."""
+"""Number of examples to tell losses apart, and of targets that the Hessian must not depend on."""
 
 
 class FisherLaws(Laws):
-    """Laws of a Fisher estimator, tried with likelihoods whose Fisher information is the Hessian of their `nll`, whatever the target.
+    """Laws of a Fisher estimator.
+
+    They use likelihoods whose Fisher information is the Hessian of `nll` for every target.
 
     Example:
         >>> class TestMine(FisherLaws):
@@ -39,45 +41,43 @@ class FisherLaws(Laws):
     family = "fisher"
 
     likelihoods: ClassVar[Sequence[Any] | None] = None
-    """Likelihoods to try it with, as `kfactk.build` takes them; `None` for every registered one with which these laws can work."""
+    """Likelihoods to test with, as `kfactk.build` takes them; `None` for every suitable one that is
+    registered."""
     deterministic: ClassVar[bool | None] = None
-    """Whether it draws nothing and must equal the Fisher matrix; `None`: found out, by whether two seeds give the same."""
+    """Whether it draws nothing and must equal the Fisher matrix; `None` to compare two seeds."""
 
     def each_likelihood(self) -> st.SearchStrategy[Likelihood]:
-        """The likelihoods, one by one."""
+        """Return a strategy for the likelihoods."""
         return st.sampled_from(natural_likelihoods(self.likelihoods))
 
     def cases(self) -> st.SearchStrategy[Terms]:
-        """Outputs with and without weights."""
+        """Return a strategy for outputs with and without weights."""
         return terms(weights=WEIGHTS)
 
     @law()
     def test_it_says_how_it_works(self) -> None:
-        """It says whether it has a pass of its own, and which seed its draws derive from; without a pass it gives no losses."""
+        """It states `own_pass` and its seed; without its own pass it gives no losses."""
         stage = self.subject()
         assert isinstance(stage.own_pass, bool), (
             f"own_pass is {stage.own_pass!r}: it must be True or False"
         )
         whole = isinstance(stage.seed, int) and not isinstance(stage.seed, bool)
         assert whole, (
-            f"seed is {stage.seed!r}: it must be a whole number, 0 for an estimator that draws nothing"
+            f"seed is {stage.seed!r}: it must be a whole number, 0 for an estimator without draws"
         )
         if not stage.own_pass:
             [likelihood, *_] = natural_likelihoods(self.likelihoods)
-            losses = list(
-                stage.losses(
-                    torch.zeros(2, 1, 3, requires_grad=True), likelihood, None, torch.Generator()
-                )
-            )
+            view = torch.zeros(2, 1, 3, requires_grad=True)
+            losses = list(stage.losses(view, likelihood, None, torch.Generator()))
             assert not losses, (
-                f"it gives {len(losses)} losses that nobody would ask for: own_pass is False"
+                f"it gives {len(losses)} losses that nothing would use: own_pass is False"
             )
 
     @law(likelihood="each_likelihood", case="cases", seed=seeds())
     def test_losses_are_scalars_with_gradients(
         self, likelihood: Likelihood, case: Terms, seed: int
     ) -> None:
-        """Its losses are finite scalars of which the view has gradients."""
+        """Its losses are finite scalars with gradients in the view."""
         view = case.rows.clone().requires_grad_()
         count = 0
         for loss in self._passing().losses(
@@ -87,7 +87,8 @@ class FisherLaws(Laws):
                 f"a loss has shape {list(loss.shape)}: it must be summed to a scalar"
             )
             assert loss.requires_grad, (
-                "a loss does not require gradients: it must be computed from the view, not from its values alone"
+                "a loss does not require gradients: it must be computed from the view, not from "
+                "its values alone"
             )
             assert bool(torch.isfinite(loss)), f"a loss is {loss.item()}"
             count += 1
@@ -97,13 +98,16 @@ class FisherLaws(Laws):
     def test_outer_products_are_the_dense_fisher(
         self, likelihood: Likelihood, case: Terms, seed: int
     ) -> None:
-        """Without draws, the outer products of each example's gradients, summed over the losses, are its part of M F."""
+        """Without draws, the outer products of an example's gradients sum to its part of M F."""
         stage = self._of_kind(deterministic=True)
         gradients = scores(stage, likelihood, case.rows, case.weights, seed)
         expected = torch.stack(
             [dense(likelihood, rows, weights) for rows, weights in _examples(case)]
         )
-        says = "the outer products of the gradients, summed over the losses, are not the weighted Fisher information of each example's terms"
+        says = (
+            "the outer products of the gradients, summed over the losses, are not the weighted "
+            "Fisher information of each example's terms"
+        )
         close(
             torch.einsum("kni,knj->nij", gradients, gradients),
             expected,
@@ -116,7 +120,10 @@ class FisherLaws(Laws):
     def test_through_a_network_they_are_the_gauss_newton_matrix(
         self, likelihood: Likelihood, case: Terms, seed: int
     ) -> None:
-        """Without draws, the outer products of gradients of a network's parameters are the Gauss-Newton matrix sum_s w_s J_s^T H_s J_s."""
+        """Without draws, outer products of the gradients of a network are its Gauss-Newton matrix.
+
+        That matrix is sum_s w_s J_s^T H_s J_s.
+        """
         stage, c = self._of_kind(deterministic=True), case.rows.shape[-1]
         model = network(c, seed)
         names, parameters = zip(*model.named_parameters(), strict=True)
@@ -142,17 +149,21 @@ class FisherLaws(Laws):
                 )
                 found += torch.outer(gradient, gradient)
             expected = jacobian.T @ dense(likelihood, view[0].detach(), weights) @ jacobian
-            says = "through a network, the outer products of the parameters' gradients are not the Gauss-Newton matrix"
+            says = (
+                "through a network, the outer products of the parameters' gradients are not the "
+                "Gauss-Newton matrix"
+            )
             close(found, expected, says, rtol=1e-9, atol=1e-12)
 
     @law()
     def test_outer_products_converge_to_the_dense_fisher(self) -> None:
-        """With draws, the mean outer product of n independent examples is off M F by its standard error, which falls as 1 / sqrt(n).
+        """With draws, the mean outer product of n examples differs from M F by its standard error.
 
-        Looked at are all entries, with those between two terms of one example, which are zero. An error of more than z standard errors
-        (estimated from the same draws) is an alarm, z such that normal errors raise one in 1e9 of the cases. Over 100000 draws the skew
-        of the rarest values that occur here makes the tails at most some ten times heavier: false alarm below 1e-7 a seed. The
-        seeds are fixed, so that the law gives the same each time.
+        The standard error falls as 1 / sqrt(n). The law compares all entries, also those between
+        two terms of one example, which are zero. It fails where an error exceeds z standard errors,
+        estimated from the same draws. Normal errors do so in 1e-9 of all cases. For 100000 draws,
+        skewed values make the tails at most about ten times heavier: correct draws fail with
+        probability below 1e-7 for each seed. The seeds are fixed, so the law always gives the same.
         """
         for seed in range(effort(2)):
             self._converges(seed)
@@ -161,7 +172,7 @@ class FisherLaws(Laws):
     def test_masked_terms_contribute_nothing(
         self, likelihood: Likelihood, case: Terms, seed: int
     ) -> None:
-        """Terms of weight zero have no gradient."""
+        """Terms of weight zero have a zero gradient."""
         n, s = case.rows.shape[:2]
         cycle = torch.arange(n * s, dtype=torch.float64).remainder(3).reshape(n, s)
         weights = cycle if case.weights is None else case.weights
@@ -177,24 +188,25 @@ class FisherLaws(Laws):
     def test_the_generator_alone_decides(
         self, likelihood: Likelihood, case: Terms, seed: int
     ) -> None:
-        """The same generator gives the same losses; the global random state is neither read nor changed."""
+        """The same generator gives the same losses; the global random state plays no part."""
         stage, state = self._passing(), torch.get_rng_state()
         first = scores(stage, likelihood, case.rows, case.weights, seed)
         assert torch.equal(torch.get_rng_state(), state), (
-            "the global random state is changed: draw with the generator that is given"
+            "the global random state is changed: draw with the given generator"
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
             again = scores(stage, likelihood, case.rows, case.weights, seed)
         assert torch.equal(first, again), (
-            "the same generator gives other losses: something else is read, such as the global random state"
+            "the same generator gives other losses: they depend on something else, such as the "
+            "global random state"
         )
 
     @law(likelihood="each_likelihood", case="cases", seed=seeds())
     def test_the_users_loss_and_gradients_are_left_alone(
         self, likelihood: Likelihood, case: Terms, seed: int
     ) -> None:
-        """Taking the losses and their gradients leaves `.grad`, the view, the weights and the user's own backward as they were."""
+        """Losses and their gradients leave `.grad`, view, weights and the user's backward alone."""
         stage, c = self._passing(), case.rows.shape[-1]
         mixing = torch.eye(c, dtype=torch.float64).requires_grad_()
         mixing.grad = mark = torch.full_like(mixing, 7.0).detach()
@@ -236,22 +248,24 @@ class FisherLaws(Laws):
             worst = int(excess.argmax())
             i, j = divmod(worst, len(truth))
             assert float(excess[worst]) <= 0, (
-                f"the mean of {DRAWS} outer products does not converge to the Fisher information of {likelihood!r} at {rows.tolist()}, "
-                f"weights {None if given is None else given.tolist()}: entry [{i}, {j}] is {float(mean[worst]):.6f} with standard error "
-                f"{float(deviation[worst]):.6f}, but ought to be {float(truth[i, j]):.6f}, and {bound:.1f} standard errors are allowed"
+                f"the mean of {DRAWS} outer products does not converge to the Fisher information "
+                f"of {likelihood!r} at {rows.tolist()}, weights "
+                f"{None if given is None else given.tolist()}: entry [{i}, {j}] is "
+                f"{float(mean[worst]):.6f} with standard error {float(deviation[worst]):.6f}, but "
+                f"must be {float(truth[i, j]):.6f} within {bound:.1f} standard errors"
             )
 
     def _passing(self) -> Fisher:
-        """The stage; the law is skipped for one without a pass of its own."""
+        """Return the stage; skip the law for one without its own pass."""
         stage: Fisher = self.subject()
         if not stage.own_pass:
             pytest.skip(
-                f"{self.label()} listens to the user's own backward: it has no losses that this law could be put to"
+                f"{self.label()} listens to the user's own backward: it has no losses to test"
             )
         return stage
 
     def _of_kind(self, *, deterministic: bool) -> Fisher:
-        """The stage; the law is skipped for one that draws when it should not, or the other way round."""
+        """Return the stage; skip the law where it draws and must not, or draws nothing and must."""
         stage = self._passing()
         likelihood, rows = (
             natural_likelihoods(self.likelihoods)[0],
@@ -264,16 +278,15 @@ class FisherLaws(Laws):
                 f"{same}, and the class says deterministic = {self.deterministic}"
             )
         if found != deterministic:
-            pytest.skip(
-                f"{self.label()} {'draws nothing' if found else 'draws'}: another law holds it to the Fisher matrix"
-            )
+            does = "draws nothing" if found else "draws"
+            pytest.skip(f"{self.label()} {does}: another law compares it with the Fisher matrix")
         return stage
 
 
 def scores(
     stage: Fisher, likelihood: Likelihood, rows: Tensor, weights: Tensor | None, seed: int
 ) -> Tensor:
-    """Gradient of each loss in the output of each example, `[losses, N, S C]`."""
+    """Return the gradient of each loss in the output of each example, `[losses, N, S C]`."""
     view = rows.clone().requires_grad_()
     losses = stage.losses(view, likelihood, weights, torch.Generator().manual_seed(seed))
     found = [torch.autograd.grad(loss, view, retain_graph=True)[0].flatten(1) for loss in losses]
@@ -282,13 +295,19 @@ def scores(
 
 
 def of_term(likelihood: Likelihood, row: Tensor, seed: int = 0) -> Tensor:
-    """Hessian `[C, C]` of one term's `nll` in the output `[C]`, for a target drawn from the likelihood."""
+    """Return the Hessian `[C, C]` of one term's `nll` in the output `[C]`, for a drawn target."""
     targets = likelihood.sample(row.detach().reshape(1, 1, -1), torch.Generator().manual_seed(seed))
     return hessian(lambda f: likelihood.nll(f.reshape(1, 1, -1), targets).sum(), row)
 
 
 def dense(likelihood: Likelihood, rows: Tensor, weights: Tensor) -> Tensor:
-    """Fisher information of one example's terms `[S, C]` with weights `[S]`, as a dense `[S C, S C]`: the terms are independent."""
+    """Return the Fisher information of one example's independent terms, dense, `[S C, S C]`.
+
+    Args:
+        likelihood: The likelihood.
+        rows: The outputs of the terms, `[S, C]`.
+        weights: `[S]`.
+    """
     s, c = rows.shape
     whole = torch.zeros(s, c, s, c, dtype=rows.dtype)
     for t in range(s):
@@ -297,27 +316,31 @@ def dense(likelihood: Likelihood, rows: Tensor, weights: Tensor) -> Tensor:
 
 
 def natural_likelihoods(given: Sequence[Any] | None) -> tuple[Likelihood, ...]:
-    """The likelihoods whose Fisher information is the Hessian of `nll` whatever the target: logits, log-rates, means, ...
+    """Return the likelihoods whose Fisher information is the Hessian of `nll` for every target.
+
+    Their outputs are natural parameters: logits, log-rates, means.
 
     Args:
-        given: Likelihoods as `kfactk.build` takes them; `None` for all registered ones, those left out that need options or will not do.
+        given: Likelihoods as `kfactk.build` takes them; `None` for all suitable ones that are
+            registered and need no options.
 
     Raises:
-        OptionError: One that is given will not do, or none is left.
+        OptionError: A given likelihood is not suitable, or none is left.
     """
     if given is None:
         made = tuple(_registered(registry()))
         if not made:
             raise OptionError(
-                "No registered likelihood will do for the laws of Fisher estimators. Write `likelihoods = [...]` in the class."
+                "No registered likelihood suits the laws of Fisher estimators. Write "
+                "`likelihoods = [...]` in the class."
             )
         return made
     resolved = tuple(registry().resolve("likelihood", each) for each in given)
     for each in resolved:
         if not _is_natural(each):
             raise OptionError(
-                f"The Hessian of {each!r} depends on the target, so that it is not the Fisher information: these laws cannot use it. "
-                "Take it out of `likelihoods`."
+                f"The Hessian of {each!r} depends on the target, so it is not the Fisher "
+                "information: these laws cannot use it. Take it out of `likelihoods`."
             )
     return resolved
 
@@ -330,7 +353,7 @@ def _registered(where: Any) -> list[Likelihood]:
             likelihood = where.resolve("likelihood", info.name)
             if _is_natural(likelihood):
                 found.append(likelihood)
-        except KfactkError:  # needs options, is blocked or disputed
+        except KfactkError:  # it needs options, is blocked, or two plugins provide it
             continue
     return found
 
@@ -342,7 +365,7 @@ def _is_natural(likelihood: Likelihood) -> bool:
 
 
 def network(width: int, seed: int) -> nn.Module:
-    """Two layers on vectors of one width, float64."""
+    """Return two layers on vectors of one width, in float64."""
     model = nn.Sequential(nn.Linear(width, 2), nn.Tanh(), nn.Linear(2, width)).double()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

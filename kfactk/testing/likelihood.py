@@ -1,4 +1,4 @@
-"""Laws of likelihoods: they are the distribution they are named after, which torch.distributions knows too."""
+"""Laws of likelihoods: each is a distribution that torch.distributions also has."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from kfactk.testing._support.laws import Laws, close, effort, law
 from kfactk.testing._support.strategies import Terms, seeds, terms
 
 DRAWS = 200_000
-"""Draws for each of two rows, of which the frequencies are taken."""
+"""Number of draws for each of two rows, to measure frequencies."""
 PROBES = 100
-"""Terms in which draws that ought to differ are compared."""
+"""Number of terms to tell draws apart."""
 
 
 class LikelihoodLaws(Laws):
-    """Laws of a likelihood, told which distribution it stands for.
+    """Laws of a likelihood, given the distribution that it stands for.
 
         class TestPoisson(LikelihoodLaws):
             stage = "poisson"
@@ -33,8 +33,8 @@ class LikelihoodLaws(Laws):
             def distribution(self, row):
                 return torch.distributions.Poisson(row.exp())
 
-    Targets of one term look as the distribution's values do: `distribution(row).sample()`. Targets of a forward are a stack of
-    them, `[N, S]` and then the shape of one value.
+    The target of one term has the form of `distribution(row).sample()`. The targets of a forward
+    are stacked: `[N, S]` and then the shape of one value.
 
     Example:
         >>> class TestBernoulli(LikelihoodLaws):
@@ -47,55 +47,64 @@ class LikelihoodLaws(Laws):
     family = "likelihood"
 
     widths: ClassVar[tuple[int, ...]] = (1, 2, 3, 4)
-    """How many numbers an output may have for one term. Those below the largest that are left out must be refused."""
+    """Possible numbers C of an output for one term. Smaller numbers that are not among them must be
+    refused."""
     event_axis: ClassVar[int | None] = None
-    """Dimension that holds those numbers in outputs of more than two dimensions; `None` when the stage does not take such outputs."""
+    """Dimension with those numbers in outputs of more than two dimensions; `None` where the stage
+    takes no such outputs."""
     weights: ClassVar[tuple[float, ...]] = (1.0,)
     """Weights that `batch` can give to terms: (0.0, 1.0) for a mask."""
     normalised: ClassVar[bool] = True
-    """Whether `nll` is all of the negative log-probability. False: what does not depend on the parameters may be left out."""
+    """Whether `nll` is the whole negative log-probability. If not, it may lack what does not depend
+    on the parameters."""
 
     def distribution(self, row: Tensor) -> Distribution:
-        """The distribution of one term's target, given the model's output `[C]` for it; differentiable in it.
+        """Return the distribution of one term's target, differentiable in the output `[C]`.
 
-        A batch shape stands for independent components. To be written by each class.
+        A batch shape stands for independent components. Each class has to write it.
         """
         raise OptionError(
-            f"{type(self).__name__} does not say which distribution its likelihood stands for. Write `def distribution(self, row)`, which "
-            "returns the torch.distributions.Distribution of one term's target, given the output [C] for that term."
+            f"{type(self).__name__} does not say which distribution its likelihood stands for. "
+            "Write `def distribution(self, row)`, which returns the "
+            "torch.distributions.Distribution of one term's target, given the output [C] for that "
+            "term."
         )
 
     def batch(self, targets: Tensor, weights: Tensor) -> dict[str, Any]:
-        """What the stage's `term_weights` reads from the batch when terms with these targets have the weights `[N, S]`.
+        """Return a batch that gives the weights `[N, S]` to terms with these targets.
 
-        To be written where the class has `weights`.
+        Write it where the class has `weights`.
         """
         return {}
 
     def information(self, row: Tensor) -> Tensor:
-        """Fisher information `[C, C]` of the output `[C]` for one term, from the distribution.
+        """Return the Fisher information `[C, C]` of the output `[C]` for one term.
 
-        To be written only where its values cannot be enumerated and torch knows no formula for its Kullback-Leibler divergence.
+        Write it only where the values of the distribution cannot be enumerated and torch knows no
+        formula for its Kullback-Leibler divergence.
         """
         return distributions.information(self.distribution, row)
 
     def cells(self, found: Distribution, draws: Tensor) -> list[Cells]:
-        """Independent components of draws `[n, ...]` from one distribution, each cut into cells of known probability.
+        """Cut independent components of draws `[n, ...]` into cells of known probability.
 
-        To be written only where its values cannot be enumerated and it has no distribution function (`cdf`).
+        Write it only where the values of the distribution cannot be enumerated and it has no `cdf`.
         """
         return distributions.cells(found, draws)
 
     def cases(self) -> st.SearchStrategy[Terms]:
-        """Outputs of a few terms; for a stage whose parameters are bounded, to be written anew."""
+        """Return a strategy for outputs of a few terms; replace it where parameters are bounded."""
         return terms(self.widths)
 
     def typical(self, width: int, seed: int) -> Tensor:
-        """Outputs of two terms, `[2, C]`, of which no value is so rare that its frequency cannot be seen; to be written as `cases`."""
+        """Return outputs of two terms, `[2, C]`, whose values are all frequent enough to count.
+
+        Replace it where parameters are bounded.
+        """
         return _normal(seed, 2, width)
 
     def extents(self) -> st.SearchStrategy[list[int]]:
-        """Sizes of an output's dimensions besides the examples' and the event's."""
+        """Return a strategy for the sizes of dimensions other than examples and event."""
         return (
             st.just([])
             if self.event_axis is None
@@ -103,14 +112,17 @@ class LikelihoodLaws(Laws):
         )
 
     def output(self, rows: Tensor, extents: list[int]) -> Tensor:
-        """The model's output whose terms are `[N, S, C]`, S being the product of the extents; it requires a gradient."""
+        """Return the model's output for the terms `[N, S, C]`, S the product of the extents.
+
+        It requires a gradient.
+        """
         shaped = rows.reshape(len(rows), *extents, rows.shape[-1])
         placed = shaped if self.event_axis is None else shaped.movedim(-1, self.event_axis)
         return placed.detach().clone().requires_grad_()
 
     @law(case="cases", extents="extents", seed=seeds())
     def test_the_view_is_the_output(self, case: Terms, extents: list[int], seed: int) -> None:
-        """The view has the output's numbers as [N, S, C], terms in the output's order, and shares its graph."""
+        """The view has the output's numbers as [N, S, C], terms in order, and shares its graph."""
         n, s, c = len(case.rows), math.prod(extents), case.rows.shape[-1]
         rows = _normal(seed, n, s, c)
         output = self.output(rows, extents)
@@ -137,11 +149,11 @@ class LikelihoodLaws(Laws):
 
     @law()
     def test_what_cannot_be_its_parameters_is_refused(self) -> None:
-        """Outputs that cannot be the distribution's parameters are refused with a CaptureError that says why."""
+        """Outputs that cannot be parameters of the distribution raise a CaptureError."""
         stage, width = self.subject(), self.widths[0]
         bad = [
             (torch.zeros(2, width, dtype=torch.long), "of integers"),
-            (torch.zeros((), requires_grad=True), "that is a single number, as a loss is,"),
+            (torch.zeros((), requires_grad=True), "that is a single number, like a loss,"),
             (torch.zeros(2, width), "that does not require gradients"),
         ]
         bad += [
@@ -156,7 +168,7 @@ class LikelihoodLaws(Laws):
             bad.append(
                 (
                     torch.zeros(3, requires_grad=True),
-                    "of one number an example, which is not among the class' `widths`,",
+                    "of one number in each example, which is not among the class' `widths`,",
                 )
             )
         for output, what in bad:
@@ -168,17 +180,19 @@ class LikelihoodLaws(Laws):
         except CaptureError:
             return
         assert tuple(view.shape) == (3, 1, 1), (
-            f"an output of shape [3] is neither refused nor viewed as [3, 1, 1], but as {list(view.shape)}"
+            "an output of shape [3] is neither refused nor viewed as [3, 1, 1], but as "
+            f"{list(view.shape)}"
         )
 
     @law(case="cases", other="cases", seed=seeds())
     def test_nll_is_minus_the_log_probability(self, case: Terms, other: Terms, seed: int) -> None:
-        """The negative log-likelihood of each term, and its gradient in the parameters, are those of the distribution."""
+        """The negative log-likelihood and its gradient are those of the distribution."""
         stage, view = self.subject(), case.rows.clone().requires_grad_()
         targets = drawn(self.distribution, case.rows, seed)
         found = stage.nll(view, targets)
         assert found.shape == view.shape[:2], (
-            f"nll has shape {list(found.shape)}: it must be one number for each term, {list(view.shape[:2])}"
+            f"nll has shape {list(found.shape)}: it must be one number for each term, "
+            f"{list(view.shape[:2])}"
         )
         expected = self._nll(case.rows, targets)
         if self.normalised:
@@ -200,15 +214,17 @@ class LikelihoodLaws(Laws):
         close(
             gradient,
             truth,
-            "the gradient of nll is not minus that of the distribution's log-probability (terms mixed, or a part detached?)",
+            "the gradient of nll is not minus that of the distribution's log-probability "
+            "(terms mixed, or a part detached?)",
         )
 
     @law()
     def test_draws_follow_the_distribution(self) -> None:
-        """Drawn targets have the distribution's frequencies, in each component, independently over components, terms and examples.
+        """Targets follow the distribution, independently over components, terms and examples.
 
-        False alarm: below 1e-8 a seed, by Chernoff's bound for each frequency (`kfactk.testing._support.distributions.surprise`). The seeds
-        are fixed, so that the law gives the same each time.
+        Correct draws fail with probability below 1e-8 for each seed, by Chernoff's bound for each
+        frequency (`kfactk.testing._support.distributions.surprise`). The seeds are fixed, so the
+        law always gives the same.
         """
         for seed in range(effort(1)):
             for width in self.widths:
@@ -219,7 +235,8 @@ class LikelihoodLaws(Laws):
         draws = self.subject().sample(view, torch.Generator().manual_seed(seed))
         shape = (DRAWS, 2, *self.distribution(rows[0]).sample().shape)
         assert tuple(draws.shape) == shape, (
-            f"drawn targets have shape {list(draws.shape)}, not [N, S] and the shape of one value, {shape}"
+            f"drawn targets have shape {list(draws.shape)}, not [N, S] and the shape of one value, "
+            f"{shape}"
         )
         parts = [self.cells(self.distribution(row), draws[:, s]) for s, row in enumerate(rows)]
         for row, each in zip(rows, parts, strict=True):
@@ -235,22 +252,22 @@ class LikelihoodLaws(Laws):
 
     @law(examples=10, seed=seeds())
     def test_draws_depend_on_view_and_generator_alone(self, seed: int) -> None:
-        """Draws are a function of the view and the generator: the global random state is neither read nor changed."""
+        """Draws depend on the view and the generator; the global random state plays no part."""
         stage, rows = self.subject(), self.typical(self.widths[-1], seed).expand(PROBES, -1, -1)
         view = rows.clone().requires_grad_()
         generator, state = torch.Generator().manual_seed(seed), torch.get_rng_state()
         first = stage.sample(view, generator)
         assert torch.equal(torch.get_rng_state(), state), (
-            "drawing changes the global random state: draw with the generator that is given"
+            "drawing changes the global random state: draw with the given generator"
         )
         assert not first.requires_grad, (
-            "drawn targets require gradients: they must be cut off from the view's graph"
+            "drawn targets require gradients: they must be detached from the view's graph"
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed + 1)
             again = stage.sample(view, torch.Generator().manual_seed(seed))
         assert torch.equal(first, again), (
-            "the same view and generator give other draws: something else is read"
+            "the same view and generator give other draws: they depend on something else"
         )
         assert not torch.equal(
             first, stage.sample(view, torch.Generator().manual_seed(seed + 1))
@@ -262,12 +279,13 @@ class LikelihoodLaws(Laws):
 
     @law(case="cases")
     def test_root_columns_make_the_fisher_information(self, case: Terms) -> None:
-        """The outer products of the root's columns sum, term by term, to the Fisher information of the distribution's parameters."""
+        """The outer products of the root's columns sum to each term's Fisher information."""
         view = case.rows.clone().requires_grad_()
         total = torch.zeros(*view.shape, view.shape[-1], dtype=view.dtype)
         for column in self.subject().root(view):
             assert column.shape == view.shape, (
-                f"a column of the root has shape {list(column.shape)}, not that of the view, {list(view.shape)}"
+                f"a column of the root has shape {list(column.shape)}, not that of the view, "
+                f"{list(view.shape)}"
             )
             assert not column.requires_grad, (
                 "a column of the root requires gradients: it must be detached"
@@ -288,7 +306,7 @@ class LikelihoodLaws(Laws):
     def test_terms_weigh_what_the_batch_says(
         self, case: Terms, data: st.DataObject, seed: int
     ) -> None:
-        """Each term has the weight that the batch gives it, and 1 where nothing is said; what is named and missing is refused."""
+        """Each term has the weight in the batch, or 1; a missing argument is refused."""
         stage, (n, s) = self.subject(), case.rows.shape[:2]
         given = data.draw(
             st.lists(st.sampled_from(self.weights), min_size=n * s, max_size=n * s), label="weights"
@@ -308,20 +326,20 @@ class LikelihoodLaws(Laws):
             return
         _refused(
             lambda: stage.term_weights(case.rows, {}),
-            "a batch without the weights (or labels) that the stage was told of is not refused",
+            "a batch without the weights or labels that the stage names is not refused",
         )
         if set(self.weights) <= {0.0, 1.0}:
             return
         for bad in (-1.0, math.nan, math.inf):
-            spoilt = weights.clone()
-            spoilt[0, 0] = bad
+            wrong = weights.clone()
+            wrong[0, 0] = bad
             _refused(
-                partial(stage.term_weights, case.rows, self.batch(targets, spoilt)),
+                partial(stage.term_weights, case.rows, self.batch(targets, wrong)),
                 f"a weight of {bad} is not refused",
             )
 
     def _least(self) -> int:
-        """How many dimensions an output must have besides those of examples and event, for `event_axis` to be one of its dimensions."""
+        """Return how many other dimensions an output needs to have dimension `event_axis`."""
         axis = self.event_axis or 1
         return max(0, axis - 1 if axis > 0 else -axis - 1)
 

@@ -1,9 +1,10 @@
-"""Laws of a whole recipe: what holds for every combination of stages that `kfactk.build` accepts.
+"""Laws of a whole recipe: they hold for every combination of stages that `kfactk.build` accepts.
 
     class TestMine(PipelineLaws):
         recipe = {"basis": "mine", "update": "momentum"}
 
-The laws train a small model some steps. A recipe that wants another model, batch or loss says so in `model`, `batch` and `loss`.
+The laws train a small model for some steps. Replace `model`, `batch` and `loss` for a recipe that
+needs others.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ from kfactk.testing._support.training import (
 from kfactk.testing._support.truth import moment
 
 EXACT = "exact-when-kronecker"
-"""What a basis claims that represents the Fisher matrix exactly wherever that is a Kronecker product."""
+"""The claim of a basis to represent the Fisher matrix exactly where it is a Kronecker product."""
 
 
 class PipelineLaws(Training):
-    """Laws of recipes. `recipe` holds arguments of `kfactk.build`; the stages in it are put to work together.
+    """Laws of recipes; `recipe` holds the arguments of `kfactk.build`.
 
     Example:
         >>> class TestPlain(PipelineLaws):
@@ -57,7 +58,7 @@ class PipelineLaws(Training):
 
     @law(examples=5, recipe="recipes", seed=seeds())
     def test_equal_seeds_give_equal_runs(self, recipe: Mapping[str, Any], seed: int) -> None:
-        """Two runs are equal bit for bit, whatever the global random state, which they neither read nor move."""
+        """Two runs are bit-for-bit equal; they neither read nor change the global random state."""
         made, found = self.build(recipe), []
         for number in (seed, seed + 1):
             with torch.random.fork_rng(devices=[]):
@@ -65,22 +66,22 @@ class PipelineLaws(Training):
                 before = torch.get_rng_state(), random.getstate()
                 found.append(outcome(*self.run(made)))
                 assert torch.equal(before[0], torch.get_rng_state()), (
-                    "training moved torch's global random state; draw from a generator"
+                    "training changed torch's global random state; draw from a generator"
                 )
                 assert before[1] == random.getstate(), (
-                    "training moved the random state of the module random; draw from a generator"
+                    "training changed the random state of the module random; draw from a generator"
                 )
         identical(
             found[0],
             found[1],
-            "two runs of one recipe under another global random state are not the same",
+            "two runs of one recipe with different global random states are not the same",
         )
 
     @law(examples=5, recipe="recipes", saved_at=st.integers(0, 7), used=st.integers(0, 2))
     def test_a_resumed_run_is_the_uninterrupted_one(
         self, recipe: Mapping[str, Any], saved_at: int, used: int
     ) -> None:
-        """A state saved at any step, between refreshes too, and loaded into a fresh or used optimizer goes on bit for bit."""
+        """A state saved at any step, and loaded into any optimizer, continues bit for bit."""
         made = self.build(recipe)
         model, optimizer = self.run(made, saved_at)
         weights, state = through_file(model.state_dict()), through_file(optimizer.state_dict())
@@ -88,14 +89,18 @@ class PipelineLaws(Training):
         resumed_model.load_state_dict(weights)
         resumed.load_state_dict(state)
         assert resumed.steps == saved_at, (
-            f"the state was saved after {saved_at} steps, and the resumed optimizer has {resumed.steps}"
+            f"the state was saved after {saved_at} steps, "
+            f"and the resumed optimizer has {resumed.steps}"
         )
         for number in range(saved_at, saved_at + PERIODS["basis_every"] + 1):
             losses = [
                 self.step(optimizer, model, number),
                 self.step(resumed, resumed_model, number),
             ]
-            says = f"saved after {saved_at} steps and resumed, the run has left the uninterrupted one at step {number}"
+            says = (
+                f"saved after {saved_at} steps and resumed, the run has left the uninterrupted one "
+                f"at step {number}"
+            )
             assert losses[0] == losses[1], f"{says}: its loss is {losses[1]}, not {losses[0]}"
             identical(outcome(model, optimizer), outcome(resumed_model, resumed), says)
         identical(
@@ -108,16 +113,15 @@ class PipelineLaws(Training):
     def test_the_order_of_layers_does_not_matter(
         self, recipe: Mapping[str, Any], order: str
     ) -> None:
-        """Modules that are registered in another order, with the same forward, train alike."""
+        """The order in which modules are registered, with the same forward, changes nothing."""
         made, found = self.build(recipe), []
         for changed in (False, True):
             model = self.fresh()
             if changed:
+                # The order of these modules determines what they compute.
+                ordered = (nn.Sequential.forward, nn.Module.forward)
                 for parent in model.modules():
-                    if type(parent).forward not in (
-                        nn.Sequential.forward,
-                        nn.Module.forward,
-                    ):  # whose order means something
+                    if type(parent).forward not in ordered:
                         rearrange(parent._modules, order)
                         rearrange(parent._parameters, order)
             optimizer = made.bind(model)
@@ -127,7 +131,7 @@ class PipelineLaws(Training):
         self.alike(
             found[0],
             found[1],
-            f"with its layers registered in another order ({order}) the model trains otherwise",
+            f"with its layers registered in another order ({order}) the model trains differently",
         )
 
     @law(
@@ -138,12 +142,11 @@ class PipelineLaws(Training):
     def test_accumulated_micro_batches_are_one_batch(
         self, recipe: Mapping[str, Any], cuts: set[int]
     ) -> None:
-        """Without BatchNorm it does not matter how a batch is split into micro-batches whose gradients accumulate."""
+        """Without BatchNorm, splitting a batch into accumulated micro-batches changes nothing."""
         made = self.still(self.build(recipe))
         listens, mean = not made.fisher.own_pass, made.reduction == "mean"
-        if (
-            listens and mean
-        ):  # a share of a mean is a mean no more: an estimator that listens to the loss wants a sum then
+        if listens and mean:
+            # An estimator that listens to the loss needs a sum: a share of a mean is no mean.
             made = made.evolve(reduction="sum")
         edges = [0, *sorted(cuts), EXAMPLES]
 
@@ -167,7 +170,7 @@ class PipelineLaws(Training):
             made,
             whole,
             split,
-            f"a batch of {EXAMPLES} accumulated in micro-batches of {sizes} trains otherwise",
+            f"a batch of {EXAMPLES} accumulated in micro-batches of {sizes} trains differently",
         )
 
     @law(examples=5, recipe="steady", copies=st.integers(2, 3))
@@ -178,7 +181,8 @@ class PipelineLaws(Training):
         made = self.still(self.build(recipe))
         if made.basis.moments_from == "gradient":
             self.inapplicable(
-                "moments of the mini-batch gradient estimate the Fisher from independent examples, which copies are not"
+                "moments of the mini-batch gradient estimate the Fisher from independent examples, "
+                "which copies are not"
             )
         if made.reduction == "sum":
             self.inapplicable("a summed loss grows with its batch")
@@ -196,18 +200,18 @@ class PipelineLaws(Training):
             made,
             once,
             repeated,
-            f"with every example {copies} times in its batch the model trains otherwise",
+            f"with every example {copies} times in its batch the model trains differently",
         )
 
     @law(examples=2, recipe="steady")
     @on_ranks
     def test_two_ranks_are_one_process(self, recipe: Mapping[str, Any]) -> None:
-        """Two ranks with half of each batch do what one process does with the whole, and the same bit for bit."""
+        """Two ranks with half of each batch train as one process; both are bit-for-bit equal."""
         equal_on_ranks(self, recipe)
 
     @law(examples=5, recipe="recipes")
     def test_gradients_stay_as_they_were(self, recipe: Mapping[str, Any]) -> None:
-        """After a step every `.grad` is the tensor that it was, unchanged."""
+        """A step leaves every `.grad` the same tensor, with the same values."""
         model = self.fresh()
         optimizer = self.build(recipe).bind(model)
         for number in range(STEPS):
@@ -234,22 +238,28 @@ class PipelineLaws(Training):
     def test_evaluation_changes_nothing(
         self, recipe: Mapping[str, Any], when: Sequence[str]
     ) -> None:
-        """Forwards in evaluation mode or under `no_grad`, before the training forward or after its backward, count for nothing."""
+        """Forwards in evaluation mode or under `no_grad` change nothing.
+
+        They run before the training forward, or after its backward.
+        """
         made = self.build(recipe)
         model = self.fresh()
         optimizer = made.bind(model)
         for number in range(STEPS):
             optimizer.zero_grad()
             if "before" in when:
-                self._look(model, number)
+                self._evaluate(model, number)
             self.backward(optimizer, model, self.data(number))
             if "after" in when:
-                self._look(model, number)
+                self._evaluate(model, number)
             optimizer.step()
-        says = f"with forwards that must not count {' and '.join(when)} the training forward the model trains otherwise"
+        says = (
+            f"with evaluation {' and '.join(when)} the training forward the model trains "
+            "differently"
+        )
         identical(outcome(*self.run(made)), outcome(model, optimizer), says)
 
-    def _look(self, model: nn.Module, number: int) -> None:
+    def _evaluate(self, model: nn.Module, number: int) -> None:
         inputs, _ = self.data(1000 + number)
         with torch.no_grad():
             model(inputs)
@@ -259,7 +269,7 @@ class PipelineLaws(Training):
 
     @law(examples=5, recipe="recipes")
     def test_a_closure_is_the_loop(self, recipe: Mapping[str, Any]) -> None:
-        """`step(closure)` is forward, backward and `step()`, and returns what the closure does."""
+        """`step(closure)` is the closure and `step()`, and returns the closure's loss."""
         made = self.build(recipe)
         model, reference = self.fresh(), self.fresh()
         optimizer, other = made.bind(model), made.bind(reference)
@@ -273,30 +283,30 @@ class PipelineLaws(Training):
             identical(
                 outcome(reference, other),
                 outcome(model, optimizer),
-                "step(closure) trains otherwise than the loop",
+                "step(closure) trains differently from the loop",
             )
             assert returned == loss, (
-                f"step(closure) returned {returned}, where the closure's loss is {loss}"
+                f"step(closure) returned {returned}, but the closure's loss is {loss}"
             )
 
     @law(examples=5, recipe="recipes")
     def test_a_copied_recipe_is_the_same(self, recipe: Mapping[str, Any]) -> None:
-        """A deep copy of a recipe equals it, trains alike, and neither binding nor training changes a recipe."""
+        """A deep copy of a recipe equals it and trains the same; training changes no recipe."""
         made = self.build(recipe)
         twin, shown = copy.deepcopy(made), repr(made)
-        assert twin == made, f"a deep copy of the recipe is another: {twin!r}, not {shown}"
+        assert twin == made, f"a deep copy of the recipe differs from it: {twin!r}, not {shown}"
         found = [outcome(*self.run(each)) for each in (made, made, twin)]
         identical(
             found[0],
             found[1],
-            "a recipe that is bound again trains otherwise: a stage remembers the first run",
+            "a recipe that is bound again trains differently: a stage remembers the first run",
         )
-        identical(found[0], found[2], "a deep copy of the recipe trains otherwise")
+        identical(found[0], found[2], "a deep copy of the recipe trains differently")
         assert repr(made) == shown, f"training changed the recipe: {made!r}, not {shown}"
 
     @law(examples=2, recipe="recipes")
     def test_nothing_is_left_behind(self, recipe: Mapping[str, Any]) -> None:
-        """After `close` the model has the hooks it had before, a further step is refused, and the optimizer can be freed."""
+        """`close` removes the optimizer's hooks; then steps are refused, and it can be freed."""
         model = self.fresh()
         handles = [
             model.register_forward_hook(lambda *_: None),
@@ -309,7 +319,7 @@ class PipelineLaws(Training):
         optimizer.close()
         after = hooks(model)
         assert after == before, (
-            f"after close() the model has the hooks {after}, where it had {before} before bind()"
+            f"after close() the model has the hooks {after}, but before bind() it had {before}"
         )
         with pytest.raises(kfactk.KfactkError) as refused:
             optimizer.step()
@@ -321,10 +331,10 @@ class PipelineLaws(Training):
         del optimizer
         gc.collect()
         assert watch() is None, (
-            "the optimizer is kept alive after close(), by something that refers to it"
+            "the optimizer stays alive after close(): something still refers to it"
         )
         assert all(handle.id in (handle.hooks_dict_ref() or {}) for handle in handles), (
-            "close() took off hooks that are not its own"
+            "close() removed hooks that are not its own"
         )
 
     @law(
@@ -337,9 +347,12 @@ class PipelineLaws(Training):
     def test_a_quadratic_is_solved_in_one_step(
         self, recipe: Mapping[str, Any], shape: tuple[int, int], bias: bool, seed: int
     ) -> None:
-        """With negligible damping one step of length 1 on least squares lands on the solution, F being `E[a a^T] kron I` there."""
+        """With negligible damping, one step of length 1 solves least squares.
+
+        F is `E[a a^T] kron I` there.
+        """
         layer, rows, targets = least_squares(*shape, bias, seed)
-        made = self._plainest(recipe, layer, lr=1.0, damping=1e-20)
+        made = self._minimal(recipe, layer, lr=1.0, damping=1e-20)
         if EXACT not in made.basis.laws:
             self.inapplicable(f"the basis does not claim {EXACT!r}")
         if made.basis.moments_from == "gradient":
@@ -349,9 +362,9 @@ class PipelineLaws(Training):
         hessian, right = moment(rows.unsqueeze(1)), targets.T @ rows
         solution = torch.linalg.solve(hessian, right.T).T
         close(
-            stepped(made, layer, rows, targets),
+            step_once(made, layer, rows, targets),
             solution,
-            "one Newton step did not land on the least-squares solution",
+            "one Newton step did not reach the least-squares solution",
             rtol=1e-5,
             atol=1e-6,
         )
@@ -366,11 +379,11 @@ class PipelineLaws(Training):
     def test_huge_damping_makes_a_gradient_step(
         self, recipe: Mapping[str, Any], shape: tuple[int, int], bias: bool, seed: int
     ) -> None:
-        """With a damping tau far above the curvature the step is the plain gradient's, of length lr / tau."""
+        """With damping tau far above the curvature, the step is the gradient times -lr / tau."""
         layer, rows, targets = least_squares(*shape, bias, seed)
         tau = 1e16
-        made = self._plainest(recipe, layer, lr=0.1 * tau, damping=tau)
-        start = joined(layer)
+        made = self._minimal(recipe, layer, lr=0.1 * tau, damping=tau)
+        start = matrix_of(layer)
         gradient = sum(
             (
                 torch.outer(start @ row - target, row)
@@ -380,26 +393,26 @@ class PipelineLaws(Training):
         ) / len(rows)
         expected = start - 0.1 * gradient
         close(
-            stepped(made, layer, rows, targets),
+            step_once(made, layer, rows, targets),
             expected,
             "under huge damping the step is not lr / damping times the gradient",
             rtol=1e-5,
             atol=1e-6,
         )
 
-    def _plainest(self, recipe: Mapping[str, Any], layer: nn.Linear, **numbers: float) -> Recipe:
-        """The recipe's curvature and basis, with all else as plain as can be."""
+    def _minimal(self, recipe: Mapping[str, Any], layer: nn.Linear, **numbers: float) -> Recipe:
+        """Return the recipe's curvature, basis and placement, with minimal other stages."""
         kept = {
             name: recipe[name] for name in ("curvature", "basis", "placement") if name in recipe
         }
-        plain = {
+        minimal = {
             "fisher": Columns(),
             "likelihood": Squares(),
             "clip": Unclipped(),
             "update": torch.optim.SGD,
         }
         made = kfactk.build(
-            **{**kept, **plain, **numbers, "factor_every": 1, "scale_every": 1, "basis_every": 1}
+            **{**kept, **minimal, **numbers, "factor_every": 1, "scale_every": 1, "basis_every": 1}
         )
         if made.coverage(layer).plain:
             self.inapplicable("the curvature does not support nn.Linear")
@@ -407,7 +420,10 @@ class PipelineLaws(Training):
 
 
 def least_squares(d_in: int, d_out: int, bias: bool, seed: int) -> tuple[nn.Linear, Tensor, Tensor]:
-    """A linear layer, its inputs as rows `[N, d_in (+ 1)]` (the bias' column of ones last), and targets `[N, d_out]`."""
+    """Return a linear layer, its inputs as rows `[N, d_in (+ 1)]`, and targets `[N, d_out]`.
+
+    With a bias, the last column of the rows is ones.
+    """
     generator = torch.Generator().manual_seed(seed)
     layer = nn.Linear(d_in, d_out, bias=bias, dtype=torch.float64)
     with torch.no_grad():
@@ -419,17 +435,17 @@ def least_squares(d_in: int, d_out: int, bias: bool, seed: int) -> tuple[nn.Line
     return layer, rows, torch.randn(len(rows), d_out, generator=generator, dtype=torch.float64)
 
 
-def stepped(recipe: Recipe, layer: nn.Linear, rows: Tensor, targets: Tensor) -> Tensor:
-    """The layer's matrix after one step on `mean_n |y_n - W a_n|^2 / 2`."""
+def step_once(recipe: Recipe, layer: nn.Linear, rows: Tensor, targets: Tensor) -> Tensor:
+    """Take one step on `mean_n |y_n - W a_n|^2 / 2`, and return the layer's matrix."""
     optimizer = recipe.bind(layer)
     output = layer(rows[:, : layer.in_features])
     optimizer.observe()
     ((output - targets).square().sum(-1).mean() / 2).backward()
     optimizer.step()
-    return joined(layer)
+    return matrix_of(layer)
 
 
-def joined(layer: nn.Linear) -> Tensor:
-    """Weight and bias side by side."""
+def matrix_of(layer: nn.Linear) -> Tensor:
+    """Return weight and bias as one matrix, the bias as the last column."""
     columns = [layer.weight] if layer.bias is None else [layer.weight, layer.bias.unsqueeze(1)]
     return torch.cat([column.detach() for column in columns], 1)

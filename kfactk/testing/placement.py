@@ -1,4 +1,4 @@
-"""Laws of placements: every piece of work has its ranks, all processes give the same answer, and ranks do what one process does.
+"""Laws of placements: all work has ranks, processes agree, and ranks do what one process does.
 
 class TestMine(PlacementLaws):
     stage = "mine"
@@ -21,13 +21,13 @@ from kfactk.testing._support.laws import Laws, law
 from kfactk.testing._support.ranks import shared_workers
 from kfactk.testing._support.training import Training
 
-LARGEST = 9
-"""Most ranks that an answer is asked for."""
+MAX_RANKS = 9
+"""Largest number of ranks in the laws."""
 
 
 @st.composite
 def works(draw: st.DrawFn, layer: str) -> Work:
-    """One layer's work: Kronecker factors, of groups too, one matrix of another shape, or none at all."""
+    """Draw the work of one layer: Kronecker factors, also of groups, another matrix, or none."""
     d_out, d_in, groups = (
         draw(st.integers(1, 40)),
         draw(st.integers(1, 40)),
@@ -46,20 +46,25 @@ def works(draw: st.DrawFn, layer: str) -> Work:
 
 @st.composite
 def some_work(draw: st.DrawFn, most: int = 7) -> Workload:
-    """The work of a few layers, several of one shape among them, and how often it comes."""
+    """Draw the work of a few layers, sometimes all of one shape, and its periods."""
     names = [f"{number}.fc" for number in range(draw(st.integers(1, most)))]
     each = [draw(works(name)) for name in names]
     if draw(st.booleans()):
         each = [attrs.evolve(each[0], layer=name) for name in names]
-    often = st.sampled_from([1, 10, 100])
-    sizes = st.sampled_from([2, 4, 8])
+    period, itemsize = st.sampled_from([1, 10, 100]), st.sampled_from([2, 4, 8])
     return Workload(
-        tuple(each), draw(often), draw(often), draw(often), draw(st.booleans()), draw(sizes), "cpu"
+        tuple(each),
+        factor_every=draw(period),
+        scale_every=draw(period),
+        basis_every=draw(period),
+        sampled=draw(st.booleans()),
+        itemsize=draw(itemsize),
+        device="cpu",
     )
 
 
 class PlacementLaws(Laws):
-    """What every placement obeys: its answers, tried without processes, and runs on several ranks by them.
+    """Laws of every placement: of its answers, and of runs on several ranks.
 
     Example:
         >>> class TestMine(PlacementLaws):
@@ -70,16 +75,16 @@ class PlacementLaws(Laws):
     family = "placement"
 
     def workloads(self) -> st.SearchStrategy[Workload]:
-        """What is to be divided; for a placement that knows only some kinds of layers, to be written anew."""
+        """Return a strategy for workloads; replace it for a placement of some kinds of layers."""
         return some_work()
 
     def several(self) -> st.SearchStrategy[list[Workload]]:
-        """A few of them."""
+        """Return a strategy for a few workloads."""
         return st.lists(self.workloads(), max_size=3)
 
-    @law(workload="workloads", ranks=st.integers(1, LARGEST))
+    @law(workload="workloads", ranks=st.integers(1, MAX_RANKS))
     def test_every_piece_has_ranks_that_exist(self, workload: Workload, ranks: int) -> None:
-        """Each layer has holders, each of its matrices decomposers, and all of these are ranks, in ascending order; nothing else has."""
+        """Each layer has gradient workers, and each matrix inverse workers: ascending ranks."""
         found = self._answer(workload, ranks)
         wanted = {work.layer: set(work.matrices) for work in workload.works}
         assert set(found.shares) == set(wanted), (
@@ -90,7 +95,7 @@ class PlacementLaws(Laws):
                 f"{layer} has the matrices {wanted[layer]}, not {set(share.inverse_workers)}"
             )
             for what, group in (
-                ("its holders", share.gradient_workers),
+                ("its gradient workers", share.gradient_workers),
                 *share.inverse_workers.items(),
             ):
                 good = (
@@ -100,76 +105,79 @@ class PlacementLaws(Laws):
                     and set(group) <= set(range(ranks))
                 )
                 assert good, (
-                    f"{layer}: {what} lie on {group!r}, where some of the ranks 0 to {ranks - 1}, ascending, are due"
+                    f"{layer}: {what} are {group!r}, not a tuple of ascending ranks from 0 to "
+                    f"{ranks - 1}"
                 )
 
     @law(workload="workloads")
     def test_one_rank_alone_does_all(self, workload: Workload) -> None:
-        """One process has everything."""
+        """A single process does all the work."""
         for layer, share in self._answer(workload, 1).shares.items():
             groups = {share.gradient_workers, *share.inverse_workers.values()}
             assert groups == {(0,)}, (
-                f"alone, rank 0 has to do all of {layer}, and it lies on {sorted(groups)}"
+                f"alone, rank 0 has to do all of {layer}, but its ranks are {sorted(groups)}"
             )
 
-    @law(workload="workloads", ranks=st.integers(2, LARGEST))
+    @law(workload="workloads", ranks=st.integers(2, MAX_RANKS))
     def test_what_belongs_together_stays_together(self, workload: Workload, ranks: int) -> None:
-        """Matrices that are made of common statistics lie on the same ranks."""
+        """Matrices that are made of common statistics have the same ranks."""
         shares = self._answer(workload, ranks).shares
         for work in workload.works:
             groups = set(shares[work.layer].inverse_workers.values())
             assert not work.indivisible or len(groups) <= 1, (
-                f"the matrices of {work.layer}, made of common statistics, lie on {sorted(groups)}"
+                f"the matrices of {work.layer}, made of common statistics, are on {sorted(groups)}"
             )
 
-    @law(workload="workloads", ranks=st.integers(1, LARGEST), others="several")
+    @law(workload="workloads", ranks=st.integers(1, MAX_RANKS), others="several")
     def test_the_answer_depends_on_the_arguments_alone(
         self, workload: Workload, ranks: int, others: list[Workload]
     ) -> None:
-        """Asked again, after other questions, or asked of another object of the same options, it gives the same; nothing is changed."""
+        """The answer depends on options and arguments alone, not on the object or other calls."""
         stage, before = self.subject(), repr(workload)
         first = stage.assign(workload, ranks)
         for other in others:
             stage.assign(other, ranks + 1)
         assert stage.assign(workload, ranks) == first, (
-            "asked again, it divides the same work otherwise"
+            "asked again, it divides the same work differently"
         )
         assert self.subject().assign(workload, ranks) == first, (
-            "another object of the same options divides the same work otherwise"
+            "another object of the same options divides the same work differently"
         )
-        assert repr(workload) == before, f"the workload that it was given is changed, from {before}"
+        assert repr(workload) == before, f"assign changes the workload, which was {before}"
 
     @law()
     def test_it_says_between_whom_what_travels(self) -> None:
-        """`process_group` and `wire_dtype` are there; the latter is `None`, or names a floating dtype of torch."""
+        """It has `process_group` and `wire_dtype`, which is `None` or names a floating dtype."""
         stage = self.subject()
         name = stage.wire_dtype
         dtype = None if name is None else getattr(torch, str(name), None)
         floating = isinstance(dtype, torch.dtype) and dtype.is_floating_point
         assert name is None or floating, (
-            f"wire_dtype is {name!r}: it must name a floating dtype of torch, such as 'bfloat16', or be None"
+            f"wire_dtype is {name!r}: it must name a floating dtype of torch, such as 'bfloat16', "
+            "or be None"
         )
         assert stage.process_group is None or dist.is_initialized(), (
-            f"process_group is {stage.process_group!r}, though there are no processes: it must be None, which stands for all ranks"
+            f"process_group is {stage.process_group!r}, though there are no processes: it must be "
+            "None, which stands for all ranks"
         )
 
     @law(examples=2, given="several")
     @on_ranks
     def test_every_process_gives_the_same_answer(self, given: list[Workload]) -> None:
-        """Processes of their own give the answer that this one does, whatever order their sets and hashes have."""
+        """Other processes give the same answer, whatever order their sets and hashes have."""
         self._without_group()
-        mine = [_told(self.subject(), workload) for workload in given]
+        mine = [_assignments(self.subject(), workload) for workload in given]
         for rank, theirs in enumerate(
-            shared_workers().run(2, _answers, Sent.of((self.subject(), given)))
+            shared_workers().run(2, _assignments_on_rank, Sent.of((self.subject(), given)))
         ):
             assert theirs == mine, (
-                f"process {rank} divides the same work otherwise: {theirs}, not {mine}"
+                f"process {rank} divides the same work differently: {theirs}, not {mine}"
             )
 
     @law()
     @on_ranks
     def test_ranks_are_one_process(self) -> None:
-        """Two and three ranks with parts of each batch do what one process does with the whole, and the same bit for bit."""
+        """Two and three ranks train as one process does, and are bit-for-bit equal."""
         self._without_group()
         for ranks in (2, 3):
             equal_on_ranks(
@@ -182,7 +190,7 @@ class PlacementLaws(Laws):
     def _answer(self, workload: Workload, ranks: int) -> Assignment:
         found = self.subject().assign(workload, ranks)
         assert isinstance(found, Assignment), (
-            f"assign gave {found!r}, where a kfactk.Assignment is due"
+            f"assign returned {found!r}, which is no kfactk.Assignment"
         )
         assert isinstance(found.strategy, str), (
             f"the strategy is {found.strategy!r}: it must be its name"
@@ -199,10 +207,10 @@ class PlacementLaws(Laws):
             )
 
 
-def _told(stage: Any, workload: Workload) -> Sequence[Mapping[str, Any]]:
-    return [attrs.asdict(stage.assign(workload, ranks)) for ranks in range(1, LARGEST + 1)]
+def _assignments(stage: Any, workload: Workload) -> Sequence[Mapping[str, Any]]:
+    return [attrs.asdict(stage.assign(workload, ranks)) for ranks in range(1, MAX_RANKS + 1)]
 
 
-def _answers(rank: int, sent: Sent) -> list[Sequence[Mapping[str, Any]]]:
+def _assignments_on_rank(rank: int, sent: Sent) -> list[Sequence[Mapping[str, Any]]]:
     stage, given = sent.unpacked()
-    return [_told(stage, workload) for workload in given]
+    return [_assignments(stage, workload) for workload in given]

@@ -1,4 +1,4 @@
-"""Laws of trackers: what happened is recorded, and neither a tracker nor its failure changes the training that it records."""
+"""Laws of trackers: they record metrics, and neither a tracker nor its failure changes training."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from kfactk.testing._support.laws import Laws, law
 
 NAMES = ("loss", "clip_factor", "seconds/basis", "layer.0/condition", "condition_max")
 METHODS = ("start", "record", "close")
-"""What the framework calls, and a sink may fail in."""
+"""Methods that the framework calls and that may fail."""
 CHILD = """
 import json, os, sys
 from kfactk.registry.registry import registry
@@ -40,16 +40,17 @@ tracker.flush()
 tracker.record(3, {"loss": 1.0})
 os._exit(9)
 """
-"""A process that dies with records held back."""
+"""The program of a process that dies with unwritten records."""
 
 
 @attrs.frozen
 class Recorded:
-    """What was read back.
+    """What a tracker has recorded, as its test reads it.
 
     Args:
-        rows: For each recorded step, in order, its number and the figures by name.
-        recipe: What stands for the recipe: nested mappings, or one mapping with dotted names; `None` where it cannot be read.
+        rows: For each recorded step, in order, its number and the metrics by name.
+        recipe: The recipe: nested mappings, or one mapping with dotted names; `None` where it
+            cannot be read.
     """
 
     rows: Sequence[tuple[int, Mapping[str, float]]]
@@ -57,38 +58,39 @@ class Recorded:
 
 
 @attrs.frozen
-class Figure:
-    """A drawn figure: a number of Python's, or one to be handed over as a 0-dimensional tensor.
+class Metric:
+    """A drawn metric: a number of Python, or a 0-dimensional tensor.
 
     Args:
         value: The number.
-        dtype: Of the tensor; `None` for none.
+        dtype: Of the tensor; `None` for a number of Python.
     """
 
     value: float
     dtype: torch.dtype | None
 
     def given(self) -> Tensor | float:
-        """What the tracker is told."""
+        """Return what the tracker gets."""
         return self.value if self.dtype is None else torch.tensor(self.value, dtype=self.dtype)
 
     def number(self) -> float:
-        """What it is to record."""
+        """Return what the tracker must record."""
         return float(self.given())
 
 
-def metrics(*, finite: bool) -> st.SearchStrategy[dict[str, Figure]]:
-    """Figures of one step by name."""
+def metrics(*, finite: bool) -> st.SearchStrategy[dict[str, Metric]]:
+    """Return a strategy for the metrics of one step, by name."""
     values = st.floats(-(2.0**100), 2.0**100, width=32) | st.integers(-1000, 1000)
     kinds = st.sampled_from([None, torch.float32, torch.float64, torch.bfloat16])
-    counts = st.builds(Figure, st.integers(0, 2**40), st.just(torch.int64))
-    drawn = st.builds(Figure, values, kinds) | counts
-    odd = st.builds(Figure, st.sampled_from([math.nan, math.inf, -math.inf]), kinds)
-    return st.dictionaries(st.sampled_from(NAMES), drawn if finite else drawn | odd, min_size=1)
+    counts = st.builds(Metric, st.integers(0, 2**40), st.just(torch.int64))
+    drawn = st.builds(Metric, values, kinds) | counts
+    nonfinite = st.builds(Metric, st.sampled_from([math.nan, math.inf, -math.inf]), kinds)
+    each = drawn if finite else drawn | nonfinite
+    return st.dictionaries(st.sampled_from(NAMES), each, min_size=1)
 
 
 def recipes() -> st.SearchStrategy[dict[str, Any]]:
-    """Recipes as trackers get them: text-safe nested mappings."""
+    """Return a strategy for recipes as trackers get them: text-safe nested mappings."""
     names = st.sampled_from(["lr", "basis", "name", "damping", "betas"])
     leaves = (
         st.none()
@@ -105,17 +107,18 @@ def recipes() -> st.SearchStrategy[dict[str, Any]]:
 
 
 class TrackerLaws(Laws):
-    """What every tracker obeys. A class says where its stage is to write, and how to read that back.
+    """Laws of every tracker. A class says where its stage writes, and how to read that.
 
     Example:
         >>> class Lines:
         ...     every = 1
-        ...     def __init__(self, path): self.path, self.held = path, []
+        ...     def __init__(self, path): self.path, self.lines = path, []
         ...     def start(self, recipe): self.path.write_text("")
-        ...     def record(self, step, metrics): self.held.append(f"{step} {float(metrics['loss'])!r}")
+        ...     def record(self, step, metrics):
+        ...         self.lines.append(f"{step} {float(metrics['loss'])!r}\\n")
         ...     def flush(self):
-        ...         with self.path.open("a") as file: file.writelines(f"{line}\\n" for line in self.held)
-        ...         self.held = []
+        ...         with self.path.open("a") as file: file.writelines(self.lines)
+        ...         self.lines = []
         ...     def close(self): self.flush()
         >>> class TestLines(TrackerLaws):
         ...     stage = Lines
@@ -129,22 +132,26 @@ class TrackerLaws(Laws):
 
     family = "tracker"
     precision: ClassVar[float] = 0.0
-    """Relative error with which figures are kept; 0: exactly."""
+    """Relative error of recorded metrics; 0 for none."""
     keeps_nonfinite: ClassVar[bool] = False
-    """Claim: NaN and infinities are kept as figures."""
+    """Claim: NaN and infinities are recorded."""
     survives_exit: ClassVar[bool] = False
-    """Claim: what was flushed is there when the process dies. Tested in a process of its own, which wants a stage with an import path."""
+    """Claim: flushed metrics stay when the process dies. The law starts a process, so the stage
+    needs an import path."""
 
     def stage_in(self, folder: Path) -> Any:
-        """The stage, as for kfactk.build, made to write in or for this folder, which is new and empty."""
+        """Return the stage, as for kfactk.build, which writes to this new and empty folder."""
         return self.stage
 
     def read(self, folder: Path) -> Recorded | None:
-        """What the stage of `stage_in(folder)` has recorded; `None`: it cannot be read back, and laws that ask for it are skipped."""
+        """Return what the stage of `stage_in(folder)` has recorded.
+
+        `None` means that it cannot be read: laws that need it are skipped.
+        """
         return None
 
-    def finite_rows(self) -> st.SearchStrategy[list[tuple[int, dict[str, Figure]]]]:
-        """Steps in rising order, with their figures."""
+    def finite_rows(self) -> st.SearchStrategy[list[tuple[int, dict[str, Metric]]]]:
+        """Return a strategy for steps in rising order, with their metrics."""
         steps = st.lists(st.integers(0, 1000), min_size=1, max_size=5, unique=True).map(sorted)
         finite = not self.keeps_nonfinite
         return steps.flatmap(
@@ -154,31 +161,31 @@ class TrackerLaws(Laws):
         )
 
     @law(examples=8, rows="finite_rows")
-    def test_records_what_happened(self, rows: list[tuple[int, dict[str, Figure]]]) -> None:
-        """Steps, names and numbers are recorded as they were when told, in order, once; closing twice changes nothing."""
+    def test_records_what_happened(self, rows: list[tuple[int, dict[str, Metric]]]) -> None:
+        """Steps, names and values are recorded once, in order; closing twice changes nothing."""
         with _folder() as folder:
             tracker = self._started(folder)
             for step, told in rows:
-                given = {name: figure.given() for name, figure in told.items()}
+                given = {name: metric.given() for name, metric in told.items()}
                 tracker.record(step, given)
                 for value in given.values():
                     if isinstance(value, Tensor):
-                        value.zero_()  # the framework goes on with its tensors
+                        value.zero_()  # the framework uses its tensors again
             tracker.close()
             tracker.close()
             self._is_recorded(folder, rows, "after close()")
 
     @law(examples=4, rows="finite_rows", more="finite_rows")
     def test_flush_shows_what_is_held(
-        self, rows: list[tuple[int, dict[str, Figure]]], more: list[tuple[int, dict[str, Figure]]]
+        self, rows: list[tuple[int, dict[str, Metric]]], more: list[tuple[int, dict[str, Metric]]]
     ) -> None:
-        """After `flush` all that was told can be read, without waiting for `close`; flushing again adds nothing; recording goes on."""
+        """After `flush` all records can be read; flushing again adds nothing."""
         later = [(rows[-1][0] + 1 + step, told) for step, told in more]
         with _folder() as folder:
             tracker = self._started(folder)
             for known, new in ((rows, rows), (rows + later, later)):
                 for step, told in new:
-                    tracker.record(step, {name: figure.given() for name, figure in told.items()})
+                    tracker.record(step, {name: metric.given() for name, metric in told.items()})
                 tracker.flush()
                 tracker.flush()
                 self._is_recorded(folder, known, "after flush(), before close()")
@@ -186,7 +193,7 @@ class TrackerLaws(Laws):
 
     @law(examples=6, recipe=recipes())
     def test_recipe_is_recorded_at_the_start(self, recipe: dict[str, Any]) -> None:
-        """Once started and flushed, the recipe can be read: each of its entries, under its name."""
+        """After the start and a flush, each entry of the recipe can be read under its name."""
         with _folder() as folder:
             tracker = self._started(folder, recipe)
             tracker.flush()
@@ -198,15 +205,16 @@ class TrackerLaws(Laws):
 
     @law(examples=1)
     def test_every_is_a_whole_number(self) -> None:
-        """`every` is a whole number, 1 or more."""
+        """`every` is a whole number of at least 1."""
         with _folder() as folder:
             every = self._made(folder).every
         whole = isinstance(every, int) and not isinstance(every, bool)
-        assert whole and every >= 1, f"every={every!r} is not a whole number, 1 or more"  # noqa: PT018
+        assert whole, f"every={every!r} is not a whole number of at least 1"
+        assert every >= 1, f"every={every!r} is not a whole number of at least 1"
 
     @law(examples=2, seed=st.integers(0, 2**16))
     def test_is_told_of_a_run(self, seed: int) -> None:
-        """In a run of `kfactk.build(tracker=...)` it records one step in `every`, with the loss it was told; its end ends the records."""
+        """In a run of `kfactk.build(tracker=...)` it records one step in `every`, with its loss."""
         with _folder() as folder:
             every = self._made(folder).every
         with _folder() as folder:
@@ -218,17 +226,18 @@ class TrackerLaws(Laws):
         )
         for step, found in rows:
             assert self._near(found.get("loss", math.nan), losses[step]), (
-                f"the loss of step {step} was {losses[step]}; recorded is {found}"
+                f"the loss of step {step} was {losses[step]}; the record is {found}"
             )
 
     @law(examples=1, seed=st.integers(0, 2**16))
     def test_does_not_change_training(self, seed: int) -> None:
-        """With the tracker the parameters are, bit for bit, those without; so is the state of torch's global generator."""
+        """With the tracker, parameters and global random state are, bit for bit, those without."""
         with _folder() as folder:
             tracked = _train(self.stage_in(folder), seed, 4)
         plain = _train(None, seed, 4)
         assert tracked[1] == plain[1], (
-            f"training with the tracker gives other parameters, or draws random numbers: {tracked[1]}, {plain[1]}"
+            "training with the tracker gives other parameters, or draws random numbers: "
+            f"{tracked[1]}, {plain[1]}"
         )
 
     @law(
@@ -237,7 +246,7 @@ class TrackerLaws(Laws):
         fails=st.lists(st.sampled_from(METHODS), min_size=1, unique=True),
     )
     def test_a_failing_sink_costs_no_training(self, seed: int, fails: list[str]) -> None:
-        """When start, record or close raise, there is one KfactkWarning, and the parameters are, bit for bit, those without a tracker."""
+        """Where start, record or close raise, training does not change; one KfactkWarning tells."""
         with _folder() as folder, warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             failing = Failing(self._made(folder), tuple(fails))
@@ -249,7 +258,8 @@ class TrackerLaws(Laws):
         ]
         ours = [text for text in said if Failing.WHY in text]
         assert len(ours) == 1, (
-            f"{len(ours)} warnings were given, where one is due, of a tracker whose {', '.join(fails)} fail: {said}"
+            f"{len(ours)} warnings in place of one tell of a tracker whose {', '.join(fails)} "
+            f"fail: {said}"
         )
         plain = _train(None, seed, failing.every + 1)
         assert found == plain, (
@@ -258,7 +268,7 @@ class TrackerLaws(Laws):
 
     @law(examples=1)
     def test_flushed_records_survive_the_process(self) -> None:
-        """If claimed: what was flushed can be read after the process has died with other records held back."""
+        """If claimed: flushed records can be read after the process has died."""
         if not self.survives_exit:
             pytest.skip(f"{type(self).__name__} does not claim `survives_exit`")
         with _folder() as folder:
@@ -271,11 +281,11 @@ class TrackerLaws(Laws):
                 text=True,
             )
             assert child.returncode == 9, (
-                f"the process that was to die ended with {child.returncode}: {child.stderr}"
+                f"the process had to die with 9, but ended with {child.returncode}: {child.stderr}"
             )
             rows = [(step, dict(found)) for step, found in self._read(folder).rows]
         wanted = [(step, {"loss": step / 4}) for step in range(3)]
-        assert rows[:3] == wanted, f"the process flushed {wanted} and died; read back is {rows}"
+        assert rows[:3] == wanted, f"the process flushed {wanted} and died; the records are {rows}"
 
     def _made(self, folder: Path) -> Tracker:
         tracker: Tracker = registry().resolve("tracker", self.stage_in(folder))
@@ -289,9 +299,7 @@ class TrackerLaws(Laws):
     def _read(self, folder: Path) -> Recorded:
         found = self.read(folder)
         if found is None:
-            pytest.skip(
-                f"{type(self).__name__} has no `read`, which tells how to read back what was recorded"
-            )
+            pytest.skip(f"{type(self).__name__} has no `read`, which returns what was recorded")
         return found
 
     def _near(self, found: float, told: float) -> bool:
@@ -299,23 +307,23 @@ class TrackerLaws(Laws):
         return same or abs(found - told) <= self.precision * abs(told)
 
     def _is_recorded(
-        self, folder: Path, rows: Sequence[tuple[int, Mapping[str, Figure]]], when: str
+        self, folder: Path, rows: Sequence[tuple[int, Mapping[str, Metric]]], when: str
     ) -> None:
         found = self._read(folder).rows
         steps, wanted = [step for step, _ in found], [step for step, _ in rows]
-        assert steps == wanted, f"{when}, steps {steps} are recorded, where {wanted} were told"
+        assert steps == wanted, f"{when}, steps {steps} are recorded, not {wanted}"
         for (step, told), (_, row) in zip(rows, found, strict=True):
             assert set(row) == set(told), (
-                f"{when}, step {step} has the figures {sorted(row)}, where {sorted(told)} were told"
+                f"{when}, step {step} has the metrics {sorted(row)}, not {sorted(told)}"
             )
-            for name, figure in told.items():
-                says = f"{when}, {name!r} of step {step} is {row[name]!r}, where {figure.number()!r} was told"
-                assert self._near(float(row[name]), figure.number()), says
+            for name, metric in told.items():
+                says = f"{when}, {name!r} of step {step} is {row[name]!r}, not {metric.number()!r}"
+                assert self._near(float(row[name]), metric.number()), says
 
 
 @attrs.frozen
 class Failing:
-    """A tracker whose sink fails.
+    """A tracker that fails in some methods.
 
     Args:
         original: The tracker.
@@ -329,7 +337,7 @@ class Failing:
 
     @property
     def every(self) -> int:
-        """The original's."""
+        """That of the original."""
         return int(self.original.every)
 
     def start(self, recipe: Mapping[str, Any]) -> None:
@@ -338,7 +346,7 @@ class Failing:
         self.original.start(recipe)
 
     def record(self, step: int, metrics: Mapping[str, Tensor | float]) -> None:
-        """Record, or fail; nothing is recorded where nothing was started."""
+        """Record, or fail; do nothing where the start failed."""
         self._may_fail("record")
         if "start" not in self.fails:
             self.original.record(step, metrics)
@@ -348,7 +356,7 @@ class Failing:
         self.original.flush()
 
     def close(self) -> None:
-        """Close, and then fail if it is to."""
+        """Close, and then fail if `close` is among the methods that fail."""
         if "start" not in self.fails:
             self.original.close()
         self._may_fail("close")
@@ -361,7 +369,7 @@ class Failing:
 def _train(
     tracker: Any, seed: int, steps: int
 ) -> tuple[list[float], tuple[list[list[float]], int]]:
-    """Losses of a small run; and its parameters with what the global generator draws next."""
+    """Run a small training; return losses, and parameters with the next global random number."""
     before = torch.get_rng_state()
     torch.manual_seed(seed)
     try:
@@ -392,7 +400,7 @@ def _folder() -> Iterator[Path]:
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, str]:
-    """Leaves of nested mappings and sequences as text, under dotted names."""
+    """Return the leaves of nested mappings and sequences as text, under dotted names."""
     if isinstance(value, Mapping) and value:
         items: list[tuple[Any, Any]] = list(value.items())
     elif isinstance(value, list | tuple) and value:

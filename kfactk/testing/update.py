@@ -1,4 +1,4 @@
-"""Laws of update rules: genuine torch optimizers over the groups they are given, equal to a counterpart, resumed bit for bit."""
+"""Laws of update rules: genuine torch optimizers, equal to a counterpart, resumed bit for bit."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
 import kfactk
-from kfactk.samples import Samples, Statistic
-from kfactk.stages import Decomposition, FactorContext, Tensors, Update
+from kfactk.operators import CurvatureOperator
+from kfactk.stages import Basis, Decomposition, FactorContext, Tensors, Update
 from kfactk.testing._support.division import InRecipe
 from kfactk.testing._support.laws import close, law
 from kfactk.testing._support.models import Columns, Squares, Unclipped
@@ -32,28 +32,31 @@ from kfactk.testing._support.trajectories import (
 
 
 class UpdateLaws(InRecipe):
-    """What every update rule obeys; with a `counterpart`, which steps it takes.
+    """Laws of every update rule; with a `counterpart`, also of the steps it takes.
 
     Example:
         >>> class TestRmsprop(UpdateLaws):
         ...     stage = torch.optim.RMSprop
         ...     def counterpart(self, groups, *, lr, weight_decay):
         ...         return torch.optim.RMSprop(groups, lr=lr, weight_decay=weight_decay)
-        >>> TestRmsprop().test_equals_its_counterpart(); TestRmsprop().test_zero_rate_changes_nothing()
+        >>> TestRmsprop().test_equals_its_counterpart()
+        >>> TestRmsprop().test_zero_rate_changes_nothing()
     """
 
     family = "update"
     decays: ClassVar[bool] = True
-    """Whether the rule has weight decay. One without any is tested with none."""
+    """Whether the rule has weight decay."""
     dtypes: ClassVar[Sequence[torch.dtype]] = DTYPES
-    """Precisions of parameters that it is tested with; laws that compare numbers use float64 always."""
+    """Precisions of parameters to test with; laws that compare numbers always use float64."""
     tolerance: ClassVar[float] = 1e-9
-    """Relative difference to the counterpart that is allowed, in float64."""
+    """Allowed relative difference to the counterpart, in float64."""
 
     def counterpart(
         self, groups: Groups, *, lr: float, weight_decay: float
     ) -> torch.optim.Optimizer | None:
-        """An optimizer whose steps the rule must take: another class, or the rule's equation written down step by step; `None`: none.
+        """Return an optimizer whose steps the rule must take, or `None`.
+
+        It is another class, or the equation of the rule, written step by step.
 
         Args:
             groups: Parameter groups, some with their own `lr` and `weight_decay`.
@@ -63,32 +66,33 @@ class UpdateLaws(InRecipe):
         return None
 
     def make(self, groups: Groups, *, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-        """The rule's optimizer."""
+        """Return the optimizer of the rule."""
         stage: Update = self.subject()
         return stage.make(groups, lr=lr, weight_decay=weight_decay)
 
     def problems(self) -> st.SearchStrategy[Problem]:
-        """Problems in every precision."""
+        """Return a strategy for problems in every precision."""
         drawn = problems(self.dtypes)
         return drawn if self.decays else drawn.map(Problem.without_decay)
 
     def exact_problems(self) -> st.SearchStrategy[Problem]:
-        """Problems in float64."""
+        """Return a strategy for problems in float64."""
         return self.problems().map(lambda problem: attrs.evolve(problem, dtype=torch.float64))
 
     @law(examples=10, problem="problems")
     def test_is_an_optimizer_over_the_given_groups(self, problem: Problem) -> None:
-        """A torch.optim.Optimizer is made whose groups are the given dicts, with their own `lr` and `weight_decay`, or else the given."""
+        """`make` returns a torch.optim.Optimizer over the given dicts, with their own options."""
         groups = problem.start()
         optimizer = problem.made(self.make, groups)
         assert isinstance(optimizer, torch.optim.Optimizer), (
-            f"a {type(optimizer).__name__} is made, which is no torch.optim.Optimizer"
+            f"make returns a {type(optimizer).__name__}, which is no torch.optim.Optimizer"
         )
         same = len(optimizer.param_groups) == len(groups) and all(
             a is b for a, b in zip(optimizer.param_groups, groups, strict=True)
         )
         assert same, (
-            "the groups are copied: learning rates set in the given dicts would not reach the optimizer"
+            "the groups are copied: learning rates set in the given dicts would not reach the "
+            "optimizer"
         )
         for group, drawn in zip(groups, problem.groups, strict=True):
             wanted = {
@@ -97,11 +101,11 @@ class UpdateLaws(InRecipe):
                 **drawn.options,
             }
             found = {name: group.get(name) for name in wanted}
-            assert found == wanted, f"a group has {found}, where {wanted} was given"
+            assert found == wanted, f"a group has {found}, not {wanted}"
 
     @law(problem="exact_problems")
     def test_equals_its_counterpart(self, problem: Problem) -> None:
-        """With identity preconditioning, the plain gradients, it takes the steps of its counterpart, under changing learning rates."""
+        """On plain gradients, it takes the steps of its counterpart, as learning rates change."""
         theirs = problem.start()
         other = self.counterpart(theirs, lr=problem.lr, weight_decay=problem.weight_decay)
         if other is None:
@@ -119,7 +123,7 @@ class UpdateLaws(InRecipe):
 
     @law(examples=5, problem="exact_problems")
     def test_is_the_step_that_kfactk_takes(self, problem: Problem) -> None:
-        """Bound to a model by `kfactk.build`, with identity preconditioning, it takes the same steps as alone."""
+        """Bound by `kfactk.build`, with identity preconditioning, it steps as it does alone."""
         models = [_chain(problem.seed) for _ in range(2)]
         recipe = kfactk.build(
             **{
@@ -146,13 +150,14 @@ class UpdateLaws(InRecipe):
         self._same(
             found,
             expected,
-            "through kfactk, with identity preconditioning, the parameters are not those of the rule alone",
+            "through kfactk, with identity preconditioning, the parameters are not those of the "
+            "rule alone",
             1e-11,
         )
 
     @law(examples=10, problem="problems", stop=st.integers(0, 4))
     def test_resumes_bit_for_bit(self, problem: Problem, stop: int) -> None:
-        """Saved, loaded into a new optimizer and continued, it takes the steps it would have taken, bit for bit."""
+        """Saved and loaded into a new optimizer, it continues bit for bit."""
         first, rest = problem.drops[:stop], problem.drops[stop:]
         optimizer = problem.made(self.make, problem.start())
         walk(optimizer, first)
@@ -177,7 +182,7 @@ class UpdateLaws(InRecipe):
 
     @law(examples=10, problem="exact_problems")
     def test_schedules_reach_it(self, problem: Problem) -> None:
-        """A learning-rate scheduler of torch does what making the optimizer with that rate, or setting it in each group, does."""
+        """A scheduler of torch has the effect of setting the learning rate in each group."""
         scheduled = problem.made(self.make, problem.start())
         lr_scheduler.LambdaLR(scheduled, lambda step: 0.25)
         slower = problem.start()
@@ -211,7 +216,7 @@ class UpdateLaws(InRecipe):
 
     @law(examples=10, problem="exact_problems")
     def test_weight_decay_acts_from_the_first_step(self, problem: Problem) -> None:
-        """With zero gradients, weight decay moves every parameter towards zero in the first step; without it nothing moves."""
+        """With zero gradients, the first step moves parameters to zero by weight decay alone."""
         for decay in (0.0, 0.2) if self.decays else (0.0,):
             groups: Groups = [{"params": group["params"]} for group in problem.start()]
             before = values(groups)
@@ -222,7 +227,10 @@ class UpdateLaws(InRecipe):
             optimizer.step()
             for x, y in zip(before, values(groups), strict=True):
                 if decay:
-                    says = f"weight decay {decay} does not act at the first step: zero gradients took {x.tolist()} to {y.tolist()}"
+                    says = (
+                        f"weight decay {decay} does not act at the first step: zero gradients took "
+                        f"{x.tolist()} to {y.tolist()}"
+                    )
                     assert ((y - x) * x < 0).all(), says
                 else:
                     assert torch.equal(x, y), (
@@ -233,7 +241,7 @@ class UpdateLaws(InRecipe):
     def test_parameters_without_gradient_are_left_alone(
         self, problem: Problem, data: st.DataObject
     ) -> None:
-        """A parameter without gradient is not touched, and the others take the steps they take without it."""
+        """A parameter without gradient does not change, nor does it change the steps of others."""
         groups = problem.start()
         idle = data.draw(
             st.sampled_from([p for group in groups for p in group["params"]]).map(id), label="idle"
@@ -266,7 +274,7 @@ class UpdateLaws(InRecipe):
 
     @law(examples=10, problem="problems")
     def test_closure(self, problem: Problem) -> None:
-        """`step(closure)` calls it once, with gradients enabled, returns its loss, and steps on the gradients it left."""
+        """`step(closure)` calls it once, with gradients enabled, and steps; it returns the loss."""
         groups, calls = problem.start(), []
         optimizer = problem.made(self.make, groups)
 
@@ -279,7 +287,8 @@ class UpdateLaws(InRecipe):
 
         loss: Any = optimizer.step(closure)  # type: ignore[arg-type]
         assert calls == [True], (
-            f"the closure was called {len(calls)} times, with gradients enabled: {calls}; once with True is due"
+            f"the closure was called {len(calls)} times, with gradients enabled: {calls}; it must "
+            "be once, with True"
         )
         assert loss is not None, "step(closure) returns None in place of the closure's loss"
         assert float(loss) == 2.5, (
@@ -300,7 +309,7 @@ class UpdateLaws(InRecipe):
 
     @law(examples=10, problem="problems")
     def test_groups_may_be_added(self, problem: Problem) -> None:
-        """A group added before the first step acts as one given from the start; one added later moves too."""
+        """A group added before the first step acts like those given; one added later moves too."""
         groups = problem.start()
         optimizer = problem.made(self.make, groups[:1])
         for group in groups[1:]:
@@ -310,7 +319,7 @@ class UpdateLaws(InRecipe):
         self._same(
             found,
             expected,
-            "groups added before the first step act otherwise than those given from the start",
+            "groups added before the first step act differently from those given at the start",
             0.0,
         )
         late = nn.Parameter(torch.full((2,), 3.0, dtype=torch.float64))
@@ -322,7 +331,7 @@ class UpdateLaws(InRecipe):
 
     @law(examples=10, problem="problems")
     def test_dtypes_stay(self, problem: Problem) -> None:
-        """Parameters keep their dtype and shape and stay finite; gradients are left as they are."""
+        """Parameters keep dtype and shape and stay finite; gradients do not change."""
         groups = problem.start()
         before, optimizer = values(groups), problem.made(self.make, groups)
         walk(optimizer, [1.0])
@@ -332,7 +341,7 @@ class UpdateLaws(InRecipe):
                 f"a parameter of {start.dtype} became one of {parameter.dtype}"
             )
             assert parameter.shape == start.shape, (
-                f"a parameter of shape {tuple(start.shape)} has now {tuple(parameter.shape)}"
+                f"a parameter of shape {tuple(start.shape)} became one of {tuple(parameter.shape)}"
             )
             assert torch.isfinite(parameter).all(), (
                 f"the step took {start.tolist()} to {parameter.tolist()}"
@@ -345,7 +354,7 @@ class UpdateLaws(InRecipe):
 
     @law(examples=10, problem="exact_problems")
     def test_zero_rate_changes_nothing(self, problem: Problem) -> None:
-        """A group whose learning rate is zero from the start is not changed, while the others move."""
+        """A group with a learning rate of zero does not change, while the others move."""
         groups = problem.start()
         frozen = groups[1:]
         for group in frozen:
@@ -363,54 +372,41 @@ class UpdateLaws(InRecipe):
             close(x, y, says, rtol=tolerance, atol=tolerance / 10)
 
 
-@attrs.frozen
-class Identity:
-    """The basis whose preconditioner is the identity."""
+class IdentityOperator(CurvatureOperator):
+    """The identity, whatever the damping."""
 
-    requires: ClassVar[frozenset[str]] = frozenset()
-    laws: ClassVar[frozenset[str]] = frozenset()
-    moments_from: ClassVar[str | None] = None
-    moment_decay: ClassVar[float] = 0.0
+    def solve(self, v: Tensor) -> Tensor:
+        """Return v."""
+        return v
 
-    def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> dict[str, Tensor]:
-        """Nothing."""
-        return {}
+    def multiply(self, v: Tensor) -> Tensor:
+        """Return v."""
+        return v
 
-    def moments(self, decomposition: Decomposition, samples: Samples) -> dict[str, Statistic]:
-        """Nothing."""
-        return {}
-
-    def gradient_moments(
-        self, decomposition: Decomposition, gradient: Tensor, num_terms: Tensor | float
-    ) -> dict[str, Statistic]:
-        """Nothing."""
-        return {}
-
-    def transport(
-        self, moments: Tensors, old: Decomposition, new: Decomposition
-    ) -> dict[str, Tensor]:
-        """Nothing."""
-        return {}
-
-    def precondition(
-        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
-    ) -> Tensor:
-        """The gradient."""
-        return gradient
-
-    def product(
-        self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors
-    ) -> Tensor:
-        """The vector."""
-        return vector
-
-    def condition(self, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
-        """One."""
+    def condition(self) -> Tensor:
+        """Return 1."""
         return torch.ones(())
 
 
+@attrs.frozen
+class Identity(Basis):
+    """The basis whose operator is the identity."""
+
+    requires = frozenset()
+
+    def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> dict[str, Tensor]:
+        """Return nothing."""
+        return {}
+
+    def operator(
+        self, decomposition: Decomposition, moments: Tensors, damping: float, matrices: Tensors
+    ) -> IdentityOperator:
+        """Return the identity."""
+        return IdentityOperator()
+
+
 def _chain(seed: int) -> nn.Sequential:
-    """Two small layers in float64, the same for the same seed, whatever the global generator's state."""
+    """Return two small layers in float64 whose parameters depend on the seed alone."""
     model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2)).double()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():

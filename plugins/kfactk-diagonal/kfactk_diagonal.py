@@ -1,23 +1,23 @@
 """The diagonal of the Fisher matrix, as a curvature and the basis that divides by it.
 
-Convention: for example n, `D_n` is its part of the summed loss' gradient as a matrix `[..., d_out, d_in]`, bias last.
+For example n, `D_n` is its part of the summed loss' gradient as a matrix `[..., d_out, d_in]`, bias
+last.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import attrs
 from kfactk import (
+    Basis,
     Decomposition,
     DecompositionError,
     FactorContext,
     Layer,
     Samples,
+    SpectralOperator,
     Statistic,
     Tensors,
     hookimpl,
-    linalg,
 )
 from kfactk_stages.curvature.conv_kfac import ConvKfac
 from torch import Tensor
@@ -31,12 +31,13 @@ class DiagonalFisher(ConvKfac):
 
         V = (1/M) sum_n D_n^2,    D_n = sum_t g_{n,t} a_{n,t}^T
 
-    entry by entry, over M likelihood terms; the rows of one example (positions, tokens) are summed before they are
-    squared. Which layers are covered, how their parameters form a matrix, and how their inputs become rows does not
-    depend on what is then made of the rows, and is taken over from `ConvKfac`.
+    The square is entry by entry, M counts likelihood terms. The rows of one example (positions,
+    tokens) are summed before they are squared. `ConvKfac` says which layers are covered, how their
+    parameters form a matrix, and how their inputs become rows.
 
     Args:
-        batch_dim: Which dimension of a linear layer's inputs of rank 3 and more counts the examples.
+        batch_dim: Which dimension of a linear layer's inputs of rank 3 and more counts the
+            examples.
         chunk_bytes: Bound on temporaries, in bytes. One example is always processed whole.
 
     Example:
@@ -50,23 +51,29 @@ class DiagonalFisher(ConvKfac):
         tensor([[18.5000,  2.5000]])
 
     References:
-        Becker & LeCun 1988, Improving the convergence of back-propagation learning with second-order methods.
+        Becker & LeCun 1988, Improving the convergence of back-propagation learning with
+        second-order methods.
     """
 
-    provides: ClassVar[frozenset[str]] = frozenset({"square"})
+    provides = frozenset({"square"})
+    default_basis = "diagonal"
     spatial: str = attrs.field(default="sud", init=False, repr=False)  # nothing to choose here
 
-    def factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
-        """`{"square": sum_n D_n^2}`, `[..., d_out, d_in]`, counted by likelihood terms."""
+    def input_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
+        """Return nothing: no factor is made of inputs alone."""
+        return {}
+
+    def gradient_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
+        """Return `{"square": sum_n D_n^2}`, `[..., d_out, d_in]`, counted by likelihood terms."""
         return {"square": samples.projected_square(None, None)}
 
-    def assemble(self, layer: Layer, factors: Tensors) -> dict[str, Tensor]:
-        """The averaged squares are all there is."""
+    def assemble(self, layer: Layer, factors: Tensors) -> Tensors:
+        """Return the averaged squares as they are."""
         return {"square": factors["square"]}
 
 
 @attrs.frozen
-class DiagonalInverse:
+class DiagonalInverse(Basis):
     """Division by the damped diagonal.
 
         P V = V / (E[D^2] + tau)
@@ -74,65 +81,28 @@ class DiagonalInverse:
     Example:
         >>> import torch
         >>> basis, context = DiagonalInverse(), FactorContext(damping=1.0, mean_diagonal={})
-        >>> decomposition = {"square": basis.decompose("square", torch.tensor([[0.0, 3.0]]), context)}
-        >>> basis.precondition(torch.ones(1, 2), decomposition, {}, damping=1.0)
+        >>> parts = {"square": basis.decompose("square", torch.tensor([[0.0, 3.0]]), context)}
+        >>> basis.operator(parts, {}, damping=1.0, matrices={}).solve(torch.ones(1, 2))
         tensor([[1.0000, 0.2500]])
 
     References:
-        Becker & LeCun 1988, Improving the convergence of back-propagation learning with second-order methods.
+        Becker & LeCun 1988, Improving the convergence of back-propagation learning with
+        second-order methods.
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset({"square"})
-    laws: ClassVar[frozenset[str]] = frozenset()  # rotated coordinates have another diagonal
-
-    moments_from: ClassVar[str | None] = None
-    moment_decay: ClassVar[float] = 0.0
+    requires = frozenset({"square"})
 
     def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> dict[str, Tensor]:
-        """The diagonal as it is, `[..., d_out, d_in]`."""
+        """Return the diagonal as it is, `[..., d_out, d_in]`."""
         if not matrix.isfinite().all():
             raise DecompositionError("the diagonal holds NaN or inf; it was not taken")
         return {"diagonal": matrix}
 
-    def precondition(
-        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
-    ) -> Tensor:
-        """The formula above; `gradient` is `[..., d_out, d_in]`."""
-        return gradient / _damped(decomposition, damping).to(gradient.dtype)
-
-    def product(
-        self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors
-    ) -> Tensor:
-        """`V * E[D^2]`, undamped."""
-        return vector * matrices["square"].to(vector.dtype)
-
-    def condition(self, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
-        """Condition number of the damped curvature, the largest among groups."""
-        damped = _damped(decomposition, damping)
-        return (damped.amax((-2, -1)) / damped.amin((-2, -1))).max()
-
-    def moments(self, decomposition: Decomposition, samples: Samples) -> dict[str, Statistic]:
-        """None: the curvature has measured all there is."""
-        return {}
-
-    def gradient_moments(
-        self, decomposition: Decomposition, gradient: Tensor, num_terms: Tensor | float
-    ) -> dict[str, Statistic]:
-        """None."""
-        return {}
-
-    def transport(
-        self, moments: Tensors, old: Decomposition, new: Decomposition
-    ) -> dict[str, Tensor]:
-        """Nothing to carry from one diagonal to the next."""
-        return {}
-
-
-def _damped(decomposition: Decomposition, damping: float) -> Tensor:
-    """`E[D^2] + tau`; tau never so small that dividing overflows."""
-    diagonal = decomposition["square"]["diagonal"]
-    floor = linalg.damping_floor(diagonal.mean((-2, -1), keepdim=True))
-    return diagonal + floor.clamp(min=damping)
+    def operator(
+        self, decomposition: Decomposition, moments: Tensors, damping: float, matrices: Tensors
+    ) -> SpectralOperator:
+        """Return the diagonal as an operator: its basis is that of the coordinates."""
+        return SpectralOperator(decomposition["square"]["diagonal"], damping)
 
 
 @hookimpl

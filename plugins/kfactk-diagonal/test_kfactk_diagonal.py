@@ -2,9 +2,16 @@
 
 import torch
 from kfactk import linalg
-from kfactk.testing import BasisLaws, CurvatureLaws, PipelineLaws, close, law, truth
-from kfactk.testing._support.situations import Situation
-from kfactk.testing._support.strategies import Case
+from kfactk.testing import (
+    BasisLaws,
+    Case,
+    CurvatureLaws,
+    PipelineLaws,
+    Situation,
+    close,
+    law,
+    truth,
+)
 from torch import Tensor
 
 

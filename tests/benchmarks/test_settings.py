@@ -16,7 +16,7 @@ def test_every_recipe_trains_the_network(name: str):
     optimizer = setting.make(settings.network(1))
     assert isinstance(optimizer, Optimizer)
     assert optimizer.recipe == setting.recipe()
-    assert setting.recipe(factor_every=3).calendar.periods(0)[0] == 3
+    assert setting.recipe(factor_every=3).schedule.periods(0)[0] == 3
 
 
 def test_precisions_are_of_settings():

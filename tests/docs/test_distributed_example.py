@@ -1,12 +1,11 @@
 """The loop for many processes, as torchrun runs it: it learns, and goes on with another number of them."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.torchrun import torchrun
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
@@ -15,27 +14,8 @@ ROOT = Path(__file__).parents[2]
 
 def launched(folder: Path, processes: int) -> dict[int, float]:
     """Loss by epoch."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(processes),
-    ]
-    variables = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]),
-    }
-    done = subprocess.run(
-        [*command, str(ROOT / "docs" / "examples" / "ddp_training.py")],
-        cwd=folder,
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    script = ROOT / "docs" / "examples" / "ddp_training.py"
+    done = torchrun(script, folder=folder, processes=processes)
     assert done.returncode == 0, done.stderr
     found = re.findall(r"epoch (\d+): loss ([\d.]+)", done.stdout)
     assert len(found) == len({epoch for epoch, _ in found}), "one process prints"

@@ -1,4 +1,4 @@
-"""The scripts of docs/examples: each is shown in the documentation as it is, runs, and learns."""
+"""Scripts of docs/examples: a page shows each, each runs, and its loss falls."""
 
 import ast
 import re
@@ -9,13 +9,12 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
-LONGEST = 70
 
 each = pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 
 
 @each
-def test_is_shown_in_a_page_as_it_is(example: Path) -> None:
+def test_example_is_included_in_a_page(example: Path) -> None:
     shown = f'```py title="{example.name}"\n--8<-- "docs/examples/{example.name}"\n```'
     assert any(shown in page.read_text() for page in (ROOT / "docs").glob("*.md")), (
         f"no page of docs/ includes {example.name}"
@@ -23,13 +22,8 @@ def test_is_shown_in_a_page_as_it_is(example: Path) -> None:
 
 
 @each
-def test_is_small(example: Path) -> None:
-    assert len(example.read_text().splitlines()) <= LONGEST
-
-
-@each
-def test_does_not_hide_a_package_that_it_imports(example: Path) -> None:
-    """A script's folder comes first on the path, so a script called lightning.py would import itself."""
+def test_example_does_not_shadow_its_imports(example: Path) -> None:
+    """The folder of a script is first on the path: a script lightning.py would import itself."""
     nodes = list(ast.walk(ast.parse(example.read_text())))
     names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
     names |= {str(node.module) for node in nodes if isinstance(node, ast.ImportFrom)}
@@ -39,7 +33,7 @@ def test_does_not_hide_a_package_that_it_imports(example: Path) -> None:
 def run(
     name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> str:
-    """What the script prints, run as a user would from a folder of its own."""
+    """Run the script in a temporary folder and return its output."""
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(ROOT / "docs" / "examples" / f"{name}.py"), run_name="__main__")
     return capsys.readouterr().out
@@ -49,7 +43,7 @@ def numbers(what: str, printed: str) -> list[float]:
     return [float(number) for number in re.findall(rf"{what} '?([\d.]+)", printed)]
 
 
-def test_lightning(
+def test_lightning_run_resumes_with_equal_accuracy(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, resumed = numbers("accuracy", run("lightning_module", capsys, tmp_path, monkeypatch))
@@ -57,7 +51,7 @@ def test_lightning(
     assert resumed == whole
 
 
-def test_accelerate(
+def test_accelerate_loop_learns_and_saves(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     losses = numbers("loss", run("accelerate_loop", capsys, tmp_path, monkeypatch))
@@ -66,7 +60,7 @@ def test_accelerate(
     assert (tmp_path / "checkpoint" / "optimizer.bin").exists()
 
 
-def test_huggingface_loop(
+def test_huggingface_loop_learns(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     printed = run("huggingface_loop", capsys, tmp_path, monkeypatch)
@@ -76,10 +70,10 @@ def test_huggingface_loop(
     assert "8 of 12 parameters preconditioned" in printed
 
 
-def test_huggingface_trainer(
+def test_huggingface_trainer_resumes_with_equal_loss(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     printed = run("huggingface_trainer", capsys, tmp_path, monkeypatch)
     *whole, before_last, last = numbers("'loss':", printed)
-    assert [before_last, last] == whole[2:], "the resumed epochs are those of the whole run"
+    assert [before_last, last] == whole[2:], "the resumed epochs differ from those of the whole run"
     assert numbers("accuracy", printed)[0] > 0.9

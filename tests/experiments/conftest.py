@@ -10,7 +10,7 @@ from experiments import config
 from experiments.results import Epoch, Results, Run
 
 TINY = """
-title = "A tiny study"
+title = "A tiny experiment"
 [data]
 source = "digits"
 train = 150
@@ -61,7 +61,7 @@ def tiny(tmp_path: Path, tiny_text: str) -> Path:
 
 @pytest.fixture
 def images(tmp_path: Path) -> Path:
-    """A folder of images: 3 + 2 of each of two classes; red channel 10 * class + number, all else 100."""
+    """A folder of images, 3 + 2 of each of 2 classes; red is 10 * class + number, all else 100."""
     root = tmp_path / "images"
     for part, count in (("train", 3), ("test", 2)):
         for label, name in enumerate(("cat", "dog")):
@@ -74,9 +74,9 @@ def images(tmp_path: Path) -> Path:
 
 
 def make_results(losses: dict[str, list[list[float]]], **training: object) -> Results:
-    """Results of made-up runs: for each algorithm one list of training losses a seed; the other figures follow from them."""
-    study = config.load("digits")
-    study = attrs.evolve(study, training=attrs.evolve(study.training, **training))
+    """Results of made-up runs; the other metrics follow from the training losses of each seed."""
+    experiment = config.load("digits")
+    experiment = attrs.evolve(experiment, training=attrs.evolve(experiment.training, **training))
     runs = []
     for name, seeds in losses.items():
         for seed, values in enumerate(seeds):
@@ -96,7 +96,7 @@ def make_results(losses: dict[str, list[list[float]]], **training: object) -> Re
             runs.append(
                 Run(name, seed, status, history, {"lr": 0.1, "update": {"name": "<adam & co>"}})
             )
-    return Results(study, "made-up images", "cpu", runs)
+    return Results(experiment, "made-up images", "cpu", runs)
 
 
 @pytest.fixture

@@ -26,7 +26,7 @@ def test_every_algorithm_of_every_preset_can_be_made(preset):
 
 def test_the_seed_reaches_the_fisher_pass():
     adam = config.load("digits").algorithms["ekfacadam"]
-    assert algorithms.described(adam, seed=7)["fisher"]["seed"] == 7
+    assert algorithms.describe(adam, seed=7)["fisher"]["seed"] == 7
 
 
 def test_a_fisher_that_draws_nothing_has_no_seed():
@@ -34,7 +34,7 @@ def test_a_fisher_that_draws_nothing_has_no_seed():
     exact = Algorithm(
         "x", "X", {**adam.settings, "fisher": {"name": "exact", "max_passes": 20}}, {}
     )
-    assert algorithms.described(exact, seed=7)["fisher"] == {"name": "exact", "max_passes": 20}
+    assert algorithms.describe(exact, seed=7)["fisher"] == {"name": "exact", "max_passes": 20}
 
 
 @pytest.mark.parametrize(

@@ -34,7 +34,7 @@ def test_an_epoch_has_every_image_once(count: int, batch_size: int, seed: int, e
 )
 @settings(deadline=None, max_examples=40)
 def test_processes_share_the_batches_of_one(count: int, each: int, ranks: int, augment: bool):
-    """Equal parts, augmented as one process would; only the last batch may lose what cannot be divided."""
+    """Parts are equal, and augmented as in one process; only the last batch may lose images."""
     assume(each * ranks > 1)
     images = numbered(count)
 
@@ -74,13 +74,15 @@ def test_order_depends_on_seed_and_epoch_alone():
 
 
 def test_testing_keeps_the_order():
-    labels = torch.cat([labels for _, labels in batches.in_order(numbered(50), 16)])
+    labels = torch.cat([labels for _, labels in batches.in_sequence(numbered(50), 16)])
     assert labels.tolist() == list(range(50))
 
 
 def test_augmentation_shifts_and_mirrors():
     pixels = torch.randint(1, 256, (40, 3, 8, 6), dtype=torch.uint8)
-    changed = batches.moved(pixels, *batches.moves(len(pixels), torch.Generator().manual_seed(1)))
+    changed = batches.apply_moves(
+        pixels, *batches.draw_moves(len(pixels), torch.Generator().manual_seed(1))
+    )
     shift, seen = batches.SHIFT, set()
     for before, after in zip(pixels, changed, strict=True):
         framed = torch.zeros(3, 8 + 2 * shift, 6 + 2 * shift, dtype=torch.uint8)

@@ -10,7 +10,7 @@ def verdicts(results) -> list[str]:
 
 
 def as_published(made_up):
-    """Twenty epochs as the study saw them."""
+    """Twenty epochs as in the thesis."""
     curves = {name: [2.0 / (i + 1) for i in range(20)] for name in OLD}
     curves["ekfacadam"] = [1.0 / (i + 1) for i in range(20)]
     curves["ekfacradam"] = [1.1 / (i + 1) for i in range(20)]

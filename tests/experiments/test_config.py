@@ -7,7 +7,7 @@ from experiments.errors import ExperimentError
 
 
 def test_resnet50_has_the_published_settings():
-    study = config.load("cifar10-resnet50")
+    experiment = config.load("cifar10-resnet50")
     table = {
         "sgd": (0.03, 0.0001, None),
         "kfac": (0.01, 0.0003, 0.03),
@@ -18,11 +18,11 @@ def test_resnet50_has_the_published_settings():
     }
     assert {
         name: tuple(a.settings.get(key) for key in ("lr", "weight_decay", "damping"))
-        for name, a in study.algorithms.items()
+        for name, a in experiment.algorithms.items()
     } == table
     stages = {
         name: (a.settings.get("basis"), a.settings.get("update"))
-        for name, a in study.algorithms.items()
+        for name, a in experiment.algorithms.items()
     }
     assert stages == {
         "sgd": (None, None),
@@ -32,13 +32,17 @@ def test_resnet50_has_the_published_settings():
         "ekfacadam": ("ekfac", "adam"),
         "ekfacradam": ("ekfac", "radam"),
     }
-    assert (study.training.epochs, study.training.batch_size, study.training.test_batch_size) == (
+    assert (
+        experiment.training.epochs,
+        experiment.training.batch_size,
+        experiment.training.test_batch_size,
+    ) == (
         100,
         64,
         256,
     )
-    assert study.training.schedule == "constant"
-    shared = study.algorithms["kfac"].settings
+    assert experiment.training.schedule == "constant"
+    shared = experiment.algorithms["kfac"].settings
     assert [
         shared[key] for key in ("factor_decay", "factor_every", "scale_every", "basis_every")
     ] == [0.95, 10, 10, 100]
@@ -47,9 +51,16 @@ def test_resnet50_has_the_published_settings():
 
 @pytest.mark.parametrize("preset", ["digits", "cifar10-small", "cifar10-resnet50"])
 def test_every_preset_has_the_six_algorithms_and_three_seeds(preset):
-    study = config.load(preset)
-    assert list(study.algorithms) == ["sgd", "kfac", "ekfac", "ekfacnag", "ekfacadam", "ekfacradam"]
-    assert len(study.training.seeds) >= 3
+    experiment = config.load(preset)
+    assert list(experiment.algorithms) == [
+        "sgd",
+        "kfac",
+        "ekfac",
+        "ekfacnag",
+        "ekfacadam",
+        "ekfacradam",
+    ]
+    assert len(experiment.training.seeds) >= 3
     assert config.presets()[preset].stem == preset
 
 
@@ -76,8 +87,8 @@ def test_shared_settings_yield_to_an_algorithms_own(tiny: Path):
         ("momentum = 0.9", 'momentum = "much"', ["algorithms.sgd.momentum", "number"]),
         ("[model]", "[modle]", ["modle", "'model'"]),
         ("[model]", "[model", ["not valid TOML"]),
-        ('title = "A tiny study"', 'model = "x"', ["TOML"]),
-        ('title = "A tiny study"', "title = 3", ["title"]),
+        ('title = "A tiny experiment"', 'model = "x"', ["TOML"]),
+        ('title = "A tiny experiment"', "title = 3", ["title"]),
     ],
 )
 def test_a_mistake_is_one_line_that_names_file_and_key(
@@ -99,7 +110,7 @@ def test_a_missing_file_is_named(tmp_path: Path):
 
 
 def test_the_command_line_has_the_last_word(tiny: Path):
-    study = config.chosen(
+    experiment = config.with_options(
         config.read(tiny),
         algorithms=["ekfacadam"],
         epochs=9,
@@ -107,12 +118,12 @@ def test_the_command_line_has_the_last_word(tiny: Path):
         batch_size=None,
         max_steps=2,
     )
-    assert list(study.algorithms) == ["ekfacadam"]
+    assert list(experiment.algorithms) == ["ekfacadam"]
     assert (
-        study.training.epochs,
-        study.training.seeds,
-        study.training.batch_size,
-        study.training.max_steps,
+        experiment.training.epochs,
+        experiment.training.seeds,
+        experiment.training.batch_size,
+        experiment.training.max_steps,
     ) == (9, (4, 5), 50, 2)
 
 
@@ -129,4 +140,4 @@ def test_the_command_line_has_the_last_word(tiny: Path):
 )
 def test_the_command_lines_mistakes_are_named(tiny: Path, options: dict, words: str):
     with pytest.raises(ExperimentError, match=words):
-        config.chosen(config.read(tiny), **options)
+        config.with_options(config.read(tiny), **options)

@@ -47,7 +47,7 @@ def test_images_that_cannot_be_used(tmp_path: Path):
     broken, large = tmp_path / "broken.jpg", tmp_path / "large.png"
     broken.write_bytes(b"not an image")
     Image.new("RGB", (48, 32)).save(large)
-    with pytest.raises(ExperimentError, match=r"broken\.jpg is not an image"):
+    with pytest.raises(ExperimentError, match=r"broken\.jpg is not a readable image"):
         folder.decode([broken], 32)
     with pytest.raises(ExperimentError, match=r"large\.png is 48x32 pixels"):
         folder.decode([large], 32)

@@ -1,24 +1,23 @@
-"""The whole study in tiny, from the command line: what it writes, how it is interrupted, how it goes on."""
+"""A tiny experiment from the command line: what it writes, interruption and resumption."""
 
 import json
 import os
 import signal
 import sqlite3
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from experiments import training
+from experiments import tracking, training
 from experiments.__main__ import main
+from kfactk.testing._support.ranks import process_context
 
-ROOT = Path(__file__).parents[2]
 RUNS = ("sgd-seed0", "ekfacadam-seed0")
 
 
-def study(*arguments: object) -> int:
+def experiment(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
 
 
@@ -67,18 +66,19 @@ def own_store(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> Path:
-    """The output of an uninterrupted study."""
+    """The output of an uninterrupted experiment."""
     root = tmp_path_factory.mktemp("whole")
     (root / "tiny.toml").write_text(tiny_text)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         assert (
-            study("--config", root / "tiny.toml", "--output", root / "out", "--device", "cpu") == 0
+            experiment("--config", root / "tiny.toml", "--output", root / "out", "--device", "cpu")
+            == 0
         )
     return root / "out"
 
 
-def test_a_study_leaves_everything(whole: Path):
+def test_experiment_writes_everything(whole: Path):
     assert (whole / "report.html").stat().st_size > 10_000
     assert len(list((whole / "figures").iterdir())) == 8
     for run in RUNS:
@@ -123,52 +123,51 @@ def test_ctrl_c_and_resume_is_as_if_nothing_had_happened(
 
     with monkeypatch.context() as patch:
         patch.setattr(training.Trainer, "_step", interrupted)
-        assert study(*arguments) == 130
+        assert experiment(*arguments) == 130
     told = capsys.readouterr().err.strip()
     assert "\n" not in told
     assert told.endswith(f"python -m experiments {' '.join(map(str, arguments))} --resume")
     assert set(logged(tmp_path / "out")) == {"sgd-seed0 FINISHED", "ekfacadam-seed0 KILLED"}
     assert [epoch["epoch"] for epoch in history(tmp_path / "out", "ekfacadam-seed0")] == [1]
-    assert study(*arguments, "--resume") == 0
+    assert experiment(*arguments, "--resume") == 0
     assert_same(tmp_path / "out", whole)
 
 
-SABOTAGE = """
-import os, signal, sys
-from experiments import __main__, tracking, training
-steps, step, end = [], training.Trainer._step, tracking.Tracking.end
-def stopped(*args):
-    steps.append(1)
-    if len(steps) == 9 + 7:
-        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
-    return step(*args)
-def again(*args):
-    if args[2] == "interrupted":
-        os.kill(os.getpid(), signal.SIGINT)
-    return end(*args)
-training.Trainer._step, tracking.Tracking.end = stopped, again
-sys.exit(__main__.main(sys.argv[2:]))
-"""
+def struck(sign: int, arguments: list[str], stderr: str) -> None:
+    """Run a study that gets a signal in its last epoch, and Ctrl-C while it records that."""
+    os.dup2(os.open(stderr, os.O_CREAT | os.O_WRONLY), 2)
+    steps, step, end = [], training.Trainer._step, tracking.Tracking.end
+
+    def stopped(*args):
+        steps.append(1)
+        if len(steps) == 9 + 7:
+            os.kill(os.getpid(), sign)
+        return step(*args)
+
+    def again(*args):
+        if args[2] == "interrupted":
+            os.kill(os.getpid(), signal.SIGINT)
+        return end(*args)
+
+    training.Trainer._step, tracking.Tracking.end = stopped, again
+    sys.exit(main(arguments))
 
 
 @pytest.mark.parametrize(
     ("sign", "code"),
-    [("SIGKILL", -signal.SIGKILL), ("SIGTERM", 130)],
+    [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 130)],
     ids=["killed", "second Ctrl-C"],
 )
-def test_a_killed_study_goes_on_after_its_last_epoch(
-    whole: Path, tiny: Path, tmp_path: Path, sign: str, code: int, monkeypatch
+def test_killed_experiment_resumes_after_its_last_epoch(
+    whole: Path, tiny: Path, tmp_path: Path, sign: int, code: int, monkeypatch
 ):
     arguments = ["--config", str(tiny), "--output", str(tmp_path / "out"), "--device", "cpu"]
-    done = subprocess.run(
-        [sys.executable, "-c", SABOTAGE, sign, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr
+    stderr = tmp_path / "stderr"
+    process = process_context().Process(target=struck, args=(sign, arguments, str(stderr)))
+    process.start()
+    process.join()
+    assert process.exitcode == code, stderr.read_text()
+    assert "Traceback" not in stderr.read_text()
     assert len(history(tmp_path / "out", "ekfacadam-seed0")) == 2
     steps, step = [], training.Trainer._step
     monkeypatch.setattr(training.Trainer, "_step", lambda *args: steps.append(1) or step(*args))
@@ -177,20 +176,20 @@ def test_a_killed_study_goes_on_after_its_last_epoch(
     assert_same(tmp_path / "out", whole)
 
 
-def test_a_finished_study_is_not_done_again(whole: Path, tiny: Path, monkeypatch, capsys):
+def test_finished_experiment_is_not_repeated(whole: Path, tiny: Path, monkeypatch, capsys):
     def refuse(*_: object) -> None:
         raise AssertionError("a run was made")
 
     monkeypatch.setattr(training, "Trainer", refuse)
     before = history(whole, "sgd-seed0")
-    assert study("--config", tiny, "--output", whole, "--device", "cpu", "--resume") == 0
+    assert experiment("--config", tiny, "--output", whole, "--device", "cpu", "--resume") == 0
     assert history(whole, "sgd-seed0") == before
     assert capsys.readouterr().out.count("finished earlier") == 2
 
 
 def test_other_settings_are_not_mixed_in(whole: Path, tiny: Path, capsys):
     tiny.write_text(tiny.read_text().replace("lr = 0.03", "lr = 0.02"))
-    assert study("--config", tiny, "--output", whole, "--device", "cpu", "--resume") == 2
+    assert experiment("--config", tiny, "--output", whole, "--device", "cpu", "--resume") == 2
     told = capsys.readouterr().err.strip()
     assert "\n" not in told
     for word in ("sgd-seed0", "algorithm.lr was 0.03, now 0.02", "--output"):
@@ -210,10 +209,10 @@ def test_starting_afresh_keeps_what_was_there(tiny: Path, tmp_path: Path, capsys
         "--device",
         "cpu",
     )
-    assert study(*arguments) == 0
+    assert experiment(*arguments) == 0
     assert "earlier runs" not in capsys.readouterr().out
     before = history(tmp_path / "out", "sgd-seed0")
-    assert study(*arguments) == 0
+    assert experiment(*arguments) == 0
     told = capsys.readouterr().out
     assert "earlier runs in" in told
     assert "stopped after 1 steps" in " ".join(told.split())
@@ -261,7 +260,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
 
 def test_an_unreachable_store_is_one_line(tmp_path: Path, tiny: Path, capsys, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://nowhere")
-    assert study("--config", tiny, "--output", tmp_path / "out") == 2
+    assert experiment("--config", tiny, "--output", tmp_path / "out") == 2
     told = capsys.readouterr().err
     assert "MLFLOW_TRACKING_URI" in told
     assert told.count("\n") == 1

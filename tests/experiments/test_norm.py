@@ -43,7 +43,7 @@ def learnt(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
 
 def part(rank: int, ranks: int) -> dict[str, Tensor]:
     net = model()
-    norm.share(net)
+    norm.share_batch_norms(net)
     return learnt(net, images().chunk(ranks)[rank].clone())
 
 

@@ -16,7 +16,7 @@ def shown(seconds: list[float], *, terminal: bool, history: int = 0) -> str:
     console = Console(file=io.StringIO(), force_terminal=terminal, width=60)
     epochs = [epoch(i + 1, value) for i, value in enumerate(seconds)]
     with Progress(console, 2) as progress:
-        progress.skipped("SGD, seed 0", 3)
+        progress.skip("SGD, seed 0", 3)
         with progress.run("SGD, seed 1", 10 * len(epochs), epochs[:history]) as run:
             for done in epochs[history:]:
                 for _ in range(done.steps):
@@ -35,12 +35,14 @@ def test_slow_epochs_get_lines_where_there_are_no_bars(seconds: list[float], lin
         f"SGD, seed 1: epoch {i}" for i in lines
     ]
     assert text[-1].startswith(
-        "[2/2] SGD, seed 1: epoch 3: training loss 0.5000, accuracy 90.00 %; test loss 0.6000, accuracy 80.00 % ("
+        "[2/2] SGD, seed 1: epoch 3: training loss 0.5000, accuracy 90.00 %; "
+        "test loss 0.6000, accuracy 80.00 % ("
     )
 
 
 def test_a_resumed_run_says_so():
-    assert "SGD, seed 1: goes on after epoch 2" in shown([0.1, 0.1, 0.1], terminal=False, history=2)
+    text = shown([0.1, 0.1, 0.1], terminal=False, history=2)
+    assert "SGD, seed 1: continues after epoch 2" in text
 
 
 def test_a_terminal_has_bars():

@@ -1,9 +1,6 @@
-"""The study in several processes: they agree, share the work, and end and go on together."""
+"""An experiment in several processes: they agree, share the work, and end and resume together."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +15,13 @@ from experiments.errors import ExperimentError
 from experiments.ranks import Communicator
 from experiments.training import Trainer
 from kfactk.testing._support.ranks import shared_workers
+from tests.covering import widening
+from tests.torchrun import Done, torchrun
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
-PATIENCE = 300.0
 
 
 def refused(message: str) -> Any:
@@ -38,7 +36,7 @@ def told(work: Any, *arguments: Any) -> Any:
 
 
 def agreements(rank: int, folder: str) -> dict[str, Any]:
-    """What each of three processes on two machines, of which rank 2 is alone on its own, gets from what they do together."""
+    """What each of three processes on two machines gets; rank 2 is alone on its machine."""
     mine = Communicator(rank, 3, local=rank % 2)
     log = Path(folder) / "log"
 
@@ -48,12 +46,12 @@ def agreements(rank: int, folder: str) -> dict[str, Any]:
         return rank
 
     return {
-        "lead": mine.lead(lambda: f"of {rank}"),
-        "lead fails": told(mine.lead, lambda: refused(f"on {rank}")),
-        "first only": mine.first_only(lambda: f"of {rank}"),
-        "first only fails": told(mine.first_only, lambda: refused(f"on {rank}")),
-        "turns": mine.in_turns(note),
-        "turns fail": told(mine.in_turns, lambda: refused("no images") if rank == 1 else None),
+        "broadcast": mine.broadcast(lambda: f"of {rank}"),
+        "broadcast fails": told(mine.broadcast, lambda: refused(f"on {rank}")),
+        "on first": mine.on_first(lambda: f"of {rank}"),
+        "on first fails": told(mine.on_first, lambda: refused(f"on {rank}")),
+        "in order": mine.in_order(note),
+        "in order fails": told(mine.in_order, lambda: refused("no images") if rank == 1 else None),
         "gather": mine.gather(10 * rank),
         "sum": mine.sum(torch.tensor([float(rank)])).item(),
         "log": log.read_text(),
@@ -63,14 +61,14 @@ def agreements(rank: int, folder: str) -> dict[str, Any]:
 def test_rank_0_decides_and_errors_are_everyones(tmp_path: Path):
     found = shared_workers().run(3, agreements, str(tmp_path))
     for rank, mine in enumerate(found):
-        assert mine.pop("first only") == ("of 0" if rank == 0 else None)
-        assert mine.pop("turns") == rank
+        assert mine.pop("on first") == ("of 0" if rank == 0 else None)
+        assert mine.pop("in order") == rank
     assert found[0] == found[1] == found[2]
     assert found[0] == {
-        "lead": "of 0",
-        "lead fails": "error: on 0",
-        "first only fails": "error: on 0",
-        "turns fail": "error: process 1: no images",
+        "broadcast": "of 0",
+        "broadcast fails": "error: on 0",
+        "on first fails": "error: on 0",
+        "in order fails": "error: process 1: no images",
         "gather": [0, 10, 20],
         "sum": 3.0,
         "log": "021",
@@ -84,35 +82,35 @@ def alone(work: str, *arguments: Any) -> Any:
 def test_alone_nothing_is_sent():
     assert not dist.is_initialized()
     assert (
-        alone("lead", lambda: 1)
-        == alone("first_only", lambda: 1)
-        == alone("in_turns", lambda: 1)
+        alone("broadcast", lambda: 1)
+        == alone("on_first", lambda: 1)
+        == alone("in_order", lambda: 1)
         == 1
     )
     assert (
-        alone("lead", lambda: refused("so"))
-        == alone("in_turns", lambda: refused("so"))
+        alone("broadcast", lambda: refused("so"))
+        == alone("in_order", lambda: refused("so"))
         == "error: so"
     )
     assert alone("gather", 5) == [5]
-    with ranks.joined(CPU) as mine:
+    with ranks.join(CPU) as mine:
         assert mine == Communicator(0, 1, 0)
     assert not dist.is_initialized()
 
 
-def tiny_study(path: str) -> tuple[config.Study, data.Dataset]:
-    study = config.read(Path(path))
-    return study, data.load(study.data, None, Path(path).parent, print)
+def tiny_experiment(path: str) -> tuple[config.Experiment, data.Dataset]:
+    experiment = config.read(Path(path))
+    return experiment, data.load(experiment.data, None, Path(path).parent, print)
 
 
 def epochs(
     rank: int, path: str, algorithm: str, changes: dict[str, Any], size: int = 2
 ) -> dict[str, Any]:
     """Two epochs: figures, weights, and the state that is kept."""
-    study, dataset = tiny_study(path)
-    chosen = study.algorithms[algorithm]
+    experiment, dataset = tiny_experiment(path)
+    chosen = experiment.algorithms[algorithm]
     trainer = Trainer(
-        study,
+        experiment,
         attrs.evolve(chosen, settings={**chosen.settings, **changes}),
         4,
         dataset,
@@ -131,9 +129,9 @@ def epochs(
     return found
 
 
-@pytest.mark.parametrize("algorithm", ["sgd", "ekfacadam"])
+@pytest.mark.parametrize("algorithm", widening(["sgd", "ekfacadam"], quick=["ekfacadam"]))
 def test_two_processes_learn_what_one_learns(algorithm: str, tiny: Path):
-    """BatchNorm and all: but for rounding, where no targets are drawn. Each BatchNorm, and its gradient, is of the whole batch."""
+    """They agree but for rounding, without drawn targets: BatchNorm sees the whole batch."""
     changes = {} if algorithm == "sgd" else {"fisher": "exact", "placement": "mem_opt"}
     one, other = shared_workers().run(2, epochs, str(tiny), algorithm, changes)
     alone = epochs(0, str(tiny), algorithm, changes, 1)
@@ -160,31 +158,31 @@ def test_a_divided_state_is_kept_whole(tiny: Path):
 
 
 def test_batches_that_cannot_be_shared_are_refused(tiny: Path, tmp_path: Path):
-    study, dataset = tiny_study(str(tiny))
+    experiment, dataset = tiny_experiment(str(tiny))
     for size, refuses in ((1, False), (2, False), (3, True), (50, False), (100, True)):
         if not refuses:
-            jobs = runner.plan(study, dataset, CPU, tmp_path, Communicator(0, size))
+            jobs = runner.plan(experiment, dataset, CPU, tmp_path, Communicator(0, size))
             assert {job.settings["processes"] for job in jobs} == {size}
             continue
         with pytest.raises(
             ExperimentError, match=f"50 images cannot be shared equally by {size} processes"
         ):
-            runner.plan(study, dataset, CPU, tmp_path, Communicator(0, size))
+            runner.plan(experiment, dataset, CPU, tmp_path, Communicator(0, size))
 
 
 def test_each_process_has_a_device_of_its_own():
     cuda = torch.device("cuda")
-    assert [ranks.own(cuda, local, 2, 2) for local in range(2)] == [
+    assert [ranks.own_device(cuda, local, 2, 2) for local in range(2)] == [
         torch.device("cuda", 0),
         torch.device("cuda", 1),
     ]
-    assert ranks.own(torch.device("cuda", 1), 0, 1, 2) == torch.device("cuda", 1)
+    assert ranks.own_device(torch.device("cuda", 1), 0, 1, 2) == torch.device("cuda", 1)
     with pytest.raises(ExperimentError, match="3 processes cannot share 2 cuda device"):
-        ranks.own(cuda, 0, 3, 2)
+        ranks.own_device(cuda, 0, 3, 2)
     with pytest.raises(
         ExperimentError, match="--device cuda:1 cannot be shared by 2 processes: give --device cuda"
     ):
-        ranks.own(torch.device("cuda", 1), 0, 2, 2)
+        ranks.own_device(torch.device("cuda", 1), 0, 2, 2)
 
 
 SABOTAGE = """
@@ -204,33 +202,12 @@ sys.exit(__main__.main(sys.argv[2:]))
 """
 
 
-def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        *map(str, arguments),
-    ]
-    variables = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("MLFLOW_TRACKING_URI", "NOX_CURRENT_SESSION")
-    }
-    variables["PYTHONPATH"] = os.pathsep.join(
-        [str(ROOT), *filter(None, [variables.get("PYTHONPATH")])]
-    )
-    return subprocess.run(
-        command,
-        cwd=ROOT,
-        env=variables,
-        capture_output=True,
-        text=True,
-        timeout=PATIENCE,
-        check=False,
-    )
+def conducted(*arguments: object, script: Path = ROOT / "experiments" / "__main__.py") -> Done:
+    """The study on two processes, whose variables are not those of this session."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("MLFLOW_TRACKING_URI", "NOX_CURRENT_SESSION"):
+            patch.delenv(name, raising=False)
+        return torchrun(script, *arguments, folder=ROOT)
 
 
 def histories(output: Path) -> dict[str, list[dict[str, Any]]]:
@@ -244,7 +221,7 @@ def histories(output: Path) -> dict[str, list[dict[str, Any]]]:
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> tuple[Path, Path, str]:
-    """A study that two processes did without interruption: its settings, its folder, what was printed."""
+    """An uninterrupted experiment of two processes: its settings, its folder, what it printed."""
     folder = tmp_path_factory.mktemp("shared")
     settings = folder / "tiny.toml"
     settings.write_text(
@@ -252,14 +229,12 @@ def shared(tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> tuple[Pa
             'curvature = "conv_kfac"', 'curvature = "conv_kfac"\nplacement = "mem_opt"'
         )
     )
-    done = torchrun(
-        "-m", "experiments", "--config", settings, "--output", folder / "out", "--device", "cpu"
-    )
+    done = conducted("--config", settings, "--output", folder / "out", "--device", "cpu")
     assert done.returncode == 0, done.stderr
     return settings, folder / "out", done.stdout
 
 
-def test_torchrun_conducts_the_study_and_one_process_speaks(shared: tuple[Path, Path, str]):
+def test_torchrun_runs_the_experiment_and_one_process_prints(shared: tuple[Path, Path, str]):
     _, output, printed = shared
     assert printed.count("2 algorithms x 1 seeds, 3 epochs") == printed.count("report   ") == 1
     assert "on 2 cpu processes" in printed
@@ -273,25 +248,27 @@ def test_torchrun_conducts_the_study_and_one_process_speaks(shared: tuple[Path, 
     }
 
 
-@pytest.mark.parametrize("what", ["killed", "Ctrl-C"])
-def test_all_processes_end_and_the_study_goes_on(
+@pytest.mark.parametrize("what", widening(["killed", "Ctrl-C"], quick=["killed"]))
+def test_all_processes_end_and_the_experiment_resumes(
     what: str, shared: tuple[Path, Path, str], tmp_path: Path
 ):
     settings, whole, _ = shared
     (tmp_path / "sabotage.py").write_text(SABOTAGE)
     arguments = ("--config", settings, "--output", tmp_path / "out", "--device", "cpu")
-    done = torchrun(tmp_path / "sabotage.py", what, *arguments)
+    done = conducted(what, *arguments, script=tmp_path / "sabotage.py")
     assert done.returncode != 0
     if what == "Ctrl-C":
         assert (
             done.stderr.count(
-                "interrupted: finished epochs are kept; go on with: torchrun --standalone --nproc-per-node 2"
+                "interrupted: finished epochs are kept; to continue, run: torchrun --standalone "
+                "--nproc-per-node 2"
             )
             == 1
         )
     assert len(histories(tmp_path / "out")["ekfacadam-seed0"]) == 1
     assert main([*map(str, arguments), "--resume"]) == 2  # one process is something else
-    done = torchrun("-m", "experiments", *arguments, "--resume")
+    done = conducted(*arguments, "--resume")
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("goes on after epoch 1") == done.stdout.count("finished earlier") == 1
+    continued = done.stdout.count("continues after epoch 1")
+    assert continued == done.stdout.count("finished earlier") == 1
     assert histories(tmp_path / "out") == histories(whole)

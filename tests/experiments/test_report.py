@@ -99,7 +99,7 @@ def test_it_holds_everything(text: str):
     assert "$" not in page.text
 
 
-def test_what_the_study_reports_is_set_beside_where_it_is_known(made_up, tmp_path: Path):
+def test_report_shows_the_numbers_of_the_thesis(made_up, tmp_path: Path):
     import attrs
 
     from experiments import config
@@ -107,7 +107,9 @@ def test_what_the_study_reports_is_set_beside_where_it_is_known(made_up, tmp_pat
     results = made_up({"ekfacadam": [[3.0, 0.5]]})
     results = attrs.evolve(
         results,
-        study=attrs.evolve(results.study, algorithms=config.load("cifar10-resnet50").algorithms),
+        experiment=attrs.evolve(
+            results.experiment, algorithms=config.load("cifar10-resnet50").algorithms
+        ),
     )
     report.write(tmp_path / "report.html", results, {}, [])
     assert "98.31" in Page((tmp_path / "report.html").read_text()).text

@@ -16,7 +16,7 @@ EPOCH = Epoch(1, 10, 0.5, math.nan, 90.0, math.inf, 80.0, {"damping": 0.1})
 def test_a_record_comes_back_as_it_was(tmp_path: Path):
     folder = store.folder(tmp_path, "sgd", 3)
     assert folder.record() is None
-    record = store.RecordedCall({"lr": 0.1, "data": {"train": 5}}, "running", "abc", (EPOCH,))
+    record = store.RunRecord({"lr": 0.1, "data": {"train": 5}}, "running", "abc", (EPOCH,))
     folder.write_record(record)
     found = folder.record()
     assert (found.settings, found.status, found.mlflow_run_id) == (
@@ -31,7 +31,7 @@ def test_a_finished_run_keeps_no_checkpoint(tmp_path: Path):
     folder = store.folder(tmp_path, "sgd", 0)
     folder.write_checkpoint({"steps": 3, "weights": torch.ones(2)})
     assert folder.checkpoint()["steps"] == 3
-    record = store.RecordedCall({}, "running", "abc")
+    record = store.RunRecord({}, "running", "abc")
     folder.write_record(record)
     assert folder.checkpoint() is not None
     folder.write_record(attrs.evolve(record, status="finished"))
@@ -48,10 +48,10 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str):
 
 
 def test_earlier_runs_are_moved_never_deleted(tmp_path: Path):
-    assert store.set_aside(tmp_path) is None
+    assert store.move_earlier_runs(tmp_path) is None
     for expected in ("1", "2"):
-        store.folder(tmp_path, "sgd", 0).write_record(store.RecordedCall({}, "finished", expected))
-        assert store.set_aside(tmp_path) == tmp_path / "earlier" / expected
+        store.folder(tmp_path, "sgd", 0).write_record(store.RunRecord({}, "finished", expected))
+        assert store.move_earlier_runs(tmp_path) == tmp_path / "earlier" / expected
         assert store.folder(tmp_path, "sgd", 0).record() is None
     assert "2" in (tmp_path / "earlier" / "2" / "sgd-seed0" / "run.json").read_text()
 

@@ -13,22 +13,22 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture
-def study(tiny: Path) -> config.Study:
+def experiment(tiny: Path) -> config.Experiment:
     return config.read(tiny)
 
 
 @pytest.fixture
-def dataset(study: config.Study, tmp_path: Path) -> data.Dataset:
-    return data.load(study.data, None, tmp_path, print)
+def dataset(experiment: config.Experiment, tmp_path: Path) -> data.Dataset:
+    return data.load(experiment.data, None, tmp_path, print)
 
 
 def changed(algorithm: config.Algorithm, **settings: object) -> config.Algorithm:
     return attrs.evolve(algorithm, settings={**algorithm.settings, **settings})
 
 
-def test_figures_are_those_of_the_model(study, dataset):
+def test_figures_are_those_of_the_model(experiment, dataset):
     """With a learning rate of zero the weights stay, and all figures can be computed apart."""
-    trainer = Trainer(study, changed(study.algorithms["sgd"], lr=0.0), 4, dataset, CPU)
+    trainer = Trainer(experiment, changed(experiment.algorithms["sgd"], lr=0.0), 4, dataset, CPU)
     epoch = trainer.run_epoch(lambda: None)
     model = models.make("digits_resnet", channels=1, classes=10, seed=4)
     pixels = dataset.train.pixels.double()
@@ -54,9 +54,9 @@ def test_figures_are_those_of_the_model(study, dataset):
     assert (epoch.epoch, epoch.steps) == (1, 3)
 
 
-def test_learning_lowers_the_loss(study, dataset):
-    for algorithm in study.algorithms.values():
-        trainer = Trainer(study, algorithm, 0, dataset, CPU)
+def test_learning_lowers_the_loss(experiment, dataset):
+    for algorithm in experiment.algorithms.values():
+        trainer = Trainer(experiment, algorithm, 0, dataset, CPU)
         while not trainer.finished:
             trainer.run_epoch(lambda: None)
         trainer.close()
@@ -64,8 +64,8 @@ def test_learning_lowers_the_loss(study, dataset):
         assert not trainer.diverged
 
 
-def test_the_cosine_ends_at_zero(study, dataset):
-    trainer = Trainer(study, study.algorithms["sgd"], 0, dataset, CPU)
+def test_the_cosine_ends_at_zero(experiment, dataset):
+    trainer = Trainer(experiment, experiment.algorithms["sgd"], 0, dataset, CPU)
     rates = []
     while not trainer.finished:
         trainer.run_epoch(lambda: rates.append(trainer.optimizer.param_groups[0]["lr"]))
@@ -73,25 +73,25 @@ def test_the_cosine_ends_at_zero(study, dataset):
     assert rates == pytest.approx(expected, abs=1e-9)
 
 
-def test_a_run_stops_after_the_steps_it_was_given(study, dataset):
-    study = config.chosen(study, max_steps=4)
-    trainer = Trainer(study, study.algorithms["sgd"], 0, dataset, CPU)
+def test_a_run_stops_after_the_steps_it_was_given(experiment, dataset):
+    experiment = config.with_options(experiment, max_steps=4)
+    trainer = Trainer(experiment, experiment.algorithms["sgd"], 0, dataset, CPU)
     while not trainer.finished:
         trainer.run_epoch(lambda: None)
     assert [epoch.steps for epoch in trainer.history] == [3, 1]
-    assert steps(study, dataset) == 4
+    assert steps(experiment, dataset) == 4
 
 
-def test_divergence_ends_a_run(study, dataset):
-    trainer = Trainer(study, changed(study.algorithms["sgd"], lr=1e30), 0, dataset, CPU)
+def test_divergence_ends_a_run(experiment, dataset):
+    trainer = Trainer(experiment, changed(experiment.algorithms["sgd"], lr=1e30), 0, dataset, CPU)
     while not trainer.finished:
         trainer.run_epoch(lambda: None)
     assert trainer.diverged
     assert len(trainer.history) < 3
 
 
-def test_closing_takes_the_hooks_away(study, dataset):
-    trainer = Trainer(study, study.algorithms["ekfacadam"], 0, dataset, CPU)
+def test_closing_takes_the_hooks_away(experiment, dataset):
+    trainer = Trainer(experiment, experiment.algorithms["ekfacadam"], 0, dataset, CPU)
     trainer.close()
     assert not any(
         module._forward_hooks or module._forward_pre_hooks for module in trainer.model.modules()

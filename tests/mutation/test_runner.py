@@ -1,4 +1,4 @@
-"""Runs of tests on mutants of a tiny project: what counts as noticed, and that nothing but the copy is run and changed."""
+"""Runs of tests on mutants of a tiny project: verdicts, and that only a copy is changed and run."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ from mutation.mutants import ROOT, Mutant
 from mutation.runner import Bench, Verdict, run
 
 SOURCE = "def double(x):\n    return 2 * x\n"
-TESTS = "from kfactk.statistics import double\n\ndef test_four():\n    assert double(2) == 4\n\ndef test_six():\n    assert double(3) == 6\n"
+TESTS = """
+from kfactk.statistics import double
+
+def test_four():
+    assert double(2) == 4
+
+def test_six():
+    assert double(3) == 6
+"""
 
 
 @pytest.fixture(scope="module")
@@ -28,6 +36,12 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_text(text)
     return root
+
+
+@pytest.fixture(autouse=True)
+def plain_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start the inner pytest without installed plugins, which take long to import."""
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
 
 
 def mutant(source: str, *tests: str, hangs: bool = False) -> Mutant:
@@ -64,7 +78,7 @@ def test_outcomes(project: Path, source: str, outcome: str, by: str) -> None:
 
 
 def test_paths_are_run_in_turn_and_each_mutant_is_a_fresh_one(project: Path) -> None:
-    """Mutants of equal size made within one second: a compiled file left behind would be taken for the next one's."""
+    """A compiled file left behind would stand in for the next mutant of equal size and second."""
     broken, same = (
         mutant(SOURCE.replace("2 * x", new), "tests/few", "tests/test_sums.py")
         for new in ("3 * x", "x + x")

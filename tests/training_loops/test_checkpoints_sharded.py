@@ -1,4 +1,4 @@
-"""The same for models that `fully_shard` divides: their checkpoints hold shards, and the curvature with them."""
+"""Checkpoints of models that `fully_shard` divides hold shards, and the curvature with them."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from kfactk import Optimizer
 from kfactk.testing._support.ranks import shared_workers
+from tests.covering import covering, widening
 from tests.kfactk.small import bound
 from tests.training_loops import resume
 from tests.training_loops.loops import PLACEMENTS, PRECISION, left
@@ -40,6 +41,12 @@ from tests.training_loops.resume import (
 pytestmark = pytest.mark.xdist_group("ranks")
 
 CASES = [Case("ekfac+adam", "after the scale alone"), Case("kfac+momentum", "between refreshes")]
+SOURCE = Place(2, "mem_opt")
+TARGETS = [
+    pytest.param([(SOURCE, True), (Place(3, "mem_opt"), False)], id="same or more"),
+    pytest.param([(Place(3, "comm_opt"), True), (Place(1, "replicated"), False)], id="other"),
+]
+"""Places, and whether the model is sharded there too."""
 Run = tuple[Optimizer, Branched, nn.Module]
 
 
@@ -121,26 +128,22 @@ def in_one_file(rank: int, case: Case, place: Place, folder: Path) -> bool:
     return identical([whole(left(optimizer, model))], [whole(left(resumed, fresh))])
 
 
-def test_a_sharded_run_goes_on_on_other_ranks_and_unsharded(tmp_path: Path) -> None:
-    source = Place(2, "mem_opt")
-    cases = [(case, tmp_path / str(number)) for number, case in enumerate(CASES)]
-    went_on = shared_workers().run(2, saved, cases, source)
-    true = [truth(case) for case in CASES]
-    for target, divided in [
-        (source, True),
-        (Place(3, "comm_opt"), True),
-        (Place(3, "mem_opt"), False),
-        (Place(1, "replicated"), False),
-    ]:
+@covering(strength=1, case=CASES, targets=TARGETS)
+def test_a_sharded_run_goes_on_on_other_ranks_and_unsharded(
+    case: Case, targets: list[tuple[Place, bool]], tmp_path: Path
+) -> None:
+    cases = [(case, tmp_path / "saved")]
+    went_on = shared_workers().run(2, saved, cases, SOURCE)
+    true = truth(case)
+    for target, divided in targets:
         ranks = shared_workers().run(target.ranks, gone_on_with, cases, target, divided)
-        for number in range(len(cases)):
-            found = [each[number] for each in ranks]
-            assert deviation(found, true[number]) <= PRECISION, (target, divided)
-            if target == source:
-                assert identical(found, [each[number] for each in went_on])
+        found = [each[0] for each in ranks]
+        assert deviation(found, true) <= PRECISION, (target, divided)
+        if target == SOURCE:
+            assert identical(found, [each[0] for each in went_on])
 
 
-@pytest.mark.parametrize("placement", ["mem_opt", "hybrid"])
+@pytest.mark.parametrize("placement", widening(["mem_opt", "hybrid"], quick=["mem_opt"]))
 def test_a_sharded_run_in_one_file(placement: str, tmp_path: Path) -> None:
     place = Place(2, placement)
     assert shared_workers().run(2, in_one_file, CASES[0], place, tmp_path / "saved") == [True, True]

@@ -1,4 +1,4 @@
-"""Under DistributedDataParallel ranks with parts of a batch do what one process does with the whole, however the model is wrapped."""
+"""Under DistributedDataParallel, ranks with parts of a batch equal one process with the whole."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from kfactk import CaptureError, Optimizer
 from kfactk.testing._support.ranks import shared_workers
+from tests.covering import covering
 from tests.kfactk.small import bound
 from tests.training_loops.loops import (
     EACH,
@@ -76,43 +77,30 @@ def check(ranks: list[dict[str, Tensor]], truth: tuple[Optimizer, Mixed], placem
     assert_near({name: ranks[0][name] for name in expected}, expected)
 
 
-# -------------------------------------------------------------------------------------------------------------------- wrappers
+# ----------------------------------------------------------------------------------------- wrappers
 
 
-def wrapped_runs(rank: int, when: str, recipe: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
-    found = {}
-    for name, options in OPTIONS.items():
-        model = mixed()
-        wrapped, optimizer = wrap(model, when, options, recipe)
-        assert list(optimizer.layers) == ["conv", "grouped", "hidden", "out"], (
-            "names are those of the wrapped model"
-        )
-        for step in range(STEPS):
-            accumulate(optimizer, wrapped, [part(images(step), rank)])
-        found[name] = left(optimizer, model)
-        optimizer.close()
-    return found
-
-
-RUNS = [(name, when, "replicated") for name in RECIPES for when in ("before", "after")]
-RUNS += [
-    (name, "after", placement)
-    for name in ("EKFAC", "K-FAC")
-    for placement in PLACEMENTS
-    if placement != "replicated"
-]
-
-
-@pytest.mark.parametrize(("name", "when", "placement"), RUNS)
-def test_half_batches_equal_one_process_with_the_whole(
-    name: str, when: str, placement: str
-) -> None:
-    ranks = shared_workers().run(
-        2, wrapped_runs, when, {**RECIPES[name], "placement": PLACEMENTS[placement]}
+def wrapped_run(
+    rank: int, when: str, options: dict[str, Any], recipe: dict[str, Any]
+) -> dict[str, Tensor]:
+    model = mixed()
+    wrapped, optimizer = wrap(model, when, options, recipe)
+    assert list(optimizer.layers) == ["conv", "grouped", "hidden", "out"], (
+        "names are those of the wrapped model"
     )
+    for step in range(STEPS):
+        accumulate(optimizer, wrapped, [part(images(step), rank)])
+    return left(optimizer, model)
+
+
+@covering(name=RECIPES, when=["before", "after"], placement=PLACEMENTS, options=OPTIONS)
+def test_half_batches_equal_one_process_with_the_whole(
+    name: str, when: str, placement: str, options: str
+) -> None:
+    recipe = {**RECIPES[name], "placement": PLACEMENTS[placement]}
+    ranks = shared_workers().run(2, wrapped_run, when, OPTIONS[options], recipe)
     truth = one_process(([images(step)] for step in range(STEPS)), **EACH, **RECIPES[name])
-    for options in OPTIONS:
-        check([found[options] for found in ranks], truth, placement)
+    check(ranks, truth, placement)
 
 
 def accumulated_runs(
@@ -127,8 +115,7 @@ def accumulated_runs(
     return left(optimizer, model)
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("options", ["plain", "bucket view", "find unused"])
+@covering(strength=1, options=["plain", "bucket view", "find unused"], placement=PLACEMENTS)
 def test_accumulation_without_synchronisation_counts_all_micro_batches(
     options: str, placement: str
 ) -> None:
@@ -191,7 +178,7 @@ def test_a_communication_hook_changes_gradients_and_nothing_else(placement: str)
     assert_near({name: first[name] for name in expected}, expected)
 
 
-# ------------------------------------------------------------------------------------------------------------- checkpointing
+# ------------------------------------------------------------------------------------ checkpointing
 
 
 class Checkpointed(Mixed):
@@ -229,25 +216,21 @@ def checkpointed(how: str) -> Checkpointed:
     return model
 
 
-def checkpointed_runs(rank: int, how: str, recipe: dict[str, Any]) -> dict[str, dict[str, Tensor]]:
-    found = {}
-    for name, options in OPTIONS.items():
-        model = checkpointed(how)
-        wrapped, optimizer = wrap(model, "after", options, recipe)
-        for step in range(STEPS):
-            accumulate(optimizer, wrapped, [part(images(step), rank)])
-        found[name] = left(optimizer, model)
-        optimizer.close()
-    return found
+def checkpointed_run(
+    rank: int, how: str, options: dict[str, Any], recipe: dict[str, Any]
+) -> dict[str, Tensor]:
+    model = checkpointed(how)
+    wrapped, optimizer = wrap(model, "after", options, recipe)
+    for step in range(STEPS):
+        accumulate(optimizer, wrapped, [part(images(step), rank)])
+    return left(optimizer, model)
 
 
-@pytest.mark.parametrize("fisher", ["exact", "empirical"])
-@pytest.mark.parametrize("how", ["not reentrant", "sequential"])
-def test_checkpointing_under_wrappers(how: str, fisher: str) -> None:
-    ranks = shared_workers().run(2, checkpointed_runs, how, {"fisher": fisher})
+@covering(how=["not reentrant", "sequential"], fisher=["exact", "empirical"], options=OPTIONS)
+def test_checkpointing_under_wrappers(how: str, fisher: str, options: str) -> None:
+    ranks = shared_workers().run(2, checkpointed_run, how, OPTIONS[options], {"fisher": fisher})
     truth = one_process(([images(step)] for step in range(STEPS)), fisher=fisher, **EACH)
-    for options in OPTIONS:
-        check([found[options] for found in ranks], truth, "replicated")
+    check(ranks, truth, "replicated")
 
 
 def refused_when_reentrant(rank: int, options: dict[str, Any]) -> tuple[str, dict[str, Tensor]]:
@@ -277,7 +260,7 @@ def test_reentrant_checkpointing_is_refused_on_every_rank_and_its_remedy_works(
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- several models
+# ----------------------------------------------------------------------------------- several models
 
 
 def two_models(rank: int, recipe: dict[str, Any]) -> dict[str, Tensor]:

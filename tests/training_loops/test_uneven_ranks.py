@@ -1,4 +1,4 @@
-"""Ranks with unequal data: none hangs, all stay equal bit for bit, and together they do what one process does with all of it."""
+"""Ranks with unequal data do not hang, stay equal, and equal one process with all of it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from kfactk import Optimizer
 from kfactk.testing._support.ranks import shared_workers
+from tests.covering import covering
 from tests.kfactk.small import F64, bound
 from tests.training_loops.loops import (
     EACH,
@@ -118,22 +119,26 @@ def check(ranks: Sequence[dict[str, Tensor]], truth: dict[str, Tensor], placemen
     assert_near({name: ranks[0][name] for name in truth}, truth)
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("basis", BASES)
-@pytest.mark.parametrize("name", UNEVEN)
+@covering(
+    allowed=lambda name, basis, placement, wrapped: name != "no forward at all" or not wrapped,
+    name=UNEVEN,
+    basis=BASES,
+    placement=PLACEMENTS,
+    wrapped=[True, False],
+)
 def test_uneven_batches_equal_one_process_with_all_of_them(
-    name: str, basis: str, placement: str
+    name: str, basis: str, placement: str, wrapped: bool
 ) -> None:
+    """Wrapped or with gradients averaged by hand; DDP needs a forward of every rank."""
     recipe = {"basis": BASES[basis], "update": "adam", "lr": 0.01}
     plan = [(UNEVEN[name] if step in (0, 2, 3) else even)(step) for step in range(STEPS)]
-    for wrapped in (True, False) if name != "no forward at all" else (False,):
-        ranks = shared_workers().run(
-            2, uneven_run, plan, wrapped, {**recipe, "placement": PLACEMENTS[placement]}
-        )
-        check(ranks, whole(plan, recipe), placement)
+    ranks = shared_workers().run(
+        2, uneven_run, plan, wrapped, {**recipe, "placement": PLACEMENTS[placement]}
+    )
+    check(ranks, whole(plan, recipe), placement)
 
 
-# ------------------------------------------------------------------------------------------------------------------ masked terms
+# ------------------------------------------------------------------------------------- masked terms
 
 
 class Weighted(nn.Module):
@@ -157,7 +162,7 @@ MASKED: dict[str, Any] = {
 def masked_run(
     rank: int, ranks: int, at: Sequence[int], recipe: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """In the steps `at`, no term of the second half of the examples counts; one process leaves that half out."""
+    """Mask the second half of the examples in the steps `at`; one process leaves that half out."""
     model = Weighted()
     called = DistributedDataParallel(model) if ranks > 1 else model
     optimizer = bound(called, **EACH, **recipe)
@@ -181,9 +186,7 @@ def masked_run(
     }
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("at", [[0], [1, 2]], ids=str)
-@pytest.mark.parametrize("basis", ["EKFAC", "K-FAC"])
+@covering(basis=["EKFAC", "K-FAC"], at=[[0], [1, 2]], placement=PLACEMENTS)
 def test_a_rank_of_which_every_term_is_masked_adds_nothing(
     basis: str, at: list[int], placement: str
 ) -> None:
@@ -195,7 +198,7 @@ def test_a_rank_of_which_every_term_is_masked_adds_nothing(
 
 
 class Collective(torch.autograd.Function):
-    """The identity, whose backward pass every rank must run: so do modules whose parameters or statistics are spread over ranks."""
+    """The identity with a collective backward, as in modules that are spread over ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -214,7 +217,7 @@ class Spread(Weighted):
 
 
 def passes_of_all(rank: int, fisher: Any, count: int) -> list[int]:
-    """Steps and what they leave, with a rank whose terms are all masked or that has no examples; it must not leave the passes out."""
+    """Train with a rank of masked terms or without examples, which must run all passes."""
     model = Spread()
     called = DistributedDataParallel(model)
     optimizer = bound(called, **EACH, **{**MASKED, "fisher": fisher})
@@ -235,9 +238,11 @@ def test_every_rank_runs_the_passes_whatever_its_data(fisher: Any, count: int) -
     assert shared_workers().run(2, passes_of_all, fisher, count) == [[3, 0]] * 2
 
 
-@pytest.mark.parametrize("basis", BASES)
-@pytest.mark.parametrize("likelihood", ["categorical", "gaussian", "bernoulli"])
-@pytest.mark.parametrize("fisher", ["exact", "mc", "empirical"])
+@covering(
+    fisher=["exact", "mc", "empirical"],
+    likelihood=["categorical", "gaussian", "bernoulli"],
+    basis=BASES,
+)
 def test_no_examples_at_all_are_no_trouble_and_count_for_nothing(
     fisher: str, likelihood: str, basis: str
 ) -> None:
@@ -265,13 +270,13 @@ def test_no_examples_at_all_are_no_trouble_and_count_for_nothing(
     assert optimizer.counters == {"skipped_batches": 0, "failed_decompositions": 0}
 
 
-# ------------------------------------------------------------------------------------------------------------------ bad batches
+# -------------------------------------------------------------------------------------- bad batches
 
 
 def bad_run(
     rank: int, at: int, value: float, recipe: dict[str, Any]
 ) -> tuple[list[dict[str, Tensor]], dict[str, int], str]:
-    """Rank 1 meets numbers that are not finite; what stands before the steps and after the last, and the rule's state with it."""
+    """Train while rank 1 meets a nonfinite number; return the state before each step and after."""
     model = mixed()
     called = DistributedDataParallel(model)
     optimizer = bound(called, **EACH, **recipe)
@@ -290,7 +295,7 @@ def bad_run(
 
 
 def alone_run(at: int, recipe: dict[str, Any]) -> dict[str, Tensor]:
-    """One process to whose curvature the good half of that step counts, and which takes no step on it."""
+    """Train one process that counts the good half of that step's curvature and skips its step."""
     model = mixed()
     optimizer = bound(model, **EACH, **recipe)
     for step in range(STEPS):
@@ -302,15 +307,17 @@ def alone_run(at: int, recipe: dict[str, Any]) -> dict[str, Tensor]:
     return left(optimizer, model, decompositions=False)
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("value", [float("nan"), float("inf")], ids=str)
-@pytest.mark.parametrize("at", [0, 3])
-@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+@covering(
+    fisher=["exact", "empirical"],
+    at=[0, 3],
+    value=[float("nan"), float("inf")],
+    placement=PLACEMENTS,
+)
 @pytest.mark.filterwarnings("ignore::kfactk.KfactkWarning")
 def test_a_bad_batch_on_one_rank_is_skipped_by_all(
     fisher: str, at: int, value: float, placement: str
 ) -> None:
-    """NaN spoils the curvature of all layers there; an inf that a tanh makes 1 of only that of the first."""
+    """NaN spoils the curvature of all layers, inf that of the first: tanh turns it into 1."""
     recipe = {"fisher": fisher, "update": "adam", "lr": 0.01}
     ranks = shared_workers().run(
         2, bad_run, at, value, {**recipe, "placement": PLACEMENTS[placement]}
@@ -356,9 +363,7 @@ def bad_curvature_run(
     return left(optimizer, model), optimizer.counters
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize("at", [[0], [2, 3]], ids=str)
-@pytest.mark.parametrize("basis", ["EKFAC", "K-FAC"])
+@covering(basis=["EKFAC", "K-FAC"], at=[[0], [2, 3]], placement=PLACEMENTS)
 def test_a_batch_whose_curvature_is_bad_is_left_out_and_its_step_is_taken(
     basis: str, at: list[int], placement: str
 ) -> None:
@@ -381,7 +386,7 @@ def test_a_batch_whose_curvature_is_bad_is_left_out_and_its_step_is_taken(
     )
 
 
-# ------------------------------------------------------------------------------------------------- layers that few ranks reach
+# ---------------------------------------------------------------------- layers that few ranks reach
 
 
 class Branches(nn.Module):
@@ -405,7 +410,7 @@ def branches() -> Branches:
 
 
 def branching_batch(step: int, rank: int, at: Sequence[int]) -> Batch:
-    """Of one rank; `at` says which rank takes the rare way in which step: 0, 1, both (2) or none (-1)."""
+    """Batch of one rank; `at` tells who takes the rare branch: 0, 1, both (2) or none (-1)."""
     generator = torch.Generator().manual_seed(100 * step + rank)
     x = torch.randn(4, 4, generator=generator, dtype=F64)
     x[:, 0] = x[:, 0].abs() if at[step] in (rank, 2) else -x[:, 0].abs()
@@ -423,13 +428,13 @@ def branching_run(rank: int, at: Sequence[int], recipe: dict[str, Any]) -> list[
     return found
 
 
-@pytest.mark.parametrize("placement", PLACEMENTS)
-@pytest.mark.parametrize(
-    "at", [[0, 1, 0, 1], [-1, 1, -1, 0, 2, -1, 0], [2, -1, -1, -1, 1, 0]], ids=str
+@covering(
+    every=[1, 4],
+    at=[[0, 1, 0, 1], [-1, 1, -1, 0, 2, -1, 0], [2, -1, -1, -1, 1, 0]],
+    placement=PLACEMENTS,
 )
-@pytest.mark.parametrize("every", [1, 4])
 def test_a_layer_that_only_one_ranks_data_reach(every: int, at: list[int], placement: str) -> None:
-    """One process that sees the ranks' batches one after another; what a layer did not see does not count for it."""
+    """One process sees the ranks' batches in turn; a layer counts what it saw."""
     recipe = {"factor_every": every, "scale_every": every, "basis_every": every, "update": "sgd"}
     ranks = shared_workers().run(
         2, branching_run, at, {**recipe, "placement": PLACEMENTS[placement]}

@@ -25,86 +25,89 @@ class BasisFrame(Laws):
     )
     family = "basis"
     curvature: ClassVar[Any] = None
-    """What to measure with: anything `kfactk.build(curvature=...)` takes. `None`: the first registered one, by name, that provides all
-    the matrices the basis requires."""
+    """What to measure with: anything `kfactk.build(curvature=...)` takes. `None`: the first
+    registered one, by name, that provides all the matrices the basis requires."""
 
     def block(self, situation: Situation) -> Tensor:
-        """The damped matrix that the basis claims to represent, `[n, n]` in the order of `vec` (columns stacked), float64; of a layer with
-        groups `[groups, n, n]`.
+        """Return the damped matrix that the basis claims to represent, in float64.
 
-        As it stands, the stage's own `product` plus damping times the identity: `precondition` has to be its inverse. Override it with
-        independent algebra, on `situation.matrices` and `situation.per_example`, to have `product` tested too, and for a basis that
-        damps otherwise. It must hold without damping, and without moments, as before the first measurement.
+        It is `[n, n]` in the order of `vec` (columns stacked); of a layer with groups
+        `[groups, n, n]`. The default is the stage's own `multiply` plus damping times the identity.
+        Override it with independent algebra, on `situation.matrices` and `situation.per_example`,
+        to test `multiply` too, and for a basis that damps otherwise. It must hold without damping,
+        and without moments, as before the first measurement.
         """
-        product = dense(situation.product, situation.gradient)
-        return product + situation.damping * torch.eye(product.shape[-1], dtype=product.dtype)
+        fisher = dense(situation.multiply, situation.gradient)
+        return fisher + situation.damping * torch.eye(fisher.shape[-1], dtype=fisher.dtype)
 
     def measure(self) -> Any:
-        """The curvature stage that measures.
+        """Return the curvature stage that measures.
 
         Raises:
             OptionError: There is none that provides what the basis requires.
         """
         requires = self.subject().requires
+        wants = f"{self.label()} requires {_names(requires)}"
         if self.curvature is not None:
             found = registry().resolve("curvature", self.curvature)
             if not requires <= found.provides:
                 raise OptionError(
-                    f"{self.label()} requires {', '.join(sorted(requires))}, and curvature {self.curvature!r} provides "
-                    f"{', '.join(sorted(found.provides))}. Name another one in the class: `curvature = ...`."
+                    f"{wants}, and curvature {self.curvature!r} provides {_names(found.provides)}. "
+                    "Name another one in the class: `curvature = ...`."
                 )
             return found
         provided = {}
-        for name in sorted(
-            {info.name for info in registry().stages("curvature") if not info.blocked}
-        ):
+        stages = registry().stages("curvature")
+        for name in sorted({info.name for info in stages if not info.blocked}):
             try:
                 found = registry().resolve("curvature", name)
-            except KfactkError as error:  # disputed, or in need of options
-                provided[name] = f"not to be had: {error}"
+            except KfactkError as error:  # claimed twice, or in need of options
+                provided[name] = f"cannot be made: {error}"
                 continue
             if requires <= found.provides:
                 return found
-            provided[name] = f"provides {', '.join(sorted(found.provides))}"
+            provided[name] = f"provides {_names(found.provides)}"
         told = "; ".join(f"{name} {what}" for name, what in provided.items()) or "there is none"
         raise OptionError(
-            f"{self.label()} requires {', '.join(sorted(requires))}, which no registered curvature provides ({told}). Say what to measure "
-            "with: `curvature = ...` in the class, anything that kfactk.build takes."
+            f"{wants}, which no registered curvature provides ({told}). Say what to measure with: "
+            "`curvature = ...` in the class, anything that kfactk.build takes."
         )
 
     def cases(self) -> st.SearchStrategy[Case]:
-        """Layers with a mini-batch: of every kind the laws know and the curvature supports. Override it for other layers.
+        """Return layers with a mini-batch, of every kind the laws know and the curvature supports.
+
+        Override it for other layers.
 
         Raises:
             OptionError: There are none.
         """
         curvature = self.measure()
-        known = [
-            kind.cases
-            for kind in kinds()
-            if any(curvature.unsupported(probe) is None for probe in kind.probes)
-        ]
+        known = [kind.cases for kind in kinds() if kind.supported_by(curvature)]
         if not known:
             raise OptionError(
-                f"curvature {curvature!r} supports none of the layers that the laws can draw. Override `cases(self)` in the class to "
-                "return a Hypothesis strategy of kfactk.testing._support.strategies.Case."
+                f"curvature {curvature!r} supports none of the layers that the laws can draw. "
+                "Override `cases(self)` in the class to return a Hypothesis strategy of "
+                "kfactk.testing._support.strategies.Case."
             )
         return st.one_of(known).filter(lambda case: curvature.unsupported(case.module) is None)
 
     def situations(self) -> st.SearchStrategy[Situation]:
-        """Any situation, measured."""
+        """Return any situation, measured."""
         return situations(self.subject(), self.measure(), self.cases())
 
     def any_situations(self) -> st.SearchStrategy[Situation]:
-        """Any situation, also before the first measurement."""
+        """Return any situation, also before the first measurement."""
         return situations(self.subject(), self.measure(), self.cases(), bare=True)
 
     def regular_situations(self) -> st.SearchStrategy[Situation]:
-        """With many examples and none of the numbers zero."""
+        """Return situations with many examples and none of the numbers zero."""
         return situations(self.subject(), self.measure(), self.cases(), least=8, zeros=False)
 
     def few(self) -> st.SearchStrategy[Situation]:
-        """With the matrices of one example and the moments of eight: directions that the matrices do not know carry gradient."""
+        """Return situations with the matrices of one example and the moments of eight.
+
+        Directions that the matrices do not know carry gradient then.
+        """
 
         def known_to_one(situation: Situation) -> Situation:
             one = Situation.of(situation.basis, situation.curvature, situation.case.rows([0]))
@@ -113,30 +116,24 @@ class BasisFrame(Laws):
         return self.regular_situations().map(known_to_one)
 
     def grouped(self) -> st.SearchStrategy[Situation] | st.SearchStrategy[None]:
-        """Layers with groups; nothing where the curvature supports none."""
+        """Return layers with groups; nothing where the curvature supports none."""
         curvature, probe = self.measure(), torch.nn.Conv1d(2, 2, 1, groups=2)
         if curvature.unsupported(probe) is not None:
             return st.none()
-        cases = st.one_of(
-            [
-                kind.cases
-                for kind in kinds()
-                if any(isinstance(each, torch.nn.Conv1d) for each in kind.probes)
-            ]
-        )
-        grouped = cases.filter(
+        convolutions = [
+            kind.cases
+            for kind in kinds()
+            if any(isinstance(each, torch.nn.Conv1d) for each in kind.probes)
+        ]
+        grouped = st.one_of(convolutions).filter(
             lambda case: case.module.groups > 1 and curvature.unsupported(case.module) is None
         )
         return situations(self.subject(), curvature, grouped, bare=True)
 
     def single_rows(self) -> st.SearchStrategy[Situation]:
-        """One example with T = 1."""
+        """Return situations of one example with T = 1."""
         curvature = self.measure()
-        supported = [
-            kind
-            for kind in kinds()
-            if any(curvature.unsupported(probe) is None for probe in kind.probes)
-        ]
+        supported = [kind for kind in kinds() if kind.supported_by(curvature)]
         known = [kind.single_row for kind in supported if kind.single_row is not None]
         cases = st.one_of(known) if known else self.cases()
         taken = cases.filter(lambda case: curvature.unsupported(case.module) is None)
@@ -148,22 +145,33 @@ class BasisFrame(Laws):
         return made.filter(lambda situation: situation.samples.positions == 1)
 
     def scaled(self) -> st.SearchStrategy[Situation]:
-        """In float32, with matrices between 1e-20 and 1e20, and F too, and gradients whose preconditioned form can be represented; the
-        damping goes with F."""
+        """Return situations in float32, of every scale from 1e-20 to 1e20.
+
+        Matrices and F lie in this range, the damping goes with F, and the preconditioned form of
+        the gradient can be represented.
+        """
         return _scaled(self)
 
     def turned(self, name: str, matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """The matrix called `name` in rotated coordinates: inputs are multiplied by `right`, output gradients by `left`, both orthogonal.
+        """Return the matrix called `name` in rotated coordinates.
 
-        Known of A and G; override it for a basis that claims a law on rotations or null spaces and requires others.
+        Known for A and G. Override it for a basis that claims a law on rotations and requires
+        others.
+
+        Args:
+            name: Which matrix it is.
+            matrix: It, `[..., n, n]`.
+            left: What output gradients are multiplied by, orthogonal.
+            right: What inputs are multiplied by, orthogonal.
 
         Raises:
             OptionError: It is not known.
         """
         if name not in ("A", "G"):
             raise OptionError(
-                f"{self.label()} claims a law on rotated coordinates, and what becomes of its matrix {name!r} in these is not known. "
-                "Override `turned(self, name, matrix, left, right)` in the class."
+                f"{self.label()} claims a law on rotated coordinates, and what becomes of its "
+                f"matrix {name!r} in these is not known. Override "
+                "`turned(self, name, matrix, left, right)` in the class."
             )
         rotation = right if name == "A" else left
         return rotation @ matrix @ rotation.transpose(-1, -2)
@@ -171,16 +179,14 @@ class BasisFrame(Laws):
 
 @st.composite
 def _scaled(draw: st.DrawFn, frame: BasisFrame) -> Situation:
-    case, seed = (
-        draw(frame.cases().filter(lambda case: "bias" not in case.layer.parameters)),
-        draw(seeds()),
-    )
+    without_bias = frame.cases().filter(lambda case: "bias" not in case.layer.parameters)
+    case, seed = draw(without_bias), draw(seeds())
     case = enlarged(case, draw(st.sampled_from([1, 6])), seed).to(torch.float32)
     inputs = draw(st.integers(-10, 10)) if case.inputs.is_floating_point() else 0
     gradients = draw(st.integers(max(-10, -10 - inputs), min(10, 10 - inputs)))
     case = case.times(inputs=10.0**inputs, gradients=10.0**gradients)
     found = Situation.of(frame.subject(), frame.measure(), case, seed=seed)
-    size = float(mean_diagonal(dense(found.product, found.gradient)).mean())
+    size = float(mean_diagonal(dense(found.multiply, found.gradient)).mean())
     exponent = 2 * (inputs + gradients)
     ends = max(-20, exponent - 30), min(20, exponent + 30)
     scale = 10.0 ** draw(st.sampled_from(ends) | st.integers(*ends))
@@ -188,12 +194,16 @@ def _scaled(draw: st.DrawFn, frame: BasisFrame) -> Situation:
     return found.refreshed(gradient=found.gradient * scale, damping=damping)
 
 
+def _names(names: frozenset[str]) -> str:
+    return ", ".join(sorted(names))
+
+
 def same(actual: Tensor, expected: Tensor, says: str, tolerance: float = 1e-7) -> None:
-    """Assert that two tensors are equal but for rounding, relative to the largest number in the one that is expected."""
+    """Assert that two tensors are equal but for rounding, relative to the largest expected."""
     largest = float(expected.abs().max()) if expected.numel() else 0.0
     close(actual.double(), expected.double(), says, rtol=tolerance, atol=tolerance * largest)
 
 
 def inner(x: Tensor, y: Tensor) -> float:
-    """`<x, y>` in float64."""
+    """Return `<x, y>` in float64."""
     return float((x.double() * y.double()).sum())

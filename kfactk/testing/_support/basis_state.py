@@ -1,4 +1,4 @@
-"""The laws of bases on what is kept between steps: decompositions and moments, saved, allocated, carried into a new basis."""
+"""The laws of bases on their state: decompositions and moments, saved, allocated, carried over."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import torch
 from hypothesis import assume
 from torch import Tensor
 
+from kfactk.operators import SpectralOperator
 from kfactk.preconditioner.state import BlockState
 from kfactk.statistics import RunningMean, local_means
 from kfactk.testing._support.basis_frame import BasisFrame, same
@@ -23,7 +24,7 @@ from kfactk.validation import square
 
 
 class BasisStateLaws(BasisFrame):
-    """What a basis keeps."""
+    """What is kept of a basis between steps."""
 
     @law(examples=15, situation="situations")
     def test_moments_come_from_where_it_says(self, situation: Situation) -> None:
@@ -35,11 +36,13 @@ class BasisStateLaws(BasisFrame):
         of_gradient = basis.gradient_moments(parts, situation.mean_gradient, situation.num_terms)
         if source != "gradient":
             assert not of_gradient, (
-                f"moments_from is {source!r}, yet gradient_moments gives {', '.join(of_gradient)}: they are never asked for"
+                f"moments_from is {source!r}, yet gradient_moments gives {', '.join(of_gradient)}: "
+                "the framework never asks for them"
             )
         if source is None:
             assert not of_samples, (
-                f"moments_from is None, yet moments gives {', '.join(of_samples)}: they are never asked for"
+                f"moments_from is None, yet moments gives {', '.join(of_samples)}: the framework "
+                "never asks for them"
             )
         else:
             assert of_gradient or of_samples, (
@@ -48,28 +51,24 @@ class BasisStateLaws(BasisFrame):
 
     @law(examples=15, situation="situations")
     def test_the_state_survives_a_checkpoint(self, situation: Situation) -> None:
-        """Decomposition and moments, saved and loaded with weights_only, are the same numbers and precondition bit for bit the same."""
+        """State saved and loaded with weights_only is the same bit for bit, and so is P."""
         moments = {name: RunningMean(value, 1.0) for name, value in situation.moments.items()}
-        state = BlockState(
-            ("weight",),
-            {},
-            {name: dict(parts) for name, parts in situation.decomposition.items()},
-            moments,
-        )
+        parts = {name: dict(each) for name, each in situation.decomposition.items()}
         file = io.BytesIO()
-        torch.save(state.flat(), file)
+        torch.save(BlockState({}, parts, moments).flat(), file)
         file.seek(0)
-        loaded = BlockState.from_flat(
-            ("weight",), torch.load(file, weights_only=True), torch.device("cpu")
+        flat = torch.load(file, weights_only=True)
+        loaded = BlockState.from_flat(flat, torch.device("cpu"))
+        kept, found = (
+            named(decomposition) | {f"moment {name}": value for name, value in values.items()}
+            for decomposition, values in (
+                (situation.decomposition, situation.moments),
+                (loaded.decomposition, loaded.moment_values()),
+            )
         )
-        kept = named(situation.decomposition) | {
-            f"moment {name}": value for name, value in situation.moments.items()
-        }
-        found = named(loaded.decomposition) | {
-            f"moment {name}": value for name, value in loaded.moment_values().items()
-        }
         assert set(found) == set(kept), (
-            f"after a checkpoint there are {sorted(found)}, where there were {sorted(kept)}: names have no dots"
+            f"after a checkpoint there are {sorted(found)}, where there were {sorted(kept)}: names "
+            "have no dots"
         )
         changed = [
             name
@@ -80,25 +79,23 @@ class BasisStateLaws(BasisFrame):
         again = attrs.evolve(
             situation, decomposition=loaded.decomposition, moments=loaded.moment_values()
         )
-        assert torch.equal(again.precondition(), situation.precondition()), (
+        assert torch.equal(again.solve(), situation.solve()), (
             "what was saved and loaded preconditions differently"
         )
 
     @law(examples=15, situation="situations")
     def test_it_can_be_allocated_without_data(self, situation: Situation) -> None:
-        """On blank samples, and on corners of the matrices, decompositions and moments have the same parts, shapes and precision: so
-        checkpoints can be loaded into an optimizer that has seen nothing."""
+        """On blank samples, and on corners of matrices, state has the same parts and precision.
+
+        So checkpoints can be loaded into an optimizer that has seen nothing.
+        """
         curvature, layer = situation.curvature, situation.case.layer
         samples = curvature.samples(layer, [curvature.blank(layer)], num_terms=1.0, first=True)
-        matrices = curvature.assemble(
-            layer,
-            {
-                n: torch.zeros_like(s)
-                for n, s in local_means(curvature.factors(layer, samples)).items()
-            },
-        )
+        means = local_means(curvature.factors(layer, samples))
+        zeros = {name: torch.zeros_like(mean) for name, mean in means.items()}
+        matrices = dict(curvature.assemble(layer, zeros))
         blank = situation.refreshed(
-            samples=samples, matrices=dict(matrices), mean_gradient=0 * situation.mean_gradient
+            samples=samples, matrices=matrices, mean_gradient=0 * situation.mean_gradient
         )
         for what, real, empty in (
             ("decomposition", named(situation.decomposition), named(blank.decomposition)),
@@ -114,15 +111,13 @@ class BasisStateLaws(BasisFrame):
             for name, matrix in matrices.items()
         }
         context = attrs.evolve(situation, matrices=corners).context
-        parts = named(
-            {
-                name: situation.basis.decompose(name, corners[name], context)
-                for name in sorted(situation.basis.requires)
-            }
-        )
+        parts = {
+            name: situation.basis.decompose(name, corners[name], context)
+            for name in sorted(situation.basis.requires)
+        }
         wanted_parts, found_parts = (
-            {name: t.ndim for name, t in each.items()}
-            for each in (named(situation.decomposition), parts)
+            {name: t.ndim for name, t in named(each).items()}
+            for each in (situation.decomposition, parts)
         )
         assert found_parts == wanted_parts, (
             f"a corner of the matrices decomposes into {found_parts}, the whole into {wanted_parts}"
@@ -130,7 +125,10 @@ class BasisStateLaws(BasisFrame):
 
     @law(examples=15, situation="situations")
     def test_each_matrix_is_decomposed_alone(self, situation: Situation) -> None:
-        """A decomposition depends on its matrix and the Coupling only: not on what was decomposed before, nor by which process."""
+        """A decomposition depends on its matrix and its `FactorContext` only.
+
+        It depends neither on what was decomposed before nor on the process.
+        """
         twin = copy.deepcopy(situation.basis)
         names = sorted(situation.basis.requires, reverse=True)
         for name in names:
@@ -138,7 +136,8 @@ class BasisStateLaws(BasisFrame):
         for name in names:
             alone = twin.decompose(name, situation.matrices[name], situation.context)
             for part, tensor in situation.decomposition[name].items():
-                says = f"decompose({name!r}, ...) gives another {part!r} after other matrices: it depends on more than its arguments"
+                says = f"decompose({name!r}, ...) gives another {part!r} after other matrices: it "
+                says += "depends on more than its arguments"
                 assert part in alone, says
                 assert torch.equal(alone[part], tensor), says
 
@@ -146,83 +145,65 @@ class BasisStateLaws(BasisFrame):
     def test_groups_stand_alone(self, situation: Situation | None) -> None:
         """The groups of a layer are preconditioned as if each were a layer of its own."""
         if situation is None or situation.groups is None:
-            pytest.skip(
-                f"the curvature that {self.label()} is measured with supports no layer with groups"
-            )
-        assume(
-            all(
-                separated(matrix, null=True)
-                for matrix in situation.required.values()
-                if square(matrix)
-            )
-        )
+            pytest.skip(f"what {self.label()} is measured with supports no layer with groups")
+        assume(_all_separated(situation, null=True))
         measured = bool(situation.moments)
         for k in range(situation.groups):
             alone = situation.group(k)
             alone = alone if measured else attrs.evolve(alone, moments={})
-            for what, together, apart in (
-                ("preconditioned gradient", situation.precondition()[k], alone.precondition()),
-                ("product", situation.product()[k], alone.product()),
-            ):
-                same(together, apart, f"the {what} of group {k} depends on the other groups", 1e-6)
+            for method in ("solve", "multiply"):
+                together, apart = getattr(situation, method)()[k], getattr(alone, method)()
+                same(together, apart, f"{method} of group {k} depends on the other groups", 1e-6)
 
     @law(examples=15, situation="situations", seed=seeds())
     def test_nothing_it_is_given_is_modified(self, situation: Situation, seed: int) -> None:
-        """No method changes a tensor it is given: matrices, samples, decompositions, moments, gradients."""
-        basis, parts, moments, context = (
-            situation.basis,
-            situation.decomposition,
-            situation.moments,
-            situation.context,
-        )
-        other = self.on_other_numbers(situation, seed)
-        given = {f"matrix {n}": t for n, t in situation.matrices.items()} | {
-            f"decomposition {n}": t for n, t in named(parts).items()
-        }
-        given |= {f"moment {n}": t for n, t in moments.items()} | {
-            f"the new decomposition {n}": t for n, t in named(other).items()
-        }
+        """No method changes a tensor it is given: matrices, samples, state, gradients."""
+        basis, parts, context = situation.basis, situation.decomposition, situation.context
+        moments, other = situation.moments, self.on_other_numbers(situation, seed)
+        operator = situation.operator
+        given = {f"matrix {n}": t for n, t in situation.matrices.items()}
+        given |= {f"decomposition {n}": t for n, t in named(parts).items()}
+        given |= {f"moment {n}": t for n, t in moments.items()}
+        given |= {f"the new decomposition {n}": t for n, t in named(other).items()}
         given |= {f"mean diagonal {n}": t for n, t in context.mean_diagonal.items()}
         given |= {"gradient": situation.gradient, "mean gradient": situation.mean_gradient}
-        given |= {
-            f"samples {k}": t
-            for k, t in enumerate(t for call in situation.case.calls for t in call)
-        }
+        tensors = [tensor for call in situation.case.calls for tensor in call]
+        given |= {f"samples {k}": tensor for k, tensor in enumerate(tensors)}
         before = {name: tensor.clone() for name, tensor in given.items()}
         calls: dict[str, Callable[[], Any]] = {
             "decompose": lambda: [
-                basis.decompose(n, situation.matrices[n], context) for n in sorted(basis.requires)
+                basis.decompose(n, situation.matrices[n], attrs.evolve(context, previous=parts[n]))
+                for n in sorted(basis.requires)
             ],
             "moments": lambda: basis.moments(parts, situation.samples),
             "gradient_moments": lambda: basis.gradient_moments(
                 parts, situation.mean_gradient, situation.num_terms
             ),
             "transport": lambda: basis.transport(moments, parts, other),
-            "precondition": situation.precondition,
-            "product": situation.product,
-            "condition": lambda: basis.condition(parts, moments, situation.damping),
+            "operator": situation.fresh_operator,
+            "solve": situation.solve,
+            "multiply": situation.multiply,
+            "condition": operator.condition,
         }
+        if isinstance(operator, SpectralOperator):
+            calls["logdet"] = operator.logdet
+            calls["function"] = lambda: operator.function(torch.sqrt, situation.gradient)
         for method, call in calls.items():
             call()
-            changed = [
-                name for name, tensor in given.items() if not torch.equal(tensor, before[name])
-            ]
+            changed = [n for n, tensor in given.items() if not torch.equal(tensor, before[n])]
             assert not changed, f"{method} changes what it is given: {', '.join(changed)}"
 
     @law(examples=15, situation="any_situations")
     def test_a_wider_gradient_is_taken(self, situation: Situation) -> None:
-        """State in float32, as after a load, serves a float64 gradient: the result has its shape and precision."""
-        narrow = Situation.of(
-            situation.basis,
-            situation.curvature,
-            situation.case.to(torch.float32),
-            damping=situation.damping,
-        )
+        """State in float32, as after a load, serves a float64 gradient.
+
+        The result has the shape and precision of the gradient.
+        """
+        case = situation.case.to(torch.float32)
+        narrow = Situation.of(situation.basis, situation.curvature, case, damping=situation.damping)
         wide = narrow.gradient.double()
-        for method, found in (
-            ("precondition", narrow.precondition(wide)),
-            ("product", narrow.product(wide)),
-        ):
+        for method in ("solve", "multiply"):
+            found = getattr(narrow, method)(wide)
             assert found.dtype == torch.float64, (
                 f"{method} of a float64 gradient with float32 state is {found.dtype}"
             )
@@ -232,23 +213,26 @@ class BasisStateLaws(BasisFrame):
 
     @law(examples=15, situation="situations")
     def test_transport_into_the_same_basis_changes_nothing(self, situation: Situation) -> None:
-        """With old and new basis the same, moments are kept, or left out (reset); without moments there is nothing to carry."""
+        """With old and new basis the same, moments are kept, or left out (reset).
+
+        Without moments there is nothing to carry.
+        """
         parts = situation.decomposition
         empty = situation.basis.transport({}, parts, parts)
         assert empty == {}, (
             f"transport of no moments gives {', '.join(empty)}: nothing has been measured"
         )
         for name, value in self.carried(situation, parts).items():
-            same(
-                value,
-                situation.moments[name],
-                f"transport from a basis to itself changes the moment {name!r}",
-            )
+            says = f"transport from a basis to itself changes the moment {name!r}"
+            same(value, situation.moments[name], says)
 
     @law(situation="regular_situations", seed=seeds())
     def test_transport_keeps_the_trace(self, situation: Situation, seed: int) -> None:
-        """Carried into the basis of another mini-batch, moments are left out (reset), or the operator keeps its trace: it has the one
-        that moments measured in the new basis on the same mini-batch give."""
+        """Carried into another basis, moments are left out (reset), or F keeps its trace.
+
+        It is the trace that moments have which were measured in the new basis on the same
+        mini-batch.
+        """
         matrices = self.with_other_numbers(situation, seed).matrices
         new = attrs.evolve(situation, matrices=matrices).refreshed()
         carried = self.carried(situation, new.decomposition)
@@ -256,26 +240,18 @@ class BasisStateLaws(BasisFrame):
             return
         moved = attrs.evolve(new, moments=carried)
         old, direct = (
-            dense(each.product, each.gradient).diagonal(dim1=-2, dim2=-1).sum(-1)
+            dense(each.multiply, each.gradient).diagonal(dim1=-2, dim2=-1).sum(-1)
             for each in (moved, new)
         )
-        same(
-            old,
-            direct,
-            "moments do not fit the basis they were carried into: the trace differs from that of moments measured in it",
-        )
+        says = "moments do not fit the basis they were carried into: the trace differs from that "
+        says += "of moments measured in it"
+        same(old, direct, says)
 
     @law(situation="regular_situations")
     def test_transport_follows_the_directions(self, situation: Situation) -> None:
-        """In a basis of the same directions in the opposite order, moments are left out (reset), or the operator is the same."""
+        """Carried to the same directions in the opposite order, moments are reset, or F is kept."""
         null = "null-space-independent" in situation.basis.laws
-        assume(
-            all(
-                separated(matrix, null=null)
-                for matrix in situation.required.values()
-                if square(matrix)
-            )
-        )
+        assume(_all_separated(situation, null=null))
         matrices = {
             name: _turned_over(matrix) if name in ("A", "C", "K", "G") else matrix
             for name, matrix in situation.matrices.items()
@@ -285,34 +261,40 @@ class BasisStateLaws(BasisFrame):
         if not carried:
             return
         moved = attrs.evolve(new, moments=carried, matrices=situation.matrices)
-        says = "moments mix two bases: carried into one of the same directions in the opposite order, the operator is another"
-        same(moved.product(), situation.product(), says, 1e-6)
+        says = "moments mix two bases: carried into one of the same directions in the opposite "
+        says += "order, F is another"
+        same(moved.multiply(), situation.multiply(), says, 1e-6)
 
     def carried(self, situation: Situation, new: dict[str, dict[str, Tensor]]) -> dict[str, Tensor]:
-        """The moments after `transport`, which must be among those there were."""
+        """Return the moments after `transport`, which must be among those there were."""
         found = dict(situation.basis.transport(situation.moments, situation.decomposition, new))
         strange = sorted(set(found) - set(situation.moments))
         assert not strange, f"transport gives {', '.join(strange)}, which was not among the moments"
         return found
 
     def with_other_numbers(self, situation: Situation, seed: int) -> Situation:
-        """The same layer on another mini-batch."""
-        case = enlarged(situation.case, len(situation.case.gradient), seed + 1)
+        """Return the same layer on another mini-batch."""
         return Situation.of(
             situation.basis,
             situation.curvature,
-            case,
+            enlarged(situation.case, len(situation.case.gradient), seed + 1),
             damping=situation.damping,
             num_terms=situation.num_terms,
         )
 
     def on_other_numbers(self, situation: Situation, seed: int) -> dict[str, dict[str, Tensor]]:
-        """The decomposition that another mini-batch gives."""
+        """Return the decomposition that another mini-batch gives."""
         return self.with_other_numbers(situation, seed).decomposition
 
 
+def _all_separated(situation: Situation, *, null: bool) -> bool:
+    return all(
+        separated(matrix, null=null) for matrix in situation.required.values() if square(matrix)
+    )
+
+
 def _turned_over(matrix: Tensor) -> Tensor:
-    """`2 lambda_max I - M`: the same eigenvectors, the eigenvalues in the opposite order."""
+    """Return `2 lambda_max I - M`: the same eigenvectors, eigenvalues in the opposite order."""
     largest = torch.linalg.eigvalsh(matrix)[..., -1:, None]
     turned: Tensor = 2 * largest * torch.eye(matrix.shape[-1], dtype=matrix.dtype) - matrix
     return turned

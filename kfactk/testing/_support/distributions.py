@@ -1,7 +1,8 @@
-"""What torch.distributions knows about a distribution: its Fisher information, and how often each value is drawn.
+"""Fisher information and probabilities of values, from torch.distributions.
 
-A distribution with a batch shape stands for independent components, the log-probability being their sum. `row` is the `[C]` vector of
-parameters that a model puts out for one term, `distribution` a function from it to the distribution.
+A distribution with a batch shape stands for independent components; the log-probability is their
+sum. `row` is the `[C]` vector of parameters that a model outputs for one term. `distribution` is a
+function from a row to its distribution.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from kfactk.errors import OptionError
 
 Family = Callable[[Tensor], Distribution]
 BINS = 8
-"""In how many cells of about equal probability long ranges of values are cut."""
+"""Number of cells of about equal probability into which long ranges of values are cut."""
 FALSE_ALARM = 1e-9
-"""Chance with which draws that are right are called wrong, for each example of a law."""
+"""Probability that correct draws are called wrong, for each example of a law."""
 MOST_OUTCOMES = 4096
 NEGLIGIBLE = 1e-13
 
@@ -31,26 +32,26 @@ class Cells:
     """A partition of the values of one component.
 
     Args:
-        codes: In which cell each draw is, `[n]`.
-        probabilities: How probable each cell is, `[m]`.
+        codes: The cell of each draw, `[n]`.
+        probabilities: The probability of each cell, `[m]`.
     """
 
     codes: Tensor
     probabilities: Tensor
 
     def with_other(self, other: Cells) -> Cells:
-        """The cells of a pair of independent components."""
+        """Return the cells of a pair of independent components."""
         codes = self.codes * len(other.probabilities) + other.codes
         return Cells(codes, torch.outer(self.probabilities, other.probabilities).flatten())
 
 
 def log_prob(found: Distribution, value: Tensor) -> Tensor:
-    """Log-probability of one value with all its components, a scalar."""
+    """Return the log-probability of one value with all its components, a scalar."""
     return found.log_prob(value).sum()
 
 
 def drawn(distribution: Family, rows: Tensor, seed: int) -> Tensor:
-    """A value for each row of `[N, S, C]`, as torch draws it; the global random state is left as it was."""
+    """Draw a value for each row of `[N, S, C]`; the global random state does not change."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return torch.stack(
@@ -62,16 +63,17 @@ def drawn(distribution: Family, rows: Tensor, seed: int) -> Tensor:
 
 
 def score(distribution: Family, row: Tensor, value: Tensor) -> Tensor:
-    """Gradient of the log-probability of a value in the parameters, `[C]`."""
+    """Return the gradient of the log-probability of a value in the parameters, `[C]`."""
     row = row.detach().clone().requires_grad_()
     (found,) = torch.autograd.grad(log_prob(distribution(row), value), row, materialize_grads=True)
     return found
 
 
 def information(distribution: Family, row: Tensor) -> Tensor:
-    """Fisher information `E[score score^T]` of the parameters, `[C, C]`.
+    """Return the Fisher information `E[score score^T]` of the parameters, `[C, C]`.
 
-    It is enumerated where the values are few, and else the Hessian, at b = row, of the divergence KL(R(. | row) || R(. | b)).
+    It is a sum over all values where they are few. Otherwise it is the Hessian, at b = row, of the
+    divergence KL(R(. | row) || R(. | b)).
 
     Raises:
         OptionError: The values are many, and torch knows no formula for the divergence.
@@ -88,13 +90,14 @@ def information(distribution: Family, row: Tensor) -> Tensor:
         return hessian(lambda b: kl_divergence(found, _base(distribution(b))).sum(), row)
     except NotImplementedError as error:
         raise OptionError(
-            f"The Fisher information of {type(found).__name__} cannot be found: its values cannot be enumerated, and "
-            "torch.distributions.kl_divergence has no formula for it. Write `def information(self, row)` in the class of laws."
+            f"The Fisher information of {type(found).__name__} cannot be found: its values cannot "
+            "be enumerated, and torch.distributions.kl_divergence has no formula for it. Write "
+            "`def information(self, row)` in the class of laws."
         ) from error
 
 
 def hessian(function: Callable[[Tensor], Tensor], row: Tensor) -> Tensor:
-    """Second derivatives `[C, C]` of a scalar function at `[C]`."""
+    """Return the second derivatives `[C, C]` of a scalar function at `[C]`."""
     row = row.detach().clone().requires_grad_()
     (gradient,) = torch.autograd.grad(function(row), row, create_graph=True, materialize_grads=True)
     if not gradient.requires_grad:  # linear
@@ -107,11 +110,12 @@ def hessian(function: Callable[[Tensor], Tensor], row: Tensor) -> Tensor:
 
 
 def cells(found: Distribution, draws: Tensor) -> list[Cells]:
-    """The components of draws `[n, ...]` of one distribution, each cut into cells of known probability.
+    """Cut each component of draws `[n, ...]` of one distribution into cells of known probability.
 
     Raises:
-        OptionError: Neither can its values be enumerated nor has it a distribution function.
-        AssertionError: A draw is not among the values it can have.
+        OptionError: The values cannot be enumerated, and there is no cumulative distribution
+            function.
+        AssertionError: The distribution does not have a drawn value.
     """
     found = _base(found)
     count = len(draws)
@@ -149,11 +153,12 @@ def cells(found: Distribution, draws: Tensor) -> list[Cells]:
 
 
 def surprise(parts: Sequence[Cells], false_alarm: float = FALSE_ALARM) -> str:
-    """Which cell has been hit too rarely or too often, in words; "" for none.
+    """Say which cell was hit too rarely or too often; return "" where none was.
 
-    Each component by itself and each pair of them is looked at. By Chernoff's bound a cell of probability p has in n independent draws a
-    frequency f with `n KL(f || p) > t` with probability at most `2 exp(-t)`, and t is such that all cells together are called wrong
-    by chance with probability at most `false_alarm`: no approximation, for any n.
+    Each component and each pair of components is tested. By Chernoff's bound, the frequency f of a
+    cell of probability p in n independent draws has `n KL(f || p) > t` with probability at most
+    `2 exp(-t)`. t is such that correct draws are called wrong with probability at most
+    `false_alarm`. The bound holds exactly, for any n.
     """
     whole = [*parts, *(one.with_other(other) for one, other in itertools.combinations(parts, 2))]
     bound = math.log(2 * sum(len(each.probabilities) for each in whole) / false_alarm)
@@ -163,8 +168,11 @@ def surprise(parts: Sequence[Cells], false_alarm: float = FALSE_ALARM) -> str:
         excess = n * (_relative(f, p) + _relative(1 - f, 1 - p))
         worst = int(excess.argmax())
         if not float(excess[worst]) <= bound:
-            times = f"{float(f[worst]):.5f} of {n} draws have values of probability {float(p[worst]):.5f}"
-            return f"{times}, which chance does in fewer than {false_alarm:.0e} of all cases"
+            return (
+                f"{float(f[worst]):.5f} of {n} draws have values of probability "
+                f"{float(p[worst]):.5f}, which happens by chance in fewer than {false_alarm:.0e} "
+                "of all cases"
+            )
     return ""
 
 
@@ -179,7 +187,7 @@ def _base(found: Distribution) -> Distribution:
 
 
 def _outcomes(found: Distribution) -> list[Tensor] | None:
-    """All values, components joined; `None` when they are too many."""
+    """Return all values, components joined; `None` where they are too many."""
     if not found.has_enumerate_support:
         return None
     values = found.enumerate_support(expand=False)
@@ -196,7 +204,7 @@ def _outcomes(found: Distribution) -> list[Tensor] | None:
 
 
 def _integers(found: Distribution) -> Tensor:
-    """0, 1, ... up to where all components have next to no probability left."""
+    """Return 0, 1, ... up to where the remaining probability of all components is negligible."""
     top = 1
     while True:
         values = torch.arange(top, dtype=torch.float64)
@@ -207,7 +215,7 @@ def _integers(found: Distribution) -> Tensor:
 
 
 def _each(draws: Tensor, values: Tensor, probabilities: Tensor) -> list[Cells]:
-    """Components of draws `[n, k]` by their values `[m, k]`."""
+    """Return the components of draws `[n, k]` by their values `[m, k]`."""
     return [
         _known(
             draws[:, j].reshape(-1, 1).double() == values[:, j].reshape(1, -1).double(),
@@ -221,13 +229,13 @@ def _each(draws: Tensor, values: Tensor, probabilities: Tensor) -> list[Cells]:
 def _known(same: Tensor, probabilities: Tensor, draws: Tensor) -> Cells:
     strange = ~same.any(1)
     assert not bool(strange.any()), (
-        f"drawn was {draws[strange][0].tolist()}, which the distribution does not give"
+        f"the sampler drew {draws[strange][0].tolist()}, which the distribution does not give"
     )
     return Cells(same.long().argmax(1), probabilities.double())
 
 
 def _lumped(fine: Cells) -> Cells:
-    """Values in a row, joined to cells of about equal probability."""
+    """Join consecutive values into cells of about equal probability."""
     middle = fine.probabilities.cumsum(0) - fine.probabilities / 2
     place = (middle * BINS).long().clamp(0, BINS - 1)
     return Cells(
@@ -238,6 +246,7 @@ def _lumped(fine: Cells) -> Cells:
 
 def _no_cells(found: Distribution) -> OptionError:
     return OptionError(
-        f"How often {type(found).__name__} gives what cannot be told: its values cannot be enumerated, and it has no cdf for single "
-        "numbers. Write `def cells(self, found, draws)` in the class of laws, say by turning draws into independent normal numbers first."
+        f"The probabilities of values of {type(found).__name__} are unknown: its values cannot be "
+        "enumerated, and it has no cdf for single numbers. Write `def cells(self, found, draws)` "
+        "in the class of laws, for example by transforming draws into independent normal numbers."
     )

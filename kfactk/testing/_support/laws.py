@@ -1,10 +1,11 @@
-"""What all laws share: a class names its stage, inherits the laws of its family, and pytest finds one test for each law.
+"""The frame of all laws: a class names its stage and inherits the laws of the stage's family.
 
     class TestEkfac(BasisLaws):
         stage = "ekfac"
 
-A law is a method marked with `law`; its arguments are drawn by Hypothesis. Each subclass gets tests of its own, so that examples that
-failed are remembered for it alone. How many examples are drawn depends on the environment variable `KFACTK_LAWS`, "quick" or "thorough".
+A law is a method marked with `law`. Pytest finds one test for each law; Hypothesis draws the law's
+arguments. Each subclass gets its own tests, so that Hypothesis remembers failed examples for each
+class. The environment variable `KFACTK_LAWS`, "quick" or "thorough", sets the number of examples.
 """
 
 from __future__ import annotations
@@ -25,12 +26,12 @@ from kfactk.registry.registry import registry
 VARIABLE = "KFACTK_LAWS"
 """Environment variable that names the profile."""
 PROFILES = {"quick": 1, "thorough": 20}
-"""Profile to the factor by which it multiplies the number of examples of every law."""
+"""The factor by which each profile multiplies the number of examples of every law."""
 HEALTH = (HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large)
 
 
 def effort(examples: int) -> int:
-    """How many examples to draw, given how many the quick profile draws.
+    """Return how many examples to draw, given how many the quick profile draws.
 
     Raises:
         OptionError: `KFACTK_LAWS` names no profile.
@@ -38,17 +39,18 @@ def effort(examples: int) -> int:
     name = os.environ.get(VARIABLE, "quick")
     if name not in PROFILES:
         raise OptionError(
-            f"{VARIABLE}={name!r} is no profile of the laws.{near_names(name, PROFILES)} There are: {', '.join(PROFILES)}."
+            f"{VARIABLE}={name!r} is no profile of the laws.{near_names(name, PROFILES)} "
+            f"There are: {', '.join(PROFILES)}."
         )
     return examples * PROFILES[name]
 
 
 @attrs.frozen(eq=False)
 class Law:
-    """How a law is to be tested.
+    """How to test a law.
 
     Args:
-        function: The law as it was written: a method whose arguments are drawn.
+        function: The law as it is written: a method whose arguments are drawn.
         drawn: For each argument a strategy, or the name of a method of the class that gives one.
         examples: How many examples the quick profile draws.
     """
@@ -58,7 +60,7 @@ class Law:
     examples: int
 
     def test_of(self, owner: type[Laws]) -> Callable[..., None]:
-        """The law as a test of one class."""
+        """Return the law as a test of one class."""
 
         @functools.wraps(self.function)
         def check(self: Laws, *arguments: Any, **drawn: Any) -> None:
@@ -66,9 +68,8 @@ class Law:
             try:
                 original(self, *arguments, **drawn)
             except Exception as error:
-                error.add_note(
-                    f"{self.label()} breaks a law of its family: {' '.join((original.__doc__ or original.__name__).split())}"
-                )
+                text = " ".join((original.__doc__ or original.__name__).split())
+                error.add_note(f"{self.label()} breaks a law of its family: {text}")
                 raise
 
         original = self.function
@@ -78,9 +79,8 @@ class Law:
                 name: each if isinstance(each, st.SearchStrategy) else _named(owner, each)
                 for name, each in self.drawn.items()
             }
-            phases = [
-                phase for phase in settings().phases if phase is not Phase.explain
-            ]  # it points into torch
+            # The explain phase would point into torch.
+            phases = [phase for phase in settings().phases if phase is not Phase.explain]
             how = settings(
                 max_examples=effort(self.examples), deadline=None, suppress_health_check=HEALTH
             )
@@ -100,7 +100,8 @@ def law(
 
     Args:
         examples: How many examples the quick profile draws.
-        drawn: A strategy for each argument; or the name of a method of the class, without arguments, that gives the strategy.
+        drawn: A strategy for each argument, or the name of a method of the class, without
+            arguments, that returns the strategy.
 
     Example:
         >>> class ClipLaws(Laws):
@@ -123,30 +124,35 @@ def law(
 
 
 class Laws:
-    """Root of the classes of laws. Subclasses name the stage; pytest collects those whose name begins with `Test`."""
+    """Base class of all laws.
+
+    Subclasses name the stage. Pytest collects those whose name begins with `Test`.
+    """
 
     family: ClassVar[str]
     """The stage family that the laws are for."""
     stage: ClassVar[Any] = None
-    """The stage: whatever `kfactk.build` takes for it, such as "ekfac", {"name": "ekfac", "scale": "running"}, a class or an object."""
+    """The stage, as `kfactk.build` takes it: a name such as "ekfac", a mapping such as
+    {"name": "ekfac", "scale": "running"}, a class or an object."""
 
     def __init_subclass__(cls, **more: Any) -> None:
         super().__init_subclass__(**more)
         written = dict.fromkeys(name for each in cls.__mro__ for name in vars(each))
-        for name in written:  # in this order they run
+        for name in written:  # tests run in this order
             marked = getattr(getattr(cls, name), "kfactk_law", None)
             if isinstance(marked, Law):
                 setattr(cls, name, marked.test_of(cls))
 
     def subject(self) -> Any:
-        """The stage that is to obey.
+        """Return the stage under test.
 
         Raises:
-            OptionError: The class names none.
+            OptionError: The class names no stage.
         """
         if self.stage is None:
             raise OptionError(
-                f"{type(self).__name__} names no {self.family}. Write `stage = ...` in the class, as for kfactk.build."
+                f"{type(self).__name__} names no {self.family}. Write `stage = ...` in the class, "
+                "as for kfactk.build."
             )
         try:
             return registry().resolve(self.family, self.stage)
@@ -157,7 +163,7 @@ class Laws:
             raise
 
     def label(self) -> str:
-        """The stage in words, for messages."""
+        """Return the stage in words, for messages."""
         return f"{self.family} {self.stage!r}"
 
 
@@ -167,7 +173,7 @@ def close(
     """Assert that two tensors are equal within `atol + rtol |expected|`; NaN equals nothing.
 
     Raises:
-        AssertionError: Opens with `says`, which tells what ought to be equal.
+        AssertionError: They differ. The message begins with `says`, which states what must hold.
     """
     __tracebackhide__ = True
     torch.testing.assert_close(

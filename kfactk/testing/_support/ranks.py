@@ -1,7 +1,8 @@
-"""Several ranks on this machine: worker processes that stay alive and run functions as the ranks of a gloo process group.
+"""Several ranks on this machine: worker processes that run functions as ranks of a gloo group.
 
-Importing torch takes seconds, forming a process group milliseconds: so workers are started once, and each job has a group of its own, of
-any size. Where that can be, they are forked off a process that has imported torch already.
+Importing torch takes seconds; forming a process group takes milliseconds. Workers therefore start
+once, and each job forms its own group, of any size. On Linux, workers are forked from a process
+that has already imported torch.
 """
 
 from __future__ import annotations
@@ -34,15 +35,15 @@ if TYPE_CHECKING:
 STARTING = 300.0
 """Seconds that a worker may take to start; much of it is importing torch."""
 PATIENCE = 90.0
-"""Seconds that a job may take before its ranks are taken to hang."""
+"""Seconds that a job may take before its ranks are considered hung."""
 WORN = 40
 """Threads in a worker above which it is replaced."""
 GRACE = 20.0
-"""Seconds that the other ranks of a failed one may go on."""
+"""Seconds that the other ranks may continue after one has failed."""
 
 
 class RankError(AssertionError):
-    """A rank failed or did not end; holds the ranks' tracebacks."""
+    """A rank failed or did not end; the message holds the tracebacks."""
 
 
 class Workers:
@@ -63,19 +64,20 @@ class Workers:
     def run(
         self, ranks: int, function: Callable[..., Any], *arguments: Any, patience: float = PATIENCE
     ) -> list[Any]:
-        """Call `function(rank, *arguments)` on each of several ranks of one gloo process group, and return what they return.
+        """Call `function(rank, *arguments)` on each rank of one gloo process group.
 
         Args:
-            ranks: How many; the group is the default one while the function runs.
-            function: Importable by name; it, its arguments and its results must be picklable.
+            ranks: Number of ranks. Their group is the default group while the function runs.
+            function: Importable by name. The function, its arguments and its results must be
+                picklable.
             *arguments: The same for every rank.
-            patience: Seconds after which the ranks are taken to hang.
+            patience: Seconds after which the ranks are considered hung.
 
         Returns:
-            Results in the order of ranks.
+            What each call returned, in the order of ranks.
 
         Raises:
-            RankError: A rank raised, died, or hangs. The workers are then replaced.
+            RankError: A rank raised, died or hangs. The next run starts new workers.
         """
         if any(_worn(process) for process, _ in self._workers):
             self.close()
@@ -94,7 +96,7 @@ class Workers:
         return [answers[rank] for rank in range(ranks)]
 
     def _start(self, number: int) -> None:
-        """Start workers, all at once, and wait until they are there."""
+        """Start workers, all at once, and wait until they are ready."""
         new = [_started() for _ in range(number)]
         self._workers += new
         for process, pipe in new:
@@ -140,7 +142,7 @@ class Workers:
         return answers, failures
 
     def close(self) -> None:
-        """End the processes, those that do not answer by force; a later `run` starts new ones."""
+        """End the processes, by force where they do not answer; a later `run` starts new ones."""
         for _, pipe in self._workers:
             pipe.close()
         deadline = time.monotonic() + GRACE
@@ -161,7 +163,7 @@ _SHARED: list[Workers] = []
 
 
 def shared_workers() -> Workers:
-    """The workers that all laws and tests of this process share; they end with it."""
+    """Return the workers that all laws and tests of this process share; they end with it."""
     if not _SHARED:
         _SHARED.append(Workers())
         atexit.register(_SHARED[0].close)
@@ -169,22 +171,24 @@ def shared_workers() -> Workers:
 
 
 def _worn(process: BaseProcess) -> bool:
-    """Whether groups that a job left behind still run many threads in a worker (Linux): they would take time from the jobs to come."""
+    """Return whether a worker runs many threads (Linux): groups of earlier jobs left them.
+
+    Such threads would slow down later jobs.
+    """
     threads = Path(f"/proc/{process.pid}/task")
     return threads.is_dir() and len(list(threads.iterdir())) > WORN
 
 
 def process_context() -> SpawnContext | ForkServerContext:
-    """How processes start: on Linux forked off one that has imported torch and done nothing else, elsewhere each on its own.
+    """Return how processes start: on Linux forked from one that only imported torch, else spawned.
 
-    What is forked has the environment variables of the first start.
+    Forked processes have the environment variables of the first start.
     """
     if sys.platform != "linux":
         return mp.get_context("spawn")
     context = mp.get_context("forkserver")
-    context.set_forkserver_preload(
-        ["torch._dynamo", "kfactk", __name__]
-    )  # the compiler is imported with the first optimizer
+    # The first optimizer imports the compiler.
+    context.set_forkserver_preload(["torch._dynamo", "kfactk", __name__])
     return context
 
 
@@ -200,6 +204,7 @@ def _started() -> tuple[BaseProcess, Connection]:
 def _work(pipe: Connection) -> None:
     torch.set_num_threads(1)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    gc.freeze()  # else each collection after a job walks through all of torch
     pipe.send(None)
     while True:
         try:
@@ -209,11 +214,9 @@ def _work(pipe: Connection) -> None:
         answer = _done(rank, ranks, store, patience, job)
         try:
             pipe.send(answer)
-        except BrokenPipeError:  # whoever asked gave up waiting
+        except BrokenPipeError:  # the parent process stopped waiting
             return
-        if not answer[
-            0
-        ]:  # a rank that failed is gone, as it would be elsewhere, and the others hear of it
+        if not answer[0]:  # a failed rank ends, as it would elsewhere, and the others notice
             return
 
 
@@ -232,15 +235,15 @@ def _done(rank: int, ranks: int, store: str, patience: float, job: bytes) -> tup
         return False, _packed(traceback.format_exc())
     finally:
         forget_groups()
-        gc.collect()  # a model or optimizer that outlived its job would keep its groups' threads running
+        gc.collect()  # a live model or optimizer would keep the threads of its groups running
         if dist.is_initialized():
             dist.destroy_process_group()
-        os.environ.clear()  # engines leave variables there that tell the next job of their ranks
+        os.environ.clear()  # engines set variables that would tell the next job their ranks
         os.environ.update(environment)
 
 
 def _packed(value: Any) -> bytes:
-    """Pickled with tensors as plain data, so that no memory is shared with a process that may end."""
+    """Return the value pickled, tensors as plain data: processes then share no memory."""
     buffer = io.BytesIO()
     torch.save(value, buffer, pickle_module=pickle)
     return buffer.getvalue()

@@ -1,7 +1,8 @@
-"""What a basis meets: one layer's matrices, decomposed, with moments, a gradient and a damping; drawn, or changed by a law."""
+"""What a basis meets: one layer's matrices, decomposed, with moments, a gradient and a damping."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kfactk.linalg import kron, mean_diagonal
+from kfactk.operators import CurvatureOperator
 from kfactk.samples import LayerCall, Samples
 from kfactk.stages import Decomposition, FactorContext, Tensors
 from kfactk.statistics import local_means
@@ -19,7 +21,7 @@ from kfactk.testing._support.truth import module_gradients
 from kfactk.validation import square
 
 NULL, CLEAR = 1e-13, 1e-9
-"""Eigenvalues below the first fraction of the largest are zero; laws on null spaces keep away from those between the two."""
+"""Eigenvalues below the first fraction of the largest are zero; laws avoid those in between."""
 
 
 @attrs.frozen(eq=False, repr=False)
@@ -33,11 +35,13 @@ class Situation:
         num_terms: Number M of likelihood terms of the mini-batch.
         damping: tau.
         samples: The mini-batch as samples.
-        mean_gradient: The gradient of the mini-batch's summed loss over M, `[..., d_out, d_in]`: moments may be measured on it.
+        mean_gradient: The gradient of the mini-batch's summed loss over M, `[..., d_out, d_in]`.
+            Moments may be measured on it.
         gradient: What is to be preconditioned, of the same shape; drawn on its own.
         matrices: What the curvature assembled from the mini-batch.
         decomposition: What the basis made of those it requires.
-        moments: What the basis measured, on the samples or on the mean gradient as `moments_from` says; empty before any was.
+        moments: What the basis measured, on the samples or the mean gradient as `moments_from`
+            says; empty before the first measurement.
     """
 
     basis: Any
@@ -63,7 +67,7 @@ class Situation:
         num_terms: float | None = None,
         seed: int = 0,
     ) -> Situation:
-        """A basis on one mini-batch, whose matrices are those of this batch.
+        """Return a basis on one mini-batch, whose matrices are those of this batch.
 
         Args:
             basis: The stage.
@@ -75,23 +79,21 @@ class Situation:
         """
         layer, examples = case.layer, float(len(case.gradient))
         num_terms = examples if num_terms is None else num_terms
-        samples = curvature.samples(
-            layer, [LayerCall(x, g) for x, g in case.calls], num_terms=num_terms, first=True
-        )
+        calls = [LayerCall(x, g) for x, g in case.calls]
+        samples = curvature.samples(layer, calls, num_terms=num_terms, first=True)
         matrices = curvature.assemble(layer, local_means(curvature.factors(layer, samples)))
         parameters = layer.tensors()
         loss = sum(((case.module(x) * g).sum() for x, g in case.calls), torch.zeros(()))
         found = torch.autograd.grad(loss, list(parameters.values()))
         mean = curvature.matrix(layer, dict(zip(parameters, found, strict=True))) / num_terms
-        gradient = torch.randn(
-            mean.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-        ).to(mean.dtype)
-        return cls(
+        gradient = _normal(mean, torch.Generator().manual_seed(seed))
+        bare = cls(
             basis, curvature, case, num_terms, damping, samples, mean, gradient, dict(matrices)
-        ).refreshed()
+        )
+        return bare.refreshed()
 
     def refreshed(self, **changes: Any) -> Situation:
-        """With these changes, decomposed and measured anew."""
+        """Return the situation with these changes, decomposed and measured anew."""
         bare = attrs.evolve(self, **changes)
         made = {
             name: self.basis.decompose(name, bare.matrices[name], bare.context)
@@ -100,16 +102,16 @@ class Situation:
         decomposition = {
             name: {part: each.contiguous() for part, each in parts.items()}
             for name, parts in made.items()
-        }  # as it is kept
+        }  # as the framework keeps it
         return bare.remeasured(decomposition=decomposition)
 
     def remeasured(self, **changes: Any) -> Situation:
-        """With these changes, moments measured anew in the same decomposition."""
+        """Return the situation with these changes, measured anew in the same decomposition."""
         bare = attrs.evolve(self, **changes)
         return attrs.evolve(bare, moments=bare.measured(bare.decomposition))
 
     def measured(self, decomposition: Decomposition) -> dict[str, Tensor]:
-        """The moments that the mini-batch has in a decomposition."""
+        """Return the moments that the mini-batch has in a decomposition."""
         source = self.basis.moments_from
         if source is None:
             return {}
@@ -126,15 +128,9 @@ class Situation:
 
     @property
     def context(self) -> FactorContext:
-        """What the framework tells of the other matrices when it has one decomposed."""
-        return FactorContext(
-            self.damping,
-            {
-                name: mean_diagonal(matrix)
-                for name, matrix in self.matrices.items()
-                if square(matrix)
-            },
-        )
+        """What the framework tells about the other matrices when it decomposes one."""
+        means = {n: mean_diagonal(matrix) for n, matrix in self.matrices.items() if square(matrix)}
+        return FactorContext(self.damping, means)
 
     @property
     def per_example(self) -> Tensor:
@@ -148,7 +144,7 @@ class Situation:
         return len(self.gradient) if self.gradient.ndim > 2 else None
 
     def group(self, k: int) -> Situation:
-        """One group on its own, decomposed and measured on its own."""
+        """Return one group on its own, decomposed and measured on its own."""
         samples = Samples(
             self.samples.inputs()[k], self.samples.gradients()[k], num_terms=self.num_terms
         )
@@ -160,31 +156,35 @@ class Situation:
             mean_gradient=self.mean_gradient[k],
         )
 
-    def precondition(self, gradient: Tensor | None = None) -> Tensor:
-        """The preconditioned form of a gradient; by default the situation's."""
-        gradient = self.gradient if gradient is None else gradient
-        found: Tensor = self.basis.precondition(
-            gradient, self.decomposition, self.moments, self.damping
+    @functools.cached_property
+    def operator(self) -> CurvatureOperator:
+        """F as the basis gives it, made once."""
+        return self.fresh_operator()
+
+    def fresh_operator(self) -> CurvatureOperator:
+        """Return F as the basis gives it, made anew."""
+        found: CurvatureOperator = self.basis.operator(
+            self.decomposition, self.moments, self.damping, self.matrices
         )
         return found
 
-    def product(self, vector: Tensor | None = None) -> Tensor:
-        """F applied to `[..., d_out, d_in]`; by default to the situation's gradient."""
-        vector = self.gradient if vector is None else vector
-        found: Tensor = self.basis.product(vector, self.matrices, self.decomposition, self.moments)
-        return found
+    def solve(self, gradient: Tensor | None = None) -> Tensor:
+        """Return `(F + damping I)^-1` times a gradient; by default times the situation's."""
+        return self.operator.solve(self.gradient if gradient is None else gradient)
+
+    def multiply(self, vector: Tensor | None = None) -> Tensor:
+        """Return F times `[..., d_out, d_in]`; by default times the situation's gradient."""
+        return self.operator.multiply(self.gradient if vector is None else vector)
 
     def another(self, seed: int) -> Tensor:
-        """A further gradient of the same shape."""
-        numbers = torch.randn(
-            self.gradient.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-        )
-        return numbers.to(self.gradient.dtype)
+        """Return a further gradient of the same shape."""
+        return _normal(self.gradient, torch.Generator().manual_seed(seed))
 
     def __repr__(self) -> str:
         shown = ", ".join(f"{name} {_shape(matrix)}" for name, matrix in self.matrices.items())
         moments = f"moments {', '.join(self.moments)}" if self.moments else "no moments"
-        return f"Situation({self.case!r}, {self.curvature!r} gives {shown}; {moments}, terms {self.num_terms:g}, damping {self.damping:g})"
+        rest = f"{moments}, terms {self.num_terms:g}, damping {self.damping:g}"
+        return f"Situation({self.case!r}, {self.curvature!r} gives {shown}; {rest})"
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(repr(self))  # what Hypothesis prints
@@ -192,11 +192,9 @@ class Situation:
 
 def _shape(matrix: Tensor) -> str:
     shape = "x".join(map(str, matrix.shape))
-    return (
-        f"{shape} of rank {torch.linalg.matrix_rank(matrix.double()).tolist()}"
-        if square(matrix)
-        else shape
-    )
+    if not square(matrix):
+        return shape
+    return f"{shape} of rank {torch.linalg.matrix_rank(matrix.double()).tolist()}"
 
 
 @st.composite
@@ -227,23 +225,20 @@ def situations(
     if zeros and (nothing := draw(st.sampled_from(["", "", "", "", "inputs", "gradients"]))):
         case = case.times(**{nothing if case.inputs.is_floating_point() else "gradients": 0.0})
     num_terms = float(len(case.gradient)) * draw(st.sampled_from([1.0, 3.0]))
-    found = Situation.of(
-        basis,
-        curvature,
-        case,
-        damping=10.0 ** draw(st.integers(-3, 1)),
-        num_terms=num_terms,
-        seed=seed,
-    )
+    damping = 10.0 ** draw(st.integers(-3, 1))
+    found = Situation.of(basis, curvature, case, damping=damping, num_terms=num_terms, seed=seed)
     return attrs.evolve(found, moments={}) if bare and draw(st.booleans()) else found
 
 
 def enlarged(case: Case, examples: int, seed: int) -> Case:
-    """The case with that many examples of other numbers; inputs that are not floating, indices, are repeated."""
+    """Return the case with that many examples of other numbers.
+
+    Inputs that are not floating, indices, are repeated.
+    """
     generator = torch.Generator().manual_seed(seed)
     case = case.rows([n % len(case.gradient) for n in range(examples)])
     calls = [
-        (_noise(x, generator) if x.is_floating_point() else x, _noise(g, generator))
+        (_normal(x, generator) if x.is_floating_point() else x, _normal(g, generator))
         for x, g in case.calls
     ]
     return attrs.evolve(
@@ -251,17 +246,22 @@ def enlarged(case: Case, examples: int, seed: int) -> Case:
     )
 
 
-def _noise(like: Tensor, generator: torch.Generator) -> Tensor:
+def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=torch.float64).to(like.dtype)
 
 
 def columns(matrix: Tensor) -> Tensor:
-    """`vec`, columns stacked: `[..., d_out, d_in]` to `[..., n]`, in float64."""
+    """Return `vec`, columns stacked: `[..., d_out, d_in]` to `[..., n]`, in float64."""
     return matrix.double().transpose(-1, -2).flatten(-2)
 
 
 def dense(apply: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
-    """The matrix `[..., n, n]` of a linear map on matrices shaped like `like`, in float64, column by column; one for each group."""
+    """Return the matrix `[..., n, n]` of a linear map, in float64; one for each group.
+
+    Args:
+        apply: Maps matrices to matrices of the same shape.
+        like: Any matrix of that shape.
+    """
     found = []
     for j in range(like.shape[-1]):
         for i in range(like.shape[-2]):
@@ -272,8 +272,10 @@ def dense(apply: Callable[[Tensor], Tensor], like: Tensor) -> Tensor:
 
 
 def over_taps(channels: Tensor, taps: Tensor | None, d_in: int, bias: float) -> Tensor:
-    """`blockdiag(M kron taps, bias)` of a matrix M of channels, with the side `d_in`; taps are the identity where `None`, and M itself is
-    meant where it has that side."""
+    """Return `blockdiag(M kron taps, bias)` of a matrix M of channels, with the side `d_in`.
+
+    Taps are the identity where `None`. A matrix M that has the side `d_in` is returned as it is.
+    """
     c = channels.shape[-1]
     if c == d_in:
         return channels
@@ -287,7 +289,7 @@ def over_taps(channels: Tensor, taps: Tensor | None, d_in: int, bias: float) -> 
 
 
 def named(decomposition: Mapping[str, Tensors]) -> dict[str, Tensor]:
-    """All tensors of a decomposition, as MATRIX.PART."""
+    """Return all tensors of a decomposition, as MATRIX.PART."""
     return {
         f"{name}.{part}": tensor
         for name, parts in decomposition.items()
@@ -296,16 +298,20 @@ def named(decomposition: Mapping[str, Tensors]) -> dict[str, Tensor]:
 
 
 def orthogonal(like: Tensor, seed: int) -> Tensor:
-    """A random orthogonal matrix for each of `[..., n, n]`."""
-    numbers = torch.randn(
-        like.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
-    rotation: Tensor = torch.linalg.qr(numbers).Q.to(like.dtype)
+    """Return a random orthogonal matrix for each of `[..., n, n]`."""
+    rotation: Tensor = torch.linalg.qr(
+        _normal(like.double(), torch.Generator().manual_seed(seed))
+    ).Q.to(like.dtype)
     return rotation
 
 
 def separated(matrix: Tensor, *, null: bool) -> bool:
-    """Whether eigenvalues are so far apart that the eigenvectors are determined; those of a null space aside where `null`."""
+    """Return whether eigenvalues lie so far apart that the eigenvectors are determined.
+
+    Args:
+        matrix: `[..., n, n]`.
+        null: Whether to leave the null space aside.
+    """
     for block in matrix.reshape(-1, *matrix.shape[-2:]):
         values = torch.linalg.eigvalsh(block)
         largest = max(float(values[-1]), 0.0)
@@ -318,19 +324,21 @@ def separated(matrix: Tensor, *, null: bool) -> bool:
 
 
 def turn_within_null(matrix: Tensor, seed: int) -> Tensor:
-    """An orthogonal R of each `[..., n, n]` with `R M R^T = M`: random within the null space of M, the identity on what is orthogonal."""
+    """Return an orthogonal R of each `[..., n, n]` with `R M R^T = M`.
+
+    R is random within the null space of M, and the identity on what is orthogonal to it.
+    """
     blocks = []
     for k, block in enumerate(matrix.reshape(-1, *matrix.shape[-2:])):
         values, vectors = torch.linalg.eigh(block)
         null = vectors[:, values <= NULL * values[-1].clamp(min=0)]
         turn = orthogonal(null.T @ null, seed + k)
-        blocks.append(
-            torch.eye(len(block), dtype=block.dtype) - null @ null.T + null @ turn @ null.T
-        )
+        eye = torch.eye(len(block), dtype=block.dtype)
+        blocks.append(eye - null @ null.T + null @ turn @ null.T)
     return torch.stack(blocks).reshape(matrix.shape)
 
 
 def null_dimension(matrix: Tensor) -> int:
-    """Dimension of the largest null space among `[..., n, n]`."""
+    """Return the dimension of the largest null space among `[..., n, n]`."""
     values = torch.linalg.eigvalsh(matrix)
     return int((values <= NULL * values[..., -1:].clamp(min=0)).sum(-1).max())

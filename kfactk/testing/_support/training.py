@@ -1,4 +1,4 @@
-"""Training a small model by a recipe, and comparing what came of it: what the laws of recipes share."""
+"""The base of laws of recipes: train a small model by a recipe, and compare the results."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from kfactk.testing._support.laws import Laws, close
 from kfactk.testing._support.models import Net, Still
 
 PERIODS = {"factor_every": 2, "scale_every": 3, "basis_every": 5}
-"""No multiples of each other; a recipe's own come before them."""
+"""Periods that are no multiples of each other; those of the recipe take precedence."""
 EXAMPLES, STEPS = 6, 4
 
 Recipes = st.SearchStrategy[Mapping[str, Any]]
@@ -30,65 +30,70 @@ Data = tuple[Tensor, Tensor]
 
 
 class Training(Laws):
-    """A recipe at work on a small model; model, batch and loss can be others."""
+    """Train a small model by a recipe; subclasses may replace model, batch and loss."""
 
     family = "recipe"
     recipe: ClassVar[Mapping[str, Any]] = {}
     """Arguments of `kfactk.build`."""
     tolerance: ClassVar[float] = 1e-6
-    """Relative deviation allowed where sums are taken in another order; for a model in float64."""
+    """Relative deviation allowed where the order of sums differs, for a model in float64."""
 
     def recipes(self) -> Recipes:
-        """The recipes that are to obey: the class' own."""
+        """Return a strategy for the recipes under test: by default, the recipe of the class."""
         return st.just(self.recipe)
 
     def steady(self) -> Recipes:
-        """Those of them that rounding moves by no more than its own size, for laws that take sums in another order.
+        """Return a strategy for the recipes that do not amplify rounding errors.
 
-        A basis of eigenvectors is not among them where eigenvalues other than zero are repeated: any rounding turns the vectors.
+        Laws that change the order of sums use them. A basis of eigenvectors is not among them where
+        eigenvalues other than zero are repeated: any rounding rotates the vectors.
         """
         return self.recipes()
 
     def model(self) -> nn.Module:
-        """The model, without dropout or BatchNorm; it may draw its parameters from torch's global generator."""
+        """Return the model, without dropout or BatchNorm.
+
+        It may draw its parameters from torch's global generator.
+        """
         return Net()
 
     def batch(self, generator: torch.Generator, examples: int) -> Data:
-        """Inputs and targets, their examples in dimension 0."""
+        """Return inputs and targets, with examples in dimension 0."""
         inputs = torch.randn(examples, 2, 4, generator=generator, dtype=torch.float64)
         return inputs, torch.randint(3, (examples,), generator=generator)
 
     def loss(self, output: Any, targets: Tensor) -> Tensor:
-        """The training loss, reduced over the examples as the recipe's `reduction` says."""
+        """Return the training loss, reduced over the examples as the recipe's `reduction` says."""
         return F.cross_entropy(output, targets)
 
     def still(self, recipe: Recipe) -> Recipe:
-        """The recipe with draws that depend on each example's output alone, for laws that compare batches of other sizes.
+        """Return the recipe with draws that depend on each example's output alone.
 
-        Those that the likelihood makes do so here; a Fisher stage that draws by other means needs another way.
+        Laws that compare batches of different sizes need it. This covers the draws of the
+        likelihood. Override it for a Fisher stage that draws by other means.
         """
         return recipe.evolve(likelihood=Still(recipe.likelihood))
 
     def subject(self) -> Recipe:
-        """The recipe."""
+        """Return the recipe."""
         return kfactk.build(**self.recipe)
 
     def label(self) -> str:
-        """The recipe as it is written."""
+        """Return the recipe in words, for messages."""
         return f"recipe {dict(self.recipe)!r}"
 
     def build(self, recipe: Mapping[str, Any]) -> Recipe:
-        """The recipe, with short periods unless it has its own."""
+        """Build the recipe, with short periods unless it sets its own."""
         return kfactk.build(**{**PERIODS, **recipe})
 
     def fresh(self) -> nn.Module:
-        """The model, with the same parameters every time."""
+        """Return a new model, with the same parameters every time."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             return self.model().train()
 
     def data(self, number: int) -> Data:
-        """Batch `number`."""
+        """Return batch `number`."""
         return self.batch(torch.Generator().manual_seed(number), EXAMPLES)
 
     def backward(
@@ -100,7 +105,10 @@ class Training(Laws):
         *,
         num_terms: bool = False,
     ) -> Tensor:
-        """Forward and backward of one batch, whose loss is multiplied by `factor` and, with `num_terms`, by the number of its terms."""
+        """Run forward and backward of one batch, and return the loss.
+
+        The loss is multiplied by `factor` and, with `num_terms`, by the number of its terms.
+        """
         output = model(data[0])
         optimizer.observe()
         loss = self.loss(output, data[1]) * factor
@@ -113,14 +121,14 @@ class Training(Laws):
         return loss.detach()
 
     def step(self, optimizer: Optimizer, model: nn.Module, number: int) -> float:
-        """One step of the ordinary loop; the loss."""
+        """Take one step of the ordinary loop, and return the loss."""
         optimizer.zero_grad()
         loss = self.backward(optimizer, model, self.data(number))
         optimizer.step()
         return float(loss)
 
     def run(self, recipe: Recipe, steps: int = STEPS) -> tuple[nn.Module, Optimizer]:
-        """The model after some steps."""
+        """Train a new model, and return it with its optimizer."""
         model = self.fresh()
         optimizer = recipe.bind(model)
         for number in range(steps):
@@ -134,7 +142,7 @@ class Training(Laws):
         other: Callable[..., None],
         says: str,
     ) -> None:
-        """Two runs that must come to the same parameters and factors, but for the order of sums."""
+        """Assert that two ways to train give the same parameters and factors, but for rounding."""
         found = []
         for train in (one, other):
             model = self.fresh()
@@ -147,7 +155,7 @@ class Training(Laws):
         self.alike(found[0], found[1], says)
 
     def alike(self, one: Mapping[str, Tensor], other: Mapping[str, Tensor], says: str) -> None:
-        """Assert that tensors of the same names are equal, within the tolerance of each one's size."""
+        """Assert that tensors of the same names are equal, within the tolerance for their size."""
         assert one.keys() == other.keys(), (
             f"{says}: one has {sorted(one)}, the other {sorted(other)}"
         )
@@ -162,14 +170,14 @@ class Training(Laws):
             )
 
     def inapplicable(self, why: str) -> NoReturn:
-        """Skip the law for the class' own recipe; pass over one that was drawn."""
+        """Skip the law for the recipe of the class; reject a drawn recipe."""
         if type(self).recipes is Training.recipes:
             pytest.skip(why)
         hypothesis.reject()
 
 
 def outcome(model: nn.Module, optimizer: Optimizer) -> list[tuple[str, Tensor]]:
-    """Parameters and factors by name, as copies."""
+    """Return copies of parameters and factors, by name."""
     found: dict[str, Tensor] = {
         f"parameter {name}": parameter for name, parameter in model.named_parameters()
     }
@@ -179,9 +187,9 @@ def outcome(model: nn.Module, optimizer: Optimizer) -> list[tuple[str, Tensor]]:
 
 
 def identical(one: Sequence[tuple[str, Any]], other: Sequence[tuple[str, Any]], says: str) -> None:
-    """Assert that two lists of named values are the same bit for bit."""
+    """Assert that two lists of named values are bit-for-bit the same."""
     assert [name for name, _ in one] == [name for name, _ in other], (
-        f"{says}: {one} and {other} have other names"
+        f"{says}: {one} and {other} have different names"
     )
     for (name, a), (_, b) in zip(one, other, strict=True):
         if isinstance(a, Tensor) and isinstance(b, Tensor):
@@ -192,7 +200,7 @@ def identical(one: Sequence[tuple[str, Any]], other: Sequence[tuple[str, Any]], 
 
 
 def flattened(nested: Any, path: str = "") -> list[tuple[str, Any]]:
-    """Nested mappings and sequences as a list of paths with values."""
+    """Return nested mappings and sequences as a list of paths with values."""
     if isinstance(nested, Mapping):
         return [
             pair
@@ -209,7 +217,7 @@ def flattened(nested: Any, path: str = "") -> list[tuple[str, Any]]:
 
 
 def through_file(state: Any) -> Any:
-    """A state as `torch.save` writes it and `torch.load(weights_only=True)` reads it back."""
+    """Return a state as `torch.save` writes it and `torch.load(weights_only=True)` reads it."""
     buffer = io.BytesIO()
     torch.save(state, buffer)
     buffer.seek(0)
@@ -217,19 +225,20 @@ def through_file(state: Any) -> Any:
         return torch.load(buffer, weights_only=True)
     except pickle.UnpicklingError as error:
         raise AssertionError(
-            f"the state holds more than tensors, numbers and text, which torch.load(weights_only=True) refuses: {error}"
+            "the state holds more than tensors, numbers and text, which "
+            f"torch.load(weights_only=True) refuses: {error}"
         ) from error
 
 
 def rearrange(entries: dict[str, Any], how: str) -> None:
-    """Bring the entries of a dict into another order, in place: "reversed", or "rotated", the last one first."""
+    """Reorder the entries of a dict in place: "reversed", or "rotated" (the last entry first)."""
     items = list(entries.items())
     entries.clear()
     entries.update(items[::-1] if how == "reversed" else items[-1:] + items[:-1])
 
 
 def hooks(model: nn.Module) -> dict[str, int]:
-    """How many hooks of each kind the modules of a model have together."""
+    """Return how many hooks of each kind the modules of a model have in total."""
 
     def kinds(module: nn.Module) -> Iterator[tuple[str, int]]:
         for name, value in vars(module).items():

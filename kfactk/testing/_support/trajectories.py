@@ -1,4 +1,4 @@
-"""Problems that update rules are compared on: groups of small parameters, gradients of a moving quadratic, and the steps taken."""
+"""Problems on which update rules are compared: small parameters and a moving quadratic."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Group:
 
     Args:
         shapes: Of its parameters.
-        options: Its own `lr` and `weight_decay`, where it has them.
+        options: Its `lr` and `weight_decay`, where they differ from the problem's.
     """
 
     shapes: tuple[tuple[int, ...], ...]
@@ -30,13 +30,13 @@ class Group:
 
 @attrs.frozen
 class Problem:
-    """Parameters to train, and on what: gradients of a moving quadratic.
+    """Parameters to train, with gradients of a moving quadratic.
 
     Args:
         groups: The parameter groups.
-        lr: Learning rate of groups without their own.
-        weight_decay: Weight decay of groups without their own.
-        drops: What every learning rate is multiplied by before each step; as many as there are steps.
+        lr: Learning rate of groups that set none.
+        weight_decay: Weight decay of groups that set none.
+        drops: Factor on every learning rate before each step; one for each step.
         dtype: Of the parameters.
         seed: Of their values.
     """
@@ -49,7 +49,7 @@ class Problem:
     seed: int
 
     def start(self) -> Groups:
-        """New groups with new parameters, the same every time."""
+        """Return new groups with new parameters, with the same values every time."""
         generator = torch.Generator().manual_seed(self.seed)
 
         def parameter(shape: tuple[int, ...]) -> nn.Parameter:
@@ -63,11 +63,11 @@ class Problem:
         ]
 
     def made(self, make: Make, groups: Groups) -> torch.optim.Optimizer:
-        """The optimizer over such groups."""
+        """Return the optimizer over these groups."""
         return make(groups, lr=self.lr, weight_decay=self.weight_decay)
 
     def without_decay(self) -> Problem:
-        """The same without any weight decay."""
+        """Return the same problem without any weight decay."""
         groups = (
             attrs.evolve(
                 group, options={k: v for k, v in group.options.items() if k != "weight_decay"}
@@ -79,7 +79,7 @@ class Problem:
 
 @st.composite
 def problems(draw: st.DrawFn, dtypes: Sequence[torch.dtype] = DTYPES) -> Problem:
-    """Up to three groups of small parameters, scalars among them, over a few steps with changing learning rates."""
+    """Draw up to three groups of small parameters, and a few steps with changing learning rates."""
     rates, decays = st.sampled_from([0.001, 0.02, 0.1]), st.sampled_from([0.0, 0.01, 0.2])
     shapes = st.lists(st.sampled_from([(), (1,), (3,), (2, 3)]), min_size=1, max_size=2).map(tuple)
     options = st.fixed_dictionaries({}, optional={"lr": rates, "weight_decay": decays})
@@ -94,7 +94,10 @@ def problems(draw: st.DrawFn, dtypes: Sequence[torch.dtype] = DTYPES) -> Problem
 
 
 def gradient(parameter: Tensor, step: int) -> Tensor:
-    """Of a quadratic whose curvature grows along the entries and whose minimum moves with the step."""
+    """Return the gradient of a quadratic whose minimum moves with the step.
+
+    Its curvature grows along the entries.
+    """
     curvature = torch.linspace(0.5, 3.0, max(1, parameter.numel()), dtype=torch.float64).reshape(
         parameter.shape
     )
@@ -106,7 +109,10 @@ def gradient(parameter: Tensor, step: int) -> Tensor:
 def walk(
     optimizer: torch.optim.Optimizer, drops: Sequence[float], first: int = 0
 ) -> list[list[Tensor]]:
-    """Take a step for each of `drops`, by which the learning rates are multiplied before it; the parameters after each step."""
+    """Take one step for each of `drops`, and return the parameters after each step.
+
+    Before each step, the learning rates are multiplied by the step's drop.
+    """
     history = []
     for step, drop in enumerate(drops, first):
         for group in optimizer.param_groups:
@@ -119,5 +125,5 @@ def walk(
 
 
 def values(groups: Sequence[Mapping[str, Any]]) -> list[Tensor]:
-    """Copies of the parameters."""
+    """Return copies of the parameters."""
     return [parameter.detach().clone() for group in groups for parameter in group["params"]]

@@ -7,11 +7,13 @@ import torch
 from torch import Tensor
 
 from kfactk import (
+    Basis,
+    CurvatureOperator,
     Decomposition,
+    DecompositionError,
     FactorContext,
-    Operator,
-    OptionError,
     Samples,
+    SpectralOperator,
     Statistic,
     Tensors,
     hookimpl,
@@ -19,94 +21,64 @@ from kfactk import (
     project,
     project_channels,
 )
+from kfactk.options import choice, number, whole
 from kfactk.samples import product
 from kfactk_stages.basis._channels import pool_channels, products, spread
-from kfactk_stages.basis._diagonal import diagonal, worth_rounding
+from kfactk_stages.basis._operators import operator_in, worth_rounding
 
-
-def _decay(instance: object, attribute: attrs.Attribute[float | None], value: float | None) -> None:
-    if value is not None and not 0 <= value <= 1:
-        raise OptionError(
-            f"basis 'ekfac' has scale_decay={value!r}, which is not in [0, 1]. 0 keeps the last mini-batch's scale, 1 the plain mean "
-            "since the last change of basis; choose between."
-        )
-
-
-def _scale(instance: object, attribute: attrs.Attribute[str], value: str) -> None:
-    if value not in ("exact", "running"):
-        raise OptionError(
-            f"basis 'ekfac' has scale={value!r}; it is 'exact' (per-example second moment, equation 10) or 'running' (running average of "
-            "the mini-batch gradient's square, EKFAC-ra)."
-        )
-
-
-def _products(instance: object, attribute: attrs.Attribute[str], value: str) -> None:
-    if value not in PRECISIONS:
-        raise OptionError(
-            f"basis 'ekfac' has products={value!r}; it is 'full' (the precision of the factors) or 'bfloat16' (large products with "
-            "eigenvectors round their operands to bfloat16)."
-        )
-
-
-def _iterated(instance: object, attribute: attrs.Attribute[int | None], value: int | None) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-        raise OptionError(
-            f"basis 'ekfac' has iterate_from={value!r}; it is the size of a matrix from which on one orthogonal iteration takes the place "
-            "of a new eigendecomposition: a positive whole number, or None for never."
-        )
-
-
-def _inputs(instance: object, attribute: attrs.Attribute[str], value: str) -> None:
-    if value not in INPUTS:
-        raise OptionError(
-            f"basis 'ekfac' has inputs={value!r}; it is 'full' (the eigenbasis of A), 'channels' (that of the channels, each tap of a "
-            "kernel being a direction of its own) or 'channels+taps' (those of both)."
-        )
-
-
-INPUTS = {"full": {"A"}, "channels": {"C"}, "channels+taps": {"C", "K"}}
-"""The matrices that each setting of `inputs` decomposes."""
+INPUTS = {"full": {"A"}, "channels": {"C"}, "channels+taps": {"C", "K"}, "diagonal": {"a"}}
+"""The matrices of the input side that each setting of `inputs` requires."""
 PRECISIONS: dict[str, torch.dtype | None] = {"full": None, "bfloat16": torch.bfloat16}
 """What each setting of `products` rounds operands to."""
 
 
 @attrs.frozen
-class Ekfac:
+class Ekfac(Basis):
     """Exact diagonal of the Fisher in the Kronecker-factored eigenbasis.
 
-        A = U_A S_A U_A^T,   G = U_G S_G U_G^T,   s* = E[(U_G^T D U_A)^2],   P V = U_G [(U_G^T V U_A) / (s* + tau)] U_A^T
+        A = U_A S_A U_A^T,   G = U_G S_G U_G^T,   s* = E[(U_G^T D U_A)^2]
+        P V = U_G [(U_G^T V U_A) / (s* + tau)] U_A^T
 
-    Directions in the numerical null space of A or G, among which the eigensolver chooses at will, share their mean scale, so that P does
-    not depend on that choice. Before any scale has been measured, the product of the eigenvalues stands in for it (K-FAC's own).
+    The eigensolver chooses at will within the numerical null space of A or G. Those directions
+    share their mean scale, so that P does not depend on the choice. Before any scale is measured,
+    the products of the eigenvalues stand in for it, as in K-FAC.
 
-    The eigenbasis of a convolution's A can be replaced by a product of one of its channels and one of its taps, the positions within the
-    kernel, the bias being a direction of its own:
+    The option `inputs` may replace the eigenbasis of A:
 
-        channels:       C = U_C S_C U_C^T,                          U_A = blockdiag(U_C kron I_taps, 1)
-        channels+taps:  C = U_C S_C U_C^T,   K = U_K S_K U_K^T,     U_A = blockdiag(U_C kron U_K, 1)
+        channels:       C = U_C S_C U_C^T,                       U_A = blockdiag(U_C kron I_taps, 1)
+        channels+taps:  C = U_C S_C U_C^T,  K = U_K S_K U_K^T,   U_A = blockdiag(U_C kron U_K, 1)
+        diagonal:       a = diag A,                              U_A = I
 
-    So c x c matrices are decomposed and multiplied by, in place of those of c times taps, and s* is still the exact diagonal of the
-    Fisher in this basis, an entry for each channel direction *and* tap. Null directions of channels are pooled tap by tap, those of taps
-    channel by channel. Before any scale has been measured, the products of eigenvalues stand in for it, and for the bias their mean.
-    Where C has the size of A, as for a linear layer, there is no difference.
+    For convolutions, matrices of the size of the channels (and of the taps) are decomposed then, in
+    place of one of channels times taps. The bias is a direction of its own. s* is still the exact
+    diagonal of the Fisher in this basis, one entry for each channel direction *and* tap. Null
+    directions of channels are pooled tap by tap, those of taps channel by channel. Before any scale
+    is measured, the entry of the bias is the mean of all others. Where C has the size of A, as for
+    a linear layer, there is no difference.
+
+    "diagonal" is for inputs whose A is diagonal or too large to decompose, such as one-hot vectors.
+    The coordinates are fixed, so nothing is pooled on that side.
 
     Args:
-        scale: "exact": s* from per-example gradients of the Fisher pass (equation 10). "running": EKFAC-ra, the squared mini-batch mean
-            gradient in the basis, times the number of likelihood terms so that damping keeps its meaning.
-        scale_decay: Decay of the running mean of the scale between refreshes of the basis, in [0, 1]; `None` means 0 (the last
-            mini-batch's alone, as in the study) for "exact", and 0.95 for "running". On a refresh the running mean is carried into
-            the new basis.
-        inputs: "full": the eigenbasis of A, `[d_in, d_in]`. "channels": that of C, `[c, c]`, for each tap. "channels+taps": that and the
-            one of K, `[taps, taps]`. The curvature has to provide C and K: `conv_kfac` does, and with `spatial="sua"` or "stationary" A
-            is never formed.
-
-        products: "full": products with eigenvectors are taken in the precision of the factors. "bfloat16": large ones (`worth_rounding`)
-            round their operands to bfloat16 and accumulate in float32, two to three times as fast where the hardware has such products.
-            One and the same rounded U turns there and back, so that P stays symmetric and positive definite for that U; the gradient is
-            rounded too, by at most 2^-8 of its norm, which P may multiply by at most 1 / tau. s* is measured with the same rounding.
-        iterate_from: Matrices of this size and more are decomposed by one step of orthogonal iteration from their last eigenvectors
-            (`kfactk.linalg.orthogonal_iteration`), at less than the price of a new decomposition; `None` for never. s* is exact in
-            whatever orthonormal basis comes out.
+        scale: "exact": s* from per-example gradients of the Fisher pass (equation 10). "running":
+            EKFAC-ra, the square of the mini-batch mean gradient in the basis, times the number of
+            likelihood terms, so that damping keeps its meaning.
+        scale_decay: Decay of the running mean of the scale between refreshes, in [0, 1]. `None`
+            means 0 (the last mini-batch's alone, as in the thesis) for "exact" and 0.95 for
+            "running". A refresh carries the running mean into the new basis.
+        inputs: "full": the eigenbasis of A, `[d_in, d_in]`. "channels": that of C, `[c, c]`, for
+            each tap. "channels+taps": that and the one of K, `[taps, taps]`. "diagonal": the
+            coordinates; the curvature provides a, `[d_in]`. `conv_kfac` provides C and K; with its
+            `spatial="sua"` or "stationary" A is never formed.
+        products: "full": products with eigenvectors are in the precision of the factors.
+            "bfloat16": large ones (`worth_rounding`) round their operands to bfloat16 and
+            accumulate in float32, two to three times as fast where hardware supports it. The same
+            rounded U rotates there and back, so P stays symmetric and positive definite. The
+            gradient is rounded by at most 2^-8 of its norm, which P multiplies by at most 1 / tau.
+            s* is measured with the same rounding.
+        iterate_from: From this size on, one step of orthogonal iteration from the last eigenvectors
+            replaces a new decomposition, at less cost (`kfactk.linalg.orthogonal_iteration`);
+            `None` for never. s* is exact in whatever orthonormal basis results.
 
     Raises:
         OptionError: An option has a value that cannot work.
@@ -116,40 +88,41 @@ class Ekfac:
         >>> basis = Ekfac()
         >>> matrices = {"A": torch.diag(torch.tensor([1.0, 4.0])), "G": torch.eye(1)}
         >>> context = FactorContext(damping=0.0, mean_diagonal={})
-        >>> decomposition = {name: basis.decompose(name, matrix, context) for name, matrix in matrices.items()}
-        >>> basis.precondition(torch.ones(1, 2), decomposition, {"scale": torch.tensor([[1.0, 3.0]])}, 1.0)
-        tensor([[0.5000, 0.2500]])
+        >>> parts = {name: basis.decompose(name, m, context) for name, m in matrices.items()}
+        >>> operator = basis.operator(parts, {"scale": torch.tensor([[1.0, 3.0]])}, 1.0, matrices)
+        >>> operator.solve(torch.ones(1, 2)), operator.multiply(torch.ones(1, 2))
+        (tensor([[0.5000, 0.2500]]), tensor([[1., 3.]]))
 
     References:
         George et al. 2018, arXiv:1806.03884, algorithm 1 and section 4.2.
-        Grosse & Martens 2016, arXiv:1602.01407, for uncorrelated activations, of which "channels" takes the basis and not the values.
+        Grosse & Martens 2016, arXiv:1602.01407, for uncorrelated activations: "channels" takes
+        their basis, not their values.
     """
 
-    scale: str = attrs.field(default="exact", validator=_scale)
-    scale_decay: float | None = attrs.field(default=None, validator=_decay)
-    inputs: str = attrs.field(default="full", validator=_inputs)
-    products: str = attrs.field(default="full", validator=_products)
-    iterate_from: int | None = attrs.field(default=None, validator=_iterated)
+    scale: str = attrs.field(default="exact", validator=choice("exact", "running"))
+    scale_decay: float | None = attrs.field(default=None, validator=number(0, 1, optional=True))
+    inputs: str = attrs.field(default="full", validator=choice(*INPUTS))
+    products: str = attrs.field(default="full", validator=choice(*PRECISIONS))
+    iterate_from: int | None = attrs.field(default=None, validator=whole(optional=True))
 
     @property
     def requires(self) -> frozenset[str]:
-        """G, and A, or C, or C and K."""
+        """G, and of the input side what `inputs` says."""
         return frozenset({*INPUTS[self.inputs], "G"})
 
     @property
     def laws(self) -> frozenset[str]:
-        """The exact scale is also at least as close to the Fisher matrix as K-FAC; the running one need not be.
+        """The laws it claims, which depend on `scale` and `inputs`.
 
-        A product of channels and taps turns with no coordinates that mix the two, and is exact for no example that does.
+        The exact scale is at least as close to the Fisher matrix as K-FAC; the running one need not
+        be. Only the full eigenbasis turns with the coordinates and contains every single example.
         """
-        every = {"null-space-independent"} | (
-            {"closer-than-kfac"} if self.scale == "exact" else set()
-        )
-        return frozenset(
-            every | {"rotation-equivariant", "exact-when-kronecker"}
-            if self.inputs == "full"
-            else every
-        )
+        found = {"null-space-independent"}
+        if self.scale == "exact":
+            found.add("closer-than-kfac")
+        if self.inputs == "full":
+            found |= {"rotation-equivariant", "exact-when-kronecker"}
+        return frozenset(found)
 
     @property
     def moments_from(self) -> str | None:
@@ -164,42 +137,64 @@ class Ekfac:
         return 0.0 if self.scale == "exact" else 0.95
 
     def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> dict[str, Tensor]:
-        """`{"eigenvalues": [..., n], "eigenvectors": [..., n, n]}`, eigenvectors in columns."""
-        values, vectors = linalg.eigh(matrix)
+        """Return `{"eigenvalues": [..., n], "eigenvectors": [..., n, n]}`, vectors in columns.
+
+        Of a, which is a diagonal, there are eigenvalues only.
+
+        Raises:
+            DecompositionError: The matrix holds NaN or inf, or the eigensolver failed.
+        """
+        if name == "a":
+            if not bool(torch.isfinite(matrix).all()):
+                raise DecompositionError("a factor holds NaN or inf; it was not decomposed")
+            return {"eigenvalues": matrix.clamp(min=0)}
+        last = None if context.previous is None else context.previous["eigenvectors"]
+        large = self.iterate_from is not None and matrix.shape[-1] >= self.iterate_from
+        if large and last is not None and last.shape == matrix.shape:
+            values, vectors = linalg.orthogonal_iteration(matrix, last)
+        else:
+            values, vectors = linalg.eigh(matrix)
         return {"eigenvalues": values, "eigenvectors": vectors}
 
-    def redecompose(
-        self, name: str, matrix: Tensor, context: FactorContext, last: Tensors
-    ) -> dict[str, Tensor]:
-        """`decompose`, or from the size `iterate_from` on one orthogonal iteration from the last eigenvectors."""
-        if (
-            self.iterate_from is None
-            or matrix.shape[-1] < self.iterate_from
-            or matrix.shape != last["eigenvectors"].shape
-        ):
-            return self.decompose(name, matrix, context)
-        values, vectors = linalg.orthogonal_iteration(matrix, last["eigenvectors"])
-        return {"eigenvalues": values, "eigenvectors": vectors}
+    def operator(
+        self, decomposition: Decomposition, moments: Tensors, damping: float, matrices: Tensors
+    ) -> CurvatureOperator:
+        """Return equation 11 as an operator, which holds `1 / (s* + tau)`."""
+        if "scale" in moments:
+            return self.operator_of(decomposition, moments["scale"], damping)
+        if "C" in decomposition:
+            return UnmeasuredOperator(self, decomposition, damping)
+        return self.operator_of(decomposition, eigenvalue_products(decomposition), damping)
+
+    def operator_of(
+        self, decomposition: Decomposition, scale: Tensor, damping: float
+    ) -> SpectralOperator:
+        """Return the operator of a scale `[..., d_out, d_in]`."""
+        precision = PRECISIONS[self.products]
+        left, right, taps = _vectors(decomposition)
+        return operator_in(left, right, taps, spectrum=scale, damping=damping, precision=precision)
 
     def moments(self, decomposition: Decomposition, samples: Samples) -> dict[str, Statistic]:
-        """`{"scale": sum_n (U_G^T D_n U_A)^2}`, `[..., d_out, d_in]`, null directions pooled."""
+        """Return `{"scale": sum_n (U_G^T D_n U_A)^2}`, null directions pooled."""
         left, right, taps = _vectors(decomposition)
-        whole = right.shape[-1] == samples.d_in
-        if whole:
-            precision = self._rounded(
-                samples.examples * min(samples.positions, samples.d_out), right
-            )
+        if right is not None and right.shape[-1] < samples.d_in:
+            square = samples.projected_square_of_channels(left, right, taps)
+        else:
+            widest = left if right is None else right
+            rows = samples.positions, samples.d_in if right is None else samples.d_out
+            precision = self._rounded(samples.examples * min(rows), widest)
             options = {} if precision is None else {"precision": precision}
             square = samples.projected_square(left, right, **options)
-        else:
-            square = samples.projected_square_of_channels(left, right, taps)
         total = None if square.total is None else _pooled(square.total, decomposition)
         return {"scale": Statistic(total, square.count)}
 
     def gradient_moments(
         self, decomposition: Decomposition, gradient: Tensor, num_terms: Tensor | float
     ) -> dict[str, Statistic]:
-        """`{"scale": M (U_G^T D U_A)^2}` of the mini-batch mean gradient D over M terms; nothing for the exact scale."""
+        """Return `{"scale": M (U_G^T D U_A)^2}` of the mini-batch mean gradient D.
+
+        The exact scale takes nothing from there.
+        """
         if self.scale == "exact":
             return {}
         rotated = _projected(gradient, *_vectors(decomposition))
@@ -208,7 +203,10 @@ class Ekfac:
     def transport(
         self, moments: Tensors, old: Decomposition, new: Decomposition
     ) -> dict[str, Tensor]:
-        """The diagonal, in the new basis, of the operator that is `diag(scale)` in the old one; null directions pooled."""
+        """Return the diagonal, in the new basis, of the operator that is `diag(scale)` in the old.
+
+        Null directions of the new basis are pooled.
+        """
         if "scale" not in moments:
             return {}
         left, right, taps = (
@@ -219,71 +217,54 @@ class Ekfac:
         )
         return {"scale": _pooled(_projected(moments["scale"], left, right, taps), new)}
 
-    def precondition(
-        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
-    ) -> Tensor:
-        """Equation 11; `gradient` is `[..., d_out, d_in]`."""
-        return self.operator(decomposition, moments, damping)(gradient)
-
-    def operator(self, decomposition: Decomposition, moments: Tensors, damping: float) -> Operator:
-        """Equation 11 but for the gradient; holds `1 / (s* + tau)`."""
-        if "scale" not in moments:  # its shape is the gradient's
-            return lambda gradient: self._diagonal(
-                decomposition, _scale_of(decomposition, moments, gradient.shape[-1]), damping
-            )(gradient)
-        return self._diagonal(decomposition, moments["scale"], damping)
-
-    def _diagonal(self, decomposition: Decomposition, scale: Tensor, damping: float) -> Operator:
-        floor = linalg.damping_floor(scale.mean((-2, -1), keepdim=True))
-        weights = (scale + floor.clamp(min=damping)).reciprocal_()
-        return diagonal(*_vectors(decomposition), weights, PRECISIONS[self.products])
-
     def _rounded(self, rows: int, right: Tensor) -> torch.dtype | None:
-        """The precision that a product of so many rows with `right` rounds its operands to."""
+        """Return the precision that a product of so many rows with `right` rounds to."""
         precision = PRECISIONS[self.products]
         return precision if precision is not None and worth_rounding(rows, right) else None
 
-    def product(
-        self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors
-    ) -> Tensor:
-        """`U_G [(U_G^T V U_A) * s*] U_A^T`, undamped."""
-        return diagonal(
-            *_vectors(decomposition), _scale_of(decomposition, moments, vector.shape[-1]), None
-        )(vector)
 
-    def condition(self, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
-        """Condition number of the damped curvature, `(max s* + tau) / (min s* + tau)`; the largest among groups."""
-        scale = _scale_of(decomposition, moments)
-        tau = linalg.damping_floor(scale.mean((-2, -1))).clamp(min=damping)
-        return ((scale.amax((-2, -1)) + tau) / (scale.amin((-2, -1)) + tau)).max()
+@attrs.define(eq=False)
+class UnmeasuredOperator(CurvatureOperator):
+    """F in a basis of channels before any scale is measured: products of eigenvalues are s.
 
+    How many columns a layer has is known from its gradient only, so nothing is kept between calls.
 
-def _inputs_of(decomposition: Decomposition, part: str) -> tuple[Tensor, Tensor | None]:
-    """The eigenvalues, or eigenvectors, of A or C, and those of K where there are taps to rotate."""
-    if "A" in decomposition:
-        return decomposition["A"][part], None
-    taps = decomposition["K"][part] if "K" in decomposition else None
-    return decomposition["C"][part], None if taps is None or taps.shape[-1] == 1 else taps
+    Args:
+        basis: The stage.
+        decomposition: What it made of each matrix.
+        damping: tau.
+    """
 
+    basis: Ekfac
+    decomposition: Decomposition
+    damping: float
 
-def _vectors(decomposition: Decomposition) -> tuple[Tensor, Tensor, Tensor | None]:
-    """U_G, U_A or U_C, and U_K."""
-    return decomposition["G"]["eigenvectors"], *_inputs_of(decomposition, "eigenvectors")
+    def solve(self, v: Tensor) -> Tensor:
+        """Return `(F + damping I)^-1 v`."""
+        return self._of_columns(v.shape[-1]).solve(v)
 
+    def multiply(self, v: Tensor) -> Tensor:
+        """Return `F v`."""
+        return self._of_columns(v.shape[-1]).multiply(v)
 
-def _projected(
-    matrix: Tensor, left: Tensor | None, right: Tensor | None, taps: Tensor | None
-) -> Tensor:
-    """`left^T M right`, or, where `right` is of channels, `left^T M blockdiag(right kron taps, 1)`."""
-    whole = right is None or right.shape[-1] == matrix.shape[-1]
-    return project(matrix, left, right) if whole else project_channels(matrix, left, right, taps)
+    def condition(self) -> Tensor:
+        """Return the condition number; the bias, a mean of others, does not change it."""
+        return SpectralOperator(eigenvalue_products(self.decomposition), self.damping).condition()
+
+    def _of_columns(self, d_in: int) -> SpectralOperator:
+        scale = eigenvalue_products(self.decomposition, d_in)
+        return self.basis.operator_of(self.decomposition, scale, self.damping)
 
 
-def _scale_of(decomposition: Decomposition, moments: Tensors, d_in: int | None = None) -> Tensor:
-    """`[..., d_out, d_in]`; where it was not measured and `d_in` is not told, an entry an eigenvalue, of the same extremes and mean."""
-    if "scale" in moments:
-        return moments["scale"]
-    values, taps = _inputs_of(decomposition, "eigenvalues")
+def eigenvalue_products(decomposition: Decomposition, d_in: int | None = None) -> Tensor:
+    """Return the products of eigenvalues of both sides, `[..., d_out, d_in]`.
+
+    Args:
+        decomposition: What `decompose` made of each matrix.
+        d_in: Number of columns. Without it there is a column for each eigenvalue of the input side:
+            the extremes and the mean are the same.
+    """
+    values, taps = _eigenvalues(decomposition)
     if d_in not in (None, values.shape[-1]):
         values = spread(values, taps, d_in)
     elif taps is not None:
@@ -291,14 +272,46 @@ def _scale_of(decomposition: Decomposition, moments: Tensors, d_in: int | None =
     return decomposition["G"]["eigenvalues"].unsqueeze(-1) * values.unsqueeze(-2)
 
 
+def _eigenvalues(decomposition: Decomposition) -> tuple[Tensor, Tensor | None]:
+    """Return the eigenvalues of A, a or C, and those of K where taps are rotated."""
+    if "C" not in decomposition:
+        return decomposition["A" if "A" in decomposition else "a"]["eigenvalues"], None
+    return decomposition["C"]["eigenvalues"], _of_taps(decomposition, "eigenvalues")
+
+
+def _vectors(decomposition: Decomposition) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Return U_G, U_A or U_C or `None` for the coordinates, and U_K where taps are rotated."""
+    left = decomposition["G"]["eigenvectors"]
+    if "C" not in decomposition:
+        return left, decomposition["A"]["eigenvectors"] if "A" in decomposition else None, None
+    right = decomposition["C"]["eigenvectors"]
+    return left, right, _of_taps(decomposition, "eigenvectors")
+
+
+def _of_taps(decomposition: Decomposition, part: str) -> Tensor | None:
+    """Return a part of the decomposition of K; `None` where there is one tap or no K."""
+    taps = decomposition["K"][part] if "K" in decomposition else None
+    return None if taps is None or taps.shape[-1] == 1 else taps
+
+
+def _projected(
+    matrix: Tensor, left: Tensor | None, right: Tensor | None, taps: Tensor | None
+) -> Tensor:
+    """Return `left^T M right`; for `right` of channels `left^T M blockdiag(right kron taps, 1)`."""
+    whole = right is None or right.shape[-1] == matrix.shape[-1]
+    return project(matrix, left, right) if whole else project_channels(matrix, left, right, taps)
+
+
 def _pooled(scale: Tensor, decomposition: Decomposition) -> Tensor:
-    values, taps = _inputs_of(decomposition, "eigenvalues")
-    null, null_taps = linalg.null_mask(values), None if taps is None else linalg.null_mask(taps)
-    scale = (
-        linalg.pool_null(scale, null, -1)
-        if null.shape[-1] == scale.shape[-1]
-        else pool_channels(scale, null, null_taps)
-    )
+    """Give directions among which the eigensolver chose at will their mean scale."""
+    if "a" not in decomposition:
+        values, taps = _eigenvalues(decomposition)
+        null = linalg.null_mask(values)
+        null_taps = None if taps is None else linalg.null_mask(taps)
+        if null.shape[-1] == scale.shape[-1]:
+            scale = linalg.pool_null(scale, null, -1)
+        else:
+            scale = pool_channels(scale, null, null_taps)
     return linalg.pool_null(scale, linalg.null_mask(decomposition["G"]["eigenvalues"]), -2)
 
 

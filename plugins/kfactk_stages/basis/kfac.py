@@ -2,49 +2,54 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import attrs
 import torch
 from torch import Tensor
 
-from kfactk import Decomposition, FactorContext, Samples, Statistic, Tensors, hookimpl, linalg
+from kfactk import (
+    Basis,
+    CurvatureOperator,
+    Decomposition,
+    FactorContext,
+    Tensors,
+    hookimpl,
+    linalg,
+)
 
 
 @attrs.frozen
-class KfacInverse:
+class KfacInverse(Basis):
     """Inverse of the Kronecker product with factored Tikhonov damping.
 
-        P V = (G + sqrt(tau) / pi I)^-1  V  (A + pi sqrt(tau) I)^-1,    pi = sqrt((tr A / dim A) / (tr G / dim G))
+        P V = (G + sqrt(tau) / pi I)^-1  V  (A + pi sqrt(tau) I)^-1
+        pi = sqrt((tr A / dim A) / (tr G / dim G))
 
-    The product does not change when A and G share a constant; `pi` is 1 where a trace is zero. The Cholesky factors are taken with the
-    damping of the step of their refresh: a changed damping is seen at the next refresh only.
+    A constant that moves from A to G does not change the product. `pi` is 1 where a trace is zero.
+    The Cholesky factors contain the damping of their refresh: a changed damping acts at the next
+    refresh only.
 
     Example:
         >>> import torch
         >>> basis, tau = KfacInverse(), 0.04
         >>> matrices = {"A": torch.eye(3), "G": torch.eye(2)}
-        >>> context = FactorContext(damping=tau, mean_diagonal={k: linalg.mean_diagonal(m) for k, m in matrices.items()})
-        >>> decomposition = {name: basis.decompose(name, matrix, context) for name, matrix in matrices.items()}
-        >>> basis.precondition(torch.ones(2, 3), decomposition, {}, tau)[0, 0]  # 1 / 1.2**2
+        >>> context = FactorContext(tau, {k: linalg.mean_diagonal(m) for k, m in matrices.items()})
+        >>> parts = {name: basis.decompose(name, m, context) for name, m in matrices.items()}
+        >>> operator = basis.operator(parts, {}, tau, matrices)
+        >>> operator.solve(torch.ones(2, 3))[0, 0]  # 1 / 1.2**2
         tensor(0.6944)
 
     References:
         Martens & Grosse 2015, arXiv:1503.05671, sections 4.2 and 6.3.
     """
 
-    requires: ClassVar[frozenset[str]] = frozenset({"A", "G"})
-    laws: ClassVar[frozenset[str]] = frozenset(
-        {"rotation-equivariant", "null-space-independent", "exact-when-kronecker"}
-    )
-
-    moments_from: ClassVar[str | None] = None
-    moment_decay: ClassVar[float] = 0.0
+    requires = frozenset({"A", "G"})
+    laws = frozenset({"rotation-equivariant", "null-space-independent", "exact-when-kronecker"})
 
     def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> dict[str, Tensor]:
-        """Cholesky factor of the damped matrix, `{"cholesky": [..., n, n]}`, lower triangular: of A / pi, and of pi G.
+        """Return `{"cholesky": [..., n, n]}`, lower triangular, of the damped A / pi or pi G.
 
-        So both are as large as the root of F, and what lies between one division and the next stays between V and P V.
+        Both factors are then as large as the root of F. So what lies between the two triangular
+        solves lies between V and P V in size.
         """
         mean_a, mean_g = context.mean_diagonal["A"], context.mean_diagonal["G"]
         pi = linalg.tikhonov_pi(mean_a, mean_g)
@@ -54,41 +59,40 @@ class KfacInverse:
         balance = pi.rsqrt() if name == "A" else pi.sqrt()
         return {"cholesky": linalg.cholesky(matrix, shift).mul_(balance[..., None, None])}
 
-    def moments(self, decomposition: Decomposition, samples: Samples) -> dict[str, Statistic]:
-        """None."""
-        return {}
+    def operator(
+        self, decomposition: Decomposition, moments: Tensors, damping: float, matrices: Tensors
+    ) -> KfacOperator:
+        """Return `A kron G`, which solves with the damping of the refresh."""
+        return KfacOperator(decomposition, matrices)
 
-    def gradient_moments(
-        self, decomposition: Decomposition, gradient: Tensor, num_terms: Tensor | float
-    ) -> dict[str, Statistic]:
-        """None."""
-        return {}
 
-    def transport(
-        self, moments: Tensors, old: Decomposition, new: Decomposition
-    ) -> dict[str, Tensor]:
-        """Nothing to carry."""
-        return {}
+@attrs.define(eq=False)
+class KfacOperator(CurvatureOperator):
+    """`F vec(V) = vec(G V A)`.
 
-    def precondition(
-        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
-    ) -> Tensor:
-        """`G^-1 V A^-1` with the damped factors; `gradient` is `[..., d_out, d_in]`."""
-        lower_a = decomposition["A"]["cholesky"].to(gradient.dtype)
-        lower_g = decomposition["G"]["cholesky"].to(gradient.dtype)
-        half = torch.cholesky_solve(gradient, lower_g)
+    Args:
+        decomposition: Cholesky factors of the damped matrices; `solve` and `condition` read them.
+        matrices: A and G; `multiply` reads them.
+    """
+
+    decomposition: Decomposition
+    matrices: Tensors
+
+    def solve(self, v: Tensor) -> Tensor:
+        """Return `G^-1 v A^-1` with the damped factors."""
+        lower_a = self.decomposition["A"]["cholesky"].to(v.dtype)
+        lower_g = self.decomposition["G"]["cholesky"].to(v.dtype)
+        half = torch.cholesky_solve(v, lower_g)
         return torch.cholesky_solve(half.transpose(-1, -2), lower_a).transpose(-1, -2)
 
-    def product(
-        self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors
-    ) -> Tensor:
-        """`F vec(V) = vec(G V A)`, undamped."""
-        return matrices["G"].to(vector.dtype) @ vector @ matrices["A"].to(vector.dtype)
+    def multiply(self, v: Tensor) -> Tensor:
+        """Return `G v A`."""
+        return self.matrices["G"].to(v.dtype) @ v @ self.matrices["A"].to(v.dtype)
 
-    def condition(self, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
-        """Lower bound of the damped curvature's condition number, from the diagonals of the Cholesky factors."""
+    def condition(self) -> Tensor:
+        """Return a lower bound, from the diagonals of the Cholesky factors."""
         ratio = torch.ones(())
-        for parts in decomposition.values():
+        for parts in self.decomposition.values():
             diagonal = parts["cholesky"].diagonal(dim1=-2, dim2=-1)
             ratio = ratio.to(diagonal) * (diagonal.amax(-1) / diagonal.amin(-1)).square().max()
         return ratio

@@ -1,1 +1,1 @@
-"""First-party stages of the family clip."""
+"""Clip stages of kfactk."""

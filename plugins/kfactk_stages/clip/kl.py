@@ -1,4 +1,4 @@
-"""KL clipping: the step's predicted change of the model's predictive distribution is bounded."""
+"""KL clipping: bound the predicted change of the model's predictive distribution."""
 
 from __future__ import annotations
 
@@ -10,22 +10,25 @@ import torch
 from torch import Tensor
 
 from kfactk import Dot, GradientPair, hookimpl
-from kfactk_stages.clip._limit import one, positive, scaled, widened
+from kfactk_stages.clip._scaling import check_limit, scale, unit_factor, widen
 
 
 @attrs.frozen
 class KlClip:
-    """Scale all preconditioned gradients so that the step's predicted squared Fisher length stays small.
+    """Bound the predicted squared Fisher length of the step, by scaling all gradients alike.
 
         s = sum_l mu_l^2 <g_l, p_l>,    nu = min(1, sqrt(C / s)),    p_l <- nu * p_l
 
-    With `p = (F + tau I)^-1 g` and the plain step `-mu p`, `s` bounds the step's squared length under the Fisher matrix, twice the KL
-    divergence between the predictions before and after, to second order; after clipping `nu^2 s <= C`. Every preconditioned parameter
-    takes part with its own group's learning rate mu_l. With momentum the bound is on each step's own contribution; with Adam and its
-    kin, which divide by the gradient's size, a constant factor cancels, and nothing is bounded.
+    With `p = (F + tau I)^-1 g` and the plain step `-mu p`, `s` bounds the squared length of the
+    step under the Fisher matrix. To second order, that length is twice the KL divergence between
+    the predictions before and after the step. After clipping, `nu^2 s <= C`. Every preconditioned
+    parameter takes part, with the learning rate mu_l of its own group. With momentum, the bound
+    applies to each step's own contribution. It bounds nothing for Adam and similar rules, which
+    divide by the size of the gradient: a constant factor cancels there.
 
-    Not idempotent: clipping twice scales twice. Half-precision gradients are measured in float32. A zero gradient, or mu = 0, gives
-    nu = 1. Too large an `s` for the precision it is measured in gives zero; a NaN leaves everything as it is.
+    Clipping is not idempotent: clipping twice scales twice. Half-precision gradients are measured
+    in float32. A zero gradient, or mu = 0, gives nu = 1. An `s` that overflows gives zero
+    gradients; a NaN changes nothing.
 
     Args:
         limit: C, in nats.
@@ -37,36 +40,37 @@ class KlClip:
         >>> from kfactk import GradientPair
         >>> def dot(xs, ys):
         ...     return torch.stack([(x * y).sum() for x, y in zip(xs, ys)])
-        >>> clipped, factor = KlClip(limit=0.01).clip([GradientPair(torch.tensor([2.0]), torch.tensor([2.0]), lr=0.1)], dot)
+        >>> pair = GradientPair(torch.tensor([2.0]), torch.tensor([2.0]), lr=0.1)
+        >>> clipped, factor = KlClip(limit=0.01).clip([pair], dot)
         >>> round(float(clipped[0]), 4), round(float(factor), 4)
         (1.0, 0.5)
 
     References:
-        Ba, Grosse & Martens 2017, Distributed second-order optimization using Kronecker-factored approximations (ICLR);
+        Ba, Grosse & Martens 2017, "Distributed second-order optimization using Kronecker-factored
+        approximations", ICLR.
         Wu et al. 2017, arXiv:1708.05144, on the choice of the step size.
     """
 
-    limit: float = attrs.field(default=0.01, validator=positive)
+    limit: float = attrs.field(default=0.01, validator=check_limit)
 
     def clip(self, pairs: Sequence[GradientPair], dot: Dot) -> tuple[list[Tensor], Tensor]:
-        """The scaled preconditioned gradients, and what they were scaled by, nu."""
+        """Return the scaled preconditioned gradients, and the factor nu."""
         tensors = [pair.preconditioned for pair in pairs]
         if not tensors:
-            return [], one(tensors)
-        products = dot(widened([pair.gradient for pair in pairs]), widened(tensors)).unbind()
+            return [], unit_factor(tensors)
+        products = dot(widen([pair.gradient for pair in pairs]), widen(tensors)).unbind()
         by_lr: dict[float, list[Tensor]] = {}
         for pair, product in zip(pairs, products, strict=True):
             by_lr.setdefault(pair.lr, []).append(product)
         total = torch.stack(
             [torch.stack(same).sum() * (lr * lr) for lr, same in by_lr.items()]
         ).sum()
-        factor = torch.where(
-            total > self.limit, math.sqrt(self.limit) / total.sqrt(), 1.0
-        )  # the quotient's root could underflow
-        return scaled(tensors, factor), factor
+        # The root of the quotient could underflow; the quotient of the roots does not.
+        factor = torch.where(total > self.limit, math.sqrt(self.limit) / total.sqrt(), 1.0)
+        return scale(tensors, factor), factor
 
 
 @hookimpl
 def kfactk_clips() -> dict[str, type[KlClip]]:
-    """The clip `kl`."""
+    """Register the clip `kl`."""
     return {"kl": KlClip}

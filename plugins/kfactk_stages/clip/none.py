@@ -8,7 +8,7 @@ import attrs
 from torch import Tensor
 
 from kfactk import Dot, GradientPair, hookimpl
-from kfactk_stages.clip._limit import one
+from kfactk_stages.clip._scaling import unit_factor
 
 
 @attrs.frozen
@@ -20,18 +20,19 @@ class NoClip:
     Example:
         >>> import torch
         >>> from kfactk import GradientPair
-        >>> clipped, factor = NoClip().clip([GradientPair(torch.ones(2), torch.tensor([3.0, 4.0]), lr=0.1)], dot=None)
+        >>> pair = GradientPair(torch.ones(2), torch.tensor([3.0, 4.0]), lr=0.1)
+        >>> clipped, factor = NoClip().clip([pair], dot=None)
         >>> clipped[0], factor
         (tensor([3., 4.]), tensor(1.))
     """
 
     def clip(self, pairs: Sequence[GradientPair], dot: Dot) -> tuple[list[Tensor], Tensor]:
-        """The preconditioned gradients themselves, and 1."""
+        """Return the preconditioned gradients themselves, and 1."""
         tensors = [pair.preconditioned for pair in pairs]
-        return tensors, one(tensors)
+        return tensors, unit_factor(tensors)
 
 
 @hookimpl
 def kfactk_clips() -> dict[str, type[NoClip]]:
-    """The clip `none`."""
+    """Register the clip `none`."""
     return {"none": NoClip}

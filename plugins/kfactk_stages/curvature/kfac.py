@@ -1,4 +1,4 @@
-"""K-FAC for linear layers: the Fisher block of a layer as a Kronecker product of an input and an output factor."""
+"""K-FAC of linear layers: the Fisher block as a Kronecker product of input and output factor."""
 
 from __future__ import annotations
 
@@ -12,58 +12,45 @@ from torch import Tensor, nn
 
 from kfactk import (
     CaptureError,
+    Curvature,
     Layer,
     LayerCall,
-    OptionError,
     Samples,
     Statistic,
     Tensors,
     hookimpl,
 )
+from kfactk.options import choice, whole
 from kfactk.samples import DEFAULT_CHUNK_BYTES, gram, total_of
 from kfactk_stages.curvature._coverage import reason_against
 from kfactk_stages.curvature._rows import JoinedSamples, LinearRows, Rows
 
 
 def _spatial(curvature: Kfac, attribute: attrs.Attribute[str], value: str) -> None:
-    if value not in curvature.spatial_settings:
-        known = ", ".join(repr(name) for name in curvature.spatial_settings)
-        raise OptionError(
-            f"spatial={value!r} is not a way {type(curvature).__name__} can treat several rows of one example; use one of {known}"
-        )
-
-
-def _batch_dim(curvature: Kfac, attribute: attrs.Attribute[int], value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        raise OptionError(
-            f"batch_dim={value!r} is not a dimension counted from the front; give 0 (batch first) or 1 (sequence first)"
-        )
-
-
-def _chunk_bytes(curvature: Kfac, attribute: attrs.Attribute[int], value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise OptionError(
-            f"chunk_bytes={value!r} is not a number of bytes; give a positive integer, such as {DEFAULT_CHUNK_BYTES}"
-        )
+    choice(*curvature.spatial_settings)(curvature, attribute, value)
 
 
 @attrs.frozen(kw_only=True)
-class Kfac:
+class Kfac(Curvature):
     """Kronecker-factored curvature of `nn.Linear`, inputs of any rank.
 
         F_l = E[(a a^T) kron (g g^T)] ~ A kron G
 
-    With N examples, M likelihood terms and T rows an example (tokens, positions, uses of a shared module):
+    With N examples, M likelihood terms and T rows an example (tokens, positions, calls of a shared
+    module):
 
-        sud:     A = (1/N) sum_n sum_t a a^T,         G = (1/(M T)) sum_n sum_t g g^T
-        reduce:  A = (1/N) sum_n abar abar^T,         G = (1/M) sum_n gsum gsum^T,      abar = mean_t a,  gsum = sum_t g
+        sud:     A = (1/N) sum_n sum_t a a^T,   G = (1/(M T)) sum_n sum_t g g^T
+        reduce:  A = (1/N) sum_n abar abar^T,   G = (1/M) sum_n gsum gsum^T
+                 abar = mean_t a,   gsum = sum_t g
 
-    Both are the same, and for one example exact, when T = 1. An input `[d]` is one example, `[N, d]` has T = 1, `[N, *, d]` has as many
-    rows as `*` has elements.
+    Both are the same, and for one example exact, when T = 1. An input `[d]` is one example,
+    `[N, d]` has T = 1, `[N, *, d]` has as many rows as `*` has elements.
 
     Args:
-        spatial: How the rows of one example are summed: "sud" (uncorrelated derivatives, also known as expand) or "reduce".
-        batch_dim: Which dimension of inputs of rank 3 and more counts the examples, from the front: 1 for sequence-first models.
+        spatial: How the rows of one example are summed: "sud" (uncorrelated derivatives, also known
+            as expand) or "reduce".
+        batch_dim: Which dimension of inputs of rank 3 and more counts the examples, from the front:
+            1 for sequence-first models.
         chunk_bytes: Bound on temporaries, in bytes. One example is always processed whole.
 
     Raises:
@@ -79,8 +66,10 @@ class Kfac:
         {'A': (4, 4), 'G': (2, 2)}
 
     References:
-        Martens & Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate Curvature", arXiv:1503.05671.
-        Eschenhagen et al. 2023, "Kronecker-Factored Approximate Curvature for Modern Neural Network Architectures", arXiv:2311.00636.
+        Martens & Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate
+        Curvature", arXiv:1503.05671.
+        Eschenhagen et al. 2023, "Kronecker-Factored Approximate Curvature for Modern Neural Network
+        Architectures", arXiv:2311.00636.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"A", "G"})
@@ -88,24 +77,30 @@ class Kfac:
     covered: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear,)
 
     spatial: str = attrs.field(default="sud", validator=_spatial)
-    batch_dim: int = attrs.field(default=0, validator=_batch_dim)
-    chunk_bytes: int = attrs.field(default=DEFAULT_CHUNK_BYTES, validator=_chunk_bytes)
+    batch_dim: int = attrs.field(
+        default=0,
+        validator=whole(0, hint=", counted from the front: 0 (batch first), 1 (sequence first)"),
+    )
+    chunk_bytes: int = attrs.field(default=DEFAULT_CHUNK_BYTES, validator=whole(hint=" (bytes)"))
 
     def unsupported(self, module: nn.Module) -> str | None:
-        """Why this module cannot be preconditioned exactly; `None` when it can."""
+        """Return why this module cannot be preconditioned exactly, or `None` when it can."""
         return reason_against(module, self.covered)
 
     def matrix(self, layer: Layer, tensors: Tensors) -> Tensor:
-        """Join weight and bias into `[d_out, d_in]`, or `[groups, d_out/g, d_in]` for a grouped layer, bias last."""
+        """Join weight and bias into `[d_out, d_in]`, bias last.
+
+        A grouped layer has `[groups, d_out / groups, d_in]`.
+        """
         groups, weight = groups_of(layer.module), tensors["weight"]
         rows = () if groups == 1 else (groups,)
         matrix = weight.reshape(*rows, weight.shape[0] // groups, -1)
-        return (
-            torch.cat([matrix, tensors["bias"].reshape(*rows, -1, 1)], -1) if layer.bias else matrix
-        )
+        if not layer.bias:
+            return matrix
+        return torch.cat([matrix, tensors["bias"].reshape(*rows, -1, 1)], -1)
 
     def tensors(self, layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
-        """Inverse of `matrix`."""
+        """Return the inverse of `matrix`."""
         like = layer.tensors()
         if not layer.bias:
             return {"weight": matrix.reshape(like["weight"].shape)}
@@ -115,7 +110,7 @@ class Kfac:
         }
 
     def blank(self, layer: Layer) -> LayerCall:
-        """One row of zeros."""
+        """Return one row of zeros."""
         weight = layer.tensors()["weight"]
         d_out, d_in = weight.shape[:2]
         zeros = partial(torch.zeros, dtype=weight.dtype, device=weight.device)
@@ -124,70 +119,63 @@ class Kfac:
     def samples(
         self, layer: Layer, calls: Sequence[LayerCall], *, num_terms: Tensor | float, first: bool
     ) -> Samples:
-        """View the uses as samples, `[N, T, d]`; several uses concatenate along T.
+        """View the calls as samples, `[N, T, d]`; several calls concatenate along T.
 
         Raises:
-            CaptureError: The uses do not have the same number of examples, or an input has no dimension `batch_dim` to spare.
+            CaptureError: The calls do not have the same number of examples, or an input has no
+                dimension `batch_dim` besides its features.
         """
         rows = [self.rows(layer, call) for call in calls]
         sizes = sorted({row.examples for row in rows})
         if len(sizes) > 1:
             raise CaptureError(
-                f"layer '{layer.name}' was used several times in one forward with different numbers of examples {sizes}, so "
-                "it cannot be told which rows belong to one example; "
-                "call it with the examples in the same dimension each time, or leave it out of `params`"
+                f"layer '{layer.name}' was called several times in one forward, with different "
+                f"numbers of examples {sizes}, so kfactk cannot tell which rows belong to one "
+                "example. Call it with the examples in the same dimension each time, or leave it "
+                "out of `params`."
             )
         return JoinedSamples(
             rows, bias=layer.bias, num_terms=num_terms, first=first, chunk_bytes=self.chunk_bytes
         )
 
     def rows(self, layer: Layer, call: LayerCall) -> Rows:
-        """One use as rows."""
+        """Return one call as rows."""
         return LinearRows(
             self._batched(layer, call.inputs), self._batched(layer, call.gradient), call.scale
         )
 
     def _batched(self, layer: Layer, tensor: Tensor) -> Tensor:
-        """`[N, *, d]`, at least one dimension between examples and features."""
+        """Return `[N, *, d]`, at least one dimension between examples and features."""
         if tensor.ndim < 3:
             return tensor.reshape(-1, 1, tensor.shape[-1])
         if self.batch_dim >= tensor.ndim - 1:
             raise CaptureError(
-                f"batch_dim={self.batch_dim} points at the features of layer '{layer.name}', whose input has shape {tuple(tensor.shape)}; "
-                "give the curvature a batch_dim that counts its examples"
+                f"batch_dim={self.batch_dim} points at the features of layer '{layer.name}', whose "
+                f"input has shape {tuple(tensor.shape)}. Give the curvature a batch_dim that "
+                "counts the examples."
             )
         return tensor.movedim(self.batch_dim, 0)
 
-    def factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
-        """Sums and counts of A and G."""
-        return {**self.input_factors(layer, samples), **self.gradient_factors(layer, samples)}
-
     def input_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
-        """Sum and count of A."""
-        return {
-            "A": reduced_input_moment(samples)
-            if self.spatial == "reduce"
-            else samples.input_moment()
-        }
+        """Return sum and count of A."""
+        if self.spatial == "reduce":
+            return {"A": reduced_input_moment(samples)}
+        return {"A": samples.input_moment()}
 
     def gradient_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
-        """Sum and count of G."""
+        """Return sum and count of G."""
         if self.spatial == "reduce":
             return {"G": reduced_grad_moment(samples)}
         return {"G": samples.grad_moment().scaled(1 / max(1, samples.positions))}
 
-    def assemble(self, layer: Layer, factors: Tensors) -> Tensors:
-        """The averaged factors are the matrices, each by itself."""
-        return {name: factors[name] for name in ("A", "G") if name in factors}
-
 
 def groups_of(module: nn.Module) -> int:
-    """Number of groups of a convolution, 1 for other layers."""
+    """Return the number of groups of a convolution, 1 for other layers."""
     return int(getattr(module, "groups", 1))
 
 
 def reduced_input_moment(samples: Samples) -> Statistic:
-    """`sum_n abar abar^T` with `abar = mean_t a`, `[..., d_in, d_in]`, counted by examples."""
+    """Return `sum_n abar abar^T` with `abar = mean_t a`, `[..., d_in, d_in]`, by examples."""
     if not samples.first:
         return Statistic(None, 0.0)
     chunks = samples.chunks(samples.positions * samples.d_in)
@@ -196,7 +184,7 @@ def reduced_input_moment(samples: Samples) -> Statistic:
 
 
 def reduced_grad_moment(samples: Samples) -> Statistic:
-    """`sum_n gsum gsum^T` with `gsum = sum_t g`, `[..., d_out, d_out]`, counted by likelihood terms."""
+    """Return `sum_n gsum gsum^T` with `gsum = sum_t g`, `[..., d_out, d_out]`, by terms."""
     sums = (
         samples.gradients(rows).sum(-2, keepdim=True)
         for rows in samples.chunks(samples.positions * samples.d_out)
@@ -205,11 +193,11 @@ def reduced_grad_moment(samples: Samples) -> Statistic:
 
 
 def summed_grams(parts: Iterable[Tensor]) -> Tensor | None:
-    """`sum r r^T` over the rows of all parts, `[..., n, T, d]` each; `None` where there are none."""
+    """Return `sum r r^T` over the rows of all parts, `[..., n, T, d]`; `None` without parts."""
     return total_of(gram(part) for part in parts)
 
 
 @hookimpl
 def kfactk_curvatures() -> dict[str, type[Kfac]]:
-    """K-FAC of linear layers."""
+    """Provide `kfac`."""
     return {"kfac": Kfac}

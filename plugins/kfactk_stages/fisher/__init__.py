@@ -1,1 +1,1 @@
-"""First-party stages of the family fisher."""
+"""Fisher stages of kfactk."""

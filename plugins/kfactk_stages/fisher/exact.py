@@ -9,33 +9,29 @@ import attrs
 import torch
 from torch import Tensor
 
-from kfactk import CaptureError, Likelihood, OptionError, hookimpl
-
-
-def _check_passes(instance: object, attribute: attrs.Attribute[int], value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise OptionError(
-            f"max_passes must be a whole number of backward passes, 1 or more, not {value!r}"
-        )
+from kfactk import CaptureError, Likelihood, hookimpl
+from kfactk.options import whole
 
 
 @attrs.frozen(kw_only=True)
 class Exact:
-    """The true Fisher of the model's predictive distribution, exactly: no sampling noise, at up to S C backward passes a forward.
+    """The true Fisher of the model's predictive distribution, without sampling noise.
 
-    With columns `b_{n,s,c}` whose outer products over c sum to the Fisher information of the output at term s of example n, there
-    is one loss for each position and column,
+    It takes up to S C backward passes for each forward. With columns `b_{n,s,c}` whose outer
+    products over c sum to the Fisher information of the output at term s of example n, there is one
+    loss for each position and column,
 
-        L_{s,c} = sum_n sqrt(w_{n,s}) <b_{n,s,c}, f_{n,s}>,
+        L_{s,c} = sum_n sqrt(w_{n,s}) <b_{n,s,c}, f_{n,s}>.
 
-    one position at a time, so that outer products do not mix the terms of one example. The outer products of the per-example gradients,
-    summed over s and c, are M F. For one term an example and few classes this is affordable; else use `mc`.
+    Each loss covers one position, so outer products do not mix the terms of an example. The outer
+    products of the per-example gradients, summed over s and c, are M F. Use it for one term in each
+    example and few classes; otherwise use `mc`.
 
     Args:
-        max_passes: The most backward passes S C that one forward may take.
+        max_passes: Largest number S C of backward passes for one forward.
 
     Raises:
-        OptionError: An option is not of its kind.
+        OptionError: `max_passes` is not a whole number of at least 1.
         CaptureError: The output needs more passes than `max_passes`.
 
     Example:
@@ -46,16 +42,17 @@ class Exact:
         [[[1.0, 0.0]], [[0.0, 1.0]]]
 
     References:
-        Martens 2020, "New insights and perspectives on the natural gradient method", arXiv:1412.1193, section 9.
+        Martens 2020, "New insights and perspectives on the natural gradient method",
+        arXiv:1412.1193, section 9.
     """
 
     own_pass: ClassVar[bool] = True
 
-    max_passes: int = attrs.field(default=4096, validator=_check_passes)
+    max_passes: int = attrs.field(default=4096, validator=whole(hint=": it counts backward passes"))
 
     @property
     def seed(self) -> int:
-        """Nothing is drawn: 0."""
+        """0: nothing is drawn."""
         return 0
 
     def losses(
@@ -65,13 +62,14 @@ class Exact:
         weights: Tensor | None,
         generator: torch.Generator,
     ) -> Iterator[Tensor]:
-        """One loss for each position and each column of the likelihood's root."""
+        """Yield one loss for each position and each column of the likelihood's root."""
         positions, width = view.shape[1], view.shape[2]
         if positions * width > self.max_passes:
             raise CaptureError(
-                f'fisher="exact" would take up to {positions * width} backward passes a forward ({positions} terms an example, each of '
-                f'width {width}), more than max_passes={self.max_passes}. Use fisher="mc", with samples=... for less noise, or raise '
-                'it: fisher={"name": "exact", "max_passes": ...}.'
+                f'fisher="exact" would take up to {positions * width} backward passes for each '
+                f"forward ({positions} terms in each example, each of width {width}), more than "
+                f'max_passes={self.max_passes}. Use fisher="mc", with samples=... for less noise, '
+                'or raise the limit: fisher={"name": "exact", "max_passes": ...}.'
             )
         return self._losses(view, likelihood, weights)
 
@@ -87,5 +85,5 @@ class Exact:
 
 @hookimpl
 def kfactk_fishers() -> dict[str, type[Exact]]:
-    """The Fisher without sampling."""
+    """Register the Fisher stage `exact`."""
     return {"exact": Exact}

@@ -1,1 +1,1 @@
-"""First-party stages of the family likelihood."""
+"""Likelihood stages of kfactk."""

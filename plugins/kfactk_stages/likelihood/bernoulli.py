@@ -10,29 +10,34 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kfactk import hookimpl
-from kfactk_stages.likelihood.layout import Layout, number, spread_event
+from kfactk.options import number
+from kfactk_stages.likelihood.layout import Layout, missing_terms
 
 
 @attrs.frozen(kw_only=True)
 class Bernoulli(Layout):
-    """C independent yes-or-no labels for each term, the output being logits: the likelihood of `F.binary_cross_entropy_with_logits`.
+    """C independent binary labels for each term; the output is logits.
 
-        R(y | f) = prod_c p_c^{y_c} (1 - p_c)^{1 - y_c},    p = sigmoid(f),    Fisher of the output = diag(p (1 - p))
+        R(y | f) = prod_c p_c^{y_c} (1 - p_c)^{1 - y_c},    p = sigmoid(f)
+        Fisher of the output = diag(p (1 - p))
 
-    A term is the whole vector: the Fisher information is that of the labels' *summed* loss. `F.binary_cross_entropy_with_logits` with
-    its mean divides by C too, so its curvature, and with it the damping of the same effect, is 1/C of what is measured here.
+    This is the likelihood of `F.binary_cross_entropy_with_logits`. A term is the whole vector: the
+    Fisher information is that of the *summed* loss of its labels. That function with its mean
+    divides by C too, so its curvature, and the damping of the same effect, is 1/C of that here.
 
     Args:
-        class_axis: Dimension of the C labels for outputs of more than two dimensions: 1 for masks `[N, C, H, W]`. An output `[N]` is one
-            label an example.
-        ignore_index: The label of masked terms; read where `targets` is given. A term is masked as a whole.
-        targets: Name of the forward's argument (or keyword of `Optimizer.observe`) with the labels, the terms' shape or the
-            output's.
+        class_axis: Dimension of the C labels for outputs of more than two dimensions: 1 for masks
+            `[N, C, H, W]`. An output `[N]` is one label in each example.
+        ignore_index: The label of masked terms; read where `targets` is given. A term is masked as
+            a whole.
+        targets: Name of the argument of the forward, or keyword of `Optimizer.observe`, with the
+            labels, of the terms' shape or the output's.
         weights: Name of the one with sample weights or a padding mask, `[N]` or the terms' shape.
-        shift: How many positions ahead of the output the labels are: 1 for a causal language model that shifts its labels itself.
+        shift: By how many positions the labels are ahead of the output: 1 for a causal language
+            model that shifts its labels itself.
 
     Raises:
-        OptionError: An option is not of its kind.
+        OptionError: An option has a value that cannot work.
         CaptureError: The output cannot be logits.
 
     Example:
@@ -42,27 +47,26 @@ class Bernoulli(Layout):
         (torch.Size([4, 1, 1]), tensor([[0.5000]]))
 
     References:
-        Martens 2020, "New insights and perspectives on the natural gradient method", arXiv:1412.1193.
+        Martens 2020, "New insights and perspectives on the natural gradient method",
+        arXiv:1412.1193.
     """
 
     ignore_index: float = attrs.field(
-        default=-100,
-        validator=number(lambda value: True, "a number, the label that marks terms without one"),
+        default=-100, validator=number(hint=", the label that marks terms without one")
     )
 
     def sample(self, view: Tensor, generator: torch.Generator) -> Tensor:
-        """Labels 0 and 1, `[N, S, C]`, in the precision of `view`."""
+        """Draw labels 0 and 1, `[N, S, C]`, in the precision of `view`."""
         uniform = torch.empty_like(view, requires_grad=False).uniform_(generator=generator)
         return (uniform < view.detach().sigmoid()).to(view.dtype)
 
     def nll(self, view: Tensor, targets: Tensor) -> Tensor:
-        """Binary cross entropies of targets `[N, S, C]`, summed over C: `[N, S]`."""
-        return F.binary_cross_entropy_with_logits(
-            view, targets.to(view.dtype), reduction="none"
-        ).sum(-1)
+        """Return the binary cross entropies of targets `[N, S, C]`, summed over C: `[N, S]`."""
+        targets = targets.to(view.dtype)
+        return F.binary_cross_entropy_with_logits(view, targets, reduction="none").sum(-1)
 
     def root(self, view: Tensor) -> Iterator[Tensor]:
-        """C columns `sqrt(p_c (1 - p_c)) e_c`, `[N, S, C]`."""
+        """Yield C columns `sqrt(p_c (1 - p_c)) e_c`, `[N, S, C]`."""
         logits = view.detach()
         sizes = (0.5 * (F.logsigmoid(logits) + F.logsigmoid(-logits))).exp()
         for c in range(view.shape[-1]):
@@ -70,11 +74,11 @@ class Bernoulli(Layout):
             column[..., c] = sizes[..., c]
             yield column
 
-    def _present(self, labels: Tensor, view: Tensor) -> Tensor:
-        return ~spread_event(labels == self.ignore_index, view, self.class_axis, str(self.targets))
+    def _has_label(self, labels: Tensor, view: Tensor) -> Tensor:
+        return ~missing_terms(labels == self.ignore_index, view, self.class_axis, str(self.targets))
 
 
 @hookimpl
 def kfactk_likelihoods() -> dict[str, type[Bernoulli]]:
-    """The likelihood of binary labels."""
+    """Register the likelihood `bernoulli`."""
     return {"bernoulli": Bernoulli}

@@ -9,39 +9,40 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kfactk import CaptureError, OptionError, hookimpl
-from kfactk_stages.likelihood.layout import Layout, spread
-
-
-def _check_index(instance: object, attribute: attrs.Attribute[int], value: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise OptionError(
-            f"{attribute.alias} must be an integer, not {value!r}: it is the label that marks terms without one"
-        )
+from kfactk import CaptureError, hookimpl
+from kfactk.options import whole
+from kfactk_stages.likelihood.layout import Layout, expand_to_terms
 
 
 @attrs.frozen(kw_only=True)
 class Categorical(Layout):
-    """One class out of C for each term, the output being logits: the likelihood of `F.cross_entropy`.
+    """One of C classes for each term; the output is logits.
 
-        R(y | f) = p_y,    p = softmax(f),    -log R = logsumexp(f) - f_y,    Fisher of the output = diag(p) - p p^T
+        R(y | f) = p_y,    p = softmax(f),    -log R = logsumexp(f) - f_y
+        Fisher of the output = diag(p) - p p^T
 
-    The root used for exact Fisher passes breaks the stick: with tails `q_c = sum_{j >= c} p_j`, column c = 1 .. C-1 is
+    This is the likelihood of `F.cross_entropy`. The root for exact Fisher passes follows the
+    stick-breaking form of p: with tails `q_c = sum_{j >= c} p_j`, column c = 1 .. C-1 is
 
-        sqrt(p_c q_{c+1} / q_c) (e_c - sum_{j > c} (p_j / q_{c+1}) e_j),
+        sqrt(p_c q_{c+1} / q_c) (e_c - sum_{j > c} (p_j / q_{c+1}) e_j).
 
-    one column (one backward pass) fewer than `sqrt(p_c) (e_c - p)`, half of them for two classes.
+    That is one column, and one backward pass, fewer than `sqrt(p_c) (e_c - p)`: half as many for
+    two classes.
 
     Args:
-        class_axis: Dimension of the classes for outputs of more than two dimensions: 1 for images, -1 for language models.
-        ignore_index: The label of masked terms, as in `F.cross_entropy`; read where `targets` is given.
-        targets: Name of the forward's argument (or keyword of `Optimizer.observe`) with the labels: those equal to `ignore_index` get
-            weight 0. They must be aligned with the output but for `shift`.
+        class_axis: Dimension of the classes for outputs of more than two dimensions: 1 for images,
+            -1 for language models.
+        ignore_index: The label of masked terms, as in `F.cross_entropy`; read where `targets` is
+            given.
+        targets: Name of the argument of the forward, or keyword of `Optimizer.observe`, with the
+            labels. Those equal to `ignore_index` get weight 0. Labels must be aligned with the
+            output, but for `shift`.
         weights: Name of the one with sample weights or a padding mask, `[N]` or the terms' shape.
-        shift: How many positions ahead of the output the labels are: 1 for a causal language model that shifts its labels itself.
+        shift: By how many positions the labels are ahead of the output: 1 for a causal language
+            model that shifts its labels itself.
 
     Raises:
-        OptionError: An option is not of its kind.
+        OptionError: An option has a value that cannot work.
         CaptureError: The output cannot be logits over classes.
 
     Example:
@@ -53,36 +54,46 @@ class Categorical(Layout):
         (torch.Size([2, 3, 5]), tensor(3.))
 
     References:
-        Martens 2020, "New insights and perspectives on the natural gradient method", arXiv:1412.1193.
+        Martens 2020, "New insights and perspectives on the natural gradient method",
+        arXiv:1412.1193.
     """
 
-    ignore_index: int = attrs.field(default=-100, validator=_check_index)
+    ignore_index: int = attrs.field(
+        default=-100, validator=whole(None, hint=", the label that marks terms without one")
+    )
 
     def view(self, output: Tensor) -> Tensor:
-        """Logits `[N, S, C]`, float32 at least."""
+        """Return the logits as `[N, S, C]`, at least float32."""
         if output.ndim == 1 and output.is_floating_point():
             raise CaptureError(
-                f"the model's output has shape {list(output.shape)}: one number an example is no choice between classes. Give "
-                'likelihood="gaussian" for regression or likelihood="bernoulli" for binary labels.'
+                f"the model's output has shape {list(output.shape)}: one number in each example "
+                'cannot choose between classes. Give likelihood="gaussian" for regression or '
+                'likelihood="bernoulli" for binary labels.'
             )
         view = super().view(output)
         if view.shape[-1] == 1:
             raise CaptureError(
-                f"the model's output (shape {list(output.shape)}) has a single class, whose probability is always 1. Give "
-                'likelihood="gaussian" for regression or likelihood="bernoulli" for binary labels.'
+                f"the model's output (shape {list(output.shape)}) has a single class, whose "
+                'probability is always 1. Give likelihood="gaussian" for regression or '
+                'likelihood="bernoulli" for binary labels.'
             )
         return view
 
     def sample(self, view: Tensor, generator: torch.Generator) -> Tensor:
-        """Classes `[N, S]`, drawn from the softmax by the exponential race (Gumbel's trick): no host transfer, and no crash on NaN."""
+        """Draw classes `[N, S]` from the softmax, by the Gumbel trick.
+
+        It needs no host transfer, and does not crash on NaN.
+        """
         noise = torch.empty_like(view, requires_grad=False).exponential_(generator=generator)
-        noise.clamp_(
-            min=torch.finfo(noise.dtype).eps / 2
-        )  # an exact zero would make a hopeless class win
+        # An exact zero would make a class of vanishing probability win.
+        noise.clamp_(min=torch.finfo(noise.dtype).eps / 2)
         return (view.detach() - noise.log_()).argmax(-1)
 
     def nll(self, view: Tensor, targets: Tensor) -> Tensor:
-        """Cross entropy, `[N, S]`, of targets `[N, S]`; 0 where the target is an `ignore_index` that is not a class."""
+        """Return the cross entropy, `[N, S]`, of targets `[N, S]`.
+
+        It is 0 where the target is `ignore_index`, unless that is a class.
+        """
         classes = view.shape[-1]
         ignored = -100 if 0 <= self.ignore_index < classes else self.ignore_index
         losses = F.cross_entropy(
@@ -91,7 +102,7 @@ class Categorical(Layout):
         return losses.reshape(view.shape[:2])
 
     def root(self, view: Tensor) -> Iterator[Tensor]:
-        """C - 1 columns `[N, S, C]` whose outer products sum to `diag(p) - p p^T`."""
+        """Yield C - 1 columns `[N, S, C]` whose outer products sum to `diag(p) - p p^T`."""
         log_p = view.detach().log_softmax(-1)
         log_q = log_p.flip(-1).logcumsumexp(-1).flip(-1)
         for c in range(view.shape[-1] - 1):
@@ -106,11 +117,11 @@ class Categorical(Layout):
             )
             yield column
 
-    def _present(self, labels: Tensor, view: Tensor) -> Tensor:
-        return spread(labels, view, "targets", str(self.targets)) != self.ignore_index
+    def _has_label(self, labels: Tensor, view: Tensor) -> Tensor:
+        return expand_to_terms(labels, view, "targets", str(self.targets)) != self.ignore_index
 
 
 @hookimpl
 def kfactk_likelihoods() -> dict[str, type[Categorical]]:
-    """The softmax likelihood."""
+    """Register the likelihood `categorical`."""
     return {"categorical": Categorical}

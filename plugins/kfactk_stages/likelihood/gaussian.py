@@ -1,4 +1,4 @@
-"""Regression with noise of a known size."""
+"""Regression with noise of known variance."""
 
 from __future__ import annotations
 
@@ -10,30 +10,36 @@ import torch
 from torch import Tensor
 
 from kfactk import hookimpl
-from kfactk_stages.likelihood.layout import Layout, number, spread_event
+from kfactk.options import number
+from kfactk_stages.likelihood.layout import Layout, missing_terms
 
 
 @attrs.frozen(kw_only=True)
 class Gaussian(Layout):
-    """A vector of C real numbers for each term, the output being its mean: the likelihood of squared errors.
+    """A vector of C real numbers for each term; the output is its mean.
 
-        R(y | f) = N(y; f, v I),    -log R = |y - f|^2 / (2 v) + (C / 2) log(2 pi v),    Fisher of the output = I / v
+        R(y | f) = N(y; f, v I),    -log R = |y - f|^2 / (2 v) + (C / 2) log(2 pi v)
+        Fisher of the output = I / v
 
-    What damping means: `F.mse_loss` with its mean over N terms of C numbers is `2 v / C` times the mean of -log R, up to a constant, so its
-    Gauss-Newton matrix is `2 v / C` times F. With `variance = C / 2` the two are equal, and damping has the units of that
-    loss' curvature; with `variance = 1` damping tau acts as `2 tau / C` would there, and steps are `2 / C` times as long.
+    This is the likelihood of squared errors. `F.mse_loss` with its mean over N terms of C numbers
+    is `2 v / C` times the mean of -log R, up to a constant. Its Gauss-Newton matrix is therefore
+    `2 v / C` times F. With `variance = C / 2` the two are equal, and damping has the units of the
+    curvature of that loss. With `variance = 1`, damping tau acts as `2 tau / C` would there, and
+    steps are `2 / C` times as long.
 
     Args:
-        variance: v, the variance of the noise, in squared units of the output; one number for all. Positive.
-        class_axis: Dimension of the C numbers for outputs of more than two dimensions: 1 for images, -1 for sequences. An output `[N]`
-            is one number an example.
-        targets: Name of the forward's argument (or keyword of `Optimizer.observe`) with the labels, the terms' shape or the
-            output's: NaN marks missing terms, which get weight 0.
+        variance: v, the variance of the noise, in squared units of the output. Positive.
+        class_axis: Dimension of the C numbers for outputs of more than two dimensions: 1 for
+            images, -1 for sequences. An output `[N]` is one number in each example.
+        targets: Name of the argument of the forward, or keyword of `Optimizer.observe`, with the
+            labels, of the terms' shape or the output's. NaN marks missing terms, which get weight
+            0.
         weights: Name of the one with sample weights or a padding mask, `[N]` or the terms' shape.
-        shift: How many positions ahead of the output the labels are: 1 for a causal language model that shifts its labels itself.
+        shift: By how many positions the labels are ahead of the output: 1 for a causal language
+            model that shifts its labels itself.
 
     Raises:
-        OptionError: An option is not of its kind.
+        OptionError: An option has a value that cannot work.
         CaptureError: The output cannot be the mean of a Gaussian.
 
     Example:
@@ -43,39 +49,36 @@ class Gaussian(Layout):
         [[[2.0, 0.0]], [[0.0, 2.0]]]
 
     References:
-        Martens 2020, "New insights and perspectives on the natural gradient method", arXiv:1412.1193.
+        Martens 2020, "New insights and perspectives on the natural gradient method",
+        arXiv:1412.1193.
     """
 
     variance: float = attrs.field(
-        default=1.0,
-        validator=number(
-            lambda value: 0 < value < math.inf,
-            "a positive, finite number (the variance of the noise)",
-        ),
+        default=1.0, validator=number(low=0, low_open=True, hint=", the variance of the noise")
     )
 
     def sample(self, view: Tensor, generator: torch.Generator) -> Tensor:
-        """Vectors `[N, S, C]`: the output plus noise."""
+        """Draw vectors `[N, S, C]`: the output plus noise."""
         noise = torch.empty_like(view, requires_grad=False).normal_(generator=generator)
         return view.detach() + math.sqrt(self.variance) * noise
 
     def nll(self, view: Tensor, targets: Tensor) -> Tensor:
-        """Negative log-density of targets `[N, S, C]`, `[N, S]`."""
+        """Return the negative log-density, `[N, S]`, of targets `[N, S, C]`."""
         constant = 0.5 * view.shape[-1] * math.log(2 * math.pi * self.variance)
         return (targets.to(view.dtype) - view).square().sum(-1) / (2 * self.variance) + constant
 
     def root(self, view: Tensor) -> Iterator[Tensor]:
-        """C columns `e_c / sqrt(v)`, `[N, S, C]`."""
+        """Yield C columns `e_c / sqrt(v)`, `[N, S, C]`."""
         for c in range(view.shape[-1]):
             column = torch.zeros_like(view, requires_grad=False)
             column[..., c] = 1 / math.sqrt(self.variance)
             yield column
 
-    def _present(self, labels: Tensor, view: Tensor) -> Tensor:
-        return ~spread_event(labels.isnan(), view, self.class_axis, str(self.targets))
+    def _has_label(self, labels: Tensor, view: Tensor) -> Tensor:
+        return ~missing_terms(labels.isnan(), view, self.class_axis, str(self.targets))
 
 
 @hookimpl
 def kfactk_likelihoods() -> dict[str, type[Gaussian]]:
-    """The likelihood of squared errors."""
+    """Register the likelihood `gaussian`."""
     return {"gaussian": Gaussian}

@@ -1,1 +1,1 @@
-"""First-party stages of the family placement."""
+"""Placement stages of kfactk."""

@@ -1,35 +1,42 @@
-"""Placement that sends the least in ordinary steps: decompositions are divided among ranks, and held by all of them."""
+"""Placement with the fewest messages: ranks divide the decompositions, and all of them hold all."""
 
 from __future__ import annotations
 
 import attrs
 
 from kfactk import Assignment, Workload, grid, hookimpl
-from kfactk_stages.placement._options import Travelling
+from kfactk_stages.placement._options import PlacementOptions
 
 
 @attrs.frozen
-class CommOpt(Travelling):
-    """Divide the matrices among ranks to be kept and decomposed, longest first, A and G apart; let every rank precondition.
+class CommOpt(PlacementOptions):
+    """Divide the matrices among ranks, longest first, A and G apart; let every rank precondition.
 
-    A factor's sums go to the one rank that keeps it, decompositions go from there to all, and in steps without a refresh nothing is
-    sent. Each rank holds all decompositions, and its part of the factors.
+    The sums of a factor go to the one rank that keeps and decomposes it. From there, the
+    decomposition goes to all ranks. Steps without a refresh send nothing. Each rank holds all
+    decompositions, and its part of the factors.
 
     Args:
-        process_group: The ranks that share a model, a `torch.distributed` group; `None` for all. It cannot be written to JSON.
-        wire_dtype: "bfloat16" or "float32" for what travels; `None` for its own precision.
+        process_group: The ranks that share a model, a `torch.distributed` group; `None` for all. It
+            cannot be written to JSON.
+        wire_dtype: "bfloat16" or "float32" for smaller messages; `None` for each tensor's own
+            precision.
 
     Example:
         >>> from kfactk import Work
-        >>> CommOpt().assign(Workload((Work("fc", {"A": (3, 3), "G": (2, 2)}, (2, 3)),)), ranks=2).shares["fc"]
-        Share(decomposers={'A': (0,), 'G': (1,)}, holders=(0, 1))
+        >>> workload = Workload((Work("fc", {"A": (3, 3), "G": (2, 2)}, (2, 3)),))
+        >>> CommOpt().assign(workload, ranks=2).shares["fc"]
+        Share(inverse_workers={'A': (0,), 'G': (1,)}, gradient_workers=(0, 1))
 
     References:
-        Pauloski et al. 2021, "KAISA", arXiv:2107.01739, COMM-OPT; Pauloski et al. 2020, arXiv:2007.00784.
+        Pauloski et al. 2021, "KAISA: An adaptive second-order optimizer framework for deep neural
+        networks", arXiv:2107.01739, COMM-OPT.
+        Pauloski et al. 2020, "Convolutional neural network training with distributed K-FAC",
+        arXiv:2007.00784.
     """
 
     def assign(self, workload: Workload, ranks: int) -> Assignment:
-        """One row of all ranks."""
+        """Divide the matrices among all ranks."""
         return grid(
             workload,
             ranks,
@@ -41,5 +48,5 @@ class CommOpt(Travelling):
 
 @hookimpl
 def kfactk_placements() -> dict[str, type[CommOpt]]:
-    """The placement `comm_opt`."""
+    """Register the placement `comm_opt`."""
     return {"comm_opt": CommOpt}

@@ -1,1 +1,1 @@
-"""First-party stages of the family tracker."""
+"""Tracker stages of kfactk."""

@@ -13,7 +13,8 @@ import attrs
 from torch import Tensor
 
 from kfactk import OptionError, hookimpl
-from kfactk_stages.tracker._buffer import Buffer, at_least_one, text
+from kfactk.options import text, whole
+from kfactk_stages.tracker._buffer import Buffer
 
 
 def _as_text(value: Any) -> Any:
@@ -22,56 +23,59 @@ def _as_text(value: Any) -> Any:
 
 @attrs.frozen
 class JsonLines:
-    r"""Append one JSON object a recorded step to a file.
+    r"""Append one JSON object for each recorded step to a file.
 
-    The first line is `{"recipe": {...}}`, each further one `{"step": 10, NAME: FIGURE, ...}`. An existing file is appended to, beginning
-    with a recipe line again, so a resumed run leaves two; a line that was cut off by a crash is left alone on its own line. JSON
-    has no word for them, so a figure that is not finite is written as the string `"nan"`, `"inf"` or `"-inf"`, which Python's `float`
-    reads back.
+    The first line is `{"recipe": {...}}`. Each further line is `{"step": 10, NAME: VALUE, ...}`. A
+    resumed run appends to the file, and begins with another recipe line. A line that a crash cut
+    off stays on its own line. JSON has no number for NaN and infinity: they are written as the
+    strings `"nan"`, `"inf"` and `"-inf"`, which Python's `float` reads.
 
     Args:
         path: The file; its directory is created when missing.
         every: Record one step in so many.
-        buffer: Recorded steps held back before they are written. What is held is lost when the process dies or the write fails.
+        buffer: Number of recorded steps to collect before a write. They are lost when the process
+            dies or the write fails.
 
     Raises:
-        OptionError: An option is not of its kind, or the file cannot be written, which the start tries out.
+        OptionError: An option has a value that cannot work, or, at the start, the file cannot be
+            written.
 
     Example:
         >>> import pathlib, tempfile
         >>> path = pathlib.Path(tempfile.mkdtemp()) / "run.jsonl"
         >>> tracker = JsonLines(path=path, every=1)
-        >>> tracker.start({"lr": 0.1}); tracker.record(0, {"clip_factor": float("inf")}); tracker.close()
+        >>> tracker.start({"lr": 0.1})
+        >>> tracker.record(0, {"clip_factor": float("inf")})
+        >>> tracker.close()
         >>> print(path.read_text(), end="")
         {"recipe": {"lr": 0.1}}
         {"step": 0, "clip_factor": "inf"}
     """
 
-    path: str = attrs.field(default="kfactk.jsonl", converter=_as_text, validator=text)
-    every: int = attrs.field(default=10, validator=at_least_one)
-    buffer: int = attrs.field(default=50, validator=at_least_one)
-    _held: Buffer = attrs.field(factory=Buffer, init=False, eq=False, repr=False)
+    path: str = attrs.field(default="kfactk.jsonl", converter=_as_text, validator=text())
+    every: int = attrs.field(default=10, validator=whole())
+    buffer: int = attrs.field(default=50, validator=whole())
+    _pending: Buffer = attrs.field(factory=Buffer, init=False, eq=False, repr=False)
 
     def start(self, recipe: Mapping[str, Any]) -> None:
-        """Write the recipe's line."""
+        """Write the line of the recipe."""
         self.flush()
         self._append(_line({"recipe": recipe}))
 
     def record(self, step: int, metrics: Mapping[str, Tensor | float]) -> None:
-        """Hold the figures of one step back; write when enough are held."""
-        self._held.add(step, metrics)
-        if len(self._held) >= self.buffer:
+        """Add the metrics of one step to the buffer; write when it is full."""
+        self._pending.add(step, metrics)
+        if len(self._pending) >= self.buffer:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is held back."""
-        if len(self._held):
-            self._append(
-                "".join(_line({"step": row.step, **row.metrics}) for row in self._held.take())
-            )
+        """Write the buffer."""
+        if len(self._pending):
+            rows = self._pending.take()
+            self._append("".join(_line({"step": row.step, **row.metrics}) for row in rows))
 
     def close(self) -> None:
-        """Write what is held back; no file stays open between writes."""
+        """Write the buffer; no file stays open between writes."""
         self.flush()
 
     def _append(self, lines: str) -> None:
@@ -85,8 +89,8 @@ class JsonLines:
                 file.write(lines.encode())
         except OSError as error:
             raise OptionError(
-                f"tracker 'jsonl' cannot write {self.path!r}: {error.strerror or error}. Give a path= in a directory that can be written, "
-                "with room left on its disk."
+                f"tracker 'jsonl' cannot write {self.path!r}: {error.strerror or error}. Give a "
+                "path= in a writable directory, on a disk with free space."
             ) from error
 
 
@@ -95,7 +99,7 @@ def _line(entry: Mapping[str, Any]) -> str:
 
 
 def _valid(value: Any) -> Any:
-    """The value with numbers that are not finite as strings."""
+    """Return the value with non-finite numbers as strings."""
     if isinstance(value, Mapping):
         return {str(name): _valid(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -105,5 +109,5 @@ def _valid(value: Any) -> Any:
 
 @hookimpl
 def kfactk_trackers() -> dict[str, type[JsonLines]]:
-    """The tracker `jsonl`."""
+    """Register the tracker `jsonl`."""
     return {"jsonl": JsonLines}

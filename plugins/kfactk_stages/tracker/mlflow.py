@@ -12,18 +12,21 @@ import attrs
 from torch import Tensor
 
 from kfactk import KfactkError, KfactkWarning, OptionError, hookimpl
-from kfactk_stages.tracker._buffer import Buffer, any_text, at_least_one, flattened, text
+from kfactk.options import text, whole
+from kfactk_stages.tracker._buffer import Buffer, flattened
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-PARAMS_A_BATCH, METRICS_A_BATCH, LONGEST_VALUE, LONGEST_KEY = 100, 1000, 6000, 250
-"""MLflow's limits: entries of one request, characters of a parameter's value and of a name."""
+MAX_PARAMS, MAX_METRICS = 100, 1000
+"""MLflow's limits on the entries of one request."""
+MAX_VALUE, MAX_NAME = 6000, 250
+"""MLflow's limits on the characters of a parameter's value and of a name."""
 
 
 @attrs.define(eq=False)
 class _Run:
-    """The run that is written to, once started."""
+    """The run that the tracker writes to, once started."""
 
     client: MlflowClient | None = None
     run_id: str = ""
@@ -32,38 +35,43 @@ class _Run:
 
 @attrs.frozen
 class Mlflow:
-    """Record a run in MLflow: the recipe as parameters, the figures of each recorded step as metrics.
+    """Record a run in MLflow: the recipe as parameters, each recorded step as metrics.
 
-    The run that is active in this process at the start is used, and stays active. Otherwise a new run is made through MLflow's client,
-    without making it, its experiment or its store the process' active ones, and ended by `close`. To go on with an earlier run, make it
-    active first (`mlflow.start_run(run_id=...)`). Figures that are not finite are handed over as they are; MLflow's stores keep them
-    in their own ways.
+    If a run is active in this process at the start, the tracker uses it and leaves it active.
+    Otherwise it makes a new run through MLflow's client, and `close` ends it. The active run,
+    experiment and store of the process do not change. To continue an earlier run, make it active
+    first (`mlflow.start_run(run_id=...)`). Non-finite metrics are sent as they are; each MLflow
+    store keeps them in its own way.
 
-    Needs `pip install "kfactk[experiments]"`; MLflow is imported at the start, not before.
+    It needs `pip install "kfactk[experiments]"`. MLflow is imported at the start, not before.
 
     Args:
-        experiment: Name of the experiment of an own run, made when missing; `None` for the one set in MLflow, or its default.
-        run_name: Name of an own run; `None` lets MLflow make one up.
-        tracking_uri: Where an own run is stored; `None` for the place set in MLflow.
+        experiment: Name of the experiment for a new run, made when missing; `None` for the one set
+            in MLflow, or its default.
+        run_name: Name of a new run; `None` lets MLflow choose one.
+        tracking_uri: Where a new run is stored; `None` for the store set in MLflow.
         every: Record one step in so many.
-        prefix: What names of parameters and metrics begin with.
-        buffer: Recorded steps held back before they are sent. Steps that could not be sent are not sent again.
+        prefix: Prefix of the names of parameters and metrics.
+        buffer: Number of recorded steps to collect before they are sent. Steps that could not be
+            sent are not sent again.
 
     Raises:
-        OptionError: An option is not of its kind, or, at the start, MLflow is not installed or no run can be made.
+        OptionError: An option has a value that cannot work. At the start: MLflow is not installed,
+            or no run can be made.
 
     Example:
-        >>> Mlflow(experiment="digits", every=5)
-        Mlflow(experiment='digits', run_name=None, tracking_uri=None, every=5, prefix='kfactk/', buffer=50)
+        >>> tracker = Mlflow(experiment="digits", every=5)
+        >>> tracker.prefix, tracker.buffer
+        ('kfactk/', 50)
     """
 
-    experiment: str | None = attrs.field(default=None, validator=text)
-    run_name: str | None = attrs.field(default=None, validator=text)
-    tracking_uri: str | None = attrs.field(default=None, validator=text)
-    every: int = attrs.field(default=10, validator=at_least_one)
-    prefix: str = attrs.field(default="kfactk/", validator=any_text)
-    buffer: int = attrs.field(default=50, validator=at_least_one)
-    _held: Buffer = attrs.field(factory=Buffer, init=False, eq=False, repr=False)
+    experiment: str | None = attrs.field(default=None, validator=text(optional=True))
+    run_name: str | None = attrs.field(default=None, validator=text(optional=True))
+    tracking_uri: str | None = attrs.field(default=None, validator=text(optional=True))
+    every: int = attrs.field(default=10, validator=whole())
+    prefix: str = attrs.field(default="kfactk/", validator=text(empty=True))
+    buffer: int = attrs.field(default=50, validator=whole())
+    _pending: Buffer = attrs.field(factory=Buffer, init=False, eq=False, repr=False)
     _run: _Run = attrs.field(factory=_Run, init=False, eq=False, repr=False)
 
     def start(self, recipe: Mapping[str, Any]) -> None:
@@ -73,50 +81,51 @@ class Mlflow:
             import mlflow
         except ImportError as error:
             raise OptionError(
-                f"tracker 'mlflow' needs MLflow, which cannot be imported ({error}). Run: pip install 'kfactk[experiments]'"
+                f"tracker 'mlflow' needs MLflow, which cannot be imported ({error}). Run: "
+                "pip install 'kfactk[experiments]'"
             ) from error
         active = mlflow.active_run()
         if active is not None:
-            unused = [
-                name
-                for name in ("experiment", "run_name", "tracking_uri")
-                if getattr(self, name) is not None
-            ]
-            if unused:
-                warnings.warn(
-                    f"tracker 'mlflow' writes to the active run {active.info.run_name!r}; {' and '.join(unused)} are for runs of its "
-                    "own and do nothing here. End the active run first if a new one is wanted.",
-                    KfactkWarning,
-                    stacklevel=2,
-                )
-            self._run.client, self._run.run_id, self._run.own = (
-                mlflow.MlflowClient(),
-                active.info.run_id,
-                False,
-            )
+            self._warn_of_unused_options(active.info.run_name)
+            client, run_id = mlflow.MlflowClient(), active.info.run_id
         else:
             try:
                 client = mlflow.MlflowClient(tracking_uri=self.tracking_uri)
-                run = client.create_run(self._experiment_id(client), run_name=self.run_name)
+                run_id = client.create_run(
+                    self._experiment_id(client), run_name=self.run_name
+                ).info.run_id
             except mlflow.MlflowException as error:
+                uri = self.tracking_uri or mlflow.get_tracking_uri()
                 raise OptionError(
-                    f"tracker 'mlflow' cannot make a run at {self.tracking_uri or mlflow.get_tracking_uri()!r}: {error}. "
-                    "Check tracking_uri and experiment, and that the server is up."
+                    f"tracker 'mlflow' cannot make a run at {uri!r}: {error}. Check tracking_uri "
+                    "and experiment, and that the server is up."
                 ) from error
-            self._run.client, self._run.run_id, self._run.own = client, run.info.run_id, True
+        self._run.client, self._run.run_id, self._run.own = client, run_id, active is None
         self._log_params(recipe)
 
+    def _warn_of_unused_options(self, run_name: str) -> None:
+        names = ("experiment", "run_name", "tracking_uri")
+        unused = [name for name in names if getattr(self, name) is not None]
+        if unused:
+            warnings.warn(
+                f"tracker 'mlflow' writes to the active run {run_name!r}, so "
+                f"{' and '.join(unused)} have no effect. To make a new run, end the active run "
+                "first.",
+                KfactkWarning,
+                stacklevel=3,
+            )
+
     def record(self, step: int, metrics: Mapping[str, Tensor | float]) -> None:
-        """Hold the figures of one step back; send when enough are held."""
-        self._held.add(step, metrics)
-        if len(self._held) >= self.buffer:
+        """Add the metrics of one step to the buffer; send when it is full."""
+        self._pending.add(step, metrics)
+        if len(self._pending) >= self.buffer:
             self.flush()
 
     def flush(self) -> None:
-        """Send what is held back."""
-        if not len(self._held):
+        """Send the buffer."""
+        if not len(self._pending):
             return
-        client, rows = self._client(), self._held.take()
+        client, rows = self._client(), self._pending.take()
         from mlflow import MlflowException
         from mlflow.entities import Metric
 
@@ -126,16 +135,16 @@ class Mlflow:
             for name, value in row.metrics.items()
         ]
         try:
-            for start in range(0, len(metrics), METRICS_A_BATCH):
-                client.log_batch(self._run.run_id, metrics=metrics[start : start + METRICS_A_BATCH])
+            for start in range(0, len(metrics), MAX_METRICS):
+                client.log_batch(self._run.run_id, metrics=metrics[start : start + MAX_METRICS])
         except MlflowException as error:
             raise KfactkError(
-                f"tracker 'mlflow' could not send the figures of {len(rows)} steps up to step {rows[-1].step}, which are lost: {error}. "
-                "Check that the tracking server is up."
+                f"tracker 'mlflow' could not send the metrics of {len(rows)} steps up to step "
+                f"{rows[-1].step}, which are lost: {error}. Check that the tracking server is up."
             ) from error
 
     def close(self) -> None:
-        """Send what is held back, and end the run if it is an own one."""
+        """Send the buffer, and end the run if this tracker made it."""
         client = self._run.client
         if client is None:
             return
@@ -149,7 +158,8 @@ class Mlflow:
     def _client(self) -> MlflowClient:
         if self._run.client is None:
             raise KfactkError(
-                "tracker 'mlflow' has figures but no run: it was not started, or is closed. Bind the recipe again."
+                "tracker 'mlflow' has metrics but no run: it was not started, or is closed. Bind "
+                "the recipe again."
             )
         return self._run.client
 
@@ -161,31 +171,31 @@ class Mlflow:
         return str(known.experiment_id if known is not None else client.create_experiment(name))
 
     def _key(self, name: str) -> str:
-        return re.sub(r"[^\w\-./ ]", "_", self.prefix + name)[:LONGEST_KEY]
+        return re.sub(r"[^\w\-./ ]", "_", self.prefix + name)[:MAX_NAME]
 
     def _log_params(self, recipe: Mapping[str, Any]) -> None:
-        """Write the recipe; MLflow never changes a parameter, so those that the run has already stay."""
+        """Write the recipe's parameters; those of the run stay, as MLflow cannot change them."""
         from mlflow.entities import Param
 
         client = self._client()
         known: Mapping[str, str] = client.get_run(self._run.run_id).data.params
         wanted = {
-            self._key(name): str(value)[:LONGEST_VALUE] for name, value in flattened(recipe).items()
+            self._key(name): str(value)[:MAX_VALUE] for name, value in flattened(recipe).items()
         }
         changed = sorted(key for key, value in wanted.items() if known.get(key, value) != value)
         if changed:
             warnings.warn(
-                f"the MLflow run has other values already for {', '.join(changed)}, and MLflow cannot change them: "
-                "they keep the values of the earlier recipe.",
+                f"the MLflow run already has other values for {', '.join(changed)}, and MLflow "
+                "cannot change them: they keep the values of the earlier recipe.",
                 KfactkWarning,
                 stacklevel=3,
             )
         params = [Param(key, value) for key, value in wanted.items() if key not in known]
-        for start in range(0, len(params), PARAMS_A_BATCH):
-            client.log_batch(self._run.run_id, params=params[start : start + PARAMS_A_BATCH])
+        for start in range(0, len(params), MAX_PARAMS):
+            client.log_batch(self._run.run_id, params=params[start : start + MAX_PARAMS])
 
 
 @hookimpl
 def kfactk_trackers() -> dict[str, type[Mlflow]]:
-    """The tracker `mlflow`."""
+    """Register the tracker `mlflow`."""
     return {"mlflow": Mlflow}

@@ -1,1 +1,1 @@
-"""First-party stages of the family update."""
+"""Update stages of kfactk."""

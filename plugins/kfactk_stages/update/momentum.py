@@ -1,4 +1,4 @@
-"""Gradient descent with (heavy-ball) momentum."""
+"""Gradient descent with heavy-ball momentum."""
 
 from __future__ import annotations
 
@@ -8,27 +8,29 @@ import attrs
 import torch
 
 from kfactk import hookimpl
-from kfactk_stages.update._options import decay, fraction, implementation
+from kfactk.options import number
+from kfactk_stages.update._options import decay, implementation
 
 
 @attrs.frozen
 class Momentum:
-    """The step along a decaying sum of gradients.
+    """Step along a decaying sum of gradients.
 
         b <- alpha b + (1 - dampening) p,    theta <- theta - mu b
 
-    p is the preconditioned, clipped gradient, plus `weight_decay * theta`; mu the learning rate; b starts as the first p, undamped.
-    Delegates to `torch.optim.SGD`, which keeps the sum b of gradients, not the velocity `v = -mu b`: a changed learning rate acts on
-    the whole sum at once.
+    p is the preconditioned, clipped gradient, plus `weight_decay * theta`; mu is the learning rate.
+    b starts as the first p, without dampening. It delegates to `torch.optim.SGD`, which keeps the
+    sum b of gradients, not the velocity `v = -mu b`. A changed learning rate therefore acts on the
+    whole sum at once.
 
     Args:
-        momentum: alpha, the share of the sum that is kept from step to step, in [0, 1).
+        momentum: alpha, the share of the sum that each step keeps, in [0, 1).
         dampening: Share of each new gradient that is left out, in [0, 1].
-        foreach: Whether torch treats all parameters in one launch; `None` leaves it to torch.
+        foreach: Whether torch updates all parameters in one launch; `None` leaves it to torch.
         fused: Whether torch uses its fused kernel; `None` leaves it to torch.
 
     Raises:
-        OptionError: A number out of its range, or both `foreach` and `fused`.
+        OptionError: A number is out of its range, or both `foreach` and `fused` are True.
 
     Example:
         >>> w = torch.nn.Parameter(torch.tensor([1.0]))
@@ -37,18 +39,18 @@ class Momentum:
         tensor([0.5000])
 
     References:
-        Polyak 1964, Some methods of speeding up the convergence of iteration methods.
+        Polyak 1964, "Some methods of speeding up the convergence of iteration methods".
     """
 
     momentum: float = attrs.field(default=0.9, validator=decay)
-    dampening: float = attrs.field(default=0.0, validator=fraction)
+    dampening: float = attrs.field(default=0.0, validator=number(low=0, high=1))
     foreach: bool | None = attrs.field(default=None, validator=implementation)
     fused: bool | None = attrs.field(default=None, validator=implementation)
 
     def make(
         self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float
     ) -> torch.optim.Optimizer:
-        """`torch.optim.SGD` with momentum over `groups`."""
+        """Return `torch.optim.SGD` with momentum over `groups`."""
         return torch.optim.SGD(
             groups,
             lr=lr,
@@ -62,5 +64,5 @@ class Momentum:
 
 @hookimpl
 def kfactk_updates() -> dict[str, type[Momentum]]:
-    """The update rule `momentum`."""
+    """Register the update rule `momentum`."""
     return {"momentum": Momentum}

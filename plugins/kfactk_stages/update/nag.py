@@ -1,4 +1,4 @@
-"""Nesterov's accelerated gradient, with the velocity itself as its state, so that it stays exact when the learning rate changes."""
+"""Nesterov's accelerated gradient, exact also when the learning rate changes."""
 
 from __future__ import annotations
 
@@ -14,24 +14,27 @@ from kfactk_stages.update._options import decay
 
 
 class NAG(torch.optim.Optimizer):
-    """Nesterov's accelerated gradient, seen from the look-ahead point.
+    """Nesterov's accelerated gradient; the model holds the look-ahead point.
 
-    The model holds `phi = theta + alpha v`, the point at which equation (12) of the study wants the gradient g. With
+    The look-ahead point is `phi = theta + alpha v`. There, equation (12) of the thesis takes the
+    gradient g. With
 
         v' = alpha v - mu g(phi),    theta' = theta + v'
 
-    the next look-ahead point is, alpha' being the momentum found in the group at this step (the same alpha, unless it is scheduled),
+    the next look-ahead point is
 
         phi' = theta' + alpha' v' = phi - alpha v + (1 + alpha') v'
 
-    Exact for every sequence of learning rates mu; a momentum that changes is first used in the look-ahead that follows. Weight decay
-    is added to the gradient, as `torch.optim.SGD` does it. The velocity is kept in the parameter's own dtype.
+    alpha' is the momentum in the group at this step, which equals alpha unless it is scheduled. The
+    state is the velocity v, so the step is exact for every sequence of learning rates mu. A changed
+    momentum takes effect in the next look-ahead. Weight decay is added to the gradient, as in
+    `torch.optim.SGD`. The velocity has the dtype of the parameter.
 
     Args:
         params: Parameters or parameter groups.
         lr: mu.
         momentum: alpha, in [0, 1).
-        weight_decay: Multiple of the parameter that is added to its gradient.
+        weight_decay: Multiple of the parameter to add to its gradient.
 
     Raises:
         CombinationError: A gradient is sparse.
@@ -58,7 +61,7 @@ class NAG(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Take one step; `closure`, if given, evaluates the loss and the gradients first."""
+        """Take one step; `closure`, if given, first computes the loss and the gradients."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -69,20 +72,21 @@ class NAG(torch.optim.Optimizer):
 
     def _step_group(self, group: dict[str, Any]) -> None:
         params: list[Tensor] = [p for p in group["params"] if p.grad is not None]
-        kept, momentum = group["previous_momentum"], group["momentum"]
+        previous, momentum = group["previous_momentum"], group["momentum"]
         group["previous_momentum"] = momentum
         if not params:
             return
         grads: list[Tensor] = [p.grad for p in params if p.grad is not None]
         if any(grad.is_sparse for grad in grads):
             raise CombinationError(
-                "update 'nag' does not take sparse gradients. Use update 'sgd', or an embedding with sparse=False."
+                "update 'nag' does not take sparse gradients. Use update 'sgd', or an embedding "
+                "with sparse=False."
             )
         velocities = [self._velocity(p) for p in params]
         if group["weight_decay"] != 0:
             grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
-        moves = torch._foreach_mul(velocities, -kept)
-        torch._foreach_mul_(velocities, kept)
+        moves = torch._foreach_mul(velocities, -previous)
+        torch._foreach_mul_(velocities, previous)
         torch._foreach_add_(velocities, grads, alpha=-float(group["lr"]))
         torch._foreach_add_(moves, velocities, alpha=1 + momentum)
         torch._foreach_add_(params, moves)
@@ -97,20 +101,21 @@ class NAG(torch.optim.Optimizer):
 
 @attrs.frozen
 class Nag:
-    """Nesterov's accelerated gradient, exactly equation (12) of the study at every learning rate schedule.
+    """Nesterov's accelerated gradient, exact for every schedule of the learning rate.
 
         v <- alpha v - mu p(theta + alpha v),    theta <- theta + v
 
-    p is the preconditioned, clipped gradient, plus `weight_decay` times the parameter; mu the learning rate. The model holds the
-    look-ahead point `theta + alpha v`, at which the gradient is due; losses are those of that point. `torch.optim.SGD(nesterov=True)`
-    equals it only while mu is constant: it keeps the sum of gradients `-v / mu`, so that a drop of the learning rate shrinks the
-    velocity too.
+    This is equation (12) of the thesis. p is the preconditioned, clipped gradient, plus
+    `weight_decay` times the parameter; mu is the learning rate. The model holds the look-ahead
+    point `theta + alpha v`, where the gradient is taken; losses are those of that point.
+    `torch.optim.SGD(nesterov=True)` equals it only while mu is constant. It keeps the sum of
+    gradients `-v / mu`, so a drop of the learning rate shrinks the velocity too.
 
     Args:
-        momentum: alpha, the share of the velocity that is kept from step to step, in [0, 1).
+        momentum: alpha, the share of the velocity that each step keeps, in [0, 1).
 
     Raises:
-        OptionError: `momentum` lies outside [0, 1).
+        OptionError: `momentum` is outside [0, 1).
 
     Example:
         >>> w = torch.nn.Parameter(torch.tensor([1.0]))
@@ -119,8 +124,11 @@ class Nag:
         (tensor([0.7000]), tensor([-0.2000]))
 
     References:
-        Nesterov 1983, A method for solving the convex programming problem with convergence rate O(1/k^2);
-        Sutskever et al. 2013, On the importance of initialization and momentum in deep learning.
+        Nesterov 1983, "A method for solving the convex programming problem with convergence rate
+        O(1/k^2)".
+        Sutskever et al. 2013, "On the importance of initialization and momentum in deep learning".
+        "Neural Network Optimization Based on K-FAC Algorithm" (the thesis), Tongji University,
+        May 2021.
     """
 
     momentum: float = attrs.field(default=0.9, validator=decay)
@@ -128,11 +136,11 @@ class Nag:
     def make(
         self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float
     ) -> torch.optim.Optimizer:
-        """`NAG` over `groups`."""
+        """Return `NAG` over `groups`."""
         return NAG(groups, lr=lr, momentum=self.momentum, weight_decay=weight_decay)
 
 
 @hookimpl
 def kfactk_updates() -> dict[str, type[Nag]]:
-    """The update rule `nag`."""
+    """Register the update rule `nag`."""
     return {"nag": Nag}

@@ -13,18 +13,19 @@ from kfactk_stages.update._options import implementation
 
 @attrs.frozen
 class Sgd:
-    """The plain step.
+    """Step along the preconditioned gradient.
 
         theta <- theta - mu p
 
-    p is the preconditioned, clipped gradient, plus `weight_decay * theta`; mu the learning rate. Delegates to `torch.optim.SGD`.
+    p is the preconditioned, clipped gradient, plus `weight_decay * theta`; mu is the learning rate.
+    It delegates to `torch.optim.SGD`.
 
     Args:
-        foreach: Whether torch treats all parameters in one launch; `None` leaves it to torch.
+        foreach: Whether torch updates all parameters in one launch; `None` leaves it to torch.
         fused: Whether torch uses its fused kernel; `None` leaves it to torch.
 
     Raises:
-        OptionError: Both `foreach` and `fused`.
+        OptionError: Both `foreach` and `fused` are True.
 
     Example:
         >>> w = torch.nn.Parameter(torch.tensor([1.0]))
@@ -33,7 +34,7 @@ class Sgd:
         tensor([0.8000])
 
     References:
-        Robbins & Monro 1951, A stochastic approximation method.
+        Robbins & Monro 1951, "A stochastic approximation method".
     """
 
     foreach: bool | None = attrs.field(default=None, validator=implementation)
@@ -42,7 +43,7 @@ class Sgd:
     def make(
         self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float
     ) -> torch.optim.Optimizer:
-        """`torch.optim.SGD` over `groups`."""
+        """Return `torch.optim.SGD` over `groups`."""
         return torch.optim.SGD(
             groups, lr=lr, weight_decay=weight_decay, foreach=self.foreach, fused=self.fused
         )
@@ -50,5 +51,5 @@ class Sgd:
 
 @hookimpl
 def kfactk_updates() -> dict[str, type[Sgd]]:
-    """The update rule `sgd`."""
+    """Register the update rule `sgd`."""
     return {"sgd": Sgd}

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import kfactk
+from benchmarks.ranks import least_bytes
 from kfactk.assignment import Assignment, Share, Work, Workload, grid
 from kfactk.costmodel.communication import (
     BUCKET_BYTES,
@@ -18,10 +19,9 @@ from kfactk.costmodel.communication import (
     Sizes,
     bytes_per_step,
     due_share,
-    least_bytes,
     messages,
 )
-from kfactk.costmodel.counting import workload_of
+from kfactk.costmodel.counting import meta_batch, training_load
 from kfactk.costmodel.hardware import H100
 from kfactk.testing._support.ranks import shared_workers
 from tests.kfactk.workloads import workloads
@@ -81,7 +81,7 @@ def test_messages_of_a_layer_of_one_rank() -> None:
                 Message("decompositions", "basis", "broadcast", everyone, 72.0, 1),
                 Message("moments", "scale", "reduce", everyone, 24.0, 1),
                 Message("decompositions", "scale_alone", "broadcast", everyone, 72.0, 1),
-                Message("gradients", "", "broadcast", everyone, 24.0, 1),
+                Message("gradients", "step", "broadcast", everyone, 24.0, 1),
             ],
         )
     )
@@ -95,8 +95,8 @@ def test_messages_of_a_layer_of_two_gradient_workers() -> None:
         str(Message("sums", "factors", "reduce", (0, 1, 2, 3), 12.0, 3)),
         str(Message("decompositions", "basis", "broadcast", (2, 3), 36.0, 2)),
         str(Message("decompositions", "basis", "broadcast", (2, 3), 16.0, 3)),
-        str(Message("gradients", "", "broadcast", (0, 2), 24.0, 2)),
-        str(Message("gradients", "", "broadcast", (1, 3), 24.0, 3)),
+        str(Message("gradients", "step", "broadcast", (0, 2), 24.0, 2)),
+        str(Message("gradients", "step", "broadcast", (1, 3), 24.0, 3)),
     }
 
 
@@ -136,11 +136,11 @@ def test_message_seconds_are_those_of_pipelines_rings_trees_and_packing() -> Non
     def packing(size: float, buckets: int = 1) -> float:
         return 4 * size / H100.bandwidth + buckets * 10 * H100.launch
 
-    one = Message("sums", "", "broadcast", (0, 1, 2), 1e6).seconds(H100)
+    one = Message("sums", "step", "broadcast", (0, 1, 2), 1e6).seconds(H100)
     assert one == pytest.approx(packing(1e6) + 1e6 / near.bandwidth + 2 * near.latency)
-    ring = Message("sums", "", "all-reduce", tuple(range(16)), 1e6).seconds(H100)
+    ring = Message("sums", "step", "all-reduce", tuple(range(16)), 1e6).seconds(H100)
     assert ring == pytest.approx(packing(1e6) + 2 * 15 / 16 * 1e6 / far.bandwidth + 8 * far.latency)
-    three = Message("sums", "", "reduce", (7, 8), 2.5 * BUCKET_BYTES).seconds(H100)
+    three = Message("sums", "step", "reduce", (7, 8), 2.5 * BUCKET_BYTES).seconds(H100)
     assert three == pytest.approx(
         packing(2.5 * BUCKET_BYTES, 3) + 2.5 * BUCKET_BYTES / far.bandwidth + 3 * far.latency
     )
@@ -177,7 +177,7 @@ def moved_by(
     )
     optimizer = recipe.bind(model)
     totals: dict[str, float] = {}
-    moved = optimizer._preconditioner.ranks.moved = Unclearable()
+    moved = optimizer._preconditioner.communicator.moved = Unclearable()
     for step in range(7):
         before = dict(moved)
         optimizer.zero_grad()
@@ -211,7 +211,8 @@ def test_ranks_send_the_bytes_of_the_cost_model(
     answers = shared_workers().run(ranks, moved_by, placement, basis, wire)
     measured = sum(sum(totals.values()) for totals, _ in answers)
     recipe = kfactk.build(basis=basis, factor_every=2, scale_every=3, basis_every=6)
-    workload, assignment = workload_of(Net(), recipe), answers[0][1]
+    workload = training_load(Net().to("meta"), recipe, meta_batch("2x4x4", 4)).workload
+    assignment = answers[0][1]
     itemsize = 2 if wire else 4
     expected = messages(workload, sizes(workload), assignment, ranks, itemsize)
     flags = (

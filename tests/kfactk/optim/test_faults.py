@@ -43,9 +43,10 @@ from torch.nn import functional as F
 
 import kfactk
 from kfactk import CaptureError, KfactkWarning, Optimizer
-from kfactk.optim.gradients import all_finite
+from kfactk.optim.nonfinite import all_finite
 from kfactk_stages.basis.ekfac import Ekfac
 from kfactk_stages.clip.none import NoClip
+from tests.covering import covering
 from tests.kfactk.small import F64, assert_equal, batch, bound, factors, net, train, values
 
 BASES: dict[str, Any] = {
@@ -72,7 +73,7 @@ def finite(model: nn.Module) -> bool:
     return all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
 
 
-# --------------------------------------------------------------------------------------------------------------------- numbers
+# ------------------------------------------------------------------------------------------ numbers
 
 
 def bad_inputs(value: float) -> Callable[..., None]:
@@ -113,39 +114,34 @@ BAD = {
 """A fault, and whether all statistics suffer too: behind a tanh an inf is a 1."""
 
 
-@pytest.mark.parametrize("at", [0, 2])
-@pytest.mark.parametrize("kind", BAD)
-@pytest.mark.parametrize("basis", BASES)
-def test_a_batch_that_is_not_finite_is_skipped(basis: str, kind: str, at: int) -> None:
-    """With every update rule in turn. The step is not taken; where the statistics suffer the run is that without the batch."""
+@covering(basis=BASES, kind=BAD, at=[0, 2], update=UPDATES)
+def test_a_batch_that_is_not_finite_is_skipped(basis: str, kind: str, at: int, update: str) -> None:
+    """Its step is not taken; where the statistics suffer too, the run is that without the batch."""
     fault, statistics = BAD[kind]
-    for update in UPDATES:
-        model, data = net(), batches(5)
-        reference = copy.deepcopy(model)
-        optimizer, other = (
-            bound(each, basis=BASES[basis], update=update, weight_decay=0.01, **EACH)
-            for each in (model, reference)
-        )
-        for number, each in enumerate(data):
-            if number == at:
-                before, rule = values(model), copy.deepcopy(optimizer._inner.state_dict())
-                with pytest.warns(
-                    KfactkWarning,
-                    match="NaN or inf in its gradient, and its step was not taken; such batches are skipped",
-                ):
-                    fault(optimizer, model, each)
-                assert_equal(before, values(model))
-                assert str(rule) == str(optimizer._inner.state_dict())
-                continue
-            train(optimizer, model, each)
-            if statistics:
-                train(other, reference, each)
-        assert finite(model), update
-        assert optimizer.counters["skipped_batches"] == 1
-        assert optimizer.steps == 5
+    model, data = net(), batches(5)
+    reference = copy.deepcopy(model)
+    optimizer, other = (
+        bound(each, basis=BASES[basis], update=update, weight_decay=0.01, **EACH)
+        for each in (model, reference)
+    )
+    said = "NaN or inf in its gradient, and its step was not taken; such batches are skipped"
+    for number, each in enumerate(data):
+        if number == at:
+            before, rule = values(model), copy.deepcopy(optimizer._inner.state_dict())
+            with pytest.warns(KfactkWarning, match=said):
+                fault(optimizer, model, each)
+            assert_equal(before, values(model))
+            assert str(rule) == str(optimizer._inner.state_dict())
+            continue
+        train(optimizer, model, each)
         if statistics:
-            close(values(model), values(reference))
-            close(factors(optimizer), factors(other))
+            train(other, reference, each)
+    assert finite(model)
+    assert optimizer.counters["skipped_batches"] == 1
+    assert optimizer.steps == 5
+    if statistics:
+        close(values(model), values(reference))
+        close(factors(optimizer), factors(other))
 
 
 def test_parameters_without_a_block_are_kept_from_bad_gradients_too() -> None:
@@ -311,10 +307,12 @@ def one_example(x: Tensor) -> Tensor:
     return x[:1]
 
 
-@pytest.mark.parametrize("damping", [0.0, 1e-30, 1e-3])
-@pytest.mark.parametrize("degenerate", [dead, equal_features, one_example])
-@pytest.mark.parametrize("basis", BASES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@covering(
+    basis=BASES,
+    degenerate=[dead, equal_features, one_example],
+    damping=[0.0, 1e-30, 1e-3],
+    dtype=[torch.float32, torch.float64],
+)
 def test_degenerate_factors_train_on(
     basis: str, degenerate: Callable[[Tensor], Tensor], damping: float, dtype: torch.dtype
 ) -> None:
@@ -330,7 +328,7 @@ def test_degenerate_factors_train_on(
     assert optimizer.counters == {"skipped_batches": 0, "failed_decompositions": 0}
 
 
-# -------------------------------------------------------------------------------------------------------------- decompositions
+# ----------------------------------------------------------------------------------- decompositions
 
 
 class Sabotage:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 import kfactk
 from kfactk.testing._support.ranks import shared_workers
+from tests.covering import covering
 from tests.kfactk.sharded import (
     WAYS,
     data,
@@ -80,41 +81,35 @@ def alone(case: str) -> dict[str, Tensor]:
     return found(optimizer, model)
 
 
-def agreed_load(
-    rank: int, way: str, replicas: int, options: dict[str, Any]
-) -> dict[str, dict[str, Tensor]]:
-    results = {}
-    for case, recipe in CASES.items():
-        model = net()
-        WAYS[way](model, grid(replicas) if replicas else line(), **options)
-        optimizer = kfactk.build(**(SCHEDULE | recipe)).bind(model)
-        for step in range(STEPS):
-            train(optimizer, model, part(step))
-        results[case] = found(optimizer, model)
-        optimizer.close()
-    return results
+LAYOUTS: dict[str, tuple[int, str, int, dict[str, Any]]] = {
+    "1 nested": (1, "nested", 0, {}),
+    "2 root only": (2, "root only", 0, {}),
+    "3 nested, kept whole": (3, "nested", 0, {"reshard_after_forward": False}),
+    "4 in part, resharded": (4, "in part", 0, {"reshard_after_forward": True}),
+    "2 x 2 nested": (4, "nested", 2, {}),
+    "2 x 2 root only, kept whole": (4, "root only", 2, {"reshard_after_forward": False}),
+    "4 nested, resharded in pairs": (4, "nested", 0, {"reshard_after_forward": 2}),
+}
+"""Ranks, the way to divide, replicas, and options of `fully_shard`."""
 
 
-@pytest.mark.parametrize(
-    ("ranks", "way", "replicas", "options"),
-    [
-        (1, "nested", 0, {}),
-        (2, "root only", 0, {}),
-        (3, "nested", 0, {"reshard_after_forward": False}),
-        (4, "in part", 0, {"reshard_after_forward": True}),
-        (4, "nested", 2, {}),
-        (4, "root only", 2, {"reshard_after_forward": False}),
-        (4, "nested", 0, {"reshard_after_forward": 2}),
-    ],
-)
-def test_ranks_equal_one_process(
-    ranks: int, way: str, replicas: int, options: dict[str, Any]
-) -> None:
-    results = shared_workers().run(ranks, agreed_load, way, replicas, options)
-    for case in CASES:
-        truth = alone(case)
-        for ours in results:
-            assert deviation(ours[case], truth) < 1e-10, case
+def divided_run(
+    rank: int, way: str, replicas: int, options: dict[str, Any], recipe: dict[str, Any]
+) -> dict[str, Tensor]:
+    model = net()
+    WAYS[way](model, grid(replicas) if replicas else line(), **options)
+    optimizer = kfactk.build(**(SCHEDULE | recipe)).bind(model)
+    for step in range(STEPS):
+        train(optimizer, model, part(step))
+    return found(optimizer, model)
+
+
+@covering(strength=1, layout=LAYOUTS, case=CASES)
+def test_ranks_equal_one_process(layout: str, case: str) -> None:
+    ranks, *divided = LAYOUTS[layout]
+    truth = alone(case)
+    for ours in shared_workers().run(ranks, divided_run, *divided, CASES[case]):
+        assert deviation(ours, truth) < 1e-10
 
 
 def placed(rank: int, names: list[str]) -> dict[str, dict[str, Tensor]]:

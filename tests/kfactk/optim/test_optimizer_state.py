@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 import kfactk
 from kfactk import Optimizer, Recipe, StateError
+from tests.covering import covering
 from tests.kfactk.small import assert_equal, values
 
 BASES: dict[str, Any] = {
@@ -110,9 +111,7 @@ def assert_continues_alike(
     assert_same(first[0].state_dict(), resumed[0].state_dict())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-@pytest.mark.parametrize("basis", BASES)
-@pytest.mark.parametrize("update", UPDATES)
+@covering(update=UPDATES, basis=BASES, dtype=[torch.float32, torch.float64, torch.bfloat16])
 def test_a_resumed_run_is_the_uninterrupted_one(
     update: str, basis: str, dtype: torch.dtype
 ) -> None:
@@ -219,10 +218,10 @@ WAYS = {"optimizer": _optimizer_only, "whole": _whole, "files": _files}
 
 
 @pytest.mark.filterwarnings("ignore:.*(torch.distributed|process group|TypedStorage).*")
-@pytest.mark.parametrize("flat", [False, True])
-@pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(
-    "case", [*((update, "ekfac") for update in UPDATES), ("adam", "kfac"), ("momentum", "running")]
+@covering(
+    case=[*((update, "ekfac") for update in UPDATES), ("adam", "kfac"), ("momentum", "running")],
+    way=WAYS,
+    flat=[False, True],
 )
 def test_distributed_checkpoints(
     case: tuple[str, str], way: str, flat: bool, tmp_path: Path

@@ -222,7 +222,7 @@ def test_a_listening_fisher_takes_inputs_with_the_users_backward() -> None:
 
 
 def test_the_recipe_is_the_same_with_kfactk_build() -> None:
-    assert kfactk.build(stagger=True).calendar.due(6).inputs
+    assert kfactk.build(stagger=True).schedule.due(6).inputs
 
 
 class Watched(torch.autograd.Function):

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 import kfactk
 from kfactk import CaptureError, CombinationError, DecompositionError, KfactkWarning, Optimizer
 from kfactk_stages.basis.ekfac import Ekfac
+from tests.covering import covering
 from tests.kfactk import dense
 
 F64 = torch.float64
@@ -122,22 +123,21 @@ def assert_parameters(model: nn.Module, expected: dict[str, Tensor]) -> None:
         )
 
 
-@pytest.mark.parametrize("fisher", FISHERS)
-@pytest.mark.parametrize("basis", BASES)
-@pytest.mark.parametrize(("curvature", "spatial"), CURVATURES)
+@covering(curvature=CURVATURES, basis=BASES, fisher=FISHERS)
 def test_the_first_step_is_dense_algebra(
-    curvature: str, spatial: str, basis: str, fisher: str
+    curvature: tuple[str, str], basis: str, fisher: str
 ) -> None:
-    """Each curvature, basis and Fisher here with a third of all clips and updates; over the three Fishers with all of them."""
+    """With a third of all clips and updates, another third for each Fisher."""
+    stage, spatial = curvature
     norm, lr = fisher != "mc", 0.05
-    prob, what = problem(fisher, norm), seen(curvature, fisher, norm)
+    prob, what = problem(fisher, norm), seen(stage, fisher, norm)
     gradients, expected = prob.gradients(), None
     for number, (clip, update) in enumerate(itertools.product(CLIPS, UPDATES)):
         if (number + number // len(UPDATES)) % 3 != FISHERS.index(fisher):
             continue
         model, optimizer = stepped(
             prob,
-            curvature={"name": curvature, "spatial": spatial},
+            curvature={"name": stage, "spatial": spatial},
             basis=BASES[basis],
             fisher=fisher_stage(fisher),
             clip={"name": clip, "limit": CLIPS[clip]} if clip != "none" else "none",
@@ -247,7 +247,7 @@ def test_gradients_are_left_as_they_were_found() -> None:
         torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-12, atol=1e-14)
 
 
-# ------------------------------------------------------------------------------------------------------------------------ faults
+# ------------------------------------------------------------------------------------------- faults
 
 
 def small(seed: int = 0, outputs: int = 3) -> nn.Sequential:

@@ -19,6 +19,7 @@ from kfactk.testing._support.ranks import RankError, shared_workers
 from kfactk_stages.basis.ekfac import Ekfac
 from kfactk_stages.basis.kfac import KfacInverse
 from kfactk_stages.curvature.conv_kfac import ConvKfac
+from tests.covering import covering
 
 pytestmark = pytest.mark.xdist_group("ranks")
 F64 = torch.float64
@@ -26,7 +27,6 @@ DIVIDED: list[Any] = ["comm_opt", "mem_opt", {"name": "hybrid", "fraction": 0.5}
 ALL: list[Any] = ["replicated", *DIVIDED]
 WIDE = 9
 """Inputs of the first layer, bias included: only its matrix A has this size."""
-placed = pytest.mark.parametrize("placement", ALL, ids=str)
 STEPS = 5
 
 
@@ -140,10 +140,12 @@ def trained(
     )
 
 
-@placed
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("at", [(0,), (1,), (0, 1), (1, 2)], ids=str)
-@pytest.mark.parametrize("basis", [Refusing, RefusingEkfac])
+@covering(
+    basis=[Refusing, RefusingEkfac],
+    at=[(0,), (1,), (0, 1), (1, 2)],
+    ranks=[2, 4],
+    placement=ALL,
+)
 def test_a_matrix_that_cannot_be_decomposed_leaves_its_layer_as_it_was_everywhere(
     basis: type[Refusing], at: tuple[int, ...], ranks: int, placement: Any
 ) -> None:

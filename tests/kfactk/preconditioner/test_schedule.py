@@ -25,7 +25,7 @@ F64 = torch.float64
 periods = st.integers(1, 12)
 
 
-# ----------------------------------------------------------------------------------------------------------------- due, numbers
+# ------------------------------------------------------------------------------------- due, numbers
 
 
 @given(periods, periods, periods)
@@ -81,7 +81,7 @@ def test_numbers_may_be_functions_of_the_step() -> None:
         number_at("damping", -1, 0)
 
 
-# ------------------------------------------------------------------------------------------------------------ the hand-run steps
+# ------------------------------------------------------------------------------- the hand-run steps
 
 
 def net() -> nn.Sequential:
@@ -436,7 +436,7 @@ def test_layers_are_decomposed_in_their_turn_and_take_their_scale_along() -> Non
     optimizer = kfactk.build(
         lr=0.01, damping=0.1, factor_every=4, scale_every=4, basis_every=12, stagger=True
     ).bind(model)
-    assert kfactk.build(stagger=True).calendar.slots == 70
+    assert kfactk.build(stagger=True).schedule.slots == 70
     bases: dict[str, list[int]] = {name: [] for name in optimizer.layers}
     scales: dict[str, list[int]] = {name: [] for name in optimizer.layers}
     before: dict[str, tuple[Tensor, Tensor, Tensor]] = {}

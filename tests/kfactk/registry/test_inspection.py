@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import attrs
 import pytest
 
-from kfactk import Basis, Clip, Tracker
+from kfactk import Basis, Clip, Curvature, Tracker
 from kfactk.registry.hookspecs import STAGE_HOOKS
 from kfactk.registry.inspection import (
     COMPUTED,
@@ -21,6 +21,7 @@ from kfactk.registry.inspection import (
     options_of,
     paper,
     summary,
+    undefined_members,
 )
 
 
@@ -151,9 +152,16 @@ def test_missing_members_are_named() -> None:
 
         def decompose(self) -> None: ...
 
-    missing = missing_members("basis", Half())
-    assert {"laws", "moments", "precondition", "transport"} <= set(missing)
-    assert not {"requires", "moments_from", "decompose"} & set(missing)
+    assert missing_members("basis", Half()) == ["operator"]
+    assert missing_members("curvature", object()) == [
+        "provides",
+        "unsupported",
+        "matrix",
+        "tensors",
+        "blank",
+        "samples",
+        "gradient_factors",
+    ]
 
 
 def test_members_inherited_from_the_protocol_are_missing_ones() -> None:
@@ -166,12 +174,32 @@ def test_members_inherited_from_the_protocol_are_missing_ones() -> None:
         def flush(self) -> None: ...
         def close(self) -> None: ...
 
-    class Annotated(Basis):
-        pass
-
     assert missing_members("clip", Stub()) == ["clip"]
     assert missing_members("tracker", StubProperty()) == ["every"]
-    assert "requires" in missing_members("basis", Annotated())
+
+
+def test_members_that_a_base_class_defines_are_not_missing() -> None:
+    class Enough(Basis):
+        requires = frozenset({"A"})
+        decompose = operator = lambda self, *given: {}
+
+    class Nameless(Curvature):
+        unsupported = matrix = tensors = blank = samples = gradient_factors = lambda self: None
+
+    assert missing_members("basis", Enough()) == []
+    assert missing_members("curvature", Nameless()) == ["provides"]
+
+
+def test_a_class_that_leaves_members_abstract_makes_nothing() -> None:
+    class Half(Basis):
+        requires = frozenset({"A"})
+
+    assert undefined_members(Half) == ["decompose", "operator"]
+    assert undefined_members(functools.partial(functools.partial(Half))) == [
+        "decompose",
+        "operator",
+    ]
+    assert undefined_members(Attrs) == undefined_members(print) == []
 
 
 def test_a_proxy_has_what_it_forwards() -> None:

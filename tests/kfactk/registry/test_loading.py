@@ -24,7 +24,7 @@ def load(site: Site, disabled: tuple[str, ...] = ()) -> tuple[dict[str, PluginIn
     plugins = Plugins(disabled)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        plugins.load(site.entry_points())
+        plugins.load_entry_points(site.entry_points())
     assert all(issubclass(warning.category, KfactkWarning) for warning in caught), [
         str(warning.message) for warning in caught
     ]
@@ -157,7 +157,7 @@ def test_plugins_of_the_same_name_both_load_with_a_warning(site: Site) -> None:
     site.install("b-dist", {"same": "other_plugin"}, version="7")
     plugins = Plugins()
     with pytest.warns(KfactkWarning, match="named 'same'") as caught:
-        plugins.load(site.entry_points())
+        plugins.load_entry_points(site.entry_points())
     (message,) = [str(warning.message) for warning in caught]
     assert "a-dist 1.0: good_plugin" in message
     assert "b-dist 7: other_plugin" in message

@@ -12,12 +12,12 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from kfactk import KfactkWarning, OptionError, PluginError, UnknownStageError
-from kfactk.registry import registry as registry_module
+from kfactk import Basis, KfactkWarning, OptionError, PluginError, UnknownStageError
 from kfactk.registry.hookspecs import STAGE_HOOKS, hookimpl
 from kfactk.registry.loading import DISABLE
 from kfactk.registry.registry import Registry, registry
 from kfactk.registry.torch_optimizer import TorchOptimizer
+from kfactk_stages.curvature.kfac import Kfac
 from tests.distributions import CLIP, Site, site as site
 
 HERE = __name__
@@ -486,7 +486,63 @@ def test_error_of_an_empty_registry_says_so() -> None:
 
 
 def test_registry_of_the_process_is_loaded_once_from_entry_points() -> None:
-    assert registry() is registry() is registry_module.registry()
+    assert registry() is registry()
     installed = {entry.name for entry in importlib.metadata.entry_points(group="kfactk")}
     assert {plugin.name for plugin in registry().plugins()} == installed
     assert {info.family for info in registry().stages()} <= set(STAGE_HOOKS)
+
+
+class Apart:
+    """Has members of a basis, and is none."""
+
+    requires = frozenset({"A"})
+    decompose = operator = None
+
+
+class Half(Basis):
+    requires = frozenset({"A"})
+
+
+class Whole(Kfac):
+    def factors(self, layer: Any, samples: Any) -> Any:
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("family", "stage", "says"),
+    [
+        ("basis", Apart, "basis Apart is no basis: it does not derive from kfactk.Basis. Give"),
+        (
+            "curvature",
+            Apart(),
+            "it does not derive from kfactk.Curvature, and lacks provides, unsupported, matrix",
+        ),
+        ("basis", Half, "basis Half cannot be made: its class does not define decompose, operator"),
+        (
+            "curvature",
+            Whole,
+            "curvature Whole is no curvature: it replaces `factors`, which is the sum of "
+            "`input_factors` and `gradient_factors`; replace these instead",
+        ),
+    ],
+)
+def test_curvatures_and_bases_derive_from_their_base_class(
+    family: str, stage: Any, says: str
+) -> None:
+    with pytest.raises(OptionError) as caught:
+        Registry().resolve(family, stage)
+    assert says in str(caught.value)
+    assert f"`kfactk.stages.{family.capitalize()}` documents" in str(caught.value)
+
+
+def test_a_plugin_whose_basis_is_none_is_blamed() -> None:
+    @hookimpl
+    def kfactk_bases() -> dict[str, Any]:
+        return {"apart": Apart, "half": Half}
+
+    fresh = Registry()
+    fresh.register(types.SimpleNamespace(kfactk_bases=kfactk_bases), name="ours")
+    with pytest.raises(PluginError, match="made a Apart, which does not derive from"):
+        fresh.resolve("basis", "apart")
+    with pytest.raises(PluginError, match="cannot be made: its class does not define dec"):
+        fresh.resolve("basis", "half")

@@ -1,4 +1,4 @@
-"""Bases with one fault each, and a stranger's pair of a curvature and a basis without any."""
+"""Bases with one fault each, and a curvature with its basis as an outside author may write them."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from kfactk import (
+    Basis,
+    CurvatureOperator,
     Decomposition,
     DecompositionError,
     FactorContext,
     Samples,
+    SpectralOperator,
     Statistic,
     Tensors,
-    linalg,
-    project,
 )
 from kfactk_stages.basis.ekfac import Ekfac
 from kfactk_stages.basis.kfac import KfacInverse
@@ -27,61 +28,32 @@ Parts = dict[str, Tensor]
 
 @attrs.frozen(kw_only=True)
 class DiagonalFisher(Kfac):
-    """A stranger's curvature: `E[D_n^2]`, entry by entry; its matrix is neither A nor G, nor square."""
+    """`E[D_n^2]`, entry by entry; its matrix is neither A nor G, nor square."""
 
     provides: ClassVar[frozenset[str]] = frozenset({"square"})
 
-    def factors(self, layer: Any, samples: Samples) -> dict[str, Statistic]:
-        return {"square": samples.projected_square(None, None)}
+    def input_factors(self, layer: Any, samples: Samples) -> dict[str, Statistic]:
+        return {}
 
-    def assemble(self, layer: Any, factors: Tensors) -> dict[str, Tensor]:
-        return dict(factors)
+    def gradient_factors(self, layer: Any, samples: Samples) -> dict[str, Statistic]:
+        return {"square": samples.projected_square(None, None)}
 
 
 @attrs.frozen
-class DiagonalInverse:
-    """A stranger's basis: `V / (E[D^2] + tau)`."""
+class DiagonalInverse(Basis):
+    """`V / (E[D^2] + tau)`."""
 
-    requires: ClassVar[frozenset[str]] = frozenset({"square"})
-    laws: ClassVar[frozenset[str]] = frozenset()
-    moments_from: ClassVar[str | None] = None
-    moment_decay: ClassVar[float] = 0.0
+    requires = frozenset({"square"})
 
     def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> Parts:
         if not bool(torch.isfinite(matrix).all()):
             raise DecompositionError(f"the factor {name!r} holds NaN or inf; it was not taken")
         return {"diagonal": matrix}
 
-    def moments(self, decomposition: Decomposition, samples: Samples) -> dict[str, Statistic]:
-        return {}
-
-    def gradient_moments(
-        self, decomposition: Decomposition, gradient: Tensor, num_terms: Tensor | float
-    ) -> dict[str, Statistic]:
-        return {}
-
-    def transport(self, moments: Tensors, old: Decomposition, new: Decomposition) -> Parts:
-        return {}
-
-    def damped(self, decomposition: Decomposition, damping: float) -> Tensor:
-        diagonal = decomposition["square"]["diagonal"]
-        return diagonal + linalg.damping_floor(diagonal.mean((-2, -1), keepdim=True)).clamp(
-            min=damping
-        )
-
-    def precondition(
-        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
-    ) -> Tensor:
-        return gradient / self.damped(decomposition, damping)
-
-    def product(
-        self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors
-    ) -> Tensor:
-        return vector * matrices["square"]
-
-    def condition(self, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
-        damped = self.damped(decomposition, damping)
-        return damped.max() / damped.min()
+    def operator(
+        self, decomposition: Decomposition, moments: Tensors, damping: float, matrices: Tensors
+    ) -> CurvatureOperator:
+        return SpectralOperator(decomposition["square"]["diagonal"], damping)
 
 
 class Strange(DiagonalInverse):
@@ -90,131 +62,179 @@ class Strange(DiagonalInverse):
     requires = frozenset({"strange"})
 
 
+class WithoutFloor(SpectralOperator):
+    def _tau(self) -> Tensor:
+        return torch.full_like(self.spectrum[..., :1, :1], self.damping)
+
+
 class Plain(DiagonalInverse):
     """As one would write it at first."""
 
     def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> Parts:
         return {"diagonal": matrix}
 
-    def damped(self, decomposition: Decomposition, damping: float) -> Tensor:
-        return decomposition["square"]["diagonal"] + damping
+    def operator(self, decomposition, moments, damping, matrices):
+        return WithoutFloor(decomposition["square"]["diagonal"], damping)
+
+
+@attrs.define(eq=False)
+class Changed(CurvatureOperator):
+    """Another operator with some of its methods replaced.
+
+    Args:
+        right: The other operator.
+        methods: By name; each takes the other operator and what the method takes.
+    """
+
+    right: CurvatureOperator
+    methods: dict[str, Any]
+
+    def solve(self, v: Tensor) -> Tensor:
+        return self._of("solve", v)
+
+    def multiply(self, v: Tensor) -> Tensor:
+        return self._of("multiply", v)
+
+    def condition(self) -> Tensor:
+        return self._of("condition")
+
+    def _of(self, name: str, *given: Any) -> Tensor:
+        if name in self.methods:
+            return self.methods[name](self.right, *given)
+        return getattr(self.right, name)(*given)
+
+
+def changing(base: type = Ekfac, **methods: Any) -> type:
+    """Return a basis whose operators have these methods."""
+
+    def operator(self, *given):
+        return Changed(base.operator(self, *given), methods)
+
+    return type("Changing", (base,), {"operator": operator})
 
 
 class Twice(Ekfac):
     """Twice the step."""
 
-    def precondition(
-        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
-    ) -> Tensor:
-        return 2 * super().precondition(gradient, decomposition, moments, damping)
+    operator = changing(solve=lambda right, v: 2 * right.solve(v)).operator
 
 
 class Normalised(Ekfac):
     """A step whose length does not grow with the gradient."""
 
-    def precondition(
-        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
-    ) -> Tensor:
-        return super().precondition(gradient / gradient.norm(), decomposition, moments, damping)
+    operator = changing(solve=lambda right, v: right.solve(v / v.norm())).operator
 
 
 class Uphill(Ekfac):
     """The opposite step."""
 
-    def precondition(
-        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
-    ) -> Tensor:
-        return -super().precondition(gradient, decomposition, moments, damping)
+    operator = changing(solve=lambda right, v: -right.solve(v)).operator
 
 
 class OneWay(Ekfac):
     """Into the basis and not all the way back."""
 
-    def precondition(
-        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
-    ) -> Tensor:
-        left, right = decomposition["G"]["eigenvectors"], decomposition["A"]["eigenvectors"]
-        return project(super().precondition(gradient, decomposition, moments, damping), left, right)
+    operator = changing(solve=lambda right, v: right.to_basis(right.solve(v))).operator
 
 
 class Transposed(Ekfac):
     """Projects with the transposes."""
 
-    def precondition(
-        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
-    ) -> Tensor:
+    def operator(self, decomposition, moments, damping, matrices):
         parts = {
             name: {**each, "eigenvectors": each["eigenvectors"].mT}
             for name, each in decomposition.items()
         }
-        return super().precondition(gradient, parts, moments, damping)
+        wrong = super().operator(parts, moments, damping, matrices)
+        right = super().operator(decomposition, moments, damping, matrices)
+        return Changed(right, {"solve": lambda right, v: wrong.solve(v)})
 
 
 class Shifted(Ekfac):
     """A product with something added."""
 
-    def product(
-        self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors
-    ) -> Tensor:
-        return super().product(vector, matrices, decomposition, moments) + 1
+    operator = changing(multiply=lambda right, v: right.multiply(v) + 1).operator
 
 
 class Indefinite(Ekfac):
     """A product that is minus what it should be."""
 
-    def product(
-        self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors
-    ) -> Tensor:
-        return -super().product(vector, matrices, decomposition, moments)
+    operator = changing(multiply=lambda right, v: -right.multiply(v)).operator
 
 
 class Lopsided(KfacInverse):
     """A product on one side only, from a matrix that is not symmetric."""
 
-    def product(
-        self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors
-    ) -> Tensor:
-        return vector @ matrices["A"].tril()
+    operator = changing(
+        KfacInverse, multiply=lambda right, v: v @ right.matrices["A"].tril()
+    ).operator
 
 
 class Boasting(Ekfac):
     """A condition number above the true one."""
 
-    def condition(self, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
-        return 2 * super().condition(decomposition, moments, damping)
+    operator = changing(condition=lambda right: 2 * right.condition()).operator
 
 
-class ByGroup(Boasting):
+class ByGroup(Ekfac):
     """One condition number a group, or an odd shape."""
 
-    def condition(self, decomposition: Decomposition, moments: Tensors, damping: float) -> Tensor:
-        return super().condition(decomposition, moments, damping).reshape(1)
+    operator = changing(condition=lambda right: right.condition().reshape(1)).operator
 
 
 class Bare(Ekfac):
     """No floor under the damping."""
 
-    def precondition(
-        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
-    ) -> Tensor:
-        left, right = decomposition["G"]["eigenvectors"], decomposition["A"]["eigenvectors"]
-        values = decomposition["G"]["eigenvalues"].unsqueeze(-1) * decomposition["A"][
-            "eigenvalues"
-        ].unsqueeze(-2)
-        return project(
-            project(gradient, left, right) / (moments.get("scale", values) + damping),
-            left.mT,
-            right.mT,
-        )
+    def operator(self, *given):
+        def solve(right, v):
+            return right.from_basis(right.to_basis(v) / (right.spectrum + right.damping))
+
+        return Changed(super().operator(*given), {"solve": solve})
 
 
 class Overflowing(Ekfac):
     """Leaves the range of float32 on its way."""
 
-    def precondition(
-        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
-    ) -> Tensor:
-        return super().precondition(gradient * 1e35, decomposition, moments, damping) / 1e35
+    operator = changing(solve=lambda right, v: right.solve(v * 1e35) / 1e35).operator
+
+
+@attrs.define(eq=False)
+class InBasisOf(SpectralOperator):
+    """An operator in the basis of another one."""
+
+    right: SpectralOperator
+
+    def to_basis(self, v: Tensor) -> Tensor:
+        return self.right.to_basis(v)
+
+    def from_basis(self, coefficients: Tensor) -> Tensor:
+        return self.right.from_basis(coefficients)
+
+
+class TwiceAsMuch(InBasisOf):
+    def multiply(self, v: Tensor) -> Tensor:
+        return 2 * super().multiply(v)
+
+
+class Repeating(InBasisOf):
+    def function(self, f: Any, v: Tensor) -> Tensor:
+        return self.from_basis(f(f(self.spectrum)) * self.to_basis(v))
+
+
+class Misjudging(Ekfac):
+    """A spectrum that is half that of its matrix."""
+
+    def operator(self, *given):
+        found = super().operator(*given)
+        return TwiceAsMuch(found.spectrum, found.damping, found)
+
+
+class Rooting(Ekfac):
+    """A function that is applied twice."""
+
+    def operator(self, *given):
+        found = super().operator(*given)
+        return Repeating(found.spectrum, found.damping, found)
 
 
 class Absolute(Ekfac):
@@ -295,32 +315,26 @@ class Remembering(Ekfac):
 class Mixing(Ekfac):
     """Groups share their mean."""
 
-    def precondition(
-        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
-    ) -> Tensor:
-        found = super().precondition(gradient, decomposition, moments, damping)
-        return found.mean(0, keepdim=True).expand_as(found) if found.ndim > 2 else found
+    operator = changing(
+        solve=lambda right, v: (
+            right.solve(v).mean(0, keepdim=True).expand_as(v) if v.ndim > 2 else right.solve(v)
+        )
+    ).operator
 
 
 class Scribbling(Ekfac):
-    """Divides in place."""
+    """Adds the damping in place."""
 
-    def precondition(
-        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
-    ) -> Tensor:
+    def operator(self, decomposition, moments, damping, matrices):
         if "scale" in moments:
             moments["scale"].add_(damping)
-        return super().precondition(gradient, decomposition, moments, 0.0)
+        return super().operator(decomposition, moments, 0.0, matrices)
 
 
 class Narrow(Ekfac):
     """In the precision of its state."""
 
-    def precondition(
-        self, gradient: Tensor, decomposition: Decomposition, moments: Tensors, damping: float
-    ) -> Tensor:
-        narrow = gradient.to(decomposition["A"]["eigenvalues"].dtype)
-        return super().precondition(narrow, decomposition, moments, damping)
+    operator = changing(solve=lambda right, v: right.solve(v.to(right.spectrum.dtype))).operator
 
 
 class Keeping(Ekfac):
@@ -368,29 +382,36 @@ class Entrywise(KfacInverse):
     laws = frozenset({"rotation-equivariant", "exact-when-kronecker"})
 
     def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> Parts:
-        return super().decompose(name, torch.diag_embed(matrix.diagonal(dim1=-2, dim2=-1)), context)
+        return super().decompose(name, diagonal(matrix), context)
 
-    def product(
-        self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors
-    ) -> Tensor:
-        a, g = (torch.diag_embed(matrices[name].diagonal(dim1=-2, dim2=-1)) for name in ("A", "G"))
-        return g @ vector @ a
+    def operator(self, decomposition, moments, damping, matrices):
+        diagonals = {name: diagonal(matrices[name]) for name in ("A", "G")}
+        return super().operator(decomposition, moments, damping, diagonals)
+
+
+def diagonal(matrix: Tensor) -> Tensor:
+    return torch.diag_embed(matrix.diagonal(dim1=-2, dim2=-1))
 
 
 class Doubling(KfacInverse):
-    """Its operator is not its preconditioner."""
+    """An operator whose step grows each time it is used."""
 
-    def operator(self, decomposition: Decomposition, moments: Tensors, damping: float) -> Any:
-        return lambda gradient: 2 * self.precondition(gradient, decomposition, moments, damping)
+    def operator(self, *given):
+        used = []
+
+        def solve(right, v):
+            used.append(1)
+            return len(used) * right.solve(v)
+
+        return Changed(super().operator(*given), {"solve": solve})
 
 
 class Wandering(KfacInverse):
     """Each decomposition adds to the last one."""
 
-    def redecompose(
-        self, name: str, matrix: Tensor, context: FactorContext, last: Tensors
-    ) -> Parts:
-        return {"cholesky": last["cholesky"] + self.decompose(name, matrix, context)["cholesky"]}
+    def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> Parts:
+        found, last = super().decompose(name, matrix, context), context.previous
+        return found if last is None else {"cholesky": last["cholesky"] + found["cholesky"]}
 
 
 class Further(Ekfac):
@@ -405,10 +426,7 @@ class Unknown(Ekfac):
     laws = frozenset({"rotation-equivarient"})
 
 
-@attrs.frozen
 class Claiming(DiagonalInverse):
     """Claims what is said of A and G."""
 
-    laws: ClassVar[frozenset[str]] = frozenset(
-        {"rotation-equivariant", "null-space-independent", "closer-than-kfac"}
-    )
+    laws = frozenset({"rotation-equivariant", "null-space-independent", "closer-than-kfac"})

@@ -1,4 +1,4 @@
-"""The laws of bases can fail: each of them catches a stage that breaks it, in words that tell what is wrong."""
+"""The laws of bases can fail: each catches a stage that breaks it, and says what is wrong."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis.vendor.pretty import pretty
-from torch import Tensor
 
-from kfactk import Basis, Decomposition, OptionError, Tensors
+from kfactk import Basis, OptionError
 from kfactk.testing import BasisLaws
 from kfactk.testing._support.basis_frame import BasisFrame
 from kfactk.testing._support.situations import (
@@ -31,7 +30,7 @@ from tests.kfactk.testing.broken import caught, laws_of
 
 
 class TestDiagonal(BasisLaws):
-    """A stranger's pair, which claims nothing beyond."""
+    """A curvature with its basis, which claims nothing beyond."""
 
     stage: ClassVar[Any] = faulty.DiagonalInverse
     curvature: ClassVar[Any] = faulty.DiagonalFisher
@@ -59,16 +58,16 @@ def test_a_basis_that_resets_its_moments_is_sound() -> None:
 @pytest.mark.parametrize(
     ("stage", "name", "message"),
     [
-        (faulty.Normalised, "test_it_is_linear", "the preconditioner is not linear"),
+        (faulty.Normalised, "test_it_is_linear", "solve is not linear"),
         (
             faulty.OneWay,
             "test_it_is_self_adjoint",
-            "the preconditioner is not self-adjoint: <W, P V> =",
+            "solve is not self-adjoint: <W, P V> =",
         ),
         (
             faulty.Uphill,
             "test_it_is_positive_definite",
-            "the preconditioner is not positive definite: <V, P V> = -",
+            "solve is not positive definite: <V, P V> = -",
         ),
         (
             faulty.Twice,
@@ -78,33 +77,48 @@ def test_a_basis_that_resets_its_moments_is_sound() -> None:
         (
             faulty.Twice,
             "test_it_is_the_dense_damped_inverse",
-            "precondition is not the inverse of the damped matrix of `block`",
+            "solve is not the inverse of the damped matrix of `block`",
         ),
         (
             faulty.Transposed,
             "test_it_is_the_dense_damped_inverse",
-            "precondition is not the inverse of the damped",
+            "solve is not the inverse of the damped",
         ),
         (
             faulty.Doubling,
-            "test_its_operator_is_the_preconditioner",
-            "the operator differs from `precondition`",
+            "test_an_operator_serves_many_gradients",
+            "used again, the operator's solve gives another result",
         ),
         (
             faulty.Wandering,
             "test_decomposing_again_changes_nothing",
-            "the matrix gives another preconditioner",
+            "the matrix gives another solve",
         ),
-        (faulty.Shifted, "test_the_product_is_linear", "the product is not linear"),
+        (faulty.Shifted, "test_multiplying_is_linear", "multiply is not linear"),
         (
             faulty.Indefinite,
-            "test_the_product_is_the_block_without_damping",
-            "the product is not positive semi-definite",
+            "test_multiplying_is_the_block_without_damping",
+            "multiply is not positive semi-definite",
         ),
         (
             faulty.Lopsided,
-            "test_the_product_is_the_block_without_damping",
-            "the product is not self-adjoint",
+            "test_multiplying_is_the_block_without_damping",
+            "multiply is not self-adjoint",
+        ),
+        (
+            faulty.Twice,
+            "test_solving_undoes_multiplying",
+            "P (F V + damping V) differs from V",
+        ),
+        (
+            faulty.Misjudging,
+            "test_the_spectrum_is_that_of_the_matrix",
+            "the spectrum does not hold the eigenvalues of multiply",
+        ),
+        (
+            faulty.Rooting,
+            "test_a_function_acts_on_the_spectrum",
+            "function is not f(F) V, for the root",
         ),
         (
             faulty.Boasting,
@@ -114,7 +128,7 @@ def test_a_basis_that_resets_its_moments_is_sound() -> None:
         (
             faulty.ByGroup,
             "test_the_condition_is_no_more_than_the_true_one",
-            "a tensor of shape (1,), where a scalar one is due",
+            "has the shape (1,); it must be a scalar tensor",
         ),
         (
             faulty.Bare,
@@ -165,17 +179,17 @@ def test_a_basis_that_resets_its_moments_is_sound() -> None:
         (
             faulty.Mixing,
             "test_groups_stand_alone",
-            "the preconditioned gradient of group 0 depends on the other groups",
+            "solve of group 0 depends on the other groups",
         ),
         (
             faulty.Scribbling,
             "test_nothing_it_is_given_is_modified",
-            "precondition changes what it is given: moment scale",
+            "operator changes what it is given: moment scale",
         ),
         (
             faulty.Narrow,
             "test_a_wider_gradient_is_taken",
-            "precondition of a float64 gradient with float32 state is torch.float32",
+            "solve of a float64 gradient with float32 state is torch.float32",
         ),
         (
             faulty.Fading,
@@ -201,12 +215,12 @@ def test_a_basis_that_resets_its_moments_is_sound() -> None:
         (
             faulty.Entrywise,
             "test_it_turns_with_the_coordinates",
-            "the preconditioner depends on the coordinates",
+            "solve depends on the coordinates",
         ),
         (
             faulty.Entrywise,
             "test_one_row_gives_the_fisher",
-            "it does not represent the Fisher matrix",
+            "F is not the Fisher matrix",
         ),
         (
             {"name": faulty.Further, "scale": "running"},
@@ -232,32 +246,23 @@ def test_each_law_is_shown_to_fail() -> None:
     }  # see test_division.py
 
 
-def test_a_block_of_its_own_tests_the_product_too() -> None:
-    class Halved(KfacInverse):
-        def product(
-            self, vector: Tensor, matrices: Tensors, decomposition: Decomposition, moments: Tensors
-        ) -> Tensor:
-            return super().product(vector, matrices, decomposition, moments) / 2
+def test_a_block_of_its_own_tests_multiply_too() -> None:
+    halved = faulty.changing(KfacInverse, multiply=lambda right, v: right.multiply(v) / 2)
 
-    def block(self: BasisLaws, situation: Situation) -> Tensor:
-        eye = torch.eye(
-            situation.gradient[..., :, :].numel() // (situation.groups or 1), dtype=torch.float64
-        )
-        return (
-            dense_kron(situation.matrices["A"], situation.matrices["G"]) + situation.damping * eye
-        )
+    def block(self: BasisLaws, situation: Situation) -> torch.Tensor:
+        size = situation.gradient[..., :, :].numel() // (situation.groups or 1)
+        damped = situation.damping * torch.eye(size, dtype=torch.float64)
+        return dense_kron(situation.matrices["A"], situation.matrices["G"]) + damped
 
-    name = "test_the_product_is_the_block_without_damping"
-    assert (
-        "the product is not the matrix of `block` without damping"
-        in caught(BasisLaws, Halved, name, block=block)[name]
-    )
+    name = "test_multiplying_is_the_block_without_damping"
+    said = caught(BasisLaws, halved, name, block=block)[name]
+    assert "multiply is not the matrix of `block` without damping" in said
 
 
 def test_a_block_of_the_wrong_shape_is_told() -> None:
     name = "test_it_is_the_dense_damped_inverse"
     found = caught(BasisLaws, "kfac", name, block=lambda self, situation: torch.eye(77))
-    assert "block(situation) has the shape (77, 77), where (" in found[name]
+    assert "block(situation) has the shape (77, 77); it must be (" in found[name]
 
 
 @pytest.mark.parametrize(
@@ -265,7 +270,8 @@ def test_a_block_of_the_wrong_shape_is_told() -> None:
     [
         (
             {"stage": faulty.Strange},
-            r"requires strange, which no registered curvature provides \(.*conv_kfac provides A, C, G, K;",
+            r"requires strange, which no registered curvature provides "
+            r"\(.*conv_kfac provides A, C, G, K;",
         ),
         (
             {"stage": faulty.DiagonalInverse, "curvature": "kfac"},
@@ -297,7 +303,7 @@ def test_a_curvature_without_layers_is_told() -> None:
 
 def test_claims_on_matrices_that_are_not_known_are_told() -> None:
     claims = {
-        "test_it_turns_with_the_coordinates": "what becomes of its matrix 'square' in these is not known",
+        "test_it_turns_with_the_coordinates": "what becomes of its matrix 'square' in these is not",
         "test_the_choice_within_null_spaces_does_not_matter": "does not provide A and G",
         "test_it_is_at_least_as_close_to_the_fisher_as_kfac": "does not provide A and G",
     }

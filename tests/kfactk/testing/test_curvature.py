@@ -1,4 +1,4 @@
-"""The laws of curvatures: stages that break one are caught and told so; stages of other kinds than ours obey them."""
+"""The laws of curvatures: stages that break one are caught; stages for other layers obey them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kfactk import Layer, LayerCall, Samples, Statistic
+from kfactk import Curvature, Layer, LayerCall, Samples, Statistic
 from kfactk.testing import CurvatureLaws
 from kfactk.testing._support.strategies import Case, case_of
 from kfactk_stages.curvature._coverage import reason_against
@@ -28,7 +28,10 @@ class DiagonalFisher(Kfac):
 
     provides: ClassVar = frozenset({"square"})
 
-    def factors(self, layer, samples):
+    def input_factors(self, layer, samples):
+        return {}
+
+    def gradient_factors(self, layer, samples):
         return {"square": samples.projected_square(None, None)}
 
     def assemble(self, layer, factors):
@@ -43,8 +46,8 @@ class TestDiagonalFisherOfConvolutions(CurvatureLaws):
     stage = type("DiagonalOfAll", (DiagonalFisher, ConvKfac), {})
 
 
-class Shaped:
-    """What stages of the layers below share: rows `[..., N, T, d]` of each use, joined along T."""
+class Shaped(Curvature):
+    """What stages of the layers below share: rows `[..., N, T, d]` of each call, along T."""
 
     covered: ClassVar[tuple[type[nn.Module], ...]]
 
@@ -94,12 +97,9 @@ class UnitWise(Shaped):
             for each in rows
         ]
 
-    def factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
+    def gradient_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
         d = samples.per_example_gradients().squeeze(-2)
         return {"units": Statistic(d.mT @ d, samples.num_terms)}
-
-    def assemble(self, layer, factors):
-        return dict(factors)
 
 
 @attrs.frozen
@@ -139,15 +139,15 @@ class TokenWise(Shaped):
             for each in (seen, call.gradient.to(wide) * call.scale)
         ]
 
-    def factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
+    def input_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
         seen = Statistic(
             samples.inputs().sum((0, 1)) if samples.first else None,
             float(samples.examples) * samples.first,
         )
-        return {"frequency": seen, "G": samples.grad_moment()}
+        return {"frequency": seen}
 
-    def assemble(self, layer, factors):
-        return dict(factors)
+    def gradient_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
+        return {"G": samples.grad_moment()}
 
 
 class TestUnitWise(CurvatureLaws):
@@ -159,7 +159,7 @@ class TestTokenWise(CurvatureLaws):
 
 
 class Twofold(nn.Linear):
-    """A layer of a stranger's own."""
+    """A layer of an outside author."""
 
     def forward(self, x):
         return 2 * super().forward(x)
@@ -181,7 +181,7 @@ class TestOtherLayers(CurvatureLaws):
         return case_of(
             modules,
             lambda m: st.tuples(st.integers(1, 3), st.just(m.in_features)),
-            calls=2,
+            most_calls=2,
             freeze=True,
         )
 

@@ -131,9 +131,9 @@ def test_a_right_estimator_that_draws_no_targets_obeys() -> None:
         (
             drawn(k=2, scale=1.0),
             CONVERGE,
-            r"does not converge to the Fisher information of .*entry \[\d, \d\] is .* ought to be",
+            r"does not converge to the Fisher information of .*entry \[\d, \d\] is .* must be",
         ),
-        (drawn(scale=1.03), CONVERGE, r"and \d\.\d standard errors are allowed"),
+        (drawn(scale=1.03), CONVERGE, r"within \d\.\d standard errors"),
         (drawn(power=1.0), CONVERGE, r"weights \[0\.5, 3\.0\]"),
         (drawn(view_of=lambda view: view[:1].expand_as(view) * 0), CONVERGE, "does not converge"),
         (drawn(view_of=lambda view: 1.03 * view.detach()), CONVERGE, "does not converge"),
@@ -256,7 +256,7 @@ def wrong_side_effects() -> dict[str, tuple[Callable[..., Losses], str, str]]:
         "global draws": (
             global_draws,
             GENERATOR,
-            "the global random state is changed: draw with the generator",
+            "the global random state is changed: draw with the given generator",
         ),
         "global seed": (reads_global, GENERATOR, "the same generator gives other losses"),
         "backward": (
@@ -282,7 +282,7 @@ def test_a_wrong_side_effect_is_caught(name: str) -> None:
     [
         ({"own_pass": 1}, "own_pass is 1: it must be True or False"),
         ({"seed": None}, "seed is None: it must be a whole number"),
-        ({"own_pass": False}, r"it gives \d+ losses that nobody would ask for"),
+        ({"own_pass": False}, r"it gives \d+ losses that nothing would use"),
     ],
 )
 def test_what_it_says_of_itself_is_checked(members: dict[str, Any], says: str) -> None:
@@ -305,7 +305,7 @@ def test_laws_that_do_not_apply_are_skipped_with_the_reason() -> None:
     assert set(skipped(Estimator(exact()), *kinds)) == {CONVERGE}
     assert set(skipped(Estimator(drawn()), *kinds)) == {DENSE, NETWORK}
     assert (
-        "draws: another law holds it to the Fisher matrix"
+        "draws: another law compares it with the Fisher matrix"
         in skipped(Estimator(drawn()), DENSE)[DENSE]
     )
     listening = skipped(Estimator(lambda *given: iter(()), own_pass=False), *laws_of(FisherLaws))

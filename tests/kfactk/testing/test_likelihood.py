@@ -261,7 +261,7 @@ class SaysNothing(Poisson):
             DRAWS,
             r"draws do not follow the .* of 200000 draws have values of probability .* fewer than 1e-09 of all cases",
         ),
-        (Rounded, PoissonLaws, DRAWS, r"drawn was \d+\.5, which the distribution does not give"),
+        (Rounded, PoissonLaws, DRAWS, r"sampler drew \d+\.5, which the distribution does not give"),
         (SharedByTerms, ScaledLaws, DRAWS, "the terms of one example are not drawn independently"),
         (SharedByExamples, ScaledLaws, DRAWS, "neighbouring examples are not drawn independently"),
         (
@@ -362,7 +362,7 @@ def test_wrong_weights_are_caught(spoil: Any, says: str) -> None:
     [
         (
             {"w": None},
-            "a batch without the weights (or labels) that the stage was told of is not refused",
+            "a batch without the weights or labels that the stage names is not refused",
         ),
         ({"w": -1.0}, "a weight of -1.0 is not refused with"),
     ],

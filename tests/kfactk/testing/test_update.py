@@ -254,7 +254,7 @@ BROKEN: list[tuple[Any, str, str]] = [
     (
         Stubborn(),
         "is_an_optimizer_over_the_given_groups",
-        "a list is made, which is no torch.optim.Optimizer",
+        "make returns a list, which is no torch.optim.Optimizer",
     ),
     (Maker(Copies), "is_an_optimizer_over_the_given_groups", "the groups are copied"),
     (Maker(IgnoresOwnRates), "is_an_optimizer_over_the_given_groups", "a group has {'lr': "),
@@ -295,7 +295,7 @@ BROKEN: list[tuple[Any, str, str]] = [
     (Maker(EvaluatesTwice), "closure", "called 2 times"),
     (Maker(StepsFirst), "closure", "step(closure) differs from a step on the same gradients"),
     (Maker(Noisy), "is_deterministic", "two runs on the same gradients differ"),
-    (Maker(SharesTheRate), "groups_may_be_added", "act otherwise than those given from the start"),
+    (Maker(SharesTheRate), "groups_may_be_added", "act differently from those given at the start"),
     (Maker(FirstGroups), "groups_may_be_added", "a group added after some steps does not move"),
     (Maker(Widens), "dtypes_stay", "became one of torch.float64"),
     (Maker(Deepens), "dtypes_stay", "a parameter of shape ("),

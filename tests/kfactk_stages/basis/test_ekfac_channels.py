@@ -1,4 +1,4 @@
-"""EKFAC in a basis of channels: the laws of bases, against a dense block over `blockdiag(U_C kron I_taps, 1)`, and what is its own."""
+"""EKFAC in a basis of channels: the laws of bases, against `blockdiag(U_C kron I_taps, 1)`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from kfactk.testing._support.truth import (
     projected_square,
     vec,
 )
-from kfactk_stages.basis import _diagonal
+from kfactk_stages.basis import _operators
 from kfactk_stages.basis.ekfac import Ekfac
 from kfactk_stages.curvature.conv_kfac import ConvKfac
 from kfactk_stages.placement.comm_opt import CommOpt
@@ -64,7 +64,7 @@ def widened(u_c: Tensor, d_in: int, u_k: Tensor | None = None) -> Tensor:
 
 
 def pooled(scale: Tensor, values: tuple[Tensor, Tensor, Tensor], tolerance: float) -> Tensor:
-    """Null directions of C share their mean tap by tap, those of K channel by channel, those of G column by column."""
+    """Give null directions their mean: of C tap by tap, of K by channel, of G by column."""
     out = scale.clone()
     c, k, g = (
         [
@@ -216,7 +216,7 @@ def samples_of(case: Case, calls: int, chunk_bytes: int, spatial: str = "sua") -
 def test_the_scale_is_that_of_autograds_gradients(
     case: Case, calls: int, chunk_bytes: int, with_left: bool, with_taps: bool, seed: int
 ) -> None:
-    """Channels rotated in the images or in the gradients, of any kernel, stride, padding and grouping."""
+    """Channels are rotated in the images or in the gradients, for any geometry."""
     samples = samples_of(case, calls, chunk_bytes)
     truth = sum(range(1, calls + 1)) * module_gradients(case.module, case.inputs, case.gradient)
     groups = range(len(truth)) if truth.ndim == 4 else [...]
@@ -336,16 +336,19 @@ def test_small_and_large_layers_have_the_same_operator(
     left, right = (parts[name]["eigenvectors"] for name in ("G", "C"))
     tap = parts["K"]["eigenvectors"] if with_taps else None
     generator = torch.Generator().manual_seed(seed)
-    weights, vector = (
+    spectrum, vector = (
         torch.randn(*lead, d_out, d_in, dtype=F64, generator=generator) for _ in range(2)
     )
+    spectrum = spectrum.square()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_diagonal, "DENSE", dense)
-        found = _diagonal.diagonal(left, right, tap, weights, None)(vector)
+        patch.setattr(_operators, "DENSE", dense)
+        operator = _operators.operator_in(left, right, tap, spectrum=spectrum, damping=0.1)
+    found = operator.solve(vector), operator.multiply(vector)
     for k in range(2) if lead else [...]:
         basis = dense_kron(widened(right[k], d_in, None if tap is None else tap[k]), left[k])
-        truth = basis @ torch.diag(vec(weights[k])) @ basis.T @ vec(vector[k])
-        torch.testing.assert_close(vec(found[k]), truth, rtol=1e-9, atol=1e-11)
+        for each, weights in zip(found, (1 / (spectrum[k] + 0.1), spectrum[k]), strict=True):
+            truth = basis @ torch.diag(vec(weights)) @ basis.T @ vec(vector[k])
+            torch.testing.assert_close(vec(each[k]), truth, rtol=1e-9, atol=1e-11)
 
 
 @law
@@ -353,7 +356,7 @@ def test_small_and_large_layers_have_the_same_operator(
 def test_it_is_no_farther_from_the_fisher_than_the_product_of_factors(
     case: Case, inputs: str, seed: int
 ) -> None:
-    """Whatever stands for the bias: A' kron G is a diagonal in this basis, and s* the best of those."""
+    """A' kron G is diagonal in this basis, and s* the best diagonal, whatever the bias has."""
     basis = Ekfac(inputs=inputs)
     layer, samples = case.layer, samples_of(case, 1, 2**28, "sud")
     means = {
@@ -415,7 +418,7 @@ def test_c_of_a_linear_layer_is_a() -> None:
 
 
 def test_nothing_of_the_size_of_patches_is_formed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With uncorrelated activations no matrix of the size of A is made, from factors to preconditioned gradient, of a large layer."""
+    """With uncorrelated activations a step on a large layer makes no matrix of the size of A."""
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Conv2d(6, 4, 5, padding=2), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3)
@@ -430,7 +433,7 @@ def test_nothing_of_the_size_of_patches_is_formed(monkeypatch: pytest.MonkeyPatc
         "kfactk_stages.curvature.conv_kfac.kron", lambda *_: pytest.fail("A was formed")
     )
     monkeypatch.setattr(
-        _diagonal, "joint_basis", lambda *_: pytest.fail("a basis of the size of A was formed")
+        _operators, "joint_basis", lambda *_: pytest.fail("a basis of the size of A was formed")
     )
     for _ in range(2):
         step(model, optimizer, torch.randn(8, 6, 6, 6))
@@ -506,7 +509,7 @@ def test_views_are_of_the_dense_block(spatial: str, inputs: str) -> None:
 def test_the_work_of_a_layer_is_of_its_channels(
     module: nn.Module, inputs: str, matrices: dict[str, Any], spatial: str
 ) -> None:
-    """What placements divide; matrices of one layer stay together, since statistics are not one a matrix."""
+    """Matrices of one layer stay together, since there is no one statistic for each."""
     found = Blocks(ConvKfac(spatial=spatial), Ekfac(inputs=inputs)).work(
         Layer("mine", module, ("weight", "bias"))
     )
@@ -538,9 +541,9 @@ def test_the_condition_is_that_of_the_dense_block() -> None:
     parts["C"]["eigenvalues"] = torch.tensor([1.0, 5.0], dtype=F64)
     parts["G"]["eigenvalues"] = torch.tensor([0.5, 1.0, 2.0], dtype=F64)
     scale = torch.rand(3, 9, dtype=F64)
-    told = float(CHANNELS.condition(parts, {"scale": scale}, 0.1))
+    told = float(CHANNELS.operator(parts, {"scale": scale}, 0.1, {}).condition())
     assert math.isclose(told, float((scale.max() + 0.1) / (scale.min() + 0.1)), rel_tol=1e-12)
-    assert math.isclose(
-        float(CHANNELS.condition(parts, {}, 0.1)), (10 + 0.1) / (0.5 + 0.1), rel_tol=1e-12
-    )
-    assert CHANNELS.precondition(torch.ones(3, 9, dtype=F64), parts, {}, 0.1).shape == (3, 9)
+    unmeasured = CHANNELS.operator(parts, {}, 0.1, {})
+    told = float(unmeasured.condition())
+    assert math.isclose(told, (10 + 0.1) / (0.5 + 0.1), rel_tol=1e-12)
+    assert unmeasured.solve(torch.ones(3, 9, dtype=F64)).shape == (3, 9)

@@ -1,9 +1,10 @@
-"""EKFAC with rounded products, and with bases that follow their matrices: how far from the exact one, in float64 algebra."""
+"""EKFAC with rounded products, and with bases that follow their matrices, against float64."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
@@ -13,7 +14,7 @@ from torch.nn import functional as F
 import kfactk
 from kfactk import FactorContext, OptionError, Samples
 from kfactk.testing import BasisLaws
-from kfactk_stages.basis._diagonal import Diagonal, worth_rounding
+from kfactk_stages.basis._operators import EigenbasisOperator, worth_rounding
 from kfactk_stages.basis.ekfac import Ekfac
 
 UNIT = 2.0**-8
@@ -22,7 +23,10 @@ D_OUT, D_IN = 128, 256  # large enough that both sides are rounded
 
 
 class TestIterated(BasisLaws):
-    """What it has become depends on where it began, in a null space at the eigensolver's choice: ranks that differ there part."""
+    """Its basis depends on where it began, in a null space at the eigensolver's choice.
+
+    So ranks that differ there go apart.
+    """
 
     stage = {"name": "ekfac", "iterate_from": 1}  # noqa: RUF012
     test_two_ranks_are_one_process = None
@@ -37,7 +41,7 @@ class TestRounded(BasisLaws):
 def decomposed(
     seed: int, d_out: int = D_OUT, d_in: int = D_IN
 ) -> tuple[dict[str, dict[str, Tensor]], Tensor, torch.Generator]:
-    """Random orthonormal bases with eigenvalues over six decades, and a scale like their product, in float64."""
+    """Return random bases with eigenvalues over six decades, and a scale like their product."""
     generator = torch.Generator().manual_seed(seed)
     found, values = {}, {}
     for name, n in (("G", d_out), ("A", d_in)):
@@ -71,14 +75,15 @@ def single(decomposition: dict[str, dict[str, Tensor]]) -> dict[str, dict[str, T
 @settings(max_examples=10, deadline=None)
 @given(seed=st.integers(0, 2**16), tau=st.sampled_from([1e-3, 0.03, 1.0]))
 def test_the_error_of_rounded_products_is_bounded(seed: int, tau: float) -> None:
-    """|P' g - P g| <= 4 u |g| / tau in the Frobenius norm, for gradients that lie along large and along small curvature."""
+    """|P' g - P g| <= 4 u |g| / tau, along large and along small curvature."""
     decomposition, scale, generator = decomposed(seed)
     basis, lower = Ekfac(products="bfloat16"), single(decomposition)
     noise = torch.randn(D_OUT, D_IN, dtype=torch.float64, generator=generator)
     sizes = scale.sqrt() * noise
     left, right = decomposition["G"]["eigenvectors"], decomposition["A"]["eigenvectors"]
     for gradient in (noise, left @ sizes @ right.T):
-        found = basis.precondition(gradient.float(), lower, {"scale": scale.float()}, tau)
+        operator = basis.operator(lower, {"scale": scale.float()}, tau, {})
+        found = operator.solve(gradient.float())
         assert found.dtype == torch.float32
         error = (found.double() - exact(decomposition, scale, gradient, tau)).norm()
         assert float(error) <= 4 * UNIT * float(gradient.norm()) / tau
@@ -89,14 +94,16 @@ def test_the_error_of_rounded_products_is_bounded(seed: int, tau: float) -> None
 @given(seed=st.integers(0, 2**16))
 def test_rounded_products_stay_symmetric_and_positive(seed: int) -> None:
     decomposition, scale, generator = decomposed(seed)
-    operator = Ekfac(products="bfloat16").operator(
-        single(decomposition), {"scale": scale.float()}, 0.01
+    solve = (
+        Ekfac(products="bfloat16")
+        .operator(single(decomposition), {"scale": scale.float()}, 0.01, {})
+        .solve
     )
     v, w = torch.randn(2, D_OUT, D_IN, generator=generator)
-    assert float((v * operator(v)).sum()) > 0
-    there, back = float((w * operator(v)).sum()), float((v * operator(w)).sum())
+    assert float((v * solve(v)).sum()) > 0
+    there, back = float((w * solve(v)).sum()), float((v * solve(w)).sum())
     assert abs(there - back) <= 4 * UNIT * float(
-        v.norm() * operator(w).norm() + w.norm() * operator(v).norm()
+        v.norm() * solve(w).norm() + w.norm() * solve(v).norm()
     )
 
 
@@ -124,21 +131,36 @@ def test_small_products_are_not_rounded() -> None:
     decomposition, scale, generator = decomposed(0, 16, 24)
     gradient = torch.randn(16, 24, generator=generator)
     moments = {"scale": scale.float()}
-    plain = Ekfac().precondition(gradient, single(decomposition), moments, 0.1)
-    assert torch.equal(
-        Ekfac(products="bfloat16").precondition(gradient, single(decomposition), moments, 0.1),
-        plain,
+    plain, rounded = (
+        Ekfac(products=products).operator(single(decomposition), moments, 0.1, {}).solve(gradient)
+        for products in ("full", "bfloat16")
     )
+    assert torch.equal(plain, rounded)
 
 
-def test_what_is_held_is_rounded_once() -> None:
-    decomposition, scale, _ = decomposed(1)
-    operator = Ekfac(products="bfloat16").operator(
-        single(decomposition), {"scale": scale.float()}, 0.1
-    )
-    assert isinstance(operator, Diagonal)
-    assert (operator.left.dtype, operator.right.dtype) == (torch.bfloat16, torch.bfloat16)
+def test_what_is_kept_is_rounded_once_and_only_solve_reads_it() -> None:
+    decomposition, scale, generator = decomposed(1)
+    parts, moments = single(decomposition), {"scale": scale.float()}
+    operator = Ekfac(products="bfloat16").operator(parts, moments, 0.1, {})
+    assert isinstance(operator, EigenbasisOperator)
+    assert [each.dtype for each in operator.rounded] == [torch.bfloat16, torch.bfloat16]
     assert worth_rounding(D_OUT, operator.right)
+    v = torch.randn(D_OUT, D_IN, generator=generator)
+    plain = Ekfac().operator(parts, moments, 0.1, {})
+    assert torch.equal(operator.multiply(v), plain.multiply(v))
+    assert not torch.equal(operator.solve(v), plain.solve(v))
+
+
+def test_an_operator_keeps_its_weights_and_nothing_else_of_its_own() -> None:
+    """Rotations and spectrum are the tensors of the state: they cost no further memory."""
+    decomposition, scale, _ = decomposed(1)
+    operator = Ekfac().operator(decomposition, {"scale": scale}, 0.1, {})
+    assert isinstance(operator, EigenbasisOperator)
+    left, right = (decomposition[name]["eigenvectors"] for name in ("G", "A"))
+    assert operator.spectrum is scale
+    assert operator.left is operator.rounded[0] is left
+    assert operator.right is operator.rounded[1] is right
+    assert operator.weights.data_ptr() != scale.data_ptr()
 
 
 @pytest.mark.parametrize(
@@ -153,13 +175,20 @@ def test_options_are_checked(options: dict[str, Any]) -> None:
 def test_matrices_below_the_size_are_decomposed_anew() -> None:
     matrix = torch.diag(torch.tensor([1.0, 2.0, 3.0]))
     turned = {"eigenvalues": torch.ones(3), "eigenvectors": torch.linalg.qr(torch.randn(3, 3))[0]}
-    context = FactorContext(damping=0.1, mean_diagonal={})
-    anew = Ekfac(iterate_from=4).redecompose("A", matrix, context, turned)
+    context = FactorContext(damping=0.1, mean_diagonal={}, previous=turned)
+    anew = Ekfac(iterate_from=4).decompose("A", matrix, context)
     torch.testing.assert_close(anew["eigenvalues"], torch.tensor([1.0, 2.0, 3.0]))
-    assert not torch.equal(
-        Ekfac(iterate_from=3).redecompose("A", matrix, context, turned)["eigenvectors"],
-        anew["eigenvectors"],
-    )
+    followed = Ekfac(iterate_from=3).decompose("A", matrix, context)
+    assert not torch.equal(followed["eigenvectors"], anew["eigenvectors"])
+    for first in (attrs.evolve(context, previous=None), corner(context)):
+        found = Ekfac(iterate_from=3).decompose("A", matrix, first)
+        assert torch.equal(found["eigenvectors"], anew["eigenvectors"])
+
+
+def corner(context: FactorContext) -> FactorContext:
+    """What is left of a smaller matrix, such as that of a layer which has been replaced."""
+    parts = {"eigenvalues": torch.ones(2), "eigenvectors": torch.eye(2)}
+    return attrs.evolve(context, previous=parts)
 
 
 def test_a_basis_that_follows_comes_close_to_the_eigenbasis_and_resumes_bit_for_bit() -> None:

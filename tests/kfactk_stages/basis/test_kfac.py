@@ -66,7 +66,7 @@ def decomposed(a: Tensor, g: Tensor, tau: float) -> dict[str, dict[str, Tensor]]
 
 
 def inverse(a: Tensor, g: Tensor, gradient: Tensor, tau: float) -> Tensor:
-    return KfacInverse().precondition(gradient, decomposed(a, g, tau), {}, tau)
+    return KfacInverse().operator(decomposed(a, g, tau), {}, tau, {}).solve(gradient)
 
 
 @law
@@ -107,8 +107,26 @@ def test_without_damping_a_regular_block_is_inverted_plainly() -> None:
 def test_a_changed_damping_is_seen_at_the_next_refresh_only() -> None:
     a, g, v = torch.eye(2, dtype=F64), torch.eye(1, dtype=F64), torch.ones(1, 2, dtype=F64)
     parts = decomposed(a, g, 0.04)
-    assert torch.equal(
-        KfacInverse().precondition(v, parts, {}, 0.04),
-        KfacInverse().precondition(v, parts, {}, 4.0),
-    )
+    solved = [KfacInverse().operator(parts, {}, tau, {}).solve(v) for tau in (0.04, 4.0)]
+    assert torch.equal(*solved)
     torch.testing.assert_close(inverse(a, g, v, 4.0), v / 9)
+
+
+def test_multiplying_reads_the_matrices_when_it_is_asked_only() -> None:
+    """Matrices that are made on demand cost `solve` nothing, and `multiply` needs nothing else."""
+    a, g = torch.tensor([[2.0, 1.0], [1.0, 3.0]], dtype=F64), torch.tensor([[4.0]], dtype=F64)
+    v, read = torch.tensor([[1.0, 2.0]], dtype=F64), []
+
+    class Noting(dict):
+        def __getitem__(self, name):
+            read.append(name)
+            return super().__getitem__(name)
+
+    operator = KfacInverse().operator(decomposed(a, g, 0.1), {}, 0.1, Noting(A=a, G=g))
+    operator.solve(v)
+    operator.condition()
+    assert not read
+    torch.testing.assert_close(operator.multiply(v), g @ v @ a)
+    assert sorted(read) == ["A", "G"]
+    bare = KfacInverse().operator({}, {}, 0.1, {"A": a, "G": g})
+    torch.testing.assert_close(bare.multiply(v), g @ v @ a)

@@ -24,4 +24,5 @@ def test_the_condition_of_diagonal_factors_is_that_of_the_damped_block() -> None
     pi = float(linalg.tikhonov_pi(context.mean_diagonal["A"], context.mean_diagonal["G"]))
     damped = {"A": matrices["A"].diagonal() + pi * 0.3, "G": matrices["G"].diagonal() + 0.3 / pi}
     expected = torch.linalg.cond(torch.kron(torch.diag(damped["A"]), torch.diag(damped["G"])))
-    torch.testing.assert_close(KfacInverse().condition(parts, {}, tau), expected)
+    operator = KfacInverse().operator(parts, {}, tau, matrices)
+    torch.testing.assert_close(operator.condition(), expected)

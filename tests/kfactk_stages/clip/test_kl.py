@@ -101,5 +101,5 @@ def test_never_reads_the_factor() -> None:
 
 @pytest.mark.parametrize("limit", [0, -1.0, float("nan"), float("inf"), "0.1", True, None])
 def test_limit_is_checked(limit: object) -> None:
-    with pytest.raises(OptionError, match=r"limit.*positive"):
+    with pytest.raises(OptionError, match=r"limit=.* greater than 0, or use clip='none'"):
         KlClip(limit=limit)

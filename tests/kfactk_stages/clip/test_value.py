@@ -82,5 +82,5 @@ def test_never_reads_a_value() -> None:
 
 @pytest.mark.parametrize("limit", [0.0, -2, float("nan"), float("inf"), "1", False])
 def test_limit_is_checked(limit: object) -> None:
-    with pytest.raises(OptionError, match=r"limit.*positive"):
+    with pytest.raises(OptionError, match=r"limit=.* greater than 0, or use clip='none'"):
         ValueClip(limit=limit)

@@ -97,12 +97,12 @@ def test_injected_targets_take_the_place_of_draws() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"samples": 0}, "samples must be a whole number of draws, 1 or more, not 0"),
-        ({"samples": 1.5}, "samples must be a whole number"),
-        ({"samples": True}, "samples must be a whole number"),
-        ({"seed": -1}, "seed must be a whole number, 0 or more, not -1"),
-        ({"seed": None}, "seed must be a whole number"),
-        ({"draw": 3}, "draw must be a function"),
+        ({"samples": 0}, "samples=0 .* a whole number of at least 1: each draw costs"),
+        ({"samples": 1.5}, "samples=1.5 .* a whole number"),
+        ({"samples": True}, "samples=True .* a whole number"),
+        ({"seed": -1}, "seed=-1 .* a whole number of at least 0"),
+        ({"seed": None}, "seed=None .* a whole number"),
+        ({"draw": 3}, "draw=3 .* a function from the detached output"),
     ],
 )
 def test_options_of_the_wrong_kind_are_refused(options: dict[str, object], message: str) -> None:

@@ -112,11 +112,11 @@ def test_what_cannot_be_viewed_is_refused_with_the_remedy(kind: type[Layout]) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"class_axis": 0}, "class_axis=0 is the dimension of the examples"),
-        ({"class_axis": 1.0}, "class_axis must be an integer or None"),
-        ({"class_axis": True}, "class_axis must be an integer or None"),
-        ({"targets": torch.zeros(2)}, "targets must be the name of an argument, not Tensor"),
-        ({"weights": ""}, "weights must be the name of an argument"),
+        ({"class_axis": 0}, "class_axis=0 .* another dimension than that of the examples"),
+        ({"class_axis": 1.0}, "class_axis=1.0 .* a whole number or None"),
+        ({"class_axis": True}, "class_axis=True .* a whole number or None"),
+        ({"targets": torch.zeros(2)}, "targets=tensor.* a non-empty string or None: the name"),
+        ({"weights": ""}, "weights='' .* a non-empty string or None: the name"),
     ],
 )
 def test_options_of_the_wrong_kind_are_refused(
@@ -330,12 +330,12 @@ def test_a_shift_that_cannot_be_is_refused_with_the_remedy(kind: type[Layout]) -
     for bad in (-1, 1.0, True, None):
         with pytest.raises(
             OptionError,
-            match=r"shift=.* is not a number of positions: give 0 .* 1 for a causal language model",
+            match=r"shift=.* a whole number of at least 0: 0 .* 1 for a causal language model",
         ):
             kind(shift=bad)
     likelihood = kind(shift=1)
     with pytest.raises(
         CaptureError,
-        match=r"shift=1, but the model's output has 1 positions an example.*leave it out otherwise",
+        match=r"shift=1, but the model's output has 1 positions in each.*leave it out otherwise",
     ):
         likelihood.term_weights(likelihood.view(output(2, 4)), {})

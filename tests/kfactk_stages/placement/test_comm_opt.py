@@ -36,5 +36,5 @@ def test_a_and_g_of_one_layer_part_where_that_is_even() -> None:
 
 @pytest.mark.parametrize("wire", ["float16", "int8", "float64", 16])
 def test_what_may_not_travel(wire: object) -> None:
-    with pytest.raises(OptionError, match=r"wire_dtype is .* may be 'bfloat16' or 'float32'"):
+    with pytest.raises(OptionError, match=r"wire_dtype=.* one of 'bfloat16', 'float32', None"):
         CommOpt(wire_dtype=wire)  # type: ignore[arg-type]

@@ -59,5 +59,5 @@ def test_the_ends_are_the_other_strategies() -> None:
 
 @pytest.mark.parametrize("fraction", [0, -0.5, 1.5, True, "half", None])
 def test_fractions_that_cannot_be(fraction: object) -> None:
-    with pytest.raises(OptionError, match=r"fraction is .*above 0 and at most 1"):
+    with pytest.raises(OptionError, match=r"fraction=.* a finite number in \(0, 1\]"):
         Hybrid(fraction=fraction)  # type: ignore[arg-type]

@@ -128,7 +128,7 @@ def test_equality_is_over_options_and_instances_hold_their_own(tmp_path: Path) -
     assert hash(one) == hash(other)
     other.flush()
     assert not (tmp_path / "x").exists()
-    assert "_held" not in repr(one)
+    assert "_pending" not in repr(one)
 
 
 @pytest.mark.parametrize(

@@ -88,7 +88,7 @@ def test_components_that_hang_together_are_a_surprise() -> None:
 
 
 def test_values_that_cannot_be_and_distributions_that_cannot_be_cut() -> None:
-    with pytest.raises(AssertionError, match=r"drawn was 3.*does not give"):
+    with pytest.raises(AssertionError, match=r"sampler drew 3.*does not give"):
         cells(dist.Categorical(logits=ROW), torch.tensor([0, 3, 1]))
     for found, draws in [
         (dist.StudentT(3.0), torch.zeros(2)),
@@ -96,7 +96,7 @@ def test_values_that_cannot_be_and_distributions_that_cannot_be_cut() -> None:
     ]:
         with pytest.raises(
             OptionError,
-            match=rf"How often {type(found).__name__} gives what cannot be told.*def cells",
+            match=rf"values of {type(found).__name__} are unknown.*def cells",
         ):
             cells(found, draws)
 

@@ -1,4 +1,4 @@
-"""The law of ranks catches stages that make ranks differ, from each other or from one process, and says what it cannot send."""
+"""The law of ranks catches stages that make ranks differ from each other or from one process."""
 
 from __future__ import annotations
 
@@ -27,11 +27,12 @@ from kfactk_stages.clip.none import NoClip
 from kfactk_stages.curvature.conv_kfac import ConvKfac
 from kfactk_stages.curvature.kfac import Kfac
 from tests.kfactk.testing.broken import caught
+from tests.kfactk.testing.broken_bases import Changed
 
 pytestmark = pytest.mark.xdist_group("ranks")
 LAW = "test_two_ranks_are_one_process"
 OTHERWISE = (
-    "2 ranks, each with its part of every batch, do not what one process does with the whole"
+    "2 ranks, each with its part of every batch, do not do what one process does with the whole"
 )
 BITS = "after the same steps ranks have different bits in the"
 
@@ -45,39 +46,39 @@ def mine() -> float:
 
 
 class Apart(KfacInverse):
-    """Each rank's own step."""
+    """Each rank has its own step."""
 
-    def precondition(self, gradient: Tensor, *rest: Any) -> Tensor:
-        return super().precondition(gradient, *rest) * mine()
+    def operator(self, *given: Any) -> Changed:
+        right = super().operator(*given)
+        return Changed(right, {"solve": lambda right, v: right.solve(v) * mine()})
 
 
 class Longer(KfacInverse):
-    """Longer steps in company."""
+    """Steps are longer with several ranks."""
 
-    def precondition(self, gradient: Tensor, *rest: Any) -> Tensor:
-        return super().precondition(gradient, *rest) * together()
+    def operator(self, *given: Any) -> Changed:
+        right = super().operator(*given)
+        return Changed(right, {"solve": lambda right, v: right.solve(v) * together()})
 
 
 class Batched(Kfac):
     """Divides by its own number of examples: the mean of means, but weighed wrongly."""
 
-    def factors(self, layer: Any, samples: Any) -> dict[str, Statistic]:
-        return {
-            name: Statistic(each.total, each.count / together())
-            for name, each in super().factors(layer, samples).items()
-        }
+    def gradient_factors(self, layer: Any, samples: Any) -> dict[str, Statistic]:
+        found = super().gradient_factors(layer, samples)["G"]
+        return {"G": Statistic(found.total, found.count / together())}
 
 
 class Counting(ConvKfac):
     """G is a sum over a rank's part of the batch, not a mean."""
 
-    def factors(self, layer: Any, samples: Any) -> dict[str, Statistic]:
-        found = super().factors(layer, samples)
-        return {**found, "G": found["G"].scaled(float(samples.examples))}
+    def gradient_factors(self, layer: Any, samples: Any) -> dict[str, Statistic]:
+        found = super().gradient_factors(layer, samples)["G"]
+        return {"G": found.scaled(float(samples.examples))}
 
 
 class Bounded(NoClip):
-    """Clips more in company."""
+    """Clips more with several ranks."""
 
     def clip(self, pairs: Any, dot: Any) -> Any:
         return [pair.preconditioned / together() for pair in pairs], torch.ones(())
@@ -105,10 +106,7 @@ class Hurrying(torch.optim.SGD):
 def test_each_family_is_held_to_it(laws: type[Laws], stage: type, says: str) -> None:
     found = caught(laws, stage, LAW)
     assert says in found[LAW]
-    assert (
-        "In a recipe, two ranks with half of each batch do what one process does with the whole"
-        in found[LAW]
-    )
+    assert "Two ranks with half of each batch do what one process does with the whole" in found[LAW]
 
 
 class Summing(Training):
@@ -143,7 +141,7 @@ def test_workers_are_shared_by_all_tests_of_ranks() -> None:
         assert isinstance(getattr(made, LAW).kfactk_law, Law)
 
 
-# -------------------------------------------------------------------------------------------------- what cannot be sent
+# ------------------------------------------------------------------------- what cannot be sent
 
 
 def test_what_other_processes_cannot_find_is_told_with_the_remedy() -> None:
@@ -177,7 +175,7 @@ def test_a_recipe_is_found_in_its_class() -> None:
 
 @pytest.fixture
 def nowhere(tmp_path: Path) -> Iterator[ModuleType]:
-    """A module of tests as pytest's import mode "importlib" makes it: of a name that nobody can import."""
+    """Make a module as pytest's import mode "importlib" does, with a name that has no import."""
     file = tmp_path / "test_mine.py"
     file.write_text("class Named:\n    def __call__(self):\n        return 'found'\n")
     spec = importlib.util.spec_from_file_location("nowhere.test_mine", file)
@@ -204,7 +202,8 @@ def test_modules_are_looked_for_where_the_tests_look(
     """In folders too that were added after the workers had started."""
     shared_workers().run(1, asked, Sent.of(dict))
     (tmp_path / "late_stage.py").write_text(
-        "import late_helper\nclass Named:\n    def __call__(self):\n        return late_helper.WORD\n"
+        "import late_helper\nclass Named:\n"
+        "    def __call__(self):\n        return late_helper.WORD\n"
     )
     (tmp_path / "late_helper.py").write_text("WORD = 'helped'\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -213,7 +212,7 @@ def test_modules_are_looked_for_where_the_tests_look(
     ) == ["helped"]
 
 
-# ------------------------------------------------------------------------------------------------------ what is skipped
+# ----------------------------------------------------------------------------- what is skipped
 
 
 @attrs.frozen(kw_only=True)

@@ -1,0 +1,217 @@
+"""`Settings`: the stages and numbers of a recipe, checked before any model is seen."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import attrs
+from torch import Tensor
+
+from kfactk._version import __version__
+from kfactk.errors import CombinationError, OptionError
+from kfactk.options import (
+    Number,
+    Period,
+    choice,
+    flag,
+    function,
+    number_at,
+    period_at,
+    refusal,
+)
+from kfactk.preconditioner.rules import BlockRule
+from kfactk.preconditioner.schedule import UpdateSchedule
+from kfactk.registry.hookspecs import STAGE_HOOKS
+from kfactk.registry.registry import registry
+from kfactk.registry.serialization import to_json
+from kfactk.stages import Basis, Clip, Curvature, Fisher, Likelihood, Placement, Tracker, Update
+
+
+@attrs.frozen
+class BlockSpec:
+    """A curvature for some layers; made by `kfactk.block`.
+
+    Args:
+        curvature: The curvature stage.
+        basis: The basis of its blocks; `None` for the recipe's or the curvature's own.
+        layers: Patterns of module names; empty for all modules.
+    """
+
+    curvature: Curvature
+    basis: Basis | None = None
+    layers: tuple[str, ...] = ()
+
+    def written(self) -> dict[str, Any]:
+        """Return the spec in JSON's types.
+
+        Raises:
+            OptionError: A stage cannot be written.
+        """
+        curvature = registry().describe("curvature", self.curvature)
+        if self.basis is None and not self.layers:
+            return curvature
+        out: dict[str, Any] = {"curvature": curvature}
+        if self.basis is not None:
+            out["basis"] = registry().describe("basis", self.basis)
+        if self.layers:
+            out["layers"] = list(self.layers)
+        return out
+
+
+def _number(high: float = float("inf"), *, varies: bool = False) -> Any:
+    def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if callable(value) and not varies:
+            remedy = "set it in optimizer.param_groups"
+            if attribute.name == "lr":
+                remedy = "use a torch.optim.lr_scheduler"
+            raise OptionError(
+                f"{attribute.name} must be a number; to change it while training, {remedy}."
+            )
+        if not callable(value):
+            number_at(attribute.name, value, 0, high=high)
+
+    return check
+
+
+def _period(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if not callable(value):
+        period_at(attribute.name, value, 0)
+
+
+def patterns(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    """Check that a value is a tuple of names of modules."""
+    good = isinstance(value, tuple) and all(isinstance(each, str) and each for each in value)
+    if not good:
+        must = "a list of names of modules, such as ['head'] or ['*.attention']"
+        raise refusal(instance, attribute, value, must)
+
+
+def as_patterns(value: Any) -> Any:
+    """Convert a list to a tuple; leave anything else to the validator."""
+    return tuple(value) if isinstance(value, list | tuple) else value
+
+
+def _specs(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if not value:
+        raise OptionError(
+            "curvature is an empty list; name at least one curvature, such as 'conv_kfac'."
+        )
+
+
+@attrs.frozen(kw_only=True, repr=False)
+class Settings:
+    """The stages and numbers of a recipe. `kfactk.build` documents the fields.
+
+    Raises:
+        OptionError: A value cannot work.
+        CombinationError: Stages cannot work together.
+    """
+
+    curvature: tuple[BlockSpec, ...] = attrs.field(validator=_specs)
+    basis: Basis
+    fisher: Fisher
+    likelihood: Likelihood
+    clip: Clip
+    update: Update
+    placement: Placement
+    tracker: Tracker | None
+    lr: float = attrs.field(validator=_number())
+    damping: Number = attrs.field(validator=_number(varies=True))
+    weight_decay: float = attrs.field(validator=_number())
+    weight_decay_at: str = attrs.field(validator=choice("update", "gradient"))
+    factor_decay: float = attrs.field(validator=_number(high=1.0))
+    factor_every: Period = attrs.field(validator=_period)
+    scale_every: Period = attrs.field(validator=_period)
+    basis_every: Period = attrs.field(validator=_period)
+    stagger: bool = attrs.field(validator=flag)
+    reduction: str = attrs.field(validator=choice("mean", "sum"))
+    observe: str = attrs.field(validator=choice("automatic", "manual"))
+    output: Callable[[Any], Tensor] | None = attrs.field(
+        validator=function(hint=" of what the model returns")
+    )
+    strict: bool = attrs.field(validator=flag)
+    exclude: tuple[str, ...] = attrs.field(converter=as_patterns, validator=patterns)
+    rules: tuple[BlockRule, ...] = attrs.field(init=False, eq=False)
+    schedule: UpdateSchedule = attrs.field(init=False, eq=False)
+
+    def __attrs_post_init__(self) -> None:
+        schedule = UpdateSchedule(
+            self.factor_every, self.scale_every, self.basis_every, self.stagger
+        )
+        object.__setattr__(self, "schedule", schedule)
+        object.__setattr__(self, "rules", tuple(self._rule(spec) for spec in self.curvature))
+
+    def _rule(self, spec: BlockSpec) -> BlockRule:
+        """Return the rule of a spec, with its basis.
+
+        The basis is the one that the spec names; else the recipe's, where the curvature provides
+        what it requires; else the curvature's own default.
+        """
+        basis = self.basis if spec.basis is None else spec.basis
+        provides, default = spec.curvature.provides, spec.curvature.default_basis
+        if spec.basis is None and not basis.requires <= provides and default is not None:
+            basis = registry().resolve("basis", default)
+        missing = basis.requires - provides
+        curvature_name = name_of("curvature", spec.curvature)
+        basis_name = name_of("basis", basis)
+        if missing:
+            raise CombinationError(
+                f"basis {basis_name!r} needs {', '.join(sorted(missing))}, which curvature "
+                f"{curvature_name!r} does not provide (it provides "
+                f"{', '.join(sorted(provides)) or 'nothing'}). Choose another basis, or a "
+                "curvature that provides it: python -m kfactk stages."
+            )
+        return BlockRule(spec.curvature, basis, spec.layers, f"{curvature_name}, {basis_name}")
+
+    def written(self, field: str) -> Any:
+        """Return one field in JSON's types.
+
+        Raises:
+            OptionError: Its value cannot be written (a lambda, a tensor).
+        """
+        value = getattr(self, field)
+        if field == "curvature":
+            specs = [spec.written() for spec in value]
+            return specs[0] if len(specs) == 1 and "name" in specs[0] else specs
+        if field in STAGE_HOOKS:
+            return None if value is None else registry().describe(field, value)
+        return to_json(value, field)
+
+    def summary(self) -> dict[str, Any]:
+        """Return all fields for a record: JSON's types, or the repr of what cannot be written."""
+        out: dict[str, Any] = {"kfactk": __version__}
+        for field in FIELDS:
+            try:
+                out[field] = self.written(field)
+            except OptionError:
+                out[field] = repr(getattr(self, field))
+        return out
+
+    def shared(self) -> dict[str, str]:
+        """Return the fields that must be equal on all ranks, as text.
+
+        Of a value that cannot be written, it is the type.
+        """
+        out = {}
+        for field in FIELDS:
+            if field in ("tracker", "output", "placement"):  # a rank may have its own
+                continue
+            try:
+                out[field] = repr(self.written(field))
+            except OptionError:
+                out[field] = type(getattr(self, field)).__qualname__
+        placement = type(self.placement).__qualname__
+        return out | {"placement": placement, "wire_dtype": repr(self.placement.wire_dtype)}
+
+
+FIELDS = tuple(field.name for field in attrs.fields(Settings) if field.init)
+"""Names of the fields, which are the arguments of `kfactk.build`."""
+
+
+def name_of(family: str, stage: object) -> str:
+    """Return the name of a stage, or that of its class where it has none."""
+    try:
+        return str(registry().describe(family, stage)["name"])
+    except OptionError:
+        return type(stage).__qualname__

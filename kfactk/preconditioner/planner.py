@@ -1,0 +1,141 @@
+"""What a step gathers and refreshes: from the schedule, and from what single blocks are overdue."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+
+import attrs
+
+from kfactk.assignment import assign_slots, layers_near_output
+from kfactk.preconditioner.block import Block
+from kfactk.preconditioner.placement import BlockPlacement
+from kfactk.preconditioner.plan import BlockPlan
+from kfactk.preconditioner.schedule import NOTHING, UpdateSchedule
+
+NO_SLOT = -1
+"""A slot that never comes."""
+
+
+@attrs.frozen(eq=False)
+class StepPlan:
+    """What one step gathers and refreshes.
+
+    Args:
+        plans: The blocks for which anything is due, in the model's order.
+        counts_terms: Whether the step needs the number of likelihood terms, for moments of the
+            user's own gradient.
+    """
+
+    plans: Mapping[Block, BlockPlan]
+    counts_terms: bool
+
+    @property
+    def followed(self) -> list[Block]:
+        """The blocks whose layers are followed in a forward."""
+        return [block for block, plan in self.plans.items() if plan.follows]
+
+    @property
+    def of_interest(self) -> bool:
+        """Whether a forward is of any interest."""
+        return self.counts_terms or any(plan.follows for plan in self.plans.values())
+
+    @property
+    def expects_forward(self) -> bool:
+        """Whether the step needs a forward."""
+        needed = (plan.follows and not plan.waited_for for plan in self.plans.values())
+        return self.counts_terms or any(needed)
+
+    @property
+    def due(self) -> bool:
+        """Whether the step changes anything that is kept, or gathers anything for it."""
+        return self.counts_terms or any(plan.due for plan in self.plans.values())
+
+    @property
+    def passes(self) -> bool:
+        """Whether the step needs the gradients of a Fisher pass."""
+        return self.counts_terms or any(plan.passes for plan in self.plans.values())
+
+    def named(self) -> dict[str, BlockPlan]:
+        """Return the plans by layer name."""
+        return {block.name: plan for block, plan in self.plans.items()}
+
+    def fingerprint(self) -> str:
+        """Return a text that is the same on all ranks that plan the same."""
+        told = [
+            (block.name, block.layer.parameters, attrs.astuple(plan, filter=_own))
+            for block, plan in self.plans.items()
+        ]
+        return repr((told, self.counts_terms))
+
+
+def _own(attribute: attrs.Attribute[object], value: object) -> bool:
+    return attribute.name != "input_factors"  # a set has no order; it follows from the stages
+
+
+EMPTY = StepPlan({}, False)
+
+
+class Planner:
+    """Makes the plans of one optimizer's steps.
+
+    Args:
+        schedule: What is due when.
+        placement: Who does what.
+    """
+
+    def __init__(self, schedule: UpdateSchedule, placement: BlockPlacement) -> None:
+        self.schedule, self._placement = schedule, placement
+        self._divided: list[Block] = []
+        self._slots: dict[str, int] = {}
+        self._late: frozenset[str] = frozenset()
+
+    def plan(self, step: int, blocks: Sequence[Block]) -> StepPlan:
+        """Return the plan of the step of this number, by the blocks as they are now."""
+        schedule = self.schedule
+        self._divide(blocks)
+        due = cache(partial(schedule.due, step))
+        slot_now = schedule.slot(step) if schedule.stagger else 0
+        soon = [schedule.soon(step, part) for part in (0, 1)]
+        plans = {}
+        for block in blocks:
+            part, slot = self._part(block), self._slots.get(block.name, 0)
+            now = due(slot if slot == slot_now else NO_SLOT, part)
+            if now == NOTHING and block.state.settled:
+                continue
+            plans[block] = BlockPlan.of(
+                block.state,
+                now,
+                sampled=block.sampled,
+                here=self._placement.everywhere(block.name),
+                stagger=schedule.stagger,
+                soon=soon[part],
+                input_factors=block.input_factors() if schedule.stagger else frozenset(),
+            )
+        return StepPlan(plans, self._counts_terms(due(0, 0).scale, blocks, plans))
+
+    @staticmethod
+    def _counts_terms(
+        scale: bool, blocks: Sequence[Block], plans: Mapping[Block, BlockPlan]
+    ) -> bool:
+        """Return whether moments of the user's gradient are due."""
+        refreshed = scale or any(plan.basis for plan in plans.values())
+        return refreshed and any(block.basis.moments_from == "gradient" for block in blocks)
+
+    def _part(self, block: Block) -> int:
+        return 1 if self._late and block.name not in self._late else 0
+
+    def _divide(self, blocks: Sequence[Block]) -> None:
+        """Divide the layers among slots and among passes, by cost.
+
+        Costs do not depend on the ranks, so another number of ranks does the same.
+        """
+        if not self.schedule.stagger or self._divided == list(blocks):
+            return
+        self._divided = list(blocks)
+        works = [block.work() for block in blocks]
+        costs = {work.layer: work.cost for work in works}
+        placed = assign_slots(costs, self.schedule.slots)
+        self._slots = {work.layer: placed[work.layer] for work in works}
+        sampled = any(block.sampled for block in blocks)
+        self._late = layers_near_output(works) if sampled else frozenset()
