@@ -1,4 +1,4 @@
-"""How docstrings are read for the reference: what griffe, which reads sources, does not know of our classes and sections."""
+"""Extension of griffe, which reads sources for the reference: our attrs classes and sections."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ import griffe
 
 
 class Docstrings(griffe.Extension):
-    """Options of attrs classes with types and defaults; doctests as code (we head them `Example:`, griffe looks for `Examples:`)."""
+    """Give attrs classes their options with types and defaults, and show doctests as code.
+
+    Our docstrings have a section `Example:`; griffe expects `Examples:`.
+    """
 
     def on_object(self, *, obj: griffe.Object, **_: Any) -> None:
-        """Called by griffe for every module, class, function and attribute."""
+        """Change one module, class, function or attribute, before griffe shows it."""
         if obj.docstring is not None:
             obj.docstring.value = re.sub(
                 r"^Example:$", "Examples:", obj.docstring.value, flags=re.MULTILINE
@@ -29,7 +32,7 @@ class Docstrings(griffe.Extension):
 
 
 def _imported(obj: griffe.Object) -> type[Any] | None:
-    """The class itself; `None` for one inside a function, or of a package that is not installed."""
+    """Return the class; `None` for one inside a function, or of a package that is not installed."""
     try:
         found = getattr(importlib.import_module(obj.module.path), obj.name, None)
     except ImportError:

@@ -1,4 +1,7 @@
-"""Fences that the site renders: formulas as MathML, which browsers show without a script, messages, and tables of laws from the code."""
+"""Fences that the site renders: formulas as MathML, messages, and tables of laws from the code.
+
+Browsers show MathML without a script.
+"""
 
 from __future__ import annotations
 
@@ -16,10 +19,10 @@ TAG = re.compile(r"\\tag\{(\w+)\}")
 
 
 def math(source: str, *_: Any, **__: Any) -> str:
-    r"""A formula in LaTeX, perhaps `aligned`, perhaps with an equation number in `\tag{}`.
+    r"""Render a formula in LaTeX; it may be `aligned`, and have an equation number in `\tag{}`.
 
     Raises:
-        SuperFencesException: Something in it is not understood, so that it would be shown as it is written.
+        SuperFencesException: The converter does not understand a part of it.
 
     Example:
         >>> math(r"\tau > 0 \tag{3}").endswith("</math><span>(3)</span></div>")
@@ -37,14 +40,15 @@ def math(source: str, *_: Any, **__: Any) -> str:
     odd = re.findall(r"<m\w>(\\\w*|&)</m\w>", found)
     if odd:
         raise SuperFencesException(
-            f"{', '.join(odd)} is not understood in the formula {source!r}. Write it in another way."
+            f"{', '.join(odd)} is not understood in the formula {source!r}. Write it differently."
         )
     ElementTree.fromstring(found)
-    return f'<div class="math">{found}{"".join(f"<span>({number})</span>" for number in numbers)}</div>'
+    tags = "".join(f"<span>({number})</span>" for number in numbers)
+    return f'<div class="math">{found}{tags}</div>'
 
 
 def laws(source: str, *_: Any, **__: Any) -> str:
-    """A table of the laws of the classes named: name and sentence.
+    """Render a table of the laws of the named classes: name and sentence.
 
     Example:
         >>> "never enlarges" in laws("ClipLaws")
@@ -59,11 +63,12 @@ def laws(source: str, *_: Any, **__: Any) -> str:
     cells = "".join(
         f"<tr><td>{html.escape(law)}</td><td>{_code(sentence)}</td></tr>" for law, sentence in rows
     )
-    return f"<table><thead><tr><th>law</th><th>what it says</th></tr></thead><tbody>{cells}</tbody></table>"
+    head = "<thead><tr><th>law</th><th>what it says</th></tr></thead>"
+    return f"<table>{head}<tbody>{cells}</tbody></table>"
 
 
 def message(source: str, *_: Any, **__: Any) -> str:
-    """Messages, one a line, that wrap where the page ends.
+    """Render messages, one on each line, that wrap at the edge of the page.
 
     Example:
         >>> message("it is <…>\\nit is not")
@@ -76,7 +81,10 @@ def message(source: str, *_: Any, **__: Any) -> str:
 
 
 def laws_of(name: str) -> dict[str, str]:
-    """The laws of one class of `kfactk.testing`, inherited ones first: method name to the first paragraph of its docstring."""
+    """Return the laws of a class of `kfactk.testing`, inherited ones first.
+
+    Keys are names of methods; values are the first paragraphs of their docstrings.
+    """
     owner = getattr(testing, name)
     marked = {
         law: getattr(owner, law) for law in dir(owner) if hasattr(getattr(owner, law), "kfactk_law")

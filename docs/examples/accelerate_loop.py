@@ -1,6 +1,7 @@
-"""kfactk in an Accelerate loop: gradient accumulation, clipping, a scheduler, and a checkpoint of everything.
+"""kfactk in an Accelerate loop: gradient accumulation, clipping, a scheduler, and checkpoints.
 
-One process: `python accelerate_loop.py`. Two: `accelerate launch --cpu --num_processes 2 accelerate_loop.py`.
+One process: `python accelerate_loop.py`.
+Two: `accelerate launch --cpu --num_processes 2 accelerate_loop.py`.
 """
 
 import torch
@@ -17,7 +18,7 @@ def main():
     set_seed(0)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     points = torch.rand(1024, 2) * 2 - 1
-    labels = (points.prod(1) > 0).long()  # which quadrants: no line divides them
+    labels = (points.prod(1) > 0).long()  # opposite quadrants: no line separates the classes
     loader = DataLoader(TensorDataset(points, labels), batch_size=32, shuffle=True)
 
     model = nn.Sequential(
@@ -26,7 +27,7 @@ def main():
     recipe = kfactk.build(
         curvature="kfac", basis="ekfac", update="momentum", lr=0.03, damping=0.03, basis_every=20
     )
-    optimizer = recipe.bind(model)  # the bare model, before prepare
+    optimizer = recipe.bind(model)  # before prepare wraps the model
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=64)
     model, optimizer, loader, scheduler = accelerator.prepare(model, optimizer, loader, scheduler)
 
@@ -44,11 +45,10 @@ def main():
             total += loss.detach()
         mean = accelerator.reduce(total / len(loader), "mean")
         accelerator.print(f"epoch {epoch}: loss {mean:.3f}")
-        accelerator.save_state(
-            "checkpoint"
-        )  # model, optimizer with its curvature, scheduler, random state
+        # Model, optimizer with its curvature, scheduler and random states.
+        accelerator.save_state("checkpoint")
 
-    accelerator.wait_for_everyone()  # each process writes a part of it
+    accelerator.wait_for_everyone()  # each process writes its part
     accelerator.load_state("checkpoint")
     accelerator.end_training()
 

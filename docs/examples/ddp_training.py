@@ -1,4 +1,4 @@
-"""A loop for any number of processes, which goes on from its last checkpoint.
+"""A loop for any number of processes, which continues from its last checkpoint.
 
 torchrun --standalone --nproc-per-node 2 ddp_training.py
 """
@@ -21,54 +21,40 @@ BATCH, EPOCHS, FOLDER = 64, 4, Path("checkpoints")
 
 
 def save(model, optimizer, epoch):
-    """Every rank writes its part; the checkpoint counts once all of it is there."""
+    """Let every rank write its part; name the checkpoint in `latest` once it is complete."""
     weights, state = get_state_dict(model, optimizer)
-    dcp.save(
-        {"model": weights, "optimizer": state, "epoch": epoch}, checkpoint_id=FOLDER / str(epoch)
-    )
+    saved = {"model": weights, "optimizer": state, "epoch": epoch}
+    dcp.save(saved, checkpoint_id=FOLDER / str(epoch))
     if dist.get_rank() == 0:
         (FOLDER / "new").write_text(str(epoch))
         (FOLDER / "new").replace(FOLDER / "latest")
 
 
 def load(model, optimizer):
-    """Take over the last checkpoint, if there is one; saved by any number of ranks."""
+    """Load the last checkpoint, if there is one; any number of ranks may have saved it."""
     if not (FOLDER / "latest").exists():
         return 0
     weights, state = get_state_dict(model, optimizer)
     saved = {"model": weights, "optimizer": state, "epoch": 0}
     dcp.load(saved, checkpoint_id=FOLDER / (FOLDER / "latest").read_text())
-    set_state_dict(
-        model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"]
-    )
+    parts = {"model_state_dict": saved["model"], "optim_state_dict": saved["optimizer"]}
+    set_state_dict(model, optimizer, **parts)
     return saved["epoch"]
 
 
 def main():
-    device = (
-        torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    cuda = torch.cuda.is_available()
+    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu")
+    dist.init_process_group("nccl" if cuda else "gloo")
     torch.manual_seed(0)
     points = torch.rand(2048, 2) * 2 - 1
-    labels = (points.prod(1) > 0).long()  # which quadrants: no line divides them
+    labels = (points.prod(1) > 0).long()  # opposite quadrants: no line separates the classes
     sampler = DistributedSampler(TensorDataset(points, labels))
     loader = DataLoader(sampler.dataset, batch_size=BATCH // dist.get_world_size(), sampler=sampler)
-    model = DDP(
-        nn.Sequential(
-            nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2)
-        ).to(device)
-    )
-    optimizer = kfactk.build(
-        fisher="exact",
-        update="momentum",
-        lr=0.03,
-        damping=0.03,
-        basis_every=20,
-        placement="mem_opt",
-    ).bind(model)
+    layers = nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2)
+    model = DDP(nn.Sequential(*layers).to(device))
+    options = {"update": "momentum", "lr": 0.03, "damping": 0.03, "basis_every": 20}
+    optimizer = kfactk.build(fisher="exact", placement="mem_opt", **options).bind(model)
     for epoch in range(load(model, optimizer), EPOCHS):
         sampler.set_epoch(epoch)
         total = 0.0

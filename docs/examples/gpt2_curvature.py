@@ -1,4 +1,4 @@
-"""K-FAC for GPT-2, whose layers are transformers' `Conv1D`: a linear layer that holds its weight as `[d_in, d_out]`."""
+"""K-FAC for GPT-2, whose layers are `Conv1D` of transformers: weights are `[d_in, d_out]`."""
 
 import attrs
 from torch import nn

@@ -1,4 +1,4 @@
-"""kfactk in a loop over a Hugging Face transformer: padded sequences, labels handed to the model, the loss and `.logits` in its answer."""
+"""kfactk with a Hugging Face transformer: padded sequences, and a model that returns its loss."""
 
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -9,7 +9,7 @@ VOCABULARY, PADDING = 16, 0
 
 
 def batch(size=32, longest=12):
-    """Sequences that count upwards from somewhere, of several lengths."""
+    """Draw sequences of consecutive numbers, of several lengths."""
     start = torch.randint(VOCABULARY - 1, (size, 1))
     tokens = (start + torch.arange(longest)) % (VOCABULARY - 1) + 1
     mask = (torch.arange(longest) < torch.randint(4, longest + 1, (size, 1))).long()

@@ -1,4 +1,4 @@
-"""kfactk in `transformers.Trainer`: the optimizer and its scheduler are handed over, and checkpoints hold them."""
+"""kfactk in `transformers.Trainer`, which takes optimizer and scheduler and saves both."""
 
 import torch
 from transformers import BertConfig, BertForSequenceClassification, Trainer, TrainingArguments
@@ -7,7 +7,7 @@ import kfactk
 
 
 def examples(count=256, length=8):
-    """Which of two tokens is the more frequent?"""
+    """Draw sequences of two tokens; the label says which is more frequent."""
     tokens = torch.randint(2, 4, (count, length + 1))
     labels = (tokens == 3).sum(1) > length // 2
     return [

@@ -1,4 +1,4 @@
-"""kfactk in Lightning: a LightningModule with automatic optimisation, a scheduler, and checkpoints that a run goes on from."""
+"""kfactk in Lightning: automatic optimization, a scheduler, and a run resumed from a checkpoint."""
 
 import lightning
 import torch
@@ -28,15 +28,9 @@ class Classifier(lightning.LightningModule):
         self.log("accuracy", (self.network(x).argmax(1) == y).float().mean())
 
     def configure_optimizers(self):
-        recipe = kfactk.build(
-            curvature="kfac",
-            basis="ekfac",
-            update="momentum",
-            lr=0.05,
-            damping=0.03,
-            basis_every=20,
-        )
-        optimizer = recipe.bind(self.network)  # what training_step calls, not self
+        options = {"lr": 0.05, "damping": 0.03, "basis_every": 20}
+        recipe = kfactk.build(curvature="kfac", basis="ekfac", update="momentum", **options)
+        optimizer = recipe.bind(self.network)  # the model that training_step calls, not self
         scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=4)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
@@ -55,7 +49,7 @@ def trainer(epochs):
 def main():
     lightning.seed_everything(0)
     points = torch.rand(1280, 2) * 2 - 1
-    labels = (points.prod(1) > 0).long()  # which quadrants: no line divides them
+    labels = (points.prod(1) > 0).long()  # opposite quadrants: no line separates the classes
     training = DataLoader(TensorDataset(points[:1024], labels[:1024]), batch_size=64)
     validation = DataLoader(TensorDataset(points[1024:], labels[1024:]), batch_size=256)
 

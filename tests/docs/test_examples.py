@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted((ROOT / "docs" / "examples").glob("*.py"))
-LONGEST = 70
+LONGEST = 80
 
 each = pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.stem)
 

@@ -1,4 +1,4 @@
-"""Runs of tests on mutants of a tiny project: what counts as noticed, and that nothing but the copy is run and changed."""
+"""Runs of tests on mutants of a tiny project: verdicts, and that only the copy changes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from mutation.mutants import ROOT, Mutant
 from mutation.runner import Bench, Verdict, run
 
 SOURCE = "def double(x):\n    return 2 * x\n"
-TESTS = "from kfactk.statistics import double\n\ndef test_four():\n    assert double(2) == 4\n\ndef test_six():\n    assert double(3) == 6\n"
+TESTS = """from kfactk.statistics import double
+
+def test_four():
+    assert double(2) == 4
+
+def test_six():
+    assert double(3) == 6
+"""
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +71,7 @@ def test_outcomes(project: Path, source: str, outcome: str, by: str) -> None:
 
 
 def test_paths_are_run_in_turn_and_each_mutant_is_a_fresh_one(project: Path) -> None:
-    """Mutants of equal size made within one second: a compiled file left behind would be taken for the next one's."""
+    """Mutants of equal size within one second: a compiled file must not serve the next mutant."""
     broken, same = (
         mutant(SOURCE.replace("2 * x", new), "tests/few", "tests/test_sums.py")
         for new in ("3 * x", "x + x")
@@ -76,7 +83,7 @@ def test_paths_are_run_in_turn_and_each_mutant_is_a_fresh_one(project: Path) -> 
 
 def test_a_run_that_does_not_end_counts_only_where_that_is_stated(project: Path) -> None:
     endless = SOURCE.replace("return", "while True:\n        pass\n    return")
-    with Bench(project, patience=6.0) as bench:
+    with Bench(project, timeout=6.0) as bench:
         verdict = bench.judge(mutant(endless))
     assert (verdict.outcome, verdict.noticed) == ("timed out", False)
     assert Verdict(mutant(endless, hangs=True), "timed out", "", 6.0).noticed
