@@ -90,7 +90,7 @@ def test_paths_are_run_in_turn_and_each_mutant_is_a_fresh_one(project: Path) -> 
 
 def test_a_run_that_does_not_end_counts_only_where_that_is_stated(project: Path) -> None:
     endless = SOURCE.replace("return", "while True:\n        pass\n    return")
-    with Bench(project, patience=6.0) as bench:
+    with Bench(project, timeout=6.0) as bench:
         verdict = bench.judge(mutant(endless))
     assert (verdict.outcome, verdict.noticed) == ("timed out", False)
     assert Verdict(mutant(endless, hangs=True), "timed out", "", 6.0).noticed

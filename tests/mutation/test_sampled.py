@@ -101,7 +101,7 @@ def test_a_stale_explanation_is_told(tmp_path: Path) -> None:
     assert list(explained(tmp_path, path).values()) == ["it is so"]
     path.write_text(ENTRY.format(old=OLD, new=OLD.replace("*", "++"), because="it is so"))
     with pytest.raises(
-        MutantError, match=r"stale: no mutant is this any more.*\nkfactk/linalg.py:Box.volume"
+        MutantError, match=r"stale: no mutant has this key any more.*\nkfactk/linalg.py:Box.volume"
     ):
         explained(tmp_path, path)
     path.write_text(ENTRY.format(old=OLD, new=OLD.replace("*", "+"), because=""))
