@@ -389,7 +389,7 @@ def test_a_refresh_that_fails_leaves_the_last_good_one(
     """The run is that in which this refresh was not due."""
     with pytest.warns(
         KfactkWarning,
-        match=r"failed in every way tried: .*; the last good decomposition is kept \(said once\)",
+        match=r"failed in every way tried .*; the last good decomposition stays in use \(said once\)",
     ):
         found, optimizer = decomposed(basis, sabotage[basis], {2: 1000})
     assert optimizer.counters == {"skipped_batches": 0, "failed_decompositions": 2}
