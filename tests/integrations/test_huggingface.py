@@ -161,7 +161,7 @@ class Watched:
         }
 
     def counted(self, where: list[tuple[int, ...]]) -> Iterator[tuple[float, dict[str, Tensor]]]:
-        """Yield for each class of each counted term its probability and log-probability gradients."""
+        """Yield probability and log-probability gradients of each class of each counted term."""
         log_p = self.answer.logits.log_softmax(-1)
         for place in where:
             for value in log_p[place]:

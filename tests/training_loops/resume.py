@@ -1,4 +1,4 @@
-"""Runs saved on some ranks and resumed on others, printed by `python -m tests.training_loops.resume`.
+"""Runs saved on some ranks resume on others: `python -m tests.training_loops.resume` prints all.
 
 For each recipe and each moment of saving, the uninterrupted run on one process is the truth. A
 resumed run equals it to a relative precision. With the same ranks and placement it equals the
