@@ -1,8 +1,10 @@
-"""Every task of the project: `nox -s tests`, `nox -s experiments`, `nox -s lint`, `nox -s docs`, `nox -s plugins`,
-`nox -s mutants`, `nox -s equivalence`, `nox -s bench`.
+"""The tasks of the project.
 
-All of them share one environment, made by the session `env` and refreshed only when what it was made from has changed. Arguments behind
-`--` go to the tool that the session runs: `nox -s tests -- tests/kfactk -k ekfac`.
+    nox -s tests | experiments | lint | docs | plugins | mutants | equivalence | bench
+
+All sessions share one environment. The session `env` makes it, and refreshes it only when its
+sources have changed. Arguments after `--` go to the tool of the session:
+`nox -s tests -- tests/kfactk -k ekfac`.
 """
 
 import hashlib
@@ -25,7 +27,7 @@ PATIENCE = 30.0  # seconds an interrupted experiment has to save what it did
 
 
 def fingerprint() -> str:
-    """What the environment depends on, as one line."""
+    """Return a digest of what the environment depends on."""
     digest = hashlib.sha256(str(ROOT).encode())
     for name in MADE_FROM:
         digest.update((ROOT / name).read_bytes())
@@ -33,7 +35,7 @@ def fingerprint() -> str:
 
 
 def python(session: nox.Session) -> str:
-    """Path of the shared environment's interpreter."""
+    """Return the path of the shared environment's interpreter."""
     env = (session.cache_dir.parent / "env").absolute()
     return str(env / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
 
@@ -52,9 +54,10 @@ def env(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["env"])
 def tests(session: nox.Session) -> None:
-    """All tests and doctests with their branch coverage, then `lint`.
+    """Run all tests and doctests with branch coverage, then `lint`.
 
-    `-- --thorough` draws twenty times the examples; other arguments go to pytest, alone. Neither measures coverage.
+    `-- --thorough` draws twenty times as many examples. Other arguments go to pytest. With either,
+    coverage is not measured.
     """
     given = [argument for argument in session.posargs if argument != THOROUGH]
     if not given:
@@ -78,7 +81,7 @@ def tests(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["env"], default=False)
 def experiments(session: nox.Session) -> None:
-    """The study, in small by default; `nox -s experiments -- --help` shows what else there is."""
+    """Run our replication of the thesis, by default the small one; `-- --help` shows options."""
     session.run(
         python(session),
         "-m",
@@ -91,7 +94,7 @@ def experiments(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["env"], default=False)
 def lint(session: nox.Session) -> None:
-    """Style (ruff) and types (mypy, strict)."""
+    """Check style (ruff) and types (mypy, strict)."""
     session.run(python(session), "-m", "ruff", "check", "--output-format=concise")
     session.run(python(session), "-m", "ruff", "format", "--check")
     session.run(python(session), "-m", "mypy")
@@ -99,14 +102,14 @@ def lint(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["env"], default=False)
 def docs(session: nox.Session) -> None:
-    """Build the documentation into `site/`; a broken link is an error. `-- serve` shows it while you write."""
+    """Build the documentation into `site/`; broken links are errors. `-- serve` shows it live."""
     arguments = session.posargs or ["build", "--strict"]
     session.run(python(session), "-m", "mkdocs", *arguments, env={"NO_MKDOCS_2_WARNING": "1"})
 
 
 @nox.session(venv_backend="none", requires=["env"], default=False)
 def plugins(session: nox.Session) -> None:
-    """Install `plugins/kfactk-diagonal` as a stranger would, run its laws, and take it off again; check what `new-plugin` writes."""
+    """Install `plugins/kfactk-diagonal`, run its laws, and uninstall it; check `new-plugin`."""
     with tempfile.TemporaryDirectory() as folder:
         stranger(session, Path(folder), "kfactk-diagonal", stages=("curvature", "basis"))
         written = Path(folder) / "written"
@@ -140,7 +143,7 @@ def plugins(session: nox.Session) -> None:
 
 
 def stranger(session: nox.Session, folder: Path, name: str, stages: tuple[str, ...]) -> None:
-    """Build and install a plugin from a copy of its folder, run its tests where its source is not, and look for its stages."""
+    """Build and install a plugin from a copy, run its tests elsewhere, and list its stages."""
     source, module, interpreter = ROOT / "plugins" / name, name.replace("-", "_"), python(session)
     pip = interpreter, "-m", "pip"
     version = nox.project.load_toml(source / "pyproject.toml")["project"]["version"]
@@ -181,7 +184,7 @@ def stranger(session: nox.Session, folder: Path, name: str, stages: tuple[str, .
 
 @nox.session(venv_backend="none", requires=["env"], default=False)
 def mutants(session: nox.Session) -> None:
-    """Put mistakes into the mathematics, one at a time, and see that the tests notice each; `nox -s mutants -- --help` shows what else."""
+    """Check that the tests notice mistakes in the mathematics; `-- --help` shows the options."""
     session.run(
         python(session),
         "-m",
@@ -194,7 +197,10 @@ def mutants(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["env"], default=False)
 def equivalence(session: nox.Session) -> None:
-    """Every combination of stages on 1 to 4 ranks against one process with the whole batch; `-- --sample N` takes N recipes."""
+    """Compare every combination of stages on 1 to 4 ranks with one process.
+
+    `-- --sample N` takes N combinations.
+    """
     session.run(
         python(session), "-m", "tests.equivalence", *session.posargs, env={"OMP_NUM_THREADS": "1"}
     )
@@ -202,9 +208,10 @@ def equivalence(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none", requires=["env"], default=False)
 def bench(session: nox.Session) -> None:
-    """All benchmarks, about 25 minutes on two idle cores; `-- race --widths 16` runs one part, `-- --help` tells which there are.
+    """Run all benchmarks: about 25 minutes on two idle cores.
 
-    Optimisers of other packages are installed for it, each that can be; the race names those that are not there.
+    `-- race --widths 16` runs one part; `-- --help` shows all parts. Optimizers of other packages
+    are installed where possible; the race names those that are missing.
     """
     for requirement in nox.project.dependency_groups(
         nox.project.load_toml(ROOT / "pyproject.toml"), "bench"

@@ -1,4 +1,4 @@
-"""Who takes part in the race at the reference point, and with which settings: each rival's best of a small grid, and kfactk's."""
+"""The optimizers at the reference point: rivals at the best of a small grid, and kfactk."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from torch import nn
 import kfactk
 
 Make = Callable[[nn.Module, int], Any]
-"""Makes the optimiser of a model; the second argument is the run's seed."""
+"""Makes the optimizer of a model; the second argument is the seed of the run."""
 
 BASELINE = "SGD, momentum (torch)"
 
 _SHORT: dict[str, Any] = {
     "basis": {"name": "ekfac", "scale": "running"},
     "fisher": "empirical",
-    "clip": "none",  # with Adam a constant factor cancels, and at these learning rates it never bounds anything
+    "clip": "none",  # with Adam a factor cancels, and these learning rates never reach the limit
     "lr": 0.005,
     "damping": 0.0001,
     "scale_every": 1,
     "update": {"name": "adam", "fused": True},
 }
-"""Nothing is measured twice: factors and scale come from the backward that a step makes anyway."""
+"""Settings for short runs: factors and scale come from the user's own backward."""
 
 _REDUCE = {"name": "conv_kfac", "spatial": "reduce"}
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "kfactk, the study's": {"lr": 0.003, "damping": 0.001},
-    "kfactk, the study's, basis every 10": {"lr": 0.003, "damping": 0.001, "basis_every": 10},
+    "kfactk, thesis": {"lr": 0.003, "damping": 0.001},
+    "kfactk, thesis, basis every 10": {"lr": 0.003, "damping": 0.001, "basis_every": 10},
     "kfactk, short": {**_SHORT, "factor_decay": 0.6, "basis_every": kfactk.early},
     "kfactk, short, reduce": {
         **_SHORT,
@@ -43,17 +43,17 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "kfactk, short, every 5": {**_SHORT, "factor_decay": 0.8, "factor_every": 5, "basis_every": 5},
 }
-"""Arguments of `kfactk.build`, by name; what is left out has its default, the study's."""
+"""Arguments of `kfactk.build` by name; others have their defaults, those of the thesis."""
 
 
 @attrs.frozen
 class Contestant:
-    """One that takes part.
+    """An optimizer with its settings.
 
     Args:
-        make: Makes its optimiser.
-        settings: What it was made with, for records.
-        recipe: kfactk's, or `None` for a rival.
+        make: Makes the optimizer.
+        settings: Its settings as text, for records.
+        recipe: The recipe of kfactk, or `None` for a rival.
     """
 
     make: Make
@@ -62,7 +62,7 @@ class Contestant:
 
 
 def everyone() -> dict[str, Contestant]:
-    """All contestants by name: the baseline, rivals that are installed, and kfactk's settings."""
+    """Return all contestants by name: the baseline, installed rivals, and settings of kfactk."""
     sgd = _rival(torch.optim.SGD, lr=0.02, momentum=0.9)
     return (
         {BASELINE: sgd, "AdamW (torch)": _rival(torch.optim.AdamW, lr=0.001)}
@@ -72,7 +72,7 @@ def everyone() -> dict[str, Contestant]:
 
 
 def ours(arguments: Mapping[str, Any]) -> Contestant:
-    """kfactk with these arguments; the run's seed sets the draws of its Fisher pass."""
+    """Return kfactk with these arguments; the seed of the run sets the draws of the Fisher pass."""
     recipe = kfactk.build(**arguments)
 
     def make(model: nn.Module, seed: int) -> kfactk.Optimizer:
@@ -87,8 +87,8 @@ def ours(arguments: Mapping[str, Any]) -> Contestant:
 
 
 def due_steps(recipe: kfactk.Recipe, steps: int) -> dict[str, int]:
-    """Of so many steps, on how many factors, the scale and a layer's decomposition are due."""
-    due = [recipe.schedule.due(step) for step in range(1, steps)]  # at the first all are
+    """Return on how many steps factors, the scale and the decomposition of a layer are due."""
+    due = [recipe.schedule.due(step) for step in range(1, steps)]  # all are at the first step
     return {
         what: 1 + sum(getattr(each, what) for each in due) for what in ("factors", "scale", "basis")
     }
@@ -103,7 +103,7 @@ def _rival(kind: Any, **settings: Any) -> Contestant:
 
 
 def _installed() -> dict[str, Contestant]:
-    """Optimisers of other packages, those that are installed."""
+    """Return the optimizers of other packages that are installed."""
     found: dict[str, Contestant] = {}
     if importlib.util.find_spec("pytorch_optimizer"):
         from pytorch_optimizer import SOAP
@@ -114,7 +114,7 @@ def _installed() -> dict[str, Contestant]:
     if importlib.util.find_spec("heavyball"):
         import heavyball
 
-        heavyball.utils.compile_mode = None  # its autotuning takes minutes a shape on a CPU
+        heavyball.utils.compile_mode = None  # autotuning takes minutes for each shape on a CPU
         found["SOAP (heavyball)"] = _rival(heavyball.SOAP, lr=0.01, precondition_frequency=10)
         found["Muon (heavyball)"] = _rival(heavyball.Muon, lr=0.02)
     return found

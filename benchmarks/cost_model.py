@@ -1,11 +1,13 @@
-"""Predicted against measured steps: the cost model of `python -m kfactk plan` on this machine's processors, over gloo.
+"""Predicted against measured steps: the cost model of `python -m kfactk plan`, on CPUs over gloo.
 
-Each number of ranks is measured by itself: the ranks calibrate, all at once, so that what they take from each other is in the machine's
-profile, and then train two small models under each placement. Steps are compared over whole cycles of the periods. The same is done for
-plain torch, forward, backward and update, whose error is that of the roofline and none of curvature's.
+For each number of ranks, all ranks calibrate at the same time, so that the profile includes how
+they slow each other down. Then they train two small models under each placement. Steps are compared
+over whole cycles of the periods. The same comparison for plain torch (forward, backward and update)
+shows the error of the roofline alone.
 
-`--clock processor` measures seconds of the ranks' processors, in calibration and in steps: what a busy machine takes away does not count,
-nor does a rank's waiting for others. Wall time is right only on a machine that is idle and has a core for each rank.
+`--clock processor` measures processor seconds in calibration and in steps: other processes, and
+waiting for other ranks, then do not count. Wall time is right only on an idle machine with a core
+for each rank.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ PLAIN = "plain torch"
 
 
 def convolutions() -> nn.Module:
-    """Four convolutions with BatchNorm, and a linear layer."""
+    """Return four convolutions with BatchNorm, and a linear layer."""
     layers: list[nn.Module] = []
     for channels, wider in ((3, 32), (32, 64), (64, 64), (64, 64)):
         layers += [
@@ -49,7 +51,7 @@ def convolutions() -> nn.Module:
 
 
 def perceptron() -> nn.Module:
-    """Linear layers whose matrices weigh more than their rows."""
+    """Return linear layers whose matrices are larger than their inputs."""
     return nn.Sequential(
         nn.Linear(256, 512),
         nn.ReLU(),
@@ -62,7 +64,7 @@ def perceptron() -> nn.Module:
 
 
 class Block(nn.Module):
-    """Self-attention and a perceptron, of linear layers."""
+    """A transformer block of linear layers: self-attention and a perceptron."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -72,24 +74,21 @@ class Block(nn.Module):
         self.widen, self.narrow = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """`[N, T, width]` to the same."""
-        asked = (
-            self.attend(self.before(hidden))
-            .unflatten(-1, (3, self.heads, -1))
-            .permute(2, 0, 3, 1, 4)
-        )
-        heard = F.scaled_dot_product_attention(asked[0], asked[1], asked[2], is_causal=True)
-        hidden = hidden + self.join(heard.transpose(1, 2).flatten(2))
+        """Map `[N, T, width]` to `[N, T, width]`."""
+        projected = self.attend(self.before(hidden)).unflatten(-1, (3, self.heads, -1))
+        query, key, value = projected.permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(query, key, value, is_causal=True)
+        hidden = hidden + self.join(attended.transpose(1, 2).flatten(2))
         return hidden + self.narrow(F.gelu(self.widen(self.between(hidden))))
 
 
 class Transformer(nn.Module):
-    """A language model of the shape of GPT-2, by default the small one, head and token embedding apart.
+    """A language model of the shape of GPT-2, by default the small one, with an untied head.
 
     Args:
-        width: Numbers a token.
-        depth: Blocks.
-        heads: Attention heads.
+        width: Features of a token.
+        depth: Number of blocks.
+        heads: Number of attention heads.
         tokens: Size of the vocabulary.
         length: Longest sequence.
     """
@@ -108,7 +107,7 @@ class Transformer(nn.Module):
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, tokens, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of the next token, `[N, T, tokens]`."""
+        """Return the logits of the next token, `[N, T, tokens]`."""
         places = torch.arange(tokens.shape[1], device=tokens.device)
         return self.head(self.norm(self.blocks(self.token(tokens) + self.place(places))))
 
@@ -117,7 +116,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
     "convolutions": (convolutions, "3x32x32", 32),
     "perceptron": (perceptron, "256", 64),
 }
-"""Maker, shape of an example, examples a rank."""
+"""Maker, shape of an example, and examples on each rank."""
 
 
 @attrs.frozen
@@ -125,11 +124,11 @@ class Result:
     """One model under one placement.
 
     Args:
-        predicted: Seconds of a mean step.
-        measured: The same, median over cycles of this rank's mean.
-        worst: Seconds predicted of a step in which everything is due.
-        measured_worst: The same, measured.
-        parts: Seconds predicted of a mean step, by part.
+        predicted: Predicted seconds of a mean step.
+        measured: Measured seconds: the median over cycles of this rank's mean.
+        worst: Predicted seconds of a step where everything is due.
+        measured_worst: Measured seconds of such a step.
+        parts: Predicted seconds of a mean step, by part.
     """
 
     predicted: float
@@ -143,7 +142,7 @@ CLOCKS = {"wall": time.perf_counter, "processor": time.process_time}
 
 
 def measure(rank: int, cycles: int, clock: str) -> tuple[Machine, dict[tuple[str, str], Result]]:
-    """On one rank: calibrate, and measure and predict everything."""
+    """Calibrate on one rank, and measure and predict everything."""
     machine, ranks = calibrate(clock=CLOCKS[clock]), dist.get_world_size()
     found = {}
     for name, (make, shape, batch) in MODELS.items():
@@ -156,14 +155,14 @@ def measure(rank: int, cycles: int, clock: str) -> tuple[Machine, dict[tuple[str
                 **PERIODS,
             )
             job = training_load(copy.deepcopy(model).to("meta"), recipe, meta_batch(shape, batch))
-            seconds = timed(
+            seconds = time_steps(
                 model, None if placement == PLAIN else recipe, shape, batch, cycles, CLOCKS[clock]
             )
-            found[name, placement] = compared(placement, job, recipe, ranks, machine, seconds)
+            found[name, placement] = compare(placement, job, recipe, ranks, machine, seconds)
     return machine, found
 
 
-def timed(
+def time_steps(
     model: nn.Module,
     recipe: kfactk.Recipe | None,
     shape: str,
@@ -171,7 +170,7 @@ def timed(
     cycles: int,
     clock: Callable[[], float],
 ) -> list[list[float]]:
-    """Seconds of each step, by cycle; the first cycle, which warms up, is left out."""
+    """Return the seconds of each step, by cycle, without the first cycle."""
     images, labels = torch.randn(batch, *map(int, shape.split("x"))), torch.randint(10, (batch,))
     wrapped = nn.parallel.DistributedDataParallel(model) if dist.get_world_size() > 1 else model
     optimizer = (
@@ -190,7 +189,7 @@ def timed(
     return [taken[n : n + CYCLE] for n in range(CYCLE, len(taken), CYCLE)]
 
 
-def compared(
+def compare(
     placement: str,
     job: TrainingLoad,
     recipe: kfactk.Recipe,
@@ -198,7 +197,7 @@ def compared(
     machine: Machine,
     seconds: list[list[float]],
 ) -> Result:
-    """What was measured beside what the model says."""
+    """Return measured and predicted seconds."""
     assignment = recipe.placement.assign(job.workload, ranks)
     costs = cost(job, assignment, ranks, machine)
     parts = {**costs.compute, **costs.communication}
@@ -214,21 +213,18 @@ def compared(
 
 
 def table(ranks: int, answers: list[tuple[Machine, dict[Any, Result]]]) -> list[str]:
-    """Lines for one number of ranks; a step is as long as its slowest rank's."""
+    """Return lines for one number of ranks; a step is as long as that of the slowest rank."""
     lines = []
-    for key, result in answers[0][1].items():
-        mean, worst = (
-            max(getattr(found[key], which) for _, found in answers)
-            for which in ("measured", "measured_worst")
-        )
-        error, worst_error = (
-            100 * (said / seen - 1)
-            for said, seen in ((result.predicted, mean), (result.worst, worst))
-        )
-        lines.append(
-            f"{ranks:5}  {key[0]:13}{key[1]:12}{1e3 * result.predicted:9.1f}{1e3 * mean:10.1f}{error:+8.0f} %"
-            f"{1e3 * result.worst:10.1f}{1e3 * worst:10.1f}{worst_error:+8.0f} %"
-        )
+    for (model, placement), result in answers[0][1].items():
+        line = f"{ranks:5}  {model:13}{placement:12}"
+        for predicted, attribute in (
+            (result.predicted, "measured"),
+            (result.worst, "measured_worst"),
+        ):
+            measured = max(getattr(found[model, placement], attribute) for _, found in answers)
+            error = 100 * (predicted / measured - 1)
+            line += f"{1e3 * predicted:10.1f}{1e3 * measured:10.1f}{error:+8.0f} %"
+        lines.append(line)
     return lines
 
 
@@ -239,16 +235,14 @@ def main() -> None:
     parser.add_argument(
         "--cycles", type=int, default=5, help=f"cycles of {CYCLE} steps each; their median counts"
     )
+    parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall", help="clock to use")
     parser.add_argument(
-        "--clock", choices=tuple(CLOCKS), default="wall", help="whose seconds are measured"
-    )
-    parser.add_argument(
-        "--parts", action="store_true", help="print what each part is predicted to take, too"
+        "--parts", action="store_true", help="also print the predicted seconds of each part"
     )
     arguments = parser.parse_args()
-    print(
-        f"{'ranks':>5}  {'model':13}{'placement':12}{'mean step, ms: said':>20}{'seen':>5}  error   worst, ms: said   seen     error"
-    )
+    columns = f"{'predicted':>10}{'measured':>10}{'error':>10}" * 2
+    print(f"{'':32}{'mean step, ms':>30}{'worst step, ms':>30}")
+    print(f"{'ranks':>5}  {'model':13}{'placement':12}{columns}")
     errors = []
     with Workers() as workers:
         for ranks in map(int, arguments.ranks.split(",")):

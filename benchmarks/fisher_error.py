@@ -1,9 +1,10 @@
-"""How far curvatures of convolutions are from the Fisher matrix that they stand for, layer by layer, in a network trained for some steps.
+"""The error of curvatures of convolutions, layer by layer, in a network trained for some steps.
 
     ||F - F_hat||_F / ||F||_F
 
-F is dense, float64, without sampling noise; it is what the network's own predictions give on images it has been trained on. The factors,
-bases and scales are those of the same images: kfactk's own stages, put together as dense matrices here.
+F is the dense Fisher matrix in float64, without sampling noise: that of the network's predictions
+on images it was trained on. Factors, bases and scales come from the same images, by kfactk's own
+stages, and are assembled to dense matrices here.
 """
 
 from __future__ import annotations
@@ -37,11 +38,11 @@ SETTINGS: dict[str, tuple[str, str]] = {
     "EKFAC, channels+taps, stationary": ("stationary", "channels+taps"),
     "EKFAC, channels+taps, sud": ("sud", "channels+taps"),
 }
-"""By name: `spatial` of the curvature, and `inputs` of the basis, nothing for the product of factors."""
+"""For each name, `spatial` of the curvature and `inputs` of the basis ("" for A kron G)."""
 
 
 def network(channels: int, width: int, classes: int) -> nn.Sequential:
-    """Four 3x3 convolutions, two of which halve the image."""
+    """Return a network of four 3x3 convolutions, two of which halve the image."""
     torch.manual_seed(0)
     convolutions: list[nn.Module] = []
     for before, after, stride in (
@@ -57,7 +58,7 @@ def network(channels: int, width: int, classes: int) -> nn.Sequential:
 
 
 def train(model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> float:
-    """Steps of Adam on mini-batches of 64; the loss of the last one."""
+    """Take steps of Adam on mini-batches of 64; return the last loss."""
     optimizer = torch.optim.Adam(model.parameters(), lr=0.003)
     loss = torch.zeros(())
     for _ in range(steps):
@@ -70,7 +71,7 @@ def train(model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> float
 
 
 def passes(model: nn.Module, images: Tensor) -> Iterator[dict[str, LayerCall]]:
-    """What each convolution sees in each pass of the Fisher without sampling."""
+    """Yield the call of each convolution in each pass of the exact Fisher."""
     calls: dict[str, tuple[Tensor, Tensor]] = {}
 
     def noting(name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
@@ -93,7 +94,7 @@ def passes(model: nn.Module, images: Tensor) -> Iterator[dict[str, LayerCall]]:
 
 
 def input_side(parts: Mapping[str, Mapping[str, Tensor]], layer: Layer) -> Tensor:
-    """U_A: as it is, or of channels and taps with the bias apart."""
+    """Return U_A: as it is, or made of channels and taps, the bias apart."""
     vectors = {name: each["eigenvectors"] for name, each in parts.items()}
     if "A" in vectors:
         return vectors["A"]
@@ -103,7 +104,7 @@ def input_side(parts: Mapping[str, Mapping[str, Tensor]], layer: Layer) -> Tenso
 
 
 def errors(layer: Layer, calls: list[LayerCall], num_terms: int) -> dict[str, float]:
-    """The relative error of each setting on one layer."""
+    """Return the relative error of each setting on one layer."""
     curvatures = {spatial: ConvKfac(spatial=spatial) for spatial, _ in SETTINGS.values()}
     samples = [
         curvatures["sud"].samples(layer, [call], num_terms=num_terms, first=not k)
@@ -127,7 +128,7 @@ def errors(layer: Layer, calls: list[LayerCall], num_terms: int) -> dict[str, fl
 def mean_matrices(
     curvature: ConvKfac, layer: Layer, samples: list[Samples], num_terms: int
 ) -> Mapping[str, Tensor]:
-    """The assembled factors of all passes."""
+    """Return the assembled factors of all passes."""
     totals: Matrices = {}
     counts: dict[str, float] = {}
     for each in samples:
@@ -145,7 +146,7 @@ def ekfac(
     num_terms: int,
     layer: Layer,
 ) -> Tensor:
-    """The block of a basis, dense."""
+    """Return the block of a basis, dense."""
     parts = {
         name: basis.decompose(name, matrices[name], FactorContext(0.0, {}))
         for name in basis.requires
@@ -159,7 +160,7 @@ def ekfac(
 
 
 def table(found: Mapping[str, Mapping[str, float]]) -> str:
-    """A row for each setting, a column for each layer."""
+    """Return a table with a row for each setting and a column for each layer."""
     lines = [f"{'':34}" + "".join(f"{layer:>22}" for layer in found)]
     lines += [
         f"{name:34}" + "".join(f"{each[name]:22.3f}" for each in found.values())

@@ -1,7 +1,9 @@
-"""The least that a setting's curvature can take here: its arithmetic at the rate of a large matrix product, and its decompositions.
+"""The least time of a setting's curvature here: its arithmetic and its decompositions.
 
-The cost model of `python -m kfactk plan` counts the FLOPs that each part of a step does, from shapes; it is given a machine on which memory
-and launches are free, convolutions run like matrix products, and decompositions take what they take when nothing else runs.
+The arithmetic runs at the rate of a large matrix product. The cost model of
+`python -m kfactk plan` counts the FLOPs of each part of a step, from shapes. Its machine has free
+memory and launches, and convolutions as fast as matrix products. Decompositions take their measured
+time.
 """
 
 from __future__ import annotations
@@ -39,12 +41,12 @@ SOLVERS: dict[str, Callable[[torch.Tensor], Any]] = {
 
 @attrs.frozen
 class Floor:
-    """Seconds at least.
+    """Least times, in seconds.
 
     Args:
-        mean: Of curvature in a mean step, by stage.
-        worst: Of curvature in the dearest step.
-        model: Of forward and backward, whose arithmetic SGD's step holds too.
+        mean: Curvature in a mean step, by stage.
+        worst: Curvature in the most expensive step.
+        model: Forward and backward, which a step of SGD has too.
     """
 
     mean: Mapping[str, float]
@@ -52,7 +54,7 @@ class Floor:
     model: float
 
     def ratio(self, base: float) -> float:
-        """A mean step relative to the baseline's, if the rest took what the baseline takes.
+        """Return a mean step relative to the baseline's, if the rest takes the baseline's time.
 
         Args:
             base: Seconds of the baseline's step.
@@ -65,12 +67,12 @@ class Floor:
 
 
 def median_seconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:
-    """Median seconds of a run, after one that is not counted."""
+    """Return the median seconds of a run, after one that is not counted."""
     return statistics.median([seconds(run, device) for _ in range(repeats + 1)][1:])
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one run, until the device has done it."""
+    """Return the seconds of one run, until the device has finished it."""
     start = time.perf_counter()
     run()
     if device.type != "cpu":
@@ -80,11 +82,11 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 @attrs.frozen
 class Product:
-    """A large matrix product, of which the rate is wanted.
+    """A large matrix product, whose rate is measured.
 
     Args:
         precision: Name of its dtype.
-        device: Where.
+        device: Where it runs.
     """
 
     precision: str
@@ -100,21 +102,21 @@ class Product:
 
     @property
     def side(self) -> int:
-        """Of its square matrices."""
+        """Side of its square matrices."""
         return 1024 if self.device.type == "cpu" else 8192
 
     def seconds(self) -> float:
-        """Of one product."""
+        """Return the seconds of one product."""
         one, other = self._operands
         return seconds(lambda: one @ other, self.device)
 
     def rate(self, taken: Sequence[float]) -> float:
-        """FLOPs a second, in the median of products that took so long."""
+        """Return FLOPs per second, for the median of these times."""
         return 2 * self.side**3 / statistics.median(taken)
 
 
 def sides(jobs: Iterable[TrainingLoad]) -> dict[str, list[int]]:
-    """By solver, the sides of the matrices that these jobs decompose."""
+    """Return, for each solver, the sides of the matrices that these jobs decompose."""
     found: dict[str, set[int]] = {}
     for job in jobs:
         for work in job.workload.works:
@@ -128,7 +130,7 @@ def sides(jobs: Iterable[TrainingLoad]) -> dict[str, list[int]]:
 def solving(
     device: torch.device, wanted: Mapping[str, Sequence[int]], repeats: int = 3
 ) -> dict[str, Curve]:
-    """Seconds to decompose one matrix of each of these sides, by solver."""
+    """Measure the seconds to decompose one matrix of each of these sides, by solver."""
     found = {}
     for solver, each in wanted.items():
         points = []
@@ -151,7 +153,7 @@ def solving(
 
 
 def ideal(rate: float, solvers: Mapping[str, Curve]) -> Machine:
-    """A machine on which nothing takes time but arithmetic and decompositions."""
+    """Return a machine where only arithmetic and decompositions take time."""
     free = math.inf
     return attrs.evolve(
         CPU,
@@ -165,7 +167,7 @@ def ideal(rate: float, solvers: Mapping[str, Curve]) -> Machine:
 
 
 def job(setting: Setting, model: nn.Module, shape: Sequence[int], batch: int) -> TrainingLoad:
-    """What a setting takes on mini-batches of so many examples of this shape."""
+    """Return the job of a setting on mini-batches of so many examples of this shape."""
     return training_load(
         copy.deepcopy(model).to("meta"),
         setting.recipe(),
@@ -174,7 +176,7 @@ def job(setting: Setting, model: nn.Module, shape: Sequence[int], batch: int) ->
 
 
 def floor_of(found: TrainingLoad, recipe: kfactk.Recipe, machine: Machine) -> Floor:
-    """Seconds at least of one rank's steps."""
+    """Return the least times of one rank's steps."""
     costs = cost(found, recipe.placement.assign(found.workload, 1), 1, machine)
     mean = {stage: costs.compute[part].mean for part, stage in STAGES.items()}
     model = costs.compute["forward and backward"].mean
@@ -189,15 +191,15 @@ def floors(
     speed: Mapping[str, float],
     device: torch.device,
 ) -> dict[str, Floor]:
-    """Those of kfactk's settings, by name.
+    """Return the least times of kfactk's settings, by name.
 
     Args:
-        settings: By name.
-        model: What they train.
-        shape: Of one example.
+        settings: All settings, by name.
+        model: The model that they train.
+        shape: Shape of one example.
         batch: Examples in a mini-batch.
-        speed: FLOPs a second of a large matrix product, by precision.
-        device: Where matrices are decomposed, to learn what that takes.
+        speed: FLOPs per second of a large matrix product, by precision.
+        device: Where the decompositions are measured.
     """
     mine = {name: setting for name, setting in settings.items() if setting.options is not None}
     jobs = {name: job(setting, model, shape, batch) for name, setting in mine.items()}

@@ -1,7 +1,8 @@
-"""Kernels of a convolution's curvature against their plain forms, which unfold its input, in one run; equal to rounding, and how fast.
+"""Kernels of a convolution's curvature against their plain forms, which unfold the input.
 
-The floor is that of our own way: its multiplications at the rate that a large square GEMM has here in that precision, or the numbers that
-it has to read and write at the rate of a large copy, whichever takes longer; both rates are measured in the same run.
+Both forms run in turn and must agree up to rounding. The floor is that of our own form. It is the
+longer of two times: its multiplications at the rate of a large square GEMM in that precision, and
+its reads and writes at the rate of a large copy. Both rates are measured in the same run.
 """
 
 from __future__ import annotations
@@ -34,9 +35,12 @@ class Shape:
     """A square convolution, padded by half its kernel.
 
     Args:
-        channels, outputs: Channels in and out.
-        side: Of the images.
-        kernel, stride, groups: Of the convolution.
+        channels: Channels in.
+        outputs: Channels out.
+        side: Side of the images.
+        kernel: Side of the kernel.
+        stride: Stride of the convolution.
+        groups: Groups of the convolution.
     """
 
     channels: int
@@ -48,10 +52,11 @@ class Shape:
 
     def __str__(self) -> str:
         grouped = f" / {self.groups}" if self.groups > 1 else ""
-        return f"{self.channels} > {self.outputs}{grouped}, {self.side}, {self.kernel} x {self.kernel}, {self.stride}"
+        kernel = f"{self.kernel} x {self.kernel}"
+        return f"{self.channels} > {self.outputs}{grouped}, {self.side}, {kernel}, {self.stride}"
 
     def samples(self, batch: int) -> JoinedSamples:
-        """Samples of random images."""
+        """Return samples of random images."""
         options: dict[str, Any] = {
             "padding": self.kernel // 2,
             "stride": self.stride,
@@ -91,7 +96,7 @@ FACTORS = (
     Shape(128, 128, 16),
     Shape(256, 256, 4),
 )
-"""What the input factor is measured on: the layers of ResNet-8 at two widths, other kernels, and small images."""
+"""Shapes for the input factor: ResNet-8 at two widths, other kernels, small images."""
 SCALES = (
     Shape(3, 16, 32),
     Shape(16, 16, 32),
@@ -103,7 +108,7 @@ SCALES = (
     Shape(64, 64, 32),
     Shape(128, 256, 16, stride=2),
 )
-"""What per-example gradients and the scale are measured on."""
+"""Shapes for per-example gradients and the scale."""
 Kernel = Callable[[Samples], Tensor]
 
 
@@ -112,7 +117,7 @@ class Rates:
     """What the machine does in a second.
 
     Args:
-        gemm: Multiplications of a large GEMM by precision.
+        gemm: Multiplications of a large GEMM, by precision.
         copy: Bytes that a large copy reads and writes.
     """
 
@@ -121,7 +126,7 @@ class Rates:
 
     @classmethod
     def measured(cls, repeats: int) -> Rates:
-        """Of matrices of side 2048, and of 64 MiB."""
+        """Measure matrices of side 2048, and a copy of 64 MiB."""
         one, other = torch.randn(2048, 2048), torch.randn(2048, 2048)
         low = one.bfloat16(), other.bfloat16()
         source, target = torch.randn(2**24), torch.empty(2**24)
@@ -136,7 +141,14 @@ class Rates:
     def floor(
         self, multiplications: float, rotating: float, numbers: float, precision: torch.dtype
     ) -> float:
-        """Seconds of so many multiplications, of which those that rotate are in `precision`, or of so many float32 numbers moved."""
+        """Return the longer of the seconds of arithmetic and of moving float32 numbers.
+
+        Args:
+            multiplications: All of them.
+            rotating: Those among them that rotate, in `precision`.
+            numbers: Numbers that are moved.
+            precision: Precision of rotations.
+        """
         arithmetic = (multiplications - rotating) / self.gemm[torch.float32] + rotating / self.gemm[
             precision
         ]
@@ -144,7 +156,10 @@ class Rates:
 
 
 def seconds(ways: list[Callable[[], object]], repeats: int) -> list[float]:
-    """Median seconds of each way, taking turns; of one thread those that it ran, whatever else the machine did."""
+    """Return the median seconds of each way; they take turns.
+
+    With one thread, only the time that the thread ran counts.
+    """
     clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
     taken: list[list[float]] = [[] for _ in ways]
     for turn in range(repeats + 1):
@@ -157,13 +172,13 @@ def seconds(ways: list[Callable[[], object]], repeats: int) -> list[float]:
 
 
 def total(statistic: Any) -> Tensor:
-    """The sum of a statistic that is not empty."""
+    """Return the sum of a statistic that is not empty."""
     assert statistic.total is not None
     return statistic.total  # type: ignore[no-any-return]
 
 
 def dense_square(samples: Samples, left: Tensor, right: Tensor) -> Tensor:
-    """The scale as one would write it: unfold, per-example gradients, rotate both sides, square, sum."""
+    """Return the scale in the plain way: unfold, rotate per-example gradients, square, sum."""
     assert isinstance(samples, JoinedSamples)
     call = samples.calls[0]
     assert isinstance(call, ConvRows)
@@ -178,7 +193,11 @@ def dense_square(samples: Samples, left: Tensor, right: Tensor) -> Tensor:
 
 
 def factor_cost(samples: JoinedSamples) -> tuple[float, float, float]:
-    """Multiplications of the input factor the way that is taken, those that rotate, and numbers moved at least."""
+    """Return the cost of the input factor, in the way that is chosen.
+
+    Returns:
+        All multiplications, those that rotate, and the least number of numbers moved.
+    """
     call = samples.calls[0]
     assert isinstance(call, ConvRows)
     sizes, n = tuple(call.inputs.shape[2:]), samples.examples * call.groups
@@ -195,20 +214,20 @@ def factor_cost(samples: JoinedSamples) -> tuple[float, float, float]:
 
 
 def gradient_cost(samples: JoinedSamples) -> tuple[float, float, float]:
-    """The same of per-example gradients."""
+    """Return the cost of per-example gradients, likewise."""
     n, t, i, o = samples.examples * samples.groups, samples.positions, samples.d_in, samples.d_out
     return n * t * i * o, 0.0, samples.calls[0].inputs.numel() + n * o * (t + i)
 
 
 def scale_cost(samples: JoinedSamples) -> tuple[float, float, float]:
-    """The same of the scale, each side rotated where that is cheaper."""
+    """Return the cost of the scale, likewise, each side rotated where that is cheaper."""
     n, t, i, o = samples.examples * samples.groups, samples.positions, samples.d_in, samples.d_out
     rotating = n * (min(t, i) * o * o + min(t, o) * i * i)
     return n * t * i * o + rotating, rotating, samples.calls[0].inputs.numel() + n * o * t + i * i
 
 
 def rows_of(batch: int, repeats: int, rates: Rates) -> list[dict[str, Any]]:
-    """Everything that is measured, a line of the table each."""
+    """Measure everything; return one row of the table for each measurement."""
     single, low = torch.float32, torch.bfloat16
     tasks: list[
         tuple[
@@ -291,8 +310,9 @@ def _measured(
         "floor": floor,
         "deviation": deviation,
     }
-    times = f"{1000 * mine:10.2f}{1000 * theirs:11.2f}{theirs / mine:8.1f}{1000 * floor:11.2f}{mine / floor:8.1f}{deviation:11.0e}"
-    print(f"{name:24}{shape!s:>30}{times}", flush=True)
+    times = f"{1000 * mine:10.2f}{1000 * theirs:11.2f}{theirs / mine:8.1f}"
+    against = f"{1000 * floor:11.2f}{mine / floor:8.1f}{deviation:11.0e}"
+    print(f"{name:24}{shape!s:>30}{times}{against}", flush=True)
     return row
 
 
@@ -315,13 +335,11 @@ def main() -> None:
     rates = Rates.measured(arguments.repeats)
     gemm = {str(dtype).removeprefix("torch."): rate for dtype, rate in rates.gemm.items()}
     speeds = ", ".join(f"{2 * rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in gemm.items())
-    print(
-        f"{arguments.batch} images; a large GEMM runs at {speeds}, a large copy at {rates.copy / 1e9:.1f} GB/s"
-    )
+    copy = f"{rates.copy / 1e9:.1f} GB/s"
+    print(f"{arguments.batch} images; a large GEMM runs at {speeds}, a large copy at {copy}")
     print(f"{'':24}{'channels, side, kernel, stride':>30}", end="")
-    print(
-        f"{'ours, ms':>10}{'plain, ms':>11}{'ratio':>8}{'floor, ms':>11}{'/ floor':>8}{'deviation':>11}"
-    )
+    print(f"{'ours, ms':>10}{'plain, ms':>11}{'ratio':>8}", end="")
+    print(f"{'floor, ms':>11}{'/ floor':>8}{'deviation':>11}")
     rows = rows_of(arguments.batch, arguments.repeats, rates)
     if arguments.json:
         machine = {

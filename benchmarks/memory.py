@@ -1,12 +1,15 @@
-"""Peak memory of each setting above that of SGD with momentum, beside the least it can be and one layer's workspace.
+"""Peak memory of each setting above that of SGD with momentum, against the least possible.
 
-On a CPU every allocation and release of torch's allocator is listened to (`torch.profiler`), temporaries inside of operations included, so
-that the figure is exact and the same on every run; the resident set would hold whatever the C library keeps. On CUDA torch counts itself.
+On a CPU, `torch.profiler` records every allocation and release of torch's allocator, also of
+temporaries inside operations. The number is therefore exact and the same in every run; the resident
+set would include what the C library keeps. On CUDA, torch counts itself.
 
-    least        factors, decompositions and moments, as kept between steps, and the update rule's state above SGD's
-    workspace    what preconditioning one layer alone takes at its peak above all that it keeps, the largest of all layers
+    least        factors, decompositions and moments, as kept between steps, and the state of the
+                 update rule above that of SGD
+    workspace    the peak of preconditioning one layer above its state; the largest of all layers
 
-Periods are shortened, so that a few steps hold everything that happens: a first step, ordinary ones, and refreshes of what is there.
+Periods are short, so that a few steps include everything: a first step, ordinary steps, and
+refreshes of existing state.
 """
 
 from __future__ import annotations
@@ -31,11 +34,11 @@ from kfactk.optim.optimizer import Optimizer
 
 SHORT = {"factor_every": 4, "scale_every": 4, "basis_every": 8}
 STEPS, OTHERS, IMAGE, MIB = 9, 11, (3, 32, 32), 2**20
-"""Of others, whose periods are 10, more steps are taken."""
+"""Optimizers of other packages, with periods of 10, take `OTHERS` steps."""
 
 
 def peak(run: Callable[[], object], device: torch.device) -> int:
-    """Most bytes that were allocated at once while this ran, above those that were when it began.
+    """Return the peak of allocated bytes during a call, above those allocated before it.
 
     Example:
         >>> def squares():
@@ -65,15 +68,15 @@ def peak(run: Callable[[], object], device: torch.device) -> int:
 
 
 def bytes_of(tensors: Mapping[str, Any]) -> int:
-    """Of those that are tensors."""
+    """Return the bytes of the values that are tensors."""
     return sum(
         value.numel() * value.itemsize for value in tensors.values() if isinstance(value, Tensor)
     )
 
 
 @attrs.define
-class Kept:
-    """Bytes that an optimiser keeps between steps.
+class StateBytes:
+    """Bytes that an optimizer keeps between steps.
 
     Args:
         curvature: Factors, decompositions and moments.
@@ -84,8 +87,8 @@ class Kept:
     update: int = 0
 
     @classmethod
-    def by(cls, optimizer: Any) -> Kept:
-        """What this one keeps."""
+    def of(cls, optimizer: Any) -> StateBytes:
+        """Count the state of an optimizer."""
         found = cls()
         for state in optimizer.state.values():
             curvature = {
@@ -98,14 +101,14 @@ class Kept:
         return found
 
 
-def trained(
+def peak_of_training(
     make: Callable[[nn.Module], Any], width: int, batch: int, steps: int, device: torch.device
-) -> tuple[int, Kept]:
-    """Peak of so many steps, from the making of the model on, and what is kept after them."""
-    kept = Kept()
+) -> tuple[int, StateBytes]:
+    """Return the peak from the construction of the model to the last step, and the final state."""
+    state = StateBytes()
 
     def run() -> None:
-        nonlocal kept
+        nonlocal state
         model = network(width).to(device)
         optimizer = make(model)
         images, labels = (
@@ -117,27 +120,30 @@ def trained(
             F.cross_entropy(model(images), labels).backward()
             optimizer.step()
         if hasattr(optimizer, "state"):
-            kept = Kept.by(optimizer)
+            state = StateBytes.of(optimizer)
 
-    return peak(run, device), kept
+    return peak(run, device), state
 
 
-def bound(setting: Setting, **options: Any) -> Callable[[nn.Module], Optimizer]:
-    """Makes a setting's optimiser with short periods."""
+def with_short_periods(setting: Setting, **options: Any) -> Callable[[nn.Module], Optimizer]:
+    """Return a maker of the optimizer of a setting, with short periods."""
     recipe = setting.recipe(**SHORT, **options)
     return recipe.bind
 
 
-def plain(setting: Setting) -> Callable[[nn.Module], torch.optim.Optimizer]:
-    """Makes the update rule of a setting of kfactk, without curvature."""
+def without_curvature(setting: Setting) -> Callable[[nn.Module], torch.optim.Optimizer]:
+    """Return a maker of the update rule of a setting of kfactk, without curvature."""
     recipe = setting.recipe()
     return lambda model: recipe.update.make(
         [{"params": list(model.parameters())}], lr=recipe.lr, weight_decay=0.0
     )
 
 
-def largest(setting: Setting, width: int, batch: int) -> list[str]:
-    """Layers that may need the largest workspace: those that keep most, see most, or read and write most, as the cost model counts it."""
+def largest_layers(setting: Setting, width: int, batch: int) -> list[str]:
+    """Return the layers that may need the largest workspace.
+
+    They have the most state, the largest samples or the most memory traffic in the cost model.
+    """
     layers = job(setting, network(width), IMAGE, batch).layers
     counts: tuple[Callable[[LayerCost], float], ...] = (
         lambda layer: sum(layer.sizes.kept.values()) + layer.sizes.moments,
@@ -150,41 +156,46 @@ def largest(setting: Setting, width: int, batch: int) -> list[str]:
 def workspace(
     setting: Setting, width: int, batch: int, base: int, device: torch.device
 ) -> tuple[int, str]:
-    """The most that one layer alone takes above what it keeps, and which layer that is.
+    """Return the largest workspace of one layer above its state, and the name of that layer.
 
     Args:
-        setting: One of kfactk's.
-        width: Of the network.
+        setting: A setting of kfactk.
+        width: Width of the network.
         batch: Images in a mini-batch.
-        base: Peak of plain steps with the same update rule.
-        device: Where.
+        base: Peak of steps without curvature, with the same update rule.
+        device: Where to train.
     """
     layers = list(setting.recipe().bind(network(width)).layers)
     found = []
-    for name in largest(setting, width, batch):
+    for name in largest_layers(setting, width, batch):
         others = [other for other in layers if other != name]
-        highest, kept = trained(bound(setting, exclude=others), width, batch, STEPS, device)
-        found.append((max(0, highest - base - kept.curvature), name))
+        make = with_short_periods(setting, exclude=others)
+        highest, state = peak_of_training(make, width, batch, STEPS, device)
+        found.append((max(0, highest - base - state.curvature), name))
     return max(found)
 
 
-def measured(
+def measure(
     chosen: Mapping[str, Setting], width: int, batch: int, device: torch.device
 ) -> dict[str, dict[str, Any]]:
-    """Bytes, by setting; each is printed as soon as it is known."""
-    base, momentum = trained(chosen[BASELINE].make, width, batch, STEPS, device)
+    """Measure bytes by setting, and print each result at once."""
+    base, momentum = peak_of_training(chosen[BASELINE].make, width, batch, STEPS, device)
     rules: dict[str, int] = {}
     found: dict[str, dict[str, Any]] = {}
     for name, setting in chosen.items():
         if setting.options is None:
-            found[name] = {"above": trained(setting.make, width, batch, OTHERS, device)[0] - base}
+            highest, _ = peak_of_training(setting.make, width, batch, OTHERS, device)
+            found[name] = {"above": highest - base}
         else:
             rule = str(setting.options["update"])
             if rule not in rules:
-                rules[rule] = trained(plain(setting), width, batch, STEPS, device)[0]
-            highest, kept = trained(bound(setting), width, batch, STEPS, device)
+                make = without_curvature(setting)
+                rules[rule], _ = peak_of_training(make, width, batch, STEPS, device)
+            highest, state = peak_of_training(
+                with_short_periods(setting), width, batch, STEPS, device
+            )
             most, layer = workspace(setting, width, batch, rules[rule], device)
-            least = kept.curvature + kept.update - momentum.update
+            least = state.curvature + state.update - momentum.update
             found[name] = {
                 "above": highest - base,
                 "least": least,
@@ -196,17 +207,19 @@ def measured(
 
 
 def row(name: str, found: Mapping[str, Any]) -> str:
-    """One line of the table."""
-    line = f"{name:44}{found['above'] / MIB:10.1f}"
+    """Return one line of the table."""
+    above = found["above"]
+    line = f"{name:44}{above / MIB:10.1f}"
     if "least" in found:
-        allowed = 1.5 * found["least"] + found["workspace"]
-        cells = f"{found['least'] / MIB:10.1f}{found['workspace'] / MIB:12.1f}"
-        line += f"{cells}{found['above'] / found['least']:10.2f}{found['above'] / allowed:12.2f}  {found['layer']}"
+        least, most = found["least"], found["workspace"]
+        allowed = 1.5 * least + most
+        line += f"{least / MIB:10.1f}{most / MIB:12.1f}{above / least:10.2f}{above / allowed:12.2f}"
+        line += f"  {found['layer']}"
     return line
 
 
 def main() -> None:
-    """Measure, print tables, and write the figures."""
+    """Measure, print tables, and write the results."""
     parser = argparse.ArgumentParser(
         prog="memory", description="Peak memory above that of SGD with momentum."
     )
@@ -223,12 +236,12 @@ def main() -> None:
     chosen, results = settings(arguments.only), []
     for width in arguments.widths:
         print(
-            f"ResNet-8, {width} channels, {arguments.batch} images of 32 x 32, {arguments.device}; MiB above SGD's peak"
+            f"ResNet-8, {width} channels, {arguments.batch} images of 32 x 32, "
+            f"{arguments.device}; MiB above SGD's peak"
         )
-        print(
-            f"{'':44}{'peak':>10}{'least':>10}{'workspace':>12}{'/ least':>10}{'/ allowed':>12}  of layer"
-        )
-        found = measured(chosen, width, arguments.batch, torch.device(arguments.device))
+        cells = f"{'peak':>10}{'least':>10}{'workspace':>12}{'/ least':>10}{'/ allowed':>12}"
+        print(f"{'':44}{cells}  of layer")
+        found = measure(chosen, width, arguments.batch, torch.device(arguments.device))
         results.append(
             {
                 "width": width,

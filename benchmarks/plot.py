@@ -1,4 +1,4 @@
-"""Plots of what the other parts measured: step times of the race, peak memory, and scaling, as PNG and SVG beside their figures."""
+"""Plots of step times, peak memory and scaling, as PNG and SVG beside the results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ OURS, OTHERS, LEAST = "#1f77b4", "#9aa5b1", "#d62728"
 
 
 def race(found: dict[str, Any]) -> Figure:
-    """Bars of mean steps, with the floor as a line across, the median as a dot, and worst / median in words; one panel a width."""
+    """Plot mean steps as bars, with floor, median and worst step; one panel for each width."""
     races = found["races"]
     names = list(races[0]["settings"])
     figure, panels = plt.subplots(
@@ -61,7 +61,7 @@ def race(found: dict[str, Any]) -> Figure:
 
 
 def memory(found: dict[str, Any]) -> Figure:
-    """Bars of peaks above SGD's, with what is kept and what is allowed as lines across; one panel a width."""
+    """Plot peaks above SGD's as bars, with the kept and allowed bytes; one panel for each width."""
     runs = found["runs"]
     names = [name for name, each in runs[0]["settings"].items() if each["above"] > 0]
     figure, panels = plt.subplots(
@@ -102,7 +102,7 @@ def memory(found: dict[str, Any]) -> Figure:
 
 
 def scaling(found: dict[str, Any]) -> Figure:
-    """Seconds of stages when due over each dimension, with their exponents."""
+    """Plot the seconds of due stages over each dimension, with their exponents."""
     dimensions = found["dimensions"]
     figure, panels = plt.subplots(
         1,
@@ -138,11 +138,11 @@ PLOTS: dict[str, Callable[[dict[str, Any]], Figure]] = {
     "memory": memory,
     "scaling": scaling,
 }
-"""By the part whose figures they show."""
+"""Plots by the part whose results they show."""
 
 
 def draw(folder: Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
-    """Plot what there are figures of in a folder, into that folder."""
+    """Plot all results in a folder, into that folder."""
     mpl.use("agg")
     written = []
     for part, plot in PLOTS.items():
@@ -157,18 +157,19 @@ def draw(folder: Path, formats: Sequence[str] = ("png", "svg")) -> list[Path]:
 
 
 def main() -> None:
-    """Plot, and tell what was written."""
+    """Plot, and print the names of the written files."""
     parser = argparse.ArgumentParser(
-        prog="plot", description="Plots of what race, memory and scaling wrote."
+        prog="plot", description="Plots of the results of race, memory and scaling."
     )
     parser.add_argument(
-        "--output", type=Path, required=True, help="folder with their figures, and for the plots"
+        "--output", type=Path, required=True, help="folder of the results, and for the plots"
     )
     folder = parser.parse_args().output
     written = draw(folder)
     if not written:
         parser.error(
-            f"{folder} has none of {', '.join(f'{part}.json' for part in PLOTS)}: run those parts with --output {folder} before"
+            f"{folder} has none of {', '.join(f'{part}.json' for part in PLOTS)}: run those parts "
+            f"with --output {folder} first"
         )
     print("\n".join(map(str, written)))
 

@@ -1,8 +1,9 @@
-"""Step times of kfactk's settings and of other optimisers relative to SGD with momentum, side by side.
+"""Step times of kfactk's settings and of other optimizers, relative to SGD with momentum.
 
-All of them take turns, one step each, in one process, so that whatever else the machine does meets them alike; so does a large matrix
-product, whose rate makes the floor. The ratios, not the seconds, are what carries over to other machines. Everything is due in a first
-step, which is not counted; the steps that are counted hold every period a whole number of times. What is raced is in `settings.py`.
+All optimizers alternate in one process, one step each, so that other load on the machine affects
+them alike. So does a large matrix product, whose rate gives the floor. The ratios carry over to
+other machines; the seconds do not. The first step, where everything is due, does not count. The
+counted steps contain every period a whole number of times. `settings.py` lists the settings.
 """
 
 from __future__ import annotations
@@ -31,11 +32,11 @@ IMAGE = (3, 32, 32)
 
 @attrs.define
 class Run:
-    """One setting in the race.
+    """The times of one setting.
 
     Args:
-        seconds: Of each step after the first.
-        stages: Seconds of a mean one of these, by stage, for a setting of kfactk.
+        seconds: Seconds of each step after the first.
+        stages: Seconds of each stage in a mean step, for a setting of kfactk.
     """
 
     seconds: list[float]
@@ -43,7 +44,7 @@ class Run:
 
 
 def timed_step(model: nn.Module, optimizer: Any, images: Tensor, labels: Tensor) -> float:
-    """Seconds of one step, forward and backward included."""
+    """Take one step, and return its seconds, with forward and backward."""
     start = time.perf_counter()
     optimizer.zero_grad()
     loss = F.cross_entropy(model(images), labels)
@@ -63,18 +64,18 @@ def measure(
     *,
     profiled: bool,
 ) -> tuple[dict[str, Run], dict[str, float]]:
-    """Race these settings.
+    """Race settings.
 
     Args:
-        chosen: By name.
-        width: Channels of the network's first stage.
-        steps: How many are counted.
+        chosen: The settings by name.
+        width: Channels of the first stage of the network.
+        steps: Number of counted steps.
         batch: Images in a mini-batch.
-        device: Where.
-        profiled: Whether stages are told apart; on an accelerator that takes time.
+        device: Where to train.
+        profiled: Whether to time stages; on an accelerator this slows down steps.
 
     Returns:
-        Runs by name, and the FLOPs a second of a large matrix product, by precision.
+        Runs by name, and the FLOP/s of a large matrix product, by precision.
     """
     torch.manual_seed(0)
     images, labels = (
@@ -104,9 +105,8 @@ def measure(
                 multiplied[product.precision].append(product.seconds())
     for name, profile in profiles.items():
         counted = profile.steps[1:]
-        every = {stage for each in counted for stage in each} - {
-            "model"
-        }  # in which others took their turns
+        # "model" includes the steps of the other optimizers.
+        every = {stage for each in counted for stage in each} - {"model"}
         runs[name].stages = {
             stage: sum(each.get(stage, 0.0) for each in counted) / len(counted) for stage in every
         }
@@ -116,8 +116,11 @@ def measure(
 
 
 def metrics(runs: Mapping[str, Run], least: Mapping[str, Floor]) -> dict[str, dict[str, Any]]:
-    """By setting: mean, floor of the mean and median relative to the baseline's, worst step relative to the median of its own, and
-    stages, measured and at least, relative to the baseline's."""
+    """Return the metrics of each setting.
+
+    Mean, median, floor and stages are relative to the baseline; the worst step is relative to the
+    median of the setting.
+    """
     base, middle = (
         statistics.mean(runs[BASELINE].seconds),
         statistics.median(runs[BASELINE].seconds),
@@ -140,7 +143,7 @@ def metrics(runs: Mapping[str, Run], least: Mapping[str, Floor]) -> dict[str, di
 
 
 def table(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Lines of settings."""
+    """Return a line for each setting."""
     lines = [f"{'x SGD':44}{'mean':>8}{'floor':>8}{'median':>8}{'worst / median':>16}"]
     for name, each in found.items():
         least = "" if each["floor"] is None else f"{each['floor']:.2f}"
@@ -151,7 +154,7 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def stages(found: Mapping[str, Mapping[str, Any]]) -> str:
-    """Lines of kfactk's settings: what each stage adds to a mean step, and what it adds at least."""
+    """Return a line for each setting of kfactk: stages of a mean step, and their floors."""
     names = ("fisher", "factors", "scale", "basis", "precondition", "clip", "update", "rest")
     lines = [f"{'mean step, x SGD (floor)':44}" + "".join(f"{name:>15}" for name in names)]
     for name, each in found.items():
@@ -168,10 +171,10 @@ def stages(found: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def raced(
+def race(
     chosen: Mapping[str, Setting], width: int, steps: int, batch: int, device: torch.device
 ) -> dict[str, Any]:
-    """Race at one width, and print the tables."""
+    """Race at one width, print the tables, and return the results."""
     runs, speed = measure(chosen, width, steps, batch, device, profiled=device.type == "cpu")
     if device.type != "cpu":
         mine = {name: setting for name, setting in chosen.items() if setting.options is not None}
@@ -179,11 +182,12 @@ def raced(
             runs[name].stages = run.stages
     found = metrics(runs, floors(chosen, network(width), IMAGE, batch, speed, device))
     middle = 1000 * statistics.median(runs[BASELINE].seconds)
-    spoken = ", ".join(f"{rate / 1e9:.0f} in {name}" for name, rate in speed.items())
+    rates = ", ".join(f"{rate / 1e9:.0f} in {name}" for name, rate in speed.items())
     print(
-        f"ResNet-8, {width} channels, {batch} images of 32 x 32, {device.type}; a step of {BASELINE} took {middle:.1f} ms (median),"
+        f"ResNet-8, {width} channels, {batch} images of 32 x 32, {device.type}; "
+        f"a step of {BASELINE} took {middle:.1f} ms (median),"
     )
-    print(f"and a large matrix product ran at {spoken} GFLOP/s")
+    print(f"and a large matrix product ran at {rates} GFLOP/s")
     print(f"{table(found)}\n\n{stages(found)}\n", flush=True)
     return {
         "width": width,
@@ -196,7 +200,7 @@ def raced(
 
 
 def main() -> None:
-    """Measure, print tables, and write the figures."""
+    """Measure, print tables, and write the results."""
     parser = argparse.ArgumentParser(
         prog="race", description="Step times relative to SGD with momentum."
     )
@@ -204,7 +208,8 @@ def main() -> None:
         "--steps",
         type=int,
         default=100,
-        help="steps of each setting; a multiple of 100 holds every period as often as it comes",
+        help="steps of each setting; a multiple of 100 contains every period a whole number of "
+        "times",
     )
     parser.add_argument("--batch", type=int, default=64, help="images in a mini-batch")
     parser.add_argument(
@@ -219,9 +224,9 @@ def main() -> None:
     heap.keep_freed()
     chosen = settings(arguments.only)
     absent = [*missing(), *(f"{name} (not on the package index)" for name in NOT_ON_THE_INDEX)]
-    print(f"not installed, and so not raced: {', '.join(absent)}")
+    print(f"not installed, and therefore left out: {', '.join(absent)}")
     results = [
-        raced(chosen, width, arguments.steps, arguments.batch, torch.device(arguments.device))
+        race(chosen, width, arguments.steps, arguments.batch, torch.device(arguments.device))
         for width in arguments.widths
     ]
     if arguments.output is not None:

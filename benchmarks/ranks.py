@@ -1,9 +1,14 @@
 """What ranks send, hold and compute under each placement, measured on gloo ranks of this machine.
 
-Two tables. Bytes on the wire in a step, all ranks together, against the least that any exchange can do with (`least_bytes`).
-And, for each rank (the largest of all): memory that curvature takes, resident (the bytes of its factors, decompositions and moments) and at
-its peak (of the process' resident set, above that of the same steps under SGD); processor seconds of one refresh with everything due; and
-the order of operations of its decompositions (n^3 each). Wall time is left out: ranks share the cores there are.
+The first table has the bytes that all ranks send in a step, against the least possible
+(`kfactk.costmodel.communication.least_bytes`). The second table has the largest value of all ranks:
+
+- held: bytes of factors, decompositions and moments;
+- peak: peak of the resident set of the process, above that of the same steps under SGD;
+- refresh: processor seconds of a step where everything is due;
+- decompositions: their operations, n^3 each.
+
+Wall time is left out, since ranks share the cores of the machine.
 """
 
 from __future__ import annotations
@@ -81,7 +86,7 @@ def least_bytes(
 
 
 def network(width: int, depth: int) -> nn.Module:
-    """Equal linear layers, so that work divides evenly among 2 and 4 ranks."""
+    """Return equal linear layers, so that work divides evenly among 2 and 4 ranks."""
     torch.manual_seed(0)
     layers: list[nn.Module] = []
     for _ in range(depth):
@@ -90,7 +95,7 @@ def network(width: int, depth: int) -> nn.Module:
 
 
 def batch(width: int, step: int, rank: int, ranks: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's share of one batch of noise."""
+    """Return this rank's part of one batch of noise."""
     generator = torch.Generator().manual_seed(step)
     x, y = (
         torch.randn(BATCH, width, generator=generator),
@@ -99,16 +104,16 @@ def batch(width: int, step: int, rank: int, ranks: int) -> tuple[torch.Tensor, t
     return x[rank::ranks], y[rank::ranks]
 
 
-def measured(
+def measure(
     rank: int, ranks: int, placement: Any, basis: str, width: int, depth: int
 ) -> dict[str, Any]:
-    """One rank's part of a run over one period of refreshes, after the first one."""
-    peak_of_sgd = _trained(rank, ranks, width, depth, None)["peak"]
-    found = _trained(rank, ranks, width, depth, {"placement": placement, "basis": basis})
+    """Measure one rank over the second period of refreshes."""
+    peak_of_sgd = _train(rank, ranks, width, depth, None)["peak"]
+    found = _train(rank, ranks, width, depth, {"placement": placement, "basis": basis})
     return {**found, "peak": max(0, found["peak"] - peak_of_sgd)}
 
 
-def _trained(
+def _train(
     rank: int, ranks: int, width: int, depth: int, stages: dict[str, Any] | None
 ) -> dict[str, Any]:
     first: dict[str, float] = {}
@@ -130,7 +135,7 @@ def _trained(
         F.cross_entropy(wrapped(x), y).backward()
         start = time.process_time()
         optimizer.step()
-        if step == period:  # all is due
+        if step == period:  # everything is due
             seconds = time.process_time() - start
         if step == period - 1 and isinstance(optimizer, kfactk.Optimizer):
             first = optimizer.moved_bytes
@@ -157,7 +162,7 @@ def _trained(
 
 
 def _operations(optimizer: kfactk.Optimizer, model: nn.Module, rank: int) -> float:
-    """n^3 summed over the matrices that a rank decomposes."""
+    """Sum n^3 over the matrices that a rank decomposes."""
     total, shares = 0.0, optimizer.placement.shares
     for work in works(model):
         mine = (
@@ -172,7 +177,7 @@ def _operations(optimizer: kfactk.Optimizer, model: nn.Module, rank: int) -> flo
 
 
 def works(model: nn.Module) -> tuple[Work, ...]:
-    """The work of a network of linear layers, from its sizes."""
+    """Return the work of a network of linear layers."""
     linear = {
         name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)
     }
@@ -187,12 +192,12 @@ def works(model: nn.Module) -> tuple[Work, ...]:
 
 
 def _forget_peak() -> None:
-    """Begin a new high-water mark of the resident set (Linux)."""
+    """Reset the peak of the resident set (Linux)."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def _resident(field: str) -> int:
-    """Bytes of the resident set, now (VmRSS) or at most (VmHWM)."""
+    """Return the bytes of the resident set, now (VmRSS) or at its peak (VmHWM)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
@@ -205,8 +210,8 @@ def _label(placement: Any) -> str:
     )
 
 
-def _holders(placement: Any, ranks: int) -> int:
-    """How many ranks hold a layer under each of `PLACEMENTS`, and how many decompose a matrix, as their definitions say."""
+def _gradient_workers(placement: Any, ranks: int) -> int:
+    """Return how many ranks precondition a layer under each of `PLACEMENTS`, by definition."""
     return {"replicated": ranks, "comm_opt": ranks, "mem_opt": 1}.get(
         _label(placement), max(1, ranks // 2)
     )
@@ -230,18 +235,16 @@ def main() -> None:
     for basis in ("ekfac", "kfac"):
         for placement in PLACEMENTS:
             for ranks in arguments.ranks:
-                with (
-                    Workers() as workers
-                ):  # fresh processes, so that one run's memory is not another's
+                with Workers() as workers:  # new processes, so that runs share no memory
                     found = workers.run(
-                        ranks, measured, ranks, placement, basis, width, depth, patience=600.0
+                        ranks, measure, ranks, placement, basis, width, depth, patience=600.0
                     )
                 name = f"{basis} {_label(placement)} {ranks}"
                 if ranks > 1:
                     least = least_bytes(
                         workload[basis],
                         ranks,
-                        _holders(placement, ranks),
+                        _gradient_workers(placement, ranks),
                         ranks if placement == "replicated" else 1,
                     )
                     moved = {

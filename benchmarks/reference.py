@@ -1,14 +1,18 @@
-"""Training loss against wall-clock at one reference point: a ResNet-8 on 5,000 of CIFAR-10's images, for four epochs.
+"""Training loss against wall-clock at a reference point: ResNet-8, 5,000 images, four epochs.
 
-Contestants take turns, one step each, in one process, on the same mini-batches and from the same weights. So one race gives losses and
-seconds, and a rival's loss after its last step can be held against ours after as much wall-clock.
+Contestants alternate in one process, one step each, on the same mini-batches and from the same
+weights. One race therefore gives losses and seconds: a rival's loss after its last step can be
+compared with ours after the same wall-clock.
 
-Images are a folder with train/CLASS/* and test/CLASS/*, or torchvision's CIFAR-10 (downloaded where it is missing); 5,000 training and
-2,000 test images are drawn from them with seed 0, as `experiments` draws them. Batches of 64; a batch that is not full is left out (78
-remain in an epoch); no augmentation; constant learning rate. A seed sets initial weights, order of images and draws of the Fisher pass.
+Images are a folder with train/CLASS/* and test/CLASS/*, or torchvision's CIFAR-10, downloaded where
+it is missing. Of them, seed 0 draws 5,000 training and 2,000 test images, as in `experiments`.
+Batches have 64 images; incomplete batches are left out, so an epoch has 78. There is no
+augmentation, and the learning rate is constant. A seed sets initial weights, order of images and
+draws of the Fisher pass.
 
-Within an epoch the loss of new mini-batches rises, since their images were seen ever longer ago, and at its end it drops. So two means are
-shown: over 20 steps, and over as many as an epoch has, which does not depend on where in an epoch it is taken. The second one decides.
+Within an epoch the loss of new mini-batches rises, since their images were last seen longer ago; at
+the end of the epoch it drops. So there are two means: over 20 steps, and over an epoch, which does
+not depend on the position in an epoch. The second one decides.
 """
 
 from __future__ import annotations
@@ -34,19 +38,19 @@ from experiments.config import Data
 
 TRAIN, TEST, BATCH, STEPS = 5000, 2000, 64, 312
 SMOOTHED, EPOCH = 20, 78
-"""Losses are means over so many steps, the last ones and an epoch's."""
+"""Losses are means over the last steps, and over an epoch."""
 
 
 @attrs.define
 class Run:
-    """What became of one contestant with one seed.
+    """The run of one contestant with one seed.
 
     Args:
-        name: The contestant's.
-        seed: The run's.
-        settings: What it was made with.
-        losses: Of each step's mini-batch, before the step.
-        seconds: Of each step, forward and backward included.
+        name: Name of the contestant.
+        seed: Seed of the run.
+        settings: Settings of the contestant, as text.
+        losses: Loss of the mini-batch of each step, before the step.
+        seconds: Seconds of each step, with forward and backward.
         accuracy: On the test images, in per cent, after `STEPS` steps.
     """
 
@@ -58,12 +62,12 @@ class Run:
     accuracy: float = float("nan")
 
     def loss(self, steps: int, over: int) -> float:
-        """Mean over the last `over` of the first `steps` steps."""
+        """Return the mean over the last `over` of the first `steps` steps."""
         return statistics.fmean(self.losses[steps - over : steps])
 
 
 class Runner:
-    """A contestant under way: its model, its optimiser and the record."""
+    """A contestant with its model, its optimizer and the record of its run."""
 
     def __init__(self, name: str, contestant: Contestant, seed: int, device: torch.device) -> None:
         self.run = Run(name, seed, contestant.settings)
@@ -72,7 +76,7 @@ class Runner:
         self._optimizer = contestant.make(self._model, seed)
 
     def step(self, images: Tensor, labels: Tensor) -> None:
-        """Learn from one mini-batch, timed."""
+        """Take a timed step on one mini-batch."""
         start = time.perf_counter()
         self._optimizer.zero_grad()
         loss = F.cross_entropy(self._model(images), labels)
@@ -85,7 +89,7 @@ class Runner:
 
     @torch.no_grad()
     def test(self, images: Tensor, labels: Tensor) -> None:
-        """Record the accuracy."""
+        """Record the test accuracy."""
         self._model.eval()
         right = sum(
             int((self._model(x).argmax(1) == y).sum())
@@ -100,8 +104,8 @@ class Task:
     """Normalised images with their labels, on the device.
 
     Args:
-        train: To learn from.
-        test: To test on.
+        train: Training images.
+        test: Test images.
     """
 
     train: data.Images
@@ -121,7 +125,7 @@ class Task:
         )
 
     def batches(self, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Full mini-batches, without end."""
+        """Yield complete mini-batches, without end."""
         for epoch in itertools.count():
             for images, labels in batches.shuffled(
                 self.train, BATCH, seed=seed, epoch=epoch, augment=False
@@ -131,33 +135,33 @@ class Task:
 
 
 def race(task: Task, contestants: Mapping[str, Contestant], seed: int, steps: int) -> list[Run]:
-    """Let contestants learn in turns, one step each.
+    """Let contestants train alternately, one step each.
 
     Args:
-        task: What is learnt.
-        contestants: By name, the baseline among them.
-        seed: Of all runs.
-        steps: How many each takes; more than `STEPS`, so that the cheaper ones can use up the time of the dearer ones.
+        task: The images.
+        contestants: By name; the baseline is among them.
+        seed: Seed of all runs.
+        steps: Steps of each; more than `STEPS`, so that fast contestants can use the time of slow
+            ones.
     """
     device = task.train.pixels.device
-    field = [Runner(name, each, seed, device) for name, each in contestants.items()]
-    warm = Runner(
-        BASELINE, contestants[BASELINE], seed, device
-    )  # what a process does once, it does here
+    runners = [Runner(name, each, seed, device) for name, each in contestants.items()]
+    # This one takes the first step, which includes one-time work of the process.
+    warmup = Runner(BASELINE, contestants[BASELINE], seed, device)
     for step, (images, labels) in enumerate(itertools.islice(task.batches(seed), steps), start=1):
         if step == 1:
-            warm.step(images, labels)
+            warmup.step(images, labels)
         if step % 50 == 0:
             print(f"seed {seed}: step {step} of {steps}", file=sys.stderr, flush=True)
-        for each in field:
+        for each in runners:
             each.step(images, labels)
             if step == STEPS:
                 each.test(task.test.pixels, task.test.labels)
-    return [each.run for each in field]
+    return [each.run for each in runners]
 
 
-def costs(runs: Sequence[Run]) -> list[float]:
-    """Seconds up to the end of each step; a step's own are the median over the runs, so that what disturbs one of them does not count."""
+def cumulative_seconds(runs: Sequence[Run]) -> list[float]:
+    """Return the seconds up to the end of each step; each step counts with its median over runs."""
     return list(
         itertools.accumulate(
             statistics.median(seconds)
@@ -167,10 +171,10 @@ def costs(runs: Sequence[Run]) -> list[float]:
 
 
 def table(runs: Mapping[str, Sequence[Run]], contestants: Mapping[str, Contestant]) -> str:
-    """Means over seeds after `STEPS` steps, the lowest loss of an epoch first."""
-    spent = {name: costs(found) for name, found in runs.items()}
-    head = f"{'after ' + str(STEPS) + ' steps':44}{'last ' + str(SMOOTHED):>9}{'epoch':>8}{'+-':>7}{'test acc.':>11}{'wall, x SGD':>13}"
-    lines = [head + f"{'factors/scale/basis due':>25}"]
+    """Return a table of means over seeds after `STEPS` steps, the lowest loss of an epoch first."""
+    spent = {name: cumulative_seconds(found) for name, found in runs.items()}
+    head = f"{f'after {STEPS} steps':44}{f'last {SMOOTHED}':>9}{'epoch':>8}{'+-':>7}"
+    lines = [head + f"{'test acc.':>11}{'wall, x SGD':>13}{'factors/scale/basis due':>25}"]
     for name, found in sorted(runs.items(), key=lambda item: _mean(item[1], STEPS, EPOCH)):
         spread = (
             statistics.stdev(run.loss(STEPS, EPOCH) for run in found)
@@ -182,15 +186,17 @@ def table(runs: Mapping[str, Sequence[Run]], contestants: Mapping[str, Contestan
         losses = (
             f"{_mean(found, STEPS, SMOOTHED):9.3f}{_mean(found, STEPS, EPOCH):8.3f}{spread:7.3f}"
         )
-        lines.append(
-            f"{name:44}{losses}{accuracy:11.1f}{spent[name][STEPS - 1] / spent[BASELINE][STEPS - 1]:13.2f}{due:>25}"
-        )
+        relative = spent[name][STEPS - 1] / spent[BASELINE][STEPS - 1]
+        lines.append(f"{name:44}{losses}{accuracy:11.1f}{relative:13.2f}{due:>25}")
     return "\n".join(lines)
 
 
 def duels(runs: Mapping[str, Sequence[Run]], contestants: Mapping[str, Contestant]) -> str:
-    """Each of kfactk's settings after the wall-clock that each rival took for `STEPS` steps; means over seeds."""
-    spent = {name: costs(found) for name, found in runs.items()}
+    """Compare each setting of kfactk with each rival at equal wall-clock; means over seeds.
+
+    The wall-clock is that of the rival for `STEPS` steps.
+    """
+    spent = {name: cumulative_seconds(found) for name, found in runs.items()}
     lines = [
         f"{'':44}{'our':>7}{f'loss over {SMOOTHED} steps':>24}{'over an epoch':>20}",
         f"{'':44}{'steps':>7}" + f"{'theirs':>15}{'ours':>8}" * 2,
@@ -199,9 +205,8 @@ def duels(runs: Mapping[str, Sequence[Run]], contestants: Mapping[str, Contestan
         lines.append(f"{ours}, at the wall-clock of")
         for rival in (name for name in runs if contestants[name].recipe is None):
             steps = max(EPOCH, sum(seconds <= spent[rival][STEPS - 1] for seconds in spent[ours]))
-            short = (
-                "+" if steps == len(spent[ours]) else " "
-            )  # there was time for more than were taken
+            # "+": there was time for more steps than the run had.
+            short = "+" if steps == len(spent[ours]) else " "
             pairs = [
                 (_mean(runs[rival], STEPS, over), _mean(runs[ours], steps, over))
                 for over in (SMOOTHED, EPOCH)
@@ -218,7 +223,7 @@ def _mean(runs: Sequence[Run], steps: int, over: int) -> float:
 
 
 def main() -> None:
-    """Race the seeds that have not been raced yet, and print a table."""
+    """Race the seeds without results, and print a table of all."""
     parser = argparse.ArgumentParser(
         description="Training loss against wall-clock at the reference point."
     )

@@ -1,8 +1,9 @@
-"""How the seconds of each stage grow with width, depth, batch and resolution: exponents fitted by least squares in logarithms.
+"""How the seconds of each stage grow with width, depth, batch and resolution.
 
-A plain network of 3 x 3 convolutions is made larger in one dimension at a time. Points take turns, with a step of SGD beside each step of
-kfactk's. Stages are due far more often than in training; what they take when they are due is put together to a mean step at the
-setting's periods.
+A network of 3 x 3 convolutions grows in one dimension at a time. Exponents are fitted by least
+squares in logarithms. The sizes alternate, and each step of kfactk follows one of SGD. Stages are
+due far more often than in training. A mean step at the setting's periods is computed from the times
+of due stages.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ STAGES = {
     "scale": "scale_every",
     "basis": "basis_every",
 }
-"""Stages that are not due at every step, and whose period they follow."""
+"""Stages that are not due at every step, with the period that they follow."""
 
 
 @attrs.frozen
@@ -38,10 +39,10 @@ class Shape:
     """A network and its mini-batch.
 
     Args:
-        width: Channels.
-        depth: Convolutions after the first.
-        batch: Images.
-        side: Of an image.
+        width: Number of channels.
+        depth: Number of convolutions after the first.
+        batch: Number of images.
+        side: Height and width of an image.
     """
 
     width: int = 32
@@ -50,7 +51,7 @@ class Shape:
     side: int = 16
 
     def network(self) -> nn.Module:
-        """Convolutions with BatchNorm, and a linear layer."""
+        """Return convolutions with BatchNorm, and a linear layer."""
         torch.manual_seed(0)
         layers: list[nn.Module] = []
         for inputs in [3] + [self.width] * self.depth:
@@ -73,7 +74,7 @@ DIMENSIONS: dict[str, tuple[int, ...]] = {
 
 
 def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
-    """The slope of log seconds over log size, by least squares.
+    """Return the slope of log seconds over log size, by least squares.
 
     Example:
         >>> round(exponent([1, 2, 4], [3.0, 24.0, 192.0]), 6)
@@ -84,10 +85,13 @@ def exponent(sizes: Sequence[float], seconds: Sequence[float]) -> float:
     ).slope
 
 
-def measured(
+def measure(
     shapes: Sequence[Shape], name: str, steps: int, device: torch.device
 ) -> list[dict[str, float]]:
-    """For each shape, seconds by stage where it is due (medians), those of a step of SGD as `sgd`, and of a mean step as `mean`."""
+    """Return median seconds for each shape: of due stages, of SGD's step, and of a mean step.
+
+    The last two have the keys `sgd` and `mean`.
+    """
     chosen = settings()
     recipe = chosen[name].recipe(**OFTEN)
     periods = {**PERIODS, **(chosen[name].options or {})}
@@ -139,14 +143,17 @@ def measured(
 
 
 def _share(stage: str, periods: Mapping[str, Any]) -> float:
-    """How often a stage comes in a mean step; SGD's update, which is small, stands for the update rule's."""
+    """Return how often a stage occurs in a mean step.
+
+    The update counts as 0: the step of SGD already includes one, and it is small.
+    """
     return 0.0 if stage == "update" else 1.0 / periods[STAGES[stage]] if stage in STAGES else 1.0
 
 
 def table(
     dimension: str, sizes: Sequence[int], found: Sequence[Mapping[str, float]]
 ) -> tuple[list[str], dict[str, float]]:
-    """Lines of stages, and their exponents."""
+    """Return a line for each stage, and the exponents."""
     names = [name for name in found[0] if name not in ("sgd", "mean")]
     rows = {
         "step of SGD": [each["sgd"] for each in found],
@@ -172,7 +179,7 @@ def table(
 
 
 def main() -> None:
-    """Measure, print tables, and write the figures."""
+    """Measure, print tables, and write the results."""
     parser = argparse.ArgumentParser(
         prog="scaling", description="Seconds of stages over width, depth, batch and resolution."
     )
@@ -180,13 +187,13 @@ def main() -> None:
         "--dimensions", nargs="+", choices=tuple(DIMENSIONS), default=list(DIMENSIONS)
     )
     parser.add_argument(
-        "--setting", default="ekfac", help="a setting of kfactk by its name in the race"
+        "--setting", default="ekfac", help="name of a setting of kfactk in the race"
     )
     parser.add_argument(
         "--steps",
         type=int,
         default=6,
-        help="steps of each point after the first; a basis is due in every third",
+        help="steps of each size after the first; a basis is due in every third",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
@@ -198,7 +205,7 @@ def main() -> None:
     for dimension in arguments.dimensions:
         sizes = DIMENSIONS[dimension]
         shapes = [attrs.evolve(Shape(), **{dimension: size}) for size in sizes]
-        found = measured(shapes, arguments.setting, arguments.steps, torch.device(arguments.device))
+        found = measure(shapes, arguments.setting, arguments.steps, torch.device(arguments.device))
         lines, exponents = table(dimension, sizes, found)
         print("\n".join(lines) + "\n", flush=True)
         results[dimension] = {"sizes": sizes, "seconds": found, "exponents": exponents}

@@ -1,6 +1,6 @@
-"""What is raced: settings of kfactk, torch's own optimisers, and second-order ones of other packages, where they are installed.
+"""The settings of the race: kfactk, torch's optimizers, and installed second-order optimizers.
 
-The tables are there to be edited: a line makes a setting known to the race, to the measurement of memory and to the plot.
+To add a setting to race, memory and plot, add a line to a table below.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from experiments.models import ResNet
 
 BASELINE = "SGD, momentum (torch)"
 PERIODS = {"factor_every": 10, "scale_every": 10, "basis_every": 100}
-"""Those of the thesis, unless a setting says otherwise."""
+"""The periods of the thesis, which a setting may replace."""
 
 FUSED = {"name": "adam", "fused": True}
 ROUNDED = {"name": "ekfac", "products": "bfloat16"}
 FACTORED = {"name": "ekfac", "inputs": "channels+taps"}
 STATIONARY = {"name": "conv_kfac", "spatial": "stationary"}
 OWN_GRADIENT = {"update": FUSED, "stagger": True, "fisher": "empirical", "clip": "none"}
-"""Statistics from the gradient of the loss itself, so that no Fisher pass is taken."""
+"""Statistics from the gradient of the loss itself, without a Fisher pass."""
 
 RECIPES: dict[str, dict[str, Any]] = {
     "ekfac": {},
@@ -54,21 +54,22 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "kfac, staggered": {"update": FUSED, "basis": "kfac", "stagger": True},
 }
-"""Settings of kfactk: arguments of `kfactk.build`, besides `PERIODS` and Adam. Where nothing else is told, the curvature is `conv_kfac`."""
+"""Settings of kfactk: arguments of `kfactk.build`, besides `PERIODS` and Adam. The default
+curvature is `conv_kfac`."""
 PRECISIONS = {name: "bfloat16" for name in RECIPES if "bfloat16" in name}
-"""By name, in which precision a setting's matrix products may run at best, where it is not float32: the floor takes that rate."""
+"""Lowest precision of matrix products by setting, where it is not float32; it sets the floor."""
 NOT_ON_THE_INDEX = ("kfac-pytorch",)
-"""Packages one would look for here, and that cannot be installed from the package index."""
+"""Related packages that the package index does not have."""
 
 
 @attrs.frozen
 class Setting:
-    """One way to train.
+    """One setting.
 
     Args:
-        make: Makes the optimiser of a model.
+        make: Makes the optimizer of a model.
         options: Arguments of `kfactk.build`, for a setting of kfactk.
-        precision: In which its matrix products may run at best.
+        precision: Lowest precision of its matrix products.
     """
 
     make: Callable[[nn.Module], Any]
@@ -76,21 +77,21 @@ class Setting:
     precision: str = "float32"
 
     def recipe(self, **options: Any) -> kfactk.Recipe:
-        """That of a setting of kfactk, with changes."""
+        """Return the recipe of a setting of kfactk, with changes."""
         assert self.options is not None
         return kfactk.build(**{**self.options, **options})
 
 
 def ours(name: str) -> Setting:
-    """The setting of kfactk of this name in `RECIPES`."""
+    """Return the setting of kfactk of this name in `RECIPES`."""
     options = {"update": "adam", **PERIODS, **RECIPES[name]}
     return Setting(
         lambda model: kfactk.build(**options).bind(model), options, PRECISIONS.get(name, "float32")
     )
 
 
-def torchs() -> dict[str, Setting]:
-    """Optimisers of torch."""
+def torch_settings() -> dict[str, Setting]:
+    """Return settings of torch's optimizers."""
     found: dict[str, Setting] = {
         BASELINE: Setting(lambda model: torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)),
         "Adam (torch)": Setting(lambda model: torch.optim.Adam(model.parameters(), lr=0.001)),
@@ -102,13 +103,16 @@ def torchs() -> dict[str, Setting]:
 
 
 class Matrices:
-    """torch's Muon, which takes matrices alone: kernels are shown to it as matrices `[outputs, rest]`, the rest goes to AdamW."""
+    """torch's Muon, which takes only matrices, on kernels viewed as `[outputs, rest]`.
+
+    Vectors go to AdamW.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         tensors = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-        self._pairs = [
+        self._pairs = [  # each pair shares its storage
             (parameter, nn.Parameter(parameter.detach().flatten(1))) for parameter in tensors
-        ]  # one storage
+        ]
         self._muon = torch.optim.Muon([matrix for _, matrix in self._pairs], lr=0.01)
         self._rest = torch.optim.AdamW(
             [parameter for parameter in model.parameters() if parameter.ndim == 1], lr=0.001
@@ -127,8 +131,8 @@ class Matrices:
         self._rest.step()
 
 
-def pytorch_optimizers() -> dict[str, Setting]:
-    """Of the package pytorch-optimizer."""
+def pytorch_optimizer_settings() -> dict[str, Setting]:
+    """Return settings of the package pytorch-optimizer."""
     from pytorch_optimizer import SOAP
 
     return {
@@ -138,8 +142,11 @@ def pytorch_optimizers() -> dict[str, Setting]:
     }
 
 
-def heavyballs() -> dict[str, Setting]:
-    """Of the package heavyball, uncompiled: its autotuning takes minutes a shape on a CPU."""
+def heavyball_settings() -> dict[str, Setting]:
+    """Return settings of the package heavyball.
+
+    It is not compiled: its autotuning takes minutes for each shape on a CPU.
+    """
     import heavyball
 
     heavyball.utils.compile_mode = None
@@ -151,8 +158,8 @@ def heavyballs() -> dict[str, Setting]:
     }
 
 
-def singds() -> dict[str, Setting]:
-    """Of the package singd."""
+def singd_settings() -> dict[str, Setting]:
+    """Return settings of the package singd."""
     from singd.optim.optimizer import SINGD
 
     return {
@@ -163,21 +170,21 @@ def singds() -> dict[str, Setting]:
 
 
 OTHERS: dict[str, Callable[[], dict[str, Setting]]] = {
-    "pytorch_optimizer": pytorch_optimizers,
-    "heavyball": heavyballs,
-    "singd": singds,
+    "pytorch_optimizer": pytorch_optimizer_settings,
+    "heavyball": heavyball_settings,
+    "singd": singd_settings,
 }
-"""By the module that has to be there."""
+"""Settings of other packages, by the module that must be installed."""
 
 
 def missing() -> list[str]:
-    """Modules that are raced where they are installed, and are not."""
+    """Return the modules of `OTHERS` that are not installed."""
     return [module for module in OTHERS if importlib.util.find_spec(module) is None]
 
 
 def settings(only: str = "") -> dict[str, Setting]:
-    """All that can be had here, by name: the baseline, and those whose name contains `only`."""
-    every = torchs() | {name: ours(name) for name in RECIPES}
+    """Return the baseline, and all available settings whose name contains `only`, by name."""
+    every = torch_settings() | {name: ours(name) for name in RECIPES}
     for module, make in OTHERS.items():
         if module not in missing():
             every |= make()
@@ -185,6 +192,6 @@ def settings(only: str = "") -> dict[str, Setting]:
 
 
 def network(width: int) -> nn.Module:
-    """ResNet-8 for images of 32 x 32."""
+    """Return a ResNet-8 for images of 32 x 32."""
     torch.manual_seed(0)
     return ResNet(3, (width, 2 * width, 4 * width), 10)

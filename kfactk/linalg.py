@@ -15,6 +15,9 @@ from torch import Tensor
 
 from kfactk.errors import DecompositionError
 
+RAISE_DAMPING = "raise damping, or look for extreme values in the data"
+"""What to do when a matrix cannot be decomposed."""
+
 
 def vec(matrix: Tensor) -> Tensor:
     """Stack the columns: `[..., d_out, d_in]` to `[..., d_in * d_out]`."""
@@ -147,7 +150,10 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
         if bool(torch.isfinite(values).all()) and bool(torch.isfinite(vectors).all()):
             return values, vectors
         failures.append("the result was not finite")
-    raise DecompositionError(f"eigendecomposition failed in every way tried: {'; '.join(failures)}")
+    tried = "; ".join(failures)
+    raise DecompositionError(
+        f"eigendecomposition failed in every way tried ({tried}); {RAISE_DAMPING}"
+    )
 
 
 def orthogonal_iteration(matrix: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -179,7 +185,9 @@ def orthogonal_iteration(matrix: Tensor, vectors: Tensor) -> tuple[Tensor, Tenso
     signs = torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-2)
     found = (orthogonal * signs).gather(-1, order.unsqueeze(-2).expand_as(orthogonal))
     if not bool(torch.isfinite(found).all()):
-        raise DecompositionError("orthogonal iteration gave a result that was not finite")
+        raise DecompositionError(
+            f"orthogonal iteration gave a result that was not finite; {RAISE_DAMPING}"
+        )
     return values, found
 
 
@@ -210,7 +218,8 @@ def cholesky(matrix: Tensor, shift: Tensor | float) -> Tensor:
         if not bool(info.any()) and bool(torch.isfinite(result).all()):
             return result
         failures.append("the factor is far from positive semi-definite")
-    raise DecompositionError(f"Cholesky failed in every way tried: {'; '.join(failures)}")
+    tried = "; ".join(failures)
+    raise DecompositionError(f"Cholesky failed in every way tried ({tried}); {RAISE_DAMPING}")
 
 
 def jitter(matrix: Tensor) -> Tensor:
@@ -231,7 +240,7 @@ original precision: rounding there made the matrix indefinite, and float64 does 
 
 def _check_finite(matrix: Tensor) -> None:
     if not bool(torch.isfinite(matrix).all()):
-        raise DecompositionError("a factor holds NaN or inf; it was not decomposed")
+        raise DecompositionError(f"a factor holds NaN or inf; {RAISE_DAMPING}")
 
 
 def damping_floor(mean: Tensor) -> Tensor:

@@ -243,8 +243,8 @@ def _resolved(values: Mapping[str, Any]) -> dict[str, Any]:
     for name in values:
         if name not in FIELDS:
             raise OptionError(
-                f"{name!r} is not an argument of kfactk.build.{near_names(name, FIELDS)} There "
-                f"are: {', '.join(FIELDS)}. A stage's own options go with its name: "
+                f"{name!r} is not an argument of kfactk.build.{near_names(name, FIELDS)} Use one "
+                f"of: {', '.join(FIELDS)}. Give a stage's own options with its name: "
                 "update={'name': 'adam', 'betas': (0.9, 0.99)}."
             )
     out: dict[str, Any] = {}
@@ -275,7 +275,7 @@ def _blocks(given: Any) -> tuple[BlockSpec, ...]:
         elif isinstance(item, Mapping) and "curvature" in item:
             if unknown := sorted(set(item) - {"curvature", "basis", "layers"}):
                 raise OptionError(
-                    f"a block has no {', '.join(unknown)}; it has curvature, basis and layers."
+                    f"a block has no {', '.join(unknown)}; give curvature, basis and layers."
                 )
             found.append(block(**item))
         else:

@@ -1,1 +1,4 @@
-"""Mutation testing of the mathematics: `nox -s mutants`. Mistakes are put into copies of the checkout, and the tests have to notice."""
+"""Mutation testing of the mathematics: `nox -s mutants`.
+
+Each mutant is one mistake in a copy of the checkout. The tests must notice it.
+"""

@@ -1,4 +1,4 @@
-"""`python -m mutation`: mutants, tests, and the tables of what became of whom."""
+"""`python -m mutation`: run the tests on mutants, and print the verdicts."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mutation.runner import Verdict
 
 
 def arguments(given: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(prog="python -m mutation", description=__doc__)
     parser.add_argument("--list", action="store_true", help="print the mutants, and run nothing")
     parser.add_argument(
@@ -23,33 +23,37 @@ def arguments(given: Sequence[str] | None) -> argparse.Namespace:
         action="append",
         default=[],
         metavar="NAME",
-        help="run the mutants whose name holds this; repeatable",
+        help="run only mutants whose name contains this; repeatable",
     )
     parser.add_argument(
         "--sample",
         type=int,
         default=120,
         metavar="N",
-        help="how many mutants the tool makes (default: %(default)s)",
+        help="number of mutants that cosmic-ray makes (default: %(default)s)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="which ones (default: %(default)s)"
+        "--seed",
+        type=int,
+        default=0,
+        metavar="S",
+        help="seed of that sample (default: %(default)s)",
     )
     parser.add_argument(
-        "--explained", action="store_true", help="run those of the sample too that are explained"
+        "--explained", action="store_true", help="also run explained mutants of the sample"
     )
     parser.add_argument(
         "--jobs",
         type=int,
         default=min(os.cpu_count() or 1, 8),
         metavar="N",
-        help="how many at a time",
+        help="number of parallel runs",
     )
     return parser.parse_args(given)
 
 
 def main(given: Sequence[str] | None = None, root: Path = ROOT) -> int:
-    """Run, print, and say by the exit code whether all mutants were noticed."""
+    """Run and print; the exit code is 0 where the tests noticed all mutants."""
     options = arguments(given)
     try:
         ours, reasons = listed(root), sampled.explained(root)
@@ -70,9 +74,9 @@ def main(given: Sequence[str] | None = None, root: Path = ROOT) -> int:
         )
         return 0
     start = time.monotonic()
-    told = [mutant for mutant in made if mutant.name in reasons and not options.explained]
-    running = [*ours, *(mutant for mutant in made if mutant not in told)]
-    if not sound(running, options.jobs, root):
+    skipped = [mutant for mutant in made if mutant.name in reasons and not options.explained]
+    running = [*ours, *(mutant for mutant in made if mutant not in skipped)]
+    if not passes_unchanged(running, options.jobs, root):
         return 2
     verdicts = {}
     for verdict in runner.run(running, options.jobs, root):
@@ -82,7 +86,7 @@ def main(given: Sequence[str] | None = None, root: Path = ROOT) -> int:
             file=sys.stderr,
             flush=True,
         )
-    for mutant in told:
+    for mutant in skipped:
         verdicts[mutant.name] = Verdict(mutant, "explained", reasons[mutant.name], 0.0)
     failures = report(
         "the committed list", [verdicts[mutant.name] for mutant in ours], {}, strict=True
@@ -97,8 +101,8 @@ def main(given: Sequence[str] | None = None, root: Path = ROOT) -> int:
     return 1 if failures else 0
 
 
-def sound(mutants: Sequence[Mutant], jobs: int, root: Path) -> bool:
-    """Whether the tests pass without any mutant: those that fail anyway would kill them all."""
+def passes_unchanged(mutants: Sequence[Mutant], jobs: int, root: Path) -> bool:
+    """Return whether the tests pass without mutants; otherwise every mutant would seem killed."""
     paths = sorted({path for mutant in mutants for path in mutant.tests})
     wanted = [
         path
@@ -120,16 +124,17 @@ def sound(mutants: Sequence[Mutant], jobs: int, root: Path) -> bool:
 def report(
     title: str, verdicts: Sequence[Verdict], reasons: dict[str, str], *, strict: bool
 ) -> int:
-    """Print a table.
+    """Print a table of verdicts.
 
     Args:
-        title: What stands above it.
+        title: Its title.
         verdicts: Its rows.
-        reasons: Why some of them survive.
-        strict: Whether a mutant that cannot be imported is a failure; a tool makes such, a list should not.
+        reasons: Why some mutants survive, by name.
+        strict: Whether a mutant that cannot be imported is a failure. cosmic-ray makes some; the
+            committed list must not contain any.
 
     Returns:
-        How many were not noticed and are not explained.
+        The number of mutants that the tests did not notice and that are not explained.
     """
     if not verdicts:
         return 0
@@ -137,23 +142,17 @@ def report(
     print(f"{'outcome':<10} {'s':>6}  mutant\n{'':<10} {'':>6}    by")
     failures, counts = 0, dict[str, int]()
     for verdict in verdicts:
-        excused = verdict.mutant.name in reasons or (verdict.outcome == "invalid" and not strict)
-        wrong = verdict.outcome == "broken" or (not verdict.noticed and not excused)
+        mutant, outcome = verdict.mutant, verdict.outcome
+        excused = mutant.name in reasons or (outcome == "invalid" and not strict)
+        wrong = outcome == "broken" or (not verdict.noticed and not excused)
         failures += wrong
-        counts[verdict.outcome] = counts.get(verdict.outcome, 0) + 1
-        name = (
-            verdict.mutant.name
-            if verdict.mutant.path in verdict.mutant.name
-            else f"{verdict.mutant.name}  [{verdict.mutant.path}]"
-        )
-        print(
-            f"{verdict.outcome.upper() if wrong else verdict.outcome:<10} {verdict.seconds:6.1f}  {name}"
-        )
+        counts[outcome] = counts.get(outcome, 0) + 1
+        name = mutant.name if mutant.path in mutant.name else f"{mutant.name}  [{mutant.path}]"
+        print(f"{outcome.upper() if wrong else outcome:<10} {verdict.seconds:6.1f}  {name}")
         if verdict.by:
             print(f"{'':<17}    {verdict.by}")
-    print(
-        f"\n{len(verdicts)} mutants: {', '.join(f'{count} {outcome}' for outcome, count in sorted(counts.items()))}"
-    )
+    summary = ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items()))
+    print(f"\n{len(verdicts)} mutants: {summary}")
     return failures
 
 

@@ -1,4 +1,4 @@
-"""Mutants: mistakes, one at a time, each in one file; and the committed list of them."""
+"""Mutants, each one mistake in one file; and the committed list of them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import attrs
 
 ROOT = Path(__file__).parents[1]
 LISTED = Path(__file__).with_name("listed.toml")
+REQUIRED = ("name", "path", "old", "new", "why", "tests")
+"""Keys of every entry of the list."""
 
 
 class MutantError(Exception):
@@ -22,11 +24,11 @@ class Mutant:
     """One mistake.
 
     Args:
-        name: What it is called.
-        path: The file it is made in, from the root of the checkout.
-        source: The whole of that file with the mistake in it.
-        tests: Paths of the tests that have to notice it, the most telling first.
-        hangs: Whether the mistake may make a test run for ever, so that a timeout counts as noticed.
+        name: Its name.
+        path: The changed file, from the root of the checkout.
+        source: The whole file with the mistake.
+        tests: Paths of the tests that must notice it, the most specific first.
+        hangs: Whether the mistake may make a test run forever: a timeout then counts as noticed.
     """
 
     name: str
@@ -37,39 +39,39 @@ class Mutant:
 
     @property
     def module(self) -> str:
-        """The file as a module to import."""
+        """Name of the module of the file."""
         return ".".join(Path(self.path.removeprefix("plugins/")).with_suffix("").parts)
 
 
 def listed(root: Path = ROOT, path: Path = LISTED) -> list[Mutant]:
-    """The committed list, made from the files under `root`.
+    """Return the committed list, applied to the files under `root`.
 
     Raises:
-        MutantError: An entry is incomplete, its text does not stand in its file exactly once, or one of its tests does not exist.
+        MutantError: An entry is incomplete, its text does not occur exactly once in its file, or a
+            test does not exist.
     """
     with path.open("rb") as file:
         entries = tomllib.load(file)["mutant"]
-    mutants = [_made(entry, root) for entry in entries]
+    mutants = [_mutant_of(entry, root) for entry in entries]
     names = [mutant.name for mutant in mutants]
-    if doubled := sorted({name for name in names if names.count(name) > 1}):
-        raise MutantError(f"several mutants of one name: {doubled}")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise MutantError(f"several mutants of one name: {repeated}")
     return mutants
 
 
-def _made(entry: dict[str, Any], root: Path) -> Mutant:
+def _mutant_of(entry: dict[str, Any], root: Path) -> Mutant:
     name = entry.get("name", "a mutant without a name")
-    if lacking := [
-        key for key in ("name", "path", "old", "new", "why", "tests") if key not in entry
-    ]:
+    if lacking := [key for key in REQUIRED if key not in entry]:
         raise MutantError(f"{name}: {', '.join(lacking)} is missing")
-    if unknown := sorted(set(entry) - {"name", "path", "old", "new", "why", "tests", "hangs"}):
+    if unknown := sorted(set(entry) - {*REQUIRED, "hangs"}):
         raise MutantError(f"{name}: there is no {', '.join(unknown)}")
     text, old, new = (root / entry["path"]).read_text(), entry["old"], entry["new"]
     if text.count(old) != 1 or old == new:
         raise MutantError(
-            f"{name}: its text stands {text.count(old)} times in {entry['path']}, where once is wanted:\n{old}"
+            f"{name}: its text occurs {text.count(old)} times in {entry['path']}, not once, or "
+            f"does not change:\n{old}"
         )
-    _present(name, entry["tests"], root)
+    _check_tests(name, entry["tests"], root)
     return Mutant(
         name,
         entry["path"],
@@ -79,7 +81,7 @@ def _made(entry: dict[str, Any], root: Path) -> Mutant:
     )
 
 
-def _present(name: str, tests: Iterable[str], root: Path) -> None:
+def _check_tests(name: str, tests: Iterable[str], root: Path) -> None:
     absent = [path for path in tests if not (root / path).exists()]
     if absent:
         raise MutantError(f"{name}: there are no tests at {', '.join(absent)}")

@@ -1,4 +1,4 @@
-"""Run tests on mutants: each in a copy of the checkout, several at a time."""
+"""Run tests on mutants, each in a copy of the checkout, several at the same time."""
 
 from __future__ import annotations
 
@@ -34,19 +34,20 @@ COPIED = (
     "CHANGELOG.md",
 )
 NOT_COPIED = shutil.ignore_patterns("__pycache__", "*.egg-info", ".hypothesis", "build", "dist")
-PATIENCE = 900.0
-"""Seconds after which the tests of a mutant are given up."""
+TIMEOUT = 900.0
+"""Seconds after which a run of the tests is stopped."""
 
 
 @attrs.frozen
 class Verdict:
-    """What became of a mutant.
+    """The result of the tests on a mutant.
 
     Args:
         mutant: The mutant.
-        outcome: "killed" (a test failed), "survived", "invalid" (it cannot be imported), "timed out", or "broken" (the run itself failed).
-        by: The test that failed first; for other outcomes, what was said.
-        seconds: How long it took.
+        outcome: "killed" (a test failed), "survived", "invalid" (it cannot be imported),
+            "timed out", or "broken" (the run itself failed).
+        by: The test that failed first; for other outcomes, the output.
+        seconds: The duration.
     """
 
     mutant: Mutant
@@ -56,23 +57,23 @@ class Verdict:
 
     @property
     def noticed(self) -> bool:
-        """Whether the tests noticed it; a timeout is no proof, unless the mutant is known to hang."""
+        """Whether the tests noticed it; a timeout counts only where the mutant is known to hang."""
         return self.outcome == "killed" or (self.outcome == "timed out" and self.mutant.hangs)
 
 
 class Bench:
-    """A copy of what the tests need, in a temporary folder, on which one mutant at a time is tried.
+    """A copy of what the tests need, in a temporary folder, for one mutant at a time.
 
     Args:
         root: The checkout.
-        patience: Seconds after which a run of the tests is given up.
+        timeout: Seconds after which a run of the tests is stopped.
     """
 
-    def __init__(self, root: Path = ROOT, patience: float = PATIENCE) -> None:
+    def __init__(self, root: Path = ROOT, timeout: float = TIMEOUT) -> None:
         self._temporary = tempfile.TemporaryDirectory(prefix="mutants-", ignore_cleanup_errors=True)
         self.folder = Path(self._temporary.name).resolve() / "checkout"
         self.folder.mkdir()
-        self._patience, self._closed = patience, False
+        self._timeout, self._closed = timeout, False
         self._process: subprocess.Popen[str] | None = None
         for part in COPIED:
             if (root / part).is_dir():
@@ -87,12 +88,12 @@ class Bench:
         self._temporary.cleanup()
 
     def stop(self) -> None:
-        """End what runs, and run nothing more."""
+        """End the current run, and start no other."""
         self._closed = True
         self._end(self._process)
 
     def judge(self, mutant: Mutant) -> Verdict:
-        """Run the tests on a mutant, path by path until one fails. The copy is as before afterwards."""
+        """Run the tests on a mutant, path by path until one fails; then restore the copy."""
         file, start = self.folder / mutant.path, time.monotonic()
         original = file.read_text()
         file.write_text(mutant.source)
@@ -114,23 +115,25 @@ class Bench:
 
         Args:
             tests: Their paths.
-            module: The module that is looked at.
+            module: The module with the mistake.
             options: Further arguments for pytest.
 
         Returns:
-            The outcome, and the test that failed or what was said.
+            The outcome, and the test that failed or the output.
         """
         report = self.folder.parent / "report.json"
         report.unlink(missing_ok=True)
+        inherited = {  # without the coverage of this process
+            name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")
+        }
         environment = {
-            **{
-                name: value for name, value in os.environ.items() if not name.startswith("COVERAGE")
-            },  # the copy is not to be measured
+            **inherited,
             FOLDER: str(self.folder),
             MODULE: module,
             REPORT: str(report),
             "PYTHONPATH": os.pathsep.join([str(self.folder), str(self.folder / "plugins")]),
-            "PYTHONDONTWRITEBYTECODE": "1",  # compiled files are told apart by size and second, too coarse for mutants
+            # Python identifies compiled files by size and second, which is too coarse for mutants.
+            "PYTHONDONTWRITEBYTECODE": "1",
             "OMP_NUM_THREADS": "1",
             "KFACTK_LAWS": "quick",
         }
@@ -145,21 +148,24 @@ class Bench:
             "-p",
             "mutation.witness",
         ]
-        code, said = self._finish([*pytest, *options, *tests], environment)
+        code, output = self._execute([*pytest, *options, *tests], environment)
         if code is None:
-            return "timed out", f"after {self._patience:g} s"
+            return "timed out", f"after {self._timeout:g} s"
         if code == 0:
             return "survived", ""
         if code == INVALID:
-            return "invalid", said.strip().splitlines()[-1]
+            return "invalid", output.strip().splitlines()[-1]
         if report.exists() and code != ELSEWHERE:
             return "killed", str(json.loads(report.read_text()))
-        return "broken", said[-2000:]
+        return "broken", output[-2000:]
 
-    def _finish(
+    def _execute(
         self, command: Sequence[str], environment: dict[str, str]
     ) -> tuple[int | None, str]:
-        """Exit code and output; no code where it did not end in time. Processes that it started end with it."""
+        """Run a command; return its exit code, or `None` after a timeout, and its output.
+
+        Processes that it started end with it.
+        """
         if self._closed:
             return -signal.SIGINT, "interrupted"
         pipe, both = subprocess.PIPE, subprocess.STDOUT
@@ -174,8 +180,8 @@ class Bench:
         )
         self._process = process
         try:
-            said, _ = process.communicate(timeout=self._patience)
-            return process.returncode, said
+            output, _ = process.communicate(timeout=self._timeout)
+            return process.returncode, output
         except subprocess.TimeoutExpired:
             return None, ""
         finally:
@@ -189,10 +195,10 @@ class Bench:
 
 
 def run(mutants: Sequence[Mutant], jobs: int, root: Path = ROOT) -> Iterator[Verdict]:
-    """Verdicts as they come."""
+    """Yield verdicts as they come."""
     free: queue.Queue[Bench] = queue.Queue()
 
-    def one(mutant: Mutant) -> Verdict:
+    def judge(mutant: Mutant) -> Verdict:
         bench = free.get()
         try:
             return bench.judge(mutant)
@@ -206,7 +212,7 @@ def run(mutants: Sequence[Mutant], jobs: int, root: Path = ROOT) -> Iterator[Ver
         pool = stack.enter_context(ThreadPoolExecutor(jobs))
         for bench in benches:
             stack.callback(bench.stop)  # before the pool waits for its threads
-        waiting = [pool.submit(one, mutant) for mutant in mutants]
+        waiting = [pool.submit(judge, mutant) for mutant in mutants]
         stack.callback(pool.shutdown, wait=False, cancel_futures=True)
         for done in as_completed(waiting):
             yield done.result()

@@ -1,4 +1,4 @@
-"""Mutants that a tool makes (cosmic-ray's operators), a sample of which is tested."""
+"""A sample of the mutants that cosmic-ray's operators make."""
 
 from __future__ import annotations
 
@@ -21,32 +21,31 @@ EXPLAINED = Path(__file__).with_name("explained.toml")
 SOURCES = (
     "kfactk/linalg.py",
     "kfactk/statistics.py",
-    "kfactk/statistics.py",
     "kfactk/samples.py",
     "plugins/kfactk_stages/curvature",
     "plugins/kfactk_stages/basis",
     "plugins/kfactk_stages/clip",
 )
-"""Files and folders that mutants are made of."""
+"""Files and folders from which mutants are made."""
 MORE = ("tests/kfactk", "tests/kfactk_stages")
-"""Tests that are run where those at the mirrored path have not failed."""
+"""Tests to run after those at the mirrored path have passed."""
 BITS = {"RShift", "LShift", "BitAnd", "BitOr", "BitXor"}
-"""Operators on bits: put in the place of arithmetic they raise, which shows nothing."""
+"""Operators on bits: in place of arithmetic they raise, which proves nothing."""
 SAME = {("Eq", "Is"), ("Is", "Eq"), ("NotEq", "IsNot"), ("IsNot", "NotEq")}
-"""Comparisons that agree on what is compared here: words, small numbers, `None`."""
+"""Comparisons that agree on strings, small numbers and `None`."""
 
 
 @attrs.frozen
 class Candidate:
-    """One change that the tool can make.
+    """One change that cosmic-ray can make.
 
     Args:
         path: The file.
-        where: Qualified name of the function or class it is made in.
+        where: Qualified name of the function or class that changes.
         line: The first line that changes, stripped.
-        operator: The tool's name for what is done.
-        occurrence: To which of the places in the file that it can be done to.
-        place: Line and column; changes of one place exclude each other in a sample.
+        operator: Name of the operator.
+        occurrence: Index among the places of the file where the operator applies.
+        place: Line and column; a sample has at most one change of each place.
     """
 
     path: str
@@ -57,7 +56,10 @@ class Candidate:
     place: tuple[int, int]
 
     def source(self, text: str) -> str | None:
-        """The file with the change; `None` where it changes nothing but annotations and docstrings, or leaves no Python."""
+        """Return the changed file, or `None` where the change is meaningless.
+
+        That is so where only annotations and docstrings change, or where the result is no Python.
+        """
         changed: str | None = mutate_code(text, get_operator(self.operator)(), self.occurrence)
         try:
             return None if changed is None or _meaning(changed) == _meaning(text) else changed
@@ -65,20 +67,24 @@ class Candidate:
             return None
 
     def key(self, text: str, source: str) -> str:
-        """A name that survives changes elsewhere in the file."""
+        """Return a name that does not depend on changes elsewhere in the file."""
         return _key(self.path, self.where, *_difference(text, source))
 
 
 def sample(count: int, seed: int, root: Path = ROOT) -> list[Mutant]:
-    """`count` mutants, one a place. Changes of the source exchange few of them: the draw is by a hash of each one's surroundings."""
+    """Draw `count` mutants, at most one of each place.
 
-    def lot(c: Candidate) -> bytes:
+    The order is by a hash of each candidate's surroundings: changes of the source replace few of
+    the mutants.
+    """
+
+    def order(c: Candidate) -> bytes:
         return hashlib.blake2b(
             f"{seed} {c.path} {c.where} {c.line} {c.operator} {c.place[1]}".encode()
         ).digest()
 
     found: dict[tuple[str, tuple[int, int]], Mutant] = {}
-    for candidate in sorted(candidates(root), key=lot) if count else ():
+    for candidate in sorted(candidates(root), key=order) if count else ():
         place, text = (candidate.path, candidate.place), (root / candidate.path).read_text()
         if place not in found and (source := candidate.source(text)) is not None:
             found[place] = _mutant(candidate.key(text, source), candidate.path, source, root)
@@ -88,37 +94,37 @@ def sample(count: int, seed: int, root: Path = ROOT) -> list[Mutant]:
 
 
 def explained(root: Path = ROOT, path: Path = EXPLAINED) -> dict[str, str]:
-    """Key to reason, of mutants that no test can or should notice.
+    """Return key and reason of mutants that no test can or should notice.
 
     Raises:
-        MutantError: An entry has no reason, or matches no mutant any more.
+        MutantError: An entry has no reason, or no longer matches a mutant.
     """
     with path.open("rb") as file:
         entries: list[dict[str, Any]] = tomllib.load(file).get("explained", [])
-    there, found = candidates(root) if entries else [], {}
+    known, found = candidates(root) if entries else [], {}
     for entry in entries:
         key = _key(entry["path"], entry["where"], entry["old"], entry["new"])
         if not entry.get("because"):
             raise MutantError(f"no reason is given for\n{key}")
-        near = [
+        possible = [
             c
-            for c in there
+            for c in known
             if (c.path, c.where) == (entry["path"], entry["where"])
             and entry["old"].startswith(c.line)
         ]
-        text = (root / entry["path"]).read_text() if near else ""
+        text = (root / entry["path"]).read_text() if possible else ""
         if not any(
-            (source := c.source(text)) is not None and c.key(text, source) == key for c in near
+            (source := c.source(text)) is not None and c.key(text, source) == key for c in possible
         ):
             raise MutantError(
-                f"stale: no mutant is this any more, so take the entry out or bring it up to date:\n{key}"
+                f"stale: no mutant has this key any more; remove or update the entry:\n{key}"
             )
         found[key] = entry["because"]
     return found
 
 
 def candidates(root: Path = ROOT) -> list[Candidate]:
-    """All changes that the tool can make."""
+    """Return all changes that cosmic-ray can make."""
     found = []
     for name in SOURCES:
         files = sorted((root / name).glob("*.py")) if (root / name).is_dir() else [root / name]
@@ -128,9 +134,9 @@ def candidates(root: Path = ROOT) -> list[Candidate]:
 
 
 def candidates_of(path: str, text: str) -> list[Candidate]:
-    """The changes of one file."""
+    """Return the changes of one file."""
     nodes, lines, names, found = list(ast_nodes(get_ast(text))), text.splitlines(), _names(text), []
-    for name in filter(_telling, sorted(operator_names())):
+    for name in filter(_is_informative, sorted(operator_names())):
         kind = get_operator(name)
         if kind.arguments():
             continue
@@ -146,7 +152,7 @@ def candidates_of(path: str, text: str) -> list[Candidate]:
     return found
 
 
-def _telling(operator: str) -> bool:
+def _is_informative(operator: str) -> bool:
     kind, _, change = operator.removeprefix("core/").partition("_")
     old, _, new = change.partition("_")
     if kind == "ReplaceComparisonOperator":
@@ -159,7 +165,7 @@ def _key(path: str, where: str, old: str, new: str) -> str:
 
 
 def _meaning(text: str) -> str:
-    """The syntax tree without annotations, which are never evaluated, and docstrings."""
+    """Return the syntax tree without docstrings and annotations, which are never evaluated."""
     tree = ast.parse(text)
     for node in ast.walk(tree):
         match node:
@@ -175,7 +181,7 @@ def _meaning(text: str) -> str:
 
 
 def _names(text: str) -> list[tuple[int, int, str]]:
-    """First line, last line and qualified name of every function and class."""
+    """Return first line, last line and qualified name of every function and class."""
     found: list[tuple[int, int, str]] = []
 
     def visit(node: ast.AST, prefix: str) -> None:

@@ -1,4 +1,8 @@
-"""A pytest plugin that runs beside the tests of a mutant: are they run on the copy, can the mutant be imported, which test failed first?"""
+"""A pytest plugin for the tests of a mutant.
+
+It checks that the tests run on the copy and that the mutant can be imported, and records the first
+test that fails.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +15,16 @@ import hypothesis
 import pytest
 
 FOLDER, MODULE, REPORT = "MUTANT_FOLDER", "MUTANT_MODULE", "MUTANT_REPORT"
-"""Environment variables: the copy of the checkout, the module with the mistake, and the file the findings go to."""
+"""Environment variables: the copy of the checkout, the module with the mistake, and the file for
+the first failure."""
 INVALID, ELSEWHERE = 90, 91
-"""Exit codes: the mutant cannot be imported; what is imported is not the copy."""
+"""Exit codes: the mutant cannot be imported; the tests do not import the copy."""
 
 
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Look before any test is collected."""
-    hypothesis.settings.register_profile(  # the same examples every time, and no time spent on finding the smallest that fails
+    """Check the imports, before any test is collected."""
+    # The same examples every time, and no time spent on shrinking them.
+    hypothesis.settings.register_profile(
         "mutants",
         deadline=None,
         derandomize=True,
@@ -45,18 +51,18 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
-    """Note a file of tests that could not be collected."""
+    """Record a file of tests that could not be collected."""
     if report.failed:
-        _note(f"{report.nodeid} (collected)")
+        _record(f"{report.nodeid} (collected)")
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Note a test that failed."""
+    """Record a test that failed."""
     if report.failed:
-        _note(report.nodeid)
+        _record(report.nodeid)
 
 
-def _note(test: str) -> None:
+def _record(test: str) -> None:
     path = Path(os.environ[REPORT])
     if not path.exists():
         path.write_text(json.dumps(test))

@@ -31,11 +31,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_collection_finish() -> None:
-    """Keep what exists now out of later garbage collections, which otherwise walk through all of torch."""
+    """Exclude what exists now from garbage collections, which would otherwise walk all of torch."""
     gc.collect()
     gc.freeze()
 
 
 def pytest_sessionfinish() -> None:
-    """End the ranks within the session: pytest-xdist kills its processes after ten seconds, and their coverage is lost."""
+    """End the ranks before pytest-xdist kills its processes and loses their coverage."""
     shared_workers().close()

@@ -1,8 +1,9 @@
-"""Wide parametrizations: a covering sample in the quick profile, the whole product in the thorough one.
+"""Wide parametrizations: a covering sample in the quick profile, the product in the thorough one.
 
-A law over several axes, such as recipes, placements and bad batches, is tested on a product of cases. The quick
-profile runs a sample that covers every pair of values, so that each value and each interaction of two can fail.
-The other cases carry the mark `thorough`; `tests/conftest.py` deselects them unless `KFACTK_LAWS=thorough`.
+A law over several axes, such as recipes, placements and bad batches, has a product of cases. The
+quick profile runs a sample that covers every pair of values: each value and each interaction of two
+can fail. The other cases carry the mark `thorough`; `tests/conftest.py` deselects them unless
+`KFACTK_LAWS=thorough`.
 """
 
 from __future__ import annotations
@@ -56,14 +57,16 @@ def covering(
     ]
     quick = set(sample(product, strength))
     cases = [
-        _case([axis[place] for axis, place in zip(values, places, strict=True)], number not in quick)
+        _case(
+            [axis[place] for axis, place in zip(values, places, strict=True)], number not in quick
+        )
         for number, places in enumerate(product)
     ]
     return pytest.mark.parametrize(tuple(axes), cases)
 
 
 def widening(cases: Iterable[Any], quick: Iterable[Any]) -> list[Any]:
-    """Return the cases as parameters of a test; those that are not in `quick` are for the thorough profile.
+    """Return the cases as parameters of a test; those outside `quick` are marked `thorough`.
 
     Raises:
         ValueError: A quick case is not among the cases.

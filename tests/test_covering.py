@@ -1,4 +1,4 @@
-"""Samples of wide parametrizations cover what they promise, and leave the rest to the thorough profile."""
+"""Samples of wide parametrizations cover what they promise; the rest is marked `thorough`."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""torchrun without its imports: its agent and its processes are forked off one that has imported torch already."""
+"""torchrun without its imports: its processes are forked from one that has imported torch."""
 
 from __future__ import annotations
 
@@ -33,9 +33,15 @@ def torchrun(
     restarts: int = 0,
     variables: Mapping[str, str] | None = None,
 ) -> Done:
-    """Run a script as `torchrun --standalone` does, in a folder and with some environment variables besides ours.
+    """Run a script as `torchrun --standalone` does.
 
-    The agent is the parent of the processes, and a new process runs the script on each start.
+    Args:
+        script: Its path.
+        *arguments: Of the script.
+        folder: The working directory.
+        processes: How many run the script.
+        restarts: How often torchrun starts them again after a failure.
+        variables: Environment variables besides those of this process.
     """
     options = [
         *("--standalone", "--nproc-per-node", str(processes), "--max-restarts", str(restarts)),
@@ -60,7 +66,7 @@ def torchrun(
 def _agent(
     options: list[str], folder: str, stdout: str, stderr: str, environment: dict[str, str]
 ) -> None:
-    """Be torchrun, in a process that is forked off the forkserver."""
+    """Run torchrun in a process of its own, the parent of those that run the script."""
     for output, number in ((stdout, 1), (stderr, 2)):
         descriptor = os.open(output, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(descriptor, number)

@@ -45,9 +45,8 @@ def main():
             total += loss.detach()
         mean = accelerator.reduce(total / len(loader), "mean")
         accelerator.print(f"epoch {epoch}: loss {mean:.3f}")
-        accelerator.save_state(
-            "checkpoint"
-        )  # model, optimizer with its curvature, scheduler, random state
+        # Model, optimizer with its curvature, scheduler and random states.
+        accelerator.save_state("checkpoint")
 
     accelerator.wait_for_everyone()  # each process writes a part of the checkpoint
     accelerator.load_state("checkpoint")

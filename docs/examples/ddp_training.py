@@ -23,9 +23,8 @@ BATCH, EPOCHS, FOLDER = 64, 4, Path("checkpoints")
 def save(model, optimizer, epoch):
     """Write the part of every rank; the checkpoint counts once all parts are there."""
     weights, state = get_state_dict(model, optimizer)
-    dcp.save(
-        {"model": weights, "optimizer": state, "epoch": epoch}, checkpoint_id=FOLDER / str(epoch)
-    )
+    saved = {"model": weights, "optimizer": state, "epoch": epoch}
+    dcp.save(saved, checkpoint_id=FOLDER / str(epoch))
     if dist.get_rank() == 0:
         (FOLDER / "new").write_text(str(epoch))
         (FOLDER / "new").replace(FOLDER / "latest")
@@ -38,37 +37,24 @@ def load(model, optimizer):
     weights, state = get_state_dict(model, optimizer)
     saved = {"model": weights, "optimizer": state, "epoch": 0}
     dcp.load(saved, checkpoint_id=FOLDER / (FOLDER / "latest").read_text())
-    set_state_dict(
-        model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"]
-    )
+    parts = {"model_state_dict": saved["model"], "optim_state_dict": saved["optimizer"]}
+    set_state_dict(model, optimizer, **parts)
     return saved["epoch"]
 
 
 def main():
-    device = (
-        torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        if torch.cuda.is_available()
-        else torch.device("cpu")
-    )
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    cuda = torch.cuda.is_available()
+    device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu")
+    dist.init_process_group("nccl" if cuda else "gloo")
     torch.manual_seed(0)
     points = torch.rand(2048, 2) * 2 - 1
     labels = (points.prod(1) > 0).long()  # XOR of the signs: not linearly separable
     sampler = DistributedSampler(TensorDataset(points, labels))
     loader = DataLoader(sampler.dataset, batch_size=BATCH // dist.get_world_size(), sampler=sampler)
-    model = DDP(
-        nn.Sequential(
-            nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2)
-        ).to(device)
-    )
-    optimizer = kfactk.build(
-        fisher="exact",
-        update="momentum",
-        lr=0.03,
-        damping=0.03,
-        basis_every=20,
-        placement="mem_opt",
-    ).bind(model)
+    layers = nn.Linear(2, 32), nn.Tanh(), nn.Linear(32, 32), nn.Tanh(), nn.Linear(32, 2)
+    model = DDP(nn.Sequential(*layers).to(device))
+    options = {"update": "momentum", "lr": 0.03, "damping": 0.03, "basis_every": 20}
+    optimizer = kfactk.build(fisher="exact", placement="mem_opt", **options).bind(model)
     for epoch in range(load(model, optimizer), EPOCHS):
         sampler.set_epoch(epoch)
         total = 0.0

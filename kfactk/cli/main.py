@@ -28,9 +28,7 @@ from kfactk.registry.registry import Registry, registry
 from kfactk.registry.serialization import callable_path
 
 WIDTH = 100
-CONFLICT = (
-    "several plugins claim this name, and none of them is used; the warning says how to choose one"
-)
+CONFLICT = "several plugins claim this name, and none is used; the warning tells how to choose"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -58,23 +56,20 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="kfactk", description=what)
     parser.add_argument("--version", action="version", version=f"kfactk {__version__}")
     command = parser.add_subparsers(dest="command", required=True).add_parser
-    stages = command(
-        "stages", help="list every stage: options, defaults, plugin, version and paper"
-    )
+    stages = command("stages", help="list stages: options, defaults, plugin, version and paper")
     stages.add_argument("--family", help="one family only, such as basis")
     plugins = command(
-        "plugins", help="list every plugin: status, stages, errors; exit code 1 if one failed"
+        "plugins", help="list plugins: status, stages, errors; exit code 1 if one failed"
     )
     for each in (stages, plugins):
         each.add_argument("--json", action="store_true", help="JSON on standard output")
-    new = command("new-plugin", help="write a package with a stage that works and passes its tests")
-    named = "name of the package, such as kfactk-diagonal; the stage is then called diagonal"
-    new.add_argument("name", metavar="NAME", help=named)
-    families = f"its family: {', '.join(STAGE_HOOKS)}"
+    new = command("new-plugin", help="write a package with a stage of your own, whose tests pass")
+    new.add_argument("name", metavar="NAME", help="the package's name, such as kfactk-diagonal")
+    families = f"the stage's family: {', '.join(STAGE_HOOKS)}"
     new.add_argument("--stage", required=True, metavar="FAMILY", help=families)
-    where = "folder to make the package's folder in; the current one by default"
+    where = "where to make the package's folder; by default the current folder"
     new.add_argument("--directory", type=Path, default=Path(), help=where)
-    plan = command("plan", help="predict what training a model costs, for every placement")
+    plan = command("plan", help="predict what training takes on many devices, for every placement")
     planning.add_arguments(plan)
     return parser
 
@@ -96,8 +91,8 @@ def _stages(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int]
     if arguments.json:
         return _json([info.to_dict() for info in infos]), 0
     if not infos:
-        why = "`python -m kfactk plugins` says why; `pip install kfactk` installs the first-party"
-        return f"No stage is loaded. {why} stages.", 0
+        text = "`python -m kfactk plugins` says why; `pip install kfactk` installs ours."
+        return f"No stage is loaded. {text}", 0
     lines = []
     for family, group in itertools.groupby(infos, key=lambda info: info.family):
         members = list(group)
@@ -113,7 +108,10 @@ def _stage_lines(info: StageInfo, indent: int) -> list[str]:
     if info.paper:
         rows.append(f"paper: {info.paper}")
     if info.conflict:
-        rows.append(f"CONFLICT: {CONFLICT}")
+        rows.append(
+            "CONFLICT: several plugins claim this name, and none of them is used; the warning says "
+            "how to choose one"
+        )
     if info.blocked:
         rows = [f"BLOCKED by {info.blocked}", origin]
     lines = [line for row in rows if row for line in _wrap(row, indent)]
@@ -149,8 +147,8 @@ def _plugins(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int
     if arguments.json:
         return _json([attrs.asdict(info) for info in infos]), code
     if not infos:
-        why = "no distribution has an entry point of the group kfactk. Try `pip install kfactk`."
-        return f"No plugin is installed: {why}", code
+        text = "no distribution has an entry point of the group kfactk. Try `pip install kfactk`."
+        return f"No plugin is installed: {text}", code
     rows = []
     for info in infos:
         api = f"API {'?' if info.api is None else info.api}"

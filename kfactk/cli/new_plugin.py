@@ -87,7 +87,7 @@ class Package:
             "Laws": LAWS[self.family],
             "needs": __version__,
         }
-        folder = importlib.resources.files(__package__) / "templates"
+        folder = importlib.resources.files(f"{PROJECT}.cli") / "templates"
         texts = {}
         for file, template in FILES.items():
             path = folder / (template.format(family=self.family) + SUFFIX)
@@ -132,7 +132,7 @@ def new_plugin(name: str, family: str, directory: Path, known: Registry) -> tupl
 
 
 def _normalise(name: str) -> str:
-    """Return the name as package indexes compare it: lower case, single dashes."""
+    """Return the name as package indexes compare it, checked."""
     normal = normal_name(name)
     if not re.fullmatch(r"[a-z]([a-z0-9-]*[a-z0-9])?", normal) or len(normal) > MAX_LENGTH:
         letters = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-").removeprefix(f"{PROJECT}-")
@@ -163,10 +163,7 @@ def _check_free(package: Package, stages: list[StageInfo]) -> None:
     elif importlib.util.find_spec(module) is not None:
         taken = f"a module {module!r} can be imported already, and one would hide the other"
     elif module == name:
-        taken = (
-            "its folder would have the name of its module, and hide it from a Python that runs "
-            "beside the folder"
-        )
+        taken = "its folder would have the name of its module, and hide it from a Python run there"
     elif module.startswith(("test_", "conftest")):
         taken = f"pytest would collect the module {module!r} as a test"
     elif any(importlib.metadata.distributions(name=name)):

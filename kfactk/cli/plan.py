@@ -59,25 +59,25 @@ class Row:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of the command."""
     add, named = parser.add_argument, "a name, or JSON with its options"
-    model = "name of a torchvision model, or package.module:callable that makes a model"
-    add("--model", required=True, help=model)
+    add("--model", required=True, help="a torchvision model, or package.module:callable")
     example = f"one example: {IMAGE} (torchvision's default), 512:int64"
     add("--input", metavar="SHAPE[:DTYPE]", help=example)
     add("--batch", type=_count, default=32, help="examples of a rank in a step; 32 by default")
     devices = "numbers of devices, such as 8 or 1,8,64; 1 by default"
     add("--ranks", type=_counts, default=(1,), help=devices)
     add("--device", default="h100", help="machine profile: h100 (default), a100, cpu")
-    measure = "measure the processor of this machine instead, in a few seconds"
-    add("--calibrate", action="store_true", help=measure)
-    precision = "precision of the model: float32, tf32, bfloat16; by default that of the profile"
-    add("--precision", help=precision)
+    add("--calibrate", action="store_true", help="measure the processor of this machine instead")
+    add("--precision", help="of the model: float32, tf32, bfloat16; by default the profile's")
     add("--placement", action="append", help=f"{named}; may be repeated; all by default")
     for family in STAGES:
         add(f"--{family}", help=f"the recipe's {family}: {named}")
     for period in PERIODS:
         add(f"--{period.replace('_', '-')}", type=_count, help=f"the recipe's {period}")
-    stagger = "the recipe's stagger: layers are decomposed in different steps"
-    add("--stagger", action="store_true", help=stagger)
+    add(
+        "--stagger",
+        action="store_true",
+        help="the recipe's stagger: layers are decomposed in different steps",
+    )
     add("--exclude", action="append", help="names of modules to leave alone; may be repeated")
     add("--json", action="store_true", help="JSON on standard output")
 
@@ -93,8 +93,8 @@ def run(arguments: argparse.Namespace) -> str:
     machine = calibrate() if arguments.calibrate else machine_named(arguments.device)
     if arguments.input is None and ":" in arguments.model:
         raise OptionError(
-            "plan needs --input, the shape of one example, for a model of your own: --input "
-            "3x224x224, or --input 512:int64."
+            "plan needs the shape of one example for a model of your own: "
+            "give --input 3x224x224, or --input 512:int64."
         )
     batch = meta_batch(arguments.input or IMAGE, arguments.batch)
     load = training_load(model_on_meta(arguments.model), recipe, batch)
@@ -133,8 +133,9 @@ def compare(
         dtype = placement.wire_dtype
         wire = getattr(torch, dtype).itemsize if dtype else None
         costs = cost(load, assignment, ranks, machine, precision=precision, wire=wire)
-        asked = value if isinstance(value, str) else json.dumps(value)
-        label = asked if assignment.strategy in asked else f"{asked}: {assignment.strategy}"
+        label = value if isinstance(value, str) else json.dumps(value)
+        if assignment.strategy not in label:
+            label += f": {assignment.strategy}"
         width, *others = {len(share.gradient_workers) for share in assignment.shares.values()}
         label += f", rows of {width}" if not others and 1 < width < ranks else ""
         rows.append(Row(label, costs, costs.memory.total <= machine.memory))
@@ -269,23 +270,12 @@ def _recommendation(rows: Sequence[Row], machine: Machine) -> str:
 
 def _as_dict(row: Row) -> dict[str, Any]:
     costs = row.costs
-    return {
-        "ranks": costs.ranks,
-        "placement": row.placement,
-        "strategy": costs.assignment.strategy,
-        "reason": costs.assignment.reason,
-        "seconds": costs.seconds,
-        "worst_seconds": costs.worst,
-        "compute": {name: attrs.asdict(part) for name, part in costs.compute.items()},
-        "communication": {name: attrs.asdict(part) for name, part in costs.communication.items()},
-        "moved": dict(costs.moved),
-        "worst_moved": dict(costs.worst_moved),
-        "held": list(costs.held),
-        "refresh_seconds": list(costs.refresh_seconds),
-        "memory": {**attrs.asdict(costs.memory), "total": costs.memory.total},
-        "fits": row.fits,
-        "recommended": row.recommended,
-    }
+    assignment = {"strategy": costs.assignment.strategy, "reason": costs.assignment.reason}
+    numbers = attrs.asdict(costs, filter=lambda field, _: field.name != "assignment")
+    numbers |= {"seconds": costs.seconds, "worst_seconds": costs.worst}
+    numbers["memory"] |= {"total": costs.memory.total}
+    verdict = {"fits": row.fits, "recommended": row.recommended}
+    return {"placement": row.placement, **assignment, **numbers, **verdict}
 
 
 def _seconds(seconds: float) -> str:

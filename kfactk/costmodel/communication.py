@@ -1,4 +1,4 @@
-"""Messages that an assignment causes, and the bytes that they move.
+"""Messages that an assignment causes, the bytes that they move, and the least bytes possible.
 
 Pure: no process, no tensor. At each refresh of the factors, the sums of a matrix go to its inverse
 workers. At each refresh of the basis, its decomposition goes to the gradient workers; where moments
@@ -85,7 +85,6 @@ class Frequency:
         basis: Share of steps that refresh the basis.
         scale_alone: Share of steps that refresh the scale, but not the basis.
         passes: Share of steps that need samples.
-        step: Share of all steps.
     """
 
     factors: float
@@ -161,8 +160,8 @@ class Message:
         link, hops = machine.link(self.members), math.ceil(math.log2(ranks)) * buckets
         packing = buckets * PACKING_LAUNCHES * machine.launch + 4 * self.size / machine.bandwidth
         reduced = self.collective == "all-reduce"
-        moved = 2 * (ranks - 1) / ranks * self.size if reduced else self.size
-        return packing + moved / link.bandwidth + (1 + reduced) * hops * link.latency
+        carried = 2 * (ranks - 1) / ranks * self.size if reduced else self.size
+        return packing + carried / link.bandwidth + (1 + reduced) * hops * link.latency
 
 
 def messages(
@@ -201,14 +200,14 @@ def _messages(
         for piece, numbers in size.sums.items() if inverse_workers else ():
             receivers = inverse_workers[piece or min(inverse_workers)]
             yield from _reduce("sums", "factors", numbers, receivers, everyone)
-        for name, decomposing in inverse_workers.items():
-            if decomposing != everyone:
-                receivers, numbers = everyone if workload.sampled else workers, size.kept[name]
-                yield _broadcast("decompositions", "basis", numbers, decomposing[0], receivers)
+        for name, ready in inverse_workers.items():
+            if ready != everyone:
+                receivers = everyone if workload.sampled else workers
+                yield _broadcast("decompositions", "basis", size.kept[name], ready[0], receivers)
         if workload.sampled:
             yield from _reduce("moments", "scale", size.moments, workers, everyone)
-            numbers = sum(size.kept.values())
-            yield _broadcast("decompositions", "scale_alone", numbers, workers[0], others)
+            kept = sum(size.kept.values())
+            yield _broadcast("decompositions", "scale_alone", kept, workers[0], others)
         receivers_of: dict[int, list[int]] = {}
         for rank in others:
             receivers_of.setdefault(share.source(rank), []).append(rank)

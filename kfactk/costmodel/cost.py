@@ -131,7 +131,7 @@ class LayerCost:
         sizes = Sizes.of(work, sampled=workload.sampled)
         rows = float(batch * groups * t * (o + i))
         touched = item * (2.0 * sum(sizes.kept.values()) + 8.0 * math.prod(work.gradient))
-        rotations = (4.0 if solver == "eigh" else 2.0) * groups * o * i * (o + i)
+        precondition = (4.0 if solver == "eigh" else 2.0) * groups * o * i * (o + i)
         factors = Amount(many * t * (i * i + o * o), 0.0, item * 6.0 * rows, 8 * once)
         scale = transport = NOTHING
         if workload.sampled:
@@ -139,8 +139,8 @@ class LayerCost:
             scale = Amount(products, 0.0, item * 8.0 * rows, 20 * once)
             products = groups * 2.0 * (i**3 + o**3 + o * i * (o + i))
             transport = Amount(products, 0.0, touched, 10)
-        precondition = Amount(rotations, 0.0, touched, 10)
-        return cls(factors, scale, precondition, sizes, rows, solver, transport)
+        solving = Amount(precondition, 0.0, touched, 10)
+        return cls(factors, scale, solving, sizes, rows, solver, transport)
 
     def decomposition_seconds(self, shape: tuple[int, ...], machine: Machine) -> float:
         """Return the seconds to decompose one of its matrices."""
@@ -298,8 +298,7 @@ class Costs:
 
         Everything is due in it; in a staggered schedule, the most expensive of `EVENTS`.
         """
-        parts = {**self.compute, **self.communication}
-        worst = {name: part.worst for name, part in parts.items()}
+        worst = {n: part.worst for n, part in {**self.compute, **self.communication}.items()}
         if not self.staggered:
             return sum(worst.values())
         rare = {name for event in EVENTS for name in event}
@@ -340,16 +339,17 @@ def cost(
     workload, frequency = load.workload, Frequency.of(load.workload)
     sizes = {name: layer.sizes for name, layer in load.layers.items()}
 
-    def messages_of(works: Sequence[Work]) -> list[Message]:
+    def sent(works: Sequence[Work]) -> list[Message]:
         part = attrs.evolve(workload, works=tuple(works))
         return messages(part, sizes, assignment, ranks, wire or workload.itemsize)
 
-    slots, found = load.works_by_slot(), messages_of(workload.works)
-    due = []  # of a step that decomposes one slot, and refreshes the scale alone of all others
-    for slot in slots:
-        others = [work for work in workload.works if work not in slot]
-        decomposed = [m for m in messages_of(slot) if m.when != "scale_alone"]
-        due.append(decomposed + [m for m in messages_of(others) if m.when != "basis"])
+    slots, found = load.works_by_slot(), sent(workload.works)
+    # A step decomposes the layers of one slot; for all others it refreshes the scale alone.
+    due = [
+        [m for m in sent(slot) if m.when != "scale_alone"]
+        + [m for m in sent([w for w in workload.works if w not in slot]) if m.when != "basis"]
+        for slot in slots
+    ]
     refreshes = [_refresh_seconds(load, slot, assignment, ranks, machine) for slot in slots]
     held, preconditioning = _held_and_preconditioning(load, assignment, ranks, machine)
     compute = _compute_parts(load, machine, precision or machine.precision, frequency)
@@ -413,8 +413,9 @@ def _refresh_seconds(
     seconds = [0.0] * ranks
     for work in slot:
         share, layer = assignment.shares[work.layer], load.layers[work.layer]
+        transport = layer.transport.seconds(machine)
         for rank in share.gradient_workers:
-            seconds[rank] += layer.transport.seconds(machine)
+            seconds[rank] += transport
         for name, inverse_workers in share.inverse_workers.items():
             decomposition = layer.decomposition_seconds(work.matrices[name], machine)
             for rank in inverse_workers:
@@ -455,9 +456,8 @@ def _message_seconds(
     """
     shared, own = 0.0, [0.0] * ranks
     for message in found:
-        seconds = message.seconds(machine)
-        if frequency is not None:
-            seconds *= getattr(frequency, message.when)
+        share = getattr(frequency, message.when) if frequency else 1.0
+        seconds = message.seconds(machine) * share
         if len(message.members) == ranks:
             shared += seconds
         else:

@@ -40,7 +40,7 @@ FREE = {"_unsafe_view", "alias", "detach", "empty", "empty_like", "empty_strided
 FREE |= {"new_empty", "new_empty_strided"}
 """Operations besides views that read and write nothing."""
 TRIANGULAR = {torch.ops.aten.cholesky_solve: 2, torch.ops.aten.linalg_solve_triangular: 1}
-"""Operations that solve triangular systems, and the number of systems."""
+"""Triangular solves, and the number of triangles of each."""
 
 
 class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -104,7 +104,7 @@ def _blocks(model: nn.Module, recipe: Recipe) -> list[Block]:
     if not layers:
         raise CombinationError(
             "no layer of the model is preconditioned, so there is nothing to place. "
-            "print(recipe.coverage(model)) gives the reasons."
+            "See print(recipe.coverage(model)) for the reasons."
         )
     return [Block(layer, rule.curvature, rule.basis) for layer, rule in layers]
 
@@ -137,9 +137,9 @@ def training_load(model: nn.Module, recipe: Recipe, batch: Tensor) -> TrainingLo
     model.train()
     with contextlib.ExitStack() as hooks, Meter() as forward:
         for block in blocks:
-            record = functools.partial(_record_call, calls[block.name])
+            recording = functools.partial(_record, calls[block.name])
             for site in block.layer.sites:
-                hooks.enter_context(site.register_forward_hook(record))
+                hooks.enter_context(site.register_forward_hook(recording))
         output = _run(model, batch)
     outputs = [out for found in calls.values() for _, out in found if out.requires_grad]
     with Meter() as fisher:
@@ -181,10 +181,8 @@ def _run(model: nn.Module, batch: Tensor) -> Tensor:
         ) from error
 
 
-def _record_call(
-    calls: list[tuple[Tensor, Tensor]], module: nn.Module, inputs: Any, out: Tensor
-) -> None:
-    calls.append((inputs[0], out))
+def _record(calls: list[tuple[Tensor, Tensor]], module: nn.Module, args: Any, out: Tensor) -> None:
+    calls.append((args[0], out))
 
 
 def _layer_cost(block: Block, work: Work, calls: Sequence[LayerCall]) -> LayerCost:
@@ -231,7 +229,7 @@ def _sums(work: Work, blank: Mapping[str, Statistic]) -> dict[str, int]:
         for name, statistic in blank.items()
         if statistic.total is not None
     }
-    return {"": sum(sizes.values())} if work.indivisible else dict(sorted(sizes.items()))
+    return {"": sum(sizes.values())} if work.indivisible else {n: sizes[n] for n in sorted(sizes)}
 
 
 def _decompose_corners(block: Block, work: Work) -> tuple[Parts, str]:

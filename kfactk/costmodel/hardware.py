@@ -109,8 +109,7 @@ class Machine:
         if precision not in self.products:
             raise OptionError(
                 f"the machine {self.name!r} has no rate for the precision {precision!r}."
-                f"{near_names(precision, self.products)} It has rates for "
-                f"{', '.join(self.products)}."
+                f"{near_names(precision, self.products)} Choose one of {', '.join(self.products)}."
             )
         return self.products[precision]
 
@@ -254,9 +253,8 @@ def machine_named(name: str | None, device: str = "cpu") -> Machine:
         return CPU if device == "cpu" else H100
     if name not in MACHINES:
         raise OptionError(
-            f"there is no machine profile {name!r}.{near_names(name, MACHINES)} There are: "
-            f"{', '.join(MACHINES)}; python -m kfactk plan --calibrate measures the machine it "
-            "runs on."
+            f"there is no machine profile {name!r}.{near_names(name, MACHINES)} Use one of: "
+            f"{', '.join(MACHINES)}; or measure this machine: python -m kfactk plan --calibrate."
         )
     return MACHINES[name]
 
@@ -329,10 +327,10 @@ class _Timer:
                 run()
             self._synchronize()
             found.append((self.clock() - start) / times)
-        median = torch.tensor(statistics.median(found), dtype=torch.float64, device=self.device)
+        mean = torch.tensor(statistics.median(found), dtype=torch.float64, device=self.device)
         if self.ranks > 1:
-            dist.all_reduce(median)
-        return float(median) / self.ranks
+            dist.all_reduce(mean)
+        return float(mean) / self.ranks
 
     def _synchronize(self) -> None:
         if self.device.type != "cpu":

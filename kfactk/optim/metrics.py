@@ -135,8 +135,8 @@ def _surviving(warned: list[str], call: Callable[[], None]) -> None:
         if not warned:
             warned.append(str(error))
             warnings.warn(
-                f"the tracker failed, and training goes on without its records: {error!r} "
-                "(said once)",
+                f"the tracker failed, and training goes on without its records: {error!r}. Check "
+                "where it writes (said once)",
                 KfactkWarning,
                 stacklevel=3,
             )

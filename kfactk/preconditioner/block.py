@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kfactk.assignment import Work
+from kfactk.errors import StateError
 from kfactk.linalg import mean_diagonal
 from kfactk.operators import CurvatureOperator
 from kfactk.preconditioner.plan import BlockPlan
@@ -358,6 +359,45 @@ class Block:
             found = self.moments(state.decomposition, samples)
             state.moments = {key.removeprefix("moment."): _empty(s) for key, s in found.items()}
         self.invalidate()
+
+    def fitted(self, state: BlockState, factor_names: frozenset[str], *, holds: bool) -> BlockState:
+        """Return what this rank keeps of a saved state, whatever placement it was saved under.
+
+        Args:
+            state: The saved state; changed in place.
+            factor_names: The factors that this rank keeps.
+            holds: Whether this rank preconditions the layer.
+
+        Raises:
+            StateError: It is another layer's or another recipe's, or lacks what this rank needs.
+        """
+        state.factors = {n: mean for n, mean in state.factors.items() if n in factor_names}
+        if not holds:
+            state.decomposition, state.moments = {}, {}
+        if not state.ready and not state.allocated:
+            return state  # the layer had not run yet
+        _, sums = self.blank()
+        totals = {n: s.total for n, s in sums.items() if s.total is not None}
+        expected = {n: tuple(total.shape) for n, total in totals.items() if n in factor_names}
+        found = {name: tuple(value.shape) for name, value in state.factor_values().items()}
+        parts, wanted = parts_of(state.decomposition), self.blank_parts(sums)
+        lacks_parts = state.ready and holds and not parts
+        if found.items() <= expected.items() and (found != expected or lacks_parts):
+            lacking = [name for name in expected if name not in found]
+            lacking += ["its decomposition"] if lacks_parts else []
+            raise StateError(
+                f"the saved state lacks curvature of layer {self.name!r} that this rank needs "
+                f"({', '.join(lacking)}): it is one rank's part of a state that several ranks "
+                "shared. Save all of it: by torch.distributed.checkpoint on all ranks, or by "
+                "state_dict() after optimizer.consolidate_state_dict() on all ranks."
+            )
+        if found != expected or (parts and parts != wanted):
+            raise StateError(
+                f"the saved curvature of layer {self.name!r} does not fit: factors {found} "
+                f"decomposed as {parts}, where this recipe and model have {expected} and {wanted}. "
+                "Bind the recipe it was saved with, or load only the update rule's part."
+            )
+        return state
 
     # ----------------------------------------------------------------------------------- state
 

@@ -336,8 +336,8 @@ def _check_pattern(option: str, pattern: str, names: Iterable[str]) -> None:
     names = [name for name in names if name]
     if not any(within(name, pattern) for name in ["", *names]):
         raise OptionError(
-            f"{option}={pattern!r} matches no module of the model.{near_names(pattern, names)} Its "
-            f"modules are: {', '.join(names[:12])}{' ...' if len(names) > 12 else ''}."
+            f"{option}={pattern!r} matches no module of the model.{near_names(pattern, names)} "
+            f"Give one of: {', '.join(names[:12])}{' ...' if len(names) > 12 else ''}."
         )
 
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from kfactk.distributed.communicator import Communicator
 from kfactk.distributed.packing import TensorSpec
-from kfactk.errors import CaptureError, CombinationError, KfactkWarning, StateError
-from kfactk.preconditioner.block import Block, parts_of
+from kfactk.errors import CaptureError, CombinationError, KfactkWarning
+from kfactk.preconditioner.block import Block
 from kfactk.preconditioner.coverage import CoveredLayer, ModelSurvey
 from kfactk.preconditioner.exchange import OverlappedReduction, broadcast_gradients
 from kfactk.preconditioner.placement import BlockPlacement, device_of
@@ -456,12 +456,7 @@ class Preconditioner:
         """Create the tensors of layers that have none, so that a checkpoint can be loaded."""
         for block in self.blocks():
             if block.name in names and not block.state.allocated:
-                _, sums = block.blank()
-                kept = (name for name in sums if self._keeps(block.name, name))
-                block.allocate(frozenset(kept), holds=self.placement.holds(block.name))
-
-    def _keeps(self, layer: str, factor: str) -> bool:
-        return self.communicator.rank in self.placement.factor_workers(layer, factor)
+                block.allocate(self._kept(block), holds=self.placement.holds(block.name))
 
     def loaded(self, saved: Mapping[int, Mapping[str, Tensor]]) -> dict[str, BlockState]:
         """Return saved states by layer name, checked; nothing is taken over yet.
@@ -470,51 +465,22 @@ class Preconditioner:
             saved: Curvature entries by the id of the parameter that they are saved under.
 
         Raises:
-            StateError: One does not fit the model or the stages.
+            StateError: One does not fit the model or the stages, or lacks what this rank needs.
         """
         states = {}
         for block in self.blocks():
             anchor, part = block.layer.anchor, block.layer.part
             if id(anchor) in saved and (READY in part_of(saved[id(anchor)], part) or not part):
                 state = BlockState.from_flat(saved[id(anchor)], anchor.device, part)
-                states[block.name] = self._fitted(block, state)
+                holds = self.placement.holds(block.name)
+                states[block.name] = block.fitted(state, self._kept(block), holds=holds)
         return states
 
-    def _fitted(self, block: Block, state: BlockState) -> BlockState:
-        """Return what this rank keeps of a saved state, whatever placement it was saved under.
-
-        Raises:
-            StateError: It is another layer's or another recipe's, or lacks what this rank needs.
-        """
-        name, holds = block.name, self.placement.holds(block.name)
-        state.factors = {f: mean for f, mean in state.factors.items() if self._keeps(name, f)}
-        if not holds:
-            state.decomposition, state.moments = {}, {}
-        if not state.ready and not state.allocated:
-            return state  # the layer had not run yet
+    def _kept(self, block: Block) -> frozenset[str]:
+        """Return the names of the factors of a block that this rank keeps."""
         _, sums = block.blank()
-        kept = {f: s.total for f, s in sums.items() if s.total is not None and self._keeps(name, f)}
-        expected = {factor: tuple(total.shape) for factor, total in kept.items()}
-        found = {factor: tuple(value.shape) for factor, value in state.factor_values().items()}
-        parts, wanted = parts_of(state.decomposition), block.blank_parts(sums)
-        lacks_parts = state.ready and holds and not parts
-        if found.items() <= expected.items() and (found != expected or lacks_parts):
-            lacking = [factor for factor in expected if factor not in found]
-            lacking += ["its decomposition"] if lacks_parts else []
-            raise StateError(
-                f"the saved state lacks curvature of layer {name!r} that rank "
-                f"{self.communicator.rank} needs ({', '.join(lacking)}): it is one rank's part of "
-                "a state that several ranks shared. Save all of it: by torch.distributed.checkpoint "
-                "on all ranks, or by state_dict() after optimizer.consolidate_state_dict() on all "
-                "ranks."
-            )
-        if found != expected or (parts and parts != wanted):
-            raise StateError(
-                f"the saved curvature of layer {name!r} does not fit: factors {found} decomposed "
-                f"as {parts}, where this recipe and model have {expected} and {wanted}. Bind the "
-                "recipe it was saved with, or load only the update rule's part."
-            )
-        return state
+        workers = self.placement.factor_workers
+        return frozenset(name for name in sums if self.rank in workers(block.name, name))
 
     def replace_states(self, states: Mapping[str, BlockState]) -> None:
         """Go on from these states; blocks without one start afresh."""

@@ -36,7 +36,7 @@ DISABLE = "KFACTK_DISABLE_PLUGINS"
 
 `*` and `?` match as in file names."""
 PREFIX = f"{PROJECT}_"
-DECLARATION = f"{PREFIX}api"
+DECLARATION = "kfactk_api"
 """Attribute of a plugin: the version of the plugin API it was written for."""
 
 
@@ -153,8 +153,8 @@ class Plugins:
         unique: dict[tuple[str, str], EntryPoint] = {}
         for entry in entry_points:
             unique.setdefault((entry.name, entry.value), entry)
-        failures = [message for entry in unique.values() for message in self._load(entry)]
-        for message in [*failures, *self._duplicate_names(), *self._unmatched_patterns()]:
+        messages = [message for entry in unique.values() for message in self._load(entry)]
+        for message in [*messages, *self._duplicate_names(), *self._unmatched_patterns()]:
             warnings.warn(message, KfactkWarning, stacklevel=3)
 
     def register(self, plugin: object, name: str | None = None) -> str:
@@ -203,7 +203,7 @@ class Plugins:
                 return
         hint = near_names(str(plugin), [record.name for record in self.records])
         raise PluginError(
-            f"No plugin {plugin!r} is registered.{hint} `python -m kfactk plugins` lists the "
+            f"No plugin {plugin!r} is registered.{hint} See `python -m kfactk plugins` for the "
             "installed ones."
         )
 
@@ -291,7 +291,7 @@ class Plugins:
         known = sorted(filter(None, names))
         return [
             f"{DISABLE} has {pattern!r}, which is neither a plugin nor a distribution that has one."
-            f"{near_names(pattern, known)} `python -m kfactk plugins` lists them."
+            f"{near_names(pattern, known)} See `python -m kfactk plugins` for their names."
             for pattern in self.disabled
             if not any(_matches(pattern, record) for record in self.records)
         ]
@@ -325,8 +325,9 @@ def _check_api(record: PluginRecord, plugin: Any) -> str:
         return ""
     newer = version > PLUGIN_API
     record.outdated = PROJECT if newer else record.distribution
-    several = f"versions {SUPPORTED_APIS[0]} to {PLUGIN_API}"
-    supported = several if len(SUPPORTED_APIS) > 1 else f"version {PLUGIN_API}"
+    supported = f"version {PLUGIN_API}"
+    if len(SUPPORTED_APIS) > 1:
+        supported = f"versions {SUPPORTED_APIS[0]} to {PLUGIN_API}"
     return (
         f"it was written for version {version} of the plugin API, and this kfactk {__version__} "
         f"supports {supported}: a newer {record.outdated or 'plugin'} is needed"
@@ -364,8 +365,8 @@ def _unmarked_hooks(plugin: Any) -> list[str]:
             hint = f" (nor does kfactk have that hook{_hook_hint(name)})"
             problems.append(
                 f"its function {name!r} is not marked with @kfactk.hookimpl"
-                f"{'' if hasattr(hookspecs, name) else hint}: mark it if it is a hook, rename it "
-                "if not"
+                f"{'' if hasattr(hookspecs, name) else hint}: "
+                "mark it if it is a hook, rename it if not"
             )
     return problems
 
@@ -385,16 +386,16 @@ def _collect_stages(
     problems = []
     for name, factory in items:
         if not isinstance(name, str) or not name or ":" in name:
-            problem = f"its hook {hook} names a stage {name!r}: a name is text without a colon"
-            problems.append(problem)
-        elif problem := _find_fault(factory):
+            found = f"its hook {hook} names a stage {name!r}: a name is text without a colon"
+            problems.append(found)
+        elif problem := _factory_problem(factory):
             problems.append(f"its {family} {name!r} {problem}")
         else:
             record.stages.append(RegisteredStage(family, name, factory, record))
     return problems
 
 
-def _find_fault(factory: Any) -> str:
+def _factory_problem(factory: Any) -> str:
     """Return what is wrong with a factory, or ""."""
     if not callable(factory):
         return f"is {factory!r}, which cannot be called to make a stage"

@@ -11,7 +11,7 @@ import inspect
 import os
 import reprlib
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Set
+from collections.abc import Callable, Iterable, Iterator, Mapping, Set
 from importlib.metadata import EntryPoint
 from typing import Any
 
@@ -102,10 +102,10 @@ class Registry(Plugins):
         """
         if family is not None:
             _check_family(family)
-        infos: list[StageInfo] = []
+        found: list[StageInfo] = []
         for each in STAGE_HOOKS if family is None else [family]:
-            infos += sorted(self._stage_infos(each), key=lambda info: info.name)
-        return infos
+            found += sorted(self._stage_infos(each), key=lambda info: info.name)
+        return found
 
     def resolve(self, family: str, spec: Any) -> Any:
         """Make a stage.
@@ -166,7 +166,7 @@ class Registry(Plugins):
     def _claims(self, family: str) -> dict[str, list[RegisteredStage]]:
         """Return the different factories that plugins provide under each name."""
         claims: dict[str, list[RegisteredStage]] = {}
-        for stage in (stage for record in self.records for stage in record.stages):
+        for stage in (each for record in self.records for each in record.stages):
             if stage.family == family:
                 others = claims.setdefault(stage.name, [])
                 if all(other.factory is not stage.factory for other in others):
@@ -182,25 +182,27 @@ class Registry(Plugins):
         return claims[name][0]
 
     def _unknown_stage_error(self, family: str, name: str, known: list[str]) -> UnknownStageError:
-        parts = [f"There is no {family} {name!r}.{near_names(name, known)}"]
+        hints = "".join(f" {hint}" for hint in self._hints(family, name) if hint)
+        choice = f"Use one of: {', '.join(sorted(known))}."
+        if not known:
+            choice = f"No loaded plugin provides any {family}: see `python -m kfactk plugins`."
+        return UnknownStageError(
+            f"There is no {family} {name!r}.{near_names(name, known)}{hints} {choice}"
+        )
+
+    def _hints(self, family: str, name: str) -> Iterator[str]:
+        """Yield the likely reasons why a name is not known."""
         others = [other for other in STAGE_HOOKS if other != family and name in self._claims(other)]
         if others:
             families = " and ".join(others)
-            parts.append(
-                f"{name!r} is a stage of the family {families}: pass it as {others[0]}={name!r}."
-            )
+            yield f"{name!r} is a stage of the family {families}: pass it as {others[0]}={name!r}."
         blocked = {each: f"by {each.blocked_by}" for each in self.records if each.blocked_by}
         failed = {each: "; ".join(each.problems) for each in self.records if each.problems}
-        parts.append(_likely_cause(f"{family}.{name}", "is blocked", blocked))
-        parts.append(_likely_cause(f"{family}.{name}", "failed", failed))
+        yield _likely_cause(f"{family}.{name}", "is blocked", blocked)
+        yield _likely_cause(f"{family}.{name}", "failed", failed)
         if "." in name:
             path = ":".join(name.rsplit(".", 1))
-            parts.append(
-                f"If {name!r} is an import path, write a colon before the last part: {path!r}."
-            )
-        none = f"No loaded plugin provides any {family}: see `python -m kfactk plugins`."
-        parts.append(f"There are: {', '.join(sorted(known))}." if known else none)
-        return UnknownStageError(" ".join(filter(None, parts)))
+            yield f"If {name!r} is an import path, write a colon before the last part: {path!r}."
 
     def _name_of(self, family: str, kind: type[Any]) -> str | None:
         """Return the name that `resolve` makes this class from, or `None`."""
@@ -210,15 +212,15 @@ class Registry(Plugins):
         return None
 
     def _stage_infos(self, family: str) -> list[StageInfo]:
-        infos = []
+        found = []
         for stages in self._claims(family).values():
-            infos += [_stage_info(stage, conflict=len(stages) > 1) for stage in stages]
+            found += [_stage_info(stage, conflict=len(stages) > 1) for stage in stages]
         for each in self.records:
             kind, _, name = each.name.partition(".")
             if each.blocked_by and kind == family and name:
                 origin = each.name, each.distribution, each.version
-                infos.append(StageInfo(family, name, (), *origin, "", "", blocked=each.blocked_by))
-        return infos
+                found.append(StageInfo(family, name, (), *origin, "", "", blocked=each.blocked_by))
+        return found
 
 
 @functools.cache
@@ -229,9 +231,9 @@ def registry() -> Registry:
 
 def _check_family(family: str) -> None:
     if family not in STAGE_HOOKS:
-        hint = near_names(str(family), STAGE_HOOKS)
         raise UnknownStageError(
-            f"There is no stage family {family!r}.{hint} There are: {', '.join(STAGE_HOOKS)}."
+            f"There is no stage family {family!r}.{near_names(str(family), STAGE_HOOKS)} "
+            f"Use one of: {', '.join(STAGE_HOOKS)}."
         )
 
 
@@ -314,9 +316,9 @@ def _make(
     except (TypeError, ValueError) as error:
         given = ", ".join(f"{key}={value!r}" for key, value in options.items()) or "no options"
         known = options_of(factory).known
-        has = ", ".join(f"{option.name}: {option.annotation or 'any'}" for option in known)
+        has = ", ".join(f"{each.name}: {each.annotation or 'any'}" for each in known) or "none"
         raise OptionError(
-            f"{label} refuses {given}: {explain(error)}. Its options are: {has or 'none'}."
+            f"{label} refuses {given}: {explain(error)}. Correct them; its options are: {has}."
         ) from error
     except Exception as error:
         kind = PluginError if plugin else OptionError
@@ -332,11 +334,11 @@ def _check_options(factory: Callable[..., Any], options: Mapping[str, Any], labe
     names = accepted.names()
     for name in options:
         if name not in names and not accepted.open:
-            has = f"It has: {', '.join(names)}." if names else "It has none."
-            hint = near_names(name, names)
-            if name in BUILD_ARGUMENTS:
-                hint = f" {name!r} is an argument of kfactk.build."
-            raise OptionError(f"{label} has no option {name!r}.{hint} {has}")
+            has = f"Use one of: {', '.join(names)}." if names else "Leave it out."
+            ours = f" {name!r} is an argument of kfactk.build." if name in BUILD_ARGUMENTS else ""
+            raise OptionError(
+                f"{label} has no option {name!r}.{ours or near_names(name, names)} {has}"
+            )
     for option in accepted.known:
         if option.default is REQUIRED and option.name not in options:
             raise OptionError(
@@ -346,8 +348,8 @@ def _check_options(factory: Callable[..., Any], options: Mapping[str, Any], labe
 
 
 def _check_stage(family: str, stage: Any, label: str, plugin: PluginRecord | None) -> Any:
-    """Return the stage, if it is one of its family."""
-    reason = _find_fault(family, stage)
+    """Return the stage if it has what its family demands."""
+    reason = _unfit(family, stage)
     if not reason:
         _check_attributes(family, stage, label)
         return stage
@@ -366,7 +368,7 @@ def _documented(family: str) -> str:
     return f"`kfactk.stages.{family.capitalize()}` documents what a {family} has"
 
 
-def _find_fault(family: str, stage: object) -> str:
+def _unfit(family: str, stage: object) -> str:
     """Return why an object is no stage of the family, or ""."""
     base, missing = BASE_CLASSES.get(family), ", ".join(missing_members(family, stage))
     lacks = f"lacks {missing}" if missing else ""

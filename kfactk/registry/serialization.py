@@ -62,10 +62,7 @@ def callable_path(function: Any) -> str:
                 found = getattr(found, part, None)
             if found is function or (inspect.ismethod(found) and found == function):
                 return f"{package}:{qualname}"
-        why = (
-            f"{module}:{qualname} leads to something else (it is bound to an object, replaced, or "
-            "removed)"
-        )
+        why = f"{module}:{qualname} leads elsewhere (it is bound to an object, replaced or removed)"
     plain = inspect.isfunction(function)
     shown = f"<function {function.__qualname__}>" if plain else reprlib.repr(function)
     raise OptionError(
@@ -154,8 +151,8 @@ def to_json(value: Any, what: str = "the value") -> Any:
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
     raise OptionError(
         f"Cannot write {what}: {reprlib.repr(value)} is of type {kind}, which has no JSON form. "
-        "Pass plain numbers, text, lists or dicts (a tensor's `.item()` or `.tolist()`), or a "
-        "module-level function."
+        "Pass plain numbers, text, lists or dicts (a tensor's `.item()` or `.tolist()`), "
+        "or a module-level function."
     )
 
 

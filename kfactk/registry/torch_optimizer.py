@@ -13,12 +13,10 @@ import torch
 from kfactk.errors import OptionError, near_names
 
 UNSUPPORTED: dict[type[torch.optim.Optimizer], str] = {
-    torch.optim.LBFGS: (
-        "it evaluates the loss several times a step, at points that have no preconditioned gradient"
-    ),
-    torch.optim.SparseAdam: (
-        "it takes sparse gradients only, and preconditioned gradients are dense"
-    ),
+    torch.optim.LBFGS: "it evaluates the loss several times a step, at points that have no "
+    "preconditioned gradient",
+    torch.optim.SparseAdam: "it takes sparse gradients only, and preconditioned gradients are "
+    "dense",
 }
 """Classes that cannot be an update rule, and why."""
 RECIPE_ARGUMENTS = ("lr", "weight_decay")
@@ -31,9 +29,9 @@ def _check_class(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> 
         why = "it is not a class derived from torch.optim.Optimizer"
     else:
         name = value.__name__
-        why = next((why for bad, why in UNSUPPORTED.items() if issubclass(value, bad)), "")
+        why = next((why for kind, why in UNSUPPORTED.items() if issubclass(value, kind)), "")
         if not why and not {"lr", "**"} & set(_arguments(value)):
-            why = "it takes no `lr`, which clips and schedulers need"
+            why = "it takes no `lr`, which clips and schedulers rely on"
     if why:
         raise OptionError(
             f"{name} cannot be an update rule: {why}. Use another, such as torch.optim.SGD."
@@ -53,7 +51,7 @@ def _check_options(
             )
         if name == "params" or (name not in options and "**" not in arguments):
             raise OptionError(
-                f"{update} has no option {name!r}.{near_names(str(name), options)} It has: "
+                f"{update} has no option {name!r}.{near_names(str(name), options)} Use one of: "
                 f"{', '.join(options)}."
             )
 
@@ -170,11 +168,14 @@ def _signature(
     optimizer: type[torch.optim.Optimizer], bound: Mapping[str, Any]
 ) -> inspect.Signature:
     """Return the signature of the options, with bound values as defaults."""
-    parameters, fixed = [], ("params", *RECIPE_ARGUMENTS)
+    parameters = []
     for each in inspect.signature(optimizer).parameters.values():
         if each.kind is each.VAR_KEYWORD:
             parameters.append(each)
-        elif each.kind is not each.VAR_POSITIONAL and each.name not in fixed:
+        elif each.kind is not each.VAR_POSITIONAL and each.name not in (
+            "params",
+            *RECIPE_ARGUMENTS,
+        ):
             default = bound.get(each.name, each.default)
             parameters.append(each.replace(kind=each.KEYWORD_ONLY, default=default))
     return inspect.Signature(parameters)

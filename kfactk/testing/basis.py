@@ -195,8 +195,8 @@ class BasisLaws(BasisStateLaws, BasisTraitLaws, InRecipe):
         operator, fisher = self._spectral(situation)
         values, vectors = torch.linalg.eigh(fisher)
         functions: dict[str, Callable[[Tensor], Tensor]] = {
-            "root": torch.sqrt,
-            "exponential": lambda s: torch.exp(-s),
+            "root": lambda s: s.sqrt(),
+            "exponential": lambda s: (-s).exp(),
         }
         for name, f in functions.items():
             scaled = vectors * f(values.clamp(min=0)).unsqueeze(-2)

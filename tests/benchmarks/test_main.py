@@ -23,7 +23,7 @@ def test_every_part_is_a_module():
 
 @pytest.fixture
 def ran(monkeypatch):
-    """Parts that were run, with their arguments and folder, in place of running them; memory fails."""
+    """Record parts, with their arguments and folder, in place of running them; memory fails."""
     found = []
     monkeypatch.setattr(
         entry, "run", lambda *given: found.append(given) or (3 if given[0] == "memory" else 0)

@@ -1,4 +1,4 @@
-"""Bytes against those that are known: of tensors that come and go, and of the factors of a layer."""
+"""Bytes against known numbers: of temporary tensors, and of the factors of a layer."""
 
 import torch
 from torch import nn
@@ -33,7 +33,7 @@ def test_what_is_kept_is_factors_bases_and_scale():
     optimizer = kfactk.build(curvature="kfac", basis="ekfac", update="adam").bind(model)
     nn.functional.cross_entropy(model(torch.randn(4, 3)), torch.randint(2, (4,))).backward()
     optimizer.step()
-    kept = memory.Kept.by(optimizer)
+    kept = memory.StateBytes.of(optimizer)
     matrices, vectors, scale = 4 * 4 + 2 * 2, 4 + 2, 2 * 4
     assert (
         4 * (2 * matrices + vectors + scale)
@@ -50,7 +50,7 @@ def test_an_optimiser_takes_what_it_keeps_at_least():
     chosen = {
         key: setting for key, setting in settings.settings().items() if key in (BASELINE, name)
     }
-    found = memory.measured(chosen, 2, 2, CPU)
+    found = memory.measure(chosen, 2, 2, CPU)
     assert found[BASELINE]["above"] == 0
     assert found[name]["above"] >= found[name]["least"] > 0
     assert found[name]["workspace"] > 0

@@ -1,4 +1,4 @@
-"""Plots show the figures that they are given."""
+"""Plots show the given results."""
 
 import json
 
@@ -25,7 +25,7 @@ BASE = {
     "floors": {},
     "seconds": [1.0],
 }
-FIGURES = {
+RESULTS = {
     "race": {
         "races": [
             {"width": width, "device": "cpu", "settings": {"SGD": BASE, "ours": SETTING}}
@@ -73,7 +73,7 @@ def lengths(panel):
 
 
 def test_bars_are_means_and_lines_floors():
-    figure = plot.race(FIGURES["race"])
+    figure = plot.race(RESULTS["race"])
     assert len(figure.axes) == 2
     for panel in figure.axes:
         assert lengths(panel) == [1.0, 1.5]
@@ -81,20 +81,20 @@ def test_bars_are_means_and_lines_floors():
 
 
 def test_bars_are_mebibytes():
-    [panel] = plot.memory(FIGURES["memory"]).axes
+    [panel] = plot.memory(RESULTS["memory"]).axes
     assert lengths(panel) == [3.0]
     assert [list(line.get_xdata()) for line in panel.lines] == [[1.0, 1.0], [1.5, 1.5]]
 
 
 def test_curves_are_milliseconds():
-    [panel] = plot.scaling(FIGURES["scaling"]).axes
+    [panel] = plot.scaling(RESULTS["scaling"]).axes
     assert [list(line.get_ydata()) for line in panel.lines] == [[1000.0, 1000.0], [2000.0, 2000.0]]
 
 
 def test_what_there_is_is_drawn(tmp_path):
     assert plot.draw(tmp_path) == []
     for part in ("race", "scaling"):
-        (tmp_path / f"{part}.json").write_text(json.dumps(FIGURES[part]))
+        (tmp_path / f"{part}.json").write_text(json.dumps(RESULTS[part]))
     assert {path.name for path in plot.draw(tmp_path)} == {
         "race.png",
         "race.svg",

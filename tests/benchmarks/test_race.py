@@ -1,4 +1,4 @@
-"""Ratios of the race, from seconds that are known."""
+"""Ratios of the race, from known seconds."""
 
 import pytest
 import torch
@@ -15,8 +15,8 @@ RUNS = {
 FLOORS = {"ours": Floor({"fisher": 0.5, "precondition": 0.1}, 2.0, 1.0)}
 
 
-def test_figures_are_relative_to_the_baseline():
-    found = race.figures(RUNS, FLOORS)
+def test_metrics_are_relative_to_the_baseline():
+    found = race.metrics(RUNS, FLOORS)
     ours, base = found["ours"], found[BASELINE]
     assert (ours["mean"], ours["median"], ours["worst"]) == (3.0, 2.0, 3.0)
     assert ours["floor"] == pytest.approx(1.3)
@@ -26,7 +26,7 @@ def test_figures_are_relative_to_the_baseline():
 
 
 def test_tables_show_them():
-    found = race.figures(RUNS, FLOORS)
+    found = race.metrics(RUNS, FLOORS)
     first, second = race.table(found).splitlines()[1:]
     assert first.split()[-3:] == ["1.00", "1.00", "1.5"]
     assert second.split() == ["ours", "3.00", "1.30", "2.00", "3.0"]

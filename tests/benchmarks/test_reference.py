@@ -83,7 +83,7 @@ def test_what_disturbs_one_run_does_not_count() -> None:
         reference.Run("a", seed, "", seconds=seconds)
         for seed, seconds in enumerate(([1.0, 2.0], [9.0, 2.5], [1.5, 80.0]))
     ]
-    assert reference.costs(runs) == [1.5, 4.0]
+    assert reference.cumulative_seconds(runs) == [1.5, 4.0]
 
 
 def test_ours_is_read_at_the_rivals_wall_clock() -> None:
@@ -180,8 +180,8 @@ def test_due_steps(arguments: dict[str, object], due: dict[str, int]) -> None:
 
 
 def test_a_recipe_draws_by_the_runs_seed() -> None:
-    study = contestants.ours(contestants.RECIPES["kfactk, the study's"])
-    optimizer = study.make(models.make("resnet8", channels=3, classes=10, seed=0), 7)
+    thesis = contestants.ours(contestants.RECIPES["kfactk, thesis"])
+    optimizer = thesis.make(models.make("resnet8", channels=3, classes=10, seed=0), 7)
     assert optimizer.recipe.fisher.seed == 7
     assert math.isclose(optimizer.recipe.damping, 0.001)
     optimizer.close()

@@ -1,4 +1,4 @@
-"""Networks grow in the dimension asked for, exponents are slopes, and a mean step is put together of stages."""
+"""Networks grow in one dimension, exponents are slopes, and a mean step is a sum of stages."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_tables_tell_exponents_and_the_mean_step():
 
 
 def test_stages_count_with_their_share():
-    [found] = scaling.measured([Shape(2, 1, 2, 4)], "ekfac", 3, torch.device("cpu"))
+    [found] = scaling.measure([Shape(2, 1, 2, 4)], "ekfac", 3, torch.device("cpu"))
     assert {"fisher", "factors", "scale", "basis", "precondition", "clip", "update", "rest"} < set(
         found
     )

@@ -1,4 +1,4 @@
-"""`python -m tests.equivalence`: several ranks with parts of a batch against one process with the whole, over the whole product."""
+"""Compare several ranks with one process for every recipe: `python -m tests.equivalence`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ JOB = 24
 
 @attrs.define
 class Cell:
-    """One placement on one number of ranks: runs, those that deviate or have another fault, and the largest deviation with its place."""
+    """One placement on one number of ranks: runs, faulty runs, and the largest deviation."""
 
     runs: int = 0
     faulty: int = 0
@@ -80,10 +80,8 @@ def main(given: Sequence[str] | None = None) -> int:
         for each in placements()
         if options.placement is None or each["name"] in options.placement
     ]
-    print(
-        f"{len(accepted)} recipes are accepted, {len(refused)} refused; {len(chosen)} run under {len(places)} placements",
-        flush=True,
-    )
+    counts = f"{len(accepted)} recipes are accepted, {len(refused)} refused"
+    print(f"{counts}; {len(chosen)} run under {len(places)} placements", flush=True)
     table = {(written(place), ranks): Cell() for place in places for ranks in options.ranks}
     start, done = time.monotonic(), 0
     for job in _batched(chosen, JOB):
@@ -98,11 +96,9 @@ def main(given: Sequence[str] | None = None) -> int:
                     print(f"{case} x {written(place)} on {ranks} ranks: {told}", flush=True)
         done += len(job)
         worst = max(cell.deviation for cell in table.values())
-        print(
-            f"[{done}/{len(chosen)}] {time.monotonic() - start:.0f} s, largest deviation {worst:.1e}",
-            file=sys.stderr,
-            flush=True,
-        )
+        seconds = time.monotonic() - start
+        told = f"[{done}/{len(chosen)}] {seconds:.0f} s, largest deviation {worst:.1e}"
+        print(told, file=sys.stderr, flush=True)
     report(table)
     return 1 if any(cell.faulty for cell in table.values()) or not chosen else 0
 
@@ -111,15 +107,13 @@ def report(table: dict[tuple[str, int], Cell]) -> None:
     """Print the table."""
     print(f"\n{'placement':<24}{'ranks':>6}{'runs':>8}{'unequal':>9}{'largest deviation':>19}  of")
     for (place, ranks), cell in table.items():
-        print(
-            f"{place:<24}{ranks:>6}{cell.runs:>8}{cell.faulty:>9}{cell.deviation:>19.1e}  {cell.where}"
-        )
+        found = f"{cell.runs:>8}{cell.faulty:>9}{cell.deviation:>19.1e}  {cell.where}"
+        print(f"{place:<24}{ranks:>6}{found}")
     runs, faulty = (
         sum(getattr(cell, name) for cell in table.values()) for name in ("runs", "faulty")
     )
-    print(
-        f"{'all':<24}{'':>6}{runs:>8}{faulty:>9}{max(cell.deviation for cell in table.values()):>19.1e}"
-    )
+    worst = max(cell.deviation for cell in table.values())
+    print(f"{'all':<24}{'':>6}{runs:>8}{faulty:>9}{worst:>19.1e}")
 
 
 def _part(text: str) -> tuple[int, int]:

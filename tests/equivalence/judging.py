@@ -81,9 +81,9 @@ def verdict(truth: Outcome, outcomes: Sequence[Outcome]) -> Verdict:
         for rank, found in enumerate(outcomes)
         if found.counters != truth.counters
     ]
-    seen = {name for outcome in outcomes for name in outcome.figures}
-    faults += [f"no rank has the {name}" for name in sorted(set(truth.figures) - seen)]
-    faults += [f"one process has no {name}" for name in sorted(seen - set(truth.figures))]
+    seen = {name for outcome in outcomes for name in outcome.tensors}
+    faults += [f"no rank has the {name}" for name in sorted(set(truth.tensors) - seen)]
+    faults += [f"one process has no {name}" for name in sorted(seen - set(truth.tensors))]
     deviation, where = max(_deviations(truth, outcomes), default=(0.0, ""))
     return Verdict(deviation, where, tuple(faults))
 
@@ -97,8 +97,8 @@ def disagreements(bits: Sequence[Mapping[str, str]]) -> Iterable[str]:
 
 def _deviations(truth: Outcome, outcomes: Sequence[Outcome]) -> Iterable[tuple[float, str]]:
     for outcome in outcomes:
-        for name, tensor in outcome.figures.items():
-            if name in truth.figures:
-                size = float(truth.figures[name].abs().max())
-                found = float((tensor - truth.figures[name]).abs().max()) / (size or 1.0)
+        for name, tensor in outcome.tensors.items():
+            if name in truth.tensors:
+                size = float(truth.tensors[name].abs().max())
+                found = float((tensor - truth.tensors[name]).abs().max()) / (size or 1.0)
                 yield (math.inf if math.isnan(found) else found), name

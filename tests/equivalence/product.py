@@ -1,4 +1,4 @@
-"""Every combination of our stages that is accepted, as it is registered: recipes, the placements they run under, and what is refused."""
+"""The product of registered first-party stages: accepted recipes, placements, and refusals."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ VARIANTS: Mapping[tuple[str, str], list[dict[str, Any]]] = {
     ("clip", "norm"): [{"limit": 0.1}],
     ("clip", "kl"): [{"limit": 1e-4}],
 }
-"""Options that take another way through a stage, and limits that bind; other stages are taken as they are by default."""
+"""Options that select another code path of a stage, and limits that bind; default: no options."""
 
 Recipe = Mapping[str, Any]
 
@@ -48,7 +48,7 @@ class Case:
 
 @attrs.frozen
 class Anyhow:
-    """Give each layer to ranks drawn at random: any matrix to some ranks, the gradient to some, whether or not these are the same.
+    """Assign each layer to random ranks: every matrix, and independently its gradient.
 
     Args:
         seed: Of the draws, with the layer's name.
@@ -108,8 +108,8 @@ def cases() -> tuple[list[Case], list[str]]:
 def determined(recipe: Recipe) -> bool:
     """Whether the matrices determine the step, kernels having several taps.
 
-    Under SUA A is Omega kron I: each eigenvalue is there once a tap, rounding chooses the eigenvectors among these, and the scale of EKFAC
-    depends on the choice. With one tap nothing is repeated.
+    Under SUA, A is Omega kron I: each eigenvalue is repeated once a tap. Rounding then chooses the
+    eigenvectors, and the scale of EKFAC depends on the choice. One tap repeats nothing.
     """
     return not (recipe["curvature"].get("spatial") == "sua" and recipe["basis"]["name"] == "ekfac")
 

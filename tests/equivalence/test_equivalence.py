@@ -1,4 +1,4 @@
-"""Ranks with parts of a batch do what one process does with the whole: a sample; `nox -s equivalence` runs all there is."""
+"""A sample of recipes on several ranks equals one process; `nox -s equivalence` runs all."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def check(case: Case, placement: object, ranks: int) -> None:
     [found] = judged([case], placement, ranks, Truths())
     assert not found.faults, found.faults
     assert found.deviation <= TOLERANCE, (
-        f"{case} x {placement} on {ranks} ranks is off by {found.deviation:.1e} in the {found.where}"
+        f"{case} x {placement} on {ranks} ranks: {found.where} is off by {found.deviation:.1e}"
     )
 
 
@@ -62,12 +62,12 @@ def test_ranks_do_what_one_process_does(
 @settings(max_examples=effort(4))
 @given(st.sampled_from(ACCEPTED), st.integers(0, 2**16), st.sampled_from(RANKS[1:]))
 def test_wherever_the_work_lies(case: Case, seed: int, ranks: int) -> None:
-    """Assignments that no placement of ours gives: those who decompose need not hold, and any may be several."""
+    """Also for assignments that no first-party placement gives: workers of all kinds are random."""
     check(case, Anyhow(seed), ranks)
 
 
 def test_where_rounding_chooses_the_eigenvectors_ranks_agree_all_the_same() -> None:
-    """Under SUA with several taps, EKFAC is not determined by the data: what is, is equal, and the ranks do the same bit for bit."""
+    """SUA with several taps does not determine EKFAC; the ranks still agree bit for bit."""
     assert not determined(SUA.recipe)
     truth = train(SUA.recipe, "replicated", 2, 0, 1)
     for placement in placements():
@@ -78,9 +78,9 @@ def test_where_rounding_chooses_the_eigenvectors_ranks_agree_all_the_same() -> N
         assert all(
             bool(torch.isfinite(tensor).all())
             for outcome in outcomes
-            for tensor in outcome.figures.values()
+            for tensor in outcome.tensors.values()
         )
-        assert {name for outcome in outcomes for name in outcome.figures} == set(truth.figures)
+        assert {name for outcome in outcomes for name in outcome.tensors} == set(truth.tensors)
 
 
 def test_every_stage_of_ours_is_in_the_product() -> None:
@@ -122,7 +122,7 @@ TRUTH = Outcome(
     [
         ({"bits": {"a": "2"}}, "ranks have different bits in the a"),
         ({"counters": {"skipped_batches": 1}}, "rank 1 counts {'skipped_batches': 1}"),
-        ({"figures": {"more": torch.ones(1)}}, "one process has no more"),
+        ({"tensors": {"more": torch.ones(1)}}, "one process has no more"),
     ],
 )
 def test_faults_are_told(changes: dict[str, object], says: str) -> None:
@@ -130,13 +130,13 @@ def test_faults_are_told(changes: dict[str, object], says: str) -> None:
 
 
 def test_what_no_rank_has_and_what_deviates_is_told() -> None:
-    only = attrs.evolve(TRUTH, figures={"parameter a": torch.tensor([1.0, 4.2])})
+    only = attrs.evolve(TRUTH, tensors={"parameter a": torch.tensor([1.0, 4.2])})
     found = verdict(TRUTH, [only])
     assert found.faults == ("no rank has the scale",)
     assert (round(found.deviation, 6), found.where) == (0.05, "parameter a")
     assert (
         verdict(
-            TRUTH, [attrs.evolve(TRUTH, figures={"parameter a": torch.tensor([math.nan, 4])})]
+            TRUTH, [attrs.evolve(TRUTH, tensors={"parameter a": torch.tensor([math.nan, 4])})]
         ).deviation
         == math.inf
     )

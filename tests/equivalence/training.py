@@ -1,4 +1,4 @@
-"""One run on one rank: a model of every kind of part, its share of each batch, and what the run leaves behind, for comparison."""
+"""One run on one rank: a model with every kind of layer, its share of each batch, its results."""
 
 from __future__ import annotations
 
@@ -20,13 +20,15 @@ BATCH = 12
 """Examples of a batch: 1 to 4 ranks have equal parts of it."""
 STEPS = 5
 PERIODS = {"factor_every": 2, "scale_every": 3, "basis_every": 4}
-"""So that in five steps all is refreshed, nothing, the factors, the scale, and the factors with the basis."""
+"""Due in the five steps: all; nothing; the factors; the scale; the factors with the basis."""
 NUMBERS = {"lr": 0.02, "damping": 0.02, "weight_decay": 0.01}
 Recipe = Mapping[str, Any]
 
 
 class Mixed(nn.Module):
-    """Convolution, grouped convolution, norms that mix no examples, frozen parts, and one layer used twice: `[N, 2, s, s]` to `[N, 3]`.
+    """Convolutions, norms that mix no examples, frozen parameters, and a layer called twice.
+
+    Maps `[N, 2, s, s]` to `[N, 3]`.
 
     Args:
         taps: Size of the convolutions' kernels; s is twice that.
@@ -56,7 +58,7 @@ class Mixed(nn.Module):
 
 
 class Injected:
-    """Targets in place of drawn ones: those of the examples that are this rank's, one set for each draw."""
+    """Return prepared targets of this rank's examples in place of draws, one set a draw."""
 
     def __init__(self) -> None:
         self._sets: Iterator[Tensor] = iter(())
@@ -71,16 +73,17 @@ class Injected:
 
 @attrs.frozen(eq=False)
 class Outcome:
-    """What is left of a run on one rank.
+    """The results of a run on one rank.
 
     Args:
-        figures: Parameters; of what lies on this rank the averaged factors, and what the preconditioner, and F in the measured scale, make
-            of fixed vectors: whatever eigenvectors were chosen.
-        bits: A digest of everything in the optimizer's state, and of the parameters.
-        counters: What was skipped or failed.
+        tensors: Parameters; the averaged factors that this rank holds; products of the
+            preconditioner, and of F in the measured scale, with fixed vectors, which do not depend
+            on the choice of eigenvectors.
+        bits: A digest of each tensor in the optimizer's state, and of each parameter.
+        counters: Skipped batches and failed decompositions.
     """
 
-    figures: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor]
     bits: Mapping[str, str]
     counters: Mapping[str, int]
 
@@ -126,7 +129,7 @@ def train(recipe: Recipe, placement: Any, taps: int, rank: int, ranks: int) -> O
         optimizer.zero_grad()
         F.cross_entropy(wrapped(inputs[rank::ranks]), targets[rank::ranks]).backward()
         optimizer.step()
-    outcome = Outcome(figures(optimizer, module), bits(optimizer, module), optimizer.counters)
+    outcome = Outcome(tensors_of(optimizer, module), bits(optimizer, module), optimizer.counters)
     optimizer.close()
     return outcome
 
@@ -138,7 +141,7 @@ def train_all(
     return [train(recipe, placement, taps, rank, ranks) for recipe, taps in recipes]
 
 
-def figures(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:
+def tensors_of(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:
     """See `Outcome`."""
     found = {
         f"parameter {name}": parameter.detach().clone()

@@ -134,7 +134,7 @@ def test_ctrl_c_and_resume_is_as_if_nothing_had_happened(
 
 
 def struck(sign: int, arguments: list[str], stderr: str) -> None:
-    """In a process of its own: a study that gets a signal in its last epoch, and Ctrl-C while it records that it was interrupted."""
+    """Run a study that gets a signal in its last epoch, and Ctrl-C while it records that."""
     os.dup2(os.open(stderr, os.O_CREAT | os.O_WRONLY), 2)
     steps, step, end = [], training.Trainer._step, tracking.Tracking.end
 

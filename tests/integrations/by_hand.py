@@ -60,7 +60,8 @@ def trained(
 
     Args:
         epochs: How many.
-        micro: Batches whose gradients are accumulated before a step; what is left at the end of an epoch makes a step too.
+        micro: Batches whose gradients are accumulated before a step; fewer are left at the end of
+            an epoch.
         clip: Bound on the norm of the gradients.
         half: Whether forwards run under autocast to bfloat16.
         each: What the scheduler counts: "epoch" or "step".

@@ -119,7 +119,7 @@ class Masked(nn.Module):
 
 
 def test_arguments_keep_their_names_under_mixed_precision() -> None:
-    """prepare wraps the forward; what is given by position still has its name. Three of ten terms are masked."""
+    """`prepare` wraps the forward; positional arguments keep names; 3 of 10 terms are masked."""
     mask = torch.ones(2, 5)
     mask[0, 2:] = 0
     tokens = torch.randn(2, 5, 3)

@@ -1,4 +1,4 @@
-"""Hugging Face transformers, tiny and randomly initialised: curvature against autograd term by term, `Trainer` against a loop by hand."""
+"""Tiny transformers: curvature against autograd, `Trainer` against a loop written by hand."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def tokens(classes: int = VOCABULARY) -> dict[str, Tensor]:
 
 @attrs.frozen
 class Case:
-    """A kind of model: how it is made, its data, what its likelihood has to be told, and which of its terms its loss counts."""
+    """A kind of model: construction, data, likelihood options, and the terms its loss counts."""
 
     model: Callable[[], Any]
     batch: dict[str, Tensor]
@@ -161,7 +161,7 @@ class Watched:
         }
 
     def counted(self, where: list[tuple[int, ...]]) -> Iterator[tuple[float, dict[str, Tensor]]]:
-        """Each class of each term that counts: its probability, and the gradients of its log-probability."""
+        """Yield probability and log-probability gradients of each class of each counted term."""
         log_p = self.answer.logits.log_softmax(-1)
         for place in where:
             for value in log_p[place]:
@@ -192,7 +192,7 @@ def measured(kind: str, fisher: str) -> tuple[kfactk.Optimizer, Watched, Case]:
 
 @each_kind
 def test_the_fisher_is_that_of_the_terms_which_the_loss_counts(kind: str) -> None:
-    """A, G and the scale of EKFAC, term by term and class by class from autograd: F = (1/M) sum_terms sum_c p_c grad grad^T."""
+    """A, G and the scale of EKFAC by autograd: F = (1/M) sum_terms sum_c p_c grad grad^T."""
     optimizer, seen, made = measured(kind, "exact")
     num_terms = len(made.counted)
     assert len(optimizer.layers) == {"causal": 8, "tokens": 7, "sequences": 8}[kind.split(",")[0]]
@@ -216,7 +216,7 @@ def test_the_fisher_is_that_of_the_terms_which_the_loss_counts(kind: str) -> Non
 
 
 def blurred(found: Tensor, expected: Tensor, view: Any) -> None:
-    """Equal where no eigenvalue vanishes; directions in a null space share their mean, so there only sums are told."""
+    """Compare entries where no eigenvalue vanishes, and sums in null spaces, which share a mean."""
     values = {side: view.decomposition[side]["eigenvalues"] for side in "GA"}
     sure = {side: value > 1e-9 * value.max() for side, value in values.items()}
     where = sure["G"][:, None] & sure["A"]
@@ -226,7 +226,7 @@ def blurred(found: Tensor, expected: Tensor, view: Any) -> None:
 
 @each_kind
 def test_the_empirical_fisher_is_that_of_the_loss_in_the_model(kind: str) -> None:
-    """The model's own loss is a mean over the M terms it counts, so gradients of the sum are M times its."""
+    """The model's loss is a mean over M terms, so gradients of the sum are M times as large."""
     optimizer, seen, made = measured(kind, "empirical")
     num_terms = len(made.counted)
     for name, gradient in seen.gradients(seen.answer.loss).items():
@@ -305,7 +305,7 @@ def by_trainer(
 def by_loop(
     *, epochs: int = 2, micro: int = 1, half: bool = False
 ) -> tuple[nn.Module, kfactk.Optimizer]:
-    """The Trainer's arithmetic by hand: a mean over all labels of a step, gradients clipped at norm 1."""
+    """Train as `Trainer` does: mean over all labels of a step, gradients clipped at norm 1."""
     model = llama()
     optimizer, scheduler = prepared(model)
     model.train()
@@ -397,13 +397,13 @@ def test_why_gpt2_is_not_covered_is_said() -> None:
         for name in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj"):
             reason = reasons[f"transformer.h.0.{name}.weight"]
             assert (
-                reason
-                == "no curvature for transformers' Conv1D, a linear layer that holds its weight as [d_in, d_out]"
+                reason == "no curvature for transformers' Conv1D, "
+                "a linear layer that holds its weight as [d_in, d_out]"
             )
 
 
 def test_the_curvature_for_gpt2_in_the_documentation_equals_kfac_on_linear_layers() -> None:
-    """The same network with its Conv1D layers made Linear: gradients preconditioned alike, turned; it also resumes."""
+    """Conv1D layers made Linear precondition the same gradients, transposed; it also resumes."""
     curvature = runpy.run_path(str(EXAMPLES / "gpt2_curvature.py"))["Gpt2Kfac"]()
     theirs, ours = gpt2(), gpt2()
     names = [name for name, module in ours.named_modules() if type(module).__name__ == "Conv1D"]

@@ -95,7 +95,7 @@ def quiet(caplog: pytest.LogCaptureFixture) -> None:
     ids=["plain", "accumulated", "clipped", "bf16", "all"],
 )
 def test_automatic_optimisation(theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    """The closure that Lightning gives to step(), its scheduler; forwards of the sanity check and of validation do not count."""
+    """With closure and scheduler; forwards of sanity check and validation do not count."""
     same(fitted(Module(), **theirs), trained(**ours))
 
 
@@ -228,7 +228,7 @@ def rank_fits(rank: int, micro: int, bind_self: bool) -> list[Tensor]:
 
 @pytest.mark.parametrize(("micro", "bind_self"), [(1, False), (2, False), (1, True)])
 def test_two_ranks_with_half_a_batch_equal_one_process(micro: int, bind_self: bool) -> None:
-    """The sampler deals the examples out in turn: both ranks together have the batch of 8. (Lightning's own would shuffle them.)"""
+    """The sampler gives the ranks a batch of 8 in turns; Lightning's own would shuffle."""
     first, second = shared_workers().run(2, rank_fits, micro, bind_self, patience=PATIENCE)
     expected = numbers(*trained(micro=micro, dtype=torch.float64))
     for mine, other, theirs in zip(first, second, expected, strict=True):

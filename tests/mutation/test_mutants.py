@@ -70,9 +70,13 @@ def test_an_entry_becomes_a_file_with_a_mistake(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("entries", "text", "message"),
     [
-        ([ENTRY], "y = 1\n", "one: its text stands 0 times in a.py, where once is wanted:\nx = 1"),
-        ([ENTRY], "x = 1\nx = 1\n", "stands 2 times"),
-        ([{**ENTRY, "new": "x = 1"}], "x = 1\n", "where once is wanted"),
+        (
+            [ENTRY],
+            "y = 1\n",
+            "one: its text occurs 0 times in a.py, not once, or does not change:\nx = 1",
+        ),
+        ([ENTRY], "x = 1\nx = 1\n", "occurs 2 times"),
+        ([{**ENTRY, "new": "x = 1"}], "x = 1\n", "or does not change"),
         ([ENTRY, ENTRY], "x = 1\n", r"several mutants of one name: \['one'\]"),
         (
             [{key: value for key, value in ENTRY.items() if key != "why"}],

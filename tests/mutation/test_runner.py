@@ -1,4 +1,4 @@
-"""Runs of tests on mutants of a tiny project: what counts as noticed, and that nothing but the copy is run and changed."""
+"""Runs of tests on mutants of a tiny project: verdicts, and that only a copy is changed and run."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def plain_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start the inner pytest without installed plugins: to import them takes longer than its tests."""
+    """Start the inner pytest without installed plugins, which take long to import."""
     monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
 
 
@@ -78,7 +78,7 @@ def test_outcomes(project: Path, source: str, outcome: str, by: str) -> None:
 
 
 def test_paths_are_run_in_turn_and_each_mutant_is_a_fresh_one(project: Path) -> None:
-    """Mutants of equal size made within one second: a compiled file left behind would be taken for the next one's."""
+    """A compiled file left behind would stand in for the next mutant of equal size and second."""
     broken, same = (
         mutant(SOURCE.replace("2 * x", new), "tests/few", "tests/test_sums.py")
         for new in ("3 * x", "x + x")
@@ -90,7 +90,7 @@ def test_paths_are_run_in_turn_and_each_mutant_is_a_fresh_one(project: Path) -> 
 
 def test_a_run_that_does_not_end_counts_only_where_that_is_stated(project: Path) -> None:
     endless = SOURCE.replace("return", "while True:\n        pass\n    return")
-    with Bench(project, patience=6.0) as bench:
+    with Bench(project, timeout=6.0) as bench:
         verdict = bench.judge(mutant(endless))
     assert (verdict.outcome, verdict.noticed) == ("timed out", False)
     assert Verdict(mutant(endless, hangs=True), "timed out", "", 6.0).noticed

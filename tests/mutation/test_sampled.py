@@ -1,4 +1,4 @@
-"""Mutants made by the tool: which are drawn, which are not, and how those that survive are explained."""
+"""Generated mutants: which are drawn, which are not, and how survivors are explained."""
 
 from __future__ import annotations
 
@@ -83,7 +83,14 @@ def test_explanations_fit_the_source() -> None:
     assert all(explained().values())
 
 
-ENTRY = '[[explained]]\npath = "kfactk/linalg.py"\nwhere = "Box.volume"\nold = "{old}"\nnew = "{new}"\nbecause = "{because}"\n'
+ENTRY = """
+[[explained]]
+path = "kfactk/linalg.py"
+where = "Box.volume"
+old = "{old}"
+new = "{new}"
+because = "{because}"
+"""
 OLD = "return side * times if side is not None else None"
 
 
@@ -94,7 +101,7 @@ def test_a_stale_explanation_is_told(tmp_path: Path) -> None:
     assert list(explained(tmp_path, path).values()) == ["it is so"]
     path.write_text(ENTRY.format(old=OLD, new=OLD.replace("*", "++"), because="it is so"))
     with pytest.raises(
-        MutantError, match=r"stale: no mutant is this any more.*\nkfactk/linalg.py:Box.volume"
+        MutantError, match=r"stale: no mutant has this key any more.*\nkfactk/linalg.py:Box.volume"
     ):
         explained(tmp_path, path)
     path.write_text(ENTRY.format(old=OLD, new=OLD.replace("*", "+"), because=""))

@@ -1,4 +1,4 @@
-"""What tests on several ranks share: a model of many kinds of layers, its data, the loop, and what a run leaves behind."""
+"""Common to tests on several ranks: a model of many kinds of layers, data, loop, and results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CURVATURE = ("kfactk.factor.", "kfactk.basis.", "kfactk.moment.", "kfactk.overdu
 
 
 class Mixed(nn.Module):
-    """Convolution, grouped convolution, a norm that mixes no examples, a frozen layer, a layer without bias."""
+    """Convolutions, a norm that mixes no examples, a frozen layer, a layer without bias."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -73,7 +73,7 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def accumulate(optimizer: Optimizer, wrapped: nn.Module, batches: Sequence[Batch]) -> None:
-    """One step on several micro-batches; ranks talk in the last one's backward only, where the model is wrapped."""
+    """Take a step on several micro-batches; DDP communicates in the last backward only."""
     optimizer.zero_grad()
     for number, batch in enumerate(batches, start=1):
         wait = number < len(batches) and isinstance(wrapped, nn.parallel.DistributedDataParallel)
@@ -90,8 +90,8 @@ def left(
     Args:
         optimizer: Bound to the model.
         model: With the names of the parameters.
-        decompositions: Whether eigenvectors and what is measured in them are wanted too: processes that differ in the last bit may
-            differ in their signs.
+        decompositions: Whether to include eigenvectors and the scale, whose signs may differ
+            between processes that differ in the last bit.
     """
     names = {parameter: name for name, parameter in model.named_parameters()}
     found = {name: parameter.detach().clone() for parameter, name in names.items()}
@@ -103,7 +103,7 @@ def left(
 
 
 def several(found: Mapping[str, Tensor], placement: str) -> dict[str, Tensor]:
-    """Of what a run leaves behind, that which every rank has: curvature lies where the placement has put it."""
+    """The results that every rank has; the placement decides which ranks have curvature."""
     return {
         name: value
         for name, value in found.items()
@@ -136,7 +136,7 @@ def assert_near(
 
 
 def assert_moved(model: nn.Module, found: Mapping[str, Tensor]) -> None:
-    """Every trained parameter is another than in the fresh model, and no other: the run did something."""
+    """Assert that exactly the trained parameters differ from the fresh model."""
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, found[name]) != parameter.requires_grad, name
 

@@ -1,7 +1,8 @@
-"""Runs saved on some ranks and gone on with on others: the whole matrix, printed by `python -m tests.training_loops.resume`.
+"""Runs saved on some ranks resume on others: `python -m tests.training_loops.resume` prints all.
 
-For each recipe and each moment of saving, the run that was never interrupted, on one process, is the truth; a resumed run is held to it to
-a relative precision, and to the uninterrupted run on the same ranks bit for bit where neither the ranks nor the placement have changed.
+For each recipe and each moment of saving, the uninterrupted run on one process is the truth. A
+resumed run equals it to a relative precision. With the same ranks and placement it equals the
+uninterrupted run bit for bit.
 """
 
 from __future__ import annotations
@@ -44,13 +45,13 @@ RECIPES: dict[str, dict[str, Any]] = {
 MOMENTS: dict[str, tuple[int, tuple[int, ...]]] = {
     "between refreshes": (8, ()),
     "after the scale alone": (4, ()),
-    "something owed": (6, (5,)),
+    "something overdue": (6, (5,)),
 }
-"""After how many steps it is saved, and those that a branch of the model sits out: at one of them the basis is due, which it then owes."""
+"""Steps before saving, and steps without the branch; its basis is due at one of them."""
 
 
 class Branched(nn.Module):
-    """A convolution, a grouped one, layers with and without bias, and a branch that can sit a step out."""
+    """Convolutions, layers with and without bias, and a branch that some steps leave out."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -170,13 +171,13 @@ def load(folder: Path, optimizer: Optimizer, model: nn.Module, options: StateDic
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- on every rank
+# ------------------------------------------------------------------------------------ on every rank
 
 
 def uninterrupted(
     rank: int, cases: Sequence[tuple[Case, Path]], place: Place, flat: bool = False
 ) -> list[dict[str, Tensor]]:
-    """Save each run where it is to be saved, go on with it as if nothing had happened, and tell what it leaves behind."""
+    """Save each run at its moment, continue it, and return its results."""
     found = []
     for case, folder in cases:
         optimizer, model, wrapped = made(case, place)
@@ -203,7 +204,7 @@ def resumed(
     return found
 
 
-# --------------------------------------------------------------------------------------------------------------- comparisons
+# -------------------------------------------------------------------------------------- comparisons
 
 
 def truth(case: Case) -> dict[str, Tensor]:
@@ -236,7 +237,7 @@ def identical(one: Sequence[dict[str, Tensor]], other: Sequence[dict[str, Tensor
 
 
 def deviation(ranks: Sequence[dict[str, Tensor]], true: dict[str, Tensor]) -> float:
-    """The largest, relative to the largest element of the tensor, over all tensors of the truth: parameters, factors, the update rule's."""
+    """The largest deviation over all tensors, relative to the largest element of each."""
     whole = united(ranks)
     scale = {name: float(value.double().abs().max()) or 1.0 for name, value in true.items()}
     return max(
@@ -247,7 +248,7 @@ def deviation(ranks: Sequence[dict[str, Tensor]], true: dict[str, Tensor]) -> fl
 
 @attrs.frozen
 class Outcome:
-    """One run gone on with: how far it is from the truth, and whether it is the uninterrupted one bit for bit."""
+    """A resumed run: its deviation from the truth, and whether it equals the uninterrupted one."""
 
     case: Case
     source: Place
@@ -264,7 +265,7 @@ class Outcome:
 def matrix(
     cases: Sequence[Case], sources: Sequence[Place], targets: Sequence[Place], flat: bool = False
 ) -> list[Outcome]:
-    """Every case saved at every source and gone on with at every target."""
+    """Save every case at every source and resume it at every target."""
     true = {case: truth(case) for case in cases}
     outcomes = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -307,7 +308,7 @@ def matrix(
 
 
 def table(outcomes: Sequence[Outcome]) -> str:
-    """Largest deviations by source and target as Markdown; "same" where every run is the uninterrupted one bit for bit."""
+    """Tabulate largest deviations by source and target; "same" means equal bit for bit."""
     sources, targets = (
         list(dict.fromkeys(getattr(each, side) for each in outcomes))
         for side in ("source", "target")
@@ -336,15 +337,11 @@ def main() -> int:
         sum(each.good for each in outcomes),
         [each for each in outcomes if each.source == each.target],
     )
-    print(
-        f"\n{good} of {len(outcomes)} resumed runs within {PRECISION:g} of the uninterrupted one; largest deviation ",
-        end="",
-    )
-    print(
-        f"{max(each.deviation for each in outcomes):.1e}; {sum(each.identical for each in same)} of {len(same)} bit for bit where ",
-        end="",
-    )
-    print("ranks and placement are the same")
+    largest = max(each.deviation for each in outcomes)
+    print(f"\n{good} of {len(outcomes)} resumed runs within {PRECISION:g} of the uninterrupted one")
+    print(f"largest deviation {largest:.1e}")
+    equal = sum(each.identical for each in same)
+    print(f"{equal} of {len(same)} equal bit for bit where ranks and placement are the same")
     return 0 if good == len(outcomes) else 1
 
 

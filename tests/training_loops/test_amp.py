@@ -1,4 +1,4 @@
-"""Mixed precision on ranks: what is scaled is unscaled, and a step that overflows on one rank is left out on all."""
+"""Mixed precision on ranks: scales are undone; all skip a step that overflows on one."""
 
 from __future__ import annotations
 
@@ -46,23 +46,25 @@ BASES = {"EKFAC": "ekfac", "K-FAC": "kfac", "running scale": {"name": "ekfac", "
 
 
 def bind(model: nn.Module, scaler: Any, fisher: str, **recipe: Any) -> Optimizer:
-    """A sampled Fisher with draws that follow from the output, and no clipping; the scaler is handed over where it is needed."""
+    """Bind a recipe with deterministic draws and no clip; pass the scaler where it is needed."""
     options: dict[str, Any] = {"clip": "none", "update": "momentum", "lr": 0.05, "damping": 0.05}
     return kfactk.build(**options | EACH | FISHERS[fisher] | recipe).bind(
         model, scaler=scaler if fisher == "empirical" else None
     )
 
 
-# ------------------------------------------------------------------------------------------------------------- loss scaling
+# ------------------------------------------------------------------------------------- loss scaling
 
 
 def scaled_run(
     rank: int, fisher: str, bad: Sequence[int], recipe: dict[str, Any]
 ) -> tuple[dict[str, Tensor], list[float], list[bool]]:
-    """In float64, where scaling by powers of two changes no digit. In the steps `bad`, the loss of rank 1 alone is infinite.
+    """Train with a scaler in float64, where powers of two change no digit.
+
+    The loss of rank 1 is infinite in the steps `bad`.
 
     Returns:
-        What is left, the scale before each step, and which steps left parameters and the update rule's state as they were.
+        The results, the scale before each step, and which steps changed nothing.
     """
     model = mixed()
     called = DistributedDataParallel(model)
@@ -85,9 +87,10 @@ def scaled_run(
 
 
 def unscaled_run(fisher: str, bad: Sequence[int], recipe: dict[str, Any]) -> dict[str, Tensor]:
-    """One process without a scaler that takes no step when rank 1 is bad; the forwards' curvature counts at the next one.
+    """Train one process without a scaler that takes no step when rank 1 is bad.
 
-    Where the user's own backward is listened to, that of rank 1 gave nothing.
+    The next step counts the forward's curvature. `empirical` reads the user's backward, to which
+    rank 1 contributes nothing.
     """
     model = mixed()
     optimizer = bind(model, None, fisher, **recipe)
@@ -132,7 +135,7 @@ def test_in_every_basis(fisher: str, basis: str) -> None:
     assert_near({name: ranks[0][0][name] for name in truth}, truth)
 
 
-# ----------------------------------------------------------------------------------------------------------------- autocast
+# ----------------------------------------------------------------------------------------- autocast
 
 
 def autocast_run(
@@ -144,7 +147,7 @@ def autocast_run(
     huge: Sequence[int],
     placement: Any,
 ) -> tuple[dict[str, Tensor], list[float], list[str]]:
-    """In the steps `huge`, inputs of rank 1 are out of the range of float16. With one rank, the whole batch."""
+    """Train with autocast; inputs of rank 1 exceed the range of float16 in the steps `huge`."""
     model = mixed(torch.float32).to(device)
     called = DistributedDataParallel(model) if ranks > 1 else model
     scaler = torch.amp.GradScaler(device, init_scale=2.0**8, enabled=dtype == torch.float16)
@@ -174,7 +177,7 @@ def autocast_run(
 def test_autocast_on_ranks_equals_one_process_to_its_precision(
     fisher: str, dtype: torch.dtype, device: str
 ) -> None:
-    """Sums are float32 whatever flows, so that ranks add no error of their own: what remains is that of rounding whole or half batches."""
+    """Sums are float32: ranks add no error to that of rounding whole or half batches."""
     ranks = shared_workers().run(2, autocast_run, 2, device, dtype, fisher, [], "replicated")
     truth, scales, dtypes = autocast_run(0, 1, device, dtype, fisher, [], "replicated")
     assert dtypes == [str(dtype)]
@@ -203,7 +206,7 @@ def test_autocast_on_ranks_equals_one_process_to_its_precision(
 def test_inputs_out_of_range_on_one_rank(
     dtype: torch.dtype, fisher: str, placement: str, device: str
 ) -> None:
-    """With a scaler the step is left out by it, without one by us; the run goes on, equal on all ranks."""
+    """The scaler or the optimizer skips the step; the run goes on, equal on all ranks."""
     ranks = shared_workers().run(
         2, autocast_run, 2, device, dtype, fisher, [0, 3], PLACEMENTS[placement]
     )

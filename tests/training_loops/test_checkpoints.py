@@ -1,4 +1,4 @@
-"""Runs saved on some ranks and gone on with on others, under another placement, by every way torch has to save an optimizer."""
+"""Runs saved on some ranks resume on others, under other placements, by every way of torch."""
 
 from __future__ import annotations
 
@@ -45,11 +45,11 @@ from tests.training_loops.resume import (
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
-CASE = Case("ekfac+adam", "something owed")
+CASE = Case("ekfac+adam", "something overdue")
 ALONE = Place(1, "replicated")
 SAMPLE = [
     Case("ekfac+adam", "after the scale alone"),
-    Case("kfac+momentum", "something owed"),
+    Case("kfac+momentum", "something overdue"),
     Case("running+adamw", "between refreshes"),
     CASE,
 ]
@@ -57,7 +57,7 @@ SOURCES = [Place(4, "comm_opt"), Place(4, "mem_opt"), Place(2, "hybrid")]
 TARGETS = [ALONE, Place(2, "mem_opt"), Place(3, "hybrid"), Place(4, "mem_opt")]
 
 
-# ---------------------------------------------------------------------------------------------------- torch.distributed.checkpoint
+# --------------------------------------------------------------------- torch.distributed.checkpoint
 
 
 @covering(strength=1, case=SAMPLE, source=SOURCES, target=TARGETS, flat=[False, True])
@@ -71,7 +71,7 @@ def test_a_run_goes_on_from_its_checkpoint_on_other_ranks_under_another_placemen
 
 def test_a_deviation_is_seen() -> None:
     """The comparison itself can fail."""
-    case = Case("kfac+momentum", "something owed")
+    case = Case("kfac+momentum", "something overdue")
     true = truth(case)
     off = {
         name: value + (1e-9 * value.abs().max() if name == "conv.weight kfactk.factor.A" else 0)
@@ -92,7 +92,7 @@ Way = Callable[[Optimizer, nn.Module, Optimizer, nn.Module, Path], None]
 def asynchronous(
     optimizer: Optimizer, model: nn.Module, resumed: Optimizer, fresh: nn.Module, folder: Path
 ) -> None:
-    """Training goes on while the checkpoint is being written, by messages in a group of their own."""
+    """Train on while the checkpoint is written, by messages in a group of their own."""
     weights, state = get_state_dict(model, optimizer)
     writing = dcp.async_save(
         {"model": weights, "optimizer": state},
@@ -144,7 +144,7 @@ def one_file(
 def lightning(
     optimizer: Optimizer, model: nn.Module, resumed: Optimizer, fresh: nn.Module, folder: Path
 ) -> None:
-    """As Lightning's strategies ask for a state: `consolidate_state_dict()` on all ranks if there is one, then `state_dict()` on rank 0."""
+    """As Lightning: `consolidate_state_dict()` on all ranks, then `state_dict()` on rank 0."""
     if hasattr(optimizer, "consolidate_state_dict"):
         optimizer.consolidate_state_dict()
     box = [copy.deepcopy(optimizer.state_dict()) if dist.get_rank() == 0 else {}]
@@ -164,7 +164,7 @@ WAYS: dict[str, Way] = {
 def moved(
     rank: int, way: str, place: Place, other: Place, folder: Path
 ) -> tuple[dict[str, Tensor], bool]:
-    """What a run leaves behind that was taken over in memory, or through a file; and whether the first run was left alone."""
+    """Return the results of a moved run, and whether the first run has the same."""
     optimizer, model, wrapped = made(CASE, place)
     go(CASE, optimizer, model, wrapped, before(CASE), rank, place.ranks)
     resumed, fresh, refreshed = made(CASE, other, seed=4)
@@ -214,7 +214,7 @@ def test_on_the_same_ranks_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     assert shared_workers().run(3, with_options, OPTIONS[name], tmp_path) == [True] * 3
 
 
-# ------------------------------------------------------------------------------------------------------------------------ refused
+# ------------------------------------------------------------------------------------------ refused
 
 
 def one_part(rank: int, ranks: int, placement: str) -> dict[str, Any]:
@@ -227,7 +227,7 @@ def one_part(rank: int, ranks: int, placement: str) -> dict[str, Any]:
 def given(
     rank: int, place: Place, states: dict[int, dict[str, Any]], changes: dict[str, Any], width: int
 ) -> tuple[str, str, bool]:
-    """The kind and the text of what is raised when each rank is given a state; whether training then goes on as if nothing had been."""
+    """Return the error of loading a state, and whether training then goes on unchanged."""
     runs = (
         [made(CASE, place, **changes), made(CASE, place, **changes)]
         if width == 6
@@ -357,7 +357,7 @@ def test_different_checkpoints_on_different_ranks_are_refused() -> None:
 
 
 def other_recipe_from_files(rank: int, folder: Path, changes: dict[str, Any]) -> tuple[str, bool]:
-    """Save with one recipe, ask for it with another: what is raised, and whether training goes on as if nothing had been."""
+    """Load with another recipe: return the error and whether training goes on unchanged."""
     place = Place(2, "mem_opt")
     optimizer, model, wrapped = made(CASE, place)
     go(CASE, optimizer, model, wrapped, before(CASE), rank, 2)
@@ -387,7 +387,7 @@ def test_files_of_another_recipe_are_refused_by_torch_on_all_ranks(tmp_path: Pat
         assert untouched
 
 
-# ------------------------------------------------------------------------------------------------------------------------ welcome
+# ------------------------------------------------------------------------------------------ welcome
 
 
 def from_adam(
@@ -436,8 +436,8 @@ def test_a_checkpoint_of_plain_adam_is_welcome_on_any_ranks() -> None:
 
 
 def never_ran(rank: int, place: Place) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A branch that sits out until after the run was saved, in one file: the run that goes on, and the resumed one."""
-    case = Case("ekfac+adam", "something owed")
+    """Save in one file before a branch ever ran: results of the run and of the resumed one."""
+    case = Case("ekfac+adam", "something overdue")
 
     def steps(
         optimizer: Optimizer, model: Branched, wrapped: nn.Module, numbers: range, branching: bool

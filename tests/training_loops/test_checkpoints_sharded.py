@@ -1,4 +1,4 @@
-"""The same for models that `fully_shard` divides: their checkpoints hold shards, and the curvature with them."""
+"""Checkpoints of models that `fully_shard` divides hold shards, and the curvature with them."""
 
 from __future__ import annotations
 

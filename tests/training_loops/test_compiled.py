@@ -1,4 +1,4 @@
-"""Compiled models on several ranks: wrapped before or after, in whole or in part, they train as one process does that compiles nothing."""
+"""Compiled models on ranks, wrapped before or after, train as one process without compilation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Under DistributedDataParallel ranks with parts of a batch do what one process does with the whole, however the model is wrapped."""
+"""Under DistributedDataParallel, ranks with parts of a batch equal one process with the whole."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def check(ranks: list[dict[str, Tensor]], truth: tuple[Optimizer, Mixed], placem
     assert_near({name: ranks[0][name] for name in expected}, expected)
 
 
-# -------------------------------------------------------------------------------------------------------------------- wrappers
+# ----------------------------------------------------------------------------------------- wrappers
 
 
 def wrapped_run(
@@ -178,7 +178,7 @@ def test_a_communication_hook_changes_gradients_and_nothing_else(placement: str)
     assert_near({name: first[name] for name in expected}, expected)
 
 
-# ------------------------------------------------------------------------------------------------------------- checkpointing
+# ------------------------------------------------------------------------------------ checkpointing
 
 
 class Checkpointed(Mixed):
@@ -260,7 +260,7 @@ def test_reentrant_checkpointing_is_refused_on_every_rank_and_its_remedy_works(
     )
 
 
-# -------------------------------------------------------------------------------------------------------------- several models
+# ----------------------------------------------------------------------------------- several models
 
 
 def two_models(rank: int, recipe: dict[str, Any]) -> dict[str, Tensor]:

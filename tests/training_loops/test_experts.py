@@ -1,4 +1,4 @@
-"""Layers that only some examples reach: their curvature is that of the whole batch, however it is divided."""
+"""Layers that only some examples reach have the curvature of the whole batch, however divided."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Experts(nn.Module):
 
 
 def expert_run(rank: int, parts: int, ranks: int, recipe: dict[str, Any]) -> dict[str, Tensor]:
-    """Four steps on batches of which each half goes to another expert, divided among ranks and micro-batches."""
+    """Take four steps; each half of a batch goes to another expert."""
     torch.manual_seed(6)
     model: nn.Module = Experts().double()
     called = DistributedDataParallel(model, find_unused_parameters=True) if ranks > 1 else model
@@ -60,7 +60,7 @@ def expert_run(rank: int, parts: int, ranks: int, recipe: dict[str, Any]) -> dic
 def test_experts_that_few_examples_reach_count_all_terms(
     ranks: int, parts: int, fisher: str, basis: str
 ) -> None:
-    """However the batch is divided, an expert's factors are those of the whole batch, of which most examples went elsewhere."""
+    """An expert's factors are those of the whole batch, including examples that went elsewhere."""
     recipe = {
         "basis": basis,
         "fisher": fisher,

@@ -1,4 +1,4 @@
-"""One rank is killed in the middle of a run: the others end with a clear error, and the run goes on from its last checkpoint.
+"""One rank is killed during a run: the others end with a clear error, and the run resumes.
 
 Started by torchrun, this module is the run itself: see `main`.
 """
@@ -33,10 +33,10 @@ pytestmark = pytest.mark.xdist_group("ranks")
 
 ROOT = Path(__file__).parents[2]
 STEPS, EVERY, FATAL = 9, 2, 5
-"""A checkpoint every other step; the last one before the fatal step, at which everything is due, is that of four steps."""
+"""Checkpoints come every other step. Everything is due at the fatal step, after the second one."""
 DOOMED = 1
 TIMEOUT, BOUND = datetime.timedelta(minutes=30), 300.0
-"""Of a collective, which must not be what ends the others; and the seconds that they may take to start, learn and end."""
+"""Timeout of a collective, which must not end the others; seconds for a whole run."""
 
 
 class Run:
@@ -58,7 +58,7 @@ class Run:
             nn.Tanh(),
             nn.Linear(6, 3),
         )
-        # Otherwise DDP's first backward of a process adds up in another order than the later ones, which three ranks see in the last bit.
+        # Without it, DDP's first backward sums in another order, which changes the last bit.
         self.model = DistributedDataParallel(
             nn.Sequential(*layers).double(), find_unused_parameters=True
         )
@@ -131,7 +131,7 @@ def die() -> None:
 
 
 def killed(place: str) -> Callable[[str, int], None]:
-    """Kills this process at a place of the fatal step; "refresh" is when it decomposes its first factor."""
+    """Kill this process at a place of the fatal step; "refresh" is its first decomposition."""
 
     def at(where: str, step: int) -> None:
         if step == FATAL and where == "step" and place == "refresh":
@@ -143,7 +143,7 @@ def killed(place: str) -> Callable[[str, int], None]:
 
 
 def doomed(rank: int, ranks: int, folder: str, placement: str, place: str) -> None:
-    """A process of its own: one rank of a run that loses the doomed one; the others write down what they are told."""
+    """Run one rank in a process of its own; the surviving ranks write their errors down."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -164,7 +164,7 @@ def doomed(rank: int, ranks: int, folder: str, placement: str, place: str) -> No
 
 
 def whole(rank: int, folder: str, placement: str) -> tuple[int, list[Tensor]]:
-    """On one of the tests' workers: a run to its end, from the last checkpoint in `folder` if there is one; its first step, and weights."""
+    """Run to the end from the last checkpoint, if any; return the first step and the weights."""
     run = Run(Path(folder), placement)
     first, weights = run.step, run.train()
     run.optimizer.close()
@@ -228,7 +228,7 @@ def test_the_others_end_and_the_run_goes_on(
 
 
 def test_torchrun_starts_a_run_again_that_lost_a_rank(tmp_path: Path) -> None:
-    """On one machine torchrun keeps its store between starts, in which gloo then finds processes that are gone: the variable mends that."""
+    """The variable gives each start its own store; else gloo finds processes that have ended."""
     done = torchrun(
         Path(__file__),
         tmp_path,
@@ -245,7 +245,7 @@ def test_torchrun_starts_a_run_again_that_lost_a_rank(tmp_path: Path) -> None:
 
 
 def main(folder: Path) -> None:
-    """One rank of a run that torchrun starts, and starts again: the doomed one is killed in the fatal step of the first start."""
+    """Run one rank under torchrun; the first start kills the doomed one in the fatal step."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", timeout=TIMEOUT)
     run, first = Run(folder, "replicated"), os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"

@@ -1,4 +1,4 @@
-"""Layouts in which no rank sees a whole layer, or not all ranks see the same ones, are refused with the remedy; and the remedy works."""
+"""Layouts where a rank lacks whole or equal layers are refused with a remedy that works."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def block() -> Block:
     return Block()
 
 
-# ------------------------------------------------------------------------------------------------------------- tensor parallel
+# ---------------------------------------------------------------------------------- tensor parallel
 
 
 def columns_and_rows(model: Block) -> None:
@@ -155,7 +155,7 @@ def test_the_remedies_are_not_refused_and_measure_the_whole_batch(remedy: str) -
         torch.testing.assert_close(found, truth)
 
 
-# --------------------------------------------------------------------------------------------------------- flat and copied
+# ---------------------------------------------------------------------------------- flat and copied
 
 
 def flat(rank: int, whole: bool) -> str:
@@ -178,11 +178,11 @@ def test_a_part_that_is_copied_over_devices_is_refused() -> None:
     assert hooks(model) == 0
 
 
-# ------------------------------------------------------------------------------------------------------------------- pipelines
+# ---------------------------------------------------------------------------------------- pipelines
 
 
 def pipelined(rank: int) -> tuple[str, int]:
-    """A stage with no stage before or behind it, that nobody may wait for the one that is refused."""
+    """Run a pipeline of one stage, so that no other stage waits for the refused one."""
     model = block()
     optimizer = bound(model)
     schedule = ScheduleGPipe(
@@ -230,7 +230,7 @@ def test_ranks_with_different_layers_are_told_so(how: str) -> None:
     )
 
 
-# ------------------------------------------------------------------------------------------------------------ parts and joins
+# ---------------------------------------------------------------------------------- parts and joins
 
 
 class Around(nn.Module):

@@ -1,4 +1,4 @@
-"""Ranks with unequal data: none hangs, all stay equal bit for bit, and together they do what one process does with all of it."""
+"""Ranks with unequal data do not hang, stay equal, and equal one process with all of it."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def test_uneven_batches_equal_one_process_with_all_of_them(
     check(ranks, whole(plan, recipe), placement)
 
 
-# ------------------------------------------------------------------------------------------------------------------ masked terms
+# ------------------------------------------------------------------------------------- masked terms
 
 
 class Weighted(nn.Module):
@@ -162,7 +162,7 @@ MASKED: dict[str, Any] = {
 def masked_run(
     rank: int, ranks: int, at: Sequence[int], recipe: dict[str, Any]
 ) -> dict[str, Tensor]:
-    """In the steps `at`, no term of the second half of the examples counts; one process leaves that half out."""
+    """Mask the second half of the examples in the steps `at`; one process leaves that half out."""
     model = Weighted()
     called = DistributedDataParallel(model) if ranks > 1 else model
     optimizer = bound(called, **EACH, **recipe)
@@ -198,7 +198,7 @@ def test_a_rank_of_which_every_term_is_masked_adds_nothing(
 
 
 class Collective(torch.autograd.Function):
-    """The identity, whose backward pass every rank must run: so do modules whose parameters or statistics are spread over ranks."""
+    """The identity with a collective backward, as in modules that are spread over ranks."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -217,7 +217,7 @@ class Spread(Weighted):
 
 
 def passes_of_all(rank: int, fisher: Any, count: int) -> list[int]:
-    """Steps and what they leave, with a rank whose terms are all masked or that has no examples; it must not leave the passes out."""
+    """Train with a rank of masked terms or without examples, which must run all passes."""
     model = Spread()
     called = DistributedDataParallel(model)
     optimizer = bound(called, **EACH, **{**MASKED, "fisher": fisher})
@@ -270,13 +270,13 @@ def test_no_examples_at_all_are_no_trouble_and_count_for_nothing(
     assert optimizer.counters == {"skipped_batches": 0, "failed_decompositions": 0}
 
 
-# ------------------------------------------------------------------------------------------------------------------ bad batches
+# -------------------------------------------------------------------------------------- bad batches
 
 
 def bad_run(
     rank: int, at: int, value: float, recipe: dict[str, Any]
 ) -> tuple[list[dict[str, Tensor]], dict[str, int], str]:
-    """Rank 1 meets numbers that are not finite; what stands before the steps and after the last, and the rule's state with it."""
+    """Train while rank 1 meets a nonfinite number; return the state before each step and after."""
     model = mixed()
     called = DistributedDataParallel(model)
     optimizer = bound(called, **EACH, **recipe)
@@ -295,7 +295,7 @@ def bad_run(
 
 
 def alone_run(at: int, recipe: dict[str, Any]) -> dict[str, Tensor]:
-    """One process to whose curvature the good half of that step counts, and which takes no step on it."""
+    """Train one process that counts the good half of that step's curvature and skips its step."""
     model = mixed()
     optimizer = bound(model, **EACH, **recipe)
     for step in range(STEPS):
@@ -317,7 +317,7 @@ def alone_run(at: int, recipe: dict[str, Any]) -> dict[str, Tensor]:
 def test_a_bad_batch_on_one_rank_is_skipped_by_all(
     fisher: str, at: int, value: float, placement: str
 ) -> None:
-    """NaN spoils the curvature of all layers there; an inf that a tanh makes 1 of only that of the first."""
+    """NaN spoils the curvature of all layers, inf that of the first: tanh turns it into 1."""
     recipe = {"fisher": fisher, "update": "adam", "lr": 0.01}
     ranks = shared_workers().run(
         2, bad_run, at, value, {**recipe, "placement": PLACEMENTS[placement]}
@@ -386,7 +386,7 @@ def test_a_batch_whose_curvature_is_bad_is_left_out_and_its_step_is_taken(
     )
 
 
-# ------------------------------------------------------------------------------------------------- layers that few ranks reach
+# ---------------------------------------------------------------------- layers that few ranks reach
 
 
 class Branches(nn.Module):
@@ -410,7 +410,7 @@ def branches() -> Branches:
 
 
 def branching_batch(step: int, rank: int, at: Sequence[int]) -> Batch:
-    """Of one rank; `at` says which rank takes the rare way in which step: 0, 1, both (2) or none (-1)."""
+    """Batch of one rank; `at` tells who takes the rare branch: 0, 1, both (2) or none (-1)."""
     generator = torch.Generator().manual_seed(100 * step + rank)
     x = torch.randn(4, 4, generator=generator, dtype=F64)
     x[:, 0] = x[:, 0].abs() if at[step] in (rank, 2) else -x[:, 0].abs()
@@ -434,7 +434,7 @@ def branching_run(rank: int, at: Sequence[int], recipe: dict[str, Any]) -> list[
     placement=PLACEMENTS,
 )
 def test_a_layer_that_only_one_ranks_data_reach(every: int, at: list[int], placement: str) -> None:
-    """One process that sees the ranks' batches one after another; what a layer did not see does not count for it."""
+    """One process sees the ranks' batches in turn; a layer counts what it saw."""
     recipe = {"factor_every": every, "scale_every": every, "basis_every": every, "update": "sgd"}
     ranks = shared_workers().run(
         2, branching_run, at, {**recipe, "placement": PLACEMENTS[placement]}

@@ -1,4 +1,4 @@
-"""A batch divided among ranks: what several processes with parts of each batch come to, held against one process with the whole."""
+"""A batch divided among ranks: several processes with parts of it against one with the whole."""
 
 from __future__ import annotations
 
@@ -29,13 +29,16 @@ from kfactk.testing._support.ranks import shared_workers
 from kfactk.testing._support.training import PERIODS, Training
 
 TRAINING = ("model", "batch", "loss", "still", "fresh", "data", "backward", "tolerance")
-"""Members of a class of laws that say what is trained, on what, and how."""
+"""Members of a class of laws that say what is trained, on which data, and how."""
 FACTOR = f"{PREFIX}factor."
 Test = TypeVar("Test", bound=Callable[..., None])
 
 
 def on_ranks(test: Test) -> Test:
-    """Mark a test that runs on several processes, so that pytest-xdist, with `--dist loadgroup`, has one set of them for all."""
+    """Mark a test that runs on several processes.
+
+    With `--dist loadgroup`, pytest-xdist then starts one set of processes for all these tests.
+    """
     if importlib.util.find_spec("xdist") is None:
         return test
     marked: Test = pytest.mark.xdist_group("ranks")(test)
@@ -44,12 +47,12 @@ def on_ranks(test: Test) -> Test:
 
 @attrs.frozen
 class Sent:
-    """What the ranks are told to do, as plain data.
+    """A job for the ranks, as plain data.
 
     Args:
-        job: Pickled.
-        files: Of the modules that it names, where they are.
-        path: Where modules are looked for.
+        job: The job, pickled.
+        files: The files of the modules that it names.
+        path: Where modules are searched for.
     """
 
     job: bytes
@@ -58,10 +61,10 @@ class Sent:
 
     @classmethod
     def of(cls, job: Any) -> Sent:
-        """A job, ready to be sent.
+        """Return a job, ready to be sent.
 
         Raises:
-            Exception: Pickle's own, of several kinds, if something in it cannot be found by name.
+            Exception: An error of pickle's, if something in it cannot be found by name.
         """
         data = pickle.dumps(job)
         named = {text for _, text, _ in pickletools.genops(data) if isinstance(text, str)}
@@ -72,7 +75,10 @@ class Sent:
         return cls(data, {name: file for name, file in files.items() if file}, list(sys.path))
 
     def unpacked(self) -> Any:
-        """The job, in another process; modules that cannot be imported by name are loaded from their files."""
+        """Return the job, in another process.
+
+        Modules that cannot be imported by name are loaded from their files.
+        """
         sys.path += [folder for folder in self.path if folder not in sys.path]
         for name, file in self.files.items():
             try:
@@ -90,14 +96,19 @@ class Sent:
 
 @attrs.frozen(eq=False)
 class Left:
-    """What a run leaves behind on one rank: parameters, the averaged factors that it keeps, and a digest of all that it has."""
+    """What a run leaves behind on one rank.
+
+    Args:
+        metrics: Parameters and the averaged factors that the rank keeps.
+        bits: A digest of each tensor that it has.
+    """
 
     metrics: Mapping[str, Tensor]
     bits: Mapping[str, str]
 
     @classmethod
     def by(cls, model: nn.Module, optimizer: Optimizer) -> Left:
-        """By a model and its optimizer."""
+        """Return what a model and its optimizer leave behind."""
         tensors = {
             f"parameter {name}": parameter.detach() for name, parameter in model.named_parameters()
         }
@@ -119,24 +130,26 @@ class Left:
 def equal_on_ranks(
     laws: Training, recipe: Mapping[str, Any], ranks: int = 2, *, rounded: bool = False
 ) -> None:
-    """Assert that ranks with equal parts of each batch do what one process does with the whole batch, and the same bit for bit.
+    """Assert that ranks with equal parts of each batch do what one process does with the whole.
+
+    The ranks must agree bit for bit.
 
     Args:
-        laws: What is trained, on what, and how.
+        laws: What is trained, on which data, and how.
         recipe: Arguments of `kfactk.build`.
         ranks: How many.
         rounded: Whether they may differ from one process, because what travels is rounded.
 
     Raises:
         AssertionError: They do not.
-        OptionError: What is wanted for it cannot be found by other processes.
+        OptionError: Other processes cannot find the recipe or the class of laws.
     """
     __tracebackhide__ = True
     found = shared_workers().run(ranks, _trained, ranks, _sent(laws, recipe))
     for name in sorted({name for left in found for name in left.bits}):
         different = {left.bits[name] for left in found if name in left.bits}
         assert len(different) == 1, (
-            f"after the same steps ranks have different bits in the {name}, which they must have in common"
+            f"after the same steps ranks have different bits in the {name}, which must be equal"
         )
     if rounded:
         return
@@ -146,7 +159,8 @@ def equal_on_ranks(
     laws.alike(
         one,
         together,
-        f"{ranks} ranks, each with its part of every batch, do not what one process does with the whole",
+        f"{ranks} ranks, each with its part of every batch, do not do what one process does with "
+        "the whole",
     )
 
 
@@ -171,7 +185,7 @@ def _run(
 
 
 def _trained(rank: int, ranks: int, sent: Sent) -> Left:
-    """The job of one rank."""
+    """Run the job of one rank."""
     laws, recipe = sent.unpacked()
     laws = laws()
     made = _quiet(laws, laws.recipe) if recipe is None else recipe
@@ -185,18 +199,18 @@ def _sent(laws: Training, recipe: Mapping[str, Any]) -> Sent:
     own = [name for name in TRAINING if getattr(found, name, None) is not getattr(cls, name)]
     if own:
         raise OptionError(
-            f"{cls.__name__} has {', '.join(own)} of its own, and ranks are other processes, which find a class by its name only: define "
-            "it at the top level of its module."
+            f"{cls.__name__} has {', '.join(own)} of its own, and ranks are other processes, which "
+            "find a class by its name only: define it at the top level of its module."
         )
     made = _quiet(laws, recipe)
     try:
         return Sent.of((found, made))
-    except Exception as error:  # pickle has no error of its own for all that it cannot do
+    except Exception as error:  # pickle raises errors of many kinds
         if found is cls and recipe is laws.recipe:
             return Sent.of((found, None))
         raise OptionError(
-            f"the recipe cannot be sent to ranks, which are other processes ({error}): define its stages and functions at the top level of "
-            "a module, where they are found by name."
+            f"the recipe cannot be sent to ranks, which are other processes ({error}): define its "
+            "stages and functions at the top level of a module, where they are found by name."
         ) from error
 
 
@@ -213,34 +227,38 @@ def _digest(tensor: Tensor) -> str:
 
 
 class InRecipe(Laws):
-    """The law of ranks, of a stage in a recipe with others."""
+    """The law of ranks: for a stage in a recipe."""
 
     def in_recipe(self) -> dict[str, Any]:
-        """A recipe with the stage in it: arguments of `kfactk.build`."""
+        """Return a recipe with the stage in it: arguments of `kfactk.build`."""
         return {self.family: self.subject()}
 
     @law()
     @on_ranks
     def test_two_ranks_are_one_process(self) -> None:
-        """In a recipe, two ranks with half of each batch do what one process does with the whole, and the same bit for bit."""
-        training, recipe = (
-            Training(),
-            {"update": torch.optim.SGD, **self.in_recipe()},
-        )  # which shows factors that Adam would not
+        """Two ranks with half of each batch do what one process does with the whole.
+
+        They agree bit for bit. The update is SGD, which shows factors that Adam would not.
+        """
+        training, recipe = Training(), {"update": torch.optim.SGD, **self.in_recipe()}
         if not training.build(recipe).coverage(training.fresh()).covered:
             pytest.skip(
-                f"{self.label()} supports no layer of the model that is trained here; PipelineLaws can be given another one"
+                f"{self.label()} supports no layer of the model that is trained here; PipelineLaws "
+                "can be given another one"
             )
         equal_on_ranks(training, recipe)
 
 
 def basis_for(curvature: Any) -> Any:
-    """A registered basis that takes what a curvature provides: one without moments where there is one; `None` where there is none."""
+    """Return a registered basis that takes what a curvature provides; `None` without any.
+
+    A basis without moments is preferred.
+    """
     fitting = []
     for name in sorted({info.name for info in registry().stages("basis") if not info.blocked}):
         try:
             basis = registry().resolve("basis", name)
-        except KfactkError:  # disputed, or in need of options
+        except KfactkError:  # claimed twice, or in need of options
             continue
         if basis.requires <= curvature.provides:
             fitting.append((basis.moments_from is not None, name, basis))

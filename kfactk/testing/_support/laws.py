@@ -40,7 +40,7 @@ def effort(examples: int) -> int:
     if name not in PROFILES:
         raise OptionError(
             f"{VARIABLE}={name!r} is no profile of the laws.{near_names(name, PROFILES)} "
-            f"There are: {', '.join(PROFILES)}."
+            f"Choose one of: {', '.join(PROFILES)}."
         )
     return examples * PROFILES[name]
 

@@ -1,4 +1,4 @@
-"""What the laws of curvatures share: which layers are drawn for a stage, and what it makes of them."""
+"""What the laws of curvatures share: the layers that are drawn, and what a stage makes of them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from kfactk.testing._support.laws import Laws, close
 from kfactk.testing._support.strategies import CONV, Case, Kind, foreign_modules, kinds
 
 KNOWN = (nn.Linear, *CONV.values())
-"""Layers whose matrix and rows `truth` knows."""
+"""Layers whose matrix and rows `truth` can compute."""
 
 
 class OnLayers(Laws):
@@ -30,15 +30,15 @@ class OnLayers(Laws):
         "ignore:Using padding='same' with even kernel:UserWarning"
     )
     covers: ClassVar[tuple[type[nn.Module], ...]] = (*KNOWN, nn.LayerNorm, nn.Embedding)
-    """Classes of modules that `cases` can draw; `unsupported` has to refuse the others."""
+    """Classes of modules that `cases` can draw; `unsupported` must refuse all others."""
 
     def cases(self) -> st.SearchStrategy[Case]:
-        """The layers to try the stage on, with data."""
+        """Return the layers to test the stage on, with data."""
         cases = st.one_of([kind.cases for kind in self._accepted()])
         return cases.filter(lambda case: self.curvature.unsupported(case.module) is None)
 
     def single_row_cases(self) -> st.SearchStrategy[Case]:
-        """Those among them with T = 1, where Kronecker factors of one example are exact."""
+        """Return the cases with T = 1, where Kronecker factors of one example are exact."""
         self._want_kronecker()
         cases = st.one_of(
             [kind.single_row for kind in self._accepted() if kind.single_row is not None]
@@ -46,7 +46,7 @@ class OnLayers(Laws):
         return cases.filter(lambda case: self.curvature.unsupported(case.module) is None)
 
     def known_cases(self) -> st.SearchStrategy[Case]:
-        """Those among them whose rows and matrix have a form that the laws know: linear layers and convolutions."""
+        """Return the cases whose rows and matrix the laws know: linear layers, convolutions."""
         if not any(
             type(each) in KNOWN
             and type(each) in self.covers
@@ -54,12 +54,16 @@ class OnLayers(Laws):
             for each in foreign_modules()
         ):
             pytest.skip(
-                f"{self.label()} takes neither linear layers nor convolutions, and the rows of other layers are their own"
+                f"{self.label()} takes neither linear layers nor convolutions, and the rows of "
+                "other layers are their own"
             )
         return self.cases().filter(lambda case: type(case.module) in KNOWN)
 
     def arranged(self, case: Case, tensor: Tensor) -> Tensor:
-        """An input or output gradient, examples in dim 0, as the stage is to get it; for a stage that wants them elsewhere."""
+        """Return an input or output gradient as the stage expects it.
+
+        Override it for a stage that has the examples elsewhere than in dimension 0.
+        """
         return tensor
 
     @functools.cached_property
@@ -76,7 +80,7 @@ class OnLayers(Laws):
         num_terms: Any = None,
         first: bool = True,
     ) -> Samples:
-        """What the stage makes of a case; a term an example unless told."""
+        """Return the samples that the stage makes of a case; by default one term per example."""
         scales = [1.0] * len(case.calls) if scales is None else scales
         calls = [
             LayerCall(self.arranged(case, x), self.arranged(case, g), scale)
@@ -86,19 +90,19 @@ class OnLayers(Laws):
         return self.curvature.samples(case.layer, calls, num_terms=num_terms, first=first)
 
     def sums(self, case: Case, **how: Any) -> dict[str, Statistic]:
-        """Its factors, as sums and counts."""
+        """Return its factors, as sums and counts."""
         return self.curvature.factors(case.layer, self.samples(case, **how))
 
     def means(self, case: Case, **how: Any) -> dict[str, Tensor]:
-        """Its factors, averaged."""
+        """Return its factors, averaged."""
         return averaged(self.sums(case, **how))
 
     def matrices(self, case: Case, **how: Any) -> dict[str, Tensor]:
-        """The assembled matrices."""
+        """Return the assembled matrices."""
         return dict(self.curvature.assemble(case.layer, self.means(case, **how)))
 
     def gradients(self, case: Case) -> Tensor:
-        """D by autograd, example by example."""
+        """Return D by autograd, example by example."""
         if type(case.module) in KNOWN:
             return sum(
                 (truth.module_gradients(case.module, x, g) for x, g in case.calls), torch.zeros(())
@@ -117,19 +121,23 @@ class OnLayers(Laws):
         found = [kind for kind in kinds() if kind.supported_by(self.curvature)]
         if not found:
             raise OptionError(
-                f"{self.label()} accepts no layer that the laws know how to draw. If it is for layers of another class, write `covers` and "
-                "`cases` in the class of the laws (and `single_row_cases` if it has factors A and G); else `unsupported` refuses too much."
+                f"{self.label()} accepts no layer that the laws know how to draw. If it is for "
+                "layers of another class, write `covers` and `cases` in the class of the laws (and "
+                "`single_row_cases` if it has factors A and G). Otherwise `unsupported` refuses "
+                "too much."
             )
         return found
 
     def _want_kronecker(self) -> None:
         if not {"A", "G"} <= set(self.curvature.provides):
-            pytest.skip(
-                f"{self.label()} provides {', '.join(sorted(self.curvature.provides))}, not the Kronecker factors A and G"
-            )
+            provides = ", ".join(sorted(self.curvature.provides))
+            pytest.skip(f"{self.label()} provides {provides}, not the Kronecker factors A and G")
 
     def _degrees(self, case: Case) -> dict[str, int]:
-        """For each factor, the power of the gradient's scale it goes with; a factor that is zero is left out."""
+        """Return the power of the gradient's scale that each factor is proportional to.
+
+        Factors that are zero are left out.
+        """
         once, twice = self.means(case), self.means(case.times(gradients=2.0))
         return {
             name: round(float((twice[name].norm() / once[name].norm()).log2()))
@@ -139,10 +147,10 @@ class OnLayers(Laws):
 
 
 def averaged(sums: Mapping[str, Statistic]) -> dict[str, Tensor]:
-    """Sum over count of each factor.
+    """Return sum over count of each factor.
 
     Raises:
-        AssertionError: One has nothing to divide.
+        AssertionError: There is no sum or no count.
     """
     for name, each in sums.items():
         assert each.total is not None, f"factor {name!r} has no sum, though there are examples"
@@ -168,6 +176,6 @@ def near(found: Tensor, expected: Tensor, says: str, relative: float, *, atol: f
 
 
 def present(total: Tensor | None) -> Tensor:
-    """A sum that has to be there."""
+    """Return a sum that must be there."""
     assert total is not None, "there is no sum, though there are examples"
     return total

@@ -1,4 +1,4 @@
-"""Hypothesis strategies of the laws: random layers with an input and an output gradient, in float64; and modules to be refused."""
+"""Hypothesis strategies of the laws: random layers with data in float64, and modules to refuse."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize, prune
 from kfactk.stages import Curvature, Layer
 
 ShapesOf = Callable[[Any], st.SearchStrategy[tuple[int, ...]]]
-"""From a module, strategies for the shape of its input."""
+"""From a module, a strategy for the shape of its input."""
 Fill = Callable[[Any, tuple[int, ...], torch.Generator], Tensor]
 """From a module, a shape and a generator, the input."""
 CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -31,14 +31,17 @@ MODES = ("zeros", "circular", "reflect", "replicate")
 
 @attrs.frozen(eq=False, repr=False)
 class Case:
-    """A layer, what it was called with, and the gradient of a summed loss with respect to its output; examples in dim 0.
+    """A layer, its input, and the gradient of a summed loss with respect to its output.
+
+    Examples are in dimension 0.
 
     Args:
         module: The layer.
         inputs: Its input.
         gradient: The gradient, of its output's shape.
-        further: Input and gradient of each further use of the layer in the same forward, as many examples each.
-        seed: What the numbers were drawn from; for its repr.
+        further: Input and gradient of each further call of the layer in the same forward, with the
+            same number of examples.
+        seed: Seed of the numbers; for the repr.
     """
 
     module: Any
@@ -55,7 +58,8 @@ class Case:
             if not parameter.requires_grad
         ]
         more = [f"{' and '.join(frozen)} frozen"] if frozen else []
-        return f"Case({', '.join([str(self.module), f'called {calls}', str(self.gradient.dtype), *more, f'seed {self.seed}'])})"
+        told = [str(self.module), f"called {calls}", str(self.gradient.dtype), *more]
+        return f"Case({', '.join([*told, f'seed {self.seed}'])})"
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(repr(self))  # what Hypothesis prints: tensors would say less in more lines
@@ -67,7 +71,7 @@ class Case:
 
     @property
     def layer(self) -> Layer:
-        """The layer as stages get it; a frozen bias is none of its parameters."""
+        """The layer as stages get it; a frozen bias is not among its parameters."""
         names = [
             name
             for name, parameter in self.module.named_parameters(recurse=False)
@@ -77,16 +81,16 @@ class Case:
 
     @property
     def calls(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        """Input and gradient of each use."""
+        """Input and gradient of each call."""
         return ((self.inputs, self.gradient), *self.further)
 
     def rows(self, examples: Sequence[int]) -> Case:
-        """The case with these examples, in this order."""
+        """Return the case with these examples, in this order."""
         index = torch.tensor(examples, dtype=torch.long)
         return self._each(lambda inputs, gradient: (inputs[index], gradient[index]))
 
     def to(self, dtype: torch.dtype) -> Case:
-        """The case in another precision, the layer's parameters too; integer inputs stay."""
+        """Return the case in another precision, parameters included; integer inputs stay."""
         moved = self._each(
             lambda inputs, gradient: (
                 inputs.to(dtype) if inputs.is_floating_point() else inputs,
@@ -96,7 +100,7 @@ class Case:
         return attrs.evolve(moved, module=copy.deepcopy(self.module).to(dtype))
 
     def times(self, *, inputs: float = 1.0, gradients: float = 1.0) -> Case:
-        """The case with the inputs, or the gradients, multiplied by a number."""
+        """Return the case with the inputs, or the gradients, multiplied by a number."""
         return self._each(lambda x, g: (x if inputs == 1.0 else x * inputs, g * gradients))
 
     def _each(self, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Case:
@@ -105,27 +109,27 @@ class Case:
 
 
 def seeds() -> st.SearchStrategy[int]:
-    """Seeds of generators."""
+    """Draw seeds of generators."""
     return st.integers(0, 2**16)
 
 
 def normal(module: Any, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Normal numbers."""
+    """Return normal numbers."""
     return torch.randn(shape, generator=generator, dtype=torch.float64)
 
 
 def dtypes() -> st.SearchStrategy[torch.dtype]:
-    """Precisions of a layer and its data."""
+    """Draw precisions of a layer and its data."""
     return st.sampled_from([torch.float64, torch.float32, torch.bfloat16, torch.float16])
 
 
 def binary_exponents() -> st.SearchStrategy[int]:
-    """Exponents of factors that change no digits: powers of two between 1e-20 and 1e20."""
+    """Draw exponents of powers of two from 1e-20 to 1e20: such factors change no digits."""
     return st.sampled_from([1, -1, 20, -20, 66, -66])
 
 
 def decimal_exponents() -> st.SearchStrategy[int]:
-    """Exponents of ten from -20 to 20, float32's limits for a square among them."""
+    """Draw exponents of ten from -20 to 20, with float32's limits for a square."""
     return st.sampled_from([0, 4, -4, 10, -10, 17, 18, -18, 20, -20])
 
 
@@ -176,18 +180,20 @@ def case_of(
 def linear_cases(
     max_rank: int = 4, *, most_calls: int = 1, freeze: bool = False
 ) -> st.SearchStrategy[Case]:
-    """`nn.Linear` with batched inputs of rank 2 to `max_rank`; see `case_of`."""
+    """Draw `nn.Linear` with batched inputs of rank 2 to `max_rank`; see `case_of`."""
     modules = st.builds(nn.Linear, st.integers(1, 4), st.integers(1, 4), bias=st.booleans())
     extras = st.lists(st.integers(1, 3), max_size=max_rank - 2)
-    shapes: ShapesOf = lambda m: st.builds(
-        lambda n, extra: (n, *extra, m.in_features), st.integers(1, 4), extras
-    )  # noqa: E731
+
+    def shapes(module: nn.Linear) -> st.SearchStrategy[tuple[int, ...]]:
+        features = module.in_features
+        return st.builds(lambda n, extra: (n, *extra, features), st.integers(1, 4), extras)
+
     return case_of(modules, shapes, most_calls=most_calls, freeze=freeze)
 
 
 @st.composite
 def convolutions(draw: st.DrawFn, dimensions: Sequence[int] = (1, 2, 3)) -> Any:
-    """A convolution of 1 to 3 dimensions with any geometry torch accepts."""
+    """Draw a convolution of 1 to 3 dimensions with any geometry that torch accepts."""
     dims = draw(st.sampled_from(dimensions))
     largest = {1: 4, 2: 3, 3: 2}[dims]
 
@@ -201,10 +207,8 @@ def convolutions(draw: st.DrawFn, dimensions: Sequence[int] = (1, 2, 3)) -> Any:
     groups = draw(st.integers(1, 3))
     return CONV[dims](
         groups * draw(st.integers(1, 2)),
-        groups
-        * draw(
-            st.integers(1, 3)
-        ),  # eigenvectors of 2 x 2 matrices are symmetric, and hide a transposition
+        # Eigenvectors of 2 x 2 matrices are symmetric and hide a transposition.
+        groups * draw(st.integers(1, 3)),
         kernel,
         stride=stride,
         padding=padding,
@@ -217,7 +221,10 @@ def convolutions(draw: st.DrawFn, dimensions: Sequence[int] = (1, 2, 3)) -> Any:
 
 @st.composite
 def _conv_shape(draw: st.DrawFn, module: Any) -> tuple[int, ...]:
-    """A small input shape that the module accepts: patches fit, and reflect and circular padding have what they copy."""
+    """Draw a small input shape that the module accepts.
+
+    Patches fit, and reflect and circular padding have enough to copy.
+    """
     sizes = []
     for i, kernel in enumerate(module.kernel_size):
         span = module.dilation[i] * (kernel - 1) + 1
@@ -234,12 +241,15 @@ def _conv_shape(draw: st.DrawFn, module: Any) -> tuple[int, ...]:
 def conv_cases(
     dimensions: Sequence[int] = (1, 2, 3), *, most_calls: int = 1, freeze: bool = False
 ) -> st.SearchStrategy[Case]:
-    """`nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d`: strides, dilations, paddings, padding modes, groups, depthwise, with and without bias."""
+    """Draw `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` of every geometry, with and without bias.
+
+    Geometry means strides, dilations, paddings, padding modes and groups, depthwise included.
+    """
     return case_of(convolutions(dimensions), _conv_shape, most_calls=most_calls, freeze=freeze)
 
 
 def norm_cases(*, most_calls: int = 1, freeze: bool = False) -> st.SearchStrategy[Case]:
-    """`nn.LayerNorm` over the last dimension, inputs of rank 2 and 3."""
+    """Draw `nn.LayerNorm` over the last dimension, inputs of rank 2 and 3."""
     modules = st.builds(nn.LayerNorm, st.integers(2, 4), bias=st.booleans())
     extras = st.lists(st.integers(1, 3), max_size=1)
     return case_of(
@@ -253,7 +263,7 @@ def norm_cases(*, most_calls: int = 1, freeze: bool = False) -> st.SearchStrateg
 
 
 def embedding_cases(*, most_calls: int = 1) -> st.SearchStrategy[Case]:
-    """`nn.Embedding`, inputs of rank 1 and 2."""
+    """Draw `nn.Embedding`, inputs of rank 1 and 2."""
 
     def fill(module: Any, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
         return torch.randint(module.num_embeddings, shape, generator=generator)
@@ -268,19 +278,19 @@ def embedding_cases(*, most_calls: int = 1) -> st.SearchStrategy[Case]:
 
 
 def layer_cases(*, most_calls: int = 1, freeze: bool = False) -> st.SearchStrategy[Case]:
-    """Linear layers and convolutions; see `case_of`."""
+    """Draw linear layers and convolutions; see `case_of`."""
     return linear_cases(most_calls=most_calls, freeze=freeze) | conv_cases(
         most_calls=most_calls, freeze=freeze
     )
 
 
 def single_row_cases() -> st.SearchStrategy[Case]:
-    """Layers seen with T = 1: linear ones on `[N, d]`, convolutions whose kernel covers the input."""
+    """Draw layers with T = 1: linear ones on `[N, d]`, convolutions that cover their input."""
     return linear_cases(max_rank=2) | covering_conv_cases(2)
 
 
 def covering_conv_cases(dims: int) -> st.SearchStrategy[Case]:
-    """Convolutions of `dims` dimensions whose kernel covers the input."""
+    """Draw convolutions of `dims` dimensions whose kernel covers the input."""
     modules = st.builds(
         lambda groups, channels, outputs, kernel, bias: CONV[dims](
             groups * channels, groups * outputs, kernel, groups=groups, bias=bias
@@ -302,8 +312,9 @@ class Kind:
 
     Args:
         probes: Small modules of the kind, to ask a stage whether it takes any.
-        cases: All configurations, up to three uses in one forward, the bias frozen or not.
-        single_row: Cases with one use and T = 1; `None` where the layer has no rows that its weight multiplies.
+        cases: All configurations, up to three calls in one forward, the bias frozen or not.
+        single_row: Cases with one call and T = 1; `None` where the layer has no rows that its
+            weight multiplies.
     """
 
     probes: tuple[nn.Module, ...]
@@ -316,7 +327,7 @@ class Kind:
 
 
 def kinds() -> list[Kind]:
-    """The kinds of layers that the laws of curvatures can draw."""
+    """Return the kinds of layers that the laws of curvatures can draw."""
     both = (True, False)
     return [
         Kind(
@@ -341,7 +352,7 @@ def kinds() -> list[Kind]:
 
 
 def foreign_modules() -> Iterator[nn.Module]:
-    """Modules of many classes, which few curvatures can treat."""
+    """Yield modules of many classes, most of which a curvature cannot treat."""
     yield from (
         nn.Linear(2, 2),
         nn.Conv1d(2, 2, 1),
@@ -381,8 +392,10 @@ def foreign_modules() -> Iterator[nn.Module]:
 
 
 def tampered(plain: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """What no curvature that takes `plain` can treat exactly, each with its description: the layer does not compute what its class says,
-    or what is trained is not its weight."""
+    """Yield forms of `plain` that no curvature for it can treat exactly, each with its description.
+
+    Such a layer does not compute what its class says, or trains something else than its weight.
+    """
     cls = type(plain)
 
     def changed(change: Callable[[Any], object]) -> nn.Module:
@@ -438,7 +451,12 @@ def tampered(plain: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 @attrs.frozen(eq=False)
 class Terms:
-    """The parameters of likelihood terms, `[N, S, C]`, and the weight of each, `[N, S]`; `None` where all are 1."""
+    """Likelihood terms.
+
+    Args:
+        rows: Their parameters, `[N, S, C]`.
+        weights: The weight of each, `[N, S]`; `None` where all are 1.
+    """
 
     rows: Tensor
     weights: Tensor | None
@@ -451,7 +469,10 @@ def terms(
     scales: Sequence[float] = (1.0, 0.0, 4.0),
     weights: Sequence[float] = (),
 ) -> Terms:
-    """A few examples of a few terms, normal numbers times a scale; each term has one of `weights`, if there are any."""
+    """Draw a few examples of a few terms: normal numbers times a scale.
+
+    Each term has one of `weights`, if there are any.
+    """
     n, s, c = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from(widths))
     generator = torch.Generator().manual_seed(draw(seeds()))
     rows = draw(st.sampled_from(scales)) * torch.randn(

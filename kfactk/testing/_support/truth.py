@@ -1,8 +1,9 @@
-"""Independent ground truth in float64: per-example gradients by torch.func, dense matrices by plain loops.
+"""Ground truth in float64: per-example gradients by torch.func, dense matrices by plain loops.
 
-Nothing here uses kfactk. A layer's gradient is the matrix `[d_out, d_in]` whose columns are the inputs in the order of
-`weight.reshape(d_out, -1)`, the bias last; grouped convolutions have a leading group dimension, `[groups, d_out/g, d_in]`. `D` is the stack
-of such matrices over examples, `[N, d_out, d_in]` or `[groups, N, d_out/g, d_in]`. `vec` stacks columns.
+Nothing here uses kfactk. A layer's gradient is the matrix `[d_out, d_in]`. Its columns are the
+inputs in the order of `weight.reshape(d_out, -1)`, the bias last. Grouped convolutions have a
+leading group dimension, `[groups, d_out/g, d_in]`. `D` is the stack of these matrices over
+examples, `[N, d_out, d_in]` or `[groups, N, d_out/g, d_in]`. `vec` stacks columns.
 """
 
 from __future__ import annotations
@@ -35,14 +36,17 @@ def as_matrix(module: nn.Module, gradients: Mapping[str, Tensor]) -> Tensor:
 
 
 def stack_examples(module: nn.Module, matrices: list[Tensor]) -> Tensor:
-    """Stack one matrix an example into D: the example dimension comes after the groups."""
+    """Stack one matrix per example into D; the example dimension comes after the groups."""
     return torch.stack(matrices, dim=1 if getattr(module, "groups", 1) > 1 else 0)
 
 
 def per_example_gradients(
     model: nn.Module, inputs: Tensor, targets: Tensor, loss: LossOfOutput
 ) -> list[dict[str, Tensor]]:
-    """Gradient of `loss(model(inputs[n:n+1]), targets[n:n+1])` for every parameter that requires one, example by example."""
+    """Return the gradients of `loss(model(inputs[n:n+1]), targets[n:n+1])`, example by example.
+
+    There is one for every parameter that requires it.
+    """
     trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
     def value(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
@@ -55,7 +59,7 @@ def per_example_gradients(
 def layer_gradients(
     model: nn.Module, layer: str, inputs: Tensor, targets: Tensor, loss: LossOfOutput
 ) -> Tensor:
-    """D of the layer called `layer` ("" for the model itself), from `per_example_gradients`."""
+    """Return D of the layer called `layer` ("" for the model itself)."""
     module = model.get_submodule(layer)
     prefix = f"{layer}." if layer else ""
     matrices = []
@@ -70,13 +74,19 @@ def layer_gradients(
 
 
 def module_gradients(module: nn.Module, inputs: Tensor, cotangent: Tensor) -> Tensor:
-    """D of one module whose output's gradient is `cotangent`; the examples are dim 0 of both."""
+    """Return D of one module whose output's gradient is `cotangent`.
+
+    The examples are dimension 0 of both.
+    """
     return layer_gradients(module, "", inputs, cotangent, lambda output, g: (output * g).sum())
 
 
 def categorical_fisher_gradients(model: nn.Module, layer: str, inputs: Tensor) -> Tensor:
-    """D of the exact Fisher of a softmax output `[N, C]`: N*C "examples", one an example and class, each times the root of the
-    class' probability, so that `dense_fisher(D, num_terms=N)` is F."""
+    """Return D of the exact Fisher of a softmax output `[N, C]`.
+
+    There is one matrix for each example and class, times the root of the class' probability. So
+    `dense_fisher(D, num_terms=N)` is F.
+    """
     with torch.no_grad():
         probabilities = model(inputs).softmax(-1)
     parts = []
@@ -95,7 +105,10 @@ def vec(matrix: Tensor) -> Tensor:
 
 
 def dense_fisher(gradients: Tensor, num_terms: float) -> Tensor:
-    """`(1/M) sum_n vec(D_n) vec(D_n)^T` of D `[N, d_out, d_in]` (`[groups, N, ...]`: one for each group)."""
+    """Return `(1/M) sum_n vec(D_n) vec(D_n)^T` of D `[N, d_out, d_in]`.
+
+    For D `[groups, N, ...]` there is one for each group.
+    """
     if gradients.ndim == 4:
         return torch.stack([dense_fisher(block, num_terms) for block in gradients])
     size = gradients.shape[1] * gradients.shape[2]
@@ -106,7 +119,7 @@ def dense_fisher(gradients: Tensor, num_terms: float) -> Tensor:
 
 
 def dense_kron(a: Tensor, b: Tensor) -> Tensor:
-    """`A kron B` of two matrices, or of two stacks of matrices one by one."""
+    """Return `A kron B` of two matrices, or of two stacks of matrices one by one."""
     if a.ndim == 3:
         return torch.stack([dense_kron(x, y) for x, y in zip(a, b, strict=True)])
     return torch.cat(
@@ -115,7 +128,10 @@ def dense_kron(a: Tensor, b: Tensor) -> Tensor:
 
 
 def projected_square(gradients: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
-    """`sum_n (L^T D_n R)^2`, elementwise square, of D `[N, d_out, d_in]` (`[groups, N, ...]`: rotations have the groups too)."""
+    """Return `sum_n (L^T D_n R)^2`, elementwise square, of D `[N, d_out, d_in]`.
+
+    For D `[groups, N, ...]` the rotations have the groups too.
+    """
     if gradients.ndim == 4:
         sides = [
             (None if left is None else left[k], None if right is None else right[k])
@@ -133,9 +149,15 @@ def projected_square(gradients: Tensor, left: Tensor | None, right: Tensor | Non
 
 
 def input_rows(module: Any, inputs: Tensor, *, bias: bool) -> Tensor:
-    """Rows a_{n,t} that the layer's weight sees, `[N, T, d_in]` or `[groups, N, T, d_in]`; a 1 is appended where `bias`.
+    """Return the rows a_{n,t} that the layer's weight sees, `[N, T, d_in]`.
 
-    `inputs` has its examples in dim 0. Convolution patches are read off index by index, padding included.
+    Grouped layers have `[groups, N, T, d_in]`. Convolution patches are read index by index, padding
+    included.
+
+    Args:
+        module: The layer.
+        inputs: Its input, examples in dimension 0.
+        bias: Whether to append a 1 to each row.
     """
     if isinstance(module, nn.Linear):
         rows = inputs.reshape(len(inputs), -1, inputs.shape[-1])
@@ -147,7 +169,10 @@ def input_rows(module: Any, inputs: Tensor, *, bias: bool) -> Tensor:
 
 
 def output_rows(module: Any, outputs: Tensor) -> Tensor:
-    """A tensor shaped like the layer's output as rows `[N, T, d_out]` or `[groups, N, T, d_out/g]`."""
+    """Return a tensor shaped like the layer's output as rows, `[N, T, d_out]`.
+
+    Grouped layers have `[groups, N, T, d_out/g]`.
+    """
     if isinstance(module, nn.Linear):
         return outputs.reshape(len(outputs), -1, outputs.shape[-1])
     size = module.out_channels // module.groups
@@ -159,7 +184,7 @@ def output_rows(module: Any, outputs: Tensor) -> Tensor:
 
 
 def _patches(module: Any, inputs: Tensor, bias: bool) -> Tensor:
-    """`[N, T, C * taps (+ 1)]` of one group's channels, `[N, C, *S]`."""
+    """Return `[N, T, C * taps (+ 1)]` of one group's channels, `[N, C, *S]`."""
     sizes, kernel, stride, dilation = (
         inputs.shape[2:],
         module.kernel_size,
@@ -203,7 +228,7 @@ def _pads(module: Any, i: int) -> tuple[int, int]:
 
 
 def _source(mode: str, index: int, size: int) -> int | None:
-    """Where a padded position reads from; `None` for a zero."""
+    """Return where a padded position reads from; `None` for a zero."""
     if 0 <= index < size:
         return index
     if mode == "zeros":
@@ -216,7 +241,7 @@ def _source(mode: str, index: int, size: int) -> int | None:
 
 
 def moment(rows: Tensor) -> Tensor:
-    """`sum_n sum_t r r^T` of `[N, T, d]` (`[groups, N, T, d]`: one for each group), as a plain loop."""
+    """Return `sum_n sum_t r r^T` of `[N, T, d]`, as a plain loop; one for each group, if any."""
     if rows.ndim == 4:
         return torch.stack([moment(block) for block in rows])
     total = rows.new_zeros(rows.shape[-1], rows.shape[-1])
@@ -226,10 +251,10 @@ def moment(rows: Tensor) -> Tensor:
 
 
 def unvec(vector: Tensor, d_out: int) -> Tensor:
-    """Columns of a matrix one after another, back to the matrix."""
+    """Return the matrix of stacked columns: the inverse of `vec`."""
     return torch.stack([vector[i : i + d_out] for i in range(0, len(vector), d_out)], dim=1)
 
 
 def solve(block: Tensor, matrix: Tensor) -> Tensor:
-    """`block^-1 vec(matrix)`, as a matrix."""
+    """Return `block^-1 vec(matrix)`, as a matrix."""
     return unvec(torch.linalg.solve(block, vec(matrix)), matrix.shape[0])

@@ -146,7 +146,7 @@ class Ekfac(Basis):
         """
         if name == "a":
             if not bool(torch.isfinite(matrix).all()):
-                raise DecompositionError("a factor holds NaN or inf; it was not decomposed")
+                raise DecompositionError(f"a factor holds NaN or inf; {linalg.RAISE_DAMPING}")
             return {"eigenvalues": matrix.clamp(min=0)}
         last = None if context.previous is None else context.previous["eigenvectors"]
         large = self.iterate_from is not None and matrix.shape[-1] >= self.iterate_from

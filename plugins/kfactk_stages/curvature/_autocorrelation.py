@@ -1,9 +1,12 @@
 """The input factor of a convolution of stride 1 without unfolding its input.
 
-Let `p_t` be the patch at position t. Over *all* positions at which a patch touches the input, `sum_t p_t p_t^T` holds for taps i and j
-nothing but the correlation of the input with itself at offset j - i, of which there are (2k - 1) a dimension where there are k^2 pairs of
-taps. A layer sees fewer positions than all; the others are a thin frame, in which most taps are off the input: at one side of it what is
-left of a patch lies within a strip of the input, as the patches of a convolution with a dimension less. Their moment is taken off again.
+Let `p_t` be the patch at position t. Over *all* positions at which a patch touches the input, the
+entry of `sum_t p_t p_t^T` for taps i and j is the correlation of the input with itself at offset
+j - i. There are 2k - 1 offsets a dimension, but k^2 pairs of taps.
+
+A layer sees fewer positions than all. The others are a thin frame, where most taps lie beyond the
+input. At one side of the frame, the rest of a patch lies in a strip of the input. These are the
+patches of a convolution with one dimension less; their moment is subtracted.
 """
 
 from __future__ import annotations
@@ -21,11 +24,14 @@ from kfactk_stages.curvature._slabs import slab_blocks
 from kfactk_stages.curvature._unfold import CALLED, MOVED, Window, moment_of
 
 STRIP_BYTES = 2**22
-"""What is copied at a time of a strip beside the border."""
+"""Bytes of a strip beside the border that are copied at a time."""
 
 
 def applies(window: Window) -> bool:
-    """Whether the moment can be had this way: stride 1, more than one tap, and zeros beyond the input that no patch exceeds."""
+    """Return whether this way applies to a window.
+
+    It needs stride 1, more than one tap, and no more zeros beyond the input than patches reach.
+    """
     exceeded = window.mode == "constant" and any(
         max(pads) > most for pads, most in zip(window.padding, window.reach, strict=True)
     )
@@ -35,13 +41,15 @@ def applies(window: Window) -> bool:
 
 
 def wide(window: Window, sizes: Sequence[int]) -> bool:
-    """Whether every tap sees most of an input of these sizes: what is taken off again is then small beside what is left, and so is its
-    rounding."""
+    """Return whether every tap sees most of an input of these sizes.
+
+    What is subtracted is then small beside the rest, and so is its rounding.
+    """
     return all(size >= 2 * most for size, most in zip(sizes, window.reach, strict=True))
 
 
 def cost(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -> float:
-    """What `patch_moment` costs, in multiplications of a large product; small work still has its calls."""
+    """Return the cost of `patch_moment`, in multiplications of a large product."""
     total = (
         _spectral.cost(window, sizes, channels, examples)
         + 60.0 * (channels * math.prod(window.kernel)) ** 2
@@ -59,7 +67,7 @@ def cost(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -
 
 
 def patch_moment(inputs: Tensor, window: Window, groups: int) -> Tensor:
-    """`sum_n sum_t p p^T` over the patches of a convolution, `[groups, columns, columns]`, without bias.
+    """Return `sum_n sum_t p p^T` over patches, `[groups, columns, columns]`, without bias.
 
     Args:
         inputs: `[N, groups * channels, *S]`, in the precision wanted.
@@ -67,7 +75,7 @@ def patch_moment(inputs: Tensor, window: Window, groups: int) -> Tensor:
         groups: Groups of the convolution.
 
     References:
-        Grosse & Martens 2016, arXiv:1602.01407, where A is made of the activations' autocovariances.
+        Grosse & Martens 2016, arXiv:1602.01407: A from autocovariances of the activations.
     """
     inputs, window = window.unpadded(inputs)
     channels, taps = inputs.shape[1] // groups, window.kernel
@@ -93,23 +101,30 @@ def patch_moment(inputs: Tensor, window: Window, groups: int) -> Tensor:
 
 
 def patch_sum(inputs: Tensor, window: Window, groups: int) -> Tensor:
-    """`sum_n sum_t p`, `[groups, columns]`."""
+    """Return `sum_n sum_t p`, `[groups, columns]`."""
     patches = window.patches(inputs.sum(0, keepdim=True))
     dims = len(window.kernel)
     return patches.sum(tuple(range(2, 2 + dims))).reshape(groups, -1)
 
 
 def gram_of(rows: Tensor) -> Tensor:
-    """`rows^T rows`, `[groups, n, n]`; of one group by a plain product, which is divided among threads along the rows too."""
+    """Return `rows^T rows`, `[groups, n, n]`.
+
+    One group takes a plain product, which threads divide along the rows too.
+    """
     if len(rows) > 1:
         return rows.transpose(-1, -2) @ rows
     return (rows[0].T @ rows[0])[None]
 
 
 def pixel_gram(images: Tensor) -> Tensor:
-    """`sum_n sum_t x x^T` over the pixels of images `[N, groups, channels, *T]`, `[groups, channels, channels]`.
+    """Return `sum_n sum_t x x^T` over pixels, `[groups, channels, channels]`.
 
-    Image by image nothing is moved; only where a product is not small beside its image are pixels of all images brought together.
+    Products image by image copy nothing. Pixels of all images are joined only where the product is
+    not small beside its image.
+
+    Args:
+        images: `[N, groups, channels, *T]`.
     """
     channels, flat = images.shape[2], images.flatten(3)
     if flat.shape[3] >= 4 * channels:
@@ -118,7 +133,7 @@ def pixel_gram(images: Tensor) -> Tensor:
 
 
 def _toeplitz(correlation: Tensor, taps: tuple[int, ...]) -> Tensor:
-    """`M[i, j] = correlation[j - i]` for taps i and j, `[*taps, *taps, groups, channels, channels]`."""
+    """Return `M[i, j] = correlation[j - i]` for taps i, j: `[*taps, *taps, groups, c, c]`."""
     blocks = correlation.new_empty(*taps, *taps, *correlation.shape[len(taps) :])
     for i in itertools.product(*map(range, taps)):
         blocks[i] = correlation[
@@ -128,7 +143,11 @@ def _toeplitz(correlation: Tensor, taps: tuple[int, ...]) -> Tensor:
 
 
 def _cuts(window: Window, dim: int) -> dict[int, list[bool]]:
-    """How many positions a layer does not see along a dimension, and whether they are before what it sees or after."""
+    """Return how many positions a layer does not see along a dimension, and at which sides.
+
+    Returns:
+        Number of positions to a list with False for those before what it sees, True for after.
+    """
     found: dict[int, list[bool]] = {}
     for after, pad in enumerate(window.padding[dim]):
         if window.reach[dim] > pad:
@@ -137,7 +156,10 @@ def _cuts(window: Window, dim: int) -> dict[int, list[bool]]:
 
 
 def _along(window: Window, dim: int) -> Window:
-    """The window over a strip: of positions that are seen in the dimensions before `dim`, and of all in those that follow."""
+    """Return the window over a strip.
+
+    It covers the positions that are seen in the dimensions before `dim`, and all in those after.
+    """
     pads = [*window.padding[:dim], (0, 0), *((reach, reach) for reach in window.reach[dim + 1 :])]
     single = (*window.kernel[:dim], 1, *window.kernel[dim + 1 :])
     return Window(
@@ -152,10 +174,12 @@ def _along(window: Window, dim: int) -> Window:
 def _strip(
     inputs: Tensor, dim: int, cut: int, dilation: int, groups: int, *, after: bool
 ) -> Tensor:
-    """What is seen at the `cut` positions along a dimension that are the first of all, or the last, by the taps that see anything there.
+    """Return what taps see at the first, or the last, `cut` positions along a dimension.
+
+    Taps that see nothing there are left out.
 
     Returns:
-        `[N * cut, groups * taps * channels, *S]`, with one place in the dimension.
+        `[N * cut, groups * taps * channels, *S]`, with the size 1 in the dimension.
     """
     size, reach = inputs.shape[2 + dim], (-(-cut // dilation) - 1) * dilation
     pads = [max(0, cut - size), reach] if after else [reach, max(0, cut - size)]

@@ -13,7 +13,7 @@ PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 def reason_against(module: nn.Module, covered: tuple[type[nn.Module], ...]) -> str | None:
-    """Why `module` cannot be treated exactly by a curvature for the classes `covered`, in words for a reader; `None` when it can.
+    """Return why a curvature for the classes `covered` cannot treat `module` exactly, or `None`.
 
     Example:
         >>> reason_against(nn.Linear(2, 2), (nn.Linear,)) is None
@@ -28,7 +28,10 @@ def reason_against(module: nn.Module, covered: tuple[type[nn.Module], ...]) -> s
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The module's class, without the subclass that `torch.distributed` (`fully_shard`) swaps in, which leaves the forward alone."""
+    """Return the module's class, without the subclass that `fully_shard` puts in its place.
+
+    That subclass keeps the forward.
+    """
     return next(
         cls for cls in type(module).__mro__ if not cls.__module__.startswith("torch.distributed.")
     )
@@ -43,7 +46,10 @@ def _against_class(module: nn.Module, covered: tuple[type[nn.Module], ...]) -> s
             )
             or "state"
         )
-        return f"its {names} is parametrized (torch.nn.utils.parametrize): what is trained is not the layer's own matrix"
+        return (
+            f"its {names} is parametrized (torch.nn.utils.parametrize): what is trained is not the "
+            "layer's own matrix"
+        )
     if isinstance(module, LazyModuleMixin) and module.cls_to_become in covered:
         return f"{cls.__name__} is not initialised yet; run one forward before binding"
     if cls in covered:
@@ -51,12 +57,21 @@ def _against_class(module: nn.Module, covered: tuple[type[nn.Module], ...]) -> s
     if isinstance(module, _ConvTransposeNd):
         return f"no curvature for transposed convolutions ({cls.__name__})"
     if cls.__name__ == "NonDynamicallyQuantizableLinear":
-        return "no curvature for attention's out_proj: nn.MultiheadAttention reads its weight and never calls its forward"
+        return (
+            "no curvature for attention's out_proj: nn.MultiheadAttention reads its weight and "
+            "never calls its forward"
+        )
     if cls.__module__.split(".")[0] == "transformers" and cls.__name__ == "Conv1D":
-        return "no curvature for transformers' Conv1D, a linear layer that holds its weight as [d_in, d_out]"
+        return (
+            "no curvature for transformers' Conv1D, a linear layer that holds its weight as "
+            "[d_in, d_out]"
+        )
     for base in covered:
         if isinstance(module, base):
-            return f"{cls.__name__} is a subclass of {base.__name__} whose forward may differ; only the exact class is covered"
+            return (
+                f"{cls.__name__} is a subclass of {base.__name__} whose forward may differ; only "
+                "the exact class is covered"
+            )
     if isinstance(module, CONVOLUTIONS):
         return f"no curvature for {cls.__name__} here; curvature='conv_kfac' covers convolutions"
     return f"no curvature for {cls.__name__}"
@@ -66,8 +81,8 @@ def _against_parameters(module: nn.Module) -> str | None:
     for name in ("weight", "bias"):
         if name not in module._parameters and (name == "weight" or hasattr(module, name)):
             return (
-                f"its {name} is computed from other parameters (weight_norm, spectral_norm, pruning) and is no parameter itself; "
-                "remove the reparametrization to cover it"
+                f"its {name} is computed from other parameters (weight_norm, spectral_norm, "
+                "pruning) and is no parameter itself; remove the reparametrization to cover it"
             )
     weight = module._parameters["weight"]
     if weight is None:
@@ -75,5 +90,6 @@ def _against_parameters(module: nn.Module) -> str | None:
     if not weight.numel():
         return "its weight is empty"
     if weight.dtype not in PRECISIONS:
-        return f"its weight is {weight.dtype}; curvature needs a real floating type: {', '.join(str(p) for p in PRECISIONS)}"
+        known = ", ".join(str(precision) for precision in PRECISIONS)
+        return f"its weight is {weight.dtype}; curvature needs a real floating type: {known}"
     return None

@@ -1,4 +1,4 @@
-"""How the taps of a kernel correlate where activations are stationary: by their distance along each axis of the image."""
+"""How taps of a kernel correlate where activations are stationary: by distance along each axis."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from kfactk_stages.curvature._unfold import Window
 
 
 def lag_sums(inputs: Tensor, window: Window, groups: int) -> Tensor:
-    """`sum_n sum_s <x_s, x_{s + k e}>` for each axis e of the image and k = 1, 2, ... taps apart; pairs that lie within the image.
+    """Return `sum_n sum_s <x_s, x_{s + k e}>` for each axis e of the image and k = 1, 2, ... taps.
+
+    The sum is over pairs that lie within the image.
 
     Args:
         inputs: `[N, groups * channels, *S]`.
@@ -41,7 +43,9 @@ def lag_sums(inputs: Tensor, window: Window, groups: int) -> Tensor:
 
 
 def tap_correlation(lags: Tensor, mean_square: Tensor, kernel: Sequence[int]) -> Tensor:
-    """The Kronecker product over axes of Toeplitz matrices `R[i, j] = r_{|i - j|} / r_0`, `[..., taps, taps]`; the identity where r_0 is 0.
+    """Return the Kronecker product over axes of `R[i, j] = r_{|i - j|} / r_0`, `[..., taps, taps]`.
+
+    It is the identity where r_0 is 0.
 
     Args:
         lags: r_1, r_2, ... of each axis, `[..., sum_i (taps_i - 1)]`.

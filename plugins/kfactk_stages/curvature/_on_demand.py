@@ -1,4 +1,4 @@
-"""Matrices that are made when they are asked for."""
+"""Matrices that are made when they are read."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor
 
 @attrs.frozen(eq=False)
 class OnDemand(Mapping[str, Tensor]):
-    """A mapping whose values are made at each look-up, so that what nobody looks up costs nothing.
+    """A mapping that makes a value each time it is read; what is not read costs nothing.
 
     Args:
-        makers: By name; each makes its tensor.
+        makers: For each name, a function that makes the tensor.
 
     Example:
         >>> import torch

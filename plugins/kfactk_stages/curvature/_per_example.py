@@ -1,4 +1,4 @@
-"""The weight gradient of every single example of a convolution, without unfolding its input where that is cheaper."""
+"""The weight gradient of every single example of a convolution."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from kfactk_stages.curvature._unfold import Window
 
 
 def unfolds(kernel: Sequence[int], channels: int, outputs: int, positions: int) -> bool:
-    """Whether unfolding is the cheaper way: of one tap, of few positions, or of a few channels, with which the convolution is slow.
+    """Return whether unfolding is cheaper than a convolution.
 
-    One channel in and out, as in depthwise convolutions, has a kernel of its own.
+    It is for one tap, for few positions, and for few channels, with which convolutions are slow.
+    One channel in and out, as in depthwise convolutions, has a fast kernel.
     """
     return (
         math.prod(kernel) == 1 or positions < outputs or (channels < 8 and channels * outputs > 1)
@@ -22,7 +23,10 @@ def unfolds(kernel: Sequence[int], channels: int, outputs: int, positions: int) 
 
 
 def weight_gradients(inputs: Tensor, gradient: Tensor, window: Window) -> Tensor:
-    """`sum_t g_t p_t^T` example by example: the weight gradient of one convolution that has the examples, and their groups, for groups.
+    """Return `sum_t g_t p_t^T` of each example.
+
+    Where unfolding is not cheaper, it is the weight gradient of one convolution whose groups are
+    the groups of all examples.
 
     Args:
         inputs: `[N, groups * channels, *S]`.

@@ -1,4 +1,4 @@
-"""Which way of the input factor of a convolution is the cheapest."""
+"""Choose the cheapest way to the input factor of a convolution."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from kfactk_stages.curvature._unfold import CALLED, MOVED, Window
 
 @lru_cache(maxsize=1024)
 def cheapest(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -> str:
-    """ "pixels", "correlation", "slabs" or "patches", for a group of so many channels, of inputs of spatial shape `sizes`.
+    """Return the cheapest way: "pixels", "correlation", "slabs" or "patches".
 
     Args:
         window: Where the patches lie.
@@ -26,7 +26,7 @@ def cheapest(window: Window, sizes: tuple[int, ...], channels: int, examples: in
 def costs_of(
     window: Window, sizes: tuple[int, ...], channels: int, examples: int
 ) -> dict[str, float]:
-    """What each way that applies costs, in multiplications of a large product."""
+    """Return the cost of each way that applies, in multiplications of a large product."""
     columns = channels * math.prod(window.kernel)
     rows = examples * math.prod(window.positions(sizes))
     if columns == channels and not any(window.pads):

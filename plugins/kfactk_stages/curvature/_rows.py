@@ -1,4 +1,7 @@
-"""The uses of a layer as rows, read a chunk of examples at a time: cast, scaled, unfolded, joined along T and given their bias column."""
+"""The calls of a layer as rows, read a chunk of examples at a time.
+
+Reading casts, scales and unfolds them, joins them along T and appends their bias column.
+"""
 
 from __future__ import annotations
 
@@ -20,12 +23,12 @@ from kfactk_stages.curvature._slabs import slab_moment
 from kfactk_stages.curvature._unfold import Window
 
 SLAB_BYTES = 4 * 2**20
-"""What is unfolded at a time for the moment on a CPU."""
+"""Bytes that are unfolded at a time for the moment, on a CPU."""
 
 
 @attrs.frozen(eq=False)
 class LinearRows:
-    """A use of a linear layer.
+    """A call of a linear layer.
 
     Args:
         inputs: `[N, *, d_in]`, at least one dimension in `*`.
@@ -64,15 +67,18 @@ class LinearRows:
         return self.positions * self.columns
 
     def input_view(self, rows: slice) -> Tensor:
-        """`[n, T, d_in]`."""
+        """Return `[n, T, d_in]`."""
         return self.inputs[rows].flatten(1, -2)
 
     def gradient_view(self, rows: slice) -> Tensor:
-        """`[n, T, d_out]`."""
+        """Return `[n, T, d_out]`."""
         return self.gradient[rows].flatten(1, -2)
 
     def moments(self, samples: JoinedSamples) -> Iterator[Tensor]:
-        """`sum_n sum_t a a^T`, `[d_in, d_in]`, in parts that add; ones are not joined to the rows but are a border of what they make."""
+        """Yield parts of `sum_n sum_t a a^T`, `[d_in, d_in]`.
+
+        The column of ones is not appended: its products are a border of the moment.
+        """
         for rows in Samples.chunks(samples, self.numbers):
             flat = self.inputs[rows].flatten(0, -2).to(samples.dtype)
             moment = flat.T @ flat
@@ -81,13 +87,18 @@ class LinearRows:
     def rotation(
         self, right: Tensor, dtype: torch.dtype, *, bias: bool
     ) -> Callable[[slice], Tensor]:
-        """What makes `a right`, `[n, T, k_in]`, of the examples of a slice, in the precision of `right` and then given in `dtype`."""
+        """Return a function from a slice of examples to `a right`, `[n, T, k_in]`.
+
+        The product is in the precision of `right`, the result in `dtype`.
+        """
         return lambda rows: rotated_rows(self.input_view(rows), right, dtype, bias=bias)
 
 
 @attrs.frozen(eq=False)
 class ConvRows:
-    """A use of a convolution; a row is a patch, its columns in the order of `weight.reshape(d_out, -1)`.
+    """A call of a convolution; a row is a patch.
+
+    Columns are in the order of `weight.reshape(d_out, -1)`.
 
     Args:
         inputs: `[N, C, *S]`.
@@ -134,7 +145,7 @@ class ConvRows:
         return self.channels * self.window.padded_positions(self.inputs.shape[2:])
 
     def moments(self, samples: JoinedSamples) -> Iterator[Tensor]:
-        """`sum_n sum_t a a^T`, `[(groups,) d_in, d_in]`, in parts that add, the cheapest way."""
+        """Yield parts of `sum_n sum_t a a^T`, `[(groups,) d_in, d_in]`, the cheapest way."""
         way = self._way(samples)
         if way == "pixels":
             seen = (
@@ -171,7 +182,7 @@ class ConvRows:
             yield self._bordered(moment, self.inputs[rows], bias=samples.bias)
 
     def _way(self, samples: JoinedSamples) -> str:
-        """The cheapest way for the moment among those that fit in `chunk_bytes`."""
+        """Return the cheapest way to the moment among those that fit in `chunk_bytes`."""
         sizes = tuple(self.inputs.shape[2:])
         way = cheapest(self.window, sizes, self.channels, self.examples * self.groups)
         needed = (
@@ -192,9 +203,10 @@ class ConvRows:
     def rotation(
         self, right: Tensor, dtype: torch.dtype, *, bias: bool
     ) -> Callable[[slice], Tensor]:
-        """What makes `a right`, `[(groups,) n, T, k_in]`, of the examples of a slice, in the precision of `right`, then given in `dtype`.
+        """Return a function from a slice of examples to `a right`, `[(groups,) n, T, k_in]`.
 
-        Of more than one tap it is a convolution, whose filters are the columns of `right` and whose bias is their last row.
+        The product is in the precision of `right`, the result in `dtype`. For more than one tap it
+        is a convolution: its filters are the columns of `right`, its bias is their last row.
         """
         if math.prod(self.window.kernel) == 1:
 
@@ -224,13 +236,16 @@ class ConvRows:
         return rotated
 
     def input_sums(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """`sum_t a` without the bias column, `[(groups,) n, columns]`: sums over what each tap sees, where patches would be copies."""
+        """Return `sum_t a` without the bias column, `[(groups,) n, columns]`.
+
+        It sums what each tap sees, without copying patches.
+        """
         dims = len(self.window.kernel)
         sums = self.window.patches(self.inputs[rows].to(dtype)).sum(tuple(range(2, 2 + dims)))
         return self._ungrouped(sums.reshape(len(sums), self.groups, self.columns).transpose(0, 1))
 
     def grad_moment(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """`sum_n sum_t g g^T`, `[(groups,) d_out, d_out]`."""
+        """Return `sum_n sum_t g g^T`, `[(groups,) d_out, d_out]`."""
         moment = pixel_gram(self._grouped(self.gradient[rows], self.outputs).to(dtype))
         return self._ungrouped(
             moment
@@ -247,7 +262,7 @@ class ConvRows:
         *,
         bias: bool,
     ) -> Tensor:
-        """`left^T D_n` of this use, `[(groups,) n, d_out, d_in]`."""
+        """Return `left^T D_n` of this call, `[(groups,) n, d_out, d_in]`."""
         gradient = self._grouped(self.gradient[rows], self.outputs).to(dtype).flatten(3)
         if not isinstance(self.scale, float) or self.scale != 1.0:
             gradient = gradient * self.scale
@@ -260,7 +275,15 @@ class ConvRows:
         return self._ungrouped(found.transpose(0, 1))
 
     def turned(self, rows: slice, right: Tensor, dtype: torch.dtype) -> ConvRows:
-        """The use on the examples `rows`, its channels rotated by `[(groups,) channels, k]`: padding, of every mode, commutes with it."""
+        """Return the call on the examples `rows` with its channels rotated.
+
+        Padding of every mode commutes with the rotation.
+
+        Args:
+            rows: The examples.
+            right: `[(groups,) channels, k]`.
+            dtype: Precision of the result.
+        """
         inputs = self._grouped(self.inputs[rows].to(dtype), self.channels).flatten(3)
         turned = (right.to(dtype).transpose(-1, -2) @ inputs).reshape(
             len(inputs), -1, *self.inputs.shape[2:]
@@ -268,19 +291,19 @@ class ConvRows:
         return attrs.evolve(self, inputs=turned, gradient=self.gradient[rows])
 
     def input_view(self, rows: slice) -> Tensor:
-        """`[(groups,) n, *out, channels, *kernel]`."""
+        """Return `[(groups,) n, *out, channels, *kernel]`."""
         patches = self._grouped(self.window.patches(self.inputs[rows]), self.channels)
         dims = len(self.window.kernel)
         order = (1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
         return self._ungrouped(patches.permute(order))
 
     def gradient_view(self, rows: slice) -> Tensor:
-        """`[(groups,) n, T, outputs]`."""
+        """Return `[(groups,) n, T, outputs]`."""
         gradient = self._grouped(self.gradient[rows], self.outputs).flatten(3)
         return self._ungrouped(gradient.permute(1, 0, 3, 2))
 
     def pixel_moment(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """`sum_n sum_s x x^T` of the unpadded inputs, `[(groups,) channels, channels]`."""
+        """Return `sum_n sum_s x x^T` of unpadded inputs, `[(groups,) channels, channels]`."""
         return self._ungrouped(
             pixel_gram(self._grouped(self.inputs[rows], self.channels).to(dtype))
         )
@@ -293,7 +316,10 @@ class ConvRows:
 
 
 def rotated_rows(rows: Tensor, right: Tensor, dtype: torch.dtype, *, bias: bool) -> Tensor:
-    """`[..., n, t, d]` times `right`, with `bias` of one row more for a column of ones that is not there; rounded once, then `dtype`."""
+    """Return `[..., n, t, d]` times `right`, rounded once and then given in `dtype`.
+
+    With `bias`, `right` has one row more, for a column of ones that `rows` lacks.
+    """
     flat = rows.flatten(-3, -2).to(right.dtype)
     if bias:
         add = torch.baddbmm if flat.ndim == 3 else torch.addmm
@@ -304,7 +330,13 @@ def rotated_rows(rows: Tensor, right: Tensor, dtype: torch.dtype, *, bias: bool)
 
 
 def bordered(moment: Tensor, sums: Tensor, count: float) -> Tensor:
-    """The moment of rows to which a column of ones is joined, `[..., d + 1, d + 1]`, of that of the rows, their sum and their number."""
+    """Return the moment of rows with a column of ones appended, `[..., d + 1, d + 1]`.
+
+    Args:
+        moment: Moment of the rows without it, `[..., d, d]`.
+        sums: Sum of the rows, `[..., d]`.
+        count: Number of rows.
+    """
     moment = F.pad(moment, (0, 1, 0, 1))
     moment[..., -1, :-1] = moment[..., :-1, -1] = sums
     moment[..., -1, -1] = float(count)
@@ -312,16 +344,18 @@ def bordered(moment: Tensor, sums: Tensor, count: float) -> Tensor:
 
 
 Rows = LinearRows | ConvRows
-"""One use of a layer: T rows for each of N examples."""
+"""One call of a layer: T rows for each of N examples."""
 
 
 class JoinedSamples(Samples):
-    """Samples of all uses of a layer, joined along T.
+    """Samples of all calls of a layer, joined along T.
 
     Args:
-        calls: The uses; all of the same number of examples, columns, outputs and groups.
+        calls: The calls; all have the same number of examples, columns, outputs and groups.
         bias: Whether the inputs get a last column of ones.
-        terms, first, chunk_bytes: See `kfactk.Samples`.
+        num_terms: See `kfactk.Samples`.
+        first: See `kfactk.Samples`.
+        chunk_bytes: See `kfactk.Samples`.
     """
 
     def __init__(
@@ -339,7 +373,7 @@ class JoinedSamples(Samples):
         dtype = working_dtype(
             *(tensor.dtype for call in calls for tensor in (call.inputs, call.gradient))
         )
-        super().__init__(  # shapes without numbers: the numbers are read by `inputs` and `gradients`
+        super().__init__(  # shapes only: `inputs` and `gradients` read the numbers
             torch.empty(*shape, one.columns + bias, dtype=dtype, device="meta"),
             torch.empty(*shape, one.outputs, dtype=dtype, device="meta"),
             num_terms=num_terms,
@@ -355,18 +389,18 @@ class JoinedSamples(Samples):
         return self.calls[0].inputs.device
 
     def chunks(self, numbers_per_example: int, most: int | None = None) -> Iterator[slice]:
-        """Slices over the examples such that `numbers_per_example` numbers each, and one use's padded input, fit."""
+        """Yield slices of examples such that their numbers, and one call's padded input, fit."""
         return super().chunks(max(numbers_per_example, self._numbers), most)
 
     def input_moment(self) -> Statistic:
-        """`sum_n sum_t a a^T`, use by use, without unfolding and without a column of ones."""
+        """Return `sum_n sum_t a a^T`, call by call; no column of ones is appended."""
         if not self.first:
             return Statistic(None, 0.0)
         parts = (part for call in self.calls for part in call.moments(self))
         return Statistic(total_of(parts), float(self.examples), symmetric=True)
 
     def input_sums(self, rows: slice = slice(None)) -> Tensor:
-        """`sum_t a` of the examples `rows`, `[..., n, d_in]`."""
+        """Return `sum_t a` of the examples `rows`, `[..., n, d_in]`."""
         convolutions = [call for call in self.calls if isinstance(call, ConvRows)]
         if len(convolutions) < len(self.calls):
             return super().input_sums(rows)
@@ -375,7 +409,7 @@ class JoinedSamples(Samples):
         return F.pad(sums, (0, 1), value=float(self.positions)) if self.bias else sums
 
     def grad_moment(self) -> Statistic:
-        """`sum_n sum_t g g^T`, use by use."""
+        """Return `sum_n sum_t g g^T`, call by call."""
         convolutions = [call for call in self.calls if isinstance(call, ConvRows)]
         if len(convolutions) < len(self.calls):
             return super().grad_moment()
@@ -397,7 +431,7 @@ class JoinedSamples(Samples):
         *,
         precision: torch.dtype | None = None,
     ) -> Tensor:
-        """`left^T D_n` of the examples `rows`; convolutions are unfolded only where that is cheaper."""
+        """Return `left^T D_n` of the examples `rows`; convolutions unfold where it is cheaper."""
         convolutions = [call for call in self.calls if isinstance(call, ConvRows)]
         if len(convolutions) < len(self.calls):
             return super().per_example_gradients(rows, left, precision=precision)
@@ -416,7 +450,10 @@ class JoinedSamples(Samples):
         right: Tensor,
         taps: Tensor | None,
     ) -> Tensor:
-        """Channels are rotated in the images, S c^2 operations an example, or in the D_n, d_out taps c^2 of them."""
+        """Rotate channels in the images or in the D_n, whichever takes fewer operations.
+
+        They are S c^2 an example in images, d_out taps c^2 in D_n.
+        """
         convolutions = [call for call in self.calls if isinstance(call, ConvRows)]
         pixels = sum(math.prod(call.inputs.shape[2:]) for call in convolutions)
         columns = self.d_in - self.bias
@@ -437,7 +474,7 @@ class JoinedSamples(Samples):
     def input_rotation(
         self, right: Tensor, precision: torch.dtype | None = None
     ) -> Callable[[slice], Tensor]:
-        """What makes `a right` of the examples of a slice, without unfolding and without a column of ones."""
+        """Return a function from a slice of examples to `a right`, without unfolding."""
         right = right.to(precision or self.dtype)
         ways = [call.rotation(right, self.dtype, bias=self.bias) for call in self.calls]
         return (
@@ -445,7 +482,7 @@ class JoinedSamples(Samples):
         )
 
     def inputs(self, rows: slice = slice(None)) -> Tensor:
-        """Inputs of the examples `rows`, `[..., n, T, d_in]`, in the working precision."""
+        """Return the inputs of the examples `rows`, `[..., n, T, d_in]`."""
         views = [call.input_view(rows) for call in self.calls]
         if len(views) == 1 and views[0].ndim == 3 and not self.bias:
             return views[0].to(self.dtype)
@@ -458,7 +495,7 @@ class JoinedSamples(Samples):
         return out
 
     def gradients(self, rows: slice = slice(None)) -> Tensor:
-        """Output gradients of the examples `rows`, `[..., n, T, d_out]`, in the working precision."""
+        """Return the output gradients of the examples `rows`, `[..., n, T, d_out]`."""
         parts = [call.gradient_view(rows).to(self.dtype) for call in self.calls]
         scaled = [
             part if isinstance(call.scale, float) and call.scale == 1.0 else part * call.scale

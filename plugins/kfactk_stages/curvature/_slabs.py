@@ -1,9 +1,12 @@
 """The input factor of a convolution of any stride, unfolded in all dimensions but one.
 
-Along the dimension that is left the input lies outermost, one array for each phase of the stride, so that what a tap sees there is a slab
-of consecutive rows: a view. A block of the moment, for a pair of taps, is the product of two slabs. By symmetry half of the pairs are
-enough; of two pairs that are a stride apart one is the other, but for rows at the ends. Nothing is added that no patch holds, so that
-there is nothing to take off again where inputs are small.
+The remaining dimension is outermost, with one array for each phase of the stride. What a tap sees
+there is a slab of consecutive rows, a view. The block of the moment for a pair of taps is the
+product of two slabs.
+
+By symmetry half of the pairs are enough. Two pairs that are a stride apart are equal, except for
+rows at the ends. Products contain nothing that no patch sees, so nothing is subtracted, also where
+inputs are small.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from torch import Tensor
 from kfactk_stages.curvature._unfold import CALLED, Window, moment_of
 
 SPLIT = 128
-"""Columns from which on a symmetric product is made in three parts, without most of what lies below the diagonal."""
+"""Columns from which a symmetric product has three parts, which skip most of one triangle."""
 
 
 @attrs.frozen
@@ -71,9 +74,10 @@ class Slabs:
 
     @cached_property
     def pairs(self) -> dict[tuple[int, int], tuple[int, int, int] | None]:
-        """Pairs of taps, each once: the nearest that sees the same rows but for some at the ends, and how many those are.
+        """Pairs of taps, each once, with the nearest pair that sees almost the same rows.
 
-        `None` where there is no such pair, or where too many rows differ.
+        Next to that pair is the number of rows, at the ends, that differ. The value is `None` where
+        there is no such pair, or where too many rows differ.
         """
         stride, dilation, reach = (
             each[self.dim] for each in (self.window.stride, self.window.dilation, self.window.reach)
@@ -92,10 +96,12 @@ class Slabs:
         }
 
     @cached_property
-    def num_terms(self) -> list[tuple[tuple[int, int], tuple[int, int], slice, int]]:
-        """Products of slabs: of a pair of taps, those whose rows are multiplied, positions at which both see the input, and the sign.
+    def summands(self) -> list[tuple[tuple[int, int], tuple[int, int], slice, int]]:
+        """Products of slabs that sum to the blocks.
 
-        The rows are all that two taps see, or those that they see more and less than an earlier pair.
+        Each has a pair of taps, the taps whose rows are multiplied, the positions at which both see
+        the input, and a sign. The rows are all that two taps see, or the difference from an earlier
+        pair.
         """
         last = self.positions[self.dim]
         found: list[tuple[tuple[int, int], tuple[int, int], slice, int]] = []
@@ -108,7 +114,7 @@ class Slabs:
         return [term for term in found if term[2].start < term[2].stop]
 
     def _seen(self, taps: tuple[int, int], low: int, high: int) -> slice:
-        """The positions from `low` to `high` at which both taps see the input."""
+        """Return the positions from `low` to `high` at which both taps see the input."""
         for phase, row in (self.places[tap] for tap in taps):
             first = phase - self.window.padding[self.dim][0]
             rows = _within(
@@ -119,7 +125,10 @@ class Slabs:
 
     @cached_property
     def copies(self) -> dict[int, list[tuple[tuple[Any, ...], tuple[slice, ...]]]]:
-        """By phase, what of its array `[groups, *other taps, channels, rows, N, *other positions]` is what of the input."""
+        """For each phase, which part of its array is which part of the input.
+
+        The array is `[groups, *other taps, channels, rows, N, *other positions]`.
+        """
         window, positions = self.window, self.positions
         found: dict[int, list[tuple[tuple[Any, ...], tuple[slice, ...]]]] = {}
         for phase, count in self.phases.items():
@@ -147,49 +156,55 @@ class Slabs:
     def products(self) -> int:
         """Multiplications for each pair of channels of an example."""
         columns, positions = self.widths
-        rows = sum(seen.stop - seen.start for _, _, seen, _ in self.num_terms)
+        rows = sum(seen.stop - seen.start for _, _, seen, _ in self.summands)
         return int(rows) * positions * columns**2
 
 
 @lru_cache(maxsize=256)
 def slabs_of(window: Window, sizes: tuple[int, ...]) -> Slabs:
-    """The slabs along the dimension of most taps, of an input of spatial shape `sizes` once it is padded if it is not with zeros."""
+    """Return the slabs along the dimension of most taps.
+
+    Padding other than zeros counts as part of the input, whose spatial shape is `sizes` without it.
+    """
     window, sizes = window.zero_padded(sizes)
     return Slabs(window, sizes, max(range(len(sizes)), key=lambda dim: window.kernel[dim]))
 
 
 def cost(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -> float:
-    """What `slab_moment` costs, in multiplications of the kind that `_autocorrelation.cost` counts."""
+    """Return the cost of `slab_moment`, in multiplications as `_autocorrelation.cost` counts."""
     slabs = slabs_of(window, sizes)
     columns = channels * slabs.widths[0]
-    products = (
-        examples * channels**2 * slabs.products * (1 + 45 / (columns + 1.5))
-    )  # thin ones are bound by what they read
+    thin = 1 + 45 / (columns + 1.5)  # products of few columns are bound by what they read
+    products = examples * channels**2 * slabs.products * thin
     return (
         products
         + 250.0 * (columns * window.kernel[slabs.dim]) ** 2
-        + 10 * max(1, len(slabs.num_terms)) * CALLED
+        + 10 * max(1, len(slabs.summands)) * CALLED
     )
 
 
 def slab_moment(
     inputs: Tensor, window: Window, groups: int, dtype: torch.dtype, chunk_bytes: int
 ) -> Tensor:
-    """`sum_n sum_t p p^T` over the patches of a convolution, `[groups, columns, columns]`, without bias; see `slab_blocks`."""
+    """Return `sum_n sum_t p p^T` over patches, `[groups, columns, columns]`, without bias.
+
+    `slab_blocks` describes the arguments.
+    """
     return moment_of(slab_blocks(inputs, window, groups, dtype, chunk_bytes))
 
 
 def slab_blocks(
     inputs: Tensor, window: Window, groups: int, dtype: torch.dtype, chunk_bytes: int
 ) -> Tensor:
-    """The moment tap by tap, `[*taps, *taps, groups, channels, channels]`.
+    """Return the moment tap by tap, `[*taps, *taps, groups, channels, channels]`.
 
     Args:
         inputs: `[N, groups * channels, *S]`.
         window: Where the patches lie.
         groups: Groups of the convolution.
         dtype: The precision wanted.
-        chunk_bytes: Bound on what is unfolded at a time, in bytes; one example is always unfolded whole.
+        chunk_bytes: Bound on what is unfolded at a time, in bytes. One example is always unfolded
+            whole.
     """
     channels, taps = inputs.shape[1] // groups, window.kernel
     slabs = slabs_of(window, tuple(inputs.shape[2:]))
@@ -197,7 +212,7 @@ def slab_blocks(
     made = [
         pair
         for pair, earlier in slabs.pairs.items()
-        if earlier is None or any(pair == each[0] for each in slabs.num_terms)
+        if earlier is None or any(pair == each[0] for each in slabs.summands)
     ]
     found = {pair: inputs.new_zeros(groups, columns, columns, dtype=dtype) for pair in made}
     step = max(1, chunk_bytes // max(1, groups * channels * slabs.numbers * dtype.itemsize))
@@ -227,7 +242,10 @@ def slab_blocks(
 def _filled(
     inputs: Tensor, slabs: Slabs, dtype: torch.dtype, arrays: dict[int, Tensor]
 ) -> dict[int, Tensor]:
-    """By phase `[groups, *other taps, channels, rows, N, *other positions]`; what `arrays` holds beyond the input stays zero."""
+    """Return for each phase `[groups, *other taps, channels, rows, N, *other positions]`.
+
+    Arrays that are given are filled again; what they hold beyond the input stays zero.
+    """
     n, groups, channels = inputs.shape[:3]
     others = slabs.others
     shape = [slabs.window.kernel[dim] for dim in others], [slabs.positions[dim] for dim in others]
@@ -243,7 +261,11 @@ def _filled(
 
 
 def _within(count: int, first: int, step: int, size: int) -> tuple[slice, slice]:
-    """Which of the indices `first + step * r`, r below `count`, are on an input of that size: as r, and as they are."""
+    """Return which indices `first + step * r`, r below `count`, are on an input of that size.
+
+    Returns:
+        The values of r, and the indices.
+    """
     low = max(0, -(first // step))
     high = max(low, min(count, (size - 1 - first) // step + 1))
     start = first + step * low
@@ -253,11 +275,14 @@ def _within(count: int, first: int, step: int, size: int) -> tuple[slice, slice]
 
 
 def _add(found: dict[tuple[int, int], Tensor], slabs: Slabs, arrays: dict[int, Tensor]) -> None:
-    """Add products of slabs, in place; of one group by a plain product, which is divided among threads along the rows too."""
+    """Add products of slabs, in place.
+
+    One group takes a plain product, which threads divide along the rows too.
+    """
     flat = {
         phase: array.flatten(1, 1 + len(slabs.others)).flatten(3) for phase, array in arrays.items()
     }  # [groups, columns, rows, ...]
-    for pair, taps, rows, sign in slabs.num_terms:
+    for pair, taps, rows, sign in slabs.summands:
         places = (slabs.places[tap] for tap in taps)
         left, right = (
             flat[phase][:, :, row + rows.start : row + rows.stop].flatten(2)

@@ -1,12 +1,18 @@
 """The correlation of an input with itself at small offsets, by Fourier transforms.
 
-What is convolution in space is, at each frequency, one small product over the examples: `X(f) X(f)^H`, channels by channels. The offsets
-a kernel asks for are few, so that the way back is a product with a few rows of the inverse transform. At as many frequencies as the input
-is long and the kernel reaches, the circular correlation is the plain one.
+A convolution in space is, at each frequency, one small product over the examples: `X(f) X(f)^H`,
+channels by channels. A kernel needs few offsets, so the inverse transform is a product with a few
+of its rows. With as many frequencies as input length plus kernel reach, the circular correlation
+equals the plain one.
 
-The sizes are small too, so that the transform itself is a product, with a matrix of cosines and sines, dimension by dimension: each finds
-the numbers where the one before has left them, and none copies, pads or reorders them. All of it is real: of `X = R + i J` the product is
-`R R^T + J J^T + i (J R^T - R J^T)`, symmetric and antisymmetric, which takes three real products for the four of a complex one.
+Sizes are small, so the transform itself is a product with a matrix of cosines and sines, dimension
+by dimension. Each product reads what the previous one wrote; nothing is copied, padded or
+reordered. All numbers are real: for `X = R + i J` the product is
+
+    R R^T + J J^T + i (J R^T - R J^T)
+
+The real part is symmetric and the imaginary part antisymmetric. This takes three real products in
+place of the four of a complex one.
 """
 
 from __future__ import annotations
@@ -22,22 +28,24 @@ from torch import Tensor
 from kfactk_stages.curvature._unfold import CALLED, Window
 
 WORKSPACE = 2**26
-"""Bytes that transforms at several frequencies, or their products, may take at a time."""
+"""Bytes of transforms at several frequencies, or of their products, at a time."""
 CACHED = 2**20
-"""The same on a CPU, where they are to stay in its cache until they are read."""
+"""The same on a CPU, where they must stay in the cache until they are read."""
 WRITTEN = 50
-"""Multiplications of a large product that take as long as it takes small ones to write and read a number."""
+"""Multiplications of a large product that take as long as a small one per number it writes."""
 
 
 @attrs.frozen
 class Transform:
-    """The transform of an input, and of it back to the offsets between taps.
+    """The transform of an input, and its inverse at the offsets between taps.
 
     Args:
-        there: By dimension, the last first: rows of the transform of the real part and of the imaginary, `[2 L, size]` each, of which
-            real and imaginary parts take turns; the last dimension has no imaginary part and half of the frequencies.
-        even, odd: Offsets of no offset and after it in lexicographic order, from the symmetric and the antisymmetric products,
+        there: For each dimension, the last first: the transforms of the real and of the imaginary
+            part, `[2 L, size]` each, with real and imaginary rows alternating. The last dimension
+            has no imaginary part and half of the frequencies.
+        even: From symmetric products to the offsets from zero on, in lexicographic order,
             `[offsets, frequencies]`.
+        odd: The same from antisymmetric products.
     """
 
     there: tuple[tuple[Tensor, Tensor], ...]
@@ -46,19 +54,21 @@ class Transform:
 
 
 def autocorrelation(inputs: Tensor, window: Window, groups: int) -> Tensor:
-    """`sum_{n,q} x_c(q) x_c'(q + offset)`, `[*(2 k - 1), groups, channels, channels]`, offsets in steps of the dilation.
+    """Return `sum_{n,q} x_c(q) x_c'(q + offset)`, offsets in steps of the dilation.
 
     Args:
         inputs: `[N, groups * channels, *S]`, float32 or float64.
-        window: Whose kernel and dilation give the offsets.
+        window: Its kernel and dilation give the offsets.
         groups: Channels are correlated within their group.
+
+    Returns:
+        `[*(2 k - 1), groups, channels, channels]`.
     """
     n, channels, sizes = len(inputs), inputs.shape[1] // groups, tuple(inputs.shape[2:])
     transform = transform_of(sizes, window.kernel, window.dilation, inputs.dtype, inputs.device)
     first, count = transform.there[0][0], transform.even.shape[1]
-    rows = (first @ inputs.reshape(-1, sizes[-1]).T).view(
-        len(first) // 2, 2, -1
-    )  # [frequencies, 2, N C *S] without the last dimension
+    rows = first @ inputs.reshape(-1, sizes[-1]).T
+    rows = rows.view(len(first) // 2, 2, -1)  # [frequencies, 2, N C *S] without the last dimension
     within = CACHED if inputs.device.type == "cpu" else WORKSPACE
     per = count // len(rows)  # frequencies of the other dimensions for each of the last
     step = max(1, within // max(1, 2 * per * inputs.shape[1] * n * inputs.itemsize))
@@ -69,9 +79,8 @@ def autocorrelation(inputs: Tensor, window: Window, groups: int) -> Tensor:
         some = rows[start : start + step]
         pieces = _transformed(some, transform, sizes).view(per * len(some), 2 * n, groups, channels)
         for begin in range(0, len(pieces), most):
-            some = (
-                pieces[begin : begin + most].transpose(1, 2).flatten(0, 1)
-            )  # [frequencies * groups, 2 N, channels]
+            some = pieces[begin : begin + most].transpose(1, 2)
+            some = some.flatten(0, 1)  # [frequencies * groups, 2 N, channels]
             at = slice(start * per + begin, start * per + begin + len(some) // groups)
             symmetric.addmm_(transform.even[:, at], (some.mT @ some).view(-1, symmetric.shape[1]))
             antisymmetric.addmm_(
@@ -84,7 +93,7 @@ def autocorrelation(inputs: Tensor, window: Window, groups: int) -> Tensor:
 
 
 def _transformed(rows: Tensor, transform: Transform, sizes: tuple[int, ...]) -> Tensor:
-    """`[frequencies, 2, N C *S]` of the last dimension alone to `[frequencies, 2, N C]` of all."""
+    """Transform the other dimensions: `[frequencies, 2, N C *S]` to `[frequencies, 2, N C]`."""
     for (first, second), size in zip(transform.there[1:], reversed(sizes[:-1]), strict=True):
         real, imaginary = (rows[:, part].view(len(rows), -1, size).mT for part in (0, 1))
         found = torch.bmm(first.expand(len(rows), -1, -1), real)
@@ -102,10 +111,10 @@ def transform_of(
     dtype: torch.dtype,
     device: torch.device,
 ) -> Transform:
-    """The transform for inputs of spatial shape `sizes`.
+    """Return the transform for inputs of spatial shape `sizes`.
 
-    Frequencies of the last dimension lie between those of the plain transform, so that none but the last of an odd number is its own
-    mirror image: those that the real transform leaves out are half of all.
+    Frequencies of the last dimension lie between those of the plain transform. So only the last of
+    an odd number is its own mirror image, and the real transform leaves out half of all.
     """
     lengths = [
         size + step * (taps - 1) for size, taps, step in zip(sizes, kernel, dilation, strict=True)
@@ -150,7 +159,7 @@ def _frequencies(window: Window, sizes: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def cost(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -> float:
-    """What `autocorrelation` costs, in multiplications of a large product."""
+    """Return the cost of `autocorrelation`, in multiplications of a large product."""
     transforms, products, numbers = work(window, sizes, channels, examples)
     small = (
         1.6 * transforms
@@ -163,7 +172,12 @@ def cost(window: Window, sizes: tuple[int, ...], channels: int, examples: int) -
 def work(
     window: Window, sizes: tuple[int, ...], channels: int, examples: int
 ) -> tuple[float, float, float]:
-    """Multiplications of the transforms, and of the products at all frequencies and the way back; and numbers that transforms give."""
+    """Count operations of `autocorrelation`.
+
+    Returns:
+        Multiplications of the transforms, multiplications of the products at all frequencies and of
+        the inverse transform, and numbers that transforms write.
+    """
     frequencies, left, transforms, numbers = 1, math.prod(sizes), 0, 0
     for dim in reversed(range(len(sizes))):
         parts = 1 if dim == len(sizes) - 1 else 2
@@ -183,6 +197,6 @@ def work(
 def workspace(
     window: Window, sizes: tuple[int, ...], channels: int, groups: int, dtype: torch.dtype
 ) -> int:
-    """Bytes that products take at least, at a time, for inputs of a dtype."""
+    """Return the least number of bytes that products take at a time."""
     square = dtype.itemsize * groups * channels**2
     return 2 * max(square, min(square * math.prod(_frequencies(window, sizes)), WORKSPACE))

@@ -1,4 +1,4 @@
-"""Where a convolution's patches lie, and the patches themselves as views, in any number of dimensions."""
+"""Where the patches of a convolution lie, and the patches as views, in any dimension."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 MOVED = 200
-"""Multiplications of a large product that take as long as a number does that is copied into a patch, on a CPU."""
+"""Multiplications of a large product that take as long as to copy a number, on a CPU."""
 CALLED = 250_000
-"""Multiplications that take as long as a call on small tensors."""
+"""Multiplications of a large product that take as long as a call on small tensors."""
 
 
 @attrs.frozen
@@ -23,8 +23,9 @@ class Window:
         kernel: Taps.
         stride: Step between patches.
         dilation: Step between taps.
-        pads: Padding in the order of `torch.nn.functional.pad`: last dimension first, before and after.
-        mode: Padding mode in the words of `torch.nn.functional.pad`.
+        pads: Padding in the order of `torch.nn.functional.pad`: last dimension first, before and
+            after.
+        mode: Padding mode, as `torch.nn.functional.pad` names it.
 
     Example:
         >>> import torch
@@ -41,7 +42,7 @@ class Window:
 
     @classmethod
     def of(cls, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Window:
-        """The window of a convolution, as its forward uses it now."""
+        """Return the window of a convolution, as its forward uses it now."""
         kernel = tuple(module.weight.shape[2:])
         dilation = _each(module.dilation, len(kernel))
         stride = _each(module.stride, len(kernel))
@@ -66,13 +67,13 @@ class Window:
 
     @property
     def reach(self) -> tuple[int, ...]:
-        """How far the last tap is from the first, dimension by dimension."""
+        """Distance from the first tap to the last, dimension by dimension."""
         return tuple(
             dilation * (taps - 1) for taps, dilation in zip(self.kernel, self.dilation, strict=True)
         )
 
     def unpadded(self, inputs: Tensor) -> tuple[Tensor, Window]:
-        """The same patches of an input that is padded by now, where what is beyond it is not zeros."""
+        """Return input and window with the same patches, padded already where not with zeros."""
         if self.mode == "constant":
             return inputs, self
         return F.pad(inputs, self.pads, mode=self.mode), attrs.evolve(
@@ -80,14 +81,14 @@ class Window:
         )
 
     def zero_padded(self, sizes: Sequence[int]) -> tuple[Window, tuple[int, ...]]:
-        """The window and the spatial shape of what `unpadded` makes of an input of spatial shape `sizes`."""
+        """Return window and spatial shape that `unpadded` makes of an input of these sizes."""
         if self.mode == "constant":
             return self, tuple(sizes)
         padded = tuple(size + sum(pads) for size, pads in zip(sizes, self.padding, strict=True))
         return attrs.evolve(self, pads=(0,) * len(self.pads), mode="constant"), padded
 
     def positions(self, sizes: Sequence[int]) -> tuple[int, ...]:
-        """Positions of the output over an input of spatial shape `sizes`, dimension by dimension."""
+        """Return the positions of the output for an input of these sizes, by dimension."""
         return tuple(
             (size + sum(pads) - reach - 1) // step + 1
             for size, pads, reach, step in zip(
@@ -96,7 +97,10 @@ class Window:
         )
 
     def evenly_padded(self, inputs: Tensor) -> tuple[Tensor, Window]:
-        """The same patches with as many zeros before as after, where a convolution's own padding can be had so."""
+        """Return input and window with the same patches and equal zero padding at both sides.
+
+        Torch's convolution can pad so itself.
+        """
         even = self.mode == "constant" and all(before == after for before, after in self.padding)
         if even:
             return inputs, self
@@ -105,7 +109,7 @@ class Window:
         )
 
     def padded_positions(self, sizes: Sequence[int]) -> int:
-        """Number of positions of an input of spatial shape `sizes`, once padded."""
+        """Return the number of positions of an input of these sizes, once padded."""
         dims = len(self.kernel)
         return math.prod(
             size + self.pads[2 * (dims - 1 - i)] + self.pads[2 * (dims - 1 - i) + 1]
@@ -113,7 +117,7 @@ class Window:
         )
 
     def patches(self, inputs: Tensor) -> Tensor:
-        """`[N, C, *S]` to a view `[N, C, *out, *kernel]` of the padded input."""
+        """Return the patches of `[N, C, *S]`, once padded, as a view `[N, C, *out, *kernel]`."""
         padded = F.pad(inputs, self.pads, mode=self.mode) if any(self.pads) else inputs
         for i, (taps, step, dilation) in enumerate(
             zip(self.kernel, self.stride, self.dilation, strict=True)
@@ -123,7 +127,14 @@ class Window:
 
 
 def moment_of(blocks: Tensor) -> Tensor:
-    """A moment tap by tap, `[*taps, *taps, groups, channels, channels]`, as `[groups, channels * taps, channels * taps]`."""
+    """Return a moment tap by tap as one matrix for each group.
+
+    Args:
+        blocks: `[*taps, *taps, groups, channels, channels]`.
+
+    Returns:
+        `[groups, channels * taps, channels * taps]`.
+    """
     dims = (blocks.ndim - 3) // 2
     found = blocks.permute(
         2 * dims, 2 * dims + 1, *range(dims), 2 * dims + 2, *range(dims, 2 * dims)
@@ -145,7 +156,7 @@ def _zero_pads(
 
 
 def _each(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
-    """One number a dimension; modules edited after construction may hold a bare number."""
+    """Return one number for each dimension; an edited module may have a single number."""
     if isinstance(value, int):
         return (value,) * dims
     return tuple(value) * dims if len(value) == 1 else tuple(value)

@@ -1,4 +1,4 @@
-"""K-FAC for convolutions (KFC) and linear layers: three ways of treating the spatial positions of one example."""
+"""K-FAC for convolutions (KFC) and linear layers, with several treatments of spatial positions."""
 
 from __future__ import annotations
 
@@ -26,35 +26,44 @@ from kfactk_stages.curvature.kfac import Kfac, groups_of
 class ConvKfac(Kfac):
     """Kronecker-factored curvature of `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` and `nn.Linear`.
 
-    The row a_t of an example is the input patch at output position t, its columns in the order of `weight.reshape(d_out, -1)`, the bias
-    last. Every stride, dilation, padding, padding mode and grouping is exact; grouped convolutions have one pair of factors a group. With
-    N examples, M likelihood terms and T rows an example:
+    The row a_t of an example is the input patch at output position t. Its columns are in the order
+    of `weight.reshape(d_out, -1)`, the bias last. Every stride, dilation, padding, padding mode and
+    grouping is exact; grouped convolutions have one pair of factors a group. With N examples, M
+    likelihood terms and T rows an example:
 
-        sud:     A = (1/N) sum_n sum_t a a^T,           G = (1/(M T)) sum_n sum_t g g^T
-        sua:     A = blockdiag(Omega kron I_taps, T),   Omega = T mean_{n,s} x x^T,     G as in sud
-        reduce:  A = (1/N) sum_n abar abar^T,           G = (1/M) sum_n gsum gsum^T,    abar = mean_t a,  gsum = sum_t g
+        sud:         A = (1/N) sum_n sum_t a a^T,           G = (1/(M T)) sum_n sum_t g g^T
+        sua:         A = blockdiag(Omega kron I_taps, T),   G as in sud
+                     Omega = T mean_{n,s} x x^T
+        reduce:      A = (1/N) sum_n abar abar^T,           G = (1/M) sum_n gsum gsum^T
+                     abar = mean_t a,   gsum = sum_t g
+        stationary:  A = blockdiag(Omega kron K, T),        G as in sud
+                     K = kron_axes R,   R_ij = r_{|i-j|} / r_0,   r_k = sum_{n,s} <x_s, x_{s+k}>
 
-        stationary:  A = blockdiag(Omega kron K, T),    K = kron_axes R,    R_ij = r_{|i-j|} / r_0,    r_k = sum_{n,s} <x_s, x_{s+k}>
+    Here x are the channels at input position s, without padding. The paper states "sua" with
+    covariances; here x is not centred. The bias is a block of its own, since cross terms of taps
+    and bias would make A indefinite. "stationary" is "sua" with the correlation K of taps that are
+    k apart along one axis, the same everywhere and for each channel. For `nn.Linear` both are
+    "sud".
 
-    Here x are the channels at input position s, padding left out. The paper states "sua" with covariances; here x is not centred. Its
-    bias is a block of its own, since the cross terms of taps and bias would make A indefinite. "stationary" is "sua" with the correlation
-    K of taps that lie k apart along one axis of the image, the same everywhere in it and for each channel. For `nn.Linear` both are "sud".
-    Every eigenvalue of the A of "sua" comes as often as the kernel has taps, so its eigenbasis, and with it an EKFAC step, is determined
-    only up to the eigensolver's choice among them; the K-FAC inverse is not affected, nor a basis made of C.
+    With "sua", every eigenvalue of A occurs once for each tap. So its eigenbasis, and an EKFAC step
+    with it, depends on the eigensolver's choice. The K-FAC inverse does not, nor a basis made of C.
 
-    For a basis that is a product of one of channels and one of taps there are C and K, for which `C kron K` stands for A without its bias:
+    Bases that are a product of one of channels and one of taps use C and K: `C kron K` stands for A
+    without its bias.
 
         sua, stationary:  C = Omega,                            K as above; the identity for sua
         sud, reduce:      C_{cd} = (1/taps) sum_k A_{ck,dk},    K_{kl} = sum_c A_{ck,cl} / tr C
         nn.Linear:        C = A, bias included,                 K = 1
 
-    K has the mean diagonal 1. With "sua" and "stationary", A is not formed unless it is asked for.
+    K has the mean diagonal 1. With "sua" and "stationary", A is formed only when it is read.
 
     Args:
-        spatial: How the rows of one example are summed: "sud" (spatially uncorrelated derivatives), "sua" (spatially uncorrelated
-            activations; the factor that is kept has the size of the channels only), "reduce" (neither), or "stationary" (activations whose
-            correlation depends on their distance only).
-        batch_dim: Which dimension of a linear layer's inputs of rank 3 and more counts the examples, from the front.
+        spatial: How the rows of one example are summed: "sud" (spatially uncorrelated derivatives),
+            "sua" (spatially uncorrelated activations; the factor that is kept has the size of the
+            channels), "reduce" (neither), or "stationary" (activations whose correlation depends on
+            their distance only).
+        batch_dim: Which dimension of a linear layer's inputs of rank 3 and more counts the
+            examples, from the front.
         chunk_bytes: Bound on temporaries, in bytes. One example is always processed whole.
 
     Raises:
@@ -64,15 +73,19 @@ class ConvKfac(Kfac):
         >>> layer = Layer("conv", nn.Conv2d(2, 4, 3, padding="same"), ("weight", "bias"))
         >>> call = LayerCall(torch.ones(5, 2, 6, 6), torch.ones(5, 4, 6, 6))
         >>> curvature = ConvKfac(spatial="sua")
-        >>> factors = curvature.factors(layer, curvature.samples(layer, [call], num_terms=5, first=True))
+        >>> samples = curvature.samples(layer, [call], num_terms=5, first=True)
+        >>> factors = curvature.factors(layer, samples)
         >>> {name: tuple(s.total.shape) for name, s in factors.items()}
         {'Omega': (2, 2), 'positions': (), 'G': (4, 4)}
-        >>> {name: tuple(m.shape) for name, m in curvature.assemble(layer, {n: s.total / s.count for n, s in factors.items()}).items()}
+        >>> means = {name: s.total / s.count for name, s in factors.items()}
+        >>> {name: tuple(m.shape) for name, m in curvature.assemble(layer, means).items()}
         {'A': (19, 19), 'C': (2, 2), 'K': (9, 9), 'G': (4, 4)}
 
     References:
-        Grosse & Martens 2016, "A Kronecker-factored approximate Fisher matrix for convolution layers", arXiv:1602.01407.
-        Eschenhagen et al. 2023, "Kronecker-Factored Approximate Curvature for Modern Neural Network Architectures", arXiv:2311.00636.
+        Grosse & Martens 2016, "A Kronecker-factored approximate Fisher matrix for convolution
+        layers", arXiv:1602.01407.
+        Eschenhagen et al. 2023, "Kronecker-Factored Approximate Curvature for Modern Neural Network
+        Architectures", arXiv:2311.00636.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"A", "C", "G", "K"})
@@ -80,7 +93,7 @@ class ConvKfac(Kfac):
     covered: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, *CONVOLUTIONS)
 
     def blank(self, layer: Layer) -> LayerCall:
-        """Zeros; for a convolution as many positions as the padding mode and one patch need."""
+        """Return zeros; for a convolution, of the size that padding mode and one patch need."""
         if not isinstance(layer.module, CONVOLUTIONS):
             return super().blank(layer)
         weight, window = layer.tensors()["weight"], Window.of(cast("nn.Conv2d", layer.module))
@@ -89,15 +102,14 @@ class ConvKfac(Kfac):
             for taps, dilation in zip(window.kernel, window.dilation, strict=True)
         ]
         sizes = [max(size, max(window.pads) + 1) for size in patch]
-        zeros = partial(
-            torch.zeros, dtype=weight.dtype, device=weight.device
-        )  # the weight may be sharded, activations never are
+        # The weight may be sharded, activations never are.
+        zeros = partial(torch.zeros, dtype=weight.dtype, device=weight.device)
         inputs = zeros(1, weight.shape[1] * groups_of(layer.module), *sizes)
         positions = window.patches(inputs).shape[2 : 2 + len(sizes)]
         return LayerCall(inputs, zeros(1, weight.shape[0], *positions))
 
     def rows(self, layer: Layer, call: LayerCall) -> Rows:
-        """One use as rows: patches, for a convolution."""
+        """Return one call as rows; for a convolution, they are patches."""
         if not isinstance(layer.module, CONVOLUTIONS):
             return super().rows(layer, call)
         window = Window.of(cast("nn.Conv2d", layer.module))
@@ -108,8 +120,11 @@ class ConvKfac(Kfac):
         return ConvRows(inputs, gradient, call.scale, groups_of(layer.module), window)
 
     def input_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
-        """Sum and count of A; for "sua" and "stationary" of a convolution, of Omega, of T where there is a bias, and for the latter of the
-        products of pixels that are taps apart."""
+        """Return sum and count of A; for "sua" and "stationary" of a convolution, of Omega.
+
+        There T is added where there is a bias, and for "stationary" the products of pixels that are
+        taps apart.
+        """
         if self.spatial not in ("sua", "stationary") or not isinstance(layer.module, CONVOLUTIONS):
             return super().input_factors(layer, samples)
         assert isinstance(samples, JoinedSamples)
@@ -121,7 +136,7 @@ class ConvKfac(Kfac):
         return factors
 
     def assemble(self, layer: Layer, factors: Tensors) -> Tensors:
-        """A, C, K and G, those of them that the factors tell, each made when it is asked for."""
+        """Return those of A, C, K and G that the factors determine, each made when it is read."""
         makers: dict[str, Callable[[], Tensor]] = {}
         if "Omega" in factors:
             correlation = partial(_correlation, layer, factors)
@@ -147,7 +162,7 @@ def _taps(layer: Layer) -> int:
 
 
 def _correlation(layer: Layer, factors: Tensors) -> Tensor:
-    """K, `[..., taps, taps]`."""
+    """Return K, `[..., taps, taps]`."""
     omega, kernel = factors["Omega"], layer.tensors()["weight"].shape[2:]
     if "lags" not in factors:
         return torch.eye(math.prod(kernel), dtype=omega.dtype, device=omega.device).expand(
@@ -157,7 +172,7 @@ def _correlation(layer: Layer, factors: Tensors) -> Tensor:
 
 
 def _product(layer: Layer, factors: Tensors, correlation: Tensor) -> Tensor:
-    """`blockdiag(Omega kron K, T)`."""
+    """Return `blockdiag(Omega kron K, T)`."""
     omega = factors["Omega"]
     a = kron(omega, correlation)
     return (
@@ -168,14 +183,20 @@ def _product(layer: Layer, factors: Tensors, correlation: Tensor) -> Tensor:
 
 
 def _over_channels(layer: Layer, a: Tensor) -> Tensor:
-    """The mean over taps of a convolution's A, `[..., channels, channels]`; of any other layer A itself."""
+    """Return the mean of a convolution's A over taps, `[..., channels, channels]`.
+
+    For any other layer it is A itself.
+    """
     if not isinstance(layer.module, CONVOLUTIONS):
         return a
     return _split(layer, a).diagonal(dim1=-3, dim2=-1).mean(-1)
 
 
 def _over_taps(layer: Layer, a: Tensor) -> Tensor:
-    """The sum over channels of a convolution's A, `[..., taps, taps]`, with the mean diagonal 1; the identity where that is zero."""
+    """Return the sum of a convolution's A over channels, `[..., taps, taps]`, mean diagonal 1.
+
+    It is the identity where the sum is zero.
+    """
     if not isinstance(layer.module, CONVOLUTIONS):
         return a.new_ones(*a.shape[:-2], 1, 1)
     k = _split(layer, a).diagonal(dim1=-4, dim2=-2).sum(-1)
@@ -188,7 +209,7 @@ def _over_taps(layer: Layer, a: Tensor) -> Tensor:
 
 
 def _split(layer: Layer, a: Tensor) -> Tensor:
-    """A without the bias as a view `[..., channels, taps, channels, taps]`."""
+    """Return A without the bias as a view `[..., channels, taps, channels, taps]`."""
     taps, columns = _taps(layer), a.shape[-1] - layer.bias
     return a[..., :columns, :columns].view(
         *a.shape[:-2], columns // taps, taps, columns // taps, taps
@@ -196,14 +217,17 @@ def _split(layer: Layer, a: Tensor) -> Tensor:
 
 
 def channel_moment(samples: JoinedSamples) -> Statistic:
-    """`sum_n T mean_s x x^T` over the uses of a convolution, `[..., channels, channels]`, counted by examples."""
+    """Return `sum_n T mean_s x x^T`, `[..., channels, channels]`, counted by examples."""
     return _over_pixels(
         samples, lambda call, rows: call.pixel_moment(rows, samples.dtype), symmetric=True
     )
 
 
 def lag_moment(samples: JoinedSamples) -> Statistic:
-    """`sum_n T mean_s <x_s, x_{s + k}>` for pixels k = 1, 2, ... taps apart along each axis, `[..., lags]`, counted by examples."""
+    """Return `sum_n T mean_s <x_s, x_{s + k}>`, `[..., lags]`, counted by examples.
+
+    The pixels are k = 1, 2, ... taps apart along each axis.
+    """
     return _over_pixels(
         samples,
         lambda call, rows: lag_sums(call.inputs[rows].to(samples.dtype), call.window, call.groups),
@@ -214,7 +238,7 @@ def lag_moment(samples: JoinedSamples) -> Statistic:
 def _over_pixels(
     samples: JoinedSamples, summed: Callable[[ConvRows, slice], Tensor], *, symmetric: bool
 ) -> Statistic:
-    """A sum over the pixels of all uses, times T over their number."""
+    """Return a sum over the pixels of all calls, times T over their number."""
     if not samples.first:
         return Statistic(None, 0.0)
     parts: list[Tensor] = []
@@ -229,7 +253,10 @@ def _over_pixels(
 
 
 def _positions(samples: Samples, moment: Statistic) -> Statistic:
-    """T as a statistic with the count of `moment`, so that batches of different resolution average."""
+    """Return T as a statistic with the count of `moment`.
+
+    So batches of different resolution average.
+    """
     if moment.total is None:
         return Statistic(None, moment.count)
     return Statistic(
@@ -239,5 +266,5 @@ def _positions(samples: Samples, moment: Statistic) -> Statistic:
 
 @hookimpl
 def kfactk_curvatures() -> dict[str, type[ConvKfac]]:
-    """K-FAC of convolutions and linear layers."""
+    """Provide `conv_kfac`."""
     return {"conv_kfac": ConvKfac}

@@ -116,8 +116,8 @@ def as_terms(output: Tensor, class_axis: int | None) -> Tensor:
     if not output.requires_grad:
         raise CaptureError(
             f"the model's output ({what}) does not require gradients, so its curvature cannot be "
-            "measured. Was the forward run under torch.no_grad() or detached, or are all "
-            "parameters frozen?"
+            "measured. Run the forward without torch.no_grad() and without detaching, with at "
+            "least one trained parameter"
         )
     if output.ndim > 2:
         if class_axis is None:
@@ -141,8 +141,8 @@ def _resolve(class_axis: int, output: Tensor, what: str) -> int:
     if not 0 < axis < output.ndim:
         raise CaptureError(
             f"class_axis={class_axis} does not fit the model's output ({what}): dimension 0 holds "
-            f"the examples, so 1 to {output.ndim - 1}, or -1 to {1 - output.ndim}, can hold the "
-            "classes"
+            f"the examples. Give 1 to {output.ndim - 1}, or -1 to {1 - output.ndim}, the "
+            "dimension that holds the classes"
         )
     return axis
 

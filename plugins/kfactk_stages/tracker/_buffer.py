@@ -77,8 +77,8 @@ class Buffer:
                 if isinstance(value, Tensor):
                     what += f" of shape {tuple(value.shape)}"
                 raise KfactkError(
-                    f"the metric {name!r} of step {step} is a {what}; only numbers and tensors of "
-                    "one entry can be recorded."
+                    f"the metric {name!r} of step {step} is a {what}; it must be a number or "
+                    "a tensor of one entry."
                 )
         stacks = {kind: torch.stack(found) for kind, found in tensors.items()}
         now = int(time.time() * 1000)

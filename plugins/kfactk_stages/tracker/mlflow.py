@@ -186,7 +186,8 @@ class Mlflow:
         if changed:
             warnings.warn(
                 f"the MLflow run already has other values for {', '.join(changed)}, and MLflow "
-                "cannot change them: they keep the values of the earlier recipe.",
+                "cannot change them: they keep the values of the earlier recipe. Start another run "
+                "to record the new ones.",
                 KfactkWarning,
                 stacklevel=3,
             )

@@ -95,7 +95,7 @@ def assert_is_dense(model: nn.Module, optimizer: Optimizer, problem: dense.Probl
     )
 
 
-# ------------------------------------------------------------------------------------------------- likelihoods, weights, masks
+# ---------------------------------------------------------------------- likelihoods, weights, masks
 
 Labels = Callable[[Tensor], Iterator[tuple[Tensor | float, Tensor]]]
 """From the logits of one term: each possible label's probability and negative log-likelihood."""
@@ -226,7 +226,7 @@ def test_empirical_statistics_of_the_users_own_loss(reduction: str) -> None:
     assert_is_dense(model, optimizer, dense.Problem(tokens(), x, loss, scores, 9.0))
 
 
-# ------------------------------------------------------------------------------------------------- how a batch is cut and counted
+# ------------------------------------------------------------------- how a batch is cut and counted
 
 
 def run(
@@ -341,7 +341,7 @@ def test_the_loss_scale_of_a_gradient_scaler_is_divided_out() -> None:
     assert_same(found(optimizer), found(plain))
 
 
-# --------------------------------------------------------------------------------------------------------------- draws and passes
+# --------------------------------------------------------------------------------- draws and passes
 
 
 def test_draws_follow_from_the_seed_alone() -> None:

@@ -241,7 +241,7 @@ def test_model_on_meta_allocates_nothing() -> None:
     [
         (
             ["--model", SMALL],
-            "plan needs --input, the shape of one example, for a model of your own: --input 3x2",
+            r"plan needs the shape of one example for a model of your own: give --input 3x224x224",
         ),
         (["--model", "resnet51"], r"torchvision has no model 'resnet51'\. Did you mean 'resnet50'"),
         (["--model", f"{__name__}:Smal", "--input", "64"], "Smal"),

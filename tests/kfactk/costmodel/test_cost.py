@@ -201,8 +201,9 @@ def test_cost_of_the_worst_step_is_that_of_one_slot() -> None:
 def test_cost_with_more_slots_than_layers_is_that_of_a_layer() -> None:
     workload = Workload((FC,))
     load = TrainingLoad(workload, {"fc": bare()}, slots=5)
-    costs = cost(load, rows(workload, 2, 1), 2, ONES)
-    assert costs.compute["decomposition"].worst == pytest.approx(35)
+    assert cost(load, rows(workload, 2, 1), 2, ONES).compute[
+        "decomposition"
+    ].worst == pytest.approx(35)
 
 
 @given(workloads(), st.integers(1, 6))

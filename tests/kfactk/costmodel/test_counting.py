@@ -170,7 +170,7 @@ def test_training_load_of_grouped_and_sua_convolutions() -> None:
 
 
 def test_workload_is_that_of_the_bound_optimizer() -> None:
-    """Matrices have the shapes that training gives them."""
+    """Matrices have the shapes of training."""
     torch.manual_seed(0)
     model = Net()
     optimizer = kfactk.build().bind(model)

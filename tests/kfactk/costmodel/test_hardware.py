@@ -84,7 +84,7 @@ def test_machine_named_finds_profiles() -> None:
     assert [machine_named(None, kind) for kind in ("cpu", "cuda", "xpu")] == [CPU, H100, H100]
     with pytest.raises(
         OptionError,
-        match=r"no machine profile 'h10'\. Did you mean 'h100'.*There are: h100, a100, cpu; .*plan",
+        match=r"no machine profile 'h10'\. Did you mean 'h100'.*Use one of: h100, a100, cpu; .*--calibrate",
     ):
         machine_named("h10")
 
@@ -93,10 +93,7 @@ def test_rate_refuses_an_unknown_precision() -> None:
     assert H100.rate("bfloat16") == H100.products["bfloat16"]
     with pytest.raises(
         OptionError,
-        match=(
-            r"'cpu' has no rate for the precision 'float16'\. Did you mean 'float32'.*"
-            "It has rates for float32"
-        ),
+        match=r"'cpu' has no rate for the precision 'float16'\. Did you mean 'float32'.*float32",
     ):
         CPU.rate("float16")
 

@@ -43,7 +43,7 @@ from torch.nn import functional as F
 
 import kfactk
 from kfactk import CaptureError, KfactkWarning, Optimizer
-from kfactk.optim.gradients import all_finite
+from kfactk.optim.nonfinite import all_finite
 from kfactk_stages.basis.ekfac import Ekfac
 from kfactk_stages.clip.none import NoClip
 from tests.covering import covering
@@ -73,7 +73,7 @@ def finite(model: nn.Module) -> bool:
     return all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters())
 
 
-# --------------------------------------------------------------------------------------------------------------------- numbers
+# ------------------------------------------------------------------------------------------ numbers
 
 
 def bad_inputs(value: float) -> Callable[..., None]:
@@ -115,9 +115,7 @@ BAD = {
 
 
 @covering(basis=BASES, kind=BAD, at=[0, 2], update=UPDATES)
-def test_a_batch_that_is_not_finite_is_skipped(
-    basis: str, kind: str, at: int, update: str
-) -> None:
+def test_a_batch_that_is_not_finite_is_skipped(basis: str, kind: str, at: int, update: str) -> None:
     """Its step is not taken; where the statistics suffer too, the run is that without the batch."""
     fault, statistics = BAD[kind]
     model, data = net(), batches(5)
@@ -330,7 +328,7 @@ def test_degenerate_factors_train_on(
     assert optimizer.counters == {"skipped_batches": 0, "failed_decompositions": 0}
 
 
-# -------------------------------------------------------------------------------------------------------------- decompositions
+# ----------------------------------------------------------------------------------- decompositions
 
 
 class Sabotage:
@@ -391,7 +389,7 @@ def test_a_refresh_that_fails_leaves_the_last_good_one(
     """The run is that in which this refresh was not due."""
     with pytest.warns(
         KfactkWarning,
-        match=r"failed in every way tried: .*; the last good decomposition is kept \(said once\)",
+        match=r"failed in every way tried .*; the last good decomposition stays in use \(said once\)",
     ):
         found, optimizer = decomposed(basis, sabotage[basis], {2: 1000})
     assert optimizer.counters == {"skipped_batches": 0, "failed_decompositions": 2}

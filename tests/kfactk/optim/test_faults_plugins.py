@@ -14,7 +14,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import kfactk
-from kfactk import KfactkError, KfactkWarning, Optimizer, PluginError, hookimpl, hookspecs
+from kfactk import KfactkError, KfactkWarning, Optimizer, PluginError, hookimpl
+from kfactk.registry import hookspecs
 from kfactk.registry.inspection import PROTOCOLS
 from kfactk.registry.registry import Registry, registry
 from tests.kfactk.optim.test_faults import EACH, batches, close
@@ -260,7 +261,7 @@ def test_a_tracker_that_does_not_know_how_often(answer: Callable[[], Any]) -> No
     assert optimizer.steps == 3
 
 
-# ----------------------------------------------------------------------------------------------------------------------- hooks
+# -------------------------------------------------------------------------------------------- hooks
 
 
 def hook(name: str, body: Callable[..., Any]) -> Any:

@@ -1,6 +1,6 @@
 """A batch that is not finite is skipped on the device, and counted when the host reads it: as if the host had waited.
 
-A CPU stands in for the device; that nothing is read on it is in test_verdicts_waiting.
+A CPU stands in for the device; that nothing is read on it is in test_nonfinite_waiting.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
 
-from kfactk import KfactkWarning, Optimizer, verdicts
+from kfactk import KfactkWarning, Optimizer
 from kfactk.distributed.communicator import Communicator
+from kfactk.optim import nonfinite
 from kfactk.optim.nonfinite import NonFiniteGuard
 from kfactk_stages.clip.none import NoClip
 from tests.kfactk.ordinary import UPDATES, batches, bound, everything, net, spoil, train
@@ -30,7 +31,7 @@ KINDS = {"nan": float("nan"), "inf": float("inf"), "-inf": -float("inf")}
 
 @pytest.fixture
 def deferring(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verdicts, "DEVICES", frozenset({"cpu"}))
+    monkeypatch.setattr(nonfinite, "DEVICES", frozenset({"cpu"}))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -73,7 +74,7 @@ def test_good_batches_are_taken_as_they_are_when_the_host_waits(
 ) -> None:
     found = []
     for devices in ((), ("cpu",)):
-        monkeypatch.setattr(verdicts, "DEVICES", frozenset(devices))
+        monkeypatch.setattr(nonfinite, "DEVICES", frozenset(devices))
         model = net()
         optimizer = bound(
             model, update=UPDATES[update], clip="norm", factor_every=2, scale_every=2, basis_every=4
@@ -228,7 +229,7 @@ def test_a_real_device_skips(update: str) -> None:
         assert optimizer.counters["skipped_batches"] == 1
 
 
-# ------------------------------------------------------------------------------------------------- who is left to the device
+# ------------------------------------------------------------------------ who is left to the device
 
 
 class Own(torch.optim.SGD):
@@ -284,9 +285,9 @@ def test_only_what_can_skip_is_left_to_the_device(
     assert not judged(torch.optim.SGD(sparse.parameters(), lr=0.1, fused=True))
     elsewhere = with_gradient(torch.ones(2, device="meta"))
     assert not judged(torch.optim.SGD([parameter, elsewhere], lr=0.1, fused=True)), "two devices"
-    monkeypatch.setattr(verdicts, "DEVICES", frozenset({"cuda"}))
+    monkeypatch.setattr(nonfinite, "DEVICES", frozenset({"cuda"}))
     assert not judged(fused), "this device waits for nobody"
-    monkeypatch.setattr(verdicts, "DEVICES", frozenset({"cpu"}))
+    monkeypatch.setattr(nonfinite, "DEVICES", frozenset({"cpu"}))
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
         mesh = init_device_mesh("cpu", (1,))

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import kfactk
-from kfactk import Optimizer, verdicts
+from kfactk import Optimizer
+from kfactk.optim import nonfinite
 from kfactk_stages.clip.kl import KlClip
 from tests.kfactk.ordinary import UPDATES, batches, bound, net, train
 from tests.kfactk.small import values
@@ -36,7 +37,7 @@ CLIPS = ("none", "value", "norm", "kl")
 
 @pytest.fixture
 def deferring(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(verdicts, "DEVICES", frozenset({"cpu"}))
+    monkeypatch.setattr(nonfinite, "DEVICES", frozenset({"cpu"}))
 
 
 class Reads(TorchDispatchMode):

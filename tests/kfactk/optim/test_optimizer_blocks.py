@@ -80,7 +80,7 @@ def stages(model: nn.Module, **recipe: Any) -> dict[str, str]:
     return {row.parameter: row.stages if row.block is not None else "" for row in rows}
 
 
-# ------------------------------------------------------------------------- who takes which layer
+# ---------------------------------------------------------------------------- who takes which layer
 
 
 def test_the_first_curvature_that_supports_a_module_takes_it() -> None:
@@ -163,7 +163,7 @@ def test_what_cannot_work_together_is_refused() -> None:
         kfactk.build(curvature=[])
 
 
-# ------------------------------------------------------------------------------------ dense truth
+# -------------------------------------------------------------------------------------- dense truth
 
 
 def root_scores(output: Tensor) -> list[Tensor]:
@@ -312,7 +312,7 @@ def test_frozen_weights_leave_no_block() -> None:
     assert set(optimizer.layers) == {"ln", "body", "gn", "head"}
 
 
-# ------------------------------------------------------------------------------- views and state
+# ---------------------------------------------------------------------------------- views and state
 
 
 def trained(model: nn.Module, optimizer: Any, steps: int) -> None:

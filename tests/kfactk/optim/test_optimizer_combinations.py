@@ -304,7 +304,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "a way of summing rows that is for convolutions": (
         {"curvature": {"name": "kfac", "spatial": "sua"}},
-        "spatial='sua' is not a way Kfac",
+        "Kfac: spatial='sua' cannot work",
     ),
     "a limit of nothing": (
         {"clip": {"name": "kl", "limit": 0.0}},

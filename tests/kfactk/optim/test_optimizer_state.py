@@ -111,9 +111,7 @@ def assert_continues_alike(
     assert_same(first[0].state_dict(), resumed[0].state_dict())
 
 
-@covering(
-    update=UPDATES, basis=BASES, dtype=[torch.float32, torch.float64, torch.bfloat16]
-)
+@covering(update=UPDATES, basis=BASES, dtype=[torch.float32, torch.float64, torch.bfloat16])
 def test_a_resumed_run_is_the_uninterrupted_one(
     update: str, basis: str, dtype: torch.dtype
 ) -> None:

@@ -247,7 +247,7 @@ def test_gradients_are_left_as_they_were_found() -> None:
         torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-12, atol=1e-14)
 
 
-# ------------------------------------------------------------------------------------------------------------------------ faults
+# ------------------------------------------------------------------------------------------- faults
 
 
 def small(seed: int = 0, outputs: int = 3) -> nn.Sequential:

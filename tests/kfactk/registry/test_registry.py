@@ -174,7 +174,7 @@ def test_resolve_reads_options_in_their_json_forms(ours: Registry) -> None:
         (
             "scal",
             UnknownStageError,
-            ["no clip 'scal'", "Did you mean 'scale'", "There are: broken, failing"],
+            ["no clip 'scal'", "Did you mean 'scale'", "Use one of: broken, failing"],
         ),
         ("mine", UnknownStageError, ["stage of the family update", "update='mine'"]),
         ("some.module.Name", UnknownStageError, ["'some.module:Name'"]),

@@ -1,4 +1,4 @@
-"""Laws put to stages that break them: what is caught, and in which words."""
+"""Run laws on stages that break them: what is caught, and with which message."""
 
 from __future__ import annotations
 
@@ -19,7 +19,9 @@ def laws_of(laws: type[Laws]) -> list[str]:
 
 
 def caught(laws: type[Laws], stage: Any, *names: str, **members: Any) -> dict[str, str]:
-    """Run the laws `names` (all of them by default) on a stage; the first example that fails will do, and is the same each time.
+    """Run the laws `names` (all of them by default) on a stage.
+
+    Each stops at the first example that fails, which is the same each time.
 
     Args:
         laws: The class of laws.
@@ -28,7 +30,7 @@ def caught(laws: type[Laws], stage: Any, *names: str, **members: Any) -> dict[st
         members: Further members of the class that would be written.
 
     Returns:
-        For each law that it breaks, all that is said, notes included.
+        For each law that it breaks, the whole message, notes included.
     """
     with _without_shrinking():
         made = type("TestBroken", (laws,), {"stage": stage, **members})()
@@ -58,7 +60,7 @@ def _without_shrinking() -> Iterator[None]:
 
 
 def _said(error: BaseException) -> list[str]:
-    """All that an error says, and for a law that is broken in several ways all that each of them says."""
+    """Return the message and notes of an error, and those of all errors in a group."""
     inner = error.exceptions if isinstance(error, BaseExceptionGroup) else ()
     return [
         str(error),

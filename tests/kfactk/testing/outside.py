@@ -1,4 +1,4 @@
-"""Likelihoods as an outside author may write them, right in all: counts, and real numbers whose scale or correlation is known."""
+"""Correct likelihoods of an outside author: counts, and real numbers with a known correlation."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kfactk import CaptureError
 
 
 class Poisson:
-    """Counts, the output being log-rates: an outside author's stage, right in all."""
+    """Counts; the output is log-rates."""
 
     def view(self, output: Tensor) -> Tensor:
         if not (output.is_floating_point() and output.requires_grad and 1 <= output.ndim <= 2):

@@ -1,4 +1,4 @@
-"""The laws of recipes, kept by what ships: the study's algorithms, and every accepted combination of our stages."""
+"""The laws of recipes, for the thesis' algorithms and every accepted combination of our stages."""
 
 from __future__ import annotations
 
@@ -110,7 +110,8 @@ class TestEveryCombination(PipelineLaws):
         )
 
     def steady(self) -> Recipes:
-        # Under SUA A is Omega kron I: every eigenvalue is there once a tap, and EKFAC's scale depends on the vectors chosen among these.
+        # Under SUA A is Omega kron I: each eigenvalue occurs once for each tap, and EKFAC's scale
+        # depends on the eigenvectors that the solver chose for it.
         return self.recipes().filter(
             lambda recipe: not (recipe["curvature"] == SUA and "ekfac" in str(recipe["basis"]))
         )

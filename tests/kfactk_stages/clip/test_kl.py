@@ -48,7 +48,7 @@ def dot(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
     return torch.stack([(x * y).sum() for x, y in zip(xs, ys, strict=True)])
 
 
-def test_every_group_counts_with_its_own_learning_rate() -> None:
+def test_groups_count_with_their_own_learning_rate() -> None:
     pairs = [
         GradientPair(torch.tensor([3.0]), torch.tensor([2.0]), lr=0.1),
         GradientPair(torch.tensor([5.0]), torch.tensor([4.0]), lr=0.2),
@@ -62,14 +62,14 @@ def test_every_group_counts_with_its_own_learning_rate() -> None:
 @pytest.mark.parametrize(
     ("gradient", "lr"), [([1e4, -1e4], 0.0), ([1e-30, 0.0], 1e-20)], ids=["lr 0", "underflow"]
 )
-def test_nothing_to_bound_leaves_everything(gradient: list[float], lr: float) -> None:
+def test_zero_lengths_change_nothing(gradient: list[float], lr: float) -> None:
     pair = GradientPair(torch.tensor(gradient), 7 * torch.tensor(gradient), lr=lr)
     clipped, factor = KlClip().clip([pair], dot)
     assert factor.item() == 1.0
     assert torch.equal(clipped[0], pair.preconditioned)
 
 
-def test_a_length_far_above_the_limit_is_brought_to_it() -> None:
+def test_huge_lengths_are_reduced_to_the_limit() -> None:
     large = torch.tensor([1e18])  # limit / length, 1e-46, is beyond float32; its root is not
     clipped, factor = KlClip(limit=1e-10).clip([GradientPair(large, large, lr=1.0)], dot)
     assert factor.item() == pytest.approx(1e-23, rel=1e-6)
@@ -88,7 +88,7 @@ def test_half_precision_is_measured_in_float32(dtype: torch.dtype) -> None:
     assert clipped[0].dtype == dtype
 
 
-def test_never_reads_the_factor() -> None:
+def test_factor_is_never_read() -> None:
     pairs = [
         GradientPair(torch.ones(2, device="meta"), torch.ones(2, device="meta"), lr=lr)
         for lr in (0.1, 0.2)

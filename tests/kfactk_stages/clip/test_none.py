@@ -14,7 +14,7 @@ class TestNone(ClipLaws):
     idempotent = keeps_direction = keeps_entries = True
 
 
-def test_everything_is_left() -> None:
+def test_none_changes_nothing() -> None:
     pairs = [
         GradientPair(torch.ones(2), torch.tensor([1e30, float("nan")]), lr=0.1),
         GradientPair(torch.ones(1), torch.zeros(1), lr=0.0),

@@ -40,7 +40,7 @@ entries = st.lists(st.floats(-1e6, 1e6, allow_subnormal=False), min_size=1, max_
 
 @settings(max_examples=effort(100), deadline=None)
 @given(st.lists(entries, min_size=1, max_size=3), st.floats(1e-6, 1e7))
-def test_entries_against_python(values: list[list[float]], limit: float) -> None:
+def test_entries_equal_those_of_python(values: list[list[float]], limit: float) -> None:
     pairs = [
         GradientPair(
             torch.ones(len(v), dtype=torch.float64), torch.tensor(v, dtype=torch.float64), lr=0.1
@@ -75,7 +75,7 @@ def test_half_precision() -> None:
     assert tensor[1].item() == -300.0
 
 
-def test_never_reads_a_value() -> None:
+def test_values_are_never_read() -> None:
     pair = GradientPair(torch.ones(2, device="meta"), torch.ones(2, device="meta"), lr=0.1)
     assert ValueClip().clip([pair], dot)[1].is_meta
 

@@ -1,4 +1,4 @@
-"""The input factor by autocorrelation is the Gram matrix of the patches, which are counted here one by one."""
+"""The input factor by autocorrelation is the Gram matrix of patches, built one by one here."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def convolutions(draw: st.DrawFn) -> tuple[nn.Module, Tensor]:
 
 
 def patches_of(conv: Any, inputs: Tensor) -> Tensor:
-    """Every patch, `[groups, rows, channels * taps]`, read off the padded input by plain indexing."""
+    """Return every patch, `[groups, rows, channels * taps]`, by plain indexing."""
     dims, groups = len(conv.kernel_size), conv.groups
     mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
     padded = F.pad(inputs, conv._reversed_padding_repeated_twice, mode=mode)
@@ -183,7 +183,7 @@ def test_inputs_of_which_a_tap_sees_little_are_unfolded(size: int, is_wide: bool
 
 
 def test_what_no_tap_sees_is_exactly_nothing() -> None:
-    """A tap that is off the input everywhere has zeros in the factor, not the rounding of what was added and taken off again."""
+    """A tap that is off the input everywhere has zeros in the factor, not rounding errors."""
     conv, inputs = nn.Conv1d(1, 1, 2, padding="same", dilation=2), torch.randn(6, 1, 1)
     layer = Layer("conv", conv, ("weight", "bias"))
     samples = ConvKfac().samples(

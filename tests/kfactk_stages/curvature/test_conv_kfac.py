@@ -1,4 +1,4 @@
-"""ConvKfac, and what it shares with Kfac, against per-example autograd and plain loops in float64."""
+"""ConvKfac, and what it shares with Kfac, against autograd and plain loops in float64."""
 
 import itertools
 import math
@@ -126,7 +126,7 @@ def explicit_factors(case, spatial, num_terms):
 
 
 def explicit_correlation(module, images):
-    """`prod_axes r(distance along it) / r(0)` for each pair of taps, r from pairs of pixels found one by one."""
+    """Return `prod_axes r(distance along it) / r(0)` for each pair of taps, pixel by pixel."""
     places = list(itertools.product(*map(range, images.shape[2:])))
 
     def mean_product(offset):
@@ -236,8 +236,8 @@ class Repeated(nn.Module):
         return self.shared(nn.functional.avg_pool2d(y, 2)).flatten(1).sin()
 
 
-def captured_uses(model, module, inputs, loss):
-    """The uses of `module` in one forward, with the gradients of `loss(output)` that autograd has for its outputs."""
+def captured_calls(model, module, inputs, loss):
+    """Return the calls of `module` in one forward, with the gradients of `loss(output)`."""
     calls = []
     handle = module.register_forward_hook(
         lambda _, args, output: calls.append((args[0].detach(), output))
@@ -257,7 +257,7 @@ def test_a_shared_module_sums_over_its_uses(groups, bias, spatial, chunk_bytes):
     model = Repeated(nn.Conv2d(2, 2, 3, padding=1, groups=groups, bias=bias)).double()
     inputs = torch.randn(4, 2, 4, 6, dtype=torch.float64)
     layer = Layer("shared", model.shared, ("weight", "bias") if bias else ("weight",))
-    calls = captured_uses(model, model.shared, inputs, lambda output: output.sum())
+    calls = captured_calls(model, model.shared, inputs, lambda output: output.sum())
     assert len(calls) == 2
     curvature = ConvKfac(spatial=spatial, chunk_bytes=chunk_bytes)
     samples = curvature.samples(layer, calls, num_terms=4.0, first=True)

@@ -1,4 +1,7 @@
-"""Kfac: the laws; inputs of any rank, the example dimension, shared modules, options. Explicit factors are in test_conv_kfac.py."""
+"""Kfac: the laws; inputs of any rank, the example dimension, shared modules, options.
+
+Explicit factors are in test_conv_kfac.py.
+"""
 
 from typing import ClassVar
 
@@ -125,7 +128,7 @@ def test_uses_of_different_batch_sizes_are_refused():
 
 
 def test_deep_linear_network_is_exact():
-    """With T = 1, linear layers and Gaussian outputs of unit variance, E[aa^T] kron E[gg^T] is the layer's Fisher information."""
+    """With T = 1, linear layers and unit Gaussian outputs, A kron G is the Fisher information."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 4, bias=False), nn.Linear(4, 2), nn.Linear(2, 3)).double()
     inputs = torch.randn(6, 3, dtype=torch.float64)
@@ -188,11 +191,11 @@ def test_examples_or_rows_may_be_none(rows):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"spatial": "sua"}, "spatial='sua'.*Kfac.*'sud', 'reduce'"),
+        ({"spatial": "sua"}, "Kfac: spatial='sua'.*'sud', 'reduce'"),
         ({"batch_dim": -1}, "batch_dim=-1.*from the front"),
         ({"batch_dim": True}, "batch_dim=True"),
         ({"batch_dim": 1.0}, "batch_dim=1.0"),
-        ({"chunk_bytes": 0}, "chunk_bytes=0.*positive"),
+        ({"chunk_bytes": 0}, "chunk_bytes=0.*at least 1"),
         ({"chunk_bytes": 1e6}, "chunk_bytes=1000000.0"),
     ],
 )

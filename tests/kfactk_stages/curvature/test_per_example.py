@@ -142,7 +142,7 @@ def test_sums_of_patches_are_those_of_the_unfolded_rows(case: tuple[Any, list[La
 def test_the_scale_is_that_of_autograds_gradients(
     case: tuple[Any, list[LayerCall]], chunk_bytes: int
 ) -> None:
-    """Rotated on both sides, whichever side of whichever layer is rotated first, in chunks or at once."""
+    """Both sides are rotated, whichever comes first, in chunks or at once."""
     conv, calls = case
     truth = by_autograd(conv, calls).transpose(0, 1)
     left, right = (

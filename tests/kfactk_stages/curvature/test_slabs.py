@@ -22,7 +22,7 @@ from tests.kfactk_stages.curvature.test_autocorrelation import CONVOLUTIONS, pat
 
 @st.composite
 def convolutions(draw: st.DrawFn) -> tuple[Any, Tensor]:
-    """A convolution of any stride, and an input for it, from smaller than the kernel to wide beside it."""
+    """Draw a convolution of any stride, and an input of any size, even smaller than the kernel."""
     dims, groups = draw(st.sampled_from([1, 2, 2, 2, 3])), draw(st.integers(1, 2))
 
     def each(low: int, high: int) -> tuple[int, ...]:
@@ -173,10 +173,10 @@ def test_what_a_tap_does_not_see_leaves_no_rounding() -> None:
 
 
 def test_products_leave_out_what_a_tap_does_not_see() -> None:
-    """Of four pixels and a pixel of padding the first tap sees three, so that its products have three rows and none has five."""
+    """Of four pixels and a pixel of padding the first tap sees three, so products have 3 rows."""
     slabs = slabs_of(Window.of(nn.Conv1d(1, 1, 3, padding=1)), (4,))
     rows = {
-        pair: [(at.stop - at.start, sign) for key, _, at, sign in slabs.num_terms if key == pair]
+        pair: [(at.stop - at.start, sign) for key, _, at, sign in slabs.summands if key == pair]
         for pair in slabs.pairs
     }
     assert rows == {
@@ -190,7 +190,7 @@ def test_products_leave_out_what_a_tap_does_not_see() -> None:
 
 
 def test_pairs_of_taps_a_stride_apart_share_their_rows() -> None:
-    """A 3 x 3 kernel of stride 2 has 5 products of slabs, one of stride 1 has 3, and a small input all 6."""
+    """A 3 x 3 kernel of stride 2 has 5 products, one of stride 1 has 3, a small input all 6."""
 
     def products(stride: int, size: int) -> int:
         return list(

@@ -6,12 +6,15 @@ from kfactk_stages.likelihood.categorical import Categorical
 
 
 class TestLaws(FisherLaws):
-    """Those about losses are skipped: it has none. `tests/kfactk/capture/test_fisher_pass.py` has the laws of what it measures."""
+    """Laws of losses are skipped: it has none.
+
+    `tests/kfactk/capture/test_fisher_pass.py` tests what it measures.
+    """
 
     stage = "empirical"
 
 
-def test_it_adds_no_pass_and_draws_nothing() -> None:
+def test_empirical_adds_no_pass_and_draws_nothing() -> None:
     generator = torch.Generator().manual_seed(0)
     state, before = generator.get_state(), torch.get_rng_state()
     assert not Empirical.own_pass

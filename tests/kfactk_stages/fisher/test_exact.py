@@ -1,4 +1,4 @@
-"""The laws of Fisher estimators, and what is particular to this one."""
+"""The laws of Fisher estimators, the limit on passes, and that nothing is drawn."""
 
 import pytest
 import torch
@@ -31,14 +31,14 @@ def test_too_many_passes_are_refused_before_the_first() -> None:
 
 
 @pytest.mark.parametrize("bad", [0, -1, 2.5, True, None])
-def test_max_passes_is_a_positive_whole_number(bad: object) -> None:
+def test_max_passes_is_checked(bad: object) -> None:
     with pytest.raises(
         OptionError, match=r"max_passes=.* a whole number of at least 1: it counts backward passes"
     ):
         Exact(max_passes=bad)
 
 
-def test_it_draws_nothing() -> None:
+def test_exact_draws_nothing() -> None:
     generator = torch.Generator().manual_seed(3)
     before, ours = torch.get_rng_state(), generator.get_state()
     list(Exact().losses(torch.zeros(2, 1, 3, requires_grad=True), Categorical(), None, generator))

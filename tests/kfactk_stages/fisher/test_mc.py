@@ -31,7 +31,7 @@ class TestLawsOfSeveralDraws(TestLaws):
 
 
 def outputs(n: int, *shape: int) -> Tensor:
-    """The same example n times over."""
+    """The same example n times."""
     one = torch.randn(*shape, dtype=F64, generator=torch.Generator().manual_seed(0))
     return one.expand(n, *shape).contiguous().requires_grad_()
 
@@ -51,8 +51,8 @@ def gradients(
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
-def test_samples_share_one_fisher(likelihood: Likelihood) -> None:
-    """K draws give K losses, each scaled so that the sum keeps its size; the same generator gives the same first draw."""
+def test_samples_sum_to_one_fisher(likelihood: Likelihood) -> None:
+    """K draws give K losses whose sum keeps its size; one generator gives the same first draw."""
     [one] = gradients(MonteCarlo(), likelihood, outputs(8, 2, 3), None, seed=5)
     four = gradients(MonteCarlo(samples=4), likelihood, outputs(8, 2, 3), None, seed=5)
     assert len(four) == 4
@@ -61,14 +61,14 @@ def test_samples_share_one_fisher(likelihood: Likelihood) -> None:
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
-def test_masked_terms_give_no_gradient_and_leave_the_rest_alone(likelihood: Likelihood) -> None:
+def test_masked_terms_have_no_gradient_and_change_no_others(likelihood: Likelihood) -> None:
     mask = torch.tensor([[1, 0, 1], [0, 0, 1]], dtype=F64)
     [masked] = gradients(MonteCarlo(), likelihood, outputs(2, 3, 4), mask)
     [full] = gradients(MonteCarlo(), likelihood, outputs(2, 3, 4), None)
     assert torch.equal(masked.reshape(2, 3, 4), full.reshape(2, 3, 4) * mask.unsqueeze(-1))
 
 
-def test_injected_targets_take_the_place_of_draws() -> None:
+def test_draw_replaces_sampling() -> None:
     seen = []
     targets = torch.tensor([[1, 0], [2, -100]])
 
@@ -110,7 +110,7 @@ def test_options_of_the_wrong_kind_are_refused(options: dict[str, object], messa
         MonteCarlo(**options)
 
 
-def test_it_is_a_value_with_a_seed() -> None:
+def test_equality_is_over_options() -> None:
     assert MonteCarlo(seed=3).seed == 3
     assert MonteCarlo(seed=3) == MonteCarlo(seed=3) != MonteCarlo()
     assert MonteCarlo.own_pass

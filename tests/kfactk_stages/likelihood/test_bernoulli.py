@@ -45,14 +45,14 @@ def logits(seed: int, *shape: int, scale: float = 1.0) -> Tensor:
     ).requires_grad_()
 
 
-def test_root_of_certain_labels() -> None:
+def test_root_of_labels_of_probability_zero_and_one() -> None:
     view = torch.tensor([[[float("inf")], [-float("inf")], [60.0]]])
     [column] = Bernoulli().root(view)
     assert column[0, :2].flatten().tolist() == [0, 0]
     torch.testing.assert_close(column[0, 2], torch.exp(torch.tensor([-30.0])))
 
 
-def test_draws_of_certain_labels_and_nan() -> None:
+def test_draws_of_labels_of_probability_zero_and_one_and_nan() -> None:
     view = torch.tensor([[[float("inf"), -float("inf"), float("nan")]]]).expand(500, 1, 3)
     draws = Bernoulli().sample(view, torch.Generator().manual_seed(0))
     assert bool((draws[..., 0] == 1).all())

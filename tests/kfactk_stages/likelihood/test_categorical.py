@@ -53,12 +53,12 @@ def outer_products(likelihood: Categorical, view: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("c", [2, 5])
-def test_root_has_a_column_less_than_there_are_classes(c: int) -> None:
+def test_root_has_one_column_less_than_classes(c: int) -> None:
     assert len(list(Categorical().root(logits(0, 2, 3, c)))) == c - 1
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, F64])
-def test_root_of_certain_and_of_forbidden_classes(dtype: torch.dtype) -> None:
+def test_root_of_classes_of_probability_zero_and_one(dtype: torch.dtype) -> None:
     inf = float("inf")
     rows = [
         [0.0, -inf, 1.0, -inf],
@@ -73,7 +73,7 @@ def test_root_of_certain_and_of_forbidden_classes(dtype: torch.dtype) -> None:
     torch.testing.assert_close(outer_products(Categorical(), view), expected)
 
 
-def test_draws_never_take_a_forbidden_or_hopeless_class() -> None:
+def test_draws_avoid_classes_of_vanishing_probability() -> None:
     view = torch.full((64, 1, 4000), -float("inf"))
     view[..., 17] = 0
     generator = torch.Generator().manual_seed(0)
@@ -83,7 +83,7 @@ def test_draws_never_take_a_forbidden_or_hopeless_class() -> None:
     assert bool((Categorical().sample(view, generator) == 3).all())
 
 
-def test_an_exact_zero_in_the_noise_does_not_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zero_noise_does_not_decide_a_draw(monkeypatch: pytest.MonkeyPatch) -> None:
     def zeros(self: Tensor, *args: object, **kwargs: object) -> Tensor:
         self.fill_(1.0)
         self[..., 1] = 0.0
@@ -104,7 +104,7 @@ def test_draws_survive_nan() -> None:
     assert torch.equal(Categorical().sample(bad, torch.Generator().manual_seed(1))[1:], first[1:])
 
 
-def test_ignored_labels_given_as_targets_cost_nothing() -> None:
+def test_ignored_labels_have_no_loss() -> None:
     likelihood = Categorical(ignore_index=-1)
     view = likelihood.view(logits(0, 3, 4))
     losses = likelihood.nll(view, torch.tensor([[2], [-1], [0]]))
@@ -113,7 +113,7 @@ def test_ignored_labels_given_as_targets_cost_nothing() -> None:
 
 
 @pytest.mark.parametrize("ignored", [0, 3])
-def test_a_class_that_doubles_as_ignore_index_can_still_be_drawn(ignored: int) -> None:
+def test_ignore_index_that_is_a_class_can_be_drawn(ignored: int) -> None:
     likelihood = Categorical(ignore_index=ignored)
     view = likelihood.view(logits(0, 3, 4))
     targets = torch.full((3, 1), ignored)
@@ -121,7 +121,7 @@ def test_a_class_that_doubles_as_ignore_index_can_still_be_drawn(ignored: int) -
 
 
 @pytest.mark.parametrize("ignored", [-100, 0, 255])
-def test_ignore_index_masks(ignored: int) -> None:
+def test_ignore_index_masks_terms(ignored: int) -> None:
     likelihood = Categorical(class_axis=1, targets="y", ignore_index=ignored)
     view = likelihood.view(logits(0, 2, 4, 3))
     assert likelihood.term_weights(
@@ -129,7 +129,7 @@ def test_ignore_index_masks(ignored: int) -> None:
     ).tolist() == [[1, 0, 1], [0, 1, 1]]
 
 
-def test_what_is_no_choice_is_refused_with_the_remedy() -> None:
+def test_single_classes_are_refused_with_the_remedy() -> None:
     remedy = 'likelihood="gaussian" for regression or likelihood="bernoulli" for binary'
     with pytest.raises(CaptureError, match=rf"shape \[5, 1\]\) has a single class.*{remedy}"):
         Categorical().view(logits(0, 5, 1))

@@ -62,7 +62,7 @@ def means(seed: int, *shape: int) -> Tensor:
 
 
 @pytest.mark.parametrize("c", [1, 3])
-def test_half_the_width_as_variance_makes_it_mse_loss(c: int) -> None:
+def test_variance_of_half_the_width_gives_mse_loss(c: int) -> None:
     likelihood = Gaussian(variance=c / 2)
     f, y = means(0, 6, c), means(1, 6, c).detach()
     (ours,) = torch.autograd.grad(likelihood.nll(likelihood.view(f), y.unsqueeze(1)).mean(), f)
@@ -70,7 +70,7 @@ def test_half_the_width_as_variance_makes_it_mse_loss(c: int) -> None:
     torch.testing.assert_close(ours, theirs)
 
 
-def test_draws_are_the_mean_plus_noise_of_the_variance() -> None:
+def test_draws_have_mean_and_variance() -> None:
     """40000 draws of 3 numbers: each bound is off with probability below 1e-4."""
     f = torch.tensor([2.0, 0.0, -100.0])
     draws = Gaussian(variance=4.0).sample(
@@ -84,6 +84,6 @@ def test_draws_are_the_mean_plus_noise_of_the_variance() -> None:
 
 
 @pytest.mark.parametrize("variance", [0, -1.0, float("inf"), float("nan"), "1", True, None])
-def test_a_variance_that_cannot_be_is_refused(variance: object) -> None:
+def test_variance_is_checked(variance: object) -> None:
     with pytest.raises(OptionError, match=r"variance=.* a finite number greater than 0"):
         Gaussian(variance=variance)

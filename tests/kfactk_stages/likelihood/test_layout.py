@@ -1,4 +1,4 @@
-"""What all likelihoods share: the view, the weights, their errors. Run for each of them."""
+"""What all likelihoods share, tested for each of them: the view, the weights, their errors."""
 
 import math
 from typing import Any
@@ -34,7 +34,7 @@ def output(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:
     shape=st.lists(st.integers(2, 4), min_size=2, max_size=5),
     data=st.data(),
 )
-def test_the_view_puts_terms_in_order_and_classes_last(
+def test_view_has_terms_in_order_and_classes_last(
     kind: type[Layout], shape: list[int], data: st.DataObject
 ) -> None:
     axis = data.draw(st.integers(1, len(shape) - 1))
@@ -51,14 +51,14 @@ def test_the_view_puts_terms_in_order_and_classes_last(
 
 
 @each
-def test_a_flat_output_needs_no_class_axis(kind: type[Layout]) -> None:
+def test_flat_outputs_need_no_class_axis(kind: type[Layout]) -> None:
     f = output(4, 3)
     assert torch.equal(kind().view(f), f.unsqueeze(1))
     assert torch.equal(kind(class_axis=-1).view(f), f.unsqueeze(1))
 
 
 @pytest.mark.parametrize("kind", [Bernoulli, Gaussian])
-def test_a_vector_is_one_number_an_example(kind: type[Layout]) -> None:
+def test_vectors_are_one_number_for_each_example(kind: type[Layout]) -> None:
     assert kind().view(output(4)).shape == (4, 1, 1)
     assert kind(class_axis=-1).view(output(4)).shape == (4, 1, 1)
 
@@ -73,17 +73,17 @@ def test_a_vector_is_one_number_an_example(kind: type[Layout]) -> None:
         (torch.float64,) * 2,
     ],
 )
-def test_the_view_is_float32_at_least(
+def test_view_is_at_least_float32(
     kind: type[Layout], dtype: torch.dtype, seen: torch.dtype
 ) -> None:
     assert kind().view(output(4, 3, dtype=dtype)).dtype == seen
 
 
 @each
-def test_what_cannot_be_viewed_is_refused_with_the_remedy(kind: type[Layout]) -> None:
+def test_unsuitable_outputs_are_refused_with_the_remedy(kind: type[Layout]) -> None:
     with pytest.raises(
         CaptureError,
-        match=r"3 dimensions \(shape \[2, 3, 4\].*class_axis=1 for images.*class_axis=-1 for language",
+        match=r"3 dimensions \(shape \[2, 3, 4\].*class_axis=1 for images.*class_axis=-1 for",
     ):
         kind().view(output(2, 3, 4))
     with pytest.raises(
@@ -103,7 +103,8 @@ def test_what_cannot_be_viewed_is_refused_with_the_remedy(kind: type[Layout]) ->
     ]:
         with pytest.raises(
             CaptureError,
-            match=rf"class_axis={axis} does not fit .*1 to {len(shape) - 1}, or -1 to {1 - len(shape)}",
+            match=rf"class_axis={axis} does not fit .*1 to {len(shape) - 1}, or -1 to "
+            rf"{1 - len(shape)}",
         ):
             kind(class_axis=axis).view(output(*shape))
 
@@ -137,7 +138,7 @@ def test_options_are_values(kind: type[Layout]) -> None:
 
 
 @each
-def test_nothing_given_weighs_nothing(kind: type[Layout]) -> None:
+def test_weights_default_to_none(kind: type[Layout]) -> None:
     likelihood = kind()
     assert likelihood.term_weights(likelihood.view(output(2, 3)), {}) is None
 
@@ -165,13 +166,13 @@ def test_weights_of_examples_or_terms(
     assert found.tolist() == expected
 
 
-def test_weights_are_cut_off_from_any_graph() -> None:
+def test_weights_are_detached() -> None:
     likelihood = Categorical(weights="w")
     view = likelihood.view(output(2, 3))
     assert not likelihood.term_weights(view, {"w": torch.ones(2, requires_grad=True)}).requires_grad
 
 
-def test_a_weight_of_terms_lines_up_with_its_term() -> None:
+def test_weights_are_aligned_with_terms() -> None:
     """Terms of an image in `F.cross_entropy`'s layout against the same order of its weights."""
     f = output(2, 4, 3, 5)
     targets = torch.randint(4, (2, 3, 5), generator=torch.Generator().manual_seed(1))
@@ -187,12 +188,13 @@ def test_a_weight_of_terms_lines_up_with_its_term() -> None:
 
 
 @each
-def test_weights_that_do_not_fit_are_refused_with_the_remedy(kind: type[Layout]) -> None:
+def test_unsuitable_weights_are_refused_with_the_remedy(kind: type[Layout]) -> None:
     likelihood = kind(class_axis=-1, weights="attention_mask")
     view = likelihood.view(output(2, 3, 4))
     with pytest.raises(
         CaptureError,
-        match=r"weights='attention_mask'.*there are: 'x', 'attn_mask'\. Did you mean 'attn_mask'.*observe\(attention_mask=",
+        match=r"weights='attention_mask'.*there are: 'x', 'attn_mask'\. Did you mean 'attn_mask'.*"
+        r"observe\(attention_mask=",
     ):
         likelihood.term_weights(view, {"x": 1, "attn_mask": 2})
     with pytest.raises(CaptureError, match="there are: none"):
@@ -204,7 +206,8 @@ def test_weights_that_do_not_fit_are_refused_with_the_remedy(kind: type[Layout])
     for shape in [(), (3,), (2, 2), (3, 2), (2, 3, 4)]:
         with pytest.raises(
             CaptureError,
-            match=rf"has shape \[{', '.join(map(str, shape))}\], but the output has 2 examples of 3 terms",
+            match=rf"has shape \[{', '.join(map(str, shape))}\], but the output has 2 examples of "
+            "3 terms",
         ):
             likelihood.term_weights(view, {"attention_mask": torch.ones(shape)})
     for bad in (-1.0, float("nan"), float("inf"), float("-inf")):
@@ -213,7 +216,7 @@ def test_weights_that_do_not_fit_are_refused_with_the_remedy(kind: type[Layout])
 
 
 @each
-def test_labels_that_do_not_fit_are_refused_with_the_remedy(kind: type[Layout]) -> None:
+def test_unsuitable_labels_are_refused_with_the_remedy(kind: type[Layout]) -> None:
     likelihood = kind(class_axis=-1, targets="labels")
     view = likelihood.view(output(2, 3, 4))
     with pytest.raises(
@@ -263,7 +266,7 @@ def test_missing_vectors_count_as_a_whole(kind: type[Layout]) -> None:
 
 
 @pytest.mark.parametrize("kind", [Bernoulli, Gaussian])
-def test_missing_vectors_lie_as_in_the_output(kind: type[Layout]) -> None:
+def test_missing_vectors_have_the_layout_of_the_output(kind: type[Layout]) -> None:
     likelihood = kind(class_axis=1, targets="y")
     view = likelihood.view(output(2, 3, 3, 3))
     labels = torch.ones(2, 3, 3, 3)
@@ -276,7 +279,7 @@ def test_missing_vectors_lie_as_in_the_output(kind: type[Layout]) -> None:
 
 
 @pytest.mark.parametrize("kind", [Bernoulli, Gaussian])
-def test_missing_labels_of_single_outputs_fit_with_or_without_their_axis(
+def test_missing_labels_of_single_outputs_may_lack_their_axis(
     kind: type[Layout],
 ) -> None:
     labels = missing(kind, torch.tensor([[[1, -1]], [[-1, 0]]]))
@@ -293,10 +296,13 @@ def test_missing_labels_of_single_outputs_fit_with_or_without_their_axis(
 @each
 @settings(deadline=None)
 @given(shift=st.integers(1, 3), longer=st.integers(1, 3), seed=st.integers(0, 99))
-def test_labels_and_masks_ahead_of_the_output_are_shifted_together(
+def test_shift_applies_to_labels_and_masks(
     kind: type[Layout], shift: int, longer: int, seed: int
 ) -> None:
-    """Term t is about position t + shift, and the last terms are about none: the same as aligned labels and masks of the rest."""
+    """Term t predicts position t + shift: weights equal those of aligned labels and masks.
+
+    The last terms predict nothing.
+    """
     generator = torch.Generator().manual_seed(seed)
     positions = shift + longer
     labels = missing(kind, torch.randint(-1, 2, (2, positions), generator=generator))
@@ -316,7 +322,7 @@ def test_labels_and_masks_ahead_of_the_output_are_shifted_together(
 
 
 @each
-def test_with_a_shift_the_last_terms_do_not_count_whatever_is_named(kind: type[Layout]) -> None:
+def test_shift_gives_the_last_terms_no_weight(kind: type[Layout]) -> None:
     view = kind(class_axis=-1).view(output(2, 3, 4))
     assert kind(class_axis=-1, shift=1).term_weights(view, {}).tolist() == [[1, 1, 0], [1, 1, 0]]
     weighted = kind(class_axis=-1, shift=2, weights="w").term_weights(
@@ -326,7 +332,7 @@ def test_with_a_shift_the_last_terms_do_not_count_whatever_is_named(kind: type[L
 
 
 @each
-def test_a_shift_that_cannot_be_is_refused_with_the_remedy(kind: type[Layout]) -> None:
+def test_shift_is_checked_with_the_remedy(kind: type[Layout]) -> None:
     for bad in (-1, 1.0, True, None):
         with pytest.raises(
             OptionError,

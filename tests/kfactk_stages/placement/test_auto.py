@@ -1,4 +1,4 @@
-"""The placement `auto`: what it chooses where the choice is plain, that it says why, and that it hangs on nothing but its arguments."""
+"""The placement `auto`: clear choices, their reasons, and dependence on the arguments alone."""
 
 import re
 from typing import Any
@@ -26,21 +26,21 @@ def layers(count: int, side: int, **periods: Any) -> Workload:
     return Workload(works, device="cuda", **periods)
 
 
-def test_alone_it_does_everything() -> None:
+def test_one_rank_does_everything() -> None:
     found = Auto().assign(layers(2, 64), 1)
     assert found.shares == grid(layers(2, 64), 1, 1, "", everyone=True).shares
     assert (found.strategy, found.reason) == ("replicated", "auto: one rank does everything")
 
 
-def test_small_layers_are_everybodys() -> None:
-    """A message over Ethernet takes longer than all the work of layers of side 4."""
+def test_small_layers_are_replicated() -> None:
+    """A message over Ethernet takes longer than all the work on layers of side 4."""
     found = Auto(machine="cpu").assign(layers(3, 4, basis_every=1000), 4)
     assert found.shares == grid(layers(3, 4), 4, 4, "", everyone=True).shares
     assert found.strategy == "replicated"
 
 
-def test_large_layers_decomposed_often_are_divided() -> None:
-    """Eight of side 4096: a rank saves seconds of decomposition by milliseconds of messages."""
+def test_large_layers_with_short_periods_are_divided() -> None:
+    """Eight layers of side 4096: milliseconds of messages save seconds of decomposition."""
     found = Auto().assign(layers(8, 4096, basis_every=1), 8)
     assert found.strategy in ("comm_opt", "hybrid", "mem_opt")
     assert all(
@@ -50,8 +50,8 @@ def test_large_layers_decomposed_often_are_divided() -> None:
     )
 
 
-def test_little_memory_leaves_the_smallest() -> None:
-    """A and G, their eigenvectors and eigenvalues, and the scale of one layer a rank is the least of eight layers on eight ranks."""
+def test_little_memory_chooses_the_smallest() -> None:
+    """The least on eight ranks is one layer: A, G, eigenvectors, eigenvalues and the scale."""
     workload = layers(8, 64, basis_every=1000)
     least = 4 * (2 * 64**2 + 2 * (64**2 + 64) + 64**2)
     assert Auto(memory=least).assign(workload, 8).shares == grid(workload, 8, 1, "").shares
@@ -61,14 +61,14 @@ def test_little_memory_leaves_the_smallest() -> None:
     assert Auto(memory=1e12, machine="cpu").assign(workload, 8).strategy == "replicated"
 
 
-def test_the_fullest_rank_has_to_fit() -> None:
-    """The larger layer's rank does not, though the other's would."""
+def test_memory_bounds_the_fullest_rank() -> None:
+    """The rank of the larger layer does not, though that of the other would."""
     large, small = layers(1, 64).works[0], Work("small", {"A": (4, 4), "G": (4, 4)}, (4, 4))
     found = Auto(memory=60000).assign(Workload((large, small), device="cuda"), 2)
     assert "the smallest, since none fits into" in found.reason
 
 
-def test_it_says_what_it_chose_and_why_with_numbers() -> None:
+def test_reason_names_the_choice_with_numbers() -> None:
     found = Auto(memory=2e9).assign(layers(8, 2048), 8)
     assert found.reason.startswith(
         "auto: the fastest within 2 GB of curvature on each rank, by the profile 'h100': "
@@ -79,8 +79,8 @@ def test_it_says_what_it_chose_and_why_with_numbers() -> None:
     assert all(name in found.reason.partition("; the others: ")[2] for name in others)
 
 
-def test_a_row_says_how_wide_it_is() -> None:
-    """Where a hybrid wins, of 8 ranks 2 or 4 hold a layer."""
+def test_reason_names_the_width_of_groups() -> None:
+    """Where a hybrid wins, a layer belongs to 2 or 4 of 8 ranks."""
     found = [
         Auto(machine=name).assign(layers(16, side), 8)
         for name in MACHINES
@@ -99,7 +99,7 @@ def test_a_row_says_how_wide_it_is() -> None:
     st.sampled_from([None, "bfloat16"]),
 )
 @settings(max_examples=25)
-def test_nothing_known_is_faster(
+def test_no_candidate_is_faster(
     workload: Workload, ranks: int, machine: str | None, wire: str | None
 ) -> None:
     workload = attrs.evolve(workload, device="cuda")
@@ -135,6 +135,6 @@ def test_nothing_known_is_faster(
         ({"wire_dtype": "float16"}, "wire_dtype='float16' "),
     ],
 )
-def test_options_that_cannot_work(options: dict[str, Any], said: str) -> None:
+def test_options_are_checked(options: dict[str, Any], said: str) -> None:
     with pytest.raises(OptionError, match=said):
         Auto(**options)

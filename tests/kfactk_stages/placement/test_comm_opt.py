@@ -12,7 +12,7 @@ class TestCommOpt(PlacementLaws):
     stage = "comm_opt"
 
 
-def test_the_longest_piece_goes_first_to_whoever_has_least() -> None:
+def test_pieces_go_longest_first_to_the_least_loaded_rank() -> None:
     """1000 | 512 + 280, then 27, 12, 8 go to the second rank, which has less throughout."""
     everyone = (0, 1)
     assert CommOpt().assign(WORKLOAD, 2).shares == {
@@ -23,7 +23,7 @@ def test_the_longest_piece_goes_first_to_whoever_has_least() -> None:
     }
 
 
-def test_a_and_g_of_one_layer_part_where_that_is_even() -> None:
+def test_a_and_g_of_one_layer_may_have_different_ranks() -> None:
     """1000 | 512 | 280 | 27 + 12 + 8."""
     everyone = (0, 1, 2, 3)
     assert CommOpt().assign(WORKLOAD, 4).shares == {
@@ -35,6 +35,6 @@ def test_a_and_g_of_one_layer_part_where_that_is_even() -> None:
 
 
 @pytest.mark.parametrize("wire", ["float16", "int8", "float64", 16])
-def test_what_may_not_travel(wire: object) -> None:
+def test_wire_dtype_is_checked(wire: object) -> None:
     with pytest.raises(OptionError, match=r"wire_dtype=.* one of 'bfloat16', 'float32', None"):
         CommOpt(wire_dtype=wire)  # type: ignore[arg-type]

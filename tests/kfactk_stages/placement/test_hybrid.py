@@ -18,8 +18,8 @@ class TestHybridOfAThird(PlacementLaws):
     stage = {"name": "hybrid", "fraction": 0.34}  # noqa: RUF012
 
 
-def test_layers_go_to_rows_and_matrices_to_ranks_of_the_row() -> None:
-    """Rows 1512 | 280 + 35 + 12; within the first 1000 | 512, within the second 280 | 27 + 12 + 8."""
+def test_layers_go_to_groups_and_matrices_to_their_ranks() -> None:
+    """Groups 1512 | 280 + 35 + 12; in the first 1000 | 512, in the second 280 | 27 + 12 + 8."""
     first, second = (0, 1), (2, 3)
     assert Hybrid(fraction=0.5).assign(WORKLOAD, 4).shares == {
         "small": Share({"A": (3,), "G": (3,)}, second),
@@ -44,7 +44,7 @@ def test_layers_go_to_rows_and_matrices_to_ranks_of_the_row() -> None:
         (0.01, 4, 1),
     ],
 )
-def test_the_width_is_a_divisor_of_the_ranks(fraction: float, ranks: int, width: int) -> None:
+def test_width_is_a_divisor_of_the_ranks(fraction: float, ranks: int, width: int) -> None:
     """The largest that is no more than the fraction of the ranks, and 1 at least."""
     assert {
         len(share.gradient_workers)
@@ -52,12 +52,12 @@ def test_the_width_is_a_divisor_of_the_ranks(fraction: float, ranks: int, width:
     } == {width}
 
 
-def test_the_ends_are_the_other_strategies() -> None:
+def test_extreme_fractions_equal_other_placements() -> None:
     assert Hybrid(fraction=1).assign(WORKLOAD, 4).shares == CommOpt().assign(WORKLOAD, 4).shares
     assert Hybrid(fraction=0.25).assign(WORKLOAD, 4).shares == MemOpt().assign(WORKLOAD, 4).shares
 
 
 @pytest.mark.parametrize("fraction", [0, -0.5, 1.5, True, "half", None])
-def test_fractions_that_cannot_be(fraction: object) -> None:
+def test_fraction_is_checked(fraction: object) -> None:
     with pytest.raises(OptionError, match=r"fraction=.* a finite number in \(0, 1\]"):
         Hybrid(fraction=fraction)  # type: ignore[arg-type]

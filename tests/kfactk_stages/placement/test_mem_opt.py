@@ -14,7 +14,7 @@ class TestMemOptRounded(PlacementLaws):
     stage = {"name": "mem_opt", "wire_dtype": "bfloat16"}  # noqa: RUF012
 
 
-def test_layers_go_whole_the_longest_first() -> None:
+def test_whole_layers_go_longest_first() -> None:
     """1512 | 280 + 35 + 12."""
     one, other = (0,), (1,)
     assert MemOpt().assign(WORKLOAD, 2).shares == {
@@ -25,7 +25,7 @@ def test_layers_go_whole_the_longest_first() -> None:
     }
 
 
-def test_more_ranks_than_layers_leave_some_without() -> None:
+def test_surplus_ranks_get_no_layer() -> None:
     shares = MemOpt().assign(WORKLOAD, 6).shares
     assert {name: share.gradient_workers for name, share in shares.items()} == {
         "small": (2,),

@@ -1,6 +1,7 @@
-"""A workload whose partitions the tests of placements know by heart.
+"""A workload with partitions that the tests of placements write out.
 
-Operations of its pieces: small A 8, G 27; large A 1000, G 512; joined, A and G together, 64 + 216 = 280; flat 12.
+Operations of its pieces: small A 8, G 27; large A 1000, G 512; joined, A and G together,
+64 + 216 = 280; flat 12.
 """
 
 from kfactk import Work, Workload

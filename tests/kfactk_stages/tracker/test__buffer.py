@@ -11,7 +11,7 @@ from kfactk import KfactkError
 from kfactk_stages.tracker._buffer import Buffer, flattened
 
 
-def test_figures_come_back_as_numbers_in_order() -> None:
+def test_metrics_come_back_as_numbers_in_order() -> None:
     buffer = Buffer()
     buffer.add(
         0,
@@ -36,7 +36,7 @@ def test_figures_come_back_as_numbers_in_order() -> None:
     assert buffer.take() == []
 
 
-def test_values_are_those_of_the_moment() -> None:
+def test_values_are_copied_when_added() -> None:
     buffer, figure = Buffer(), torch.tensor(1.0)
     buffer.add(0, {"x": figure})
     figure.add_(1)
@@ -44,7 +44,7 @@ def test_values_are_those_of_the_moment() -> None:
     assert [row.metrics["x"] for row in buffer.take()] == [1.0, 2.0]
 
 
-def test_nothing_is_read_before_it_is_taken() -> None:
+def test_nothing_is_read_before_take() -> None:
     buffer = Buffer()
     buffer.add(
         0, {"x": torch.ones((), device="meta", requires_grad=True)}
@@ -54,7 +54,7 @@ def test_nothing_is_read_before_it_is_taken() -> None:
 
 
 @pytest.mark.parametrize("figure", [torch.ones(2), torch.ones(0), "0.5", None])
-def test_other_things_are_refused_by_name(figure: object) -> None:
+def test_other_values_are_refused_by_name(figure: object) -> None:
     buffer = Buffer()
     with pytest.raises(KfactkError, match=r"'odd' of step 4"):
         buffer.add(4, {"fine": 1.0, "odd": figure})

@@ -48,7 +48,7 @@ class TestSparseJsonLines(TestJsonLines):
         return {"name": "jsonl", "path": str(folder / "run.jsonl"), "every": 3, "buffer": 2}
 
 
-def test_recipe_then_one_object_a_step(tmp_path: Path) -> None:
+def test_file_has_the_recipe_and_one_object_for_each_step(tmp_path: Path) -> None:
     path = tmp_path / "new" / "deep" / "run.jsonl"
     tracker = JsonLines(path=path)
     tracker.start({"lr": 0.1, "clip": {"name": "kl"}, "betas": (0.9, 0.99)})
@@ -63,7 +63,7 @@ def test_recipe_then_one_object_a_step(tmp_path: Path) -> None:
     ]
 
 
-def test_writes_only_when_enough_is_held_or_asked_to(tmp_path: Path) -> None:
+def test_writes_when_the_buffer_is_full_or_flushed(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     tracker = JsonLines(path=str(path), buffer=3)
     tracker.start({})
@@ -78,7 +78,7 @@ def test_writes_only_when_enough_is_held_or_asked_to(tmp_path: Path) -> None:
     assert len(lines(path)) == 8
 
 
-def test_what_is_not_finite_stays_valid_json(tmp_path: Path) -> None:
+def test_nonfinite_values_are_valid_json(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     tracker = JsonLines(path=path)
     tracker.start({"limit": math.inf, "nested": [math.nan]})
@@ -91,7 +91,7 @@ def test_what_is_not_finite_stays_valid_json(tmp_path: Path) -> None:
     assert float(metrics["b"]) == -math.inf
 
 
-def test_resuming_appends_even_after_a_line_cut_short(tmp_path: Path) -> None:
+def test_resuming_appends_after_an_incomplete_line(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     for step in (0, 1):
         tracker = JsonLines(path=path)
@@ -105,7 +105,7 @@ def test_resuming_appends_even_after_a_line_cut_short(tmp_path: Path) -> None:
     assert path.read_text().splitlines()[4:] == ['{"step": 2, "lo', '{"recipe": {"run": 2}}']
 
 
-def test_starting_again_writes_what_was_held_first(tmp_path: Path) -> None:
+def test_starting_again_flushes_first(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
     tracker = JsonLines(path=path)
     tracker.start({"run": 0})
@@ -114,14 +114,14 @@ def test_starting_again_writes_what_was_held_first(tmp_path: Path) -> None:
     assert lines(path) == [{"recipe": {"run": 0}}, {"step": 0}, {"recipe": {"run": 1}}]
 
 
-def test_a_path_that_cannot_be_written_is_said_at_the_start(tmp_path: Path) -> None:
+def test_unwritable_paths_are_refused_at_the_start(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for path in (tmp_path, tmp_path / "file" / "run.jsonl"):
         with pytest.raises(OptionError, match=r"jsonl.*cannot write.*path="):
             JsonLines(path=path).start({})
 
 
-def test_equality_is_over_options_and_instances_hold_their_own(tmp_path: Path) -> None:
+def test_equality_is_over_options_and_buffers_are_separate(tmp_path: Path) -> None:
     one, other = JsonLines(path=tmp_path / "x"), JsonLines(path=str(tmp_path / "x"))
     one.record(0, {"x": 1.0})
     assert one == other

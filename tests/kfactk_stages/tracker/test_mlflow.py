@@ -76,7 +76,7 @@ class TestMlflow(TrackerLaws):
         )
 
 
-def test_an_own_run_from_start_to_end(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_run_from_start_to_end(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import mlflow
 
     send = mlflow.MlflowClient.log_batch
@@ -133,7 +133,7 @@ def test_an_own_run_from_start_to_end(store: str, monkeypatch: pytest.MonkeyPatc
         tracker.flush()
 
 
-def test_the_active_run_is_used_and_stays_active(store: str) -> None:
+def test_active_run_is_used_and_stays_active(store: str) -> None:
     import mlflow
 
     mlflow.set_experiment("shared")
@@ -158,7 +158,7 @@ def test_the_active_run_is_used_and_stays_active(store: str) -> None:
     assert runs(store, "elsewhere") == []
 
 
-def test_mlflows_own_settings_place_an_own_run(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_of_mlflow_apply_to_new_runs(store: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MLFLOW_EXPERIMENT_NAME", "from the environment")
     tracker = Mlflow()
     tracker.start({})
@@ -170,18 +170,18 @@ def test_mlflows_own_settings_place_an_own_run(store: str, monkeypatch: pytest.M
     tracker.close()
 
 
-def test_a_run_that_cannot_be_made_is_said_at_the_start(store: str, tmp_path: Path) -> None:
+def test_impossible_runs_are_refused_at_the_start(store: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"cannot make a run at 'nonsense:"):
         Mlflow(tracking_uri=f"nonsense:{tmp_path}").start({})
 
 
-def test_without_mlflow_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_mlflow_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlflow", None)
     with pytest.raises(OptionError, match=r"pip install 'kfactk\[experiments\]'"):
         Mlflow().start({})
 
 
-def test_closing_what_never_started() -> None:
+def test_close_without_start_does_nothing() -> None:
     tracker = Mlflow()
     assert tracker.close() is None
     assert tracker.flush() is None

@@ -68,7 +68,7 @@ def test_is_equation_13(rates: tuple[tuple[float, float], float], options: dict[
     assert_same(history, literal, rtol=1e-9, atol=1e-10)
 
 
-def test_amsgrad_is_handed_on() -> None:
+def test_amsgrad_is_passed_on() -> None:
     history = run(lambda g: Adam(amsgrad=True).make(g, lr=0.05, weight_decay=0.01))
     assert_same(
         history, run(lambda g: torch.optim.Adam(g, lr=0.05, weight_decay=0.01, amsgrad=True))
@@ -78,12 +78,12 @@ def test_amsgrad_is_handed_on() -> None:
     )
 
 
-def test_is_the_torch_optimiser() -> None:
+def test_is_the_torch_optimizer() -> None:
     assert type(Adam().make(groups(parameters()), lr=0.05, weight_decay=0.0)) is torch.optim.Adam
 
 
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
-def test_fused_steps_are_the_plain_ones_for_every_memory_layout(
+def test_fused_steps_equal_plain_steps_for_every_memory_layout(
     format: torch.memory_format,
 ) -> None:
     histories = []

@@ -51,7 +51,7 @@ def test_equation(options: dict[str, Any]) -> None:
     assert_same(history, literal, rtol=1e-9, atol=1e-10)
 
 
-def test_is_the_torch_optimiser() -> None:
+def test_is_the_torch_optimizer() -> None:
     given = groups(parameters())
     optimizer = AdamW(amsgrad=True).make(given, lr=0.05, weight_decay=0.0)
     assert type(optimizer) is torch.optim.AdamW

@@ -68,7 +68,7 @@ def test_equation(dampening: float, options: dict[str, Any]) -> None:
     assert_same(history, literal, rtol=1e-12, atol=1e-13)
 
 
-def test_is_the_torch_optimiser() -> None:
+def test_is_the_torch_optimizer() -> None:
     optimizer = Momentum().make(groups(parameters()), lr=0.1, weight_decay=0.0)
     assert type(optimizer) is torch.optim.SGD
     assert all(

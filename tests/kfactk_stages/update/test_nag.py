@@ -1,4 +1,4 @@
-"""NAG: equation (12) itself, by change of variables, at every schedule; torch's Nesterov only at a constant learning rate."""
+"""NAG: equation (12) at every schedule; equal to torch's Nesterov at a constant rate alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ UP_AND_DOWN = [1.0, 2.0, 1.5, 0.2, 1.0, 3.0, 0.01, 50.0]
 
 
 class Literal(torch.optim.Optimizer):
-    """Equation (12) in its own variables; the parameter is the point at which the gradient is taken, theta + alpha v."""
+    """Equation (12) in its own variables; the parameter is the look-ahead point theta + alpha v."""
 
     def step(self) -> None:  # type: ignore[override]
         for group in self.param_groups:
@@ -56,7 +56,7 @@ class TestNagWithoutMomentum(UpdateLaws):
 def literal(
     steps: int, lr_factors: Sequence[float], momenta: Sequence[float], decays: Sequence[float]
 ) -> list[list[Tensor]]:
-    """Equation (12) in its own variables: theta and v, gradient taken at theta + alpha v. Returns the look-ahead points that follow."""
+    """Look-ahead points by equation (12) in theta and v, with gradients at theta + alpha v."""
     rates = [0.1, 0.003, 0.003]
     thetas = [p.detach().clone() for p in parameters()]
     velocities = [torch.zeros_like(t) for t in thetas]

@@ -93,7 +93,7 @@ def test_rectifies_one_step_later_than_the_paper() -> None:
     assert not torch.allclose(history[4][0], paper[4][0], rtol=1e-6)
 
 
-def test_is_the_torch_optimiser() -> None:
+def test_is_the_torch_optimizer() -> None:
     assert type(RAdam().make(groups(parameters()), lr=0.05, weight_decay=0.0)) is torch.optim.RAdam
 
 

@@ -21,7 +21,7 @@ class TestSgd(UpdateLaws):
         return Literal(groups, {"lr": lr, "weight_decay": weight_decay})
 
 
-def test_is_the_torch_optimiser_with_its_options() -> None:
+def test_is_the_torch_optimizer_with_its_options() -> None:
     optimizer = Sgd(foreach=False).make(groups(parameters()), lr=0.1, weight_decay=0.01)
     assert type(optimizer) is torch.optim.SGD
     assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.003]

@@ -1,4 +1,4 @@
-"""Running two optimisers over the same gradients."""
+"""Run optimizers over the same gradients."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from kfactk.testing._support.trajectories import gradient as gradient
 
 Make = Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
 
@@ -20,18 +22,8 @@ def parameters(dtype: torch.dtype = torch.float64) -> list[torch.nn.Parameter]:
 
 
 def groups(params: list[torch.nn.Parameter]) -> list[dict[str, Any]]:
-    """Two groups, the second with a learning rate and a weight decay of its own."""
+    """Two groups; the second has its own learning rate and weight decay."""
     return [{"params": params[:1]}, {"params": params[1:], "lr": 0.003, "weight_decay": 0.2}]
-
-
-def gradient(parameter: Tensor, step: int) -> Tensor:
-    """Of a quadratic whose curvature grows along the entries, moving with the step."""
-    curvature = torch.linspace(0.5, 3.0, max(1, parameter.numel()), dtype=torch.float64).reshape(
-        parameter.shape
-    )
-    return (curvature * parameter.detach().double() + torch.sin(torch.tensor(float(step)))).to(
-        parameter.dtype
-    )
 
 
 def run(
@@ -41,7 +33,7 @@ def run(
     lr_factors: Sequence[float] = (),
     dtype: torch.dtype = torch.float64,
 ) -> list[list[Tensor]]:
-    """Parameters after every step; `lr_factors[k]` multiplies every group's learning rate before step k."""
+    """Parameters after every step; `lr_factors[k]` multiplies learning rates before step k."""
     params = parameters(dtype)
     optimizer = make(groups(params))
     history = []

@@ -1,4 +1,4 @@
-"""The law of ranks catches stages that make ranks differ, from each other or from one process, and says what it cannot send."""
+"""The law of ranks catches stages that make ranks differ from each other or from one process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from tests.kfactk.testing.broken_bases import Changed
 pytestmark = pytest.mark.xdist_group("ranks")
 LAW = "test_two_ranks_are_one_process"
 OTHERWISE = (
-    "2 ranks, each with its part of every batch, do not what one process does with the whole"
+    "2 ranks, each with its part of every batch, do not do what one process does with the whole"
 )
 BITS = "after the same steps ranks have different bits in the"
 
@@ -46,7 +46,7 @@ def mine() -> float:
 
 
 class Apart(KfacInverse):
-    """Each rank's own step."""
+    """Each rank has its own step."""
 
     def operator(self, *given: Any) -> Changed:
         right = super().operator(*given)
@@ -54,7 +54,7 @@ class Apart(KfacInverse):
 
 
 class Longer(KfacInverse):
-    """Longer steps in company."""
+    """Steps are longer with several ranks."""
 
     def operator(self, *given: Any) -> Changed:
         right = super().operator(*given)
@@ -78,7 +78,7 @@ class Counting(ConvKfac):
 
 
 class Bounded(NoClip):
-    """Clips more in company."""
+    """Clips more with several ranks."""
 
     def clip(self, pairs: Any, dot: Any) -> Any:
         return [pair.preconditioned / together() for pair in pairs], torch.ones(())
@@ -106,10 +106,7 @@ class Hurrying(torch.optim.SGD):
 def test_each_family_is_held_to_it(laws: type[Laws], stage: type, says: str) -> None:
     found = caught(laws, stage, LAW)
     assert says in found[LAW]
-    assert (
-        "In a recipe, two ranks with half of each batch do what one process does with the whole"
-        in found[LAW]
-    )
+    assert "Two ranks with half of each batch do what one process does with the whole" in found[LAW]
 
 
 class Summing(Training):
@@ -144,7 +141,7 @@ def test_workers_are_shared_by_all_tests_of_ranks() -> None:
         assert isinstance(getattr(made, LAW).kfactk_law, Law)
 
 
-# -------------------------------------------------------------------------------------------------- what cannot be sent
+# ------------------------------------------------------------------------- what cannot be sent
 
 
 def test_what_other_processes_cannot_find_is_told_with_the_remedy() -> None:
@@ -178,7 +175,7 @@ def test_a_recipe_is_found_in_its_class() -> None:
 
 @pytest.fixture
 def nowhere(tmp_path: Path) -> Iterator[ModuleType]:
-    """A module of tests as pytest's import mode "importlib" makes it: of a name that nobody can import."""
+    """Make a module as pytest's import mode "importlib" does, with a name that has no import."""
     file = tmp_path / "test_mine.py"
     file.write_text("class Named:\n    def __call__(self):\n        return 'found'\n")
     spec = importlib.util.spec_from_file_location("nowhere.test_mine", file)
@@ -205,7 +202,8 @@ def test_modules_are_looked_for_where_the_tests_look(
     """In folders too that were added after the workers had started."""
     shared_workers().run(1, asked, Sent.of(dict))
     (tmp_path / "late_stage.py").write_text(
-        "import late_helper\nclass Named:\n    def __call__(self):\n        return late_helper.WORD\n"
+        "import late_helper\nclass Named:\n"
+        "    def __call__(self):\n        return late_helper.WORD\n"
     )
     (tmp_path / "late_helper.py").write_text("WORD = 'helped'\n")
     monkeypatch.syspath_prepend(tmp_path)
@@ -214,7 +212,7 @@ def test_modules_are_looked_for_where_the_tests_look(
     ) == ["helped"]
 
 
-# ------------------------------------------------------------------------------------------------------ what is skipped
+# ----------------------------------------------------------------------------- what is skipped
 
 
 @attrs.frozen(kw_only=True)

@@ -128,8 +128,8 @@ def test_a_case_prints_what_it_takes_to_make_it_again():
         module, torch.ones(4, 3), torch.ones(4, 2), ((torch.ones(4, 5, 3), torch.ones(4, 5, 2)),), 7
     )
     expected = (
-        "Case(Linear(in_features=3, out_features=2, bias=True), called [4, 3] -> [4, 2], [4, 5, 3] -> [4, 5, 2], torch.float32, "
-        "bias frozen, seed 7)"
+        "Case(Linear(in_features=3, out_features=2, bias=True), called [4, 3] -> [4, 2], "
+        "[4, 5, 3] -> [4, 5, 2], torch.float32, bias frozen, seed 7)"
     )
     assert repr(case) == expected
 
