@@ -302,8 +302,8 @@ class Costs:
         if not self.staggered:
             return sum(worst.values())
         rare = {name for event in EVENTS for name in event}
-        dearest = max(sum(worst.get(name, 0.0) for name in event) for event in EVENTS)
-        return dearest + sum(seconds for name, seconds in worst.items() if name not in rare)
+        worst_event = max(sum(worst.get(name, 0.0) for name in event) for event in EVENTS)
+        return worst_event + sum(seconds for name, seconds in worst.items() if name not in rare)
 
 
 def cost(

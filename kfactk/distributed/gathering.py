@@ -19,11 +19,11 @@ FlatStates = Mapping[str, Mapping[str, Tensor]]
 
 @attrs.frozen
 class Progress:
-    """What ranks must have in common to go on together: their messages follow from it.
+    """What must be equal on all ranks, because their next messages follow from it.
 
     Args:
-        step: The number of steps taken.
-        layers: For each layer that has a state, whether it is ready, and what is overdue.
+        step: Number of steps taken.
+        layers: For each layer with a state, whether it is ready, and its overdue work.
     """
 
     step: int
@@ -31,29 +31,29 @@ class Progress:
 
 
 class LoadOnAllRanks:
-    """A context in which every rank takes over a state, or no rank does.
+    """Context of the load of a state: what fails on one rank fails on all.
 
     Args:
-        ranks: Those that share the layers.
+        ranks: The ranks that share the layers.
     """
 
     def __init__(self, ranks: Communicator) -> None:
-        self._ranks, self._told = ranks, False
+        self._ranks, self._reported = ranks, False
 
     def __enter__(self) -> LoadOnAllRanks:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, Exception) and not self._told:
+        if isinstance(error, Exception) and not self._reported:
             self._ranks.gathered((f"{type(error).__name__}: {error}", None))
 
     def agree(self, progress: Progress) -> None:
-        """Compare what each rank would go on with, before anything is final; a collective call.
+        """Compare the progress of the loaded states, before a load is final; a collective call.
 
         Raises:
-            StateError: Another rank failed, or would go on with something else.
+            StateError: Another rank failed, or loaded a state with another progress.
         """
-        self._told = True
+        self._reported = True
         reports: list[tuple[str, Progress | None]] = self._ranks.gathered(("", progress))
         for rank, (fault, _) in enumerate(reports):
             if fault:
@@ -68,9 +68,9 @@ class LoadOnAllRanks:
                 if theirs is not None
             )
             raise StateError(
-                f"the ranks were given different states ({steps}; what is overdue differs from "
-                f"rank 0 on rank {', '.join(map(str, others))}). Load the same checkpoint on every "
-                "rank."
+                f"the ranks were given different states ({steps}; rank "
+                f"{', '.join(map(str, others))} differs from rank 0 in the step or in overdue "
+                "work). Load the same checkpoint on every rank."
             )
 
 

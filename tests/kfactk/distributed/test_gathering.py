@@ -10,9 +10,7 @@ from torch import Tensor
 
 from kfactk import OptionError
 from kfactk.distributed.communicator import Communicator
-from kfactk.distributed.gathering import Progress, gather_state, load_on_all_ranks
-from kfactk.preconditioner.schedule import DueWork
-from kfactk.preconditioner.state import BlockState
+from kfactk.distributed.gathering import LoadOnAllRanks, Progress, gather_state
 from kfactk.testing._support.ranks import shared_workers
 from tests.kfactk.small import bound
 from tests.training_loops.loops import accumulate, images, mixed, part
@@ -107,21 +105,10 @@ def load(
     """Return what was raised, whether the load became final, and a sum over ranks in step."""
     ranks, final, message = Communicator(), False, ""
     try:
-        with load_on_all_ranks(ranks) as agree:
+        with LoadOnAllRanks(ranks) as loading:
             if rank in faulty:
                 raise ValueError(faulty[rank])
-            agree(
-                Progress.of(
-                    steps[rank],
-                    {
-                        "fc": BlockState(
-                            ("weight",),
-                            ready=True,
-                            overdue=DueWork(overdue[rank], False, False, False),
-                        )
-                    },
-                )
-            )
+            loading.agree(Progress(steps[rank], {"fc": (True, (overdue[rank], False))}))
             final = True
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
@@ -162,15 +149,15 @@ def test_load_refuses_different_progress(steps: list[int], overdue: list[bool]) 
 
 
 def test_load_of_one_rank_raises_the_error_of_its_body() -> None:
-    with pytest.raises(KeyError, match="x"), load_on_all_ranks(Communicator()):
+    with pytest.raises(KeyError, match="x"), LoadOnAllRanks(Communicator()):
         raise KeyError("x")
-    with load_on_all_ranks(Communicator()) as agree:
-        agree(Progress.of(3, {}))
+    with LoadOnAllRanks(Communicator()) as loading:
+        loading.agree(Progress(3, {}))
 
 
 def test_load_does_not_report_an_interruption() -> None:
     """The other ranks may be interrupted too, and would not listen."""
-    with pytest.raises(KeyboardInterrupt), load_on_all_ranks(Communicator()):
+    with pytest.raises(KeyboardInterrupt), LoadOnAllRanks(Communicator()):
         raise KeyboardInterrupt
 
 

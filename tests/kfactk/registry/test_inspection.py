@@ -1,4 +1,4 @@
-"""What is read off factories: options, documentation, and missing members."""
+"""Inspection reads the options, documentation and missing members of stages."""
 
 import dataclasses
 import functools
@@ -63,7 +63,7 @@ class Plain:
     def __init__(self, rate: float, *, mode: str = "a") -> None: ...
 
 
-def test_options_of_an_attrs_class() -> None:
+def test_options_of_reads_an_attrs_class() -> None:
     options = options_of(Attrs)
     assert options.known == (
         OptionInfo("rate", REQUIRED, "float", "How fast, in steps.", "rate"),
@@ -74,7 +74,7 @@ def test_options_of_an_attrs_class() -> None:
     assert not options.open
 
 
-def test_options_of_a_dataclass_and_a_plain_class() -> None:
+def test_options_of_reads_a_dataclass_and_a_plain_class() -> None:
     assert [(o.name, o.default) for o in options_of(Data).known] == [("rate", 1.0), ("names", [])]
     assert [(o.name, o.default, o.annotation) for o in options_of(Plain).known] == [
         ("rate", REQUIRED, "float"),
@@ -82,7 +82,7 @@ def test_options_of_a_dataclass_and_a_plain_class() -> None:
     ]
 
 
-def test_options_of_functions_and_partials() -> None:
+def test_options_of_reads_functions_and_partials() -> None:
     def make(a: int, /, b: "str", *rest: int, c: float = 1.0, **more: Any) -> None: ...
 
     options = options_of(make)
@@ -94,7 +94,7 @@ def test_options_of_functions_and_partials() -> None:
     ]
 
 
-def test_a_computed_default_is_one_through_a_partial_too_unless_bound() -> None:
+def test_options_of_a_partial_keeps_computed_defaults() -> None:
     bound = functools.partial(Attrs, rate=1.0, names=["a"])
     assert [(o.name, o.default) for o in options_of(bound).known] == [
         ("rate", 1.0),
@@ -105,12 +105,12 @@ def test_a_computed_default_is_one_through_a_partial_too_unless_bound() -> None:
     assert [o.default for o in options_of(functools.partial(Data, rate=2.0)).known] == [2.0, []]
 
 
-def test_a_factory_without_a_readable_signature_takes_anything() -> None:
+def test_options_of_an_unreadable_signature_are_open() -> None:
     assert options_of(type) == options_of(iter)
     assert options_of(iter).open
 
 
-def test_documentation_is_read() -> None:
+def test_documentation_gives_summary_paper_and_options() -> None:
     doc = documentation(functools.partial(functools.partial(Attrs, rate=1.0)))
     assert summary(doc) == "One line,"
     assert paper(doc) == "Kingma & Ba 2015, arXiv:1412.6980, algorithm 1"
@@ -127,22 +127,22 @@ def test_documentation_is_read() -> None:
         ("", ""),
     ],
 )
-def test_the_first_work_is_the_paper(references: str, expected: str) -> None:
+def test_paper_is_the_first_work_of_the_references(references: str, expected: str) -> None:
     assert (
         paper(f"Line.\n\nReferences:\n{references}\n\nNotes:\n    Wrong et al. 2022.") == expected
     )
 
 
-def test_no_documentation() -> None:
+def test_documentation_may_be_missing() -> None:
     assert (documentation(Plain), paper(""), summary("")) == ("", "", "")
 
 
-def test_every_family_has_a_protocol_with_members() -> None:
+def test_protocols_have_members_for_every_family() -> None:
     assert PROTOCOLS.keys() == STAGE_HOOKS.keys()
     assert all(missing_members(family, object()) for family in PROTOCOLS)
 
 
-def test_missing_members_are_named() -> None:
+def test_missing_members_names_what_a_stage_lacks() -> None:
     class Half:
         requires: ClassVar[frozenset[str]] = frozenset()
 
@@ -164,7 +164,7 @@ def test_missing_members_are_named() -> None:
     ]
 
 
-def test_members_inherited_from_the_protocol_are_missing_ones() -> None:
+def test_missing_members_counts_those_inherited_from_the_protocol() -> None:
     class Stub(Clip):
         pass
 
@@ -178,7 +178,7 @@ def test_members_inherited_from_the_protocol_are_missing_ones() -> None:
     assert missing_members("tracker", StubProperty()) == ["every"]
 
 
-def test_members_that_a_base_class_defines_are_not_missing() -> None:
+def test_missing_members_leaves_out_those_of_a_base_class() -> None:
     class Enough(Basis):
         requires = frozenset({"A"})
         decompose = operator = lambda self, *given: {}
@@ -190,7 +190,7 @@ def test_members_that_a_base_class_defines_are_not_missing() -> None:
     assert missing_members("curvature", Nameless()) == ["provides"]
 
 
-def test_a_class_that_leaves_members_abstract_makes_nothing() -> None:
+def test_undefined_members_names_abstract_ones() -> None:
     class Half(Basis):
         requires = frozenset({"A"})
 
@@ -202,7 +202,7 @@ def test_a_class_that_leaves_members_abstract_makes_nothing() -> None:
     assert undefined_members(Attrs) == undefined_members(print) == []
 
 
-def test_a_proxy_has_what_it_forwards() -> None:
+def test_missing_members_accepts_what_a_proxy_forwards() -> None:
     class Proxy:
         def __getattr__(self, name: str) -> Any:
             if name == "clip":
