@@ -21,7 +21,7 @@ from kfactk import (
     Statistic,
 )
 from kfactk.assignment import Workload
-from kfactk.preconditioner.block import Blocks
+from kfactk.preconditioner.block import Block
 from kfactk.testing import BasisLaws, effort
 from kfactk.testing._support.basis_traits import BasisTraitLaws
 from kfactk.testing._support.situations import Situation
@@ -510,9 +510,8 @@ def test_the_work_of_a_layer_is_of_its_channels(
     module: nn.Module, inputs: str, matrices: dict[str, Any], spatial: str
 ) -> None:
     """Matrices of one layer stay together, since there is no one statistic for each."""
-    found = Blocks(ConvKfac(spatial=spatial), Ekfac(inputs=inputs)).work(
-        Layer("mine", module, ("weight", "bias"))
-    )
+    layer = Layer("mine", module, ("weight", "bias"))
+    found = Block(layer, ConvKfac(spatial=spatial), Ekfac(inputs=inputs)).work()
     assert found.matrices == matrices
     assert found.indivisible
     shares = CommOpt().assign(Workload((found,)), 4).shares["mine"]
