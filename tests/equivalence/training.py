@@ -163,10 +163,7 @@ def tensors_of(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:
         for key, tensor in view.precondition(probe).items():
             found[f"preconditioner on {name}.{key}"] = tensor.clone()
         if view.scale:
-            product = optimizer.recipe.basis.product(
-                view.matrix(probe), {}, view.decomposition, view.scale
-            )
-            found[f"scale on {name}"] = product.clone()
+            found[f"scale on {name}"] = view.operator.multiply(view.matrix(probe)).clone()
     return found
 
 

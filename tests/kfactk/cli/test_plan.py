@@ -327,7 +327,13 @@ def test_documentation_shows_tables() -> None:
     assert len(documented()) >= 2
 
 
-@pytest.mark.parametrize(("command", "text"), documented())
+@pytest.mark.parametrize(
+    ("command", "text"),
+    [
+        pytest.param(*each, id=str(number), marks=pytest.mark.thorough if number == 1 else ())
+        for number, each in enumerate(documented())
+    ],
+)
 def test_documentation_shows_what_plan_prints(
     command: str, text: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
