@@ -23,7 +23,7 @@ def found(**options):
     return floor.floor_of(floor.job(setting, model, (D,), N), setting.recipe(), machine)
 
 
-def test_arithmetic_is_that_of_products_of_matrices():
+def test_floor_counts_matrix_products():
     layers = ((H, D), (C, H))
     mean = found(basis="ekfac").mean
     assert mean["fisher"] == pytest.approx(
@@ -38,11 +38,11 @@ def test_arithmetic_is_that_of_products_of_matrices():
     assert mean["basis"] == pytest.approx((sum(o + i for o, i in layers) + carried) / 100)
 
 
-def test_forward_and_backward_are_three_products_less_the_one_that_leads_to_the_data():
+def test_model_counts_three_products_without_the_gradient_of_the_data():
     assert found().model == pytest.approx(2 * N * (3 * H * D + 3 * C * H) - 2 * N * H * D)
 
 
-def test_a_staggered_worst_step_is_the_dearest_of_what_comes_together():
+def test_staggered_worst_step_is_the_largest_of_the_slots():
     together, apart = found(basis="ekfac"), found(basis="ekfac", stagger=True)
     assert together.worst == pytest.approx(
         together.mean["precondition"]
@@ -61,17 +61,17 @@ def test_a_staggered_worst_step_is_the_dearest_of_what_comes_together():
     assert together.mean["precondition"] + max(events[:2]) <= apart.worst < together.worst
 
 
-def test_the_ratio_adds_curvature_to_the_baseline():
+def test_ratio_adds_curvature_to_the_baseline():
     assert floor.Floor({"fisher": 1.0, "scale": 2.0}, math.inf, 0.0).ratio(6.0) == 1.5
 
 
-def test_the_rate_is_that_of_the_median_product():
+def test_rate_is_that_of_the_median_product():
     product = floor.Product("float32", torch.device("cpu"))
     assert product.rate([1.0, 2.0, 100.0]) == product.side**3
     assert product.seconds() > 0
 
 
-def test_each_side_is_decomposed_once():
+def test_sides_are_decomposed_once():
     setting = Setting(lambda model: None, {"curvature": "kfac", "basis": "ekfac", **PERIODS})
     jobs = [floor.job(setting, nn.Sequential(nn.Linear(D, H), nn.Linear(H, H)), (D,), N)] * 2
     assert floor.sides(jobs) == {"eigh": [H, H + 1]}  # with the bias: D + 1 = H

@@ -31,7 +31,7 @@ def ran(monkeypatch):
     return found
 
 
-def test_all_parts_run_in_turn_though_one_fails(ran):
+def test_all_parts_run_although_one_fails(ran):
     assert entry.main([]) == 3
     assert [part for part, *_ in ran] == list(entry.PARTS)
     assert {folder for *_, folder in ran} == {entry.FOLDER}
@@ -49,7 +49,7 @@ def test_one_part_runs_with_its_arguments(ran, given):
     assert ran == [("race", ["--widths", "16"], Path("there"))]
 
 
-def test_what_a_part_prints_is_kept_and_its_status_returned(tmp_path, monkeypatch, capfd):
+def test_output_of_a_part_is_saved_and_its_status_returned(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
     assert entry.main(["--output", str(tmp_path / "new"), "plot"]) == 2  # there is nothing to plot
     assert "race.json" in capfd.readouterr().err

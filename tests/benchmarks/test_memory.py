@@ -10,7 +10,7 @@ from benchmarks.settings import BASELINE
 CPU = torch.device("cpu")
 
 
-def test_the_peak_is_of_what_lives_at_once():
+def test_peak_counts_tensors_that_live_together():
     def run() -> torch.Tensor:
         first = torch.empty(3000)
         second = torch.empty(5000)
@@ -21,14 +21,14 @@ def test_the_peak_is_of_what_lives_at_once():
     assert memory.peak(run, CPU) == 4 * 11000
 
 
-def test_temporaries_inside_of_an_operation_count():
+def test_peak_counts_temporaries_of_operations():
     matrix = torch.eye(64)
     assert memory.peak(lambda: torch.linalg.eigh(matrix), CPU) > 4 * (
         64 * 64 + 64
     )  # LAPACK's workspace besides the result
 
 
-def test_what_is_kept_is_factors_bases_and_scale():
+def test_state_is_factors_bases_and_scale():
     model = nn.Linear(3, 2)
     optimizer = kfactk.build(curvature="kfac", basis="ekfac", update="adam").bind(model)
     nn.functional.cross_entropy(model(torch.randn(4, 3)), torch.randint(2, (4,))).backward()
@@ -45,7 +45,7 @@ def test_what_is_kept_is_factors_bases_and_scale():
     )  # Adam's moments of eight numbers, and its step
 
 
-def test_an_optimiser_takes_what_it_keeps_at_least():
+def test_optimizers_take_at_least_their_state():
     name = "ekfac"
     chosen = {
         key: setting for key, setting in settings.settings().items() if key in (BASELINE, name)

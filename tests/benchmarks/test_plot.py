@@ -72,7 +72,7 @@ def lengths(panel):
     ]
 
 
-def test_bars_are_means_and_lines_floors():
+def test_race_plots_means_and_floors():
     figure = plot.race(RESULTS["race"])
     assert len(figure.axes) == 2
     for panel in figure.axes:
@@ -80,18 +80,18 @@ def test_bars_are_means_and_lines_floors():
         assert [1.25, 1.25] in [list(line.get_xdata()) for line in panel.lines]
 
 
-def test_bars_are_mebibytes():
+def test_memory_plots_mebibytes():
     [panel] = plot.memory(RESULTS["memory"]).axes
     assert lengths(panel) == [3.0]
     assert [list(line.get_xdata()) for line in panel.lines] == [[1.0, 1.0], [1.5, 1.5]]
 
 
-def test_curves_are_milliseconds():
+def test_scaling_plots_milliseconds():
     [panel] = plot.scaling(RESULTS["scaling"]).axes
     assert [list(line.get_ydata()) for line in panel.lines] == [[1000.0, 1000.0], [2000.0, 2000.0]]
 
 
-def test_what_there_is_is_drawn(tmp_path):
+def test_existing_results_are_plotted(tmp_path):
     assert plot.draw(tmp_path) == []
     for part in ("race", "scaling"):
         (tmp_path / f"{part}.json").write_text(json.dumps(RESULTS[part]))

@@ -25,7 +25,7 @@ def test_metrics_are_relative_to_the_baseline():
     assert (base["mean"], base["median"], base["worst"], base["floor"]) == (1.0, 1.0, 1.5, None)
 
 
-def test_tables_show_them():
+def test_tables_show_metrics():
     found = race.metrics(RUNS, FLOORS)
     first, second = race.table(found).splitlines()[1:]
     assert first.split()[-3:] == ["1.00", "1.00", "1.5"]
@@ -46,7 +46,7 @@ def test_tables_show_them():
     ]
 
 
-def test_all_take_as_many_steps_and_ours_are_told_apart_by_stage():
+def test_all_take_equal_steps_and_ours_are_timed_by_stage():
     chosen = {
         name: setting
         for name, setting in settings.settings().items()

@@ -47,7 +47,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reference, "everyone", lambda: everyone)
 
 
-def test_batches_are_full_and_an_epoch_repeats_no_image(images: Path, tmp_path: Path) -> None:
+def test_batches_are_full_and_epochs_repeat_no_image(images: Path, tmp_path: Path) -> None:
     task = reference.Task.load(images, tmp_path / "cache", torch.device("cpu"))
     pixels = torch.cat([batch for batch, _ in itertools.islice(task.batches(seed=3), 4)])
     assert pixels.shape == (64, 3, 32, 32)  # of 70 images, 6 are left out
@@ -59,7 +59,7 @@ def test_batches_are_full_and_an_epoch_repeats_no_image(images: Path, tmp_path: 
     ] * 9  # of three epochs
 
 
-def test_a_contestant_learns_as_it_would_alone(images: Path, tmp_path: Path) -> None:
+def test_contestants_train_as_they_would_alone(images: Path, tmp_path: Path) -> None:
     task = reference.Task.load(images, tmp_path / "cache", torch.device("cpu"))
     runs = reference.race(task, reference.everyone(), seed=5, steps=5)
     model = models.make("resnet8", channels=3, classes=10, seed=5)
@@ -78,7 +78,7 @@ def test_a_contestant_learns_as_it_would_alone(images: Path, tmp_path: Path) -> 
         assert 0 <= run.accuracy <= 100
 
 
-def test_what_disturbs_one_run_does_not_count() -> None:
+def test_disturbed_steps_do_not_count() -> None:
     runs = [
         reference.Run("a", seed, "", seconds=seconds)
         for seed, seconds in enumerate(([1.0, 2.0], [9.0, 2.5], [1.5, 80.0]))
@@ -86,7 +86,7 @@ def test_what_disturbs_one_run_does_not_count() -> None:
     assert reference.cumulative_seconds(runs) == [1.5, 4.0]
 
 
-def test_ours_is_read_at_the_rivals_wall_clock() -> None:
+def test_duels_compare_at_equal_wall_clock() -> None:
     short = contestants.ours(contestants.RECIPES["kfactk, short"])
     field = {
         contestants.BASELINE: contestants.everyone()[contestants.BASELINE],
@@ -129,7 +129,7 @@ def test_ours_is_read_at_the_rivals_wall_clock() -> None:
     ]  # 6.4 seconds are more than there were
 
 
-def test_the_command_races_a_seed_once(
+def test_command_races_each_seed_once(
     images: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -179,7 +179,7 @@ def test_due_steps(arguments: dict[str, object], due: dict[str, int]) -> None:
     assert contestants.due_steps(kfactk.build(**arguments), 312) == due  # type: ignore[arg-type]
 
 
-def test_a_recipe_draws_by_the_runs_seed() -> None:
+def test_recipe_draws_by_the_seed_of_the_run() -> None:
     thesis = contestants.ours(contestants.RECIPES["kfactk, thesis"])
     optimizer = thesis.make(models.make("resnet8", channels=3, classes=10, seed=0), 7)
     assert optimizer.recipe.fisher.seed == 7

@@ -8,7 +8,7 @@ from benchmarks import scaling
 from benchmarks.scaling import Shape
 
 
-def test_networks_have_the_size_asked_for():
+def test_networks_have_the_requested_size():
     layers = [
         module for module in Shape(width=6, depth=3).network() if isinstance(module, nn.Conv2d)
     ]
@@ -20,7 +20,7 @@ def test_networks_have_the_size_asked_for():
     ]
 
 
-def test_tables_tell_exponents_and_the_mean_step():
+def test_tables_show_exponents_and_the_mean_step():
     points = [
         {"sgd": size, "mean": 2 * size, "scale": size**2, "clip": 5.0} for size in (1.0, 2.0, 4.0)
     ]

@@ -10,7 +10,7 @@ from experiments.errors import ExperimentError
 
 
 @pytest.mark.parametrize("preset", ["digits", "cifar10-small", "cifar10-resnet50"])
-def test_every_algorithm_of_every_preset_can_be_made(preset):
+def test_algorithms_of_all_presets_can_be_made(preset):
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(8, 3))
     for algorithm in config.load(preset).algorithms.values():
         algorithms.check(algorithm)
@@ -24,12 +24,12 @@ def test_every_algorithm_of_every_preset_can_be_made(preset):
         algorithms.close(optimizer)
 
 
-def test_the_seed_reaches_the_fisher_pass():
+def test_seed_reaches_the_fisher_pass():
     adam = config.load("digits").algorithms["ekfacadam"]
     assert algorithms.describe(adam, seed=7)["fisher"]["seed"] == 7
 
 
-def test_a_fisher_that_draws_nothing_has_no_seed():
+def test_fisher_without_draws_has_no_seed():
     adam = config.load("digits").algorithms["ekfacadam"]
     exact = Algorithm(
         "x", "X", {**adam.settings, "fisher": {"name": "exact", "max_passes": 20}}, {}
@@ -46,12 +46,12 @@ def test_a_fisher_that_draws_nothing_has_no_seed():
         ({"factor_every": 0}, "algorithm x: .*factor_every"),
     ],
 )
-def test_settings_that_cannot_work_are_told_before_any_run(settings, words):
+def test_settings_are_checked_before_any_run(settings, words):
     with pytest.raises(ExperimentError, match=words):
         algorithms.check(Algorithm("x", "X", settings, {}))
 
 
-def test_the_collector_gets_what_a_tracker_gets():
+def test_collector_gets_the_metrics_of_a_tracker():
     model, collector = nn.Sequential(nn.Linear(4, 3)), Collector(2)
     optimizer = algorithms.make(
         config.load("digits").algorithms["ekfac"], model, seed=0, collector=collector

@@ -19,7 +19,7 @@ def numbered(count: int) -> Images:
     epoch=st.integers(0, 5),
 )
 @settings(deadline=None, max_examples=40)
-def test_an_epoch_has_every_image_once(count: int, batch_size: int, seed: int, epoch: int):
+def test_epochs_have_every_image_once(count: int, batch_size: int, seed: int, epoch: int):
     images = numbered(count)
     found = list(batches.shuffled(images, batch_size, seed=seed, epoch=epoch, augment=False))
     labels = torch.cat([labels for _, labels in found])

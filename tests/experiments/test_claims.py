@@ -20,14 +20,14 @@ def as_published(made_up):
     return curves
 
 
-def test_all_claims_hold_where_they_do(made_up):
+def test_claims_hold(made_up):
     curves = as_published(made_up)
     curves["ekfacnag"][9] = 1.15 / 10
     results = made_up({name: [curve] for name, curve in curves.items()})
     assert verdicts(results) == [claims.HOLDS] * 5
 
 
-def test_each_claim_can_fail(made_up):
+def test_claims_can_fail(made_up):
     base = as_published(made_up)
     base["ekfacnag"][9] = 1.15 / 10
     for change, expected in (
@@ -42,7 +42,7 @@ def test_each_claim_can_fail(made_up):
         } == expected
 
 
-def test_a_missing_algorithm_leaves_a_claim_open(made_up):
+def test_claims_of_missing_algorithms_are_open(made_up):
     judged = claims.check(
         made_up({"sgd": [[2.0, 1.0], [2.0, 1.0]], "ekfacadam": [[1.0, 0.9], [1.0, 1.08]]})
     )
@@ -51,7 +51,7 @@ def test_a_missing_algorithm_leaves_a_claim_open(made_up):
     assert "kfac" in judged[1].evidence
 
 
-def test_divergence_wins_nothing(made_up):
+def test_claims_of_diverged_runs_fail(made_up):
     curves = {name: [[1.0, 0.5]] for name in (*NEW, *OLD)}
     curves["ekfacadam"] = [[1.0, math.nan]]
     assert verdicts(made_up(curves)) == [claims.FAILS] * 5

@@ -6,7 +6,7 @@ from experiments import config
 from experiments.errors import ExperimentError
 
 
-def test_resnet50_has_the_published_settings():
+def test_resnet50_has_the_settings_of_the_thesis():
     experiment = config.load("cifar10-resnet50")
     table = {
         "sgd": (0.03, 0.0001, None),
@@ -50,7 +50,7 @@ def test_resnet50_has_the_published_settings():
 
 
 @pytest.mark.parametrize("preset", ["digits", "cifar10-small", "cifar10-resnet50"])
-def test_every_preset_has_the_six_algorithms_and_three_seeds(preset):
+def test_presets_have_six_algorithms_and_three_seeds(preset):
     experiment = config.load(preset)
     assert list(experiment.algorithms) == [
         "sgd",
@@ -64,7 +64,7 @@ def test_every_preset_has_the_six_algorithms_and_three_seeds(preset):
     assert config.presets()[preset].stem == preset
 
 
-def test_shared_settings_yield_to_an_algorithms_own(tiny: Path):
+def test_settings_of_an_algorithm_replace_shared_ones(tiny: Path):
     tiny.write_text(tiny.read_text() + "factor_every = 7\n")
     settings = config.read(tiny).algorithms["ekfacadam"].settings
     assert (settings["factor_every"], settings["scale_every"]) == (7, 2)
@@ -91,9 +91,7 @@ def test_shared_settings_yield_to_an_algorithms_own(tiny: Path):
         ('title = "A tiny experiment"', "title = 3", ["title"]),
     ],
 )
-def test_a_mistake_is_one_line_that_names_file_and_key(
-    tiny: Path, old: str, new: str, words: list[str]
-):
+def test_errors_are_one_line_with_file_and_key(tiny: Path, old: str, new: str, words: list[str]):
     assert old in tiny.read_text()
     tiny.write_text(tiny.read_text().replace(old, new))
     with pytest.raises(ExperimentError) as caught:
@@ -104,12 +102,12 @@ def test_a_mistake_is_one_line_that_names_file_and_key(
         assert word in message
 
 
-def test_a_missing_file_is_named(tmp_path: Path):
+def test_missing_files_are_named(tmp_path: Path):
     with pytest.raises(ExperimentError, match=r"none\.toml: cannot be read"):
         config.read(tmp_path / "none.toml")
 
 
-def test_the_command_line_has_the_last_word(tiny: Path):
+def test_command_line_replaces_settings(tiny: Path):
     experiment = config.with_options(
         config.read(tiny),
         algorithms=["ekfacadam"],
@@ -138,6 +136,6 @@ def test_the_command_line_has_the_last_word(tiny: Path):
         ({"seeds": ()}, "--seeds must be"),
     ],
 )
-def test_the_command_lines_mistakes_are_named(tiny: Path, options: dict, words: str):
+def test_command_line_options_are_checked(tiny: Path, options: dict, words: str):
     with pytest.raises(ExperimentError, match=words):
         config.with_options(config.read(tiny), **options)

@@ -24,7 +24,7 @@ def load_tiny_digits(**changes) -> data.Dataset:
     )
 
 
-def test_digits_are_split_once_and_for_all():
+def test_split_of_digits_depends_on_the_seed_alone():
     dataset = load_tiny_digits()
     assert (len(dataset.train), len(dataset.test), len(dataset.classes)) == (1437, 360, 10)
     together = torch.cat([dataset.train.pixels, dataset.test.pixels])[:, 0].flatten(1).numpy()
@@ -60,7 +60,7 @@ def test_normalisation_is_that_of_the_training_images(images: Path, tmp_path: Pa
     assert deviation.min() >= 1  # a channel without any contrast is not divided by zero
 
 
-def test_a_folder_of_images_is_read_once(images: Path, tmp_path: Path):
+def test_folders_of_images_are_decoded_once(images: Path, tmp_path: Path):
     said: list[str] = []
     settings = Data(source="cifar10")
     first = data.load(settings, images, tmp_path / "cache", said.append)
@@ -81,7 +81,7 @@ def test_a_folder_of_images_is_read_once(images: Path, tmp_path: Path):
     assert len(data.load(settings, images, tmp_path / "cache", said.append).train) == 5
 
 
-def test_a_subset_is_drawn_by_its_seed(images: Path, tmp_path: Path):
+def test_subset_depends_on_its_seed(images: Path, tmp_path: Path):
     def load(seed: int) -> data.Dataset:
         return data.load(
             Data(source="cifar10", train=4, test=2, seed=seed),
@@ -96,14 +96,14 @@ def test_a_subset_is_drawn_by_its_seed(images: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize(("part", "count"), [("train", 7), ("test", 5)])
-def test_more_images_than_there_are(images: Path, tmp_path: Path, part: str, count: int):
+def test_number_of_images_is_checked(images: Path, tmp_path: Path, part: str, count: int):
     with pytest.raises(ExperimentError, match=f"data.{part} = {count}, but .* only"):
         data.load(Data(source="cifar10", **{part: count}), images, tmp_path, quiet)
     with pytest.raises(ExperimentError, match="only 1797 digits"):
         load_tiny_digits(train=1797, test=1)
 
 
-def test_digits_take_no_folder(images: Path):
+def test_digits_refuse_a_folder(images: Path):
     with pytest.raises(ExperimentError, match="leave --data-dir out"):
         data.load(Data(source="digits"), images, images, quiet)
 
@@ -119,7 +119,7 @@ class FakeCifar:
         self.targets = [i % 10 for i in range(count)]
 
 
-def test_torchvisions_images_become_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_images_of_torchvision_become_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("torchvision.datasets.CIFAR10", FakeCifar)
     dataset = data.load(Data(source="cifar10", train=8), tmp_path / "new", tmp_path, quiet)
     assert dataset.train.pixels.shape == (8, 3, 32, 32)
@@ -130,7 +130,7 @@ def test_torchvisions_images_become_tensors(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     "error", [URLError("no route to host"), RuntimeError("File not found or corrupted.")]
 )
-def test_without_a_network_it_says_what_to_do(
+def test_failed_downloads_are_refused_with_the_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ):
     def fail(*_: object, **__: object) -> None:

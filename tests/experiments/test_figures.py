@@ -9,7 +9,7 @@ from experiments.results import METRICS
 
 
 @pytest.mark.parametrize("metric", METRICS)
-def test_a_figure_shows_mean_and_spread_of_every_algorithm(made_up, metric):
+def test_figures_show_mean_and_spread_of_every_algorithm(made_up, metric):
     results = made_up({"sgd": [[3.0, 1.0], [1.0, 0.5]], "ekfacadam": [[2.0, 0.2], [1.0, 0.1]]})
     axes = figures.draw(results, metric).axes[0]
     assert axes.get_yscale() == "log"
@@ -27,7 +27,7 @@ def test_a_figure_shows_mean_and_spread_of_every_algorithm(made_up, metric):
             )
 
 
-def test_a_diverged_run_is_drawn_up_to_where_it_was_finite(made_up):
+def test_diverged_runs_are_drawn_while_finite(made_up):
     axes = figures.draw(
         made_up({"sgd": [[3.0, 1.0, 0.5]], "kfac": [[3.0, math.nan]]}), "train_loss"
     ).axes[0]

@@ -8,7 +8,7 @@ from experiments import folder
 from experiments.errors import ExperimentError
 
 
-def test_what_is_downloaded_into(tmp_path: Path):
+def test_download_targets_are_accepted(tmp_path: Path):
     folder.check_download_target(tmp_path)  # empty
     folder.check_download_target(tmp_path / "new")
     (tmp_path / "cifar-10-batches-py").mkdir()
@@ -16,7 +16,7 @@ def test_what_is_downloaded_into(tmp_path: Path):
     folder.check_download_target(tmp_path)  # torchvision has been here
 
 
-def test_what_is_not(tmp_path: Path, images: Path):
+def test_other_targets_are_refused(tmp_path: Path, images: Path):
     shutil.rmtree(images / "test")
     assert not folder.is_image_folder(images)
     with pytest.raises(ExperimentError, match="has no test folder"):
@@ -29,21 +29,21 @@ def test_what_is_not(tmp_path: Path, images: Path):
         folder.check_download_target(file)
 
 
-def test_parts_must_agree(images: Path):
+def test_parts_must_have_the_same_classes(images: Path):
     assert folder.is_image_folder(images)
     shutil.move(images / "test" / "dog", images / "test" / "fox")
     with pytest.raises(ExperimentError, match="not in both: dog, fox"):
         folder.list_images(images)
 
 
-def test_a_part_without_images(images: Path):
+def test_parts_without_images_are_refused(images: Path):
     for path in (images / "test").rglob("*.jpg"):
         path.rename(path.with_suffix(".txt"))
     with pytest.raises(ExperimentError, match="test holds no images"):
         folder.list_images(images)
 
 
-def test_images_that_cannot_be_used(tmp_path: Path):
+def test_unsuitable_images_are_refused(tmp_path: Path):
     broken, large = tmp_path / "broken.jpg", tmp_path / "large.png"
     broken.write_bytes(b"not an image")
     Image.new("RGB", (48, 32)).save(large)

@@ -90,7 +90,7 @@ def test_experiment_writes_everything(whole: Path):
         ]
 
 
-def test_mlflow_has_one_run_for_each_with_a_point_an_epoch(whole: Path):
+def test_mlflow_has_one_point_for_each_epoch(whole: Path):
     points = logged(whole)
     assert set(points) == {"sgd-seed0 FINISHED", "ekfacadam-seed0 FINISHED"}
     for recorded in points.values():
@@ -109,7 +109,7 @@ def test_mlflow_has_one_run_for_each_with_a_point_an_epoch(whole: Path):
     } <= params
 
 
-def test_ctrl_c_and_resume_is_as_if_nothing_had_happened(
+def test_interrupted_experiment_resumes_bit_for_bit(
     whole: Path, tiny: Path, tmp_path: Path, monkeypatch, capsys
 ):
     arguments = ("--config", tiny, "--output", tmp_path / "out", "--device", "cpu")
@@ -187,7 +187,7 @@ def test_finished_experiment_is_not_repeated(whole: Path, tiny: Path, monkeypatc
     assert capsys.readouterr().out.count("finished earlier") == 2
 
 
-def test_other_settings_are_not_mixed_in(whole: Path, tiny: Path, capsys):
+def test_resume_refuses_other_settings(whole: Path, tiny: Path, capsys):
     tiny.write_text(tiny.read_text().replace("lr = 0.03", "lr = 0.02"))
     assert experiment("--config", tiny, "--output", whole, "--device", "cpu", "--resume") == 2
     told = capsys.readouterr().err.strip()
@@ -196,7 +196,7 @@ def test_other_settings_are_not_mixed_in(whole: Path, tiny: Path, capsys):
         assert word in told
 
 
-def test_starting_afresh_keeps_what_was_there(tiny: Path, tmp_path: Path, capsys):
+def test_starting_again_keeps_earlier_runs(tiny: Path, tmp_path: Path, capsys):
     arguments = (
         "--config",
         tiny,
@@ -245,7 +245,7 @@ def test_starting_afresh_keeps_what_was_there(tiny: Path, tmp_path: Path, capsys
         ("--output DIR/file", "cannot be written to"),
     ],
 )
-def test_mistakes_are_one_line_and_exit_code_2(
+def test_errors_are_one_line_and_exit_code_2(
     arguments: str, words: str, tmp_path: Path, capsys, monkeypatch
 ):
     monkeypatch.chdir(tmp_path)
@@ -258,7 +258,7 @@ def test_mistakes_are_one_line_and_exit_code_2(
     assert words in told
 
 
-def test_an_unreachable_store_is_one_line(tmp_path: Path, tiny: Path, capsys, monkeypatch):
+def test_unreachable_store_is_one_line(tmp_path: Path, tiny: Path, capsys, monkeypatch):
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "nonsense://nowhere")
     assert experiment("--config", tiny, "--output", tmp_path / "out") == 2
     told = capsys.readouterr().err
@@ -285,7 +285,7 @@ def test_help_names_presets_and_options(capsys):
         assert word in told
 
 
-def test_the_command_to_go_on_is_the_one_that_was_typed(monkeypatch):
+def test_command_to_resume_is_the_typed_one(monkeypatch):
     from experiments.__main__ import _command
 
     assert _command(["--output", "my runs"]) == "python -m experiments --output 'my runs'"

@@ -20,7 +20,7 @@ def test_logits_and_initial_weights(name: str, channels: int, size: int):
     assert not torch.equal(model.stem.weight, other.stem.weight)
 
 
-def test_resnet8_is_the_usual_one():
+def test_resnet8_has_the_usual_size():
     convolutions = (
         9 * (3 * 16 + 2 * 16 * 16 + 16 * 32 + 32 * 32 + 32 * 64 + 64 * 64) + 16 * 32 + 32 * 64
     )
@@ -51,7 +51,7 @@ def test_resnet50_keeps_the_resolution_of_small_images():
     }
 
 
-def test_the_global_random_state_is_left_alone():
+def test_global_random_state_does_not_change():
     before = torch.get_rng_state()
     models.make("digits_resnet", channels=1, classes=10, seed=3)
     assert torch.equal(torch.get_rng_state(), before)

@@ -48,7 +48,7 @@ def part(rank: int, ranks: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3])
-def test_the_whole_batch_is_normalised(ranks: int):
+def test_statistics_are_of_the_whole_batch(ranks: int):
     truth = learnt(model(), images())
     found = shared_workers().run(ranks, part, ranks)
     for name, value in truth.items():

@@ -28,7 +28,7 @@ def shown(seconds: list[float], *, terminal: bool, history: int = 0) -> str:
 @pytest.mark.parametrize(
     ("seconds", "lines"), [([0.1, 0.1, 0.1], []), ([9.0, 0.1, 9.0], [1, 2]), ([0.1, 9.0, 0.1], [2])]
 )
-def test_slow_epochs_get_lines_where_there_are_no_bars(seconds: list[float], lines: list[int]):
+def test_slow_epochs_get_lines_without_bars(seconds: list[float], lines: list[int]):
     text = shown(seconds, terminal=False).splitlines()
     assert text[0] == "[1/2] SGD, seed 0: finished earlier, 3 epochs"
     assert [line.split(": training")[0] for line in text[1:-1]] == [
@@ -40,12 +40,12 @@ def test_slow_epochs_get_lines_where_there_are_no_bars(seconds: list[float], lin
     )
 
 
-def test_a_resumed_run_says_so():
+def test_resumed_runs_say_so():
     text = shown([0.1, 0.1, 0.1], terminal=False, history=2)
     assert "SGD, seed 1: continues after epoch 2" in text
 
 
-def test_a_terminal_has_bars():
+def test_terminals_have_bars():
     text = shown([0.1, 0.1], terminal=True)
     assert "all runs" in text
     assert "2/2\x1b" in text

@@ -58,7 +58,7 @@ def agreements(rank: int, folder: str) -> dict[str, Any]:
     }
 
 
-def test_rank_0_decides_and_errors_are_everyones(tmp_path: Path):
+def test_rank_0_decides_and_all_raise_errors(tmp_path: Path):
     found = shared_workers().run(3, agreements, str(tmp_path))
     for rank, mine in enumerate(found):
         assert mine.pop("on first") == ("of 0" if rank == 0 else None)
@@ -79,7 +79,7 @@ def alone(work: str, *arguments: Any) -> Any:
     return told(getattr(Communicator(), work), *arguments)
 
 
-def test_alone_nothing_is_sent():
+def test_one_process_sends_nothing():
     assert not dist.is_initialized()
     assert (
         alone("broadcast", lambda: 1)
@@ -129,8 +129,8 @@ def epochs(
     return found
 
 
-@pytest.mark.parametrize("algorithm", widening(["sgd", "ekfacadam"], quick=["ekfacadam"]))
-def test_two_processes_learn_what_one_learns(algorithm: str, tiny: Path):
+@pytest.mark.parametrize("algorithm", ["sgd", "ekfacadam"])
+def test_two_processes_train_as_one(algorithm: str, tiny: Path):
     """They agree but for rounding, without drawn targets: BatchNorm sees the whole batch."""
     changes = {} if algorithm == "sgd" else {"fisher": "exact", "placement": "mem_opt"}
     one, other = shared_workers().run(2, epochs, str(tiny), algorithm, changes)
@@ -150,14 +150,14 @@ def test_two_processes_learn_what_one_learns(algorithm: str, tiny: Path):
             assert mine.metrics[figure] == pytest.approx(value, rel=2e-3)
 
 
-def test_a_divided_state_is_kept_whole(tiny: Path):
+def test_state_of_all_processes_is_saved(tiny: Path):
     one, _ = shared_workers().run(2, epochs, str(tiny), "ekfacadam", {"placement": "mem_opt"})
     assert (
         one["state"]["optimizer"] == epochs(0, str(tiny), "ekfacadam", {}, 1)["state"]["optimizer"]
     )
 
 
-def test_batches_that_cannot_be_shared_are_refused(tiny: Path, tmp_path: Path):
+def test_batch_size_must_be_divisible(tiny: Path, tmp_path: Path):
     experiment, dataset = tiny_experiment(str(tiny))
     for size, refuses in ((1, False), (2, False), (3, True), (50, False), (100, True)):
         if not refuses:
@@ -170,7 +170,7 @@ def test_batches_that_cannot_be_shared_are_refused(tiny: Path, tmp_path: Path):
             runner.plan(experiment, dataset, CPU, tmp_path, Communicator(0, size))
 
 
-def test_each_process_has_a_device_of_its_own():
+def test_processes_have_their_own_devices():
     cuda = torch.device("cuda")
     assert [ranks.own_device(cuda, local, 2, 2) for local in range(2)] == [
         torch.device("cuda", 0),

@@ -59,7 +59,7 @@ def text(made_up, tmp_path: Path) -> str:
     return (tmp_path / "report.html").read_text()
 
 
-def test_it_fetches_nothing(text: str):
+def test_report_loads_nothing(text: str):
     page = Page(text)
     assert page.open == []
     assert all(address.startswith("#") for address in page.addresses)
@@ -72,7 +72,7 @@ def test_it_fetches_nothing(text: str):
     }  # namespaces
 
 
-def test_figures_do_not_share_names(text: str):
+def test_figures_of_the_report_share_no_names(text: str):
     page = Page(text)
     assert page.tags.count("svg") == 4
     assert len(page.ids) == len(set(page.ids))
@@ -80,7 +80,7 @@ def test_figures_do_not_share_names(text: str):
     assert set(re.findall(r"url\(#([^)]+)\)", text)) <= set(page.ids)
 
 
-def test_it_holds_everything(text: str):
+def test_report_contains_everything(text: str):
     page = Page(text)
     for label in ("SGD", "K-FAC", "EKFAC", "EKFACnag", "EKFACadam", "EKFACradam"):
         assert label in page.text

@@ -28,7 +28,7 @@ def test_cost_is_relative_to_sgd(made_up):
     assert made_up({"kfac": [[1.0, 1.0]]}).relative_seconds("kfac") is None
 
 
-def test_a_diverged_seed_is_not_averaged_away(made_up):
+def test_diverged_seeds_show(made_up):
     results = made_up({"sgd": [[2.0, 1.0, 0.5], [2.0, math.nan]]})
     np.testing.assert_array_equal(
         results.curves("sgd", "train_loss"), [[2.0, 1.0, 0.5], [2.0, np.nan, np.nan]]
@@ -37,7 +37,7 @@ def test_a_diverged_seed_is_not_averaged_away(made_up):
     assert table.rows(results)[0][1] == "diverged"
 
 
-def test_the_table_fits_a_terminal_of_80_columns(made_up):
+def test_table_fits_80_columns(made_up):
     from rich.console import Console
 
     console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115

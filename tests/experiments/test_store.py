@@ -13,7 +13,7 @@ from experiments.results import Epoch
 EPOCH = Epoch(1, 10, 0.5, math.nan, 90.0, math.inf, 80.0, {"damping": 0.1})
 
 
-def test_a_record_comes_back_as_it_was(tmp_path: Path):
+def test_record_is_read_as_written(tmp_path: Path):
     folder = store.folder(tmp_path, "sgd", 3)
     assert folder.record() is None
     record = store.RunRecord({"lr": 0.1, "data": {"train": 5}}, "running", "abc", (EPOCH,))
@@ -27,7 +27,7 @@ def test_a_record_comes_back_as_it_was(tmp_path: Path):
     assert repr(found.history) == repr(record.history)
 
 
-def test_a_finished_run_keeps_no_checkpoint(tmp_path: Path):
+def test_finished_runs_have_no_checkpoint(tmp_path: Path):
     folder = store.folder(tmp_path, "sgd", 0)
     folder.write_checkpoint({"steps": 3, "weights": torch.ones(2)})
     assert folder.checkpoint()["steps"] == 3
@@ -39,7 +39,7 @@ def test_a_finished_run_keeps_no_checkpoint(tmp_path: Path):
 
 
 @pytest.mark.parametrize("name", ["run.json", "checkpoint.pt"])
-def test_a_damaged_file_is_named(tmp_path: Path, name: str):
+def test_damaged_files_are_named(tmp_path: Path, name: str):
     folder = store.folder(tmp_path, "sgd", 0)
     folder.path.mkdir(parents=True)
     (folder.path / name).write_bytes(b'{"settings": ')
@@ -47,7 +47,7 @@ def test_a_damaged_file_is_named(tmp_path: Path, name: str):
         folder.record() if name == "run.json" else folder.checkpoint()
 
 
-def test_earlier_runs_are_moved_never_deleted(tmp_path: Path):
+def test_earlier_runs_are_moved(tmp_path: Path):
     assert store.move_earlier_runs(tmp_path) is None
     for expected in ("1", "2"):
         store.folder(tmp_path, "sgd", 0).write_record(store.RunRecord({}, "finished", expected))
@@ -56,7 +56,7 @@ def test_earlier_runs_are_moved_never_deleted(tmp_path: Path):
     assert "2" in (tmp_path / "earlier" / "2" / "sgd-seed0" / "run.json").read_text()
 
 
-def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path):
+def test_interrupted_writes_keep_the_old_file(tmp_path: Path):
     def fail(path: Path) -> None:
         path.write_text("half")
         raise KeyboardInterrupt
@@ -68,7 +68,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path):
     assert (tmp_path / "file").read_text() == "whole"
 
 
-def test_differences_are_told_by_key():
+def test_differences_are_listed_by_key():
     old, new = {"a": 1, "b": {"c": [1, 2], "d": 0}}, {"a": 1, "b": {"c": (1, 2), "e": 4}}
     assert store.differences(old, old) == []
     assert store.differences(old, {"a": 1, "b": {"c": [1, 2], "d": 9}}) == ["b.d was 0, now 9"]

@@ -38,7 +38,7 @@ def test_steps_and_epochs_have_their_own_axes(tracking: Tracking):
     assert recorded(tracking, run_id, "step/damping") == [(step, step / 10) for step in range(1100)]
 
 
-def test_going_on_adds_what_is_missing(tracking: Tracking):
+def test_resuming_adds_missing_epochs(tracking: Tracking):
     run_id = tracking.start("ekfac", 0, {}, [], None)
     tracking.log(run_id, EPOCHS[:1])
     tracking.end(run_id, "interrupted")
@@ -47,12 +47,12 @@ def test_going_on_adds_what_is_missing(tracking: Tracking):
     assert tracking._client.get_run(run_id).info.status == "RUNNING"
 
 
-def test_a_lost_run_is_recorded_anew(tracking: Tracking):
+def test_lost_runs_are_recorded_again(tracking: Tracking):
     run_id = tracking.start("ekfac", 0, {}, EPOCHS, "0" * 32)
     assert [step for step, _ in recorded(tracking, run_id, "test_loss")] == [1, 2, 3]
 
 
-def test_a_failing_store_costs_no_training(tracking: Tracking, monkeypatch: pytest.MonkeyPatch):
+def test_failing_store_warns_and_catches_up(tracking: Tracking, monkeypatch: pytest.MonkeyPatch):
     from mlflow.exceptions import MlflowException
 
     down, log_batch = [True], tracking._client.log_batch
@@ -73,7 +73,7 @@ def test_a_failing_store_costs_no_training(tracking: Tracking, monkeypatch: pyte
     assert tracking._client.get_run(run_id).info.status == "FINISHED"
 
 
-def test_how_to_open_it_names_the_store(
+def test_how_to_open_names_the_store(
     tracking: Tracking, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     assert (

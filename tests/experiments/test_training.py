@@ -26,7 +26,7 @@ def changed(algorithm: config.Algorithm, **settings: object) -> config.Algorithm
     return attrs.evolve(algorithm, settings={**algorithm.settings, **settings})
 
 
-def test_figures_are_those_of_the_model(experiment, dataset):
+def test_metrics_are_those_of_the_model(experiment, dataset):
     """With a learning rate of zero the weights stay, and all figures can be computed apart."""
     trainer = Trainer(experiment, changed(experiment.algorithms["sgd"], lr=0.0), 4, dataset, CPU)
     epoch = trainer.run_epoch(lambda: None)
@@ -64,7 +64,7 @@ def test_learning_lowers_the_loss(experiment, dataset):
         assert not trainer.diverged
 
 
-def test_the_cosine_ends_at_zero(experiment, dataset):
+def test_cosine_schedule_ends_at_zero(experiment, dataset):
     trainer = Trainer(experiment, experiment.algorithms["sgd"], 0, dataset, CPU)
     rates = []
     while not trainer.finished:
@@ -73,7 +73,7 @@ def test_the_cosine_ends_at_zero(experiment, dataset):
     assert rates == pytest.approx(expected, abs=1e-9)
 
 
-def test_a_run_stops_after_the_steps_it_was_given(experiment, dataset):
+def test_runs_stop_after_max_steps(experiment, dataset):
     experiment = config.with_options(experiment, max_steps=4)
     trainer = Trainer(experiment, experiment.algorithms["sgd"], 0, dataset, CPU)
     while not trainer.finished:
@@ -82,7 +82,7 @@ def test_a_run_stops_after_the_steps_it_was_given(experiment, dataset):
     assert steps(experiment, dataset) == 4
 
 
-def test_divergence_ends_a_run(experiment, dataset):
+def test_divergence_ends_runs(experiment, dataset):
     trainer = Trainer(experiment, changed(experiment.algorithms["sgd"], lr=1e30), 0, dataset, CPU)
     while not trainer.finished:
         trainer.run_epoch(lambda: None)
@@ -90,7 +90,7 @@ def test_divergence_ends_a_run(experiment, dataset):
     assert len(trainer.history) < 3
 
 
-def test_closing_takes_the_hooks_away(experiment, dataset):
+def test_close_removes_hooks(experiment, dataset):
     trainer = Trainer(experiment, experiment.algorithms["ekfacadam"], 0, dataset, CPU)
     trainer.close()
     assert not any(

@@ -21,7 +21,7 @@ def verdict(name: str, outcome: str, by: str = "") -> Verdict:
         (False, {"one": "equal"}, ["three", "five"]),
     ],
 )
-def test_what_is_not_noticed_is_a_failure_and_is_seen(
+def test_unnoticed_mutants_are_failures(
     strict: bool, reasons: dict[str, str], failures: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     outcomes = {
@@ -51,7 +51,7 @@ def test_what_is_not_noticed_is_a_failure_and_is_seen(
     assert "by four" in printed
 
 
-def test_the_list_can_be_read(capsys: pytest.CaptureFixture[str]) -> None:
+def test_list_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--list", "--sample", "2"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "missing 1/T  [plugins/kfactk_stages/curvature/kfac.py]" in lines

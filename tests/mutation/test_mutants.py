@@ -28,7 +28,7 @@ DEMANDED = [
 """Mistakes that have been made elsewhere, and must stay on the list whatever else changes."""
 
 
-def test_the_list_fits_the_source() -> None:
+def test_list_fits_the_source() -> None:
     mutants = listed()
     assert not set(DEMANDED) - {mutant.name for mutant in mutants}
     assert len(mutants) >= 25
@@ -62,7 +62,7 @@ def made(folder: Path, *entries: dict[str, Any], text: str = "x = 1\n") -> Any:
     return listed(folder, folder / "list.toml")
 
 
-def test_an_entry_becomes_a_file_with_a_mistake(tmp_path: Path) -> None:
+def test_entries_become_files_with_mistakes(tmp_path: Path) -> None:
     (mutant,) = made(tmp_path, {**ENTRY, "hangs": True}, text="y = 0\nx = 1\n")
     assert (mutant.source, mutant.tests, mutant.hangs) == ("y = 0\nx = 2\n", ("test_a.py",), True)
 
@@ -92,7 +92,7 @@ def test_an_entry_becomes_a_file_with_a_mistake(tmp_path: Path) -> None:
     ],
     ids=["gone", "twice", "the same", "name twice", "no reason", "misspelt", "no tests"],
 )
-def test_an_entry_that_does_not_fit_is_told(
+def test_entries_are_checked(
     tmp_path: Path, entries: list[dict[str, Any]], text: str, message: str
 ) -> None:
     with pytest.raises(MutantError, match=message):

@@ -77,8 +77,8 @@ def test_outcomes(project: Path, source: str, outcome: str, by: str) -> None:
     assert (project / "kfactk/statistics.py").read_text() == SOURCE
 
 
-def test_paths_are_run_in_turn_and_each_mutant_is_a_fresh_one(project: Path) -> None:
-    """A compiled file left behind would stand in for the next mutant of equal size and second."""
+def test_paths_run_in_order_and_mutants_do_not_mix(project: Path) -> None:
+    """Mutants of equal size within one second: a compiled file must not serve the next mutant."""
     broken, same = (
         mutant(SOURCE.replace("2 * x", new), "tests/few", "tests/test_sums.py")
         for new in ("3 * x", "x + x")
@@ -88,7 +88,7 @@ def test_paths_are_run_in_turn_and_each_mutant_is_a_fresh_one(project: Path) -> 
     assert {v.by for v in verdicts if v.noticed} == {"tests/test_sums.py::test_four"}
 
 
-def test_a_run_that_does_not_end_counts_only_where_that_is_stated(project: Path) -> None:
+def test_timeouts_count_only_where_stated(project: Path) -> None:
     endless = SOURCE.replace("return", "while True:\n        pass\n    return")
     with Bench(project, timeout=6.0) as bench:
         verdict = bench.judge(mutant(endless))
@@ -96,7 +96,7 @@ def test_a_run_that_does_not_end_counts_only_where_that_is_stated(project: Path)
     assert Verdict(mutant(endless, hangs=True), "timed out", "", 6.0).noticed
 
 
-def test_an_import_from_elsewhere_is_no_verdict(project: Path, tmp_path: Path) -> None:
+def test_imports_from_elsewhere_are_broken_runs(project: Path, tmp_path: Path) -> None:
     """Without the package in the copy, the installed one would be tested."""
     shutil.copytree(project, tmp_path / "project")
     shutil.rmtree(tmp_path / "project/plugins")

@@ -41,7 +41,7 @@ def test_changes_are_named_by_what_they_change() -> None:
     assert all(source != TEXT for source in changed().values())
 
 
-def test_annotations_docstrings_and_nonsense_are_left_alone() -> None:
+def test_annotations_docstrings_and_nonsense_do_not_change() -> None:
     texts = changed().values()
     assert all(text.count('"""Its volume, 2 * 3 * 4."""') == 1 for text in texts)
     assert all(text.count("float | None") == TEXT.count("float | None") for text in texts)
@@ -61,7 +61,7 @@ def files(folder: Path, text: str) -> None:
     (folder / "tests/kfactk/test_linalg.py").touch()
 
 
-def test_a_sample_is_drawn_one_a_place_and_keeps_its_draw(tmp_path: Path) -> None:
+def test_sample_has_one_mutant_of_each_place_and_is_stable(tmp_path: Path) -> None:
     files(tmp_path, TEXT)
     drawn = sample(3, 0, tmp_path)
     assert drawn == sample(3, 0, tmp_path)
@@ -94,7 +94,7 @@ because = "{because}"
 OLD = "return side * times if side is not None else None"
 
 
-def test_a_stale_explanation_is_told(tmp_path: Path) -> None:
+def test_stale_explanations_are_refused(tmp_path: Path) -> None:
     files(tmp_path, TEXT)
     path = tmp_path / "explained.toml"
     path.write_text(ENTRY.format(old=OLD, new=OLD.replace("*", "+"), because="it is so"))
