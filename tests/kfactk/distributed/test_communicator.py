@@ -31,8 +31,15 @@ def rows(rank: int) -> Tensor:
     return torch.randn(5 + rank, 3, generator=torch.Generator().manual_seed(rank), dtype=F64)
 
 
-def everyone(ranks: int) -> Callable[[str], tuple[int, ...]]:
-    return lambda name: tuple(range(ranks))
+class Route:
+    """Sends each total to the ranks that a function gives for its name."""
+
+    def __init__(self, members: Callable[[str], tuple[int, ...]]) -> None:
+        self.wanted = members
+
+
+def everyone(ranks: int) -> Route:
+    return Route(lambda name: tuple(range(ranks)))
 
 
 # --------------------------------------------------------------------------------------------- sums
@@ -63,13 +70,13 @@ def reduced(
     talk = Communicator()
     size = talk.size
     choices: dict[str, Callable[[str], tuple[int, ...]]] = {
-        "everyone": everyone(size),
+        "everyone": everyone(size).wanted,
         "one each": lambda name: (len(name) % size,),
         "a pair": lambda name: tuple(sorted({len(name) % size, (len(name) + 1) % size})),
     }
     choice = choices[wanted]
     talk.prepare(choice(name) for name in ("a", "bb", "ccc", "dddd"))
-    found = talk.reduce(statistics(rank), choice, "sums")
+    found = talk.reduce(statistics(rank), Route(choice), "sums")
     for name, each in found.items():
         assert (each.total is not None) == (each.exists and (rank in choice(name) or size == 1)), (
             name
@@ -197,9 +204,8 @@ def in_small_messages(rank: int) -> dict[str, Tensor]:
             )
             for n in range(24)
         }
-        found = Communicator().reduce(
-            mine, lambda name: (int(name) % 2,) if int(name) % 3 else (0, 1, 2), "sums"
-        )
+        route = Route(lambda name: (int(name) % 2,) if int(name) % 3 else (0, 1, 2))
+        found = Communicator().reduce(mine, route, "sums")
     finally:
         module.buckets = buckets
     return {name: each.total for name, each in found.items() if each.total is not None}
@@ -294,7 +300,9 @@ def rounded_sums(
     talk.prepare([wanted])
     x = rows(rank)
     found = talk.reduce(
-        {"A": Statistic(x.T @ x, 2.0**30 + 1, symmetric=symmetric)}, lambda name: wanted, "sums"
+        {"A": Statistic(x.T @ x, 2.0**30 + 1, symmetric=symmetric)},
+        Route(lambda name: wanted),
+        "sums",
     )
     assert float(found["A"].count) == talk.size * (2.0**30 + 1)  # counts are never rounded
     return found["A"].total, talk.moved
@@ -379,7 +387,7 @@ def in_groups(rank: int) -> dict[str, Any]:
     mine = {"A": Statistic(torch.full((1,), float(rank)), 1.0)}
     found: dict[str, Any] = {"place": (talk.rank, talk.size)}
     for name, wanted in {"all": (0, 1), "last": (1,)}.items():
-        joined = talk.reduce(mine, lambda name, wanted=wanted: wanted, "sums")["A"]  # type: ignore[misc]
+        joined = talk.reduce(mine, Route(lambda name, wanted=wanted: wanted), "sums")["A"]  # type: ignore[misc]
         found[name] = None if joined.total is None else joined.total.item()
     form = {"x": TensorSpec((1,), torch.float32)}
     [message] = talk.send(
@@ -441,12 +449,17 @@ def test_explain_failures_names_the_likely_cause() -> None:
         raise ValueError("mine")
 
 
-class Broken:
+class BrokenWork:
     def wait(self) -> None:
         raise RuntimeError("timed out")
 
 
+class Ones(PendingMessage):
+    def tensors(self) -> dict[str, Tensor]:
+        return {"x": torch.ones(1)}
+
+
 def test_pending_message_explains_a_failed_wait() -> None:
     with pytest.raises(KfactkError, match="timed out"):
-        PendingMessage(Broken(), dict).wait()
-    assert PendingMessage(None, lambda: {"x": torch.ones(1)}).wait().keys() == {"x"}
+        Ones(BrokenWork()).wait()
+    assert Ones(None).wait().keys() == {"x"}
