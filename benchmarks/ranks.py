@@ -46,7 +46,7 @@ def least_bytes(
     inverse_workers: int = 1,
     itemsize: float | None = None,
 ) -> dict[str, float]:
-    """Return the least bytes a step that any exchange needs, a mean over steps, of all ranks, by kind.
+    """Return the least bytes that any exchange moves in a mean step on all ranks, by kind.
 
     Of R ranks h hold a layer and d decompose each of its matrices. Sums of f bytes over R ranks
     need R - 1 messages to meet in one place, and one more for each further place; so do the moments

@@ -84,7 +84,10 @@ def test_machine_named_finds_profiles() -> None:
     assert [machine_named(None, kind) for kind in ("cpu", "cuda", "xpu")] == [CPU, H100, H100]
     with pytest.raises(
         OptionError,
-        match=r"no machine profile 'h10'\. Did you mean 'h100'.*Use one of: h100, a100, cpu; .*--calibrate",
+        match=(
+            r"no machine profile 'h10'\. Did you mean 'h100'.*"
+            "Use one of: h100, a100, cpu; .*--calibrate"
+        ),
     ):
         machine_named("h10")
 
