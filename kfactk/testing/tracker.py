@@ -165,8 +165,8 @@ class TrackerLaws(Laws):
         """Steps, names and values are recorded once, in order; closing twice changes nothing."""
         with _folder() as folder:
             tracker = self._started(folder)
-            for step, told in rows:
-                given = {name: metric.given() for name, metric in told.items()}
+            for step, expected in rows:
+                given = {name: metric.given() for name, metric in expected.items()}
                 tracker.record(step, given)
                 for value in given.values():
                     if isinstance(value, Tensor):
@@ -180,12 +180,14 @@ class TrackerLaws(Laws):
         self, rows: list[tuple[int, dict[str, Metric]]], more: list[tuple[int, dict[str, Metric]]]
     ) -> None:
         """After `flush` all records can be read; flushing again adds nothing."""
-        later = [(rows[-1][0] + 1 + step, told) for step, told in more]
+        later = [(rows[-1][0] + 1 + step, expected) for step, expected in more]
         with _folder() as folder:
             tracker = self._started(folder)
             for known, new in ((rows, rows), (rows + later, later)):
-                for step, told in new:
-                    tracker.record(step, {name: metric.given() for name, metric in told.items()})
+                for step, expected in new:
+                    tracker.record(
+                        step, {name: metric.given() for name, metric in expected.items()}
+                    )
                 tracker.flush()
                 tracker.flush()
                 self._is_recorded(folder, known, "after flush(), before close()")
@@ -302,9 +304,9 @@ class TrackerLaws(Laws):
             pytest.skip(f"{type(self).__name__} has no `read`, which returns what was recorded")
         return found
 
-    def _near(self, found: float, told: float) -> bool:
-        same = found == told or (math.isnan(found) and math.isnan(told))
-        return same or abs(found - told) <= self.precision * abs(told)
+    def _near(self, found: float, expected: float) -> bool:
+        same = found == expected or (math.isnan(found) and math.isnan(expected))
+        return same or abs(found - expected) <= self.precision * abs(expected)
 
     def _is_recorded(
         self, folder: Path, rows: Sequence[tuple[int, Mapping[str, Metric]]], when: str
@@ -312,11 +314,11 @@ class TrackerLaws(Laws):
         found = self._read(folder).rows
         steps, wanted = [step for step, _ in found], [step for step, _ in rows]
         assert steps == wanted, f"{when}, steps {steps} are recorded, not {wanted}"
-        for (step, told), (_, row) in zip(rows, found, strict=True):
-            assert set(row) == set(told), (
-                f"{when}, step {step} has the metrics {sorted(row)}, not {sorted(told)}"
+        for (step, expected), (_, row) in zip(rows, found, strict=True):
+            assert set(row) == set(expected), (
+                f"{when}, step {step} has the metrics {sorted(row)}, not {sorted(expected)}"
             )
-            for name, metric in told.items():
+            for name, metric in expected.items():
                 says = f"{when}, {name!r} of step {step} is {row[name]!r}, not {metric.number()!r}"
                 assert self._near(float(row[name]), metric.number()), says
 

@@ -155,9 +155,9 @@ def cells(found: Distribution, draws: Tensor) -> list[Cells]:
 def surprise(parts: Sequence[Cells], false_alarm: float = FALSE_ALARM) -> str:
     """Say which cell was hit too rarely or too often; return "" where none was.
 
-    Each component and each pair of components is tested. By Chernoff's bound, the frequency f of a
-    cell of probability p in n independent draws has `n KL(f || p) > t` with probability at most
-    `2 exp(-t)`. t is such that correct draws are called wrong with probability at most
+    Each component and each pair of components is tested. f is the frequency of a cell of
+    probability p in n independent draws. By Chernoff's bound, `n KL(f || p) > t` has probability at
+    most `2 exp(-t)`. t is such that correct draws are called wrong with probability at most
     `false_alarm`. The bound holds exactly, for any n.
     """
     whole = [*parts, *(one.with_other(other) for one, other in itertools.combinations(parts, 2))]

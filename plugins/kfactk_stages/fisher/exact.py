@@ -17,9 +17,9 @@ from kfactk.options import whole
 class Exact:
     """The true Fisher of the model's predictive distribution, without sampling noise.
 
-    It takes up to S C backward passes for each forward. With columns `b_{n,s,c}` whose outer
-    products over c sum to the Fisher information of the output at term s of example n, there is one
-    loss for each position and column,
+    It takes up to S C backward passes for each forward. The outer products of columns `b_{n,s,c}`
+    over c sum to the Fisher information of the output at term s of example n. There is one loss for
+    each position and column,
 
         L_{s,c} = sum_n sqrt(w_{n,s}) <b_{n,s,c}, f_{n,s}>.
 
