@@ -356,16 +356,21 @@ class Optimizer(torch.optim.Optimizer):
                     self._update(list(zip(parameters, clipped, strict=True)))
         except BaseException:
             self._recorder.discard()
+            self._end_step("")
+            self._expect_forward()
             raise
-        finally:
-            pre.finish(fault)
-            self._waiting, self._micro_batch = None, 0
+        self._end_step(fault)
         self._show_state()
         if not allocated:  # otherwise the step made empty state, for a checkpoint to be loaded
             self._step += 1
         self._expect_forward()
         if not allocated:
             self._report()
+
+    def _end_step(self, fault: str) -> None:
+        """Drop what the step gathered, and count it where it has a fault."""
+        self._preconditioner.finish(fault)
+        self._waiting, self._micro_batch = None, 0
 
     def _refresh(self, matrices: Mapping[str, Tensor]) -> None:
         """Refresh curvature; meanwhile `state` does not show it."""
