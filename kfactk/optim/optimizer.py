@@ -112,7 +112,7 @@ class Optimizer(torch.optim.Optimizer):
         self._guard = NonFiniteGuard(self._inner, pre)
         check_recipes(recipe.shared(), pre.communicator)
         check_group(model, self._trained(), pre.communicator)
-        pre.placement.extend(pre.blocks())
+        pre.adopt(pre.blocks())
         self._recorder = MetricsRecorder(
             recipe.tracker if pre.rank == 0 else None,
             recipe.summary() | pre.placement.summary(),
@@ -519,7 +519,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         pre = self._preconditioner
         self._follow_model()
-        pre.placement.extend(pre.blocks())
+        pre.agree()
         with LoadOnAllRanks(pre.communicator) as load:
             saved = checkpoint.SavedState.split(state_dict, self.param_groups)
             groups = checkpoint.completed_groups(

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
 
 import attrs
+import torch
 from torch import nn
 from torch.nn.parameter import UninitializedParameter
 
@@ -99,10 +100,12 @@ class CoveredLayer(Layer):
     """A layer whose parameters are the trained ones, also while a wrapper has replaced them.
 
     Args:
+        shapes: Shapes of its parameters.
         tracker: Knows the trained parameters.
         held: The parameters, where they were looked up for the time of a step.
     """
 
+    shapes: tuple[torch.Size, ...] = attrs.field(kw_only=True)
     tracker: ParameterTracker = attrs.field(kw_only=True)
     held: dict[str, nn.Parameter] | None = attrs.field(default=None, kw_only=True)
 
@@ -120,15 +123,10 @@ class CoveredLayer(Layer):
         """Return the same layer for a time in which no parameter is replaced."""
         return attrs.evolve(self, held=self.tensors())
 
-    def same(self, other: Layer) -> bool:
-        """Return whether another layer is made of the same modules and parameter names."""
-        return (
-            self.module is other.module
-            and self.part == other.part
-            and self.parameters == other.parameters
-            and len(self.sites) == len(other.sites)
-            and all(mine is theirs for mine, theirs in zip(self.sites, other.sites, strict=True))
-        )
+    @property
+    def key(self) -> Hashable:
+        """What makes it this layer, whatever its name: modules, parameters and their shapes."""
+        return self.sites, self.part, self.parameters, self.shapes
 
 
 @attrs.frozen(eq=False)
@@ -139,7 +137,7 @@ class Candidate:
         name: The layer's name.
         module: Its module.
         part: Its part of the module.
-        parameters: Names of its parameters, the anchor first.
+        shapes: Its parameters by name, the anchor first, with their shapes.
         sites: All modules that hold these parameters.
         rule: The rule that takes it.
     """
@@ -147,9 +145,19 @@ class Candidate:
     name: str
     module: nn.Module
     part: str
-    parameters: tuple[str, ...]
+    shapes: Mapping[str, torch.Size]
     sites: tuple[nn.Module, ...]
     rule: BlockRule
+
+    @property
+    def anchor(self) -> str:
+        """Name of its anchor."""
+        return next(iter(self.shapes))
+
+    @property
+    def place(self) -> tuple[nn.Module, str]:
+        """Its module and its part of it."""
+        return self.module, self.part
 
 
 class ModelSurvey:
@@ -206,7 +214,8 @@ class ModelSurvey:
                 taken.update(sites)
                 for part, parameters in rule.curvature.parts(module).items():
                     label = f"{name}[{part}]" if part else name
-                    candidates.append(Candidate(label, module, part, parameters, sites, rule))
+                    shapes = {key: module._parameters[key].shape for key in parameters}
+                    candidates.append(Candidate(label, module, part, shapes, sites, rule))
             for key in _own(module):
                 self._why_not[_join(name, key)] = reason
         self.candidates = tuple(candidates)
@@ -270,16 +279,17 @@ class ModelSurvey:
         for candidate in self.candidates:
             names = tuple(
                 name
-                for name in candidate.parameters
+                for name in candidate.shapes
                 if self._is_trained(candidate.module, name, trained)
             )
-            if names and names[0] == candidate.parameters[0]:
+            if names and names[0] == candidate.anchor:
                 layer = CoveredLayer(
                     candidate.name,
                     candidate.module,
                     names,
                     candidate.part,
                     candidate.sites,
+                    shapes=tuple(candidate.shapes[name] for name in names),
                     tracker=self.tracker,
                 )
                 found.append((layer, candidate.rule))
@@ -298,10 +308,10 @@ class ModelSurvey:
             for key in layer.parameters
         }
         anchors = {
-            _join(owner, key): candidate.parameters[0]
+            _join(owner, key): candidate.anchor
             for candidate in self.candidates
             for owner in [candidate.name.removesuffix(f"[{candidate.part}]")]
-            for key in candidate.parameters
+            for key in candidate.shapes
         }
         rows = []
         for name, _ in self.model.named_parameters():

@@ -13,8 +13,9 @@ to learn, does what the uninterrupted run does.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -23,13 +24,33 @@ from kfactk.distributed.messages import PendingMessage
 from kfactk.distributed.packing import TensorSpec, buckets
 from kfactk.preconditioner.block import Block
 from kfactk.preconditioner.placement import BlockPlacement
-from kfactk.preconditioner.plan import BlockPlan
 from kfactk.preconditioner.planner import EMPTY, StepPlan
 from kfactk.samples import Statistic
-from kfactk.statistics import ReducedStatistic, split_key
+from kfactk.statistics import ReducedStatistic, join_key, split_key
 
 PRESENT = "present"
 """Name of the flags, one a layer, by which a worker tells which layers it has a gradient for."""
+
+
+@attrs.frozen(eq=False)
+class ExpectedSums:
+    """The sums that every rank expects the next step to gather.
+
+    Between steps a rank may replace and rename layers on its own, so all is noted beforehand.
+
+    Args:
+        blocks: The blocks by the names they had.
+        specs: Specs of the sums, `None` for those without a total.
+        routes: For each sum, the ranks that want its total.
+    """
+
+    blocks: Mapping[str, Block]
+    specs: Mapping[str, TensorSpec | None]
+    routes: Mapping[str, Members]
+
+    def wanted(self, key: str) -> Members:
+        """Return the ranks that want the total of this name."""
+        return self.routes[key]
 
 
 class OverlappedReduction:
@@ -42,87 +63,100 @@ class OverlappedReduction:
 
     def __init__(self, communicator: Communicator, placement: BlockPlacement) -> None:
         self._communicator, self._placement = communicator, placement
-        self._specs: dict[str, TensorSpec | None] = {}
+        self._specs: dict[Block, dict[str, TensorSpec | None]] = {}
         self._device = torch.device("cpu")
         self._plan = EMPTY
-        self._expected = False
+        self._one_forward = False
+        self._expected: ExpectedSums | None = None
         self._under_way: PendingReduction | None = None
 
-    def learn(self, specs: Mapping[str, TensorSpec | None], device: torch.device) -> None:
-        """Record the names and specs that all ranks' sums had."""
-        self._specs.update(specs)
+    def learn(
+        self,
+        blocks: Iterable[Block],
+        specs: Mapping[str, TensorSpec | None],
+        device: torch.device,
+    ) -> None:
+        """Record the names and specs that all ranks' sums of these blocks had."""
+        by_name = {block.name: block for block in blocks}
+        for key, spec in specs.items():
+            layer, rest = split_key(key)
+            self._specs.setdefault(by_name[layer], {})[rest] = spec
         self._device = device
+
+    def retain(self, blocks: Collection[Block]) -> None:
+        """Forget the specs of all other blocks."""
+        if len(self._specs) > len(blocks) or not all(block in blocks for block in self._specs):
+            self._specs = {b: specs for b, specs in self._specs.items() if b in blocks}
 
     def expect_one_forward(self, expected: bool) -> None:
         """Say whether every rank made one forward in this step; the same on every rank."""
-        self._expected = expected
+        self._one_forward = expected
         if expected:
             self._communicator.stand_aside()
 
     def prepare(self, plan: StepPlan) -> None:
         """Take the plan that every rank makes of the next step, as the blocks are now."""
         self._plan = plan
+        self._expected = self._expect() if self._one_forward and plan.due else None
+
+    def _expect(self) -> ExpectedSums | None:
+        """Return the sums that the plan gathers, where the specs of all of them are known."""
+        specs: dict[str, TensorSpec | None] = {}
+        for block, plan in self._plan.plans.items():
+            known = self._specs.get(block, {})
+            kinds = {rest.partition(".")[0] for rest in known}
+            if block.state.ready:  # another one may not run
+                if (plan.factors or plan.inputs) and "factor" not in kinds:
+                    return None
+                if plan.scale and not plan.late and "moment" not in kinds:
+                    return None
+            for rest, spec in known.items():
+                if plan.gathers(rest):
+                    specs[join_key(block.name, rest)] = spec
+        specs = dict(sorted(specs.items()))
+        routes = {key: self._placement.wanted(key) for key in specs}
+        return ExpectedSums({block.name: block for block in self._plan.plans}, specs, routes)
 
     def begin(self, plan: StepPlan) -> None:
         """After a forward: let its sums leave, if it gathered what every rank expects."""
-        if self._expected and plan.fingerprint() == self._plan.fingerprint():
+        if self._expected is not None and plan.fingerprint() == self._plan.fingerprint():
             self._begin()
 
     def _begin(self) -> None:
-        expected = self._expected and self._under_way is None
-        if not expected or not self._knows_all():
+        expected = self._expected
+        if expected is None or self._under_way is not None:
             return
-        plans = self._plan.named()
-        specs = {key: self._specs[key] for key in sorted(self._specs) if _gathered(key, plans)}
-        blocks = {block.name: block for block in self._plan.plans}
         sums: dict[str, Statistic] = {}
-        for key, spec in specs.items():
+        for key, spec in expected.specs.items():
             layer, rest = split_key(key)
-            state = blocks[layer].state
+            state = expected.blocks[layer].state
             state.commit()
             if rest in state.pending and _fits(state.pending[rest], spec):
                 sums[key] = state.pending.pop(rest)
         self._under_way = self._communicator.begin(
-            sums, specs, self._device, self._placement, "sums", aside=True
+            sums, expected.specs, self._device, expected, "sums", aside=True
         )
 
     def finish(self, current: Collection[Block]) -> dict[str, ReducedStatistic]:
         """Return what has arrived for these blocks; every rank calls it first in each step."""
-        if self._plan.due:
-            self._begin()
+        self._begin()
         under_way, self._under_way = self._under_way, None
-        if under_way is None:
+        expected = self._expected
+        if under_way is None or expected is None:
             return {}
-        kept = {block.name for block in self._plan.plans if block in current}
-        return {key: each for key, each in under_way.wait().items() if split_key(key)[0] in kept}
-
-    def forget(self, layer: str) -> None:
-        """Drop the specs of a layer whose block was replaced."""
-        self._specs = {k: spec for k, spec in self._specs.items() if split_key(k)[0] != layer}
+        arrived: dict[str, ReducedStatistic] = {}
+        for key, each in under_way.wait().items():
+            layer, rest = split_key(key)
+            if (block := expected.blocks[layer]) in current:
+                arrived[join_key(block.name, rest)] = each
+        return arrived
 
     def drop(self) -> None:
         """Wait for what is under way, and drop it."""
         under_way, self._under_way = self._under_way, None
         if under_way is not None:
             under_way.wait()
-        self._plan = EMPTY
-
-    def _knows_all(self) -> bool:
-        """Return whether the specs of all that is gathered are known, for blocks that have run."""
-        known = {(layer, rest.partition(".")[0]) for layer, rest in map(split_key, self._specs)}
-        for block, plan in self._plan.plans.items():
-            if not block.state.ready:
-                continue
-            if (plan.factors or plan.inputs) and (block.name, "factor") not in known:
-                return False
-            if plan.scale and not plan.late and (block.name, "moment") not in known:
-                return False
-        return True
-
-
-def _gathered(key: str, plans: Mapping[str, BlockPlan]) -> bool:
-    layer, rest = split_key(key)
-    return layer in plans and plans[layer].gathers(rest)
+        self._plan, self._expected = EMPTY, None
 
 
 def _fits(statistic: Statistic, spec: TensorSpec | None) -> bool:

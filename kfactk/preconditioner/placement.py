@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import attrs
 import torch
 
 from kfactk.assignment import Assignment, Share, Work, Workload
@@ -61,6 +62,32 @@ class BlockPlacement:
         self._communicator.prepare(
             group for share in found.shares.values() for group in self._groups(share)
         )
+
+    def rename(self, names: Mapping[str, str]) -> None:
+        """Let the places of layers follow to the names that they have now.
+
+        Args:
+            names: The new name by the old one.
+        """
+        shares = dict(self.assignment.shares)
+        moved = {name: shares.pop(old) for old, name in names.items() if old in shares}
+        works = {name: self._works.pop(old) for old, name in names.items() if old in self._works}
+        for name in names.values():  # whose layer was there is gone
+            shares.pop(name, None)
+            self._works.pop(name, None)
+        self._works |= works
+        self._set_shares({**shares, **moved})
+
+    def forget(self, layer: str) -> None:
+        """Drop the place of a layer that was replaced by one of other shapes."""
+        shares = dict(self.assignment.shares)
+        if shares.pop(layer, None) is not None:
+            del self._works[layer]
+            self._set_shares(shares)
+
+    def _set_shares(self, shares: Mapping[str, Share]) -> None:
+        if self.assignment is not ALONE:
+            self.assignment = attrs.evolve(self.assignment, shares=shares)
 
     def _workload(self, blocks: Sequence[Block]) -> Workload:
         anchors = [block.layer.anchor for block in blocks]

@@ -87,8 +87,8 @@ class Planner:
     def __init__(self, schedule: UpdateSchedule, placement: BlockPlacement) -> None:
         self.schedule, self._placement = schedule, placement
         self._divided: list[Block] = []
-        self._slots: dict[str, int] = {}
-        self._late: frozenset[str] = frozenset()
+        self._slots: dict[Block, int] = {}
+        self._second_part: frozenset[Block] = frozenset()
 
     def plan(self, step: int, blocks: Sequence[Block]) -> StepPlan:
         """Return the plan of the step of this number, by the blocks as they are now."""
@@ -99,7 +99,7 @@ class Planner:
         soon = [schedule.soon(step, part) for part in (0, 1)]
         plans = {}
         for block in blocks:
-            part, slot = self._part(block), self._slots.get(block.name, 0)
+            part, slot = int(block in self._second_part), self._slots.get(block, 0)
             now = due(slot if slot == slot_now else NO_SLOT, part)
             if now == NOTHING and block.state.settled:
                 continue
@@ -122,9 +122,6 @@ class Planner:
         refreshed = scale or any(plan.basis for plan in plans.values())
         return refreshed and any(block.basis.moments_from == "gradient" for block in blocks)
 
-    def _part(self, block: Block) -> int:
-        return 1 if self._late and block.name not in self._late else 0
-
     def _divide(self, blocks: Sequence[Block]) -> None:
         """Divide the layers among slots and among passes, by cost.
 
@@ -136,6 +133,6 @@ class Planner:
         works = [block.work() for block in blocks]
         costs = {work.layer: work.cost for work in works}
         placed = assign_slots(costs, self.schedule.slots)
-        self._slots = {work.layer: placed[work.layer] for work in works}
-        sampled = any(block.sampled for block in blocks)
-        self._late = layers_near_output(works) if sampled else frozenset()
+        self._slots = {block: placed[block.name] for block in blocks}
+        near = layers_near_output(works) if any(b.sampled for b in blocks) else frozenset()
+        self._second_part = frozenset(b for b in blocks if near and b.name not in near)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor, nn
 
@@ -14,14 +15,14 @@ from kfactk.distributed.communicator import Communicator
 from kfactk.distributed.packing import TensorSpec
 from kfactk.errors import CaptureError, CombinationError, KfactkWarning
 from kfactk.preconditioner.block import Block
-from kfactk.preconditioner.coverage import CoveredLayer, ModelSurvey
+from kfactk.preconditioner.coverage import Candidate, CoveredLayer, ModelSurvey
 from kfactk.preconditioner.exchange import OverlappedReduction, broadcast_gradients
 from kfactk.preconditioner.placement import BlockPlacement, device_of
 from kfactk.preconditioner.plan import BlockPlan
 from kfactk.preconditioner.planner import EMPTY, Planner
 from kfactk.preconditioner.refresh import Refresh
 from kfactk.preconditioner.rules import BlockRule
-from kfactk.preconditioner.schedule import UpdateSchedule
+from kfactk.preconditioner.schedule import NOTHING, UpdateSchedule
 from kfactk.preconditioner.state import READY, BlockState, part_of
 from kfactk.samples import LayerCall, working_dtype
 from kfactk.stages import Layer, Placement
@@ -71,8 +72,10 @@ class Preconditioner:
             self.placement, self.communicator, self.overlapped, self.timer, factor_decay
         )
         self._trained = trained
-        self._blocks: dict[str, Block] = {}
-        self._changed_blocks: dict[str, Block] = {}
+        self._blocks: dict[Hashable, Block] = {}
+        self._new_blocks: dict[Hashable, Block] = {}
+        self._named: Sequence[Candidate] = ()
+        self._pruned: Sequence[Candidate] = ()
         self._followed: dict[Layer, tuple[Block, BlockPlan]] = {}
         self._within: list[Block] | None = None
         self._plan = EMPTY
@@ -97,36 +100,57 @@ class Preconditioner:
     def _look(self) -> list[Block]:
         """Follow the model: find or make the block of each layer that is covered now.
 
-        A layer whose parameters or modules have changed gets a new block. Between steps the new
-        block stands beside the old one, since a layer may change for one forward only. In a step
-        it takes its place.
+        A block belongs to modules and parameters, whatever the layer's name. A layer of other
+        modules, parameters or shapes gets a new block. It stands beside the old one until the step
+        adopts it, since a layer may change for one forward only.
         """
+        layers = self.survey.layers(self._trained)
+        self._rename()
         found = []
-        for layer, rule in self.survey.layers(self._trained):
-            block = self._blocks.get(layer.name) or self._renamed(layer)
+        for layer, rule in layers:
+            key = layer.key, id(rule)
+            block = self._blocks.get(key) or self._new_blocks.get(key)
             if block is None:
-                block = self._blocks[layer.name] = self._made(layer, rule)
-            elif not layer.same(block.layer) or block.curvature is not rule.curvature:
-                other = self._changed_blocks.get(layer.name)
-                if other is None or not layer.same(other.layer):
-                    other = self._changed_blocks[layer.name] = self._made(layer, rule)
-                block = other
+                block = Block(layer, rule.curvature, rule.basis, self.timer)
+                self._new_blocks[key] = block
             found.append(block)
         return found
 
-    def _made(self, layer: Layer, rule: BlockRule) -> Block:
-        return Block(layer, rule.curvature, rule.basis, self.timer)
+    def _rename(self) -> None:
+        """Give blocks the names that their layers have in the model now."""
+        candidates = self.survey.candidates
+        if candidates is self._named:
+            return
+        self._named = candidates
+        names = {candidate.place: candidate.name for candidate in candidates}
+        moved: dict[str, str] = {}
+        for block in [*self._blocks.values(), *self._new_blocks.values()]:
+            layer = block.layer
+            name = names.get((layer.module, layer.part), layer.name)
+            if name != layer.name:
+                moved[layer.name] = name
+                block.layer = attrs.evolve(layer, name=name)
+        self.placement.rename(moved)
 
-    def _renamed(self, layer: CoveredLayer) -> Block | None:
-        """Return the block of a layer whose path in the model has changed."""
-        for name, block in self._blocks.items():
-            if layer.same(block.layer):
-                del self._blocks[name]
-                block.layer = layer
-                block.invalidate()
-                self._blocks[layer.name] = block
-                return block
-        return None
+    def adopt(self, blocks: Sequence[Block]) -> None:
+        """Go on with these blocks, and place the new ones; a collective call where there are any.
+
+        Blocks of layers that are frozen for now are kept.
+
+        Args:
+            blocks: Those of the layers that are covered now, the same on every rank.
+        """
+        current = set(blocks)
+        new = {key: block for key, block in self._new_blocks.items() if block in current}
+        self._new_blocks.clear()
+        if new:
+            places = {_place(block) for block in new.values()}
+            kept = {k: block for k, block in self._blocks.items() if _place(block) not in places}
+            self._blocks = {**kept, **new}
+        for block in new.values():
+            self.placement.forget(block.name)
+        self.overlapped.retain(current)
+        self.placement.extend(blocks)
 
     @contextlib.contextmanager
     def within_step(self, groups: Mapping[int, Mapping[str, Any]]) -> Iterator[None]:
@@ -136,11 +160,6 @@ class Preconditioner:
             groups: The parameter group of each trained parameter, by id; they hold the damping.
         """
         blocks = self._look()
-        for block in blocks:
-            if self._blocks[block.name] is not block:
-                self._blocks[block.name] = block
-                self.overlapped.forget(block.name)
-        self._changed_blocks.clear()
         layers = [block.layer for block in blocks]
         for block, layer in zip(blocks, layers, strict=True):
             assert isinstance(layer, CoveredLayer)
@@ -155,10 +174,14 @@ class Preconditioner:
                 block.layer = layer
 
     def _prune(self) -> None:
-        """Drop blocks whose layer is no longer part of the model."""
-        known = {candidate.name for candidate in self.survey.candidates}
-        for name in [name for name in self._blocks if name not in known]:
-            del self._blocks[name]
+        """Drop blocks that no step adopted, and those whose layer is no longer in the model."""
+        self._new_blocks.clear()
+        if self.survey.candidates is not self._pruned:
+            self._pruned = self.survey.candidates
+            places = {candidate.place for candidate in self._pruned}
+            self._blocks = {
+                k: block for k, block in self._blocks.items() if _place(block) in places
+            }
 
     # -------------------------------------------------------------------------------- forwards
 
@@ -272,9 +295,9 @@ class Preconditioner:
             CombinationError: The ranks do not plan the same.
         """
         blocks = self.blocks()
-        self._arrived = self.overlapped.finish(blocks)
+        self._arrived = self.overlapped.finish(set(blocks))
         self._agree_on_layers(blocks)
-        self.placement.extend(blocks)
+        self.adopt(blocks)
         self._planned = None
         self._make_plan(step, blocks)
         self._unseen = []
@@ -320,6 +343,16 @@ class Preconditioner:
         self._unseen = missing
         return len(missing) == len(self._plan.followed) and not nonzero_anywhere
 
+    def agree(self) -> None:
+        """Go on with the layers as they are now, if they are the same on all ranks.
+
+        Raises:
+            CombinationError: They are not.
+        """
+        blocks = self.blocks()
+        self._agree_on_layers(blocks)
+        self.adopt(blocks)
+
     def _agree_on_layers(self, blocks: Sequence[Block]) -> None:
         """Check that every rank trains the same layers; a collective call.
 
@@ -328,19 +361,25 @@ class Preconditioner:
         """
         if self.communicator.size == 1:
             return
-        mine = {block.name: block.layer.parameters for block in blocks}
+        new = set(self._new_blocks.values())
+        mine = [_standing(block, new=block in new) for block in blocks]
         if self.communicator.same(repr(mine)):
             return
-        everyone: list[dict[str, tuple[str, ...]]] = self.communicator.gathered(mine)
+        everyone: list[dict[str, str]] = self.communicator.gathered(
+            {block.name: _told(each) for block, each in zip(blocks, mine, strict=True)}
+        )
         for rank, theirs in enumerate(everyone):
             for name in {**everyone[0], **theirs}:
-                first, other = (", ".join(each.get(name, ())) for each in (everyone[0], theirs))
+                first, other = (each.get(name, "none") for each in (everyone[0], theirs))
                 if first != other:
                     raise CombinationError(
-                        f"ranks train different parameters of layer {name!r}: "
-                        f"{first or 'none'} on rank 0, {other or 'none'} on rank {rank}. Freeze, "
-                        "unfreeze, replace and tie parameters on all ranks before step()."
+                        f"ranks train different parameters of layer {name!r}: {first} on rank 0, "
+                        f"{other} on rank {rank}. Freeze, unfreeze, replace and tie parameters on "
+                        "all ranks before step()."
                     )
+        raise CombinationError(
+            "ranks have the same layers in different orders. Build the same model on all ranks."
+        )
 
     def refresh(self) -> None:
         """Reduce and average sums, decompose what is due, measure moments in the new basis."""
@@ -350,20 +389,20 @@ class Preconditioner:
         for block in plans:
             block.invalidate()
         failures = self._refresh.run(plans, self._unseen, self._arrived)
-        for layer, reason in failures.items():
-            self._report_failure(layer, reason)
+        for block in plans:
+            if block.name in failures:
+                self._report_failure(block, failures[block.name])
         for block, plan in plans.items():
             plan.settle(block.state, seen=block not in self._unseen)
 
-    def _report_failure(self, layer: str, reason: str) -> None:
+    def _report_failure(self, block: Block, reason: str) -> None:
         self.failed_decompositions += 1
-        ready = self._blocks[layer].state.ready
         fallback = (
             "the last good decomposition stays in use"
-            if ready
+            if block.state.ready
             else ("its plain gradient is used until the next decomposition")
         )
-        self._warn("decomposition", f"layer {layer!r}: {reason}; {fallback}")
+        self._warn("decomposition", f"layer {block.name!r}: {reason}; {fallback}")
 
     def measure_gradients(self, gradients: Mapping[str, Tensor], reduction: str) -> None:
         """Measure the moments of the user's own gradient, for bases that want these.
@@ -431,9 +470,8 @@ class Preconditioner:
         """End the step: count it where it has a `fault`, and drop what is pending."""
         if fault:
             self.skip({fault: 1})
-        for block in [*self._blocks.values(), *self._changed_blocks.values()]:
+        for block in self._blocks.values():
             block.state.clear_pending()
-        self._changed_blocks.clear()
         self._prune()
         self._num_terms.clear()
         self._followed, self._arrived = {}, {}
@@ -485,11 +523,31 @@ class Preconditioner:
     def replace_states(self, states: Mapping[str, BlockState]) -> None:
         """Go on from these states; blocks without one start afresh."""
         self.overlapped.drop()
-        self._changed_blocks.clear()
-        for name, block in self._blocks.items():
-            block.replace_state(states.get(name, BlockState()))
+        for block in self._blocks.values():
+            block.replace_state(states.get(block.name, BlockState()))
         self._num_terms.clear()
         self._plan, self._planned = EMPTY, None
+
+
+def _place(block: Block) -> tuple[nn.Module, str]:
+    return block.layer.module, block.layer.part
+
+
+def _standing(block: Block, *, new: bool) -> tuple[object, ...]:
+    """Return what the messages of a step depend on."""
+    state = block.state
+    overdue = () if state.overdue == NOTHING else attrs.astuple(state.overdue)
+    layer = block.layer
+    return layer.name, layer.parameters, len(layer.sites), new, state.ready, overdue
+
+
+def _told(standing: tuple[Any, ...]) -> str:
+    """Return such a standing in words: "weight, bias (new)"."""
+    _, parameters, sites, new, ready, overdue = standing
+    names = ", ".join(parameters) + (f" of {sites} modules" if sites > 1 else "")
+    if new:
+        return f"{names} (new)"
+    return f"{names} ({'' if ready else 'not '}measured{', overdue' if overdue else ''})"
 
 
 def _input_changed(block: Block) -> bool:

@@ -107,7 +107,7 @@ class Refresh:
             reduced = self.communicator.reduce(sums, self.placement, "sums")
         else:
             specs, device = self.communicator.agree(sums)
-            self.overlapped.learn(specs, device)
+            self.overlapped.learn(plans, specs, device)
             reduced = self.communicator.begin(sums, specs, device, self.placement, "sums").wait()
         left_out = {block.name for block in unseen}
         averages = means(merged(arrived, reduced))
