@@ -1,1 +1,1 @@
-"""The first-party stages of kfactk, one algorithm a file; they enter through the same entry points as a stranger's."""
+"""The stages of kfactk: one module each, found through the entry points of the group `kfactk`."""
