@@ -10,9 +10,7 @@ from torch import Tensor
 
 from kfactk import OptionError
 from kfactk.distributed.communicator import Communicator
-from kfactk.distributed.gathering import Progress, gather_state, load_on_all_ranks
-from kfactk.preconditioner.schedule import DueWork
-from kfactk.preconditioner.state import BlockState
+from kfactk.distributed.gathering import LoadOnAllRanks, Progress, gather_state
 from kfactk.testing._support.ranks import shared_workers
 from tests.kfactk.small import bound
 from tests.training_loops.loops import accumulate, images, mixed, part
@@ -101,27 +99,17 @@ def test_gather_state_refuses_a_rank_that_does_not_exist(to: int) -> None:
 # --------------------------------------------------------------------------------------------- load
 
 
-def load(
+def loaded(
     rank: int, faulty: dict[int, str], steps: list[int], overdue: list[bool]
 ) -> tuple[str, bool, float]:
     """Return what was raised, whether the load became final, and a sum over ranks in step."""
     ranks, final, message = Communicator(), False, ""
     try:
-        with load_on_all_ranks(ranks) as agree:
+        with LoadOnAllRanks(ranks) as load:
             if rank in faulty:
                 raise ValueError(faulty[rank])
-            agree(
-                Progress.of(
-                    steps[rank],
-                    {
-                        "fc": BlockState(
-                            ("weight",),
-                            ready=True,
-                            overdue=DueWork(overdue[rank], False, False, False),
-                        )
-                    },
-                )
-            )
+            layers = {"fc": (True, (overdue[rank], False, False, False))}
+            load.agree(Progress(steps[rank], layers))
             final = True
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
@@ -129,14 +117,14 @@ def load(
 
 
 def test_load_succeeds_on_all_ranks() -> None:
-    assert shared_workers().run(3, load, {}, [4, 4, 4], [True] * 3) == [("", True, 3.0)] * 3
+    assert shared_workers().run(3, loaded, {}, [4, 4, 4], [True] * 3) == [("", True, 3.0)] * 3
 
 
 @pytest.mark.parametrize("faulty", [{0: "a"}, {2: "b"}, {0: "c", 1: "d"}, {0: "e", 1: "f", 2: "g"}])
 def test_load_that_fails_on_one_rank_fails_on_all(faulty: dict[int, str]) -> None:
     first = min(faulty)
     for rank, (message, final, total) in enumerate(
-        shared_workers().run(3, load, faulty, [4, 4, 4], [True] * 3)
+        shared_workers().run(3, loaded, faulty, [4, 4, 4], [True] * 3)
     ):
         elsewhere = (
             f"StateError: rank {first} cannot load the saved state, and so no rank loads it: "
@@ -151,10 +139,10 @@ def test_load_that_fails_on_one_rank_fails_on_all(faulty: dict[int, str]) -> Non
     ("steps", "overdue"), [([4, 4, 7], [True] * 3), ([4] * 3, [True, True, False])]
 )
 def test_load_refuses_different_progress(steps: list[int], overdue: list[bool]) -> None:
-    for message, final, total in shared_workers().run(3, load, {}, steps, overdue):
+    for message, final, total in shared_workers().run(3, loaded, {}, steps, overdue):
         assert message.startswith(
             "StateError: the ranks were given different states (rank 0 at step 4, rank 1 at step "
-            f"4, rank 2 at step {steps[2]}; rank 2 differs from rank 0"
+            f"4, rank 2 at step {steps[2]}; what is overdue differs from rank 0 on rank 2)"
         )
         assert "Load the same checkpoint on every rank" in message
         assert not final
@@ -162,15 +150,15 @@ def test_load_refuses_different_progress(steps: list[int], overdue: list[bool]) 
 
 
 def test_load_of_one_rank_raises_the_error_of_its_body() -> None:
-    with pytest.raises(KeyError, match="x"), load_on_all_ranks(Communicator()):
+    with pytest.raises(KeyError, match="x"), LoadOnAllRanks(Communicator()):
         raise KeyError("x")
-    with load_on_all_ranks(Communicator()) as agree:
-        agree(Progress.of(3, {}))
+    with LoadOnAllRanks(Communicator()) as load:
+        load.agree(Progress(3, {}))
 
 
 def test_load_does_not_report_an_interruption() -> None:
     """The other ranks may be interrupted too, and would not listen."""
-    with pytest.raises(KeyboardInterrupt), load_on_all_ranks(Communicator()):
+    with pytest.raises(KeyboardInterrupt), LoadOnAllRanks(Communicator()):
         raise KeyboardInterrupt
 
 
