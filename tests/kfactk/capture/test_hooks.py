@@ -143,8 +143,8 @@ def test_steps_that_are_not_due_attach_nothing_and_keep_nothing(counted: Counted
     assert counted.forwards == 2
     assert hooks(model) == base + 2
     assert all(
-        not state.pending and not state.retained
-        for state in optimizer._preconditioner.states.values()
+        not block.state.pending and not block.state.retained
+        for block in optimizer._preconditioner.blocks()
     )
 
 

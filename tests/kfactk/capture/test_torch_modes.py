@@ -1,4 +1,4 @@
-"""Curvature under torch.compile, activation checkpointing and autocast equals that of the bare model, or is a clear error."""
+"""Compilation, checkpointing and autocast leave the curvature as it is, or raise a clear error."""
 
 from __future__ import annotations
 
@@ -174,7 +174,7 @@ def test_a_graph_that_may_not_break_is_refused_with_the_remedy() -> None:
     train(optimizer, compiled, batch())
     with pytest.raises(
         torch._dynamo.exc.Unsupported,
-        match="bind the compiled model, or compile without fullgraph=True",
+        match="Bind the compiled model, or compile without fullgraph=True",
     ):
         train(optimizer, compiled, batch())
 
@@ -225,7 +225,7 @@ def test_holders_of_the_compiler_are_counted() -> None:
 
 @pytest.mark.usefixtures("fresh")
 def test_a_layer_unfrozen_under_a_compiled_model_is_an_error_once_not_a_silence() -> None:
-    """That it is due could not be foreseen, so compiled code was running already; the next step foresees it."""
+    """Nothing foresaw that it is due, so compiled code ran already; the next step foresees it."""
     model, data = net(), batch()
     model[0].requires_grad_(False)
     optimizer = bound(model, factor_every=9, scale_every=9, basis_every=9)
@@ -320,7 +320,7 @@ class Seen(nn.Module):
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_factors_of_an_autocast_model_are_float32_sums(fisher: str, dtype: torch.dtype) -> None:
-    """Gradients flow in half precision, as autocast has it; sums over them do not, even where backward and step run under autocast."""
+    """Gradients are in half precision, sums over them are not, even with autocast around step()."""
     torch.manual_seed(1)
     model = Seen()
     optimizer = bound(model, fisher=fisher)
@@ -354,7 +354,7 @@ def test_factors_of_an_autocast_model_are_float32_sums(fisher: str, dtype: torch
 
 
 def test_half_precision_gradients_of_a_confident_model_do_not_underflow() -> None:
-    """The other class has 1.5e-8 of the mass, which is its gradient and less than float16 can hold; times the factor of the pass it can."""
+    """The gradient, 1.5e-8, underflows in float16, but not times the factor of the pass."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).half()
     with torch.no_grad():
         for parameter in model.parameters():
