@@ -1,7 +1,7 @@
 """torch.optim's own optimizers as truth for loops.
 
-With damping tau so large that the curvature vanishes beside it, the preconditioned gradient is the gradient over tau, and a learning
-rate times tau gives the plain step, to about 1e-13.
+With damping tau so large that the curvature vanishes beside it, the preconditioned gradient is the
+gradient over tau. A learning rate times tau then gives the plain step, to about 1e-13.
 """
 
 from __future__ import annotations

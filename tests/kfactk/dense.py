@@ -1,7 +1,8 @@
-"""The whole flow once more, in dense float64 algebra on one example at a time: truth for the optimizer's first step.
+"""The first step of an optimizer in dense float64 algebra, one example at a time.
 
-A problem is a model with a batch; `watch` runs it example by example with plain autograd, the other functions turn what was seen into
-factors, dense blocks, preconditioned gradients and changed parameters, each by its definition. Nothing here uses kfactk.
+A problem is a model with a batch. `watch` runs it example by example with plain autograd. The other
+functions turn what was seen into factors, dense blocks, preconditioned gradients and changed
+parameters, each by its definition. Nothing here uses kfactk.
 """
 
 from __future__ import annotations
@@ -27,7 +28,10 @@ from kfactk.testing._support.truth import (
 )
 
 Scores = Callable[[Tensor, int], list[Tensor]]
-"""From the output for one example, `[1, ...]`, and its index: scalars whose gradients' outer products sum to that example's part of M F."""
+"""From the output `[1, ...]` for one example, and its index, to scalars.
+
+The outer products of their gradients sum to the example's part of M F.
+"""
 
 
 @attrs.frozen(eq=False)
@@ -129,7 +133,7 @@ def factors(seen: Seen, spatial: str, num_terms: float) -> dict[str, Tensor]:
 
 
 def _uncorrelated_activations(seen: Seen, positions: int) -> Tensor:
-    """`blockdiag(T E[x x^T] kron I_taps, T)` of a convolution used once, x the channels at one input position."""
+    """Return `blockdiag(T E[x x^T] kron I_taps, T)`, x the channels at one input position."""
     [raw], groups = seen.raw, seen.module.groups
     size, taps, bias = (
         raw.shape[1] // groups,
@@ -171,7 +175,7 @@ def ekfac_block(u_a: Tensor, u_g: Tensor, scale: Tensor, tau: float) -> Tensor:
 
 
 def exact_scale(products: list[Tensor], u_a: Tensor, u_g: Tensor, num_terms: float) -> Tensor:
-    """Equation 10: squares of the projected per-example gradients, summed over passes and examples one at a time, over M."""
+    """Return equation 10: squares of the projected per-example gradients, summed, over M."""
     total = u_a.new_zeros(len(u_g), len(u_a))
     for each in products:
         for d in each:
@@ -182,7 +186,7 @@ def exact_scale(products: list[Tensor], u_a: Tensor, u_g: Tensor, num_terms: flo
 def pooled(
     scale: Tensor, a: Tensor, g: Tensor, u_a: Tensor, u_g: Tensor, tolerance: float
 ) -> Tensor:
-    """The null-space rule: directions with eigenvalues below `tolerance` times the largest share their mean, in A, then in G."""
+    """Let directions with eigenvalues below `tolerance` times the largest share their mean."""
     scale = scale.clone()
     null_a, null_g = _null(a, u_a, tolerance), _null(g, u_g, tolerance)
     if null_a:
@@ -232,7 +236,7 @@ def preconditioned(
         basis: "kfac", "exact" (EKFAC) or "running" (EKFAC-ra).
         num_terms: M.
         tau: Damping.
-        vectors: For EKFAC the eigenvectors of A and G, which are not unique; checked here to be such.
+        vectors: For EKFAC the eigenvectors of A and G, which are not unique; they are checked.
         own: The gradient that EKFAC-ra's scale is measured on, where it is not the same.
         tolerance: Of that check.
         null: Eigenvalues below this fraction of the largest belong to the null space.
@@ -320,7 +324,7 @@ def updated(
 def exact_scores(
     log_likelihoods: Callable[[Tensor, int], Iterator[tuple[Tensor, Tensor]]],
 ) -> Scores:
-    """Scores of the exact Fisher: for each possible label of each term its negative log-likelihood times the root of its probability."""
+    """Return scores of the exact Fisher: each label's nll times the root of its probability."""
 
     def scores(output: Tensor, n: int) -> list[Tensor]:
         return [

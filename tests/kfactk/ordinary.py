@@ -1,4 +1,4 @@
-"""A small convolutional network, and recipes with fused update rules of which nothing is due after the first steps."""
+"""A small convolutional network, and recipes of which nothing is due after the first steps."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def spoil(value: float, layer: int = 0) -> Callable[[nn.Module], None]:
 
 
 def everything(optimizer: Optimizer, model: nn.Module) -> list[Tensor]:
-    """Parameters, and all tensors of the optimizer's state but the number of steps it has made itself."""
+    """Return the parameters, and all tensors of the optimizer's state but its number of steps."""
     entries = [optimizer.state[parameter] for parameter in model.parameters()]
     return values(model) + [
         v

@@ -1,4 +1,4 @@
-"""A model with every kind of layer, ways to divide it by `fully_shard`, and the loop that everyone writes."""
+"""A model with every kind of layer, ways to divide it by `fully_shard`, and a training loop."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BATCH = 12
 
 
 class Net(nn.Module):
-    """Rows of 6, 4, 5 and 3, so that 4 ranks have uneven and empty shards of everything; a frozen bias; a module used twice."""
+    """Layers of 6, 4, 5 and 3 rows: 4 ranks get uneven and empty shards. A module is used twice."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -23,7 +23,7 @@ def batch(n: int = 6) -> tuple[Tensor, Tensor]:
 
 
 def bound(model: nn.Module, params: Any = None, **recipe: Any) -> Optimizer:
-    """Bound to a recipe without sampling or clipping, whose update is the plain step, unless told otherwise."""
+    """Bind a recipe whose defaults are no sampling, no clipping and the plain step."""
     options: dict[str, Any] = {
         "fisher": "exact",
         "clip": "none",

@@ -137,7 +137,8 @@ def test_the_repr_shows_what_differs_from_the_defaults() -> None:
         kfactk.build(update="nag", clip={"name": "kl", "limit": 0.5}, lr=0.01, damping=halved)
     )
     assert shown.startswith(
-        "kfactk.build(clip={'name': 'kl', 'limit': 0.5}, update='nag', lr=0.01, damping={'callable': '"
+        "kfactk.build(clip={'name': 'kl', 'limit': 0.5}, update='nag', lr=0.01, "
+        "damping={'callable': '"
     )
     assert "lambda" in repr(kfactk.build(damping=lambda step: 0.1))
 
@@ -198,71 +199,11 @@ def test_a_lambda_is_used_but_not_written(field: str) -> None:
     recipe = kfactk.build(**{field: LOCAL[field]})
     with pytest.raises(
         OptionError,
-        match=rf"{'draw' if field == 'fisher' else field}.*lambda.*top level of an importable module",
+        match=f"{'draw' if field == 'fisher' else field}.*lambda.*top level of an importable",
     ):
         recipe.to_dict()
     assert "lambda" in str(recipe.summary()[field])
     json.dumps(recipe.summary())
-
-
-NUMBER = {
-    "lr": "at least 0",
-    "damping": "at least 0",
-    "weight_decay": "at least 0",
-    "factor_decay": "between 0 and 1",
-}
-BAD_NUMBERS = [-0.1, float("nan"), True, "0.1", None, [0.1], torch.tensor(0.1), 1j]
-
-
-@pytest.mark.parametrize("value", BAD_NUMBERS, ids=repr)
-@pytest.mark.parametrize("field", NUMBER)
-def test_numbers_are_checked(field: str, value: Any) -> None:
-    with pytest.raises(OptionError, match=f"^{field} is .*{NUMBER[field]}"):
-        kfactk.build(**{field: value})
-
-
-def test_a_decay_above_one_is_refused() -> None:
-    with pytest.raises(OptionError, match=r"factor_decay is 1\.1"):
-        kfactk.build(factor_decay=1.1)
-
-
-@pytest.mark.parametrize("value", [0, -1, 1.5, True, "10", None], ids=repr)
-@pytest.mark.parametrize("field", ["factor_every", "scale_every", "basis_every"])
-def test_periods_are_checked(field: str, value: Any) -> None:
-    with pytest.raises(OptionError, match=f"^{field} is .*whole number of at least 1"):
-        kfactk.build(**{field: value})
-
-
-@pytest.mark.parametrize("field", ["lr", "weight_decay", "factor_decay"])
-def test_functions_where_numbers_belong_name_the_remedy(field: str) -> None:
-    with pytest.raises(OptionError, match="lr_scheduler" if field == "lr" else "param_groups"):
-        kfactk.build(**{field: halved})
-
-
-def test_functions_of_the_step_are_checked_where_they_are_asked() -> None:
-    model = nn.Linear(2, 2)
-    with pytest.raises(OptionError, match="damping is -1 at step 0"):
-        kfactk.build(damping=lambda step: -1).bind(model)
-    with pytest.raises(OptionError, match="factor_every is 0 at step 0"):
-        kfactk.build(factor_every=lambda step: 0).bind(model)
-
-
-WORDS = [
-    ("reduction", "means", "'mean'"),
-    ("observe", "auto", "'automatic'"),
-    ("weight_decay_at", "gradients", "'gradient'"),
-]
-
-
-@pytest.mark.parametrize(("field", "word", "near"), WORDS)
-def test_words_are_checked(field: str, word: str, near: str) -> None:
-    with pytest.raises(OptionError, match=f"{field} is '{word}'.*Did you mean {near}"):
-        kfactk.build(**{field: word})
-
-
-def test_flags_are_checked() -> None:
-    with pytest.raises(OptionError, match="strict is 'no'; it must be True or False"):
-        kfactk.build(strict="no")  # type: ignore[arg-type]
 
 
 def test_unknown_arguments_and_stages_name_near_ones() -> None:
@@ -277,27 +218,8 @@ def test_unknown_arguments_and_stages_name_near_ones() -> None:
         kfactk.build(basis={"name": "ekfac", "scale_decai": 0.5})
     with pytest.raises(OptionError, match="basis is None"):
         kfactk.build(basis=None)
-    with pytest.raises(OptionError, match="output must be a function"):
+    with pytest.raises(OptionError, match="output='logits' cannot work: it must be a function"):
         kfactk.build(output="logits")
-
-
-@attrs.frozen
-class Diagonal:
-    """A curvature that provides something else."""
-
-    provides = frozenset({"D"})
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return lambda *args, **kwargs: None
-
-
-def test_stages_that_cannot_work_together_are_refused() -> None:
-    with pytest.raises(
-        CombinationError, match=r"basis 'ekfac' needs A, G.*does not provide \(it provides D\)"
-    ):
-        kfactk.build(curvature=Diagonal())
 
 
 def test_every_refusal_is_a_kfactk_error() -> None:
@@ -323,11 +245,11 @@ def test_coverage_prints_a_table() -> None:
     text = str(kfactk.build().coverage(model))
     assert text.splitlines() == [
         "parameter  shape    preconditioned by",
-        "0.weight   2x1x3x3  block 0",
-        "0.bias     2        block 0",
+        "0.weight   2x1x3x3  block 0 (conv_kfac, ekfac)",
+        "0.bias     2        block 0 (conv_kfac, ekfac)",
         "1.weight   2        -: no curvature for BatchNorm2d",
         "1.bias     2        -: no curvature for BatchNorm2d",
-        "3.weight   3x2      block 3",
+        "3.weight   3x2      block 3 (conv_kfac, ekfac)",
         "3 of 5 parameters preconditioned (26 of 30 elements, 86.7%)",
     ]
     assert re.search(

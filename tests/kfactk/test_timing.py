@@ -1,4 +1,4 @@
-"""A profile divides steps among the stages that ran in them, without remainder, and costs nothing where there is none."""
+"""A profile divides steps among the stages that ran in them, without remainder."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch import nn
 import kfactk
 from kfactk import KfactkError, Profile
 from kfactk.optim.metrics import MetricsRecorder
+from kfactk.timing import StageTimer
 from tests.kfactk.optim.test_metrics import Listener
 from tests.kfactk.small import batch, bound, net, train
 
@@ -33,7 +34,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     found = Clock()
-    monkeypatch.setattr("kfactk.optim.profile.Profile.now", lambda self: found())
+    monkeypatch.setattr("kfactk.timing.Profile.now", lambda self: found())
     return found
 
 
@@ -44,6 +45,13 @@ def profiled(steps: int, **recipe: Any) -> Profile:
         for _ in range(steps):
             train(optimizer, model, batch())
     return profile
+
+
+def recording() -> tuple[StageTimer, MetricsRecorder, torch.optim.Optimizer]:
+    """Return a timer, its recorder without a tracker, and an optimizer to be profiled."""
+    timer = StageTimer()
+    optimizer = torch.optim.SGD(net().parameters())
+    return timer, MetricsRecorder(None, {}, timer), optimizer
 
 
 def test_stages_count_in_the_steps_in_which_they_are_due() -> None:
@@ -90,19 +98,19 @@ def test_steps_are_divided_without_remainder() -> None:
 
 
 def test_seconds_are_those_of_the_clock(clock: Clock) -> None:
-    recorder, optimizer = MetricsRecorder(None, dict), torch.optim.SGD(net().parameters())
+    timer, recorder, optimizer = recording()
     with recorder.profiled(optimizer) as profile:
         clock.time += 1  # forward
-        with recorder.timed("fisher"):
+        with timer.timed("fisher"):
             clock.time += 2
-            with recorder.timed("factors"):
+            with timer.timed("factors"):
                 clock.time += 4
         clock.time += 8  # backward
         optimizer.step()
-        with recorder.timed("factors"):
+        with timer.timed("factors"):
             clock.time += 16
         clock.time += 32
-        recorder.finish(0, dict)
+        recorder.finish(0, {})
     assert profile.steps == ({"fisher": 2.0, "factors": 20.0, "model": 9.0, "rest": 32.0},)
     assert profile.whole == clock.time
 
@@ -111,7 +119,7 @@ def nonzero(seconds: Mapping[str, float]) -> dict[str, float]:
     return {stage: taken for stage, taken in seconds.items() if taken}
 
 
-Blocks = st.recursive(
+Nested = st.recursive(
     st.just([]),
     lambda inner: st.lists(
         st.tuples(st.sampled_from(sorted(STAGES)), st.integers(0, 9), inner), max_size=3
@@ -119,21 +127,21 @@ Blocks = st.recursive(
 )
 
 
-@given(st.lists(st.tuples(st.integers(0, 9), Blocks, st.integers(0, 9), Blocks), max_size=4))
+@given(st.lists(st.tuples(st.integers(0, 9), Nested, st.integers(0, 9), Nested), max_size=4))
 def test_the_sum_is_the_whole_however_stages_are_nested(steps: list[Any]) -> None:
-    """Against an account kept beside: each second belongs to the innermost block that is open, or to the loop, or to `step()`."""
+    """Each second belongs to the innermost open block, or else to the loop or to `step()`."""
     clock, account = Clock(), dict.fromkeys([*STAGES, "model", "rest"], 0.0)
 
     def run(blocks: Any) -> None:
         for stage, seconds, inner in blocks:
-            with recorder.timed(stage):
+            with timer.timed(stage):
                 clock.time += seconds
                 account[stage] += seconds
                 run(inner)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("kfactk.optim.profile.Profile.now", lambda self: clock())
-        recorder, optimizer = MetricsRecorder(None, dict), torch.optim.SGD(net().parameters())
+        patch.setattr("kfactk.timing.Profile.now", lambda self: clock())
+        timer, recorder, optimizer = recording()
         with recorder.profiled(optimizer) as profile:
             for number, (before, outside, within, inside) in enumerate(steps):
                 clock.time += before
@@ -141,7 +149,7 @@ def test_the_sum_is_the_whole_however_stages_are_nested(steps: list[Any]) -> Non
                 optimizer.step()
                 clock.time += within
                 run(inside)
-                recorder.finish(number, dict)
+                recorder.finish(number, {})
                 account["model"] += before
                 account["rest"] += within
     assert profile.whole == clock.time
@@ -184,21 +192,21 @@ def test_a_profile_may_begin_between_forward_and_step() -> None:
 
 
 def test_a_failed_step_is_part_of_the_next(clock: Clock) -> None:
-    recorder, optimizer = MetricsRecorder(None, dict), torch.optim.SGD(net().parameters())
+    timer, recorder, optimizer = recording()
     with recorder.profiled(optimizer) as profile:
-        with pytest.raises(IndexError), recorder.timed("clip"):  # noqa: PT012
+        with pytest.raises(IndexError), timer.timed("clip"):  # noqa: PT012
             clock.time += 2
             raise IndexError
-        recorder.forget()
+        recorder.discard()
         clock.time += 1
         optimizer.step()
-        recorder.finish(0, dict)
+        recorder.finish(0, {})
     assert profile.steps == ({"clip": 2.0, "model": 1.0, "rest": 0.0},)
 
 
 def test_nothing_is_timed_without_a_profile_or_a_tracker() -> None:
-    recorder = MetricsRecorder(None, dict)
-    assert recorder.timed("clip") is recorder.timed("fisher")
+    timer, _, _ = recording()
+    assert timer.timed("clip") is timer.timed("fisher")
     assert not bound(net())._optimizer_step_pre_hooks
 
 
@@ -222,15 +230,15 @@ def test_profiled_steps_are_the_same_steps(tracker: Any) -> None:
 
 
 def test_the_table_tells_mean_share_count_and_worst(clock: Clock) -> None:
-    recorder, optimizer = MetricsRecorder(None, dict), torch.optim.SGD(net().parameters())
+    timer, recorder, optimizer = recording()
     with recorder.profiled(optimizer) as profile:
         for number, seconds in enumerate((3, 0, 1)):
             if seconds:
-                with recorder.timed("scale"):
+                with timer.timed("scale"):
                     clock.time += seconds
             optimizer.step()
             clock.time += 4
-            recorder.finish(number, dict)
+            recorder.finish(number, {})
     table = {line.split()[0]: line.split()[1:] for line in str(profile).splitlines()[1:]}
     assert table["scale"] == ["1333.333", "25.0%", "2", "3000.000"]
     assert table["rest"] == ["4000.000", "75.0%", "3", "4000.000"]
@@ -250,10 +258,10 @@ def test_accelerators_are_waited_for_at_both_ends(monkeypatch: pytest.MonkeyPatc
     waited.clear()
     profile.now()
     assert waited == ["cuda:0", "cuda:1"]
-    recorder, optimizer = MetricsRecorder(None, dict), torch.optim.SGD(net().parameters())
+    timer, recorder, optimizer = recording()
     with recorder.profiled(optimizer):
         waited.clear()
-        with recorder.timed("clip"):
+        with timer.timed("clip"):
             assert not waited  # parameters are on the CPU
 
 

@@ -1,4 +1,4 @@
-"""Workloads drawn by Hypothesis: layers of a few shapes, some grouped, some whose matrices stay together."""
+"""Workloads drawn by Hypothesis: layers of a few shapes, some grouped, some kept together."""
 
 from __future__ import annotations
 

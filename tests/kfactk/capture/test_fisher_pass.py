@@ -1,4 +1,4 @@
-"""What the Fisher pass measures, through the public interface, against loops over examples in float64."""
+"""What the Fisher pass measures equals loops over examples in float64."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def assert_same(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: flo
 
 
 def assert_is_dense(model: nn.Module, optimizer: Optimizer, problem: dense.Problem) -> None:
-    """Factors and scale by definition (the scale in the optimizer's own basis, checked to be one), and the step that follows."""
+    """Compare factors, scale and the next step with their definitions, in the optimizer's basis."""
     seen, vectors, expected = problem.watch((nn.Linear,)), {}, {}
     for name, each in seen.items():
         factors = dense.factors(each, "sud", problem.num_terms)
@@ -117,7 +117,7 @@ def bernoulli(logits: Tensor) -> Iterator[tuple[Tensor | float, Tensor]]:
 
 
 def gaussian(logits: Tensor) -> Iterator[tuple[Tensor | float, Tensor]]:
-    """A target one standard deviation off has the score's standard deviation, and half of all targets lie on either side."""
+    """Yield targets one standard deviation off, on both sides: their scores have F as moment."""
     deviation = math.sqrt(0.5)
     for mean in logits:
         for side in (-1, 1):
@@ -144,7 +144,7 @@ WEIGHTS: dict[str, Tensor | None] = {
 @pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("kind", LIKELIHOODS)
 def test_exact_statistics_of_weighted_tokens(kind: str, weights: str) -> None:
-    """Several rows in every layer, a layer used twice, masks and sample weights: each possible label of each token by itself."""
+    """Sum over each label of each token, with a layer used twice, masks and sample weights."""
     model, x, w = tokens(), torch.randn(4, 3, 4, dtype=F64), WEIGHTS[weights]
     options, labels = LIKELIHOODS[kind]
     names = {} if w is None else {"weights": "mask"}
@@ -174,7 +174,7 @@ def test_exact_statistics_of_weighted_tokens(kind: str, weights: str) -> None:
 
 @pytest.mark.parametrize("weights", WEIGHTS)
 def test_sampled_statistics_of_weighted_tokens(weights: str) -> None:
-    """Two draws of all tokens' labels: two passes, in each of which the tokens of one example add up."""
+    """Two draws are two passes, in each of which the tokens of one example add up."""
     model, x, w = tokens(), torch.randn(4, 3, 4, dtype=F64), WEIGHTS[weights]
     draws = [torch.randint(3, (4, 3)) for _ in range(2)]
     turns = iter(draws)
@@ -260,7 +260,7 @@ def batch(n: int = 7) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("basis", ["kfac", "ekfac", {"name": "ekfac", "scale": "running"}])
 def test_accumulated_micro_batches_measure_the_whole_batch(basis: Any) -> None:
-    """Of unequal size, and over two steps, so that the second refreshes nothing and the third everything."""
+    """Sizes are unequal; the second step refreshes nothing, and the third everything."""
     x, y = batch()
     cuts = [(x[:2], y[:2]), (x[2:3], y[2:3]), (x[3:], y[3:])]
     recipe: dict[str, Any] = {

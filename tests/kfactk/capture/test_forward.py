@@ -1,4 +1,4 @@
-"""Backward passes over a followed forward: what they pass on, what they take once, and what they cannot reach."""
+"""Backward passes over a followed forward: what they reach, and what counts once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A wrapper around the model changes nothing of what is captured: alone in its group, it trains as the bare model does, bit for bit.
+"""A wrapper around the model changes nothing of what is captured.
+
+Alone in its group, a wrapped model trains as the bare one does, bit for bit.
 
 Ranks that share a batch are in `tests/training_loops`.
 """
@@ -67,7 +69,7 @@ def test_accumulation_without_synchronisation(options: dict[str, Any]) -> None:
 
 
 def copied(rank: int) -> list[int]:
-    """Forwards of a copy of the wrapped model, and of the wrapped module itself, are its own and the bound one's."""
+    """Count what forwards of a copy, and of the wrapped module itself, attach."""
     inner = mixed()
     wrapped = DistributedDataParallel(inner)
     optimizer = bound(wrapped, factor_every=1)

@@ -144,7 +144,7 @@ class Fragile(nn.Module):
 @pytest.mark.parametrize("error", [ValueError("no"), KeyboardInterrupt()])
 @pytest.mark.parametrize("between", ["zero_grad", "step"])
 def test_an_exception_inside_the_forward(error: BaseException, between: str) -> None:
-    """No hook is left on a layer, and the steps before and after are those of a run in which it did not happen."""
+    """No hook is left on a layer, and the steps are those of a run without the exception."""
     model, data = Fragile().double(), batch()
     twin = copy.deepcopy(model)
     optimizer, other = bound(model), bound(twin)

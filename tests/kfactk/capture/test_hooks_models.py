@@ -1,4 +1,4 @@
-"""What is captured of models of many shapes, against one example at a time through plain autograd on a twin without hooks."""
+"""Captured factors of many models equal plain autograd on a twin, one example at a time."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_a_users_hook_that_changes_the_output_of_a_layer(first: bool) -> None:
 
 
 class Branches(nn.Module):
-    """Two towers, one of them residual, joined; `stray` runs but leads nowhere, `unused` never runs."""
+    """Two towers, one residual, joined; `stray` leads nowhere, and `unused` never runs."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -205,7 +205,7 @@ class Attributes:
 
 
 class ModelOutput(collections.OrderedDict[str, Any]):
-    """Like a transformers output: an ordered mapping that has its items as attributes too, the loss first."""
+    """Like a transformers output: a mapping with its items as attributes, the loss first."""
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -247,7 +247,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], int, str]] = {
     "a column squeezed": (
         lambda t: t.squeeze(-1),
         1,
-        r"one number an example.*gaussian.*bernoulli",
+        r"one number in each example.*gaussian.*bernoulli",
     ),
     "an unknown mapping": (
         lambda t: {"prediction": t},
@@ -311,7 +311,7 @@ def test_multihead_attention_is_stepped_plainly_and_its_neighbours_are_precondit
 
 
 def test_a_transformer_encoder_with_tokens() -> None:
-    """An example's tokens are rows of one example: G is the mean over tokens of the output gradients' moment."""
+    """Tokens are rows of one example: G is the mean of the moment over tokens."""
     torch.manual_seed(5)
     encoder = nn.TransformerEncoder(
         nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True),
@@ -379,7 +379,7 @@ def test_the_pass_computes_no_weight_gradient_and_stops_at_the_first_layer() -> 
 
 
 def test_the_pass_gives_autograds_gradients_at_every_edge(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every gradient that reaches a layer equals what `torch.autograd.grad` gives when asked for all edges at once."""
+    """Every gradient equals that of `torch.autograd.grad`, asked for all edges at once."""
     compared: list[str] = []
     original = Forward.run
 

@@ -1,4 +1,4 @@
-"""Compilation, checkpointing and autocast do not change curvature, or are refused."""
+"""Compilation, checkpointing and autocast leave the curvature as it is, or raise a clear error."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def stance() -> str:
 
 @pytest.fixture
 def fresh() -> Iterator[None]:
-    """Reset the compiler, and collect the optimizers of other tests."""
+    """Nothing compiled, and no optimizer of another test holding the compiler back."""
     gc.collect()
     torch._dynamo.reset()
     yield
@@ -32,7 +32,7 @@ def fresh() -> Iterator[None]:
 
 
 class Graphs:
-    """A backend that runs graphs uncompiled, and counts them."""
+    """A compiler that runs what it is given as it is, and counts."""
 
     def __init__(self) -> None:
         self.compiled, self.ran = 0, 0
@@ -134,7 +134,7 @@ def bound_then_a_part_compiled_in_place(
 
 @pytest.mark.usefixtures("fresh")
 @pytest.mark.parametrize("name", WAYS)
-def test_compiled_model_trains_as_the_bare_one(name: str) -> None:
+def test_a_compiled_model_trains_as_the_bare_one(name: str) -> None:
     model = net()
     twin, graphs = copy.deepcopy(model), Graphs()
     optimizer, called = WAYS[name](model, graphs)
@@ -153,7 +153,7 @@ def test_compiled_model_trains_as_the_bare_one(name: str) -> None:
 
 
 @pytest.mark.usefixtures("fresh")
-def test_compiled_training_step_trains_as_the_bare_one() -> None:
+def test_a_compiled_training_step_trains_as_the_bare_one() -> None:
     model = net()
     twin, graphs = copy.deepcopy(model), Graphs()
     optimizer, other = bound(model, **RECIPE), bound(twin, **RECIPE)
@@ -167,7 +167,7 @@ def test_compiled_training_step_trains_as_the_bare_one() -> None:
 
 
 @pytest.mark.usefixtures("fresh")
-def test_fullgraph_is_refused_with_the_remedy() -> None:
+def test_a_graph_that_may_not_break_is_refused_with_the_remedy() -> None:
     model = net()
     optimizer = bound(model, factor_every=2, scale_every=2, basis_every=2)
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -180,7 +180,7 @@ def test_fullgraph_is_refused_with_the_remedy() -> None:
 
 
 @pytest.mark.usefixtures("fresh")
-def test_forced_eagerness_ends_when_nothing_is_due_and_at_close() -> None:
+def test_the_compiler_is_let_go_when_nothing_is_due_and_at_the_end() -> None:
     model, data = net(), batch()
     assert stance() == "default"
     optimizer = bound(model, factor_every=2, scale_every=2, basis_every=2)
@@ -198,7 +198,7 @@ def test_forced_eagerness_ends_when_nothing_is_due_and_at_close() -> None:
 
 
 @pytest.mark.usefixtures("fresh")
-def test_forced_eagerness_ends_with_two_optimizers_on_one_model() -> None:
+def test_one_of_two_on_the_same_model_does_not_keep_the_compiler_back() -> None:
     model, data = net(), batch()
     optimizers = [bound(model, factor_every=9), bound(model, factor_every=9)]
     F.cross_entropy(model(data[0]), data[1]).backward()
@@ -208,7 +208,7 @@ def test_forced_eagerness_ends_with_two_optimizers_on_one_model() -> None:
 
 
 @pytest.mark.usefixtures("fresh")
-def test_forced_eagerness_counts_its_tokens() -> None:
+def test_holders_of_the_compiler_are_counted() -> None:
     eagerness, one, other = ForcedEagerness(), object(), object()
     with torch.compiler.set_stance("eager_on_recompile"):
         eagerness.release(one)
@@ -224,8 +224,8 @@ def test_forced_eagerness_counts_its_tokens() -> None:
 
 
 @pytest.mark.usefixtures("fresh")
-def test_layer_unfrozen_under_a_compiled_model_raises_once() -> None:
-    """Compiled code runs already when the layer becomes due; the next step runs eagerly."""
+def test_a_layer_unfrozen_under_a_compiled_model_is_an_error_once_not_a_silence() -> None:
+    """Nothing foresaw that it is due, so compiled code ran already; the next step foresees it."""
     model, data = net(), batch()
     model[0].requires_grad_(False)
     optimizer = bound(model, factor_every=9, scale_every=9, basis_every=9)
@@ -267,7 +267,7 @@ class Checkpointed(nn.Module):
 
 @pytest.mark.parametrize("fisher", ["exact", "mc", "empirical"])
 @pytest.mark.parametrize("where", ["inside", "root"])
-def test_checkpointing_without_reentrance_changes_nothing(fisher: str, where: str) -> None:
+def test_checkpointing_that_is_not_reentrant(fisher: str, where: str) -> None:
     plain, data = Checkpointed(None).double(), batch()
     model = Checkpointed(False if where == "inside" else None).double()
     model.load_state_dict(plain.state_dict())
@@ -284,7 +284,7 @@ def test_checkpointing_without_reentrance_changes_nothing(fisher: str, where: st
     assert_equal(values(model), values(plain))
 
 
-def test_reentrant_checkpointing_is_refused_with_the_remedy() -> None:
+def test_reentrant_checkpointing_is_an_error_that_says_so() -> None:
     model, data = Checkpointed(True).double(), batch()
     bound(model)
     optimizer = bound(model)
@@ -293,7 +293,7 @@ def test_reentrant_checkpointing_is_refused_with_the_remedy() -> None:
     optimizer.close()
 
 
-def test_reentrant_checkpointing_of_the_root_is_named_in_the_error() -> None:
+def test_a_root_under_reentrant_checkpointing_is_an_error_that_says_so() -> None:
     model, (inputs, labels) = net(), batch()
     optimizer = bound(model)
     F.cross_entropy(
@@ -305,7 +305,7 @@ def test_reentrant_checkpointing_of_the_root_is_named_in_the_error() -> None:
 
 
 class Seen(nn.Module):
-    """A model that records the dtype of its hidden layer's output."""
+    """Notes the dtype of the output of its layer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -319,8 +319,8 @@ class Seen(nn.Module):
 
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_factors_under_autocast_are_float32_sums(fisher: str, dtype: torch.dtype) -> None:
-    """Gradients are in half precision, sums are not, also if backward and step use autocast."""
+def test_factors_of_an_autocast_model_are_float32_sums(fisher: str, dtype: torch.dtype) -> None:
+    """Gradients are in half precision, sums over them are not, even with autocast around step()."""
     torch.manual_seed(1)
     model = Seen()
     optimizer = bound(model, fisher=fisher)
@@ -353,8 +353,8 @@ def test_factors_under_autocast_are_float32_sums(fisher: str, dtype: torch.dtype
         torch.testing.assert_close(value, getattr(start.hidden, name), rtol=1e-5, atol=1e-6)
 
 
-def test_half_precision_gradients_do_not_underflow() -> None:
-    """The gradient is 1.5e-8, which only the internal scale of the pass brings into float16."""
+def test_half_precision_gradients_of_a_confident_model_do_not_underflow() -> None:
+    """The gradient, 1.5e-8, underflows in float16, but not times the factor of the pass."""
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).half()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -371,7 +371,7 @@ def test_half_precision_gradients_do_not_underflow() -> None:
     )
 
 
-def test_full_precision_switches_autocast_off_where_it_is_on() -> None:
+def test_full_precision_switches_off_what_is_on_only() -> None:
     with full_precision(["cpu", "meta", "cpu"]):
         assert not torch.is_autocast_enabled("cpu")
     with torch.autocast("cpu", torch.bfloat16):

@@ -6,14 +6,15 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import attrs
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from kfactk import KfactkError, OptionError, StateError, Statistic
+from kfactk import OptionError, StateError, Statistic
 from kfactk.distributed import communicator as module
-from kfactk.distributed.communicator import Communicator, PendingMessage, explain_failures
+from kfactk.distributed.communicator import Communicator
 from kfactk.distributed.packing import TensorSpec, buckets
 from kfactk.testing._support.ranks import shared_workers
 
@@ -31,15 +32,15 @@ def rows(rank: int) -> Tensor:
     return torch.randn(5 + rank, 3, generator=torch.Generator().manual_seed(rank), dtype=F64)
 
 
-class Route:
-    """Sends each total to the ranks that a function gives for its name."""
+@attrs.frozen
+class To:
+    """A routing by a function of the name."""
 
-    def __init__(self, members: Callable[[str], tuple[int, ...]]) -> None:
-        self.wanted = members
+    wanted: Callable[[str], tuple[int, ...]]
 
 
-def everyone(ranks: int) -> Route:
-    return Route(lambda name: tuple(range(ranks)))
+def everyone(ranks: int) -> To:
+    return To(lambda name: tuple(range(ranks)))
 
 
 # --------------------------------------------------------------------------------------------- sums
@@ -69,18 +70,17 @@ def reduced(
 ) -> dict[str, tuple[Any, float, bool]]:
     talk = Communicator()
     size = talk.size
-    choices: dict[str, Callable[[str], tuple[int, ...]]] = {
-        "everyone": everyone(size).wanted,
-        "one each": lambda name: (len(name) % size,),
-        "a pair": lambda name: tuple(sorted({len(name) % size, (len(name) + 1) % size})),
+    routings = {
+        "everyone": everyone(size),
+        "one each": To(lambda name: (len(name) % size,)),
+        "a pair": To(lambda name: tuple(sorted({len(name) % size, (len(name) + 1) % size}))),
     }
-    choice = choices[wanted]
-    talk.prepare(choice(name) for name in ("a", "bb", "ccc", "dddd"))
-    found = talk.reduce(statistics(rank), Route(choice), "sums")
+    routing = routings[wanted]
+    talk.prepare(routing.wanted(name) for name in ("a", "bb", "ccc", "dddd"))
+    found = talk.reduce(statistics(rank), routing, "sums")
     for name, each in found.items():
-        assert (each.total is not None) == (each.exists and (rank in choice(name) or size == 1)), (
-            name
-        )
+        here = size == 1 or rank in routing.wanted(name)
+        assert (each.total is not None) == (each.exists and here), name
     return {name: (each.total, float(each.count), each.exists) for name, each in found.items()}
 
 
@@ -204,8 +204,9 @@ def in_small_messages(rank: int) -> dict[str, Tensor]:
             )
             for n in range(24)
         }
-        route = Route(lambda name: (int(name) % 2,) if int(name) % 3 else (0, 1, 2))
-        found = Communicator().reduce(mine, route, "sums")
+        found = Communicator().reduce(
+            mine, To(lambda name: (int(name) % 2,) if int(name) % 3 else (0, 1, 2)), "sums"
+        )
     finally:
         module.buckets = buckets
     return {name: each.total for name, each in found.items() if each.total is not None}
@@ -299,11 +300,8 @@ def rounded_sums(
     talk = Communicator(wire_dtype=wire)
     talk.prepare([wanted])
     x = rows(rank)
-    found = talk.reduce(
-        {"A": Statistic(x.T @ x, 2.0**30 + 1, symmetric=symmetric)},
-        Route(lambda name: wanted),
-        "sums",
-    )
+    mine = {"A": Statistic(x.T @ x, 2.0**30 + 1, symmetric=symmetric)}
+    found = talk.reduce(mine, To(lambda name: wanted), "sums")
     assert float(found["A"].count) == talk.size * (2.0**30 + 1)  # counts are never rounded
     return found["A"].total, talk.moved
 
@@ -387,7 +385,7 @@ def in_groups(rank: int) -> dict[str, Any]:
     mine = {"A": Statistic(torch.full((1,), float(rank)), 1.0)}
     found: dict[str, Any] = {"place": (talk.rank, talk.size)}
     for name, wanted in {"all": (0, 1), "last": (1,)}.items():
-        joined = talk.reduce(mine, Route(lambda name, wanted=wanted: wanted), "sums")["A"]  # type: ignore[misc]
+        joined = talk.reduce(mine, To({"A": wanted}.__getitem__), "sums")["A"]
         found[name] = None if joined.total is None else joined.total.item()
     form = {"x": TensorSpec((1,), torch.float32)}
     [message] = talk.send(
@@ -435,31 +433,3 @@ def overlapping(rank: int) -> float:
 
 def test_prepare_makes_groups_that_share_ranks() -> None:
     assert run(4, overlapping) == [4.0, 4.0, 4.0, 3.0]
-
-
-def test_explain_failures_names_the_likely_cause() -> None:
-    with (
-        pytest.raises(KfactkError, match=r"Connection closed\b.*look at its output") as caught,
-        explain_failures(),
-    ):
-        raise RuntimeError("Connection closed\nby peer")
-    assert "by peer" not in str(caught.value)
-    assert isinstance(caught.value.__cause__, RuntimeError)
-    with pytest.raises(ValueError, match="mine"), explain_failures():
-        raise ValueError("mine")
-
-
-class BrokenWork:
-    def wait(self) -> None:
-        raise RuntimeError("timed out")
-
-
-class Ones(PendingMessage):
-    def tensors(self) -> dict[str, Tensor]:
-        return {"x": torch.ones(1)}
-
-
-def test_pending_message_explains_a_failed_wait() -> None:
-    with pytest.raises(KfactkError, match="timed out"):
-        Ones(BrokenWork()).wait()
-    assert Ones(None).wait().keys() == {"x"}

@@ -149,17 +149,19 @@ def answers(rank: int, placement: str, sharded: bool) -> dict[str, str]:
 def test_fisher_product_refuses_factors_on_different_ranks() -> None:
     for rank, found in enumerate(shared_workers().run(2, answers, "comm_opt", False)):
         assert found["precondition"] == "answered", rank
-        assert (
-            "the factors of layer '0' are on different ranks (A on rank" in found["fisher_product"]
-        )
-        assert "so no rank can answer. Use placement='replicated'" in found["fisher_product"]
+        refused = found["fisher_product"]
+        assert "the factors of layer '0' are on different ranks (A on rank" in refused
+        assert "so no rank can answer. Use placement='replicated'" in refused
 
 
 def test_precondition_names_the_rank_that_can_answer() -> None:
     found = [each["precondition"] for each in shared_workers().run(2, answers, "mem_opt", False)]
     assert sorted(text == "answered" for text in found) == [False, True]
     assert any(
-        "of layer '0' are not on this rank" in text and "Ask on rank" in text for text in found
+        "the decomposition of layer '0'" in text
+        and "not on this rank" in text
+        and "Ask on rank" in text
+        for text in found
     )
 
 

@@ -99,16 +99,17 @@ def test_gather_state_refuses_a_rank_that_does_not_exist(to: int) -> None:
 # --------------------------------------------------------------------------------------------- load
 
 
-def load(
+def loaded(
     rank: int, faulty: dict[int, str], steps: list[int], overdue: list[bool]
 ) -> tuple[str, bool, float]:
     """Return what was raised, whether the load became final, and a sum over ranks in step."""
     ranks, final, message = Communicator(), False, ""
     try:
-        with LoadOnAllRanks(ranks) as loading:
+        with LoadOnAllRanks(ranks) as load:
             if rank in faulty:
                 raise ValueError(faulty[rank])
-            loading.agree(Progress(steps[rank], {"fc": (True, (overdue[rank], False))}))
+            layers = {"fc": (True, (overdue[rank], False, False, False))}
+            load.agree(Progress(steps[rank], layers))
             final = True
     except Exception as error:
         message = f"{type(error).__name__}: {error}"
@@ -116,14 +117,14 @@ def load(
 
 
 def test_load_succeeds_on_all_ranks() -> None:
-    assert shared_workers().run(3, load, {}, [4, 4, 4], [True] * 3) == [("", True, 3.0)] * 3
+    assert shared_workers().run(3, loaded, {}, [4, 4, 4], [True] * 3) == [("", True, 3.0)] * 3
 
 
 @pytest.mark.parametrize("faulty", [{0: "a"}, {2: "b"}, {0: "c", 1: "d"}, {0: "e", 1: "f", 2: "g"}])
 def test_load_that_fails_on_one_rank_fails_on_all(faulty: dict[int, str]) -> None:
     first = min(faulty)
     for rank, (message, final, total) in enumerate(
-        shared_workers().run(3, load, faulty, [4, 4, 4], [True] * 3)
+        shared_workers().run(3, loaded, faulty, [4, 4, 4], [True] * 3)
     ):
         elsewhere = (
             f"StateError: rank {first} cannot load the saved state, and so no rank loads it: "
@@ -138,10 +139,10 @@ def test_load_that_fails_on_one_rank_fails_on_all(faulty: dict[int, str]) -> Non
     ("steps", "overdue"), [([4, 4, 7], [True] * 3), ([4] * 3, [True, True, False])]
 )
 def test_load_refuses_different_progress(steps: list[int], overdue: list[bool]) -> None:
-    for message, final, total in shared_workers().run(3, load, {}, steps, overdue):
+    for message, final, total in shared_workers().run(3, loaded, {}, steps, overdue):
         assert message.startswith(
             "StateError: the ranks were given different states (rank 0 at step 4, rank 1 at step "
-            f"4, rank 2 at step {steps[2]}; rank 2 differs from rank 0"
+            f"4, rank 2 at step {steps[2]}; what is overdue differs from rank 0 on rank 2)"
         )
         assert "Load the same checkpoint on every rank" in message
         assert not final
@@ -151,8 +152,8 @@ def test_load_refuses_different_progress(steps: list[int], overdue: list[bool]) 
 def test_load_of_one_rank_raises_the_error_of_its_body() -> None:
     with pytest.raises(KeyError, match="x"), LoadOnAllRanks(Communicator()):
         raise KeyError("x")
-    with LoadOnAllRanks(Communicator()) as loading:
-        loading.agree(Progress(3, {}))
+    with LoadOnAllRanks(Communicator()) as load:
+        load.agree(Progress(3, {}))
 
 
 def test_load_does_not_report_an_interruption() -> None:

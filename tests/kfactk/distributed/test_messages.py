@@ -7,7 +7,12 @@ import torch
 from torch import Tensor
 
 from kfactk import KfactkError
-from kfactk.distributed.messages import MAX_IN_FLIGHT, PendingMessage, receive_in_order
+from kfactk.distributed.messages import (
+    MAX_IN_FLIGHT,
+    PendingMessage,
+    explain_failures,
+    receive_in_order,
+)
 
 
 class Work:
@@ -55,3 +60,15 @@ def test_failed_message_names_the_likely_cause() -> None:
         KfactkError, match=r"exchange curvature \(connection closed by peer\.\)\. Most likely"
     ):
         Numbered(0, Work(fails=True)).wait()
+
+
+def test_explain_failures_names_the_likely_cause() -> None:
+    with (
+        pytest.raises(KfactkError, match=r"Connection closed\b.*look at its output") as caught,
+        explain_failures(),
+    ):
+        raise RuntimeError("Connection closed\nby peer")
+    assert "by peer" not in str(caught.value)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    with pytest.raises(ValueError, match="mine"), explain_failures():
+        raise ValueError("mine")

@@ -1,16 +1,20 @@
-"""Faults, one after another: training goes on with what it should have, or stops with an error that names the culprit.
+"""After each fault, training goes on with what it should have, or an error names the culprit.
 
 This is the list of all faults that are injected, here and elsewhere.
 
 Numbers
-    NaN and inf in inputs, targets, gradients, at the first step and later: here; in one micro-batch: test_preconditioner
+    NaN and inf in inputs, targets, gradients, at the first step and later: here
+    NaN and inf in one micro-batch: test_preconditioner
     a step that overflows: here
-    all-zero, tiny and huge activations, a branch that starts at zero: test_preconditioner; without damping: here
+    all-zero, tiny and huge activations, a branch that starts at zero: test_preconditioner
+    the same without damping: here
     rank-deficient factors (one example, equal features): here, test_linalg, test_exactness
 Decompositions
-    eigh and Cholesky fail once, for one refresh, at the first one, always: here; attempt by attempt: test_linalg
+    eigh and Cholesky fail once, for one refresh, at the first one, always: here
+    attempt by attempt: test_linalg
 Interruptions
-    an error or Ctrl-C anywhere in a step: test_faults_interrupted; in the forward also: test_capture_lifetime
+    an error or Ctrl-C anywhere in a step: test_faults_interrupted; in the forward:
+    test_hooks_lifetime
     gradients and weight decay come back when the update rule fails: test_optimizer_loop
     exhausted memory passes through as it is: test_faults_plugins
 Saved states
@@ -22,7 +26,8 @@ Plugins
     a stage returns what nobody can use: test_blame
     a tracker fails: test_faults_plugins, test_figures
 Use
-    layers that did not run, ran twice, have no gradient, whose input was overwritten: test_uneven_layers, test_observation
+    layers that did not run, ran twice, have no gradient, whose input was overwritten:
+    test_uneven_layers, test_hooks
 """
 
 from __future__ import annotations
@@ -124,7 +129,7 @@ def test_a_batch_that_is_not_finite_is_skipped(basis: str, kind: str, at: int, u
         bound(each, basis=BASES[basis], update=update, weight_decay=0.01, **EACH)
         for each in (model, reference)
     )
-    said = "NaN or inf in its gradient, and its step was not taken; such batches are skipped"
+    said = "NaN or inf in its gradient, and its step was not taken. Such batches are skipped"
     for number, each in enumerate(data):
         if number == at:
             before, rule = values(model), copy.deepcopy(optimizer._inner.state_dict())
@@ -389,7 +394,7 @@ def test_a_refresh_that_fails_leaves_the_last_good_one(
     """The run is that in which this refresh was not due."""
     with pytest.warns(
         KfactkWarning,
-        match=r"failed in every way tried .*; the last good decomposition stays in use \(said once\)",
+        match=r"failed in every way tried .*; the last good decomposition stays in use \(said",
     ):
         found, optimizer = decomposed(basis, sabotage[basis], {2: 1000})
     assert optimizer.counters == {"skipped_batches": 0, "failed_decompositions": 2}
@@ -405,7 +410,9 @@ def test_a_first_refresh_that_fails_is_made_up_for(
     sabotage: dict[str, Sabotage], basis: str
 ) -> None:
     """One plain step, then decomposed at once, whatever the schedule says."""
-    with pytest.warns(KfactkWarning, match="its plain gradient is used until the next one"):
+    with pytest.warns(
+        KfactkWarning, match="its plain gradient is used until the next decomposition"
+    ):
         found, optimizer = decomposed(basis, sabotage[basis], {0: 1000}, basis_every=100)
     assert optimizer.counters["failed_decompositions"] == 2
     assert all(view.decomposition for view in optimizer.layers.values())

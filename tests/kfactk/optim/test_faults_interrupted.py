@@ -1,4 +1,4 @@
-"""A step that something interrupts, wherever it is, can be taken again as if nothing had happened."""
+"""A step that is interrupted anywhere can be taken again as if nothing had happened."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from tests.kfactk.optim.test_faults import EACH, batches, close
 from tests.kfactk.small import assert_equal, bound, factors, hooks, train, values
 
 LAST: dict[str, Any] = {**EACH, "factor_decay": 0.0}
-"""Only the last batch counts, so that a step may be taken again without a trace of the first attempt."""
+"""Only the last batch counts: a step that is taken again shows no trace of the first attempt."""
 
 
 class Trap:
@@ -51,9 +51,9 @@ class Model(nn.Module):
 
 
 class Curvature(Kfac):
-    def factors(self, layer: Any, samples: Any) -> Any:
+    def gradient_factors(self, layer: Any, samples: Any) -> Any:
         TRAP("Fisher pass")
-        return super().factors(layer, samples)
+        return super().gradient_factors(layer, samples)
 
 
 class Basis(Ekfac):
@@ -65,11 +65,9 @@ class Basis(Ekfac):
         TRAP("scale")
         return super().moments(decomposition, samples)
 
-    def precondition(
-        self, gradient: Tensor, decomposition: Any, moments: Any, damping: float
-    ) -> Tensor:
+    def operator(self, decomposition: Any, moments: Any, damping: float, matrices: Any) -> Any:
         TRAP("precondition")
-        return super().precondition(gradient, decomposition, moments, damping)
+        return super().operator(decomposition, moments, damping, matrices)
 
 
 class Clip(NoClip):
@@ -96,16 +94,13 @@ PLACES = [
 def test_a_step_that_was_interrupted_is_taken_again(
     place: str, after: int, kind: type[BaseException]
 ) -> None:
-    """At its first or second call there; with the loop's body repeated, the run is the one in which nothing happened."""
+    """Interrupt the first or second call there, repeat the loop's body: the run is unchanged."""
     torch.manual_seed(1)
     model = Model().double()
     twin, data = copy.deepcopy(model), batches(4)
-    model.b.weight.register_hook(
-        lambda gradient: TRAP("backward")
-    )  # never called by the Fisher pass
-    decay = (
-        0.0 if place in ("precondition", "clip", "update") else 0.9
-    )  # there the scale has been averaged already
+    model.b.weight.register_hook(lambda _: TRAP("backward"))  # the Fisher pass never calls it
+    averaged = place in ("precondition", "clip", "update")
+    decay = 0.0 if averaged else 0.9
     recipe: dict[str, Any] = {
         "curvature": Curvature(),
         "basis": Basis(scale_decay=decay),

@@ -1,4 +1,7 @@
-"""Plugins that raise: every method of every stage's protocol, every hook. The culprit is named, and training goes on afterwards."""
+"""Plugins that raise, in every method of every stage and every hook.
+
+The error names the culprit, and training goes on afterwards.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ from torch.nn import functional as F
 import kfactk
 from kfactk import KfactkError, KfactkWarning, Optimizer, PluginError, hookimpl
 from kfactk.registry import hookspecs
-from kfactk.registry.inspection import PROTOCOLS
+from kfactk.registry.inspection import BASE_CLASSES, PROTOCOLS
 from kfactk.registry.registry import Registry, registry
 from tests.kfactk.optim.test_faults import EACH, batches, close
 from tests.kfactk.small import batch, factors, hooks, net, train, values
@@ -32,10 +35,14 @@ STAGES: dict[str, list[Any]] = {
     "tracker": [None],
 }
 """Stages of ours which together are asked for all that their family's protocol has."""
-UNASKED = {"tracker": {"flush"}, "placement": {"assign"}}
-"""Methods that are for users to call, or are called where there are several ranks only (see test_places)."""
+UNASKED = {
+    "tracker": {"flush"},
+    "placement": {"assign"},
+    "curvature": {"factors", "parts", "same_call"},
+}
+"""Methods for users to call, or called on several ranks or tied modules only, or not replaced."""
 RAW = ("update", "placement")
-"""Families whose errors keep their kind, since torch's own mean something to callers; who raised is noted on them."""
+"""Families whose errors keep their kind, for callers know torch's own. Notes name the stage."""
 
 
 class Ledger:
@@ -76,6 +83,23 @@ class Sabotaged:
         if self.calls == self.at:
             raise self.error
         return found(*args, **kwargs)
+
+
+def sabotaged(family: str, original: Any, member: str, at: int, error: BaseException) -> Any:
+    """Return a sabotaged stage, which derives from the base class of its family if there is one."""
+    base = BASE_CLASSES.get(family)
+    if base is None:
+        return Sabotaged(original, member, at, error)
+    namespace: dict[str, Any] = {
+        name: property(lambda self, name=name: getattr(self.original, name))
+        for name in dir(base)
+        if not name.startswith("_") and name not in methods(family)
+    }
+    for name in set(methods(family)) - UNASKED.get(family, set()):
+        namespace[name] = property(lambda self, name=name: Sabotaged.__getattr__(self, name))
+    module = {"__module__": Sabotaged.__module__, "__qualname__": Sabotaged.__qualname__}
+    made = type(base)("Sabotaged", (Sabotaged, base), namespace | module)
+    return made(original, member, at, error)
 
 
 def methods(family: str) -> list[str]:
@@ -193,22 +217,23 @@ CASES = [
 def counted(family: str, member: str) -> tuple[int, int, Life]:
     """Which of the family's stages is asked for the method, how often, and the undisturbed life."""
     for number in range(len(STAGES[family])):
-        stage = Sabotaged(subject(family, number), member, -1, RuntimeError())
+        stage = sabotaged(family, subject(family, number), member, -1, RuntimeError())
         life = lived(family, stage, member)
         if stage.calls:
             return number, stage.calls, life
     raise AssertionError(
-        f"nothing here makes kfactk call {member} of a {family}: add a stage or a part of a life that does"
+        f"nothing here makes kfactk call {member} of a {family}: add a stage, or a part of a life"
     )
 
 
 @pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt])
 @pytest.mark.parametrize(("family", "member"), CASES)
 def test_every_method_of_every_stage(family: str, member: str, kind: type[BaseException]) -> None:
-    """At the first call and at the last; what it raised is told with the stage's name, and the life goes on as if it had not."""
+    """At the first call and at the last, the error names the stage, and the life goes on."""
     number, calls, undisturbed = counted(family, member)
     for at in {1, calls}:
-        stage, caught = Sabotaged(subject(family, number), member, at, kind("sabotage")), []
+        caught: list[BaseException] = []
+        stage = sabotaged(family, subject(family, number), member, at, kind("sabotage"))
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
             life = lived(family, stage, member, caught.append)

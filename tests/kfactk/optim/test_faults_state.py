@@ -1,4 +1,4 @@
-"""Saved states that were cut off or tampered with: refused with a clear error and nothing changed, or harmless and known to be."""
+"""A damaged state is refused with a clear error and changes nothing, or is known to be harmless."""
 
 from __future__ import annotations
 
@@ -28,12 +28,17 @@ DAMAGES: dict[str, Callable[[Any], Any]] = {
     "emptied": lambda value: type(value)() if isinstance(value, dict | list) else value,
 }
 HARMLESS = {
-    "deleted": r"state/\d+|state/\d+/kfactk\.(step|owed)|param_groups/0/damping",  # a bare update rule has none either
-    "emptied": r"state|state/\d+",  # nothing is known yet: the state of an optimizer that has made no step
+    # A bare update rule has none of these either.
+    "deleted": r"state/\d+|state/\d+/kfactk\.(step|overdue)|param_groups/0/damping",
+    # This is the state of an optimizer that has taken no step.
+    "emptied": r"state|state/\d+",
 }
 """What may be lost without harm."""
-RULES = r"state/\d+/(step|exp_avg|exp_avg_sq|momentum_buffer)|param_groups/0/(?!lr$|damping$|weight_decay$|params$).*"
-"""What is the update rule's own, which torch reads and may find wrong only when it steps; it is never the curvature that suffers."""
+RULES = (
+    r"state/\d+/(step|exp_avg|exp_avg_sq|momentum_buffer)"
+    r"|param_groups/0/(?!lr$|damping$|weight_decay$|params$).*"
+)
+"""The update rule's own entries: torch may find them wrong only when it steps."""
 
 
 def paths(nested: Any, start: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
@@ -110,7 +115,7 @@ def test_a_damaged_state_is_refused_and_changes_nothing(
 
 @pytest.mark.parametrize("lost", ["step", "exp_avg"])
 def test_a_state_in_which_the_update_rule_misses_something(lost: str) -> None:
-    """What torch needs at loading is refused then; what it needs at the step is an error there that names the rule."""
+    """What torch needs at loading is refused then; at the step, the error names the rule."""
     saved, _ = trained("ekfac", "adam", 7)
     optimizer, model = trained("ekfac", "adam", 3)
     before = copy.deepcopy(optimizer.state_dict())

@@ -1,4 +1,4 @@
-"""Ranks that share a model by `fully_shard`, each with its part of the batch, do what one plain process does with the whole batch."""
+"""Ranks that share a model by `fully_shard` do what one process does with the whole batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What people do around a step with a model divided by `fully_shard`: the same as with a plain one, and the same on every rank."""
+"""Loops around a model divided by `fully_shard` do the same as plain ones, on every rank."""
 
 from __future__ import annotations
 
@@ -262,7 +262,7 @@ def test_a_bad_shard_on_one_rank_keeps_all_from_stepping(where: str) -> None:
 
 
 def scaled(rank: int, replicas: int) -> tuple[list[float], list[bool], Found]:
-    """Three steps under a GradScaler; in the second one, one shard overflows: on one rank, or on each rank that has a replica of it."""
+    """Take three steps under a GradScaler; in the second, one shard and its replicas overflow."""
     model = in_part(net(), grid(replicas) if replicas else line())
     optimizer = bound(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=1000)

@@ -1,4 +1,4 @@
-"""A model divided by `fully_shard`: what its optimizer shows, saves and takes over, and how precise it is."""
+"""What the optimizer of a model divided by `fully_shard` shows, saves and loads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a tracker is told happened did happen, and a tracker that fails costs a warning, not the run."""
+"""Metrics equal what happened, and a tracker that fails costs one warning, not the run."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch.nn import functional as F
 import kfactk
 from kfactk import KfactkWarning, Optimizer
 from kfactk.optim.metrics import MetricsRecorder
+from kfactk.timing import StageTimer
 from tests.kfactk.small import batch, net, train, values
 
 LOG: list[tuple[str, Any]] = []
@@ -74,7 +75,7 @@ def norm(tensors: list[Tensor]) -> float:
     return math.sqrt(sum(number**2 for tensor in tensors for number in tensor.flatten().tolist()))
 
 
-def test_figures_are_what_happened() -> None:
+def test_metrics_are_what_happened() -> None:
     model = net()
     optimizer = bound(model, clip={"name": "norm", "limit": 0.5})
     before = values(model)
@@ -136,7 +137,7 @@ def test_a_run_is_told_in_order_and_ends_once() -> None:
     ]
 
 
-def test_figures_of_a_step_that_is_not_recorded_do_not_leak_into_the_next() -> None:
+def test_metrics_of_a_step_that_is_not_recorded_do_not_leak_into_the_next() -> None:
     model = net()
     optimizer = bound(model, tracker=Listener(every=2))
     train(optimizer, model, batch())
@@ -189,19 +190,21 @@ def test_a_tracker_is_closed_with_its_optimizer() -> None:
 
 
 def test_without_a_tracker_nothing_is_measured() -> None:
-    recorder = MetricsRecorder(None, dict)
-    with recorder.timed("refresh"):
+    timer = StageTimer()
+    recorder = MetricsRecorder(None, {}, timer)
+    with timer.timed("refresh"):
         recorder.add({"loss": 1.0})
     assert not recorder.due(0)
-    assert recorder.finish(0, lambda: pytest.fail("asked for figures nobody wants")) == {}
+    assert not timer.seconds
+    assert recorder.finish(0, {"lr": 0.1}) == {}
     recorder.close()
 
 
 def test_norms_are_taken_on_recorded_steps_only(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    original = MetricsRecorder.see
+    original = MetricsRecorder.add_norms
     monkeypatch.setattr(
-        MetricsRecorder, "see", lambda self, pairs: (asked.append(1), original(self, pairs))
+        MetricsRecorder, "add_norms", lambda self, pairs: (asked.append(1), original(self, pairs))
     )
     model = net()
     optimizer = bound(model, tracker=Listener(every=3))

@@ -1,6 +1,6 @@
 """On ordinary steps the host does not wait for the device.
 
-A CPU stands in for the device: the same code runs on it, and whatever the host reads of a tensor is seen.
+A CPU stands in for the device: the same code runs on it, and the test sees what the host reads.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def deferring(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Reads(TorchDispatchMode):
-    """Notes operations for which the host waits for the device, and tensors that are made of the host's numbers.
+    """Notes operations for which the host waits, and tensors made of the host's numbers.
 
     Args:
         on_host: A tensor that is the host's own, on whatever device the model is.

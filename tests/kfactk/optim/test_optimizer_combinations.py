@@ -1,7 +1,7 @@
-"""Every curvature x basis x clip x update that is listed and accepted, on one small convolutional net in float32.
+"""Every accepted curvature x basis x clip x update, on one small convolutional net in float32.
 
-Each trains some steps with finite loss, and its first step equals dense float64 algebra. `python -m tests.kfactk.optim.test_optimizer_combinations` prints
-the table.
+Each trains some steps with finite loss, and its first step equals dense float64 algebra.
+`python -m tests.kfactk.optim.test_optimizer_combinations` prints the table.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ UPDATES: Variants = {
 }
 FAMILIES = {"curvature": CURVATURES, "basis": BASES, "clip": CLIPS, "update": UPDATES}
 LINEAR_UPDATES = ("sgd", "momentum", "nag", "radam")
-"""Whose first step is linear in the gradient; that of the others follows the signs of its entries, near zero rounding's."""
+"""Rules whose first step is linear in the gradient; that of the others follows its signs."""
 TORCH_UPDATES = [
     each
     for each in vars(torch.optim).values()
@@ -103,7 +103,7 @@ class Combination:
 
 @attrs.frozen
 class Outcome:
-    """What became of it: `error` is the largest deviation of the first step over the step's size."""
+    """The outcome: `error` is the largest deviation of the first step over its size."""
 
     combination: Combination
     refused: str = ""
@@ -186,7 +186,7 @@ def trial(combination: Combination) -> Outcome:
 
 
 def deviation(combination: Combination, model: nn.Module, optimizer: kfactk.Optimizer) -> float:
-    """Largest deviation of the first step from dense algebra, relative to each tensor's largest change."""
+    """Return the largest deviation of the first step, over each tensor's largest change."""
     vectors = {
         name: {
             key: parts["eigenvectors"].double()
@@ -332,9 +332,10 @@ def test_an_update_without_weight_decay_is_refused_one() -> None:
 
 
 def main() -> None:
-    """Print the table: a line for each curvature and basis, over all clips and updates, then what is refused and why."""
+    """Print a line for each curvature and basis, then what is refused and why."""
     print(
-        f"{'curvature x basis':<36}{'accepted':>9}{'finite':>8}{'first step off by':>19}{'loss falls':>12}"
+        f"{'curvature x basis':<36}{'accepted':>9}{'finite':>8}"
+        f"{'first step off by':>19}{'loss falls':>12}"
     )
     for curvature, basis in itertools.product(variants(CURVATURES), variants(BASES)):
         outcomes = [trial(each) for each in combinations(curvature, basis)]
@@ -350,7 +351,8 @@ def main() -> None:
     for outcome in (trial(with_torch(rule)) for rule in TORCH_UPDATES):
         told = (
             outcome.refused
-            or f"first step off by {outcome.error:.1e}, loss {outcome.losses[0]:.3f} to {outcome.losses[-1]:.3f}"
+            or f"first step off by {outcome.error:.1e}, "
+            f"loss {outcome.losses[0]:.3f} to {outcome.losses[-1]:.3f}"
         )
         print(f"  {outcome.combination.rule.__name__:<12}{told}")
     print("\nrefused:")

@@ -1,4 +1,4 @@
-"""Where K-FAC is exact, the assembled blocks are the dense Fisher's, through the public interface."""
+"""Where K-FAC is exact, the blocks are those of the dense Fisher matrix."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def categorical_fisher(model: nn.Module, layer: str, inputs: Tensor) -> Tensor:
 def assert_exact(
     optimizer: Optimizer, layer: str, truth: Tensor, basis: str, tolerance: float = 1e-9
 ) -> None:
-    """The Kronecker product of the factors, and the products F v and (for EKFAC, whose damping is not factored) P v, group by group."""
+    """Compare the Kronecker product of the factors, F v and, for EKFAC, P v, group by group."""
     view = optimizer.layers[layer]
     torch.testing.assert_close(
         dense_kron(view.factors["A"], view.factors["G"]), truth, rtol=tolerance, atol=tolerance
@@ -100,7 +100,7 @@ def test_one_example_through_nonlinear_layers(
 def test_one_example_through_convolutions_with_one_position(
     groups: int, basis: str, spatial: str
 ) -> None:
-    """A kernel that covers its input; uncorrelated activations are exact only with a kernel of one tap and no bias."""
+    """A kernel covers its input; "sua" is exact only with one tap and no bias."""
     kernel, bias = (1, False) if spatial == "sua" else (2, True)
     model = nn.Sequential(
         nn.Conv2d(4, 4, kernel, groups=groups, bias=bias), nn.Tanh(), nn.Flatten(), nn.Linear(4, 3)
@@ -138,7 +138,7 @@ def test_deep_linear_nets_with_a_gaussian_likelihood(
 
 
 def test_the_comparison_sees_where_kfac_is_not_exact() -> None:
-    """Several examples through a nonlinear net: neither basis has the true block, EKFAC's is the closer one."""
+    """With several examples and a nonlinear net no basis is exact; EKFAC is closer."""
     model = nn.Sequential(nn.Linear(3, 3), nn.Tanh(), nn.Linear(3, 3)).double()
     x = torch.randn(6, 3, dtype=F64)
     before, optimizer = observed(model, x, curvature="kfac")

@@ -86,7 +86,7 @@ def test_a_block_has_the_damping_of_its_weights_group() -> None:
 
 
 def test_damping_that_changes() -> None:
-    """A function of the step, an own value of a group that it leaves alone, and a value set by hand."""
+    """Damping is a function of the step, a group's own value, or a value set by hand."""
     model = net()
     groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "damping": 0.7}]
     optimizer = bound(model, groups, damping=lambda step: 1.0 / (1 + step))

@@ -1,4 +1,4 @@
-"""Manners of an optimizer in everyone's loops; the truth is torch.optim's own optimizer in the same loop (see `counterparts`)."""
+"""In common loops the optimizer does what that of torch.optim does (see `counterparts`)."""
 
 from __future__ import annotations
 

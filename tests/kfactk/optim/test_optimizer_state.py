@@ -1,4 +1,4 @@
-"""A run resumed from its saved state is the uninterrupted one, bit for bit, through every way torch has to save it."""
+"""A run resumed from its saved state equals the uninterrupted one, however it is saved."""
 
 from __future__ import annotations
 

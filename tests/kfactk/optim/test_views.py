@@ -46,7 +46,7 @@ def vectors(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 
 def blocks(optimizer: Optimizer, basis: str, name: str, tau: float) -> list[Tensor]:
-    """The dense F + tau I of each group of a layer, from the matrices, decompositions and scales shown. (K-FAC: factored damping.)"""
+    """Return the dense F + tau I of each group of a layer, from what the view shows."""
     view = optimizer.layers[name]
 
     def split(tensor: Tensor) -> list[Tensor]:
@@ -106,7 +106,7 @@ def test_the_kfac_inverse_right_after_its_refresh() -> None:
 
 @pytest.mark.parametrize("basis", BASES)
 def test_products_are_what_the_step_does(basis: str) -> None:
-    """The step after refreshes nothing but the factors, so its preconditioner is the one that is asked."""
+    """The next step refreshes the factors alone, so its preconditioner is the one that is asked."""
     optimizer, model = trained(basis, update="sgd", clip="none", lr=0.5, scale_every=10)
     gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     covered = {name: gradient for name, gradient in gradients.items() if not name.startswith("3.")}
@@ -173,7 +173,7 @@ def test_a_parameter_without_a_block_is_refused(method: str) -> None:
     optimizer, _ = trained("ekfac")
     with pytest.raises(
         OptionError,
-        match=r"'3.weight' is not a preconditioned parameter.*covered are: 0.weight, 0.bias, 4.weight\.",
+        match=r"'3.weight' is not a preconditioned.*Covered are: 0.weight, 0.bias, 4.weight\.",
     ):
         getattr(optimizer, method)({"3.weight": torch.ones(12)})
     assert getattr(optimizer, method)({}) == {}
