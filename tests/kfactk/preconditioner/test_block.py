@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kfactk import Layer, PluginError, Work
-from kfactk.preconditioner.block import Blocks, diagonals, parts_of
+from kfactk import CurvatureOperator, Layer, PluginError, Work
+from kfactk.preconditioner.block import Block, mean_diagonals, parts_of
+from kfactk.stages import Basis
 from kfactk_stages.basis.ekfac import Ekfac
 from kfactk_stages.basis.kfac import KfacInverse
 from kfactk_stages.curvature.conv_kfac import ConvKfac
@@ -37,7 +38,7 @@ def layer(module: nn.Module, *parameters: str) -> Layer:
 )
 def test_the_work_of_a_layer(module: nn.Module, parameters: tuple[str, ...], work: Work) -> None:
     for basis in (KfacInverse(), Ekfac()):
-        assert Blocks(ConvKfac(), basis).work(layer(module, *parameters)) == work
+        assert Block(layer(module, *parameters), ConvKfac(), basis).work() == work
 
 
 @attrs.frozen(kw_only=True)
@@ -79,7 +80,7 @@ class Further(ConvKfac):
 
 @pytest.mark.parametrize("curvature", [ReducedStatistic(), Doubling(), Further()])
 def test_matrices_of_common_statistics_stay_together(curvature: ConvKfac) -> None:
-    found = Blocks(curvature, KfacInverse()).work(layer(nn.Linear(4, 3)))
+    found = Block(layer(nn.Linear(4, 3)), curvature, KfacInverse()).work()
     assert found == Work("mine", {"A": (5, 5), "G": (3, 3)}, (3, 5), indivisible=True)
 
 
@@ -91,54 +92,76 @@ class OnlyG(KfacInverse):
 
 
 def test_what_a_basis_does_not_need_is_no_work() -> None:
-    found = Blocks(ConvKfac(), OnlyG()).work(layer(nn.Linear(4, 3)))
+    found = Block(layer(nn.Linear(4, 3)), ConvKfac(), OnlyG()).work()
     assert found.matrices == {"G": (3, 3)}
     assert found.indivisible  # the other statistic is kept where this one is
 
 
 def test_parts_and_diagonals() -> None:
-    linear = layer(nn.Linear(4, 3))
-    blocks = Blocks(ConvKfac(), Ekfac())
-    _, sums = blocks.blank(linear)
+    block = Block(layer(nn.Linear(4, 3)), ConvKfac(), Ekfac())
+    _, sums = block.blank()
     assert set(sums) == {"A", "G"}
     matrices = {
         "A": torch.diag(torch.arange(1.0, 6.0)),
         "G": 2 * torch.eye(3),
         "flat": torch.ones(2, 3),
     }
-    assert {name: float(each) for name, each in diagonals(matrices).items()} == {"A": 3.0, "G": 2.0}
-    made = blocks.decompose(
-        linear, {"A": matrices["A"], "G": matrices["G"]}, 0.1, diagonals(matrices)
-    )
-    assert parts_of(made) == blocks.blank_parts(linear, sums)
+    found = mean_diagonals(matrices)
+    assert {name: float(each) for name, each in found.items()} == {"A": 3.0, "G": 2.0}
+    made = block.decompose(0.1, {"A": matrices["A"], "G": matrices["G"]}, found)
+    assert parts_of(made) == block.blank_parts(sums)
     assert list(made) == ["A", "G"]
+    assert not block.state.decomposition, "decompose changes nothing"
 
 
 def test_missing_tensors_count_as_zeros() -> None:
-    linear = layer(nn.Linear(2, 2))
-    joined = Blocks(ConvKfac(), KfacInverse()).joined(
-        linear, {"weight": torch.ones(2, 2, dtype=torch.bfloat16)}
-    )
+    block = Block(layer(nn.Linear(2, 2)), ConvKfac(), KfacInverse())
+    joined = block.matrix({"weight": torch.ones(2, 2, dtype=torch.bfloat16)})
     assert torch.equal(joined, torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 0.0]], dtype=F64))
+
+
+def measured(basis: Basis) -> Block:
+    """Return a block without damping whose matrices are 2 and 3 times the identity."""
+    block = Block(layer(nn.Linear(1, 2)), ConvKfac(), basis)
+    eye = torch.eye(2, dtype=F64)
+    block.update_factors({"A": 2 * eye, "G": 3 * eye}, 0.0)
+    block.adopt(block.decompose(0.0))
+    return block
 
 
 @attrs.frozen(kw_only=True)
 class Flattening(KfacInverse):
-    def precondition(
-        self, gradient: Tensor, decomposition: Any, moments: Any, damping: float
-    ) -> Tensor:
-        return super().precondition(gradient, decomposition, moments, damping).flatten()
+    """Gives a preconditioned gradient in another shape."""
+
+    def operator(self, *given: Any) -> CurvatureOperator:
+        operator = super().operator(*given)
+
+        class Flat(CurvatureOperator):
+            def solve(self, v: Tensor) -> Tensor:
+                return operator.solve(v).flatten()
+
+            def multiply(self, v: Tensor) -> Tensor:
+                return operator.multiply(v)
+
+            def condition(self) -> Tensor:
+                return operator.condition()
+
+        return Flat()
 
 
 def test_a_gradient_that_changes_its_shape_is_refused() -> None:
-    linear = layer(nn.Linear(1, 2))
-    blocks = Blocks(ConvKfac(), Flattening())
-    matrices = {"A": torch.eye(2, dtype=F64), "G": torch.eye(2, dtype=F64)}
-    made = blocks.decompose(linear, matrices, 0.1, diagonals(matrices))
-    with pytest.raises(
-        PluginError,
-        match=r"Flattening failed on layer 'mine' .*preconditioned gradient of shape \(4,\) for \(2, 2\)",
-    ):
-        blocks.preconditioned(
-            linear, blocks.operator(linear, made, {}, 0.1), torch.ones(2, 2, dtype=F64)
-        )
+    gradient = torch.ones(2, 2, dtype=F64)
+    torch.testing.assert_close(measured(KfacInverse()).solve(gradient), gradient / 6)
+    says = r"Flattening failed on layer 'mine' .*solve gave the shape \(4,\) for \(2, 2\)"
+    with pytest.raises(PluginError, match=says):
+        measured(Flattening()).solve(gradient)
+
+
+def test_an_operator_is_kept_until_the_block_or_the_damping_changes() -> None:
+    block = measured(KfacInverse())
+    first = block.operator()
+    assert block.operator(0.0) is first
+    assert block.operator(1.0) is not first
+    second = block.operator(1.0)
+    block.update_factors({"A": torch.eye(2, dtype=F64)}, 0.0)
+    assert block.operator(1.0) is not second

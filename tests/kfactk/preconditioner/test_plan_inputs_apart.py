@@ -1,8 +1,7 @@
-"""Factors of inputs alone, which staggered steps take without a Fisher pass."""
+"""Factors of inputs alone: staggered steps take them without a Fisher pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,8 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfactk
-from kfactk.preconditioner.block import makes_operator, parts_factors
-from kfactk_stages.basis.ekfac import Ekfac
+from kfactk import Layer, Samples, Statistic
 from kfactk_stages.curvature.kfac import Kfac
 from tests.kfactk.small import F64, batch, bound, net, train
 
@@ -58,12 +56,8 @@ def test_input_factors_come_between_passes_and_without_one(passes: list[int]) ->
         moments = {name: a.T @ a / len(a) for name, a in rows(model, x).items()}
         passes.clear()
         train(optimizer, model, (x, y))
-        wanted = step in (
-            0,
-            1,
-            4,
-            5,
-        )  # all at 0; the later layer's first scale at 1, and the earlier layer's part at 1 and 5
+        # All at 0; the later layer's first scale at 1, and the earlier layer's part at 1 and 5.
+        wanted = step in (0, 1, 4, 5)
         assert passes == ([1] if wanted else []), f"Fisher passes to {passes} at step {step}"
         if step == 0:
             expected = moments
@@ -95,7 +89,7 @@ class Detour(nn.Module):
         return out
 
 
-def test_a_use_that_leads_nowhere_is_not_counted() -> None:
+def test_a_call_that_leads_nowhere_is_not_counted() -> None:
     torch.manual_seed(0)
     model = Detour()
     optimizer = bound(model, **{**STAGGERED, "factor_decay": 0.0})
@@ -128,8 +122,11 @@ def test_micro_batches_add_up() -> None:
                 )
 
 
-def test_what_is_owed_without_gradients_is_saved_and_taken_later() -> None:
-    """A layer that did not run when its inputs were due gives them at the next forward, after a resume too."""
+def test_overdue_input_factors_are_saved_and_taken_later() -> None:
+    """A layer that did not run when its inputs were due gives them at the next forward.
+
+    It does so after a resume too.
+    """
     torch.manual_seed(0)
     model = nn.ModuleDict({"a": nn.Linear(4, 3), "b": nn.Linear(4, 3)}).double()
 
@@ -157,44 +154,23 @@ def test_what_is_owed_without_gradients_is_saved_and_taken_later() -> None:
     torch.testing.assert_close(optimizer.layers["parts.a"].factors["A"], a.T @ a / 6)
 
 
-@pytest.mark.parametrize(
-    ("members", "parted"),
-    [
-        ({}, True),
-        ({"factors": Kfac.factors}, False),
-        ({"factors": Kfac.factors, "input_factors": Kfac.input_factors}, False),
-        (
-            {
-                name: getattr(Kfac, name)
-                for name in ("factors", "input_factors", "gradient_factors")
-            },
-            True,
-        ),
-    ],
-)
-def test_a_subclass_with_factors_of_its_own_is_not_parted_behind_its_back(
-    members: dict[str, Callable[..., Any]], parted: bool
-) -> None:
-    curvature = type("Mine", (Kfac,), members)()
-    assert parts_factors(curvature) is parted
+class Whole(Kfac):
+    """Takes all its factors with the gradients."""
+
+    def input_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
+        return {}
+
+    def gradient_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
+        inputs = super().input_factors(layer, samples)
+        return {**inputs, **super().gradient_factors(layer, samples)}
 
 
-def test_a_subclass_with_a_preconditioner_of_its_own_has_no_operator() -> None:
-    assert makes_operator(Ekfac())
-    assert not makes_operator(type("Mine", (Ekfac,), {"precondition": Ekfac.precondition})())
-
-
-def test_a_curvature_that_does_not_part_its_factors_takes_all_with_the_gradients(
+def test_a_curvature_without_input_factors_takes_all_with_the_gradients(
     passes: list[int],
 ) -> None:
     torch.manual_seed(0)
     model = net()
-    optimizer = bound(
-        model,
-        **STAGGERED,
-        curvature=type("Whole", (Kfac,), {"factors": Kfac.factors})(),
-        fisher="mc",
-    )
+    optimizer = bound(model, **STAGGERED, curvature=Whole(), fisher="mc")
     seen = []
     for _ in range(6):
         passes.clear()

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, strategies as st
 
 from kfactk import RunningMean, StateError, Statistic
-from kfactk.optim.checkpoint import completed_groups, split_entries
+from kfactk.optim.checkpoint import SavedState, completed_groups
 from kfactk.preconditioner.schedule import NOTHING, DueWork
 from kfactk.preconditioner.state import OVERDUE, PREFIX, READY, STEP, BlockState
 
+READY_KEY, OVERDUE_KEY = PREFIX + READY, PREFIX + OVERDUE
 NAMES = st.text(st.sampled_from("AGxy_0"), min_size=1, max_size=4)
 DTYPES = st.sampled_from([torch.float32, torch.float64])
 
@@ -37,7 +38,6 @@ def states(draw: st.DrawFn) -> BlockState:
         max_size=2,
     )
     return BlockState(
-        ("weight", "bias"),
         draw(st.dictionaries(NAMES, means, max_size=3)),
         draw(st.dictionaries(NAMES, parts, max_size=2)),
         draw(st.dictionaries(NAMES, means, max_size=2)),
@@ -52,7 +52,7 @@ def test_flat_and_back_is_the_same_bit_for_bit(state: BlockState) -> None:
     assert all(
         key.startswith(PREFIX) and isinstance(value, torch.Tensor) for key, value in flat.items()
     )
-    back = BlockState.from_flat(state.parameters, flat, torch.device("cpu"))
+    back = BlockState.from_flat(flat, torch.device("cpu"))
     for ours, theirs in ((back.factors, state.factors), (back.moments, state.moments)):
         assert set(ours) == set(theirs)
         for name, mean in theirs.items():
@@ -76,7 +76,7 @@ def test_flat_and_back_is_the_same_bit_for_bit(state: BlockState) -> None:
 
 def test_a_flat_state_holds_the_tensors_themselves() -> None:
     value = torch.ones(2, 2)
-    state = BlockState(("weight",), {"A": RunningMean(value, 3.0)}, {"A": {"cholesky": value}})
+    state = BlockState({"A": RunningMean(value, 3.0)}, {"A": {"cholesky": value}})
     flat = state.flat()
     assert flat["kfactk.factor.A"] is flat["kfactk.basis.A.cholesky"] is value
     assert float(flat["kfactk.factor.A.weight"]) == 3.0
@@ -92,51 +92,47 @@ def test_a_flat_state_holds_the_tensors_themselves() -> None:
 @pytest.mark.parametrize("key", ["kfactk.core.A", "kfactk.basis.A", "kfactk."])
 def test_an_unknown_key_is_refused(key: str) -> None:
     with pytest.raises(StateError, match="newer kfactk"):
-        BlockState.from_flat(
-            ("weight",), {key: torch.ones(1), READY: torch.ones(())}, torch.device("cpu")
-        )
+        BlockState.from_flat({key: torch.ones(1), READY_KEY: torch.ones(())}, torch.device("cpu"))
 
 
 def test_a_rank_that_has_nothing_of_a_layer_still_tells_how_it_stands() -> None:
-    state = BlockState(("weight",), ready=True, overdue=DueWork(True, False, False, False))
+    state = BlockState(ready=True, overdue=DueWork(True, False, False, False))
     flat = state.flat()
-    assert {key: value.tolist() for key, value in flat.items()} == {READY: 1, OVERDUE: 1}
-    assert {key: value.tolist() for key, value in BlockState(("weight",)).flat().items()} == {
-        READY: 0,
-        OVERDUE: 0,
+    assert {key: value.tolist() for key, value in flat.items()} == {READY_KEY: 1, OVERDUE_KEY: 1}
+    assert {key: value.tolist() for key, value in BlockState().flat().items()} == {
+        READY_KEY: 0,
+        OVERDUE_KEY: 0,
     }
 
 
 @pytest.mark.parametrize(
     "overdue", [DueWork(*flags) for flags in itertools.product((False, True), repeat=4)]
 )
-def test_every_debt_comes_back(overdue: DueWork) -> None:
-    flat = BlockState(("weight",), overdue=overdue).flat()
+def test_everything_overdue_comes_back(overdue: DueWork) -> None:
+    flat = BlockState(overdue=overdue).flat()
     assert (
-        int(flat[OVERDUE])
+        int(flat[OVERDUE_KEY])
         == 1 * overdue.factors + 2 * overdue.scale + 4 * overdue.basis + 8 * overdue.inputs
     )
     assert all(value.ndim == 0 for value in flat.values())
-    assert BlockState.from_flat(("weight",), flat, torch.device("cpu")).overdue == overdue
+    assert BlockState.from_flat(flat, torch.device("cpu")).overdue == overdue
 
 
-@pytest.mark.parametrize("debt", [torch.tensor(16), torch.tensor(-1), torch.ones(3)])
-def test_a_debt_that_cannot_be_is_refused(debt: torch.Tensor) -> None:
-    with pytest.raises(StateError, match=OVERDUE):
-        BlockState.from_flat(
-            ("weight",), {READY: torch.ones(()), OVERDUE: debt}, torch.device("cpu")
-        )
+@pytest.mark.parametrize("code", [torch.tensor(16), torch.tensor(-1), torch.ones(3)])
+def test_an_overdue_code_out_of_range_is_refused(code: torch.Tensor) -> None:
+    with pytest.raises(StateError, match=OVERDUE_KEY):
+        BlockState.from_flat({READY_KEY: torch.ones(()), OVERDUE_KEY: code}, torch.device("cpu"))
 
 
 def test_curvature_without_the_word_whether_it_is_ready_is_damaged() -> None:
-    flat = BlockState(("weight",), {"A": RunningMean(torch.ones(2, 2), 3.0)}).flat()
-    del flat[READY]
-    with pytest.raises(StateError, match=f"damaged: it has curvature, but not '{READY}'"):
-        BlockState.from_flat(("weight",), flat, torch.device("cpu"))
+    flat = BlockState({"A": RunningMean(torch.ones(2, 2), 3.0)}).flat()
+    del flat[READY_KEY]
+    with pytest.raises(StateError, match=f"damaged: it has curvature, but not '{READY_KEY}'"):
+        BlockState.from_flat(flat, torch.device("cpu"))
 
 
 def test_measured_wants_data_and_allocated_does_not() -> None:
-    state = BlockState(("weight",))
+    state = BlockState()
     assert not state.measured
     assert not state.allocated
     state.factors = {
@@ -155,12 +151,12 @@ def test_measured_wants_data_and_allocated_does_not() -> None:
 
 
 def test_the_end_of_a_step_forgets_what_was_pending_only() -> None:
-    state = BlockState(("weight",), {"A": RunningMean(torch.ones(1), 1.0)})
+    state = BlockState({"A": RunningMean(torch.ones(1), 1.0)})
     state.pending["factor.A"] = Statistic(torch.ones(1), 1.0)
     state.seen = 2
-    state.bad.append(torch.tensor(True))
+    state.nonfinite.append(torch.tensor(True))
     state.clear_pending()
-    assert (state.pending, state.retained, state.seen, state.bad) == ({}, [], 0, [])
+    assert (state.pending, state.retained, state.seen, state.nonfinite) == ({}, [], 0, [])
     assert set(state.factors) == {"A"}
 
 
@@ -173,11 +169,13 @@ def test_a_saved_state_is_divided_by_owner() -> None:
         },
         "param_groups": [{"params": [0]}, {"params": [1]}],
     }
-    ours, theirs, step = split_entries(saved, [{"params": [first, second]}])
-    assert (ours, theirs, step) == ({id(first): {"kfactk.factor.A": 2}}, {0: {"exp_avg": 1}}, 5)
-    assert split_entries(
-        {"state": {}, "param_groups": [{"params": [0, 1]}]}, [{"params": [first, second]}]
-    ) == ({}, {}, 0)
+    found = SavedState.split(saved, [{"params": [first, second]}])
+    assert found.curvature == {id(first): {"kfactk.factor.A": 2}}
+    assert found.rule == {0: {"exp_avg": 1}}
+    assert found.step == 5
+    empty = {"state": {}, "param_groups": [{"params": [0, 1]}]}
+    nothing = SavedState.split(empty, [{"params": [first, second]}])
+    assert (nothing.curvature, nothing.rule, nothing.step) == ({}, {}, 0)
 
 
 def test_saved_groups_are_completed_or_refused() -> None:
@@ -203,9 +201,7 @@ def test_saved_groups_are_completed_or_refused() -> None:
 
 
 def test_a_mean_that_has_seen_nothing_leaves_nothing() -> None:
-    state = BlockState(
-        ("weight",), factors={"A": RunningMean(torch.ones(2), 1.0), "positions": RunningMean()}
-    )
+    state = BlockState(factors={"A": RunningMean(torch.ones(2), 1.0), "positions": RunningMean()})
     assert sorted(state.flat()) == [
         "kfactk.factor.A",
         "kfactk.factor.A.weight",
