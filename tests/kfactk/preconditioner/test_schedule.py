@@ -1,4 +1,4 @@
-"""When work is due: the periods alone, and whole runs against a reference worked out by hand."""
+"""When what is refreshed: the periods alone, and whole runs against steps done by hand."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from torch.nn import functional as F
 
 import kfactk
 from kfactk import Optimizer, OptionError, linalg
-from kfactk.options import number_at, period_at
 from kfactk.preconditioner.schedule import DueWork, UpdateSchedule, due_at
 from kfactk.testing import effort
 from kfactk.testing._support.truth import dense_kron, unvec, vec
@@ -25,7 +24,7 @@ F64 = torch.float64
 periods = st.integers(1, 12)
 
 
-# ------------------------------------------------------------------------------------- due, numbers
+# ------------------------------------------------------------------------------------ what is due
 
 
 @given(periods, periods, periods)
@@ -35,8 +34,8 @@ def test_everything_is_due_at_the_first_step(factors: int, scale: int, basis: in
 
 @settings(max_examples=effort(30))
 @given(periods, periods, periods)
-def test_periods_are_independent(factors: int, scale: int, basis: int) -> None:
-    """And a new basis measures its scale anew."""
+def test_each_period_is_on_its_own(factors: int, scale: int, basis: int) -> None:
+    """A new basis measures its scale anew."""
     for step in range(40):
         due = due_at(step, factors, scale, basis)
         assert due.factors == (step in range(0, 40, factors))
@@ -48,42 +47,11 @@ def test_a_period_may_be_a_function_of_the_step() -> None:
     def early_often(step: int) -> int:
         return 1 if step < 3 else 4
 
-    assert [step for step in range(14) if due_at(step, early_often, 100, 100).factors] == [
-        0,
-        1,
-        2,
-        4,
-        8,
-        12,
-    ]
+    due = [step for step in range(14) if due_at(step, early_often, 100, 100).factors]
+    assert due == [0, 1, 2, 4, 8, 12]
 
 
-@pytest.mark.parametrize("period", [0, -1, 2.5, "3", True, None, float("nan")])
-def test_a_period_that_is_no_number_of_steps_is_refused(period: Any) -> None:
-    with pytest.raises(OptionError, match=r"factor_every is .* a whole number of at least 1"):
-        due_at(0, period, 1, 1)
-    with pytest.raises(OptionError, match=r"basis_every is .* at step 7"):
-        period_at("basis_every", lambda step: period, 7)
-
-
-@pytest.mark.parametrize("number", [-0.1, 1.1, "x", True, None, float("nan")])
-def test_a_number_out_of_its_bounds_is_refused(number: Any) -> None:
-    with pytest.raises(OptionError, match=r"factor_decay is .* a finite number in \[0, 1\]"):
-        number_at("factor_decay", number, 0, high=1.0)
-    with pytest.raises(OptionError, match=r"factor_decay is .* at step 3"):
-        number_at("factor_decay", lambda step: number, 3, high=1.0)
-
-
-def test_numbers_may_be_functions_of_the_step() -> None:
-    assert number_at("damping", lambda step: 1 / (1 + step), 3) == 0.25
-    assert number_at("damping", 2, 3) == 2.0
-    with pytest.raises(
-        OptionError, match="damping is -1; it must be a finite number of at least 0"
-    ):
-        number_at("damping", -1, 0)
-
-
-# ------------------------------------------------------------------------------- the hand-run steps
+# ----------------------------------------------------------------------------- steps by hand
 
 
 def net() -> nn.Sequential:
@@ -104,16 +72,16 @@ def batches(count: int) -> list[tuple[Tensor, Tensor]]:
 
 @attrs.define(eq=False)
 class ByHand:
-    """One layer's history, and what follows from it: each mean is a weighted sum over the past.
+    """One layer's history. Every mean is a weighted sum over the whole past.
 
     Args:
         decay: epsilon.
         scale_decay: Decay of the scale's mean between changes of basis.
         past: Factors of the steps that measured them.
-        scale: The scale's mean, carried along when the basis changes.
-        weight: What the measured scales behind it weigh together.
+        scale: The scale's mean, carried into each new basis.
+        weight: Sum of the weights of the scales in that mean.
         vectors: Eigenvectors of the current basis.
-        block: The block that K-FAC's last refresh left.
+        block: The dense block of K-FAC's last refresh.
     """
 
     decay: float
@@ -131,7 +99,7 @@ class ByHand:
         )
 
     def change_basis(self, vectors: dict[str, Tensor]) -> None:
-        """Change the basis; the old scale goes along as the diagonal of its operator."""
+        """Take a new basis; the scale becomes the diagonal of its operator there."""
         for name, each in vectors.items():
             assert dense.is_eigenbasis(self.mean(name), each, 1e-9), name
         if self.scale is not None:
@@ -153,7 +121,7 @@ def due(every: Every, step: int) -> bool:
 
 
 @attrs.frozen
-class Periods:
+class Timetable:
     """The three periods and the damping."""
 
     factors: Every
@@ -165,11 +133,11 @@ class Periods:
         return self.damping(step) if callable(self.damping) else self.damping
 
 
-SCHEDULES = {
-    "factors 3, scale 4, basis 5": Periods(3, 4, 5),
-    "factors 4, scale 5, basis 3": Periods(4, 5, 3),
-    "factors 5, scale 3, basis 4": Periods(5, 3, 4),
-    "functions": Periods(
+TIMETABLES = {
+    "factors 3, scale 4, basis 5": Timetable(3, 4, 5),
+    "factors 4, scale 5, basis 3": Timetable(4, 5, 3),
+    "factors 5, scale 3, basis 4": Timetable(5, 3, 4),
+    "functions": Timetable(
         lambda step: 1 if step < 3 else 4,
         lambda step: 2 + step % 2,
         lambda step: 3 if step < 7 else 5,
@@ -188,14 +156,14 @@ COUNT, LR, DECAY = 13, 0.2, 0.8
 
 def block_by_hand(
     kind: str,
-    table: Periods,
+    table: Timetable,
     step: int,
     hand: ByHand,
     seen: dense.Seen,
     gradient: Tensor,
     decomposition: dict[str, dict[str, Tensor]],
 ) -> Tensor:
-    """What the layer's gradient is divided by at this step."""
+    """Return the dense block of a layer at this step."""
     examples = seen.inputs.shape[-3]
     if due(table.factors, step):
         hand.past.append(dense.factors(seen, "sud", examples))
@@ -217,13 +185,10 @@ def block_by_hand(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("name", TIMETABLES)
 def test_refreshes_happen_when_they_are_due_and_in_the_right_order(name: str, kind: str) -> None:
-    """Factors come first, then the basis, then the scale in the new basis on the same batch.
-
-    Every parameter is compared after each of many steps.
-    """
-    table, model = SCHEDULES[name], net()
+    """Factors, then the basis, then the scale in the new basis on the same batch."""
+    table, model = TIMETABLES[name], net()
     optimizer = kfactk.build(
         basis=KINDS[kind],
         fisher="exact",
@@ -293,10 +258,10 @@ def step_by_hand(
     return model
 
 
-def test_the_reference_can_tell_schedules_apart() -> None:
-    """The same run at another period ends elsewhere, so the comparison above sees the times."""
+def test_the_reference_tells_timetables_apart() -> None:
+    """The same run with another period ends elsewhere."""
     ends = []
-    for table in (Periods(3, 4, 5), Periods(4, 4, 5), Periods(3, 5, 5), Periods(3, 4, 6)):
+    for table in (Timetable(3, 4, 5), Timetable(4, 4, 5), Timetable(3, 5, 5), Timetable(3, 4, 6)):
         model = net()
         optimizer = kfactk.build(
             fisher="exact", update="sgd", clip="none", lr=LR, damping=0.05,
@@ -330,39 +295,22 @@ def test_a_group_keeps_its_own_damping_while_the_recipes_follows_its_function() 
         assert [group["damping"] for group in optimizer.param_groups] == [0.7, 0.5 / (1 + step)]
 
 
-def test_what_is_staggered_falls_on_steps_of_its_own() -> None:
+def test_staggered_work_has_steps_of_its_own() -> None:
     schedule = UpdateSchedule(4, 4, 12, stagger=True)
     for kind in ("factors", "scale"):
-        assert [
+        due = [
             [step for step in range(13) if getattr(schedule.due(step, part=part), kind)]
             for part in (0, 1)
-        ] == [
-            [0, 4, 8, 12],
-            [1, 5, 9],
         ]
+        assert due == [[0, 4, 8, 12], [1, 5, 9]]
     assert [step for step in range(13) if schedule.due(step).inputs] == [2, 6, 10]
     assert [step for step in range(13) if schedule.due(step, part=1).inputs] == [2, 6, 10]
-    assert [schedule.slot(step) for step in range(13)] == [
-        None,
-        None,
-        None,
-        0,
-        None,
-        None,
-        None,
-        1,
-        None,
-        None,
-        None,
-        2,
-        None,
-    ]
+    slots = {step: slot for step in range(13) if (slot := schedule.slot(step)) is not None}
+    assert slots == {3: 0, 7: 1, 11: 2}
     assert [step for step in range(35) if schedule.due(step, slot=1).basis] == [7, 19, 31]
     usual = UpdateSchedule(10, 10, 100, stagger=True)
-    slots = [usual.slot(step) for step in range(9)]
-    assert slots == [None, None, None, None, None, None, None, 0, 1], (
-        "until step 6 input factors are those of step 0"
-    )
+    # Until step 6 the input factors are those of step 0.
+    assert [usual.slot(step) for step in range(9)] == [*[None] * 7, 0, 1]
     assert [usual.slot(step) for step in (101, 102, 107)] == [66, 67, 0]
     together = UpdateSchedule(4, 4, 12)
     assert together.slots == 1
@@ -375,7 +323,7 @@ def test_the_early_period_doubles_with_the_age_of_the_run() -> None:
     assert due == [0, 10, 20, 30, 40, 60, 80, 120, 160, 240, 320, 400]
 
 
-def test_without_a_quiet_step_slots_fall_on_all_steps() -> None:
+def test_without_a_quiet_step_slots_lie_on_all_steps() -> None:
     schedule = UpdateSchedule(1, 2, 6, stagger=True)
     assert [schedule.slot(step) for step in range(7)] == [0, 1, 2, 3, 4, 5, 0]
 
@@ -386,7 +334,7 @@ def test_at_most_one_thing_is_due_in_a_step(factors: int, times: int, step: int)
     due, other = schedule.due(step), schedule.due(step, part=1)
     passes = [each.factors or each.scale for each in (due, other)]
     assert sum(passes) + due.inputs + (schedule.slot(step) is not None) <= 1
-    assert due.inputs == other.inputs, "input factors of all layers come together"
+    assert due.inputs == other.inputs, "input factors of all layers are due together"
 
 
 @given(
@@ -433,7 +381,7 @@ def test_slots_need_whole_numbers() -> None:
         kfactk.build(stagger="yes")  # type: ignore[arg-type]
 
 
-def test_layers_are_decomposed_in_their_slots_and_carry_their_scale_along() -> None:
+def test_layers_are_decomposed_in_their_slots_and_carry_their_scale() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(6, 9), nn.Tanh(), nn.Linear(9, 5), nn.Tanh(), nn.Linear(5, 3)
@@ -492,7 +440,7 @@ def test_layers_are_decomposed_in_their_slots_and_carry_their_scale_along() -> N
 
 
 def test_slots_and_parts_follow_what_is_trained() -> None:
-    """A resumed run divides layers as the uninterrupted one does."""
+    """A resumed run divides layers as the uninterrupted run does."""
     torch.manual_seed(0)
     data = [(torch.randn(12, 5, dtype=torch.float64), torch.randint(3, (12,))) for _ in range(16)]
 
