@@ -1,4 +1,4 @@
-"""What one rank makes of the placement's answer, against partitions written out; no processes."""
+"""What one rank reads from the placement's answer, against shares written out; no processes."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from torch import nn
 
 from kfactk import Assignment, Layer, PluginError, Share, StateError, Work, Workload
 from kfactk.preconditioner.placement import ALONE, BlockPlacement
+from kfactk.preconditioner.schedule import UpdateSchedule
+from kfactk.stages import Basis
+from kfactk_stages.basis.kfac import KfacInverse
 
 SHARES = {
     "conv": Share({"A": (0,), "G": (2,)}, (0, 2)),
@@ -56,41 +59,45 @@ class FakeRanks:
         self.groups.append({group for group in groups if 1 < len(group) < self.size})
 
 
-class FakeBlocks:
-    """Knows the matrices of every layer."""
+@attrs.frozen(eq=False)
+class FakeBlock:
+    """Has the same two matrices, whatever its name."""
 
-    basis = attrs.make_class("Basis", {"requires": attrs.field(default=frozenset({"A", "G"}))})()
+    name: str
+    basis: Basis = attrs.field(factory=KfacInverse)
+    sampled: bool = False
 
-    def work(self, layer: Layer) -> Work:
-        return Work(layer.name, {"A": (3, 3), "G": (2, 2)}, (2, 3))
+    @property
+    def layer(self) -> Layer:
+        return Layer(self.name, nn.Linear(2, 2), ("weight", "bias"))
+
+    def work(self) -> Work:
+        return Work(self.name, {"A": (3, 3), "G": (2, 2)}, (2, 3))
 
 
-def layers(*names: str) -> list[Layer]:
-    return [Layer(name, nn.Linear(2, 2), ("weight", "bias")) for name in names]
+def blocks(*names: str) -> list[Any]:
+    return [FakeBlock(name) for name in names]
 
 
-def places(
+def placed(
     ranks: FakeRanks, placement: Any = None, names: Sequence[str] = tuple(SHARES)
 ) -> BlockPlacement:
-    found = BlockPlacement(placement or Given(), ranks, FakeBlocks(), Workload)  # type: ignore[arg-type]
-    found.extend(layers(*names))
+    schedule = UpdateSchedule(1, 1, 1)
+    found = BlockPlacement(placement or Given(), ranks, schedule)  # type: ignore[arg-type]
+    found.extend(blocks(*names))
     return found
 
 
 def test_who_does_what_is_read_off_the_shares() -> None:
-    two = places(FakeRanks(2))
+    two = placed(FakeRanks(2))
     assert two.factor_workers("conv", "A") == (0,)
     assert two.factor_workers("conv", "G") == (2,)
-    assert two.factor_workers("conv", "of both") == (
-        0,
-        2,
-    )  # a statistic that is no matrix goes to all that decompose
+    # A factor that is no matrix goes to all ranks that decompose.
+    assert two.factor_workers("conv", "of both") == (0, 2)
     assert [
         two.wanted(key) for key in ("factor.G|conv", "factor.other|conv", "moment.scale|fc")
     ] == [(2,), (0, 2), (1,)]
-    assert two.decomposed_here("conv") == {"G"}
-    assert two.decomposed_here("fc") == frozenset()
-    assert two.decomposed_here("all") == {"A", "G"}
+    assert [two.decomposed_here(block) for block in blocks(*SHARES)] == [{"G"}, set(), {"A", "G"}]
     assert [two.holds(name) for name in SHARES] == [True, False, True]
     assert [two.everywhere(name) for name in SHARES] == [False, False, True]
     assert [two.divided(name) for name in SHARES] == [True, True, False]
@@ -98,11 +105,10 @@ def test_who_does_what_is_read_off_the_shares() -> None:
     assert (two.shapes("fc"), two.gradient("fc")) == ({"A": (3, 3), "G": (2, 2)}, (2, 3))
 
 
-def test_each_rank_outside_hears_from_one_holder() -> None:
-    zero = places(FakeRanks(0))
-    assert zero.receivers(SHARES["conv"], 0) == (
-        0,
-    )  # ranks 1 and 3 ask number 1 modulo 2 of the holders
+def test_each_other_rank_receives_from_one_gradient_worker() -> None:
+    zero = placed(FakeRanks(0))
+    # Ranks 1 and 3 receive from number 1 modulo 2 of the gradient workers.
+    assert zero.receivers(SHARES["conv"], 0) == (0,)
     assert zero.receivers(SHARES["conv"], 2) == (1, 2, 3)
     assert zero.receivers(SHARES["fc"], 1) == (0, 1, 2, 3)
     assert zero.receivers(SHARES["all"], 3) == (3,)
@@ -113,12 +119,8 @@ def test_each_rank_outside_hears_from_one_holder() -> None:
     [
         ("conv", True, False, {"A": (0, (0, 2)), "G": (2, (0, 2))}),
         ("conv", True, True, {"A": (0, (0, 1, 2, 3)), "G": (2, (0, 1, 2, 3))}),
-        (
-            "conv",
-            False,
-            True,
-            {"A": (0, (0, 1, 3)), "G": (0, (0, 1, 3))},
-        ),  # from the first holder to those that hold nothing
+        # From the first gradient worker to the ranks that are none.
+        ("conv", False, True, {"A": (0, (0, 1, 3)), "G": (0, (0, 1, 3))}),
         ("fc", True, False, {"A": (3, (1, 3)), "G": (3, (1, 3))}),
         ("fc", False, True, {"A": (1, (0, 1, 2, 3)), "G": (1, (0, 1, 2, 3))}),
         ("all", True, True, {}),
@@ -130,7 +132,7 @@ def test_routes_of_decompositions(
 ) -> None:
     for rank in range(4):
         assert (
-            places(FakeRanks(rank)).routes(layer, refreshed=refreshed, visiting=visiting)
+            placed(FakeRanks(rank)).routes(layer, refreshed=refreshed, visiting=visiting)
             == expected
         )
 
@@ -138,7 +140,7 @@ def test_routes_of_decompositions(
 def test_groups_are_made_for_every_route() -> None:
     for rank in range(4):
         ranks = FakeRanks(rank)
-        found = places(ranks)
+        found = placed(ranks)
         [made] = ranks.groups
         assert made == {(0, 2), (1, 2, 3), (1, 3), (0, 1, 3)}
         for layer in SHARES:
@@ -149,11 +151,11 @@ def test_groups_are_made_for_every_route() -> None:
 
 def test_layers_that_appear_later_are_added() -> None:
     ranks = FakeRanks(1)
-    found = places(ranks, names=["conv"])
+    found = placed(ranks, names=["conv"])
     first = found.assignment
-    found.extend(layers("conv"))
+    found.extend(blocks("conv"))
     assert found.assignment is first
-    found.extend(layers("conv", "fc"))
+    found.extend(blocks("conv", "fc"))
     assert (list(found.assignment.shares), found.assignment.reason) == (["conv", "fc"], "1 layers")
     assert ranks.groups == [{(0, 2), (1, 2, 3), (0, 1, 3)}, {(1, 3)}]
     assert found.summary() == {
@@ -161,12 +163,31 @@ def test_layers_that_appear_later_are_added() -> None:
     }
 
 
-def test_alone_nobody_is_asked() -> None:
-    found = places(FakeRanks(0, 1), Failing())
+def test_places_follow_layers_to_their_new_names() -> None:
+    found = placed(FakeRanks(1), names=["conv", "fc"])
+    found.rename({"conv": "fc", "fc": "conv"})
+    assert (found.share("fc"), found.share("conv")) == (SHARES["conv"], SHARES["fc"])
+    found.rename({"fc": "conv"})
+    assert found.share("conv") == SHARES["conv"]
+    assert not found.knows("fc"), "no layer has this name any more"
+
+
+def test_the_place_of_a_replaced_layer_is_forgotten() -> None:
+    ranks = FakeRanks(1)
+    found = placed(ranks)
+    found.forget("conv")
+    assert [found.knows(name) for name in SHARES] == [False, True, True]
+    assert not found.everywhere("conv"), "a new layer has no place yet"
+    found.extend(blocks(*SHARES))
+    assert found.share("conv") == SHARES["conv"]
+
+
+def test_a_single_process_asks_no_placement() -> None:
+    found = placed(FakeRanks(0, 1), Failing())
     assert found.assignment is ALONE
     assert found.summary() == {}
     assert found.factor_workers("x", "A") == found.gradient_workers("x") == (0,)
-    assert found.decomposed_here("x") == {"A", "G"}
+    assert found.decomposed_here(blocks("x")[0]) == {"A", "G"}
     assert (found.holds("x"), found.everywhere("x"), found.divided("x"), found.apart("x")) == (
         True,
         True,
@@ -178,7 +199,7 @@ def test_alone_nobody_is_asked() -> None:
 
 def test_ranks_that_disagree_are_refused() -> None:
     with pytest.raises(StateError, match="ranks disagree on the layers of the model"):
-        places(FakeRanks(0, agree=False))
+        placed(FakeRanks(0, agree=False))
 
 
 @attrs.define
@@ -195,13 +216,13 @@ class Unlike(FakeRanks):
 def test_answers_that_differ_between_ranks_are_refused() -> None:
     with pytest.raises(
         PluginError,
-        match=r"placement .*:Given divided the same work otherwise on another rank.*same options",
+        match=r"placement .*:Given divided the same work differently on another rank.*same options",
     ):
-        places(Unlike(0))
+        placed(Unlike(0))
     ranks = Unlike(0)
     with pytest.raises(
         PluginError,
         match=r"placement .*:Failing failed dividing the work \(ZeroDivisionError: no ranks\)",
     ):
-        places(ranks, Failing())
+        placed(ranks, Failing())
     assert ranks.asked == 2  # so that no other rank waits for it
