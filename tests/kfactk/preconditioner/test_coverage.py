@@ -8,11 +8,19 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
 from kfactk.preconditioner.coverage import Coverage, ModelSurvey, Row
+from kfactk.preconditioner.rules import BlockRule
+from kfactk_stages.basis.ekfac import Ekfac
 from kfactk_stages.curvature.conv_kfac import ConvKfac
+
+RULE = BlockRule(ConvKfac(), Ekfac())
+
+
+def ids(*parameters: nn.Parameter) -> set[int]:
+    return {id(parameter) for parameter in parameters}
 
 
 def coverage(model: nn.Module) -> Coverage:
-    return ModelSurvey(model, ConvKfac()).coverage(lambda parameter: True)
+    return ModelSurvey(model, [RULE]).coverage(ids(*model.parameters()))
 
 
 def reasons(model: nn.Module) -> dict[str, str]:
@@ -107,18 +115,16 @@ def test_reasons_that_readers_need() -> None:
 
 def test_what_is_trained_is_asked_anew() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
-    survey = ModelSurvey(model, ConvKfac())
-    assert [layer.name for layer in survey.layers(lambda parameter: True)] == ["0", "1"]
+    survey, everything = ModelSurvey(model, [RULE]), ids(*model.parameters())
+    assert [layer.name for layer, _ in survey.layers(everything)] == ["0", "1"]
     model[0].weight.requires_grad_(False)
     model[1].bias.requires_grad_(False)
-    assert [(layer.name, layer.parameters) for layer in survey.layers(lambda parameter: True)] == [
-        ("1", ("weight",))
-    ]
-    assert survey.layers(lambda parameter: False) == []
-    table = survey.coverage(lambda parameter: parameter is model[1].weight)
-    assert {row.parameter: row.reason for row in table}[
-        "0.bias"
-    ] == "not among the optimizer's parameters"
+    [(layer, rule)] = survey.layers(everything)
+    assert (layer.name, layer.parameters, rule) == ("1", ("weight",), RULE)
+    assert survey.layers(ids()) == []
+    table = survey.coverage(ids(model[1].weight))
+    reason = {row.parameter: row.reason for row in table}["0.bias"]
+    assert reason == "not among the optimizer's parameters"
     assert table.plain == ()
 
 

@@ -1,4 +1,4 @@
-"""The flow through the public interface against dense float64 algebra: the first step, and what faults do to it."""
+"""Steps through the public interface, against dense float64 algebra: the first one, and faults."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ DRAWN = torch.tensor([1, 1, 0, 2, 2, 0])
 
 
 class ConvNet(nn.Module):
-    """A convolution, a grouped one without bias, a linear layer over two tokens and one over all, and a norm for plain parameters."""
+    """Convolutions, one grouped without bias; linear layers, one over two tokens; perhaps a norm.
+
+    The norm's parameters have no block.
+    """
 
     def __init__(self, norm: bool) -> None:
         super().__init__()
@@ -178,7 +181,10 @@ def test_a_clip_that_does_not_bind_changes_nothing(clip: str) -> None:
 
 
 def test_groups_have_their_own_lr_damping_and_weight_decay() -> None:
-    """A block's damping is its weight's group's; the KL clip weighs every parameter with its own learning rate."""
+    """A block has the damping of its weight's group.
+
+    The KL clip weighs every parameter with its own learning rate.
+    """
     prob, what = problem("exact", True), seen("conv_kfac", "exact", True)
     own = {"hidden.weight": (0.2, 0.5, 0.0), "hidden.bias": (0.4, 7.0, 0.3)}
 
@@ -256,7 +262,7 @@ def small(seed: int = 0, outputs: int = 3) -> nn.Sequential:
 
 
 def train(model: nn.Module, optimizer: Optimizer, batches: list[Tensor]) -> None:
-    """One step over these micro-batches; those that are not finite leave no gradient, as a careful loop would have it."""
+    """Take one step over these micro-batches; those whose loss is not finite leave no gradient."""
     optimizer.zero_grad()
     for x in batches:
         loss = F.cross_entropy(model(x), torch.arange(len(x)) % 3)
@@ -401,7 +407,7 @@ def test_a_failed_decomposition_leaves_the_last_good_one(monkeypatch: pytest.Mon
     }
     monkeypatch.setattr(Failing, "works", False)
     with pytest.warns(
-        KfactkWarning, match="it would not decompose; the last good decomposition is kept"
+        KfactkWarning, match="it would not decompose; the last good decomposition stays in use"
     ):
         train(model, optimizer, [torch.randn(6, 4, dtype=F64)])
     assert optimizer.counters["failed_decompositions"] == 2
@@ -418,7 +424,9 @@ def test_without_any_decomposition_the_plain_gradient_is_used(
     monkeypatch.setattr(Failing, "works", False)
     model, x = small(), torch.randn(6, 4, dtype=F64)
     optimizer = kfactk.build(**EVERY_STEP, basis=Failing(), update="sgd", clip="none").bind(model)
-    with pytest.warns(KfactkWarning, match="its plain gradient is used until the next one"):
+    with pytest.warns(
+        KfactkWarning, match="its plain gradient is used until the next decomposition"
+    ):
         train(model, optimizer, [x])
     reference = small()
     F.cross_entropy(reference(x), torch.arange(6) % 3).backward()

@@ -114,7 +114,7 @@ def net() -> nn.Sequential:
 def trained(
     rank: int, ranks: int, recipe: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, int], list[str]]:
-    """Parameters after some steps with the rank's part of each batch, the counters, and what was warned of."""
+    """Return parameters, counters and warnings of some steps on the rank's part of each batch."""
     model = net()
     wrapped = DistributedDataParallel(model) if dist.is_initialized() else model
     options = {"fisher": "exact", "clip": "none", "update": "sgd", "lr": 0.1, "damping": 0.05}
@@ -149,7 +149,10 @@ def trained(
 def test_a_matrix_that_cannot_be_decomposed_leaves_its_layer_as_it_was_everywhere(
     basis: type[Refusing], at: tuple[int, ...], ranks: int, placement: Any
 ) -> None:
-    """Where it fails on the one rank that decomposes it, all do what one process does: keep the last good one, or go without."""
+    """Where it fails on the one rank that decomposes it, all ranks do what one process does.
+
+    They keep the last good decomposition, or use the plain gradient.
+    """
     truth, counters, told = trained(0, 1, {"basis": basis(at=at)})
     assert counters == {"skipped_batches": 0, "failed_decompositions": len(at)}
     found = shared_workers().run(
