@@ -1,8 +1,8 @@
-"""Factors of inputs alone, which staggered steps take without a Fisher pass."""
+"""Factors made of inputs alone, which staggered steps take without a Fisher pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,9 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import kfactk
-from kfactk.preconditioner.block import makes_operator, parts_factors
-from kfactk_stages.basis.ekfac import Ekfac
+from kfactk import Layer, Samples, Statistic
 from kfactk_stages.curvature.kfac import Kfac
 from tests.kfactk.small import F64, batch, bound, net, train
 
@@ -27,7 +25,7 @@ STAGGERED: dict[str, Any] = {
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many inputs each call of `torch.autograd.grad` had."""
+    """The number of inputs of each call of `torch.autograd.grad`."""
     made: list[int] = []
     grad = torch.autograd.grad
 
@@ -40,7 +38,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def rows(model: nn.Sequential, x: Tensor) -> dict[str, Tensor]:
-    """Each layer's inputs, with the bias' one."""
+    """The inputs of each layer, with the bias column."""
     seen = {"0": x, "2": model[:2](x).detach()}
     return {
         name: torch.cat([each, torch.ones(len(each), 1, dtype=F64)], 1)
@@ -58,12 +56,8 @@ def test_input_factors_come_between_passes_and_without_one(passes: list[int]) ->
         moments = {name: a.T @ a / len(a) for name, a in rows(model, x).items()}
         passes.clear()
         train(optimizer, model, (x, y))
-        wanted = step in (
-            0,
-            1,
-            4,
-            5,
-        )  # all at 0; the later layer's first scale at 1, and the earlier layer's part at 1 and 5
+        # All at 0; the later layer's first scale at 1, the earlier layer's part at 1 and 5.
+        wanted = step in (0, 1, 4, 5)
         assert passes == ([1] if wanted else []), f"Fisher passes to {passes} at step {step}"
         if step == 0:
             expected = moments
@@ -83,7 +77,7 @@ def test_input_factors_come_between_passes_and_without_one(passes: list[int]) ->
 
 
 class Detour(nn.Module):
-    """A layer used twice, once for nothing."""
+    """A layer called twice; the first call leads nowhere."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +89,7 @@ class Detour(nn.Module):
         return out
 
 
-def test_a_use_that_leads_nowhere_is_not_counted() -> None:
+def test_a_call_that_leads_nowhere_is_not_counted() -> None:
     torch.manual_seed(0)
     model = Detour()
     optimizer = bound(model, **{**STAGGERED, "factor_decay": 0.0})
@@ -128,8 +122,8 @@ def test_micro_batches_add_up() -> None:
                 )
 
 
-def test_what_is_owed_without_gradients_is_saved_and_taken_later() -> None:
-    """A layer that did not run when its inputs were due gives them at the next forward, after a resume too."""
+def test_input_factors_that_are_overdue_are_saved_and_taken_later() -> None:
+    """A layer that did not run when they were due gives them when it runs, resumed or not."""
     torch.manual_seed(0)
     model = nn.ModuleDict({"a": nn.Linear(4, 3), "b": nn.Linear(4, 3)}).double()
 
@@ -157,58 +151,39 @@ def test_what_is_owed_without_gradients_is_saved_and_taken_later() -> None:
     torch.testing.assert_close(optimizer.layers["parts.a"].factors["A"], a.T @ a / 6)
 
 
-@pytest.mark.parametrize(
-    ("members", "parted"),
-    [
-        ({}, True),
-        ({"factors": Kfac.factors}, False),
-        ({"factors": Kfac.factors, "input_factors": Kfac.input_factors}, False),
-        (
-            {
-                name: getattr(Kfac, name)
-                for name in ("factors", "input_factors", "gradient_factors")
-            },
-            True,
-        ),
-    ],
-)
-def test_a_subclass_with_factors_of_its_own_is_not_parted_behind_its_back(
-    members: dict[str, Callable[..., Any]], parted: bool
-) -> None:
-    curvature = type("Mine", (Kfac,), members)()
-    assert parts_factors(curvature) is parted
+class Whole(Kfac):
+    """Makes all its factors with the gradients."""
+
+    def input_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
+        return {}
+
+    def gradient_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
+        found = super().input_factors(layer, samples)
+        return {**found, **super().gradient_factors(layer, samples)}
 
 
-def test_a_subclass_with_a_preconditioner_of_its_own_has_no_operator() -> None:
-    assert makes_operator(Ekfac())
-    assert not makes_operator(type("Mine", (Ekfac,), {"precondition": Ekfac.precondition})())
-
-
-def test_a_curvature_that_does_not_part_its_factors_takes_all_with_the_gradients(
+def test_a_curvature_without_input_factors_takes_all_with_the_gradients(
     passes: list[int],
 ) -> None:
     torch.manual_seed(0)
     model = net()
-    optimizer = bound(
-        model,
-        **STAGGERED,
-        curvature=type("Whole", (Kfac,), {"factors": Kfac.factors})(),
-        fisher="mc",
-    )
+    optimizer = bound(model, **STAGGERED, curvature=Whole(), fisher="mc")
     seen = []
     for _ in range(6):
         passes.clear()
         before = [view.factors.get("A") for view in optimizer.layers.values()]
         train(optimizer, model, batch())
         after = [view.factors["A"] for view in optimizer.layers.values()]
-        changed = any(
-            old is None or not torch.equal(old, new) for old, new in zip(before, after, strict=True)
-        )
-        seen.append((len(passes), changed))
+        seen.append((len(passes), differ(before, after)))
     assert seen == [(1, True), (1, True), (0, False), (0, False), (1, True), (1, True)]
 
 
-def test_a_listening_fisher_takes_inputs_with_the_users_backward() -> None:
+def differ(before: Sequence[Tensor | None], after: Sequence[Tensor]) -> bool:
+    pairs = zip(before, after, strict=True)
+    return any(old is None or not torch.equal(old, new) for old, new in pairs)
+
+
+def test_a_fisher_that_listens_takes_inputs_with_the_users_backward() -> None:
     torch.manual_seed(0)
     model = net()
     optimizer = bound(model, **{**STAGGERED, "factor_decay": 0.0}, fisher="empirical")
@@ -221,12 +196,8 @@ def test_a_listening_fisher_takes_inputs_with_the_users_backward() -> None:
         torch.testing.assert_close(view.factors["A"], a[name].T @ a[name] / 6)
 
 
-def test_the_recipe_is_the_same_with_kfactk_build() -> None:
-    assert kfactk.build(stagger=True).schedule.due(6).inputs
-
-
 class Watched(torch.autograd.Function):
-    """The identity, which notes when a backward passes it."""
+    """The identity; it counts the backward passes through it."""
 
     passed = 0
 
@@ -246,7 +217,7 @@ class Gate(nn.Module):
         return found
 
 
-def test_the_pass_of_the_later_layers_goes_no_deeper() -> None:
+def test_the_pass_of_the_layers_near_the_output_goes_no_deeper() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(
         nn.Linear(4, 5), Gate(), nn.Linear(5, 6), Gate(), nn.Linear(6, 3)
