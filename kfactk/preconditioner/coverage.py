@@ -212,7 +212,9 @@ class ModelSurvey:
                 sites, reason = self._sites(name, module, rule, owners)
             if rule is not None and not reason and module not in taken:
                 taken.update(sites)
-                for part, parameters in rule.curvature.parts(module).items():
+                with attribute_errors("curvature", rule.curvature, f"on module {name!r}"):
+                    parts = rule.curvature.parts(module)
+                for part, parameters in parts.items():
                     label = f"{name}[{part}]" if part else name
                     shapes = {key: module._parameters[key].shape for key in parameters}
                     candidates.append(Candidate(label, module, part, shapes, sites, rule))
@@ -263,7 +265,9 @@ class ModelSurvey:
         for other_name, other, _ in others:
             if self._rule_for(other_name, other)[0] is not rule:
                 return (module,), tied
-            if not rule.curvature.same_call(module, other):
+            with attribute_errors("curvature", rule.curvature, f"on module {name!r}"):
+                same = rule.curvature.same_call(module, other)
+            if not same:
                 return (module,), f"{tied}, of a module with other settings"
         order = {id(each): place for place, each in enumerate(self.model.modules())}
         return tuple(sorted(sites, key=lambda site: order[id(site)])), ""
