@@ -35,12 +35,8 @@ STAGES: dict[str, list[Any]] = {
     "tracker": [None],
 }
 """Stages of ours which together are asked for all that their family's protocol has."""
-UNASKED = {
-    "tracker": {"flush"},
-    "placement": {"assign"},
-    "curvature": {"factors", "parts", "same_call"},
-}
-"""Methods for users to call, or called on several ranks or tied modules only, or not replaced."""
+UNASKED = {"tracker": {"flush"}, "placement": {"assign"}, "curvature": {"factors"}}
+"""Methods for users to call, or called on several ranks only, or that no stage replaces."""
 RAW = ("update", "placement")
 """Families whose errors keep their kind, for callers know torch's own. Notes name the stage."""
 
@@ -134,6 +130,13 @@ class Life:
     def bind(self) -> None:
         self.optimizer = kfactk.build(**self.recipe).bind(self.model)
 
+    def survey(self) -> None:
+        """Ask for the coverage of tied modules."""
+        tied = net()
+        tied.append(nn.Linear(5, 3).double())
+        tied[3].weight, tied[3].bias = tied[2].weight, tied[2].bias
+        assert kfactk.build(**self.recipe).coverage(tied).rows
+
     def step(self, number: int) -> Callable[[], None]:
         return lambda: train(self.optimizer, self.model, batches(3)[number]) and None
 
@@ -162,6 +165,7 @@ class Life:
 
     def parts(self) -> list[Callable[[], None]]:
         return [
+            self.survey,
             self.bind,
             self.step(0),
             self.step(1),
