@@ -136,7 +136,7 @@ class BlockView:
             )
         if rank not in common:
             raise KfactkError(
-                f"the {what} of {layer} are not on this rank, {rank} ({where}). Ask on rank "
+                f"this rank, {rank}, does not have the {what} of {layer} ({where}). Ask on rank "
                 f"{', '.join(map(str, common))}, or use placement='replicated'."
             )
 
