@@ -176,7 +176,8 @@ def stranger(session: nox.Session, folder: Path, name: str, stages: tuple[str, .
                 session.log(listed)
                 if f"from {name} {version}" not in listed:
                     session.error(
-                        f"`kfactk stages --family {family}` lists nothing from {name} {version}, which is installed"
+                        f"`kfactk stages --family {family}` lists nothing from {name} {version}, "
+                        "which is installed"
                     )
     finally:
         session.run(*pip, "uninstall", "--quiet", "--yes", name)

@@ -1,4 +1,4 @@
-"""Distributions with plugins, made on the spot: modules and metadata in a folder, as an installer would leave them."""
+"""Distributions with plugins: modules and metadata in a folder, as an installer leaves them."""
 
 import importlib.metadata
 import sys
@@ -23,7 +23,8 @@ class Site:
 
     def module(self, name: str, source: str) -> None:
         """Write an importable module; `hookimpl` and `attrs` are imported for it."""
-        header = "from __future__ import annotations\nimport attrs\nfrom kfactk.registry.hookspecs import hookimpl\n"
+        header = "from __future__ import annotations\nimport attrs\n"
+        header += "from kfactk.registry.hookspecs import hookimpl\n"
         (self.folder / f"{name}.py").write_text(header + textwrap.dedent(source))
         self.modules.append(name)
 

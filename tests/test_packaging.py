@@ -1,4 +1,4 @@
-"""What a user installs: one wheel with both packages, found by an interpreter that knows nothing of the checkout."""
+"""What a user installs: one wheel with both packages, found outside the checkout."""
 
 import email
 import json
@@ -113,7 +113,7 @@ def test_building_needs_no_torch() -> None:
 
 
 def test_an_installed_wheel_lists_the_first_party_stages(wheel: Path, tmp_path: Path) -> None:
-    """Installed alone into a fresh environment that borrows our dependencies, and run outside the checkout."""
+    """The wheel runs outside the checkout, in a fresh environment with our dependencies."""
     venv.create(tmp_path / "env", with_pip=False, symlinks=True)
     python = tmp_path / "env" / ("Scripts/python.exe" if sys.platform == "win32" else "bin/python")
     run(
@@ -138,7 +138,7 @@ def test_an_installed_wheel_lists_the_first_party_stages(wheel: Path, tmp_path: 
             cwd=tmp_path,
         ).strip()
     )
-    # A path line adds packages, not the .pth files among them: the checkout's editable install stays out of sight.
+    # A path line adds packages but not their .pth files: the editable install stays hidden.
     (site / "borrowed.pth").write_text(
         sysconfig.get_path("purelib") + "\n" + sysconfig.get_path("platlib") + "\n"
     )

@@ -1,4 +1,4 @@
-"""The loop for many processes, as torchrun runs it: it learns, and goes on with another number of them."""
+"""The loop for many processes under torchrun: it learns, and resumes on another number of them."""
 
 import re
 from pathlib import Path

@@ -259,7 +259,8 @@ class SaysNothing(Poisson):
             Warm,
             PoissonLaws,
             DRAWS,
-            r"draws do not follow the .* of 200000 draws have values of probability .* fewer than 1e-09 of all cases",
+            r"draws do not follow the .* of 200000 draws have values of probability .* "
+            r"fewer than 1e-09 of all cases",
         ),
         (Rounded, PoissonLaws, DRAWS, r"sampler drew \d+\.5, which the distribution does not give"),
         (SharedByTerms, ScaledLaws, DRAWS, "the terms of one example are not drawn independently"),

@@ -189,7 +189,8 @@ class Hashing(Right):
         (
             Turning(),
             ARGUMENTS,
-            "(asked again, it|another object of the same options) divides the same work differently",
+            "(asked again, it|another object of the same options) "
+            "divides the same work differently",
         ),
         (
             Numbered,

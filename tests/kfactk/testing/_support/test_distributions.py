@@ -114,7 +114,7 @@ def test_drawn_targets_leave_the_global_random_state_alone() -> None:
 
 
 def test_false_alarms_are_as_rare_as_stated() -> None:
-    """Chernoff's bound at a false alarm of 1/10, on 400 samples of 50 draws of 3 values: the share of alarms is below it."""
+    """Alarms on 400 samples of 50 draws of 3 values are rarer than Chernoff's bound of 1/10."""
     p = torch.tensor([0.7, 0.29, 0.01])
     generator = torch.Generator().manual_seed(0)
     draws = torch.multinomial(p.expand(400, 3), 50, replacement=True, generator=generator)
