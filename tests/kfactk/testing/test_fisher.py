@@ -96,7 +96,7 @@ def exact(
 def signs(
     view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
 ) -> Losses:
-    """The root's columns with random signs: no target is drawn, and the mean is the Fisher matrix."""
+    """The root's columns with random signs: no target drawn, and the mean is the Fisher matrix."""
     total = torch.zeros_like(view)
     for column in likelihood.root(view):
         flips = 2.0 * torch.randint(2, view.shape[:2], generator=generator) - 1

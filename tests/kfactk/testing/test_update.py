@@ -36,7 +36,7 @@ class TestRprop(UpdateLaws):
 
 
 class Plain(torch.optim.Optimizer):
-    """A sound rule, `theta <- theta - mu m` with m the running mean of gradients; others break it."""
+    """A rule, `theta <- theta - mu m` with m the running mean of gradients; others change it."""
 
     def __init__(self, params: Any, lr: float, weight_decay: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
