@@ -23,6 +23,15 @@ MADE_FROM = ("pyproject.toml", "noxfile.py", "kfactk/_version.py")
 WORKERS = str(min(os.cpu_count() or 1, 8))
 THOROUGH = "--thorough"
 FAMILIES = ("curvature", "basis", "fisher", "likelihood", "clip", "update", "placement", "tracker")
+WRITE_PLUGINS = """
+import sys
+from kfactk.__main__ import main
+folder, *families = sys.argv[1:]
+for family in families:
+    name = f"kfactk-my-{family}"
+    if main(["new-plugin", name, "--stage", family, "--directory", folder]):
+        sys.exit(f"new-plugin failed for {family}")
+"""
 PATIENCE = 30.0  # seconds an interrupted experiment has to save what it did
 
 
@@ -56,14 +65,15 @@ def env(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run all tests and doctests with branch coverage, then `lint`.
 
-    `-- --thorough` draws twenty times as many examples. Other arguments go to pytest. With either,
-    coverage is not measured.
+    `-- --thorough` draws twenty times as many examples of laws, and runs all cases of wide
+    parametrizations in place of a sample. Other arguments go to pytest. With either, coverage is
+    not measured.
     """
     given = [argument for argument in session.posargs if argument != THOROUGH]
     if not given:
         session.notify("lint")
     profile = "thorough" if THOROUGH in session.posargs else "quick"
-    arguments = given or ["-n", WORKERS, "--dist", "loadgroup"]
+    arguments = given or ["-n", WORKERS, "--dist", "loadgroup", "--durations=25"]
     variables = {
         "OMP_NUM_THREADS": "1",
         "KFACTK_LAWS": profile,
@@ -114,16 +124,7 @@ def plugins(session: nox.Session) -> None:
         stranger(session, Path(folder), "kfactk-diagonal", stages=("curvature", "basis"))
         written = Path(folder) / "written"
         written.mkdir()
-        for family in FAMILIES:
-            named = (
-                "new-plugin",
-                f"kfactk-my-{family}",
-                "--stage",
-                family,
-                "--directory",
-                str(written),
-            )
-            session.run(python(session), "-m", "kfactk", *named, silent=True)
+        session.run(python(session), "-c", WRITE_PLUGINS, str(written), *FAMILIES, silent=True)
         sources = [
             str(path)
             for place in (written, ROOT / "plugins" / "kfactk-diagonal")

@@ -94,7 +94,7 @@ def _named(owner: type[Laws], name: str) -> st.SearchStrategy[Any]:
 
 
 def law(
-    examples: int = 25, **drawn: st.SearchStrategy[Any] | str
+    examples: int = 15, **drawn: st.SearchStrategy[Any] | str
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Mark a method as a law.
 
