@@ -1,4 +1,4 @@
-"""A profile divides steps among the stages that ran in them, without remainder, and costs nothing where there is none."""
+"""A profile divides steps among stages without remainder; without a profile it costs nothing."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ def nonzero(seconds: Mapping[str, float]) -> dict[str, float]:
     return {stage: taken for stage, taken in seconds.items() if taken}
 
 
-Blocks = st.recursive(
+NESTED = st.recursive(
     st.just([]),
     lambda inner: st.lists(
         st.tuples(st.sampled_from(sorted(STAGES)), st.integers(0, 9), inner), max_size=3
@@ -119,9 +119,12 @@ Blocks = st.recursive(
 )
 
 
-@given(st.lists(st.tuples(st.integers(0, 9), Blocks, st.integers(0, 9), Blocks), max_size=4))
+@given(st.lists(st.tuples(st.integers(0, 9), NESTED, st.integers(0, 9), NESTED), max_size=4))
 def test_the_sum_is_the_whole_however_stages_are_nested(steps: list[Any]) -> None:
-    """Against an account kept beside: each second belongs to the innermost block that is open, or to the loop, or to `step()`."""
+    """Each second counts for the innermost open stage, for the loop, or for `step()`.
+
+    The truth is an account that is kept beside.
+    """
     clock, account = Clock(), dict.fromkeys([*STAGES, "model", "rest"], 0.0)
 
     def run(blocks: Any) -> None:
