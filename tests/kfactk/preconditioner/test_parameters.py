@@ -1,4 +1,4 @@
-"""Which parameter is meant, where one process can tell; under `fully_shard` the tests are in `test_fully_sharded_loop`."""
+"""Which parameter is meant, in one process; for `fully_shard` see `test_fully_sharded_loop`."""
 
 from __future__ import annotations
 
@@ -55,36 +55,36 @@ def test_a_parameter_that_the_user_replaces_is_not_followed() -> None:
     )
 
 
-def test_a_layer_that_is_not_initialised_yet_has_no_form_to_compare() -> None:
+def test_a_lazy_layer_has_no_shape_to_compare() -> None:
     model = nn.Sequential(nn.LazyLinear(3))
-    originals = ParameterTracker(model)
+    tracker = ParameterTracker(model)
     model(torch.ones(2, 4))
-    assert originals.look() == []
-    assert originals.at(model[0], "weight") is model[0].weight
-    assert originals.at(model[0], "gain") is None
+    assert tracker.look() == []
+    assert tracker.at(model[0], "weight") is model[0].weight
+    assert tracker.at(model[0], "gain") is None
 
 
 def test_what_is_replaced_in_the_groups_is_meant_in_the_model() -> None:
     model = meta()
-    originals = ParameterTracker(model)
+    tracker = ParameterTracker(model)
     groups = [{"params": list(model.parameters())}]
-    originals.follow(groups, {})
+    tracker.follow(groups, {})
     params = groups[0]["params"]
     fill(model)
-    originals.follow(groups, {})
+    tracker.follow(groups, {})
     assert groups[0]["params"] is params
     assert all(mine is theirs for mine, theirs in zip(params, model.parameters(), strict=True))
 
 
 def test_a_state_that_belongs_to_what_was_replaced_is_refused() -> None:
     model = meta()
-    originals = ParameterTracker(model)
+    tracker = ParameterTracker(model)
     groups = [{"params": list(model.parameters())}]
-    originals.follow(groups, {})
+    tracker.follow(groups, {})
     state = {parameter: {} for parameter in model.parameters()}
     fill(model)
     with pytest.raises(KfactkError, match="after the optimizer's first step"):
-        originals.follow(groups, state)
+        tracker.follow(groups, state)
 
 
 def test_coverage_names_the_parameters_of_shared_modules_once() -> None:

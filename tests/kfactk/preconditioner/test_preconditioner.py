@@ -1,4 +1,4 @@
-"""The flow through the public interface against dense float64 algebra: the first step, and what faults do to it."""
+"""The first step against dense float64 algebra, and what faults do to a step."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ DRAWN = torch.tensor([1, 1, 0, 2, 2, 0])
 
 
 class ConvNet(nn.Module):
-    """A convolution, a grouped one without bias, a linear layer over two tokens and one over all, and a norm for plain parameters."""
+    """Convolutions, one grouped without bias; linear layers, one over two tokens; maybe a norm."""
 
     def __init__(self, norm: bool) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class ConvNet(nn.Module):
 
 
 def label_score(labels: Tensor) -> dense.Scores:
-    """One backward pass: the negative log-likelihood of given labels."""
+    """One pass: the negative log-likelihood of given labels."""
     return lambda output, n: [F.cross_entropy(output, labels[n : n + 1])]
 
 
@@ -91,7 +91,7 @@ def fisher_stage(name: str) -> Any:
 
 
 def stepped(prob: dense.Problem, params: Any = None, **recipe: Any) -> tuple[nn.Module, Optimizer]:
-    """A copy of the problem's model after one step of the recipe."""
+    """Return a copy of the problem's model after one step of the recipe."""
     model = copy.deepcopy(prob.model)
     optimizer = kfactk.build(**recipe).bind(model, params(model) if params else None)
     prob.loss(model(prob.inputs)).backward()
@@ -128,7 +128,7 @@ def assert_parameters(model: nn.Module, expected: dict[str, Tensor]) -> None:
 def test_the_first_step_is_dense_algebra(
     curvature: str, spatial: str, basis: str, fisher: str
 ) -> None:
-    """Each curvature, basis and Fisher here with a third of all clips and updates; over the three Fishers with all of them."""
+    """Each Fisher takes a third of all clips and updates, so that the three take all of them."""
     norm, lr = fisher != "mc", 0.05
     prob, what = problem(fisher, norm), seen(curvature, fisher, norm)
     gradients, expected = prob.gradients(), None
@@ -178,7 +178,7 @@ def test_a_clip_that_does_not_bind_changes_nothing(clip: str) -> None:
 
 
 def test_groups_have_their_own_lr_damping_and_weight_decay() -> None:
-    """A block's damping is its weight's group's; the KL clip weighs every parameter with its own learning rate."""
+    """A block is damped as its anchor's group; the KL clip takes each parameter's learning rate."""
     prob, what = problem("exact", True), seen("conv_kfac", "exact", True)
     own = {"hidden.weight": (0.2, 0.5, 0.0), "hidden.bias": (0.4, 7.0, 0.3)}
 
@@ -216,7 +216,7 @@ def test_groups_have_their_own_lr_damping_and_weight_decay() -> None:
 
 @pytest.mark.parametrize("basis", BASES)
 def test_weight_decay_at_the_gradient_is_preconditioned_with_it(basis: str) -> None:
-    """And is no part of what curvature is measured on."""
+    """It is no part of what curvature is measured on."""
     prob, what, decay = problem("exact", True), seen("conv_kfac", "exact", True), 0.3
     model, optimizer = stepped(
         prob,
@@ -247,7 +247,7 @@ def test_gradients_are_left_as_they_were_found() -> None:
         torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-12, atol=1e-14)
 
 
-# ------------------------------------------------------------------------------------------------------------------------ faults
+# ----------------------------------------------------------------------------------------- faults
 
 
 def small(seed: int = 0, outputs: int = 3) -> nn.Sequential:
@@ -256,7 +256,7 @@ def small(seed: int = 0, outputs: int = 3) -> nn.Sequential:
 
 
 def train(model: nn.Module, optimizer: Optimizer, batches: list[Tensor]) -> None:
-    """One step over these micro-batches; those that are not finite leave no gradient, as a careful loop would have it."""
+    """Take one step over micro-batches; those that are not finite leave no gradient."""
     optimizer.zero_grad()
     for x in batches:
         loss = F.cross_entropy(model(x), torch.arange(len(x)) % 3)
@@ -325,7 +325,7 @@ def _bound(basis_every: int) -> tuple[nn.Module, Optimizer]:
     return model, kfactk.build(**{**EVERY_STEP, "basis_every": basis_every}).bind(model)
 
 
-def test_one_bad_micro_batch_leaves_the_others_standing() -> None:
+def test_one_micro_batch_that_is_not_finite_leaves_the_others() -> None:
     torch.manual_seed(2)
     good, broken = torch.randn(6, 4, dtype=F64), torch.full((2, 4), float("nan"), dtype=F64)
     (model, optimizer), (reference, other) = _bound(1), _bound(1)
@@ -336,7 +336,7 @@ def test_one_bad_micro_batch_leaves_the_others_standing() -> None:
     assert_same(dict(model.named_parameters()), dict(reference.named_parameters()))
 
 
-def test_a_bad_first_batch_puts_curvature_off_to_the_next() -> None:
+def test_a_first_batch_that_is_not_finite_leaves_curvature_to_the_next() -> None:
     torch.manual_seed(2)
     good, broken = torch.randn(6, 4, dtype=F64), torch.full((6, 4), float("nan"), dtype=F64)
     model = small()
@@ -379,7 +379,7 @@ def test_a_branch_that_starts_at_zero_trains(basis: str) -> None:
 
 
 class Failing(Ekfac):
-    """Decomposes while `works`, counts calls."""
+    """Decomposes G while `works`."""
 
     works = True
 
@@ -401,7 +401,7 @@ def test_a_failed_decomposition_leaves_the_last_good_one(monkeypatch: pytest.Mon
     }
     monkeypatch.setattr(Failing, "works", False)
     with pytest.warns(
-        KfactkWarning, match="it would not decompose; the last good decomposition is kept"
+        KfactkWarning, match="it would not decompose; the last good decomposition stays in use"
     ):
         train(model, optimizer, [torch.randn(6, 4, dtype=F64)])
     assert optimizer.counters["failed_decompositions"] == 2
@@ -418,7 +418,9 @@ def test_without_any_decomposition_the_plain_gradient_is_used(
     monkeypatch.setattr(Failing, "works", False)
     model, x = small(), torch.randn(6, 4, dtype=F64)
     optimizer = kfactk.build(**EVERY_STEP, basis=Failing(), update="sgd", clip="none").bind(model)
-    with pytest.warns(KfactkWarning, match="its plain gradient is used until the next one"):
+    with pytest.warns(
+        KfactkWarning, match="its plain gradient is used until the next decomposition"
+    ):
         train(model, optimizer, [x])
     reference = small()
     F.cross_entropy(reference(x), torch.arange(6) % 3).backward()

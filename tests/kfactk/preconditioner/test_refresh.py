@@ -1,7 +1,8 @@
-"""Refreshes that fail, on one rank of several: all ranks end, or go on, together."""
+"""Refreshes that fail on one rank of several: all ranks stop or go on together."""
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
@@ -32,7 +33,7 @@ STEPS = 5
 
 @attrs.frozen(kw_only=True)
 class Refusing(KfacInverse):
-    """Cannot decompose the wide matrix at some of its calls, counted from 0."""
+    """Cannot decompose the wide matrix at some calls, counted from 0."""
 
     at: tuple[int, ...] = ()
     calls: list[str] = attrs.field(factory=list, eq=False)
@@ -41,13 +42,13 @@ class Refusing(KfacInverse):
         if matrix.shape[-1] == WIDE:
             self.calls.append(name)
             if len(self.calls) - 1 in self.at:
-                raise DecompositionError("it has a bad day")
+                raise DecompositionError("it will not")
         return super().decompose(name, matrix, context)
 
 
 @attrs.frozen(kw_only=True)
 class RefusingEkfac(Ekfac):
-    """The same, of a basis with moments that have to stay with their eigenvectors."""
+    """The same, with moments that belong to their eigenvectors."""
 
     at: tuple[int, ...] = ()
     calls: list[str] = attrs.field(factory=list, eq=False)
@@ -56,7 +57,7 @@ class RefusingEkfac(Ekfac):
         if matrix.shape[-1] == WIDE:
             self.calls.append(name)
             if len(self.calls) - 1 in self.at:
-                raise DecompositionError("it has a bad day")
+                raise DecompositionError("it will not")
         return super().decompose(name, matrix, context)
 
 
@@ -66,7 +67,7 @@ def mine(rank: int) -> bool:
 
 @attrs.frozen(kw_only=True)
 class Breaking(KfacInverse):
-    """Fails while the wide matrix is decomposed, wherever that is."""
+    """Fails on the rank that decomposes the wide matrix."""
 
     def decompose(self, name: str, matrix: Tensor, context: Any) -> dict[str, Tensor]:
         if matrix.shape[-1] == WIDE:
@@ -114,7 +115,7 @@ def net() -> nn.Sequential:
 def trained(
     rank: int, ranks: int, recipe: dict[str, Any]
 ) -> tuple[dict[str, Tensor], dict[str, int], list[str]]:
-    """Parameters after some steps with the rank's part of each batch, the counters, and what was warned of."""
+    """Return parameters after steps on the rank's part of each batch, counters and warnings."""
     model = net()
     wrapped = DistributedDataParallel(model) if dist.is_initialized() else model
     options = {"fisher": "exact", "clip": "none", "update": "sgd", "lr": 0.1, "damping": 0.05}
@@ -140,32 +141,53 @@ def trained(
     )
 
 
+FAILING = [(0,), (1,), (0, 1), (1, 2)]
+"""Numbers of the calls that fail."""
+
+
+@functools.cache
+def alone() -> list[Any]:
+    """Return what one process does where these calls fail."""
+    found = trained_each(0, 1, failing())
+    for at, (_, counters, warned) in zip([*FAILING, *FAILING], found, strict=True):
+        assert counters == {"skipped_batches": 0, "failed_decompositions": len(at)}
+        assert len(warned) == 1
+    return found
+
+
+def failing(**recipe: Any) -> list[dict[str, Any]]:
+    return [
+        {"basis": kind(at=at), **recipe} for kind in (Refusing, RefusingEkfac) for at in FAILING
+    ]
+
+
 @placed
 @pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("at", [(0,), (1,), (0, 1), (1, 2)], ids=str)
-@pytest.mark.parametrize("basis", [Refusing, RefusingEkfac])
-def test_a_matrix_that_cannot_be_decomposed_leaves_its_layer_as_it_was_everywhere(
-    basis: type[Refusing], at: tuple[int, ...], ranks: int, placement: Any
+def test_a_matrix_that_cannot_be_decomposed_leaves_its_layer_as_it_was_on_all_ranks(
+    ranks: int, placement: Any
 ) -> None:
-    """Where it fails on the one rank that decomposes it, all do what one process does: keep the last good one, or go without."""
-    truth, counters, told = trained(0, 1, {"basis": basis(at=at)})
-    assert counters == {"skipped_batches": 0, "failed_decompositions": len(at)}
-    found = shared_workers().run(
-        ranks, trained, ranks, {"basis": basis(at=at), "placement": placement}
-    )
-    for parameters, theirs, warned in found:
-        assert theirs == counters
-        assert len(warned) == len(told) == 1
-        assert "layer '0': it has a bad day" in warned[0]
-        for name, parameter in parameters.items():
-            assert torch.equal(parameter, found[0][0][name])
-            torch.testing.assert_close(parameter, truth[name], rtol=1e-10, atol=1e-12)
+    """All ranks do what one process does: keep the last decomposition, or use the gradient."""
+    truth = alone()
+    found = shared_workers().run(ranks, trained_each, ranks, failing(placement=placement))
+    for number, (expected, counters, _) in enumerate(truth):
+        first = found[0][number][0]
+        for parameters, theirs, warned in (each[number] for each in found):
+            assert theirs == counters
+            assert len(warned) == 1
+            assert "layer '0': it will not" in warned[0]
+            for name, parameter in parameters.items():
+                assert torch.equal(parameter, first[name])
+                torch.testing.assert_close(parameter, expected[name], rtol=1e-10, atol=1e-12)
 
 
 def test_the_failure_matters() -> None:
-    """What the comparison above would see if one rank's failure went by."""
+    """A run in which the call does not fail ends elsewhere."""
     with_it, without = (trained(0, 1, {"basis": Refusing(at=at)})[0] for at in ((1,), ()))
     assert float((with_it["0.weight"] - without["0.weight"]).abs().max()) > 1e-6
+
+
+def trained_each(rank: int, ranks: int, recipes: list[dict[str, Any]]) -> list[Any]:
+    return [trained(rank, ranks, recipe) for recipe in recipes]
 
 
 def caught_on(rank: int, ranks: int, recipe: dict[str, Any]) -> str:
@@ -188,7 +210,7 @@ def test_a_stage_that_breaks_on_one_rank_stops_all_with_its_name(placement: Any)
     assert "and so all ranks stop" in others[0]
 
 
-def test_where_all_decompose_all_say_so_themselves() -> None:
+def test_where_all_ranks_decompose_all_raise_the_error() -> None:
     said = shared_workers().run(2, caught_on, 2, {"basis": Breaking(), "placement": "replicated"})
     assert said == [said[0]] * 2
     assert said[0].startswith("PluginError: basis")
@@ -203,8 +225,8 @@ def test_where_all_decompose_all_say_so_themselves() -> None:
     ],
     ids=["samples", "matrices", "moments"],
 )
-def test_a_rank_that_ends_with_an_error_takes_the_others_with_it(recipe: dict[str, Any]) -> None:
-    """Nobody waits for a rank that is gone: each of the others ends too, and says why."""
+def test_a_rank_that_stops_with_an_error_stops_the_others(recipe: dict[str, Any]) -> None:
+    """No rank waits for one that is gone: each of the others stops and says why."""
     with pytest.raises(RankError) as error:
         shared_workers().run(3, trained, 3, recipe)
     said = str(error.value)
