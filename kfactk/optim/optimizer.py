@@ -163,6 +163,7 @@ class Optimizer(torch.optim.Optimizer):
     def layers(self) -> Mapping[str, BlockView]:
         """The preconditioned layers by name, for reading curvature, and for products with it."""
         pre = self._preconditioner
+        self._index()
         return {
             block.name: BlockView(
                 block,
