@@ -357,6 +357,7 @@ class Optimizer(torch.optim.Optimizer):
                     self._update(list(zip(parameters, clipped, strict=True)))
         except BaseException:
             self._recorder.discard()
+            self._hooks.expect(True)  # the step may be tried again
             raise
         finally:
             pre.finish(fault)

@@ -142,10 +142,8 @@ def test_steps_that_are_not_due_attach_nothing_and_keep_nothing(counted: Counted
     assert inside == [base + 4, base + 2, base + 2] * 2
     assert counted.forwards == 2
     assert hooks(model) == base + 2
-    assert all(
-        not state.pending and not state.retained
-        for state in optimizer._preconditioner.states.values()
-    )
+    states = [view.block.state for view in optimizer.layers.values()]
+    assert not any(state.pending or state.retained for state in states)
 
 
 def test_calling_a_submodule_only_is_an_error_and_changes_nothing() -> None:

@@ -174,7 +174,7 @@ def test_a_graph_that_may_not_break_is_refused_with_the_remedy() -> None:
     train(optimizer, compiled, batch())
     with pytest.raises(
         torch._dynamo.exc.Unsupported,
-        match="bind the compiled model, or compile without fullgraph=True",
+        match="Bind the compiled model, or compile without fullgraph=True",
     ):
         train(optimizer, compiled, batch())
 
@@ -224,8 +224,8 @@ def test_holders_of_the_compiler_are_counted() -> None:
 
 
 @pytest.mark.usefixtures("fresh")
-def test_a_layer_unfrozen_under_a_compiled_model_is_an_error_once_not_a_silence() -> None:
-    """That it is due could not be foreseen, so compiled code was running already; the next step foresees it."""
+def test_a_layer_unfrozen_under_a_compiled_model_is_at_most_one_error() -> None:
+    """Compiled code was running when it came to be due; the next forward runs eagerly."""
     model, data = net(), batch()
     model[0].requires_grad_(False)
     optimizer = bound(model, factor_every=9, scale_every=9, basis_every=9)
