@@ -358,7 +358,7 @@ class Optimizer(torch.optim.Optimizer):
         except BaseException:
             self._recorder.discard()
             self._end_step("")
-            self._expect_forward()
+            self._hooks.expect(True)  # the step may be tried again
             raise
         self._end_step(fault)
         self._show_state()
