@@ -46,6 +46,7 @@ class SpectralOperator(CurvatureOperator):
         damping: tau. It is at least a small share of the mean of s, so that division is safe.
 
     Example:
+        >>> import torch
         >>> operator = SpectralOperator(torch.tensor([[0.0, 3.0]]), damping=1.0)
         >>> operator.solve(torch.ones(1, 2)), operator.multiply(torch.ones(1, 2))
         (tensor([[1.0000, 0.2500]]), tensor([[0., 3.]]))

@@ -163,6 +163,7 @@ class Optimizer(torch.optim.Optimizer):
     def layers(self) -> Mapping[str, BlockView]:
         """The preconditioned layers by name, for reading curvature, and for products with it."""
         pre = self._preconditioner
+        self._index()
         return {
             block.name: BlockView(
                 block,
@@ -357,7 +358,7 @@ class Optimizer(torch.optim.Optimizer):
         except BaseException:
             self._recorder.discard()
             self._end_step("")
-            self._expect_forward()
+            self._hooks.expect(True)  # the step may be tried again
             raise
         self._end_step(fault)
         self._show_state()

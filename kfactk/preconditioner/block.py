@@ -371,12 +371,13 @@ class Block:
         Raises:
             StateError: It is another layer's or another recipe's, or lacks what this rank needs.
         """
-        state.factors = {n: mean for n, mean in state.factors.items() if n in factor_names}
+        _, sums = self.blank()
+        elsewhere = sums.keys() - factor_names
+        state.factors = {n: mean for n, mean in state.factors.items() if n not in elsewhere}
         if not holds:
             state.decomposition, state.moments = {}, {}
         if not state.ready and not state.allocated:
             return state  # the layer had not run yet
-        _, sums = self.blank()
         totals = {n: s.total for n, s in sums.items() if s.total is not None}
         expected = {n: tuple(total.shape) for n, total in totals.items() if n in factor_names}
         found = {name: tuple(value.shape) for name, value in state.factor_values().items()}

@@ -146,7 +146,9 @@ class Ekfac(Basis):
         """
         if name == "a":
             if not bool(torch.isfinite(matrix).all()):
-                raise DecompositionError(f"a factor holds NaN or inf; {linalg.RAISE_DAMPING}")
+                raise DecompositionError(
+                    "a factor holds NaN or inf; raise damping, or look for extreme values"
+                )
             return {"eigenvalues": matrix.clamp(min=0)}
         last = None if context.previous is None else context.previous["eigenvectors"]
         large = self.iterate_from is not None and matrix.shape[-1] >= self.iterate_from

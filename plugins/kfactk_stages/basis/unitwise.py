@@ -99,7 +99,9 @@ def _eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
         return linalg.eigh(matrix)
     matrix = linalg.symmetrise(matrix)
     if not bool(torch.isfinite(matrix).all()):
-        raise DecompositionError(f"a factor holds NaN or inf; {linalg.RAISE_DAMPING}")
+        raise DecompositionError(
+            "a factor holds NaN or inf; raise damping, or look for extreme values"
+        )
     if matrix.shape[-1] == 1:
         return matrix.squeeze(-1).clamp(min=0), torch.ones_like(matrix)
     return _jacobi(matrix)

@@ -246,10 +246,14 @@ def variants(family: Variants) -> list[tuple[str, int]]:
     return [(name, number) for name, each in family.items() for number in range(len(each))]
 
 
+OTHER_LAYERS = {"curvature": {"embedding", "norm"}, "basis": {"unitwise"}}
+"""Stages for layers that the model here does not have: see test_optimizer_blocks."""
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_table_has_every_stage_of_ours_that_is_listed(family: str) -> None:
     listed = {info.name for info in registry().stages(family) if info.distribution == "kfactk"}
-    assert listed == set(FAMILIES[family])
+    assert listed - OTHER_LAYERS.get(family, set()) == set(FAMILIES[family])
 
 
 @covering(curvature=variants(CURVATURES), basis=variants(BASES), clip=CLIPS, update=UPDATES)
@@ -260,7 +264,7 @@ def test_every_accepted_combination_trains_from_a_first_step_that_is_dense_algeb
 
 
 REFUSED = {
-    torch.optim.LBFGS: "no preconditioned gradient exists",
+    torch.optim.LBFGS: "points that have no preconditioned gradient",
     torch.optim.SparseAdam: "it takes sparse gradients only",
 }
 if hasattr(torch.optim, "Muon"):
@@ -327,7 +331,7 @@ def test_what_is_refused_says_why(case: str) -> None:
 
 
 def test_an_update_without_weight_decay_is_refused_one() -> None:
-    with pytest.raises(OptionError, match="Rprop has no weight decay, and one is asked for"):
+    with pytest.raises(OptionError, match="Rprop has no weight decay, but one is set"):
         kfactk.build(update=torch.optim.Rprop, weight_decay=0.1).bind(Net())
 
 

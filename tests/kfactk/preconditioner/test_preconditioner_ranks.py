@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,7 +14,9 @@ from torch.nn import functional as F
 import kfactk
 from kfactk import CombinationError, Optimizer
 from kfactk.testing._support.ranks import shared_workers
+from tests.kfactk import surgery
 from tests.kfactk.small import F64
+from tests.kfactk.surgery import CHANGES, Change, net
 
 pytestmark = pytest.mark.xdist_group("ranks")
 PLACEMENTS: list[Any] = ["replicated", "comm_opt", "mem_opt"]
@@ -29,87 +30,6 @@ RECIPE: dict[str, Any] = {
     "scale_every": 1,
     "basis_every": 2,
 }
-Change = Callable[[nn.Sequential, Optimizer], None]
-
-
-def net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(
-        *(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
-    ).double()
-
-
-def fresh(d_in: int, d_out: int) -> nn.Linear:
-    torch.manual_seed(d_in + d_out)
-    return nn.Linear(d_in, d_out).double()
-
-
-def add(optimizer: Optimizer, *modules: nn.Module) -> None:
-    optimizer.add_param_group({"params": [p for module in modules for p in module.parameters()]})
-
-
-# ------------------------------------------------------------------------------ what may change
-
-
-def freeze_a_bias(model: nn.Sequential, optimizer: Optimizer) -> None:
-    model[2].bias.requires_grad_(False)
-
-
-def freeze_a_layer(model: nn.Sequential, optimizer: Optimizer) -> None:
-    model[0].requires_grad_(False)
-
-
-def replace_by_other_widths(model: nn.Sequential, optimizer: Optimizer) -> None:
-    model[2], model[4] = fresh(4, 7), fresh(7, 3)
-    add(optimizer, model[2], model[4])
-
-
-def replace_by_the_same_width(model: nn.Sequential, optimizer: Optimizer) -> None:
-    model[4] = fresh(4, 3)
-    add(optimizer, model[4])
-
-
-def append(model: nn.Sequential, optimizer: Optimizer) -> None:
-    model.append(fresh(3, 3))
-    add(optimizer, model[5])
-
-
-def insert_in_front(model: nn.Sequential, optimizer: Optimizer) -> None:
-    model.insert(0, fresh(4, 4))
-    model.insert(1, nn.Tanh())
-    add(optimizer, model[0])
-
-
-def insert_one_place(model: nn.Sequential, optimizer: Optimizer) -> None:
-    """Each following name is one that the layer before it had."""
-    model[1] = fresh(4, 4)
-    add(optimizer, model[1])
-    model.insert(0, nn.Tanh())
-
-
-def remove(model: nn.Sequential, optimizer: Optimizer) -> None:
-    model[2] = nn.Identity()
-
-
-def swap(model: nn.Sequential, optimizer: Optimizer) -> None:
-    model[0], model[2] = model[2], model[0]
-
-
-def wrap(model: nn.Sequential, optimizer: Optimizer) -> None:
-    model[2] = nn.Sequential(model[2])
-
-
-def tie(model: nn.Sequential, optimizer: Optimizer) -> None:
-    model[2].weight, model[2].bias = model[0].weight, model[0].bias
-
-
-CHANGES: list[Change] = [
-    *(freeze_a_bias, freeze_a_layer, replace_by_other_widths, replace_by_the_same_width),
-    *(append, insert_in_front, insert_one_place, remove, swap, wrap, tie),
-]
-LAYERS = {freeze_a_layer: {"2", "4"}, append: {"0", "2", "4", "5"}, remove: {"0", "4"}}
-LAYERS |= {insert_in_front: {"0", "2", "4", "6"}, insert_one_place: {"1", "2", "3", "5"}}
-LAYERS |= {wrap: {"0", "2.0", "4"}, tie: {"0", "4"}}
 
 
 def batch(step: int) -> tuple[Tensor, Tensor]:
@@ -147,10 +67,10 @@ def trained(rank: int, changes: list[Change], recipe: dict[str, Any]) -> list[An
     for change in changes:
         model = net()
         optimizer = kfactk.build(**{**RECIPE, **recipe}).bind(model)
-        for number in range(3):
+        for number in range(2):
             step(model, optimizer, number)
         change(model, optimizer)
-        for number in range(3, 6):
+        for number in range(2, 5):
             step(model, optimizer, number)
         parameters = {name: p.detach().clone() for name, p in model.named_parameters()}
         found.append((set(optimizer.layers), parameters))
@@ -159,15 +79,15 @@ def trained(rank: int, changes: list[Change], recipe: dict[str, Any]) -> list[An
 
 @functools.cache
 def truth() -> list[Any]:
-    return trained(0, CHANGES, {})
+    return trained(0, list(CHANGES), {})
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_layers_that_change_on_all_ranks_are_followed(placement: str) -> None:
-    found = shared_workers().run(2, trained, CHANGES, {"placement": placement})
+    found = shared_workers().run(2, trained, list(CHANGES), {"placement": placement})
     for number, change in enumerate(CHANGES):
         layers, expected = truth()[number]
-        assert layers == LAYERS.get(change, {"0", "2", "4"}), change
+        assert layers == set(CHANGES[change]), change
         for each in found:
             names, parameters = each[number]
             assert names == layers, change
@@ -185,13 +105,13 @@ def test_layers_that_change_on_all_ranks_are_followed(placement: str) -> None:
 
 
 ALONE: dict[Change, tuple[str, str, str]] = {
-    freeze_a_bias: ("2", "weight, bias (measured)", "weight (new)"),
-    freeze_a_layer: ("0", "weight, bias (measured)", "none"),
-    replace_by_the_same_width: ("4", "weight, bias (measured)", "weight, bias (new)"),
-    append: ("5", "none", "weight, bias (new)"),
-    remove: ("2", "weight, bias (measured)", "none"),
-    wrap: ("2", "weight, bias (measured)", "none"),
-    tie: ("0", "weight, bias (measured)", "weight, bias of 2 modules (new)"),
+    surgery.freeze_a_bias: ("2", "weight, bias (measured)", "weight (new)"),
+    surgery.freeze_a_layer: ("0", "weight, bias (measured)", "none"),
+    surgery.replace_by_the_same_width: ("4", "weight, bias (measured)", "weight, bias (new)"),
+    surgery.append: ("5", "none", "weight, bias (new)"),
+    surgery.remove: ("2", "weight, bias (measured)", "none"),
+    surgery.wrap: ("2", "weight, bias (measured)", "none"),
+    surgery.tie: ("0", "weight, bias (measured)", "weight, bias of 2 modules (new)"),
 }
 
 
@@ -231,7 +151,7 @@ def test_layers_that_change_on_one_rank_alone_are_refused_on_all(
             assert same
 
 
-def resumed(rank: int, placement: str) -> tuple[str, dict[str, Tensor]]:
+def resumed(rank: int, placement: str) -> dict[str, Tensor]:
     """A run that goes on after a refused change was taken back."""
     model = net()
     optimizer = kfactk.build(**RECIPE, placement=placement).bind(model)
@@ -245,17 +165,13 @@ def resumed(rank: int, placement: str) -> tuple[str, dict[str, Tensor]]:
     model[2].bias.requires_grad_(True)
     for number in range(3, 6):
         step(model, optimizer, number)
-    return "", {name: p.detach().clone() for name, p in model.named_parameters()}
-
-
-def keep(model: nn.Sequential, optimizer: Optimizer) -> None:
-    """Change nothing."""
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
 
 
 @pytest.mark.parametrize("placement", PLACEMENTS)
 def test_a_refused_change_that_is_taken_back_leaves_no_trace(placement: str) -> None:
-    [(_, expected)] = trained(0, [keep], {})
-    for _, parameters in shared_workers().run(2, resumed, placement):
+    expected = visited(0, {}, visits=False)
+    for parameters in shared_workers().run(2, resumed, placement):
         for name, parameter in parameters.items():
             torch.testing.assert_close(parameter, expected[name], rtol=1e-9, atol=1e-10)
 
@@ -329,5 +245,61 @@ def loaded(rank: int, placement: str) -> dict[str, Tensor]:
 def test_a_state_is_loaded_into_the_layers_as_they_are(placement: str) -> None:
     expected = loaded(0, "replicated")
     for parameters in shared_workers().run(2, loaded, placement):
+        for name, parameter in parameters.items():
+            torch.testing.assert_close(parameter, expected[name], rtol=1e-9, atol=1e-10)
+
+
+# --------------------------------------------------------------------- several bases in one model
+
+
+def mixed() -> dict[str, Any]:
+    """K-FAC for one layer, EKFAC for another, unitwise blocks for the norm."""
+    head = kfactk.block("kfac", basis="kfac", layers=["4"])
+    return {**RECIPE, "curvature": [head, "conv_kfac", "norm"], "basis": "ekfac"}
+
+
+def with_norm() -> nn.Sequential:
+    model = net()
+    model[3] = nn.Sequential(nn.Tanh(), nn.LayerNorm(4)).double()
+    return model
+
+
+def trained_by_three(rank: int, placement: Any, then: Any) -> tuple[dict[str, str], Any]:
+    """Train with three bases, save in the middle, and go on under another placement."""
+    model = with_norm()
+    optimizer = kfactk.build(**mixed(), placement=placement).bind(model)
+    for number in range(3):
+        step(model, optimizer, number)
+    optimizer.consolidate_state_dict(to=None)
+    state = optimizer.state_dict()
+    resumed = kfactk.build(**mixed(), placement=then).bind(model)
+    resumed.load_state_dict(state)
+    optimizer.close()
+    for number in range(3, 6):
+        step(model, resumed, number)
+    stages = {row.block or "": row.stages for row in resumed.coverage()}
+    return stages, {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+HALVES = {"name": "hybrid", "fraction": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "placement", "then"),
+    [(2, "comm_opt", "mem_opt"), (2, "mem_opt", "replicated"), (4, HALVES, "comm_opt")],
+    ids=str,
+)
+def test_several_bases_on_several_ranks_equal_one_process(
+    ranks: int, placement: Any, then: Any
+) -> None:
+    stages, expected = trained_by_three(0, "replicated", "replicated")
+    assert stages == {
+        "0": "conv_kfac, ekfac",
+        "2": "conv_kfac, ekfac",
+        "3.1": "norm, unitwise",
+        "4": "kfac, kfac",
+    }
+    for its, parameters in shared_workers().run(ranks, trained_by_three, placement, then):
+        assert its == stages
         for name, parameter in parameters.items():
             torch.testing.assert_close(parameter, expected[name], rtol=1e-9, atol=1e-10)

@@ -153,7 +153,7 @@ def test_callable_path_refuses_objects_without_a_path(function: Any, why: str) -
 def test_callable_path_refuses_a_replaced_function(monkeypatch: pytest.MonkeyPatch) -> None:
     stale = schedule
     monkeypatch.setattr(sys.modules[HERE], "schedule", _local())
-    with pytest.raises(OptionError, match="leads to something else"):
+    with pytest.raises(OptionError, match="leads elsewhere"):
         callable_path(stale)
 
 

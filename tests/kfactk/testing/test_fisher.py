@@ -96,7 +96,10 @@ def exact(
 def signs(
     view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
 ) -> Losses:
-    """The root's columns with random signs: no target drawn, and the mean is the Fisher matrix."""
+    """The root's columns with random signs; it draws no target.
+
+    Its expectation is the Fisher matrix.
+    """
     total = torch.zeros_like(view)
     for column in likelihood.root(view):
         flips = 2.0 * torch.randint(2, view.shape[:2], generator=generator) - 1
@@ -195,79 +198,87 @@ def test_draws_shared_by_examples_or_by_terms_do_not_converge() -> None:
         assert list(caught(FisherLaws, Estimator(shared(whole=whole)), CONVERGE)) == [CONVERGE]
 
 
-def wrong_side_effects() -> dict[str, tuple[Callable[..., Losses], str, str]]:
-    def unsummed(
-        view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
-    ) -> Losses:
-        yield likelihood.nll(view, likelihood.sample(view.detach(), generator))
-
-    def cut(
-        view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
-    ) -> Losses:
-        yield likelihood.nll(view.detach(), likelihood.sample(view.detach(), generator)).sum()
-
-    def infinite(
-        view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
-    ) -> Losses:
-        yield view.sum() / 0
-
-    def nothing(
-        view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
-    ) -> Losses:
-        return iter(())
-
-    def global_draws(
-        view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
-    ) -> Losses:
-        yield (view * torch.randn_like(view)).sum()
-
-    def reads_global(
-        view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
-    ) -> Losses:
-        yield (view * torch.initial_seed()).sum()
-
-    def backward(
-        view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
-    ) -> Losses:
-        for loss in exact()(view, likelihood, weights, generator):
-            loss.backward(retain_graph=True)
-            yield loss
-
-    def in_place(
-        view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
-    ) -> Losses:
-        yield from exact()(view, likelihood, weights, generator)
-        view.detach().add_(1)
-
-    def weights_in_place(
-        view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
-    ) -> Losses:
-        yield from exact()(view, likelihood, weights.add_(1), generator)
-
-    return {
-        "unsummed": (unsummed, SCALARS, r"a loss has shape .*: it must be summed to a scalar"),
-        "cut off": (cut, SCALARS, "a loss does not require gradients"),
-        "infinite": (infinite, SCALARS, "a loss is (inf|nan)"),
-        "none": (nothing, SCALARS, "it gives no loss, though own_pass is True"),
-        "global draws": (
-            global_draws,
-            GENERATOR,
-            "the global random state is changed: draw with the given generator",
-        ),
-        "global seed": (reads_global, GENERATOR, "the same generator gives other losses"),
-        "backward": (
-            backward,
-            UNTOUCHED,
-            r"\.grad of a parameter is changed: never call backward\(\)",
-        ),
-        "view in place": (in_place, UNTOUCHED, "the view is changed"),
-        "weights in place": (weights_in_place, UNTOUCHED, "the weights are changed"),
-    }
+def unsummed(
+    view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
+) -> Losses:
+    yield likelihood.nll(view, likelihood.sample(view.detach(), generator))
 
 
-@pytest.mark.parametrize("name", wrong_side_effects())
+def cut(
+    view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
+) -> Losses:
+    yield likelihood.nll(view.detach(), likelihood.sample(view.detach(), generator)).sum()
+
+
+def infinite(
+    view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
+) -> Losses:
+    yield view.sum() / 0
+
+
+def nothing(
+    view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
+) -> Losses:
+    return iter(())
+
+
+def global_draws(
+    view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
+) -> Losses:
+    yield (view * torch.randn_like(view)).sum()
+
+
+def reads_global(
+    view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
+) -> Losses:
+    yield (view * torch.initial_seed()).sum()
+
+
+def backward(
+    view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
+) -> Losses:
+    for loss in exact()(view, likelihood, weights, generator):
+        loss.backward(retain_graph=True)
+        yield loss
+
+
+def in_place(
+    view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
+) -> Losses:
+    yield from exact()(view, likelihood, weights, generator)
+    view.detach().add_(1)
+
+
+def weights_in_place(
+    view: Tensor, likelihood: Likelihood, weights: Tensor, generator: torch.Generator
+) -> Losses:
+    yield from exact()(view, likelihood, weights.add_(1), generator)
+
+
+WRONG_SIDE_EFFECTS: dict[str, tuple[Callable[..., Losses], str, str]] = {
+    "unsummed": (unsummed, SCALARS, r"a loss has shape .*: it must be summed to a scalar"),
+    "cut off": (cut, SCALARS, "a loss does not require gradients"),
+    "infinite": (infinite, SCALARS, "a loss is (inf|nan)"),
+    "none": (nothing, SCALARS, "it gives no loss, though own_pass is True"),
+    "global draws": (
+        global_draws,
+        GENERATOR,
+        "the global random state is changed: draw with the given generator",
+    ),
+    "global seed": (reads_global, GENERATOR, "the same generator gives other losses"),
+    "backward": (
+        backward,
+        UNTOUCHED,
+        r"\.grad of a parameter is changed: never call backward\(\)",
+    ),
+    "view in place": (in_place, UNTOUCHED, "the view is changed"),
+    "weights in place": (weights_in_place, UNTOUCHED, "the weights are changed"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SIDE_EFFECTS)
 def test_a_wrong_side_effect_is_caught(name: str) -> None:
-    function, law, says = wrong_side_effects()[name]
+    function, law, says = WRONG_SIDE_EFFECTS[name]
     found = caught(FisherLaws, Estimator(function), law)
     assert list(found) == [law]
     assert re.search(says, found[law]), found[law]

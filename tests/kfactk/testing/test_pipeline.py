@@ -172,14 +172,14 @@ class Rough(torch.optim.SGD):
 def test_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     law = "test_gradients_stay_as_they_were"
     assert "step 0 changed a gradient: scale.factor differs" in found(law, update=Rough)
-    take = Optimizer._take_step
+    take = Optimizer._update
 
     def keep(self: Optimizer, replaced: Any) -> None:
         take(self, replaced)
         for parameter, new in replaced:
             parameter.grad = new
 
-    monkeypatch.setattr(Optimizer, "_take_step", keep)
+    monkeypatch.setattr(Optimizer, "_update", keep)
     assert "after step 0 the gradient of conv.weight is another tensor" in found(law)
 
 
@@ -277,7 +277,7 @@ def test_what_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "the optimizer stays alive after close()" in found(law)
     finally:
         registry().unregister(plugin)
-    monkeypatch.setattr(Optimizer, "close", lambda self: self._capture.close())
+    monkeypatch.setattr(Optimizer, "close", lambda self: self._hooks.close())
     assert (
         "step() after close() does not say that the optimizer was closed, but: curvature is due"
         in found(law)

@@ -260,4 +260,4 @@ def test_ranks_whose_answers_differ_all_say_so() -> None:
     said = caught(PlacementLaws, Disagreeing(), TRAINING)[TRAINING]
     assert "rank 0 of 2: Traceback" in said
     assert "rank 1 of 2: Traceback" in said
-    assert said.count("Disagreeing divided the same work otherwise on another rank") == 2
+    assert said.count("Disagreeing divided the same work differently on another rank") == 2

@@ -76,7 +76,7 @@ def test_profiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KFACTK_LAWS", "thorugh")
     with pytest.raises(
         OptionError,
-        match=r"KFACTK_LAWS='thorugh'.*Did you mean 'thorough'\? There are: quick, thorough",
+        match=r"KFACTK_LAWS='thorugh'.*Did you mean 'thorough'\? Choose one of: quick, thorough",
     ):
         effort(10)
 
