@@ -61,7 +61,7 @@ class BlockView:
         Raises:
             KfactkError: No curvature has been measured yet, or other ranks have it.
         """
-        self._check_workers("decomposition", self._holders(), {})
+        self._check_workers("decompositions", self._holders(), {})
         return self.block.operator(self.damping)
 
     def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
@@ -90,7 +90,7 @@ class BlockView:
         Raises:
             KfactkError: No curvature has been measured yet, or other ranks have it.
         """
-        self._check_workers("decomposition", self._holders(), tensors)
+        self._check_workers("decompositions", self._holders(), tensors)
         return self._split(self.block.solve(self.matrix(tensors), self.damping), tensors)
 
     def condition(self) -> Tensor | None:
