@@ -189,6 +189,7 @@ class ModelSurvey:
                 _check_pattern("layers", pattern, names)
         self._examined: tuple[int, ...] | None = None
         self.candidates: tuple[Candidate, ...] = ()
+        self._layers: dict[tuple[Candidate, tuple[str, ...]], CoveredLayer] = {}
         self._why_not: dict[str, str] = {}
         self._examine()
 
@@ -221,6 +222,7 @@ class ModelSurvey:
             for key in _own(module):
                 self._why_not[_join(name, key)] = reason
         self.candidates = tuple(candidates)
+        self._layers.clear()
 
     def _rule_for(self, name: str, module: nn.Module) -> tuple[BlockRule | None, str]:
         """Return the first rule that supports a module, or the reasons of all."""
@@ -287,17 +289,23 @@ class ModelSurvey:
                 if self._is_trained(candidate.module, name, trained)
             )
             if names and names[0] == candidate.anchor:
-                layer = CoveredLayer(
-                    candidate.name,
-                    candidate.module,
-                    names,
-                    candidate.part,
-                    candidate.sites,
-                    shapes=tuple(candidate.shapes[name] for name in names),
-                    tracker=self.tracker,
-                )
-                found.append((layer, candidate.rule))
+                found.append((self._layer(candidate, names), candidate.rule))
         return found
+
+    def _layer(self, candidate: Candidate, names: tuple[str, ...]) -> CoveredLayer:
+        """Return the layer of these parameters; the same one until the model changes."""
+        layer = self._layers.get((candidate, names))
+        if layer is None:
+            layer = self._layers[candidate, names] = CoveredLayer(
+                candidate.name,
+                candidate.module,
+                names,
+                candidate.part,
+                candidate.sites,
+                shapes=tuple(candidate.shapes[name] for name in names),
+                tracker=self.tracker,
+            )
+        return layer
 
     def _is_trained(self, module: nn.Module, name: str, trained: Container[int]) -> bool:
         parameter = self.tracker.at(module, name)

@@ -298,7 +298,8 @@ class Preconditioner:
         self._arrived = self.overlapped.finish(set(blocks))
         self._agree_on_layers(blocks)
         self.adopt(blocks)
-        self._planned = None
+        if self.communicator.size > 1:  # plans follow from places
+            self._planned = None
         self._make_plan(step, blocks)
         self._unseen = []
         followed = self._plan.followed
