@@ -26,6 +26,7 @@ COPIED = (
     "plugins",
     "tests",
     "mutation",
+    "benchmarks",
     "experiments",
     "docs",
     "pyproject.toml",
