@@ -57,7 +57,8 @@ def env(session: nox.Session) -> None:
         session.log("the environment is up to date")
         return
     groups = nox.project.dependency_groups(nox.project.load_toml(ROOT / "pyproject.toml"), "dev")
-    session.install("--editable", ".[experiments,testing]", *groups)
+    # Modules compile when they are first imported: most of what is installed never is.
+    session.install("--no-compile", "--editable", ".[experiments,testing]", *groups)
     stamp.write_text(fingerprint())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import difflib
+import functools
 import hashlib
 import tomllib
 from collections.abc import Iterable
@@ -133,6 +134,7 @@ def candidates(root: Path = ROOT) -> list[Candidate]:
     return found
 
 
+@functools.cache
 def candidates_of(path: str, text: str) -> list[Candidate]:
     """Return the changes of one file."""
     nodes, lines, names, found = list(ast_nodes(get_ast(text))), text.splitlines(), _names(text), []

@@ -5,6 +5,7 @@ import re
 import sys
 import tomllib
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import attrs
@@ -82,6 +83,7 @@ def _dotted(package: str, path: Path) -> str:
     return ".".join((package, *(parts[:-1] if parts[-1] == "__init__" else parts)))
 
 
+@cache
 def imports(path: Path) -> list[Import]:
     """Return all imports of a file, also those for types only and those inside functions."""
     return list(_imports(ast.parse(path.read_text()), top=True))
@@ -104,6 +106,7 @@ def _for_types(node: ast.AST) -> bool:
     return isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING")
 
 
+@cache
 def edges(package: str) -> dict[str, dict[str, int]]:
     """Return, for each module of a package, the modules of the package it imports, with lines."""
     files, found = sources(package), {}

@@ -21,15 +21,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from kfactk.assignment import Work, Workload, is_square
+from kfactk.assignment import Work, is_square
 from kfactk.capture.support import model_output
 from kfactk.costmodel.communication import Sizes, numbers_sent
 from kfactk.costmodel.cost import NOTHING, Amount, LayerCost, TrainingLoad
 from kfactk.errors import CombinationError, OptionError
 from kfactk.preconditioner.block import Block, Parts
 from kfactk.preconditioner.coverage import ModelSurvey
+from kfactk.preconditioner.placement import workload_of
 from kfactk.recipe import Recipe
-from kfactk.samples import LayerCall, Statistic, working_dtype
+from kfactk.samples import LayerCall, Statistic
 from kfactk.statistics import RunningMean
 
 SOLVERS = {"eigh": ("eigh", "svd", "eig", "qr", "inv", "lu"), "cholesky": ("cholesky",)}
@@ -109,17 +110,6 @@ def _blocks(model: nn.Module, recipe: Recipe) -> list[Block]:
     return [Block(layer, rule.curvature, rule.basis) for layer, rule in layers]
 
 
-def _workload(blocks: Sequence[Block], recipe: Recipe) -> Workload:
-    anchors = [block.layer.anchor for block in blocks]
-    return Workload(
-        tuple(block.work() for block in blocks),
-        *recipe.schedule.periods(0),
-        sampled=any(block.sampled for block in blocks),
-        itemsize=max(working_dtype(anchor.dtype).itemsize for anchor in anchors),
-        device=anchors[0].device.type,
-    )
-
-
 def training_load(model: nn.Module, recipe: Recipe, batch: Tensor) -> TrainingLoad:
     """Return what training a model with a recipe costs one rank.
 
@@ -132,7 +122,7 @@ def training_load(model: nn.Module, recipe: Recipe, batch: Tensor) -> TrainingLo
         CombinationError: The model's forward fails without numbers.
     """
     blocks = _blocks(model, recipe)
-    workload = _workload(blocks, recipe)
+    workload = workload_of(blocks, recipe.schedule)
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {block.name: [] for block in blocks}
     model.train()
     with contextlib.ExitStack() as hooks, Meter() as forward:

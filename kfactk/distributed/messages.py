@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +15,7 @@ MAX_IN_FLIGHT = 4
 """Largest number of messages under way at a time; it bounds the memory of their buffers."""
 
 
-class PendingMessage:
+class PendingMessage(ABC):
     """A message under way; `wait` returns what it brings to this rank.
 
     Args:
@@ -31,9 +32,9 @@ class PendingMessage:
                 self._work.wait()
         return self.tensors()
 
+    @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of a message that has arrived; a subclass knows them."""
-        raise NotImplementedError
+        """Return the tensors of a message that has arrived."""
 
 
 @contextlib.contextmanager

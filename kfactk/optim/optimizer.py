@@ -112,7 +112,7 @@ class Optimizer(torch.optim.Optimizer):
         self._guard = NonFiniteGuard(self._inner, pre)
         check_recipes(recipe.shared(), pre.communicator)
         check_group(model, self._trained(), pre.communicator)
-        pre.adopt(pre.blocks())
+        pre.blocks.adopt(pre.blocks.current())
         self._recorder = MetricsRecorder(
             recipe.tracker if pre.rank == 0 else None,
             recipe.summary() | pre.placement.summary(),
@@ -149,7 +149,7 @@ class Optimizer(torch.optim.Optimizer):
                 "print(recipe.coverage(model)) for the reasons. Leave these parameters out of "
                 "params, choose a curvature that supports them, or drop strict."
             )
-        if not self._preconditioner.blocks():
+        if not self._preconditioner.blocks.current():
             warnings.warn(
                 "no layer is preconditioned: the update rule alone trains this model. See "
                 "print(recipe.coverage(model)) for the reasons. Are these parameters this model's?",
@@ -171,7 +171,7 @@ class Optimizer(torch.optim.Optimizer):
                 pre.placement,
                 pre.communicator,
             )
-            for block in pre.blocks()
+            for block in pre.blocks.current()
         }
 
     @property
@@ -320,7 +320,7 @@ class Optimizer(torch.optim.Optimizer):
         self._follow_model()
         self._set_damping()
         devices = (parameter.device.type for parameter in self._trained())
-        with full_precision(devices), self._preconditioner.within_step(self._groups):
+        with full_precision(devices), self._preconditioner.blocks.held(self._groups):
             self._step_once()
         return loss
 
@@ -331,7 +331,7 @@ class Optimizer(torch.optim.Optimizer):
         fault, allocated = "", False
         try:
             self._fisher_pass.finish()
-            blocks = pre.blocks()
+            blocks = pre.blocks.current()
             read = gradients.read(blocks, self._groups)
             allocated = pre.check(self.steps, read.matrices) and self._has_no_lr()
             if allocated:
@@ -376,7 +376,7 @@ class Optimizer(torch.optim.Optimizer):
     def _refresh(self, matrices: Mapping[str, Tensor]) -> None:
         """Refresh curvature; meanwhile `state` does not show it."""
         pre = self._preconditioner
-        hidden = pre.due and checkpoint.hide_curvature(self.state, pre.blocks())
+        hidden = pre.due and checkpoint.hide_curvature(self.state, pre.blocks.current())
         try:
             pre.refresh()
             pre.measure_gradients(matrices, self.recipe.reduction)
@@ -463,7 +463,7 @@ class Optimizer(torch.optim.Optimizer):
             self.state,
             self.param_groups,
             self._inner.state,
-            self._preconditioner.blocks(),
+            self._preconditioner.blocks.current(),
             self._step,
             self._gathered,
         )
@@ -503,7 +503,7 @@ class Optimizer(torch.optim.Optimizer):
             >>> saved = optimizer.state_dict()
         """
         pre = self._preconditioner
-        flat = {block.name: block.flat() for block in pre.blocks()}
+        flat = {block.name: block.flat() for block in pre.blocks.current()}
         device = next((parameter.device for parameter in self._trained()), torch.device("cpu"))
         self._gathered = gather_state(flat, pre.communicator, to, device)
 

@@ -21,6 +21,18 @@ from kfactk.validation import attribute_errors, stage_label
 ALONE = Assignment("alone", {}, "one process does everything")
 
 
+def workload_of(blocks: Sequence[Block], schedule: UpdateSchedule) -> Workload:
+    """Return the work of some blocks, at least one, with what it depends on."""
+    anchors = [block.layer.anchor for block in blocks]
+    return Workload(
+        tuple(block.work() for block in blocks),
+        *schedule.periods(0),
+        sampled=any(block.sampled for block in blocks),
+        itemsize=max(working_dtype(anchor.dtype).itemsize for anchor in anchors),
+        device=anchors[0].device.type,
+    )
+
+
 class BlockPlacement:
     """Which rank does what: decided once, and extended when new blocks appear.
 
@@ -47,7 +59,7 @@ class BlockPlacement:
         new = [block for block in blocks if not self.knows(block.name)]
         if not new:
             return
-        workload = self._workload(new)
+        workload = workload_of(new, self._schedule)
         if not self._communicator.same(repr(workload.works)):
             raise StateError(
                 "ranks disagree on the layers of the model: their names or shapes differ. Each "
@@ -88,17 +100,6 @@ class BlockPlacement:
     def _set_shares(self, shares: Mapping[str, Share]) -> None:
         if self.assignment is not ALONE:
             self.assignment = attrs.evolve(self.assignment, shares=shares)
-
-    def _workload(self, blocks: Sequence[Block]) -> Workload:
-        anchors = [block.layer.anchor for block in blocks]
-        sizes = [working_dtype(anchor.dtype).itemsize for anchor in anchors]
-        return Workload(
-            tuple(block.work() for block in blocks),
-            *self._schedule.periods(0),
-            sampled=any(block.sampled for block in blocks),
-            itemsize=max(sizes, default=4),
-            device=next((anchor.device.type for anchor in anchors), "cpu"),
-        )
 
     def _answer(self, workload: Workload) -> Assignment:
         """Return the stage's answer, where it is the same on every rank; a collective call."""

@@ -4,25 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Container, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 
-import attrs
 import torch
 from torch import Tensor, nn
 
 from kfactk.distributed.communicator import Communicator
 from kfactk.distributed.packing import TensorSpec
-from kfactk.errors import CaptureError, CombinationError, KfactkWarning
+from kfactk.errors import CaptureError, KfactkWarning
 from kfactk.preconditioner.block import Block
-from kfactk.preconditioner.coverage import Candidate, CoveredLayer, ModelSurvey
+from kfactk.preconditioner.block_set import BlockSet
+from kfactk.preconditioner.coverage import ModelSurvey
 from kfactk.preconditioner.exchange import OverlappedReduction, broadcast_gradients
 from kfactk.preconditioner.placement import BlockPlacement, device_of
 from kfactk.preconditioner.plan import BlockPlan
 from kfactk.preconditioner.planner import EMPTY, Planner
 from kfactk.preconditioner.refresh import Refresh
 from kfactk.preconditioner.rules import BlockRule
-from kfactk.preconditioner.schedule import NOTHING, UpdateSchedule
+from kfactk.preconditioner.schedule import UpdateSchedule
 from kfactk.preconditioner.state import READY, BlockState, part_of
 from kfactk.samples import LayerCall, working_dtype
 from kfactk.stages import Layer, Placement
@@ -34,7 +33,7 @@ from kfactk.validation import input_modified_message, missing_samples_message
 class Preconditioner:
     """The blocks of one model.
 
-    In a forward: `plan_forward`, then `accumulate` for each layer. In a step, inside `within_step`:
+    In a forward: `plan_forward`, then `accumulate` for each layer. In a step, inside `blocks.held`:
     `check`, `refresh`, `measure_gradients`, `precondition`, `finish`.
 
     Args:
@@ -65,19 +64,14 @@ class Preconditioner:
         self.placement = BlockPlacement(placement, self.communicator, schedule)
         self.overlapped = OverlappedReduction(self.communicator, self.placement)
         self.survey = ModelSurvey(model, rules, exclude)
+        self.blocks = BlockSet(self.survey, self.placement, trained, self.timer)
         self.skipped_batches = 0
         self.failed_decompositions = 0
         self._planner = Planner(schedule, self.placement)
         self._refresh = Refresh(
             self.placement, self.communicator, self.overlapped, self.timer, factor_decay
         )
-        self._trained = trained
-        self._blocks: dict[Hashable, Block] = {}
-        self._new_blocks: dict[Hashable, Block] = {}
-        self._named: Sequence[Candidate] = ()
-        self._pruned: Sequence[Candidate] = ()
         self._followed: dict[Layer, tuple[Block, BlockPlan]] = {}
-        self._within: list[Block] | None = None
         self._plan = EMPTY
         self._planned: tuple[int, list[Block]] | None = None
         self._arrived: Mapping[str, ReducedStatistic] = {}
@@ -91,98 +85,6 @@ class Preconditioner:
         """This process's rank."""
         return self.communicator.rank
 
-    # ---------------------------------------------------------------------------------- blocks
-
-    def blocks(self) -> list[Block]:
-        """Return the blocks of the layers that are covered now, in the model's order."""
-        return self._look() if self._within is None else self._within
-
-    def _look(self) -> list[Block]:
-        """Follow the model: find or make the block of each layer that is covered now.
-
-        A block belongs to modules and parameters, whatever the layer's name. A layer of other
-        modules, parameters or shapes gets a new block. It stands beside the old one until the step
-        adopts it, since a layer may change for one forward only.
-        """
-        layers = self.survey.layers(self._trained)
-        self._rename()
-        found = []
-        for layer, rule in layers:
-            key = layer.key, id(rule)
-            block = self._blocks.get(key) or self._new_blocks.get(key)
-            if block is None:
-                block = Block(layer, rule.curvature, rule.basis, self.timer)
-                self._new_blocks[key] = block
-            found.append(block)
-        return found
-
-    def _rename(self) -> None:
-        """Give blocks the names that their layers have in the model now."""
-        candidates = self.survey.candidates
-        if candidates is self._named:
-            return
-        self._named = candidates
-        names = {candidate.place: candidate.name for candidate in candidates}
-        moved: dict[str, str] = {}
-        for block in [*self._blocks.values(), *self._new_blocks.values()]:
-            layer = block.layer
-            name = names.get((layer.module, layer.part), layer.name)
-            if name != layer.name:
-                moved[layer.name] = name
-                block.layer = attrs.evolve(layer, name=name)
-        self.placement.rename(moved)
-
-    def adopt(self, blocks: Sequence[Block]) -> None:
-        """Go on with these blocks, and place the new ones; a collective call where there are any.
-
-        Blocks of layers that are frozen for now are kept.
-
-        Args:
-            blocks: Those of the layers that are covered now, the same on every rank.
-        """
-        current = set(blocks)
-        new = {key: block for key, block in self._new_blocks.items() if block in current}
-        self._new_blocks.clear()
-        if new:
-            places = {_place(block) for block in new.values()}
-            kept = {k: block for k, block in self._blocks.items() if _place(block) not in places}
-            self._blocks = {**kept, **new}
-        for block in new.values():
-            self.placement.forget(block.name)
-        self.overlapped.retain(current)
-        self.placement.extend(blocks)
-
-    @contextlib.contextmanager
-    def within_step(self, groups: Mapping[int, Mapping[str, Any]]) -> Iterator[None]:
-        """Surround a step, in which layers and parameters stay the same: look at them once.
-
-        Args:
-            groups: The parameter group of each trained parameter, by id; they hold the damping.
-        """
-        blocks = self._look()
-        layers = [block.layer for block in blocks]
-        for block, layer in zip(blocks, layers, strict=True):
-            assert isinstance(layer, CoveredLayer)
-            block.layer = layer.hold()
-            block.damping = float(groups[id(block.layer.anchor)]["damping"])
-        self._within = blocks
-        try:
-            yield
-        finally:
-            self._within = None
-            for block, layer in zip(blocks, layers, strict=True):
-                block.layer = layer
-
-    def _prune(self) -> None:
-        """Drop blocks that no step adopted, and those whose layer is no longer in the model."""
-        self._new_blocks.clear()
-        if self.survey.candidates is not self._pruned:
-            self._pruned = self.survey.candidates
-            places = {candidate.place for candidate in self._pruned}
-            self._blocks = {
-                k: block for k, block in self._blocks.items() if _place(block) in places
-            }
-
     # -------------------------------------------------------------------------------- forwards
 
     def plan_forward(self, step: int) -> list[Layer] | None:
@@ -191,7 +93,7 @@ class Preconditioner:
         Returns:
             `None` where the forward is of no interest.
         """
-        blocks = self.blocks()
+        blocks = self.blocks.current()
         self._make_plan(step, blocks)
         followed = self._plan.followed
         self._followed |= {block.layer: (block, self._plan.plans[block]) for block in followed}
@@ -205,7 +107,7 @@ class Preconditioner:
 
     def expects_forward(self, step: int) -> bool:
         """Prepare for a step between steps, and return whether it needs a forward."""
-        self._make_plan(step, self.blocks())
+        self._make_plan(step, self.blocks.current())
         self.overlapped.prepare(self._plan)
         return self._plan.expects_forward
 
@@ -294,10 +196,9 @@ class Preconditioner:
             CaptureError: A layer is due and has a gradient, but gave no sample.
             CombinationError: The ranks do not plan the same.
         """
-        blocks = self.blocks()
+        blocks = self.blocks.current()
         self._arrived = self.overlapped.finish(set(blocks))
-        self._agree_on_layers(blocks)
-        self.adopt(blocks)
+        self.agree()
         if self.communicator.size > 1:  # plans follow from places
             self._planned = None
         self._make_plan(step, blocks)
@@ -350,37 +251,10 @@ class Preconditioner:
         Raises:
             CombinationError: They are not.
         """
-        blocks = self.blocks()
-        self._agree_on_layers(blocks)
-        self.adopt(blocks)
-
-    def _agree_on_layers(self, blocks: Sequence[Block]) -> None:
-        """Check that every rank trains the same layers; a collective call.
-
-        Raises:
-            CombinationError: It does not.
-        """
-        if self.communicator.size == 1:
-            return
-        new = set(self._new_blocks.values())
-        mine = [_standing(block, new=block in new) for block in blocks]
-        if self.communicator.same(repr(mine)):
-            return
-        everyone: list[dict[str, str]] = self.communicator.gathered(
-            {block.name: _told(each) for block, each in zip(blocks, mine, strict=True)}
-        )
-        for rank, theirs in enumerate(everyone):
-            for name in {**everyone[0], **theirs}:
-                first, other = (each.get(name, "none") for each in (everyone[0], theirs))
-                if first != other:
-                    raise CombinationError(
-                        f"ranks train different parameters of layer {name!r}: {first} on rank 0, "
-                        f"{other} on rank {rank}. Freeze, unfreeze, replace and tie parameters on "
-                        "all ranks before step()."
-                    )
-        raise CombinationError(
-            "ranks have the same layers in different orders. Build the same model on all ranks."
-        )
+        blocks = self.blocks.current()
+        self.blocks.check_ranks(blocks, self.communicator)
+        self.blocks.adopt(blocks)
+        self.overlapped.retain(set(blocks))
 
     def refresh(self) -> None:
         """Reduce and average sums, decompose what is due, measure moments in the new basis."""
@@ -414,7 +288,7 @@ class Preconditioner:
         """
         if not self._plan.counts_terms:
             return
-        blocks = self.blocks()
+        blocks = self.blocks.current()
         local = sum(self._num_terms, start=0.0)
         [num_terms] = self.communicator.total([float(local)], device_of(blocks))
         if not num_terms:
@@ -437,7 +311,7 @@ class Preconditioner:
         Returns:
             The same names, without layers whose gradient is missing on the rank that holds them.
         """
-        blocks = self.blocks()
+        blocks = self.blocks.current()
         ready = [block for block in blocks if block.state.ready]
         moved = [block for block in ready if not self.placement.everywhere(block.name)]
         names = {block.name for block in ready}
@@ -464,16 +338,16 @@ class Preconditioner:
 
     def nonfinite(self) -> bool:
         """Return whether a batch of this rank gave statistics that are not finite."""
-        flags = [flag for block in self._blocks.values() for flag in block.state.nonfinite]
+        flags = [flag for block in self.blocks for flag in block.state.nonfinite]
         return bool(flags) and bool(torch.stack([flag.to(flags[0].device) for flag in flags]).any())
 
     def finish(self, fault: str = "") -> None:
         """End the step: count it where it has a `fault`, and drop what is pending."""
         if fault:
             self.skip({fault: 1})
-        for block in self._blocks.values():
+        for block in self.blocks:
             block.state.clear_pending()
-        self._prune()
+        self.blocks.prune()
         self._num_terms.clear()
         self._followed, self._arrived = {}, {}
         self._plan, self._planned = EMPTY, None
@@ -493,7 +367,7 @@ class Preconditioner:
 
     def allocate(self, names: Container[str]) -> None:
         """Create the tensors of layers that have none, so that a checkpoint can be loaded."""
-        for block in self.blocks():
+        for block in self.blocks.current():
             if block.name in names and not block.state.allocated:
                 block.allocate(self._kept(block), holds=self.placement.holds(block.name))
 
@@ -507,7 +381,7 @@ class Preconditioner:
             StateError: One does not fit the model or the stages, or lacks what this rank needs.
         """
         states = {}
-        for block in self.blocks():
+        for block in self.blocks.current():
             anchor, part = block.layer.anchor, block.layer.part
             if id(anchor) in saved and (READY in part_of(saved[id(anchor)], part) or not part):
                 state = BlockState.from_flat(saved[id(anchor)], anchor.device, part)
@@ -524,31 +398,10 @@ class Preconditioner:
     def replace_states(self, states: Mapping[str, BlockState]) -> None:
         """Go on from these states; blocks without one start afresh."""
         self.overlapped.drop()
-        for block in self._blocks.values():
+        for block in self.blocks:
             block.replace_state(states.get(block.name, BlockState()))
         self._num_terms.clear()
         self._plan, self._planned = EMPTY, None
-
-
-def _place(block: Block) -> tuple[nn.Module, str]:
-    return block.layer.module, block.layer.part
-
-
-def _standing(block: Block, *, new: bool) -> tuple[object, ...]:
-    """Return what the messages of a step depend on."""
-    state = block.state
-    overdue = () if state.overdue == NOTHING else attrs.astuple(state.overdue)
-    layer = block.layer
-    return layer.name, layer.parameters, len(layer.sites), new, state.ready, overdue
-
-
-def _told(standing: tuple[Any, ...]) -> str:
-    """Return such a standing in words: "weight, bias (new)"."""
-    _, parameters, sites, new, ready, overdue = standing
-    names = ", ".join(parameters) + (f" of {sites} modules" if sites > 1 else "")
-    if new:
-        return f"{names} (new)"
-    return f"{names} ({'' if ready else 'not '}measured{', overdue' if overdue else ''})"
 
 
 def _input_changed(block: Block) -> bool:

@@ -8,6 +8,8 @@ from mutation.__main__ import main, report
 from mutation.mutants import Mutant
 from mutation.runner import Verdict
 
+pytestmark = pytest.mark.xdist_group("mutants")
+
 
 def verdict(name: str, outcome: str, by: str = "") -> Verdict:
     return Verdict(Mutant(name, "a.py", "", ()), outcome, by, 1.5)

@@ -9,6 +9,8 @@ import pytest
 from mutation.mutants import MutantError
 from mutation.sampled import SOURCES, candidates_of, explained, sample
 
+pytestmark = pytest.mark.xdist_group("mutants")
+
 TEXT = '''"""A module."""
 
 from __future__ import annotations

@@ -252,8 +252,10 @@ class InRecipe(Laws):
 def basis_for(curvature: Any) -> Any:
     """Return a registered basis that takes what a curvature provides; `None` without any.
 
-    A basis without moments is preferred.
+    The curvature's default is preferred, then a basis without moments.
     """
+    if curvature.default_basis is not None:
+        return registry().resolve("basis", curvature.default_basis)
     fitting = []
     for name in sorted({info.name for info in registry().stages("basis") if not info.blocked}):
         try:

@@ -2,11 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Generic, TypeVar
 
+import torch
 from torch import Tensor
 
-from kfactk import CaptureError, Layer
+from kfactk import CaptureError, Layer, Samples
+from kfactk.samples import working_dtype
+
+Call = TypeVar("Call")
+
+
+class CallSamples(Samples, Generic[Call]):
+    """Samples that read their numbers from the calls of a layer when they are asked for them.
+
+    Args:
+        calls: The calls.
+        tensors: Inputs and gradients of the calls, for their precision and their device.
+        shape: `[*groups, N, T]`.
+        d_in: Number of columns of the inputs.
+        d_out: Number of columns of the gradients.
+        num_terms, first, chunk_bytes: See `kfactk.Samples`.
+    """
+
+    def __init__(
+        self,
+        calls: Sequence[Call],
+        tensors: Sequence[Tensor],
+        shape: Sequence[int],
+        d_in: int,
+        d_out: int,
+        *,
+        num_terms: Tensor | float,
+        first: bool,
+        chunk_bytes: int,
+    ) -> None:
+        dtype = working_dtype(*(tensor.dtype for tensor in tensors))
+        super().__init__(
+            torch.empty(*shape, d_in, dtype=dtype, device="meta"),
+            torch.empty(*shape, d_out, dtype=dtype, device="meta"),
+            num_terms=num_terms,
+            first=first,
+            chunk_bytes=chunk_bytes,
+        )
+        self.calls, self._device = tuple(calls), tensors[0].device
+
+    @property
+    def device(self) -> torch.device:
+        """Where the numbers are."""
+        return self._device
 
 
 def examples_first(layer: Layer, tensor: Tensor, features: int, batch_dim: int) -> Tensor:
@@ -29,8 +74,8 @@ def examples_first(layer: Layer, tensor: Tensor, features: int, batch_dim: int) 
     if batch_dim >= lead:
         raise CaptureError(
             f"batch_dim={batch_dim} points at the features of layer '{layer.name}', whose input "
-            f"has shape {tuple(tensor.shape)}; give the curvature a batch_dim that counts its "
-            "examples"
+            f"has shape {tuple(tensor.shape)}. Give the curvature a batch_dim that counts the "
+            "examples."
         )
     return tensor.movedim(batch_dim, 0)
 
@@ -44,9 +89,10 @@ def check_examples(layer: Layer, examples: Iterable[int]) -> None:
     sizes = sorted(set(examples))
     if len(sizes) > 1:
         raise CaptureError(
-            f"layer '{layer.name}' was called several times in one forward with different numbers "
-            f"of examples {sizes}, so it cannot be told which rows belong to one example; call it "
-            "with the examples in the same dimension each time, or leave it out of `params`"
+            f"layer '{layer.name}' was called several times in one forward, with different "
+            f"numbers of examples {sizes}, so kfactk cannot tell which rows belong to one "
+            "example. Call it with the examples in the same dimension each time, or leave it out "
+            "of `params`."
         )
 
 

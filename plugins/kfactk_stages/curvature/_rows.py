@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kfactk import Samples, Statistic, project_channels
-from kfactk.samples import add_squares, product, total_of, working_dtype
+from kfactk.samples import add_squares, product, total_of
 from kfactk_stages.curvature import _spectral
 from kfactk_stages.curvature._autocorrelation import gram_of, patch_moment, patch_sum, pixel_gram
+from kfactk_stages.curvature._calls import CallSamples
 from kfactk_stages.curvature._per_example import weight_gradients
 from kfactk_stages.curvature._plan import cheapest
 from kfactk_stages.curvature._slabs import slab_moment
@@ -347,7 +348,7 @@ Rows = LinearRows | ConvRows
 """One call of a layer: T rows for each of N examples."""
 
 
-class JoinedSamples(Samples):
+class JoinedSamples(CallSamples[Rows]):
     """Samples of all calls of a layer, joined along T.
 
     Args:
@@ -370,23 +371,18 @@ class JoinedSamples(Samples):
         one = calls[0]
         lead = (one.groups,) if one.groups > 1 else ()
         shape = (*lead, one.examples, sum(call.positions for call in calls))
-        dtype = working_dtype(
-            *(tensor.dtype for call in calls for tensor in (call.inputs, call.gradient))
-        )
-        super().__init__(  # shapes only: `inputs` and `gradients` read the numbers
-            torch.empty(*shape, one.columns + bias, dtype=dtype, device="meta"),
-            torch.empty(*shape, one.outputs, dtype=dtype, device="meta"),
+        super().__init__(
+            calls,
+            [tensor for call in calls for tensor in (call.inputs, call.gradient)],
+            shape,
+            one.columns + bias,
+            one.outputs,
             num_terms=num_terms,
             first=first,
             chunk_bytes=chunk_bytes,
         )
-        self.calls, self.bias, self._shape = tuple(calls), bias, shape
+        self.bias, self._shape = bias, shape
         self._numbers = max(call.numbers for call in calls)
-
-    @property
-    def device(self) -> torch.device:
-        """Where the numbers are."""
-        return self.calls[0].inputs.device
 
     def chunks(self, numbers_per_example: int, most: int | None = None) -> Iterator[slice]:
         """Yield slices of examples such that their numbers, and one call's padded input, fit."""

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from kfactk import Curvature, Layer, LayerCall, Samples, Statistic, Tensors, hookimpl
 from kfactk.options import whole
-from kfactk.samples import DEFAULT_CHUNK_BYTES, product, working_dtype
-from kfactk_stages.curvature._calls import check_examples, examples_first, scaled
+from kfactk.samples import DEFAULT_CHUNK_BYTES, product
+from kfactk_stages.curvature._calls import CallSamples, check_examples, examples_first, scaled
 from kfactk_stages.curvature._coverage import reason_against
 
 
@@ -34,7 +34,7 @@ class EmbeddingCall:
     scale: Tensor | float
 
 
-class EmbeddingSamples(Samples):
+class EmbeddingSamples(CallSamples[EmbeddingCall]):
     """Samples of all calls of an embedding, joined along T: `a = e_x`, a row of the identity.
 
     Positions of the padding index have `a = 0` and `g = 0`: their row gets no gradient.
@@ -56,22 +56,19 @@ class EmbeddingSamples(Samples):
         first: bool,
         chunk_bytes: int,
     ) -> None:
-        one = calls[0].gradient
-        dtype = working_dtype(*(call.gradient.dtype for call in calls))
-        shape = len(one), sum(call.gradient.shape[1] for call in calls)
-        super().__init__(  # shapes without numbers: the methods below read the numbers
-            torch.empty(*shape, rows, dtype=dtype, device="meta"),
-            torch.empty(*shape, one.shape[-1], dtype=dtype, device="meta"),
+        gradients = [call.gradient for call in calls]
+        examples, _, d_out = gradients[0].shape
+        super().__init__(
+            calls,
+            gradients,
+            (examples, sum(gradient.shape[1] for gradient in gradients)),
+            rows,
+            d_out,
             num_terms=num_terms,
             first=first,
             chunk_bytes=chunk_bytes,
         )
-        self.calls, self.padding = tuple(calls), padding
-
-    @property
-    def device(self) -> torch.device:
-        """Where the numbers are."""
-        return self.calls[0].gradient.device
+        self.padding = padding
 
     def tokens(self, rows: slice = slice(None)) -> Tensor:
         """Return the indices of the examples `rows`, `[n, T]`."""

@@ -10,18 +10,10 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from kfactk import (
-    CaptureError,
-    Curvature,
-    Layer,
-    LayerCall,
-    Samples,
-    Statistic,
-    Tensors,
-    hookimpl,
-)
+from kfactk import Curvature, Layer, LayerCall, Samples, Statistic, Tensors, hookimpl
 from kfactk.options import choice, whole
 from kfactk.samples import DEFAULT_CHUNK_BYTES, gram, total_of
+from kfactk_stages.curvature._calls import check_examples, examples_first
 from kfactk_stages.curvature._coverage import reason_against
 from kfactk_stages.curvature._rows import JoinedSamples, LinearRows, Rows
 
@@ -126,14 +118,7 @@ class Kfac(Curvature):
                 dimension `batch_dim` besides its features.
         """
         rows = [self.rows(layer, call) for call in calls]
-        sizes = sorted({row.examples for row in rows})
-        if len(sizes) > 1:
-            raise CaptureError(
-                f"layer '{layer.name}' was called several times in one forward, with different "
-                f"numbers of examples {sizes}, so kfactk cannot tell which rows belong to one "
-                "example. Call it with the examples in the same dimension each time, or leave it "
-                "out of `params`."
-            )
+        check_examples(layer, (row.examples for row in rows))
         return JoinedSamples(
             rows, bias=layer.bias, num_terms=num_terms, first=first, chunk_bytes=self.chunk_bytes
         )
@@ -146,15 +131,8 @@ class Kfac(Curvature):
 
     def _batched(self, layer: Layer, tensor: Tensor) -> Tensor:
         """Return `[N, *, d]`, at least one dimension between examples and features."""
-        if tensor.ndim < 3:
-            return tensor.reshape(-1, 1, tensor.shape[-1])
-        if self.batch_dim >= tensor.ndim - 1:
-            raise CaptureError(
-                f"batch_dim={self.batch_dim} points at the features of layer '{layer.name}', whose "
-                f"input has shape {tuple(tensor.shape)}. Give the curvature a batch_dim that "
-                "counts the examples."
-            )
-        return tensor.movedim(self.batch_dim, 0)
+        batched = examples_first(layer, tensor, 1, self.batch_dim)
+        return batched.unsqueeze(1) if batched.ndim == 2 else batched
 
     def input_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
         """Return sum and count of A."""

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from kfactk import Curvature, Layer, LayerCall, Samples, Statistic, Tensors, hookimpl
 from kfactk.options import whole
 from kfactk.samples import CACHED_BYTES, DEFAULT_CHUNK_BYTES, total_of, working_dtype
-from kfactk_stages.curvature._calls import check_examples, examples_first, scaled
+from kfactk_stages.curvature._calls import CallSamples, check_examples, examples_first, scaled
 from kfactk_stages.curvature._coverage import reason_against
 
 BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
@@ -101,7 +101,7 @@ class NormCall:
         return found.reshape(len(found), self.units)
 
 
-class NormSamples(Samples):
+class NormSamples(CallSamples[NormCall]):
     """Samples of all calls of a normalisation layer: units are groups, `a = (x_hat, 1)`.
 
     Args:
@@ -120,22 +120,17 @@ class NormSamples(Samples):
         chunk_bytes: int,
     ) -> None:
         one = calls[0]
-        shape = one.units, one.examples, sum(call.positions for call in calls)
-        dtypes = (each.dtype for call in calls for each in (call.inputs, call.gradient))
-        dtype = working_dtype(*dtypes)
-        super().__init__(  # shapes without numbers: the methods below read the numbers
-            torch.empty(*shape, 1 + shift, dtype=dtype, device="meta"),
-            torch.empty(*shape, 1, dtype=dtype, device="meta"),
+        super().__init__(
+            calls,
+            [tensor for call in calls for tensor in (call.inputs, call.gradient)],
+            (one.units, one.examples, sum(call.positions for call in calls)),
+            1 + shift,
+            1,
             num_terms=num_terms,
             first=first,
             chunk_bytes=chunk_bytes,
         )
-        self.calls, self.shift = tuple(calls), shift
-
-    @property
-    def device(self) -> torch.device:
-        """Where the numbers are."""
-        return self.calls[0].gradient.device
+        self.shift = shift
 
     def inputs(self, rows: slice = slice(None)) -> Tensor:
         """Return `(x_hat, 1)` of the examples `rows`, `[C, n, T, 2]` or `[C, n, T, 1]`."""

@@ -144,7 +144,7 @@ def test_steps_that_are_not_due_attach_nothing_and_keep_nothing(counted: Counted
     assert hooks(model) == base + 2
     assert all(
         not block.state.pending and not block.state.retained
-        for block in optimizer._preconditioner.blocks()
+        for block in optimizer._preconditioner.blocks.current()
     )
 
 

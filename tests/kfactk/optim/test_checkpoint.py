@@ -29,7 +29,8 @@ def test_show_and_hide_curvature_of_a_state() -> None:
     model = net()
     optimizer = bound(model)
     train(optimizer, model, batch())
-    blocks, weight, bias = optimizer._preconditioner.blocks(), model[0].weight, model[0].bias
+    blocks = optimizer._preconditioner.blocks.current()
+    weight, bias = model[0].weight, model[0].bias
     step, moved = torch.tensor(3), torch.ones(1)
     state: dict[Any, Any] = {}
     rule = {weight: {"momentum_buffer": moved}}

@@ -27,7 +27,7 @@ def prepared() -> tuple[nn.Sequential, list[Block], list[dict[str, Any]], dict[i
         {"params": list(model[2].parameters()), "lr": 0.2, "weight_decay": 0.5},
     ]
     by_id = {id(p): group for group in groups for p in group["params"]}
-    return model, bound(model)._preconditioner.blocks(), groups, by_id
+    return model, bound(model)._preconditioner.blocks.current(), groups, by_id
 
 
 def given(model: nn.Module) -> list[Tensor]:

@@ -9,9 +9,8 @@ import torch
 from hypothesis import given, strategies as st
 
 from kfactk import RunningMean, StateError, Statistic
-from kfactk.optim.checkpoint import SavedState, completed_groups
 from kfactk.preconditioner.schedule import NOTHING, DueWork
-from kfactk.preconditioner.state import OVERDUE, PREFIX, READY, STEP, BlockState
+from kfactk.preconditioner.state import OVERDUE, PREFIX, READY, BlockState
 
 READY_KEY, OVERDUE_KEY = PREFIX + READY, PREFIX + OVERDUE
 NAMES = st.text(st.sampled_from("AGxy_0"), min_size=1, max_size=4)
@@ -158,54 +157,3 @@ def test_the_end_of_a_step_forgets_what_was_pending_only() -> None:
     state.clear_pending()
     assert (state.pending, state.retained, state.seen, state.nonfinite) == ({}, [], 0, [])
     assert set(state.factors) == {"A"}
-
-
-def test_a_saved_state_is_divided_by_owner() -> None:
-    first, second = torch.nn.Parameter(torch.ones(1)), torch.nn.Parameter(torch.ones(2))
-    saved = {
-        "state": {
-            0: {"exp_avg": 1, STEP: torch.tensor(5), "kfactk.factor.A": 2},
-            1: {STEP: torch.tensor(5)},
-        },
-        "param_groups": [{"params": [0]}, {"params": [1]}],
-    }
-    found = SavedState.split(saved, [{"params": [first, second]}])
-    assert found.curvature == {id(first): {"kfactk.factor.A": 2}}
-    assert found.rule == {0: {"exp_avg": 1}}
-    assert found.step == 5
-    empty = {"state": {}, "param_groups": [{"params": [0, 1]}]}
-    nothing = SavedState.split(empty, [{"params": [first, second]}])
-    assert (nothing.curvature, nothing.rule, nothing.step) == ({}, {}, 0)
-
-
-def test_saved_groups_are_completed_or_refused() -> None:
-    rule = {"lr": 0.1, "betas": (0.9, 0.99), "amsgrad": False, "foreach": None}
-    known = rule | {"damping": 0.1}
-    current = [known | {"params": ["p"], "damping": 0.5, "mine": 1}]
-    saved = {"params": [0], "lr": 0.3, "betas": (0.8, 0.9), "theirs": 2}
-    expected = {
-        "params": [0],
-        "lr": 0.3,
-        "betas": (0.8, 0.9),
-        "amsgrad": False,
-        "foreach": None,
-        "damping": 0.5,
-        "theirs": 2,
-    }
-    assert completed_groups([saved], current, known, rule) == [expected]
-    assert completed_groups([saved, saved], current, known, rule) == [saved, saved]
-    with pytest.raises(
-        StateError, match="another update rule's: its parameter groups have no betas"
-    ):
-        completed_groups([{"params": [0], "lr": 0.3, "momentum": 0.9}], current, known, rule)
-
-
-def test_a_mean_that_has_seen_nothing_leaves_nothing() -> None:
-    state = BlockState(factors={"A": RunningMean(torch.ones(2), 1.0), "positions": RunningMean()})
-    assert sorted(state.flat()) == [
-        "kfactk.factor.A",
-        "kfactk.factor.A.weight",
-        "kfactk.overdue",
-        "kfactk.ready",
-    ]
-    assert sorted(state.factor_values()) == ["A"]

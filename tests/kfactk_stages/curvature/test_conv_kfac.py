@@ -24,6 +24,7 @@ from kfactk.testing._support.strategies import (
 from kfactk_stages.curvature.conv_kfac import ConvKfac
 from kfactk_stages.curvature.kfac import Kfac
 from tests.allocation import LargestAllocation
+from tests.covering import covering
 
 laws = settings(deadline=None, max_examples=effort(40))
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel:UserWarning")
@@ -390,19 +391,19 @@ MEMORY_CASES = [
 ]
 
 
-@pytest.mark.parametrize(("module", "size"), MEMORY_CASES)
-@pytest.mark.parametrize(
-    ("spatial", "memory_format"),
-    [
-        ("sud", torch.contiguous_format),
-        ("sud", torch.channels_last),
-        ("sua", torch.contiguous_format),
-        ("stationary", torch.contiguous_format),
-        ("stationary", torch.channels_last),
-        ("reduce", torch.contiguous_format),
-    ],
-)
-def test_temporaries_stay_within_chunk_bytes(module, size, spatial, memory_format):
+MEMORY_FORMS = [
+    ("sud", torch.contiguous_format),
+    ("sud", torch.channels_last),
+    ("sua", torch.contiguous_format),
+    ("stationary", torch.contiguous_format),
+    ("stationary", torch.channels_last),
+    ("reduce", torch.contiguous_format),
+]
+
+
+@covering(strength=1, number=range(len(MEMORY_CASES)), form=MEMORY_FORMS)
+def test_temporaries_stay_within_chunk_bytes(number, form):
+    (module, size), (spatial, memory_format) = MEMORY_CASES[number], form
     case = fixed(module, *size, examples=240)
     if len(size) == 2:
         case = Case(
