@@ -66,7 +66,7 @@ def env(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run all tests and doctests with branch coverage, then `lint`.
 
-    `-- --thorough` draws twenty times as many examples of laws, and runs all cases of wide
+    `-- --thorough` draws thirty times as many examples of laws, and runs all cases of wide
     parametrizations in place of a sample. Other arguments go to pytest. With either, coverage is
     not measured.
     """

@@ -283,7 +283,7 @@ class BasisLaws(BasisStateLaws, BasisTraitLaws, InRecipe):
             same(columns(found), expected, says, 1e-2)
 
     @law(
-        examples=15,
+        examples=10,
         situation="situations",
         bad=st.sampled_from([float("nan"), float("inf")]),
         seed=seeds(),

@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kfactk import Optimizer
 from kfactk.testing._support.ranks import shared_workers
+from tests.covering import widening
 from tests.kfactk.small import bound
 from tests.training_loops.loops import (
     PLACEMENTS,
@@ -202,7 +203,20 @@ def check(ranks: list[tuple[dict[str, Tensor], list[bool]]], placement: str) -> 
         )
 
 
-@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.parametrize(
+    "name",
+    widening(
+        WAYS,
+        quick=[
+            "compiled whole then wrapped then bound",
+            "bound then compiled then wrapped",
+            "wrapped then compiled then bound",
+            "wrapped then bound then compiled",
+            "compiled in place then wrapped",
+            "compiled after some steps",
+        ],
+    ),
+)
 def test_a_compiled_model_on_ranks_trains_as_the_bare_one_alone(name: str) -> None:
     check(shared_workers().run(2, compiled_run, name, "replicated"), "replicated")
 

@@ -120,6 +120,7 @@ def check(ranks: Sequence[dict[str, Tensor]], truth: dict[str, Tensor], placemen
 
 
 @covering(
+    strength=1,
     allowed=lambda name, basis, placement, wrapped: name != "no forward at all" or not wrapped,
     name=UNEVEN,
     basis=BASES,
@@ -308,6 +309,7 @@ def alone_run(at: int, recipe: dict[str, Any]) -> dict[str, Tensor]:
 
 
 @covering(
+    strength=1,
     fisher=["exact", "empirical"],
     at=[0, 3],
     value=[float("nan"), float("inf")],
@@ -429,6 +431,7 @@ def branching_run(rank: int, at: Sequence[int], recipe: dict[str, Any]) -> list[
 
 
 @covering(
+    strength=1,
     every=[1, 4],
     at=[[0, 1, 0, 1], [-1, 1, -1, 0, 2, -1, 0], [2, -1, -1, -1, 1, 0]],
     placement=PLACEMENTS,

@@ -26,7 +26,7 @@ from kfactk.validation import square
 class BasisStateLaws(BasisFrame):
     """What is kept of a basis between steps."""
 
-    @law(examples=15, situation="situations")
+    @law(examples=10, situation="situations")
     def test_moments_come_from_where_it_says(self, situation: Situation) -> None:
         """`moments_from` names the one source of moments, and `moment_decay` is in [0, 1]."""
         basis, parts = situation.basis, situation.decomposition
@@ -49,7 +49,7 @@ class BasisStateLaws(BasisFrame):
                 f"moments_from is {source!r}, yet nothing comes from there"
             )
 
-    @law(examples=15, situation="situations")
+    @law(examples=10, situation="situations")
     def test_the_state_survives_a_checkpoint(self, situation: Situation) -> None:
         """State saved and loaded with weights_only is the same bit for bit, and so is P."""
         moments = {name: RunningMean(value, 1.0) for name, value in situation.moments.items()}
@@ -83,7 +83,7 @@ class BasisStateLaws(BasisFrame):
             "what was saved and loaded preconditions differently"
         )
 
-    @law(examples=15, situation="situations")
+    @law(examples=10, situation="situations")
     def test_it_can_be_allocated_without_data(self, situation: Situation) -> None:
         """On blank samples, and on corners of matrices, state has the same parts and precision.
 
@@ -123,7 +123,7 @@ class BasisStateLaws(BasisFrame):
             f"a corner of the matrices decomposes into {found_parts}, the whole into {wanted_parts}"
         )
 
-    @law(examples=15, situation="situations")
+    @law(examples=10, situation="situations")
     def test_each_matrix_is_decomposed_alone(self, situation: Situation) -> None:
         """A decomposition depends on its matrix and its `FactorContext` only.
 
@@ -155,7 +155,7 @@ class BasisStateLaws(BasisFrame):
                 together, apart = getattr(situation, method)()[k], getattr(alone, method)()
                 same(together, apart, f"{method} of group {k} depends on the other groups", 1e-6)
 
-    @law(examples=15, situation="situations", seed=seeds())
+    @law(examples=10, situation="situations", seed=seeds())
     def test_nothing_it_is_given_is_modified(self, situation: Situation, seed: int) -> None:
         """No method changes a tensor it is given: matrices, samples, state, gradients."""
         basis, parts, context = situation.basis, situation.decomposition, situation.context
@@ -193,7 +193,7 @@ class BasisStateLaws(BasisFrame):
             changed = [n for n, tensor in given.items() if not torch.equal(tensor, before[n])]
             assert not changed, f"{method} changes what it is given: {', '.join(changed)}"
 
-    @law(examples=15, situation="any_situations")
+    @law(examples=10, situation="any_situations")
     def test_a_wider_gradient_is_taken(self, situation: Situation) -> None:
         """State in float32, as after a load, serves a float64 gradient.
 
@@ -211,7 +211,7 @@ class BasisStateLaws(BasisFrame):
                 f"{method} has shape {tuple(found.shape)} for a gradient of {tuple(wide.shape)}"
             )
 
-    @law(examples=15, situation="situations")
+    @law(examples=10, situation="situations")
     def test_transport_into_the_same_basis_changes_nothing(self, situation: Situation) -> None:
         """With old and new basis the same, moments are kept, or left out (reset).
 

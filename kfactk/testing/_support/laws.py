@@ -25,7 +25,7 @@ from kfactk.registry.registry import registry
 
 VARIABLE = "KFACTK_LAWS"
 """Environment variable that names the profile."""
-PROFILES = {"quick": 1, "thorough": 20}
+PROFILES = {"quick": 1, "thorough": 30}
 """The factor by which each profile multiplies the number of examples of every law."""
 HEALTH = (HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large)
 
@@ -94,7 +94,7 @@ def _named(owner: type[Laws], name: str) -> st.SearchStrategy[Any]:
 
 
 def law(
-    examples: int = 15, **drawn: st.SearchStrategy[Any] | str
+    examples: int = 10, **drawn: st.SearchStrategy[Any] | str
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Mark a method as a law.
 

@@ -24,6 +24,7 @@ from kfactk.costmodel.communication import (
 from kfactk.costmodel.counting import meta_batch, training_load
 from kfactk.costmodel.hardware import H100
 from kfactk.testing._support.ranks import shared_workers
+from tests.covering import covering
 from tests.kfactk.workloads import workloads
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -192,22 +193,16 @@ def moved_by(
     return totals, optimizer.placement
 
 
-@pytest.mark.parametrize("basis", ["kfac", "ekfac"])
-@pytest.mark.parametrize(
-    "placement",
-    [
-        {"name": "replicated"},
-        {"name": "comm_opt"},
-        {"name": "hybrid", "fraction": 0.5},
-        {"name": "mem_opt"},
-    ],
-    ids=str,
+@covering(
+    basis=["kfac", "ekfac"],
+    placement=[{"name": name} for name in ("replicated", "comm_opt", "hybrid", "mem_opt")],
+    ranks=[2, 4],
 )
-@pytest.mark.parametrize(("ranks", "wire"), [(2, None), (4, "bfloat16")])
 def test_ranks_send_the_bytes_of_the_cost_model(
-    ranks: int, wire: str | None, placement: dict[str, Any], basis: str
+    basis: str, placement: dict[str, Any], ranks: int
 ) -> None:
     """Besides, gradient workers send a flag for each layer and step: whether it has a gradient."""
+    wire = "bfloat16" if ranks == 4 else None
     answers = shared_workers().run(ranks, moved_by, placement, basis, wire)
     measured = sum(sum(totals.values()) for totals, _ in answers)
     recipe = kfactk.build(basis=basis, factor_every=2, scale_every=3, basis_every=6)

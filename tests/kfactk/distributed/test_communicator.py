@@ -17,6 +17,7 @@ from kfactk.distributed import communicator as module
 from kfactk.distributed.communicator import Communicator
 from kfactk.distributed.packing import TensorSpec, buckets
 from kfactk.testing._support.ranks import shared_workers
+from tests.covering import covering
 
 pytestmark = pytest.mark.xdist_group("ranks")
 F64, BF16 = torch.float64, torch.bfloat16
@@ -325,14 +326,10 @@ def test_reduce_with_wire_dtype_is_equal_on_all_ranks_and_close(ranks: int) -> N
             )
 
 
-@several
-@pytest.mark.parametrize(("wire", "itemsize"), [(None, 8), ("float32", 4), ("bfloat16", 2)])
-@pytest.mark.parametrize(("symmetric", "numbers"), [(True, 6), (False, 9)])
-def test_reduce_records_the_bytes_it_moves(
-    ranks: int, wire: str | None, itemsize: int, symmetric: bool, numbers: int
-) -> None:
+@covering(ranks=[2, 3, 4], wire=[None, "float32", "bfloat16"], symmetric=[True, False], strength=1)
+def test_reduce_records_the_bytes_it_moves(ranks: int, wire: str | None, symmetric: bool) -> None:
     """x bytes move 2 (g - 1) x times to all g ranks, (g - 1) x to one, and x more to a second."""
-    x = numbers * itemsize
+    x = {None: 8, "float32": 4, "bfloat16": 2}[wire] * (6 if symmetric else 9)
     for wanted, total in (((*range(ranks),), 2 * (ranks - 1) * x), ((1,), (ranks - 1) * x)):
         moved = [moved for _, moved in run(ranks, rounded_sums, wire, symmetric, wanted)]
         assert sum(each.get("sums", 0.0) for each in moved) == pytest.approx(total)

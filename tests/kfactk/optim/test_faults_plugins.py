@@ -21,6 +21,7 @@ from kfactk import KfactkError, KfactkWarning, Optimizer, PluginError, hookimpl
 from kfactk.registry import hookspecs
 from kfactk.registry.inspection import BASE_CLASSES, PROTOCOLS
 from kfactk.registry.registry import Registry, registry
+from tests.covering import covering
 from tests.kfactk.optim.test_faults import EACH, batches, close
 from tests.kfactk.small import batch, factors, hooks, net, train, values
 
@@ -230,10 +231,10 @@ def counted(family: str, member: str) -> tuple[int, int, Life]:
     )
 
 
-@pytest.mark.parametrize("kind", [RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt])
-@pytest.mark.parametrize(("family", "member"), CASES)
-def test_every_method_of_every_stage(family: str, member: str, kind: type[BaseException]) -> None:
+@covering(strength=1, method=CASES, kind=[RuntimeError, torch.OutOfMemoryError, KeyboardInterrupt])
+def test_every_method_of_every_stage(method: tuple[str, str], kind: type[BaseException]) -> None:
     """At the first call and at the last, the error names the stage, and the life goes on."""
+    family, member = method
     number, calls, undisturbed = counted(family, member)
     for at in {1, calls}:
         caught: list[BaseException] = []

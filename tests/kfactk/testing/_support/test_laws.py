@@ -72,7 +72,7 @@ def test_profiles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KFACTK_LAWS", raising=False)
     assert effort(10) == 10
     monkeypatch.setenv("KFACTK_LAWS", "thorough")
-    assert effort(10) == 200
+    assert effort(10) == 300
     monkeypatch.setenv("KFACTK_LAWS", "thorugh")
     with pytest.raises(
         OptionError,
