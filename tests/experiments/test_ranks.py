@@ -15,7 +15,6 @@ from experiments.errors import ExperimentError
 from experiments.ranks import Communicator
 from experiments.training import Trainer
 from kfactk.testing._support.ranks import shared_workers
-from tests.covering import widening
 from tests.torchrun import Done, torchrun
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -248,7 +247,8 @@ def test_torchrun_runs_the_experiment_and_one_process_prints(shared: tuple[Path,
     }
 
 
-@pytest.mark.parametrize("what", widening(["killed", "Ctrl-C"], quick=["killed"]))
+@pytest.mark.thorough
+@pytest.mark.parametrize("what", ["killed", "Ctrl-C"])
 def test_all_processes_end_and_the_experiment_resumes(
     what: str, shared: tuple[Path, Path, str], tmp_path: Path
 ):
