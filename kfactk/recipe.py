@@ -173,6 +173,7 @@ def build(
     observe: str = "automatic",
     output: Callable[[Any], Tensor] | None = None,
     strict: bool = False,
+    unseen: str = "error",
     exclude: Sequence[str] = (),
     **unknown: Any,
 ) -> Recipe:
@@ -214,6 +215,8 @@ def build(
         observe: "automatic", or "manual": only forwards followed by `optimizer.observe()` count.
         output: Function that finds the likelihood's parameters in what the model returns. The
             default is the tensor itself, `.logits`, the item "logits", or the first element.
+        unseen: What to do with layers that influence the output also past their own calls: "error"
+            refuses the forward, "plain" leaves them to the update rule from then on.
         strict: Refuse a model with a trained parameter that no block preconditions.
         exclude: Names of modules (shell-style patterns) whose layers are left out. Their plain
             gradient goes to the update rule. Use it for a huge output layer, or for a head trained

@@ -197,6 +197,19 @@ def input_modified_message(layer: str) -> str:
     )
 
 
+def unseen_message(layers: Sequence[str]) -> str:
+    """Return the message for layers whose influence on the output no recorded call holds whole."""
+    return (
+        f"the output depends on the weights of layers {', '.join(map(repr, layers))} not only "
+        "through the outputs of these layers in this forward, so their curvature would be wrong. "
+        "Likely causes: a function reads a weight (F.linear(x, layer.weight)); the output is a "
+        "derivative with respect to inputs (torch.autograd.grad(..., create_graph=True)); "
+        "torch.func runs the layer (vmap, functional_call); outputs of an earlier forward are fed "
+        "in again, as a recurrent loop outside the bound model does (bind a module that holds the "
+        "loop, or detach them). "
+    )
+
+
 def missing_samples_message(layers: Sequence[str]) -> str:
     """Return the message for layers that have a gradient but gave no sample."""
     shown = ", ".join(repr(name) for name in layers[:4])

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from kfactk.capture.forward import Arrivals, Forward
+from kfactk.capture.guard import unseen_layers
 from kfactk.capture.support import model_output
 from kfactk.errors import CaptureError
 from kfactk.samples import LayerCall
 from kfactk.stages import Fisher, Layer, Likelihood
-from kfactk.validation import attribute_errors, stage_label
+from kfactk.validation import attribute_errors, stage_label, unseen_message
 
 
 class SampleTaker(Protocol):
@@ -48,6 +49,9 @@ class SampleTaker(Protocol):
 
     def needs_pass(self) -> bool:
         """Return whether gradients are needed."""
+
+    def leave(self, layers: Iterable[Layer]) -> None:
+        """Follow these layers no more: what was seen of them is not the whole."""
 
     def end_forward(self) -> None:
         """Note that all passes over one forward are done."""
@@ -119,6 +123,8 @@ class FisherPass:
         output: The user's function that finds the likelihood's parameters in the output.
         reduction: "mean" or "sum": how the user's loss reduces over likelihood terms. Only a Fisher
             stage that listens to the user's backward needs it.
+        unseen: "error" or "plain": what to do with layers that influence the output also past
+            their recorded calls.
         scaler: The loop's `torch.amp.GradScaler`, if any; likewise.
     """
 
@@ -130,12 +136,13 @@ class FisherPass:
         output: Any = None,
         *,
         reduction: str = "mean",
+        unseen: str = "error",
         scaler: Any = None,
     ) -> None:
         self._taker = taker
         self._fisher, self._likelihood = fisher, likelihood
         self._output = model_output if output is None else output
-        self._reduction, self._scaler = reduction, scaler
+        self._reduction, self._unseen, self._scaler = reduction, unseen, scaler
         self._listening: list[tuple[Arrivals, LayerSink]] = []
 
     def finish(self) -> None:
@@ -158,7 +165,8 @@ class FisherPass:
             micro_batch: Index of the forward within the step, from 0.
 
         Raises:
-            CaptureError: The output holds no tensor that the likelihood can read.
+            CaptureError: The output holds no tensor that the likelihood can read, or depends on
+                layers also past their recorded calls.
         """
         output = self._output(forward.output)
         if not isinstance(output, Tensor):
@@ -176,10 +184,29 @@ class FisherPass:
             terms: Tensor | float = float(view.shape[0] * view.shape[1])
             if weights is not None:
                 terms = weights.detach().sum().double()
+            forward = self._guarded(forward, view)
             self._taker.begin_forward(terms, len(view))
             self._measure(forward, view, weights, terms, (step, micro_batch))
         if forward.calls and self._fisher.own_pass:
             self._taker.end_forward()
+
+    def _guarded(self, forward: Forward, view: Tensor) -> Forward:
+        """Return the forward without the layers that influence `view` past their recorded calls.
+
+        Raises:
+            CaptureError: There are such layers, and they are to be refused.
+        """
+        layers = unseen_layers(view, forward.calls, forward.layers)
+        if not layers:
+            return forward
+        if self._unseen == "error":
+            paths = list(dict.fromkeys(layer.path for layer in layers))
+            raise CaptureError(
+                f"{unseen_message([layer.name for layer in layers])}To train them by their plain "
+                f"gradient, build the recipe with exclude={paths} or with unseen='plain'."
+            )
+        self._taker.leave(layers)
+        return forward.leaving(layers)
 
     def _measure(
         self,

@@ -41,6 +41,44 @@ class FixedScale:
         return self.value
 
 
+@attrs.frozen
+class OutputView:
+    """How an output that is a view lies in the tensor it is a view of.
+
+    An in-place operation on a view gives it another node, past which no gradient comes any more.
+    Gradients are then read at the tensor below, which keeps its node.
+
+    Args:
+        size: Size of the tensor below.
+        stride: Its strides.
+        view_size: Size of the view.
+        view_stride: Strides of the view.
+        offset: Where the view begins, in elements.
+    """
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    view_size: torch.Size
+    view_stride: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def of(cls, view: Tensor, base: Tensor) -> OutputView:
+        """Return how `view` lies in `base`."""
+        offset = int(view.storage_offset() - base.storage_offset())
+        return cls(base.size(), base.stride(), view.size(), view.stride(), offset)
+
+    def read(self, gradient: Tensor) -> Tensor:
+        """Return the part of the gradient of the tensor below that is the view's."""
+        if gradient.stride() != self.stride:
+            laid = torch.empty_strided(
+                self.size, self.stride, dtype=gradient.dtype, device=gradient.device
+            )
+            gradient = laid.copy_(gradient)
+        start = gradient.storage_offset() + self.offset
+        return gradient.as_strided(self.view_size, self.view_stride, start)
+
+
 @attrs.frozen(eq=False)
 class RecordedCall:
     """One call of a followed layer: its input, and what its output looked like.
@@ -55,6 +93,8 @@ class RecordedCall:
         dtype: Dtype of the output.
         shape: Shape of the output.
         training: Whether the module was in training mode.
+        view: How the output lies in the tensor whose gradient is read; `None` where that is the
+            output itself.
     """
 
     layer: Layer
@@ -63,21 +103,43 @@ class RecordedCall:
     dtype: torch.dtype
     shape: torch.Size
     training: bool = True
+    view: OutputView | None = None
 
     def input(self) -> LayerCall:
         """Return this call with a gradient of zeros, which take no memory."""
         zeros = torch.zeros((), dtype=self.dtype, device=self.inputs.device).expand(self.shape)
-        return self.call(zeros, 1.0)
+        return self._with(zeros, 1.0)
 
     def call(self, gradient: Tensor, scale: Tensor | float) -> LayerCall:
-        """Return this call with the gradient of its output.
+        """Return this call with the gradient that arrived at its edge.
 
         Raises:
             CaptureError: The input was modified in place since.
         """
+        gradient = gradient.detach()
+        return self._with(gradient if self.view is None else self.view.read(gradient), scale)
+
+    def _with(self, gradient: Tensor, scale: Tensor | float) -> LayerCall:
         if self.inputs._version != self.version:
             raise CaptureError(input_modified_message(self.layer.name))
-        return LayerCall(self.inputs, gradient.detach(), scale, training=self.training)
+        return LayerCall(self.inputs, gradient, scale, training=self.training)
+
+
+@attrs.frozen(eq=False)
+class TracedCall:
+    """A recorded call and its place in the graph of the forward.
+
+    Args:
+        record: The call.
+        edge: Where the gradient of its output arrives.
+        sources: The nodes that made its inputs.
+        parameters: The tensors that the module used as the layer's parameters.
+    """
+
+    record: RecordedCall
+    edge: GradientEdge
+    sources: frozenset[Node]
+    parameters: tuple[Tensor, ...]
 
 
 class Forward:
@@ -86,7 +148,7 @@ class Forward:
     Args:
         output: What the root returned.
         batch: Its arguments by name.
-        calls: Calls of followed layers, in order, each with the autograd edge of its output.
+        calls: Calls of followed layers, in order.
         layers: All followed layers, also those without a call.
     """
 
@@ -94,7 +156,7 @@ class Forward:
         self,
         output: Any,
         batch: Mapping[str, Any],
-        calls: list[tuple[RecordedCall, GradientEdge]],
+        calls: list[TracedCall],
         layers: Sequence[Layer],
     ) -> None:
         self.output, self.batch = output, dict(batch)
@@ -104,22 +166,29 @@ class Forward:
         """Return the calls of these layers that lead to `start`, without gradients."""
         found: dict[Layer, list[LayerCall]] = {}
         reached = _reachable(start) if names else set()
-        for record, edge in self.calls:
-            if record.layer.name in names and edge.node in reached:
-                found.setdefault(record.layer, []).append(record.input())
+        for call in self.calls:
+            layer = call.record.layer
+            if layer.name in names and call.edge.node in reached:
+                found.setdefault(layer, []).append(call.record.input())
         return found
 
+    def leaving(self, layers: Sequence[Layer]) -> Forward:
+        """Return the same forward as if these layers had never been followed."""
+        calls = [call for call in self.calls if call.record.layer not in layers]
+        rest = [layer for layer in self.layers if layer not in layers]
+        return Forward(self.output, self.batch, calls, rest)
+
     def without(self, names: Set[str]) -> Forward:
-        """Return the same forward in which these layers are not followed."""
-        if not any(record.layer.name in names for record, _ in self.calls):
+        """Return the same forward in which the calls of these layers are not followed."""
+        kept = [call for call in self.calls if call.record.layer.name not in names]
+        if len(kept) == len(self.calls):
             return self
-        kept = [call for call in self.calls if call[0].layer.name not in names]
         return Forward(self.output, self.batch, kept, self.layers)
 
     @property
     def scale(self) -> float:
         """The factor of a loss that keeps float16 gradients from underflow: a power of two."""
-        return HALF_SCALE if any(r.dtype == torch.float16 for r, _ in self.calls) else 1.0
+        return HALF_SCALE if any(call.record.dtype == torch.float16 for call in self.calls) else 1.0
 
     def run(self, loss: Tensor, start: Tensor, sink: Sink) -> None:
         """Run one backward pass of our own.
@@ -134,19 +203,17 @@ class Forward:
             sink: Takes each layer as its gradients arrive.
         """
         arrivals = Arrivals(self.calls, sink, FixedScale(1.0 / self.scale))
-        ends = _leafmost(start, {edge.node for _, edge in self.calls})
-        last = [(record, edge) for record, edge in self.calls if edge.node in ends]
+        ends = _leafmost(start, {call.edge.node for call in self.calls})
+        last = [call for call in self.calls if call.edge.node in ends]
         if not last:
             return
-        handles = [
-            arrivals.watch(record, edge) for record, edge in self.calls if edge.node not in ends
-        ]
+        handles = [arrivals.watch(call) for call in self.calls if call.edge.node not in ends]
         try:
-            gradients = _grad(loss * self.scale, [edge for _, edge in last])
+            gradients = _grad(loss * self.scale, [call.edge for call in last])
             with torch.no_grad():
-                for (record, _), gradient in zip(last, gradients, strict=True):
+                for call, gradient in zip(last, gradients, strict=True):
                     if gradient is not None:
-                        arrivals.add(record, gradient)
+                        arrivals.add(call.record, gradient)
         finally:
             for handle in handles:
                 handle.remove()
@@ -164,8 +231,8 @@ class Forward:
             The gradients that have arrived. Call its `finish` once the backward is over.
         """
         arrivals = Arrivals(self.calls, sink, scale)
-        for record, edge in self.calls:
-            arrivals.watch(record, edge)
+        for call in self.calls:
+            arrivals.watch(call)
         return arrivals
 
 
@@ -178,18 +245,17 @@ class Arrivals:
         scale: What gradients are multiplied by.
     """
 
-    def __init__(
-        self, calls: Sequence[tuple[RecordedCall, GradientEdge]], sink: Sink, scale: Scale
-    ) -> None:
+    def __init__(self, calls: Sequence[TracedCall], sink: Sink, scale: Scale) -> None:
         self._sink, self._scale = sink, scale
         self._waiting: dict[Layer, int] = {}
-        for record, _ in calls:
-            self._waiting[record.layer] = self._waiting.get(record.layer, 0) + 1
+        for call in calls:
+            layer = call.record.layer
+            self._waiting[layer] = self._waiting.get(layer, 0) + 1
         self._here: dict[Layer, list[LayerCall]] = {}
 
-    def watch(self, record: RecordedCall, edge: GradientEdge) -> torch.utils.hooks.RemovableHandle:
+    def watch(self, call: TracedCall) -> torch.utils.hooks.RemovableHandle:
         """Read the gradient of one call as autograd reaches its node."""
-        number = edge.output_nr
+        record, number = call.record, call.edge.output_nr
 
         def prehook(gradients: tuple[Tensor | None, ...]) -> None:
             gradient = gradients[number]
@@ -197,7 +263,7 @@ class Arrivals:
                 with torch.no_grad(), full_precision([gradient.device.type]):
                     self.add(record, gradient)
 
-        return edge.node.register_prehook(prehook)
+        return call.edge.node.register_prehook(prehook)
 
     def add(self, record: RecordedCall, gradient: Tensor) -> None:
         """Take the gradient of one call; a second backward through the graph is skipped."""

@@ -18,9 +18,9 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
-from kfactk.capture.forward import Forward, RecordedCall
+from kfactk.capture.forward import Forward, OutputView, RecordedCall, TracedCall
 from kfactk.capture.support import check_engine, is_distributed, tensor_parallel
 from kfactk.capture.torch_modes import (
     EAGERNESS,
@@ -58,7 +58,7 @@ class ModelHooks:
         self._forward: Callable[..., Any] | None = None
         self._evaluation = evaluation
         self._layers: Sequence[Layer] = ()
-        self._calls: list[tuple[RecordedCall, GradientEdge]] = []
+        self._calls: list[TracedCall] = []
         self._layer_handles: list[torch.utils.hooks.RemovableHandle] = []
         self._depth, self._thread = 0, 0
         self._token = object()
@@ -182,9 +182,7 @@ class RootHook:
 class LayerHook:
     """Records each call of one layer; a copy or pickle of the model gets one that does nothing."""
 
-    def __init__(
-        self, calls: list[tuple[RecordedCall, GradientEdge]] | None, layer: Layer | None
-    ) -> None:
+    def __init__(self, calls: list[TracedCall] | None, layer: Layer | None) -> None:
         self._calls, self._layer, self._thread = calls, layer, threading.get_ident()
 
     def __call__(
@@ -197,11 +195,29 @@ class LayerHook:
             return
         if any(map(is_distributed, (output, *module.parameters(recurse=False)))):
             raise CombinationError(tensor_parallel(self._layer.name))
-        inputs = (args[0] if args else next(iter(kwargs.values()))).detach()
+        given = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+        base = output._base if output._is_view() else None
+        if base is None or base.grad_fn is None:
+            base = None
+        inputs = given[0].detach()
         record = RecordedCall(
-            self._layer, inputs, inputs._version, output.dtype, output.shape, module.training
+            self._layer,
+            inputs,
+            inputs._version,
+            output.dtype,
+            output.shape,
+            module.training,
+            None if base is None else OutputView.of(output, base),
         )
-        self._calls.append((record, get_gradient_edge(output)))
+        used = (module._parameters.get(name) for name in self._layer.parameters)
+        self._calls.append(
+            TracedCall(
+                record,
+                get_gradient_edge(output if base is None else base),
+                frozenset(each.grad_fn for each in given if each.grad_fn is not None),
+                tuple(parameter for parameter in used if parameter is not None),
+            )
+        )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerHook:
         return LayerHook(None, None)

@@ -124,6 +124,7 @@ class Optimizer(torch.optim.Optimizer):
             recipe.likelihood,
             recipe.output,
             reduction=recipe.reduction,
+            unseen=recipe.unseen,
             scaler=scaler,
         )
         self._micro_batch, self._recorded = 0, False

@@ -131,6 +131,7 @@ class Settings:
         validator=function(hint=" of what the model returns")
     )
     strict: bool = attrs.field(validator=flag)
+    unseen: str = attrs.field(validator=choice("error", "plain"))
     exclude: tuple[str, ...] = attrs.field(converter=as_patterns, validator=patterns)
     rules: tuple[BlockRule, ...] = attrs.field(init=False, eq=False)
     schedule: UpdateSchedule = attrs.field(init=False, eq=False)

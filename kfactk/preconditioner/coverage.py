@@ -191,7 +191,17 @@ class ModelSurvey:
         self.candidates: tuple[Candidate, ...] = ()
         self._layers: dict[tuple[Candidate, tuple[str, ...]], CoveredLayer] = {}
         self._why_not: dict[str, str] = {}
+        self._left: dict[tuple[nn.Module, str], str] = {}
         self._examine()
+
+    def leave(self, layers: Iterable[Layer], reason: str) -> None:
+        """Leave these layers alone from now on.
+
+        Args:
+            layers: The layers.
+            reason: Why, for the table.
+        """
+        self._left.update(((layer.module, layer.part), reason) for layer in layers)
 
     def _examine(self) -> None:
         """Find the candidates, where the model has changed since the last time."""
@@ -283,6 +293,8 @@ class ModelSurvey:
         self._examine()
         found = []
         for candidate in self.candidates:
+            if candidate.place in self._left:
+                continue
             names = tuple(
                 name
                 for name in candidate.shapes
@@ -320,7 +332,7 @@ class ModelSurvey:
             for key in layer.parameters
         }
         anchors = {
-            _join(owner, key): candidate.anchor
+            _join(owner, key): candidate
             for candidate in self.candidates
             for owner in [candidate.name.removesuffix(f"[{candidate.part}]")]
             for key in candidate.shapes
@@ -338,7 +350,11 @@ class ModelSurvey:
             elif id(parameter) not in trained:
                 reason = "not among the optimizer's parameters"
             else:
-                reason = self._why_not.get(name) or f"the layer's {anchors[name]} is not trained"
+                reason = self._why_not.get(name, "")
+                if not reason:
+                    candidate = anchors[name]
+                    untrained = f"the layer's {candidate.anchor} is not trained"
+                    reason = self._left.get(candidate.place, untrained)
             shape = () if isinstance(parameter, UninitializedParameter) else tuple(parameter.shape)
             block, stages = blocks.get(name, (None, ""))
             rows.append(Row(name, shape, block, reason, wanted, stages))

@@ -27,7 +27,10 @@ from kfactk.samples import LayerCall, working_dtype
 from kfactk.stages import Layer, Placement
 from kfactk.statistics import ReducedStatistic, drop_nonfinite, local_means
 from kfactk.timing import StageTimer
-from kfactk.validation import input_modified_message, missing_samples_message
+from kfactk.validation import input_modified_message, missing_samples_message, unseen_message
+
+UNSEEN = "unseen: it influences the output also past its own calls (unseen='plain')"
+"""Reason in a coverage table."""
 
 
 class Preconditioner:
@@ -175,6 +178,18 @@ class Preconditioner:
         for layer in layers:
             if layer in self._followed:
                 self._followed[layer][0].state.seen += 1
+
+    def leave(self, layers: Iterable[Layer]) -> None:
+        """Follow these layers no more: their parameters go to the update rule as they are."""
+        left = list(layers)
+        for layer in left:
+            self._followed.pop(layer, None)
+        self.survey.leave(left, UNSEEN)
+        self._warn(
+            "unseen",
+            f"{unseen_message([layer.name for layer in left])}The update rule trains them by their "
+            "plain gradient from now on",
+        )
 
     def end_forward(self) -> None:
         """Let the sums of the forward leave, if this is all that every rank expects."""

@@ -385,12 +385,12 @@ def test_the_pass_gives_autograds_gradients_at_every_edge(monkeypatch: pytest.Mo
 
     def checked(self: Forward, loss: Tensor, start: Tensor, sink: Any) -> None:
         truth = torch.autograd.grad(
-            loss, [edge for _, edge in self.calls], retain_graph=True, allow_unused=True
+            loss, [call.edge for call in self.calls], retain_graph=True, allow_unused=True
         )
         by_layer: dict[str, list[Tensor]] = {}
-        for (record, _), gradient in zip(self.calls, truth, strict=True):
+        for call, gradient in zip(self.calls, truth, strict=True):
             if gradient is not None:
-                by_layer.setdefault(record.layer.name, []).append(gradient)
+                by_layer.setdefault(call.record.layer.name, []).append(gradient)
 
         def compare(layer: Any, calls: Any) -> None:
             expected = by_layer.pop(layer.name)
