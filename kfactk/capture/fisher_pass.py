@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -11,9 +12,10 @@ import attrs
 import torch
 from torch import Tensor
 
-from kfactk.capture.forward import Arrivals, Forward
+from kfactk.capture.forward import Forward
 from kfactk.capture.guard import unseen_layers
-from kfactk.capture.support import model_output
+from kfactk.capture.support import is_distributed, model_output
+from kfactk.capture.user_backward import UserBackward
 from kfactk.errors import CaptureError
 from kfactk.samples import LayerCall
 from kfactk.stages import Fisher, Layer, Likelihood
@@ -30,8 +32,23 @@ class SampleTaker(Protocol):
     def forward(self) -> AbstractContextManager[None]:
         """Surround the passes over one forward: they count all together, or not at all."""
 
-    def begin_forward(self, num_terms: Tensor | float, examples: int) -> None:
-        """Note the likelihood terms and the examples of one forward."""
+    def begin_forward(self) -> None:
+        """Note one forward."""
+
+    def tells_examples_apart(self, layer: Layer) -> bool:
+        """Return whether anything is measured for each example of a layer."""
+
+    def check_examples(self, layer: Layer, calls: Sequence[LayerCall], examples: int) -> None:
+        """Check how a layer lays out examples, by the gradients of the first of the output's."""
+
+    def counts_terms(self) -> bool:
+        """Return whether the number of likelihood terms in the user's gradient is needed."""
+
+    def count_terms(self, num_terms: Tensor | float) -> None:
+        """Count the likelihood terms of a forward whose gradient is in `.grad`."""
+
+    def drop_gathered(self) -> None:
+        """Drop the calls that the step has taken so far."""
 
     def accumulate(
         self, layer: Layer, calls: Sequence[LayerCall], num_terms: Tensor | float, first: bool
@@ -113,6 +130,38 @@ class LayerSink:
         self._taker.accumulate_nothing(missing, self._num_terms)
 
 
+@attrs.frozen(eq=False)
+class ProbeSink:
+    """Hands on the gradients of the output's first example.
+
+    Args:
+        taker: Checks them.
+        examples: Number of examples of the output.
+    """
+
+    taker: SampleTaker
+    examples: int
+
+    def __call__(self, layer: Layer, calls: list[LayerCall]) -> None:
+        """Take all calls of one layer."""
+        self.taker.check_examples(layer, calls, self.examples)
+
+
+@attrs.frozen(eq=False)
+class Watch:
+    """The watch for backwards over one forward.
+
+    Args:
+        backward: The watch.
+        sink: Takes the gradients that it keeps.
+        terms: Number of likelihood terms of the forward.
+    """
+
+    backward: UserBackward
+    sink: LayerSink
+    terms: Tensor | float
+
+
 class FisherPass:
     """Runs or awaits the backward passes that curvature is measured on.
 
@@ -143,15 +192,53 @@ class FisherPass:
         self._fisher, self._likelihood = fisher, likelihood
         self._output = model_output if output is None else output
         self._reduction, self._unseen, self._scaler = reduction, unseen, scaler
-        self._listening: list[tuple[Arrivals, LayerSink]] = []
+        self._watches: list[Watch] = []
+        self._reached: dict[Layer, int] = {}
+        self._probed: weakref.WeakSet[Layer] = weakref.WeakSet()
 
     def finish(self) -> None:
-        """End listening: take the layers that the user's backward reached in part."""
-        listening, self._listening = self._listening, []
-        for arrivals, sink in listening:
-            arrivals.finish()
-            if sink.taken:  # otherwise the forward had no backward
-                sink.finish()
+        """End watching: take the layers that the user's backwards reached in part.
+
+        Raises:
+            CaptureError: A loss of the user's depends on layers also past their recorded calls.
+        """
+        watches, self._watches = self._watches, []
+        self._reached.clear()
+        unseen: dict[Layer, None] = {}
+        for watch in watches:
+            if self._fisher.own_pass:
+                watch.backward.finish()
+            else:
+                unseen.update(dict.fromkeys(watch.backward.unseen))
+                watch.backward.finish()
+                if watch.sink.taken:  # otherwise the forward had no backward
+                    watch.sink.finish()
+            if watch.backward.arrived:
+                self._taker.count_terms(watch.terms)
+        if unseen:
+            self._refuse_or_leave(list(unseen))
+
+    def forget(self) -> None:
+        """Forget the backwards so far, because the user emptied `.grad`."""
+        self._reached.clear()
+        arrived = [watch for watch in self._watches if watch.backward.forget()]
+        if arrived and not self._fisher.own_pass:
+            for watch in arrived:
+                watch.sink.taken.clear()
+            self._taker.drop_gathered()
+
+    def reach(self, layer: Layer, task: int) -> None:
+        """Note that a backward reaches a layer.
+
+        Where an earlier backward of the step reached it too, and `.grad` is gone since, that one
+        is forgotten.
+        """
+        before = self._reached.get(layer)
+        if before is not None and before != task and task not in self._reached.values():
+            parameters = [p for p in layer.tensors().values() if p.requires_grad]
+            if all(p.grad is None and not is_distributed(p) for p in parameters):
+                self.forget()
+        self._reached[layer] = task
 
     def run(
         self, forward: Forward, batch: Mapping[str, Any], *, step: int, micro_batch: int
@@ -185,8 +272,11 @@ class FisherPass:
             if weights is not None:
                 terms = weights.detach().sum().double()
             forward = self._guarded(forward, view)
-            self._taker.begin_forward(terms, len(view))
-            self._measure(forward, view, weights, terms, (step, micro_batch))
+            self._taker.begin_forward()
+            if self._fisher.own_pass and self._taker.counts_terms():
+                self._watch(forward, output, terms, keep=False)
+            with forward.keeping_buffers():
+                self._measure(forward, output, view, weights, terms, (step, micro_batch))
         if forward.calls and self._fisher.own_pass:
             self._taker.end_forward()
 
@@ -199,6 +289,10 @@ class FisherPass:
         layers = unseen_layers(view, forward.calls, forward.layers)
         if not layers:
             return forward
+        self._refuse_or_leave(layers)
+        return forward.leaving(layers)
+
+    def _refuse_or_leave(self, layers: Sequence[Layer]) -> None:
         if self._unseen == "error":
             paths = list(dict.fromkeys(layer.path for layer in layers))
             raise CaptureError(
@@ -206,11 +300,11 @@ class FisherPass:
                 f"gradient, build the recipe with exclude={paths} or with unseen='plain'."
             )
         self._taker.leave(layers)
-        return forward.leaving(layers)
 
     def _measure(
         self,
         forward: Forward,
+        output: Tensor,
         view: Tensor,
         weights: Tensor | None,
         terms: Tensor | float,
@@ -222,15 +316,16 @@ class FisherPass:
             return
         counts = bool(float(terms))  # otherwise everything is masked: nothing is to be learned
         if not counts:
-            self._taker.mark_seen({record.layer for record, _ in forward.calls})
+            self._taker.mark_seen({call.record.layer for call in forward.calls})
         if not self._fisher.own_pass:
             if counts:
-                self._listen(forward, terms)
+                self._watch(forward, output, terms, keep=True)
             return
         taken = self._take_inputs(forward, view, terms) if counts else set()
         if self._taker.needs_pass():
             forward = forward.without(self._taker.input_only())
             layers = [layer for layer in forward.layers if layer not in taken]
+            self._probe(forward, view)
             seed = draw_seed(self._fisher.seed, *place, self._taker.rank)
             self._run_passes(forward, view, weights, (layers, terms, counts), seed)
         elif counts:
@@ -244,6 +339,25 @@ class FisherPass:
             for layer, calls in forward.inputs(self._taker.input_only(), view).items():
                 sink(layer, calls)
         return sink.taken
+
+    def _probe(self, forward: Forward, view: Tensor) -> None:
+        """Find the rows of layers that make the output's first example, once for each layer.
+
+        A pass over parts of parameters would be a collective call, and is left out.
+        """
+        new = {layer for layer in forward.layers if layer not in self._probed}
+        self._probed.update(new)
+        new = {layer for layer in new if self._taker.tells_examples_apart(layer)}
+        parameters = (p for call in forward.calls for p in call.record.layer.tensors().values())
+        if not new or any(map(is_distributed, parameters)):
+            return
+        known = {layer.name for layer in forward.layers} - {layer.name for layer in new}
+        generator = torch.Generator(view.device)
+        weights = torch.rand(
+            view.shape[1:], generator=generator, dtype=view.dtype, device=view.device
+        )
+        sink = ProbeSink(self._taker, len(view))
+        forward.without(known).run((view[:1] * weights).sum(), view, sink)
 
     def _run_passes(
         self,
@@ -281,11 +395,14 @@ class FisherPass:
                 return
             yield loss
 
-    def _listen(self, forward: Forward, terms: Tensor | float) -> None:
-        """Take the layers from the user's own backward, whenever it runs."""
+    def _watch(
+        self, forward: Forward, output: Tensor, terms: Tensor | float, *, keep: bool
+    ) -> None:
+        """Watch for the user's own backwards, and `keep` their gradients or not."""
         sink = LayerSink(self._taker, forward.layers, terms)  # does not keep the forward
         scale = LossScale(terms, self._reduction, self._scaler)
-        self._listening.append((forward.listen(sink, scale), sink))
+        backward = UserBackward(forward, output, sink if keep else None, scale, self)
+        self._watches.append(Watch(backward, sink, terms))
 
 
 def draw_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, Protocol
 
 import attrs
@@ -150,6 +151,7 @@ class Forward:
         batch: Its arguments by name.
         calls: Calls of followed layers, in order.
         layers: All followed layers, also those without a call.
+        updated: For each module that the forward has written to, its buffers.
     """
 
     def __init__(
@@ -158,9 +160,24 @@ class Forward:
         batch: Mapping[str, Any],
         calls: list[TracedCall],
         layers: Sequence[Layer],
+        updated: Sequence[list[Tensor]] = (),
     ) -> None:
         self.output, self.batch = output, dict(batch)
         self.calls, self.layers = calls, layers
+        self.updated = updated
+
+    @contextlib.contextmanager
+    def keeping_buffers(self) -> Iterator[None]:
+        """Surround passes, in which checkpointed parts run again: buffers stay as they are."""
+        # Kernels of batch normalisation do not count their writes; its counter of batches does.
+        before = [(own, versions(own), [each.clone() for each in own]) for own in self.updated]
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for own, counts, values in before:
+                    if versions(own) != counts:
+                        torch._foreach_copy_(own, values)
 
     def inputs(self, names: Set[str], start: Tensor) -> dict[Layer, list[LayerCall]]:
         """Return the calls of these layers that lead to `start`, without gradients."""
@@ -176,14 +193,14 @@ class Forward:
         """Return the same forward as if these layers had never been followed."""
         calls = [call for call in self.calls if call.record.layer not in layers]
         rest = [layer for layer in self.layers if layer not in layers]
-        return Forward(self.output, self.batch, calls, rest)
+        return Forward(self.output, self.batch, calls, rest, self.updated)
 
     def without(self, names: Set[str]) -> Forward:
         """Return the same forward in which the calls of these layers are not followed."""
         kept = [call for call in self.calls if call.record.layer.name not in names]
         if len(kept) == len(self.calls):
             return self
-        return Forward(self.output, self.batch, kept, self.layers)
+        return Forward(self.output, self.batch, kept, self.layers, self.updated)
 
     @property
     def scale(self) -> float:
@@ -219,21 +236,6 @@ class Forward:
                 handle.remove()
         with torch.no_grad():
             arrivals.finish()
-
-    def listen(self, sink: Sink, scale: Scale) -> Arrivals:
-        """Read the same gradients from the user's own backward, whenever it runs.
-
-        Args:
-            sink: Takes each layer as its gradients arrive.
-            scale: Asked while the backward runs.
-
-        Returns:
-            The gradients that have arrived. Call its `finish` once the backward is over.
-        """
-        arrivals = Arrivals(self.calls, sink, scale)
-        for call in self.calls:
-            arrivals.watch(call)
-        return arrivals
 
 
 class Arrivals:
@@ -281,6 +283,11 @@ class Arrivals:
             self._waiting[layer] = 0
             self._sink(layer, calls)
         self._here.clear()
+
+
+def versions(tensors: Iterable[Tensor]) -> list[int]:
+    """Return how often each tensor was written to."""
+    return [tensor._version for tensor in tensors]
 
 
 def _reachable(start: Tensor) -> set[Node]:

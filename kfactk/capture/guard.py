@@ -36,11 +36,11 @@ def unseen_layers(
     tops = {call.edge.node for call in calls}
     owners: dict[Node, Layer] = {}
     unseen: dict[Layer, None] = {}
-    ends = {layer: _parameter_nodes(layer.tensors().values()) for layer in layers}
+    ends = {layer: parameter_nodes(layer.tensors().values()) for layer in layers}
     allowed: dict[Layer, set[Node]] = {layer: set() for layer in ends}
     for call in calls:
         layer = call.record.layer
-        ends[layer] |= _parameter_nodes(call.parameters)
+        ends[layer] |= parameter_nodes(call.parameters)
         inner = _inner_nodes(call, ends[layer], tops)
         if inner is None:
             unseen[layer] = None
@@ -55,7 +55,7 @@ def unseen_layers(
     return [layer for layer in allowed if layer in unseen]
 
 
-def _parameter_nodes(parameters: Iterable[Tensor]) -> set[Node]:
+def parameter_nodes(parameters: Iterable[Tensor]) -> set[Node]:
     """Return the nodes at which gradients of these tensors arrive."""
     with torch.enable_grad():
         return {get_gradient_edge(each).node for each in parameters if each.requires_grad}

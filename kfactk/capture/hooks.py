@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
-from kfactk.capture.forward import Forward, OutputView, RecordedCall, TracedCall
+from kfactk.capture.forward import Forward, OutputView, RecordedCall, TracedCall, versions
 from kfactk.capture.support import check_engine, is_distributed, tensor_parallel
 from kfactk.capture.torch_modes import (
     EAGERNESS,
@@ -59,6 +59,7 @@ class ModelHooks:
         self._evaluation = evaluation
         self._layers: Sequence[Layer] = ()
         self._calls: list[TracedCall] = []
+        self._buffers: list[tuple[list[Tensor], list[int]]] = []
         self._layer_handles: list[torch.utils.hooks.RemovableHandle] = []
         self._depth, self._thread = 0, 0
         self._token = object()
@@ -110,6 +111,7 @@ class ModelHooks:
             return
         self._depth, self._thread, self._forward = 1, threading.get_ident(), self.root.forward
         self._layers, self._calls = layers, []
+        self._buffers = [(own, versions(own)) for own in map(_buffers, self.root.modules()) if own]
         for layer in layers:
             hook = LayerHook(self._calls, layer)
             for site in layer.sites:
@@ -120,7 +122,7 @@ class ModelHooks:
     def after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Detach, and hand the forward on; `output` is `None` when the forward raised."""
+        """Detach, and hand the forward on, unless it raised: then `output` is `None`."""
         if not self._depth or self._thread != threading.get_ident():
             return
         self._depth -= 1
@@ -130,9 +132,11 @@ class ModelHooks:
         calls, self._calls = self._calls, []
         layers, self._layers = self._layers, ()
         listener = self._listener()
-        if output is not None and listener is not None:
+        raised = output is None and sys.exc_info()[0] is not None
+        if not raised and listener is not None:
             with save_unchanged():
-                forward = Forward(output, _named(module, args, kwargs), calls, layers)
+                updated = [own for own, before in self._buffers if versions(own) != before]
+                forward = Forward(output, _named(module, args, kwargs), calls, layers, updated)
                 listener._end_forward(forward)
 
     def _counts(self) -> bool:
@@ -236,6 +240,10 @@ def _is_nested(root: nn.Module) -> bool:
         frame = frame.f_back
         calls += frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is root
     return calls >= 2
+
+
+def _buffers(module: nn.Module) -> list[Tensor]:
+    return [buffer for buffer in module._buffers.values() if buffer is not None]
 
 
 def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -553,6 +553,7 @@ class Optimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as for any torch optimizer."""
         self._hooks.reset()
+        self._fisher_pass.forget()
         super().zero_grad(set_to_none)
 
     def close(self) -> None:

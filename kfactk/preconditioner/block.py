@@ -71,8 +71,8 @@ class Block:
 
     def accumulate(
         self, calls: Sequence[LayerCall], num_terms: Tensor | float, first: bool, plan: BlockPlan
-    ) -> Samples:
-        """Sum up the calls of the layer in one Fisher pass, and return them as samples.
+    ) -> None:
+        """Sum up the calls of the layer in one Fisher pass.
 
         Nothing of the calls is kept unless `plan` refreshes the basis first.
 
@@ -87,7 +87,44 @@ class Block:
         self._gather(samples, plan)
         if plan.late:
             self.state.input_versions += [(call.inputs, call.inputs._version) for call in calls]
-        return samples
+
+    def layout_fault(self, calls: Sequence[LayerCall], examples: int) -> str:
+        """Return why the examples of the layer are not those of the output; "" where they are.
+
+        Where examples influence each other, as in BatchNorm or in graphs, it cannot be told.
+
+        Args:
+            calls: With the gradients of the output's first example alone.
+            examples: Number of examples of the output.
+        """
+        samples = self.samples(calls, num_terms=1.0, first=True)
+        rows = samples.examples
+        touched = _touched(samples.gradients(), -3)
+        if touched <= 1:
+            return ""
+        consequence = (
+            "What is measured for each example (EKFAC's scale) then takes its rows for examples"
+        )
+        if touched < rows:
+            if rows == examples:
+                return ""
+            return (
+                f"{touched} of its {rows} rows in dimension 0 belong to the output's first "
+                f"example. {consequence}. If another dimension counts examples, set the "
+                "curvature's batch_dim; or leave the layer out with exclude="
+            )
+        gradient = calls[0].gradient
+        if gradient.shape[:-1].numel() * len(calls) != rows * samples.positions:
+            return ""
+        counting = [dim for dim in range(1, gradient.ndim - 1) if _touched(gradient, dim) == 1]
+        counting = [dim for dim in counting if gradient.shape[dim] > 1]
+        if not counting:
+            return ""
+        return (
+            f"dimension {counting[0]} of its output counts the examples, not dimension 0: the "
+            f"output's first example depends on one index there. {consequence}. Set the "
+            f"curvature's batch_dim={counting[0]}; or leave the layer out with exclude="
+        )
 
     def accumulate_nothing(self, num_terms: Tensor | float, plan: BlockPlan) -> None:
         """Count the terms of a forward in which the layer did not run: its sums are zero."""
@@ -436,6 +473,11 @@ class LazyMatrices(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.block.basis.requires)
+
+
+def _touched(tensor: Tensor, dim: int) -> int:
+    """Return at how many indices of a dimension there is anything but zeros."""
+    return int(tensor.ne(0).movedim(dim, 0).flatten(1).any(1).sum())
 
 
 def mean_diagonals(matrices: Tensors) -> dict[str, Tensor]:

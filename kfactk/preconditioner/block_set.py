@@ -15,6 +15,7 @@ from kfactk.preconditioner.block import Block
 from kfactk.preconditioner.coverage import Candidate, CoveredLayer, ModelSurvey
 from kfactk.preconditioner.placement import BlockPlacement
 from kfactk.preconditioner.schedule import NOTHING
+from kfactk.stages import Layer
 from kfactk.timing import StageTimer
 
 
@@ -124,6 +125,18 @@ class BlockSet:
             self._held = None
             for block, layer in zip(blocks, layers, strict=True):
                 block.layer = layer
+
+    def leave(self, layers: Sequence[Layer], reason: str) -> None:
+        """Leave these layers alone from now on, also within a step.
+
+        Args:
+            layers: The layers.
+            reason: Why, for the coverage table.
+        """
+        self._survey.leave(layers, reason)
+        if self._held is not None:
+            places = {(layer.module, layer.part) for layer in layers}
+            self._held = [block for block in self._held if _place(block) not in places]
 
     def prune(self) -> None:
         """Drop blocks that no step adopted, and those whose layer is no longer in the model."""

@@ -351,10 +351,11 @@ class ModelSurvey:
                 reason = "not among the optimizer's parameters"
             else:
                 reason = self._why_not.get(name, "")
-                if not reason:
+                if not reason and name in anchors:
                     candidate = anchors[name]
                     untrained = f"the layer's {candidate.anchor} is not trained"
                     reason = self._left.get(candidate.place, untrained)
+                reason = reason or "the curvature treats other parameters of its module only"
             shape = () if isinstance(parameter, UninitializedParameter) else tuple(parameter.shape)
             block, stages = blocks.get(name, (None, ""))
             rows.append(Row(name, shape, block, reason, wanted, stages))

@@ -79,7 +79,7 @@ class Preconditioner:
         self._planned: tuple[int, list[Block]] | None = None
         self._arrived: Mapping[str, ReducedStatistic] = {}
         self._num_terms: list[Tensor | float] = []
-        self._examples = 0
+        self._forwards = 0
         self._unseen: list[Block] = []
         self._warned: set[str] = set()
 
@@ -119,19 +119,48 @@ class Preconditioner:
         """Surround the passes over one forward: they count all together, or not at all."""
         blocks = list(self._plan.plans)
         savepoints = [block.state.savepoint() for block in blocks]
-        terms = len(self._num_terms)
+        forwards = self._forwards
         try:
             yield
         except BaseException:
             for block, savepoint in zip(blocks, savepoints, strict=True):
                 block.state.rollback(savepoint)
-            del self._num_terms[terms:]
+            self._forwards = forwards
             raise
 
-    def begin_forward(self, num_terms: Tensor | float, examples: int) -> None:
-        """Note the likelihood terms and the examples of one forward."""
+    def begin_forward(self) -> None:
+        """Note one forward."""
+        self._forwards += 1
+
+    def tells_examples_apart(self, layer: Layer) -> bool:
+        """Return whether anything is measured for each example of a layer."""
+        return layer in self._followed and self._followed[layer][0].sampled
+
+    def check_examples(self, layer: Layer, calls: Sequence[LayerCall], examples: int) -> None:
+        """Check that a layer's examples are the output's.
+
+        Args:
+            layer: One that tells its examples apart.
+            calls: Its calls, with the gradients of the output's first example alone.
+            examples: Number of examples of the output.
+        """
+        block, _ = self._followed[layer]
+        if examples > 1 and (fault := block.layout_fault(calls, examples)):
+            self._warn("examples", f"layer {block.name!r}: {fault}")
+
+    def counts_terms(self) -> bool:
+        """Return whether the number of likelihood terms in the user's gradient is needed."""
+        return self._plan.counts_terms
+
+    def count_terms(self, num_terms: Tensor | float) -> None:
+        """Count the likelihood terms of a forward whose gradient is in `.grad`."""
         self._num_terms.append(num_terms)
-        self._examples = examples
+
+    def drop_gathered(self) -> None:
+        """Drop the calls that the step has taken so far."""
+        for block in self.blocks.current():
+            block.state.clear_pending()
+        self._num_terms.clear()
 
     def accumulate(
         self, layer: Layer, calls: Sequence[LayerCall], num_terms: Tensor | float, first: bool
@@ -147,15 +176,7 @@ class Preconditioner:
         if layer not in self._followed:
             return
         block, plan = self._followed[layer]
-        samples = block.accumulate(calls, num_terms, first, plan)
-        if plan.scale and samples.examples != self._examples:
-            self._warn(
-                "examples",
-                f"layer {block.name!r} saw {samples.examples} examples where the model's output "
-                f"has {self._examples}. What is measured for each example (EKFAC's scale) then "
-                "takes its rows for examples. If dimension 0 of the layer's input does not count "
-                "examples, set the curvature's batch_dim; or leave the layer out with exclude=",
-            )
+        block.accumulate(calls, num_terms, first, plan)
 
     def accumulate_nothing(self, layers: Iterable[Layer], num_terms: Tensor | float) -> None:
         """Count the terms of one forward for followed layers that did not run in it."""
@@ -184,7 +205,7 @@ class Preconditioner:
         left = list(layers)
         for layer in left:
             self._followed.pop(layer, None)
-        self.survey.leave(left, UNSEEN)
+        self.blocks.leave(left, UNSEEN)
         self._warn(
             "unseen",
             f"{unseen_message([layer.name for layer in left])}The update rule trains them by their "
@@ -223,7 +244,7 @@ class Preconditioner:
             return False
         changed = [block.name for block in followed if _input_changed(block)]
         seen = [float(block.state.seen) for block in followed]
-        several = len(self._num_terms) != 1
+        several = self._forwards != 1
         numbers = [*seen, float(several), float(bool(changed))]
         *passes, uneven, faults = self.communicator.total(numbers, device_of(blocks))
         if self.communicator.size > 1:
@@ -364,6 +385,7 @@ class Preconditioner:
             block.state.clear_pending()
         self.blocks.prune()
         self._num_terms.clear()
+        self._forwards = 0
         self._followed, self._arrived = {}, {}
         self._plan, self._planned = EMPTY, None
 
@@ -416,6 +438,7 @@ class Preconditioner:
         for block in self.blocks:
             block.replace_state(states.get(block.name, BlockState()))
         self._num_terms.clear()
+        self._forwards = 0
         self._plan, self._planned = EMPTY, None
 
 

@@ -271,9 +271,13 @@ class FisherLaws(Laws):
             natural_likelihoods(self.likelihoods)[0],
             torch.linspace(-1, 1, 3, dtype=torch.float64).expand(PROBES, 2, 3),
         )
-        found = torch.equal(*(scores(stage, likelihood, rows, None, seed) for seed in (0, 1)))
+        products = (
+            torch.einsum("kni,knj->nij", gradients, gradients)
+            for gradients in (scores(stage, likelihood, rows, None, seed) for seed in (0, 1))
+        )
+        found = torch.equal(*products)
         if self.deterministic is not None:
-            same = f"two seeds give {'the same' if found else 'different'} losses"
+            same = f"two seeds give {'the same' if found else 'different'} outer products"
             assert found == self.deterministic, (
                 f"{same}, and the class says deterministic = {self.deterministic}"
             )

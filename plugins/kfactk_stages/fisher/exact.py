@@ -21,11 +21,13 @@ class Exact:
     over c sum to the Fisher information of the output at term s of example n. There is one loss for
     each position and column,
 
-        L_{s,c} = sum_n sqrt(w_{n,s}) <b_{n,s,c}, f_{n,s}>.
+        L_{s,c} = sum_n e_n sqrt(w_{n,s}) <b_{n,s,c}, f_{n,s}>.
 
     Each loss covers one position, so outer products do not mix the terms of an example. The outer
-    products of the per-example gradients, summed over s and c, are M F. Use it for one term in each
-    example and few classes; otherwise use `mc`.
+    products of the per-example gradients, summed over s and c, are M F. The random signs e_n = +-1
+    change nothing there. Where examples influence each other (BatchNorm in training mode, graphs,
+    rows that share an example), they make the mean of their mixed products zero. Use it for one
+    term in each example and few classes; otherwise use `mc`.
 
     Args:
         max_passes: Largest number S C of backward passes for one forward.
@@ -38,7 +40,7 @@ class Exact:
         >>> from kfactk_stages.likelihood.gaussian import Gaussian
         >>> view = torch.zeros(3, 1, 2, requires_grad=True)
         >>> losses = Exact().losses(view, Gaussian(), None, torch.Generator())
-        >>> [torch.autograd.grad(loss, view)[0][0].tolist() for loss in losses]
+        >>> [torch.autograd.grad(loss, view)[0][0].abs().tolist() for loss in losses]
         [[[1.0, 0.0]], [[0.0, 1.0]]]
 
     References:
@@ -52,7 +54,7 @@ class Exact:
 
     @property
     def seed(self) -> int:
-        """0: nothing is drawn."""
+        """0: other signs give the same outer products."""
         return 0
 
     def losses(
@@ -71,15 +73,20 @@ class Exact:
                 f'max_passes={self.max_passes}. Use fisher="mc", with samples=... for less noise, '
                 'or raise the limit: fisher={"name": "exact", "max_passes": ...}.'
             )
-        return self._losses(view, likelihood, weights)
+        return self._losses(view, likelihood, weights, generator)
 
     def _losses(
-        self, view: Tensor, likelihood: Likelihood, weights: Tensor | None
+        self,
+        view: Tensor,
+        likelihood: Likelihood,
+        weights: Tensor | None,
+        generator: torch.Generator,
     ) -> Iterator[Tensor]:
         root_weights = None if weights is None else weights.sqrt()
         for column in likelihood.root(view):
             for s in range(view.shape[1]):
-                terms = (view[:, s] * column[:, s]).sum(-1)
+                drawn = torch.randint(2, (len(view),), generator=generator, device=view.device)
+                terms = (view[:, s] * column[:, s]).sum(-1) * (2 * drawn - 1)
                 yield (terms if root_weights is None else root_weights[:, s] * terms).sum()
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from kfactk import CaptureError
 from tests.kfactk.small import assert_equal, batch, bound, factors, net, train, values
@@ -91,15 +92,89 @@ def test_layers_none_of_which_leads_to_the_output_are_an_error_when_they_train()
     assert_equal(values(model), before)
 
 
-def test_a_second_backward_through_the_same_graph_counts_once() -> None:
-    measured = []
-    for times in (1, 2):
+class Gate(nn.Module):
+    """Reads the output of a layer before and after an operation on it, in place or not."""
+
+    def __init__(self, layer: nn.Module, change: str, *, inplace: bool) -> None:
+        super().__init__()
+        self.layer, self.head = layer, nn.Linear(4, 3)
+        self.change, self.inplace = change, inplace
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.layer(x)
+        before = h.sigmoid()
+        if not self.inplace:
+            h = h.clone()
+        if self.change == "relu":
+            h = F.relu(h, inplace=True)
+        elif self.change == "add":
+            h += 0.3
+        elif self.change == "slice":
+            h[..., 1:3] *= 2.0
+        elif self.change == "fill":
+            h[..., :1] = before[..., 1:2]
+        rows = (before * h.tanh()).flatten(1) if x.ndim > 1 else (before * h.tanh())[None]
+        out: Tensor = self.head(rows[..., :4])
+        return out
+
+
+VIEWS = {
+    "rank 3": (lambda: nn.Linear(4, 4), (6, 2, 4)),
+    "rank 4": (lambda: nn.Linear(4, 4), (6, 2, 2, 4)),
+    "rank 3, no bias": (lambda: nn.Linear(4, 4, bias=False), (6, 2, 4)),
+    "rank 2": (lambda: nn.Linear(4, 4), (6, 4)),
+    "transposed rank 3": (lambda: nn.Linear(4, 4), (2, 6, 4)),
+    "convolution": (lambda: nn.Conv1d(2, 2, 1), (6, 2, 4)),
+    "instance norm": (lambda: nn.InstanceNorm1d(2, affine=True), (6, 2, 4)),
+}
+
+
+@pytest.mark.parametrize("change", ["relu", "add", "slice", "fill"])
+@pytest.mark.parametrize("kind", VIEWS)
+def test_outputs_that_are_changed_in_place_count_as_if_they_were_not(
+    kind: str, change: str
+) -> None:
+    """Some layers return views; an operation in place gives a view another node."""
+    make, shape = VIEWS[kind]
+    found = []
+    for inplace in (False, True):
         torch.manual_seed(0)
-        model, (x, y) = net(), batch()
-        optimizer = bound(model, fisher="empirical")
-        loss = F.cross_entropy(model(x), y)
-        for _ in range(times):
-            loss.backward(retain_graph=True)
+        model = Gate(make(), change, inplace=inplace).double()
+        x = torch.randn(*shape, dtype=torch.float64)
+        x = x.transpose(0, 1) if kind.startswith("transposed") else x
+        optimizer = bound(model, curvature="all", fisher="exact", basis="ekfac")
+        F.cross_entropy(model(x), torch.arange(6) % 3).backward()
         optimizer.step()
-        measured.append(factors(optimizer))
-    assert_equal(*measured)
+        found.append(
+            factors(optimizer)
+            + [v for view in optimizer.layers.values() for v in view.scale.values()]
+        )
+    assert any(bool(each.any()) for each in found[0])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other)
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact"])
+def test_passes_leave_the_buffers_of_checkpointed_layers_alone(fisher: str) -> None:
+    """As plain SGD leaves them: the user's own backward runs a checkpointed part again."""
+
+    class Part(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Tanh())
+            self.out = nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.out(checkpoint(self.inner, x, use_reentrant=False))
+            return out
+
+    buffers = []
+    for bind in (lambda model: torch.optim.SGD(model.parameters(), 0.0), None):
+        torch.manual_seed(0)
+        model = Part()
+        optimizer = bound(model, fisher=fisher, lr=0.0) if bind is None else bind(model)
+        x = torch.randn(12, 4)
+        F.cross_entropy(model(x), torch.arange(12) % 3).backward()
+        optimizer.step()
+        buffers.append([buffer.clone() for buffer in model.buffers()])
+    assert_equal(*buffers)

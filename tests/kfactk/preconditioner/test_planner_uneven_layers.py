@@ -161,7 +161,8 @@ def test_rows_that_are_not_the_outputs_examples_are_told() -> None:
     model = Folded(nn.Linear(4, 3)).double()
     optimizer = bound(model)
     with pytest.warns(
-        kfactk.KfactkWarning, match="layer '0' saw 12 examples where the model's output has 6"
+        kfactk.KfactkWarning,
+        match="layer '0': 2 of its 12 rows in dimension 0 belong to the output's first",
     ):
         F.cross_entropy(model(torch.randn(6, 2, 4, dtype=F64)), torch.arange(6) % 3).backward()
     optimizer.step()

@@ -1,0 +1,231 @@
+"""The user's own backwards over one forward: whether they came, and the gradients they brought.
+
+A backward counts when it adds to the `.grad` of the followed parameters, or returns their gradients
+from `torch.autograd.grad`. One that is made to be differentiated again, as for a gradient penalty,
+or that asks for gradients of inputs alone, counts nothing. Backwards through the same graph add up,
+as they do in `.grad`.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import Node
+
+from kfactk.capture.forward import Forward, Scale, Sink
+from kfactk.capture.guard import parameter_nodes
+from kfactk.capture.torch_modes import full_precision
+from kfactk.stages import Layer
+
+
+class BackwardOwner(Protocol):
+    """Whoever keeps the watches of a step."""
+
+    def reach(self, layer: Layer, task: int) -> None:
+        """Note, before its gradient is added, that a backward reaches a layer."""
+
+
+class UserBackward:
+    """Watches for the user's backwards over one forward.
+
+    Gradients leave while the backward runs, each layer's when its last one has come. While the
+    graph is retained another backward may add to them, so they stay until `finish`.
+
+    Args:
+        forward: The forward.
+        output: The tensor that the likelihood reads, watched where no layer is followed.
+        sink: Takes each layer with its gradients; `None` where only their coming matters.
+        scale: Asked for the factor of the gradients while a backward runs.
+        owner: Told of each layer that a backward reaches.
+    """
+
+    def __init__(
+        self,
+        forward: Forward,
+        output: Tensor,
+        sink: Sink | None,
+        scale: Scale,
+        owner: BackwardOwner,
+    ) -> None:
+        self.arrived = False
+        self._sink, self._scale, self._owner = sink, scale, owner
+        self._records = [call.record for call in forward.calls]
+        self._ends = parameter_nodes(p for call in forward.calls for p in call.parameters)
+        self._gradients: dict[int, Tensor] = {}
+        self._factors: dict[int, Tensor | float] = {}
+        self._gone: set[Layer] = set()
+        self._derived: set[Layer] = set()
+        self._unseen = False
+        self._task, self._freed = -1, False
+        self._last: Node | None = None
+        self._handles = [
+            call.edge.node.register_prehook(_Prehook(self, number, call.edge.output_nr))
+            for number, call in enumerate(forward.calls)
+        ]
+        if not forward.calls and output.grad_fn is not None:
+            below = (child for child, _ in output.grad_fn.next_functions)
+            for node in (output.grad_fn, *below):
+                if node is not None:
+                    self._handles.append(node.register_prehook(_Prehook(self, None, 0)))
+
+    @property
+    def unseen(self) -> list[Layer]:
+        """The layers that act in a derivative which a counted backward went through."""
+        if not self._unseen:
+            return []
+        layers = dict.fromkeys(record.layer for record in self._records)
+        return [layer for layer in layers if layer in self._derived]
+
+    def forget(self) -> bool:
+        """Drop what has arrived, because `.grad` was emptied; return whether anything had."""
+        arrived, self.arrived = self.arrived, False
+        self._gradients.clear()
+        self._factors.clear()
+        self._gone.clear()
+        return arrived
+
+    def finish(self) -> None:
+        """Hand on what has arrived: calls without a gradient add nothing. Nothing comes after."""
+        for handle in self._handles:
+            handle.remove()
+        self._hand_on([self._records[number].layer for number in self._gradients])
+        self._last = None
+
+    def take(self, number: int | None, gradient: Tensor | None) -> None:
+        """Take the gradient of one call, in the backward that runs now.
+
+        Args:
+            number: Which call; `None` for the output.
+            gradient: Its gradient, if it has one.
+        """
+        if not self._counts():
+            if number is not None and gradient is not None and torch.is_grad_enabled():
+                self._derived.add(self._records[number].layer)
+                if gradient.grad_fn is not None:
+                    gradient.grad_fn.register_prehook(_Derived(self))
+            return
+        task = torch._C._current_graph_task_id()
+        if number is not None:
+            self._owner.reach(self._records[number].layer, task)
+        self.arrived = True
+        if self._sink is None or number is None or gradient is None:
+            return
+        if self._records[number].layer in self._gone:
+            return
+        if task != self._task:
+            self._task, self._freed = task, False
+            torch.autograd.Variable._execution_engine.queue_callback(_End(self))
+        elif not self._freed and self._last is not None:
+            self._freed = _is_freed(self._last)
+        self._last = torch._C._current_autograd_node()
+        with torch.no_grad(), full_precision([gradient.device.type]):
+            self._add(number, gradient.detach(), self._scale.factor())
+            if self._freed:
+                self._hand_on(self._complete())
+
+    def end_task(self) -> None:
+        """End one backward: hand on what no other one can add to."""
+        last, self._last = self._last, None
+        if self._freed or (last is not None and _is_freed(last)):
+            with torch.no_grad():
+                self._hand_on(self._complete())
+
+    def derive(self) -> None:
+        """Note that a derivative of the layers takes part in a backward that counts."""
+        self._unseen = self._unseen or self._counts()
+
+    def _counts(self) -> bool:
+        """Return whether the backward that runs now gives gradients of the parameters."""
+        try:
+            if self._ends:
+                return any(map(torch._C._will_engine_execute_node, self._ends))
+        except RuntimeError:  # torch.autograd.grad of parameters
+            pass
+        return not torch.is_grad_enabled()
+
+    def _add(self, number: int, gradient: Tensor, factor: Tensor | float) -> None:
+        if number in self._gradients:
+            before = self._gradients[number] * self._factors[number]
+            gradient, factor = before + gradient * factor, 1.0
+        self._gradients[number], self._factors[number] = gradient, factor
+
+    def _complete(self) -> list[Layer]:
+        """Return the layers of which every call has a gradient, in the order of their arrival."""
+        waiting = {
+            record.layer
+            for number, record in enumerate(self._records)
+            if number not in self._gradients
+        }
+        arrived = (self._records[number].layer for number in self._gradients)
+        return [layer for layer in arrived if layer not in waiting]
+
+    def _hand_on(self, layers: list[Layer]) -> None:
+        """Hand on these layers, unless they have been."""
+        for layer in dict.fromkeys(layers):
+            if layer in self._gone:
+                continue
+            self._gone.add(layer)
+            calls = [
+                record.call(self._gradients[number], self._factors[number])
+                for number, record in enumerate(self._records)
+                if record.layer is layer and number in self._gradients
+            ]
+            for number, record in enumerate(self._records):
+                if record.layer is layer:
+                    self._gradients.pop(number, None)
+                    self._factors.pop(number, None)
+            if self._sink is not None:
+                self._sink(layer, calls)
+
+
+class _Prehook:
+    """Tells a watch of a gradient that reaches a node; it does not keep the watch alive."""
+
+    def __init__(self, watch: UserBackward, number: int | None, output: int) -> None:
+        self._watch, self._number, self._output = weakref.ref(watch), number, output
+
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
+        """Run as a prehook of a node."""
+        watch = self._watch()
+        if watch is not None:
+            watch.take(self._number, gradients[self._output])
+
+
+class _Derived:
+    """Tells a watch that a backward runs through a derivative of its layers."""
+
+    def __init__(self, watch: UserBackward) -> None:
+        self._watch = weakref.ref(watch)
+
+    def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
+        """Run as a prehook of a node."""
+        watch = self._watch()
+        if watch is not None:
+            watch.derive()
+
+
+class _End:
+    """Tells a watch of the end of a backward."""
+
+    def __init__(self, watch: UserBackward) -> None:
+        self._watch = watch
+
+    def __call__(self) -> None:
+        """Run as a callback of the autograd engine."""
+        self._watch.end_task()
+
+
+def _is_freed(node: Node) -> bool:
+    """Return whether a node has run and gave up what it had saved, so that it cannot run again."""
+    for name in dir(node):
+        if name.startswith("_saved_"):
+            try:
+                saved = getattr(node, name)
+            except RuntimeError as error:
+                return "already been freed" in str(error)
+            if isinstance(saved, Tensor):
+                return False
+    return False

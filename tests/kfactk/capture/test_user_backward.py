@@ -1,0 +1,209 @@
+"""Which of the user's backwards count, against hand-written sums of outer products."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kfactk
+from kfactk import CaptureError, Optimizer
+from tests.kfactk.small import F64
+
+X = torch.linspace(-1, 1, 24, dtype=F64).reshape(6, 4)
+Y = torch.arange(6) % 3
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3)).double()
+
+
+def bound(model: nn.Module, **recipe: Any) -> Optimizer:
+    options = {"curvature": "kfac", "lr": 0.0, "damping": 0.1, **recipe}
+    return kfactk.build(**options).bind(model)
+
+
+def last_factor(model: nn.Sequential, x: Tensor, *losses: Any) -> Tensor:
+    """Return G of the last layer: the mean outer product of the summed loss' gradient."""
+    out = model(x)
+    total = sum(loss(out) for loss in losses)
+    [gradient] = torch.autograd.grad(total, out)
+    gradient = gradient * len(x)
+    return gradient.mT @ gradient / len(x)
+
+
+def entropy(out: Tensor) -> Tensor:
+    return F.cross_entropy(out, Y)
+
+
+def reversed_entropy(out: Tensor) -> Tensor:
+    return F.cross_entropy(out, Y.flip(0))
+
+
+def measured(optimizer: Optimizer) -> Tensor:
+    optimizer.step()
+    return optimizer.layers["2"].factors["G"]
+
+
+@pytest.mark.parametrize("retained", [True, False])
+def test_backwards_through_one_forward_add_up(retained: bool) -> None:
+    model = net()
+    optimizer = bound(model, fisher="empirical", basis="kfac")
+    out = model(X)
+    entropy(out).backward(retain_graph=True)
+    reversed_entropy(out).backward(retain_graph=retained)
+    expected = last_factor(net(), X, entropy, reversed_entropy)
+    torch.testing.assert_close(measured(optimizer), expected)
+
+
+def test_gradients_taken_by_hand_count() -> None:
+    model = net()
+    optimizer = bound(model, fisher="empirical", basis="kfac")
+    parameters = list(model.parameters())
+    for parameter, found in zip(
+        parameters, torch.autograd.grad(entropy(model(X)), parameters), strict=True
+    ):
+        parameter.grad = found
+    torch.testing.assert_close(measured(optimizer), last_factor(net(), X, entropy))
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_gradients_of_inputs_alone_do_not_count(create_graph: bool) -> None:
+    """As for saliency maps and adversarial examples."""
+    model, x = net(), X.clone().requires_grad_()
+    optimizer = bound(model, fisher="empirical", basis="kfac")
+    out = model(x)
+    torch.autograd.grad(out.sum(), x, retain_graph=True, create_graph=create_graph)
+    entropy(out).backward()
+    torch.testing.assert_close(measured(optimizer), last_factor(net(), X, entropy))
+
+
+def test_a_backward_that_keeps_its_graph_for_later_counts() -> None:
+    model = net()
+    optimizer = bound(model, fisher="empirical", basis="kfac")
+    entropy(model(X)).backward(create_graph=True)
+    torch.testing.assert_close(measured(optimizer), last_factor(net(), X, entropy))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_loss_of_a_derivative_is_refused_and_changes_nothing() -> None:
+    model, x = net(), X.clone().requires_grad_()
+    optimizer = bound(model, fisher="empirical", lr=0.1)
+    before = [parameter.clone() for parameter in model.parameters()]
+    out = model(x)
+    [slope] = torch.autograd.grad(out.sum(), x, create_graph=True)
+    (entropy(out) + slope.square().mean()).backward()
+    with pytest.raises(CaptureError, match=r"layers '0', '2'.*exclude=\['0', '2'\]"):
+        optimizer.step()
+    assert all(map(torch.equal, before, model.parameters()))
+    optimizer.zero_grad()
+    entropy(model(X)).backward()
+    optimizer.step()
+
+
+CLEARED = {
+    "optimizer": lambda model, optimizer: optimizer.zero_grad(),
+    "optimizer, to zeros": lambda model, optimizer: optimizer.zero_grad(set_to_none=False),
+    "model": lambda model, optimizer: model.zero_grad(),
+}
+
+
+@pytest.mark.parametrize("how", CLEARED)
+def test_a_backward_whose_gradients_are_thrown_away_does_not_count(how: str) -> None:
+    """As of a discriminator in the generator's step, or of a batch that a scaler skipped."""
+    model = net()
+    optimizer = bound(model, fisher="empirical", basis="kfac")
+    reversed_entropy(model(3 * X)).backward()
+    CLEARED[how](model, optimizer)
+    entropy(model(X)).backward()
+    torch.testing.assert_close(measured(optimizer), last_factor(net(), X, entropy))
+
+
+def test_gradients_may_be_cleared_between_a_forward_and_its_backward() -> None:
+    model = net()
+    optimizer = bound(model, fisher="empirical", basis="kfac")
+    loss = entropy(model(X))
+    optimizer.zero_grad()
+    loss.backward()
+    torch.testing.assert_close(measured(optimizer), last_factor(net(), X, entropy))
+
+
+def test_micro_batches_add_their_samples() -> None:
+    model = net()
+    optimizer = bound(model, fisher="empirical", basis="kfac", reduction="sum")
+    for part in (slice(0, 2), slice(2, 6)):
+        F.cross_entropy(model(X[part]), Y[part], reduction="sum").backward()
+    torch.testing.assert_close(measured(optimizer), last_factor(net(), X, entropy))
+
+
+def skipped(model: nn.Module, optimizer: Optimizer) -> None:
+    entropy(model(5 * X)).backward()
+    optimizer.zero_grad()
+
+
+def ignored(model: nn.Module, optimizer: Optimizer) -> None:
+    model(5 * X)
+
+
+def differentiated(model: nn.Module, optimizer: Optimizer) -> None:
+    x = X.clone().requires_grad_()
+    torch.autograd.grad(model(x).sum(), x)
+
+
+@pytest.mark.parametrize("times", [1, 3])
+@pytest.mark.parametrize("what", [skipped, ignored, differentiated])
+def test_the_running_scale_counts_terms_whose_gradient_is_there(what: Any, times: int) -> None:
+    scales = []
+    for extra in (0, times):
+        model = net()
+        optimizer = bound(
+            model, fisher="exact", basis={"name": "ekfac", "scale": "running"}, factor_decay=0.0
+        )
+        for _ in range(extra):
+            what(model, optimizer)
+        entropy(model(X)).backward()
+        optimizer.step()
+        scales.append(sum(view.scale["scale"].sum() for view in optimizer.layers.values()))
+    # The trace of the squared gradient is the same in every basis.
+    torch.testing.assert_close(scales[1], scales[0])
+
+
+@pytest.mark.parametrize("retained", [False, True])
+def test_layers_leave_while_the_backward_runs_unless_the_graph_is_kept(
+    retained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 3), nn.Linear(3, 3)).double()
+    optimizer = bound(model, fisher="empirical")
+    taken: list[str] = []
+    at_the_input: list[str] = []
+    accumulate = optimizer._preconditioner.accumulate
+
+    def noted(layer: Any, *args: Any) -> None:
+        taken.append(layer.name)
+        accumulate(layer, *args)
+
+    monkeypatch.setattr(optimizer._preconditioner, "accumulate", noted)
+    x = X.clone().requires_grad_()
+    x.register_hook(lambda gradient: at_the_input.extend(taken))
+    entropy(model(x)).backward(retain_graph=retained)
+    assert at_the_input == ([] if retained else ["3", "2", "0"])
+    assert taken == ([] if retained else ["3", "2", "0"])
+    optimizer.step()
+    assert taken == ["3", "2", "0"]
+
+
+def test_nothing_keeps_a_watched_forward_alive() -> None:
+    model = net()
+    optimizer = bound(model, fisher="empirical")
+    out = model(X)
+    node = weakref.ref(out)
+    entropy(out).backward()
+    del out
+    assert node() is None
+    optimizer.step()
