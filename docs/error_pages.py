@@ -178,6 +178,9 @@ class Program:
         module = self.modules.get(place.module.imported.get(name, ""), place.module)
         if name in module.functions:
             return module.results.get(module.functions[name].node, ())
+        owners = [each for each in self.modules.values() if name in each.functions]
+        if isinstance(function, ast.Attribute) and len(owners) == 1:  # a method
+            return owners[0].results.get(owners[0].functions[name].node, ())
         if name in ("items", "values", "get") and isinstance(function, ast.Attribute):
             return [place.at(function.value)]
         if name in ("join", "filter", "next", "sorted", "list", "str"):

@@ -197,6 +197,25 @@ def input_modified_message(layer: str) -> str:
     )
 
 
+def folded_message(layer: str, touched: int, rows: int) -> str:
+    """Return the message for a layer of which several rows belong to one example of the output."""
+    return (
+        f"layer {layer!r}: {touched} of its {rows} rows in dimension 0 belong to the output's "
+        "first example. What is measured for each example (EKFAC's scale) then takes its rows for "
+        "examples. If another dimension counts examples, set the curvature's batch_dim; or leave "
+        "the layer out with exclude="
+    )
+
+
+def batch_dim_message(layer: str, dim: int) -> str:
+    """Return the message for a layer whose examples are in another dimension than the first."""
+    return (
+        f"layer {layer!r}: dimension {dim} of its output counts the examples, not dimension 0. "
+        "What is measured for each example (EKFAC's scale) then takes its rows for examples. Set "
+        f"the curvature's batch_dim={dim}; or leave the layer out with exclude="
+    )
+
+
 def unseen_message(layers: Sequence[str]) -> str:
     """Return the message for layers whose influence on the output no recorded call holds whole."""
     return (

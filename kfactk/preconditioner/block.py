@@ -24,9 +24,11 @@ from kfactk.statistics import RunningMean, add_prefix, add_sums
 from kfactk.timing import StageTimer
 from kfactk.validation import (
     attribute_errors,
+    batch_dim_message,
     check_matrices,
     check_statistics,
     check_tensors,
+    folded_message,
     square,
 )
 
@@ -98,33 +100,18 @@ class Block:
             examples: Number of examples of the output.
         """
         samples = self.samples(calls, num_terms=1.0, first=True)
-        rows = samples.examples
+        rows, gradient = samples.examples, calls[0].gradient
         touched = _touched(samples.gradients(), -3)
         if touched <= 1:
             return ""
-        consequence = (
-            "What is measured for each example (EKFAC's scale) then takes its rows for examples"
-        )
         if touched < rows:
-            if rows == examples:
-                return ""
-            return (
-                f"{touched} of its {rows} rows in dimension 0 belong to the output's first "
-                f"example. {consequence}. If another dimension counts examples, set the "
-                "curvature's batch_dim; or leave the layer out with exclude="
-            )
-        gradient = calls[0].gradient
+            return "" if rows == examples else folded_message(self.name, touched, rows)
         if gradient.shape[:-1].numel() * len(calls) != rows * samples.positions:
             return ""
-        counting = [dim for dim in range(1, gradient.ndim - 1) if _touched(gradient, dim) == 1]
-        counting = [dim for dim in counting if gradient.shape[dim] > 1]
-        if not counting:
-            return ""
-        return (
-            f"dimension {counting[0]} of its output counts the examples, not dimension 0: the "
-            f"output's first example depends on one index there. {consequence}. Set the "
-            f"curvature's batch_dim={counting[0]}; or leave the layer out with exclude="
-        )
+        for dim in range(1, gradient.ndim - 1):
+            if gradient.shape[dim] > 1 and _touched(gradient, dim) == 1:
+                return batch_dim_message(self.name, dim)
+        return ""
 
     def accumulate_nothing(self, num_terms: Tensor | float, plan: BlockPlan) -> None:
         """Count the terms of a forward in which the layer did not run: its sums are zero."""

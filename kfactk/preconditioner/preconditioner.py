@@ -146,7 +146,7 @@ class Preconditioner:
         """
         block, _ = self._followed[layer]
         if examples > 1 and (fault := block.layout_fault(calls, examples)):
-            self._warn("examples", f"layer {block.name!r}: {fault}")
+            self._warn("examples", fault)
 
     def counts_terms(self) -> bool:
         """Return whether the number of likelihood terms in the user's gradient is needed."""
