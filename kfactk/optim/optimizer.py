@@ -203,24 +203,44 @@ class Optimizer(torch.optim.Optimizer):
         """Return which parameters are preconditioned now, by which block, or why not."""
         return self._preconditioner.survey.coverage(self._groups)
 
-    def fisher_product(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fisher_product(
+        self, tensors: Mapping[str, Tensor], *, strict: bool = True
+    ) -> dict[str, Tensor]:
         """Return `F v` for v given by parameter name.
 
         Parameters of a layer that are left out count as zero.
 
+        Args:
+            tensors: v, each with the shape, the device and the dtype of its parameter (float32, too,
+                where that is a half precision).
+            strict: Refuse names of parameters without a block. With `False` they are skipped, and
+                missing from the answer.
+
         Raises:
-            OptionError: A name belongs to no preconditioned parameter.
+            OptionError: A name belongs to no parameter or (with `strict`) to one without a block,
+                or a tensor is not like its parameter.
             KfactkError: No curvature has been measured yet.
         """
         views = self.layers
-        grouped = by_layer(views, tensors)
+        grouped = by_layer(views, tensors, self._model, strict=strict)
         found = {name: views[name].fisher_product(group) for name, group in grouped.items()}
         return by_parameter(views, found)
 
-    def precondition(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return `P v = (F + damping I)^-1 v`, likewise."""
+    def precondition(
+        self, tensors: Mapping[str, Tensor], *, strict: bool = True
+    ) -> dict[str, Tensor]:
+        """Return `P v = (F + damping I)^-1 v`, likewise.
+
+        Args:
+            tensors: As for `fisher_product`.
+            strict: Likewise.
+
+        Raises:
+            OptionError: As for `fisher_product`.
+            KfactkError: No curvature has been measured yet.
+        """
         views = self.layers
-        grouped = by_layer(views, tensors)
+        grouped = by_layer(views, tensors, self._model, strict=strict)
         found = {name: views[name].precondition(group) for name, group in grouped.items()}
         return by_parameter(views, found)
 
