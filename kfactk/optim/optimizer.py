@@ -211,8 +211,8 @@ class Optimizer(torch.optim.Optimizer):
         Parameters of a layer that are left out count as zero.
 
         Args:
-            tensors: v, each with the shape, the device and the dtype of its parameter (float32, too,
-                where that is a half precision).
+            tensors: v, each with the shape, the device and the dtype of its parameter (float32,
+                too, where that is a half precision).
             strict: Refuse names of parameters without a block. With `False` they are skipped, and
                 missing from the answer.
 

@@ -110,7 +110,7 @@ def test_a_frozen_bias_has_no_block(method: str) -> None:
     model.bias.requires_grad_(False)
     optimizer = trained(model, torch.randn(6, 4))
     view, both = optimizer.layers[""], {"weight": torch.ones(3, 4), "bias": torch.ones(3)}
-    with pytest.raises(OptionError, match="does not treat the parameter 'bias' .it treats weight"):
+    with pytest.raises(OptionError, match=r"does not treat the parameter 'bias' .it treats weight"):
         getattr(view, method)(both)
     found = getattr(view, method)(both, strict=False)
     assert set(found) == {"weight"}
@@ -125,7 +125,7 @@ def test_a_tied_parameter_goes_by_the_name_of_its_layer() -> None:
     model[2].weight, model[2].bias = model[0].weight, model[0].bias
     optimizer = trained(model, torch.randn(6, 3))
     for strict in (True, False):
-        with pytest.raises(OptionError, match="'2.weight' is the same parameter as '0.weight'"):
+        with pytest.raises(OptionError, match=r"'2.weight' is the same parameter as '0.weight'"):
             optimizer.fisher_product({"2.weight": torch.ones(3, 3)}, strict=strict)
 
 
