@@ -109,7 +109,7 @@ class Optimizer(torch.optim.Optimizer):
             timer=self._timer,
         )
         self._index()
-        self._guard = NonFiniteGuard(self._inner, pre)
+        self._guard = NonFiniteGuard(self._inner, pre, recipe.max_skipped)
         check_recipes(recipe.shared(), pre.communicator)
         check_group(model, self._trained(), pre.communicator)
         pre.blocks.adopt(pre.blocks.current())
@@ -323,7 +323,8 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             CaptureError: Curvature is due, and a layer with a gradient gave no sample. Nothing has
                 been changed.
-            KfactkError: The optimizer was closed.
+            KfactkError: The optimizer was closed, or (`max_skipped`) too many batches in a row held
+                NaN or inf.
         """
         if self._closed:
             raise KfactkError(
@@ -368,7 +369,7 @@ class Optimizer(torch.optim.Optimizer):
             if recorded:
                 self._recorder.add_norms(pairs)
             del found, pairs, read
-            clipped = self._clip(parameters, local_pairs)
+            clipped = gradients.as_applied(parameters, self._clip(parameters, local_pairs))
             given = [p.grad for p in self._trained() if p.grad is not None]
             verdict = self._guard.judge(given, clipped, recorded=recorded)
             self._recorded, fault = verdict.recorded, verdict.fault
@@ -387,6 +388,7 @@ class Optimizer(torch.optim.Optimizer):
         self._expect_forward()
         if not allocated:
             self._report()
+        self._guard.check(self._trained())
 
     def _end_step(self, fault: str) -> None:
         """Drop what the step gathered, and count it where it has a fault."""
