@@ -61,6 +61,7 @@ class ModelHooks:
         self._calls: list[tuple[RecordedCall, GradientEdge]] = []
         self._layer_handles: list[torch.utils.hooks.RemovableHandle] = []
         self._depth, self._thread = 0, 0
+        self._handled: BaseException | None = None
         self._token = object()
         skip_frame(RootHook.__call__)
         before, after = RootHook(self, "before"), RootHook(self, "after")
@@ -109,6 +110,7 @@ class ModelHooks:
         if layers is None or compiled:
             return
         self._depth, self._thread, self._forward = 1, threading.get_ident(), self.root.forward
+        self._handled = sys.exception()
         self._layers, self._calls = layers, []
         for layer in layers:
             hook = LayerHook(self._calls, layer)
@@ -120,7 +122,7 @@ class ModelHooks:
     def after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Detach, and hand the forward on; `output` is `None` when the forward raised."""
+        """Detach, and hand the forward on, unless it raised."""
         if not self._depth or self._thread != threading.get_ident():
             return
         self._depth -= 1
@@ -130,7 +132,8 @@ class ModelHooks:
         calls, self._calls = self._calls, []
         layers, self._layers = self._layers, ()
         listener = self._listener()
-        if output is not None and listener is not None:
+        raised = output is None and sys.exception() is not self._handled
+        if not raised and listener is not None:
             with save_unchanged():
                 forward = Forward(output, _named(module, args, kwargs), calls, layers)
                 listener._end_forward(forward)

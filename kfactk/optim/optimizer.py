@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,6 +35,8 @@ from kfactk.stages import GradientPair, Layer
 from kfactk.timing import Profile, StageTimer
 from kfactk.validation import attribute_errors, check_clipped, note_stage
 
+MANY_FORWARDS = 100
+"""After so many forwards without a step there is a warning."""
 Params = Iterable[nn.Parameter] | Iterable[dict[str, Any]] | Iterable[tuple[str, nn.Parameter]]
 
 
@@ -79,9 +82,9 @@ class Optimizer(torch.optim.Optimizer):
         scaler: Any = None,
     ) -> None:
         self.recipe = recipe
-        self._ready, self._closed = False, False
+        self._ready, self._closed, self._warned_idle = False, False, False
         self._model = supported_model(model)
-        self._step = torch.zeros((), dtype=torch.int64)
+        self._step = torch.zeros((), dtype=torch.int64, device="cpu")
         self._gathered: Mapping[str, Mapping[str, Tensor]] = {}
         self._own_damping: list[bool] = []
         self._groups: dict[int, dict[str, Any]] = {}
@@ -292,6 +295,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _end_forward(self, forward: Forward) -> None:
         """Measure a followed forward, or keep it until `observe` is called."""
+        if forward.output is None and self.recipe.output is None:
+            return
         if self.recipe.observe == "manual":
             self._waiting = forward
         else:
@@ -301,6 +306,18 @@ class Optimizer(torch.optim.Optimizer):
         with self._timer.timed("fisher"):
             self._fisher_pass.run(forward, batch, step=self.steps, micro_batch=self._micro_batch)
         self._micro_batch += 1
+        if self._micro_batch == MANY_FORWARDS and not self._warned_idle:
+            self._warned_idle = True
+            warnings.warn(
+                f"{MANY_FORWARDS} forwards were counted since the last step(), and what curvature "
+                "needs of each is kept until step(): memory grows. If this optimizer is not "
+                "stepped, close() it; run forwards that are not for training in evaluation mode "
+                "or under torch.no_grad(), or name those that count with observe='manual'. If you "
+                "accumulate so many micro-batches, basis={'name': 'ekfac', 'scale': 'running'} "
+                "keeps no samples (said once)",
+                KfactkWarning,
+                stacklevel=2,
+            )
 
     def _expect_forward(self) -> None:
         """Prepare for the forwards of the next step."""
@@ -425,7 +442,7 @@ class Optimizer(torch.optim.Optimizer):
         swapped = gradients.swapped(self.param_groups, replaced, decayed=decayed)
         noted = note_stage("update", self.recipe.update, "taking the step")
         with swapped, self._timer.timed("update"), noted:
-            self._inner.step()
+            _without_global_hooks(self._inner)()
 
     def _has_no_lr(self) -> bool:
         return all(float(group["lr"]) == 0 for group in self.param_groups)
@@ -556,7 +573,7 @@ class Optimizer(torch.optim.Optimizer):
                 self._inner.__setstate__(rule)
                 load.agree(checkpoint.progress_of(saved.step, states))
         self.state = defaultdict(dict)
-        self._step = torch.tensor(saved.step, dtype=torch.int64)
+        self._step = torch.tensor(saved.step, dtype=torch.int64, device="cpu")
         self._gathered = {}
         pre.replace_states(states)
         self._index()
@@ -582,3 +599,16 @@ class Optimizer(torch.optim.Optimizer):
         self._hooks.close()
         self._recorder.close()
         self._guard.read()
+
+
+def _without_global_hooks(rule: torch.optim.Optimizer) -> Callable[[], Any]:
+    """Return the step of an update rule without the hooks of `register_optimizer_step_pre_hook`.
+
+    torch runs these, and their likes after the step, around the step of every class of optimizers:
+    they have run, or will run, for the optimizer that the user sees.
+    """
+    step = type(rule).step
+    if "step" not in vars(rule) and getattr(step, "hooked", False):
+        step = getattr(step, "__wrapped__", step)
+        return functools.partial(step, rule)
+    return rule.step

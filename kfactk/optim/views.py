@@ -214,7 +214,9 @@ def conditions(
     known = {name: value for theirs in everyone for name, value in theirs.items()}
     if not known:
         return {}
-    stacked = torch.tensor([known[name] for name in views if name in known], dtype=torch.float64)
+    stacked = torch.tensor(
+        [known[name] for name in views if name in known], dtype=torch.float64, device="cpu"
+    )
     return {"condition_max": stacked.max(), "condition_median": stacked.median()}
 
 
