@@ -135,7 +135,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """
     matrix = symmetrise(matrix)
     _check_finite(matrix)
-    failures, remedies = [], set()
+    failures, lacking = [], []
     for times, prepare in _ATTEMPTS:
         shift = times * jitter(matrix)
         try:
@@ -145,17 +145,16 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
         # LinAlgError is a RuntimeError; float64 on MPS is a TypeError.
         except (RuntimeError, TypeError) as error:
             failures.append(str(error).partition("\n")[0])
-            remedies.add(LOWER_MEMORY if memory_ran_out(error) else RAISE_DAMPING)
+            lacking.append(memory_ran_out(error))
             continue
         values, vectors = (values.to(matrix) - shift.unsqueeze(-1)).clamp(min=0), vectors.to(matrix)
         if bool(torch.isfinite(values).all()) and bool(torch.isfinite(vectors).all()):
             return values, vectors
         failures.append("the result was not finite")
-        remedies.add(RAISE_DAMPING)
+        lacking.append(False)
     tried = "; ".join(failures)
-    raise DecompositionError(
-        f"eigendecomposition failed in every way tried ({tried}); {'; '.join(sorted(remedies))}"
-    )
+    remedy = LOWER_MEMORY if all(lacking) else RAISE_DAMPING
+    raise DecompositionError(f"eigendecomposition failed in every way tried ({tried}); {remedy}")
 
 
 def orthogonal_iteration(matrix: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,7 +206,7 @@ def cholesky(matrix: Tensor, shift: Tensor | float) -> Tensor:
     """
     matrix = symmetrise(matrix)
     _check_finite(matrix)
-    shifted, failures, remedies = add_diagonal(matrix, shift), [], set()
+    shifted, failures, lacking = add_diagonal(matrix, shift), [], []
     for times, prepare in _ATTEMPTS:
         try:
             lower, info = torch.linalg.cholesky_ex(
@@ -215,17 +214,16 @@ def cholesky(matrix: Tensor, shift: Tensor | float) -> Tensor:
             )
         except (RuntimeError, TypeError) as error:  # not implemented on this device
             failures.append(str(error).partition("\n")[0])
-            remedies.add(LOWER_MEMORY if memory_ran_out(error) else RAISE_DAMPING)
+            lacking.append(memory_ran_out(error))
             continue
         result: Tensor = lower.to(matrix)
         if not bool(info.any()) and bool(torch.isfinite(result).all()):
             return result
         failures.append("the factor is far from positive semi-definite")
-        remedies.add(RAISE_DAMPING)
+        lacking.append(False)
     tried = "; ".join(failures)
-    raise DecompositionError(
-        f"Cholesky failed in every way tried ({tried}); {'; '.join(sorted(remedies))}"
-    )
+    remedy = LOWER_MEMORY if all(lacking) else RAISE_DAMPING
+    raise DecompositionError(f"Cholesky failed in every way tried ({tried}); {remedy}")
 
 
 def jitter(matrix: Tensor) -> Tensor:

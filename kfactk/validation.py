@@ -54,7 +54,7 @@ class attribute_errors:
         """Raise the `PluginError`."""
         if not isinstance(error, Exception) or isinstance(error, KfactkError):
             return
-        if memory_ran_out(error):
+        if isinstance(error, torch.OutOfMemoryError) or memory_ran_out(error):
             message = memory_message(
                 error, f"{stage_label(self._family, self._stage)} {self._where}"
             )

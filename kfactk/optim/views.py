@@ -141,7 +141,7 @@ class BlockView:
             elif name not in present:
                 raise OptionError(
                     f"layer {self.layer.name!r} has no parameter {name!r}."
-                    f"{near_names(str(name), known)} Its parameters are: {', '.join(known)}."
+                    f"{near_names(str(name), known)} Use one of: {', '.join(known)}."
                 )
             elif strict:
                 raise OptionError(
