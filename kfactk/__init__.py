@@ -15,6 +15,7 @@ from kfactk.errors import (
     DecompositionError as DecompositionError,
     KfactkError as KfactkError,
     KfactkWarning as KfactkWarning,
+    MemoryExhaustedError as MemoryExhaustedError,
     OptionError as OptionError,
     PluginError as PluginError,
     StateError as StateError,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -38,8 +39,54 @@ class StateError(KfactkError):
     """A saved state does not fit this optimizer."""
 
 
+class MemoryExhaustedError(KfactkError, RuntimeError):
+    """Memory ran out. torch's own error, where it has a class for that, is raised instead."""
+
+
 class KfactkWarning(UserWarning):
     """A problem that training survives. Each is issued once."""
+
+
+MEMORY = re.compile(
+    r"out of memory|not enough memory|allocate memory|bad_alloc|ALLOC_FAILED", re.IGNORECASE
+)
+"""What allocators say when there is no memory; most of them have no class of error."""
+LOWER_MEMORY = (
+    "Lower the batch size or the curvature's chunk_bytes, leave layers with a long side (such as a "
+    "large vocabulary) out with exclude=, or choose a curvature or basis with smaller matrices. "
+    "python -m kfactk plan shows what each layer needs"
+)
+"""What to do when memory runs out."""
+
+
+def memory_ran_out(error: BaseException) -> bool:
+    """Return whether an error says that memory ran out, on any device.
+
+    Example:
+        >>> memory_ran_out(RuntimeError("DefaultCPUAllocator: can't allocate memory"))
+        True
+        >>> memory_ran_out(RuntimeError("sizes do not match"))
+        False
+    """
+    runtime = isinstance(error, RuntimeError) and MEMORY.search(str(error)) is not None
+    return runtime or isinstance(error, MemoryError)
+
+
+def memory_message(error: BaseException, where: str) -> str:
+    """Return the message of an error that says that memory ran out.
+
+    Args:
+        error: The error.
+        where: Who asked for the memory, in words that follow "memory ran out in".
+
+    Example:
+        >>> error = MemoryError("you tried to allocate 2147483648 bytes")
+        >>> memory_message(error, "it").split(".")[0]
+        'memory ran out in it, which asked for 2 GiB'
+    """
+    found = re.search(r"allocate (\d+) bytes", str(error))
+    size = f", which asked for {int(found[1]) / 2**30:.3g} GiB" if found else ""
+    return f"memory ran out in {where}{size}. {LOWER_MEMORY} ({type(error).__name__}: {error})."
 
 
 def near_names(name: str, known: Iterable[str]) -> str:

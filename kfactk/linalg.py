@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from kfactk.errors import DecompositionError
+from kfactk.errors import LOWER_MEMORY, DecompositionError, memory_ran_out
 
 RAISE_DAMPING = "raise damping, or look for extreme values in the data"
 """What to do when a matrix cannot be decomposed."""
@@ -135,7 +135,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """
     matrix = symmetrise(matrix)
     _check_finite(matrix)
-    failures = []
+    failures, lacking = [], []
     for times, prepare in _ATTEMPTS:
         shift = times * jitter(matrix)
         try:
@@ -145,15 +145,16 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
         # LinAlgError is a RuntimeError; float64 on MPS is a TypeError.
         except (RuntimeError, TypeError) as error:
             failures.append(str(error).partition("\n")[0])
+            lacking.append(memory_ran_out(error))
             continue
         values, vectors = (values.to(matrix) - shift.unsqueeze(-1)).clamp(min=0), vectors.to(matrix)
         if bool(torch.isfinite(values).all()) and bool(torch.isfinite(vectors).all()):
             return values, vectors
         failures.append("the result was not finite")
+        lacking.append(False)
     tried = "; ".join(failures)
-    raise DecompositionError(
-        f"eigendecomposition failed in every way tried ({tried}); {RAISE_DAMPING}"
-    )
+    remedy = LOWER_MEMORY if all(lacking) else RAISE_DAMPING
+    raise DecompositionError(f"eigendecomposition failed in every way tried ({tried}); {remedy}")
 
 
 def orthogonal_iteration(matrix: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,7 +206,7 @@ def cholesky(matrix: Tensor, shift: Tensor | float) -> Tensor:
     """
     matrix = symmetrise(matrix)
     _check_finite(matrix)
-    shifted, failures = add_diagonal(matrix, shift), []
+    shifted, failures, lacking = add_diagonal(matrix, shift), [], []
     for times, prepare in _ATTEMPTS:
         try:
             lower, info = torch.linalg.cholesky_ex(
@@ -213,13 +214,16 @@ def cholesky(matrix: Tensor, shift: Tensor | float) -> Tensor:
             )
         except (RuntimeError, TypeError) as error:  # not implemented on this device
             failures.append(str(error).partition("\n")[0])
+            lacking.append(memory_ran_out(error))
             continue
         result: Tensor = lower.to(matrix)
         if not bool(info.any()) and bool(torch.isfinite(result).all()):
             return result
         failures.append("the factor is far from positive semi-definite")
+        lacking.append(False)
     tried = "; ".join(failures)
-    raise DecompositionError(f"Cholesky failed in every way tried ({tried}); {RAISE_DAMPING}")
+    remedy = LOWER_MEMORY if all(lacking) else RAISE_DAMPING
+    raise DecompositionError(f"Cholesky failed in every way tried ({tried}); {remedy}")
 
 
 def jitter(matrix: Tensor) -> Tensor:

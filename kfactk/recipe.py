@@ -172,6 +172,7 @@ def build(
     reduction: str = "mean",
     observe: str = "automatic",
     output: Callable[[Any], Tensor] | None = None,
+    max_skipped: int | None = 20,
     strict: bool = False,
     unseen: str = "error",
     exclude: Sequence[str] = (),
@@ -217,6 +218,9 @@ def build(
             default is the tensor itself, `.logits`, the item "logits", or the first element.
         unseen: What to do with layers that influence the output also past their own calls: "error"
             refuses the forward, "plain" leaves them to the update rule from then on.
+        max_skipped: After how many batches in a row that were skipped, because they held NaN or
+            inf, `step` raises an error; `None` for never. 20 lets a gradient scaler find its scale
+            by halving. Batches that `torch.amp.GradScaler.step` skips by itself do not count.
         strict: Refuse a model with a trained parameter that no block preconditions.
         exclude: Names of modules (shell-style patterns) whose layers are left out. Their plain
             gradient goes to the update rule. Use it for a huge output layer, or for a head trained

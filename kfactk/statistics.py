@@ -139,7 +139,8 @@ def means(sums: Mapping[str, ReducedStatistic]) -> dict[str, Tensor | None]:
     some = {name: reduced for name, reduced in sums.items() if reduced.exists}
     if not some:
         return {}
-    device = next((s.count.device for s in some.values() if isinstance(s.count, Tensor)), None)
+    devices = (s.count.device for s in some.values() if isinstance(s.count, Tensor))
+    device = next(devices, torch.device("cpu"))
     counts = torch.stack(
         [torch.as_tensor(s.count, dtype=torch.float64, device=device) for s in some.values()]
     ).tolist()

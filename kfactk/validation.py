@@ -9,7 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kfactk.errors import KfactkError, PluginError
+from kfactk.errors import (
+    KfactkError,
+    MemoryExhaustedError,
+    PluginError,
+    memory_message,
+    memory_ran_out,
+)
 from kfactk.samples import Statistic
 
 KRONECKER = frozenset({"A", "G"})
@@ -24,7 +30,8 @@ def stage_label(family: str, stage: object) -> str:
 class attribute_errors:
     """Context that turns an exception of a stage into a `PluginError` that names the stage.
 
-    Errors of kfactk and exhausted memory pass through. This is a class because a generator would
+    Errors of kfactk pass through. Exhausted memory is a `MemoryExhaustedError`, or torch's own
+    error with a note. This is a class because a generator would
     cost more than many of the calls it surrounds.
 
     Args:
@@ -45,10 +52,16 @@ class attribute_errors:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: object
     ) -> None:
         """Raise the `PluginError`."""
-        if not isinstance(error, Exception) or isinstance(
-            error, KfactkError | torch.OutOfMemoryError
-        ):
+        if not isinstance(error, Exception) or isinstance(error, KfactkError):
             return
+        if isinstance(error, torch.OutOfMemoryError) or memory_ran_out(error):
+            message = memory_message(
+                error, f"{stage_label(self._family, self._stage)} {self._where}"
+            )
+            if isinstance(error, torch.OutOfMemoryError):  # callers know its class
+                error.add_note(message)
+                return
+            raise MemoryExhaustedError(message) from error
         raise PluginError(
             f"{stage_label(self._family, self._stage)} failed {self._where} "
             f"({type(error).__name__}: {error}). Report it to its authors, or use another "
@@ -239,7 +252,8 @@ def missing_samples_message(layers: Sequence[str]) -> str:
         "it would use wrong statistics. Likely causes: observe='manual' without "
         "optimizer.observe() between forward and backward; the bound model itself was not called, "
         "but a submodule or a copy was; it ran with other weights than its own "
-        "(torch.func.functional_call); the forward ran in evaluation mode (use observe='manual'), "
+        "(torch.func.functional_call), or inside a transform (torch.func.vmap, grad): call the "
+        "model directly; the forward ran in evaluation mode (use observe='manual'), "
         "under reentrant activation checkpointing (use use_reentrant=False) or compiled before "
         "bind; the layer does not lead to the output that the likelihood sees (name it with "
         "output=, or leave a head with a loss of its own alone with exclude=). This step changed "

@@ -62,6 +62,7 @@ class ModelHooks:
         self._buffers: list[tuple[list[Tensor], list[int]]] = []
         self._layer_handles: list[torch.utils.hooks.RemovableHandle] = []
         self._depth, self._thread = 0, 0
+        self._handled: BaseException | None = None
         self._token = object()
         skip_frame(RootHook.__call__)
         before, after = RootHook(self, "before"), RootHook(self, "after")
@@ -110,6 +111,7 @@ class ModelHooks:
         if layers is None or compiled:
             return
         self._depth, self._thread, self._forward = 1, threading.get_ident(), self.root.forward
+        self._handled = sys.exception()
         self._layers, self._calls = layers, []
         self._buffers = [(own, versions(own)) for own in map(_buffers, self.root.modules()) if own]
         for layer in layers:
@@ -122,7 +124,7 @@ class ModelHooks:
     def after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """Detach, and hand the forward on, unless it raised: then `output` is `None`."""
+        """Detach, and hand the forward on, unless it raised."""
         if not self._depth or self._thread != threading.get_ident():
             return
         self._depth -= 1
@@ -132,7 +134,7 @@ class ModelHooks:
         calls, self._calls = self._calls, []
         layers, self._layers = self._layers, ()
         listener = self._listener()
-        raised = output is None and sys.exc_info()[0] is not None
+        raised = output is None and sys.exception() is not self._handled
         if not raised and listener is not None:
             with save_unchanged():
                 updated = [own for own, before in self._buffers if versions(own) != before]

@@ -194,7 +194,7 @@ def true_on_all_ranks(flag: bool, tensors: Sequence[Tensor]) -> bool:
     meshes = dict.fromkeys(tensor.device_mesh for tensor in tensors if is_sharded(tensor))
     if not meshes:
         return flag
-    false = torch.tensor(float(not flag))
+    false = torch.tensor(float(not flag), device="cpu")
     for mesh in meshes:
         false = _sum_over_ranks(false, (mesh, tuple(range(mesh.ndim))))
     return not bool(false)

@@ -104,6 +104,17 @@ def local_parts(
     return found
 
 
+def as_applied(parameters: Sequence[nn.Parameter], clipped: Sequence[Tensor]) -> list[Tensor]:
+    """Return clipped gradients as the update rule gets them: what is finite may be inf in float16.
+
+    Args:
+        parameters: Their parameters.
+        clipped: For each its gradient, or this rank's part of it.
+    """
+    pairs = zip(clipped, parameters, strict=True)
+    return [as_gradient(gradient, local_shard(parameter)) for gradient, parameter in pairs]
+
+
 @contextlib.contextmanager
 def swapped(
     groups: Sequence[dict[str, Any]],
@@ -115,8 +126,7 @@ def swapped(
 
     Args:
         groups: The parameter groups.
-        replaced: Parameters, each with its gradient, or with this rank's part of it where the
-            parameter is sharded.
+        replaced: Parameters, each with its gradient as `as_applied` gives it.
         decayed: Whether these gradients contain weight decay. It is then added to the gradients of
             the other parameters too, and the update rule adds none.
     """
@@ -134,7 +144,7 @@ def swapped(
             for group in groups:
                 group["weight_decay"] = 0.0
         for parameter, new in replaced:
-            parameter.grad = from_local_shard(as_gradient(new, local_shard(parameter)), parameter)
+            parameter.grad = from_local_shard(new, parameter)
         yield
     finally:
         for parameter, gradient, _ in found:

@@ -124,7 +124,7 @@ def _own(tracker: Tracker | None) -> Tracker | None:
 
 def _norm(tensors: Sequence[Tensor]) -> Tensor:
     squares = [tensor.square().sum().to(tensors[0].device) for tensor in tensors]
-    return torch.stack(squares).sum().sqrt() if squares else torch.zeros(())
+    return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), device="cpu")
 
 
 def _surviving(warned: list[str], call: Callable[[], None]) -> None:

@@ -6,7 +6,7 @@ import cmath
 import contextlib
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from kfactk.distributed.sharding import is_sharded, local_shard, true_on_all_ranks
+from kfactk.errors import KfactkError
 from kfactk.preconditioner.preconditioner import Preconditioner
 
 BAD_GRADIENT = (
@@ -25,8 +26,9 @@ BAD_STATISTICS = (
     "a batch gave NaN or inf in its curvature statistics. Such batches are skipped and counted"
 )
 BAD_DIRECTION = (
-    "the gradient is finite, and its preconditioned or clipped form holds NaN or inf. The step was "
-    "not taken, and was counted. Raise damping, or load an earlier state"
+    "the gradient is finite, and its preconditioned or clipped form holds NaN or inf in the "
+    "parameter's precision. The step was not taken, and was counted. Raise damping, or load an "
+    "earlier state"
 )
 SMALL = 2**16
 """Number of elements up to which copying a tensor is faster than a call of its own."""
@@ -63,11 +65,19 @@ class NonFiniteGuard:
     Args:
         rule: The update rule.
         preconditioner: Counts the batches that were skipped.
+        max_skipped: How many batches in a row may be skipped; `None` for any number.
     """
 
-    def __init__(self, rule: torch.optim.Optimizer, preconditioner: Preconditioner) -> None:
-        self._rule, self._preconditioner = rule, preconditioner
+    def __init__(
+        self,
+        rule: torch.optim.Optimizer,
+        preconditioner: Preconditioner,
+        max_skipped: int | None = None,
+    ) -> None:
+        self._rule, self._preconditioner, self._limit = rule, preconditioner, max_skipped
         self._counts: Tensor | None = None
+        self._unread = 0
+        self._in_a_row = {"step": 0, "statistics": 0}
 
     def judge(
         self, gradients: Sequence[Tensor], replacing: Sequence[Tensor], *, recorded: bool
@@ -81,13 +91,18 @@ class NonFiniteGuard:
         """
         communicator = self._preconditioner.communicator
         reading = self._preconditioner.due
-        if not reading and communicator.size == 1 and self._left_to_device():
+        self._unread += 1
+        waits = self._limit is not None and self._unread >= self._limit
+        if not reading and not waits and communicator.size == 1 and self._left_to_device():
             return Verdict(True, "", recorded, self._skipping(gradients, replacing))
         self.read()
         device = gradients[0].device if gradients else None
         finite = all_finite([*gradients, *replacing])
         mine = [float(not finite), float(recorded), float(self._preconditioner.nonfinite())]
         bad, recorded, worse = map(bool, communicator.total(mine, device))  # equal on all ranks
+        self._count("step", bad)
+        if reading:
+            self._count("statistics", worse)
         if bad:
             by_gradient = communicator.any(not all_finite(gradients), device)
             return Verdict(False, BAD_GRADIENT if by_gradient else BAD_DIRECTION, recorded)
@@ -136,14 +151,58 @@ class NonFiniteGuard:
             yield
         finally:
             del self._rule.found_inf  # type: ignore[attr-defined]
-        found = torch.stack([~sound, sound & ~every])
-        self._counts = found.long() if self._counts is None else self._counts + found
+        found = torch.stack([~sound, sound & ~every]).long()
+        if self._counts is None:
+            counts, in_a_row = found, found.sum() * (self._in_a_row["step"] + 1)
+        else:
+            counts, in_a_row = self._counts[:2] + found, found.sum() * (self._counts[2] + 1)
+        self._counts = torch.cat([counts, in_a_row.unsqueeze(0)])
+
+    def _count(self, what: str, bad: bool) -> None:
+        self._in_a_row[what] = self._in_a_row[what] + 1 if bad else 0
+
+    def check(self, parameters: Iterable[Tensor]) -> None:
+        """Check that not too many batches in a row were skipped; at the end of a step.
+
+        Where the device skips by itself, the host knows after `max_skipped` steps at the latest. A
+        collective call where any parameter is sharded.
+
+        Args:
+            parameters: Those that are trained, to tell whether they are finite themselves.
+
+        Raises:
+            KfactkError: Too many were.
+        """
+        waiting = self._counts is not None  # for the device: the host does not know yet
+        if self._limit is None or waiting or max(self._in_a_row.values()) < self._limit:
+            return
+        if not all_finite([parameter.detach() for parameter in parameters]):
+            why = (
+                "The model's parameters hold NaN or inf themselves: load an earlier state, and go "
+                "on with a lower lr or a higher damping."
+            )
+        else:
+            why = (
+                "The model's parameters are finite. Likely causes: a loss or a layer that "
+                "overflows, in half precision above all (use bfloat16, or torch.amp.GradScaler and "
+                "its step); NaN or inf in the data; a damping that is too low."
+            )
+        if self._in_a_row["step"] >= self._limit:
+            what = f"{self._in_a_row['step']} steps in a row were not taken"
+        else:
+            what = f"the curvature of {self._in_a_row['statistics']} batches in a row was skipped"
+        raise KfactkError(
+            f"{what}, because each batch gave NaN or inf. {why} To go on all the same, raise "
+            f"max_skipped={self._limit} of kfactk.build, or set it to None."
+        )
 
     def read(self) -> None:
         """Wait for the device, and count what it skipped since the last call."""
+        self._unread = 0
         if self._counts is None:
             return
-        counts = zip((BAD_GRADIENT, BAD_DIRECTION), self._counts.tolist(), strict=True)
+        *numbers, self._in_a_row["step"] = self._counts.tolist()
+        counts = zip((BAD_GRADIENT, BAD_DIRECTION), numbers, strict=True)
         self._counts = None
         if skipped := {reason: int(times) for reason, times in counts if times}:
             self._preconditioner.skip(skipped)

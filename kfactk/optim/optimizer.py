@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,6 +35,8 @@ from kfactk.stages import GradientPair, Layer
 from kfactk.timing import Profile, StageTimer
 from kfactk.validation import attribute_errors, check_clipped, note_stage
 
+MANY_FORWARDS = 100
+"""After so many forwards without a step there is a warning."""
 Params = Iterable[nn.Parameter] | Iterable[dict[str, Any]] | Iterable[tuple[str, nn.Parameter]]
 
 
@@ -79,9 +82,9 @@ class Optimizer(torch.optim.Optimizer):
         scaler: Any = None,
     ) -> None:
         self.recipe = recipe
-        self._ready, self._closed = False, False
+        self._ready, self._closed, self._warned_idle = False, False, False
         self._model = supported_model(model)
-        self._step = torch.zeros((), dtype=torch.int64)
+        self._step = torch.zeros((), dtype=torch.int64, device="cpu")
         self._gathered: Mapping[str, Mapping[str, Tensor]] = {}
         self._own_damping: list[bool] = []
         self._groups: dict[int, dict[str, Any]] = {}
@@ -109,7 +112,7 @@ class Optimizer(torch.optim.Optimizer):
             timer=self._timer,
         )
         self._index()
-        self._guard = NonFiniteGuard(self._inner, pre)
+        self._guard = NonFiniteGuard(self._inner, pre, recipe.max_skipped)
         check_recipes(recipe.shared(), pre.communicator)
         check_group(model, self._trained(), pre.communicator)
         pre.blocks.adopt(pre.blocks.current())
@@ -204,24 +207,44 @@ class Optimizer(torch.optim.Optimizer):
         """Return which parameters are preconditioned now, by which block, or why not."""
         return self._preconditioner.survey.coverage(self._groups)
 
-    def fisher_product(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def fisher_product(
+        self, tensors: Mapping[str, Tensor], *, strict: bool = True
+    ) -> dict[str, Tensor]:
         """Return `F v` for v given by parameter name.
 
         Parameters of a layer that are left out count as zero.
 
+        Args:
+            tensors: v, each with the shape, the device and the dtype of its parameter (float32,
+                too, where that is a half precision).
+            strict: Refuse names of parameters without a block. With `False` they are skipped, and
+                missing from the answer.
+
         Raises:
-            OptionError: A name belongs to no preconditioned parameter.
+            OptionError: A name belongs to no parameter or (with `strict`) to one without a block,
+                or a tensor is not like its parameter.
             KfactkError: No curvature has been measured yet.
         """
         views = self.layers
-        grouped = by_layer(views, tensors)
+        grouped = by_layer(views, tensors, self._model, strict=strict)
         found = {name: views[name].fisher_product(group) for name, group in grouped.items()}
         return by_parameter(views, found)
 
-    def precondition(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return `P v = (F + damping I)^-1 v`, likewise."""
+    def precondition(
+        self, tensors: Mapping[str, Tensor], *, strict: bool = True
+    ) -> dict[str, Tensor]:
+        """Return `P v = (F + damping I)^-1 v`, likewise.
+
+        Args:
+            tensors: As for `fisher_product`.
+            strict: Likewise.
+
+        Raises:
+            OptionError: As for `fisher_product`.
+            KfactkError: No curvature has been measured yet.
+        """
         views = self.layers
-        grouped = by_layer(views, tensors)
+        grouped = by_layer(views, tensors, self._model, strict=strict)
         found = {name: views[name].precondition(group) for name, group in grouped.items()}
         return by_parameter(views, found)
 
@@ -273,6 +296,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _end_forward(self, forward: Forward) -> None:
         """Measure a followed forward, or keep it until `observe` is called."""
+        if forward.output is None and self.recipe.output is None:
+            return
         if self.recipe.observe == "manual":
             self._waiting = forward
         else:
@@ -282,6 +307,18 @@ class Optimizer(torch.optim.Optimizer):
         with self._timer.timed("fisher"):
             self._fisher_pass.run(forward, batch, step=self.steps, micro_batch=self._micro_batch)
         self._micro_batch += 1
+        if self._micro_batch == MANY_FORWARDS and not self._warned_idle:
+            self._warned_idle = True
+            warnings.warn(
+                f"{MANY_FORWARDS} forwards were counted since the last step(), and what curvature "
+                "needs of each is kept until step(): memory grows. If this optimizer is not "
+                "stepped, close() it; run forwards that are not for training in evaluation mode "
+                "or under torch.no_grad(), or name those that count with observe='manual'. If you "
+                "accumulate so many micro-batches, basis={'name': 'ekfac', 'scale': 'running'} "
+                "keeps no samples (said once)",
+                KfactkWarning,
+                stacklevel=2,
+            )
 
     def _expect_forward(self) -> None:
         """Prepare for the forwards of the next step."""
@@ -304,7 +341,8 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             CaptureError: Curvature is due, and a layer with a gradient gave no sample. Nothing has
                 been changed.
-            KfactkError: The optimizer was closed.
+            KfactkError: The optimizer was closed, or (`max_skipped`) too many batches in a row held
+                NaN or inf.
         """
         if self._closed:
             raise KfactkError(
@@ -349,7 +387,7 @@ class Optimizer(torch.optim.Optimizer):
             if recorded:
                 self._recorder.add_norms(pairs)
             del found, pairs, read
-            clipped = self._clip(parameters, local_pairs)
+            clipped = gradients.as_applied(parameters, self._clip(parameters, local_pairs))
             given = [p.grad for p in self._trained() if p.grad is not None]
             verdict = self._guard.judge(given, clipped, recorded=recorded)
             self._recorded, fault = verdict.recorded, verdict.fault
@@ -368,6 +406,7 @@ class Optimizer(torch.optim.Optimizer):
         self._expect_forward()
         if not allocated:
             self._report()
+        self._guard.check(self._trained())
 
     def _end_step(self, fault: str) -> None:
         """Drop what the step gathered, and count it where it has a fault."""
@@ -404,7 +443,7 @@ class Optimizer(torch.optim.Optimizer):
         swapped = gradients.swapped(self.param_groups, replaced, decayed=decayed)
         noted = note_stage("update", self.recipe.update, "taking the step")
         with swapped, self._timer.timed("update"), noted:
-            self._inner.step()
+            _without_global_hooks(self._inner)()
 
     def _has_no_lr(self) -> bool:
         return all(float(group["lr"]) == 0 for group in self.param_groups)
@@ -535,7 +574,7 @@ class Optimizer(torch.optim.Optimizer):
                 self._inner.__setstate__(rule)
                 load.agree(checkpoint.progress_of(saved.step, states))
         self.state = defaultdict(dict)
-        self._step = torch.tensor(saved.step, dtype=torch.int64)
+        self._step = torch.tensor(saved.step, dtype=torch.int64, device="cpu")
         self._gathered = {}
         pre.replace_states(states)
         self._index()
@@ -562,3 +601,16 @@ class Optimizer(torch.optim.Optimizer):
         self._hooks.close()
         self._recorder.close()
         self._guard.read()
+
+
+def _without_global_hooks(rule: torch.optim.Optimizer) -> Callable[[], Any]:
+    """Return the step of an update rule without the hooks of `register_optimizer_step_pre_hook`.
+
+    torch runs these, and their likes after the step, around the step of every class of optimizers:
+    they have run, or will run, for the optimizer that the user sees.
+    """
+    step = type(rule).step
+    if "step" not in vars(rule) and getattr(step, "hooked", False):
+        step = getattr(step, "__wrapped__", step)
+        return functools.partial(step, rule)
+    return rule.step

@@ -19,6 +19,7 @@ from kfactk.options import (
     number_at,
     period_at,
     refusal,
+    whole,
 )
 from kfactk.preconditioner.rules import BlockRule
 from kfactk.preconditioner.schedule import UpdateSchedule
@@ -129,6 +130,9 @@ class Settings:
     observe: str = attrs.field(validator=choice("automatic", "manual"))
     output: Callable[[Any], Tensor] | None = attrs.field(
         validator=function(hint=" of what the model returns")
+    )
+    max_skipped: int | None = attrs.field(
+        validator=whole(optional=True, hint=": it counts skipped batches in a row")
     )
     strict: bool = attrs.field(validator=flag)
     unseen: str = attrs.field(validator=choice("error", "plain"))

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kfactk.distributed.communicator import Communicator, Members
 from kfactk.distributed.sharding import full_tensor, is_sharded, sharded_like
-from kfactk.errors import KfactkError, OptionError
+from kfactk.errors import KfactkError, OptionError, near_names
 from kfactk.operators import CurvatureOperator
 from kfactk.preconditioner.block import Block
 from kfactk.preconditioner.placement import BlockPlacement
+from kfactk.samples import working_dtype
 from kfactk.stages import Layer
 
 
@@ -64,34 +66,60 @@ class BlockView:
         self._check_workers("decompositions", self._holders(), {})
         return self.block.operator(self.damping)
 
-    def matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    def matrix(self, tensors: Mapping[str, Tensor], *, strict: bool = True) -> Tensor:
         """Join tensors shaped like the layer's parameters into its matrix `[..., d_out, d_in]`.
 
         Sharded tensors are made whole: a collective call then, here and below.
-        """
-        return self.block.matrix({name: full_tensor(tensor) for name, tensor in tensors.items()})
 
-    def fisher_product(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        Args:
+            tensors: By parameter name, each with the shape, the device and the dtype of its
+                parameter (float32, too, where that is a half precision). Missing ones count as
+                zero.
+            strict: Refuse names of the module's parameters that the block does not treat, such as a
+                frozen bias. With `False` they are skipped.
+
+        Raises:
+            OptionError: A name or a tensor does not fit.
+        """
+        return self._matrix(self._checked(tensors, strict))
+
+    def fisher_product(
+        self, tensors: Mapping[str, Tensor], *, strict: bool = True
+    ) -> dict[str, Tensor]:
         """Return `F v` for v shaped like the layer's parameters; missing ones count as zero.
 
         The result is sharded where any of v is, like the parameters.
 
+        Args:
+            tensors: v by parameter name; see `matrix`.
+            strict: Likewise.
+
         Raises:
+            OptionError: A name or a tensor does not fit.
             KfactkError: No curvature has been measured yet, or other ranks have it.
         """
+        tensors = self._checked(tensors, strict)
         requires, name = self.block.basis.requires, self.layer.name
         workers = {matrix: self._placement.factor_workers(name, matrix) for matrix in requires}
         self._check_workers("factors", workers, tensors)
-        return self._split(self.block.multiply(self.matrix(tensors), self.damping), tensors)
+        return self._split(self.block.multiply(self._matrix(tensors), self.damping), tensors)
 
-    def precondition(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def precondition(
+        self, tensors: Mapping[str, Tensor], *, strict: bool = True
+    ) -> dict[str, Tensor]:
         """Return `P v = (F + damping I)^-1 v`, likewise.
 
+        Args:
+            tensors: v by parameter name; see `matrix`.
+            strict: Likewise.
+
         Raises:
+            OptionError: A name or a tensor does not fit.
             KfactkError: No curvature has been measured yet, or other ranks have it.
         """
+        tensors = self._checked(tensors, strict)
         self._check_workers("decompositions", self._holders(), tensors)
-        return self._split(self.block.solve(self.matrix(tensors), self.damping), tensors)
+        return self._split(self.block.solve(self._matrix(tensors), self.damping), tensors)
 
     def condition(self) -> Tensor | None:
         """Return the condition number of the damped curvature, exact or a lower bound.
@@ -101,6 +129,30 @@ class BlockView:
         state = self.block.state
         measured = state.ready and state.decomposition
         return self.block.condition(self.damping) if measured else None
+
+    def _checked(self, tensors: Mapping[str, Tensor], strict: bool) -> dict[str, Tensor]:
+        """Return tensors given by parameter name, checked."""
+        known, found = self.layer.tensors(), {}
+        present = dict(self.layer.module.named_parameters(recurse=False))
+        for name, tensor in _items(tensors):
+            if name in known:
+                check_tensor(name, tensor, known[name])
+                found[name] = tensor
+            elif name not in present:
+                raise OptionError(
+                    f"layer {self.layer.name!r} has no parameter {name!r}."
+                    f"{near_names(str(name), known)} Use one of: {', '.join(known)}."
+                )
+            elif strict:
+                raise OptionError(
+                    f"the block of layer {self.layer.name!r} does not treat the parameter {name!r} "
+                    f"(it treats {', '.join(known)}). Leave it out, or skip such names with "
+                    "strict=False."
+                )
+        return found
+
+    def _matrix(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return self.block.matrix({name: full_tensor(tensor) for name, tensor in tensors.items()})
 
     def _holders(self) -> dict[str, Members]:
         return {"": self._placement.gradient_workers(self.layer.name)}
@@ -162,33 +214,118 @@ def conditions(
     known = {name: value for theirs in everyone for name, value in theirs.items()}
     if not known:
         return {}
-    stacked = torch.tensor([known[name] for name in views if name in known], dtype=torch.float64)
+    stacked = torch.tensor(
+        [known[name] for name in views if name in known], dtype=torch.float64, device="cpu"
+    )
     return {"condition_max": stacked.max(), "condition_median": stacked.median()}
 
 
+def check_tensor(name: str, given: Any, parameter: Tensor) -> None:
+    """Check that a tensor may stand for a parameter in a product with its curvature.
+
+    Args:
+        name: The name it is given by.
+        given: What was given.
+        parameter: The parameter.
+
+    Raises:
+        OptionError: It is no dense tensor with the shape, device and dtype of the parameter.
+    """
+    what = f"{name!r} is given"
+    if given is None:
+        raise OptionError(
+            f"{what} as None. Leave the name out: parameters of a layer that are left out count as "
+            "zero."
+        )
+    if not isinstance(given, Tensor):
+        raise OptionError(
+            f"{what} as {type(given).__name__}; it must be a tensor like the parameter: "
+            f"{_look(parameter)}. Convert it with torch.as_tensor(value, dtype=parameter.dtype, "
+            "device=parameter.device)."
+        )
+    dtypes = {parameter.dtype, working_dtype(parameter.dtype)}
+    fits = (
+        given.shape == parameter.shape
+        and given.device == parameter.device
+        and given.dtype in dtypes
+        and given.layout == torch.strided
+    )
+    if not fits:
+        raise OptionError(
+            f"{what} as a tensor of {_look(given)}; it must be like the parameter: "
+            f"{_look(parameter)}. Permute, convert or move it first (.to(parameter), .to_dense())."
+        )
+    if is_sharded(given) and not is_sharded(parameter):
+        raise OptionError(
+            f"{what} sharded, and the parameter is whole on each rank. Give it whole: "
+            ".full_tensor()."
+        )
+
+
+def _look(tensor: Tensor) -> str:
+    layout = "" if tensor.layout == torch.strided else f", {tensor.layout}"
+    return f"shape {tuple(tensor.shape)}, {tensor.dtype} on {tensor.device}{layout}"
+
+
+def _items(tensors: Any) -> list[tuple[str, Any]]:
+    if not isinstance(tensors, Mapping):
+        raise OptionError(
+            f"tensors are given as {type(tensors).__name__}; give a dict from parameter names to "
+            "tensors, such as {'weight': tensor}."
+        )
+    return list(tensors.items())
+
+
 def by_layer(
-    views: Mapping[str, BlockView], tensors: Mapping[str, Tensor]
+    views: Mapping[str, BlockView],
+    tensors: Mapping[str, Tensor],
+    model: nn.Module,
+    *,
+    strict: bool = True,
 ) -> dict[str, dict[str, Tensor]]:
     """Group tensors named like the model's parameters by layer.
 
+    Args:
+        views: The blocks by layer name.
+        tensors: By parameter name.
+        model: The model.
+        strict: Refuse parameters without a block. With `False` they are left out.
+
     Raises:
-        OptionError: A name belongs to no covered layer.
+        OptionError: A name is not a parameter's, or (with `strict`) the parameter has no block; or
+            a tensor is not like its parameter.
     """
     owner = {
         _qualified(view.layer, key): (name, key)
         for name, view in views.items()
         for key in view.layer.parameters
     }
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    own_name = {id(parameters[name]): name for name in owner if name in parameters}
     grouped: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        if name not in owner:
-            shown = f"{', '.join(list(owner)[:8])}{' ...' if len(owner) > 8 else ''}"
+    for name, tensor in _items(tensors):
+        if name in owner:
+            layer, key = owner[name]
+            check_tensor(name, tensor, views[layer].layer.tensors()[key])
+            grouped.setdefault(layer, {})[key] = tensor
+            continue
+        shown = f"{', '.join(list(owner)[:8])}{' ...' if len(owner) > 8 else ''}"
+        if name not in parameters:
+            raise OptionError(
+                f"{name!r} is not a parameter of the bound model.{near_names(str(name), owner)} "
+                f"Use the names of model.named_parameters(). Covered are: {shown}."
+            )
+        if id(parameters[name]) in own_name:
+            raise OptionError(
+                f"{name!r} is the same parameter as {own_name[id(parameters[name])]!r}: give it by "
+                "that name."
+            )
+        if strict:
             raise OptionError(
                 f"{name!r} is not a preconditioned parameter, so it has no block. See "
-                f"recipe.coverage(model). Covered are: {shown}."
+                f"recipe.coverage(model). Leave it out, or skip such names with strict=False. "
+                f"Covered are: {shown}."
             )
-        layer, key = owner[name]
-        grouped.setdefault(layer, {})[key] = tensor
     return grouped
 
 

@@ -137,15 +137,15 @@ class BlockState:
         for kind, means in (("factor", self.factors), ("moment", self.moments)):
             for name, mean in means.items():
                 if mean.value is not None:
-                    weight = torch.tensor(mean.weight, dtype=torch.float64)
+                    weight = torch.tensor(mean.weight, dtype=torch.float64, device="cpu")
                     out[f"{prefix}{kind}.{name}"] = mean.value
                     out[f"{prefix}{kind}.{name}.weight"] = weight
         for matrix, parts in self.decomposition.items():
             for name, tensor in parts.items():
                 out[f"{prefix}basis.{matrix}.{name}"] = tensor
         overdue = sum(flag << place for place, flag in enumerate(attrs.astuple(self.overdue)))
-        out[prefix + READY] = torch.tensor(int(self.ready), dtype=torch.int64)
-        out[prefix + OVERDUE] = torch.tensor(overdue, dtype=torch.int64)
+        out[prefix + READY] = torch.tensor(int(self.ready), dtype=torch.int64, device="cpu")
+        out[prefix + OVERDUE] = torch.tensor(overdue, dtype=torch.int64, device="cpu")
         return out
 
     @classmethod

@@ -16,7 +16,7 @@ def test_errors_derive_from_kfactk_error() -> None:
     kinds = [
         kind for kind in classes if issubclass(kind, Exception) and not issubclass(kind, Warning)
     ]
-    assert len(kinds) == 8
+    assert len(kinds) == 9
     assert all(issubclass(kind, KfactkError) and kind.__doc__ for kind in kinds)
     assert issubclass(KfactkWarning, UserWarning)
 

@@ -116,6 +116,7 @@ NUMBERS: dict[str, st.SearchStrategy[Any]] = {
     "reduction": st.sampled_from(["mean", "sum"]),
     "observe": st.sampled_from(["automatic", "manual"]),
     "output": st.sampled_from([None, prediction]),
+    "max_skipped": st.none() | st.integers(1, 10**6),
     "strict": st.booleans(),
 }
 

@@ -63,9 +63,11 @@ class Ekfac(Basis):
         scale: "exact": s* from per-example gradients of the Fisher pass (equation 10). "running":
             EKFAC-ra, the square of the mini-batch mean gradient in the basis, times the number of
             likelihood terms, so that damping keeps its meaning.
-        scale_decay: Decay of the running mean of the scale between refreshes, in [0, 1]. `None`
-            means 0 (the last mini-batch's alone, as in the thesis) for "exact" and 0.95 for
-            "running". A refresh carries the running mean into the new basis.
+        scale_decay: Decay of the running mean of the scale, in [0, 1]; each measurement
+            (`scale_every`) counts once. 0: the last mini-batch's alone. 1: the plain mean of all
+            measurements since the first. New eigenvectors do not restart the mean: it is carried
+            into the new basis, as the diagonal of the same operator there. `None` means 0 (as in
+            the thesis) for "exact" and 0.95 for "running".
         inputs: "full": the eigenbasis of A, `[d_in, d_in]`. "channels": that of C, `[c, c]`, for
             each tap. "channels+taps": that and the one of K, `[taps, taps]`. "diagonal": the
             coordinates; the curvature provides a, `[d_in]`. `conv_kfac` provides C and K; with its

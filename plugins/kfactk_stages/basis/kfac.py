@@ -91,7 +91,7 @@ class KfacOperator(CurvatureOperator):
 
     def condition(self) -> Tensor:
         """Return a lower bound, from the diagonals of the Cholesky factors."""
-        ratio = torch.ones(())
+        ratio = torch.ones((), device="cpu")
         for parts in self.decomposition.values():
             diagonal = parts["cholesky"].diagonal(dim1=-2, dim2=-1)
             ratio = ratio.to(diagonal) * (diagonal.amax(-1) / diagonal.amin(-1)).square().max()

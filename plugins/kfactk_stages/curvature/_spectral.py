@@ -120,12 +120,13 @@ def transform_of(
         size + step * (taps - 1) for size, taps, step in zip(sizes, kernel, dilation, strict=True)
     ]
     turns = [
-        torch.arange(length, dtype=torch.float64) * (2 * math.pi / length) for length in lengths
+        torch.arange(length, dtype=torch.float64, device="cpu") * (2 * math.pi / length)
+        for length in lengths
     ]
     turns[-1] = (turns[-1] + math.pi / lengths[-1])[: -(-lengths[-1] // 2)]
     there = []
     for angles, size in zip(reversed(turns), reversed(sizes), strict=True):
-        at = torch.outer(angles, torch.arange(size, dtype=torch.float64))
+        at = torch.outer(angles, torch.arange(size, dtype=torch.float64, device="cpu"))
         there.append(
             (
                 torch.stack([at.cos(), -at.sin()], 1).flatten(0, 1),
@@ -135,13 +136,15 @@ def transform_of(
     offsets = list(itertools.product(*(range(-(taps - 1), taps) for taps in kernel)))[
         math.prod(2 * taps - 1 for taps in kernel) // 2 :
     ]
-    turned = torch.zeros(len(offsets), 1, dtype=torch.float64)
+    turned = torch.zeros(len(offsets), 1, dtype=torch.float64, device="cpu")
     for dim in reversed(range(len(sizes))):
         steps = torch.tensor(
-            [offset[dim] * dilation[dim] for offset in offsets], dtype=torch.float64
+            [offset[dim] * dilation[dim] for offset in offsets], dtype=torch.float64, device="cpu"
         )
         turned = (turned.unsqueeze(-1) + torch.outer(steps, turns[dim]).unsqueeze(1)).flatten(1)
-    weights = torch.full((len(turns[-1]),), 2.0 / math.prod(lengths), dtype=torch.float64)
+    weights = torch.full(
+        (len(turns[-1]),), 2.0 / math.prod(lengths), dtype=torch.float64, device="cpu"
+    )
     if lengths[-1] % 2:
         weights[-1] /= 2
     weights = weights.repeat_interleave(turned.shape[1] // len(weights))

@@ -11,19 +11,26 @@ from torch.nn import functional as F
 
 from kfactk import hookimpl
 from kfactk.options import number
-from kfactk_stages.likelihood.layout import Layout, missing_terms
+from kfactk_stages.likelihood.layout import IndependentEntries, missing_terms
 
 
 @attrs.frozen(kw_only=True)
-class Bernoulli(Layout):
+class Bernoulli(IndependentEntries):
     """C independent binary labels for each term; the output is logits.
 
         R(y | f) = prod_c p_c^{y_c} (1 - p_c)^{1 - y_c},    p = sigmoid(f)
         Fisher of the output = diag(p (1 - p))
 
-    This is the likelihood of `F.binary_cross_entropy_with_logits`. A term is the whole vector: the
-    Fisher information is that of the *summed* loss of its labels. That function with its mean
-    divides by C too, so its curvature, and the damping of the same effect, is 1/C of that here.
+    This is the likelihood of `F.binary_cross_entropy_with_logits`. With N terms of C labels and
+    their cross entropies l, `divisor` tells the two losses apart that average:
+
+        divisor="terms":    loss = (1/M) sum_nc l_nc,    M = N
+        divisor="entries":  loss = (1/M) sum_nc l_nc,    M = N C
+        F = (1/M) sum_nc p_nc (1 - p_nc) J_nc J_nc^T
+
+    J_nc is the gradient of logit c of term n; F is the Gauss-Newton matrix of the loss. torch's
+    function with its mean is the second: choose "entries" for it. With "terms", F is C times that
+    loss' curvature, and damping acts as if divided by C. For C = 1 the two are the same.
 
     Args:
         class_axis: Dimension of the C labels for outputs of more than two dimensions: 1 for masks
@@ -35,6 +42,10 @@ class Bernoulli(Layout):
         weights: Name of the one with sample weights or a padding mask, `[N]` or the terms' shape.
         shift: By how many positions the labels are ahead of the output: 1 for a causal language
             model that shifts its labels itself.
+
+        divisor: "terms": a term is the vector of C labels, whose losses add up. "entries": each
+            label is a term, with a mask of its own, and `class_axis` plays no part; `targets` and
+            `weights` have the output's shape, or `[N]`.
 
     Raises:
         OptionError: An option has a value that cannot work.

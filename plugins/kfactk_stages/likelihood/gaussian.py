@@ -11,21 +11,25 @@ from torch import Tensor
 
 from kfactk import hookimpl
 from kfactk.options import number
-from kfactk_stages.likelihood.layout import Layout, missing_terms
+from kfactk_stages.likelihood.layout import IndependentEntries, missing_terms
 
 
 @attrs.frozen(kw_only=True)
-class Gaussian(Layout):
+class Gaussian(IndependentEntries):
     """A vector of C real numbers for each term; the output is its mean.
 
         R(y | f) = N(y; f, v I),    -log R = |y - f|^2 / (2 v) + (C / 2) log(2 pi v)
         Fisher of the output = I / v
 
-    This is the likelihood of squared errors. `F.mse_loss` with its mean over N terms of C numbers
-    is `2 v / C` times the mean of -log R, up to a constant. Its Gauss-Newton matrix is therefore
-    `2 v / C` times F. With `variance = C / 2` the two are equal, and damping has the units of the
-    curvature of that loss. With `variance = 1`, damping tau acts as `2 tau / C` would there, and
-    steps are `2 / C` times as long.
+    This is the likelihood of squared errors. `F.mse_loss` with its mean divides by all N C numbers:
+    choose `divisor="entries"` for it. F is then `1 / (N C v)` times the sum of J J^T over all
+    numbers, J the gradient of one of them. The Gauss-Newton matrix of that loss is `2 v` times F:
+    with `variance=0.5` the two are equal, whatever C is, and damping has the units of the curvature
+    of that loss.
+
+    With `divisor="terms"`, the mean is over N terms whose C numbers add up, so F is C times as
+    large: `variance = C / 2` gives the same matrix as above. With `variance = 1`, damping tau acts
+    as `2 tau / C` would there, and steps are `2 / C` times as long.
 
     Args:
         variance: v, the variance of the noise, in squared units of the output. Positive.
@@ -37,6 +41,10 @@ class Gaussian(Layout):
         weights: Name of the one with sample weights or a padding mask, `[N]` or the terms' shape.
         shift: By how many positions the labels are ahead of the output: 1 for a causal language
             model that shifts its labels itself.
+
+        divisor: "terms": a term is the vector of C numbers, whose losses add up. "entries": each
+            number is a term, may be missing by itself, and `class_axis` plays no part; `targets`
+            and `weights` have the output's shape, or `[N]`.
 
     Raises:
         OptionError: An option has a value that cannot work.

@@ -10,9 +10,9 @@ import attrs
 import torch
 from torch import Tensor
 
-from kfactk import CaptureError
+from kfactk import CaptureError, OptionError
 from kfactk.errors import near_names
-from kfactk.options import refusal, text, whole
+from kfactk.options import choice, refusal, text, whole
 
 _integer = whole(None, optional=True, hint=": it is the dimension of the output with the classes")
 _argument_name = text(
@@ -93,14 +93,41 @@ class Layout(abc.ABC):
         """Return which terms have a label, `[N, S]` boolean."""
 
 
-def as_terms(output: Tensor, class_axis: int | None) -> Tensor:
-    """Return an output with its event in dimension `class_axis` as `[N, S, C]`.
+@attrs.frozen(kw_only=True)
+class IndependentEntries(Layout):
+    """A layout whose event consists of C independent entries, so that each can be a term.
 
-    A 1-dimensional output is N scalars.
+    Args:
+        divisor: What a loss with `reduction="mean"` divides its sum by. "terms": the number of
+            terms, so that the C entries of a term add up. "entries": the number of all entries, C
+            times as many, as torch's own losses do. Each entry is a term then, with a label and a
+            weight of its own, and `class_axis` plays no part.
+    """
+
+    divisor: str = attrs.field(default="terms", validator=choice("terms", "entries"))
+
+    def __attrs_post_init__(self) -> None:
+        if self.divisor == "entries" and self.shift:
+            raise OptionError(
+                f"{type(self).__name__}: shift={self.shift} cannot work with divisor='entries': "
+                "entries have no positions to shift. Align the labels with the output, and leave "
+                "shift out."
+            )
+
+    def view(self, output: Tensor) -> Tensor:
+        """Return the output as `[N, S, C]`, or, where each entry is a term, as `[N, S C, 1]`."""
+        if self.divisor == "terms":
+            return super().view(output)
+        check_output(output)
+        entries = output if output.ndim == 1 else output.flatten(1).unsqueeze(-1)
+        return as_terms(entries, None if output.ndim == 1 else -1)
+
+
+def check_output(output: Tensor) -> None:
+    """Check that an output can hold the parameters of a likelihood.
 
     Raises:
-        CaptureError: The output is not floating point, is a scalar, needs no gradient, or does not
-            tell its event axis.
+        CaptureError: The output is not floating point, is a scalar, or needs no gradient.
     """
     what = f"shape {list(output.shape)}, {output.dtype}"
     if not output.is_floating_point():
@@ -119,6 +146,19 @@ def as_terms(output: Tensor, class_axis: int | None) -> Tensor:
             "measured. Run the forward without torch.no_grad() and without detaching, with at "
             "least one trained parameter"
         )
+
+
+def as_terms(output: Tensor, class_axis: int | None) -> Tensor:
+    """Return an output with its event in dimension `class_axis` as `[N, S, C]`.
+
+    A 1-dimensional output is N scalars.
+
+    Raises:
+        CaptureError: The output is not floating point, is a scalar, needs no gradient, or does not
+            tell its event axis.
+    """
+    what = f"shape {list(output.shape)}, {output.dtype}"
+    check_output(output)
     if output.ndim > 2:
         if class_axis is None:
             raise CaptureError(
@@ -188,8 +228,9 @@ def expand_to_terms(values: Tensor, view: Tensor, option: str, name: str) -> Ten
             return values.reshape(n, 1).expand(n, s)
     raise CaptureError(
         f"{option}={name!r} has shape {list(values.shape)}, but the output has {n} examples of {s} "
-        f"terms each: give [{n}] or the shape of the output without its class axis. Where labels "
-        "are shifted against the output (causal language models), leave both whole and give "
+        f"terms each: give [{n}] or the shape of the output without its class axis "
+        "(with divisor='entries', that of the output). Where labels are "
+        "shifted against the output (causal language models), leave both whole and give "
         "shift=1."
     )
 

@@ -177,3 +177,29 @@ def test_a_parameter_without_a_block_is_refused(method: str) -> None:
     ):
         getattr(optimizer, method)({"3.weight": torch.ones(12)})
     assert getattr(optimizer, method)({}) == {}
+
+
+@pytest.mark.parametrize("basis_every", [1, 2, 100])
+def test_scale_decay_1_is_the_mean_of_all_measurements(basis_every: int) -> None:
+    """New eigenvectors do not restart it; a change of basis keeps the trace, that of F."""
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3).double()
+    optimizer = kfactk.build(
+        basis={"name": "ekfac", "scale_decay": 1.0},
+        fisher="exact",
+        update="sgd",
+        lr=0.0,
+        observe="manual",
+        factor_every=1,
+        scale_every=1,
+        basis_every=basis_every,
+    ).bind(model)
+    traces = []
+    for k in range(5):
+        inputs = (k + 1) * torch.randn(20, 4, dtype=F64)
+        p = model(inputs).detach().softmax(-1)
+        optimizer.observe()
+        optimizer.step()
+        traces.append(float(((inputs.square().sum(-1) + 1) * (p * (1 - p)).sum(-1)).mean()))
+        found = float(optimizer.layers[""].scale["scale"].sum())
+        assert found == pytest.approx(sum(traces) / len(traces), rel=1e-9)

@@ -322,9 +322,13 @@ def test_laws_that_do_not_apply_are_skipped_with_the_reason() -> None:
 
 def test_a_class_may_say_whether_anything_is_drawn() -> None:
     says = caught(FisherLaws, Estimator(drawn()), DENSE, deterministic=True)[DENSE]
-    assert "two seeds give different outer products, and the class says deterministic = True" in says
+    assert (
+        "two seeds give different outer products, and the class says deterministic = True" in says
+    )
     says = caught(FisherLaws, Estimator(most_probable), CONVERGE, deterministic=False)[CONVERGE]
-    assert "two seeds give the same outer products, and the class says deterministic = False" in says
+    assert (
+        "two seeds give the same outer products, and the class says deterministic = False" in says
+    )
 
 
 def test_likelihoods_whose_hessian_depends_on_the_target_are_refused() -> None:
