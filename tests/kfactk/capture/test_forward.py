@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from kfactk import CaptureError
-from tests.kfactk.small import assert_equal, batch, bound, factors, net, train, values
+from tests.kfactk.small import assert_equal, batch, bound, factors, train, values
 
 
 class Refusal(torch.autograd.Function):
