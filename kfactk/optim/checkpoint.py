@@ -1,9 +1,9 @@
-"""What an optimizer keeps between steps: shown in its `state`, saved, and loaded."""
+"""What an optimizer keeps between steps: saved, and loaded."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -13,54 +13,42 @@ from torch import Tensor
 from kfactk.distributed.gathering import Progress
 from kfactk.errors import StateError
 from kfactk.options import number_at, plain
-from kfactk.preconditioner.block import Block
-from kfactk.preconditioner.state import PREFIX, STEP, BlockState
+from kfactk.preconditioner.state import STEP, BlockState, is_ours
 
 Groups = Sequence[Mapping[str, Any]]
-Entries = MutableMapping[Any, Any]
 
 
-def show(
-    state: Entries,
+def joined(
+    rule: Mapping[str, Any],
     groups: Groups,
-    rule_state: Mapping[Any, Mapping[str, Any]],
-    blocks: Sequence[Block],
+    curvature: Mapping[int, Mapping[str, Any]],
     step: Tensor,
-    gathered: Mapping[str, Mapping[str, Tensor]],
-) -> None:
-    """Bring an optimizer's `state` up to date; entries are the tensors themselves.
+) -> dict[str, Any]:
+    """Return an update rule's saved state with the curvature in it; entries are new dicts.
 
     Args:
-        state: To be changed.
+        rule: As the rule's `state_dict` gave it.
         groups: The parameter groups.
-        rule_state: The update rule's state.
-        blocks: Their curvature is shown under their anchors.
+        curvature: Entries by the id of the parameter.
         step: Number of steps taken.
-        gathered: By layer name, what came from other ranks.
+
+    Raises:
+        StateError: The rule's state has not torch's form, so that nothing can be added to it.
     """
-    flat: dict[int, dict[str, Tensor]] = {}
-    for block in blocks:
-        entry = flat.setdefault(id(block.layer.anchor), {})
-        entry |= block.flat()
-        entry |= gathered.get(block.name, {})
-    for group in groups:
-        for parameter in group["params"]:
-            rule = rule_state.get(parameter, {})
-            if parameter.requires_grad or rule:
-                state[parameter] = {**rule, STEP: step, **flat.get(id(parameter), {})}
-
-
-def hide_curvature(state: Entries, blocks: Sequence[Block]) -> bool:
-    """Take curvature out of `state`, so that its old tensors do not live on beside the new ones.
-
-    Returns:
-        Whether there was any.
-    """
-    anchors = [anchor for block in blocks if (anchor := block.layer.anchor) in state]
-    for anchor in anchors:  # a saved state holds the entries themselves
-        entry = state[anchor].items()
-        state[anchor] = {k: v for k, v in entry if k == STEP or not k.startswith(PREFIX)}
-    return bool(anchors)
+    entries = dict(rule["state"])
+    for saved, group in zip(rule["param_groups"], groups, strict=True):
+        for number, parameter in zip(saved["params"], group["params"], strict=True):
+            if number not in entries and not parameter.requires_grad:
+                continue
+            entry = entries.get(number, {})
+            if not isinstance(entry, Mapping):
+                raise StateError(
+                    f"the update rule keeps a {type(entry).__name__} for a parameter, and "
+                    "curvature can be saved beside the items of a dict only. Use an update rule "
+                    "whose state of each parameter is a dict."
+                )
+            entries[number] = {**entry, STEP: step, **curvature.get(id(parameter), {})}
+    return {**rule, "state": entries}
 
 
 @attrs.frozen(eq=False)
@@ -91,17 +79,18 @@ class SavedState:
         _check_form(state_dict)
         numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
         parameters = [parameter for group in groups for parameter in group["params"]]
-        curvature, rule, step = {}, {}, 0
+        curvature, step = {}, 0
+        rule = {key: entry for key, entry in state_dict["state"].items() if key not in numbers}
         for number, parameter in zip(numbers, parameters, strict=False):  # torch checks sizes
             entry = state_dict["state"].get(number, {})
             step = int(entry.get(STEP, step))
-            ours = {k: v for k, v in entry.items() if k.startswith(PREFIX) and k != STEP}
-            theirs = {k: v for k, v in entry.items() if not k.startswith(PREFIX)}
+            ours = {k: v for k, v in entry.items() if is_ours(k) and k != STEP}
+            theirs = {k: v for k, v in entry.items() if not is_ours(k)}
             if ours:
                 curvature[id(parameter)] = ours
-            if theirs:
+            if theirs or (number in state_dict["state"] and not entry):
                 rule[number] = theirs
-            if wrong := sorted(key for key, value in theirs.items() if _has_nan(value)):
+            if wrong := sorted(str(key) for key, value in theirs.items() if _has_nan(value)):
                 raise StateError(
                     f"the saved state is damaged: the update rule's {', '.join(wrong)} holds NaN. "
                     "Load an earlier checkpoint."
@@ -123,11 +112,13 @@ def _check_form(state_dict: Mapping[str, Any]) -> None:
     entries, groups = given.get("state"), given.get("param_groups")
     good = (
         isinstance(entries, Mapping)
-        and all(isinstance(entry, Mapping) for entry in entries.values())
-        and all(_is_count(entry.get(STEP, 0)) for entry in entries.values())
         and isinstance(groups, list)
         and all(isinstance(g, Mapping) and isinstance(g.get("params"), list) for g in groups)
     )
+    if good and groups and entries:  # what stands under other keys is the rule's: anything
+        numbers = {number for group in groups for number in group["params"]}
+        mine = [entry for number, entry in entries.items() if number in numbers]
+        good = all(isinstance(e, Mapping) and _is_count(e.get(STEP, 0)) for e in mine)
     if not good:
         raise StateError(
             'the saved state is damaged: it must hold "state", a dict of dicts, and '

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import functools
 import warnings
 from collections import defaultdict
@@ -25,10 +27,13 @@ from kfactk.errors import CaptureError, CombinationError, KfactkError, KfactkWar
 from kfactk.optim import checkpoint, gradients
 from kfactk.optim.metrics import MetricsRecorder
 from kfactk.optim.nonfinite import NonFiniteGuard
+from kfactk.optim.run import RunState, UnboundRule
 from kfactk.optim.settings import Settings
+from kfactk.optim.shown import Removed, ShownState, flat_by_anchor
 from kfactk.optim.views import BlockView, by_layer, by_parameter, conditions
 from kfactk.options import number_at, plain
 from kfactk.preconditioner.coverage import Coverage
+from kfactk.preconditioner.coverage_watch import CoverageWatch
 from kfactk.preconditioner.preconditioner import Preconditioner
 from kfactk.registry.registry import registry
 from kfactk.stages import GradientPair, Layer
@@ -39,6 +44,9 @@ MANY_FORWARDS = 100
 """After so many forwards without a step there is a warning."""
 Params = Iterable[nn.Parameter] | Iterable[dict[str, Any]] | Iterable[tuple[str, nn.Parameter]]
 
+RULES_MODES = ("train", "eval")
+"""Methods that an update rule may have beyond torch's, and that loops call where they are."""
+
 
 class Optimizer(torch.optim.Optimizer):
     """A recipe bound to a model. Made by `Recipe.bind`; used like any torch optimizer.
@@ -46,6 +54,10 @@ class Optimizer(torch.optim.Optimizer):
     `param_groups` hold `lr`, `damping`, `weight_decay` and the update rule's own options, so that
     schedulers and per-group values work. `state` shows the update rule's state of each parameter
     together with the curvature's, under keys that begin with `kfactk.`.
+
+    `state` and `param_groups` are the update rule's own, so that it follows whatever is written or
+    assigned to them. Where a parameter's whole entry is taken out of `state`, its layer is measured
+    anew.
 
     Args:
         recipe: What to do.
@@ -82,24 +94,23 @@ class Optimizer(torch.optim.Optimizer):
         scaler: Any = None,
     ) -> None:
         self.recipe = recipe
-        self._ready, self._closed, self._warned_idle = False, False, False
+        self._run = run = RunState(number_at("damping", recipe.damping, 0))
+        self._inner: Any = UnboundRule()
         self._model = supported_model(model)
-        self._step = torch.zeros((), dtype=torch.int64, device="cpu")
-        self._gathered: Mapping[str, Mapping[str, Tensor]] = {}
-        self._own_damping: list[bool] = []
         self._groups: dict[int, dict[str, Any]] = {}
+        self._shown = ShownState()
         defaults = {
             "lr": recipe.lr,
-            "damping": number_at("damping", recipe.damping, 0),
+            "damping": run.damping,
             "weight_decay": recipe.weight_decay,
         }
         super().__init__(model.parameters() if params is None else params, defaults)
+        groups = self.param_groups
         with note_stage("update", recipe.update, "making the optimizer"):
-            self._inner = recipe.update.make(
-                self.param_groups, lr=recipe.lr, weight_decay=recipe.weight_decay
-            )
-        self._inner.param_groups = self.param_groups
-        self.defaults = {**self._inner.defaults, **self.defaults}
+            self._inner = recipe.update.make(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
+        self._inner.param_groups = groups
+        self._rules_options = tuple(self._inner.defaults)
+        self.defaults = {**self._inner.defaults, **defaults}
         self._timer = StageTimer()
         self._preconditioner = pre = Preconditioner(
             self._model,
@@ -130,13 +141,11 @@ class Optimizer(torch.optim.Optimizer):
             unseen=recipe.unseen,
             scaler=scaler,
         )
-        self._micro_batch, self._recorded = 0, False
-        self._reported_bytes: dict[str, float] = {}
-        self._waiting: Forward | None = None
+        self._watch = CoverageWatch(pre.survey)
         manual = recipe.observe == "manual"
         self._hooks = ModelHooks(self._model, self, evaluation=manual)
         self._check_coverage()
-        self._ready = True
+        self._look_for_losses()
         self._expect_forward()
 
     def _check_coverage(self) -> None:
@@ -168,6 +177,7 @@ class Optimizer(torch.optim.Optimizer):
         """The preconditioned layers by name, for reading curvature, and for products with it."""
         pre = self._preconditioner
         self._index()
+        self._forget_removed()
         return {
             block.name: BlockView(
                 block,
@@ -182,6 +192,10 @@ class Optimizer(torch.optim.Optimizer):
     def steps(self) -> int:
         """Number of steps taken."""
         return int(self._step)
+
+    @property
+    def _step(self) -> Tensor:
+        return self._run.step
 
     @property
     def counters(self) -> dict[str, int]:
@@ -205,6 +219,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def coverage(self) -> Coverage:
         """Return which parameters are preconditioned now, by which block, or why not."""
+        self._index()
         return self._preconditioner.survey.coverage(self._groups)
 
     def fisher_product(
@@ -264,7 +279,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         if self.recipe.observe != "manual" or self._begin_forward() is None:
             return
-        forward, self._waiting = self._waiting, None
+        forward, self._run.waiting = self._run.waiting, None
         if forward is None:
             raise CaptureError(
                 "observe() was called, but the model has made no forward since the last step() or "
@@ -292,6 +307,7 @@ class Optimizer(torch.optim.Optimizer):
     def _begin_forward(self) -> Sequence[Layer] | None:
         """Return the layers to follow; see `kfactk.capture.hooks.ForwardListener`."""
         self._follow_model()
+        self._forget_removed()
         return self._preconditioner.plan_forward(self.steps)
 
     def _end_forward(self, forward: Forward) -> None:
@@ -299,16 +315,18 @@ class Optimizer(torch.optim.Optimizer):
         if forward.output is None and self.recipe.output is None:
             return
         if self.recipe.observe == "manual":
-            self._waiting = forward
+            self._run.waiting = forward
         else:
             self._measure(forward, {})
 
     def _measure(self, forward: Forward, batch: Mapping[str, Any]) -> None:
         with self._timer.timed("fisher"):
-            self._fisher_pass.run(forward, batch, step=self.steps, micro_batch=self._micro_batch)
-        self._micro_batch += 1
-        if self._micro_batch == MANY_FORWARDS and not self._warned_idle:
-            self._warned_idle = True
+            self._fisher_pass.run(
+                forward, batch, step=self.steps, micro_batch=self._run.micro_batch
+            )
+        self._run.micro_batch += 1
+        if self._run.micro_batch == MANY_FORWARDS and not self._run.warned_idle:
+            self._run.warned_idle = True
             warnings.warn(
                 f"{MANY_FORWARDS} forwards were counted since the last step(), and what curvature "
                 "needs of each is kept until step(): memory grows. If this optimizer is not "
@@ -344,7 +362,7 @@ class Optimizer(torch.optim.Optimizer):
             KfactkError: The optimizer was closed, or (`max_skipped`) too many batches in a row held
                 NaN or inf.
         """
-        if self._closed:
+        if self._run.closed:
             raise KfactkError(
                 "this optimizer was closed, and has no hooks on the model any more. Bind the "
                 "recipe again to go on."
@@ -360,13 +378,16 @@ class Optimizer(torch.optim.Optimizer):
         self._set_damping()
         devices = (parameter.device.type for parameter in self._trained())
         with full_precision(devices), self._preconditioner.blocks.held(self._groups):
+            self._look_for_losses()
             self._step_once()
         return loss
 
     def _step_once(self) -> None:
         """Take the step: statistics, gradients, refresh, precondition, clip, update."""
         pre, recipe = self._preconditioner, self.recipe
-        self._gathered = {}
+        removed = self._shown.removed(self.state)
+        self._shown.hide(self.state)
+        self._run.gathered = {}
         fault, allocated = "", False
         try:
             self._fisher_pass.finish()
@@ -376,7 +397,8 @@ class Optimizer(torch.optim.Optimizer):
             if allocated:
                 pre.allocate(read.matrices)
             else:
-                self._refresh(read.matrices)
+                pre.refresh()
+                pre.measure_gradients(read.matrices, recipe.reduction)
             if recipe.weight_decay_at == "gradient":
                 read = gradients.read(blocks, self._groups, decayed=True)
             with self._timer.timed("precondition"):
@@ -390,39 +412,29 @@ class Optimizer(torch.optim.Optimizer):
             clipped = gradients.as_applied(parameters, self._clip(parameters, local_pairs))
             given = [p.grad for p in self._trained() if p.grad is not None]
             verdict = self._guard.judge(given, clipped, recorded=recorded)
-            self._recorded, fault = verdict.recorded, verdict.fault
+            self._run.recorded, fault = verdict.recorded, verdict.fault
             if verdict.stepping:
                 with verdict.around:
                     self._update(list(zip(parameters, clipped, strict=True)))
         except BaseException:
             self._recorder.discard()
-            self._end_step("")
+            self._end_step("", removed)
             self._hooks.expect(True)  # the step may be tried again
             raise
-        self._end_step(fault)
-        self._show_state()
+        self._end_step(fault, removed)
         if not allocated:  # otherwise the step made empty state, for a checkpoint to be loaded
-            self._step += 1
+            self._run.step += 1
         self._expect_forward()
         if not allocated:
             self._report()
         self._guard.check(self._trained())
 
-    def _end_step(self, fault: str) -> None:
-        """Drop what the step gathered, and count it where it has a fault."""
+    def _end_step(self, fault: str, removed: Removed) -> None:
+        """Drop what the step gathered, count it where it has a fault, and show the new state."""
         self._preconditioner.finish(fault)
-        self._waiting, self._micro_batch = None, 0
-
-    def _refresh(self, matrices: Mapping[str, Tensor]) -> None:
-        """Refresh curvature; meanwhile `state` does not show it."""
-        pre = self._preconditioner
-        hidden = pre.due and checkpoint.hide_curvature(self.state, pre.blocks.current())
-        try:
-            pre.refresh()
-            pre.measure_gradients(matrices, self.recipe.reduction)
-        finally:
-            if hidden:
-                self._show_state()
+        self._run.waiting, self._run.micro_batch = None, 0
+        self._start_afresh(removed)
+        self._show_state()
 
     def _clip(
         self, parameters: Sequence[nn.Parameter], pairs: Sequence[GradientPair]
@@ -450,37 +462,88 @@ class Optimizer(torch.optim.Optimizer):
 
     def _set_damping(self) -> None:
         """Set each group's damping where the recipe's is a function of the step; check it."""
-        for group, own in zip(self.param_groups, self._own_damping, strict=True):
-            if callable(self.recipe.damping) and not own:
-                group["damping"] = number_at("damping", self.recipe.damping, self.steps)
+        varies = callable(self.recipe.damping)
+        if varies:
+            self._run.damping = number_at("damping", self.recipe.damping, self.steps)
+        for group, own in self._run.own_damping:
+            if varies and not own:
+                group["damping"] = self._run.damping
             number_at("damping of a parameter group", plain(group["damping"]), self.steps)
 
     def _report(self) -> None:
         """Record the metrics of the step just taken, and call the hook `kfactk_stepped`."""
         more: dict[str, Tensor | float] = {}
-        if self._recorded:
+        if self._run.recorded:
             more |= conditions(self.layers, self._preconditioner.communicator)
         if self._recorder.due(self.steps - 1):
             group = self.param_groups[0]
             more |= {name: float(group[name]) for name in ("lr", "damping")}
             more |= {name: float(value) for name, value in self.counters.items()}
             for name, value in self.moved_bytes.items():
-                more[f"bytes/{name}"] = value - self._reported_bytes.get(name, 0.0)
+                more[f"bytes/{name}"] = value - self._run.reported_bytes.get(name, 0.0)
         found = self._recorder.finish(self.steps - 1, more)
-        self._reported_bytes = self.moved_bytes
+        self._run.reported_bytes = self.moved_bytes
         registry().hook.kfactk_stepped(optimizer=self, step=self.steps - 1, metrics=found)
 
     # ------------------------------------------------------------------------ groups and state
 
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """What a group gets that does not say otherwise; the update rule's own."""
+        defaults: dict[str, Any] = self._inner.defaults
+        return defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self._inner.defaults = defaults
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The parameter groups, which are the update rule's."""
+        groups: list[dict[str, Any]] = self._inner.param_groups
+        return groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self._inner.param_groups = groups
+
+    @property
+    def state(self) -> defaultdict[Any, Any]:
+        """The update rule's state by parameter, with curvature under `kfactk.*` keys."""
+        state: defaultdict[Any, Any] = self._inner.state
+        return state
+
+    @state.setter
+    def state(self, state: defaultdict[Any, Any]) -> None:
+        self._inner.state = state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over attributes, as for any torch optimizer; the update rule takes its own."""
+        shared = ("defaults", "state", "param_groups")
+        rule = {name: state[name] for name in shared if name in state}
+        super().__setstate__({k: value for k, value in state.items() if k not in rule})
+        if rule:
+            self._inner.__setstate__(rule)
+            self._index()
+
+    def __getattr__(self, name: str) -> Any:
+        """Return `train` or `eval` of an update rule that has them, such as schedule-free ones."""
+        if name in RULES_MODES and "_inner" in self.__dict__:
+            return getattr(self._inner, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with its own `lr`, `damping`, `weight_decay` or options of the rule."""
-        for name in ("lr", "damping", "weight_decay"):
+        own = isinstance(param_group, dict) and "damping" in param_group
+        for name in ("lr", "damping", "weight_decay") if isinstance(param_group, dict) else ():
             if name in param_group:
                 number_at(f"{name} of a parameter group", plain(param_group[name]), 0)
-        own = "damping" in param_group
-        super().add_param_group(param_group)
-        self._own_damping.append(own)
-        if self._ready:
+        if isinstance(self._inner, UnboundRule):
+            super().add_param_group(param_group)
+        else:
+            self._inner.add_param_group(param_group)
+        self._run.own_damping.append((self.param_groups[-1], own))
+        if not isinstance(self._inner, UnboundRule):
             self._index()
 
     def _trained(self) -> Iterator[nn.Parameter]:
@@ -492,21 +555,46 @@ class Optimizer(torch.optim.Optimizer):
         check_group(self._model, self._trained(), self._preconditioner.communicator)
 
     def _index(self) -> None:
-        """Note the group of each parameter, by the parameters as they are now."""
+        """Note the group of each parameter, by the parameters and groups as they are now."""
+        run, groups = self._run, self.param_groups
         tracker = self._preconditioner.survey.tracker
-        tracker.follow(self.param_groups, self._inner.state)
+        if replaced := tracker.follow(groups, self.state):
+            self._shown.move(self.state, replaced)
+        known = {id(group): own for group, own in run.own_damping}
+        run.own_damping = []
+        for group in groups:
+            group.setdefault("damping", run.damping)
+            group.setdefault("weight_decay", self.recipe.weight_decay)
+            own = known.get(id(group), bool(group["damping"] != run.damping))
+            run.own_damping.append((group, own))
         self._groups.clear()
         self._groups.update((id(p), group) for group in self.param_groups for p in group["params"])
 
+    def _look_for_losses(self) -> None:
+        """Warn where trained parameters have lost their block since the last look."""
+        trained = list(self._trained())
+        layers = self._preconditioner.blocks.current()
+        if lost := self._watch.look(trained, any_layer=bool(layers)):
+            warnings.warn(lost, KfactkWarning, stacklevel=7)
+
     def _show_state(self) -> None:
-        checkpoint.show(
-            self.state,
-            self.param_groups,
-            self._inner.state,
-            self._preconditioner.blocks.current(),
-            self._step,
-            self._gathered,
-        )
+        blocks = self._preconditioner.blocks.current()
+        self._shown.show(self.state, self.param_groups, blocks, self._step)
+
+    def _forget_removed(self) -> None:
+        """Between steps, start afresh what was taken out of `state`."""
+        removed = self._shown.removed(self.state)
+        if removed.parameters:
+            self._start_afresh(removed)
+            self._expect_forward()
+
+    def _start_afresh(self, removed: Removed) -> None:
+        """Forget the curvature of these blocks; an emptied state has taken no step."""
+        if removed.blocks:
+            self._preconditioner.forget(removed.blocks)
+        if removed.everything:
+            self._run.step = torch.zeros((), dtype=torch.int64)
+        self._shown.forget(removed)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything a resumed run needs, as torch's own optimizers do; between steps only.
@@ -516,9 +604,35 @@ class Optimizer(torch.optim.Optimizer):
         `consolidate_state_dict` before.
         """
         self._guard.read()
-        if int(self._step) or self._inner.state:
-            self._show_state()
-        return super().state_dict()
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        self._index()
+        with self._hidden() as shown:
+            found: dict[str, Any] = self._inner.state_dict()
+        if shown or int(self._step) or found["state"]:
+            flat = flat_by_anchor(self._preconditioner.blocks.current())
+            for key, tensors in self._run.gathered.items():
+                flat.setdefault(key, {}).update(tensors)
+            found = checkpoint.joined(found, self.param_groups, flat, self._step)
+        for changing in self._optimizer_state_dict_post_hooks.values():
+            changed = changing(self, found)
+            found = found if changed is None else changed
+        return found
+
+    @contextlib.contextmanager
+    def _hidden(self) -> Iterator[bool]:
+        """Surround what the update rule does with its own state: curvature is not in it.
+
+        Yields:
+            Whether any was.
+        """
+        self._forget_removed()
+        shown = self._shown.hide(self.state)
+        try:
+            yield shown
+        finally:
+            if shown:
+                self._show_state()
 
     def consolidate_state_dict(self, to: int | None = 0) -> None:
         """Bring what other ranks have of the curvature to one rank, until the next step.
@@ -543,9 +657,15 @@ class Optimizer(torch.optim.Optimizer):
             >>> saved = optimizer.state_dict()
         """
         pre = self._preconditioner
-        flat = {block.name: block.flat() for block in pre.blocks.current()}
+        blocks = pre.blocks.current()
+        flat = {block.name: block.flat() for block in blocks}
         device = next((parameter.device for parameter in self._trained()), torch.device("cpu"))
-        self._gathered = gather_state(flat, pre.communicator, to, device)
+        arrived = gather_state(flat, pre.communicator, to, device)
+        gathered: dict[int, dict[str, Tensor]] = {}
+        for block in blocks:
+            entry = gathered.setdefault(id(block.layer.anchor), {})
+            entry.update(arrived.get(block.name, {}))
+        self._run.gathered = gathered
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a saved state; that of the bare update rule (say, a plain Adam run) works too.
@@ -561,27 +681,35 @@ class Optimizer(torch.optim.Optimizer):
         pre = self._preconditioner
         self._follow_model()
         pre.agree()
+        run = self._run
         with LoadOnAllRanks(pre.communicator) as load:
+            state_dict = copy.copy(state_dict)
+            for hook in self._optimizer_load_state_dict_pre_hooks.values():
+                changed = hook(self, state_dict)
+                state_dict = state_dict if changed is None else changed
             saved = checkpoint.SavedState.split(state_dict, self.param_groups)
+            rule = {name: self.defaults[name] for name in self._rules_options}
+            saved_groups = state_dict["param_groups"]
             groups = checkpoint.completed_groups(
-                state_dict["param_groups"], self.param_groups, self.defaults, self._inner.defaults
+                saved_groups, self.param_groups, self.defaults, rule
             )
             states = pre.loaded(saved.curvature)
-            with checkpoint.all_or_nothing(self, self._inner):
+            with self._hidden(), checkpoint.all_or_nothing(self._inner):
                 given = {**state_dict, "state": saved.rule, "param_groups": groups}
-                super().load_state_dict(given)
-                rule = {"state": defaultdict(dict, self.state), "param_groups": self.param_groups}
-                self._inner.__setstate__(rule)
+                self._inner.load_state_dict(given)
                 load.agree(checkpoint.progress_of(saved.step, states))
-        self.state = defaultdict(dict)
-        self._step = torch.tensor(saved.step, dtype=torch.int64, device="cpu")
-        self._gathered = {}
+        run.step = torch.tensor(saved.step, dtype=torch.int64, device="cpu")
+        run.gathered, run.waiting, run.micro_batch = {}, None, 0
+        owns = [own for _, own in run.own_damping]
+        run.own_damping = list(zip(self.param_groups, owns, strict=True))
         pre.replace_states(states)
         self._index()
+        self._shown.hide(self.state)
         if state_dict["state"]:
             self._show_state()
-        self._waiting, self._micro_batch = None, 0
         self._expect_forward()
+        for after in self._optimizer_load_state_dict_post_hooks.values():
+            after(self)
 
     def __reduce__(self) -> NoReturn:
         raise KfactkError(
@@ -593,11 +721,12 @@ class Optimizer(torch.optim.Optimizer):
         """Reset the gradients, as for any torch optimizer."""
         self._hooks.reset()
         self._fisher_pass.forget()
+        self._forget_removed()
         super().zero_grad(set_to_none)
 
     def close(self) -> None:
         """Take all hooks off the model and close the tracker; may be called twice."""
-        self._closed = True
+        self._run.closed = True
         self._hooks.close()
         self._recorder.close()
         self._guard.read()

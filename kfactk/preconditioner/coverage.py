@@ -155,6 +155,11 @@ class Candidate:
         return next(iter(self.shapes))
 
     @property
+    def path(self) -> str:
+        """Its module's name."""
+        return self.name.removesuffix(f"[{self.part}]")
+
+    @property
     def place(self) -> tuple[nn.Module, str]:
         """Its module and its part of it."""
         return self.module, self.part
@@ -323,6 +328,26 @@ class ModelSurvey:
         parameter = self.tracker.at(module, name)
         return parameter is not None and parameter.requires_grad and id(parameter) in trained
 
+    def parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters of the model by name, those that are meant; see `tracker`."""
+        for name, _ in self.model.named_parameters():
+            owner, _, key = name.rpartition(".")
+            parameter = self.tracker.at(self.model.get_submodule(owner), key)
+            assert parameter is not None
+            yield name, parameter
+
+    def candidate_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield the parameters of all candidate layers by name."""
+        self._examine()
+        for candidate in self.candidates:
+            for key in candidate.shapes:
+                if (parameter := self.tracker.at(candidate.module, key)) is not None:
+                    yield _join(candidate.path, key), parameter
+
+    def why_not(self, name: str) -> str:
+        """Return why a parameter has no block; empty where its layer can have one."""
+        return self._why_not.get(name, "")
+
     def coverage(self, trained: Container[int]) -> Coverage:
         """Return the table, by what is trained now."""
         self.tracker.look()
@@ -332,16 +357,12 @@ class ModelSurvey:
             for key in layer.parameters
         }
         anchors = {
-            _join(owner, key): candidate
+            _join(candidate.path, key): candidate
             for candidate in self.candidates
-            for owner in [candidate.name.removesuffix(f"[{candidate.part}]")]
             for key in candidate.shapes
         }
         rows = []
-        for name, _ in self.model.named_parameters():
-            owner, _, key = name.rpartition(".")
-            parameter = self.tracker.at(self.model.get_submodule(owner), key)
-            assert parameter is not None
+        for name, parameter in self.parameters():
             wanted = parameter.requires_grad and id(parameter) in trained
             if name in blocks:
                 reason = ""

@@ -8,6 +8,7 @@ sharded or real parameter throughout, and reads the `.grad` of that one.
 
 from __future__ import annotations
 
+import operator
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from kfactk.distributed.sharding import is_sharded
 from kfactk.errors import KfactkError
+from kfactk.preconditioner.state import is_ours
 
 
 class ParameterTracker:
@@ -74,32 +76,54 @@ class ParameterTracker:
             self.signature = tuple(signature)
         return replaced
 
-    def follow(self, groups: Sequence[dict[str, Any]], state: Mapping[Any, Any]) -> None:
+    def follow(
+        self, groups: Sequence[dict[str, Any]], state: Mapping[Any, Any]
+    ) -> dict[nn.Parameter, nn.Parameter]:
         """Keep parameter groups and model together: a parameter replaced in one is in the other.
 
         Args:
-            groups: Parameter groups of an optimizer, the same ones each time.
-            state: What the update rule keeps, by parameter.
+            groups: Parameter groups of an optimizer.
+            state: What the optimizer keeps, by parameter.
+
+        Returns:
+            By each old parameter, the new one that has come into the groups.
 
         Raises:
-            KfactkError: A replaced parameter has a state already.
+            KfactkError: The update rule has a state of a replaced parameter already.
         """
-        for before, group in zip(self._seen, groups, strict=False):
-            for old, new in zip(before, group["params"], strict=False):
-                if old is not new and _alike(old, new):
-                    places = [place for place, known in self._known.items() if known is old]
-                    self._known.update(dict.fromkeys(places, new))
-        replaced = {id(old): new for old, new in self.look()}
+        if any(
+            len(before) != len(group["params"])
+            or any(map(operator.is_not, before, group["params"]))
+            for before, group in zip(self._seen, groups, strict=False)
+        ):
+            self._follow_groups(groups)
+        replaced = {id(old): (old, new) for old, new in self.look()}
         for group in groups if replaced else ():
-            if any(id(p) in replaced and p in state for p in group["params"]):
+            if any(id(p) in replaced and _kept(state.get(p)) for p in group["params"]):
                 raise KfactkError(
                     "parameters were replaced (by fully_shard, say) after the optimizer's first "
                     "step, and its state belongs to the old ones. Shard the model before training. "
                     "Or save state_dict(), shard, bind anew, and load it through "
                     "torch.distributed.checkpoint.state_dict."
                 )
-            group["params"][:] = [replaced.get(id(p), p) for p in group["params"]]
+            group["params"][:] = [replaced.get(id(p), (p, p))[1] for p in group["params"]]
         self._seen = [list(group["params"]) for group in groups]
+        return dict(replaced.values())
+
+    def _follow_groups(self, groups: Sequence[dict[str, Any]]) -> None:
+        """Note where a parameter was replaced in its group, before it is in the model.
+
+        One that was moved, taken out or put in beside others has not replaced any.
+        """
+        before = {id(p) for params in self._seen for p in params}
+        after = {id(p) for group in groups for p in group["params"]}
+        here = {id(p) for p in self._known.values()}
+        for params, group in zip(self._seen, groups, strict=False):
+            for old, new in zip(params, group["params"], strict=False):
+                moved = id(old) in after or id(new) in before or id(new) in here
+                if old is not new and not moved and _alike(old, new):
+                    places = [place for place, known in self._known.items() if known is old]
+                    self._known.update(dict.fromkeys(places, new))
 
     def at(self, module: nn.Module, name: str) -> nn.Parameter | None:
         """Return the trained parameter that is meant at one place."""
@@ -127,6 +151,12 @@ class ParameterTracker:
         sharded = is_sharded(new)
         made_real = old.is_meta and not new.is_meta and (sharded or not self._divided)
         return _alike(new, old) and (made_real or (sharded and not is_sharded(old)))
+
+
+def _kept(entry: Any) -> bool:
+    """Return whether an entry of an optimizer's state holds anything of the update rule."""
+    ours = isinstance(entry, Mapping) and bool(entry) and all(map(is_ours, entry))
+    return entry is not None and not ours
 
 
 def _modules(model: nn.Module) -> list[nn.Module]:

@@ -432,6 +432,13 @@ class Preconditioner:
         workers = self.placement.factor_workers
         return frozenset(name for name in sums if self.rank in workers(block.name, name))
 
+    def forget(self, blocks: Iterable[Block]) -> None:
+        """Start these blocks afresh, between forwards; each is measured as soon as it can be."""
+        self.overlapped.drop()
+        for block in blocks:
+            block.replace_state(BlockState())
+        self._planned = None
+
     def replace_states(self, states: Mapping[str, BlockState]) -> None:
         """Go on from these states; blocks without one start afresh."""
         self.overlapped.drop()

@@ -190,6 +190,16 @@ class BlockState:
         return state
 
 
+def is_ours(key: Any) -> bool:
+    """Return whether a key of a state entry is the curvature's; a rule's keys may be anything.
+
+    Example:
+        >>> is_ours(STEP), is_ours("exp_avg"), is_ours(0)
+        (True, False, False)
+    """
+    return isinstance(key, str) and key.startswith(PREFIX)
+
+
 def part_of(flat: Mapping[str, Any], part: str) -> dict[str, Any]:
     """Return the curvature entries of one part, under keys without their prefix."""
     prefix = _prefix(part)

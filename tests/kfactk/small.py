@@ -68,3 +68,13 @@ def assert_equal(one: list[Tensor], other: list[Tensor]) -> None:
     assert len(one) == len(other) > 0
     for a, b in zip(one, other, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def rule_state(optimizer: torch.optim.Optimizer) -> str:
+    """What the update rule keeps, to be compared."""
+    found = {}
+    for number, entry in optimizer.state_dict()["state"].items():
+        mine = {k: v for k, v in entry.items() if not str(k).startswith("kfactk.")}
+        if mine:
+            found[number] = mine
+    return str(found)

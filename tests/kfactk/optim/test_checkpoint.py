@@ -1,7 +1,8 @@
-"""What an optimizer keeps is shown, hidden, divided and completed as its docstrings say."""
+"""What an optimizer keeps is shown, hidden, joined, divided and completed as its docstrings say."""
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from typing import Any
 
@@ -14,10 +15,10 @@ from kfactk.optim.checkpoint import (
     SavedState,
     all_or_nothing,
     completed_groups,
-    hide_curvature,
+    joined,
     progress_of,
-    show,
 )
+from kfactk.optim.shown import ShownState
 from kfactk.preconditioner.schedule import DueWork
 from kfactk.preconditioner.state import STEP, BlockState
 from tests.kfactk.small import batch, bound, net, train
@@ -32,21 +33,72 @@ def test_show_and_hide_curvature_of_a_state() -> None:
     blocks = optimizer._preconditioner.blocks.current()
     weight, bias = model[0].weight, model[0].bias
     step, moved = torch.tensor(3), torch.ones(1)
-    state: dict[Any, Any] = {}
-    rule = {weight: {"momentum_buffer": moved}}
-    gathered = {"0": {"kfactk.factor.Z": moved}}
-    show(state, optimizer.param_groups, rule, blocks, step, gathered)
-    assert set(state) == set(model.parameters())
+    entry = {"momentum_buffer": moved}
+    state: dict[Any, Any] = {weight: entry, "all": 4, bias: {}}
+    shown = ShownState()
+    assert not shown.hide(state)
+    shown.show(state, optimizer.param_groups, blocks, step)
+    assert set(state) == {*model.parameters(), "all"}
     assert state[bias] == {STEP: step}
-    assert state[weight][STEP] is step
-    assert state[weight]["momentum_buffer"] is state[weight]["kfactk.factor.Z"] is moved
-    assert state[weight]["kfactk.factor.A"] is blocks[0].state.factors["A"].value
+    assert state[weight] is entry, "who holds an entry sees what comes later"
+    assert entry[STEP] is step
+    assert entry["kfactk.factor.A"] is blocks[0].state.factors["A"].value
+    assert shown.hide(state)
+    assert state == {weight: {"momentum_buffer": moved}, "all": 4}
+    assert state[weight] is entry
 
-    shown = state[weight]
-    assert hide_curvature(state, blocks)
-    assert state[weight] == {"momentum_buffer": moved, STEP: step}
-    assert "kfactk.factor.A" in shown, "a saved state holds the entry itself"
-    assert not hide_curvature({}, blocks)
+
+def test_what_was_removed_from_a_state_is_told_once() -> None:
+    model = net()
+    optimizer = bound(model)
+    train(optimizer, model, batch())
+    blocks, groups = optimizer._preconditioner.blocks.current(), optimizer.param_groups
+    shown, state, step = ShownState(), {}, torch.tensor(1)
+    shown.show(state, groups, blocks, step)
+    assert not shown.removed(state).parameters
+    del state[model[0].weight]
+    state[model[2].bias] = {"m": 1}
+    found = shown.removed(state)
+    assert list(map(id, found.parameters)) == [id(model[0].weight), id(model[2].bias)]
+    assert (found.blocks, found.everything) == (blocks[:1], False)
+    shown.forget(found)
+    assert not shown.removed(state).parameters
+    state.clear()
+    assert shown.removed(state).everything
+    assert shown.removed(state).blocks == blocks[1:]
+
+
+def test_values_written_by_hand_are_warned_of_once() -> None:
+    model = net()
+    optimizer = bound(model)
+    train(optimizer, model, batch())
+    before = optimizer.layers["0"].factors["A"].clone()
+    for told in (True, False):
+        optimizer.state[model[0].weight]["kfactk.factor.A"] = torch.zeros(5, 5)
+        optimizer.state[model[0].bias]["kfactk.mine"] = 3
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            saved = optimizer.state_dict()
+        messages = [str(each.message) for each in caught]
+        expected = "optimizer.state was given other values of kfactk.factor.A, kfactk.mine."
+        assert [message.startswith(expected) for message in messages] == [True] * told
+        assert torch.equal(saved["state"][0]["kfactk.factor.A"], before)
+        assert "kfactk.mine" not in saved["state"][1]
+
+
+def test_joined_adds_curvature_to_a_rules_saved_state() -> None:
+    first, second = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(2), requires_grad=False)
+    entry, groups = {0: {"m": 1}}, [{"params": [first, second]}]
+    rule = {"state": {0: entry, "all": 7}, "param_groups": [{"params": [0, 1]}], "more": 5}
+    step = torch.tensor(2)
+    found = joined(rule, groups, {id(first): {"kfactk.factor.A": 4}}, step)
+    assert found == {
+        **rule,
+        "state": {0: {0: {"m": 1}, STEP: step, "kfactk.factor.A": 4}, "all": 7},
+    }
+    assert entry == {0: {"m": 1}}
+    with pytest.raises(StateError, match="keeps a list for a parameter"):
+        joined({**rule, "state": {0: [1]}}, groups, {}, step)
 
 
 def test_split_divides_a_saved_state_by_owner() -> None:
@@ -73,10 +125,10 @@ def test_split_divides_a_saved_state_by_owner() -> None:
         None,
         {"param_groups": []},
         {"state": [], "param_groups": []},
-        {"state": {0: 1}, "param_groups": []},
-        {"state": {0: {STEP: "5"}}, "param_groups": []},
-        {"state": {0: {STEP: torch.tensor(-1)}}, "param_groups": []},
-        {"state": {0: {STEP: torch.tensor(float("nan"))}}, "param_groups": []},
+        {"state": {0: 1}, "param_groups": [{"params": [0]}]},
+        {"state": {0: {STEP: "5"}}, "param_groups": [{"params": [0]}]},
+        {"state": {0: {STEP: torch.tensor(-1)}}, "param_groups": [{"params": [0]}]},
+        {"state": {0: {STEP: torch.tensor(float("nan"))}}, "param_groups": [{"params": [0]}]},
         {"state": {}, "param_groups": {}},
         {"state": {}, "param_groups": [{"params": 0}]},
     ],

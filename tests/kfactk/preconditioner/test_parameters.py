@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import kfactk
-from kfactk import KfactkError
+from kfactk import KfactkError, KfactkWarning
 from kfactk.preconditioner.parameters import ParameterTracker
 from tests.kfactk.small import batch, bound, net, train, values
 
@@ -49,7 +49,8 @@ def test_a_parameter_that_the_user_replaces_is_not_followed() -> None:
     model = net()
     optimizer = bound(model)
     model[0].weight = nn.Parameter(torch.randn(5, 4, dtype=torch.float64))
-    train(optimizer, model, batch())
+    with pytest.warns(KfactkWarning, match=r"0\.weight of the model are new parameters"):
+        train(optimizer, model, batch())
     assert set(optimizer.layers) == {"2"}, (
         "it is not among the optimizer's parameters, as for any optimizer of torch"
     )
