@@ -419,9 +419,12 @@ class Optimizer(torch.optim.Optimizer):
         except BaseException:
             self._recorder.discard()
             self._end_step("", removed)
+            if self.steps or self._inner.state:
+                self._show_state()
             self._hooks.expect(True)  # the step may be tried again
             raise
         self._end_step(fault, removed)
+        self._show_state()
         if not allocated:  # otherwise the step made empty state, for a checkpoint to be loaded
             self._run.step += 1
         self._expect_forward()
@@ -430,11 +433,10 @@ class Optimizer(torch.optim.Optimizer):
         self._guard.check(self._trained())
 
     def _end_step(self, fault: str, removed: Removed) -> None:
-        """Drop what the step gathered, count it where it has a fault, and show the new state."""
+        """Drop what the step gathered, and count it where it has a fault."""
         self._preconditioner.finish(fault)
         self._run.waiting, self._run.micro_batch = None, 0
         self._start_afresh(removed)
-        self._show_state()
 
     def _clip(
         self, parameters: Sequence[nn.Parameter], pairs: Sequence[GradientPair]
@@ -717,6 +719,7 @@ class Optimizer(torch.optim.Optimizer):
             "optimizer.state_dict(), and load it into recipe.bind(model) where it is wanted."
         )
 
+    @torch._disable_dynamo  # type: ignore[attr-defined]
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as for any torch optimizer."""
         self._hooks.reset()
