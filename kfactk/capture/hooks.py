@@ -103,6 +103,7 @@ class ModelHooks:
             # The last forward was interrupted; or another method stands in for the forward
             # (Lightning's training_step) and calls it.
             self.reset()
+        self._stay_last()
         if not self._counts():
             return
         check_engine()
@@ -140,6 +141,12 @@ class ModelHooks:
                 updated = [own for own, before in self._buffers if versions(own) != before]
                 forward = Forward(output, _named(module, args, kwargs), calls, layers, updated)
                 listener._end_forward(forward)
+
+    def _stay_last(self) -> None:
+        """Stay behind hooks that came later: they may change the output, or divide the model."""
+        hooks, number = self.root._forward_hooks, self._handles[1].id
+        if number in hooks and next(reversed(hooks)) != number:
+            hooks.move_to_end(number)
 
     def _counts(self) -> bool:
         """Return whether a forward that begins now counts."""

@@ -312,3 +312,23 @@ def test_a_forward_whose_signature_cannot_be_read_still_gives_its_keywords() -> 
         optimizer.step()
         measured.append(factors(optimizer))
     assert_equal(*measured)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_hooks_on_the_model_that_change_its_output_count_whenever_they_came(late: bool) -> None:
+    """G of the last layer is that of the output which the loop sees, four times the plain one."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 3)).double()
+
+    def doubled(module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return 2 * output
+
+    if not late:
+        model.register_forward_hook(doubled)
+    optimizer = bound(model, fisher="exact", likelihood="gaussian", basis="kfac")
+    if late:
+        model.register_forward_hook(doubled)
+    model(torch.randn(6, 4).double()).square().sum().backward()
+    optimizer.step()
+    expected = 4 * torch.eye(3, dtype=torch.float64)
+    torch.testing.assert_close(optimizer.layers["0"].factors["G"], expected)
