@@ -146,7 +146,7 @@ class ModelHooks:
         """Stay behind hooks that came later: they may change the output, or divide the model."""
         hooks, number = self.root._forward_hooks, self._handles[1].id
         if number in hooks and next(reversed(hooks)) != number:
-            hooks.move_to_end(number)
+            hooks[number] = hooks.pop(number)
 
     def _counts(self) -> bool:
         """Return whether a forward that begins now counts."""
