@@ -220,6 +220,15 @@ def folded_message(layer: str, touched: int, rows: int) -> str:
     )
 
 
+def looped_message(layer: str, reached: int, calls: int) -> str:
+    """Return the message for a layer that runs on each example, or part of the batch, by itself."""
+    return (
+        f"layer {layer!r} runs {calls} times in a forward, and the output's first example reaches "
+        f"{reached} of these calls. Calls are taken for rows of the same examples, so its "
+        "curvature is wrong. Run the layer once on the whole batch, or leave it out with exclude="
+    )
+
+
 def batch_dim_message(layer: str, dim: int) -> str:
     """Return the message for a layer whose examples are in another dimension than the first."""
     return (

@@ -19,6 +19,8 @@ from torch.autograd.graph import Node, get_gradient_edge
 from kfactk.capture.forward import TracedCall
 from kfactk.stages import Layer
 
+UNCHANGED = {"SubBackward0", "AddBackward0", "CloneBackward0", "AliasBackward0", "ToCopyBackward0"}
+"""Nodes whose first input gets the gradient of the output as it is."""
 MOST_NODES = 256
 """Most nodes between the output of a call and its parameters; a layer makes about ten."""
 
@@ -40,8 +42,10 @@ def unseen_layers(
     allowed: dict[Layer, set[Node]] = {layer: set() for layer in ends}
     for call in calls:
         layer = call.record.layer
-        ends[layer] |= parameter_nodes(call.parameters)
-        inner = _inner_nodes(call, ends[layer], tops)
+        ends[layer] |= parameter_nodes(p for p in call.parameters if p.grad_fn is None)
+        inner = None
+        if all(_passes_on(p, ends[layer]) for p in call.parameters):
+            inner = _inner_nodes(call, ends[layer], tops)
         if inner is None:
             unseen[layer] = None
             continue
@@ -59,6 +63,16 @@ def parameter_nodes(parameters: Iterable[Tensor]) -> set[Node]:
     """Return the nodes at which gradients of these tensors arrive."""
     with torch.enable_grad():
         return {get_gradient_edge(each).node for each in parameters if each.requires_grad}
+
+
+def _passes_on(used: Tensor, ends: set[Node]) -> bool:
+    """Return whether a tensor that stood in for a parameter has the parameter's gradient."""
+    node = used.grad_fn
+    while node is not None and node not in ends:
+        node = node.next_functions[0][0] if node.name() in UNCHANGED else None
+        if node is None:
+            return False
+    return True
 
 
 def _inner_nodes(call: TracedCall, ends: set[Node], tops: set[Node]) -> set[Node] | None:

@@ -53,7 +53,7 @@ class UserBackward:
         self.arrived = False
         self._sink, self._scale, self._owner = sink, scale, owner
         self._records = [call.record for call in forward.calls]
-        self._ends = parameter_nodes(p for call in forward.calls for p in call.parameters)
+        self._ends = [parameter_nodes(call.parameters) for call in forward.calls]
         self._gradients: dict[int, Tensor] = {}
         self._factors: dict[int, Tensor | float] = {}
         self._gone: set[Layer] = set()
@@ -101,11 +101,11 @@ class UserBackward:
             number: Which call; `None` for the output.
             gradient: Its gradient, if it has one.
         """
-        if not self._counts():
-            if number is not None and gradient is not None and torch.is_grad_enabled():
-                self._derived.add(self._records[number].layer)
-                if gradient.grad_fn is not None:
-                    gradient.grad_fn.register_prehook(_Derived(self))
+        if number is not None and gradient is not None and torch.is_grad_enabled():
+            self._derived.add(self._records[number].layer)
+            if gradient.grad_fn is not None:
+                gradient.grad_fn.register_prehook(_Derived(self))
+        if not self._counts(number):
             return
         task = torch._C._current_graph_task_id()
         if number is not None:
@@ -135,13 +135,18 @@ class UserBackward:
 
     def derive(self) -> None:
         """Note that a derivative of the layers takes part in a backward that counts."""
-        self._unseen = self._unseen or self._counts()
+        self._unseen = self._unseen or self._counts(None)
 
-    def _counts(self) -> bool:
-        """Return whether the backward that runs now gives gradients of the parameters."""
+    def _counts(self, number: int | None) -> bool:
+        """Return whether the backward that runs now gives gradients of the parameters.
+
+        Args:
+            number: The call whose parameters are meant; `None` for those of all calls.
+        """
         try:
             if self._ends:
-                return any(map(torch._C._will_engine_execute_node, self._ends))
+                ends = set().union(*self._ends) if number is None else self._ends[number]
+                return any(map(torch._C._will_engine_execute_node, ends))
         except RuntimeError:  # torch.autograd.grad of parameters
             pass
         return not torch.is_grad_enabled()

@@ -29,6 +29,7 @@ from kfactk.validation import (
     check_statistics,
     check_tensors,
     folded_message,
+    looped_message,
     square,
 )
 
@@ -101,6 +102,9 @@ class Block:
         """
         samples = self.samples(calls, num_terms=1.0, first=True)
         rows, gradient = samples.examples, calls[0].gradient
+        reached = sum(bool(call.gradient.any()) for call in calls)
+        if rows < examples and reached < len(calls):
+            return looped_message(self.name, reached, len(calls))
         touched = _touched(samples.gradients(), -3)
         if touched <= 1:
             return ""
@@ -109,7 +113,7 @@ class Block:
         if gradient.shape[:-1].numel() * len(calls) != rows * samples.positions:
             return ""
         for dim in range(1, gradient.ndim - 1):
-            if gradient.shape[dim] > 1 and _touched(gradient, dim) == 1:
+            if gradient.shape[dim] == examples > 1 and _touched(gradient, dim) == 1:
                 return batch_dim_message(self.name, dim)
         return ""
 

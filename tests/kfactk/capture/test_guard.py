@@ -166,6 +166,16 @@ def an_inner_step_of_second_order() -> Any:
 
 
 @case
+def weights_that_are_scaled_for_one_call() -> Any:
+    def scaled(model: Any, x: Tensor) -> Tensor:
+        half = {name: p * 0.5 for name, p in model.net.named_parameters()}
+        found: Tensor = torch.func.functional_call(model.net, half, (x,))
+        return found
+
+    return Calls(scaled), [(ROWS,)], {"net.0", "net.2"}
+
+
+@case
 def a_part_under_vmap() -> Any:
     def run(model: Any, x: Tensor) -> Tensor:
         return model.out(torch.func.vmap(model.net)(x))

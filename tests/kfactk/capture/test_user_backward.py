@@ -106,6 +106,27 @@ def test_a_loss_of_a_derivative_is_refused_and_changes_nothing() -> None:
     optimizer.step()
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_penalty_on_the_gradients_themselves_is_refused() -> None:
+    model = net()
+    optimizer = bound(model, fisher="empirical")
+    entropy(model(X)).backward(create_graph=True)
+    gradients = [parameter.grad for parameter in model.parameters()]
+    sum(gradient.square().sum() for gradient in gradients if gradient is not None).backward()
+    with pytest.raises(CaptureError, match="layers '0'"):
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_a_backward_into_some_parameters_counts_for_their_layers_only() -> None:
+    model = net()
+    optimizer = bound(model, fisher="empirical", basis="kfac")
+    out = model(X)
+    entropy(out).backward(inputs=list(model[2].parameters()), retain_graph=True)
+    reversed_entropy(out).backward(inputs=list(model[0].parameters()))
+    torch.testing.assert_close(measured(optimizer), last_factor(net(), X, entropy))
+
+
 CLEARED = {
     "optimizer": lambda model, optimizer: optimizer.zero_grad(),
     "optimizer, to zeros": lambda model, optimizer: optimizer.zero_grad(set_to_none=False),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import threading
+import warnings
 
 import pytest
 import torch
@@ -166,6 +167,40 @@ def test_rows_that_are_not_the_outputs_examples_are_told() -> None:
     ):
         F.cross_entropy(model(torch.randn(6, 2, 4, dtype=F64)), torch.arange(6) % 3).backward()
     optimizer.step()
+
+
+@pytest.mark.parametrize("parts", [6, 3])
+def test_a_layer_that_runs_on_parts_of_the_batch_is_told(parts: int) -> None:
+    class Looped(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat([super(Looped, self).forward(part) for part in x.chunk(parts)])
+
+    torch.manual_seed(0)
+    model = Looped(nn.Linear(4, 3)).double()
+    optimizer = bound(model)
+    told = f"layer '0' runs {parts} times in a forward.*reaches 1 of these calls"
+    with pytest.warns(kfactk.KfactkWarning, match=told):
+        model(torch.randn(6, 4, dtype=F64))
+    optimizer.close()
+
+
+def test_one_position_before_a_batch_norm_is_no_sign_of_another_layout() -> None:
+    class First(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.norm, self.out = nn.Linear(4, 5), nn.BatchNorm1d(5), nn.Linear(5, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.out(self.norm(self.a(x)[:, 0]))
+            return out
+
+    torch.manual_seed(0)
+    model = First().double()
+    optimizer = bound(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", kfactk.KfactkWarning)
+        model(torch.randn(6, 5, 4, dtype=F64))
+    optimizer.close()
 
 
 def test_a_forward_in_another_thread_is_no_part_of_the_one_that_is_followed() -> None:
