@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
-from typing import Any, Protocol
+from typing import Any
 
 import attrs
 import torch
@@ -22,24 +22,6 @@ Sink = Callable[[Layer, list[LayerCall]], None]
 
 HALF_SCALE = 2.0**10
 """Factor of a Fisher loss where float16 gradients flow; it is divided out in float32."""
-
-
-class Scale(Protocol):
-    """Says what gradients are multiplied by."""
-
-    def factor(self) -> Tensor | float:
-        """Return the factor, while a backward runs."""
-
-
-@attrs.frozen
-class FixedScale:
-    """A factor that is known before the backward."""
-
-    value: float
-
-    def factor(self) -> float:
-        """Return the factor."""
-        return self.value
 
 
 @attrs.frozen
@@ -219,7 +201,7 @@ class Forward:
             start: Part of the forward's graph.
             sink: Takes each layer as its gradients arrive.
         """
-        arrivals = Arrivals(self.calls, sink, FixedScale(1.0 / self.scale))
+        arrivals = Arrivals(self.calls, sink, 1.0 / self.scale)
         ends = _leafmost(start, {call.edge.node for call in self.calls})
         last = [call for call in self.calls if call.edge.node in ends]
         if not last:
@@ -247,7 +229,7 @@ class Arrivals:
         scale: What gradients are multiplied by.
     """
 
-    def __init__(self, calls: Sequence[TracedCall], sink: Sink, scale: Scale) -> None:
+    def __init__(self, calls: Sequence[TracedCall], sink: Sink, scale: float) -> None:
         self._sink, self._scale = sink, scale
         self._waiting: dict[Layer, int] = {}
         for call in calls:
@@ -268,11 +250,9 @@ class Arrivals:
         return call.edge.node.register_prehook(prehook)
 
     def add(self, record: RecordedCall, gradient: Tensor) -> None:
-        """Take the gradient of one call; a second backward through the graph is skipped."""
+        """Take the gradient of one call."""
         layer = record.layer
-        if self._waiting.get(layer, 0) == 0:
-            return
-        self._here.setdefault(layer, []).append(record.call(gradient, self._scale.factor()))
+        self._here.setdefault(layer, []).append(record.call(gradient, self._scale))
         self._waiting[layer] -= 1
         if self._waiting[layer] == 0:
             self._sink(layer, self._here.pop(layer))
@@ -280,7 +260,6 @@ class Arrivals:
     def finish(self) -> None:
         """Hand on layers of which some calls have no gradient: those calls add nothing."""
         for layer, calls in list(self._here.items()):
-            self._waiting[layer] = 0
             self._sink(layer, calls)
         self._here.clear()
 

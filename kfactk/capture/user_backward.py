@@ -15,10 +15,17 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from kfactk.capture.forward import Forward, Scale, Sink
+from kfactk.capture.forward import Forward, Sink
 from kfactk.capture.guard import parameter_nodes
 from kfactk.capture.torch_modes import full_precision
 from kfactk.stages import Layer
+
+
+class Scale(Protocol):
+    """Says what gradients are multiplied by."""
+
+    def factor(self) -> Tensor | float:
+        """Return the factor, while a backward runs."""
 
 
 class BackwardOwner(Protocol):
@@ -147,8 +154,10 @@ class UserBackward:
             if self._ends:
                 ends = set().union(*self._ends) if number is None else self._ends[number]
                 return any(map(torch._C._will_engine_execute_node, ends))
-        except RuntimeError:  # torch.autograd.grad of parameters
-            pass
+        except RuntimeError as error:
+            if "running autograd.grad()" not in str(error):
+                raise
+            # The parameters' gradients are asked for, which torch does not answer.
         return not torch.is_grad_enabled()
 
     def _add(self, number: int, gradient: Tensor, factor: Tensor | float) -> None:

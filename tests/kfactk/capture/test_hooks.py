@@ -315,7 +315,7 @@ def test_a_forward_whose_signature_cannot_be_read_still_gives_its_keywords() -> 
 
 
 @pytest.mark.parametrize("late", [False, True])
-def test_hooks_on_the_model_that_change_its_output_count_whenever_they_came(late: bool) -> None:
+def test_hooks_that_change_the_output_count_whenever_they_came(late: bool) -> None:
     """G of the last layer is that of the output which the loop sees, four times the plain one."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3)).double()
