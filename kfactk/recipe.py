@@ -40,7 +40,12 @@ class Recipe(Settings):
     """
 
     def bind(
-        self, model: nn.Module, params: Params | None = None, *, scaler: Any = None
+        self,
+        model: nn.Module,
+        params: Params | None = None,
+        *,
+        scaler: Any = None,
+        masks: Mapping[str, Tensor] | None = None,
     ) -> Optimizer:
         """Make the optimizer of a model.
 
@@ -51,11 +56,13 @@ class Recipe(Settings):
                 `None` for all parameters of the model.
             scaler: The loop's `torch.amp.GradScaler`; needed only with a Fisher stage that listens
                 to the user's backward.
+            masks: By parameter name, what gradients are multiplied by, after preconditioning too,
+                so that entries set to zero stay so.
 
         Returns:
             A `torch.optim.Optimizer`.
         """
-        optimizer = Optimizer(self, model, params, scaler=scaler)
+        optimizer = Optimizer(self, model, params, scaler=scaler, masks=masks)
         try:
             registry().hook.kfactk_bound(optimizer=optimizer)
         except BaseException:

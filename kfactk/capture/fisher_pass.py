@@ -275,7 +275,7 @@ class FisherPass:
             self._taker.begin_forward()
             if self._fisher.own_pass and self._taker.counts_terms():
                 self._watch(forward, output, terms, keep=False)
-            with forward.keeping_buffers():
+            with forward.unnoticed(output):
                 self._measure(forward, output, view, weights, terms, (step, micro_batch))
         if forward.calls and self._fisher.own_pass:
             self._taker.end_forward()

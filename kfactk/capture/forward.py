@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from kfactk.capture.torch_modes import full_precision
+from kfactk.capture.user_hooks import UserHooks
 from kfactk.errors import CaptureError
 from kfactk.samples import LayerCall
 from kfactk.stages import Layer
@@ -134,6 +135,7 @@ class Forward:
         calls: Calls of followed layers, in order.
         layers: All followed layers, also those without a call.
         updated: For each module that the forward has written to, its buffers.
+        user: What the user asked to see of gradients; `None` for nothing.
     """
 
     def __init__(
@@ -143,18 +145,27 @@ class Forward:
         calls: list[TracedCall],
         layers: Sequence[Layer],
         updated: Sequence[list[Tensor]] = (),
+        user: UserHooks | None = None,
     ) -> None:
         self.output, self.batch = output, dict(batch)
         self.calls, self.layers = calls, layers
         self.updated = updated
+        self.user = UserHooks() if user is None else user
 
     @contextlib.contextmanager
-    def keeping_buffers(self) -> Iterator[None]:
-        """Surround passes, in which checkpointed parts run again: buffers stay as they are."""
+    def unnoticed(self, output: Tensor) -> Iterator[None]:
+        """Surround passes over the graph of `output`: the user sees nothing of them.
+
+        Kept gradients stay as they are, hooks on gradients do not run, and buffers, which
+        checkpointed parts write to when they run again, are restored.
+        """
+        if output.retains_grad:
+            self.user.retain(output)
         # Kernels of batch normalisation do not count their writes; its counter of batches does.
         before = [(own, versions(own), [each.clone() for each in own]) for own in self.updated]
         try:
-            yield
+            with self.user.left_alone():
+                yield
         finally:
             with torch.no_grad():
                 for own, counts, values in before:
@@ -175,14 +186,14 @@ class Forward:
         """Return the same forward as if these layers had never been followed."""
         calls = [call for call in self.calls if call.record.layer not in layers]
         rest = [layer for layer in self.layers if layer not in layers]
-        return Forward(self.output, self.batch, calls, rest, self.updated)
+        return Forward(self.output, self.batch, calls, rest, self.updated, self.user)
 
     def without(self, names: Set[str]) -> Forward:
         """Return the same forward in which the calls of these layers are not followed."""
         kept = [call for call in self.calls if call.record.layer.name not in names]
         if len(kept) == len(self.calls):
             return self
-        return Forward(self.output, self.batch, kept, self.layers, self.updated)
+        return Forward(self.output, self.batch, kept, self.layers, self.updated, self.user)
 
     @property
     def scale(self) -> float:

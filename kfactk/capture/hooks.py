@@ -29,6 +29,7 @@ from kfactk.capture.torch_modes import (
     save_unchanged,
     skip_frame,
 )
+from kfactk.capture.user_hooks import UserHooks
 from kfactk.errors import CombinationError
 from kfactk.stages import Layer
 
@@ -61,6 +62,7 @@ class ModelHooks:
         self._calls: list[TracedCall] = []
         self._buffers: list[tuple[list[Tensor], list[int]]] = []
         self._layer_handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._user = UserHooks()
         self._depth, self._thread = 0, 0
         self._handled: BaseException | None = None
         self._token = object()
@@ -77,6 +79,7 @@ class ModelHooks:
 
     def close(self) -> None:
         """Remove every hook; may be called twice."""
+        self._user.stop()
         self._finalizer()
 
     def expect(self, due: bool) -> None:
@@ -90,6 +93,7 @@ class ModelHooks:
         """Clean up after a forward that was interrupted: Ctrl-C runs no hook."""
         self._depth = 0
         self._calls = []
+        self._user.stop()
         _remove(self._layer_handles)
 
     def before(self, compiled: bool) -> None:
@@ -114,7 +118,10 @@ class ModelHooks:
         self._depth, self._thread, self._forward = 1, threading.get_ident(), self.root.forward
         self._handled = sys.exception()
         self._layers, self._calls = layers, []
-        self._buffers = [(own, versions(own)) for own in map(_buffers, self.root.modules()) if own]
+        modules = list(self.root.modules())
+        self._buffers = [(own, versions(own)) for own in map(_buffers, modules) if own]
+        self._user = UserHooks()
+        self._user.start(modules)
         for layer in layers:
             hook = LayerHook(self._calls, layer)
             for site in layer.sites:
@@ -131,6 +138,7 @@ class ModelHooks:
         self._depth -= 1
         if self._depth:
             return
+        self._user.stop()
         _remove(self._layer_handles)
         calls, self._calls = self._calls, []
         layers, self._layers = self._layers, ()
@@ -139,7 +147,8 @@ class ModelHooks:
         if not raised and listener is not None:
             with save_unchanged():
                 updated = [own for own, before in self._buffers if versions(own) != before]
-                forward = Forward(output, _named(module, args, kwargs), calls, layers, updated)
+                named = _named(module, args, kwargs)
+                forward = Forward(output, named, calls, layers, updated, self._user)
                 listener._end_forward(forward)
 
     def _stay_last(self) -> None:

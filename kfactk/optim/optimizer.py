@@ -25,6 +25,7 @@ from kfactk.distributed.gathering import LoadOnAllRanks, gather_state
 from kfactk.distributed.sharding import ShardedProducts
 from kfactk.errors import CaptureError, CombinationError, KfactkError, KfactkWarning
 from kfactk.optim import checkpoint, gradients
+from kfactk.optim.masks import Masks
 from kfactk.optim.metrics import MetricsRecorder
 from kfactk.optim.nonfinite import NonFiniteGuard
 from kfactk.optim.run import RunState, UnboundRule
@@ -69,6 +70,8 @@ class Optimizer(torch.optim.Optimizer):
         scaler: The loop's `torch.amp.GradScaler`. Only a recipe that listens to the user's own
             backward (`empirical`) needs it. It works with `fully_shard`: what overflows in one
             rank's shard holds up all ranks.
+        masks: By parameter name, what gradients are multiplied by, after preconditioning too:
+            where the mask is 0, only weight decay changes the parameter. They are not saved.
 
     Raises:
         CombinationError: The model cannot be followed, or (with `strict`) a trained parameter has
@@ -92,11 +95,13 @@ class Optimizer(torch.optim.Optimizer):
         params: Params | None = None,
         *,
         scaler: Any = None,
+        masks: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.recipe = recipe
         self._run = run = RunState(number_at("damping", recipe.damping, 0))
         self._inner: Any = UnboundRule()
         self._model = supported_model(model)
+        self._masks = Masks(self._model, masks)
         self._groups: dict[int, dict[str, Any]] = {}
         self._shown = ShownState()
         defaults = {
@@ -404,6 +409,7 @@ class Optimizer(torch.optim.Optimizer):
             with self._timer.timed("precondition"):
                 found = pre.precondition(read.matrices)
                 parameters, pairs = gradients.paired(blocks, read, found, self._groups)
+                pairs = self._masks.applied(parameters, pairs)
                 local_pairs = gradients.local_parts(parameters, pairs)
             recorded = self._recorder.due(self.steps)
             if recorded:
@@ -415,7 +421,8 @@ class Optimizer(torch.optim.Optimizer):
             self._run.recorded, fault = verdict.recorded, verdict.fault
             if verdict.stepping:
                 with verdict.around:
-                    self._update(list(zip(parameters, clipped, strict=True)))
+                    rest = self._masks.rest(self.param_groups, parameters)
+                    self._update([*zip(parameters, clipped, strict=True), *rest])
         except BaseException:
             self._recorder.discard()
             self._end_step("", removed)
