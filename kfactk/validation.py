@@ -206,7 +206,8 @@ def input_modified_message(layer: str) -> str:
     """Return the message for a layer whose input changed before its statistics were taken."""
     return (
         f"the input of layer {layer!r} was modified in place after its forward, so its statistics "
-        "would be wrong. Refill input buffers only after step(), or give the model a copy."
+        "would be wrong. Write h = h + layer(h) in place of h += layer(h), refill input buffers "
+        "only after step(), or give the model a copy."
     )
 
 
@@ -215,8 +216,7 @@ def folded_message(layer: str, touched: int, rows: int) -> str:
     return (
         f"layer {layer!r}: {touched} of its {rows} rows in dimension 0 belong to the output's "
         "first example. What is measured for each example (EKFAC's scale) then takes its rows for "
-        "examples. If another dimension counts examples, set the curvature's batch_dim; or leave "
-        "the layer out with exclude="
+        "examples. If another dimension counts examples, set the curvature's batch_dim."
     )
 
 
@@ -225,7 +225,7 @@ def looped_message(layer: str, reached: int, calls: int) -> str:
     return (
         f"layer {layer!r} runs {calls} times in a forward, and the output's first example reaches "
         f"{reached} of these calls. Calls are taken for rows of the same examples, so its "
-        "curvature is wrong. Run the layer once on the whole batch, or leave it out with exclude="
+        "curvature is wrong. Run the layer once on the whole batch."
     )
 
 
@@ -234,8 +234,20 @@ def batch_dim_message(layer: str, dim: int) -> str:
     return (
         f"layer {layer!r}: dimension {dim} of its output counts the examples, not dimension 0. "
         "What is measured for each example (EKFAC's scale) then takes its rows for examples. Set "
-        f"the curvature's batch_dim={dim}; or leave the layer out with exclude="
+        f"the curvature's batch_dim={dim}."
     )
+
+
+def layout_message(faults: Sequence[str], paths: Sequence[str]) -> str:
+    """Return the message for layers whose examples are not those of the output.
+
+    Args:
+        faults: What is wrong with each.
+        paths: Their paths in the model.
+    """
+    others = ", ".join(map(repr, paths[1:]))
+    more = f" Layers {others} have a fault of this kind too." if others else ""
+    return f"{faults[0]}{more} To leave such layers out, set exclude={list(dict.fromkeys(paths))}"
 
 
 def unseen_message(layers: Sequence[str]) -> str:

@@ -38,8 +38,11 @@ class SampleTaker(Protocol):
     def tells_examples_apart(self, layer: Layer) -> bool:
         """Return whether anything is measured for each example of a layer."""
 
-    def check_examples(self, layer: Layer, calls: Sequence[LayerCall], examples: int) -> None:
-        """Check how a layer lays out examples, by the gradients of the first of the output's."""
+    def layout_fault(self, layer: Layer, calls: Sequence[LayerCall], examples: int) -> str:
+        """Return why a layer's examples are not the output's, by the gradients of the first."""
+
+    def warn_of_layout(self, faults: Mapping[Layer, str]) -> None:
+        """Warn of layers whose examples are not the output's."""
 
     def counts_terms(self) -> bool:
         """Return whether the number of likelihood terms in the user's gradient is needed."""
@@ -132,7 +135,7 @@ class LayerSink:
 
 @attrs.frozen(eq=False)
 class ProbeSink:
-    """Hands on the gradients of the output's first example.
+    """Has layers checked by the gradients of the output's first example.
 
     Args:
         taker: Checks them.
@@ -141,10 +144,12 @@ class ProbeSink:
 
     taker: SampleTaker
     examples: int
+    faults: dict[Layer, str] = attrs.field(factory=dict, init=False)
 
     def __call__(self, layer: Layer, calls: list[LayerCall]) -> None:
         """Take all calls of one layer."""
-        self.taker.check_examples(layer, calls, self.examples)
+        if fault := self.taker.layout_fault(layer, calls, self.examples):
+            self.faults[layer] = fault
 
 
 @attrs.frozen(eq=False)
@@ -345,7 +350,7 @@ class FisherPass:
 
         A pass over parts of parameters would be a collective call, and is left out.
         """
-        new = {layer for layer in forward.layers if layer not in self._probed}
+        new = {call.record.layer for call in forward.calls} - set(self._probed)
         self._probed.update(new)
         new = {layer for layer in new if self._taker.tells_examples_apart(layer)}
         parameters = (p for call in forward.calls for p in call.record.layer.tensors().values())
@@ -358,6 +363,7 @@ class FisherPass:
         )
         sink = ProbeSink(self._taker, len(view))
         forward.without(known).run((view[:1] * weights).sum(), view, sink)
+        self._taker.warn_of_layout(sink.faults)
 
     def _run_passes(
         self,

@@ -27,7 +27,12 @@ from kfactk.samples import LayerCall, working_dtype
 from kfactk.stages import Layer, Placement
 from kfactk.statistics import ReducedStatistic, drop_nonfinite, local_means
 from kfactk.timing import StageTimer
-from kfactk.validation import input_modified_message, missing_samples_message, unseen_message
+from kfactk.validation import (
+    input_modified_message,
+    layout_message,
+    missing_samples_message,
+    unseen_message,
+)
 
 UNSEEN = "unseen: it influences the output also past its own calls (unseen='plain')"
 """Reason in a coverage table."""
@@ -136,8 +141,8 @@ class Preconditioner:
         """Return whether anything is measured for each example of a layer."""
         return layer in self._followed and self._followed[layer][0].sampled
 
-    def check_examples(self, layer: Layer, calls: Sequence[LayerCall], examples: int) -> None:
-        """Check that a layer's examples are the output's.
+    def layout_fault(self, layer: Layer, calls: Sequence[LayerCall], examples: int) -> str:
+        """Return why a layer's examples are not those of the output; "" where they are.
 
         Args:
             layer: One that tells its examples apart.
@@ -145,8 +150,14 @@ class Preconditioner:
             examples: Number of examples of the output.
         """
         block, _ = self._followed[layer]
-        if examples > 1 and (fault := block.layout_fault(calls, examples)):
-            self._warn("examples", fault)
+        return block.layout_fault(calls, examples) if examples > 1 else ""
+
+    def warn_of_layout(self, faults: Mapping[Layer, str]) -> None:
+        """Warn of all layers whose examples are not those of the output."""
+        ordered = [layer for layer in self._followed if layer in faults]
+        if ordered:
+            paths = [layer.path for layer in ordered]
+            self._warn("examples", layout_message([faults[layer] for layer in ordered], paths))
 
     def counts_terms(self) -> bool:
         """Return whether the number of likelihood terms in the user's gradient is needed."""

@@ -169,6 +169,43 @@ def test_rows_that_are_not_the_outputs_examples_are_told() -> None:
     optimizer.step()
 
 
+def test_all_layers_with_such_rows_are_told_in_one_warning() -> None:
+    class Folded(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4))
+            self.late, self.head = nn.Linear(4, 4), nn.Linear(4, 3)
+            self.calls_late = False
+
+        def forward(self, x: Tensor) -> Tensor:
+            folded = self.inner(x.flatten(0, 1))
+            folded = self.late(folded) if self.calls_late else folded
+            output: Tensor = self.head(folded.unflatten(0, x.shape[:2]).mean(1))
+            return output
+
+    def told(model: nn.Module) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model(torch.randn(6, 2, 4, dtype=F64))
+        return [str(each.message) for each in caught]
+
+    torch.manual_seed(0)
+    model = Folded().double()
+    optimizer = bound(model)
+    [message] = told(model)
+    assert "Layers 'inner.2' have a fault" in message
+    assert "exclude=['inner.0', 'inner.2']" in message
+    optimizer.close()
+
+    model.calls_late = False  # a layer without a call in the first forward is looked at later
+    optimizer = bound(model, exclude=["inner"])
+    assert not told(model)
+    optimizer.zero_grad()
+    model.calls_late = True
+    assert "exclude=['late']" in told(model)[0]
+    optimizer.close()
+
+
 @pytest.mark.parametrize("parts", [6, 3])
 def test_a_layer_that_runs_on_parts_of_the_batch_is_told(parts: int) -> None:
     class Looped(nn.Sequential):
