@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -99,9 +100,26 @@ class Recipe(Settings):
         return {"kfactk": __version__} | {field: self.written(field) for field in FIELDS}
 
     @classmethod
-    def from_dict(cls, written: Mapping[str, Any]) -> Recipe:
-        """Return the inverse of `to_dict`; fields that are left out have their defaults."""
-        return build(**{name: value for name, value in written.items() if name != "kfactk"})
+    def from_dict(cls, written: Mapping[str, Any], *, trusted: bool = False) -> Recipe:
+        """Return the inverse of `to_dict`; fields that are left out have their defaults.
+
+        Args:
+            written: The JSON-safe form.
+            trusted: Whether import paths in it (of stages or functions of your own) may be
+                imported, which runs code. Without it names of stages and of `torch.optim` classes
+                resolve alone, so that a recipe from a stranger runs no code. It can still name a
+                file or a server that a tracker writes to.
+
+        Raises:
+            OptionError: An import path is not trusted, or a value cannot work.
+        """
+        given = {name: value for name, value in written.items() if name != "kfactk"}
+        defaults = {
+            name: parameter.default
+            for name, parameter in inspect.signature(build).parameters.items()
+            if name in FIELDS
+        }
+        return cls(**_resolved(defaults | given, trusted=trusted))
 
     def __repr__(self) -> str:
         mine, usual, shown = self.summary(), inspect.signature(build).parameters, []
@@ -144,15 +162,22 @@ def block(curvature: Any, basis: Any = None, layers: Sequence[str] = ()) -> Bloc
         kfactk.build(curvature=[{'curvature': 'conv_kfac', 'basis': 'kfac', 'layers': ['head']}, \
 'conv_kfac'])
     """
+    return _block({"curvature": curvature, "basis": basis, "layers": layers}, trusted=True)
+
+
+def _block(given: Mapping[str, Any], trusted: bool) -> BlockSpec:
+    """Return the block of these arguments of `block`."""
+    basis, layers = given.get("basis"), given.get("layers", ())
     found = as_patterns(layers)
     if not isinstance(found, tuple) or not all(isinstance(each, str) and each for each in found):
         raise OptionError(
             f"layers is {layers!r}; it must be a list of names of modules, such as ['head'] or "
             "['*.attention']."
         )
+    resolve = functools.partial(registry().resolve, trusted=trusted)
     return BlockSpec(
-        registry().resolve("curvature", curvature),
-        None if basis is None else registry().resolve("basis", basis),
+        resolve("curvature", given["curvature"]),
+        None if basis is None else resolve("basis", basis),
         found,
     )
 
@@ -252,8 +277,13 @@ def build(
     )
 
 
-def _resolved(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of `build` with stages in place of their names."""
+def _resolved(values: Mapping[str, Any], *, trusted: bool = True) -> dict[str, Any]:
+    """Return the arguments of `build` with stages in place of their names.
+
+    Args:
+        values: The arguments.
+        trusted: Whether import paths may be imported.
+    """
     for name in values:
         if name not in FIELDS:
             raise OptionError(
@@ -269,15 +299,16 @@ def _resolved(values: Mapping[str, Any]) -> dict[str, Any]:
                 "python -m kfactk stages."
             )
         if name == "curvature":
-            out[name] = _blocks(value)
+            out[name] = _blocks(value, trusted)
         elif name in STAGE_HOOKS:
-            out[name] = None if value is None else registry().resolve(name, value)
+            made = None if value is None else registry().resolve(name, value, trusted=trusted)
+            out[name] = made
         else:
-            out[name] = from_json(value)
+            out[name] = from_json(value, trusted=trusted)
     return out
 
 
-def _blocks(given: Any) -> tuple[BlockSpec, ...]:
+def _blocks(given: Any, trusted: bool) -> tuple[BlockSpec, ...]:
     """Return the blocks that `curvature=` names."""
     if given == "all":
         given = ALL_CURVATURES
@@ -291,9 +322,9 @@ def _blocks(given: Any) -> tuple[BlockSpec, ...]:
                 raise OptionError(
                     f"a block has no {', '.join(unknown)}; give curvature, basis and layers."
                 )
-            found.append(block(**item))
+            found.append(_block(item, trusted))
         else:
-            found.append(block(item))
+            found.append(_block({"curvature": item}, trusted))
     return tuple(found)
 
 

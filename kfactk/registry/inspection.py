@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 import re
+import typing
 from collections.abc import Callable
 from typing import Any
 
@@ -225,6 +226,31 @@ def undefined_members(factory: Callable[..., Any]) -> list[str]:
     factory = _unbound(factory)
     abstract: frozenset[str] = getattr(factory, "__abstractmethods__", frozenset())
     return sorted(abstract) if inspect.isabstract(factory) else []
+
+
+def unfit_factory(family: str, factory: Callable[..., Any]) -> str:
+    """Return why a class or function cannot make a stage of the family, or "".
+
+    Nothing is called. A function is judged by the class that it says it returns.
+    """
+    made: Any = _unbound(factory)
+    if not inspect.isclass(made):
+        try:
+            made = typing.get_type_hints(made).get("return")
+        except (NameError, TypeError, AttributeError):
+            made = None
+        if not inspect.isclass(made):
+            return f"does not say that it returns a {family}"
+    base = BASE_CLASSES.get(family)
+    if base is not None:
+        return "" if issubclass(made, base) else f"does not derive from kfactk.{base.__name__}"
+    methods = (
+        name
+        for name, member in _demanded(PROTOCOLS[family]).items()
+        if inspect.isfunction(member) and not callable(getattr(made, name, None))
+    )
+    missing = ", ".join(methods)
+    return f"has no {missing}" if missing else ""
 
 
 def _demanded(protocol: type[Any]) -> dict[str, object]:

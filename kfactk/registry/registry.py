@@ -35,6 +35,7 @@ from kfactk.registry.inspection import (
     paper,
     summary,
     undefined_members,
+    unfit_factory,
 )
 from kfactk.registry.loading import (
     DISABLE,
@@ -43,7 +44,14 @@ from kfactk.registry.loading import (
     RegisteredStage,
     installed_entry_points,
 )
-from kfactk.registry.serialization import callable_path, explain, from_json, import_path, to_json
+from kfactk.registry.serialization import (
+    callable_path,
+    explain,
+    from_json,
+    import_path,
+    to_json,
+    untrusted,
+)
 from kfactk.registry.torch_optimizer import TorchOptimizer
 from kfactk.stages import Curvature
 
@@ -107,7 +115,7 @@ class Registry(Plugins):
             found += sorted(self._stage_infos(each), key=lambda info: info.name)
         return found
 
-    def resolve(self, family: str, spec: Any) -> Any:
+    def resolve(self, family: str, spec: Any, *, trusted: bool = True) -> Any:
         """Make a stage.
 
         Args:
@@ -117,23 +125,25 @@ class Registry(Plugins):
                 `to_json`; a class or factory, called without options; or a stage, returned
                 unchanged. For updates also a `torch.optim.Optimizer` class, or a
                 `functools.partial` of one.
+            trusted: Whether import paths may be imported, which runs code. Without it only names
+                resolve, and the classes of `torch.optim`.
 
         Raises:
             UnknownStageError: No plugin provides the name.
             PluginError: Several plugins claim the name, or the plugin's factory fails.
-            OptionError: An option is unknown, missing or has a wrong value; or `spec` is, or makes,
-                no stage of the family.
+            OptionError: An option is unknown, missing or has a wrong value; `spec` is, or makes, no
+                stage of the family; or an import path is not trusted.
         """
         _check_family(family)
         options: dict[str, Any] = {}
         if isinstance(spec, Mapping):
-            spec, options = _split_spec(family, spec)
+            spec, options = _split_spec(family, spec, trusted=trusted)
         if not isinstance(spec, str):
             label = f"{family} {getattr(spec, '__qualname__', None) or reprlib.repr(spec)}"
             return _make(family, spec, options, label, None)
         label = f"{family} {spec!r}"
         if ":" in spec:
-            return _make(family, import_path(spec), options, label, None)
+            return _make(family, _imported(family, spec, label, trusted), options, label, None)
         stage = self._find(family, spec)
         label += f" of plugin {stage.plugin}"
         return _make(family, stage.factory, options, label, stage.plugin)
@@ -265,13 +275,37 @@ def _likely_cause(expected: str, what: str, reasons: Mapping[PluginRecord, str])
     return f"A plugin that {what} may provide it: {listed}." if reasons else ""
 
 
-def _split_spec(family: str, spec: Mapping[Any, Any]) -> tuple[Any, dict[str, Any]]:
+def _imported(family: str, path: str, label: str, trusted: bool) -> Any:
+    """Return the stage or factory at an import path; nothing of it has been called.
+
+    Raises:
+        OptionError: The path is not trusted, or what it names would not make a stage.
+    """
+    if family in ADAPTERS and (found := ADAPTERS[family].known(path)) is not None:
+        return found
+    if not trusted:
+        raise untrusted(path)
+    found = import_path(path)
+    adapted = family in ADAPTERS and ADAPTERS[family].adapt(found)
+    factory = None if adapted else _factory_of(family, found)
+    if factory is not None and (why := unfit_factory(family, factory)):
+        raise OptionError(
+            f"{label} is not called, since it {why}. Give the path of a stage's class, or of a "
+            f"function that is annotated with the class it returns; {_documented(family)}."
+        )
+    return found
+
+
+def _split_spec(
+    family: str, spec: Mapping[Any, Any], *, trusted: bool
+) -> tuple[Any, dict[str, Any]]:
     """Return name (or class) and options of `{"name": ..., **options}`, options in Python."""
     unnamed, text = "name" not in spec, all(isinstance(key, str) for key in spec)
     if unnamed or not text:
         fault = f"does not say which {family}" if unnamed else "has keys that are not text"
         raise OptionError(f"{family}={dict(spec)!r} {fault}. Give {{'name': ..., **options}}.")
-    return spec["name"], {key: from_json(value) for key, value in spec.items() if key != "name"}
+    options = {key: from_json(value, trusted=trusted) for key, value in spec.items()}
+    return options.pop("name"), options
 
 
 def _factory_of(family: str, source: Any) -> Callable[..., Any] | None:

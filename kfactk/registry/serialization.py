@@ -156,32 +156,49 @@ def to_json(value: Any, what: str = "the value") -> Any:
     )
 
 
-def from_json(value: Any) -> Any:
+def untrusted(path: str) -> OptionError:
+    """Return the error for an import path in data that is not trusted."""
+    return OptionError(
+        f"The recipe holds the import path {path!r}. To import it runs code, so a recipe that is "
+        "read from data may hold the names of stages and of torch.optim classes only. If you "
+        "trust where it comes from, give trusted=True to Recipe.from_dict (on a command line, "
+        "--trust-config)."
+    )
+
+
+def from_json(value: Any, *, trusted: bool = True) -> Any:
     """Return the Python value of a JSON form, the inverse of `to_json`; lists stay lists.
 
     Python values are returned unchanged.
 
+    Args:
+        value: The JSON form.
+        trusted: Whether import paths in it may be imported, which runs code.
+
     Raises:
-        OptionError: An import path in it names nothing, or a tagged form is malformed.
+        OptionError: An import path in it names nothing or is not trusted, or a tagged form is
+            malformed.
 
     Example:
         >>> from_json({"rate": {"callable": "math:sqrt"}, "limit": {"float": "inf"}})
         {'rate': <built-in function sqrt>, 'limit': inf}
     """
     if type(value) is list:
-        return [from_json(item) for item in value]
+        return [from_json(item, trusted=trusted) for item in value]
     if type(value) is not dict:
         return value
     if len(value) == 1:
         ((tag, text),) = value.items()
         if tag in _TAGS and isinstance(text, str):
+            if tag == "callable" and not trusted:
+                raise untrusted(text)
             try:
                 return _TAGS[tag](text)
             except OptionError:
                 raise
             except (AttributeError, RuntimeError, ValueError) as error:
                 raise OptionError(f"{value!r} is not a {tag}. Check its spelling.") from error
-    return {key: from_json(item) for key, item in value.items()}
+    return {key: from_json(item, trusted=trusted) for key, item in value.items()}
 
 
 def explain(error: BaseException) -> str:

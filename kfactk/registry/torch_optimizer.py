@@ -132,6 +132,17 @@ class TorchOptimizer:
         return made
 
     @classmethod
+    def known(cls, path: str) -> type[torch.optim.Optimizer] | None:
+        """Return the class of `torch.optim` that an import path names, if it does.
+
+        Nothing is imported: what data says may be read so.
+        """
+        module, _, name = path.partition(":")
+        found = getattr(torch.optim, name, None) if module == torch.optim.__name__ else None
+        optimizer = isinstance(found, type) and issubclass(found, torch.optim.Optimizer)
+        return found if optimizer and found.__module__.startswith("torch.optim.") else None
+
+    @classmethod
     def adapt(cls, candidate: Any) -> Callable[..., TorchOptimizer] | None:
         """Return a factory of updates for an optimiser class or a `functools.partial` of one.
 

@@ -45,8 +45,8 @@ class Outer:
 def read_back(recipe: Recipe) -> list[Recipe]:
     """Through every form a recipe can be written in."""
     return [
-        Recipe.from_dict(recipe.to_dict()),
-        Recipe.from_dict(json.loads(json.dumps(recipe.to_dict(), allow_nan=False))),
+        Recipe.from_dict(recipe.to_dict(), trusted=True),
+        Recipe.from_dict(json.loads(json.dumps(recipe.to_dict(), allow_nan=False)), trusted=True),
         eval(repr(recipe), {"kfactk": kfactk}),
     ]
 
