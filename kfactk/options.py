@@ -10,14 +10,20 @@ A validator names the option, its value and what it must be. Stages and recipes 
 from __future__ import annotations
 
 import math
+import numbers
+import reprlib
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import attrs
+import torch
 from torch import Tensor
 
 from kfactk.errors import OptionError, near_names
 
+LARGEST = torch.finfo(torch.float32).max
+"""Largest learning rate, damping or weight decay: float32 overflows above."""
 Number = float | Callable[[int], float]
 """A number, or a function of the step (from 0) that gives one."""
 Period = int | Callable[[int], int]
@@ -38,9 +44,8 @@ def refusal(
         must: What the value must be, and the remedy, in words that follow "it must be".
     """
     owner = type(instance).__name__
-    return OptionError(
-        f"{owner}: {attribute.alias or attribute.name}={value!r} cannot work: it must be {must}."
-    )
+    shown = f"{attribute.alias or attribute.name}={reprlib.repr(value)}"
+    return OptionError(f"{owner}: {shown} cannot work: it must be {must}.")
 
 
 def number(
@@ -67,8 +72,7 @@ def number(
     def check(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
         if value is None and optional:
             return
-        good = isinstance(value, int | float) and not isinstance(value, bool)
-        good = good and math.isfinite(value) and low <= value <= high
+        good = _is_number(value) and abs(value) <= sys.float_info.max and low <= value <= high
         if not good or (low_open and value == low) or (high_open and value == high):
             raise refusal(instance, attribute, value, must + (" or None" if optional else ""))
 
@@ -157,7 +161,7 @@ def period_at(name: str, period: Period, step: int) -> int:
     Raises:
         OptionError: It is not a whole number of at least 1.
     """
-    value = period(step) if callable(period) else period
+    value = python_number(period(step) if callable(period) else period)
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         where = f" at step {step}" if callable(period) else ""
         raise OptionError(
@@ -175,13 +179,34 @@ def number_at(
     Raises:
         OptionError: It is not a number in [low, high].
     """
-    value = number(step) if callable(number) else number
-    good = isinstance(value, int | float) and not isinstance(value, bool)
-    if not good or not low <= value <= high or math.isinf(value):
+    value = python_number(number(step) if callable(number) else number)
+    finite = _is_number(value) and abs(value) <= LARGEST
+    if not finite or not low <= value <= high:
         where = f" at step {step}" if callable(number) else ""
         bounds = _interval(low, high, False, False)
-        raise OptionError(f"{name} is {value!r}{where}; it must be a finite number{bounds}.")
+        large = _is_number(value) and LARGEST < abs(value) < math.inf
+        most = f", at most {LARGEST:.1e} (float32 ends there)" if large else ""
+        shown = reprlib.repr(value)
+        raise OptionError(f"{name} is {shown}{where}; it must be a finite number{bounds}{most}.")
     return float(value)
+
+
+def python_number(value: Any) -> Any:
+    """Return a number of NumPy's as Python's own, also in a list or tuple; others unchanged.
+
+    Example:
+        >>> import numpy
+        >>> python_number(numpy.float32(0.5)), python_number("adam")
+        (0.5, 'adam')
+    """
+    if type(value) in (list, tuple):
+        return type(value)(map(python_number, value))
+    foreign = isinstance(value, numbers.Number) and not isinstance(value, int | float | complex)
+    return value.item() if foreign and hasattr(value, "item") else value
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def plain(value: Any) -> Any:

@@ -15,7 +15,7 @@ from kfactk.capture.support import supported_model
 from kfactk.errors import OptionError, near_names
 from kfactk.optim.optimizer import Optimizer, Params
 from kfactk.optim.settings import FIELDS, BlockSpec, Settings, as_patterns
-from kfactk.options import Number, Period
+from kfactk.options import Number, Period, python_number
 from kfactk.preconditioner.coverage import Coverage, ModelSurvey
 from kfactk.registry.hookspecs import STAGE_HOOKS
 from kfactk.registry.registry import registry
@@ -304,7 +304,7 @@ def _resolved(values: Mapping[str, Any], *, trusted: bool = True) -> dict[str, A
             made = None if value is None else registry().resolve(name, value, trusted=trusted)
             out[name] = made
         else:
-            out[name] = from_json(value, trusted=trusted)
+            out[name] = python_number(from_json(value, trusted=trusted))
     return out
 
 

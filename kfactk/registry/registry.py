@@ -23,6 +23,7 @@ from kfactk.errors import (
     UnknownStageError,
     near_names,
 )
+from kfactk.options import python_number
 from kfactk.registry.hookspecs import PROJECT, STAGE_HOOKS
 from kfactk.registry.inspection import (
     BASE_CLASSES,
@@ -304,7 +305,7 @@ def _split_spec(
     if unnamed or not text:
         fault = f"does not say which {family}" if unnamed else "has keys that are not text"
         raise OptionError(f"{family}={dict(spec)!r} {fault}. Give {{'name': ..., **options}}.")
-    options = {key: from_json(value, trusted=trusted) for key, value in spec.items()}
+    options = {key: python_number(from_json(value, trusted=trusted)) for key, value in spec.items()}
     return options.pop("name"), options
 
 

@@ -4,9 +4,11 @@ import math
 from typing import Any
 
 import attrs
+import numpy as np
 import pytest
 import torch
 
+import kfactk
 from kfactk import OptionError
 from kfactk.options import (
     Validator,
@@ -96,3 +98,25 @@ def test_number_at_asks_functions_for_the_step() -> None:
 def test_plain_reads_tensors_of_one_element() -> None:
     assert (plain(torch.tensor([0.5])), plain("x")) == (0.5, "x")
     assert plain(pair := torch.ones(2)) is pair
+
+
+@pytest.mark.parametrize("value", [1e308, 10**400, -(10**400)])
+def test_a_number_that_float32_cannot_hold_is_refused(value: float) -> None:
+    with pytest.raises(OptionError, match=r"at most 3\.4e\+38") as caught:
+        number_at("lr", value, 0, low=-math.inf)
+    assert len(str(caught.value)) < 200
+    with pytest.raises(OptionError, match="a finite number"):
+        kfactk.build(clip={"name": "norm", "limit": 10**400})
+
+
+def test_numbers_of_numpy_are_taken_as_pythons() -> None:
+    betas = np.float32(0.5), np.float64(0.75)
+    given = {"lr": np.float32(0.5), "damping": lambda step: np.float16(0.25), "strict": False}
+    recipe = kfactk.build(
+        **given, factor_every=np.int64(2), update={"name": "adam", "betas": betas}
+    )
+    assert recipe.evolve(damping=0.25) == kfactk.build(
+        lr=0.5, damping=0.25, factor_every=2, update={"name": "adam", "betas": (0.5, 0.75)}
+    )
+    assert type(recipe.lr) is float
+    assert number_at("damping", recipe.damping, 0) == 0.25
