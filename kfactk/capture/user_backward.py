@@ -63,6 +63,7 @@ class UserBackward:
         self._ends = [parameter_nodes(call.parameters) for call in forward.calls]
         self._gradients: dict[int, Tensor] = {}
         self._factors: dict[int, Tensor | float] = {}
+        self._reached: set[int] = set()
         self._gone: set[Layer] = set()
         self._derived: set[Layer] = set()
         self._unseen = False
@@ -91,6 +92,7 @@ class UserBackward:
         arrived, self.arrived = self.arrived, False
         self._gradients.clear()
         self._factors.clear()
+        self._reached.clear()
         self._gone.clear()
         return arrived
 
@@ -124,6 +126,7 @@ class UserBackward:
             return
         if task != self._task:
             self._task, self._freed = task, False
+            self._reached.clear()
             torch.autograd.Variable._execution_engine.queue_callback(_End(self))
         elif not self._freed and self._last is not None:
             self._freed = _is_freed(self._last)
@@ -165,13 +168,17 @@ class UserBackward:
             before = self._gradients[number] * self._factors[number]
             gradient, factor = before + gradient * factor, 1.0
         self._gradients[number], self._factors[number] = gradient, factor
+        self._reached.add(number)
 
     def _complete(self) -> list[Layer]:
-        """Return the layers of which every call has a gradient, in the order of their arrival."""
+        """Return the layers of which this backward has reached every call, in their order.
+
+        The graph of the others may be whole yet, so that more gradients may come.
+        """
         waiting = {
             record.layer
             for number, record in enumerate(self._records)
-            if number not in self._gradients
+            if number not in self._reached
         }
         arrived = (self._records[number].layer for number in self._gradients)
         return [layer for layer in arrived if layer not in waiting]

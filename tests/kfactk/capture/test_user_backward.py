@@ -228,3 +228,55 @@ def test_nothing_keeps_a_watched_forward_alive() -> None:
     del out
     assert node() is None
     optimizer.step()
+
+
+@pytest.mark.parametrize("depth", [3, 5])
+@pytest.mark.parametrize("last_retained", [True, False])
+def test_every_layer_has_the_sum_of_backwards(depth: int, last_retained: bool) -> None:
+    def factors(*losses: Any) -> list[Tensor]:
+        torch.manual_seed(0)
+        hidden = [each for _ in range(depth - 1) for each in (nn.Linear(4, 4), nn.Tanh())]
+        model = nn.Sequential(*hidden, nn.Linear(4, 3)).double()
+        optimizer = bound(model, fisher="empirical", basis="kfac", clip="none", lr=0.0)
+        optimizer.param_groups[0]["lr"] = 1e-30
+        out = model(X)
+        for number, loss in enumerate(losses, 1):
+            loss(out, Y).backward(retain_graph=number < len(losses) or last_retained)
+        optimizer.step()
+        return [view.factors["G"] for view in optimizer.layers.values()]
+
+    def pulled(out: Tensor, target: Tensor) -> Tensor:
+        return 0.3 * out.square().mean()
+
+    def both(out: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(out, target) + pulled(out, target)
+
+    torch.testing.assert_close(factors(F.cross_entropy, pulled), factors(both))
+
+
+def test_a_freed_graph_leaves_another_one_of_the_forward_open() -> None:
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.a = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+            self.b = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return self.a(x), self.b(x)
+
+    def factors(several: bool) -> list[Tensor]:
+        model = Two().double()
+        optimizer = bound(model, fisher="empirical", basis="kfac", output=torch.cat)
+        a, b = model(X)
+        losses = [F.cross_entropy(a, Y), F.cross_entropy(b, Y), 0.5 * b.square().mean()]
+        if several:
+            losses[1].backward(retain_graph=True)
+            losses[0].backward()
+            losses[2].backward()
+        else:
+            sum(losses).backward()
+        optimizer.step()
+        return [view.factors["G"] for view in optimizer.layers.values()]
+
+    torch.testing.assert_close(factors(True), factors(False))
