@@ -103,7 +103,7 @@ class Block:
         samples = self.samples(calls, num_terms=1.0, first=True)
         rows, gradient = samples.examples, calls[0].gradient
         reached = sum(bool(call.gradient.any()) for call in calls)
-        if rows < examples and reached < len(calls):
+        if rows < examples and 0 < reached < len(calls):
             return looped_message(self.name, reached, len(calls))
         touched = _touched(samples.gradients(), -3)
         if touched <= 1:

@@ -192,7 +192,7 @@ class ModelSurvey:
         for rule in rules:
             for pattern in rule.layers:
                 _check_pattern("layers", pattern, names)
-        self._examined: tuple[int, ...] | None = None
+        self._examined: tuple[int | str, ...] | None = None
         self.candidates: tuple[Candidate, ...] = ()
         self._layers: dict[tuple[Candidate, tuple[str, ...]], CoveredLayer] = {}
         self._why_not: dict[str, str] = {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from torch import nn
@@ -45,13 +45,14 @@ class CoverageWatch:
             return ""
         before, before_trained, first = self._covered, self._trained, self._seen is None
         same_model = self._seen is not None and self._seen[0] == seen[0]
+        known = self._model.keys()
         self._seen, self._trained = seen, frozenset(ids)
         self._model = {id(p): name for name, p in self._survey.parameters()}
         self._covered = self._covered_now()
         if first:
             return ""
         told = [
-            *self._replaced(before),
+            *self._replaced(before, known),
             *self._strangers(before, before_trained),
             *self._without_block(before),
         ]
@@ -72,20 +73,34 @@ class CoverageWatch:
             if id(parameter) in self._trained
         }
 
-    def _replaced(self, before: Mapping[int, tuple[str, nn.Parameter]]) -> list[str]:
-        """Tell of parameters that are trained, where the model has others instead of them."""
-        outside = {name for key, name in self._model.items() if key not in self._trained}
-        names = [
+    def _replaced(
+        self, before: Mapping[int, tuple[str, nn.Parameter]], known: Set[int]
+    ) -> list[str]:
+        """Tell of parameters that are trained, where the model has others instead of them.
+
+        Args:
+            before: What had a block.
+            known: Ids of the parameters that the model had.
+        """
+        gone = [
             name
             for key, (name, _) in before.items()
-            if key in self._trained and key not in self._model and name in outside
+            if key in self._trained and key not in self._model
         ]
-        if not names:
+        new = [
+            name
+            for key, name in self._model.items()
+            if key not in self._trained
+            and key not in known
+            and any(name.startswith(old[: old.rfind(".") + 1]) for old in gone)
+        ]
+        if not new:
             return []
         return [
-            f"{_listed(names)} of the model are new parameters, and the optimizer still trains the "
-            "old ones, which the model no longer has (load_state_dict(assign=True) and model "
-            "surgery do that). Bind after such a change, or put the new parameters in param_groups"
+            f"{_listed(new)} of the model are new parameters, and the optimizer still trains the "
+            "old ones, which the model no longer has (load_state_dict(assign=True), weight_norm "
+            "and model surgery do that). Bind after such a change, or put the new parameters in "
+            "param_groups"
         ]
 
     def _strangers(

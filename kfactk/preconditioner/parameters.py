@@ -28,7 +28,8 @@ class ParameterTracker:
         model: The model.
 
     Attributes:
-        signature: Ids of all modules and parameters; it changes when the model's structure does.
+        signature: Names and ids of all modules and parameters; it changes when the model's
+            structure does.
 
     Example:
         >>> model = nn.Linear(2, 2, device="meta")
@@ -40,7 +41,7 @@ class ParameterTracker:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self.signature: tuple[int, ...] = ()
+        self.signature: tuple[int | str, ...] = ()
         self._known: dict[tuple[nn.Module, str], nn.Parameter] = {}
         self._seen: list[list[nn.Parameter]] = []
         self.look()
@@ -55,9 +56,11 @@ class ParameterTracker:
         replaced, known_at = [], self._known
         modules = _modules(self._model)
         self._divided = _divided(modules)
-        signature: list[int] = []
+        signature: list[int | str] = []
         for module in modules:
             signature.append(id(module))
+            signature += module._modules
+            signature += module._parameters
             for name, here in module._parameters.items():
                 if here is None:
                     signature.append(0)

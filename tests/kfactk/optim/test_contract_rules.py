@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils import prune
 
 import kfactk
 from kfactk import KfactkError, KfactkWarning
@@ -328,6 +329,28 @@ def test_parameters_that_a_load_replaced_are_told_once() -> None:
     optimizer.param_groups[0]["params"][:] = model.parameters()
     assert told(optimizer, model) == []
     assert set(optimizer.layers) == {"0", "2"}
+
+
+def test_new_parameters_under_other_names_are_told() -> None:
+    model = net()
+    optimizer = bound(model, update="adam")
+    train(optimizer, model, batch())
+    nn.utils.parametrizations.weight_norm(model[2])
+    [message] = told(optimizer, model)
+    assert "2.parametrizations.weight.original0" in message
+    assert "are new parameters" in message
+
+
+def test_a_parameter_that_has_its_name_again_has_its_block_again() -> None:
+    model = net()
+    optimizer = bound(model, update="adam")
+    train(optimizer, model, batch())
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    assert "0.weight_orig" in told(optimizer, model)[0]
+    prune.remove(model[0], "weight")
+    assert told(optimizer, model) == []
+    assert set(optimizer.layers) == {"0", "2"}
+    assert len(optimizer.coverage().covered) == 4
 
 
 class Adapted(nn.Module):

@@ -169,6 +169,27 @@ def test_rows_that_are_not_the_outputs_examples_are_told() -> None:
     optimizer.step()
 
 
+def test_an_expert_that_the_first_example_does_not_reach_is_not_told() -> None:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = nn.ModuleList([nn.Linear(4, 3), nn.Linear(4, 3)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            out = x.new_zeros(len(x), 3)
+            for number, expert in enumerate(self.experts):
+                out[number::2] = expert(x[number::2])
+            return out
+
+    torch.manual_seed(0)
+    model = Routed().double()
+    optimizer = bound(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        F.cross_entropy(model(torch.randn(6, 4, dtype=F64)), torch.arange(6) % 3).backward()
+    optimizer.step()
+
+
 def test_all_layers_with_such_rows_are_told_in_one_warning() -> None:
     class Folded(nn.Module):
         def __init__(self) -> None:
