@@ -9,11 +9,16 @@ stacks columns, so that
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
-from kfactk.errors import LOWER_MEMORY, DecompositionError, memory_ran_out
+from kfactk.errors import DecompositionError, memory_ran_out
+
+T = TypeVar("T")
+Preparation = Callable[[Tensor], Tensor]
+"""Moves a matrix to the precision and the device of an attempt to decompose it."""
 
 RAISE_DAMPING = "raise damping, or look for extreme values in the data"
 """What to do when a matrix cannot be decomposed."""
@@ -135,29 +140,22 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
     """
     matrix = symmetrise(matrix)
     _check_finite(matrix)
-    failures, lacking = [], []
-    for times, prepare in _ATTEMPTS:
+
+    def attempt(times: float, prepare: Preparation) -> tuple[Tensor, Tensor] | None:
         shift = times * jitter(matrix)
-        try:
-            values, vectors = torch.linalg.eigh(
-                prepare(add_diagonal(matrix, shift) if times else matrix)
-            )
-        # LinAlgError is a RuntimeError; float64 on MPS is a TypeError.
-        except (RuntimeError, TypeError) as error:
-            failures.append(str(error).partition("\n")[0])
-            lacking.append(memory_ran_out(error))
-            continue
-        values, vectors = (values.to(matrix) - shift.unsqueeze(-1)).clamp(min=0), vectors.to(matrix)
-        if bool(torch.isfinite(values).all()) and bool(torch.isfinite(vectors).all()):
-            return values, vectors
-        failures.append("the result was not finite")
-        lacking.append(False)
-    tried = "; ".join(failures)
-    remedy = LOWER_MEMORY if all(lacking) else RAISE_DAMPING
-    raise DecompositionError(f"eigendecomposition failed in every way tried ({tried}); {remedy}")
+        values, vectors = torch.linalg.eigh(
+            prepare(add_diagonal(matrix, shift) if times else matrix)
+        )
+        values = (values.to(matrix) - shift.unsqueeze(-1)).clamp(min=0)
+        vectors = vectors.to(matrix)
+        return (values, vectors) if _finite(values, vectors) else None
+
+    return _in_every_way(matrix, attempt, "eigendecomposition", "the result was not finite")
 
 
-def orthogonal_iteration(matrix: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
+def orthogonal_iteration(
+    matrix: Tensor, vectors: Tensor, values: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Do one step of simultaneous iteration on a symmetric positive semi-definite matrix.
 
         Q' R = M Q,    the columns of Q from the largest eigenvalue to the smallest
@@ -166,30 +164,47 @@ def orthogonal_iteration(matrix: Tensor, vectors: Tensor) -> tuple[Tensor, Tenso
     larger one; |R_ii| then is the eigenvalue. If the matrix has changed little since `vectors` were
     its eigenvectors, one step is enough. It takes about half the operations of `eigh`.
 
+    Vectors that spanned a null space of the last matrix say nothing of this one but that space.
+    There the eigenvectors of M, restricted to it, take their place: so the result does not depend
+    on which vectors `eigh` chose. Where that is most of the work, or M has lost rank elsewhere, or
+    the iteration fails, M is decomposed anew.
+
     Args:
         matrix: `[..., n, n]`; only finiteness is required.
         vectors: Q, `[..., n, n]`, in the order of ascending eigenvalues, as `eigh` gives them.
+        values: Their eigenvalues, `[..., n]`; `None` where all are known to be positive.
 
     Returns:
         |R_ii|, `[..., n]`, ascending, and the new basis in the same order, signs as in `vectors`.
 
     Raises:
-        DecompositionError: The matrix is not finite, or the result is not.
+        DecompositionError: The matrix is not finite, or cannot be decomposed.
 
     References:
         Golub & Van Loan, "Matrix Computations", section 8.2.4.
     """
     _check_finite(matrix)
-    orthogonal, triangle = torch.linalg.qr(matrix @ vectors.flip(-1))
+    null = 0 if values is None else int(null_mask(values).sum(-1).max())
+    if 2 * null > matrix.shape[-1]:
+        return eigh(matrix)
+    if null > 1:
+        chosen = vectors[..., :null]
+        turn = eigh(chosen.mT @ matrix @ chosen)[1]
+        vectors = torch.cat([chosen @ turn, vectors[..., null:]], -1)
+    try:
+        orthogonal, triangle = torch.linalg.qr(matrix @ vectors.flip(-1))
+    except RuntimeError as error:
+        if memory_ran_out(error):
+            raise
+        return eigh(matrix)
     diagonal = triangle.diagonal(dim1=-2, dim2=-1)
-    values, order = diagonal.abs().sort(-1)
+    found, order = diagonal.abs().sort(-1)
     signs = torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-2)
-    found = (orthogonal * signs).gather(-1, order.unsqueeze(-2).expand_as(orthogonal))
-    if not bool(torch.isfinite(found).all()):
-        raise DecompositionError(
-            f"orthogonal iteration gave a result that was not finite; {RAISE_DAMPING}"
-        )
-    return values, found
+    turned = (orthogonal * signs).gather(-1, order.unsqueeze(-2).expand_as(orthogonal))
+    lost = values is not None and int(null_mask(found).sum(-1).max()) > null
+    if lost or not _finite(turned):
+        return eigh(matrix)
+    return found, turned
 
 
 def cholesky(matrix: Tensor, shift: Tensor | float) -> Tensor:
@@ -206,24 +221,60 @@ def cholesky(matrix: Tensor, shift: Tensor | float) -> Tensor:
     """
     matrix = symmetrise(matrix)
     _check_finite(matrix)
-    shifted, failures, lacking = add_diagonal(matrix, shift), [], []
+    shifted = add_diagonal(matrix, shift)
+
+    def attempt(times: float, prepare: Preparation) -> Tensor | None:
+        lower, info = torch.linalg.cholesky_ex(
+            prepare(add_diagonal(shifted, times * jitter(shifted)) if times else shifted)
+        )
+        lower = lower.to(matrix)
+        return lower if not bool(info.any()) and _finite(lower) else None
+
+    fault = "the factor is far from positive semi-definite"
+    return _in_every_way(matrix, attempt, "Cholesky", fault)
+
+
+def _finite(*tensors: Tensor) -> bool:
+    return all(bool(torch.isfinite(each).all()) for each in tensors)
+
+
+def _in_every_way(
+    matrix: Tensor, attempt: Callable[[float, Preparation], T | None], what: str, fault: str
+) -> T:
+    """Return the first success of `attempt`, which takes what `_ATTEMPTS` holds.
+
+    Where memory runs out on another device, only the attempt on the CPU is left.
+
+    Args:
+        matrix: The matrix.
+        attempt: Returns `None` for a result that cannot be used.
+        what: What is tried.
+        fault: What is wrong with such a result.
+
+    Raises:
+        DecompositionError: Every attempt failed.
+        RuntimeError: Memory ran out on the CPU: torch's own error.
+    """
+    failures: list[str] = []
+    lacking = False
     for times, prepare in _ATTEMPTS:
-        try:
-            lower, info = torch.linalg.cholesky_ex(
-                prepare(add_diagonal(shifted, times * jitter(shifted)) if times else shifted)
-            )
-        except (RuntimeError, TypeError) as error:  # not implemented on this device
-            failures.append(str(error).partition("\n")[0])
-            lacking.append(memory_ran_out(error))
+        if lacking and prepare is not _on_cpu:
             continue
-        result: Tensor = lower.to(matrix)
-        if not bool(info.any()) and bool(torch.isfinite(result).all()):
-            return result
-        failures.append("the factor is far from positive semi-definite")
-        lacking.append(False)
-    tried = "; ".join(failures)
-    remedy = LOWER_MEMORY if all(lacking) else RAISE_DAMPING
-    raise DecompositionError(f"Cholesky failed in every way tried ({tried}); {remedy}")
+        try:
+            found = attempt(times, prepare)
+        # LinAlgError is a RuntimeError; what a device lacks may be a TypeError.
+        except (RuntimeError, TypeError) as error:
+            lacking = memory_ran_out(error)
+            if lacking and (matrix.device.type == "cpu" or prepare is _on_cpu):
+                raise
+            failures.append(str(error).partition("\n")[0])
+            continue
+        if found is not None:
+            return found
+        failures.append(fault)
+    raise DecompositionError(
+        f"{what} failed in every way tried ({'; '.join(failures)}); {RAISE_DAMPING}"
+    )
 
 
 def jitter(matrix: Tensor) -> Tensor:
@@ -232,18 +283,26 @@ def jitter(matrix: Tensor) -> Tensor:
     return (matrix.abs().amax((-2, -1)) * info.eps * matrix.shape[-1]).clamp(min=info.tiny)
 
 
-_ATTEMPTS: tuple[tuple[float, Callable[[Tensor], Tensor]], ...] = (
-    (0.0, lambda matrix: matrix),
-    (1.0, lambda matrix: matrix),
-    (8.0, lambda matrix: matrix.double()),
-    (64.0, lambda matrix: matrix.cpu().double()),
+def _as_is(matrix: Tensor) -> Tensor:
+    return matrix
+
+
+def _on_cpu(matrix: Tensor) -> Tensor:
+    return matrix.cpu().double()
+
+
+_ATTEMPTS: tuple[tuple[float, Preparation], ...] = (
+    (0.0, _as_is),
+    (1.0, _as_is),
+    (8.0, Tensor.double),
+    (64.0, _on_cpu),
 )
 """Multiples of `jitter` to add, and the precision and device to try. `jitter` is always that of the
 original precision: rounding there made the matrix indefinite, and float64 does not undo it."""
 
 
 def _check_finite(matrix: Tensor) -> None:
-    if not bool(torch.isfinite(matrix).all()):
+    if not _finite(matrix):
         raise DecompositionError(f"a factor holds NaN or inf; {RAISE_DAMPING}")
 
 

@@ -263,6 +263,24 @@ def unseen_message(layers: Sequence[str]) -> str:
     )
 
 
+def mended_message(layers: Mapping[str, str]) -> str:
+    """Return the message for layers that ranks did not decompose alike.
+
+    Args:
+        layers: For each, why a rank failed, or "".
+    """
+    why = next(filter(None, layers.values()), "")
+    cause = (
+        f"one of them failed ({why})"
+        if why
+        else "one of them computes otherwise (another device, library or number of threads)"
+    )
+    return (
+        f"ranks did not decompose the curvature of layers {', '.join(map(repr, layers))} alike: "
+        f"{cause}. All took what the first one found, so that they stay equal"
+    )
+
+
 def missing_samples_message(layers: Sequence[str]) -> str:
     """Return the message for layers that have a gradient but gave no sample."""
     shown = ", ".join(repr(name) for name in layers[:4])

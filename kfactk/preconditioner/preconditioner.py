@@ -30,6 +30,7 @@ from kfactk.timing import StageTimer
 from kfactk.validation import (
     input_modified_message,
     layout_message,
+    mended_message,
     missing_samples_message,
     unseen_message,
 )
@@ -312,8 +313,11 @@ class Preconditioner:
             block.invalidate()
         failures = self._refresh.run(plans, self._unseen, self._arrived)
         for block in plans:
-            if block.name in failures:
-                self._report_failure(block, failures[block.name])
+            if block.name in failures.reasons:
+                self._report_failure(block, failures.reasons[block.name])
+        if failures.mended:
+            self.failed_decompositions += sum(map(bool, failures.mended.values()))
+            self._warn("mended", mended_message(failures.mended))
         for block, plan in plans.items():
             plan.settle(block.state, seen=block not in self._unseen)
 

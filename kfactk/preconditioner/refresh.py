@@ -32,6 +32,38 @@ Plans = Mapping[Block, BlockPlan]
 Diagonals = dict[str, Tensor]
 
 
+@attrs.frozen
+class Report:
+    """What a rank tells of one matrix that it decomposed.
+
+    Args:
+        specs: The spec of each part.
+        bits: A number for each part that tells different results apart.
+    """
+
+    specs: dict[str, TensorSpec] = attrs.field(hash=False)
+    bits: tuple[int, ...]
+
+    @classmethod
+    def of(cls, parts: Mapping[str, Tensor]) -> Report:
+        """Return the report on these parts."""
+        return cls(_specs(parts), tuple(_sum_of_bits(parts[name]) for name in sorted(parts)))
+
+
+@attrs.frozen
+class Failures:
+    """What failed in a refresh, the same on every rank.
+
+    Args:
+        reasons: For each block that could not be decomposed on any rank, the reason.
+        mended: Blocks that some ranks did not decompose as others did, and took from these; with
+            the reason where one of them failed, else "".
+    """
+
+    reasons: dict[str, str] = attrs.field(factory=dict)
+    mended: dict[str, str] = attrs.field(factory=dict)
+
+
 @attrs.frozen(eq=False)
 class Refresh:
     """Refreshes blocks.
@@ -52,7 +84,7 @@ class Refresh:
 
     def run(
         self, plans: Plans, unseen: Sequence[Block], arrived: Mapping[str, ReducedStatistic]
-    ) -> dict[str, str]:
+    ) -> Failures:
         """Average, decompose and measure what is due.
 
         Args:
@@ -61,7 +93,7 @@ class Refresh:
             arrived: Sums that left before the step.
 
         Returns:
-            For each block that could not be decomposed, the reason.
+            What could not be decomposed.
         """
         for block in plans:
             block.state.commit()
@@ -130,17 +162,16 @@ class Refresh:
 
     # ----------------------------------------------------------------------------- decomposing
 
-    def _decompose(self, due: Sequence[Block]) -> tuple[dict[Block, Parts], dict[str, str]]:
+    def _decompose(self, due: Sequence[Block]) -> tuple[dict[Block, Parts], Failures]:
         """Decompose what this rank decomposes.
 
         Returns:
             For each block whose matrices were all decomposed, on some rank, this rank's part; and
-            for each block that failed, the reason.
+            what failed.
         """
         made: dict[Block, Parts] = {}
-        failures: dict[str, str] = {}
+        reasons: dict[str, str] = {}
         fault: Exception | None = None
-        divided = any(self.placement.divided(block.name) for block in due)
         known = self._shared_diagonals([b for b in due if self.placement.apart(b.name)])
         try:
             for block in due:
@@ -150,14 +181,14 @@ class Refresh:
                 try:
                     made[block] = block.decompose(block.damping, matrices, known.get(block.name))
                 except DecompositionError as error:
-                    failures[block.name] = str(error)
+                    reasons[block.name] = str(error)
         except Exception as error:
-            if not divided:
+            if self.communicator.size == 1:
                 raise
             fault = error
-        if divided:
-            return self._agree(due, made, failures, fault)
-        return made, failures
+        if self.communicator.size == 1 or not due:
+            return made, Failures(reasons)
+        return self._agree(due, made, reasons, fault)
 
     def _matrices(self, block: Block) -> dict[str, Tensor]:
         """Return the measured matrices of a block that this rank decomposes."""
@@ -192,21 +223,27 @@ class Refresh:
     def _agree(
         self,
         due: Sequence[Block],
-        made: Mapping[Block, Parts],
-        failures: dict[str, str],
+        made: dict[Block, Parts],
+        reasons: Mapping[str, str],
         fault: Exception | None,
-    ) -> tuple[dict[Block, Parts], dict[str, str]]:
-        """Return what was made and what failed, once every rank knows of every other.
+    ) -> tuple[dict[Block, Parts], Failures]:
+        """Return what was made and what failed, the same on every rank.
+
+        Ranks that decompose the same matrix, and do not find the same bits, take what the first of
+        them found.
 
         Raises:
             KfactkError: Another rank failed for a reason of its own.
         """
-        specs = {
-            block.name: {name: _specs(parts) for name, parts in found.items()}
+        mine = {
+            block.name: {name: Report.of(parts) for name, parts in found.items()}
             for block, found in made.items()
         }
         told = None if fault is None else f"{type(fault).__name__}: {fault}"
-        reports = self.communicator.gathered((specs, failures, told))
+        divided = any(self.placement.divided(block.name) for block in due)
+        if not divided and self.communicator.same(repr((mine, reasons, told))) and fault is None:
+            return made, Failures(dict(reasons))
+        reports = self.communicator.gathered((mine, reasons, told))
         if fault is not None:
             raise fault
         for rank, (_, _, theirs) in enumerate(reports):
@@ -215,16 +252,55 @@ class Refresh:
                     f"rank {rank} failed while it decomposed curvature ({theirs}), and so all "
                     "ranks stop. Correct the cause on that rank, and start again."
                 )
-        failures = {name: reason for _, theirs, _ in reports for name, reason in theirs.items()}
+        failures = Failures({name: why for _, theirs, _ in reports for name, why in theirs.items()})
         whole: dict[Block, Parts] = {}
         for block in due:
-            found: dict[str, dict[str, TensorSpec]] = {}
-            for theirs, _, _ in reports:
-                found |= theirs.get(block.name, {})
-            if block.name not in failures and set(found) == set(block.basis.requires):
-                block.state.specs = found
-                whole[block] = made.get(block, {})
+            found = [theirs.get(block.name, {}) for theirs, _, _ in reports]
+            if set().union(*found) != set(block.basis.requires):
+                continue
+            if block.name in failures.reasons:
+                failures.mended[block.name] = failures.reasons.pop(block.name)
+            sources = {
+                name: next(rank for rank, each in enumerate(found) if name in each)
+                for name in sorted(block.basis.requires)
+            }
+            block.state.specs = {name: found[rank][name].specs for name, rank in sources.items()}
+            whole[block] = made.get(block, {})
+            for name, source in sources.items():
+                if self._differ(block, name, found):
+                    whole[block] = whole[block] | self._from(source, block, name, made)
+                    failures.mended.setdefault(block.name, "")
         return whole, failures
+
+    def _differ(self, block: Block, name: str, found: Sequence[Mapping[str, Report]]) -> bool:
+        """Return whether the ranks that decompose a matrix found different things, or nothing.
+
+        Args:
+            block: The block.
+            name: The matrix.
+            found: For each rank, what it found of the block's matrices.
+        """
+        workers = self.placement.share(block.name).inverse_workers[name]
+        return len({found[rank].get(name) for rank in workers}) > 1
+
+    def _from(self, source: int, block: Block, name: str, made: Mapping[Block, Parts]) -> Parts:
+        """Return the decomposition of a matrix that one rank made, on the ranks that make it too.
+
+        Every rank takes part: others drop it.
+        """
+        mine = made[block][name] if self.communicator.rank == source else {}
+        device = block.layer.anchor.device
+        arrived: dict[str, Tensor] = {}
+        for message in self.communicator.send(
+            mine,
+            block.state.specs[name],
+            source,
+            self.communicator.everyone,
+            "decompositions",
+            device,
+        ):
+            arrived |= message.wait()
+        return {name: arrived} if name in self.placement.decomposed_here(block) else {}
 
     # ------------------------------------------------------------------------------- measuring
 
@@ -326,3 +402,10 @@ def _complete(block: Block, own: Parts, messages: Sequence[PendingMessage]) -> t
 
 def _specs(parts: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
     return {name: TensorSpec.of(tensor) for name, tensor in parts.items()}
+
+
+def _sum_of_bits(tensor: Tensor) -> int:
+    """Return a number that equal tensors share, and different ones hardly ever."""
+    kinds = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
+    bits = tensor.contiguous().view(kinds[tensor.itemsize])
+    return int(bits.sum(dtype=torch.int64))

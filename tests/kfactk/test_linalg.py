@@ -466,3 +466,49 @@ def test_orthogonal_iteration_handles_zero_and_refuses_what_is_not_finite() -> N
 def test_inner_products_use_the_wider_precision() -> None:
     x, y = torch.tensor([1.0, 2.0]), torch.tensor([1.0, 1e-9], dtype=F64)
     assert linalg.inner_products([x, y], [y, x]).tolist() == [1.0 + 2e-9] * 2
+
+
+# ---------------------------------------------------------------------------- orthogonal iteration
+
+
+@settings(deadline=None)
+@given(seed=seeds, n=st.integers(2, 9), rank=st.integers(0, 9), more=st.integers(0, 9))
+def test_iteration_does_not_depend_on_which_vectors_span_the_null_space(
+    seed: int, n: int, rank: int, more: int
+) -> None:
+    """Projectors on the directions, each weighed by its eigenvalue, are those of other vectors."""
+    last = spd(seed, n=n, rank=min(rank, n))
+    new = last + spd(seed + 1, n=n, rank=min(more, n))
+    values, vectors = linalg.eigh(last)
+    null = int(linalg.null_mask(values).sum())
+    turned = vectors.clone()
+    turned[:, :null] = vectors[:, :null] @ rotation(seed + 2, null) if null else vectors[:, :0]
+    weights = draw(seed + 3, n, n).square()
+
+    def pooled(found: tuple[Tensor, Tensor]) -> Tensor:
+        """Return a diagonal operator with the scale of `weights`, as EKFAC pools it."""
+        scale = (found[1].T @ weights @ found[1]).diagonal().unsqueeze(0)
+        scale = linalg.pool_null(scale, linalg.null_mask(found[0]), -1)
+        return found[1] * scale @ found[1].T
+
+    one, other = (linalg.orthogonal_iteration(new, each, values) for each in (vectors, turned))
+    torch.testing.assert_close(pooled(one), pooled(other), rtol=1e-6, atol=1e-6)
+
+
+def test_iteration_that_fails_decomposes_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(matrix: Tensor) -> None:
+        raise torch.linalg.LinAlgError("did not converge")
+
+    matrix = spd(0, n=4)
+    monkeypatch.setattr(torch.linalg, "qr", fails)
+    values, vectors = linalg.orthogonal_iteration(matrix, torch.eye(4, dtype=F64))
+    torch.testing.assert_close(vectors * values @ vectors.T, matrix)
+
+
+def test_iteration_from_a_matrix_of_higher_rank_decomposes_anew() -> None:
+    """What is left of a lost direction is rounding, which would turn the other vectors."""
+    values, vectors = linalg.eigh(spd(0, n=6))
+    lower = spd(1, n=6, rank=3)
+    found = linalg.orthogonal_iteration(lower, vectors, values)
+    for a, b in zip(found, linalg.eigh(lower), strict=True):
+        assert torch.equal(a, b)

@@ -152,10 +152,12 @@ class Ekfac(Basis):
                     "a factor holds NaN or inf; raise damping, or look for extreme values"
                 )
             return {"eigenvalues": matrix.clamp(min=0)}
-        last = None if context.previous is None else context.previous["eigenvectors"]
+        last = context.previous
         large = self.iterate_from is not None and matrix.shape[-1] >= self.iterate_from
-        if large and last is not None and last.shape == matrix.shape:
-            values, vectors = linalg.orthogonal_iteration(matrix, last)
+        if large and last is not None and last["eigenvectors"].shape == matrix.shape:
+            values, vectors = linalg.orthogonal_iteration(
+                matrix, last["eigenvectors"], last["eigenvalues"]
+            )
         else:
             values, vectors = linalg.eigh(matrix)
         return {"eigenvalues": values, "eigenvectors": vectors}

@@ -104,6 +104,23 @@ class BreakingMoments(Ekfac):
         return super().moments(decomposition, samples)
 
 
+@attrs.frozen(kw_only=True)
+class Lonely(Ekfac):
+    """Decomposes the wide matrix otherwise on rank 1: not at all, a bit off, or without memory."""
+
+    how: str = "fails"
+
+    def decompose(self, name: str, matrix: Tensor, context: Any) -> dict[str, Tensor]:
+        found = super().decompose(name, matrix, context)
+        if matrix.shape[-1] == WIDE and mine(1):
+            if self.how == "fails":
+                raise DecompositionError("it has a bad day")
+            if self.how == "memory":
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            found["eigenvectors"] = found["eigenvectors"] * (1 + 1e-9)
+        return found
+
+
 def net() -> nn.Sequential:
     torch.manual_seed(0)
     return nn.Sequential(
@@ -165,6 +182,30 @@ def test_a_matrix_that_cannot_be_decomposed_leaves_its_layer_as_it_was_everywher
         for name, parameter in parameters.items():
             assert torch.equal(parameter, found[0][0][name])
             torch.testing.assert_close(parameter, truth[name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("how", ["fails", "off"])
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_rank_that_decomposes_otherwise_takes_what_the_first_one_found(
+    how: str, ranks: int
+) -> None:
+    truth, _, _ = trained(0, 1, {"basis": Ekfac()})
+    found = shared_workers().run(ranks, trained, ranks, {"basis": Lonely(how=how)})
+    for parameters, counters, told in found:
+        assert counters == {"skipped_batches": 0, "failed_decompositions": 3 * (how == "fails")}
+        assert len(told) == 1
+        assert "layers '0' alike" in told[0]
+        assert ("it has a bad day" in told[0]) == (how == "fails")
+        for name, parameter in parameters.items():
+            assert torch.equal(parameter, found[0][0][name])
+            torch.testing.assert_close(parameter, truth[name], rtol=1e-10, atol=1e-12)
+
+
+def test_memory_that_runs_out_on_one_rank_ends_all() -> None:
+    with pytest.raises(RankError) as error:
+        shared_workers().run(2, trained, 2, {"basis": Lonely(how="memory")})
+    assert "OutOfMemoryError: CUDA out of memory" in str(error.value)
+    assert "did not end" not in str(error.value)
 
 
 def test_the_failure_matters() -> None:
