@@ -1,0 +1,185 @@
+"""Models, data and measurements that the comparisons share."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor, nn
+
+import kfactk
+from kfactk import Optimizer
+from kfactk.optim.views import BlockView
+
+F64 = torch.float64
+DAMPING = 0.03
+TOLERANCE = 1e-10
+"""Of norms of differences, relative to the norm of what they are compared with."""
+
+
+class Tokens(nn.Module):
+    """A sequence model: three layers that share weights over positions, then a mean over them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.second(torch.tanh(self.first(x))))
+        return self.head(hidden.mean(1))
+
+
+@attrs.frozen(eq=False)
+class Problem:
+    """A model with one batch.
+
+    Args:
+        model: The model, float64.
+        inputs: The batch.
+        targets: Its labels.
+        loss: The mean loss.
+        likelihood: What kfactk is told about the output.
+    """
+
+    model: nn.Module
+    inputs: Tensor
+    targets: Tensor
+    loss: nn.Module
+    likelihood: Any
+
+    def layers(self) -> dict[str, nn.Module]:
+        """Return the layers with a matrix, by name."""
+        kinds = (nn.Linear, nn.Conv2d)
+        return {name: m for name, m in self.model.named_modules() if isinstance(m, kinds)}
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return their parameters."""
+        return {
+            f"{layer}.{name}": parameter
+            for layer, module in self.layers().items()
+            for name, parameter in module.named_parameters()
+        }
+
+    def vector(self) -> dict[str, Tensor]:
+        """Return a fixed vector of the parameters' shapes."""
+        generator = torch.Generator().manual_seed(1)
+        return {
+            name: torch.randn(p.shape, generator=generator, dtype=F64)
+            for name, p in self.parameters().items()
+        }
+
+
+LOSSES: dict[str, tuple[type[nn.Module], Any]] = {
+    "softmax": (nn.CrossEntropyLoss, "categorical"),
+    "mse": (nn.MSELoss, {"name": "gaussian", "variance": 0.5, "divisor": "entries"}),
+    "bce": (nn.BCEWithLogitsLoss, {"name": "bernoulli", "divisor": "entries"}),
+}
+"""torch's losses with their mean, and the likelihoods that say the same."""
+OUTPUTS = 3
+
+
+def _perceptron() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 5, bias=False), nn.Tanh(), nn.Linear(5, OUTPUTS)
+    )
+
+
+def _convolutions() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(2, 3, 3, padding=1),
+        nn.Tanh(),
+        nn.Conv2d(3, 4, (2, 3), stride=(2, 1), padding=(0, 1), dilation=(1, 1), bias=False),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(4 * 2 * 4, OUTPUTS),
+    )
+
+
+def _normalized() -> nn.Module:
+    """Batch norms in evaluation mode, with statistics of their own."""
+    model = nn.Sequential(
+        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh(),
+        nn.Linear(5, OUTPUTS),
+    )
+    for p in (*model[1].parameters(), *model[4].parameters()):
+        nn.init.uniform_(p, 0.5, 1.5)
+    nn.init.uniform_(model[1].running_var, 0.5, 2.0)
+    nn.init.normal_(model[1].running_mean)
+    model[1].eval()
+    return model
+
+
+MODELS = {
+    "perceptron": (_perceptron, (40, 4)),
+    "convolutions": (_convolutions, (40, 2, 5, 4)),
+    "tokens": (Tokens, (40, 6, 3)),
+    "normalized": (_normalized, (40, 4)),
+}
+"""Models with the shape of a batch that leaves no factor without full rank but softmax's G."""
+
+
+def problem(model: str, loss: str = "softmax") -> Problem:
+    torch.manual_seed(0)
+    make, shape = MODELS[model]
+    kind, likelihood = LOSSES[loss]
+    inputs = torch.randn(shape, dtype=F64)
+    targets = {
+        "softmax": torch.randint(OUTPUTS, shape[:1]),
+        "mse": torch.randn(shape[0], OUTPUTS, dtype=F64),
+        "bce": torch.randint(2, (shape[0], OUTPUTS)).to(F64),
+    }[loss]
+    return Problem(make().double(), inputs, targets, kind(), likelihood)
+
+
+def measured(case: Problem, **recipe: Any) -> Optimizer:
+    """Return our optimizer after it has measured the curvature on the batch."""
+    recipe = {"curvature": "conv_kfac", "fisher": "exact", "damping": DAMPING} | recipe
+    model = copy.deepcopy(case.model)
+    optimizer = kfactk.build(likelihood=case.likelihood, lr=0.0, update="sgd", **recipe).bind(model)
+    case.loss(model(case.inputs), case.targets).backward()
+    optimizer.step()
+    return optimizer
+
+
+def deviation(ours: Tensor, theirs: Tensor) -> float:
+    """Return `|ours - theirs| / |theirs|`."""
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def agree(ours: Mapping[str, Tensor], theirs: Iterable[Tensor]) -> None:
+    """Compare tensors one by one."""
+    for (name, mine), other in zip(ours.items(), theirs, strict=True):
+        assert deviation(mine, other) < TOLERANCE, name
+
+
+def joined(module: nn.Module, tensors: Iterable[Tensor]) -> Tensor:
+    """Return weight and bias, with leading dimensions, as matrices `[..., d_out, d_in]`."""
+    weight, *bias = tensors
+    lead = weight.ndim - module.weight.ndim
+    return torch.cat([weight.flatten(lead + 1), *(each.unsqueeze(-1) for each in bias)], -1)
+
+
+def blocks(case: Problem, dense: Tensor) -> dict[str, Tensor]:
+    """Cut the blocks of layers out of a matrix over all their parameters.
+
+    Rows and columns of a block are the entries of the layer's matrix, row by row.
+    """
+    found, start = {}, 0
+    for name, module in case.layers().items():
+        parameters = list(module.parameters())
+        end = start + sum(p.numel() for p in parameters)
+        split = torch.arange(start, end).split([p.numel() for p in parameters])
+        at = joined(
+            module, (i.reshape(p.shape) for i, p in zip(split, parameters, strict=True))
+        ).flatten()
+        found[name], start = dense[at[:, None], at], end
+    return found
+
+
+def eigenvectors(view: BlockView) -> tuple[Tensor, Tensor]:
+    """Return `U_G` and `U_A` of a block with basis `ekfac`."""
+    made = view.decomposition
+    return made["G"]["eigenvectors"], made["A"]["eigenvectors"]
