@@ -98,24 +98,29 @@ def _convolutions() -> nn.Module:
     )
 
 
+def _batch_norm() -> nn.Module:
+    """A batch norm in evaluation mode, with statistics of its own."""
+    norm = nn.BatchNorm1d(6).eval()
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    nn.init.uniform_(norm.running_var, 0.5, 2.0)
+    nn.init.normal_(norm.running_mean)
+    return nn.Sequential(nn.Linear(4, 6), norm, nn.Tanh(), nn.Linear(6, OUTPUTS))
+
+
 def _normalized() -> nn.Module:
-    """Batch norms in evaluation mode, with statistics of their own."""
-    model = nn.Sequential(
-        nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 5), nn.LayerNorm(5), nn.Tanh(),
-        nn.Linear(5, OUTPUTS),
+    norm = nn.LayerNorm(5)
+    nn.init.uniform_(norm.weight, 0.5, 1.5)
+    first, batch_norm, tanh, _ = _batch_norm()
+    return nn.Sequential(
+        first, batch_norm, tanh, nn.Linear(6, 5), norm, nn.Tanh(), nn.Linear(5, OUTPUTS)
     )
-    for p in (*model[1].parameters(), *model[4].parameters()):
-        nn.init.uniform_(p, 0.5, 1.5)
-    nn.init.uniform_(model[1].running_var, 0.5, 2.0)
-    nn.init.normal_(model[1].running_mean)
-    model[1].eval()
-    return model
 
 
 MODELS = {
     "perceptron": (_perceptron, (40, 4)),
     "convolutions": (_convolutions, (40, 2, 5, 4)),
     "tokens": (Tokens, (40, 6, 3)),
+    "batch_norm": (_batch_norm, (40, 4)),
     "normalized": (_normalized, (40, 4)),
 }
 """Models with the shape of a batch that leaves no factor without full rank but softmax's G."""

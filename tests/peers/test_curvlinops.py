@@ -113,8 +113,10 @@ def test_sampled_targets(loss: str, basis: str) -> None:
     agree(ours.fisher_product(v), theirs @ list(v.values()))
 
 
+@pytest.mark.usefixtures("double")
 @pytest.mark.parametrize("loss", LOSSES)
 def test_scales_of_sampled_targets(loss: str) -> None:
+    """Its normal noise has the standard deviation of a number in torch's default precision."""
     case = problem("perceptron", loss)
     theirs = operator(FisherMCLinearOperator, case, seed=SEED, mc_samples=1)
     draw = labels_of(kronecker(case, fisher="mc"), SEED)
