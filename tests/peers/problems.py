@@ -91,7 +91,7 @@ def _convolutions() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(2, 3, 3, padding=1),
         nn.Tanh(),
-        nn.Conv2d(3, 4, (2, 3), stride=(2, 1), padding=(0, 1), dilation=(1, 1), bias=False),
+        nn.Conv2d(3, 4, (2, 3), stride=(2, 1), padding=(0, 1), dilation=(2, 1), bias=False),
         nn.Tanh(),
         nn.Flatten(),
         nn.Linear(4 * 2 * 4, OUTPUTS),

@@ -55,15 +55,20 @@ def terms(case: Problem) -> int:
 
 @exact_problems
 def test_kronecker_factors(model: str, loss: str) -> None:
-    """Its A is that of "sud" without the bias' column; its G is that of "reduce"."""
+    """Its A is that of "sud" without the bias' column; its G is that of "reduce".
+
+    The bias has a block of its own, which is this G.
+    """
     case = problem(model, loss)
     theirs = extended(case, KFLR())
     for spatial, which, keep in (("sud", 1, "A"), ("reduce", 0, "G")):
         ours = measured(case, basis="kfac", curvature={"name": "conv_kfac", "spatial": spatial})
-        for name in case.layers():
+        for name, module in case.layers().items():
             other = theirs.get_submodule(name).weight.kflr[which]
             mine = ours.layers[name].factors[keep]
             agree({keep: mine[: len(other), : len(other)]}, [other])
+            if module.bias is not None and keep == "G":
+                agree({keep: mine}, theirs.get_submodule(name).bias.kflr)
 
 
 @exact_problems
