@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping
+from importlib.metadata import version
 from typing import Any
 
 import attrs
@@ -18,10 +19,18 @@ F64 = torch.float64
 DAMPING = 0.03
 TOLERANCE = 1e-10
 """Of norms of differences, relative to the norm of what they are compared with."""
+FAR = 0.1
+"""A relative deviation that no rounding explains."""
+COMPARED = {
+    "curvlinops-for-pytorch": "3.0.1",
+    "nngeometry": "0.4",
+    "backpack-for-pytorch": "1.7.1",
+}
+"""The versions in which a peer was found to be wrong; others may have changed."""
 
 
 class Tokens(nn.Module):
-    """A sequence model: three layers that share weights over positions, then a mean over them."""
+    """A sequence model: two layers on every position, a mean over positions, and a head."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -124,6 +133,8 @@ MODELS = {
     "normalized": (_normalized, (40, 4)),
 }
 """Models with the shape of a batch that leaves no factor without full rank but softmax's G."""
+ROWS = {"convolutions": {"0": 20, "2": 8}, "tokens": {"first": 6, "second": 6}}
+"""T of the layers that see several rows of an example."""
 
 
 def problem(model: str, loss: str = "softmax") -> Problem:
@@ -149,9 +160,25 @@ def measured(case: Problem, **recipe: Any) -> Optimizer:
     return optimizer
 
 
+def conv_kfac(spatial: str) -> dict[str, Any]:
+    """Return the curvature that sums the rows of an example in this way."""
+    return {"name": "conv_kfac", "spatial": spatial}
+
+
 def deviation(ours: Tensor, theirs: Tensor) -> float:
     """Return `|ours - theirs| / |theirs|`."""
     return float((ours - theirs).norm() / theirs.norm())
+
+
+def compared(peer: str) -> bool:
+    """Return whether a peer is installed in the version that the documentation tells of."""
+    return version(peer) == COMPARED[peer]
+
+
+def differs(peer: str, found: Tensor, truth: Tensor) -> None:
+    """Check that a peer of the version compared is away from the truth."""
+    if compared(peer):
+        assert deviation(found, truth) > FAR, f"{peer} is right here: change docs/mathematics.md"
 
 
 def agree(ours: Mapping[str, Tensor], theirs: Iterable[Tensor]) -> None:

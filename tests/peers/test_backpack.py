@@ -17,6 +17,7 @@ from tests.peers.problems import (
     OUTPUTS,
     Problem,
     agree,
+    conv_kfac,
     eigenvectors,
     joined,
     measured,
@@ -62,7 +63,7 @@ def test_kronecker_factors(model: str, loss: str) -> None:
     case = problem(model, loss)
     theirs = extended(case, KFLR())
     for spatial, which, keep in (("sud", 1, "A"), ("reduce", 0, "G")):
-        ours = measured(case, basis="kfac", curvature={"name": "conv_kfac", "spatial": spatial})
+        ours = measured(case, basis="kfac", curvature=conv_kfac(spatial))
         for name, module in case.layers().items():
             other = theirs.get_submodule(name).weight.kflr[which]
             mine = ours.layers[name].factors[keep]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from typing import Any
 
 import pytest
 import torch
@@ -21,8 +20,10 @@ from tests.peers.problems import (
     DAMPING,
     LOSSES,
     MODELS,
+    ROWS,
     agree,
     blocks,
+    conv_kfac,
     eigenvectors,
     measured,
     problem,
@@ -32,10 +33,6 @@ SEED = 3
 BASES = {"kfac": KFACLinearOperator, "ekfac": EKFACLinearOperator}
 every_problem = pytest.mark.parametrize(("model", "loss"), list(itertools.product(MODELS, LOSSES)))
 every_approximation = pytest.mark.parametrize("spatial", ["sud", "reduce"])
-
-
-def conv_kfac(spatial: str) -> dict[str, Any]:
-    return {"name": "conv_kfac", "spatial": spatial}
 
 
 @every_problem
@@ -68,7 +65,7 @@ def test_factors_up_to_the_number_of_rows(model: str, loss: str, spatial: str) -
     ours = measured(case, basis="kfac", curvature=conv_kfac(spatial))
     theirs = kronecker(case, spatial=spatial)
     theirs.compute_kronecker_factors()
-    rows = {"convolutions": {"0": 20, "2": 8}, "tokens": {"first": 6, "second": 6}}.get(model, {})
+    rows = ROWS.get(model, {})
     for name in case.layers():
         t = rows.get(name, 1) if spatial == "sud" else 1
         a, g = theirs._input_covariances[name], theirs._gradient_covariances[name]

@@ -19,20 +19,22 @@ from tests.peers.curvlinops_side import dense, kronecker, operator
 from tests.peers.problems import (
     DAMPING,
     F64,
+    FAR,
     LOSSES,
     OUTPUTS,
+    ROWS,
     Problem,
     agree,
     blocks,
+    conv_kfac,
     deviation,
+    differs,
     eigenvectors,
     joined,
     measured,
     problem,
 )
 
-FAR = 0.1
-"""A relative deviation that no rounding explains."""
 POSITIONS = 5
 
 
@@ -91,7 +93,7 @@ def test_the_divisor_of_losses_with_several_labels(loss: str, variant: str, fact
 def test_terms_of_one_example_do_not_mix_in_an_exact_pass() -> None:
     """With "reduce" G is the block of the bias; curvlinops adds products of different terms."""
     case = positions()
-    ours = measured(case, basis="kfac", curvature={"name": "conv_kfac", "spatial": "reduce"})
+    ours = measured(case, basis="kfac", curvature=conv_kfac("reduce"))
     theirs = kronecker(case, spatial="reduce")
     theirs.compute_kronecker_factors()
     for name, block in blocks(case, dense(operator(GGNLinearOperator, case))).items():
@@ -99,11 +101,11 @@ def test_terms_of_one_example_do_not_mix_in_an_exact_pass() -> None:
         bias = torch.arange(len(block)).reshape(len(g), -1)[:, -1]
         truth = block[bias][:, bias]
         agree({"G": g}, [truth])
-        assert deviation(theirs._gradient_covariances[name], truth) > FAR
+        differs("curvlinops-for-pytorch", theirs._gradient_covariances[name], truth)
 
 
 def test_the_empirical_fisher_sums_over_terms_or_over_examples() -> None:
-    """A single datum is an example for kfactk, and a term for `EFLinearOperator`."""
+    """`EFLinearOperator` counts a term as an example; K-FAC of curvlinops sums as ours."""
     case = positions()
     ours = measured(case, basis="ekfac", fisher="empirical")
     whole = blocks(case, dense(operator(EFLinearOperator, case)))
@@ -124,6 +126,8 @@ def test_the_empirical_fisher_sums_over_terms_or_over_examples() -> None:
         agree(view.scale, [squares / terms])
         single = torch.cat([rows(slice(t, t + 1)) for t in range(POSITIONS)]).flatten(1)
         agree({"F": single.T @ single / terms}, [whole[name]])
+    v, kfac = case.vector(), measured(case, basis="kfac", fisher="empirical")
+    agree(kfac.fisher_product(v), kronecker(case, fisher="empirical") @ list(v.values()))
 
 
 def test_weight_and_bias_in_one_block_or_two() -> None:
@@ -138,7 +142,10 @@ def test_weight_and_bias_in_one_block_or_two() -> None:
 
 @pytest.mark.parametrize("model", ["perceptron", "convolutions"])
 def test_damping_of_the_product_or_of_both_factors(model: str) -> None:
-    """curvlinops can add it to products of eigenvalues, or the same number to each factor."""
+    """curvlinops can add it to products of eigenvalues, or the same number to each factor.
+
+    Then it matters which factor has 1/T.
+    """
     case, v = problem(model), problem(model).vector()
     ours, peer = measured(case, basis="kfac"), kronecker(case)
     vector, names = list(v.values()), list(v)
@@ -149,7 +156,7 @@ def test_damping_of_the_product_or_of_both_factors(model: str) -> None:
     whole = torch.kron(g, a)
     exact = torch.linalg.solve(whole + DAMPING * eye(whole), matrix.flatten()).reshape(len(g), -1)
     agree({"0": joined(case.layers()["0"], added[:2])}, [exact])
-    t = 20 if model == "convolutions" else 1  # where the rows of an example are counted matters
+    t = ROWS.get(model, {}).get("0", 1)
     apart = solved(case, "0", v, a / t + DAMPING * eye(a), g * t + DAMPING * eye(g))
     agree(dict(zip(names, each[:2], strict=False)), apart)
     for other in (added, each):

@@ -6,7 +6,6 @@ The dense Fisher matrix of single examples by autograd is the judge.
 from __future__ import annotations
 
 import copy
-from importlib.metadata import version
 from typing import Any
 
 import attrs
@@ -28,29 +27,18 @@ from tests.peers.problems import (
     TOLERANCE,
     Problem,
     agree,
+    compared,
+    conv_kfac,
     deviation,
+    differs,
     eigenvectors,
     measured,
     problem,
 )
 
-FAR = 0.1
-"""A relative deviation that no rounding explains."""
-COMPARED = {
-    "curvlinops-for-pytorch": "3.0.1",
-    "nngeometry": "0.4",
-    "backpack-for-pytorch": "1.7.1",
-}
-"""The versions in which the peer was found to differ; others may have changed."""
 EXAMPLES = 10
 NULL = 1e-10
 """Eigenvalues below this fraction of the largest are zero but for rounding."""
-
-
-def differs(peer: str, found: Tensor, truth: Tensor) -> None:
-    """Check that a peer of the version compared is away from the truth."""
-    if version(peer) == COMPARED[peer]:
-        assert deviation(found, truth) > FAR, f"{peer} is right here: change docs/mathematics.md"
 
 
 def convolution(**options: Any) -> Problem:
@@ -147,7 +135,7 @@ def test_a_layer_that_is_called_twice() -> None:
     v = case.vector()
     product, calls = measured(case, basis="kfac").fisher_product(v), 2
     theirs = kronecker(case) @ list(v.values())
-    if version("curvlinops-for-pytorch") == COMPARED["curvlinops-for-pytorch"]:
+    if compared("curvlinops-for-pytorch"):
         agree({name: calls * each for name, each in product.items()}, theirs)
 
 
@@ -158,7 +146,7 @@ def test_directions_of_a_null_space_share_their_scale() -> None:
     """
     full, few = problem("tokens"), slice(2)
     case = attrs.evolve(full, inputs=full.inputs[few], targets=full.targets[few])
-    view = measured(case, basis="ekfac", curvature={"name": "conv_kfac", "spatial": "reduce"})
+    view = measured(case, basis="ekfac", curvature=conv_kfac("reduce"))
     theirs = kronecker(case, EKFACLinearOperator, spatial="reduce")
     theirs.compute_eigenvalue_correction()
     for name in ("first", "second"):
