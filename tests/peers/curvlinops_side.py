@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from curvlinops import KFACLinearOperator
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.peers.problems import F64, Problem
 
@@ -15,12 +15,14 @@ APPROXIMATIONS = {"sud": "expand", "reduce": "reduce"}
 """Our words for what curvlinops has, and its own."""
 
 
-def operator(kind: Any, case: Problem, **options: Any) -> Any:
-    """Return a linear operator over the layers' parameters."""
+def operator(
+    kind: Any, case: Problem, parameters: list[nn.Parameter] | None = None, **options: Any
+) -> Any:
+    """Return a linear operator over some parameters, by default those of layers with a matrix."""
     return kind(
         case.model,
         case.loss,
-        list(case.parameters().values()),
+        list(case.parameters().values()) if parameters is None else parameters,
         [(case.inputs, case.targets)],
         check_deterministic=False,
         **options,

@@ -29,6 +29,13 @@ COMPARED = {
 """The versions in which a peer was found to be wrong; others may have changed."""
 
 
+class Mean(nn.Module):
+    """The mean over the positions of a sequence."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
 class Tokens(nn.Module):
     """A sequence model: two layers on every position, a mean over positions, and a head."""
 
@@ -61,7 +68,7 @@ class Problem:
 
     def layers(self) -> dict[str, nn.Module]:
         """Return the layers with a matrix, by name."""
-        kinds = (nn.Linear, nn.Conv2d)
+        kinds = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
         return {name: m for name, m in self.model.named_modules() if isinstance(m, kinds)}
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -125,6 +132,30 @@ def _normalized() -> nn.Module:
     )
 
 
+def _signals() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv1d(2, 3, 3, stride=2, padding=2, dilation=2),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(3 * 4, OUTPUTS),
+    )
+
+
+def _volumes() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv3d(2, 3, (1, 2, 2), stride=(2, 1, 1), padding=(0, 1, 0)),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(3 * 2 * 4 * 2, OUTPUTS),
+    )
+
+
+def _embedded() -> nn.Module:
+    return nn.Sequential(
+        nn.Embedding(6, 4), nn.LayerNorm(4), nn.Linear(4, 5), nn.Tanh(), Mean(), nn.Linear(5, 3)
+    )
+
+
 MODELS = {
     "perceptron": (_perceptron, (40, 4)),
     "convolutions": (_convolutions, (40, 2, 5, 4)),
@@ -133,15 +164,23 @@ MODELS = {
     "normalized": (_normalized, (40, 4)),
 }
 """Models with the shape of a batch that leaves no factor without full rank but softmax's G."""
+OTHERS = {
+    "signals": (_signals, (60, 2, 7)),
+    "volumes": (_volumes, (60, 2, 3, 3, 3)),
+    "embedded": (_embedded, (40, 5)),
+}
+"""Models with layers for which only some peers have anything."""
 ROWS = {"convolutions": {"0": 20, "2": 8}, "tokens": {"first": 6, "second": 6}}
 """T of the layers that see several rows of an example."""
 
 
 def problem(model: str, loss: str = "softmax") -> Problem:
     torch.manual_seed(0)
-    make, shape = MODELS[model]
+    make, shape = (MODELS | OTHERS)[model]
     kind, likelihood = LOSSES[loss]
     inputs = torch.randn(shape, dtype=F64)
+    if model == "embedded":
+        inputs = torch.randint(6, shape)
     targets = {
         "softmax": torch.randint(OUTPUTS, shape[:1]),
         "mse": torch.randn(shape[0], OUTPUTS, dtype=F64),
@@ -215,3 +254,9 @@ def eigenvectors(view: BlockView) -> tuple[Tensor, Tensor]:
     """Return `U_G` and `U_A` of a block with basis `ekfac`."""
     made = view.decomposition
     return made["G"]["eigenvectors"], made["A"]["eigenvectors"]
+
+
+def diagonal(view: BlockView, block: Tensor) -> Tensor:
+    """Return the diagonal of a dense block in the basis of a view, in the shape of its scale."""
+    basis = torch.kron(*eigenvectors(view))
+    return (basis.T @ block @ basis).diagonal().reshape(view.scale["scale"].shape)

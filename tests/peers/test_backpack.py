@@ -24,7 +24,7 @@ from tests.peers.problems import (
     problem,
 )
 
-MODELS = ("perceptron", "convolutions")
+MODELS = ("perceptron", "convolutions", "signals", "volumes")
 """It knows no LayerNorm and no factors of layers that share a weight over positions."""
 EXACT_LOSSES = ("softmax", "mse")
 """Its information of binary labels is that of one label in each example."""

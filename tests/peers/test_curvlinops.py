@@ -24,13 +24,14 @@ from tests.peers.problems import (
     agree,
     blocks,
     conv_kfac,
-    eigenvectors,
+    diagonal,
     measured,
     problem,
 )
 
 SEED = 3
 BASES = {"kfac": KFACLinearOperator, "ekfac": EKFACLinearOperator}
+DENSE = {"exact": GGNLinearOperator, "empirical": EFLinearOperator}
 every_problem = pytest.mark.parametrize(("model", "loss"), list(itertools.product(MODELS, LOSSES)))
 every_approximation = pytest.mark.parametrize("spatial", ["sud", "reduce"])
 
@@ -84,18 +85,14 @@ def test_traces_of_ekfac(model: str, loss: str, spatial: str) -> None:
 
 
 @every_problem
-@pytest.mark.parametrize(
-    ("fisher", "kind"), [("exact", GGNLinearOperator), ("empirical", EFLinearOperator)]
-)
-def test_scales_are_diagonals_of_dense_blocks(
-    model: str, loss: str, fisher: str, kind: type
-) -> None:
+@pytest.mark.parametrize("fisher", DENSE)
+def test_scales_are_diagonals_of_dense_blocks(model: str, loss: str, fisher: str) -> None:
     """In our basis the diagonal of the Gauss-Newton matrix, or of the empirical Fisher."""
     case = problem(model, loss)
     ours = measured(case, basis="ekfac", fisher=fisher)
-    for name, block in blocks(case, dense(operator(kind, case))).items():
-        basis, scale = torch.kron(*eigenvectors(ours.layers[name])), ours.layers[name].scale
-        agree(scale, [(basis.T @ block @ basis).diagonal().reshape(scale["scale"].shape)])
+    for name, block in blocks(case, dense(operator(DENSE[fisher], case))).items():
+        view = ours.layers[name]
+        agree(view.scale, [diagonal(view, block)])
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -119,5 +116,32 @@ def test_scales_of_sampled_targets(loss: str) -> None:
     draw = labels_of(kronecker(case, fisher="mc"), SEED)
     ours = measured(case, basis="ekfac", fisher={"name": "mc", "draw": draw})
     for name, block in blocks(case, dense(theirs)).items():
-        basis, scale = torch.kron(*eigenvectors(ours.layers[name])), ours.layers[name].scale
-        agree(scale, [(basis.T @ block @ basis).diagonal().reshape(scale["scale"].shape)])
+        view = ours.layers[name]
+        agree(view.scale, [diagonal(view, block)])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("fisher", DENSE)
+def test_embeddings_and_norms_on_sequences(loss: str, fisher: str) -> None:
+    """Whatever autograd can differentiate has a dense matrix.
+
+    The basis of an embedding is that of its indices on one side.
+    """
+    case = problem("embedded", loss)
+    table, norm = case.model[0], case.model[1]
+    every = ["conv_kfac", "embedding", "norm"]
+    ours = measured(case, basis="ekfac", fisher=fisher, curvature=every).layers
+    chosen = [table.weight, norm.weight, norm.bias]
+    whole = dense(operator(DENSE[fisher], case, parameters=chosen))
+    rows, width = table.weight.shape
+    vectors = ours["0"].decomposition["G"]["eigenvectors"]
+    basis = torch.kron(vectors, torch.eye(rows, dtype=vectors.dtype))
+    at = torch.arange(rows * width).reshape(rows, width).T.flatten()  # [width, rows], row by row
+    scale = ours["0"].scale
+    turned = (basis.T @ whole[at[:, None], at] @ basis).diagonal()
+    agree(scale, [turned.reshape(scale["scale"].shape)])
+    units = rows * width + torch.arange(2 * width).reshape(2, width)  # scales, then shifts
+    agree(
+        ours["1"].factors,
+        [torch.stack([whole[unit[:, None], unit] for unit in units.T])],
+    )
