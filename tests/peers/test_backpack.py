@@ -12,17 +12,8 @@ from backpack import backpack, extend
 from backpack.extensions import KFLR, BatchGrad, DiagGGNExact, SqrtGGNExact, SumGradSquared
 from torch import Tensor, nn
 
-from tests.peers.problems import (
-    LOSSES,
-    OUTPUTS,
-    Problem,
-    agree,
-    conv_kfac,
-    eigenvectors,
-    joined,
-    measured,
-    problem,
-)
+from tests.peers.comparing import agree, eigenvectors, joined
+from tests.peers.problems import LOSSES, OUTPUTS, Problem, conv_kfac, measured, problem
 
 MODELS = ("perceptron", "convolutions", "signals", "volumes")
 """It knows no LayerNorm and no factors of layers that share a weight over positions."""

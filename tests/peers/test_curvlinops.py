@@ -15,19 +15,9 @@ from curvlinops import (
     KFACLinearOperator,
 )
 
+from tests.peers.comparing import agree, blocks, diagonal
 from tests.peers.curvlinops_side import dense, kronecker, labels_of, operator
-from tests.peers.problems import (
-    DAMPING,
-    LOSSES,
-    MODELS,
-    ROWS,
-    agree,
-    blocks,
-    conv_kfac,
-    diagonal,
-    measured,
-    problem,
-)
+from tests.peers.problems import DAMPING, LOSSES, MODELS, ROWS, conv_kfac, measured, problem
 
 SEED = 3
 BASES = {"kfac": KFACLinearOperator, "ekfac": EKFACLinearOperator}

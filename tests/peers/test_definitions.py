@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import attrs
 import pytest
 import torch
@@ -15,22 +17,25 @@ from torch import Tensor, nn
 
 from kfactk.testing._support.truth import layer_gradients
 from tests.peers import nngeometry_side
-from tests.peers.curvlinops_side import dense, kronecker, operator
-from tests.peers.problems import (
-    DAMPING,
-    F64,
+from tests.peers.comparing import (
+    COMPARED,
     FAR,
-    LOSSES,
-    OUTPUTS,
-    ROWS,
-    Problem,
     agree,
     blocks,
-    conv_kfac,
     deviation,
     differs,
     eigenvectors,
     joined,
+)
+from tests.peers.curvlinops_side import dense, kronecker, operator
+from tests.peers.problems import (
+    DAMPING,
+    F64,
+    LOSSES,
+    OUTPUTS,
+    ROWS,
+    Problem,
+    conv_kfac,
     measured,
     problem,
 )
@@ -174,3 +179,8 @@ def test_nngeometry_without_pi_damps_its_own_split() -> None:
     a, g = factors["A"], factors["G"]
     ours = solved(case, "0", v, a * root + damping * eye(a), g / root + damping * eye(g))
     agree(dict(zip(("weight", "bias"), ours, strict=True)), nngeometry_side.tensors(theirs)[:2])
+
+
+def test_the_documentation_names_the_versions_compared() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "mathematics.md").read_text()
+    assert [number for number in COMPARED.values() if f") {number}" not in page] == []

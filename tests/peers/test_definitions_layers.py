@@ -20,21 +20,9 @@ from torch import Tensor, nn
 from kfactk.testing._support.truth import categorical_fisher_gradients, projected_square
 from tests.kfactk.dense import pooled
 from tests.peers import nngeometry_side
+from tests.peers.comparing import TOLERANCE, agree, compared, deviation, differs, eigenvectors
 from tests.peers.curvlinops_side import kronecker
-from tests.peers.problems import (
-    F64,
-    OUTPUTS,
-    TOLERANCE,
-    Problem,
-    agree,
-    compared,
-    conv_kfac,
-    deviation,
-    differs,
-    eigenvectors,
-    measured,
-    problem,
-)
+from tests.peers.problems import F64, OUTPUTS, Problem, conv_kfac, measured, problem
 
 EXAMPLES = 10
 NULL = 1e-10

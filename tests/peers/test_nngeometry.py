@@ -9,6 +9,7 @@ import torch
 from nngeometry.object import PMatBlockDiag, PMatDense, PMatEKFAC, PMatKFAC
 from torch import nn
 
+from tests.peers.comparing import agree, blocks, diagonal
 from tests.peers.nngeometry_side import (
     VARIANTS,
     fisher,
@@ -17,7 +18,7 @@ from tests.peers.nngeometry_side import (
     tensors,
     vector,
 )
-from tests.peers.problems import DAMPING, agree, blocks, diagonal, measured
+from tests.peers.problems import DAMPING, measured
 
 MODELS = ("perceptron", "convolutions", "normalized")
 """It has no Linear layer that shares its weight over positions."""
