@@ -40,7 +40,7 @@ FOR_STAGES = {
 }
 """Modules whose public names a stage may import, besides what `kfactk` itself exports."""
 PURE = ("errors", "linalg", "statistics")
-ACROSS = {"situations", "training_loops", "equivalence", "integrations"}
+ACROSS = {"situations", "training_loops", "equivalence", "integrations", "peers"}
 """Folders of tests that mirror no source: they drive the whole package."""
 COMMON_WORDS = {"none", "value", "norm", "exact", "momentum"}
 """Stage names that also mean something else as a string."""
