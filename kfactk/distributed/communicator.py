@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, Protocol
 
 import torch
@@ -127,8 +128,25 @@ class Communicator:
         ranks = [self._global(member) for member in members]
         with explain_failures():
             return dist.new_group(
-                ranks, backend=dist.get_backend(self.group), use_local_synchronization=True
+                ranks,
+                timeout=self._timeout(),
+                backend=dist.get_backend(self.group),
+                use_local_synchronization=True,
             )
+
+    def _timeout(self) -> timedelta | None:
+        """Return how long the user lets a collective of the group take; `None` where unknown.
+
+        torch tells it of backends only, and not of all.
+        """
+        group: Any = dist.group.WORLD if self.group is None else self.group
+        device = self._device(None)
+        try:
+            options = group._get_backend(device).options
+        except (AttributeError, RuntimeError):
+            return None
+        found = getattr(options, "_timeout", None)
+        return found if isinstance(found, timedelta) else None
 
     @property
     def _subgroups(self) -> _Subgroups:

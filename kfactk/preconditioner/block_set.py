@@ -148,12 +148,15 @@ class BlockSet:
                 k: block for k, block in self._adopted.items() if _place(block) in places
             }
 
-    def check_ranks(self, blocks: Sequence[Block], communicator: Communicator) -> None:
-        """Check that every rank trains the same layers; a collective call.
+    def check_ranks(
+        self, blocks: Sequence[Block], communicator: Communicator, clock: tuple[int | None, ...]
+    ) -> None:
+        """Check that every rank trains the same layers, and at the same time; a collective call.
 
         Args:
             blocks: Those of the layers that are covered now.
             communicator: Joins the ranks.
+            clock: The step that begins, and its `factor_every`, `scale_every` and `basis_every`.
 
         Raises:
             CombinationError: They are not the same.
@@ -162,11 +165,19 @@ class BlockSet:
             return
         new = set(self._new.values())
         mine = [_standing(block, new=block in new) for block in blocks]
-        if communicator.same(repr(mine)):
+        if communicator.same(repr((mine, clock))):
             return
-        everyone: list[dict[str, str]] = communicator.gathered(
-            {block.name: _told(each) for block, each in zip(blocks, mine, strict=True)}
-        )
+        told = {block.name: _told(each) for block, each in zip(blocks, mine, strict=True)}
+        reports: list[Any] = communicator.gathered((told, clock))
+        for rank, (_, theirs) in enumerate(reports):
+            for name, first, other in zip(CLOCK, reports[0][1], theirs, strict=False):
+                if first != other:
+                    raise CombinationError(
+                        f"ranks are not at the same point: {name} is {first} on rank 0 and {other} "
+                        f"on rank {rank}. Every rank must call step() equally often, and a period "
+                        "that is a function of the step must return the same on all ranks."
+                    )
+        everyone: list[dict[str, str]] = [each for each, _ in reports]
         for rank, theirs in enumerate(everyone):
             for name in {**everyone[0], **theirs}:
                 first, other = (each.get(name, "none") for each in (everyone[0], theirs))
@@ -179,6 +190,10 @@ class BlockSet:
         raise CombinationError(
             "ranks have the same layers in different orders. Build the same model on all ranks."
         )
+
+
+CLOCK = ("the number of steps taken", "factor_every", "scale_every", "basis_every")
+"""What `check_ranks` compares besides the layers."""
 
 
 def _place(block: Block) -> tuple[nn.Module, str]:

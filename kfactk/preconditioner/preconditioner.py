@@ -245,8 +245,8 @@ class Preconditioner:
             CombinationError: The ranks do not plan the same.
         """
         blocks = self.blocks.current()
+        self.agree(step)  # first: a rank that has begun other sums would wait for them
         self._arrived = self.overlapped.finish(set(blocks))
-        self.agree()
         if self.communicator.size > 1:  # plans follow from places
             self._planned = None
         self._make_plan(step, blocks)
@@ -293,14 +293,19 @@ class Preconditioner:
         self._unseen = missing
         return len(missing) == len(self._plan.followed) and not nonzero_anywhere
 
-    def agree(self) -> None:
+    def agree(self, step: int | None = None) -> None:
         """Go on with the layers as they are now, if they are the same on all ranks.
+
+        Args:
+            step: Index of the step that begins, which must be the same too, as its periods; `None`
+                between steps.
 
         Raises:
             CombinationError: They are not.
         """
         blocks = self.blocks.current()
-        self.blocks.check_ranks(blocks, self.communicator)
+        periods = () if step is None else self._planner.schedule.periods(step)
+        self.blocks.check_ranks(blocks, self.communicator, (step, *periods))
         self.blocks.adopt(blocks)
         self.overlapped.retain(set(blocks))
 

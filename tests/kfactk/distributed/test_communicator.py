@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
+from datetime import timedelta
 from typing import Any
 
 import attrs
@@ -430,3 +431,17 @@ def overlapping(rank: int) -> float:
 
 def test_prepare_makes_groups_that_share_ranks() -> None:
     assert run(4, overlapping) == [4.0, 4.0, 4.0, 3.0]
+
+
+def patience(rank: int) -> list[timedelta]:
+    """How long the groups wait that are made within a group with a time-out of its own."""
+    own = dist.new_group([0, 1, 2], timeout=timedelta(seconds=7))
+    communicator = Communicator(own)
+    communicator.prepare([(0, 1)])
+    communicator.stand_aside()
+    groups = [communicator._group((0, 1) if rank < 2 else (2,)), communicator._subgroups.aside]
+    return [group._get_backend(torch.device("cpu")).options._timeout for group in groups]
+
+
+def test_groups_of_our_own_wait_as_long_as_the_users() -> None:
+    assert run(3, patience) == [[timedelta(seconds=7)] * 2] * 3

@@ -303,3 +303,41 @@ def test_several_bases_on_several_ranks_equal_one_process(
         assert its == stages
         for name, parameter in parameters.items():
             torch.testing.assert_close(parameter, expected[name], rtol=1e-9, atol=1e-10)
+
+
+# -------------------------------------------------------------------------------- time on one rank
+
+
+def out_of_time(rank: int, which: str, placement: str) -> str:
+    """What the step says where a period, or the number of steps, is another one on rank 1."""
+    seen = [1]
+    periods = {} if which == "step" else {which: lambda step: seen[0]}
+    model = net()
+    optimizer = kfactk.build(**{**RECIPE, **periods}, placement=placement).bind(model)
+    for number in range(3):
+        step(model, optimizer, number)
+    if rank == 1 and which == "step":
+        optimizer._run.step += 1
+    if rank == 1:
+        seen[0] = 2
+    backward(model, optimizer, 3)
+    with pytest.raises(CombinationError) as error:
+        optimizer.step()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("placement", ["replicated", "mem_opt"])
+@pytest.mark.parametrize(
+    ("which", "told"),
+    [
+        ("factor_every", "factor_every is 1 on rank 0 and 2 on rank 1"),
+        ("scale_every", "scale_every is 1 on rank 0 and 2 on rank 1"),
+        ("basis_every", "basis_every is 1 on rank 0 and 2 on rank 1"),
+        ("step", "the number of steps taken is 3 on rank 0 and 4 on rank 1"),
+    ],
+)
+def test_periods_and_steps_that_differ_on_one_rank_are_refused_on_all(
+    which: str, told: str, placement: str
+) -> None:
+    for said in shared_workers().run(2, out_of_time, which, placement):
+        assert f"ranks are not at the same point: {told}" in said
