@@ -24,9 +24,9 @@ class KfacInverse(Basis):
         P V = (G + sqrt(tau) / pi I)^-1  V  (A + pi sqrt(tau) I)^-1
         pi = sqrt((tr A / dim A) / (tr G / dim G))
 
-    A constant that moves from A to G does not change the product. `pi` is 1 where a trace is zero.
-    The Cholesky factors contain the damping of their refresh: a changed damping acts at the next
-    refresh only.
+    A constant that moves from A to G does not change the product, within the range of the factors'
+    precision. `pi` is 1 where a trace is zero. The Cholesky factors contain the damping of their
+    refresh: a changed damping acts at the next refresh only.
 
     Example:
         >>> import torch
@@ -48,16 +48,15 @@ class KfacInverse(Basis):
     def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> dict[str, Tensor]:
         """Return `{"cholesky": [..., n, n]}`, lower triangular, of the damped A / pi or pi G.
 
-        Both factors are then as large as the root of F. So what lies between the two triangular
-        solves lies between V and P V in size.
+        Both factors are then as large as the root of F, and so is the least damping, whatever size
+        A and G have: what lies between the two triangular solves lies between V and P V in size.
         """
         mean_a, mean_g = context.mean_diagonal["A"], context.mean_diagonal["G"]
         pi = linalg.tikhonov_pi(mean_a, mean_g)
-        root = context.damping**0.5
-        shift = pi * root if name == "A" else root / pi
-        shift = torch.maximum(shift, linalg.damping_floor(context.mean_diagonal[name]))
-        balance = pi.rsqrt() if name == "A" else pi.sqrt()
-        return {"cholesky": linalg.cholesky(matrix, shift).mul_(balance[..., None, None])}
+        balance = 1 / pi if name == "A" else pi
+        least = linalg.damping_floor(context.mean_diagonal[name] * balance)
+        shift = least.clamp(min=context.damping**0.5)
+        return {"cholesky": linalg.cholesky(matrix * balance[..., None, None], shift)}
 
     def operator(
         self, decomposition: Decomposition, moments: Tensors, damping: float, matrices: Tensors

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import attrs
+import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
@@ -130,3 +131,18 @@ def test_multiplying_reads_the_matrices_when_it_is_asked_only() -> None:
     assert sorted(read) == ["A", "G"]
     bare = KfacInverse().operator({}, {}, 0.1, {"A": a, "G": g})
     torch.testing.assert_close(bare.multiply(v), g @ v @ a)
+
+
+@pytest.mark.parametrize("power", [0, 6, 9, 12, 17, -6, -9, -12, -17])
+def test_float32_holds_whatever_size_moves_between_the_factors(power: int) -> None:
+    """Inputs times s, gradients over s: F stays the same. Truth is the dense solve in float64."""
+    generator, size = torch.Generator().manual_seed(0), 10.0**power
+    a, g = moment(40, 6, generator, 1)[0], moment(40, 5, generator, 1)[0]
+    gradient, tau = torch.randn(5, 6, generator=generator, dtype=F64), 1e-3
+    expected = solve(kfac_block(a, g, tau), gradient)
+    matrices = {"A": (a * size**2).float(), "G": (g / size**2).float()}
+    diagonals = {name: matrix.diagonal().mean() for name, matrix in matrices.items()}
+    context, basis = FactorContext(tau, diagonals), KfacInverse()
+    parts = {name: basis.decompose(name, m, context) for name, m in matrices.items()}
+    found = basis.operator(parts, {}, tau, matrices).solve(gradient.float())
+    assert float((found - expected).norm() / expected.norm()) < 1e-5
