@@ -328,6 +328,7 @@ class FisherPass:
             return
         taken = self._take_inputs(forward, view, terms) if counts else set()
         if self._taker.needs_pass():
+            _check_several_backwards(forward)
             forward = forward.without(self._taker.input_only())
             layers = [layer for layer in forward.layers if layer not in taken]
             self._probe(forward, view)
@@ -409,6 +410,22 @@ class FisherPass:
         scale = LossScale(terms, self._reduction, self._scaler)
         backward = UserBackward(forward, output, sink if keep else None, scale, self)
         self._watches.append(Watch(backward, sink, terms))
+
+
+def _check_several_backwards(forward: Forward) -> None:
+    """Refuse a forward through which only the user's own backward may run.
+
+    Raises:
+        CaptureError: A layer ran under selective activation checkpointing.
+    """
+    names = [call.record.layer.name for call in forward.calls if call.once]
+    if names:
+        raise CaptureError(
+            f"layers {', '.join(map(repr, dict.fromkeys(names)))} run under selective activation "
+            "checkpointing (create_selective_checkpoint_contexts), and torch allows one backward "
+            "through it: a Fisher pass would take yours. Checkpoint without context_fn, or measure "
+            "on your own backward with fisher='empirical'."
+        )
 
 
 def draw_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:

@@ -30,6 +30,9 @@ def _check_class(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> 
     else:
         name = value.__name__
         why = next((why for kind, why in UNSUPPORTED.items() if issubclass(value, kind)), "")
+        closure = inspect.signature(value.step).parameters.get("closure")
+        if not why and closure is not None and closure.default is closure.empty:
+            why = "its step needs a closure, which it would call on the plain gradients"
         if not why and not {"lr", "**"} & set(_arguments(value)):
             why = "it takes no `lr`, which clips and schedulers rely on"
     if why:

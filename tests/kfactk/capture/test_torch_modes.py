@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import gc
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from kfactk import CaptureError, Optimizer
 from kfactk.capture.torch_modes import EAGERNESS, ForcedEagerness, full_precision
@@ -291,6 +292,31 @@ def test_reentrant_checkpointing_is_an_error_that_says_so() -> None:
     with pytest.raises(CaptureError, match="use_reentrant=False"):
         model(data[0])
     optimizer.close()
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])
+def test_selective_checkpointing_is_an_error_unless_no_pass_is_ours(fisher: str) -> None:
+    contexts = functools.partial(
+        create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default]
+    )
+
+    class Selective(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            part = nn.Sequential(self[0], self[1])
+            inner = checkpoint(part, x, use_reentrant=False, context_fn=contexts)
+            output: Tensor = self[2](inner)
+            return output
+
+    truth, data = net(), batch()
+    model = Selective(*copy.deepcopy(truth))
+    optimizer, other = (bound(each, fisher=fisher) for each in (model, truth))
+    train(other, truth, data)
+    if fisher != "empirical":
+        with pytest.raises(CaptureError, match="layers '0' run under selective activation"):
+            model(data[0])
+        return
+    train(optimizer, model, data)
+    assert_equal(factors(optimizer), factors(other))
 
 
 def test_a_root_under_reentrant_checkpointing_is_an_error_that_says_so() -> None:

@@ -92,6 +92,15 @@ def test_subclass_of_an_unsupported_class_is_refused() -> None:
         TorchOptimizer(Mine)
 
 
+def test_a_class_whose_step_needs_a_closure_is_refused() -> None:
+    class Needs(torch.optim.SGD):
+        def step(self, closure: Any) -> Any:  # type: ignore[override]
+            return super().step(closure)
+
+    with pytest.raises(OptionError, match=r"Needs cannot be .* its step needs a closure"):
+        TorchOptimizer(Needs)
+
+
 def test_make_refuses_weight_decay_that_the_class_lacks() -> None:
     update = TorchOptimizer(torch.optim.Rprop)
     assert (
