@@ -109,8 +109,8 @@ def _stage_lines(info: StageInfo, indent: int) -> list[str]:
         rows.append(f"paper: {info.paper}")
     if info.conflict:
         rows.append(
-            "CONFLICT: several plugins claim this name, and none of them is used; the warning says "
-            "how to choose one"
+            "CONFLICT: several plugins claim this name, and this one is not used; the warning says "
+            "how to choose it"
         )
     if info.blocked:
         rows = [f"BLOCKED by {info.blocked}", origin]

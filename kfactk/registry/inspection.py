@@ -91,7 +91,7 @@ class StageInfo:
         version: Version of that distribution.
         paper: First work its References name, or "".
         summary: First line of its documentation, or "".
-        conflict: Whether another plugin claims the same name, so that neither can be used by name.
+        conflict: Whether another plugin claims the same name, so that it cannot be used by name.
         blocked: What blocks it, or "".
     """
 

@@ -99,8 +99,11 @@ class Registry(Plugins):
         for family in STAGE_HOOKS:
             for name, claims in made._claims(family).items():
                 if len(claims) > 1:
-                    message = str(_conflict_error(family, name, claims))
-                    warnings.warn(message, KfactkWarning, stacklevel=2)
+                    winner = _usable(claims)
+                    told = (
+                        _conflict_error(family, name, claims) if winner is None else _lost(claims)
+                    )
+                    warnings.warn(str(told), KfactkWarning, stacklevel=2)
         return made
 
     def stages(self, family: str | None = None) -> list[StageInfo]:
@@ -188,9 +191,10 @@ class Registry(Plugins):
         claims = self._claims(family)
         if name not in claims:
             raise self._unknown_stage_error(family, name, list(claims))
-        if len(claims[name]) > 1:
+        found = _usable(claims[name])
+        if found is None:
             raise _conflict_error(family, name, claims[name])
-        return claims[name][0]
+        return found
 
     def _unknown_stage_error(self, family: str, name: str, known: list[str]) -> UnknownStageError:
         hints = "".join(f" {hint}" for hint in self._hints(family, name) if hint)
@@ -218,14 +222,16 @@ class Registry(Plugins):
     def _name_of(self, family: str, kind: type[Any]) -> str | None:
         """Return the name that `resolve` makes this class from, or `None`."""
         for name, stages in self._claims(family).items():
-            if len(stages) == 1 and stages[0].factory is kind:
+            usable = _usable(stages)
+            if usable is not None and usable.factory is kind:
                 return name
         return None
 
     def _stage_infos(self, family: str) -> list[StageInfo]:
         found = []
         for stages in self._claims(family).values():
-            found += [_stage_info(stage, conflict=len(stages) > 1) for stage in stages]
+            usable = _usable(stages)
+            found += [_stage_info(stage, conflict=stage is not usable) for stage in stages]
         for each in self.records:
             kind, _, name = each.name.partition(".")
             if each.blocked_by and kind == family and name:
@@ -246,6 +252,26 @@ def _check_family(family: str) -> None:
             f"There is no stage family {family!r}.{near_names(str(family), STAGE_HOOKS)} "
             f"Use one of: {', '.join(STAGE_HOOKS)}."
         )
+
+
+def _usable(stages: list[RegisteredStage]) -> RegisteredStage | None:
+    """Return the stage that a name stands for: the only one, or else kfactk's own."""
+    own = [stage for stage in stages if stage.plugin.distribution == PROJECT]
+    found = stages if len(stages) == 1 else own
+    return found[0] if len(found) == 1 else None
+
+
+def _lost(stages: list[RegisteredStage]) -> str:
+    """Return the warning that plugins claim a name of kfactk's own."""
+    own = _usable(stages)
+    others = [stage for stage in stages if stage is not own]
+    paths = " or ".join(repr(_path_of(stage)) for stage in others)
+    plugins = " and ".join(str(stage.plugin) for stage in others)
+    return (
+        f"{others[0].family} {others[0].name!r} is kfactk's own, and stays so, though it is also "
+        f"provided by {plugins}. To use that one, give its path in place of the name: {paths}. "
+        f"Its authors should give it another name; {DISABLE}={others[-1].plugin.name} blocks it."
+    )
 
 
 def _conflict_error(family: str, name: str, stages: list[RegisteredStage]) -> PluginError:

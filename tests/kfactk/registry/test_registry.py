@@ -386,6 +386,27 @@ def test_name_of_two_plugins_is_refused_with_both_named(site: Site) -> None:
     )
 
 
+def test_a_name_of_kfactks_own_stays_its_own(site: Site) -> None:
+    site.module("own_plugin", CLIP.format(name="Own", stage="shared"))
+    for name in ("stranger", "other"):
+        site.module(f"{name}_plugin", CLIP.format(name=name.title(), stage="shared"))
+        site.install(f"{name}-dist", {name: f"{name}_plugin"})
+    site.install("kfactk", {"clip.shared": "own_plugin"})
+    told = r"clip 'shared' is kfactk's own.* by 'other' .* and 'stranger' .*'stranger_plugin:Str"
+    with pytest.warns(KfactkWarning, match=told):
+        found = Registry.load(site.entry_points(), disabled=())
+    stage = found.resolve("clip", {"name": "shared", "by": 2.0})
+    assert type(stage).__name__ == "Own"
+    assert found.describe("clip", stage) == {"name": "shared", "by": 2.0}
+    other = found.resolve("clip", {"name": "stranger_plugin:Stranger", "by": 2.0})
+    assert found.describe("clip", other)["name"] == "stranger_plugin:Stranger"
+    assert {(info.plugin, info.conflict) for info in found.stages("clip")} == {
+        ("clip.shared", False),
+        ("stranger", True),
+        ("other", True),
+    }
+
+
 def test_blocking_a_plugin_resolves_a_conflict(site: Site) -> None:
     load_conflict(site)
     found = Registry.load(site.entry_points(), disabled=["second"])
