@@ -1,0 +1,183 @@
+"""EKFAC's step in float64, written again: one example at a time, by plain autograd.
+
+Nothing here uses kfactk. Layers are linear, with a bias. `Hand` calls the model with one example,
+takes the gradient of the layer's own parameters for each column of the likelihood's information,
+and solves with the eigenvectors that A and G give. `dense` solves with the whole Fisher matrix,
+which is the same for deep linear networks under a Gaussian likelihood.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import kfactk
+from kfactk import Optimizer
+
+DAMPING, LR = 0.1, 0.5
+EVERY = {"factor_every": 1, "scale_every": 1, "basis_every": 1, "factor_decay": 0.0}
+"""Everything anew at each step: a step depends on no step before it."""
+
+
+def recipe(**options: Any) -> kfactk.Recipe:
+    """Return the recipe that `Hand` writes again."""
+    given = {"fisher": "exact", "update": "sgd", "lr": LR, "damping": DAMPING, "clip": "none"}
+    return kfactk.build(**{"curvature": "kfac", "basis": "ekfac", **given, **EVERY, **options})
+
+
+def bound(model: nn.Module, params: Any = None, **options: Any) -> Optimizer:
+    """Bind that recipe."""
+    return recipe(**options).bind(model, params)
+
+
+def draw(*shape: int, seed: int = 0) -> Tensor:
+    """Return normal numbers, the same each time."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def root(information: Tensor) -> Tensor:
+    """Return a matrix whose columns' outer products sum to the information."""
+    values, vectors = torch.linalg.eigh(information)
+    return vectors * values.clamp(min=0).sqrt()
+
+
+def categorical(output: Tensor) -> list[Tensor]:
+    """Return losses of one example whose gradients' outer products sum to its Fisher matrix."""
+    p = output.detach().flatten().softmax(0)
+    return columns(output, torch.diag(p) - torch.outer(p, p))
+
+
+def bernoulli(output: Tensor) -> list[Tensor]:
+    """Return them for independent binary labels."""
+    p = output.detach().flatten().sigmoid()
+    return columns(output, torch.diag(p * (1 - p)))
+
+
+def gaussian(output: Tensor) -> list[Tensor]:
+    """Return them for means of variance 1."""
+    return columns(output, torch.eye(output.numel(), dtype=torch.float64))
+
+
+def columns(output: Tensor, information: Tensor) -> list[Tensor]:
+    """Return them for any information of one output."""
+    return [(output.flatten() * column).sum() for column in root(information).T]
+
+
+class Hand:
+    """The curvature of some linear layers, from examples that are given one by one.
+
+    Args:
+        model: Holds the layers.
+        names: Their names.
+    """
+
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+        self.layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
+        self.terms = 0
+        self._inputs: dict[str, list[Tensor]] = {name: [] for name in self.layers}
+        self._outputs: dict[str, list[Tensor]] = {name: [] for name in self.layers}
+        self._whole: dict[str, list[Tensor]] = {name: [] for name in self.layers}
+
+    def example(self, losses: Callable[[], Sequence[Tensor]], terms: int = 1) -> None:
+        """Add one example: `losses` calls the model with it alone."""
+        calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.layers}
+        handles = [
+            layer.register_forward_hook(
+                lambda _, args, out, name=name: calls[name].append((args[0].detach(), out))
+            )
+            for name, layer in self.layers.items()
+        ]
+        found = list(losses())
+        for handle in handles:
+            handle.remove()
+        self.terms += terms
+        for name, layer in self.layers.items():
+            rows = torch.cat([given.reshape(-1, layer.in_features) for given, _ in calls[name]])
+            ones = torch.ones(len(rows), 1, dtype=rows.dtype)
+            self._inputs[name].append(torch.cat([rows, ones], 1))
+            outputs = [output for _, output in calls[name]]
+            for loss in found:
+                own = [layer.weight, layer.bias, *outputs]
+                weight, bias, *at = torch.autograd.grad(loss, own, retain_graph=True)
+                self._whole[name].append(torch.cat([weight, bias[:, None]], 1))
+                gradients = torch.cat([g.reshape(-1, layer.out_features) for g in at])
+                self._outputs[name].append(gradients / len(rows) ** 0.5)
+
+    def gradients(self, name: str) -> Tensor:
+        """Return the gradients of all examples and columns, as `[number, d_out, d_in]`."""
+        return torch.stack(self._whole[name])
+
+    def factors(self, name: str) -> dict[str, Tensor]:
+        """Return A and G."""
+        sides = {"A": torch.cat(self._inputs[name]), "G": torch.cat(self._outputs[name])}
+        return {side: rows.mT @ rows / self.terms for side, rows in sides.items()}
+
+    def solve(self, name: str, gradient: Tensor, damping: float = DAMPING) -> Tensor:
+        """Return EKFAC's answer for a gradient."""
+        whole, factors = self.gradients(name), self.factors(name)
+        left, right = (torch.linalg.eigh(factors[side])[1] for side in ("G", "A"))
+        scale = (left.mT @ whole @ right).square().sum(0) / self.terms
+        return left @ ((left.mT @ gradient @ right) / (scale + damping)) @ right.mT
+
+    def dense(self, name: str, gradient: Tensor, damping: float = DAMPING) -> Tensor:
+        """Return the answer of the whole Fisher matrix."""
+        rows = self.gradients(name).flatten(1)
+        fisher = rows.mT @ rows / self.terms + damping * torch.eye(rows.shape[1]).double()
+        return torch.linalg.solve(fisher, gradient.flatten()).view_as(gradient)
+
+    def natural(
+        self, loss: Tensor, *, damping: float = DAMPING, how: str = "solve"
+    ) -> dict[Tensor, Tensor]:
+        """Return the preconditioned gradient of a loss, by parameter of the layers."""
+        found: dict[Tensor, Tensor] = {}
+        for name, layer in self.layers.items():
+            own = [layer.weight, layer.bias]
+            weight, bias = torch.autograd.grad(loss, own, retain_graph=True)
+            gradient = torch.cat([weight, bias[:, None]], 1)
+            answer = getattr(self, how)(name, gradient, damping)
+            found |= {layer.weight: answer[:, :-1], layer.bias: answer[:, -1]}
+        return found
+
+    def fill(self, loss: Tensor, rest: Iterable[nn.Parameter] = (), **options: Any) -> None:
+        """Put the preconditioned gradient into `.grad`, and the plain one for the `rest`."""
+        found = self.natural(loss, **options)
+        for parameter in rest:
+            if parameter not in found and parameter.requires_grad:
+                [found[parameter]] = torch.autograd.grad(loss, [parameter], retain_graph=True)
+        for each, direction in found.items():
+            each.grad = direction.detach().clone()
+
+
+def take(rule: torch.optim.Optimizer, hand: Hand, loss: Tensor, **options: Any) -> None:
+    """Take a step of a rule of torch on what `hand` preconditions; the rest is plain."""
+    trained = [parameter for group in rule.param_groups for parameter in group["params"]]
+    rule.zero_grad()
+    hand.fill(loss, trained, **options)
+    rule.step()
+
+
+def sgd(model: nn.Module) -> torch.optim.SGD:
+    """Return the rule of `recipe`."""
+    return torch.optim.SGD(model.parameters(), lr=LR)
+
+
+def values(model: nn.Module) -> list[Tensor]:
+    """Return copies of the parameters."""
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def assert_same(one: nn.Module, other: nn.Module, **tolerance: float) -> None:
+    """Compare the parameters of two models, by name."""
+    mine, theirs = dict(one.named_parameters()), dict(other.named_parameters())
+    assert mine.keys() == theirs.keys()
+    for name, parameter in mine.items():
+        torch.testing.assert_close(
+            parameter.detach(),
+            theirs[name].detach(),
+            msg=lambda text, n=name: f"{n}: {text}",
+            **tolerance,  # type: ignore[arg-type]
+        )
