@@ -82,8 +82,8 @@ class Hand:
         self._outputs: dict[str, list[Tensor]] = {name: [] for name in self.layers}
         self._whole: dict[str, list[Tensor]] = {name: [] for name in self.layers}
 
-    def example(self, losses: Callable[[], Sequence[Tensor]], terms: int = 1) -> None:
-        """Add one example: `losses` calls the model with it alone."""
+    def example(self, losses: Callable[..., Sequence[Tensor]], *given: Any, terms: int = 1) -> None:
+        """Add one example: `losses(*given)` calls the model with it alone."""
         calls: dict[str, list[tuple[Tensor, Tensor]]] = {name: [] for name in self.layers}
         handles = [
             layer.register_forward_hook(
@@ -91,7 +91,7 @@ class Hand:
             )
             for name, layer in self.layers.items()
         ]
-        found = list(losses())
+        found = list(losses(*given))
         for handle in handles:
             handle.remove()
         self.terms += terms

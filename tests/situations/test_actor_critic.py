@@ -118,7 +118,7 @@ def test_epochs_on_one_rollout(
             optimizer.step()
             hand = Hand(twin, layers)
             for n in half:
-                hand.example(lambda n=n: examples(twin, same, n))
+                hand.example(examples, twin, same, n)
             take(rule, hand, losses(twin, same, half).mean())
     assert_same(model, twin)
 
@@ -138,7 +138,7 @@ def test_an_episode_of_calls_with_one_backward(
         optimizer.step()
         hand = Hand(twin, layers)
         for n in range(STATES):
-            hand.example(lambda n=n: examples(twin, same, n))
+            hand.example(examples, twin, same, n)
         take(rule, hand, losses(twin, same, slice(None)).sum())
     assert_same(model, twin)
 
@@ -198,11 +198,11 @@ def by_hand(agent: Agent) -> None:
         states, actions = draw(STATES, 4, seed=step), draw(STATES, 2, seed=step + 1)
         hand = Hand(agent.critics, ["one.0", "one.2", "two.0", "two.2"])
         for state, action in zip(states, actions, strict=True):
-            hand.example(lambda s=state, a=action: gaussian(agent.critics(s[None], a[None])))
+            hand.example(lambda s, a: gaussian(agent.critics(s[None], a[None])), state, action)
         take(critic_rule, hand, agent.critic_losses(states, step).mean())
         hand = Hand(agent.actor, ["0", "2"])
         for state in states:
-            hand.example(lambda s=state: gaussian(agent.actor(s[None])))
+            hand.example(lambda s: gaussian(agent.actor(s[None])), state)
         take(actor_rule, hand, agent.actor_losses(states, step).mean())
         agent.follow()
 
