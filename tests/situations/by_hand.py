@@ -96,6 +96,8 @@ class Hand:
             handle.remove()
         self.terms += terms
         for name, layer in self.layers.items():
+            if not calls[name]:
+                continue
             rows = torch.cat([given.reshape(-1, layer.in_features) for given, _ in calls[name]])
             ones = torch.ones(len(rows), 1, dtype=rows.dtype)
             self._inputs[name].append(torch.cat([rows, ones], 1))
@@ -134,7 +136,8 @@ class Hand:
     ) -> dict[Tensor, Tensor]:
         """Return the preconditioned gradient of a loss, by parameter of the layers."""
         found: dict[Tensor, Tensor] = {}
-        for name, layer in self.layers.items():
+        for name in filter(self._whole.get, self.layers):
+            layer = self.layers[name]
             own = [layer.weight, layer.bias]
             weight, bias = torch.autograd.grad(loss, own, retain_graph=True)
             gradient = torch.cat([weight, bias[:, None]], 1)
@@ -147,7 +150,10 @@ class Hand:
         found = self.natural(loss, **options)
         for parameter in rest:
             if parameter not in found and parameter.requires_grad:
-                [found[parameter]] = torch.autograd.grad(loss, [parameter], retain_graph=True)
+                [gradient] = torch.autograd.grad(
+                    loss, [parameter], retain_graph=True, allow_unused=True
+                )
+                found |= {} if gradient is None else {parameter: gradient}
         for each, direction in found.items():
             each.grad = direction.detach().clone()
 
