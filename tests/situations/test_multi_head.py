@@ -1,0 +1,254 @@
+"""Several heads and losses, heads that rest in a step, and experts that see a part of the rows.
+
+Truth is EKFAC written again, of the examples that each layer sees.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.situations.by_hand import (
+    Hand,
+    assert_same,
+    bound,
+    categorical,
+    draw,
+    gaussian,
+    sgd,
+    take,
+)
+
+EXAMPLES, STEPS = 8, 4
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = nn.Sequential(nn.Linear(4, 6), nn.Tanh())
+        self.kind, self.size = nn.Linear(6, 3), nn.Linear(6, 2)
+        self.double()
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        hidden = self.trunk(x)
+        return {"logits": self.kind(hidden), "size": self.size(hidden)}
+
+
+def batch(step: int) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        draw(EXAMPLES, 4, seed=step),
+        (torch.arange(EXAMPLES) + step) % 3,
+        draw(EXAMPLES, 2, seed=50 + step),
+    )
+
+
+def losses(out: dict[str, Tensor], kinds: Tensor, sizes: Tensor) -> list[Tensor]:
+    size = (out["size"] - sizes).square().sum(-1).mean()
+    return [F.cross_entropy(out["logits"], kinds), size]
+
+
+def both(model: nn.Module, fisher: str, x: Tensor, kind: Tensor, size: Tensor) -> list[Tensor]:
+    out = model(x[None])
+    if fisher == "exact":
+        return categorical(out["logits"])
+    return [torch.stack(losses(out, kind[None], size[None])).sum()]
+
+
+@pytest.mark.parametrize(
+    ("fisher", "way"),
+    [
+        ("exact", "one backward"),
+        ("exact", "two backwards"),
+        ("exact", "two forwards"),
+        ("empirical", "one backward"),
+        ("empirical", "two backwards"),
+    ],
+)
+def test_two_heads_with_their_own_losses(fisher: str, way: str) -> None:
+    """`exact` reads the first head, and the second is plain; the loss counts for both."""
+    model = TwoHeads()
+    twin = copy.deepcopy(model)
+    names = ["trunk.0", "kind"] + (["size"] if fisher == "empirical" else [])
+    exclude = [] if fisher == "empirical" else ["size"]
+    optimizer, rule = bound(model, fisher=fisher, exclude=exclude), sgd(twin)
+    for step in range(STEPS):
+        x, kinds, sizes = batch(step)
+        optimizer.zero_grad()
+        one, other = losses(model(x), kinds, sizes)
+        if way == "one backward":
+            (one + other).backward()
+        elif way == "two backwards":
+            one.backward(retain_graph=True)
+            other.backward()
+        else:
+            one.backward()
+            losses(model(x), kinds, sizes)[1].backward()
+        optimizer.step()
+        hand = Hand(twin, names)
+        for example in zip(x, kinds, sizes, strict=True):
+            hand.example(both, twin, fisher, *example)
+        take(rule, hand, torch.stack(losses(twin(x), kinds, sizes)).sum())
+    assert_same(model, twin)
+
+
+@pytest.mark.parametrize("own", ["kind", "size"])
+def test_one_loss_for_each_of_two_optimizers(own: str) -> None:
+    """Both read the same forward; each has its own output, likelihood and parameters."""
+    model = TwoHeads()
+    twin = copy.deepcopy(model)
+    groups = {"kind": model.kind.parameters(), "size": model.size.parameters()}
+    groups[own] = [*model.trunk.parameters(), *groups[own]]
+    optimizers = [
+        bound(model, groups["kind"]),
+        bound(model, groups["size"], likelihood="gaussian", output=lambda out: out["size"]),
+    ]
+    rule = sgd(twin)
+    for step in range(STEPS):
+        x, kinds, sizes = batch(step)
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        sum(losses(model(x), kinds, sizes)).backward()  # type: ignore[union-attr]
+        for optimizer in optimizers:
+            optimizer.step()
+        trunk = ["trunk.0"]
+        kind = Hand(twin, ["kind", *(trunk if own == "kind" else [])])
+        size = Hand(twin, ["size", *(trunk if own == "size" else [])])
+        for row in x:
+            kind.example(lambda row: categorical(twin(row[None])["logits"]), row)
+            size.example(lambda row: gaussian(twin(row[None])["size"]), row)
+        loss = torch.stack(losses(twin(x), kinds, sizes)).sum()
+        rule.zero_grad()
+        kind.fill(loss)
+        size.fill(loss)
+        rule.step()
+    assert_same(model, twin)
+
+
+class Tasks(nn.Module):
+    """One head a task; a forward calls one of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk = nn.Sequential(nn.Linear(4, 6), nn.Tanh())
+        self.heads = nn.ModuleDict({"a": nn.Linear(6, 3), "b": nn.Linear(6, 2)})
+        self.double()
+
+    def forward(self, x: Tensor, task: str) -> Tensor:
+        out: Tensor = self.heads[task](self.trunk(x))
+        return out
+
+
+def task_loss(model: nn.Module, task: str, step: int, which: slice = slice(None)) -> Tensor:
+    x, kinds, _ = batch(step)
+    return F.cross_entropy(model(x[which], task), kinds[which] % (3 if task == "a" else 2))
+
+
+def task_example(model: nn.Module, fisher: str, task: str, step: int, n: int) -> list[Tensor]:
+    which = slice(n, n + 1)
+    if fisher == "exact":
+        return categorical(model(batch(step)[0][which], task))
+    return [task_loss(model, task, step, which)]
+
+
+@pytest.mark.parametrize("to_none", [True, False])
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_a_head_that_rests_in_some_steps(fisher: str, to_none: bool) -> None:
+    """Tasks take turns; the resting head has no gradient, or zeros where these are kept."""
+    model = Tasks()
+    twin = copy.deepcopy(model)
+    optimizer, rule = bound(model, fisher=fisher), sgd(twin)
+    for step in range(STEPS):
+        task = "ab"[step % 2]
+        optimizer.zero_grad(set_to_none=to_none)
+        task_loss(model, task, step).backward()
+        optimizer.step()
+        hand = Hand(twin, ["trunk.0", "heads.a", "heads.b"])
+        for n in range(EXAMPLES):
+            hand.example(task_example, twin, fisher, task, step, n)
+        take(rule, hand, task_loss(twin, task, step))
+    assert_same(model, twin)
+
+
+@pytest.mark.parametrize("backwards", [1, 2])
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_both_tasks_in_each_step(fisher: str, backwards: int) -> None:
+    """Two forwards, one for each task: each example is one of its own task."""
+    model = Tasks()
+    twin = copy.deepcopy(model)
+    optimizer, rule = bound(model, fisher=fisher), sgd(twin)
+    for step in range(STEPS):
+        optimizer.zero_grad()
+        if backwards == 2:
+            for task in "ab":
+                task_loss(model, task, step).backward()
+        else:
+            sum(task_loss(model, task, step) for task in "ab").backward()  # type: ignore[union-attr]
+        optimizer.step()
+        hand = Hand(twin, ["trunk.0", "heads.a", "heads.b"])
+        for task in "ab":
+            for n in range(EXAMPLES):
+                hand.example(task_example, twin, fisher, task, step, n)
+        take(rule, hand, sum(task_loss(twin, task, step) for task in "ab"))  # type: ignore[arg-type]
+    assert_same(model, twin)
+
+
+class Experts(nn.Module):
+    """A router sends each row to its best expert, of which the last one gets none."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.router, self.way = nn.Linear(4, 3), way
+        self.experts = nn.ModuleList(nn.Linear(4, 5) for _ in range(3))
+        self.head = nn.Linear(5, 3)
+        with torch.no_grad():
+            self.router.bias[2] = -100.0
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        gates = self.router(x).softmax(-1)
+        gate, choice = gates.max(-1)
+        if self.way == "dense":
+            every = torch.stack([expert(x) for expert in self.experts], 1)
+            mixed = gate[:, None] * every[range(len(x)), choice]
+        else:
+            mixed = torch.zeros(len(x), 5, dtype=x.dtype)
+            for number, expert in enumerate(self.experts):
+                rows = (choice == number).nonzero().squeeze(-1)
+                if len(rows) or self.way == "empty":
+                    mixed = mixed.index_add(0, rows, gate[rows, None] * expert(x[rows]))
+        return self.head(mixed.tanh())
+
+
+@pytest.mark.parametrize("way", ["skipped", "empty", "dense"])
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+@pytest.mark.filterwarnings("ignore:layer 'experts")
+def test_an_expert_that_sees_no_rows(fisher: str, way: str) -> None:
+    model = Experts(way)
+    twin = copy.deepcopy(model)
+    optimizer, rule = bound(model, fisher=fisher), sgd(twin)
+    layers = ["router", "head", "experts.0", "experts.1", "experts.2"]
+    for step in range(STEPS):
+        x, kinds, _ = batch(step)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), kinds).backward()
+        optimizer.step()
+        hand = Hand(twin, layers)
+        for row, kind in zip(x, kinds, strict=True):
+            hand.example(
+                lambda row, kind: (
+                    categorical(twin(row[None]))
+                    if fisher == "exact"
+                    else [F.cross_entropy(twin(row[None]), kind[None])]
+                ),
+                row,
+                kind,
+            )
+        take(rule, hand, F.cross_entropy(twin(x), kinds))
+    assert_same(model, twin)
