@@ -1,6 +1,6 @@
 """EKFAC's step in float64, written again: one example at a time, by plain autograd.
 
-Nothing here uses kfactk. Layers are linear, with a bias. `Hand` calls the model with one example,
+Nothing here uses kfactk. Layers are linear. `Hand` calls the model with one example,
 takes the gradient of the layer's own parameters for each column of the likelihood's information,
 and solves with the eigenvectors that A and G give. `dense` solves with the whole Fisher matrix,
 which is the same for deep linear networks under a Gaussian likelihood.
@@ -67,6 +67,25 @@ def columns(output: Tensor, information: Tensor) -> list[Tensor]:
     return [(output.flatten() * column).sum() for column in root(information).T]
 
 
+def reached(
+    losses: Sequence[Tensor], calls: list[tuple[Tensor, Tensor]]
+) -> list[tuple[Tensor, Tensor]]:
+    """Return the calls that the losses depend on."""
+    if not calls or not losses:
+        return []
+    outputs = [output for _, output in calls]
+    total = torch.stack(list(losses)).sum()
+    found = torch.autograd.grad(total, outputs, retain_graph=True, allow_unused=True)
+    return [call for call, gradient in zip(calls, found, strict=True) if gradient is not None]
+
+
+def matrix_of(loss: Tensor, layer: Any) -> Tensor:
+    """Return the gradient of a layer's own parameters, with the bias as its last column."""
+    own = [layer.weight] if layer.bias is None else [layer.weight, layer.bias]
+    found = torch.autograd.grad(loss, own, retain_graph=True)
+    return torch.cat([gradient.reshape(layer.out_features, -1) for gradient in found], 1)
+
+
 class Hand:
     """The curvature of some linear layers, from examples that are given one by one.
 
@@ -96,16 +115,17 @@ class Hand:
             handle.remove()
         self.terms += terms
         for name, layer in self.layers.items():
+            calls[name] = reached(found, calls[name])
             if not calls[name]:
                 continue
             rows = torch.cat([given.reshape(-1, layer.in_features) for given, _ in calls[name]])
-            ones = torch.ones(len(rows), 1, dtype=rows.dtype)
-            self._inputs[name].append(torch.cat([rows, ones], 1))
+            if layer.bias is not None:
+                rows = torch.cat([rows, torch.ones(len(rows), 1, dtype=rows.dtype)], 1)
+            self._inputs[name].append(rows)
             outputs = [output for _, output in calls[name]]
             for loss in found:
-                own = [layer.weight, layer.bias, *outputs]
-                weight, bias, *at = torch.autograd.grad(loss, own, retain_graph=True)
-                self._whole[name].append(torch.cat([weight, bias[:, None]], 1))
+                at = torch.autograd.grad(loss, outputs, retain_graph=True)
+                self._whole[name].append(matrix_of(loss, layer))
                 gradients = torch.cat([g.reshape(-1, layer.out_features) for g in at])
                 self._outputs[name].append(gradients / len(rows) ** 0.5)
 
@@ -138,11 +158,10 @@ class Hand:
         found: dict[Tensor, Tensor] = {}
         for name in filter(self._whole.get, self.layers):
             layer = self.layers[name]
-            own = [layer.weight, layer.bias]
-            weight, bias = torch.autograd.grad(loss, own, retain_graph=True)
-            gradient = torch.cat([weight, bias[:, None]], 1)
-            answer = getattr(self, how)(name, gradient, damping)
-            found |= {layer.weight: answer[:, :-1], layer.bias: answer[:, -1]}
+            answer = getattr(self, how)(name, matrix_of(loss, layer), damping)
+            found[layer.weight] = answer[:, : layer.in_features]
+            if layer.bias is not None:
+                found[layer.bias] = answer[:, -1]
         return found
 
     def fill(self, loss: Tensor, rest: Iterable[nn.Parameter] = (), **options: Any) -> None:
