@@ -20,6 +20,8 @@ from kfactk import Optimizer
 DAMPING, LR = 0.1, 0.5
 EVERY = {"factor_every": 1, "scale_every": 1, "basis_every": 1, "factor_decay": 0.0}
 """Everything anew at each step: a step depends on no step before it."""
+RUNNING = {"name": "ekfac", "scale": "running", "scale_decay": 0.0}
+"""The basis that reads its scale from the mini-batch gradient, of the last step alone."""
 
 
 def recipe(**options: Any) -> kfactk.Recipe:
@@ -92,9 +94,11 @@ class Hand:
     Args:
         model: Holds the layers.
         names: Their names.
+        summed: Whether losses that `running` sees are sums over examples.
     """
 
-    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
+    def __init__(self, model: nn.Module, names: Iterable[str], *, summed: bool = False) -> None:
+        self.summed = summed
         self.layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
         self.terms = 0
         self._inputs: dict[str, list[Tensor]] = {name: [] for name in self.layers}
@@ -145,6 +149,14 @@ class Hand:
         scale = (left.mT @ whole @ right).square().sum(0) / self.terms
         return left @ ((left.mT @ gradient @ right) / (scale + damping)) @ right.mT
 
+    def running(self, name: str, gradient: Tensor, damping: float = DAMPING) -> Tensor:
+        """Return the answer with the scale of the mean gradient itself."""
+        factors = self.factors(name)
+        left, right = (torch.linalg.eigh(factors[side])[1] for side in ("G", "A"))
+        found = left.mT @ gradient @ right
+        scale = found.square() * (1 / self.terms if self.summed else self.terms)
+        return left @ (found / (scale + damping)) @ right.mT
+
     def dense(self, name: str, gradient: Tensor, damping: float = DAMPING) -> Tensor:
         """Return the answer of the whole Fisher matrix."""
         rows = self.gradients(name).flatten(1)
@@ -152,11 +164,16 @@ class Hand:
         return torch.linalg.solve(fisher, gradient.flatten()).view_as(gradient)
 
     def natural(
-        self, loss: Tensor, *, damping: float = DAMPING, how: str = "solve"
+        self,
+        loss: Tensor,
+        *,
+        damping: float = DAMPING,
+        how: str = "solve",
+        only: Sequence[str] | None = None,
     ) -> dict[Tensor, Tensor]:
         """Return the preconditioned gradient of a loss, by parameter of the layers."""
         found: dict[Tensor, Tensor] = {}
-        for name in filter(self._whole.get, self.layers):
+        for name in filter(self._whole.get, self.layers if only is None else only):
             layer = self.layers[name]
             answer = getattr(self, how)(name, matrix_of(loss, layer), damping)
             found[layer.weight] = answer[:, : layer.in_features]

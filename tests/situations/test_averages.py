@@ -17,7 +17,17 @@ from torch.nn import functional as F
 from torch.optim import lr_scheduler as schedulers
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn, update_bn
 
-from tests.situations.by_hand import LR, Hand, assert_same, bound, categorical, draw, sgd, take
+from tests.situations.by_hand import (
+    LR,
+    RUNNING,
+    Hand,
+    assert_same,
+    bound,
+    categorical,
+    draw,
+    sgd,
+    take,
+)
 
 EXAMPLES, LAYERS = 8, ["0", "2"]
 
@@ -206,12 +216,13 @@ def in_micro_batch(
 
 
 @pytest.mark.parametrize("summed", [True, False])
-@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+@pytest.mark.parametrize("fisher", ["exact", "empirical", "running"])
 def test_accumulation_with_an_uneven_last_batch(fisher: str, summed: bool) -> None:
     """Curvature counts examples; the gradient is what the loop made of its losses."""
     model = net()
     twin = copy.deepcopy(model)
-    optimizer = bound(model, fisher=fisher, reduction="sum" if summed else "mean")
+    kind = {"fisher": "empirical", "basis": RUNNING} if fisher == "running" else {"fisher": fisher}
+    optimizer = bound(model, reduction="sum" if summed else "mean", **kind)
     rule = sgd(twin)
     for number in range(3):
         x, y = batch(number, sum(SIZES))
@@ -220,8 +231,10 @@ def test_accumulation_with_an_uneven_last_batch(fisher: str, summed: bool) -> No
         for part in parts:
             micro_loss(model, *part, summed=summed).backward()
         optimizer.step()
-        hand = Hand(twin, LAYERS)
+        hand = Hand(twin, LAYERS, summed=summed)
         for row, label in zip(x, y, strict=True):
             hand.example(partial(in_micro_batch, summed=summed), twin, fisher, row, label)
-        take(rule, hand, sum(micro_loss(twin, *part, summed=summed) for part in parts))
+        how = "running" if fisher == "running" else "solve"
+        total = sum(micro_loss(twin, *part, summed=summed) for part in parts)
+        take(rule, hand, total, how=how)
     assert_same(model, twin)

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from kfactk import CaptureError
-from tests.situations.by_hand import Hand, assert_same, bound, categorical, draw, sgd, take
+from tests.situations.by_hand import RUNNING, Hand, assert_same, bound, categorical, draw, sgd, take
 
 EXAMPLES, STEPS = 7, 3
 LAYERS = ["blocks.0.0", "blocks.1.0", "blocks.2.0", "head"]
@@ -78,7 +78,9 @@ def one(model: nn.Module, fisher: str, x: Tensor, y: Tensor) -> list[Tensor]:
 def assert_as_by_hand(model: Deep, fisher: str, **options: Any) -> None:
     twin = copy.deepcopy(model)
     twin.way = "plain"
-    optimizer, rule = bound(model, fisher=fisher, **options), sgd(twin)
+    if fisher == "running":
+        options |= {"fisher": "empirical", "basis": RUNNING}
+    optimizer, rule = bound(model, **{"fisher": fisher, **options}), sgd(twin)
     for step in range(STEPS):
         x, y = batch(step)
         optimizer.zero_grad()
@@ -87,12 +89,13 @@ def assert_as_by_hand(model: Deep, fisher: str, **options: Any) -> None:
         hand = Hand(twin, LAYERS)
         for row, label in zip(x, y, strict=True):
             hand.example(one, twin, fisher, row, label)
-        take(rule, hand, F.cross_entropy(twin(x), y))
+        how = "running" if fisher == "running" else "solve"
+        take(rule, hand, F.cross_entropy(twin(x), y), how=how)
     assert_same(model, twin)
 
 
 @pytest.mark.parametrize("way", ["each", "one", "nested", "in_parts", "a_function"])
-@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+@pytest.mark.parametrize("fisher", ["exact", "empirical", "running"])
 def test_not_reentrant(way: str, fisher: str) -> None:
     assert_as_by_hand(Deep(way), fisher)
 

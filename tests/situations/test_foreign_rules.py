@@ -44,6 +44,8 @@ HEAVYBALL = {
     "heavyball.ADOPT": {},
     "heavyball.LaProp": {},
     "heavyball.Muon": {},
+    "heavyball.PSGDKron": {},
+    "heavyball.SFAdamW": {},
 }
 BITSANDBYTES = {
     "bitsandbytes.optim.Adam": {},

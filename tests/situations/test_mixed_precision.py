@@ -13,7 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import kfactk
 from tests.situations.by_hand import (
+    RUNNING,
     Hand,
     assert_same,
     categorical,
@@ -55,7 +57,14 @@ def step_by_hand(
         gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
         norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
         loss = loss * (limit / (norm + 1e-6)).clamp(max=1.0)
-    take(rule, hand, loss)
+    take(rule, hand, loss, how="running" if fisher == "running" else "solve")
+
+
+def with_fisher(fisher: str) -> kfactk.Recipe:
+    """Return a recipe; "running" is that of gradients of the user's own backward alone."""
+    if fisher == "running":
+        return recipe(fisher="empirical", basis=RUNNING)
+    return recipe(fisher=fisher)
 
 
 def plain(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -80,6 +89,8 @@ SKIPPED = pytest.mark.parametrize(
         ("exact", of_a_broken_input),
         ("empirical", of_a_broken_input),
         ("empirical", of_an_infinite_loss),
+        ("running", of_a_broken_input),
+        ("running", of_an_infinite_loss),
     ],
 )
 
@@ -91,7 +102,7 @@ def test_a_skipped_batch_counts_nothing(fisher: str, overflow: Any, clipped: boo
     """`unscale_` and a clip of gradients come in between, or not."""
     model, scaler = net(), torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
     twin = copy.deepcopy(model)
-    optimizer, rule = recipe(fisher=fisher).bind(model, scaler=scaler), sgd(twin)
+    optimizer, rule = with_fisher(fisher).bind(model, scaler=scaler), sgd(twin)
     for number, good in enumerate([False, True, True, False, False, True]):
         optimizer.zero_grad()
         loss = (plain if good else overflow)(model, *batch(number))
@@ -116,7 +127,7 @@ def test_an_overflow_of_one_micro_batch_skips_them_all(
     """The second step skips; nothing of its finite micro-batch stays, where gradients count."""
     model, scaler = net(), torch.amp.GradScaler("cpu", init_scale=2.0**10)
     twin = copy.deepcopy(model)
-    optimizer, rule = recipe(fisher=fisher).bind(model, scaler=scaler), sgd(twin)
+    optimizer, rule = with_fisher(fisher).bind(model, scaler=scaler), sgd(twin)
     for number in range(4):
         optimizer.zero_grad()
         for micro in range(2):
@@ -187,7 +198,7 @@ def test_bfloat16_is_near(way: str, fisher: str) -> None:
     """One step; the curvature is kept in float32, so the direction is off by the rounding only."""
     twin = net()
     model = copy.deepcopy(twin).to(torch.bfloat16 if way == "parameters" else torch.float32)
-    optimizer, rule = recipe(fisher=fisher).bind(model), torch.optim.SGD(twin.parameters(), lr=1)
+    optimizer, rule = with_fisher(fisher).bind(model), torch.optim.SGD(twin.parameters(), lr=1)
     x, y = batch(0)
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=way == "autocast"):
         plain(model, x.to(next(model.parameters()).dtype), y).backward()

@@ -175,6 +175,31 @@ def test_a_head_that_rests_in_some_steps(fisher: str, to_none: bool) -> None:
     assert_same(model, twin)
 
 
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_a_head_that_rests_whenever_curvature_is_due(fisher: str) -> None:
+    """It is measured in the step after; the trunk is measured when it is due."""
+    model = Tasks()
+    twin = copy.deepcopy(model)
+    every = {"factor_every": 2, "scale_every": 2, "basis_every": 2}
+    optimizer, rule = bound(model, fisher=fisher, **every), sgd(twin)
+    trunk = Hand(twin, [])
+    for step in range(6):
+        task = "ab"[step % 2]
+        optimizer.zero_grad()
+        task_loss(model, task, step).backward()
+        optimizer.step()
+        hand = Hand(twin, ["trunk.0", f"heads.{task}"])
+        for n in range(EXAMPLES):
+            hand.example(task_example, twin, fisher, task, step, n)
+        trunk = trunk if step % 2 else hand
+        loss = task_loss(twin, task, step)
+        rule.zero_grad()
+        hand.fill(loss)
+        trunk.fill(loss, only=["trunk.0"])
+        rule.step()
+    assert_same(model, twin)
+
+
 @pytest.mark.parametrize("backwards", [1, 2])
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])
 def test_both_tasks_in_each_step(fisher: str, backwards: int) -> None:
