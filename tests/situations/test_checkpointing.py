@@ -6,13 +6,18 @@ Truth is EKFAC written again on the same model without checkpointing.
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from torch.utils.checkpoint import (
+    checkpoint,
+    checkpoint_sequential,
+    create_selective_checkpoint_contexts,
+)
 
 from kfactk import CaptureError
 from tests.situations.by_hand import RUNNING, Hand, assert_same, bound, categorical, draw, sgd, take
@@ -57,6 +62,18 @@ class Deep(nn.Module):
     def in_parts(self, x: Tensor) -> Any:
         return checkpoint_sequential(self.blocks, 2, x, use_reentrant=False)
 
+    def on_the_cpu(self, x: Tensor) -> Any:
+        """Not checkpointed: what backward needs is kept elsewhere."""
+        with torch.autograd.graph.save_on_cpu():
+            return self.blocks(x)
+
+    def selective(self, x: Tensor) -> Any:
+        """Keep the results of some operations, compute the others again."""
+        kept = partial(create_selective_checkpoint_contexts, [torch.ops.aten.addmm.default])
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False, context_fn=kept)
+        return x
+
     def a_function(self, x: Tensor) -> Any:
         """Hold modules in a closure, as user code does."""
 
@@ -94,10 +111,16 @@ def assert_as_by_hand(model: Deep, fisher: str, **options: Any) -> None:
     assert_same(model, twin)
 
 
-@pytest.mark.parametrize("way", ["each", "one", "nested", "in_parts", "a_function"])
+@pytest.mark.parametrize("way", ["each", "one", "nested", "in_parts", "a_function", "on_the_cpu"])
 @pytest.mark.parametrize("fisher", ["exact", "empirical", "running"])
 def test_not_reentrant(way: str, fisher: str) -> None:
     assert_as_by_hand(Deep(way), fisher)
+
+
+@pytest.mark.parametrize("fisher", ["empirical", "running"])
+def test_selective_with_the_users_own_backward(fisher: str) -> None:
+    """torch allows one backward alone, so that there may be no Fisher pass."""
+    assert_as_by_hand(Deep("selective"), fisher)
 
 
 @pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])
@@ -150,3 +173,50 @@ def test_checkpointing_that_begins_after_some_steps(fisher: str) -> None:
             hand.example(one, twin, fisher, row, label)
         take(rule, hand, F.cross_entropy(twin(x), y))
     assert_same(model, twin)
+
+
+class Images(nn.Module):
+    """Indices that are embedded, convolved and normalized, in one checkpoint."""
+
+    def __init__(self, checkpointed: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.checkpointed = checkpointed
+        self.embedding, self.conv = nn.Embedding(10, 2), nn.Conv2d(2, 4, 3, padding=1)
+        self.batch_norm, self.norm, self.head = nn.BatchNorm2d(4), nn.LayerNorm(4), nn.Linear(4, 3)
+        self.double()
+
+    def body(self, x: Tensor) -> Tensor:
+        planes = self.embedding(x).permute(0, 3, 1, 2)
+        pooled: Tensor = self.batch_norm(self.conv(planes)).relu().mean((2, 3))
+        return pooled
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = checkpoint(self.body, x, use_reentrant=False) if self.checkpointed else self.body(x)
+        return self.head(self.norm(found))  # type: ignore[no-any-return]
+
+
+def trained_on_images(model: nn.Module, optimizer: torch.optim.Optimizer) -> nn.Module:
+    for step in range(STEPS):
+        generator = torch.Generator().manual_seed(step)
+        x = torch.randint(10, (EXAMPLES, 4, 4), generator=generator)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), batch(step)[1]).backward()
+        optimizer.step()
+    return model
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])
+def test_all_curvatures_in_a_checkpoint(fisher: str) -> None:
+    """The same steps as without; running statistics are those that torch alone leaves."""
+    options = {"fisher": fisher, "curvature": "all"}
+    plain, found = (
+        trained_on_images(model, bound(model, **options)) for model in (Images(False), Images(True))
+    )
+    assert_same(found, plain)
+    model = Images(True)
+    still = trained_on_images(model, bound(model, lr=1e-30, **options))
+    model = Images(True)
+    alone = trained_on_images(model, torch.optim.SGD(model.parameters(), lr=1e-30))
+    for name, buffer in alone.named_buffers():
+        torch.testing.assert_close(still.get_buffer(name), buffer)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -118,18 +119,54 @@ def test_info_nce(call: Callable[..., Tensor], rows: int) -> None:
         hand, x = Hand(twin, LAYERS), torch.cat([a, b])
         with torch.no_grad():
             others = twin(x)
-
-        def one(n: int, x: Tensor = x, others: Tensor = others) -> list[Tensor]:
-            return [rows * info_nce(with_row(others, n, twin(x[[n]])))]
-
         for n in range(2 * PAIRS):
-            hand.example(one, n)
+            hand.example(partial(row_among, times=rows), twin, x, others, n)
         take(rule, hand, info_nce(twin(x)))
     assert_same(model, twin)
 
 
 def with_row(rows: Tensor, n: int, row: Tensor) -> Tensor:
     return torch.cat([rows[:n], row, rows[n + 1 :]])
+
+
+def cached(model: nn.Module, a: Tensor, b: Tensor) -> None:
+    """As GradCache: embeddings first, without gradients; then chunk by chunk, with theirs."""
+    x = torch.cat([a, b])
+    with torch.no_grad():
+        z = model(x)
+    [gradient] = torch.autograd.grad(info_nce(z.requires_grad_()), [z])
+    for chunk, its in zip(x.split(5), gradient.split(5), strict=True):
+        (model(chunk) * its).sum().backward()
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_chunks_with_cached_gradients(fisher: str) -> None:
+    """Curvature is that of all rows, though no forward with gradients sees all of them."""
+    model = encoder()
+    twin = copy.deepcopy(model)
+    optimizer = bound(model, fisher=fisher, likelihood="gaussian", reduction="sum")
+    rule = sgd(twin)
+    for step in range(STEPS):
+        a, b = views(step)
+        optimizer.zero_grad()
+        cached(model, a, b)
+        optimizer.step()
+        hand, x = Hand(twin, LAYERS), torch.cat([a, b])
+        others = twin(x).detach()
+        for n in range(2 * PAIRS):
+            if fisher == "exact":
+                hand.example(lambda row: gaussian(twin(row)), x[[n]])
+            else:
+                hand.example(row_among, twin, x, others, n)
+        take(rule, hand, info_nce(twin(x)))
+    assert_same(model, twin)
+
+
+def row_among(
+    model: nn.Module, x: Tensor, others: Tensor, n: int, times: float = 1.0
+) -> list[Tensor]:
+    """Return the loss, in which one row lets gradients through."""
+    return [times * info_nce(with_row(others, n, model(x[[n]])))]
 
 
 class TwoTowers(nn.Module):

@@ -211,6 +211,43 @@ def test_adapters_that_take_turns(peft: ModuleType) -> None:
     assert_same(model, twin)
 
 
+def preferred(model: Any, x: Tensor, y: Tensor, quiet: bool) -> Tensor:
+    """DPO's loss of an example: its label against the next, relative to the base alone."""
+
+    def margin() -> Tensor:
+        log_p = model(x).log_softmax(-1)
+        other = (y + 1) % 3
+        return (log_p.gather(-1, y[:, None]) - log_p.gather(-1, other[:, None])).squeeze(-1)
+
+    with model.disable_adapter(), torch.set_grad_enabled(not quiet):
+        reference = margin()
+    return -F.logsigmoid(margin() - reference.detach())
+
+
+@pytest.mark.parametrize("quiet", [True, False])
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_a_reference_without_the_adapter(peft: ModuleType, fisher: str, quiet: bool) -> None:
+    """As DPO and GRPO: `disable_adapter` gives the base's answer, with gradients off or on."""
+    model = adapted(peft, Net(), modules_to_save=None)
+    twin = copy.deepcopy(model)
+    optimizer = bound(model, fisher=fisher)
+    for number in range(STEPS):
+        x, y = batch(number)
+        optimizer.zero_grad()
+        preferred(model, x, y, quiet).mean().backward()
+        optimizer.step()
+        hand = Hand(twin, adapters(twin))
+        for row, label in zip(x, y, strict=True):
+            hand.example(preference, twin, fisher, row[None], label[None])
+        rule = torch.optim.SGD(trained(twin), lr=sgd(twin).defaults["lr"])
+        take(rule, hand, preferred(twin, x, y, True).mean())
+    assert_same(model, twin)
+
+
+def preference(model: Any, fisher: str, x: Tensor, y: Tensor) -> list[Tensor]:
+    return categorical(model(x)) if fisher == "exact" else list(preferred(model, x, y, True))
+
+
 def test_a_magnitude_of_weights(peft: ModuleType) -> None:
     """DoRA calls its matrices a second time, on the identity, for a norm without gradients."""
     model = adapted(peft, Net(), use_dora=True)
