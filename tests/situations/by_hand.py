@@ -202,9 +202,9 @@ def take(rule: torch.optim.Optimizer, hand: Hand, loss: Tensor, **options: Any) 
     rule.step()
 
 
-def sgd(model: nn.Module) -> torch.optim.SGD:
+def sgd(model: nn.Module, lr: float = LR) -> torch.optim.SGD:
     """Return the rule of `recipe`."""
-    return torch.optim.SGD(model.parameters(), lr=LR)
+    return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=lr)
 
 
 def values(model: nn.Module) -> list[Tensor]:

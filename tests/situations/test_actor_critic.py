@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.situations.by_hand import (
+    LR,
     Hand,
     assert_same,
     bound,
@@ -130,7 +131,8 @@ def test_an_episode_of_calls_with_one_backward(
     """As REINFORCE: each state is a forward of its own, and the episode's sum is the loss."""
     model = ActorCritic()
     twin = copy.deepcopy(model)
-    optimizer, rule = bound(model, reduction="sum", **options), sgd(twin)
+    optimizer = bound(model, reduction="sum", lr=LR / STATES, **options)
+    rule = sgd(twin, LR / STATES)
     for step in range(STEPS):
         rollout, same = Rollout(model, step), Rollout(twin, step)
         optimizer.zero_grad()

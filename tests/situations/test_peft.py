@@ -87,7 +87,7 @@ def step_by_hand(model: nn.Module, layers: list[str], number: int, fisher: str =
     hand = Hand(model, layers)
     for row, label in zip(x, y, strict=True):
         hand.example(one, model, fisher, row, label)
-    take(torch.optim.SGD(trained(model), lr=sgd(model).defaults["lr"]), hand, loss_of(model, x, y))
+    take(sgd(model), hand, loss_of(model, x, y))
 
 
 def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
@@ -239,8 +239,7 @@ def test_a_reference_without_the_adapter(peft: ModuleType, fisher: str, quiet: b
         hand = Hand(twin, adapters(twin))
         for row, label in zip(x, y, strict=True):
             hand.example(preference, twin, fisher, row[None], label[None])
-        rule = torch.optim.SGD(trained(twin), lr=sgd(twin).defaults["lr"])
-        take(rule, hand, preferred(twin, x, y, True).mean())
+        take(sgd(twin), hand, preferred(twin, x, y, True).mean())
     assert_same(model, twin)
 
 

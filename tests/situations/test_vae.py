@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tests.situations.by_hand import Hand, assert_same, bernoulli, bound, gaussian, sgd, take
+from tests.situations.by_hand import LR, Hand, assert_same, bernoulli, bound, gaussian, sgd, take
 
 EXAMPLES, STEPS, PIXELS, CODE = 6, 3, 5, 2
 ENCODER, DECODER = ["encoder.0", "mean", "log_variance"], ["decoder.0", "decoder.2"]
@@ -76,7 +76,7 @@ def one(model: VAE, fisher: str, x: Tensor, noise: Tensor) -> list[Tensor]:
 
 def by_hand(model: VAE, fisher: str, terms: int = 1, *, mean: bool = True) -> None:
     """Train with noise from the global random state, as the model itself draws it."""
-    rule = sgd(model)
+    rule = sgd(model, LR if mean else LR / EXAMPLES)
     for step in range(STEPS):
         x = pixels(step)
         noise = torch.randn(EXAMPLES, *model.shape, dtype=x.dtype)
@@ -95,6 +95,7 @@ def test_the_usual_loss(fisher: str, reduction: str, backwards: int) -> None:
     model = VAE()
     twin = copy.deepcopy(model)
     optimizer = bound(model, fisher=fisher, likelihood="bernoulli", reduction=reduction)
+    optimizer.param_groups[0]["lr"] = LR if reduction == "mean" else LR / EXAMPLES
     torch.manual_seed(1)
     for step in range(STEPS):
         x = pixels(step)
