@@ -17,6 +17,7 @@ from torch.utils.checkpoint import (
     checkpoint,
     checkpoint_sequential,
     create_selective_checkpoint_contexts,
+    set_checkpoint_early_stop,
 )
 
 from kfactk import CaptureError
@@ -92,7 +93,22 @@ def one(model: nn.Module, fisher: str, x: Tensor, y: Tensor) -> list[Tensor]:
     return categorical(logits) if fisher == "exact" else [F.cross_entropy(logits, y[None])]
 
 
-def assert_as_by_hand(model: Deep, fisher: str, **options: Any) -> None:
+def in_a_checkpoint(model: nn.Module, x: Tensor, rows: int) -> Tensor:
+    """Checkpoint the model itself for some rows, and call it for the rest."""
+    parts = [checkpoint(model, x[:rows], use_reentrant=False)]
+    parts += [model(x[rows:])] if rows < len(x) else []
+    return torch.cat(parts)
+
+
+def assert_as_by_hand(model: Deep, fisher: str, *, outside: int = 0, **options: Any) -> None:
+    """Train it and its twin, which has no checkpoints.
+
+    Args:
+        model: The model.
+        fisher: Its Fisher stage, or "running".
+        outside: For how many rows the loop checkpoints the model itself.
+        **options: More of the recipe.
+    """
     twin = copy.deepcopy(model)
     twin.way = "plain"
     if fisher == "running":
@@ -101,7 +117,8 @@ def assert_as_by_hand(model: Deep, fisher: str, **options: Any) -> None:
     for step in range(STEPS):
         x, y = batch(step)
         optimizer.zero_grad()
-        F.cross_entropy(model(x), y).backward()
+        logits = in_a_checkpoint(model, x, outside) if outside else model(x)
+        F.cross_entropy(logits, y).backward()
         optimizer.step()
         hand = Hand(twin, LAYERS)
         for row, label in zip(x, y, strict=True):
@@ -115,6 +132,15 @@ def assert_as_by_hand(model: Deep, fisher: str, **options: Any) -> None:
 @pytest.mark.parametrize("fisher", ["exact", "empirical", "running"])
 def test_not_reentrant(way: str, fisher: str) -> None:
     assert_as_by_hand(Deep(way), fisher)
+
+
+@pytest.mark.parametrize("early", [True, False])
+@pytest.mark.parametrize("way", ["plain", "each"])
+@pytest.mark.parametrize("fisher", ["exact", "empirical", "running"])
+def test_the_bound_model_itself_in_a_checkpoint(way: str, fisher: str, early: bool) -> None:
+    """The forward of the recomputation is no second sample, whether it stops early or not."""
+    with set_checkpoint_early_stop(early):
+        assert_as_by_hand(Deep(way), fisher, outside=3 if fisher == "exact" else EXAMPLES)
 
 
 @pytest.mark.parametrize("fisher", ["empirical", "running"])
