@@ -107,7 +107,7 @@ FISHERS = pytest.mark.parametrize(
 def test_epochs_on_one_rollout(
     options: dict[str, Any], examples: Examples, layers: list[str]
 ) -> None:
-    """As PPO: a rollout without gradients, then several steps on halves of it."""
+    """As PPO: a rollout without gradients, then steps on halves, each with a look at the policy."""
     model = ActorCritic()
     twin = copy.deepcopy(model)
     optimizer, rule = bound(model, **options), sgd(twin)
@@ -115,7 +115,10 @@ def test_epochs_on_one_rollout(
         rollout, same = Rollout(model, step), Rollout(twin, step)
         for half in ([0, 2, 4, 6], [1, 3, 5]):
             optimizer.zero_grad()
-            losses(model, rollout, half).mean().backward()
+            loss = losses(model, rollout, half).mean()
+            with torch.no_grad():
+                model(rollout.states)  # how far the policy has moved
+            loss.backward()
             optimizer.step()
             hand = Hand(twin, layers)
             for n in half:

@@ -164,19 +164,22 @@ def test_reentrant_is_refused_with_its_remedy(fisher: str) -> None:
     optimizer.close()
 
 
+@pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("way", ["each", "in_parts"])
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])
-def test_dropout_draws_the_same_again(way: str, fisher: str) -> None:
+def test_dropout_and_autocast_are_those_of_the_forward(way: str, fisher: str, half: bool) -> None:
     """A model that is not checkpointed, with the same random state, takes the same steps."""
     ends = []
     for each in ("plain", way):
-        model = Deep(each, dropout=0.5)
+        model = Deep(each, dropout=0.5).float()
         optimizer = bound(model, fisher=fisher)
         torch.manual_seed(1)
         for step in range(STEPS):
             x, y = batch(step)
             optimizer.zero_grad()
-            F.cross_entropy(model(x), y).backward()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+                loss = F.cross_entropy(model(x.float()), y)
+            loss.backward()
             optimizer.step()
         ends.append(model)
     assert_same(*ends)

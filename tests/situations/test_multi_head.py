@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tests.situations.by_hand import (
+    LR,
     Hand,
     assert_same,
     bound,
@@ -223,42 +224,119 @@ def test_both_tasks_in_each_step(fisher: str, backwards: int) -> None:
     assert_same(model, twin)
 
 
-class Experts(nn.Module):
-    """A router sends each row to its best expert, of which the last one gets none."""
+def without_conflict(gradients: list[Tensor]) -> Tensor:
+    """Return the sum of two gradients, each without what opposes the other (PCGrad)."""
+    one, other = gradients
+    product = (one @ other).clamp(max=0.0)
+    return one - product / other.square().sum() * other + other - product / one.square().sum() * one
 
-    def __init__(self, way: str) -> None:
+
+def surgery(model: nn.Module, parts: list[Tensor]) -> dict[Tensor, Tensor]:
+    """Return the gradient of each parameter after conflicts are projected out."""
+    parameters = list(model.parameters())
+    found = []
+    for part in parts:
+        gradients = torch.autograd.grad(part, parameters, retain_graph=True, allow_unused=True)
+        given = zip(parameters, gradients, strict=True)
+        found.append(torch.cat([(0 * p if g is None else g).flatten() for p, g in given]).detach())
+    split = without_conflict(found).split([parameter.numel() for parameter in parameters])
+    return {p: g.view_as(p) for p, g in zip(parameters, split, strict=True)}
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_gradients_that_the_loop_makes_itself(fisher: str) -> None:
+    """As PCGrad: `torch.autograd.grad` for each loss, and `.grad` is what became of them."""
+    model = TwoHeads()
+    twin = copy.deepcopy(model)
+    names = ["trunk.0", "kind"] + (["size"] if fisher == "empirical" else [])
+    exclude = [] if fisher == "empirical" else ["size"]
+    optimizer, rule = bound(model, fisher=fisher, exclude=exclude), sgd(twin)
+    for step in range(STEPS):
+        x, kinds, sizes = batch(step)
+        optimizer.zero_grad()
+        for parameter, gradient in surgery(model, losses(model(x), kinds, sizes)).items():
+            parameter.grad = gradient.clone()
+        optimizer.step()
+        hand = Hand(twin, names)
+        for example in zip(x, kinds, sizes, strict=True):
+            hand.example(both, twin, fisher, *example)
+        made = surgery(twin, losses(twin(x), kinds, sizes))
+        take(rule, hand, sum((p * gradient).sum() for p, gradient in made.items()))  # type: ignore[arg-type]
+    assert_same(model, twin)
+
+
+def weighed(out: dict[str, Tensor], weights: Tensor, kinds: Tensor, sizes: Tensor) -> Tensor:
+    return ((-weights).exp() * torch.stack(losses(out, kinds, sizes)) + weights).sum()
+
+
+@pytest.mark.parametrize("when", ["at bind", "after bind"])
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_weights_of_losses_that_are_trained(fisher: str, when: str) -> None:
+    """Parameters that are not the model's are plain (Kendall et al.'s uncertainties)."""
+    model = TwoHeads()
+    twin = copy.deepcopy(model)
+    mine, theirs = (nn.Parameter(torch.zeros(2, dtype=torch.float64)) for _ in range(2))
+    names = ["trunk.0", "kind"] + (["size"] if fisher == "empirical" else [])
+    options = {"fisher": fisher, "exclude": [] if fisher == "empirical" else ["size"]}
+    optimizer = bound(model, [*model.parameters(), mine] if when == "at bind" else None, **options)
+    if when == "after bind":
+        optimizer.add_param_group({"params": [mine]})
+    rule = torch.optim.SGD([*twin.parameters(), theirs], lr=LR)
+    for step in range(STEPS):
+        x, kinds, sizes = batch(step)
+        optimizer.zero_grad()
+        weighed(model(x), mine, kinds, sizes).backward()
+        optimizer.step()
+        hand = Hand(twin, names)
+        for row, kind, size in zip(x, kinds, sizes, strict=True):
+            hand.example(weighed_example, twin, fisher, theirs, row[None], kind[None], size[None])
+        take(rule, hand, weighed(twin(x), theirs, kinds, sizes))
+    assert_same(model, twin)
+    torch.testing.assert_close(mine, theirs)
+
+
+def weighed_example(
+    model: nn.Module, fisher: str, weights: Tensor, x: Tensor, kind: Tensor, size: Tensor
+) -> list[Tensor]:
+    out = model(x)
+    return categorical(out["logits"]) if fisher == "exact" else [weighed(out, weights, kind, size)]
+
+
+class Experts(nn.Module):
+    """A router sends each row to its best experts, of which the last one gets none."""
+
+    def __init__(self, way: str, best: int) -> None:
         super().__init__()
         torch.manual_seed(0)
-        self.router, self.way = nn.Linear(4, 3), way
-        self.experts = nn.ModuleList(nn.Linear(4, 5) for _ in range(3))
+        self.router, self.way, self.best = nn.Linear(4, 4), way, best
+        self.experts = nn.ModuleList(nn.Linear(4, 5) for _ in range(4))
         self.head = nn.Linear(5, 3)
         with torch.no_grad():
-            self.router.bias[2] = -100.0
+            self.router.bias[3] = -100.0
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
-        gates = self.router(x).softmax(-1)
-        gate, choice = gates.max(-1)
-        if self.way == "dense":
-            every = torch.stack([expert(x) for expert in self.experts], 1)
-            mixed = gate[:, None] * every[range(len(x)), choice]
-        else:
-            mixed = torch.zeros(len(x), 5, dtype=x.dtype)
-            for number, expert in enumerate(self.experts):
-                rows = (choice == number).nonzero().squeeze(-1)
-                if len(rows) or self.way == "empty":
-                    mixed = mixed.index_add(0, rows, gate[rows, None] * expert(x[rows]))
-        return self.head(mixed.tanh())
+        gates, choices = self.router(x).softmax(-1).topk(self.best)
+        mixed = torch.zeros(len(x), 5, dtype=x.dtype)
+        for number, expert in enumerate(self.experts):
+            gate = (gates * (choices == number)).sum(-1, keepdim=True)
+            rows = (choices == number).any(-1).nonzero().squeeze(-1)
+            if self.way == "dense":
+                mixed = mixed + gate * expert(x)
+            elif len(rows) or self.way == "empty":
+                mixed = mixed.index_add(0, rows, gate[rows] * expert(x[rows]))
+        return self.head(mixed.tanh())  # type: ignore[no-any-return]
 
 
+@pytest.mark.parametrize("best", [1, 2])
 @pytest.mark.parametrize("way", ["skipped", "empty", "dense"])
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])
 @pytest.mark.filterwarnings("ignore:layer 'experts")
-def test_an_expert_that_sees_no_rows(fisher: str, way: str) -> None:
-    model = Experts(way)
+def test_an_expert_that_sees_no_rows(fisher: str, way: str, best: int) -> None:
+    model = Experts(way, best)
     twin = copy.deepcopy(model)
     optimizer, rule = bound(model, fisher=fisher), sgd(twin)
-    layers = ["router", "head", "experts.0", "experts.1", "experts.2"]
+    layers = ["router", "head", *(f"experts.{number}" for number in range(4))]
     for step in range(STEPS):
         x, kinds, _ = batch(step)
         optimizer.zero_grad()
