@@ -200,3 +200,71 @@ def test_a_wrapper_around_the_optimizer() -> None:
     for each in (wrapper, other):
         mode(each, "eval")
     assert_same(model, twin)
+
+
+class Sharpness(torch.optim.Optimizer):
+    """SAM as its users write it: a rule around another, which steps with a gradient from nearby."""
+
+    def __init__(self, base: torch.optim.Optimizer, radius: float = 0.05) -> None:
+        self.base, self.radius, self.moved = base, radius, []
+        super().__init__(base.param_groups, {})
+        self.param_groups = base.param_groups
+
+    def trained(self) -> list[nn.Parameter]:
+        return [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+    @torch.no_grad()
+    def first_step(self) -> None:
+        """Go up, along the gradient."""
+        norm = torch.stack([p.grad.norm() for p in self.trained()]).norm()
+        self.moved = [(p, self.radius * p.grad / norm) for p in self.trained()]
+        for parameter, by in self.moved:
+            parameter.add_(by)
+        self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self) -> None:
+        """Go back, and step."""
+        for parameter, by in self.moved:
+            parameter.sub_(by)
+        self.base.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.base.zero_grad(set_to_none)
+
+
+def loss_of(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(model(x), y)
+
+
+def of_one(model: nn.Module, fisher: str, x: Tensor, y: Tensor) -> list[Tensor]:
+    logits = model(x[None])
+    return categorical(logits) if fisher == "exact" else [F.cross_entropy(logits, y[None])]
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+def test_a_step_with_the_gradient_of_another_point(fisher: str) -> None:
+    """`exact` counts the forwards at both points, `empirical` the gradients of the second."""
+    model = net(torch.float64)
+    twin = copy.deepcopy(model)
+    wrapper = Sharpness(bound(model, "sgd", fisher=fisher))
+    other = Sharpness(alone(twin, torch.optim.SGD))
+    for number in range(STEPS):
+        x, y = batch(number, torch.float64)
+        wrapper.zero_grad()
+        loss_of(model, x, y).backward()
+        wrapper.first_step()
+        loss_of(model, x, y).backward()
+        wrapper.second_step()
+        hand = Hand(twin, LAYERS)
+        for point in ("here", "nearby"):
+            if point == "nearby":
+                loss_of(twin, x, y).backward()
+                other.first_step()
+            if point == "nearby" or fisher == "exact":
+                for row, label in zip(x, y, strict=True):
+                    hand.example(of_one, twin, fisher, row, label)
+        hand.fill(loss_of(twin, x, y), twin.parameters())
+        other.second_step()
+        other.zero_grad()
+    assert_same(model, twin)

@@ -141,6 +141,29 @@ def test_an_overflow_of_one_micro_batch_skips_them_all(
     assert_same(model, twin)
 
 
+@pytest.mark.parametrize("fisher", ["empirical", "running"])
+def test_one_scaler_of_two_optimizers(fisher: str) -> None:
+    """As for a GAN: where one of them overflows the other steps, and both go on."""
+    models = net(), net()
+    twins, scaler = copy.deepcopy(models), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizers = [with_fisher(fisher).bind(model, scaler=scaler) for model in models]
+    rules = [sgd(twin) for twin in twins]
+    for number in range(4):
+        wrong = {1: 0, 2: 1}.get(number)
+        for each, (model, optimizer) in enumerate(zip(models, optimizers, strict=True)):
+            optimizer.zero_grad()
+            loss = (of_an_infinite_loss if each == wrong else plain)(model, *batch(number))
+            scaler.scale(loss).backward()
+        for optimizer in optimizers:
+            scaler.step(optimizer)
+        scaler.update()
+        for each, (twin, rule) in enumerate(zip(twins, rules, strict=True)):
+            if each != wrong:
+                step_by_hand(twin, rule, fisher, [number])
+    for model, twin in zip(models, twins, strict=True):
+        assert_same(model, twin)
+
+
 def test_a_scaler_that_is_disabled_changes_nothing() -> None:
     model, scaler = net(), torch.amp.GradScaler("cpu", enabled=False)
     twin = copy.deepcopy(model)
