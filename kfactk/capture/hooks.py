@@ -80,7 +80,7 @@ class ModelHooks:
 
     def close(self) -> None:
         """Remove every hook; may be called twice."""
-        self._user.stop()
+        self.reset()
         self._finalizer()
 
     def expect(self, due: bool) -> None:
@@ -93,9 +93,13 @@ class ModelHooks:
     def reset(self) -> None:
         """Clean up after a forward that was interrupted: Ctrl-C runs no hook."""
         self._depth = 0
-        self._calls = []
         self._user.stop()
         _remove(self._layer_handles)
+        layers, self._layers = self._layers, ()
+        for layer in layers:
+            for site in layer.sites:
+                _remove_unhandled(site, self._calls)
+        self._calls = []
 
     def before(self, compiled: bool) -> None:
         """Attach to the layers that are due, unless compiled code would trace the hooks."""
@@ -243,6 +247,10 @@ class LayerHook:
             )
         )
 
+    def fills(self, calls: list[TracedCall]) -> bool:
+        """Return whether its records go there."""
+        return self._calls is calls
+
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerHook:
         return LayerHook(None, None)
 
@@ -282,6 +290,14 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 def _release(token: object, *handles: list[torch.utils.hooks.RemovableHandle]) -> None:
     EAGERNESS.release(token)
     _remove(*handles)
+
+
+def _remove_unhandled(site: nn.Module, calls: list[TracedCall]) -> None:
+    """Remove hooks that fill `calls`, and whose handle an interruption has lost."""
+    for number, hook in list(site._forward_hooks.items()):
+        if isinstance(hook, LayerHook) and hook.fills(calls):
+            del site._forward_hooks[number]
+            site._forward_hooks_with_kwargs.pop(number, None)
 
 
 def _remove(*handles: Iterable[torch.utils.hooks.RemovableHandle]) -> None:

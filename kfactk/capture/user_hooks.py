@@ -48,7 +48,6 @@ class UserHooks:
     def start(self, modules: Iterable[nn.Module]) -> None:
         """Note what is asked for from now on, and the backward hooks of these modules."""
         PATCHES.add(self)
-        self._stack.callback(PATCHES.discard, self)
         own = [(each._backward_hooks, each._backward_pre_hooks) for each in modules]
         shared = (torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks)
         for hooks in (found for pair in (*own, shared) for found in pair if found):
@@ -56,6 +55,7 @@ class UserHooks:
 
     def stop(self) -> None:
         """Note no more; may be called twice."""
+        PATCHES.discard(self)
         self._stack.close()
 
     def retain(self, tensor: Tensor) -> None:
@@ -107,18 +107,20 @@ class Patches:
 
     def add(self, hooks: UserHooks) -> None:
         """Let these hooks note what is asked for."""
-        if not self._noting:
+        self._noting.add(hooks)
+        if self._register is None:
             self._register = Tensor.register_hook
             Tensor.retain_grad = self._retain_grad()  # type: ignore[method-assign]
             Tensor.register_hook = self._register_hook()  # type: ignore[method-assign]
-        self._noting.add(hooks)
 
     def discard(self, hooks: UserHooks) -> None:
         """Let them note no more; the last one restores the methods."""
         self._noting.discard(hooks)
-        if not self._noting:
-            del Tensor.retain_grad  # the class below has it
+        if not self._noting and self._register is not None:
+            if "retain_grad" in vars(Tensor):
+                del Tensor.retain_grad  # the class below has it
             Tensor.register_hook = self._register  # type: ignore[method-assign]
+            self._register = None
 
     def _retain_grad(self) -> Hook:
         original = Tensor.retain_grad
