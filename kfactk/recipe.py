@@ -14,7 +14,7 @@ from kfactk._version import __version__
 from kfactk.capture.support import supported_model
 from kfactk.errors import OptionError, near_names
 from kfactk.optim.optimizer import Optimizer, Params
-from kfactk.optim.settings import FIELDS, BlockSpec, Settings, as_patterns
+from kfactk.optim.settings import FIELDS, BlockSpec, Settings, as_patterns, default_damping
 from kfactk.options import Number, Period, python_number
 from kfactk.preconditioner.coverage import Coverage, ModelSurvey
 from kfactk.registry.hookspecs import STAGE_HOOKS
@@ -85,10 +85,15 @@ class Recipe(Settings):
     def evolve(self, **changes: Any) -> Recipe:
         """Return the recipe with some fields changed; it takes what `kfactk.build` takes.
 
+        With another update rule, a damping that is the old one's own becomes that of the new one.
+
         Raises:
             OptionError: A field is unknown or its value cannot work.
         """
-        return attrs.evolve(self, **_resolved(changes))
+        changed = _resolved({"update": self.update} | changes)
+        if "damping" not in changes and self.damping == default_damping(self.update):
+            changed["damping"] = default_damping(changed["update"])
+        return attrs.evolve(self, **changed)
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-safe form, from which `from_dict` makes an equal recipe.
@@ -124,7 +129,10 @@ class Recipe(Settings):
     def __repr__(self) -> str:
         mine, usual, shown = self.summary(), inspect.signature(build).parameters, []
         for field in FIELDS:
-            if mine[field] != _written_default(field, usual[field].default):
+            default = usual[field].default
+            if field == "damping":
+                default = default_damping(self.update)
+            if mine[field] != _written_default(field, default):
                 shown.append(f"{field}={_short(field, mine[field])!r}")
         return f"kfactk.build({', '.join(shown)})"
 
@@ -193,7 +201,7 @@ def build(
     placement: Any = "replicated",
     tracker: Any = None,
     lr: float = 0.003,
-    damping: Number = 0.001,
+    damping: Number | None = None,
     weight_decay: float = 0.0,
     weight_decay_at: str = "update",
     factor_decay: float = 0.95,
@@ -233,7 +241,10 @@ def build(
         tracker: Where runs are recorded: "mlflow", "jsonl", or `None`.
         lr: Learning rate mu.
         damping: tau, in the units of the Fisher matrix of one likelihood term; a number, or a
-            function of the step.
+            function of the step. `None` for the update rule's own, with which lr=0.003 is stable:
+            0.001 for "adam", "adamw" and "radam", 0.01 for "sgd", 0.03 for "momentum" and "nag".
+            Rules that do not divide by the size of their gradients step by up to lr / damping times
+            the plain gradient: keep that below the learning rate of plain SGD.
         weight_decay: Per step and unit of parameter, as torch.optim's update rules take it.
         weight_decay_at: "update": the update rule adds it, after preconditioning. "gradient": it is
             added before preconditioning.
@@ -305,6 +316,8 @@ def _resolved(values: Mapping[str, Any], *, trusted: bool = True) -> dict[str, A
             out[name] = made
         else:
             out[name] = python_number(from_json(value, trusted=trusted))
+    if "update" in out and out.get("damping", 0.0) is None:
+        out["damping"] = default_damping(out["update"])
     return out
 
 

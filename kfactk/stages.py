@@ -367,7 +367,11 @@ class Clip(Protocol):
 
 
 class Update(Protocol):
-    """Makes the torch.optim optimiser that takes the step."""
+    """Makes the torch.optim optimiser that takes the step.
+
+    It may have an attribute `default_damping`: tau where the recipe gives none. Rules that do not
+    divide by the size of their gradients want a larger one than 0.001.
+    """
 
     def make(
         self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float

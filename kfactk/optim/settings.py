@@ -214,6 +214,15 @@ FIELDS = tuple(field.name for field in attrs.fields(Settings) if field.init)
 """Names of the fields, which are the arguments of `kfactk.build`."""
 
 
+USUAL_DAMPING = 0.001
+"""tau where neither the user nor the update rule says another: that of EKFACadam in the thesis."""
+
+
+def default_damping(update: Update) -> float:
+    """Return the damping for an update rule where the user gives none."""
+    return float(getattr(update, "default_damping", USUAL_DAMPING))
+
+
 def name_of(family: str, stage: object) -> str:
     """Return the name of a stage, or that of its class where it has none."""
     try:

@@ -96,6 +96,13 @@ class TorchOptimizer:
         factory=dict, converter=_frozen_options, validator=_check_options, hash=False
     )
 
+    @property
+    def default_damping(self) -> float:
+        """tau where the recipe gives none: more for `torch.optim.SGD`, which divides by nothing."""
+        if not issubclass(self.optimizer, torch.optim.SGD):
+            return 0.001
+        return 0.03 if self.options.get("momentum") else 0.01
+
     def make(
         self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float
     ) -> torch.optim.Optimizer:

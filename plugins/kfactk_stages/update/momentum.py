@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -41,6 +41,8 @@ class Momentum:
     References:
         Polyak 1964, "Some methods of speeding up the convergence of iteration methods".
     """
+
+    default_damping: ClassVar[float] = 0.03
 
     momentum: float = attrs.field(default=0.9, validator=decay)
     dampening: float = attrs.field(default=0.0, validator=number(low=0, high=1))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 import attrs
 import torch
@@ -130,6 +130,8 @@ class Nag:
         "Neural Network Optimization Based on K-FAC Algorithm" (the thesis), Tongji University,
         May 2021.
     """
+
+    default_damping: ClassVar[float] = 0.03
 
     momentum: float = attrs.field(default=0.9, validator=decay)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -36,6 +36,8 @@ class Sgd:
     References:
         Robbins & Monro 1951, "A stochastic approximation method".
     """
+
+    default_damping: ClassVar[float] = 0.01
 
     foreach: bool | None = attrs.field(default=None, validator=implementation)
     fused: bool | None = attrs.field(default=None, validator=implementation)

@@ -30,8 +30,33 @@ BAD_NUMBERS = [-0.1, float("nan"), True, "0.1", None, [0.1], torch.tensor(0.1), 
 @pytest.mark.parametrize("value", BAD_NUMBERS, ids=repr)
 @pytest.mark.parametrize("field", NUMBER)
 def test_numbers_are_checked(field: str, value: Any) -> None:
+    if field == "damping" and value is None:
+        pytest.skip("the update rule's own")
     with pytest.raises(OptionError, match=f"^{field} is .*{NUMBER[field]}"):
         kfactk.build(**{field: value})
+
+
+@pytest.mark.parametrize(
+    ("update", "expected"),
+    [
+        ("adam", 0.001),
+        ("radam", 0.001),
+        ("sgd", 0.01),
+        ("momentum", 0.03),
+        ("nag", 0.03),
+        (torch.optim.Adagrad, 0.001),
+        (torch.optim.SGD, 0.01),
+        ({"name": "torch.optim:SGD", "momentum": 0.9}, 0.03),
+    ],
+)
+def test_damping_without_a_value_is_the_update_rules_own(update: Any, expected: float) -> None:
+    recipe = kfactk.build(update=update)
+    assert recipe.damping == expected
+    assert "damping" not in repr(recipe)
+    assert kfactk.build(update=update, damping=None) == recipe
+    assert kfactk.Recipe.from_dict({"update": recipe.to_dict()["update"]}) == recipe
+    assert kfactk.build().evolve(update=update) == recipe
+    assert kfactk.build(damping=0.5).evolve(update=update).damping == 0.5
 
 
 def test_a_decay_above_one_is_refused() -> None:
