@@ -1,4 +1,4 @@
-"""The command line, `python -m kfactk`, with the commands stages, plugins, new-plugin and plan."""
+"""The command line, `python -m kfactk`: stages, plugins, new-plugin, plan and import-records."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from typing import Any
 import attrs
 
 from kfactk._version import __version__
-from kfactk.cli import plan as planning
+from kfactk.cli import import_records as importing, plan as planning
 from kfactk.cli.new_plugin import new_plugin
 from kfactk.errors import KfactkError
 from kfactk.registry.hookspecs import STAGE_HOOKS
@@ -71,6 +71,8 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--directory", type=Path, default=Path(), help=where)
     plan = command("plan", help="predict what training takes on many devices, for every placement")
     planning.add_arguments(plan)
+    records = command("import-records", help="send records that a tracker could not send")
+    importing.add_arguments(records)
     return parser
 
 
@@ -183,4 +185,14 @@ def _plan(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int]:
     return planning.run(arguments), 0
 
 
-COMMANDS = {"stages": _stages, "plugins": _plugins, "new-plugin": _new_plugin, "plan": _plan}
+def _import_records(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int]:
+    return importing.run(plugins, arguments), 0
+
+
+COMMANDS = {
+    "stages": _stages,
+    "plugins": _plugins,
+    "new-plugin": _new_plugin,
+    "plan": _plan,
+    "import-records": _import_records,
+}
