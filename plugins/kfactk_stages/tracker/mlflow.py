@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shlex
 import time
 import uuid
 import warnings
@@ -18,10 +17,9 @@ from torch import Tensor
 from kfactk import KfactkError, KfactkWarning, OptionError, hookimpl
 from kfactk.masking import mask, mask_settings
 from kfactk.options import text, whole
-from kfactk_stages.tracker import delivery
 from kfactk_stages.tracker._buffer import Buffer, Row, flattened
-from kfactk_stages.tracker.delivery import Delivery, Entry
-from kfactk_stages.tracker.mlflow_store import Store, import_file, is_mistake, reason
+from kfactk_stages.tracker.delivery import Entry
+from kfactk_stages.tracker.mlflow_store import Outbox, import_file, is_mistake, reason
 
 MAX_VALUE, MAX_NAME = 6000, 250
 """MLflow's limits on the characters of a parameter's value and of a name."""
@@ -33,21 +31,17 @@ class _Run:
 
     Args:
         key: Its name in entries.
-        store: Where it is.
-        delivery: The entries on their way there.
+        outbox: Where its entries go.
         start: The entries that describe it.
         own: Whether the tracker made it.
         process: The process that started it; a fork of that has no thread to send with.
-        told: Whether a failure was told.
     """
 
     key: str
-    store: Store
-    delivery: Delivery
+    outbox: Outbox
     start: list[Entry]
     own: bool
     process: int = attrs.field(factory=os.getpid)
-    told: bool = False
 
 
 @attrs.define(eq=False)
@@ -129,24 +123,23 @@ class Mlflow:
         else:
             uri = self.tracking_uri or mlflow.get_tracking_uri()
             where = {"name": self.run_name, **self._experiment()}
-        key, store = uuid.uuid4().hex, Store(uri)
+        key, outbox = uuid.uuid4().hex, Outbox(uri, Path(self.unsent))
         where["time"] = _now()
         params = {
             self._key(name): str(value)[:MAX_VALUE]
             for name, value in flattened(mask_settings(recipe)).items()
         }
         entries = [{"run": key, "start": where}, {"run": key, "params": params}]
-        run = _Run(key, store, Delivery(store.send, store.patience), entries, active is None)
         for entry in entries:
-            run.delivery.put(entry)
-        run.delivery.wait()
-        failure = run.delivery.failure
+            outbox.put(entry)
+        outbox.delivery.wait()
+        failure = outbox.delivery.failure
         if failure is not None and is_mistake(failure):
             raise OptionError(
                 f"tracker 'mlflow' cannot make a run at {mask(uri)!r}: {reason(failure)}. Check "
                 "tracking_uri and experiment."
             )
-        self._current.run = run
+        self._current.run = run = _Run(key, outbox, entries, active is None)
         self._attend(run)
 
     def _warn_of_unused_options(self, run_name: str) -> None:
@@ -173,7 +166,7 @@ class Mlflow:
             return
         run = self._started()
         self._hand_over(run)
-        run.delivery.wait(needed=True)
+        run.outbox.delivery.wait(needed=True)
         self._attend(run)
 
     def close(self) -> None:
@@ -188,9 +181,9 @@ class Mlflow:
         self._hand_over(run)
         self._current.run = None
         if run.own:
-            run.delivery.put({"run": run.key, "end": "FINISHED", "time": _now()})
-        run.delivery.settle()
-        run.delivery.stop()
+            run.outbox.put({"run": run.key, "end": "FINISHED", "time": _now()})
+        run.outbox.delivery.settle()
+        run.outbox.delivery.stop()
         self._attend(run)
 
     def import_records(self, path: Path) -> str:
@@ -214,20 +207,21 @@ class Mlflow:
 
     def _continued(self, run: _Run) -> _Run:
         """Return the run for a fork of the process: it stays the parent's, which ends it."""
-        store = Store(run.store.uri)
-        known = run.store.runs.get(run.key)
+        outbox, known = (
+            Outbox(run.outbox.store.uri, run.outbox.path),
+            run.outbox.store.runs.get(run.key),
+        )
         (start, params), where = run.start, {"run_id": known, "active": known is not None}
         entries = [{"run": run.key, "start": {**start["start"], **where}}, params]
-        forked = _Run(run.key, store, Delivery(store.send, store.patience), entries, own=False)
         for entry in entries:
-            forked.delivery.put(entry)
-        return forked
+            outbox.put(entry)
+        return _Run(run.key, outbox, entries, own=False)
 
     def _hand_over(self, run: _Run) -> None:
         """Give the buffer to the thread, or to the file after a failure."""
         rows = self._pending.take()
         if rows:
-            run.delivery.put({"run": run.key, "metrics": self._points(rows)})
+            run.outbox.put({"run": run.key, "metrics": self._points(rows)})
         self._attend(run)
 
     def _points(self, rows: list[Row]) -> list[tuple[str, float, int, int]]:
@@ -239,8 +233,9 @@ class Mlflow:
 
     def _attend(self, run: _Run) -> None:
         """Keep what a failed store has not confirmed, and warn once."""
-        if run.store.conflicts:
-            conflicts, run.store.conflicts = run.store.conflicts, []
+        store = run.outbox.store
+        if store.conflicts:
+            conflicts, store.conflicts = store.conflicts, []
             warnings.warn(
                 f"the MLflow run already has other values for {', '.join(conflicts)}, and MLflow "
                 "cannot change them: they keep the values of the earlier recipe. Start another run "
@@ -248,25 +243,16 @@ class Mlflow:
                 KfactkWarning,
                 stacklevel=4,
             )
-        failure, entries = run.delivery.failure, run.delivery.unsent()
-        if failure is None or not entries:
-            return
-        path = Path(self.unsent).absolute()
-        if not run.told and "start" not in entries[0]:
-            known = run.store.runs.get(run.key)
-            first = {"run": run.key, "start": {**run.start[0]["start"], "run_id": known}}
-            entries = [first, *entries]
         try:
-            delivery.append(path, entries)
+            message = run.outbox.keep()
         except OSError as error:
             raise KfactkError(
-                f"tracker 'mlflow' can send its records neither to {mask(run.store.uri)} "
-                f"({reason(failure)}) nor write them to {path} ({error.strerror or error}): "
-                "they are lost. Give unsent= in a writable directory, on a disk with free space."
+                f"tracker 'mlflow' can neither send its records to {mask(store.uri)} nor write "
+                f"them to {run.outbox.path} ({error.strerror or error}): they are lost. Give "
+                "unsent= in a writable directory, on a disk with free space."
             ) from error
-        if not run.told:
-            run.told = True
-            warnings.warn(unsent_message(path, run.store.uri, failure), KfactkWarning, stacklevel=4)
+        if message:
+            warnings.warn(message, KfactkWarning, stacklevel=4)
 
     def _experiment(self) -> dict[str, str]:
         name = self.experiment or os.environ.get("MLFLOW_EXPERIMENT_NAME")
@@ -277,22 +263,6 @@ class Mlflow:
 
     def _key(self, name: str) -> str:
         return re.sub(r"[^\w\-./ ]", "_", self.prefix + name)[:MAX_NAME]
-
-
-def unsent_message(path: Path, uri: str, failure: Exception) -> str:
-    """Return the warning for records that a store did not take.
-
-    Args:
-        path: Where they are.
-        uri: The store.
-        failure: What is wrong with it.
-    """
-    return (
-        f"MLflow's store {mask(uri)} failed ({reason(failure)}). Training goes on, and "
-        f"records that it has not confirmed go to {path}. When it is up again, run: python -m "
-        f"kfactk import-records {shlex.quote(str(path))} --tracking-uri {shlex.quote(mask(uri))} "
-        "(said once)"
-    )
 
 
 def _now() -> int:

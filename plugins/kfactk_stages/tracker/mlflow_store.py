@@ -13,6 +13,8 @@ An entry is a dict with the key `run`, a name of the run that is unique everywhe
 
 from __future__ import annotations
 
+import importlib
+import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from kfactk.errors import OptionError
 from kfactk.masking import mask
 from kfactk_stages.tracker import delivery
-from kfactk_stages.tracker.delivery import Entry
+from kfactk_stages.tracker.delivery import Delivery, Entry
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -33,6 +35,9 @@ TAG = "kfactk.records"
 """The tag of a run that holds its name in entries."""
 GONE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE")
 """MLflow's codes for a run that is not there, or deleted."""
+NEVER = ("InvalidUrlException", "NoSuchModuleError", "ArgumentError")
+"""Classes of MLflow and SQLAlchemy for addresses that cannot be read, or need what is missing."""
+DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
 KINDS = ("experiment", "start", "params", "metrics", "end")
 
 
@@ -62,6 +67,12 @@ class Store:
             if not path.exists() or path.stat().st_size == 0:
                 return MAKING
         return delivery.PATIENCE
+
+    def load(self) -> None:
+        """Import what MLflow needs for such a store: that takes seconds, and is no silence."""
+        database = self.uri.partition(":")[0].partition("+")[0] in DATABASES
+        kind = "sqlalchemy_store" if database else "rest_store"
+        importlib.import_module(f"mlflow.store.tracking.{kind}")
 
     def send(self, entry: Entry) -> None:
         """Send one entry; sending it again changes nothing.
@@ -162,14 +173,66 @@ class Store:
         return self._known[key]
 
 
+class Outbox:
+    """A store, the thread that sends to it, and the file for what it does not take.
+
+    Args:
+        uri: The tracking URI.
+        path: The file.
+    """
+
+    def __init__(self, uri: str, path: Path) -> None:
+        self.store, self.path = Store(uri), path.absolute()
+        self.store.load()
+        self.delivery = Delivery(self.store.send, self.store.patience)
+        self._starts: dict[str, Entry] = {}
+        self._kept: set[str] = set()
+        self._told = False
+
+    def put(self, entry: Entry) -> None:
+        """Hand over an entry; return at once."""
+        if "start" in entry:
+            self._starts[entry["run"]] = entry
+        self.delivery.put(entry)
+
+    def keep(self) -> str | None:
+        """Write what a failed store has not confirmed to the file; return what to tell, once.
+
+        Raises:
+            OSError: The file cannot be written, so these entries are lost.
+        """
+        entries = self.delivery.unsent()
+        failure = self.delivery.failure
+        if failure is None or not entries:
+            return None
+        delivery.append(self.path, [each for entry in entries for each in self._complete(entry)])
+        told, self._told = self._told, True
+        return None if told else self._message(failure)
+
+    def _complete(self, entry: Entry) -> list[Entry]:
+        """Return an entry, with the start of its run before the first one that is kept."""
+        run = entry["run"]
+        if run in self._kept or run not in self._starts:
+            return [entry]
+        self._kept.add(run)
+        start = self._starts[run]["start"]
+        known = self.store.runs.get(run, start.get("run_id"))
+        first = {"run": run, "start": {**start, "run_id": known}}
+        return [first] if "start" in entry else [first, entry]
+
+    def _message(self, failure: Exception) -> str:
+        path, uri = shlex.quote(str(self.path)), shlex.quote(mask(self.store.uri))
+        return (
+            f"MLflow's store {mask(self.store.uri)} failed ({reason(failure)}). Training goes on, "
+            f"and records that it has not confirmed go to {self.path}. When it is up again, run: "
+            f"python -m kfactk import-records {path} --tracking-uri {uri} (said once)"
+        )
+
+
 def is_mistake(error: Exception) -> bool:
     """Return whether a store can never be used as it is named, however long one waits."""
-    code = getattr(error, "error_code", "")
-    return (
-        isinstance(error, ImportError)
-        or code == "INVALID_PARAMETER_VALUE"
-        or "Url" in type(error).__name__
-    )
+    mistake = isinstance(error, ImportError) or type(error).__name__ in NEVER
+    return mistake or getattr(error, "error_code", "") == "INVALID_PARAMETER_VALUE"
 
 
 def reason(error: Exception) -> str:

@@ -360,7 +360,7 @@ def test_trackers_fail_apart(
 def test_records_that_nothing_takes_are_told(closed: str, tmp_path: Path, hasty: None) -> None:
     tracker = Mlflow(tracking_uri=closed, unsent=str(tmp_path))  # a folder
     tracker.start({})
-    with pytest.raises(KfactkError, match=r"neither to .* nor write them to .* unsent="):
+    with pytest.raises(KfactkError, match=r"neither send .* nor write them to .* unsent="):
         tracker.close()
 
 
