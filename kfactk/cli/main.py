@@ -13,7 +13,7 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import attrs
 
@@ -46,14 +46,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         text, code = COMMANDS[arguments.command](plugins, arguments)
     except KfactkError as error:
-        print(f"kfactk: {error}", file=sys.stderr)
+        print(f"kfactk: {_on_one_line(error)}", file=sys.stderr)
         return 2
-    return code if _print(text) else 1
+    try:
+        return code if _print(text) else 1
+    except OSError as error:  # such as a full disk
+        print(f"kfactk: the output cannot be written: {error.strerror or error}", file=sys.stderr)
+        _discard_output()
+        return 2
+
+
+def _on_one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help shows all options)\n")
 
 
 def _parser() -> argparse.ArgumentParser:
     what = "List stages and plugins, start a plugin, or plan a training."
-    parser = argparse.ArgumentParser(prog="kfactk", description=what)
+    parser = _Parser(prog="kfactk", description=what)
     parser.add_argument("--version", action="version", version=f"kfactk {__version__}")
     command = parser.add_subparsers(dest="command", required=True).add_parser
     stages = command("stages", help="list stages: options, defaults, plugin, version and paper")
@@ -82,10 +97,14 @@ def _print(text: str) -> bool:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except BrokenPipeError:
-        # What is still buffered must not fail at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return False
     return True
+
+
+def _discard_output() -> None:
+    """Let what is still buffered not fail at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _stages(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int]:
