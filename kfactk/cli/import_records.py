@@ -34,11 +34,11 @@ def run(plugins: Registry, arguments: argparse.Namespace) -> str:
         (name,) = importers
     if name not in importers:
         known = ", ".join(importers) or "none"
-        what = "give --tracker" if name is None else f"{name!r} is not one of them"
+        what = "" if name is None else f", and {name!r} is none of them"
         raise OptionError(
-            f"{len(importers)} installed trackers import records ({known}): {what}."
-            f"{near_names(name or '', importers)} `python -m kfactk plugins` shows what is "
-            "installed, and what failed."
+            f"{len(importers)} installed trackers import records ({known}){what}."
+            f"{near_names(name or '', importers)} Give the name of one as --tracker; see `python "
+            "-m kfactk plugins` for what is installed, and what failed."
         )
     return str(importers[name].import_records(arguments.file))
 

@@ -120,8 +120,8 @@ def test_study_that_resumes_after_an_outage_has_one_run(tmp_path: Path, monkeypa
             tracking.end(name, "interrupted")
             waited = time.monotonic() - began
             tracking.close()
-    assert waited < 4.0  # two seconds, and MLflow's imports
-    assert time.monotonic() - began < waited + 3.5
+    assert waited < 8.0  # two seconds, MLflow's imports, and a busy machine
+    assert time.monotonic() - began < waited + 6.0
     assert len(said) == 1
     told = str(said[0]) + tracking.unsent.read_text() + tracking.how_to_open("python")
     assert "hunter2" not in told

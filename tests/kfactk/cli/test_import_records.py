@@ -58,9 +58,12 @@ def test_chosen_tracker_imports(importing: None, capsys: pytest.CaptureFixture[s
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["FILE"], "2 installed trackers import records (importing, mlflow): give --tracker"),
+        (
+            ["FILE"],
+            "2 installed trackers import records (importing, mlflow). Give the name of one as --tracker",
+        ),
         (["FILE", "--tracker", "import"], "Did you mean 'importing'?"),
-        (["FILE", "--tracker", "jsonl"], "'jsonl' is not one of them"),
+        (["FILE", "--tracker", "jsonl"], "'jsonl' is none of them"),
         (["bad", "--tracker", "importing"], "bad file"),
         (["nosuch", "--tracker", "mlflow"], "nosuch cannot be read"),
     ],

@@ -41,7 +41,7 @@ class Sink:
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(delivery, "PATIENCE", 0.3)
+    monkeypatch.setattr(delivery, "PATIENCE", 1.0)
 
 
 def put(made: Delivery, given: list[dict[str, Any]]) -> None:
@@ -61,11 +61,11 @@ def test_entries_arrive_in_order() -> None:
 
 
 def test_slow_stores_that_answer_get_everything(hasty: None) -> None:
-    sink = Sink(seconds=0.1)
+    sink = Sink(seconds=0.3)
     made = Delivery(sink.send)
-    put(made, entries(8))
-    made.settle()  # 0.8 s in all, more than the patience, but each answer starts it again
-    assert sink.got == entries(8)
+    put(made, entries(5))
+    made.settle()  # 1.5 s in all, more than the patience, but each answer starts it again
+    assert sink.got == entries(5)
     assert made.failure is None
 
 
@@ -87,13 +87,13 @@ def test_silent_stores_are_given_up(hasty: None) -> None:
     made = Delivery(sink.send)
     began = time.monotonic()
     put(made, entries(4))
-    assert time.monotonic() - began < 0.2
+    assert time.monotonic() - began < 0.9
     for _ in range(5):  # what is waited in vain does not add up
         assert not made.wait()
     assert made.failure is None
     made.settle()
-    assert time.monotonic() - began < 1.5
-    assert "no answer for 0.3 s" in str(made.failure)
+    assert time.monotonic() - began < 4.5
+    assert "no answer for 1 s" in str(made.failure)
     assert made.unsent() == entries(3, first=1)
     sink.answers.set()  # a late answer changes nothing
     time.sleep(0.1)
@@ -116,7 +116,7 @@ def test_first_answer_may_take_as_long_as_making(hasty: None) -> None:
     made = Delivery(sink.send, making=30.0)
     put(made, entries(2))
     assert not made.wait()
-    threading.Timer(0.6, sink.answers.set).start()
+    threading.Timer(1.5, sink.answers.set).start()
     made.settle()
     assert made.failure is None
 
