@@ -60,7 +60,7 @@ def test_chosen_tracker_imports(importing: None, capsys: pytest.CaptureFixture[s
     [
         (
             ["FILE"],
-            "2 installed trackers import records (importing, mlflow). Give the name of one as --tracker",
+            "(importing, mlflow). Give the name of one as --tracker",
         ),
         (["FILE", "--tracker", "import"], "Did you mean 'importing'?"),
         (["FILE", "--tracker", "jsonl"], "'jsonl' is none of them"),
