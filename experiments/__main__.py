@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import os
 import shlex
 import signal
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from experiments import config
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, from_system
 
 USAGE, INTERRUPTED = 2, 130
 """Exit codes."""
@@ -185,11 +186,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command = _command(arguments)
     resume = command if "--resume" in arguments else _command([*arguments, "--resume"])
     message = f"interrupted: finished epochs are kept; to continue, run: {resume}"
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # paths may hold what a terminal cannot show
+            stream.reconfigure(errors="backslashreplace")
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     _handle_signals(message)
     try:
         _run(_parser().parse_args(arguments), command)
-    except ExperimentError as error:
+    except (ExperimentError, OSError) as raised:
+        error = from_system(raised) if isinstance(raised, OSError) else raised
         if _number("LOCAL_RANK"):
             with contextlib.suppress(KeyboardInterrupt):
                 time.sleep(GRACE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,12 +82,22 @@ def check(algorithm: Algorithm) -> None:
         ExperimentError: They cannot work. The message names the algorithm.
     """
     name = algorithm.settings.get("optimizer")
-    if name is not None and name not in FIRST_ORDER:
+    if name is not None and not (isinstance(name, str) and name in FIRST_ORDER):
         raise ExperimentError(
             f"algorithm {algorithm.name}: there is no first-order optimizer {name!r}."
-            f"{near_names(name, FIRST_ORDER)}"
+            f"{near_names(str(name), FIRST_ORDER)} There are: {', '.join(FIRST_ORDER)}"
         )
     try:
         describe(algorithm, seed=0)
-    except kfactk.KfactkError as error:
+        _made_for_nothing(algorithm)
+    # Classes of torch raise ValueErrors and TypeErrors for options that they refuse.
+    except (kfactk.KfactkError, ValueError, TypeError, OverflowError) as error:
         raise ExperimentError(f"algorithm {algorithm.name}: {error}") from error
+
+
+def _made_for_nothing(algorithm: Algorithm) -> None:
+    """Make the optimizer of a small model: errors come now, and not after hours of other runs."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # said again by the run itself
+        close(make(algorithm, model, seed=0, collector=Collector(1)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 import attrs
 
-from experiments.errors import ExperimentError, near_names
+from experiments.errors import ExperimentError, near_names, system_reason
 
 FOLDER = Path(__file__).parent / "configs"
 """Folder of the presets, one TOML file each."""
@@ -33,16 +34,26 @@ SECOND_ORDER = (
 REFERENCE = ("train_accuracy", "test_accuracy")
 
 
-def _whole(least: int) -> Callable[[Any], str | None]:
+MOST = 2**31 - 1
+"""The largest whole number of a setting."""
+LARGEST = 1e30
+"""The largest number of a setting: its square is finite in float64."""
+NAME = re.compile(r"\w[\w.,+()=-]*(?: [\w.,+()=-]+)*")
+LONGEST = 60
+"""Characters of a name, so that it is a file name everywhere."""
+
+
+def _whole(least: int, most: int = MOST) -> Callable[[Any], str | None]:
     return lambda value: (
         None
-        if type(value) is int and value >= least
-        else f"must be a whole number of at least {least}"
+        if type(value) is int and least <= value <= most
+        else f"must be a whole number from {least} to {most}"
     )
 
 
 def _number(value: Any) -> str | None:
-    return None if type(value) in (int, float) and value >= 0 else "must be a number of at least 0"
+    good = type(value) in (int, float) and 0 <= value <= LARGEST
+    return None if good else f"must be a number from 0 to {LARGEST:g}"
 
 
 def _flag(value: Any) -> str | None:
@@ -50,7 +61,19 @@ def _flag(value: Any) -> str | None:
 
 
 def _text(value: Any) -> str | None:
-    return None if isinstance(value, str) and value else "must be text"
+    good = isinstance(value, str) and value.strip() and value.isprintable()
+    return None if good else "must be text on one line, without control characters"
+
+
+def _name(value: str) -> str | None:
+    """Names become names of folders and of experiments in MLflow."""
+    good = NAME.fullmatch(value) and len(value) <= LONGEST
+    return (
+        None
+        if good
+        else "must begin with a letter or digit, hold only these and spaces between them and "
+        f". , _ + - ( ) =, and have at most {LONGEST} characters"
+    )
 
 
 def _seeds(value: Any) -> str | None:
@@ -70,7 +93,7 @@ def _one_of(names: tuple[str, ...]) -> Callable[[Any], str | None]:
     def check(value: Any) -> str | None:
         return (
             None
-            if value in names
+            if isinstance(value, str) and value in names
             else f"must be one of {', '.join(names)}.{near_names(str(value), names)}"
         )
 
@@ -127,8 +150,8 @@ class Training:
     test_batch_size: int = _field(_whole(1))
     seeds: tuple[int, ...] = _field(_seeds)
     schedule: str = _field(_one_of(SCHEDULES), default="constant")
-    threads: int = _field(_whole(0), default=0)
-    max_steps: int | None = attrs.field(default=None)
+    threads: int = _field(_whole(0, 1024), default=0)  # torch crashes with very many
+    max_steps: int | None = attrs.field(default=None)  # an option of the command line only
 
 
 @attrs.frozen
@@ -186,9 +209,12 @@ def read(path: Path) -> Experiment:
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ExperimentError(f"{path}: cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ExperimentError(f"{path}: cannot be read ({system_reason(error)})") from error
+    # TOMLDecodeError and UnicodeDecodeError are ValueErrors; so are numbers with too many digits.
+    except (ValueError, RecursionError) as error:
         raise ExperimentError(f"{path}: is not valid TOML: {error}") from error
+    if problem := _name(path.stem):
+        raise ExperimentError(f"{path}: the name of the file {problem}: rename it")
     _known(path, "", table, ("title", "data", "model", "training", "second_order", "algorithms"))
     title = table.get("title", path.stem)
     if problem := _text(title):
@@ -243,8 +269,17 @@ def _algorithms(path: Path, table: Mapping[str, Any]) -> dict[str, Algorithm]:
     algorithms = {}
     for name, value in _table(path, "algorithms", table.get("algorithms")).items():
         where = f"algorithms.{name}"
+        if problem := _name(name):
+            raise ExperimentError(f"{path}: {where}: the name of an algorithm {problem}")
+        if twin := next((each for each in algorithms if each.lower() == name.lower()), None):
+            raise ExperimentError(
+                f"{path}: {where} and algorithms.{twin} differ only in capitals, and so would "
+                "their folders: give another name"
+            )
         own = dict(_table(path, where, value))
         label = own.pop("label", name)
+        if problem := _text(label):
+            raise ExperimentError(f"{path}: {where}.label {problem}, not {label!r}")
         reference = _table(path, f"{where}.reference", own.pop("reference", {}))
         _known(path, f"{where}.reference.", reference, REFERENCE)
         first_order = "optimizer" in own
@@ -257,6 +292,9 @@ def _algorithms(path: Path, table: Mapping[str, Any]) -> dict[str, Algorithm]:
         ):
             if key not in settings:
                 raise ExperimentError(f"{path}: {where}.{key} is missing")
+        for key in REFERENCE:
+            if key in reference and (problem := _number(reference[key])):
+                raise ExperimentError(f"{path}: {where}.reference.{key} {problem}")
         for key in ("lr", "momentum", "weight_decay", "damping", "factor_decay"):
             if key in settings and (problem := _number(settings[key])):
                 raise ExperimentError(f"{path}: {where}.{key} {problem}, not {settings[key]!r}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from experiments import folder
 from experiments.config import Data
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, printable
 from experiments.files import write_atomically
 
 SIZE = 32
@@ -33,6 +33,19 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    def checked(self, count: int) -> Images:
+        """Return these images, if they can be `count` images of CIFAR-10.
+
+        Raises:
+            ValueError: They cannot.
+        """
+        shape = (count, 3, SIZE, SIZE)
+        if self.pixels.shape != shape or self.pixels.dtype != torch.uint8:
+            raise ValueError(f"pixels of shape {tuple(self.pixels.shape)} are not {shape} of uint8")
+        if self.labels.shape != (count,) or self.labels.dtype != torch.int64:
+            raise ValueError("the labels do not fit the pixels")
+        return self
 
     def subset(self, count: int, seed: int, name: str) -> Images:
         """Draw `count` images by `seed`; 0 returns all."""
@@ -124,6 +137,12 @@ def _digits(settings: Data) -> Dataset:
             f"data.train + data.test = {train + (test or 1)}, but there are only "
             f"{len(digits.target)} digits"
         )
+    classes = len(digits.target_names)
+    for part, count in (("train", train), ("test", test)):
+        if count is not None and count < classes:
+            raise ExperimentError(
+                f"data.{part} = {count} is too few: each of the {classes} digits needs an image"
+            )
     split = train_test_split(
         digits.images,
         digits.target,
@@ -158,7 +177,7 @@ def _from_folder(
             index = torch.randperm(len(files), generator=generator)[:count]
             files = [files[i] for i in index.tolist()]
         parts[part] = _decode_once(files, data_dir, cache / f"{part}.pt", say)
-    return Dataset(f"CIFAR-10 from {data_dir}", parts["train"], parts["test"], classes)
+    return Dataset(printable(f"CIFAR-10 from {data_dir}"), parts["train"], parts["test"], classes)
 
 
 def _decode_once(
@@ -166,9 +185,9 @@ def _decode_once(
 ) -> Images:
     key = folder.signature(files, data_dir)
     try:
-        kept = torch.load(cache, weights_only=True)
+        kept = torch.load(cache, weights_only=True) if cache.is_file() else {"key": None}
         if kept["key"] == key:
-            return Images(kept["pixels"], kept["labels"])
+            return Images(kept["pixels"], kept["labels"]).checked(len(files))
     except Exception as error:  # torch.load may raise anything for a damaged file
         if cache.exists():
             say(f"{cache} cannot be read ({type(error).__name__}): decoding the images again")

@@ -6,10 +6,48 @@ from collections.abc import Iterable
 
 
 class ExperimentError(Exception):
-    """An error that is printed as one line on stderr, with exit code 2."""
+    """An error that is printed as one line on stderr, with exit code 2.
+
+    Credentials in its message are masked; what cannot be printed is escaped.
+    """
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        text = printable(" ".join(message.split()))
+        if "://" in text:
+            # Imported late, as below: kfactk loads torch, which mistakes in options do not need.
+            from kfactk.masking import mask
+
+            text = mask(text)
+        super().__init__(text)
+
+
+def printable(text: str) -> str:
+    """Return text that every file and terminal takes: no control characters, no lone surrogates.
+
+    Names of files may hold any bytes.
+
+    Example:
+        >>> printable("a\\x1b[2Jb\\udcff")
+        'a\\\\x1b[2Jb\\\\udcff'
+    """
+    return "".join(
+        letter if letter.isprintable() else letter.encode("unicode_escape").decode()
+        for letter in text
+    )
+
+
+def system_reason(error: BaseException) -> str:
+    """Return what the operating system, or a library, says, without its traceback."""
+    said = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return said.splitlines()[0][:300]
+
+
+def from_system(error: OSError) -> ExperimentError:
+    """Return the error for what no one foresaw that the operating system refuses."""
+    where = f"{error.filename}: " if error.filename else ""
+    return ExperimentError(
+        f"{where}{system_reason(error)}. Correct that, and run the same command with --resume"
+    )
 
 
 def near_names(name: str, known: Iterable[str]) -> str:

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import attrs
 import torch
 from rich.console import Console
 
-from experiments import claims, data, figures, ranks, report, runner, store, table
+from experiments import claims, data, figures, lock, ranks, report, runner, store, table
 from experiments.config import Experiment
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, system_reason
 from experiments.progress import Progress, say
 from experiments.results import Results
 from experiments.tracking import Tracking, Untracked
+from kfactk.masking import mask
 
 
 @attrs.frozen
@@ -52,10 +54,20 @@ def run(experiment: Experiment, options: Options, console: Console) -> Results:
     with ranks.join(device) as processes:
         if not processes.first:
             console = Console(quiet=True)
-        results, tracking = _run_all(experiment, options, device, processes, console)
-    if isinstance(tracking, Tracking):
-        _report(results, options, tracking, console)
+        with contextlib.ExitStack() as held:
+            processes.on_first(lambda: held.enter_context(_own_folder(options.output, console)))
+            results, tracking = _run_all(experiment, options, device, processes, console)
+            if isinstance(tracking, Tracking):
+                _report(results, options, tracking, console)
     return results
+
+
+@contextlib.contextmanager
+def _own_folder(output: Path, console: Console) -> Iterator[None]:
+    """Make the folder of all outputs, and keep other experiments out of it."""
+    _make_folder(output)
+    with lock.hold(output, lambda text: say(console, text)):
+        yield
 
 
 def _run_all(
@@ -65,7 +77,6 @@ def _run_all(
     processes: ranks.Communicator,
     console: Console,
 ) -> tuple[Results, Tracking | Untracked]:
-    processes.on_first(lambda: _make_folder(options.output))
     dataset = processes.in_order(
         lambda: data.load(
             experiment.data,
@@ -98,7 +109,7 @@ def _run_all(
         f"{len(dataset.train):,} images of {dataset.name}, "
         f"on {device if processes.size == 1 else where}",
     )
-    with Progress(console, len(jobs)) as progress:
+    with contextlib.closing(tracking), Progress(console, len(jobs)) as progress:
         resources = runner.Resources(device, processes, tracking, progress)
         runs = list(runner.run(jobs, dataset, resources))
     return Results(experiment, dataset.name, where, runs), tracking
@@ -108,7 +119,7 @@ def _report(results: Results, options: Options, tracking: Tracking, console: Con
     path = options.output / "report.html"
     interface = tracking.how_to_open(shlex.quote(sys.executable))
     commands: Sequence[tuple[str, str]] = (
-        ("Repeat this experiment", options.command),
+        ("Repeat this experiment", mask(options.command)),
         ("Show the runs in MLflow's interface", interface),
         ("List the stages and their options", "python -m kfactk stages"),
     )
@@ -122,6 +133,8 @@ def _report(results: Results, options: Options, tracking: Tracking, console: Con
         f"\nreport   {path.resolve()}\nfigures  {(options.output / 'figures').resolve()}\n"
         f"MLflow   {interface}",
     )
+    if tracking.unsent is not None:
+        say(console, f"unsent   {tracking.unsent} (see the warning above)")
 
 
 def _make_folder(output: Path) -> None:
@@ -132,5 +145,5 @@ def _make_folder(output: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise ExperimentError(
-            f"--output {output} cannot be written to ({error.strerror})"
+            f"--output {output} cannot be written to ({system_reason(error)})"
         ) from error

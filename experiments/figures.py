@@ -52,7 +52,7 @@ def draw(results: Results, metric: str) -> Figure:
         axes.plot(
             epochs[known],
             mean,
-            label=algorithm.label,
+            label=f" {algorithm.label}" if algorithm.label.startswith("_") else algorithm.label,
             color=colour,
             linestyle=line,
             marker=marker,
@@ -78,9 +78,11 @@ def _finish(axes: Axes, metric: str) -> None:
         axes.yaxis.set_major_formatter(plain)
         axes.yaxis.set_minor_locator(ticker.NullLocator())
     axes.grid(which="major", alpha=0.3)
-    axes.legend(
+    legend = axes.legend(
         frameon=False, ncols=2, fontsize="small", loc="lower right" if accuracy else "upper right"
     )
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # a label is plain text, also with $
 
 
 def save_all(results: Results, folder: Path) -> dict[str, str]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +13,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, system_reason
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
+FORMATS = ("JPEG", "PNG")
 PARTS = ("train", "test")
 DOWNLOADED = ("cifar-10-batches-py", "cifar-10-python.tar.gz")
 LAYOUT = "train/CLASS/*.jpg and test/CLASS/*.jpg"
@@ -54,15 +58,20 @@ def list_images(data_dir: Path) -> tuple[tuple[str, ...], dict[str, list[tuple[P
     """
     classes, listing = {}, {}
     for part in PARTS:
-        classes[part] = tuple(
-            sorted(path.name for path in (data_dir / part).iterdir() if path.is_dir())
-        )
-        listing[part] = [
-            (path, label)
-            for label, name in enumerate(classes[part])
-            for path in sorted((data_dir / part / name).iterdir())
-            if path.suffix.lower() in SUFFIXES
-        ]
+        try:
+            classes[part] = tuple(
+                sorted(path.name for path in (data_dir / part).iterdir() if path.is_dir())
+            )
+            listing[part] = [
+                (path, label)
+                for label, name in enumerate(classes[part])
+                for path in sorted((data_dir / part / name).iterdir())
+                if path.suffix.lower() in SUFFIXES
+            ]
+        except OSError as error:
+            raise ExperimentError(
+                f"--data-dir {data_dir}: {error.filename} cannot be read ({system_reason(error)})"
+            ) from error
         if not listing[part]:
             raise ExperimentError(
                 f"--data-dir {data_dir}: {part} holds no images; the layout must be {LAYOUT} "
@@ -78,14 +87,29 @@ def list_images(data_dir: Path) -> tuple[tuple[str, ...], dict[str, list[tuple[P
 
 
 def signature(files: list[tuple[Path, int]], data_dir: Path) -> str:
-    """Return a digest of the files, their order, sizes, times and classes."""
+    """Return a digest of the files, their order, sizes, times and classes.
+
+    Raises:
+        ExperimentError: One cannot be read, or is no regular file.
+    """
     digest = hashlib.sha256()
     for path, label in files:
-        status = path.stat()
-        digest.update(
-            f"{path.relative_to(data_dir)} {label} {status.st_size} {status.st_mtime_ns}\n".encode()
-        )
+        status = _status(path)
+        name = os.fsencode(path.relative_to(data_dir))  # names need not be UTF-8
+        digest.update(name + f" {label} {status.st_size} {status.st_mtime_ns}\n".encode())
     return digest.hexdigest()
+
+
+def _status(path: Path) -> os.stat_result:
+    try:
+        status = path.stat()
+    except OSError as error:  # such as a link to a file that is not there
+        raise ExperimentError(
+            f"{path} cannot be read ({system_reason(error)}): restore or remove it"
+        ) from error
+    if not stat.S_ISREG(status.st_mode):  # to open a pipe would wait for its writer
+        raise ExperimentError(f"{path} is not a regular file: remove it")
+    return status
 
 
 def decode(paths: list[Path], size: int) -> Tensor:
@@ -96,14 +120,21 @@ def decode(paths: list[Path], size: int) -> Tensor:
     """
     pixels = np.empty((len(paths), size, size, 3), dtype=np.uint8)
     for i, path in enumerate(paths):
+        _status(path)
         try:
-            with Image.open(path) as file:
-                image = file.convert("RGB")
-        except (OSError, SyntaxError, ValueError) as error:  # Pillow raises these for damaged files
-            raise ExperimentError(f"{path} is not a readable image: {error}") from error
-        if image.size != (size, size):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # what Pillow finds odd is no matter of ours
+                with Image.open(path, formats=FORMATS) as file:
+                    found = file.size  # known without decoding, which may take all memory
+                    if found == (size, size):
+                        pixels[i] = np.asarray(file.convert("RGB"))
+        except Exception as error:  # Pillow raises almost anything for damaged files
             raise ExperimentError(
-                f"{path} is {image.width}x{image.height} pixels; all images must be {size}x{size}"
+                f"{path} is not a readable image ({type(error).__name__}: {system_reason(error)}): "
+                "restore or remove it"
+            ) from error
+        if found != (size, size):
+            raise ExperimentError(
+                f"{path} is {found[0]}x{found[1]} pixels; all images must be {size}x{size}"
             )
-        pixels[i] = np.asarray(image)
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()

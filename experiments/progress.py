@@ -19,14 +19,15 @@ from rich.progress import (
 )
 
 from experiments.results import Epoch
+from kfactk.masking import mask
 
 SLOW_EPOCH = 5.0
 """Seconds; without bars, each epoch of a run with a longer epoch gets its own line."""
 
 
 def say(console: Console, text: str) -> None:
-    """Print a line without markup."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    """Print text as it is: without markup, and without credentials."""
+    console.print(mask(text), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 class RunProgress(Protocol):
@@ -64,13 +65,15 @@ class Progress:
     def __enter__(self) -> Progress:
         if self._console.is_terminal:
             columns = (
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TimeRemainingColumn(),
             )
-            self._bars = Bars(*columns, TextColumn("{task.fields[note]}"), console=self._console)
+            self._bars = Bars(
+                *columns, TextColumn("{task.fields[note]}", markup=False), console=self._console
+            )
             self._total = self._bars.add_task("all runs", total=self._runs, note="")
             self._bars.start()
         return self

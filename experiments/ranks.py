@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, from_system
 
 Result = TypeVar("Result")
 
@@ -189,8 +189,10 @@ def own_device(device: torch.device, local: int, here: int, count: int) -> torch
 
 
 def _attempt(work: Callable[[], Result]) -> tuple[Result | None, str | None]:
-    """Return the result of `work`, or its error as text."""
+    """Return the result of `work`, or its error as text: what the user or the system did wrong."""
     try:
         return work(), None
     except ExperimentError as error:
         return None, str(error)
+    except OSError as error:
+        return None, str(from_system(error))

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import attrs
 import torch
 
+import kfactk
 from experiments import algorithms, store, training
 from experiments.config import Algorithm, Experiment
 from experiments.data import Dataset
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, system_reason
 from experiments.progress import Progress
 from experiments.ranks import Communicator
 from experiments.results import Run
 from experiments.tracking import Tracking, Untracked
+from kfactk.errors import memory_ran_out
+from kfactk.masking import mask_settings
 
 
 @attrs.frozen(eq=False)
@@ -63,15 +68,17 @@ def plan(
             experiment=experiment,
             algorithm=algorithm,
             seed=seed,
-            settings={
-                "data": {**data, "checksum": images},
-                "model": experiment.model.name,
-                "training": shared,
-                "algorithm": algorithms.describe(algorithm, seed=seed),
-                "seed": seed,
-                "device": device.type,
-                "processes": ranks.size,
-            },
+            settings=mask_settings(
+                {
+                    "data": {**data, "checksum": images},
+                    "model": experiment.model.name,
+                    "training": shared,
+                    "algorithm": algorithms.describe(algorithm, seed=seed),
+                    "seed": seed,
+                    "device": device.type,
+                    "processes": ranks.size,
+                }
+            ),
             folder=store.folder(output, algorithm.name, seed),
         )
         for seed in experiment.training.seeds
@@ -86,12 +93,18 @@ def check_resumable(jobs: list[Job]) -> None:
         ExperimentError: Some differ. The message names the first such run and the differences.
     """
     for job in jobs:
-        record = job.folder.record()
-        if record is not None and (found := store.differences(record.settings, job.settings)):
-            raise ExperimentError(
-                f"--resume: {job.folder.path} has other settings ({'; '.join(found[:3])}): give "
-                "the same ones, choose another --output, or leave out --resume to start again"
-            )
+        _own_record(job)
+
+
+def _own_record(job: Job) -> store.RunRecord | None:
+    """Return what an earlier experiment has recorded of a run, if its settings are the same."""
+    record = job.folder.record()
+    if record is not None and (found := store.differences(record.settings, job.settings)):
+        raise ExperimentError(
+            f"--resume: {job.folder.path} has other settings ({'; '.join(found[:3])}): give "
+            "the same ones, choose another --output, or leave out --resume to start again"
+        )
+    return record
 
 
 @attrs.frozen(eq=False)
@@ -116,9 +129,10 @@ def run(jobs: list[Job], dataset: Dataset, resources: Resources) -> Iterator[Run
     device = resources.device
     dataset = attrs.evolve(dataset, train=dataset.train.to(device), test=dataset.test.to(device))
     for job in jobs:
-        record = resources.ranks.broadcast(job.folder.record)
+        record = resources.ranks.broadcast(partial(_own_record, job))
         if record is None or record.status == store.RUNNING:
-            record = _run_one(job, record, dataset, resources)
+            with _told_as_one_line(job):
+                record = _run_one(job, record, dataset, resources)
         else:
             resources.progress.skip(job.label, len(record.history))
         yield Run(
@@ -130,6 +144,38 @@ def run(jobs: list[Job], dataset: Dataset, resources: Resources) -> Iterator[Run
         )
 
 
+@contextlib.contextmanager
+def _told_as_one_line(job: Job) -> Iterator[None]:
+    """Raise what kfactk refuses, and memory that runs out, as errors that the user can correct."""
+    try:
+        yield
+    except (kfactk.KfactkError, RuntimeError, MemoryError) as error:
+        if memory_ran_out(error) or isinstance(error, torch.OutOfMemoryError):
+            raise ExperimentError(
+                f"{job.label}: memory ran out ({system_reason(error)}): give a smaller "
+                "--batch-size, or test_batch_size in the settings"
+            ) from error
+        if isinstance(error, kfactk.KfactkError):
+            raise ExperimentError(f"{job.label}: {error}") from error
+        raise
+
+
+def _load(trainer: training.Trainer, state: Any, job: Job) -> None:
+    try:
+        trainer.load_state_dict(state)
+    # A damaged or foreign state may lack anything, or hold anything.
+    except (KeyError, TypeError, ValueError, RuntimeError, AttributeError, IndexError) as error:
+        raise ExperimentError(
+            f"{job.folder.path / 'checkpoint.pt'} does not fit this run "
+            f"({type(error).__name__}: {system_reason(error)}): delete it to start that run again"
+        ) from error
+    except kfactk.KfactkError as error:
+        raise ExperimentError(
+            f"{job.folder.path / 'checkpoint.pt'} does not fit this run ({error}): delete it to "
+            "start that run again"
+        ) from error
+
+
 def _run_one(
     job: Job, record: store.RunRecord | None, dataset: Dataset, resources: Resources
 ) -> store.RunRecord:
@@ -139,7 +185,7 @@ def _run_one(
     )
     try:
         if record is not None and (state := ranks.broadcast(job.folder.checkpoint)) is not None:
-            trainer.load_state_dict(state)
+            _load(trainer, state, job)
         earlier = None if record is None else record.mlflow_run_id
         run_id = tracking.start(
             job.algorithm.name, job.seed, job.settings, trainer.history, earlier

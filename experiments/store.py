@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,15 @@ import attrs
 import torch
 
 from experiments.errors import ExperimentError
-from experiments.files import write_atomically, write_text
+from experiments.files import TEMPORARY, write_atomically, write_text
 from experiments.results import Epoch
 
 RUNNING = "running"
+STATUSES = (RUNNING, "finished", "diverged")
+FILES = ("run.json", "checkpoint.pt", "model.pt")
+
+
+NUMBERS = [field.name for field in attrs.fields(Epoch) if field.name != "curvature"]
 
 
 @attrs.frozen
@@ -43,6 +49,25 @@ class RunRecord:
     mlflow_run_id: str
     history: tuple[Epoch, ...] = ()
 
+    def check(self) -> None:
+        """Check that an experiment can have written it.
+
+        Raises:
+            ValueError: It cannot.
+        """
+        numbers = [getattr(epoch, name) for epoch in self.history for name in NUMBERS]
+        good = (
+            isinstance(self.settings, dict)
+            and isinstance(self.settings.get("algorithm"), dict)
+            and self.status in STATUSES
+            and isinstance(self.mlflow_run_id, str)
+            and (self.history or self.status == RUNNING)
+            and all(type(number) in (int, float) for number in numbers)
+            and all(isinstance(epoch.curvature, dict) for epoch in self.history)
+        )
+        if not good:
+            raise ValueError("its values are not those of a run")
+
 
 @attrs.frozen
 class RunFolder:
@@ -53,20 +78,32 @@ class RunFolder:
     def record(self) -> RunRecord | None:
         """Read `run.json`; return `None` where there is none."""
         try:
-            values = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
-            return RunRecord(
+            values = json.loads(self._readable("run.json").read_text(encoding="utf-8"))
+            record = RunRecord(
                 values["settings"],
                 values["status"],
                 values["mlflow_run_id"],
                 tuple(Epoch(**_read(epoch)) for epoch in values["history"]),
             )
+            record.check()
+            return record
         except FileNotFoundError:
             return None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (
+            *(OSError, ValueError, KeyError, TypeError, AttributeError),
+            *(RecursionError, OverflowError),
+        ) as error:
             raise ExperimentError(
                 f"{self.path / 'run.json'} cannot be read ({error}): delete the folder to run it "
                 "again"
             ) from error
+
+    def _readable(self, name: str) -> Path:
+        """Return the path of a file; reading a pipe would wait for ever."""
+        path = self.path / name
+        if path.exists() and not path.is_file():
+            raise ValueError("it is not a regular file")
+        return path
 
     def write_record(self, record: RunRecord) -> None:
         """Write `run.json`; delete the checkpoint of a finished run."""
@@ -87,7 +124,9 @@ class RunFolder:
         """Read the last checkpoint; return `None` where there is none."""
         path = self.path / "checkpoint.pt"
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            self._readable("checkpoint.pt")
+            state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            return state
         except FileNotFoundError:
             return None
         except Exception as error:  # torch.load may raise anything for a damaged file
@@ -114,16 +153,33 @@ def folder(output: Path, algorithm: str, seed: int) -> RunFolder:
 
 
 def move_earlier_runs(output: Path) -> Path | None:
-    """Move the runs in `output` to another folder and return it; `None` where there are none."""
+    """Move the runs in `output` to another folder and return it; `None` where there are none.
+
+    Raises:
+        ExperimentError: The folder holds what no experiment has written. It stays as it is.
+    """
     runs = output / "runs"
     if not runs.is_dir() or not any(runs.iterdir()):
         return None
+    for path in runs.iterdir():
+        if not _is_run(path):
+            raise ExperimentError(
+                f"{runs} holds {path.name}, which is of no experiment, and nothing of others is "
+                "moved: choose another --output"
+            )
     number = 1
     while (target := output / "earlier" / str(number)).exists():
         number += 1
     target.parent.mkdir(parents=True, exist_ok=True)
     runs.rename(target)
     return target
+
+
+def _is_run(path: Path) -> bool:
+    """Return whether a path is a folder that `RunFolder` has written, or begun to write."""
+    if not re.fullmatch(r".+-seed\d+", path.name) or path.is_symlink() or not path.is_dir():
+        return False
+    return all(file.name in FILES or re.fullmatch(TEMPORARY, file.name) for file in path.iterdir())
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

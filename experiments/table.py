@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
+from rich.text import Text
 
 from experiments.results import Results
 
@@ -58,8 +59,8 @@ def caption(results: Results) -> str:
 def for_terminal(results: Results) -> Table:
     """Return the table for rich."""
     table = Table(
-        title=results.experiment.title,
-        caption=caption(results),
+        title=Text(results.experiment.title, style="table.title"),
+        caption=Text(caption(results), style="table.caption"),
         caption_justify="left",
         box=SIMPLE_HEAD,
         padding=0,
@@ -72,5 +73,5 @@ def for_terminal(results: Results) -> Table:
             no_wrap=True,
         )
     for row in rows(results):
-        table.add_row(*row)
+        table.add_row(*map(Text, row))
     return table

@@ -1,29 +1,36 @@
-"""Runs in MLflow: an experiment for each preset, a run for each algorithm and seed."""
+"""Runs in MLflow: an experiment for each preset, a run for each algorithm and seed.
+
+A study outlives its store: it never waits for one that does not answer longer than about two
+seconds. What the store has not confirmed then goes to a file, to be imported later.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
+import shlex
 import time
+import uuid
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.collector import Point
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, system_reason
 from experiments.results import Epoch
 from experiments.store import flatten
+from kfactk.masking import mask, mask_settings
+from kfactk_stages.tracker.mlflow_store import Outbox, is_mistake, reason
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
-MAX_METRICS = 1000
-"""MLflow's limit on the metrics of one request."""
 STATUS = {"finished": "FINISHED", "diverged": "FAILED", "interrupted": "KILLED"}
+UNSENT = "mlflow-unsent.jsonl"
+"""The file in the output for what the store has not confirmed."""
 
 
 class Tracking:
@@ -34,36 +41,39 @@ class Tracking:
         output: Folder of the database, unless `MLFLOW_TRACKING_URI` names another store.
 
     Raises:
-        ExperimentError: The store cannot be reached.
+        ExperimentError: The store can never be used: its address is wrong, or it is damaged.
     """
 
     def __init__(self, preset: str, output: Path) -> None:
-        import mlflow
-        from mlflow.exceptions import MlflowException
+        import mlflow  # noqa: F401 - a thread would report late that it is missing
 
         logging.getLogger("alembic").setLevel(logging.WARNING)
-
         given = os.environ.get("MLFLOW_TRACKING_URI")
         output.mkdir(parents=True, exist_ok=True)
         self.uri = given or f"sqlite:///{(output / 'mlflow.db').resolve().as_posix()}"
         self.experiment = f"kfactk-{preset}"
-        self._unsent: list[Callable[[], object]] = []
-        try:
-            self._client = mlflow.MlflowClient(self.uri)
-            found = self._client.get_experiment_by_name(self.experiment)
-            if found is None:
-                artifacts = None if given else (output / "mlartifacts").resolve().as_uri()
-                self._id = self._client.create_experiment(
-                    self.experiment, artifact_location=artifacts
-                )
-            else:
-                self._id = found.experiment_id
-                if found.lifecycle_stage == "deleted":
-                    self._client.restore_experiment(self._id)
-        except (MlflowException, OSError) as error:
+        artifacts = None if given else (output / "mlartifacts").resolve().as_uri()
+        self._where = {"experiment": self.experiment, "artifacts": artifacts}
+        self._outbox = Outbox(self.uri, output / UNSENT)
+        self._keys: dict[str, str] = {}
+        self._lost = False
+        self._outbox.put({"run": "", "experiment": self._where})
+        self._outbox.delivery.wait(needed=True)
+        failure = self._outbox.delivery.failure
+        if failure is not None and (is_mistake(failure) or self._is_damaged(failure)):
+            remedy = (
+                "check MLFLOW_TRACKING_URI"
+                if given
+                else "move that file away, and a new one is made; or choose another --output"
+            )
             raise ExperimentError(
-                f"MLflow's store {self.uri} cannot be used ({error}): check MLFLOW_TRACKING_URI"
-            ) from error
+                f"MLflow's store {self.uri} cannot be used ({reason(failure)}): {remedy}"
+            )
+        self._attend()
+
+    def _is_damaged(self, failure: Exception) -> bool:
+        """Return whether a local database failed for another reason than being in use."""
+        return self.uri.startswith("sqlite:") and "locked" not in str(failure)
 
     def start(
         self,
@@ -75,72 +85,72 @@ class Tracking:
     ) -> str:
         """Start the run of one algorithm and seed, or continue an earlier one, and return its id.
 
-        Epochs of `history` that the earlier run lacks are added.
+        Epochs of `history` that the earlier run lacks are added. Where it is gone, or in another
+        store, a new run gets the whole history. While the store has not told the id, it is a name
+        by which the run can be found later.
         """
-        from mlflow.entities import Param
-        from mlflow.exceptions import MlflowException
-
-        if earlier is not None:
-            # Where it is gone, or in another store, a new run gets the whole history.
-            with contextlib.suppress(MlflowException):
-                self._client.update_run(earlier, status="RUNNING")
-                known = {
-                    point.step for point in self._client.get_metric_history(earlier, "test_loss")
-                }
-                self.log(earlier, [epoch for epoch in history if epoch.epoch not in known])
-                return earlier
+        key = earlier or uuid.uuid4().hex
         tags = {"algorithm": algorithm, "seed": str(seed)}
-        run_id = str(
-            self._client.create_run(
-                self._id, run_name=f"{algorithm}-seed{seed}", tags=tags
-            ).info.run_id
-        )
-        self._client.log_batch(
-            run_id, params=[Param(key, str(value)) for key, value in flatten(settings)]
-        )
-        self.log(run_id, history)
+        name = f"{algorithm}-seed{seed}"
+        where = {**self._where, "run_id": earlier, "name": name, "tags": tags, "time": _now()}
+        params = {name: str(value) for name, value in flatten(mask_settings(settings))}
+        self._outbox.put({"run": key, "start": where})
+        self._outbox.put({"run": key, "params": params})
+        self._put_metrics(key, _epoch_points(history), resumed=earlier is not None)
+        self._outbox.delivery.wait()
+        self._attend()
+        run_id = self._outbox.store.runs.get(key, key)
+        self._keys[run_id] = key
         return run_id
 
     def log(self, run_id: str, epochs: Sequence[Epoch], points: Sequence[Point] = ()) -> None:
         """Record the metrics of epochs by epoch, and those of single steps by step."""
-        from mlflow.entities import Metric
-
-        now = int(time.time() * 1000)
-        metrics = [
-            Metric(key, value, now, epoch.epoch)
-            for epoch in epochs
-            for key, value in {**epoch.metrics, "seconds": epoch.seconds}.items()
-        ]
-        metrics += [
-            Metric(f"step/{key}", value, now, point.step)
+        now = _now()
+        steps = [
+            (f"step/{name}", value, now, point.step)
             for point in points
-            for key, value in point.metrics.items()
+            for name, value in point.metrics.items()
         ]
-        self._unsent += [
-            partial(self._client.log_batch, run_id, metrics[i : i + MAX_METRICS])
-            for i in range(0, len(metrics), MAX_METRICS)
-        ]
-        self._send()
+        self._put_metrics(self._keys[run_id], [*_epoch_points(epochs), *steps])
+        self._outbox.delivery.wait()
+        self._attend()
 
     def end(self, run_id: str, status: str) -> None:
         """End a run as "finished", "diverged" or "interrupted"."""
-        self._unsent.append(partial(self._client.set_terminated, run_id, STATUS[status]))
-        self._send()
+        self._outbox.put({"run": self._keys[run_id], "end": STATUS[status], "time": _now()})
+        self._outbox.delivery.wait()
+        self._attend()
 
-    def _send(self) -> None:
-        """Send what is unsent, in order; warn where the store fails."""
-        from mlflow.exceptions import MlflowException
+    def close(self) -> None:
+        """Wait, not long, for what is on its way; write what a silent store has not confirmed."""
+        self._outbox.delivery.settle()
+        self._outbox.delivery.stop()
+        self._attend()
 
+    @property
+    def unsent(self) -> Path | None:
+        """The file with what the store has not confirmed, if there is anything."""
+        return self._outbox.path if self._outbox.delivery.failure is not None else None
+
+    def _put_metrics(self, key: str, points: Sequence[Any], *, resumed: bool = False) -> None:
+        if points:
+            self._outbox.put({"run": key, "metrics": list(points), "resumed": resumed})
+
+    def _attend(self) -> None:
+        """Write what a failed store has not confirmed; warn once."""
         try:
-            while self._unsent:
-                self._unsent[0]()
-                del self._unsent[0]
-        except (MlflowException, OSError) as error:
-            warnings.warn(
-                "MLflow's store fails; training continues, and the missing metrics are sent with "
-                f"the next epoch: {error}",
-                stacklevel=3,
+            message = self._outbox.keep()
+        except OSError as error:
+            message = (
+                f"MLflow's store {mask(self.uri)} fails, and its records cannot be written to "
+                f"{self._outbox.path} either ({system_reason(error)}). Training goes on without "
+                "them; run.json of each run has its epochs (said once)"
             )
+            if self._lost:
+                return
+            self._lost = True
+        if message is not None:
+            warnings.warn(message, stacklevel=3)
 
     @contextlib.contextmanager
     def recording(self, run_id: str) -> Iterator[None]:
@@ -152,10 +162,24 @@ class Tracking:
             raise
 
     def how_to_open(self, python: str) -> str:
-        """Return the command, or the address, that shows the runs."""
+        """Return the command, or the address, that shows the runs; credentials are masked."""
+        uri = mask(self.uri)
         if self.uri.startswith("http"):
-            return self.uri
-        return f"{python} -m mlflow ui --backend-store-uri {self.uri}"
+            return uri
+        return f"{python} -m mlflow ui --backend-store-uri {shlex.quote(uri)}"
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
+
+
+def _epoch_points(epochs: Sequence[Epoch]) -> list[tuple[str, float, int, int]]:
+    now = _now()
+    return [
+        (name, value, now, epoch.epoch)
+        for epoch in epochs
+        for name, value in {**epoch.metrics, "seconds": epoch.seconds}.items()
+    ]
 
 
 class Untracked:
@@ -176,6 +200,9 @@ class Untracked:
         """Do nothing."""
 
     def end(self, run_id: str, status: str) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
         """Do nothing."""
 
     def recording(self, run_id: str) -> contextlib.AbstractContextManager[None]:

@@ -6,9 +6,17 @@ import difflib
 import re
 from collections.abc import Iterable
 
+from kfactk.masking import mask
+
 
 class KfactkError(Exception):
-    """Base class of every error that kfactk raises."""
+    """Base class of every error that kfactk raises.
+
+    Credentials in its message are masked.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(mask(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class PluginError(KfactkError):
@@ -44,7 +52,13 @@ class MemoryExhaustedError(KfactkError, RuntimeError):
 
 
 class KfactkWarning(UserWarning):
-    """A problem that training survives. Each is issued once."""
+    """A problem that training survives. Each is issued once.
+
+    Credentials in its message are masked.
+    """
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(mask(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 MEMORY = re.compile(

@@ -401,7 +401,11 @@ class Placement(Protocol):
 class Tracker(Protocol):
     """Records what happened, on rank 0 only.
 
-    The framework batches nothing for it, and goes on, with a warning, when it raises.
+    The framework batches nothing for it, and goes on, with a warning, when it raises. Only an
+    `OptionError` of `start` is raised by `bind`. No method should wait for a store that does not
+    answer. A tracker that keeps what it could not send in a file has the option `tracking_uri` and
+    a method `import_records(path)`, which sends it and returns what was done: `python -m kfactk
+    import-records` calls it.
     """
 
     @property

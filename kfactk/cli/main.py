@@ -1,4 +1,4 @@
-"""The command line, `python -m kfactk`, with the commands stages, plugins, new-plugin and plan."""
+"""The command line, `python -m kfactk`: stages, plugins, new-plugin, plan and import-records."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ import textwrap
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import attrs
 
 from kfactk._version import __version__
-from kfactk.cli import plan as planning
+from kfactk.cli import import_records as importing, plan as planning
 from kfactk.cli.new_plugin import new_plugin
 from kfactk.errors import KfactkError
 from kfactk.registry.hookspecs import STAGE_HOOKS
@@ -46,14 +46,29 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         text, code = COMMANDS[arguments.command](plugins, arguments)
     except KfactkError as error:
-        print(f"kfactk: {error}", file=sys.stderr)
+        print(f"kfactk: {_on_one_line(error)}", file=sys.stderr)
         return 2
-    return code if _print(text) else 1
+    try:
+        return code if _print(text) else 1
+    except OSError as error:  # such as a full disk
+        print(f"kfactk: the output cannot be written: {error.strerror or error}", file=sys.stderr)
+        _discard_output()
+        return 2
+
+
+def _on_one_line(error: Exception) -> str:
+    text = " ".join(str(error).split())
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (--help shows all options)\n")
 
 
 def _parser() -> argparse.ArgumentParser:
     what = "List stages and plugins, start a plugin, or plan a training."
-    parser = argparse.ArgumentParser(prog="kfactk", description=what)
+    parser = _Parser(prog="kfactk", description=what)
     parser.add_argument("--version", action="version", version=f"kfactk {__version__}")
     command = parser.add_subparsers(dest="command", required=True).add_parser
     stages = command("stages", help="list stages: options, defaults, plugin, version and paper")
@@ -71,6 +86,8 @@ def _parser() -> argparse.ArgumentParser:
     new.add_argument("--directory", type=Path, default=Path(), help=where)
     plan = command("plan", help="predict what training takes on many devices, for every placement")
     planning.add_arguments(plan)
+    records = command("import-records", help="send records that a tracker could not send")
+    importing.add_arguments(records)
     return parser
 
 
@@ -80,10 +97,14 @@ def _print(text: str) -> bool:
         encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
         print(text.encode(encoding, "backslashreplace").decode(encoding), flush=True)
     except BrokenPipeError:
-        # What is still buffered must not fail at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _discard_output()
         return False
     return True
+
+
+def _discard_output() -> None:
+    """Let what is still buffered not fail at exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _stages(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int]:
@@ -183,4 +204,14 @@ def _plan(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int]:
     return planning.run(arguments), 0
 
 
-COMMANDS = {"stages": _stages, "plugins": _plugins, "new-plugin": _new_plugin, "plan": _plan}
+def _import_records(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int]:
+    return importing.run(plugins, arguments), 0
+
+
+COMMANDS = {
+    "stages": _stages,
+    "plugins": _plugins,
+    "new-plugin": _new_plugin,
+    "plan": _plan,
+    "import-records": _import_records,
+}

@@ -28,6 +28,8 @@ PERIODS = ("factor_every", "scale_every", "basis_every")
 IMAGE = "3x224x224"
 OWN_MODEL = "name a model of your own as package.module:callable"
 WIDTH = 100
+MOST_RANKS = 100_000
+"""A plan of more would take hours."""
 COLUMNS: tuple[str, ...] = (
     *("", "ranks", "placement", "compute", "messages", "step", "worst step"),
     *("moved", "curvature", "memory", "fits"),
@@ -155,13 +157,24 @@ def model_on_meta(name: str) -> nn.Module:
     """
     with torch.device("meta"), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about the initialisation of meta tensors
-        found = import_path(name)() if ":" in name else _from_torchvision(name)
+        found = _made(name) if ":" in name else _from_torchvision(name)
     if not isinstance(found, nn.Module):
         raise OptionError(
             f"the model {name!r} gave {type(found).__name__}; name a function or class that gives "
             "a torch.nn.Module."
         )
     return found.to("meta")
+
+
+def _made(name: str) -> Any:
+    make = import_path(name)
+    try:
+        return make()
+    except (Exception, SystemExit) as error:  # it is the user's code, and may raise anything
+        raise OptionError(
+            f"the model {name!r} cannot be made ({type(error).__name__}: {error}). It is called "
+            "without arguments, on the meta device: name a function that needs no data."
+        ) from error
 
 
 def _from_torchvision(name: str) -> Any:
@@ -199,14 +212,15 @@ def _stage_value(text: Any) -> Any:
         ) from error
 
 
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+def _count(text: str, most: int = 2**31 - 1) -> int:
+    digits = text.isascii() and text.isdigit() and len(text) <= len(str(most))
+    if not (digits and 0 < int(text) <= most):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 to {most}")
     return int(text)
 
 
 def _counts(text: str) -> tuple[int, ...]:
-    return tuple(_count(part) for part in text.split(","))
+    return tuple(_count(part, MOST_RANKS) for part in text.split(","))
 
 
 def _table(rows: Sequence[Row]) -> list[str]:

@@ -162,7 +162,7 @@ def training_load(model: nn.Module, recipe: Recipe, batch: Tensor) -> TrainingLo
 def _run(model: nn.Module, batch: Tensor) -> Tensor:
     try:
         return model_output(model(batch))
-    except (NotImplementedError, RuntimeError) as error:
+    except Exception as error:  # a model may raise anything
         raise CombinationError(
             "the model could not run without data, on the meta device and an input of shape "
             f"{tuple(batch.shape)} ({str(error).partition(chr(10))[0]}). Check input=. A forward "
@@ -279,7 +279,7 @@ def meta_batch(text: str, size: int) -> Tensor:
         size: Number of examples.
 
     Raises:
-        OptionError: The text has another form.
+        OptionError: The text has another form, or the sizes are out of range.
 
     Example:
         >>> meta_batch("3x224x224", 2).shape, meta_batch("512:int64", 2).dtype
@@ -293,4 +293,10 @@ def meta_batch(text: str, size: int) -> Tensor:
             f"the input {text!r} is no shape of an example: write 3x224x224 for an image, or "
             "512:int64 for 512 tokens."
         )
-    return torch.empty(size, *map(int, shape.split("x")), dtype=dtype, device="meta")
+    try:
+        return torch.empty(size, *map(int, shape.split("x")), dtype=dtype, device="meta")
+    except (RuntimeError, TypeError, ValueError, OverflowError) as error:
+        raise OptionError(
+            f"{size} examples of the input {text[:100]!r} are more than a tensor can hold. Give a "
+            "smaller input or batch."
+        ) from error

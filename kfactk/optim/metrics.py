@@ -12,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from kfactk.errors import KfactkError, KfactkWarning
+from kfactk.errors import KfactkError, KfactkWarning, OptionError
 from kfactk.stages import GradientPair, Tracker
 from kfactk.timing import Profile, StageTimer
 
@@ -20,12 +20,16 @@ from kfactk.timing import Profile, StageTimer
 class MetricsRecorder:
     """Gathers the metrics of one step and hands them to the recipe's tracker.
 
-    A tracker that raises costs one warning, never the training run.
+    A tracker that raises costs one warning, never the training run. Only where it refuses its
+    options at the start, nothing has been lost yet: that is an error.
 
     Args:
         tracker: The recipe's; without one, and without a profile, the recorder does nothing.
         recipe: The recipe as text-safe mappings.
         timer: Times the stages.
+
+    Raises:
+        OptionError: The tracker refuses its options, or what they need is not installed.
     """
 
     def __init__(
@@ -39,7 +43,7 @@ class MetricsRecorder:
         self._finalizer: weakref.finalize[Any, MetricsRecorder] | None = None
         if self._tracker is not None:
             started, warned = self._tracker, self._warned
-            _surviving(warned, lambda: started.start(recipe))
+            _surviving(warned, lambda: started.start(recipe), refusals=OptionError)
             self._finalizer = weakref.finalize(self, _surviving, warned, started.close)
 
     @contextlib.contextmanager
@@ -127,10 +131,14 @@ def _norm(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack(squares).sum().sqrt() if squares else torch.zeros((), device="cpu")
 
 
-def _surviving(warned: list[str], call: Callable[[], None]) -> None:
-    """Call the tracker; warn once where it fails."""
+def _surviving(
+    warned: list[str], call: Callable[[], None], refusals: type[Exception] | tuple[()] = ()
+) -> None:
+    """Call the tracker; warn once where it fails with anything but one of the refusals."""
     try:
         call()
+    except refusals:
+        raise
     except Exception as error:  # a record is worth less than the run it records
         if not warned:
             warned.append(str(error))

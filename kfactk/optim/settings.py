@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kfactk._version import __version__
 from kfactk.errors import CombinationError, OptionError
+from kfactk.masking import mask_settings
 from kfactk.options import (
     Number,
     Period,
@@ -184,14 +185,18 @@ class Settings:
         return to_json(value, field)
 
     def summary(self) -> dict[str, Any]:
-        """Return all fields for a record: JSON's types, or the repr of what cannot be written."""
+        """Return all fields for a record: JSON's types, or the repr of what cannot be written.
+
+        Credentials are masked; `to_dict` keeps them, so that it can be loaded.
+        """
         out: dict[str, Any] = {"kfactk": __version__}
         for field in FIELDS:
             try:
                 out[field] = self.written(field)
             except OptionError:
                 out[field] = repr(getattr(self, field))
-        return out
+        masked: dict[str, Any] = mask_settings(out)
+        return masked
 
     def shared(self) -> dict[str, str]:
         """Return the fields that must be equal on all ranks, as text.

@@ -74,7 +74,7 @@ def test_settings_of_an_algorithm_replace_shared_ones(tiny: Path):
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        ("epochs = 3", "epochs = 0", ["training.epochs", "at least 1", "not 0"]),
+        ("epochs = 3", "epochs = 0", ["training.epochs", "from 1", "not 0"]),
         ("epochs = 3", "epochs = true", ["training.epochs", "whole number"]),
         ("epochs = 3", "epoch = 3", ["training.epoch", "'epochs'"]),
         ("epochs = 3", "", ["training.epochs", "missing"]),
@@ -89,6 +89,28 @@ def test_settings_of_an_algorithm_replace_shared_ones(tiny: Path):
         ("[model]", "[model", ["not valid TOML"]),
         ('title = "A tiny experiment"', 'model = "x"', ["TOML"]),
         ('title = "A tiny experiment"', "title = 3", ["title"]),
+        ('title = "A tiny experiment"', r'title = "a\u0000b"', ["title", "control characters"]),
+        ('label = "SGD"', r'label = "S\nGD"', ["algorithms.sgd.label", "one line"]),
+        ('label = "SGD"', 'label = " "', ["algorithms.sgd.label"]),
+        ('label = "SGD"', "label = 3", ["algorithms.sgd.label"]),
+        ("momentum = 0.9", "momentum = inf", ["algorithms.sgd.momentum", "not inf"]),
+        ("momentum = 0.9", "momentum = nan", ["algorithms.sgd.momentum", "not nan"]),
+        ("damping = 0.03", "damping = 1e300", ["algorithms.ekfacadam.damping"]),
+        ("lr = 0.01", "lr = 1" + "0" * 400, ["algorithms.ekfacadam.lr"]),
+        ("epochs = 3", "epochs = 1" + "0" * 30, ["training.epochs", "2147483647"]),
+        ("epochs = 3", "epochs = 1" + "0" * 5000, ["not valid TOML"]),
+        ("epochs = 3", "epochs = 3" + "\nx = " + "[" * 100_000, ["not valid TOML"]),
+        ("threads = 1", "threads = 99999999", ["training.threads", "1024"]),
+        ("train = 150", "train = 1" + "0" * 30, ["data.train"]),
+        ('source = "digits"', 'source = ["digits"]', ["data.source"]),
+        ("[algorithms.sgd]", '[algorithms."../../escaped"]', ["begin with a letter"]),
+        ("[algorithms.sgd]", '[algorithms.".."]', ["begin with a letter"]),
+        ("[algorithms.sgd]", '[algorithms."a/b"]', ["begin with a letter"]),
+        ("[algorithms.sgd]", r'[algorithms."a\\b"]', ["begin with a letter"]),
+        ("[algorithms.sgd]", r'[algorithms."a\u0000"]', ["begin with a letter"]),
+        ("[algorithms.sgd]", '[algorithms.""]', ["begin with a letter"]),
+        ("[algorithms.sgd]", f"[algorithms.{'a' * 300}]", ["at most 60"]),
+        ("[algorithms.sgd]", "[algorithms.EKFACadam]", ["differ only in capitals"]),
     ],
 )
 def test_errors_are_one_line_with_file_and_key(tiny: Path, old: str, new: str, words: list[str]):
@@ -139,3 +161,19 @@ def test_command_line_replaces_settings(tiny: Path):
 def test_command_line_options_are_checked(tiny: Path, options: dict, words: str):
     with pytest.raises(ExperimentError, match=words):
         config.with_options(config.read(tiny), **options)
+
+
+@pytest.mark.parametrize("name", ["...toml", ".x.toml", "a\udcff.toml", "a\n.toml"])
+def test_names_of_files_become_names_of_folders(tmp_path: Path, tiny_text: str, name: str):
+    path = tmp_path / name
+    path.write_text(tiny_text)
+    with pytest.raises(ExperimentError, match="the name of the file must begin") as told:
+        config.read(path)
+    assert str(told.value).isprintable()
+
+
+def test_ordinary_names_are_kept(tmp_path: Path, tiny_text: str):
+    path = tmp_path / "my settings (2), é=3.toml"
+    path.write_text(tiny_text.replace("[algorithms.sgd]", '[algorithms."SGD lr=0.1"]'))
+    assert config.read(path).preset == path.stem
+    assert "SGD lr=0.1" in config.read(path).algorithms

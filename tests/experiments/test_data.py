@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 from urllib.error import URLError
 
@@ -142,3 +143,33 @@ def test_failed_downloads_are_refused_with_the_remedy(
         match=r"could not be downloaded .*connect to the network, or give --data-dir",
     ):
         data.load(Data(source="cifar10"), tmp_path / "new", tmp_path, quiet)
+
+
+@pytest.mark.parametrize("kind", ["file", "pipe", "other tensors"])
+def test_caches_that_cannot_be_used_are_made_again_or_told(kind: str, images: Path, tmp_path: Path):
+    cache = tmp_path / "cache"
+    if kind == "file":
+        cache.touch()
+        with pytest.raises(ExperimentError, match="cannot be written"):
+            data.load(Data(source="cifar10"), images, cache, quiet)
+        return
+    first = data.load(Data(source="cifar10"), images, cache, quiet)
+    path = cache / "train.pt"
+    if kind == "pipe":
+        path.unlink()
+        os.mkfifo(path)
+    else:
+        torch.save({**torch.load(path), "pixels": torch.zeros(3)}, path)
+    again = data.load(Data(source="cifar10"), images, cache, quiet)
+    assert again.checksum() == first.checksum()
+
+
+@pytest.mark.parametrize("counts", [{"train": 9}, {"test": 3}, {"train": 1790, "test": 7}])
+def test_each_digit_needs_an_image(counts: dict[str, int]):
+    with pytest.raises(ExperimentError, match="each of the 10 digits"):
+        load_tiny_digits(**counts)
+
+
+def test_names_of_folders_become_printable(images: Path, tmp_path: Path):
+    odd = images.rename(tmp_path / "a\udcffb")
+    assert data.load(Data(source="cifar10"), odd, tmp_path / "cache", quiet).name.isprintable()

@@ -2,9 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import sqlite3
 import sys
+import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,9 @@ import torch
 
 from experiments import tracking, training
 from experiments.__main__ import main
+from kfactk.errors import KfactkError
 from kfactk.testing._support.ranks import process_context
+from kfactk_stages.tracker.mlflow_store import import_file
 from tests.covering import widening
 
 RUNS = ("sgd-seed0", "ekfacadam-seed0")
@@ -289,3 +294,173 @@ def test_command_to_resume_is_the_typed_one(monkeypatch):
     assert _command(["--output", "my runs"]) == "python -m experiments --output 'my runs'"
     monkeypatch.setenv("NOX_CURRENT_SESSION", "experiments")
     assert _command(["--resume"]) == "nox -s experiments -- --resume"
+
+
+def test_labels_and_titles_are_plain_text(tiny: Path, tmp_path: Path, capsys):
+    """Neither rich's markup and emoji, nor matplotlib's formulas and hidden labels."""
+    text = tiny.read_text().replace('title = "A tiny experiment"', 'title = "[/x] $ :smile:"')
+    text = text.replace('label = "SGD"', 'label = "$x^$ [/b]"')
+    tiny.write_text(text.replace('label = "EKFACAdam"', 'label = "_a"'))
+    arguments = ("--config", tiny, "--output", tmp_path / "out", "--max-steps", 1)
+    assert experiment(*arguments, "--device", "cpu") == 0
+    told = capsys.readouterr().out
+    for word in ("[/x] $ :smile:", "$x^$ [/b]"):
+        assert word in told
+        assert word in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_second_experiment_in_a_folder_is_refused(tiny: Path, tmp_path: Path, capsys, monkeypatch):
+    """Its settings are others; without --resume it would take the first one's runs for its own."""
+    arguments = ("--config", tiny, "--output", tmp_path / "out", "--device", "cpu")
+    other = tmp_path / "other.toml"
+    other.write_text(tiny.read_text().replace("lr = 0.03", "lr = 0.2"))
+    codes, step = [], training.Trainer._step
+
+    def begin_another(*args):
+        if not codes:
+            for more in ((), ("--resume",)):
+                codes.append(experiment("--config", other, *arguments[2:], *more))
+        return step(*args)
+
+    monkeypatch.setattr(training.Trainer, "_step", begin_another)
+    assert experiment(*arguments, "--algorithms", "sgd") == 0
+    assert codes == [2, 2]
+    told = capsys.readouterr().err
+    assert told.count("in use by another experiment") == 2
+    assert told.count("\n") == 2
+    record = json.loads((tmp_path / "out" / "runs" / "sgd-seed0" / "run.json").read_text())
+    assert record["settings"]["algorithm"]["lr"] == 0.03
+    assert not (tmp_path / "out" / "earlier").exists()
+
+
+def test_runs_with_other_settings_are_never_reported(
+    tiny: Path, tmp_path: Path, whole: Path, capsys, monkeypatch
+):
+    """Also where they appear after the start, as on a file system without locks."""
+    from experiments import store
+
+    shutil.copytree(whole, tmp_path / "out")
+    monkeypatch.setattr(store, "move_earlier_runs", lambda output: None)
+    tiny.write_text(tiny.read_text().replace("lr = 0.03", "lr = 0.2"))
+    assert experiment("--config", tiny, "--output", tmp_path / "out", "--device", "cpu") == 2
+    assert "algorithm.lr was 0.03, now 0.2" in capsys.readouterr().err
+
+
+def test_store_that_is_locked_midway_costs_one_warning(tiny: Path, tmp_path: Path, monkeypatch):
+    arguments = ("--config", tiny, "--output", tmp_path / "out", "--device", "cpu")
+    path, locks, step = tmp_path / "out" / "mlflow.db", [], training.Trainer._step
+
+    def lock(*args):
+        if not locks:
+            locks.append(sqlite3.connect(path, isolation_level=None, check_same_thread=False))
+            locks[0].execute("begin exclusive")
+        return step(*args)
+
+    monkeypatch.setattr(training.Trainer, "_step", lock)
+    began = time.monotonic()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert experiment(*arguments) == 0
+    seconds = time.monotonic() - began
+    locks[0].execute("rollback")
+    locks[0].close()
+    ours = [str(each.message) for each in said if "MLflow's store" in str(each.message)]
+    assert len(ours) == 1
+    assert seconds < 30
+    unsent = tmp_path / "out" / "mlflow-unsent.jsonl"
+    assert f"import-records {unsent}" in ours[0]
+    import_file(unsent, f"sqlite:///{path}")
+    points = logged(tmp_path / "out")
+    assert set(points) == {"sgd-seed0 FINISHED", "ekfacadam-seed0 FINISHED"}
+    for recorded in points.values():
+        assert [step for key, step in recorded if key == "test_loss"] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda state: state.pop("history"), "KeyError"),
+        (lambda state: state["model"].popitem(), "RuntimeError"),
+        (lambda state: state["optimizer"].clear(), "checkpoint.pt does not fit"),
+        (lambda state: state.update(random={"torch": 3}), "checkpoint.pt does not fit"),
+    ],
+)
+def test_damaged_checkpoints_are_one_line(
+    change, words: str, tiny: Path, tmp_path: Path, capsys, monkeypatch
+):
+    arguments = ("--config", tiny, "--output", tmp_path / "out", "--device", "cpu")
+    arguments = (*arguments, "--algorithms", "ekfacadam")
+    steps, step = [], training.Trainer._step
+
+    def interrupted(*args):
+        steps.append(1)
+        if len(steps) == 5:
+            raise KeyboardInterrupt
+        return step(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.Trainer, "_step", interrupted)
+        assert experiment(*arguments) == 130
+    path = tmp_path / "out" / "runs" / "ekfacadam-seed0" / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    change(state)
+    torch.save(state, path)
+    capsys.readouterr()
+    assert experiment(*arguments, "--resume") == 2
+    told = capsys.readouterr().err
+    assert words in told
+    assert "delete it" in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (KfactkError("20 batches in a row"), "SGD, seed 0: 20 batches in a row"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), "smaller --batch-size"),
+        (OSError(28, "No space left on device", "/x"), "/x: No space left on device"),
+    ],
+)
+def test_what_stops_a_run_is_one_line(
+    error: Exception, words: str, tiny: Path, tmp_path: Path, capsys, monkeypatch
+):
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(training.Trainer, "_step", fail)
+    assert experiment("--config", tiny, "--output", tmp_path / "out", "--device", "cpu") == 2
+    told = capsys.readouterr().err
+    assert words in told
+    assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("momentum = 0.9", "nesterov = true", "algorithm sgd: Nesterov"),
+        ('optimizer = "sgd"', 'optimizer = "adam"', "algorithm sgd: Adam"),
+        ('optimizer = "sgd"', "optimizer = [1]", "no first-order optimizer [1]"),
+        ('basis = "ekfac"', "basis = 3", "algorithm ekfacadam: basis 3"),
+        ("train = 150", "train = 9", "each of the 10 digits"),
+        ("test = 60", "test = 3", "each of the 10 digits"),
+    ],
+)
+def test_settings_that_cannot_work_are_one_line(
+    old: str, new: str, words: str, tiny: Path, tmp_path: Path, capsys
+):
+    assert old in tiny.read_text()
+    tiny.write_text(tiny.read_text().replace(old, new))
+    assert experiment("--config", tiny, "--output", tmp_path / "out", "--device", "cpu") == 2
+    told = capsys.readouterr().err
+    assert words in told
+    assert told.count("\n") == 1
+    assert not (tmp_path / "out" / "runs").exists()
+
+
+def test_output_with_a_file_in_the_way_is_one_line(tiny: Path, tmp_path: Path, capsys):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "runs").touch()
+    assert experiment("--config", tiny, "--output", tmp_path / "out", "--device", "cpu") == 2
+    told = capsys.readouterr().err
+    assert "run.json cannot be read" in told
+    assert told.count("\n") == 1

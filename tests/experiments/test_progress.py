@@ -3,7 +3,7 @@ import io
 import pytest
 from rich.console import Console
 
-from experiments.progress import Progress
+from experiments.progress import Progress, say
 from experiments.results import Epoch
 
 
@@ -50,3 +50,15 @@ def test_terminals_have_bars():
     assert "all runs" in text
     assert "2/2\x1b" in text
     assert "[2/2] SGD, seed 1: epoch 2" in text
+
+
+def test_lines_and_bars_show_text_as_it_is():
+    for terminal in (False, True):
+        console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
+        with Progress(console, 1) as progress:
+            say(console, "[/x] :smile: http://me:hunter2@host")
+            with progress.run("[/b] $x$", 10, []) as run:
+                run.epoch(epoch(1, 0.1))
+        text = console.file.getvalue()
+        assert "[/x] :smile: http://***@host" in text
+        assert "[/b] $x$" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -35,6 +36,7 @@ class Row:
 class _BufferedStep:
     """The metrics of one step: numbers, and stacked tensors with their names, by kind."""
 
+    process: int
     step: int
     milliseconds: int
     order: tuple[str, ...]
@@ -48,13 +50,14 @@ class Buffer:
     """Steps whose metrics are not written yet.
 
     `add` copies tensors in one launch for each device and dtype, and does not wait for it. `take`
-    fetches all of them with one transfer for each device and dtype.
+    fetches all of them with one transfer for each device and dtype. In a fork of the process, the
+    steps that were added before stay the parent's.
     """
 
     _steps: list[_BufferedStep] = attrs.field(factory=list, init=False)
 
     def __len__(self) -> int:
-        return len(self._steps)
+        return len(self._own())
 
     def add(self, step: int, metrics: Mapping[str, Tensor | float]) -> None:
         """Add the metrics of one step.
@@ -82,11 +85,13 @@ class Buffer:
                 )
         stacks = {kind: torch.stack(found) for kind, found in tensors.items()}
         now = int(time.time() * 1000)
-        self._steps.append(_BufferedStep(step, now, tuple(metrics), numbers, names, stacks))
+        self._steps.append(
+            _BufferedStep(os.getpid(), step, now, tuple(metrics), numbers, names, stacks)
+        )
 
     def take(self) -> list[Row]:
         """Return all steps in order, as numbers, and empty the buffer."""
-        steps, self._steps = self._steps, []
+        steps, self._steps = self._own(), []
         fetched: dict[Kind, list[float | int]] = {}
         for kind in {kind for one in steps for kind in one.stacks}:
             stacks = [one.stacks[kind] for one in steps if kind in one.stacks]
@@ -102,6 +107,12 @@ class Buffer:
             ordered = {name: metrics[name] for name in one.order}
             rows.append(Row(one.step, one.milliseconds, ordered))
         return rows
+
+    def _own(self) -> list[_BufferedStep]:
+        if self._steps and self._steps[0].process != os.getpid():
+            process = os.getpid()
+            self._steps = [one for one in self._steps if one.process == process]
+        return self._steps
 
 
 def flattened(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -13,6 +13,7 @@ import attrs
 from torch import Tensor
 
 from kfactk import OptionError, hookimpl
+from kfactk.masking import mask_settings
 from kfactk.options import text, whole
 from kfactk_stages.tracker._buffer import Buffer
 
@@ -28,7 +29,8 @@ class JsonLines:
     The first line is `{"recipe": {...}}`. Each further line is `{"step": 10, NAME: VALUE, ...}`. A
     resumed run appends to the file, and begins with another recipe line. A line that a crash cut
     off stays on its own line. JSON has no number for NaN and infinity: they are written as the
-    strings `"nan"`, `"inf"` and `"-inf"`, which Python's `float` reads.
+    strings `"nan"`, `"inf"` and `"-inf"`, which Python's `float` reads. Credentials in the recipe
+    are masked.
 
     Args:
         path: The file; its directory is created when missing.
@@ -60,7 +62,7 @@ class JsonLines:
     def start(self, recipe: Mapping[str, Any]) -> None:
         """Write the line of the recipe."""
         self.flush()
-        self._append(_line({"recipe": recipe}))
+        self._append(_line({"recipe": mask_settings(recipe)}))
 
     def record(self, step: int, metrics: Mapping[str, Tensor | float]) -> None:
         """Add the metrics of one step to the buffer; write when it is full."""

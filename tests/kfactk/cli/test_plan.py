@@ -283,13 +283,58 @@ def test_plan_names_the_remedy_for_missing_torchvision(
     assert "name a model of your own as package.module:callable" in message
 
 
-@pytest.mark.parametrize("ranks", ["0", "1,x", "", "-2"])
+@pytest.mark.parametrize("ranks", ["0", "1,x", "", "-2", "99999999999", "1" * 5000])
 def test_plan_refuses_ranks_that_are_no_counts(
     ranks: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ended:
         main(["plan", "--model", SMALL, "--ranks", ranks])
-    assert "is not a whole number of at least 1" in capsys.readouterr().err
+    assert ended.value.code == 2
+    told = capsys.readouterr().err
+    assert "is not a whole number from 1 to 100000" in told
+    assert told.count("\n") == 1
+
+
+ODD_MODELS = """
+import torch
+
+def raising(): raise KeyError("x")
+def leaving(): raise SystemExit(5)
+def needs(argument): return torch.nn.Linear(2, 2)
+def fine(): return torch.nn.Linear(4, 3)
+
+class Odd(torch.nn.Module):
+    def forward(self, x): raise IndexError("odd")
+
+def odd(): return torch.nn.Sequential(torch.nn.Linear(4, 3), Odd())
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("odd_models:raising", "cannot be made (KeyError: 'x')"),
+        ("odd_models:leaving", "cannot be made (SystemExit: 5)"),
+        ("odd_models:needs", "missing 1 required positional argument"),
+        ("odd_models:odd", "could not run without data"),
+        ("odd_models:fine --input 4x99999999999999999999", "more than a tensor can hold"),
+        ("odd_models:fine --input 4x9223372036854775807", "more than a tensor can hold"),
+        ("odd_models:fine --input " + "9" * 5000, "more than a tensor can hold"),
+    ],
+)
+def test_plan_refuses_what_models_and_sizes_raise(
+    arguments: str,
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "odd_models.py").write_text(ODD_MODELS)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert main(["plan", "--input", "4", "--model", *arguments.split()]) == 2
+    told = capsys.readouterr().err
+    assert words in told
+    assert told.count("\n") == 1
 
 
 def test_training_load_of_resnet50_is_close_to_published_numbers() -> None:

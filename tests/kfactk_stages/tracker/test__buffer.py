@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 
 import pytest
 import torch
@@ -78,3 +79,16 @@ def test_flattened() -> None:
         "betas.0": 0.9,
         "betas.1": 0.99,
     }
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_steps_stay_with_the_process_that_added_them() -> None:
+    buffer = Buffer()
+    buffer.add(0, {"loss": 1.0})
+    if (child := os.fork()) == 0:
+        empty = len(buffer) == 0 and buffer.take() == []
+        buffer.add(1, {"loss": 0.5})
+        os._exit(0 if empty and [row.step for row in buffer.take()] == [1] else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert [row.step for row in buffer.take()] == [0]

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import kfactk
 from kfactk import OptionError
 from kfactk.testing import Recorded, TrackerLaws
 from kfactk_stages.tracker.jsonl import JsonLines
@@ -138,3 +140,23 @@ def test_equality_is_over_options_and_buffers_are_separate(tmp_path: Path) -> No
 def test_options_are_checked(options: dict[str, Any]) -> None:
     with pytest.raises(OptionError, match=next(iter(options))):
         JsonLines(**options)
+
+
+def test_unwritable_paths_are_errors_of_bind(tmp_path: Path) -> None:
+    recipe = kfactk.build(tracker={"name": "jsonl", "path": str(tmp_path)})
+    with pytest.raises(OptionError, match=r"jsonl.*cannot write"):
+        recipe.bind(torch.nn.Linear(2, 2))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_forks_write_no_step_of_the_parent(tmp_path: Path) -> None:
+    tracker = JsonLines(path=tmp_path / "run.jsonl")
+    tracker.start({})
+    tracker.record(0, {})
+    if (child := os.fork()) == 0:
+        tracker.close()
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+    tracker.close()
+    assert lines(tmp_path / "run.jsonl") == [{"recipe": {}}, {"step": 0}]
