@@ -61,6 +61,11 @@ def _parser() -> argparse.ArgumentParser:
         help="your own settings, as in experiments/configs/digits.toml",
     )
     parser.add_argument(
+        "--trust-config",
+        action="store_true",
+        help="let import paths in FILE run code: stages and functions of your own",
+    )
+    parser.add_argument(
         "--algorithms",
         nargs="+",
         metavar="NAME",
@@ -110,7 +115,7 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
     settings = (
         config.load(arguments.preset or "digits")
         if arguments.config is None
-        else config.read(arguments.config)
+        else config.read(arguments.config, trusted=arguments.trust_config)
     )
     settings = config.with_options(
         settings,

@@ -42,7 +42,7 @@ def make(
 
 def recipe(algorithm: Algorithm, *, seed: int) -> kfactk.Recipe:
     """Return the recipe of a second-order algorithm."""
-    made = kfactk.build(**algorithm.settings)
+    made = kfactk.Recipe.from_dict(algorithm.settings, trusted=algorithm.trusted)
     fisher = algorithm.settings.get("fisher", "mc")
     given = dict(fisher) if isinstance(fisher, Mapping) else {"name": fisher}
     return (

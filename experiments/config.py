@@ -164,12 +164,14 @@ class Algorithm:
         settings: Arguments of `kfactk.build`, or of the torch.optim class that
             `settings["optimizer"]` names.
         reference: Final accuracies in per cent that the thesis states for this preset, if any.
+        trusted: Whether import paths in the settings may be imported, which runs code.
     """
 
     name: str
     label: str
     settings: Mapping[str, Any]
     reference: Mapping[str, float]
+    trusted: bool = False
 
 
 @attrs.frozen
@@ -204,8 +206,13 @@ def load(preset: str) -> Experiment:
     return read(known[preset])
 
 
-def read(path: Path) -> Experiment:
-    """Read the settings of an experiment from a TOML file; its stem is the preset's name."""
+def read(path: Path, *, trusted: bool = False) -> Experiment:
+    """Read the settings of an experiment from a TOML file; its stem is the preset's name.
+
+    Args:
+        path: The file.
+        trusted: Whether import paths in it may be imported, which runs code.
+    """
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -225,7 +232,7 @@ def read(path: Path) -> Experiment:
         data=_section(path, table, "data", Data),
         model=_section(path, table, "model", Model),
         training=_section(path, table, "training", Training),
-        algorithms=_algorithms(path, table),
+        algorithms=_algorithms(path, table, trusted),
     )
 
 
@@ -263,7 +270,7 @@ def _section(path: Path, table: Mapping[str, Any], name: str, kind: type[Any]) -
     )
 
 
-def _algorithms(path: Path, table: Mapping[str, Any]) -> dict[str, Algorithm]:
+def _algorithms(path: Path, table: Mapping[str, Any], trusted: bool) -> dict[str, Algorithm]:
     shared = _table(path, "second_order", table.get("second_order", {}))
     _known(path, "second_order.", shared, SECOND_ORDER)
     algorithms = {}
@@ -298,7 +305,7 @@ def _algorithms(path: Path, table: Mapping[str, Any]) -> dict[str, Algorithm]:
         for key in ("lr", "momentum", "weight_decay", "damping", "factor_decay"):
             if key in settings and (problem := _number(settings[key])):
                 raise ExperimentError(f"{path}: {where}.{key} {problem}, not {settings[key]!r}")
-        algorithms[name] = Algorithm(name, label, settings, reference)
+        algorithms[name] = Algorithm(name, label, settings, reference, trusted)
     if not algorithms:
         raise ExperimentError(f"{path}: [algorithms] names none")
     return algorithms

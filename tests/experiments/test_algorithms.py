@@ -1,3 +1,6 @@
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -49,6 +52,30 @@ def test_fisher_without_draws_has_no_seed():
 def test_settings_are_checked_before_any_run(settings, words):
     with pytest.raises(ExperimentError, match=words):
         algorithms.check(Algorithm("x", "X", settings, {}))
+
+
+@pytest.mark.parametrize("trusted", [False, True])
+def test_a_settings_file_runs_code_of_import_paths_only_if_trusted(tmp_path, monkeypatch, trusted):
+    (tmp_path / "intruder_of_tests.py").write_text(
+        "class Clip:\n    def clip(self, pairs, dot):\n        raise NotImplementedError\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    digits = (Path(config.__file__).parent / "configs" / "digits.toml").read_text()
+    path = tmp_path / "mine.toml"
+    changed = digits.replace(
+        "[algorithms.ekfac]", '[algorithms.ekfac]\nclip = "intruder_of_tests:Clip"'
+    )
+    path.write_text(changed)
+    algorithm = config.read(path, trusted=trusted).algorithms["ekfac"]
+    if trusted:
+        assert (
+            algorithms.recipe(algorithm, seed=0).to_dict()["clip"]["name"]
+            == "intruder_of_tests:Clip"
+        )
+        return
+    with pytest.raises(ExperimentError, match=r"holds the import path .*--trust-config"):
+        algorithms.check(algorithm)
+    assert "intruder_of_tests" not in sys.modules
 
 
 def test_collector_gets_the_metrics_of_a_tracker():
