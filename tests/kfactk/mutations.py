@@ -180,12 +180,12 @@ def _at(state: Any, path: Path) -> Any:
 
 def _replacing(path: Path, damage: Callable[[Any], Any]) -> Callable[[dict[str, Any]], None]:
     def apply(state: dict[str, Any]) -> None:
-        holder = _at(state, path[:-1])
-        new = damage(holder[path[-1]])
+        inside = _at(state, path[:-1])
+        new = damage(inside[path[-1]])
         if new is DELETED:
-            del holder[path[-1]]
+            del inside[path[-1]]
         else:
-            holder[path[-1]] = new
+            inside[path[-1]] = new
 
     return apply
 
@@ -200,9 +200,9 @@ def _of_key(path: Path, where: str) -> Iterator[Mutation]:
     }.items():
 
         def apply(state: dict[str, Any], change: Callable[[Any], Any] = change) -> None:
-            holder = _at(state, path[:-1])
-            if isinstance(holder, dict):
-                holder[change(path[-1])] = holder.pop(path[-1])
+            inside = _at(state, path[:-1])
+            if isinstance(inside, dict):
+                inside[change(path[-1])] = inside.pop(path[-1])
 
         if change(path[-1]) != path[-1]:
             yield Mutation(f"{name} of {where}", apply)

@@ -62,7 +62,7 @@ class NAG(torch.optim.Optimizer):
         super().__setstate__(state)
         for number, group in enumerate(self.param_groups):
             for name in ("momentum", "previous_momentum"):
-                if not 0 <= group[name] < 1:
+                if not 0 <= group.get(name, 0) < 1:
                     raise StateError(
                         f"the saved state is damaged: param_groups[{number}][{name!r}] is "
                         f"{group[name]!r}, and not in [0, 1). Load an earlier checkpoint."

@@ -161,3 +161,36 @@ def test_a_save_that_is_interrupted_leaves_the_optimizer_as_it_was() -> None:
     run(optimizer, model, 3, 3)
     run(twin, other, 3, 3)
     assert_same(model.state_dict(), other.state_dict())
+
+
+def test_a_number_of_steps_beyond_an_int64_changes_nothing() -> None:
+    """The last thing that is taken over is refused as the first is."""
+    saved, _ = trained("ekfac", "adam", 7)
+    optimizer, _ = trained("ekfac", "adam", 3)
+    before, groups = copy.deepcopy(optimizer.state_dict()), optimizer.param_groups
+    state = copy.deepcopy(saved.state_dict())
+    for entry in state["state"].values():
+        entry["kfactk.step"] = 10**30
+    with pytest.raises(StateError, match="no number of steps"):
+        optimizer.load_state_dict(state)
+    assert_same(before, optimizer.state_dict())
+    assert optimizer.param_groups is groups
+    assert optimizer.steps == 3
+
+
+@pytest.mark.parametrize("update", ["adam", "momentum", "nag"])
+def test_a_loaded_state_is_read_whatever_its_tensors_look_like(update: str) -> None:
+    """Tensors that need gradients, or lie in odd places of memory, hold the same numbers."""
+    saved, _ = trained("ekfac", update, 7)
+    (one, model), (other, twin) = trained("ekfac", update, 0), trained("ekfac", update, 0)
+    one.load_state_dict(copy.deepcopy(saved.state_dict()))
+    odd = copy.deepcopy(saved.state_dict())
+    for entry in odd["state"].values():
+        for key, value in entry.items():
+            if value.is_floating_point():
+                spread = torch.empty(*value.shape, 2, dtype=value.dtype)[..., 0].copy_(value)
+                entry[key] = spread.requires_grad_() * 1
+    other.load_state_dict(odd)
+    run(one, model, 7, 4)
+    run(other, twin, 7, 4)
+    assert_same(model.state_dict(), twin.state_dict())
