@@ -463,34 +463,15 @@ class Block:
                 damage.check_form(where, value, "semidefinite")
             elif name == "a":  # the diagonal of A
                 damage.check_form(where, value, "nonnegative")
-        forms = self._forms()
-        for matrix, parts in state.decomposition.items():
-            for name, value in parts.items():
-                where = f"{PREFIX}basis.{matrix}.{name}{layer}"
-                if form := forms.get(name):
-                    shape = _shape_of_part(form, matrices[matrix])
-                    _check_part(where, value, form, shape, damage)
-        if len({v.dtype for parts in state.decomposition.values() for v in parts.values()}) > 1:
-            damage.note(f"the parts of the decomposition{layer} have several dtypes")
-        gradient = tuple(self.matrix({}).shape) if state.moments else ()
-        for name, mean in state.moments.items():
-            where = f"{PREFIX}moment.{name}{layer}"
-            if mean.value is not None and (form := forms.get(name)):
-                _check_part(where, mean.value, form, gradient, damage)
-
-    def _forms(self) -> Mapping[str, str]:
-        """Return the forms that the basis states.
-
-        Raises:
-            PluginError: There is no such form.
-        """
-        forms = self.basis.forms
-        if unknown := sorted(set(forms.values()) - STATED):
-            raise PluginError(
-                f"basis {type(self.basis).__name__} states the form {unknown[0]!r}, which is not "
-                f"known. Use one of: {', '.join(sorted(STATED))}."
-            )
-        return forms
+        check_forms(
+            self.basis,
+            state.decomposition,
+            {name: mean.value for name, mean in state.moments.items() if mean.value is not None},
+            matrices,
+            tuple(self.matrix({}).shape) if state.moments else (),
+            layer,
+            damage,
+        )
 
     # ----------------------------------------------------------------------------------- state
 
@@ -547,6 +528,50 @@ def parts_of(decomposition: Decomposition) -> list[str]:
         for name, parts in decomposition.items()
         for part, tensor in parts.items()
     )
+
+
+def check_forms(
+    basis: Basis,
+    decomposition: Decomposition,
+    moments: Tensors,
+    matrices: Tensors,
+    gradient: tuple[int, ...],
+    where: str,
+    damage: Damage,
+) -> None:
+    """Check that what a basis keeps has the forms that the basis states.
+
+    Args:
+        basis: The stage.
+        decomposition: What it made of each matrix.
+        moments: Averaged moments.
+        matrices: Tensors of the matrices' shapes.
+        gradient: Shape of the layer's matrix.
+        where: The layer, in words that follow a name.
+        damage: Receives what is wrong.
+
+    Raises:
+        PluginError: The basis states a form that there is not.
+    """
+    forms = basis.forms
+    if unknown := sorted(set(forms.values()) - STATED):
+        raise PluginError(
+            f"basis {type(basis).__name__} states the form {unknown[0]!r}, which is not known. Use "
+            f"one of: {', '.join(sorted(STATED))}."
+        )
+    dtypes = set()
+    for matrix, parts in decomposition.items():
+        for name, value in parts.items():
+            if form := forms.get(name):
+                dtypes.add(value.dtype)
+                shape = _shape_of_part(form, matrices[matrix])
+                place = f"{PREFIX}basis.{matrix}.{name}{where}"
+                _check_part(place, value, form, shape, damage)
+    if len(dtypes) > 1:
+        damage.note(f"the parts of the decomposition{where} have several dtypes")
+    for name, value in moments.items():
+        if form := forms.get(name):
+            _check_part(f"{PREFIX}moment.{name}{where}", value, form, gradient, damage)
 
 
 def _check_part(

@@ -161,8 +161,6 @@ def curvature_fault(value: Any) -> str:
     fault = form_fault(value)
     if not fault and (value.layout != torch.strided or value.is_quantized):
         return f"is no dense tensor, but one of layout {value.layout}"
-    if not fault and value.is_complex():
-        return f"has the dtype {value.dtype}, which is not real"
     return fault
 
 
@@ -180,7 +178,7 @@ def number_of(value: Any, low: float, high: float, *, whole: bool = False) -> fl
         (3, None, None)
     """
     if isinstance(value, Tensor):
-        if curvature_fault(value) or value.ndim:
+        if curvature_fault(value) or value.ndim or value.is_complex():
             return None
         value = value.item()
     if isinstance(value, bool) or not isinstance(value, int | float):

@@ -234,8 +234,8 @@ def _check_tensors(entry: Mapping[str, Any], prefix: str) -> None:
     for key, value in entry.items():
         if fault := curvature_fault(value):
             damage.note(f"{prefix + key} {fault}")
-        elif not value.is_floating_point() and key not in (READY, OVERDUE):
-            damage.note(f"{prefix + key} has the dtype {value.dtype}, where it is floating-point")
+        elif key.startswith(("factor.", "moment.")) and not value.is_floating_point():
+            damage.note(f"{prefix + key} has the dtype {value.dtype}, which is not floating-point")
     means = [key for key in entry if key.partition(".")[0] in ("factor", "moment")]
     for key in means:
         value = key.removesuffix(".weight")

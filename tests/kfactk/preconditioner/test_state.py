@@ -189,3 +189,11 @@ def test_what_is_wrong_with_values_can_be_gathered() -> None:
     assert BlockState.from_flat(flat, torch.device("cpu"), damage=damage).factors["A"].weight == 3
     with pytest.raises(StateError, match=f"{FACTOR} holds NaN"):
         damage.refuse()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.bfloat16])
+def test_parts_of_a_basis_may_be_of_any_kind(dtype: torch.dtype) -> None:
+    order = torch.tensor([1, 0]).to(dtype)
+    flat = BlockState(decomposition={"A": {"order": order}}).flat()
+    back = BlockState.from_flat(flat, torch.device("cpu"))
+    assert torch.equal(back.decomposition["A"]["order"], order)
