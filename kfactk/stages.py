@@ -223,6 +223,20 @@ class Basis(abc.ABC):
         """Decay of the running mean of the moments, in [0, 1]; 0 keeps the last mini-batch's."""
         return 0.0
 
+    @property
+    def forms(self) -> Mapping[str, str]:
+        """What parts of a decomposition and moments are, by name; a damaged state is known by it.
+
+        - "eigenvalues": `[..., n]` of a matrix `[..., n, n]`, none negative. Of a diagonal, such as
+          a, they have its shape.
+        - "eigenvectors": `[..., n, n]`, orthonormal columns.
+        - "cholesky": `[..., n, n]`, lower triangular, the diagonal positive.
+        - "diagonal": of the shape of the layer's matrix, none negative.
+
+        What has no form must be finite only. Saved tensors are checked when they are loaded.
+        """
+        return {}
+
     @abc.abstractmethod
     def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> dict[str, Tensor]:
         """Decompose one matrix.

@@ -11,11 +11,14 @@ import torch
 from torch import Tensor
 
 from kfactk.distributed.gathering import Progress
-from kfactk.errors import StateError
-from kfactk.options import number_at, plain
+from kfactk.errors import KfactkError, StateError, memory_ran_out
+from kfactk.optim.saved_groups import check_numbers
+from kfactk.preconditioner.damage import REMEDY, Damage, number_of
 from kfactk.preconditioner.state import STEP, BlockState, is_ours
 
 Groups = Sequence[Mapping[str, Any]]
+LAST_STEP = 2**53
+"""Most steps that a state may have taken: numbers of steps stay exact in double precision."""
 
 
 def joined(
@@ -74,72 +77,103 @@ class SavedState:
             groups: The parameter groups it is loaded into.
 
         Raises:
-            StateError: It has not the form of an optimizer's state, or holds NaN.
+            StateError: It has not the form of an optimizer's state.
         """
-        _check_form(state_dict)
-        numbers = [number for group in state_dict["param_groups"] for number in group["params"]]
+        damage = Damage()
+        numbers = _checked_numbers(state_dict, damage)
         parameters = [parameter for group in groups for parameter in group["params"]]
-        curvature, step = {}, 0
+        curvature = {}
         rule = {key: entry for key, entry in state_dict["state"].items() if key not in numbers}
+        _check_strangers(rule, damage)
+        mine = {n: state_dict["state"][n] for n in numbers if n in state_dict["state"]}
+        step = _step_of(mine, damage)
+        damage.refuse()
         for number, parameter in zip(numbers, parameters, strict=False):  # torch checks sizes
-            entry = state_dict["state"].get(number, {})
-            step = int(entry.get(STEP, step))
+            entry = mine.get(number, {})
             ours = {k: v for k, v in entry.items() if is_ours(k) and k != STEP}
             theirs = {k: v for k, v in entry.items() if not is_ours(k)}
             if ours:
-                curvature[id(parameter)] = ours
-            if theirs or (number in state_dict["state"] and not entry):
+                curvature[id(parameter)] = on_cpu(ours)
+            if theirs or (number in mine and not entry):
                 rule[number] = theirs
-            if wrong := sorted(str(key) for key, value in theirs.items() if _has_nan(value)):
-                raise StateError(
-                    f"the saved state is damaged: the update rule's {', '.join(wrong)} holds NaN. "
-                    "Load an earlier checkpoint."
-                )
         return cls(curvature, rule, step)
 
 
-def _has_nan(value: Any) -> bool:
-    return isinstance(value, Tensor) and bool(torch.isnan(value).any())
-
-
-def _check_form(state_dict: Mapping[str, Any]) -> None:
-    """Check the form that torch gives to an optimizer's state, as far as it is read here.
+def _checked_numbers(state_dict: Any, damage: Damage) -> list[Any]:
+    """Check the form that torch gives to an optimizer's state; return the parameters' numbers.
 
     Raises:
         StateError: It is another one.
     """
     given = state_dict if isinstance(state_dict, Mapping) else {}
-    entries, groups = given.get("state"), given.get("param_groups")
+    entries: Any = given.get("state")
+    groups: Any = given.get("param_groups")
     good = (
         isinstance(entries, Mapping)
         and isinstance(groups, list)
         and all(isinstance(g, Mapping) and isinstance(g.get("params"), list) for g in groups)
     )
-    if good and groups and entries:  # what stands under other keys is the rule's: anything
-        numbers = {number for group in groups for number in group["params"]}
-        mine = [entry for number, entry in entries.items() if number in numbers]
-        good = all(isinstance(e, Mapping) and _is_count(e.get(STEP, 0)) for e in mine)
+    if good:
+        numbers = check_numbers(groups, damage)
+        damage.refuse()
+        good = all(isinstance(entries.get(number, {}), Mapping) for number in numbers)
     if not good:
         raise StateError(
             'the saved state is damaged: it must hold "state", a dict of dicts, and '
-            '"param_groups", a list of dicts with "params", with a number of steps in each entry, '
-            "as Optimizer.state_dict() gives them. Load an earlier checkpoint."
+            '"param_groups", a list of dicts with "params", as Optimizer.state_dict() gives them. '
+            f"{REMEDY}"
         )
+    return numbers
 
 
-def _is_count(step: Any) -> bool:
-    if isinstance(step, Tensor):
-        finite = step.numel() == 1 and bool(torch.isfinite(step).all())
-        return finite and bool((step >= 0).all())
-    return isinstance(step, int) and step >= 0
+def _check_strangers(entries: Mapping[Any, Any], damage: Damage) -> None:
+    """Check what does not stand under a parameter's number: it is the rule's or the user's own."""
+    for key, entry in entries.items():
+        if isinstance(entry, Mapping) and any(map(is_ours, entry)):
+            damage.note(
+                f'state[{key!r}] holds curvature, but no parameter in "param_groups" has this '
+                "number"
+            )
+
+
+def _step_of(entries: Mapping[Any, Mapping[Any, Any]], damage: Damage) -> int:
+    """Return the number of steps taken, which all entries that tell it agree on."""
+    found = {}
+    for number, entry in entries.items():
+        if STEP in entry:
+            step = number_of(entry[STEP], 0, LAST_STEP, whole=True)
+            found[step] = number
+            if step is None:
+                damage.note(f"state[{number!r}][{STEP!r}] is no number of steps")
+    if len(found) > 1 and None not in found:
+        told = ", ".join(f"{step} in state[{number!r}]" for step, number in found.items())
+        damage.note(f"its entries do not agree on {STEP!r}: {told}")
+    return int(next(iter(found), 0) or 0)
+
+
+def on_cpu(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Return an entry whose single numbers are on the CPU; each device is waited for once."""
+    elsewhere: dict[Any, dict[str, Tensor]] = {}
+    for key, value in entry.items():
+        single = isinstance(value, Tensor) and not value.ndim and value.layout == torch.strided
+        if single and value.device.type not in ("cpu", "meta"):
+            elsewhere.setdefault((value.device, value.dtype), {})[key] = value
+    moved = dict(entry)
+    for tensors in elsewhere.values():
+        moved |= zip(tensors, torch.stack([*tensors.values()]).cpu().unbind(), strict=True)
+    return moved
 
 
 @contextlib.contextmanager
-def all_or_nothing(*optimizers: torch.optim.Optimizer) -> Iterator[None]:
+def all_or_nothing(*optimizers: torch.optim.Optimizer, fits: bool = True) -> Iterator[None]:
     """Surround the loading of a state: a failure leaves the optimizers' state and groups unchanged.
 
+    Args:
+        *optimizers: The optimizers.
+        fits: Whether the sizes of the groups fit: torch's own error for those that do not remains.
+
     Raises:
-        StateError: An update rule does not find in the state what it needs.
+        StateError: An update rule cannot take the state over.
     """
     before = [(optimizer, optimizer.state, optimizer.param_groups) for optimizer in optimizers]
     try:
@@ -147,7 +181,10 @@ def all_or_nothing(*optimizers: torch.optim.Optimizer) -> Iterator[None]:
     except BaseException as error:
         for optimizer, state, groups in before:
             optimizer.state, optimizer.param_groups = state, groups
-        if isinstance(error, AttributeError | LookupError | TypeError):
+        passed = KfactkError | MemoryError if fits else KfactkError | MemoryError | ValueError
+        if isinstance(error, Exception) and not isinstance(error, passed):
+            if memory_ran_out(error):
+                raise
             raise StateError(
                 f"the update rule cannot take over the saved state ({type(error).__name__}: "
                 f"{error}): something of it is missing, or is another rule's. Bind the recipe it "
@@ -172,7 +209,6 @@ def completed_groups(
 
     Raises:
         StateError: The groups are another update rule's.
-        OptionError: A learning rate, damping or weight decay is no such number.
     """
     numbers = [
         name
@@ -185,15 +221,17 @@ def completed_groups(
                 "the saved state is another update rule's: its parameter groups have no "
                 f"{', '.join(lacking)}. Bind the recipe it was saved with."
             )
-        for name in ("lr", "damping", "weight_decay"):
-            if name in group:
-                number_at(f"{name} of a saved parameter group", plain(group[name]), 0)
     if len(saved) != len(current):  # torch says so
         return [dict(group) for group in saved]
     completed = []
     for own, group in zip(current, saved, strict=True):
         completed.append({**{name: own[name] for name in known if name in own}, **group})
     return completed
+
+
+def fit(saved: Groups, current: Groups) -> bool:
+    """Return whether saved groups have the sizes of the current ones."""
+    return [len(group["params"]) for group in saved] == [len(g["params"]) for g in current]
 
 
 def progress_of(step: int, states: Mapping[str, BlockState]) -> Progress:

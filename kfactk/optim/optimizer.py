@@ -24,17 +24,19 @@ from kfactk.distributed.consistency import check_group, check_recipes
 from kfactk.distributed.gathering import LoadOnAllRanks, gather_state
 from kfactk.distributed.sharding import ShardedProducts
 from kfactk.errors import CaptureError, CombinationError, KfactkError, KfactkWarning
-from kfactk.optim import checkpoint, gradients
+from kfactk.optim import checkpoint, gradients, rule_state
 from kfactk.optim.masks import Masks
 from kfactk.optim.metrics import MetricsRecorder
 from kfactk.optim.nonfinite import NonFiniteGuard
 from kfactk.optim.run import RunState, UnboundRule
+from kfactk.optim.saved_groups import check_groups
 from kfactk.optim.settings import Settings
 from kfactk.optim.shown import Removed, ShownState, flat_by_anchor
 from kfactk.optim.views import BlockView, by_layer, by_parameter, conditions
 from kfactk.options import number_at, plain
 from kfactk.preconditioner.coverage import Coverage
 from kfactk.preconditioner.coverage_watch import CoverageWatch
+from kfactk.preconditioner.damage import Damage
 from kfactk.preconditioner.preconditioner import Preconditioner
 from kfactk.registry.registry import registry
 from kfactk.stages import GradientPair, Layer
@@ -684,8 +686,9 @@ class Optimizer(torch.optim.Optimizer):
 
         Raises:
             StateError: Its curvature or its update rule is not this model's and recipe's, or
-                something of it is missing, on this rank or another. Nothing has been changed.
-            ValueError: The parameter groups do not fit (torch's own check).
+                something of it is missing or damaged, on this rank or another. Everything is
+                checked before anything is taken over: nothing has been changed.
+            ValueError: The parameter groups have other sizes (torch's own check).
         """
         pre = self._preconditioner
         self._follow_model()
@@ -697,17 +700,17 @@ class Optimizer(torch.optim.Optimizer):
                 changed = hook(self, state_dict)
                 state_dict = state_dict if changed is None else changed
             saved = checkpoint.SavedState.split(state_dict, self.param_groups)
-            rule = {name: self.defaults[name] for name in self._rules_options}
-            saved_groups = state_dict["param_groups"]
-            groups = checkpoint.completed_groups(
-                saved_groups, self.param_groups, self.defaults, rule
-            )
-            states = pre.loaded(saved.curvature)
-            with self._hidden(), checkpoint.all_or_nothing(self._inner):
-                given = {**state_dict, "state": saved.rule, "param_groups": groups}
+            step = torch.tensor(saved.step, dtype=torch.int64, device="cpu")
+            groups, fits = self._checked_groups(state_dict["param_groups"])
+            damage = Damage()
+            states = pre.loaded(saved.curvature, damage) if fits else {}
+            entries = self._checked_entries(saved, groups, damage) if fits else saved.rule
+            damage.refuse()
+            with self._hidden(), checkpoint.all_or_nothing(self._inner, fits=fits):
+                given = {**state_dict, "state": entries, "param_groups": groups}
                 self._inner.load_state_dict(given)
                 load.agree(checkpoint.progress_of(saved.step, states))
-        run.step = torch.tensor(saved.step, dtype=torch.int64, device="cpu")
+        run.step = step
         run.gathered, run.waiting, run.micro_batch = {}, None, 0
         owns = [own for _, own in run.own_damping]
         run.own_damping = list(zip(self.param_groups, owns, strict=True))
@@ -719,6 +722,37 @@ class Optimizer(torch.optim.Optimizer):
         self._expect_forward()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
+
+    def _checked_groups(
+        self, saved_groups: list[dict[str, Any]]
+    ) -> tuple[list[dict[str, Any]], bool]:
+        """Return saved groups, completed, and whether they have the sizes of the current ones.
+
+        Raises:
+            StateError: They are another update rule's, or damaged.
+        """
+        rule = {name: self.defaults[name] for name in self._rules_options}
+        damage = Damage()
+        current = self.param_groups
+        groups = checkpoint.completed_groups(saved_groups, current, self.defaults, rule)
+        check_groups(groups, current, type(self._inner), rule, damage)
+        damage.refuse()
+        return groups, checkpoint.fit(groups, current)
+
+    def _checked_entries(
+        self, saved: checkpoint.SavedState, groups: list[dict[str, Any]], damage: Damage
+    ) -> dict[Any, Any]:
+        """Return the update rule's saved entries, which may be changed in place; check them."""
+        current, modules = self.param_groups, self._model.modules()
+        sparse = frozenset(id(m.weight) for m in modules if getattr(m, "sparse", False))
+        rule_state.check_entries(type(self._inner), saved.rule, groups, current, sparse, damage)
+        pairs = zip(groups, current, strict=True)
+        numbered = {
+            number: parameter
+            for old, new in pairs
+            for number, parameter in zip(old["params"], new["params"], strict=True)
+        }
+        return rule_state.owned(saved.rule, numbered)
 
     def __reduce__(self) -> NoReturn:
         raise KfactkError(

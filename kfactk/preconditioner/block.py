@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from kfactk.assignment import Work
-from kfactk.errors import StateError
+from kfactk.errors import PluginError, StateError
 from kfactk.linalg import mean_diagonal
 from kfactk.operators import CurvatureOperator
+from kfactk.preconditioner.damage import Damage
 from kfactk.preconditioner.plan import BlockPlan
-from kfactk.preconditioner.state import BlockState
+from kfactk.preconditioner.state import PREFIX, BlockState
 from kfactk.samples import LayerCall, Samples, Statistic, to_working_dtype
 from kfactk.stages import Basis, Curvature, Decomposition, FactorContext, Layer, Tensors
 from kfactk.statistics import RunningMean, add_prefix, add_sums
@@ -33,6 +34,8 @@ from kfactk.validation import (
     square,
 )
 
+STATED = {"eigenvalues", "eigenvectors", "cholesky", "diagonal"}
+"""The forms that a basis may state; see `Basis.forms`."""
 Parts = dict[str, dict[str, Tensor]]
 """For the name of each matrix, the tensors that its decomposition consists of."""
 
@@ -346,7 +349,7 @@ class Block:
         Matrices can be kept apart where each is made of the one statistic of its name.
         """
         _, sums = self.blank()
-        blank = {n: torch.zeros_like(s.total) for n, s in sums.items() if s.total is not None}
+        blank = _zeros(sums)
         matrices = self.matrices(factors=blank)
         shapes = {name: tuple(matrices[name].shape) for name in sorted(self.basis.requires)}
         apart = set(blank) == set(shapes) and all(
@@ -366,8 +369,9 @@ class Block:
 
         It decomposes corners of blank matrices: whole ones would cost as much as a step.
         """
-        blank = {n: torch.zeros_like(s.total) for n, s in sums.items() if s.total is not None}
-        matrices = self.matrices(factors=blank)
+        return self._parts_of_corners(self.matrices(factors=_zeros(sums)))
+
+    def _parts_of_corners(self, matrices: Tensors) -> list[str]:
         corners = {n: m[..., :1, :1] if square(m) else m for n, m in matrices.items()}
         return parts_of(Block(self.layer, self.curvature, self.basis).decompose(1.0, corners))
 
@@ -382,19 +386,28 @@ class Block:
         state = self.state
         state.factors = {n: _empty(s) for n, s in sums.items() if n in factor_names}
         if holds:
-            blank = {n: torch.zeros_like(s.total) for n, s in sums.items() if s.total is not None}
-            state.decomposition = self.decompose(self.damping, self.matrices(factors=blank))
+            blank = self.matrices(factors=_zeros(sums))
+            state.decomposition = self.decompose(self.damping, blank)
             found = self.moments(state.decomposition, samples)
             state.moments = {key.removeprefix("moment."): _empty(s) for key, s in found.items()}
         self.invalidate()
 
-    def fitted(self, state: BlockState, factor_names: frozenset[str], *, holds: bool) -> BlockState:
+    def fitted(
+        self,
+        state: BlockState,
+        factor_names: frozenset[str],
+        *,
+        holds: bool,
+        damage: Damage | None = None,
+    ) -> BlockState:
         """Return what this rank keeps of a saved state, whatever placement it was saved under.
 
         Args:
             state: The saved state; changed in place.
             factor_names: The factors that this rank keeps.
             holds: Whether this rank preconditions the layer.
+            damage: Receives what is found when the tensors' values are read; without it, that is
+                raised here.
 
         Raises:
             StateError: It is another layer's or another recipe's, or lacks what this rank needs.
@@ -409,7 +422,8 @@ class Block:
         totals = {n: s.total for n, s in sums.items() if s.total is not None}
         expected = {n: tuple(total.shape) for n, total in totals.items() if n in factor_names}
         found = {name: tuple(value.shape) for name, value in state.factor_values().items()}
-        parts, wanted = parts_of(state.decomposition), self.blank_parts(sums)
+        matrices = self.matrices(factors=_zeros(sums))
+        parts, wanted = parts_of(state.decomposition), self._parts_of_corners(matrices)
         lacks_parts = state.ready and holds and not parts
         if found.items() <= expected.items() and (found != expected or lacks_parts):
             lacking = [name for name in expected if name not in found]
@@ -426,7 +440,38 @@ class Block:
                 f"decomposed as {parts}, where this recipe and model have {expected} and {wanted}. "
                 "Bind the recipe it was saved with, or load only the update rule's part."
             )
+        found_damage = Damage() if damage is None else damage
+        self._check_forms(state, sums, matrices, found_damage)
+        if damage is None:
+            found_damage.refuse()
         return state
+
+    def _check_forms(
+        self,
+        state: BlockState,
+        sums: Mapping[str, Statistic],
+        matrices: Tensors,
+        damage: Damage,
+    ) -> None:
+        """Check shapes, dtypes and values of a saved state whose names are known to fit."""
+        layer = f" of layer {self.name!r}"
+        for name, value in state.factor_values().items():
+            where = f"{PREFIX}factor.{name}{layer}"
+            if not _precise(where, value, damage):
+                continue
+            if sums[name].symmetric:
+                damage.check_form(where, value, "semidefinite")
+            elif name == "a":  # the diagonal of A
+                damage.check_form(where, value, "nonnegative")
+        check_forms(
+            self.basis,
+            state.decomposition,
+            {name: mean.value for name, mean in state.moments.items() if mean.value is not None},
+            matrices,
+            tuple(self.matrix({}).shape) if state.moments else (),
+            layer,
+            damage,
+        )
 
     # ----------------------------------------------------------------------------------- state
 
@@ -483,6 +528,78 @@ def parts_of(decomposition: Decomposition) -> list[str]:
         for name, parts in decomposition.items()
         for part, tensor in parts.items()
     )
+
+
+def check_forms(
+    basis: Basis,
+    decomposition: Decomposition,
+    moments: Tensors,
+    matrices: Tensors,
+    gradient: tuple[int, ...],
+    where: str,
+    damage: Damage,
+) -> None:
+    """Check that what a basis keeps has the forms that the basis states.
+
+    Args:
+        basis: The stage.
+        decomposition: What it made of each matrix.
+        moments: Averaged moments.
+        matrices: Tensors of the matrices' shapes.
+        gradient: Shape of the layer's matrix.
+        where: The layer, in words that follow a name.
+        damage: Receives what is wrong.
+
+    Raises:
+        PluginError: The basis states a form that there is not.
+    """
+    forms = basis.forms
+    if unknown := sorted(set(forms.values()) - STATED):
+        raise PluginError(
+            f"basis {type(basis).__name__} states the form {unknown[0]!r}, which is not known. Use "
+            f"one of: {', '.join(sorted(STATED))}."
+        )
+    dtypes = set()
+    for matrix, parts in decomposition.items():
+        for name, value in parts.items():
+            if form := forms.get(name):
+                dtypes.add(value.dtype)
+                shape = _shape_of_part(form, matrices[matrix])
+                place = f"{PREFIX}basis.{matrix}.{name}{where}"
+                _check_part(place, value, form, shape, damage)
+    if len(dtypes) > 1:
+        damage.note(f"the parts of the decomposition{where} have several dtypes")
+    for name, value in moments.items():
+        if form := forms.get(name):
+            _check_part(f"{PREFIX}moment.{name}{where}", value, form, gradient, damage)
+
+
+def _check_part(
+    where: str, value: Tensor, form: str, shape: tuple[int, ...], damage: Damage
+) -> None:
+    if tuple(value.shape) != shape:
+        damage.note_misfit(f"{where} has the shape {tuple(value.shape)}, where it must be {shape}")
+    elif _precise(where, value, damage):
+        nonnegative = form in ("eigenvalues", "diagonal")
+        damage.check_form(where, value, "nonnegative" if nonnegative else form)
+
+
+def _precise(where: str, value: Tensor, damage: Damage) -> bool:
+    """Return whether a tensor has a precision that curvature is kept in; note where it has not."""
+    precise = value.dtype in (torch.float32, torch.float64)
+    if not precise:
+        damage.note(f"{where} has the dtype {value.dtype}, where curvature is float32 or float64")
+    return precise
+
+
+def _shape_of_part(form: str, matrix: Tensor) -> tuple[int, ...]:
+    """Return the shape of a part of a matrix's decomposition."""
+    whole = form != "eigenvalues" or not square(matrix)
+    return tuple(matrix.shape if whole else matrix.shape[:-1])
+
+
+def _zeros(sums: Mapping[str, Statistic]) -> dict[str, Tensor]:
+    return {n: torch.zeros_like(s.total) for n, s in sums.items() if s.total is not None}
 
 
 def _update(running: dict[str, RunningMean], means: Tensors, decay: float) -> None:

@@ -15,6 +15,7 @@ from kfactk.errors import CaptureError, KfactkWarning
 from kfactk.preconditioner.block import Block
 from kfactk.preconditioner.block_set import BlockSet
 from kfactk.preconditioner.coverage import ModelSurvey
+from kfactk.preconditioner.damage import Damage
 from kfactk.preconditioner.exchange import OverlappedReduction, broadcast_gradients
 from kfactk.preconditioner.placement import BlockPlacement, device_of
 from kfactk.preconditioner.plan import BlockPlan
@@ -428,11 +429,14 @@ class Preconditioner:
             if block.name in names and not block.state.allocated:
                 block.allocate(self._kept(block), holds=self.placement.holds(block.name))
 
-    def loaded(self, saved: Mapping[int, Mapping[str, Tensor]]) -> dict[str, BlockState]:
+    def loaded(
+        self, saved: Mapping[int, Mapping[str, Tensor]], damage: Damage
+    ) -> dict[str, BlockState]:
         """Return saved states by layer name, checked; nothing is taken over yet.
 
         Args:
             saved: Curvature entries by the id of the parameter that they are saved under.
+            damage: Receives what is found when the tensors' values are read.
 
         Raises:
             StateError: One does not fit the model or the stages, or lacks what this rank needs.
@@ -441,9 +445,11 @@ class Preconditioner:
         for block in self.blocks.current():
             anchor, part = block.layer.anchor, block.layer.part
             if id(anchor) in saved and (READY in part_of(saved[id(anchor)], part) or not part):
-                state = BlockState.from_flat(saved[id(anchor)], anchor.device, part)
+                state = BlockState.from_flat(saved[id(anchor)], anchor.device, part, damage)
                 holds = self.placement.holds(block.name)
-                states[block.name] = block.fitted(state, self._kept(block), holds=holds)
+                states[block.name] = block.fitted(
+                    state, self._kept(block), holds=holds, damage=damage
+                )
         return states
 
     def _kept(self, block: Block) -> frozenset[str]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kfactk.distributed.packing import TensorSpec
 from kfactk.errors import StateError
+from kfactk.preconditioner.damage import REMEDY, Damage, curvature_fault, number_of
 from kfactk.preconditioner.schedule import NOTHING, DueWork
 from kfactk.samples import Samples, Statistic
 from kfactk.statistics import RunningMean, add_sums, drop_nonfinite
@@ -23,6 +24,8 @@ OVERDUE, READY = "overdue", "ready"
 """Keys, after the prefix, of what a block is overdue with and of whether it can precondition.
 
 What is overdue is a sum: 1 for factors, 2 for the scale, 4 for the basis, 8 for input factors."""
+LARGEST_WEIGHT = 2.0**53
+"""Weights count updates; double precision counts no further."""
 Savepoint = tuple[int, int, int]
 Snapshot = tuple[bool, dict[str, dict[str, Tensor]], dict[str, RunningMean]]
 
@@ -150,7 +153,11 @@ class BlockState:
 
     @classmethod
     def from_flat(
-        cls, flat: Mapping[str, Tensor], device: torch.device, part: str = ""
+        cls,
+        flat: Mapping[str, Tensor],
+        device: torch.device,
+        part: str = "",
+        damage: Damage | None = None,
     ) -> BlockState:
         """Return the inverse of `flat`; tensors are copied to `device` and never cast.
 
@@ -158,35 +165,36 @@ class BlockState:
             flat: The anchor's entry; keys of other parts are skipped.
             device: Where the tensors go.
             part: The part of the module.
+            damage: Receives what is found when the tensors' values are read; without it, that is
+                raised here.
 
         Raises:
             StateError: A key is not one that `flat` writes, or a tensor is damaged.
         """
-        entry = part_of(flat, part)
-        _check_tensors(entry)
-        state = cls()
+        entry, prefix = part_of(flat, part), _prefix(part)
+        _check_tensors(entry, prefix)
+        found = Damage() if damage is None else damage
+        state = cls(ready=bool(_number(entry, READY, prefix, 1)))
+        overdue = int(_number(entry, OVERDUE, prefix, 15)) if OVERDUE in entry else 0
+        state.overdue = DueWork(*(bool(overdue >> place & 1) for place in range(4)))
+        state.missed = state.overdue != NOTHING
         for key, tensor in entry.items():
             kind, _, rest = key.partition(".")
-            if key == OVERDUE and tensor.numel() == 1 and 0 <= int(tensor) < 16:
-                state.overdue = DueWork(*(bool(int(tensor) >> place & 1) for place in range(4)))
-                state.missed = state.overdue != NOTHING
-            elif key == READY and tensor.numel() == 1:
-                state.ready = bool(tensor)
-            elif kind in ("factor", "moment"):
+            if kind in ("factor", "moment"):
                 means = state.factors if kind == "factor" else state.moments
                 mean = means.setdefault(rest.removesuffix(".weight"), RunningMean())
                 if rest.endswith(".weight"):
-                    mean.weight = float(tensor)
+                    mean.weight = float(_number(entry, key, prefix, LARGEST_WEIGHT, whole=False))
                 else:
                     mean.value = _copied(tensor, device)
-            elif kind == "basis" and "." in rest:
+                    found.check_values(prefix + key, mean.value)
+            elif kind == "basis":
                 matrix, _, name = rest.partition(".")
-                state.decomposition.setdefault(matrix, {})[name] = _copied(tensor, device)
-            else:
-                raise StateError(
-                    f"the saved state has a key {PREFIX + key!r} that this version does not know. "
-                    "Was it written by a newer kfactk? Load it with that version."
-                )
+                copied = _copied(tensor, device)
+                state.decomposition.setdefault(matrix, {})[name] = copied
+                found.check_values(prefix + key, copied)
+        if damage is None:
+            found.refuse()
         return state
 
 
@@ -211,40 +219,55 @@ def _prefix(part: str) -> str:
     return f"{PREFIX}[{part}]." if part else PREFIX
 
 
-def _check_tensors(entry: Mapping[str, Any]) -> None:
-    """Check the entries of a saved block.
+def _check_tensors(entry: Mapping[str, Any], prefix: str) -> None:
+    """Check the entries of a saved block, as far as that needs no values.
 
     Raises:
         StateError: One is damaged or missing.
     """
-    damaged = "the saved state is damaged: "
-    if wrong := sorted(key for key, value in entry.items() if not _finite(value)):
-        names = ", ".join(PREFIX + key for key in wrong)
+    if unknown := [key for key in entry if not _known(key)]:
         raise StateError(
-            f"{damaged}{names} is no tensor, or holds NaN or inf. Load an earlier checkpoint."
+            f"the saved state has a key {prefix + unknown[0]!r} that this version does not know. "
+            "Was it written by a newer kfactk? Load it with that version."
         )
+    damage = Damage()
+    for key, value in entry.items():
+        if fault := curvature_fault(value):
+            damage.note(f"{prefix + key} {fault}")
+        elif key.startswith(("factor.", "moment.")) and not value.is_floating_point():
+            damage.note(f"{prefix + key} has the dtype {value.dtype}, which is not floating-point")
     means = [key for key in entry if key.partition(".")[0] in ("factor", "moment")]
-    if lacking := sorted(key for key in means if not _whole(key, entry)):
-        names = ", ".join(PREFIX + key for key in lacking)
-        raise StateError(
-            f"{damaged}{names} has not both its value and its weight. Load an earlier checkpoint."
-        )
+    for key in means:
+        value = key.removesuffix(".weight")
+        if not {value, f"{value}.weight"} <= entry.keys():
+            damage.note(f"{prefix + key} has not both its value and its weight")
     if READY not in entry:
+        damage.note(f"it has curvature, but not {prefix + READY!r}")
+    damage.refuse()
+
+
+def _known(key: str) -> bool:
+    kind, _, rest = key.partition(".")
+    mean = kind in ("factor", "moment") and bool(rest)
+    return key in (READY, OVERDUE) or mean or (kind == "basis" and "." in rest)
+
+
+def _number(
+    entry: Mapping[str, Any], key: str, prefix: str, most: float, *, whole: bool = True
+) -> float:
+    """Return one of an entry's numbers.
+
+    Raises:
+        StateError: It is none, or not in [0, most].
+    """
+    found = number_of(entry[key], 0, most, whole=whole)
+    if found is None:
+        kind = "whole number" if whole else "number"
         raise StateError(
-            f"{damaged}it has curvature, but not {PREFIX + READY!r}. Load an earlier checkpoint."
+            f"the saved state is damaged: {prefix + key} is no single {kind} in [0, {most:g}]. "
+            f"{REMEDY}"
         )
-
-
-def _finite(value: Any) -> bool:
-    return isinstance(value, Tensor) and bool(torch.isfinite(value).all())
-
-
-def _whole(key: str, entry: Mapping[str, Any]) -> bool:
-    """Return whether a mean's value and its weight, one number, are both there."""
-    value = key.removesuffix(".weight")
-    weight = entry.get(f"{value}.weight")
-    good = isinstance(weight, Tensor) and weight.numel() == 1 and bool((weight >= 0).all())
-    return value in entry and good
+    return found
 
 
 def _copied(tensor: Tensor, device: torch.device) -> Tensor:

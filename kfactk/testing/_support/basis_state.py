@@ -13,7 +13,10 @@ import torch
 from hypothesis import assume
 from torch import Tensor
 
+from kfactk.errors import StateError
 from kfactk.operators import SpectralOperator
+from kfactk.preconditioner.block import check_forms
+from kfactk.preconditioner.damage import Damage
 from kfactk.preconditioner.state import BlockState
 from kfactk.statistics import RunningMean, local_means
 from kfactk.testing._support.basis_frame import BasisFrame, same
@@ -51,7 +54,13 @@ class BasisStateLaws(BasisFrame):
 
     @law(examples=10, situation="situations")
     def test_the_state_survives_a_checkpoint(self, situation: Situation) -> None:
-        """State saved and loaded with weights_only is the same bit for bit, and so is P."""
+        """State saved and loaded with weights_only is the same bit for bit, and so is P.
+
+        It has the forms that the basis states.
+        """
+        dotted = [name for name in situation.moments if "." in name]
+        assert not dotted, f"a checkpoint cannot hold {', '.join(dotted)}: names have no dots"
+        _assert_forms(situation)
         moments = {name: RunningMean(value, 1.0) for name, value in situation.moments.items()}
         parts = {name: dict(each) for name, each in situation.decomposition.items()}
         file = io.BytesIO()
@@ -298,3 +307,21 @@ def _turned_over(matrix: Tensor) -> Tensor:
     largest = torch.linalg.eigvalsh(matrix)[..., -1:, None]
     turned: Tensor = 2 * largest * torch.eye(matrix.shape[-1], dtype=matrix.dtype) - matrix
     return turned
+
+
+def _assert_forms(situation: Situation) -> None:
+    """Assert that parts and moments would not be taken for damaged ones."""
+    damage = Damage()
+    check_forms(
+        situation.basis,
+        situation.decomposition,
+        situation.moments,
+        situation.matrices,
+        tuple(situation.gradient.shape),
+        "",
+        damage,
+    )
+    try:
+        damage.refuse()
+    except StateError as error:
+        raise AssertionError(f"what it keeps has not the forms that it states: {error}") from error

@@ -138,6 +138,15 @@ class Ekfac(Basis):
             return self.scale_decay
         return 0.0 if self.scale == "exact" else 0.95
 
+    @property
+    def forms(self) -> dict[str, str]:
+        """What is kept are eigenvalues, eigenvectors and the scale."""
+        return {
+            "eigenvalues": "eigenvalues",
+            "eigenvectors": "eigenvectors",
+            "scale": "diagonal",
+        }
+
     def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> dict[str, Tensor]:
         """Return `{"eigenvalues": [..., n], "eigenvectors": [..., n, n]}`, vectors in columns.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import attrs
 import torch
 from torch import Tensor
@@ -44,6 +46,7 @@ class KfacInverse(Basis):
 
     requires = frozenset({"A", "G"})
     laws = frozenset({"rotation-equivariant", "null-space-independent", "exact-when-kronecker"})
+    forms = MappingProxyType({"cholesky": "cholesky"})
 
     def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> dict[str, Tensor]:
         """Return `{"cholesky": [..., n, n]}`, lower triangular, of the damped A / pi or pi G.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import attrs
 import torch
 from torch import Tensor
@@ -76,6 +78,7 @@ class Unitwise(Basis):
 
     requires = frozenset({"U"})
     laws = frozenset({"rotation-equivariant"})
+    forms = MappingProxyType({"eigenvalues": "eigenvalues", "eigenvectors": "eigenvectors"})
 
     def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> dict[str, Tensor]:
         """Return `{"eigenvalues": [..., n], "eigenvectors": [..., n, n]}`, vectors in columns."""

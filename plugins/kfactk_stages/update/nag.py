@@ -9,7 +9,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from kfactk import CombinationError, hookimpl
+from kfactk import CombinationError, StateError, hookimpl
 from kfactk_stages.update._options import decay
 
 
@@ -52,6 +52,29 @@ class NAG(torch.optim.Optimizer):
                 "previous_momentum": momentum,
             },
         )
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over attributes, as torch does for a loaded state.
+
+        Raises:
+            StateError: A velocity or a momentum cannot be one.
+        """
+        super().__setstate__(state)
+        for number, group in enumerate(self.param_groups):
+            for name in ("momentum", "previous_momentum"):
+                if not 0 <= group.get(name, 0) < 1:
+                    raise StateError(
+                        f"the saved state is damaged: param_groups[{number}][{name!r}] is "
+                        f"{group[name]!r}, and not in [0, 1). Load an earlier checkpoint."
+                    )
+            for parameter in group["params"]:
+                velocity = self.state.get(parameter, {}).get("velocity", parameter)
+                if not _like(velocity, parameter):
+                    raise StateError(
+                        "the saved state is damaged: the velocity of a parameter of shape "
+                        f"{tuple(parameter.shape)} is no finite dense tensor of this shape. Load "
+                        "an earlier checkpoint."
+                    )
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -97,6 +120,14 @@ class NAG(torch.optim.Optimizer):
             state["velocity"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         velocity: Tensor = state["velocity"]
         return velocity
+
+
+def _like(velocity: Any, parameter: Tensor) -> bool:
+    """Return whether a value can be a parameter's velocity; of a shard, this rank's part counts."""
+    if not isinstance(velocity, Tensor) or velocity.shape != parameter.shape:
+        return False
+    local = velocity.to_local() if hasattr(velocity, "to_local") else velocity
+    return velocity.layout == parameter.layout and bool(torch.isfinite(local).all())
 
 
 @attrs.frozen

@@ -15,7 +15,9 @@ from kfactk.optim.checkpoint import (
     SavedState,
     all_or_nothing,
     completed_groups,
+    fit,
     joined,
+    on_cpu,
     progress_of,
 )
 from kfactk.optim.shown import ShownState
@@ -126,9 +128,6 @@ def test_split_divides_a_saved_state_by_owner() -> None:
         {"param_groups": []},
         {"state": [], "param_groups": []},
         {"state": {0: 1}, "param_groups": [{"params": [0]}]},
-        {"state": {0: {STEP: "5"}}, "param_groups": [{"params": [0]}]},
-        {"state": {0: {STEP: torch.tensor(-1)}}, "param_groups": [{"params": [0]}]},
-        {"state": {0: {STEP: torch.tensor(float("nan"))}}, "param_groups": [{"params": [0]}]},
         {"state": {}, "param_groups": {}},
         {"state": {}, "param_groups": [{"params": 0}]},
     ],
@@ -138,10 +137,44 @@ def test_split_refuses_what_is_no_optimizers_state(saved: Any) -> None:
         SavedState.split(saved, [])
 
 
-def test_split_refuses_nan_of_the_update_rule() -> None:
-    saved = {"state": {0: {"m": torch.tensor([1.0, float("nan")])}}}
-    with pytest.raises(StateError, match="the update rule's m holds NaN"):
-        SavedState.split(saved | {"param_groups": [{"params": [0]}]}, [{"params": [0]}])
+STEPS: list[Any] = [
+    *("5", 10**30, 2.5, True, None, -1),
+    *map(torch.tensor, (-1, float("nan"), float("inf"), 2**62, [3])),
+    torch.tensor(1, device="meta"),
+]
+
+
+@pytest.mark.parametrize("step", STEPS, ids=str)
+def test_split_refuses_what_is_no_number_of_steps(step: Any) -> None:
+    saved = {"state": {0: {STEP: step}}, "param_groups": [{"params": [0]}]}
+    with pytest.raises(StateError, match=r"state\[0\]\['kfactk.step'\] is no number of steps"):
+        SavedState.split(saved, [{"params": [nn.Parameter(torch.ones(1))]}])
+
+
+@pytest.mark.parametrize("step", [5, 5.0, torch.tensor(5), torch.tensor(5.0)])
+def test_split_reads_numbers_of_steps_of_any_kind(step: Any) -> None:
+    saved = {"state": {0: {STEP: step}, 1: {}}, "param_groups": [{"params": [0, 1]}]}
+    found = SavedState.split(saved, [{"params": [nn.Parameter(torch.ones(1))] * 2}])
+    assert (found.step, type(found.step)) == (5, int)
+
+
+def test_split_refuses_entries_that_do_not_agree() -> None:
+    groups = [{"params": [0, 1]}]
+    saved: Any = {"state": {0: {STEP: 3}, 1: {STEP: 4}}, "param_groups": groups}
+    with pytest.raises(StateError, match=r"agree on 'kfactk.step': 3 in state\[0\], 4 in"):
+        SavedState.split(saved, groups)
+    saved["state"] = {"0": {STEP: 3}, "mine": {"a": 1}}
+    with pytest.raises(StateError, match=r"state\['0'\] holds curvature, but no parameter"):
+        SavedState.split(saved, groups)
+    saved = {"state": {}, "param_groups": [{"params": [0]}, {"params": [0]}]}
+    with pytest.raises(StateError, match="'params' holds 0 more than once"):
+        SavedState.split(saved, groups)
+
+
+def test_single_numbers_come_to_the_cpu_and_others_stay() -> None:
+    entry = {"a": torch.ones(2), "b": torch.tensor(1), "c": "text"}
+    found = on_cpu(entry)
+    assert all(found[key] is entry[key] for key in entry)
 
 
 def test_saved_groups_are_completed_or_refused() -> None:
@@ -153,24 +186,29 @@ def test_saved_groups_are_completed_or_refused() -> None:
     assert completed_groups([saved, saved], current, known, RULE) == [saved, saved]
     with pytest.raises(StateError, match="parameter groups have no betas"):
         completed_groups([{"params": [0], "lr": 0.3, "momentum": 0.9}], current, known, RULE)
-    with pytest.raises(OptionError, match="lr of a saved parameter group is -1"):
-        completed_groups([saved | {"lr": -1}], current, known, RULE)
+    assert fit([saved], current)
+    assert not fit([saved, saved], current)
+    assert not fit([saved | {"params": []}], current)
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "fits", "told"),
     [
-        (KeyError("step"), StateError),
-        (ValueError("sizes"), ValueError),
-        (KeyboardInterrupt(), KeyboardInterrupt),
+        (KeyError("step"), True, StateError),
+        (ValueError("a value"), True, StateError),
+        (ValueError("sizes"), False, ValueError),
+        (OptionError("mine"), True, OptionError),
+        (RuntimeError("not enough memory"), True, RuntimeError),
+        (RuntimeError("no such kernel"), True, StateError),
+        (KeyboardInterrupt(), True, KeyboardInterrupt),
     ],
 )
 def test_all_or_nothing_restores_state_and_groups(
-    error: BaseException, told: type[BaseException]
+    error: BaseException, fits: bool, told: type[BaseException]
 ) -> None:
     optimizer = torch.optim.SGD(net().parameters(), lr=0.1)
     state, groups = optimizer.state, optimizer.param_groups
-    with pytest.raises(told), all_or_nothing(optimizer):  # noqa: PT012
+    with pytest.raises(told), all_or_nothing(optimizer, fits=fits):  # noqa: PT012
         optimizer.state, optimizer.param_groups = defaultdict(dict), []
         raise error
     assert optimizer.state is state

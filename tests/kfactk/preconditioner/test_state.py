@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from kfactk import RunningMean, StateError, Statistic
+from kfactk.preconditioner.damage import Damage
 from kfactk.preconditioner.schedule import NOTHING, DueWork
 from kfactk.preconditioner.state import OVERDUE, PREFIX, READY, BlockState
 
@@ -157,3 +158,42 @@ def test_the_end_of_a_step_forgets_what_was_pending_only() -> None:
     state.clear_pending()
     assert (state.pending, state.retained, state.seen, state.nonfinite) == ({}, [], 0, [])
     assert set(state.factors) == {"A"}
+
+
+FACTOR = "kfactk.factor.A"
+DAMAGED: dict[str, dict[str, object]] = {
+    rf"{FACTOR} is no tensor, but a list": {FACTOR: [1]},
+    rf"{FACTOR} is a tensor without data": {FACTOR: torch.ones(2, 2, device="meta")},
+    rf"{FACTOR} is no dense tensor": {FACTOR: torch.eye(2).to_sparse()},
+    rf"{FACTOR} has the dtype torch.complex64": {FACTOR: torch.eye(2) * 1j},
+    rf"{FACTOR} has the dtype torch.int64": {FACTOR: torch.eye(2).long()},
+    rf"{FACTOR} holds NaN or inf": {FACTOR: torch.full((2, 2), float("inf"))},
+    rf"{FACTOR}.weight is no single number in \[0": {f"{FACTOR}.weight": torch.tensor(-1.0)},
+    r"weight is no single number in \[0, 9": {f"{FACTOR}.weight": torch.tensor(1e30)},
+    rf"{READY_KEY} is no single whole number in \[0, 1\]": {READY_KEY: torch.tensor(2)},
+    rf"{OVERDUE_KEY} is no single whole number in \[0, 15\]": {OVERDUE_KEY: torch.tensor(0.5)},
+    "has not both its value and its weight": {"kfactk.moment.scale": torch.ones(2)},
+}
+
+
+@pytest.mark.parametrize("message", DAMAGED)
+def test_a_damaged_entry_is_refused_by_name(message: str) -> None:
+    flat = BlockState({"A": RunningMean(torch.eye(2), 3.0)}).flat()
+    with pytest.raises(StateError, match=message):
+        BlockState.from_flat({**flat, **DAMAGED[message]}, torch.device("cpu"))  # type: ignore[dict-item]
+
+
+def test_what_is_wrong_with_values_can_be_gathered() -> None:
+    flat = BlockState({"A": RunningMean(torch.full((2, 2), float("nan")), 3.0)}).flat()
+    damage = Damage()
+    assert BlockState.from_flat(flat, torch.device("cpu"), damage=damage).factors["A"].weight == 3
+    with pytest.raises(StateError, match=f"{FACTOR} holds NaN"):
+        damage.refuse()
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.bool, torch.complex64, torch.bfloat16])
+def test_parts_of_a_basis_may_be_of_any_kind(dtype: torch.dtype) -> None:
+    order = torch.tensor([1, 0]).to(dtype)
+    flat = BlockState(decomposition={"A": {"order": order}}).flat()
+    back = BlockState.from_flat(flat, torch.device("cpu"))
+    assert torch.equal(back.decomposition["A"]["order"], order)

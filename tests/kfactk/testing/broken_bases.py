@@ -285,6 +285,14 @@ class Dotted(Ekfac):
         return {**found, "scale.weight": found["scale"]}
 
 
+class Misstating(Ekfac):
+    """Eigenvectors that are said to be triangular."""
+
+    @property
+    def forms(self) -> dict[str, str]:
+        return {"eigenvectors": "cholesky"}
+
+
 class Sized(Ekfac):
     """Parts whose number depends on the data."""
 

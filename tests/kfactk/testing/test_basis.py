@@ -167,6 +167,11 @@ def test_a_basis_that_resets_its_moments_is_sound() -> None:
         ),
         (faulty.Dotted, "test_the_state_survives_a_checkpoint", "names have no dots"),
         (
+            faulty.Misstating,
+            "test_the_state_survives_a_checkpoint",
+            "eigenvectors is not lower triangular with a positive diagonal",
+        ),
+        (
             faulty.Sized,
             "test_it_can_be_allocated_without_data",
             "decomposition: without data there is",

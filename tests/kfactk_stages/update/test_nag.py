@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kfactk import CombinationError, OptionError
+from kfactk import CombinationError, OptionError, StateError
 from kfactk.testing import UpdateLaws
 from kfactk.testing._support.trajectories import Groups
 from kfactk_stages.update.nag import NAG, Nag
@@ -188,3 +188,43 @@ def test_sparse_gradients_are_refused() -> None:
 def test_momentum_is_checked(momentum: object) -> None:
     with pytest.raises(OptionError, match="momentum"):
         Nag(momentum=momentum)
+
+
+def trained() -> tuple[torch.nn.Parameter, NAG]:
+    parameter = torch.nn.Parameter(torch.ones(3, 2))
+    optimizer = NAG([parameter], lr=0.1)
+    parameter.grad = torch.ones(3, 2)
+    optimizer.step()
+    return parameter, optimizer
+
+
+@pytest.mark.parametrize(
+    "velocity",
+    [
+        None,
+        [1],
+        torch.ones(2, 3),
+        torch.full((3, 2), float("inf")),
+        torch.ones(3, 2) * float("nan"),
+        torch.ones(3, 2).to_sparse(),
+    ],
+    ids=str,
+)
+def test_a_velocity_that_cannot_be_one_is_refused(velocity: Any) -> None:
+    _, optimizer = trained()
+    state = optimizer.state_dict()
+    state["state"][0]["velocity"] = velocity
+    with pytest.raises(StateError, match=r"velocity of a parameter of shape \(3, 2\) is no finite"):
+        trained()[1].load_state_dict(state)
+
+
+@pytest.mark.parametrize("momentum", [-0.1, 1.0, float("nan"), 1e30])
+@pytest.mark.parametrize("name", ["momentum", "previous_momentum"])
+def test_a_saved_momentum_out_of_range_is_refused(name: str, momentum: float) -> None:
+    _, optimizer = trained()
+    state = optimizer.state_dict()
+    state["param_groups"][0][name] = momentum
+    with pytest.raises(StateError, match=rf"param_groups\[0\]\['{name}'\] is .*not in \[0, 1\)"):
+        trained()[1].load_state_dict(state)
+    del state["state"][0], state["param_groups"][0][name]
+    trained()[1].load_state_dict(state)
