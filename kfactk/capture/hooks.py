@@ -123,10 +123,9 @@ class ModelHooks:
         self._depth, self._thread, self._forward = 1, threading.get_ident(), self.root.forward
         self._handled = sys.exception()
         self._layers, self._calls = layers, []
-        modules = list(self.root.modules())
-        self._buffers = [(own, versions(own)) for own in map(_buffers, modules) if own]
+        self._buffers = [(own, versions(own)) for own in map(_buffers, self.root.modules()) if own]
         self._user = UserHooks()
-        self._user.start(modules)
+        self._user.start()
         for layer in layers:
             hook = LayerHook(self._calls, layer)
             for site in layer.sites:

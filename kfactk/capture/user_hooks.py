@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules import module as torch_module
 
 NEEDED = ("torch.distributed.", "torch.nn.parallel.")
@@ -29,7 +30,7 @@ class UserHooks:
         >>> import torch
         >>> hooks, seen = UserHooks(), []
         >>> x = torch.ones(2, requires_grad=True)
-        >>> hooks.start([])
+        >>> hooks.start()
         >>> y = x * 3
         >>> y.retain_grad()
         >>> handle = y.register_hook(seen.append)
@@ -41,22 +42,18 @@ class UserHooks:
     """
 
     def __init__(self) -> None:
+        self.thread = 0
         self._retained: list[weakref.ref[Tensor]] = []
         self._passing = False
-        self._stack = contextlib.ExitStack()
 
-    def start(self, modules: Iterable[nn.Module]) -> None:
-        """Note what is asked for from now on, and the backward hooks of these modules."""
+    def start(self) -> None:
+        """Note what this thread asks for from now on."""
+        self.thread = threading.get_ident()
         PATCHES.add(self)
-        own = [(each._backward_hooks, each._backward_pre_hooks) for each in modules]
-        shared = (torch_module._global_backward_hooks, torch_module._global_backward_pre_hooks)
-        for hooks in (found for pair in (*own, shared) for found in pair if found):
-            self._stack.callback(_restore, hooks, self._replace(hooks))
 
     def stop(self) -> None:
         """Note no more; may be called twice."""
         PATCHES.discard(self)
-        self._stack.close()
 
     def retain(self, tensor: Tensor) -> None:
         """Note a tensor whose gradient is kept."""
@@ -87,73 +84,115 @@ class UserHooks:
             for tensor, gradient in zip(tensors, before, strict=True):
                 tensor.grad = gradient
 
-    def _replace(self, hooks: MutableMapping[int, Hook]) -> dict[int, tuple[Hook, Hook]]:
-        """Put quiet hooks in place of these, and return both by their number."""
-        both = {number: (hook, self.quiet(hook)) for number, hook in hooks.items()}
-        hooks.update({number: quiet for number, (_, quiet) in both.items()})
-        return both
+
+class Patch:
+    """One name of torch's that is replaced for a while.
+
+    Args:
+        owner: The class or module that has it.
+        name: The name.
+        make: Returns what takes the place of the original.
+    """
+
+    def __init__(self, owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+        self._owner, self._name, self._make = owner, name, make
+        self._own = self._before = self._ours = None
+
+    def install(self) -> None:
+        """Replace it, unless it is."""
+        own = vars(self._owner).get(self._name)
+        if self._ours is None or own is not self._ours:
+            before = getattr(self._owner, self._name)
+            self._own, self._before, self._ours = own, before, self._make(before)
+            setattr(self._owner, self._name, self._ours)
+
+    def remove(self) -> None:
+        """Restore it, unless somebody else has replaced it since."""
+        if self._ours is not None and vars(self._owner).get(self._name) is self._ours:
+            if self._own is None:
+                delattr(self._owner, self._name)  # it is inherited
+            else:
+                setattr(self._owner, self._name, self._own)
+        self._own = self._before = self._ours = None
 
 
 class Patches:
-    """Two methods of tensors, replaced while anyone notes what is asked for.
+    """What is replaced in torch while anyone notes what is asked for.
 
-    A mode of torch could intercept them as well. But an interrupted forward would leave it behind,
-    and a mode of the user's would then end ours in place of itself.
+    A mode of torch could intercept methods of tensors as well. But an interrupted forward would
+    leave it behind, and a mode of the user's would then end ours in place of itself.
     """
 
     def __init__(self) -> None:
-        self._noting: weakref.WeakSet[UserHooks] = weakref.WeakSet()
-        self._register: Any = None
+        self._noting: tuple[weakref.ref[UserHooks], ...] = ()
+        self._lock = threading.RLock()
+        self._patches = (
+            Patch(Tensor, "retain_grad", self._retain_grad),
+            Patch(Tensor, "register_hook", self._register_hook),
+            Patch(torch_module, "BackwardHook", self._backward_hook),
+            Patch(torch_module, "_WrappedHook", self._wrapped_hook),
+        )
 
     def add(self, hooks: UserHooks) -> None:
         """Let these hooks note what is asked for."""
-        self._noting.add(hooks)
-        if self._register is None:
-            self._register = Tensor.register_hook
-            Tensor.retain_grad = self._retain_grad()  # type: ignore[method-assign]
-            Tensor.register_hook = self._register_hook()  # type: ignore[method-assign]
+        with self._lock:
+            self._noting += (weakref.ref(hooks),)
+            for patch in self._patches:
+                patch.install()
 
     def discard(self, hooks: UserHooks) -> None:
-        """Let them note no more; the last one restores the methods."""
-        self._noting.discard(hooks)
-        if not self._noting and self._register is not None:
-            if "retain_grad" in vars(Tensor):
-                del Tensor.retain_grad  # the class below has it
-            Tensor.register_hook = self._register  # type: ignore[method-assign]
-            self._register = None
+        """Let them note no more; the last one restores what was replaced."""
+        with self._lock:
+            kept = (each for each in self._noting if each() not in (None, hooks))
+            self._noting = tuple(kept)
+            for patch in () if self._noting else self._patches:
+                patch.remove()
 
-    def _retain_grad(self) -> Hook:
-        original = Tensor.retain_grad
+    def _here(self) -> list[UserHooks]:
+        """Return the hooks that note what this thread asks for."""
+        thread = threading.get_ident()
+        found = (ref() for ref in self._noting)
+        return [hooks for hooks in found if hooks is not None and hooks.thread == thread]
 
+    def _quiet(self, hook: Hook) -> Hook:
+        for hooks in self._here():
+            hook = hooks.quiet(hook)
+        return hook
+
+    def _retain_grad(self, original: Hook) -> Hook:
         @functools.wraps(original)
         def retain_grad(tensor: Tensor) -> None:
             original(tensor)
-            for hooks in self._noting:
+            for hooks in self._here():
                 hooks.retain(tensor)
 
         return retain_grad
 
-    def _register_hook(self) -> Hook:
-        original = self._register
-
+    def _register_hook(self, original: Hook) -> Hook:
         @functools.wraps(original)
         def register_hook(tensor: Tensor, hook: Hook) -> Any:
-            for hooks in self._noting:
-                hook = hooks.quiet(hook)
-            return original(tensor, hook)
+            return original(tensor, self._quiet(hook))
 
         return register_hook
 
+    def _backward_hook(self, original: Any) -> Hook:
+        def make(module: Any, hooks: list[Hook], pre_hooks: list[Hook]) -> Any:
+            """Return what calls the backward hooks of a module, in one call of it."""
+            quiet = self._quiet
+            return original(module, [quiet(each) for each in hooks], [quiet(h) for h in pre_hooks])
+
+        return make
+
+    def _wrapped_hook(self, original: Any) -> Hook:
+        def make(hook: Hook, module: Any = None) -> Any:
+            """Return a backward hook of the old kind, bound to its module."""
+            return original(self._quiet(hook), module)
+
+        return make
+
 
 PATCHES = Patches()
-"""The one of this process: the methods are global."""
-
-
-def _restore(hooks: MutableMapping[int, Hook], replaced: dict[int, tuple[Hook, Hook]]) -> None:
-    """Put the user's hooks back where ours still stand."""
-    for number, (hook, quiet) in replaced.items():
-        if hooks.get(number) is quiet:
-            hooks[number] = hook
+"""The one of this process: what it replaces is global."""
 
 
 def _place(hook: Hook) -> str:

@@ -212,7 +212,7 @@ def test_hooks_that_gather_parameters_run_in_our_passes() -> None:
     gather.__module__ = "torch.distributed.fsdp"
     hooks, seen = UserHooks(), []
     x = torch.ones(2, requires_grad=True)
-    hooks.start([])
+    hooks.start()
     y = x * 3
     y.register_hook(gather)
     hooks.stop()
