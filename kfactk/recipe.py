@@ -118,13 +118,20 @@ class Recipe(Settings):
         Raises:
             OptionError: An import path is not trusted, or a value cannot work.
         """
+        if not all(isinstance(name, str) for name in written):
+            raise OptionError(f"a recipe has fields {list(written)!r}; their names must be text.")
         given = {name: value for name, value in written.items() if name != "kfactk"}
         defaults = {
             name: parameter.default
             for name, parameter in inspect.signature(build).parameters.items()
             if name in FIELDS
         }
-        return cls(**_resolved(defaults | given, trusted=trusted))
+        try:
+            return cls(**_resolved(defaults | given, trusted=trusted))
+        except RecursionError as error:
+            raise OptionError(
+                "a recipe is nested too deeply: it is not one of kfactk's."
+            ) from error
 
     def __repr__(self) -> str:
         mine, usual, shown = self.summary(), inspect.signature(build).parameters, []

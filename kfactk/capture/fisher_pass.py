@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
@@ -50,8 +50,8 @@ class SampleTaker(Protocol):
     def count_terms(self, num_terms: Tensor | float) -> None:
         """Count the likelihood terms of a forward whose gradient is in `.grad`."""
 
-    def drop_gathered(self) -> None:
-        """Drop the calls that the step has taken so far."""
+    def drop_gathered(self, layers: Collection[Layer] | None = None) -> None:
+        """Drop the calls of these layers (`None`: of all) that the step has taken so far."""
 
     def accumulate(
         self, layer: Layer, calls: Sequence[LayerCall], num_terms: Tensor | float, first: bool
@@ -120,6 +120,12 @@ class LayerSink:
         self._taker, self._layers = taker, layers
         self._num_terms, self._first, self._counts = num_terms, first, counts
         self.taken: set[Layer] = set()
+        self._forgotten: set[Layer] = set()
+
+    def forget(self, layers: Collection[Layer]) -> None:
+        """Treat these layers as if the forward had not been made for them."""
+        self.taken.difference_update(layers)
+        self._forgotten.update(layers)
 
     def __call__(self, layer: Layer, calls: list[LayerCall]) -> None:
         """Take all calls of one layer."""
@@ -129,7 +135,8 @@ class LayerSink:
 
     def finish(self) -> None:
         """Count the terms for the layers that did not run."""
-        missing = [layer for layer in self._layers if layer not in self.taken]
+        known = self.taken | self._forgotten
+        missing = [layer for layer in self._layers if layer not in known]
         self._taker.accumulate_nothing(missing, self._num_terms)
 
 
@@ -198,7 +205,8 @@ class FisherPass:
         self._output = model_output if output is None else output
         self._reduction, self._unseen, self._scaler = reduction, unseen, scaler
         self._watches: list[Watch] = []
-        self._reached: dict[Layer, int] = {}
+        self._filled: dict[Layer, None] = {}
+        self._task = -1
         self._probed: weakref.WeakSet[Layer] = weakref.WeakSet()
 
     def finish(self) -> None:
@@ -208,7 +216,7 @@ class FisherPass:
             CaptureError: A loss of the user's depends on layers also past their recorded calls.
         """
         watches, self._watches = self._watches, []
-        self._reached.clear()
+        self._filled.clear()
         unseen: dict[Layer, None] = {}
         for watch in watches:
             if self._fisher.own_pass:
@@ -225,25 +233,43 @@ class FisherPass:
 
     def forget(self) -> None:
         """Forget the backwards so far, because the user emptied `.grad`."""
-        self._reached.clear()
+        self._filled.clear()
         arrived = [watch for watch in self._watches if watch.backward.forget()]
         if arrived and not self._fisher.own_pass:
             for watch in arrived:
                 watch.sink.taken.clear()
             self._taker.drop_gathered()
 
-    def reach(self, layer: Layer, task: int) -> None:
+    def reach(self, layer: Layer, task: int, *, fills: bool) -> None:
         """Note that a backward reaches a layer.
 
-        Where an earlier backward of the step reached it too, and `.grad` is gone since, that one
-        is forgotten.
+        Where `.grad` of layers that earlier backwards of the step filled is gone since, these
+        backwards are forgotten.
+
+        Args:
+            layer: The layer.
+            task: The number that autograd has given the backward.
+            fills: Whether it adds to `.grad`.
         """
-        before = self._reached.get(layer)
-        if before is not None and before != task and task not in self._reached.values():
-            parameters = [p for p in layer.tensors().values() if p.requires_grad]
-            if all(p.grad is None and not is_distributed(p) for p in parameters):
-                self.forget()
-        self._reached[layer] = task
+        if task != self._task:
+            self._task = task
+            if cleared := cleared_layers(self._filled):
+                self._forget_layers(cleared)
+        if fills:
+            self._filled[layer] = None
+
+    def _forget_layers(self, layers: list[Layer]) -> None:
+        """Forget the backwards so far for these layers; altogether where no other was filled."""
+        if len(layers) == len(self._filled):
+            self.forget()
+            return
+        for layer in layers:
+            del self._filled[layer]
+        if not self._fisher.own_pass:
+            for watch in self._watches:
+                watch.backward.forget_layers(layers)
+                watch.sink.forget(layers)
+            self._taker.drop_gathered(layers)
 
     def run(
         self, forward: Forward, batch: Mapping[str, Any], *, step: int, micro_batch: int
@@ -416,16 +442,37 @@ def _check_several_backwards(forward: Forward) -> None:
     """Refuse a forward through which only the user's own backward may run.
 
     Raises:
-        CaptureError: A layer ran under selective activation checkpointing.
+        CaptureError: A part of it ran under selective activation checkpointing.
     """
-    names = [call.record.layer.name for call in forward.calls if call.once]
-    if names:
+    if forward.user.single_backward:
         raise CaptureError(
-            f"layers {', '.join(map(repr, dict.fromkeys(names)))} run under selective activation "
-            "checkpointing (create_selective_checkpoint_contexts), and torch allows one backward "
-            "through it: a Fisher pass would take yours. Checkpoint without context_fn, or measure "
-            "on your own backward with fisher='empirical'."
+            "a part of the model runs under selective activation checkpointing "
+            "(create_selective_checkpoint_contexts), and torch allows one backward through it: a "
+            "Fisher pass would take yours. Checkpoint without context_fn, or measure on your own "
+            "backward with fisher='empirical'."
         )
+
+
+def cleared_layers(layers: Iterable[Layer]) -> list[Layer]:
+    """Return the layers whose `.grad` is gone, or zero throughout; there is one transfer at most.
+
+    Under `fully_shard` it cannot be told while a backward runs.
+    """
+    found, gradients = [], {}
+    for layer in layers:
+        parameters = [p for p in layer.tensors().values() if p.requires_grad]
+        if any(map(is_distributed, parameters)):
+            continue
+        there = [p.grad for p in parameters if p.grad is not None]
+        if not there:
+            found.append(layer)
+        elif not any(each.is_sparse for each in there):
+            gradients[layer] = torch.stack([each.detach().abs().max().float() for each in there])
+    if gradients:
+        device = next(iter(gradients.values())).device
+        largest = torch.stack([each.max().to(device) for each in gradients.values()]).tolist()
+        found += [layer for layer, size in zip(gradients, largest, strict=True) if size == 0]
+    return found
 
 
 def draw_seed(seed: int, step: int, micro_batch: int, rank: int) -> int:

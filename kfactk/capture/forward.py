@@ -118,14 +118,12 @@ class TracedCall:
         edge: Where the gradient of its output arrives.
         sources: The nodes that made its inputs.
         parameters: The tensors that the module used as the layer's parameters.
-        once: Whether torch allows a single backward through it.
     """
 
     record: RecordedCall
     edge: GradientEdge
     sources: frozenset[Node]
     parameters: tuple[Tensor, ...]
-    once: bool = False
 
 
 class Forward:

@@ -24,7 +24,6 @@ from kfactk.capture.forward import Forward, OutputView, RecordedCall, TracedCall
 from kfactk.capture.support import check_engine, is_distributed, tensor_parallel
 from kfactk.capture.torch_modes import (
     EAGERNESS,
-    in_selective_checkpoint,
     in_transform_or_backward,
     run_uncompiled,
     save_unchanged,
@@ -242,7 +241,6 @@ class LayerHook:
                 get_gradient_edge(output if base is None else base),
                 frozenset(each.grad_fn for each in given if each.grad_fn is not None),
                 tuple(parameter for parameter in used if parameter is not None),
-                in_selective_checkpoint(),
             )
         )
 

@@ -81,17 +81,6 @@ def in_transform_or_backward() -> bool:
     )
 
 
-def in_selective_checkpoint() -> bool:
-    """Return whether this is a forward under `create_selective_checkpoint_contexts`.
-
-    torch allows a single backward through such a part.
-    """
-    if not torch._C._len_torch_dispatch_stack():
-        return False
-    kinds = map(type, torch.utils._python_dispatch._get_current_dispatch_mode_stack())
-    return any(kind.__name__ == "_CachingTorchDispatchMode" for kind in kinds)
-
-
 def save_unchanged() -> contextlib.AbstractContextManager[Any]:
     """Hide what autograd saves from outer hooks, such as those of a checkpoint around the model."""
     # Undetached, an output would hold its own node.

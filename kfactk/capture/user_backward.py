@@ -9,6 +9,7 @@ as they do in `.grad`.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Collection
 from typing import Protocol
 
 import torch
@@ -31,7 +32,7 @@ class Scale(Protocol):
 class BackwardOwner(Protocol):
     """Whoever keeps the watches of a step."""
 
-    def reach(self, layer: Layer, task: int) -> None:
+    def reach(self, layer: Layer, task: int, *, fills: bool) -> None:
         """Note, before its gradient is added, that a backward reaches a layer."""
 
 
@@ -96,6 +97,15 @@ class UserBackward:
         self._gone.clear()
         return arrived
 
+    def forget_layers(self, layers: Collection[Layer]) -> None:
+        """Drop what has arrived of these layers."""
+        for number, record in enumerate(self._records):
+            if record.layer in layers:
+                self._gradients.pop(number, None)
+                self._factors.pop(number, None)
+                self._reached.discard(number)
+        self._gone.difference_update(layers)
+
     def finish(self) -> None:
         """Hand on what has arrived: calls without a gradient add nothing. Nothing comes after."""
         for handle in self._handles:
@@ -118,7 +128,7 @@ class UserBackward:
             return
         task = torch._C._current_graph_task_id()
         if number is not None:
-            self._owner.reach(self._records[number].layer, task)
+            self._owner.reach(self._records[number].layer, task, fills=bool(self._adds(number)))
         self.arrived = True
         if self._sink is None or number is None or gradient is None:
             return
@@ -153,15 +163,25 @@ class UserBackward:
         Args:
             number: The call whose parameters are meant; `None` for those of all calls.
         """
+        adds = self._adds(number) if self._ends else None
+        return not torch.is_grad_enabled() if adds is None else adds
+
+    def _adds(self, number: int | None) -> bool | None:
+        """Return whether the backward that runs now adds to the `.grad` of the parameters.
+
+        Args:
+            number: As for `_counts`.
+
+        Returns:
+            `None` where `torch.autograd.grad` was asked for their gradients.
+        """
+        ends = set().union(*self._ends) if number is None else self._ends[number]
         try:
-            if self._ends:
-                ends = set().union(*self._ends) if number is None else self._ends[number]
-                return any(map(torch._C._will_engine_execute_node, ends))
+            return any(map(torch._C._will_engine_execute_node, ends))
         except RuntimeError as error:
             if "running autograd.grad()" not in str(error):
                 raise
-            # The parameters' gradients are asked for, which torch does not answer.
-        return not torch.is_grad_enabled()
+            return None
 
     def _add(self, number: int, gradient: Tensor, factor: Tensor | float) -> None:
         if number in self._gradients:

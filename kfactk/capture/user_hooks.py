@@ -16,15 +16,22 @@ from typing import Any
 
 from torch import Tensor
 from torch.nn.modules import module as torch_module
+from torch.utils.checkpoint import _CachingTorchDispatchMode
 
 NEEDED = ("torch.distributed.", "torch.nn.parallel.")
 """Modules whose hooks must run in our passes too: they gather the parameters that a pass reads."""
+COLLECTIVES = "torch.distributed.distributed_c10d."
+"""Where functions are that users hang on tensors themselves."""
 
 Hook = Callable[..., Any]
 
 
 class UserHooks:
     """The gradients and hooks that the user asked for in one forward.
+
+    Attributes:
+        thread: The thread that runs the forward.
+        single_backward: Whether torch allows a single backward through a part of it.
 
     Example:
         >>> import torch
@@ -42,7 +49,7 @@ class UserHooks:
     """
 
     def __init__(self) -> None:
-        self.thread = 0
+        self.thread, self.single_backward = 0, False
         self._retained: list[weakref.ref[Tensor]] = []
         self._passing = False
 
@@ -61,7 +68,8 @@ class UserHooks:
 
     def quiet(self, hook: Hook) -> Hook:
         """Return the hook such that it does nothing while a pass of our own runs."""
-        if _place(hook).startswith(NEEDED):
+        place = _place(hook)
+        if place.startswith(NEEDED) and place != COLLECTIVES:
             return hook
 
         def call(*args: Any) -> Any:
@@ -131,17 +139,18 @@ class Patches:
             Patch(Tensor, "register_hook", self._register_hook),
             Patch(torch_module, "BackwardHook", self._backward_hook),
             Patch(torch_module, "_WrappedHook", self._wrapped_hook),
+            Patch(_CachingTorchDispatchMode, "__init__", self._selective),
         )
 
     def add(self, hooks: UserHooks) -> None:
         """Let these hooks note what is asked for."""
         with self._lock:
-            self._noting += (weakref.ref(hooks),)
+            self._noting += (weakref.ref(hooks, lambda _: self.discard(None)),)
             for patch in self._patches:
                 patch.install()
 
-    def discard(self, hooks: UserHooks) -> None:
-        """Let them note no more; the last one restores what was replaced."""
+    def discard(self, hooks: UserHooks | None) -> None:
+        """Let them, and those that are gone, note no more; the last restores what was replaced."""
         with self._lock:
             kept = (each for each in self._noting if each() not in (None, hooks))
             self._noting = tuple(kept)
@@ -182,6 +191,15 @@ class Patches:
             return original(module, [quiet(each) for each in hooks], [quiet(h) for h in pre_hooks])
 
         return make
+
+    def _selective(self, original: Hook) -> Hook:
+        @functools.wraps(original)
+        def __init__(mode: Any, *args: Any, **options: Any) -> None:
+            original(mode, *args, **options)
+            for hooks in self._here():
+                hooks.single_backward = True
+
+        return __init__
 
     def _wrapped_hook(self, original: Any) -> Hook:
         def make(hook: Hook, module: Any = None) -> Any:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from kfactk.distributed.sharding import local_shard, shard_of
+from kfactk.distributed.sharding import full_tensor, local_shard, shard_of
 from kfactk.errors import OptionError, near_names
 from kfactk.stages import GradientPair
 
@@ -33,14 +34,22 @@ class Masks:
     def __init__(self, model: nn.Module, given: Mapping[str, Tensor] | None) -> None:
         self._model, self._given = model, dict(given or {})
         parameters = self._parameters()
+        names = {id(parameter): name for name, parameter in parameters.items()}
         for name, mask in self._given.items():
+            other = names[id(parameters[name])]
+            if other != name and not _equal(mask, self._given[other]):
+                raise OptionError(
+                    f"masks has {name!r} and {other!r}, which are the same parameter: give one "
+                    "mask."
+                )
             shape = parameters[name].shape
-            if not isinstance(mask, Tensor) or mask.shape != shape:
+            if not isinstance(mask, Tensor) or mask.shape != shape or mask.is_complex():
                 found = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
                 raise OptionError(
-                    f"the mask of {name!r} must be a tensor of shape {tuple(shape)}, like the "
-                    f"parameter, not {found}."
+                    f"the mask of {name!r} must be a tensor of real numbers of shape "
+                    f"{tuple(shape)}, like the parameter, not {found}."
                 )
+            self._given[name] = full_tensor(mask.detach())
 
     def applied(
         self, parameters: Sequence[nn.Parameter], pairs: list[GradientPair]
@@ -63,22 +72,26 @@ class Masks:
         return found
 
     def rest(
-        self, groups: Sequence[dict[str, Any]], done: Sequence[nn.Parameter]
+        self, groups: Sequence[dict[str, Any]], done: Sequence[nn.Parameter], *, decayed: bool
     ) -> list[tuple[nn.Parameter, Tensor]]:
         """Return the masked parameters that are trained plainly, each with this rank's part.
 
         Args:
             groups: The parameter groups.
             done: The parameters that are preconditioned.
+            decayed: Whether gradients are to contain weight decay.
         """
         masks = self._by_id()
         for parameter in done:
             masks.pop(id(parameter), None)
-        trained = [p for group in groups for p in group["params"] if id(p) in masks]
+        trained = [(p, group) for group in groups for p in group["params"] if id(p) in masks]
         found = []
-        for parameter in trained:
+        for parameter, group in trained:
             if parameter.grad is not None:
                 gradient = local_shard(parameter.grad)
+                if decayed and group["weight_decay"]:
+                    decay = float(group["weight_decay"])
+                    gradient = gradient.add(local_shard(parameter), alpha=decay)
                 mask = shard_of(masks[id(parameter)].to(gradient), parameter)
                 found.append((parameter, gradient * mask))
         return found
@@ -105,3 +118,9 @@ class Masks:
             return {}
         parameters = self._parameters()
         return {id(parameters[name]): mask for name, mask in self._given.items()}
+
+
+def _equal(one: Any, other: Any) -> bool:
+    return one is other or (
+        isinstance(one, Tensor) and isinstance(other, Tensor) and torch.equal(one, other)
+    )

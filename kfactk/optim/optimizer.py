@@ -72,8 +72,10 @@ class Optimizer(torch.optim.Optimizer):
         scaler: The loop's `torch.amp.GradScaler`. Only a recipe that listens to the user's own
             backward (`empirical`) needs it. It works with `fully_shard`: what overflows in one
             rank's shard holds up all ranks.
-        masks: By parameter name, what gradients are multiplied by, after preconditioning too:
-            where the mask is 0, only weight decay changes the parameter. They are not saved.
+        masks: By parameter name, what gradients are multiplied by, after preconditioning too.
+            Where the mask is 0, the update rule gets no gradient: what it does by itself (weight
+            decay, momentum of steps before the mask, rules that mix entries such as Muon) still
+            changes the parameter. Masks are not saved.
 
     Raises:
         CombinationError: The model cannot be followed, or (with `strict`) a trained parameter has
@@ -423,7 +425,8 @@ class Optimizer(torch.optim.Optimizer):
             self._run.recorded, fault = verdict.recorded, verdict.fault
             if verdict.stepping:
                 with verdict.around:
-                    rest = self._masks.rest(self.param_groups, parameters)
+                    decayed = recipe.weight_decay_at == "gradient"
+                    rest = self._masks.rest(self.param_groups, parameters, decayed=decayed)
                     self._update([*zip(parameters, clipped, strict=True), *rest])
         except BaseException:
             self._recorder.discard()

@@ -149,14 +149,15 @@ class BlockSet:
             }
 
     def check_ranks(
-        self, blocks: Sequence[Block], communicator: Communicator, clock: tuple[int | None, ...]
+        self, blocks: Sequence[Block], communicator: Communicator, clock: tuple[Any, ...]
     ) -> None:
         """Check that every rank trains the same layers, and at the same time; a collective call.
 
         Args:
             blocks: Those of the layers that are covered now.
             communicator: Joins the ranks.
-            clock: The step that begins, and its `factor_every`, `scale_every` and `basis_every`.
+            clock: The step that begins, its `factor_every`, `scale_every` and `basis_every`, and
+                the dampings of the blocks; empty between steps.
 
         Raises:
             CombinationError: They are not the same.
@@ -175,7 +176,8 @@ class BlockSet:
                     raise CombinationError(
                         f"ranks are not at the same point: {name} is {first} on rank 0 and {other} "
                         f"on rank {rank}. Every rank must call step() equally often, and a period "
-                        "that is a function of the step must return the same on all ranks."
+                        "or damping that is a function of the step must return the same on all "
+                        "ranks."
                     )
         everyone: list[dict[str, str]] = [each for each, _ in reports]
         for rank, theirs in enumerate(everyone):
@@ -192,7 +194,7 @@ class BlockSet:
         )
 
 
-CLOCK = ("the number of steps taken", "factor_every", "scale_every", "basis_every")
+CLOCK = ("the number of steps taken", "factor_every", "scale_every", "basis_every", "damping")
 """What `check_ranks` compares besides the layers."""
 
 

@@ -59,8 +59,11 @@ class ParameterTracker:
         signature: list[int | str] = []
         for module in modules:
             signature.append(id(module))
-            signature += module._modules
-            signature += module._parameters
+            signature += module._modules.keys()
+            if module._parameters and module is not self._model:
+                # what computes may be replaced; that of the root wrappers replace for a while
+                signature += id(type(module)), id(vars(module).get("forward"))
+            signature += module._parameters.keys()
             for name, here in module._parameters.items():
                 if here is None:
                     signature.append(0)

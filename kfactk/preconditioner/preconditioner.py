@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -169,11 +169,13 @@ class Preconditioner:
         """Count the likelihood terms of a forward whose gradient is in `.grad`."""
         self._num_terms.append(num_terms)
 
-    def drop_gathered(self) -> None:
-        """Drop the calls that the step has taken so far."""
+    def drop_gathered(self, layers: Collection[Layer] | None = None) -> None:
+        """Drop the calls of these layers (`None`: of all) that the step has taken so far."""
         for block in self.blocks.current():
-            block.state.clear_pending()
-        self._num_terms.clear()
+            if layers is None or block.layer in layers:
+                block.state.clear_pending()
+        if layers is None:
+            self._num_terms.clear()
 
     def accumulate(
         self, layer: Layer, calls: Sequence[LayerCall], num_terms: Tensor | float, first: bool
@@ -305,8 +307,11 @@ class Preconditioner:
             CombinationError: They are not.
         """
         blocks = self.blocks.current()
-        periods = () if step is None else self._planner.schedule.periods(step)
-        self.blocks.check_ranks(blocks, self.communicator, (step, *periods))
+        clock: tuple[object, ...] = ()
+        if step is not None:
+            dampings = sorted({block.damping for block in blocks})
+            clock = step, *self._planner.schedule.periods(step), dampings
+        self.blocks.check_ranks(blocks, self.communicator, clock)
         self.blocks.adopt(blocks)
         self.overlapped.retain(set(blocks))
 

@@ -213,7 +213,7 @@ def explain(error: BaseException) -> str:
 
 
 def _dtype(name: str) -> torch.dtype:
-    dtype = getattr(torch, name)
+    dtype = vars(torch).get(name)  # getattr would import modules
     if not isinstance(dtype, torch.dtype):
         raise ValueError(name)
     return dtype

@@ -280,3 +280,62 @@ def test_a_freed_graph_leaves_another_one_of_the_forward_open() -> None:
         return [view.factors["G"] for view in optimizer.layers.values()]
 
     torch.testing.assert_close(factors(True), factors(False))
+
+
+class Heads(nn.Module):
+    """A trunk and two heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.trunk, self.one, self.two = nn.Linear(4, 5), nn.Linear(5, 3), nn.Linear(5, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.trunk(x))
+        return torch.stack([self.one(hidden), self.two(hidden)], 1)
+
+
+def emptied(parameters: Any) -> None:
+    for parameter in parameters:
+        parameter.grad = None
+
+
+def zeroed(parameters: Any) -> None:
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad.zero_()
+
+
+CLEARING: dict[str, Any] = {
+    "optimizer": lambda model, optimizer: optimizer.zero_grad(),
+    "model": lambda model, optimizer: model.zero_grad(),
+    "model, kept": lambda model, optimizer: model.zero_grad(set_to_none=False),
+    "None": lambda model, optimizer: emptied(model.parameters()),
+    "zeros": lambda model, optimizer: zeroed(model.parameters()),
+    "trunk": lambda model, optimizer: emptied(model.trunk.parameters()),
+}
+
+
+@pytest.mark.parametrize("forwards", [1, 2])
+@pytest.mark.parametrize("way", CLEARING)
+def test_what_gradients_no_longer_hold_does_not_count(way: str, forwards: int) -> None:
+    """The first backward is of head one, the second of head two, which it did not reach."""
+
+    def factors(clear: Any, first: bool) -> dict[str, Tensor]:
+        model = Heads()
+        likelihood = {"name": "categorical", "class_axis": -1}
+        optimizer = bound(model, fisher="empirical", basis="kfac", likelihood=likelihood)
+        out = model(X)
+        if first:
+            F.cross_entropy(out[:, 0], Y).backward(retain_graph=forwards == 1)
+            clear(model, optimizer)
+            out = out if forwards == 1 else model(X)
+        F.cross_entropy(out[:, 1], Y).backward()
+        optimizer.step()
+        return {name: view.factors["G"] for name, view in optimizer.layers.items()}
+
+    found, truth = factors(CLEARING[way], True), factors(None, False)
+    torch.testing.assert_close(found["trunk"], truth["trunk"])
+    torch.testing.assert_close(found["two"], truth["two"])
+    assert bool(found["one"].any()) == (way == "trunk")

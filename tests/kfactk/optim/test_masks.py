@@ -78,6 +78,23 @@ def test_a_mask_that_fits_no_parameter_is_refused(masks: dict[str, Any], told: s
         trained(masks, False)
 
 
+def test_two_masks_of_one_parameter_must_be_equal() -> None:
+    model = nn.Sequential(nn.Linear(2, 2, bias=False), nn.Linear(2, 2, bias=False))
+    model[1].weight = model[0].weight
+    recipe, mask = kfactk.build(curvature="kfac"), torch.tensor([[1.0, 0.0], [1.0, 1.0]])
+    recipe.bind(model, masks={"0.weight": mask, "1.weight": mask.clone()}).close()
+    with pytest.raises(OptionError, match="which are the same parameter"):
+        recipe.bind(model, masks={"0.weight": mask, "1.weight": 1 - mask})
+
+
+@pytest.mark.parametrize("at", ["update", "gradient"])
+def test_a_mask_of_ones_changes_nothing(at: str) -> None:
+    ones = {name: torch.ones(mask.shape) for name, mask in MASKS.items()}
+    decay = {"weight_decay": 0.5, "weight_decay_at": at, "update": "sgd"}
+    (_, plain), (_, masked) = trained(None, False, **decay), trained(ones, False, **decay)
+    torch.testing.assert_close(masked, plain, rtol=0, atol=0)
+
+
 def test_a_masked_parameter_that_is_gone_is_an_error_at_the_step() -> None:
     model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     optimizer = kfactk.build(curvature="kfac").bind(model, masks={"1.weight": torch.ones(2, 2)})

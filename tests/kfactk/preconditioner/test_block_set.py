@@ -98,5 +98,5 @@ def test_within_a_step_nothing_is_looked_at_again() -> None:
 def test_one_rank_agrees_with_itself() -> None:
     net = model()
     optimizer, blocks = bound(net)
-    blocks.check_ranks(blocks.current(), optimizer._preconditioner.communicator)
+    blocks.check_ranks(blocks.current(), optimizer._preconditioner.communicator, ())
     assert torch.equal(net[0].weight, blocks.current()[0].layer.anchor)
