@@ -214,18 +214,18 @@ def input_modified_message(layer: str) -> str:
 def folded_message(layer: str, touched: int, rows: int) -> str:
     """Return the message for a layer of which several rows belong to one example of the output."""
     return (
-        f"layer {layer!r}: {touched} of its {rows} rows in dimension 0 belong to the output's "
-        "first example. What is measured for each example (EKFAC's scale) then takes its rows for "
+        f"layer {layer!r}: {touched} of its {rows} rows in dimension 0 belong to one example of "
+        "the output. What is measured for each example (EKFAC's scale) then takes its rows for "
         "examples. If another dimension counts examples, set the curvature's batch_dim."
     )
 
 
-def looped_message(layer: str, reached: int, calls: int) -> str:
-    """Return the message for a layer that runs on each example, or part of the batch, by itself."""
+def looped_message(layer: str, calls: int) -> str:
+    """Return the message for a layer of which the same row belongs to other examples each call."""
     return (
-        f"layer {layer!r} runs {calls} times in a forward, and the output's first example reaches "
-        f"{reached} of these calls. Calls are taken for rows of the same examples, so its "
-        "curvature is wrong. Run the layer once on the whole batch."
+        f"layer {layer!r} runs {calls} times in a forward, each time on other examples, or on the "
+        "same ones in another order. Rows of its calls are taken for those of the same examples, "
+        "so its curvature is wrong. Run the layer once on the whole batch."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -14,10 +15,11 @@ from torch import Tensor
 
 from kfactk.capture.forward import Forward
 from kfactk.capture.guard import unseen_layers
+from kfactk.capture.layout import LayoutSketch, Marks, layout_fault, sketch
 from kfactk.capture.support import is_distributed, model_output
 from kfactk.capture.user_backward import UserBackward
 from kfactk.errors import CaptureError
-from kfactk.samples import LayerCall
+from kfactk.samples import LayerCall, Samples
 from kfactk.stages import Fisher, Layer, Likelihood
 from kfactk.validation import attribute_errors, stage_label, unseen_message
 
@@ -38,8 +40,8 @@ class SampleTaker(Protocol):
     def tells_examples_apart(self, layer: Layer) -> bool:
         """Return whether anything is measured for each example of a layer."""
 
-    def layout_fault(self, layer: Layer, calls: Sequence[LayerCall], examples: int) -> str:
-        """Return why a layer's examples are not the output's, by the gradients of the first."""
+    def samples_of(self, layer: Layer, call: LayerCall) -> Samples:
+        """Return one call of a layer that tells its examples apart, as samples."""
 
     def warn_of_layout(self, faults: Mapping[Layer, str]) -> None:
         """Warn of layers whose examples are not the output's."""
@@ -142,21 +144,21 @@ class LayerSink:
 
 @attrs.frozen(eq=False)
 class ProbeSink:
-    """Has layers checked by the gradients of the output's first example.
+    """Keeps a sketch of each layer's gradients.
 
     Args:
-        taker: Checks them.
+        taker: Makes them.
         examples: Number of examples of the output.
     """
 
     taker: SampleTaker
     examples: int
-    faults: dict[Layer, str] = attrs.field(factory=dict, init=False)
+    sketches: dict[Layer, LayoutSketch] = attrs.field(factory=dict, init=False)
 
     def __call__(self, layer: Layer, calls: list[LayerCall]) -> None:
         """Take all calls of one layer."""
-        if fault := self.taker.layout_fault(layer, calls, self.examples):
-            self.faults[layer] = fault
+        samples_of = functools.partial(self.taker.samples_of, layer)
+        self.sketches[layer] = sketch(samples_of, calls, self.examples)
 
 
 @attrs.frozen(eq=False)
@@ -373,7 +375,7 @@ class FisherPass:
         return sink.taken
 
     def _probe(self, forward: Forward, view: Tensor) -> None:
-        """Find the rows of layers that make the output's first example, once for each layer.
+        """Find which rows of layers belong to which examples of the output, once for each layer.
 
         A pass over parts of parameters would be a collective call, and is left out.
         """
@@ -381,16 +383,27 @@ class FisherPass:
         self._probed.update(new)
         new = {layer for layer in new if self._taker.tells_examples_apart(layer)}
         parameters = (p for call in forward.calls for p in call.record.layer.tensors().values())
-        if not new or any(map(is_distributed, parameters)):
+        if not new or len(view) < 2 or any(map(is_distributed, parameters)):
             return
-        known = {layer.name for layer in forward.layers} - {layer.name for layer in new}
-        generator = torch.Generator(view.device)
-        weights = torch.rand(
-            view.shape[1:], generator=generator, dtype=view.dtype, device=view.device
+        forward = forward.without(
+            {layer.name for layer in forward.layers} - {layer.name for layer in new}
         )
-        sink = ProbeSink(self._taker, len(view))
-        forward.without(known).run((view[:1] * weights).sum(), view, sink)
-        self._taker.warn_of_layout(sink.faults)
+        dtypes = (view.dtype, *(call.record.dtype for call in forward.calls))
+        marks = Marks.of(len(view), dtypes, view.device)
+        some = view[: marks.factors.shape[1]].flatten(1)
+        generator = torch.Generator(view.device)
+        weights = torch.randn(some.shape, generator=generator, device=view.device).to(view)
+        passes = []
+        for factors in (torch.ones_like(marks.factors[0]), *marks.factors):
+            sink = ProbeSink(self._taker, len(view))
+            forward.run((some * weights * factors.to(view).unsqueeze(1)).sum(), view, sink)
+            passes.append(sink.sketches)
+        told = {
+            layer: layout_fault(layer.name, [each[layer] for each in passes], marks)
+            for layer in passes[0]
+            if all(layer in each for each in passes)
+        }
+        self._taker.warn_of_layout({layer: fault for layer, fault in told.items() if fault})
 
     def _run_passes(
         self,

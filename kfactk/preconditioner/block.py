@@ -25,12 +25,9 @@ from kfactk.statistics import RunningMean, add_prefix, add_sums
 from kfactk.timing import StageTimer
 from kfactk.validation import (
     attribute_errors,
-    batch_dim_message,
     check_matrices,
     check_statistics,
     check_tensors,
-    folded_message,
-    looped_message,
     square,
 )
 
@@ -93,32 +90,6 @@ class Block:
         self._gather(samples, plan)
         if plan.late:
             self.state.input_versions += [(call.inputs, call.inputs._version) for call in calls]
-
-    def layout_fault(self, calls: Sequence[LayerCall], examples: int) -> str:
-        """Return why the examples of the layer are not those of the output; "" where they are.
-
-        Where examples influence each other, as in BatchNorm or in graphs, it cannot be told.
-
-        Args:
-            calls: With the gradients of the output's first example alone.
-            examples: Number of examples of the output.
-        """
-        samples = self.samples(calls, num_terms=1.0, first=True)
-        rows, gradient = samples.examples, calls[0].gradient
-        reached = sum(bool(call.gradient.any()) for call in calls)
-        if rows < examples and 0 < reached < len(calls):
-            return looped_message(self.name, reached, len(calls))
-        touched = _touched(samples.gradients(), -3)
-        if touched <= 1:
-            return ""
-        if touched < rows:
-            return "" if rows == examples else folded_message(self.name, touched, rows)
-        if gradient.shape[:-1].numel() * len(calls) != rows * samples.positions:
-            return ""
-        for dim in range(1, gradient.ndim - 1):
-            if gradient.shape[dim] == examples > 1 and _touched(gradient, dim) == 1:
-                return batch_dim_message(self.name, dim)
-        return ""
 
     def accumulate_nothing(self, num_terms: Tensor | float, plan: BlockPlan) -> None:
         """Count the terms of a forward in which the layer did not run: its sums are zero."""
@@ -509,11 +480,6 @@ class LazyMatrices(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self.block.basis.requires)
-
-
-def _touched(tensor: Tensor, dim: int) -> int:
-    """Return at how many indices of a dimension there is anything but zeros."""
-    return int(tensor.ne(0).movedim(dim, 0).flatten(1).any(1).sum())
 
 
 def mean_diagonals(matrices: Tensors) -> dict[str, Tensor]:

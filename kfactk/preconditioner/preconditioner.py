@@ -24,7 +24,7 @@ from kfactk.preconditioner.refresh import Refresh
 from kfactk.preconditioner.rules import BlockRule
 from kfactk.preconditioner.schedule import UpdateSchedule
 from kfactk.preconditioner.state import READY, BlockState, part_of
-from kfactk.samples import LayerCall, working_dtype
+from kfactk.samples import LayerCall, Samples, working_dtype
 from kfactk.stages import Layer, Placement
 from kfactk.statistics import ReducedStatistic, drop_nonfinite, local_means
 from kfactk.timing import StageTimer
@@ -143,16 +143,9 @@ class Preconditioner:
         """Return whether anything is measured for each example of a layer."""
         return layer in self._followed and self._followed[layer][0].sampled
 
-    def layout_fault(self, layer: Layer, calls: Sequence[LayerCall], examples: int) -> str:
-        """Return why a layer's examples are not those of the output; "" where they are.
-
-        Args:
-            layer: One that tells its examples apart.
-            calls: Its calls, with the gradients of the output's first example alone.
-            examples: Number of examples of the output.
-        """
-        block, _ = self._followed[layer]
-        return block.layout_fault(calls, examples) if examples > 1 else ""
+    def samples_of(self, layer: Layer, call: LayerCall) -> Samples:
+        """Return one call of a layer that tells its examples apart, as samples."""
+        return self._followed[layer][0].samples([call], num_terms=1.0, first=True)
 
     def warn_of_layout(self, faults: Mapping[Layer, str]) -> None:
         """Warn of all layers whose examples are not those of the output."""
