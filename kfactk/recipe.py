@@ -130,7 +130,7 @@ class Recipe(Settings):
             return cls(**_resolved(defaults | given, trusted=trusted))
         except RecursionError as error:
             raise OptionError(
-                "a recipe is nested too deeply: it is not one of kfactk's."
+                "a recipe is nested too deeply. Give what Recipe.to_dict returned."
             ) from error
 
     def __repr__(self) -> str:

@@ -377,13 +377,14 @@ class FisherPass:
     def _probe(self, forward: Forward, view: Tensor) -> None:
         """Find which rows of layers belong to which examples of the output, once for each layer.
 
-        A pass over parts of parameters would be a collective call, and is left out.
+        All ranks run these passes, whatever their data: there may be collectives inside. A pass
+        over parts of parameters would be a collective call itself, and is left out.
         """
         new = {call.record.layer for call in forward.calls} - set(self._probed)
         self._probed.update(new)
         new = {layer for layer in new if self._taker.tells_examples_apart(layer)}
         parameters = (p for call in forward.calls for p in call.record.layer.tensors().values())
-        if not new or len(view) < 2 or any(map(is_distributed, parameters)):
+        if not new or any(map(is_distributed, parameters)):
             return
         forward = forward.without(
             {layer.name for layer in forward.layers} - {layer.name for layer in new}
@@ -392,7 +393,9 @@ class FisherPass:
         marks = Marks.of(len(view), dtypes, view.device)
         some = view[: marks.factors.shape[1]].flatten(1)
         generator = torch.Generator(view.device)
-        weights = torch.randn(some.shape, generator=generator, device=view.device).to(view)
+        weights = torch.randn(
+            some.shape, generator=generator, device=view.device, dtype=torch.float32
+        ).to(view)
         passes = []
         for factors in (torch.ones_like(marks.factors[0]), *marks.factors):
             sink = ProbeSink(self._taker, len(view))

@@ -47,9 +47,10 @@ class Marks:
         """
         half = any(dtype.itemsize < 4 for dtype in dtypes)
         count = min(examples, 16 if half else 256)
-        order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
-        steps = torch.stack([torch.arange(count), order]).to(device)
-        return cls(1 + steps / count, HALF_TOLERANCE if half else TOLERANCE)
+        generator = torch.Generator("cpu").manual_seed(0)
+        order = torch.randperm(count, generator=generator, device="cpu")
+        steps = torch.stack([torch.arange(count, device="cpu"), order]).to(device, torch.float32)
+        return cls(1 + steps / max(count, 1), HALF_TOLERANCE if half else TOLERANCE)
 
 
 @attrs.frozen(eq=False)
@@ -95,6 +96,8 @@ def layout_fault(name: str, passes: Sequence[LayoutSketch], marks: Marks) -> str
         passes: The sketches of the three passes.
         marks: The marks of the second and the third.
     """
+    if marks.factors.shape[1] < 2:
+        return ""
     calls = [owners(each, marks) for each in zip(*(one.rows for one in passes), strict=True)]
     first = calls[0]
     for other in calls[1:]:
@@ -154,4 +157,4 @@ def _projected(tensor: Tensor, dim: int) -> Tensor:
         return flat.new_zeros(len(flat), WIDTH)
     generator = torch.Generator(flat.device).manual_seed(0)
     shape = flat.shape[1], WIDTH
-    return flat @ torch.randn(shape, generator=generator, device=flat.device)
+    return flat @ torch.randn(shape, generator=generator, device=flat.device, dtype=flat.dtype)

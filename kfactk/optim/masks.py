@@ -28,7 +28,7 @@ class Masks:
         >>> masks = Masks(nn.Linear(2, 1), {"weight": torch.tensor([[True, False]])})
         >>> Masks(nn.Linear(2, 1), {"weight": torch.ones(2)})
         Traceback (most recent call last):
-        kfactk.errors.OptionError: the mask of 'weight' must be a tensor of shape (1, 2)...
+        kfactk.errors.OptionError: the mask of 'weight' must be a tensor of real numbers...
     """
 
     def __init__(self, model: nn.Module, given: Mapping[str, Tensor] | None) -> None:

@@ -530,7 +530,7 @@ def check_forms(
         for name, value in parts.items():
             if form := forms.get(name):
                 dtypes.add(value.dtype)
-                shape = _shape_of_part(form, matrices[matrix])
+                shape = _shape_of_part(form, matrix, matrices[matrix])
                 place = f"{PREFIX}basis.{matrix}.{name}{where}"
                 _check_part(place, value, form, shape, damage)
     if len(dtypes) > 1:
@@ -558,9 +558,9 @@ def _precise(where: str, value: Tensor, damage: Damage) -> bool:
     return precise
 
 
-def _shape_of_part(form: str, matrix: Tensor) -> tuple[int, ...]:
-    """Return the shape of a part of a matrix's decomposition."""
-    whole = form != "eigenvalues" or not square(matrix)
+def _shape_of_part(form: str, name: str, matrix: Tensor) -> tuple[int, ...]:
+    """Return the shape of a part of a matrix's decomposition; a is the diagonal of one."""
+    whole = form != "eigenvalues" or name == "a" or not square(matrix)
     return tuple(matrix.shape if whole else matrix.shape[:-1])
 
 

@@ -302,7 +302,7 @@ class Preconditioner:
         blocks = self.blocks.current()
         clock: tuple[object, ...] = ()
         if step is not None:
-            dampings = sorted({block.damping for block in blocks})
+            dampings = ", ".join(f"{each:g}" for each in sorted({b.damping for b in blocks}))
             clock = step, *self._planner.schedule.periods(step), dampings
         self.blocks.check_ranks(blocks, self.communicator, clock)
         self.blocks.adopt(blocks)

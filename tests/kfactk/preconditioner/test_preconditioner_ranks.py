@@ -333,7 +333,7 @@ def out_of_time(rank: int, which: str, placement: str) -> str:
         ("factor_every", "factor_every is 1 on rank 0 and 2 on rank 1"),
         ("scale_every", "scale_every is 1 on rank 0 and 2 on rank 1"),
         ("basis_every", "basis_every is 1 on rank 0 and 2 on rank 1"),
-        ("damping", "damping is [1] on rank 0 and [2] on rank 1"),
+        ("damping", "damping is 1 on rank 0 and 2 on rank 1"),
         ("step", "the number of steps taken is 3 on rank 0 and 4 on rank 1"),
     ],
 )

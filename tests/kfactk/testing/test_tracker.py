@@ -235,10 +235,12 @@ def test_rounding_to_a_stated_precision_is_allowed() -> None:
 
 def test_a_framework_that_a_sink_can_stop_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
     law = "test_a_failing_sink_costs_no_training"
-    monkeypatch.setattr(kfactk.optim.metrics, "_surviving", lambda warned, call: call())
+    monkeypatch.setattr(
+        kfactk.optim.metrics, "_surviving", lambda warned, call, refusals=(): call()
+    )
     assert "the sink is broken" in caught(LinesLaws, Lines, law)[law]
 
-    def silent(warned: list[str], call: Any) -> None:
+    def silent(warned: list[str], call: Any, refusals: Any = ()) -> None:
         try:
             call()
         except OSError:
