@@ -11,21 +11,14 @@ import torch
 from torch import nn
 
 import kfactk
+from kfactk.recipe import PRESETS
 
 Make = Callable[[nn.Module, int], Any]
 """Makes the optimizer of a model; the second argument is the seed of the run."""
 
 BASELINE = "SGD, momentum (torch)"
 
-_SHORT: dict[str, Any] = {
-    "basis": {"name": "ekfac", "scale": "running"},
-    "fisher": "empirical",
-    "clip": "none",  # with Adam a factor cancels, and these learning rates never reach the limit
-    "lr": 0.005,
-    "damping": 0.0001,
-    "scale_every": 1,
-    "update": {"name": "adam", "fused": True},
-}
+_SHORT: dict[str, Any] = {**PRESETS["short"], "update": {"name": "adam", "fused": True}}
 """Settings for short runs: factors and scale come from the user's own backward."""
 
 _REDUCE = {"name": "conv_kfac", "spatial": "reduce"}
@@ -33,13 +26,11 @@ _REDUCE = {"name": "conv_kfac", "spatial": "reduce"}
 RECIPES: dict[str, dict[str, Any]] = {
     "kfactk, thesis": {"lr": 0.003, "damping": 0.001},
     "kfactk, thesis, basis every 10": {"lr": 0.003, "damping": 0.001, "basis_every": 10},
-    "kfactk, short": {**_SHORT, "factor_decay": 0.6, "basis_every": kfactk.early},
+    "kfactk, short": _SHORT,
     "kfactk, short, reduce": {
         **_SHORT,
         "curvature": _REDUCE,
         "lr": 0.008,
-        "factor_decay": 0.6,
-        "basis_every": kfactk.early,
     },
     "kfactk, short, every 5": {**_SHORT, "factor_decay": 0.8, "factor_every": 5, "basis_every": 5},
 }

@@ -15,6 +15,7 @@ from torch import nn
 
 import kfactk
 from experiments.models import ResNet
+from kfactk.recipe import PRESETS
 
 BASELINE = "SGD, momentum (torch)"
 PERIODS = {"factor_every": 10, "scale_every": 10, "basis_every": 100}
@@ -47,11 +48,7 @@ RECIPES: dict[str, dict[str, Any]] = {
         "basis": {**FACTORED, "scale": "running"},
         "curvature": STATIONARY,
     },
-    "ekfac of channels, running": {
-        **OWN_GRADIENT,
-        "basis": {"name": "ekfac", "inputs": "channels", "scale": "running"},
-        "curvature": {"name": "conv_kfac", "spatial": "sua"},
-    },
+    "ekfac of channels, running": {**PRESETS["cheap"], "update": FUSED},
     "kfac, staggered": {"update": FUSED, "basis": "kfac", "stagger": True},
 }
 """Settings of kfactk: arguments of `kfactk.build`, besides `PERIODS` and Adam. The default

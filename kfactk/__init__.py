@@ -29,7 +29,12 @@ from kfactk.optim.optimizer import Optimizer as Optimizer
 from kfactk.optim.views import BlockView as BlockView
 from kfactk.preconditioner.coverage import Coverage as Coverage
 from kfactk.preconditioner.schedule import early as early
-from kfactk.recipe import Recipe as Recipe, block as block, build as build
+from kfactk.recipe import (
+    Recipe as Recipe,
+    block as block,
+    build as build,
+    preset as preset,
+)
 from kfactk.registry.hookspecs import PLUGIN_API as PLUGIN_API, hookimpl as hookimpl
 from kfactk.registry.torch_optimizer import TorchOptimizer as TorchOptimizer
 from kfactk.samples import (
