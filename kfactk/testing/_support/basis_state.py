@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kfactk.errors import StateError
 from kfactk.operators import SpectralOperator
-from kfactk.preconditioner.block import check_forms
 from kfactk.preconditioner.damage import Damage
+from kfactk.preconditioner.forms import check_forms
 from kfactk.preconditioner.state import BlockState
 from kfactk.statistics import RunningMean, local_means
 from kfactk.testing._support.basis_frame import BasisFrame, same

@@ -257,17 +257,3 @@ def test_a_saved_state_without_one_of_its_forms_is_refused(message: str) -> None
         state.decomposition[kind][name] = change(state.decomposition[kind][name])
     with pytest.raises(StateError, match=message):
         fitted(block, state)
-
-
-class Misnamed(Ekfac):
-    """States a form that there is not."""
-
-    @property
-    def forms(self) -> dict[str, str]:
-        return {"eigenvalues": "positive"}
-
-
-def test_a_form_that_is_not_known_is_refused() -> None:
-    block, state = saved(Misnamed())
-    with pytest.raises(PluginError, match=r"Misnamed states the form 'positive'.*Use one of: chol"):
-        fitted(block, state)
