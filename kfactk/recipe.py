@@ -15,7 +15,14 @@ from kfactk._version import __version__
 from kfactk.capture.support import supported_model
 from kfactk.errors import OptionError, UnknownStageError, near_names
 from kfactk.optim.optimizer import Optimizer, Params
-from kfactk.optim.settings import FIELDS, BlockSpec, Settings, as_patterns, default_damping
+from kfactk.optim.settings import (
+    FIELDS,
+    USUAL_DAMPING,
+    BlockSpec,
+    Settings,
+    as_patterns,
+    default_damping,
+)
 from kfactk.options import Number, Period, python_number
 from kfactk.preconditioner.coverage import Coverage, ModelSurvey
 from kfactk.preconditioner.schedule import early
@@ -336,7 +343,9 @@ def preset(name: str, **changes: Any) -> Recipe:
 
     "short" fits the training data faster than it generalizes (test accuracy 51.7 %, "thesis" 54.1
     %). "short" and "cheap" measure the gradient of your own loss, which must reduce as `reduction`
-    says (by default to a mean). They were timed with `update={"name": "adam", "fused": True}`.
+    says (by default to a mean). With a `GradScaler`, give it to `bind` as `scaler`. They were timed
+    with `update={"name": "adam", "fused": True}`. Another kind of update rule, such as "momentum",
+    gets the lr and the damping that `build` gives it.
 
     Args:
         name: "thesis", "short" or "cheap".
@@ -357,7 +366,12 @@ def preset(name: str, **changes: Any) -> Recipe:
             f"There is no preset {name!r}.{near_names(str(name), PRESETS)} "
             f"Use one of: {', '.join(PRESETS)}."
         )
-    return build(**{**PRESETS[name], **changes})
+    made = build(**{**PRESETS[name], **changes})
+    if default_damping(made.update) != USUAL_DAMPING:
+        own = {"lr", "damping"} - changes.keys()  # the preset's are for rules like Adam
+        kept = {field: value for field, value in PRESETS[name].items() if field not in own}
+        made = build(**{**kept, **changes})
+    return made
 
 
 def _resolved(values: Mapping[str, Any], *, trusted: bool = True) -> dict[str, Any]:

@@ -31,6 +31,10 @@ class SampleTaker(Protocol):
     def rank(self) -> int:
         """This process's rank."""
 
+    @property
+    def alone(self) -> bool:
+        """Whether there is one rank."""
+
     def forward(self) -> AbstractContextManager[None]:
         """Surround the passes over one forward: they count all together, or not at all."""
 
@@ -207,7 +211,7 @@ class FisherPass:
         self._output = model_output if output is None else output
         self._reduction, self._unseen, self._scaler = reduction, unseen, scaler
         self._watches: list[Watch] = []
-        self._filled: dict[Layer, None] = {}
+        self._filled: dict[Layer, Versions] = {}
         self._task = -1
         self._probed: weakref.WeakSet[Layer] = weakref.WeakSet()
 
@@ -257,8 +261,14 @@ class FisherPass:
             self._task = task
             if cleared := cleared_layers(self._filled):
                 self._forget_layers(cleared)
+            torch.autograd.Variable._execution_engine.queue_callback(self._note_gradients)
         if fills:
-            self._filled[layer] = None
+            self._filled.setdefault(layer, ())
+
+    def _note_gradients(self) -> None:
+        """At the end of a backward: note the versions of `.grad`."""
+        for layer in self._filled:
+            self._filled[layer] = gradient_versions(layer)
 
     def _forget_layers(self, layers: list[Layer]) -> None:
         """Forget the backwards so far for these layers; altogether where no other was filled."""
@@ -380,29 +390,33 @@ class FisherPass:
         All ranks run these passes, whatever their data: there may be collectives inside. A pass
         over parts of parameters would be a collective call itself, and is left out.
         """
-        new = {call.record.layer for call in forward.calls} - set(self._probed)
-        self._probed.update(new)
-        new = {layer for layer in new if self._taker.tells_examples_apart(layer)}
+        if self._taker.alone:
+            ran = {call.record.layer for call in forward.calls} if len(view) > 1 else set()
+        else:  # what ran, and how many examples there are, may differ between ranks
+            ran = set(forward.layers)
+        new = {
+            layer for layer in ran - set(self._probed) if self._taker.tells_examples_apart(layer)
+        }
         parameters = (p for call in forward.calls for p in call.record.layer.tensors().values())
         if not new or any(map(is_distributed, parameters)):
             return
         forward = forward.without(
             {layer.name for layer in forward.layers} - {layer.name for layer in new}
         )
-        dtypes = (view.dtype, *(call.record.dtype for call in forward.calls))
-        marks = Marks.of(len(view), dtypes, view.device)
-        some = view[: marks.factors.shape[1]].flatten(1)
+        marks = Marks.of((view.dtype, *(call.record.dtype for call in forward.calls)))
+        flat = view.flatten(1)
         generator = torch.Generator(view.device)
         weights = torch.randn(
-            some.shape, generator=generator, device=view.device, dtype=torch.float32
+            flat.shape, generator=generator, device=view.device, dtype=torch.float32
         ).to(view)
         passes = []
-        for factors in (torch.ones_like(marks.factors[0]), *marks.factors):
+        for factors in marks.factors(len(view), view.device):
             sink = ProbeSink(self._taker, len(view))
-            forward.run((some * weights * factors.to(view).unsqueeze(1)).sum(), view, sink)
+            forward.run((flat * weights * factors.to(view).unsqueeze(1)).sum(), view, sink)
             passes.append(sink.sketches)
+        self._probed.update(new)
         told = {
-            layer: layout_fault(layer.name, [each[layer] for each in passes], marks)
+            layer: layout_fault(layer.name, [each[layer] for each in passes], marks, len(view))
             for layer in passes[0]
             if all(layer in each for each in passes)
         }
@@ -469,20 +483,33 @@ def _check_several_backwards(forward: Forward) -> None:
         )
 
 
-def cleared_layers(layers: Iterable[Layer]) -> list[Layer]:
-    """Return the layers whose `.grad` is gone, or zero throughout; there is one transfer at most.
+Versions = tuple[tuple[int, int], ...]
+"""For each gradient of a layer, its id and how often it was written to."""
+
+
+def gradient_versions(layer: Layer) -> Versions:
+    """Return the versions of a layer's gradients."""
+    found = (p.grad for p in layer.tensors().values() if p.grad is not None)
+    return tuple((id(gradient), gradient._version) for gradient in found)
+
+
+def cleared_layers(layers: Mapping[Layer, Versions]) -> list[Layer]:
+    """Return the layers whose `.grad` is gone, or was set to zero; there is one transfer at most.
 
     Under `fully_shard` it cannot be told while a backward runs.
+
+    Args:
+        layers: With the versions of their gradients at the end of the last backward.
     """
     found, gradients = [], {}
-    for layer in layers:
+    for layer, versions in layers.items():
         parameters = [p for p in layer.tensors().values() if p.requires_grad]
         if any(map(is_distributed, parameters)):
             continue
         there = [p.grad for p in parameters if p.grad is not None]
         if not there:
             found.append(layer)
-        elif not any(each.is_sparse for each in there):
+        elif gradient_versions(layer) != versions and not any(each.is_sparse for each in there):
             gradients[layer] = torch.stack([each.detach().abs().max().float() for each in there])
     if gradients:
         device = next(iter(gradients.values())).device

@@ -1,9 +1,9 @@
 """Which example of the output each row of a layer belongs to.
 
-Three passes run on the first examples of the output, at random weights. In the second and the third
-each example weighs more, by factors of its own. The gradient of a row that acts on one example
-alone grows by its factors. That of a row that acts on several, as behind BatchNorm or in a graph,
-does not: it belongs to none.
+Passes run on the output at random weights. In the first all examples weigh the same. In each of the
+others an example weighs more, by the factor of one digit of its number. The gradient of a row that
+acts on one example alone grows by its factors, so that they spell the number. That of a row that
+acts on several, as behind BatchNorm or in a graph, does not: it belongs to none.
 """
 
 from __future__ import annotations
@@ -19,38 +19,43 @@ from kfactk.validation import batch_dim_message, folded_message, looped_message
 
 WIDTH = 8
 """Numbers that are kept of each row's gradient."""
-TOLERANCE, HALF_TOLERANCE = 1e-3, 0.03
+DIGITS = 3
+"""Passes besides the first; the same on all ranks, whatever their precisions."""
 NOBODY = -1
 """The owner of a row that acts on no example, or on several."""
 
 
-@attrs.frozen(eq=False)
+@attrs.frozen
 class Marks:
-    """By how much the first examples weigh more, from 1 to 2.
+    """By how much examples weigh more, from 1 to 2.
 
     Args:
-        factors: Of the second and of the third pass, `[2, k]`, each different for each example.
-        tolerance: Relative size of rounding errors that is let pass.
+        base: Number of different factors.
+        digits: Number of passes besides the first.
+        tolerance: Relative size of rounding errors that is let pass: far less than `1 / base`.
     """
 
-    factors: Tensor
+    base: int
+    digits: int
     tolerance: float
 
     @classmethod
-    def of(cls, examples: int, dtypes: Iterable[torch.dtype], device: torch.device) -> Marks:
-        """Return the marks of an output.
-
-        Args:
-            examples: Number of examples of the output.
-            dtypes: Of the gradients; half precisions tell fewer factors apart.
-            device: Where.
-        """
+    def of(cls, dtypes: Iterable[torch.dtype]) -> Marks:
+        """Return the marks for gradients of these precisions."""
         half = any(dtype.itemsize < 4 for dtype in dtypes)
-        count = min(examples, 16 if half else 256)
-        generator = torch.Generator("cpu").manual_seed(0)
-        order = torch.randperm(count, generator=generator, device="cpu")
-        steps = torch.stack([torch.arange(count, device="cpu"), order]).to(device, torch.float32)
-        return cls(1 + steps / max(count, 1), HALF_TOLERANCE if half else TOLERANCE)
+        return cls(8, DIGITS, 0.015) if half else cls(32, DIGITS, 1e-4)
+
+    def factors(self, examples: int, device: torch.device) -> list[Tensor]:
+        """Return the factors of each pass, `[examples]`."""
+        numbers = torch.arange(examples, device=device)
+        powers = (self.base**digit for digit in range(self.digits))
+        found = [1 + (numbers // power % self.base).float() / self.base for power in powers]
+        return [torch.ones_like(numbers, dtype=torch.float32), *found]
+
+    @property
+    def most(self) -> int:
+        """Largest number of examples that can be told apart."""
+        return int(self.base**self.digits)
 
 
 @attrs.frozen(eq=False)
@@ -83,39 +88,43 @@ def sketch(
     dims = {
         dim: _projected(gradient, dim)
         for dim in range(1, gradient.ndim - 1)
-        if whole and gradient.shape[dim] == examples
+        if whole and gradient.shape[dim] == examples and gradient.shape[0] > 1
     }
     return LayoutSketch(tuple(_projected(samples.gradients(), -3) for samples in each), dims)
 
 
-def layout_fault(name: str, passes: Sequence[LayoutSketch], marks: Marks) -> str:
+def layout_fault(name: str, passes: Sequence[LayoutSketch], marks: Marks, examples: int) -> str:
     """Return why the examples of a layer are not those of the output; "" where they are.
+
+    It is also "" where that cannot be told: most rows must belong to one example each, and what is
+    wrong must show in two examples at least.
 
     Args:
         name: The layer's name.
-        passes: The sketches of the three passes.
-        marks: The marks of the second and the third.
+        passes: The sketches of the passes.
+        marks: Their marks.
+        examples: Number of examples of the output.
     """
-    if marks.factors.shape[1] < 2:
+    if not 1 < examples <= marks.most:
         return ""
     calls = [owners(each, marks) for each in zip(*(one.rows for one in passes), strict=True)]
     first = calls[0]
-    for other in calls[1:]:
-        if len(other) == len(first):
-            differ = (other != first) & (other != NOBODY) & (first != NOBODY)
-            if bool(differ.any()):
-                return looped_message(name, len(calls))
+    others = [other for other in calls[1:] if len(other) == len(first)]
+    both = [(other != NOBODY) & (first != NOBODY) for other in others]
+    differ = sum(int(((o != first) & b).sum()) for o, b in zip(others, both, strict=True))
+    if differ > 1:
+        return looped_message(name, len(calls))
     for found in calls:
-        known = found[found != NOBODY]
-        if len(known) and (most := int(torch.bincount(known).max())) > 1:
-            return folded_message(name, most, len(found))
+        counts = torch.bincount(found[found != NOBODY])
+        if int((counts > 1).sum()) > 1:
+            return folded_message(name, int(counts.max()), len(found))
     if bool((first != NOBODY).any()):
         return ""
     for dim in passes[0].dims:
         found = owners([one.dims[dim] for one in passes], marks)
         known = found != NOBODY
         there = torch.arange(len(found), device=found.device)
-        if bool(known.any()) and bool((found == there)[known].all()):
+        if int(known.sum()) > 1 and bool((found == there)[known].all()):
             return batch_dim_message(name, dim)
     return ""
 
@@ -123,28 +132,32 @@ def layout_fault(name: str, passes: Sequence[LayoutSketch], marks: Marks) -> str
 def owners(passes: Sequence[Tensor], marks: Marks) -> Tensor:
     """Return the example that each row belongs to, or `NOBODY`, `[rows]`.
 
+    All are nobody's where fewer than half of the rows that have a gradient are somebody's: these
+    few are chance.
+
     Args:
-        passes: What is kept of the three passes, `[rows, WIDTH]` each.
-        marks: The marks of the second and the third.
+        passes: What is kept of the passes, `[rows, WIDTH]` each.
+        marks: Their marks.
 
     Example:
-        >>> marks = Marks(torch.tensor([[1.0, 1.5], [1.5, 1.0]]), 1e-3)
+        >>> marks = Marks(base=2, digits=2, tolerance=1e-3)
         >>> rows = torch.tensor([[1.0, 2.0], [0.0, 0.0], [3.0, 1.0], [1.0, 1.0]])
-        >>> second = rows * torch.tensor([[1.5], [1.0], [1.0], [1.2]])
-        >>> third = rows * torch.tensor([[1.0], [1.0], [1.5], [1.3]])
-        >>> owners([rows, second, third], marks)
-        tensor([ 1, -1,  0, -1])
+        >>> low, high = [[1.5], [1.0], [1.0], [1.2]], [[1.0], [1.0], [1.5], [1.3]]
+        >>> owners([rows, rows * torch.tensor(low), rows * torch.tensor(high)], marks)
+        tensor([ 1, -1,  2, -1])
     """
     plain, *marked = passes
     size = plain.square().sum(-1)
-    good, numbers = size > 0, []
-    for found, factors in zip(marked, marks.factors, strict=True):
+    good, number = size > 0, torch.zeros_like(size)
+    for digit, found in enumerate(marked):
         ratio = (plain * found).sum(-1) / size
         off = (found - ratio.unsqueeze(-1) * plain).square().sum(-1)
-        distance, number = (ratio.unsqueeze(-1) - factors).abs().min(-1)
-        good &= (off <= marks.tolerance**2 * size) & (distance <= marks.tolerance)
-        numbers.append(number)
-    return torch.where(good & (numbers[0] == numbers[1]), numbers[0], NOBODY)
+        step = ((ratio - 1) * marks.base).round()
+        good = good & (off <= marks.tolerance**2 * size) & (step >= 0) & (step < marks.base)
+        good = good & ((ratio - 1 - step / marks.base).abs() <= marks.tolerance)
+        number = number + step.nan_to_num(0.0, 0.0, 0.0) * marks.base**digit
+    few = 2 * good.sum() < (size > 0).sum()
+    return torch.where(good & ~few, number, NOBODY).long()
 
 
 def _projected(tensor: Tensor, dim: int) -> Tensor:

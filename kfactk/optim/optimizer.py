@@ -28,7 +28,7 @@ from kfactk.optim import checkpoint, gradients, rule_state
 from kfactk.optim.masks import Masks
 from kfactk.optim.metrics import MetricsRecorder
 from kfactk.optim.nonfinite import NonFiniteGuard
-from kfactk.optim.run import RunState, UnboundRule
+from kfactk.optim.run import RunState, UnboundRule, called_by_scaler
 from kfactk.optim.saved_groups import check_groups
 from kfactk.optim.settings import Settings
 from kfactk.optim.shown import Removed, ShownState, flat_by_anchor
@@ -106,6 +106,7 @@ class Optimizer(torch.optim.Optimizer):
         self._inner: Any = UnboundRule()
         self._model = supported_model(model)
         self._masks = Masks(self._model, masks)
+        self._needs_scaler = scaler is None and not recipe.fisher.own_pass
         self._groups: dict[int, dict[str, Any]] = {}
         self._shown = ShownState()
         defaults = {
@@ -377,6 +378,12 @@ class Optimizer(torch.optim.Optimizer):
                 "recipe again to go on."
             )
         self._hooks.reset()
+        if self._needs_scaler and self._preconditioner.blocks.current() and called_by_scaler():
+            raise CaptureError(
+                "a GradScaler takes this step, and the Fisher stage measures your own backward, "
+                "whose gradients it has scaled. Give it to bind: recipe.bind(model, "
+                "scaler=scaler). This step changed nothing."
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():

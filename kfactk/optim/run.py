@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
@@ -52,3 +53,17 @@ class RunState:
     reported_bytes: dict[str, float] = attrs.Factory(dict)
     closed: bool = False
     warned_idle: bool = False
+
+
+MOST_FRAMES = 24
+"""How many callers are looked at for a scaler: wrappers of `step` stand between."""
+
+
+def called_by_scaler() -> bool:
+    """Return whether a `torch.amp.GradScaler` that is enabled takes the step that runs now."""
+    frame, left = sys._getframe(), MOST_FRAMES
+    while frame.f_back is not None and left:
+        frame, left = frame.f_back, left - 1
+        if frame.f_code is torch.amp.GradScaler._maybe_opt_step.__code__:
+            return True
+    return False

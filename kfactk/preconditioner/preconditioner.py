@@ -135,6 +135,11 @@ class Preconditioner:
             self._forwards = forwards
             raise
 
+    @property
+    def alone(self) -> bool:
+        """Whether there is one rank."""
+        return self.communicator.size == 1
+
     def begin_forward(self) -> None:
         """Note one forward."""
         self._forwards += 1

@@ -88,7 +88,7 @@ def hooks(model: nn.Module) -> int:
     )
 
 
-@pytest.mark.parametrize("seed", range(effort(24)))
+@pytest.mark.parametrize("seed", range(effort(16)))
 def test_an_interruption_at_any_line_is_survived(seed: int) -> None:
     before, draw = traces(), random.Random(seed)
     model, recipe = net(), draw.choice(RECIPES)

@@ -240,3 +240,23 @@ def test_bfloat16_is_near(way: str, fisher: str) -> None:
 def bias_gradient(model: nn.Module, name: str) -> Tensor:
     layer: Any = model.get_submodule(name)
     return layer.bias.grad.float()  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+def test_a_scaler_that_was_not_told_is_refused_where_it_matters(fisher: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(4, 3)
+    for enabled in (False, True):
+        optimizer = kfactk.build(curvature="kfac", fisher=fisher).bind(model)
+        scaler = torch.amp.GradScaler("cpu", enabled=enabled)
+        loss = F.cross_entropy(model(torch.randn(6, 4)), torch.arange(6) % 3)
+        scaler.scale(loss).backward()
+        if enabled and fisher == "empirical":
+            with pytest.raises(kfactk.CaptureError, match=r"bind\(model, scaler=scaler\)"):
+                scaler.step(optimizer)
+            assert optimizer.steps == 0
+        else:
+            scaler.step(optimizer)
+            assert optimizer.steps == 1
+        optimizer.close()
+        model.zero_grad()

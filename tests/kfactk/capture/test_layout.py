@@ -94,11 +94,43 @@ class Mean(nn.Module):
 
 def test_owners_of_rows_are_found() -> None:
     generator = torch.Generator().manual_seed(0)
-    marks = Marks.of(200, [torch.float32], torch.device("cpu"))
+    marks = Marks.of([torch.float32])
     plain = torch.randn(200, 8, generator=generator)
     order = torch.randperm(200, generator=generator)
-    second, third = (plain * factors[order].unsqueeze(1) for factors in marks.factors)
-    second[7] += torch.randn(8, generator=generator)
-    found = owners([plain, second, third], marks)
+    factors = marks.factors(200, torch.device("cpu"))
+    passes = [plain * each[order].unsqueeze(1) for each in factors]
+    passes[1][7] += torch.randn(8, generator=generator)
+    found = owners(passes, marks)
     order[7] = NOBODY
     assert torch.equal(found, order)
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("examples", [2, 17, 64, 300, 700])
+@pytest.mark.parametrize("way", ["mixup", "norm", "one unit", "neighbours"])
+def test_rows_of_several_examples_are_silent(way: str, examples: int, half: bool) -> None:
+    def use(layer: nn.Linear, hidden: Tensor) -> Tensor:
+        order = torch.randperm(len(hidden), generator=torch.Generator().manual_seed(1))
+        if way == "mixup":
+            return layer(0.7 * hidden + 0.3 * hidden[order])
+        if way == "neighbours":
+            return layer(hidden) + hidden[order].roll(1, 0)
+        mixed = layer(hidden)
+        if way == "one unit":
+            mixed = mixed[:, :1] + mixed.softmax(0)[:, 1:2]
+        return (mixed - mixed.mean(0)).expand(-1, 6)
+
+    for seed in range(3):
+        torch.manual_seed(seed)
+        assert told(Model(use, norm=way == "norm"), torch.randn(examples, 4), half=half) == []
+
+
+def test_a_first_batch_of_one_example_does_not_hide_a_fault() -> None:
+    model = Model(FAULTY["parts"][0])
+    optimizer = kfactk.build(curvature="kfac").bind(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for examples in (1, 16):
+            model(torch.randn(examples, 4))
+    optimizer.close()
+    assert len(caught) == 1

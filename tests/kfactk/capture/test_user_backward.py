@@ -337,5 +337,17 @@ def test_what_gradients_no_longer_hold_does_not_count(way: str, forwards: int) -
 
     found, truth = factors(CLEARING[way], True), factors(None, False)
     torch.testing.assert_close(found["trunk"], truth["trunk"])
-    torch.testing.assert_close(found["two"], truth["two"])
+    # The first backward gives head two zeros: they count where nobody clears them.
+    share = forwards if way == "trunk" else 1
+    torch.testing.assert_close(found["two"], truth["two"] / share)
     assert bool(found["one"].any()) == (way == "trunk")
+
+
+@pytest.mark.parametrize("last", [True, False])
+def test_gradients_that_are_zero_by_themselves_count(last: bool) -> None:
+    """As of a batch whose loss has no weight, or behind a ReLU that is dead."""
+    model = net()
+    optimizer = bound(model, fisher="empirical", basis="kfac")
+    for weight in (1.0, 0.0) if last else (0.0, 1.0):
+        (weight * entropy(model(X))).backward()
+    torch.testing.assert_close(measured(optimizer), last_factor(net(), X, entropy) / 2)

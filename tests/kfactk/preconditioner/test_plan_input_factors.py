@@ -58,7 +58,7 @@ def test_input_factors_come_between_passes_and_without_one(passes: list[int]) ->
         train(optimizer, model, (x, y))
         # All at 0; the later layer's first scale at 1, and the earlier layer's part at 1 and 5.
         wanted = step in (0, 1, 4, 5)
-        made = [1] * (wanted + 3 * (step == 0))  # the first follows three on the layout
+        made = [1] * (wanted + 4 * (step == 0))  # the first follows four on the layout
         assert passes == made, f"Fisher passes to {passes} at step {step}"
         if step == 0:
             expected = moments
@@ -182,8 +182,8 @@ def test_a_curvature_without_input_factors_takes_all_with_the_gradients(
             old is None or not torch.equal(old, new) for old, new in zip(before, after, strict=True)
         )
         seen.append((len(passes), changed))
-    # The first follows three passes on the layout of examples.
-    assert seen == [(4, True), (1, True), (0, False), (0, False), (1, True), (1, True)]
+    # The first follows four passes on the layout of examples.
+    assert seen == [(5, True), (1, True), (0, False), (0, False), (1, True), (1, True)]
 
 
 def test_a_listening_fisher_takes_inputs_with_the_users_backward() -> None:
@@ -240,4 +240,4 @@ def test_the_pass_of_the_later_layers_goes_no_deeper() -> None:
         loss.backward()
         optimizer.step()
     # The first comes twice: one pass is on the layout of examples.
-    assert depths == [8, 2, 0, 0, 1, 2, 0, 0, 1, 2]
+    assert depths == [10, 2, 0, 0, 1, 2, 0, 0, 1, 2]
