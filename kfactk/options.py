@@ -24,6 +24,8 @@ from kfactk.errors import OptionError, near_names
 
 LARGEST = torch.finfo(torch.float32).max
 """Largest learning rate, damping or weight decay: float32 overflows above."""
+USUAL_DAMPING = 0.001
+"""tau where neither the user nor the update rule says another: that of EKFACadam in the thesis."""
 Number = float | Callable[[int], float]
 """A number, or a function of the step (from 0) that gives one."""
 Period = int | Callable[[int], int]

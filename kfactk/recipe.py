@@ -17,13 +17,12 @@ from kfactk.errors import OptionError, UnknownStageError, near_names
 from kfactk.optim.optimizer import Optimizer, Params
 from kfactk.optim.settings import (
     FIELDS,
-    USUAL_DAMPING,
     BlockSpec,
     Settings,
     as_patterns,
     default_damping,
 )
-from kfactk.options import Number, Period, python_number
+from kfactk.options import USUAL_DAMPING, Number, Period, python_number
 from kfactk.preconditioner.coverage import Coverage, ModelSurvey
 from kfactk.preconditioner.schedule import early
 from kfactk.registry.hookspecs import STAGE_HOOKS

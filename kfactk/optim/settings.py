@@ -12,6 +12,7 @@ from kfactk._version import __version__
 from kfactk.errors import CombinationError, OptionError
 from kfactk.masking import mask_settings
 from kfactk.options import (
+    USUAL_DAMPING,
     Number,
     Period,
     choice,
@@ -217,10 +218,6 @@ class Settings:
 
 FIELDS = tuple(field.name for field in attrs.fields(Settings) if field.init)
 """Names of the fields, which are the arguments of `kfactk.build`."""
-
-
-USUAL_DAMPING = 0.001
-"""tau where neither the user nor the update rule says another: that of EKFACadam in the thesis."""
 
 
 def default_damping(update: Update) -> float:

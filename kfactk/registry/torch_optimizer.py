@@ -11,6 +11,7 @@ import attrs
 import torch
 
 from kfactk.errors import OptionError, near_names
+from kfactk.options import USUAL_DAMPING
 
 UNSUPPORTED: dict[type[torch.optim.Optimizer], str] = {
     torch.optim.LBFGS: "it evaluates the loss several times a step, at points that have no "
@@ -100,7 +101,7 @@ class TorchOptimizer:
     def default_damping(self) -> float:
         """tau where the recipe gives none: more for `torch.optim.SGD`, which divides by nothing."""
         if not issubclass(self.optimizer, torch.optim.SGD):
-            return 0.001
+            return USUAL_DAMPING
         return 0.03 if self.options.get("momentum") else 0.01
 
     def make(

@@ -149,7 +149,7 @@ def append(path: Path, entries: list[Entry]) -> None:
     Raises:
         OSError: The file cannot be written.
     """
-    lines = "".join(json.dumps(_valid(entry), allow_nan=False) + "\n" for entry in entries)
+    lines = "".join(json.dumps(valid(entry), allow_nan=False) + "\n" for entry in entries)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("ab+") as file:
         if file.tell():
@@ -170,10 +170,10 @@ def read(path: Path) -> Iterator[tuple[int, Any]]:
                 yield number, None
 
 
-def _valid(value: Any) -> Any:
+def valid(value: Any) -> Any:
     """Return the value with non-finite numbers as strings, which `float` reads."""
     if isinstance(value, Mapping):
-        return {str(name): _valid(inner) for name, inner in value.items()}
+        return {str(name): valid(inner) for name, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [_valid(inner) for inner in value]
+        return [valid(inner) for inner in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +15,7 @@ from kfactk import OptionError, hookimpl
 from kfactk.masking import mask_settings
 from kfactk.options import text, whole
 from kfactk_stages.tracker._buffer import Buffer
+from kfactk_stages.tracker.delivery import valid
 
 
 def _as_text(value: Any) -> Any:
@@ -97,16 +97,7 @@ class JsonLines:
 
 
 def _line(entry: Mapping[str, Any]) -> str:
-    return json.dumps(_valid(entry), allow_nan=False, ensure_ascii=False, default=str) + "\n"
-
-
-def _valid(value: Any) -> Any:
-    """Return the value with non-finite numbers as strings."""
-    if isinstance(value, Mapping):
-        return {str(name): _valid(inner) for name, inner in value.items()}
-    if isinstance(value, list | tuple):
-        return [_valid(inner) for inner in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+    return json.dumps(valid(entry), allow_nan=False, ensure_ascii=False, default=str) + "\n"
 
 
 @hookimpl
