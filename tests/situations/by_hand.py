@@ -41,6 +41,17 @@ def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
+def perceptron() -> nn.Sequential:
+    """Return two linear layers, "0" and "2", the same each time."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def batch(step: int, examples: int = 8) -> tuple[Tensor, Tensor]:
+    """Return inputs of 4 columns and labels of 3 classes, the same each time for a step."""
+    return draw(examples, 4, seed=step), (torch.arange(examples) + step) % 3
+
+
 def root(information: Tensor) -> Tensor:
     """Return a matrix whose columns' outer products sum to the information."""
     values, vectors = torch.linalg.eigh(information)

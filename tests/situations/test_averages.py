@@ -22,23 +22,15 @@ from tests.situations.by_hand import (
     RUNNING,
     Hand,
     assert_same,
+    batch,
     bound,
     categorical,
-    draw,
+    perceptron,
     sgd,
     take,
 )
 
 EXAMPLES, LAYERS = 8, ["0", "2"]
-
-
-def net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-
-
-def batch(step: int, examples: int = EXAMPLES) -> tuple[Tensor, Tensor]:
-    return draw(examples, 4, seed=step), (torch.arange(examples) + step) % 3
 
 
 def step_of(model: nn.Module, optimizer: Any, number: int) -> Tensor:
@@ -76,7 +68,7 @@ SCHEDULES: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", list(SCHEDULES))
 def test_schedulers(name: str) -> None:
     """Those that cycle the momentum, too."""
-    model = net()
+    model = perceptron()
     twin = copy.deepcopy(model)
     optimizer: Any = bound(model, update="momentum")
     rule = torch.optim.SGD(twin.parameters(), lr=LR, momentum=0.9)
@@ -92,7 +84,7 @@ def test_schedulers(name: str) -> None:
 @pytest.mark.parametrize("made", ["before bind", "after bind"])
 def test_a_moving_average_that_is_evaluated_and_trained_from(made: str) -> None:
     """The average is a copy; halfway its weights become those of the model."""
-    model = net()
+    model = perceptron()
     twin = copy.deepcopy(model)
     ema = {"multi_avg_fn": get_ema_multi_avg_fn(0.7)}
     if made == "before bind":
@@ -131,7 +123,7 @@ def weights_from(model: nn.Module, average: nn.Module) -> Callable[[], None]:
 
 def test_weights_that_are_swapped_for_an_evaluation() -> None:
     """As timm and diffusers do, between two steps."""
-    model = net()
+    model = perceptron()
     twin = copy.deepcopy(model)
     optimizer, rule = bound(model), sgd(twin)
     average = AveragedModel(model)
@@ -219,7 +211,7 @@ def in_micro_batch(
 @pytest.mark.parametrize("fisher", ["exact", "empirical", "running"])
 def test_accumulation_with_an_uneven_last_batch(fisher: str, summed: bool) -> None:
     """Curvature counts examples; the gradient is what the loop made of its losses."""
-    model = net()
+    model = perceptron()
     twin = copy.deepcopy(model)
     kind = {"fisher": "empirical", "basis": RUNNING} if fisher == "running" else {"fisher": fisher}
     optimizer = bound(model, reduction="sum" if summed else "mean", **kind)

@@ -18,24 +18,17 @@ from tests.situations.by_hand import (
     RUNNING,
     Hand,
     assert_same,
+    batch,
     categorical,
     draw,
     gaussian,
+    perceptron,
     recipe,
     sgd,
     take,
 )
 
 EXAMPLES, LAYERS = 8, ["0", "2"]
-
-
-def net() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
-
-
-def batch(step: int) -> tuple[Tensor, Tensor]:
-    return draw(EXAMPLES, 4, seed=step), (torch.arange(EXAMPLES) + step) % 3
 
 
 def one(model: nn.Module, fisher: str, x: Tensor, y: Tensor, parts: int) -> list[Tensor]:
@@ -100,7 +93,7 @@ SKIPPED = pytest.mark.parametrize(
 @pytest.mark.filterwarnings("ignore:a batch gave NaN")
 def test_a_skipped_batch_counts_nothing(fisher: str, overflow: Any, clipped: bool) -> None:
     """`unscale_` and a clip of gradients come in between, or not."""
-    model, scaler = net(), torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+    model, scaler = perceptron(), torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
     twin = copy.deepcopy(model)
     optimizer, rule = with_fisher(fisher).bind(model, scaler=scaler), sgd(twin)
     for number, good in enumerate([False, True, True, False, False, True]):
@@ -125,7 +118,7 @@ def test_an_overflow_of_one_micro_batch_skips_them_all(
     fisher: str, overflow: Any, bad: int
 ) -> None:
     """The second step skips; nothing of its finite micro-batch stays, where gradients count."""
-    model, scaler = net(), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    model, scaler = perceptron(), torch.amp.GradScaler("cpu", init_scale=2.0**10)
     twin = copy.deepcopy(model)
     optimizer, rule = with_fisher(fisher).bind(model, scaler=scaler), sgd(twin)
     for number in range(4):
@@ -144,7 +137,7 @@ def test_an_overflow_of_one_micro_batch_skips_them_all(
 @pytest.mark.parametrize("fisher", ["empirical", "running"])
 def test_one_scaler_of_two_optimizers(fisher: str) -> None:
     """As for a GAN: where one of them overflows the other steps, and both go on."""
-    models = net(), net()
+    models = perceptron(), perceptron()
     twins, scaler = copy.deepcopy(models), torch.amp.GradScaler("cpu", init_scale=2.0**10)
     optimizers = [with_fisher(fisher).bind(model, scaler=scaler) for model in models]
     rules = [sgd(twin) for twin in twins]
@@ -165,7 +158,7 @@ def test_one_scaler_of_two_optimizers(fisher: str) -> None:
 
 
 def test_a_scaler_that_is_disabled_changes_nothing() -> None:
-    model, scaler = net(), torch.amp.GradScaler("cpu", enabled=False)
+    model, scaler = perceptron(), torch.amp.GradScaler("cpu", enabled=False)
     twin = copy.deepcopy(model)
     optimizer, rule = recipe(fisher="empirical").bind(model, scaler=scaler), sgd(twin)
     for number in range(3):
@@ -219,7 +212,7 @@ def test_autocast_is_exact_where_its_numbers_are(dtype: torch.dtype, scale: floa
 @pytest.mark.parametrize("way", ["autocast", "parameters"])
 def test_bfloat16_is_near(way: str, fisher: str) -> None:
     """One step; the curvature is kept in float32, so the direction is off by the rounding only."""
-    twin = net()
+    twin = perceptron()
     model = copy.deepcopy(twin).to(torch.bfloat16 if way == "parameters" else torch.float32)
     optimizer, rule = with_fisher(fisher).bind(model), torch.optim.SGD(twin.parameters(), lr=1)
     x, y = batch(0)
