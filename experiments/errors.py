@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import importlib
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class ExperimentError(Exception):
@@ -56,3 +58,38 @@ def near_names(name: str, known: Iterable[str]) -> str:
     from kfactk.errors import near_names as near
 
     return near(name, known)
+
+
+def named(setting: str, name: str, known: Mapping[str, Any], *, trusted: bool) -> Any:
+    """Return what a name means: an entry of `known`, or what an import path leads to.
+
+    Args:
+        setting: The setting that has the name.
+        name: The name, or `module:attribute`.
+        known: The entries by name.
+        trusted: Whether an import path may be imported, which runs code.
+
+    Raises:
+        ExperimentError: It means nothing, or may not be imported.
+    """
+    if name in known:
+        return known[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ExperimentError(
+            f"{setting}: there is no {name!r}.{near_names(name, known)} Give one of "
+            f"{', '.join(known)}, or an import path such as my_module:my_function"
+        )
+    if not trusted:
+        raise ExperimentError(
+            f"{setting}: to import {name} runs its code: add --trust-config if you trust that file"
+        )
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise ExperimentError(f"{setting}: {name} cannot be imported: {error}") from error
+    if not callable(found):
+        raise ExperimentError(f"{setting}: {name} is no class and no function")
+    return found

@@ -18,7 +18,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
-from experiments.results import Epoch
+from experiments.store import Epoch
 from kfactk.masking import mask
 
 SLOW_EPOCH = 5.0
