@@ -250,6 +250,12 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def as_read(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return settings as they are after they were written and read."""
+    values: dict[str, Any] = json.loads(json.dumps(_plain(settings)))
+    return values
+
+
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield nested settings as pairs of a dotted key and a value; sequences as their text."""
     for key, value in settings.items():

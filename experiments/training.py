@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+import kfactk
 from experiments import algorithms, models
 from experiments.data import Dataset, Examples
 from experiments.errors import ExperimentError
@@ -29,6 +30,8 @@ SHIFT = 4
 """Largest shift of an augmented image, in pixels."""
 RECORD_EVERY = 10
 """Steps between records of the metrics of second-order stages."""
+LOST = 1e3
+"""A loss of more nats than any run that can recover: errors of the optimizer are its end."""
 
 
 class Trainer:
@@ -119,12 +122,13 @@ class Trainer:
             ranks=self._ranks.size,
         )
         for inputs, labels in order:
-            sums.append(self._step(inputs, labels))
+            row, lost = self._step(inputs, labels)
+            sums.append(row)
             self._steps += 1
             clock.tick()
             on_step()
             clock.skip()
-            if self._steps == self._training.max_steps:
+            if lost or self._steps == self._training.max_steps:
                 break
         times = clock.seconds()
         table = self._ranks.sum(torch.stack(sums))
@@ -148,15 +152,23 @@ class Trainer:
         self._random = self._random_state()
         return epoch
 
-    def _step(self, inputs: Tensor, labels: Tensor) -> Tensor:
+    def _step(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, bool]:
+        """Take a step; return its sums, and whether the optimizer has given up a lost run."""
         self.optimizer.zero_grad()
         logits = self._shared(self._normalised(inputs))
         loss = functional.cross_entropy(logits, labels)
         loss.backward()
-        self.optimizer.step()
+        lost = False
+        try:
+            self.optimizer.step()
+        except kfactk.KfactkError:
+            lost = not loss.item() < LOST
+            if not lost:
+                raise
+            loss = loss * math.nan
         if self._scheduler is not None:
             self._scheduler.step()
-        return _sums(logits.detach(), labels, loss.detach() * len(labels))
+        return _sums(logits.detach(), labels, loss.detach() * len(labels)), lost
 
     @torch.no_grad()
     def _test(self) -> tuple[float, float]:
