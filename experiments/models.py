@@ -63,7 +63,7 @@ def resnet(widths: Sequence[int], *, channels: int, classes: int) -> nn.Module:
     return ResNet(channels, widths, classes)
 
 
-def resnet50(*, channels: int, classes: int) -> nn.Module:
+def resnet50(*, channels: int = 3, classes: int = 10) -> nn.Module:
     """Return torchvision's ResNet-50 with a stem for 32x32 images: stride 1, and no max-pooling."""
     from torchvision.models import resnet50
 
