@@ -148,6 +148,12 @@ def test_readme_has_exactly_two_commands() -> None:
     )
 
 
+def test_citations_name_the_version() -> None:
+    for page, entry in (("CITATION.cff", "version: (.+)"), ("docs/citing.md", "version = {(.+)}")):
+        found = re.findall(rf"^ *{entry}$", (ROOT / page).read_text(), re.MULTILINE)
+        assert found == [kfactk.__version__], page
+
+
 def test_site_build_fails_on_warnings() -> None:
     source = (ROOT / "noxfile.py").read_text()
     assert '"--strict"' in source
