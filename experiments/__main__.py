@@ -102,7 +102,9 @@ def _parser() -> argparse.ArgumentParser:
         "threads of a process",
     )
     parser.add_argument("--epochs", type=int, metavar="N", help="passes over the training examples")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="training examples in each step")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="training examples in each step"
+    )
     parser.add_argument(
         "--max-steps",
         type=int,

@@ -282,5 +282,3 @@ def _workers(study: Study, options: Options, device: torch.device, size: int) ->
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min((cores or 1) // study.training.threads, MOST_WORKERS))
-
-

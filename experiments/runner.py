@@ -274,9 +274,7 @@ def _advance(
         listener.epoch(job, epoch, trainer.points)
     over = trainer.finished
     status = store.RUNNING if not over else "diverged" if trainer.diverged else "finished"
-    run = Run(
-        job.algorithm.name, job.seed, status, job.settings, where, tuple(trainer.history)
-    )
+    run = Run(job.algorithm.name, job.seed, status, job.settings, where, tuple(trainer.history))
     if job.folder is not None and ranks.first:
         if over:
             job.folder.write_model(trainer.model.state_dict())

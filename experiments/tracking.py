@@ -127,9 +127,7 @@ class Tracking:
         """End the run of a job."""
         self._close(job.key, STATUS[run.status])
 
-    def finish(
-        self, name: str, metrics: Mapping[str, float], files: Sequence[Path] = ()
-    ) -> None:
+    def finish(self, name: str, metrics: Mapping[str, float], files: Sequence[Path] = ()) -> None:
         """Add a summary and files to a run, if it is open, and end it."""
         if name not in self._open:
             return

@@ -98,9 +98,7 @@ class Trainer:
         """Whether the run is over."""
         limit = self._training.max_steps
         return (
-            len(self.history) >= self._training.epochs
-            or self.diverged
-            or 0 < limit <= self._steps
+            len(self.history) >= self._training.epochs or self.diverged or 0 < limit <= self._steps
         )
 
     def run_epoch(self, on_step: Callable[[], None]) -> Epoch:
