@@ -106,6 +106,12 @@ def _parser() -> argparse.ArgumentParser:
         "--batch-size", type=int, metavar="N", help="training examples in each step"
     )
     parser.add_argument(
+        "--batch-sizes",
+        nargs="+",
+        metavar="N",
+        help="a study for each of these sizes, with a search of its own if --search is given",
+    )
+    parser.add_argument(
         "--max-steps",
         type=int,
         metavar="N",
@@ -166,6 +172,7 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
         _import_records(output)
         return
     # Imported late, with torch and MLflow: errors in the options above are then reported at once.
+    import attrs
     from rich.console import Console
 
     from experiments.experiment import Options, run
@@ -180,7 +187,18 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
         workers=arguments.workers,
         results=arguments.results,
     )
-    run(study, options, Console())
+    if arguments.batch_sizes is None:
+        run(study, options, Console())
+        return
+    for size in _wholes("--batch-sizes", arguments.batch_sizes) or ():
+        training = attrs.evolve(study.training, batch_size=size)
+        part = f"batch-{size}"
+        results = None if options.results is None else options.results / part
+        run(
+            attrs.evolve(study, training=training, title=f"{study.title}, batches of {size}"),
+            attrs.evolve(options, output=output / part, results=results),
+            Console(),
+        )
 
 
 def _changes(arguments: argparse.Namespace) -> list[str]:
@@ -191,7 +209,7 @@ def _changes(arguments: argparse.Namespace) -> list[str]:
             raise ExperimentError(
                 f"--{name.replace('_', '-')} must be at least {1 + (name == 'batch_size')}"
             )
-    seeds = _seeds(arguments.seeds)
+    seeds = _wholes("--seeds", arguments.seeds)
     changes = [f"training.{name}={value}" for name, value in short.items() if value is not None]
     return changes if seeds is None else [*changes, f"training.seeds={list(seeds)}"]
 
@@ -207,15 +225,18 @@ def _import_records(output: Path) -> None:
         raise ExperimentError(str(error)) from error
 
 
-def _seeds(words: Sequence[str] | None) -> tuple[int, ...] | None:
+def _wholes(option: str, words: Sequence[str] | None) -> tuple[int, ...] | None:
     if words is None:
         return None
     try:
-        return tuple(int(word) for word in _names(" ".join(words)))
+        found = tuple(int(word) for word in _names(" ".join(words)))
     except ValueError as error:
         raise ExperimentError(
-            f"--seeds must be whole numbers such as 0 1 2, not {' '.join(words)!r}"
+            f"{option} must be whole numbers such as 0 1 2, not {' '.join(words)!r}"
         ) from error
+    if not found or min(found) < 0 or len(set(found)) < len(found):
+        raise ExperimentError(f"{option} must be different whole numbers from 0 on")
+    return found
 
 
 def _number(variable: str) -> int:
