@@ -14,6 +14,12 @@ hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
+if not torch.accelerator.is_available():
+    # Each seed is kept for accelerators that might start later, with the stack of the call, whose
+    # text takes milliseconds.
+    for devices in (torch.cuda, torch.xpu, torch.mtia):
+        devices.manual_seed_all = lambda seed: None  # type: ignore[attr-defined]
+
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
