@@ -253,7 +253,7 @@ def test_package_passes_its_own_tests(site: Site, tmp_path: Path) -> None:
     )
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("COV")},
-        "PYTHONPATH": str(site.folder),
+        "PYTHONPATH": os.pathsep.join([str(site.folder), *sys.path]),
         "KFACTK_LAWS": "quick",
         "OMP_NUM_THREADS": "1",
     }
