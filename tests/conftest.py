@@ -27,6 +27,16 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Do not measure the coverage of processes: they would take twice as long to import torch.
+
+    For those that run nothing that other tests do not measure, or die before they can tell.
+    """
+    for name in [name for name in os.environ if name.startswith("COV")]:
+        monkeypatch.delenv(name)
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Deselect wider samples of a law unless the profile is thorough or `-m` asks for them."""
     if effort(1) > 1 or "thorough" in config.option.markexpr:
