@@ -11,6 +11,8 @@ from pathlib import Path
 import attrs
 import pytest
 
+pytestmark = pytest.mark.xdist_group("layout")  # one worker, so that sources are read once
+
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]

@@ -12,6 +12,7 @@ from kfactk import OptionError
 from kfactk_stages.tracker.delivery import append
 from kfactk_stages.tracker.mlflow_store import TAG, Store, import_file, is_mistake
 
+pytestmark = pytest.mark.xdist_group("mlflow")
 START = {"experiment": "e", "name": "first", "tags": {"a": "b"}, "time": 5000}
 
 
