@@ -190,21 +190,19 @@ class _Conductor:
             self._study, protocol, dataset, self._options.output / "search", self._where
         )
         for groups in search.stages():
-            stage = groups[0][0].trial["stage"] if groups else None
-            if stage is None:
-                continue
-            self._say(f"{protocol} protocol: {len(groups)} trials ({stage})")
-            self._do(groups, lambda listener: Rows(search, listener))
+            if groups:
+                stage = groups[0][0].trial["stage"]
+                self._say(f"{protocol} protocol: {len(groups)} trials ({stage})")
+                self._do(groups, lambda listener: Rows(search, listener))
         summary = search.summary()
         for name, chosen in summary["chosen"].items():
             written = ", ".join(f"{key} {value:g}" for key, value in chosen.items())
             self._say(f"chosen for {self._study.algorithms[name].label}: {written}")
-        store.write_json(self._options.output / "search" / f"{protocol}.json", summary)
+        path = self._options.output / "search" / f"{protocol}.json"
+        store.write_json(path, summary)
         if self._tracking is not None:
-            counts = {"trials": float(len(summary["trials"]))}
             for stage in ("search", "confirm"):
-                path = self._options.output / "search" / f"{protocol}.json"
-                self._tracking.finish(stage, counts, [path])
+                self._tracking.finish(stage, {"trials": float(len(summary["trials"]))}, [path])
         return search.tuned(), {protocol: summary}
 
     def _runs(self, study: Study, dataset: Dataset, searches: Mapping[str, Any]) -> Results:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import os
 import platform
@@ -154,6 +155,7 @@ def environment(device: torch.device, threads: int) -> dict[str, Any]:
     }
 
 
+@functools.cache
 def _commit() -> str:
     """Return the commit of this code, with "+" where files have changed since."""
     command = ("git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=12")
