@@ -351,5 +351,3 @@ def relative_seconds(results: Results, name: str) -> float | None:
 def _exp(value: Any) -> float:
     with np.errstate(over="ignore"):
         return float(np.exp(value))
-
-
