@@ -185,7 +185,8 @@ def _draws_away(results: Results) -> Judged:
     late = max(1, results.epochs * 2 // 3)
     last = _pairs(results, ("ekfacadam",), ("ekfacradam",), "train_loss")
     gaps = statistics.differences(results, "ekfacadam", "ekfacradam", "train_loss")
-    growth, text = _log_effect(results, gaps[:, -1] - gaps[:, late - 1])
+    with np.errstate(invalid="ignore"):
+        growth, text = _log_effect(results, gaps[:, -1] - gaps[:, late - 1])
     return all_hold([last[0].verdict, growth]), (
         f"the final loss: {_each(last)}; from epoch {late} to the end this ratio changed by the "
         f"factor {text}"
@@ -193,7 +194,10 @@ def _draws_away(results: Results) -> Judged:
 
 
 def _log_effect(results: Results, samples: statistics.Array) -> Judged:
-    """Return whether differences of logarithms are negative, and the factor they stand for."""
+    """Return whether differences of logarithms are negative, and the factor they stand for.
+
+    NaN, the difference of two infinite ones, is a tie.
+    """
     samples = np.nan_to_num(samples, nan=0.0, posinf=np.inf, neginf=-np.inf)[:, None]
     found = statistics.bootstrap(samples)
     middle = float(np.exp(statistics.median(samples)[0]))
@@ -238,7 +242,8 @@ def _fastest_on_test(results: Results) -> Judged:
     verdicts, texts = [], []
     for other in sorted(set(ALL) - {"ekfacadam"}, key=results.label):
         gaps = statistics.differences(results, "ekfacadam", other, "test_loss")[:, :half]
-        verdict, text = _log_effect(results, gaps.mean(1))
+        with np.errstate(invalid="ignore"):
+            verdict, text = _log_effect(results, gaps.mean(1))
         verdicts.append(verdict)
         texts.append(f"{results.label('ekfacadam')} / {results.label(other)} {text}")
     return all_hold(verdicts), (

@@ -60,13 +60,17 @@ class Section:
     @property
     def slug(self) -> str:
         """The beginning of the names of its figures."""
-        return re.sub(r"[^\w.]+", "-", self.name)
+        return _slug(self.name)
 
     @property
     def title(self) -> str:
         """Its heading: the title of the study, and the variant where there are several."""
         _, slash, variant = self.name.partition("/")
         return f"{self.results.study.title} ({variant})" if slash else self.results.study.title
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.]+", "-", name)
 
 
 def write(folder: Path, results: Results) -> Written:
@@ -138,7 +142,7 @@ def _sweeps(sections: Sequence[Section]) -> dict[str, dict[int, Results]]:
         parent, slash, _ = section.name.rpartition("/")
         training = section.results.study.training
         if slash and training.target is not None:
-            name = f"{re.sub(r'[^\w.]+', '-', parent)}-batch-sizes"
+            name = f"{_slug(parent)}-batch-sizes"
             found.setdefault(name, {}).setdefault(training.batch_size, section.results)
     return {name: sizes for name, sizes in found.items() if len(sizes) > 1}
 

@@ -49,8 +49,8 @@ def spread(values: Iterable[float]) -> Spread:
     return Spread(float(np.median(array)), float(array.min()), float(array.max()))
 
 
-def number(value: float, worst: str = "diverged") -> str:
-    """Return a number in three digits; `worst` for infinity.
+def number(value: float, worst: str = "diverged", digits: int = 3) -> str:
+    """Return a number in a few digits; `worst` for infinity.
 
     Example:
         >>> number(0.012345), number(0.00012345), number(123456.0), number(float("inf"))
@@ -60,7 +60,9 @@ def number(value: float, worst: str = "diverged") -> str:
         return worst
     if abs(value) >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:#.3g}".rstrip(".")
+    if 0 < abs(value) < 1e-3:
+        return f"{value:.1e}"
+    return f"{value:#.{digits}g}".rstrip(".") if abs(value) < 10**digits else f"{value:.0f}"
 
 
 def is_loss(metric: str) -> bool:

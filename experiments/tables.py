@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -60,19 +61,26 @@ def _finals(results: Results, name: str, join: str = " ") -> list[str]:
     bad, all_ = statistics.diverged_seeds(results, name)
     if bad > all_ / 2:
         return ["diverged"] * len(METRICS)
-    finals = [(metric, statistics.final(results, name, metric)) for metric in METRICS]
-    return [_cell(found, join, 0 if statistics.is_loss(metric) else 1) for metric, found in finals]
+    cells = []
+    for metric in METRICS:
+        write = (_short if join == "\n" else number) if statistics.is_loss(metric) else _per_cent
+        cells.append(_cell(statistics.final(results, name, metric), join, write))
+    return cells
 
 
-def _cell(found: Spread, join: str = " ", decimals: int = 0, worst: str = "diverged") -> str:
+def _cell(found: Spread, join: str = " ", write: Callable[[float], str] = number) -> str:
     """Return median and range; the median alone where all are equal."""
-
-    def one(value: float) -> str:
-        return f"{value:.{decimals}f}" if decimals else number(value, worst)
-
     if found.low == found.high:
-        return one(found.median)
-    return f"{one(found.median)}{join}[{one(found.low)}, {one(found.high)}]"
+        return write(found.median)
+    return f"{write(found.median)}{join}[{write(found.low)}, {write(found.high)}]"
+
+
+def _short(value: float) -> str:
+    return number(value, digits=2)
+
+
+def _per_cent(value: float) -> str:
+    return f"{value:.1f}"
 
 
 def _cost(results: Results, name: str) -> list[str]:
@@ -81,14 +89,15 @@ def _cost(results: Results, name: str) -> list[str]:
     return [number(seconds), "-" if ratio is None else f"{ratio:.2f}x"]
 
 
-def _target(results: Results, name: str, join: str = " ") -> list[str]:
+def _target(results: Results, name: str) -> list[str]:
     found = statistics.reached(results, name)
     count = sum(each is not None for each in found)
-    cells = [
-        _cell(statistics.to_target(results, name, what), join, worst=NOT_REACHED)
-        for what in ("steps", "seconds")
+    steps, seconds = (statistics.to_target(results, name, what) for what in ("steps", "seconds"))
+    return [
+        _cell(steps, write=lambda n: f"{n:,.0f}" if math.isfinite(n) else NOT_REACHED),
+        _cell(seconds, write=lambda n: number(n, NOT_REACHED)),
+        f"{count} of {len(found)}",
     ]
-    return [*cells, f"{count} of {len(found)}"]
 
 
 def caption(results: Results) -> str:
@@ -132,7 +141,7 @@ def distances(results: Results) -> Table | None:
             found.label,
             found.metric,
             f"{found.thesis:g}",
-            _cell(found.ours, decimals=2),
+            _cell(found.ours, write=lambda n: f"{n:.2f}"),
             f"{found.difference:+.2f}",
         ]
         for found in claims.distances(results)
@@ -226,7 +235,7 @@ def for_terminal(results: Results) -> Group:
     parts: list[RichTable | Text] = [_rich(results.study.title, headings, rows)]
     if target is not None:
         reached = [[each.label, *_target(results, each.name)] for each in results.algorithms]
-        parts.append(_rich("", ["to the target", "steps", "seconds", "reached"], reached))
+        parts.append(_rich("", ["target", "steps", "seconds", "reached"], reached))
     for each in results.algorithms:
         bad, all_ = statistics.diverged_seeds(results, each.name)
         if bad:
