@@ -19,7 +19,7 @@ def few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def as_published(seeds: int = 8) -> dict[str, list[list[float]]]:
     """Twenty epochs in which every claim holds."""
-    curves = {name: BASE for name in ("sgd", "kfac", "ekfac")}
+    curves = dict.fromkeys(("sgd", "kfac", "ekfac"), BASE)
     curves["ekfacnag"] = [b - 0.1 if i < 10 else b + 0.05 for i, b in enumerate(BASE)]
     curves["ekfacadam"] = [b - 0.3 for b in BASE]
     curves["ekfacradam"] = [b - 0.25 for b in BASE]
