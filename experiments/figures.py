@@ -94,7 +94,7 @@ class Drawn:
 
 def metric_curves(results: Results, metric: str) -> list[Curve]:
     """Return a metric against epochs: losses, and for accuracies the error in per cent."""
-    found, x = [], np.arange(1, results.epochs + 1)
+    found, x = [], np.arange(1.0, results.epochs + 1)
     for algorithm in results.algorithms:
         values = statistics.curves(results, algorithm.name, metric)
         values = values if statistics.is_loss(metric) else 100 - values
@@ -214,13 +214,10 @@ def _against_size(results_by_size: Mapping[int, Results], algorithm: Algorithm, 
     sizes = [s for s in sorted(results_by_size) if results_by_size[s].of(algorithm.name)]
     spreads = [statistics.to_target(results_by_size[s], algorithm.name, what) for s in sizes]
     counts = [statistics.diverged_seeds(results_by_size[s], algorithm.name) for s in sizes]
-    return Curve(
-        algorithm,
-        np.array(sizes, dtype=float),
-        *(np.array([getattr(s, key) for s in spreads]) for key in ("median", "low", "high")),
-        ends=[],
-        count=(sum(bad for bad, _ in counts), sum(all_ for _, all_ in counts)),
-    )
+    median, low, high = np.array([attrs.astuple(each) for each in spreads]).T
+    bad, all_ = np.sum(counts, axis=0)
+    x = np.array(sizes, dtype=float)
+    return Curve(algorithm, x, median, low, high, ends=[], count=(int(bad), int(all_)))
 
 
 def _figure(size: tuple[float, float]) -> tuple[Figure, Axes]:

@@ -13,7 +13,7 @@ from typing import Any
 import attrs
 import numpy as np
 from numpy.typing import NDArray
-from scipy import stats
+from scipy import stats  # type: ignore[import-untyped]
 
 from experiments.results import Results
 from experiments.store import Epoch, Run

@@ -57,9 +57,9 @@ def _summary_row(results: Results, name: str) -> list[str]:
 
 
 def _finals(results: Results, name: str, join: str = " ") -> list[str]:
-    """Return the final metrics; `diverged` where the median seed did."""
+    """Return the final metrics; `diverged` where half of the seeds did."""
     bad, all_ = statistics.diverged_seeds(results, name)
-    if bad > all_ / 2:
+    if bad >= all_ / 2:
         return ["diverged"] * len(METRICS)
     cells = []
     for metric in METRICS:
