@@ -125,7 +125,8 @@ def course_curves(results: Results, against: str) -> list[Curve]:
         losses = np.stack([_on(grid, c.steps, c.losses, math.inf) for c in courses])
         seconds = np.stack([_on(grid, c.steps, c.seconds, math.nan) for c in courses])
         x = grid if against == "steps" else np.nanmedian(seconds, axis=0)
-        whole = np.flatnonzero(grid >= runs[0].history[0].steps)
+        first = max(run.history[0].steps for run in runs)
+        whole = grid > first - 1e-6  # steps may be sums of fractions
         x, losses = x[whole], np.where(np.isfinite(losses), losses, math.inf)[:, whole]
         ends = [_course_end(x, row, run) for row, run in zip(losses, runs, strict=True)]
         found.append(_curve(results, algorithm, x, losses, ends))
@@ -139,7 +140,7 @@ def _on(grid: Array, steps: Array, values: Array, beyond: float) -> Array:
 
 
 def _course_end(x: Array, row: Array, run: Run) -> tuple[float, float] | None:
-    if not statistics.diverged(run) or not len(x):
+    if not statistics.diverged(run):
         return None
     last = max(int(np.isfinite(row).sum()) - 1, 0)
     return float(x[last]), float(row[last])
@@ -261,7 +262,7 @@ def _limits(shown: Sequence[Curve]) -> tuple[float, float]:
     values = np.concatenate(rows) if rows else np.ones(1)
     values = values[np.isfinite(values) & (values > 0)]
     if not len(values):
-        return 0.1, 10.0
+        return 0.1, 10.0  # nothing is finite
     return float(values.min()) / ROOM, float(values.max()) * ROOM
 
 
@@ -314,16 +315,12 @@ def alt(results: Results, name: str) -> str:
     unit = " %" if name.endswith("accuracy") else ""
     parts = []
     for curve in curves(results, name):
-        bad, all_ = curve.count
-        words = "diverged" if bad == all_ else _last(curve) + unit * math.isfinite(curve.median[-1])
-        if name == "seconds" and bad < all_:
+        last = float(curve.median[-1])
+        words = number(last) + (unit if math.isfinite(last) else "")
+        if name == "seconds":
             words += f" after {number(curve.x[-1])} s"
         parts.append(f"{curve.label} {words}")
     return f"{TITLES[name]}, at the end, as the median over seeds: {', '.join(parts)}."
-
-
-def _last(curve: Curve) -> str:
-    return number(float(curve.median[-1])) if len(curve.median) else "unknown"
 
 
 def versus_alt(results_by_size: Mapping[int, Results]) -> str:

@@ -99,6 +99,21 @@ def test_compact_runs_are_drawn_at_the_same_steps_also_where_one_diverged():
         assert curve.ends == [(8.0, 3.0)]
 
 
+def test_a_run_that_broke_off_in_its_first_epoch_hides_no_other():
+    results = made_up.results({"sgd": [[NAN], [2.0, 1.0], [3.0, 2.0]]})
+    broken = made_up.epoch(1, NAN, steps=1, losses=(NAN,), times=(0.5,))
+    runs = [attrs.evolve(results.runs[0], history=(broken,)), *results.runs[1:]]
+    (curve,) = figures.course_curves(attrs.evolve(results, runs=runs), "steps")
+    np.testing.assert_allclose(curve.x, [4, 5, 6, 7, 8])
+    np.testing.assert_allclose(curve.median, [3, 2.75, 2.5, 2.25, 2])
+    np.testing.assert_allclose(curve.low, [2, 1.75, 1.5, 1.25, 1])
+    for steps in (3, 7, 79):  # thirds that do not add up exactly
+        thinned = made_up.epoch(1, 1.0, steps=steps, losses=(1.0,) * 3, times=(0.5,) * 3)
+        run = attrs.evolve(results.runs[1], history=(thinned,))
+        (curve,) = figures.course_curves(attrs.evolve(results, runs=[run]), "steps")
+        np.testing.assert_allclose(curve.x, [steps])
+
+
 def test_labels_are_plain_text(tmp_path: Path):
     results = made_up.results({"sgd": [[1.0, 0.5]], "mine": [[1.0, 0.5]]})
     mine = attrs.evolve(results.study.algorithms["mine"], label="_a$b_c$ <&>")
