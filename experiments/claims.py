@@ -22,6 +22,7 @@ EARLY = 10
 ABOUT_THREE = (2.0, 4.0)
 """The points that "about 3 points" allows."""
 OPEN = "cannot be judged"
+OPPOSITE = {HOLDS: FAILS, FAILS: HOLDS, UNDECIDED: UNDECIDED}
 
 Judged = tuple[str, str]
 
@@ -174,8 +175,9 @@ def _kept_lead(results: Results) -> Judged:
 def _nag_overtaken(results: Results) -> Judged:
     early = max(1, results.epochs // 10)
     before = _pairs(results, ("ekfacnag",), OLD, "train_loss", (early,))
-    after = _pairs(results, OLD, ("ekfacnag",), "train_loss")
-    return _verdict([*before, *after]), (
+    after = _pairs(results, ("ekfacnag",), OLD, "train_loss")
+    overtaken = [OPPOSITE[comparison.verdict] for comparison in after]
+    return all_hold([_verdict(before), *overtaken]), (
         f"the loss after epoch {early}, a tenth of the training: {_each(before)}; at the end: "
         f"{_each(after)}"
     )
@@ -200,13 +202,13 @@ def _log_effect(results: Results, samples: statistics.Array) -> Judged:
     """
     samples = np.nan_to_num(samples, nan=0.0, posinf=np.inf, neginf=-np.inf)[:, None]
     found = statistics.bootstrap(samples)
-    middle = float(np.exp(statistics.median(samples)[0]))
+    middle = statistics.exp(statistics.median(samples)[0])
     if found is None:
         return UNDECIDED, statistics.effect(middle, None, ratio=True)
     limited = results.study.training.max_steps > 0
     verdict = UNDECIDED if limited else statistics.sign(found[0], negative=True)
-    low, high = np.exp(found[0])
-    return verdict, statistics.effect(middle, (float(low), float(high)), ratio=True)
+    low, high = map(statistics.exp, found[0])
+    return verdict, statistics.effect(middle, (low, high), ratio=True)
 
 
 def _highest_accuracy(results: Results) -> Judged:

@@ -338,7 +338,7 @@ def svg_text(figure: Figure, name: str) -> str:
     """Return a figure as SVG; the same figure gives the same text, without dates."""
     text = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name, "svg.fonttype": "none"}):
-        figure.savefig(text, format="svg", metadata={"Date": None})
+        figure.savefig(text, format="svg", metadata={"Date": None, "Creator": None})
     return text.getvalue()
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 import attrs
 import numpy as np
@@ -25,7 +24,7 @@ LEAST_SEEDS = 5
 """With fewer common seeds, every comparison is undecided."""
 RESAMPLES = 4999
 FAR = 1e9
-"""Takes the place of infinite differences in the bootstrap."""
+"""Takes the place of infinite differences of logarithms: its exponential is infinite."""
 
 
 @attrs.frozen
@@ -136,11 +135,11 @@ class Comparison:
 
 
 def effect(median: float, interval: tuple[float, float] | None, *, ratio: bool) -> str:
-    """Return a ratio or a difference in points, with its interval.
+    """Return a ratio or a difference in points, with its interval if there are enough seeds.
 
     Example:
         >>> effect(0.5, (0.25, math.inf), ratio=True), effect(3.0, None, ratio=False)
-        ('0.500 [0.250, infinite]', '+3.00 points (too few seeds for an interval)')
+        ('0.500 [0.250, infinite]', '+3.00 points')
     """
 
     def one(value: float) -> str:
@@ -150,7 +149,7 @@ def effect(median: float, interval: tuple[float, float] | None, *, ratio: bool) 
         return "no common seeds"
     unit = "" if ratio else " points"
     if interval is None:
-        return f"{one(median)}{unit} (too few seeds for an interval)"
+        return f"{one(median)}{unit}"
     return f"{one(median)}{unit} [{one(interval[0])}, {one(interval[1])}]"
 
 
@@ -167,7 +166,7 @@ def compare(
         verdict = UNDECIDED
         if intervals is not None and not limited:
             verdict = sign(intervals[i], negative=loss)
-        scale = _exp if loss else float
+        scale = exp if loss else float
         interval = None if intervals is None else (scale(intervals[i][0]), scale(intervals[i][1]))
         compared.append(
             Comparison(
@@ -207,10 +206,10 @@ def log_ratio(one: Array, other: Array) -> Array:
 
 
 def median(samples: Array) -> Array:
-    """Return the median of each column, which may be infinite; NaN without rows."""
+    """Return the median of each column; NaN without rows."""
     if not len(samples):
         return np.full(samples.shape[1], np.nan)
-    return _far(np.median(np.clip(samples, -FAR, FAR), axis=0))
+    return np.asarray(np.median(np.clip(samples, -FAR, FAR), axis=0))
 
 
 def bootstrap(samples: Array) -> Array | None:
@@ -228,12 +227,7 @@ def bootstrap(samples: Array) -> Array | None:
         vectorized=True,
         rng=np.random.default_rng(0),
     ).confidence_interval
-    return _far(np.stack([found.low, found.high], axis=-1))
-
-
-def _far(array: Array) -> Array:
-    """Return infinity where `FAR` takes part."""
-    return np.where(np.abs(array) > FAR / 100, np.copysign(np.inf, array), array)
+    return np.stack([found.low, found.high], axis=-1)
 
 
 def sign(interval: Sequence[float] | Array, *, negative: bool) -> str:
@@ -350,6 +344,12 @@ def relative_seconds(results: Results, name: str) -> float | None:
     return float(np.median(ratios)) if ratios else None
 
 
-def _exp(value: Any) -> float:
+def exp(value: float) -> float:
+    """Return the exponential; infinity where it is too large.
+
+    Example:
+        >>> exp(0.0), exp(FAR), exp(-FAR)
+        (1.0, inf, 0.0)
+    """
     with np.errstate(over="ignore"):
         return float(np.exp(value))

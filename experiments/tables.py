@@ -195,8 +195,8 @@ def settings(results: Results) -> tuple[Table, Table]:
     columns = []
     for algorithm in results.algorithms:
         run = next(iter(results.of(algorithm.name).values()))
-        columns.append(dict(flatten({**run.settings, "seed": None})))
-    keys = [key for key in dict.fromkeys(key for each in columns for key in each) if key != "seed"]
+        columns.append({k: v for k, v in flatten(run.settings) if k != "seed"})
+    keys = list(dict.fromkeys(key for each in columns for key in each))
     rows = [[key, *(str(each.get(key, "")) for each in columns)] for key in keys]
     training = flatten({"training": attrs.asdict(results.study.training)})
     shared = {row[0]: row[1] for row in rows if len(set(row[1:])) == 1}

@@ -214,18 +214,20 @@ def test_the_page_has_every_study(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_text_of_a_study_is_no_markup_of_the_page(tmp_path: Path):
     results = made_up.results({"sgd": [[1.0, 0.5]]})
     results = attrs.evolve(results, study=attrs.evolve(results.study, title="a*b* | <b> [c](d)"))
-    root = root_with(tmp_path, small=results)
-    assert report.main([], root) == 0
-    page = (root / "docs" / "results.md").read_text()
+    page = report.write_page(tmp_path, [report.Section("small", results)]).read_text()
     assert r"## a\*b\* \| &lt;b&gt; \[c\](d)" in page
 
 
 def test_studies_side_by_side_with_other_batch_sizes_are_one_figure(tmp_path: Path):
     results = {size: made_up.results({"sgd": [[1.0, 0.5]]}, batch_size=size) for size in (16, 64)}
-    root = root_with(tmp_path, sizes__16=results[16], sizes__64=results[64])
-    assert report.main([], root) == 0
-    assert (root / "docs/assets/results/sizes-batch-sizes.svg").is_file()
-    assert "SGD 8 at 16, 8 at 64" in (root / "docs" / "results.md").read_text()
+    sections = [report.Section(f"sizes/{size}", each) for size, each in results.items()]
+    page = report.write_page(tmp_path, sections).read_text()
+    assert (tmp_path / "docs/assets/results/sizes-batch-sizes.svg").is_file()
+    assert "SGD 8 at 16, 8 at 64" in page
+    assert "## Batch sizes" in page
+    page = report.write_page(tmp_path, sections[:1]).read_text()
+    assert not (tmp_path / "docs/assets/results/sizes-batch-sizes.svg").exists()
+    assert "## Batch sizes" not in page
 
 
 def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
