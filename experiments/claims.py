@@ -200,7 +200,7 @@ def _log_effect(results: Results, samples: statistics.Array) -> Judged:
 
     NaN, the difference of two infinite ones, is a tie.
     """
-    samples = np.nan_to_num(samples, nan=0.0, posinf=np.inf, neginf=-np.inf)[:, None]
+    samples = np.where(np.isnan(samples), 0.0, samples)[:, None]
     found = statistics.bootstrap(samples)
     middle = statistics.exp(statistics.median(samples)[0])
     if found is None:

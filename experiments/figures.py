@@ -85,9 +85,9 @@ class Curve:
 
 @attrs.frozen
 class Drawn:
-    """A saved figure: its title, the text of its SVG, and one sentence that says what it shows."""
+    """A figure: its caption, the text of its SVG, and one sentence that says what it shows."""
 
-    title: str
+    caption: str
     svg: str
     alt: str
 
@@ -350,14 +350,18 @@ def save(figure: Figure, folder: Path, name: str) -> str:
     return text
 
 
+def _caption(name: str) -> str:
+    return TITLES[name] + (f", as figure {THESIS[name]} of the thesis" if name in THESIS else "")
+
+
 def drawn(results: Results, name: str) -> Drawn:
     """Draw one figure of a study, without saving it."""
-    return Drawn(TITLES[name], svg_text(draw(results, name), name), alt(results, name))
+    return Drawn(_caption(name), svg_text(draw(results, name), name), alt(results, name))
 
 
 def save_all(results: Results, folder: Path) -> dict[str, Drawn]:
     """Save the six figures of a study, and return them by name."""
     return {
-        name: Drawn(title, save(draw(results, name), folder, name), alt(results, name))
-        for name, title in TITLES.items()
+        name: Drawn(_caption(name), save(draw(results, name), folder, name), alt(results, name))
+        for name in TITLES
     }

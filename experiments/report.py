@@ -121,7 +121,6 @@ def write_page(root: Path, sections: Sequence[Section]) -> Path:
     text = _template("results.md.j2", _markdown).render(
         views=views,
         sweeps={name: figures.versus_alt(sizes) for name, sizes in sweeps.items()},
-        thesis=figures.THESIS,
     )
     write_text(root / "docs" / "results.md", text)
     return root / "docs" / "results.md"
@@ -219,13 +218,12 @@ def rebuild(folders: Sequence[Path], root: Path) -> list[Path]:
     Returns:
         The written files. The page is not among them where `root/results` has no studies.
     """
-    chosen = [path for folder in folders or [root / "results"] for path in studies(folder)]
-    written = [write(folder, stored.read(folder)).report for folder in dict.fromkeys(chosen)]
-    if any((root / "results").rglob(stored.STUDY)):
-        sections = [
-            Section(path.relative_to(root / "results").as_posix(), stored.read(path))
-            for path in studies(root / "results")
-        ]
+    all_ = root / "results"
+    chosen = dict.fromkeys(path for folder in folders or [all_] for path in studies(folder))
+    written = [write(folder, stored.read(folder)).report for folder in chosen]
+    if any(all_.rglob(stored.STUDY)):
+        named = {path.relative_to(all_).as_posix(): path for path in studies(all_)}
+        sections = [Section(name, stored.read(path)) for name, path in named.items()]
         written.append(write_page(root, sections))
     return written
 

@@ -121,6 +121,7 @@ def test_the_report_contains_everything(text: str):
         "c0ffee",
         "training.target0.7",
         "does not hold EKFACnag slows",
+        "Test error against epochs, as figure 4 of the thesis",
     ):
         assert word in words, word
     assert "seeds 0, 1, 2, 3, 4" in words
