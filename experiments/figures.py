@@ -274,13 +274,12 @@ def _styles(shown: Sequence[Curve]) -> Iterator[dict[str, Any]]:
 
 
 def _mark_axis(axes: Axes, low: float, high: float) -> None:
-    """Write plain numbers beside a log axis that is short."""
-    if high / low > 300:
-        return
-    if high / low > 8:
-        axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
-    else:
+    """Write plain numbers beside the log axis, not too many."""
+    if high / low < 8:
         axes.yaxis.set_major_locator(ticker.MaxNLocator(nbins=7, steps=[1, 2, 5, 10]))
+    else:
+        subs = (1, 2, 5) if high / low < 300 else (1,)
+        axes.yaxis.set_major_locator(ticker.LogLocator(subs=subs))
     axes.yaxis.set_major_formatter(ticker.FuncFormatter(lambda value, _: f"{value:g}"))
     axes.yaxis.set_minor_locator(ticker.NullLocator())
 
