@@ -131,24 +131,19 @@ def _tally(comparisons: Sequence[Comparison], better: str) -> str:
 
 def _closest(comparisons: Sequence[Comparison]) -> str:
     """Return, for each first algorithm, the comparison that is least in its favour."""
-    lower = statistics.is_loss(comparisons[0].metric)
-
-    def favour(comparison: Comparison) -> tuple[float, str]:
-        return (-comparison.median if lower else comparison.median), comparison.second
-
-    firsts = sorted({comparison.first for comparison in comparisons})
-    least = [min((c for c in comparisons if c.first == first), key=favour) for first in firsts]
-    return ", ".join(f"{_between(c)} {c.text}" for c in least)
-
-
-def _between(comparison: Comparison) -> str:
-    sign = "/" if statistics.is_loss(comparison.metric) else "against"
-    return f"{comparison.first} {sign} {comparison.second}"
+    least = max if statistics.is_loss(comparisons[0].metric) else min
+    firsts = dict.fromkeys(comparison.first for comparison in comparisons)
+    return _each(
+        least((c for c in comparisons if c.first == first), key=lambda c: c.median)
+        for first in firsts
+    )
 
 
 def _each(comparisons: Iterable[Comparison]) -> str:
+    """Return the numbers of every comparison."""
     return ", ".join(
-        f"{_between(c)} {c.text}" for c in sorted(comparisons, key=lambda c: (c.first, c.second))
+        f"{c.first} {'/' if statistics.is_loss(c.metric) else 'against'} {c.second} {c.text}"
+        for c in comparisons
     )
 
 
@@ -242,7 +237,7 @@ def _about_three(interval: tuple[float, float] | None) -> str:
 def _fastest_on_test(results: Results) -> Judged:
     half = results.epochs // 2
     verdicts, texts = [], []
-    for other in sorted(set(ALL) - {"ekfacadam"}, key=results.label):
+    for other in [name for name in ALL if name != "ekfacadam"]:
         gaps = statistics.differences(results, "ekfacadam", other, "test_loss")[:, :half]
         with np.errstate(invalid="ignore"):
             verdict, text = _log_effect(results, gaps.mean(1))

@@ -78,11 +78,17 @@ def test_ties_are_undecided():
     assert found == [UNDECIDED] * 5 + [FAILS] + [UNDECIDED] * 2  # no 3 points
 
 
-def test_the_order_of_algorithms_decides_nothing():
-    for losses in (as_published(), dict.fromkeys(made_up.ALL, as_published()["sgd"])):
-        expected = claims.check(made_up.results(losses))
-        turned = dict(reversed(losses.items()))
-        assert claims.check(made_up.results(turned)) == expected
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_order_of_algorithms_decides_nothing(monkeypatch: pytest.MonkeyPatch, ties):
+    losses = as_published()
+    if ties:
+        losses = dict.fromkeys(made_up.ALL, losses["sgd"])
+    expected = claims.check(made_up.results(losses))
+    assert claims.check(made_up.results(dict(reversed(losses.items())))) == expected
+    for name in ("NEW", "OLD", "ALL"):
+        monkeypatch.setattr(claims, name, getattr(claims, name)[::-1])
+    turned = claims.check(made_up.results(losses))
+    assert [claim.verdict for claim in turned] == [claim.verdict for claim in expected]
 
 
 def test_four_seeds_and_limited_runs_decide_nothing():
