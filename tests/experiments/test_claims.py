@@ -121,6 +121,15 @@ def test_diverged_runs_do_not_win():
     assert verdicts(losses) == [FAILS, FAILS, HOLDS, FAILS, FAILS, FAILS, FAILS, FAILS]
 
 
+def test_the_other_one_diverged_long_ago_is_no_drawing_away():
+    losses = as_published()
+    losses["ekfacradam"] = [[*seed[:5], math.nan] for seed in losses["ekfacradam"]]
+    claim = claims.check(made_up.results(losses))[3]
+    assert claim.verdict == UNDECIDED
+    assert "0.00 [0.00, 0.00]; from epoch 13 to the end" in claim.evidence
+    assert claim.evidence.endswith("the factor 1.00 [1.00, 1.00]")
+
+
 def test_one_diverged_seed_of_eight_does_not_undo_a_claim():
     losses = as_published()
     losses["ekfacadam"][3] = [*losses["ekfacadam"][3][:12], math.nan]
