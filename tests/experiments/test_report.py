@@ -1,3 +1,4 @@
+import io
 import re
 from html.parser import HTMLParser
 from pathlib import Path
@@ -134,16 +135,24 @@ def test_a_study_of_other_algorithms_has_no_list_of_claims(tmp_path: Path):
     assert "Late in training" not in words
 
 
+def terminal(results, width: int) -> str:
+    """What a terminal of this width shows."""
+    console = Console(width=width, file=io.StringIO())
+    console.print(report.for_terminal(results))
+    return console.file.getvalue()
+
+
 def test_the_table_of_the_terminal_fits_80_columns():
-    console = Console(width=80, record=True, quiet=False, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(report.for_terminal(everything()))
-    text = console.export_text()
+    text = terminal(everything(), 80)
     assert max(map(len, text.splitlines())) <= 80
     assert "…" not in text
     for word in ("EKFACradam", "1.00x", "1.50x", "95.0", "not reached", "4 of 5"):
         assert word in text
     assert "SGD: 1 of 5 seeds diverged" in text
     assert "over 5 seeds" in " ".join(text.split())
+    # A range stands below its median, also where there is room.
+    wide = [line for line in terminal(everything(), 200).splitlines() if line.startswith("K-FAC")]
+    assert "[" not in wide[0]
 
 
 def test_costs_and_steps_to_the_target_are_in_the_summary():
