@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,8 @@ KINDS = {
     claims.OPEN: "open",
 }
 """The style of each verdict."""
+SIZES = "batch-sizes"
+"""The end of the names of the figures of batch-size studies."""
 for_terminal = tables.for_terminal
 
 
@@ -98,26 +100,17 @@ def write_page(root: Path, sections: Sequence[Section]) -> Path:
         root: The folder that has `docs/`.
         sections: The studies.
     """
-    assets = root / "docs" / "assets" / "results"
-    views, written = [], set()
+    svgs: dict[str, str] = {}
+    views = []
     for section in sections:
-        drawn = _save_svgs(section, assets)
-        written |= {f"{section.slug}-{name}.svg" for name in drawn}
-        views.append(
-            {
-                **_view(section.results),
-                "section": section,
-                "figures": drawn,
-                "given": tables.given(section.results),
-            }
-        )
+        drawn = {name: figures.drawn(section.results, name) for name in figures.TITLES}
+        svgs |= {f"{section.slug}-{name}": each.svg for name, each in drawn.items()}
+        view = {"section": section, "figures": drawn, "given": tables.given(section.results)}
+        views.append({**_view(section.results), **view})
     sweeps = _sweeps(sections)
     for name, sizes in sweeps.items():
-        text = figures.svg_text(figures.versus(sizes), name)
-        write_text(assets / f"{name}.svg", text)
-        written.add(f"{name}.svg")
-    for old in set(assets.glob("*.svg")) - {assets / name for name in written}:
-        old.unlink()
+        svgs[name] = figures.svg_text(figures.versus(sizes), name)
+    _replace(root / "docs" / "assets" / "results", svgs)
     text = _template("results.md.j2", _markdown).render(
         views=views,
         sweeps={name: figures.versus_alt(sizes) for name, sizes in sweeps.items()},
@@ -126,12 +119,14 @@ def write_page(root: Path, sections: Sequence[Section]) -> Path:
     return root / "docs" / "results.md"
 
 
-def _save_svgs(section: Section, folder: Path) -> dict[str, Drawn]:
-    drawn = {}
-    for name in figures.TITLES:
-        drawn[name] = figures.drawn(section.results, name)
-        write_text(folder / f"{section.slug}-{name}.svg", drawn[name].svg)
-    return drawn
+def _replace(folder: Path, svgs: Mapping[str, str]) -> None:
+    """Write the figures of the page, and remove those that it had before; others stay."""
+    kinds = "|".join([*figures.TITLES, SIZES])
+    for path in folder.glob("*.svg"):
+        if re.fullmatch(rf".+-({kinds})", path.stem) and path.stem not in svgs:
+            path.unlink()
+    for name, svg in svgs.items():
+        write_text(folder / f"{name}.svg", svg)
 
 
 def _sweeps(sections: Sequence[Section]) -> dict[str, dict[int, Results]]:
@@ -141,7 +136,7 @@ def _sweeps(sections: Sequence[Section]) -> dict[str, dict[int, Results]]:
         parent, slash, _ = section.name.rpartition("/")
         training = section.results.study.training
         if slash and training.target is not None:
-            name = f"{_slug(parent)}-batch-sizes"
+            name = f"{_slug(parent)}-{SIZES}"
             found.setdefault(name, {}).setdefault(training.batch_size, section.results)
     return {name: sizes for name, sizes in found.items() if len(sizes) > 1}
 

@@ -198,6 +198,8 @@ def test_the_page_has_every_study(tmp_path: Path, capsys: pytest.CaptureFixture[
     (root / "docs" / "assets" / "results").mkdir(parents=True)
     old = root / "docs" / "assets" / "results" / "gone-train_loss.svg"
     old.write_text("")
+    other = old.with_name("overview.svg")
+    other.write_text("")
     assert report.main([str(root / "results" / "small" / "fair")], root) == 0
     assert capsys.readouterr().out.split() == [
         str(root / "results" / "small" / "fair" / "report.html"),
@@ -212,6 +214,7 @@ def test_the_page_has_every_study(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert len(linked) == 12
     assert all((root / "docs" / path).is_file() for path in linked)
     assert not old.exists()
+    assert other.exists()
     assert page.count("as figure 4 of the thesis") == 2
     assert "python -m experiments --set 'a<b'" in page
     assert "| commit | c0ffee |" in page
