@@ -120,12 +120,14 @@ def _verdict(comparisons: Iterable[Comparison]) -> str:
     return all_hold(comparison.verdict for comparison in comparisons)
 
 
-def _tally(comparisons: Sequence[Comparison], better: str) -> str:
-    """Return in how many comparisons the first is better."""
-    count = [sum(c.verdict == kind for c in comparisons) for kind in (HOLDS, FAILS, UNDECIDED)]
+def _tally(comparisons: Sequence[Comparison]) -> str:
+    """Return in how many comparisons the first loss is lower."""
+    lower, higher, undecided = (
+        sum(each.verdict == kind for each in comparisons) for kind in (HOLDS, FAILS, UNDECIDED)
+    )
     return (
-        f"{better} in {count[0]} of {len(comparisons)} comparisons, not in {count[1]}, "
-        f"undecided in {count[2]}"
+        f"lower in {lower} of {len(comparisons)} comparisons, higher in {higher}, "
+        f"undecided in {undecided}"
     )
 
 
@@ -152,7 +154,7 @@ def _early_lead(results: Results) -> Judged:
     compared = _pairs(results, NEW, OLD, "train_loss", range(1, early + 1))
     last = [comparison for comparison in compared if comparison.epoch == early]
     return _verdict(compared), (
-        f"{_tally(compared, 'lower')} (9 pairs, {early} epochs); the loss after epoch {early}, "
+        f"{_tally(compared)} (9 pairs, {early} epochs); the loss after epoch {early}, "
         f"against the closest baseline: {_closest(last)}"
     )
 
@@ -162,7 +164,7 @@ def _kept_lead(results: Results) -> Judged:
     compared = _pairs(results, ("ekfacadam", "ekfacradam"), OLD, "train_loss", epochs)
     last = [comparison for comparison in compared if comparison.epoch == results.epochs]
     return _verdict(compared), (
-        f"{_tally(compared, 'lower')} (6 pairs, {results.epochs} epochs); the final loss, against "
+        f"{_tally(compared)} (6 pairs, {results.epochs} epochs); the final loss, against "
         f"the closest baseline: {_closest(last)}"
     )
 

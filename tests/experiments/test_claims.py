@@ -73,6 +73,11 @@ def test_ties_are_undecided():
     losses = as_published()
     losses["ekfacradam"] = losses["ekfacadam"]
     assert verdicts(losses) == [HOLDS, HOLDS, HOLDS, UNDECIDED, HOLDS, HOLDS, UNDECIDED, UNDECIDED]
+    losses = as_published()
+    losses["ekfacnag"] = [
+        [*seed[:-1], losses["ekfac"][i][-1]] for i, seed in enumerate(losses["ekfacnag"])
+    ]
+    assert verdicts(losses) == [HOLDS, HOLDS, UNDECIDED, *[HOLDS] * 5]
     same = dict.fromkeys(losses, losses["sgd"])
     found = verdicts(same)
     assert found == [UNDECIDED] * 5 + [FAILS] + [UNDECIDED] * 2  # no 3 points
@@ -137,8 +142,12 @@ def test_one_diverged_seed_of_eight_does_not_undo_a_claim():
 
 
 def test_evidence_has_numbers_with_intervals():
-    found = claims.check(made_up.results(as_published()))
-    assert "lower in 90 of 90 comparisons, not in 0, undecided in 0" in found[0].evidence
+    losses = as_published()
+    losses["kfac"] = [[value - 0.01 for value in seed] for seed in losses["kfac"]]
+    found = claims.check(made_up.results(losses))
+    assert "lower in 90 of 90 comparisons, higher in 0, undecided in 0" in found[0].evidence
+    assert "the closest baseline: EKFACnag / K-FAC 0.933 [0.932, 0.933]" in found[0].evidence
+    assert "the closest of the other four: EKFACadam against K-FAC +3.0" in found[4].evidence
     assert "EKFACadam / EKFACradam 0.500 [0.500, 0.500]" in found[3].evidence
     assert "EKFACadam against SGD +3.11 points [+3.0" in found[5].evidence
 
