@@ -151,7 +151,7 @@ def test_the_table_of_the_terminal_fits_80_columns():
     assert "SGD: 1 of 5 seeds diverged" in text
     assert "over 5 seeds" in " ".join(text.split())
     # A range stands below its median, also where there is room.
-    wide = [line for line in terminal(everything(), 200).splitlines() if line.startswith("K-FAC")]
+    wide = [line for line in terminal(everything(), 200).splitlines() if line.startswith("EKFAC ")]
     assert "[" not in wide[0]
 
 
