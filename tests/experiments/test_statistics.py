@@ -110,6 +110,8 @@ def test_diverged_seeds_are_compared_as_worst():
     assert (tie.verdict, tie.median) == (UNDECIDED, 1.0)
     some = compare({"sgd": [good] * 5, "kfac": [[1.0, 0.25]] * 4 + [bad]})
     assert some.text == "0.500 [0.500, infinite]"
+    either = compare({"sgd": [good, bad] * 3, "kfac": [bad, good] * 3})
+    assert (either.verdict, either.text) == (UNDECIDED, "1.00 [0.00, infinite]")
 
 
 def test_all_hold():
