@@ -14,14 +14,24 @@ import attrs
 import torch
 from rich.console import Console
 
-from experiments import algorithms, data, ranks, report, runner, store
+from experiments import (
+    algorithms,
+    claims,
+    data,
+    ranks,
+    report,
+    runner,
+    statistics,
+    store,
+    tables,
+)
 from experiments.data import Dataset
 from experiments.errors import ExperimentError
 from experiments.progress import Progress, say
 from experiments.results import Results
 from experiments.runner import Job, Listener
 from experiments.search import Rows, Search
-from experiments.settings import Study
+from experiments.settings import METRICS, Study
 from experiments.store import Epoch, Run
 from experiments.tracking import Point, Tracking
 from kfactk.masking import mask
@@ -247,17 +257,27 @@ class _Conductor:
         results.write(options.output / "results")
         if options.results is not None:
             results.write(options.results)
-        paths = report.write(options.output, results)
-        self._console.print(report.for_terminal(results))
-        for line in report.verdicts(results):
-            self._say(line)
-        self._say(f"\nreport   {(options.output / 'report.html').resolve()}")
+        written = report.write(options.output, results)
+        self._console.print(tables.for_terminal(results))
+        for claim in claims.check(results):
+            if claim.verdict != claims.OPEN:
+                self._say(f"{claim.verdict:>16}: {claim.text}. {claim.evidence}")
+        self._say(f"\nreport   {written.report.resolve()}")
         self._say(f"results  {(options.results or options.output / 'results').resolve()}")
         if tracking is None:
             return
         tracking.open("report", {"kind": "report"})
-        medians = report.medians(results)
-        tracking.finish("report", medians, [*paths, options.output / "results" / "study.json"])
+        medians = {
+            f"{each.name}/{metric}": statistics.final(results, each.name, metric).median
+            for each in results.algorithms
+            for metric in METRICS
+        }
+        files = [
+            written.report,
+            *sorted(written.figures.glob("*.png")),
+            options.output / "results" / "study.json",
+        ]
+        tracking.finish("report", medians, files)
         start, address = tracking.how_to_open(shlex.quote(sys.executable))
         if start:
             self._say(f"MLflow   start it with: {start}\n         then open {address}")

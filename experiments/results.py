@@ -11,8 +11,8 @@ import attrs
 
 from experiments import settings, store
 from experiments.errors import ExperimentError, system_reason
-from experiments.settings import Study
-from experiments.store import Run
+from experiments.settings import Algorithm, Study
+from experiments.store import RUNNING, Run
 
 POINTS = 300
 """Means of losses and seconds that a file keeps of a run."""
@@ -40,6 +40,34 @@ class Results:
     command: str
     runs: Sequence[Run]
     searches: Mapping[str, Any] = attrs.field(factory=dict)
+
+    @property
+    def algorithms(self) -> list[Algorithm]:
+        """The algorithms that have runs, in the order of the study."""
+        return [each for each in self.study.algorithms.values() if self.of(each.name)]
+
+    @property
+    def epochs(self) -> int:
+        """Number of epochs of the longest run."""
+        return max((run.history[-1].epoch for run in self._ended), default=0)
+
+    @property
+    def first(self) -> Algorithm:
+        """The algorithm that others are compared with: SGD, or the first without it."""
+        return next((each for each in self.algorithms if each.name == "sgd"), self.algorithms[0])
+
+    @property
+    def _ended(self) -> list[Run]:
+        return [run for run in self.runs if run.status != RUNNING and run.history]
+
+    def of(self, name: str) -> dict[int, Run]:
+        """Return the ended runs of an algorithm by seed, in the order of seeds."""
+        found = {run.seed: run for run in self._ended if run.algorithm == name}
+        return dict(sorted(found.items()))
+
+    def label(self, name: str) -> str:
+        """Return the name of an algorithm for readers."""
+        return self.study.algorithms[name].label
 
     def write(self, folder: Path) -> None:
         """Write the results, compact, into a folder; runs there that are not among ours go."""
