@@ -34,6 +34,8 @@ KINDS = {
     claims.OPEN: "open",
 }
 """The style of each verdict."""
+OVERVIEW = "overview"
+"""The figure of the first page."""
 SIZES = "batch-sizes"
 """The end of the names of the figures of batch-size studies."""
 
@@ -100,19 +102,26 @@ def write_page(root: Path, sections: Sequence[Section]) -> Path:
         sections: The studies.
     """
     svgs: dict[str, str] = {}
-    views = []
+    views, sweeps = [], _sweeps(sections)
     for section in sections:
+        if section.results.study.training.overview:
+            figure = figures.overview(section.results, section.results.study.training.overview)
+            svgs[OVERVIEW] = figures.svg_text(figure, OVERVIEW)
+        if any(section.results in sizes.values() for sizes in sweeps.values()):
+            continue  # the figure of all sizes shows it
         drawn = {name: figures.drawn(section.results, name) for name in figures.TITLES}
         svgs |= {f"{section.slug}-{name}": each.svg for name, each in drawn.items()}
         view = {"section": section, "figures": drawn, "given": tables.given(section.results)}
         views.append({**_view(section.results), **view})
-    sweeps = _sweeps(sections)
     for name, sizes in sweeps.items():
         svgs[name] = figures.svg_text(figures.versus(sizes), name)
     _replace(root / "docs" / "assets" / "results", svgs)
     text = _template("results.md.j2", _markdown).render(
         views=views,
-        sweeps={name: figures.versus_alt(sizes) for name, sizes in sweeps.items()},
+        sweeps=[
+            (name, figures.versus_alt(sizes), tables.sizes(sizes), next(iter(sizes.values())))
+            for name, sizes in sweeps.items()
+        ],
     )
     write_text(root / "docs" / "results.md", text)
     return root / "docs" / "results.md"
@@ -122,7 +131,7 @@ def _replace(folder: Path, svgs: Mapping[str, str]) -> None:
     """Write the figures of the page, and remove those that it had before; others stay."""
     kinds = "|".join([*figures.TITLES, SIZES])
     for path in folder.glob("*.svg"):
-        if re.fullmatch(rf".+-({kinds})", path.stem) and path.stem not in svgs:
+        if re.fullmatch(rf".+-({kinds})|{OVERVIEW}", path.stem) and path.stem not in svgs:
             path.unlink()
     for name, svg in svgs.items():
         write_text(folder / f"{name}.svg", svg)

@@ -100,6 +100,7 @@ class Training:
             then are measured under equal conditions.
         max_steps: Stop each run, and its evaluation, after this many steps; 0 for no limit.
         target: A value of the training loss; the report has the steps and seconds to reach it.
+        overview: Algorithms of a figure for the first page; none for no such figure.
     """
 
     epochs: int = attrs.field(validator=_whole(1))
@@ -111,6 +112,7 @@ class Training:
     alternate: bool = True
     max_steps: int = attrs.field(default=0, validator=_whole(0))
     target: float | None = attrs.field(default=None, validator=v.optional(_number()))
+    overview: tuple[str, ...] = ()
 
 
 @attrs.frozen(kw_only=True)

@@ -79,6 +79,10 @@ def _short(value: float) -> str:
     return number(value, digits=2)
 
 
+def _reached(value: float) -> str:
+    return number(value, worst=NOT_REACHED, digits=3)
+
+
 def _per_cent(value: float) -> str:
     return f"{value:.1f}"
 
@@ -87,6 +91,23 @@ def _cost(results: Results, name: str) -> list[str]:
     ratio = statistics.relative_seconds(results, name)
     seconds = float(np.median(list(statistics.seconds(results, name).values())))
     return [number(seconds), "-" if ratio is None else f"{ratio:.2f}x"]
+
+
+def sizes(by_size: Mapping[int, Results]) -> Table:
+    """Return steps and seconds to the target by batch size, a row for each algorithm."""
+    ordered = sorted(by_size)
+    first = by_size[ordered[0]]
+    rows = []
+    for name in (each.name for each in first.algorithms):
+        cells = [first.label(name)]
+        for size in ordered:
+            steps, seconds = (
+                _cell(statistics.to_target(by_size[size], name, what), write=_reached)
+                for what in ("steps", "seconds")
+            )
+            cells.append(steps if steps == NOT_REACHED else f"{steps} steps, {seconds} s")
+        rows.append(cells)
+    return Table(["algorithm", *(f"batches of {size}" for size in ordered)], rows)
 
 
 def _target(results: Results, name: str) -> list[str]:
