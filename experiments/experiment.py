@@ -268,7 +268,7 @@ class _Conductor:
             return
         tracking.open("report", {"kind": "report"})
         medians = {
-            f"{each.name}/{metric}": statistics.final(results, each.name, metric).median
+            f"report/{each.name}_{metric}": statistics.final(results, each.name, metric).median
             for each in results.algorithms
             for metric in METRICS
         }
