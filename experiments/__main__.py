@@ -102,7 +102,9 @@ def _parser() -> argparse.ArgumentParser:
         "threads of a process",
     )
     parser.add_argument("--epochs", type=int, metavar="N", help="passes over the training examples")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="training examples in each step")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="training examples in each step"
+    )
     parser.add_argument(
         "--max-steps",
         type=int,
@@ -148,6 +150,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace, command: str) -> None:
+    if arguments.workers < 0:
+        raise ExperimentError("--workers must be at least 1, or 0 for the default")
     if arguments.preset is not None and arguments.config is not None:
         raise ExperimentError("--preset and --config both name the settings: give one of them")
     changes = [*_changes(arguments), *arguments.set]

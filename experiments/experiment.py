@@ -14,7 +14,7 @@ import attrs
 import torch
 from rich.console import Console
 
-from experiments import algorithms, data, ranks, report, runner, store
+from experiments import algorithms, data, models, ranks, report, runner, store
 from experiments.data import Dataset
 from experiments.errors import ExperimentError
 from experiments.progress import Progress, say
@@ -141,6 +141,12 @@ class _Conductor:
             raise ExperimentError("--search runs in one process, with --workers: start no torchrun")
         algorithms.check(study.algorithms.values())
         dataset = self._load()
+        models.check(
+            study.model,
+            dataset.train.inputs[:2],
+            classes=len(dataset.classes),
+            trusted=study.trusted,
+        )
         self._begin_folder()
         self._tracking = self._ranks.on_first(
             lambda: Tracking(study.preset, options.output, resume=options.resume)
@@ -282,5 +288,3 @@ def _workers(study: Study, options: Options, device: torch.device, size: int) ->
         return 1
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return max(1, min((cores or 1) // study.training.threads, MOST_WORKERS))
-
-

@@ -85,7 +85,11 @@ class Progress:
         """Show an epoch."""
         self._taken += epoch.steps
         now = time.perf_counter()
-        if self._bars is None and now - self._said > SLOW and epoch.epoch < job.study.training.epochs:
+        if (
+            self._bars is None
+            and now - self._said > SLOW
+            and epoch.epoch < job.study.training.epochs
+        ):
             say(self._console, f"{job.label}: {summary(epoch)}{self._left()}")
             self._said = now
         self._show()

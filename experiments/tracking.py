@@ -12,6 +12,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import shlex
 import time
 import uuid
@@ -127,9 +128,7 @@ class Tracking:
         """End the run of a job."""
         self._close(job.key, STATUS[run.status])
 
-    def finish(
-        self, name: str, metrics: Mapping[str, float], files: Sequence[Path] = ()
-    ) -> None:
+    def finish(self, name: str, metrics: Mapping[str, float], files: Sequence[Path] = ()) -> None:
         """Add a summary and files to a run, if it is open, and end it."""
         if name not in self._open:
             return
@@ -204,8 +203,9 @@ def store_of(output: Path) -> str:
 
 def _identity(path: Path, *, resume: bool) -> str:
     """Return what tells this study from others in a store; kept with its outputs."""
-    with contextlib.suppress(OSError):
-        if resume and (kept := path.read_text(encoding="utf-8").strip()):
+    with contextlib.suppress(OSError, ValueError):
+        kept = path.read_text(encoding="utf-8").strip() if resume and path.is_file() else ""
+        if re.fullmatch("[0-9a-f]{32}", kept):
             return kept
     made = uuid.uuid4().hex
     write_text(path, made + "\n")

@@ -1,13 +1,12 @@
-import math
-from collections.abc import Callable
 from pathlib import Path
 
 import attrs
 import pytest
 from PIL import Image
 
-from experiments import config
-from experiments.results import Epoch, Results, Run
+from experiments import data, settings
+from experiments.data import Dataset
+from experiments.settings import Study
 
 TINY = """
 title = "A tiny experiment"
@@ -31,7 +30,7 @@ scale_every = 2
 basis_every = 3
 [algorithms.sgd]
 label = "SGD"
-optimizer = "sgd"
+optimizer = "SGD"
 momentum = 0.9
 lr = 0.03
 weight_decay = 0.0001
@@ -73,32 +72,83 @@ def images(tmp_path: Path) -> Path:
     return root
 
 
-def make_results(losses: dict[str, list[list[float]]], **training: object) -> Results:
-    """Results of made-up runs; the other metrics follow from the training losses of each seed."""
-    experiment = config.load("digits")
-    experiment = attrs.evolve(experiment, training=attrs.evolve(experiment.training, **training))
-    runs = []
-    for name, seeds in losses.items():
-        for seed, values in enumerate(seeds):
-            history = tuple(
-                Epoch(
-                    i + 1,
-                    10,
-                    2.0 if name == "sgd" else 3.0,
-                    value,
-                    100 - value,
-                    2 * value,
-                    100 - 2 * value,
-                )
-                for i, value in enumerate(values)
-            )
-            status = "finished" if math.isfinite(values[-1]) else "diverged"
-            runs.append(
-                Run(name, seed, status, history, {"lr": 0.1, "update": {"name": "<adam & co>"}})
-            )
-    return Results(experiment, "made-up images", "cpu", runs)
+@pytest.fixture(scope="session")
+def study(tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> Study:
+    """The study of these settings."""
+    path = tmp_path_factory.mktemp("settings") / "tiny.toml"
+    path.write_text(tiny_text)
+    return settings.read(path)
+
+
+@pytest.fixture(scope="session")
+def dataset(study: Study) -> Dataset:
+    """Its examples."""
+    return data.load(study.data, None, Path("unused"), print)
+
+
+def with_training(study: Study, **changes: object) -> Study:
+    """The study, trained otherwise."""
+    return attrs.evolve(study, training=attrs.evolve(study.training, **changes))
+
+
+SIGNALS = """
+title = "Signals"
+data = { source = "%s", train = 64, test = 32 }
+model = { name = "%s" }
+[training]
+epochs = 2
+batch_size = 16
+seeds = [0, 1]
+threads = 1
+[second_order]
+curvature = "conv_kfac"
+[algorithms.adamw]
+label = "AdamW"
+optimizer = "AdamW"
+lr = 0.01
+search = { lr = [0.001, 0.1], weight_decay = [0.001, 1] }
+[algorithms.ekfac]
+basis = "ekfac"
+update = "momentum"
+lr = 0.01
+damping = 0.01
+search = { lr = [0.001, 0.1], damping = [0.001, 1] }
+[search.thesis]
+first_order = { epochs = 1, values = { lr = [0.1, 0.01], weight_decay = [0.1, 0.01] } }
+second_order = { epochs = 2, values = { lr = [0.1, 0.01, 0.001] } }
+[search.fair]
+trials = 4
+epochs = 1
+train = 40
+confirm = 2
+"""
+
+OWN = """
+import torch
+from experiments.data import Dataset, Examples
+
+def signals(settings, data_dir, cache, say):
+    draw = torch.Generator().manual_seed(settings.seed)
+    def part(count):
+        labels = torch.arange(count) % 2
+        values = torch.randn(count, 2, 6, generator=draw) + labels[:, None, None]
+        return Examples(values, labels)
+    return Dataset("own", part(settings.train), part(settings.test), ("no", "yes"))
+
+def network(*, channels, classes, width=8, rate=0.5):
+    return torch.nn.Sequential(
+        torch.nn.Flatten(), torch.nn.Linear(6 * channels, width), torch.nn.ReLU(),
+        torch.nn.Dropout(rate), torch.nn.Linear(width, classes),
+    )
+"""
 
 
 @pytest.fixture
-def made_up() -> Callable[..., Results]:
-    return make_results
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Settings of a study whose examples and network, with dropout, are of a module of its own."""
+    module = f"own_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{module}.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = tmp_path / "own.toml"
+    path.write_text(SIGNALS % (f"{module}:signals", f"{module}:network"))
+    return path
