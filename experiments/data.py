@@ -308,12 +308,13 @@ def _pixels(path: str) -> np.ndarray[Any, Any]:
 def _from_torchvision(settings: Data, data_dir: Path, say: Say) -> Dataset:
     from torchvision.datasets import CIFAR10
 
-    if data_dir.is_dir() and any(data_dir.iterdir()):
-        if not any((data_dir / name).exists() for name in DOWNLOADED):
-            raise ExperimentError(
-                f"--data-dir {data_dir} has no train and no test folder, and none of "
-                f"{' and '.join(DOWNLOADED)}: nothing is downloaded among other files"
-            )
+    filled = data_dir.is_dir() and any(data_dir.iterdir())
+    if filled and not any((data_dir / name).exists() for name in DOWNLOADED):
+        missing = [part for part in PARTS if not (data_dir / part).is_dir()]
+        raise ExperimentError(
+            f"--data-dir {data_dir} has no {' and no '.join(missing)} folder, and none of "
+            f"{' and '.join(DOWNLOADED)}: nothing is downloaded among other files"
+        )
     say(f"CIFAR-10 from torchvision, in {data_dir} (downloaded if missing: 170 MB)")
     try:
         parts = [CIFAR10(data_dir, train=train, download=True) for train in (True, False)]

@@ -149,7 +149,10 @@ def _mean(values: Tensor) -> Tensor:
 
 
 class SharedBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm in several processes as in one: with the statistics of the whole batch, of which each process has an equal part."""
+    """BatchNorm in several processes as in one: with the statistics of the whole batch.
+
+    Each process has an equal part of it.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `[N, C, H, W]`; in training, forward and backward are collective calls."""

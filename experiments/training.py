@@ -168,7 +168,7 @@ class Trainer:
             loss = loss * math.nan
         if self._scheduler is not None:
             self._scheduler.step()
-        return _sums(logits.detach(), labels, loss.detach() * len(labels)), lost
+        return _sums(logits.detach(), labels, loss.detach().double() * len(labels)), lost
 
     @torch.no_grad()
     def _test(self) -> tuple[float, float]:

@@ -83,8 +83,8 @@ def test_signal_cnn_has_the_size_of_its_authors():
     ],
 )
 def test_networks_that_cannot_work_are_one_line(name: str, options: dict[str, Any], words: str):
+    settings = Model(name=name, options=options)
     with pytest.raises(ExperimentError) as told:
-        settings = Model(name=name, options=options)
         models.check(settings, torch.zeros(2, 1, 40), classes=10, trusted=False)
     assert words in str(told.value)
 
