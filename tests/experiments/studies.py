@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import attrs
 
+from experiments.data import Dataset
+from experiments.runner import Job
 from experiments.settings import Study
-from experiments.store import Epoch
+from experiments.store import Epoch, Run
 
 TINY = """
 title = "A tiny experiment"
@@ -113,3 +116,19 @@ def plain(history: Sequence[Epoch]) -> list[Epoch]:
         )
         for epoch in history
     ]
+
+
+def job(study: Study, dataset: Dataset, name: str = "sgd", seed: int = 0, **changes: Any) -> Job:
+    """A job of a study, which is not saved."""
+    values = {"settings": {"algorithm": {"lr": 0.1}}, "folder": None, **changes}
+    return Job(study=study, algorithm=study.algorithms[name], seed=seed, dataset=dataset, **values)
+
+
+def epoch(number: int, *, steps: int = 3, seconds: float = 0.5) -> Epoch:
+    """A made-up epoch."""
+    return Epoch(number, steps, seconds, 1 / number, 90.0, 2 / number, 80.0)
+
+
+def ended(job: Job, history: Sequence[Epoch], status: str = "finished") -> Run:
+    """The made-up run of a job."""
+    return Run(job.algorithm.name, job.seed, status, job.settings, {}, tuple(history))
