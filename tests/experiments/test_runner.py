@@ -1,5 +1,6 @@
 """All runs of a study: in turn, in workers, killed, resumed, in any order; the same bits."""
 
+import importlib.metadata
 import json
 import os
 import queue
@@ -55,6 +56,13 @@ def own_study(own: Path) -> tuple[Study, Dataset]:
     return study, data.load(study.data, None, own.parent, print, trusted=True)
 
 
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers that are forked from a process which has imported torch, and start at once."""
+    context = process_context()
+    monkeypatch.setattr(runner.multiprocessing, "get_context", lambda _: context)
+
+
 def done(
     study: Study, dataset: Dataset, output: Path, *, workers: int = 1, backwards: bool = False
 ) -> Heard:
@@ -96,7 +104,7 @@ def test_algorithms_of_a_seed_take_turns(own_study: tuple[Study, Dataset], tmp_p
     ]
     run = heard.runs["ekfac-seed5"]
     assert run.status == "finished"
-    assert run.environment["versions"]["torch"] == torch.__version__
+    assert run.environment["versions"]["torch"] == importlib.metadata.version("torch")
     assert run.settings["training"]["batch_size"] == 16
     assert run.settings["algorithm"]["fisher"]["seed"] == 5
 
@@ -224,6 +232,7 @@ def with_network(own: Path, name: str) -> tuple[Study, Dataset]:
     return study, data.load(study.data, None, own.parent, print, trusted=True)
 
 
+@pytest.mark.usefixtures("soon")
 def test_killed_workers_are_one_line_and_the_rest_resumes(own: Path, tmp_path: Path):
     study, dataset = with_network(own, "fatal")
     done(study, dataset, tmp_path / "whole")
@@ -239,6 +248,8 @@ def test_killed_workers_are_one_line_and_the_rest_resumes(own: Path, tmp_path: P
 
 
 def parent_of_workers(own: str) -> None:
+    context = multiprocessing.get_context("fork")
+    runner.multiprocessing.get_context = lambda _: context
     study = settings.read(Path(own), trusted=True)
     dataset = data.load(study.data, None, Path(own).parent, print, trusted=True)
     done(study, dataset, Path(own).parent / "out", workers=2)
@@ -274,6 +285,7 @@ def test_workers_end_with_a_killed_parent(own: Path):
     assert left == []
 
 
+@pytest.mark.usefixtures("soon")
 def test_errors_of_a_worker_are_those_of_the_study(
     own_study: tuple[Study, Dataset], tmp_path: Path
 ):

@@ -161,7 +161,7 @@ def test_interrupted_searches_find_the_same(
 
 
 def test_fair_search_confirms_the_best_with_other_seeds(own_study: OWN, tmp_path: Path):
-    study, dataset = own_study
+    study, _ = own_study
     found, jobs = conducted(own_study, "fair", tmp_path)
     values = found.summary()
     assert values["criterion"] == "validation loss"
@@ -180,7 +180,7 @@ def test_fair_search_confirms_the_best_with_other_seeds(own_study: OWN, tmp_path
 
 
 def test_no_trial_sees_a_test_example(own_study: OWN, tmp_path: Path):
-    study, dataset = own_study
+    _, dataset = own_study
 
     def rows(examples: data.Examples) -> set[tuple[float, ...]]:
         return {tuple(each.flatten().tolist()) for each in examples.inputs}
