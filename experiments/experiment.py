@@ -20,7 +20,7 @@ from experiments.errors import ExperimentError
 from experiments.progress import Progress, say
 from experiments.results import Results
 from experiments.runner import Job, Listener
-from experiments.search import Rows, Search
+from experiments.search import Rows, Search, participants
 from experiments.settings import Study
 from experiments.store import Epoch, Run
 from experiments.tracking import Point, Tracking
@@ -139,6 +139,8 @@ class _Conductor:
             )
         if options.search is not None and self._ranks.size > 1:
             raise ExperimentError("--search runs in one process, with --workers: start no torchrun")
+        if options.search is not None:
+            participants(study, options.search)
         algorithms.check(study.algorithms.values())
         dataset = self._load()
         models.check(
@@ -208,8 +210,9 @@ class _Conductor:
         store.write_json(self._options.output / "search" / f"{protocol}.json", summary)
         if self._tracking is not None:
             counts = {"trials": float(len(summary["trials"]))}
-            for stage in ("search", "confirm"):
-                path = self._options.output / "search" / f"{protocol}.json"
+            path = self._options.output / "search" / f"{protocol}.json"
+            for stage in sorted({trial["stage"] for trial in summary["trials"]}):
+                self._tracking.open(stage, {"kind": "search"})
                 self._tracking.finish(stage, counts, [path])
         return search.tuned(), {protocol: summary}
 

@@ -54,6 +54,32 @@ class Row:
     seconds: float
 
 
+def participants(study: Study, protocol: str) -> tuple[ThesisSearch | FairSearch, list[str]]:
+    """Return how a protocol searches, and the names of its algorithms.
+
+    Raises:
+        ExperimentError: The preset does not say how to search, or nothing takes part.
+    """
+    how: ThesisSearch | FairSearch | None = getattr(study.search, protocol)
+    if how is None:
+        raise ExperimentError(
+            f"the settings have no [search.{protocol}]: add it, or choose another --preset"
+        )
+    known = study.algorithms
+    names = [each for each in getattr(how, "algorithms", ()) or known if each in known]
+    if not names:
+        raise ExperimentError(
+            f"none of these algorithms takes part in [search.{protocol}]: {', '.join(known)}"
+        )
+    seeds = [how.seed, *getattr(how, "confirm_seeds", ())]
+    if len({*seeds, *study.training.seeds}) < len(seeds) + len(study.training.seeds):
+        raise ExperimentError(
+            f"the seeds of [search.{protocol}] are {', '.join(map(str, seeds))}, and one occurs "
+            "twice or is in training.seeds: give others, so that no run is chosen by itself"
+        )
+    return how, names
+
+
 class Search:
     """A search, and its journal.
 
@@ -71,25 +97,9 @@ class Search:
     def __init__(
         self, study: Study, protocol: str, dataset: Dataset, folder: Path, where: Mapping[str, Any]
     ) -> None:
-        how: ThesisSearch | FairSearch | None = getattr(study.search, protocol)
-        if how is None:
-            raise ExperimentError(
-                f"the settings have no [search.{protocol}]: add it, or choose another --preset"
-            )
+        how, names = participants(study, protocol)
         self.protocol, self.how, self._where = protocol, how, where
-        known = study.algorithms
-        names = [each for each in getattr(how, "algorithms", ()) or known if each in known]
-        if not names:
-            raise ExperimentError(
-                f"none of these algorithms takes part in [search.{protocol}]: {', '.join(known)}"
-            )
         self.study = study.only(names)
-        others = {*study.training.seeds, *getattr(how, "confirm_seeds", ())}
-        if how.seed in others:
-            raise ExperimentError(
-                f"search.{protocol}.seed = {how.seed} is a seed of compared runs, or of the "
-                "confirmation: give another one, so that no run is chosen by itself"
-            )
         validation = how.validation if isinstance(how, FairSearch) else 0.0
         self._dataset = dataset.for_search(how.train, validation, study.data.seed)
         self._journal = _Journal(folder / f"{protocol}.log", f"{study.preset}-{protocol}")

@@ -60,3 +60,12 @@ def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path = tmp_path / "own.toml"
     path.write_text(SIGNALS % (f"{module}:signals", f"{module}:network"))
     return path
+
+
+@pytest.fixture(scope="session")
+def new_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new database of MLflow, which takes it seconds to make."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    mlflow = pytest.importorskip("mlflow")
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path

@@ -260,11 +260,16 @@ def test_searches_that_cannot_be_are_told(own_study: OWN, tmp_path: Path):
     for changed, protocol, words in (
         (plain, "thesis", r"no \[search.thesis\]"),
         (plain, "fair", r"no \[search.fair\]"),
-        (with_training(study, seeds=(0, 100)), "thesis", r"search.thesis.seed = 100"),
-        (with_training(study, seeds=(0, 100)), "fair", r"search.fair.seed = 100"),
+        (with_training(study, seeds=(0, 100)), "thesis", r"the seeds of \[search.thesis\] are 100"),
+        (with_training(study, seeds=(0, 100)), "fair", r"the seeds of \[search.fair\] are 100"),
+        (with_training(study, seeds=(102,)), "fair", r"the seeds of .* are 100, 101, 102"),
     ):
         with pytest.raises(ExperimentError, match=words):
             begun((changed, dataset), protocol, tmp_path)
+    fair = attrs.evolve(study.search.fair, seed=101)
+    same = attrs.evolve(study, search=settings.Search(fair=fair))
+    with pytest.raises(ExperimentError, match="are 101, 101, 102, and one occurs twice"):
+        begun((same, dataset), "fair", tmp_path)
     thesis = attrs.evolve(study.search.thesis, algorithms=("ekfac",))
     some = attrs.evolve(study, search=attrs.evolve(study.search, thesis=thesis))
     assert list(begun((some, dataset), "thesis", tmp_path).study.algorithms) == ["ekfac"]
