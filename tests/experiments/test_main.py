@@ -82,9 +82,11 @@ def output(tmp_path: Path, new_store: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_text: str, new_store: Path) -> Path:
     """The output of an uninterrupted experiment."""
     root = tmp_path_factory.mktemp("whole")
+    (root / "out").mkdir()
+    shutil.copy(new_store, root / "out" / "mlflow.db")
     (root / "tiny.toml").write_text(tiny_text)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
