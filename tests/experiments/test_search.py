@@ -308,3 +308,16 @@ def test_rows_are_read_as_written(tmp_path: Path):
     for row in reversed(rows):
         journal.add(row)
     assert journal.rows() == search._Journal(tmp_path / "x.log", "x").rows() == rows
+
+
+def test_medians_of_the_confirmation_decide(own_study: OWN, tmp_path: Path):
+    found = begun(own_study, "fair", tmp_path)
+    confirmed = {(0, 101): 5.0, (0, 102): 5.0, (1, 101): 1.0, (1, 102): 6.0}
+    for groups in found.stages():
+        for (job,) in groups:
+            number = job.trial["number"]
+            loss = confirmed.get((number, job.seed), float(number))
+            epoch = runner.Epoch(1, 1, 1.0, 0.0, 0.0, loss, 0.0)
+            found.add(job, Run(job.algorithm.name, job.seed, "finished", {}, {}, (epoch,)))
+    for name, algorithm in found.study.algorithms.items():
+        assert found.chosen()[name] == found.points(algorithm)[1]
