@@ -156,6 +156,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace, command: str) -> None:
+    if arguments.workers < 0:
+        raise ExperimentError("--workers must be at least 1, or 0 for the default")
     if arguments.preset is not None and arguments.config is not None:
         raise ExperimentError("--preset and --config both name the settings: give one of them")
     changes = [*_changes(arguments), *arguments.set]

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import kfactk
-from experiments.errors import ExperimentError, named, near_names
+from experiments.errors import ExperimentError, check_options, named
 from experiments.settings import Algorithm
 from experiments.tracking import Collector
 
@@ -45,8 +45,8 @@ def make(
         TORCH,
         trusted=algorithm.trusted,
     )
-    _check_options(kind, algorithm.options)
     first = next(iter(inspect.signature(kind).parameters), "params")
+    check_options(kind, algorithm.options, given=[first])
     made = kind(model if first == "model" else model.parameters(), **algorithm.options)
     if not isinstance(made, torch.optim.Optimizer):
         raise ExperimentError(f"{algorithm.optimizer} makes no torch.optim.Optimizer")
@@ -124,31 +124,18 @@ def check(algorithms: Iterable[Algorithm]) -> None:
             describe(algorithm, seed=0)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # said again by the run itself
-                close(make(algorithm, _small_model(), seed=0, collector=Collector(1)))
-        # Optimizers raise ValueErrors and TypeErrors for options that they refuse.
-        except (
-            *(ExperimentError, kfactk.KfactkError, ImportError),
-            *(ValueError, TypeError, OverflowError),
-        ) as error:
-            where = f"algorithm {algorithm.name}: "
-            text = str(error)
-            raise ExperimentError(
-                text if text.startswith("algorithms.") else where + text
-            ) from error
+                model = _small_model()
+                optimizer = make(algorithm, model, seed=0, collector=Collector(1))
+                if not algorithm.second_order:  # those that need a closure refuse a step
+                    for parameter in model.parameters():
+                        parameter.grad = torch.zeros_like(parameter)
+                    optimizer.step()
+                close(optimizer)
+        except Exception as error:  # optimizers may raise anything for options that they refuse
+            text = str(error) or type(error).__name__
+            where = "" if text.startswith("algorithms.") else f"algorithm {algorithm.name}: "
+            raise ExperimentError(where + text) from error
 
 
 def _small_model() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3), nn.Flatten(), nn.Linear(2, 2))
-
-
-def _check_options(kind: Any, options: Mapping[str, Any]) -> None:
-    """Check the names of options; those that `**kwargs` takes are left to the optimizer."""
-    known = list(inspect.signature(kind).parameters.values())[1:]
-    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in known):
-        return
-    names = [each.name for each in known]
-    for name in options:
-        if name not in names:
-            raise ExperimentError(
-                f"there is no option {name!r}.{near_names(name, names)} Options: {', '.join(names)}"
-            )

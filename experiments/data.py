@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import stat
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +21,8 @@ from experiments.store import write_atomically
 
 SIZE = 32
 """Height and width of CIFAR-10's images."""
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
+"""Of the files that `ImageFolder` lists."""
 PARTS = ("train", "test")
 DOWNLOADED = ("cifar-10-batches-py", "cifar-10-python.tar.gz")
 Say = Callable[[str], None]
@@ -243,7 +247,7 @@ def _decode_once(files: list[tuple[str, int]], cache: Path, say: Say) -> Example
     try:
         kept = torch.load(cache, weights_only=True) if cache.is_file() else {"key": None}
         if kept["key"] == key:
-            return Examples(kept["inputs"], kept["labels"])
+            return _checked(Examples(kept["inputs"], kept["labels"]), len(files))
     except Exception as error:  # torch.load may raise anything for a damaged file
         say(f"{cache} cannot be read ({type(error).__name__}): decoding the images again")
     say(f"decoding {len(files):,} images (once; kept in {cache})")
@@ -257,26 +261,46 @@ def _decode_once(files: list[tuple[str, int]], cache: Path, say: Say) -> Example
     return images
 
 
+def _checked(images: Examples, count: int) -> Examples:
+    """Return images of a cache if they are as we have written them."""
+    kinds = (images.inputs.dtype, images.labels.dtype)
+    shapes = (tuple(images.inputs.shape), tuple(images.labels.shape))
+    if kinds != (torch.uint8, torch.int64) or shapes != ((count, 3, SIZE, SIZE), (count,)):
+        raise ValueError("its values are not those of images")
+    return images
+
+
 def _stat(path: str) -> tuple[int, int]:
-    found = Path(path).stat()
+    try:
+        found = Path(path).stat()
+    except OSError as error:  # such as a link to a file that is not there
+        raise ExperimentError(
+            f"{path} cannot be read ({system_reason(error)}): restore or remove it"
+        ) from error
+    if not stat.S_ISREG(found.st_mode):  # to open a pipe would wait for its writer
+        raise ExperimentError(f"{path} is not a regular file: remove it")
     return found.st_size, found.st_mtime_ns
 
 
 def _pixels(path: str) -> np.ndarray[Any, Any]:
     from PIL import Image
 
+    pixels = None
     try:
-        with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB"))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Pillow finds odd is no matter of ours
+            with Image.open(path, formats=FORMATS) as image:
+                size = image.size  # known without decoding, which may take all memory
+                if size == (SIZE, SIZE):
+                    pixels = np.asarray(image.convert("RGB"))
     except Exception as error:  # Pillow raises almost anything for damaged files
         raise ExperimentError(
             f"{path} is not a readable image ({type(error).__name__}: {system_reason(error)}): "
             "restore or remove it"
         ) from error
-    if pixels.shape != (SIZE, SIZE, 3):
+    if pixels is None:
         raise ExperimentError(
-            f"{path} is {pixels.shape[1]}x{pixels.shape[0]} pixels; all images must be "
-            f"{SIZE}x{SIZE}"
+            f"{path} is {size[0]}x{size[1]} pixels; all images must be {SIZE}x{SIZE}"
         )
     return pixels
 
@@ -284,12 +308,13 @@ def _pixels(path: str) -> np.ndarray[Any, Any]:
 def _from_torchvision(settings: Data, data_dir: Path, say: Say) -> Dataset:
     from torchvision.datasets import CIFAR10
 
-    if data_dir.is_dir() and any(data_dir.iterdir()):
-        if not any((data_dir / name).exists() for name in DOWNLOADED):
-            raise ExperimentError(
-                f"--data-dir {data_dir} has no train and no test folder, and none of "
-                f"{' and '.join(DOWNLOADED)}: nothing is downloaded among other files"
-            )
+    filled = data_dir.is_dir() and any(data_dir.iterdir())
+    if filled and not any((data_dir / name).exists() for name in DOWNLOADED):
+        missing = [part for part in PARTS if not (data_dir / part).is_dir()]
+        raise ExperimentError(
+            f"--data-dir {data_dir} has no {' and no '.join(missing)} folder, and none of "
+            f"{' and '.join(DOWNLOADED)}: nothing is downloaded among other files"
+        )
     say(f"CIFAR-10 from torchvision, in {data_dir} (downloaded if missing: 170 MB)")
     try:
         parts = [CIFAR10(data_dir, train=train, download=True) for train in (True, False)]

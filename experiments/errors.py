@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -88,8 +89,32 @@ def named(setting: str, name: str, known: Mapping[str, Any], *, trusted: bool) -
         found: Any = importlib.import_module(module)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise ExperimentError(f"{setting}: {name} cannot be imported: {error}") from error
+    except Exception as error:  # what is imported may raise anything
+        raise ExperimentError(
+            f"{setting}: {name} cannot be imported ({system_reason(error)})"
+        ) from error
     if not callable(found):
         raise ExperimentError(f"{setting}: {name} is no class and no function")
     return found
+
+
+def check_options(function: Any, options: Iterable[str], given: Iterable[str] = ()) -> None:
+    """Check names of options against a signature; those that `**kwargs` takes are not known.
+
+    Args:
+        function: The class or function.
+        options: The names.
+        given: Names of arguments that have a value already.
+
+    Raises:
+        ExperimentError: It does not take one of them.
+    """
+    known = list(inspect.signature(function).parameters.values())
+    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in known):
+        return
+    names = [each.name for each in known if each.name not in set(given)]
+    for name in options:
+        if name not in names:
+            raise ExperimentError(
+                f"there is no option {name!r}.{near_names(name, names)} Options: {', '.join(names)}"
+            )

@@ -18,6 +18,7 @@ from experiments import (
     algorithms,
     claims,
     data,
+    models,
     ranks,
     report,
     runner,
@@ -30,7 +31,7 @@ from experiments.errors import ExperimentError
 from experiments.progress import Progress, say
 from experiments.results import Results
 from experiments.runner import Job, Listener
-from experiments.search import Rows, Search
+from experiments.search import Rows, Search, participants
 from experiments.settings import METRICS, Study
 from experiments.store import Epoch, Run
 from experiments.tracking import Point, Tracking
@@ -149,8 +150,16 @@ class _Conductor:
             )
         if options.search is not None and self._ranks.size > 1:
             raise ExperimentError("--search runs in one process, with --workers: start no torchrun")
+        if options.search is not None:
+            participants(study, options.search)
         algorithms.check(study.algorithms.values())
         dataset = self._load()
+        models.check(
+            study.model,
+            dataset.train.inputs[:2],
+            classes=len(dataset.classes),
+            trusted=study.trusted,
+        )
         self._begin_folder()
         self._tracking = self._ranks.on_first(
             lambda: Tracking(study.preset, options.output, resume=options.resume)
@@ -211,7 +220,8 @@ class _Conductor:
         path = self._options.output / "search" / f"{protocol}.json"
         store.write_json(path, summary)
         if self._tracking is not None:
-            for stage in ("search", "confirm"):
+            for stage in sorted({trial["stage"] for trial in summary["trials"]}):
+                self._tracking.open(stage, {"kind": "search"})
                 self._tracking.finish(stage, {"trials": float(len(summary["trials"]))}, [path])
         return search.tuned(), {protocol: summary}
 

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
 
-from experiments.errors import named
+from experiments.errors import ExperimentError, check_options, named, system_reason
 from experiments.settings import Model
 
 
@@ -110,6 +110,26 @@ def make(settings: Model, *, channels: int, classes: int, seed: int, trusted: bo
     return model
 
 
+@torch.no_grad()
+def check(settings: Model, inputs: Tensor, *, classes: int, trusted: bool) -> None:
+    """Check that a network takes some inputs, before any run starts.
+
+    Raises:
+        ExperimentError: It does not, or refuses its options.
+    """
+    function = named("model.name", settings.name, MODELS, trusted=trusted)
+    try:
+        check_options(function, settings.options, given=["channels", "classes"])
+        model = make(settings, channels=inputs.shape[1], classes=classes, seed=0, trusted=trusted)
+        shape = tuple(model.eval()(inputs.float()).shape)
+    except Exception as error:  # the network may raise anything
+        raise ExperimentError(f"model {settings.name}: {system_reason(error)}") from error
+    if shape != (len(inputs), classes):
+        raise ExperimentError(
+            f"model {settings.name}: its output is of shape {shape}, not {(len(inputs), classes)}"
+        )
+
+
 class _Mean(torch.autograd.Function):
     """The mean over processes: of values in the forward pass, of gradients in the backward pass."""
 
@@ -129,7 +149,10 @@ def _mean(values: Tensor) -> Tensor:
 
 
 class SharedBatchNorm2d(nn.BatchNorm2d):
-    """BatchNorm in several processes as in one: with the statistics of the whole batch, of which each process has an equal part."""
+    """BatchNorm in several processes as in one: with the statistics of the whole batch.
+
+    Each process has an equal part of it.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise `[N, C, H, W]`; in training, forward and backward are collective calls."""

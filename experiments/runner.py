@@ -10,6 +10,7 @@ import platform
 import queue
 import signal
 import subprocess
+import threading
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from torch import multiprocessing
 import kfactk
 from experiments import algorithms, store, training
 from experiments.data import Dataset
-from experiments.errors import ExperimentError, system_reason
+from experiments.errors import ExperimentError, from_system, system_reason
 from experiments.ranks import Communicator
 from experiments.settings import Algorithm, Study
 from experiments.store import Epoch, Run
@@ -344,6 +345,7 @@ def _work(
 ) -> None:
     """Do groups that no other worker has taken; report errors as events."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process ends this one
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     torch.set_num_threads(threads)
     copies = _Copies(device)
     try:
@@ -355,10 +357,19 @@ def _work(
                 return
             sender = _Sender(events, number, groups[number])
             _run_group(groups[number], sender, copies, Communicator())
-    except ExperimentError as error:
-        events.put(("error", 0, 0, (str(error),)))
+    except (ExperimentError, OSError) as raised:
+        told = from_system(raised) if isinstance(raised, OSError) else raised
+        events.put(("error", 0, 0, (str(told),)))
     except Exception:  # told by the first process, and raised there
         events.put(("crash", 0, 0, (traceback.format_exc(),)))
+
+
+def _end_with_parent() -> None:
+    """End this process where the first one was killed: another may take its folder."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _run_in_workers(

@@ -18,7 +18,7 @@ import attrs
 
 from experiments import runner
 from experiments.data import Dataset
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, system_reason
 from experiments.runner import Job
 from experiments.settings import Algorithm, FairSearch, Study, ThesisSearch
 from experiments.store import Epoch, Run
@@ -54,6 +54,32 @@ class Row:
     seconds: float
 
 
+def participants(study: Study, protocol: str) -> tuple[ThesisSearch | FairSearch, list[str]]:
+    """Return how a protocol searches, and the names of its algorithms.
+
+    Raises:
+        ExperimentError: The preset does not say how to search, or nothing takes part.
+    """
+    how: ThesisSearch | FairSearch | None = getattr(study.search, protocol)
+    if how is None:
+        raise ExperimentError(
+            f"the settings have no [search.{protocol}]: add it, or choose another --preset"
+        )
+    known = study.algorithms
+    names = [each for each in getattr(how, "algorithms", ()) or known if each in known]
+    if not names:
+        raise ExperimentError(
+            f"none of these algorithms takes part in [search.{protocol}]: {', '.join(known)}"
+        )
+    seeds = [how.seed, *getattr(how, "confirm_seeds", ())]
+    if len({*seeds, *study.training.seeds}) < len(seeds) + len(study.training.seeds):
+        raise ExperimentError(
+            f"the seeds of [search.{protocol}] are {', '.join(map(str, seeds))}, and one occurs "
+            "twice or is in training.seeds: give others, so that no run is chosen by itself"
+        )
+    return how, names
+
+
 class Search:
     """A search, and its journal.
 
@@ -71,13 +97,9 @@ class Search:
     def __init__(
         self, study: Study, protocol: str, dataset: Dataset, folder: Path, where: Mapping[str, Any]
     ) -> None:
-        how: ThesisSearch | FairSearch | None = getattr(study.search, protocol)
-        if how is None:
-            raise ExperimentError(
-                f"the settings have no [search.{protocol}]: add it, or choose another --preset"
-            )
+        how, names = participants(study, protocol)
         self.protocol, self.how, self._where = protocol, how, where
-        self.study = study.only(getattr(how, "algorithms", ()) or study.algorithms)
+        self.study = study.only(names)
         validation = how.validation if isinstance(how, FairSearch) else 0.0
         self._dataset = dataset.for_search(how.train, validation, study.data.seed)
         self._journal = _Journal(folder / f"{protocol}.log", f"{study.preset}-{protocol}")
@@ -124,7 +146,13 @@ class Search:
                     value = math.inf if row.value is None else row.value
                     values.setdefault(row.number, []).append(value)
             # Of equal points, the first one of the list.
-            best = min(sorted(values), key=lambda number: statistics.median(values[number]))
+            medians = {number: statistics.median(values[number]) for number in sorted(values)}
+            best = min(medians, key=lambda number: medians[number], default=None)
+            if best is None or medians[best] == math.inf:
+                raise ExperimentError(
+                    f"every trial of {name} diverged: leave it out with --algorithms, or give "
+                    "other values to its search"
+                )
             found[name] = points[best]
         return found
 
@@ -158,9 +186,9 @@ class Search:
         found = []
         for name, algorithm in self.study.algorithms.items():
             own = sorted(
-                (math.inf if row.value is None else row.value, row.number)
+                (row.value, row.number)
                 for row in rows
-                if row.algorithm == name
+                if row.algorithm == name and row.value is not None
             )
             found += [
                 (algorithm, number, seed)
@@ -265,14 +293,21 @@ class _Journal:
         from optuna.storages.journal import JournalFileBackend
 
         optuna.logging.set_verbosity(optuna.logging.WARNING)
-        path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._optuna = optuna
-        self._study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(path))),
-            study_name=name,
-            load_if_exists=True,
-        )
+        try:
+            _mend(path)
+            self._study = optuna.create_study(
+                storage=JournalStorage(JournalFileBackend(str(path))),
+                study_name=name,
+                load_if_exists=True,
+            )
+            self.rows()
+        except Exception as error:  # a damaged file may raise anything
+            raise ExperimentError(
+                f"{path} cannot be read ({type(error).__name__}: {system_reason(error)}): delete "
+                "it to search again"
+            ) from error
 
     def add(self, row: Row) -> None:
         plain = attrs.asdict(row)
@@ -298,3 +333,16 @@ class _Journal:
             for trial in self._study.get_trials(deepcopy=False)
         ]
         return sorted(found, key=lambda row: (row.algorithm, row.stage, row.number, row.seed))
+
+
+def _mend(path: Path) -> None:
+    """Remove what a killed process may have left: its lock, and the line that it was writing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_name(f"{path.name}.lock").unlink(missing_ok=True)
+    if not path.exists():
+        return
+    if not path.is_file():
+        raise ValueError("it is not a regular file")
+    whole = path.read_bytes().rpartition(b"\n")
+    if whole[2]:
+        path.write_bytes(whole[0] + whole[1])

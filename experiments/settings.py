@@ -29,7 +29,12 @@ test metrics are measured after it."""
 MOST = 2**31 - 1
 LARGEST = 1e30
 """The largest number of a setting: its square is finite in float64."""
-NAME = re.compile(r"\w[\w.,+()=-]{0,59}")
+NAME = re.compile(r"(?=.{1,60}$)\w[\w.,+()=-]*(?: [\w.,+()=-]+)*")
+"""Names of presets and algorithms: they become names of folders and of experiments in MLflow."""
+NAMING = (
+    "must begin with a letter or digit, hold only these and spaces between them and "
+    ". , _ + - ( ) =, and have at most 60 characters"
+)
 
 
 def _whole(least: int, most: int = MOST) -> list[Any]:
@@ -129,7 +134,7 @@ class Grid:
 
     def __attrs_post_init__(self) -> None:
         if not self.values or not all(self.values.values()):
-            raise ValueError("values must name options, each with at least one value")
+            raise ValueError("'values' must name options, each with at least one value")
 
 
 @attrs.frozen(kw_only=True)
@@ -203,13 +208,13 @@ class Algorithm:
     def __attrs_post_init__(self) -> None:
         for key in self.reference:
             if key not in METRICS:
-                raise ValueError(f"reference.{key} is not one of {', '.join(METRICS)}")
+                raise ValueError(f"'reference.{key}' is not one of {', '.join(METRICS)}")
         for key, range_ in self.search.items():
             if not 0 < range_[0] < range_[1] <= LARGEST:
-                raise ValueError(f"search.{key} must be [low, high], both positive, low < high")
+                raise ValueError(f"'search.{key}' must be [low, high], both positive, low < high")
         for key, value in self.options.items():
-            if isinstance(value, float) and not abs(value) <= LARGEST:
-                raise ValueError(f"{key} must be at most {LARGEST:g}, not {value}")
+            if isinstance(value, int | float) and not abs(value) <= LARGEST:
+                raise ValueError(f"'{key}' must be at most {LARGEST:g}, not {str(value)[:20]}")
 
     @property
     def second_order(self) -> bool:
@@ -257,6 +262,10 @@ class Study:
         return attrs.evolve(self, algorithms={name: self.algorithms[name] for name in names})
 
 
+HIDDEN = ("preset", "trusted")
+"""Fields of `Study` that no file sets."""
+
+
 def presets() -> dict[str, Path]:
     """Return the presets by name, the default first."""
     found = sorted(FOLDER.glob("*.toml"), key=lambda path: (path.stem != DEFAULT, path.stem))
@@ -294,7 +303,7 @@ def read(path: Path, changes: Iterable[str] = (), *, trusted: bool = False) -> S
     except (ValueError, RecursionError) as error:
         raise ExperimentError(f"{path}: is not valid TOML: {error}") from error
     if not NAME.fullmatch(path.stem):
-        raise ExperimentError(f"{path}: {path.stem!r} cannot name a preset: rename the file")
+        raise ExperimentError(f"{path}: the name of the file {NAMING}: rename it")
     for change in changes:
         _change(table, change)
     return structure({"title": path.stem, **table}, str(path), path.stem, trusted=trusted)
@@ -303,7 +312,12 @@ def read(path: Path, changes: Iterable[str] = (), *, trusted: bool = False) -> S
 def structure(table: Mapping[str, Any], where: str, preset: str, *, trusted: bool) -> Study:
     """Return the study that a table of TOML describes; errors begin with `where`."""
     try:
-        return _converter().structure(_arranged(table, preset, trusted), Study)
+        study: Study = _converter().structure(_arranged(table, preset, trusted), Study)
+        if study.search.thesis is not None:
+            study.only(study.search.thesis.algorithms)  # they must be there
+        return study
+    except ExperimentError as error:
+        raise ExperimentError(f"{where}: search.thesis.algorithms: {error}") from error
     except cattrs.BaseValidationError as error:
         raise ExperimentError(f"{where}: {_first(error, Study)}") from error
     except ValueError as error:
@@ -313,7 +327,10 @@ def structure(table: Mapping[str, Any], where: str, preset: str, *, trusted: boo
 def from_plain(values: Mapping[str, Any]) -> Study:
     """Return the study of which `attrs.asdict` made these values; import paths are not trusted."""
     study: Study = _converter().structure(values, Study)
-    return attrs.evolve(study, trusted=False)
+    algorithms = {
+        name: attrs.evolve(each, trusted=False) for name, each in study.algorithms.items()
+    }
+    return attrs.evolve(study, algorithms=algorithms, trusted=False)
 
 
 def _change(table: dict[str, Any], change: str) -> None:
@@ -338,17 +355,26 @@ def _arranged(table: Mapping[str, Any], preset: str, trusted: bool) -> dict[str,
     algorithms, shared = table.get("algorithms"), table.pop("second_order", {})
     if not isinstance(algorithms, dict) or not algorithms:
         raise ValueError("[algorithms.NAME] is missing: there is nothing to compare")
+    for name in HIDDEN:
+        if name in table:
+            raise ValueError(f"there is no setting {name}")
     for name in ("data", "model", "training", "search"):
         if not isinstance(table.get(name, {}), dict):
             raise ValueError(f"{name} must be a table of settings, not {table[name]!r}")
     own = {field.name for field in attrs.fields(Algorithm)} - {"name", "options", "trusted"}
     arranged: dict[str, Any] = {}
     for name, given in algorithms.items():
-        if not NAME.fullmatch(name) or name.lower() in map(str.lower, arranged):
-            raise ValueError(f"algorithms.{name}: another name is needed, which can name a folder")
+        if not NAME.fullmatch(name):
+            raise ValueError(f"algorithms.{name}: the name of an algorithm {NAMING}")
+        if twin := next((each for each in arranged if each.lower() == name.lower()), None):
+            raise ValueError(
+                f"algorithms.{name} and algorithms.{twin} differ only in capitals, and so would "
+                "their folders: give another name"
+            )
         if not isinstance(given, dict) or not isinstance(shared, dict):
             raise ValueError(f"algorithms.{name} must be a table of settings")
-        common = shared if given.get("optimizer", "kfactk") == "kfactk" else {}
+        own_kind = given.get("optimizer", "kfactk") != "kfactk" or "preset" in given
+        common = {} if own_kind else shared
         options = {k: value for k, value in {**common, **given}.items() if k not in own}
         kept = {k: value for k, value in given.items() if k in own}
         arranged[name] = {
@@ -387,16 +413,19 @@ def _first(error: BaseException, kind: Any, where: str = "") -> str:
     """Return the first problem of a group in words, with the name of the setting."""
     if isinstance(error, cattrs.ClassValidationError):
         known = [field.name for field in attrs.fields(error.cl)]
-        for inner, note in error.group_exceptions()[0]:
+        if error.cl is Study:
+            known = [*(name for name in known if name not in HIDDEN), "second_order"]
+        noted, others = error.group_exceptions()
+        for inner in others:  # first, since a misspelt setting also is a missing one
+            if isinstance(inner, cattrs.ForbiddenExtraKeysError):
+                name = min(inner.extra_fields)
+                return (
+                    f"there is no setting {where}{name}.{near_names(name, known)} "
+                    f"Settings here: {', '.join(known)}"
+                )
+        for inner, note in noted:
             return _first(inner, note.type, f"{where}{note.name}.")
-        inner = error.exceptions[0]
-        if isinstance(inner, cattrs.ForbiddenExtraKeysError):
-            name = min(inner.extra_fields)
-            return (
-                f"there is no setting {where}{name}.{near_names(name, known)} "
-                f"Settings here: {', '.join(known)}"
-            )
-        return _first(inner, kind, where)
+        return _first(others[0], kind, where)
     if isinstance(error, cattrs.IterableValidationError):
         noted, others = error.group_exceptions()
         for inner, note in noted:
@@ -405,6 +434,6 @@ def _first(error: BaseException, kind: Any, where: str = "") -> str:
     if isinstance(error, KeyError):
         return f"{where.rstrip('.')} is missing"
     words = str(error.args[0]) if error.args else type(error).__name__
-    if found := re.match(r"'(\w+)' (.*)", words):  # a validator's
+    if found := re.match(r"'([\w.]+)' (.*)", words):  # a validator's
         return f"{where}{found[1]} {found[2]}"
     return f"{where.rstrip('.')} {words}".strip()

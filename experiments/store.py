@@ -34,7 +34,7 @@ RUNNING = "running"
 STATUSES = (RUNNING, "finished", "diverged")
 FILES = ("run.json", "checkpoint.pt", "model.pt")
 LOCK, OWNER = ".lock", ".lock-owner"
-TEMPORARY = r"\..+\.(json|pt|html|svg|png|lock-owner)\.\d+|\.\.lock-owner\.\d+"
+TEMPORARY = r"\..+\.(json|pt|html|svg|png|lock-owner)\.\d+|\.\.(lock-owner|study)\.\d+"
 """Names of temporary files, which a killed process leaves behind."""
 
 
@@ -128,8 +128,12 @@ class RunFolder:
 
     def run(self) -> Run | None:
         """Read `run.json`; return `None` where there is none."""
-        path = self.path / "run.json"
-        return read_run(path) if path.exists() else None
+        try:
+            return read_run(self.path / "run.json")
+        except ExperimentError as error:
+            if isinstance(error.__cause__, FileNotFoundError):
+                return None
+            raise
 
     def write_run(self, run: Run) -> None:
         """Write `run.json`; delete the checkpoint of a finished run."""
@@ -216,12 +220,13 @@ def move_earlier_runs(output: Path) -> Path | None:
         ExperimentError: The folder holds what no study has written. It stays as it is.
     """
     runs, search = output / "runs", output / "search"
-    for path in runs.iterdir() if runs.is_dir() else ():
-        if not _is_run(path):
-            raise ExperimentError(
-                f"{runs} holds {path.name}, which is of no study, and nothing of others is "
-                "moved: choose another --output"
-            )
+    for folder, is_ours in ((runs, _is_run), (search, _is_of_search)):
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if not is_ours(path):
+                raise ExperimentError(
+                    f"{folder} holds {path.name}, which is of no study, and nothing of others is "
+                    "moved: choose another --output"
+                )
     filled = [each for each in (runs, search) if each.is_dir() and any(each.iterdir())]
     if not filled:
         return None
@@ -239,6 +244,12 @@ def _is_run(path: Path) -> bool:
     if not re.fullmatch(r".+-seed\d+", path.name) or path.is_symlink() or not path.is_dir():
         return False
     return all(file.name in FILES or re.fullmatch(TEMPORARY, file.name) for file in path.iterdir())
+
+
+def _is_of_search(path: Path) -> bool:
+    """Return whether a path is a file of a search, or of its lock."""
+    ours = re.fullmatch(r"(thesis|fair)\.(json|log(\.lock.*)?)", path.name)
+    return bool(ours or re.fullmatch(TEMPORARY, path.name)) and not path.is_dir()
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -350,7 +361,8 @@ def _owner(output: Path) -> str:
 
 def _remove_leftovers(output: Path) -> None:
     """Remove temporary files of killed writers; nobody else writes here while we hold the lock."""
-    folders = [output, output / "cache", output / "figures", *(output / "runs").glob("*")]
+    names = ("cache", "figures", "results", "search")
+    folders = [output, *(output / name for name in names), *(output / "runs").glob("*")]
     for path in [path for folder in folders if folder.is_dir() for path in folder.iterdir()]:
         if re.fullmatch(TEMPORARY, path.name) and path.is_file():
             path.unlink(missing_ok=True)

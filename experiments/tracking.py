@@ -12,6 +12,7 @@ import contextlib
 import logging
 import math
 import os
+import re
 import shlex
 import time
 import uuid
@@ -65,8 +66,8 @@ class Tracking:
         self._study = _identity(output / IDENTITY, resume=resume)
         self._outbox = Outbox(self.uri, output / UNSENT)
         self._open: dict[str, Job | None] = {}
-        self._constant: dict[tuple[str, str], float] = {}
-        self._moved: dict[str, set[str]] = {}
+        self._held: dict[tuple[str, str], list[tuple[str, float, int, int]]] = {}
+        self._moved: set[tuple[str, str]] = set()
         self._lost = False
         self._outbox.put({"run": "", "experiment": self._where})
         self._outbox.delivery.wait(needed=True)
@@ -111,15 +112,18 @@ class Tracking:
         """Record the metrics of an epoch by epoch, and those of single steps by step.
 
         Metrics that never change, such as a constant damping, are left out: parameters have them.
+        Others are held back until they change.
         """
         now, steps = _now(), []
         names = {name for point in points for name in point.metrics}
         for name in sorted(names):
-            values = [(p.metrics[name], p.step) for p in points if name in p.metrics]
-            first = self._constant.setdefault((job.key, name), values[0][0])
-            if any(value != first for value, _ in values) or job.key in self._moved.get(name, ()):
-                self._moved.setdefault(name, set()).add(job.key)
-                steps += [(f"step/{name}", value, now, step) for value, step in values]
+            key, held = (job.key, name), self._held.setdefault((job.key, name), [])
+            held += [
+                (f"step/{name}", p.metrics[name], now, p.step) for p in points if name in p.metrics
+            ]
+            if key in self._moved or any(value != held[0][1] for _, value, _, _ in held):
+                self._moved.add(key)
+                steps += self._held.pop(key)
         self._put_metrics(job.key, [*_epoch_points([epoch]), *steps])
         self._settle()
 
@@ -202,8 +206,9 @@ def store_of(output: Path) -> str:
 
 def _identity(path: Path, *, resume: bool) -> str:
     """Return what tells this study from others in a store; kept with its outputs."""
-    with contextlib.suppress(OSError):
-        if resume and (kept := path.read_text(encoding="utf-8").strip()):
+    with contextlib.suppress(OSError, ValueError):
+        kept = path.read_text(encoding="utf-8").strip() if resume and path.is_file() else ""
+        if re.fullmatch("[0-9a-f]{32}", kept):
             return kept
     made = uuid.uuid4().hex
     write_text(path, made + "\n")

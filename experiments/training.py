@@ -61,6 +61,8 @@ class Trainer:
         self._augment = study.data.augment
         if self._augment and dataset.train.inputs.ndim != 4:
             raise ExperimentError("data.augment shifts and mirrors images; these are none")
+        if not steps(study, dataset, ranks.size):
+            raise ExperimentError(f"{len(dataset.train)} training examples make no batch")
         self._dataset, self._device = dataset, device
         self._mean, self._deviation = (value.to(device) for value in dataset.normalisation())
         model = models.make(
@@ -166,7 +168,7 @@ class Trainer:
             loss = loss * math.nan
         if self._scheduler is not None:
             self._scheduler.step()
-        return _sums(logits.detach(), labels, loss.detach() * len(labels)), lost
+        return _sums(logits.detach(), labels, loss.detach().double() * len(labels)), lost
 
     @torch.no_grad()
     def _test(self) -> tuple[float, float]:
@@ -286,8 +288,8 @@ def shuffled(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield every image once, in random order; each process gets an equal part of each batch.
 
-    Examples of the last batch that cannot be divided equally are left out. So is a last batch of one
-    image, since BatchNorm cannot learn from it.
+    Examples of the last batch that cannot be divided equally are left out. So is a last batch of
+    one image, since BatchNorm cannot learn from it.
 
     Args:
         examples: All examples.

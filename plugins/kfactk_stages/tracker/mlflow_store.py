@@ -128,12 +128,19 @@ class Store:
             if found:
                 return self._continued(found[0].info.run_id, wanted)
         tags = {**(wanted.get("tags") or {}), TAG: run}
-        if wanted.get("parent") in self.runs:
-            tags[PARENT] = self.runs[wanted["parent"]]
+        if parent := self._parent(experiment, wanted.get("parent")):
+            tags[PARENT] = parent
         made = client.create_run(
             experiment, start_time=wanted.get("time"), tags=tags, run_name=wanted.get("name")
         )
         return str(made.info.run_id)
+
+    def _parent(self, experiment: str, name: str | None) -> str | None:
+        """Return the id of another run by its name in entries, also of one made by others."""
+        if name is None or name in self.runs:
+            return self.runs.get(name or "")
+        found = self._opened().search_runs([experiment], f"tags.`{TAG}` = '{name}'", max_results=1)
+        return str(found[0].info.run_id) if found else None
 
     def _continued(self, run_id: str, wanted: Mapping[str, Any]) -> str:
         if wanted.get("imported"):
