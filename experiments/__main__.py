@@ -117,6 +117,12 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="stop every run after N steps, and test on N batches",
     )
+    _add_places(parser)
+    return parser
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
+    """Add the options that do not change the numbers."""
     parser.add_argument(
         "--data-dir",
         type=Path,
@@ -152,7 +158,6 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="send what MLflow's store had not confirmed, and run nothing",
     )
-    return parser
 
 
 def _run(arguments: argparse.Namespace, command: str) -> None:

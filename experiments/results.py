@@ -13,6 +13,7 @@ from experiments import settings, store
 from experiments.errors import ExperimentError, system_reason
 from experiments.settings import Algorithm, Study
 from experiments.store import RUNNING, Run
+from kfactk.masking import mask_settings
 
 POINTS = 300
 """Means of losses and seconds that a file keeps of a run."""
@@ -72,7 +73,7 @@ class Results:
     def write(self, folder: Path) -> None:
         """Write the results, compact, into a folder; runs there that are not among ours go."""
         values = {
-            "settings": attrs.asdict(self.study),
+            "settings": mask_settings(attrs.asdict(self.study)),
             "dataset": self.dataset,
             "device": self.device,
             "command": self.command,
