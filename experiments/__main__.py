@@ -84,6 +84,23 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="change a setting, such as algorithms.ekfacadam.lr=0.01; may be repeated",
     )
+    parser.add_argument("--epochs", type=int, metavar="N", help="passes over the training examples")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="training examples in each step"
+    )
+    parser.add_argument(
+        "--max-steps",
+        type=int,
+        metavar="N",
+        help="stop every run after N steps, and test on N batches",
+    )
+    _add_searches(parser)
+    _add_places(parser)
+    return parser
+
+
+def _add_searches(parser: argparse.ArgumentParser) -> None:
+    """Add the options of studies with many runs."""
     parser.add_argument(
         "--search",
         nargs="?",
@@ -101,24 +118,12 @@ def _parser() -> argparse.ArgumentParser:
         help="processes that share the runs; default: one for each core, where a preset sets the "
         "threads of a process",
     )
-    parser.add_argument("--epochs", type=int, metavar="N", help="passes over the training examples")
-    parser.add_argument(
-        "--batch-size", type=int, metavar="N", help="training examples in each step"
-    )
     parser.add_argument(
         "--batch-sizes",
         nargs="+",
         metavar="N",
         help="a study for each of these sizes, with a search of its own if --search is given",
     )
-    parser.add_argument(
-        "--max-steps",
-        type=int,
-        metavar="N",
-        help="stop every run after N steps, and test on N batches",
-    )
-    _add_places(parser)
-    return parser
 
 
 def _add_places(parser: argparse.ArgumentParser) -> None:

@@ -79,8 +79,8 @@ def _short(value: float) -> str:
     return number(value, digits=2)
 
 
-def _reached(value: float) -> str:
-    return number(value, worst=NOT_REACHED, digits=3)
+def _steps(value: float) -> str:
+    return f"{value:.0f}" if math.isfinite(value) else NOT_REACHED
 
 
 def _per_cent(value: float) -> str:
@@ -102,8 +102,8 @@ def sizes(by_size: Mapping[int, Results]) -> Table:
         cells = [first.label(name)]
         for size in ordered:
             steps, seconds = (
-                _cell(statistics.to_target(by_size[size], name, what), write=_reached)
-                for what in ("steps", "seconds")
+                _cell(statistics.to_target(by_size[size], name, what), write=write)
+                for what, write in (("steps", _steps), ("seconds", number))
             )
             cells.append(steps if steps == NOT_REACHED else f"{steps} steps, {seconds} s")
         rows.append(cells)

@@ -8,6 +8,7 @@ import pytest
 from rich.console import Console
 
 from experiments import figures, report, tables
+from experiments.results import Results
 from tests.experiments import made_up
 
 VOID = {"meta", "br", "hr", "img", "link"}
@@ -138,7 +139,7 @@ def test_a_study_of_other_algorithms_has_no_list_of_claims(tmp_path: Path):
 def terminal(results, width: int) -> str:
     """What a terminal of this width shows."""
     console = Console(width=width, file=io.StringIO())
-    console.print(report.for_terminal(results))
+    console.print(tables.for_terminal(results))
     return console.file.getvalue()
 
 
@@ -198,7 +199,7 @@ def test_the_page_has_every_study(tmp_path: Path, capsys: pytest.CaptureFixture[
     (root / "docs" / "assets" / "results").mkdir(parents=True)
     old = root / "docs" / "assets" / "results" / "gone-train_loss.svg"
     old.write_text("")
-    other = old.with_name("overview.svg")
+    other = old.with_name("mine.svg")
     other.write_text("")
     assert report.main([str(root / "results" / "small" / "fair")], root) == 0
     assert capsys.readouterr().out.split() == [
@@ -259,3 +260,21 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Ca
     root = root_with(tmp_path, empty=results)
     assert report.main([str(root / "results" / "empty")], root) == 2
     assert "there is nothing to report" in capsys.readouterr().err
+
+
+def test_an_overview_and_sizes_are_figures_and_no_sections(tmp_path: Path):
+    whole = made_up.results({"sgd": [[1.0, 0.2]], "kfac": [[1.0, 0.4]]})
+
+    def with_training(**changes: object) -> Results:
+        training = attrs.evolve(whole.study.training, **changes)
+        return attrs.evolve(whole, study=attrs.evolve(whole.study, training=training))
+
+    root = root_with(tmp_path, a=with_training(overview=("sgd",)))
+    for size in (8, 32):
+        with_training(batch_size=size, target=0.5).write(root / "results" / "b" / f"batch-{size}")
+    assert report.main([], root) == 0
+    page = (root / "docs" / "results.md").read_text()
+    assert (root / "docs" / "assets" / "results" / "overview.svg").is_file()
+    assert re.findall("^## .*", page, re.MULTILINE) == ["## Made-up runs", "## Batch sizes"]
+    assert "| algorithm | batches of 8 | batches of 32 |" in page
+    assert "| SGD | 8 steps, 4.00 s | 8 steps, 4.00 s |" in page
