@@ -277,4 +277,4 @@ def test_an_overview_and_sizes_are_figures_and_no_sections(tmp_path: Path):
     assert (root / "docs" / "assets" / "results" / "overview.svg").is_file()
     assert re.findall("^## .*", page, re.MULTILINE) == ["## Made-up runs", "## Batch sizes"]
     assert "| algorithm | batches of 8 | batches of 32 |" in page
-    assert "| SGD | 8 steps, 4.00 s | 8 steps, 4.00 s |" in page
+    assert "| K-FAC | 8 steps, 6.00 s | 8 steps, 6.00 s |" in page
