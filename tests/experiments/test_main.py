@@ -257,7 +257,7 @@ def test_starting_again_keeps_earlier_runs(tiny: Path, tmp_path: Path, output: P
         ("--set training.epoch=3", "no setting training.epoch. Did you mean 'epochs'?"),
         ("--set algorithms.sgd.mometum=0", "no option 'mometum'. Did you mean 'momentum'?"),
         ("--preset digits --set model.name=signal_cnn --algorithms sgd", "model signal_cnn: "),
-        ("--preset digits --search", "no [search.thesis]"),
+        ("--preset reference --search", "no [search.thesis]"),
         ("--import-records", "mlflow-unsent.jsonl cannot be read"),
         ("--epochs 0", "--epochs must be"),
         ("--epochs few", "--epochs"),
