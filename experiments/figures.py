@@ -36,9 +36,18 @@ STYLES = {
     "ekfacnag": ("#009E73", "--", "v"),
     "ekfacadam": ("#D55E00", "-", "D"),
     "ekfacradam": ("#CC79A7", "-.", "P"),
+    "adamw": ("#0072B2", "--", "X"),
+    "muon": ("#999999", ":", "*"),
+    "soap": ("#7F3C8D", "-.", "h"),
+    "short": ("#A52A2A", "-", "p"),
 }
 """Colour, line and marker; distinct for colour-blind readers and in grey (Okabe and Ito)."""
-OTHERS = (("#0072B2", ":", "X"), ("#999999", ":", "*"), ("#7F3C8D", ":", "h"))
+OTHERS = (
+    ("#332288", ":", "<"),
+    ("#44AA99", "--", ">"),
+    ("#AA4499", ":", "d"),
+    ("#666633", "-.", "8"),
+)
 THESIS = dict(zip(METRICS, range(1, 5), strict=True))
 """The number of the thesis' figure of each metric."""
 TITLES = {
