@@ -1,9 +1,10 @@
 """The tasks of the project.
 
-    nox -s tests | experiments | lint | docs | plugins | mutants | equivalence | bench
+    nox -s tests | experiments | report | lint | docs | plugins | mutants | equivalence | bench
 
-All sessions share one environment. The session `env` makes it, and refreshes it only when its
-sources have changed. Arguments after `--` go to the tool of the session:
+Experiments and reports have a small environment of their own, which the session
+`experiments_env` makes. All others share a larger one, made by `env`. Both are refreshed only when
+their sources have changed. Arguments after `--` go to the tool of the session:
 `nox -s tests -- tests/kfactk -k ekfac`.
 """
 
@@ -43,23 +44,34 @@ def fingerprint() -> str:
     return digest.hexdigest()
 
 
-def python(session: nox.Session) -> str:
-    """Return the path of the shared environment's interpreter."""
-    env = (session.cache_dir.parent / "env").absolute()
-    return str(env / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
+def python(session: nox.Session, env: str = "env") -> str:
+    """Return the path of the interpreter of a shared environment."""
+    folder = (session.cache_dir.parent / env).absolute()
+    return str(folder / ("Scripts/python.exe" if os.name == "nt" else "bin/python"))
 
 
-@nox.session(venv_backend="virtualenv", reuse_venv=True, default=False)
-def env(session: nox.Session) -> None:
-    """Make or refresh the environment that the other sessions share."""
+def make(session: nox.Session, *packages: str) -> None:
+    """Install packages into the session's environment, if that is not up to date."""
     stamp = Path(session.virtualenv.location) / "made-from.sha256"
     if stamp.exists() and stamp.read_text() == fingerprint():
         session.log("the environment is up to date")
         return
-    groups = nox.project.dependency_groups(nox.project.load_toml(ROOT / "pyproject.toml"), "dev")
     # Modules compile when they are first imported: most of what is installed never is.
-    session.install("--no-compile", "--editable", ".[experiments,testing]", *groups)
+    session.install("--no-compile", *packages)
     stamp.write_text(fingerprint())
+
+
+@nox.session(venv_backend="virtualenv", reuse_venv=True, default=False)
+def env(session: nox.Session) -> None:
+    """Make or refresh the environment that most sessions share."""
+    groups = nox.project.dependency_groups(nox.project.load_toml(ROOT / "pyproject.toml"), "dev")
+    make(session, "--editable", ".[experiments,testing]", *groups)
+
+
+@nox.session(venv_backend="virtualenv", reuse_venv=True, default=False)
+def experiments_env(session: nox.Session) -> None:
+    """Make or refresh the environment of `experiments` and `report`."""
+    make(session, "--editable", ".[experiments]")
 
 
 @nox.session(venv_backend="none", requires=["env"])
@@ -90,17 +102,23 @@ def tests(session: nox.Session) -> None:
     session.run(*measure, "report", env=variables)
 
 
-@nox.session(venv_backend="none", requires=["env"], default=False)
+@nox.session(venv_backend="none", requires=["experiments_env"], default=False)
 def experiments(session: nox.Session) -> None:
-    """Run our replication of the thesis, by default the small one; `-- --help` shows options."""
+    """Compare optimizers on a preset, by default a small one; `-- --help` shows the options."""
     session.run(
-        python(session),
+        python(session, "experiments_env"),
         "-m",
         "experiments",
         *session.posargs,
         interrupt_timeout=PATIENCE,
         terminate_timeout=PATIENCE,
     )
+
+
+@nox.session(venv_backend="none", requires=["experiments_env"], default=False)
+def report(session: nox.Session) -> None:
+    """Rebuild figures, reports and the page of results: `-- results/PRESET`, or all of them."""
+    session.run(python(session, "experiments_env"), "-m", "experiments.report", *session.posargs)
 
 
 @nox.session(venv_backend="none", requires=["env"], default=False)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from experiments.config import Data
 from experiments.data import load
+from experiments.settings import Data
 from kfactk import FactorContext, Layer, LayerCall, Samples
 from kfactk.linalg import block_diagonal, kron
 from kfactk_stages.basis.ekfac import Ekfac
@@ -193,10 +193,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    source = Data("cifar10" if arguments.data_dir else "digits")
+    source = Data(source="cifar10" if arguments.data_dir else "digits")
     dataset = load(source, arguments.data_dir, Path("runs/cache"), print)
     mean, deviation = dataset.normalisation()
-    images, labels = (dataset.train.pixels - mean) / deviation, dataset.train.labels
+    images, labels = (dataset.train.inputs - mean) / deviation, dataset.train.labels
     model, done = network(images.shape[1], arguments.width, len(dataset.classes)), 0
     for steps in arguments.steps:
         loss = train(model, images, labels, steps - done)

@@ -1,10 +1,11 @@
-"""Our replication of the thesis: six optimizers train on images.
+"""Studies that compare optimizers: ours of the thesis, and your own.
 
-Run it with `python -m experiments` or `nox -s experiments`. Modules import in this direction:
+Run them with `python -m experiments` or `nox -s experiments`. Modules import in this direction:
 
-    config -> data -> models, algorithms -> training -> runner -> results
-           -> table, figures, claims -> report
+    settings -> store -> data, models, tracking, algorithms -> training -> runner -> search
+             -> experiment
+    store -> results -> statistics -> claims, figures, tables -> report -> experiment
 
-Only `runner` knows checkpoints and MLflow; the modules after it read results only. The thesis is
-"Neural Network Optimization Based on K-FAC Algorithm", Tongji University, May 2021.
+The modules from `results` to `report` know neither models nor optimizers: they read files. The
+thesis is "Neural Network Optimization Based on K-FAC Algorithm", Tongji University, May 2021.
 """

@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from experiments import config
+from experiments import settings
 from experiments.errors import ExperimentError, from_system
 
 USAGE, INTERRUPTED = 2, 130
@@ -44,21 +44,24 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="experiments",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        description="Train several optimizers on images; write a table, four figures and a report.",
+        description="Train several optimizers on the same examples; write a table, figures, the "
+        "verdicts on the thesis' claims, and a report.",
         epilog="presets:\n"
         + "\n".join(
-            f"  {name:18}{config.read(path).title}" for name, path in config.presets().items()
+            f"  {name:18}{settings.title(path)}" for name, path in settings.presets().items()
         ),
         allow_abbrev=False,
     )
     parser.add_argument(
-        "--preset", metavar="NAME", help=f"{', '.join(config.presets())}; default: digits"
+        "--preset",
+        metavar="NAME",
+        help=f"{', '.join(settings.presets())}; default: {settings.DEFAULT}",
     )
     parser.add_argument(
         "--config",
         type=Path,
         metavar="FILE",
-        help="your own settings, as in experiments/configs/digits.toml",
+        help="your own settings, as in experiments/presets/digits.toml",
     )
     parser.add_argument(
         "--trust-config",
@@ -74,14 +77,57 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seeds", nargs="+", metavar="N", help="run every algorithm with each, such as 0 1 2"
     )
-    parser.add_argument("--epochs", type=int, metavar="N", help="passes over the training images")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="training images in each step")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="change a setting, such as algorithms.ekfacadam.lr=0.01; may be repeated",
+    )
+    parser.add_argument("--epochs", type=int, metavar="N", help="passes over the training examples")
+    parser.add_argument(
+        "--batch-size", type=int, metavar="N", help="training examples in each step"
+    )
     parser.add_argument(
         "--max-steps",
         type=int,
         metavar="N",
         help="stop every run after N steps, and test on N batches",
     )
+    _add_searches(parser)
+    _add_places(parser)
+    return parser
+
+
+def _add_searches(parser: argparse.ArgumentParser) -> None:
+    """Add the options of studies with many runs."""
+    parser.add_argument(
+        "--search",
+        nargs="?",
+        const="thesis",
+        choices=("thesis", "fair"),
+        metavar="PROTOCOL",
+        help="find the settings first: thesis (its grids, by training loss; the default) or fair "
+        "(equal trials for all, by validation loss); writes to runs/PRESET-PROTOCOL",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        metavar="N",
+        help="processes that share the runs; default: one for each core, where a preset sets the "
+        "threads of a process",
+    )
+    parser.add_argument(
+        "--batch-sizes",
+        nargs="+",
+        metavar="N",
+        help="a study for each of these sizes, with a search of its own if --search is given",
+    )
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
+    """Add the options that do not change the numbers."""
     parser.add_argument(
         "--data-dir",
         type=Path,
@@ -104,51 +150,105 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--resume",
         action="store_true",
-        help="continue an interrupted experiment; finished runs stay as they are",
+        help="continue an interrupted experiment; finished runs and trials stay as they are",
     )
-    return parser
+    parser.add_argument(
+        "--results",
+        type=Path,
+        metavar="DIR",
+        help="write the compact results there too; nox -s report makes figures and pages of them",
+    )
+    parser.add_argument(
+        "--import-records",
+        action="store_true",
+        help="send what MLflow's store had not confirmed, and run nothing",
+    )
 
 
 def _run(arguments: argparse.Namespace, command: str) -> None:
+    if arguments.workers < 0:
+        raise ExperimentError("--workers must be at least 1, or 0 for the default")
     if arguments.preset is not None and arguments.config is not None:
         raise ExperimentError("--preset and --config both name the settings: give one of them")
-    settings = (
-        config.load(arguments.preset or "digits")
+    changes = [*_changes(arguments), *arguments.set]
+    study = (
+        settings.load(arguments.preset or settings.DEFAULT, changes)
         if arguments.config is None
-        else config.read(arguments.config, trusted=arguments.trust_config)
+        else settings.read(arguments.config, changes, trusted=arguments.trust_config)
     )
-    settings = config.with_options(
-        settings,
-        algorithms=_names(" ".join(arguments.algorithms)) if arguments.algorithms else None,
-        seeds=_seeds(arguments.seeds),
-        epochs=arguments.epochs,
-        batch_size=arguments.batch_size,
-        max_steps=arguments.max_steps,
-    )
+    if arguments.algorithms:
+        study = study.only(_names(" ".join(arguments.algorithms)))
+    suffix = f"-{arguments.search}" if arguments.search else ""
+    output = arguments.output or Path("runs") / f"{study.preset}{suffix}"
+    if arguments.import_records:
+        _import_records(output)
+        return
     # Imported late, with torch and MLflow: errors in the options above are then reported at once.
+    import attrs
     from rich.console import Console
 
     from experiments.experiment import Options, run
 
     options = Options(
-        output=arguments.output or Path("runs") / settings.preset,
+        output=output,
         data_dir=arguments.data_dir,
         device=arguments.device,
         resume=arguments.resume or _number("TORCHELASTIC_RESTART_COUNT") > 0,
         command=command,
+        search=arguments.search,
+        workers=arguments.workers,
+        results=arguments.results,
     )
-    run(settings, options, Console())
+    if arguments.batch_sizes is None:
+        run(study, options, Console())
+        return
+    for size in _wholes("--batch-sizes", arguments.batch_sizes) or ():
+        training = attrs.evolve(study.training, batch_size=size)
+        part = f"batch-{size}"
+        results = None if options.results is None else options.results / part
+        run(
+            attrs.evolve(study, training=training, title=f"{study.title}, batches of {size}"),
+            attrs.evolve(options, output=output / part, results=results),
+            Console(),
+        )
 
 
-def _seeds(words: Sequence[str] | None) -> tuple[int, ...] | None:
+def _changes(arguments: argparse.Namespace) -> list[str]:
+    """Return the changes of settings that have an option of their own."""
+    short = {name: getattr(arguments, name) for name in ("epochs", "batch_size", "max_steps")}
+    for name, value in short.items():
+        if value is not None and value < 1 + (name == "batch_size"):
+            raise ExperimentError(
+                f"--{name.replace('_', '-')} must be at least {1 + (name == 'batch_size')}"
+            )
+    seeds = _wholes("--seeds", arguments.seeds)
+    changes = [f"training.{name}={value}" for name, value in short.items() if value is not None]
+    return changes if seeds is None else [*changes, f"training.seeds={list(seeds)}"]
+
+
+def _import_records(output: Path) -> None:
+    from experiments.tracking import UNSENT, store_of
+    from kfactk.errors import OptionError
+    from kfactk_stages.tracker.mlflow_store import import_file
+
+    try:
+        print(import_file(output / UNSENT, store_of(output)))
+    except OptionError as error:
+        raise ExperimentError(str(error)) from error
+
+
+def _wholes(option: str, words: Sequence[str] | None) -> tuple[int, ...] | None:
     if words is None:
         return None
     try:
-        return tuple(int(word) for word in _names(" ".join(words)))
+        found = tuple(int(word) for word in _names(" ".join(words)))
     except ValueError as error:
         raise ExperimentError(
-            f"--seeds must be whole numbers such as 0 1 2, not {' '.join(words)!r}"
+            f"{option} must be whole numbers such as 0 1 2, not {' '.join(words)!r}"
         ) from error
+    if not found or min(found) < 0 or len(set(found)) < len(found):
+        raise ExperimentError(f"{option} must be different whole numbers from 0 on")
+    return found
 
 
 def _number(variable: str) -> int:

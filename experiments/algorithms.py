@@ -1,9 +1,10 @@
-"""Make torch optimizers from the settings of algorithms."""
+"""Make the optimizers of a study: any recipe of kfactk, any of torch.optim, any other."""
 
 from __future__ import annotations
 
+import inspect
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import attrs
@@ -11,16 +12,18 @@ import torch
 from torch import nn
 
 import kfactk
-from experiments.collector import Collector
-from experiments.config import Algorithm
-from experiments.errors import ExperimentError, near_names
+from experiments.errors import ExperimentError, check_options, named
+from experiments.settings import Algorithm
+from experiments.tracking import Collector
 
-FIRST_ORDER = {
-    "sgd": torch.optim.SGD,
-    "adam": torch.optim.Adam,
-    "adamw": torch.optim.AdamW,
-    "radam": torch.optim.RAdam,
+TORCH = {
+    name: kind
+    for name, kind in vars(torch.optim).items()
+    if inspect.isclass(kind)
+    and issubclass(kind, torch.optim.Optimizer)
+    and kind is not torch.optim.Optimizer
 }
+"""The optimizers of torch.optim, by name."""
 
 
 def make(
@@ -32,31 +35,70 @@ def make(
         algorithm: Its settings.
         model: The model to train.
         seed: Seed of the Fisher pass.
-        collector: Takes the metrics of a second-order algorithm.
+        collector: Takes the metrics of a recipe of kfactk.
     """
-    settings = dict(algorithm.settings)
-    if "optimizer" in settings:
-        return FIRST_ORDER[settings.pop("optimizer")](model.parameters(), **settings)
-    return recipe(algorithm, seed=seed).evolve(tracker=collector).bind(model)
+    if algorithm.second_order:
+        return recipe(algorithm, seed=seed).evolve(tracker=collector).bind(model)
+    kind = named(
+        f"algorithms.{algorithm.name}.optimizer",
+        algorithm.optimizer,
+        TORCH,
+        trusted=algorithm.trusted,
+    )
+    first = next(iter(inspect.signature(kind).parameters), "params")
+    check_options(kind, algorithm.options, given=[first])
+    made = kind(model if first == "model" else model.parameters(), **algorithm.options)
+    if not isinstance(made, torch.optim.Optimizer):
+        raise ExperimentError(f"{algorithm.optimizer} makes no torch.optim.Optimizer")
+    return made
+
+
+def muon(model: nn.Module, lr: float = 0.02, adamw_lr: float = 0.001, **options: Any) -> Any:
+    """Return pytorch_optimizer's Muon for hidden matrices and kernels; the rest goes to AdamW.
+
+    The rest is what its authors leave out: the first and the last layer, biases and norms.
+    """
+    from pytorch_optimizer import Muon
+
+    parameters = [each for each in model.parameters() if each.requires_grad]
+    matrices = [each for each in parameters if each.ndim > 1]
+    hidden = {id(each) for each in matrices[1:-1]}
+    groups = [
+        {"params": [p for p in parameters if id(p) in hidden], "lr": lr, "use_muon": True},
+        {"params": [p for p in parameters if id(p) not in hidden], "lr": adamw_lr}
+        | {"use_muon": False},
+    ]
+    return Muon([group for group in groups if group["params"]], lr=lr, **options)
 
 
 def recipe(algorithm: Algorithm, *, seed: int) -> kfactk.Recipe:
-    """Return the recipe of a second-order algorithm."""
-    made = kfactk.Recipe.from_dict(algorithm.settings, trusted=algorithm.trusted)
-    fisher = algorithm.settings.get("fisher", "mc")
-    given = dict(fisher) if isinstance(fisher, Mapping) else {"name": fisher}
-    return (
-        made.evolve(fisher={"seed": seed, **given})
-        if "seed" in attrs.fields_dict(type(made.fisher))
-        else made
-    )
+    """Return the recipe of an algorithm of kfactk; `seed` draws the targets of its Fisher pass."""
+    options = dict(algorithm.options)
+    preset = options.pop("preset", None)
+    made = kfactk.Recipe.from_dict(options, trusted=algorithm.trusted)
+    if preset is not None:
+        made = kfactk.preset(preset, **options)
+    if "seed" not in attrs.fields_dict(type(made.fisher)):
+        return made
+    given = algorithm.options.get("fisher")
+    chosen = {"seed": seed, **given} if isinstance(given, Mapping) else {"seed": seed}
+    return made.evolve(fisher={**made.to_dict()["fisher"], **chosen})
 
 
 def describe(algorithm: Algorithm, *, seed: int) -> dict[str, Any]:
-    """Return all settings, with defaults, as nested plain values."""
-    if "optimizer" in algorithm.settings:
-        return dict(algorithm.settings)
-    return recipe(algorithm, seed=seed).to_dict()
+    """Return the effective settings, with defaults, as nested plain values."""
+    if algorithm.second_order:
+        return {"optimizer": "kfactk", **recipe(algorithm, seed=seed).to_dict()}
+    optimizer = make(algorithm, _small_model(), seed=seed, collector=Collector(1))
+    options = {**optimizer.defaults, **algorithm.options}
+    plain = {key: value for key, value in options.items() if _plain(value)}
+    return {"optimizer": algorithm.optimizer, **plain}
+
+
+def _plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
 
 
 def full_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -71,33 +113,29 @@ def full_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 def close(optimizer: torch.optim.Optimizer) -> None:
     """Remove the optimizer's hooks from its model, if it has any."""
-    if hasattr(optimizer, "close"):
+    if isinstance(optimizer, kfactk.Optimizer):
         optimizer.close()
 
 
-def check(algorithm: Algorithm) -> None:
-    """Check the settings of an algorithm, before any run starts.
+def check(algorithms: Iterable[Algorithm]) -> None:
+    """Check settings before any run starts: errors come now, and not after hours of other runs."""
+    for algorithm in algorithms:
+        try:
+            describe(algorithm, seed=0)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # said again by the run itself
+                model = _small_model()
+                optimizer = make(algorithm, model, seed=0, collector=Collector(1))
+                if not algorithm.second_order:  # those that need a closure refuse a step
+                    for parameter in model.parameters():
+                        parameter.grad = torch.zeros_like(parameter)
+                    optimizer.step()
+                close(optimizer)
+        except Exception as error:  # optimizers may raise anything for options that they refuse
+            text = str(error) or type(error).__name__
+            where = "" if text.startswith("algorithms.") else f"algorithm {algorithm.name}: "
+            raise ExperimentError(where + text) from error
 
-    Raises:
-        ExperimentError: They cannot work. The message names the algorithm.
-    """
-    name = algorithm.settings.get("optimizer")
-    if name is not None and not (isinstance(name, str) and name in FIRST_ORDER):
-        raise ExperimentError(
-            f"algorithm {algorithm.name}: there is no first-order optimizer {name!r}."
-            f"{near_names(str(name), FIRST_ORDER)} There are: {', '.join(FIRST_ORDER)}"
-        )
-    try:
-        describe(algorithm, seed=0)
-        _made_for_nothing(algorithm)
-    # Classes of torch raise ValueErrors and TypeErrors for options that they refuse.
-    except (kfactk.KfactkError, ValueError, TypeError, OverflowError) as error:
-        raise ExperimentError(f"algorithm {algorithm.name}: {error}") from error
 
-
-def _made_for_nothing(algorithm: Algorithm) -> None:
-    """Make the optimizer of a small model: errors come now, and not after hours of other runs."""
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Flatten(), nn.Linear(2, 2))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # said again by the run itself
-        close(make(algorithm, model, seed=0, collector=Collector(1)))
+def _small_model() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 3), nn.Flatten(), nn.Linear(2, 2))

@@ -1,20 +1,30 @@
-"""The claims of the thesis, checked on our own runs."""
+"""The claims of the thesis, judged on our own runs, whichever way they come out."""
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
 
 import attrs
 import numpy as np
 
+from experiments import statistics
 from experiments.results import Results
+from experiments.settings import METRICS
+from experiments.statistics import FAILS, HOLDS, UNDECIDED, Comparison, Spread, all_hold
 
 NEW = ("ekfacnag", "ekfacadam", "ekfacradam")
 """The methods that the thesis introduces."""
 OLD = ("sgd", "kfac", "ekfac")
-"""The methods that it compares them with."""
+"""The baselines that it compares them with."""
+ALL = (*NEW, *OLD)
 EARLY = 10
-"""Number of first epochs, as in the thesis."""
+"""The thesis' number of first epochs."""
+ABOUT_THREE = (2.0, 4.0)
+"""The points that "about 3 points" allows."""
+OPEN = "cannot be judged"
+OPPOSITE = {HOLDS: FAILS, FAILS: HOLDS, UNDECIDED: UNDECIDED}
 
-HOLDS, FAILS, OPEN = "holds", "does not hold", "cannot be judged"
+Judged = tuple[str, str]
 
 
 @attrs.frozen
@@ -23,8 +33,8 @@ class Claim:
 
     Args:
         text: The claim.
-        verdict: "holds", "does not hold" or "cannot be judged".
-        evidence: The numbers behind the verdict.
+        verdict: "holds", "does not hold", "undecided" or "cannot be judged".
+        evidence: The numbers behind the verdict, or what is missing, in one sentence.
     """
 
     text: str
@@ -32,110 +42,255 @@ class Claim:
     evidence: str
 
 
+@attrs.frozen
+class Distance:
+    """A final accuracy beside the one that the thesis prints.
+
+    Args:
+        label: The algorithm.
+        metric: Name of the metric.
+        thesis: What the thesis prints, in per cent.
+        ours: Ours, over seeds.
+    """
+
+    label: str
+    metric: str
+    thesis: float
+    ours: Spread
+
+    @property
+    def difference(self) -> float:
+        """Our median minus the thesis' value, in points."""
+        return self.ours.median - self.thesis
+
+
 def check(results: Results) -> list[Claim]:
-    """Judge every claim, on means over seeds."""
+    """Judge every claim."""
     have = {algorithm.name for algorithm in results.algorithms}
-    curves = {name: _mean(results, name) for name in (*NEW, *OLD) if name in have}
-    claims = (
-        (
-            "EKFACadam's training loss ends below SGD's after equal epochs",
-            ("ekfacadam", "sgd"),
-            _below_sgd,
-        ),
-        (
-            f"All three new methods lead in training loss in the first {EARLY} epochs",
-            (*NEW, *OLD),
-            _early_lead,
-        ),
-        (
-            "EKFACadam and EKFACradam keep the lead in training loss",
-            ("ekfacadam", "ekfacradam", *OLD),
-            _kept_lead,
-        ),
-        ("EKFACnag slows in the middle", (*NEW, *OLD), _nag_slows),
-        ("EKFACadam ends best on training and on test", (*NEW, *OLD), _adam_best),
-    )
     judged = []
-    for text, needed, judge in claims:
+    for text, needed, judge in CLAIMS:
         if missing := [name for name in needed if name not in have]:
-            judged.append(Claim(text, OPEN, f"not among the runs: {', '.join(missing)}"))
-        elif judge is not _below_sgd and results.epochs < 2:
+            judged.append(Claim(text, OPEN, f"there are no runs of {', '.join(missing)}"))
+        elif results.epochs < 2:
             judged.append(Claim(text, OPEN, "one epoch is too little"))
         else:
-            holds, evidence = judge(results, curves)
-            judged.append(Claim(text, HOLDS if holds else FAILS, evidence))
+            verdict, evidence = judge(results)
+            judged.append(Claim(text, verdict, evidence + _limits(results, verdict, needed)))
     return judged
 
 
-def _mean(results: Results, name: str) -> np.ndarray:
-    """Return the mean training loss over seeds; infinite from where a seed diverged."""
-    return np.nan_to_num(results.curves(name, "train_loss").mean(0), nan=np.inf)
+def distances(results: Results) -> list[Distance]:
+    """Return the final accuracies beside those that the thesis prints for these algorithms."""
+    return [
+        Distance(each.label, METRICS[metric], value, statistics.final(results, each.name, metric))
+        for each in results.algorithms
+        for metric, value in each.reference.items()
+    ]
 
 
-def _label(results: Results, name: str) -> str:
-    return results.experiment.algorithms[name].label
+def _limits(results: Results, verdict: str, names: Iterable[str]) -> str:
+    """Return why the runs allow no verdict at all, if they do not."""
+    limit = results.study.training.max_steps
+    common = set.intersection(*(set(results.of(name)) for name in names))
+    if verdict == UNDECIDED and limit:
+        return f"; the runs were stopped after {limit} steps"
+    if verdict == UNDECIDED and len(common) < statistics.LEAST_SEEDS:
+        return f"; {len(common)} common seeds are too few, {statistics.LEAST_SEEDS} are needed"
+    return ""
 
 
-def _below_sgd(results: Results, curves: dict[str, np.ndarray]) -> tuple[bool, str]:
-    adam, sgd = (
-        np.nan_to_num(results.curves(name, "train_loss")[:, -1], nan=np.inf)
-        for name in ("ekfacadam", "sgd")
+def _pairs(
+    results: Results,
+    firsts: Sequence[str],
+    others: Sequence[str],
+    metric: str,
+    epochs: Sequence[int] = (),
+) -> list[Comparison]:
+    """Compare each of some algorithms with each of others; by default after the last epoch."""
+    return [
+        comparison
+        for first in firsts
+        for other in others
+        if other != first
+        for comparison in statistics.compare(results, first, other, metric, epochs)
+    ]
+
+
+def _verdict(comparisons: Iterable[Comparison]) -> str:
+    return all_hold(comparison.verdict for comparison in comparisons)
+
+
+def _tally(comparisons: Sequence[Comparison]) -> str:
+    """Return in how many comparisons the first loss is lower."""
+    lower, higher, undecided = (
+        sum(each.verdict == kind for each in comparisons) for kind in (HOLDS, FAILS, UNDECIDED)
     )
-    evidence = f"{adam.mean():.4g} against {sgd.mean():.4g} after {results.epochs} epochs"
-    if len(adam) == len(sgd):
-        evidence += f"; lower for {int((adam < sgd).sum())} of {len(adam)} seeds"
-    return bool(adam.mean() < sgd.mean()), evidence
+    return (
+        f"lower in {lower} of {len(comparisons)} comparisons, higher in {higher}, "
+        f"undecided in {undecided}"
+    )
 
 
-def _early_lead(results: Results, curves: dict[str, np.ndarray]) -> tuple[bool, str]:
+def _closest(comparisons: Sequence[Comparison]) -> str:
+    """Return, for each first algorithm, the comparison that is least in its favour."""
+    least = max if statistics.is_loss(comparisons[0].metric) else min
+    firsts = dict.fromkeys(comparison.first for comparison in comparisons)
+    return _each(
+        least((c for c in comparisons if c.first == first), key=lambda c: c.median)
+        for first in firsts
+    )
+
+
+def _each(comparisons: Iterable[Comparison]) -> str:
+    """Return the numbers of every comparison."""
+    return ", ".join(
+        f"{c.first} {'/' if statistics.is_loss(c.metric) else 'against'} {c.second} {c.text}"
+        for c in comparisons
+    )
+
+
+def _early_lead(results: Results) -> Judged:
     early = min(EARLY, results.epochs)
-    new, old = (np.stack([curves[name][:early] for name in names]) for names in (NEW, OLD))
-    led = new.max(0) < old.min(0)
-    each = ", ".join(
-        f"{_label(results, name)} {int((curves[name][:early] < old.min(0)).sum())}" for name in NEW
+    compared = _pairs(results, NEW, OLD, "train_loss", range(1, early + 1))
+    last = [comparison for comparison in compared if comparison.epoch == early]
+    return _verdict(compared), (
+        f"{_tally(compared)} (9 pairs, {early} epochs); the loss after epoch {early}, "
+        f"against the closest baseline: {_closest(last)}"
     )
-    evidence = f"all three below all of the others in {int(led.sum())} of {early} epochs"
-    return bool(led.all()), f"{evidence} (each alone: {each})"
 
 
-def _kept_lead(results: Results, curves: dict[str, np.ndarray]) -> tuple[bool, str]:
-    names = ("ekfacadam", "ekfacradam")
-    best = min(OLD, key=lambda name: curves[name][-1])
-    values = ", ".join(f"{_label(results, name)} {curves[name][-1]:.4g}" for name in (*names, best))
-    holds = all(curves[name][-1] < curves[best][-1] for name in names)
-    return holds, f"final training loss: {values} (best of the others)"
-
-
-def _nag_slows(results: Results, curves: dict[str, np.ndarray]) -> tuple[bool, str]:
-    first, middle = max(1, results.epochs // 10), (results.epochs + 1) // 2
-
-    def rank(epoch: int) -> int:
-        return 1 + sum(
-            curve[epoch - 1] < curves["ekfacnag"][epoch - 1] for curve in curves.values()
-        )
-
-    evidence = (
-        f"its rank by training loss is {rank(first)} after epoch {first} and {rank(middle)} after "
-        f"epoch {middle} of {results.epochs}"
+def _kept_lead(results: Results) -> Judged:
+    epochs = range(1, results.epochs + 1)
+    compared = _pairs(results, ("ekfacadam", "ekfacradam"), OLD, "train_loss", epochs)
+    last = [comparison for comparison in compared if comparison.epoch == results.epochs]
+    return _verdict(compared), (
+        f"{_tally(compared)} (6 pairs, {results.epochs} epochs); the final loss, against "
+        f"the closest baseline: {_closest(last)}"
     )
-    return rank(middle) > rank(first), evidence
 
 
-def _adam_best(results: Results, curves: dict[str, np.ndarray]) -> tuple[bool, str]:
-    best = []
-    for metric, sign in (
-        ("train_loss", 1),
-        ("train_accuracy", -1),
-        ("test_loss", 1),
-        ("test_accuracy", -1),
-    ):
-        finals = {name: results.final(name, metric).mean for name in curves}
-        finals = {
-            name: sign * value if np.isfinite(value) else np.inf for name, value in finals.items()
-        }
-        best.append(min(finals, key=finals.__getitem__))
-    words = ("training loss", "training accuracy", "test loss", "test accuracy")
-    evidence = "; ".join(
-        f"best {word}: {_label(results, name)}" for word, name in zip(words, best, strict=True)
+def _nag_overtaken(results: Results) -> Judged:
+    early = max(1, results.epochs // 10)
+    before = _pairs(results, ("ekfacnag",), OLD, "train_loss", (early,))
+    after = _pairs(results, ("ekfacnag",), OLD, "train_loss")
+    overtaken = [OPPOSITE[comparison.verdict] for comparison in after]
+    return all_hold([_verdict(before), *overtaken]), (
+        f"the loss after epoch {early}, a tenth of the training: {_each(before)}; at the end: "
+        f"{_each(after)}"
     )
-    return best[0] == best[1] == best[3] == "ekfacadam", evidence
+
+
+def _draws_away(results: Results) -> Judged:
+    late = max(1, results.epochs * 2 // 3)
+    last = _pairs(results, ("ekfacadam",), ("ekfacradam",), "train_loss")
+    gaps = statistics.differences(results, "ekfacadam", "ekfacradam", "train_loss")
+    with np.errstate(invalid="ignore"):
+        growth, text = _log_effect(results, gaps[:, -1] - gaps[:, late - 1])
+    return all_hold([last[0].verdict, growth]), (
+        f"the final loss: {_each(last)}; from epoch {late} to the end this ratio changed by the "
+        f"factor {text}"
+    )
+
+
+def _log_effect(results: Results, samples: statistics.Array) -> Judged:
+    """Return whether differences of logarithms are negative, and the factor they stand for.
+
+    NaN, the difference of two infinite ones, is a tie.
+    """
+    samples = np.where(np.isnan(samples), 0.0, samples)[:, None]
+    found = statistics.bootstrap(samples)
+    middle = statistics.exp(statistics.median(samples)[0])
+    if found is None:
+        return UNDECIDED, statistics.effect(middle, None, ratio=True)
+    limited = results.study.training.max_steps > 0
+    verdict = UNDECIDED if limited else statistics.sign(found[0], negative=True)
+    low, high = map(statistics.exp, found[0])
+    return verdict, statistics.effect(middle, (low, high), ratio=True)
+
+
+def _highest_accuracy(results: Results) -> Judged:
+    firsts = ("ekfacadam", "ekfacradam")
+    others = [name for name in ALL if name not in firsts]
+    compared = _pairs(results, firsts, others, "train_accuracy")
+    return _verdict(compared), (
+        f"at the end, against the closest of the other four: {_closest(compared)}"
+    )
+
+
+def _three_points(results: Results) -> Judged:
+    compared = _pairs(results, ("ekfacadam",), OLD, "train_accuracy")
+    limited = results.study.training.max_steps > 0
+    verdicts = [UNDECIDED if limited else _about_three(each.interval) for each in compared]
+    low, high = ABOUT_THREE
+    return all_hold(verdicts), (
+        f"at the end: {_each(compared)}; from {low:g} to {high:g} points count as about 3"
+    )
+
+
+def _about_three(interval: tuple[float, float] | None) -> str:
+    if interval is None:
+        return UNDECIDED
+    if ABOUT_THREE[0] <= interval[0] and interval[1] <= ABOUT_THREE[1]:
+        return HOLDS
+    apart = interval[1] < ABOUT_THREE[0] or interval[0] > ABOUT_THREE[1]
+    return FAILS if apart else UNDECIDED
+
+
+def _fastest_on_test(results: Results) -> Judged:
+    half = results.epochs // 2
+    verdicts, texts = [], []
+    for other in [name for name in ALL if name != "ekfacadam"]:
+        gaps = statistics.differences(results, "ekfacadam", other, "test_loss")[:, :half]
+        with np.errstate(invalid="ignore"):
+            verdict, text = _log_effect(results, gaps.mean(1))
+        verdicts.append(verdict)
+        texts.append(f"{results.label('ekfacadam')} / {results.label(other)} {text}")
+    return all_hold(verdicts), (
+        f"the test loss, as its geometric mean over epochs 1 to {half}: {', '.join(texts)}"
+    )
+
+
+def _best_on_test(results: Results) -> Judged:
+    compared = _pairs(results, ("ekfacadam",), ALL, "test_accuracy")
+    return _verdict(compared), f"at the end: {_each(compared)}"
+
+
+CLAIMS: tuple[tuple[str, Sequence[str], Callable[[Results], Judged]], ...] = (
+    (
+        f"In each of the first {EARLY} epochs all three new methods have a lower training loss "
+        "than all three baselines",
+        ALL,
+        _early_lead,
+    ),
+    (
+        "EKFACadam and EKFACradam keep that advantage through the whole training",
+        ("ekfacadam", "ekfacradam", *OLD),
+        _kept_lead,
+    ),
+    (
+        "EKFACnag slows in the middle and late phase, and all three baselines overtake it",
+        ("ekfacnag", *OLD),
+        _nag_overtaken,
+    ),
+    (
+        "Late in training EKFACadam draws away from EKFACradam",
+        ("ekfacadam", "ekfacradam"),
+        _draws_away,
+    ),
+    (
+        "EKFACadam and EKFACradam reach the highest training accuracy",
+        ALL,
+        _highest_accuracy,
+    ),
+    (
+        "EKFACadam ends about 3 points above the baselines in training accuracy",
+        ("ekfacadam", *OLD),
+        _three_points,
+    ),
+    (
+        "EKFACadam minimises the test loss fastest during the first half",
+        ALL,
+        _fastest_on_test,
+    ),
+    ("EKFACadam reaches the best test accuracy", ALL, _best_on_test),
+)

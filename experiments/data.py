@@ -1,214 +1,320 @@
-"""Load images into memory: scikit-learn's digits, torchvision's CIFAR-10, or a folder of images."""
+"""Load examples into memory, by name: digits, MNIST-1D, and CIFAR-10 as files or image folders."""
 
 from __future__ import annotations
 
+import hashlib
+import stat
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import attrs
+import numpy as np
 import torch
 from torch import Tensor
 
-from experiments import folder
-from experiments.config import Data
-from experiments.errors import ExperimentError, printable
-from experiments.files import write_atomically
+from experiments.errors import ExperimentError, named, printable, system_reason
+from experiments.settings import Data
+from experiments.store import write_atomically
 
 SIZE = 32
 """Height and width of CIFAR-10's images."""
+FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
+"""Of the files that `ImageFolder` lists."""
+PARTS = ("train", "test")
+DOWNLOADED = ("cifar-10-batches-py", "cifar-10-python.tar.gz")
+Say = Callable[[str], None]
 
 
 @attrs.frozen(eq=False)
-class Images:
-    """Images and their classes.
+class Examples:
+    """Inputs and their classes.
 
     Args:
-        pixels: `[N, C, H, W]`, uint8.
+        inputs: `[N, C, ...]`: uint8 images, or float32 values.
         labels: `[N]`, int64.
     """
 
-    pixels: Tensor
+    inputs: Tensor
     labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
 
-    def checked(self, count: int) -> Images:
-        """Return these images, if they can be `count` images of CIFAR-10.
+    def __getitem__(self, index: Any) -> Examples:
+        return Examples(self.inputs[index], self.labels[index])
 
-        Raises:
-            ValueError: They cannot.
-        """
-        shape = (count, 3, SIZE, SIZE)
-        if self.pixels.shape != shape or self.pixels.dtype != torch.uint8:
-            raise ValueError(f"pixels of shape {tuple(self.pixels.shape)} are not {shape} of uint8")
-        if self.labels.shape != (count,) or self.labels.dtype != torch.int64:
-            raise ValueError("the labels do not fit the pixels")
-        return self
-
-    def subset(self, count: int, seed: int, name: str) -> Images:
-        """Draw `count` images by `seed`; 0 returns all."""
+    def subset(self, count: int, seed: int, name: str) -> Examples:
+        """Draw `count` examples by `seed`; 0 returns all."""
         if count > len(self):
             raise ExperimentError(
-                f"data.{name} = {count}, but there are only {len(self)} {name} images"
+                f"data.{name} = {count}, but there are only {len(self)} {name} examples"
             )
         if count in (0, len(self)):
             return self
-        index = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
-        return Images(self.pixels[index], self.labels[index])
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return self[order[:count]]
 
-    def to(self, device: torch.device) -> Images:
-        """Return the images on `device`."""
-        return Images(self.pixels.to(device), self.labels.to(device))
+    def to(self, device: torch.device) -> Examples:
+        """Return the examples on `device`."""
+        return Examples(self.inputs.to(device), self.labels.to(device))
 
 
 @attrs.frozen(eq=False)
 class Dataset:
-    """Training and test images.
+    """Training and test examples.
 
     Args:
         name: Name for readers.
-        train: Training images.
-        test: Test images.
+        train: Training examples.
+        test: Test examples.
         classes: Names of the classes.
     """
 
     name: str
-    train: Images
-    test: Images
+    train: Examples
+    test: Examples
     classes: tuple[str, ...]
 
     def normalisation(self) -> tuple[Tensor, Tensor]:
-        """Return mean and standard deviation of the training images per channel, `[C, 1, 1]`."""
-        channels = self.train.pixels.shape[1]
-        counts = torch.stack(
-            [
-                torch.bincount(self.train.pixels[:, c].flatten(), minlength=256)
-                for c in range(channels)
-            ]
-        ).double()
-        values, total = torch.arange(256, dtype=torch.float64), counts.sum(1)
-        mean = (counts * values).sum(1) / total
-        deviation = ((counts * (values - mean[:, None]) ** 2).sum(1) / total).sqrt().clamp(min=1.0)
-        return mean.float().view(-1, 1, 1), deviation.float().view(-1, 1, 1)
+        """Return mean and standard deviation of the training inputs, `[C, 1, ...]`."""
+        inputs = self.train.inputs
+        shape = (-1, *(1 for _ in inputs.shape[2:]))
+        channels = [inputs[:, c].double() for c in range(inputs.shape[1])]
+        least = 1.0 if inputs.dtype == torch.uint8 else 1e-6
+        mean = torch.stack([values.mean() for values in channels])
+        deviation = torch.stack([values.std(correction=0) for values in channels])
+        return mean.float().view(shape), deviation.clamp(min=least).float().view(shape)
 
     def checksum(self) -> int:
-        """Return a checksum of all images and labels."""
+        """Return a checksum of all inputs and labels."""
         value = 0
-        for tensor in (self.train.pixels, self.train.labels, self.test.pixels, self.test.labels):
-            value = zlib.crc32(tensor.contiguous().numpy().data, value)
+        for part in (self.train, self.test):
+            for tensor in (part.inputs, part.labels):
+                value = zlib.crc32(tensor.cpu().contiguous().numpy().data, value)
         return value
 
+    def to(self, device: torch.device) -> Dataset:
+        """Return the examples on `device`."""
+        return attrs.evolve(self, train=self.train.to(device), test=self.test.to(device))
 
-def load(settings: Data, data_dir: Path | None, cache: Path, say: Callable[[str], None]) -> Dataset:
-    """Load the images of an experiment.
+    def for_search(self, train: int, validation: float, seed: int) -> Dataset:
+        """Return a part of the training examples; some are held out and stand for the test.
+
+        Args:
+            train: Number of examples; 0 for all.
+            validation: Part that is held out; 0 keeps the test examples.
+            seed: Seed of the choice.
+        """
+        chosen = self.train.subset(train, seed, "train")
+        if not validation:
+            return attrs.evolve(self, train=chosen)
+        held = max(1, round(validation * len(chosen)))
+        chosen = chosen[torch.randperm(len(chosen), generator=torch.Generator().manual_seed(seed))]
+        return attrs.evolve(self, train=chosen[held:], test=chosen[:held])
+
+
+def load(
+    settings: Data, data_dir: Path | None, cache: Path, say: Say, *, trusted: bool = False
+) -> Dataset:
+    """Load the examples of a study.
 
     Args:
-        settings: The images.
-        data_dir: Folder of the images, or for their download; `None` for the default.
+        settings: The examples.
+        data_dir: Folder of the examples, or for their download; `None` for the default.
         cache: Folder for decoded images.
         say: Takes a message before work that may take long.
+        trusted: Whether the source may be an import path.
 
     Raises:
-        ExperimentError: The images are missing and cannot be downloaded.
+        ExperimentError: The examples are missing and cannot be downloaded.
     """
-    if settings.source == "digits":
-        if data_dir is not None:
-            raise ExperimentError(
-                "the digits come with scikit-learn: leave --data-dir out, or choose "
-                "--preset cifar10-small"
-            )
-        return _digits(settings)
-    data_dir = Path("runs/data") if data_dir is None else data_dir
-    if folder.is_image_folder(data_dir):
-        return _from_folder(settings, data_dir, cache, say)
-    return _from_torchvision(settings, data_dir, say)
+    source = named("data.source", settings.source, SOURCES, trusted=trusted)
+    if data_dir is not None and settings.source in PACKAGED:
+        raise ExperimentError(
+            f"{settings.source} comes with a package: leave --data-dir out, or choose another "
+            "--preset, such as cifar10-small"
+        )
+    dataset: Dataset = source(settings, data_dir, cache, say)
+    return dataset
 
 
-def _digits(settings: Data) -> Dataset:
+def digits(settings: Data, data_dir: Path | None, cache: Path, say: Say) -> Dataset:
+    """Return the 1,797 scanned digits of scikit-learn, 8x8; the test part is stratified."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
-    digits = load_digits()
-    train, test = settings.train or len(digits.target) * 4 // 5, settings.test or None
-    if train + (test or 1) > len(digits.target):
-        raise ExperimentError(
-            f"data.train + data.test = {train + (test or 1)}, but there are only "
-            f"{len(digits.target)} digits"
+    found = load_digits()
+    try:
+        split = train_test_split(
+            *(found.images, found.target),
+            train_size=settings.train or len(found.target) * 4 // 5,
+            test_size=settings.test or None,
+            stratify=found.target,
+            random_state=settings.seed,
         )
-    classes = len(digits.target_names)
-    for part, count in (("train", train), ("test", test)):
-        if count is not None and count < classes:
-            raise ExperimentError(
-                f"data.{part} = {count} is too few: each of the {classes} digits needs an image"
-            )
-    split = train_test_split(
-        digits.images,
-        digits.target,
-        train_size=train,
-        test_size=test,
-        stratify=digits.target,
-        random_state=settings.seed,
-    )
+    except ValueError as error:
+        raise ExperimentError(
+            f"data.train = {settings.train}, data.test = {settings.test}: {error}"
+        ) from error
     parts = [torch.from_numpy(part) for part in split]
     pixels = [(part * (255 / 16)).round().to(torch.uint8)[:, None] for part in parts[:2]]
     return Dataset(
         name="scikit-learn's digits (8x8)",
-        train=Images(pixels[0], parts[2].long()),
-        test=Images(pixels[1], parts[3].long()),
-        classes=tuple(str(name) for name in digits.target_names),
+        train=Examples(pixels[0], parts[2].long()),
+        test=Examples(pixels[1], parts[3].long()),
+        classes=tuple(str(name) for name in found.target_names),
     )
 
 
-def _from_folder(
-    settings: Data, data_dir: Path, cache: Path, say: Callable[[str], None]
-) -> Dataset:
-    classes, listing = folder.list_images(data_dir)
-    parts = {}
-    for part, count in (("train", settings.train), ("test", settings.test)):
-        files = listing[part]
+def mnist1d(settings: Data, data_dir: Path | None, cache: Path, say: Say) -> Dataset:
+    """Return MNIST-1D (Greydanus and Kobak 2020): 5,000 signals of 40 values, made by a package."""
+    from mnist1d.data import get_dataset_args, make_dataset
+
+    made = make_dataset(get_dataset_args())
+    parts = [
+        Examples(
+            torch.from_numpy(made[f"x{suffix}"]).float()[:, None],
+            torch.from_numpy(made[f"y{suffix}"]).long(),
+        )
+        for suffix in ("", "_test")
+    ]
+    return Dataset(
+        name="MNIST-1D",
+        train=parts[0].subset(settings.train, settings.seed, "train"),
+        test=parts[1].subset(settings.test, settings.seed, "test"),
+        classes=tuple(map(str, range(10))),
+    )
+
+
+def cifar10(settings: Data, data_dir: Path | None, cache: Path, say: Say) -> Dataset:
+    """Return CIFAR-10: a folder of images, or torchvision's files, downloaded where missing."""
+    data_dir = Path("runs/data") if data_dir is None else data_dir
+    if data_dir.exists() and not data_dir.is_dir():
+        raise ExperimentError(f"--data-dir {data_dir} is a file, and no folder of images")
+    if all((data_dir / part).is_dir() for part in PARTS):
+        return _from_folder(settings, data_dir, cache, say)
+    return _from_torchvision(settings, data_dir, say)
+
+
+SOURCES: dict[str, Callable[[Data, Path | None, Path, Say], Dataset]] = {
+    "digits": digits,
+    "mnist1d": mnist1d,
+    "cifar10": cifar10,
+}
+"""Functions that load examples, with the arguments of `cifar10`."""
+PACKAGED = ("digits", "mnist1d")
+"""Sources that read no folder."""
+
+
+def _from_folder(settings: Data, data_dir: Path, cache: Path, say: Say) -> Dataset:
+    from torchvision.datasets import ImageFolder
+
+    parts, classes = {}, {}
+    for name, count in (("train", settings.train), ("test", settings.test)):
+        try:
+            found = ImageFolder(data_dir / name)
+        except (OSError, RuntimeError) as error:
+            raise ExperimentError(
+                f"--data-dir {data_dir} must hold train/CLASS/*.jpg and test/CLASS/*.jpg: "
+                f"{system_reason(error)}"
+            ) from error
+        files, classes[name] = sorted(found.samples), tuple(found.classes)
         if count > len(files):
             raise ExperimentError(
-                f"data.{part} = {count}, but {data_dir / part} holds only {len(files)} images"
+                f"data.{name} = {count}, but {data_dir / name} holds only {len(files)} images"
             )
         if 0 < count < len(files):
-            generator = torch.Generator().manual_seed(settings.seed)
-            index = torch.randperm(len(files), generator=generator)[:count]
-            files = [files[i] for i in index.tolist()]
-        parts[part] = _decode_once(files, data_dir, cache / f"{part}.pt", say)
-    return Dataset(printable(f"CIFAR-10 from {data_dir}"), parts["train"], parts["test"], classes)
+            order = torch.Generator().manual_seed(settings.seed)
+            files = [files[i] for i in torch.randperm(len(files), generator=order)[:count].tolist()]
+        parts[name] = _decode_once(files, cache / f"{name}.pt", say)
+    if classes["train"] != classes["test"]:
+        raise ExperimentError(
+            f"{data_dir}: train and test have different classes: {', '.join(classes['train'])} "
+            f"and {', '.join(classes['test'])}"
+        )
+    return Dataset(
+        printable(f"CIFAR-10 from {data_dir.name}"), parts["train"], parts["test"], classes["train"]
+    )
 
 
-def _decode_once(
-    files: list[tuple[Path, int]], data_dir: Path, cache: Path, say: Callable[[str], None]
-) -> Images:
-    key = folder.signature(files, data_dir)
+def _decode_once(files: list[tuple[str, int]], cache: Path, say: Say) -> Examples:
+    """Decode images, or read those that were decoded before from the same files."""
+    stats = [(path, label, *_stat(path)) for path, label in files]
+    key = hashlib.sha256(repr(stats).encode("utf-8", "backslashreplace")).hexdigest()
     try:
         kept = torch.load(cache, weights_only=True) if cache.is_file() else {"key": None}
         if kept["key"] == key:
-            return Images(kept["pixels"], kept["labels"]).checked(len(files))
+            return _checked(Examples(kept["inputs"], kept["labels"]), len(files))
     except Exception as error:  # torch.load may raise anything for a damaged file
-        if cache.exists():
-            say(f"{cache} cannot be read ({type(error).__name__}): decoding the images again")
-    say(f"decoding {len(files):,} images from {data_dir} (once; kept in {cache})")
-    images = Images(
-        folder.decode([path for path, _ in files], SIZE),
+        say(f"{cache} cannot be read ({type(error).__name__}): decoding the images again")
+    say(f"decoding {len(files):,} images (once; kept in {cache})")
+    images = Examples(
+        torch.from_numpy(np.stack([_pixels(path) for path, _ in files])).permute(0, 3, 1, 2),
         torch.tensor([label for _, label in files]),
     )
-    write_atomically(
-        cache,
-        lambda path: torch.save(
-            {"key": key, "pixels": images.pixels, "labels": images.labels}, path
-        ),
-    )
+    images = Examples(images.inputs.contiguous(), images.labels)
+    values = {"key": key, **attrs.asdict(images, recurse=False)}
+    write_atomically(cache, lambda path: torch.save(values, path))
     return images
 
 
-def _from_torchvision(settings: Data, data_dir: Path, say: Callable[[str], None]) -> Dataset:
+def _checked(images: Examples, count: int) -> Examples:
+    """Return images of a cache if they are as we have written them."""
+    kinds = (images.inputs.dtype, images.labels.dtype)
+    shapes = (tuple(images.inputs.shape), tuple(images.labels.shape))
+    if kinds != (torch.uint8, torch.int64) or shapes != ((count, 3, SIZE, SIZE), (count,)):
+        raise ValueError("its values are not those of images")
+    return images
+
+
+def _stat(path: str) -> tuple[int, int]:
+    try:
+        found = Path(path).stat()
+    except OSError as error:  # such as a link to a file that is not there
+        raise ExperimentError(
+            f"{path} cannot be read ({system_reason(error)}): restore or remove it"
+        ) from error
+    if not stat.S_ISREG(found.st_mode):  # to open a pipe would wait for its writer
+        raise ExperimentError(f"{path} is not a regular file: remove it")
+    return found.st_size, found.st_mtime_ns
+
+
+def _pixels(path: str) -> np.ndarray[Any, Any]:
+    from PIL import Image
+
+    pixels = None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what Pillow finds odd is no matter of ours
+            with Image.open(path, formats=FORMATS) as image:
+                size = image.size  # known without decoding, which may take all memory
+                if size == (SIZE, SIZE):
+                    pixels = np.asarray(image.convert("RGB"))
+    except Exception as error:  # Pillow raises almost anything for damaged files
+        raise ExperimentError(
+            f"{path} is not a readable image ({type(error).__name__}: {system_reason(error)}): "
+            "restore or remove it"
+        ) from error
+    if pixels is None:
+        raise ExperimentError(
+            f"{path} is {size[0]}x{size[1]} pixels; all images must be {SIZE}x{SIZE}"
+        )
+    return pixels
+
+
+def _from_torchvision(settings: Data, data_dir: Path, say: Say) -> Dataset:
     from torchvision.datasets import CIFAR10
 
-    folder.check_download_target(data_dir)
+    filled = data_dir.is_dir() and any(data_dir.iterdir())
+    if filled and not any((data_dir / name).exists() for name in DOWNLOADED):
+        missing = [part for part in PARTS if not (data_dir / part).is_dir()]
+        raise ExperimentError(
+            f"--data-dir {data_dir} has no {' and no '.join(missing)} folder, and none of "
+            f"{' and '.join(DOWNLOADED)}: nothing is downloaded among other files"
+        )
     say(f"CIFAR-10 from torchvision, in {data_dir} (downloaded if missing: 170 MB)")
     try:
         parts = [CIFAR10(data_dir, train=train, download=True) for train in (True, False)]
@@ -223,13 +329,13 @@ def _from_torchvision(settings: Data, data_dir: Path, say: Callable[[str], None]
             "images as train/CLASS/*.jpg and test/CLASS/*.jpg"
         ) from error
     images = [
-        Images(
+        Examples(
             torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous(), torch.tensor(part.targets)
         )
         for part in parts
     ]
     return Dataset(
-        name="CIFAR-10 from torchvision",
+        name="CIFAR-10",
         train=images[0].subset(settings.train, settings.seed, "train"),
         test=images[1].subset(settings.test, settings.seed, "test"),
         classes=tuple(parts[0].classes),

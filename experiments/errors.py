@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import importlib
+import inspect
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 
 class ExperimentError(Exception):
@@ -56,3 +59,62 @@ def near_names(name: str, known: Iterable[str]) -> str:
     from kfactk.errors import near_names as near
 
     return near(name, known)
+
+
+def named(setting: str, name: str, known: Mapping[str, Any], *, trusted: bool) -> Any:
+    """Return what a name means: an entry of `known`, or what an import path leads to.
+
+    Args:
+        setting: The setting that has the name.
+        name: The name, or `module:attribute`.
+        known: The entries by name.
+        trusted: Whether an import path may be imported, which runs code.
+
+    Raises:
+        ExperimentError: It means nothing, or may not be imported.
+    """
+    if name in known:
+        return known[name]
+    module, colon, attribute = name.partition(":")
+    if not colon:
+        raise ExperimentError(
+            f"{setting}: there is no {name!r}.{near_names(name, known)} Give one of "
+            f"{', '.join(known)}, or an import path such as my_module:my_function"
+        )
+    if not trusted:
+        raise ExperimentError(
+            f"{setting}: to import {name} runs its code: add --trust-config if you trust that file"
+        )
+    try:
+        found: Any = importlib.import_module(module)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except Exception as error:  # what is imported may raise anything
+        raise ExperimentError(
+            f"{setting}: {name} cannot be imported ({system_reason(error)})"
+        ) from error
+    if not callable(found):
+        raise ExperimentError(f"{setting}: {name} is no class and no function")
+    return found
+
+
+def check_options(function: Any, options: Iterable[str], given: Iterable[str] = ()) -> None:
+    """Check names of options against a signature; those that `**kwargs` takes are not known.
+
+    Args:
+        function: The class or function.
+        options: The names.
+        given: Names of arguments that have a value already.
+
+    Raises:
+        ExperimentError: It does not take one of them.
+    """
+    known = list(inspect.signature(function).parameters.values())
+    if any(each.kind is inspect.Parameter.VAR_KEYWORD for each in known):
+        return
+    names = [each.name for each in known if each.name not in set(given)]
+    for name in options:
+        if name not in names:
+            raise ExperimentError(
+                f"there is no option {name!r}.{near_names(name, names)} Options: {', '.join(names)}"
+            )

@@ -1,12 +1,18 @@
-"""The networks: a small residual network for digits, ResNet-8 and ResNet-50 for CIFAR-10."""
+"""The networks, by name, and BatchNorm over the examples of all processes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional
+
+from experiments.errors import ExperimentError, check_options, named, system_reason
+from experiments.settings import Model
 
 
 class Block(nn.Module):
@@ -52,25 +58,129 @@ class ResNet(nn.Module):
         return self.head(x.mean((2, 3)))
 
 
-def resnet50_for_cifar(classes: int) -> nn.Module:
+def resnet(widths: Sequence[int], *, channels: int, classes: int) -> nn.Module:
+    """Return a residual network of one block for each width."""
+    return ResNet(channels, widths, classes)
+
+
+def resnet50(*, channels: int = 3, classes: int = 10) -> nn.Module:
     """Return torchvision's ResNet-50 with a stem for 32x32 images: stride 1, and no max-pooling."""
     from torchvision.models import resnet50
 
     model = resnet50(num_classes=classes)
-    model.conv1 = nn.Conv2d(3, 64, 3, stride=1, padding=1, bias=False)
+    model.conv1 = nn.Conv2d(channels, 64, 3, stride=1, padding=1, bias=False)
     nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
     model.maxpool = nn.Identity()
     return model
 
 
-def make(name: str, *, channels: int, classes: int, seed: int) -> nn.Module:
-    """Make a network; `seed` draws its initial weights."""
+def signal_cnn(*, channels: int, classes: int, width: int = 25) -> nn.Module:
+    """Return the network of Greydanus and Kobak (2020) for signals of 40 values."""
+    return nn.Sequential(
+        *(nn.Conv1d(channels, width, 5, stride=2, padding=1), nn.ReLU()),
+        *(nn.Conv1d(width, width, 3, stride=2, padding=1), nn.ReLU()),
+        *(nn.Conv1d(width, width, 3, stride=2, padding=1), nn.ReLU()),
+        *(nn.Flatten(), nn.Linear(5 * width, classes)),
+    )
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "signal_cnn": signal_cnn,
+    "digits_resnet": partial(resnet, (16, 32)),
+    "resnet8": partial(resnet, (16, 32, 64)),
+    "resnet50": resnet50,
+}
+"""Functions that make a network from `channels`, `classes` and options of the settings."""
+
+
+def make(settings: Model, *, channels: int, classes: int, seed: int, trusted: bool) -> nn.Module:
+    """Make a network; `seed` draws its initial weights.
+
+    Args:
+        settings: Its name, and further options.
+        channels: Channels of an example.
+        classes: Number of outputs.
+        seed: The seed.
+        trusted: Whether the name may be an import path.
+    """
+    function = named("model.name", settings.name, MODELS, trusted=trusted)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        if name == "digits_resnet":
-            return ResNet(channels, (16, 32), classes)
-        if name == "resnet8":
-            return ResNet(channels, (16, 32, 64), classes)
-        if name == "resnet50":
-            return resnet50_for_cifar(classes)
-    raise ValueError(f"unknown model {name!r}")
+        model: nn.Module = function(channels=channels, classes=classes, **settings.options)
+    return model
+
+
+@torch.no_grad()
+def check(settings: Model, inputs: Tensor, *, classes: int, trusted: bool) -> None:
+    """Check that a network takes some inputs, before any run starts.
+
+    Raises:
+        ExperimentError: It does not, or refuses its options.
+    """
+    function = named("model.name", settings.name, MODELS, trusted=trusted)
+    try:
+        check_options(function, settings.options, given=["channels", "classes"])
+        model = make(settings, channels=inputs.shape[1], classes=classes, seed=0, trusted=trusted)
+        shape = tuple(model.eval()(inputs.float()).shape)
+    except Exception as error:  # the network may raise anything
+        raise ExperimentError(f"model {settings.name}: {system_reason(error)}") from error
+    if shape != (len(inputs), classes):
+        raise ExperimentError(
+            f"model {settings.name}: its output is of shape {shape}, not {(len(inputs), classes)}"
+        )
+
+
+class _Mean(torch.autograd.Function):
+    """The mean over processes: of values in the forward pass, of gradients in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return _mean(values)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _mean(gradient)
+
+
+def _mean(values: Tensor) -> Tensor:
+    total = values.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+class SharedBatchNorm2d(nn.BatchNorm2d):
+    """BatchNorm in several processes as in one: with the statistics of the whole batch.
+
+    Each process has an equal part of it.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Normalise `[N, C, H, W]`; in training, forward and backward are collective calls."""
+        if not self.training:
+            return super().forward(x)
+        own_variance, own_mean = (
+            each.double() for each in torch.var_mean(x, (0, 2, 3), correction=0)
+        )
+        mean, square = _Mean.apply(torch.stack([own_mean, own_variance + own_mean**2]))
+        variance = (square - mean**2).clamp(min=0)
+        with torch.no_grad():
+            count = x.numel() // self.num_features * dist.get_world_size()
+            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+            self.running_var.lerp_(
+                (variance * count / (count - 1)).to(self.running_var.dtype), self.momentum
+            )
+            self.num_batches_tracked += 1
+        scale = self.weight * (variance + self.eps).rsqrt().to(x.dtype)
+        return x * scale[:, None, None] + (self.bias - mean.to(x.dtype) * scale)[:, None, None]
+
+
+def share_batch_norms(model: nn.Module) -> None:
+    """Replace the BatchNorm layers of a model by those over all processes."""
+    for parent in list(model.modules()):
+        for name, child in parent.named_children():
+            if type(child) is nn.BatchNorm2d:
+                made = SharedBatchNorm2d(
+                    child.num_features, eps=child.eps, momentum=child.momentum
+                ).to(child.weight)
+                made.load_state_dict(child.state_dict())
+                setattr(parent, name, made)

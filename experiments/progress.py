@@ -1,43 +1,25 @@
-"""Progress of the runs: bars on a terminal, plain lines elsewhere."""
+"""Progress of jobs: a bar on a terminal, plain lines elsewhere, both with the remaining time."""
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Sequence
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress as Bars,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import BarColumn, Progress as Bars, TaskProgressColumn, TextColumn
 
-from experiments.results import Epoch
+from experiments.runner import Job
+from experiments.store import Epoch, Run
+from experiments.tracking import Point
 from kfactk.masking import mask
 
-SLOW_EPOCH = 5.0
-"""Seconds; without bars, each epoch of a run with a longer epoch gets its own line."""
+SLOW = 30.0
+"""Seconds; without a bar, a run that lasts longer says so between its epochs."""
 
 
 def say(console: Console, text: str) -> None:
     """Print text as it is: without markup, and without credentials."""
     console.print(mask(text), highlight=False, markup=False, emoji=False, soft_wrap=True)
-
-
-class RunProgress(Protocol):
-    """Progress of one run."""
-
-    def step(self) -> None:
-        """Show that a step was taken."""
-
-    def epoch(self, epoch: Epoch) -> None:
-        """Show that an epoch is over."""
 
 
 def summary(epoch: Epoch) -> str:
@@ -49,32 +31,41 @@ def summary(epoch: Epoch) -> str:
     )
 
 
+def duration(seconds: float) -> str:
+    """Return a time in words.
+
+    Example:
+        >>> duration(42), duration(600), duration(9000)
+        ('42 s', '10 min', '2 h 30 min')
+    """
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
 class Progress:
-    """Progress of all runs.
+    """A listener that shows jobs.
 
     Args:
         console: Where to print.
-        runs: Number of runs.
+        jobs: All jobs.
     """
 
-    def __init__(self, console: Console, runs: int) -> None:
-        self._console, self._runs, self._done = console, runs, 0
+    def __init__(self, console: Console, jobs: Sequence[Job]) -> None:
+        self._console, self._jobs = console, len(jobs)
+        self._steps, self._before, self._taken, self._ended = sum(j.steps for j in jobs), 0, 0, 0
+        self._started = self._said = time.perf_counter()
         self._bars: Bars | None = None
-        self._total: TaskID | None = None
 
     def __enter__(self) -> Progress:
         if self._console.is_terminal:
-            columns = (
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TimeRemainingColumn(),
-            )
+            columns = TextColumn("{task.description}", markup=False), BarColumn()
             self._bars = Bars(
-                *columns, TextColumn("{task.fields[note]}", markup=False), console=self._console
+                *(*columns, TaskProgressColumn(), TextColumn("{task.fields[left]}")),
+                console=self._console,
             )
-            self._total = self._bars.add_task("all runs", total=self._runs, note="")
+            self._task = self._bars.add_task("all", total=self._steps, left="")
             self._bars.start()
         return self
 
@@ -82,61 +73,50 @@ class Progress:
         if self._bars is not None:
             self._bars.stop()
 
-    def skip(self, label: str, epochs: int) -> None:
-        """Show that a run was finished earlier."""
-        self._end_run(f"{label}: finished earlier, {epochs} epochs")
+    def begin(self, job: Job, history: Sequence[Epoch]) -> None:
+        """Say where a job continues."""
+        done = sum(epoch.steps for epoch in history)
+        self._before += done
+        if 0 < done < job.steps:
+            say(self._console, f"{job.label}: continues after epoch {history[-1].epoch}")
+        self._show()
 
-    @contextlib.contextmanager
-    def run(self, label: str, steps: int, history: Sequence[Epoch]) -> Iterator[RunProgress]:
-        """Show one run of `steps` steps, of which `history` is done."""
-        started, last = time.perf_counter(), list(history)
-        task = None
+    def epoch(self, job: Job, epoch: Epoch, points: Sequence[Point]) -> None:
+        """Show an epoch."""
+        self._taken += epoch.steps
+        now = time.perf_counter()
+        if (
+            self._bars is None
+            and now - self._said > SLOW
+            and epoch.epoch < job.study.training.epochs
+        ):
+            say(self._console, f"{job.label}: {summary(epoch)}{self._left()}")
+            self._said = now
+        self._show()
+
+    def end(self, job: Job, run: Run) -> None:
+        """Show the end of a job."""
+        self._ended += 1
+        if run.status == "diverged":  # its other steps never come
+            self._before += max(0, job.steps - sum(epoch.steps for epoch in run.history))
+        self._said = time.perf_counter()
+        seconds = sum(epoch.seconds for epoch in run.history)
+        say(
+            self._console,
+            f"[{self._ended}/{self._jobs}] {job.label}: {summary(run.history[-1])} "
+            f"({seconds:.1f} s){self._left()}",
+        )
+        self._show()
+
+    def _left(self) -> str:
+        """Return the remaining time, as far as steps tell it."""
+        steps = self._steps - self._before - self._taken
+        if steps <= 0 or not self._taken:
+            return ""
+        each = (time.perf_counter() - self._started) / self._taken
+        return f"; about {duration(steps * each)} left"
+
+    def _show(self) -> None:
         if self._bars is not None:
-            note = summary(history[-1]) if history else ""
-            task = self._bars.add_task(
-                label, total=steps, completed=sum(epoch.steps for epoch in history), note=note
-            )
-        elif history:
-            say(self._console, f"{label}: continues after epoch {history[-1].epoch}")
-        try:
-            yield _RunProgress(self._console, self._bars, task, label, steps, last)
-        finally:
-            if self._bars is not None and task is not None:
-                self._bars.remove_task(task)
-        self._end_run(f"{label}: {summary(last[-1])} ({time.perf_counter() - started:.1f} s)")
-
-    def _end_run(self, text: str) -> None:
-        self._done += 1
-        say(self._console, f"[{self._done}/{self._runs}] {text}")
-        if self._bars is not None and self._total is not None:
-            self._bars.advance(self._total)
-
-
-class _RunProgress:
-    def __init__(
-        self,
-        console: Console,
-        bars: Bars | None,
-        task: TaskID | None,
-        label: str,
-        steps: int,
-        history: list[Epoch],
-    ) -> None:
-        self._console, self._bars, self._task = console, bars, task
-        self._label, self._steps, self._history = label, steps, history
-        self._slow = False
-
-    def step(self) -> None:
-        if self._bars is not None and self._task is not None:
-            self._bars.advance(self._task)
-
-    def epoch(self, epoch: Epoch) -> None:
-        self._history.append(epoch)
-        self._slow = self._slow or epoch.seconds > SLOW_EPOCH
-        last = sum(epoch.steps for epoch in self._history) >= self._steps
-        if self._bars is not None and self._task is not None:
-            loss, accuracy = epoch.train_loss, epoch.test_accuracy
-            note = f"training loss {loss:.4f}, test accuracy {accuracy:.2f} %"
-            self._bars.update(self._task, note=note)
-        elif self._slow and not last:  # the line of the run describes the last epoch
-            say(self._console, f"{self._label}: {summary(epoch)}")
+            done = self._before + self._taken
+            self._bars.update(self._task, completed=done, left=self._left().removeprefix("; "))

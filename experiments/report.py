@@ -1,176 +1,251 @@
-"""The report: one HTML file that contains everything and loads nothing."""
+"""The report of a study, one HTML file that loads nothing, and the page of all results.
+
+    python -m experiments.report [results/PRESET ...]
+
+draws the figures and writes the report of every study in these folders anew, then writes the page
+of the documentation from all studies in `results/`.
+"""
 
 from __future__ import annotations
 
-import importlib.metadata
-import platform
+import argparse
 import re
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
-from string import Template
+from typing import Any
 
 import attrs
+import jinja2
+from markupsafe import Markup
 
-from experiments import claims, table
-from experiments.files import write_text
-from experiments.results import METRICS, Results
-from experiments.store import flatten
+from experiments import claims, figures, results as stored, statistics, tables
+from experiments.errors import ExperimentError
+from experiments.figures import Drawn
+from experiments.results import Results
+from experiments.store import write_text
 
-TEMPLATE = Path(__file__).with_name("report.html")
-PACKAGES = ("kfactk", "torch", "torchvision", "numpy", "scikit-learn", "mlflow", "matplotlib")
+HERE = Path(__file__).parent
+KINDS = {
+    statistics.HOLDS: "yes",
+    statistics.FAILS: "no",
+    statistics.UNDECIDED: "open",
+    claims.OPEN: "open",
+}
+"""The style of each verdict."""
+OVERVIEW = "overview"
+"""The figure of the first page."""
+SIZES = "batch-sizes"
+"""The end of the names of the figures of batch-size studies."""
 
 
-def write(
-    path: Path, results: Results, figures: Mapping[str, str], commands: Sequence[tuple[str, str]]
-) -> None:
-    """Write the report.
+@attrs.frozen
+class Written:
+    """Where a report and its figures are."""
+
+    report: Path
+    figures: Path
+
+
+@attrs.frozen
+class Section:
+    """One study of the page.
 
     Args:
-        path: The file.
-        results: The runs.
-        figures: SVG text by metric.
-        commands: Pairs of what a command does and the command.
+        name: Its folder within `results/`, as `cifar10-small/fair`.
+        results: Its results.
     """
-    template = Template(TEMPLATE.read_text(encoding="utf-8"))
-    text = template.substitute(
-        title=escape(results.experiment.title),
-        data=escape(
-            f"{results.dataset}; network {results.experiment.model.name}; "
-            f"{len(results.runs)} runs on {results.device}"
-        ),
-        claims="\n".join(_claim(claim) for claim in claims.check(results)),
-        table=_table(table.HEADINGS, table.rows(results)),
-        caption=escape(table.caption(results)),
-        figures="\n".join(_figure(METRICS[metric], svg) for metric, svg in figures.items()),
-        reference=_reference(results),
-        settings=_settings(results),
-        runs=_runs(results),
-        curvature=_curvature(results),
-        commands="\n".join(
-            f"<dt>{escape(what)}</dt><dd><code>{escape(command)}</code></dd>"
-            for what, command in commands
-        ),
-        versions=escape(", ".join(versions())),
+
+    name: str
+    results: Results
+
+    @property
+    def slug(self) -> str:
+        """The beginning of the names of its figures."""
+        return _slug(self.name)
+
+    @property
+    def title(self) -> str:
+        """Its heading: the title of the study, and the variant where there are several."""
+        _, slash, variant = self.name.partition("/")
+        return f"{self.results.study.title} ({variant})" if slash else self.results.study.title
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^\w.]+", "-", name)
+
+
+def write(folder: Path, results: Results) -> Written:
+    """Write `report.html`, and the figures into `figures/`.
+
+    Raises:
+        ExperimentError: There is nothing to report, or a file cannot be written.
+    """
+    if not results.algorithms:
+        raise ExperimentError(f"{folder} has no run that has ended: there is nothing to report")
+    drawn = figures.save_all(results, folder / "figures")
+    text = _template("report.html", None).render(
+        **_view(results),
+        figures=[(each, _inline(name, each)) for name, each in drawn.items()],
+        settings=tables.settings(results),
     )
-    write_text(path, text)
+    write_text(folder / "report.html", text)
+    return Written(folder / "report.html", folder / "figures")
 
 
-def versions() -> list[str]:
-    """Return the versions of everything that the numbers depend on."""
-    found = [f"Python {platform.python_version()}", platform.platform()]
-    for package in PACKAGES:
-        try:
-            found.append(f"{package} {importlib.metadata.version(package)}")
-        except importlib.metadata.PackageNotFoundError:
-            found.append(f"{package} (not installed)")
+def write_page(root: Path, sections: Sequence[Section]) -> Path:
+    """Write `docs/results.md`, and its figures into `docs/assets/results/`.
+
+    Args:
+        root: The folder that has `docs/`.
+        sections: The studies.
+    """
+    svgs: dict[str, str] = {}
+    views, sweeps = [], _sweeps(sections)
+    for section in sections:
+        if section.results.study.training.overview:
+            figure = figures.overview(section.results, section.results.study.training.overview)
+            svgs[OVERVIEW] = figures.svg_text(figure, OVERVIEW)
+        if any(section.results in sizes.values() for sizes in sweeps.values()):
+            continue  # the figure of all sizes shows it
+        drawn = {name: figures.drawn(section.results, name) for name in figures.TITLES}
+        svgs |= {f"{section.slug}-{name}": each.svg for name, each in drawn.items()}
+        view = {"section": section, "figures": drawn, "given": tables.given(section.results)}
+        views.append({**_view(section.results), **view})
+    for name, sizes in sweeps.items():
+        svgs[name] = figures.svg_text(figures.versus(sizes), name)
+    _replace(root / "docs" / "assets" / "results", svgs)
+    text = _template("results.md.j2", _markdown).render(
+        views=views,
+        sweeps=[
+            (name, figures.versus_alt(sizes), tables.sizes(sizes), next(iter(sizes.values())))
+            for name, sizes in sweeps.items()
+        ],
+    )
+    write_text(root / "docs" / "results.md", text)
+    return root / "docs" / "results.md"
+
+
+def _replace(folder: Path, svgs: Mapping[str, str]) -> None:
+    """Write the figures of the page, and remove those that it had before; others stay."""
+    kinds = "|".join([*figures.TITLES, SIZES])
+    for path in folder.glob("*.svg"):
+        if re.fullmatch(rf".+-({kinds})|{OVERVIEW}", path.stem) and path.stem not in svgs:
+            path.unlink()
+    for name, svg in svgs.items():
+        write_text(folder / f"{name}.svg", svg)
+
+
+def _sweeps(sections: Sequence[Section]) -> dict[str, dict[int, Results]]:
+    """Return the studies side by side that differ in batch size, by the folder they are in."""
+    found: dict[str, dict[int, Results]] = {}
+    for section in sections:
+        parent, slash, _ = section.name.rpartition("/")
+        training = section.results.study.training
+        if slash and training.target is not None:
+            name = f"{_slug(parent)}-{SIZES}"
+            found.setdefault(name, {}).setdefault(training.batch_size, section.results)
+    return {name: sizes for name, sizes in found.items() if len(sizes) > 1}
+
+
+def _view(results: Results) -> dict[str, Any]:
+    """Return what both templates show."""
+    judged = claims.check(results)
+    return {
+        "results": results,
+        "study": results.study,
+        "seeds": sorted({run.seed for run in results.runs}),
+        "table": tables.summary(results),
+        "caption": tables.caption(results),
+        "claims": [each for each in judged if each.verdict != claims.OPEN],
+        "open": [each for each in judged if each.verdict == claims.OPEN],
+        "kinds": KINDS,
+        "distances": tables.distances(results),
+        "comparisons": tables.comparisons(results),
+        "searches": list(tables.searches(results)),
+        "environment": tables.environment(results),
+    }
+
+
+def _template(name: str, finalize: Any) -> jinja2.Template:
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        finalize=finalize,
+    )
+    environment.filters["md"] = lambda text: Markup(escape(_markdown(text)))
+    return environment.get_template(name)
+
+
+def _markdown(value: Any) -> Any:
+    r"""Return text with the signs of Markdown escaped; what is marked as safe stays.
+
+    Example:
+        >>> _markdown("a*b|[c]"), _markdown(Markup("a*b"))
+        ('a\\*b\\|\\[c\\]', Markup('a*b'))
+    """
+    return value if hasattr(value, "__html__") else re.sub(r"([\\`*_\[\]|$])", r"\\\1", str(value))
+
+
+def _inline(name: str, drawn: Drawn) -> Markup:
+    """Return an SVG for a page with others: names in it are its own."""
+    svg = drawn.svg[drawn.svg.index("<svg") :]  # without the XML head: its document type is a URL
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = svg.replace('xlink:href="#', f'xlink:href="#{name}-').replace("url(#", f"url(#{name}-")
+    return Markup(svg.replace("<svg", f'<svg role="img" aria-label="{escape(drawn.alt)}"', 1))
+
+
+def studies(folder: Path) -> list[Path]:
+    """Return the folders of all studies in a folder.
+
+    Raises:
+        ExperimentError: There are none.
+    """
+    found = sorted(path.parent for path in folder.rglob(stored.STUDY))
+    if not found:
+        raise ExperimentError(
+            f"{folder} holds no {stored.STUDY}: give a folder of results, such as results/mnist1d"
+        )
     return found
 
 
-def _table(headings: Iterable[str], rows: Iterable[Sequence[str]]) -> str:
-    head = "".join(f'<th scope="col">{escape(heading)}</th>' for heading in headings)
-    body = "\n".join(_row(*row) for row in rows)
-    return (
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>\n{body}\n</tbody></table></div>"
+def rebuild(folders: Sequence[Path], root: Path) -> list[Path]:
+    """Write the reports of all studies in some folders, then the page of all in `root/results`.
+
+    Returns:
+        The written files. The page is not among them where `root/results` has no studies.
+    """
+    all_ = root / "results"
+    chosen = dict.fromkeys(path for folder in folders or [all_] for path in studies(folder))
+    written = [write(folder, stored.read(folder)).report for folder in chosen]
+    if any(all_.rglob(stored.STUDY)):
+        named = {path.relative_to(all_).as_posix(): path for path in studies(all_)}
+        sections = [Section(name, stored.read(path)) for name, path in named.items()]
+        written.append(write_page(root, sections))
+    return written
+
+
+def main(arguments: Sequence[str] | None = None, root: Path = HERE.parent) -> int:
+    """Rebuild reports and the page; return the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.report", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument(
+        "folders", nargs="*", type=Path, help="folders with studies (default: all of results/)"
     )
+    try:
+        for path in rebuild(parser.parse_args(arguments).folders, root):
+            print(path)
+    except ExperimentError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
 
 
-def _row(first: str, *rest: str) -> str:
-    cells = "".join(f"<td>{escape(cell)}</td>" for cell in rest)
-    return f'<tr><th scope="row">{escape(first)}</th>{cells}</tr>'
-
-
-def _claim(claim: claims.Claim) -> str:
-    kind = {claims.HOLDS: "yes", claims.FAILS: "no", claims.OPEN: "open"}[claim.verdict]
-    return (
-        f'<li><span class="{kind}">{claim.verdict}</span> {escape(claim.text)}: '
-        f"<em>{escape(claim.evidence)}</em>.</li>"
-    )
-
-
-def _figure(title: str, svg: str) -> str:
-    svg = svg[svg.index("<svg") :]  # without the XML head, whose document type is a URL
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-    prefix = re.sub(r"\W", "_", title)  # names must differ among the figures of a page
-    svg = re.sub(r'\bid="', f'id="{prefix}-', svg)
-    svg = svg.replace('xlink:href="#', f'xlink:href="#{prefix}-').replace(
-        "url(#", f"url(#{prefix}-"
-    )
-    return (
-        f"<figure>{svg}<figcaption>{escape(title.capitalize())} against epoch</figcaption></figure>"
-    )
-
-
-def _reference(results: Results) -> str:
-    rows = [
-        (
-            algorithm.label,
-            *(
-                f"{algorithm.reference[key]:g}" if key in algorithm.reference else "-"
-                for key in ("train_accuracy", "test_accuracy")
-            ),
-        )
-        for algorithm in results.algorithms
-        if algorithm.reference
-    ]
-    if not rows:
-        return ""
-    return "<h3>What the thesis reports</h3>" + _table(
-        ("algorithm", "training acc. (%)", "test acc. (%)"), rows
-    )
-
-
-def _settings(results: Results) -> str:
-    columns = {
-        algorithm.label: dict(flatten(results.of(algorithm.name)[0].settings))
-        for algorithm in results.algorithms
-    }
-    keys = list(dict.fromkeys(key for settings in columns.values() for key in settings))
-    rows = [(key, *(str(settings.get(key, "")) for settings in columns.values())) for key in keys]
-    experiment = {
-        **attrs.asdict(results.experiment.data),
-        **attrs.asdict(results.experiment.training),
-    }
-    shared = _table(
-        ("all runs", ""),
-        [(key, str(value)) for key, value in experiment.items() if value is not None],
-    )
-    return shared + _table(("first seed's", *columns), rows)
-
-
-def _runs(results: Results) -> str:
-    rows = []
-    for run in results.runs:
-        last = run.history[-1]
-        values = (f"{value:.4f}" for value in last.metrics.values())
-        label = results.experiment.algorithms[run.algorithm].label
-        rows.append(
-            (
-                label,
-                str(run.seed),
-                run.status,
-                str(last.epoch),
-                *values,
-                f"{sum(epoch.seconds for epoch in run.history):.1f}",
-            )
-        )
-    return _table(
-        ("algorithm", "seed", "state", "epochs", *METRICS.values(), "training seconds"), rows
-    )
-
-
-def _curvature(results: Results) -> str:
-    rows = []
-    for algorithm in results.algorithms:
-        last = results.of(algorithm.name)[0].history[-1].curvature
-        rows += [(algorithm.label, key, f"{value:.4g}") for key, value in last.items()]
-    if not rows:
-        return ""
-    return (
-        "<h2>Metrics of the preconditioners</h2>"
-        "<p>Means over the last epoch, first seed; all epochs are in MLflow.</p>"
-        "<details><summary>Metrics</summary>"
-        + _table(("algorithm", "metric", "value"), rows)
-        + "</details>"
-    )
+if __name__ == "__main__":
+    sys.exit(main())

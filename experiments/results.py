@@ -1,144 +1,106 @@
-"""The results of the runs as plain numbers, for table, figures, claims and report."""
+"""The results of a study: its settings, its search and its runs, as one folder of small files."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import attrs
-import numpy as np
 
-from experiments.config import Algorithm, Experiment
+from experiments import settings, store
+from experiments.errors import ExperimentError, system_reason
+from experiments.settings import Algorithm, Study
+from experiments.store import RUNNING, Run
+from kfactk.masking import mask_settings
 
-METRICS = {
-    "train_loss": "training loss",
-    "train_accuracy": "training accuracy",
-    "test_loss": "test loss",
-    "test_accuracy": "test accuracy",
-}
-"""The four metrics: key to name. Training metrics are means over the steps of an epoch; test
-metrics are measured after it."""
-
-
-@attrs.frozen
-class Epoch:
-    """One pass over the training images.
-
-    Args:
-        epoch: Its number, from 1.
-        steps: Number of optimizer steps.
-        seconds: Time of the training steps, without evaluation.
-        train_loss: Mean cross-entropy, in nats.
-        train_accuracy: In per cent.
-        test_loss: Mean cross-entropy, in nats.
-        test_accuracy: In per cent.
-        curvature: Metrics of the second-order stages: means over the epoch.
-    """
-
-    epoch: int
-    steps: int
-    seconds: float
-    train_loss: float
-    train_accuracy: float
-    test_loss: float
-    test_accuracy: float
-    curvature: dict[str, float] = attrs.field(factory=dict)
-
-    @property
-    def metrics(self) -> dict[str, float]:
-        """The four metrics."""
-        return {key: getattr(self, key) for key in METRICS}
-
-
-@attrs.frozen
-class Run:
-    """One algorithm with one seed.
-
-    Args:
-        algorithm: The algorithm's name.
-        seed: The seed.
-        status: "finished", or "diverged": the loss became infinite or NaN, and the run stopped.
-        history: Its epochs.
-        settings: All settings of the optimizer, with defaults.
-    """
-
-    algorithm: str
-    seed: int
-    status: str
-    history: tuple[Epoch, ...]
-    settings: dict[str, Any]
-
-
-@attrs.frozen
-class Spread:
-    """Mean, smallest and largest value over seeds."""
-
-    seeds: int
-    mean: float
-    low: float
-    high: float
-
-    def text(self, digits: int) -> str:
-        """Return `mean±half the range` with `digits` decimals; one seed has no range.
-
-        Small means are written with powers of ten.
-        """
-        if not math.isfinite(self.mean):
-            return "diverged"
-        form = ".1e" if 0 < self.mean < 10 ** (1 - digits) else f".{digits}f"
-        return (
-            f"{self.mean:{form}}"
-            if self.seeds == 1
-            else f"{self.mean:{form}}±{(self.high - self.low) / 2:{form}}"
-        )
+POINTS = 300
+"""Means of losses and seconds that a file keeps of a run."""
+STUDY = "study.json"
 
 
 @attrs.frozen(eq=False)
 class Results:
-    """All runs of an experiment."""
+    """All finished runs of a study.
 
-    experiment: Experiment
+    Args:
+        study: The settings.
+        dataset: Name of the examples for readers.
+        device: The device, in words.
+        command: The command that made them.
+        runs: The runs.
+        searches: By protocol ("thesis", "fair"), how settings were chosen: `trials`, a list of
+            `algorithm`, `options`, `seed`, `value` (the criterion; `None` for a diverged one),
+            `seconds` and `stage`; `chosen`, the options by algorithm; `criterion`.
+    """
+
+    study: Study
     dataset: str
     device: str
+    command: str
     runs: Sequence[Run]
+    searches: Mapping[str, Any] = attrs.field(factory=dict)
 
     @property
     def algorithms(self) -> list[Algorithm]:
-        """Algorithms that have runs, in the experiment's order."""
-        names = {run.algorithm for run in self.runs}
-        return [
-            algorithm for name, algorithm in self.experiment.algorithms.items() if name in names
-        ]
-
-    def of(self, algorithm: str) -> list[Run]:
-        """Return the runs of one algorithm."""
-        return [run for run in self.runs if run.algorithm == algorithm]
+        """The algorithms that have runs, in the order of the study."""
+        return [each for each in self.study.algorithms.values() if self.of(each.name)]
 
     @property
     def epochs(self) -> int:
-        """Epochs of the longest run."""
-        return max(len(run.history) for run in self.runs)
+        """Number of epochs of the longest run."""
+        return max((run.history[-1].epoch for run in self._ended), default=0)
 
-    def curves(self, algorithm: str, metric: str) -> np.ndarray[Any, Any]:
-        """Return a row for each seed and a column for each epoch; NaN where there is no value."""
-        rows = np.full((len(self.of(algorithm)), self.epochs), np.nan)
-        for row, run in zip(rows, self.of(algorithm), strict=True):
-            values = np.array([getattr(epoch, metric) for epoch in run.history])
-            row[: len(values)] = np.where(np.isfinite(values), values, np.nan)
-        return rows
+    @property
+    def first(self) -> Algorithm:
+        """The algorithm that others are compared with: SGD, or the first without it."""
+        return next((each for each in self.algorithms if each.name == "sgd"), self.algorithms[0])
 
-    def final(self, algorithm: str, metric: str) -> Spread:
-        """Return the value of the last epoch over seeds; not finite where a seed diverged."""
-        last = self.curves(algorithm, metric)[:, -1]
-        return Spread(len(last), float(last.mean()), float(last.min()), float(last.max()))
+    @property
+    def _ended(self) -> list[Run]:
+        return [run for run in self.runs if run.status != RUNNING and run.history]
 
-    def seconds(self, algorithm: str) -> float:
-        """Return the median seconds of an epoch, over epochs and seeds."""
-        return float(
-            np.median([epoch.seconds for run in self.of(algorithm) for epoch in run.history])
-        )
+    def of(self, name: str) -> dict[int, Run]:
+        """Return the ended runs of an algorithm by seed, in the order of seeds."""
+        found = {run.seed: run for run in self._ended if run.algorithm == name}
+        return dict(sorted(found.items()))
 
-    def relative_seconds(self, algorithm: str) -> float | None:
-        """Return the seconds of an epoch as a multiple of SGD's; `None` where SGD did not run."""
-        return self.seconds(algorithm) / self.seconds("sgd") if self.of("sgd") else None
+    def label(self, name: str) -> str:
+        """Return the name of an algorithm for readers."""
+        return self.study.algorithms[name].label
+
+    def write(self, folder: Path) -> None:
+        """Write the results, compact, into a folder; runs there that are not among ours go."""
+        values = {
+            "settings": mask_settings(attrs.asdict(self.study)),
+            "dataset": self.dataset,
+            "device": self.device,
+            "command": self.command,
+            "searches": self.searches,
+        }
+        store.write_json(folder / STUDY, values)
+        names = {f"{run.key}.json" for run in self.runs}
+        for path in folder.glob("*-seed*.json"):
+            if path.name not in names:
+                path.unlink()
+        for run in self.runs:
+            store.write_json(folder / f"{run.key}.json", attrs.asdict(run.compact(POINTS)))
+
+
+def read(folder: Path) -> Results:
+    """Read the results of a folder.
+
+    Raises:
+        ExperimentError: It holds none, or damaged ones.
+    """
+    path = folder / STUDY
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        study = settings.from_plain(values.pop("settings"))
+        runs = [store.read_run(each) for each in sorted(folder.glob("*-seed*.json"))]
+        return Results(study=study, runs=runs, **values)
+    except ExperimentError:
+        raise
+    except Exception as error:  # a damaged file may raise anything
+        raise ExperimentError(f"{path} cannot be read ({system_reason(error)})") from error

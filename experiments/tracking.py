@@ -1,5 +1,7 @@
 """Runs in MLflow: an experiment for each preset, a run for each algorithm and seed.
 
+Metrics begin with `epoch/` or, those of single steps, with `step/`: MLflow charts them apart.
+
 A study outlives its store: it never waits for one that does not answer longer than about two
 seconds. What the store has not confirmed then goes to a file, to be imported later.
 """
@@ -8,19 +10,22 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
+import re
 import shlex
 import time
 import uuid
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from experiments.collector import Point
+import attrs
+from torch import Tensor
+
 from experiments.errors import ExperimentError, system_reason
-from experiments.results import Epoch
-from experiments.store import flatten
+from experiments.store import Epoch, Run, flatten, write_text
 from kfactk.masking import mask, mask_settings
 from kfactk_stages.tracker.mlflow_store import Outbox, is_mistake, reason
 
@@ -28,34 +33,41 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
+if TYPE_CHECKING:
+    from experiments.runner import Job
+
 STATUS = {"finished": "FINISHED", "diverged": "FAILED", "interrupted": "KILLED"}
+IDENTITY = ".study"
 UNSENT = "mlflow-unsent.jsonl"
 """The file in the output for what the store has not confirmed."""
 
 
 class Tracking:
-    """An experiment in MLflow.
+    """A listener that records jobs in MLflow: a run each, trials nested under one of the search.
 
     Args:
         preset: The preset.
         output: Folder of the database, unless `MLFLOW_TRACKING_URI` names another store.
+        resume: Whether runs of the same study are continued.
 
     Raises:
         ExperimentError: The store can never be used: its address is wrong, or it is damaged.
     """
 
-    def __init__(self, preset: str, output: Path) -> None:
+    def __init__(self, preset: str, output: Path, *, resume: bool = False) -> None:
         import mlflow  # noqa: F401 - a thread would report late that it is missing
 
         logging.getLogger("alembic").setLevel(logging.WARNING)
-        given = os.environ.get("MLFLOW_TRACKING_URI")
         output.mkdir(parents=True, exist_ok=True)
-        self.uri = given or f"sqlite:///{(output / 'mlflow.db').resolve().as_posix()}"
+        given, self.uri = os.environ.get("MLFLOW_TRACKING_URI"), store_of(output)
         self.experiment = f"kfactk-{preset}"
         artifacts = None if given else (output / "mlartifacts").resolve().as_uri()
         self._where = {"experiment": self.experiment, "artifacts": artifacts}
+        self._study = _identity(output / IDENTITY, resume=resume)
         self._outbox = Outbox(self.uri, output / UNSENT)
-        self._keys: dict[str, str] = {}
+        self._open: dict[str, Job | None] = {}
+        self._held: dict[tuple[str, str], list[tuple[str, float, int, int]]] = {}
+        self._moved: set[tuple[str, str]] = set()
         self._lost = False
         self._outbox.put({"run": "", "experiment": self._where})
         self._outbox.delivery.wait(needed=True)
@@ -75,54 +87,63 @@ class Tracking:
         """Return whether a local database failed for another reason than being in use."""
         return self.uri.startswith("sqlite:") and "locked" not in str(failure)
 
-    def start(
-        self,
-        algorithm: str,
-        seed: int,
-        settings: Mapping[str, Any],
-        history: Sequence[Epoch],
-        earlier: str | None,
-    ) -> str:
-        """Start the run of one algorithm and seed, or continue an earlier one, and return its id.
+    def open(self, name: str, tags: Mapping[str, str], parent: str | None = None) -> None:
+        """Make a run, or continue the one of the same study; `parent` is the name of another."""
+        where = {**self._where, "name": name, "tags": dict(tags), "time": _now(), "resumed": True}
+        if parent is not None:
+            where["parent"] = self._key(parent)
+        self._open[name] = None
+        self._outbox.put({"run": self._key(name), "start": where})
 
-        Epochs of `history` that the earlier run lacks are added. Where it is gone, or in another
-        store, a new run gets the whole history. While the store has not told the id, it is a name
-        by which the run can be found later.
+    def begin(self, job: Job, history: Sequence[Epoch]) -> None:
+        """Start the run of a job, or continue an earlier one; add the epochs that it lacks."""
+        parent = str(job.trial["stage"]) if job.trial else None
+        if parent is not None and parent not in self._open:
+            self.open(parent, {"kind": "search"})
+        tags = {"algorithm": job.algorithm.name, "seed": str(job.seed)}
+        self.open(job.key, tags, parent)
+        self._open[job.key] = job
+        params = {name: str(value) for name, value in flatten(mask_settings(job.settings))}
+        self._outbox.put({"run": self._key(job.key), "params": params})
+        self._put_metrics(job.key, _epoch_points(history), resumed=True)
+        self._settle()
+
+    def epoch(self, job: Job, epoch: Epoch, points: Sequence[Point]) -> None:
+        """Record the metrics of an epoch by epoch, and those of single steps by step.
+
+        Metrics that never change, such as a constant damping, are left out: parameters have them.
+        Others are held back until they change.
         """
-        key = earlier or uuid.uuid4().hex
-        tags = {"algorithm": algorithm, "seed": str(seed)}
-        name = f"{algorithm}-seed{seed}"
-        where = {**self._where, "run_id": earlier, "name": name, "tags": tags, "time": _now()}
-        params = {name: str(value) for name, value in flatten(mask_settings(settings))}
-        self._outbox.put({"run": key, "start": where})
-        self._outbox.put({"run": key, "params": params})
-        self._put_metrics(key, _epoch_points(history), resumed=earlier is not None)
-        self._outbox.delivery.wait()
-        self._attend()
-        run_id = self._outbox.store.runs.get(key, key)
-        self._keys[run_id] = key
-        return run_id
+        now, steps = _now(), []
+        names = {name for point in points for name in point.metrics}
+        for name in sorted(names):
+            key, held = (job.key, name), self._held.setdefault((job.key, name), [])
+            held += [
+                (f"step/{name}", p.metrics[name], now, p.step) for p in points if name in p.metrics
+            ]
+            if key in self._moved or any(value != held[0][1] for _, value, _, _ in held):
+                self._moved.add(key)
+                steps += self._held.pop(key)
+        self._put_metrics(job.key, [*_epoch_points([epoch]), *steps])
+        self._settle()
 
-    def log(self, run_id: str, epochs: Sequence[Epoch], points: Sequence[Point] = ()) -> None:
-        """Record the metrics of epochs by epoch, and those of single steps by step."""
+    def end(self, job: Job, run: Run) -> None:
+        """End the run of a job."""
+        self._close(job.key, STATUS[run.status])
+
+    def finish(self, name: str, metrics: Mapping[str, float], files: Sequence[Path] = ()) -> None:
+        """Add a summary and files to a run, if it is open, and end it."""
+        if name not in self._open:
+            return
         now = _now()
-        steps = [
-            (f"step/{name}", value, now, point.step)
-            for point in points
-            for name, value in point.metrics.items()
-        ]
-        self._put_metrics(self._keys[run_id], [*_epoch_points(epochs), *steps])
-        self._outbox.delivery.wait()
-        self._attend()
+        self._put_metrics(name, [(key, value, now, 0) for key, value in metrics.items()])
+        self._outbox.put({"run": self._key(name), "files": [str(path) for path in files]})
+        self._close(name, "FINISHED")
 
-    def end(self, run_id: str, status: str) -> None:
-        """End a run as "finished", "diverged" or "interrupted"."""
-        self._outbox.put({"run": self._keys[run_id], "end": STATUS[status], "time": _now()})
-        self._outbox.delivery.wait()
-        self._attend()
-
-    def close(self) -> None:
+    def close(self, *, interrupted: bool = False) -> None:
         """Wait, not long, for what is on its way; write what a silent store has not confirmed."""
+        for name in list(self._open):
+            self._close(name, STATUS["interrupted"] if interrupted else "FINISHED")
         self._outbox.delivery.settle()
         self._outbox.delivery.stop()
         self._attend()
@@ -132,9 +153,23 @@ class Tracking:
         """The file with what the store has not confirmed, if there is anything."""
         return self._outbox.path if self._outbox.delivery.failure is not None else None
 
-    def _put_metrics(self, key: str, points: Sequence[Any], *, resumed: bool = False) -> None:
+    def _key(self, name: str) -> str:
+        return f"{self._study}/{name}"
+
+    def _close(self, name: str, status: str) -> None:
+        if name in self._open:
+            del self._open[name]
+            self._outbox.put({"run": self._key(name), "end": status, "time": _now()})
+            self._settle()
+
+    def _settle(self) -> None:
+        self._outbox.delivery.wait()
+        self._attend()
+
+    def _put_metrics(self, name: str, points: Sequence[Any], *, resumed: bool = False) -> None:
         if points:
-            self._outbox.put({"run": key, "metrics": list(points), "resumed": resumed})
+            entry = {"run": self._key(name), "metrics": list(points), "resumed": resumed}
+            self._outbox.put(entry)
 
     def _attend(self) -> None:
         """Write what a failed store has not confirmed; warn once."""
@@ -152,21 +187,32 @@ class Tracking:
         if message is not None:
             warnings.warn(message, stacklevel=3)
 
-    @contextlib.contextmanager
-    def recording(self, run_id: str) -> Iterator[None]:
-        """End the run as interrupted where the body raises."""
-        try:
-            yield
-        except BaseException:
-            self.end(run_id, "interrupted")
-            raise
-
-    def how_to_open(self, python: str) -> str:
-        """Return the command, or the address, that shows the runs; credentials are masked."""
+    def how_to_open(self, python: str) -> tuple[str, str]:
+        """Return what starts MLflow's pages, "" for a server, and the address of the runs there."""
         uri = mask(self.uri)
+        number = self._outbox.store.experiments.get(self.experiment, "")
+        page = f"/#/experiments/{number}/runs?workflowType=machine_learning" if number else ""
         if self.uri.startswith("http"):
-            return uri
-        return f"{python} -m mlflow ui --backend-store-uri {shlex.quote(uri)}"
+            return "", f"{uri.rstrip('/')}{page}"
+        start = f"{python} -m mlflow ui --backend-store-uri {shlex.quote(uri)}"
+        return f"MLFLOW_SERVER_ENABLE_JOB_EXECUTION=false {start}", f"http://127.0.0.1:5000{page}"
+
+
+def store_of(output: Path) -> str:
+    """Return the address of the store: a file in the output, or `MLFLOW_TRACKING_URI`."""
+    local = f"sqlite:///{(output / 'mlflow.db').resolve().as_posix()}"
+    return os.environ.get("MLFLOW_TRACKING_URI") or local
+
+
+def _identity(path: Path, *, resume: bool) -> str:
+    """Return what tells this study from others in a store; kept with its outputs."""
+    with contextlib.suppress(OSError, ValueError):
+        kept = path.read_text(encoding="utf-8").strip() if resume and path.is_file() else ""
+        if re.fullmatch("[0-9a-f]{32}", kept):
+            return kept
+    made = uuid.uuid4().hex
+    write_text(path, made + "\n")
+    return made
 
 
 def _now() -> int:
@@ -176,35 +222,63 @@ def _now() -> int:
 def _epoch_points(epochs: Sequence[Epoch]) -> list[tuple[str, float, int, int]]:
     now = _now()
     return [
-        (name, value, now, epoch.epoch)
+        (f"epoch/{name}", value, now, epoch.epoch)
         for epoch in epochs
         for name, value in {**epoch.metrics, "seconds": epoch.seconds}.items()
     ]
 
 
-class Untracked:
-    """The tracking of processes other than the first: it records nothing."""
+@attrs.frozen
+class Point:
+    """The metrics of one step."""
 
-    def start(
-        self,
-        algorithm: str,
-        seed: int,
-        settings: Mapping[str, Any],
-        history: Sequence[Epoch],
-        earlier: str | None,
-    ) -> str:
-        """Return an empty id."""
-        return ""
+    step: int
+    metrics: dict[str, float]
 
-    def log(self, run_id: str, epochs: Sequence[Epoch], points: Sequence[Point] = ()) -> None:
+
+class Collector:
+    """A kfactk tracker, passed to `kfactk.build` as an instance.
+
+    Args:
+        every: Record one step in so many.
+    """
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+        self._steps: list[tuple[int, dict[str, Tensor | float]]] = []
+
+    @property
+    def every(self) -> int:
+        """Record one step in so many."""
+        return self._every
+
+    def start(self, recipe: Mapping[str, Any]) -> None:
         """Do nothing."""
 
-    def end(self, run_id: str, status: str) -> None:
+    def record(self, step: int, metrics: Mapping[str, Tensor | float]) -> None:
+        """Keep the metrics of one step; tensors stay on their device."""
+        self._steps.append((step, dict(metrics)))
+
+    def flush(self) -> None:
         """Do nothing."""
 
     def close(self) -> None:
         """Do nothing."""
 
-    def recording(self, run_id: str) -> contextlib.AbstractContextManager[None]:
-        """Return a context that does nothing."""
-        return contextlib.nullcontext()
+    def take(self) -> list[Point]:
+        """Return all metrics, and forget them."""
+        steps, self._steps = self._steps, []
+        return [
+            Point(step, {name: float(value) for name, value in metrics.items()})
+            for step, metrics in steps
+        ]
+
+
+def means(points: list[Point]) -> dict[str, float]:
+    """Return the mean of each metric over the points where it is finite."""
+    values: dict[str, list[float]] = {}
+    for point in points:
+        for name, value in point.metrics.items():
+            if math.isfinite(value):
+                values.setdefault(name, []).append(value)
+    return {name: sum(known) / len(known) for name, known in values.items()}

@@ -1,11 +1,15 @@
-"""One run: an algorithm trains with one seed. It knows nothing of files, MLflow or terminals."""
+"""One run: an algorithm trains with one seed. It knows nothing of files, MLflow or terminals.
+
+Mini-batches depend on (seed, epoch) alone: a run can resume at any epoch, and processes that share
+a batch need not communicate.
+"""
 
 from __future__ import annotations
 
 import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -13,32 +17,38 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from experiments import algorithms, batches, models, norm
-from experiments.collector import Collector, Point, means
-from experiments.config import Algorithm, Experiment
-from experiments.data import Dataset
+import kfactk
+from experiments import algorithms, models
+from experiments.data import Dataset, Examples
+from experiments.errors import ExperimentError
 from experiments.ranks import Communicator
-from experiments.results import Epoch
+from experiments.settings import Algorithm, Study
+from experiments.store import Epoch
+from experiments.tracking import Collector, Point, means
 
+SHIFT = 4
+"""Largest shift of an augmented image, in pixels."""
 RECORD_EVERY = 10
 """Steps between records of the metrics of second-order stages."""
+LOST = 1e3
+"""A loss of more nats than any run that can recover: errors of the optimizer are its end."""
 
 
 class Trainer:
     """A run in progress.
 
     Args:
-        experiment: The settings.
+        study: The settings.
         algorithm: The algorithm.
-        seed: Seed of initial weights, order of images and draws of the Fisher pass.
-        dataset: The images, on `device`.
+        seed: Seed of initial weights, order of examples and draws of the Fisher pass.
+        dataset: The examples, on `device`.
         device: Device of this process.
         ranks: The processes that share the run; each has a trainer.
     """
 
     def __init__(
         self,
-        experiment: Experiment,
+        study: Study,
         algorithm: Algorithm,
         seed: int,
         dataset: Dataset,
@@ -47,16 +57,23 @@ class Trainer:
     ) -> None:
         torch.manual_seed(seed)
         self._ranks = ranks = Communicator() if ranks is None else ranks
-        self._training, self._augment = experiment.training, experiment.data.augment
-        self._seed = seed
+        self._training, self._seed = study.training, seed
+        self._augment = study.data.augment
+        if self._augment and dataset.train.inputs.ndim != 4:
+            raise ExperimentError("data.augment shifts and mirrors images; these are none")
+        if not steps(study, dataset, ranks.size):
+            raise ExperimentError(f"{len(dataset.train)} training examples make no batch")
         self._dataset, self._device = dataset, device
         self._mean, self._deviation = (value.to(device) for value in dataset.normalisation())
-        channels = dataset.train.pixels.shape[1]
         model = models.make(
-            experiment.model.name, channels=channels, classes=len(dataset.classes), seed=seed
+            study.model,
+            channels=dataset.train.inputs.shape[1],
+            classes=len(dataset.classes),
+            seed=seed,
+            trusted=study.trusted,
         )
         if ranks.size > 1:
-            norm.share_batch_norms(model)
+            models.share_batch_norms(model)
         self.model = model.to(device)
         self._shared = ranks.wrap(self.model, device)
         self._collector = Collector(RECORD_EVERY)
@@ -67,10 +84,11 @@ class Trainer:
         self.history: list[Epoch] = []
         self._steps = 0
         self._scheduler = None
-        if experiment.training.schedule == "cosine":
+        if study.training.schedule == "cosine":
             self._scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(
-                self.optimizer, T_max=steps(experiment, dataset, ranks.size)
+                self.optimizer, T_max=steps(study, dataset, ranks.size)
             )
+        self._random = self._random_state()
 
     @property
     def diverged(self) -> bool:
@@ -82,9 +100,7 @@ class Trainer:
         """Whether the run is over."""
         limit = self._training.max_steps
         return (
-            len(self.history) >= self._training.epochs
-            or self.diverged
-            or (limit is not None and self._steps >= limit)
+            len(self.history) >= self._training.epochs or self.diverged or 0 < limit <= self._steps
         )
 
     def run_epoch(self, on_step: Callable[[], None]) -> Epoch:
@@ -93,10 +109,10 @@ class Trainer:
         Args:
             on_step: Called after every step.
         """
+        self._set_random_state(self._random)  # other runs may take turns in this process
         self.model.train()
-        before, started = self._steps, time.perf_counter()
-        sums = torch.zeros(3, dtype=torch.float64, device=self._device)
-        order = batches.shuffled(
+        sums, losses, clock = [], [], _Clock(self._device)
+        order = shuffled(
             self._dataset.train,
             self._training.batch_size,
             seed=self._seed,
@@ -105,58 +121,88 @@ class Trainer:
             rank=self._ranks.rank,
             ranks=self._ranks.size,
         )
-        for pixels, labels in order:
-            sums += self._step(pixels, labels)
+        for inputs, labels in order:
+            row, lost = self._step(inputs, labels)
+            sums.append(row)
             self._steps += 1
+            clock.tick()
             on_step()
-            if self._steps == self._training.max_steps:
+            clock.skip()
+            if lost or self._steps == self._training.max_steps:
                 break
-        # This waits for the device, so the time below includes all work.
-        loss, right, count = self._ranks.sum(sums).tolist()
-        seconds = time.perf_counter() - started
+        times = clock.seconds()
+        table = self._ranks.sum(torch.stack(sums))
+        losses = (table[:, 0] / table[:, 2]).tolist()
+        loss, right, count = table.sum(0).tolist()
         self.points = self._collector.take()
         test_loss, test_accuracy = self._test()
         epoch = Epoch(
             epoch=len(self.history) + 1,
-            steps=self._steps - before,
-            seconds=seconds,
+            steps=len(losses),
+            seconds=sum(times),
             train_loss=loss / count,
             train_accuracy=100 * right / count,
             test_loss=test_loss,
             test_accuracy=test_accuracy,
+            losses=tuple(losses),
+            times=tuple(times),
             curvature=means(self.points),
         )
         self.history.append(epoch)
+        self._random = self._random_state()
         return epoch
 
-    def _step(self, pixels: Tensor, labels: Tensor) -> Tensor:
+    def _step(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, bool]:
+        """Take a step; return its sums, and whether the optimizer has given up a lost run."""
         self.optimizer.zero_grad()
-        logits = self._shared(self._normalised(pixels))
+        logits = self._shared(self._normalised(inputs))
         loss = functional.cross_entropy(logits, labels)
         loss.backward()
-        self.optimizer.step()
+        lost = False
+        try:
+            self.optimizer.step()
+        except kfactk.KfactkError:
+            lost = not loss.item() < LOST
+            if not lost:
+                raise
+            loss = loss * math.nan
         if self._scheduler is not None:
             self._scheduler.step()
-        return _sums(logits.detach(), labels, loss.detach() * len(labels))
+        return _sums(logits.detach(), labels, loss.detach().double() * len(labels)), lost
 
     @torch.no_grad()
     def _test(self) -> tuple[float, float]:
         self.model.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=self._device)
-        for i, (pixels, labels) in enumerate(
-            batches.in_sequence(self._dataset.test, self._training.test_batch_size)
-        ):
-            if i == self._training.max_steps:
+        test, size = self._dataset.test, self._training.test_batch_size
+        for i in range(-(-len(test) // size)):
+            if i == (self._training.max_steps or None):
                 break
             if i % self._ranks.size != self._ranks.rank:
                 continue
-            logits = self.model(self._normalised(pixels))
+            part = test[i * size : (i + 1) * size]
+            logits, labels = self.model(self._normalised(part.inputs)), part.labels
             sums += _sums(logits, labels, functional.cross_entropy(logits, labels, reduction="sum"))
         loss, right, count = self._ranks.sum(sums).tolist()
         return loss / count, 100 * right / count
 
-    def _normalised(self, pixels: Tensor) -> Tensor:
-        return (pixels.float() - self._mean) / self._deviation
+    def _normalised(self, inputs: Tensor) -> Tensor:
+        return (inputs.float() - self._mean) / self._deviation
+
+    def _random_state(self) -> dict[str, Any]:
+        gpu = self._device.type == "cuda"
+        return {
+            "torch": torch.get_rng_state(),
+            "cuda": [torch.cuda.get_rng_state(self._device)] if gpu else [],
+            "python": random.getstate(),
+        }
+
+    def _set_random_state(self, state: Mapping[str, Any]) -> None:
+        torch.set_rng_state(state["torch"])
+        if self._device.type == "cuda":
+            torch.cuda.set_rng_state(state["cuda"][0], self._device)
+        version, numbers, gauss = state["python"]
+        random.setstate((version, tuple(numbers), gauss))
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything that `load_state_dict` needs to continue bit for bit.
@@ -167,13 +213,7 @@ class Trainer:
             "model": self.model.state_dict(),
             "optimizer": algorithms.full_state(self.optimizer),
             "scheduler": None if self._scheduler is None else self._scheduler.state_dict(),
-            "random": {
-                "torch": torch.get_rng_state(),
-                "cuda": [torch.cuda.get_rng_state(self._device)]
-                if self._device.type == "cuda"
-                else [],
-                "python": random.getstate(),
-            },
+            "random": self._random,
             "steps": self._steps,
             "history": [attrs.asdict(epoch) for epoch in self.history],
         }
@@ -184,17 +224,41 @@ class Trainer:
         self.optimizer.load_state_dict(state["optimizer"])
         if self._scheduler is not None:
             self._scheduler.load_state_dict(state["scheduler"])
-        torch.set_rng_state(state["random"]["torch"])
-        if self._device.type == "cuda":
-            torch.cuda.set_rng_state(state["random"]["cuda"][0], self._device)
-        version, numbers, gauss = state["random"]["python"]
-        random.setstate((version, tuple(numbers), gauss))
+        self._set_random_state(state["random"])
+        self._random = state["random"]
         self._steps = state["steps"]
         self.history = [Epoch(**epoch) for epoch in state["history"]]
 
     def close(self) -> None:
         """Remove the optimizer's hooks."""
         algorithms.close(self.optimizer)
+
+
+class _Clock:
+    """The seconds of steps; on a GPU, measured by the GPU without waiting for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._gpu, self._marks = device.type == "cuda", list[tuple[Any, Any]]()
+        self.skip()
+
+    def _now(self) -> Any:
+        if not self._gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def tick(self) -> None:
+        self._marks.append((self._start, self._now()))
+
+    def skip(self) -> None:
+        self._start = self._now()
+
+    def seconds(self) -> list[float]:
+        if not self._gpu:
+            return [end - start for start, end in self._marks]
+        torch.cuda.synchronize()
+        return [start.elapsed_time(end) / 1000 for start, end in self._marks]
 
 
 def _sums(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
@@ -204,9 +268,81 @@ def _sums(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
     )
 
 
-def steps(experiment: Experiment, dataset: Dataset, ranks: int = 1) -> int:
+def steps(study: Study, dataset: Dataset, ranks: int = 1) -> int:
     """Return the number of optimizer steps of one run, shared by `ranks` processes."""
-    count = experiment.training.epochs * batches.steps(
-        len(dataset.train), experiment.training.batch_size, ranks
+    size, count = study.training.batch_size, len(dataset.train)
+    each = count // size + (count % size // ranks * ranks > 1)
+    count = study.training.epochs * each
+    return min(count, study.training.max_steps or count)
+
+
+def shuffled(
+    examples: Examples,
+    batch_size: int,
+    *,
+    seed: int,
+    epoch: int,
+    augment: bool,
+    rank: int = 0,
+    ranks: int = 1,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield every image once, in random order; each process gets an equal part of each batch.
+
+    Examples of the last batch that cannot be divided equally are left out. So is a last batch of
+    one image, since BatchNorm cannot learn from it.
+
+    Args:
+        examples: All examples.
+        batch_size: Examples in all parts of a batch; a multiple of `ranks`.
+        seed: Seed of the run.
+        epoch: Index of the epoch.
+        augment: Whether to shift and mirror images.
+        rank: Index of the part.
+        ranks: Number of parts.
+    """
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    order = torch.randperm(len(examples), generator=generator)
+    for index in order.split(batch_size):
+        each = len(index) // ranks
+        if each * ranks < 2:
+            continue
+        part = slice(rank * each, (rank + 1) * each)
+        chosen = index[part].to(examples.inputs.device)
+        inputs = examples.inputs[chosen]
+        if augment:
+            moves = draw_moves(len(index), generator)
+            inputs = apply_moves(inputs, *(draws[:, part] for draws in moves))
+        yield inputs, examples.labels[chosen]
+
+
+def draw_moves(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw offsets from 0 to twice `SHIFT`, `[2, N]`, and whether to mirror each image, `[1, N]`.
+
+    Args:
+        count: Number N of images.
+        generator: On the CPU, so that every device draws the same.
+    """
+    offsets = torch.randint(0, 2 * SHIFT + 1, (2, count, 1), generator=generator)[..., 0]
+    return offsets, torch.randint(0, 2, (count, 1), generator=generator).bool().T
+
+
+def apply_moves(pixels: Tensor, offsets: Tensor, mirror: Tensor) -> Tensor:
+    """Shift images `[N, C, H, W]` by up to `SHIFT` pixels, zeros moving in, and mirror them.
+
+    Args:
+        pixels: The images.
+        offsets: As `draw_moves` returns.
+        mirror: As `draw_moves` returns.
+    """
+    count, _, height, width = pixels.shape
+    offsets, mirror = offsets[..., None].to(pixels.device), mirror[0, :, None].to(pixels.device)
+    rows = torch.arange(height, device=pixels.device) + offsets[0]
+    columns = torch.arange(width, device=pixels.device)
+    columns = torch.where(mirror, columns.flip(0), columns) + offsets[1]
+    padded = functional.pad(pixels, (SHIFT, SHIFT, SHIFT, SHIFT))
+    example = torch.arange(count, device=pixels.device)
+    return (
+        padded[example[:, None, None], :, rows[:, :, None], columns[:, None, :]]
+        .permute(0, 3, 1, 2)
+        .contiguous()
     )
-    return min(count, experiment.training.max_steps or count)

@@ -260,6 +260,9 @@ def build(
 ) -> Recipe:
     """Combine stages into a recipe. The defaults are EKFACadam's, without weight decay.
 
+    They are the settings of the thesis, for runs of tens of thousands of steps. `preset` has faster
+    ones: "short" for a few hundred steps, "cheap" for the least time of a step.
+
     A stage is given by name (`"ekfac"`), by name with options (`{"name": "ekfac", "scale_decay":
     0.9}`), by import path (`"package.module:Class"`), or as an object. `python -m kfactk stages`
     lists names and options.

@@ -61,11 +61,7 @@ class Candidate:
 
         That is so where only annotations and docstrings change, or where the result is no Python.
         """
-        changed: str | None = mutate_code(text, get_operator(self.operator)(), self.occurrence)
-        try:
-            return None if changed is None or _meaning(changed) == _meaning(text) else changed
-        except SyntaxError:
-            return None
+        return _changed(text, self.operator, self.occurrence)
 
     def key(self, text: str, source: str) -> str:
         """Return a name that does not depend on changes elsewhere in the file."""
@@ -154,6 +150,15 @@ def candidates_of(path: str, text: str) -> list[Candidate]:
     return found
 
 
+@functools.cache
+def _changed(text: str, operator: str, occurrence: int) -> str | None:
+    changed: str | None = mutate_code(text, get_operator(operator)(), occurrence)
+    try:
+        return None if changed is None or _meaning(changed) == _meaning(text) else changed
+    except SyntaxError:
+        return None
+
+
 def _is_informative(operator: str) -> bool:
     kind, _, change = operator.removeprefix("core/").partition("_")
     old, _, new = change.partition("_")
@@ -166,6 +171,7 @@ def _key(path: str, where: str, old: str, new: str) -> str:
     return f"{path}:{where}: {old} => {new}"
 
 
+@functools.cache
 def _meaning(text: str) -> str:
     """Return the syntax tree without docstrings and annotations, which are never evaluated."""
     tree = ast.parse(text)

@@ -2,7 +2,17 @@
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+
+def tensors(value):
+    """Tensors in nested arguments and results."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for each in value:
+            yield from tensors(each)
+    elif isinstance(value, dict):
+        yield from tensors([*value.values()])
 
 
 class LargestAllocation(TorchDispatchMode):
@@ -13,17 +23,9 @@ class LargestAllocation(TorchDispatchMode):
         self.bytes = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {
-            t.untyped_storage().data_ptr()
-            for t in tree_leaves((args, kwargs))
-            if isinstance(t, torch.Tensor)
-        }
+        known = {t.untyped_storage().data_ptr() for t in tensors((args, kwargs))}
         result = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if (
-                isinstance(tensor, torch.Tensor)
-                and tensor.device.type != "meta"
-                and tensor.untyped_storage().data_ptr() not in known
-            ):
+        for tensor in tensors(result):
+            if tensor.device.type != "meta" and tensor.untyped_storage().data_ptr() not in known:
                 self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
         return result

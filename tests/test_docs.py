@@ -141,11 +141,17 @@ def test_readme_has_exactly_two_commands() -> None:
     ]
     assert shell == COMMANDS
     prose = readme.read_text()
-    for command in COMMANDS:
+    for command in (*COMMANDS, "`pip install .`", "`git clone`"):
         prose = prose.replace(command, "")
     assert not re.search(r"\b(pip|uv|conda|nox -s|git clone|apt)\b", prose), (
-        "the README has a set-up command besides the two"
+        "the README has a set-up command besides the two, the clone and the installation"
     )
+
+
+def test_citations_name_the_version() -> None:
+    for page, entry in (("CITATION.cff", "version: (.+)"), ("docs/citing.md", "version = {(.+)}")):
+        found = re.findall(rf"^ *{entry}$", (ROOT / page).read_text(), re.MULTILINE)
+        assert found == [kfactk.__version__], page
 
 
 def test_site_build_fails_on_warnings() -> None:
@@ -283,7 +289,10 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+        env={
+            **{name: value for name, value in os.environ.items() if not name.startswith("COV")},
+            "NO_MKDOCS_2_WARNING": "1",
+        },
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr

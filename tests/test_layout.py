@@ -11,6 +11,8 @@ from pathlib import Path
 import attrs
 import pytest
 
+pytestmark = pytest.mark.xdist_group("layout")  # one worker, so that sources are read once
+
 ROOT = Path(__file__).parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
@@ -204,6 +206,7 @@ def test_only_declared_dependencies_are_imported(package: str) -> None:
 
 def test_the_experiments_import_only_what_their_extra_declares() -> None:
     modules = {"scikit-learn": "sklearn", "pillow": "PIL"}
+    modules["pytorch-optimizer"] = "pytorch_optimizer"
     known = {modules.get(name, name) for name in _declared("experiments")}
     known |= {"kfactk", "kfactk_stages", "experiments"} | sys.stdlib_module_names
     wrong = [

@@ -12,13 +12,15 @@ twice that.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import attrs
 
-from kfactk.assignment import Assignment, Work, Workload, is_square
+from kfactk.assignment import Assignment, Share, Work, Workload, is_square
 from kfactk.costmodel.hardware import Machine
 
 BUCKET_BYTES = 25 * 2**20
@@ -180,12 +182,15 @@ def messages(
         ranks: Number of ranks.
         itemsize: Bytes of a number on the wire.
     """
-    joined: dict[Message, float] = {}
-    for message in _messages(workload, sizes, assignment, ranks):
-        if len(message.members) > 1 and message.size:
-            key = attrs.evolve(message, size=0.0)
-            joined[key] = joined.get(key, 0.0) + message.size * itemsize
-    return [attrs.evolve(key, size=size) for key, size in joined.items()]
+    joined: dict[tuple[Any, ...], float] = {}
+    for m in _messages(workload, sizes, assignment, ranks):
+        if len(m.members) > 1 and m.size:
+            key = m.kind, m.when, m.collective, m.members, m.source
+            joined[key] = joined.get(key, 0.0) + m.size * itemsize
+    return [
+        Message(kind, when, collective, members, size, source)
+        for (kind, when, collective, members, source), size in joined.items()
+    ]
 
 
 def _messages(
@@ -208,11 +213,21 @@ def _messages(
             yield from _reduce("moments", "scale", size.moments, workers, everyone)
             kept = sum(size.kept.values())
             yield _broadcast("decompositions", "scale_alone", kept, workers[0], others)
-        receivers_of: dict[int, list[int]] = {}
-        for rank in others:
-            receivers_of.setdefault(share.source(rank), []).append(rank)
-        for source, receiving in receivers_of.items():
-            yield _broadcast("gradients", "step", math.prod(work.gradient), source, receiving)
+        for source, members in _served(workers, ranks):
+            numbers = math.prod(work.gradient)
+            yield Message("gradients", "step", "broadcast", members, numbers, source)
+
+
+@functools.lru_cache(maxsize=4096)  # many layers have the same workers
+def _served(workers: tuple[int, ...], ranks: int) -> tuple[tuple[int, tuple[int, ...]], ...]:
+    """Return each gradient worker that serves others, and all ranks of its broadcast."""
+    receivers_of: dict[int, list[int]] = {}
+    share = Share({}, workers)
+    for rank in sorted(set(range(ranks)) - set(workers)):
+        receivers_of.setdefault(share.source(rank), []).append(rank)
+    return tuple(
+        (source, tuple(sorted((source, *receiving)))) for source, receiving in receivers_of.items()
+    )
 
 
 def _reduce(

@@ -345,9 +345,10 @@ def cost(
 
     slots, found = load.works_by_slot(), sent(workload.works)
     # A step decomposes the layers of one slot; for all others it refreshes the scale alone.
+    whole = list(workload.works)
     due = [
-        [m for m in sent(slot) if m.when != "scale_alone"]
-        + [m for m in sent([w for w in workload.works if w not in slot]) if m.when != "basis"]
+        [m for m in (found if slot == whole else sent(slot)) if m.when != "scale_alone"]
+        + [m for m in sent([w for w in whole if w not in slot]) if m.when != "basis"]
         for slot in slots
     ]
     refreshes = [_refresh_seconds(load, slot, assignment, ranks, machine) for slot in slots]

@@ -7,6 +7,7 @@ import functools
 import inspect
 import re
 import typing
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -140,6 +141,20 @@ def options_of(factory: Callable[..., Any]) -> Options:
         >>> [(o.name, o.annotation, o.default) for o in options_of(constant).known]
         [('value', 'float', NOTHING), ('scale', 'float', 2.0)]
     """
+    try:
+        found = _READ.get(factory)
+    except TypeError:  # without a hash, or without weak references
+        return _read(factory)
+    if found is None:
+        found = _READ[factory] = _read(factory)
+    return found
+
+
+_READ: weakref.WeakKeyDictionary[Callable[..., Any], Options] = weakref.WeakKeyDictionary()
+"""Options of the factories that were read: an optimizer asks for them in each step."""
+
+
+def _read(factory: Callable[..., Any]) -> Options:
     try:
         parameters = inspect.signature(factory).parameters.values()
     except (TypeError, ValueError):

@@ -6,6 +6,9 @@ import pytest
 
 from docs.error_pages import PAGE, Message, Program, all_messages, error_classes, page
 
+# One worker, so that sources are read once.
+pytestmark = pytest.mark.xdist_group("error pages")
+
 IMPERATIVES = """
 add ask begin bind build call change check choose correct create define derive divide drop end fill
 fix freeze give have install keep leave let load look lower make mark measure move name override

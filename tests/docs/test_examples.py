@@ -1,8 +1,12 @@
 """Scripts of docs/examples: a page shows each, each runs, and its loss falls."""
 
 import ast
+import contextlib
+import functools
+import io
 import re
 import runpy
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,6 +41,19 @@ def run(
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(ROOT / "docs" / "examples" / f"{name}.py"), run_name="__main__")
     return capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def printed_by() -> Callable[[str], str]:
+    """Return a function that runs a script, once, and returns its output."""
+
+    @functools.cache
+    def output(name: str) -> str:
+        with contextlib.redirect_stdout(io.StringIO()) as out:
+            runpy.run_path(str(ROOT / "docs" / "examples" / f"{name}.py"), run_name="__main__")
+        return out.getvalue()
+
+    return output
 
 
 def numbers(what: str, printed: str) -> list[float]:
@@ -77,3 +94,50 @@ def test_huggingface_trainer_resumes_with_equal_loss(
     *whole, before_last, last = numbers("'loss':", printed)
     assert [before_last, last] == whole[2:], "the resumed epochs differ from those of the whole run"
     assert numbers("accuracy", printed)[0] > 0.9
+
+
+@pytest.mark.parametrize(
+    ("recipe", "what", "share"),
+    [
+        ("gan", "distance", 0.6),
+        ("vae", "loss", 0.6),
+        ("contrastive", "loss", 0.6),
+        ("detection", "classes", 0.2),
+        ("detection", "boxes", 0.2),
+        ("multi_task", "kind", 0.2),
+        ("multi_task", "size", 0.2),
+        ("pinn", "loss", 0.01),
+        ("pinn", "error", 0.1),
+        ("gcn", "loss", 0.5),
+        ("language_model", "loss", 0.2),
+        ("regression", "error", 0.3),
+    ],
+)
+@pytest.mark.filterwarnings("error::kfactk.KfactkWarning")
+def test_recipe_learns(
+    recipe: str,
+    what: str,
+    share: float,
+    printed_by: Callable[[str], str],
+) -> None:
+    """What it prints falls to a share of its first value at most."""
+    found = numbers(what, printed_by(recipe))
+    assert len(found) >= 3
+    assert found[-1] < share * found[0]
+
+
+@pytest.mark.filterwarnings("error::kfactk.KfactkWarning")
+def test_poles_stay_up_longer(printed_by: Callable[[str], str]) -> None:
+    steps = numbers("once in", printed_by("actor_critic"))
+    assert len(steps) == 3
+    assert steps[-1] > 1.5 * steps[0]
+
+
+def test_race_names_a_winner(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["race.py", "0.1"])
+    printed = run("race", capsys, tmp_path, monkeypatch)
+    losses = numbers("held-out loss", printed)
+    assert len(losses) == 10
+    assert re.search(r"^best: (AdamW|kfactk)", printed, re.MULTILINE)

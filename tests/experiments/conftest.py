@@ -1,48 +1,12 @@
-import math
-from collections.abc import Callable
 from pathlib import Path
 
-import attrs
 import pytest
 from PIL import Image
 
-from experiments import config
-from experiments.results import Epoch, Results, Run
-
-TINY = """
-title = "A tiny experiment"
-[data]
-source = "digits"
-train = 150
-test = 60
-[model]
-name = "digits_resnet"
-[training]
-epochs = 3
-batch_size = 50
-test_batch_size = 32
-seeds = [0]
-schedule = "cosine"
-threads = 1
-[second_order]
-curvature = "conv_kfac"
-factor_every = 2
-scale_every = 2
-basis_every = 3
-[algorithms.sgd]
-label = "SGD"
-optimizer = "sgd"
-momentum = 0.9
-lr = 0.03
-weight_decay = 0.0001
-[algorithms.ekfacadam]
-label = "EKFACadam"
-basis = "ekfac"
-update = "adam"
-lr = 0.01
-weight_decay = 0.001
-damping = 0.03
-"""
+from experiments import data, settings
+from experiments.data import Dataset
+from experiments.settings import Study
+from tests.experiments.studies import OWN, SIGNALS, TINY
 
 
 @pytest.fixture(scope="session")
@@ -73,32 +37,35 @@ def images(tmp_path: Path) -> Path:
     return root
 
 
-def make_results(losses: dict[str, list[list[float]]], **training: object) -> Results:
-    """Results of made-up runs; the other metrics follow from the training losses of each seed."""
-    experiment = config.load("digits")
-    experiment = attrs.evolve(experiment, training=attrs.evolve(experiment.training, **training))
-    runs = []
-    for name, seeds in losses.items():
-        for seed, values in enumerate(seeds):
-            history = tuple(
-                Epoch(
-                    i + 1,
-                    10,
-                    2.0 if name == "sgd" else 3.0,
-                    value,
-                    100 - value,
-                    2 * value,
-                    100 - 2 * value,
-                )
-                for i, value in enumerate(values)
-            )
-            status = "finished" if math.isfinite(values[-1]) else "diverged"
-            runs.append(
-                Run(name, seed, status, history, {"lr": 0.1, "update": {"name": "<adam & co>"}})
-            )
-    return Results(experiment, "made-up images", "cpu", runs)
+@pytest.fixture(scope="session")
+def study(tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> Study:
+    """The study of these settings."""
+    path = tmp_path_factory.mktemp("settings") / "tiny.toml"
+    path.write_text(tiny_text)
+    return settings.read(path)
+
+
+@pytest.fixture(scope="session")
+def dataset(study: Study) -> Dataset:
+    """Its examples."""
+    return data.load(study.data, None, Path("unused"), print)
 
 
 @pytest.fixture
-def made_up() -> Callable[..., Results]:
-    return make_results
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Settings of a study whose examples and network, with dropout, are of a module of its own."""
+    module = f"own_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{module}.py").write_text(OWN)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    path = tmp_path / "own.toml"
+    path.write_text(SIGNALS % (f"{module}:signals", f"{module}:network"))
+    return path
+
+
+@pytest.fixture(scope="session")
+def new_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new database of MLflow, which takes it seconds to make."""
+    path = tmp_path_factory.mktemp("store") / "mlflow.db"
+    mlflow = pytest.importorskip("mlflow")
+    mlflow.MlflowClient(f"sqlite:///{path}").search_experiments()
+    return path

@@ -10,15 +10,17 @@ import time
 import warnings
 from pathlib import Path
 
+import attrs
 import pytest
 import torch
 
 from experiments import tracking, training
 from experiments.__main__ import main
+from experiments.experiment import Options, _workers
 from kfactk.errors import KfactkError
 from kfactk.testing._support.ranks import process_context
-from kfactk_stages.tracker.mlflow_store import import_file
 from tests.covering import widening
+from tests.experiments.studies import with_training
 
 RUNS = ("sgd-seed0", "ekfacadam-seed0")
 
@@ -31,7 +33,8 @@ def history(output: Path, run: str) -> list[dict]:
     """A run's epochs without what a clock says."""
     epochs = json.loads((output / "runs" / run / "run.json").read_text())["history"]
     for epoch in epochs:
-        epoch.pop("seconds")
+        for key in ("seconds", "times"):
+            epoch.pop(key)
         epoch["curvature"] = {
             key: value for key, value in epoch["curvature"].items() if not key.startswith("seconds")
         }
@@ -70,10 +73,20 @@ def own_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOX_CURRENT_SESSION", raising=False)
 
 
+@pytest.fixture
+def output(tmp_path: Path, new_store: Path) -> Path:
+    """A folder for outputs, which has a database of MLflow already: to make one takes seconds."""
+    (tmp_path / "out").mkdir()
+    shutil.copy(new_store, tmp_path / "out" / "mlflow.db")
+    return tmp_path / "out"
+
+
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> Path:
+def whole(tmp_path_factory: pytest.TempPathFactory, tiny_text: str, new_store: Path) -> Path:
     """The output of an uninterrupted experiment."""
     root = tmp_path_factory.mktemp("whole")
+    (root / "out").mkdir()
+    shutil.copy(new_store, root / "out" / "mlflow.db")
     (root / "tiny.toml").write_text(tiny_text)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -85,8 +98,8 @@ def whole(tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> Path:
 
 
 def test_experiment_writes_everything(whole: Path):
-    assert (whole / "report.html").stat().st_size > 10_000
-    assert len(list((whole / "figures").iterdir())) == 8
+    names = {"study.json", *(f"{run}.json" for run in RUNS)}
+    assert {path.name for path in (whole / "results").iterdir()} == names
     for run in RUNS:
         assert json.loads((whole / "runs" / run / "run.json").read_text())["status"] == "finished"
         assert [epoch["epoch"] for epoch in history(whole, run)] == [1, 2, 3]
@@ -98,11 +111,11 @@ def test_experiment_writes_everything(whole: Path):
 
 def test_mlflow_has_one_point_for_each_epoch(whole: Path):
     points = logged(whole)
-    assert set(points) == {"sgd-seed0 FINISHED", "ekfacadam-seed0 FINISHED"}
-    for recorded in points.values():
+    assert set(points) == {*("sgd-seed0 FINISHED", "ekfacadam-seed0 FINISHED", "report FINISHED")}
+    for name in ("sgd-seed0 FINISHED", "ekfacadam-seed0 FINISHED"):
         for metric in ("train_loss", "train_accuracy", "test_loss", "test_accuracy"):
-            assert [step for key, step in recorded if key == metric] == [1, 2, 3]
-    assert ("step/damping", 0) in points["ekfacadam-seed0 FINISHED"]
+            assert [step for key, step in points[name] if key == f"epoch/{metric}"] == [1, 2, 3]
+    assert list((whole / "mlartifacts").rglob("study.json"))
     with sqlite3.connect(whole / "mlflow.db") as database:
         assert database.execute(
             "select name from experiments where name like 'kfactk%'"
@@ -116,14 +129,14 @@ def test_mlflow_has_one_point_for_each_epoch(whole: Path):
 
 
 def test_interrupted_experiment_resumes_bit_for_bit(
-    whole: Path, tiny: Path, tmp_path: Path, monkeypatch, capsys
+    whole: Path, tiny: Path, tmp_path: Path, output: Path, monkeypatch, capsys
 ):
     arguments = ("--config", tiny, "--output", tmp_path / "out", "--device", "cpu")
     steps, step = [], training.Trainer._step
 
     def interrupted(*args):
         steps.append(1)
-        if len(steps) == 9 + 5:  # the second run's second epoch
+        if len(steps) == 11:  # the second run's second epoch
             os.kill(os.getpid(), signal.SIGINT)
         return step(*args)
 
@@ -133,8 +146,8 @@ def test_interrupted_experiment_resumes_bit_for_bit(
     told = capsys.readouterr().err.strip()
     assert "\n" not in told
     assert told.endswith(f"python -m experiments {' '.join(map(str, arguments))} --resume")
-    assert set(logged(tmp_path / "out")) == {"sgd-seed0 FINISHED", "ekfacadam-seed0 KILLED"}
-    assert [epoch["epoch"] for epoch in history(tmp_path / "out", "ekfacadam-seed0")] == [1]
+    assert set(logged(tmp_path / "out")) == {"sgd-seed0 KILLED", "ekfacadam-seed0 KILLED"}
+    assert [len(history(tmp_path / "out", run)) for run in RUNS] == [2, 1]
     assert experiment(*arguments, "--resume") == 0
     assert_same(tmp_path / "out", whole)
 
@@ -142,26 +155,26 @@ def test_interrupted_experiment_resumes_bit_for_bit(
 def struck(sign: int, arguments: list[str], stderr: str) -> None:
     """Run a study that gets a signal in its last epoch, and Ctrl-C while it records that."""
     os.dup2(os.open(stderr, os.O_CREAT | os.O_WRONLY), 2)
-    steps, step, end = [], training.Trainer._step, tracking.Tracking.end
+    steps, step, close = [], training.Trainer._step, tracking.Tracking.close
 
     def stopped(*args):
         steps.append(1)
-        if len(steps) == 9 + 7:
+        if len(steps) == 17:
             os.kill(os.getpid(), sign)
         return step(*args)
 
-    def again(*args):
-        if args[2] == "interrupted":
+    def again(*args, interrupted):
+        if interrupted:
             os.kill(os.getpid(), signal.SIGINT)
-        return end(*args)
+        return close(*args, interrupted=interrupted)
 
-    training.Trainer._step, tracking.Tracking.end = stopped, again
+    training.Trainer._step, tracking.Tracking.close = stopped, again
     sys.exit(main(arguments))
 
 
 @pytest.mark.parametrize("sign", widening([signal.SIGKILL, signal.SIGTERM], [signal.SIGKILL]))
 def test_killed_experiment_resumes_after_its_last_epoch(
-    whole: Path, tiny: Path, tmp_path: Path, sign: signal.Signals, monkeypatch
+    whole: Path, tiny: Path, output: Path, tmp_path: Path, sign: signal.Signals, monkeypatch
 ):
     code = -sign if sign == signal.SIGKILL else 130  # it gets Ctrl-C besides SIGTERM
     arguments = ["--config", str(tiny), "--output", str(tmp_path / "out"), "--device", "cpu"]
@@ -187,7 +200,9 @@ def test_finished_experiment_is_not_repeated(whole: Path, tiny: Path, monkeypatc
     before = history(whole, "sgd-seed0")
     assert experiment("--config", tiny, "--output", whole, "--device", "cpu", "--resume") == 0
     assert history(whole, "sgd-seed0") == before
-    assert capsys.readouterr().out.count("finished earlier") == 2
+    told = capsys.readouterr().out
+    assert told.count("epoch 3: training loss") == 2
+    assert "continues after" not in told
 
 
 def test_resume_refuses_other_settings(whole: Path, tiny: Path, capsys):
@@ -199,7 +214,7 @@ def test_resume_refuses_other_settings(whole: Path, tiny: Path, capsys):
         assert word in told
 
 
-def test_starting_again_keeps_earlier_runs(tiny: Path, tmp_path: Path, capsys):
+def test_starting_again_keeps_earlier_runs(tiny: Path, tmp_path: Path, output: Path, capsys):
     arguments = (
         "--config",
         tiny,
@@ -218,8 +233,9 @@ def test_starting_again_keeps_earlier_runs(tiny: Path, tmp_path: Path, capsys):
     assert experiment(*arguments) == 0
     told = capsys.readouterr().out
     assert "earlier runs in" in told
-    assert "stopped after 1 steps" in " ".join(told.split())
-    kept = json.loads((tmp_path / "out" / "earlier" / "1" / "sgd-seed0" / "run.json").read_text())
+    assert [epoch["steps"] for epoch in before] == [1]
+    kept = tmp_path / "out" / "earlier" / "1" / "runs" / "sgd-seed0" / "run.json"
+    kept = json.loads(kept.read_text())
     assert kept["history"][0]["train_loss"] == before[0]["train_loss"]
     assert f"report   {tmp_path / 'out' / 'report.html'}" in told
     assert f"-m mlflow ui --backend-store-uri sqlite:///{tmp_path / 'out' / 'mlflow.db'}" in told
@@ -232,8 +248,17 @@ def test_starting_again_keeps_earlier_runs(tiny: Path, tmp_path: Path, capsys):
         ("--algorithms ekfcadam", "no algorithm 'ekfcadam'. Did you mean 'ekfacadam'"),
         ("--algorithms sgd,nothing", "no algorithm 'nothing'"),
         ("--seeds one", "--seeds must be whole numbers"),
-        ("--seeds -1", "--seeds must be"),
-        ("--seeds 0 0", "--seeds must be"),
+        ("--seeds -1", "seeds must be different whole numbers from 0"),
+        ("--seeds 0 0", "seeds must be different"),
+        ("--seeds ,", "seeds must be different"),
+        ("--workers -1", "--workers must be"),
+        ("--workers many", "--workers"),
+        ("--search fiar", "--search"),
+        ("--set training.epoch=3", "no setting training.epoch. Did you mean 'epochs'?"),
+        ("--set algorithms.sgd.mometum=0", "no option 'mometum'. Did you mean 'momentum'?"),
+        ("--preset digits --set model.name=signal_cnn --algorithms sgd", "model signal_cnn: "),
+        ("--preset reference --search", "no [search.thesis]"),
+        ("--import-records", "mlflow-unsent.jsonl cannot be read"),
         ("--epochs 0", "--epochs must be"),
         ("--epochs few", "--epochs"),
         ("--batch-size 1", "--batch-size must be"),
@@ -242,9 +267,12 @@ def test_starting_again_keeps_earlier_runs(tiny: Path, tmp_path: Path, capsys):
         ("--epoch 3", "--epoch"),
         ("--config none.toml", "none.toml: cannot be read"),
         ("--preset digits --config none.toml", "give one of them"),
-        ("--data-dir .", "leave --data-dir out"),
-        ("--preset cifar10-small --data-dir DIR/file", "is a file"),
-        ("--preset cifar10-small --data-dir DIR/wrong", "has no train and no test folder"),
+        ("--algorithms sgd --data-dir .", "leave --data-dir out"),
+        ("--preset cifar10-small --algorithms sgd --data-dir DIR/file", "is a file"),
+        (
+            "--preset cifar10-small --algorithms sgd --data-dir DIR/wrong",
+            "has no train and no test folder",
+        ),
         ("--output DIR/file", "cannot be written to"),
     ],
 )
@@ -275,6 +303,7 @@ def test_help_names_presets_and_options(capsys):
     assert left.value.code == 0
     told = capsys.readouterr().out
     for word in (
+        *("mnist1d", "--set", "--search", "--workers", "--results", "--import-records"),
         "cifar10-small",
         "cifar10-resnet50",
         "--data-dir",
@@ -296,20 +325,20 @@ def test_command_to_resume_is_the_typed_one(monkeypatch):
     assert _command(["--resume"]) == "nox -s experiments -- --resume"
 
 
-def test_labels_and_titles_are_plain_text(tiny: Path, tmp_path: Path, capsys):
-    """Neither rich's markup and emoji, nor matplotlib's formulas and hidden labels."""
+def test_labels_and_titles_are_plain_text(tiny: Path, tmp_path: Path, output: Path, capsys):
+    """Neither rich's markup nor emoji; the report is no matter of this test."""
     text = tiny.read_text().replace('title = "A tiny experiment"', 'title = "[/x] $ :smile:"')
-    text = text.replace('label = "SGD"', 'label = "$x^$ [/b]"')
-    tiny.write_text(text.replace('label = "EKFACAdam"', 'label = "_a"'))
+    tiny.write_text(text.replace('label = "SGD"', 'label = "$x^$ [/b]"'))
     arguments = ("--config", tiny, "--output", tmp_path / "out", "--max-steps", 1)
     assert experiment(*arguments, "--device", "cpu") == 0
     told = capsys.readouterr().out
     for word in ("[/x] $ :smile:", "$x^$ [/b]"):
         assert word in told
-        assert word in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_second_experiment_in_a_folder_is_refused(tiny: Path, tmp_path: Path, capsys, monkeypatch):
+def test_second_experiment_in_a_folder_is_refused(
+    tiny: Path, tmp_path: Path, output: Path, capsys, monkeypatch
+):
     """Its settings are others; without --resume it would take the first one's runs for its own."""
     arguments = ("--config", tiny, "--output", tmp_path / "out", "--device", "cpu")
     other = tmp_path / "other.toml"
@@ -346,7 +375,9 @@ def test_runs_with_other_settings_are_never_reported(
     assert "algorithm.lr was 0.03, now 0.2" in capsys.readouterr().err
 
 
-def test_store_that_is_locked_midway_costs_one_warning(tiny: Path, tmp_path: Path, monkeypatch):
+def test_store_that_is_locked_midway_costs_one_warning(
+    tiny: Path, tmp_path: Path, output: Path, whole: Path, monkeypatch, capsys
+):
     arguments = ("--config", tiny, "--output", tmp_path / "out", "--device", "cpu")
     path, locks, step = tmp_path / "out" / "mlflow.db", [], training.Trainer._step
 
@@ -369,11 +400,10 @@ def test_store_that_is_locked_midway_costs_one_warning(tiny: Path, tmp_path: Pat
     assert seconds < 30
     unsent = tmp_path / "out" / "mlflow-unsent.jsonl"
     assert f"import-records {unsent}" in ours[0]
-    import_file(unsent, f"sqlite:///{path}")
-    points = logged(tmp_path / "out")
-    assert set(points) == {"sgd-seed0 FINISHED", "ekfacadam-seed0 FINISHED"}
-    for recorded in points.values():
-        assert [step for key, step in recorded if key == "test_loss"] == [1, 2, 3]
+    capsys.readouterr()
+    assert experiment(*arguments, "--import-records") == 0
+    assert "lines on 3 runs" in capsys.readouterr().out
+    assert logged(tmp_path / "out") == logged(whole)
 
 
 @pytest.mark.parametrize(
@@ -386,7 +416,7 @@ def test_store_that_is_locked_midway_costs_one_warning(tiny: Path, tmp_path: Pat
     ],
 )
 def test_damaged_checkpoints_are_one_line(
-    change, words: str, tiny: Path, tmp_path: Path, capsys, monkeypatch
+    change, words: str, tiny: Path, tmp_path: Path, output: Path, capsys, monkeypatch
 ):
     arguments = ("--config", tiny, "--output", tmp_path / "out", "--device", "cpu")
     arguments = (*arguments, "--algorithms", "ekfacadam")
@@ -422,7 +452,7 @@ def test_damaged_checkpoints_are_one_line(
     ],
 )
 def test_what_stops_a_run_is_one_line(
-    error: Exception, words: str, tiny: Path, tmp_path: Path, capsys, monkeypatch
+    error: Exception, words: str, tiny: Path, tmp_path: Path, output: Path, capsys, monkeypatch
 ):
     def fail(*_: object) -> None:
         raise error
@@ -438,11 +468,14 @@ def test_what_stops_a_run_is_one_line(
     ("old", "new", "words"),
     [
         ("momentum = 0.9", "nesterov = true", "algorithm sgd: Nesterov"),
-        ('optimizer = "sgd"', 'optimizer = "adam"', "algorithm sgd: Adam"),
-        ('optimizer = "sgd"', "optimizer = [1]", "no first-order optimizer [1]"),
+        ('optimizer = "SGD"', 'optimizer = "Adam"', "algorithm sgd: there is no option 'momentum'"),
+        ('optimizer = "SGD"', 'optimizer = "x:y"', "algorithms.sgd.optimizer: "),
+        ('optimizer = "SGD"', "optimizer = [1]", "algorithms.sgd.optimizer must be text"),
         ('basis = "ekfac"', "basis = 3", "algorithm ekfacadam: basis 3"),
-        ("train = 150", "train = 9", "each of the 10 digits"),
-        ("test = 60", "test = 3", "each of the 10 digits"),
+        ('name = "digits_resnet"', 'name = "x:y"', "model.name: to import x:y runs its code"),
+        ('source = "digits"', 'source = "x:y"', "data.source: to import x:y runs its code"),
+        ("train = 150", "train = 9", "the number of classes = 10"),
+        ("test = 60", "test = 3", "the number of classes = 10"),
     ],
 )
 def test_settings_that_cannot_work_are_one_line(
@@ -457,10 +490,63 @@ def test_settings_that_cannot_work_are_one_line(
     assert not (tmp_path / "out" / "runs").exists()
 
 
-def test_output_with_a_file_in_the_way_is_one_line(tiny: Path, tmp_path: Path, capsys):
-    (tmp_path / "out").mkdir()
+def test_output_with_a_file_in_the_way_is_one_line(
+    tiny: Path, tmp_path: Path, output: Path, capsys
+):
     (tmp_path / "out" / "runs").touch()
     assert experiment("--config", tiny, "--output", tmp_path / "out", "--device", "cpu") == 2
     told = capsys.readouterr().err
     assert "run.json cannot be read" in told
     assert told.count("\n") == 1
+
+
+def test_search_and_runs_with_what_it_chose(own: Path, tmp_path: Path, monkeypatch, capsys):
+    """An interrupted one goes on; each trial is nested in MLflow, and none is done twice."""
+    monkeypatch.chdir(tmp_path)
+    arguments = ("--config", own, "--trust-config", "--device", "cpu", "--search", "fair")
+    arguments = (*arguments, "--workers", 1)
+    arguments = (*arguments, "--seeds", 0, "--results", tmp_path / "kept")
+    epochs, run_epoch = [], training.Trainer.run_epoch
+
+    def interrupted(*args):
+        epochs.append(1)
+        if len(epochs) == 11:
+            raise KeyboardInterrupt
+        return run_epoch(*args)
+
+    monkeypatch.setattr(training.Trainer, "run_epoch", interrupted)
+    assert experiment(*arguments) == 130
+    assert experiment(*arguments, "--resume") == 0
+    assert len(epochs) == 16 + 1 + 2 * 2  # one was lost
+    output = tmp_path / "runs" / "own-fair"
+    found = json.loads((output / "search" / "fair.json").read_text())
+    assert len(found["trials"]) == 16
+    for name, options in found["chosen"].items():
+        run = json.loads((output / "runs" / f"{name}-seed0" / "run.json").read_text())
+        assert options.items() <= run["settings"]["algorithm"].items()
+    told = capsys.readouterr().out
+    assert "chosen for AdamW: lr " in told
+    study = json.loads((tmp_path / "kept" / "study.json").read_text())
+    assert study["searches"]["fair"]["chosen"] == found["chosen"]
+    runs = [name.split(" ")[0] for name in logged(output)]
+    assert len([name for name in runs if "-search" in name]) == 8
+    assert len([name for name in runs if "-confirm" in name]) == 8
+    assert {"search", "confirm", "report", "adamw-seed0", "ekfac-seed0"} <= set(runs)
+    with sqlite3.connect(output / "mlflow.db") as database:
+        nested = "select count(*) from tags where key = 'mlflow.parentRunId'"
+        assert database.execute(nested).fetchone() == (16,)
+    assert [path.name for path in (output / "mlartifacts").rglob("fair.json")] == ["fair.json"] * 2
+    assert experiment(*arguments, "--resume") == 0
+    assert len(epochs) == 21
+
+
+def test_workers_follow_from_cores_and_threads(study, tmp_path: Path, monkeypatch):
+    options = Options(output=tmp_path, data_dir=None, device="cpu", resume=False, command="")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(6)), raising=False)
+    for threads, workers, kind, size, expected in (
+        *((1, 0, "cpu", 1, 6), (2, 0, "cpu", 1, 3), (9, 0, "cpu", 1, 1), (0, 0, "cpu", 1, 1)),
+        *((1, 3, "cpu", 1, 3), (1, 0, "cuda", 1, 1), (1, 3, "cpu", 2, 1), (0, 3, "cuda", 1, 3)),
+    ):
+        changed = with_training(study, threads=threads)
+        given = attrs.evolve(options, workers=workers)
+        assert _workers(changed, given, torch.device(kind), size) == expected

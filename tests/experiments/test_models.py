@@ -1,7 +1,20 @@
+"""The networks; BatchNorm over processes is torch's over the whole batch, backwards too."""
+
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor, nn
 
 from experiments import models
+from experiments.errors import ExperimentError
+from experiments.settings import Model
+from kfactk.testing._support.ranks import shared_workers
+
+
+def make(name: str, channels: int, seed: int = 0, **options: Any) -> nn.Module:
+    settings = Model(name=name, options=options)
+    return models.make(settings, channels=channels, classes=10, seed=seed, trusted=False)
 
 
 def count(model: torch.nn.Module) -> int:
@@ -12,9 +25,7 @@ def count(model: torch.nn.Module) -> int:
     ("name", "channels", "size"), [("digits_resnet", 1, 8), ("resnet8", 3, 32)]
 )
 def test_logits_and_initial_weights(name: str, channels: int, size: int):
-    model, same, other = (
-        models.make(name, channels=channels, classes=10, seed=seed) for seed in (0, 0, 1)
-    )
+    model, same, other = (make(name, channels, seed) for seed in (0, 0, 1))
     assert model(torch.zeros(2, channels, size, size)).shape == (2, 10)
     assert torch.equal(model.stem.weight, same.stem.weight)
     assert not torch.equal(model.stem.weight, other.stem.weight)
@@ -25,14 +36,11 @@ def test_resnet8_has_the_usual_size():
         9 * (3 * 16 + 2 * 16 * 16 + 16 * 32 + 32 * 32 + 32 * 64 + 64 * 64) + 16 * 32 + 32 * 64
     )
     norms = 2 * (3 * 16 + 3 * 32 + 3 * 64)
-    assert (
-        count(models.make("resnet8", channels=3, classes=10, seed=0))
-        == convolutions + norms + 64 * 10 + 10
-    )
+    assert count(make("resnet8", 3)) == convolutions + norms + 64 * 10 + 10
 
 
 def test_resnet50_keeps_the_resolution_of_small_images():
-    model = models.make("resnet50", channels=3, classes=10, seed=0)
+    model = make("resnet50", 3)
     assert count(model) == 23_520_842  # the usual figure for CIFAR-10
     shapes = {}
     for name in ("conv1", "layer1", "layer2", "layer3", "layer4"):
@@ -53,5 +61,94 @@ def test_resnet50_keeps_the_resolution_of_small_images():
 
 def test_global_random_state_does_not_change():
     before = torch.get_rng_state()
-    models.make("digits_resnet", channels=1, classes=10, seed=3)
+    make("digits_resnet", 1, 3)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_signal_cnn_has_the_size_of_its_authors():
+    assert count(make("signal_cnn", 1)) == 5210  # Greydanus and Kobak (2020)
+    assert make("signal_cnn", 1)(torch.zeros(2, 1, 40)).shape == (2, 10)
+    assert count(make("signal_cnn", 1, width=5)) < 500
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("resnet5", {}, "there is no 'resnet5'. Did you mean 'resnet50'"),
+        ("signal_cnn", {"widht": 3}, "no option 'widht'. Did you mean 'width'?"),
+        ("signal_cnn", {"classes": 3}, "no option 'classes'"),
+        ("signal_cnn", {"width": "much"}, "model signal_cnn: "),
+        ("digits_resnet", {}, "model digits_resnet: "),
+        ("my_module:network", {}, "add --trust-config"),
+    ],
+)
+def test_networks_that_cannot_work_are_one_line(name: str, options: dict[str, Any], words: str):
+    settings = Model(name=name, options=options)
+    with pytest.raises(ExperimentError) as told:
+        models.check(settings, torch.zeros(2, 1, 40), classes=10, trusted=False)
+    assert words in str(told.value)
+
+
+def test_outputs_must_be_of_the_classes(tmp_path, monkeypatch):
+    text = "import torch\ndef network(channels, classes): return torch.nn.Identity()\n"
+    (tmp_path / "wrong_network_of_tests.py").write_text(text)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    settings = Model(name="wrong_network_of_tests:network")
+    models.check(settings, torch.zeros(2, 10), classes=10, trusted=True)
+    with pytest.raises(ExperimentError, match=r"shape \(2, 9\), not \(2, 10\)"):
+        models.check(settings, torch.zeros(2, 9), classes=10, trusted=True)
+
+
+def convolutions() -> nn.Module:
+    torch.manual_seed(5)
+    layers = nn.Sequential(
+        nn.Conv2d(2, 3, 3),
+        nn.BatchNorm2d(3),
+        nn.Sequential(nn.ReLU(), nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4)),
+    ).double()
+    for parameter in layers.parameters():
+        nn.init.normal_(parameter)
+    return layers
+
+
+def images() -> Tensor:
+    return (
+        torch.randn(6, 2, 5, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64) + 3
+    )
+
+
+def learnt(net: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """Output, gradients of a sum over examples, buffers, and the output in evaluation."""
+    x.requires_grad_()
+    for _ in range(2):  # running statistics have a past
+        y = net(x)
+    y.pow(3).sum().backward()
+    found = {"output": y.detach(), "input": x.grad, "evaluated": net.eval()(x).detach()}
+    found |= {f"buffer {name}": value.double() for name, value in net.named_buffers()}
+    return found | {
+        f"gradient {name}": parameter.grad for name, parameter in net.named_parameters()
+    }
+
+
+def part(rank: int, ranks: int) -> dict[str, Tensor]:
+    net = convolutions()
+    models.share_batch_norms(net)
+    return learnt(net, images().chunk(ranks)[rank].clone())
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_statistics_are_of_the_whole_batch(ranks: int):
+    truth = learnt(convolutions(), images())
+    found = shared_workers().run(ranks, part, ranks)
+    for name, value in truth.items():
+        parts = [each[name] for each in found]
+        if name.startswith("gradient"):
+            joined = torch.stack(parts).sum(0)
+        elif name.startswith("buffer"):
+            joined = parts[-1]
+        else:
+            joined = torch.cat(parts)
+        torch.testing.assert_close(
+            joined, value, rtol=1e-9, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}"
+        )

@@ -1,64 +1,105 @@
 import io
 
+import attrs
 import pytest
 from rich.console import Console
 
+from experiments import progress
+from experiments.data import Dataset
 from experiments.progress import Progress, say
-from experiments.results import Epoch
+from experiments.settings import Study
+from tests.experiments.studies import ended, epoch, job
 
 
-def epoch(number: int, seconds: float) -> Epoch:
-    return Epoch(number, 10, seconds, 0.5, 90.0, 0.6, 80.0)
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: now[0])
+    return now
 
 
-def shown(seconds: list[float], *, terminal: bool, history: int = 0) -> str:
-    """What is shown of a run whose epochs took so long."""
-    console = Console(file=io.StringIO(), force_terminal=terminal, width=60)
-    epochs = [epoch(i + 1, value) for i, value in enumerate(seconds)]
-    with Progress(console, 2) as progress:
-        progress.skip("SGD, seed 0", 3)
-        with progress.run("SGD, seed 1", 10 * len(epochs), epochs[:history]) as run:
-            for done in epochs[history:]:
-                for _ in range(done.steps):
-                    run.step()
-                run.epoch(done)
+def shown(
+    study: Study, dataset: Dataset, clock: list[float], seconds: list[float], **options: object
+) -> str:
+    """What is shown of a run whose epochs took so long, after one that was finished before."""
+    history = options.pop("history", 0)
+    console = Console(file=io.StringIO(), force_terminal=options["terminal"], width=100)
+    jobs = [job(study, dataset, seed=seed) for seed in (0, 1)]
+    epochs = [epoch(i + 1, seconds=value) for i, value in enumerate(seconds)]
+    with Progress(console, jobs) as all_:
+        all_.begin(jobs[0], epochs)
+        all_.end(jobs[0], ended(jobs[0], epochs))
+        all_.begin(jobs[1], epochs[:history])
+        for done in epochs[history:]:
+            clock[0] += done.seconds
+            all_.epoch(jobs[1], done, [])
+        all_.end(jobs[1], ended(jobs[1], epochs))
     return console.file.getvalue()
 
 
 @pytest.mark.parametrize(
-    ("seconds", "lines"), [([0.1, 0.1, 0.1], []), ([9.0, 0.1, 9.0], [1, 2]), ([0.1, 9.0, 0.1], [2])]
+    ("seconds", "lines"),
+    [([0.1, 0.1, 0.1], []), ([40.0, 0.1, 40.0], [1]), ([16.0, 16.0, 1.0], [2]), ([1, 40, 1], [2])],
 )
-def test_slow_epochs_get_lines_without_bars(seconds: list[float], lines: list[int]):
-    text = shown(seconds, terminal=False).splitlines()
-    assert text[0] == "[1/2] SGD, seed 0: finished earlier, 3 epochs"
+def test_slow_epochs_get_lines_without_bars(
+    study: Study, dataset: Dataset, clock: list[float], seconds: list[float], lines: list[int]
+):
+    text = shown(study, dataset, clock, seconds, terminal=False).splitlines()
+    assert text[0].startswith("[1/2] SGD, seed 0: epoch 3: training loss 0.3333")
     assert [line.split(": training")[0] for line in text[1:-1]] == [
         f"SGD, seed 1: epoch {i}" for i in lines
     ]
-    assert text[-1].startswith(
-        "[2/2] SGD, seed 1: epoch 3: training loss 0.5000, accuracy 90.00 %; "
-        "test loss 0.6000, accuracy 80.00 % ("
+    assert text[-1] == (
+        "[2/2] SGD, seed 1: epoch 3: training loss 0.3333, accuracy 90.00 %; "
+        f"test loss 0.6667, accuracy 80.00 % ({sum(seconds):.1f} s)"
     )
 
 
-def test_resumed_runs_say_so():
-    text = shown([0.1, 0.1, 0.1], terminal=False, history=2)
+def test_remaining_time_follows_from_the_steps(study: Study, dataset: Dataset, clock: list[float]):
+    text = shown(study, dataset, clock, [40.0, 0.1, 40.0], terminal=False)
+    assert "accuracy 80.00 %; about 80 s left" in text  # of three equal epochs
+    assert [progress.duration(value) for value in (89, 91, 5400, 9060)] == [
+        *("89 s", "2 min", "1 h 30 min", "2 h 31 min")
+    ]
+
+
+def test_steps_of_diverged_runs_are_not_waited_for(
+    study: Study, dataset: Dataset, clock: list[float]
+):
+    console = Console(file=io.StringIO(), width=200)
+    jobs = [job(study, dataset, seed=seed) for seed in (0, 1)]
+    with Progress(console, jobs) as all_:
+        all_.begin(jobs[0], [])
+        clock[0] += 24
+        all_.epoch(jobs[0], epoch(1), [])
+        all_.end(jobs[0], ended(jobs[0], [epoch(1)], "diverged"))
+    assert "about 72 s left" in console.file.getvalue()
+
+
+def test_resumed_runs_say_so(study: Study, dataset: Dataset, clock: list[float]):
+    text = shown(study, dataset, clock, [0.1, 0.1, 0.1], terminal=False, history=2)
+    assert text.count("continues after") == 1
     assert "SGD, seed 1: continues after epoch 2" in text
 
 
-def test_terminals_have_bars():
-    text = shown([0.1, 0.1], terminal=True)
-    assert "all runs" in text
-    assert "2/2\x1b" in text
-    assert "[2/2] SGD, seed 1: epoch 2" in text
+def test_terminals_have_bars(study: Study, dataset: Dataset, clock: list[float]):
+    text = shown(study, dataset, clock, [40.0, 0.1, 0.1], terminal=True)
+    assert "all" in text
+    assert "100%" in text
+    assert "[2/2] SGD, seed 1: epoch 3" in text
+    assert "SGD, seed 1: epoch 1" not in text
 
 
-def test_lines_and_bars_show_text_as_it_is():
-    for terminal in (False, True):
-        console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
-        with Progress(console, 1) as progress:
-            say(console, "[/x] :smile: http://me:hunter2@host")
-            with progress.run("[/b] $x$", 10, []) as run:
-                run.epoch(epoch(1, 0.1))
-        text = console.file.getvalue()
-        assert "[/x] :smile: http://***@host" in text
-        assert "[/b] $x$" in text
+@pytest.mark.parametrize("terminal", [False, True])
+def test_lines_and_bars_show_text_as_it_is(study: Study, dataset: Dataset, terminal: bool):
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=100)
+    odd = attrs.evolve(study.algorithms["sgd"], label="[/b] $x$")
+    one = job(attrs.evolve(study, algorithms={"sgd": odd}), dataset)
+    with Progress(console, [one]) as all_:
+        say(console, "[/x] :smile: http://me:hunter2@host")
+        all_.begin(one, [])
+        all_.epoch(one, epoch(1), [])
+        all_.end(one, ended(one, [epoch(1)]))
+    text = console.file.getvalue()
+    assert "[/x] :smile: http://***@host" in text
+    assert "[/b] $x$" in text

@@ -4,17 +4,20 @@ import json
 from pathlib import Path
 from typing import Any
 
-import attrs
 import pytest
 import torch
 import torch.distributed as dist
+from rich.console import Console
 
-from experiments import config, data, ranks, runner
+from experiments import data, ranks, settings
 from experiments.__main__ import main
 from experiments.errors import ExperimentError
+from experiments.experiment import Options, _Conductor
 from experiments.ranks import Communicator
+from experiments.settings import Study
 from experiments.training import Trainer
 from kfactk.testing._support.ranks import shared_workers
+from tests.experiments.studies import with_training
 from tests.torchrun import Done, torchrun
 
 pytestmark = pytest.mark.xdist_group("ranks")
@@ -97,20 +100,19 @@ def test_one_process_sends_nothing():
     assert not dist.is_initialized()
 
 
-def tiny_experiment(path: str) -> tuple[config.Experiment, data.Dataset]:
-    experiment = config.read(Path(path))
-    return experiment, data.load(experiment.data, None, Path(path).parent, print)
+def tiny_study(path: str) -> tuple[Study, data.Dataset]:
+    study = settings.read(Path(path))
+    return study, data.load(study.data, None, Path(path).parent, print)
 
 
 def epochs(
     rank: int, path: str, algorithm: str, changes: dict[str, Any], size: int = 2
 ) -> dict[str, Any]:
     """Two epochs: figures, weights, and the state that is kept."""
-    experiment, dataset = tiny_experiment(path)
-    chosen = experiment.algorithms[algorithm]
+    study, dataset = tiny_study(path)
     trainer = Trainer(
-        experiment,
-        attrs.evolve(chosen, settings={**chosen.settings, **changes}),
+        study,
+        study.algorithms[algorithm].with_options(**changes),
         4,
         dataset,
         CPU,
@@ -162,17 +164,24 @@ def test_state_of_all_processes_is_saved(tiny: Path):
     )
 
 
-def test_batch_size_must_be_divisible(tiny: Path, tmp_path: Path):
-    experiment, dataset = tiny_experiment(str(tiny))
-    for size, refuses in ((1, False), (2, False), (3, True), (50, False), (100, True)):
-        if not refuses:
-            jobs = runner.plan(experiment, dataset, CPU, tmp_path, Communicator(0, size))
-            assert {job.settings["processes"] for job in jobs} == {size}
-            continue
-        with pytest.raises(
-            ExperimentError, match=f"50 images cannot be shared equally by {size} processes"
-        ):
-            runner.plan(experiment, dataset, CPU, tmp_path, Communicator(0, size))
+@pytest.mark.parametrize(
+    ("changes", "search", "words"),
+    [
+        ({}, None, "a batch of 50 examples cannot be shared equally by 3 processes"),
+        ({"batch_size": 48}, "thesis", "--search runs in one process"),
+    ],
+)
+def test_what_processes_cannot_share_is_told(
+    study: Study, tmp_path: Path, changes: dict[str, Any], search: str | None, words: str
+):
+    options = Options(
+        output=tmp_path, data_dir=None, device="cpu", resume=False, command="", search=search
+    )
+    conductor = _Conductor(
+        with_training(study, **changes), options, CPU, Communicator(0, 3), Console(quiet=True)
+    )
+    with pytest.raises(ExperimentError, match=words):
+        conductor.run()
 
 
 def test_processes_have_their_own_devices():
@@ -196,7 +205,7 @@ from experiments import __main__, training
 steps, step = [], training.Trainer._step
 def struck(*args):
     steps.append(1)
-    if len(steps) == 9 + 5:  # the second run's second epoch
+    if len(steps) == 11:  # the second run's second epoch
         if sys.argv[1] == "killed" and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGKILL)
         if sys.argv[1] == "Ctrl-C" and os.environ["RANK"] == "0":
@@ -220,7 +229,7 @@ def histories(output: Path) -> dict[str, list[dict[str, Any]]]:
     for path in sorted((output / "runs").iterdir()):
         found[path.name] = json.loads((path / "run.json").read_text())["history"]
         for epoch in found[path.name]:
-            del epoch["seconds"], epoch["curvature"]
+            del epoch["seconds"], epoch["times"], epoch["curvature"]
     return found
 
 
@@ -228,25 +237,23 @@ def histories(output: Path) -> dict[str, list[dict[str, Any]]]:
 def shared(tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> tuple[Path, Path, str]:
     """An uninterrupted experiment of two processes: its settings, its folder, what it printed."""
     folder = tmp_path_factory.mktemp("shared")
-    settings = folder / "tiny.toml"
-    settings.write_text(
+    written = folder / "tiny.toml"
+    written.write_text(
         tiny_text.replace(
             'curvature = "conv_kfac"', 'curvature = "conv_kfac"\nplacement = "mem_opt"'
         )
     )
-    done = conducted("--config", settings, "--output", folder / "out", "--device", "cpu")
+    done = conducted("--config", written, "--output", folder / "out", "--device", "cpu")
     assert done.returncode == 0, done.stderr
-    return settings, folder / "out", done.stdout
+    return written, folder / "out", done.stdout
 
 
 def test_torchrun_runs_the_experiment_and_one_process_prints(shared: tuple[Path, Path, str]):
     _, output, printed = shared
     assert printed.count("2 algorithms x 1 seeds, 3 epochs") == printed.count("report   ") == 1
     assert "on 2 cpu processes" in printed
-    assert (
-        "torchrun --standalone --nproc-per-node 2 -m experiments"
-        in (output / "report.html").read_text()
-    )
+    command = json.loads((output / "results" / "study.json").read_text())["command"]
+    assert command.startswith("torchrun --standalone --nproc-per-node 2 -m experiments --config")
     assert {run: len(epochs) for run, epochs in histories(output).items()} == {
         "ekfacadam-seed0": 3,
         "sgd-seed0": 3,
@@ -258,9 +265,9 @@ def test_torchrun_runs_the_experiment_and_one_process_prints(shared: tuple[Path,
 def test_all_processes_end_and_the_experiment_resumes(
     what: str, shared: tuple[Path, Path, str], tmp_path: Path
 ):
-    settings, whole, _ = shared
+    written, whole, _ = shared
     (tmp_path / "sabotage.py").write_text(SABOTAGE)
-    arguments = ("--config", settings, "--output", tmp_path / "out", "--device", "cpu")
+    arguments = ("--config", written, "--output", tmp_path / "out", "--device", "cpu")
     done = conducted(what, *arguments, script=tmp_path / "sabotage.py")
     assert done.returncode != 0
     if what == "Ctrl-C":
@@ -271,10 +278,11 @@ def test_all_processes_end_and_the_experiment_resumes(
             )
             == 1
         )
-    assert len(histories(tmp_path / "out")["ekfacadam-seed0"]) == 1
+    begun = {run: len(epochs) for run, epochs in histories(tmp_path / "out").items()}
+    assert begun == {"ekfacadam-seed0": 1, "sgd-seed0": 2}
     assert main([*map(str, arguments), "--resume"]) == 2  # one process is something else
     done = conducted(*arguments, "--resume")
     assert done.returncode == 0, done.stderr
-    continued = done.stdout.count("continues after epoch 1")
-    assert continued == done.stdout.count("finished earlier") == 1
+    for number in (1, 2):
+        assert done.stdout.count(f"continues after epoch {number}") == 1
     assert histories(tmp_path / "out") == histories(whole)

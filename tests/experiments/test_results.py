@@ -1,65 +1,71 @@
-import math
+from pathlib import Path
 
-import numpy as np
+import attrs
 import pytest
 
-from experiments import table
+from experiments import results as stored
+from experiments.errors import ExperimentError
+from tests.experiments import made_up
+
+NAN = float("nan")
 
 
-def test_final_values_are_means_and_ranges_over_seeds(made_up):
-    results = made_up({"sgd": [[3.0, 1.0], [3.0, 2.0], [3.0, 6.0]], "kfac": [[1.0, 0.5]]})
-    spread = results.final("sgd", "train_loss")
-    assert (spread.mean, spread.low, spread.high) == (3.0, 1.0, 6.0)
-    assert spread.text(2) == "3.00±2.50"
-    assert results.final("sgd", "test_accuracy").mean == pytest.approx(94.0)
-    assert results.final("kfac", "train_loss").text(2) == "0.50"
-    assert [algorithm.name for algorithm in results.algorithms] == ["sgd", "kfac"]
-
-
-def test_small_losses_keep_their_digits(made_up):
-    results = made_up({"sgd": [[0.0002], [0.0004]], "kfac": [[0.00105], [0.00105]]})
-    assert results.final("sgd", "train_loss").text(4) == "3.0e-04±1.0e-04"
-    assert results.final("kfac", "train_loss").text(4) == "0.0010±0.0000"
-
-
-def test_cost_is_relative_to_sgd(made_up):
-    results = made_up({"sgd": [[1.0, 1.0]], "kfac": [[1.0, 1.0]]})
-    assert results.relative_seconds("kfac") == 1.5
-    assert made_up({"kfac": [[1.0, 1.0]]}).relative_seconds("kfac") is None
-
-
-def test_diverged_seeds_show(made_up):
-    results = made_up({"sgd": [[2.0, 1.0, 0.5], [2.0, math.nan]]})
-    np.testing.assert_array_equal(
-        results.curves("sgd", "train_loss"), [[2.0, 1.0, 0.5], [2.0, np.nan, np.nan]]
+def test_results_are_written_and_read(tmp_path: Path):
+    results = attrs.evolve(
+        made_up.results({"sgd": [[1.0, 0.5], [1.0, NAN]], "kfac": [[1.0, 0.5]]}),
+        searches={"fair": {"trials": [], "chosen": {"sgd": {"lr": 0.1}}, "criterion": "loss"}},
     )
-    assert not math.isfinite(results.final("sgd", "train_loss").mean)
-    assert table.rows(results)[0][1] == "diverged"
-
-
-def test_table_fits_80_columns(made_up):
-    from rich.console import Console
-
-    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    console.print(
-        table.for_terminal(
-            made_up(
-                {
-                    "sgd": [[0.1234], [0.4321]],
-                    "ekfacradam": [[0.0], [0.9999]],
-                    "kfac": [[1e-5], [2e-5]],
-                }
-            )
-        )
+    results.write(tmp_path)
+    again = stored.read(tmp_path)
+    assert again.study == attrs.evolve(
+        results.study,
+        trusted=False,
+        algorithms={
+            name: attrs.evolve(each, trusted=again.study.algorithms[name].trusted)
+            for name, each in results.study.algorithms.items()
+        },
     )
-    text = console.export_text()
-    for word in (
-        "EKFACradam",
-        "0.2777±0.1543",
-        "99.72±0.15",
-        "1.50x",
-        "seeds 0, 1",
-        "1.5e-05±5.0e-06",
-    ):
-        assert word in text
-    assert "…" not in text
+    for key in ("dataset", "device", "command", "searches"):
+        assert getattr(again, key) == getattr(results, key)
+    for name in ("sgd", "kfac"):
+        for one, other in zip(results.of(name).values(), again.of(name).values(), strict=True):
+            assert (one.status, repr(one.history)) == (other.status, repr(other.history))
+
+
+def test_runs_that_are_not_ours_go(tmp_path: Path):
+    made_up.results({"sgd": [[1.0], [1.0]]}).write(tmp_path)
+    made_up.results({"sgd": [[1.0]]}).write(tmp_path)
+    assert [path.name for path in tmp_path.glob("*-seed*")] == ["sgd-seed0.json"]
+
+
+def test_damaged_results_are_an_error_in_one_line(tmp_path: Path):
+    with pytest.raises(ExperimentError, match="cannot be read"):
+        stored.read(tmp_path)
+    results = made_up.results({"sgd": [[1.0]]})
+    for text in ("", "[]", "{}", '{"settings": 3}'):
+        results.write(tmp_path)
+        (tmp_path / "study.json").write_text(text)
+        with pytest.raises(ExperimentError, match="cannot be read"):
+            stored.read(tmp_path)
+    results.write(tmp_path)
+    (tmp_path / "sgd-seed0.json").write_text("{")
+    with pytest.raises(ExperimentError, match=r"sgd-seed0\.json cannot be read"):
+        stored.read(tmp_path)
+
+
+def test_algorithms_have_the_order_of_the_study_and_ended_runs():
+    results = made_up.results({"kfac": [[1.0, 0.5]], "sgd": [[1.0]], "ekfac": [[1.0, 0.9, 0.8]]})
+    running = [
+        attrs.evolve(run, status="running") if run.algorithm == "ekfac" else run
+        for run in reversed(results.runs)
+    ]
+    results = attrs.evolve(results, runs=running)
+    assert [each.name for each in results.algorithms] == ["kfac", "sgd"]
+    assert results.epochs == 2
+    assert results.first.name == "sgd"
+    assert made_up.results({"kfac": [[1.0]], "ekfac": [[1.0]]}).first.name == "kfac"
+
+
+def test_seeds_are_sorted():
+    results = made_up.results({"sgd": [[1.0], [2.0], [3.0]]})
+    assert list(attrs.evolve(results, runs=results.runs[::-1]).of("sgd")) == [0, 1, 2]

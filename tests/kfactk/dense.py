@@ -94,27 +94,20 @@ def _watch_one(
     losses = scores(model(inputs))
     for handle in handles:
         handle.remove()
-    found = {}
-    for name in names:
-        module, outputs = model.get_submodule(name), [output for _, output in calls[name]]
-        own = dict(module.named_parameters(recurse=False))
-        rows, products = [], []
-        for loss in losses:
-            rows.append(list(torch.autograd.grad(loss, outputs, retain_graph=True)))
-            products.append(
-                as_matrix(
-                    module,
-                    dict(
-                        zip(
-                            own,
-                            torch.autograd.grad(loss, list(own.values()), retain_graph=True),
-                            strict=True,
-                        )
-                    ),
-                )
-            )
-        found[name] = ([given for given, _ in calls[name]], rows, products)
-    return found
+    outputs = {name: [output for _, output in calls[name]] for name in names}
+    own = {name: dict(model.get_submodule(name).named_parameters(recurse=False)) for name in names}
+    flat = [each for name in names for each in (*outputs[name], *own[name].values())]
+    rows: dict[str, list[list[Tensor]]] = {name: [] for name in names}
+    products: dict[str, list[Tensor]] = {name: [] for name in names}
+    for loss in losses:
+        gradients = iter(torch.autograd.grad(loss, flat, retain_graph=True))
+        for name in names:
+            rows[name].append([next(gradients) for _ in outputs[name]])
+            of_parameters = {key: next(gradients) for key in own[name]}
+            products[name].append(as_matrix(model.get_submodule(name), of_parameters))
+    return {
+        name: ([given for given, _ in calls[name]], rows[name], products[name]) for name in names
+    }
 
 
 def factors(seen: Seen, spatial: str, num_terms: float) -> dict[str, Tensor]:

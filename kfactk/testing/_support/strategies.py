@@ -15,8 +15,8 @@ from torch.nn.utils import parametrize, prune
 
 from kfactk.stages import Curvature, Layer
 
-ShapesOf = Callable[[Any], st.SearchStrategy[tuple[int, ...]]]
-"""From a module, a strategy for the shape of its input."""
+ShapeOf = Callable[[st.DrawFn, Any], tuple[int, ...]]
+"""Draws the shape of a module's input."""
 Fill = Callable[[Any, tuple[int, ...], torch.Generator], Tensor]
 """From a module, a shape and a generator, the input."""
 CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -108,9 +108,16 @@ class Case:
         return Case(self.module, inputs, gradient, tuple(further), self.seed)
 
 
+# Hypothesis examines each strategy once: those that are made once draw faster.
+@functools.cache
+def whole(low: int, high: int) -> st.SearchStrategy[int]:
+    """Draw whole numbers within these bounds."""
+    return st.integers(low, high)
+
+
 def seeds() -> st.SearchStrategy[int]:
     """Draw seeds of generators."""
-    return st.integers(0, 2**16)
+    return whole(0, 2**16)
 
 
 def normal(module: Any, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -137,7 +144,7 @@ def decimal_exponents() -> st.SearchStrategy[int]:
 def case_of(
     draw: st.DrawFn,
     modules: st.SearchStrategy[Any],
-    inputs_of: ShapesOf,
+    shape_of: ShapeOf,
     *,
     most_calls: int = 1,
     freeze: bool = False,
@@ -148,15 +155,14 @@ def case_of(
     Args:
         draw: Given by Hypothesis.
         modules: The module.
-        inputs_of: The shape of its input, examples first.
+        shape_of: Draws the shape of its input, examples first.
         most_calls: Most calls of the module in one forward; further ones have shapes of their own.
         freeze: Whether the bias may be frozen.
         fill: What the inputs hold.
     """
     module = draw(modules).double()
     shapes = [
-        draw(inputs_of(module))
-        for _ in range(draw(st.integers(1, most_calls)) if most_calls > 1 else 1)
+        shape_of(draw, module) for _ in range(draw(whole(1, most_calls)) if most_calls > 1 else 1)
     ]
     if freeze and getattr(module, "bias", None) is not None:
         module.bias.requires_grad_(not draw(st.booleans()))
@@ -177,6 +183,7 @@ def case_of(
     return Case(module, *calls[0], tuple(calls[1:]), seed)
 
 
+@functools.cache
 def linear_cases(
     max_rank: int = 4, *, most_calls: int = 1, freeze: bool = False
 ) -> st.SearchStrategy[Case]:
@@ -184,11 +191,14 @@ def linear_cases(
     modules = st.builds(nn.Linear, st.integers(1, 4), st.integers(1, 4), bias=st.booleans())
     extras = st.lists(st.integers(1, 3), max_size=max_rank - 2)
 
-    def shapes(module: nn.Linear) -> st.SearchStrategy[tuple[int, ...]]:
-        features = module.in_features
-        return st.builds(lambda n, extra: (n, *extra, features), st.integers(1, 4), extras)
+    def shape(draw: st.DrawFn, module: nn.Linear) -> tuple[int, ...]:
+        return draw(whole(1, 4)), *draw(extras), module.in_features
 
-    return case_of(modules, shapes, most_calls=most_calls, freeze=freeze)
+    return case_of(modules, shape, most_calls=most_calls, freeze=freeze)
+
+
+_MODES = st.sampled_from(MODES)
+_PADDING: st.SearchStrategy[str | None] = st.sampled_from(["same", "valid"]) | st.none()
 
 
 @st.composite
@@ -198,17 +208,17 @@ def convolutions(draw: st.DrawFn, dimensions: Sequence[int] = (1, 2, 3)) -> Any:
     largest = {1: 4, 2: 3, 3: 2}[dims]
 
     def each(low: int, high: int) -> tuple[int, ...]:
-        return tuple(draw(st.integers(low, high)) for _ in range(dims))
+        return tuple(draw(whole(low, high)) for _ in range(dims))
 
     kernel, dilation = each(1, largest), each(1, 2)
-    mode = draw(st.sampled_from(MODES))
-    padding = draw(st.sampled_from(["same", "valid"]) | st.just(each(0, 2)))
+    mode = draw(_MODES)
+    padding = draw(_PADDING) or each(0, 2)
     stride = (1,) * dims if padding == "same" else each(1, 3)
-    groups = draw(st.integers(1, 3))
+    groups = draw(whole(1, 3))
     return CONV[dims](
-        groups * draw(st.integers(1, 2)),
+        groups * draw(whole(1, 2)),
         # Eigenvectors of 2 x 2 matrices are symmetric and hide a transposition.
-        groups * draw(st.integers(1, 3)),
+        groups * draw(whole(1, 3)),
         kernel,
         stride=stride,
         padding=padding,
@@ -219,7 +229,6 @@ def convolutions(draw: st.DrawFn, dimensions: Sequence[int] = (1, 2, 3)) -> Any:
     )
 
 
-@st.composite
 def _conv_shape(draw: st.DrawFn, module: Any) -> tuple[int, ...]:
     """Draw a small input shape that the module accepts.
 
@@ -234,10 +243,11 @@ def _conv_shape(draw: st.DrawFn, module: Any) -> tuple[int, ...]:
             least = max(least, before, after)
         if module.padding_mode == "reflect":
             least = max(least, before + 1, after + 1)
-        sizes.append(least + draw(st.integers(0, 2)))
-    return draw(st.integers(1, 3)), module.in_channels, *sizes
+        sizes.append(least + draw(whole(0, 2)))
+    return draw(whole(1, 3)), module.in_channels, *sizes
 
 
+@functools.cache
 def conv_cases(
     dimensions: Sequence[int] = (1, 2, 3), *, most_calls: int = 1, freeze: bool = False
 ) -> st.SearchStrategy[Case]:
@@ -248,20 +258,20 @@ def conv_cases(
     return case_of(convolutions(dimensions), _conv_shape, most_calls=most_calls, freeze=freeze)
 
 
+@functools.cache
 def norm_cases(*, most_calls: int = 1, freeze: bool = False) -> st.SearchStrategy[Case]:
     """Draw `nn.LayerNorm` over the last dimension, inputs of rank 2 and 3."""
     modules = st.builds(nn.LayerNorm, st.integers(2, 4), bias=st.booleans())
     extras = st.lists(st.integers(1, 3), max_size=1)
     return case_of(
         modules,
-        lambda m: st.builds(
-            lambda n, extra: (n, *extra, *m.normalized_shape), st.integers(1, 3), extras
-        ),
+        lambda draw, m: (draw(whole(1, 3)), *draw(extras), *m.normalized_shape),
         most_calls=most_calls,
         freeze=freeze,
     )
 
 
+@functools.cache
 def embedding_cases(*, most_calls: int = 1) -> st.SearchStrategy[Case]:
     """Draw `nn.Embedding`, inputs of rank 1 and 2."""
 
@@ -269,14 +279,16 @@ def embedding_cases(*, most_calls: int = 1) -> st.SearchStrategy[Case]:
         return torch.randint(module.num_embeddings, shape, generator=generator)
 
     modules = st.builds(nn.Embedding, st.integers(1, 4), st.integers(1, 3))
+    shapes = st.lists(st.integers(1, 3), min_size=1, max_size=2)
     return case_of(
         modules,
-        lambda m: st.lists(st.integers(1, 3), min_size=1, max_size=2).map(tuple),
+        lambda draw, m: tuple(draw(shapes)),
         most_calls=most_calls,
         fill=fill,
     )
 
 
+@functools.cache
 def layer_cases(*, most_calls: int = 1, freeze: bool = False) -> st.SearchStrategy[Case]:
     """Draw linear layers and convolutions; see `case_of`."""
     return linear_cases(most_calls=most_calls, freeze=freeze) | conv_cases(
@@ -284,11 +296,13 @@ def layer_cases(*, most_calls: int = 1, freeze: bool = False) -> st.SearchStrate
     )
 
 
+@functools.cache
 def single_row_cases() -> st.SearchStrategy[Case]:
     """Draw layers with T = 1: linear ones on `[N, d]`, convolutions that cover their input."""
     return linear_cases(max_rank=2) | covering_conv_cases(2)
 
 
+@functools.cache
 def covering_conv_cases(dims: int) -> st.SearchStrategy[Case]:
     """Draw convolutions of `dims` dimensions whose kernel covers the input."""
     modules = st.builds(
@@ -301,9 +315,7 @@ def covering_conv_cases(dims: int) -> st.SearchStrategy[Case]:
         st.tuples(*(st.integers(1, 2) for _ in range(dims))),
         st.booleans(),
     )
-    return case_of(
-        modules, lambda m: st.integers(1, 3).map(lambda n: (n, m.in_channels, *m.kernel_size))
-    )
+    return case_of(modules, lambda draw, m: (draw(whole(1, 3)), m.in_channels, *m.kernel_size))
 
 
 @attrs.frozen(eq=False)
@@ -473,7 +485,7 @@ def terms(
 
     Each term has one of `weights`, if there are any.
     """
-    n, s, c = draw(st.integers(1, 3)), draw(st.integers(1, 3)), draw(st.sampled_from(widths))
+    n, s, c = draw(whole(1, 3)), draw(whole(1, 3)), draw(st.sampled_from(widths))
     generator = torch.Generator().manual_seed(draw(seeds()))
     rows = draw(st.sampled_from(scales)) * torch.randn(
         n, s, c, generator=generator, dtype=torch.float64

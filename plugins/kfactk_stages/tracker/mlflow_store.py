@@ -4,16 +4,19 @@ An entry is a dict with the key `run`, a name of the run that is unique everywhe
 
 - `experiment`: the experiment of later runs, which the store makes (`run` is empty);
 - `start`: where the run is, or how to make it: `run_id`, `experiment` (name) or `experiment_id`,
-  `name`, `tags`, `artifacts` (location for a new experiment), `time`;
+  `name`, `tags`, `artifacts` (location for a new experiment), `time`, `parent` (the `run` of the
+  one that it is nested under), `resumed` (a run of this name that is there already continues);
 - `params`: parameters by name; those that the run has already stay;
 - `metrics`: a list of `[name, value, milliseconds, step]`; with `resumed`, points that the run has
   already are left out;
+- `files`: a list of paths, which are attached to the run; those that are gone are left out;
 - `end`: the status of the ended run, and its `time`.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import shlex
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -33,12 +36,14 @@ MAKING = 60.0
 """Seconds that MLflow may take to make a new local database."""
 TAG = "kfactk.records"
 """The tag of a run that holds its name in entries."""
+PARENT = "mlflow.parentRunId"
+"""MLflow's tag of a run that is nested under another."""
 GONE = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "INVALID_STATE")
 """MLflow's codes for a run that is not there, or deleted."""
 NEVER = ("InvalidUrlException", "NoSuchModuleError", "ArgumentError")
 """Classes of MLflow and SQLAlchemy for addresses that cannot be read, or need what is missing."""
 DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
-KINDS = ("experiment", "start", "params", "metrics", "end")
+KINDS = ("experiment", "start", "params", "metrics", "files", "end")
 
 
 class Store:
@@ -49,12 +54,14 @@ class Store:
 
     Attributes:
         runs: MLflow's id of each run, by its name in entries.
+        experiments: MLflow's id of each experiment, by its name.
         conflicts: Parameters that a run had with another value, which MLflow cannot change.
     """
 
     def __init__(self, uri: str) -> None:
         self.uri = uri
         self.runs: dict[str, str] = {}
+        self.experiments: dict[str, str] = {}
         self.conflicts: list[str] = []
         self._client: MlflowClient | None = None
         self._known: dict[tuple[str, str], set[int]] = {}
@@ -89,6 +96,9 @@ class Store:
             self._log_params(self.runs[run], entry["params"])
         elif "metrics" in entry:
             self._log_metrics(self.runs[run], entry["metrics"], again=again)
+        elif "files" in entry:
+            for path in filter(os.path.exists, entry["files"]):
+                self._opened().log_artifact(self.runs[run], path)
         else:
             self._opened().set_terminated(self.runs[run], entry["end"], entry.get("time"))
 
@@ -113,15 +123,24 @@ class Store:
                 if error.error_code not in GONE:
                     raise
         experiment = self._experiment(wanted)
-        if given or wanted.get("imported"):
+        if given or wanted.get("imported") or wanted.get("resumed"):
             found = client.search_runs([experiment], f"tags.`{TAG}` = '{run}'", max_results=1)
             if found:
                 return self._continued(found[0].info.run_id, wanted)
         tags = {**(wanted.get("tags") or {}), TAG: run}
+        if parent := self._parent(experiment, wanted.get("parent")):
+            tags[PARENT] = parent
         made = client.create_run(
             experiment, start_time=wanted.get("time"), tags=tags, run_name=wanted.get("name")
         )
         return str(made.info.run_id)
+
+    def _parent(self, experiment: str, name: str | None) -> str | None:
+        """Return the id of another run by its name in entries, also of one made by others."""
+        if name is None or name in self.runs:
+            return self.runs.get(name or "")
+        found = self._opened().search_runs([experiment], f"tags.`{TAG}` = '{name}'", max_results=1)
+        return str(found[0].info.run_id) if found else None
 
     def _continued(self, run_id: str, wanted: Mapping[str, Any]) -> str:
         if wanted.get("imported"):
@@ -137,9 +156,12 @@ class Store:
             return str(wanted.get("experiment_id") or "0")
         found = client.get_experiment_by_name(name)
         if found is None:
-            return str(client.create_experiment(name, artifact_location=wanted.get("artifacts")))
+            made = client.create_experiment(name, artifact_location=wanted.get("artifacts"))
+            self.experiments[name] = str(made)
+            return str(made)
         if found.lifecycle_stage == "deleted":
             client.restore_experiment(found.experiment_id)
+        self.experiments[name] = str(found.experiment_id)
         return str(found.experiment_id)
 
     def _log_params(self, run_id: str, params: Mapping[str, str]) -> None:

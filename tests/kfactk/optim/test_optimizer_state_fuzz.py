@@ -19,7 +19,7 @@ from kfactk import Optimizer, StateError
 from kfactk.testing import effort
 from tests.kfactk.mutations import Mutation, mutations
 
-QUICK = 30
+QUICK = 20
 """How many damages of each recipe the quick profile tries; the thorough one tries all."""
 SAVED_AT = 3
 RECIPES: dict[str, dict[str, Any]] = {

@@ -180,7 +180,7 @@ class TestOtherLayers(CurvatureLaws):
         modules = st.builds(Twofold, st.integers(1, 3), st.integers(1, 3), bias=st.booleans())
         return case_of(
             modules,
-            lambda m: st.tuples(st.integers(1, 3), st.just(m.in_features)),
+            lambda draw, m: (draw(st.integers(1, 3)), m.in_features),
             most_calls=2,
             freeze=True,
         )

@@ -260,6 +260,7 @@ def test_a_framework_that_records_other_steps_is_caught(monkeypatch: pytest.Monk
     assert "with every=2, steps [1, 3] of 5 are recorded" in caught(LinesLaws, Lines, law)[law]
 
 
+@pytest.mark.usefixtures("unmeasured")
 @pytest.mark.parametrize(
     ("stage", "says"), [(Lines, None), (Buffers, "the process flushed [(0, {'loss': 0.0})")]
 )

@@ -49,7 +49,7 @@ class TestConvKfacSua(CurvatureLaws):
             nn.Conv2d, st.integers(1, 3), st.integers(1, 3), st.just(1), bias=st.just(False)
         )
         return linear_cases(max_rank=2) | case_of(
-            convs, lambda m: st.integers(1, 3).map(lambda n: (n, m.in_channels, 1, 1))
+            convs, lambda draw, m: (draw(st.integers(1, 3)), m.in_channels, 1, 1)
         )
 
 

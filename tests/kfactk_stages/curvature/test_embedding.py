@@ -29,7 +29,9 @@ def tables(draw):
 
 def padded_cases(most_calls=2, most_dims=3):
     shapes = st.lists(st.integers(1, 3), min_size=1, max_size=most_dims).map(tuple)
-    return case_of(tables(), lambda module: shapes, most_calls=most_calls, fill=tokens_of)
+    return case_of(
+        tables(), lambda draw, module: draw(shapes), most_calls=most_calls, fill=tokens_of
+    )
 
 
 class TestEmbedding(CurvatureLaws):

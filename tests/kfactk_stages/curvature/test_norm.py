@@ -70,7 +70,6 @@ def trailing_norms():
     return layer | root
 
 
-@st.composite
 def shapes(draw, module):
     """A batch of inputs."""
     n = draw(st.integers(1, 3))

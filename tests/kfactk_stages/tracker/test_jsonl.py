@@ -24,6 +24,7 @@ def lines(path: Path) -> list[Any]:
     return [json.loads(line, parse_constant=refuse) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.usefixtures("unmeasured")  # the process of a law dies
 class TestJsonLines(TrackerLaws):
     stage = "jsonl"
     keeps_nonfinite = survives_exit = True

@@ -10,8 +10,9 @@ import pytest
 
 from kfactk import OptionError
 from kfactk_stages.tracker.delivery import append
-from kfactk_stages.tracker.mlflow_store import TAG, Store, import_file, is_mistake
+from kfactk_stages.tracker.mlflow_store import PARENT, TAG, Store, import_file, is_mistake
 
+pytestmark = pytest.mark.xdist_group("mlflow")
 START = {"experiment": "e", "name": "first", "tags": {"a": "b"}, "time": 5000}
 
 
@@ -66,6 +67,73 @@ def test_files_complete_what_was_sent(uri: str, tmp_path: Path, sent: int) -> No
     one, steps = found(uri, run)
     assert steps == [0, 1, 2]
     assert one.info.status == "FINISHED"
+
+
+def files_of(uri: str, run: str) -> list[str]:
+    import mlflow
+
+    one, _ = found(uri, run)
+    return [each.path for each in mlflow.MlflowClient(uri).list_artifacts(one.info.run_id)]
+
+
+def test_files_are_attached_and_missing_ones_left_out(uri: str, tmp_path: Path) -> None:
+    """Artifacts lie where the experiment says."""
+    (tmp_path / "report.html").write_text("x")
+    where = {"experiment": "with files", "artifacts": (tmp_path / "artifacts").as_uri()}
+    paths = [str(tmp_path / "report.html"), str(tmp_path / "gone.html")]
+    start, *others = entries("with files", **where)
+    store, lines = Store(uri), [start, {"run": "with files", "files": paths}, *others]
+    for entry in lines:
+        store.send(entry)
+    assert files_of(uri, "with files") == ["report.html"]
+    assert list((tmp_path / "artifacts").rglob("report.html"))
+    append(tmp_path / "file", [{**each, "run": "imported files"} for each in lines])
+    assert "6 lines on 1 runs" in import_file(tmp_path / "file", uri)
+    assert files_of(uri, "imported files") == ["report.html"]
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_runs_are_nested_under_their_parents(uri: str, tmp_path: Path, known: bool) -> None:
+    """Also where another process has made the parent, as before an outage."""
+    store, parent, child = Store(uri), f"parent {known}", f"child {known}"
+    for entry in entries(parent):
+        store.send(entry)
+    lines = entries(child, parent=parent)
+    if known:
+        for entry in lines:
+            store.send(entry)
+    else:
+        append(tmp_path / "file", lines)
+        import_file(tmp_path / "file", uri)
+    assert found(uri, child)[0].data.tags[PARENT] == found(uri, parent)[0].info.run_id
+    assert PARENT not in found(uri, parent)[0].data.tags
+
+
+def test_runs_without_their_parents_are_runs(uri: str) -> None:
+    store = Store(uri)
+    for entry in entries("orphan", parent="nobody"):
+        store.send(entry)
+    assert PARENT not in found(uri, "orphan")[0].data.tags
+
+
+@pytest.mark.parametrize("resumed", [True, False])
+def test_resumed_starts_continue_the_run_of_their_name(uri: str, resumed: bool) -> None:
+    """Those that are not resumed are runs of their own."""
+    import mlflow
+
+    run = f"again {resumed}"
+    for _ in range(2):
+        store = Store(uri)  # another process
+        start, params, metrics, *_ = entries(run, resumed=resumed)
+        for entry in (start, params, {**metrics, "resumed": True}):
+            store.send(entry)
+    client = mlflow.MlflowClient(uri)
+    runs = client.search_runs([store.experiments["e"]], f"tags.`{TAG}` = '{run}'")
+    assert len(runs) == (1 if resumed else 2)
+    for each in runs:
+        assert each.info.status == "RUNNING"
+        points = client.get_metric_history(each.info.run_id, "loss")
+        assert [point.step for point in points] == [0, 1]
 
 
 @pytest.mark.parametrize("gone", ["0" * 32, "not an id", None])
