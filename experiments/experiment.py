@@ -222,7 +222,8 @@ class _Conductor:
         if self._tracking is not None:
             for stage in sorted({trial["stage"] for trial in summary["trials"]}):
                 self._tracking.open(stage, {"kind": "search"})
-                self._tracking.finish(stage, {"trials": float(len(summary["trials"]))}, [path])
+                count = len(summary["trials"])
+                self._tracking.finish(stage, {"trials": float(count)}, [path], count=count)
         return search.tuned(), {protocol: summary}
 
     def _runs(self, study: Study, dataset: Dataset, searches: Mapping[str, Any]) -> Results:
@@ -287,7 +288,7 @@ class _Conductor:
             *sorted(written.figures.glob("*.png")),
             options.output / "results" / "study.json",
         ]
-        tracking.finish("report", medians, files)
+        tracking.finish("report", medians, files, count=len(results.runs))
         start, address = tracking.how_to_open(shlex.quote(sys.executable))
         if start:
             self._say(f"MLflow   start it with: {start}\n         then open {address}")

@@ -131,12 +131,22 @@ class Tracking:
         """End the run of a job."""
         self._close(job.key, STATUS[run.status])
 
-    def finish(self, name: str, metrics: Mapping[str, float], files: Sequence[Path] = ()) -> None:
-        """Add a summary and files to a run, if it is open, and end it."""
+    def finish(
+        self, name: str, metrics: Mapping[str, float], files: Sequence[Path] = (), *, count: int = 0
+    ) -> None:
+        """Add a summary and files to a run, if it is open, and end it.
+
+        Args:
+            name: Name of the run.
+            metrics: The summary.
+            files: The files.
+            count: How many runs or trials the summary is of; one of as many is recorded once.
+        """
         if name not in self._open:
             return
         now = _now()
-        self._put_metrics(name, [(key, value, now, 0) for key, value in metrics.items()])
+        points = [(key, value, now, count) for key, value in metrics.items()]
+        self._put_metrics(name, points, resumed=True)
         self._outbox.put({"run": self._key(name), "files": [str(path) for path in files]})
         self._close(name, "FINISHED")
 

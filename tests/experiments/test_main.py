@@ -197,9 +197,10 @@ def test_finished_experiment_is_not_repeated(whole: Path, tiny: Path, monkeypatc
         raise AssertionError("a run was made")
 
     monkeypatch.setattr(training, "Trainer", refuse)
-    before = history(whole, "sgd-seed0")
+    before, points = history(whole, "sgd-seed0"), logged(whole)
     assert experiment("--config", tiny, "--output", whole, "--device", "cpu", "--resume") == 0
     assert history(whole, "sgd-seed0") == before
+    assert logged(whole) == points
     told = capsys.readouterr().out
     assert told.count("epoch 3: training loss") == 2
     assert "continues after" not in told
