@@ -104,8 +104,8 @@ def _add_searches(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--search",
         nargs="?",
-        const="thesis",
-        choices=("thesis", "fair"),
+        const=settings.PROTOCOLS[0],
+        choices=settings.PROTOCOLS,
         metavar="PROTOCOL",
         help="find the settings first: thesis (its grids, by training loss; the default) or fair "
         "(equal trials for all, by validation loss); writes to runs/PRESET-PROTOCOL",

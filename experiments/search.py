@@ -24,7 +24,6 @@ from experiments.settings import Algorithm, FairSearch, Study, ThesisSearch
 from experiments.store import Epoch, Run
 from experiments.tracking import Point
 
-PROTOCOLS = ("thesis", "fair")
 CRITERIA = {"thesis": "training loss", "fair": "validation loss"}
 """What each protocol chooses by."""
 DIVERGED = 1e9

@@ -16,6 +16,8 @@ from experiments.errors import ExperimentError, near_names, system_reason
 
 FOLDER = Path(__file__).parent / "presets"
 """Folder of the presets, one TOML file each."""
+PROTOCOLS = ("thesis", "fair")
+"""The ways to search for settings; each has a table `[search.NAME]`."""
 DEFAULT = "mnist1d"
 """The preset of `nox -s experiments`."""
 METRICS = {
