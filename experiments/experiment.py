@@ -66,7 +66,7 @@ class Options:
 
 
 @attrs.frozen(eq=False)
-class Together:
+class Together(Listener):
     """A listener that tells several others."""
 
     others: Sequence[Listener]
@@ -87,17 +87,11 @@ class Together:
             each.end(job, run)
 
 
-class Finished:
+class Finished(Listener):
     """A listener that keeps what has ended."""
 
     def __init__(self) -> None:
         self.runs: dict[str, Run] = {}
-
-    def begin(self, job: Job, history: Sequence[Epoch]) -> None:
-        """Do nothing."""
-
-    def epoch(self, job: Job, epoch: Epoch, points: Sequence[Point]) -> None:
-        """Do nothing."""
 
     def end(self, job: Job, run: Run) -> None:
         """Keep the run."""
@@ -212,7 +206,7 @@ class _Conductor:
             if groups:
                 stage = groups[0][0].trial["stage"]
                 self._say(f"{protocol} protocol: {len(groups)} trials ({stage})")
-                self._do(groups, lambda listener: Rows(search, listener))
+                self._do(groups, Rows(search))
         summary = search.summary()
         for name, chosen in summary["chosen"].items():
             written = ", ".join(f"{key} {value:g}" for key, value in chosen.items())
@@ -237,7 +231,7 @@ class _Conductor:
             f"{len(study.training.seeds)} seeds, {study.training.epochs} epochs on "
             f"{len(dataset.train):,} examples of {dataset.name}, on {where}"
         )
-        finished = self._do(groups, lambda listener: listener)
+        finished = self._do(groups)
         runs = [finished.runs[job.key] for group in groups for job in group]
         return Results(
             study=study,
@@ -248,15 +242,15 @@ class _Conductor:
             searches=searches,
         )
 
-    def _do(self, groups: Sequence[Sequence[Job]], around: Any) -> Finished:
+    def _do(self, groups: Sequence[Sequence[Job]], *first: Listener) -> Finished:
         finished = Finished()
         with Progress(self._console, [job for group in groups for job in group]) as progress:
-            others: list[Listener] = [finished, progress]
+            others: list[Listener] = [*first, finished, progress]
             if self._tracking is not None:
                 others.append(self._tracking)
             runner.run_all(
                 groups,
-                around(Together(others)),
+                Together(others),
                 device=self._device,
                 ranks=self._ranks,
                 workers=self._workers,

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, Progress as Bars, TaskProgressColumn, TextColumn
 
-from experiments.runner import Job
+from experiments.runner import Job, Listener
 from experiments.store import Epoch, Run
 from experiments.tracking import Point
 from kfactk.masking import mask
@@ -44,7 +44,7 @@ def duration(seconds: float) -> str:
     return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
 
 
-class Progress:
+class Progress(Listener):
     """A listener that shows jobs.
 
     Args:

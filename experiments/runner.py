@@ -14,7 +14,7 @@ import threading
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import attrs
 import torch
@@ -75,8 +75,8 @@ class Job:
         return training.steps(self.study, self.dataset)
 
 
-class Listener(Protocol):
-    """Follows jobs. One process calls it, for the jobs of all."""
+class Listener:
+    """Follows jobs. One process calls it, for the jobs of all. By default it does nothing."""
 
     def begin(self, job: Job, history: Sequence[Epoch]) -> None:
         """Follow a job, of which `history` is done."""
@@ -270,7 +270,7 @@ def _advance(
     """Train for an epoch and save it; return whether the run is over."""
     if not trainer.finished:
         with _told_as_one_line(job):
-            epoch = trainer.run_epoch(lambda: None)
+            epoch = trainer.run_epoch()
         state = trainer.state_dict() if job.folder is not None else None
         if state is not None and job.folder is not None and ranks.first:
             job.folder.write_checkpoint(state)
@@ -320,7 +320,7 @@ def _told_as_one_line(job: Job) -> Iterator[None]:
         raise
 
 
-class _Sender:
+class _Sender(Listener):
     """The listener of a worker: sends what it hears to the first process."""
 
     def __init__(self, events: Any, group: int, jobs: Sequence[Job]) -> None:

@@ -21,8 +21,7 @@ from experiments.data import Dataset
 from experiments.errors import ExperimentError, system_reason
 from experiments.runner import Job
 from experiments.settings import Algorithm, FairSearch, Study, ThesisSearch
-from experiments.store import Epoch, Run
-from experiments.tracking import Point
+from experiments.store import Run
 
 CRITERIA = {"thesis": "training loss", "fair": "validation loss"}
 """What each protocol chooses by."""
@@ -238,24 +237,15 @@ class Search:
         )
 
 
-class Rows:
-    """A listener that adds the row of each trial, besides another one."""
+class Rows(runner.Listener):
+    """A listener that adds the row of each trial."""
 
-    def __init__(self, search: Search, other: runner.Listener) -> None:
-        self._search, self._other = search, other
-
-    def begin(self, job: Job, history: Sequence[Epoch]) -> None:
-        """Tell the other one."""
-        self._other.begin(job, history)
-
-    def epoch(self, job: Job, epoch: Epoch, points: Sequence[Point]) -> None:
-        """Tell the other one."""
-        self._other.epoch(job, epoch, points)
+    def __init__(self, search: Search) -> None:
+        self._search = search
 
     def end(self, job: Job, run: Run) -> None:
-        """Add the row, and tell the other one."""
+        """Add the row."""
         self._search.add(job, run)
-        self._other.end(job, run)
 
 
 def quasi_random(algorithm: Algorithm, how: FairSearch) -> list[dict[str, float]]:

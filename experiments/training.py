@@ -6,10 +6,11 @@ a batch need not communicate.
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import attrs
@@ -103,12 +104,8 @@ class Trainer:
             len(self.history) >= self._training.epochs or self.diverged or 0 < limit <= self._steps
         )
 
-    def run_epoch(self, on_step: Callable[[], None]) -> Epoch:
-        """Train for one epoch, then test; `points` are then the recorded steps of the epoch.
-
-        Args:
-            on_step: Called after every step.
-        """
+    def run_epoch(self) -> Epoch:
+        """Train for one epoch, then test; `points` are then the recorded steps of the epoch."""
         self._set_random_state(self._random)  # other runs may take turns in this process
         self.model.train()
         sums, losses, clock = [], [], _Clock(self._device)
@@ -126,8 +123,6 @@ class Trainer:
             sums.append(row)
             self._steps += 1
             clock.tick()
-            on_step()
-            clock.skip()
             if lost or self._steps == self._training.max_steps:
                 break
         times = clock.seconds()
@@ -235,11 +230,11 @@ class Trainer:
 
 
 class _Clock:
-    """The seconds of steps; on a GPU, measured by the GPU without waiting for it."""
+    """The seconds of consecutive steps; on a GPU, measured by the GPU without waiting for it."""
 
     def __init__(self, device: torch.device) -> None:
-        self._gpu, self._marks = device.type == "cuda", list[tuple[Any, Any]]()
-        self.skip()
+        self._gpu = device.type == "cuda"
+        self._marks = [self._now()]
 
     def _now(self) -> Any:
         if not self._gpu:
@@ -249,16 +244,14 @@ class _Clock:
         return event
 
     def tick(self) -> None:
-        self._marks.append((self._start, self._now()))
-
-    def skip(self) -> None:
-        self._start = self._now()
+        self._marks.append(self._now())
 
     def seconds(self) -> list[float]:
+        pairs = itertools.pairwise(self._marks)
         if not self._gpu:
-            return [end - start for start, end in self._marks]
+            return [end - start for start, end in pairs]
         torch.cuda.synchronize()
-        return [start.elapsed_time(end) / 1000 for start, end in self._marks]
+        return [start.elapsed_time(end) / 1000 for start, end in pairs]
 
 
 def _sums(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from experiments import data, runner, settings
 from experiments.data import Dataset
 from experiments.errors import ExperimentError
 from experiments.ranks import Communicator
-from experiments.runner import Job
+from experiments.runner import Job, Listener
 from experiments.settings import Study
 from experiments.store import Epoch, Run
 from experiments.tracking import Point
@@ -30,7 +30,7 @@ CPU = torch.device("cpu")
 WHERE = {"device": "cpu", "processes": 1}
 
 
-class Heard:
+class Heard(Listener):
     """A listener that keeps what it hears."""
 
     def __init__(self) -> None:

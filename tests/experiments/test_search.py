@@ -21,7 +21,6 @@ from experiments.search import Row, Rows, Search
 from experiments.settings import Study
 from experiments.store import Run
 from tests.experiments.studies import with_training
-from tests.experiments.test_runner import Heard
 
 CPU = torch.device("cpu")
 WHERE = {"device": "cpu", "processes": 1}
@@ -47,8 +46,7 @@ def conducted(
         for group in groups:
             if len(jobs) == most:
                 return found, jobs
-            rows = Rows(found, Heard())
-            runner.run_all([group], rows, device=CPU, ranks=Communicator())
+            runner.run_all([group], Rows(found), device=CPU, ranks=Communicator())
             jobs += group
     return found, jobs
 

@@ -22,7 +22,7 @@ CPU = torch.device("cpu")
 def trained(study: Study, algorithm: Algorithm, dataset: Dataset, seed: int = 0) -> Trainer:
     trainer = Trainer(study, algorithm, seed, dataset, CPU)
     while not trainer.finished:
-        trainer.run_epoch(lambda: None)
+        trainer.run_epoch()
     trainer.close()
     return trainer
 
@@ -30,7 +30,7 @@ def trained(study: Study, algorithm: Algorithm, dataset: Dataset, seed: int = 0)
 def test_metrics_are_those_of_the_model(study: Study, dataset: Dataset):
     """With a learning rate of zero the weights stay, and all figures can be computed apart."""
     trainer = Trainer(study, study.algorithms["sgd"].with_options(lr=0.0), 4, dataset, CPU)
-    epoch = trainer.run_epoch(lambda: None)
+    epoch = trainer.run_epoch()
     model = models.make(study.model, channels=1, classes=10, seed=4, trusted=False)
     pixels = dataset.train.inputs.double()
 
@@ -92,21 +92,24 @@ def test_times_are_positive_and_one_for_each_step(study: Study, dataset: Dataset
             assert epoch.seconds == pytest.approx(sum(epoch.times))
 
 
-def test_times_leave_out_what_follows_a_step(study: Study, dataset: Dataset, monkeypatch):
+def test_times_are_those_of_each_step(study: Study, dataset: Dataset, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(training.time, "perf_counter", lambda: now[0])
-    step = Trainer._step
+    step, test = Trainer._step, Trainer._test
 
     def second(*args: object) -> object:
         now[0] += 1.0
         return step(*args)
 
-    def wait() -> None:
+    def late(*args: object) -> object:
         now[0] += 100.0
+        return test(*args)
 
     monkeypatch.setattr(Trainer, "_step", second)
+    monkeypatch.setattr(Trainer, "_test", late)
     trainer = Trainer(study, study.algorithms["sgd"], 0, dataset, CPU)
-    assert trainer.run_epoch(wait).times == (1.0, 1.0, 1.0)
+    assert trainer.run_epoch().times == (1.0, 1.0, 1.0)
+    assert trainer.run_epoch().times == (1.0, 1.0, 1.0)
 
 
 @pytest.mark.parametrize("algorithm", ["adamw", "ekfac"])
@@ -119,7 +122,8 @@ def test_runs_that_take_turns_equal_runs_alone(own: Path, algorithm: str):
     turns = [Trainer(study, chosen, seed, dataset, CPU) for seed in (0, 1)]
     for _ in range(2):
         for trainer in turns:
-            trainer.run_epoch(random.random)
+            trainer.run_epoch()
+            random.random()
             torch.rand(3)
     for one, other in zip(alone, turns, strict=True):
         assert plain(one.history) == plain(other.history)
@@ -140,14 +144,14 @@ def test_states_continue_bit_for_bit(own: Path, algorithm: str):
     dataset = data.load(study.data, None, own.parent, print, trusted=True)
     chosen = study.algorithms[algorithm]
     whole, first = trained(study, chosen, dataset), Trainer(study, chosen, 0, dataset, CPU)
-    first.run_epoch(lambda: None)
+    first.run_epoch()
     second = Trainer(study, chosen, 0, dataset, CPU)
     second.load_state_dict(first.state_dict())
     assert second.history == first.history
     random.random()
     torch.rand(2)
     while not second.finished:
-        second.run_epoch(lambda: None)
+        second.run_epoch()
     assert plain(second.history) == plain(whole.history)
 
 
@@ -161,9 +165,13 @@ def test_learning_lowers_the_loss(study: Study, dataset: Dataset):
 def test_cosine_schedule_ends_at_zero(study: Study, dataset: Dataset):
     trainer = Trainer(study, study.algorithms["sgd"], 0, dataset, CPU)
     rates = []
+    trainer.optimizer.register_step_post_hook(
+        lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])
+    )
     while not trainer.finished:
-        trainer.run_epoch(lambda: rates.append(trainer.optimizer.param_groups[0]["lr"]))
-    expected = [0.03 * (1 + math.cos(math.pi * step / 9)) / 2 for step in range(1, 10)]
+        trainer.run_epoch()
+    rates.append(trainer.optimizer.param_groups[0]["lr"])
+    expected = [0.03 * (1 + math.cos(math.pi * step / 9)) / 2 for step in range(10)]
     assert rates == pytest.approx(expected, abs=1e-9)
 
 
@@ -201,7 +209,7 @@ def test_errors_of_healthy_runs_are_errors(study: Study, dataset: Dataset, monke
 
     monkeypatch.setattr(trainer.optimizer, "step", fail)
     with pytest.raises(training.kfactk.KfactkError, match="a bug"):
-        trainer.run_epoch(lambda: None)
+        trainer.run_epoch()
 
 
 def test_close_removes_hooks(study: Study, dataset: Dataset):
