@@ -52,6 +52,7 @@ from kfactk.stages import (
     Dot as Dot,
     FactorContext as FactorContext,
     Fisher as Fisher,
+    GradientCurvature as GradientCurvature,
     GradientPair as GradientPair,
     Layer as Layer,
     Likelihood as Likelihood,

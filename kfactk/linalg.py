@@ -191,20 +191,72 @@ def orthogonal_iteration(
         chosen = vectors[..., :null]
         turn = eigh(chosen.mT @ matrix @ chosen)[1]
         vectors = torch.cat([chosen @ turn, vectors[..., null:]], -1)
+    step = _orthonormalised(matrix @ vectors.flip(-1))
+    if step is None:
+        return eigh(matrix)
+    found, order = step[0].sort(-1)
+    turned = _columns(step[1], order)
+    lost = values is not None and int(null_mask(found).sum(-1).max()) > null
+    return eigh(matrix) if lost else (found, turned)
+
+
+def followed(matrix: Tensor, vectors: Tensor, values: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Do one step of orthogonal iteration that keeps each vector in its column.
+
+    It is the step of `orthogonal_iteration`, with the vectors in the order of what M makes of them
+    now, `q^T M q`, from the largest to the smallest. Column by column the result follows Q, so that
+    what was measured along a vector goes on along its successor.
+
+    Args:
+        matrix: `[..., n, n]`; only finiteness is required.
+        vectors: Q, `[..., n, n]`, in any order.
+        values: Their eigenvalues, `[..., n]`.
+
+    Returns:
+        |R_ii|, `[..., n]`, and the new basis; `None` where M is to be decomposed anew: it has lost
+        rank, most of Q spanned a null space, or the iteration failed.
+
+    Raises:
+        DecompositionError: The matrix is not finite.
+
+    References:
+        Vyas et al. 2024, arXiv:2409.11321, algorithm 4.
+    """
+    _check_finite(matrix)
+    null = int(null_mask(values).sum(-1).max())
+    if 2 * null > matrix.shape[-1]:
+        return None
+    if null > 1:
+        order = values.argsort(-1)
+        ascending = _columns(vectors, order)
+        chosen = ascending[..., :null]
+        turn = eigh(chosen.mT @ matrix @ chosen)[1]
+        vectors = _columns(torch.cat([chosen @ turn, ascending[..., null:]], -1), order.argsort(-1))
+    products = matrix @ vectors
+    order = torch.argsort((vectors * products).sum(-2), dim=-1, descending=True, stable=True)
+    step = _orthonormalised(_columns(products, order))
+    if step is None or int(null_mask(step[0]).sum(-1).max()) > null:
+        return None
+    back = order.argsort(-1)
+    return step[0].gather(-1, back), _columns(step[1], back)
+
+
+def _columns(matrix: Tensor, order: Tensor) -> Tensor:
+    """Return the columns of `[..., n, n]` in an order `[..., n]`."""
+    return matrix.gather(-1, order.unsqueeze(-2).expand_as(matrix))
+
+
+def _orthonormalised(matrix: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Return |R_ii| and Q of `M = Q R` with R_ii >= 0; `None` where it fails."""
     try:
-        orthogonal, triangle = torch.linalg.qr(matrix @ vectors.flip(-1))
+        orthogonal, triangle = torch.linalg.qr(matrix)
     except RuntimeError as error:
         if memory_ran_out(error):
             raise
-        return eigh(matrix)
+        return None
     diagonal = triangle.diagonal(dim1=-2, dim2=-1)
-    found, order = diagonal.abs().sort(-1)
-    signs = torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-2)
-    turned = (orthogonal * signs).gather(-1, order.unsqueeze(-2).expand_as(orthogonal))
-    lost = values is not None and int(null_mask(found).sum(-1).max()) > null
-    if lost or not _finite(turned):
-        return eigh(matrix)
-    return found, turned
+    found = orthogonal * torch.where(diagonal < 0, -1.0, 1.0).unsqueeze(-2)
+    return (diagonal.abs(), found) if _finite(found) else None
 
 
 def cholesky(matrix: Tensor, shift: Tensor | float) -> Tensor:

@@ -44,6 +44,7 @@ class SpectralOperator(CurvatureOperator):
     Args:
         spectrum: s, `[..., d_out, d_in]`, non-negative.
         damping: tau. It is at least a small share of the mean of s, so that division is safe.
+        power: p of `solve`, which is `(F + damping I)^-p`: 1 for the inverse, 1/2 for its root.
 
     Example:
         >>> import torch
@@ -58,6 +59,7 @@ class SpectralOperator(CurvatureOperator):
 
     spectrum: Tensor
     damping: float
+    power: float = attrs.field(default=1.0, kw_only=True)
 
     def to_basis(self, v: Tensor) -> Tensor:
         """Return `U^T v`, `[..., d_out, d_in]`."""
@@ -77,8 +79,9 @@ class SpectralOperator(CurvatureOperator):
         return self.from_basis(f(self.spectrum).to(v.dtype) * self.to_basis(v))
 
     def solve(self, v: Tensor) -> Tensor:
-        """Return `U [(U^T v) / (s + damping)]`."""
-        return self.function(lambda s: 1 / (s + self._tau()), v)
+        """Return `U [(U^T v) / (s + damping)^p]`."""
+        weights = self._weights().to(v.dtype)
+        return self.from_basis(weights * self.to_basis(v))
 
     def multiply(self, v: Tensor) -> Tensor:
         """Return `U [(U^T v) * s]`."""
@@ -93,6 +96,11 @@ class SpectralOperator(CurvatureOperator):
     def logdet(self) -> Tensor:
         """Return the logarithm of the determinant of `F + damping I`: a scalar."""
         return (self.spectrum + self._tau()).log().sum()
+
+    def _weights(self) -> Tensor:
+        """Return `1 / (s + damping)^p`, of the shape of s."""
+        damped = self.spectrum + self._tau()
+        return damped.reciprocal_() if self.power == 1 else damped.pow_(-self.power)
 
     def _tau(self) -> Tensor:
         """Return the damping that is used, `[..., 1, 1]`."""

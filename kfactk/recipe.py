@@ -21,13 +21,17 @@ from kfactk.optim.settings import (
     Settings,
     as_patterns,
     default_damping,
+    rules_of,
 )
 from kfactk.options import USUAL_DAMPING, Number, Period, python_number
 from kfactk.preconditioner.coverage import Coverage, ModelSurvey
+from kfactk.preconditioner.first_moment import FirstMoment
+from kfactk.preconditioner.rules import BlockRule
 from kfactk.preconditioner.schedule import early
 from kfactk.registry.hookspecs import STAGE_HOOKS
 from kfactk.registry.registry import registry
 from kfactk.registry.serialization import from_json, to_json
+from kfactk.stages import Update
 
 ALL_CURVATURES = ("conv_kfac", "embedding", "norm")
 """What `curvature="all"` means, in this order: every kind of layer that we cover."""
@@ -118,15 +122,21 @@ class Recipe(Settings):
     def evolve(self, **changes: Any) -> Recipe:
         """Return the recipe with some fields changed; it takes what `kfactk.build` takes.
 
-        With another update rule, a damping that is the old one's own becomes that of the new one.
+        What was chosen for the old stages (damping, clip, periods) is chosen anew for the new ones.
 
         Raises:
             OptionError: A field is unknown or its value cannot work.
         """
-        changed = _resolved({"update": self.update} | changes)
-        if "damping" not in changes and self.damping == default_damping(self.update):
-            changed["damping"] = default_damping(changed["update"])
-        return attrs.evolve(self, **changed)
+        stages = {"curvature": self.curvature, "basis": self.basis, "update": self.update}
+        chosen = dict.fromkeys(self._as_usual())
+        return attrs.evolve(self, **_resolved(stages | chosen | changes))
+
+    def _as_usual(self) -> list[str]:
+        """Return the fields that follow from the stages and have the value that follows."""
+        usual = usual_values(self.rules, self.update)
+        mine = {name: getattr(self, name) for name in usual if name not in STAGE_HOOKS}
+        mine |= {name: self.summary()[name] for name in usual if name in STAGE_HOOKS}
+        return [n for n, value in usual.items() if mine[n] == _written_default(n, value)]
 
     def to_dict(self) -> dict[str, Any]:
         """Return a JSON-safe form, from which `from_dict` makes an equal recipe.
@@ -167,12 +177,11 @@ class Recipe(Settings):
             ) from error
 
     def __repr__(self) -> str:
-        mine, usual, shown = self.summary(), inspect.signature(build).parameters, []
+        mine, parameters, shown = self.summary(), inspect.signature(build).parameters, []
+        usual = self._as_usual()
         for field in FIELDS:
-            default = usual[field].default
-            if field == "damping":
-                default = default_damping(self.update)
-            if mine[field] != _written_default(field, default):
+            default = _written_default(field, parameters[field].default)
+            if field not in usual and mine[field] != default:
                 shown.append(f"{field}={_short(field, mine[field])!r}")
         return f"kfactk.build({', '.join(shown)})"
 
@@ -237,17 +246,18 @@ def build(
     update: Any = "adam",
     fisher: Any = "mc",
     likelihood: Any = "categorical",
-    clip: Any = "kl",
+    clip: Any = None,
     placement: Any = "replicated",
     tracker: Any = None,
     lr: float = 0.003,
     damping: Number | None = None,
     weight_decay: float = 0.0,
     weight_decay_at: str = "update",
+    first_moment: float | Mapping[str, Any] = 0.0,
     factor_decay: float = 0.95,
-    factor_every: Period = 10,
-    scale_every: Period = 10,
-    basis_every: Period = 100,
+    factor_every: Period | None = None,
+    scale_every: Period | None = None,
+    basis_every: Period | None = None,
     stagger: bool = False,
     reduction: str = "mean",
     observe: str = "automatic",
@@ -269,17 +279,20 @@ def build(
 
     Args:
         curvature: How layers' parameters form matrices, and their factors: "conv_kfac", "kfac",
-            "embedding", "norm". A list names several: the first that supports a module takes it.
-            Its items are as here, or made by `kfactk.block`. "all" is the list of every kind of
-            layer that we cover: "conv_kfac", "embedding", "norm".
+            "embedding", "norm"; or "gradient", statistics of the mini-batch gradient of any
+            parameter. A list names several: the first that supports a module takes it, and
+            "gradient" what others leave of it. Its items are as here, or made by `kfactk.block`.
+            "all" is the list of every kind of layer that we cover: "conv_kfac", "embedding",
+            "norm".
         basis: How the factors are decomposed and the gradient preconditioned: "ekfac", "kfac",
-            "unitwise". Blocks whose curvature does not provide what it requires use the
-            curvature's own basis.
+            "unitwise"; with statistics of gradients "soap". Blocks whose curvature does not provide
+            what it requires use the curvature's own basis.
         update: The update rule: "sgd", "momentum", "nag", "adam", "adamw", "radam", or any
             `torch.optim.Optimizer` class.
         fisher: Whose targets: "mc", "exact", "empirical".
         likelihood: What the model's output means: "categorical", "bernoulli", "gaussian".
-        clip: Bound on the preconditioned gradients: "none", "value", "norm", "kl".
+        clip: Bound on the preconditioned gradients: "none", "value", "norm", "kl". `None` for "kl",
+            and for "none" where a basis waives a law that "kl" needs.
         placement: Which rank does what: "replicated", "comm_opt", "mem_opt", "hybrid", "auto".
         tracker: Where runs are recorded: "mlflow", "jsonl", or `None`.
         lr: Learning rate mu.
@@ -291,11 +304,14 @@ def build(
         weight_decay: Per step and unit of parameter, as torch.optim's update rules take it.
         weight_decay_at: "update": the update rule adds it, after preconditioning. "gradient": it is
             added before preconditioning.
+        first_moment: Decay of a running mean of the gradient, which is preconditioned in place of
+            the gradient, in [0, 1); 0 for none. Or its options: `{"decay": 0.95, "corrected": True,
+            "nesterov": False}`. Blocks have it; other parameters have the update rule's alone.
         factor_decay: Decay epsilon of the factors' running means, in [0, 1].
         factor_every: T_c, steps between refreshes of the factors; a whole number or a function of
-            the step, as the next two.
-        scale_every: T_s, steps between refreshes of the scale.
-        basis_every: T_inv, steps between decompositions.
+            the step, as the next two. `None` for 10, and 1 where all curvatures are of gradients.
+        scale_every: T_s, steps between refreshes of the scale; `None` likewise.
+        basis_every: T_inv, steps between decompositions; `None` for 100, and 10 likewise.
         stagger: Whether to spread over steps what is due, so that no step after the first does all.
         reduction: "mean" or "sum": how your loss reduces over examples. Only what is measured on
             your own gradient needs it (fisher "empirical").
@@ -392,28 +408,53 @@ def _resolved(values: Mapping[str, Any], *, trusted: bool = True) -> dict[str, A
             )
     out: dict[str, Any] = {}
     for name, value in values.items():
-        if name in STAGE_HOOKS and value is None and name != "tracker":
+        if name in STAGE_HOOKS and value is None and name not in ("tracker", "clip"):
             raise OptionError(
                 f"{name} is None; every recipe has one. Leave it out for the default, or see "
                 "python -m kfactk stages."
             )
+        if value is None and name in ADAPTING:
+            continue
         if name == "curvature":
             out[name] = _blocks(value, trusted)
+        elif name == "first_moment":
+            out[name] = FirstMoment.given(python_number(value))
         elif name in STAGE_HOOKS:
             made = None if value is None else registry().resolve(name, value, trusted=trusted)
             out[name] = made
         else:
             out[name] = python_number(from_json(value, trusted=trusted))
-    if "update" in out and out.get("damping", 0.0) is None:
-        out["damping"] = default_damping(out["update"])
+    if left := [name for name in ADAPTING if name in values and values[name] is None]:
+        usual = usual_values(rules_of(out["curvature"], out["basis"]), out["update"])
+        out |= _resolved({name: usual[name] for name in left})
     return out
+
+
+ADAPTING = ("damping", "clip", "factor_every", "scale_every", "basis_every")
+"""Fields whose default follows from the stages."""
+
+
+def usual_values(rules: Sequence[BlockRule], update: Update) -> dict[str, Any]:
+    """Return what a recipe has where the user gives nothing.
+
+    Statistics of gradients are cheap, and a single gradient tells little: they are taken in every
+    step.
+
+    Args:
+        rules: Its curvatures with their bases.
+        update: The update rule.
+    """
+    clip = "none" if any(rule.basis.waives for rule in rules) else "kl"
+    periods = (1, 1, 10) if all(rule.of_gradient for rule in rules) else (10, 10, 100)
+    return dict(zip(ADAPTING, (default_damping(update), clip, *periods), strict=True))
 
 
 def _blocks(given: Any, trusted: bool) -> tuple[BlockSpec, ...]:
     """Return the blocks that `curvature=` names."""
-    if given == "all":
-        given = ALL_CURVATURES
-    items = given if isinstance(given, list | tuple) else [given]
+    items = list(given) if isinstance(given, list | tuple) else [given]
+    if "all" in items:
+        place = items.index("all")
+        items[place : place + 1] = ALL_CURVATURES
     found = []
     for item in items:
         if isinstance(item, BlockSpec):

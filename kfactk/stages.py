@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
 import attrs
@@ -95,7 +96,9 @@ class Curvature(abc.ABC):
     G (output side); a is the diagonal of A, `[..., d_in]`. C and K are factors of the input's
     channels and of the taps of a kernel: `C kron K` stands for A without its bias."""
     default_basis: ClassVar[str | Mapping[str, Any] | None] = None
-    """The basis of a block that names none, where the recipe's does not fit `provides`."""
+    """The basis of a block that names none, where the recipe's does not fit."""
+    statistics_from: ClassVar[str] = "samples"
+    """What factors are made of: "samples", or the mini-batch "gradient" (`GradientCurvature`)."""
 
     @abc.abstractmethod
     def unsupported(self, module: nn.Module) -> str | None:
@@ -167,6 +170,56 @@ class Curvature(abc.ABC):
         return {name: factors[name] for name in sorted(self.provides) if name in factors}
 
 
+class GradientCurvature(Curvature):
+    """A curvature whose factors are statistics of the user's own mini-batch gradient.
+
+    No forward of its layers is followed and no Fisher pass is run for it. So it works with any
+    model and any loss, and asks for no likelihood. Every parameter of a module can be a part of its
+    own. What is written in `.grad` before `step()` is measured, equal on all ranks: nothing is
+    summed over ranks.
+
+    An author writes `provides`, `unsupported`, `parts`, `matrix`, `tensors` and
+    `factors_of_gradient`. The members on samples are never asked for.
+    """
+
+    statistics_from: ClassVar[str] = "gradient"
+
+    @property
+    def counts_next(self) -> bool:
+        """Whether a gradient counts from the next step on, and not in its own step already.
+
+        The first gradient counts at once in any case: without it there is no basis.
+        """
+        return False
+
+    @abc.abstractmethod
+    def factors_of_gradient(self, layer: Layer, gradient: Tensor) -> dict[str, Statistic]:
+        """Return sums and counts of all factors.
+
+        Args:
+            layer: The layer.
+            gradient: `[..., d_out, d_in]`, as `matrix` joins it.
+        """
+
+    def same_call(self, module: nn.Module, other: nn.Module) -> bool:
+        """Return True: however modules use their parameters, the gradient is that of all uses."""
+        return True
+
+    def blank(self, layer: Layer) -> LayerCall:
+        """Refuse: there are no calls."""
+        raise NotImplementedError("a curvature of gradients follows no calls")
+
+    def samples(
+        self, layer: Layer, calls: Sequence[LayerCall], *, num_terms: Tensor | float, first: bool
+    ) -> Samples:
+        """Refuse: there are no samples."""
+        raise NotImplementedError("a curvature of gradients has no samples")
+
+    def gradient_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
+        """Refuse: there are no samples."""
+        raise NotImplementedError("a curvature of gradients has no samples")
+
+
 @attrs.frozen(eq=False)
 class FactorContext:
     """What `Basis.decompose` may know besides the matrix it decomposes.
@@ -180,6 +233,17 @@ class FactorContext:
     damping: float
     mean_diagonal: Tensors
     previous: Tensors | None = None
+
+
+WAIVABLE: Mapping[str, str] = MappingProxyType(
+    {
+        "linear": "solve is linear",
+        "self-adjoint": "solve is self-adjoint",
+        "damped-inverse": "solve is (F + damping I)^-1",
+        "fisher": "there is an F, with multiply and condition",
+    }
+)
+"""Laws that a basis may waive, by name, each with what it says."""
 
 
 class Basis(abc.ABC):
@@ -209,6 +273,18 @@ class Basis(abc.ABC):
         - "exact-when-kronecker": for one example with T = 1, F is the Fisher matrix.
         """
         return frozenset()
+
+    @property
+    def waives(self) -> frozenset[str]:
+        """Laws of every basis that its operator does not obey, by name (`WAIVABLE`).
+
+        Stages that need one of them are refused in a recipe with the basis.
+        """
+        return frozenset()
+
+    def unsupported(self, shape: tuple[int, ...]) -> str | None:
+        """Return why it cannot treat layers whose matrix has this shape, or `None` when it can."""
+        return None
 
     @property
     def moments_from(self) -> str | None:
@@ -371,7 +447,10 @@ Dot = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 
 
 class Clip(Protocol):
-    """Bounds the preconditioned gradients. Laws: never enlarges; zero stays zero."""
+    """Bounds the preconditioned gradients. Laws: never enlarges; zero stays zero.
+
+    It may have an attribute `needs`: laws that no basis of the recipe may waive (`WAIVABLE`).
+    """
 
     def clip(self, pairs: Sequence[GradientPair], dot: Dot) -> tuple[list[Tensor], Tensor]:
         """Return the clipped gradients, in order, and the factor applied.

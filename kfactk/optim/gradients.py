@@ -67,6 +67,24 @@ def read(blocks: Sequence[Block], groups: Groups, *, decayed: bool = False) -> B
     return BlockGradients(named, matrices)
 
 
+def averaged(
+    blocks: Sequence[Block], gradients: BlockGradients, matrices: Mapping[str, Tensor]
+) -> BlockGradients:
+    """Return gradients with other matrices in place of their own.
+
+    Args:
+        blocks: The blocks.
+        gradients: As `read` returned them.
+        matrices: By layer name, what is to be preconditioned.
+    """
+    named = {}
+    for block in blocks:
+        if (old := gradients.named.get(block.name)) is not None:
+            made = block.tensors(matrices[block.name])
+            named[block.name] = {name: made[name] for name in old}
+    return BlockGradients(named, dict(matrices))
+
+
 def paired(
     blocks: Sequence[Block], gradients: BlockGradients, preconditioned: Tensors, groups: Groups
 ) -> tuple[list[nn.Parameter], list[GradientPair]]:

@@ -128,6 +128,7 @@ class Optimizer(torch.optim.Optimizer):
             recipe.placement,
             schedule=recipe.schedule,
             factor_decay=recipe.factor_decay,
+            first_moment=recipe.first_moment,
             trained=self._groups,
             exclude=recipe.exclude,
             timer=self._timer,
@@ -409,23 +410,27 @@ class Optimizer(torch.optim.Optimizer):
             self._fisher_pass.finish()
             blocks = pre.blocks.current()
             read = gradients.read(blocks, self._groups)
-            allocated = pre.check(self.steps, read.matrices) and self._has_no_lr()
+            allocated = pre.check(self.steps, read.matrices, idle=self._has_no_lr())
             if allocated:
                 pre.allocate(read.matrices)
             else:
-                pre.refresh()
+                pre.refresh(read.matrices)
                 pre.measure_gradients(read.matrices, recipe.reduction)
+            plain = read.matrices
             if recipe.weight_decay_at == "gradient":
                 read = gradients.read(blocks, self._groups, decayed=True)
+            if pre.averages and not allocated:
+                read = gradients.averaged(blocks, read, pre.average(read.matrices))
             with self._timer.timed("precondition"):
                 found = pre.precondition(read.matrices)
                 parameters, pairs = gradients.paired(blocks, read, found, self._groups)
                 pairs = self._masks.applied(parameters, pairs)
                 local_pairs = gradients.local_parts(parameters, pairs)
+            pre.count_gradients(plain)
             recorded = self._recorder.due(self.steps)
             if recorded:
                 self._recorder.add_norms(pairs)
-            del found, pairs, read
+            del found, pairs, plain, read
             clipped = gradients.as_applied(parameters, self._clip(parameters, local_pairs))
             given = [p.grad for p in self._trained() if p.grad is not None]
             verdict = self._guard.judge(given, clipped, recorded=recorded)
@@ -479,7 +484,10 @@ class Optimizer(torch.optim.Optimizer):
             _without_global_hooks(self._inner)()
 
     def _has_no_lr(self) -> bool:
-        return all(float(group["lr"]) == 0 for group in self.param_groups)
+        """Return whether every learning rate is zero, as far as that is known without a device."""
+        rates = [group["lr"] for group in self.param_groups]
+        on_device = any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates)
+        return not on_device and all(float(lr) == 0 for lr in rates)
 
     def _set_damping(self) -> None:
         """Set each group's damping where the recipe's is a function of the step; check it."""

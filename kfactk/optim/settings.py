@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import attrs
@@ -23,12 +23,23 @@ from kfactk.options import (
     refusal,
     whole,
 )
+from kfactk.preconditioner.first_moment import FirstMoment
 from kfactk.preconditioner.rules import BlockRule
 from kfactk.preconditioner.schedule import UpdateSchedule
 from kfactk.registry.hookspecs import STAGE_HOOKS
 from kfactk.registry.registry import registry
 from kfactk.registry.serialization import to_json
-from kfactk.stages import Basis, Clip, Curvature, Fisher, Likelihood, Placement, Tracker, Update
+from kfactk.stages import (
+    WAIVABLE,
+    Basis,
+    Clip,
+    Curvature,
+    Fisher,
+    Likelihood,
+    Placement,
+    Tracker,
+    Update,
+)
 
 
 @attrs.frozen
@@ -123,6 +134,7 @@ class Settings:
     damping: Number = attrs.field(validator=_number(varies=True))
     weight_decay: float = attrs.field(validator=_number())
     weight_decay_at: str = attrs.field(validator=choice("update", "gradient"))
+    first_moment: FirstMoment = attrs.field(converter=FirstMoment.given)
     factor_decay: float = attrs.field(validator=_number(high=1.0))
     factor_every: Period = attrs.field(validator=_period)
     scale_every: Period = attrs.field(validator=_period)
@@ -147,29 +159,20 @@ class Settings:
             self.factor_every, self.scale_every, self.basis_every, self.stagger
         )
         object.__setattr__(self, "schedule", schedule)
-        object.__setattr__(self, "rules", tuple(self._rule(spec) for spec in self.curvature))
+        object.__setattr__(self, "rules", rules_of(self.curvature, self.basis))
+        self._check_clip()
 
-    def _rule(self, spec: BlockSpec) -> BlockRule:
-        """Return the rule of a spec, with its basis.
-
-        The basis is the one that the spec names; else the recipe's, where the curvature provides
-        what it requires; else the curvature's own default.
-        """
-        basis = self.basis if spec.basis is None else spec.basis
-        provides, default = spec.curvature.provides, spec.curvature.default_basis
-        if spec.basis is None and not basis.requires <= provides and default is not None:
-            basis = registry().resolve("basis", default)
-        missing = basis.requires - provides
-        curvature_name = name_of("curvature", spec.curvature)
-        basis_name = name_of("basis", basis)
-        if missing:
-            raise CombinationError(
-                f"basis {basis_name!r} needs {', '.join(sorted(missing))}, which curvature "
-                f"{curvature_name!r} does not provide (it provides "
-                f"{', '.join(sorted(provides)) or 'nothing'}). Choose another basis, or a "
-                "curvature that provides it: python -m kfactk stages."
-            )
-        return BlockRule(spec.curvature, basis, spec.layers, f"{curvature_name}, {basis_name}")
+    def _check_clip(self) -> None:
+        """Check that no basis waives a law that the clip needs."""
+        needs: frozenset[str] = getattr(self.clip, "needs", frozenset())
+        for rule in self.rules:
+            if waived := sorted(needs & rule.basis.waives):
+                laws = " and ".join(WAIVABLE[law] for law in waived)
+                raise CombinationError(
+                    f"clip {name_of('clip', self.clip)!r} needs a basis with which {laws}, and "
+                    f"basis {name_of('basis', rule.basis)!r} waives this. Give clip='none', or "
+                    "clip={'name': 'norm', 'limit': 1.0}."
+                )
 
     def written(self, field: str) -> Any:
         """Return one field in JSON's types.
@@ -178,6 +181,8 @@ class Settings:
             OptionError: Its value cannot be written (a lambda, a tensor).
         """
         value = getattr(self, field)
+        if field == "first_moment":
+            return value.written()
         if field == "curvature":
             specs = [spec.written() for spec in value]
             return specs[0] if len(specs) == 1 and "name" in specs[0] else specs
@@ -214,6 +219,61 @@ class Settings:
                 out[field] = type(getattr(self, field)).__qualname__
         placement = type(self.placement).__qualname__
         return out | {"placement": placement, "wire_dtype": repr(self.placement.wire_dtype)}
+
+
+def rules_of(specs: Sequence[BlockSpec], basis: Basis) -> tuple[BlockRule, ...]:
+    """Return the rules of a recipe's blocks, each with its basis.
+
+    Args:
+        specs: What the recipe names.
+        basis: The recipe's basis.
+
+    Raises:
+        CombinationError: A basis cannot work with its curvature.
+    """
+    return tuple(_rule(spec, basis) for spec in specs)
+
+
+def _rule(spec: BlockSpec, usual: Basis) -> BlockRule:
+    """Return the rule of a spec.
+
+    The basis is the one that the spec names; else the recipe's, where it fits the curvature; else
+    the curvature's own default.
+    """
+    curvature, basis = spec.curvature, usual if spec.basis is None else spec.basis
+    default = curvature.default_basis
+    if spec.basis is None and _misfit(curvature, basis) and default is not None:
+        basis = registry().resolve("basis", default)
+    curvature_name, basis_name = name_of("curvature", curvature), name_of("basis", basis)
+    if misfit := _misfit(curvature, basis):
+        raise CombinationError(
+            f"basis {basis_name!r} {misfit.format(curvature=repr(curvature_name))}"
+        )
+    return BlockRule(curvature, basis, spec.layers, f"{curvature_name}, {basis_name}")
+
+
+def _misfit(curvature: Curvature, basis: Basis) -> str:
+    """Return why a basis cannot work with a curvature, in words that follow its name, or ""."""
+    of_gradient = curvature.statistics_from == "gradient"
+    if missing := basis.requires - curvature.provides:
+        provides = ", ".join(sorted(curvature.provides)) or "nothing"
+        return (
+            f"needs {', '.join(sorted(missing))}, which curvature {{curvature}} does not provide "
+            f"(it provides {provides}). Choose another basis, or a curvature that provides it: "
+            "python -m kfactk stages."
+        )
+    if of_gradient and basis.moments_from == "samples":
+        return (
+            "measures its moments on samples, and curvature {curvature} has none, but the "
+            "mini-batch gradient. Choose moments of the gradient: "
+            "basis={{'name': 'ekfac', 'scale': 'running'}}, or basis='soap'."
+        )
+    if not of_gradient and not basis.requires:
+        return (
+            "reads the gradient alone, so that curvature {curvature} would measure for nothing. "
+            "Give curvature='gradient'."
+        )
+    return ""
 
 
 FIELDS = tuple(field.name for field in attrs.fields(Settings) if field.init)

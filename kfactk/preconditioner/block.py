@@ -6,6 +6,7 @@ named in the error, together with the layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
@@ -17,11 +18,20 @@ from kfactk.errors import StateError
 from kfactk.linalg import mean_diagonal
 from kfactk.operators import CurvatureOperator
 from kfactk.preconditioner.damage import Damage
+from kfactk.preconditioner.first_moment import FirstMoment
 from kfactk.preconditioner.forms import check_forms, precise
 from kfactk.preconditioner.plan import BlockPlan
-from kfactk.preconditioner.state import PREFIX, BlockState
+from kfactk.preconditioner.state import MEAN, PREFIX, BlockState
 from kfactk.samples import LayerCall, Samples, Statistic, to_working_dtype
-from kfactk.stages import Basis, Curvature, Decomposition, FactorContext, Layer, Tensors
+from kfactk.stages import (
+    Basis,
+    Curvature,
+    Decomposition,
+    FactorContext,
+    GradientCurvature,
+    Layer,
+    Tensors,
+)
 from kfactk.statistics import RunningMean, add_prefix, add_sums
 from kfactk.timing import StageTimer
 from kfactk.validation import (
@@ -68,6 +78,32 @@ class Block:
     def sampled(self) -> bool:
         """Whether moments are measured on samples."""
         return self.basis.moments_from == "samples"
+
+    @property
+    def rated(self) -> bool:
+        """Whether moments are measured on the user's gradient."""
+        return self.basis.moments_from == "gradient"
+
+    @property
+    def of_gradient(self) -> bool:
+        """Whether its factors are statistics of the user's gradient: no forward is followed."""
+        return self.curvature.statistics_from == "gradient"
+
+    @property
+    def without_state(self) -> bool:
+        """Whether its basis requires no matrix: it preconditions at once, and nothing is due."""
+        return not self.basis.requires
+
+    @property
+    def ready(self) -> bool:
+        """Whether the block can precondition, on this rank or another."""
+        return self.state.ready or self.without_state
+
+    @property
+    def counts_next(self) -> bool:
+        """Whether a gradient counts from the next step on; the first counts at once."""
+        late = isinstance(self.curvature, GradientCurvature) and self.curvature.counts_next
+        return late and self.state.ready
 
     # ---------------------------------------------------------------------------- accumulating
 
@@ -139,6 +175,14 @@ class Block:
         checked = check_statistics("curvature", self.curvature, self._where, found, required=True)
         return add_prefix("factor", checked)
 
+    def factors_of_gradient(self, gradient: Tensor) -> dict[str, Statistic]:
+        """Return the factors of a mini-batch gradient `[..., d_out, d_in]`, as "factor.NAME"."""
+        assert isinstance(self.curvature, GradientCurvature)
+        with attribute_errors("curvature", self.curvature, self._where):
+            found = self.curvature.factors_of_gradient(self.layer, gradient)
+        checked = check_statistics("curvature", self.curvature, self._where, found, required=True)
+        return add_prefix("factor", checked)
+
     def moments(self, decomposition: Decomposition, samples: Samples) -> dict[str, Statistic]:
         """Return sums and counts of the moments on samples, as "moment.NAME"."""
         with attribute_errors("basis", self.basis, self._where):
@@ -169,6 +213,25 @@ class Block:
         """Take the moments of one step into their running means."""
         _update(self.state.moments, means, self.basis.moment_decay)
         self.invalidate()
+
+    def average(self, gradient: Tensor, moment: FirstMoment) -> Tensor:
+        """Take a gradient into its running mean, and return what is preconditioned.
+
+        A gradient that is not finite leaves the mean as it is.
+
+        Args:
+            gradient: `[..., d_out, d_in]`.
+            moment: How gradients are averaged.
+        """
+        mean = self.state.gradients.setdefault(MEAN, RunningMean())
+        good = torch.isfinite(torch.linalg.vector_norm(gradient, math.inf))
+        if mean.value is not None and mean.weight > 0:
+            gradient = torch.where(good, gradient, mean.value)  # waits for no device
+        elif not bool(good):
+            return gradient
+        mean.update(gradient, moment.decay)
+        self._flat = None
+        return moment.of(mean, gradient)
 
     def matrices(
         self, names: frozenset[str] | None = None, factors: Tensors | None = None
@@ -298,19 +361,43 @@ class Block:
             found = self.curvature.tensors(self.layer, matrix)
             return check_tensors(self.layer.tensors(), found)
 
-    def blank(self) -> tuple[Samples, dict[str, Statistic]]:
-        """Return samples and factor sums of a call on zeros: shapes without data."""
+    def blank_samples(self) -> Samples:
+        """Return samples of a call on zeros: shapes without data."""
         with attribute_errors("curvature", self.curvature, self._where):
             calls = [self.curvature.blank(self.layer)]
-            samples = self.curvature.samples(self.layer, calls, num_terms=1.0, first=True)
-            return samples, self.curvature.factors(self.layer, samples)
+            return self.curvature.samples(self.layer, calls, num_terms=1.0, first=True)
+
+    def blank_factors(self) -> dict[str, Statistic]:
+        """Return the sums of factors without data; none where the basis requires no matrix."""
+        if self.without_state:
+            return {}
+        if self.of_gradient:
+            found = self.factors_of_gradient(self.matrix({}))
+            return {key.removeprefix("factor."): each for key, each in found.items()}
+        samples = self.blank_samples()
+        with attribute_errors("curvature", self.curvature, self._where):
+            return self.curvature.factors(self.layer, samples)
+
+    def blank_moments(self, decomposition: Decomposition) -> dict[str, Statistic]:
+        """Return moments without data, by their names, as far as they need no likelihood."""
+        if self.sampled:
+            found = self.moments(decomposition, self.blank_samples())
+        elif self.of_gradient and decomposition:
+            with attribute_errors("basis", self.basis, self._where):
+                return self.basis.gradient_moments(decomposition, self.matrix({}), 1.0)
+        else:
+            return {}
+        return {key.removeprefix("moment."): each for key, each in found.items()}
 
     def input_factors(self) -> frozenset[str]:
         """Return the names of the factors made of inputs alone."""
         if self._input_factors is None:
-            samples, _ = self.blank()
-            with attribute_errors("curvature", self.curvature, self._where):
-                self._input_factors = frozenset(self.curvature.input_factors(self.layer, samples))
+            found: Mapping[str, Statistic] = {}
+            if not self.of_gradient:
+                samples = self.blank_samples()
+                with attribute_errors("curvature", self.curvature, self._where):
+                    found = self.curvature.input_factors(self.layer, samples)
+            self._input_factors = frozenset(found)
         return self._input_factors
 
     def work(self) -> Work:
@@ -318,8 +405,7 @@ class Block:
 
         Matrices can be kept apart where each is made of the one statistic of its name.
         """
-        _, sums = self.blank()
-        blank = _zeros(sums)
+        blank = _zeros(self.blank_factors())
         matrices = self.matrices(factors=blank)
         shapes = {name: tuple(matrices[name].shape) for name in sorted(self.basis.requires)}
         apart = set(blank) == set(shapes) and all(
@@ -345,21 +431,22 @@ class Block:
         corners = {n: m[..., :1, :1] if square(m) else m for n, m in matrices.items()}
         return parts_of(Block(self.layer, self.curvature, self.basis).decompose(1.0, corners))
 
-    def allocate(self, factor_names: frozenset[str], *, holds: bool) -> None:
+    def allocate(self, factor_names: frozenset[str], *, holds: bool, averages: bool) -> None:
         """Create the tensors without data, so that a checkpoint can be loaded into them.
 
         Args:
             factor_names: The factors that this rank keeps.
             holds: Whether this rank preconditions the layer.
+            averages: Whether the gradient is averaged.
         """
-        samples, sums = self.blank()
-        state = self.state
+        sums, state = self.blank_factors(), self.state
         state.factors = {n: _empty(s) for n, s in sums.items() if n in factor_names}
-        if holds:
+        state.gradients = {MEAN: RunningMean(self.matrix({}), 0.0)} if averages else {}
+        if holds and not self.without_state:
             blank = self.matrices(factors=_zeros(sums))
             state.decomposition = self.decompose(self.damping, blank)
-            found = self.moments(state.decomposition, samples)
-            state.moments = {key.removeprefix("moment."): _empty(s) for key, s in found.items()}
+            found = self.blank_moments(state.decomposition)
+            state.moments = {name: _empty(each) for name, each in found.items()}
         self.invalidate()
 
     def fitted(
@@ -368,6 +455,7 @@ class Block:
         factor_names: frozenset[str],
         *,
         holds: bool,
+        averages: bool = False,
         damage: Damage | None = None,
     ) -> BlockState:
         """Return what this rank keeps of a saved state, whatever placement it was saved under.
@@ -376,18 +464,20 @@ class Block:
             state: The saved state; changed in place.
             factor_names: The factors that this rank keeps.
             holds: Whether this rank preconditions the layer.
+            averages: Whether the gradient is averaged.
             damage: Receives what is found when the tensors' values are read; without it, that is
                 raised here.
 
         Raises:
             StateError: It is another layer's or another recipe's, or lacks what this rank needs.
         """
-        _, sums = self.blank()
+        sums = self.blank_factors()
         elsewhere = sums.keys() - factor_names
         state.factors = {n: mean for n, mean in state.factors.items() if n not in elsewhere}
         if not holds:
             state.decomposition, state.moments = {}, {}
-        if not state.ready and not state.allocated:
+        self._fit_gradients(state, averages=averages)
+        if not state.ready and not (state.factors or state.decomposition):
             return state  # the layer had not run yet
         totals = {n: s.total for n, s in sums.items() if s.total is not None}
         expected = {n: tuple(total.shape) for n, total in totals.items() if n in factor_names}
@@ -415,6 +505,18 @@ class Block:
         if damage is None:
             found_damage.refuse()
         return state
+
+    def _fit_gradients(self, state: BlockState, *, averages: bool) -> None:
+        """Drop a saved mean of gradients that the recipe has no use for; check its shape."""
+        state.gradients = {n: each for n, each in state.gradients.items() if averages and n == MEAN}
+        expected = tuple(self.matrix({}).shape) if state.gradients else ()
+        for mean in state.gradients.values():
+            if mean.value is not None and tuple(mean.value.shape) != expected:
+                raise StateError(
+                    f"the saved mean of the gradients of layer {self.name!r} has the shape "
+                    f"{tuple(mean.value.shape)}, where this model has {expected}. Bind the recipe "
+                    "it was saved with, or load only the update rule's part."
+                )
 
     def _check_forms(
         self,

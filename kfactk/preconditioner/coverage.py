@@ -164,6 +164,10 @@ class Candidate:
         """Its module and its part of it."""
         return self.module, self.part
 
+    def layer(self) -> Layer:
+        """Return the layer of all its parameters, whatever is trained now."""
+        return Layer(self.name, self.module, tuple(self.shapes), self.part, self.sites)
+
 
 class ModelSurvey:
     """What the rules make of a model: the candidate layers, and the reasons against the rest.
@@ -228,32 +232,105 @@ class ModelSurvey:
                 sites, reason = self._sites(name, module, rule, owners)
             if rule is not None and not reason and module not in taken:
                 taken.update(sites)
-                with attribute_errors("curvature", rule.curvature, f"on module {name!r}"):
-                    parts = rule.curvature.parts(module)
-                for part, parameters in parts.items():
-                    label = f"{name}[{part}]" if part else name
-                    shapes = {key: module._parameters[key].shape for key in parameters}
-                    candidates.append(Candidate(label, module, part, shapes, sites, rule))
+                candidates += self._parts(name, module, rule, sites)
             for key in _own(module):
                 self._why_not[_join(name, key)] = reason
+        candidates += self._rest(modules, candidates)
+        order = {id(module): place for place, (_, module) in enumerate(modules)}
+        candidates.sort(key=lambda candidate: order[id(candidate.module)])
         self.candidates = tuple(candidates)
         self._layers.clear()
 
-    def _rule_for(self, name: str, module: nn.Module) -> tuple[BlockRule | None, str]:
-        """Return the first rule that supports a module, or the reasons of all."""
+    @staticmethod
+    def _parts(
+        name: str, module: nn.Module, rule: BlockRule, sites: tuple[nn.Module, ...]
+    ) -> list[Candidate]:
+        """Return the layers that a rule makes of a module."""
+        with attribute_errors("curvature", rule.curvature, f"on module {name!r}"):
+            parts = rule.curvature.parts(module)
+        found = []
+        for part, parameters in parts.items():
+            label = f"{name}[{part}]" if part else name
+            shapes = {key: module._parameters[key].shape for key in parameters}
+            found.append(Candidate(label, module, part, shapes, sites, rule))
+        return found
+
+    def _rest(
+        self, modules: Sequence[tuple[str, nn.Module]], taken: Sequence[Candidate]
+    ) -> list[Candidate]:
+        """Return what rules on gradients make of the parameters that others have left.
+
+        A gradient is that of all uses of a parameter, so tied parameters are taken once.
+
+        Args:
+            modules: By name.
+            taken: The layers that there are already.
+        """
+        held = {id(c.module._parameters[key]) for c in taken for key in c.shapes}
+        places = {candidate.place for candidate in taken}
+        found: list[Candidate] = []
+        for name, module in modules:
+            if self._excluded(name):
+                continue
+            reasons: dict[str, dict[str, None]] = {key: {} for key in _own(module)}
+            for rule in self.rules:
+                if not (rule.of_gradient and rule.allows(name)):
+                    continue
+                if reason := self._unsupported(rule, name, module):
+                    for told in reasons.values():
+                        told[reason] = None
+                    continue
+                for made in self._parts(name, module, rule, (module,)):
+                    if any(id(module._parameters[key]) in held for key in made.shapes):
+                        continue
+                    if made.place in places:  # another rule's part has this name
+                        part = made.anchor
+                        made = attrs.evolve(made, name=f"{made.path}[{part}]", part=part)
+                    if reason := rule.refuses(made.layer()):
+                        reasons[made.anchor][reason] = None
+                        continue
+                    held.update(id(module._parameters[key]) for key in made.shapes)
+                    places.add(made.place)
+                    found.append(made)
+            for key, told in reasons.items():
+                before = self._why_not[_join(name, key)]
+                known = dict.fromkeys([*([before] if before else []), *told])
+                takes = id(module._parameters[key]) in held
+                self._why_not[_join(name, key)] = "" if takes else "; ".join(known)
+        return found
+
+    def _excluded(self, name: str) -> str:
+        """Return why a module is left alone by its name, or ""."""
         for pattern in self.exclude:
             if within(name, pattern):
-                return None, f"excluded (exclude={pattern!r})"
+                return f"excluded (exclude={pattern!r})"
+        return ""
+
+    def _unsupported(self, rule: BlockRule, name: str, module: nn.Module) -> str | None:
+        with attribute_errors("curvature", rule.curvature, f"on module {name!r}"):
+            return rule.curvature.unsupported(module)
+
+    def _rule_for(self, name: str, module: nn.Module) -> tuple[BlockRule | None, str]:
+        """Return the first rule on samples that supports a module, or the reasons of all.
+
+        Where a rule on gradients stands before it, and takes any parameter, the module is left to
+        that one.
+        """
+        if reason := self._excluded(name):
+            return None, reason
         reasons: dict[str, None] = {}
-        for rule in self.rules:
-            if not rule.allows(name):
-                continue
-            with attribute_errors("curvature", rule.curvature, f"on module {name!r}"):
-                reason = rule.curvature.unsupported(module)
-            if reason is None:
+        allowing = [rule for rule in self.rules if rule.allows(name)]
+        for rule in allowing:
+            found = self._unsupported(rule, name, module)
+            if rule.of_gradient:
+                made = self._parts(name, module, rule, (module,)) if found is None else []
+                if any(rule.refuses(each.layer()) is None for each in made):
+                    break
+            elif found is None:
                 return rule, ""
-            reasons[reason] = None
-        return None, "; ".join(reasons) or "no block's layers= matches it"
+            else:
+                reasons[found] = None
+        return None, "; ".join(reasons) or ("" if allowing else "no block's layers= matches it")
 
     def _sites(
         self,
@@ -351,10 +428,16 @@ class ModelSurvey:
     def coverage(self, trained: Container[int]) -> Coverage:
         """Return the table, by what is trained now."""
         self.tracker.look()
+        layers = self.layers(trained)
         blocks = {
             _join(layer.path, key): (layer.name, rule.label)
-            for layer, rule in self.layers(trained)
+            for layer, rule in layers
             for key in layer.parameters
+        }
+        owners = {
+            id(parameter): (layer.name, rule.label)
+            for layer, rule in layers
+            for parameter in layer.tensors().values()
         }
         anchors = {
             _join(candidate.path, key): candidate
@@ -364,7 +447,8 @@ class ModelSurvey:
         rows = []
         for name, parameter in self.parameters():
             wanted = parameter.requires_grad and id(parameter) in trained
-            if name in blocks:
+            block, stages = blocks.get(name) or owners.get(id(parameter), (None, ""))
+            if block is not None:
                 reason = ""
             elif not parameter.requires_grad:
                 reason = "frozen (requires_grad is False)"
@@ -378,7 +462,6 @@ class ModelSurvey:
                     reason = self._left.get(candidate.place, untrained)
                 reason = reason or "the curvature treats other parameters of its module only"
             shape = () if isinstance(parameter, UninitializedParameter) else tuple(parameter.shape)
-            block, stages = blocks.get(name, (None, ""))
             rows.append(Row(name, shape, block, reason, wanted, stages))
         return Coverage(tuple(rows))
 

@@ -25,6 +25,8 @@ class BlockPlan:
         input_factors: Names of the factors made of inputs alone, where these are summed apart.
         delays_scale: Whether the scale, due in a basis that this step makes for the first time, is
             left to the next forward.
+        of_gradient: Whether factors, and moments, are measured on the user's gradient, in `step()`.
+            No forward is followed then.
     """
 
     factors: bool
@@ -35,6 +37,7 @@ class BlockPlan:
     waited_for: bool = False
     input_factors: frozenset[str] = frozenset()
     delays_scale: bool = False
+    of_gradient: bool = False
 
     @classmethod
     def of(
@@ -43,6 +46,7 @@ class BlockPlan:
         now: DueWork,
         *,
         sampled: bool,
+        of_gradient: bool = False,
         here: bool = True,
         stagger: bool = False,
         soon: bool = False,
@@ -56,7 +60,9 @@ class BlockPlan:
         Args:
             state: The block's state.
             now: What the schedule says.
-            sampled: Whether moments are measured on samples.
+            sampled: Whether moments are measured on samples, or on the gradient that `of_gradient`
+                tells of.
+            of_gradient: Whether all is measured on the user's gradient.
             here: Whether every rank holds the decomposition.
             stagger: Whether the schedule is staggered. The first scale then waits for the next
                 forward, where it is measured as gradients arrive. Otherwise the samples of all
@@ -68,7 +74,7 @@ class BlockPlan:
         basis = new or now.basis or overdue.basis
         factors = new or now.factors or overdue.factors
         inputs = new or now.inputs or overdue.inputs if input_factors else factors
-        waits = new and stagger and sampled
+        waits = new and stagger and sampled and not of_gradient
         scale = sampled and not waits and (new or now.scale or overdue.scale)
         scheduled = now.factors or (bool(input_factors) and now.inputs) or (sampled and now.scale)
         scheduled = scheduled or (new and not state.missed)
@@ -77,29 +83,37 @@ class BlockPlan:
             inputs,
             scale,
             basis,
-            late=scale and (basis or not here),
+            late=scale and (basis or not here) and not of_gradient,
             waited_for=not scheduled,
             input_factors=input_factors,
             delays_scale=waits and not soon,
+            of_gradient=of_gradient,
         )
 
     @property
+    def measures(self) -> bool:
+        """Whether it needs a sample of the layer, or a gradient of its parameters."""
+        return self.factors or self.scale or self.inputs
+
+    @property
     def passes(self) -> bool:
-        """Whether it needs gradients, for which there is a Fisher pass."""
-        return self.factors or self.scale
+        """Whether it needs gradients of samples, for which there is a Fisher pass."""
+        return (self.factors or self.scale) and not self.of_gradient
 
     @property
     def follows(self) -> bool:
         """Whether it needs the layer's calls, with their gradients or without."""
-        return self.passes or self.inputs
+        return self.measures and not self.of_gradient
 
     @property
     def due(self) -> bool:
         """Whether the step changes anything that is kept of the block."""
-        return self.follows or self.basis
+        return self.measures or self.basis
 
     def gathers(self, key: str) -> bool:
         """Return whether the sum of this key ("factor.A", "moment.scale") is taken in forwards."""
+        if self.of_gradient:
+            return False
         kind, _, name = key.partition(".")
         if kind == "factor":
             return self.inputs if name in self.input_factors else self.factors
@@ -112,7 +126,7 @@ class BlockPlan:
             state: The block's state.
             seen: Whether the layer ran, on any rank.
         """
-        if not self.follows:
+        if not self.measures:
             return
         state.missed = not seen
         if seen:

@@ -36,6 +36,11 @@ class StepPlan:
         return [block for block, plan in self.plans.items() if plan.follows]
 
     @property
+    def measured(self) -> list[Block]:
+        """The blocks that need samples, or gradients of their parameters."""
+        return [block for block, plan in self.plans.items() if plan.measures]
+
+    @property
     def of_interest(self) -> bool:
         """Whether a forward is of any interest."""
         return self.counts_terms or any(plan.follows for plan in self.plans.values())
@@ -101,12 +106,13 @@ class Planner:
         for block in blocks:
             part, slot = int(block in self._second_part), self._slots.get(block, 0)
             now = due(slot if slot == slot_now else NO_SLOT, part)
-            if now == NOTHING and block.state.settled:
+            if block.without_state or (now == NOTHING and block.state.settled):
                 continue
             plans[block] = BlockPlan.of(
                 block.state,
                 now,
-                sampled=block.sampled,
+                sampled=block.sampled or (block.of_gradient and block.rated),
+                of_gradient=block.of_gradient,
                 here=self._placement.everywhere(block.name),
                 stagger=schedule.stagger,
                 soon=soon[part],
@@ -118,9 +124,9 @@ class Planner:
     def _counts_terms(
         scale: bool, blocks: Sequence[Block], plans: Mapping[Block, BlockPlan]
     ) -> bool:
-        """Return whether moments of the user's gradient are due."""
+        """Return whether moments of the user's gradient are due, whose terms count."""
         refreshed = scale or any(plan.basis for plan in plans.values())
-        return refreshed and any(block.basis.moments_from == "gradient" for block in blocks)
+        return refreshed and any(block.rated and not block.of_gradient for block in blocks)
 
     def _divide(self, blocks: Sequence[Block]) -> None:
         """Divide the layers among slots and among passes, by cost.

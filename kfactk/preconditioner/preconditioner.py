@@ -17,6 +17,7 @@ from kfactk.preconditioner.block_set import BlockSet
 from kfactk.preconditioner.coverage import ModelSurvey
 from kfactk.preconditioner.damage import Damage
 from kfactk.preconditioner.exchange import OverlappedReduction, broadcast_gradients
+from kfactk.preconditioner.first_moment import FirstMoment
 from kfactk.preconditioner.placement import BlockPlacement, device_of
 from kfactk.preconditioner.plan import BlockPlan
 from kfactk.preconditioner.planner import EMPTY, Planner
@@ -24,9 +25,15 @@ from kfactk.preconditioner.refresh import Refresh
 from kfactk.preconditioner.rules import BlockRule
 from kfactk.preconditioner.schedule import UpdateSchedule
 from kfactk.preconditioner.state import READY, BlockState, part_of
-from kfactk.samples import LayerCall, Samples, working_dtype
+from kfactk.samples import LayerCall, Samples, Statistic, working_dtype
 from kfactk.stages import Layer, Placement
-from kfactk.statistics import ReducedStatistic, drop_nonfinite, local_means
+from kfactk.statistics import (
+    ReducedStatistic,
+    drop_nonfinite,
+    join_key,
+    local_means,
+    split_key,
+)
 from kfactk.timing import StageTimer
 from kfactk.validation import (
     input_modified_message,
@@ -44,7 +51,7 @@ class Preconditioner:
     """The blocks of one model.
 
     In a forward: `plan_forward`, then `accumulate` for each layer. In a step, inside `blocks.held`:
-    `check`, `refresh`, `measure_gradients`, `precondition`, `finish`.
+    `check`, `refresh`, `measure_gradients`, `average`, `precondition`, `count_gradients`, `finish`.
 
     Args:
         model: The model.
@@ -52,6 +59,7 @@ class Preconditioner:
         placement: The placement stage.
         schedule: What is due when.
         factor_decay: Decay of the factors' running means, in [0, 1].
+        first_moment: How gradients are averaged before they are preconditioned.
         exclude: Patterns of names of layers to leave alone.
         trained: Ids of the parameters that the optimizer trains; the caller keeps it current.
         timer: Times the stages.
@@ -66,6 +74,7 @@ class Preconditioner:
         schedule: UpdateSchedule,
         factor_decay: float,
         trained: Container[int],
+        first_moment: FirstMoment | None = None,
         exclude: Sequence[str] = (),
         timer: StageTimer | None = None,
     ) -> None:
@@ -77,6 +86,7 @@ class Preconditioner:
         self.blocks = BlockSet(self.survey, self.placement, trained, self.timer)
         self.skipped_batches = 0
         self.failed_decompositions = 0
+        self._first_moment = FirstMoment() if first_moment is None else first_moment
         self._planner = Planner(schedule, self.placement)
         self._refresh = Refresh(
             self.placement, self.communicator, self.overlapped, self.timer, factor_decay
@@ -88,6 +98,7 @@ class Preconditioner:
         self._num_terms: list[Tensor | float] = []
         self._forwards = 0
         self._unseen: list[Block] = []
+        self._next: list[Block] = []
         self._warned: set[str] = set()
 
     @property
@@ -231,15 +242,17 @@ class Preconditioner:
 
     # -------------------------------------------------------------------------------- the step
 
-    def check(self, step: int, gradients: Mapping[str, Tensor]) -> bool:
+    def check(self, step: int, gradients: Mapping[str, Tensor], *, idle: bool = False) -> bool:
         """Plan the step, and check that its statistics are sound, before anything changes.
 
         Args:
             step: Index of the step, from 0.
             gradients: By layer name, the gradient of each layer that has one.
+            idle: Whether every learning rate is zero. Gradients that are zero are no data then.
 
         Returns:
-            Whether the step only allocates: no layer was followed, and every gradient is zero.
+            Whether the step only allocates: it is idle, no layer was followed, and every gradient
+            is zero.
 
         Raises:
             CaptureError: A layer is due and has a gradient, but gave no sample.
@@ -252,15 +265,19 @@ class Preconditioner:
             self._planned = None
         self._make_plan(step, blocks)
         self._unseen = []
-        followed = self._plan.followed
-        if not followed:
+        measured = self._plan.measured
+        if not measured:
             return False
-        changed = [block.name for block in followed if _input_changed(block)]
-        seen = [float(block.state.seen) for block in followed]
+        for block in measured:
+            gradient = gradients.get(block.name) if block.of_gradient else None
+            if gradient is not None and not (idle and not bool(gradient.any())):
+                block.state.seen = 1
+        changed = [block.name for block in measured if _input_changed(block)]
+        seen = [float(block.state.seen) for block in measured]
         several = self._forwards != 1
         numbers = [*seen, float(several), float(bool(changed))]
         *passes, uneven, faults = self.communicator.total(numbers, device_of(blocks))
-        if self.communicator.size > 1:
+        if self.communicator.size > 1 and self._plan.followed:
             self.overlapped.expect_one_forward(not uneven)
         if changed:
             raise CaptureError(input_modified_message(changed[0]))
@@ -269,8 +286,8 @@ class Preconditioner:
                 "another rank found that a layer's input was modified in place after its forward. "
                 "See the error of that rank."
             )
-        missing = [block for block, count in zip(followed, passes, strict=True) if not count]
-        return self._check_missing(missing, gradients) if missing else False
+        missing = [block for block, count in zip(measured, passes, strict=True) if not count]
+        return self._check_missing(missing, gradients) and idle if missing else False
 
     def _check_missing(self, missing: list[Block], gradients: Mapping[str, Tensor]) -> bool:
         """Check the layers that no rank has seen; see `check`."""
@@ -278,6 +295,7 @@ class Preconditioner:
             block.name
             for block in missing
             if not self._plan.plans[block].waited_for
+            and not block.of_gradient
             and block.name in gradients
             and bool(gradients[block.name].any())
         ]
@@ -292,7 +310,7 @@ class Preconditioner:
                 "error of that rank."
             )
         self._unseen = missing
-        return len(missing) == len(self._plan.followed) and not nonzero_anywhere
+        return len(missing) == len(self._plan.measured) and not nonzero_anywhere
 
     def agree(self, step: int | None = None) -> None:
         """Go on with the layers as they are now, if they are the same on all ranks.
@@ -313,13 +331,19 @@ class Preconditioner:
         self.blocks.adopt(blocks)
         self.overlapped.retain(set(blocks))
 
-    def refresh(self) -> None:
-        """Reduce and average sums, decompose what is due, measure moments in the new basis."""
+    def refresh(self, gradients: Mapping[str, Tensor]) -> None:
+        """Reduce and average sums, decompose what is due, measure moments in the new basis.
+
+        Args:
+            gradients: By layer name, as matrices; some curvatures measure these.
+        """
         plans = {block: plan for block, plan in self._plan.plans.items() if plan.due}
         if not plans:
             return
         for block in plans:
             block.invalidate()
+        self._next = [b for b, plan in plans.items() if plan.factors and b.counts_next]
+        self._take_gradients([block for block in plans if block not in self._next], gradients)
         failures = self._refresh.run(plans, self._unseen, self._arrived)
         for block in plans:
             if block.name in failures.reasons:
@@ -329,6 +353,36 @@ class Preconditioner:
             self._warn("mended", mended_message(failures.mended))
         for block, plan in plans.items():
             plan.settle(block.state, seen=block not in self._unseen)
+
+    def count_gradients(self, gradients: Mapping[str, Tensor]) -> None:
+        """Take the statistics of gradients that count from the next step on.
+
+        Args:
+            gradients: By layer name, as matrices.
+        """
+        self._take_gradients(self._next, gradients)
+
+    def _take_gradients(self, blocks: Sequence[Block], gradients: Mapping[str, Tensor]) -> None:
+        """Take the factors of these blocks' gradients into their means, where they are due."""
+        sums: dict[str, Statistic] = {}
+        for block in blocks:
+            plan, gradient = self._plan.plans[block], gradients.get(block.name)
+            if not (plan.of_gradient and plan.factors) or gradient is None:
+                continue
+            if self.placement.decomposed_here(block):
+                with self.timer.timed("factors"):
+                    found = block.factors_of_gradient(gradient)
+                mine = {key: each for key, each in found.items() if self._keeps(block, key)}
+                sums |= _named(block, drop_nonfinite(mine, block.state.nonfinite))
+        averages = _by_block(local_means(sums))
+        for block in blocks:
+            if block.name in averages:
+                block.update_factors(averages[block.name], self._refresh.factor_decay)
+
+    def _keeps(self, block: Block, key: str) -> bool:
+        """Return whether this rank keeps the factor of a key, "factor.NAME"."""
+        name = key.removeprefix("factor.")
+        return self.rank in self.placement.factor_workers(block.name, name)
 
     def _report_failure(self, block: Block, reason: str) -> None:
         self.failed_decompositions += 1
@@ -342,25 +396,52 @@ class Preconditioner:
     def measure_gradients(self, gradients: Mapping[str, Tensor], reduction: str) -> None:
         """Measure the moments of the user's own gradient, for bases that want these.
 
+        Blocks whose factors are of the gradient too take it as it is, and count no terms.
+
         Args:
             gradients: By layer name, as matrices.
             reduction: "mean" or "sum": how the user's loss reduces over likelihood terms.
         """
-        if not self._plan.counts_terms:
-            return
         blocks = self.blocks.current()
-        local = sum(self._num_terms, start=0.0)
-        [num_terms] = self.communicator.total([float(local)], device_of(blocks))
-        if not num_terms:
-            return
+        num_terms = 0.0
+        if self._plan.counts_terms:
+            local = sum(self._num_terms, start=0.0)
+            [num_terms] = self.communicator.total([float(local)], device_of(blocks))
+        plans, sums = self._plan.plans, {}
+        measured: list[Block] = []
         for block in blocks:
-            gradient, state = gradients.get(block.name), block.state
-            wanted = block.basis.moments_from == "gradient" and state.ready and state.decomposition
-            if wanted and gradient is not None:
-                mean = gradient / num_terms if reduction == "sum" else gradient
-                sums = drop_nonfinite(block.gradient_moments(mean, num_terms), state.nonfinite)
-                means = local_means(sums)
-                block.update_moments({k.removeprefix("moment."): m for k, m in means.items()})
+            gradient, state, terms = gradients.get(block.name), block.state, num_terms
+            if block.of_gradient:
+                terms = 1.0 if block in plans and plans[block].scale else 0.0
+            if not (block.rated and state.ready and state.decomposition) or gradient is None:
+                continue
+            if terms:
+                mean = gradient
+                if reduction == "sum" and not block.of_gradient:
+                    mean = gradient / terms
+                found = drop_nonfinite(block.gradient_moments(mean, terms), state.nonfinite)
+                sums |= _named(block, found)
+                measured.append(block)
+        averages = _by_block(local_means(sums))
+        for block in measured:
+            block.update_moments(averages.get(block.name, {}))
+
+    @property
+    def averages(self) -> bool:
+        """Whether gradients are averaged before they are preconditioned."""
+        return self._first_moment.decay > 0
+
+    def average(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the running means of the gradients, which are preconditioned in their place.
+
+        Args:
+            gradients: By layer name, `[..., d_out, d_in]`.
+        """
+        blocks = {block.name: block for block in self.blocks.current()}
+        return {
+            name: blocks[name].average(gradient, self._first_moment)
+            for name, gradient in gradients.items()
+        }
 
     def precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the preconditioned gradients; the plain one while a layer has no statistics.
@@ -372,7 +453,7 @@ class Preconditioner:
             The same names, without layers whose gradient is missing on the rank that holds them.
         """
         blocks = self.blocks.current()
-        ready = [block for block in blocks if block.state.ready]
+        ready = [block for block in blocks if block.ready]
         moved = [block for block in ready if not self.placement.everywhere(block.name)]
         names = {block.name for block in ready}
         found = {name: gradient for name, gradient in gradients.items() if name not in names}
@@ -410,7 +491,7 @@ class Preconditioner:
         self.blocks.prune()
         self._num_terms.clear()
         self._forwards = 0
-        self._followed, self._arrived = {}, {}
+        self._followed, self._arrived, self._next = {}, {}, []
         self._plan, self._planned = EMPTY, None
 
     def skip(self, faults: Mapping[str, int]) -> None:
@@ -430,7 +511,8 @@ class Preconditioner:
         """Create the tensors of layers that have none, so that a checkpoint can be loaded."""
         for block in self.blocks.current():
             if block.name in names and not block.state.allocated:
-                block.allocate(self._kept(block), holds=self.placement.holds(block.name))
+                holds = self.placement.holds(block.name)
+                block.allocate(self._kept(block), holds=holds, averages=self.averages)
 
     def loaded(
         self, saved: Mapping[int, Mapping[str, Tensor]], damage: Damage
@@ -451,15 +533,16 @@ class Preconditioner:
                 state = BlockState.from_flat(saved[id(anchor)], anchor.device, part, damage)
                 holds = self.placement.holds(block.name)
                 states[block.name] = block.fitted(
-                    state, self._kept(block), holds=holds, damage=damage
+                    state, self._kept(block), holds=holds, averages=self.averages, damage=damage
                 )
         return states
 
     def _kept(self, block: Block) -> frozenset[str]:
         """Return the names of the factors of a block that this rank keeps."""
-        _, sums = block.blank()
         workers = self.placement.factor_workers
-        return frozenset(name for name in sums if self.rank in workers(block.name, name))
+        return frozenset(
+            name for name in block.blank_factors() if self.rank in workers(block.name, name)
+        )
 
     def forget(self, blocks: Iterable[Block]) -> None:
         """Start these blocks afresh, between forwards; each is measured as soon as it can be."""
@@ -476,6 +559,20 @@ class Preconditioner:
         self._num_terms.clear()
         self._forwards = 0
         self._plan, self._planned = EMPTY, None
+
+
+def _named(block: Block, sums: Mapping[str, Statistic]) -> dict[str, Statistic]:
+    """Return the sums of one block under names that tell it from others."""
+    return {join_key(block.name, key): each for key, each in sums.items()}
+
+
+def _by_block(averages: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Return averages by the name of their block, and by their own names without their kind."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for joined, value in averages.items():
+        layer, key = split_key(joined)
+        found.setdefault(layer, {})[key.partition(".")[2]] = value
+    return found
 
 
 def _input_changed(block: Block) -> bool:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import fnmatch
 
 import attrs
+import torch
 
-from kfactk.stages import Basis, Curvature
+from kfactk.stages import Basis, Curvature, Layer
+from kfactk.validation import attribute_errors
 
 
 @attrs.frozen
@@ -24,6 +26,19 @@ class BlockRule:
     basis: Basis
     layers: tuple[str, ...] = ()
     label: str = ""
+
+    @property
+    def of_gradient(self) -> bool:
+        """Whether its curvature takes statistics of the user's gradient."""
+        return self.curvature.statistics_from == "gradient"
+
+    def refuses(self, layer: Layer) -> str | None:
+        """Return why the basis cannot treat a layer that the curvature takes, or `None`."""
+        with attribute_errors("curvature", self.curvature, f"on layer {layer.name!r}"):
+            blank = {n: torch.empty_like(p, device="meta") for n, p in layer.tensors().items()}
+            shape = tuple(self.curvature.matrix(layer, blank).shape)
+        with attribute_errors("basis", self.basis, f"on layer {layer.name!r}"):
+            return self.basis.unsupported(shape)
 
     def allows(self, name: str) -> bool:
         """Return whether the rule may take the module of this name."""

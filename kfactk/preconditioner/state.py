@@ -24,6 +24,10 @@ OVERDUE, READY = "overdue", "ready"
 """Keys, after the prefix, of what a block is overdue with and of whether it can precondition.
 
 What is overdue is a sum: 1 for factors, 2 for the scale, 4 for the basis, 8 for input factors."""
+MEAN = "mean"
+"""Name of the running mean of the gradient."""
+MEANS = ("factor", "moment", "gradient")
+"""First words, after the prefix, of the keys of running means."""
 LARGEST_WEIGHT = 2.0**53
 """Weights count updates; double precision counts no further."""
 Savepoint = tuple[int, int, int]
@@ -40,6 +44,7 @@ class BlockState:
         factors: Running means of the curvature's factors that this rank keeps.
         decomposition: The decomposition of each matrix; empty where other ranks precondition.
         moments: Running means of the basis' moments, on the same ranks.
+        gradients: The running mean of the gradient, "mean", where the recipe has a first moment.
         ready: Whether the block can precondition, on this rank or another: it was decomposed from
             factors that have seen data.
         specs: Shapes and dtypes of each matrix's decomposition, where they are known.
@@ -56,6 +61,7 @@ class BlockState:
     factors: dict[str, RunningMean] = attrs.Factory(dict)
     decomposition: dict[str, dict[str, Tensor]] = attrs.Factory(dict)
     moments: dict[str, RunningMean] = attrs.Factory(dict)
+    gradients: dict[str, RunningMean] = attrs.Factory(dict)
     ready: bool = False
     specs: dict[str, dict[str, TensorSpec]] = attrs.Factory(dict)
     staged: dict[str, Statistic] = attrs.Factory(dict)
@@ -75,7 +81,7 @@ class BlockState:
     @property
     def allocated(self) -> bool:
         """Whether the tensors exist, with data or without."""
-        return bool(self.decomposition or self.factors)
+        return bool(self.decomposition or self.factors or self.gradients)
 
     @property
     def settled(self) -> bool:
@@ -89,6 +95,10 @@ class BlockState:
     def moment_values(self) -> dict[str, Tensor]:
         """Return the means of the measured moments by name."""
         return _values({name: mean for name, mean in self.moments.items() if mean.weight > 0})
+
+    def means(self) -> dict[str, dict[str, RunningMean]]:
+        """Return the running means by the first word of their keys."""
+        return {"factor": self.factors, "moment": self.moments, "gradient": self.gradients}
 
     def commit(self) -> None:
         """End a forward: add its sums to those of the step, or nothing where any is not finite."""
@@ -137,7 +147,7 @@ class BlockState:
         """
         prefix = _prefix(part)
         out: dict[str, Tensor] = {}
-        for kind, means in (("factor", self.factors), ("moment", self.moments)):
+        for kind, means in self.means().items():
             for name, mean in means.items():
                 if mean.value is not None:
                     weight = torch.tensor(mean.weight, dtype=torch.float64, device="cpu")
@@ -178,11 +188,11 @@ class BlockState:
         overdue = int(_number(entry, OVERDUE, prefix, 15)) if OVERDUE in entry else 0
         state.overdue = DueWork(*(bool(overdue >> place & 1) for place in range(4)))
         state.missed = state.overdue != NOTHING
+        means = state.means()
         for key, tensor in entry.items():
             kind, _, rest = key.partition(".")
-            if kind in ("factor", "moment"):
-                means = state.factors if kind == "factor" else state.moments
-                mean = means.setdefault(rest.removesuffix(".weight"), RunningMean())
+            if kind in means:
+                mean = means[kind].setdefault(rest.removesuffix(".weight"), RunningMean())
                 if rest.endswith(".weight"):
                     mean.weight = float(_number(entry, key, prefix, LARGEST_WEIGHT, whole=False))
                 else:
@@ -234,9 +244,9 @@ def _check_tensors(entry: Mapping[str, Any], prefix: str) -> None:
     for key, value in entry.items():
         if fault := curvature_fault(value):
             damage.note(f"{prefix + key} {fault}")
-        elif key.startswith(("factor.", "moment.")) and not value.is_floating_point():
+        elif key.partition(".")[0] in MEANS and not value.is_floating_point():
             damage.note(f"{prefix + key} has the dtype {value.dtype}, which is not floating-point")
-    means = [key for key in entry if key.partition(".")[0] in ("factor", "moment")]
+    means = [key for key in entry if key.partition(".")[0] in MEANS]
     for key in means:
         value = key.removesuffix(".weight")
         if not {value, f"{value}.weight"} <= entry.keys():
@@ -248,7 +258,7 @@ def _check_tensors(entry: Mapping[str, Any], prefix: str) -> None:
 
 def _known(key: str) -> bool:
     kind, _, rest = key.partition(".")
-    mean = kind in ("factor", "moment") and bool(rest)
+    mean = kind in MEANS and bool(rest)
     return key in (READY, OVERDUE) or mean or (kind == "basis" and "." in rest)
 
 

@@ -54,7 +54,7 @@ from kfactk.registry.serialization import (
     untrusted,
 )
 from kfactk.registry.torch_optimizer import TorchOptimizer
-from kfactk.stages import Curvature
+from kfactk.stages import WAIVABLE, Curvature
 
 ADAPTERS: dict[str, type[TorchOptimizer]] = {"update": TorchOptimizer}
 """By family, the stage class that wraps objects which are not stages themselves."""
@@ -444,7 +444,7 @@ def _unfit(family: str, stage: object) -> str:
     return lacks
 
 
-NAME_SETS = {"curvature": ("provides",), "basis": ("requires", "laws")}
+NAME_SETS = {"curvature": ("provides",), "basis": ("requires", "laws", "waives")}
 """By family, the attributes that must be sets of names."""
 
 
@@ -456,6 +456,11 @@ def _check_attributes(family: str, stage: Any, label: str) -> None:
                 f"{label} has {name}={value!r}, which must be a frozenset of names. Report it to "
                 "its authors."
             )
+    if family == "basis" and (unknown := sorted(stage.waives - WAIVABLE.keys())):
+        raise PluginError(
+            f"{label} waives the law {unknown[0]!r}, which is not known. There are: "
+            f"{', '.join(WAIVABLE)}. Report it to its authors."
+        )
     source = stage.moments_from if family == "basis" else None
     if source not in (None, "samples", "gradient"):
         raise PluginError(

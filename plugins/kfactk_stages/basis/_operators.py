@@ -32,18 +32,19 @@ def worth_rounding(rows: int, right: Tensor) -> bool:
 
 
 def operator_in(
-    left: Tensor,
+    left: Tensor | None,
     right: Tensor | None,
     taps: Tensor | None,
     *,
     spectrum: Tensor,
     damping: float,
     precision: torch.dtype | None = None,
+    power: float = 1.0,
 ) -> SpectralOperator:
     """Return `U diag(s) U^T` for the basis that these directions make.
 
     Args:
-        left: U_G, `[..., d_out, d_out]`.
+        left: U_G, `[..., d_out, d_out]`; `None` for the coordinates, without `taps`.
         right: U_A, `[..., d_in, d_in]`, or U_C, `[..., channels, channels]`; `None` for the
             coordinates themselves.
         taps: U_K, `[..., taps, taps]`, beside U_C; `None` for the identity.
@@ -51,13 +52,14 @@ def operator_in(
         damping: tau.
         precision: What `solve` rounds the operands of large products with U_A or U_G to; `None` for
             no rounding.
+        power: p of `solve`, `(F + damping I)^-p`.
     """
     d_in = spectrum.shape[-1]
-    if right is not None and right.shape[-1] < d_in:
+    if left is not None and right is not None and right.shape[-1] < d_in:
         if d_in > DENSE:
-            return ChannelOperator(spectrum, damping, left, right, taps)
+            return ChannelOperator(spectrum, damping, left, right, taps, power=power)
         right, precision = joint_basis(right, taps, d_in), None
-    return EigenbasisOperator(spectrum, damping, left, right, precision)
+    return EigenbasisOperator(spectrum, damping, left, right, precision, power=power)
 
 
 @attrs.define(eq=False)
@@ -67,32 +69,35 @@ class EigenbasisOperator(SpectralOperator):
     Args:
         spectrum: s, `[..., d_out, d_in]`.
         damping: tau.
-        left: U_G, `[..., d_out, d_out]`.
+        left: U_G, `[..., d_out, d_out]`; `None` for the identity.
         right: U_A, `[..., d_in, d_in]`; `None` for the identity.
         precision: What `solve` rounds the operands of large products to; `None` for no rounding.
+        power: p of `solve`, `(F + damping I)^-p`.
     """
 
-    left: Tensor
+    left: Tensor | None
     right: Tensor | None
     precision: torch.dtype | None = None
     weights: Tensor = attrs.field(init=False)
-    rounded: tuple[Tensor, Tensor | None] = attrs.field(init=False)
+    rounded: tuple[Tensor | None, Tensor | None] = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         d_out, d_in = self.spectrum.shape[-2:]
-        self.weights = (self.spectrum + self._tau()).reciprocal_()
+        self.weights = self._weights()
         right = None if self.right is None else self._rounded(self.right, d_out)
-        self.rounded = self._rounded(self.left, d_in), right
+        self.rounded = None if self.left is None else self._rounded(self.left, d_in), right
 
     def solve(self, v: Tensor) -> Tensor:
-        """Return `U [(U^T v) / (s + damping)]`, each product in the precision of its rotation."""
-        (left, right), dtype = self.rounded, v.dtype
-        inside = product(left.mT, v, dtype, _lower(left))
-        if right is None:
-            return product(left, inside.mul_(self.weights), dtype, _lower(left))
-        inside = product(inside, right, dtype, _lower(right)).mul_(self.weights)
-        outside = product(left, inside, dtype, _lower(left))
-        return product(outside, right.mT, dtype, _lower(right))
+        """Return `U [(U^T v) / (s + damping)^p]`, each product in the precision of its rotation."""
+        (left, right), dtype, inside = self.rounded, v.dtype, v
+        if left is not None:
+            inside = product(left.mT, inside, dtype, _lower(left))
+        if right is not None:
+            inside = product(inside, right, dtype, _lower(right))
+        inside = inside * self.weights if inside is v else inside.mul_(self.weights)
+        if left is not None:
+            inside = product(left, inside, dtype, _lower(left))
+        return inside if right is None else product(inside, right.mT, dtype, _lower(right))
 
     def to_basis(self, v: Tensor) -> Tensor:
         """Return `U_G^T v U_A`, without rounding."""
@@ -100,7 +105,8 @@ class EigenbasisOperator(SpectralOperator):
 
     def from_basis(self, coefficients: Tensor) -> Tensor:
         """Return `U_G c U_A^T`, without rounding."""
-        return project(coefficients, self.left.mT, None if self.right is None else self.right.mT)
+        left, right = (None if side is None else side.mT for side in (self.left, self.right))
+        return project(coefficients, left, right)
 
     def _rounded(self, rotation: Tensor, rows: int) -> Tensor:
         if self.precision is None or not worth_rounding(rows, rotation):
@@ -123,6 +129,7 @@ class ChannelOperator(SpectralOperator):
         left: U_G, `[..., d_out, d_out]`.
         right: U_C, `[..., channels, channels]`.
         taps: U_K, `[..., taps, taps]`; `None` for the identity.
+        power: p of `solve`, `(F + damping I)^-p`.
     """
 
     left: Tensor
@@ -132,7 +139,7 @@ class ChannelOperator(SpectralOperator):
     bias_weights: Tensor | None = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
-        weights, channels = (self.spectrum + self._tau()).reciprocal_(), self.right.shape[-1]
+        weights, channels = self._weights(), self.right.shape[-1]
         taps = None if self.taps is None else self.taps.shape[-1]
         columns = channel_columns(weights.shape[-1], channels, taps)
         self.weights = tap_major(weights, channels, columns)
@@ -140,7 +147,7 @@ class ChannelOperator(SpectralOperator):
         self.bias_weights = weights[..., columns:].clone() if biased else None
 
     def solve(self, v: Tensor) -> Tensor:
-        """Return `U [(U^T v) / (s + damping)]`."""
+        """Return `U [(U^T v) / (s + damping)^p]`."""
         left, right = self.left.to(v.dtype), self.right.to(v.dtype)
         taps = None if self.taps is None else self.taps.to(v.dtype)
         channels = right.shape[-1]

@@ -37,7 +37,7 @@ class Ekfac(Basis):
     """Exact diagonal of the Fisher in the Kronecker-factored eigenbasis.
 
         A = U_A S_A U_A^T,   G = U_G S_G U_G^T,   s* = E[(U_G^T D U_A)^2]
-        P V = U_G [(U_G^T V U_A) / (s* + tau)] U_A^T
+        P V = U_G [(U_G^T V U_A) / (s* + tau)^p] U_A^T
 
     The eigensolver chooses at will within the numerical null space of A or G. Those directions
     share their mean scale, so that P does not depend on the choice. Before any scale is measured,
@@ -81,6 +81,8 @@ class Ekfac(Basis):
         iterate_from: From this size on, one step of orthogonal iteration from the last eigenvectors
             replaces a new decomposition, at less cost (`kfactk.linalg.orthogonal_iteration`);
             `None` for never. s* is exact in whatever orthonormal basis results.
+        power: p, in (0, 1]. 1: the natural gradient. 0.5: as Adam, in the eigenbasis; with
+            `scale="running"` and curvature `gradient` that is SOAP's step.
 
     Raises:
         OptionError: An option has a value that cannot work.
@@ -106,6 +108,7 @@ class Ekfac(Basis):
     inputs: str = attrs.field(default="full", validator=choice(*INPUTS))
     products: str = attrs.field(default="full", validator=choice(*PRECISIONS))
     iterate_from: int | None = attrs.field(default=None, validator=whole(optional=True))
+    power: float = attrs.field(default=1.0, validator=number(0, 1, low_open=True))
 
     @property
     def requires(self) -> frozenset[str]:
@@ -125,6 +128,11 @@ class Ekfac(Basis):
         if self.inputs == "full":
             found |= {"rotation-equivariant", "exact-when-kronecker"}
         return frozenset(found)
+
+    @property
+    def waives(self) -> frozenset[str]:
+        """A power other than 1 is no inverse."""
+        return frozenset() if self.power == 1 else frozenset({"damped-inverse"})
 
     @property
     def moments_from(self) -> str | None:
@@ -187,7 +195,15 @@ class Ekfac(Basis):
         """Return the operator of a scale `[..., d_out, d_in]`."""
         precision = PRECISIONS[self.products]
         left, right, taps = _vectors(decomposition)
-        return operator_in(left, right, taps, spectrum=scale, damping=damping, precision=precision)
+        return operator_in(
+            left,
+            right,
+            taps,
+            spectrum=scale,
+            damping=damping,
+            precision=precision,
+            power=self.power,
+        )
 
     def moments(self, decomposition: Decomposition, samples: Samples) -> dict[str, Statistic]:
         """Return `{"scale": sum_n (U_G^T D_n U_A)^2}`, null directions pooled."""

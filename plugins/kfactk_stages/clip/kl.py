@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 import attrs
 import torch
@@ -50,6 +51,9 @@ class KlClip:
         approximations", ICLR.
         Wu et al. 2017, arXiv:1708.05144, on the choice of the step size.
     """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"linear", "self-adjoint", "damped-inverse"})
+    """`<g, p>` is a squared Fisher length for `p = (F + tau I)^-1 g` only."""
 
     limit: float = attrs.field(default=0.01, validator=check_limit)
 

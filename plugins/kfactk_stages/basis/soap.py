@@ -1,0 +1,179 @@
+"""The basis of SOAP: Adam in the eigenbasis of the gradients' second moments."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+import attrs
+import torch
+from torch import Tensor
+
+from kfactk import (
+    Basis,
+    CurvatureOperator,
+    Decomposition,
+    FactorContext,
+    Statistic,
+    Tensors,
+    hookimpl,
+    linalg,
+    project,
+)
+from kfactk.options import choice, number
+from kfactk_stages.basis._operators import operator_in
+from kfactk_stages.basis._sides import check_column, is_column
+
+
+@attrs.frozen
+class Soap(Basis):
+    """Adam's second moment of the gradient in Shampoo's eigenbasis, and the step that it makes.
+
+        L = U_L S_L U_L^T,   R = U_R S_R U_R^T,   s = mean of (U_L^T V U_R)^2
+        P V = U_L [(U_L^T V U_R) / (s + eps^(1/p))^p] U_R^T,    p = power
+
+    With `power=0.5` this is SOAP, up to where eps stands: Adam divides by `sqrt(s) + eps`. The mean
+    of s is weighted, as if Adam's were corrected for its bias. A recipe's `first_moment` is Adam's.
+
+    At a refresh, directions follow the old ones by one step of orthogonal iteration, and each keeps
+    its s. A side whose factor is a column, the diagonal of a side that is too wide, keeps its
+    coordinates. The eigensolver chooses at will within the numerical null space of L or R: those
+    directions share their mean of s.
+
+    Args:
+        power: p, in (0, 1]: 0.5 as in Adam, 1 for the inverse.
+        decay: Decay of the running mean of s, in [0, 1].
+        eps: What is added, in the units of `s^p`; `None` for the recipe's damping in place of
+            `eps^(1/p)`. The damping has no other effect.
+        refresh: "iterate": as above. "eigh": decompose anew, and carry the mean of s into the new
+            basis, as the diagonal of the same operator there.
+
+    Raises:
+        OptionError: An option has a value that cannot work.
+
+    Example:
+        >>> basis = Soap(eps=0.0)
+        >>> context = FactorContext(damping=0.0, mean_diagonal={})
+        >>> sides = {"L": torch.eye(1), "R": torch.diag(torch.tensor([1.0, 4.0]))}
+        >>> parts = {name: basis.decompose(name, m, context) for name, m in sides.items()}
+        >>> operator = basis.operator(parts, {"square": torch.tensor([[4.0, 16.0]])}, 0.0, sides)
+        >>> operator.solve(torch.tensor([[1.0, 1.0]]))
+        tensor([[0.5000, 0.2500]])
+
+    References:
+        Vyas et al. 2024, "SOAP: Improving and Stabilizing Shampoo using Adam", arXiv:2409.11321,
+        algorithm 3.
+        George et al. 2018, arXiv:1806.03884, section 4.2, for the carried mean.
+    """
+
+    requires = frozenset({"L", "R"})
+    laws = frozenset({"null-space-independent"})
+    waives = frozenset({"damped-inverse"})
+    moments_from = "gradient"
+    forms = MappingProxyType(
+        {"eigenvalues": "eigenvalues", "eigenvectors": "eigenvectors", "square": "diagonal"}
+    )
+
+    power: float = attrs.field(default=0.5, validator=number(0, 1, low_open=True))
+    decay: float = attrs.field(default=0.95, validator=number(0, 1))
+    eps: float | None = attrs.field(default=1e-8, validator=number(0, optional=True))
+    refresh: str = attrs.field(default="iterate", validator=choice("iterate", "eigh"))
+
+    @property
+    def moment_decay(self) -> float:
+        """Decay of the running mean of s."""
+        return self.decay
+
+    def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> dict[str, Tensor]:
+        """Return eigenvalues, eigenvectors in columns, and whether these follow the last ones.
+
+        They are `[..., n]`, `[..., n, n]` and `[1]`. Of a column there are eigenvalues only, of its
+        shape.
+
+        Raises:
+            DecompositionError: The matrix holds NaN or inf, or cannot be decomposed.
+        """
+        if is_column(matrix):
+            return {"eigenvalues": check_column(matrix)}
+        last = context.previous
+        follows = (
+            self.refresh == "iterate"
+            and last is not None
+            and last["eigenvectors"].shape == matrix.shape
+        )
+        if follows and last is not None:
+            found = linalg.followed(matrix, last["eigenvectors"], last["eigenvalues"])
+        else:
+            found = None
+        values, vectors = linalg.eigh(matrix) if found is None else found
+        flag = torch.full((1,), float(found is not None), dtype=matrix.dtype, device=matrix.device)
+        return {"eigenvalues": values, "eigenvectors": vectors, "follows": flag}
+
+    def operator(
+        self, decomposition: Decomposition, moments: Tensors, damping: float, matrices: Tensors
+    ) -> CurvatureOperator:
+        """Return `U diag(s) U^T`, with the power of its step.
+
+        Before any gradient was measured, products of eigenvalues over their sum stand for s.
+        """
+        left, right = _vectors(decomposition)
+        spectrum = moments["square"] if "square" in moments else _products(decomposition)
+        added = damping if self.eps is None else self.eps ** (1 / self.power)
+        return operator_in(left, right, None, spectrum=spectrum, damping=added, power=self.power)
+
+    def gradient_moments(
+        self, decomposition: Decomposition, gradient: Tensor, num_terms: Tensor | float
+    ) -> dict[str, Statistic]:
+        """Return `{"square": (U_L^T V U_R)^2}` of the gradient V as it is."""
+        rotated = project(gradient, *_vectors(decomposition))
+        return {"square": Statistic(_pooled(rotated.square(), decomposition), 1.0)}
+
+    def transport(
+        self, moments: Tensors, old: Decomposition, new: Decomposition
+    ) -> dict[str, Tensor]:
+        """Return s as it is along directions that follow old ones, else carried into new ones."""
+        if "square" not in moments:
+            return {}
+        left, right = (_overlap(old[name], new[name]) for name in ("L", "R"))
+        return {"square": _pooled(project(moments["square"], left, right), new)}
+
+
+def _overlap(old: Tensors, new: Tensors) -> Tensor | None:
+    """Return the squared cosines of old and new directions; `None` where new ones follow old ones.
+
+    On the meta device that is not known.
+    """
+    if "eigenvectors" not in new or (not new["follows"].is_meta and bool(new["follows"])):
+        return None
+    return (old["eigenvectors"].mT @ new["eigenvectors"]).square()
+
+
+def _vectors(decomposition: Decomposition) -> tuple[Tensor | None, Tensor | None]:
+    return decomposition["L"].get("eigenvectors"), decomposition["R"].get("eigenvectors")
+
+
+def _products(decomposition: Decomposition) -> Tensor:
+    """Return `lambda_L lambda_R / sum lambda_R`, `[..., d_out, d_in]`."""
+    left, right = (_values(decomposition[name]) for name in ("L", "R"))
+    total = right.sum(-1, keepdim=True)
+    share = right / torch.where(total > 0, total, 1.0)
+    return left.unsqueeze(-1) * share.unsqueeze(-2)
+
+
+def _values(parts: Tensors) -> Tensor:
+    values = parts["eigenvalues"]
+    return values if "eigenvectors" in parts else values.squeeze(-1)
+
+
+def _pooled(square: Tensor, decomposition: Decomposition) -> Tensor:
+    """Give directions among which the eigensolver chose at will their mean."""
+    for name, dim in (("L", -2), ("R", -1)):
+        parts = decomposition[name]
+        if "eigenvectors" in parts:
+            square = linalg.pool_null(square, linalg.null_mask(parts["eigenvalues"]), dim)
+    return square
+
+
+@hookimpl
+def kfactk_bases() -> dict[str, type[Soap]]:
+    """Provide `soap`."""
+    return {"soap": Soap}
