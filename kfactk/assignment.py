@@ -42,12 +42,15 @@ class Work:
         gradient: Shape `(..., d_out, d_in)` of its gradient as a matrix.
         indivisible: Whether all its matrices must lie on the same ranks, because they are made of
             the same statistics.
+        of_gradient: Whether its matrices are statistics of the gradient, which all ranks have
+            alike: no sums travel.
     """
 
     layer: str
     matrices: Mapping[str, tuple[int, ...]]
     gradient: tuple[int, ...]
     indivisible: bool = False
+    of_gradient: bool = False
 
     def flops(self, name: str) -> float:
         """Return the order of FLOPs to decompose a matrix: n^3 if it is square, else its size."""

@@ -25,7 +25,7 @@ from kfactk.optim.settings import (
 )
 from kfactk.options import USUAL_DAMPING, Number, Period, python_number
 from kfactk.preconditioner.coverage import Coverage, ModelSurvey
-from kfactk.preconditioner.first_moment import FirstMoment
+from kfactk.preconditioner.first_moment import as_first_moment
 from kfactk.preconditioner.rules import BlockRule
 from kfactk.preconditioner.schedule import early
 from kfactk.registry.hookspecs import STAGE_HOOKS
@@ -418,7 +418,7 @@ def _resolved(values: Mapping[str, Any], *, trusted: bool = True) -> dict[str, A
         if name == "curvature":
             out[name] = _blocks(value, trusted)
         elif name == "first_moment":
-            out[name] = FirstMoment.given(python_number(value))
+            out[name] = as_first_moment(python_number(value))
         elif name in STAGE_HOOKS:
             made = None if value is None else registry().resolve(name, value, trusted=trusted)
             out[name] = made

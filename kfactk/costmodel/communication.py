@@ -61,7 +61,9 @@ class Sizes:
             sums[name] = numbers_sent(shape)
             eigenvalues = math.prod(shape[:-1]) if sampled and is_square(shape) else 0
             kept[name] = math.prod(shape) + eigenvalues
-        if work.indivisible:
+        if work.of_gradient:
+            sums = {}
+        elif work.indivisible:
             sums = {"": sum(sums.values())}
         return cls(sums, kept, math.prod(work.gradient) if sampled else 0)
 

@@ -126,16 +126,17 @@ def training_load(model: nn.Module, recipe: Recipe, batch: Tensor) -> TrainingLo
     calls: dict[str, list[tuple[Tensor, Tensor]]] = {block.name: [] for block in blocks}
     model.train()
     with contextlib.ExitStack() as hooks, Meter() as forward:
-        for block in blocks:
+        for block in (block for block in blocks if not block.of_gradient):
             recording = functools.partial(_record, calls[block.name])
             for site in block.layer.sites:
                 hooks.enter_context(site.register_forward_hook(recording))
         output = _run(model, batch)
     outputs = [out for found in calls.values() for _, out in found if out.requires_grad]
     with Meter() as fisher:
-        torch.autograd.grad(
-            output, outputs, torch.empty_like(output), retain_graph=True, allow_unused=True
-        )
+        if outputs:
+            torch.autograd.grad(
+                output, outputs, torch.empty_like(output), retain_graph=True, allow_unused=True
+            )
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with Meter() as backward:
         torch.autograd.grad(output, trained, torch.empty_like(output), allow_unused=True)
@@ -151,7 +152,7 @@ def training_load(model: nn.Module, recipe: Recipe, batch: Tensor) -> TrainingLo
         costs,
         forward_backward=forward.amount + backward.amount,
         fisher_pass=fisher.amount,
-        passes=_passes(recipe, output),
+        passes=_passes(recipe, output) if outputs else 0,
         parameters=sum(parameter.numel() for parameter in trained),
         state=_state_per_parameter(recipe),
         activations=float(forward.written),
@@ -177,24 +178,33 @@ def _record(calls: list[tuple[Tensor, Tensor]], module: nn.Module, args: Any, ou
 
 def _layer_cost(block: Block, work: Work, calls: Sequence[LayerCall]) -> LayerCost:
     """Count what the stages do for one layer."""
-    samples, blank = block.blank()
+    blank = block.blank_factors()
     parts, solver = _decompose_corners(block, work)
     block.state.decomposition = parts
     gradient = torch.empty(work.gradient, device="meta")
     factors = scale = NOTHING
     moments: dict[str, Statistic] = {}
-    if calls:
-        samples = block.samples(calls, num_terms=1.0, first=True)
-        block.factors(samples)  # makes what is cached, which is no part of a step
+    if block.of_gradient:
         with Meter() as meter:
-            block.factors(samples)
-        factors = meter.amount
-    if block.sampled:
-        with Meter() as meter:
-            moments = block.moments(parts, samples)
-        scale = meter.amount if calls else NOTHING
-    elif block.basis.moments_from == "gradient":
-        moments = block.gradient_moments(gradient, 1.0)
+            if not block.without_state:
+                block.factors_of_gradient(gradient)
+            moments = block.gradient_moments(gradient, 1.0) if block.rated else {}
+        factors = meter.amount  # moments need no Fisher pass either, and have the same usual period
+    else:
+        samples = (
+            block.samples(calls, num_terms=1.0, first=True) if calls else block.blank_samples()
+        )
+        if calls:
+            block.factors(samples)  # makes what is cached, which is no part of a step
+            with Meter() as meter:
+                block.factors(samples)
+            factors = meter.amount
+        if block.sampled:
+            with Meter() as meter:
+                moments = block.moments(parts, samples)
+            scale = meter.amount if calls else NOTHING
+        elif block.rated:
+            moments = block.gradient_moments(gradient, 1.0)
     for key, found in moments.items():
         if found.total is not None:
             block.state.moments[key.removeprefix("moment.")] = RunningMean(found.total, 1.0)
@@ -214,6 +224,8 @@ def _layer_cost(block: Block, work: Work, calls: Sequence[LayerCall]) -> LayerCo
 
 def _sums(work: Work, blank: Mapping[str, Statistic]) -> dict[str, int]:
     """Return how many numbers of a layer's statistics travel."""
+    if work.of_gradient:
+        return {}
     sizes = {
         name: numbers_sent(tuple(statistic.total.shape), symmetric=statistic.symmetric)
         for name, statistic in blank.items()

@@ -23,7 +23,7 @@ from kfactk.options import (
     refusal,
     whole,
 )
-from kfactk.preconditioner.first_moment import FirstMoment
+from kfactk.preconditioner.first_moment import FirstMoment, as_first_moment
 from kfactk.preconditioner.rules import BlockRule
 from kfactk.preconditioner.schedule import UpdateSchedule
 from kfactk.registry.hookspecs import STAGE_HOOKS
@@ -134,7 +134,7 @@ class Settings:
     damping: Number = attrs.field(validator=_number(varies=True))
     weight_decay: float = attrs.field(validator=_number())
     weight_decay_at: str = attrs.field(validator=choice("update", "gradient"))
-    first_moment: FirstMoment = attrs.field(converter=FirstMoment.given)
+    first_moment: FirstMoment = attrs.field(converter=as_first_moment)
     factor_decay: float = attrs.field(validator=_number(high=1.0))
     factor_every: Period = attrs.field(validator=_period)
     scale_every: Period = attrs.field(validator=_period)

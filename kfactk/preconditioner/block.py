@@ -411,7 +411,13 @@ class Block:
         apart = set(blank) == set(shapes) and all(
             self._alone(name, blank[name], shapes[name]) for name in shapes
         )
-        return Work(self.name, shapes, tuple(self.matrix({}).shape), indivisible=not apart)
+        return Work(
+            self.name,
+            shapes,
+            tuple(self.matrix({}).shape),
+            indivisible=not apart,
+            of_gradient=self.of_gradient,
+        )
 
     def _alone(self, name: str, factor: Tensor, shape: tuple[int, ...]) -> bool:
         try:

@@ -251,7 +251,8 @@ class ModelSurvey:
         found = []
         for part, parameters in parts.items():
             label = f"{name}[{part}]" if part else name
-            shapes = {key: module._parameters[key].shape for key in parameters}
+            own = _own(module)
+            shapes = {key: own[key].shape for key in parameters}
             found.append(Candidate(label, module, part, shapes, sites, rule))
         return found
 
@@ -447,7 +448,7 @@ class ModelSurvey:
         rows = []
         for name, parameter in self.parameters():
             wanted = parameter.requires_grad and id(parameter) in trained
-            block, stages = blocks.get(name) or owners.get(id(parameter), (None, ""))
+            block, stages = blocks.get(name) or owners.get(id(parameter)) or (None, "")
             if block is not None:
                 reason = ""
             elif not parameter.requires_grad:

@@ -50,28 +50,8 @@ class FirstMoment:
     corrected: bool = attrs.field(default=True, validator=flag)
     nesterov: bool = attrs.field(default=False, validator=flag)
 
-    @classmethod
-    def given(cls, value: Any) -> FirstMoment:
-        """Return what a recipe's `first_moment` names: a decay, or a mapping of options.
-
-        Raises:
-            OptionError: It names nothing.
-        """
-        if isinstance(value, cls):
-            return value
-        if not isinstance(value, Mapping):
-            return cls(value)
-        names = [field.name for field in attrs.fields(cls)]
-        for name in value:
-            if name not in names:
-                raise OptionError(
-                    f"first_moment has no option {name!r}.{near_names(str(name), names)} Use one "
-                    f"of: {', '.join(names)}."
-                )
-        return cls(**value)
-
     def written(self) -> Any:
-        """Return the inverse of `given`, in JSON's types."""
+        """Return the inverse of `as_first_moment`, in JSON's types."""
         return self.decay if self == FirstMoment(self.decay) else attrs.asdict(self)
 
     def of(self, mean: RunningMean, gradient: Tensor) -> Tensor:
@@ -86,3 +66,27 @@ class FirstMoment:
         if not self.corrected:
             found = found * ((1 - self.decay) * mean.weight)
         return gradient.lerp(found, self.decay) if self.nesterov else found
+
+
+def as_first_moment(value: Any) -> FirstMoment:
+    """Return what a recipe's `first_moment` names: a decay, or a mapping of options.
+
+    Raises:
+        OptionError: It names nothing.
+
+    Example:
+        >>> as_first_moment({"decay": 0.95, "nesterov": True}).written()
+        {'decay': 0.95, 'corrected': True, 'nesterov': True}
+    """
+    if isinstance(value, FirstMoment):
+        return value
+    if not isinstance(value, Mapping):
+        return FirstMoment(value)
+    names = [field.name for field in attrs.fields(FirstMoment)]
+    for name in value:
+        if name not in names:
+            raise OptionError(
+                f"first_moment has no option {name!r}.{near_names(str(name), names)} Use one of: "
+                f"{', '.join(names)}."
+            )
+    return FirstMoment(**value)

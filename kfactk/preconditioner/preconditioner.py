@@ -407,8 +407,8 @@ class Preconditioner:
         if self._plan.counts_terms:
             local = sum(self._num_terms, start=0.0)
             [num_terms] = self.communicator.total([float(local)], device_of(blocks))
-        plans, sums = self._plan.plans, {}
-        measured: list[Block] = []
+        plans, measured = self._plan.plans, list[Block]()
+        sums: dict[str, Statistic] = {}
         for block in blocks:
             gradient, state, terms = gradients.get(block.name), block.state, num_terms
             if block.of_gradient:

@@ -5,7 +5,8 @@
 
 A class names its `stage`. It may also set `curvature`, what to measure with; `block`, the dense
 matrix that the basis claims to invert; and what is drawn. Further laws are tested where a basis
-claims them in its `laws`. The laws of its state (decompositions, moments) are inherited too.
+claims them in its `laws`. What a basis waives in its `waives` is skipped, and says so: test that
+against algebra of your own. The laws of its state (decompositions, moments) are inherited too.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class BasisLaws(BasisStateLaws, BasisTraitLaws, InRecipe):
 
     # ------------------------------------------------------------------------------------- solve
 
-    @law(situation="any_situations", seed=seeds(), factor=st.floats(-3, 3))
+    @law(waivable="linear", situation="any_situations", seed=seeds(), factor=st.floats(-3, 3))
     def test_it_is_linear(self, situation: Situation, seed: int, factor: float) -> None:
         """P (c V + W) = c P V + P W."""
         other = situation.another(seed)
@@ -59,7 +60,7 @@ class BasisLaws(BasisStateLaws, BasisTraitLaws, InRecipe):
         says = f"solve is not linear: P(c V + W), c = {factor}, differs from c P V + P W"
         same(together, apart, says)
 
-    @law(situation="any_situations", seed=seeds())
+    @law(waivable="self-adjoint", situation="any_situations", seed=seeds())
     def test_it_is_self_adjoint(self, situation: Situation, seed: int) -> None:
         """<W, P V> = <P W, V>."""
         other = situation.another(seed)
@@ -78,7 +79,7 @@ class BasisLaws(BasisStateLaws, BasisTraitLaws, InRecipe):
             f"solve is not positive definite: <V, P V> = {product} for a gradient that is not zero"
         )
 
-    @law(situation="situations")
+    @law(waivable="damped-inverse", situation="situations")
     def test_with_much_damping_it_divides_by_it(self, situation: Situation) -> None:
         """Refreshed with a damping far above the curvature, damping * P is the identity."""
         fisher = dense(situation.multiply, situation.gradient)
@@ -87,7 +88,7 @@ class BasisLaws(BasisStateLaws, BasisTraitLaws, InRecipe):
         says = "damping * P is not the identity, though the damping is 1e16 times the curvature"
         same(damped.damping * damped.solve(), damped.gradient, says, 1e-5)
 
-    @law(situation="any_situations")
+    @law(waivable="damped-inverse", situation="any_situations")
     def test_it_is_the_dense_damped_inverse(self, situation: Situation) -> None:
         """P is the inverse of the damped matrix that the basis claims to be (method `block`)."""
         block, vector = self.block(situation), columns(situation.gradient)
@@ -105,7 +106,7 @@ class BasisLaws(BasisStateLaws, BasisTraitLaws, InRecipe):
         """An operator is kept between refreshes: each time it does what a fresh one does."""
         kept = situation.fresh_operator()
         for gradient in (situation.gradient, situation.another(seed), situation.gradient):
-            for method in ("solve", "multiply"):
+            for method in ("solve", "multiply")[: 1 if self.waives("fisher") else 2]:
                 found = getattr(kept, method)(gradient)
                 expected = getattr(situation.fresh_operator(), method)(gradient)
                 same(found, expected, f"used again, the operator's {method} gives another result")
@@ -129,7 +130,7 @@ class BasisLaws(BasisStateLaws, BasisTraitLaws, InRecipe):
 
     # ---------------------------------------------------------------------------------- multiply
 
-    @law(situation="any_situations", seed=seeds(), factor=st.floats(-3, 3))
+    @law(waivable="fisher", situation="any_situations", seed=seeds(), factor=st.floats(-3, 3))
     def test_multiplying_is_linear(self, situation: Situation, seed: int, factor: float) -> None:
         """F (c V + W) = c F V + F W."""
         other = situation.another(seed)
@@ -138,7 +139,7 @@ class BasisLaws(BasisStateLaws, BasisTraitLaws, InRecipe):
         says = f"multiply is not linear: F(c V + W), c = {factor}, differs from c F V + F W"
         same(together, apart, says)
 
-    @law(situation="any_situations")
+    @law(waivable="fisher", situation="any_situations")
     def test_multiplying_is_the_block_without_damping(self, situation: Situation) -> None:
         """F is symmetric, positive semi-definite, and what `block` says without damping."""
         fisher = dense(situation.multiply, situation.gradient)
@@ -152,7 +153,7 @@ class BasisLaws(BasisStateLaws, BasisTraitLaws, InRecipe):
         claimed = self.block(attrs.evolve(situation, damping=0.0))
         same(fisher, claimed, "multiply is not the matrix of `block` without damping")
 
-    @law(situation="situations")
+    @law(waivable="damped-inverse", situation="situations")
     def test_solving_undoes_multiplying(self, situation: Situation) -> None:
         """P (F V + damping V) = V, for a basis that damps by adding damping times the identity."""
         plain = type(self).block is BasisFrame.block
@@ -164,7 +165,7 @@ class BasisLaws(BasisStateLaws, BasisTraitLaws, InRecipe):
 
     # ------------------------------------------------------------------------ condition, spectrum
 
-    @law(situation="any_situations")
+    @law(waivable="damped-inverse", situation="any_situations")
     def test_the_condition_is_no_more_than_the_true_one(self, situation: Situation) -> None:
         """The condition number is a finite scalar of at least 1, exact or a lower bound."""
         told = situation.operator.condition()
@@ -177,7 +178,7 @@ class BasisLaws(BasisStateLaws, BasisTraitLaws, InRecipe):
             f"the condition number is {float(told)}; that of the dense block is {true}"
         )
 
-    @law(situation="situations")
+    @law(waivable="damped-inverse", situation="situations")
     def test_the_spectrum_is_that_of_the_matrix(self, situation: Situation) -> None:
         """Of a `SpectralOperator`: the spectrum holds the eigenvalues of F, logdet is exact."""
         operator, fisher = self._spectral(situation)
@@ -189,7 +190,7 @@ class BasisLaws(BasisStateLaws, BasisTraitLaws, InRecipe):
         says = "logdet is not the logarithm of the determinant of F + damping I"
         close(operator.logdet().double(), expected, says, rtol=1e-6, atol=1e-6)
 
-    @law(situation="situations")
+    @law(waivable="fisher", situation="situations")
     def test_a_function_acts_on_the_spectrum(self, situation: Situation) -> None:
         """Of a `SpectralOperator`: `function(f, V)` is f(F) V."""
         operator, fisher = self._spectral(situation)
@@ -228,10 +229,10 @@ class BasisLaws(BasisStateLaws, BasisTraitLaws, InRecipe):
                 f"without damping the preconditioned gradient holds NaN or inf ({dtype}): {found}. "
                 "A floor under the damping, kfactk.linalg.damping_floor, keeps divisions finite"
             )
-            told = float(bare.operator.condition())
+            told = 1.0 if self.waives("fisher") else float(bare.operator.condition())
             assert math.isfinite(told), f"without damping the condition number is {told}"
 
-    @law(situation="any_situations", power=st.integers(-60, 60))
+    @law(waivable="damped-inverse", situation="any_situations", power=st.integers(-60, 60))
     def test_it_scales_with_the_curvature(self, situation: Situation, power: int) -> None:
         """Gradients times c multiply F by c^2; with damping times c^2 they multiply P by 1/c^2.
 
@@ -256,7 +257,7 @@ class BasisLaws(BasisStateLaws, BasisTraitLaws, InRecipe):
         expected = situation.solve() / (c * c)
         same(scaled.solve(), expected, says.format("solve", 1 / c / c), 1e-6)
 
-    @law(situation="scaled")
+    @law(waivable="fisher", situation="scaled")
     def test_float32_holds_from_1e_20_to_1e20(self, situation: Situation) -> None:
         """At every scale of float32 the result is finite, downhill, and no longer than V / damping.
 
@@ -269,6 +270,8 @@ class BasisLaws(BasisStateLaws, BasisTraitLaws, InRecipe):
         assert inner(situation.gradient, found) > 0, (
             "at this scale the preconditioned gradient does not go downhill"
         )
+        if self.waives("damped-inverse"):
+            return
         longest = float(situation.gradient.double().norm()) / situation.damping
         length = float(found.double().norm())
         assert length <= longest * 1.001, (

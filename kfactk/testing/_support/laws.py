@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import attrs
+import pytest
 import torch
 from hypothesis import HealthCheck, Phase, given, settings, strategies as st
 from torch import Tensor
@@ -53,11 +54,13 @@ class Law:
         function: The law as it is written: a method whose arguments are drawn.
         drawn: For each argument a strategy, or the name of a method of the class that gives one.
         examples: How many examples the quick profile draws.
+        waivable: What a stage may waive in its `waives`, and the law with it; "" for nothing.
     """
 
     function: Callable[..., None]
     drawn: dict[str, st.SearchStrategy[Any] | str]
     examples: int
+    waivable: str = ""
 
     def test_of(self, owner: type[Laws]) -> Callable[..., None]:
         """Return the law as a test of one class."""
@@ -65,6 +68,8 @@ class Law:
         @functools.wraps(self.function)
         def check(self: Laws, *arguments: Any, **drawn: Any) -> None:
             __tracebackhide__ = True
+            if self_waives(self):
+                pytest.skip(f"{self.label()} waives {waivable!r}, and this law with it")
             try:
                 original(self, *arguments, **drawn)
             except Exception as error:
@@ -72,7 +77,11 @@ class Law:
                 error.add_note(f"{self.label()} breaks a law of its family: {text}")
                 raise
 
-        original = self.function
+        original, waivable = self.function, self.waivable
+
+        def self_waives(laws: Laws) -> bool:
+            return bool(waivable) and laws.waives(waivable)
+
         test: Callable[..., None] = check
         if self.drawn:
             found = {
@@ -94,12 +103,13 @@ def _named(owner: type[Laws], name: str) -> st.SearchStrategy[Any]:
 
 
 def law(
-    examples: int = 10, **drawn: st.SearchStrategy[Any] | str
+    examples: int = 10, *, waivable: str = "", **drawn: st.SearchStrategy[Any] | str
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Mark a method as a law.
 
     Args:
         examples: How many examples the quick profile draws.
+        waivable: A name that a stage may have in its `waives`; the law is skipped for it.
         drawn: A strategy for each argument, or the name of a method of the class, without
             arguments, that returns the strategy.
 
@@ -117,7 +127,7 @@ def law(
     """
 
     def mark(function: Callable[..., None]) -> Callable[..., None]:
-        function.kfactk_law = Law(function, dict(drawn), examples)  # type: ignore[attr-defined]
+        function.kfactk_law = Law(function, dict(drawn), examples, waivable)  # type: ignore[attr-defined]
         return function
 
     return mark
@@ -161,6 +171,10 @@ class Laws:
                 "Is the package that provides it installed? In its folder: pip install -e ."
             )
             raise
+
+    def waives(self, name: str) -> bool:
+        """Return whether the stage waives a law of its family; see `kfactk.Basis.waives`."""
+        return name in getattr(self.subject(), "waives", ())
 
     def label(self) -> str:
         """Return the stage in words, for messages."""

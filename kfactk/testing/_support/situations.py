@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kfactk.linalg import kron, mean_diagonal
 from kfactk.operators import CurvatureOperator
-from kfactk.samples import LayerCall, Samples
+from kfactk.samples import LayerCall, Samples, Statistic
 from kfactk.stages import Decomposition, FactorContext, Tensors
-from kfactk.statistics import local_means
+from kfactk.statistics import add_sums, local_means
 from kfactk.testing._support.strategies import Case, seeds
 from kfactk.testing._support.truth import module_gradients
 from kfactk.validation import square
@@ -79,18 +79,33 @@ class Situation:
         """
         layer, examples = case.layer, float(len(case.gradient))
         num_terms = examples if num_terms is None else num_terms
-        calls = [LayerCall(x, g) for x, g in case.calls]
-        samples = curvature.samples(layer, calls, num_terms=num_terms, first=True)
-        matrices = curvature.assemble(layer, local_means(curvature.factors(layer, samples)))
-        parameters = layer.tensors()
-        loss = sum(((case.module(x) * g).sum() for x, g in case.calls), torch.zeros(()))
-        found = torch.autograd.grad(loss, list(parameters.values()))
-        mean = curvature.matrix(layer, dict(zip(parameters, found, strict=True))) / num_terms
+        mean = gradient_of(curvature, case) / num_terms
+        if curvature.statistics_from == "gradient":
+            samples, sums = _of_gradients(curvature, case, num_terms)
+        else:
+            calls = [LayerCall(x, g) for x, g in case.calls]
+            samples = curvature.samples(layer, calls, num_terms=num_terms, first=True)
+            sums = curvature.factors(layer, samples)
+        matrices = curvature.assemble(layer, local_means(sums))
         gradient = _normal(mean, torch.Generator().manual_seed(seed))
         bare = cls(
             basis, curvature, case, num_terms, damping, samples, mean, gradient, dict(matrices)
         )
         return bare.refreshed()
+
+    def blank(self) -> Situation:
+        """Return what there is without data, as the framework allocates state."""
+        curvature, layer = self.curvature, self.case.layer
+        nothing, samples = 0 * self.mean_gradient, self.samples
+        if curvature.statistics_from == "gradient":
+            sums = curvature.factors_of_gradient(layer, nothing)
+        else:
+            calls = [curvature.blank(layer)]
+            samples = curvature.samples(layer, calls, num_terms=1.0, first=True)
+            sums = curvature.factors(layer, samples)
+        zeros = {name: torch.zeros_like(mean) for name, mean in local_means(sums).items()}
+        matrices = dict(curvature.assemble(layer, zeros))
+        return self.refreshed(samples=samples, matrices=matrices, mean_gradient=nothing)
 
     def refreshed(self, **changes: Any) -> Situation:
         """Return the situation with these changes, decomposed and measured anew."""
@@ -188,6 +203,32 @@ class Situation:
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
         printer.text(repr(self))  # what Hypothesis prints
+
+
+def gradient_of(curvature: Any, case: Case) -> Tensor:
+    """Return autograd's gradient of a case's summed loss, as the curvature's matrix."""
+    parameters = case.layer.tensors()
+    loss = sum(((case.module(x) * g).sum() for x, g in case.calls), torch.zeros(()))
+    found = torch.autograd.grad(loss, list(parameters.values()))
+    matrix: Tensor = curvature.matrix(case.layer, dict(zip(parameters, found, strict=True)))
+    return matrix
+
+
+def _of_gradients(
+    curvature: Any, case: Case, num_terms: float
+) -> tuple[Samples, dict[str, Statistic]]:
+    """Return what a curvature of gradients makes of examples: each is the gradient of one step.
+
+    As samples they are `D_n = sum_t e_t d_t^T`, with the rows d of D_n.
+    """
+    each = [gradient_of(curvature, case.rows([n])) for n in range(len(case.gradient))]
+    sums: dict[str, Statistic] = {}
+    for gradient in each:
+        add_sums(sums, curvature.factors_of_gradient(case.layer, gradient))
+    rows = torch.stack(each, -3)
+    eye = torch.eye(rows.shape[-2], dtype=rows.dtype)
+    outputs = eye.expand(*rows.shape[:-1], rows.shape[-2])
+    return Samples(rows, outputs, num_terms=num_terms), sums
 
 
 def _shape(matrix: Tensor) -> str:

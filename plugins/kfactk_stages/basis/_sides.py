@@ -29,3 +29,15 @@ def check_column(matrix: Tensor) -> Tensor:
             "a factor holds NaN or inf; raise damping, or look for extreme values in the gradients"
         )
     return matrix.clamp(min=0)
+
+
+def from_both_sides(left: Tensor, v: Tensor, right: Tensor) -> Tensor:
+    """Return `left v right`, where columns stand for the diagonals of their sides.
+
+    Args:
+        left: `[..., d_out, d_out]`, or `[..., d_out, 1]`.
+        v: `[..., d_out, d_in]`.
+        right: `[..., d_in, d_in]`, symmetric, or `[..., d_in, 1]`.
+    """
+    v = left * v if is_column(left) else left @ v
+    return v * right.mT if is_column(right) else v @ right
