@@ -188,7 +188,8 @@ class GradientCurvature(Curvature):
     def counts_next(self) -> bool:
         """Whether a gradient counts from the next step on, and not in its own step already.
 
-        The first gradient counts at once in any case: without it there is no basis.
+        The first gradient then makes the first basis, and no more: the step does not move the
+        layer.
         """
         return False
 

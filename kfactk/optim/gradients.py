@@ -6,7 +6,7 @@ Shards are made whole on the way in. On the way out each rank takes its own part
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -41,13 +41,15 @@ class BlockGradients:
     matrices: dict[str, Tensor]
 
 
-def read(blocks: Sequence[Block], groups: Groups, *, decayed: bool = False) -> BlockGradients:
+def read(
+    blocks: Sequence[Block], groups: Groups, *, decayed: Collection[Block] = ()
+) -> BlockGradients:
     """Read the gradients of the blocks whose anchor has one; a collective call with shards.
 
     Args:
         blocks: The blocks.
         groups: The parameter groups.
-        decayed: Whether to add each group's weight decay.
+        decayed: The blocks to whose gradients their group's weight decay is added.
     """
     named: dict[str, dict[str, Tensor]] = {}
     matrices: dict[str, Tensor] = {}
@@ -60,7 +62,7 @@ def read(blocks: Sequence[Block], groups: Groups, *, decayed: bool = False) -> B
             gradient = parameter.grad
             if gradient is None:
                 continue
-            decay = float(groups[id(parameter)]["weight_decay"]) if decayed else 0.0
+            decay = float(groups[id(parameter)]["weight_decay"]) if block in decayed else 0.0
             gradient = gradient.add(parameter, alpha=decay) if decay else gradient
             found[name] = to_working_dtype(full_tensor(gradient).detach())
         named[block.name], matrices[block.name] = found, block.matrix(found)

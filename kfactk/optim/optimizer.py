@@ -379,7 +379,7 @@ class Optimizer(torch.optim.Optimizer):
                 "recipe again to go on."
             )
         self._hooks.reset()
-        if self._needs_scaler and self._preconditioner.blocks.current() and called_by_scaler():
+        if self._needs_scaler and self._preconditioner.follows_any() and called_by_scaler():
             raise CaptureError(
                 "a GradScaler takes this step, and the Fisher stage measures your own backward, "
                 "whose gradients it has scaled. Give it to bind: recipe.bind(model, "
@@ -409,7 +409,9 @@ class Optimizer(torch.optim.Optimizer):
         try:
             self._fisher_pass.finish()
             blocks = pre.blocks.current()
-            read = gradients.read(blocks, self._groups)
+            decays = recipe.weight_decay_at == "gradient"
+            measured = {block for block in blocks if block.of_gradient and decays}
+            read = gradients.read(blocks, self._groups, decayed=measured)
             allocated = pre.check(self.steps, read.matrices, idle=self._has_no_lr())
             if allocated:
                 pre.allocate(read.matrices)
@@ -417,8 +419,8 @@ class Optimizer(torch.optim.Optimizer):
                 pre.refresh(read.matrices)
                 pre.measure_gradients(read.matrices, recipe.reduction)
             plain = read.matrices
-            if recipe.weight_decay_at == "gradient":
-                read = gradients.read(blocks, self._groups, decayed=True)
+            if decays and len(measured) < len(blocks):
+                read = gradients.read(blocks, self._groups, decayed=set(blocks))
             if pre.averages and not allocated:
                 read = gradients.averaged(blocks, read, pre.average(read.matrices))
             with self._timer.timed("precondition"):
@@ -437,8 +439,7 @@ class Optimizer(torch.optim.Optimizer):
             self._run.recorded, fault = verdict.recorded, verdict.fault
             if verdict.stepping:
                 with verdict.around:
-                    decayed = recipe.weight_decay_at == "gradient"
-                    rest = self._masks.rest(self.param_groups, parameters, decayed=decayed)
+                    rest = self._masks.rest(self.param_groups, parameters, decayed=decays)
                     self._update([*zip(parameters, clipped, strict=True), *rest])
         except BaseException:
             self._recorder.discard()

@@ -100,6 +100,11 @@ class BlockView:
         """
         tensors = self._checked(tensors, strict)
         requires, name = self.block.basis.requires, self.layer.name
+        if "fisher" in self.block.basis.waives:
+            raise KfactkError(
+                f"layer {name!r} has the basis {type(self.block.basis).__name__}, which is no "
+                "inverse of a curvature: there is no F to multiply by. Leave its parameters out."
+            )
         workers = {matrix: self._placement.factor_workers(name, matrix) for matrix in requires}
         self._check_workers("factors", workers, tensors)
         return self._split(self.block.multiply(self._matrix(tensors), self.damping), tensors)
@@ -166,7 +171,7 @@ class BlockView:
             KfactkError: No curvature has been measured yet, or other ranks have it.
         """
         layer = f"layer {self.layer.name!r}"
-        if not self.block.state.ready:
+        if not self.block.ready:
             raise KfactkError(f"{layer} has no curvature yet: take a step() with a gradient first.")
         rank, size = self._communicator.rank, self._communicator.size
         common = sorted(set.intersection(*map(set, workers.values())))

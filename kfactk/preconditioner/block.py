@@ -101,9 +101,8 @@ class Block:
 
     @property
     def counts_next(self) -> bool:
-        """Whether a gradient counts from the next step on; the first counts at once."""
-        late = isinstance(self.curvature, GradientCurvature) and self.curvature.counts_next
-        return late and self.state.ready
+        """Whether a gradient counts from the next step on."""
+        return isinstance(self.curvature, GradientCurvature) and self.curvature.counts_next
 
     # ---------------------------------------------------------------------------- accumulating
 

@@ -98,7 +98,8 @@ class Preconditioner:
         self._num_terms: list[Tensor | float] = []
         self._forwards = 0
         self._unseen: list[Block] = []
-        self._next: list[Block] = []
+        self._founded: set[Block] = set()
+        self._later: list[Block] = []
         self._warned: set[str] = set()
 
     @property
@@ -125,6 +126,10 @@ class Preconditioner:
         if self._planned is None or self._planned != (step, blocks):
             self._planned = step, blocks
             self._plan = self._planner.plan(step, blocks)
+
+    def follows_any(self) -> bool:
+        """Return whether any block is measured in forwards, and not on the gradient alone."""
+        return any(not block.of_gradient for block in self.blocks.current())
 
     def expects_forward(self, step: int) -> bool:
         """Prepare for a step between steps, and return whether it needs a forward."""
@@ -342,8 +347,10 @@ class Preconditioner:
             return
         for block in plans:
             block.invalidate()
-        self._next = [b for b, plan in plans.items() if plan.factors and b.counts_next]
-        self._take_gradients([block for block in plans if block not in self._next], gradients)
+        self._founded = {b for b, plan in plans.items() if plan.of_gradient and not b.state.ready}
+        later = {b for b in plans if b.counts_next} - self._founded
+        self._later = [block for block in plans if block in later]
+        self._take_gradients([block for block in plans if block not in later], gradients)
         failures = self._refresh.run(plans, self._unseen, self._arrived)
         for block in plans:
             if block.name in failures.reasons:
@@ -360,7 +367,7 @@ class Preconditioner:
         Args:
             gradients: By layer name, as matrices.
         """
-        self._take_gradients(self._next, gradients)
+        self._take_gradients(self._later, gradients)
 
     def _take_gradients(self, blocks: Sequence[Block], gradients: Mapping[str, Tensor]) -> None:
         """Take the factors of these blocks' gradients into their means, where they are due."""
@@ -396,7 +403,8 @@ class Preconditioner:
     def measure_gradients(self, gradients: Mapping[str, Tensor], reduction: str) -> None:
         """Measure the moments of the user's own gradient, for bases that want these.
 
-        Blocks whose factors are of the gradient too take it as it is, and count no terms.
+        Blocks whose factors are of the gradient too take it as it is, and count no terms. In a basis
+        that is made of this gradient alone there is nothing to measure: it is diagonal there.
 
         Args:
             gradients: By layer name, as matrices.
@@ -412,7 +420,8 @@ class Preconditioner:
         for block in blocks:
             gradient, state, terms = gradients.get(block.name), block.state, num_terms
             if block.of_gradient:
-                terms = 1.0 if block in plans and plans[block].scale else 0.0
+                due = block in plans and plans[block].scale and block not in self._founded
+                terms = float(due)
             if not (block.rated and state.ready and state.decomposition) or gradient is None:
                 continue
             if terms:
@@ -437,11 +446,15 @@ class Preconditioner:
         Args:
             gradients: By layer name, `[..., d_out, d_in]`.
         """
-        blocks = {block.name: block for block in self.blocks.current()}
-        return {
-            name: blocks[name].average(gradient, self._first_moment)
-            for name, gradient in gradients.items()
-        }
+        found = dict(gradients)
+        for block in self.blocks.current():
+            if block.name in gradients and not self._only_founded(block):
+                found[block.name] = block.average(gradients[block.name], self._first_moment)
+        return found
+
+    def _only_founded(self, block: Block) -> bool:
+        """Return whether the gradient of this step makes the block's first basis, and no more."""
+        return block in self._founded and block.counts_next
 
     def precondition(self, gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the preconditioned gradients; the plain one while a layer has no statistics.
@@ -470,6 +483,9 @@ class Preconditioner:
         for block in ready:
             if block not in moved and block.name in gradients:
                 found[block.name] = block.solve(gradients[block.name])
+        for block in self._founded:
+            if block.name in found and block.counts_next:
+                found[block.name] = torch.zeros_like(found[block.name])
         return {name: found[name] for name in gradients if name in found}
 
     @property
@@ -491,7 +507,8 @@ class Preconditioner:
         self.blocks.prune()
         self._num_terms.clear()
         self._forwards = 0
-        self._followed, self._arrived, self._next = {}, {}, []
+        self._followed, self._arrived = {}, {}
+        self._founded, self._later = set(), []
         self._plan, self._planned = EMPTY, None
 
     def skip(self, faults: Mapping[str, int]) -> None:

@@ -113,10 +113,10 @@ class Soap(Basis):
     ) -> CurvatureOperator:
         """Return `U diag(s) U^T`, with the power of its step.
 
-        Before any gradient was measured, products of eigenvalues over their sum stand for s.
+        Before any gradient was measured, s is the same everywhere: the mean square of the gradients.
         """
         left, right = _vectors(decomposition)
-        spectrum = moments["square"] if "square" in moments else _products(decomposition)
+        spectrum = moments["square"] if "square" in moments else _even(decomposition)
         added = damping if self.eps is None else self.eps ** (1 / self.power)
         return operator_in(left, right, None, spectrum=spectrum, damping=added, power=self.power)
 
@@ -151,15 +151,15 @@ def _vectors(decomposition: Decomposition) -> tuple[Tensor | None, Tensor | None
     return decomposition["L"].get("eigenvectors"), decomposition["R"].get("eigenvectors")
 
 
-def _products(decomposition: Decomposition) -> Tensor:
-    """Return `lambda_L lambda_R / sum lambda_R`, `[..., d_out, d_in]`."""
+def _even(decomposition: Decomposition) -> Tensor:
+    """Return `tr L / (d_out d_in)` everywhere, `[..., d_out, d_in]`."""
     left, right = (_values(decomposition[name]) for name in ("L", "R"))
-    total = right.sum(-1, keepdim=True)
-    share = right / torch.where(total > 0, total, 1.0)
-    return left.unsqueeze(-1) * share.unsqueeze(-2)
+    mean = left.mean(-1)[..., None, None] / right.shape[-1]
+    return mean.expand(*left.shape, right.shape[-1]).contiguous()
 
 
 def _values(parts: Tensors) -> Tensor:
+    """Return the eigenvalues of a side, `[..., n]`."""
     values = parts["eigenvalues"]
     return values if "eigenvectors" in parts else values.squeeze(-1)
 

@@ -41,7 +41,8 @@ class Gradient(GradientCurvature):
         max_side: Largest side of L and R. A larger side has a diagonal, and its coordinates are
             not rotated; `None` for no bound.
         counts: "now": a gradient counts in its own step, as in Shampoo. "next": from the next step
-            on, as in SOAP, so that no gradient is measured in a basis that it has made.
+            on, as in SOAP, so that no gradient is measured in a basis that it has made. The first
+            step then makes a basis only, and moves nothing.
 
     Raises:
         OptionError: An option has a value that cannot work.
