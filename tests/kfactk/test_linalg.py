@@ -512,3 +512,50 @@ def test_iteration_from_a_matrix_of_higher_rank_decomposes_anew() -> None:
     found = linalg.orthogonal_iteration(lower, vectors, values)
     for a, b in zip(found, linalg.eigh(lower), strict=True):
         assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_followed_keeps_each_vector_in_its_column(lead: tuple[int, ...]) -> None:
+    n = 5
+    rows = torch.randn(*lead, n, 2 * n, dtype=torch.float64)
+    matrix = rows @ rows.mT
+    values, vectors = torch.linalg.eigh(matrix)
+    order = torch.randperm(n)
+    step = linalg.followed(matrix, vectors[..., order], values[..., order])
+    assert step is not None
+    torch.testing.assert_close(step[0], values[..., order])
+    torch.testing.assert_close(step[1], vectors[..., order])
+    further = linalg.followed(2 * matrix + torch.eye(n).double(), *reversed(step))
+    assert further is not None
+    torch.testing.assert_close(further[0], 2 * values[..., order] + 1)
+
+
+def test_followed_is_one_step_in_the_order_of_the_new_matrix() -> None:
+    first, second = (torch.randn(4, 9, dtype=torch.float64) for _ in range(2))
+    values, vectors = torch.linalg.eigh(first @ first.T)
+    matrix = second @ second.T
+    order = (vectors * (matrix @ vectors)).sum(0).argsort(descending=True)
+    expected = torch.linalg.qr(matrix @ vectors[:, order])[0]
+    step = linalg.followed(matrix, vectors, values)
+    assert step is not None
+    torch.testing.assert_close(step[1][:, order].abs(), expected.abs())
+
+
+def test_followed_does_not_depend_on_which_vectors_span_the_null_space() -> None:
+    rows = torch.randn(5, 3, dtype=torch.float64)
+    values, vectors = linalg.eigh(rows @ rows.T)
+    turned = vectors.clone()
+    turned[:, :2] = vectors[:, :2] @ torch.linalg.qr(torch.randn(2, 2).double())[0]
+    matrix = rows @ rows.T + 0.1 * torch.eye(5).double() + torch.diag(torch.rand(5).double())
+    found = [linalg.followed(matrix, each, values) for each in (vectors, turned)]
+    for one, other in zip(*(step for step in found if step is not None), strict=True):
+        torch.testing.assert_close(one.abs(), other.abs())
+
+
+def test_followed_gives_up_where_rank_is_lost_or_was_never_there() -> None:
+    rows = torch.randn(4, 1, dtype=torch.float64)
+    low, eye = rows @ rows.T, torch.eye(4, dtype=torch.float64)
+    assert linalg.followed(eye, *reversed(linalg.eigh(low))) is None
+    assert linalg.followed(low, eye, torch.ones(4, dtype=torch.float64)) is None
+    with pytest.raises(DecompositionError, match="NaN or inf"):
+        linalg.followed(float("nan") * eye, eye, torch.ones(4))

@@ -82,3 +82,13 @@ def test_division_is_safe_without_damping(dtype: torch.dtype) -> None:
 def test_an_operator_defines_all_three_products() -> None:
     with pytest.raises(TypeError, match=r"condition.*multiply.*solve"):
         CurvatureOperator()  # type: ignore[abstract]
+
+
+@pytest.mark.parametrize("power", [0.5, 0.25])
+def test_a_power_of_the_damped_matrix_is_solved_with(power: float) -> None:
+    spectrum, v = torch.rand(3, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64)
+    operator = SpectralOperator(spectrum, 0.3, power=power)
+    torch.testing.assert_close(operator.solve(v), v * (spectrum + 0.3) ** -power)
+    assert torch.equal(operator.multiply(v), v * spectrum)
+    again = SpectralOperator(spectrum, 0.3)
+    assert torch.equal(again.solve(v), v * (1 / (spectrum + 0.3)))

@@ -144,13 +144,13 @@ class BasisFrame(Laws):
         )
         return made.filter(lambda situation: situation.samples.positions == 1)
 
-    def scaled(self) -> st.SearchStrategy[Situation]:
-        """Return situations in float32, of every scale from 1e-20 to 1e20.
+    def scaled(self) -> st.SearchStrategy[Situation] | st.SearchStrategy[None]:
+        """Return situations in float32, of every scale from 1e-20 to 1e20; nothing without an F.
 
         Matrices and F lie in this range, the damping goes with F, and the preconditioned form of
         the gradient can be represented.
         """
-        return _scaled(self)
+        return st.none() if self.waives("fisher") else _scaled(self)
 
     def turned(self, name: str, matrix: Tensor, left: Tensor, right: Tensor) -> Tensor:
         """Return the matrix called `name` in rotated coordinates.

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor
 
+import kfactk
 from kfactk import FactorContext, OptionError, Samples
 from kfactk.testing import BasisLaws, effort
 from kfactk.testing._support.basis_traits import BasisTraitLaws
@@ -252,3 +253,32 @@ def test_only_the_exact_scale_claims_to_be_closer_than_kfac() -> None:
 def test_options_that_cannot_work_are_refused(options: dict[str, object], message: str) -> None:
     with pytest.raises(OptionError, match=message):
         Ekfac(**options)
+
+
+@pytest.mark.parametrize(
+    ("basis", "curvature", "module"),
+    [
+        ({}, "kfac", torch.nn.Linear(3, 2)),
+        ({"inputs": "channels"}, "conv_kfac", torch.nn.Conv1d(2, 3, 2)),
+        ({"inputs": "channels"}, "conv_kfac", torch.nn.Conv1d(70, 2, 2)),
+    ],
+)
+def test_a_power_of_one_half_is_the_root_of_the_inverse(
+    basis: dict[str, Any], curvature: str, module: torch.nn.Module
+) -> None:
+    """Twice the root is the inverse, through the dense products of both operators."""
+    x = torch.randn(5, 3) if curvature == "kfac" else torch.randn(5, module.in_channels, 4)
+    given = {"name": "ekfac", "power": 0.5, **basis}
+    model = torch.nn.Sequential(module, torch.nn.Flatten()).double()
+    optimizer = kfactk.build(curvature=curvature, basis=given).bind(model)
+    model(x.double()).square().sum().backward()
+    optimizer.step()
+    root = optimizer.layers["0"].operator
+    inverse = attrs.evolve(root, power=1.0)
+    v = torch.randn_like(root.spectrum)
+    torch.testing.assert_close(root.solve(root.solve(v)), inverse.solve(v))
+
+
+def test_a_power_waives_the_inverse() -> None:
+    assert Ekfac().waives == frozenset()
+    assert Ekfac(power=0.5).waives == {"damped-inverse"}
