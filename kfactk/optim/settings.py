@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import attrs
 from torch import Tensor
@@ -242,38 +242,40 @@ def _rule(spec: BlockSpec, usual: Basis) -> BlockRule:
     """
     curvature, basis = spec.curvature, usual if spec.basis is None else spec.basis
     default = curvature.default_basis
-    if spec.basis is None and _misfit(curvature, basis) and default is not None:
+    if spec.basis is None and not _fits(curvature, basis) and default is not None:
         basis = registry().resolve("basis", default)
-    curvature_name, basis_name = name_of("curvature", curvature), name_of("basis", basis)
-    if misfit := _misfit(curvature, basis):
-        raise CombinationError(
-            f"basis {basis_name!r} {misfit.format(curvature=repr(curvature_name))}"
-        )
-    return BlockRule(curvature, basis, spec.layers, f"{curvature_name}, {basis_name}")
+    names = name_of("curvature", curvature), name_of("basis", basis)
+    if not _fits(curvature, basis):
+        _refuse(curvature, basis, *names)
+    return BlockRule(curvature, basis, spec.layers, ", ".join(names))
 
 
-def _misfit(curvature: Curvature, basis: Basis) -> str:
-    """Return why a basis cannot work with a curvature, in words that follow its name, or ""."""
+def _fits(curvature: Curvature, basis: Basis) -> bool:
+    """Return whether a curvature has what a basis needs, and the basis a use for it."""
     of_gradient = curvature.statistics_from == "gradient"
+    measured = basis.moments_from != "samples" if of_gradient else bool(basis.requires)
+    return basis.requires <= curvature.provides and measured
+
+
+def _refuse(curvature: Curvature, basis: Basis, curvature_name: str, basis_name: str) -> NoReturn:
+    """Refuse a basis that does not fit a curvature."""
     if missing := basis.requires - curvature.provides:
-        provides = ", ".join(sorted(curvature.provides)) or "nothing"
-        return (
-            f"needs {', '.join(sorted(missing))}, which curvature {{curvature}} does not provide "
-            f"(it provides {provides}). Choose another basis, or a curvature that provides it: "
-            "python -m kfactk stages."
+        raise CombinationError(
+            f"basis {basis_name!r} needs {', '.join(sorted(missing))}, which curvature "
+            f"{curvature_name!r} does not provide (it provides "
+            f"{', '.join(sorted(curvature.provides)) or 'nothing'}). Choose another basis, or a "
+            "curvature that provides it: python -m kfactk stages."
         )
-    if of_gradient and basis.moments_from == "samples":
-        return (
-            "measures its moments on samples, and curvature {curvature} has none, but the "
-            "mini-batch gradient. Choose moments of the gradient: "
-            "basis={{'name': 'ekfac', 'scale': 'running'}}, or basis='soap'."
+    if curvature.statistics_from == "gradient":
+        raise CombinationError(
+            f"basis {basis_name!r} measures its moments on samples, and curvature "
+            f"{curvature_name!r} has none, but the mini-batch gradient. Choose moments of the "
+            "gradient: basis={'name': 'ekfac', 'scale': 'running'}, or basis='soap'."
         )
-    if not of_gradient and not basis.requires:
-        return (
-            "reads the gradient alone, so that curvature {curvature} would measure for nothing. "
-            "Give curvature='gradient'."
-        )
-    return ""
+    raise CombinationError(
+        f"basis {basis_name!r} reads the gradient alone, so that curvature {curvature_name!r} "
+        "would measure for nothing. Give curvature='gradient'."
+    )
 
 
 FIELDS = tuple(field.name for field in attrs.fields(Settings) if field.init)

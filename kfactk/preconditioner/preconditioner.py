@@ -403,8 +403,8 @@ class Preconditioner:
     def measure_gradients(self, gradients: Mapping[str, Tensor], reduction: str) -> None:
         """Measure the moments of the user's own gradient, for bases that want these.
 
-        Blocks whose factors are of the gradient too take it as it is, and count no terms. In a basis
-        that is made of this gradient alone there is nothing to measure: it is diagonal there.
+        Blocks whose factors are of the gradient too take it as it is, and count no terms. In a
+        basis that it alone has made there is nothing to measure: it is diagonal there.
 
         Args:
             gradients: By layer name, as matrices.
@@ -469,7 +469,11 @@ class Preconditioner:
         ready = [block for block in blocks if block.ready]
         moved = [block for block in ready if not self.placement.everywhere(block.name)]
         names = {block.name for block in ready}
-        found = {name: gradient for name, gradient in gradients.items() if name not in names}
+        found = {
+            name: gradient.clone() if self.averages else gradient  # a mean stays as it is
+            for name, gradient in gradients.items()
+            if name not in names
+        }
         if moved:
             specs = {
                 block.name: TensorSpec(

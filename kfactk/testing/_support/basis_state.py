@@ -18,7 +18,7 @@ from kfactk.operators import SpectralOperator
 from kfactk.preconditioner.damage import Damage
 from kfactk.preconditioner.forms import check_forms
 from kfactk.preconditioner.state import BlockState
-from kfactk.statistics import RunningMean, local_means
+from kfactk.statistics import RunningMean
 from kfactk.testing._support.basis_frame import BasisFrame, same
 from kfactk.testing._support.laws import law
 from kfactk.testing._support.situations import Situation, dense, enlarged, named, separated
