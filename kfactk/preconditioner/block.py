@@ -6,7 +6,6 @@ named in the error, together with the layer.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 
 import attrs
@@ -216,14 +215,14 @@ class Block:
     def average(self, gradient: Tensor, moment: FirstMoment) -> Tensor:
         """Take a gradient into its running mean, and return what is preconditioned.
 
-        A gradient that is not finite leaves the mean as it is.
+        A gradient that is not finite, or whose sum is not, leaves the mean as it is.
 
         Args:
             gradient: `[..., d_out, d_in]`.
             moment: How gradients are averaged.
         """
         mean = self.state.gradients.setdefault(MEAN, RunningMean())
-        good = torch.isfinite(torch.linalg.vector_norm(gradient, math.inf))
+        good = torch.isfinite(gradient.sum())
         if mean.value is not None and mean.weight > 0:
             gradient = torch.where(good, gradient, mean.value)  # waits for no device
         elif not bool(good):

@@ -168,8 +168,11 @@ def _pooled(square: Tensor, decomposition: Decomposition) -> Tensor:
     """Give directions among which the eigensolver chose at will their mean."""
     for name, dim in (("L", -2), ("R", -1)):
         parts = decomposition[name]
-        if "eigenvectors" in parts:
-            square = linalg.pool_null(square, linalg.null_mask(parts["eigenvalues"]), dim)
+        if "eigenvectors" not in parts:
+            continue
+        null = linalg.null_mask(parts["eigenvalues"])
+        if null.device.type != "cpu" or bool(null.any()):  # elsewhere the host would wait
+            square = linalg.pool_null(square, null, dim)
     return square
 
 
