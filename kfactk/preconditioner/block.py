@@ -377,15 +377,12 @@ class Block:
             return self.curvature.factors(self.layer, samples)
 
     def blank_moments(self, decomposition: Decomposition) -> dict[str, Statistic]:
-        """Return moments without data, by their names, as far as they need no likelihood."""
-        if self.sampled:
+        """Return moments without data, by their names."""
+        if not self.of_gradient:
             found = self.moments(decomposition, self.blank_samples())
-        elif self.of_gradient and decomposition:
-            with attribute_errors("basis", self.basis, self._where):
-                return self.basis.gradient_moments(decomposition, self.matrix({}), 1.0)
-        else:
-            return {}
-        return {key.removeprefix("moment."): each for key, each in found.items()}
+            return {key.removeprefix("moment."): each for key, each in found.items()}
+        with attribute_errors("basis", self.basis, self._where):
+            return self.basis.gradient_moments(decomposition, self.matrix({}), 1.0)
 
     def input_factors(self) -> frozenset[str]:
         """Return the names of the factors made of inputs alone."""

@@ -20,12 +20,16 @@ VARIANTS: Mapping[tuple[str, str], list[dict[str, Any]]] = {
     ("curvature", "kfac"): [{}, {"spatial": "reduce"}],
     ("curvature", "conv_kfac"): [{}, {"spatial": "sua"}, {"spatial": "reduce"}],
     ("basis", "ekfac"): [{}, {"scale": "running"}],
+    ("basis", "soap"): [{"eps": 0.1, "refresh": "eigh"}],
+    ("basis", "shampoo"): [{"eps": 0.01}],
+    ("basis", "muon"): [{"precision": "full"}],
     ("fisher", "mc"): [{"samples": 2}],
     ("clip", "value"): [{"limit": 0.05}],
     ("clip", "norm"): [{"limit": 0.1}],
     ("clip", "kl"): [{"limit": 1e-4}],
 }
-"""Options that select another code path of a stage, and limits that bind; default: no options."""
+"""Options that select another code path of a stage, limits that bind, and an eps that rounding
+does not reach; default: no options."""
 
 Recipe = Mapping[str, Any]
 
@@ -97,9 +101,13 @@ def cases() -> tuple[list[Case], list[str]]:
     for combination in itertools.product(*map(stages, FAMILIES)):
         recipe = dict(zip(FAMILIES, combination, strict=True))
         try:
-            kfactk.build(**recipe)
+            made = kfactk.build(**recipe)
         except KfactkError as error:
             refused.append(f"{Case(recipe, 2)}: {error}")
+            continue
+        [rule] = made.rules
+        if rule.of_gradient and rule.basis != made.basis:
+            refused.append(f"{Case(recipe, 2)}: it is the recipe of the curvature's own basis")
             continue
         accepted.append(Case(recipe, 2 if determined(recipe) else 1))
     return accepted, refused

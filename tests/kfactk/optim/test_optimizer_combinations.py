@@ -246,8 +246,12 @@ def variants(family: Variants) -> list[tuple[str, int]]:
     return [(name, number) for name, each in family.items() for number in range(len(each))]
 
 
-OTHER_LAYERS = {"curvature": {"embedding", "norm"}, "basis": {"unitwise"}}
-"""Stages for layers that the model here does not have: see test_optimizer_blocks."""
+OTHER_LAYERS = {
+    "curvature": {"embedding", "norm", "gradient"},
+    "basis": {"unitwise", "soap", "shampoo", "muon"},
+}
+"""Stages for layers that the model here does not have, and those on statistics of gradients: see
+test_optimizer_blocks and test_optimizer_gradients."""
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -314,7 +318,7 @@ REFUSALS: dict[str, tuple[dict[str, Any], str]] = {
         {"clip": {"name": "kl", "limit": 0.0}},
         "limit=0.0 cannot work: it must be a finite number greater than 0",
     ),
-    "no clip at all": ({"clip": None}, "clip is None; every recipe has one"),
+    "no basis at all": ({"basis": None}, "basis is None; every recipe has one"),
     "an unknown stage": ({"update": "lion"}, "There is no update 'lion'"),
     "an unknown option": (
         {"basis": {"name": "kfac", "scale": "exact"}},

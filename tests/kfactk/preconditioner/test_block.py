@@ -100,7 +100,7 @@ def test_what_a_basis_does_not_need_is_no_work() -> None:
 
 def test_parts_and_diagonals() -> None:
     block = Block(layer(nn.Linear(4, 3)), ConvKfac(), Ekfac())
-    _, sums = block.blank()
+    sums = block.blank_factors()
     assert set(sums) == {"A", "G"}
     matrices = {
         "A": torch.diag(torch.arange(1.0, 6.0)),
