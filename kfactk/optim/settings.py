@@ -253,8 +253,8 @@ def _rule(spec: BlockSpec, usual: Basis) -> BlockRule:
 def _fits(curvature: Curvature, basis: Basis) -> bool:
     """Return whether a curvature has what a basis needs, and the basis a use for it."""
     of_gradient = curvature.statistics_from == "gradient"
-    measured = basis.moments_from != "samples" if of_gradient else bool(basis.requires)
-    return basis.requires <= curvature.provides and measured
+    measures = basis.moments_from != "samples" if of_gradient else "fisher" not in basis.waives
+    return basis.requires <= curvature.provides and measures
 
 
 def _refuse(curvature: Curvature, basis: Basis, curvature_name: str, basis_name: str) -> NoReturn:
@@ -273,8 +273,8 @@ def _refuse(curvature: Curvature, basis: Basis, curvature_name: str, basis_name:
             "gradient: basis={'name': 'ekfac', 'scale': 'running'}, or basis='soap'."
         )
     raise CombinationError(
-        f"basis {basis_name!r} reads the gradient alone, so that curvature {curvature_name!r} "
-        "would measure for nothing. Give curvature='gradient'."
+        f"basis {basis_name!r} is no inverse of a curvature, so that curvature "
+        f"{curvature_name!r} would measure for nothing. Give curvature='gradient'."
     )
 
 

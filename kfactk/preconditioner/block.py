@@ -90,8 +90,8 @@ class Block:
 
     @property
     def without_state(self) -> bool:
-        """Whether its basis requires no matrix: it preconditions at once, and nothing is due."""
-        return not self.basis.requires
+        """Whether its basis measures nothing: it preconditions at once, and nothing is due."""
+        return not self.basis.requires and self.basis.moments_from is None
 
     @property
     def ready(self) -> bool:
@@ -366,7 +366,7 @@ class Block:
             return self.curvature.samples(self.layer, calls, num_terms=1.0, first=True)
 
     def blank_factors(self) -> dict[str, Statistic]:
-        """Return the sums of factors without data; none where the basis requires no matrix."""
+        """Return the sums of factors without data; none where the basis measures nothing."""
         if self.without_state:
             return {}
         if self.of_gradient:

@@ -27,7 +27,7 @@ from tests.kfactk.small import batch, factors, hooks, net, train, values
 
 STAGES: dict[str, list[Any]] = {
     "curvature": ["kfac"],
-    "basis": ["ekfac", {"name": "ekfac", "scale": "running", "scale_decay": 0.0}],
+    "basis": ["ekfac", {"name": "ekfac", "scale": "running", "scale_decay": 0.0}, "soap"],
     "fisher": ["exact", "mc"],
     "likelihood": ["categorical"],
     "clip": ["norm"],
@@ -125,6 +125,8 @@ class Life:
             "factor_decay": 0.0,
         }
         self.recipe[family] = stage
+        if family == "basis" and "L" in stage.requires:
+            self.recipe["curvature"] = "gradient"
         self.optimizer: Any = None
         self.other: Any = None
 
