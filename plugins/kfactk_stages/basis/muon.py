@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import attrs
 import torch
@@ -24,7 +25,7 @@ QUINTIC = (3.4445, -4.7750, 2.0315)
 singular values end between about 0.7 and 1.2."""
 
 
-def _three(instance: object, attribute: attrs.Attribute[object], value: object) -> None:
+def _three(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     good = isinstance(value, tuple) and len(value) == 3
     if not good or not all(isinstance(each, float) and math.isfinite(each) for each in value):
         raise refusal(instance, attribute, value, "three finite floating-point numbers a, b, c")
@@ -60,7 +61,7 @@ class Muon(Basis):
     Example:
         >>> operator = Muon(steps=0).operator({}, {}, 0.0, {})
         >>> operator.solve(torch.diag(torch.tensor([5.0, -0.1]))).round(decimals=4)
-        tensor([[ 1., 0.],
+        tensor([[ 1.,  0.],
                 [ 0., -1.]])
 
     References:
@@ -167,9 +168,9 @@ def _added(matrix: Tensor, left: Tensor, right: Tensor, share: float, factor: fl
 def _scale(name: str, d_out: int, d_in: int) -> float:
     ratio = d_out / d_in
     scales = {
-        "original": max(1.0, ratio) ** 0.5,
-        "spectral": ratio**0.5,
-        "match_rms": 0.2 * max(d_out, d_in) ** 0.5,
+        "original": math.sqrt(max(1.0, ratio)),
+        "spectral": math.sqrt(ratio),
+        "match_rms": 0.2 * math.sqrt(max(d_out, d_in)),
         "none": 1.0,
     }
     return scales[name]

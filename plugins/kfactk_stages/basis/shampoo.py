@@ -46,7 +46,7 @@ class Shampoo(Basis):
         >>> sides = {"L": torch.tensor([[16.0]]), "R": torch.diag(torch.tensor([1.0, 16.0]))}
         >>> parts = {name: basis.decompose(name, m, context) for name, m in sides.items()}
         >>> basis.operator(parts, {}, 0.0, sides).solve(torch.tensor([[4.0, 4.0]]))
-        tensor([[2., 1.]])
+        tensor([[2.0000, 1.0000]])
 
     References:
         Gupta, Koren & Singer 2018, "Shampoo: Preconditioned Stochastic Tensor Optimization",

@@ -113,7 +113,7 @@ class Soap(Basis):
     ) -> CurvatureOperator:
         """Return `U diag(s) U^T`, with the power of its step.
 
-        Before any gradient was measured, s is the same everywhere: the mean square of the gradients.
+        Before any gradient was measured, s is the same everywhere, the mean square of gradients.
         """
         left, right = _vectors(decomposition)
         spectrum = moments["square"] if "square" in moments else _even(decomposition)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import kfactk
@@ -81,6 +82,30 @@ def test_gradients_on_two_ranks_equal_one_process(name: str, placement: str, the
             assert not moved.get("sums")
             assert not moved.get("moments")
     assert all(map(torch.equal, answers[0][0], answers[1][0]))
+
+
+def sharded(rank: int) -> list[Any]:
+    """Train a model whose parameters are divided among ranks, whole where there is one."""
+    torch.manual_seed(1)
+    model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).to(F64)
+    if len_ranks() > 1:
+        fully_shard(model)
+    optimizer = bound(model, "soap", "replicated")
+    for number in range(4):
+        x, y = batch(number)
+        optimizer.zero_grad()
+        loss = nn.functional.cross_entropy(model(x[rank :: len_ranks()]), y[rank :: len_ranks()])
+        loss.backward()
+        optimizer.step()
+    found = [parameter.detach() for parameter in model.parameters()]
+    return [p.full_tensor() if hasattr(p, "full_tensor") else p.clone() for p in found]
+
+
+def test_gradients_of_divided_parameters_are_made_whole() -> None:
+    expected = sharded(0)
+    for found in shared_workers().run(2, sharded):
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-8, atol=1e-9)
 
 
 def wrapped(rank: int) -> list[Any]:
