@@ -428,7 +428,8 @@ class Preconditioner:
                 mean = gradient
                 if reduction == "sum" and not block.of_gradient:
                     mean = gradient / terms
-                found = drop_nonfinite(block.gradient_moments(mean, terms), state.nonfinite)
+                with self.timer.timed("scale"):
+                    found = drop_nonfinite(block.gradient_moments(mean, terms), state.nonfinite)
                 sums |= _named(block, found)
                 measured.append(block)
         averages = _by_block(local_means(sums))

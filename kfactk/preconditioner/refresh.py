@@ -103,7 +103,10 @@ class Refresh:
             self._update(seen, averages, "factor")
         due = [block for block, plan in seen.items() if plan.basis]
         before = {block: block.state.snapshot() for block in due}
-        measures = any(plan.scale or (plan.basis and b.sampled) for b, plan in plans.items())
+        measures = any(
+            (plan.scale and not plan.of_gradient) or (plan.basis and block.sampled)
+            for block, plan in plans.items()
+        )
         try:
             with self._timed("basis", bool(due)):
                 made, failures = self._decompose(due)

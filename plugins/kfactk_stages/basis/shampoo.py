@@ -70,17 +70,17 @@ class Shampoo(Basis):
             DecompositionError: The matrix holds NaN or inf, or cannot be decomposed.
         """
         if is_column(matrix):
-            values = self._damped(check_column(matrix).squeeze(-1)).unsqueeze(-1)
+            values = self._damped(check_column(matrix), -2)
             return {"eigenvalues": values, "root": values ** (-self.power / 2)}
         values, vectors = linalg.eigh(matrix)
-        values = self._damped(values)
+        values = self._damped(values, -1)
         root = (vectors * (values ** (-self.power / 2)).unsqueeze(-2)) @ vectors.mT
         return {"eigenvalues": values, "root": root}
 
-    def _damped(self, values: Tensor) -> Tensor:
-        """Return eigenvalues `[..., n]` with eps times the largest of them added."""
-        floor = linalg.damping_floor(values.mean(-1, keepdim=True))
-        return values + (values.amax(-1, keepdim=True) * self.eps).maximum(floor)
+    def _damped(self, values: Tensor, dim: int) -> Tensor:
+        """Return eigenvalues with eps times the largest along a dimension added."""
+        floor = linalg.damping_floor(values.mean(dim, keepdim=True))
+        return values + (values.amax(dim, keepdim=True) * self.eps).maximum(floor)
 
     def operator(
         self, decomposition: Decomposition, moments: Tensors, damping: float, matrices: Tensors

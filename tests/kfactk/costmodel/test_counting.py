@@ -272,3 +272,29 @@ def test_training_load_leaves_out_cached_tables() -> None:
     _spectral.transform_of.cache_clear()
     found.append(training_load(model, kfactk.build(), meta_batch("64x8x8", 64)).layers["0"].factors)
     assert found[0] == found[1] == found[2]
+
+
+@pytest.mark.parametrize(
+    ("basis", "moments", "solving", "parts"), [("soap", 1, 2, 2), ("shampoo", 0, 1, 2)]
+)
+def test_statistics_of_gradients_need_no_pass_and_no_message(
+    basis: str, moments: int, solving: int, parts: int
+) -> None:
+    """Each product with a side of n costs 2 n times the gradient, whatever the batch."""
+    load = counted(curvature="gradient", basis=basis)
+    found, sides = load.layers["rows"], 6 + 12
+    both = 2 * 6 * 12 * sides
+    assert found.factors.products == both * (1 + moments)
+    assert found.precondition.products == both * solving
+    assert len(found.sizes.kept) == parts
+    assert found.sizes.sums == {}
+    assert found.sizes.moments == moments * 6 * 12
+    assert (load.passes, load.fisher_pass.products, found.retained) == (0, 0.0, 0.0)
+
+
+def test_a_basis_without_matrices_costs_its_products_alone() -> None:
+    found = counted(curvature="gradient", basis={"name": "muon", "steps": 3}).layers["rows"]
+    gram, turn = 2 * 6 * 6 * 12, 2 * 6 * 6 * 6
+    assert found.precondition.products == 3 * (2 * gram + turn)
+    assert (found.factors.products, found.solver) == (0.0, "")
+    assert dict(found.sizes.kept) == {}
