@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kfactk._version import __version__
 from kfactk.capture.support import supported_model
-from kfactk.errors import OptionError, UnknownStageError, near_names
+from kfactk.errors import CombinationError, OptionError, UnknownStageError, near_names
 from kfactk.optim.optimizer import Optimizer, Params
 from kfactk.optim.settings import (
     FIELDS,
@@ -33,6 +33,8 @@ from kfactk.registry.registry import registry
 from kfactk.registry.serialization import from_json, to_json
 from kfactk.stages import Update
 
+USUAL_BASIS = "ekfac"
+"""The basis of a recipe that names none."""
 ALL_CURVATURES = ("conv_kfac", "embedding", "norm")
 """What `curvature="all"` means, in this order: every kind of layer that we cover."""
 
@@ -76,6 +78,18 @@ class Recipe(Settings):
         >>> kfactk.Recipe.from_dict(recipe.to_dict()) == recipe
         True
     """
+
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
+        unused = all(rule.of_gradient and rule.basis != self.basis for rule in self.rules)
+        wanted = any(spec.basis is None for spec in self.curvature)
+        mine = self.summary()["basis"] if unused and wanted else None
+        if mine not in (None, _written_default("basis", USUAL_BASIS)):
+            raise CombinationError(
+                f"no block uses basis={mine!r}: its moments or matrices are not those of "
+                "gradients. Give basis={'name': 'ekfac', 'scale': 'running'}, basis='kfac', "
+                "'soap', 'shampoo' or 'muon', or leave it out."
+            )
 
     def bind(
         self,
@@ -242,7 +256,7 @@ def _block(given: Mapping[str, Any], trusted: bool) -> BlockSpec:
 def build(
     *,
     curvature: Any = "conv_kfac",
-    basis: Any = "ekfac",
+    basis: Any = USUAL_BASIS,
     update: Any = "adam",
     fisher: Any = "mc",
     likelihood: Any = "categorical",

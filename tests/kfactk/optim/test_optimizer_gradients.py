@@ -91,6 +91,16 @@ def test_every_parameter_has_a_block_of_its_own_and_tied_ones_have_one() -> None
     assert None not in rows.values()
 
 
+def test_what_the_curvature_does_not_take_is_left_with_the_reason() -> None:
+    model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.LayerNorm(3), nn.Linear(3, 2))
+    chosen = kfactk.block({"name": "gradient", "vectors": False}, layers=["0", "1"])
+    rows = {row.parameter: row for row in recipe(curvature=[chosen]).coverage(model)}
+    assert "sparse=True" in rows["0.weight"].reason
+    assert "vectors=False" in rows["1.weight"].reason
+    assert rows["2.weight"].reason == "no block's layers= matches it"
+    assert not any(row.block for row in rows.values())
+
+
 def test_what_the_basis_does_not_take_is_left_with_the_reason() -> None:
     model = Everything()
     plain = {row.parameter: row.reason for row in recipe("muon").coverage(model) if not row.block}
@@ -294,6 +304,11 @@ def test_defaults_follow_from_the_stages() -> None:
             {"basis": {"name": "ekfac"}, "curvature": [kfactk.block("gradient", "ekfac")]},
             CombinationError,
             r"has none, but the mini-batch gradient.*'scale': 'running'",
+        ),
+        (
+            {"basis": {"name": "ekfac", "power": 0.5}},
+            CombinationError,
+            r"no block uses .*'power': 0.5.*basis='kfac'",
         ),
         ({"curvature": "kfac"}, CombinationError, r"'soap' needs L, R, which curvature 'kfac'"),
         ({"curvature": "kfac", "basis": "muon"}, CombinationError, "Give curvature='gradient'"),
