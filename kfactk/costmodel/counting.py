@@ -186,9 +186,9 @@ def _layer_cost(block: Block, work: Work, calls: Sequence[LayerCall]) -> LayerCo
     moments: dict[str, Statistic] = {}
     if block.of_gradient:
         with Meter() as meter:
-            if not block.without_state:
+            if not block.measures_nothing:
                 block.factors_of_gradient(gradient)
-            moments = block.gradient_moments(gradient, 1.0) if block.rated else {}
+            moments = block.gradient_moments(gradient, 1.0) if block.moments_of_gradient else {}
         factors = meter.amount  # moments need no Fisher pass either, and have the same usual period
     else:
         samples = (
@@ -203,7 +203,7 @@ def _layer_cost(block: Block, work: Work, calls: Sequence[LayerCall]) -> LayerCo
             with Meter() as meter:
                 moments = block.moments(parts, samples)
             scale = meter.amount if calls else NOTHING
-        elif block.rated:
+        elif block.moments_of_gradient:
             moments = block.gradient_moments(gradient, 1.0)
     for key, found in moments.items():
         if found.total is not None:

@@ -79,7 +79,7 @@ class Block:
         return self.basis.moments_from == "samples"
 
     @property
-    def rated(self) -> bool:
+    def moments_of_gradient(self) -> bool:
         """Whether moments are measured on the user's gradient."""
         return self.basis.moments_from == "gradient"
 
@@ -89,14 +89,14 @@ class Block:
         return self.curvature.statistics_from == "gradient"
 
     @property
-    def without_state(self) -> bool:
+    def measures_nothing(self) -> bool:
         """Whether its basis measures nothing: it preconditions at once, and nothing is due."""
         return not self.basis.requires and self.basis.moments_from is None
 
     @property
     def ready(self) -> bool:
         """Whether the block can precondition, on this rank or another."""
-        return self.state.ready or self.without_state
+        return self.state.ready or self.measures_nothing
 
     @property
     def counts_next(self) -> bool:
@@ -367,7 +367,7 @@ class Block:
 
     def blank_factors(self) -> dict[str, Statistic]:
         """Return the sums of factors without data; none where the basis measures nothing."""
-        if self.without_state:
+        if self.measures_nothing:
             return {}
         if self.of_gradient:
             found = self.factors_of_gradient(self.matrix({}))
@@ -443,7 +443,7 @@ class Block:
         sums, state = self.blank_factors(), self.state
         state.factors = {n: _empty(s) for n, s in sums.items() if n in factor_names}
         state.gradients = {MEAN: RunningMean(self.matrix({}), 0.0)} if averages else {}
-        if holds and not self.without_state:
+        if holds and not self.measures_nothing:
             blank = self.matrices(factors=_zeros(sums))
             state.decomposition = self.decompose(self.damping, blank)
             found = self.blank_moments(state.decomposition)

@@ -106,12 +106,12 @@ class Planner:
         for block in blocks:
             part, slot = int(block in self._second_part), self._slots.get(block, 0)
             now = due(slot if slot == slot_now else NO_SLOT, part)
-            if block.without_state or (now == NOTHING and block.state.settled):
+            if block.measures_nothing or (now == NOTHING and block.state.settled):
                 continue
             plans[block] = BlockPlan.of(
                 block.state,
                 now,
-                sampled=block.sampled or (block.of_gradient and block.rated),
+                sampled=block.sampled or (block.of_gradient and block.moments_of_gradient),
                 of_gradient=block.of_gradient,
                 here=self._placement.everywhere(block.name),
                 stagger=schedule.stagger,
@@ -126,7 +126,9 @@ class Planner:
     ) -> bool:
         """Return whether moments of the user's gradient are due, whose terms count."""
         refreshed = scale or any(plan.basis for plan in plans.values())
-        return refreshed and any(block.rated and not block.of_gradient for block in blocks)
+        return refreshed and any(
+            block.moments_of_gradient and not block.of_gradient for block in blocks
+        )
 
     def _divide(self, blocks: Sequence[Block]) -> None:
         """Divide the layers among slots and among passes, by cost.

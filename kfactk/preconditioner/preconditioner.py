@@ -422,7 +422,10 @@ class Preconditioner:
             if block.of_gradient:
                 due = block in plans and plans[block].scale and block not in self._founded
                 terms = float(due)
-            if not (block.rated and state.ready and state.decomposition) or gradient is None:
+            if (
+                not (block.moments_of_gradient and state.ready and state.decomposition)
+                or gradient is None
+            ):
                 continue
             if terms:
                 mean = gradient
