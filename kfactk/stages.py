@@ -291,7 +291,13 @@ class Basis(abc.ABC):
 
 
 class Likelihood(Protocol):
-    """What the model's output means: a distribution R(y | f(x)), of which F is the information."""
+    """What the model's output means: a distribution R(y | f(x)), of which F is the information.
+
+    It may have one more member, by which the first backward is checked. `misfit(output, gradient,
+    *, measured)` returns why a loss with this gradient at the model's output is not the
+    likelihood's, or `None`. The gradient is that of the summed loss. `measured` says whether
+    curvature is measured on it, so that its size matters.
+    """
 
     def view(self, output: Tensor) -> Tensor:
         """Return the output as `[N, S, C]`: examples, terms of one example, the event axis.

@@ -16,6 +16,7 @@ from torch import Tensor
 from kfactk.capture.forward import Forward
 from kfactk.capture.guard import unseen_layers
 from kfactk.capture.layout import LayoutSketch, Marks, layout_fault, sketch
+from kfactk.capture.loss_check import LossCheck
 from kfactk.capture.support import is_distributed, model_output
 from kfactk.capture.user_backward import UserBackward
 from kfactk.errors import CaptureError
@@ -214,6 +215,7 @@ class FisherPass:
         self._filled: dict[Layer, Versions] = {}
         self._task = -1
         self._probed: weakref.WeakSet[Layer] = weakref.WeakSet()
+        self._loss_check = LossCheck(likelihood, measured=not fisher.own_pass)
 
     def finish(self) -> None:
         """End watching: take the layers that the user's backwards reached in part.
@@ -320,6 +322,10 @@ class FisherPass:
                 self._watch(forward, output, terms, keep=False)
             with forward.unnoticed(output):
                 self._measure(forward, output, view, weights, terms, (step, micro_batch))
+        if not self._loss_check.done and forward.calls:
+            parameters = (p for each in forward.layers for p in each.tensors().values())
+            scale = LossScale(terms, self._reduction, self._scaler)
+            self._loss_check.watch(output, parameters, scale)
         if forward.calls and self._fisher.own_pass:
             self._taker.end_forward()
 
