@@ -33,6 +33,7 @@ from kfactk.recipe import (
     Recipe as Recipe,
     block as block,
     build as build,
+    head as head,
     preset as preset,
 )
 from kfactk.registry.hookspecs import PLUGIN_API as PLUGIN_API, hookimpl as hookimpl

@@ -334,6 +334,11 @@ class Fisher(Protocol):
     """Whose targets the gradients are taken with.
 
     Laws: the gradients' outer products summed over the losses are, in expectation, M times F.
+
+    One that listens to the user's backward may have one more member: `loss_terms(batch)` returns M,
+    the number of terms of the user's loss, given the arguments of the forward and of
+    `Optimizer.observe` by name. The model's output is not read then. Where it returns `None`, the
+    likelihood counts.
     """
 
     own_pass: ClassVar[bool]

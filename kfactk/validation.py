@@ -281,20 +281,36 @@ def mended_message(layers: Mapping[str, str]) -> str:
     )
 
 
-def missing_samples_message(layers: Sequence[str]) -> str:
-    """Return the message for layers that have a gradient but gave no sample."""
+def missing_samples_message(layers: Sequence[str], *, some: bool) -> str:
+    """Return the message for layers that have a gradient but gave no sample.
+
+    Args:
+        layers: Their names.
+        some: Whether other layers gave samples, so that the model was called.
+    """
     shown = ", ".join(repr(name) for name in layers[:4])
     if len(layers) > 4:
         shown += f" and {len(layers) - 4} more"
-    return (
+    start = (
         f"curvature is due, and layer {shown} has a gradient but gave no sample: to precondition "
-        "it would use wrong statistics. Likely causes: observe='manual' without "
-        "optimizer.observe() between forward and backward; the bound model itself was not called, "
-        "but a submodule or a copy was; it ran with other weights than its own "
-        "(torch.func.functional_call), or inside a transform (torch.func.vmap, grad): call the "
-        "model directly; the forward ran in evaluation mode (use observe='manual'), "
-        "under reentrant activation checkpointing (use use_reentrant=False) or compiled before "
-        "bind; the layer does not lead to the output that the likelihood sees (name it with "
-        "output=, or leave a head with a loss of its own alone with exclude=). This step changed "
-        "nothing."
+        "it would use wrong statistics. Likely causes: "
+    )
+    outside = (
+        "it ran with other weights than its own (torch.func.functional_call), or inside a "
+        "transform (torch.func.vmap, grad): call the model directly; it ran under reentrant "
+        "activation checkpointing (use use_reentrant=False)"
+    )
+    if some:
+        return (
+            f"{start}it leads to another output than the likelihood sees, as a head with a loss "
+            "of its own does (give each head its likelihood, likelihood={'logits': 'categorical', "
+            "'value': 'gaussian'}; or leave the head alone, "
+            f"exclude={list(layers[:4])}); {outside}. This step changed nothing."
+        )
+    return (
+        f"{start}observe='manual' without optimizer.observe() between forward and backward; the "
+        "bound model itself was not called, but a submodule or a copy was; the forward ran in "
+        "evaluation mode (use observe='manual'), or compiled before bind; the output that the "
+        f"likelihood sees does not depend on it (name it with output=); {outside}. This step "
+        "changed nothing."
     )

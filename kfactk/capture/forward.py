@@ -153,14 +153,15 @@ class Forward:
         self.user = UserHooks() if user is None else user
 
     @contextlib.contextmanager
-    def unnoticed(self, output: Tensor) -> Iterator[None]:
-        """Surround passes over the graph of `output`: the user sees nothing of them.
+    def unnoticed(self, outputs: Iterable[Tensor]) -> Iterator[None]:
+        """Surround passes over the graph of `outputs`: the user sees nothing of them.
 
         Kept gradients stay as they are, hooks on gradients do not run, and buffers, which
         checkpointed parts write to when they run again, are restored.
         """
-        if output.retains_grad:
-            self.user.retain(output)
+        for output in outputs:
+            if output.retains_grad:
+                self.user.retain(output)
         # Kernels of batch normalisation do not count their writes; its counter of batches does.
         before = [(own, versions(own), [each.clone() for each in own]) for own in self.updated]
         try:
@@ -172,10 +173,10 @@ class Forward:
                     if versions(own) != counts:
                         torch._foreach_copy_(own, values)
 
-    def inputs(self, names: Set[str], start: Tensor) -> dict[Layer, list[LayerCall]]:
-        """Return the calls of these layers that lead to `start`, without gradients."""
+    def inputs(self, names: Set[str], starts: Iterable[Tensor]) -> dict[Layer, list[LayerCall]]:
+        """Return the calls of these layers that lead to one of `starts`, without gradients."""
         found: dict[Layer, list[LayerCall]] = {}
-        reached = _reachable(start) if names else set()
+        reached = set().union(*map(_reachable, starts)) if names else set()
         for call in self.calls:
             layer = call.record.layer
             if layer.name in names and call.edge.node in reached:

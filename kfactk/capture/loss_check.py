@@ -34,11 +34,12 @@ class LossCheck:
     Args:
         likelihood: What the output means. Where it has no `misfit`, nothing is checked.
         measured: Whether curvature is measured on the user's gradient, so that its size matters.
+        several: Whether it is one of several heads, whose losses have weights: sizes tell nothing.
     """
 
-    def __init__(self, likelihood: Likelihood, *, measured: bool) -> None:
+    def __init__(self, likelihood: Likelihood, *, measured: bool, several: bool = False) -> None:
         self._likelihood, self._measured = likelihood, measured
-        self.done = not hasattr(likelihood, "misfit")
+        self.done = not hasattr(likelihood, "misfit") or (measured and several)
 
     def watch(self, output: Tensor, parameters: Iterable[Tensor], scale: Factor) -> None:
         """Wait for a backward over one forward.

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from kfactk.assignment import Work, is_square
-from kfactk.capture.support import model_output
+from kfactk.capture.heads import Head
 from kfactk.costmodel.communication import Sizes, numbers_sent
 from kfactk.costmodel.cost import NOTHING, Amount, LayerCost, TrainingLoad
 from kfactk.errors import CombinationError, OptionError
@@ -31,6 +31,7 @@ from kfactk.preconditioner.coverage import ModelSurvey
 from kfactk.preconditioner.placement import workload_of
 from kfactk.recipe import Recipe
 from kfactk.samples import LayerCall, Statistic
+from kfactk.stages import Fisher
 from kfactk.statistics import RunningMean
 
 SOLVERS = {"eigh": ("eigh", "svd", "eig", "qr", "inv", "lu"), "cholesky": ("cholesky",)}
@@ -130,15 +131,15 @@ def training_load(model: nn.Module, recipe: Recipe, batch: Tensor) -> TrainingLo
             recording = functools.partial(_record, calls[block.name])
             for site in block.layer.sites:
                 hooks.enter_context(site.register_forward_hook(recording))
-        output = _run(model, batch)
+        returned = _run(model, batch)
+    heads = [head.locate(returned) for head in recipe.heads]
+    empty = [torch.empty_like(output) for output in heads]
     outputs = [out for found in calls.values() for _, out in found if out.requires_grad]
     with Meter() as fisher:
-        torch.autograd.grad(
-            output, outputs, torch.empty_like(output), retain_graph=True, allow_unused=True
-        )
+        torch.autograd.grad(heads, outputs, empty, retain_graph=True, allow_unused=True)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with Meter() as backward:
-        torch.autograd.grad(output, trained, torch.empty_like(output), allow_unused=True)
+        torch.autograd.grad(heads, trained, empty, allow_unused=True)
     costs = {}
     for block, work in zip(blocks, workload.works, strict=True):
         found = [
@@ -151,7 +152,7 @@ def training_load(model: nn.Module, recipe: Recipe, batch: Tensor) -> TrainingLo
         costs,
         forward_backward=forward.amount + backward.amount,
         fisher_pass=fisher.amount,
-        passes=_passes(recipe, output),
+        passes=_passes(recipe, returned),
         parameters=sum(parameter.numel() for parameter in trained),
         state=_state_per_parameter(recipe),
         activations=float(forward.written),
@@ -159,9 +160,9 @@ def training_load(model: nn.Module, recipe: Recipe, batch: Tensor) -> TrainingLo
     )
 
 
-def _run(model: nn.Module, batch: Tensor) -> Tensor:
+def _run(model: nn.Module, batch: Tensor) -> Any:
     try:
-        return model_output(model(batch))
+        return model(batch)
     except Exception as error:  # a model may raise anything
         raise CombinationError(
             "the model could not run without data, on the meta device and an input of shape "
@@ -246,16 +247,21 @@ def _decompose_corners(block: Block, work: Work) -> tuple[Parts, str]:
     return parts, meter.solver()
 
 
-def _passes(recipe: Recipe, output: Tensor) -> int:
+def _passes(recipe: Recipe, output: Any) -> int:
     """Return the number of Fisher passes that the framework makes over one forward."""
-    view = recipe.likelihood.view(output)
-    num_terms, width = int(view.shape[1]), int(view.shape[2])
     if not recipe.fisher.own_pass:
         return 0
+    return sum(_passes_of(recipe.fisher, head, output) for head in recipe.heads)
+
+
+def _passes_of(fisher: Fisher, head: Head, output: Any) -> int:
+    """Return the number of passes for one head."""
+    view = head.likelihood.view(head.locate(output))
+    num_terms, width = int(view.shape[1]), int(view.shape[2])
 
     def losses(positions: int) -> int:
         few = torch.zeros(1, positions, width, requires_grad=True)
-        return sum(1 for _ in recipe.fisher.losses(few, recipe.likelihood, None, torch.Generator()))
+        return sum(1 for _ in fisher.losses(few, head.likelihood, None, torch.Generator()))
 
     one = losses(1)
     return one if num_terms == 1 else one + (losses(2) - one) * (num_terms - 1)
