@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import warnings
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,13 +16,13 @@ from torch import Tensor
 
 from kfactk.capture.forward import Forward
 from kfactk.capture.guard import unseen_layers
-from kfactk.capture.heads import Head, HeadView, of_the_loss
+from kfactk.capture.heads import Head, HeadView, of_the_loss, with_class_axis
 from kfactk.capture.layout import LayoutSketch, Marks, layout_fault, sketch
 from kfactk.capture.loss_check import LossCheck
 from kfactk.capture.support import is_distributed
 from kfactk.capture.torch_modes import full_precision
 from kfactk.capture.user_backward import UserBackward
-from kfactk.errors import CaptureError
+from kfactk.errors import CaptureError, KfactkWarning
 from kfactk.samples import LayerCall, Samples
 from kfactk.stages import Fisher, Layer
 from kfactk.validation import attribute_errors, stage_label, unseen_message
@@ -211,15 +212,14 @@ class FisherPass:
         scaler: Any = None,
     ) -> None:
         self._taker = taker
-        self._fisher, self._heads, self._output = fisher, heads, output
+        self._fisher, self._heads, self._output = fisher, list(heads), output
         self._reduction, self._unseen, self._scaler = reduction, unseen, scaler
         self._watches: list[Watch] = []
         self._filled: dict[Layer, Versions] = {}
         self._task = -1
         self._probed: weakref.WeakSet[Layer] = weakref.WeakSet()
         self._loss_checks = [
-            LossCheck(head.likelihood, measured=not fisher.own_pass, several=len(heads) > 1)
-            for head in heads
+            LossCheck(measured=not fisher.own_pass, several=len(heads) > 1) for _ in heads
         ]
 
     def finish(self) -> None:
@@ -326,7 +326,30 @@ class FisherPass:
             return of_the_loss(output, terms)
         found = [head.locate(forward.output) for head in self._heads]
         with torch.enable_grad(), full_precision({each.device.type for each in found}):
-            return [head.read(each, batch) for head, each in zip(self._heads, found, strict=True)]
+            return [self._read_head(i, each, forward, batch) for i, each in enumerate(found)]
+
+    def _read_head(
+        self, number: int, output: Tensor, forward: Forward, batch: Mapping[str, Any]
+    ) -> HeadView:
+        """Return one head's output; find where its classes are if that is not said."""
+        head = self._heads[number]
+        try:
+            return head.read(output, batch)
+        except CaptureError:
+            told = with_class_axis(head, output, batch, forward.calls)
+            if told is None:
+                raise
+        view = told.read(output, batch)
+        self._heads[number] = told
+        axis = getattr(told.likelihood, "class_axis", None)
+        warnings.warn(
+            f"the output of shape {list(output.shape)} has its classes in dimension {axis}, as the "
+            "last layer and the arguments of the model tell. Give the likelihood "
+            f"class_axis={axis} to say so yourself (said once)",
+            KfactkWarning,
+            stacklevel=2,
+        )
+        return view
 
     def _check_losses(self, forward: Forward, heads: Sequence[HeadView]) -> None:
         """Let the first backward that counts be checked against each likelihood."""
@@ -337,7 +360,7 @@ class FisherPass:
         parameters = [p for layer in forward.layers for p in layer.tensors().values()]
         for check, head in zip(self._loss_checks, heads, strict=True):
             scale = LossScale(head.terms, self._reduction, self._scaler)
-            check.watch(head.output, parameters, scale)
+            check.watch(head.output, head.likelihood, parameters, scale)
 
     def _guarded(self, forward: Forward, views: Sequence[Tensor]) -> Forward:
         """Return the forward without the layers that influence `views` past their recorded calls.

@@ -10,7 +10,7 @@ number of terms of the first head: the losses of head k are multiplied by sqrt(w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from kfactk.capture.forward import TracedCall
 from kfactk.capture.support import model_output
 from kfactk.errors import CaptureError, near_names
 from kfactk.stages import Likelihood
@@ -103,6 +104,42 @@ class HeadView:
         own = torch.as_tensor(self.terms, dtype=torch.float64, device=self.view.device)
         share = torch.where(own > 0, first.terms / own.clamp(min=1e-300), 0.0)
         return (self.head.weight * share).sqrt().to(self.view.dtype)
+
+
+def with_class_axis(
+    head: Head, output: Tensor, batch: Mapping[str, Any], calls: Sequence[TracedCall]
+) -> Head | None:
+    """Return a head that knows where its classes are; `None` where that cannot be told.
+
+    Args:
+        head: A head whose likelihood has `class_axis=None`.
+        output: Its output.
+        batch: The arguments of the forward. Integers of the shape of the output without one
+            dimension are labels or tokens, so the classes are in that dimension.
+        calls: The recorded calls. A layer that made an output of this shape is the last one: the
+            classes are the last dimension of a linear layer, the second of a convolution.
+    """
+    likelihood: Any = head.likelihood
+    if getattr(likelihood, "class_axis", 0) is not None or output.ndim < 3:
+        return None
+    shape, evidence = list(output.shape), []
+    for value in batch.values():
+        if isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()):
+            fits = {
+                axis for axis in range(1, len(shape)) if _without(shape, axis) == [*value.shape]
+            }
+            evidence += [fits] if fits else []
+    for call in calls:
+        if list(call.record.shape) == shape:
+            evidence.append({len(shape) - 1 if call.record.layer.anchor.ndim == 2 else 1})
+    found = set.intersection(*evidence) if evidence else set()
+    if len(found) != 1 or not attrs.has(type(likelihood)):
+        return None
+    return attrs.evolve(head, likelihood=attrs.evolve(likelihood, class_axis=found.pop()))
+
+
+def _without(shape: Sequence[int], axis: int) -> list[int]:
+    return [size for number, size in enumerate(shape) if number != axis]
 
 
 def of_the_loss(output: Any, terms: Tensor | float) -> list[HeadView]:

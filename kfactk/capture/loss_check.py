@@ -32,23 +32,28 @@ class LossCheck:
     """Looks at the first backward that fills gradients, and warns once.
 
     Args:
-        likelihood: What the output means. Where it has no `misfit`, nothing is checked.
         measured: Whether curvature is measured on the user's gradient, so that its size matters.
-        several: Whether it is one of several heads, whose losses have weights: sizes tell nothing.
+        several: Whether it is of one of several heads, whose losses have weights: sizes tell
+            nothing.
     """
 
-    def __init__(self, likelihood: Likelihood, *, measured: bool, several: bool = False) -> None:
-        self._likelihood, self._measured = likelihood, measured
-        self.done = not hasattr(likelihood, "misfit") or (measured and several)
+    def __init__(self, *, measured: bool, several: bool = False) -> None:
+        self._measured = measured
+        self.done = measured and several
 
-    def watch(self, output: Tensor, parameters: Iterable[Tensor], scale: Factor) -> None:
+    def watch(
+        self, output: Tensor, likelihood: Likelihood, parameters: Iterable[Tensor], scale: Factor
+    ) -> None:
         """Wait for a backward over one forward.
 
         Args:
             output: The likelihood's parameters, as the model returned them.
+            likelihood: What they mean. Where it has no `misfit`, nothing is checked.
             parameters: Those whose gradients make a backward count.
             scale: What makes its gradient that of the summed loss.
         """
+        if self.done or not hasattr(likelihood, "misfit"):
+            return
         edge = get_gradient_edge(output)
         number = edge.output_nr  # a hook that held the edge would keep its node for ever
         with torch.enable_grad():
@@ -61,17 +66,17 @@ class LossCheck:
             if gradient is None or self.done or not _fills(ends):
                 return
             with torch.no_grad(), full_precision([gradient.device.type]):
-                self._judge(kept, gradient.detach() * scale.factor())
+                self._judge(likelihood, kept, gradient.detach() * scale.factor())
 
         handle = edge.node.register_prehook(prehook)
 
-    def _judge(self, output: Tensor, gradient: Tensor) -> None:
+    def _judge(self, likelihood: Any, output: Tensor, gradient: Tensor) -> None:
         size: Any = gradient.abs().max()
         if not 0 < float(size) < float("inf"):
             return  # a later one may tell
         self.done = True
-        with attribute_errors("likelihood", self._likelihood, "on the gradient of the loss"):
-            fault = self._likelihood.misfit(output, gradient, measured=self._measured)  # type: ignore[attr-defined]
+        with attribute_errors("likelihood", likelihood, "on the gradient of the loss"):
+            fault = likelihood.misfit(output, gradient, measured=self._measured)
         if fault:
             warnings.warn(
                 f"{fault}. Give the likelihood and the reduction of your loss (said once)",

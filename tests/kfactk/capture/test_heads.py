@@ -1,5 +1,6 @@
 """Several likelihoods on one model: F is the weighted sum of theirs, by dense algebra."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -252,3 +253,49 @@ def test_a_loss_that_is_not_the_heads_is_told(model: Heads):
         loss.backward()
     assert len(caught) == 1
     optimizer.step()
+
+
+class Tokens(nn.Module):
+    """A model of language: classes in the last dimension, or, with `images`, in the second."""
+
+    def __init__(self, images: bool = False) -> None:
+        super().__init__()
+        self.images, self.table = images, nn.Embedding(7, 4)
+        self.head: nn.Module = nn.Conv1d(4, 7, 1) if images else nn.Linear(4, 7)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        found = self.table(tokens)
+        return self.head(found.mT if self.images else found)
+
+
+@pytest.mark.parametrize("images", [False, True])
+@pytest.mark.parametrize("length", [5, 7])
+def test_the_axis_of_classes_is_found_and_said(images: bool, length: int):
+    """With seven tokens each of seven classes, the last layer alone tells."""
+    traces, axis = [], 1 if images else 2
+    for likelihood in ("categorical", {"name": "categorical", "class_axis": axis}):
+        torch.manual_seed(0)
+        model = Tokens(images)
+        optimizer = made(model, curvature="all", basis="ekfac", likelihood=likelihood)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                optimizer.zero_grad()
+                output = model(torch.randint(7, (N, length)))
+                (output.logsumexp(axis).mean() - output.select(axis, 0).mean()).backward()
+                optimizer.step()
+        told = [str(each.message) for each in caught]
+        assert [f"class_axis={axis}" in each for each in told] == [True] * (
+            likelihood == "categorical"
+        )
+        traces.append(optimizer.layers["head"].factors["G"])
+        optimizer.close()
+    assert torch.equal(*traces)
+
+
+def test_an_axis_of_classes_that_nothing_tells_is_asked_for():
+    model = nn.Sequential(nn.Linear(4, 6), nn.Unflatten(1, (2, 3)))
+    optimizer = made(model, likelihood="categorical")
+    with pytest.raises(kfactk.CaptureError, match="class_axis=-1"):
+        model(torch.randn(N, 4))
+    optimizer.close()
