@@ -334,9 +334,10 @@ def build(
         update: The update rule: "sgd", "momentum", "nag", "adam", "adamw", "radam", or any
             `torch.optim.Optimizer` class.
         fisher: Whose targets: "mc", "exact", "empirical".
-        likelihood: What the model's output means: "categorical", "bernoulli", "gaussian". A model
-            with several heads has one for each: `{"policy": "categorical", "value": "gaussian"}` by
-            their places in what it returns, or a list made by `kfactk.head`, with weights.
+        likelihood: What the model's output means: "categorical", "bernoulli", "gaussian",
+            "heteroscedastic", "poisson". A model with several heads has one for each:
+            `{"policy": "categorical", "value": "gaussian"}` by their places in what it returns, or
+            a list made by `kfactk.head`, with weights.
         clip: Bound on the preconditioned gradients: "none", "value", "norm", "kl".
         placement: Which rank does what: "replicated", "comm_opt", "mem_opt", "hybrid", "auto".
         tracker: Where runs are recorded: "mlflow", "jsonl", or `None`.
