@@ -1,4 +1,4 @@
-"""K-FAC for convolutions (KFC) and linear layers, with several treatments of spatial positions."""
+"""K-FAC for convolutions (KFC), transposed ones and linear layers; several views of positions."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ IMAGES = (*CONVOLUTIONS, *TRANSPOSED)
 
 @attrs.frozen(kw_only=True)
 class ConvKfac(Kfac):
-    """Kronecker-factored curvature of `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` and `nn.Linear`.
+    """Kronecker-factored curvature of convolutions, transposed convolutions and linear layers.
+
+    These are `nn.Conv1d` to `3d`, `nn.ConvTranspose1d` to `3d`, and what `kfac` covers.
 
     The row a_t of an example is the input patch at output position t. Its columns are in the order
     of `weight.reshape(d_out, -1)`, the bias last. Every stride, dilation, padding, padding mode and
@@ -51,6 +53,22 @@ class ConvKfac(Kfac):
 
     With "sua", every eigenvalue of A occurs once for each tap. So its eigenbasis, and an EKFAC step
     with it, depends on the eigensolver's choice. The K-FAC inverse does not, nor a basis made of C.
+
+    A transposed convolution has a row for each output position, too: what this position sees of the
+    input, one entry for each channel and tap, zero where a tap hits no pixel. That is a convolution
+    of stride 1 over the input with the stride's zeros between its pixels. So the matrix is
+    `[d_out / groups, channels * taps (+ 1)]`, the bias has its column, and every stride, padding,
+    output padding (or `output_size` of the call), dilation and grouping is exact. "sua" and
+    "stationary" have `Omega = sum_s x x^T`, since a tap sees each pixel once, and r_k = 0 for taps
+    that are no whole number of pixels apart.
+
+    The other view has a row for each input position: x_s, and the patch of gradients that it
+    reaches. It gives the same D_n with sides of `channels` and `d_out * taps`. But the bias is no
+    column there, and patches that overlap share gradients, so that rows are far from uncorrelated.
+    `python -m benchmarks.transposed_rows` finds K-FAC farther from the Fisher matrix in that view
+    wherever the kernel is larger than the stride, and as far where it is not. There, with the
+    kernel as large as the stride, every tap sees every pixel: eigenvalues of A repeat as with
+    "sua", `C kron I` loses nothing of A but the bias, and a basis of C is small.
 
     Bases that are a product of one of channels and one of taps use C and K: `C kron K` stands for A
     without its bias.
@@ -90,6 +108,8 @@ class ConvKfac(Kfac):
         layers", arXiv:1602.01407.
         Eschenhagen et al. 2023, "Kronecker-Factored Approximate Curvature for Modern Neural Network
         Architectures", arXiv:2311.00636.
+        Dangel 2024, "Convolutions and More as Einsum: A Tensor Network Perspective with Advances
+        for Second-Order Methods", arXiv:2307.02275, the unfolded input of transposed convolutions.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"A", "C", "G", "K"})

@@ -26,6 +26,8 @@ def _spatial(curvature: Kfac, attribute: attrs.Attribute[str], value: str) -> No
 class Kfac(Curvature):
     """Kronecker-factored curvature of `nn.Linear`, inputs of any rank.
 
+    Conv1D of transformers is covered too: a linear layer that holds its weight as `[d_in, d_out]`.
+
         F_l = E[(a a^T) kron (g g^T)] ~ A kron G
 
     With N examples, M likelihood terms and T rows an example (tokens, positions, calls of a shared
