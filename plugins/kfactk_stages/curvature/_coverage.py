@@ -117,11 +117,11 @@ def _against_class(module: nn.Module, covered: tuple[type[nn.Module], ...]) -> s
         )
     base = next((base for base in cls.__mro__ if base in covered), None)
     if base is not None:
-        names = replaced(cls, base)
+        own = ", ".join(replaced(cls, base))
         return (
-            f"{cls.__name__} is a subclass of {base.__name__} with its own {', '.join(names)}, so "
-            f"what it computes is not known; with that of {base.__name__} it is covered"
-            if names
+            f"{cls.__name__} is a subclass of {base.__name__} with its own {own}, so what it "
+            f"computes is not known; with that of {base.__name__} it is covered"
+            if own
             else None
         )
     if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):

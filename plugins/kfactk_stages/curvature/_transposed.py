@@ -41,6 +41,7 @@ def window_of(
         ((1, 0),)
     """
     kernel = tuple(module.weight.shape[2:])
+    assert not isinstance(module.padding, str)
     stride, dilation, padding = (
         each_dim(value, len(kernel)) for value in (module.stride, module.dilation, module.padding)
     )
@@ -55,6 +56,7 @@ def window_of(
 def smallest(module: nn.ConvTranspose2d) -> tuple[list[int], list[int]]:
     """Return the smallest spatial shape of an input that has an output, and that of the output."""
     kernel = module.weight.shape[2:]
+    assert not isinstance(module.padding, str)
     stride, dilation, padding, more = (
         each_dim(value, len(kernel))
         for value in (module.stride, module.dilation, module.padding, module.output_padding)
@@ -238,7 +240,8 @@ class TransposedRows(ImageRows):
             for size, step in zip(inputs.shape[2:], window.stride, strict=True)
         ]
         spread = inputs.new_zeros(*inputs.shape[:2], *sizes)
-        spread[(..., *(slice(None, None, step) for step in window.stride))] = inputs
+        every = tuple(slice(None, None, step) for step in window.stride)
+        spread[(slice(None), slice(None), *every)] = inputs
         pads: tuple[int, ...] = ()
         for reach, (before, after) in zip(window.reach, window.padding, strict=True):
             pads = (reach - before, reach - after, *pads)
@@ -255,5 +258,5 @@ class TransposedRows(ImageRows):
         """
         inputs = self._grouped(self.inputs[rows].to(image.dtype), self.channels)
         found = weight_gradients(image.flatten(1, 2), inputs, self.window)
-        found = found.unflatten(-1, (image.shape[2], -1))
-        return found.transpose(2, 3).flatten(3)
+        split = (*found.shape[:3], image.shape[2], math.prod(self.window.kernel))
+        return found.view(split).transpose(2, 3).flatten(3)

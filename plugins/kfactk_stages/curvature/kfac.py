@@ -183,7 +183,8 @@ def exchanged(weight: Tensor, groups: int) -> Tensor:
                 [3],
                 [4]])
     """
-    return weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+    grouped = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    return grouped.transpose(1, 2).flatten(0, 1)
 
 
 def reduced_input_moment(samples: Samples) -> Statistic:

@@ -217,3 +217,16 @@ def test_temporaries_stay_within_chunk_bytes(spatial):
         samples.projected_square_of_channels(left, channels)
     rows = samples.positions * (samples.d_in + samples.d_out) + samples.d_in * samples.d_out
     assert 0 < largest.bytes <= max(40_000, 2 * 8 * rows, 8 * samples.d_in**2)
+
+
+@pytest.mark.parametrize(("kernel", "stride"), [(4, 2), (5, 1)])
+def test_a_rotation_in_bfloat16_stays_within_its_bound(kernel, stride):
+    module = nn.ConvTranspose2d(4, 6, kernel, stride=stride, padding=1)
+    inputs, gradient = (each.float() for each in numbers(module, 3, 3))
+    _, samples = samples_of(module.float(), inputs, gradient)
+    left, right = (torch.linalg.qr(torch.randn(d, d))[0] for d in (6, samples.d_in))
+    exact = samples.projected_square(left, right).total
+    low = samples.projected_square(left, right, precision=torch.bfloat16).total
+    size = samples.gradients().norm(dim=-1) * samples.inputs().norm(dim=-1)
+    bound = 7 * 2**-8 * size.sum(-1).square().sum().sqrt()
+    assert 0 < (low.sqrt() - exact.sqrt()).abs().max() < bound
