@@ -14,11 +14,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
+from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 import kfactk
 from kfactk.costmodel.counting import meta_batch, training_load
+from kfactk.distributed.sharding import full_tensor
 from kfactk.testing._support import truth
 from kfactk.testing._support.ranks import shared_workers
 from tests.kfactk import dense
@@ -98,30 +100,42 @@ def test_a_step_is_that_of_dense_algebra(basis: str, spatial: str) -> None:
         torch.testing.assert_close(step, changed[name], rtol=1e-8, atol=1e-10)
 
 
-def trained(rank: int, placement: str) -> dict[str, Tensor]:
+RUNS: dict[str, Any] = {
+    "replicated, EKFAC": ("replicated", "ekfac", False),
+    "divided, product basis": ("mem_opt", {"name": "ekfac", "inputs": "channels+taps"}, False),
+    "fully sharded, K-FAC": ("comm_opt", "kfac", True),
+}
+"""Placement, basis, and whether the model is divided among ranks."""
+
+
+def trained(rank: int, placement: str, basis: Any, shard: bool) -> dict[str, Tensor]:
     """Train on all ranks, save in the middle, and resume."""
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    model = decoder()
-    parallel = nn.parallel.DistributedDataParallel(model) if ranks > 1 else model
-    recipe = {"basis": "ekfac", "basis_every": 2, "placement": placement}
-    optimizer = bound(parallel, **recipe)
+    model = whole = decoder()
+    if ranks > 1 and shard:
+        for layer in (whole.grouped, whole.twice, whole):
+            fully_shard(layer)
+    elif ranks > 1:
+        whole = nn.parallel.DistributedDataParallel(model)
+    recipe = {"basis": basis, "basis_every": 2, "placement": placement}
+    optimizer = bound(whole, **recipe)
     for step in range(4):
-        if step == 2:
+        if step == 2 and not shard:
             optimizer.consolidate_state_dict(to=None)
             state = optimizer.state_dict()
             optimizer.close()
-            optimizer = bound(parallel, **recipe)
+            optimizer = bound(whole, **recipe)
             optimizer.load_state_dict(state)
         x, y = codes(8, step)
-        train(optimizer, parallel, (x[rank::ranks], y[rank::ranks]))
-    return {name: p.detach().clone() for name, p in model.named_parameters()}
+        train(optimizer, whole, (x[rank::ranks], y[rank::ranks]))
+    return {name: full_tensor(p).detach().clone() for name, p in model.named_parameters()}
 
 
 @WORKERS
-@pytest.mark.parametrize("placement", ["replicated", "mem_opt"])
-def test_two_ranks_equal_one_process(placement: str) -> None:
-    expected = trained(0, "replicated")
-    for parameters in shared_workers().run(2, trained, placement):
+@pytest.mark.parametrize("run", RUNS)
+def test_two_ranks_equal_one_process(run: str) -> None:
+    expected = trained(0, "replicated", *RUNS[run][1:])
+    for parameters in shared_workers().run(2, trained, *RUNS[run]):
         for name, parameter in parameters.items():
             torch.testing.assert_close(parameter, expected[name], rtol=1e-8, atol=1e-9)
 
