@@ -480,3 +480,18 @@ class Renamed(Conv1D):
 def test_subclasses_of_conv1d_are_covered_where_they_compute_the_same() -> None:
     assert Kfac().unsupported(Renamed(2, 3)) is None
     assert "a subclass of Conv1D with its own forward" in str(Kfac().unsupported(Wrapped(2, 3)))
+
+
+def test_why_stacked_experts_are_not_covered_is_said() -> None:
+    config = transformers.MixtralConfig(
+        vocab_size=VOCABULARY, num_key_value_heads=1, num_local_experts=2, **SHAPE
+    )
+    with torch.device("meta"):
+        model = transformers.MixtralForCausalLM(config)
+    table = kfactk.build(curvature="all").coverage(model)
+    reasons = {
+        row.parameter.split(".")[-1]: row.reason for row in table if "experts" in row.parameter
+    }
+    assert set(reasons) == {"gate_up_proj", "down_proj"}
+    for reason in reasons.values():
+        assert reason.startswith("no curvature for MixtralExperts: the weights of its experts are")

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 CONVOLUTIONS: tuple[type[nn.Module], ...] = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -126,7 +127,19 @@ def _against_class(module: nn.Module, covered: tuple[type[nn.Module], ...]) -> s
         )
     if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
         return f"no curvature for {cls.__name__} here; curvature='conv_kfac' covers convolutions"
+    if _stacks_experts(module):
+        return (
+            f"no curvature for {cls.__name__}: the weights of its experts are one tensor, and "
+            "which tokens each of them gets is known inside its forward alone"
+        )
     return f"no curvature for {cls.__name__}"
+
+
+def _stacks_experts(module: nn.Module) -> bool:
+    """Return whether a module holds matrices `[experts, ...]`, as transformers' experts do."""
+    experts = vars(module).get("num_experts")
+    own = [each for each in module._parameters.values() if each is not None and not is_lazy(each)]
+    return isinstance(experts, int) and any(p.ndim == 3 and len(p) == experts for p in own)
 
 
 def _against_parameters(module: nn.Module) -> str | None:

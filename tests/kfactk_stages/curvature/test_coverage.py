@@ -133,6 +133,14 @@ class OutProjection(nn.modules.linear.NonDynamicallyQuantizableLinear):
     pass
 
 
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.num_experts = 3
+        self.down_proj = nn.Parameter(torch.ones(3, 2, 4))
+        self.register_parameter("down_proj_bias", None)
+
+
 def forward_replaced():
     module = nn.Linear(2, 2)
     module.forward = lambda x: x
@@ -223,6 +231,7 @@ def test_kfac_points_to_conv_kfac(module):
             "its weight is parametrized",
         ),
         (lambda: nn.MultiheadAttention(2, 1).out_proj, "attention's out_proj"),
+        (Experts, "no curvature for Experts: the weights of its experts are one tensor"),
         (lambda: nn.Bilinear(2, 2, 2), "no curvature for Bilinear"),
         (lambda: nn.Embedding(2, 2), "no curvature for Embedding"),
         (lambda: nn.BatchNorm2d(2), "no curvature for BatchNorm2d"),
