@@ -13,7 +13,10 @@ from backpack.extensions import KFLR, BatchGrad, DiagGGNExact, SqrtGGNExact, Sum
 from backpack.utils.conv_transpose import unfold_by_conv_transpose
 from torch import Tensor, nn
 
-from tests.peers.comparing import agree, eigenvectors, joined
+from kfactk import Layer, LayerCall
+from kfactk.testing._support.truth import input_rows, moment
+from kfactk_stages.curvature.conv_kfac import ConvKfac
+from tests.peers.comparing import agree, compared, eigenvectors, joined
 from tests.peers.problems import LOSSES, OUTPUTS, Problem, conv_kfac, measured, problem
 
 MODELS = ("perceptron", "convolutions", "signals", "volumes")
@@ -135,3 +138,17 @@ def test_transposed_convolutions(loss: str) -> None:
         parts = [p.diag_ggn_exact.sum() for p in theirs.get_submodule(name).parameters()]
         trace = torch.stack(parts).sum()
         agree({"trace": view.scale["scale"].sum()}, [trace])
+
+
+def test_output_padding_of_a_transposed_convolution() -> None:
+    """It leaves it out; the rows of ours are those of the loop."""
+    layer = nn.ConvTranspose2d(2, 3, 3, stride=2, output_padding=1, bias=False).double()
+    inputs = torch.randn(4, 2, 3, 2, dtype=torch.float64)
+    output = layer(inputs)
+    rows = input_rows(layer, inputs, bias=False)
+    call = LayerCall(inputs, torch.ones_like(output))
+    ours = ConvKfac().samples(Layer("", layer, ("weight",)), [call], num_terms=4.0, first=True)
+    agree({"A": ours.input_moment().total}, [moment(rows)])
+    if compared("backpack-for-pytorch"):
+        found = unfold_by_conv_transpose(inputs, layer)
+        assert found.shape[-1] < output[0, 0].numel(), "BackPACK is right: change the documentation"
