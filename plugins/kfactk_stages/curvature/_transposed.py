@@ -90,6 +90,12 @@ class Phase:
     pads: tuple[int, int]
     dilation: int
 
+    @property
+    def ascending(self) -> slice:
+        """The taps in ascending order."""
+        first, *more = reversed(self.taps)
+        return slice(first, self.taps[0] + 1, more[0] - first if more else 1)
+
 
 def phases(window: Window, dim: int, size: int, out: int) -> Iterator[Phase]:
     """Yield the phases along a dimension that see anything.
@@ -173,10 +179,8 @@ class TransposedRows(ImageRows):
         numbers = torch.arange(math.prod(kernel), device=self.inputs.device).view(kernel)
         for combined in itertools.product(*along):
             images = (slice(None), slice(None))
-            seen = numbers
-            for dim, phase in enumerate(combined):
-                index = torch.tensor(phase.taps, device=numbers.device)
-                seen = seen.index_select(dim, index)
+            seen = numbers[tuple(phase.ascending for phase in combined)]
+            seen = seen.flip(tuple(range(len(kernel))))
             window = Window(
                 tuple(len(phase.taps) for phase in combined),
                 (1,) * len(kernel),
