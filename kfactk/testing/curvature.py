@@ -40,9 +40,10 @@ class CurvatureLaws(OnLayers, InRecipe):
     """The laws that every curvature obeys.
 
     By default the laws draw all configurations of the layers that the strategies know and that
-    `unsupported` accepts: linear layers, convolutions, layer norm, embeddings. Override `cases` and
-    `covers` for a layer of another class; `single_row_cases` for Kronecker factors that approximate
-    even where there is one row; `arranged` for a stage with the examples elsewhere than in dim 0.
+    `unsupported` accepts: linear layers, convolutions, transposed convolutions, layer norm,
+    embeddings. Override `cases` and `covers` for a layer of another class; `single_row_cases` for
+    Kronecker factors that approximate even where there is one row; `arranged` for a stage with the
+    examples elsewhere than in dim 0.
 
     Example:
         >>> class TestKfac(CurvatureLaws):

@@ -16,7 +16,14 @@ from kfactk.samples import LayerCall, Samples, Statistic
 from kfactk.stages import Curvature
 from kfactk.testing._support import truth
 from kfactk.testing._support.laws import Laws, close
-from kfactk.testing._support.strategies import CONV, Case, Kind, foreign_modules, kinds
+from kfactk.testing._support.strategies import (
+    CONV,
+    TRANSPOSED,
+    Case,
+    Kind,
+    foreign_modules,
+    kinds,
+)
 
 KNOWN = (nn.Linear, *CONV.values())
 """Layers whose matrix and rows `truth` can compute."""
@@ -29,7 +36,12 @@ class OnLayers(Laws):
     pytestmark = pytest.mark.filterwarnings(
         "ignore:Using padding='same' with even kernel:UserWarning"
     )
-    covers: ClassVar[tuple[type[nn.Module], ...]] = (*KNOWN, nn.LayerNorm, nn.Embedding)
+    covers: ClassVar[tuple[type[nn.Module], ...]] = (
+        *KNOWN,
+        *TRANSPOSED.values(),
+        nn.LayerNorm,
+        nn.Embedding,
+    )
     """Classes of modules that `cases` can draw; `unsupported` must refuse all others."""
 
     def cases(self) -> st.SearchStrategy[Case]:

@@ -20,11 +20,19 @@ ShapeOf = Callable[[st.DrawFn, Any], tuple[int, ...]]
 Fill = Callable[[Any, tuple[int, ...], torch.Generator], Tensor]
 """From a module, a shape and a generator, the input."""
 CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED: dict[int, Any] = {
+    1: nn.ConvTranspose1d,
+    2: nn.ConvTranspose2d,
+    3: nn.ConvTranspose3d,
+}
 LAZY: dict[type[nn.Module], Any] = {
     nn.Linear: nn.LazyLinear,
     nn.Conv1d: nn.LazyConv1d,
     nn.Conv2d: nn.LazyConv2d,
     nn.Conv3d: nn.LazyConv3d,
+    nn.ConvTranspose1d: nn.LazyConvTranspose1d,
+    nn.ConvTranspose2d: nn.LazyConvTranspose2d,
+    nn.ConvTranspose3d: nn.LazyConvTranspose3d,
 }
 MODES = ("zeros", "circular", "reflect", "replicate")
 
@@ -258,6 +266,64 @@ def conv_cases(
     return case_of(convolutions(dimensions), _conv_shape, most_calls=most_calls, freeze=freeze)
 
 
+@st.composite
+def transposed_convolutions(draw: st.DrawFn, dims: int) -> Any:
+    """Draw a transposed convolution with any geometry that torch accepts."""
+    largest = {1: 4, 2: 3, 3: 2}[dims]
+
+    def each(low: int, high: int) -> tuple[int, ...]:
+        return tuple(draw(whole(low, high)) for _ in range(dims))
+
+    stride, dilation, groups = each(1, 3), each(1, 2), draw(whole(1, 3))
+    pairs = zip(stride, dilation, strict=True)
+    return TRANSPOSED[dims](
+        groups * draw(whole(1, 2)),
+        groups * draw(whole(1, 3)),
+        each(1, largest),
+        stride=stride,
+        padding=each(0, 2),
+        output_padding=tuple(draw(whole(0, max(pair) - 1)) for pair in pairs),
+        groups=groups,
+        bias=draw(st.booleans()),
+        dilation=dilation,
+    )
+
+
+def _transposed_shape(draw: st.DrawFn, module: Any) -> tuple[int, ...]:
+    """Draw a small input shape for which there is an output."""
+    sizes = []
+    for dim, kernel in enumerate(module.kernel_size):
+        alone = module.dilation[dim] * (kernel - 1) + 1 + module.output_padding[dim]
+        missing = max(0, 1 + 2 * module.padding[dim] - alone)
+        sizes.append(1 + -(-missing // module.stride[dim]) + draw(whole(0, 2)))
+    return draw(whole(1, 3)), module.in_channels, *sizes
+
+
+@functools.cache
+def transposed_cases(
+    dims: int, *, most_calls: int = 1, freeze: bool = False
+) -> st.SearchStrategy[Case]:
+    """Draw `nn.ConvTranspose1d` to `3d` of every geometry; see `case_of`."""
+    modules = transposed_convolutions(dims)
+    return case_of(modules, _transposed_shape, most_calls=most_calls, freeze=freeze)
+
+
+@functools.cache
+def pixel_transposed_cases(dims: int) -> st.SearchStrategy[Case]:
+    """Draw transposed convolutions of one tap on images of one pixel: one input, one output."""
+    modules = st.builds(
+        lambda groups, channels, outputs, stride, bias: TRANSPOSED[dims](
+            groups * channels, groups * outputs, 1, stride, groups=groups, bias=bias
+        ),
+        st.integers(1, 2),
+        st.integers(1, 2),
+        st.integers(1, 2),
+        st.integers(1, 2),
+        st.booleans(),
+    )
+    return case_of(modules, lambda draw, m: (draw(whole(1, 3)), m.in_channels, *[1] * dims))
+
+
 @functools.cache
 def norm_cases(*, most_calls: int = 1, freeze: bool = False) -> st.SearchStrategy[Case]:
     """Draw `nn.LayerNorm` over the last dimension, inputs of rank 2 and 3."""
@@ -354,6 +420,14 @@ def kinds() -> list[Kind]:
                 covering_conv_cases(dims),
             )
             for dims, conv in CONV.items()
+        ),
+        *(
+            Kind(
+                tuple(conv(2, 2, 1, bias=bias) for bias in both),
+                transposed_cases(dims, most_calls=2, freeze=True),
+                pixel_transposed_cases(dims),
+            )
+            for dims, conv in TRANSPOSED.items()
         ),
         Kind(
             tuple(nn.LayerNorm(2, bias=bias) for bias in both),

@@ -35,7 +35,7 @@ PARTS = {
     "embedding": (lambda: nn.Embedding(4, 2), 0, 1),
     "attention": (lambda: nn.MultiheadAttention(4, 2), 0, 4),
     "nothing": (nn.ReLU, 0, 0),
-    "transposed": (lambda: nn.ConvTranspose1d(2, 2, 2), 0, 2),
+    "transposed": (lambda: nn.ConvTranspose1d(2, 2, 2), 2, 0),
 }
 
 
@@ -104,7 +104,7 @@ def test_reasons_that_readers_need() -> None:
     )
     model["partly"].weight.requires_grad_(False)
     found = reasons(model)
-    assert "subclass of Linear whose forward may differ" in found["own.weight"]
+    assert "subclass of Linear with its own forward" in found["own.weight"]
     assert "parametrized" in found["weight_norm.bias"]
     assert "never calls its forward" in found["attention.out_proj.weight"]
     assert found["frozen.weight"] == found["partly.weight"] == "frozen (requires_grad is False)"
