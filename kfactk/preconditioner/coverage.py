@@ -214,6 +214,7 @@ class ModelSurvey:
             return
         self._examined = self.tracker.signature
         modules = [(name, module) for name, module in self.model.named_modules() if _own(module)]
+        names = {module: name for name, module in modules}
         owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
         for name, module in modules:
             for key, parameter in _own(module).items():
@@ -231,19 +232,29 @@ class ModelSurvey:
                 with attribute_errors("curvature", rule.curvature, f"on module {name!r}"):
                     parts = rule.curvature.parts(module)
                 for part, parameters in parts.items():
-                    label = f"{name}[{part}]" if part else name
+                    label = f"{names[sites[0]]}[{part}]" if part else names[sites[0]]
                     shapes = {key: module._parameters[key].shape for key in parameters}
                     candidates.append(Candidate(label, module, part, shapes, sites, rule))
             for key in _own(module):
                 self._why_not[_join(name, key)] = reason
+        for candidate in candidates:
+            for site in candidate.sites:
+                beside = f"the {candidate.anchor} beside it is tied, in block {candidate.name!r}"
+                for key in _own(site):
+                    reason = "" if key in _own(candidate.module) else beside
+                    self._why_not[_join(names[site], key)] = reason
         self.candidates = tuple(candidates)
         self._layers.clear()
 
+    def _excluded(self, name: str) -> str:
+        """Return why a module is left alone; empty where it is not."""
+        patterns = (pattern for pattern in self.exclude if within(name, pattern))
+        return next((f"excluded (exclude={pattern!r})" for pattern in patterns), "")
+
     def _rule_for(self, name: str, module: nn.Module) -> tuple[BlockRule | None, str]:
         """Return the first rule that supports a module, or the reasons of all."""
-        for pattern in self.exclude:
-            if within(name, pattern):
-                return None, f"excluded (exclude={pattern!r})"
+        if excluded := self._excluded(name):
+            return None, excluded
         reasons: dict[str, None] = {}
         for rule in self.rules:
             if not rule.allows(name):
@@ -273,21 +284,35 @@ class ModelSurvey:
             return (module,), ""
         tied = f"tied: it shares a parameter with {', '.join(sorted(names))}"
         mine = {key: id(parameter) for key, parameter in own.items()}
-        sites = dict.fromkeys([module, *(other for _, other, _ in others)])
-        for other in sites:
-            if mine != {key: id(p) for key, p in _own(other).items()}:
-                return (module,), tied
         if len(set(mine.values())) < len(mine):
             return (module,), tied
+        alike = {}
         for other_name, other, _ in others:
-            if self._rule_for(other_name, other)[0] is not rule:
+            theirs = {key: id(p) for key, p in _own(other).items()}
+            alike[other] = self._rule_for(other_name, other)[0] is rule
+            if mine != theirs and (alike[other] or not mine.items() <= theirs.items()):
                 return (module,), tied
+            if not alike[other] and not self._may_join(rule, other_name, other):
+                return (module,), tied
+        for other, of_the_rule in alike.items():
             with attribute_errors("curvature", rule.curvature, f"on module {name!r}"):
                 same = rule.curvature.same_call(module, other)
             if not same:
-                return (module,), f"{tied}, of a module with other settings"
+                settings = ", of a module with other settings" if of_the_rule else ""
+                return (module,), f"{tied}{settings}"
         order = {id(each): place for place, each in enumerate(self.model.modules())}
-        return tuple(sorted(sites, key=lambda site: order[id(site)])), ""
+        return tuple(sorted([module, *alike], key=lambda site: order[id(site)])), ""
+
+    def _may_join(self, rule: BlockRule, name: str, module: nn.Module) -> bool:
+        """Return whether a module, which another rule may take, may be a site of a rule's layer.
+
+        It may where nobody has asked for something else, and the rule does not take it by itself.
+        """
+        own_rule, _ = self._rule_for(name, module)
+        if self._excluded(name) or not rule.allows(name) or (own_rule and own_rule.layers):
+            return False
+        with attribute_errors("curvature", rule.curvature, f"on module {name!r}"):
+            return rule.curvature.unsupported(module) is not None
 
     def layers(self, trained: Container[int]) -> list[tuple[CoveredLayer, BlockRule]]:
         """Return the layers whose anchor is trained now, in the model's order, with their rules.

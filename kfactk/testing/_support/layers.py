@@ -29,7 +29,12 @@ class OnLayers(Laws):
     pytestmark = pytest.mark.filterwarnings(
         "ignore:Using padding='same' with even kernel:UserWarning"
     )
-    covers: ClassVar[tuple[type[nn.Module], ...]] = (*KNOWN, nn.LayerNorm, nn.Embedding)
+    covers: ClassVar[tuple[type[nn.Module], ...]] = (
+        *KNOWN,
+        nn.LayerNorm,
+        nn.Embedding,
+        nn.EmbeddingBag,
+    )
     """Classes of modules that `cases` can draw; `unsupported` must refuse all others."""
 
     def cases(self) -> st.SearchStrategy[Case]:
