@@ -126,9 +126,10 @@ class Samples:
         return self._gradients[..., rows, :, :].to(self.dtype)
 
     def call_gradients(self) -> Tensor:
-        """Return the gradients that arrived at the outputs of the calls, `[..., N, T, k]`.
+        """Return gradients at the outputs of the calls, or fixed sums of them, `[..., N, T, k]`.
 
-        The default is `gradients`. A subclass whose rows hold them elsewhere replaces it.
+        They tell which examples of the model's output a row depends on. The default is `gradients`.
+        A subclass whose gradients are elsewhere, or many, replaces it.
         """
         return self.gradients()
 

@@ -199,7 +199,8 @@ def runs(values: Tensor) -> tuple[Tensor, Tensor]:
     """
     if values.is_meta:
         return values, torch.ones_like(values)
-    return torch.unique_consecutive(values, return_counts=True)
+    different, many = torch.unique_consecutive(values, return_counts=True)
+    return different, many
 
 
 def sums_of_runs(

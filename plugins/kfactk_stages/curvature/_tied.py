@@ -46,12 +46,13 @@ class TiedSamples(CallSamples[Any]):
         first: bool,
         chunk_bytes: int,
     ) -> None:
-        calls = [*(() if lookups is None else lookups.calls), *heads]
+        calls: list[Any] = [*(() if lookups is None else lookups.calls), *heads]
         positions = sum(head.positions for head in heads)
+        gradients: list[Tensor] = [call.gradient for call in calls]
         super().__init__(
             calls,
-            [call.gradient for call in calls],
-            (len(calls[0].gradient), positions + (0 if lookups is None else lookups.positions)),
+            gradients,
+            (len(gradients[0]), positions + (0 if lookups is None else lookups.positions)),
             *sides,
             num_terms=num_terms,
             first=first,
@@ -70,9 +71,9 @@ class TiedSamples(CallSamples[Any]):
         return torch.cat([*parts, *(self._hidden(head, rows) for head in self.heads)], 1)
 
     def call_gradients(self) -> Tensor:
-        """Return g and gamma, `[N, 1, k]`: those of an example in one row."""
+        """Return g and sums of gamma, `[N, 1, k]`: those of an example in one row."""
         parts = [] if self.lookups is None else [self.lookups.gradients().to(self.dtype)]
-        parts += [self._gamma(head, slice(None)) for head in self.heads]
+        parts += [folded(head.gradient_view(slice(None))).to(self.dtype) for head in self.heads]
         return torch.cat([part.flatten(1) for part in parts], 1).unsqueeze(1)
 
     def moments(self) -> tuple[Statistic, Statistic]:
@@ -186,3 +187,16 @@ class TiedSamples(CallSamples[Any]):
     def _gamma(self, head: LinearRows, rows: slice, columns: slice = slice(None)) -> Tensor:
         """Return some columns of gamma of some examples, `[n, T, columns]`."""
         return scaled(head.gradient_view(rows)[..., columns].to(self.dtype), head.scale)
+
+
+def folded(gradients: Tensor, width: int = 64) -> Tensor:
+    """Return sums of every `width`-th column, so that there are no more than `width`.
+
+    Example:
+        >>> folded(torch.tensor([[1.0, 2.0, 3.0, 4.0, 9.0]]), width=2)
+        tensor([[4., 6.]])
+    """
+    whole = gradients.shape[-1] // width * width
+    if not whole:
+        return gradients
+    return gradients[..., :whole].view(*gradients.shape[:-1], -1, width).sum(-2)

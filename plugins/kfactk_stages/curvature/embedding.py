@@ -157,7 +157,8 @@ class Embedding(Curvature):
             return BagSamples(bags, rows=table.num_embeddings, **options)
         heads = [self._head(layer, call) for call in calls if _is_head(call.module)]
         found = [self._call(layer, call) for call in calls if not _is_head(call.module)]
-        check_examples(layer, (len(call.gradient) for call in (*found, *heads)))
+        gradients = [*(call.gradient for call in found), *(call.gradient for call in heads)]
+        check_examples(layer, map(len, gradients))
         lookups = None
         if found:
             lookups = EmbeddingSamples(
@@ -203,8 +204,10 @@ class Embedding(Curvature):
 
     def _head(self, layer: Layer, call: LayerCall) -> LinearRows:
         batched = partial(examples_first, layer, features=1, batch_dim=self.batch_dim)
-        both = (batched(each) for each in (call.inputs, call.gradient))
-        return LinearRows(*(x.unsqueeze(1) if x.ndim == 2 else x for x in both), call.scale)
+        hidden, gradient = batched(call.inputs), batched(call.gradient)
+        if hidden.ndim == 2:
+            hidden, gradient = hidden.unsqueeze(1), gradient.unsqueeze(1)
+        return LinearRows(hidden, gradient, call.scale)
 
 
 def _is_head(module: nn.Module | None) -> bool:
