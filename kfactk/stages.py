@@ -116,6 +116,7 @@ class Curvature(abc.ABC):
         The default compares class and settings: they compute the same function. A curvature may
         also accept a module `other` that it does not support by itself, of another class, which
         holds all parameters of `module`. Each call then tells which `LayerCall.module` it is of.
+        What `other` holds besides makes layers of its own, where `parts(other)` names it.
         """
         return type(module) is type(other) and module.extra_repr() == other.extra_repr()
 

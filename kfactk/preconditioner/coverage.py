@@ -235,6 +235,7 @@ class ModelSurvey:
                     label = f"{names[sites[0]]}[{part}]" if part else names[sites[0]]
                     shapes = {key: module._parameters[key].shape for key in parameters}
                     candidates.append(Candidate(label, module, part, shapes, sites, rule))
+                candidates += _beside(module, sites, rule, names, owners)
             for key in _own(module):
                 self._why_not[_join(name, key)] = reason
         for candidate in candidates:
@@ -377,19 +378,19 @@ class ModelSurvey:
         """Return the table, by what is trained now."""
         self.tracker.look()
         blocks = {
-            _join(layer.path, key): (layer.name, rule.label)
+            id(parameter): (layer.name, rule.label)
             for layer, rule in self.layers(trained)
-            for key in layer.parameters
+            for parameter in layer.tensors().values()
         }
-        anchors = {
-            _join(candidate.path, key): candidate
+        owners = {
+            id(self.tracker.at(candidate.module, key)): candidate
             for candidate in self.candidates
             for key in candidate.shapes
         }
         rows = []
         for name, parameter in self.parameters():
             wanted = parameter.requires_grad and id(parameter) in trained
-            if name in blocks:
+            if id(parameter) in blocks:
                 reason = ""
             elif not parameter.requires_grad:
                 reason = "frozen (requires_grad is False)"
@@ -397,19 +398,42 @@ class ModelSurvey:
                 reason = "not among the optimizer's parameters"
             else:
                 reason = self._why_not.get(name, "")
-                if not reason and name in anchors:
-                    candidate = anchors[name]
+                if not reason and (candidate := owners.get(id(parameter))) is not None:
                     untrained = f"the layer's {candidate.anchor} is not trained"
                     reason = self._left.get(candidate.place, untrained)
                 reason = reason or "the curvature treats other parameters of its module only"
             shape = () if isinstance(parameter, UninitializedParameter) else tuple(parameter.shape)
-            block, stages = blocks.get(name, (None, ""))
+            block, stages = blocks.get(id(parameter), (None, ""))
             rows.append(Row(name, shape, block, reason, wanted, stages))
         return Coverage(tuple(rows))
 
 
 def _own(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module._parameters.items() if p is not None}
+
+
+def _beside(
+    module: nn.Module,
+    sites: Iterable[nn.Module],
+    rule: BlockRule,
+    names: Mapping[nn.Module, str],
+    owners: Mapping[int, Sequence[tuple[str, nn.Module, str]]],
+) -> Iterator[Candidate]:
+    """Yield the layers of what sites of a module's layer hold besides its parameters.
+
+    A module that contains the site may hold such a parameter too: it leaves its use to the site.
+    """
+    for site in sites:
+        more = {key: p for key, p in _own(site).items() if key not in module._parameters}
+        if not more:
+            continue
+        with attribute_errors("curvature", rule.curvature, f"on module {names[site]!r}"):
+            parts = rule.curvature.parts(site)
+        for part, keys in parts.items():
+            holders = [m for key in keys if key in more for _, m, _ in owners[id(more[key])]]
+            if more.keys() >= set(keys) and all(site in holder.modules() for holder in holders):
+                label, shapes = f"{names[site]}[{part}]", {key: more[key].shape for key in keys}
+                yield Candidate(label, site, part, shapes, (site,), rule)
 
 
 def _check_pattern(option: str, pattern: str, names: Iterable[str]) -> None:

@@ -32,7 +32,7 @@ class TiedSamples(CallSamples[Any]):
     Args:
         lookups: The calls of embeddings; `None` where none was called.
         heads: The calls of output layers; all calls are of the same number of examples.
-        sides: `(V, d)`.
+        sides: Those of D, `(d, V)`.
         num_terms, first, chunk_bytes: See `kfactk.Samples`.
     """
 
@@ -40,7 +40,7 @@ class TiedSamples(CallSamples[Any]):
         self,
         lookups: EmbeddingSamples | None,
         heads: Sequence[LinearRows],
-        sides: tuple[int, int],
+        sides: Sequence[int],
         *,
         num_terms: Tensor | float,
         first: bool,
@@ -53,7 +53,8 @@ class TiedSamples(CallSamples[Any]):
             calls,
             gradients,
             (len(gradients[0]), positions + (0 if lookups is None else lookups.positions)),
-            *sides,
+            sides[1],
+            sides[0],
             num_terms=num_terms,
             first=first,
             chunk_bytes=chunk_bytes,

@@ -21,6 +21,9 @@ from kfactk_stages.curvature._rows import LinearRows
 from kfactk_stages.curvature._tables import EmbeddingCall, EmbeddingSamples
 from kfactk_stages.curvature._tied import TiedSamples
 
+BIAS = "bias"
+"""The parameter, and the part, that is the bias of a tied output layer."""
+
 
 @attrs.frozen(kw_only=True)
 class Embedding(Curvature):
@@ -50,7 +53,9 @@ class Embedding(Curvature):
 
     These are the diagonal of E[D^T D], and E[D D^T] divided by its trace, where positions do not
     correlate. The exact scale of `ekfac` contains all products of positions, and of both kinds of
-    calls. A bias of the output layer is not tied, and goes to the update rule.
+    calls. A bias of the output layer is a layer of its own, whose matrix is `[1, V]`:
+
+        D_n = sum_s gamma_s^T,    a = (1/M) sum_n sum_s gamma^2,    G = 1
 
     Inputs `[N]` have T = 1. An input without dimensions is one example. Positions that all examples
     share, as `[1, T]`, are one example: its D is the sum over all of them.
@@ -125,16 +130,26 @@ class Embedding(Curvature):
             return reason_against(other, (nn.Linear,)) is None
         return super().same_call(module, other)
 
+    def parts(self, module: nn.Module) -> Mapping[str, tuple[str, ...]]:
+        """Return the table as one part, "", and of a tied output layer the bias alone."""
+        if not _is_head(module):
+            return super().parts(module)
+        return {BIAS: (BIAS,)} if module._parameters.get(BIAS) is not None else {}
+
     def matrix(self, layer: Layer, tensors: Tensors) -> Tensor:
-        """Return the transposed table, `[d, V]`."""
-        return tensors["weight"].mT
+        """Return the transposed table, `[d, V]`, or the bias of an output layer, `[1, V]`."""
+        return tensors[BIAS].unsqueeze(0) if layer.part == BIAS else tensors["weight"].mT
 
     def tensors(self, layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
         """Return the inverse of `matrix`."""
-        return {"weight": matrix.mT}
+        return {BIAS: matrix.squeeze(0)} if layer.part == BIAS else {"weight": matrix.mT}
 
     def blank(self, layer: Layer) -> LayerCall:
-        """Return a call on one index, or on one bag of one index."""
+        """Return a call on one index, on one bag of one index, or on one row of an output layer."""
+        if layer.part == BIAS:
+            bias = layer.tensors()[BIAS]
+            zeros = torch.zeros(1, len(bias), dtype=bias.dtype, device=bias.device)
+            return LayerCall(zeros[:, :0], zeros)
         weight = layer.tensors()["weight"]
         shape = (1, 1) if isinstance(layer.module, nn.EmbeddingBag) else (1,)
         index = torch.zeros(shape, dtype=torch.long, device=weight.device)
@@ -155,8 +170,8 @@ class Embedding(Curvature):
             bags = [BagCall.of(layer.module, call) for call in calls]
             check_examples(layer, (len(bag.gradient) for bag in bags))
             return BagSamples(bags, rows=table.num_embeddings, **options)
-        heads = [self._head(layer, call) for call in calls if _is_head(call.module)]
-        found = [self._call(layer, call) for call in calls if not _is_head(call.module)]
+        heads = [self._head(layer, call) for call in calls if _of_head(layer, call)]
+        found = [self._call(layer, call) for call in calls if not _of_head(layer, call)]
         gradients = [*(call.gradient for call in found), *(call.gradient for call in heads)]
         check_examples(layer, map(len, gradients))
         lookups = None
@@ -166,7 +181,8 @@ class Embedding(Curvature):
             )
             if not _is_tied(layer):
                 return lookups
-        return TiedSamples(lookups, heads, (table.num_embeddings, table.embedding_dim), **options)
+        sides = self.matrix(layer, layer.tensors()).shape
+        return TiedSamples(lookups, heads, sides, **options)
 
     def _options(self, num_terms: Tensor | float, *, first: bool) -> dict[str, Any]:
         return {"num_terms": num_terms, "first": first, "chunk_bytes": self.chunk_bytes}
@@ -205,13 +221,19 @@ class Embedding(Curvature):
     def _head(self, layer: Layer, call: LayerCall) -> LinearRows:
         batched = partial(examples_first, layer, features=1, batch_dim=self.batch_dim)
         hidden, gradient = batched(call.inputs), batched(call.gradient)
+        if layer.part == BIAS:
+            hidden = gradient.new_ones(()).expand(*gradient.shape[:-1], 1)
         if hidden.ndim == 2:
             hidden, gradient = hidden.unsqueeze(1), gradient.unsqueeze(1)
         return LinearRows(hidden, gradient, call.scale)
 
 
-def _is_head(module: nn.Module | None) -> bool:
+def _is_head(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear)
+
+
+def _of_head(layer: Layer, call: LayerCall) -> bool:
+    return _is_head(layer.module if call.module is None else call.module)
 
 
 def _is_tied(layer: Layer) -> bool:

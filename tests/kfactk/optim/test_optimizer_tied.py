@@ -120,6 +120,7 @@ def losses(logits: Tensor, targets: Tensor, fisher: str) -> list[Tensor]:
 def by_example(model: Language, batch: Batch, fisher: str = "empirical") -> dict[str, Tensor]:
     """a, G before it is divided, and every D, `[*, V, d]`: by autograd on one example at a time."""
     a, g, rows = torch.zeros(V, dtype=F64), torch.zeros(WIDTH, WIDTH, dtype=F64), []
+    sums = []
     for tokens, targets in zip(*batch, strict=True):
         seen: dict[str, Tensor] = {}
         handles = [
@@ -133,6 +134,7 @@ def by_example(model: Language, batch: Batch, fisher: str = "empirical") -> dict
         for loss in losses(seen["logits"], targets, fisher):
             d, at_emb, gamma = torch.autograd.grad(loss, wanted, retain_graph=True)
             rows.append(d)
+            sums.append(gamma[0].sum(0))
             for t, token in enumerate(tokens):
                 if token != 0:
                     a[token] += at_emb[0, t] @ at_emb[0, t]
@@ -140,7 +142,7 @@ def by_example(model: Language, batch: Batch, fisher: str = "empirical") -> dict
                 h, gradient = seen["h"][0, t].detach(), gamma[0, t]
                 a += (h @ h) * gradient.square()
                 g += (gradient @ gradient) * torch.outer(h, h)
-    return {"a": a, "G": g, "D": torch.stack(rows)}
+    return {"a": a, "G": g, "D": torch.stack(rows), "bias": torch.stack(sums)}
 
 
 @pytest.mark.parametrize("fisher", ["empirical", "exact"])
@@ -165,18 +167,51 @@ def test_a_tied_table_gets_the_diagonal_of_its_fisher(
     step = (before.emb.weight - model.emb.weight).detach() / LR
     torch.testing.assert_close(step, expected, rtol=1e-9, atol=1e-12)
     assert model.head.weight is model.emb.weight
-    if bias:  # it has no block: its own gradient goes to the update rule
-        torch.testing.assert_close(model.head.bias, before.head.bias - LR * model.head.bias.grad)
+    if bias:  # a layer of its own
+        fisher_diagonal = truth["bias"].square().sum(0) / terms
+        step = (before.head.bias - model.head.bias).detach() / LR
+        torch.testing.assert_close(step, model.head.bias.grad / (fisher_diagonal + TAU))
 
 
 @pytest.mark.parametrize("head_first", [False, True])
-def test_the_coverage_tells_the_block_and_the_reason_for_the_bias(head_first: bool) -> None:
+def test_the_coverage_tells_the_blocks_of_table_and_bias(head_first: bool) -> None:
     table = kfactk.build(curvature="all").coverage(language(head_first=head_first, bias=True))
     rows = {row.parameter: row.treatment for row in table}
     name = "head" if head_first else "emb"
     assert rows[f"{name}.weight"] == f"block {name} (embedding, ekfac)"
-    assert rows["head.bias"] == f"-: the weight beside it is tied, in block '{name}'"
-    assert table.plain == ("head.bias",)
+    assert rows["head.bias"] == "block head[bias] (embedding, ekfac)"
+    assert not table.plain
+
+
+def test_a_bias_that_an_enclosing_module_holds_too_is_covered() -> None:
+    """As in BERT, whose module around the output layer registers its bias."""
+    model = language(bias=True)
+    model.bias = model.head.bias
+    optimizer = bound(model)
+    assert {row.parameter: row.block for row in optimizer.coverage()}["bias"] == "head[bias]"
+    train(optimizer, model, sentences())
+    assert optimizer.layers["head[bias]"].scale["scale"].shape == (1, V)
+
+
+def test_a_bias_that_another_module_has_too_goes_to_the_update_rule() -> None:
+    model = language(bias=True)
+    model.other = nn.Linear(WIDTH, V).double()
+    model.other.bias = model.head.bias
+    found = {row.parameter: row.treatment for row in kfactk.build(curvature="all").coverage(model)}
+    assert found["head.bias"] == "-: the weight beside it is tied, in block 'emb'"
+    assert found["emb.weight"] == "block emb (embedding, ekfac)"
+
+
+def test_a_bias_is_trained_where_the_table_is_frozen() -> None:
+    model = language(bias=True)
+    model.emb.weight.requires_grad_(False)
+    optimizer = bound(model)
+    before = model.head.bias.detach().clone()
+    train(optimizer, model, sentences())
+    assert set(optimizer.layers) == {"body", "head[bias]"}
+    scale = optimizer.layers["head[bias]"].scale["scale"][0]
+    step = (before - model.head.bias.detach()) / LR
+    torch.testing.assert_close(step, model.head.bias.grad / (scale + TAU))
 
 
 class Doubled(nn.Linear):
@@ -260,7 +295,7 @@ def test_checkpointing_and_evaluation_mode_change_nothing() -> None:
 
 
 def test_a_frozen_table_has_no_block_and_stays() -> None:
-    model = language(bias=True)
+    model = language()
     model.emb.weight.requires_grad_(False)
     kept = model.emb.weight.clone()
     optimizer = bound(model)
