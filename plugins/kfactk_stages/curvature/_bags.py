@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from kfactk import LayerCall, Statistic
 from kfactk.samples import product, working_dtype
 from kfactk_stages.curvature._calls import scaled
-from kfactk_stages.curvature._tables import TableSamples, runs, sums_of_runs
+from kfactk_stages.curvature._tables import TableSamples, runs, sums_by_key, sums_of_runs
 
 
 @attrs.frozen(eq=False)
@@ -130,7 +130,7 @@ class BagSamples(TableSamples[BagCall]):
             return Statistic(None, 0.0)
         tokens, places, weights = self._entries(slice(None))
         rows = max(1, self.examples * self.positions)
-        pairs, sums = self._columns(tokens * rows + places, weights.unsqueeze(-1), None, None)
+        pairs, sums = sums_by_key(tokens * rows + places, weights.unsqueeze(-1))
         seen, many = runs(pairs.div(rows, rounding_mode="floor"))
         total = torch.zeros(self.d_in, dtype=self.dtype, device=self.device)
         total.index_add_(0, seen, sums_of_runs(sums.square_(), many).squeeze(-1))
@@ -146,7 +146,7 @@ class BagSamples(TableSamples[BagCall]):
             gradients = product(gradients, left, self.dtype, precision)
         example = places.div(self.positions, rounding_mode="floor")
         pairs = tokens * len(gradients) + example
-        return self._columns(pairs, gradients.flatten(0, 1), places, weights)
+        return sums_by_key(pairs, gradients.flatten(0, 1), places, weights)
 
     def _entries(self, rows: slice) -> tuple[Tensor, Tensor, Tensor]:
         """Return index, row `n * T + t` and weight of each entry of the examples `rows`."""

@@ -15,7 +15,7 @@ from kfactk.samples import product
 from kfactk_stages.curvature._calls import Call, CallSamples, scaled
 
 
-class TableSamples(CallSamples[Call]):
+class TableSamples(CallSamples[Call], abc.ABC):
     """Samples whose inputs are sparse rows `[V]`, so that D has few columns that are not zero."""
 
     @property
@@ -66,23 +66,6 @@ class TableSamples(CallSamples[Call]):
             seen, many = runs(pairs.div(n, rounding_mode="floor"))
             total.index_add_(0, seen, sums_of_runs(sums.square_(), many))
         return Statistic(None if total is None else total.mT, self.num_terms)
-
-    def _columns(
-        self, pairs: Tensor, gradients: Tensor, rows: Tensor | None, weights: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Return sorted pairs, and the sum of weighted gradients of each.
-
-        Args:
-            pairs: The pair of each entry, `[E]`.
-            gradients: `[R, k]`.
-            rows: The gradient of each entry, `[E]`; `None` where there is one for each.
-            weights: What it is multiplied by, `[E]`; `None` for 1.
-        """
-        pairs, order = pairs.sort(stable=True)
-        pairs, many = runs(pairs)
-        if weights is not None:
-            weights = weights[order]
-        return pairs, sums_of_runs(gradients, many, order if rows is None else rows[order], weights)
 
 
 @attrs.frozen(eq=False)
@@ -184,12 +167,35 @@ class EmbeddingSamples(TableSamples[EmbeddingCall]):
             gradients = product(gradients, left, self.dtype, precision)
         example = torch.arange(len(tokens), device=tokens.device).unsqueeze(-1)
         pairs = (tokens * len(tokens) + example).flatten()
-        return self._columns(pairs, gradients.flatten(0, 1), None, None)
+        return sums_by_key(pairs, gradients.flatten(0, 1))
 
     def _unpadded(self, found: Tensor, rows: slice) -> Tensor:
         if self.padding is None:
             return found
         return found.masked_fill((self.tokens(rows) == self.padding).unsqueeze(-1), 0)
+
+
+def sums_by_key(
+    keys: Tensor, gradients: Tensor, rows: Tensor | None = None, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return the different keys of entries, ascending, and the sum of their weighted gradients.
+
+    Args:
+        keys: The key of each entry, `[E]`.
+        gradients: `[R, k]`.
+        rows: The gradient of each entry, `[E]`; `None` where there is one for each.
+        weights: What it is multiplied by, `[E]`; `None` for 1.
+
+    Example:
+        >>> sums_by_key(torch.tensor([7, 3, 7]), torch.tensor([[1.0], [2.0], [4.0]]))
+        (tensor([3, 7]), tensor([[2.],
+                [5.]]))
+    """
+    keys, order = keys.sort(stable=True)
+    keys, many = runs(keys)
+    if weights is not None:
+        weights = weights[order]
+    return keys, sums_of_runs(gradients, many, order if rows is None else rows[order], weights)
 
 
 def runs(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -21,7 +21,7 @@ from kfactk import Statistic
 from kfactk.samples import CACHED_BYTES, add_squares, product, total_of
 from kfactk_stages.curvature._calls import CallSamples, scaled
 from kfactk_stages.curvature._rows import LinearRows
-from kfactk_stages.curvature._tables import EmbeddingSamples
+from kfactk_stages.curvature._tables import EmbeddingSamples, sums_by_key
 
 
 class TiedSamples(CallSamples[Any]):
@@ -101,8 +101,9 @@ class TiedSamples(CallSamples[Any]):
         """Yield parts of `sum D D^T`, and add to the diagonal of `sum D^T D`."""
         if self.lookups is not None:
             gradients = self.lookups.gradients(rows).to(self.dtype).flatten(0, 1)
-            tokens = self.lookups.tokens(rows).flatten()
-            diagonal.index_add_(0, tokens, gradients.square().sum(-1))
+            norms = gradients.square().sum(-1, keepdim=True)
+            seen, sums = sums_by_key(self.lookups.tokens(rows).flatten(), norms)
+            diagonal.index_add_(0, seen, sums.squeeze(-1))
             yield gradients.T @ gradients
 
     def _head_moments(self, rows: slice, diagonal: Tensor) -> Iterator[Tensor]:
