@@ -262,6 +262,15 @@ def test_a_head_that_sees_flat_rows_is_refused_with_the_remedy() -> None:
     del optimizer
 
 
+def test_a_sequence_first_model_is_told_its_batch_dim() -> None:
+    model = language()
+    model.forward = lambda x: model.head(model.hidden(model.emb(x.T))).transpose(0, 1)  # type: ignore
+    optimizer = bound(model, fisher="mc")
+    with pytest.warns(kfactk.KfactkWarning, match=r"'emb'.*batch_dim=1"):
+        loss_of(model, sentences()).backward()
+    optimizer.step()
+
+
 # --------------------------------------------------------------------------------------- situations
 
 
@@ -521,10 +530,15 @@ def on_ranks(rank: int, way: str, recipe: dict[str, Any]) -> list[Tensor]:
 
 @pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize(
-    ("way", "fisher"), [("ddp", "empirical"), ("ddp", "exact"), ("fully_shard", "exact")]
+    ("way", "fisher", "placement"),
+    [
+        ("ddp", "empirical", "replicated"),
+        ("ddp", "exact", "mem_opt"),
+        ("fully_shard", "exact", "comm_opt"),
+    ],
 )
-def test_two_ranks_equal_one_process(way: str, fisher: str) -> None:
-    recipe = {"fisher": fisher, "basis_every": 2}
+def test_two_ranks_equal_one_process(way: str, fisher: str, placement: str) -> None:
+    recipe = {"fisher": fisher, "basis_every": 2, "placement": placement}
     model = language(bias=True)
     optimizer = bound(model, **recipe)
     for seed in range(3):
