@@ -430,8 +430,8 @@ def _beside(
         with attribute_errors("curvature", rule.curvature, f"on module {names[site]!r}"):
             parts = rule.curvature.parts(site)
         for part, keys in parts.items():
-            holders = [m for key in keys if key in more for _, m, _ in owners[id(more[key])]]
-            if more.keys() >= set(keys) and all(site in holder.modules() for holder in holders):
+            having = [m for key in keys if key in more for _, m, _ in owners[id(more[key])]]
+            if more.keys() >= set(keys) and all(site in each.modules() for each in having):
                 label, shapes = f"{names[site]}[{part}]", {key: more[key].shape for key in keys}
                 yield Candidate(label, site, part, shapes, (site,), rule)
 
