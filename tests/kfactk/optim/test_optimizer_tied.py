@@ -264,7 +264,9 @@ def test_a_head_that_sees_flat_rows_is_refused_with_the_remedy() -> None:
 
 def test_a_sequence_first_model_is_told_its_batch_dim() -> None:
     model = language()
-    model.forward = lambda x: model.head(model.hidden(model.emb(x.T))).transpose(0, 1)  # type: ignore
+    model.forward = lambda x: model.head(  # type: ignore[method-assign]
+        model.hidden(model.emb(x.T))
+    ).transpose(0, 1)
     optimizer = bound(model, fisher="mc")
     with pytest.warns(kfactk.KfactkWarning, match=r"'emb'.*batch_dim=1"):
         loss_of(model, sentences()).backward()
