@@ -111,9 +111,12 @@ class Curvature(abc.ABC):
         return {"": tuple(n for n in names if module._parameters.get(n) is not None)}
 
     def same_call(self, module: nn.Module, other: nn.Module) -> bool:
-        """Return whether two modules with the same parameters compute the same function.
+        """Return whether calls of two tied modules can be measured as those of one layer.
 
-        Tied modules make one layer where this holds. The default compares class and settings.
+        The default compares class and settings: they compute the same function. A curvature may
+        also accept a module `other` that it does not support by itself, of another class, which
+        holds all parameters of `module`. Each call then tells which `LayerCall.module` it is of.
+        What `other` holds besides makes layers of its own, where `parts(other)` names it.
         """
         return type(module) is type(other) and module.extra_repr() == other.extra_repr()
 

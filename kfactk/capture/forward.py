@@ -8,7 +8,7 @@ from typing import Any
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
 from kfactk.capture.torch_modes import full_precision
@@ -79,6 +79,9 @@ class RecordedCall:
         training: Whether the module was in training mode.
         view: How the output lies in the tensor whose gradient is read; `None` where that is the
             output itself.
+        module: Which of the layer's sites was called.
+        arguments: The other tensors that it was given, by name, detached.
+        argument_versions: Their versions at the call.
     """
 
     layer: Layer
@@ -88,6 +91,9 @@ class RecordedCall:
     shape: torch.Size
     training: bool = True
     view: OutputView | None = None
+    module: nn.Module | None = None
+    arguments: Mapping[str, Tensor] = attrs.field(factory=dict)
+    argument_versions: Sequence[int] = ()
 
     def input(self) -> LayerCall:
         """Return this call with a gradient of zeros, which take no memory."""
@@ -98,15 +104,16 @@ class RecordedCall:
         """Return this call with the gradient that arrived at its edge.
 
         Raises:
-            CaptureError: The input was modified in place since.
+            CaptureError: The input, or another argument, was modified in place since.
         """
         gradient = gradient.detach()
         return self._with(gradient if self.view is None else self.view.read(gradient), scale)
 
     def _with(self, gradient: Tensor, scale: Tensor | float) -> LayerCall:
-        if self.inputs._version != self.version:
+        later = versions((self.inputs, *self.arguments.values()))
+        if later != [self.version, *self.argument_versions]:
             raise CaptureError(input_modified_message(self.layer.name))
-        return LayerCall(self.inputs, gradient, scale, training=self.training)
+        return LayerCall(self.inputs, gradient, scale, self.training, self.module, self.arguments)
 
 
 @attrs.frozen(eq=False)

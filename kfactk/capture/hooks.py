@@ -224,7 +224,7 @@ class LayerHook:
         base = output._base if output._is_view() else None
         if base is None or base.grad_fn is None:
             base = None
-        inputs = given[0].detach()
+        inputs, arguments = call_tensors(module, args, kwargs)
         record = RecordedCall(
             self._layer,
             inputs,
@@ -233,6 +233,9 @@ class LayerHook:
             output.shape,
             module.training,
             None if base is None else OutputView.of(output, base),
+            module,
+            arguments,
+            versions(arguments.values()),
         )
         used = (module._parameters.get(name) for name in self._layer.parameters)
         self._calls.append(
@@ -253,6 +256,32 @@ class LayerHook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LayerHook, (None, None)
+
+
+def call_tensors(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the input of a module, and the other tensors it was given, by name; all detached.
+
+    The input is the first tensor in the order of the forward's parameters.
+
+    Example:
+        >>> bag, offsets = nn.EmbeddingBag(3, 2), torch.tensor([0])
+        >>> call_tensors(bag, (), {"offsets": offsets, "input": torch.tensor([1, 2])})
+        (tensor([1, 2]), {'offsets': tensor([0])})
+    """
+    given = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+    if len(given) == 1:
+        return given[0].detach(), {}
+    named = {
+        name: each.detach()
+        for name, each in _named(module, args, kwargs).items()
+        if isinstance(each, Tensor)
+    }
+    if len(named) < len(given):  # some have no name
+        return given[0].detach(), {}
+    (_, inputs), *others = named.items()
+    return inputs, dict(others)
 
 
 def _is_nested(root: nn.Module) -> bool:

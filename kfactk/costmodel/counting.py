@@ -23,6 +23,7 @@ from torch.utils.flop_counter import flop_registry
 
 from kfactk.assignment import Work, is_square
 from kfactk.capture.heads import Head
+from kfactk.capture.hooks import call_tensors
 from kfactk.costmodel.communication import Sizes, numbers_sent
 from kfactk.costmodel.cost import NOTHING, Amount, LayerCost, TrainingLoad
 from kfactk.errors import CombinationError, OptionError
@@ -124,13 +125,13 @@ def training_load(model: nn.Module, recipe: Recipe, batch: Tensor) -> TrainingLo
     """
     blocks = _blocks(model, recipe)
     workload = workload_of(blocks, recipe.schedule)
-    calls: dict[str, list[tuple[Tensor, Tensor]]] = {block.name: [] for block in blocks}
+    calls: dict[str, list[tuple[LayerCall, Tensor]]] = {block.name: [] for block in blocks}
     model.train()
     with contextlib.ExitStack() as hooks, Meter() as forward:
         for block in blocks:
             recording = functools.partial(_record, calls[block.name])
             for site in block.layer.sites:
-                hooks.enter_context(site.register_forward_hook(recording))
+                hooks.enter_context(site.register_forward_hook(recording, with_kwargs=True))
         returned = _run(model, batch)
     heads = [head.locate(returned) for head in recipe.heads]
     empty = [torch.empty_like(output) for output in heads]
@@ -142,11 +143,7 @@ def training_load(model: nn.Module, recipe: Recipe, batch: Tensor) -> TrainingLo
         torch.autograd.grad(heads, trained, empty, allow_unused=True)
     costs = {}
     for block, work in zip(blocks, workload.works, strict=True):
-        found = [
-            LayerCall(given.detach(), torch.empty_like(out).detach())
-            for given, out in calls[block.name]
-        ]
-        costs[block.name] = _layer_cost(block, work, found)
+        costs[block.name] = _layer_cost(block, work, [call for call, _ in calls[block.name]])
     return TrainingLoad(
         workload,
         costs,
@@ -172,8 +169,12 @@ def _run(model: nn.Module, batch: Tensor) -> Any:
         ) from error
 
 
-def _record(calls: list[tuple[Tensor, Tensor]], module: nn.Module, args: Any, out: Tensor) -> None:
-    calls.append((args[0], out))
+def _record(
+    calls: list[tuple[LayerCall, Tensor]], module: nn.Module, args: Any, kwargs: Any, out: Tensor
+) -> None:
+    inputs, arguments = call_tensors(module, args, kwargs)
+    gradient = torch.empty_like(out).detach()
+    calls.append((LayerCall(inputs, gradient, module=module, arguments=arguments), out))
 
 
 def _layer_cost(block: Block, work: Work, calls: Sequence[LayerCall]) -> LayerCost:

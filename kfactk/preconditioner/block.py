@@ -88,7 +88,8 @@ class Block:
         self.state.seen += 1
         self._gather(samples, plan)
         if plan.late:
-            self.state.input_versions += [(call.inputs, call.inputs._version) for call in calls]
+            read = (each for call in calls for each in (call.inputs, *call.arguments.values()))
+            self.state.input_versions += [(each, each._version) for each in read]
 
     def accumulate_nothing(self, num_terms: Tensor | float, plan: BlockPlan) -> None:
         """Count the terms of a forward in which the layer did not run: its sums are zero."""

@@ -214,6 +214,7 @@ class ModelSurvey:
             return
         self._examined = self.tracker.signature
         modules = [(name, module) for name, module in self.model.named_modules() if _own(module)]
+        names = {module: name for name, module in modules}
         owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
         for name, module in modules:
             for key, parameter in _own(module).items():
@@ -231,19 +232,30 @@ class ModelSurvey:
                 with attribute_errors("curvature", rule.curvature, f"on module {name!r}"):
                     parts = rule.curvature.parts(module)
                 for part, parameters in parts.items():
-                    label = f"{name}[{part}]" if part else name
+                    label = f"{names[sites[0]]}[{part}]" if part else names[sites[0]]
                     shapes = {key: module._parameters[key].shape for key in parameters}
                     candidates.append(Candidate(label, module, part, shapes, sites, rule))
+                candidates += _beside(module, sites, rule, names, owners)
             for key in _own(module):
                 self._why_not[_join(name, key)] = reason
+        for candidate in candidates:
+            for site in candidate.sites:
+                beside = f"the {candidate.anchor} beside it is tied, in block {candidate.name!r}"
+                for key in _own(site):
+                    reason = "" if key in _own(candidate.module) else beside
+                    self._why_not[_join(names[site], key)] = reason
         self.candidates = tuple(candidates)
         self._layers.clear()
 
+    def _excluded(self, name: str) -> str:
+        """Return why a module is left alone; empty where it is not."""
+        patterns = (pattern for pattern in self.exclude if within(name, pattern))
+        return next((f"excluded (exclude={pattern!r})" for pattern in patterns), "")
+
     def _rule_for(self, name: str, module: nn.Module) -> tuple[BlockRule | None, str]:
         """Return the first rule that supports a module, or the reasons of all."""
-        for pattern in self.exclude:
-            if within(name, pattern):
-                return None, f"excluded (exclude={pattern!r})"
+        if excluded := self._excluded(name):
+            return None, excluded
         reasons: dict[str, None] = {}
         for rule in self.rules:
             if not rule.allows(name):
@@ -273,21 +285,35 @@ class ModelSurvey:
             return (module,), ""
         tied = f"tied: it shares a parameter with {', '.join(sorted(names))}"
         mine = {key: id(parameter) for key, parameter in own.items()}
-        sites = dict.fromkeys([module, *(other for _, other, _ in others)])
-        for other in sites:
-            if mine != {key: id(p) for key, p in _own(other).items()}:
-                return (module,), tied
         if len(set(mine.values())) < len(mine):
             return (module,), tied
+        alike = {}
         for other_name, other, _ in others:
-            if self._rule_for(other_name, other)[0] is not rule:
+            theirs = {key: id(p) for key, p in _own(other).items()}
+            alike[other] = self._rule_for(other_name, other)[0] is rule
+            if mine != theirs and (alike[other] or not mine.items() <= theirs.items()):
                 return (module,), tied
+            if not alike[other] and not self._may_join(rule, other_name, other):
+                return (module,), tied
+        for other, of_the_rule in alike.items():
             with attribute_errors("curvature", rule.curvature, f"on module {name!r}"):
                 same = rule.curvature.same_call(module, other)
             if not same:
-                return (module,), f"{tied}, of a module with other settings"
+                settings = ", of a module with other settings" if of_the_rule else ""
+                return (module,), f"{tied}{settings}"
         order = {id(each): place for place, each in enumerate(self.model.modules())}
-        return tuple(sorted(sites, key=lambda site: order[id(site)])), ""
+        return tuple(sorted([module, *alike], key=lambda site: order[id(site)])), ""
+
+    def _may_join(self, rule: BlockRule, name: str, module: nn.Module) -> bool:
+        """Return whether a module, which another rule may take, may be a site of a rule's layer.
+
+        It may where nobody has asked for something else, and the rule does not take it by itself.
+        """
+        own_rule, _ = self._rule_for(name, module)
+        if self._excluded(name) or not rule.allows(name) or (own_rule and own_rule.layers):
+            return False
+        with attribute_errors("curvature", rule.curvature, f"on module {name!r}"):
+            return rule.curvature.unsupported(module) is not None
 
     def layers(self, trained: Container[int]) -> list[tuple[CoveredLayer, BlockRule]]:
         """Return the layers whose anchor is trained now, in the model's order, with their rules.
@@ -352,19 +378,19 @@ class ModelSurvey:
         """Return the table, by what is trained now."""
         self.tracker.look()
         blocks = {
-            _join(layer.path, key): (layer.name, rule.label)
+            id(parameter): (layer.name, rule.label)
             for layer, rule in self.layers(trained)
-            for key in layer.parameters
+            for parameter in layer.tensors().values()
         }
-        anchors = {
-            _join(candidate.path, key): candidate
+        owners = {
+            id(self.tracker.at(candidate.module, key)): candidate
             for candidate in self.candidates
             for key in candidate.shapes
         }
         rows = []
         for name, parameter in self.parameters():
             wanted = parameter.requires_grad and id(parameter) in trained
-            if name in blocks:
+            if id(parameter) in blocks:
                 reason = ""
             elif not parameter.requires_grad:
                 reason = "frozen (requires_grad is False)"
@@ -372,19 +398,42 @@ class ModelSurvey:
                 reason = "not among the optimizer's parameters"
             else:
                 reason = self._why_not.get(name, "")
-                if not reason and name in anchors:
-                    candidate = anchors[name]
+                if not reason and (candidate := owners.get(id(parameter))) is not None:
                     untrained = f"the layer's {candidate.anchor} is not trained"
                     reason = self._left.get(candidate.place, untrained)
                 reason = reason or "the curvature treats other parameters of its module only"
             shape = () if isinstance(parameter, UninitializedParameter) else tuple(parameter.shape)
-            block, stages = blocks.get(name, (None, ""))
+            block, stages = blocks.get(id(parameter), (None, ""))
             rows.append(Row(name, shape, block, reason, wanted, stages))
         return Coverage(tuple(rows))
 
 
 def _own(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module._parameters.items() if p is not None}
+
+
+def _beside(
+    module: nn.Module,
+    sites: Iterable[nn.Module],
+    rule: BlockRule,
+    names: Mapping[nn.Module, str],
+    owners: Mapping[int, Sequence[tuple[str, nn.Module, str]]],
+) -> Iterator[Candidate]:
+    """Yield the layers of what sites of a module's layer hold besides its parameters.
+
+    A module that contains the site may hold such a parameter too: it leaves its use to the site.
+    """
+    for site in sites:
+        more = {key: p for key, p in _own(site).items() if key not in module._parameters}
+        if not more:
+            continue
+        with attribute_errors("curvature", rule.curvature, f"on module {names[site]!r}"):
+            parts = rule.curvature.parts(site)
+        for part, keys in parts.items():
+            having = [m for key in keys if key in more for _, m, _ in owners[id(more[key])]]
+            if more.keys() >= set(keys) and all(site in each.modules() for each in having):
+                label, shapes = f"{names[site]}[{part}]", {key: more[key].shape for key in keys}
+                yield Candidate(label, site, part, shapes, (site,), rule)
 
 
 def _check_pattern(option: str, pattern: str, names: Iterable[str]) -> None:

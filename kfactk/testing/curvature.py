@@ -41,9 +41,9 @@ class CurvatureLaws(OnLayers, InRecipe):
 
     By default the laws draw all configurations of the layers that the strategies know and that
     `unsupported` accepts: linear layers, convolutions, transposed convolutions, layer norm,
-    embeddings. Override `cases` and `covers` for a layer of another class; `single_row_cases` for
-    Kronecker factors that approximate even where there is one row; `arranged` for a stage with the
-    examples elsewhere than in dim 0.
+    embeddings and bags of them. Override `cases` and `covers` for a layer of another class;
+    `single_row_cases` for Kronecker factors that approximate even where there is one row;
+    `arranged` for a stage with the examples elsewhere than in dim 0.
 
     Example:
         >>> class TestKfac(CurvatureLaws):
@@ -201,7 +201,8 @@ class CurvatureLaws(OnLayers, InRecipe):
         random.shuffle(order)
         says = f"the factor changes when the examples come in the order {order}"
         same(self.means(case.rows(order)), expected, says)
-        backwards = Case(case.module, *case.calls[-1], case.calls[:-1][::-1])
+        first, *further = case.calls[::-1]
+        backwards = attrs.evolve(case, inputs=first[0], gradient=first[1], further=tuple(further))
         says = "the factor changes when the calls of the layer come in another order"
         same(self.means(backwards), expected, says)
 
@@ -372,7 +373,7 @@ class CurvatureLaws(OnLayers, InRecipe):
         first, *further = [
             (x, g * number) for (x, g), number in zip(wide.calls, numbers, strict=True)
         ]
-        true = Case(wide.module, *first, tuple(further), case.seed)
+        true = attrs.evolve(wide, inputs=first[0], gradient=first[1], further=tuple(further))
         scales = [torch.tensor(number) for number in numbers] if on_device else numbers
         says = f"{dtype} gradients with the scales {numbers} do not count that many times"
         found = self.samples(low, scales=scales).per_example_gradients()

@@ -241,6 +241,67 @@ def test_the_empirical_fisher_is_that_of_the_loss_in_the_model(kind: str) -> Non
         )
 
 
+def gpt2() -> Any:
+    torch.manual_seed(0)
+    sizes = {"n_embd": 4, "n_layer": 1, "n_head": 2, "n_positions": 8}
+    dropout = {"resid_pdrop": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0}
+    ends = {"bos_token_id": 0, "eos_token_id": 0}
+    config = transformers.GPT2Config(vocab_size=VOCABULARY, **sizes, **dropout, **ends)
+    return transformers.GPT2LMHeadModel(config)
+
+
+def t5() -> Any:
+    torch.manual_seed(0)
+    sizes = {"d_model": 4, "d_ff": 6, "d_kv": 2, "num_heads": 2, "num_layers": 1}
+    config = transformers.T5Config(
+        vocab_size=VOCABULARY, dropout_rate=0.0, decoder_start_token_id=0, **sizes
+    )
+    return transformers.T5ForConditionalGeneration(config)
+
+
+TIED: dict[str, tuple[Callable[[], Any], str, int]] = {
+    "GPT-2": (gpt2, "transformer.wte.weight", 1),
+    "T5": (t5, "shared.weight", 0),
+    "BERT": (
+        lambda: bert(transformers.BertForMaskedLM),
+        "bert.embeddings.word_embeddings.weight",
+        0,
+    ),
+}
+"""Models whose table is their output layer, its name, and by how much they shift labels."""
+
+
+@pytest.mark.parametrize("kind", TIED)
+def test_a_table_that_is_the_output_layer_too_is_one_block(kind: str) -> None:
+    """The scale of each row, summed over the directions, does not depend on the basis."""
+    make, name, shift = TIED[kind]
+    model, batch = make().double(), tokens()
+    if kind == "T5":  # encoder and decoder see other tokens
+        batch["input_ids"] = batch["input_ids"].flip(0)
+    likelihood = {"name": "categorical", "class_axis": -1, "targets": "labels", "shift": shift}
+    optimizer = kfactk.build(
+        curvature="all",
+        basis="ekfac",
+        update="sgd",
+        lr=1e-300,
+        fisher="empirical",
+        likelihood=likelihood,
+    ).bind(model)
+    model(**batch).loss.backward()
+    optimizer.step()
+    counts = (batch["labels"][:, shift:] != -100).sum(1)
+    squares = torch.zeros(VOCABULARY, dtype=torch.float64)
+    for n, count in enumerate(counts):
+        one = {key: value[n : n + 1] for key, value in batch.items()}
+        loss = model(**one).loss * count
+        (d,) = torch.autograd.grad(loss, model.get_parameter(name))
+        squares += d.square().sum(1) / counts.sum()
+    if kind == "BERT":
+        assert not optimizer.coverage().plain
+    scale = optimizer.layers[name.removesuffix(".weight")].scale["scale"]
+    torch.testing.assert_close(scale.sum(0), squares, rtol=1e-6, atol=1e-12)
+
+
 def test_what_a_model_returns_without_names_or_labels_is_refused_with_the_remedy() -> None:
     batch = tokens()
     model = llama()

@@ -41,6 +41,7 @@ class OnLayers(Laws):
         *TRANSPOSED.values(),
         nn.LayerNorm,
         nn.Embedding,
+        nn.EmbeddingBag,
     )
     """Classes of modules that `cases` can draw; `unsupported` must refuse all others."""
 

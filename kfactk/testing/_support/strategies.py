@@ -113,7 +113,7 @@ class Case:
 
     def _each(self, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Case:
         (inputs, gradient), *further = [change(*call) for call in self.calls]
-        return Case(self.module, inputs, gradient, tuple(further), self.seed)
+        return attrs.evolve(self, inputs=inputs, gradient=gradient, further=tuple(further))
 
 
 # Hypothesis examines each strategy once: those that are made once draw faster.
@@ -131,6 +131,11 @@ def seeds() -> st.SearchStrategy[int]:
 def normal(module: Any, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Return normal numbers."""
     return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def indices(module: Any, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Return indices of rows of a table."""
+    return torch.randint(module.num_embeddings, shape, generator=generator)
 
 
 def dtypes() -> st.SearchStrategy[torch.dtype]:
@@ -340,17 +345,31 @@ def norm_cases(*, most_calls: int = 1, freeze: bool = False) -> st.SearchStrateg
 @functools.cache
 def embedding_cases(*, most_calls: int = 1) -> st.SearchStrategy[Case]:
     """Draw `nn.Embedding`, inputs of rank 1 and 2."""
-
-    def fill(module: Any, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return torch.randint(module.num_embeddings, shape, generator=generator)
-
     modules = st.builds(nn.Embedding, st.integers(1, 4), st.integers(1, 3))
     shapes = st.lists(st.integers(1, 3), min_size=1, max_size=2)
     return case_of(
         modules,
         lambda draw, m: tuple(draw(shapes)),
         most_calls=most_calls,
-        fill=fill,
+        fill=indices,
+    )
+
+
+@functools.cache
+def bag_cases(*, most_calls: int = 1) -> st.SearchStrategy[Case]:
+    """Draw `nn.EmbeddingBag` of sums and means, with and without padding, inputs of rank 2."""
+    modules = st.builds(
+        nn.EmbeddingBag,
+        st.integers(2, 4),
+        st.integers(1, 3),
+        mode=st.sampled_from(["sum", "mean"]),
+        padding_idx=st.none() | st.integers(0, 1),
+    )
+    return case_of(
+        modules,
+        lambda draw, m: (draw(whole(1, 3)), draw(whole(1, 3))),
+        most_calls=most_calls,
+        fill=indices,
     )
 
 
@@ -434,6 +453,7 @@ def kinds() -> list[Kind]:
             norm_cases(most_calls=2, freeze=True),
         ),
         Kind((nn.Embedding(3, 2),), embedding_cases(most_calls=2)),
+        Kind((nn.EmbeddingBag(3, 2),), bag_cases(most_calls=2)),
     ]
 
 

@@ -272,3 +272,35 @@ def test_training_load_leaves_out_cached_tables() -> None:
     _spectral.transform_of.cache_clear()
     found.append(training_load(model, kfactk.build(), meta_batch("64x8x8", 64)).layers["0"].factors)
     assert found[0] == found[1] == found[2]
+
+
+class Language(nn.Module):
+    """A table of 500 rows that is the output layer too, bags of it on the side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(500, 8), nn.Linear(8, 500, bias=False)
+        self.head.weight = self.words.weight
+        self.bag = nn.EmbeddingBag(500, 8)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.words(tokens) + self.bag(tokens).unsqueeze(1))
+
+
+def test_training_load_of_tables_has_no_square_of_the_vocabulary() -> None:
+    n, t, rows, width = 4, 6, 500, 8
+    recipe = kfactk.build(
+        curvature="all", basis="ekfac", likelihood={"name": "categorical", "class_axis": -1}
+    )
+    load = training_load(made(Language), recipe, meta_batch(f"{t}:int64", n))
+    assert list(load.layers) == ["words", "bag"]
+    tied, bag = (load.layers[name] for name in ("words", "bag"))
+    for cost in (tied, bag):
+        assert cost.sizes.kept == {"a": rows, "G": width * (width + 1)}
+        assert cost.sizes.moments == rows * width
+        assert cost.precondition.products == 4 * width**2 * rows
+    # D of the output layer is one product of an example, as in the layer's own backward.
+    whole = 2 * n * t * rows * width
+    assert whole <= tied.scale.products <= whole + 4 * n * t * width**2 + 2 * n * t * rows
+    assert tied.retained == n * t * (1 + width) + n * t * (width + rows)
+    assert bag.scale.products == 2 * n * width**2
