@@ -199,7 +199,8 @@ def test_sequence_first_models_are_read_with_batch_dim():
         (nn.Linear(2, 3, bias=False), True),
         (nn.EmbeddingBag(3, 2), False),
         (nn.Conv1d(2, 3, 1), False),
-        (type("Doubled", (nn.Linear,), {})(2, 3), False),
+        (type("Named", (nn.Linear,), {})(2, 3), True),
+        (type("Doubled", (nn.Linear,), {"forward": lambda self, x: 2 * x})(2, 3), False),
     ],
 )
 def test_which_modules_may_share_a_table(other, same):
