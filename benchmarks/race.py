@@ -15,6 +15,7 @@ import json
 import statistics
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,12 +44,15 @@ class Run:
 
 
 def timed_step(
-    task: Task, model: nn.Module, optimizer: Any, inputs: Tensor, labels: Tensor
+    task: Task, model: nn.Module, optimizer: Any, batch: tuple[Tensor, Tensor], precision: str
 ) -> float:
     """Take one step, and return its seconds, with forward and backward."""
+    (inputs, labels), dtype = batch, getattr(torch, precision)
     start = time.perf_counter()
     optimizer.zero_grad()
-    task.loss(model(inputs), labels).backward()
+    with torch.autocast(inputs.device.type, dtype=dtype, enabled=precision != "float32"):
+        loss = task.loss(model(inputs), labels)
+    loss.backward()
     optimizer.step()
     if inputs.is_cuda:
         torch.cuda.synchronize()
@@ -63,6 +67,7 @@ def measure(
     device: torch.device,
     *,
     profiled: bool,
+    precision: str = "float32",
 ) -> tuple[dict[str, Run], dict[str, float]]:
     """Race settings.
 
@@ -73,11 +78,12 @@ def measure(
         batch: Examples in a mini-batch.
         device: Where to train.
         profiled: Whether to time stages; on an accelerator this slows down steps.
+        precision: Of autocast in the forward; "float32" for none.
 
     Returns:
         Runs by name, and the FLOP/s of a large matrix product, by precision.
     """
-    inputs, labels = task.batch(batch, device)
+    examples = task.batch(batch, device)
     entries = []
     for name, setting in chosen.items():
         model = task.network().to(device)
@@ -94,7 +100,7 @@ def measure(
                 profiles[name] = stack.enter_context(optimizer.profile())
         for step in range(steps + 1):
             for name, model, optimizer in entries:
-                taken = timed_step(task, model, optimizer, inputs, labels)
+                taken = timed_step(task, model, optimizer, examples, precision)
                 if step:
                     runs[name].seconds.append(taken)
             for product in products:
@@ -171,20 +177,29 @@ def stages(found: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def race(
-    chosen: Mapping[str, Setting], task: Task, steps: int, batch: int, device: torch.device
+    chosen: Mapping[str, Setting],
+    task: Task,
+    steps: int,
+    batch: int,
+    device: torch.device,
+    *,
+    precision: str = "float32",
+    with_stages: bool = True,
 ) -> dict[str, Any]:
     """Race on one task, print the tables, and return the results."""
-    runs, speed = measure(chosen, task, steps, batch, device, profiled=device.type == "cpu")
-    if device.type != "cpu":
+    run_once = partial(measure, task=task, steps=steps, batch=batch, device=device)
+    on_cpu = device.type == "cpu"
+    runs, speed = run_once(chosen, profiled=on_cpu and with_stages, precision=precision)
+    if with_stages and not on_cpu:
         mine = {name: setting for name, setting in chosen.items() if setting.options is not None}
-        for name, run in measure(mine, task, steps, batch, device, profiled=True)[0].items():
+        for name, run in run_once(mine, profiled=True, precision=precision)[0].items():
             runs[name].stages = run.stages
     least = floors(chosen, task.network(), task.shape, batch, speed, device)
     found = metrics(runs, least, task.baseline)
     middle = 1000 * statistics.median(runs[task.baseline].seconds)
     rates = ", ".join(f"{rate / 1e9:.0f} in {name}" for name, rate in speed.items())
     print(
-        f"{task.name}, {batch} examples, {device.type}; "
+        f"{task.name}, {batch} examples, {device.type}, {precision}; "
         f"a step of {task.baseline} took {middle:.1f} ms (median),"
     )
     print(f"and a large matrix product ran at {rates} GFLOP/s")
@@ -193,6 +208,7 @@ def race(
         "task": task.name,
         "batch": batch,
         "device": device.type,
+        "precision": precision,
         "baseline": task.baseline,
         "baseline_ms": middle,
         "flops": speed,
@@ -222,24 +238,43 @@ def main() -> None:
         "--widths",
         type=int,
         nargs="+",
-        help="channels of the first stage, or the width of a transformer; default: 16 and 64, 256",
+        help="channels of the first stage, size of images or width of a transformer; default: 16 "
+        "and 64, 32 or 256",
     )
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads of torch")
     parser.add_argument("--only", default="", help="settings whose name contains this")
+    parser.add_argument("--settings", nargs="+", metavar="NAME", help="these settings of kfactk")
+    parser.add_argument(
+        "--autocast", default="float32", help="precision of the forward, such as bfloat16"
+    )
+    parser.add_argument("--no-stages", action="store_true", help="do not time stages")
     parser.add_argument("--output", type=Path, help="folder to write race.json into")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     heap.keep_freed()
     absent = [*missing(), *(f"{name} (not on the package index)" for name in NOT_ON_THE_INDEX)]
     print(f"not installed, and therefore left out: {', '.join(absent)}")
-    usual = [256] if arguments.network == "gpt" else [16, 64]
+    usual = {"resnet8": [16, 64], "resnet50": [32], "gpt": [256], "gpt2": [768]}
     results = []
-    for width in arguments.widths or usual:
+    for width in arguments.widths or usual[arguments.network]:
         task = TASKS[arguments.network](width)
         for batch in arguments.batches:
-            chosen, device = task.settings(arguments.only), torch.device(arguments.device)
-            results.append(race(chosen, task, arguments.steps, batch, device))
+            chosen = task.settings(arguments.only)
+            if arguments.settings:
+                named = (*arguments.settings, task.baseline, "SOAP, every 10 (pytorch_optimizer)")
+                chosen = {name: each for name, each in chosen.items() if name in named}
+            results.append(
+                race(
+                    chosen,
+                    task,
+                    arguments.steps,
+                    batch,
+                    torch.device(arguments.device),
+                    precision=arguments.autocast,
+                    with_stages=not arguments.no_stages,
+                )
+            )
     if arguments.output is not None:
         arguments.output.mkdir(parents=True, exist_ok=True)
         (arguments.output / "race.json").write_text(

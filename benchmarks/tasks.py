@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import attrs
@@ -21,7 +22,7 @@ from benchmarks.settings import (
     ours,
     rivals,
 )
-from experiments.models import gpt
+from experiments.models import gpt, resnet50
 
 TOKENS, LENGTH = 256, 128
 OF_TOKENS = {
@@ -123,5 +124,30 @@ def transformer(width: int, depth: int = 4) -> Task:
     )
 
 
-TASKS: dict[str, Callable[[int], Task]] = {"resnet8": resnet8, "gpt": transformer}
+def gpt2(width: int) -> Task:
+    """Return a GPT-2 small of this width (768 is its own): 12 blocks, 1,024 of 50,257 tokens."""
+    task = transformer(width, depth=12)
+    model = partial(gpt, channels=1024, classes=50_257, width=width, depth=12, heads=width // 64)
+    return attrs.evolve(
+        task,
+        name=f"GPT-2 of 12 blocks, width {width}, 1,024 tokens",
+        model=model,
+        shape="1024:int64",
+        classes=50_257,
+        common={**OF_TOKENS, "exclude": ["head"]},
+    )
+
+
+def large_resnet(size: int) -> Task:
+    """Return the ResNet-50 of the thesis, on images of this size (32 is its own)."""
+    name = f"ResNet-50, images of {size} x {size}"
+    return attrs.evolve(resnet8(1), name=name, model=resnet50, shape=f"3x{size}x{size}")
+
+
+TASKS: dict[str, Callable[[int], Task]] = {
+    "resnet8": resnet8,
+    "resnet50": large_resnet,
+    "gpt": transformer,
+    "gpt2": gpt2,
+}
 """Makers of tasks of a width, by name."""
