@@ -66,12 +66,15 @@ class LayerCall:
         scale: Factor that `gradient` still has to be multiplied by: protection against underflow in
             half precision, or loss scaling.
         training: Whether the module was in training mode; `None` where that is not known.
+        tag: Which of several products of the layer this is, where a call of the module makes
+            several.
     """
 
     inputs: Tensor
     gradient: Tensor
     scale: Tensor | float = 1.0
     training: bool | None = None
+    tag: str = ""
 
 
 class Samples:

@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from kfactk.errors import OptionError, near_names
 from kfactk.preconditioner.parameters import ParameterTracker
 from kfactk.preconditioner.rules import BlockRule, within
-from kfactk.stages import Layer
+from kfactk.stages import Layer, Replay, owner_of, parameter_at
 from kfactk.validation import attribute_errors
 
 
@@ -140,6 +140,7 @@ class Candidate:
         shapes: Its parameters by name, the anchor first, with their shapes.
         sites: All modules that hold these parameters.
         rule: The rule that takes it.
+        replay: How calls of the module run again, where the layer lies inside.
     """
 
     name: str
@@ -148,6 +149,7 @@ class Candidate:
     shapes: Mapping[str, torch.Size]
     sites: tuple[nn.Module, ...]
     rule: BlockRule
+    replay: Replay | None = None
 
     @property
     def anchor(self) -> str:
@@ -221,23 +223,53 @@ class ModelSurvey:
         candidates: list[Candidate] = []
         self._why_not = {}
         taken: set[nn.Module] = set()
+        inside: set[tuple[nn.Module, str]] = set()
         for name, module in modules:
+            if all((module, key) in inside for key in _own(module)):
+                continue
             rule, reason = self._rule_for(name, module)
+            parts = {} if rule is None else self._parts(name, module, rule)
             sites: tuple[nn.Module, ...] = (module,)
             if rule is not None:
-                sites, reason = self._sites(name, module, rule, owners)
+                sites, reason = self._sites(name, module, rule, parts, owners)
             if rule is not None and not reason and module not in taken:
                 taken.update(sites)
-                with attribute_errors("curvature", rule.curvature, f"on module {name!r}"):
-                    parts = rule.curvature.parts(module)
-                for part, parameters in parts.items():
-                    label = f"{name}[{part}]" if part else name
-                    shapes = {key: module._parameters[key].shape for key in parameters}
-                    candidates.append(Candidate(label, module, part, shapes, sites, rule))
+                candidates += self._candidates(name, module, rule, parts, sites)
+                for site in sites:
+                    inside.update(owner_of(site, key) for keys in parts.values() for key in keys)
             for key in _own(module):
                 self._why_not[_join(name, key)] = reason
         self.candidates = tuple(candidates)
         self._layers.clear()
+
+    def _parts(
+        self, name: str, module: nn.Module, rule: BlockRule
+    ) -> dict[str, tuple[str, ...]]:
+        """Return the parts of a module, without those that hold parameters of excluded modules."""
+        with attribute_errors("curvature", rule.curvature, f"on module {name!r}"):
+            parts = rule.curvature.parts(module)
+
+        def excluded(key: str) -> bool:
+            path = _join(name, key).rpartition(".")[0]
+            return any(within(path, pattern) for pattern in self.exclude)
+
+        return {part: keys for part, keys in parts.items() if not any(map(excluded, keys))}
+
+    def _candidates(
+        self,
+        name: str,
+        module: nn.Module,
+        rule: BlockRule,
+        parts: Mapping[str, tuple[str, ...]],
+        sites: tuple[nn.Module, ...],
+    ) -> Iterator[Candidate]:
+        """Yield a candidate for each part of a module."""
+        with attribute_errors("curvature", rule.curvature, f"on module {name!r}"):
+            replay = rule.curvature.replay(module)
+        for part, keys in parts.items():
+            label = f"{name}[{part}]" if part else name
+            shapes = {key: parameter.shape for key, parameter in _named(module, keys).items()}
+            yield Candidate(label, module, part, shapes, sites, rule, replay)
 
     def _rule_for(self, name: str, module: nn.Module) -> tuple[BlockRule | None, str]:
         """Return the first rule that supports a module, or the reasons of all."""
@@ -260,34 +292,42 @@ class ModelSurvey:
         name: str,
         module: nn.Module,
         rule: BlockRule,
+        parts: Mapping[str, tuple[str, ...]],
         owners: Mapping[int, Sequence[tuple[str, nn.Module, str]]],
     ) -> tuple[tuple[nn.Module, ...], str]:
         """Return all modules with the same parameters, or why tied modules make no layer."""
-        own = _own(module)
-        others = [each for p in own.values() for each in owners[id(p)] if each[1] is not module]
-        names = {_join(other, key) for other, _, key in others}
+        keys = dict.fromkeys([*_own(module), *(key for part in parts.values() for key in part)])
+        own = _named(module, keys)
+        places = {key: owner_of(module, key) for key in own}
+        others: dict[tuple[nn.Module, str], str] = {}
         for key, parameter in own.items():
-            again = (k for _, m, k in owners[id(parameter)] if m is module and k != key)
-            names |= {_join(name, k) for k in again}
-        if not names:
+            for other_name, other, other_key in owners[id(parameter)]:
+                if (other, other_key) != places[key]:
+                    others[other, other_key] = _join(other_name, other_key)
+        if not others:
             return (module,), ""
-        tied = f"tied: it shares a parameter with {', '.join(sorted(names))}"
+        tied = f"tied: it shares a parameter with {', '.join(sorted(set(others.values())))}"
         mine = {key: id(parameter) for key, parameter in own.items()}
-        sites = dict.fromkeys([module, *(other for _, other, _ in others)])
-        for other in sites:
-            if mine != {key: id(p) for key, p in _own(other).items()}:
-                return (module,), tied
         if len(set(mine.values())) < len(mine):
             return (module,), tied
-        for other_name, other, _ in others:
+        names = {id(each): path for path, each in self.model.named_modules()}
+        direct = {key for key in own if places[key][0] is module}
+        sites = {each: names[id(each)] for each, key in others if key in direct}
+        for other, other_name in sites.items():
+            theirs = _named(other, [*_own(other), *keys])
+            if mine != {key: id(p) for key, p in theirs.items()}:
+                return (module,), tied
             if self._rule_for(other_name, other)[0] is not rule:
                 return (module,), tied
             with attribute_errors("curvature", rule.curvature, f"on module {name!r}"):
                 same = rule.curvature.same_call(module, other)
             if not same:
                 return (module,), f"{tied}, of a module with other settings"
+        if not set(others) <= {owner_of(each, key) for each in sites for key in own}:
+            return (module,), tied
         order = {id(each): place for place, each in enumerate(self.model.modules())}
-        return tuple(sorted(sites, key=lambda site: order[id(site)])), ""
+        found = [module, *sites]
+        return tuple(sorted(found, key=lambda site: order[id(site)])), ""
 
     def layers(self, trained: Container[int]) -> list[tuple[CoveredLayer, BlockRule]]:
         """Return the layers whose anchor is trained now, in the model's order, with their rules.
@@ -319,6 +359,7 @@ class ModelSurvey:
                 names,
                 candidate.part,
                 candidate.sites,
+                candidate.replay,
                 shapes=tuple(candidate.shapes[name] for name in names),
                 tracker=self.tracker,
             )
@@ -385,6 +426,22 @@ class ModelSurvey:
 
 def _own(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module._parameters.items() if p is not None}
+
+
+def _named(module: nn.Module, keys: Iterable[str]) -> dict[str, nn.Parameter]:
+    """Return the parameters of these names, those of modules inside too; without absent ones."""
+    found = {}
+    for key in dict.fromkeys(keys):
+        owner, _, _ = key.rpartition(".")
+        if owner and not _has(module, owner):
+            continue
+        if (parameter := parameter_at(module, key)) is not None:
+            found[key] = parameter
+    return found
+
+
+def _has(module: nn.Module, path: str) -> bool:
+    return any(name == path for name, _ in module.named_modules(remove_duplicate=False))
 
 
 def _check_pattern(option: str, pattern: str, names: Iterable[str]) -> None:
