@@ -88,7 +88,7 @@ class Layer:
 
 
 def parameter_at(module: nn.Module, name: str) -> nn.Parameter | None:
-    """Return a parameter of a module or of one inside, as "out_proj.weight"; `None` if there is none.
+    """Return a parameter of a module, or of one inside ("out_proj.weight"); `None` for none.
 
     Example:
         >>> parameter_at(nn.Sequential(nn.Linear(2, 3)), "0.weight").shape

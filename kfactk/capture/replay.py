@@ -160,9 +160,7 @@ class RecordedReplay:
         if gradient is None:
             gradient = torch.zeros_like(inner.output)
         inputs = inner.inputs.detach()
-        return LayerCall(
-            inputs, gradient.detach(), training=self._call.training, tag=inner.tag
-        )
+        return LayerCall(inputs, gradient.detach(), training=self._call.training, tag=inner.tag)
 
     def _compare(self, again: Tensor) -> None:
         """Check once that the call gave the same as before, up to rounding.

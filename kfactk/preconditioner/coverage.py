@@ -242,9 +242,7 @@ class ModelSurvey:
         self.candidates = tuple(candidates)
         self._layers.clear()
 
-    def _parts(
-        self, name: str, module: nn.Module, rule: BlockRule
-    ) -> dict[str, tuple[str, ...]]:
+    def _parts(self, name: str, module: nn.Module, rule: BlockRule) -> dict[str, tuple[str, ...]]:
         """Return the parts of a module, without those that hold parameters of excluded modules."""
         with attribute_errors("curvature", rule.curvature, f"on module {name!r}"):
             parts = rule.curvature.parts(module)
