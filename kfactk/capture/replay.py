@@ -159,7 +159,7 @@ class RecordedReplay:
     def _layer_call(self, inner: InnerCall, gradient: Tensor | None) -> LayerCall:
         if gradient is None:
             gradient = torch.zeros_like(inner.output)
-        inputs = inner.inputs.detach()
+        inputs = inner.inputs.detach() if inner.inputs.requires_grad else inner.inputs
         return LayerCall(inputs, gradient.detach(), training=self._call.training, tag=inner.tag)
 
     def _compare(self, again: Tensor) -> None:

@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from kfactk.assignment import Work, is_square
+from kfactk.capture.replay import CallContext, RecordedReplay, recorded_arguments, tensors_of
 from kfactk.capture.support import model_output
 from kfactk.costmodel.communication import Sizes, numbers_sent
 from kfactk.costmodel.cost import NOTHING, Amount, LayerCost, TrainingLoad
@@ -123,29 +125,37 @@ def training_load(model: nn.Module, recipe: Recipe, batch: Tensor) -> TrainingLo
     """
     blocks = _blocks(model, recipe)
     workload = workload_of(blocks, recipe.schedule)
-    calls: dict[str, list[tuple[Tensor, Tensor]]] = {block.name: [] for block in blocks}
+    recorded: dict[Block, list[MetaCall]] = {block: [] for block in blocks}
+    sites: dict[nn.Module, list[Block]] = {}
+    for block in blocks:
+        for site in block.layer.sites:
+            sites.setdefault(site, []).append(block)
     model.train()
     with contextlib.ExitStack() as hooks, Meter() as forward:
-        for block in blocks:
-            recording = functools.partial(_record, calls[block.name])
-            for site in block.layer.sites:
-                hooks.enter_context(site.register_forward_hook(recording))
+        for site, inside in sites.items():
+            recording = functools.partial(_record, recorded, inside)
+            hooks.enter_context(site.register_forward_hook(recording, with_kwargs=True))
         output = _run(model, batch)
-    outputs = [out for found in calls.values() for _, out in found if out.requires_grad]
+    all_calls = [call for found in recorded.values() for call in found]
+    outputs = {id(call.output): call.output for call in all_calls if call.output.requires_grad}
     with Meter() as fisher:
         torch.autograd.grad(
-            output, outputs, torch.empty_like(output), retain_graph=True, allow_unused=True
+            output,
+            list(outputs.values()),
+            torch.empty_like(output),
+            retain_graph=True,
+            allow_unused=True,
         )
+        calls = {
+            block: [inner for call in found for inner in call.layer_calls(block.layer.part)]
+            for block, found in recorded.items()
+        }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with Meter() as backward:
         torch.autograd.grad(output, trained, torch.empty_like(output), allow_unused=True)
     costs = {}
     for block, work in zip(blocks, workload.works, strict=True):
-        found = [
-            LayerCall(given.detach(), torch.empty_like(out).detach())
-            for given, out in calls[block.name]
-        ]
-        costs[block.name] = _layer_cost(block, work, found)
+        costs[block.name] = _layer_cost(block, work, calls[block])
     return TrainingLoad(
         workload,
         costs,
@@ -171,8 +181,51 @@ def _run(model: nn.Module, batch: Tensor) -> Tensor:
         ) from error
 
 
-def _record(calls: list[tuple[Tensor, Tensor]], module: nn.Module, args: Any, out: Tensor) -> None:
-    calls.append((args[0], out))
+@attrs.frozen(eq=False)
+class MetaCall:
+    """One call of a module, without numbers.
+
+    Args:
+        inputs: Its input.
+        output: Its output.
+        gradient: A gradient of its output.
+        replay: Runs the call again, where layers lie inside the module.
+    """
+
+    inputs: Tensor
+    output: Tensor
+    gradient: Tensor
+    replay: RecordedReplay | None
+
+    def layer_calls(self, part: str) -> list[LayerCall]:
+        """Return the calls of one part of the module."""
+        if self.replay is not None:
+            return self.replay.calls(part, self.gradient)
+        return [LayerCall(self.inputs.detach(), self.gradient)]
+
+
+def _record(
+    recorded: Mapping[Block, list[MetaCall]],
+    blocks: Sequence[Block],
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+) -> None:
+    inputs, replay, again = tensors_of(args, kwargs)[0], blocks[0].layer.replay, None
+    if replay is not None:
+        output = replay.output(output)
+        again = RecordedReplay(
+            blocks[0].layer.path,
+            recorded_arguments(module, args, kwargs),
+            CallContext.now(inputs.device),
+            replay,
+            output.detach(),
+            [block.layer.part for block in blocks],
+        )
+    gradient = torch.empty_like(output).detach()
+    for block in blocks:
+        recorded[block].append(MetaCall(inputs, output, gradient, again))
 
 
 def _layer_cost(block: Block, work: Work, calls: Sequence[LayerCall]) -> LayerCost:

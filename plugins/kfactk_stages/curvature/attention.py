@@ -59,11 +59,12 @@ class ProjectionSamples(CallSamples[LayerCall]):
 
     def input_moment(self) -> Statistic:
         """Return `sum_n sum_t a a^T` of each, `[3, d_in, d_in]`; once for the same inputs."""
-        found: dict[tuple[object, ...], Statistic] = {}
-        for group in self.parts:
-            if _place(group) not in found:
-                found[_place(group)] = group.input_moment()
-        return self._joined([found[_place(group)] for group in self.parts])
+        keys = [tuple(id(call.inputs) for call in group.calls) for group in self.parts]
+        found: dict[tuple[int, ...], Statistic] = {}
+        for key, group in zip(keys, self.parts, strict=True):
+            if key not in found:
+                found[key] = group.input_moment()
+        return self._joined([found[key] for key in keys])
 
     def grad_moment(self) -> Statistic:
         """Return `sum_n sum_t g g^T` of each, `[3, d_out, d_out]`."""
@@ -113,12 +114,6 @@ class ProjectionSamples(CallSamples[LayerCall]):
 
 def _each(side: Tensor | None, groups: int) -> Sequence[Tensor | None]:
     return [None] * groups if side is None else list(side.unbind(0))
-
-
-def _place(group: JoinedSamples) -> tuple[object, ...]:
-    """Return what tells that two groups have the same inputs."""
-    inputs = [call.inputs for call in group.calls]
-    return tuple((x.data_ptr(), tuple(x.shape), x.stride()) for x in inputs)
 
 
 @attrs.frozen(kw_only=True)
