@@ -283,9 +283,9 @@ def unseen_message(layers: Sequence[str]) -> str:
         "Likely causes: a function reads a weight (F.linear(x, layer.weight)); the output is a "
         "derivative with respect to inputs (torch.autograd.grad(..., create_graph=True)); "
         "torch.func runs the layer (vmap, functional_call); another output of the module is used, "
-        "such as the weights that nn.MultiheadAttention returns; outputs of an earlier forward are fed "
-        "in again, as a recurrent loop outside the bound model does (bind a module that holds the "
-        "loop, or detach them). "
+        "such as the weights that nn.MultiheadAttention returns; outputs of an earlier forward are "
+        "fed in again, as a recurrent loop outside the bound model does (bind a module that holds "
+        "the loop, or detach them). "
     )
 
 

@@ -64,19 +64,23 @@ class CallContext:
     @contextlib.contextmanager
     def restored(self) -> Iterator[None]:
         """Surround a call that runs again; then everything is as it was before."""
-        devices = [self.device] if _has_own(self.device) else []
-        kernels, kind = _kernels(), self.device.type if devices else None
+        before = CallContext.now(self.device)
         with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.random.fork_rng(devices, device_type=kind))
-            torch.set_rng_state(self.random)
-            if self.device_random is not None:
-                _random_module(self.device).set_rng_state(self.device_random, self.device)
             for name, (enabled, dtype) in sorted(self.autocast.items()):
                 if enabled or torch.is_autocast_enabled(name):
                     stack.enter_context(torch.autocast(name, dtype=dtype, enabled=enabled))
-            stack.callback(_choose_kernels, kernels)
-            _choose_kernels(self.kernels)
+            stack.callback(before._choose)
+            self._choose()
             yield
+
+    def _choose(self) -> None:
+        """Set random states and kernels."""
+        torch.set_rng_state(self.random)
+        if self.device_random is not None:
+            _random_module(self.device).set_rng_state(self.device_random, self.device)
+        for name, enabled, current in zip(KERNELS, self.kernels, _kernels(), strict=True):
+            if enabled != current:
+                getattr(torch.backends.cuda, f"enable_{name}_sdp")(enabled)
 
 
 class RecordedReplay:
@@ -232,9 +236,3 @@ def _random_module(device: torch.device) -> Any:
 def _kernels() -> tuple[bool, ...]:
     cuda = torch.backends.cuda
     return tuple(bool(getattr(cuda, f"{name}_sdp_enabled")()) for name in KERNELS)
-
-
-def _choose_kernels(chosen: tuple[bool, ...]) -> None:
-    for name, enabled, before in zip(KERNELS, chosen, _kernels(), strict=True):
-        if enabled != before:
-            getattr(torch.backends.cuda, f"enable_{name}_sdp")(enabled)

@@ -16,6 +16,7 @@ from kfactk.capture.forward import Forward
 from kfactk.capture.hooks import ModelHooks
 from kfactk.preconditioner.coverage import ModelSurvey
 from kfactk.preconditioner.rules import BlockRule
+from kfactk.testing import CurvatureLaws
 from kfactk_stages.basis.ekfac import Ekfac
 from kfactk_stages.curvature.attention import Attention, ProjectionSamples
 
@@ -130,7 +131,7 @@ CASES: dict[str, Case] = {
     "without bias": ({"bias": False}, itself, [X], {}),
     "without weights": ({}, itself, [X], {"need_weights": False}),
     "weights of each head": ({}, itself, [X], {"average_attn_weights": False}),
-    "keywords": ({}, lambda a, x: a(value=x, key=x, query=x)[0].transpose(0, 1), [X.mT.mT], {}),
+    "keywords": ({"batch_first": True}, lambda a, x: a(value=x, key=x, query=x)[0], [X], {}),
     "memory": ({"batch_first": True}, memory, [Q, K], {}),
     "memory without weights": ({"batch_first": True}, memory, [Q, K], {"need_weights": False}),
     "three inputs": ({}, across, [Q, K, V], {}),
@@ -153,7 +154,7 @@ CASES: dict[str, Case] = {
         itself,
         [X],
         {
-            "attn_mask": CAUSAL == -torch.inf,
+            "attn_mask": CAUSAL.isinf(),
             "key_padding_mask": PADDING,
             "is_causal": True,
             "need_weights": False,
@@ -177,7 +178,7 @@ CASES: dict[str, Case] = {
         {"add_bias_kv": True, "add_zero_attn": True},
         itself,
         [X],
-        {"attn_mask": CAUSAL, "key_padding_mask": PADDING},
+        {"attn_mask": CAUSAL, "key_padding_mask": PADDING.double()},
     ),
     "more keys without weights": (
         {"add_bias_kv": True, "add_zero_attn": True, "batch_first": True},
@@ -203,6 +204,10 @@ CASES: dict[str, Case] = {
         {},
     ),
 }
+
+
+class TestAttention(CurvatureLaws):
+    stage = "attention"
 
 
 def model_of(case: Case) -> Calls:
