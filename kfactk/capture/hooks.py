@@ -136,7 +136,10 @@ class ModelHooks:
             for site in layer.sites:
                 sites.setdefault(site, []).append(layer)
         for site, inside in sites.items():
-            self._layer_handles += LayerHook(self._calls, inside).attach(site)
+            hook = LayerHook(self._calls, inside)
+            self._layer_handles += hook.attach(site)
+            if site is self.root:  # its pre-hooks run already
+                hook.begin(site, (), {})
 
     def after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -234,7 +237,7 @@ class LayerHook:
 
     def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run as a forward pre-hook of a module whose calls run again."""
-        if self._calls is not None and self._thread == threading.get_ident():
+        if self._replay is not None and self._thread == threading.get_ident():
             tensors = tensors_of(args, kwargs, list(module.parameters()))
             self._context = CallContext.now(tensors[0].device)
 
