@@ -94,7 +94,10 @@ def parameter_at(module: nn.Module, name: str) -> nn.Parameter | None:
         >>> parameter_at(nn.Sequential(nn.Linear(2, 3)), "0.weight").shape
         torch.Size([3, 2])
     """
-    owner, key = owner_of(module, name)
+    try:
+        owner, key = owner_of(module, name)
+    except AttributeError:  # there is no such module inside
+        return None
     return owner._parameters.get(key)
 
 

@@ -94,8 +94,9 @@ class RecordedCall:
 
     def without_gradient(self) -> list[LayerCall]:
         """Return the layer's calls with gradients of zeros."""
+        self.check()
         zeros = torch.zeros((), dtype=self.dtype, device=self.inputs.device).expand(self.shape)
-        return self._with(zeros, 1.0)
+        return self._calls(zeros, 1.0)
 
     def calls(self, gradient: Tensor, scale: Tensor | float) -> list[LayerCall]:
         """Return the layer's calls with their gradients: one, or those inside the module's.
@@ -105,10 +106,10 @@ class RecordedCall:
             scale: What gradients are to be multiplied by.
 
         Raises:
-            CaptureError: The input was modified in place since.
+            CaptureError: A call that runs again cannot, or gives something else.
         """
         gradient = gradient.detach()
-        return self._with(gradient if self.view is None else self.view.read(gradient), scale)
+        return self._calls(gradient if self.view is None else self.view.read(gradient), scale)
 
     def check(self) -> None:
         """Check that the input is that of the call.
@@ -121,8 +122,7 @@ class RecordedCall:
         elif self.inputs._version != self.version:
             raise CaptureError(input_modified_message(self.layer.name))
 
-    def _with(self, gradient: Tensor, scale: Tensor | float) -> list[LayerCall]:
-        self.check()
+    def _calls(self, gradient: Tensor, scale: Tensor | float) -> list[LayerCall]:
         if self.replay is None:
             return [LayerCall(self.inputs, gradient, scale, training=self.training)]
         inside = self.replay.calls(self.layer.part, gradient)
@@ -285,6 +285,7 @@ class Arrivals:
     def add(self, record: RecordedCall, gradient: Tensor) -> None:
         """Take the gradient of one call."""
         layer = record.layer
+        record.check()
         self._here.setdefault(layer, []).extend(record.calls(gradient, self._scale))
         self._waiting[layer] -= 1
         if self._waiting[layer] == 0:
@@ -347,8 +348,10 @@ def _edge_below(call: TracedCall) -> GradientEdge | None:
     """
     if call.record.replay is None:
         return None
-    below = (GradientEdge(*each) for each in call.edge.node.next_functions if each[0] is not None)
-    return next((edge for edge in below if "AccumulateGrad" not in edge.node.name()), None)
+    for node, number in call.edge.node.next_functions:
+        if node is not None and "AccumulateGrad" not in node.name():
+            return GradientEdge(node, number)
+    return None
 
 
 def _check_node(node: Node) -> None:

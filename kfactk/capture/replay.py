@@ -56,7 +56,7 @@ class CallContext:
         return cls(
             device,
             torch.get_rng_state(),
-            _random_module(device).get_rng_state(device) if _has_own(device) else None,
+            _random_state(device),
             {k: (torch.is_autocast_enabled(k), torch.get_autocast_dtype(k)) for k in kinds},
             _kernels(),
         )
@@ -77,7 +77,9 @@ class CallContext:
         """Set random states and kernels."""
         torch.set_rng_state(self.random)
         if self.device_random is not None:
-            _random_module(self.device).set_rng_state(self.device_random, self.device)
+            module = torch.get_device_module(self.device)
+            where = () if self.device.type == "mps" else (self.device,)
+            module.set_rng_state(self.device_random, *where)
         for name, enabled, current in zip(KERNELS, self.kernels, _kernels(), strict=True):
             if enabled != current:
                 getattr(torch.backends.cuda, f"enable_{name}_sdp")(enabled)
@@ -140,6 +142,7 @@ class RecordedReplay:
         return found
 
     def _run(self, gradient: Tensor) -> dict[str, list[LayerCall]]:
+        self.check()
         if any(_is_freed(each) for each in self._call.parameters.values()):
             raise CaptureError(ungathered_message(self._path))
         where = f"when it ran {self._path!r} again"
@@ -224,13 +227,13 @@ def _is_freed(parameter: Tensor) -> bool:
     return parameter.numel() > 0 and parameter.untyped_storage().size() == 0
 
 
-def _has_own(device: torch.device) -> bool:
-    """Return whether a device has a random state of its own."""
-    return device.type not in ("cpu", "meta")
-
-
-def _random_module(device: torch.device) -> Any:
-    return torch.get_device_module(device)
+def _random_state(device: torch.device) -> Tensor | None:
+    """Return the random state of a device; `None` where it has none of its own."""
+    if device.type in ("cpu", "meta"):
+        return None
+    where = () if device.type == "mps" else (device,)  # there is one of these
+    state: Tensor = torch.get_device_module(device).get_rng_state(*where)
+    return state
 
 
 def _kernels() -> tuple[bool, ...]:

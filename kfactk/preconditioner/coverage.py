@@ -246,6 +246,9 @@ class ModelSurvey:
         """Return the parts of a module, without those that hold parameters of excluded modules."""
         with attribute_errors("curvature", rule.curvature, f"on module {name!r}"):
             parts = rule.curvature.parts(module)
+            for key in (key for keys in parts.values() for key in keys):
+                if parameter_at(module, key) is None:
+                    raise ValueError(f"parts() names {key!r}, which is no parameter of it")
 
         def excluded(key: str) -> bool:
             path = _join(name, key).rpartition(".")[0]
@@ -428,18 +431,8 @@ def _own(module: nn.Module) -> dict[str, nn.Parameter]:
 
 def _named(module: nn.Module, keys: Iterable[str]) -> dict[str, nn.Parameter]:
     """Return the parameters of these names, those of modules inside too; without absent ones."""
-    found = {}
-    for key in dict.fromkeys(keys):
-        owner, _, _ = key.rpartition(".")
-        if owner and not _has(module, owner):
-            continue
-        if (parameter := parameter_at(module, key)) is not None:
-            found[key] = parameter
-    return found
-
-
-def _has(module: nn.Module, path: str) -> bool:
-    return any(name == path for name, _ in module.named_modules(remove_duplicate=False))
+    found = ((key, parameter_at(module, key)) for key in keys)
+    return {key: parameter for key, parameter in found if parameter is not None}
 
 
 def _check_pattern(option: str, pattern: str, names: Iterable[str]) -> None:

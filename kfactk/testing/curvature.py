@@ -201,8 +201,8 @@ class CurvatureLaws(OnLayers, InRecipe):
         random.shuffle(order)
         says = f"the factor changes when the examples come in the order {order}"
         same(self.means(case.rows(order)), expected, says)
-        last = dict(zip(("inputs", "gradient"), case.calls[-1], strict=True))
-        backwards = attrs.evolve(case, **last, further=case.calls[:-1][::-1])
+        (inputs, gradient), *further = case.calls[::-1]
+        backwards = attrs.evolve(case, inputs=inputs, gradient=gradient, further=tuple(further))
         says = "the factor changes when the calls of the layer come in another order"
         same(self.means(backwards), expected, says)
 

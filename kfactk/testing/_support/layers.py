@@ -26,6 +26,7 @@ from kfactk.testing._support.strategies import (
     first_output,
     foreign_modules,
     kinds,
+    kinds_inside,
 )
 
 KNOWN = (nn.Linear, *CONV.values())
@@ -174,7 +175,8 @@ class OnLayers(Laws):
             )
 
     def _accepted(self) -> list[Kind]:
-        found = [kind for kind in kinds() if kind.supported_by(self.curvature)]
+        every = [*kinds(), *kinds_inside()]
+        found = [kind for kind in every if kind.supported_by(self.curvature)]
         if not found:
             raise OptionError(
                 f"{self.label()} accepts no layer that the laws know how to draw. If it is for "

@@ -407,6 +407,12 @@ def kinds() -> list[Kind]:
             norm_cases(most_calls=2, freeze=True),
         ),
         Kind((nn.Embedding(3, 2),), embedding_cases(most_calls=2)),
+    ]
+
+
+def kinds_inside() -> list[Kind]:
+    """Return the kinds of modules whose layers lie inside: their calls run again."""
+    return [
         Kind(
             (nn.MultiheadAttention(2, 1, batch_first=True),),
             attention_cases(most_calls=2),

@@ -125,12 +125,13 @@ def _attended(
         attended, padding = (None if m is None else F.pad(m, (0, 1)) for m in (attended, padding))
     mask = _merged(attended, padding, heads)
     dropout = module.dropout if call.training else 0.0
-    q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
+    width = q.shape[-1] // heads
+    q, k, v = (x.view(*x.shape[:2], heads, width).transpose(1, 2) for x in (q, k, v))
     if named["need_weights"]:
         mixed = _with_weights(q, k, v, mask, dropout)
     else:
         if mask is not None:
-            mask = mask.unsqueeze(0) if len(mask) == 1 else mask.unflatten(0, (-1, heads))
+            mask = mask.view(-1, heads if len(mask) > 1 else 1, *mask.shape[1:])
         mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
     return mixed.transpose(1, 2).flatten(2)
 

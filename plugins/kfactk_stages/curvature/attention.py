@@ -204,14 +204,14 @@ class Attention(Curvature):
         columns = [tensors[name] for name in layer.parameters]
         columns = [x if x.ndim == 2 else x.unsqueeze(-1) for x in columns]
         matrix = torch.cat(columns, -1)
-        return matrix.unflatten(0, (len(TAGS), -1)) if layer.part in PACKED else matrix
+        return matrix.view(len(TAGS), -1, matrix.shape[-1]) if layer.part in PACKED else matrix
 
     def tensors(self, layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
         """Return the inverse of `matrix`."""
         rows = matrix.flatten(0, 1) if layer.part in PACKED else matrix
         like = layer.tensors()
         widths = [x.shape[1] if x.ndim == 2 else 1 for x in like.values()]
-        columns = zip(like.items(), rows.split(widths, -1), strict=True)
+        columns = zip(like.items(), torch.split(rows, widths, -1), strict=True)
         return {name: column.reshape(x.shape) for (name, x), column in columns}
 
     def blank(self, layer: Layer) -> LayerCall:
