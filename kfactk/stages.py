@@ -104,7 +104,7 @@ def parameter_at(module: nn.Module, name: str) -> nn.Parameter | None:
 def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     """Return the module that holds a parameter of this name, and the name there."""
     path, _, key = name.rpartition(".")
-    return module.get_submodule(path), key
+    return module.get_submodule(path) if path else module, key
 
 
 @attrs.frozen(eq=False)

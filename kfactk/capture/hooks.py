@@ -21,12 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from kfactk.capture.forward import Forward, OutputView, RecordedCall, TracedCall, versions
-from kfactk.capture.replay import (
-    CallContext,
-    RecordedReplay,
-    recorded_arguments,
-    tensors_of,
-)
+from kfactk.capture.replay import CallContext, RecordedReplay, recorded_arguments, tensors_of
 from kfactk.capture.support import check_engine, is_distributed, tensor_parallel
 from kfactk.capture.torch_modes import (
     EAGERNESS,

@@ -146,7 +146,7 @@ class RecordedReplay:
         if any(_is_freed(each) for each in self._call.parameters.values()):
             raise CaptureError(ungathered_message(self._path))
         where = f"when it ran {self._path!r} again"
-        with torch.enable_grad(), attribute_errors("replay", self._replay, where):
+        with torch.enable_grad(), attribute_errors("curvature", self._replay, where):
             with self._context.restored():
                 again = self._replay.run(self._call)
             inner = [each for each in again.inner if each.part in self._parts]
