@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import kfactk
-from kfactk import Layer, LayerCall
+from kfactk import Layer, LayerCall, Optimizer
 from kfactk.capture.forward import Forward
 from kfactk.capture.hooks import ModelHooks
 from kfactk.preconditioner.coverage import ModelSurvey
@@ -410,6 +410,43 @@ def test_a_bias_of_its_own_sees_ones() -> None:
     ]
     ones = torch.tensor([L, S, S], dtype=torch.float64).view(3, 1, 1)
     assert torch.equal(optimizer.layers["attn[in_proj_bias]"].factors["A"], ones)
+
+
+def stepped(model: nn.Module, *skipped: bool) -> Optimizer:
+    """Return the optimizer after one step of several forwards."""
+    optimizer = kfactk.build(curvature="all", fisher="exact").bind(model)
+    for skips in skipped:
+        model.skips = skips
+        F.cross_entropy(model(rows(9, 3, 4)), torch.arange(9) % 3).backward()
+    optimizer.step()
+    return optimizer
+
+
+def test_a_forward_without_attention_counts_its_terms() -> None:
+    class Skipping(Pooled):
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x.mean(1)) if self.skips else super().forward(x)
+
+    once, both = stepped(Skipping(), False), stepped(Skipping(), False, True)
+    for part in ("in_proj", "out_proj"):
+        views = [optimizer.layers[f"attn[{part}]"].factors for optimizer in (once, both)]
+        torch.testing.assert_close(views[1]["A"], views[0]["A"])  # a mean over its examples
+        torch.testing.assert_close(2 * views[1]["G"], views[0]["G"])
+
+
+def test_parameters_inside_have_their_names_in_views_and_states() -> None:
+    model = Pooled()
+    optimizer = stepped(model, False)
+    tensors = {name: torch.randn_like(p) for name, p in model.named_parameters()}
+    found = optimizer.precondition(tensors)
+    assert found.keys() == tensors.keys()
+    view = optimizer.layers["attn[out_proj]"]
+    inside = {"out_proj.weight": tensors["attn.out_proj.weight"]}
+    assert list(view.precondition(inside)) == ["out_proj.weight", "out_proj.bias"]
+    other = kfactk.build(curvature="all", fisher="exact").bind(Pooled())
+    other.load_state_dict(optimizer.state_dict())
+    again = other.precondition(tensors)
+    assert all(torch.equal(again[name], found[name]) for name in found)
 
 
 class TestAttending(PipelineLaws):
