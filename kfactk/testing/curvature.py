@@ -253,6 +253,10 @@ class CurvatureLaws(OnLayers, InRecipe):
         whole, blind = self.sums(case), self.samples(case.times(gradients=0.0))
         inputs = self.curvature.input_factors(case.layer, blind)
         gradients = self.curvature.gradient_factors(case.layer, self.samples(case))
+        assert not inputs or self.curvature.replay(case.module) is None, (
+            f"input_factors gives {sorted(inputs)}, but calls that run again are known in a Fisher "
+            "pass only: leave it empty"
+        )
         both = sorted([*inputs, *gradients])
         assert both == sorted(whole), (
             f"input_factors and gradient_factors give {both}, where factors gives {sorted(whole)}"
