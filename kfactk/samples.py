@@ -68,6 +68,8 @@ class LayerCall:
         training: Whether the module was in training mode; `None` where that is not known.
         module: Which of the layer's `sites` was called; `None` for its `module`.
         arguments: The other tensors that the module was given, by the names of its parameters.
+        tag: Which of several products of the layer this is, where a call of the module makes
+            several.
     """
 
     inputs: Tensor
@@ -76,6 +78,7 @@ class LayerCall:
     training: bool | None = None
     module: nn.Module | None = None
     arguments: Mapping[str, Tensor] = attrs.field(factory=dict)
+    tag: str = ""
 
 
 class Samples:

@@ -211,6 +211,31 @@ def input_modified_message(layer: str) -> str:
     )
 
 
+def replay_differs_message(module: str, deviation: float) -> str:
+    """Return the message for a call that gave another output when it ran again.
+
+    Args:
+        module: The module's path.
+        deviation: Relative size of the difference; infinite where shapes or precisions differ.
+    """
+    return (
+        f"module {module!r} gave another output when its call ran again (relative difference "
+        f"{deviation:.2g}), so gradients inside of it are not known. Likely causes: it draws "
+        "random numbers from a generator of its own, or chose another kernel. To train it by its "
+        f"plain gradient, build the recipe with exclude=[{module!r}]."
+    )
+
+
+def ungathered_message(module: str) -> str:
+    """Return the message for a call that must run again when its parameters are gone."""
+    return (
+        f"the parameters of module {module!r} are no longer gathered where its call must run again "
+        "for gradients inside of it. fully_shard frees them after the module's backward: run one "
+        "backward for each forward, without retain_graph=True, or build the recipe with "
+        f"exclude=[{module!r}]."
+    )
+
+
 def folded_message(layer: str, touched: int, rows: int) -> str:
     """Return the message for a layer of which several rows belong to one example of the output."""
     return (
@@ -257,9 +282,10 @@ def unseen_message(layers: Sequence[str]) -> str:
         "through the outputs of these layers in this forward, so their curvature would be wrong. "
         "Likely causes: a function reads a weight (F.linear(x, layer.weight)); the output is a "
         "derivative with respect to inputs (torch.autograd.grad(..., create_graph=True)); "
-        "torch.func runs the layer (vmap, functional_call); outputs of an earlier forward are fed "
-        "in again, as a recurrent loop outside the bound model does (bind a module that holds the "
-        "loop, or detach them). "
+        "torch.func runs the layer (vmap, functional_call); another output of the module is used, "
+        "such as the weights that nn.MultiheadAttention returns; outputs of an earlier forward are "
+        "fed in again, as a recurrent loop outside the bound model does (bind a module that holds "
+        "the loop, or detach them). "
     )
 
 

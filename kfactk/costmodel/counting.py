@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -24,6 +25,7 @@ from torch.utils.flop_counter import flop_registry
 from kfactk.assignment import Work, is_square
 from kfactk.capture.heads import Head
 from kfactk.capture.hooks import call_tensors
+from kfactk.capture.replay import CallContext, RecordedReplay, recorded_arguments, tensors_of
 from kfactk.costmodel.communication import Sizes, numbers_sent
 from kfactk.costmodel.cost import NOTHING, Amount, LayerCost, TrainingLoad
 from kfactk.errors import CombinationError, OptionError
@@ -125,25 +127,35 @@ def training_load(model: nn.Module, recipe: Recipe, batch: Tensor) -> TrainingLo
     """
     blocks = _blocks(model, recipe)
     workload = workload_of(blocks, recipe.schedule)
-    calls: dict[str, list[tuple[LayerCall, Tensor]]] = {block.name: [] for block in blocks}
+    recorded: dict[Block, list[MetaCall]] = {block: [] for block in blocks}
+    sites: dict[nn.Module, list[Block]] = {}
+    for block in blocks:
+        for site in block.layer.sites:
+            sites.setdefault(site, []).append(block)
     model.train()
     with contextlib.ExitStack() as hooks, Meter() as forward:
-        for block in blocks:
-            recording = functools.partial(_record, calls[block.name])
-            for site in block.layer.sites:
-                hooks.enter_context(site.register_forward_hook(recording, with_kwargs=True))
+        for site, inside in sites.items():
+            recording = functools.partial(_record, recorded, inside)
+            hooks.enter_context(site.register_forward_hook(recording, with_kwargs=True))
         returned = _run(model, batch)
     heads = [head.locate(returned) for head in recipe.heads]
     empty = [torch.empty_like(output) for output in heads]
-    outputs = [out for found in calls.values() for _, out in found if out.requires_grad]
+    all_calls = [call for found in recorded.values() for call in found]
+    outputs = {id(call.output): call.output for call in all_calls if call.output.requires_grad}
     with Meter() as fisher:
-        torch.autograd.grad(heads, outputs, empty, retain_graph=True, allow_unused=True)
+        torch.autograd.grad(
+            heads, list(outputs.values()), empty, retain_graph=True, allow_unused=True
+        )
+        calls = {
+            block: [inner for call in found for inner in call.layer_calls(block.layer.part)]
+            for block, found in recorded.items()
+        }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with Meter() as backward:
         torch.autograd.grad(heads, trained, empty, allow_unused=True)
     costs = {}
     for block, work in zip(blocks, workload.works, strict=True):
-        costs[block.name] = _layer_cost(block, work, [call for call, _ in calls[block.name]])
+        costs[block.name] = _layer_cost(block, work, calls[block])
     return TrainingLoad(
         workload,
         costs,
@@ -169,12 +181,51 @@ def _run(model: nn.Module, batch: Tensor) -> Any:
         ) from error
 
 
+@attrs.frozen(eq=False)
+class MetaCall:
+    """One call of a module, without numbers.
+
+    Args:
+        call: The call, with a gradient of its output.
+        output: Its output.
+        replay: Runs the call again, where layers lie inside the module.
+    """
+
+    call: LayerCall
+    output: Tensor
+    replay: RecordedReplay | None
+
+    def layer_calls(self, part: str) -> list[LayerCall]:
+        """Return the calls of one part of the module."""
+        if self.replay is not None:
+            return self.replay.calls(part, self.call.gradient)
+        return [self.call]
+
+
 def _record(
-    calls: list[tuple[LayerCall, Tensor]], module: nn.Module, args: Any, kwargs: Any, out: Tensor
+    recorded: Mapping[Block, list[MetaCall]],
+    blocks: Sequence[Block],
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
 ) -> None:
+    replay, again = blocks[0].layer.replay, None
+    if replay is not None:
+        output = replay.output(output)
+        again = RecordedReplay(
+            blocks[0].layer.path,
+            recorded_arguments(module, args, kwargs),
+            CallContext.now(tensors_of(args, kwargs)[0].device),
+            replay,
+            output.detach(),
+            [block.layer.part for block in blocks],
+        )
     inputs, arguments = call_tensors(module, args, kwargs)
-    gradient = torch.empty_like(out).detach()
-    calls.append((LayerCall(inputs, gradient, module=module, arguments=arguments), out))
+    gradient = torch.empty_like(output).detach()
+    call = LayerCall(inputs, gradient, module=module, arguments=arguments)
+    for block in blocks:
+        recorded[block].append(MetaCall(call, output, again))
 
 
 def _layer_cost(block: Block, work: Work, calls: Sequence[LayerCall]) -> LayerCost:

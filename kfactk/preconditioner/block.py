@@ -95,7 +95,7 @@ class Block:
         """Count the terms of a forward in which the layer did not run: its sums are zero."""
         with attribute_errors("curvature", self.curvature, self._where):
             call = self.curvature.blank(self.layer)
-            empty = LayerCall(call.inputs[:0], call.gradient[:0])
+            empty = attrs.evolve(call, inputs=call.inputs[:0], gradient=call.gradient[:0])
             samples = self.curvature.samples(self.layer, [empty], num_terms=num_terms, first=True)
         self._gather(samples, plan)
 

@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from kfactk.errors import OptionError, near_names
 from kfactk.preconditioner.parameters import ParameterTracker
 from kfactk.preconditioner.rules import BlockRule, within
-from kfactk.stages import Layer
+from kfactk.stages import Layer, Replay, owner_of, parameter_at
 from kfactk.validation import attribute_errors
 
 
@@ -140,6 +140,7 @@ class Candidate:
         shapes: Its parameters by name, the anchor first, with their shapes.
         sites: All modules that hold these parameters.
         rule: The rule that takes it.
+        replay: How calls of the module run again, where the layer lies inside.
     """
 
     name: str
@@ -148,6 +149,7 @@ class Candidate:
     shapes: Mapping[str, torch.Size]
     sites: tuple[nn.Module, ...]
     rule: BlockRule
+    replay: Replay | None = None
 
     @property
     def anchor(self) -> str:
@@ -222,20 +224,21 @@ class ModelSurvey:
         candidates: list[Candidate] = []
         self._why_not = {}
         taken: set[nn.Module] = set()
+        inside: set[tuple[nn.Module, str]] = set()
         for name, module in modules:
+            if all((module, key) in inside for key in _own(module)):
+                continue
             rule, reason = self._rule_for(name, module)
+            parts = {} if rule is None else self._parts(name, module, rule)
             sites: tuple[nn.Module, ...] = (module,)
             if rule is not None:
-                sites, reason = self._sites(name, module, rule, owners)
+                sites, reason = self._sites(name, module, rule, parts, owners)
             if rule is not None and not reason and module not in taken:
                 taken.update(sites)
-                with attribute_errors("curvature", rule.curvature, f"on module {name!r}"):
-                    parts = rule.curvature.parts(module)
-                for part, parameters in parts.items():
-                    label = f"{names[sites[0]]}[{part}]" if part else names[sites[0]]
-                    shapes = {key: module._parameters[key].shape for key in parameters}
-                    candidates.append(Candidate(label, module, part, shapes, sites, rule))
+                candidates += self._candidates(names[sites[0]], module, rule, parts, sites)
                 candidates += _beside(module, sites, rule, names, owners)
+                for site in sites:
+                    inside.update(owner_of(site, key) for keys in parts.values() for key in keys)
             for key in _own(module):
                 self._why_not[_join(name, key)] = reason
         for candidate in candidates:
@@ -251,6 +254,36 @@ class ModelSurvey:
         """Return why a module is left alone; empty where it is not."""
         patterns = (pattern for pattern in self.exclude if within(name, pattern))
         return next((f"excluded (exclude={pattern!r})" for pattern in patterns), "")
+
+    def _parts(self, name: str, module: nn.Module, rule: BlockRule) -> dict[str, tuple[str, ...]]:
+        """Return the parts of a module, without those that hold parameters of excluded modules."""
+        with attribute_errors("curvature", rule.curvature, f"on module {name!r}"):
+            parts = rule.curvature.parts(module)
+            for key in (key for keys in parts.values() for key in keys):
+                if parameter_at(module, key) is None:
+                    raise ValueError(f"parts() names {key!r}, which is no parameter of it")
+
+        def excluded(key: str) -> bool:
+            path = _join(name, key).rpartition(".")[0]
+            return any(within(path, pattern) for pattern in self.exclude)
+
+        return {part: keys for part, keys in parts.items() if not any(map(excluded, keys))}
+
+    def _candidates(
+        self,
+        name: str,
+        module: nn.Module,
+        rule: BlockRule,
+        parts: Mapping[str, tuple[str, ...]],
+        sites: tuple[nn.Module, ...],
+    ) -> Iterator[Candidate]:
+        """Yield a candidate for each part of a module."""
+        with attribute_errors("curvature", rule.curvature, f"on module {name!r}"):
+            replay = rule.curvature.replay(module)
+        for part, keys in parts.items():
+            label = f"{name}[{part}]" if part else name
+            shapes = {key: parameter.shape for key, parameter in _named(module, keys).items()}
+            yield Candidate(label, module, part, shapes, sites, rule, replay)
 
     def _rule_for(self, name: str, module: nn.Module) -> tuple[BlockRule | None, str]:
         """Return the first rule that supports a module, or the reasons of all."""
@@ -272,26 +305,33 @@ class ModelSurvey:
         name: str,
         module: nn.Module,
         rule: BlockRule,
+        parts: Mapping[str, tuple[str, ...]],
         owners: Mapping[int, Sequence[tuple[str, nn.Module, str]]],
     ) -> tuple[tuple[nn.Module, ...], str]:
         """Return all modules with the same parameters, or why tied modules make no layer."""
-        own = _own(module)
-        others = [each for p in own.values() for each in owners[id(p)] if each[1] is not module]
-        names = {_join(other, key) for other, _, key in others}
+        keys = dict.fromkeys([*_own(module), *(key for part in parts.values() for key in part)])
+        own = _named(module, keys)
+        places = {key: owner_of(module, key) for key in own}
+        others: dict[tuple[nn.Module, str], str] = {}
         for key, parameter in own.items():
-            again = (k for _, m, k in owners[id(parameter)] if m is module and k != key)
-            names |= {_join(name, k) for k in again}
-        if not names:
+            for other_name, other, other_key in owners[id(parameter)]:
+                if (other, other_key) != places[key]:
+                    others[other, other_key] = _join(other_name, other_key)
+        if not others:
             return (module,), ""
-        tied = f"tied: it shares a parameter with {', '.join(sorted(names))}"
+        tied = f"tied: it shares a parameter with {', '.join(sorted(set(others.values())))}"
         mine = {key: id(parameter) for key, parameter in own.items()}
         if len(set(mine.values())) < len(mine):
             return (module,), tied
-        alike = {}
-        for other_name, other, _ in others:
-            theirs = {key: id(p) for key, p in _own(other).items()}
-            alike[other] = self._rule_for(other_name, other)[0] is rule
+        names = {each: path for path, each in self.model.named_modules()}
+        direct = {key for key in own if places[key][0] is module}
+        alike: dict[nn.Module, bool] = {}
+        for other in dict.fromkeys(each for each, key in others if key in direct):
+            theirs = {key: id(p) for key, p in _named(other, [*_own(other), *keys]).items()}
+            alike[other] = self._rule_for(names[other], other)[0] is rule
             if mine != theirs and (alike[other] or not mine.items() <= theirs.items()):
+                return (module,), tied
+            if not alike[other] and not self._may_join(rule, names[other], other):
                 return (module,), tied
             if not alike[other] and not self._may_join(rule, other_name, other):
                 return (module,), tied
@@ -301,6 +341,8 @@ class ModelSurvey:
             if not same:
                 settings = ", of a module with other settings" if of_the_rule else ""
                 return (module,), f"{tied}{settings}"
+        if not set(others) <= {owner_of(each, key) for each in alike for key in own}:
+            return (module,), tied
         order = {id(each): place for place, each in enumerate(self.model.modules())}
         return tuple(sorted([module, *alike], key=lambda site: order[id(site)])), ""
 
@@ -345,6 +387,7 @@ class ModelSurvey:
                 names,
                 candidate.part,
                 candidate.sites,
+                candidate.replay,
                 shapes=tuple(candidate.shapes[name] for name in names),
                 tracker=self.tracker,
             )
@@ -434,6 +477,12 @@ def _beside(
             if more.keys() >= set(keys) and all(site in each.modules() for each in having):
                 label, shapes = f"{names[site]}[{part}]", {key: more[key].shape for key in keys}
                 yield Candidate(label, site, part, shapes, (site,), rule)
+
+
+def _named(module: nn.Module, keys: Iterable[str]) -> dict[str, nn.Parameter]:
+    """Return the parameters of these names, those of modules inside too; without absent ones."""
+    found = ((key, parameter_at(module, key)) for key in keys)
+    return {key: parameter for key, parameter in found if parameter is not None}
 
 
 def _check_pattern(option: str, pattern: str, names: Iterable[str]) -> None:

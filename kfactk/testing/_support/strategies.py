@@ -50,6 +50,8 @@ class Case:
         further: Input and gradient of each further call of the layer in the same forward, with the
             same number of examples.
         seed: Seed of the numbers; for the repr.
+        part: The part of the module that is the layer.
+        names: Its parameters; `None` for all of the module's own.
     """
 
     module: Any
@@ -57,6 +59,8 @@ class Case:
     gradient: Tensor
     further: tuple[tuple[Tensor, Tensor], ...] = ()
     seed: int | None = None
+    part: str = ""
+    names: tuple[str, ...] | None = None
 
     def __repr__(self) -> str:
         calls = ", ".join(f"{list(x.shape)} -> {list(g.shape)}" for x, g in self.calls)
@@ -66,7 +70,8 @@ class Case:
             if not parameter.requires_grad
         ]
         more = [f"{' and '.join(frozen)} frozen"] if frozen else []
-        told = [str(self.module), f"called {calls}", str(self.gradient.dtype), *more]
+        part = f"[{self.part}]" if self.part else ""
+        told = [f"{self.module}{part}", f"called {calls}", str(self.gradient.dtype), *more]
         return f"Case({', '.join([*told, f'seed {self.seed}'])})"
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
@@ -80,12 +85,18 @@ class Case:
     @property
     def layer(self) -> Layer:
         """The layer as stages get it; a frozen bias is not among its parameters."""
+        own = [name for name, _ in self.module.named_parameters(recurse=False)]
         names = [
             name
-            for name, parameter in self.module.named_parameters(recurse=False)
-            if parameter.requires_grad
+            for name in (own if self.names is None else self.names)
+            if self.module.get_parameter(name).requires_grad
         ]
-        return Layer("layer", self.module, tuple(names))
+        name = f"layer[{self.part}]" if self.part else "layer"
+        return Layer(name, self.module, tuple(names), self.part)
+
+    def output(self, inputs: Tensor) -> Tensor:
+        """Return the module's output."""
+        return output_of(self.module, inputs)
 
     @property
     def calls(self) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -114,6 +125,22 @@ class Case:
     def _each(self, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Case:
         (inputs, gradient), *further = [change(*call) for call in self.calls]
         return attrs.evolve(self, inputs=inputs, gradient=gradient, further=tuple(further))
+
+
+def arguments(module: nn.Module, inputs: Tensor) -> tuple[Tensor, ...]:
+    """Return what a module is called with: attention attends to the inputs themselves."""
+    return (inputs,) * (3 if isinstance(module, nn.MultiheadAttention) else 1)
+
+
+def output_of(module: nn.Module, inputs: Tensor) -> Tensor:
+    """Return a module's output, the first one where it returns several."""
+    return first_output(module(*arguments(module, inputs)))
+
+
+def first_output(found: Any) -> Tensor:
+    """Return the tensor, or the first of several."""
+    output: Tensor = found[0] if isinstance(found, tuple) else found
+    return output
 
 
 # Hypothesis examines each strategy once: those that are made once draw faster.
@@ -190,7 +217,9 @@ def case_of(
             calls.append(
                 (
                     inputs,
-                    torch.randn(module(inputs).shape, generator=generator, dtype=torch.float64),
+                    torch.randn(
+                        output_of(module, inputs).shape, generator=generator, dtype=torch.float64
+                    ),
                 )
             )
     return Case(module, *calls[0], tuple(calls[1:]), seed)
@@ -374,6 +403,24 @@ def bag_cases(*, most_calls: int = 1) -> st.SearchStrategy[Case]:
 
 
 @functools.cache
+def attention_cases(*, most_calls: int = 1, most_positions: int = 3) -> st.SearchStrategy[Case]:
+    """Draw `nn.MultiheadAttention` that attends to its inputs, examples first."""
+    modules = st.builds(
+        lambda heads, width, bias: nn.MultiheadAttention(
+            heads * width, heads, bias=bias, batch_first=True
+        ),
+        st.integers(1, 2),
+        st.integers(1, 3),
+        st.booleans(),
+    )
+    return case_of(
+        modules,
+        lambda draw, m: (draw(whole(1, 3)), draw(whole(1, most_positions)), m.embed_dim),
+        most_calls=most_calls,
+    )
+
+
+@functools.cache
 def layer_cases(*, most_calls: int = 1, freeze: bool = False) -> st.SearchStrategy[Case]:
     """Draw linear layers and convolutions; see `case_of`."""
     return linear_cases(most_calls=most_calls, freeze=freeze) | conv_cases(
@@ -457,6 +504,17 @@ def kinds() -> list[Kind]:
     ]
 
 
+def kinds_inside() -> list[Kind]:
+    """Return the kinds of modules whose layers lie inside: their calls run again."""
+    return [
+        Kind(
+            (nn.MultiheadAttention(2, 1, batch_first=True),),
+            attention_cases(most_calls=2),
+            attention_cases(most_positions=1),
+        ),
+    ]
+
+
 def foreign_modules() -> Iterator[nn.Module]:
     """Yield modules of many classes, most of which a curvature cannot treat."""
     yield from (
@@ -502,7 +560,7 @@ def tampered(plain: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     Such a layer does not compute what its class says, or trains something else than its weight.
     """
-    cls = type(plain)
+    cls, (anchor, *_) = type(plain), dict(plain.named_parameters(recurse=False))
 
     def changed(change: Callable[[Any], object]) -> nn.Module:
         module = copy.deepcopy(plain)
@@ -517,12 +575,12 @@ def tampered(plain: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         )
 
     def as_buffer(module: Any) -> None:
-        weight = module.weight.detach()
-        del module.weight
-        module.register_buffer("weight", weight)
+        weight = getattr(module, anchor).detach()
+        delattr(module, anchor)
+        module.register_buffer(anchor, weight)
 
     def as_complex(module: Any) -> None:
-        module.weight = nn.Parameter(module.weight.detach().to(torch.complex64))
+        setattr(module, anchor, nn.Parameter(getattr(module, anchor).detach().to(torch.complex64)))
 
     def prune_half(module: Any, name: str) -> None:
         prune.l1_unstructured(module, name, 0.5)  # type: ignore[no-untyped-call]
@@ -532,7 +590,7 @@ def tampered(plain: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         f"{cls.__name__} with another forward set on the instance",
         changed(lambda m: setattr(m, "forward", torch.tanh)),
     )
-    yield f"{cls.__name__} whose weight is a buffer", changed(as_buffer)
+    yield f"{cls.__name__} whose {anchor} is a buffer", changed(as_buffer)
     yield f"{cls.__name__} with complex weights", changed(as_complex)
     for name, _ in plain.named_parameters(recurse=False):
         parametrized = functools.partial(

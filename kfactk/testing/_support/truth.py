@@ -60,16 +60,21 @@ def stack_examples(module: nn.Module, matrices: list[Tensor]) -> Tensor:
 
 
 def per_example_gradients(
-    model: nn.Module, inputs: Tensor, targets: Tensor, loss: LossOfOutput
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    loss: LossOfOutput,
+    arguments: Callable[[Tensor], tuple[Tensor, ...]] = lambda x: (x,),
 ) -> list[dict[str, Tensor]]:
     """Return the gradients of `loss(model(inputs[n:n+1]), targets[n:n+1])`, example by example.
 
-    There is one for every parameter that requires it.
+    There is one for every parameter that requires it. `arguments` says what the model is called
+    with.
     """
     trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
     def value(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return loss(torch.func.functional_call(model, parameters, (x,)), y)
+        return loss(torch.func.functional_call(model, parameters, arguments(x)), y)
 
     gradient = torch.func.grad(value)
     return [gradient(trainable, inputs[n : n + 1], targets[n : n + 1]) for n in range(len(inputs))]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import nn
@@ -29,8 +30,17 @@ HARMLESS = {
 PRECISIONS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def reason_against(module: nn.Module, covered: tuple[type[nn.Module], ...]) -> str | None:
+def reason_against(
+    module: nn.Module,
+    covered: tuple[type[nn.Module], ...],
+    parameters: Sequence[str] = ("weight", "bias"),
+) -> str | None:
     """Return why a curvature for the classes `covered` cannot treat `module` exactly, or `None`.
+
+    Args:
+        module: The module.
+        covered: Classes that the curvature knows.
+        parameters: Names of the parameters to examine; the first one must be there.
 
     Example:
         >>> reason_against(nn.Linear(2, 2), (nn.Linear,)) is None
@@ -45,7 +55,13 @@ def reason_against(module: nn.Module, covered: tuple[type[nn.Module], ...]) -> s
                 reason = (
                     f"its {name} was replaced on the instance, so what it computes is not known"
                 )
-    return reason or _against_parameters(module)
+    if reason is not None:
+        return reason
+    reasons = (
+        reason_against_parameter(module, name, required=not number)
+        for number, name in enumerate(parameters)
+    )
+    return next((each for each in reasons if each is not None), None)
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
@@ -113,8 +129,8 @@ def _against_class(module: nn.Module, covered: tuple[type[nn.Module], ...]) -> s
         return None
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return (
-            "no curvature for attention's out_proj: nn.MultiheadAttention reads its weight and "
-            "never calls its forward"
+            "no curvature for attention's out_proj by itself: nn.MultiheadAttention reads its "
+            "weight and never calls its forward; curvature='attention' covers it with that module"
         )
     base = next((base for base in cls.__mro__ if base in covered), None)
     if base is not None:
@@ -125,6 +141,8 @@ def _against_class(module: nn.Module, covered: tuple[type[nn.Module], ...]) -> s
             if own
             else None
         )
+    if cls is nn.MultiheadAttention:
+        return "no curvature for MultiheadAttention here; curvature='attention' covers it"
     if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
         return f"no curvature for {cls.__name__} here; curvature='conv_kfac' covers convolutions"
     if _stacks_experts(module):
@@ -142,19 +160,25 @@ def _stacks_experts(module: nn.Module) -> bool:
     return isinstance(experts, int) and any(p.ndim == 3 and len(p) == experts for p in own)
 
 
-def _against_parameters(module: nn.Module) -> str | None:
-    for name in ("weight", "bias"):
-        if name not in module._parameters and (name == "weight" or hasattr(module, name)):
-            return (
-                f"its {name} is computed from other parameters (weight_norm, spectral_norm, "
-                "pruning) and is no parameter itself; remove the reparametrization to cover it"
-            )
-    weight = module._parameters["weight"]
-    if weight is None:
-        return "it has no weight"
-    if not weight.numel():
-        return "its weight is empty"
-    if weight.dtype not in PRECISIONS:
+def reason_against_parameter(module: nn.Module, name: str, *, required: bool = False) -> str | None:
+    """Return why a parameter of a module is none that a matrix can be made of, or `None`.
+
+    Args:
+        module: The module.
+        name: The parameter's name.
+        required: Whether it must be there.
+    """
+    if name not in module._parameters and (required or hasattr(module, name)):
+        return (
+            f"its {name} is computed from other parameters (weight_norm, spectral_norm, "
+            "pruning) and is no parameter itself; remove the reparametrization to cover it"
+        )
+    parameter = module._parameters.get(name)
+    if parameter is None:
+        return f"it has no {name}" if required else None
+    if not parameter.numel() and required:
+        return f"its {name} is empty"
+    if parameter.dtype not in PRECISIONS:
         known = ", ".join(str(precision) for precision in PRECISIONS)
-        return f"its weight is {weight.dtype}; curvature needs a real floating type: {known}"
+        return f"its {name} is {parameter.dtype}; curvature needs a real floating type: {known}"
     return None

@@ -304,3 +304,28 @@ def test_training_load_of_tables_has_no_square_of_the_vocabulary() -> None:
     assert whole <= tied.scale.products <= whole + 4 * n * t * width**2 + 2 * n * t * rows
     assert tied.retained == n * t * (1 + width) + n * t * (width + rows)
     assert bag.scale.products == 2 * n * width**2
+
+
+class Attending(nn.Module):
+    """Attention to the inputs, or to a product of them, and a head."""
+
+    def __init__(self, across: bool = False) -> None:
+        super().__init__()
+        self.attn, self.head, self.across = nn.MultiheadAttention(8, 2), nn.Linear(8, 3), across
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        keys = [2 * x, 3 * x] if self.across else [x, x]
+        return self.head(self.attn(x, *keys)[0].mean(0))
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_training_load_of_attention_counts_its_second_run(across: bool) -> None:
+    with META:
+        model = Attending(across)
+    load = training_load(model, kfactk.build(curvature="all"), meta_batch("5x8", 4))
+    product, scores, head = 2 * 4 * 5 * 8 * 8, 2 * 4 * 5 * 5 * 8, 2 * 4 * 8 * 3
+    assert load.fisher_pass.products == head + 5 * product + 6 * scores
+    inputs = 3 if across else 1  # the same inputs are multiplied once
+    assert load.layers["attn[in_proj]"].factors.products == (inputs + 3) * product
+    assert load.layers["attn[out_proj]"].factors.products == 2 * product

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+from kfactk import PluginError
 from kfactk.preconditioner.coverage import Coverage, ModelSurvey, Row
 from kfactk.preconditioner.rules import BlockRule
 from kfactk_stages.basis.ekfac import Ekfac
@@ -132,3 +136,12 @@ def test_a_scalar_parameter() -> None:
     row = Row("scale", (), None, "no curvature", True)
     assert row.numel == 1
     assert "scalar" in str(Coverage((row,)))
+
+
+def test_parts_of_parameters_that_are_not_there_are_the_curvatures_fault() -> None:
+    class Absent(ConvKfac):
+        def parts(self, module: nn.Module) -> Mapping[str, tuple[str, ...]]:
+            return {"": ("weight", "inside.bias")}
+
+    with pytest.raises(PluginError, match=r"Absent failed on module '0'.*'inside\.bias'"):
+        ModelSurvey(nn.Sequential(nn.Linear(2, 2)), [BlockRule(Absent(), Ekfac())])
