@@ -71,8 +71,7 @@ class LossCheck:
         handle = edge.node.register_prehook(prehook)
 
     def _judge(self, likelihood: Any, output: Tensor, gradient: Tensor) -> None:
-        size: Any = gradient.abs().max()
-        if not 0 < float(size) < float("inf"):
+        if not gradient.numel() or not 0 < float(gradient.abs().max()) < float("inf"):
             return  # a later one may tell
         self.done = True
         with attribute_errors("likelihood", likelihood, "on the gradient of the loss"):

@@ -317,7 +317,7 @@ def test_what_a_model_returns_without_names_or_labels_is_refused_with_the_remedy
         model(input_ids=batch["input_ids"])
     optimizer.close()
     optimizer = kfactk.build(curvature="kfac").bind(model)
-    with pytest.raises(kfactk.CaptureError, match="class_axis=-1 for language models"):
+    with pytest.warns(kfactk.KfactkWarning, match="class_axis=2"):
         model(**batch)
     optimizer.close()
 
@@ -461,9 +461,7 @@ def test_the_projections_of_gpt2_are_covered(curvature: str) -> None:
         for parameter in ("weight", "bias"):
             assert rows[f"transformer.h.0.{name}.{parameter}"].block == f"transformer.h.0.{name}"
     if curvature == "all":
-        left = [name for name, row in rows.items() if row.block is None]
-        assert left == ["transformer.wte.weight"]
-        assert rows["transformer.wte.weight"].reason.startswith("tied")
+        assert not [name for name, row in rows.items() if row.block is None]
 
 
 def as_linear(model: Any, names: list[str]) -> Any:

@@ -156,6 +156,21 @@ def test_backwards_that_count_nothing_are_passed_over():
         optimizer.step()
 
 
+def test_empty_batches_and_lost_ones_leave_the_check_to_the_next(recwarn):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 8), nn.Tanh(), nn.Linear(8, C))
+    optimizer = kfactk.build(curvature="kfac", factor_every=1, scale_every=1).bind(model)
+    for examples, factor in ((0, 1.0), (N, float("nan")), (N, 0.0)):
+        optimizer.zero_grad()
+        (factor * model(torch.randn(examples, 7)).square().sum()).backward()
+        optimizer.step()
+    assert not [each for each in recwarn if "sum to zero" in str(each.message)]
+    optimizer.zero_grad()
+    loss = model(torch.randn(N, 7)).square().mean()
+    with pytest.warns(kfactk.KfactkWarning, match="does not sum to zero"):
+        loss.backward()
+
+
 class Saved:
     """What the graph keeps of a forward, in place of a tensor."""
 
