@@ -1,7 +1,7 @@
 """The tasks of the project.
 
     nox -s tests | coverage | lint | docs | plugins | mutants | equivalence
-    nox -s experiments | report | bench
+    nox -s experiments | report | bench | gpu
 
 Experiments and reports have a small environment of their own, which the session
 `experiments_env` makes. All others share a larger one, made by `env`. Both are refreshed only when
@@ -248,3 +248,9 @@ def bench(session: nox.Session) -> None:
             python(session), "-m", "pip", "install", "--quiet", requirement, success_codes=(0, 1)
         )
     session.run(python(session), "-m", "benchmarks", *session.posargs)
+
+
+@nox.session(venv_backend="none", requires=["env"], default=False)
+def gpu(session: nox.Session) -> None:
+    """Run all checks that need a GPU: at most 8 minutes. `-- --device cpu --tiny` rehearses."""
+    session.run(python(session), "-m", "benchmarks.gpu", *session.posargs)

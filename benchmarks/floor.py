@@ -166,12 +166,10 @@ def ideal(rate: float, solvers: Mapping[str, Curve]) -> Machine:
     )
 
 
-def job(setting: Setting, model: nn.Module, shape: Sequence[int], batch: int) -> TrainingLoad:
+def job(setting: Setting, model: nn.Module, shape: str, batch: int) -> TrainingLoad:
     """Return the job of a setting on mini-batches of so many examples of this shape."""
     return training_load(
-        copy.deepcopy(model).to("meta"),
-        setting.recipe(),
-        meta_batch("x".join(map(str, shape)), batch),
+        copy.deepcopy(model).to("meta"), setting.recipe(), meta_batch(shape, batch)
     )
 
 
@@ -186,7 +184,7 @@ def floor_of(found: TrainingLoad, recipe: kfactk.Recipe, machine: Machine) -> Fl
 def floors(
     settings: Mapping[str, Setting],
     model: nn.Module,
-    shape: Sequence[int],
+    shape: str,
     batch: int,
     speed: Mapping[str, float],
     device: torch.device,
@@ -196,7 +194,7 @@ def floors(
     Args:
         settings: All settings, by name.
         model: The model that they train.
-        shape: Shape of one example.
+        shape: Shape of one example, in the form of `kfactk plan`.
         batch: Examples in a mini-batch.
         speed: FLOPs per second of a large matrix product, by precision.
         device: Where the decompositions are measured.

@@ -144,7 +144,7 @@ def largest_layers(setting: Setting, width: int, batch: int) -> list[str]:
 
     They have the most state, the largest samples or the most memory traffic in the cost model.
     """
-    layers = job(setting, network(width), IMAGE, batch).layers
+    layers = job(setting, network(width), "x".join(map(str, IMAGE)), batch).layers
     counts: tuple[Callable[[LayerCost], float], ...] = (
         lambda layer: sum(layer.sizes.kept.values()) + layer.sizes.moments,
         lambda layer: layer.retained,

@@ -47,8 +47,8 @@ def race(found: dict[str, Any]) -> Figure:
             )
         panel.axvline(1.0, color="black", linewidth=0.6)
         panel.set(
-            title=f"{each['width']} channels, {each['device']}",
-            xlabel="mean step, x SGD",
+            title=f"{each['task']}, {each['device']}",
+            xlabel=f"mean step, x {each['baseline']}",
             yticks=range(len(names)),
             yticklabels=names,
         )

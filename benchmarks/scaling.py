@@ -23,6 +23,7 @@ from torch import nn
 
 from benchmarks.race import timed_step
 from benchmarks.settings import BASELINE, PERIODS, settings
+from benchmarks.tasks import resnet8
 
 OFTEN = {"factor_every": 1, "scale_every": 1, "basis_every": 3}
 STAGES = {
@@ -92,7 +93,7 @@ def measure(
 
     The last two have the keys `sgd` and `mean`.
     """
-    chosen = settings()
+    chosen, task = settings(), resnet8(1)  # the loss of images
     recipe = chosen[name].recipe(**OFTEN)
     periods = {**PERIODS, **(chosen[name].options or {})}
     entries = []
@@ -116,11 +117,11 @@ def measure(
             )
         plains: list[list[float]] = [[] for _ in shapes]
         for _ in range(steps + 1):
-            for ((images, labels), plain, sgd, model, optimizer, _), taken in zip(
+            for (batch, plain, sgd, model, optimizer, _), taken in zip(
                 entries, plains, strict=True
             ):
-                taken.append(timed_step(plain, sgd, images, labels))
-                timed_step(model, optimizer, images, labels)
+                taken.append(timed_step(task, plain, sgd, batch, "float32"))
+                timed_step(task, model, optimizer, batch, "float32")
     found = []
     for (*_, profile), taken in zip(entries, plains, strict=True):
         counted = profile.steps[1:]

@@ -6,7 +6,7 @@ To add a setting to race, memory and plot, add a line to a table below.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import attrs
@@ -18,6 +18,7 @@ from experiments.models import ResNet
 from kfactk.recipe import PRESETS
 
 BASELINE = "SGD, momentum (torch)"
+ADAMW = "AdamW (torch)"
 PERIODS = {"factor_every": 10, "scale_every": 10, "basis_every": 100}
 """The periods of the thesis, which a setting may replace."""
 
@@ -53,8 +54,6 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 """Settings of kfactk: arguments of `kfactk.build`, besides `PERIODS` and Adam. The default
 curvature is `conv_kfac`."""
-PRECISIONS = {name: "bfloat16" for name in RECIPES if "bfloat16" in name}
-"""Lowest precision of matrix products by setting, where it is not float32; it sets the floor."""
 NOT_ON_THE_INDEX = ("kfac-pytorch",)
 """Related packages that the package index does not have."""
 
@@ -79,11 +78,13 @@ class Setting:
         return kfactk.build(**{**self.options, **options})
 
 
-def ours(name: str) -> Setting:
-    """Return the setting of kfactk of this name in `RECIPES`."""
-    options = {"update": "adam", **PERIODS, **RECIPES[name]}
+def ours(options: Mapping[str, Any], name: str) -> Setting:
+    """Return a setting of kfactk: `options`, Adam, and the periods of the thesis."""
+    options = {"update": "adam", **PERIODS, **options}
     return Setting(
-        lambda model: kfactk.build(**options).bind(model), options, PRECISIONS.get(name, "float32")
+        lambda model: kfactk.build(**options).bind(model),
+        dict(options),
+        "bfloat16" if "bfloat16" in name else "float32",
     )
 
 
@@ -92,7 +93,7 @@ def torch_settings() -> dict[str, Setting]:
     found: dict[str, Setting] = {
         BASELINE: Setting(lambda model: torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)),
         "Adam (torch)": Setting(lambda model: torch.optim.Adam(model.parameters(), lr=0.001)),
-        "AdamW (torch)": Setting(lambda model: torch.optim.AdamW(model.parameters(), lr=0.001)),
+        ADAMW: Setting(lambda model: torch.optim.AdamW(model.parameters(), lr=0.001)),
     }
     if hasattr(torch.optim, "Muon"):
         found["Muon, kernels as matrices (torch)"] = Setting(Matrices)
@@ -179,12 +180,18 @@ def missing() -> list[str]:
     return [module for module in OTHERS if importlib.util.find_spec(module) is None]
 
 
-def settings(only: str = "") -> dict[str, Setting]:
-    """Return the baseline, and all available settings whose name contains `only`, by name."""
-    every = torch_settings() | {name: ours(name) for name in RECIPES}
+def rivals() -> dict[str, Setting]:
+    """Return the settings of torch and of all other packages that are installed, by name."""
+    every = torch_settings()
     for module, make in OTHERS.items():
         if module not in missing():
             every |= make()
+    return every
+
+
+def settings(only: str = "") -> dict[str, Setting]:
+    """Return the baseline, and all settings for images whose name contains `only`, by name."""
+    every = rivals() | {name: ours(options, name) for name, options in RECIPES.items()}
     return {name: setting for name, setting in every.items() if name == BASELINE or only in name}
 
 

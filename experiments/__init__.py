@@ -2,8 +2,8 @@
 
 Run them with `python -m experiments` or `nox -s experiments`. Modules import in this direction:
 
-    settings -> store -> data, models, tracking, algorithms -> training -> runner -> search
-             -> experiment
+    settings -> store -> data, models, algorithms -> training -> runner
+             -> tracking, progress, search -> experiment
     store -> results -> statistics -> claims, figures, tables -> report -> experiment
 
 The modules from `results` to `report` know neither models nor optimizers: they read files. The

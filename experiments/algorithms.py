@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import attrs
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import kfactk
 from experiments.errors import ExperimentError, check_options, named
 from experiments.settings import Algorithm
-from experiments.tracking import Collector
 
 TORCH = {
     name: kind
@@ -24,6 +24,62 @@ TORCH = {
     and kind is not torch.optim.Optimizer
 }
 """The optimizers of torch.optim, by name."""
+
+
+@attrs.frozen
+class Point:
+    """The metrics of one step."""
+
+    step: int
+    metrics: dict[str, float]
+
+
+class Collector:
+    """A kfactk tracker, passed to `kfactk.build` as an instance.
+
+    Args:
+        every: Record one step in so many.
+    """
+
+    def __init__(self, every: int) -> None:
+        self._every = every
+        self._steps: list[tuple[int, dict[str, Tensor | float]]] = []
+
+    @property
+    def every(self) -> int:
+        """Record one step in so many."""
+        return self._every
+
+    def start(self, recipe: Mapping[str, Any]) -> None:
+        """Do nothing."""
+
+    def record(self, step: int, metrics: Mapping[str, Tensor | float]) -> None:
+        """Keep the metrics of one step; tensors stay on their device."""
+        self._steps.append((step, dict(metrics)))
+
+    def flush(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+    def take(self) -> list[Point]:
+        """Return all metrics, and forget them."""
+        steps, self._steps = self._steps, []
+        return [
+            Point(step, {name: float(value) for name, value in metrics.items()})
+            for step, metrics in steps
+        ]
+
+
+def means(points: list[Point]) -> dict[str, float]:
+    """Return the mean of each metric over the points where it is finite."""
+    values: dict[str, list[float]] = {}
+    for point in points:
+        for name, value in point.metrics.items():
+            if math.isfinite(value):
+                values.setdefault(name, []).append(value)
+    return {name: sum(known) / len(known) for name, known in values.items()}
 
 
 def make(
@@ -56,13 +112,15 @@ def make(
 def muon(model: nn.Module, lr: float = 0.02, adamw_lr: float = 0.001, **options: Any) -> Any:
     """Return pytorch_optimizer's Muon for hidden matrices and kernels; the rest goes to AdamW.
 
-    The rest is what its authors leave out: the first and the last layer, biases and norms.
+    The rest is what its authors leave out: the first and the last layer, embeddings, biases and
+    norms.
     """
     from pytorch_optimizer import Muon
 
     parameters = [each for each in model.parameters() if each.requires_grad]
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     matrices = [each for each in parameters if each.ndim > 1]
-    hidden = {id(each) for each in matrices[1:-1]}
+    hidden = {id(each) for each in matrices[1:-1]} - tables
     groups = [
         {"params": [p for p in parameters if id(p) in hidden], "lr": lr, "use_muon": True},
         {"params": [p for p in parameters if id(p) not in hidden], "lr": adamw_lr}

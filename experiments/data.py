@@ -1,9 +1,14 @@
-"""Load examples into memory, by name: digits, MNIST-1D, and CIFAR-10 as files or image folders."""
+"""Load examples into memory, by name.
+
+They are scikit-learn's digits, MNIST-1D, CIFAR-10 as files or image folders, and source code.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import platform
 import stat
+import sysconfig
 import warnings
 import zlib
 from collections.abc import Callable
@@ -33,8 +38,8 @@ class Examples:
     """Inputs and their classes.
 
     Args:
-        inputs: `[N, C, ...]`: uint8 images, or float32 values.
-        labels: `[N]`, int64.
+        inputs: `[N, C, ...]`: uint8 images, or float32 values. Of text `[N, T]`, int64 tokens.
+        labels: `[N]`, int64; of text `[N, T]`, the next tokens.
     """
 
     inputs: Tensor
@@ -77,6 +82,11 @@ class Dataset:
     train: Examples
     test: Examples
     classes: tuple[str, ...]
+
+    @property
+    def is_text(self) -> bool:
+        """Whether examples are tokens, which have no mean."""
+        return self.train.labels.ndim == 2
 
     def normalisation(self) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of the training inputs, `[C, 1, ...]`."""
@@ -189,6 +199,33 @@ def mnist1d(settings: Data, data_dir: Path | None, cache: Path, say: Say) -> Dat
     )
 
 
+def python_source(settings: Data, data_dir: Path | None, cache: Path, say: Say) -> Dataset:
+    """Return the source code of Python's standard library, as bytes.
+
+    Each tenth file is for the test. What the library holds depends on the version of Python.
+    """
+    root = Path(sysconfig.get_path("stdlib"))
+    found = (path for path in root.rglob("*.py") if not {"test", "tests"} & set(path.parts))
+    files = sorted(path for path in found if "site-packages" not in path.parts)
+    parts = []
+    for name, count, chosen in (
+        ("test", settings.test, files[::10]),
+        ("train", settings.train, [file for i, file in enumerate(files) if i % 10]),
+    ):
+        text = np.frombuffer(b"".join(file.read_bytes() for file in chosen), dtype=np.uint8)
+        rows = len(text) // (settings.length + 1)
+        tokens = torch.from_numpy(text[: rows * (settings.length + 1)].astype(np.int64))
+        tokens = tokens.view(rows, settings.length + 1)
+        examples = Examples(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous())
+        parts.append(examples.subset(count, settings.seed, name))
+    return Dataset(
+        name=f"the source of Python {platform.python_version()}, as bytes",
+        train=parts[1],
+        test=parts[0],
+        classes=tuple(map(str, range(256))),
+    )
+
+
 def cifar10(settings: Data, data_dir: Path | None, cache: Path, say: Say) -> Dataset:
     """Return CIFAR-10: a folder of images, or torchvision's files, downloaded where missing."""
     data_dir = Path("runs/data") if data_dir is None else data_dir
@@ -202,10 +239,11 @@ def cifar10(settings: Data, data_dir: Path | None, cache: Path, say: Say) -> Dat
 SOURCES: dict[str, Callable[[Data, Path | None, Path, Say], Dataset]] = {
     "digits": digits,
     "mnist1d": mnist1d,
+    "python_source": python_source,
     "cifar10": cifar10,
 }
 """Functions that load examples, with the arguments of `cifar10`."""
-PACKAGED = ("digits", "mnist1d")
+PACKAGED = ("digits", "mnist1d", "python_source")
 """Sources that read no folder."""
 
 

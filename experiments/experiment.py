@@ -26,6 +26,7 @@ from experiments import (
     store,
     tables,
 )
+from experiments.algorithms import Point
 from experiments.data import Dataset
 from experiments.errors import ExperimentError
 from experiments.progress import Progress, say
@@ -34,7 +35,7 @@ from experiments.runner import Job, Listener
 from experiments.search import Rows, Search, participants
 from experiments.settings import METRICS, Study
 from experiments.store import Epoch, Run
-from experiments.tracking import Point, Tracking
+from experiments.tracking import Tracking
 from kfactk.masking import mask
 
 MOST_WORKERS = 8
@@ -160,7 +161,7 @@ class _Conductor:
         )
         interrupted = True
         try:
-            searches = {}
+            searches: dict[str, Any] = {}
             if options.search is not None:
                 study, searches = self._searched(options.search, dataset)
             results = self._runs(study, dataset, searches)

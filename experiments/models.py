@@ -84,11 +84,60 @@ def signal_cnn(*, channels: int, classes: int, width: int = 25) -> nn.Module:
     )
 
 
+class Attention(nn.Module):
+    """A block of a transformer: causal attention, then two linear layers, each with a shortcut."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv, self.project = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map `[N, T, width]` to the same shape."""
+        parts = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(*parts, is_causal=True)
+        x = x + self.project(mixed.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
+class Gpt(nn.Module):
+    """A causal transformer with learned positions, in the form of GPT-2 without tied weights."""
+
+    def __init__(self, length: int, tokens: int, width: int, depth: int, heads: int) -> None:
+        super().__init__()
+        self.tokens, self.positions = nn.Embedding(tokens, width), nn.Embedding(length, width)
+        self.blocks = nn.Sequential(*(Attention(width, heads) for _ in range(depth)))
+        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, tokens)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim > 1:
+                shrunk = (2 * depth) ** -0.5 if name.endswith(("project.weight", "2.weight")) else 1
+                nn.init.normal_(parameter, std=0.02 * shrunk)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens `[N, T]` to logits of the next ones, `[N, T, tokens]`."""
+        places = torch.arange(tokens.shape[1], device=tokens.device).expand_as(tokens)
+        return self.head(self.norm(self.blocks(self.tokens(tokens) + self.positions(places))))
+
+
+def gpt(
+    *, channels: int, classes: int, width: int = 256, depth: int = 4, heads: int = 4
+) -> nn.Module:
+    """Return a causal transformer for text of `channels` tokens."""
+    return Gpt(channels, classes, width, depth, heads)
+
+
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "signal_cnn": signal_cnn,
     "digits_resnet": partial(resnet, (16, 32)),
     "resnet8": partial(resnet, (16, 32, 64)),
     "resnet50": resnet50,
+    "gpt": gpt,
 }
 """Functions that make a network from `channels`, `classes` and options of the settings."""
 
@@ -98,7 +147,7 @@ def make(settings: Model, *, channels: int, classes: int, seed: int, trusted: bo
 
     Args:
         settings: Its name, and further options.
-        channels: Channels of an example.
+        channels: Channels of an example; of text, its number of tokens.
         classes: Number of outputs.
         seed: The seed.
         trusted: Whether the name may be an import path.
@@ -114,19 +163,27 @@ def make(settings: Model, *, channels: int, classes: int, seed: int, trusted: bo
 def check(settings: Model, inputs: Tensor, *, classes: int, trusted: bool) -> None:
     """Check that a network takes some inputs, before any run starts.
 
+    Args:
+        settings: Its name, and further options.
+        inputs: `[N, C, ...]`, or tokens `[N, T]`.
+        classes: Number of outputs.
+        trusted: Whether the name may be an import path.
+
     Raises:
         ExperimentError: It does not, or refuses its options.
     """
     function = named("model.name", settings.name, MODELS, trusted=trusted)
+    text = inputs.dtype == torch.int64
     try:
         check_options(function, settings.options, given=["channels", "classes"])
         model = make(settings, channels=inputs.shape[1], classes=classes, seed=0, trusted=trusted)
-        shape = tuple(model.eval()(inputs.float()).shape)
+        shape = tuple(model.eval()(inputs if text else inputs.float()).shape)
     except Exception as error:  # the network may raise anything
         raise ExperimentError(f"model {settings.name}: {system_reason(error)}") from error
-    if shape != (len(inputs), classes):
+    wanted = (*inputs.shape, classes) if text else (len(inputs), classes)
+    if shape != wanted:
         raise ExperimentError(
-            f"model {settings.name}: its output is of shape {shape}, not {(len(inputs), classes)}"
+            f"model {settings.name}: its output is of shape {shape}, not {wanted}"
         )
 
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.progress import BarColumn, Progress as Bars, TaskProgressColumn, TextColumn
 
+from experiments.algorithms import Point
 from experiments.runner import Job, Listener
 from experiments.store import Epoch, Run
-from experiments.tracking import Point
 from kfactk.masking import mask
 
 SLOW = 30.0

@@ -162,6 +162,7 @@ def _view(results: Results) -> dict[str, Any]:
         "open": [each for each in judged if each.verdict == claims.OPEN],
         "kinds": KINDS,
         "distances": tables.distances(results),
+        "equal_time": tables.equal_time(results),
         "comparisons": tables.comparisons(results),
         "searches": list(tables.searches(results)),
         "environment": tables.environment(results),

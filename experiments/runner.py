@@ -22,12 +22,12 @@ from torch import multiprocessing
 
 import kfactk
 from experiments import algorithms, store, training
+from experiments.algorithms import Point
 from experiments.data import Dataset
 from experiments.errors import ExperimentError, from_system, system_reason
 from experiments.ranks import Communicator
 from experiments.settings import Algorithm, Study
 from experiments.store import Epoch, Run
-from experiments.tracking import Point
 from kfactk.errors import memory_ran_out
 from kfactk.masking import mask_settings
 

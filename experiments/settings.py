@@ -68,6 +68,7 @@ class Data:
         train: Number of training examples; 0 for all.
         test: Number of test examples; 0 for all.
         augment: Whether to shift training images by up to four pixels, and mirror them.
+        length: Bytes of an example of text.
         seed: Seed of the split or subset; the same for every run.
     """
 
@@ -75,6 +76,7 @@ class Data:
     train: int = attrs.field(default=0, validator=_whole(0))
     test: int = attrs.field(default=0, validator=_whole(0))
     augment: bool = False
+    length: int = attrs.field(default=128, validator=_whole(1))
     seed: int = attrs.field(default=0, validator=_whole(0))
 
 
@@ -96,7 +98,8 @@ class Training:
     """How long to train, and in what batches.
 
     Args:
-        epochs: Passes over the training examples.
+        epochs: Passes over the training examples, or parts of one; after each there is a test.
+        parts: Parts of a pass; an epoch is one of them.
         batch_size: Examples in one step.
         test_batch_size: Examples in one evaluation step.
         seeds: Every algorithm runs with each. A seed sets initial weights, order of examples and
@@ -111,6 +114,7 @@ class Training:
     """
 
     epochs: int = attrs.field(validator=_whole(1))
+    parts: int = attrs.field(default=1, validator=_whole(1))
     batch_size: int = attrs.field(default=64, validator=_whole(2))
     test_batch_size: int = attrs.field(default=256, validator=_whole(1))
     seeds: tuple[int, ...] = attrs.field(default=(0, 1, 2, 3, 4, 5, 6, 7), validator=_seeds)

@@ -328,6 +328,39 @@ def to_target(results: Results, name: str, what: str) -> Spread:
     return spread(math.inf if each is None else getattr(each, what) for each in found)
 
 
+def at_equal_time(results: Results) -> dict[str, tuple[Spread, Spread]]:
+    """Return training and test loss of each algorithm after the same seconds of training.
+
+    They are, for each seed, those of the algorithm that ended first. The training loss is smoothed
+    as in `course`; the test loss is linear between two epochs.
+    """
+    limits: dict[int, float] = {}
+    for algorithm in results.algorithms:
+        for seed, run in results.of(algorithm.name).items():
+            if not diverged(run):
+                taken = sum(epoch.seconds for epoch in run.history)
+                limits[seed] = min(taken, limits.get(seed, taken))
+    found = {}
+    for algorithm in results.algorithms:
+        runs = results.of(algorithm.name)
+        values = [_at(run, limits[seed]) for seed, run in runs.items() if seed in limits]
+        if values:
+            train, test = zip(*values, strict=True)
+            found[algorithm.name] = spread(train), spread(test)
+    return found
+
+
+def _at(run: Run, limit: float) -> tuple[float, float]:
+    """Return training and test loss of a run after so many seconds."""
+    if diverged(run):
+        return math.inf, math.inf
+    along, ends = course(run), np.cumsum([epoch.seconds for epoch in run.history])
+    known = np.isfinite(along.losses)
+    train = np.interp(limit, along.seconds[known], along.losses[known])
+    test = np.interp(limit, ends, [epoch.test_loss for epoch in run.history])
+    return float(train), float(test)
+
+
 def seconds(results: Results, name: str) -> dict[int, float]:
     """Return the median time of an epoch by seed; epochs that broke off do not count."""
     found = {}

@@ -141,6 +141,13 @@ def caption(results: Results) -> str:
     return text
 
 
+def equal_time(results: Results) -> Table | None:
+    """Return the losses after the same seconds; `None` for one algorithm."""
+    found = statistics.at_equal_time(results)
+    rows = [[results.label(name), *map(_cell, losses)] for name, losses in found.items()]
+    return Table(["algorithm", SHORT["train_loss"], SHORT["test_loss"]], rows) if rows[1:] else None
+
+
 def comparisons(results: Results) -> Table | None:
     """Return the paired comparisons with SGD, or with the first algorithm; `None` without any."""
     first = results.first

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import os
 import re
 import shlex
@@ -19,12 +18,11 @@ import uuid
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import attrs
-from torch import Tensor
-
+from experiments.algorithms import Point
 from experiments.errors import ExperimentError, system_reason
+from experiments.runner import Job, Listener
 from experiments.store import Epoch, Run, flatten, write_text
 from kfactk.masking import mask, mask_settings
 from kfactk_stages.tracker.mlflow_store import Outbox, is_mistake, reason
@@ -33,16 +31,13 @@ os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
 
-if TYPE_CHECKING:
-    from experiments.runner import Job
-
 STATUS = {"finished": "FINISHED", "diverged": "FAILED", "interrupted": "KILLED"}
 IDENTITY = ".study"
 UNSENT = "mlflow-unsent.jsonl"
 """The file in the output for what the store has not confirmed."""
 
 
-class Tracking:
+class Tracking(Listener):
     """A listener that records jobs in MLflow: a run each, trials nested under one of the search.
 
     Args:
@@ -236,59 +231,3 @@ def _epoch_points(epochs: Sequence[Epoch]) -> list[tuple[str, float, int, int]]:
         for epoch in epochs
         for name, value in {**epoch.metrics, "seconds": epoch.seconds}.items()
     ]
-
-
-@attrs.frozen
-class Point:
-    """The metrics of one step."""
-
-    step: int
-    metrics: dict[str, float]
-
-
-class Collector:
-    """A kfactk tracker, passed to `kfactk.build` as an instance.
-
-    Args:
-        every: Record one step in so many.
-    """
-
-    def __init__(self, every: int) -> None:
-        self._every = every
-        self._steps: list[tuple[int, dict[str, Tensor | float]]] = []
-
-    @property
-    def every(self) -> int:
-        """Record one step in so many."""
-        return self._every
-
-    def start(self, recipe: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
-    def record(self, step: int, metrics: Mapping[str, Tensor | float]) -> None:
-        """Keep the metrics of one step; tensors stay on their device."""
-        self._steps.append((step, dict(metrics)))
-
-    def flush(self) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
-
-    def take(self) -> list[Point]:
-        """Return all metrics, and forget them."""
-        steps, self._steps = self._steps, []
-        return [
-            Point(step, {name: float(value) for name, value in metrics.items()})
-            for step, metrics in steps
-        ]
-
-
-def means(points: list[Point]) -> dict[str, float]:
-    """Return the mean of each metric over the points where it is finite."""
-    values: dict[str, list[float]] = {}
-    for point in points:
-        for name, value in point.metrics.items():
-            if math.isfinite(value):
-                values.setdefault(name, []).append(value)
-    return {name: sum(known) / len(known) for name, known in values.items()}

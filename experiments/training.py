@@ -20,12 +20,12 @@ from torch.nn import functional
 
 import kfactk
 from experiments import algorithms, models
+from experiments.algorithms import Collector, Point, means
 from experiments.data import Dataset, Examples
 from experiments.errors import ExperimentError
 from experiments.ranks import Communicator
 from experiments.settings import Algorithm, Study
 from experiments.store import Epoch
-from experiments.tracking import Collector, Point, means
 
 SHIFT = 4
 """Largest shift of an augmented image, in pixels."""
@@ -65,7 +65,9 @@ class Trainer:
         if not steps(study, dataset, ranks.size):
             raise ExperimentError(f"{len(dataset.train)} training examples make no batch")
         self._dataset, self._device = dataset, device
-        self._mean, self._deviation = (value.to(device) for value in dataset.normalisation())
+        self._normalisation = None
+        if not dataset.is_text:
+            self._normalisation = [value.to(device) for value in dataset.normalisation()]
         model = models.make(
             study.model,
             channels=dataset.train.inputs.shape[1],
@@ -114,6 +116,7 @@ class Trainer:
             self._training.batch_size,
             seed=self._seed,
             epoch=len(self.history),
+            parts=self._training.parts,
             augment=self._augment,
             rank=self._ranks.rank,
             ranks=self._ranks.size,
@@ -151,7 +154,7 @@ class Trainer:
         """Take a step; return its sums, and whether the optimizer has given up a lost run."""
         self.optimizer.zero_grad()
         logits = self._shared(self._normalised(inputs))
-        loss = functional.cross_entropy(logits, labels)
+        loss = functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
         loss.backward()
         lost = False
         try:
@@ -163,7 +166,7 @@ class Trainer:
             loss = loss * math.nan
         if self._scheduler is not None:
             self._scheduler.step()
-        return _sums(logits.detach(), labels, loss.detach().double() * len(labels)), lost
+        return _sums(logits.detach(), labels, loss.detach().double() * labels.numel()), lost
 
     @torch.no_grad()
     def _test(self) -> tuple[float, float]:
@@ -177,12 +180,16 @@ class Trainer:
                 continue
             part = test[i * size : (i + 1) * size]
             logits, labels = self.model(self._normalised(part.inputs)), part.labels
-            sums += _sums(logits, labels, functional.cross_entropy(logits, labels, reduction="sum"))
+            flat = logits.flatten(0, -2), labels.flatten()
+            sums += _sums(logits, labels, functional.cross_entropy(*flat, reduction="sum"))
         loss, right, count = self._ranks.sum(sums).tolist()
         return loss / count, 100 * right / count
 
     def _normalised(self, inputs: Tensor) -> Tensor:
-        return (inputs.float() - self._mean) / self._deviation
+        if self._normalisation is None:
+            return inputs
+        mean, deviation = self._normalisation
+        return (inputs.float() - mean) / deviation
 
     def _random_state(self) -> dict[str, Any]:
         gpu = self._device.type == "cuda"
@@ -255,15 +262,15 @@ class _Clock:
 
 
 def _sums(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
-    right = (logits.argmax(1) == labels).sum()
+    right, count = (logits.argmax(-1) == labels).sum(), labels.numel()
     return torch.stack(
-        [loss.double(), right.double(), torch.full_like(loss, len(labels), dtype=torch.float64)]
+        [loss.double(), right.double(), torch.full_like(loss, count, dtype=torch.float64)]
     )
 
 
 def steps(study: Study, dataset: Dataset, ranks: int = 1) -> int:
     """Return the number of optimizer steps of one run, shared by `ranks` processes."""
-    size, count = study.training.batch_size, len(dataset.train)
+    size, count = study.training.batch_size, len(dataset.train) // study.training.parts
     each = count // size + (count % size // ranks * ranks > 1)
     count = study.training.epochs * each
     return min(count, study.training.max_steps or count)
@@ -276,13 +283,15 @@ def shuffled(
     seed: int,
     epoch: int,
     augment: bool,
+    parts: int = 1,
     rank: int = 0,
     ranks: int = 1,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield every image once, in random order; each process gets an equal part of each batch.
+    """Yield the examples of an epoch in random order; each process gets an equal part of a batch.
 
-    Examples of the last batch that cannot be divided equally are left out. So is a last batch of
-    one image, since BatchNorm cannot learn from it.
+    The epochs of a pass have no example in common. Examples of the last batch that cannot be
+    divided equally are left out. So is a last batch of one example, since BatchNorm cannot learn
+    from it.
 
     Args:
         examples: All examples.
@@ -290,11 +299,17 @@ def shuffled(
         seed: Seed of the run.
         epoch: Index of the epoch.
         augment: Whether to shift and mirror images.
-        rank: Index of the part.
-        ranks: Number of parts.
+        parts: Epochs of a pass.
+        rank: Index of this process.
+        ranks: Number of processes.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    turn, number = divmod(epoch, parts)
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + turn)
     order = torch.randperm(len(examples), generator=generator)
+    size = len(examples) // parts
+    order = order[number * size : (number + 1) * size]
+    if augment and parts > 1:
+        generator.manual_seed(seed * 1_000_003 + epoch)
     for index in order.split(batch_size):
         each = len(index) // ranks
         if each * ranks < 2:

@@ -33,6 +33,7 @@ from kfactk.recipe import (
     Recipe as Recipe,
     block as block,
     build as build,
+    head as head,
     preset as preset,
 )
 from kfactk.registry.hookspecs import PLUGIN_API as PLUGIN_API, hookimpl as hookimpl
@@ -54,9 +55,13 @@ from kfactk.stages import (
     Fisher as Fisher,
     GradientCurvature as GradientCurvature,
     GradientPair as GradientPair,
+    InnerCall as InnerCall,
     Layer as Layer,
     Likelihood as Likelihood,
+    ModuleCall as ModuleCall,
     Placement as Placement,
+    Replay as Replay,
+    Replayed as Replayed,
     Tensors as Tensors,
     Tracker as Tracker,
     Update as Update,

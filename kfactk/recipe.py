@@ -1,4 +1,4 @@
-"""`build`, `preset`, `block` and `Recipe`: which stages, with which options, for which layers."""
+"""`Recipe` and what makes it: which stages, with which options, for which layers and outputs."""
 
 from __future__ import annotations
 
@@ -18,12 +18,13 @@ from kfactk.optim.optimizer import Optimizer, Params
 from kfactk.optim.settings import (
     FIELDS,
     BlockSpec,
+    HeadSpec,
     Settings,
     as_patterns,
     default_damping,
     rules_of,
 )
-from kfactk.options import USUAL_DAMPING, Number, Period, python_number
+from kfactk.options import USUAL_DAMPING, Number, Period, number_at, python_number
 from kfactk.preconditioner.coverage import Coverage, ModelSurvey
 from kfactk.preconditioner.first_moment import as_first_moment
 from kfactk.preconditioner.rules import BlockRule
@@ -35,7 +36,7 @@ from kfactk.stages import Update
 
 USUAL_BASIS = "ekfac"
 """The basis of a recipe that names none."""
-ALL_CURVATURES = ("conv_kfac", "embedding", "norm")
+ALL_CURVATURES = ("conv_kfac", "embedding", "norm", "attention")
 """What `curvature="all"` means, in this order: every kind of layer that we cover."""
 
 
@@ -202,13 +203,13 @@ class Recipe(Settings):
 
 def _short(field: str, value: Any) -> Any:
     """Return a stage without options by its name alone, also within a list of blocks."""
-    if field == "curvature" and isinstance(value, list):
+    if field in ("curvature", "likelihood") and isinstance(value, list):
         return [_short(field, each) for each in value]
     if field not in STAGE_HOOKS or not isinstance(value, Mapping):
         return value
     if set(value) == {"name"}:
         return value["name"]
-    if "curvature" in value:
+    if "curvature" in value or "likelihood" in value:
         return {k: _short(k, v) if k in STAGE_HOOKS else v for k, v in value.items()}
     return value
 
@@ -253,6 +254,61 @@ def _block(given: Mapping[str, Any], trusted: bool) -> BlockSpec:
     )
 
 
+def head(output: str | Callable[[Any], Tensor], likelihood: Any, weight: float = 1.0) -> HeadSpec:
+    """Name the likelihood of a part of the output, for `build(likelihood=[...])`.
+
+    With losses that are means over the terms of each head, it describes
+
+        loss = sum_k weight_k loss_k,    F = sum_k weight_k F_k
+
+    Args:
+        output: Where the part is in what the model returns: keys, attributes and numbers, such as
+            "value", "aux.logits" or "1"; or a function that finds it.
+        likelihood: As for `build`.
+        weight: The factor of its loss; positive.
+
+    Raises:
+        UnknownStageError: No plugin provides a stage of this name.
+        OptionError: An option is unknown, or its value cannot work.
+
+    Example:
+        >>> import kfactk
+        >>> value = kfactk.head("value", "gaussian", weight=0.5)
+        >>> kfactk.build(likelihood=[kfactk.head("policy", "categorical"), value])
+        kfactk.build(likelihood=[{'output': 'policy', 'likelihood': 'categorical'}, \
+{'output': 'value', 'likelihood': 'gaussian', 'weight': 0.5}])
+    """
+    return _head({"output": output, "likelihood": likelihood, "weight": weight}, trusted=True)
+
+
+def _head(given: Mapping[str, Any], trusted: bool) -> HeadSpec:
+    """Return the head of these arguments of `head`."""
+    if unknown := sorted(set(given) - {"output", "likelihood", "weight"}):
+        raise OptionError(
+            f"a head has no {', '.join(unknown)}; give output, likelihood and weight."
+        )
+    if missing := sorted({"output", "likelihood"} - set(given)):
+        raise OptionError(
+            f"a head lacks its {' and its '.join(missing)}: give kfactk.head('value', 'gaussian')."
+        )
+    output = from_json(given["output"], trusted=trusted)
+    if not callable(output) and not (isinstance(output, str) and output):
+        raise OptionError(
+            f"the output of a head is {output!r}; give where it is in what the model returns, such "
+            "as 'value' or 'aux.logits', or a function that finds it."
+        )
+    weight = given.get("weight", 1.0)
+    weight = 0.0 if callable(weight) else number_at("weight of a head", weight, 0)
+    if weight == 0:
+        raise OptionError(
+            f"the weight of a head is {given['weight']!r}; give a positive number, or leave that "
+            "head out."
+        )
+    return HeadSpec(
+        output, registry().resolve("likelihood", given["likelihood"], trusted=trusted), weight
+    )
+
+
 def build(
     *,
     curvature: Any = "conv_kfac",
@@ -293,18 +349,21 @@ def build(
 
     Args:
         curvature: How layers' parameters form matrices, and their factors: "conv_kfac", "kfac",
-            "embedding", "norm"; or "gradient", statistics of the mini-batch gradient of any
-            parameter. A list names several: the first that supports a module takes it, and
+            "embedding", "norm", "attention"; or "gradient", statistics of the mini-batch gradient
+            of any parameter. A list names several: the first that supports a module takes it, and
             "gradient" what others leave of it. Its items are as here, or made by `kfactk.block`.
             "all" is the list of every kind of layer that we cover: "conv_kfac", "embedding",
-            "norm".
+            "norm", "attention".
         basis: How the factors are decomposed and the gradient preconditioned: "ekfac", "kfac",
             "unitwise"; with statistics of gradients "soap". Blocks whose curvature does not provide
             what it requires use the curvature's own basis.
         update: The update rule: "sgd", "momentum", "nag", "adam", "adamw", "radam", or any
             `torch.optim.Optimizer` class.
         fisher: Whose targets: "mc", "exact", "empirical".
-        likelihood: What the model's output means: "categorical", "bernoulli", "gaussian".
+        likelihood: What the model's output means: "categorical", "bernoulli", "gaussian",
+            "heteroscedastic", "poisson". A model with several heads has one for each:
+            `{"policy": "categorical", "value": "gaussian"}` by their places in what it returns, or
+            a list made by `kfactk.head`, with weights.
         clip: Bound on the preconditioned gradients: "none", "value", "norm", "kl". `None` for "kl",
             and for "none" where a basis waives a law that "kl" needs.
         placement: Which rank does what: "replicated", "comm_opt", "mem_opt", "hybrid", "auto".
@@ -433,6 +492,8 @@ def _resolved(values: Mapping[str, Any], *, trusted: bool = True) -> dict[str, A
             out[name] = _blocks(value, trusted)
         elif name == "first_moment":
             out[name] = as_first_moment(python_number(value))
+        elif name == "likelihood" and _names_heads(value):
+            out[name] = _heads(value, trusted)
         elif name in STAGE_HOOKS:
             made = None if value is None else registry().resolve(name, value, trusted=trusted)
             out[name] = made
@@ -481,6 +542,36 @@ def _blocks(given: Any, trusted: bool) -> tuple[BlockSpec, ...]:
             found.append(_block(item, trusted))
         else:
             found.append(_block({"curvature": item}, trusted))
+    return tuple(found)
+
+
+def _names_heads(given: Any) -> bool:
+    """Return whether `likelihood=` names the heads of a model."""
+    return isinstance(given, list | tuple | HeadSpec) or (
+        isinstance(given, Mapping) and "name" not in given
+    )
+
+
+def _heads(given: Any, trusted: bool) -> tuple[HeadSpec, ...]:
+    """Return the heads that `likelihood=` names."""
+    if isinstance(given, Mapping) and "likelihood" not in given:
+        if any(each is None or isinstance(each, int | float) for each in given.values()):
+            raise OptionError(
+                f"likelihood is {dict(given)!r}, without a name; give {{'name': 'categorical', "
+                "...}, or, for several heads, a likelihood for each part of the output."
+            )
+        given = [{"output": path, "likelihood": each} for path, each in given.items()]
+    items = given if isinstance(given, list | tuple) else [given]
+    if not items:
+        raise OptionError("likelihood is empty; name at least one, such as 'categorical'.")
+    found = []
+    for item in items:
+        if not isinstance(item, HeadSpec | Mapping):
+            raise OptionError(
+                f"likelihood has {item!r} among several; each needs the part of the output that it "
+                "is of: give kfactk.head('value', 'gaussian')."
+            )
+        found.append(item if isinstance(item, HeadSpec) else _head(item, trusted))
     return tuple(found)
 
 

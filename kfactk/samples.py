@@ -16,11 +16,11 @@ every batch size, resolution, sequence length and world size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 DEFAULT_CHUNK_BYTES = 256 * 2**20
 CACHED_BYTES = 32 * 2**20
@@ -66,12 +66,19 @@ class LayerCall:
         scale: Factor that `gradient` still has to be multiplied by: protection against underflow in
             half precision, or loss scaling.
         training: Whether the module was in training mode; `None` where that is not known.
+        module: Which of the layer's `sites` was called; `None` for its `module`.
+        arguments: The other tensors that the module was given, by the names of its parameters.
+        tag: Which of several products of the layer this is, where a call of the module makes
+            several.
     """
 
     inputs: Tensor
     gradient: Tensor
     scale: Tensor | float = 1.0
     training: bool | None = None
+    module: nn.Module | None = None
+    arguments: Mapping[str, Tensor] = attrs.field(factory=dict)
+    tag: str = ""
 
 
 class Samples:
@@ -120,6 +127,14 @@ class Samples:
     def gradients(self, rows: slice = slice(None)) -> Tensor:
         """Return the output gradients of some examples, `[..., n, T, d_out]`, in `self.dtype`."""
         return self._gradients[..., rows, :, :].to(self.dtype)
+
+    def call_gradients(self) -> Tensor:
+        """Return gradients at the outputs of the calls, or fixed sums of them, `[..., N, T, k]`.
+
+        They tell which examples of the model's output a row depends on. The default is `gradients`.
+        A subclass whose gradients are elsewhere, or many, replaces it.
+        """
+        return self.gradients()
 
     def input_sums(self, rows: slice = slice(None)) -> Tensor:
         """Return `sum_t a` of some examples, `[..., n, d_in]`."""

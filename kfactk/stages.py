@@ -19,6 +19,7 @@ keeps, averages, reduces and saves what it returns.
 from __future__ import annotations
 
 import abc
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
@@ -44,10 +45,13 @@ class Layer:
     Args:
         name: Unique name: the module's path in the model, followed by `[part]` where there is one.
         module: The module. Read parameters through `tensors`, since wrappers may replace them.
-        parameters: Names of the trained parameters, the anchor first. A frozen bias is not among
-            them: the layer's matrix then has no bias column.
+        parameters: Names of the trained parameters, the anchor first; those of a module inside have
+            its name in front, as "out_proj.weight". A frozen bias is not among them: the layer's
+            matrix then has no bias column.
         part: Which part of the module this is; "" where the module is one layer.
         sites: All modules that hold these parameters; several where modules are tied.
+        replay: How a call of the module runs again, where the layer lies inside the module; `None`
+            where the module's own calls are the layer's.
 
     Example:
         >>> layer = Layer("fc", nn.Linear(2, 3), ("weight", "bias"))
@@ -62,6 +66,7 @@ class Layer:
     sites: tuple[nn.Module, ...] = attrs.field(
         default=attrs.Factory(lambda self: (self.module,), takes_self=True)
     )
+    replay: Replay | None = None
 
     @property
     def bias(self) -> bool:
@@ -80,7 +85,98 @@ class Layer:
 
     def tensors(self) -> dict[str, nn.Parameter]:
         """Return the parameters themselves, by name."""
-        return {name: getattr(self.module, name) for name in self.parameters}
+        return {name: operator.attrgetter(name)(self.module) for name in self.parameters}
+
+
+def parameter_at(module: nn.Module, name: str) -> nn.Parameter | None:
+    """Return a parameter of a module, or of one inside ("out_proj.weight"); `None` for none.
+
+    Example:
+        >>> parameter_at(nn.Sequential(nn.Linear(2, 3)), "0.weight").shape
+        torch.Size([3, 2])
+    """
+    try:
+        owner, key = owner_of(module, name)
+    except AttributeError:  # there is no such module inside
+        return None
+    return owner._parameters.get(key)
+
+
+def owner_of(module: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """Return the module that holds a parameter of this name, and the name there."""
+    path, _, key = name.rpartition(".")
+    return module.get_submodule(path) if path else module, key
+
+
+@attrs.frozen(eq=False)
+class ModuleCall:
+    """One call of a module, with all that it takes to run it again.
+
+    Args:
+        module: The module. Read settings from it, and parameters from here.
+        args: Its arguments, tensors detached.
+        kwargs: Its keyword arguments, likewise.
+        parameters: All parameters that the call could use, by name, detached: those of modules
+            inside too, as "out_proj.weight".
+        training: Whether the module was in training mode.
+    """
+
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+    parameters: Tensors
+    training: bool
+
+
+@attrs.frozen(eq=False)
+class InnerCall:
+    """One product of inputs and parameters inside a module's call.
+
+    Args:
+        part: The part of the module whose parameters it uses.
+        inputs: In the form that the curvature's `samples` takes.
+        output: Its output, part of the graph of the module's output.
+        tag: What `LayerCall.tag` says of it.
+    """
+
+    part: str
+    inputs: Tensor
+    output: Tensor
+    tag: str = ""
+
+
+@attrs.frozen(eq=False)
+class Replayed:
+    """What a call of a module gave when it ran again.
+
+    Args:
+        output: The tensor of the module's output that is followed.
+        inner: The products inside; each output leads to `output`.
+    """
+
+    output: Tensor
+    inner: Sequence[InnerCall]
+
+
+class Replay(Protocol):
+    """Runs calls of a module again, to read gradients inside of it.
+
+    The framework calls `run` where the gradient of the module's output arrives, with gradients
+    enabled, and with the random state, the autocast and the attention kernels of the call. It then
+    differentiates `output` with respect to the output of each product. The user's own forward and
+    the global random state stay as they are.
+
+    Laws: `run(call).output` equals what the call itself returned, which is checked each time.
+    """
+
+    def output(self, output: Any) -> Any:
+        """Return the tensor in the module's output that is followed.
+
+        Where the loss depends on another one too, the guard refuses the layers.
+        """
+
+    def run(self, call: ModuleCall) -> Replayed:
+        """Compute the output again, from `call.parameters`."""
 
 
 class Curvature(abc.ABC):
@@ -107,16 +203,29 @@ class Curvature(abc.ABC):
     def parts(self, module: nn.Module) -> Mapping[str, tuple[str, ...]]:
         """Return the parts of a supported module: for each, its parameters' names, anchor first.
 
-        A part is a layer while its anchor is trained. The default is one part, "", of the weight
-        and, where there is one, the bias.
+        A part is a layer while its anchor is trained. It may hold parameters of modules inside,
+        which are then no layers of their own: "out_proj.weight". The default is one part, "", of
+        the weight and, where there is one, the bias.
         """
         names = ("weight", "bias")
         return {"": tuple(n for n in names if module._parameters.get(n) is not None)}
 
-    def same_call(self, module: nn.Module, other: nn.Module) -> bool:
-        """Return whether two modules with the same parameters compute the same function.
+    def replay(self, module: nn.Module) -> Replay | None:
+        """Return how calls of a supported module run again; `None`, the default: they need not.
 
-        Tied modules make one layer where this holds. The default compares class and settings.
+        Give one where the layers lie inside a module that computes as a whole, so that the
+        module's own input and output are not theirs. `samples` then takes the calls inside. They
+        exist in a Fisher pass only, so `input_factors` must stay empty.
+        """
+        return None
+
+    def same_call(self, module: nn.Module, other: nn.Module) -> bool:
+        """Return whether calls of two tied modules can be measured as those of one layer.
+
+        The default compares class and settings: they compute the same function. A curvature may
+        also accept a module `other` that it does not support by itself, of another class, which
+        holds all parameters of `module`. Each call then tells which `LayerCall.module` it is of.
+        What `other` holds besides makes layers of its own, where `parts(other)` names it.
         """
         return type(module) is type(other) and module.extra_repr() == other.extra_repr()
 
@@ -368,7 +477,13 @@ class Basis(abc.ABC):
 
 
 class Likelihood(Protocol):
-    """What the model's output means: a distribution R(y | f(x)), of which F is the information."""
+    """What the model's output means: a distribution R(y | f(x)), of which F is the information.
+
+    It may have one more member, by which the first backward is checked. `misfit(output, gradient,
+    *, measured)` returns why a loss with this gradient at the model's output is not the
+    likelihood's, or `None`. The gradient is that of the summed loss. `measured` says whether
+    curvature is measured on it, so that its size matters.
+    """
 
     def view(self, output: Tensor) -> Tensor:
         """Return the output as `[N, S, C]`: examples, terms of one example, the event axis.
@@ -405,6 +520,11 @@ class Fisher(Protocol):
     """Whose targets the gradients are taken with.
 
     Laws: the gradients' outer products summed over the losses are, in expectation, M times F.
+
+    One that listens to the user's backward may have one more member: `loss_terms(batch)` returns M,
+    the number of terms of the user's loss, given the arguments of the forward and of
+    `Optimizer.observe` by name. The model's output is not read then. Where it returns `None`, the
+    likelihood counts.
     """
 
     own_pass: ClassVar[bool]

@@ -211,6 +211,31 @@ def input_modified_message(layer: str) -> str:
     )
 
 
+def replay_differs_message(module: str, deviation: float) -> str:
+    """Return the message for a call that gave another output when it ran again.
+
+    Args:
+        module: The module's path.
+        deviation: Relative size of the difference; infinite where shapes or precisions differ.
+    """
+    return (
+        f"module {module!r} gave another output when its call ran again (relative difference "
+        f"{deviation:.2g}), so gradients inside of it are not known. Likely causes: it draws "
+        "random numbers from a generator of its own, or chose another kernel. To train it by its "
+        f"plain gradient, build the recipe with exclude=[{module!r}]."
+    )
+
+
+def ungathered_message(module: str) -> str:
+    """Return the message for a call that must run again when its parameters are gone."""
+    return (
+        f"the parameters of module {module!r} are no longer gathered where its call must run again "
+        "for gradients inside of it. fully_shard frees them after the module's backward: run one "
+        "backward for each forward, without retain_graph=True, or build the recipe with "
+        f"exclude=[{module!r}]."
+    )
+
+
 def folded_message(layer: str, touched: int, rows: int) -> str:
     """Return the message for a layer of which several rows belong to one example of the output."""
     return (
@@ -257,9 +282,10 @@ def unseen_message(layers: Sequence[str]) -> str:
         "through the outputs of these layers in this forward, so their curvature would be wrong. "
         "Likely causes: a function reads a weight (F.linear(x, layer.weight)); the output is a "
         "derivative with respect to inputs (torch.autograd.grad(..., create_graph=True)); "
-        "torch.func runs the layer (vmap, functional_call); outputs of an earlier forward are fed "
-        "in again, as a recurrent loop outside the bound model does (bind a module that holds the "
-        "loop, or detach them). "
+        "torch.func runs the layer (vmap, functional_call); another output of the module is used, "
+        "such as the weights that nn.MultiheadAttention returns; outputs of an earlier forward are "
+        "fed in again, as a recurrent loop outside the bound model does (bind a module that holds "
+        "the loop, or detach them). "
     )
 
 
@@ -281,20 +307,36 @@ def mended_message(layers: Mapping[str, str]) -> str:
     )
 
 
-def missing_samples_message(layers: Sequence[str]) -> str:
-    """Return the message for layers that have a gradient but gave no sample."""
+def missing_samples_message(layers: Sequence[str], *, some: bool) -> str:
+    """Return the message for layers that have a gradient but gave no sample.
+
+    Args:
+        layers: Their names.
+        some: Whether other layers gave samples, so that the model was called.
+    """
     shown = ", ".join(repr(name) for name in layers[:4])
     if len(layers) > 4:
         shown += f" and {len(layers) - 4} more"
-    return (
+    start = (
         f"curvature is due, and layer {shown} has a gradient but gave no sample: to precondition "
-        "it would use wrong statistics. Likely causes: observe='manual' without "
-        "optimizer.observe() between forward and backward; the bound model itself was not called, "
-        "but a submodule or a copy was; it ran with other weights than its own "
-        "(torch.func.functional_call), or inside a transform (torch.func.vmap, grad): call the "
-        "model directly; the forward ran in evaluation mode (use observe='manual'), "
-        "under reentrant activation checkpointing (use use_reentrant=False) or compiled before "
-        "bind; the layer does not lead to the output that the likelihood sees (name it with "
-        "output=, or leave a head with a loss of its own alone with exclude=). This step changed "
-        "nothing."
+        "it would use wrong statistics. Likely causes: "
+    )
+    outside = (
+        "it ran with other weights than its own (torch.func.functional_call), or inside a "
+        "transform (torch.func.vmap, grad): call the model directly; it ran under reentrant "
+        "activation checkpointing (use use_reentrant=False)"
+    )
+    if some:
+        return (
+            f"{start}it leads to another output than the likelihood sees, as a head with a loss "
+            "of its own does (give each head its likelihood, likelihood={'logits': 'categorical', "
+            "'value': 'gaussian'}; or leave the head alone, "
+            f"exclude={list(layers[:4])}); {outside}. This step changed nothing."
+        )
+    return (
+        f"{start}observe='manual' without optimizer.observe() between forward and backward; the "
+        "bound model itself was not called, but a submodule or a copy was; the forward ran in "
+        "evaluation mode (use observe='manual'), or compiled before bind; the output that the "
+        f"likelihood sees does not depend on it (name it with output=); {outside}. This step "
+        "changed nothing."
     )

@@ -47,7 +47,10 @@ def main():
     model, game, gamma = ActorCritic(), CartPole(16), 0.99
     recipe = kfactk.build(
         curvature="kfac",
-        exclude=["value"],  # the likelihood reads the policy, the first output
+        likelihood=[  # of the first and the second output
+            kfactk.head("0", "categorical"),
+            kfactk.head("1", "gaussian", weight=0.5),
+        ],
         update="adam",
         lr=0.01,
         damping=0.001,

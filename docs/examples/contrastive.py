@@ -27,7 +27,11 @@ def main():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 16))
     recipe = kfactk.build(
-        curvature="kfac", fisher="empirical", update="adam", lr=0.003, damping=0.001
+        curvature="kfac",
+        fisher={"name": "empirical", "terms": "input"},  # the loss is a mean over the inputs
+        update="adam",
+        lr=0.003,
+        damping=0.001,
     )
     optimizer = recipe.bind(model)
 

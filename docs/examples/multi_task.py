@@ -21,21 +21,25 @@ class TwoTasks(nn.Module):
 
     def forward(self, x):
         hidden = self.trunk(x)
-        return {"logits": self.kind(hidden), "size": self.size(hidden).squeeze(1)}
+        return {"kind": self.kind(hidden), "size": self.size(hidden).squeeze(1)}
 
 
 def main():
     torch.manual_seed(0)
     model, mix = TwoTasks(), torch.randn(10, 6) / 3
     recipe = kfactk.build(
-        curvature="kfac", fisher="empirical", update="adam", lr=0.003, damping=0.001
+        curvature="kfac",
+        likelihood={"kind": "categorical", "size": {"name": "gaussian", "variance": 0.5}},
+        update="adam",
+        lr=0.003,
+        damping=0.001,
     )
     optimizer = recipe.bind(model)
 
     for step in range(200):
         x, kinds, sizes = batch(128, mix)
         out = model(x)
-        kind_loss = F.cross_entropy(out["logits"], kinds)
+        kind_loss = F.cross_entropy(out["kind"], kinds)
         size_loss = F.mse_loss(out["size"], sizes)
         optimizer.zero_grad()
         (kind_loss + size_loss).backward()  # each loss is a mean over examples

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import warnings
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,12 +16,15 @@ from torch import Tensor
 
 from kfactk.capture.forward import Forward
 from kfactk.capture.guard import unseen_layers
+from kfactk.capture.heads import Head, HeadView, of_the_loss, with_class_axis
 from kfactk.capture.layout import LayoutSketch, Marks, layout_fault, sketch
-from kfactk.capture.support import is_distributed, model_output
+from kfactk.capture.loss_check import LossCheck
+from kfactk.capture.support import is_distributed
+from kfactk.capture.torch_modes import full_precision
 from kfactk.capture.user_backward import UserBackward
-from kfactk.errors import CaptureError
+from kfactk.errors import CaptureError, KfactkWarning
 from kfactk.samples import LayerCall, Samples
-from kfactk.stages import Fisher, Layer, Likelihood
+from kfactk.stages import Fisher, Layer
 from kfactk.validation import attribute_errors, stage_label, unseen_message
 
 
@@ -110,7 +114,7 @@ class LayerSink:
         taker: Takes them.
         layers: Those that are followed.
         num_terms: Number of likelihood terms of the forward.
-        first: Whether this is the first pass over the forward.
+        earlier: Layers that an earlier pass over the forward has reached.
         counts: Whether the forward counts; if not, its layers are dropped.
     """
 
@@ -120,11 +124,11 @@ class LayerSink:
         layers: Sequence[Layer],
         num_terms: Tensor | float,
         *,
-        first: bool = True,
+        earlier: Collection[Layer] = (),
         counts: bool = True,
     ) -> None:
         self._taker, self._layers = taker, layers
-        self._num_terms, self._first, self._counts = num_terms, first, counts
+        self._num_terms, self._earlier, self._counts = num_terms, earlier, counts
         self.taken: set[Layer] = set()
         self._forgotten: set[Layer] = set()
 
@@ -137,11 +141,12 @@ class LayerSink:
         """Take all calls of one layer."""
         self.taken.add(layer)
         if self._counts:
-            self._taker.accumulate(layer, calls, self._num_terms, self._first)
+            first = layer not in self._earlier
+            self._taker.accumulate(layer, calls, self._num_terms, first)
 
     def finish(self) -> None:
-        """Count the terms for the layers that did not run."""
-        known = self.taken | self._forgotten
+        """Count the terms for the layers that no pass has reached."""
+        known = self.taken | self._forgotten | set(self._earlier)
         missing = [layer for layer in self._layers if layer not in known]
         self._taker.accumulate_nothing(missing, self._num_terms)
 
@@ -186,8 +191,8 @@ class FisherPass:
     Args:
         taker: Takes the calls of layers.
         fisher: Whose targets.
-        likelihood: What the output means.
-        output: The user's function that finds the likelihood's parameters in the output.
+        heads: What the parts of the output mean.
+        output: The user's function on what the model returns, which the heads apply too.
         reduction: "mean" or "sum": how the user's loss reduces over likelihood terms. Only a Fisher
             stage that listens to the user's backward needs it.
         unseen: "error" or "plain": what to do with layers that influence the output also past
@@ -199,7 +204,7 @@ class FisherPass:
         self,
         taker: SampleTaker,
         fisher: Fisher,
-        likelihood: Likelihood,
+        heads: Sequence[Head],
         output: Any = None,
         *,
         reduction: str = "mean",
@@ -207,13 +212,15 @@ class FisherPass:
         scaler: Any = None,
     ) -> None:
         self._taker = taker
-        self._fisher, self._likelihood = fisher, likelihood
-        self._output = model_output if output is None else output
+        self._fisher, self._heads, self._output = fisher, list(heads), output
         self._reduction, self._unseen, self._scaler = reduction, unseen, scaler
         self._watches: list[Watch] = []
         self._filled: dict[Layer, Versions] = {}
         self._task = -1
         self._probed: weakref.WeakSet[Layer] = weakref.WeakSet()
+        self._loss_checks = [
+            LossCheck(measured=not fisher.own_pass, several=len(heads) > 1) for _ in heads
+        ]
 
     def finish(self) -> None:
         """End watching: take the layers that the user's backwards reached in part.
@@ -298,38 +305,70 @@ class FisherPass:
             CaptureError: The output holds no tensor that the likelihood can read, or depends on
                 layers also past their recorded calls.
         """
-        output = self._output(forward.output)
-        if not isinstance(output, Tensor):
-            raise CaptureError(
-                f"output= found {type(output).__name__} in what the model returned; it must find a "
-                "tensor."
-            )
-        device = output.device.type
-        autocast = torch.autocast(device, enabled=False)
-        with torch.enable_grad(), autocast, self._taker.forward():
-            with attribute_errors("likelihood", self._likelihood, "on the model's output"):
-                view = self._likelihood.view(output)
-                named = {**forward.batch, **batch}
-                weights = self._likelihood.term_weights(view.detach(), named)
-            terms: Tensor | float = float(view.shape[0] * view.shape[1])
-            if weights is not None:
-                terms = weights.detach().sum().double()
-            forward = self._guarded(forward, view)
+        heads = self._read(forward, {**forward.batch, **batch})
+        exact = full_precision({head.output.device.type for head in heads})
+        with torch.enable_grad(), exact, self._taker.forward():
+            forward = self._guarded(forward, [head.view for head in heads])
             self._taker.begin_forward()
             if self._fisher.own_pass and self._taker.counts_terms():
-                self._watch(forward, output, terms, keep=False)
-            with forward.unnoticed(output):
-                self._measure(forward, output, view, weights, terms, (step, micro_batch))
+                self._watch(forward, heads[0], keep=False)
+            with forward.unnoticed([head.output for head in heads]):
+                self._measure(forward, heads, (step, micro_batch))
+        self._check_losses(forward, heads)
         if forward.calls and self._fisher.own_pass:
             self._taker.end_forward()
 
-    def _guarded(self, forward: Forward, view: Tensor) -> Forward:
-        """Return the forward without the layers that influence `view` past their recorded calls.
+    def _read(self, forward: Forward, batch: Mapping[str, Any]) -> list[HeadView]:
+        """Return what the forward's output holds of each head."""
+        terms = None if self._fisher.own_pass else loss_terms(self._fisher, batch)
+        if terms is not None:
+            output = forward.output if self._output is None else self._output(forward.output)
+            return of_the_loss(output, terms)
+        found = [head.locate(forward.output) for head in self._heads]
+        with torch.enable_grad(), full_precision({each.device.type for each in found}):
+            return [self._read_head(i, each, forward, batch) for i, each in enumerate(found)]
+
+    def _read_head(
+        self, number: int, output: Tensor, forward: Forward, batch: Mapping[str, Any]
+    ) -> HeadView:
+        """Return one head's output; find where its classes are if that is not said."""
+        head = self._heads[number]
+        try:
+            return head.read(output, batch)
+        except CaptureError:
+            told = with_class_axis(head, output, batch, forward.calls)
+            if told is None:
+                raise
+        view = told.read(output, batch)
+        self._heads[number] = told
+        axis = getattr(told.likelihood, "class_axis", None)
+        warnings.warn(
+            f"the output of shape {list(output.shape)} has its classes in dimension {axis}, as the "
+            "last layer and the arguments of the model tell. Give the likelihood "
+            f"class_axis={axis} to say so yourself (said once)",
+            KfactkWarning,
+            stacklevel=2,
+        )
+        return view
+
+    def _check_losses(self, forward: Forward, heads: Sequence[HeadView]) -> None:
+        """Let the first backward that counts be checked against each likelihood."""
+        if not forward.calls or all(check.done for check in self._loss_checks):
+            return
+        if heads[0].head is None:  # the loss is what it is
+            return
+        parameters = [p for layer in forward.layers for p in layer.tensors().values()]
+        for check, head in zip(self._loss_checks, heads, strict=True):
+            scale = LossScale(head.terms, self._reduction, self._scaler)
+            check.watch(head.output, head.likelihood, parameters, scale)
+
+    def _guarded(self, forward: Forward, views: Sequence[Tensor]) -> Forward:
+        """Return the forward without the layers that influence `views` past their recorded calls.
 
         Raises:
             CaptureError: There are such layers, and they are to be refused.
         """
-        layers = unseen_layers(view, forward.calls, forward.layers)
+        layers = unseen_layers(views, forward.calls, forward.layers)
         if not layers:
             return forward
         self._refuse_or_leave(layers)
@@ -344,16 +383,9 @@ class FisherPass:
             )
         self._taker.leave(layers)
 
-    def _measure(
-        self,
-        forward: Forward,
-        output: Tensor,
-        view: Tensor,
-        weights: Tensor | None,
-        terms: Tensor | float,
-        place: tuple[int, int],
-    ) -> None:
+    def _measure(self, forward: Forward, heads: Sequence[HeadView], place: tuple[int, int]) -> None:
         """Run or await the passes over one forward."""
+        terms = heads[0].terms
         if not forward.calls:
             self._taker.accumulate_nothing(forward.layers, terms)
             return
@@ -362,36 +394,37 @@ class FisherPass:
             self._taker.mark_seen({call.record.layer for call in forward.calls})
         if not self._fisher.own_pass:
             if counts:
-                self._watch(forward, output, terms, keep=True)
+                self._watch(forward, heads[0], keep=True)
             return
-        taken = self._take_inputs(forward, view, terms) if counts else set()
+        taken = self._take_inputs(forward, heads) if counts else set()
         if self._taker.needs_pass():
             _check_several_backwards(forward)
             forward = forward.without(self._taker.input_only())
             layers = [layer for layer in forward.layers if layer not in taken]
-            self._probe(forward, view)
+            self._probe(forward, [head.view for head in heads])
             seed = draw_seed(self._fisher.seed, *place, self._taker.rank)
-            self._run_passes(forward, view, weights, (layers, terms, counts), seed)
+            self._run_passes(forward, heads, layers, seed, counts=counts)
         elif counts:
             rest = [layer for layer in forward.layers if layer not in taken]
             self._taker.accumulate_nothing(rest, terms)
 
-    def _take_inputs(self, forward: Forward, view: Tensor, terms: Tensor | float) -> set[Layer]:
+    def _take_inputs(self, forward: Forward, heads: Sequence[HeadView]) -> set[Layer]:
         """Take the layers that need no gradients, and return them."""
-        sink = LayerSink(self._taker, forward.layers, terms)
+        sink = LayerSink(self._taker, forward.layers, heads[0].terms)
         with torch.no_grad():
-            for layer, calls in forward.inputs(self._taker.input_only(), view).items():
+            starts = [head.view for head in heads]
+            for layer, calls in forward.inputs(self._taker.input_only(), starts).items():
                 sink(layer, calls)
         return sink.taken
 
-    def _probe(self, forward: Forward, view: Tensor) -> None:
+    def _probe(self, forward: Forward, views: Sequence[Tensor]) -> None:
         """Find which rows of layers belong to which examples of the output, once for each layer.
 
         All ranks run these passes, whatever their data: there may be collectives inside. A pass
         over parts of parameters would be a collective call itself, and is left out.
         """
         if self._taker.alone:
-            ran = {call.record.layer for call in forward.calls} if len(view) > 1 else set()
+            ran = {call.record.layer for call in forward.calls} if len(views[0]) > 1 else set()
         else:  # what ran, and how many examples there are, may differ between ranks
             ran = set(forward.layers)
         new = {
@@ -403,6 +436,14 @@ class FisherPass:
         forward = forward.without(
             {layer.name for layer in forward.layers} - {layer.name for layer in new}
         )
+        told: dict[Layer, str] = {}
+        for view in views:
+            told = self._layout_faults(forward, view) | told
+        self._probed.update(new)
+        self._taker.warn_of_layout({layer: fault for layer, fault in told.items() if fault})
+
+    def _layout_faults(self, forward: Forward, view: Tensor) -> dict[Layer, str]:
+        """Return what is wrong with the examples of the layers that lead to a view, or ""."""
         marks = Marks.of((view.dtype, *(call.record.dtype for call in forward.calls)))
         flat = view.flatten(1)
         generator = torch.Generator(view.device)
@@ -414,58 +455,69 @@ class FisherPass:
             sink = ProbeSink(self._taker, len(view))
             forward.run((flat * weights * factors.to(view).unsqueeze(1)).sum(), view, sink)
             passes.append(sink.sketches)
-        self._probed.update(new)
-        told = {
+        return {
             layer: layout_fault(layer.name, [each[layer] for each in passes], marks, len(view))
             for layer in passes[0]
             if all(layer in each for each in passes)
         }
-        self._taker.warn_of_layout({layer: fault for layer, fault in told.items() if fault})
 
     def _run_passes(
         self,
         forward: Forward,
-        view: Tensor,
-        weights: Tensor | None,
-        wanted: tuple[Sequence[Layer], Tensor | float, bool],
+        heads: Sequence[HeadView],
+        layers: Sequence[Layer],
         seed: int,
+        *,
+        counts: bool,
     ) -> None:
         """Run the Fisher passes over a forward.
 
         All ranks run them, also where the forward does not count: there may be collectives inside.
         """
-        layers, terms, counts = wanted
-        generator = torch.Generator(view.device)
+        generator = torch.Generator(heads[0].view.device)
         generator.manual_seed(seed)
-        for number, loss in enumerate(self._losses(view, weights, generator)):
-            sink = LayerSink(self._taker, layers, terms, first=number == 0, counts=counts)
-            forward.run(loss, view, sink)
-            if counts and number == 0:
-                sink.finish()
+        reached: set[Layer] = set()
+        for head in heads:
+            factor = head.factor(heads[0])
+            for loss in self._losses(head, generator):
+                sink = LayerSink(
+                    self._taker, layers, heads[0].terms, earlier=reached, counts=counts
+                )
+                scaled = loss if isinstance(factor, float) and factor == 1 else loss * factor
+                forward.run(scaled, head.view, sink)
+                reached = reached | sink.taken
+        if counts:
+            LayerSink(self._taker, layers, heads[0].terms, earlier=reached).finish()
 
-    def _losses(
-        self, view: Tensor, weights: Tensor | None, generator: torch.Generator
-    ) -> Iterator[Tensor]:
-        losses = None
-        where = f"with {stage_label('likelihood', self._likelihood)}"
+    def _losses(self, head: HeadView, generator: torch.Generator) -> Iterator[Tensor]:
+        losses, likelihood = None, head.likelihood
+        where = f"with {stage_label('likelihood', likelihood)}"
         while True:
             with attribute_errors("fisher", self._fisher, where):
                 if losses is None:
-                    found = self._fisher.losses(view, self._likelihood, weights, generator)
+                    found = self._fisher.losses(head.view, likelihood, head.weights, generator)
                     losses = iter(found)
                 loss = next(losses, None)
             if loss is None:
                 return
             yield loss
 
-    def _watch(
-        self, forward: Forward, output: Tensor, terms: Tensor | float, *, keep: bool
-    ) -> None:
+    def _watch(self, forward: Forward, head: HeadView, *, keep: bool) -> None:
         """Watch for the user's own backwards, and `keep` their gradients or not."""
-        sink = LayerSink(self._taker, forward.layers, terms)  # does not keep the forward
-        scale = LossScale(terms, self._reduction, self._scaler)
-        backward = UserBackward(forward, output, sink if keep else None, scale, self)
-        self._watches.append(Watch(backward, sink, terms))
+        sink = LayerSink(self._taker, forward.layers, head.terms)  # does not keep the forward
+        scale = LossScale(head.terms, self._reduction, self._scaler)
+        backward = UserBackward(forward, head.output, sink if keep else None, scale, self)
+        self._watches.append(Watch(backward, sink, head.terms))
+
+
+def loss_terms(fisher: Fisher, batch: Mapping[str, Any]) -> Tensor | float | None:
+    """Return the number of terms of the user's loss, where the Fisher stage says it by itself."""
+    counted = getattr(fisher, "loss_terms", None)
+    if counted is None:
+        return None
+    with attribute_errors("fisher", fisher, "on the forward's arguments"):
+        found: Tensor | float | None = counted(batch)
+    return found
 
 
 def _check_several_backwards(forward: Forward) -> None:

@@ -8,9 +8,10 @@ from typing import Any
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
+from kfactk.capture.replay import RecordedReplay
 from kfactk.capture.torch_modes import full_precision
 from kfactk.capture.user_hooks import UserHooks
 from kfactk.errors import CaptureError
@@ -79,6 +80,10 @@ class RecordedCall:
         training: Whether the module was in training mode.
         view: How the output lies in the tensor whose gradient is read; `None` where that is the
             output itself.
+        module: Which of the layer's sites was called.
+        arguments: The other tensors that it was given, by name, detached.
+        argument_versions: Their versions at the call.
+        replay: Runs the call again, where the layer lies inside the module; `None` elsewhere.
     """
 
     layer: Layer
@@ -88,25 +93,52 @@ class RecordedCall:
     shape: torch.Size
     training: bool = True
     view: OutputView | None = None
+    module: nn.Module | None = None
+    arguments: Mapping[str, Tensor] = attrs.field(factory=dict)
+    argument_versions: Sequence[int] = ()
+    replay: RecordedReplay | None = None
 
-    def input(self) -> LayerCall:
-        """Return this call with a gradient of zeros, which take no memory."""
+    def without_gradient(self) -> list[LayerCall]:
+        """Return the layer's calls with gradients of zeros."""
+        self.check()
         zeros = torch.zeros((), dtype=self.dtype, device=self.inputs.device).expand(self.shape)
-        return self._with(zeros, 1.0)
+        return self._calls(zeros, 1.0)
 
-    def call(self, gradient: Tensor, scale: Tensor | float) -> LayerCall:
-        """Return this call with the gradient that arrived at its edge.
+    def calls(self, gradient: Tensor, scale: Tensor | float) -> list[LayerCall]:
+        """Return the layer's calls with their gradients: one, or those inside the module's.
+
+        Args:
+            gradient: What arrived at the edge.
+            scale: What gradients are to be multiplied by.
 
         Raises:
-            CaptureError: The input was modified in place since.
+            CaptureError: The input, or another argument, was modified in place since; or a call
+                that runs again cannot, or gives something else.
         """
         gradient = gradient.detach()
-        return self._with(gradient if self.view is None else self.view.read(gradient), scale)
+        return self._calls(gradient if self.view is None else self.view.read(gradient), scale)
 
-    def _with(self, gradient: Tensor, scale: Tensor | float) -> LayerCall:
-        if self.inputs._version != self.version:
+    def check(self) -> None:
+        """Check that the input, and other arguments, are those of the call.
+
+        Raises:
+            CaptureError: One was modified in place since.
+        """
+        if self.replay is not None:
+            self.replay.check()
+        elif versions((self.inputs, *self.arguments.values())) != [
+            self.version,
+            *self.argument_versions,
+        ]:
             raise CaptureError(input_modified_message(self.layer.name))
-        return LayerCall(self.inputs, gradient, scale, training=self.training)
+
+    def _calls(self, gradient: Tensor, scale: Tensor | float) -> list[LayerCall]:
+        if self.replay is None:
+            return [
+                LayerCall(self.inputs, gradient, scale, self.training, self.module, self.arguments)
+            ]
+        inside = self.replay.calls(self.layer.part, gradient)
+        return [attrs.evolve(call, scale=scale) for call in inside]
 
 
 @attrs.frozen(eq=False)
@@ -153,14 +185,15 @@ class Forward:
         self.user = UserHooks() if user is None else user
 
     @contextlib.contextmanager
-    def unnoticed(self, output: Tensor) -> Iterator[None]:
-        """Surround passes over the graph of `output`: the user sees nothing of them.
+    def unnoticed(self, outputs: Iterable[Tensor]) -> Iterator[None]:
+        """Surround passes over the graph of `outputs`: the user sees nothing of them.
 
         Kept gradients stay as they are, hooks on gradients do not run, and buffers, which
         checkpointed parts write to when they run again, are restored.
         """
-        if output.retains_grad:
-            self.user.retain(output)
+        for output in outputs:
+            if output.retains_grad:
+                self.user.retain(output)
         # Kernels of batch normalisation do not count their writes; its counter of batches does.
         before = [(own, versions(own), [each.clone() for each in own]) for own in self.updated]
         try:
@@ -172,14 +205,14 @@ class Forward:
                     if versions(own) != counts:
                         torch._foreach_copy_(own, values)
 
-    def inputs(self, names: Set[str], start: Tensor) -> dict[Layer, list[LayerCall]]:
-        """Return the calls of these layers that lead to `start`, without gradients."""
+    def inputs(self, names: Set[str], starts: Iterable[Tensor]) -> dict[Layer, list[LayerCall]]:
+        """Return the calls of these layers that lead to one of `starts`, without gradients."""
         found: dict[Layer, list[LayerCall]] = {}
-        reached = _reachable(start) if names else set()
+        reached = set().union(*map(_reachable, starts)) if names else set()
         for call in self.calls:
             layer = call.record.layer
             if layer.name in names and call.edge.node in reached:
-                found.setdefault(layer, []).append(call.record.input())
+                found.setdefault(layer, []).extend(call.record.without_gradient())
         return found
 
     def leaving(self, layers: Sequence[Layer]) -> Forward:
@@ -214,14 +247,16 @@ class Forward:
         """
         arrivals = Arrivals(self.calls, sink, 1.0 / self.scale)
         ends = _leafmost(start, {call.edge.node for call in self.calls})
-        last = [call for call in self.calls if call.edge.node in ends]
-        if not last:
+        below = {call: _edge_below(call) for call in self.calls if call.edge.node in ends}
+        last = {call: None for call, edge in below.items() if edge is None}
+        through = list(dict.fromkeys(edge for edge in below.values() if edge is not None))
+        if not below:
             return
-        handles = [arrivals.watch(call) for call in self.calls if call.edge.node not in ends]
+        handles = [arrivals.watch(call) for call in self.calls if call not in last]
         try:
-            gradients = _grad(loss * self.scale, [call.edge for call in last])
+            gradients = _grad(loss * self.scale, [*(call.edge for call in last), *through])
             with torch.no_grad():
-                for call, gradient in zip(last, gradients, strict=True):
+                for call, gradient in zip(last, gradients, strict=False):
                     if gradient is not None:
                         arrivals.add(call.record, gradient)
         finally:
@@ -263,7 +298,8 @@ class Arrivals:
     def add(self, record: RecordedCall, gradient: Tensor) -> None:
         """Take the gradient of one call."""
         layer = record.layer
-        self._here.setdefault(layer, []).append(record.call(gradient, self._scale))
+        record.check()
+        self._here.setdefault(layer, []).extend(record.calls(gradient, self._scale))
         self._waiting[layer] -= 1
         if self._waiting[layer] == 0:
             self._sink(layer, self._here.pop(layer))
@@ -312,6 +348,23 @@ def _leafmost(start: Tensor, followed: set[Node]) -> set[Node]:
             stack.append((node, True))
             stack.extend((child, False) for child in children if child not in opened)
     return ends
+
+
+def _edge_below(call: TracedCall) -> GradientEdge | None:
+    """Return an edge that autograd is asked for, so that it runs the node of a call.
+
+    A call that runs again needs its parameters, and `fully_shard` has them gathered only while the
+    backward runs. So its gradient is read when its node runs, also where it is the last one.
+
+    Returns:
+        `None` where autograd is asked for the gradient of the call itself.
+    """
+    if call.record.replay is None:
+        return None
+    for node, number in call.edge.node.next_functions:
+        if node is not None and "AccumulateGrad" not in node.name():
+            return GradientEdge(node, number)
+    return None
 
 
 def _check_node(node: Node) -> None:

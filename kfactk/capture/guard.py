@@ -26,12 +26,12 @@ MOST_NODES = 256
 
 
 def unseen_layers(
-    start: Tensor, calls: Sequence[TracedCall], layers: Iterable[Layer]
+    starts: Sequence[Tensor], calls: Sequence[TracedCall], layers: Iterable[Layer]
 ) -> list[Layer]:
-    """Return the layers whose influence on `start` the recorded calls do not hold whole.
+    """Return the layers whose influence on `starts` the recorded calls do not hold whole.
 
     Args:
-        start: A tensor that the model made.
+        starts: Tensors that the model made.
         calls: The recorded calls of the forward.
         layers: The followed layers, also those without a call.
     """
@@ -52,7 +52,7 @@ def unseen_layers(
         owners.update((node, layer) for node in inner)
         allowed[layer] |= inner | {call.edge.node}
     owners.update((node, layer) for layer, nodes in ends.items() for node in nodes)
-    for parent, child in _edges(start):
+    for parent, child in _edges(starts):
         owner = owners.get(child)
         if owner is not None and child not in tops and parent not in allowed[owner]:
             unseen[owner] = None
@@ -101,10 +101,10 @@ def _inner_nodes(call: TracedCall, ends: set[Node], tops: set[Node]) -> set[Node
     return {node for node, lead in leads.items() if lead and node is not call.edge.node}
 
 
-def _edges(start: Tensor) -> Iterable[tuple[Node, Node]]:
-    """Yield the edges of the graph that made `start`, from the node that ran later."""
+def _edges(starts: Iterable[Tensor]) -> Iterable[tuple[Node, Node]]:
+    """Yield the edges of the graph that made `starts`, from the node that ran later."""
     seen: set[Node] = set()
-    stack = [] if start.grad_fn is None else [start.grad_fn]
+    stack = [start.grad_fn for start in starts if start.grad_fn is not None]
     while stack:
         node = stack.pop()
         if node in seen:

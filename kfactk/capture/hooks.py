@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from kfactk.capture.forward import Forward, OutputView, RecordedCall, TracedCall, versions
+from kfactk.capture.replay import CallContext, RecordedReplay, recorded_arguments, tensors_of
 from kfactk.capture.support import check_engine, is_distributed, tensor_parallel
 from kfactk.capture.torch_modes import (
     EAGERNESS,
@@ -31,7 +32,7 @@ from kfactk.capture.torch_modes import (
 )
 from kfactk.capture.user_hooks import UserHooks
 from kfactk.errors import CombinationError
-from kfactk.stages import Layer
+from kfactk.stages import Layer, parameter_at
 
 
 class ForwardListener(Protocol):
@@ -125,12 +126,15 @@ class ModelHooks:
         self._buffers = [(own, versions(own)) for own in map(_buffers, self.root.modules()) if own]
         self._user = UserHooks()
         self._user.start()
+        sites: dict[nn.Module, list[Layer]] = {}
         for layer in layers:
-            hook = LayerHook(self._calls, layer)
             for site in layer.sites:
-                self._layer_handles.append(
-                    site.register_forward_hook(hook, with_kwargs=True, prepend=True)
-                )
+                sites.setdefault(site, []).append(layer)
+        for site, inside in sites.items():
+            hook = LayerHook(self._calls, inside)
+            self._layer_handles += hook.attach(site)
+            if site is self.root:  # its pre-hooks run already
+                hook.begin(site, (), {})
 
     def after(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
@@ -205,43 +209,92 @@ class RootHook:
 
 
 class LayerHook:
-    """Records each call of one layer; a copy or pickle of the model gets one that does nothing."""
+    """Records each call of one module for the layers in it.
 
-    def __init__(self, calls: list[TracedCall] | None, layer: Layer | None) -> None:
-        self._calls, self._layer, self._thread = calls, layer, threading.get_ident()
+    A copy or pickle of the model gets one that does nothing.
+
+    Args:
+        calls: Where the records go.
+        layers: The layers; several where they lie inside the module.
+    """
+
+    def __init__(self, calls: list[TracedCall] | None, layers: Sequence[Layer]) -> None:
+        self._calls, self._layers, self._thread = calls, layers, threading.get_ident()
+        self._replay = layers[0].replay if layers else None
+        self._context: CallContext | None = None
+
+    def attach(self, site: nn.Module) -> list[torch.utils.hooks.RemovableHandle]:
+        """Put it on a module, in front of the user's hooks that see the output."""
+        handles = [site.register_forward_hook(self, with_kwargs=True, prepend=True)]
+        if self._replay is not None:
+            handles.append(site.register_forward_pre_hook(self.begin, with_kwargs=True))
+        return handles
+
+    def begin(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Run as a forward pre-hook of a module whose calls run again."""
+        if self._replay is not None and self._thread == threading.get_ident():
+            tensors = tensors_of(args, kwargs, list(module.parameters()))
+            self._context = CallContext.now(tensors[0].device)
 
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """Run as a forward hook."""
-        if self._calls is None or self._layer is None or self._thread != threading.get_ident():
+        if self._calls is None or not self._layers or self._thread != threading.get_ident():
             return
+        context, self._context = self._context, None
+        output = output if self._replay is None else self._replay.output(output)
         if not isinstance(output, Tensor) or not output.requires_grad:
             return
-        if any(map(is_distributed, (output, *module.parameters(recurse=False)))):
-            raise CombinationError(tensor_parallel(self._layer.name))
-        given = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+        inside = self._replay is not None
+        if inside and context is None:  # its beginning was not seen: the guard finds the layers
+            return
+        if any(map(is_distributed, (output, *module.parameters(recurse=inside)))):
+            raise CombinationError(tensor_parallel(self._layers[0].name))
+        given = tensors_of(args, kwargs) if inside else _flat_tensors(args, kwargs)
         base = output._base if output._is_view() else None
         if base is None or base.grad_fn is None:
             base = None
-        inputs = given[0].detach()
-        record = RecordedCall(
-            self._layer,
-            inputs,
-            inputs._version,
-            output.dtype,
-            output.shape,
-            module.training,
-            None if base is None else OutputView.of(output, base),
-        )
-        used = (module._parameters.get(name) for name in self._layer.parameters)
-        self._calls.append(
-            TracedCall(
-                record,
-                get_gradient_edge(output if base is None else base),
-                frozenset(each.grad_fn for each in given if each.grad_fn is not None),
-                tuple(parameter for parameter in used if parameter is not None),
+        inputs, arguments = call_tensors(module, args, kwargs)
+        edge = get_gradient_edge(output if base is None else base)
+        sources = frozenset(each.grad_fn for each in given if each.grad_fn is not None)
+        replay = self._recorded(module, args, kwargs, output, context)
+        for layer in self._layers:
+            record = RecordedCall(
+                layer,
+                inputs,
+                inputs._version,
+                output.dtype,
+                output.shape,
+                module.training,
+                None if base is None else OutputView.of(output, base),
+                module,
+                arguments,
+                versions(arguments.values()),
+                replay,
             )
+            used = (parameter_at(module, name) for name in layer.parameters)
+            present = tuple(parameter for parameter in used if parameter is not None)
+            self._calls.append(TracedCall(record, edge, sources, present))
+
+    def _recorded(
+        self,
+        module: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Tensor,
+        context: CallContext | None,
+    ) -> RecordedReplay | None:
+        """Return the call so that it can run again, where the layers lie inside the module."""
+        if self._replay is None or context is None:
+            return None
+        return RecordedReplay(
+            self._layers[0].path,
+            recorded_arguments(module, args, kwargs),
+            context,
+            self._replay,
+            output.detach(),
+            [layer.part for layer in self._layers],
         )
 
     def fills(self, calls: list[TracedCall]) -> bool:
@@ -249,10 +302,36 @@ class LayerHook:
         return self._calls is calls
 
     def __deepcopy__(self, memo: dict[int, Any]) -> LayerHook:
-        return LayerHook(None, None)
+        return LayerHook(None, ())
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return LayerHook, (None, None)
+        return LayerHook, (None, ())
+
+
+def call_tensors(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the input of a module, and the other tensors it was given, by name; all detached.
+
+    The input is the first tensor in the order of the forward's parameters.
+
+    Example:
+        >>> bag, offsets = nn.EmbeddingBag(3, 2), torch.tensor([0])
+        >>> call_tensors(bag, (), {"offsets": offsets, "input": torch.tensor([1, 2])})
+        (tensor([1, 2]), {'offsets': tensor([0])})
+    """
+    given = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
+    if len(given) == 1:
+        return given[0].detach(), {}
+    named = {
+        name: each.detach()
+        for name, each in _named(module, args, kwargs).items()
+        if isinstance(each, Tensor)
+    }
+    if len(named) < len(given):  # some have no name
+        return given[0].detach(), {}
+    (_, inputs), *others = named.items()
+    return inputs, dict(others)
 
 
 def _is_nested(root: nn.Module) -> bool:
@@ -265,6 +344,10 @@ def _is_nested(root: nn.Module) -> bool:
         frame = frame.f_back
         calls += frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is root
     return calls >= 2
+
+
+def _flat_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    return [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
 
 
 def _buffers(module: nn.Module) -> list[Tensor]:
@@ -295,6 +378,11 @@ def _remove_unhandled(site: nn.Module, calls: list[TracedCall]) -> None:
         if isinstance(hook, LayerHook) and hook.fills(calls):
             del site._forward_hooks[number]
             site._forward_hooks_with_kwargs.pop(number, None)
+    for number, hook in list(site._forward_pre_hooks.items()):
+        owner = getattr(hook, "__self__", None)
+        if isinstance(owner, LayerHook) and owner.fills(calls):
+            del site._forward_pre_hooks[number]
+            site._forward_pre_hooks_with_kwargs.pop(number, None)
 
 
 def _remove(*handles: Iterable[torch.utils.hooks.RemovableHandle]) -> None:

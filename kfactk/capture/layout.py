@@ -90,7 +90,7 @@ def sketch(
         for dim in range(1, gradient.ndim - 1)
         if whole and gradient.shape[dim] == examples and gradient.shape[0] > 1
     }
-    return LayoutSketch(tuple(_projected(samples.gradients(), -3) for samples in each), dims)
+    return LayoutSketch(tuple(_projected(samples.call_gradients(), -3) for samples in each), dims)
 
 
 def layout_fault(name: str, passes: Sequence[LayoutSketch], marks: Marks, examples: int) -> str:

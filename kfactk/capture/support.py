@@ -29,10 +29,20 @@ def model_output(output: Any) -> Tensor:
         found = output[0]
     if isinstance(found, Tensor):
         return found
-    keys = f" with keys {sorted(map(str, output))}" if isinstance(output, Mapping) else ""
+    parts = output.items() if isinstance(output, Mapping) else ()
+    keys = [str(key) for key, value in parts if isinstance(value, Tensor)]
+    there = f" with tensors at {', '.join(map(repr, keys))}" if keys else ""
+    several = ""
+    if len(keys) > 1:
+        several = (
+            " Where each is trained by a loss of its own, give their likelihoods in place of that: "
+            f"likelihood={{{keys[0]!r}: 'categorical', {keys[1]!r}: 'gaussian'}}."
+        )
+    example = keys[0] if keys else "prediction"
     raise CaptureError(
-        f"the model returned {type(output).__name__}{keys}, in which no logits were found. Say "
-        "where they are: build(..., output=lambda out: out['prediction'])."
+        f"the model returned {type(output).__name__}{there}, in which no logits were found. Say "
+        f"where they are: build(..., output=lambda out: out[{example!r}]).{several} For a loss "
+        "without a likelihood, give fisher={'name': 'empirical', 'terms': ...}."
     )
 
 

@@ -12,6 +12,7 @@ import weakref
 from collections.abc import Collection
 from typing import Protocol
 
+import attrs
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
@@ -19,6 +20,7 @@ from torch.autograd.graph import Node
 from kfactk.capture.forward import Forward, Sink
 from kfactk.capture.guard import parameter_nodes
 from kfactk.capture.torch_modes import full_precision
+from kfactk.samples import LayerCall
 from kfactk.stages import Layer
 
 
@@ -62,8 +64,7 @@ class UserBackward:
         self._sink, self._scale, self._owner = sink, scale, owner
         self._records = [call.record for call in forward.calls]
         self._ends = [parameter_nodes(call.parameters) for call in forward.calls]
-        self._gradients: dict[int, Tensor] = {}
-        self._factors: dict[int, Tensor | float] = {}
+        self._calls: dict[int, list[LayerCall]] = {}
         self._reached: set[int] = set()
         self._gone: set[Layer] = set()
         self._derived: set[Layer] = set()
@@ -91,8 +92,7 @@ class UserBackward:
     def forget(self) -> bool:
         """Drop what has arrived, because `.grad` was emptied; return whether anything had."""
         arrived, self.arrived = self.arrived, False
-        self._gradients.clear()
-        self._factors.clear()
+        self._calls.clear()
         self._reached.clear()
         self._gone.clear()
         return arrived
@@ -101,8 +101,7 @@ class UserBackward:
         """Drop what has arrived of these layers."""
         for number, record in enumerate(self._records):
             if record.layer in layers:
-                self._gradients.pop(number, None)
-                self._factors.pop(number, None)
+                self._calls.pop(number, None)
                 self._reached.discard(number)
         self._gone.difference_update(layers)
 
@@ -110,7 +109,7 @@ class UserBackward:
         """Hand on what has arrived: calls without a gradient add nothing. Nothing comes after."""
         for handle in self._handles:
             handle.remove()
-        self._hand_on([self._records[number].layer for number in self._gradients])
+        self._hand_on([self._records[number].layer for number in self._calls])
         self._last = None
 
     def take(self, number: int | None, gradient: Tensor | None) -> None:
@@ -142,7 +141,7 @@ class UserBackward:
             self._freed = _is_freed(self._last)
         self._last = torch._C._current_autograd_node()
         with torch.no_grad(), full_precision([gradient.device.type]):
-            self._add(number, gradient.detach(), self._scale.factor())
+            self._add(number, self._records[number].calls(gradient, self._scale.factor()))
             if self._freed:
                 self._hand_on(self._complete())
 
@@ -183,11 +182,11 @@ class UserBackward:
                 raise
             return None
 
-    def _add(self, number: int, gradient: Tensor, factor: Tensor | float) -> None:
-        if number in self._gradients:
-            before = self._gradients[number] * self._factors[number]
-            gradient, factor = before + gradient * factor, 1.0
-        self._gradients[number], self._factors[number] = gradient, factor
+    def _add(self, number: int, calls: list[LayerCall]) -> None:
+        if number in self._calls:
+            before = self._calls[number]
+            calls = [_summed(one, other) for one, other in zip(before, calls, strict=True)]
+        self._calls[number] = calls
         self._reached.add(number)
 
     def _complete(self) -> list[Layer]:
@@ -200,7 +199,7 @@ class UserBackward:
             for number, record in enumerate(self._records)
             if number not in self._reached
         }
-        arrived = (self._records[number].layer for number in self._gradients)
+        arrived = (self._records[number].layer for number in self._calls)
         return [layer for layer in arrived if layer not in waiting]
 
     def _hand_on(self, layers: list[Layer]) -> None:
@@ -209,17 +208,19 @@ class UserBackward:
             if layer in self._gone:
                 continue
             self._gone.add(layer)
-            calls = [
-                record.call(self._gradients[number], self._factors[number])
-                for number, record in enumerate(self._records)
-                if record.layer is layer and number in self._gradients
-            ]
+            calls: list[LayerCall] = []
             for number, record in enumerate(self._records):
-                if record.layer is layer:
-                    self._gradients.pop(number, None)
-                    self._factors.pop(number, None)
+                if record.layer is layer and number in self._calls:
+                    record.check()
+                    calls += self._calls.pop(number)
             if self._sink is not None:
                 self._sink(layer, calls)
+
+
+def _summed(one: LayerCall, other: LayerCall) -> LayerCall:
+    """Return a call with the gradients of two backwards."""
+    gradient = one.gradient * one.scale + other.gradient * other.scale
+    return attrs.evolve(one, gradient=gradient, scale=1.0)
 
 
 class _Prehook:

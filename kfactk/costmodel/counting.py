@@ -15,6 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,7 +23,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from kfactk.assignment import Work, is_square
-from kfactk.capture.support import model_output
+from kfactk.capture.heads import Head
+from kfactk.capture.hooks import call_tensors
+from kfactk.capture.replay import CallContext, RecordedReplay, recorded_arguments, tensors_of
 from kfactk.costmodel.communication import Sizes, numbers_sent
 from kfactk.costmodel.cost import NOTHING, Amount, LayerCost, TrainingLoad
 from kfactk.errors import CombinationError, OptionError
@@ -31,6 +34,7 @@ from kfactk.preconditioner.coverage import ModelSurvey
 from kfactk.preconditioner.placement import workload_of
 from kfactk.recipe import Recipe
 from kfactk.samples import LayerCall, Statistic
+from kfactk.stages import Fisher
 from kfactk.statistics import RunningMean
 
 SOLVERS = {"eigh": ("eigh", "svd", "eig", "qr", "inv", "lu"), "cholesky": ("cholesky",)}
@@ -123,36 +127,42 @@ def training_load(model: nn.Module, recipe: Recipe, batch: Tensor) -> TrainingLo
     """
     blocks = _blocks(model, recipe)
     workload = workload_of(blocks, recipe.schedule)
-    calls: dict[str, list[tuple[Tensor, Tensor]]] = {block.name: [] for block in blocks}
+    recorded: dict[Block, list[MetaCall]] = {block: [] for block in blocks}
+    sites: dict[nn.Module, list[Block]] = {}
+    for block in (block for block in blocks if not block.of_gradient):
+        for site in block.layer.sites:
+            sites.setdefault(site, []).append(block)
     model.train()
     with contextlib.ExitStack() as hooks, Meter() as forward:
-        for block in (block for block in blocks if not block.of_gradient):
-            recording = functools.partial(_record, calls[block.name])
-            for site in block.layer.sites:
-                hooks.enter_context(site.register_forward_hook(recording))
-        output = _run(model, batch)
-    outputs = [out for found in calls.values() for _, out in found if out.requires_grad]
+        for site, inside in sites.items():
+            recording = functools.partial(_record, recorded, inside)
+            hooks.enter_context(site.register_forward_hook(recording, with_kwargs=True))
+        returned = _run(model, batch)
+    heads = [head.locate(returned) for head in recipe.heads]
+    empty = [torch.empty_like(output) for output in heads]
+    all_calls = [call for found in recorded.values() for call in found]
+    outputs = {id(call.output): call.output for call in all_calls if call.output.requires_grad}
     with Meter() as fisher:
         if outputs:
             torch.autograd.grad(
-                output, outputs, torch.empty_like(output), retain_graph=True, allow_unused=True
+                heads, list(outputs.values()), empty, retain_graph=True, allow_unused=True
             )
+        calls = {
+            block: [inner for call in found for inner in call.layer_calls(block.layer.part)]
+            for block, found in recorded.items()
+        }
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with Meter() as backward:
-        torch.autograd.grad(output, trained, torch.empty_like(output), allow_unused=True)
+        torch.autograd.grad(heads, trained, empty, allow_unused=True)
     costs = {}
     for block, work in zip(blocks, workload.works, strict=True):
-        found = [
-            LayerCall(given.detach(), torch.empty_like(out).detach())
-            for given, out in calls[block.name]
-        ]
-        costs[block.name] = _layer_cost(block, work, found)
+        costs[block.name] = _layer_cost(block, work, calls[block])
     return TrainingLoad(
         workload,
         costs,
         forward_backward=forward.amount + backward.amount,
         fisher_pass=fisher.amount,
-        passes=_passes(recipe, output) if outputs else 0,
+        passes=_passes(recipe, returned) if outputs else 0,
         parameters=sum(parameter.numel() for parameter in trained),
         state=_state_per_parameter(recipe),
         activations=float(forward.written),
@@ -160,9 +170,9 @@ def training_load(model: nn.Module, recipe: Recipe, batch: Tensor) -> TrainingLo
     )
 
 
-def _run(model: nn.Module, batch: Tensor) -> Tensor:
+def _run(model: nn.Module, batch: Tensor) -> Any:
     try:
-        return model_output(model(batch))
+        return model(batch)
     except Exception as error:  # a model may raise anything
         raise CombinationError(
             "the model could not run without data, on the meta device and an input of shape "
@@ -172,8 +182,51 @@ def _run(model: nn.Module, batch: Tensor) -> Tensor:
         ) from error
 
 
-def _record(calls: list[tuple[Tensor, Tensor]], module: nn.Module, args: Any, out: Tensor) -> None:
-    calls.append((args[0], out))
+@attrs.frozen(eq=False)
+class MetaCall:
+    """One call of a module, without numbers.
+
+    Args:
+        call: The call, with a gradient of its output.
+        output: Its output.
+        replay: Runs the call again, where layers lie inside the module.
+    """
+
+    call: LayerCall
+    output: Tensor
+    replay: RecordedReplay | None
+
+    def layer_calls(self, part: str) -> list[LayerCall]:
+        """Return the calls of one part of the module."""
+        if self.replay is not None:
+            return self.replay.calls(part, self.call.gradient)
+        return [self.call]
+
+
+def _record(
+    recorded: Mapping[Block, list[MetaCall]],
+    blocks: Sequence[Block],
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
+) -> None:
+    replay, again = blocks[0].layer.replay, None
+    if replay is not None:
+        output = replay.output(output)
+        again = RecordedReplay(
+            blocks[0].layer.path,
+            recorded_arguments(module, args, kwargs),
+            CallContext.now(tensors_of(args, kwargs)[0].device),
+            replay,
+            output.detach(),
+            [block.layer.part for block in blocks],
+        )
+    inputs, arguments = call_tensors(module, args, kwargs)
+    gradient = torch.empty_like(output).detach()
+    call = LayerCall(inputs, gradient, module=module, arguments=arguments)
+    for block in blocks:
+        recorded[block].append(MetaCall(call, output, again))
 
 
 def _layer_cost(block: Block, work: Work, calls: Sequence[LayerCall]) -> LayerCost:
@@ -258,16 +311,21 @@ def _decompose_corners(block: Block, work: Work) -> tuple[Parts, str]:
     return parts, meter.solver()
 
 
-def _passes(recipe: Recipe, output: Tensor) -> int:
+def _passes(recipe: Recipe, output: Any) -> int:
     """Return the number of Fisher passes that the framework makes over one forward."""
-    view = recipe.likelihood.view(output)
-    num_terms, width = int(view.shape[1]), int(view.shape[2])
     if not recipe.fisher.own_pass:
         return 0
+    return sum(_passes_of(recipe.fisher, head, output) for head in recipe.heads)
+
+
+def _passes_of(fisher: Fisher, head: Head, output: Any) -> int:
+    """Return the number of passes for one head."""
+    view = head.likelihood.view(head.locate(output))
+    num_terms, width = int(view.shape[1]), int(view.shape[2])
 
     def losses(positions: int) -> int:
         few = torch.zeros(1, positions, width, requires_grad=True)
-        return sum(1 for _ in recipe.fisher.losses(few, recipe.likelihood, None, torch.Generator()))
+        return sum(1 for _ in fisher.losses(few, head.likelihood, None, torch.Generator()))
 
     one = losses(1)
     return one if num_terms == 1 else one + (losses(2) - one) * (num_terms - 1)

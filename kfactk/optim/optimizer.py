@@ -146,7 +146,7 @@ class Optimizer(torch.optim.Optimizer):
         self._fisher_pass = FisherPass(
             pre,
             recipe.fisher,
-            recipe.likelihood,
+            recipe.heads,
             recipe.output,
             reduction=recipe.reduction,
             unseen=recipe.unseen,

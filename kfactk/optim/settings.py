@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -9,6 +10,8 @@ import attrs
 from torch import Tensor
 
 from kfactk._version import __version__
+from kfactk.capture.heads import Head, at_path
+from kfactk.capture.support import model_output
 from kfactk.errors import CombinationError, OptionError
 from kfactk.masking import mask_settings
 from kfactk.options import (
@@ -73,6 +76,39 @@ class BlockSpec:
         return out
 
 
+@attrs.frozen
+class HeadSpec:
+    """A likelihood for a part of the output; made by `kfactk.head`.
+
+    Args:
+        output: The path of its part, such as "aux.logits", or a function that finds it.
+        likelihood: The likelihood stage.
+        weight: The factor of its loss.
+    """
+
+    output: str | Callable[[Any], Tensor]
+    likelihood: Likelihood
+    weight: float = 1.0
+
+    def find(self, returned: Any) -> Any:
+        """Return its part of what a model returned."""
+        if isinstance(self.output, str):
+            return at_path(returned, self.output)
+        return self.output(returned)
+
+    def written(self) -> dict[str, Any]:
+        """Return the spec in JSON's types.
+
+        Raises:
+            OptionError: A stage or function cannot be written.
+        """
+        return {
+            "output": to_json(self.output, "output of a head"),
+            "likelihood": registry().describe("likelihood", self.likelihood),
+            **({} if self.weight == 1 else {"weight": self.weight}),
+        }
+
+
 def _number(high: float = float("inf"), *, varies: bool = False) -> Any:
     def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
         if callable(value) and not varies:
@@ -125,7 +161,7 @@ class Settings:
     curvature: tuple[BlockSpec, ...] = attrs.field(validator=_specs)
     basis: Basis
     fisher: Fisher
-    likelihood: Likelihood
+    likelihood: Likelihood | tuple[HeadSpec, ...]
     clip: Clip
     update: Update
     placement: Placement
@@ -162,6 +198,20 @@ class Settings:
         object.__setattr__(self, "rules", rules_of(self.curvature, self.basis))
         self._check_clip()
 
+    @property
+    def heads(self) -> tuple[Head, ...]:
+        """The likelihoods, each with what finds its part of the model's output."""
+        if not isinstance(self.likelihood, tuple):
+            return (Head(self.likelihood, self.output or model_output),)
+        return tuple(
+            Head(spec.likelihood, functools.partial(self._find, spec), spec.weight)
+            for spec in self.likelihood
+        )
+
+    def _find(self, spec: HeadSpec, returned: Any) -> Any:
+        """Return the part of a head, in what `output` makes of what the model returned."""
+        return spec.find(returned if self.output is None else self.output(returned))
+
     def _check_clip(self) -> None:
         """Check that no basis waives a law that the clip needs."""
         needs: frozenset[str] = getattr(self.clip, "needs", frozenset())
@@ -186,6 +236,8 @@ class Settings:
         if field == "curvature":
             specs = [spec.written() for spec in value]
             return specs[0] if len(specs) == 1 and "name" in specs[0] else specs
+        if field == "likelihood" and isinstance(value, tuple):
+            return [spec.written() for spec in value]
         if field in STAGE_HOOKS:
             return None if value is None else registry().describe(field, value)
         return to_json(value, field)

@@ -138,7 +138,7 @@ class BlockView:
     def _checked(self, tensors: Mapping[str, Tensor], strict: bool) -> dict[str, Tensor]:
         """Return tensors given by parameter name, checked."""
         known, found = self.layer.tensors(), {}
-        present = dict(self.layer.module.named_parameters(recurse=False))
+        present = dict(self.layer.module.named_parameters())
         for name, tensor in _items(tensors):
             if name in known:
                 check_tensor(name, tensor, known[name])

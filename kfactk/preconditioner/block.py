@@ -122,13 +122,14 @@ class Block:
         self.state.seen += 1
         self._gather(samples, plan)
         if plan.late:
-            self.state.input_versions += [(call.inputs, call.inputs._version) for call in calls]
+            read = (each for call in calls for each in (call.inputs, *call.arguments.values()))
+            self.state.input_versions += [(each, each._version) for each in read]
 
     def accumulate_nothing(self, num_terms: Tensor | float, plan: BlockPlan) -> None:
         """Count the terms of a forward in which the layer did not run: its sums are zero."""
         with attribute_errors("curvature", self.curvature, self._where):
             call = self.curvature.blank(self.layer)
-            empty = LayerCall(call.inputs[:0], call.gradient[:0])
+            empty = attrs.evolve(call, inputs=call.inputs[:0], gradient=call.gradient[:0])
             samples = self.curvature.samples(self.layer, [empty], num_terms=num_terms, first=True)
         self._gather(samples, plan)
 

@@ -12,7 +12,7 @@ from torch.nn.parameter import UninitializedParameter
 from kfactk.errors import OptionError, near_names
 from kfactk.preconditioner.parameters import ParameterTracker
 from kfactk.preconditioner.rules import BlockRule, within
-from kfactk.stages import Layer
+from kfactk.stages import Layer, Replay, owner_of, parameter_at
 from kfactk.validation import attribute_errors
 
 
@@ -140,6 +140,7 @@ class Candidate:
         shapes: Its parameters by name, the anchor first, with their shapes.
         sites: All modules that hold these parameters.
         rule: The rule that takes it.
+        replay: How calls of the module run again, where the layer lies inside.
     """
 
     name: str
@@ -148,6 +149,7 @@ class Candidate:
     shapes: Mapping[str, torch.Size]
     sites: tuple[nn.Module, ...]
     rule: BlockRule
+    replay: Replay | None = None
 
     @property
     def anchor(self) -> str:
@@ -166,7 +168,12 @@ class Candidate:
 
     def layer(self) -> Layer:
         """Return the layer of all its parameters, whatever is trained now."""
-        return Layer(self.name, self.module, tuple(self.shapes), self.part, self.sites)
+        names = tuple(self.shapes)
+        return Layer(self.name, self.module, names, self.part, self.sites, self.replay)
+
+    def tensors(self) -> Iterator[nn.Parameter]:
+        """Yield its parameters, as they are in the module now."""
+        yield from _named(self.module, self.shapes).values()
 
 
 class ModelSurvey:
@@ -218,6 +225,7 @@ class ModelSurvey:
             return
         self._examined = self.tracker.signature
         modules = [(name, module) for name, module in self.model.named_modules() if _own(module)]
+        names = {module: name for name, module in modules}
         owners: dict[int, list[tuple[str, nn.Module, str]]] = {}
         for name, module in modules:
             for key, parameter in _own(module).items():
@@ -225,36 +233,93 @@ class ModelSurvey:
         candidates: list[Candidate] = []
         self._why_not = {}
         taken: set[nn.Module] = set()
+        inside: set[tuple[nn.Module, str]] = set()
         for name, module in modules:
+            if all((module, key) in inside for key in _own(module)):
+                continue
             rule, reason = self._rule_for(name, module)
+            if rule is not None and rule.of_gradient:
+                rule = None  # it takes what is left of all modules, below
+            parts = {} if rule is None else self._parts(name, module, rule)
             sites: tuple[nn.Module, ...] = (module,)
             if rule is not None:
-                sites, reason = self._sites(name, module, rule, owners)
+                sites, reason = self._sites(name, module, rule, parts, owners)
             if rule is not None and not reason and module not in taken:
                 taken.update(sites)
-                candidates += self._parts(name, module, rule, sites)
+                candidates += self._candidates(names[sites[0]], module, rule, parts, sites)
+                candidates += _beside(module, sites, rule, names, owners)
+                for site in sites:
+                    inside.update(owner_of(site, key) for keys in parts.values() for key in keys)
             for key in _own(module):
                 self._why_not[_join(name, key)] = reason
+        for candidate in candidates:
+            for site in candidate.sites:
+                beside = f"the {candidate.anchor} beside it is tied, in block {candidate.name!r}"
+                for key in _own(site):
+                    reason = "" if key in _own(candidate.module) else beside
+                    self._why_not[_join(names[site], key)] = reason
         candidates += self._rest(modules, candidates)
-        order = {id(module): place for place, (_, module) in enumerate(modules)}
-        candidates.sort(key=lambda candidate: order[id(candidate.module)])
+        order = {module: place for place, (_, module) in enumerate(modules)}
+        candidates.sort(key=lambda candidate: order[candidate.module])
         self.candidates = tuple(candidates)
         self._layers.clear()
 
-    @staticmethod
-    def _parts(
-        name: str, module: nn.Module, rule: BlockRule, sites: tuple[nn.Module, ...]
-    ) -> list[Candidate]:
-        """Return the layers that a rule makes of a module."""
+    def _excluded(self, name: str) -> str:
+        """Return why a module is left alone; empty where it is not."""
+        patterns = (pattern for pattern in self.exclude if within(name, pattern))
+        return next((f"excluded (exclude={pattern!r})" for pattern in patterns), "")
+
+    def _unsupported(self, rule: BlockRule, name: str, module: nn.Module) -> str | None:
+        """Return why a rule's curvature supports nothing of a module, or `None`."""
+        with attribute_errors("curvature", rule.curvature, f"on module {name!r}"):
+            return rule.curvature.unsupported(module)
+
+    def _parts(self, name: str, module: nn.Module, rule: BlockRule) -> dict[str, tuple[str, ...]]:
+        """Return the parts of a module that a rule may take.
+
+        A part with parameters of modules inside is left out where one of these is excluded, or
+        belongs to an earlier rule on gradients.
+        """
         with attribute_errors("curvature", rule.curvature, f"on module {name!r}"):
             parts = rule.curvature.parts(module)
-        found = []
-        for part, parameters in parts.items():
+            for key in (key for keys in parts.values() for key in keys):
+                if parameter_at(module, key) is None:
+                    raise ValueError(f"parts() names {key!r}, which is no parameter of it")
+        earlier = self.rules[: self.rules.index(rule)]
+
+        def elsewhere(key: str) -> bool:
+            owner, path = owner_of(module, key)[0], _join(name, key).rpartition(".")[0]
+            if owner is module:
+                return False
+            own_rule, _ = self._rule_for(path, owner)
+            of_gradient = own_rule is not None and own_rule.of_gradient
+            return bool(self._excluded(path)) or (of_gradient and own_rule in earlier)
+
+        return {part: keys for part, keys in parts.items() if not any(map(elsewhere, keys))}
+
+    def _candidates(
+        self,
+        name: str,
+        module: nn.Module,
+        rule: BlockRule,
+        parts: Mapping[str, tuple[str, ...]],
+        sites: tuple[nn.Module, ...],
+    ) -> Iterator[Candidate]:
+        """Yield a candidate for each part of a module."""
+        with attribute_errors("curvature", rule.curvature, f"on module {name!r}"):
+            replay = rule.curvature.replay(module)
+        for part, keys in parts.items():
             label = f"{name}[{part}]" if part else name
-            own = _own(module)
-            shapes = {key: own[key].shape for key in parameters}
-            found.append(Candidate(label, module, part, shapes, sites, rule))
-        return found
+            shapes = {key: parameter.shape for key, parameter in _named(module, keys).items()}
+            yield Candidate(label, module, part, shapes, sites, rule, replay)
+
+    def _of_gradient(
+        self, name: str, module: nn.Module, rule: BlockRule
+    ) -> list[tuple[Candidate, str | None]]:
+        """Return the layers that a rule on gradients makes of a module, and why not, of each."""
+        parts = self._parts(name, module, rule)
+        made = self._candidates(name, module, rule, parts, (module,))
+        return [(each, rule.refuses(each.layer())) for each in made]
 
     def _rest(
         self, modules: Sequence[tuple[str, nn.Module]], taken: Sequence[Candidate]
@@ -267,70 +332,59 @@ class ModelSurvey:
             modules: By name.
             taken: The layers that there are already.
         """
-        held = {id(c.module._parameters[key]) for c in taken for key in c.shapes}
+        held = {id(parameter) for candidate in taken for parameter in candidate.tensors()}
         places = {candidate.place for candidate in taken}
         found: list[Candidate] = []
-        for name, module in modules:
-            if self._excluded(name):
-                continue
-            reasons: dict[str, dict[str, None]] = {key: {} for key in _own(module)}
-            for rule in self.rules:
-                if not (rule.of_gradient and rule.allows(name)):
+        modules = [(name, module) for name, module in modules if not self._excluded(name)]
+        reasons: dict[str, dict[str, None]] = {
+            _join(name, key): {} for name, module in modules for key in _own(module)
+        }
+        for rule in (rule for rule in self.rules if rule.of_gradient):
+            for name, module in modules:
+                if not rule.allows(name):
                     continue
                 if reason := self._unsupported(rule, name, module):
-                    for told in reasons.values():
-                        told[reason] = None
+                    for key in _own(module):
+                        reasons[_join(name, key)][reason] = None
                     continue
-                for made in self._parts(name, module, rule, (module,)):
-                    if any(id(module._parameters[key]) in held for key in made.shapes):
+                for made, refusal in self._of_gradient(name, module, rule):
+                    mine = {id(parameter) for parameter in made.tensors()}
+                    if mine & held:
+                        continue
+                    if refusal:
+                        reasons[_join(name, made.anchor)][refusal] = None
                         continue
                     if made.place in places:  # another rule's part has this name
                         part = made.anchor
                         made = attrs.evolve(made, name=f"{made.path}[{part}]", part=part)
-                    if reason := rule.refuses(made.layer()):
-                        reasons[made.anchor][reason] = None
-                        continue
-                    held.update(id(module._parameters[key]) for key in made.shapes)
+                    held |= mine
                     places.add(made.place)
                     found.append(made)
-            for key, told in reasons.items():
-                before = self._why_not[_join(name, key)]
-                known = dict.fromkeys([*([before] if before else []), *told])
-                takes = id(module._parameters[key]) in held
-                self._why_not[_join(name, key)] = "" if takes else "; ".join(known)
+        for name, module in modules:
+            for key, parameter in _own(module).items():
+                path = _join(name, key)
+                before = self._why_not.get(path, "")
+                known = dict.fromkeys([*([before] if before else []), *reasons[path]])
+                self._why_not[path] = "" if id(parameter) in held else "; ".join(known)
         return found
 
-    def _excluded(self, name: str) -> str:
-        """Return why a module is left alone by its name, or ""."""
-        for pattern in self.exclude:
-            if within(name, pattern):
-                return f"excluded (exclude={pattern!r})"
-        return ""
-
-    def _unsupported(self, rule: BlockRule, name: str, module: nn.Module) -> str | None:
-        with attribute_errors("curvature", rule.curvature, f"on module {name!r}"):
-            return rule.curvature.unsupported(module)
-
     def _rule_for(self, name: str, module: nn.Module) -> tuple[BlockRule | None, str]:
-        """Return the first rule on samples that supports a module, or the reasons of all.
+        """Return the first rule that supports a module, and the reasons of those that do not.
 
-        Where a rule on gradients stands before it, and takes any parameter, the module is left to
-        that one.
+        A rule on gradients supports it where its basis can treat any of its parameters.
         """
-        if reason := self._excluded(name):
-            return None, reason
+        if excluded := self._excluded(name):
+            return None, excluded
         reasons: dict[str, None] = {}
         allowing = [rule for rule in self.rules if rule.allows(name)]
         for rule in allowing:
-            found = self._unsupported(rule, name, module)
-            if rule.of_gradient:
-                made = self._parts(name, module, rule, (module,)) if found is None else []
-                if any(rule.refuses(each.layer()) is None for each in made):
-                    break
-            elif found is None:
+            if reason := self._unsupported(rule, name, module):
+                if not rule.of_gradient:  # the others tell theirs for each parameter
+                    reasons[reason] = None
+            elif not rule.of_gradient:
                 return rule, ""
-            else:
-                reasons[found] = None
+            elif any(not refusal for _, refusal in self._of_gradient(name, module, rule)):
+                return rule, "; ".join(reasons)
         return None, "; ".join(reasons) or ("" if allowing else "no block's layers= matches it")
 
     def _sites(
@@ -338,34 +392,56 @@ class ModelSurvey:
         name: str,
         module: nn.Module,
         rule: BlockRule,
+        parts: Mapping[str, tuple[str, ...]],
         owners: Mapping[int, Sequence[tuple[str, nn.Module, str]]],
     ) -> tuple[tuple[nn.Module, ...], str]:
         """Return all modules with the same parameters, or why tied modules make no layer."""
-        own = _own(module)
-        others = [each for p in own.values() for each in owners[id(p)] if each[1] is not module]
-        names = {_join(other, key) for other, _, key in others}
+        keys = dict.fromkeys([*_own(module), *(key for part in parts.values() for key in part)])
+        own = _named(module, keys)
+        places = {key: owner_of(module, key) for key in own}
+        others: dict[tuple[nn.Module, str], str] = {}
         for key, parameter in own.items():
-            again = (k for _, m, k in owners[id(parameter)] if m is module and k != key)
-            names |= {_join(name, k) for k in again}
-        if not names:
+            for other_name, other, other_key in owners[id(parameter)]:
+                if (other, other_key) != places[key]:
+                    others[other, other_key] = _join(other_name, other_key)
+        if not others:
             return (module,), ""
-        tied = f"tied: it shares a parameter with {', '.join(sorted(names))}"
+        tied = f"tied: it shares a parameter with {', '.join(sorted(set(others.values())))}"
         mine = {key: id(parameter) for key, parameter in own.items()}
-        sites = dict.fromkeys([module, *(other for _, other, _ in others)])
-        for other in sites:
-            if mine != {key: id(p) for key, p in _own(other).items()}:
-                return (module,), tied
         if len(set(mine.values())) < len(mine):
             return (module,), tied
-        for other_name, other, _ in others:
-            if self._rule_for(other_name, other)[0] is not rule:
+        names = {each: path for path, each in self.model.named_modules()}
+        direct = {key for key in own if places[key][0] is module}
+        alike: dict[nn.Module, bool] = {}
+        for other in dict.fromkeys(each for each, key in others if key in direct):
+            theirs = {key: id(p) for key, p in _named(other, [*_own(other), *keys]).items()}
+            alike[other] = self._rule_for(names[other], other)[0] is rule
+            if mine != theirs and (alike[other] or not mine.items() <= theirs.items()):
                 return (module,), tied
+            if not alike[other] and not self._may_join(rule, names[other], other):
+                return (module,), tied
+            if not alike[other] and not self._may_join(rule, other_name, other):
+                return (module,), tied
+        for other, of_the_rule in alike.items():
             with attribute_errors("curvature", rule.curvature, f"on module {name!r}"):
                 same = rule.curvature.same_call(module, other)
             if not same:
-                return (module,), f"{tied}, of a module with other settings"
+                settings = ", of a module with other settings" if of_the_rule else ""
+                return (module,), f"{tied}{settings}"
+        if not set(others) <= {owner_of(each, key) for each in alike for key in own}:
+            return (module,), tied
         order = {id(each): place for place, each in enumerate(self.model.modules())}
-        return tuple(sorted(sites, key=lambda site: order[id(site)])), ""
+        return tuple(sorted([module, *alike], key=lambda site: order[id(site)])), ""
+
+    def _may_join(self, rule: BlockRule, name: str, module: nn.Module) -> bool:
+        """Return whether a module, which another rule may take, may be a site of a rule's layer.
+
+        It may where nobody has asked for something else, and the rule does not take it by itself.
+        """
+        own_rule, _ = self._rule_for(name, module)
+        if self._excluded(name) or not rule.allows(name) or (own_rule and own_rule.layers):
+            return False
+        return self._unsupported(rule, name, module) is not None
 
     def layers(self, trained: Container[int]) -> list[tuple[CoveredLayer, BlockRule]]:
         """Return the layers whose anchor is trained now, in the model's order, with their rules.
@@ -397,6 +473,7 @@ class ModelSurvey:
                 names,
                 candidate.part,
                 candidate.sites,
+                candidate.replay,
                 shapes=tuple(candidate.shapes[name] for name in names),
                 tracker=self.tracker,
             )
@@ -429,27 +506,20 @@ class ModelSurvey:
     def coverage(self, trained: Container[int]) -> Coverage:
         """Return the table, by what is trained now."""
         self.tracker.look()
-        layers = self.layers(trained)
         blocks = {
-            _join(layer.path, key): (layer.name, rule.label)
-            for layer, rule in layers
-            for key in layer.parameters
-        }
-        owners = {
             id(parameter): (layer.name, rule.label)
-            for layer, rule in layers
+            for layer, rule in self.layers(trained)
             for parameter in layer.tensors().values()
         }
-        anchors = {
-            _join(candidate.path, key): candidate
+        owners = {
+            id(self.tracker.at(candidate.module, key)): candidate
             for candidate in self.candidates
             for key in candidate.shapes
         }
         rows = []
         for name, parameter in self.parameters():
             wanted = parameter.requires_grad and id(parameter) in trained
-            block, stages = blocks.get(name) or owners.get(id(parameter)) or (None, "")
-            if block is not None:
+            if id(parameter) in blocks:
                 reason = ""
             elif not parameter.requires_grad:
                 reason = "frozen (requires_grad is False)"
@@ -457,18 +527,48 @@ class ModelSurvey:
                 reason = "not among the optimizer's parameters"
             else:
                 reason = self._why_not.get(name, "")
-                if not reason and name in anchors:
-                    candidate = anchors[name]
+                if not reason and (candidate := owners.get(id(parameter))) is not None:
                     untrained = f"the layer's {candidate.anchor} is not trained"
                     reason = self._left.get(candidate.place, untrained)
                 reason = reason or "the curvature treats other parameters of its module only"
             shape = () if isinstance(parameter, UninitializedParameter) else tuple(parameter.shape)
+            block, stages = blocks.get(id(parameter), (None, ""))
             rows.append(Row(name, shape, block, reason, wanted, stages))
         return Coverage(tuple(rows))
 
 
 def _own(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module._parameters.items() if p is not None}
+
+
+def _beside(
+    module: nn.Module,
+    sites: Iterable[nn.Module],
+    rule: BlockRule,
+    names: Mapping[nn.Module, str],
+    owners: Mapping[int, Sequence[tuple[str, nn.Module, str]]],
+) -> Iterator[Candidate]:
+    """Yield the layers of what sites of a module's layer hold besides its parameters.
+
+    A module that contains the site may hold such a parameter too: it leaves its use to the site.
+    """
+    for site in sites:
+        more = {key: p for key, p in _own(site).items() if key not in module._parameters}
+        if not more:
+            continue
+        with attribute_errors("curvature", rule.curvature, f"on module {names[site]!r}"):
+            parts = rule.curvature.parts(site)
+        for part, keys in parts.items():
+            having = [m for key in keys if key in more for _, m, _ in owners[id(more[key])]]
+            if more.keys() >= set(keys) and all(site in each.modules() for each in having):
+                label, shapes = f"{names[site]}[{part}]", {key: more[key].shape for key in keys}
+                yield Candidate(label, site, part, shapes, (site,), rule)
+
+
+def _named(module: nn.Module, keys: Iterable[str]) -> dict[str, nn.Parameter]:
+    """Return the parameters of these names, those of modules inside too; without absent ones."""
+    found = ((key, parameter_at(module, key)) for key in keys)
+    return {key: parameter for key, parameter in found if parameter is not None}
 
 
 def _check_pattern(option: str, pattern: str, names: Iterable[str]) -> None:

@@ -19,6 +19,7 @@ from torch.nn.parameter import UninitializedParameter
 from kfactk.distributed.sharding import is_sharded
 from kfactk.errors import KfactkError
 from kfactk.preconditioner.state import is_ours
+from kfactk.stages import owner_of
 
 
 class ParameterTracker:
@@ -132,7 +133,8 @@ class ParameterTracker:
                     self._known.update(dict.fromkeys(places, new))
 
     def at(self, module: nn.Module, name: str) -> nn.Parameter | None:
-        """Return the trained parameter that is meant at one place."""
+        """Return the trained parameter that is meant at one place, or inside: "out_proj.weight"."""
+        module, name = owner_of(module, name)
         here = module._parameters.get(name)
         if not self._divided:
             return here

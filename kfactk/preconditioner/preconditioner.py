@@ -308,7 +308,8 @@ class Preconditioner:
         flags = [float(bool(silent)), float(nonzero)]
         silent_anywhere, nonzero_anywhere = self.communicator.total(flags, device_of(missing))
         if silent:
-            raise CaptureError(missing_samples_message(silent))
+            some = any(block not in missing for block in self._plan.followed)
+            raise CaptureError(missing_samples_message(silent, some=some))
         if silent_anywhere:
             raise CaptureError(
                 "another rank has a gradient for a layer that gave no sample on any rank. See the "

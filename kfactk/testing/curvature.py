@@ -40,9 +40,11 @@ class CurvatureLaws(OnLayers, InRecipe):
     """The laws that every curvature obeys.
 
     By default the laws draw all configurations of the layers that the strategies know and that
-    `unsupported` accepts: linear layers, convolutions, layer norm, embeddings. Override `cases` and
-    `covers` for a layer of another class; `single_row_cases` for Kronecker factors that approximate
-    even where there is one row; `arranged` for a stage with the examples elsewhere than in dim 0.
+    `unsupported` accepts: linear layers, convolutions, transposed convolutions, layer norm,
+    embeddings and bags of them, attention. Override `cases` and `covers` for a layer of another
+    class; `single_row_cases` for Kronecker factors that approximate even where there is one row;
+    `arranged` for a stage with the examples elsewhere than in dim 0. Where calls of a module run
+    again (`replay`), the laws see the calls inside.
 
     Example:
         >>> class TestKfac(CurvatureLaws):
@@ -116,7 +118,7 @@ class CurvatureLaws(OnLayers, InRecipe):
         says = f"the gradients of the examples {some}:{some + 1} are others"
         close(samples.per_example_gradients(rows), expected[..., rows, :, :], says)
         parameters = case.layer.tensors()
-        total = sum(((case.module(x) * g).sum() for x, g in case.calls), torch.zeros(()))
+        total = sum(((case.output(x) * g).sum() for x, g in case.calls), torch.zeros(()))
         gradients = torch.autograd.grad(total, list(parameters.values()))
         whole = dict(zip(parameters, gradients, strict=True))
         says = "the per-example gradients do not sum to autograd's gradient of the summed loss"
@@ -200,7 +202,8 @@ class CurvatureLaws(OnLayers, InRecipe):
         random.shuffle(order)
         says = f"the factor changes when the examples come in the order {order}"
         same(self.means(case.rows(order)), expected, says)
-        backwards = Case(case.module, *case.calls[-1], case.calls[:-1][::-1])
+        (inputs, gradient), *further = case.calls[::-1]
+        backwards = attrs.evolve(case, inputs=inputs, gradient=gradient, further=tuple(further))
         says = "the factor changes when the calls of the layer come in another order"
         same(self.means(backwards), expected, says)
 
@@ -251,6 +254,10 @@ class CurvatureLaws(OnLayers, InRecipe):
         whole, blind = self.sums(case), self.samples(case.times(gradients=0.0))
         inputs = self.curvature.input_factors(case.layer, blind)
         gradients = self.curvature.gradient_factors(case.layer, self.samples(case))
+        assert not inputs or self.curvature.replay(case.module) is None, (
+            f"input_factors gives {sorted(inputs)}, but calls that run again are known in a Fisher "
+            "pass only: leave it empty"
+        )
         both = sorted([*inputs, *gradients])
         assert both == sorted(whole), (
             f"input_factors and gradient_factors give {both}, where factors gives {sorted(whole)}"
@@ -335,6 +342,7 @@ class CurvatureLaws(OnLayers, InRecipe):
     @law(case="cases", dtype=dtypes())
     def test_at_least_float32_is_computed_in(self, case: Case, dtype: torch.dtype) -> None:
         """Curvature is computed in float32 at least, and of float64 layers in float64."""
+        self._want_own_calls(case)
         low = case.to(dtype)
         wide = low.to(torch.float64)
         working = torch.float64 if dtype == torch.float64 else torch.float32
@@ -365,13 +373,14 @@ class CurvatureLaws(OnLayers, InRecipe):
 
         The scale is a number or a tensor.
         """
+        self._want_own_calls(case)
         low = case.to(dtype)
         numbers = [2.0 ** (power + 2 * call) for call in range(len(case.calls))]
         wide = low.to(torch.float64)
         first, *further = [
             (x, g * number) for (x, g), number in zip(wide.calls, numbers, strict=True)
         ]
-        true = Case(wide.module, *first, tuple(further), case.seed)
+        true = attrs.evolve(wide, inputs=first[0], gradient=first[1], further=tuple(further))
         scales = [torch.tensor(number) for number in numbers] if on_device else numbers
         says = f"{dtype} gradients with the scales {numbers} do not count that many times"
         found = self.samples(low, scales=scales).per_example_gradients()
@@ -391,12 +400,13 @@ class CurvatureLaws(OnLayers, InRecipe):
         call = self.curvature.blank(layer)
         assert not call.inputs.any(), "the inputs of blank() are not zero"
         assert not call.gradient.any(), "the gradient of blank() is not zero"
-        inputs = call.inputs.double() if call.inputs.is_floating_point() else call.inputs
-        shape = module(inputs).shape
-        assert call.gradient.shape == shape, (
-            f"blank() has a gradient {list(call.gradient.shape)}, the layer's output for its "
-            f"inputs is {list(shape)}"
-        )
+        if self.curvature.replay(module) is None:  # otherwise it is a call inside the module
+            inputs = call.inputs.double() if call.inputs.is_floating_point() else call.inputs
+            shape = module(inputs).shape
+            assert call.gradient.shape == shape, (
+                f"blank() has a gradient {list(call.gradient.shape)}, the layer's output for its "
+                f"inputs is {list(shape)}"
+            )
         blank = self.curvature.samples(layer, [call], num_terms=1.0, first=True)
         assert blank.examples == 1, (
             f"blank() must be one example, the smallest call; it has {blank.examples}"

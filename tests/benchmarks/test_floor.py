@@ -20,7 +20,7 @@ def found(**options):
     )
     model = nn.Sequential(nn.Linear(D, H, bias=False), nn.Tanh(), nn.Linear(H, C, bias=False))
     machine = floor.ideal(1.0, {"eigh": EIGH})
-    return floor.floor_of(floor.job(setting, model, (D,), N), setting.recipe(), machine)
+    return floor.floor_of(floor.job(setting, model, str(D), N), setting.recipe(), machine)
 
 
 def test_floor_counts_matrix_products():
@@ -73,7 +73,7 @@ def test_rate_is_that_of_the_median_product():
 
 def test_sides_are_decomposed_once():
     setting = Setting(lambda model: None, {"curvature": "kfac", "basis": "ekfac", **PERIODS})
-    jobs = [floor.job(setting, nn.Sequential(nn.Linear(D, H), nn.Linear(H, H)), (D,), N)] * 2
+    jobs = [floor.job(setting, nn.Sequential(nn.Linear(D, H), nn.Linear(H, H)), str(D), N)] * 2
     assert floor.sides(jobs) == {"eigh": [H, H + 1]}  # with the bias: D + 1 = H
     [curve] = floor.solving(torch.device("cpu"), floor.sides(jobs)).values()
     assert [n for n, _ in curve.points] == [H, H + 1]

@@ -28,7 +28,12 @@ BASE = {
 RESULTS = {
     "race": {
         "races": [
-            {"width": width, "device": "cpu", "settings": {"SGD": BASE, "ours": SETTING}}
+            {
+                "task": f"ResNet-8, {width} channels",
+                "baseline": "SGD",
+                "device": "cpu",
+                "settings": {"SGD": BASE, "ours": SETTING},
+            }
             for width in (16, 64)
         ]
     },

@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from benchmarks import race, settings
+from benchmarks import race, tasks
 from benchmarks.floor import Floor
 from benchmarks.race import Run
-from benchmarks.settings import BASELINE
+from benchmarks.settings import ADAMW, BASELINE
 
 RUNS = {
     BASELINE: Run([1.0, 2.0, 3.0], {}),
@@ -47,12 +47,9 @@ def test_tables_show_metrics():
 
 
 def test_all_take_equal_steps_and_ours_are_timed_by_stage():
-    chosen = {
-        name: setting
-        for name, setting in settings.settings().items()
-        if name in (BASELINE, "ekfac")
-    }
-    runs, speed = race.measure(chosen, 1, 2, 2, torch.device("cpu"), profiled=True)
+    task = tasks.resnet8(1)
+    chosen = {name: each for name, each in task.settings().items() if name in (BASELINE, "ekfac")}
+    runs, speed = race.measure(chosen, task, 2, 2, torch.device("cpu"), profiled=True)
     assert {name: len(run.seconds) for name, run in runs.items()} == dict.fromkeys(chosen, 2)
     assert set(speed) == {"float32"}
     mine = runs["ekfac"]
@@ -64,3 +61,15 @@ def test_all_take_equal_steps_and_ours_are_timed_by_stage():
     }  # nothing else is due in the two steps after the first
     assert sum(mine.stages.values()) < sum(mine.seconds) / 2
     assert not runs[BASELINE].stages
+
+
+def test_a_transformer_is_raced_against_adamw(capsys):
+    task = tasks.transformer(4, depth=1)
+    chosen = {name: each for name, each in task.settings().items() if name in (ADAMW, "ekfac")}
+    found = race.race(chosen, task, 2, 2, torch.device("cpu"))
+    printed = capsys.readouterr().out
+    assert found["baseline"] == ADAMW
+    assert found["settings"][ADAMW]["mean"] == 1
+    assert found["settings"]["ekfac"]["floor"] > 1
+    assert "x AdamW" in printed
+    assert "GPT of 1 blocks, width 4, 128 tokens, 2 examples" in printed

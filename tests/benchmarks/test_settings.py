@@ -6,21 +6,25 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import settings
+from benchmarks import settings, tasks
+from benchmarks.tasks import Task
 from kfactk.optim.optimizer import Optimizer
 
 
-@pytest.mark.parametrize("name", sorted(settings.RECIPES))
-def test_every_recipe_trains_the_network(name: str):
-    setting = settings.ours(name)
-    optimizer = setting.make(settings.network(1))
-    assert isinstance(optimizer, Optimizer)
-    assert optimizer.recipe == setting.recipe()
-    assert setting.recipe(factor_every=3).schedule.periods(0)[0] == 3
-
-
-def test_precisions_are_of_settings():
-    assert set(settings.PRECISIONS) <= set(settings.RECIPES)
+@pytest.mark.parametrize("task", [tasks.resnet8(1), tasks.transformer(4, depth=1)])
+def test_every_recipe_trains_its_network(task: Task):
+    inputs, labels = task.batch(2, torch.device("cpu"))
+    for name in task.recipes:
+        setting, model = task.settings(name)[name], task.network()
+        optimizer = setting.make(model)
+        assert isinstance(optimizer, Optimizer)
+        assert optimizer.recipe == setting.recipe()
+        assert setting.recipe(factor_every=3).schedule.periods(0)[0] == 3
+        assert setting.precision == ("bfloat16" if "bfloat16" in name else "float32")
+        loss = task.loss(model(inputs), labels)
+        loss.backward()
+        optimizer.step()
+        assert task.loss(model(inputs), labels) < loss
 
 
 def test_others_are_raced_where_they_are_installed():

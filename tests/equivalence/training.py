@@ -26,7 +26,7 @@ Recipe = Mapping[str, Any]
 
 
 class Mixed(nn.Module):
-    """Convolutions, norms that mix no examples, frozen parameters, and a layer called twice.
+    """Convolutions, attention, norms that mix no examples, frozen parameters, a layer called twice.
 
     Maps `[N, 2, s, s]` to `[N, 3]`.
 
@@ -43,17 +43,22 @@ class Mixed(nn.Module):
             nn.Conv2d(4, 4, taps, groups=2),
             nn.GroupNorm(2, 4),
         )
-        self.frozen, self.wide, self.rows = (
+        self.frozen, self.attn, self.wide, self.rows = (
             nn.Linear(16, 16).requires_grad_(False),
+            nn.MultiheadAttention(4, 2, batch_first=True),
             nn.Linear(16, 5),
             nn.LayerNorm(5),
         )
         self.shared, self.out = nn.Linear(5, 5, bias=False), nn.Linear(5, 3)
         self.out.bias.requires_grad_(False)
+        # Softmax does not see the bias of keys: its gradient is rounding, which Adam enlarges.
+        self.attn.in_proj_bias.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.tanh(self.norm(self.grouped(torch.tanh(self.conv(x)))))
-        x = torch.tanh(self.rows(self.wide(torch.tanh(self.frozen(x.flatten(1))))))
+        x = torch.tanh(self.frozen(x.flatten(1))).view(-1, 4, 4)
+        x = x + self.attn(x, x, x, need_weights=False)[0]
+        x = torch.tanh(self.rows(self.wide(x.flatten(1))))
         return self.out(torch.tanh(self.shared(torch.tanh(self.shared(x)))))
 
 

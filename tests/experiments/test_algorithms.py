@@ -1,3 +1,4 @@
+import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,9 +10,9 @@ from torch.nn import functional
 
 import kfactk
 from experiments import algorithms, settings
+from experiments.algorithms import Collector, means
 from experiments.errors import ExperimentError
 from experiments.settings import Algorithm
-from experiments.tracking import Collector, means
 
 
 def algorithm(optimizer: str = "kfactk", *, trusted: bool = False, **options: Any) -> Algorithm:
@@ -193,3 +194,15 @@ def test_collector_gets_the_metrics_of_a_tracker():
     assert collector.take() == []
     assert means(points)["damping"] == pytest.approx(optimizer.param_groups[0]["damping"])
     assert 0 < means(points)["clip_factor"] <= 1
+
+
+def test_collectors_return_points_once():
+    collector = Collector(3)
+    assert collector.every == 3
+    collector.record(3, {"a": 1.0, "b": float("nan")})
+    collector.record(6, {"a": 3.0})
+    points = collector.take()
+    assert [(point.step, point.metrics["a"]) for point in points] == [(3, 1.0), (6, 3.0)]
+    assert means(points) == {"a": 2.0}
+    assert collector.take() == []
+    json.dumps(means(points))

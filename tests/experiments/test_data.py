@@ -377,3 +377,22 @@ def test_parts_for_a_search_have_no_test_example(dataset: data.Dataset):
     plain = dataset.for_search(50, 0, 5)
     assert len(plain.train) == 50
     assert set(rows(plain.train)) <= own
+
+
+def test_source_code_predicts_its_next_byte_and_keeps_files_apart(tmp_path: Path, monkeypatch):
+    for i in range(12):
+        (tmp_path / f"{i:02}.py").write_bytes(bytes([i]) * 10)
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "a.py").write_bytes(b"x" * 99)
+    monkeypatch.setattr(data.sysconfig, "get_path", lambda _: str(tmp_path))
+    chosen = Data(source="python_source", length=4, train=15)
+    dataset = data.load(chosen, None, tmp_path, quiet)
+    assert dataset.is_text
+    assert len(dataset.train) == 15
+    assert len(dataset.classes) == 256
+    whole = data.load(Data(source="python_source", length=4), None, tmp_path, quiet)
+    train, test = whole.train, whole.test
+    assert torch.equal(train.inputs[:, 1:], train.labels[:, :-1])
+    assert set(test.inputs.flatten().tolist()) == {0, 10}
+    assert set(train.labels.flatten().tolist()) == set(range(12)) - {0, 10}
+    assert len(train) == 100 // 5

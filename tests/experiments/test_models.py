@@ -39,6 +39,17 @@ def test_resnet8_has_the_usual_size():
     assert count(make("resnet8", 3)) == convolutions + norms + 64 * 10 + 10
 
 
+def test_gpt_sees_no_later_token():
+    model = make("gpt", 6, width=8, depth=2, heads=2)
+    tokens = torch.tensor([[1, 2, 3, 4, 5, 6]])
+    changed = tokens.clone()
+    changed[0, 4] = 9
+    before, after = model(tokens), model(changed)
+    assert before.shape == (1, 6, 10)
+    assert torch.equal(before[:, :4], after[:, :4])
+    assert not torch.equal(before[:, 4:], after[:, 4:])
+
+
 def test_resnet50_keeps_the_resolution_of_small_images():
     model = make("resnet50", 3)
     assert count(model) == 23_520_842  # the usual figure for CIFAR-10

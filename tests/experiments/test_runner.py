@@ -16,13 +16,13 @@ import torch
 from torch import multiprocessing
 
 from experiments import data, runner, settings
+from experiments.algorithms import Point
 from experiments.data import Dataset
 from experiments.errors import ExperimentError
 from experiments.ranks import Communicator
 from experiments.runner import Job, Listener
 from experiments.settings import Study
 from experiments.store import Epoch, Run
-from experiments.tracking import Point
 from kfactk.testing._support.ranks import process_context
 from tests.experiments.studies import plain, with_training
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import statistics
-from experiments.statistics import FAILS, HOLDS, UNDECIDED
+from experiments.statistics import FAILS, HOLDS, UNDECIDED, Spread
 from tests.experiments import made_up
 
 NAN = math.nan
@@ -177,3 +177,16 @@ def test_epochs_that_broke_off_have_no_time():
         runs=[attrs.evolve(run, history=(run.history[0], short))],
     )
     assert statistics.seconds(results, "sgd") == {0: 2.0}
+
+
+def test_equal_time_is_that_of_the_quickest_of_each_seed():
+    """SGD takes 2 s for an epoch and ends after 6 s; K-FAC takes 3 s, and has then done two."""
+    losses = {"sgd": [(4.0, 3.0, 2.0)] * 2, "kfac": [(4.0, 1.0, 0.5), (4.0, 3.0, NAN)]}
+    found = statistics.at_equal_time(made_up.results(losses))
+    assert found["sgd"] == (Spread(2.0, 2.0, 2.0), Spread(4.0, 4.0, 4.0))
+    assert found["kfac"][0] == Spread(math.inf, 1.0, math.inf)
+    assert found["kfac"][1] == Spread(math.inf, 2.0, math.inf)
+    halfway = made_up.results({"sgd": [(4.0, 3.0)], "kfac": [(4.0, 2.0)]})
+    train, test = statistics.at_equal_time(halfway)["kfac"]  # after 4 s: a third of epoch 2
+    assert test.median == pytest.approx(8 - (8 - 4) / 3)
+    assert 2.0 < train.median < 4.0

@@ -1,5 +1,4 @@
 import contextlib
-import json
 import os
 import socket
 import time
@@ -13,11 +12,12 @@ import mlflow
 import pytest
 
 from experiments import tracking as module
+from experiments.algorithms import Point
 from experiments.data import Dataset
 from experiments.errors import ExperimentError
 from experiments.runner import Job
 from experiments.settings import Study
-from experiments.tracking import Collector, Point, Tracking, means
+from experiments.tracking import Tracking
 from kfactk_stages.tracker.mlflow_store import PARENT, TAG, import_file
 from tests.experiments.studies import ended, epoch, job
 
@@ -323,15 +323,3 @@ def test_how_to_open_names_the_store(output: Path, new_store: Path, monkeypatch)
     again.close()
     assert again.uri == f"sqlite:///{other}"
     assert not (output / "mlflow.db").exists()
-
-
-def test_collectors_return_points_once():
-    collector = Collector(3)
-    assert collector.every == 3
-    collector.record(3, {"a": 1.0, "b": float("nan")})
-    collector.record(6, {"a": 3.0})
-    points = collector.take()
-    assert [(point.step, point.metrics["a"]) for point in points] == [(3, 1.0), (6, 3.0)]
-    assert means(points) == {"a": 2.0}
-    assert collector.take() == []
-    json.dumps(means(points))

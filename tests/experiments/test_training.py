@@ -138,6 +138,45 @@ def vars_of(study: Study) -> dict[str, object]:
     return {field.name: getattr(study, field.name) for field in attrs.fields(Study)}
 
 
+def test_epochs_of_a_pass_share_no_example(dataset: Dataset):
+    count = len(dataset.train) // 3
+    seen = []
+    for epoch in range(6):
+        batches = list(
+            training.shuffled(dataset.train, 4, seed=1, epoch=epoch, augment=False, parts=3)
+        )
+        seen.append(torch.cat([inputs for inputs, _ in batches]).flatten(1))
+        assert len(seen[-1]) == count // 4 * 4 + count % 4 * (count % 4 > 1)
+    one, other = torch.cat(seen[:3]), torch.cat(seen[3:])
+    assert len(one.unique(dim=0)) == len(one)
+    assert not torch.equal(one, other)
+
+
+def test_losses_of_text_are_means_over_tokens():
+    study = settings.load(
+        "transformer",
+        [
+            *("data.length=6", "data.train=24", "data.test=8", "training.batch_size=8"),
+            *("training.epochs=2", "training.parts=3"),
+            "model.options={width=8,depth=1,heads=2}",
+        ],
+    )
+    dataset = data.load(study.data, None, Path("unused"), print)
+    still = study.algorithms["adamw"].with_options(lr=0.0, weight_decay=0.0)
+    trainer = Trainer(study, still, 3, dataset, CPU)
+    epoch = trainer.run_epoch()
+    assert epoch.steps == 1
+    assert training.steps(study, dataset) == 2
+    logits = trainer.model(dataset.test.inputs).log_softmax(-1)
+    expected = -logits.gather(-1, dataset.test.labels[..., None]).mean().item()
+    assert epoch.test_loss == pytest.approx(expected, rel=1e-6)
+    right = (logits.argmax(-1) == dataset.test.labels).double().mean().item()
+    assert epoch.test_accuracy == pytest.approx(100 * right)
+    assert epoch.train_loss == pytest.approx(math.log(256), rel=0.02)
+    short = trained(study, study.algorithms["short"], dataset)
+    assert short.history[-1].train_loss < epoch.train_loss
+
+
 @pytest.mark.parametrize("algorithm", ["adamw", "ekfac"])
 def test_states_continue_bit_for_bit(own: Path, algorithm: str):
     study = with_training(settings.read(own, trusted=True), epochs=3, schedule="cosine")

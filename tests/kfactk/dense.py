@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, nn
 
 from kfactk.testing._support.truth import (
+    TRANSPOSED,
     as_matrix,
     dense_kron,
     input_rows,
     moment,
     output_rows,
+    outputs_first,
     solve,
     vec,
 )
@@ -253,10 +255,13 @@ def preconditioned(
 
 def as_tensors(module: nn.Module, matrix: Tensor) -> dict[str, Tensor]:
     """A layer's matrix as its weight and bias."""
-    rows = matrix.reshape(-1, matrix.shape[-1])
-    if module.bias is None:
-        return {"weight": rows.reshape(module.weight.shape)}
-    return {"weight": rows[:, :-1].reshape(module.weight.shape), "bias": rows[:, -1]}
+    rows, shape = matrix.reshape(-1, matrix.shape[-1]), module.weight.shape
+    weight = rows if module.bias is None else rows[:, :-1]
+    if isinstance(module, TRANSPOSED):
+        outputs = weight.reshape(len(rows), shape[0] // module.groups, *shape[2:])
+        weight = outputs_first(outputs, module.groups)
+    found = {"weight": weight.reshape(shape)}
+    return found if module.bias is None else {**found, "bias": rows[:, -1]}
 
 
 def clipped(

@@ -137,6 +137,17 @@ def _volumes() -> nn.Module:
     )
 
 
+def _grown() -> nn.Module:
+    return nn.Sequential(
+        nn.ConvTranspose2d(2, 3, (3, 2), stride=2, padding=(1, 0)),
+        nn.Tanh(),
+        nn.ConvTranspose2d(3, 2, 2, stride=(1, 3), dilation=(2, 1), bias=False),
+        nn.Tanh(),
+        nn.Flatten(),
+        nn.Linear(2 * 5 * 11, OUTPUTS),
+    )
+
+
 def _embedded() -> nn.Module:
     return nn.Sequential(
         nn.Embedding(6, 4), nn.LayerNorm(4), nn.Linear(4, 5), nn.Tanh(), Mean(), nn.Linear(5, 3)
@@ -155,6 +166,7 @@ OTHERS = {
     "signals": (_signals, (60, 2, 7)),
     "volumes": (_volumes, (60, 2, 3, 3, 3)),
     "embedded": (_embedded, (40, 5)),
+    "grown": (_grown, (40, 2, 2, 2)),
 }
 """Models with layers for which only some peers have anything."""
 ROWS = {"convolutions": {"0": 20, "2": 8}, "tokens": {"first": 6, "second": 6}}

@@ -10,9 +10,13 @@ import pytest
 import torch
 from backpack import backpack, extend
 from backpack.extensions import KFLR, BatchGrad, DiagGGNExact, SqrtGGNExact, SumGradSquared
+from backpack.utils.conv_transpose import unfold_by_conv_transpose
 from torch import Tensor, nn
 
-from tests.peers.comparing import agree, eigenvectors, joined
+from kfactk import Layer, LayerCall
+from kfactk.testing._support.truth import input_rows, moment
+from kfactk_stages.curvature.conv_kfac import ConvKfac
+from tests.peers.comparing import agree, compared, eigenvectors, joined
 from tests.peers.problems import LOSSES, OUTPUTS, Problem, conv_kfac, measured, problem
 
 MODELS = ("perceptron", "convolutions", "signals", "volumes")
@@ -108,3 +112,43 @@ def test_diagonals_of_batch_norm(loss: str) -> None:
     norm = extended(case, DiagGGNExact()).get_submodule("1")
     theirs = torch.stack([norm.weight.diag_ggn_exact, norm.bias.diag_ggn_exact], -1)
     agree({"U": ours.layers["1"].factors["U"].diagonal(dim1=-2, dim2=-1)}, [theirs])
+
+
+@pytest.mark.parametrize("loss", EXACT_LOSSES)
+def test_transposed_convolutions(loss: str) -> None:
+    """Its unfolded input makes A, its gradients of single examples the scale."""
+    case = problem("grown", loss)
+    ours = measured(case, basis="ekfac", fisher="empirical")
+    theirs = extended(case, BatchGrad())
+    for name in ("0", "2"):
+        layer, view = theirs.get_submodule(name), ours.layers[name]
+        with torch.no_grad():
+            rows = unfold_by_conv_transpose(case.model[: int(name)](case.inputs), layer)
+        a = torch.einsum("nat,nbt->ab", rows, rows) / len(rows)
+        agree({"A": view.factors["A"][: len(a), : len(a)]}, [a])
+        weight, *bias = (p.grad_batch for p in layer.parameters())
+        gradients = torch.cat(
+            [weight.transpose(1, 2).flatten(2), *(each.unsqueeze(-1) for each in bias)], -1
+        )
+        u_g, u_a = eigenvectors(view)
+        agree(view.scale, [terms(case) * (u_g.T @ gradients @ u_a).square().sum(0)])
+    exact = measured(case, basis="ekfac")
+    theirs = extended(case, DiagGGNExact())
+    for name, view in exact.layers.items():
+        parts = [p.diag_ggn_exact.sum() for p in theirs.get_submodule(name).parameters()]
+        trace = torch.stack(parts).sum()
+        agree({"trace": view.scale["scale"].sum()}, [trace])
+
+
+def test_output_padding_of_a_transposed_convolution() -> None:
+    """It leaves it out; the rows of ours are those of the loop."""
+    layer = nn.ConvTranspose2d(2, 3, 3, stride=2, output_padding=1, bias=False).double()
+    inputs = torch.randn(4, 2, 3, 2, dtype=torch.float64)
+    output = layer(inputs)
+    rows = input_rows(layer, inputs, bias=False)
+    call = LayerCall(inputs, torch.ones_like(output))
+    ours = ConvKfac().samples(Layer("", layer, ("weight",)), [call], num_terms=4.0, first=True)
+    agree({"A": ours.input_moment().total}, [moment(rows)])
+    if compared("backpack-for-pytorch"):
+        found = unfold_by_conv_transpose(inputs, layer)
+        assert found.shape[-1] < output[0, 0].numel(), "BackPACK is right: change the documentation"

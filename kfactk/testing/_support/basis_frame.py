@@ -12,9 +12,10 @@ from torch import Tensor
 from kfactk.errors import KfactkError, OptionError
 from kfactk.linalg import mean_diagonal
 from kfactk.registry.registry import registry
+from kfactk.stages import Curvature
 from kfactk.testing._support.laws import Laws, close
 from kfactk.testing._support.situations import Situation, dense, enlarged, situations
-from kfactk.testing._support.strategies import Case, kinds, seeds
+from kfactk.testing._support.strategies import Case, kinds, kinds_inside, seeds
 
 
 class BasisFrame(Laws):
@@ -64,7 +65,7 @@ class BasisFrame(Laws):
             except KfactkError as error:  # claimed twice, or in need of options
                 provided[name] = f"cannot be made: {error}"
                 continue
-            if requires <= found.provides:
+            if requires <= found.provides and not _only_inside(found):
                 return found
             provided[name] = f"provides {_names(found.provides)}"
         told = "; ".join(f"{name} {what}" for name, what in provided.items()) or "there is none"
@@ -192,6 +193,12 @@ def _scaled(draw: st.DrawFn, frame: BasisFrame) -> Situation:
     scale = 10.0 ** draw(st.sampled_from(ends) | st.integers(*ends))
     damping = draw(st.sampled_from([0.01, 1.0, 100.0])) * (size or 10.0**exponent)
     return found.refreshed(gradient=found.gradient * scale, damping=damping)
+
+
+def _only_inside(curvature: Curvature) -> bool:
+    """Return whether a curvature takes modules whose layers lie inside, and no plain layers."""
+    inside = any(kind.supported_by(curvature) for kind in kinds_inside())
+    return inside and not any(kind.supported_by(curvature) for kind in kinds())
 
 
 def _names(names: frozenset[str]) -> str:

@@ -6,17 +6,29 @@ import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+import attrs
 import pytest
 import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from kfactk.capture.replay import CallContext, RecordedReplay, recorded_arguments
 from kfactk.errors import OptionError
 from kfactk.samples import LayerCall, Samples, Statistic
 from kfactk.stages import Curvature
 from kfactk.testing._support import truth
 from kfactk.testing._support.laws import Laws, close
-from kfactk.testing._support.strategies import CONV, Case, Kind, foreign_modules, kinds
+from kfactk.testing._support.strategies import (
+    CONV,
+    TRANSPOSED,
+    Case,
+    Kind,
+    arguments,
+    first_output,
+    foreign_modules,
+    kinds,
+    kinds_inside,
+)
 
 KNOWN = (nn.Linear, *CONV.values())
 """Layers whose matrix and rows `truth` can compute."""
@@ -29,21 +41,25 @@ class OnLayers(Laws):
     pytestmark = pytest.mark.filterwarnings(
         "ignore:Using padding='same' with even kernel:UserWarning"
     )
-    covers: ClassVar[tuple[type[nn.Module], ...]] = (*KNOWN, nn.LayerNorm, nn.Embedding)
+    covers: ClassVar[tuple[type[nn.Module], ...]] = (
+        *KNOWN,
+        *TRANSPOSED.values(),
+        nn.LayerNorm,
+        nn.Embedding,
+        nn.EmbeddingBag,
+        nn.MultiheadAttention,
+    )
     """Classes of modules that `cases` can draw; `unsupported` must refuse all others."""
 
     def cases(self) -> st.SearchStrategy[Case]:
         """Return the layers to test the stage on, with data."""
-        cases = st.one_of([kind.cases for kind in self._accepted()])
-        return cases.filter(lambda case: self.curvature.unsupported(case.module) is None)
+        return self._layers_of([kind.cases for kind in self._accepted()])
 
     def single_row_cases(self) -> st.SearchStrategy[Case]:
         """Return the cases with T = 1, where Kronecker factors of one example are exact."""
         self._want_kronecker()
-        cases = st.one_of(
-            [kind.single_row for kind in self._accepted() if kind.single_row is not None]
-        )
-        return cases.filter(lambda case: self.curvature.unsupported(case.module) is None)
+        single = [kind.single_row for kind in self._accepted() if kind.single_row is not None]
+        return self._layers_of(single)
 
     def known_cases(self) -> st.SearchStrategy[Case]:
         """Return the cases whose rows and matrix the laws know: linear layers, convolutions."""
@@ -83,8 +99,9 @@ class OnLayers(Laws):
         """Return the samples that the stage makes of a case; by default one term per example."""
         scales = [1.0] * len(case.calls) if scales is None else scales
         calls = [
-            LayerCall(self.arranged(case, x), self.arranged(case, g), scale)
+            call
             for (x, g), scale in zip(case.calls, scales, strict=True)
+            for call in self._layer_calls(case, x, g, scale)
         ]
         num_terms = float(len(case.inputs)) if num_terms is None else num_terms
         return self.curvature.samples(case.layer, calls, num_terms=num_terms, first=first)
@@ -108,7 +125,13 @@ class OnLayers(Laws):
                 (truth.module_gradients(case.module, x, g) for x, g in case.calls), torch.zeros(())
             )
         calls = [
-            truth.per_example_gradients(case.module, x, g, lambda output, g: (output * g).sum())
+            truth.per_example_gradients(
+                case.module,
+                x,
+                g,
+                lambda output, g: (first_output(output) * g).sum(),
+                functools.partial(arguments, case.module),
+            )
             for x, g in case.calls
         ]
         summed = [
@@ -117,8 +140,46 @@ class OnLayers(Laws):
         ]
         return torch.stack([self.curvature.matrix(case.layer, each) for each in summed], -3)
 
+    def _layers_of(self, each: Sequence[st.SearchStrategy[Case]]) -> st.SearchStrategy[Case]:
+        """Return the cases that the stage takes, one for each layer in their modules."""
+        cases = st.one_of(*each).filter(
+            lambda case: self.curvature.unsupported(case.module) is None
+        )
+        probes = (probe for kind in self._accepted() for probe in kind.probes)
+        if all(set(self.curvature.parts(probe)) == {""} for probe in probes):
+            return cases
+        return cases.flatmap(lambda case: st.sampled_from(self._layers_in(case)))
+
+    def _layers_in(self, case: Case) -> list[Case]:
+        """Return the case for each layer in its module."""
+        parts = self.curvature.parts(case.module)
+        if set(parts) == {""}:
+            return [case]
+        return [attrs.evolve(case, part=part, names=names) for part, names in parts.items()]
+
+    def _layer_calls(
+        self, case: Case, inputs: Tensor, gradient: Tensor, scale: Tensor | float
+    ) -> list[LayerCall]:
+        """Return the calls that one call of the module gives the layer."""
+        replay = self.curvature.replay(case.module)
+        if replay is None:
+            return [LayerCall(self.arranged(case, inputs), self.arranged(case, gradient), scale)]
+        call = recorded_arguments(case.module, arguments(case.module, inputs), {})
+        context = CallContext.now(inputs.device)
+        output = case.output(inputs).detach()
+        again = RecordedReplay("layer", call, context, replay, output, [case.part])
+        return [attrs.evolve(each, scale=scale) for each in again.calls(case.part, gradient)]
+
+    def _want_own_calls(self, case: Case) -> None:
+        """Skip a law of the precision of data that the stage is given as it is."""
+        if self.curvature.replay(case.module) is not None:
+            pytest.skip(
+                f"{self.label()} takes calls inside of the module, in the module's precision"
+            )
+
     def _accepted(self) -> list[Kind]:
-        found = [kind for kind in kinds() if kind.supported_by(self.curvature)]
+        every = [*kinds(), *kinds_inside()]
+        found = [kind for kind in every if kind.supported_by(self.curvature)]
         if not found:
             raise OptionError(
                 f"{self.label()} accepts no layer that the laws know how to draw. If it is for "

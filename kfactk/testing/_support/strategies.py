@@ -20,11 +20,19 @@ ShapeOf = Callable[[st.DrawFn, Any], tuple[int, ...]]
 Fill = Callable[[Any, tuple[int, ...], torch.Generator], Tensor]
 """From a module, a shape and a generator, the input."""
 CONV: dict[int, Any] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+TRANSPOSED: dict[int, Any] = {
+    1: nn.ConvTranspose1d,
+    2: nn.ConvTranspose2d,
+    3: nn.ConvTranspose3d,
+}
 LAZY: dict[type[nn.Module], Any] = {
     nn.Linear: nn.LazyLinear,
     nn.Conv1d: nn.LazyConv1d,
     nn.Conv2d: nn.LazyConv2d,
     nn.Conv3d: nn.LazyConv3d,
+    nn.ConvTranspose1d: nn.LazyConvTranspose1d,
+    nn.ConvTranspose2d: nn.LazyConvTranspose2d,
+    nn.ConvTranspose3d: nn.LazyConvTranspose3d,
 }
 MODES = ("zeros", "circular", "reflect", "replicate")
 
@@ -42,6 +50,8 @@ class Case:
         further: Input and gradient of each further call of the layer in the same forward, with the
             same number of examples.
         seed: Seed of the numbers; for the repr.
+        part: The part of the module that is the layer.
+        names: Its parameters; `None` for all of the module's own.
     """
 
     module: Any
@@ -49,6 +59,8 @@ class Case:
     gradient: Tensor
     further: tuple[tuple[Tensor, Tensor], ...] = ()
     seed: int | None = None
+    part: str = ""
+    names: tuple[str, ...] | None = None
 
     def __repr__(self) -> str:
         calls = ", ".join(f"{list(x.shape)} -> {list(g.shape)}" for x, g in self.calls)
@@ -58,7 +70,8 @@ class Case:
             if not parameter.requires_grad
         ]
         more = [f"{' and '.join(frozen)} frozen"] if frozen else []
-        told = [str(self.module), f"called {calls}", str(self.gradient.dtype), *more]
+        part = f"[{self.part}]" if self.part else ""
+        told = [f"{self.module}{part}", f"called {calls}", str(self.gradient.dtype), *more]
         return f"Case({', '.join([*told, f'seed {self.seed}'])})"
 
     def _repr_pretty_(self, printer: Any, cycle: bool) -> None:
@@ -72,12 +85,18 @@ class Case:
     @property
     def layer(self) -> Layer:
         """The layer as stages get it; a frozen bias is not among its parameters."""
+        own = [name for name, _ in self.module.named_parameters(recurse=False)]
         names = [
             name
-            for name, parameter in self.module.named_parameters(recurse=False)
-            if parameter.requires_grad
+            for name in (own if self.names is None else self.names)
+            if self.module.get_parameter(name).requires_grad
         ]
-        return Layer("layer", self.module, tuple(names))
+        name = f"layer[{self.part}]" if self.part else "layer"
+        return Layer(name, self.module, tuple(names), self.part)
+
+    def output(self, inputs: Tensor) -> Tensor:
+        """Return the module's output."""
+        return output_of(self.module, inputs)
 
     @property
     def calls(self) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -105,7 +124,23 @@ class Case:
 
     def _each(self, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Case:
         (inputs, gradient), *further = [change(*call) for call in self.calls]
-        return Case(self.module, inputs, gradient, tuple(further), self.seed)
+        return attrs.evolve(self, inputs=inputs, gradient=gradient, further=tuple(further))
+
+
+def arguments(module: nn.Module, inputs: Tensor) -> tuple[Tensor, ...]:
+    """Return what a module is called with: attention attends to the inputs themselves."""
+    return (inputs,) * (3 if isinstance(module, nn.MultiheadAttention) else 1)
+
+
+def output_of(module: nn.Module, inputs: Tensor) -> Tensor:
+    """Return a module's output, the first one where it returns several."""
+    return first_output(module(*arguments(module, inputs)))
+
+
+def first_output(found: Any) -> Tensor:
+    """Return the tensor, or the first of several."""
+    output: Tensor = found[0] if isinstance(found, tuple) else found
+    return output
 
 
 # Hypothesis examines each strategy once: those that are made once draw faster.
@@ -123,6 +158,11 @@ def seeds() -> st.SearchStrategy[int]:
 def normal(module: Any, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Return normal numbers."""
     return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+def indices(module: Any, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """Return indices of rows of a table."""
+    return torch.randint(module.num_embeddings, shape, generator=generator)
 
 
 def dtypes() -> st.SearchStrategy[torch.dtype]:
@@ -177,7 +217,9 @@ def case_of(
             calls.append(
                 (
                     inputs,
-                    torch.randn(module(inputs).shape, generator=generator, dtype=torch.float64),
+                    torch.randn(
+                        output_of(module, inputs).shape, generator=generator, dtype=torch.float64
+                    ),
                 )
             )
     return Case(module, *calls[0], tuple(calls[1:]), seed)
@@ -258,6 +300,64 @@ def conv_cases(
     return case_of(convolutions(dimensions), _conv_shape, most_calls=most_calls, freeze=freeze)
 
 
+@st.composite
+def transposed_convolutions(draw: st.DrawFn, dims: int) -> Any:
+    """Draw a transposed convolution with any geometry that torch accepts."""
+    largest = {1: 4, 2: 3, 3: 2}[dims]
+
+    def each(low: int, high: int) -> tuple[int, ...]:
+        return tuple(draw(whole(low, high)) for _ in range(dims))
+
+    stride, dilation, groups = each(1, 3), each(1, 2), draw(whole(1, 3))
+    pairs = zip(stride, dilation, strict=True)
+    return TRANSPOSED[dims](
+        groups * draw(whole(1, 2)),
+        groups * draw(whole(1, 3)),
+        each(1, largest),
+        stride=stride,
+        padding=each(0, 2),
+        output_padding=tuple(draw(whole(0, max(pair) - 1)) for pair in pairs),
+        groups=groups,
+        bias=draw(st.booleans()),
+        dilation=dilation,
+    )
+
+
+def _transposed_shape(draw: st.DrawFn, module: Any) -> tuple[int, ...]:
+    """Draw a small input shape for which there is an output."""
+    sizes = []
+    for dim, kernel in enumerate(module.kernel_size):
+        alone = module.dilation[dim] * (kernel - 1) + 1 + module.output_padding[dim]
+        missing = max(0, 1 + 2 * module.padding[dim] - alone)
+        sizes.append(1 + -(-missing // module.stride[dim]) + draw(whole(0, 2)))
+    return draw(whole(1, 3)), module.in_channels, *sizes
+
+
+@functools.cache
+def transposed_cases(
+    dims: int, *, most_calls: int = 1, freeze: bool = False
+) -> st.SearchStrategy[Case]:
+    """Draw `nn.ConvTranspose1d` to `3d` of every geometry; see `case_of`."""
+    modules = transposed_convolutions(dims)
+    return case_of(modules, _transposed_shape, most_calls=most_calls, freeze=freeze)
+
+
+@functools.cache
+def pixel_transposed_cases(dims: int) -> st.SearchStrategy[Case]:
+    """Draw transposed convolutions of one tap on images of one pixel: one input, one output."""
+    modules = st.builds(
+        lambda groups, channels, outputs, stride, bias: TRANSPOSED[dims](
+            groups * channels, groups * outputs, 1, stride, groups=groups, bias=bias
+        ),
+        st.integers(1, 2),
+        st.integers(1, 2),
+        st.integers(1, 2),
+        st.integers(1, 2),
+        st.booleans(),
+    )
+    return case_of(modules, lambda draw, m: (draw(whole(1, 3)), m.in_channels, *[1] * dims))
+
+
 @functools.cache
 def norm_cases(*, most_calls: int = 1, freeze: bool = False) -> st.SearchStrategy[Case]:
     """Draw `nn.LayerNorm` over the last dimension, inputs of rank 2 and 3."""
@@ -274,17 +374,49 @@ def norm_cases(*, most_calls: int = 1, freeze: bool = False) -> st.SearchStrateg
 @functools.cache
 def embedding_cases(*, most_calls: int = 1) -> st.SearchStrategy[Case]:
     """Draw `nn.Embedding`, inputs of rank 1 and 2."""
-
-    def fill(module: Any, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-        return torch.randint(module.num_embeddings, shape, generator=generator)
-
     modules = st.builds(nn.Embedding, st.integers(1, 4), st.integers(1, 3))
     shapes = st.lists(st.integers(1, 3), min_size=1, max_size=2)
     return case_of(
         modules,
         lambda draw, m: tuple(draw(shapes)),
         most_calls=most_calls,
-        fill=fill,
+        fill=indices,
+    )
+
+
+@functools.cache
+def bag_cases(*, most_calls: int = 1) -> st.SearchStrategy[Case]:
+    """Draw `nn.EmbeddingBag` of sums and means, with and without padding, inputs of rank 2."""
+    modules = st.builds(
+        nn.EmbeddingBag,
+        st.integers(2, 4),
+        st.integers(1, 3),
+        mode=st.sampled_from(["sum", "mean"]),
+        padding_idx=st.none() | st.integers(0, 1),
+    )
+    return case_of(
+        modules,
+        lambda draw, m: (draw(whole(1, 3)), draw(whole(1, 3))),
+        most_calls=most_calls,
+        fill=indices,
+    )
+
+
+@functools.cache
+def attention_cases(*, most_calls: int = 1, most_positions: int = 3) -> st.SearchStrategy[Case]:
+    """Draw `nn.MultiheadAttention` that attends to its inputs, examples first."""
+    modules = st.builds(
+        lambda heads, width, bias: nn.MultiheadAttention(
+            heads * width, heads, bias=bias, batch_first=True
+        ),
+        st.integers(1, 2),
+        st.integers(1, 3),
+        st.booleans(),
+    )
+    return case_of(
+        modules,
+        lambda draw, m: (draw(whole(1, 3)), draw(whole(1, most_positions)), m.embed_dim),
+        most_calls=most_calls,
     )
 
 
@@ -355,11 +487,31 @@ def kinds() -> list[Kind]:
             )
             for dims, conv in CONV.items()
         ),
+        *(
+            Kind(
+                tuple(conv(2, 2, 1, bias=bias) for bias in both),
+                transposed_cases(dims, most_calls=2, freeze=True),
+                pixel_transposed_cases(dims),
+            )
+            for dims, conv in TRANSPOSED.items()
+        ),
         Kind(
             tuple(nn.LayerNorm(2, bias=bias) for bias in both),
             norm_cases(most_calls=2, freeze=True),
         ),
         Kind((nn.Embedding(3, 2),), embedding_cases(most_calls=2)),
+        Kind((nn.EmbeddingBag(3, 2),), bag_cases(most_calls=2)),
+    ]
+
+
+def kinds_inside() -> list[Kind]:
+    """Return the kinds of modules whose layers lie inside: their calls run again."""
+    return [
+        Kind(
+            (nn.MultiheadAttention(2, 1, batch_first=True),),
+            attention_cases(most_calls=2),
+            attention_cases(most_positions=1),
+        ),
     ]
 
 
@@ -408,7 +560,7 @@ def tampered(plain: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
     Such a layer does not compute what its class says, or trains something else than its weight.
     """
-    cls = type(plain)
+    cls, (anchor, *_) = type(plain), dict(plain.named_parameters(recurse=False))
 
     def changed(change: Callable[[Any], object]) -> nn.Module:
         module = copy.deepcopy(plain)
@@ -423,12 +575,12 @@ def tampered(plain: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         )
 
     def as_buffer(module: Any) -> None:
-        weight = module.weight.detach()
-        del module.weight
-        module.register_buffer("weight", weight)
+        weight = getattr(module, anchor).detach()
+        delattr(module, anchor)
+        module.register_buffer(anchor, weight)
 
     def as_complex(module: Any) -> None:
-        module.weight = nn.Parameter(module.weight.detach().to(torch.complex64))
+        setattr(module, anchor, nn.Parameter(getattr(module, anchor).detach().to(torch.complex64)))
 
     def prune_half(module: Any, name: str) -> None:
         prune.l1_unstructured(module, name, 0.5)  # type: ignore[no-untyped-call]
@@ -438,7 +590,7 @@ def tampered(plain: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         f"{cls.__name__} with another forward set on the instance",
         changed(lambda m: setattr(m, "forward", torch.tanh)),
     )
-    yield f"{cls.__name__} whose weight is a buffer", changed(as_buffer)
+    yield f"{cls.__name__} whose {anchor} is a buffer", changed(as_buffer)
     yield f"{cls.__name__} with complex weights", changed(as_complex)
     for name, _ in plain.named_parameters(recurse=False):
         parametrized = functools.partial(

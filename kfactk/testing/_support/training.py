@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfactk
-from kfactk.capture.support import model_output
 from kfactk.optim.optimizer import Optimizer
 from kfactk.recipe import Recipe
 from kfactk.testing._support.laws import Laws, close
@@ -113,9 +112,8 @@ class Training(Laws):
         optimizer.observe()
         loss = self.loss(output, data[1]) * factor
         if num_terms:
-            view = optimizer.recipe.likelihood.view(
-                (optimizer.recipe.output or model_output)(output)
-            )
+            [head] = optimizer.recipe.heads
+            view = head.likelihood.view(head.locate(output))
             loss = loss * (view.shape[0] * view.shape[1])
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()

@@ -16,12 +16,16 @@ import torch
 from torch import Tensor, nn
 
 LossOfOutput = Callable[[Tensor, Tensor], Tensor]
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+"""Layers whose weight is `[inputs, outputs / groups, *taps]`."""
 
 
 def as_matrix(module: nn.Module, gradients: Mapping[str, Tensor]) -> Tensor:
     """Join `{"weight": ..., "bias": ...}` (bias optional) of one layer into its matrix."""
     groups = getattr(module, "groups", 1)
     weight = gradients["weight"]
+    if isinstance(module, TRANSPOSED):
+        weight = outputs_first(weight, groups)
     size = weight.shape[0] // groups
     blocks = []
     for k in range(groups):
@@ -35,22 +39,42 @@ def as_matrix(module: nn.Module, gradients: Mapping[str, Tensor]) -> Tensor:
     return torch.stack(blocks) if groups > 1 else blocks[0]
 
 
+def outputs_first(weight: Tensor, groups: int) -> Tensor:
+    """Return a weight `[inputs, outputs / groups, *taps]` as `[outputs, inputs / groups, *taps]`.
+
+    Applied to the result, it is its own inverse.
+    """
+    size = weight.shape[0] // groups
+    return torch.stack(
+        [
+            torch.stack([weight[k * size + i, j] for i in range(size)])
+            for k in range(groups)
+            for j in range(weight.shape[1])
+        ]
+    )
+
+
 def stack_examples(module: nn.Module, matrices: list[Tensor]) -> Tensor:
     """Stack one matrix per example into D; the example dimension comes after the groups."""
     return torch.stack(matrices, dim=1 if getattr(module, "groups", 1) > 1 else 0)
 
 
 def per_example_gradients(
-    model: nn.Module, inputs: Tensor, targets: Tensor, loss: LossOfOutput
+    model: nn.Module,
+    inputs: Tensor,
+    targets: Tensor,
+    loss: LossOfOutput,
+    arguments: Callable[[Tensor], tuple[Tensor, ...]] = lambda x: (x,),
 ) -> list[dict[str, Tensor]]:
     """Return the gradients of `loss(model(inputs[n:n+1]), targets[n:n+1])`, example by example.
 
-    There is one for every parameter that requires it.
+    There is one for every parameter that requires it. `arguments` says what the model is called
+    with.
     """
     trainable = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
     def value(parameters: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
-        return loss(torch.func.functional_call(model, parameters, (x,)), y)
+        return loss(torch.func.functional_call(model, parameters, arguments(x)), y)
 
     gradient = torch.func.grad(value)
     return [gradient(trainable, inputs[n : n + 1], targets[n : n + 1]) for n in range(len(inputs))]
@@ -152,7 +176,7 @@ def input_rows(module: Any, inputs: Tensor, *, bias: bool) -> Tensor:
     """Return the rows a_{n,t} that the layer's weight sees, `[N, T, d_in]`.
 
     Grouped layers have `[groups, N, T, d_in]`. Convolution patches are read index by index, padding
-    included.
+    included. The row of a transposed convolution holds what one output position sees.
 
     Args:
         module: The layer.
@@ -164,7 +188,8 @@ def input_rows(module: Any, inputs: Tensor, *, bias: bool) -> Tensor:
         return torch.cat([rows, torch.ones_like(rows[..., :1])], -1) if bias else rows
     groups = module.groups
     size = module.in_channels // groups
-    stacks = [_patches(module, inputs[:, k * size : (k + 1) * size], bias) for k in range(groups)]
+    read = _seen if isinstance(module, TRANSPOSED) else _patches
+    stacks = [read(module, inputs[:, k * size : (k + 1) * size], bias) for k in range(groups)]
     return torch.stack(stacks) if groups > 1 else stacks[0]
 
 
@@ -212,6 +237,31 @@ def _patches(module: Any, inputs: Tensor, bias: bool) -> Tensor:
                     if None in index
                     else inputs[(slice(None), channel, *index)]
                 )
+        if bias:
+            columns.append(torch.ones_like(columns[0]))
+        rows.append(torch.stack(columns, -1))
+    return torch.stack(rows, 1)
+
+
+def _seen(module: Any, inputs: Tensor, bias: bool) -> Tensor:
+    """Return what each output position of a transposed convolution sees, `[N, T, C * taps (+ 1)]`.
+
+    The pixel s reaches the output position `s * stride - padding + tap * dilation`.
+    """
+    outs = module(inputs.new_zeros(1, module.in_channels, *inputs.shape[2:])).shape[2:]
+    zero = torch.zeros_like(inputs.flatten(1)[:, 0])
+    rows = []
+    for position in itertools.product(*map(range, outs)):
+        columns = []
+        for channel in range(inputs.shape[1]):
+            for tap in itertools.product(*map(range, module.kernel_size)):
+                index = []
+                for dim, (t, k) in enumerate(zip(position, tap, strict=True)):
+                    offset = t + module.padding[dim] - k * module.dilation[dim]
+                    inside = 0 <= offset < inputs.shape[2 + dim] * module.stride[dim]
+                    seen = inside and offset % module.stride[dim] == 0
+                    index.append(offset // module.stride[dim] if seen else None)
+                columns.append(zero if None in index else inputs[(slice(None), channel, *index)])
         if bias:
             columns.append(torch.ones_like(columns[0]))
         rows.append(torch.stack(columns, -1))

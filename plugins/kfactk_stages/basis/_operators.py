@@ -89,15 +89,30 @@ class EigenbasisOperator(SpectralOperator):
 
     def solve(self, v: Tensor) -> Tensor:
         """Return `U [(U^T v) / (s + damping)^p]`, each product in the precision of its rotation."""
-        (left, right), dtype, inside = self.rounded, v.dtype, v
-        if left is not None:
-            inside = product(left.mT, inside, dtype, _lower(left))
-        if right is not None:
-            inside = product(inside, right, dtype, _lower(right))
-        inside = inside * self.weights if inside is v else inside.mul_(self.weights)
-        if left is not None:
-            inside = product(left, inside, dtype, _lower(left))
-        return inside if right is None else product(inside, right.mT, dtype, _lower(right))
+        (left, right), dtype = self.rounded, v.dtype
+        if right is None:
+            return self._solve_columns(v)
+        inside = v if left is None else product(left.mT, v, dtype, _lower(left))
+        inside = product(inside, right, dtype, _lower(right)).mul_(self.weights)
+        outside = inside if left is None else product(left, inside, dtype, _lower(left))
+        return product(outside, right.mT, dtype, _lower(right))
+
+    def _solve_columns(self, v: Tensor) -> Tensor:
+        """Return `solve` where each column stays apart: those that are zero cost nothing.
+
+        They are looked for on a CPU alone: other devices would have to wait for the answer.
+        """
+        left, weights = self.rounded[0], self.weights
+        if left is None:
+            return v * weights
+        if v.device.type != "cpu" or v.ndim > 2:
+            return _turned_back(left, v, weights)
+        (there,) = v.any(-2).nonzero(as_tuple=True)
+        if 2 * len(there) > v.shape[-1]:
+            return _turned_back(left, v, weights)
+        found = torch.zeros_like(v.mT, memory_format=torch.contiguous_format)
+        found[there] = _turned_back(left, v[:, there], weights[:, there]).mT
+        return found.mT
 
     def to_basis(self, v: Tensor) -> Tensor:
         """Return `U_G^T v U_A`, without rounding."""
@@ -177,6 +192,12 @@ def _rotated(by_tap: Tensor, left: Tensor, right: Tensor, taps: Tensor | None) -
         by_tap = (taps @ by_tap.flatten(-2)).view(by_tap.shape)
     by_tap = (by_tap.flatten(-3, -2) @ right).view(by_tap.shape)
     return left.unsqueeze(-3) @ by_tap
+
+
+def _turned_back(left: Tensor, v: Tensor, weights: Tensor) -> Tensor:
+    """Return `U_G [(U_G^T v) * weights]`."""
+    inside = product(left.mT, v, v.dtype, _lower(left)).mul_(weights)
+    return product(left, inside, v.dtype, _lower(left))
 
 
 def _lower(rotation: Tensor) -> torch.dtype | None:

@@ -91,8 +91,8 @@ def check_examples(layer: Layer, examples: Iterable[int]) -> None:
         raise CaptureError(
             f"layer '{layer.name}' was called several times in one forward, with different "
             f"numbers of examples {sizes}, so kfactk cannot tell which rows belong to one "
-            "example. Call it with the examples in the same dimension each time, or leave it out "
-            "of `params`."
+            "example. Call it with the examples in the same dimension each time, or train it by "
+            f"its plain gradient: exclude=[{layer.path!r}]."
         )
 
 

@@ -11,14 +11,16 @@ from kfactk.linalg import kron
 from kfactk_stages.curvature._unfold import Window
 
 
-def lag_sums(inputs: Tensor, window: Window, groups: int) -> Tensor:
+def lag_sums(inputs: Tensor, window: Window, spacing: Sequence[int], groups: int) -> Tensor:
     """Return `sum_n sum_s <x_s, x_{s + k e}>` for each axis e of the image and k = 1, 2, ... taps.
 
-    The sum is over pairs that lie within the image.
+    The sum is over pairs that lie within the image. Taps that are no whole number of pixels apart
+    never see two pixels: their sum is zero.
 
     Args:
         inputs: `[N, groups * channels, *S]`.
         window: How many taps along each axis, and how far apart.
+        spacing: How far apart pixels are along each axis.
         groups: Number of groups.
 
     Returns:
@@ -27,11 +29,12 @@ def lag_sums(inputs: Tensor, window: Window, groups: int) -> Tensor:
     images = inputs.view(len(inputs), groups, -1, *inputs.shape[2:])
     others = tuple(dim for dim in range(images.ndim) if dim != 1)
     sums = []
-    for axis, (taps, dilation) in enumerate(
-        zip(window.kernel, window.dilation, strict=True), start=3
+    for axis, (taps, dilation, pixel) in enumerate(
+        zip(window.kernel, window.dilation, spacing, strict=True), start=3
     ):
-        for step in range(dilation, taps * dilation, dilation):
-            kept = max(images.shape[axis] - step, 0)
+        steps = range(dilation, taps * dilation, dilation)
+        for step in steps:
+            kept = 0 if step % pixel else max(images.shape[axis] - step // pixel, 0)
             sums.append(
                 (
                     images.narrow(axis, 0, kept)

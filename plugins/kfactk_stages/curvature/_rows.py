@@ -5,6 +5,7 @@ Reading casts, scales and unfolds them, joins them along T and appends their bia
 
 from __future__ import annotations
 
+import abc
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -96,17 +97,17 @@ class LinearRows:
 
 
 @attrs.frozen(eq=False)
-class ConvRows:
-    """A call of a convolution; a row is a patch.
+class ImageRows(abc.ABC):
+    """A call of a layer on images: a row is what the output at one position sees.
 
-    Columns are in the order of `weight.reshape(d_out, -1)`.
+    Columns are in the order of a weight `[d_out, channels, *taps]`.
 
     Args:
         inputs: `[N, C, *S]`.
         gradient: `[N, d_out, *out]`.
         scale: What the gradient is to be multiplied by.
         groups: Number of groups; more than one give the views a leading dimension.
-        window: Where the patches lie.
+        window: Where the taps lie.
     """
 
     inputs: Tensor
@@ -141,9 +142,134 @@ class ConvRows:
         return int(self.gradient.shape[1]) // self.groups
 
     @property
+    @abc.abstractmethod
+    def numbers(self) -> int:
+        """Numbers of one example's padded images, of a group."""
+
+    @property
+    @abc.abstractmethod
+    def visits(self) -> float:
+        """How often one tap sees a pixel, on average, where borders are left aside."""
+
+    @property
+    @abc.abstractmethod
+    def spacing(self) -> tuple[int, ...]:
+        """How far apart neighbouring pixels are where taps are one `dilation` apart."""
+
+    @abc.abstractmethod
+    def moments(self, samples: JoinedSamples) -> Iterator[Tensor]:
+        """Yield parts of `sum_n sum_t a a^T`, `[(groups,) d_in, d_in]`, the cheapest way."""
+
+    @abc.abstractmethod
+    def rotation(
+        self, right: Tensor, dtype: torch.dtype, *, bias: bool
+    ) -> Callable[[slice], Tensor]:
+        """Return a function from a slice of examples to `a right`, `[(groups,) n, T, k_in]`.
+
+        The product is in the precision of `right`, the result in `dtype`.
+        """
+
+    @abc.abstractmethod
+    def input_sums(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Return `sum_t a` without the bias column, `[(groups,) n, columns]`."""
+
+    @abc.abstractmethod
+    def input_view(self, rows: slice) -> Tensor:
+        """Return `[(groups,) n, *out, channels, *kernel]`."""
+
+    @abc.abstractmethod
+    def weight_gradients(self, rows: slice, image: Tensor) -> Tensor:
+        """Return `sum_t g_t a_t^T` of each example without the bias column.
+
+        Args:
+            rows: The examples.
+            image: Their output gradients, `[n, groups, outputs, *out]`.
+
+        Returns:
+            `[n, groups, outputs, columns]`.
+        """
+
+    def grad_moment(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Return `sum_n sum_t g g^T`, `[(groups,) d_out, d_out]`."""
+        moment = pixel_gram(self._grouped(self.gradient[rows], self.outputs).to(dtype))
+        return self._ungrouped(
+            moment
+            if isinstance(self.scale, float) and self.scale == 1.0
+            else moment * self.scale**2
+        )
+
+    def per_example_gradients(
+        self,
+        rows: slice,
+        dtype: torch.dtype,
+        left: Tensor | None,
+        precision: torch.dtype | None,
+        *,
+        bias: bool,
+    ) -> Tensor:
+        """Return `left^T D_n` of this call, `[(groups,) n, d_out, d_in]`."""
+        gradient = self._grouped(self.gradient[rows], self.outputs).to(dtype).flatten(3)
+        if not isinstance(self.scale, float) or self.scale != 1.0:
+            gradient = gradient * self.scale
+        if left is not None:
+            gradient = product(left.transpose(-1, -2), gradient, dtype, precision)
+        image = gradient.reshape(*gradient.shape[:3], *self.gradient.shape[2:])
+        found = self.weight_gradients(rows, image)
+        if bias:
+            found = torch.cat([found, gradient.sum(-1, keepdim=True)], -1)
+        return self._ungrouped(found.transpose(0, 1))
+
+    def turned(self, rows: slice, right: Tensor, dtype: torch.dtype) -> ImageRows:
+        """Return the call on the examples `rows` with its channels rotated.
+
+        Padding of every mode commutes with the rotation.
+
+        Args:
+            rows: The examples.
+            right: `[(groups,) channels, k]`.
+            dtype: Precision of the result.
+        """
+        inputs = self._grouped(self.inputs[rows].to(dtype), self.channels).flatten(3)
+        turned = (right.to(dtype).transpose(-1, -2) @ inputs).reshape(
+            len(inputs), -1, *self.inputs.shape[2:]
+        )
+        return attrs.evolve(self, inputs=turned, gradient=self.gradient[rows])
+
+    def gradient_view(self, rows: slice) -> Tensor:
+        """Return `[(groups,) n, T, outputs]`."""
+        gradient = self._grouped(self.gradient[rows], self.outputs).flatten(3)
+        return self._ungrouped(gradient.permute(1, 0, 3, 2))
+
+    def pixel_moment(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """Return `sum_n sum_s x x^T` of unpadded inputs, `[(groups,) channels, channels]`."""
+        return self._ungrouped(
+            pixel_gram(self._grouped(self.inputs[rows], self.channels).to(dtype))
+        )
+
+    def _grouped(self, tensor: Tensor, channels: int) -> Tensor:
+        return tensor.view(len(tensor), self.groups, channels, *tensor.shape[2:])
+
+    def _ungrouped(self, tensor: Tensor) -> Tensor:
+        return tensor.squeeze(0) if self.groups == 1 else tensor
+
+
+class ConvRows(ImageRows):
+    """A call of a convolution; a row is a patch of its input, and `window` says where it lies."""
+
+    @property
     def numbers(self) -> int:
         """A group's channels times padded positions."""
         return self.channels * self.window.padded_positions(self.inputs.shape[2:])
+
+    @property
+    def visits(self) -> float:
+        """T over the number of pixels."""
+        return self.positions / max(1, math.prod(self.inputs.shape[2:]))
+
+    @property
+    def spacing(self) -> tuple[int, ...]:
+        """Pixels are next to each other."""
+        return (1,) * len(self.window.kernel)
 
     def moments(self, samples: JoinedSamples) -> Iterator[Tensor]:
         """Yield parts of `sum_n sum_t a a^T`, `[(groups,) d_in, d_in]`, the cheapest way."""
@@ -245,52 +371,6 @@ class ConvRows:
         sums = self.window.patches(self.inputs[rows].to(dtype)).sum(tuple(range(2, 2 + dims)))
         return self._ungrouped(sums.reshape(len(sums), self.groups, self.columns).transpose(0, 1))
 
-    def grad_moment(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Return `sum_n sum_t g g^T`, `[(groups,) d_out, d_out]`."""
-        moment = pixel_gram(self._grouped(self.gradient[rows], self.outputs).to(dtype))
-        return self._ungrouped(
-            moment
-            if isinstance(self.scale, float) and self.scale == 1.0
-            else moment * self.scale**2
-        )
-
-    def per_example_gradients(
-        self,
-        rows: slice,
-        dtype: torch.dtype,
-        left: Tensor | None,
-        precision: torch.dtype | None,
-        *,
-        bias: bool,
-    ) -> Tensor:
-        """Return `left^T D_n` of this call, `[(groups,) n, d_out, d_in]`."""
-        gradient = self._grouped(self.gradient[rows], self.outputs).to(dtype).flatten(3)
-        if not isinstance(self.scale, float) or self.scale != 1.0:
-            gradient = gradient * self.scale
-        if left is not None:
-            gradient = product(left.transpose(-1, -2), gradient, dtype, precision)
-        image = gradient.reshape(*gradient.shape[:3], *self.gradient.shape[2:])
-        found = weight_gradients(self.inputs[rows].to(dtype), image, self.window)
-        if bias:
-            found = torch.cat([found, gradient.sum(-1, keepdim=True)], -1)
-        return self._ungrouped(found.transpose(0, 1))
-
-    def turned(self, rows: slice, right: Tensor, dtype: torch.dtype) -> ConvRows:
-        """Return the call on the examples `rows` with its channels rotated.
-
-        Padding of every mode commutes with the rotation.
-
-        Args:
-            rows: The examples.
-            right: `[(groups,) channels, k]`.
-            dtype: Precision of the result.
-        """
-        inputs = self._grouped(self.inputs[rows].to(dtype), self.channels).flatten(3)
-        turned = (right.to(dtype).transpose(-1, -2) @ inputs).reshape(
-            len(inputs), -1, *self.inputs.shape[2:]
-        )
-        return attrs.evolve(self, inputs=turned, gradient=self.gradient[rows])
-
     def input_view(self, rows: slice) -> Tensor:
         """Return `[(groups,) n, *out, channels, *kernel]`."""
         patches = self._grouped(self.window.patches(self.inputs[rows]), self.channels)
@@ -298,22 +378,9 @@ class ConvRows:
         order = (1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
         return self._ungrouped(patches.permute(order))
 
-    def gradient_view(self, rows: slice) -> Tensor:
-        """Return `[(groups,) n, T, outputs]`."""
-        gradient = self._grouped(self.gradient[rows], self.outputs).flatten(3)
-        return self._ungrouped(gradient.permute(1, 0, 3, 2))
-
-    def pixel_moment(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """Return `sum_n sum_s x x^T` of unpadded inputs, `[(groups,) channels, channels]`."""
-        return self._ungrouped(
-            pixel_gram(self._grouped(self.inputs[rows], self.channels).to(dtype))
-        )
-
-    def _grouped(self, tensor: Tensor, channels: int) -> Tensor:
-        return tensor.view(len(tensor), self.groups, channels, *tensor.shape[2:])
-
-    def _ungrouped(self, tensor: Tensor) -> Tensor:
-        return tensor.squeeze(0) if self.groups == 1 else tensor
+    def weight_gradients(self, rows: slice, image: Tensor) -> Tensor:
+        """Return `sum_t g_t a_t^T` of each example, unfolding where it is cheaper."""
+        return weight_gradients(self.inputs[rows].to(image.dtype), image, self.window)
 
 
 def rotated_rows(rows: Tensor, right: Tensor, dtype: torch.dtype, *, bias: bool) -> Tensor:
@@ -344,7 +411,7 @@ def bordered(moment: Tensor, sums: Tensor, count: float) -> Tensor:
     return moment
 
 
-Rows = LinearRows | ConvRows
+Rows = LinearRows | ImageRows
 """One call of a layer: T rows for each of N examples."""
 
 
@@ -397,21 +464,21 @@ class JoinedSamples(CallSamples[Rows]):
 
     def input_sums(self, rows: slice = slice(None)) -> Tensor:
         """Return `sum_t a` of the examples `rows`, `[..., n, d_in]`."""
-        convolutions = [call for call in self.calls if isinstance(call, ConvRows)]
-        if len(convolutions) < len(self.calls):
+        images = [call for call in self.calls if isinstance(call, ImageRows)]
+        if len(images) < len(self.calls):
             return super().input_sums(rows)
-        sums = total_of(call.input_sums(rows, self.dtype) for call in convolutions)
+        sums = total_of(call.input_sums(rows, self.dtype) for call in images)
         assert sums is not None
         return F.pad(sums, (0, 1), value=float(self.positions)) if self.bias else sums
 
     def grad_moment(self) -> Statistic:
         """Return `sum_n sum_t g g^T`, call by call."""
-        convolutions = [call for call in self.calls if isinstance(call, ConvRows)]
-        if len(convolutions) < len(self.calls):
+        images = [call for call in self.calls if isinstance(call, ImageRows)]
+        if len(images) < len(self.calls):
             return super().grad_moment()
         chunks = [
             (call, rows)
-            for call in convolutions
+            for call in images
             for rows in super(JoinedSamples, self).chunks(call.positions * call.outputs)
         ]
         return Statistic(
@@ -427,13 +494,13 @@ class JoinedSamples(CallSamples[Rows]):
         *,
         precision: torch.dtype | None = None,
     ) -> Tensor:
-        """Return `left^T D_n` of the examples `rows`; convolutions unfold where it is cheaper."""
-        convolutions = [call for call in self.calls if isinstance(call, ConvRows)]
-        if len(convolutions) < len(self.calls):
+        """Return `left^T D_n` of the examples `rows`; images unfold where it is cheaper."""
+        images = [call for call in self.calls if isinstance(call, ImageRows)]
+        if len(images) < len(self.calls):
             return super().per_example_gradients(rows, left, precision=precision)
         found = total_of(
             call.per_example_gradients(rows, self.dtype, left, precision, bias=self.bias)
-            for call in convolutions
+            for call in images
         )
         assert found is not None
         return found
@@ -450,12 +517,12 @@ class JoinedSamples(CallSamples[Rows]):
 
         They are S c^2 an example in images, d_out taps c^2 in D_n.
         """
-        convolutions = [call for call in self.calls if isinstance(call, ConvRows)]
-        pixels = sum(math.prod(call.inputs.shape[2:]) for call in convolutions)
+        images = [call for call in self.calls if isinstance(call, ImageRows)]
+        pixels = sum(math.prod(call.inputs.shape[2:]) for call in images)
         columns = self.d_in - self.bias
-        if len(convolutions) < len(self.calls) or pixels * right.shape[-2] > self.d_out * columns:
+        if len(images) < len(self.calls) or pixels * right.shape[-2] > self.d_out * columns:
             return super()._squared_channels(rows, total, left, right, taps)
-        turned = [call.turned(rows, right, self.dtype) for call in convolutions]
+        turned = [call.turned(rows, right, self.dtype) for call in images]
         samples = JoinedSamples(
             turned,
             bias=self.bias,

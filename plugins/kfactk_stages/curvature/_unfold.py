@@ -44,8 +44,8 @@ class Window:
     def of(cls, module: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> Window:
         """Return the window of a convolution, as its forward uses it now."""
         kernel = tuple(module.weight.shape[2:])
-        dilation = _each(module.dilation, len(kernel))
-        stride = _each(module.stride, len(kernel))
+        dilation = each_dim(module.dilation, len(kernel))
+        stride = each_dim(module.stride, len(kernel))
         if module.padding_mode == "zeros":
             return cls(
                 kernel, stride, dilation, _zero_pads(module.padding, kernel, dilation), "constant"
@@ -152,10 +152,10 @@ def _zero_pads(
         totals = [d * (k - 1) for d, k in zip(dilation, kernel, strict=True)]
         return tuple(pad for total in reversed(totals) for pad in (total // 2, total - total // 2))
     assert not isinstance(padding, str)
-    return tuple(pad for size in reversed(_each(padding, len(kernel))) for pad in (size, size))
+    return tuple(pad for size in reversed(each_dim(padding, len(kernel))) for pad in (size, size))
 
 
-def _each(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
+def each_dim(value: int | tuple[int, ...], dims: int) -> tuple[int, ...]:
     """Return one number for each dimension; an edited module may have a single number."""
     if isinstance(value, int):
         return (value,) * dims

@@ -1,4 +1,4 @@
-"""K-FAC for convolutions (KFC) and linear layers, with several treatments of spatial positions."""
+"""K-FAC for convolutions (KFC), transposed ones and linear layers; several views of positions."""
 
 from __future__ import annotations
 
@@ -14,17 +14,23 @@ from torch import Tensor, nn
 from kfactk import Layer, LayerCall, Samples, Statistic, Tensors, hookimpl
 from kfactk.linalg import block_diagonal, kron, mean_diagonal
 from kfactk.samples import total_of
-from kfactk_stages.curvature._coverage import CONVOLUTIONS
+from kfactk_stages.curvature._coverage import CONVOLUTIONS, TRANSPOSED
 from kfactk_stages.curvature._lags import lag_sums, tap_correlation
 from kfactk_stages.curvature._on_demand import OnDemand
-from kfactk_stages.curvature._rows import ConvRows, JoinedSamples, Rows
+from kfactk_stages.curvature._rows import ConvRows, ImageRows, JoinedSamples, Rows
+from kfactk_stages.curvature._transposed import TransposedRows, smallest, window_of
 from kfactk_stages.curvature._unfold import Window
 from kfactk_stages.curvature.kfac import Kfac, groups_of
+
+IMAGES = (*CONVOLUTIONS, *TRANSPOSED)
+"""Layers on images."""
 
 
 @attrs.frozen(kw_only=True)
 class ConvKfac(Kfac):
-    """Kronecker-factored curvature of `nn.Conv1d`, `nn.Conv2d`, `nn.Conv3d` and `nn.Linear`.
+    """Kronecker-factored curvature of convolutions, transposed convolutions and linear layers.
+
+    These are `nn.Conv1d` to `3d`, `nn.ConvTranspose1d` to `3d`, and what `kfac` covers.
 
     The row a_t of an example is the input patch at output position t. Its columns are in the order
     of `weight.reshape(d_out, -1)`, the bias last. Every stride, dilation, padding, padding mode and
@@ -47,6 +53,22 @@ class ConvKfac(Kfac):
 
     With "sua", every eigenvalue of A occurs once for each tap. So its eigenbasis, and an EKFAC step
     with it, depends on the eigensolver's choice. The K-FAC inverse does not, nor a basis made of C.
+
+    A transposed convolution has a row for each output position, too: what this position sees of the
+    input, one entry for each channel and tap, zero where a tap hits no pixel. That is a convolution
+    of stride 1 over the input with the stride's zeros between its pixels. So the matrix is
+    `[d_out / groups, channels * taps (+ 1)]`, the bias has its column, and every stride, padding,
+    output padding (or `output_size` of the call), dilation and grouping is exact. "sua" and
+    "stationary" have `Omega = sum_s x x^T`, since a tap sees each pixel once, and r_k = 0 for taps
+    that are no whole number of pixels apart.
+
+    The other view has a row for each input position: x_s, and the patch of gradients that it
+    reaches. It gives the same D_n with sides of `channels` and `d_out * taps`. But the bias is no
+    column there, and patches that overlap share gradients, so that rows are far from uncorrelated.
+    `python -m benchmarks.transposed_rows` finds K-FAC farther from the Fisher matrix in that view
+    wherever the kernel is larger than the stride, and as far where it is not. There, with the
+    kernel as large as the stride, every tap sees every pixel: eigenvalues of A repeat as with
+    "sua", `C kron I` loses nothing of A but the bias, and a basis of C is small.
 
     Bases that are a product of one of channels and one of taps use C and K: `C kron K` stands for A
     without its bias.
@@ -86,17 +108,25 @@ class ConvKfac(Kfac):
         layers", arXiv:1602.01407.
         Eschenhagen et al. 2023, "Kronecker-Factored Approximate Curvature for Modern Neural Network
         Architectures", arXiv:2311.00636.
+        Dangel 2024, "Convolutions and More as Einsum: A Tensor Network Perspective with Advances
+        for Second-Order Methods", arXiv:2307.02275, the unfolded input of transposed convolutions.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"A", "C", "G", "K"})
     spatial_settings: ClassVar[tuple[str, ...]] = ("sud", "sua", "reduce", "stationary")
-    covered: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, *CONVOLUTIONS)
+    covered: ClassVar[tuple[type[nn.Module], ...]] = (nn.Linear, *IMAGES)
 
     def blank(self, layer: Layer) -> LayerCall:
         """Return zeros; for a convolution, of the size that padding mode and one patch need."""
+        weight = layer.tensors()["weight"]
+        if isinstance(layer.module, TRANSPOSED):
+            sizes, outs = smallest(cast("nn.ConvTranspose2d", layer.module))
+            zeros = partial(torch.zeros, dtype=weight.dtype, device=weight.device)
+            outputs = weight.shape[1] * groups_of(layer.module)
+            return LayerCall(zeros(1, weight.shape[0], *sizes), zeros(1, outputs, *outs))
         if not isinstance(layer.module, CONVOLUTIONS):
             return super().blank(layer)
-        weight, window = layer.tensors()["weight"], Window.of(cast("nn.Conv2d", layer.module))
+        window = Window.of(cast("nn.Conv2d", layer.module))
         patch = [
             dilation * (taps - 1) + 1
             for taps, dilation in zip(window.kernel, window.dilation, strict=True)
@@ -110,14 +140,20 @@ class ConvKfac(Kfac):
 
     def rows(self, layer: Layer, call: LayerCall) -> Rows:
         """Return one call as rows; for a convolution, they are patches."""
-        if not isinstance(layer.module, CONVOLUTIONS):
+        module = layer.module
+        if not isinstance(module, IMAGES):
             return super().rows(layer, call)
-        window = Window.of(cast("nn.Conv2d", layer.module))
-        batched = call.inputs.ndim == len(window.kernel) + 2
+        batched = call.inputs.ndim == layer.tensors()["weight"].ndim
         inputs, gradient = (
             (call.inputs, call.gradient) if batched else (call.inputs[None], call.gradient[None])
         )
-        return ConvRows(inputs, gradient, call.scale, groups_of(layer.module), window)
+        if isinstance(module, TRANSPOSED):
+            window = window_of(
+                cast("nn.ConvTranspose2d", module), inputs.shape[2:], gradient.shape[2:]
+            )
+            return TransposedRows(inputs, gradient, call.scale, groups_of(module), window)
+        window = Window.of(cast("nn.Conv2d", module))
+        return ConvRows(inputs, gradient, call.scale, groups_of(module), window)
 
     def input_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
         """Return sum and count of A; for "sua" and "stationary" of a convolution, of Omega.
@@ -125,7 +161,7 @@ class ConvKfac(Kfac):
         There T is added where there is a bias, and for "stationary" the products of pixels that are
         taps apart.
         """
-        if self.spatial not in ("sua", "stationary") or not isinstance(layer.module, CONVOLUTIONS):
+        if self.spatial not in ("sua", "stationary") or not isinstance(layer.module, IMAGES):
             return super().input_factors(layer, samples)
         assert isinstance(samples, JoinedSamples)
         factors = {"Omega": channel_moment(samples)}
@@ -187,7 +223,7 @@ def _over_channels(layer: Layer, a: Tensor) -> Tensor:
 
     For any other layer it is A itself.
     """
-    if not isinstance(layer.module, CONVOLUTIONS):
+    if not isinstance(layer.module, IMAGES):
         return a
     return _split(layer, a).diagonal(dim1=-3, dim2=-1).mean(-1)
 
@@ -197,7 +233,7 @@ def _over_taps(layer: Layer, a: Tensor) -> Tensor:
 
     It is the identity where the sum is zero.
     """
-    if not isinstance(layer.module, CONVOLUTIONS):
+    if not isinstance(layer.module, IMAGES):
         return a.new_ones(*a.shape[:-2], 1, 1)
     k = _split(layer, a).diagonal(dim1=-4, dim2=-2).sum(-1)
     mean = mean_diagonal(k)[..., None, None]
@@ -230,24 +266,25 @@ def lag_moment(samples: JoinedSamples) -> Statistic:
     """
     return _over_pixels(
         samples,
-        lambda call, rows: lag_sums(call.inputs[rows].to(samples.dtype), call.window, call.groups),
+        lambda call, rows: lag_sums(
+            call.inputs[rows].to(samples.dtype), call.window, call.spacing, call.groups
+        ),
         symmetric=False,
     )
 
 
 def _over_pixels(
-    samples: JoinedSamples, summed: Callable[[ConvRows, slice], Tensor], *, symmetric: bool
+    samples: JoinedSamples, summed: Callable[[ImageRows, slice], Tensor], *, symmetric: bool
 ) -> Statistic:
-    """Return a sum over the pixels of all calls, times T over their number."""
+    """Return a sum over the pixels of all calls, times how often a tap sees one."""
     if not samples.first:
         return Statistic(None, 0.0)
     parts: list[Tensor] = []
     for call in samples.calls:
-        assert isinstance(call, ConvRows)
+        assert isinstance(call, ImageRows)
         spatial = math.prod(call.inputs.shape[2:])
         parts += (
-            summed(call, rows) * (call.positions / max(1, spatial))
-            for rows in samples.chunks(spatial * call.channels)
+            summed(call, rows) * call.visits for rows in samples.chunks(spatial * call.channels)
         )
     return Statistic(total_of(parts), float(samples.examples), symmetric=symmetric)
 

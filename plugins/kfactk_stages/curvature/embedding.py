@@ -3,184 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar, cast
 
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kfactk import Curvature, Layer, LayerCall, Samples, Statistic, Tensors, hookimpl
 from kfactk.options import whole
-from kfactk.samples import DEFAULT_CHUNK_BYTES, product
-from kfactk_stages.curvature._calls import CallSamples, check_examples, examples_first, scaled
-from kfactk_stages.curvature._coverage import reason_against
+from kfactk.samples import DEFAULT_CHUNK_BYTES
+from kfactk_stages.curvature._bags import BagCall, BagSamples
+from kfactk_stages.curvature._calls import check_examples, examples_first
+from kfactk_stages.curvature._coverage import plain_class, reason_against
+from kfactk_stages.curvature._rows import LinearRows
+from kfactk_stages.curvature._tables import EmbeddingCall, EmbeddingSamples
+from kfactk_stages.curvature._tied import TiedSamples
 
-
-@attrs.frozen(eq=False)
-class EmbeddingCall:
-    """One call of an embedding, examples in dimension 0.
-
-    Args:
-        tokens: Indices `[N, T]`.
-        gradient: `[N, T, d]`.
-        scale: What the gradient is to be multiplied by.
-    """
-
-    tokens: Tensor
-    gradient: Tensor
-    scale: Tensor | float
-
-
-class EmbeddingSamples(CallSamples[EmbeddingCall]):
-    """Samples of all calls of an embedding, joined along T: `a = e_x`, a row of the identity.
-
-    Positions of the padding index have `a = 0` and `g = 0`: their row gets no gradient.
-
-    Args:
-        calls: The calls; all of the same number of examples.
-        rows: V, the number of rows of the table.
-        padding: The padding index; `None` where there is none.
-        num_terms, first, chunk_bytes: See `kfactk.Samples`.
-    """
-
-    def __init__(
-        self,
-        calls: Sequence[EmbeddingCall],
-        *,
-        rows: int,
-        padding: int | None,
-        num_terms: Tensor | float,
-        first: bool,
-        chunk_bytes: int,
-    ) -> None:
-        gradients = [call.gradient for call in calls]
-        examples, _, d_out = gradients[0].shape
-        super().__init__(
-            calls,
-            gradients,
-            (examples, sum(gradient.shape[1] for gradient in gradients)),
-            rows,
-            d_out,
-            num_terms=num_terms,
-            first=first,
-            chunk_bytes=chunk_bytes,
-        )
-        self.padding = padding
-
-    def tokens(self, rows: slice = slice(None)) -> Tensor:
-        """Return the indices of the examples `rows`, `[n, T]`."""
-        return torch.cat([call.tokens[rows] for call in self.calls], 1).long()
-
-    def inputs(self, rows: slice = slice(None)) -> Tensor:
-        """Return the rows `e_x` of the examples `rows`, `[n, T, V]`; large where V is."""
-        return self.input_rotation(torch.eye(self.d_in, dtype=self.dtype, device=self.device))(rows)
-
-    def gradients(self, rows: slice = slice(None)) -> Tensor:
-        """Return the output gradients of the examples `rows`, `[n, T, d]`."""
-        parts = [scaled(call.gradient[rows].to(self.dtype), call.scale) for call in self.calls]
-        return self._unpadded(parts[0] if len(parts) == 1 else torch.cat(parts, 1), rows)
-
-    def counts(self) -> Statistic:
-        """Return `sum_n sum_t e_x`, `[V]`, counted by examples; nothing on later passes.
-
-        It is the diagonal of `input_moment`.
-        """
-        if not self.first:
-            return Statistic(None, 0.0)
-        total = torch.zeros(self.d_in, dtype=self.dtype, device=self.device)
-        for call in self.calls:
-            tokens = call.tokens.flatten().long()
-            total.index_add_(0, tokens, total.new_ones(()).expand(len(tokens)))
-        if self.padding is not None:
-            total[self.padding] = 0
-        return Statistic(total, float(self.examples))
-
-    def input_rotation(
-        self, right: Tensor, precision: torch.dtype | None = None
-    ) -> Callable[[slice], Tensor]:
-        """Return what looks up rows of `right` for the examples of a slice, `[n, T, k_in]`."""
-        right = right.to(precision or self.dtype)
-
-        def looked_up(rows: slice) -> Tensor:
-            return self._unpadded(F.embedding(self.tokens(rows), right).to(self.dtype), rows)
-
-        return looked_up
-
-    def per_example_gradients(
-        self,
-        rows: slice = slice(None),
-        left: Tensor | None = None,
-        *,
-        precision: torch.dtype | None = None,
-    ) -> Tensor:
-        """Return `left^T D_n` of the examples `rows`, `[n, d, V]`; large where V is."""
-        gradients, tokens = self._turned(rows, left, precision), self.tokens(rows)
-        n, _, d = gradients.shape
-        found = gradients.new_zeros(n * self.d_in, d)
-        start = torch.arange(n, device=tokens.device).unsqueeze(-1) * self.d_in
-        found.index_add_(0, (start + tokens).flatten(), gradients.flatten(0, 1))
-        return found.view(n, self.d_in, d).mT
-
-    def projected_square(
-        self, left: Tensor | None, right: Tensor | None, *, precision: torch.dtype | None = None
-    ) -> Statistic:
-        """Return `sum_n (left^T D_n right)^2`, `[k_out, k_in]`, counted by likelihood terms.
-
-        Where `right` is `None`, gradients of equal examples and indices are added, then the squares
-        of equal indices. Rows that do not occur stay zero and cost nothing else.
-        """
-        if right is not None:
-            return super().projected_square(left, right, precision=precision)
-        total: Tensor | None = None
-        width = self.d_out if left is None else left.shape[-1]
-        for rows in self.chunks(self.positions * (2 * self.d_out + 3 * width + 4)):
-            gradients, tokens = self._turned(rows, left, precision), self.tokens(rows)
-            if total is None:
-                total = gradients.new_zeros(self.d_in, width)
-            example = torch.arange(len(tokens), device=tokens.device).unsqueeze(-1)
-            pairs, order = (tokens * len(tokens) + example).flatten().sort(stable=True)
-            pairs, many = torch.unique_consecutive(pairs, return_counts=True)
-            squares = sums_of_runs(gradients.flatten(0, 1), many, order).square_()
-            seen, many = torch.unique_consecutive(
-                pairs.div(len(tokens), rounding_mode="floor"), return_counts=True
-            )
-            total.index_add_(0, seen, sums_of_runs(squares, many))
-        return Statistic(None if total is None else total.mT, self.num_terms)
-
-    def _turned(self, rows: slice, left: Tensor | None, precision: torch.dtype | None) -> Tensor:
-        """Return `g left` of the examples `rows`, `[n, T, k_out]`."""
-        gradients = self.gradients(rows)
-        return gradients if left is None else product(gradients, left, self.dtype, precision)
-
-    def _unpadded(self, found: Tensor, rows: slice) -> Tensor:
-        if self.padding is None:
-            return found
-        return found.masked_fill((self.tokens(rows) == self.padding).unsqueeze(-1), 0)
-
-
-def sums_of_runs(rows: Tensor, lengths: Tensor, order: Tensor | None = None) -> Tensor:
-    """Return the sums of consecutive rows, in the same order on every run.
-
-    Args:
-        rows: `[R, k]`.
-        lengths: How many rows make each sum, `[S]`; they add to R.
-        order: The order in which the rows are taken, `[R]`.
-
-    Example:
-        >>> sums_of_runs(torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([1, 2]))
-        tensor([[1.],
-                [6.]])
-    """
-    order = torch.arange(len(rows), device=rows.device) if order is None else order
-    return F.embedding_bag(order, rows, lengths.cumsum(0) - lengths, mode="sum")
+BIAS = "bias"
+"""The parameter, and the part, that is the bias of a tied output layer."""
 
 
 @attrs.frozen(kw_only=True)
 class Embedding(Curvature):
-    """Kronecker-factored curvature of `nn.Embedding`.
+    """Kronecker-factored curvature of `nn.Embedding` and `nn.EmbeddingBag`, tied or not.
 
     An embedding is a linear layer whose input is a row of the identity, `a = e_x`. Its matrix is
     the transposed table, `[d, V]`. With N examples, M likelihood terms and T positions an example,
@@ -191,6 +38,24 @@ class Embedding(Curvature):
     as in `kfac` with `spatial="sud"`. A itself is never formed: the factor is its diagonal a, the
     mean number of times that an example holds each index. Positions of `padding_idx` are in none of
     these sums, since autograd gives its row no gradient.
+
+    A bag of an `nn.EmbeddingBag` of mode "sum" or "mean" is an example with T = 1. Its input is the
+    weighted sum of its units, `a = sum_i w_i e_{x_i}`, of whose A only the diagonal is kept:
+
+        D_n = g a^T,    a = (1/N) sum_n a^2,    G = (1/M) sum_n g g^T
+
+    Where plain linear layers have the same weight (a tied output layer, with inputs h and gradients
+    gamma `[V]` of its outputs), both make one layer:
+
+        D_n = sum_t g_t e_{x_t}^T + sum_s h_s gamma_s^T
+        a = (1/M) sum_n [sum_t |g|^2 e_x + sum_s |h|^2 gamma^2]
+        G = (1/M) sum_n [sum_t g g^T + sum_s |gamma|^2 h h^T] / sum_v a_v
+
+    These are the diagonal of E[D^T D], and E[D D^T] divided by its trace, where positions do not
+    correlate. The exact scale of `ekfac` contains all products of positions, and of both kinds of
+    calls. A bias of the output layer is a layer of its own, whose matrix is `[1, V]`:
+
+        D_n = sum_s gamma_s^T,    a = (1/M) sum_n sum_s gamma^2,    G = 1
 
     Inputs `[N]` have T = 1. An input without dimensions is one example. Positions that all examples
     share, as `[1, T]`, are one example: its D is the sum over all of them.
@@ -233,14 +98,14 @@ class Embedding(Curvature):
 
     def unsupported(self, module: nn.Module) -> str | None:
         """Return why this module cannot be preconditioned exactly, or `None` when it can."""
-        if isinstance(module, nn.EmbeddingBag):
-            return (
-                "no curvature for EmbeddingBag; nn.Embedding, followed by a sum or mean over the "
-                "bag, is covered"
-            )
-        reason = reason_against(module, (nn.Embedding,))
+        reason = reason_against(module, (nn.Embedding, nn.EmbeddingBag))
         if reason is not None:
             return reason
+        if isinstance(module, nn.EmbeddingBag) and module.mode == "max":
+            return (
+                "the maximum over a bag (mode='max') is no linear layer of what is in it; use "
+                "mode='sum' or mode='mean'"
+            )
         table = cast("nn.Embedding", module)
         if table.sparse:
             return (
@@ -259,18 +124,35 @@ class Embedding(Curvature):
             )
         return None
 
+    def same_call(self, module: nn.Module, other: nn.Module) -> bool:
+        """Return whether they are alike, or `other` is a linear layer beside an embedding."""
+        if _is_head(other) and plain_class(module) is nn.Embedding:
+            return reason_against(other, (nn.Linear,)) is None
+        return super().same_call(module, other)
+
+    def parts(self, module: nn.Module) -> Mapping[str, tuple[str, ...]]:
+        """Return the table as one part, "", and of a tied output layer the bias alone."""
+        if not _is_head(module):
+            return super().parts(module)
+        return {BIAS: (BIAS,)} if module._parameters.get(BIAS) is not None else {}
+
     def matrix(self, layer: Layer, tensors: Tensors) -> Tensor:
-        """Return the transposed table, `[d, V]`."""
-        return tensors["weight"].mT
+        """Return the transposed table, `[d, V]`, or the bias of an output layer, `[1, V]`."""
+        return tensors[BIAS].unsqueeze(0) if layer.part == BIAS else tensors["weight"].mT
 
     def tensors(self, layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
         """Return the inverse of `matrix`."""
-        return {"weight": matrix.mT}
+        return {BIAS: matrix.squeeze(0)} if layer.part == BIAS else {"weight": matrix.mT}
 
     def blank(self, layer: Layer) -> LayerCall:
-        """Return a call on one index."""
+        """Return a call on one index, on one bag of one index, or on one row of an output layer."""
+        if layer.part == BIAS:
+            bias = layer.tensors()[BIAS]
+            zeros = torch.zeros(1, len(bias), dtype=bias.dtype, device=bias.device)
+            return LayerCall(zeros[:, :0], zeros)
         weight = layer.tensors()["weight"]
-        index = torch.zeros(1, dtype=torch.long, device=weight.device)
+        shape = (1, 1) if isinstance(layer.module, nn.EmbeddingBag) else (1,)
+        index = torch.zeros(shape, dtype=torch.long, device=weight.device)
         zeros = torch.zeros(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
         return LayerCall(index, zeros)
 
@@ -283,26 +165,50 @@ class Embedding(Curvature):
             CaptureError: The calls do not have the same number of examples, or an input has no
                 dimension `batch_dim` to spare.
         """
-        found = [self._call(layer, call) for call in calls]
-        check_examples(layer, (len(call.tokens) for call in found))
-        table = cast("nn.Embedding", layer.module)
-        return EmbeddingSamples(
-            found,
-            rows=table.num_embeddings,
-            padding=table.padding_idx,
-            num_terms=num_terms,
-            first=first,
-            chunk_bytes=self.chunk_bytes,
-        )
+        table, options = cast("nn.Embedding", layer.module), self._options(num_terms, first=first)
+        if isinstance(layer.module, nn.EmbeddingBag):
+            bags = [BagCall.of(layer.module, call) for call in calls]
+            check_examples(layer, (len(bag.gradient) for bag in bags))
+            return BagSamples(bags, rows=table.num_embeddings, **options)
+        heads = [self._head(layer, call) for call in calls if _of_head(layer, call)]
+        found = [self._call(layer, call) for call in calls if not _of_head(layer, call)]
+        gradients = [*(call.gradient for call in found), *(call.gradient for call in heads)]
+        check_examples(layer, map(len, gradients))
+        lookups = None
+        if found:
+            lookups = EmbeddingSamples(
+                found, rows=table.num_embeddings, padding=table.padding_idx, **options
+            )
+            if not _is_tied(layer):
+                return lookups
+        sides = self.matrix(layer, layer.tensors()).shape
+        return TiedSamples(lookups, heads, sides, **options)
+
+    def _options(self, num_terms: Tensor | float, *, first: bool) -> dict[str, Any]:
+        return {"num_terms": num_terms, "first": first, "chunk_bytes": self.chunk_bytes}
 
     def input_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
-        """Return sum and count of a."""
-        assert isinstance(samples, EmbeddingSamples)
-        return {"a": samples.counts()}
+        """Return sum and count of a; none where it is made of gradients too."""
+        if isinstance(samples, TiedSamples):
+            return {}
+        assert isinstance(samples, EmbeddingSamples | BagSamples)
+        return {
+            "a": samples.counts() if isinstance(samples, EmbeddingSamples) else samples.squares()
+        }
 
     def gradient_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
-        """Return sum and count of G."""
+        """Return sum and count of G, and of a where it is made of gradients too."""
+        if isinstance(samples, TiedSamples):
+            return dict(zip(("a", "G"), samples.moments(), strict=True))
         return {"G": samples.grad_moment().scaled(1 / max(1, samples.positions))}
+
+    def assemble(self, layer: Layer, factors: Tensors) -> Tensors:
+        """Return a and G; the sums of a tied layer have the same trace, of which G is freed."""
+        found = dict(super().assemble(layer, factors))
+        if _is_tied(layer) and "G" in found:
+            trace = found["G"].diagonal().sum()
+            found["G"] = found["G"] / trace.where(trace > 0, 1)
+        return found
 
     def _call(self, layer: Layer, call: LayerCall) -> EmbeddingCall:
         batched = partial(examples_first, layer, batch_dim=self.batch_dim)
@@ -311,6 +217,28 @@ class Embedding(Curvature):
         return EmbeddingCall(
             tokens.reshape(n, t), gradient.reshape(n, t, gradient.shape[-1]), call.scale
         )
+
+    def _head(self, layer: Layer, call: LayerCall) -> LinearRows:
+        batched = partial(examples_first, layer, features=1, batch_dim=self.batch_dim)
+        hidden, gradient = batched(call.inputs), batched(call.gradient)
+        if layer.part == BIAS:
+            hidden = gradient.new_ones(()).expand(*gradient.shape[:-1], 1)
+        if hidden.ndim == 2:
+            hidden, gradient = hidden.unsqueeze(1), gradient.unsqueeze(1)
+        return LinearRows(hidden, gradient, call.scale)
+
+
+def _is_head(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _of_head(layer: Layer, call: LayerCall) -> bool:
+    return _is_head(layer.module if call.module is None else call.module)
+
+
+def _is_tied(layer: Layer) -> bool:
+    """Return whether linear layers have the table too."""
+    return any(map(_is_head, layer.sites))
 
 
 @hookimpl

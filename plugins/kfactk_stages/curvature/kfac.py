@@ -14,7 +14,7 @@ from kfactk import Curvature, Layer, LayerCall, Samples, Statistic, Tensors, hoo
 from kfactk.options import choice, whole
 from kfactk.samples import DEFAULT_CHUNK_BYTES, gram, total_of
 from kfactk_stages.curvature._calls import check_examples, examples_first
-from kfactk_stages.curvature._coverage import reason_against
+from kfactk_stages.curvature._coverage import TRANSPOSED, conv1d, reason_against
 from kfactk_stages.curvature._rows import JoinedSamples, LinearRows, Rows
 
 
@@ -25,6 +25,8 @@ def _spatial(curvature: Kfac, attribute: attrs.Attribute[str], value: str) -> No
 @attrs.frozen(kw_only=True)
 class Kfac(Curvature):
     """Kronecker-factored curvature of `nn.Linear`, inputs of any rank.
+
+    Conv1D of transformers is covered too: a linear layer that holds its weight as `[d_in, d_out]`.
 
         F_l = E[(a a^T) kron (g g^T)] ~ A kron G
 
@@ -77,7 +79,7 @@ class Kfac(Curvature):
 
     def unsupported(self, module: nn.Module) -> str | None:
         """Return why this module cannot be preconditioned exactly, or `None` when it can."""
-        return reason_against(module, self.covered)
+        return reason_against(module, (*self.covered, *conv1d()))
 
     def matrix(self, layer: Layer, tensors: Tensors) -> Tensor:
         """Join weight and bias into `[d_out, d_in]`, bias last.
@@ -85,6 +87,8 @@ class Kfac(Curvature):
         A grouped layer has `[groups, d_out / groups, d_in]`.
         """
         groups, weight = groups_of(layer.module), tensors["weight"]
+        if by_inputs(layer.module):
+            weight = exchanged(weight, groups)
         rows = () if groups == 1 else (groups,)
         matrix = weight.reshape(*rows, weight.shape[0] // groups, -1)
         if not layer.bias:
@@ -93,18 +97,23 @@ class Kfac(Curvature):
 
     def tensors(self, layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
         """Return the inverse of `matrix`."""
-        like = layer.tensors()
-        if not layer.bias:
-            return {"weight": matrix.reshape(like["weight"].shape)}
-        return {
-            "weight": matrix[..., :-1].reshape(like["weight"].shape),
-            "bias": matrix[..., -1].reshape(like["bias"].shape),
-        }
+        like, groups = layer.tensors(), groups_of(layer.module)
+        shape = like["weight"].shape
+        weight = matrix[..., :-1] if layer.bias else matrix
+        if by_inputs(layer.module):
+            weight = weight.reshape(shape[1] * groups, shape[0] // groups, *shape[2:])
+            weight = exchanged(weight, groups).contiguous()
+        found = {"weight": weight.reshape(shape)}
+        return (
+            {**found, "bias": matrix[..., -1].reshape(like["bias"].shape)} if layer.bias else found
+        )
 
     def blank(self, layer: Layer) -> LayerCall:
         """Return one row of zeros."""
         weight = layer.tensors()["weight"]
         d_out, d_in = weight.shape[:2]
+        if by_inputs(layer.module):
+            d_out, d_in = d_in, d_out
         zeros = partial(torch.zeros, dtype=weight.dtype, device=weight.device)
         return LayerCall(zeros(1, d_in), zeros(1, d_out))
 
@@ -150,6 +159,32 @@ class Kfac(Curvature):
 def groups_of(module: nn.Module) -> int:
     """Return the number of groups of a convolution, 1 for other layers."""
     return int(getattr(module, "groups", 1))
+
+
+def by_inputs(module: nn.Module) -> bool:
+    """Return whether a layer holds its weight as inputs by outputs."""
+    return isinstance(module, (*TRANSPOSED, *conv1d()))
+
+
+def exchanged(weight: Tensor, groups: int) -> Tensor:
+    """Return a weight held by inputs as one held by outputs, or the other way round.
+
+    Args:
+        weight: `[groups * d_1, d_2, *taps]`.
+        groups: Number of groups.
+
+    Returns:
+        `[groups * d_2, d_1, *taps]`.
+
+    Example:
+        >>> exchanged(torch.tensor([[1, 2], [3, 4]]), 2)
+        tensor([[1],
+                [2],
+                [3],
+                [4]])
+    """
+    grouped = weight.reshape(groups, weight.shape[0] // groups, *weight.shape[1:])
+    return grouped.transpose(1, 2).flatten(0, 1)
 
 
 def reduced_input_moment(samples: Samples) -> Statistic:

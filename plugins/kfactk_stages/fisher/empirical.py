@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import ClassVar
+from collections.abc import Iterator, Mapping, Sized
+from typing import Any, ClassVar
 
 import attrs
 import torch
 from torch import Tensor
 
-from kfactk import Likelihood, hookimpl
+from kfactk import CaptureError, Likelihood, hookimpl
+from kfactk.errors import near_names
+from kfactk.options import number, text
+
+_number = number(
+    low=0, low_open=True, optional=True, hint=", how many terms the loss of one forward has"
+)
+_name = text(hint=": the name of an argument of the forward")
+
+
+def _terms(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+    (_name if isinstance(value, str) else _number)(instance, attribute, value)
 
 
 @attrs.frozen(kw_only=True)
@@ -35,9 +46,23 @@ class Empirical:
     those do not. It describes the curvature poorly away from a well-fitted, well-specified model.
     Choose it for its cost, not for its mathematics.
 
+    With `terms`, the model's output is not read, and the likelihood plays no part. So it works for
+    any loss: of detection, contrast or transcription, of a model that returns its loss, of a
+    divergence. Say by `reduction` whether the loss is a mean or a sum over these terms.
+
+    Args:
+        terms: M, the number of terms of the loss in each forward: a number, or the name of an
+            argument of the model's forward (or keyword of `Optimizer.observe`) that holds one
+            entry for each, such as "targets"; that of a number is M itself. `None` takes the
+            terms that the likelihood finds in the output.
+
+    Raises:
+        OptionError: `terms` is neither.
+        CaptureError: The forward was not given that argument.
+
     Example:
-        >>> Empirical().own_pass
-        False
+        >>> Empirical(terms="images").loss_terms({"images": torch.zeros(8, 3, 4, 4)})
+        8.0
 
     References:
         Kunstner, Balles & Hennig 2019, "Limitations of the empirical Fisher approximation for
@@ -46,10 +71,35 @@ class Empirical:
 
     own_pass: ClassVar[bool] = False
 
+    terms: float | str | None = attrs.field(default=None, validator=_terms)
+
     @property
     def seed(self) -> int:
         """0: nothing is drawn."""
         return 0
+
+    def loss_terms(self, batch: Mapping[str, Any]) -> Tensor | float | None:
+        """Return M where `terms` says it, else `None`."""
+        if not isinstance(self.terms, str):
+            return self.terms
+        if self.terms not in batch:
+            known = ", ".join(map(repr, batch)) or "none"
+            raise CaptureError(
+                f"terms={self.terms!r} names an argument that this forward was not given; there "
+                f"are: {known}.{near_names(self.terms, batch)} Name one of those, or pass it with "
+                f"Optimizer.observe({self.terms}=...)."
+            )
+        value = batch[self.terms]
+        if isinstance(value, Tensor):
+            return float(len(value)) if value.ndim else value.detach().double()
+        if isinstance(value, int | float):
+            return float(value)
+        if isinstance(value, Sized):
+            return float(len(value))
+        raise CaptureError(
+            f"terms={self.terms!r} is a {type(value).__name__}, which has no length; name an "
+            "argument that holds an entry for each term, or a number."
+        )
 
     def losses(
         self,

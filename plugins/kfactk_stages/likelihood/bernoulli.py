@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from kfactk import hookimpl
 from kfactk.options import number
-from kfactk_stages.likelihood.layout import IndependentEntries, missing_terms
+from kfactk_stages.likelihood._misfit import NONE, factor_between, scale_fault, summed_share
+from kfactk_stages.likelihood.layout import IndependentEntries, arranged, missing_terms
 
 
 @attrs.frozen(kw_only=True)
@@ -84,6 +85,21 @@ class Bernoulli(IndependentEntries):
             column = torch.zeros_like(sizes)
             column[..., c] = sizes[..., c]
             yield column
+
+    def misfit(self, output: Tensor, gradient: Tensor, *, measured: bool) -> str | None:
+        """Return why a loss with this gradient at the output is no binary cross entropy."""
+        entries = arranged(output, self.class_axis).shape[-1] if self.divisor == "terms" else 1
+        if measured:  # on the gradient of the loss itself, whatever it is
+            k = factor_between(output.double().sigmoid(), gradient.double())
+            return scale_fault(k, "the binary cross entropy", output.shape, entries)
+        if entries > 1 and summed_share(arranged(gradient, self.class_axis), -1) < NONE:
+            return (
+                f"the gradient of your loss at the output (shape {list(output.shape)}) sums to "
+                f"zero over its {entries} entries, so your loss is a softmax cross entropy, and "
+                "the curvature of likelihood='bernoulli' is not that of your loss. Give "
+                "likelihood='categorical'"
+            )
+        return None
 
     def _has_label(self, labels: Tensor, view: Tensor) -> Tensor:
         return ~missing_terms(labels == self.ignore_index, view, self.class_axis, str(self.targets))

@@ -11,7 +11,14 @@ from torch.nn import functional as F
 
 from kfactk import CaptureError, hookimpl
 from kfactk.options import whole
-from kfactk_stages.likelihood.layout import Layout, expand_to_terms
+from kfactk_stages.likelihood._misfit import (
+    SOME,
+    factor_between,
+    scale_fault,
+    softmax_axes,
+    summed_share,
+)
+from kfactk_stages.likelihood.layout import Layout, arranged, expand_to_terms
 
 
 @attrs.frozen(kw_only=True)
@@ -116,6 +123,30 @@ class Categorical(Layout):
                 size.unsqueeze(-1) > 0, -size.unsqueeze(-1) * share, 0.0
             )
             yield column
+
+    def misfit(self, output: Tensor, gradient: Tensor, *, measured: bool) -> str | None:
+        """Return why a loss with this gradient at the output is no softmax cross entropy."""
+        logits, found = arranged(output, self.class_axis), arranged(gradient, self.class_axis)
+        if measured:  # on the gradient of the loss itself, whatever it is
+            k = factor_between(logits.softmax(-1), found)
+            return scale_fault(k, "the cross entropy", output.shape, 1)
+        if summed_share(found, -1) < SOME:
+            return None
+        shape = list(output.shape)
+        for axis in softmax_axes(gradient):
+            return (
+                f"the gradient of your loss at the output (shape {shape}) sums to zero over "
+                f"dimension {axis}, so the classes are there, and not where the likelihood has "
+                f"them. Give likelihood={{'name': 'categorical', 'class_axis': {axis}}}"
+            )
+        return (
+            f"the gradient of your loss at the output (shape {shape}) does not sum to zero over "
+            "the classes, so your loss is no softmax cross entropy, and the curvature of "
+            "likelihood='categorical' is not that of your loss. Give likelihood='gaussian' for "
+            "squared errors and values, 'bernoulli' for binary labels; or fisher='empirical', "
+            "which measures on your loss itself. output= picks the logits where the model returns "
+            "more"
+        )
 
     def _has_label(self, labels: Tensor, view: Tensor) -> Tensor:
         return expand_to_terms(labels, view, "targets", str(self.targets)) != self.ignore_index

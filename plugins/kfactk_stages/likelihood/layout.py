@@ -157,8 +157,13 @@ def as_terms(output: Tensor, class_axis: int | None) -> Tensor:
         CaptureError: The output is not floating point, is a scalar, needs no gradient, or does not
             tell its event axis.
     """
-    what = f"shape {list(output.shape)}, {output.dtype}"
     check_output(output)
+    return arranged(output, class_axis)
+
+
+def arranged(output: Tensor, class_axis: int | None) -> Tensor:
+    """Return an output, or its gradient, as `as_terms` does."""
+    what = f"shape {list(output.shape)}, {output.dtype}"
     if output.ndim > 2:
         if class_axis is None:
             raise CaptureError(

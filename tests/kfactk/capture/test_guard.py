@@ -234,8 +234,8 @@ def found(monkeypatch: pytest.MonkeyPatch) -> list[set[str]]:
     """The names of the layers that the guard finds in each followed forward."""
     found: list[set[str]] = []
 
-    def noted(self: FisherPass, forward: Any, view: Tensor) -> Any:
-        found.append({layer.name for layer in unseen_layers(view, forward.calls, forward.layers)})
+    def noted(self: FisherPass, forward: Any, views: list[Tensor]) -> Any:
+        found.append({layer.name for layer in unseen_layers(views, forward.calls, forward.layers)})
         return forward
 
     monkeypatch.setattr(FisherPass, "_guarded", noted)

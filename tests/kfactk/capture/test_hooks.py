@@ -17,6 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from kfactk import CaptureError
 from kfactk.capture.forward import Forward
+from kfactk.capture.hooks import call_tensors
 from tests.kfactk.small import assert_equal, batch, bound, factors, hooks, net, train
 
 
@@ -254,6 +255,41 @@ def test_inputs_changed_in_place_before_their_gradient_came_are_an_error() -> No
     with pytest.raises(CaptureError, match=r"'0' was modified in place.*refill"):
         F.cross_entropy(output, labels).backward()
     assert optimizer.steps == 0
+
+
+def test_arguments_that_are_refilled_before_the_step_are_an_error() -> None:
+    model = nn.EmbeddingBag(5, 3).double()
+    optimizer = bound(model, curvature="embedding", basis="ekfac")
+    tokens, offsets = torch.arange(4), torch.tensor([0, 1])
+    F.cross_entropy(model(tokens, offsets), torch.tensor([0, 2])).backward()
+    offsets[1] = 2
+    with pytest.raises(CaptureError, match="was modified in place"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_the_input_of_a_call_is_the_first_parameter_however_it_is_given(named: bool) -> None:
+    bag = nn.EmbeddingBag(5, 3)
+    tokens, offsets, weights = torch.arange(4), torch.tensor([0, 1]), torch.ones(4)
+    args = () if named else (tokens, offsets)
+    kwargs = {"per_sample_weights": weights} | (
+        {"offsets": offsets, "input": tokens} if named else {}
+    )
+    inputs, arguments = call_tensors(bag, args, kwargs)
+    assert torch.equal(inputs, tokens)
+    assert set(arguments) == {"offsets", "per_sample_weights"}
+    assert torch.equal(arguments["offsets"], offsets)
+
+
+def test_tensors_without_names_are_not_mistaken_for_others() -> None:
+    class Several(nn.Module):
+        def forward(self, *tensors: Tensor) -> Tensor:
+            return tensors[0]
+
+    one, two = torch.zeros(1), torch.ones(1)
+    inputs, arguments = call_tensors(Several(), (one, two), {})
+    assert torch.equal(inputs, one)
+    assert not arguments
 
 
 def test_observing_after_the_backward_is_an_error_that_says_so() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,7 +38,8 @@ def test_logits_are_found_in_every_common_form(output: Any) -> None:
         (3.0, "float"),
         ((), "tuple"),
         ((3.0, LOGITS), "tuple"),
-        ({"prediction": LOGITS}, r"dict with keys \['prediction'\]"),
+        ({"kind": LOGITS, "size": LOGITS}, "dict with tensors at 'kind', 'size'"),
+        ({"prediction": LOGITS}, r"dict with tensors at 'prediction'"),
         (SimpleNamespace(logits="text"), "SimpleNamespace"),
     ],
 )
@@ -67,3 +69,9 @@ def test_models_whose_layers_no_hook_sees_are_refused() -> None:
 def test_a_traced_model_is_refused() -> None:
     with pytest.raises(CombinationError, match="scripted or traced"):
         supported_model(torch.jit.trace(net(), batch()[0]))
+
+
+def test_an_output_of_several_heads_is_refused_with_their_likelihoods() -> None:
+    words = "likelihood={'kind': 'categorical', 'size': 'gaussian'}"
+    with pytest.raises(CaptureError, match=re.escape(words)):
+        model_output({"kind": LOGITS, "size": LOGITS})

@@ -274,6 +274,64 @@ def test_training_load_leaves_out_cached_tables() -> None:
     assert found[0] == found[1] == found[2]
 
 
+class Language(nn.Module):
+    """A table of 500 rows that is the output layer too, bags of it on the side."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(500, 8), nn.Linear(8, 500, bias=False)
+        self.head.weight = self.words.weight
+        self.bag = nn.EmbeddingBag(500, 8)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.words(tokens) + self.bag(tokens).unsqueeze(1))
+
+
+def test_training_load_of_tables_has_no_square_of_the_vocabulary() -> None:
+    n, t, rows, width = 4, 6, 500, 8
+    recipe = kfactk.build(
+        curvature="all", basis="ekfac", likelihood={"name": "categorical", "class_axis": -1}
+    )
+    load = training_load(made(Language), recipe, meta_batch(f"{t}:int64", n))
+    assert list(load.layers) == ["words", "bag"]
+    tied, bag = (load.layers[name] for name in ("words", "bag"))
+    for cost in (tied, bag):
+        assert cost.sizes.kept == {"a": rows, "G": width * (width + 1)}
+        assert cost.sizes.moments == rows * width
+        assert cost.precondition.products == 4 * width**2 * rows
+    # D of the output layer is one product of an example, as in the layer's own backward.
+    whole = 2 * n * t * rows * width
+    assert whole <= tied.scale.products <= whole + 4 * n * t * width**2 + 2 * n * t * rows
+    assert tied.retained == n * t * (1 + width) + n * t * (width + rows)
+    assert bag.scale.products == 2 * n * width**2
+
+
+class Attending(nn.Module):
+    """Attention to the inputs, or to a product of them, and a head."""
+
+    def __init__(self, across: bool = False, extra: bool = False) -> None:
+        super().__init__()
+        self.attn = nn.MultiheadAttention(8, 2, add_bias_kv=extra)
+        self.head, self.across = nn.Linear(8, 3), across
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.transpose(0, 1)
+        keys = [2 * x, 3 * x] if self.across else [x, x]
+        return self.head(self.attn(x, *keys)[0].mean(0))
+
+
+@pytest.mark.parametrize("across", [False, True])
+def test_training_load_of_attention_counts_its_second_run(across: bool) -> None:
+    with META:
+        model = Attending(across)
+    load = training_load(model, kfactk.build(curvature="all"), meta_batch("5x8", 4))
+    product, scores, head = 2 * 4 * 5 * 8 * 8, 2 * 4 * 5 * 5 * 8, 2 * 4 * 8 * 3
+    assert load.fisher_pass.products == head + 5 * product + 6 * scores
+    inputs = 3 if across else 1  # the same inputs are multiplied once
+    assert load.layers["attn[in_proj]"].factors.products == (inputs + 3) * product
+    assert load.layers["attn[out_proj]"].factors.products == 2 * product
+
+
 @pytest.mark.parametrize(
     ("basis", "moments", "solving", "parts"), [("soap", 1, 2, 2), ("shampoo", 0, 1, 2)]
 )
@@ -298,3 +356,16 @@ def test_a_basis_without_matrices_costs_its_products_alone() -> None:
     assert found.precondition.products == 3 * (2 * gram + turn)
     assert (found.factors.products, found.solver) == (0.0, "")
     assert dict(found.sizes.kept) == {}
+
+
+def test_blocks_of_gradients_beside_others_change_no_count_of_theirs() -> None:
+    """Attention leaves `bias_k` and `bias_v` to the gradient: one module holds blocks of both."""
+    with META:
+        model = Attending(extra=True)
+    alone, beside = (
+        training_load(model, kfactk.build(curvature=curvature), meta_batch("5x8", 4))
+        for curvature in ("all", ["all", "gradient"])
+    )
+    assert beside.layers.keys() - alone.layers.keys() == {"attn[bias_k]", "attn[bias_v]"}
+    assert {name: beside.layers[name] for name in alone.layers} == dict(alone.layers)
+    assert (beside.fisher_pass, beside.passes) == (alone.fisher_pass, alone.passes)

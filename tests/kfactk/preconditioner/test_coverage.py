@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
+import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 
+import kfactk
+from kfactk import PluginError
 from kfactk.preconditioner.coverage import Coverage, ModelSurvey, Row
 from kfactk.preconditioner.rules import BlockRule
 from kfactk_stages.basis.ekfac import Ekfac
@@ -35,7 +40,7 @@ PARTS = {
     "embedding": (lambda: nn.Embedding(4, 2), 0, 1),
     "attention": (lambda: nn.MultiheadAttention(4, 2), 0, 4),
     "nothing": (nn.ReLU, 0, 0),
-    "transposed": (lambda: nn.ConvTranspose1d(2, 2, 2), 0, 2),
+    "transposed": (lambda: nn.ConvTranspose1d(2, 2, 2), 2, 0),
 }
 
 
@@ -104,7 +109,7 @@ def test_reasons_that_readers_need() -> None:
     )
     model["partly"].weight.requires_grad_(False)
     found = reasons(model)
-    assert "subclass of Linear whose forward may differ" in found["own.weight"]
+    assert "subclass of Linear with its own forward" in found["own.weight"]
     assert "parametrized" in found["weight_norm.bias"]
     assert "never calls its forward" in found["attention.out_proj.weight"]
     assert found["frozen.weight"] == found["partly.weight"] == "frozen (requires_grad is False)"
@@ -132,3 +137,77 @@ def test_a_scalar_parameter() -> None:
     row = Row("scale", (), None, "no curvature", True)
     assert row.numel == 1
     assert "scalar" in str(Coverage((row,)))
+
+
+def test_parts_of_parameters_that_are_not_there_are_the_curvatures_fault() -> None:
+    class Absent(ConvKfac):
+        def parts(self, module: nn.Module) -> Mapping[str, tuple[str, ...]]:
+            return {"": ("weight", "inside.bias")}
+
+    with pytest.raises(PluginError, match=r"Absent failed on module '0'.*'inside\.bias'"):
+        ModelSurvey(nn.Sequential(nn.Linear(2, 2)), [BlockRule(Absent(), Ekfac())])
+
+
+class Attending(nn.Module):
+    """A table that is the head too, attention, and a parameter of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.head = nn.Embedding(5, 4), nn.Linear(4, 5)
+        self.head.weight = self.words.weight
+        self.attn = nn.MultiheadAttention(4, 2, add_bias_kv=True)
+        self.gain = nn.Parameter(torch.ones(4))
+
+
+ATTENTION = {
+    "attn.in_proj_weight": "attn[in_proj]",
+    "attn.in_proj_bias": "attn[in_proj]",
+    "attn.out_proj.weight": "attn[out_proj]",
+    "attn.out_proj.bias": "attn[out_proj]",
+    "attn.bias_k": "attn[bias_k]",
+    "attn.bias_v": "attn[bias_v]",
+}
+OUT_PROJ = {
+    "attn.out_proj.weight": "attn.out_proj",
+    "attn.out_proj.bias": "attn.out_proj[bias]",
+}
+TIED = {"words.weight": "words", "head.bias": "head[bias]"}
+
+
+@pytest.mark.parametrize(
+    ("curvature", "changed", "of_gradient"),
+    [
+        (["all", "gradient"], {}, {"gain", "attn.bias_k", "attn.bias_v"}),
+        (
+            [kfactk.block("gradient", layers=["attn.out_proj"]), "all", "gradient"],
+            OUT_PROJ,
+            {"gain", "attn.bias_k", "attn.bias_v", *OUT_PROJ},
+        ),
+        (
+            [kfactk.block("gradient", layers=["head"]), "all", "gradient"],
+            {"words.weight": "head"},
+            {"gain", "attn.bias_k", "attn.bias_v", *TIED},
+        ),
+    ],
+)
+def test_rules_on_gradients_take_once_what_others_leave(
+    curvature: list[object], changed: dict[str, str], of_gradient: set[str]
+) -> None:
+    """What attention and tied tables hold is theirs, but where a gradient's rule comes first."""
+    model = Attending()
+    table = kfactk.build(curvature=curvature).coverage(model)
+    wanted = ATTENTION | TIED | {"gain": "[gain]"} | changed
+    assert {row.parameter: row.block for row in table} == wanted
+    assert {row.parameter for row in table if "gradient" in row.stages} == of_gradient
+
+
+def test_what_is_excluded_inside_a_module_is_no_gradients_either() -> None:
+    recipe = kfactk.build(curvature=["all", "gradient"], exclude=["attn.out_proj"])
+    assert recipe.coverage(Attending()).plain == tuple(OUT_PROJ)
+
+
+def test_layers_of_all_rules_come_in_the_models_order() -> None:
+    model = Attending()
+    survey = ModelSurvey(model, kfactk.build(curvature=["all", "gradient"]).rules)
+    found = [layer.path for layer, _ in survey.layers(ids(*model.parameters()))]
+    assert found == ["", "words", "head", "attn", "attn", "attn", "attn"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
 
 import kfactk
 from kfactk.preconditioner.coverage import ModelSurvey
@@ -43,7 +43,8 @@ def test_new_parameters_that_are_not_trained_are_told_once() -> None:
 
 def test_a_layer_of_another_class_is_told_with_the_reason() -> None:
     class Other(nn.Linear):
-        pass
+        def forward(self, input: Tensor) -> Tensor:
+            return 2 * super().forward(input)
 
     model, watch, survey = watched()
     other = Other(4, 2)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from kfactk import Layer, LayerCall, Samples, Statistic
+from kfactk_stages.curvature.attention import Attention
 from kfactk_stages.curvature.conv_kfac import ConvKfac
 from kfactk_stages.curvature.kfac import Kfac
 
@@ -405,6 +406,15 @@ BREAKS: dict[str, tuple[str, Any, str]] = {
             lambda layer, calls: [attrs.evolve(u, gradient=u.gradient.abs_()) for u in calls]
         ),
         "that the stage was given was changed in place",
+    ),
+    "factors of inputs inside a module": (
+        "test_parted_factors_are_the_factors",
+        stage(
+            Attention,
+            input_factors=lambda self, layer, samples: {"A": samples.input_moment()},
+            gradient_factors=lambda self, layer, samples: {"G": samples.grad_moment()},
+        ),
+        r"input_factors gives \['A'\], but calls that run again are known in a Fisher pass only",
     ),
     "inputs with gradients": (
         "test_parted_factors_are_the_factors",

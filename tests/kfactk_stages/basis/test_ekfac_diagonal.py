@@ -8,6 +8,7 @@ import attrs
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import kfactk
 from kfactk import CombinationError, DecompositionError, FactorContext, SpectralOperator, Statistic
@@ -169,3 +170,36 @@ def test_it_trains_with_a_curvature_that_provides_the_diagonal() -> None:
 def test_a_curvature_without_the_diagonal_is_refused() -> None:
     with pytest.raises(CombinationError, match="needs a, which curvature 'kfac' does not provide"):
         kfactk.build(curvature="kfac", basis={"name": "ekfac", "inputs": "diagonal"})
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_columns_of_zeros_take_no_part_and_stay(few: bool) -> None:
+    """Rows of an embedding that do not occur have no gradient: nothing is multiplied for them."""
+    generator = torch.Generator().manual_seed(0)
+    a, gradients = torch.rand(40, generator=generator, dtype=F64), torch.zeros(40, 3, dtype=F64)
+    rows = torch.tensor([7, 0, 39]) if few else torch.arange(30)
+    gradients[rows] = torch.randn(len(rows), 3, generator=generator, dtype=F64)
+    gradients[rows[0], 0] = 0.0
+    matrices = {"a": a, "G": torch.cov(torch.randn(3, 9, generator=generator, dtype=F64))}
+    context = FactorContext(damping=0.1, mean_diagonal={})
+    parts = {name: DIAGONAL.decompose(name, each, context) for name, each in matrices.items()}
+    scale = torch.rand(3, 40, generator=generator, dtype=F64)
+    operator = DIAGONAL.operator(parts, {"scale": scale}, 0.1, matrices)
+    with Columns() as seen:
+        found = operator.solve(gradients.mT)
+    u = parts["G"]["eigenvectors"]
+    torch.testing.assert_close(found, u @ ((u.T @ gradients.mT) / (scale + 0.1)))
+    assert not found[:, 30:39].any()
+    assert seen.columns == (3 if few else 40)
+
+
+class Columns(TorchDispatchMode):
+    """The largest number of columns of a product."""
+
+    columns = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten.mm.default:
+            self.columns = max(self.columns, found.shape[-1])
+        return found

@@ -292,7 +292,7 @@ def test_a_shared_module_sums_over_its_uses(groups, bias, spatial, chunk_bytes):
 def test_uses_of_different_batch_sizes_are_refused():
     module = nn.Conv1d(1, 1, 1)
     calls = [LayerCall(torch.ones(n, 1, 3), torch.ones(n, 1, 3)) for n in (2, 4)]
-    with pytest.raises(CaptureError, match=r"'layer'.*\[2, 4\].*leave it out"):
+    with pytest.raises(CaptureError, match=r"'layer'.*\[2, 4\].*exclude=\['layer'\]"):
         ConvKfac().samples(
             Layer("layer", module, ("weight", "bias")), calls, num_terms=1.0, first=True
         )

@@ -9,8 +9,9 @@ from torch import nn
 
 from kfactk import CaptureError, Layer, LayerCall, OptionError
 from kfactk.testing import CurvatureLaws, effort
-from kfactk.testing._support.strategies import case_of, embedding_cases
-from kfactk_stages.curvature.embedding import Embedding, sums_of_runs
+from kfactk.testing._support.strategies import bag_cases, case_of, embedding_cases
+from kfactk_stages.curvature._tables import sums_of_runs
+from kfactk_stages.curvature.embedding import Embedding
 
 laws = settings(deadline=None, max_examples=effort(30))
 
@@ -38,7 +39,7 @@ class TestEmbedding(CurvatureLaws):
     stage = "embedding"
 
     def cases(self):
-        return embedding_cases(most_calls=2) | padded_cases()
+        return embedding_cases(most_calls=2) | padded_cases() | bag_cases(most_calls=2)
 
 
 class TestEmbeddingSequenceFirst(CurvatureLaws):
@@ -217,7 +218,8 @@ class Doubled(nn.Embedding):
         (lambda: nn.Embedding(3, 2, sparse=True), "use sparse=False"),
         (lambda: nn.Embedding(3, 2, max_norm=1.0), "use max_norm=None"),
         (lambda: nn.Embedding(3, 2, scale_grad_by_freq=True), "use scale_grad_by_freq=False"),
-        (lambda: nn.EmbeddingBag(3, 2), "no curvature for EmbeddingBag; nn.Embedding"),
+        (lambda: nn.EmbeddingBag(3, 2, mode="max"), "use mode='sum' or mode='mean'"),
+        (lambda: nn.EmbeddingBag(3, 2, sparse=True), "use sparse=False"),
         (lambda: Doubled(3, 2), "Doubled is a subclass of Embedding"),
         (lambda: nn.utils.parametrizations.weight_norm(nn.Embedding(3, 2)), "is parametrized"),
         (lambda: nn.Embedding(0, 2), "its weight is empty"),

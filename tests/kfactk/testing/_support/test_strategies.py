@@ -37,7 +37,7 @@ all_cases = st.one_of([kind.cases for kind in kinds()])
 @given(all_cases)
 def test_a_case_is_a_use_of_its_layer(case):
     for inputs, gradient in case.calls:
-        assert case.module(inputs).shape == gradient.shape
+        assert case.output(inputs).shape == gradient.shape
         assert len(inputs) == len(case.inputs) > 0
         assert gradient.dtype == torch.float64
     assert next(iter(case.layer.parameters)) == "weight"

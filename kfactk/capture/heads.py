@@ -1,0 +1,200 @@
+"""The heads of a model: which part of its output holds the parameters of which likelihood.
+
+With several heads k, whose losses are means over M_k likelihood terms and add up with weights w_k,
+
+    loss = sum_k w_k loss_k,    F = sum_k w_k F_k.
+
+Each head has Fisher passes of its own, so their gradients never mix. Sums are divided by M_1, the
+number of terms of the first head: the losses of head k are multiplied by sqrt(w_k M_1 / M_k).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import attrs
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from kfactk.capture.forward import TracedCall
+from kfactk.capture.support import model_output
+from kfactk.errors import CaptureError, near_names
+from kfactk.stages import Likelihood
+from kfactk.validation import attribute_errors
+
+
+@attrs.frozen(eq=False)
+class Head:
+    """One likelihood of a model.
+
+    Args:
+        likelihood: What its output means.
+        find: Finds its output in what the model returns.
+        weight: w, the factor of its loss.
+    """
+
+    likelihood: Likelihood
+    find: Callable[[Any], Any] = model_output
+    weight: float = 1.0
+
+    def locate(self, output: Any) -> Tensor:
+        """Return its part of what a model returned.
+
+        Raises:
+            CaptureError: There is no tensor.
+        """
+        found = self.find(output)
+        if isinstance(found, Tensor):
+            return found
+        raise CaptureError(
+            f"output= found {type(found).__name__} in what the model returned; it must find a "
+            "tensor."
+        )
+
+    def read(self, output: Tensor, batch: Mapping[str, Any]) -> HeadView:
+        """Return its part of an output as the likelihood sees it.
+
+        Args:
+            output: What `locate` found.
+            batch: What the likelihood may ask for by name.
+
+        Raises:
+            CaptureError: The likelihood cannot read it.
+        """
+        with attribute_errors("likelihood", self.likelihood, "on the model's output"):
+            view = self.likelihood.view(output)
+            weights = self.likelihood.term_weights(view.detach(), batch)
+        terms: Tensor | float = float(view.shape[0] * view.shape[1])
+        if weights is not None:
+            terms = weights.detach().sum().double()
+        return HeadView(output, view, weights, terms, self)
+
+
+@attrs.frozen(eq=False)
+class HeadView:
+    """The output of one head in one forward.
+
+    Args:
+        output: Its output, as the model returned it.
+        view: The same as `[N, S, C]`.
+        weights: Weights of the terms, `[N, S]`; `None` where all are 1.
+        terms: M, their sum.
+        head: The head; `None` where the loss alone says what is measured.
+    """
+
+    output: Tensor
+    view: Tensor
+    weights: Tensor | None
+    terms: Tensor | float
+    head: Head | None = None
+
+    @property
+    def likelihood(self) -> Likelihood:
+        """What the output means."""
+        assert self.head is not None
+        return self.head.likelihood
+
+    def factor(self, first: HeadView) -> Tensor | float:
+        """Return what its Fisher losses are multiplied by; `first` has the terms that count."""
+        assert self.head is not None
+        if self is first:
+            return float(self.head.weight**0.5)
+        own = torch.as_tensor(self.terms, dtype=torch.float64, device=self.view.device)
+        share = torch.where(own > 0, first.terms / own.clamp(min=1e-300), 0.0)
+        return (self.head.weight * share).sqrt().to(self.view.dtype)
+
+
+def with_class_axis(
+    head: Head, output: Tensor, batch: Mapping[str, Any], calls: Sequence[TracedCall]
+) -> Head | None:
+    """Return a head that knows where its classes are; `None` where that cannot be told.
+
+    Args:
+        head: A head whose likelihood has `class_axis=None`.
+        output: Its output.
+        batch: The arguments of the forward. Integers of the shape of the output without one
+            dimension are labels or tokens, so the classes are in that dimension.
+        calls: The recorded calls. A layer that made an output of this shape is the last one: the
+            classes are the last dimension of a linear layer, the second of a convolution.
+    """
+    likelihood: Any = head.likelihood
+    if getattr(likelihood, "class_axis", 0) is not None or output.ndim < 3:
+        return None
+    shape, evidence = list(output.shape), []
+    for value in batch.values():
+        if isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()):
+            fits = {
+                axis for axis in range(1, len(shape)) if _without(shape, axis) == [*value.shape]
+            }
+            evidence += [fits] if fits else []
+    for call in calls:
+        if list(call.record.shape) == shape:
+            evidence.append({len(shape) - 1 if call.record.layer.anchor.ndim == 2 else 1})
+    found = set.intersection(*evidence) if evidence else set()
+    if len(found) != 1 or not attrs.has(type(likelihood)):
+        return None
+    return attrs.evolve(head, likelihood=attrs.evolve(likelihood, class_axis=found.pop()))
+
+
+def _without(shape: Sequence[int], axis: int) -> list[int]:
+    return [size for number, size in enumerate(shape) if number != axis]
+
+
+def of_the_loss(output: Any, terms: Tensor | float) -> list[HeadView]:
+    """Return every tensor in an output that the loss may be made of.
+
+    Args:
+        output: What a model returned, or what `output=` made of it.
+        terms: Number of terms of the loss.
+
+    Raises:
+        CaptureError: There is none.
+    """
+    found = [each for each in tree_leaves(output) if isinstance(each, Tensor)]
+    views = [HeadView(each, each, None, terms) for each in found if each.requires_grad]
+    if not views:
+        raise CaptureError(
+            f"the model returned {type(output).__name__}, in which no tensor was found that needs "
+            "gradients. Say where one is: build(..., output=lambda out: out.loss)."
+        )
+    return views
+
+
+def at_path(output: Any, path: str) -> Any:
+    """Return the part of an output at a path of keys, attributes and numbers.
+
+    Args:
+        output: What a model returned.
+        path: Such as "value", "aux.logits" or "1".
+
+    Raises:
+        CaptureError: It leads nowhere.
+
+    Example:
+        >>> at_path({"aux": [torch.tensor(1.0), torch.tensor(2.0)]}, "aux.1")
+        tensor(2.)
+    """
+    found = output
+    for part in path.split("."):
+        names: list[str] = []
+        if isinstance(found, Mapping):
+            names = [str(key) for key in found]
+            if part in found:
+                found = found[part]
+                continue
+        elif isinstance(found, (tuple, list)) and not hasattr(found, part):
+            names = [str(number) for number in range(len(found))]
+            if part in names:
+                found = found[int(part)]
+                continue
+        elif hasattr(found, part):
+            found = getattr(found, part)
+            continue
+        there = f" There are: {', '.join(names)}." if names else ""
+        raise CaptureError(
+            f"the model's output has no {path!r}: {type(found).__name__} has no {part!r}."
+            f"{near_names(part, names)}{there} Name a part of what the model returns"
+        )
+    return found

@@ -1,0 +1,278 @@
+"""K-FAC for `nn.MultiheadAttention`: the projections of queries, keys, values and outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar, cast
+
+import attrs
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from kfactk import Curvature, Layer, LayerCall, Replay, Samples, Statistic, Tensors, hookimpl
+from kfactk.options import whole
+from kfactk.samples import DEFAULT_CHUNK_BYTES
+from kfactk.stages import owner_of, parameter_at
+from kfactk_stages.curvature._attention import TAGS, AttentionReplay
+from kfactk_stages.curvature._calls import CallSamples, check_examples
+from kfactk_stages.curvature._coverage import reason_against, reason_against_parameter
+from kfactk_stages.curvature._rows import JoinedSamples, LinearRows
+
+PACKED = ("in_proj", "in_proj_bias")
+"""Parts whose parameter holds those of queries, keys and values, one below the other."""
+IN_BIAS, OUT = "in_proj_bias", ("out_proj.weight", "out_proj.bias")
+
+
+class ProjectionSamples(CallSamples[LayerCall]):
+    """Samples of three projections: queries, keys and values are groups.
+
+    Keys and values may have another T than queries. Rows that a group lacks are zeros.
+
+    Args:
+        groups: The samples of each.
+        calls: Their calls.
+    """
+
+    def __init__(self, groups: Sequence[JoinedSamples], calls: Sequence[LayerCall]) -> None:
+        one = groups[0]
+        super().__init__(
+            calls,
+            [tensor for call in calls for tensor in (call.inputs, call.gradient)],
+            (len(groups), one.examples, max(group.positions for group in groups)),
+            one.d_in,
+            one.d_out,
+            num_terms=one.num_terms if one.first else 0.0,
+            first=one.first,
+            chunk_bytes=one.chunk_bytes,
+        )
+        self.parts = tuple(groups)
+
+    def inputs(self, rows: slice = slice(None)) -> Tensor:
+        """Return the inputs of the examples `rows`, `[3, n, T, d_in]`."""
+        return self._stacked(lambda group: group.inputs(rows))
+
+    def gradients(self, rows: slice = slice(None)) -> Tensor:
+        """Return the gradients of the examples `rows`, `[3, n, T, d_out]`."""
+        return self._stacked(lambda group: group.gradients(rows))
+
+    def input_moment(self) -> Statistic:
+        """Return `sum_n sum_t a a^T` of each, `[3, d_in, d_in]`; once for the same inputs."""
+        keys = [tuple(id(call.inputs) for call in group.calls) for group in self.parts]
+        found: dict[tuple[int, ...], Statistic] = {}
+        for key, group in zip(keys, self.parts, strict=True):
+            if key not in found:
+                found[key] = group.input_moment()
+        return self._joined([found[key] for key in keys])
+
+    def grad_moment(self) -> Statistic:
+        """Return `sum_n sum_t g g^T` of each, `[3, d_out, d_out]`."""
+        return self._joined([group.grad_moment() for group in self.parts])
+
+    def mean_grad_moment(self) -> Statistic:
+        """Return `(1/T) sum_n sum_t g g^T` of each, by its own T, `[3, d_out, d_out]`."""
+        return self._joined(
+            [group.grad_moment().scaled(1 / max(1, group.positions)) for group in self.parts]
+        )
+
+    def per_example_gradients(
+        self,
+        rows: slice = slice(None),
+        left: Tensor | None = None,
+        *,
+        precision: torch.dtype | None = None,
+    ) -> Tensor:
+        """Return `left^T D_n` of the examples `rows`, `[3, n, d_out, d_in]`."""
+        lefts = _each(left, len(self.parts))
+        found = [
+            group.per_example_gradients(rows, one, precision=precision)
+            for group, one in zip(self.parts, lefts, strict=True)
+        ]
+        return torch.stack(found)
+
+    def projected_square(
+        self, left: Tensor | None, right: Tensor | None, *, precision: torch.dtype | None = None
+    ) -> Statistic:
+        """Return `sum_n (left^T D_n right)^2` of each, `[3, k_out, k_in]`."""
+        sides = zip(self.parts, *(_each(s, len(self.parts)) for s in (left, right)), strict=True)
+        return self._joined(
+            [group.projected_square(one, other, precision=precision) for group, one, other in sides]
+        )
+
+    def _stacked(self, read: Callable[[JoinedSamples], Tensor]) -> Tensor:
+        found = (read(group) for group in self.parts)
+        return torch.stack([F.pad(x, (0, 0, 0, self.positions - x.shape[-2])) for x in found])
+
+    def _joined(self, each: Sequence[Statistic]) -> Statistic:
+        totals = [one.total for one in each]
+        count, symmetric = each[0].count, each[0].symmetric
+        if any(total is None for total in totals):
+            return Statistic(None, count, symmetric)
+        return Statistic(torch.stack(cast("list[Tensor]", totals)), count, symmetric)
+
+
+def _each(side: Tensor | None, groups: int) -> Sequence[Tensor | None]:
+    return [None] * groups if side is None else list(side.unbind(0))
+
+
+@attrs.frozen(kw_only=True)
+class Attention(Curvature):
+    """Kronecker-factored curvature of the projections in `nn.MultiheadAttention`.
+
+    Queries, keys and values are linear maps of their inputs, and so is the output of the mixed
+    values. For each of these with N examples, M likelihood terms and T positions an example
+
+        A = (1/N) sum_n sum_t a a^T,    G = (1/(M T)) sum_n sum_t g g^T
+
+    as in `kfac` with `spatial="sud"`. The module is several layers:
+
+    - `in_proj`: `in_proj_weight` and `in_proj_bias` as a matrix `[3, E, E + 1]`, a group each for
+      queries, keys and values.
+    - `out_proj`: its weight and bias, `[E, E + 1]`.
+    - Where keys or values have another width (`kdim`, `vdim`), `q_proj`, `k_proj` and `v_proj` are
+      layers without bias, and `in_proj_bias` is one of its own, `[3, E, 1]` with a = 1.
+
+    `bias_k` and `bias_v` (`add_bias_kv=True`) are left to the update rule.
+
+    Inputs and gradients inside come from the call, which runs again in the Fisher pass with the
+    same random state: with the dropout, the masks and the autocast of the call. The module says
+    itself where the examples are (`batch_first`). An input without a dimension of examples is one
+    example. The attention's weights (`need_weights=True`) may be looked at; a loss that depends on
+    them is refused.
+
+    Args:
+        chunk_bytes: Bound on temporaries, in bytes. One example is always processed whole.
+
+    Raises:
+        OptionError: An option has a value that cannot work.
+
+    Example:
+        >>> module = nn.MultiheadAttention(4, 2, batch_first=True)
+        >>> Attention().parts(module)["out_proj"]
+        ('out_proj.weight', 'out_proj.bias')
+        >>> layer = Layer("attn[in_proj]", module, ("in_proj_weight", "in_proj_bias"), "in_proj")
+        >>> Attention().matrix(layer, layer.tensors()).shape
+        torch.Size([3, 4, 5])
+
+    References:
+        Martens & Grosse 2015, "Optimizing Neural Networks with Kronecker-factored Approximate
+        Curvature", arXiv:1503.05671.
+        Eschenhagen et al. 2023, "Kronecker-Factored Approximate Curvature for Modern Neural Network
+        Architectures", arXiv:2311.00636.
+    """
+
+    provides: ClassVar[frozenset[str]] = frozenset({"A", "G"})
+
+    chunk_bytes: int = attrs.field(default=DEFAULT_CHUNK_BYTES, validator=whole(1))
+
+    def unsupported(self, module: nn.Module) -> str | None:
+        """Return why this module cannot be preconditioned exactly, or `None` when it can."""
+        reason = reason_against(module, (nn.MultiheadAttention,), ())
+        if reason is not None:
+            return reason
+        for names in _all_parts(module).values():
+            for number, name in enumerate(names):
+                owner, key = owner_of(module, name)
+                reason = reason_against_parameter(
+                    owner, key, required=not number and key != IN_BIAS
+                )
+                if reason is not None:
+                    return reason if owner is module else f"in its out_proj, {reason}"
+        return None
+
+    def parts(self, module: nn.Module) -> Mapping[str, tuple[str, ...]]:
+        """Return the parts of the module, each with its parameters' names."""
+        return {
+            part: tuple(name for name in names if parameter_at(module, name) is not None)
+            for part, names in _all_parts(module).items()
+            if parameter_at(module, names[0]) is not None
+        }
+
+    def replay(self, module: nn.Module) -> Replay:
+        """Return how its calls run again."""
+        return AttentionReplay()
+
+    def same_call(self, module: nn.Module, other: nn.Module) -> bool:
+        """Return whether two modules with the same parameters compute the same function."""
+        names = ("num_heads", "dropout", "batch_first", "add_zero_attn")
+        alike = all(getattr(module, name) == getattr(other, name) for name in names)
+        return alike and super().same_call(module, other)
+
+    def matrix(self, layer: Layer, tensors: Tensors) -> Tensor:
+        """Join weight and bias into `[d_out, d_in]`, or `[3, d_out, d_in]`, the bias last."""
+        columns = [tensors[name] for name in layer.parameters]
+        columns = [x if x.ndim == 2 else x.unsqueeze(-1) for x in columns]
+        matrix = torch.cat(columns, -1)
+        return matrix.view(len(TAGS), -1, matrix.shape[-1]) if layer.part in PACKED else matrix
+
+    def tensors(self, layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
+        """Return the inverse of `matrix`."""
+        rows = matrix.flatten(0, 1) if layer.part in PACKED else matrix
+        like = layer.tensors()
+        widths = [x.shape[1] if x.ndim == 2 else 1 for x in like.values()]
+        columns = zip(like.items(), torch.split(rows, widths, -1), strict=True)
+        return {name: column.reshape(x.shape) for (name, x), column in columns}
+
+    def blank(self, layer: Layer) -> LayerCall:
+        """Return one row of zeros; of a layer with groups, one of queries."""
+        anchor = layer.anchor
+        groups = len(TAGS) if layer.part in PACKED else 1
+        d_in = anchor.shape[1] if anchor.ndim == 2 else 0
+        zeros = partial(torch.zeros, dtype=anchor.dtype, device=anchor.device)
+        tag = TAGS[0] if groups > 1 else ""
+        return LayerCall(zeros(1, 1, d_in), zeros(1, 1, len(anchor) // groups), tag=tag)
+
+    def samples(
+        self, layer: Layer, calls: Sequence[LayerCall], *, num_terms: Tensor | float, first: bool
+    ) -> Samples:
+        """View calls inside the module as samples; several calls concatenate along T.
+
+        Raises:
+            CaptureError: The calls do not have the same number of examples.
+        """
+        check_examples(layer, (len(call.inputs) for call in calls))
+        joined = partial(
+            JoinedSamples,
+            bias=_has_bias(layer),
+            num_terms=num_terms,
+            first=first,
+            chunk_bytes=self.chunk_bytes,
+        )
+        if layer.part not in PACKED:
+            return joined([LinearRows(call.inputs, call.gradient, call.scale) for call in calls])
+        groups = []
+        for tag in TAGS:
+            rows = [LinearRows(c.inputs, c.gradient, c.scale) for c in calls if c.tag == tag]
+            groups.append(joined(rows or [_no_rows(calls[0])]))
+        return ProjectionSamples(groups, calls)
+
+    def gradient_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
+        """Return sums and counts of A and G."""
+        if isinstance(samples, ProjectionSamples):
+            return {"A": samples.input_moment(), "G": samples.mean_grad_moment()}
+        g = samples.grad_moment().scaled(1 / max(1, samples.positions))
+        return {"A": samples.input_moment(), "G": g}
+
+
+def _all_parts(module: Any) -> dict[str, tuple[str, ...]]:
+    """Return the parts of a module with all parameters that they can have."""
+    if module._qkv_same_embed_dim:
+        return {"in_proj": ("in_proj_weight", IN_BIAS), "out_proj": OUT}
+    apart = {f"{tag}_proj": (f"{tag}_proj_weight",) for tag in TAGS}
+    return {**apart, IN_BIAS: (IN_BIAS,), "out_proj": OUT}
+
+
+def _has_bias(layer: Layer) -> bool:
+    return layer.parameters[-1].endswith("bias")
+
+
+def _no_rows(call: LayerCall) -> LinearRows:
+    """Return the rows of a group without a call, of as many examples."""
+    return LinearRows(call.inputs[:, :0], call.gradient[:, :0], 1.0)
+
+
+@hookimpl
+def kfactk_curvatures() -> dict[str, type[Attention]]:
+    """Provide `attention`."""
+    return {"attention": Attention}

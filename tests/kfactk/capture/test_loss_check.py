@@ -1,0 +1,212 @@
+"""The first backward that counts tells whether the loss is the likelihood's."""
+
+import gc
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kfactk
+
+N, C, T = 24, 5, 6
+Loss = Callable[[Tensor], Tensor]
+
+
+def said(loss: Loss, *, shape: tuple[int, ...] = (N,), classes: int = C, **options: Any) -> str:
+    """What two steps with a loss warn of."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 8), nn.Tanh(), nn.Linear(8, classes))
+    optimizer = kfactk.build(**{"curvature": "kfac", "basis_every": 1, **options}).bind(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            optimizer.zero_grad()
+            loss(model(torch.randn(*shape, 7))).backward()
+            optimizer.step()
+    return "\n".join(str(each.message) for each in caught)
+
+
+torch.manual_seed(0)
+LABELS, TARGETS = torch.randint(C, (N,)), torch.randn(N, C)
+TOKENS = torch.randint(C, (N, T))
+OF_CLASSIFICATION: dict[str, Loss] = {
+    "cross entropy": lambda z: F.cross_entropy(z, LABELS),
+    "of sums": lambda z: F.cross_entropy(z, LABELS, reduction="sum"),
+    "smoothed": lambda z: F.cross_entropy(z, LABELS, label_smoothing=0.1),
+    "weighted": lambda z: F.cross_entropy(z, LABELS, torch.rand(C)),
+    "distilled": lambda z: F.kl_div(z.log_softmax(1), TARGETS.softmax(1), reduction="batchmean"),
+    "focal": lambda z: (
+        (1 - z.softmax(1).gather(1, LABELS[:, None])) ** 2
+        * F.cross_entropy(z, LABELS, reduction="none")[:, None]
+    ).mean(),
+    "policy gradient": lambda z: -(z.log_softmax(1)[range(N), LABELS] * TARGETS[:, 0]).mean(),
+    "hinge": lambda z: F.multi_margin_loss(z, LABELS),
+    "z-loss": lambda z: F.cross_entropy(z, LABELS) + 1e-4 * z.logsumexp(1).square().mean(),
+}
+OTHERS: dict[str, Loss] = {
+    "squared error": lambda z: F.mse_loss(z, TARGETS),
+    "values of actions": lambda z: F.smooth_l1_loss(z[range(N), LABELS], TARGETS[:, 0]),
+    "images": lambda z: F.binary_cross_entropy_with_logits(z, TARGETS.sigmoid()),
+    "contrast": lambda z: F.cross_entropy(F.normalize(z) @ F.normalize(TARGETS).T, torch.arange(N)),
+    "triplets": lambda z: F.triplet_margin_loss(z, TARGETS, TARGETS.flip(0)),
+}
+
+
+@pytest.mark.parametrize("name", OF_CLASSIFICATION)
+@pytest.mark.parametrize("fisher", ["mc", "exact"])
+def test_losses_of_classification_are_silent(name: str, fisher: str):
+    assert said(OF_CLASSIFICATION[name], fisher=fisher) == ""
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_losses_under_categorical_are_told_once(name: str):
+    told = said(OTHERS[name])
+    assert told.count("does not sum to zero over the classes") == 1
+    assert "likelihood='gaussian'" in told
+
+
+def test_other_losses_are_silent_where_they_are_measured_themselves():
+    assert said(OTHERS["squared error"], fisher="empirical") == ""
+
+
+def test_half_precision_is_silent():
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for fisher in ("mc", "empirical"):
+            assert said(OF_CLASSIFICATION["cross entropy"], classes=300, fisher=fisher) == ""
+
+
+@pytest.mark.parametrize(
+    ("axis", "words"), [(1, "{'name': 'categorical', 'class_axis': 2}"), (-1, "")]
+)
+def test_a_wrong_axis_of_classes_is_told_with_the_right_one(axis: int, words: str):
+    told = said(
+        lambda z: F.cross_entropy(z.movedim(-1, 1), TOKENS),
+        shape=(N, T),
+        likelihood={"name": "categorical", "class_axis": axis},
+    )
+    assert words in told
+    assert bool(told) == bool(words)
+
+
+def test_cross_entropy_under_bernoulli_is_told():
+    told = said(OF_CLASSIFICATION["cross entropy"], likelihood="bernoulli")
+    assert "likelihood='categorical'" in told
+
+
+@pytest.mark.parametrize("columns", [1, 2, 10])
+@pytest.mark.parametrize("divisor", ["terms", "entries"])
+def test_means_over_entries_are_told_where_the_gradient_is_measured(columns: int, divisor: str):
+    labels = torch.randint(2, (N, columns)).float()
+    told = said(
+        lambda z: F.binary_cross_entropy_with_logits(z, labels),
+        classes=columns,
+        fisher="empirical",
+        likelihood={"name": "bernoulli", "divisor": divisor},
+    )
+    assert ("divisor='entries'" in told) == (columns > 1 and divisor == "terms")
+    assert not told or f"{columns**-2:.3g} times what it should be" in told
+
+
+@pytest.mark.parametrize(
+    ("factor", "options", "words"),
+    [
+        (1.0, {"reduction": "mean"}, ""),
+        (float(N), {"reduction": "sum"}, ""),
+        (float(N), {"reduction": "mean"}, "is 24 times"),
+        (1.0, {"reduction": "sum"}, "is 0.0417 times"),
+        (0.25, {"reduction": "mean"}, "divide the damping by k^2"),
+    ],
+)
+def test_the_size_of_a_measured_gradient_is_told(factor: float, options: Any, words: str):
+    told = said(lambda z: factor * F.cross_entropy(z, LABELS), fisher="empirical", **options)
+    assert words in told
+    assert bool(told) == bool(words)
+    assert said(lambda z: factor * F.cross_entropy(z, LABELS), **options) == ""  # mc
+
+
+def test_masked_labels_that_the_likelihood_does_not_know_are_told():
+    labels = TOKENS.clone()
+    labels[:, T // 2 :] = -100
+    told = said(
+        lambda z: F.cross_entropy(z.movedim(-1, 1), labels),
+        shape=(N, T),
+        fisher="empirical",
+        likelihood={"name": "categorical", "class_axis": -1},
+    )
+    assert "is 2 times" in told
+    assert "targets=" in told
+
+
+def test_backwards_that_count_nothing_are_passed_over():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 8), nn.Tanh(), nn.Linear(8, C))
+    optimizer = kfactk.build(curvature="kfac").bind(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        x = torch.randn(N, 7, requires_grad=True)
+        logits = model(x)
+        torch.autograd.grad(logits.sum(), x, retain_graph=True)
+        (slope,) = torch.autograd.grad(logits.sum(), x, create_graph=True)
+        (F.cross_entropy(logits, LABELS) + slope.square().mean()).backward()
+        optimizer.step()
+
+
+def test_empty_batches_and_lost_ones_leave_the_check_to_the_next(recwarn):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 8), nn.Tanh(), nn.Linear(8, C))
+    optimizer = kfactk.build(curvature="kfac", factor_every=1, scale_every=1).bind(model)
+    for examples, factor in ((0, 1.0), (N, float("nan")), (N, 0.0)):
+        optimizer.zero_grad()
+        (factor * model(torch.randn(examples, 7)).square().sum()).backward()
+        optimizer.step()
+    assert not [each for each in recwarn if "sum to zero" in str(each.message)]
+    optimizer.zero_grad()
+    loss = model(torch.randn(N, 7)).square().mean()
+    with pytest.warns(kfactk.KfactkWarning, match="does not sum to zero"):
+        loss.backward()
+
+
+class Saved:
+    """What the graph keeps of a forward, in place of a tensor."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+
+
+def test_nothing_keeps_the_graph_of_a_forward():
+    model = nn.Sequential(nn.Linear(7, C))
+    optimizer, kept = kfactk.build(curvature="kfac").bind(model), []
+
+    def pack(tensor: Tensor) -> Saved:
+        saved = Saved(tensor)
+        kept.append(weakref.ref(saved))
+        return saved
+
+    gc.disable()
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
+            logits = model(torch.randn(N, 7))
+        assert kept[0]() is not None
+        del logits
+        assert kept[0]() is None
+    finally:
+        gc.enable()
+    optimizer.close()
+
+
+class Plain:
+    """A likelihood with the members that every one has."""
+
+    def __init__(self) -> None:
+        whole = kfactk.build().likelihood
+        self.view, self.term_weights = whole.view, whole.term_weights
+        self.sample, self.nll, self.root = whole.sample, whole.nll, whole.root
+
+
+def test_likelihoods_without_the_check_are_not_asked():
+    assert said(OTHERS["squared error"], likelihood=Plain()) == ""

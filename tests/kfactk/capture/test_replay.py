@@ -1,0 +1,402 @@
+"""Calls that run again change nothing that the user sees, and are refused where they differ."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import attrs
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+import kfactk
+from kfactk import (
+    CaptureError,
+    Curvature,
+    InnerCall,
+    KfactkWarning,
+    Layer,
+    LayerCall,
+    ModuleCall,
+    Optimizer,
+    Replay,
+    Replayed,
+    Samples,
+    Statistic,
+    Tensors,
+)
+from kfactk.capture.replay import CallContext, RecordedReplay, recorded_arguments
+from kfactk.testing._support.ranks import shared_workers
+from kfactk_stages.curvature._attention import AttentionReplay
+from kfactk_stages.curvature.attention import Attention
+from tests.kfactk.sharded import WAYS, found, line
+
+F64 = torch.float64
+RECIPE: dict[str, Any] = {"curvature": "all", "basis": "ekfac", "damping": 0.05, "clip": "none"}
+
+
+class Attending(nn.Module):
+    """Attention first, so that its gradients are the last ones of a pass."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.attn = nn.MultiheadAttention(4, 2, batch_first=True, **settings)
+        self.norm, self.head = nn.BatchNorm1d(4), nn.Linear(4, 3)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.attend(x).mean(1)))
+
+    def attend(self, x: Tensor) -> Tensor:
+        """Return what is normalised."""
+        output: Tensor = self.attn(x, x, x)[0]
+        return output
+
+
+def batch(seed: int = 0, examples: int = 6) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(examples, 3, 4, generator=generator, dtype=F64)
+    return x, torch.randint(3, (examples,), generator=generator)
+
+
+def bound(model: nn.Module, **recipe: Any) -> Optimizer:
+    return kfactk.build(**(RECIPE | recipe)).bind(model)
+
+
+def gradient(model: nn.Module, seed: int = 0, **how: Any) -> None:
+    x, y = batch(seed)
+    F.cross_entropy(model(x), y).backward(**how)
+
+
+def factors(optimizer: Optimizer) -> dict[str, Tensor]:
+    views = optimizer.layers.items()
+    return {f"{name} {key}": f for name, view in views for key, f in view.factors.items()}
+
+
+# ------------------------------------------------------------------------------- what the user sees
+
+
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+@pytest.mark.parametrize("mode", ["float64", "autocast"])
+def test_the_forward_and_random_numbers_are_those_of_an_unbound_model(
+    fisher: str, mode: str
+) -> None:
+    dtype = F64 if mode == "float64" else torch.float32
+    model, twin = (Attending(dropout=0.5).to(dtype) for _ in range(2))
+    optimizer = bound(model, fisher=fisher)
+    seen = []
+    for each in (model, twin):
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=mode == "autocast"):
+            x, y = batch()
+            outputs = [each(x.to(dtype)) for _ in range(2)]
+            F.cross_entropy(sum(outputs, torch.zeros(())), y).backward()
+        gradients = [p.grad for p in each.parameters()]
+        seen.append([*outputs, *gradients, *each.buffers(), torch.get_rng_state()])
+    assert all(map(torch.equal, *seen))
+    optimizer.step()
+    assert torch.equal(torch.get_rng_state(), seen[0][-1])
+    assert len(optimizer.layers) == 4
+
+
+def test_a_context_restores_what_it_found() -> None:
+    context = CallContext.now(torch.device("cpu"))
+    kernels = torch.backends.cuda.flash_sdp_enabled()
+    first = torch.rand(3)
+    torch.backends.cuda.enable_flash_sdp(not kernels)
+    state = torch.get_rng_state()
+    try:
+        with torch.autocast("cpu", torch.bfloat16), context.restored():
+            assert torch.equal(torch.rand(3), first)
+            assert torch.backends.cuda.flash_sdp_enabled() == kernels
+            assert not torch.is_autocast_enabled("cpu")
+        assert torch.backends.cuda.flash_sdp_enabled() != kernels
+        assert torch.equal(torch.get_rng_state(), state)
+    finally:
+        torch.backends.cuda.enable_flash_sdp(kernels)
+
+
+def test_copies_inside_a_forward_record_nothing() -> None:
+    model, copies = Attending(), []
+    optimizer = bound(model)
+    handle = model.norm.register_forward_hook(
+        lambda *_: (
+            copies.append(copy.deepcopy(model))
+            or copies.append(pickle.loads(pickle.dumps(model.attn)))
+        )
+    )
+    gradient(model)
+    handle.remove()
+    optimizer.step()
+    assert len(copies) == 2
+    copies[0](batch()[0])
+    copies[1](*[batch()[0]] * 3)
+    assert not model.attn._forward_pre_hooks
+    assert not model.attn._forward_hooks
+
+
+def test_an_interrupted_forward_leaves_no_hook() -> None:
+    class Stopped(Attending):
+        stop = True
+
+        def attend(self, x: Tensor) -> Tensor:
+            found = super().attend(x)
+            if self.stop:
+                raise KeyboardInterrupt
+            return found
+
+    model = Stopped()
+    optimizer = bound(model)
+    with pytest.raises(KeyboardInterrupt):
+        model(batch()[0])
+    model.stop = False
+    gradient(model)
+    assert not model.attn._forward_pre_hooks
+    optimizer.step()
+    expected = Attending()
+    other = bound(expected)
+    gradient(expected)
+    other.step()
+    assert all(map(torch.equal, factors(optimizer).values(), factors(other).values()))
+
+
+# ------------------------------------------------------------------------------------ what is right
+
+
+def test_a_checkpointed_call_is_the_call_itself() -> None:
+    class Checkpointed(Attending):
+        def attend(self, x: Tensor) -> Tensor:
+            return checkpoint(super().attend, x, use_reentrant=False)
+
+    results = []
+    for model in (Attending(dropout=0.4), Checkpointed(dropout=0.4)):
+        optimizer = bound(model, fisher="exact")
+        torch.manual_seed(5)
+        gradient(model)
+        optimizer.step()
+        results.append(factors(optimizer))
+    for name, expected in results[0].items():
+        torch.testing.assert_close(results[1][name], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_backwards_through_one_graph_add_inside_too() -> None:
+    twice, once = Attending(dropout=0.4), Attending(dropout=0.4)
+    optimizers = [bound(model, fisher="empirical") for model in (twice, once)]
+    x, y = batch()
+    torch.manual_seed(5)
+    loss = F.cross_entropy(twice(x), y)
+    loss.backward(retain_graph=True)
+    (2 * loss).backward()
+    torch.manual_seed(5)
+    (3 * F.cross_entropy(once(x), y)).backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    both = [factors(optimizer) for optimizer in optimizers]
+    for name, expected in both[1].items():
+        torch.testing.assert_close(both[0][name], expected, rtol=1e-10, atol=1e-12)
+
+
+class Fused(nn.Module):
+    """Two products in one module, which nobody but its author can follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.first = nn.Parameter(torch.randn(5, 4, dtype=F64))
+        self.second = nn.Parameter(torch.randn(3, 5, dtype=F64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x @ self.first.T) @ self.second.T
+
+
+class FusedReplay:
+    def output(self, output: Any) -> Any:
+        return output
+
+    def run(self, call: ModuleCall) -> Replayed:
+        [x] = call.args
+        hidden = (x @ call.parameters["first"].T).requires_grad_()
+        inside = torch.tanh(hidden)
+        output = inside @ call.parameters["second"].T
+        inner = [InnerCall("first", x, hidden), InnerCall("second", inside, output)]
+        return Replayed(output, inner)
+
+
+@attrs.frozen
+class FusedCurvature(Curvature):
+    """A curvature that an author writes for it."""
+
+    provides: ClassVar[frozenset[str]] = frozenset({"A", "G"})
+
+    def unsupported(self, module: nn.Module) -> str | None:
+        return None if type(module) is Fused else "no Fused"
+
+    def parts(self, module: nn.Module) -> Mapping[str, tuple[str, ...]]:
+        return {"first": ("first",), "second": ("second",)}
+
+    def replay(self, module: nn.Module) -> Replay:
+        return FusedReplay()
+
+    def matrix(self, layer: Layer, tensors: Tensors) -> Tensor:
+        return tensors[layer.part]
+
+    def tensors(self, layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
+        return {layer.part: matrix}
+
+    def blank(self, layer: Layer) -> LayerCall:
+        d_out, d_in = layer.anchor.shape
+        return LayerCall(layer.anchor.new_zeros(1, d_in), layer.anchor.new_zeros(1, d_out))
+
+    def samples(
+        self, layer: Layer, calls: Sequence[LayerCall], *, num_terms: Any, first: bool
+    ) -> Samples:
+        [call] = calls
+        rows = call.inputs.unsqueeze(1), call.gradient.unsqueeze(1) * call.scale
+        return Samples(*rows, num_terms=num_terms, first=first)
+
+    def gradient_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
+        return {"A": samples.input_moment(), "G": samples.grad_moment()}
+
+
+def test_a_curvature_of_ones_own_follows_a_fused_module() -> None:
+    model, (x, y) = Fused(), (batch()[0][:, 0], batch()[1])
+    optimizer = bound(model, curvature=FusedCurvature(), fisher="exact")
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    twin, g = Fused(), {5: torch.zeros(5, 5, dtype=F64), 3: torch.zeros(3, 3, dtype=F64)}
+    for row in x:
+        hidden = row @ twin.first.T
+        output = torch.tanh(hidden) @ twin.second.T
+        for log in output.log_softmax(-1):
+            score = -log * log.detach().exp().sqrt()
+            for each in torch.autograd.grad(score, [hidden, output], retain_graph=True):
+                g[len(each)] += torch.outer(each, each) / len(x)
+    for part, size in (("first", 5), ("second", 3)):
+        torch.testing.assert_close(optimizer.layers[f"[{part}]"].factors["G"], g[size])
+
+
+# ---------------------------------------------------------------------------------- what is refused
+
+
+class Weighing(Attending):
+    """A model whose output depends on the weights of its attention."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        output, weights = self.attn(x, x, x)
+        return self.head(output.mean(1)) + weights.square().sum((1, 2)).unsqueeze(-1)
+
+
+def test_a_loss_of_attentions_weights_is_refused() -> None:
+    model = Weighing()
+    optimizer = bound(model)
+    with pytest.raises(CaptureError, match=r"weights that nn\.MultiheadAttention returns.*'attn'"):
+        gradient(model)
+    optimizer.close()
+
+
+def test_a_loss_of_attentions_weights_leaves_its_inputs_plain() -> None:
+    model = Weighing()
+    optimizer = bound(model, unseen="plain")
+    with pytest.warns(KfactkWarning, match=r"attn\[in_proj\]"):
+        gradient(model)
+    optimizer.step()
+    assert set(optimizer.layers) == {"attn[out_proj]", "norm", "head"}
+
+
+class Doubling(AttentionReplay):
+    def run(self, call: ModuleCall) -> Replayed:
+        again = super().run(call)
+        return attrs.evolve(again, output=2 * again.output)
+
+
+class Wrong(Attention):
+    def replay(self, module: nn.Module) -> Replay:
+        return Doubling()
+
+
+def test_a_replay_that_gives_something_else_is_refused() -> None:
+    model = Attending()
+    optimizer = bound(model, curvature=[Wrong(), "kfac"])
+    with pytest.raises(CaptureError, match=r"difference 1\).*exclude=\['attn'\]"):
+        gradient(model)
+    optimizer.close()
+
+
+def test_other_random_numbers_are_refused() -> None:
+    attn, (x, _) = Attending(dropout=0.5).attn, batch()
+    call = recorded_arguments(attn, (x, x, x), {})
+    context = CallContext.now(torch.device("cpu"))
+    torch.rand(())  # as a kernel of another kind would
+    output = attn(x, x, x)[0].detach()
+    again = RecordedReplay("attn", call, context, AttentionReplay(), output, ["in_proj"])
+    with pytest.raises(CaptureError, match=r"'attn' gave another output when its call ran again"):
+        again.calls("in_proj", torch.ones_like(output))
+
+
+def test_an_argument_that_changed_is_refused() -> None:
+    class Masking(Attending):
+        def attend(self, x: Tensor) -> Tensor:
+            mask = torch.zeros(3, 3, dtype=F64)
+            found: Tensor = self.attn(x, x, x, attn_mask=mask)[0]
+            mask.fill_(1)
+            return found
+
+    model = Masking()
+    optimizer = bound(model)
+    with pytest.raises(CaptureError, match="the input of layer 'attn' was modified in place"):
+        gradient(model)
+    optimizer.close()
+
+
+def test_parameters_whose_memory_is_gone_are_refused() -> None:
+    attn, (x, _) = Attending().attn, batch()
+    call = recorded_arguments(attn, (x, x, x), {})
+    output = attn(x, x, x)[0].detach()
+    context = CallContext.now(torch.device("cpu"))
+    again = RecordedReplay("attn", call, context, AttentionReplay(), output, ["in_proj"])
+    attn.in_proj_weight.untyped_storage().resize_(0)
+    with pytest.raises(CaptureError, match=r"'attn' are no longer gathered.*exclude=\['attn'\]"):
+        again.calls("in_proj", torch.ones_like(output))
+
+
+# -------------------------------------------------------------------------------------------- ranks
+
+
+class Sharing(Attending):
+    """Without layers whose examples meet."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.attend(x).mean(1))
+
+
+def trained(model: nn.Module, divide: Callable[[Tensor], Tensor], fisher: str) -> dict[str, Tensor]:
+    optimizer = bound(model, fisher=fisher, factor_every=1, scale_every=2, basis_every=2, lr=0.05)
+    for step in range(3):
+        x, y = map(divide, batch(step))
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    return found(optimizer, model)
+
+
+def on_a_rank(rank: int, way: str, fisher: str) -> dict[str, Tensor]:
+    model = Sharing()
+    WAYS[way](model, line())
+    return trained(model, lambda each: each[rank::2], fisher)
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+@pytest.mark.parametrize(("way", "fisher"), [("root only", "empirical"), ("nested", "exact")])
+def test_fully_sharded_ranks_equal_one_process(way: str, fisher: str) -> None:
+    truth = trained(Sharing(), lambda each: each, fisher)
+    for ours in shared_workers().run(2, on_a_rank, way, fisher):
+        assert ours.keys() == truth.keys()
+        for name, expected in truth.items():
+            torch.testing.assert_close(ours[name], expected, rtol=1e-9, atol=1e-11)
