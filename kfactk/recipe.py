@@ -30,7 +30,7 @@ from kfactk.registry.hookspecs import STAGE_HOOKS
 from kfactk.registry.registry import registry
 from kfactk.registry.serialization import from_json, to_json
 
-ALL_CURVATURES = ("conv_kfac", "embedding", "norm", "attention")
+ALL_CURVATURES = ("conv_kfac", "embedding", "norm", "attention", "rnn")
 """What `curvature="all"` means, in this order: every kind of layer that we cover."""
 
 

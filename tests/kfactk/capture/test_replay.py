@@ -30,7 +30,7 @@ from kfactk import (
     Statistic,
     Tensors,
 )
-from kfactk.capture.replay import CallContext, RecordedReplay, recorded_arguments
+from kfactk.capture.replay import CallContext, RecordedReplay, followed, recorded_arguments
 from kfactk.testing._support.ranks import shared_workers
 from kfactk_stages.curvature._attention import AttentionReplay
 from kfactk_stages.curvature.attention import Attention
@@ -216,8 +216,8 @@ class Fused(nn.Module):
 
 
 class FusedReplay:
-    def output(self, output: Any) -> Any:
-        return output
+    def outputs(self, output: Any) -> tuple[Any]:
+        return (output,)
 
     def run(self, call: ModuleCall) -> Replayed:
         [x] = call.args
@@ -225,7 +225,7 @@ class FusedReplay:
         inside = torch.tanh(hidden)
         output = inside @ call.parameters["second"].T
         inner = [InnerCall("first", x, hidden), InnerCall("second", inside, output)]
-        return Replayed(output, inner)
+        return Replayed([output], inner)
 
 
 @attrs.frozen
@@ -312,7 +312,7 @@ def test_a_loss_of_attentions_weights_leaves_its_inputs_plain() -> None:
 class Doubling(AttentionReplay):
     def run(self, call: ModuleCall) -> Replayed:
         again = super().run(call)
-        return attrs.evolve(again, output=2 * again.output)
+        return attrs.evolve(again, outputs=[2 * each for each in again.outputs])
 
 
 class Wrong(Attention):
@@ -334,9 +334,11 @@ def test_other_random_numbers_are_refused() -> None:
     context = CallContext.now(torch.device("cpu"))
     torch.rand(())  # as a kernel of another kind would
     output = attn(x, x, x)[0].detach()
-    again = RecordedReplay("attn", call, context, AttentionReplay(), output, ["in_proj"])
+    again = RecordedReplay(
+        "attn", call, context, AttentionReplay(), followed([output]), ["in_proj"]
+    )
     with pytest.raises(CaptureError, match=r"'attn' gave another output when its call ran again"):
-        again.calls("in_proj", torch.ones_like(output))
+        again.calls("in_proj", {0: torch.ones_like(output)})
 
 
 def test_an_argument_that_changed_is_refused() -> None:
@@ -359,10 +361,12 @@ def test_parameters_whose_memory_is_gone_are_refused() -> None:
     call = recorded_arguments(attn, (x, x, x), {})
     output = attn(x, x, x)[0].detach()
     context = CallContext.now(torch.device("cpu"))
-    again = RecordedReplay("attn", call, context, AttentionReplay(), output, ["in_proj"])
+    again = RecordedReplay(
+        "attn", call, context, AttentionReplay(), followed([output]), ["in_proj"]
+    )
     attn.in_proj_weight.untyped_storage().resize_(0)
     with pytest.raises(CaptureError, match=r"'attn' are no longer gathered.*exclude=\['attn'\]"):
-        again.calls("in_proj", torch.ones_like(output))
+        again.calls("in_proj", {0: torch.ones_like(output)})
 
 
 # -------------------------------------------------------------------------------------------- ranks
