@@ -8,7 +8,7 @@ gradients inside are taken from that small graph.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -73,6 +73,11 @@ class CallContext:
             stack.callback(before._choose)
             self._choose()
             yield
+
+    @property
+    def precisions(self) -> set[torch.dtype]:
+        """The precisions of autocast, where it is on."""
+        return {dtype for enabled, dtype in self.autocast.values() if enabled}
 
     def _choose(self) -> None:
         """Set random states and kernels."""
@@ -228,7 +233,8 @@ class RecordedReplay:
         for place, output, version in kept:
             if output._version != version or output.is_meta:
                 continue
-            deviation = _deviation(again[place], output)
+            dtypes = {output.dtype, again[place].dtype, *self._context.precisions}
+            deviation = _deviation(again[place], output, dtypes)
             if deviation is not None:
                 raise CaptureError(replay_differs_message(self._path, deviation))
 
@@ -268,13 +274,19 @@ def tensors_of(*trees: Any) -> list[Tensor]:
     return [each for each in tree_leaves(trees) if isinstance(each, Tensor)]
 
 
-def _deviation(again: Tensor, output: Tensor) -> float | None:
-    """Return how far an output is from what it was, relatively; `None` within rounding."""
-    if again.shape != output.shape or again.dtype != output.dtype:
+def _deviation(again: Tensor, output: Tensor, dtypes: Iterable[torch.dtype]) -> float | None:
+    """Return how far an output is from what it was, relatively; `None` within rounding.
+
+    Args:
+        again: The output now.
+        output: What it was.
+        dtypes: The precisions in which a part of it may have been computed.
+    """
+    if again.shape != output.shape:
         return float("inf")
     wide = torch.promote_types(output.dtype, torch.float32)
     size, off = output.to(wide).norm(), (again.to(wide) - output.to(wide)).norm()
-    if bool(off > torch.finfo(output.dtype).eps ** 0.5 * size):
+    if bool(off > max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5 * size):
         return float(off / size)
     return None
 

@@ -48,6 +48,8 @@ class OnLayers(Laws):
         nn.Embedding,
         nn.EmbeddingBag,
         nn.MultiheadAttention,
+        *(nn.RNN, nn.LSTM, nn.GRU),
+        *(nn.RNNCell, nn.LSTMCell, nn.GRUCell),
     )
     """Classes of modules that `cases` can draw; `unsupported` must refuse all others."""
 

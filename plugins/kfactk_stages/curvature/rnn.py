@@ -144,7 +144,7 @@ class Rnn(Curvature):
         """Return the inverse of `matrix`."""
         width = layer.anchor.shape[1]
         weight, *bias = layer.parameters
-        return {weight: matrix[:, :width], **dict.fromkeys(bias, matrix[:, width])}
+        return {weight: matrix[:, :width], **dict.fromkeys(bias, matrix[:, -1])}
 
     def blank(self, layer: Layer) -> LayerCall:
         """Return one row of zeros."""
@@ -168,7 +168,7 @@ class Rnn(Curvature):
         rows = [
             LinearRows(
                 call.inputs[..., columns],
-                call.gradient.reshape(*call.inputs.shape[:-1], -1),
+                call.gradient.reshape(*call.inputs.shape[:-1], call.gradient.shape[-1]),
                 call.scale,
             )
             for call in calls
