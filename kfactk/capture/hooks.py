@@ -271,7 +271,10 @@ class LayerHook:
                 recorded_arguments(module, args, kwargs),
                 context,
                 self._replay,
-                list(map(FollowedOutput, followed, followed.values(), recorded)),
+                [
+                    FollowedOutput(place, each.detach(), its)
+                    for (place, each), its in zip(followed.items(), recorded, strict=True)
+                ],
                 [layer.part for layer in self._layers],
             )
         for layer in self._layers:

@@ -97,19 +97,19 @@ class FollowedOutput:
 
     Args:
         place: Its place in `Replay.outputs`.
-        tensor: The tensor, detached where it is kept.
+        tensor: The tensor, detached.
         recorded: What it looked like, and how its gradient is read.
     """
 
     place: int
-    tensor: Tensor = attrs.field(converter=lambda tensor: tensor.detach())
+    tensor: Tensor
     recorded: RecordedOutput
 
 
 def followed(outputs: Sequence[Tensor]) -> list[FollowedOutput]:
     """Return outputs whose gradients are given as they are."""
     return [
-        FollowedOutput(place, each, RecordedOutput(each.dtype, each.shape))
+        FollowedOutput(place, each.detach(), RecordedOutput(each.dtype, each.shape))
         for place, each in enumerate(outputs)
     ]
 
