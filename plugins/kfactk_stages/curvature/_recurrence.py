@@ -17,9 +17,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from kfactk import InnerCall, ModuleCall, Replayed, Tensors
+from kfactk_stages.curvature._coverage import CELLS
 
-MODULES = (nn.RNN, nn.LSTM, nn.GRU)
-CELLS = (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
 States = tuple[Tensor, ...]
 """h, and c of an LSTM; the module's own have a leading dimension of layers times directions."""
 

@@ -13,8 +13,13 @@ from kfactk import Curvature, Layer, LayerCall, Replay, Samples, Statistic, Tens
 from kfactk.options import whole
 from kfactk.samples import DEFAULT_CHUNK_BYTES, gram, total_of
 from kfactk_stages.curvature._calls import check_examples
-from kfactk_stages.curvature._coverage import reason_against, reason_against_parameter
-from kfactk_stages.curvature._recurrence import CELLS, MODULES, RecurrentReplay
+from kfactk_stages.curvature._coverage import (
+    CELLS,
+    RECURRENT,
+    reason_against,
+    reason_against_parameter,
+)
+from kfactk_stages.curvature._recurrence import RecurrentReplay
 from kfactk_stages.curvature._rows import JoinedSamples, LinearRows
 
 
@@ -109,7 +114,7 @@ class Rnn(Curvature):
 
     def unsupported(self, module: nn.Module) -> str | None:
         """Return why this module cannot be preconditioned exactly, or `None` when it can."""
-        reason = reason_against(module, (*MODULES, *CELLS), ())
+        reason = reason_against(module, (*RECURRENT, *CELLS), ())
         if reason is not None:
             return reason
         reasons = (
