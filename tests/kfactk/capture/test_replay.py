@@ -281,6 +281,85 @@ def test_a_curvature_of_ones_own_follows_a_fused_module() -> None:
         torch.testing.assert_close(optimizer.layers[f"[{part}]"].factors["G"], g[size])
 
 
+class Twofold(nn.Module):
+    """Two products in one module, which returns what is after each; the second has the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.first = nn.Parameter(torch.randn(5, 4, dtype=F64))
+        self.second = nn.Parameter(torch.randn(3, 5, dtype=F64))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        inside = torch.tanh(x @ self.first.T)
+        return torch.sin(inside @ self.second.T), {"inside": inside}
+
+
+class TwofoldReplay:
+    def outputs(self, output: Any) -> list[Any]:
+        return [output[0], output[1]["inside"]]
+
+    def run(self, call: ModuleCall) -> Replayed:
+        [x] = call.args
+        hidden = (x @ call.parameters["first"].T).requires_grad_()
+        inside = torch.tanh(hidden)
+        last = inside @ call.parameters["second"].T
+        inner = [InnerCall("first", x, hidden), InnerCall("second", inside, last)]
+        return Replayed([torch.sin(last), inside], inner)
+
+
+@attrs.frozen
+class TwofoldCurvature(FusedCurvature):
+    def unsupported(self, module: nn.Module) -> str | None:
+        return None if type(module) is Twofold else "no Twofold"
+
+    def replay(self, module: nn.Module) -> Replay:
+        return TwofoldReplay()
+
+
+class Using(nn.Module):
+    """Classifies by some of what a module returns."""
+
+    def __init__(self, used: str) -> None:
+        super().__init__()
+        self.inside, self.used = Twofold(), used
+
+    def forward(self, x: Tensor) -> Tensor:
+        last, further = self.inside(x)
+        parts = {"last": last, "inside": further["inside"][:, :3], "neither": x[:, :3]}
+        return sum((parts[name] for name in self.used.split()), torch.zeros(()))
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+@pytest.mark.parametrize("used", ["last", "inside", "last inside"])
+def test_every_followed_output_is_part_of_the_gradient(used: str, fisher: str) -> None:
+    model, (x, y) = Using(used), (batch()[0][:, 0], batch()[1])
+    optimizer = bound(model, curvature=TwofoldCurvature(), fisher=fisher)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    twin = Using(used).inside
+    expected = {"first": torch.zeros(5, 5, dtype=F64), "second": torch.zeros(3, 3, dtype=F64)}
+    for row, label in zip(x, y, strict=True):
+        hidden = row @ twin.first.T
+        inside = torch.tanh(hidden)
+        product = inside @ twin.second.T
+        parts = {"last": torch.sin(product), "inside": inside[:3]}
+        logs = sum((parts[name] for name in used.split()), torch.zeros(())).log_softmax(-1)
+        scores = -logs * logs.detach().exp().sqrt() if fisher == "exact" else -logs[label, None]
+        for score in scores:
+            wanted = {"first": hidden, "second": product}
+            grads = torch.autograd.grad(
+                score, list(wanted.values()), retain_graph=True, allow_unused=True
+            )
+            for part, g in zip(wanted, grads, strict=True):
+                if g is not None:
+                    expected[part] += torch.outer(g, g) / len(x)
+    for part, g in expected.items():
+        factors = optimizer.layers[f"inside[{part}]"].factors
+        if factors or g.any():  # without a gradient of its own, a layer may have no factors
+            torch.testing.assert_close(factors["G"], g)
+
+
 # ---------------------------------------------------------------------------------- what is refused
 
 
