@@ -66,7 +66,8 @@ class UserBackward:
         self._ends = [parameter_nodes(call.parameters) for call in forward.calls]
         self._devices = {record.inputs.device.type for record in self._records}
         self._tops = [len(call.tops) for call in forward.calls]
-        self._partial: dict[int, list[Mapping[int, Tensor]]] = {}
+        self._arrived: dict[int, int] = {}
+        self._waiting: dict[int, dict[int, Tensor]] = {}
         self._calls: dict[int, list[LayerCall]] = {}
         self._reached: set[int] = set()
         self._gone: set[Layer] = set()
@@ -96,7 +97,7 @@ class UserBackward:
     def forget(self) -> bool:
         """Drop what has arrived, because `.grad` was emptied; return whether anything had."""
         arrived, self.arrived = self.arrived, False
-        self._partial.clear()
+        self._waiting.clear()
         self._calls.clear()
         self._reached.clear()
         self._gone.clear()
@@ -106,7 +107,7 @@ class UserBackward:
         """Drop what has arrived of these layers."""
         for number, record in enumerate(self._records):
             if record.layer in layers:
-                self._partial.pop(number, None)
+                self._waiting.pop(number, None)
                 self._calls.pop(number, None)
                 self._reached.discard(number)
         self._gone.difference_update(layers)
@@ -142,26 +143,27 @@ class UserBackward:
             return
         if task != self._task:
             self._task, self._freed = task, False
-            self._reached.clear()
-            self._partial.clear()
+            for each in (self._reached, self._arrived, self._waiting):
+                each.clear()
             torch.autograd.Variable._execution_engine.queue_callback(_End(self))
         elif not self._freed and self._last is not None:
             self._freed = _is_freed(self._last)
         self._last = torch._C._current_autograd_node()
-        there = self._partial.setdefault(number, [])
-        there.append(gradients)
-        if len(there) == self._tops[number]:
-            with torch.no_grad(), full_precision(self._devices):
-                self._add(number)
-                if self._freed:
-                    self._hand_on(self._complete())
+        with torch.no_grad(), full_precision(self._devices):
+            self._add(number, gradients)
+            self._arrived[number] = self._arrived.get(number, 0) + 1
+            if self._arrived[number] == self._tops[number] and number not in self._waiting:
+                self._reached.add(number)
+            if self._freed:
+                self._hand_on(self._complete())
 
     def end_task(self) -> None:
         """End one backward: hand on what no other one can add to."""
         last, self._last = self._last, None
         with torch.no_grad(), full_precision(self._devices):
-            for number in list(self._partial):  # the loss does not depend on all their outputs
-                self._add(number)
+            for number in list(self._waiting):
+                self._add(number, {}, last=True)
+            self._reached.update(self._arrived)  # the loss may not depend on all their outputs
             if self._freed or (last is not None and _is_freed(last)):
                 self._hand_on(self._complete())
 
@@ -195,17 +197,26 @@ class UserBackward:
                 raise
             return None
 
-    def _add(self, number: int) -> None:
-        """Read a call from what has arrived at its outputs in the backward that runs now."""
-        gradients = {k: v for each in self._partial.pop(number) for k, v in each.items()}
-        if not gradients:
+    def _add(self, number: int, gradients: Mapping[int, Tensor], *, last: bool = False) -> None:
+        """Read a call, and add it to what other gradients of this backward or others gave.
+
+        Gradients inside are linear in those of the outputs, so each may be read when it comes:
+        nobody knows here which others will. Only those of outputs that another one was made from
+        wait for it, or for the last one that comes: what came before is in it.
+        """
+        record = self._records[number]
+        waiting = {**self._waiting.pop(number, {}), **gradients}
+        missing = any(each.whole and n not in waiting for n, each in enumerate(record.outputs))
+        if missing and not last and waiting:
+            self._waiting[number] = waiting
             return
-        calls = self._records[number].calls(gradients, self._scale.factor())
+        if not waiting:
+            return
+        calls = record.calls(waiting, self._scale.factor())
         if number in self._calls:
             before = self._calls[number]
             calls = [_summed(one, other) for one, other in zip(before, calls, strict=True)]
         self._calls[number] = calls
-        self._reached.add(number)
 
     def _complete(self) -> list[Layer]:
         """Return the layers of which this backward has reached every call, in their order.

@@ -282,7 +282,7 @@ def test_a_curvature_of_ones_own_follows_a_fused_module() -> None:
 
 
 class Twofold(nn.Module):
-    """Two products in one module, which returns what is after each; the second has the first."""
+    """Two products in one module, which returns what is after each, and one output beside them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -292,12 +292,13 @@ class Twofold(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         inside = torch.tanh(x @ self.first.T)
-        return torch.sin(inside @ self.second.T), {"inside": inside}
+        beside = torch.cos(x @ self.first.T)  # made from neither
+        return torch.sin(inside @ self.second.T), {"inside": inside, "beside": beside}
 
 
 class TwofoldReplay:
     def outputs(self, output: Any) -> list[Any]:
-        return [output[0], output[1]["inside"]]
+        return [output[0], *output[1].values()]
 
     def run(self, call: ModuleCall) -> Replayed:
         [x] = call.args
@@ -305,7 +306,7 @@ class TwofoldReplay:
         inside = torch.tanh(hidden)
         last = inside @ call.parameters["second"].T
         inner = [InnerCall("first", x, hidden), InnerCall("second", inside, last)]
-        return Replayed([torch.sin(last), inside], inner)
+        return Replayed([torch.sin(last), inside, torch.cos(hidden)], inner)
 
 
 @attrs.frozen
@@ -326,12 +327,15 @@ class Using(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         last, further = self.inside(x)
-        parts = {"last": last, "inside": further["inside"][:, :3], "neither": x[:, :3]}
+        parts = {"last": last, **{name: each[:, :3] for name, each in further.items()}}
         return sum((parts[name] for name in self.used.split()), torch.zeros(()))
 
 
 @pytest.mark.parametrize("fisher", ["exact", "empirical"])
-@pytest.mark.parametrize("used", ["last", "inside", "last inside"])
+@pytest.mark.parametrize(
+    "used",
+    ["last", "inside", "beside", "last inside", "beside last", "inside beside last"],
+)
 def test_every_followed_output_is_part_of_the_gradient(used: str, fisher: str) -> None:
     model, (x, y) = Using(used), (batch()[0][:, 0], batch()[1])
     optimizer = bound(model, curvature=TwofoldCurvature(), fisher=fisher)
@@ -343,7 +347,11 @@ def test_every_followed_output_is_part_of_the_gradient(used: str, fisher: str) -
         hidden = row @ twin.first.T
         inside = torch.tanh(hidden)
         product = inside @ twin.second.T
-        parts = {"last": torch.sin(product), "inside": inside[:3]}
+        parts = {
+            "last": torch.sin(product),
+            "inside": inside[:3],
+            "beside": torch.cos(hidden)[:3],
+        }
         logs = sum((parts[name] for name in used.split()), torch.zeros(())).log_softmax(-1)
         scores = -logs * logs.detach().exp().sqrt() if fisher == "exact" else -logs[label, None]
         for score in scores:
@@ -468,18 +476,38 @@ def trained(model: nn.Module, divide: Callable[[Tensor], Tensor], fisher: str) -
     return found(optimizer, model)
 
 
-def on_a_rank(rank: int, way: str, fisher: str) -> dict[str, Tensor]:
-    model = Sharing()
+class Remembering(Sharing):
+    """With two recurrent layers, of which one of three outputs is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.LSTM(4, 4, 2, batch_first=True).double()
+
+    def attend(self, x: Tensor) -> Tensor:
+        output: Tensor = self.attn(x)[0]
+        return output
+
+
+def on_a_rank(rank: int, kind: type[Sharing], way: str, fisher: str) -> dict[str, Tensor]:
+    model = kind()
     WAYS[way](model, line())
     return trained(model, lambda each: each[rank::2], fisher)
 
 
 @pytest.mark.xdist_group("ranks")
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
-@pytest.mark.parametrize(("way", "fisher"), [("root only", "empirical"), ("nested", "exact")])
-def test_fully_sharded_ranks_equal_one_process(way: str, fisher: str) -> None:
-    truth = trained(Sharing(), lambda each: each, fisher)
-    for ours in shared_workers().run(2, on_a_rank, way, fisher):
+@pytest.mark.parametrize(
+    ("kind", "way", "fisher"),
+    [
+        (Sharing, "root only", "empirical"),
+        (Sharing, "nested", "exact"),
+        (Remembering, "nested", "empirical"),
+        (Remembering, "root only", "exact"),
+    ],
+)
+def test_fully_sharded_ranks_equal_one_process(kind: type[Sharing], way: str, fisher: str) -> None:
+    truth = trained(kind(), lambda each: each, fisher)
+    for ours in shared_workers().run(2, on_a_rank, kind, way, fisher):
         assert ours.keys() == truth.keys()
         for name, expected in truth.items():
             torch.testing.assert_close(ours[name], expected, rtol=1e-9, atol=1e-11)
