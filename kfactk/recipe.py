@@ -326,8 +326,9 @@ def build(
     Args:
         curvature: How layers' parameters form matrices, and their factors: "conv_kfac", "kfac",
             "embedding", "norm", "attention", "rnn". A list names several: the first that supports
-            a module takes it. Its items are as here, or made by `kfactk.block`. "all" is the list of every
-            kind of layer that we cover: "conv_kfac", "embedding", "norm", "attention", "rnn".
+            a module takes it. Its items are as here, or made by `kfactk.block`. "all" is the list
+            of every kind of layer that we cover: "conv_kfac", "embedding", "norm", "attention",
+            "rnn".
         basis: How the factors are decomposed and the gradient preconditioned: "ekfac", "kfac",
             "unitwise". Blocks whose curvature does not provide what it requires use the
             curvature's own basis.
