@@ -53,12 +53,10 @@ class RecurrentReplay:
         module: Any = call.module
         given = inspect.signature(type(module).forward).bind(module, *call.args, **call.kwargs)
         source, hx = given.arguments["input"], given.arguments.get("hx")
-        cell = isinstance(module, CELLS)
         layout = _packed(source) if isinstance(source, PackedSequence) else _dense(module, source)
-        states = hx if isinstance(hx, tuple) or hx is None else (hx,)
-        if cell:
-            return _cell(call, layout, source, states)
-        return _module(call, layout, source, states)
+        states = None if hx is None else tuple(hx) if isinstance(hx, tuple | list) else (hx,)
+        once = _cell if isinstance(module, CELLS) else _module
+        return once(call, layout, source, states)
 
 
 @attrs.frozen(eq=False)

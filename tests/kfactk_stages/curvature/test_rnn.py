@@ -184,6 +184,7 @@ OF_LSTM: dict[str, Case] = {
         lambda rnn, x: packed(rnn, x, enforce_sorted=False),
     ),
     "projected with states": ({"proj_size": 1}, given_states),
+    "states in a list": ({}, lambda rnn, x: output(rnn, x, [rows(1, N, H), rows(1, N, H, seed=1)])),
 }
 
 
