@@ -161,12 +161,14 @@ class Chain:
         u = self.product("ih", rows)
         u = u if u.requires_grad else u.requires_grad_()
         probes = self._probes(rows, u)
+        steps = u.unbind(1)  # slices would each have a gradient of all steps
+        shifts = {side: probe.unbind(1) for side, probe in probes.items()}
         before: list[Tensor] = [u] * rows.shape[1]
         mixed, after = list(before), list(before)
         for t in reversed(range(rows.shape[1])) if reverse else range(rows.shape[1]):
             before[t] = states[0].detach()
-            shifts = {side: probe[:, t] for side, probe in probes.items()}
-            new, mixed[t] = self.step(u[:, t], states, shifts)
+            own = {side: each[t] for side, each in shifts.items()}
+            new, mixed[t] = self.step(steps[t], states, own)
             if self.mask is not None:
                 here = self.mask[:, t].unsqueeze(-1)
                 after[t] = new[0].masked_fill(~here, 0)
