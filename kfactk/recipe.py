@@ -30,7 +30,7 @@ from kfactk.registry.hookspecs import STAGE_HOOKS
 from kfactk.registry.registry import registry
 from kfactk.registry.serialization import from_json, to_json
 
-ALL_CURVATURES = ("conv_kfac", "embedding", "norm", "attention")
+ALL_CURVATURES = ("conv_kfac", "embedding", "norm", "attention", "rnn")
 """What `curvature="all"` means, in this order: every kind of layer that we cover."""
 
 
@@ -325,9 +325,10 @@ def build(
 
     Args:
         curvature: How layers' parameters form matrices, and their factors: "conv_kfac", "kfac",
-            "embedding", "norm", "attention". A list names several: the first that supports a module
-            takes it. Its items are as here, or made by `kfactk.block`. "all" is the list of every
-            kind of layer that we cover: "conv_kfac", "embedding", "norm", "attention".
+            "embedding", "norm", "attention", "rnn". A list names several: the first that supports
+            a module takes it. Its items are as here, or made by `kfactk.block`. "all" is the list
+            of every kind of layer that we cover: "conv_kfac", "embedding", "norm", "attention",
+            "rnn".
         basis: How the factors are decomposed and the gradient preconditioned: "ekfac", "kfac",
             "unitwise". Blocks whose curvature does not provide what it requires use the
             curvature's own basis.

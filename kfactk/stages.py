@@ -149,33 +149,34 @@ class Replayed:
     """What a call of a module gave when it ran again.
 
     Args:
-        output: The tensor of the module's output that is followed.
-        inner: The products inside; each output leads to `output`.
+        outputs: The tensors of the module's output that are followed.
+        inner: The products inside; each output leads to one of `outputs`.
     """
 
-    output: Tensor
+    outputs: Sequence[Tensor]
     inner: Sequence[InnerCall]
 
 
 class Replay(Protocol):
     """Runs calls of a module again, to read gradients inside of it.
 
-    The framework calls `run` where the gradient of the module's output arrives, with gradients
+    The framework calls `run` where the gradients of the module's outputs arrive, with gradients
     enabled, and with the random state, the autocast and the attention kernels of the call. It then
-    differentiates `output` with respect to the output of each product. The user's own forward and
+    differentiates `outputs` with respect to the output of each product. The user's own forward and
     the global random state stay as they are.
 
-    Laws: `run(call).output` equals what the call itself returned, which is checked each time.
+    Laws: `run(call).outputs` equal what the call itself returned, which is checked each time. Where
+    the module computes one of them from another, so does `run`, from the tensor that it returns.
     """
 
-    def output(self, output: Any) -> Any:
-        """Return the tensor in the module's output that is followed.
+    def outputs(self, output: Any) -> Sequence[Any]:
+        """Return the tensors in the module's output that are followed, always in the same order.
 
-        Where the loss depends on another one too, the guard refuses the layers.
+        Where the loss depends on others too, the guard refuses the layers.
         """
 
     def run(self, call: ModuleCall) -> Replayed:
-        """Compute the output again, from `call.parameters`."""
+        """Compute the outputs again, from `call.parameters`."""
 
 
 class Curvature(abc.ABC):

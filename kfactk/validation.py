@@ -216,7 +216,7 @@ def replay_differs_message(module: str, deviation: float) -> str:
 
     Args:
         module: The module's path.
-        deviation: Relative size of the difference; infinite where shapes or precisions differ.
+        deviation: Relative size of the difference; infinite where shapes differ.
     """
     return (
         f"module {module!r} gave another output when its call ran again (relative difference "

@@ -25,7 +25,13 @@ from torch.utils.flop_counter import flop_registry
 from kfactk.assignment import Work, is_square
 from kfactk.capture.heads import Head
 from kfactk.capture.hooks import call_tensors
-from kfactk.capture.replay import CallContext, RecordedReplay, recorded_arguments, tensors_of
+from kfactk.capture.replay import (
+    CallContext,
+    RecordedReplay,
+    followed,
+    recorded_arguments,
+    tensors_of,
+)
 from kfactk.costmodel.communication import Sizes, numbers_sent
 from kfactk.costmodel.cost import NOTHING, Amount, LayerCost, TrainingLoad
 from kfactk.errors import CombinationError, OptionError
@@ -141,7 +147,7 @@ def training_load(model: nn.Module, recipe: Recipe, batch: Tensor) -> TrainingLo
     heads = [head.locate(returned) for head in recipe.heads]
     empty = [torch.empty_like(output) for output in heads]
     all_calls = [call for found in recorded.values() for call in found]
-    outputs = {id(call.output): call.output for call in all_calls if call.output.requires_grad}
+    outputs = {id(each): each for call in all_calls for each in call.outputs if each.requires_grad}
     with Meter() as fisher:
         torch.autograd.grad(
             heads, list(outputs.values()), empty, retain_graph=True, allow_unused=True
@@ -187,18 +193,18 @@ class MetaCall:
 
     Args:
         call: The call, with a gradient of its output.
-        output: Its output.
+        outputs: The followed tensors of its output.
         replay: Runs the call again, where layers lie inside the module.
     """
 
     call: LayerCall
-    output: Tensor
+    outputs: Sequence[Tensor]
     replay: RecordedReplay | None
 
     def layer_calls(self, part: str) -> list[LayerCall]:
         """Return the calls of one part of the module."""
         if self.replay is not None:
-            return self.replay.calls(part, self.call.gradient)
+            return self.replay.calls(part, {0: self.call.gradient})
         return [self.call]
 
 
@@ -210,22 +216,22 @@ def _record(
     kwargs: dict[str, Any],
     output: Any,
 ) -> None:
-    replay, again = blocks[0].layer.replay, None
+    replay, again, outputs = blocks[0].layer.replay, None, [output]
     if replay is not None:
-        output = replay.output(output)
+        outputs = list(replay.outputs(output))
         again = RecordedReplay(
             blocks[0].layer.path,
             recorded_arguments(module, args, kwargs),
             CallContext.now(tensors_of(args, kwargs)[0].device),
             replay,
-            output.detach(),
+            followed(outputs),
             [block.layer.part for block in blocks],
         )
-    inputs, arguments = call_tensors(module, args, kwargs)
-    gradient = torch.empty_like(output).detach()
+    inputs, arguments = call_tensors(module, args, kwargs, inside=replay is not None)
+    gradient = torch.empty_like(outputs[0]).detach()
     call = LayerCall(inputs, gradient, module=module, arguments=arguments)
     for block in blocks:
-        recorded[block].append(MetaCall(call, output, again))
+        recorded[block].append(MetaCall(call, outputs, again))
 
 
 def _layer_cost(block: Block, work: Work, calls: Sequence[LayerCall]) -> LayerCost:
