@@ -175,7 +175,7 @@ class BlockPlacement:
     def decomposed_here(self, block: Block) -> frozenset[str]:
         """Return the matrices of a block that this rank decomposes."""
         if self._communicator.size == 1:
-            return block.basis.requires
+            return block.requires
         rank, workers = self._communicator.rank, self.share(block.name).inverse_workers
         return frozenset(name for name, ranks in workers.items() if rank in ranks)
 

@@ -162,9 +162,12 @@ class CurvatureLaws(OnLayers, InRecipe):
 
         They are symmetric too.
         """
-        found, provides = self.matrices(case), set(self.curvature.provides)
+        found, stand_ins = self.matrices(case), self.curvature.stand_ins(case.layer)
+        provides = {
+            each for name in self.curvature.provides for each in stand_ins.get(name, (name,))
+        }
         assert set(found) == provides, (
-            f"assemble() returns {sorted(found)}, where `provides` says {sorted(provides)}"
+            f"assemble() returns {sorted(found)}, where `provides` and `stand_ins` say {sorted(provides)}"
         )
         shape = self.curvature.matrix(case.layer, case.layer.tensors()).shape
         for name, tensor in found.items():

@@ -55,7 +55,12 @@ class OnLayers(Laws):
         cases = st.one_of(
             [kind.single_row for kind in self._accepted() if kind.single_row is not None]
         )
-        return cases.filter(lambda case: self.curvature.unsupported(case.module) is None)
+        return cases.filter(
+            lambda case: (
+                self.curvature.unsupported(case.module) is None
+                and not self.curvature.stand_ins(case.layer)
+            )
+        )
 
     def known_cases(self) -> st.SearchStrategy[Case]:
         """Return the cases whose rows and matrix the laws know: linear layers, convolutions."""
