@@ -126,6 +126,11 @@ class Curvature(abc.ABC):
         """
         return {}
 
+    @property
+    def asked_for_stand_ins(self) -> bool:
+        """Whether the user asked for `stand_ins`; otherwise `bind` warns where there are some."""
+        return False
+
     @abc.abstractmethod
     def matrix(self, layer: Layer, tensors: Tensors) -> Tensor:
         """Join tensors shaped like `layer.parameters` into `[..., d_out, d_in]`, bias last."""

@@ -338,13 +338,15 @@ class Block:
                 self._input_factors = frozenset(self.curvature.input_factors(self.layer, samples))
         return self._input_factors
 
-    def work(self) -> Work:
+    def work(self, sums: Mapping[str, Statistic] | None = None) -> Work:
         """Return the layer's work, by its shapes.
 
         Matrices can be kept apart where each is made of the one statistic of its name.
+
+        Args:
+            sums: Its factors without data; `None` to make them.
         """
-        _, sums = self.blank()
-        blank = _zeros(sums)
+        blank = _zeros(self.blank()[1] if sums is None else sums)
         matrices = self.matrices(factors=blank)
         shapes = {name: tuple(matrices[name].shape) for name in sorted(self.requires)}
         apart = set(blank) == set(shapes) and all(

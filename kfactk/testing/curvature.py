@@ -167,7 +167,8 @@ class CurvatureLaws(OnLayers, InRecipe):
             each for name in self.curvature.provides for each in stand_ins.get(name, (name,))
         }
         assert set(found) == provides, (
-            f"assemble() returns {sorted(found)}, where `provides` and `stand_ins` say {sorted(provides)}"
+            f"assemble() returns {sorted(found)}, where `provides` and `stand_ins` say "
+            f"{sorted(provides)}"
         )
         shape = self.curvature.matrix(case.layer, case.layer.tensors()).shape
         for name, tensor in found.items():

@@ -33,15 +33,21 @@ class WideSides(Curvature):
 
     Args:
         max_side: Longest side that is kept whole; `None` for no limit.
-        wide: What stands for a longer one: "diagonal", "blocks" or "identity".
+        wide: What stands for a longer one: "diagonal", "blocks" or "identity"; `None` for
+            "diagonal", of which `bind` warns.
     """
 
     max_side: int | None = attrs.field(default=MAX_SIDE, validator=whole(optional=True))
-    wide: str = attrs.field(default="diagonal", validator=choice(*FORMS))
+    wide: str | None = attrs.field(default=None, validator=choice(None, *FORMS))
 
     def sides(self, layer: Layer) -> tuple[int, int]:
         """Return d_out and d_in of the layer's matrix."""
         raise NotImplementedError
+
+    @property
+    def asked_for_stand_ins(self) -> bool:
+        """Whether the user said what stands for a wide side."""
+        return self.wide is not None
 
     def is_wide(self, n: int) -> bool:
         """Return whether a side of n is not kept whole."""

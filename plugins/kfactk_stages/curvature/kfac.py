@@ -60,7 +60,8 @@ class Kfac(WideSides):
         chunk_bytes: Bound on temporaries, in bytes. One example is always processed whole.
         max_side: Longest side that is kept whole; `None` for no limit. At the default of 8192 a
             side takes 1.3 GB while it is decomposed, and about a second on a current accelerator.
-        wide: What stands for a longer side: "diagonal", "blocks" or "identity".
+        wide: What stands for a longer side: "diagonal", "blocks" or "identity"; `None` for
+            "diagonal", of which `bind` warns.
 
     Raises:
         OptionError: An option has a value that cannot work.

@@ -1,5 +1,6 @@
 """Wide sides: the claimed matrix, densely in float64; factors of every view; nothing of n x n."""
 
+import io
 from collections import OrderedDict
 from typing import ClassVar
 
@@ -198,7 +199,7 @@ def test_nothing_of_the_whole_side_is_ever_made():
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(torch.randn(3, 4)), torch.arange(3)).backward()
             optimizer.step()
-        torch.save(optimizer.state_dict(), open("/dev/null", "wb"))
+        torch.save(optimizer.state_dict(), io.BytesIO())
     assert max(largest) < side**2 / 4
 
 
