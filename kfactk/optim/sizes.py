@@ -74,12 +74,12 @@ def _check_memory(
         return
     order = sorted(mine, key=lambda each: -(each.kept + each.factors + each.workspace))
     layers = ", ".join(
-        f"{each.layer!r} {told_bytes(each.kept)} ({each.largest})" for each in order[:SHOWN]
+        f"{_called(each.layer)} {told_bytes(each.kept)} ({each.largest})" for each in order[:SHOWN]
     )
     more = f" and {len(order) - SHOWN} more" if len(order) > SHOWN else ""
-    remedies = [f"leave layers out, exclude={[order[0].path]}"]
+    remedies = [f"leave layers out, exclude={[order[0].path]}"] if order[0].path else []
     block = next(b for b in blocks if b.name == order[0].layer)
-    if (pasted := _with_option(block.curvature, "max_side", 4096)) is not None:
+    if (pasted := _with_option(block.curvature, "max_side", _shorter(order[0]))) is not None:
         remedies.append(f"let shorter sides be whole, {pasted}")
     if recipe.schedule.slots == 1 and len(order) > 1:
         remedies.append("decompose layers in different steps, stagger=True")
@@ -111,7 +111,7 @@ def _told_of_wide(blocks: Sequence[Block], known: Any) -> str:
     layers = []
     for block in blocks[:SHOWN]:
         words = known[block].wide if known[block] is not None else ()
-        layers.append(f"{block.name!r}{' (' + ', '.join(words) + ')' if words else ''}")
+        layers.append(f"{_called(block.name)}{' (' + ', '.join(words) + ')' if words else ''}")
     more = f" and {len(blocks) - SHOWN} more" if len(blocks) > SHOWN else ""
     text = f"layers have a side that is too wide to be a matrix: {', '.join(layers)}{more}."
     pasted = _with_option(blocks[0].curvature, "wide", "diagonal")
@@ -124,16 +124,28 @@ def _told_of_slow(slow: Sequence[Footprint], blocks: Sequence[Block]) -> str:
     """Return the warning of layers whose decomposition takes minutes."""
     slow = sorted(slow, key=lambda each: -(each.seconds or 0.0))
     layers = ", ".join(
-        f"{each.layer!r} {told_seconds(each.seconds or 0.0)} ({each.largest})"
+        f"{_called(each.layer)} {told_seconds(each.seconds or 0.0)} ({each.largest})"
         for each in slow[:SHOWN]
     )
     block = next(b for b in blocks if b.name == slow[0].layer)
-    pasted = _with_option(block.curvature, "max_side", 2048)
-    lower = f"let shorter sides be whole, {pasted}; or " if pasted is not None else ""
+    pasted = _with_option(block.curvature, "max_side", _shorter(slow[0]))
+    remedies = [f"let shorter sides be whole, {pasted}"] if pasted is not None else []
+    remedies += [f"leave layers out, exclude={[slow[0].path]}"] if slow[0].path else []
+    remedies = remedies or ["choose a basis of smaller matrices"]
     return (
-        f"a decomposition will take about: {layers}. To lower it, {lower}leave layers out, "
-        f"exclude={[slow[0].path]}."
+        f"one decomposition will take about: {layers}, on one core of a server or an H100. To "
+        f"lower it, {'; or '.join(remedies)}."
     )
+
+
+def _called(layer: str) -> str:
+    return repr(layer) if layer else "(root)"
+
+
+def _shorter(footprint: Footprint) -> int:
+    """Return a longest side that lowers what the layer takes."""
+    longest = max(shape[-1] for shape in footprint.shapes.values())
+    return max(64, min(4096, longest // 4))
 
 
 def _with_option(curvature: Curvature, name: str, value: Any) -> str | None:

@@ -41,7 +41,9 @@ def told_seconds(seconds: float) -> str:
     """
     if seconds >= 90:
         return f"{seconds / 60:.2g} min" if seconds < 600 else f"{seconds / 60:.0f} min"
-    return f"{seconds:.2g} s" if seconds >= 1 else f"{1e3 * seconds:.0f} ms"
+    if seconds >= 1:
+        return f"{seconds:.2g} s"
+    return f"{1e3 * seconds:.0f} ms" if seconds >= 1e-3 else "under 1 ms"
 
 
 @attrs.frozen

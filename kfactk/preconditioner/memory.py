@@ -16,8 +16,9 @@ from kfactk.preconditioner.footprint import Footprint
 def peak_bytes(footprints: Sequence[Footprint], *, slots: int = 1) -> int:
     """Return the bytes of the curvature in the step that needs most.
 
-    Kept are factors, decompositions and moments. A refresh adds the sums of the step, the new
-    decompositions of the layers that are due, and what one decomposition needs at a time.
+    Kept are factors, decompositions and moments. A refresh adds the sums of the step and their
+    means, the new decompositions of the layers that are due, and what one decomposition needs at a
+    time.
 
     Args:
         footprints: Those of all layers.
@@ -26,7 +27,7 @@ def peak_bytes(footprints: Sequence[Footprint], *, slots: int = 1) -> int:
     made = [each.decomposition for each in footprints]
     new = sum(made) if slots == 1 else max(made, default=0)
     return (
-        sum(each.kept + each.factors for each in footprints)
+        sum(each.kept + 2 * each.factors for each in footprints)
         + new
         + max((each.workspace for each in footprints), default=0)
     )

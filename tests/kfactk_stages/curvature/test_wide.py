@@ -21,11 +21,11 @@ BOTH = ("weight", "bias")
 
 
 class TestKfacWide(CurvatureLaws):
-    stage: ClassVar = {"name": "kfac", "max_side": 3}
+    stage: ClassVar = {"name": "kfac", "max_side": 3, "wide": "diagonal"}
 
 
 class TestConvKfacOfBlocks(CurvatureLaws):
-    stage: ClassVar = {"name": "conv_kfac", "max_side": 4, "wide": "blocks", "spatial": "sua"}
+    stage: ClassVar = {"name": "conv_kfac", "max_side": 4, "wide": "blocks"}
 
 
 def model_of(*, dtype=torch.float64):
@@ -192,7 +192,7 @@ def test_nothing_of_the_whole_side_is_ever_made():
             largest.extend(t.numel() for t in tensors if isinstance(t, torch.Tensor))
             return out
 
-    recipe = kfactk.build(curvature={"name": "kfac", "max_side": 64}, basis_every=1, scale_every=1)
+    recipe = kfactk.build(curvature={"name": "kfac", "max_side": 64, "wide": "diagonal"})
     optimizer = recipe.bind(model)
     with Watch():
         for _ in range(2):
