@@ -85,7 +85,10 @@ def footprint_of(block: Block) -> Footprint | None:
 def _footprint(block: Block, requires: frozenset[str]) -> Footprint:
     layer, device = block.layer, block.layer.anchor.device
     assert isinstance(layer, CoveredLayer)
-    held = {n: nn.Parameter(p.to("meta"), p.requires_grad) for n, p in layer.tensors().items()}
+    held = {
+        name: nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"))
+        for name, p in layer.tensors().items()
+    }
     blank = Block(attrs.evolve(layer, held=held), block.curvature, block.basis)
     _, sums = blank.blank()
     work = blank.work(sums)
@@ -120,7 +123,7 @@ def _seconds(
 ) -> float | None:
     rates, total = SOLVER_RATES.get(device), 0.0
     for name, shape in shapes.items():
-        if not is_square(shape):
+        if is_diagonal(name) or not is_square(shape):
             continue
         if rates is None or not solvers[name]:
             return None
