@@ -46,9 +46,11 @@ def check_sizes(blocks: Sequence[Block], placement: BlockPlacement, recipe: Sett
     found = [each for each in known.values() if each is not None]
     _check_memory(found, blocks, placement, recipe)
     unasked = [b for b in wide if not b.curvature.asked_for_stand_ins]
-    told = [_told_of_wide(unasked, known)] if unasked else []
     slow = [each for each in found if (each.seconds or 0.0) >= SLOW]
-    return " ".join(told + ([_told_of_slow(slow, blocks)] if slow else []))
+    return " ".join(
+        ([_told_of_wide(unasked, known)] if unasked else [])
+        + ([_told_of_slow(slow, blocks)] if slow else [])
+    )
 
 
 def _most_bytes(block: Block) -> int:
@@ -113,11 +115,9 @@ def _told_of_wide(blocks: Sequence[Block], known: Any) -> str:
         words = known[block].wide if known[block] is not None else ()
         layers.append(f"{_called(block.name)}{' (' + ', '.join(words) + ')' if words else ''}")
     more = f" and {len(blocks) - SHOWN} more" if len(blocks) > SHOWN else ""
-    text = f"layers have a side that is too wide to be a matrix: {', '.join(layers)}{more}."
     pasted = _with_option(blocks[0].curvature, "wide", "diagonal")
-    if pasted is not None:
-        text += f" To accept that, give {pasted}; 'blocks' keeps more of it."
-    return text
+    accept = "" if pasted is None else f" To accept that, give {pasted}; 'blocks' keeps more of it."
+    return f"layers have a side that is too wide to be a matrix: {', '.join(layers)}{more}.{accept}"
 
 
 def _told_of_slow(slow: Sequence[Footprint], blocks: Sequence[Block]) -> str:

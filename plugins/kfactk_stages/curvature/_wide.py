@@ -17,9 +17,10 @@ from kfactk_stages.curvature._on_demand import OnDemand
 MAX_SIDE = 8192
 """Longest side that is kept whole by default.
 
-While a side of n is decomposed, factor, sums, eigenvectors and the solver's own arrays are about 5
-n^2 numbers: 1.3 GB here, and four times that for twice the side. On an H100 its eigendecomposition
-takes about 0.7 s, of which half is the latency of n dependent columns. On one core it takes 80 s.
+While a side of n is decomposed, the factor, its sums and means, old and new eigenvectors and the
+solver's own arrays are up to 7 n^2 numbers: 1.9 GB here, and four times that for twice the side. On
+an H100 an eigendecomposition is predicted to take 0.7 s, of which half is the latency of n
+dependent columns. On one core it was measured at 13 s for n = 4096, so that this one takes 100 s.
 """
 FORMS = ("diagonal", "blocks", "identity")
 

@@ -91,9 +91,10 @@ class ConvKfac(Kfac):
         batch_dim: Which dimension of a linear layer's inputs of rank 3 and more counts the
             examples, from the front.
         chunk_bytes: Bound on temporaries, in bytes. One example is always processed whole.
-        max_side, wide: As for `kfac`. Where A of a convolution is wide, C and K stay as they are;
-            where the channels are, all three are as for "sud", and bases of channels use what
-            stands for A.
+        max_side: As for `kfac`. Where A of a convolution is wide, C and K stay as they are; where
+            the channels are, all three are as for "sud", and bases of channels use what stands for
+            A.
+        wide: As for `kfac`.
 
     Raises:
         OptionError: An option has a value that cannot work.

@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 import kfactk
 from kfactk.preconditioner.footprint import footprint_of
-from kfactk.preconditioner.memory import peak_bytes
 from kfactk.timing import SOLVER_RATES
 
 WIDE = {"name": "conv_kfac", "max_side": 7, "wide": "blocks"}
@@ -85,13 +84,3 @@ def test_seconds_are_those_of_the_solver_on_this_kind_of_device() -> None:
     [on_meta] = kfactk.build().coverage(head.to("meta"))
     assert on_meta.seconds is None
     assert on_meta.bytes == eigh.bytes
-
-
-def test_a_peak_holds_new_decompositions_beside_the_old() -> None:
-    module = nn.Sequential(nn.Linear(3, 40, bias=False), nn.Linear(40, 3, bias=False))
-    optimizer = kfactk.build(basis="kfac").bind(module)
-    found = [footprint_of(block) for block in optimizer._preconditioner.blocks.current()]
-    known = [each for each in found if each is not None]
-    matrices, largest = 4 * 2 * (40**2 + 3**2), 4 * 40**2
-    assert peak_bytes(known) == 5 * matrices + 4 * largest
-    assert peak_bytes(known, slots=3) == 4 * matrices + matrices // 2 + 4 * largest

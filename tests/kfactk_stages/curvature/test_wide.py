@@ -110,6 +110,9 @@ def test_a_step_is_that_of_the_claimed_matrix(basis, wide):
             scale = (u_g.T @ d @ u_a).square().sum(0) / N
             expected = u_g @ ((u_g.T @ v @ u_a) / (scale + TAU)) @ u_a.T
             product = u_g @ ((u_g.T @ v @ u_a) * scale) @ u_a.T
+            fisher, u = truth.dense_fisher(d, N), truth.dense_kron(u_a, u_g)
+            mine = u @ truth.vec(scale).diag() @ u.T
+            assert (fisher - mine).norm() <= (fisher - truth.dense_kron(a, g)).norm()
         torch.testing.assert_close(solved, expected, rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(multiplied, product, rtol=1e-9, atol=1e-12)
 
