@@ -189,7 +189,8 @@ def _slow(load: TrainingLoad, recipe: Recipe, machine: Machine, costs: Costs) ->
 
 def _has_longest_side(recipe: Recipe) -> bool:
     kind = type(recipe.rules[0].curvature)
-    return attrs.has(kind) and "max_side" in attrs.fields_dict(kind)
+    field = attrs.fields_dict(kind).get("max_side") if attrs.has(kind) else None
+    return field is not None and field.init
 
 
 def model_on_meta(name: str) -> nn.Module:

@@ -151,6 +151,7 @@ def _shorter(footprint: Footprint) -> int:
 def _with_option(curvature: Curvature, name: str, value: Any) -> str | None:
     """Return the argument of `build` that gives a curvature an option; `None` without it."""
     kind = type(curvature)
-    if not attrs.has(kind) or name not in attrs.fields_dict(kind):
+    field = attrs.fields_dict(kind).get(name) if attrs.has(kind) else None
+    if field is None or not field.init:
         return None
     return f"curvature={registry().describe('curvature', curvature) | {name: value}}"
