@@ -53,9 +53,13 @@ def check_sizes(blocks: Sequence[Block], placement: BlockPlacement, recipe: Sett
     )
 
 
-def _most_bytes(block: Block) -> int:
-    """Return more bytes than the curvature of a layer can take: no side is longer than its size."""
-    return 80 * sum(parameter.numel() for parameter in block.layer.tensors().values()) ** 2
+def _most_bytes(block: Block) -> float:
+    """Return more bytes than the matrices of a layer's two sides take.
+
+    A side holds one of the first two dimensions of the weight, and may hold all further ones.
+    """
+    shape = block.layer.anchor.shape
+    return 80 * (shape.numel() / max(1, min(shape[:2], default=1)) + 1) ** 2
 
 
 def _check_memory(

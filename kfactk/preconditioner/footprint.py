@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from kfactk.assignment import is_square
-from kfactk.errors import CombinationError
+from kfactk.errors import PluginError
 from kfactk.preconditioner.block import Block, Parts
 from kfactk.preconditioner.coverage import Coverage, CoveredLayer, Row
 from kfactk.samples import working_dtype
@@ -68,18 +68,20 @@ class Footprint:
 
 
 def footprint_of(block: Block) -> Footprint | None:
-    """Return what the curvature of a block will take; `None` where that cannot be known.
+    """Return what the curvature of a block will take; `None` where a stage needs numbers to tell.
 
     Raises:
         CombinationError: The basis does not take the layer's stand-ins.
+        PluginError: A stage failed.
     """
     requires = block.requires
     try:
         return _footprint(block, requires)
-    except CombinationError:
+    except (PluginError, RuntimeError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, NotImplementedError) or "meta" in str(cause):
+            return None
         raise
-    except Exception:  # a stage that cannot work without numbers is no worse for it
-        return None
 
 
 def _footprint(block: Block, requires: frozenset[str]) -> Footprint:

@@ -108,8 +108,9 @@ class ConvKfac(Kfac):
         >>> {name: tuple(s.total.shape) for name, s in factors.items()}
         {'Omega': (2, 2), 'positions': (), 'G': (4, 4)}
         >>> means = {name: s.total / s.count for name, s in factors.items()}
-        >>> {name: tuple(m.shape) for name, m in curvature.assemble(layer, means).items()}
-        {'A': (19, 19), 'C': (2, 2), 'K': (9, 9), 'G': (4, 4)}
+        >>> found = curvature.assemble(layer, means)
+        >>> {name: tuple(found[name].shape) for name in sorted(found)}
+        {'A': (19, 19), 'C': (2, 2), 'G': (4, 4), 'K': (9, 9)}
 
     References:
         Grosse & Martens 2016, "A Kronecker-factored approximate Fisher matrix for convolution

@@ -60,7 +60,7 @@ def test_where_free_memory_is_not_known_nothing_is_refused(monkeypatch: Any) -> 
 def test_where_the_need_is_not_known_nothing_is_refused(monkeypatch: Any) -> None:
     class Blind(Kfac):
         def blank(self, layer: Any) -> Any:
-            assert layer.anchor.device.type != "meta"
+            assert float(layer.anchor.detach().sum()) < 1e9  # reads numbers
             return super().blank(layer)
 
     bound(monkeypatch, 1, curvature=Blind()).close()
