@@ -20,7 +20,7 @@ MAX_SIDE = 8192
 While a side of n is decomposed, the factor, its sums and means, old and new eigenvectors and the
 solver's own arrays are up to 7 n^2 numbers: 1.9 GB here, and four times that for twice the side. On
 an H100 an eigendecomposition is predicted to take 0.7 s, of which half is the latency of n
-dependent columns. On one core it was measured at 13 s for n = 4096, so that this one takes 100 s.
+dependent columns. On one core 13 s were measured for n = 4096, which makes 100 s here.
 """
 FORMS = ("diagonal", "blocks", "identity")
 
