@@ -24,7 +24,9 @@ from kfactk.optim.settings import (
     default_damping,
 )
 from kfactk.options import USUAL_DAMPING, Number, Period, number_at, python_number
+from kfactk.preconditioner.block import Block
 from kfactk.preconditioner.coverage import Coverage, ModelSurvey
+from kfactk.preconditioner.footprint import with_footprints
 from kfactk.preconditioner.schedule import early
 from kfactk.registry.hookspecs import STAGE_HOOKS
 from kfactk.registry.registry import registry
@@ -108,13 +110,18 @@ class Recipe(Settings):
     def coverage(self, model: nn.Module) -> Coverage:
         """Return which parameters would be preconditioned, by which block, or why not.
 
-        It prints as a table.
+        It prints as a table. Where curvature is large, or has a side that is too wide to be a
+        matrix, the row says so, with bytes and predicted seconds of a decomposition.
 
         Raises:
             CombinationError: The model is of a kind that `bind` refuses.
         """
         survey = ModelSurvey(supported_model(model), self.rules, self.exclude)
-        return survey.coverage({id(parameter) for parameter in model.parameters()})
+        trained = {id(parameter) for parameter in model.parameters()}
+        blocks = [
+            Block(layer, rule.curvature, rule.basis) for layer, rule in survey.layers(trained)
+        ]
+        return with_footprints(survey.coverage(trained), blocks)
 
     def evolve(self, **changes: Any) -> Recipe:
         """Return the recipe with some fields changed; it takes what `kfactk.build` takes.

@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from kfactk.assignment import Work, is_square
+from kfactk.assignment import Work
 from kfactk.capture.heads import Head
 from kfactk.capture.hooks import call_tensors
 from kfactk.capture.replay import (
@@ -35,8 +35,9 @@ from kfactk.capture.replay import (
 from kfactk.costmodel.communication import Sizes, numbers_sent
 from kfactk.costmodel.cost import NOTHING, Amount, LayerCost, TrainingLoad
 from kfactk.errors import CombinationError, OptionError
-from kfactk.preconditioner.block import Block, Parts
+from kfactk.preconditioner.block import Block
 from kfactk.preconditioner.coverage import ModelSurvey
+from kfactk.preconditioner.footprint import decompose_corners
 from kfactk.preconditioner.placement import workload_of
 from kfactk.recipe import Recipe
 from kfactk.samples import LayerCall, Statistic
@@ -45,8 +46,6 @@ from kfactk.statistics import RunningMean
 
 SOLVERS = {"eigh": ("eigh", "svd", "eig", "qr", "inv", "lu"), "cholesky": ("cholesky",)}
 """For each solver of a machine profile, the operations counted as it: all but Cholesky as eigh."""
-GROUPS, ROWS, COLUMNS = 3, 5, 7
-"""Sides of a corner. They differ, so that each tells in the result which side it stands for."""
 FREE = {"_unsafe_view", "alias", "detach", "empty", "empty_like", "empty_strided"}
 FREE |= {"new_empty", "new_empty_strided"}
 """Operations besides views that read and write nothing."""
@@ -237,7 +236,9 @@ def _record(
 def _layer_cost(block: Block, work: Work, calls: Sequence[LayerCall]) -> LayerCost:
     """Count what the stages do for one layer."""
     samples, blank = block.blank()
-    parts, solver = _decompose_corners(block, work)
+    with Meter() as meter:
+        parts = decompose_corners(block, work.matrices)
+    solver = meter.solver()
     block.state.decomposition = parts
     gradient = torch.empty(work.gradient, device="meta")
     factors = scale = NOTHING
@@ -279,30 +280,6 @@ def _sums(work: Work, blank: Mapping[str, Statistic]) -> dict[str, int]:
         if statistic.total is not None
     }
     return {"": sum(sizes.values())} if work.indivisible else {n: sizes[n] for n in sorted(sizes)}
-
-
-def _decompose_corners(block: Block, work: Work) -> tuple[Parts, str]:
-    """Return a layer's decomposition without numbers, and its solver."""
-    corners, means = {}, {}
-    for name, shape in work.matrices.items():
-        groups = (GROUPS,) * (len(shape) - 2)
-        if is_square(shape):
-            corners[name] = torch.eye(COLUMNS).expand(*groups, COLUMNS, COLUMNS).clone()
-            means[name] = torch.ones(groups)
-        else:
-            corners[name] = torch.ones(*groups, *(ROWS, COLUMNS)[-len(shape) :])
-    with Meter() as meter:
-        small = block.decompose(1.0, corners, means)
-    parts: Parts = {}
-    for name, found in small.items():
-        shape = work.matrices[name]
-        rows = shape[-2] if len(shape) > 1 else 1
-        full = {GROUPS: math.prod(shape[:-2]), ROWS: rows, COLUMNS: shape[-1]}
-        parts[name] = {}
-        for key, part in found.items():
-            sides = [full.get(side, side) for side in part.shape]
-            parts[name][key] = torch.empty(sides, dtype=part.dtype, device="meta")
-    return parts, meter.solver()
 
 
 def _passes(recipe: Recipe, output: Any) -> int:

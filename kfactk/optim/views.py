@@ -99,7 +99,7 @@ class BlockView:
             KfactkError: No curvature has been measured yet, or other ranks have it.
         """
         tensors = self._checked(tensors, strict)
-        requires, name = self.block.basis.requires, self.layer.name
+        requires, name = self.block.requires, self.layer.name
         workers = {matrix: self._placement.factor_workers(name, matrix) for matrix in requires}
         self._check_workers("factors", workers, tensors)
         return self._split(self.block.multiply(self._matrix(tensors), self.damping), tensors)

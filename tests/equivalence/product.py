@@ -18,7 +18,10 @@ FAMILIES = ("curvature", "basis", "fisher", "clip", "update")
 RANKS = (1, 2, 3, 4)
 VARIANTS: Mapping[tuple[str, str], list[dict[str, Any]]] = {
     ("curvature", "kfac"): [{}, {"spatial": "reduce"}],
-    ("curvature", "conv_kfac"): [{}, {"spatial": "sua"}, {"spatial": "reduce"}],
+    ("curvature", "conv_kfac"): [
+        *({}, {"spatial": "sua"}, {"spatial": "reduce"}),
+        {"max_side": 4, "wide": "blocks"},
+    ],
     ("basis", "ekfac"): [{}, {"scale": "running"}],
     ("fisher", "mc"): [{"samples": 2}],
     ("clip", "value"): [{"limit": 0.05}],

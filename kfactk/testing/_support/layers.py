@@ -61,7 +61,7 @@ class OnLayers(Laws):
         """Return the cases with T = 1, where Kronecker factors of one example are exact."""
         self._want_kronecker()
         single = [kind.single_row for kind in self._accepted() if kind.single_row is not None]
-        return self._layers_of(single)
+        return self._layers_of(single).filter(lambda case: not self.curvature.stand_ins(case.layer))
 
     def known_cases(self) -> st.SearchStrategy[Case]:
         """Return the cases whose rows and matrix the laws know: linear layers, convolutions."""
