@@ -48,7 +48,10 @@ class StateError(KfactkError):
 
 
 class MemoryExhaustedError(KfactkError, RuntimeError):
-    """Memory ran out. torch's own error, where it has a class for that, is raised instead."""
+    """Memory ran out, or would.
+
+    torch's own error, where it has a class for that, is raised instead.
+    """
 
 
 class KfactkWarning(UserWarning):

@@ -25,8 +25,10 @@ from kfactk.optim.settings import (
     rules_of,
 )
 from kfactk.options import USUAL_DAMPING, Number, Period, number_at, python_number
+from kfactk.preconditioner.block import Block
 from kfactk.preconditioner.coverage import Coverage, ModelSurvey
 from kfactk.preconditioner.first_moment import as_first_moment
+from kfactk.preconditioner.footprint import with_footprints
 from kfactk.preconditioner.rules import BlockRule
 from kfactk.preconditioner.schedule import early
 from kfactk.registry.hookspecs import STAGE_HOOKS
@@ -36,7 +38,7 @@ from kfactk.stages import Update
 
 USUAL_BASIS = "ekfac"
 """The basis of a recipe that names none."""
-ALL_CURVATURES = ("conv_kfac", "embedding", "norm", "attention")
+ALL_CURVATURES = ("conv_kfac", "embedding", "norm", "attention", "rnn")
 """What `curvature="all"` means, in this order: every kind of layer that we cover."""
 
 
@@ -126,13 +128,18 @@ class Recipe(Settings):
     def coverage(self, model: nn.Module) -> Coverage:
         """Return which parameters would be preconditioned, by which block, or why not.
 
-        It prints as a table.
+        It prints as a table. Where curvature is large, or has a side that is too wide to be a
+        matrix, the row says so, with bytes and predicted seconds of a decomposition.
 
         Raises:
             CombinationError: The model is of a kind that `bind` refuses.
         """
         survey = ModelSurvey(supported_model(model), self.rules, self.exclude)
-        return survey.coverage({id(parameter) for parameter in model.parameters()})
+        trained = {id(parameter) for parameter in model.parameters()}
+        blocks = [
+            Block(layer, rule.curvature, rule.basis) for layer, rule in survey.layers(trained)
+        ]
+        return with_footprints(survey.coverage(trained), blocks)
 
     def evolve(self, **changes: Any) -> Recipe:
         """Return the recipe with some fields changed; it takes what `kfactk.build` takes.
@@ -349,11 +356,11 @@ def build(
 
     Args:
         curvature: How layers' parameters form matrices, and their factors: "conv_kfac", "kfac",
-            "embedding", "norm", "attention"; or "gradient", statistics of the mini-batch gradient
-            of any parameter. A list names several: the first that supports a module takes it, and
-            "gradient" what others leave of it. Its items are as here, or made by `kfactk.block`.
-            "all" is the list of every kind of layer that we cover: "conv_kfac", "embedding",
-            "norm", "attention".
+            "embedding", "norm", "attention", "rnn"; or "gradient", statistics of the mini-batch
+            gradient of any parameter. A list names several: the first that supports a module takes
+            it, and "gradient" what others leave of it. Its items are as here, or made by
+            `kfactk.block`. "all" is the list of every kind of layer that we cover: "conv_kfac",
+            "embedding", "norm", "attention", "rnn".
         basis: How the factors are decomposed and the gradient preconditioned: "ekfac", "kfac",
             "unitwise"; with statistics of gradients "soap". Blocks whose curvature does not provide
             what it requires use the curvature's own basis.

@@ -233,7 +233,7 @@ class Samples:
         )
         by_rows = t == 1 or (right is not None and t <= d_out)
         most = None
-        if self.device.type == "cpu":
+        if self.device.type == "cpu" and (t > 1 or left is not None or right is not None):
             # Each chunk reads the rotations once, so it should be at least as large as they are.
             numbers = t * (d_out + (d_in if by_rows else 0)) + 2 * d_in * d_out
             example_bytes = self.groups * self.dtype.itemsize * numbers

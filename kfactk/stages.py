@@ -150,33 +150,34 @@ class Replayed:
     """What a call of a module gave when it ran again.
 
     Args:
-        output: The tensor of the module's output that is followed.
-        inner: The products inside; each output leads to `output`.
+        outputs: The tensors of the module's output that are followed.
+        inner: The products inside; each output leads to one of `outputs`.
     """
 
-    output: Tensor
+    outputs: Sequence[Tensor]
     inner: Sequence[InnerCall]
 
 
 class Replay(Protocol):
     """Runs calls of a module again, to read gradients inside of it.
 
-    The framework calls `run` where the gradient of the module's output arrives, with gradients
+    The framework calls `run` where the gradients of the module's outputs arrive, with gradients
     enabled, and with the random state, the autocast and the attention kernels of the call. It then
-    differentiates `output` with respect to the output of each product. The user's own forward and
+    differentiates `outputs` with respect to the output of each product. The user's own forward and
     the global random state stay as they are.
 
-    Laws: `run(call).output` equals what the call itself returned, which is checked each time.
+    Laws: `run(call).outputs` equal what the call itself returned, which is checked each time. Where
+    the module computes one of them from another, so does `run`, from the tensor that it returns.
     """
 
-    def output(self, output: Any) -> Any:
-        """Return the tensor in the module's output that is followed.
+    def outputs(self, output: Any) -> Sequence[Any]:
+        """Return the tensors in the module's output that are followed, always in the same order.
 
-        Where the loss depends on another one too, the guard refuses the layers.
+        Where the loss depends on others too, the guard refuses the layers.
         """
 
     def run(self, call: ModuleCall) -> Replayed:
-        """Compute the output again, from `call.parameters`."""
+        """Compute the outputs again, from `call.parameters`."""
 
 
 class Curvature(abc.ABC):
@@ -190,7 +191,8 @@ class Curvature(abc.ABC):
     provides: ClassVar[frozenset[str]]
     """Names of the tensors that `assemble` returns. Kronecker factors are called A (input side) and
     G (output side); a is the diagonal of A, `[..., d_in]`. C and K are factors of the input's
-    channels and of the taps of a kernel: `C kron K` stands for A without its bias."""
+    channels and of the taps of a kernel: `C kron K` stands for A without its bias. What stands for
+    a wide side is named by `stand_ins`."""
     default_basis: ClassVar[str | Mapping[str, Any] | None] = None
     """The basis of a block that names none, where the recipe's does not fit."""
     statistics_from: ClassVar[str] = "samples"
@@ -228,6 +230,19 @@ class Curvature(abc.ABC):
         What `other` holds besides makes layers of its own, where `parts(other)` names it.
         """
         return type(module) is type(other) and module.extra_repr() == other.extra_repr()
+
+    def stand_ins(self, layer: Layer) -> Mapping[str, tuple[str, ...]]:
+        """Return what this layer has in place of matrices that are too large; by default, nothing.
+
+        For the name of each such matrix: the diagonal of its side, a or g, or blocks along its
+        diagonal, A0, A1, ... or G0, G1, ... (`kfactk.sides`); for C and K also nothing.
+        """
+        return {}
+
+    @property
+    def asked_for_stand_ins(self) -> bool:
+        """Whether the user asked for `stand_ins`; otherwise `bind` warns where there are some."""
+        return False
 
     @abc.abstractmethod
     def matrix(self, layer: Layer, tensors: Tensors) -> Tensor:
@@ -272,6 +287,8 @@ class Curvature(abc.ABC):
 
     def assemble(self, layer: Layer, factors: Tensors) -> Tensors:
         """Return the averaged factors as the tensors named in `provides`; the default is as is.
+
+        `stand_ins` come in place of what they stand for.
 
         A mapping may make each tensor when it is asked for: the framework asks for those that the
         basis requires. A and G are square: `[..., d_in, d_in]` and `[..., d_out, d_out]`.
@@ -336,7 +353,8 @@ class FactorContext:
 
     Args:
         damping: The layer's damping tau.
-        mean_diagonal: `trace / dimension` of each square matrix that the basis requires, `[...]`.
+        mean_diagonal: `trace / dimension` of each square matrix that the basis requires, `[...]`;
+            of A and G also where a diagonal or blocks stand for it.
         previous: The matrix's decomposition at the last refresh, where it is on this rank.
     """
 
@@ -363,6 +381,10 @@ class Basis(abc.ABC):
     operator stand at `kfactk.CurvatureOperator`. Where damping is seen at the refresh only, they
     hold for the damping of the refresh.
     """
+
+    takes_stand_ins: ClassVar[bool] = False
+    """Whether it treats what a curvature has in place of wide matrices (`Curvature.stand_ins`).
+    `decompose` and `operator` are then given these under their own names."""
 
     @property
     @abc.abstractmethod

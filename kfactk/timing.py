@@ -6,12 +6,51 @@ import contextlib
 import statistics
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
 
+import attrs
 import torch
 
 MODEL, REST = "model", "rest"
 """What belongs to no stage: everything outside `step()`, and what remains inside it."""
 IDLE = contextlib.nullcontext()
+
+
+@attrs.frozen
+class SolverRates:
+    """Rates of a device, from which the seconds of decompositions are estimated.
+
+    They are the latency of n dependent columns, the memory traffic of `n^3/3` numbers, and the
+    products.
+
+    Args:
+        column: Seconds of launches and synchronisation for one column.
+        bandwidth: Bytes a second.
+        rate: FLOP/s in float32.
+
+    Example:
+        >>> SOLVER_RATES["cpu"].seconds("eigh", 8192) > 60
+        True
+    """
+
+    column: float
+    bandwidth: float
+    rate: float
+
+    def seconds(self, solver: str, n: int) -> float:
+        """Return the seconds of "eigh" or "cholesky" for a side of n."""
+        if solver == "cholesky":
+            return n * self.column / 32 + n**3 / 3 / (self.rate / 4)
+        return n * self.column + 4 * n**3 / 3 / self.bandwidth + 10 / 3 * n**3 / self.rate
+
+
+SOLVER_RATES: Mapping[str, SolverRates] = MappingProxyType(
+    {
+        "cpu": SolverRates(10e-6, 0.5 * 20e9, 0.3 * 64e9),
+        "cuda": SolverRates(40e-6, 0.8 * 3.35e12, 0.75 * 67e12),
+    }
+)
+"""One core of a server, and an H100, by the type of the device."""
 
 
 class Profile:

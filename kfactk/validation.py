@@ -17,9 +17,7 @@ from kfactk.errors import (
     memory_ran_out,
 )
 from kfactk.samples import Statistic
-
-KRONECKER = frozenset({"A", "G"})
-"""Names of the Kronecker factors of the input and the output side."""
+from kfactk.sides import SIDES, is_diagonal, side_of
 
 
 def stage_label(family: str, stage: object) -> str:
@@ -137,7 +135,7 @@ def check_matrices(
     oblong = {
         name: tuple(matrix.shape)
         for name, matrix in present.items()
-        if name in KRONECKER and not square(matrix)
+        if side_of(name) in SIDES and not is_diagonal(name) and not square(matrix)
     }
     if oblong or len(present) < len(required):
         shapes = f" with the last two dimensions equal, not {oblong}" if oblong else ""
@@ -216,7 +214,7 @@ def replay_differs_message(module: str, deviation: float) -> str:
 
     Args:
         module: The module's path.
-        deviation: Relative size of the difference; infinite where shapes or precisions differ.
+        deviation: Relative size of the difference; infinite where shapes differ.
     """
     return (
         f"module {module!r} gave another output when its call ran again (relative difference "

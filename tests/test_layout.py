@@ -20,7 +20,7 @@ ENTRY_POINTS: dict[str, str] = PYPROJECT["project"]["entry-points"]["kfactk"]
 
 VOCABULARY = {
     *("_version", "assignment", "errors", "linalg", "masking", "operators", "options"),
-    *("samples",),
+    *("samples", "sides"),
     *("stages", "statistics", "timing", "validation"),
 }
 FLOORS: tuple[set[str], ...] = (
@@ -38,7 +38,7 @@ FLOORS: tuple[set[str], ...] = (
 The modules of the vocabulary may import each other.
 """
 FOR_STAGES = {
-    *("errors", "linalg", "masking", "operators", "options", "samples", "stages"),
+    *("errors", "linalg", "masking", "operators", "options", "samples", "sides", "stages"),
     *("costmodel.cost", "costmodel.hardware", "registry.torch_optimizer"),
 }
 """Modules whose public names a stage may import, besides what `kfactk` itself exports."""

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, Node
 
+from kfactk.capture.outputs import RecordedOutput
 from kfactk.capture.replay import RecordedReplay
 from kfactk.capture.torch_modes import full_precision
 from kfactk.capture.user_hooks import UserHooks
@@ -26,60 +27,19 @@ HALF_SCALE = 2.0**10
 """Factor of a Fisher loss where float16 gradients flow; it is divided out in float32."""
 
 
-@attrs.frozen
-class OutputView:
-    """How an output that is a view lies in the tensor it is a view of.
-
-    An in-place operation on a view gives it another node, past which no gradient comes any more.
-    Gradients are then read at the tensor below, which keeps its node.
-
-    Args:
-        size: Size of the tensor below.
-        stride: Its strides.
-        view_size: Size of the view.
-        view_stride: Strides of the view.
-        offset: Where the view begins, in elements.
-    """
-
-    size: torch.Size
-    stride: tuple[int, ...]
-    view_size: torch.Size
-    view_stride: tuple[int, ...]
-    offset: int
-
-    @classmethod
-    def of(cls, view: Tensor, base: Tensor) -> OutputView:
-        """Return how `view` lies in `base`."""
-        offset = int(view.storage_offset() - base.storage_offset())
-        return cls(base.size(), base.stride(), view.size(), view.stride(), offset)
-
-    def read(self, gradient: Tensor) -> Tensor:
-        """Return the part of the gradient of the tensor below that is the view's."""
-        if gradient.stride() != self.stride:
-            laid = torch.empty_strided(
-                self.size, self.stride, dtype=gradient.dtype, device=gradient.device
-            )
-            gradient = laid.copy_(gradient)
-        start = gradient.storage_offset() + self.offset
-        return gradient.as_strided(self.view_size, self.view_stride, start)
-
-
 @attrs.frozen(eq=False)
 class RecordedCall:
-    """One call of a followed layer: its input, and what its output looked like.
+    """One call of a followed layer: its input, and what its outputs looked like.
 
-    A record does not hold the edge of the output: a hook on a node that leads back to the node
+    A record does not hold the edges of the outputs: a hook on a node that leads back to the node
     would never be freed.
 
     Args:
         layer: The layer.
         inputs: The module's input, detached.
         version: The version of the input at the call.
-        dtype: Dtype of the output.
-        shape: Shape of the output.
+        outputs: The followed tensors of the output: one, but for modules whose calls run again.
         training: Whether the module was in training mode.
-        view: How the output lies in the tensor whose gradient is read; `None` where that is the
-            output itself.
         module: Which of the layer's sites was called.
         arguments: The other tensors that it was given, by name, detached.
         argument_versions: Their versions at the call.
@@ -89,34 +49,45 @@ class RecordedCall:
     layer: Layer
     inputs: Tensor
     version: int
-    dtype: torch.dtype
-    shape: torch.Size
+    outputs: tuple[RecordedOutput, ...]
     training: bool = True
-    view: OutputView | None = None
     module: nn.Module | None = None
     arguments: Mapping[str, Tensor] = attrs.field(factory=dict)
     argument_versions: Sequence[int] = ()
     replay: RecordedReplay | None = None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the output."""
+        return self.outputs[0].dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the output."""
+        return self.outputs[0].shape
+
     def without_gradient(self) -> list[LayerCall]:
         """Return the layer's calls with gradients of zeros."""
         self.check()
         zeros = torch.zeros((), dtype=self.dtype, device=self.inputs.device).expand(self.shape)
-        return self._calls(zeros, 1.0)
+        return [self._call(zeros, 1.0)]
 
-    def calls(self, gradient: Tensor, scale: Tensor | float) -> list[LayerCall]:
+    def calls(self, gradients: Mapping[int, Tensor], scale: Tensor | float) -> list[LayerCall]:
         """Return the layer's calls with their gradients: one, or those inside the module's.
 
         Args:
-            gradient: What arrived at the edge.
+            gradients: What arrived at the edges of the outputs, by their number.
             scale: What gradients are to be multiplied by.
 
         Raises:
             CaptureError: The input, or another argument, was modified in place since; or a call
                 that runs again cannot, or gives something else.
         """
-        gradient = gradient.detach()
-        return self._calls(gradient if self.view is None else self.view.read(gradient), scale)
+        gradients = {number: each.detach() for number, each in gradients.items()}
+        if self.replay is None:
+            return [self._call(self.outputs[0].read(gradients[0]), scale)]
+        inside = self.replay.calls(self.layer.part, gradients)
+        return [attrs.evolve(call, scale=scale) for call in inside]
 
     def check(self) -> None:
         """Check that the input, and other arguments, are those of the call.
@@ -132,13 +103,8 @@ class RecordedCall:
         ]:
             raise CaptureError(input_modified_message(self.layer.name))
 
-    def _calls(self, gradient: Tensor, scale: Tensor | float) -> list[LayerCall]:
-        if self.replay is None:
-            return [
-                LayerCall(self.inputs, gradient, scale, self.training, self.module, self.arguments)
-            ]
-        inside = self.replay.calls(self.layer.part, gradient)
-        return [attrs.evolve(call, scale=scale) for call in inside]
+    def _call(self, gradient: Tensor, scale: Tensor | float) -> LayerCall:
+        return LayerCall(self.inputs, gradient, scale, self.training, self.module, self.arguments)
 
 
 @attrs.frozen(eq=False)
@@ -147,15 +113,28 @@ class TracedCall:
 
     Args:
         record: The call.
-        edge: Where the gradient of its output arrives.
+        edges: Where the gradients of its outputs arrive.
         sources: The nodes that made its inputs.
         parameters: The tensors that the module used as the layer's parameters.
     """
 
     record: RecordedCall
-    edge: GradientEdge
+    edges: tuple[GradientEdge, ...]
     sources: frozenset[Node]
     parameters: tuple[Tensor, ...]
+
+    @property
+    def tops(self) -> dict[Node, dict[int, int]]:
+        """The nodes of its outputs; for each, the outputs' numbers there, by those in the record.
+
+        An output that is the same tensor as another is left out.
+        """
+        found: dict[Node, dict[int, int]] = {}
+        for number, edge in enumerate(self.edges):
+            here = found.setdefault(edge.node, {})
+            if edge.output_nr not in here.values():
+                here[number] = edge.output_nr
+        return found
 
 
 class Forward:
@@ -211,7 +190,7 @@ class Forward:
         reached = set().union(*map(_reachable, starts)) if names else set()
         for call in self.calls:
             layer = call.record.layer
-            if layer.name in names and call.edge.node in reached:
+            if layer.name in names and not reached.isdisjoint(call.tops):
                 found.setdefault(layer, []).extend(call.record.without_gradient())
         return found
 
@@ -246,24 +225,29 @@ class Forward:
             sink: Takes each layer as its gradients arrive.
         """
         arrivals = Arrivals(self.calls, sink, 1.0 / self.scale)
-        ends = _leafmost(start, {call.edge.node for call in self.calls})
-        below = {call: _edge_below(call) for call in self.calls if call.edge.node in ends}
-        last = {call: None for call, edge in below.items() if edge is None}
+        tops = [(call, node) for call in self.calls for node in call.tops]
+        ends = _leafmost(start, {node for _, node in tops})
+        below = {top: _edge_below(*top) for top in tops if top[1] in ends}
+        asked = [
+            (call, number, GradientEdge(node, output))
+            for (call, node), edge in below.items()
+            if edge is None
+            for number, output in call.tops[node].items()
+        ]
         through = list(dict.fromkeys(edge for edge in below.values() if edge is not None))
         if not below:
             return
-        handles = [arrivals.watch(call) for call in self.calls if call not in last]
+        handles = [arrivals.watch(*top) for top in tops if below.get(top, top) is not None]
         try:
-            gradients = _grad(loss * self.scale, [*(call.edge for call in last), *through])
+            found = _grad(loss * self.scale, [*(edge for _, _, edge in asked), *through])
             with torch.no_grad():
-                for call, gradient in zip(last, gradients, strict=False):
-                    if gradient is not None:
-                        arrivals.add(call.record, gradient)
+                arrivals.complete_all(
+                    (call.record, number, gradient)
+                    for (call, number, _), gradient in zip(asked, found, strict=False)
+                )
         finally:
             for handle in handles:
                 handle.remove()
-        with torch.no_grad():
-            arrivals.finish()
 
 
 class Arrivals:
@@ -271,44 +255,73 @@ class Arrivals:
 
     Args:
         calls: The calls that the pass may reach.
-        sink: Takes the layers.
+        sink: Takes the layers, each with its calls in the order of the forward.
         scale: What gradients are multiplied by.
     """
 
     def __init__(self, calls: Sequence[TracedCall], sink: Sink, scale: float) -> None:
         self._sink, self._scale = sink, scale
         self._waiting: dict[Layer, int] = {}
+        self._numbers = {call.record: number for number, call in enumerate(calls)}
         for call in calls:
             layer = call.record.layer
             self._waiting[layer] = self._waiting.get(layer, 0) + 1
-        self._here: dict[Layer, list[LayerCall]] = {}
+        self._gradients: dict[RecordedCall, dict[int, Tensor]] = {}
+        self._nodes: dict[RecordedCall, set[Node]] = {}
+        self._here: dict[Layer, dict[int, list[LayerCall]]] = {}
 
-    def watch(self, call: TracedCall) -> torch.utils.hooks.RemovableHandle:
-        """Read the gradient of one call as autograd reaches its node."""
-        record, number = call.record, call.edge.output_nr
+    def watch(self, call: TracedCall, node: Node) -> torch.utils.hooks.RemovableHandle:
+        """Read the gradients of one call that arrive at a node, as autograd reaches it."""
+        record, nodes, numbers = call.record, frozenset(call.tops), call.tops[node]
 
         def prehook(gradients: tuple[Tensor | None, ...]) -> None:
-            gradient = gradients[number]
-            if gradient is not None:
-                with torch.no_grad(), full_precision([gradient.device.type]):
-                    self.add(record, gradient)
+            found = {number: gradients[output] for number, output in numbers.items()}
+            self._take(record, found)
+            if len(nodes) > 1 and record not in self._nodes:
+                self._nodes[record] = set(filter(torch._C._will_engine_execute_node, nodes))
+            waiting = self._nodes.get(record, {node})
+            waiting.discard(node)
+            if not waiting:
+                devices = {each.device.type for each in found.values() if each is not None}
+                with torch.no_grad(), full_precision(devices):
+                    self._complete(record)
 
-        return call.edge.node.register_prehook(prehook)
+        return node.register_prehook(prehook)
 
-    def add(self, record: RecordedCall, gradient: Tensor) -> None:
-        """Take the gradient of one call."""
-        layer = record.layer
-        record.check()
-        self._here.setdefault(layer, []).extend(record.calls(gradient, self._scale))
+    def complete_all(self, gradients: Iterable[tuple[RecordedCall, int, Tensor | None]]) -> None:
+        """Take what autograd returned after the pass, and hand on the rest of the layers.
+
+        Calls without a gradient add nothing.
+
+        Args:
+            gradients: For an output of a call, by its number, its gradient if it has one.
+        """
+        for record, number, gradient in gradients:
+            self._take(record, {number: gradient})
+        for record in list(self._gradients):
+            self._complete(record)
+        for layer in list(self._here):
+            self._hand_on(layer)
+
+    def _take(self, record: RecordedCall, gradients: Mapping[int, Tensor | None]) -> None:
+        there = {number: each for number, each in gradients.items() if each is not None}
+        if there:
+            record.check()
+            self._gradients.setdefault(record, {}).update(there)
+
+    def _complete(self, record: RecordedCall) -> None:
+        """Read a call of which all gradients have come."""
+        gradients, layer = self._gradients.pop(record, {}), record.layer
+        if gradients:
+            calls = record.calls(gradients, self._scale)
+            self._here.setdefault(layer, {})[self._numbers[record]] = calls
         self._waiting[layer] -= 1
-        if self._waiting[layer] == 0:
-            self._sink(layer, self._here.pop(layer))
+        if self._waiting[layer] == 0 and layer in self._here:
+            self._hand_on(layer)
 
-    def finish(self) -> None:
-        """Hand on layers of which some calls have no gradient: those calls add nothing."""
-        for layer, calls in list(self._here.items()):
-            self._sink(layer, calls)
-        self._here.clear()
+    def _hand_on(self, layer: Layer) -> None:
+        calls = self._here.pop(layer)
+        self._sink(layer, [each for number in sorted(calls) for each in calls[number]])
 
 
 def versions(tensors: Iterable[Tensor]) -> list[int]:
@@ -350,8 +363,8 @@ def _leafmost(start: Tensor, followed: set[Node]) -> set[Node]:
     return ends
 
 
-def _edge_below(call: TracedCall) -> GradientEdge | None:
-    """Return an edge that autograd is asked for, so that it runs the node of a call.
+def _edge_below(call: TracedCall, top: Node) -> GradientEdge | None:
+    """Return an edge that autograd is asked for, so that it runs a node of a call.
 
     A call that runs again needs its parameters, and `fully_shard` has them gathered only while the
     backward runs. So its gradient is read when its node runs, also where it is the last one.
@@ -361,7 +374,7 @@ def _edge_below(call: TracedCall) -> GradientEdge | None:
     """
     if call.record.replay is None:
         return None
-    for node, number in call.edge.node.next_functions:
+    for node, number in top.next_functions:
         if node is not None and "AccumulateGrad" not in node.name():
             return GradientEdge(node, number)
     return None

@@ -10,6 +10,7 @@ parameter must lead through the node of a recorded call of its layer.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -22,7 +23,8 @@ from kfactk.stages import Layer
 UNCHANGED = {"SubBackward0", "AddBackward0", "CloneBackward0", "AliasBackward0", "ToCopyBackward0"}
 """Nodes whose first input gets the gradient of the output as it is."""
 MOST_NODES = 256
-"""Most nodes between the output of a call and its parameters; a layer makes about ten."""
+"""Most nodes between the output of a layer's call and its parameters; it makes about ten. A call
+that runs again may make more, such as one for each step of a recurrent layer."""
 
 
 def unseen_layers(
@@ -35,7 +37,7 @@ def unseen_layers(
         calls: The recorded calls of the forward.
         layers: The followed layers, also those without a call.
     """
-    tops = {call.edge.node for call in calls}
+    tops = {node for call in calls for node in call.tops}
     owners: dict[Node, Layer] = {}
     unseen: dict[Layer, None] = {}
     ends = {layer: parameter_nodes(layer.tensors().values()) for layer in layers}
@@ -50,7 +52,7 @@ def unseen_layers(
             unseen[layer] = None
             continue
         owners.update((node, layer) for node in inner)
-        allowed[layer] |= inner | {call.edge.node}
+        allowed[layer] |= inner | set(call.tops)
     owners.update((node, layer) for layer, nodes in ends.items() for node in nodes)
     for parent, child in _edges(starts):
         owner = owners.get(child)
@@ -76,13 +78,14 @@ def _passes_on(used: Tensor, ends: set[Node]) -> bool:
 
 
 def _inner_nodes(call: TracedCall, ends: set[Node], tops: set[Node]) -> set[Node] | None:
-    """Return the nodes between the output of a call and its parameters.
+    """Return the nodes between the outputs of a call and its parameters.
 
     Returns:
         `None` where they lead through other calls, so that the call does not hold them all.
     """
     leads: dict[Node, bool] = {}
-    stack: list[tuple[Node, bool]] = [(call.edge.node, False)]
+    own, most = call.tops, math.inf if call.record.replay is not None else MOST_NODES
+    stack: list[tuple[Node, bool]] = [(node, False) for node in own]
     while stack:
         node, done = stack.pop()
         children = [
@@ -94,11 +97,11 @@ def _inner_nodes(call: TracedCall, ends: set[Node], tops: set[Node]) -> set[Node
             leads[node] = any(child in ends or leads.get(child, False) for child in children)
         elif node not in leads:
             leads[node] = False
-            if len(leads) > MOST_NODES or (node in tops and node is not call.edge.node):
+            if len(leads) > most or (node in tops and node not in own):
                 return None
             stack.append((node, True))
             stack.extend((child, False) for child in children if child not in leads)
-    return {node for node, lead in leads.items() if lead and node is not call.edge.node}
+    return {node for node, lead in leads.items() if lead and node not in own}
 
 
 def _edges(starts: Iterable[Tensor]) -> Iterable[tuple[Node, Node]]:

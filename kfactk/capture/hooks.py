@@ -18,10 +18,16 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
 
-from kfactk.capture.forward import Forward, OutputView, RecordedCall, TracedCall, versions
-from kfactk.capture.replay import CallContext, RecordedReplay, recorded_arguments, tensors_of
+from kfactk.capture.forward import Forward, RecordedCall, TracedCall, versions
+from kfactk.capture.outputs import traced_outputs
+from kfactk.capture.replay import (
+    CallContext,
+    FollowedOutput,
+    RecordedReplay,
+    recorded_arguments,
+    tensors_of,
+)
 from kfactk.capture.support import check_engine, is_distributed, tensor_parallel
 from kfactk.capture.torch_modes import (
     EAGERNESS,
@@ -243,31 +249,41 @@ class LayerHook:
         if self._calls is None or not self._layers or self._thread != threading.get_ident():
             return
         context, self._context = self._context, None
-        output = output if self._replay is None else self._replay.output(output)
-        if not isinstance(output, Tensor) or not output.requires_grad:
-            return
         inside = self._replay is not None
-        if inside and context is None:  # its beginning was not seen: the guard finds the layers
-            return
-        if any(map(is_distributed, (output, *module.parameters(recurse=inside)))):
+        outputs = (output,) if self._replay is None else self._replay.outputs(output)
+        followed = {
+            place: each
+            for place, each in enumerate(outputs)
+            if isinstance(each, Tensor) and each.requires_grad
+        }
+        if not followed or (inside and context is None):  # its beginning was not seen:
+            return  # the guard finds the layers
+        if any(map(is_distributed, (*followed.values(), *module.parameters(recurse=inside)))):
             raise CombinationError(tensor_parallel(self._layers[0].name))
         given = tensors_of(args, kwargs) if inside else _flat_tensors(args, kwargs)
-        base = output._base if output._is_view() else None
-        if base is None or base.grad_fn is None:
-            base = None
-        inputs, arguments = call_tensors(module, args, kwargs)
-        edge = get_gradient_edge(output if base is None else base)
+        inputs, arguments = call_tensors(module, args, kwargs, inside=inside)
         sources = frozenset(each.grad_fn for each in given if each.grad_fn is not None)
-        replay = self._recorded(module, args, kwargs, output, context)
+        recorded, edges = traced_outputs(list(followed.values()), sources)
+        replay = None
+        if self._replay is not None and context is not None:
+            replay = RecordedReplay(
+                self._layers[0].path,
+                recorded_arguments(module, args, kwargs),
+                context,
+                self._replay,
+                [
+                    FollowedOutput(place, each.detach(), its)
+                    for (place, each), its in zip(followed.items(), recorded, strict=True)
+                ],
+                [layer.part for layer in self._layers],
+            )
         for layer in self._layers:
             record = RecordedCall(
                 layer,
                 inputs,
                 inputs._version,
-                output.dtype,
-                output.shape,
+                recorded,
                 module.training,
-                None if base is None else OutputView.of(output, base),
                 module,
                 arguments,
                 versions(arguments.values()),
@@ -275,27 +291,7 @@ class LayerHook:
             )
             used = (parameter_at(module, name) for name in layer.parameters)
             present = tuple(parameter for parameter in used if parameter is not None)
-            self._calls.append(TracedCall(record, edge, sources, present))
-
-    def _recorded(
-        self,
-        module: nn.Module,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        output: Tensor,
-        context: CallContext | None,
-    ) -> RecordedReplay | None:
-        """Return the call so that it can run again, where the layers lie inside the module."""
-        if self._replay is None or context is None:
-            return None
-        return RecordedReplay(
-            self._layers[0].path,
-            recorded_arguments(module, args, kwargs),
-            context,
-            self._replay,
-            output.detach(),
-            [layer.part for layer in self._layers],
-        )
+            self._calls.append(TracedCall(record, edges, sources, present))
 
     def fills(self, calls: list[TracedCall]) -> bool:
         """Return whether its records go there."""
@@ -309,19 +305,25 @@ class LayerHook:
 
 
 def call_tensors(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, inside: bool = False
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the input of a module, and the other tensors it was given, by name; all detached.
 
     The input is the first tensor in the order of the forward's parameters.
+
+    Args:
+        module: The module.
+        args: What it was called with.
+        kwargs: Likewise.
+        inside: Whether the call runs again, which keeps all that it was given.
 
     Example:
         >>> bag, offsets = nn.EmbeddingBag(3, 2), torch.tensor([0])
         >>> call_tensors(bag, (), {"offsets": offsets, "input": torch.tensor([1, 2])})
         (tensor([1, 2]), {'offsets': tensor([0])})
     """
-    given = [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
-    if len(given) == 1:
+    given = tensors_of(args, kwargs) if inside else _flat_tensors(args, kwargs)
+    if inside or len(given) == 1:
         return given[0].detach(), {}
     named = {
         name: each.detach()

@@ -8,7 +8,7 @@ gradients inside are taken from that small graph.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import attrs
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from kfactk.capture.outputs import RecordedOutput
 from kfactk.capture.torch_modes import full_precision
 from kfactk.errors import CaptureError
 from kfactk.samples import LayerCall
@@ -73,6 +74,11 @@ class CallContext:
             self._choose()
             yield
 
+    @property
+    def precisions(self) -> set[torch.dtype]:
+        """The precisions of autocast, where it is on."""
+        return {dtype for enabled, dtype in self.autocast.values() if enabled}
+
     def _choose(self) -> None:
         """Set random states and kernels."""
         torch.set_rng_state(self.random)
@@ -85,6 +91,29 @@ class CallContext:
                 getattr(torch.backends.cuda, f"enable_{name}_sdp")(enabled)
 
 
+@attrs.frozen(eq=False)
+class FollowedOutput:
+    """One tensor of what a call returned.
+
+    Args:
+        place: Its place in `Replay.outputs`.
+        tensor: The tensor, detached.
+        recorded: What it looked like, and how its gradient is read.
+    """
+
+    place: int
+    tensor: Tensor
+    recorded: RecordedOutput
+
+
+def followed(outputs: Sequence[Tensor]) -> list[FollowedOutput]:
+    """Return outputs whose gradients are given as they are."""
+    return [
+        FollowedOutput(place, each.detach(), RecordedOutput(each.dtype, each.shape))
+        for place, each in enumerate(outputs)
+    ]
+
+
 class RecordedReplay:
     """One call that can run again, shared by the layers inside its module.
 
@@ -93,7 +122,7 @@ class RecordedReplay:
         call: The call.
         context: What else its numbers depend on.
         replay: Runs it.
-        output: The followed tensor of its output, detached.
+        outputs: The followed tensors of its output.
         parts: The parts of the module that are followed.
     """
 
@@ -103,14 +132,15 @@ class RecordedReplay:
         call: ModuleCall,
         context: CallContext,
         replay: Replay,
-        output: Tensor,
+        outputs: Sequence[FollowedOutput],
         parts: Collection[str],
     ) -> None:
         self._path, self._call, self._context, self._replay = path, call, context, replay
         self._parts = frozenset(parts)
         self._given = [(each, each._version) for each in tensors_of(call.args, call.kwargs)]
-        self._output: tuple[Tensor, int] | None = (output, output._version)
-        self._gradient: Tensor | None = None
+        self._recorded = [(each.place, each.recorded) for each in outputs]
+        self._outputs = [(each.place, each.tensor, each.tensor._version) for each in outputs]
+        self._gradients: Mapping[int, Tensor] | None = None
         self._found: dict[str, list[LayerCall]] = {}
 
     def check(self) -> None:
@@ -122,26 +152,28 @@ class RecordedReplay:
         if any(each._version != version for each, version in self._given):
             raise CaptureError(input_modified_message(self._path))
 
-    def calls(self, part: str, gradient: Tensor) -> list[LayerCall]:
+    def calls(self, part: str, gradients: Mapping[int, Tensor]) -> list[LayerCall]:
         """Return the calls of one part inside the module, with their gradients.
 
-        The call runs again once for all parts that ask with the same gradient.
+        The call runs again once for all parts that ask with the same gradients.
 
         Args:
             part: The part.
-            gradient: The gradient of the module's output, where the scale of the result is 1.
+            gradients: What arrived at followed outputs, by their number, where the scale of the
+                result is 1. The others have none.
 
         Raises:
             CaptureError: The call cannot run again, or gives something else.
         """
-        if self._gradient is None or not _same(self._gradient, gradient) or part not in self._found:
-            self._found, self._gradient = self._run(gradient), gradient
+        known = self._gradients is not None and _same(self._gradients, gradients)
+        if not known or part not in self._found:
+            self._found, self._gradients = self._run(gradients), gradients
         found = self._found.pop(part, [])
         if not self._found:
-            self._gradient = None
+            self._gradients = None
         return found
 
-    def _run(self, gradient: Tensor) -> dict[str, list[LayerCall]]:
+    def _run(self, gradients: Mapping[int, Tensor]) -> dict[str, list[LayerCall]]:
         self.check()
         if any(_is_freed(each) for each in self._call.parameters.values()):
             raise CaptureError(ungathered_message(self._path))
@@ -150,18 +182,40 @@ class RecordedReplay:
             with self._context.restored():
                 again = self._replay.run(self._call)
             inner = [each for each in again.inner if each.part in self._parts]
-            self._compare(again.output.detach())
-            with full_precision([gradient.device.type]):
-                found = torch.autograd.grad(
-                    again.output,
-                    [each.output for each in inner],
-                    gradient.to(again.output.dtype),
-                    allow_unused=True,
-                )
+            self._compare([each.detach() for each in again.outputs])
+            with full_precision([self._context.device.type]):
+                found = self._differentiate(again.outputs, inner, gradients)
         calls: dict[str, list[LayerCall]] = {part: [] for part in self._parts}
         for each, its in zip(inner, found, strict=True):
             calls[each.part].append(self._layer_call(each, its))
         return calls
+
+    def _differentiate(
+        self,
+        outputs: Sequence[Tensor],
+        inner: Sequence[InnerCall],
+        gradients: Mapping[int, Tensor],
+    ) -> tuple[Tensor | None, ...]:
+        """Return the gradients of the products inside.
+
+        What arrived at an output that another one was computed from holds what came through that
+        one. There it stands in place of what comes through that one now.
+        """
+        starts, ends, handles = [], [], []
+        for number, gradient in gradients.items():
+            place, recorded = self._recorded[number]
+            output = outputs[place]
+            its = recorded.read(gradient).to(output.dtype)
+            if recorded.whole:
+                handles.append(output.register_hook(_Constant(its)))  # type: ignore[no-untyped-call]
+            starts.append(output)
+            ends.append(its)
+        try:
+            wanted = [each.output for each in inner]
+            return torch.autograd.grad(starts, wanted, ends, allow_unused=True)
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _layer_call(self, inner: InnerCall, gradient: Tensor | None) -> LayerCall:
         if gradient is None:
@@ -169,22 +223,31 @@ class RecordedReplay:
         inputs = inner.inputs.detach() if inner.inputs.requires_grad else inner.inputs
         return LayerCall(inputs, gradient.detach(), training=self._call.training, tag=inner.tag)
 
-    def _compare(self, again: Tensor) -> None:
+    def _compare(self, again: Sequence[Tensor]) -> None:
         """Check once that the call gave the same as before, up to rounding.
 
         Raises:
             CaptureError: It did not.
         """
-        kept, self._output = self._output, None
-        if kept is None or kept[0]._version != kept[1] or again.is_meta:
-            return
-        output = kept[0]
-        if again.shape != output.shape or again.dtype != output.dtype:
-            raise CaptureError(replay_differs_message(self._path, float("inf")))
-        wide = torch.promote_types(output.dtype, torch.float32)
-        size, off = output.to(wide).norm(), (again.to(wide) - output.to(wide)).norm()
-        if bool(off > torch.finfo(output.dtype).eps ** 0.5 * size):
-            raise CaptureError(replay_differs_message(self._path, float(off / size)))
+        kept, self._outputs = self._outputs, []
+        for place, output, version in kept:
+            if output._version != version or output.is_meta:
+                continue
+            dtypes = {output.dtype, again[place].dtype, *self._context.precisions}
+            deviation = _deviation(again[place], output, dtypes)
+            if deviation is not None:
+                raise CaptureError(replay_differs_message(self._path, deviation))
+
+
+@attrs.frozen(eq=False)
+class _Constant:
+    """Hook on a tensor that gives it another gradient."""
+
+    gradient: Tensor
+
+    def __call__(self, _: Tensor) -> Tensor:
+        """Run as a hook of a tensor."""
+        return self.gradient
 
 
 def recorded_arguments(
@@ -211,7 +274,29 @@ def tensors_of(*trees: Any) -> list[Tensor]:
     return [each for each in tree_leaves(trees) if isinstance(each, Tensor)]
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _deviation(again: Tensor, output: Tensor, dtypes: Iterable[torch.dtype]) -> float | None:
+    """Return how far an output is from what it was, relatively; `None` within rounding.
+
+    Args:
+        again: The output now.
+        output: What it was.
+        dtypes: The precisions in which a part of it may have been computed.
+    """
+    if again.shape != output.shape:
+        return float("inf")
+    wide = torch.promote_types(output.dtype, torch.float32)
+    size, off = output.to(wide).norm(), (again.to(wide) - output.to(wide)).norm()
+    if bool(off > max(torch.finfo(dtype).eps for dtype in dtypes) ** 0.5 * size):
+        return float(off / size)
+    return None
+
+
+def _same(one: Mapping[int, Tensor], other: Mapping[int, Tensor]) -> bool:
+    """Return whether gradients are the same numbers in the same memory."""
+    return one.keys() == other.keys() and all(_same_memory(one[n], other[n]) for n in one)
+
+
+def _same_memory(one: Tensor, other: Tensor) -> bool:
     """Return whether two tensors are the same numbers in the same memory."""
     return one is other or (
         one.data_ptr() == other.data_ptr() != 0

@@ -9,7 +9,7 @@ as they do in `.grad`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Protocol
 
 import attrs
@@ -64,6 +64,10 @@ class UserBackward:
         self._sink, self._scale, self._owner = sink, scale, owner
         self._records = [call.record for call in forward.calls]
         self._ends = [parameter_nodes(call.parameters) for call in forward.calls]
+        self._devices = {record.inputs.device.type for record in self._records}
+        self._tops = [len(call.tops) for call in forward.calls]
+        self._arrived: dict[int, int] = {}
+        self._waiting: dict[int, dict[int, Tensor]] = {}
         self._calls: dict[int, list[LayerCall]] = {}
         self._reached: set[int] = set()
         self._gone: set[Layer] = set()
@@ -72,14 +76,15 @@ class UserBackward:
         self._task, self._freed = -1, False
         self._last: Node | None = None
         self._handles = [
-            call.edge.node.register_prehook(_Prehook(self, number, call.edge.output_nr))
+            node.register_prehook(_Prehook(self, number, outputs))
             for number, call in enumerate(forward.calls)
+            for node, outputs in call.tops.items()
         ]
         if not forward.calls and output.grad_fn is not None:
             below = (child for child, _ in output.grad_fn.next_functions)
             for node in (output.grad_fn, *below):
                 if node is not None:
-                    self._handles.append(node.register_prehook(_Prehook(self, None, 0)))
+                    self._handles.append(node.register_prehook(_Prehook(self, None, {0: 0})))
 
     @property
     def unseen(self) -> list[Layer]:
@@ -92,6 +97,7 @@ class UserBackward:
     def forget(self) -> bool:
         """Drop what has arrived, because `.grad` was emptied; return whether anything had."""
         arrived, self.arrived = self.arrived, False
+        self._waiting.clear()
         self._calls.clear()
         self._reached.clear()
         self._gone.clear()
@@ -101,6 +107,7 @@ class UserBackward:
         """Drop what has arrived of these layers."""
         for number, record in enumerate(self._records):
             if record.layer in layers:
+                self._waiting.pop(number, None)
                 self._calls.pop(number, None)
                 self._reached.discard(number)
         self._gone.difference_update(layers)
@@ -112,44 +119,52 @@ class UserBackward:
         self._hand_on([self._records[number].layer for number in self._calls])
         self._last = None
 
-    def take(self, number: int | None, gradient: Tensor | None) -> None:
-        """Take the gradient of one call, in the backward that runs now.
+    def take(self, number: int | None, gradients: Mapping[int, Tensor]) -> None:
+        """Take what arrived at a node of one call, in the backward that runs now.
 
         Args:
             number: Which call; `None` for the output.
-            gradient: Its gradient, if it has one.
+            gradients: The gradients of its outputs, by their number; of those that have one.
         """
-        if number is not None and gradient is not None and torch.is_grad_enabled():
+        if number is not None and gradients and torch.is_grad_enabled():
             self._derived.add(self._records[number].layer)
-            if gradient.grad_fn is not None:
-                gradient.grad_fn.register_prehook(_Derived(self))
+            for gradient in gradients.values():
+                if gradient.grad_fn is not None:
+                    gradient.grad_fn.register_prehook(_Derived(self))
         if not self._counts(number):
             return
         task = torch._C._current_graph_task_id()
         if number is not None:
             self._owner.reach(self._records[number].layer, task, fills=bool(self._adds(number)))
         self.arrived = True
-        if self._sink is None or number is None or gradient is None:
+        if self._sink is None or number is None:
             return
         if self._records[number].layer in self._gone:
             return
         if task != self._task:
             self._task, self._freed = task, False
-            self._reached.clear()
+            for each in (self._reached, self._arrived, self._waiting):
+                each.clear()
             torch.autograd.Variable._execution_engine.queue_callback(_End(self))
         elif not self._freed and self._last is not None:
             self._freed = _is_freed(self._last)
         self._last = torch._C._current_autograd_node()
-        with torch.no_grad(), full_precision([gradient.device.type]):
-            self._add(number, self._records[number].calls(gradient, self._scale.factor()))
+        with torch.no_grad(), full_precision(self._devices):
+            self._add(number, gradients)
+            self._arrived[number] = self._arrived.get(number, 0) + 1
+            if self._arrived[number] == self._tops[number] and number not in self._waiting:
+                self._reached.add(number)
             if self._freed:
                 self._hand_on(self._complete())
 
     def end_task(self) -> None:
         """End one backward: hand on what no other one can add to."""
         last, self._last = self._last, None
-        if self._freed or (last is not None and _is_freed(last)):
-            with torch.no_grad():
+        with torch.no_grad(), full_precision(self._devices):
+            for number in list(self._waiting):
+                self._add(number, {}, last=True)
+            self._reached.update(self._arrived)  # the loss may not depend on all their outputs
+            if self._freed or (last is not None and _is_freed(last)):
                 self._hand_on(self._complete())
 
     def derive(self) -> None:
@@ -182,12 +197,26 @@ class UserBackward:
                 raise
             return None
 
-    def _add(self, number: int, calls: list[LayerCall]) -> None:
+    def _add(self, number: int, gradients: Mapping[int, Tensor], *, last: bool = False) -> None:
+        """Read a call, and add it to what other gradients of this backward or others gave.
+
+        Gradients inside are linear in those of the outputs, so each may be read when it comes:
+        nobody knows here which others will. Only those of outputs that another one was made from
+        wait for it, or for the last one that comes: what came before is in it.
+        """
+        record = self._records[number]
+        waiting = {**self._waiting.pop(number, {}), **gradients}
+        missing = any(each.whole and n not in waiting for n, each in enumerate(record.outputs))
+        if missing and not last and waiting:
+            self._waiting[number] = waiting
+            return
+        if not waiting:
+            return
+        calls = record.calls(waiting, self._scale.factor())
         if number in self._calls:
             before = self._calls[number]
             calls = [_summed(one, other) for one, other in zip(before, calls, strict=True)]
         self._calls[number] = calls
-        self._reached.add(number)
 
     def _complete(self) -> list[Layer]:
         """Return the layers of which this backward has reached every call, in their order.
@@ -226,14 +255,15 @@ def _summed(one: LayerCall, other: LayerCall) -> LayerCall:
 class _Prehook:
     """Tells a watch of a gradient that reaches a node; it does not keep the watch alive."""
 
-    def __init__(self, watch: UserBackward, number: int | None, output: int) -> None:
-        self._watch, self._number, self._output = weakref.ref(watch), number, output
+    def __init__(self, watch: UserBackward, number: int | None, outputs: Mapping[int, int]) -> None:
+        self._watch, self._number, self._outputs = weakref.ref(watch), number, outputs
 
     def __call__(self, gradients: tuple[Tensor | None, ...]) -> None:
         """Run as a prehook of a node."""
         watch = self._watch()
         if watch is not None:
-            watch.take(self._number, gradients[self._output])
+            found = ((number, gradients[output]) for number, output in self._outputs.items())
+            watch.take(self._number, {n: each for n, each in found if each is not None})
 
 
 class _Derived:

@@ -18,6 +18,7 @@ from kfactk.costmodel.cost import Costs, TrainingLoad, cost
 from kfactk.costmodel.counting import meta_batch, training_load
 from kfactk.costmodel.hardware import Machine, calibrate, machine_named
 from kfactk.errors import OptionError, near_names
+from kfactk.preconditioner.coverage import told_seconds
 from kfactk.recipe import Recipe, build
 from kfactk.registry.registry import registry
 from kfactk.registry.serialization import import_path
@@ -28,6 +29,8 @@ PERIODS = ("factor_every", "scale_every", "basis_every")
 IMAGE = "3x224x224"
 OWN_MODEL = "name a model of your own as package.module:callable"
 WIDTH = 100
+SLOW = 60.0
+"""Seconds of a worst step from which a plan says no."""
 MOST_RANKS = 100_000
 """A plan of more would take hours."""
 COLUMNS: tuple[str, ...] = (
@@ -37,7 +40,8 @@ COLUMNS: tuple[str, ...] = (
 LEGEND = (
     "compute, messages, step: seconds of a mean step; worst step: seconds of the most expensive "
     "step; moved: bytes of curvature that all ranks move in a mean step; curvature, memory: bytes "
-    "on the rank that needs most, memory at its peak; *: recommended, the fastest that fits"
+    "on the rank that needs most, memory at its peak; fits: whether it fits, and no step takes "
+    "minutes; *: recommended, the fastest that fits"
 )
 
 
@@ -49,13 +53,20 @@ class Row:
         placement: The placement, with the strategy that it chose where that has another name.
         costs: Its cost.
         fits: Whether it fits into the memory of a device.
-        recommended: Whether it is the fastest one that fits.
+        slow: Why its worst step takes minutes, and the remedy; "" where it does not.
+        recommended: Whether it is the fastest one that fits and is not slow.
     """
 
     placement: str
     costs: Costs
     fits: bool
+    slow: str = ""
     recommended: bool = False
+
+    @property
+    def works(self) -> bool:
+        """Whether one would train like this."""
+        return self.fits and not self.slow
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -140,10 +151,46 @@ def compare(
             label += f": {assignment.strategy}"
         width, *others = {len(share.gradient_workers) for share in assignment.shares.values()}
         label += f", rows of {width}" if not others and 1 < width < ranks else ""
-        rows.append(Row(label, costs, costs.memory.total <= machine.memory))
-    fitting = [row for row in rows if row.fits]
+        slow = _slow(load, recipe, machine, costs)
+        rows.append(Row(label, costs, costs.memory.total <= machine.memory, slow))
+    fitting = [row for row in rows if row.works]
     best = min(fitting, key=lambda row: row.costs.seconds) if fitting else None
     return [attrs.evolve(row, recommended=row is best) for row in rows]
+
+
+def _slow(load: TrainingLoad, recipe: Recipe, machine: Machine, costs: Costs) -> str:
+    """Return why the worst step takes minutes, with the layer and the remedy; "" if it does not."""
+    if costs.worst < SLOW:
+        return ""
+    told = f"a worst step of {told_seconds(costs.worst)}"
+    seconds = {
+        (work.layer, name): load.layers[work.layer].decomposition_seconds(shape, machine)
+        for work in load.workload.works
+        for name, shape in work.matrices.items()
+    }
+    layer, name = max(seconds, key=seconds.__getitem__)
+    if costs.compute["decomposition"].worst < costs.worst / 2:
+        return f"{told}, most of it not in decompositions: take a smaller batch"
+    shapes = {work.layer: work.matrices for work in load.workload.works}
+    side = shapes[layer][name][-1]
+    remedies = [f"leave the layer out (--exclude {layer})"] if layer else []
+    curvature = recipe.written("curvature")
+    if isinstance(curvature, dict) and _has_longest_side(recipe):
+        written = json.dumps({**curvature, "max_side": max(64, side // 4)})
+        remedies.insert(0, f"keep shorter sides whole (--curvature '{written}')")
+    if load.slots == 1 and len(shapes) > 1:
+        remedies.append("decompose layers in different steps (--stagger)")
+    return (
+        f"{told}: {name} of layer {layer or '(root)'} ({side} x {side}) alone takes "
+        f"{told_seconds(seconds[layer, name])} to decompose. To lower it, "
+        f"{', or '.join(remedies) or 'choose a basis of smaller matrices'}"
+    )
+
+
+def _has_longest_side(recipe: Recipe) -> bool:
+    kind = type(recipe.rules[0].curvature)
+    field = attrs.fields_dict(kind).get("max_side") if attrs.has(kind) else None
+    return field is not None and field.init
 
 
 def model_on_meta(name: str) -> nn.Module:
@@ -235,7 +282,7 @@ def _table(rows: Sequence[Row]) -> list[str]:
         ]
         sizes = [sum(costs.moved.values()), costs.memory.curvature, costs.memory.total]
         first = ("*" if row.recommended else "", str(costs.ranks), row.placement)
-        last = "yes" if row.fits else "no"
+        last = "yes" if row.works else "no: slow" if row.fits else "no"
         cells.append((*first, *map(_seconds, seconds), *map(_bytes, sizes), last))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     sides = [str.ljust if name in ("", "placement") else str.rjust for name in COLUMNS]
@@ -258,6 +305,8 @@ def _advice(rows: Sequence[Row], machine: Machine) -> list[str]:
 def _recommendation(rows: Sequence[Row], machine: Machine) -> str:
     """Return the recommended row of one number of ranks, and why."""
     best = next((row for row in rows if row.recommended), None)
+    if best is None and any(row.fits for row in rows):
+        return f"no: {min(rows, key=lambda row: (not row.fits, row.costs.worst)).slow}."
     if best is None:
         least = min(rows, key=lambda row: row.costs.memory.total)
         needed = least.costs.memory
@@ -279,7 +328,9 @@ def _recommendation(rows: Sequence[Row], machine: Machine) -> str:
         f"its {part} ({_seconds(slow[part].mean)} instead of {_seconds(fast[part].mean)})"
     )
     too_large = [row.placement for row in others if not row.fits]
-    return f"{text}; {', '.join(too_large)} would not fit" if too_large else text
+    text += f"; {', '.join(too_large)} would not fit" if too_large else ""
+    too_slow = [row.placement for row in others if row.fits and row.slow]
+    return f"{text}; {', '.join(too_slow)} would take minutes" if too_slow else text
 
 
 def _as_dict(row: Row) -> dict[str, Any]:
@@ -288,7 +339,7 @@ def _as_dict(row: Row) -> dict[str, Any]:
     numbers = attrs.asdict(costs, filter=lambda field, _: field.name != "assignment")
     numbers |= {"seconds": costs.seconds, "worst_seconds": costs.worst}
     numbers["memory"] |= {"total": costs.memory.total}
-    verdict = {"fits": row.fits, "recommended": row.recommended}
+    verdict = {"fits": row.fits, "slow": row.slow, "recommended": row.recommended}
     return {"placement": row.placement, **assignment, **numbers, **verdict}
 
 

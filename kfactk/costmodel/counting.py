@@ -22,15 +22,22 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from kfactk.assignment import Work, is_square
+from kfactk.assignment import Work
 from kfactk.capture.heads import Head
 from kfactk.capture.hooks import call_tensors
-from kfactk.capture.replay import CallContext, RecordedReplay, recorded_arguments, tensors_of
+from kfactk.capture.replay import (
+    CallContext,
+    RecordedReplay,
+    followed,
+    recorded_arguments,
+    tensors_of,
+)
 from kfactk.costmodel.communication import Sizes, numbers_sent
 from kfactk.costmodel.cost import NOTHING, Amount, LayerCost, TrainingLoad
 from kfactk.errors import CombinationError, OptionError
-from kfactk.preconditioner.block import Block, Parts
+from kfactk.preconditioner.block import Block
 from kfactk.preconditioner.coverage import ModelSurvey
+from kfactk.preconditioner.footprint import decompose_corners
 from kfactk.preconditioner.placement import workload_of
 from kfactk.recipe import Recipe
 from kfactk.samples import LayerCall, Statistic
@@ -39,8 +46,6 @@ from kfactk.statistics import RunningMean
 
 SOLVERS = {"eigh": ("eigh", "svd", "eig", "qr", "inv", "lu"), "cholesky": ("cholesky",)}
 """For each solver of a machine profile, the operations counted as it: all but Cholesky as eigh."""
-GROUPS, ROWS, COLUMNS = 3, 5, 7
-"""Sides of a corner. They differ, so that each tells in the result which side it stands for."""
 FREE = {"_unsafe_view", "alias", "detach", "empty", "empty_like", "empty_strided"}
 FREE |= {"new_empty", "new_empty_strided"}
 """Operations besides views that read and write nothing."""
@@ -141,7 +146,7 @@ def training_load(model: nn.Module, recipe: Recipe, batch: Tensor) -> TrainingLo
     heads = [head.locate(returned) for head in recipe.heads]
     empty = [torch.empty_like(output) for output in heads]
     all_calls = [call for found in recorded.values() for call in found]
-    outputs = {id(call.output): call.output for call in all_calls if call.output.requires_grad}
+    outputs = {id(each): each for call in all_calls for each in call.outputs if each.requires_grad}
     with Meter() as fisher:
         if outputs:
             torch.autograd.grad(
@@ -188,18 +193,18 @@ class MetaCall:
 
     Args:
         call: The call, with a gradient of its output.
-        output: Its output.
+        outputs: The followed tensors of its output.
         replay: Runs the call again, where layers lie inside the module.
     """
 
     call: LayerCall
-    output: Tensor
+    outputs: Sequence[Tensor]
     replay: RecordedReplay | None
 
     def layer_calls(self, part: str) -> list[LayerCall]:
         """Return the calls of one part of the module."""
         if self.replay is not None:
-            return self.replay.calls(part, self.call.gradient)
+            return self.replay.calls(part, {0: self.call.gradient})
         return [self.call]
 
 
@@ -211,28 +216,30 @@ def _record(
     kwargs: dict[str, Any],
     output: Any,
 ) -> None:
-    replay, again = blocks[0].layer.replay, None
+    replay, again, outputs = blocks[0].layer.replay, None, [output]
     if replay is not None:
-        output = replay.output(output)
+        outputs = list(replay.outputs(output))
         again = RecordedReplay(
             blocks[0].layer.path,
             recorded_arguments(module, args, kwargs),
             CallContext.now(tensors_of(args, kwargs)[0].device),
             replay,
-            output.detach(),
+            followed(outputs),
             [block.layer.part for block in blocks],
         )
-    inputs, arguments = call_tensors(module, args, kwargs)
-    gradient = torch.empty_like(output).detach()
+    inputs, arguments = call_tensors(module, args, kwargs, inside=replay is not None)
+    gradient = torch.empty_like(outputs[0]).detach()
     call = LayerCall(inputs, gradient, module=module, arguments=arguments)
     for block in blocks:
-        recorded[block].append(MetaCall(call, output, again))
+        recorded[block].append(MetaCall(call, outputs, again))
 
 
 def _layer_cost(block: Block, work: Work, calls: Sequence[LayerCall]) -> LayerCost:
     """Count what the stages do for one layer."""
     blank = block.blank_factors()
-    parts, solver = _decompose_corners(block, work)
+    with Meter() as meter:
+        parts = decompose_corners(block, work.matrices)
+    solver = meter.solver()
     block.state.decomposition = parts
     gradient = torch.empty(work.gradient, device="meta")
     factors = scale = NOTHING
@@ -285,30 +292,6 @@ def _sums(work: Work, blank: Mapping[str, Statistic]) -> dict[str, int]:
         if statistic.total is not None
     }
     return {"": sum(sizes.values())} if work.indivisible else {n: sizes[n] for n in sorted(sizes)}
-
-
-def _decompose_corners(block: Block, work: Work) -> tuple[Parts, str]:
-    """Return a layer's decomposition without numbers, and its solver."""
-    corners, means = {}, {}
-    for name, shape in work.matrices.items():
-        groups = (GROUPS,) * (len(shape) - 2)
-        if is_square(shape):
-            corners[name] = torch.eye(COLUMNS).expand(*groups, COLUMNS, COLUMNS).clone()
-            means[name] = torch.ones(groups)
-        else:
-            corners[name] = torch.ones(*groups, *(ROWS, COLUMNS)[-len(shape) :])
-    with Meter() as meter:
-        small = block.decompose(1.0, corners, means)
-    parts: Parts = {}
-    for name, found in small.items():
-        shape = work.matrices[name]
-        rows = shape[-2] if len(shape) > 1 else 1
-        full = {GROUPS: math.prod(shape[:-2]), ROWS: rows, COLUMNS: shape[-1]}
-        parts[name] = {}
-        for key, part in found.items():
-            sides = [full.get(side, side) for side in part.shape]
-            parts[name][key] = torch.empty(sides, dtype=part.dtype, device="meta")
-    return parts, meter.solver()
 
 
 def _passes(recipe: Recipe, output: Any) -> int:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from kfactk.errors import OptionError, near_names
+from kfactk.timing import SOLVER_RATES, SolverRates
 
 GIGA, TERA = 1e9, 1e12
 
@@ -119,21 +120,13 @@ class Machine:
         return self.intra_node if first == last else self.inter_node
 
 
-def _assumed_solvers(column: float, bandwidth: float, rate: float) -> dict[str, Curve]:
-    """Return the seconds of decompositions, estimated from rates.
-
-    They are the latency of n dependent columns, the memory traffic of `n^3/3` numbers, and the
-    products.
-
-    Args:
-        column: Seconds of launches and synchronisation for one column.
-        bandwidth: Bytes a second.
-        rate: FLOP/s in float32.
-    """
+def _assumed_solvers(rates: SolverRates) -> dict[str, Curve]:
+    """Return the seconds of decompositions at these rates."""
     sizes = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
-    eigh = [(n, n * column + 4 * n**3 / 3 / bandwidth + 10 / 3 * n**3 / rate) for n in sizes]
-    cholesky = [(n, n * column / 32 + n**3 / 3 / (rate / 4)) for n in sizes]
-    return {"eigh": Curve(tuple(eigh)), "cholesky": Curve(tuple(cholesky))}
+    return {
+        solver: Curve(tuple((n, rates.seconds(solver, n)) for n in sizes))
+        for solver in ("eigh", "cholesky")
+    }
 
 
 H100 = Machine(
@@ -144,7 +137,7 @@ H100 = Machine(
     precision="tf32",
     bandwidth=0.8 * 3.35 * TERA,
     launch=4e-6,
-    solvers=_assumed_solvers(40e-6, 0.8 * 3.35 * TERA, 0.75 * 67 * TERA),
+    solvers=_assumed_solvers(SOLVER_RATES["cuda"]),
     intra_node=Link(0.75 * 450 * GIGA, 10e-6),
     inter_node=Link(0.75 * 50 * GIGA, 20e-6),
     ranks_per_node=8,
@@ -179,7 +172,7 @@ A100 = Machine(
     precision="tf32",
     bandwidth=0.8 * 2.039 * TERA,
     launch=5e-6,
-    solvers=_assumed_solvers(50e-6, 0.8 * 2.039 * TERA, 0.75 * 19.5 * TERA),
+    solvers=_assumed_solvers(SolverRates(50e-6, 0.8 * 2.039 * TERA, 0.75 * 19.5 * TERA)),
     intra_node=Link(0.75 * 300 * GIGA, 10e-6),
     inter_node=Link(0.75 * 25 * GIGA, 20e-6),
     ranks_per_node=8,
@@ -212,7 +205,7 @@ CPU = Machine(
     precision="float32",
     bandwidth=0.5 * 20 * GIGA,
     launch=5e-6,
-    solvers=_assumed_solvers(10e-6, 0.5 * 20 * GIGA, 0.3 * 64 * GIGA),
+    solvers=_assumed_solvers(SOLVER_RATES["cpu"]),
     intra_node=Link(1 * GIGA, 100e-6),
     inter_node=Link(0.7 * 1.25 * GIGA, 200e-6),
     ranks_per_node=8,

@@ -32,11 +32,13 @@ from kfactk.optim.run import RunState, UnboundRule, called_by_scaler
 from kfactk.optim.saved_groups import check_groups
 from kfactk.optim.settings import Settings
 from kfactk.optim.shown import Removed, ShownState, flat_by_anchor
+from kfactk.optim.sizes import check_sizes
 from kfactk.optim.views import BlockView, by_layer, by_parameter, conditions
 from kfactk.options import number_at, plain
 from kfactk.preconditioner.coverage import Coverage
 from kfactk.preconditioner.coverage_watch import CoverageWatch
 from kfactk.preconditioner.damage import Damage
+from kfactk.preconditioner.footprint import with_footprints
 from kfactk.preconditioner.preconditioner import Preconditioner
 from kfactk.registry.registry import registry
 from kfactk.stages import GradientPair, Layer
@@ -156,6 +158,7 @@ class Optimizer(torch.optim.Optimizer):
         manual = recipe.observe == "manual"
         self._hooks = ModelHooks(self._model, self, evaluation=manual)
         self._check_coverage()
+        self._check_sizes()
         self._look_for_losses()
         self._expect_forward()
 
@@ -165,7 +168,7 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             CombinationError: With `strict`, a trained parameter has no block.
         """
-        plain_names = self.coverage().plain
+        plain_names = self._preconditioner.survey.coverage(self._groups).plain
         if self.recipe.strict and plain_names:
             self.close()
             raise CombinationError(
@@ -180,6 +183,22 @@ class Optimizer(torch.optim.Optimizer):
                 KfactkWarning,
                 stacklevel=4,
             )
+
+    def _check_sizes(self) -> None:
+        """Check that the curvature fits into memory, and warn of wide sides.
+
+        Raises:
+            MemoryExhaustedError: It does not fit.
+            CombinationError: A basis does not take what stands for a wide side.
+        """
+        pre = self._preconditioner
+        try:
+            told = check_sizes(pre.blocks.current(), pre.placement, self.recipe)
+        except KfactkError:
+            self.close()
+            raise
+        if told:
+            warnings.warn(told, KfactkWarning, stacklevel=4)
 
     # --------------------------------------------------------------------------------- reading
 
@@ -231,7 +250,8 @@ class Optimizer(torch.optim.Optimizer):
     def coverage(self) -> Coverage:
         """Return which parameters are preconditioned now, by which block, or why not."""
         self._index()
-        return self._preconditioner.survey.coverage(self._groups)
+        pre = self._preconditioner
+        return with_footprints(pre.survey.coverage(self._groups), pre.blocks.current())
 
     def fisher_product(
         self, tensors: Mapping[str, Tensor], *, strict: bool = True

@@ -99,7 +99,7 @@ class BlockView:
             KfactkError: No curvature has been measured yet, or other ranks have it.
         """
         tensors = self._checked(tensors, strict)
-        requires, name = self.block.basis.requires, self.layer.name
+        requires, name = self.block.requires, self.layer.name
         if "fisher" in self.block.basis.waives:
             raise KfactkError(
                 f"layer {name!r} has the basis {type(self.block.basis).__name__}, which is no "

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from kfactk.assignment import Work
-from kfactk.errors import StateError
-from kfactk.linalg import mean_diagonal
+from kfactk.errors import CombinationError, StateError
 from kfactk.operators import CurvatureOperator
 from kfactk.preconditioner.damage import Damage
 from kfactk.preconditioner.first_moment import FirstMoment
@@ -22,6 +21,7 @@ from kfactk.preconditioner.forms import check_forms, precise
 from kfactk.preconditioner.plan import BlockPlan
 from kfactk.preconditioner.state import MEAN, PREFIX, BlockState
 from kfactk.samples import LayerCall, Samples, Statistic, to_working_dtype
+from kfactk.sides import groups_of_shape, is_diagonal, mean_of, with_sides
 from kfactk.stages import (
     Basis,
     Curvature,
@@ -39,6 +39,7 @@ from kfactk.validation import (
     check_statistics,
     check_tensors,
     square,
+    stage_label,
 )
 
 Parts = dict[str, dict[str, Tensor]]
@@ -67,6 +68,30 @@ class Block:
     _operator: tuple[float, CurvatureOperator] | None = None
     _flat: dict[str, Tensor] | None = None
     _input_factors: frozenset[str] | None = None
+    _requires: frozenset[str] | None = None
+
+    @property
+    def requires(self) -> frozenset[str]:
+        """Names of the matrices that are decomposed: those that the basis requires, or stand-ins.
+
+        Raises:
+            CombinationError: The basis does not take the layer's stand-ins.
+        """
+        if self._requires is None:
+            with attribute_errors("curvature", self.curvature, self._where):
+                stand_ins = self.curvature.stand_ins(self.layer)
+            needed = self.basis.requires
+            if needed & stand_ins.keys() and not self.basis.takes_stand_ins:
+                raise CombinationError(
+                    f"layer {self.name!r} has a side that is wider than the curvature's max_side, "
+                    f"and {stage_label('basis', self.basis)} decomposes whole matrices alone. Use "
+                    "the basis 'ekfac' or 'kfac' there, leave the layer out with "
+                    f"exclude=[{self.layer.path!r}], or set the curvature's max_side=None."
+                )
+            self._requires = frozenset(
+                each for name in needed for each in stand_ins.get(name, (name,))
+            )
+        return self._requires
 
     @property
     def name(self) -> str:
@@ -244,7 +269,7 @@ class Block:
         factors = self.state.factor_values() if factors is None else factors
         with attribute_errors("curvature", self.curvature, self._where):
             found = self.curvature.assemble(self.layer, factors)
-        required = self.basis.requires if names is None else names
+        required = self.requires if names is None else names
         return check_matrices(self.curvature, self._where, found, required)
 
     # ----------------------------------------------------------------------------- decomposing
@@ -260,7 +285,7 @@ class Block:
         Args:
             damping: tau.
             matrices: Those to decompose; `None` for all.
-            diagonals: `trace / dimension` of all square matrices; `None` for those given.
+            diagonals: What `mean_diagonals` gives of all matrices; `None` for those given.
 
         Raises:
             DecompositionError: A matrix cannot be decomposed.
@@ -396,14 +421,17 @@ class Block:
             self._input_factors = frozenset(found)
         return self._input_factors
 
-    def work(self) -> Work:
+    def work(self, sums: Mapping[str, Statistic] | None = None) -> Work:
         """Return the layer's work, by its shapes.
 
         Matrices can be kept apart where each is made of the one statistic of its name.
+
+        Args:
+            sums: Its factors without data; `None` to make them.
         """
-        blank = _zeros(self.blank_factors())
+        blank = _zeros(self.blank_factors() if sums is None else sums)
         matrices = self.matrices(factors=blank)
-        shapes = {name: tuple(matrices[name].shape) for name in sorted(self.basis.requires)}
+        shapes = {name: tuple(matrices[name].shape) for name in sorted(self.requires)}
         apart = set(blank) == set(shapes) and all(
             self._alone(name, blank[name], shapes[name]) for name in shapes
         )
@@ -420,7 +448,7 @@ class Block:
             found = self.curvature.assemble(self.layer, {name: factor})
         except Exception:  # a curvature that needs all its factors at once fails in its own way
             return False
-        return self.basis.requires & set(found) == {name} and tuple(found[name].shape) == shape
+        return self.requires & set(found) == {name} and tuple(found[name].shape) == shape
 
     def blank_parts(self, sums: Mapping[str, Statistic]) -> list[str]:
         """Return what the basis makes of the matrices, as `parts_of` names it.
@@ -535,7 +563,7 @@ class Block:
                 continue
             if sums[name].symmetric:
                 damage.check_form(where, value, "semidefinite")
-            elif name == "a":  # the diagonal of A
+            elif is_diagonal(name):
                 damage.check_form(where, value, "nonnegative")
         check_forms(
             self.basis,
@@ -579,15 +607,20 @@ class LazyMatrices(Mapping[str, Tensor]):
         return self.block.matrices(frozenset({name}))[name]
 
     def __iter__(self) -> Iterator[str]:
-        return iter(sorted(self.block.basis.requires))
+        return iter(sorted(self.block.requires))
 
     def __len__(self) -> int:
-        return len(self.block.basis.requires)
+        return len(self.block.requires)
 
 
 def mean_diagonals(matrices: Tensors) -> dict[str, Tensor]:
-    """Return `trace / dimension` of each square matrix."""
-    return {name: mean_diagonal(matrix) for name, matrix in matrices.items() if square(matrix)}
+    """Return `trace / dimension` of each square matrix and diagonal, and of sides in parts."""
+    found = {
+        name: mean_of(name, matrix)
+        for name, matrix in matrices.items()
+        if groups_of_shape(name, tuple(matrix.shape)) is not None
+    }
+    return with_sides(found, {name: matrices[name].shape[-1] for name in found})
 
 
 def parts_of(decomposition: Decomposition) -> list[str]:

@@ -15,6 +15,36 @@ from kfactk.preconditioner.rules import BlockRule, within
 from kfactk.stages import Layer, Replay, owner_of, parameter_at
 from kfactk.validation import attribute_errors
 
+LARGE_BYTES, LARGE_SECONDS = 2**28, 10.0
+"""What the curvature of a block takes at least where its row in a table says it."""
+
+
+def told_bytes(number: float) -> str:
+    """Return a number of bytes in words.
+
+    Example:
+        >>> told_bytes(1.34e9), told_bytes(2048)
+        ('1.3 GB', '2 kB')
+    """
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if number >= size:
+            return f"{number / size:.{int(number < 10 * size)}f} {unit}"
+    return f"{number / 1e3:.0f} kB"
+
+
+def told_seconds(seconds: float) -> str:
+    """Return seconds in words.
+
+    Example:
+        >>> told_seconds(0.002), told_seconds(12.2), told_seconds(170)
+        ('2 ms', '12 s', '2.8 min')
+    """
+    if seconds >= 90:
+        return f"{seconds / 60:.2g} min" if seconds < 600 else f"{seconds / 60:.0f} min"
+    if seconds >= 1:
+        return f"{seconds:.2g} s"
+    return f"{1e3 * seconds:.0f} ms" if seconds >= 1e-3 else "under 1 ms"
+
 
 @attrs.frozen
 class Row:
@@ -28,6 +58,10 @@ class Row:
         reason: Why it has no block; empty when it has one.
         trained: Whether the optimizer trains it now.
         stages: Names of the block's curvature and basis.
+        bytes: Of the block's curvature between steps; `None` where that is not known.
+        seconds: Of one decomposition of the block, predicted for one core of a server or an H100;
+            `None` where that is not known.
+        wide: What stands for its sides that are too wide to be matrices, in words.
     """
 
     parameter: str
@@ -36,6 +70,9 @@ class Row:
     reason: str
     trained: bool
     stages: str = ""
+    bytes: int | None = None
+    seconds: float | None = None
+    wide: tuple[str, ...] = ()
 
     @property
     def numel(self) -> int:
@@ -46,10 +83,23 @@ class Row:
         return count
 
     @property
+    def cost(self) -> str:
+        """What the block's curvature takes, such as "1.3 GB, 2.8 min a decomposition"."""
+        size = "" if self.bytes is None else told_bytes(self.bytes)
+        time = "" if self.seconds is None else f"{told_seconds(self.seconds)} a decomposition"
+        return ", ".join(filter(None, (size, time)))
+
+    @property
+    def _large(self) -> bool:
+        return (self.bytes or 0) >= LARGE_BYTES or (self.seconds or 0) >= LARGE_SECONDS
+
+    @property
     def treatment(self) -> str:
         """How the parameter is treated, in words."""
         if self.block is not None:
-            stages = f" ({self.stages})" if self.stages else ""
+            parts = [self.stages, *self.wide, self.cost if self.wide or self._large else ""]
+            told = "; ".join(filter(None, parts))
+            stages = f" ({told})" if told else ""
             return f"block {self.block or '(root)'}{stages}"
         return f"{'-' if self.trained else 'not trained'}: {self.reason}"
 

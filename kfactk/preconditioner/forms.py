@@ -8,6 +8,7 @@ from torch import Tensor
 from kfactk.errors import PluginError
 from kfactk.preconditioner.damage import Damage
 from kfactk.preconditioner.state import PREFIX
+from kfactk.sides import is_diagonal
 from kfactk.stages import Basis, Decomposition, Tensors
 from kfactk.validation import square
 
@@ -78,6 +79,6 @@ def precise(where: str, value: Tensor, damage: Damage) -> bool:
 
 
 def _shape_of_part(form: str, name: str, matrix: Tensor) -> tuple[int, ...]:
-    """Return the shape of a part of a matrix's decomposition; a is the diagonal of one."""
-    whole = form != "eigenvalues" or name == "a" or not square(matrix)
+    """Return the shape of a part of a matrix's decomposition; a and g are diagonals of one."""
+    whole = form != "eigenvalues" or is_diagonal(name) or not square(matrix)
     return tuple(matrix.shape if whole else matrix.shape[:-1])

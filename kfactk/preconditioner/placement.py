@@ -175,9 +175,16 @@ class BlockPlacement:
     def decomposed_here(self, block: Block) -> frozenset[str]:
         """Return the matrices of a block that this rank decomposes."""
         if self._communicator.size == 1:
-            return block.basis.requires
+            return block.requires
         rank, workers = self._communicator.rank, self.share(block.name).inverse_workers
         return frozenset(name for name, ranks in workers.items() if rank in ranks)
+
+    def decomposes(self, layer: str) -> bool:
+        """Return whether this rank averages and decomposes any matrix of a layer."""
+        if self._communicator.size == 1:
+            return True
+        workers = self.share(layer).inverse_workers
+        return any(self._communicator.rank in ranks for ranks in workers.values())
 
     def gradient_workers(self, layer: str) -> Members:
         """Return the ranks that precondition a layer's gradient."""

@@ -25,6 +25,7 @@ from kfactk.preconditioner.exchange import OverlappedReduction, merged
 from kfactk.preconditioner.placement import BlockPlacement
 from kfactk.preconditioner.plan import BlockPlan
 from kfactk.samples import Statistic
+from kfactk.sides import groups_of_shape, with_sides
 from kfactk.statistics import ReducedStatistic, RunningMean, add_sums, join_key, means, split_key
 from kfactk.timing import StageTimer
 
@@ -209,18 +210,22 @@ class Refresh:
                 mine[layer] = next(iter(matrices.values()))
             found = mean_diagonals(matrices)
             for name, shape in self.placement.shapes(layer).items():
-                if len(shape) < 2 or shape[-1] != shape[-2]:
+                groups = groups_of_shape(name, shape)
+                if groups is None:
                     continue
-                size = torch.Size(shape[:-2]).numel()
+                size = torch.Size(groups).numel()
                 worker = self.placement.share(layer).inverse_workers[name][0]
                 told = name in found and worker == self.communicator.rank
-                spans.append((layer, name, slice(len(numbers), len(numbers) + size), shape[:-2]))
+                spans.append((layer, name, slice(len(numbers), len(numbers) + size), groups))
                 numbers += found[name].double().reshape(-1).tolist() if told else [0.0] * size
         total = self.communicator.total(numbers)
         result: dict[str, Diagonals] = {}
         for layer, name, span, shape in spans:
             if (like := mine.get(layer)) is not None:
                 result.setdefault(layer, {})[name] = like.new_tensor(total[span]).reshape(shape)
+        for layer, found in result.items():
+            sizes = {name: self.placement.shapes(layer)[name][-1] for name in found}
+            result[layer] = with_sides(found, sizes)
         return result
 
     def _agree(
@@ -259,13 +264,13 @@ class Refresh:
         whole: dict[Block, Parts] = {}
         for block in due:
             found = [theirs.get(block.name, {}) for theirs, _, _ in reports]
-            if set().union(*found) != set(block.basis.requires):
+            if set().union(*found) != set(block.requires):
                 continue
             if block.name in failures.reasons:
                 failures.mended[block.name] = failures.reasons.pop(block.name)
             sources = {
                 name: next(rank for rank, each in enumerate(found) if name in each)
-                for name in sorted(block.basis.requires)
+                for name in sorted(block.requires)
             }
             block.state.specs = {name: found[rank][name].specs for name, rank in sources.items()}
             whole[block] = made.get(block, {})

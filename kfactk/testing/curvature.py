@@ -18,6 +18,7 @@ import torch
 from hypothesis import assume, strategies as st
 from torch import Tensor, nn
 
+from kfactk.sides import is_diagonal, names_of, slices_of
 from kfactk.testing._support import truth
 from kfactk.testing._support.division import InRecipe, basis_for
 from kfactk.testing._support.laws import close, law
@@ -163,9 +164,13 @@ class CurvatureLaws(OnLayers, InRecipe):
 
         They are symmetric too.
         """
-        found, provides = self.matrices(case), set(self.curvature.provides)
+        found, stand_ins = self.matrices(case), self.curvature.stand_ins(case.layer)
+        provides = {
+            each for name in self.curvature.provides for each in stand_ins.get(name, (name,))
+        }
         assert set(found) == provides, (
-            f"assemble() returns {sorted(found)}, where `provides` says {sorted(provides)}"
+            f"assemble() returns {sorted(found)}, where `provides` and `stand_ins` say "
+            f"{sorted(provides)}"
         )
         shape = self.curvature.matrix(case.layer, case.layer.tensors()).shape
         for name, tensor in found.items():
@@ -299,9 +304,11 @@ class CurvatureLaws(OnLayers, InRecipe):
             close(scaled[name] / 2.0 ** (power * degree), plain[name], says)
         if {"A", "G"} <= set(self.curvature.provides):
             before, after = self.matrices(case), self.matrices(case.times(gradients=2.0**power))
-            close(after["A"], before["A"], "A depends on the size of the gradients")
-            says = f"gradients times 2^{power} do not multiply G by its square"
-            close(after["G"] / 4.0**power, before["G"], says)
+            for name in names_of("A", before):
+                close(after[name], before[name], f"{name} depends on the size of the gradients")
+            for name in names_of("G", before):
+                says = f"gradients times 2^{power} do not multiply {name} by its square"
+                close(after[name] / 4.0**power, before[name], says)
 
     @law(case="known_cases", power=binary_exponents())
     def test_inputs_scale_the_input_factor(self, case: Case, power: int) -> None:
@@ -311,12 +318,17 @@ class CurvatureLaws(OnLayers, InRecipe):
         """
         self._want_kronecker()
         before, after = self.matrices(case), self.matrices(case.times(inputs=2.0**power))
-        scale = torch.full(before["A"].shape[-1:], 2.0**power, dtype=torch.float64)
+        names = names_of("A", before)
+        sizes = [before[name].shape[-1] for name in names]
+        scale = torch.full((sum(sizes),), 2.0**power, dtype=torch.float64)
         if "bias" in case.layer.parameters:
             scale[-1] = 1.0
-        says = f"A does not follow the inputs when these are multiplied by 2^{power}"
-        close(after["A"] / scale / scale[:, None], before["A"], says)
-        close(after["G"], before["G"], "G depends on the size of the inputs")
+        for name, columns in zip(names, slices_of(sizes), strict=True):
+            says = f"{name} does not follow the inputs when these are multiplied by 2^{power}"
+            other = scale[columns] if is_diagonal(name) else scale[columns, None]
+            close(after[name] / scale[columns] / other, before[name], says)
+        for name in names_of("G", before):
+            close(after[name], before[name], f"{name} depends on the size of the inputs")
 
     @law(
         case="cases",

@@ -58,6 +58,8 @@ class DiagonalFisher(ConvKfac):
     provides = frozenset({"square"})
     default_basis = "diagonal"
     spatial: str = attrs.field(default="sud", init=False, repr=False)  # nothing to choose here
+    max_side: int | None = attrs.field(default=None, init=False, repr=False)  # nor here
+    wide: str | None = attrs.field(default=None, init=False, repr=False)
 
     def input_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
         """Return nothing: no factor is made of inputs alone."""

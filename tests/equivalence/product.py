@@ -18,7 +18,10 @@ FAMILIES = ("curvature", "basis", "fisher", "clip", "update")
 RANKS = (1, 2, 3, 4)
 VARIANTS: Mapping[tuple[str, str], list[dict[str, Any]]] = {
     ("curvature", "kfac"): [{}, {"spatial": "reduce"}],
-    ("curvature", "conv_kfac"): [{}, {"spatial": "sua"}, {"spatial": "reduce"}],
+    ("curvature", "conv_kfac"): [
+        *({}, {"spatial": "sua"}, {"spatial": "reduce"}),
+        {"max_side": 4, "wide": "blocks"},
+    ],
     ("basis", "ekfac"): [{}, {"scale": "running"}],
     ("basis", "soap"): [{"eps": 0.1, "refresh": "eigh"}],
     ("basis", "shampoo"): [{"eps": 0.01}],

@@ -106,6 +106,7 @@ def test_the_model_has_every_kind_of_part() -> None:
     assert not model.out.bias.requires_grad
     assert model.wide.in_features > 12
     assert model.attn.in_proj_weight.requires_grad
+    assert model.steps.weight_hh_l0.requires_grad
     with torch.no_grad():
         assert model(torch.zeros(2, 2, 4, 4)).shape == (2, 3)
         assert Mixed(1)(torch.zeros(2, 2, 2, 2)).shape == (2, 3)

@@ -26,7 +26,9 @@ Recipe = Mapping[str, Any]
 
 
 class Mixed(nn.Module):
-    """Convolutions, attention, norms that mix no examples, frozen parameters, a layer called twice.
+    """Convolutions, attention, a GRU, norms that mix no examples, a layer called twice.
+
+    Some parameters are frozen.
 
     Maps `[N, 2, s, s]` to `[N, 3]`.
 
@@ -49,6 +51,7 @@ class Mixed(nn.Module):
             nn.Linear(16, 5),
             nn.LayerNorm(5),
         )
+        self.steps = nn.GRU(4, 4, batch_first=True)
         self.shared, self.out = nn.Linear(5, 5, bias=False), nn.Linear(5, 3)
         self.out.bias.requires_grad_(False)
         # Softmax does not see the bias of keys: its gradient is rounding, which Adam enlarges.
@@ -58,6 +61,7 @@ class Mixed(nn.Module):
         x = torch.tanh(self.norm(self.grouped(torch.tanh(self.conv(x)))))
         x = torch.tanh(self.frozen(x.flatten(1))).view(-1, 4, 4)
         x = x + self.attn(x, x, x, need_weights=False)[0]
+        x = self.steps(x)[0]
         x = torch.tanh(self.rows(self.wide(x.flatten(1))))
         return self.out(torch.tanh(self.shared(torch.tanh(self.shared(x)))))
 

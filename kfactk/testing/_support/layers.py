@@ -12,7 +12,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kfactk.capture.replay import CallContext, RecordedReplay, recorded_arguments
+from kfactk.capture.replay import CallContext, RecordedReplay, followed, recorded_arguments
 from kfactk.errors import OptionError
 from kfactk.samples import LayerCall, Samples, Statistic
 from kfactk.stages import Curvature
@@ -48,6 +48,8 @@ class OnLayers(Laws):
         nn.Embedding,
         nn.EmbeddingBag,
         nn.MultiheadAttention,
+        *(nn.RNN, nn.LSTM, nn.GRU),
+        *(nn.RNNCell, nn.LSTMCell, nn.GRUCell),
     )
     """Classes of modules that `cases` can draw; `unsupported` must refuse all others."""
 
@@ -59,7 +61,7 @@ class OnLayers(Laws):
         """Return the cases with T = 1, where Kronecker factors of one example are exact."""
         self._want_kronecker()
         single = [kind.single_row for kind in self._accepted() if kind.single_row is not None]
-        return self._layers_of(single)
+        return self._layers_of(single).filter(lambda case: not self.curvature.stand_ins(case.layer))
 
     def known_cases(self) -> st.SearchStrategy[Case]:
         """Return the cases whose rows and matrix the laws know: linear layers, convolutions."""
@@ -166,9 +168,9 @@ class OnLayers(Laws):
             return [LayerCall(self.arranged(case, inputs), self.arranged(case, gradient), scale)]
         call = recorded_arguments(case.module, arguments(case.module, inputs), {})
         context = CallContext.now(inputs.device)
-        output = case.output(inputs).detach()
-        again = RecordedReplay("layer", call, context, replay, output, [case.part])
-        return [attrs.evolve(each, scale=scale) for each in again.calls(case.part, gradient)]
+        outputs = followed([case.output(inputs)])
+        again = RecordedReplay("layer", call, context, replay, outputs, [case.part])
+        return [attrs.evolve(each, scale=scale) for each in again.calls(case.part, {0: gradient})]
 
     def _want_own_calls(self, case: Case) -> None:
         """Skip a law of the precision of data that the stage is given as it is."""

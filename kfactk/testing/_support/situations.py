@@ -11,8 +11,9 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kfactk.linalg import kron, mean_diagonal
+from kfactk.linalg import kron
 from kfactk.operators import CurvatureOperator
+from kfactk.preconditioner.block import mean_diagonals
 from kfactk.samples import LayerCall, Samples, Statistic
 from kfactk.stages import Decomposition, FactorContext, Tensors
 from kfactk.statistics import add_sums, local_means
@@ -144,8 +145,7 @@ class Situation:
     @property
     def context(self) -> FactorContext:
         """What the framework tells about the other matrices when it decomposes one."""
-        means = {n: mean_diagonal(matrix) for n, matrix in self.matrices.items() if square(matrix)}
-        return FactorContext(self.damping, means)
+        return FactorContext(self.damping, mean_diagonals(self.matrices))
 
     @property
     def per_example(self) -> Tensor:

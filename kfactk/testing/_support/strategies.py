@@ -421,6 +421,41 @@ def attention_cases(*, most_calls: int = 1, most_positions: int = 3) -> st.Searc
 
 
 @functools.cache
+def recurrent_cases(*, most_calls: int = 1, most_positions: int = 3) -> st.SearchStrategy[Case]:
+    """Draw recurrent modules of one layer or two, examples first."""
+    modules = st.builds(
+        lambda cls, d_in, width, layers, bias: cls(
+            d_in, width, layers, bias=bias, batch_first=True
+        ),
+        st.sampled_from([nn.RNN, nn.LSTM, nn.GRU]),
+        st.integers(1, 3),
+        st.integers(1, 2),
+        st.integers(1, 2),
+        st.booleans(),
+    )
+    return case_of(
+        modules,
+        lambda draw, m: (draw(whole(1, 3)), draw(whole(1, most_positions)), m.input_size),
+        most_calls=most_calls,
+    )
+
+
+@functools.cache
+def cell_cases(*, most_calls: int = 1) -> st.SearchStrategy[Case]:
+    """Draw cells of recurrent modules, from a state of zeros."""
+    modules = st.builds(
+        lambda cls, d_in, width, bias: cls(d_in, width, bias=bias),
+        st.sampled_from([nn.RNNCell, nn.LSTMCell, nn.GRUCell]),
+        st.integers(1, 3),
+        st.integers(1, 2),
+        st.booleans(),
+    )
+    return case_of(
+        modules, lambda draw, m: (draw(whole(1, 3)), m.input_size), most_calls=most_calls
+    )
+
+
+@functools.cache
 def layer_cases(*, most_calls: int = 1, freeze: bool = False) -> st.SearchStrategy[Case]:
     """Draw linear layers and convolutions; see `case_of`."""
     return linear_cases(most_calls=most_calls, freeze=freeze) | conv_cases(
@@ -511,6 +546,16 @@ def kinds_inside() -> list[Kind]:
             (nn.MultiheadAttention(2, 1, batch_first=True),),
             attention_cases(most_calls=2),
             attention_cases(most_positions=1),
+        ),
+        Kind(
+            tuple(cls(2, 2, batch_first=True) for cls in (nn.RNN, nn.LSTM, nn.GRU)),
+            recurrent_cases(most_calls=2),
+            recurrent_cases(most_positions=1),
+        ),
+        Kind(
+            tuple(cls(2, 2) for cls in (nn.RNNCell, nn.LSTMCell, nn.GRUCell)),
+            cell_cases(most_calls=2),
+            cell_cases(),
         ),
     ]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import attrs
 import torch
 from torch import Tensor
@@ -23,8 +25,18 @@ from kfactk import (
 )
 from kfactk.options import choice, number, whole
 from kfactk.samples import product
+from kfactk.sides import is_diagonal
 from kfactk_stages.basis._channels import pool_channels, products, spread
 from kfactk_stages.basis._operators import operator_in, worth_rounding
+from kfactk_stages.basis._wide import (
+    Directions,
+    SidesOperator,
+    directions_of,
+    eigenvalues_of,
+    pool_side,
+    square_in_parts,
+    turned,
+)
 
 INPUTS = {"full": {"A"}, "channels": {"C"}, "channels+taps": {"C", "K"}, "diagonal": {"a"}}
 """The matrices of the input side that each setting of `inputs` requires."""
@@ -59,6 +71,9 @@ class Ekfac(Basis):
     "diagonal" is for inputs whose A is diagonal or too large to decompose, such as one-hot vectors.
     The coordinates are fixed, so nothing is pooled on that side.
 
+    Where a curvature has stand-ins for a wide side, in place of A, C or G, U is the identity for a
+    diagonal, and `blockdiag(U_0, U_1, ...)` for blocks. s* is the exact diagonal in that basis.
+
     Args:
         scale: "exact": s* from per-example gradients of the Fisher pass (equation 10). "running":
             EKFAC-ra, the square of the mini-batch mean gradient in the basis, times the number of
@@ -77,7 +92,7 @@ class Ekfac(Basis):
             accumulate in float32, two to three times as fast where hardware supports it. The same
             rounded U rotates there and back, so P stays symmetric and positive definite. The
             gradient is rounded by at most 2^-8 of its norm, which P multiplies by at most 1 / tau.
-            s* is measured with the same rounding.
+            s* is measured with the same rounding. Sides of stand-ins are not rounded.
         iterate_from: From this size on, one step of orthogonal iteration from the last eigenvectors
             replaces a new decomposition, at less cost (`kfactk.linalg.orthogonal_iteration`);
             `None` for never. s* is exact in whatever orthonormal basis results.
@@ -102,6 +117,8 @@ class Ekfac(Basis):
         Grosse & Martens 2016, arXiv:1602.01407, for uncorrelated activations: "channels" takes
         their basis, not their values.
     """
+
+    takes_stand_ins: ClassVar[bool] = True
 
     scale: str = attrs.field(default="exact", validator=choice("exact", "running"))
     scale_decay: float | None = attrs.field(default=None, validator=number(0, 1, optional=True))
@@ -158,12 +175,12 @@ class Ekfac(Basis):
     def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> dict[str, Tensor]:
         """Return `{"eigenvalues": [..., n], "eigenvectors": [..., n, n]}`, vectors in columns.
 
-        Of a, which is a diagonal, there are eigenvalues only.
+        Of a and g, which are diagonals, there are eigenvalues only.
 
         Raises:
             DecompositionError: The matrix holds NaN or inf, or the eigensolver failed.
         """
-        if name == "a":
+        if is_diagonal(name):
             if not bool(torch.isfinite(matrix).all()):
                 raise DecompositionError(
                     "a factor holds NaN or inf; raise damping, or look for extreme values"
@@ -195,6 +212,8 @@ class Ekfac(Basis):
         """Return the operator of a scale `[..., d_out, d_in]`."""
         precision = PRECISIONS[self.products]
         left, right, taps = _vectors(decomposition)
+        if not isinstance(left, Tensor) or isinstance(right, tuple):
+            return SidesOperator(scale, damping, left, right, taps, power=self.power)
         return operator_in(
             left,
             right,
@@ -208,7 +227,9 @@ class Ekfac(Basis):
     def moments(self, decomposition: Decomposition, samples: Samples) -> dict[str, Statistic]:
         """Return `{"scale": sum_n (U_G^T D_n U_A)^2}`, null directions pooled."""
         left, right, taps = _vectors(decomposition)
-        if right is not None and right.shape[-1] < samples.d_in:
+        if not isinstance(left, Tensor) or isinstance(right, tuple):
+            square = square_in_parts(samples, left, right, taps)
+        elif right is not None and right.shape[-1] < samples.d_in:
             square = samples.projected_square_of_channels(left, right, taps)
         else:
             widest = left if right is None else right
@@ -241,12 +262,18 @@ class Ekfac(Basis):
         if "scale" not in moments:
             return {}
         left, right, taps = (
-            None
-            if u is None or v is None
-            else product(u.transpose(-1, -2), v, v.dtype, self._rounded(u.shape[-1], v)).square()
-            for u, v in zip(_vectors(old), _vectors(new), strict=True)
+            self._overlap(u, v) for u, v in zip(_vectors(old), _vectors(new), strict=True)
         )
+        assert not isinstance(taps, tuple)
         return {"scale": _pooled(_projected(moments["scale"], left, right, taps), new)}
+
+    def _overlap(self, old: Directions, new: Directions) -> Directions:
+        """Return the squares of `U_old^T U_new`."""
+        if isinstance(old, tuple) and isinstance(new, tuple):
+            return tuple((u.mT @ v).square() for u, v in zip(old, new, strict=True))
+        if not isinstance(old, Tensor) or not isinstance(new, Tensor):
+            return None
+        return product(old.mT, new, new.dtype, self._rounded(old.shape[-1], new)).square()
 
     def _rounded(self, rows: int, right: Tensor) -> torch.dtype | None:
         """Return the precision that a product of so many rows with `right` rounds to."""
@@ -300,21 +327,21 @@ def eigenvalue_products(decomposition: Decomposition, d_in: int | None = None) -
         values = spread(values, taps, d_in)
     elif taps is not None:
         values = products(values, taps)
-    return decomposition["G"]["eigenvalues"].unsqueeze(-1) * values.unsqueeze(-2)
+    return eigenvalues_of("G", decomposition).unsqueeze(-1) * values.unsqueeze(-2)
 
 
 def _eigenvalues(decomposition: Decomposition) -> tuple[Tensor, Tensor | None]:
-    """Return the eigenvalues of A, a or C, and those of K where taps are rotated."""
+    """Return the eigenvalues of A, of what stands for it, or of C; and those of K if rotated."""
     if "C" not in decomposition:
-        return decomposition["A" if "A" in decomposition else "a"]["eigenvalues"], None
+        return eigenvalues_of("A", decomposition), None
     return decomposition["C"]["eigenvalues"], _of_taps(decomposition, "eigenvalues")
 
 
-def _vectors(decomposition: Decomposition) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Return U_G, U_A or U_C or `None` for the coordinates, and U_K where taps are rotated."""
-    left = decomposition["G"]["eigenvectors"]
+def _vectors(decomposition: Decomposition) -> tuple[Directions, Directions, Tensor | None]:
+    """Return the directions of outputs and of inputs (U_A or U_C), and U_K if taps are rotated."""
+    left = directions_of("G", decomposition)
     if "C" not in decomposition:
-        return left, decomposition["A"]["eigenvectors"] if "A" in decomposition else None, None
+        return left, directions_of("A", decomposition), None
     right = decomposition["C"]["eigenvectors"]
     return left, right, _of_taps(decomposition, "eigenvectors")
 
@@ -325,17 +352,19 @@ def _of_taps(decomposition: Decomposition, part: str) -> Tensor | None:
     return None if taps is None or taps.shape[-1] == 1 else taps
 
 
-def _projected(
-    matrix: Tensor, left: Tensor | None, right: Tensor | None, taps: Tensor | None
-) -> Tensor:
+def _projected(matrix: Tensor, left: Directions, right: Directions, taps: Tensor | None) -> Tensor:
     """Return `left^T M right`; for `right` of channels `left^T M blockdiag(right kron taps, 1)`."""
+    if isinstance(left, tuple) or isinstance(right, tuple):
+        return turned(matrix, left, right, taps)
     whole = right is None or right.shape[-1] == matrix.shape[-1]
     return project(matrix, left, right) if whole else project_channels(matrix, left, right, taps)
 
 
 def _pooled(scale: Tensor, decomposition: Decomposition) -> Tensor:
     """Give directions among which the eigensolver chose at will their mean scale."""
-    if "a" not in decomposition:
+    if "C" not in decomposition:
+        scale = pool_side(scale, "A", decomposition)
+    else:
         values, taps = _eigenvalues(decomposition)
         null = linalg.null_mask(values)
         null_taps = None if taps is None else linalg.null_mask(taps)
@@ -343,7 +372,7 @@ def _pooled(scale: Tensor, decomposition: Decomposition) -> Tensor:
             scale = linalg.pool_null(scale, null, -1)
         else:
             scale = pool_channels(scale, null, null_taps)
-    return linalg.pool_null(scale, linalg.null_mask(decomposition["G"]["eigenvalues"]), -2)
+    return pool_side(scale, "G", decomposition)
 
 
 @hookimpl

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -12,11 +14,13 @@ from kfactk import (
     Basis,
     CurvatureOperator,
     Decomposition,
+    DecompositionError,
     FactorContext,
     Tensors,
     hookimpl,
     linalg,
 )
+from kfactk.sides import SIDES, is_diagonal, names_of, side_of, slices_of
 
 
 @attrs.frozen
@@ -29,6 +33,10 @@ class KfacInverse(Basis):
     A constant that moves from A to G does not change the product, within the range of the factors'
     precision. `pi` is 1 where a trace is zero. The Cholesky factors contain the damping of their
     refresh: a changed damping acts at the next refresh only.
+
+    Where a curvature has stand-ins for a wide side, A or G is the diagonal, or the matrix of blocks
+    along its diagonal; the trace in pi is that of the whole side. Each block has a factor of its
+    own.
 
     Example:
         >>> import torch
@@ -44,21 +52,28 @@ class KfacInverse(Basis):
         Martens & Grosse 2015, arXiv:1503.05671, sections 4.2 and 6.3.
     """
 
+    takes_stand_ins: ClassVar[bool] = True
+
     requires = frozenset({"A", "G"})
     laws = frozenset({"rotation-equivariant", "null-space-independent", "exact-when-kronecker"})
-    forms = MappingProxyType({"cholesky": "cholesky"})
+    forms = MappingProxyType({"cholesky": "cholesky", "eigenvalues": "eigenvalues"})
 
     def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> dict[str, Tensor]:
         """Return `{"cholesky": [..., n, n]}`, lower triangular, of the damped A / pi or pi G.
 
         Both factors are then as large as the root of F, and so is the least damping, whatever size
-        A and G have: what lies between the two triangular solves lies between V and P V in size.
+        A and G have: what lies between the two triangular solves lies between V and P V in size. Of
+        a diagonal it is `{"eigenvalues": [..., n]}`, damped likewise.
         """
         mean_a, mean_g = context.mean_diagonal["A"], context.mean_diagonal["G"]
-        pi = linalg.tikhonov_pi(mean_a, mean_g)
-        balance = 1 / pi if name == "A" else pi
-        least = linalg.damping_floor(context.mean_diagonal[name] * balance)
+        pi, side = linalg.tikhonov_pi(mean_a, mean_g), side_of(name)
+        balance = 1 / pi if side == "A" else pi
+        least = linalg.damping_floor(context.mean_diagonal[side] * balance)
         shift = least.clamp(min=context.damping**0.5)
+        if is_diagonal(name):
+            if not bool(torch.isfinite(matrix).all()):
+                raise DecompositionError(f"a factor holds NaN or inf; {linalg.RAISE_DAMPING}")
+            return {"eigenvalues": matrix * balance[..., None] + shift[..., None]}
         return {"cholesky": linalg.cholesky(matrix * balance[..., None, None], shift)}
 
     def operator(
@@ -74,7 +89,7 @@ class KfacOperator(CurvatureOperator):
 
     Args:
         decomposition: Cholesky factors of the damped matrices; `solve` and `condition` read them.
-        matrices: A and G; `multiply` reads them.
+        matrices: A and G, or what stands for them; `multiply` reads them.
     """
 
     decomposition: Decomposition
@@ -82,22 +97,57 @@ class KfacOperator(CurvatureOperator):
 
     def solve(self, v: Tensor) -> Tensor:
         """Return `G^-1 v A^-1` with the damped factors."""
-        lower_a = self.decomposition["A"]["cholesky"].to(v.dtype)
-        lower_g = self.decomposition["G"]["cholesky"].to(v.dtype)
-        half = torch.cholesky_solve(v, lower_g)
-        return torch.cholesky_solve(half.transpose(-1, -2), lower_a).transpose(-1, -2)
+        half = self._on_rows("G", self.decomposition, v, _solve)
+        return self._on_rows("A", self.decomposition, half.transpose(-1, -2), _solve).mT
 
     def multiply(self, v: Tensor) -> Tensor:
         """Return `G v A`."""
-        return self.matrices["G"].to(v.dtype) @ v @ self.matrices["A"].to(v.dtype)
+        half = self._on_rows("G", self.matrices, v, _multiply)
+        return self._on_rows("A", self.matrices, half.transpose(-1, -2), _multiply).mT
 
     def condition(self) -> Tensor:
         """Return a lower bound, from the diagonals of the Cholesky factors."""
         ratio = torch.ones((), device="cpu")
-        for parts in self.decomposition.values():
-            diagonal = parts["cholesky"].diagonal(dim1=-2, dim2=-1)
-            ratio = ratio.to(diagonal) * (diagonal.amax(-1) / diagonal.amin(-1)).square().max()
+        for side in SIDES:
+            names = names_of(side, self.decomposition)
+            found = torch.cat([_damped(self.decomposition[name]) for name in names], -1)
+            ratio = ratio.to(found) * (found.amax(-1) / found.amin(-1)).max()
         return ratio
+
+    def _on_rows(
+        self,
+        side: str,
+        parts: Mapping[str, Any],
+        v: Tensor,
+        apply: Callable[[str, Any, Tensor], Tensor],
+    ) -> Tensor:
+        """Return what a side does to the rows of `v`, block by block."""
+        names = names_of(side, parts)
+        if len(names) == 1:
+            return apply(names[0], parts[names[0]], v)
+        sizes = [_damped(self.decomposition[name]).shape[-1] for name in names]
+        rows = zip(names, slices_of(sizes), strict=True)
+        return torch.cat([apply(name, parts[name], v[..., s, :]) for name, s in rows], -2)
+
+
+def _solve(name: str, parts: Tensors, v: Tensor) -> Tensor:
+    """Return `(M + shift I)^-1 v` of a matrix or diagonal M."""
+    if is_diagonal(name):
+        return v / parts["eigenvalues"].to(v.dtype).unsqueeze(-1)
+    return torch.cholesky_solve(v, parts["cholesky"].to(v.dtype))
+
+
+def _multiply(name: str, matrix: Tensor, v: Tensor) -> Tensor:
+    """Return `M v` of a matrix or diagonal M."""
+    matrix = matrix.to(v.dtype)
+    return matrix.unsqueeze(-1) * v if is_diagonal(name) else matrix @ v
+
+
+def _damped(parts: Tensors) -> Tensor:
+    """Return the damped diagonal, or the squares of that of its Cholesky factor, `[..., n]`."""
+    if "eigenvalues" in parts:
+        return parts["eigenvalues"]
+    return parts["cholesky"].diagonal(dim1=-2, dim2=-1).square()
 
 
 @hookimpl

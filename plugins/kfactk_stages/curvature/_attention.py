@@ -31,9 +31,9 @@ class AttentionReplay:
     dimension of examples is one example.
     """
 
-    def output(self, output: Any) -> Any:
+    def outputs(self, output: Any) -> tuple[Any]:
         """Return y; the weights of the attention are not followed."""
-        return output[0] if isinstance(output, tuple) else output
+        return (output[0] if isinstance(output, tuple) else output,)
 
     def run(self, call: ModuleCall) -> Replayed:
         """Compute y again."""
@@ -55,7 +55,7 @@ class AttentionReplay:
             for tag, inputs, output in zip(TAGS, rows, (q, k, v), strict=True)
             for part, inputs in _parts_of(tag, inputs, call.parameters)
         ]
-        return Replayed(layout.as_given(out), [*inner, InnerCall("out_proj", mixed, out)])
+        return Replayed([layout.as_given(out)], [*inner, InnerCall("out_proj", mixed, out)])
 
 
 @attrs.frozen

@@ -19,6 +19,8 @@ TRANSPOSED: tuple[type[nn.Module], ...] = (
     nn.ConvTranspose2d,
     nn.ConvTranspose3d,
 )
+RECURRENT: tuple[type[nn.Module], ...] = (nn.RNN, nn.LSTM, nn.GRU)
+CELLS: tuple[type[nn.Module], ...] = (nn.RNNCell, nn.LSTMCell, nn.GRUCell)
 HARMLESS = {
     *("__init__", "__new__", "__init_subclass__", "__repr__", "__doc__", "__constants__"),
     *("__module__", "__qualname__", "__firstlineno__", "__static_attributes__", "__slots__"),
@@ -143,6 +145,8 @@ def _against_class(module: nn.Module, covered: tuple[type[nn.Module], ...]) -> s
         )
     if cls is nn.MultiheadAttention:
         return "no curvature for MultiheadAttention here; curvature='attention' covers it"
+    if cls in (*RECURRENT, *CELLS):
+        return f"no curvature for {cls.__name__} here; curvature='rnn' covers it"
     if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
         return f"no curvature for {cls.__name__} here; curvature='conv_kfac' covers convolutions"
     if _stacks_experts(module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import ClassVar, cast
 
@@ -13,15 +13,19 @@ from torch import Tensor, nn
 
 from kfactk import Layer, LayerCall, Samples, Statistic, Tensors, hookimpl
 from kfactk.linalg import block_diagonal, kron, mean_diagonal
-from kfactk.samples import total_of
+from kfactk.samples import gram, total_of
+from kfactk.sides import is_diagonal
 from kfactk_stages.curvature._coverage import CONVOLUTIONS, TRANSPOSED
 from kfactk_stages.curvature._lags import lag_sums, tap_correlation
 from kfactk_stages.curvature._on_demand import OnDemand
 from kfactk_stages.curvature._rows import ConvRows, ImageRows, JoinedSamples, Rows
 from kfactk_stages.curvature._transposed import TransposedRows, smallest, window_of
 from kfactk_stages.curvature._unfold import Window
-from kfactk_stages.curvature.kfac import Kfac, groups_of
+from kfactk_stages.curvature._wide import Reader, read
+from kfactk_stages.curvature.kfac import Kfac, by_inputs, groups_of
 
+OF_CHANNELS = {"Omega", "positions", "lags"}
+"""Factors that are no matrices of the basis."""
 IMAGES = (*CONVOLUTIONS, *TRANSPOSED)
 """Layers on images."""
 
@@ -87,6 +91,10 @@ class ConvKfac(Kfac):
         batch_dim: Which dimension of a linear layer's inputs of rank 3 and more counts the
             examples, from the front.
         chunk_bytes: Bound on temporaries, in bytes. One example is always processed whole.
+        max_side: As for `kfac`. Where A of a convolution is wide, C and K stay as they are; where
+            the channels are, all three are as for "sud", and bases of channels use what stands for
+            A.
+        wide: As for `kfac`.
 
     Raises:
         OptionError: An option has a value that cannot work.
@@ -100,8 +108,9 @@ class ConvKfac(Kfac):
         >>> {name: tuple(s.total.shape) for name, s in factors.items()}
         {'Omega': (2, 2), 'positions': (), 'G': (4, 4)}
         >>> means = {name: s.total / s.count for name, s in factors.items()}
-        >>> {name: tuple(m.shape) for name, m in curvature.assemble(layer, means).items()}
-        {'A': (19, 19), 'C': (2, 2), 'K': (9, 9), 'G': (4, 4)}
+        >>> found = curvature.assemble(layer, means)
+        >>> {name: tuple(found[name].shape) for name in sorted(found)}
+        {'A': (19, 19), 'C': (2, 2), 'G': (4, 4), 'K': (9, 9)}
 
     References:
         Grosse & Martens 2016, "A Kronecker-factored approximate Fisher matrix for convolution
@@ -159,10 +168,13 @@ class ConvKfac(Kfac):
         """Return sum and count of A; for "sua" and "stationary" of a convolution, of Omega.
 
         There T is added where there is a bias, and for "stationary" the products of pixels that are
-        taps apart.
+        taps apart. Where A of a convolution is wide, C and K are measured beside its stand-ins.
         """
-        if self.spatial not in ("sua", "stationary") or not isinstance(layer.module, IMAGES):
-            return super().input_factors(layer, samples)
+        if not self._by_channels(layer):
+            factors = super().input_factors(layer, samples)
+            if isinstance(layer.module, IMAGES) and self._keeps_channels(layer):
+                factors |= tap_moments(layer, samples, self.input_reader(samples))
+            return factors
         assert isinstance(samples, JoinedSamples)
         factors = {"Omega": channel_moment(samples)}
         if layer.bias:
@@ -171,30 +183,67 @@ class ConvKfac(Kfac):
             factors["lags"] = lag_moment(samples)
         return factors
 
+    def stand_ins(self, layer: Layer) -> Mapping[str, tuple[str, ...]]:
+        """Return what stands for the sides of a layer that are wide.
+
+        C and K of a convolution remain where C is not wide; elsewhere A's stand for C, too.
+        """
+        found = super().stand_ins(layer)
+        channels = isinstance(layer.module, IMAGES) and not self.is_wide(_channels(layer))
+        return found if "A" not in found or channels else {**found, "C": found["A"], "K": ()}
+
+    def _by_channels(self, layer: Layer) -> bool:
+        """Return whether the input factor that is kept is Omega."""
+        spatial = self.spatial in ("sua", "stationary") and isinstance(layer.module, IMAGES)
+        return spatial and not self.is_wide(_channels(layer))
+
+    def _keeps_channels(self, layer: Layer) -> bool:
+        """Return whether A is wide and C is not."""
+        return self.is_wide(self.sides(layer)[1]) and not self.is_wide(_channels(layer))
+
     def assemble(self, layer: Layer, factors: Tensors) -> Tensors:
-        """Return those of A, C, K and G that the factors determine, each made when it is read."""
-        makers: dict[str, Callable[[], Tensor]] = {}
+        """Return those of A, C, K and G that the factors determine, each made when it is read.
+
+        Stand-ins come in place of what they stand for.
+        """
+        own = {name: each for name, each in factors.items() if name not in OF_CHANNELS}
+        makers = self.makers(layer, own)
         if "Omega" in factors:
-            correlation = partial(_correlation, layer, factors)
-            makers |= {
-                "A": lambda: _product(layer, factors, correlation()),
-                "C": lambda: factors["Omega"],
-                "K": correlation,
-            }
+            makers |= self._of_channels(layer, factors)
         elif "A" in factors:
             a = factors["A"]
-            makers |= {
-                "A": lambda: a,
-                "C": partial(_over_channels, layer, a),
-                "K": partial(_over_taps, layer, a),
-            }
-        if "G" in factors:
-            makers["G"] = lambda: factors["G"]
+            makers |= {"C": partial(_over_channels, layer, a), "K": partial(_over_taps, layer, a)}
+        elif "K" in factors:
+            makers["K"] = partial(_of_mean_one, factors["K"])
         return OnDemand(makers)
+
+    def _of_channels(self, layer: Layer, factors: Tensors) -> dict[str, Callable[[], Tensor]]:
+        """Return what makes C, K, and A or what stands for it, of Omega."""
+        correlation = partial(_correlation, layer, factors)
+        found: dict[str, Callable[[], Tensor]] = {"C": lambda: factors["Omega"], "K": correlation}
+        for name, columns in self.parts_of("A", self.sides(layer)[1]).items():
+            if is_diagonal(name):
+                found[name] = partial(self._diagonal, layer, factors)
+            elif name == "A":
+                found[name] = lambda: _product(layer, factors, correlation())
+            else:
+                found[name] = partial(_block_of_product, layer, factors, columns)
+        return found
+
+    def _diagonal(self, layer: Layer, factors: Tensors) -> Tensor:
+        """Return the diagonal of `blockdiag(Omega kron K, T)`, or its mean in each place."""
+        a = _diagonal_of_product(layer, factors)
+        return a.mean(-1, keepdim=True).expand(a.shape) if self.wide == "identity" else a
 
 
 def _taps(layer: Layer) -> int:
     return math.prod(layer.tensors()["weight"].shape[2:])
+
+
+def _channels(layer: Layer) -> int:
+    """Return the input channels of a group of a layer on images."""
+    shape = layer.tensors()["weight"].shape
+    return int(shape[0] // groups_of(layer.module) if by_inputs(layer.module) else shape[1])
 
 
 def _correlation(layer: Layer, factors: Tensors) -> Tensor:
@@ -218,6 +267,51 @@ def _product(layer: Layer, factors: Tensors, correlation: Tensor) -> Tensor:
     )
 
 
+def _diagonal_of_product(layer: Layer, factors: Tensors) -> Tensor:
+    """Return the diagonal of `blockdiag(Omega kron K, T)`, `[..., d_in]`."""
+    omega, taps = factors["Omega"], _correlation(layer, factors)
+    channels, each = (m.diagonal(dim1=-2, dim2=-1) for m in (omega, taps))
+    found = (channels.unsqueeze(-1) * each.unsqueeze(-2)).flatten(-2)
+    if not layer.bias:
+        return found
+    positions = factors["positions"].to(omega.dtype).expand(*omega.shape[:-2], 1)
+    return torch.cat([found, positions], -1)
+
+
+def _block_of_product(layer: Layer, factors: Tensors, columns: slice) -> Tensor:
+    """Return rows and columns of `blockdiag(Omega kron K, T)`; the rest of it is never formed."""
+    omega, taps = factors["Omega"], _correlation(layer, factors)
+    many = taps.shape[-1]
+    inside = min(columns.stop, omega.shape[-1] * many)
+    index = torch.arange(columns.start, inside, device=omega.device)
+    channel, tap = index // many, index % many
+    found = omega[..., channel[:, None], channel] * taps[..., tap[:, None], tap]
+    if inside == columns.stop:
+        return found
+    positions = factors["positions"].to(omega.dtype).expand(*omega.shape[:-2], 1, 1)
+    return block_diagonal(found, positions)
+
+
+def tap_moments(layer: Layer, samples: Samples, rows: Reader) -> dict[str, Statistic]:
+    """Return `(1/taps) sum a_k a_k^T` over rows and taps k, and `sum a_c a_c^T` over channels c.
+
+    They are counted by examples, and empty on later passes.
+
+    Args:
+        layer: A layer on images.
+        samples: Its samples.
+        rows: Reads the rows of some examples, `[..., n, T, channels * taps (+ 1)]`.
+    """
+    taps, totals = _taps(layer), dict[str, Tensor]()
+    for each in read(samples, rows, samples.d_in) if samples.first else ():
+        body = each[..., : samples.d_in - layer.bias]
+        body = body.reshape(*each.shape[:-3], -1, body.shape[-1] // taps, taps)
+        for name, part in (("C", gram(body.mT).div_(taps)), ("K", gram(body))):
+            totals[name] = totals[name].add_(part) if name in totals else part
+    count = float(samples.examples * samples.first)
+    return {name: Statistic(totals.get(name), count, symmetric=True) for name in ("C", "K")}
+
+
 def _over_channels(layer: Layer, a: Tensor) -> Tensor:
     """Return the mean of a convolution's A over taps, `[..., channels, channels]`.
 
@@ -235,7 +329,11 @@ def _over_taps(layer: Layer, a: Tensor) -> Tensor:
     """
     if not isinstance(layer.module, IMAGES):
         return a.new_ones(*a.shape[:-2], 1, 1)
-    k = _split(layer, a).diagonal(dim1=-4, dim2=-2).sum(-1)
+    return _of_mean_one(_split(layer, a).diagonal(dim1=-4, dim2=-2).sum(-1))
+
+
+def _of_mean_one(k: Tensor) -> Tensor:
+    """Return a matrix divided by its mean diagonal; the identity where that is zero."""
     mean = mean_diagonal(k)[..., None, None]
     return torch.where(
         mean > 0,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import ClassVar
@@ -10,12 +11,13 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from kfactk import Curvature, Layer, LayerCall, Samples, Statistic, Tensors, hookimpl
+from kfactk import Layer, LayerCall, Samples, Statistic, Tensors, hookimpl
 from kfactk.options import choice, whole
 from kfactk.samples import DEFAULT_CHUNK_BYTES, gram, total_of
 from kfactk_stages.curvature._calls import check_examples, examples_first
 from kfactk_stages.curvature._coverage import TRANSPOSED, conv1d, reason_against
 from kfactk_stages.curvature._rows import JoinedSamples, LinearRows, Rows
+from kfactk_stages.curvature._wide import Reader, WideSides, read
 
 
 def _spatial(curvature: Kfac, attribute: attrs.Attribute[str], value: str) -> None:
@@ -23,7 +25,7 @@ def _spatial(curvature: Kfac, attribute: attrs.Attribute[str], value: str) -> No
 
 
 @attrs.frozen(kw_only=True)
-class Kfac(Curvature):
+class Kfac(WideSides):
     """Kronecker-factored curvature of `nn.Linear`, inputs of any rank.
 
     Conv1D of transformers is covered too: a linear layer that holds its weight as `[d_in, d_out]`.
@@ -40,12 +42,27 @@ class Kfac(Curvature):
     Both are the same, and for one example exact, when T = 1. An input `[d]` is one example,
     `[N, d]` has T = 1, `[N, *, d]` has as many rows as `*` has elements.
 
+    A side of more than `max_side` is not kept whole. With the sums above
+
+        diagonal:  a = diag A                       A_ii alone
+        blocks:    A0, A1, ...                      A_ij within a block of at most `max_side`
+        identity:  a = (tr A / d_in) (1, ..., 1)
+
+    stand for A, and likewise g = diag G or G0, G1, ... for G. Only these are ever summed, so that
+    no matrix is larger than `max_side` squared. EKFAC's scale stays the exact diagonal of the
+    Fisher, in the coordinates or in the eigenbases of the blocks.
+
     Args:
         spatial: How the rows of one example are summed: "sud" (uncorrelated derivatives, also known
             as expand) or "reduce".
         batch_dim: Which dimension of inputs of rank 3 and more counts the examples, from the front:
             1 for sequence-first models.
         chunk_bytes: Bound on temporaries, in bytes. One example is always processed whole.
+        max_side: Longest side that is kept whole; `None` for no limit. At the default of 8192 a
+            side takes up to 1.9 GB while it is decomposed, and 100 s on one core of a CPU, where
+            1024 to 2048 suit better.
+        wide: What stands for a longer side: "diagonal", "blocks" or "identity"; `None` for
+            "diagonal", of which `bind` warns.
 
     Raises:
         OptionError: An option has a value that cannot work.
@@ -144,16 +161,37 @@ class Kfac(Curvature):
         return batched.unsqueeze(1) if batched.ndim == 2 else batched
 
     def input_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
-        """Return sum and count of A."""
-        if self.spatial == "reduce":
-            return {"A": reduced_input_moment(samples)}
-        return {"A": samples.input_moment()}
+        """Return sum and count of A, or of what stands for it."""
+        reduce = self.spatial == "reduce"
+        if not self.is_wide(samples.d_in):
+            return {"A": reduced_input_moment(samples) if reduce else samples.input_moment()}
+        reader = self.input_reader(samples)
+        parts = read(samples, reader, samples.d_in) if samples.first else ()
+        return self.moment("A", samples.d_in, parts, float(samples.examples * samples.first))
+
+    def input_reader(self, samples: Samples) -> Reader:
+        """Return what reads the rows that A is summed over."""
+        return partial(mean_inputs, samples) if self.spatial == "reduce" else samples.inputs
 
     def gradient_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
-        """Return sum and count of G."""
-        if self.spatial == "reduce":
-            return {"G": reduced_grad_moment(samples)}
-        return {"G": samples.grad_moment().scaled(1 / max(1, samples.positions))}
+        """Return sum and count of G, or of what stands for it."""
+        reduce, share = self.spatial == "reduce", 1 / max(1, samples.positions)
+        if not self.is_wide(samples.d_out):
+            if reduce:
+                return {"G": reduced_grad_moment(samples)}
+            return {"G": samples.grad_moment().scaled(share)}
+        rows = partial(summed_gradients, samples) if reduce else samples.gradients
+        parts = read(samples, rows, samples.d_out)
+        found = self.moment("G", samples.d_out, parts, samples.num_terms)
+        return {name: each if reduce else each.scaled(share) for name, each in found.items()}
+
+    def sides(self, layer: Layer) -> tuple[int, int]:
+        """Return d_out and d_in of the layer's matrix, of a group."""
+        shape, groups = layer.tensors()["weight"].shape, groups_of(layer.module)
+        taps = math.prod(shape[2:])
+        if by_inputs(layer.module):
+            return int(shape[1]), int(shape[0]) // groups * taps + layer.bias
+        return int(shape[0]) // groups, int(shape[1]) * taps + layer.bias
 
 
 def groups_of(module: nn.Module) -> int:
@@ -191,18 +229,24 @@ def reduced_input_moment(samples: Samples) -> Statistic:
     """Return `sum_n abar abar^T` with `abar = mean_t a`, `[..., d_in, d_in]`, by examples."""
     if not samples.first:
         return Statistic(None, 0.0)
-    chunks = samples.chunks(samples.positions * samples.d_in)
-    means = (samples.input_sums(rows).unsqueeze(-2) / max(1, samples.positions) for rows in chunks)
+    means = read(samples, partial(mean_inputs, samples), samples.d_in)
     return Statistic(summed_grams(means), float(samples.examples), symmetric=True)
 
 
 def reduced_grad_moment(samples: Samples) -> Statistic:
     """Return `sum_n gsum gsum^T` with `gsum = sum_t g`, `[..., d_out, d_out]`, by terms."""
-    sums = (
-        samples.gradients(rows).sum(-2, keepdim=True)
-        for rows in samples.chunks(samples.positions * samples.d_out)
-    )
+    sums = read(samples, partial(summed_gradients, samples), samples.d_out)
     return Statistic(summed_grams(sums), samples.num_terms, symmetric=True)
+
+
+def mean_inputs(samples: Samples, rows: slice) -> Tensor:
+    """Return `mean_t a` of some examples as a row each, `[..., n, 1, d_in]`."""
+    return samples.input_sums(rows).unsqueeze(-2) / max(1, samples.positions)
+
+
+def summed_gradients(samples: Samples, rows: slice) -> Tensor:
+    """Return `sum_t g` of some examples as a row each, `[..., n, 1, d_out]`."""
+    return samples.gradients(rows).sum(-2, keepdim=True)
 
 
 def summed_grams(parts: Iterable[Tensor]) -> Tensor | None:

@@ -385,7 +385,7 @@ def test_the_pass_gives_autograds_gradients_at_every_edge(monkeypatch: pytest.Mo
 
     def checked(self: Forward, loss: Tensor, start: Tensor, sink: Any) -> None:
         truth = torch.autograd.grad(
-            loss, [call.edge for call in self.calls], retain_graph=True, allow_unused=True
+            loss, [call.edges[0] for call in self.calls], retain_graph=True, allow_unused=True
         )
         by_layer: dict[str, list[Tensor]] = {}
         for call, gradient in zip(self.calls, truth, strict=True):

@@ -30,7 +30,7 @@ from kfactk import (
     Statistic,
     Tensors,
 )
-from kfactk.capture.replay import CallContext, RecordedReplay, recorded_arguments
+from kfactk.capture.replay import CallContext, RecordedReplay, followed, recorded_arguments
 from kfactk.testing._support.ranks import shared_workers
 from kfactk_stages.curvature._attention import AttentionReplay
 from kfactk_stages.curvature.attention import Attention
@@ -216,8 +216,8 @@ class Fused(nn.Module):
 
 
 class FusedReplay:
-    def output(self, output: Any) -> Any:
-        return output
+    def outputs(self, output: Any) -> tuple[Any]:
+        return (output,)
 
     def run(self, call: ModuleCall) -> Replayed:
         [x] = call.args
@@ -225,7 +225,7 @@ class FusedReplay:
         inside = torch.tanh(hidden)
         output = inside @ call.parameters["second"].T
         inner = [InnerCall("first", x, hidden), InnerCall("second", inside, output)]
-        return Replayed(output, inner)
+        return Replayed([output], inner)
 
 
 @attrs.frozen
@@ -281,6 +281,93 @@ def test_a_curvature_of_ones_own_follows_a_fused_module() -> None:
         torch.testing.assert_close(optimizer.layers[f"[{part}]"].factors["G"], g[size])
 
 
+class Twofold(nn.Module):
+    """Two products in one module, which returns what is after each, and one output beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.first = nn.Parameter(torch.randn(5, 4, dtype=F64))
+        self.second = nn.Parameter(torch.randn(3, 5, dtype=F64))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        inside = torch.tanh(x @ self.first.T)
+        beside = torch.cos(x @ self.first.T)  # made from neither
+        return torch.sin(inside @ self.second.T), {"inside": inside, "beside": beside}
+
+
+class TwofoldReplay:
+    def outputs(self, output: Any) -> list[Any]:
+        return [output[0], *output[1].values()]
+
+    def run(self, call: ModuleCall) -> Replayed:
+        [x] = call.args
+        hidden = (x @ call.parameters["first"].T).requires_grad_()
+        inside = torch.tanh(hidden)
+        last = inside @ call.parameters["second"].T
+        inner = [InnerCall("first", x, hidden), InnerCall("second", inside, last)]
+        return Replayed([torch.sin(last), inside, torch.cos(hidden)], inner)
+
+
+@attrs.frozen
+class TwofoldCurvature(FusedCurvature):
+    def unsupported(self, module: nn.Module) -> str | None:
+        return None if type(module) is Twofold else "no Twofold"
+
+    def replay(self, module: nn.Module) -> Replay:
+        return TwofoldReplay()
+
+
+class Using(nn.Module):
+    """Classifies by some of what a module returns."""
+
+    def __init__(self, used: str) -> None:
+        super().__init__()
+        self.inside, self.used = Twofold(), used
+
+    def forward(self, x: Tensor) -> Tensor:
+        last, further = self.inside(x)
+        parts = {"last": last, **{name: each[:, :3] for name, each in further.items()}}
+        return sum((parts[name] for name in self.used.split()), torch.zeros(()))
+
+
+@pytest.mark.parametrize("fisher", ["exact", "empirical"])
+@pytest.mark.parametrize(
+    "used",
+    ["last", "inside", "beside", "last inside", "beside last", "inside beside last"],
+)
+def test_every_followed_output_is_part_of_the_gradient(used: str, fisher: str) -> None:
+    model, (x, y) = Using(used), (batch()[0][:, 0], batch()[1])
+    optimizer = bound(model, curvature=TwofoldCurvature(), fisher=fisher)
+    F.cross_entropy(model(x), y).backward()
+    optimizer.step()
+    twin = Using(used).inside
+    expected = {"first": torch.zeros(5, 5, dtype=F64), "second": torch.zeros(3, 3, dtype=F64)}
+    for row, label in zip(x, y, strict=True):
+        hidden = row @ twin.first.T
+        inside = torch.tanh(hidden)
+        product = inside @ twin.second.T
+        parts = {
+            "last": torch.sin(product),
+            "inside": inside[:3],
+            "beside": torch.cos(hidden)[:3],
+        }
+        logs = sum((parts[name] for name in used.split()), torch.zeros(())).log_softmax(-1)
+        scores = -logs * logs.detach().exp().sqrt() if fisher == "exact" else -logs[label, None]
+        for score in scores:
+            wanted = {"first": hidden, "second": product}
+            grads = torch.autograd.grad(
+                score, list(wanted.values()), retain_graph=True, allow_unused=True
+            )
+            for part, g in zip(wanted, grads, strict=True):
+                if g is not None:
+                    expected[part] += torch.outer(g, g) / len(x)
+    for part, g in expected.items():
+        factors = optimizer.layers[f"inside[{part}]"].factors
+        if factors or g.any():  # without a gradient of its own, a layer may have no factors
+            torch.testing.assert_close(factors["G"], g)
+
+
 # ---------------------------------------------------------------------------------- what is refused
 
 
@@ -312,7 +399,7 @@ def test_a_loss_of_attentions_weights_leaves_its_inputs_plain() -> None:
 class Doubling(AttentionReplay):
     def run(self, call: ModuleCall) -> Replayed:
         again = super().run(call)
-        return attrs.evolve(again, output=2 * again.output)
+        return attrs.evolve(again, outputs=[2 * each for each in again.outputs])
 
 
 class Wrong(Attention):
@@ -334,9 +421,11 @@ def test_other_random_numbers_are_refused() -> None:
     context = CallContext.now(torch.device("cpu"))
     torch.rand(())  # as a kernel of another kind would
     output = attn(x, x, x)[0].detach()
-    again = RecordedReplay("attn", call, context, AttentionReplay(), output, ["in_proj"])
+    again = RecordedReplay(
+        "attn", call, context, AttentionReplay(), followed([output]), ["in_proj"]
+    )
     with pytest.raises(CaptureError, match=r"'attn' gave another output when its call ran again"):
-        again.calls("in_proj", torch.ones_like(output))
+        again.calls("in_proj", {0: torch.ones_like(output)})
 
 
 def test_an_argument_that_changed_is_refused() -> None:
@@ -359,10 +448,12 @@ def test_parameters_whose_memory_is_gone_are_refused() -> None:
     call = recorded_arguments(attn, (x, x, x), {})
     output = attn(x, x, x)[0].detach()
     context = CallContext.now(torch.device("cpu"))
-    again = RecordedReplay("attn", call, context, AttentionReplay(), output, ["in_proj"])
+    again = RecordedReplay(
+        "attn", call, context, AttentionReplay(), followed([output]), ["in_proj"]
+    )
     attn.in_proj_weight.untyped_storage().resize_(0)
     with pytest.raises(CaptureError, match=r"'attn' are no longer gathered.*exclude=\['attn'\]"):
-        again.calls("in_proj", torch.ones_like(output))
+        again.calls("in_proj", {0: torch.ones_like(output)})
 
 
 # -------------------------------------------------------------------------------------------- ranks
@@ -385,18 +476,38 @@ def trained(model: nn.Module, divide: Callable[[Tensor], Tensor], fisher: str) -
     return found(optimizer, model)
 
 
-def on_a_rank(rank: int, way: str, fisher: str) -> dict[str, Tensor]:
-    model = Sharing()
+class Remembering(Sharing):
+    """With two recurrent layers, of which one of three outputs is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn = nn.LSTM(4, 4, 2, batch_first=True).double()
+
+    def attend(self, x: Tensor) -> Tensor:
+        output: Tensor = self.attn(x)[0]
+        return output
+
+
+def on_a_rank(rank: int, kind: type[Sharing], way: str, fisher: str) -> dict[str, Tensor]:
+    model = kind()
     WAYS[way](model, line())
     return trained(model, lambda each: each[rank::2], fisher)
 
 
 @pytest.mark.xdist_group("ranks")
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
-@pytest.mark.parametrize(("way", "fisher"), [("root only", "empirical"), ("nested", "exact")])
-def test_fully_sharded_ranks_equal_one_process(way: str, fisher: str) -> None:
-    truth = trained(Sharing(), lambda each: each, fisher)
-    for ours in shared_workers().run(2, on_a_rank, way, fisher):
+@pytest.mark.parametrize(
+    ("kind", "way", "fisher"),
+    [
+        (Sharing, "root only", "empirical"),
+        (Sharing, "nested", "exact"),
+        (Remembering, "nested", "empirical"),
+        (Remembering, "root only", "exact"),
+    ],
+)
+def test_fully_sharded_ranks_equal_one_process(kind: type[Sharing], way: str, fisher: str) -> None:
+    truth = trained(kind(), lambda each: each, fisher)
+    for ours in shared_workers().run(2, on_a_rank, kind, way, fisher):
         assert ours.keys() == truth.keys()
         for name, expected in truth.items():
             torch.testing.assert_close(ours[name], expected, rtol=1e-9, atol=1e-11)

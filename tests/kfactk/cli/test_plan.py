@@ -4,6 +4,7 @@ import json
 import re
 import shlex
 import sys
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,31 @@ def test_plan_says_if_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
         out,
     )
     assert "Take a smaller batch, or more ranks." in out
+
+
+def wide_model() -> nn.Module:
+    return nn.Sequential(OrderedDict(fc=nn.Linear(64, 8000), head=nn.Linear(8000, 4)))
+
+
+def test_plan_says_no_where_a_worst_step_takes_minutes(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["plan", "--model", f"{__name__}:wide_model", "--input", "64", "--device", "cpu"]
+    arguments += ["--placement", "replicated"]
+    assert main(arguments) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert " no: slow " in out
+    assert re.search(r"1 rank: no: a worst step of \d+(\.\d)? min: \w of layer \w+ \(800\d x", out)
+    pasted = re.search(r"--curvature '({.*?})'", out)
+    assert pasted is not None
+    assert "--exclude" in out
+    assert "--stagger" in out
+    assert main([*arguments, "--curvature", pasted[1]]) == 0
+    assert " no" not in capsys.readouterr().out.split("compute, messages")[0]
+    assert main([*arguments, "--json"]) == 0
+    [row] = json.loads(capsys.readouterr().out)["rows"]
+    assert (row["fits"], row["recommended"]) == (True, False)
+    assert "8000" in row["slow"] or "8001" in row["slow"]
 
 
 def test_plan_measures_this_machine(capsys: pytest.CaptureFixture[str]) -> None:

@@ -332,6 +332,27 @@ def test_training_load_of_attention_counts_its_second_run(across: bool) -> None:
     assert load.layers["attn[out_proj]"].factors.products == 2 * product
 
 
+class Remembering(nn.Module):
+    """Classifies by the last h."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rnn, self.head = nn.LSTM(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.rnn(x.transpose(0, 1))[1][0][-1])
+
+
+def test_training_load_of_a_recurrent_module_counts_its_second_run() -> None:
+    with META:
+        model = Remembering()
+    load = training_load(model, kfactk.build(curvature="all"), meta_batch("5x6", 4))
+    inputs, step, head = 2 * 4 * 5 * 6 * 32, 2 * 4 * 8 * 32, 2 * 4 * 8 * 3
+    assert load.fisher_pass.products == head + inputs + 5 * step + 4 * step
+    factors = load.layers["rnn[ih_l0]"].factors.products, load.layers["rnn[hh_l0]"].factors.products
+    assert factors == (2 * 20 * (7**2 + 32**2), 2 * 20 * (9**2 + 32**2))
+
+
 @pytest.mark.parametrize(
     ("basis", "moments", "solving", "parts"), [("soap", 1, 2, 2), ("shampoo", 0, 1, 2)]
 )

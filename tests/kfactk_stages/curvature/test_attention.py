@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any, ClassVar
 
-import attrs
 import pytest
 import torch
 from torch import Tensor, nn
@@ -13,16 +12,12 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import kfactk
-from kfactk import Layer, LayerCall, Optimizer
-from kfactk.capture.forward import Forward
-from kfactk.capture.hooks import ModelHooks
-from kfactk.preconditioner.coverage import ModelSurvey
-from kfactk.preconditioner.rules import BlockRule
+from kfactk import Optimizer
 from kfactk.testing import CurvatureLaws, PipelineLaws
 from kfactk.testing._support.truth import solve
-from kfactk_stages.basis.ekfac import Ekfac
 from kfactk_stages.curvature.attention import Attention
 from tests.kfactk.dense import ekfac_block, exact_scale, kfac_block, pooled
+from tests.kfactk_stages.curvature.inside import Inside, deviation, rows
 
 N, L, S, E = 3, 4, 5, 6
 
@@ -39,70 +34,8 @@ class Calls(nn.Module):
         return self.function(self.attn, *args)
 
 
-@attrs.define(eq=False)
-class Listener:
-    """Takes the calls of followed layers with the gradient of `(output * cotangent).sum()`."""
-
-    layers: Sequence[Layer]
-    cotangent: Tensor
-    found: dict[str, list[LayerCall]] = attrs.Factory(dict)
-
-    def _begin_forward(self) -> Sequence[Layer]:
-        return self.layers
-
-    def _end_forward(self, forward: Forward) -> None:
-        output = forward.output
-        forward.run((output * self.cotangent).sum(), output, self._take)
-
-    def _take(self, layer: Layer, calls: list[LayerCall]) -> None:
-        self.found[layer.name] = calls
-
-
-def layers_of(model: nn.Module) -> list[Layer]:
-    survey = ModelSurvey(model, [BlockRule(Attention(), Ekfac())])
-    return [layer for layer, _ in survey.layers({id(p) for p in model.parameters()})]
-
-
-def gradients_inside(model: nn.Module, args: Sequence[Any], cotangent: Tensor) -> dict[str, Tensor]:
-    """Return D of each layer inside attention, by the Fisher pass."""
-    layers = layers_of(model)
-    listener = Listener(layers, cotangent)
-    hooks = ModelHooks(model, listener, evaluation=True)
-    torch.manual_seed(7)
-    model(*args)
-    hooks.close()
-    return {
-        layer.name: Attention()
-        .samples(layer, listener.found[layer.name], num_terms=1.0, first=True)
-        .per_example_gradients()
-        for layer in layers
-    }
-
-
-def autograds(model: nn.Module, args: Sequence[Any], cotangent: Tensor) -> dict[str, Tensor]:
-    """Return D of each layer, example by example, by one backward for each example."""
-    torch.manual_seed(7)
-    output, found = model(*args), {}
-    for layer in layers_of(model):
-        own, matrices = layer.tensors(), []
-        for n in range(len(output)):
-            alone = (output[n] * cotangent[n]).sum()
-            grads = torch.autograd.grad(alone, list(own.values()), retain_graph=True)
-            matrices.append(Attention().matrix(layer, dict(zip(own, grads, strict=True))))
-        found[layer.name] = torch.stack(matrices, -3)
-    return found
-
-
-def deviation(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:
-    """Return the largest relative deviation of any layer."""
-    assert found.keys() == expected.keys()
-    assert found
-    return max(float((found[k] - expected[k]).norm() / expected[k].norm()) for k in expected)
-
-
-def rows(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator, dtype=torch.float64)
+INSIDE = Inside(Attention())
+layers_of, gradients_inside, autograds = INSIDE.layers_of, INSIDE.gradients, INSIDE.autograds
 
 
 def itself(attn: Any, x: Tensor, **how: Any) -> Tensor:

@@ -1,0 +1,161 @@
+"""What `bind` says of the size of a model's curvature, before anything is allocated."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import attrs
+
+from kfactk.errors import MemoryExhaustedError
+from kfactk.optim.settings import Settings
+from kfactk.preconditioner.block import Block
+from kfactk.preconditioner.coverage import told_bytes, told_seconds
+from kfactk.preconditioner.footprint import Footprint, footprint_of
+from kfactk.preconditioner.memory import free_bytes, local_ranks, peak_bytes
+from kfactk.preconditioner.placement import BlockPlacement
+from kfactk.registry.registry import registry
+from kfactk.stages import Curvature
+
+SMALL = 2**25
+"""Bytes that are not worth a look at shapes."""
+SLOW = 60.0
+"""Seconds of a decomposition that is worth a warning."""
+SHOWN = 4
+"""How many layers a message names."""
+
+
+def check_sizes(blocks: Sequence[Block], placement: BlockPlacement, recipe: Settings) -> str:
+    """Check that the curvature of a model fits into memory, and return a warning, or "".
+
+    Where the bytes that are needed, or free, cannot be known, nothing is refused.
+
+    Args:
+        blocks: The blocks of the model.
+        placement: Which rank does what.
+        recipe: The recipe, for what to paste.
+
+    Raises:
+        MemoryExhaustedError: It does not fit.
+        CombinationError: A basis does not take what stands for a wide side.
+    """
+    wide = [b for b in blocks if b.requires != b.basis.requires]
+    if not wide and sum(_most_bytes(block) for block in blocks) < SMALL:
+        return ""
+    known = {block: footprint_of(block) for block in blocks}
+    found = [each for each in known.values() if each is not None]
+    _check_memory(found, blocks, placement, recipe)
+    unasked = [b for b in wide if not b.curvature.asked_for_stand_ins]
+    slow = [each for each in found if (each.seconds or 0.0) >= SLOW]
+    return " ".join(
+        ([_told_of_wide(unasked, known)] if unasked else [])
+        + ([_told_of_slow(slow, blocks)] if slow else [])
+    )
+
+
+def _most_bytes(block: Block) -> float:
+    """Return more bytes than the matrices of a layer's two sides take.
+
+    A side holds one of the first two dimensions of the weight, and may hold all further ones.
+    """
+    shape = block.layer.anchor.shape
+    return 80 * (shape.numel() / max(1, min(shape[:2], default=1)) + 1) ** 2
+
+
+def _check_memory(
+    found: Sequence[Footprint],
+    blocks: Sequence[Block],
+    placement: BlockPlacement,
+    recipe: Settings,
+) -> None:
+    device = blocks[0].layer.anchor.device
+    free = free_bytes(device)
+    if free is None:
+        return
+    if device.type == "cpu":
+        free //= local_ranks()
+    mine = [_on_this_rank(each, placement) for each in found]
+    needed = peak_bytes(mine, slots=recipe.schedule.slots)
+    if needed <= free:
+        return
+    order = sorted(mine, key=lambda each: -(each.kept + each.factors + each.workspace))
+    layers = ", ".join(
+        f"{_called(each.layer)} {told_bytes(each.kept)} ({each.largest})" for each in order[:SHOWN]
+    )
+    more = f" and {len(order) - SHOWN} more" if len(order) > SHOWN else ""
+    remedies = [f"leave layers out, exclude={[order[0].path]}"] if order[0].path else []
+    block = next(b for b in blocks if b.name == order[0].layer)
+    if (pasted := _with_option(block.curvature, "max_side", _shorter(order[0]))) is not None:
+        remedies.append(f"let shorter sides be whole, {pasted}")
+    if recipe.schedule.slots == 1 and len(order) > 1:
+        remedies.append("decompose layers in different steps, stagger=True")
+    remedies.append("or divide the work among ranks, placement='mem_opt'")
+    raise MemoryExhaustedError(
+        f"the curvature of this model needs {told_bytes(needed)} in the step that decomposes it, "
+        f"and {told_bytes(free)} are free on {device}. Layers: {layers}{more}. To lower it: "
+        f"{'; '.join(remedies)}."
+    )
+
+
+def _on_this_rank(footprint: Footprint, placement: BlockPlacement) -> Footprint:
+    """Return what a layer takes on this rank."""
+    if placement.everywhere(footprint.layer) and not placement.divided(footprint.layer):
+        return footprint
+    keeps = placement.decomposes(footprint.layer)
+    holds = placement.holds(footprint.layer)
+    return attrs.evolve(
+        footprint,
+        factors=footprint.factors if keeps else 0,
+        decomposition=footprint.decomposition if holds or keeps else 0,
+        moments=footprint.moments if holds else 0,
+        workspace=footprint.workspace if keeps else 0,
+    )
+
+
+def _told_of_wide(blocks: Sequence[Block], known: Any) -> str:
+    """Return the warning of layers with a wide side."""
+    layers = []
+    for block in blocks[:SHOWN]:
+        words = known[block].wide if known[block] is not None else ()
+        layers.append(f"{_called(block.name)}{' (' + ', '.join(words) + ')' if words else ''}")
+    more = f" and {len(blocks) - SHOWN} more" if len(blocks) > SHOWN else ""
+    pasted = _with_option(blocks[0].curvature, "wide", "diagonal")
+    accept = "" if pasted is None else f" To accept that, give {pasted}; 'blocks' keeps more of it."
+    return f"layers have a side that is too wide to be a matrix: {', '.join(layers)}{more}.{accept}"
+
+
+def _told_of_slow(slow: Sequence[Footprint], blocks: Sequence[Block]) -> str:
+    """Return the warning of layers whose decomposition takes minutes."""
+    slow = sorted(slow, key=lambda each: -(each.seconds or 0.0))
+    layers = ", ".join(
+        f"{_called(each.layer)} {told_seconds(each.seconds or 0.0)} ({each.largest})"
+        for each in slow[:SHOWN]
+    )
+    block = next(b for b in blocks if b.name == slow[0].layer)
+    pasted = _with_option(block.curvature, "max_side", _shorter(slow[0]))
+    remedies = [f"let shorter sides be whole, {pasted}"] if pasted is not None else []
+    remedies += [f"leave layers out, exclude={[slow[0].path]}"] if slow[0].path else []
+    remedies = remedies or ["choose a basis of smaller matrices"]
+    return (
+        f"one decomposition will take about: {layers}, on one core of a server or an H100. To "
+        f"lower it, {'; or '.join(remedies)}."
+    )
+
+
+def _called(layer: str) -> str:
+    return repr(layer) if layer else "(root)"
+
+
+def _shorter(footprint: Footprint) -> int:
+    """Return a longest side that lowers what the layer takes."""
+    longest = max((shape[-1] for shape in footprint.shapes.values()), default=0)
+    return max(64, min(4096, longest // 4))
+
+
+def _with_option(curvature: Curvature, name: str, value: Any) -> str | None:
+    """Return the argument of `build` that gives a curvature an option; `None` without it."""
+    kind = type(curvature)
+    field = attrs.fields_dict(kind).get(name) if attrs.has(kind) else None
+    if field is None or not field.init:
+        return None
+    return f"curvature={registry().describe('curvature', curvature) | {name: value}}"

@@ -1,0 +1,205 @@
+"""What the curvature of each layer will take, before it is there: bytes, and seconds.
+
+Shapes come from a call on zeros on the meta device, and from the decomposition of a small corner of
+each matrix. Nothing large is allocated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+
+import attrs
+import torch
+from torch import nn
+
+from kfactk.assignment import is_square
+from kfactk.errors import PluginError
+from kfactk.preconditioner.block import Block, Parts
+from kfactk.preconditioner.coverage import Coverage, CoveredLayer, Row
+from kfactk.samples import working_dtype
+from kfactk.sides import SIDES, groups_of_shape, is_diagonal, names_of, with_sides
+from kfactk.timing import SOLVER_RATES
+
+GROUPS, ROWS, COLUMNS = 3, 5, 7
+"""Sides of a corner. They differ, so that each tells in the result which side it stands for."""
+WORKSPACE = {"eigh": 3, "cholesky": 4}
+"""Copies of a matrix that its decomposition needs besides the result, as measured on a CPU."""
+
+
+@attrs.frozen
+class Footprint:
+    """What the curvature of one layer takes.
+
+    Args:
+        layer: The layer's name.
+        path: Its module's name.
+        shapes: Shapes of its matrices by name.
+        factors: Bytes of its averaged factors.
+        decomposition: Bytes of what its basis makes of them.
+        moments: Bytes of its moments, one number for each parameter, and of the operator that is
+            made of them.
+        workspace: Bytes that the decomposition of its largest matrix needs besides.
+        seconds: Of its decomposition, predicted for one core of a server or an H100; `None` where
+            the solver or the device is not known.
+        wide: What stands for its wide sides, in words.
+    """
+
+    layer: str
+    path: str
+    shapes: Mapping[str, tuple[int, ...]]
+    factors: int
+    decomposition: int
+    moments: int
+    workspace: int
+    seconds: float | None
+    wide: tuple[str, ...]
+
+    @property
+    def kept(self) -> int:
+        """Bytes between steps."""
+        return self.factors + self.decomposition + self.moments
+
+    @property
+    def largest(self) -> str:
+        """Its largest matrix in words, such as "G 8000 x 8000"."""
+        if not self.shapes:
+            return "no matrix"
+        name = max(self.shapes, key=lambda each: math.prod(self.shapes[each]))
+        return f"{name} {' x '.join(map(str, self.shapes[name]))}"
+
+
+def footprint_of(block: Block) -> Footprint | None:
+    """Return what the curvature of a block will take; `None` where a stage needs numbers to tell.
+
+    Raises:
+        CombinationError: The basis does not take the layer's stand-ins.
+        PluginError: A stage failed.
+    """
+    requires = block.requires
+    try:
+        return _footprint(block, requires)
+    except (PluginError, RuntimeError) as error:
+        cause = error.__cause__ or error
+        if isinstance(cause, NotImplementedError) or "meta" in str(cause):
+            return None
+        raise
+
+
+def _footprint(block: Block, requires: frozenset[str]) -> Footprint:
+    layer, device = block.layer, block.layer.anchor.device
+    assert isinstance(layer, CoveredLayer)
+    held = {
+        name: nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"))
+        for name, p in layer.tensors().items()
+    }
+    blank = Block(attrs.evolve(layer, held=held), block.curvature, block.basis)
+    sums = blank.blank_factors()
+    work = blank.work(sums)
+    parts = decompose_corners(blank, work.matrices)
+    item = working_dtype(layer.anchor.dtype).itemsize
+    solvers = {name: _solver(block, made) for name, made in parts.items()}
+    return Footprint(
+        layer.name,
+        layer.path,
+        work.matrices,
+        item * sum(s.total.numel() for s in sums.values() if s.total is not None),
+        item * sum(part.numel() for made in parts.values() for part in made.values()),
+        item * (2 * math.prod(work.gradient) if block.basis.moments_from else 0),
+        item
+        * max(
+            (
+                WORKSPACE.get(solvers[name], 0) * math.prod(shape[-2:])
+                for name, shape in work.matrices.items()
+            ),
+            default=0,
+        ),
+        _seconds(work.matrices, solvers, device.type),
+        tuple(_words(block, work.gradient, sums)),
+    )
+
+
+def _solver(block: Block, made: Mapping[str, torch.Tensor]) -> str:
+    """Return what decomposes a matrix, by the forms that the basis states: "" for nothing known."""
+    forms = {block.basis.forms.get(name) for name in made}
+    return "cholesky" if "cholesky" in forms else "eigh" if "eigenvectors" in forms else ""
+
+
+def _seconds(
+    shapes: Mapping[str, tuple[int, ...]], solvers: Mapping[str, str], device: str
+) -> float | None:
+    rates, total = SOLVER_RATES.get(device), 0.0
+    for name, shape in shapes.items():
+        if is_diagonal(name) or not is_square(shape):
+            continue
+        if rates is None or not solvers[name]:
+            return None
+        total += math.prod(shape[:-2]) * rates.seconds(solvers[name], shape[-1])
+    return total
+
+
+def _words(block: Block, gradient: tuple[int, ...], sums: Mapping[str, object]) -> Iterator[str]:
+    """Yield what stands for each wide side, such as "output side 50257: diagonal"."""
+    stand_ins = block.curvature.stand_ins(block.layer)
+    for side, n in zip(SIDES, (gradient[-1], gradient[-2]), strict=True):
+        if side not in stand_ins or not names_of(side, block.requires):
+            continue
+        names = stand_ins[side]
+        what = f"{len(names)} blocks"
+        if len(names) == 1 and is_diagonal(names[0]):
+            total = getattr(sums.get(names[0]), "total", None)
+            what = "identity" if total is not None and total.shape[-1] == 1 < n else "diagonal"
+        yield f"{SIDES[side]} side {n}: {what}"
+
+
+def decompose_corners(block: Block, shapes: Mapping[str, tuple[int, ...]]) -> Parts:
+    """Return a block's decomposition without numbers, on the meta device.
+
+    Decompositions need numbers: a small corner of each matrix is decomposed instead, which tells
+    the shapes of the result.
+
+    Args:
+        block: The block.
+        shapes: The shapes of its matrices, by name.
+    """
+    corners, means = {}, {}
+    for name, shape in shapes.items():
+        lead = groups_of_shape(name, shape)
+        groups = (GROUPS,) * (len(shape) - 2 if lead is None else len(lead))
+        if lead is None:
+            corners[name] = torch.ones(*groups, *(ROWS, COLUMNS)[-len(shape) :])
+            continue
+        means[name] = torch.ones(groups)
+        if is_diagonal(name):
+            corners[name] = torch.ones(*groups, COLUMNS)
+        else:
+            corners[name] = torch.eye(COLUMNS).expand(*groups, COLUMNS, COLUMNS).clone()
+    small = block.decompose(1.0, corners, with_sides(means, dict.fromkeys(means, COLUMNS)))
+    parts: Parts = {}
+    for name, found in small.items():
+        shape = shapes[name]
+        lead = groups_of_shape(name, shape)
+        rows = shape[-2] if len(shape) > 1 else 1
+        full = {
+            GROUPS: math.prod(shape[:-2] if lead is None else lead),
+            ROWS: rows,
+            COLUMNS: shape[-1],
+        }
+        parts[name] = {}
+        for key, part in found.items():
+            sides = [full.get(side, side) for side in part.shape]
+            parts[name][key] = torch.empty(sides, dtype=part.dtype, device="meta")
+    return parts
+
+
+def with_footprints(coverage: Coverage, blocks: Iterable[Block]) -> Coverage:
+    """Return a coverage table with what the curvature of each block takes."""
+    found = {block.name: footprint_of(block) for block in blocks}
+
+    def row(row: Row) -> Row:
+        each = None if row.block is None else found.get(row.block)
+        if each is None:
+            return row
+        return attrs.evolve(row, bytes=each.kept, seconds=each.seconds, wide=each.wide)
+
+    return Coverage(tuple(map(row, coverage)))

@@ -1,0 +1,107 @@
+"""The two sides of a layer's curvature, and the matrices that stand for one that is wide.
+
+A layer's matrix `[..., d_out, d_in]` has an input side of n = d_in and an output side of n = d_out.
+A side is kept in one of three forms, which the names of its matrices tell:
+
+    A, G            whole, `[..., n, n]`
+    a, g            its diagonal, `[..., n]`
+    A0, A1, ...     blocks along its diagonal, in order; for outputs G0, G1, ...
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+from torch import Tensor
+
+SIDES = {"A": "input", "G": "output"}
+"""What each side is called."""
+DIAGONALS = {"A": "a", "G": "g"}
+"""The name of the diagonal of each side."""
+_WHOLE = {diagonal: side for side, diagonal in DIAGONALS.items()}
+_BLOCK = re.compile(r"([AG])([0-9]+)")
+
+
+def side_of(name: str) -> str:
+    """Return the side that a matrix stands for; the name itself where it is another matrix.
+
+    Example:
+        >>> side_of("a"), side_of("G12"), side_of("C")
+        ('A', 'G', 'C')
+    """
+    block = _BLOCK.fullmatch(name)
+    return block[1] if block else _WHOLE.get(name, name)
+
+
+def is_diagonal(name: str) -> bool:
+    """Return whether a matrix is the diagonal of a side."""
+    return name in _WHOLE
+
+
+def names_of(side: str, names: Iterable[str]) -> list[str]:
+    """Return which of `names` stand for a side, blocks in their order.
+
+    Example:
+        >>> names_of("A", {"A10", "A2", "G"}), names_of("A", ["a", "G"]), names_of("A", ["A", "K"])
+        (['A2', 'A10'], ['a'], ['A'])
+    """
+    return sorted((name for name in names if side_of(name) == side), key=lambda n: (len(n), n))
+
+
+def block_slices(n: int, most: int) -> dict[str, slice]:
+    """Return the fewest blocks of at most `most` that divide n, as equal as can be.
+
+    Returns:
+        The slice of each block by its number.
+
+    Example:
+        >>> block_slices(7, 3)
+        {'0': slice(0, 3, None), '1': slice(3, 5, None), '2': slice(5, 7, None)}
+    """
+    count = -(-n // most)
+    sizes = [n // count + (number < n % count) for number in range(count)]
+    return {str(number): each for number, each in enumerate(slices_of(sizes))}
+
+
+def slices_of(sizes: Iterable[int]) -> list[slice]:
+    """Return consecutive slices of these sizes."""
+    found, start = [], 0
+    for size in sizes:
+        found.append(slice(start, start + size))
+        start += size
+    return found
+
+
+def groups_of_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Return the leading dimensions of a square matrix or a diagonal; `None` for other tensors."""
+    if is_diagonal(name):
+        return shape[:-1]
+    return shape[:-2] if len(shape) >= 2 and shape[-1] == shape[-2] else None
+
+
+def mean_of(name: str, matrix: Tensor) -> Tensor:
+    """Return `trace / dimension` of a square matrix, or of the one with this diagonal."""
+    return (matrix if is_diagonal(name) else matrix.diagonal(dim1=-2, dim2=-1)).mean(-1)
+
+
+def with_sides(means: Mapping[str, Tensor], sizes: Mapping[str, int]) -> dict[str, Tensor]:
+    """Return the mean diagonals of matrices, and of each side that they stand for together.
+
+    Args:
+        means: Mean diagonal of each matrix.
+        sizes: Dimension of each.
+
+    Example:
+        >>> import torch
+        >>> with_sides({"A0": torch.tensor(1.0), "A1": torch.tensor(4.0)}, {"A0": 2, "A1": 1})["A"]
+        tensor(2.)
+    """
+    found = dict(means)
+    for side in SIDES:
+        names = names_of(side, means)
+        if names and side not in means:
+            weights = {name: sizes[name] / sum(sizes[n] for n in names) for name in names}
+            parts = [means[name] * weight for name, weight in weights.items()]
+            found[side] = sum(parts[1:], parts[0])
+    return found
