@@ -246,7 +246,7 @@ def variants(family: Variants) -> list[tuple[str, int]]:
     return [(name, number) for name, each in family.items() for number in range(len(each))]
 
 
-OTHER_LAYERS = {"curvature": {"attention", "embedding", "norm"}, "basis": {"unitwise"}}
+OTHER_LAYERS = {"curvature": {"attention", "embedding", "norm", "rnn"}, "basis": {"unitwise"}}
 """Stages for layers that the model here does not have: see test_optimizer_blocks."""
 
 
