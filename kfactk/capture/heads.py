@@ -4,8 +4,9 @@ With several heads k, whose losses are means over M_k likelihood terms and add u
 
     loss = sum_k w_k loss_k,    F = sum_k w_k F_k.
 
-Each head has Fisher passes of its own, so their gradients never mix. Sums are divided by M_1, the
-number of terms of the first head: the losses of head k are multiplied by sqrt(w_k M_1 / M_k).
+Each head has Fisher passes of its own, so their gradients never mix. Sums are divided by N, the
+number of examples: the losses of head k are multiplied by sqrt(w_k N / M_k). A head without a term
+in a forward adds nothing there, as to the loss.
 """
 
 from __future__ import annotations
@@ -96,14 +97,24 @@ class HeadView:
         assert self.head is not None
         return self.head.likelihood
 
-    def factor(self, first: HeadView) -> Tensor | float:
-        """Return what its Fisher losses are multiplied by; `first` has the terms that count."""
+    def factor(self, terms: Tensor | float) -> Tensor | float:
+        """Return what its Fisher losses are multiplied by, where sums are divided by `terms`."""
         assert self.head is not None
-        if self is first:
+        if terms is self.terms:
             return float(self.head.weight**0.5)
         own = torch.as_tensor(self.terms, dtype=torch.float64, device=self.view.device)
-        share = torch.where(own > 0, first.terms / own.clamp(min=1e-300), 0.0)
+        share = torch.where(own > 0, terms / own.clamp(min=1e-300), 0.0)
         return (self.head.weight * share).sqrt().to(self.view.dtype)
+
+
+def terms_of(heads: Sequence[HeadView]) -> Tensor | float:
+    """Return the number that the sums of a forward are divided by.
+
+    It is the number of terms of a single head; of several, the number of examples.
+    """
+    if len(heads) == 1 or heads[0].head is None:
+        return heads[0].terms
+    return float(max(len(head.view) for head in heads))
 
 
 def with_class_axis(

@@ -189,6 +189,47 @@ def test_masks_belong_to_their_heads(model: Heads):
     )
 
 
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("fisher", ["exact", "mc", "empirical"])
+def test_a_head_whose_labels_are_all_masked_leaves_the_others(
+    model: Heads, order: int, fisher: str
+):
+    """Two tasks that alternate: each batch has the labels of one."""
+    heads = [
+        kfactk.head("policy", {"name": "categorical", "targets": "one"}),
+        kfactk.head("rest.1", {"name": "categorical", "class_axis": -1, "targets": "other"}),
+    ][::order]
+    x = torch.randn(N, 4, dtype=torch.float64)
+    optimizer = made(model, likelihood=heads, fisher=fisher, observe="manual", exclude=["value"])
+    output, labels = model(x), torch.randint(2, (N, T))
+    optimizer.observe(one=torch.full((N,), -100), other=labels)
+    F.cross_entropy(output["rest"][1].flatten(0, 1), labels.flatten()).backward()
+    optimizer.step()
+    factors = {name: view.factors for name, view in optimizer.layers.items()}
+    assert float(factors["aux"]["G"].trace()) > 0
+    if fisher == "exact":
+        before, PARTS[:] = list(PARTS), [(PARTS[2][0], 1.0, T * N)]
+        try:
+            expected = globals()["factors"](model, x)
+        finally:
+            PARTS[:] = before
+        for name in ("aux", "trunk"):
+            torch.testing.assert_close(
+                factors[name]["G"], expected[name][1], rtol=1e-12, atol=1e-14
+            )
+
+
+def test_empirical_factors_do_not_depend_on_the_order_of_heads(model: Heads):
+    x, found = torch.randn(N, 4, dtype=torch.float64), []
+    for heads in (HEADS, HEADS[::-1]):
+        optimizer = made(model, likelihood=heads, fisher="empirical")
+        step(model, optimizer, x)
+        found.append(optimizer.layers["trunk"].factors["G"])
+        optimizer.close()
+        model.zero_grad()
+    torch.testing.assert_close(*found)
+
+
 def test_a_mapping_names_the_heads_by_their_places():
     named = kfactk.build(likelihood={"policy": "categorical", "value": "gaussian"})
     listed = kfactk.build(
