@@ -344,7 +344,7 @@ class FisherPass:
         axis = getattr(told.likelihood, "class_axis", None)
         warnings.warn(
             f"the output of shape {list(output.shape)} has its classes in dimension {axis}, as the "
-            "last layer and the arguments of the model tell. Give the likelihood "
+            "last layer tells. Give the likelihood "
             f"class_axis={axis} to say so yourself (said once)",
             KfactkWarning,
             stacklevel=2,

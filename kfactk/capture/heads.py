@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from kfactk.capture.forward import TracedCall
+from kfactk.capture.outputs import OutputView
 from kfactk.capture.support import model_output
 from kfactk.errors import CaptureError, near_names
 from kfactk.stages import Likelihood
@@ -117,40 +118,54 @@ def terms_of(heads: Sequence[HeadView]) -> Tensor | float:
     return float(max(len(head.view) for head in heads))
 
 
+COPIES = {"AliasBackward0", "CloneBackward0", "ToCopyBackward0"}
+"""Nodes between the last layer and the output that change neither values nor shapes."""
+
+
 def with_class_axis(
     head: Head, output: Tensor, batch: Mapping[str, Any], calls: Sequence[TracedCall]
 ) -> Head | None:
     """Return a head that knows where its classes are; `None` where that cannot be told.
 
+    The layer that made the output tells. A convolution has its channels in dimension 1. A linear
+    layer has its outputs last; but it may have been applied along time, so integer arguments of the
+    forward (tokens, labels) must have the shape of the output without its last dimension.
+
     Args:
         head: A head whose likelihood has `class_axis=None`.
         output: Its output.
-        batch: The arguments of the forward. Integers of the shape of the output without one
-            dimension are labels or tokens, so the classes are in that dimension.
-        calls: The recorded calls. A layer that made an output of this shape is the last one: the
-            classes are the last dimension of a linear layer, the second of a convolution.
+        batch: The arguments of the forward.
+        calls: The recorded calls.
     """
     likelihood: Any = head.likelihood
     if getattr(likelihood, "class_axis", 0) is not None or output.ndim < 3:
         return None
-    shape, evidence = list(output.shape), []
-    for value in batch.values():
-        if isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()):
-            fits = {
-                axis for axis in range(1, len(shape)) if _without(shape, axis) == [*value.shape]
-            }
-            evidence += [fits] if fits else []
-    for call in calls:
-        if list(call.record.shape) == shape:
-            evidence.append({len(shape) - 1 if call.record.layer.anchor.ndim == 2 else 1})
-    found = set.intersection(*evidence) if evidence else set()
-    if len(found) != 1 or not attrs.has(type(likelihood)):
+    made = next((call for call in calls if _made(call, output)), None)
+    if made is None or not attrs.has(type(likelihood)):
         return None
-    return attrs.evolve(head, likelihood=attrs.evolve(likelihood, class_axis=found.pop()))
+    integers = (
+        [*value.shape]
+        for value in batch.values()
+        if isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
+    )
+    linear = made.record.layer.anchor.ndim == 2
+    if linear and not any(shape == [*output.shape[:-1]] for shape in integers):
+        return None
+    return attrs.evolve(head, likelihood=attrs.evolve(likelihood, class_axis=-1 if linear else 1))
 
 
-def _without(shape: Sequence[int], axis: int) -> list[int]:
-    return [size for number, size in enumerate(shape) if number != axis]
+def _made(call: TracedCall, output: Tensor) -> bool:
+    """Return whether an output is that of a call, as it is, or a copy of it."""
+    recorded, nodes = call.record.outputs[0], {edge.node for edge in call.edges}
+    if recorded.shape != output.shape:
+        return False
+    base = output._base if output._is_view() else None
+    if base is not None and base.grad_fn is not None:
+        return base.grad_fn in nodes and recorded.view == OutputView.of(output, base)
+    node = output.grad_fn
+    while node is not None and node.name() in COPIES:
+        node = node.next_functions[0][0]
+    return node in nodes and recorded.view is None
 
 
 def of_the_loss(output: Any, terms: Tensor | float) -> list[HeadView]:

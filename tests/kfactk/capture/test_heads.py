@@ -313,7 +313,7 @@ class Tokens(nn.Module):
 @pytest.mark.parametrize("length", [5, 7])
 def test_the_axis_of_classes_is_found_and_said(images: bool, length: int):
     """With seven tokens each of seven classes, the last layer alone tells."""
-    traces, axis = [], 1 if images else 2
+    traces, axis = [], 1 if images else -1
     for likelihood in ("categorical", {"name": "categorical", "class_axis": axis}):
         torch.manual_seed(0)
         model = Tokens(images)
@@ -339,4 +339,52 @@ def test_an_axis_of_classes_that_nothing_tells_is_asked_for():
     optimizer = made(model, likelihood="categorical")
     with pytest.raises(kfactk.CaptureError, match="class_axis=-1"):
         model(torch.randn(N, 4))
+    optimizer.close()
+
+
+class Spans(nn.Module):
+    """Scores of the first and the last token: classes are positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(7, 4), nn.Linear(4, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.table(tokens)).mT
+
+
+class AlongTime(nn.Module):
+    """Classes in dimension 1, and a linear layer along time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, kinds: Tensor) -> Tensor:
+        return self.head(x)
+
+
+class Last(nn.Module):
+    """Classes in the last dimension, behind a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(2, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [
+        (Spans(), (torch.randint(7, (N, 5)),)),
+        (AlongTime(), (torch.randn(N, 3, 6), torch.randint(3, (N, 4)))),
+        (Last(), (torch.randn(N, 2, 3, 3),)),
+    ],
+)
+def test_an_axis_of_classes_is_not_guessed(model: nn.Module, inputs: tuple[Tensor, ...]):
+    optimizer = made(model, curvature="all", basis="ekfac", likelihood="categorical")
+    with pytest.raises(kfactk.CaptureError, match="class_axis=-1"):
+        model(*inputs)
     optimizer.close()
