@@ -23,6 +23,13 @@ def _terms(instance: object, attribute: attrs.Attribute[Any], value: Any) -> Non
     (_name if isinstance(value, str) else _number)(instance, attribute, value)
 
 
+def _holds_whole_batches(value: Any) -> bool:
+    """Return whether a container has parts of the batch, and not an entry for each term."""
+    return isinstance(value, Mapping) or (
+        isinstance(value, tuple) and any(isinstance(each, Tensor) for each in value)
+    )
+
+
 @attrs.frozen(kw_only=True)
 class Empirical:
     """The empirical Fisher: it uses the targets of the data, and adds no backward pass.
@@ -94,11 +101,11 @@ class Empirical:
             return float(len(value)) if value.ndim else value.detach().double()
         if isinstance(value, int | float):
             return float(value)
-        if isinstance(value, Sized):
+        if isinstance(value, Sized) and not _holds_whole_batches(value):
             return float(len(value))
         raise CaptureError(
-            f"terms={self.terms!r} is a {type(value).__name__}, which has no length; name an "
-            "argument that holds an entry for each term, or a number."
+            f"terms={self.terms!r} is a {type(value).__name__}, whose length is no number of "
+            "terms; name a tensor, or a list with an entry for each term, or a number."
         )
 
     def losses(
