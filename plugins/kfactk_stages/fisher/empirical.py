@@ -36,9 +36,10 @@ class Empirical:
 
         F_emp = (1/M) sum_n vec(D_n) vec(D_n)^T,    D_n from the user's own loss
 
-    It listens to the user's `loss.backward()`, so it measures whatever that loss is. Two facts give
-    the scale: the recipe's `reduction` ("mean" or "sum"), and the gradient scaler that `bind`
-    takes, whose factor is divided out. Every other factor of the loss counts:
+    It listens to the user's `loss.backward()`, so it measures whatever that loss is, as far as its
+    gradient flows through the calls of layers in the forward. Two facts give the scale: the
+    recipe's `reduction` ("mean" or "sum"), and the gradient scaler that `bind` takes, whose factor
+    is divided out. Every other factor of the loss counts:
 
     - A loss multiplied by c scales G and the EKFAC scale by c^2, and A not at all, so damping has
       to follow. `mc` and `exact` never see the user's loss.
