@@ -75,9 +75,9 @@ def parts(folder: Path, device: str, *, tiny: bool) -> list[Part]:
     here = ["--device", device, "--output", str(folder), *(["--tiny"] if tiny else [])]
     files = TESTS[-1:] if tiny else TESTS
     found = [
-        Part("tests", ["pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *files], 120),
+        Part("tests", ["pytest", "-q", "-n", "0", "-p", "no:cacheprovider", *files], 90),
         *(
-            Part(name, ["benchmarks.gpu", name, *here], 60, folder / f"{name}.json")
+            Part(name, ["benchmarks.gpu", name, *here], 40, folder / f"{name}.json")
             for name in CHECKS
         ),
     ]
@@ -89,11 +89,11 @@ def parts(folder: Path, device: str, *, tiny: bool) -> list[Part]:
             arguments += ["--batches", str(batch), "--steps", "2" if tiny else "100"]
             arguments += ["--device", device, "--autocast", precision, "--no-stages"]
             arguments += ["--settings", *CHOSEN, "--output", str(into)]
-            found.append(Part(name, arguments, 90, into / "race.json"))
+            found.append(Part(name, arguments, 60, into / "race.json"))
     arguments = ["benchmarks.memory", "--widths", "2" if tiny else "64", "--device", device]
     arguments += ["--batch", "2" if tiny else "64", "--only", "ekfac, staggered"]
     arguments += ["--output", str(folder)]
-    return [*found, Part("memory", arguments, 90, folder / "memory.json")]
+    return [*found, Part("memory", arguments, 60, folder / "memory.json")]
 
 
 def run(part: Part) -> dict[str, Any]:

@@ -139,7 +139,7 @@ def eigh(matrix: Tensor) -> tuple[Tensor, Tensor]:
         DecompositionError: The matrix is not finite, or every attempt failed.
     """
     matrix = symmetrise(matrix)
-    _check_finite(matrix)
+    check_finite(matrix)
 
     def attempt(times: float, prepare: Preparation) -> tuple[Tensor, Tensor] | None:
         shift = times * jitter(matrix)
@@ -183,7 +183,7 @@ def orthogonal_iteration(
     References:
         Golub & Van Loan, "Matrix Computations", section 8.2.4.
     """
-    _check_finite(matrix)
+    check_finite(matrix)
     null = 0 if values is None else int(null_mask(values).sum(-1).max())
     if 2 * null > matrix.shape[-1]:
         return eigh(matrix)
@@ -272,7 +272,7 @@ def cholesky(matrix: Tensor, shift: Tensor | float) -> Tensor:
         DecompositionError: The matrix is not finite, or every attempt failed.
     """
     matrix = symmetrise(matrix)
-    _check_finite(matrix)
+    check_finite(matrix)
     shifted = add_diagonal(matrix, shift)
 
     def attempt(times: float, prepare: Preparation) -> Tensor | None:
@@ -353,7 +353,8 @@ _ATTEMPTS: tuple[tuple[float, Preparation], ...] = (
 original precision: rounding there made the matrix indefinite, and float64 does not undo it."""
 
 
-def _check_finite(matrix: Tensor) -> None:
+def check_finite(matrix: Tensor) -> None:
+    """Raise a `DecompositionError` where a matrix holds NaN or inf."""
     if not _finite(matrix):
         raise DecompositionError(f"a factor holds NaN or inf; {RAISE_DAMPING}")
 

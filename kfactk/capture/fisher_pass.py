@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kfactk.capture.forward import Forward
 from kfactk.capture.guard import unseen_layers
-from kfactk.capture.heads import Head, HeadView, of_the_loss, with_class_axis
+from kfactk.capture.heads import Head, HeadView, of_the_loss, terms_of, with_class_axis
 from kfactk.capture.layout import LayoutSketch, Marks, layout_fault, sketch
 from kfactk.capture.loss_check import LossCheck
 from kfactk.capture.support import is_distributed
@@ -311,7 +311,7 @@ class FisherPass:
             forward = self._guarded(forward, [head.view for head in heads])
             self._taker.begin_forward()
             if self._fisher.own_pass and self._taker.counts_terms():
-                self._watch(forward, heads[0], keep=False)
+                self._watch(forward, heads, keep=False)
             with forward.unnoticed([head.output for head in heads]):
                 self._measure(forward, heads, (step, micro_batch))
         self._check_losses(forward, heads)
@@ -344,7 +344,7 @@ class FisherPass:
         axis = getattr(told.likelihood, "class_axis", None)
         warnings.warn(
             f"the output of shape {list(output.shape)} has its classes in dimension {axis}, as the "
-            "last layer and the arguments of the model tell. Give the likelihood "
+            "last layer tells. Give the likelihood "
             f"class_axis={axis} to say so yourself (said once)",
             KfactkWarning,
             stacklevel=2,
@@ -385,7 +385,7 @@ class FisherPass:
 
     def _measure(self, forward: Forward, heads: Sequence[HeadView], place: tuple[int, int]) -> None:
         """Run or await the passes over one forward."""
-        terms = heads[0].terms
+        terms = terms_of(heads)
         if not forward.calls:
             self._taker.accumulate_nothing(forward.layers, terms)
             return
@@ -394,7 +394,7 @@ class FisherPass:
             self._taker.mark_seen({call.record.layer for call in forward.calls})
         if not self._fisher.own_pass:
             if counts:
-                self._watch(forward, heads[0], keep=True)
+                self._watch(forward, heads, keep=True)
             return
         taken = self._take_inputs(forward, heads) if counts else set()
         if self._taker.needs_pass():
@@ -410,7 +410,7 @@ class FisherPass:
 
     def _take_inputs(self, forward: Forward, heads: Sequence[HeadView]) -> set[Layer]:
         """Take the layers that need no gradients, and return them."""
-        sink = LayerSink(self._taker, forward.layers, heads[0].terms)
+        sink = LayerSink(self._taker, forward.layers, terms_of(heads))
         with torch.no_grad():
             starts = [head.view for head in heads]
             for layer, calls in forward.inputs(self._taker.input_only(), starts).items():
@@ -477,17 +477,16 @@ class FisherPass:
         generator = torch.Generator(heads[0].view.device)
         generator.manual_seed(seed)
         reached: set[Layer] = set()
+        terms = terms_of(heads)
         for head in heads:
-            factor = head.factor(heads[0])
+            factor = head.factor(terms)
             for loss in self._losses(head, generator):
-                sink = LayerSink(
-                    self._taker, layers, heads[0].terms, earlier=reached, counts=counts
-                )
+                sink = LayerSink(self._taker, layers, terms, earlier=reached, counts=counts)
                 scaled = loss if isinstance(factor, float) and factor == 1 else loss * factor
                 forward.run(scaled, head.view, sink)
                 reached = reached | sink.taken
         if counts:
-            LayerSink(self._taker, layers, heads[0].terms, earlier=reached).finish()
+            LayerSink(self._taker, layers, terms, earlier=reached).finish()
 
     def _losses(self, head: HeadView, generator: torch.Generator) -> Iterator[Tensor]:
         losses, likelihood = None, head.likelihood
@@ -502,12 +501,13 @@ class FisherPass:
                 return
             yield loss
 
-    def _watch(self, forward: Forward, head: HeadView, *, keep: bool) -> None:
+    def _watch(self, forward: Forward, heads: Sequence[HeadView], *, keep: bool) -> None:
         """Watch for the user's own backwards, and `keep` their gradients or not."""
-        sink = LayerSink(self._taker, forward.layers, head.terms)  # does not keep the forward
-        scale = LossScale(head.terms, self._reduction, self._scaler)
-        backward = UserBackward(forward, head.output, sink if keep else None, scale, self)
-        self._watches.append(Watch(backward, sink, head.terms))
+        terms = terms_of(heads)
+        sink = LayerSink(self._taker, forward.layers, terms)  # does not keep the forward
+        scale = LossScale(terms, self._reduction, self._scaler)
+        backward = UserBackward(forward, heads[0].output, sink if keep else None, scale, self)
+        self._watches.append(Watch(backward, sink, terms))
 
 
 def loss_terms(fisher: Fisher, batch: Mapping[str, Any]) -> Tensor | float | None:

@@ -4,8 +4,9 @@ With several heads k, whose losses are means over M_k likelihood terms and add u
 
     loss = sum_k w_k loss_k,    F = sum_k w_k F_k.
 
-Each head has Fisher passes of its own, so their gradients never mix. Sums are divided by M_1, the
-number of terms of the first head: the losses of head k are multiplied by sqrt(w_k M_1 / M_k).
+Each head has Fisher passes of its own, so their gradients never mix. Sums are divided by N, the
+number of examples: the losses of head k are multiplied by sqrt(w_k N / M_k). A head without a term
+in a forward adds nothing there, as to the loss.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from kfactk.capture.forward import TracedCall
+from kfactk.capture.outputs import OutputView
 from kfactk.capture.support import model_output
 from kfactk.errors import CaptureError, near_names
 from kfactk.stages import Likelihood
@@ -96,14 +98,28 @@ class HeadView:
         assert self.head is not None
         return self.head.likelihood
 
-    def factor(self, first: HeadView) -> Tensor | float:
-        """Return what its Fisher losses are multiplied by; `first` has the terms that count."""
+    def factor(self, terms: Tensor | float) -> Tensor | float:
+        """Return what its Fisher losses are multiplied by, where sums are divided by `terms`."""
         assert self.head is not None
-        if self is first:
+        if terms is self.terms:
             return float(self.head.weight**0.5)
         own = torch.as_tensor(self.terms, dtype=torch.float64, device=self.view.device)
-        share = torch.where(own > 0, first.terms / own.clamp(min=1e-300), 0.0)
+        share = torch.where(own > 0, terms / own.clamp(min=1e-300), 0.0)
         return (self.head.weight * share).sqrt().to(self.view.dtype)
+
+
+def terms_of(heads: Sequence[HeadView]) -> Tensor | float:
+    """Return the number that the sums of a forward are divided by.
+
+    It is the number of terms of a single head; of several, the number of examples.
+    """
+    if len(heads) == 1 or heads[0].head is None:
+        return heads[0].terms
+    return float(max(len(head.view) for head in heads))
+
+
+COPIES = {"AliasBackward0", "CloneBackward0", "ToCopyBackward0"}
+"""Nodes between the last layer and the output that change neither values nor shapes."""
 
 
 def with_class_axis(
@@ -111,35 +127,45 @@ def with_class_axis(
 ) -> Head | None:
     """Return a head that knows where its classes are; `None` where that cannot be told.
 
+    The layer that made the output tells. A convolution has its channels in dimension 1. A linear
+    layer has its outputs last; but it may have been applied along time, so integer arguments of the
+    forward (tokens, labels) must have the shape of the output without its last dimension.
+
     Args:
         head: A head whose likelihood has `class_axis=None`.
         output: Its output.
-        batch: The arguments of the forward. Integers of the shape of the output without one
-            dimension are labels or tokens, so the classes are in that dimension.
-        calls: The recorded calls. A layer that made an output of this shape is the last one: the
-            classes are the last dimension of a linear layer, the second of a convolution.
+        batch: The arguments of the forward.
+        calls: The recorded calls.
     """
     likelihood: Any = head.likelihood
     if getattr(likelihood, "class_axis", 0) is not None or output.ndim < 3:
         return None
-    shape, evidence = list(output.shape), []
-    for value in batch.values():
-        if isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex()):
-            fits = {
-                axis for axis in range(1, len(shape)) if _without(shape, axis) == [*value.shape]
-            }
-            evidence += [fits] if fits else []
-    for call in calls:
-        if list(call.record.shape) == shape:
-            evidence.append({len(shape) - 1 if call.record.layer.anchor.ndim == 2 else 1})
-    found = set.intersection(*evidence) if evidence else set()
-    if len(found) != 1 or not attrs.has(type(likelihood)):
+    made = next((call for call in calls if _made(call, output)), None)
+    if made is None or not attrs.has(type(likelihood)):
         return None
-    return attrs.evolve(head, likelihood=attrs.evolve(likelihood, class_axis=found.pop()))
+    integers = (
+        [*value.shape]
+        for value in batch.values()
+        if isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
+    )
+    linear = made.record.layer.anchor.ndim == 2
+    if linear and not any(shape == [*output.shape[:-1]] for shape in integers):
+        return None
+    return attrs.evolve(head, likelihood=attrs.evolve(likelihood, class_axis=-1 if linear else 1))
 
 
-def _without(shape: Sequence[int], axis: int) -> list[int]:
-    return [size for number, size in enumerate(shape) if number != axis]
+def _made(call: TracedCall, output: Tensor) -> bool:
+    """Return whether an output is that of a call, as it is, or a copy of it."""
+    recorded, nodes = call.record.outputs[0], {edge.node for edge in call.edges}
+    if recorded.shape != output.shape:
+        return False
+    base = output._base if output._is_view() else None
+    if base is not None and base.grad_fn is not None:
+        return base.grad_fn in nodes and recorded.view == OutputView.of(output, base)
+    node = output.grad_fn
+    while node is not None and node.name() in COPIES:
+        node = node.next_functions[0][0]
+    return node in nodes and recorded.view is None
 
 
 def of_the_loss(output: Any, terms: Tensor | float) -> list[HeadView]:

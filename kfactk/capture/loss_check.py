@@ -8,24 +8,19 @@ that of a squared error does not. So the first backward that counts is looked at
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import get_gradient_edge
 
+from kfactk.capture.guard import parameter_nodes
 from kfactk.capture.torch_modes import full_precision
+from kfactk.capture.user_backward import Scale, adds_to
 from kfactk.errors import KfactkWarning
 from kfactk.stages import Likelihood
 from kfactk.validation import attribute_errors
-
-
-class Factor(Protocol):
-    """Says what the user's gradients are multiplied by to be those of the summed loss."""
-
-    def factor(self) -> Tensor | float:
-        """Return the factor, while a backward runs."""
 
 
 class LossCheck:
@@ -42,7 +37,7 @@ class LossCheck:
         self.done = measured and several
 
     def watch(
-        self, output: Tensor, likelihood: Likelihood, parameters: Iterable[Tensor], scale: Factor
+        self, output: Tensor, likelihood: Likelihood, parameters: Iterable[Tensor], scale: Scale
     ) -> None:
         """Wait for a backward over one forward.
 
@@ -56,14 +51,14 @@ class LossCheck:
             return
         edge = get_gradient_edge(output)
         number = edge.output_nr  # a hook that held the edge would keep its node for ever
-        with torch.enable_grad():
-            ends = [get_gradient_edge(p).node for p in parameters if p.requires_grad]
+        ends = parameter_nodes(parameters)
         kept = output.detach()
 
         def prehook(gradients: tuple[Tensor | None, ...]) -> None:
             gradient = gradients[number]
             handle.remove()
-            if gradient is None or self.done or not _fills(ends):
+            counts = not torch.is_grad_enabled() and adds_to(ends)
+            if gradient is None or self.done or not counts:
                 return
             with torch.no_grad(), full_precision([gradient.device.type]):
                 self._judge(likelihood, kept, gradient.detach() * scale.factor())
@@ -82,15 +77,3 @@ class LossCheck:
                 KfactkWarning,
                 stacklevel=2,
             )
-
-
-def _fills(ends: Sequence[Node]) -> bool:
-    """Return whether the backward that runs now adds to the gradients of some parameters."""
-    if torch.is_grad_enabled():
-        return False
-    try:
-        return any(map(torch._C._will_engine_execute_node, ends))
-    except RuntimeError as error:
-        if "running autograd.grad()" not in str(error):
-            raise
-        return False

@@ -9,7 +9,7 @@ as they do in `.grad`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Protocol
 
 import attrs
@@ -189,13 +189,7 @@ class UserBackward:
         Returns:
             `None` where `torch.autograd.grad` was asked for their gradients.
         """
-        ends = set().union(*self._ends) if number is None else self._ends[number]
-        try:
-            return any(map(torch._C._will_engine_execute_node, ends))
-        except RuntimeError as error:
-            if "running autograd.grad()" not in str(error):
-                raise
-            return None
+        return adds_to(set().union(*self._ends) if number is None else self._ends[number])
 
     def _add(self, number: int, gradients: Mapping[int, Tensor], *, last: bool = False) -> None:
         """Read a call, and add it to what other gradients of this backward or others gave.
@@ -250,6 +244,23 @@ def _summed(one: LayerCall, other: LayerCall) -> LayerCall:
     """Return a call with the gradients of two backwards."""
     gradient = one.gradient * one.scale + other.gradient * other.scale
     return attrs.evolve(one, gradient=gradient, scale=1.0)
+
+
+def adds_to(ends: Iterable[Node]) -> bool | None:
+    """Return whether the backward that runs now adds to the `.grad` of some parameters.
+
+    Args:
+        ends: The nodes at which their gradients arrive.
+
+    Returns:
+        `None` where `torch.autograd.grad` was asked for their gradients.
+    """
+    try:
+        return any(map(torch._C._will_engine_execute_node, ends))
+    except RuntimeError as error:
+        if "running autograd.grad()" not in str(error):
+            raise
+        return None
 
 
 class _Prehook:

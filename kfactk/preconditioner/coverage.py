@@ -470,8 +470,6 @@ class ModelSurvey:
                 return (module,), tied
             if not alike[other] and not self._may_join(rule, names[other], other):
                 return (module,), tied
-            if not alike[other] and not self._may_join(rule, other_name, other):
-                return (module,), tied
         for other, of_the_rule in alike.items():
             with attribute_errors("curvature", rule.curvature, f"on module {name!r}"):
                 same = rule.curvature.same_call(module, other)

@@ -317,7 +317,7 @@ def test_what_a_model_returns_without_names_or_labels_is_refused_with_the_remedy
         model(input_ids=batch["input_ids"])
     optimizer.close()
     optimizer = kfactk.build(curvature="kfac").bind(model)
-    with pytest.warns(kfactk.KfactkWarning, match="class_axis=2"):
+    with pytest.warns(kfactk.KfactkWarning, match="class_axis=-1"):
         model(**batch)
     optimizer.close()
 

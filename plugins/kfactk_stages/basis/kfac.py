@@ -14,7 +14,6 @@ from kfactk import (
     Basis,
     CurvatureOperator,
     Decomposition,
-    DecompositionError,
     FactorContext,
     Tensors,
     hookimpl,
@@ -71,8 +70,7 @@ class KfacInverse(Basis):
         least = linalg.damping_floor(context.mean_diagonal[side] * balance)
         shift = least.clamp(min=context.damping**0.5)
         if is_diagonal(name):
-            if not bool(torch.isfinite(matrix).all()):
-                raise DecompositionError(f"a factor holds NaN or inf; {linalg.RAISE_DAMPING}")
+            linalg.check_finite(matrix)
             return {"eigenvalues": matrix * balance[..., None] + shift[..., None]}
         return {"cholesky": linalg.cholesky(matrix * balance[..., None, None], shift)}
 
@@ -106,13 +104,13 @@ class KfacOperator(CurvatureOperator):
         return self._on_rows("A", self.matrices, half.transpose(-1, -2), _multiply).mT
 
     def condition(self) -> Tensor:
-        """Return a lower bound, from the diagonals of the Cholesky factors."""
-        ratio = torch.ones((), device="cpu")
+        """Return a lower bound, from the diagonals of the Cholesky factors; of the worst group."""
+        ratios = []
         for side in SIDES:
             names = names_of(side, self.decomposition)
             found = torch.cat([_damped(self.decomposition[name]) for name in names], -1)
-            ratio = ratio.to(found) * (found.amax(-1) / found.amin(-1)).max()
-        return ratio
+            ratios.append(found.amax(-1) / found.amin(-1))
+        return (ratios[0] * ratios[1]).max()
 
     def _on_rows(
         self,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
@@ -41,9 +42,9 @@ class WideSides(Curvature):
     max_side: int | None = attrs.field(default=MAX_SIDE, validator=whole(optional=True))
     wide: str | None = attrs.field(default=None, validator=choice(None, *FORMS))
 
+    @abc.abstractmethod
     def sides(self, layer: Layer) -> tuple[int, int]:
         """Return d_out and d_in of the layer's matrix."""
-        raise NotImplementedError
 
     @property
     def asked_for_stand_ins(self) -> bool:

@@ -23,15 +23,23 @@ def _terms(instance: object, attribute: attrs.Attribute[Any], value: Any) -> Non
     (_name if isinstance(value, str) else _number)(instance, attribute, value)
 
 
+def _holds_whole_batches(value: Any) -> bool:
+    """Return whether a container has parts of the batch, and not an entry for each term."""
+    return isinstance(value, Mapping) or (
+        isinstance(value, tuple) and any(isinstance(each, Tensor) for each in value)
+    )
+
+
 @attrs.frozen(kw_only=True)
 class Empirical:
     """The empirical Fisher: it uses the targets of the data, and adds no backward pass.
 
         F_emp = (1/M) sum_n vec(D_n) vec(D_n)^T,    D_n from the user's own loss
 
-    It listens to the user's `loss.backward()`, so it measures whatever that loss is. Two facts give
-    the scale: the recipe's `reduction` ("mean" or "sum"), and the gradient scaler that `bind`
-    takes, whose factor is divided out. Every other factor of the loss counts:
+    It listens to the user's `loss.backward()`, so it measures whatever that loss is, as far as its
+    gradient flows through the calls of layers in the forward. Two facts give the scale: the
+    recipe's `reduction` ("mean" or "sum"), and the gradient scaler that `bind` takes, whose factor
+    is divided out. Every other factor of the loss counts:
 
     - A loss multiplied by c scales G and the EKFAC scale by c^2, and A not at all, so damping has
       to follow. `mc` and `exact` never see the user's loss.
@@ -94,11 +102,11 @@ class Empirical:
             return float(len(value)) if value.ndim else value.detach().double()
         if isinstance(value, int | float):
             return float(value)
-        if isinstance(value, Sized):
+        if isinstance(value, Sized) and not _holds_whole_batches(value):
             return float(len(value))
         raise CaptureError(
-            f"terms={self.terms!r} is a {type(value).__name__}, which has no length; name an "
-            "argument that holds an entry for each term, or a number."
+            f"terms={self.terms!r} is a {type(value).__name__}, whose length is no number of "
+            "terms; name a tensor, or a list with an entry for each term, or a number."
         )
 
     def losses(

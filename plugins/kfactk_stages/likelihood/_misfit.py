@@ -11,6 +11,10 @@ NONE = 0.01
 """Share of the gradient up to which its sum is zero but for rounding, also in bfloat16."""
 SOME = 0.1
 """Share from which it is not zero, also where a small penalty is added to the loss."""
+NORMALISED = 0.05
+"""Logarithm of the sum of exponentials up to which logits are logarithms of probabilities."""
+FACTOR = 1.3
+"""Factors below it are let pass: those of smoothed labels and of weights of classes."""
 EQUAL = 0.03
 """Relative deviation of numbers that are equal but for rounding, also in bfloat16."""
 TOLD = 1e-3
@@ -69,7 +73,7 @@ def scale_fault(k: float | None, loss: str, shape: Sequence[int], entries: int) 
         shape: Shape of the output.
         entries: Number of entries of a term that a mean may divide by too; 1 for none.
     """
-    if k is None or abs(k - 1) <= EQUAL:
+    if k is None or 1 / FACTOR < k < FACTOR:
         return None
     start = (
         f"the gradient of your loss at the output (shape {list(shape)}) is {1 / k:.3g} times that "

@@ -89,10 +89,14 @@ class Bernoulli(IndependentEntries):
     def misfit(self, output: Tensor, gradient: Tensor, *, measured: bool) -> str | None:
         """Return why a loss with this gradient at the output is no binary cross entropy."""
         entries = arranged(output, self.class_axis).shape[-1] if self.divisor == "terms" else 1
+        k = factor_between(output.double().sigmoid(), gradient.double())
         if measured:  # on the gradient of the loss itself, whatever it is
-            k = factor_between(output.double().sigmoid(), gradient.double())
             return scale_fault(k, "the binary cross entropy", output.shape, entries)
-        if entries > 1 and summed_share(arranged(gradient, self.class_axis), -1) < NONE:
+        if (
+            k is None
+            and entries > 1
+            and summed_share(arranged(gradient, self.class_axis), -1) < NONE
+        ):
             return (
                 f"the gradient of your loss at the output (shape {list(output.shape)}) sums to "
                 f"zero over its {entries} entries, so your loss is a softmax cross entropy, and "

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from kfactk import CaptureError, hookimpl
 from kfactk.options import whole
 from kfactk_stages.likelihood._misfit import (
+    NORMALISED,
     SOME,
     factor_between,
     scale_fault,
@@ -130,8 +131,8 @@ class Categorical(Layout):
         if measured:  # on the gradient of the loss itself, whatever it is
             k = factor_between(logits.softmax(-1), found)
             return scale_fault(k, "the cross entropy", output.shape, 1)
-        if summed_share(found, -1) < SOME:
-            return None
+        if summed_share(found, -1) < SOME or bool(logits.logsumexp(-1).abs().max() < NORMALISED):
+            return None  # the logarithms of probabilities are logits too, with another gradient
         shape = list(output.shape)
         for axis in softmax_axes(gradient):
             return (

@@ -189,6 +189,47 @@ def test_masks_belong_to_their_heads(model: Heads):
     )
 
 
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("fisher", ["exact", "mc", "empirical"])
+def test_a_head_whose_labels_are_all_masked_leaves_the_others(
+    model: Heads, order: int, fisher: str
+):
+    """Two tasks that alternate: each batch has the labels of one."""
+    heads = [
+        kfactk.head("policy", {"name": "categorical", "targets": "one"}),
+        kfactk.head("rest.1", {"name": "categorical", "class_axis": -1, "targets": "other"}),
+    ][::order]
+    x = torch.randn(N, 4, dtype=torch.float64)
+    optimizer = made(model, likelihood=heads, fisher=fisher, observe="manual", exclude=["value"])
+    output, labels = model(x), torch.randint(2, (N, T))
+    optimizer.observe(one=torch.full((N,), -100), other=labels)
+    F.cross_entropy(output["rest"][1].flatten(0, 1), labels.flatten()).backward()
+    optimizer.step()
+    factors = {name: view.factors for name, view in optimizer.layers.items()}
+    assert float(factors["aux"]["G"].trace()) > 0
+    if fisher == "exact":
+        before, PARTS[:] = list(PARTS), [(PARTS[2][0], 1.0, T * N)]
+        try:
+            expected = globals()["factors"](model, x)
+        finally:
+            PARTS[:] = before
+        for name in ("aux", "trunk"):
+            torch.testing.assert_close(
+                factors[name]["G"], expected[name][1], rtol=1e-12, atol=1e-14
+            )
+
+
+def test_empirical_factors_do_not_depend_on_the_order_of_heads(model: Heads):
+    x, found = torch.randn(N, 4, dtype=torch.float64), []
+    for heads in (HEADS, HEADS[::-1]):
+        optimizer = made(model, likelihood=heads, fisher="empirical")
+        step(model, optimizer, x)
+        found.append(optimizer.layers["trunk"].factors["G"])
+        optimizer.close()
+        model.zero_grad()
+    torch.testing.assert_close(*found)
+
+
 def test_a_mapping_names_the_heads_by_their_places():
     named = kfactk.build(likelihood={"policy": "categorical", "value": "gaussian"})
     listed = kfactk.build(
@@ -272,7 +313,7 @@ class Tokens(nn.Module):
 @pytest.mark.parametrize("length", [5, 7])
 def test_the_axis_of_classes_is_found_and_said(images: bool, length: int):
     """With seven tokens each of seven classes, the last layer alone tells."""
-    traces, axis = [], 1 if images else 2
+    traces, axis = [], 1 if images else -1
     for likelihood in ("categorical", {"name": "categorical", "class_axis": axis}):
         torch.manual_seed(0)
         model = Tokens(images)
@@ -298,4 +339,52 @@ def test_an_axis_of_classes_that_nothing_tells_is_asked_for():
     optimizer = made(model, likelihood="categorical")
     with pytest.raises(kfactk.CaptureError, match="class_axis=-1"):
         model(torch.randn(N, 4))
+    optimizer.close()
+
+
+class Spans(nn.Module):
+    """Scores of the first and the last token: classes are positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.head = nn.Embedding(7, 4), nn.Linear(4, 2)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.head(self.table(tokens)).mT
+
+
+class AlongTime(nn.Module):
+    """Classes in dimension 1, and a linear layer along time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor, kinds: Tensor) -> Tensor:
+        return self.head(x)
+
+
+class Last(nn.Module):
+    """Classes in the last dimension, behind a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(2, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [
+        (Spans(), (torch.randint(7, (N, 5)),)),
+        (AlongTime(), (torch.randn(N, 3, 6), torch.randint(3, (N, 4)))),
+        (Last(), (torch.randn(N, 2, 3, 3),)),
+    ],
+)
+def test_an_axis_of_classes_is_not_guessed(model: nn.Module, inputs: tuple[Tensor, ...]):
+    optimizer = made(model, curvature="all", basis="ekfac", likelihood="categorical")
+    with pytest.raises(kfactk.CaptureError, match="class_axis=-1"):
+        model(*inputs)
     optimizer.close()

@@ -46,6 +46,7 @@ OF_CLASSIFICATION: dict[str, Loss] = {
     ).mean(),
     "policy gradient": lambda z: -(z.log_softmax(1)[range(N), LABELS] * TARGETS[:, 0]).mean(),
     "hinge": lambda z: F.multi_margin_loss(z, LABELS),
+    "of logarithms": lambda z: F.nll_loss(z - z.logsumexp(1, True), LABELS),
     "z-loss": lambda z: F.cross_entropy(z, LABELS) + 1e-4 * z.logsumexp(1).square().mean(),
 }
 OTHERS: dict[str, Loss] = {
@@ -127,6 +128,29 @@ def test_the_size_of_a_measured_gradient_is_told(factor: float, options: Any, wo
     assert words in told
     assert bool(told) == bool(words)
     assert said(lambda z: factor * F.cross_entropy(z, LABELS), **options) == ""  # mc
+
+
+def test_outputs_that_are_logarithms_of_probabilities_are_silent():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, C), nn.LogSoftmax(1))
+    optimizer = kfactk.build(curvature="kfac").bind(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        F.nll_loss(model(torch.randn(N, 7)), LABELS).backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("smoothing", [0.1, 0.2])
+def test_smoothed_labels_are_silent_before_the_first_step(smoothing: float):
+    """All classes are equal there, so that smoothing is a factor of the gradient."""
+    model = nn.Linear(7, C)
+    nn.init.zeros_(model.weight)
+    nn.init.zeros_(model.bias)
+    optimizer = kfactk.build(curvature="kfac", fisher="empirical").bind(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        F.cross_entropy(model(torch.randn(N, 7)), LABELS, label_smoothing=smoothing).backward()
+        optimizer.step()
 
 
 def test_masked_labels_that_the_likelihood_does_not_know_are_told():

@@ -127,16 +127,19 @@ def test_a_weight_read_by_a_function_is_still_refused():
     optimizer.close()
 
 
+WRONG = {"scale": object(), "graph": {"x": torch.ones(N)}, "pair": (torch.ones(N), torch.ones(2))}
+
+
 @pytest.mark.parametrize(
     ("terms", "words"),
-    [("target", "Did you mean 'targets'"), ("scale", "has no length")],
+    [("target", "Did you mean 'targets'"), *((name, "no number of terms") for name in WRONG)],
 )
 def test_terms_that_cannot_be_counted_are_refused(model: Detector, terms: str, words: str):
     images, targets = batch()
     optimizer = made(model, fisher={"name": "empirical", "terms": terms}, observe="manual")
     model(images, targets)
     with pytest.raises(kfactk.CaptureError, match=words):
-        optimizer.observe(scale=object())
+        optimizer.observe(**WRONG)
     optimizer.close()
 
 

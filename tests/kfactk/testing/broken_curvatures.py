@@ -200,7 +200,7 @@ BREAKS: dict[str, tuple[str, Any, str]] = {
     "provides less": (
         "test_what_is_assembled",
         stage(assemble=lambda self, layer, factors: {"A": factors["A"]}),
-        r"assemble\(\) returns \['A'\], where `provides` says \['A', 'G'\]",
+        r"assemble\(\) returns \['A'\], where `provides` and `stand_ins` say \['A', 'G'\]",
     ),
     "A and G swapped": (
         "test_what_is_assembled",
