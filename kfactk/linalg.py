@@ -222,7 +222,7 @@ def followed(matrix: Tensor, vectors: Tensor, values: Tensor) -> tuple[Tensor, T
     References:
         Vyas et al. 2024, arXiv:2409.11321, algorithm 4.
     """
-    _check_finite(matrix)
+    check_finite(matrix)
     null = int(null_mask(values).sum(-1).max())
     if 2 * null > matrix.shape[-1]:
         return None

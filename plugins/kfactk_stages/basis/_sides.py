@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from kfactk import DecompositionError
+from kfactk import linalg
 
 
 def is_column(matrix: Tensor) -> bool:
@@ -24,10 +23,7 @@ def check_column(matrix: Tensor) -> Tensor:
     Raises:
         DecompositionError: It holds NaN or inf.
     """
-    if not bool(torch.isfinite(matrix).all()):
-        raise DecompositionError(
-            "a factor holds NaN or inf; raise damping, or look for extreme values in the gradients"
-        )
+    linalg.check_finite(matrix)
     return matrix.clamp(min=0)
 
 
