@@ -38,7 +38,7 @@ from kfactk.stages import Update
 
 USUAL_BASIS = "ekfac"
 """The basis of a recipe that names none."""
-ALL_CURVATURES = ("conv_kfac", "embedding", "norm", "attention", "rnn")
+ALL_CURVATURES = ("conv_kfac", "embedding", "norm", "attention", "rnn", "experts")
 """What `curvature="all"` means, in this order: every kind of layer that we cover."""
 
 
@@ -261,7 +261,13 @@ def _block(given: Mapping[str, Any], trusted: bool) -> BlockSpec:
     )
 
 
-def head(output: str | Callable[[Any], Tensor], likelihood: Any, weight: float = 1.0) -> HeadSpec:
+def head(
+    output: str | Callable[[Any], Tensor],
+    likelihood: Any,
+    weight: float = 1.0,
+    *,
+    optional: bool = False,
+) -> HeadSpec:
     """Name the likelihood of a part of the output, for `build(likelihood=[...])`.
 
     With losses that are means over the terms of each head, it describes
@@ -273,6 +279,8 @@ def head(output: str | Callable[[Any], Tensor], likelihood: Any, weight: float =
             "value", "aux.logits" or "1"; or a function that finds it.
         likelihood: As for `build`.
         weight: The factor of its loss; positive.
+        optional: Whether forwards may lack this part, on all ranks alike: it is `None`, or its
+            last key is not there. Such a forward adds nothing to this head.
 
     Raises:
         UnknownStageError: No plugin provides a stage of this name.
@@ -285,14 +293,15 @@ def head(output: str | Callable[[Any], Tensor], likelihood: Any, weight: float =
         kfactk.build(likelihood=[{'output': 'policy', 'likelihood': 'categorical'}, \
 {'output': 'value', 'likelihood': 'gaussian', 'weight': 0.5}])
     """
-    return _head({"output": output, "likelihood": likelihood, "weight": weight}, trusted=True)
+    given = {"output": output, "likelihood": likelihood, "weight": weight, "optional": optional}
+    return _head(given, trusted=True)
 
 
 def _head(given: Mapping[str, Any], trusted: bool) -> HeadSpec:
     """Return the head of these arguments of `head`."""
-    if unknown := sorted(set(given) - {"output", "likelihood", "weight"}):
+    if unknown := sorted(set(given) - {"output", "likelihood", "weight", "optional"}):
         raise OptionError(
-            f"a head has no {', '.join(unknown)}; give output, likelihood and weight."
+            f"a head has no {', '.join(unknown)}; give output, likelihood, weight and optional."
         )
     if missing := sorted({"output", "likelihood"} - set(given)):
         raise OptionError(
@@ -311,9 +320,11 @@ def _head(given: Mapping[str, Any], trusted: bool) -> HeadSpec:
             f"the weight of a head is {given['weight']!r}; give a positive number, or leave that "
             "head out."
         )
-    return HeadSpec(
-        output, registry().resolve("likelihood", given["likelihood"], trusted=trusted), weight
-    )
+    optional = given.get("optional", False)
+    if not isinstance(optional, bool):
+        raise OptionError(f"optional of a head is {optional!r}; give True or False.")
+    likelihood = registry().resolve("likelihood", given["likelihood"], trusted=trusted)
+    return HeadSpec(output, likelihood, weight, optional)
 
 
 def build(
@@ -356,11 +367,11 @@ def build(
 
     Args:
         curvature: How layers' parameters form matrices, and their factors: "conv_kfac", "kfac",
-            "embedding", "norm", "attention", "rnn"; or "gradient", statistics of the mini-batch
-            gradient of any parameter. A list names several: the first that supports a module takes
-            it, and "gradient" what others leave of it. Its items are as here, or made by
-            `kfactk.block`. "all" is the list of every kind of layer that we cover: "conv_kfac",
-            "embedding", "norm", "attention", "rnn".
+            "embedding", "norm", "attention", "rnn", "experts"; or "gradient", statistics of the
+            mini-batch gradient of any parameter. A list names several: the first that supports a
+            module takes it, and "gradient" what others leave of it. Its items are as here, or made
+            by `kfactk.block`. "all" is the list of every kind of layer that we cover: "conv_kfac",
+            "embedding", "norm", "attention", "rnn", "experts".
         basis: How the factors are decomposed and the gradient preconditioned: "ekfac", "kfac",
             "unitwise"; with statistics of gradients "soap". Blocks whose curvature does not provide
             what it requires use the curvature's own basis.

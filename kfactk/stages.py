@@ -119,6 +119,8 @@ class ModuleCall:
         parameters: All parameters that the call could use, by name, detached: those of modules
             inside too, as "out_proj.weight".
         training: Whether the module was in training mode.
+        examples: Number of examples of the model's output; `None` where it is not known. A module
+            that gets the rows of all examples in one dimension needs it.
     """
 
     module: nn.Module
@@ -126,6 +128,7 @@ class ModuleCall:
     kwargs: Mapping[str, Any]
     parameters: Tensors
     training: bool
+    examples: int | None = None
 
 
 @attrs.frozen(eq=False)

@@ -257,7 +257,9 @@ def batch_dim_message(layer: str, dim: int) -> str:
     return (
         f"layer {layer!r}: dimension {dim} of its output counts the examples, not dimension 0. "
         "What is measured for each example (EKFAC's scale) then takes its rows for examples. Set "
-        f"the curvature's batch_dim={dim}."
+        f"the curvature's batch_dim={dim}. Attention and recurrent layers have no batch_dim, since "
+        "they say where their examples are: there, the model's output has them elsewhere, and "
+        "output= can transpose it."
     )
 
 

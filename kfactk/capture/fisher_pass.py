@@ -8,13 +8,13 @@ import warnings
 import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import attrs
 import torch
 from torch import Tensor
 
-from kfactk.capture.forward import Forward
+from kfactk.capture.forward import Forward, leads_to
 from kfactk.capture.guard import unseen_layers
 from kfactk.capture.heads import Head, HeadView, of_the_loss, terms_of, with_class_axis
 from kfactk.capture.layout import LayoutSketch, Marks, layout_fault, sketch
@@ -306,6 +306,8 @@ class FisherPass:
                 layers also past their recorded calls.
         """
         heads = self._read(forward, {**forward.batch, **batch})
+        if heads[0].head is not None:
+            forward.count_examples(max(len(head.view) for head in heads))
         exact = full_precision({head.output.device.type for head in heads})
         with torch.enable_grad(), exact, self._taker.forward():
             forward = self._guarded(forward, [head.view for head in heads])
@@ -324,9 +326,15 @@ class FisherPass:
         if terms is not None:
             output = forward.output if self._output is None else self._output(forward.output)
             return of_the_loss(output, terms)
-        found = [head.locate(forward.output) for head in self._heads]
-        with torch.enable_grad(), full_precision({each.device.type for each in found}):
-            return [self._read_head(i, each, forward, batch) for i, each in enumerate(found)]
+        located = [head.locate(forward.output) for head in self._heads]
+        found = {number: each for number, each in enumerate(located) if each is not None}
+        if not found:
+            raise CaptureError(
+                "the model returned the output of none of the heads, and all are optional. Name "
+                "the one that this forward has, or run it before bind()."
+            )
+        with torch.enable_grad(), full_precision({each.device.type for each in found.values()}):
+            return [self._read_head(i, each, forward, batch) for i, each in found.items()]
 
     def _read_head(
         self, number: int, output: Tensor, forward: Forward, batch: Mapping[str, Any]
@@ -358,7 +366,11 @@ class FisherPass:
         if heads[0].head is None:  # the loss is what it is
             return
         parameters = [p for layer in forward.layers for p in layer.tensors().values()]
-        for check, head in zip(self._loss_checks, heads, strict=True):
+        for head in heads:
+            others = [each.output for each in heads if each is not head]
+            if leads_to(head.output, others):
+                continue  # its gradient is that of other losses too
+            check = self._loss_checks[self._heads.index(cast(Head, head.head))]
             scale = LossScale(head.terms, self._reduction, self._scaler)
             check.watch(head.output, head.likelihood, parameters, scale)
 

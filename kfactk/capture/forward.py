@@ -194,6 +194,12 @@ class Forward:
                 found.setdefault(layer, []).extend(call.record.without_gradient())
         return found
 
+    def count_examples(self, examples: int) -> None:
+        """Tell calls that run again how many examples the output has."""
+        for call in self.calls:
+            if call.record.replay is not None:
+                call.record.replay.count_examples(examples)
+
     def leaving(self, layers: Sequence[Layer]) -> Forward:
         """Return the same forward as if these layers had never been followed."""
         calls = [call for call in self.calls if call.record.layer not in layers]
@@ -339,6 +345,12 @@ def _reachable(start: Tensor) -> set[Node]:
             found.add(node)
             stack.extend(child for child, _ in node.next_functions)
     return found
+
+
+def leads_to(tensor: Tensor, others: Iterable[Tensor]) -> bool:
+    """Return whether one of the others was made from a tensor."""
+    node = tensor.grad_fn
+    return any(node in _reachable(other) for other in others if other.grad_fn is not node)
 
 
 def _leafmost(start: Tensor, followed: set[Node]) -> set[Node]:

@@ -35,24 +35,34 @@ class Head:
         likelihood: What its output means.
         find: Finds its output in what the model returns.
         weight: w, the factor of its loss.
+        optional: Whether a forward may lack it.
+        name: What the user calls it, where there are several.
     """
 
     likelihood: Likelihood
     find: Callable[[Any], Any] = model_output
     weight: float = 1.0
+    optional: bool = False
+    name: str = ""
 
-    def locate(self, output: Any) -> Tensor:
-        """Return its part of what a model returned.
+    def locate(self, output: Any) -> Tensor | None:
+        """Return its part of what a model returned; `None` where an optional head has none.
 
         Raises:
             CaptureError: There is no tensor.
         """
         found = self.find(output)
-        if isinstance(found, Tensor):
+        if isinstance(found, Tensor) or (found is None and self.optional):
             return found
+        if not self.name:
+            raise CaptureError(
+                f"output= found {type(found).__name__} in what the model returned; it must find a "
+                "tensor."
+            )
         raise CaptureError(
-            f"output= found {type(found).__name__} in what the model returned; it must find a "
-            "tensor."
+            f"head {self.name!r} is {found if found is None else type(found).__name__} in what the "
+            "model returned, and not a tensor. If some forwards have no such output, give "
+            f"kfactk.head({self.name!r}, ..., optional=True)."
         )
 
     def read(self, output: Tensor, batch: Mapping[str, Any]) -> HeadView:
@@ -66,12 +76,20 @@ class Head:
             CaptureError: The likelihood cannot read it.
         """
         with attribute_errors("likelihood", self.likelihood, "on the model's output"):
-            view = self.likelihood.view(output)
+            view = self._view(output)
             weights = self.likelihood.term_weights(view.detach(), batch)
         terms: Tensor | float = float(view.shape[0] * view.shape[1])
         if weights is not None:
             terms = weights.detach().sum().double()
         return HeadView(output, view, weights, terms, self)
+
+    def _view(self, output: Tensor) -> Tensor:
+        try:
+            return self.likelihood.view(output)
+        except CaptureError as error:
+            if not self.name:
+                raise
+            raise CaptureError(f"head {self.name!r}: {error}") from error
 
 
 @attrs.frozen(eq=False)
@@ -188,12 +206,15 @@ def of_the_loss(output: Any, terms: Tensor | float) -> list[HeadView]:
     return views
 
 
-def at_path(output: Any, path: str) -> Any:
+def at_path(output: Any, path: str, *, optional: bool = False) -> Any:
     """Return the part of an output at a path of keys, attributes and numbers.
+
+    A key may hold dots, or be a number.
 
     Args:
         output: What a model returned.
         path: Such as "value", "aux.logits" or "1".
+        optional: Whether to return `None` where its last part is not there.
 
     Raises:
         CaptureError: It leads nowhere.
@@ -202,25 +223,36 @@ def at_path(output: Any, path: str) -> Any:
         >>> at_path({"aux": [torch.tensor(1.0), torch.tensor(2.0)]}, "aux.1")
         tensor(2.)
     """
-    found = output
-    for part in path.split("."):
-        names: list[str] = []
-        if isinstance(found, Mapping):
-            names = [str(key) for key in found]
-            if part in found:
-                found = found[part]
-                continue
-        elif isinstance(found, (tuple, list)) and not hasattr(found, part):
-            names = [str(number) for number in range(len(found))]
-            if part in names:
-                found = found[int(part)]
-                continue
-        elif hasattr(found, part):
-            found = getattr(found, part)
-            continue
-        there = f" There are: {', '.join(names)}." if names else ""
-        raise CaptureError(
-            f"the model's output has no {path!r}: {type(found).__name__} has no {part!r}."
-            f"{near_names(part, names)}{there} Name a part of what the model returns"
-        )
+    found, rest = output, path
+    while rest:
+        part, there = _first(found, rest)
+        if part is None:
+            part, last = rest.partition(".")[0], "." not in rest
+            near = near_names(part, there)
+            if optional and last and not near:
+                return None
+            names = f" There are: {', '.join(there)}." if there else ""
+            raise CaptureError(
+                f"the model's output has no {path!r}: {type(found).__name__} has no {part!r}."
+                f"{near}{names} Name a part of what the model returns"
+            )
+        found, rest = there[part], rest[len(part) + 1 :]
     return found
+
+
+def _first(found: Any, path: str) -> tuple[str | None, dict[str, Any]]:
+    """Return the longest start of a path that is there, and what is there by name."""
+    if isinstance(found, Mapping):
+        there = {str(key): each for key, each in found.items()}
+    elif isinstance(found, (tuple, list)):
+        there = {str(number): each for number, each in enumerate(found)}
+    else:
+        there = {}
+    parts = path.split(".")
+    for length in range(len(parts), 0, -1):
+        start = ".".join(parts[:length])
+        if start in there:
+            return start, there
+    if not isinstance(found, Mapping) and hasattr(found, parts[0]):
+        return parts[0], {parts[0]: getattr(found, parts[0])}
+    return None, there

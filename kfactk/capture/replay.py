@@ -143,6 +143,10 @@ class RecordedReplay:
         self._gradients: Mapping[int, Tensor] | None = None
         self._found: dict[str, list[LayerCall]] = {}
 
+    def count_examples(self, examples: int) -> None:
+        """Note how many examples the model's output has."""
+        self._call = attrs.evolve(self._call, examples=examples)
+
     def check(self) -> None:
         """Check that the arguments are those of the call.
 

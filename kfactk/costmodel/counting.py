@@ -143,7 +143,8 @@ def training_load(model: nn.Module, recipe: Recipe, batch: Tensor) -> TrainingLo
             recording = functools.partial(_record, recorded, inside)
             hooks.enter_context(site.register_forward_hook(recording, with_kwargs=True))
         returned = _run(model, batch)
-    heads = [head.locate(returned) for head in recipe.heads]
+    located = (head.locate(returned) for head in recipe.heads)
+    heads = [output for output in located if output is not None]
     empty = [torch.empty_like(output) for output in heads]
     all_calls = [call for found in recorded.values() for call in found]
     outputs = {id(each): each for call in all_calls for each in call.outputs if each.requires_grad}
@@ -303,7 +304,10 @@ def _passes(recipe: Recipe, output: Any) -> int:
 
 def _passes_of(fisher: Fisher, head: Head, output: Any) -> int:
     """Return the number of passes for one head."""
-    view = head.likelihood.view(head.locate(output))
+    located = head.locate(output)
+    if located is None:
+        return 0
+    view = head.likelihood.view(located)
     num_terms, width = int(view.shape[1]), int(view.shape[2])
 
     def losses(positions: int) -> int:

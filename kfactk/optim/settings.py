@@ -84,16 +84,25 @@ class HeadSpec:
         output: The path of its part, such as "aux.logits", or a function that finds it.
         likelihood: The likelihood stage.
         weight: The factor of its loss.
+        optional: Whether a forward may lack it.
     """
 
     output: str | Callable[[Any], Tensor]
     likelihood: Likelihood
     weight: float = 1.0
+    optional: bool = False
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        if isinstance(self.output, str):
+            return self.output
+        return getattr(self.output, "__name__", type(self.output).__name__)
 
     def find(self, returned: Any) -> Any:
         """Return its part of what a model returned."""
         if isinstance(self.output, str):
-            return at_path(returned, self.output)
+            return at_path(returned, self.output, optional=self.optional)
         return self.output(returned)
 
     def written(self) -> dict[str, Any]:
@@ -106,6 +115,7 @@ class HeadSpec:
             "output": to_json(self.output, "output of a head"),
             "likelihood": registry().describe("likelihood", self.likelihood),
             **({} if self.weight == 1 else {"weight": self.weight}),
+            **({"optional": True} if self.optional else {}),
         }
 
 
@@ -204,7 +214,13 @@ class Settings:
         if not isinstance(self.likelihood, tuple):
             return (Head(self.likelihood, self.output or model_output),)
         return tuple(
-            Head(spec.likelihood, functools.partial(self._find, spec), spec.weight)
+            Head(
+                spec.likelihood,
+                functools.partial(self._find, spec),
+                spec.weight,
+                spec.optional,
+                spec.name,
+            )
             for spec in self.likelihood
         )
 

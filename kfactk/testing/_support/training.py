@@ -113,7 +113,9 @@ class Training(Laws):
         loss = self.loss(output, data[1]) * factor
         if num_terms:
             [head] = optimizer.recipe.heads
-            view = head.likelihood.view(head.locate(output))
+            located = head.locate(output)
+            assert located is not None
+            view = head.likelihood.view(located)
             loss = loss * (view.shape[0] * view.shape[1])
         loss.backward()  # type: ignore[no-untyped-call]
         return loss.detach()

@@ -149,16 +149,13 @@ def _against_class(module: nn.Module, covered: tuple[type[nn.Module], ...]) -> s
         return f"no curvature for {cls.__name__} here; curvature='rnn' covers it"
     if isinstance(module, (*CONVOLUTIONS, *TRANSPOSED)):
         return f"no curvature for {cls.__name__} here; curvature='conv_kfac' covers convolutions"
-    if _stacks_experts(module):
-        return (
-            f"no curvature for {cls.__name__}: the weights of its experts are one tensor, and "
-            "which tokens each of them gets is known inside its forward alone"
-        )
+    if stacks_experts(module):
+        return f"no curvature for {cls.__name__} here; curvature='experts' covers stacked experts"
     return f"no curvature for {cls.__name__}"
 
 
-def _stacks_experts(module: nn.Module) -> bool:
-    """Return whether a module holds matrices `[experts, ...]`, as transformers' experts do."""
+def stacks_experts(module: nn.Module) -> bool:
+    """Return whether a module holds matrices `[experts, ...]`, as those of transformers do."""
     experts = vars(module).get("num_experts")
     own = [each for each in module._parameters.values() if each is not None and not is_lazy(each)]
     return isinstance(experts, int) and any(p.ndim == 3 and len(p) == experts for p in own)

@@ -2,118 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar
 
 import attrs
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from kfactk import Curvature, Layer, LayerCall, Replay, Samples, Statistic, Tensors, hookimpl
 from kfactk.options import whole
 from kfactk.samples import DEFAULT_CHUNK_BYTES
 from kfactk.stages import owner_of, parameter_at
 from kfactk_stages.curvature._attention import TAGS, AttentionReplay
-from kfactk_stages.curvature._calls import CallSamples, check_examples
+from kfactk_stages.curvature._calls import check_examples
 from kfactk_stages.curvature._coverage import reason_against, reason_against_parameter
+from kfactk_stages.curvature._groups import GroupedSamples, no_rows
 from kfactk_stages.curvature._rows import JoinedSamples, LinearRows
 
 PACKED = ("in_proj", "in_proj_bias")
 """Parts whose parameter holds those of queries, keys and values, one below the other."""
 IN_BIAS, OUT = "in_proj_bias", ("out_proj.weight", "out_proj.bias")
-
-
-class ProjectionSamples(CallSamples[LayerCall]):
-    """Samples of three projections: queries, keys and values are groups.
-
-    Keys and values may have another T than queries. Rows that a group lacks are zeros.
-
-    Args:
-        groups: The samples of each.
-        calls: Their calls.
-    """
-
-    def __init__(self, groups: Sequence[JoinedSamples], calls: Sequence[LayerCall]) -> None:
-        one = groups[0]
-        super().__init__(
-            calls,
-            [tensor for call in calls for tensor in (call.inputs, call.gradient)],
-            (len(groups), one.examples, max(group.positions for group in groups)),
-            one.d_in,
-            one.d_out,
-            num_terms=one.num_terms if one.first else 0.0,
-            first=one.first,
-            chunk_bytes=one.chunk_bytes,
-        )
-        self.parts = tuple(groups)
-
-    def inputs(self, rows: slice = slice(None)) -> Tensor:
-        """Return the inputs of the examples `rows`, `[3, n, T, d_in]`."""
-        return self._stacked(lambda group: group.inputs(rows))
-
-    def gradients(self, rows: slice = slice(None)) -> Tensor:
-        """Return the gradients of the examples `rows`, `[3, n, T, d_out]`."""
-        return self._stacked(lambda group: group.gradients(rows))
-
-    def input_moment(self) -> Statistic:
-        """Return `sum_n sum_t a a^T` of each, `[3, d_in, d_in]`; once for the same inputs."""
-        keys = [tuple(id(call.inputs) for call in group.calls) for group in self.parts]
-        found: dict[tuple[int, ...], Statistic] = {}
-        for key, group in zip(keys, self.parts, strict=True):
-            if key not in found:
-                found[key] = group.input_moment()
-        return self._joined([found[key] for key in keys])
-
-    def grad_moment(self) -> Statistic:
-        """Return `sum_n sum_t g g^T` of each, `[3, d_out, d_out]`."""
-        return self._joined([group.grad_moment() for group in self.parts])
-
-    def mean_grad_moment(self) -> Statistic:
-        """Return `(1/T) sum_n sum_t g g^T` of each, by its own T, `[3, d_out, d_out]`."""
-        return self._joined(
-            [group.grad_moment().scaled(1 / max(1, group.positions)) for group in self.parts]
-        )
-
-    def per_example_gradients(
-        self,
-        rows: slice = slice(None),
-        left: Tensor | None = None,
-        *,
-        precision: torch.dtype | None = None,
-    ) -> Tensor:
-        """Return `left^T D_n` of the examples `rows`, `[3, n, d_out, d_in]`."""
-        lefts = _each(left, len(self.parts))
-        found = [
-            group.per_example_gradients(rows, one, precision=precision)
-            for group, one in zip(self.parts, lefts, strict=True)
-        ]
-        return torch.stack(found)
-
-    def projected_square(
-        self, left: Tensor | None, right: Tensor | None, *, precision: torch.dtype | None = None
-    ) -> Statistic:
-        """Return `sum_n (left^T D_n right)^2` of each, `[3, k_out, k_in]`."""
-        sides = zip(self.parts, *(_each(s, len(self.parts)) for s in (left, right)), strict=True)
-        return self._joined(
-            [group.projected_square(one, other, precision=precision) for group, one, other in sides]
-        )
-
-    def _stacked(self, read: Callable[[JoinedSamples], Tensor]) -> Tensor:
-        found = (read(group) for group in self.parts)
-        return torch.stack([F.pad(x, (0, 0, 0, self.positions - x.shape[-2])) for x in found])
-
-    def _joined(self, each: Sequence[Statistic]) -> Statistic:
-        totals = [one.total for one in each]
-        count, symmetric = each[0].count, each[0].symmetric
-        if any(total is None for total in totals):
-            return Statistic(None, count, symmetric)
-        return Statistic(torch.stack(cast("list[Tensor]", totals)), count, symmetric)
-
-
-def _each(side: Tensor | None, groups: int) -> Sequence[Tensor | None]:
-    return [None] * groups if side is None else list(side.unbind(0))
 
 
 @attrs.frozen(kw_only=True)
@@ -244,12 +153,12 @@ class Attention(Curvature):
         groups = []
         for tag in TAGS:
             rows = [LinearRows(c.inputs, c.gradient, c.scale) for c in calls if c.tag == tag]
-            groups.append(joined(rows or [_no_rows(calls[0])]))
-        return ProjectionSamples(groups, calls)
+            groups.append(joined(rows or [no_rows(calls[0])]))
+        return GroupedSamples(groups, calls)
 
     def gradient_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
         """Return sums and counts of A and G."""
-        if isinstance(samples, ProjectionSamples):
+        if isinstance(samples, GroupedSamples):
             return {"A": samples.input_moment(), "G": samples.mean_grad_moment()}
         g = samples.grad_moment().scaled(1 / max(1, samples.positions))
         return {"A": samples.input_moment(), "G": g}
@@ -265,11 +174,6 @@ def _all_parts(module: Any) -> dict[str, tuple[str, ...]]:
 
 def _has_bias(layer: Layer) -> bool:
     return layer.parameters[-1].endswith("bias")
-
-
-def _no_rows(call: LayerCall) -> LinearRows:
-    """Return the rows of a group without a call, of as many examples."""
-    return LinearRows(call.inputs[:, :0], call.gradient[:, :0], 1.0)
 
 
 @hookimpl

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import attrs
 import torch
@@ -130,19 +130,21 @@ class Categorical(Layout):
         logits, found = arranged(output, self.class_axis), arranged(gradient, self.class_axis)
         if measured:  # on the gradient of the loss itself, whatever it is
             k = factor_between(logits.softmax(-1), found)
-            return scale_fault(k, "the cross entropy", output.shape, 1)
+            if k is not None:
+                return scale_fault(k, "the cross entropy", output.shape, 1)
+            fits = (
+                axis
+                for axis in softmax_axes(gradient)
+                if factor_between(output.softmax(axis), gradient) is not None
+            )
+            return next((_axis_fault(output.shape, axis) for axis in fits), None)
         if summed_share(found, -1) < SOME or bool(logits.logsumexp(-1).abs().max() < NORMALISED):
             return None  # the logarithms of probabilities are logits too, with another gradient
-        shape = list(output.shape)
         for axis in softmax_axes(gradient):
-            return (
-                f"the gradient of your loss at the output (shape {shape}) sums to zero over "
-                f"dimension {axis}, so the classes are there, and not where the likelihood has "
-                f"them. Give likelihood={{'name': 'categorical', 'class_axis': {axis}}}"
-            )
+            return _axis_fault(output.shape, axis)
         return (
-            f"the gradient of your loss at the output (shape {shape}) does not sum to zero over "
-            "the classes, so your loss is no softmax cross entropy, and the curvature of "
+            f"the gradient of your loss at the output (shape {list(output.shape)}) does not sum to "
+            "zero over the classes, so your loss is no softmax cross entropy, and the curvature of "
             "likelihood='categorical' is not that of your loss. Give likelihood='gaussian' for "
             "squared errors and values, 'bernoulli' for binary labels; or fisher='empirical', "
             "which measures on your loss itself. output= picks the logits where the model returns "
@@ -151,6 +153,14 @@ class Categorical(Layout):
 
     def _has_label(self, labels: Tensor, view: Tensor) -> Tensor:
         return expand_to_terms(labels, view, "targets", str(self.targets)) != self.ignore_index
+
+
+def _axis_fault(shape: Sequence[int], axis: int) -> str:
+    return (
+        f"the gradient of your loss at the output (shape {list(shape)}) sums to zero over "
+        f"dimension {axis}, so the classes are there, and not where the likelihood has them. Give "
+        f"likelihood={{'name': 'categorical', 'class_axis': {axis}}}"
+    )
 
 
 @hookimpl

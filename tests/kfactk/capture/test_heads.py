@@ -255,6 +255,7 @@ def test_a_mapping_names_the_heads_by_their_places():
         ([{"output": "a", "likelihood": "gaussian", "weight": 0}], "leave that head out"),
         ([{"output": "a", "likelihood": "gaussian", "weight": -1}], "weight of a head"),
         ([{"output": "a", "likelihood": "gausian"}], "gaussian"),
+        ([{"output": "a", "likelihood": "gaussian", "optional": 1}], "True or False"),
     ],
 )
 def test_heads_that_cannot_work_are_refused(given: Any, words: str):
@@ -284,6 +285,103 @@ def test_paths_lead_through_keys_attributes_and_numbers():
         logits = torch.tensor([1.0])
 
     assert at_path({"a": [Output()]}, "a.0.logits") is Output.logits
+    nested = {"out.logits": [1], 7: {"a": 2}, "a": {"b.c": 3}}
+    assert [at_path(nested, path) for path in ("out.logits.0", "7.a", "a.b.c")] == [1, 2, 3]
+
+
+class Sometimes(Heads):
+    """Heads of which the value is there in some forwards only."""
+
+    lacks: str | None = None
+
+    def forward(self, x: Tensor) -> dict[str, Any]:
+        found = super().forward(x)
+        found |= {"value": found["rest"][0]}
+        if self.lacks == "none":
+            found["value"] = None
+        elif self.lacks == "key":
+            del found["value"]
+        return found
+
+
+@pytest.mark.parametrize("lacks", ["none", "key"])
+@pytest.mark.parametrize("fisher", ["exact", "mc", "empirical"])
+def test_a_forward_without_an_optional_head_is_that_of_the_others(fisher: str, lacks: str):
+    x, found = torch.randn(N, 4, dtype=torch.float64), []
+    policy = kfactk.head("policy", "categorical")
+    for heads in ([policy, kfactk.head("value", "gaussian", optional=True)], [policy]):
+        torch.manual_seed(0)
+        model = Sometimes().double()
+        model.lacks = lacks
+        optimizer = made(model, likelihood=heads, fisher=fisher, exclude=["value", "aux"])
+        F.cross_entropy(model(x)["policy"], torch.arange(N) % 3).backward()
+        optimizer.step()
+        found.append(optimizer.layers["trunk"].factors)
+        optimizer.close()
+    torch.testing.assert_close(*found, rtol=1e-12, atol=1e-14)
+
+
+def test_an_optional_head_counts_where_it_is():
+    x, found = torch.randn(N, 4, dtype=torch.float64), []
+    for optional in (False, True):
+        torch.manual_seed(0)
+        model = Sometimes().double()
+        value = kfactk.head("value", "gaussian", weight=0.5, optional=optional)
+        heads = [kfactk.head("policy", "categorical"), value]
+        optimizer = made(model, likelihood=heads, exclude=["aux"])
+        step(model, optimizer, x)
+        found.append(optimizer.layers["trunk"].factors)
+        optimizer.close()
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+@pytest.mark.parametrize("optional", [False, True])
+def test_a_head_that_is_not_there_is_named(optional: bool):
+    model = Sometimes().double()
+    model.lacks = "none"
+    name = "value" if not optional else "valu"  # a wrong name is no absence
+    optimizer = made(model, likelihood=[HEADS[0], kfactk.head(name, "gaussian", optional=optional)])
+    words = "Did you mean 'value'" if optional else r"kfactk.head\('value', ..., optional=True\)"
+    with pytest.raises(kfactk.CaptureError, match=words):
+        model(torch.randn(N, 4, dtype=torch.float64))
+    optimizer.close()
+
+
+def test_a_forward_without_any_head_is_refused():
+    model = Sometimes().double()
+    model.lacks = "none"
+    optimizer = made(model, likelihood=[kfactk.head("value", "gaussian", optional=True)])
+    with pytest.raises(kfactk.CaptureError, match="none of the heads"):
+        model(torch.randn(N, 4, dtype=torch.float64))
+    optimizer.close()
+
+
+def test_a_frozen_head_is_named(model: Heads):
+    optimizer = made(model, likelihood=HEADS[:2])
+    model.requires_grad_(False)
+    model.policy.requires_grad_(True)
+    with pytest.raises(kfactk.CaptureError, match=r"head 'rest.0': .* does not require gradients"):
+        model(torch.randn(N, 4, dtype=torch.float64))
+    optimizer.close()
+
+
+def test_a_head_made_of_another_one_is_no_wrong_loss():
+    class Stacked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            logits = self.first(x)
+            return logits, self.second(logits)
+
+    model, labels = Stacked(), torch.arange(N) % 2
+    optimizer = made(model, likelihood={"0": "categorical", "1": "categorical"})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        one, other = model(torch.randn(N, 4))
+        (F.cross_entropy(one, labels) + F.cross_entropy(other, labels)).backward()
+        optimizer.step()
 
 
 def test_a_loss_that_is_not_the_heads_is_told(model: Heads):

@@ -81,13 +81,15 @@ def test_half_precision_is_silent():
             assert said(OF_CLASSIFICATION["cross entropy"], classes=300, fisher=fisher) == ""
 
 
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
 @pytest.mark.parametrize(
     ("axis", "words"), [(1, "{'name': 'categorical', 'class_axis': 2}"), (-1, "")]
 )
-def test_a_wrong_axis_of_classes_is_told_with_the_right_one(axis: int, words: str):
+def test_a_wrong_axis_of_classes_is_told_with_the_right_one(axis: int, words: str, fisher: str):
     told = said(
         lambda z: F.cross_entropy(z.movedim(-1, 1), TOKENS),
         shape=(N, T),
+        fisher=fisher,
         likelihood={"name": "categorical", "class_axis": axis},
     )
     assert words in told

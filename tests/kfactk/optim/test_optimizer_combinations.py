@@ -247,7 +247,7 @@ def variants(family: Variants) -> list[tuple[str, int]]:
 
 
 OTHER_LAYERS = {
-    "curvature": {"attention", "embedding", "norm", "rnn", "gradient"},
+    "curvature": {"attention", "embedding", "norm", "rnn", "experts", "gradient"},
     "basis": {"unitwise", "soap", "shampoo", "muon"},
 }
 """Stages for layers that the model here does not have, and those on statistics of gradients: see

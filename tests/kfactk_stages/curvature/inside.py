@@ -30,6 +30,7 @@ class Listener:
 
     def _end_forward(self, forward: Forward) -> None:
         output = forward.output
+        forward.count_examples(len(output))
         forward.run((output * self.cotangent).sum(), output, self._take)
 
     def _take(self, layer: Layer, calls: list[LayerCall]) -> None:

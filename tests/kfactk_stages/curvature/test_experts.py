@@ -1,0 +1,332 @@
+"""Gradients of stacked experts are autograd's, each expert with the tokens routed to it."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kfactk
+from kfactk import CaptureError
+from kfactk.testing import PipelineLaws
+from kfactk.testing._support.truth import solve
+from kfactk_stages.curvature.experts import Experts
+from tests.kfactk.dense import ekfac_block, exact_scale, kfac_block, pooled
+from tests.kfactk_stages.curvature.inside import Inside, deviation, rows
+
+moe = pytest.importorskip("transformers.integrations.moe")
+
+N, T, D, H, E, K = 3, 5, 4, 3, 4, 2
+INSIDE = Inside(Experts())
+
+
+def stacked(kind: str = "eager", **how: Any) -> type[nn.Module]:
+    """Return a class of experts as transformers make them, with an eager forward of its own."""
+
+    @moe.use_experts_implementation(**how)
+    class Stacked(nn.Module):
+        def __init__(self, config: Any) -> None:
+            super().__init__()
+            self.num_experts, self.act_fn = E, torch.tanh
+            first = 2 * H if how.get("has_gate", True) else H
+            name = "gate_up_proj" if how.get("has_gate", True) else "up_proj"
+            for part, d_out, d_in in ((name, first, D), ("down_proj", D, H)):
+                sides = (d_in, d_out) if how.get("is_transposed") else (d_out, d_in)
+                setattr(self, part, nn.Parameter(torch.randn(E, *sides)))
+                if how.get("has_bias"):
+                    setattr(self, f"{part}_bias", nn.Parameter(torch.randn(E, d_out)))
+
+        def forward(
+            self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor
+        ) -> Tensor:
+            found = []
+            for x, index, weights in zip(hidden_states, top_k_index, top_k_weights, strict=True):
+                found.append(
+                    sum(w * self.one(x, int(e)) for e, w in zip(index, weights, strict=True))
+                )
+            return torch.stack(found)
+
+        def one(self, x: Tensor, expert: int) -> Tensor:
+            for part in ("gate_up_proj" if self.has_gate else "up_proj", "down_proj"):
+                weight = getattr(self, part)[expert]
+                x = x @ weight if self.is_transposed else weight @ x
+                if self.has_bias:
+                    x = x + getattr(self, f"{part}_bias")[expert]
+                if part != "down_proj":
+                    x = self._apply_gate(x) if self.has_gate else self.act_fn(x)
+            return x
+
+    return Stacked
+
+
+class Config:
+    """What the dispatcher of transformers reads."""
+
+    def __init__(self, kind: str) -> None:
+        self._experts_implementation = kind
+
+
+class Mixture(nn.Module):
+    """A mixture of experts: a router, and what it chooses, for tokens `[N, T, D]`."""
+
+    def __init__(self, kind: str = "eager", *, twice: bool = False, **how: Any) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.router = nn.Linear(D, E)
+        self.experts = stacked(**how)(Config(kind))
+        self.twice = twice
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1)
+        for _ in range(1 + self.twice):
+            weights, chosen = self.router(flat).softmax(-1).topk(K)
+            flat = flat + self.experts(flat, chosen, weights)
+        return flat.view_as(x).sum(1)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "gated": {},
+    "without a gate": {"has_gate": False},
+    "transposed": {"is_transposed": True},
+    "with biases": {"has_bias": True},
+    "transposed with biases": {"is_transposed": True, "has_bias": True},
+    "batched": {"kind": "batched_mm"},
+    "twice": {"twice": True},
+}
+
+
+@pytest.mark.parametrize("how", KINDS.values(), ids=list(KINDS))
+def test_gradients_inside_are_those_of_autograd(how: dict[str, Any]) -> None:
+    model, args, cotangent = Mixture(**how), [rows(N, T, D)], rows(N, D, seed=5)
+    found = INSIDE.gradients(model, args, cotangent)
+    assert set(found) == {
+        f"experts[{'up_proj' if 'has_gate' in how else 'gate_up_proj'}]",
+        "experts[down_proj]",
+    }
+    assert deviation(found, INSIDE.autograds(model, args, cotangent)) < 1e-12
+
+
+def test_an_expert_without_tokens_has_no_gradient() -> None:
+    model = Mixture(has_bias=True)
+    with torch.no_grad():
+        model.router.bias[1] = -50.0
+    args, cotangent = [rows(N, T, D)], rows(N, D, seed=5)
+    found = INSIDE.gradients(model, args, cotangent)
+    assert deviation(found, INSIDE.autograds(model, args, cotangent)) < 1e-12
+    assert all(not each[1].any() and each[0].any() for each in found.values())
+
+
+@pytest.mark.parametrize("frozen", ["gate_up_proj", "gate_up_proj_bias", "down_proj"])
+def test_what_is_frozen_is_left_out(frozen: str) -> None:
+    model = Mixture(has_bias=True)
+    model.experts.get_parameter(frozen).requires_grad_(False)
+    args, cotangent = [rows(N, T, D)], rows(N, D, seed=5)
+    found = INSIDE.gradients(model, args, cotangent)
+    assert len(found) == (2 if frozen.endswith("bias") else 1)
+    assert deviation(found, INSIDE.autograds(model, args, cotangent)) < 1e-12
+
+
+# ------------------------------------------------------------------------------- factors and steps
+
+
+def products(model: Mixture, x: Tensor) -> dict[str, list[list[tuple[Tensor, Tensor]]]]:
+    """Return inputs and outputs of each product for one example `[T, D]`, and its output."""
+    experts: Any = model.experts
+    found: dict[str, list[list[tuple[Tensor, Tensor]]]] = {
+        part: [[] for _ in range(E)] for part in ("gate_up_proj", "down_proj")
+    }
+    total = torch.zeros(D, dtype=torch.float64)
+    for token in x:
+        weights, chosen = model.router(token).softmax(-1).topk(K)
+        total = total + token
+        for weight, expert in zip(weights, chosen.tolist(), strict=True):
+            first = experts.gate_up_proj[expert] @ token
+            gate, up = first.chunk(2)
+            inside = torch.tanh(gate) * up
+            second = experts.down_proj[expert] @ inside
+            found["gate_up_proj"][expert].append((token, first))
+            found["down_proj"][expert].append((inside.detach(), second))
+            total = total + weight * second
+    return found | {"": [[(total, total)]]}
+
+
+def moments(model: Mixture, x: Tensor) -> dict[str, tuple[list[Tensor], ...]]:
+    """Return A, G and D of each layer and expert, by a loop over examples and classes."""
+    sizes = {"gate_up_proj": (2 * H, D), "down_proj": (D, H)}
+    a = {part: torch.zeros(E, d, d, dtype=torch.float64) for part, (_, d) in sizes.items()}
+    g = {part: torch.zeros(E, d, d, dtype=torch.float64) for part, (d, _) in sizes.items()}
+    each: dict[str, list[Tensor]] = {part: [] for part in sizes}
+    tokens = torch.zeros(E, 1, 1, dtype=torch.float64)
+    for example in x:
+        found = products(model, example)
+        total = found.pop("")[0][0][0]
+        for number, log in enumerate(total.log_softmax(-1)):
+            score = -log * log.detach().exp().sqrt()
+            for part, inside in found.items():
+                d = torch.zeros(E, *sizes[part], dtype=torch.float64)
+                for expert, pairs in enumerate(inside):
+                    outputs = [output for _, output in pairs]
+                    if not outputs:
+                        continue
+                    grads = torch.autograd.grad(score, outputs, retain_graph=True)
+                    for (token, _), grad in zip(pairs, grads, strict=True):
+                        if not number:
+                            a[part][expert] += torch.outer(token, token)
+                            tokens[expert] += part == "down_proj"
+                        g[part][expert] += torch.outer(grad, grad) / len(x)
+                        d[expert] += torch.outer(grad, token)
+                each[part].append(d)
+    return {
+        part: (list(a[part] / tokens.clamp(min=1)), list(g[part]), list(torch.stack(each[part], 1)))
+        for part in sizes
+    }
+
+
+@pytest.mark.parametrize("basis", ["kfac", "ekfac"])
+def test_a_step_is_that_of_dense_algebra(basis: str) -> None:
+    tau, lr, x, y = 0.03, 0.1, rows(7, 3, D), torch.arange(7) % D
+    model = Mixture()
+    truth = moments(model, x)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = kfactk.build(
+        curvature="experts",
+        basis=basis,
+        update=torch.optim.SGD,
+        clip="none",
+        damping=tau,
+        lr=lr,
+        fisher="exact",
+    ).bind(model)
+    F.cross_entropy(model(x), y).backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
+    optimizer.step()
+    for part, (a, g, d) in truth.items():
+        name = f"experts.{part}"
+        for e in range(E):
+            if basis == "kfac":
+                block = kfac_block(a[e], g[e], tau)
+            else:
+                u_a, u_g = (torch.linalg.eigh(each).eigenvectors for each in (a[e], g[e]))
+                scale = exact_scale([d[e]], u_a, u_g, len(x))
+                block = ekfac_block(u_a, u_g, pooled(scale, a[e], g[e], u_a, u_g, 1e-10), tau)
+            step = (before[name] - model.get_parameter(name).detach())[e] / lr
+            torch.testing.assert_close(
+                step, solve(block, gradients[name][e]), rtol=1e-8, atol=1e-10
+            )
+
+
+def test_factors_are_those_of_independent_tokens() -> None:
+    """Where one token alone reaches an expert, A kron G is its block of F exactly."""
+    x = rows(1, 1, D)
+    model = Mixture()
+    optimizer = kfactk.build(curvature="experts", fisher="exact", damping=1e-3).bind(model)
+    F.cross_entropy(model(x), torch.zeros(1, dtype=torch.int64)).backward()
+    optimizer.step()
+    for part, (_, _, d) in moments(Mixture(), x).items():
+        found = optimizer.layers[f"experts[{part}]"].factors
+        for expert in range(E):
+            flat = d[expert].flatten(1)
+            both = torch.kron(found["G"][expert], found["A"][expert]), flat.T @ flat
+            torch.testing.assert_close(*both, rtol=1e-10, atol=1e-14)
+
+
+class TestMixture(PipelineLaws):
+    """The laws of recipes, on a mixture of experts: ranks, resuming, accumulation."""
+
+    recipe: ClassVar[Any] = {
+        "curvature": ["experts", "kfac"],
+        "update": torch.optim.SGD,
+        "lr": 0.01,
+        "unseen": "plain",
+    }
+
+    def model(self) -> nn.Module:
+        return Mixture(has_bias=True)
+
+    def batch(self, generator: torch.Generator, examples: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(examples, 3, D, generator=generator, dtype=torch.float64)
+        return x, torch.randint(D, (examples,), generator=generator)
+
+
+# ---------------------------------------------------------------------------------- what is covered
+
+
+def test_tokens_that_do_not_divide_are_refused() -> None:
+    class Packed(Mixture):
+        def forward(self, x: Tensor) -> Tensor:
+            flat = x.flatten(0, 1)[:-1]
+            weights, chosen = self.router(flat).softmax(-1).topk(K)
+            return self.experts(flat, chosen, weights)[: len(x)]
+
+    model = Packed()
+    optimizer = kfactk.build(curvature="experts").bind(model)
+    with pytest.raises(CaptureError, match="14 tokens, and the model's output has 3 examples"):
+        model(rows(N, T, D))
+    optimizer.close()
+
+
+def test_mixtral_is_covered() -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.MixtralConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    model = transformers.MixtralForCausalLM(config)
+    tokens = torch.randint(32, (2, 6))
+    optimizer = kfactk.build(
+        curvature="all", likelihood={"name": "categorical", "class_axis": -1}, lr=0.01
+    ).bind(model)
+    rows_ = [row for row in optimizer.coverage() if row.trained]
+    left = {row.parameter.rpartition(".")[2] for row in rows_ if row.block is None}
+    assert all("norm" in row.parameter or "gate" in row.parameter for row in rows_ if not row.block)
+    assert left
+    losses = []
+    for _ in range(8):
+        loss = F.cross_entropy(model(tokens).logits.flatten(0, 1), tokens.flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < losses[0] - 0.5
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"_is_expert_parallel": True}, "its experts are spread over ranks"),
+        ({"has_post_expert_norm": True}, "it normalises what its experts return"),
+        ({"forward": torch.tanh}, "its forward was replaced"),
+        ({"has_bias": True}, "its gate_up_proj_bias is computed"),
+    ],
+)
+def test_what_cannot_be_exact_has_a_reason(change: dict[str, Any], reason: str) -> None:
+    module = Mixture().experts
+    for name, value in change.items():
+        setattr(module, name, value)
+    assert str(Experts().unsupported(module)).startswith(reason)
+
+
+def test_others_say_who_covers_stacked_experts() -> None:
+    table = {row.parameter: row.reason for row in kfactk.build().coverage(Mixture())}
+    assert table["experts.down_proj"].endswith("curvature='experts' covers stacked experts")
+
+
+def test_experts_of_another_kind_are_left() -> None:
+    class Own(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.num_experts, self.weight = 2, nn.Parameter(torch.zeros(2, 3, 3))
+
+    assert "in a way of its own" in str(Experts().unsupported(Own()))
+    assert "holds no stacked experts" in str(Experts().unsupported(nn.Linear(2, 2)))
