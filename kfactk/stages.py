@@ -442,6 +442,7 @@ class Basis(abc.ABC):
           a, they have its shape.
         - "eigenvectors": `[..., n, n]`, orthonormal columns.
         - "cholesky": `[..., n, n]`, lower triangular, the diagonal positive.
+        - "inverse": `[..., n, n]`, symmetric positive semi-definite, made by a Cholesky factor.
         - "diagonal": of the shape of the layer's matrix, none negative.
 
         What has no form must be finite only. Saved tensors are checked when they are loaded.

@@ -122,7 +122,9 @@ def _footprint(block: Block, requires: frozenset[str]) -> Footprint:
 def _solver(block: Block, made: Mapping[str, torch.Tensor]) -> str:
     """Return what decomposes a matrix, by the forms that the basis states: "" for nothing known."""
     forms = {block.basis.forms.get(name) for name in made}
-    return "cholesky" if "cholesky" in forms else "eigh" if "eigenvectors" in forms else ""
+    if forms & {"cholesky", "inverse"}:
+        return "cholesky"
+    return "eigh" if "eigenvectors" in forms else ""
 
 
 def _seconds(

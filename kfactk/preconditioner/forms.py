@@ -12,8 +12,14 @@ from kfactk.sides import is_diagonal
 from kfactk.stages import Basis, Decomposition, Tensors
 from kfactk.validation import square
 
-STATED = {"eigenvalues", "eigenvectors", "cholesky", "diagonal"}
+STATED = {"eigenvalues", "eigenvectors", "cholesky", "inverse", "diagonal"}
 """The forms that a basis may state; see `Basis.forms`."""
+CHECKED_AS = {
+    "eigenvalues": "nonnegative",
+    "diagonal": "nonnegative",
+    "inverse": "semidefinite",
+}
+"""What is checked of a form, where its own name is not that of a check."""
 
 
 def check_forms(
@@ -66,8 +72,7 @@ def _check_part(
     if tuple(value.shape) != shape:
         damage.note_misfit(f"{where} has the shape {tuple(value.shape)}, where it must be {shape}")
     elif precise(where, value, damage):
-        nonnegative = form in ("eigenvalues", "diagonal")
-        damage.check_form(where, value, "nonnegative" if nonnegative else form)
+        damage.check_form(where, value, CHECKED_AS.get(form, form))
 
 
 def precise(where: str, value: Tensor, damage: Damage) -> bool:

@@ -1,4 +1,4 @@
-"""The basis of K-FAC: damped inverses of the Kronecker factors, through Cholesky."""
+"""The basis of K-FAC: damped inverses of the Kronecker factors."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from kfactk import (
     hookimpl,
     linalg,
 )
+from kfactk.options import choice
 from kfactk.sides import SIDES, is_diagonal, names_of, side_of, slices_of
 
 
@@ -30,12 +31,20 @@ class KfacInverse(Basis):
         pi = sqrt((tr A / dim A) / (tr G / dim G))
 
     A constant that moves from A to G does not change the product, within the range of the factors'
-    precision. `pi` is 1 where a trace is zero. The Cholesky factors contain the damping of their
-    refresh: a changed damping acts at the next refresh only.
+    precision. `pi` is 1 where a trace is zero, and is that of the refresh.
 
     Where a curvature has stand-ins for a wide side, A or G is the diagonal, or the matrix of blocks
     along its diagonal; the trace in pi is that of the whole side. Each block has a factor of its
     own.
+
+    Args:
+        solver: "cholesky": two triangular solves a side, as accurate as can be. "inverse": the
+            explicit inverse, one product a side. Both contain the damping of their refresh: a
+            changed damping acts at the next one only. "eigh": two products a side with the
+            eigenvectors, at more cost for a refresh, and a changed damping acts at once.
+
+    Raises:
+        OptionError: An option has a value that cannot work.
 
     Example:
         >>> import torch
@@ -55,29 +64,58 @@ class KfacInverse(Basis):
 
     requires = frozenset({"A", "G"})
     laws = frozenset({"rotation-equivariant", "null-space-independent", "exact-when-kronecker"})
-    forms = MappingProxyType({"cholesky": "cholesky", "eigenvalues": "eigenvalues"})
+    forms = MappingProxyType(
+        {
+            "cholesky": "cholesky",
+            "inverse": "inverse",
+            "pivots": "eigenvalues",
+            "eigenvalues": "eigenvalues",
+            "eigenvectors": "eigenvectors",
+        }
+    )
+
+    solver: str = attrs.field(default="cholesky", validator=choice("cholesky", "inverse", "eigh"))
 
     def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> dict[str, Tensor]:
-        """Return `{"cholesky": [..., n, n]}`, lower triangular, of the damped A / pi or pi G.
+        """Return what the solver needs of the damped A / pi or pi G.
+
+        - `{"cholesky": [..., n, n]}`, lower triangular;
+        - `{"inverse": [..., n, n], "pivots": [..., n]}`, the squares of the diagonal of that;
+        - `{"eigenvalues": [..., n], "eigenvectors": [..., n, n], "floor": [..., 1]}`, without
+          damping, and the least damping;
+        - of a diagonal `{"eigenvalues": [..., n]}`, damped but for "eigh".
 
         Both factors are then as large as the root of F, and so is the least damping, whatever size
-        A and G have: what lies between the two triangular solves lies between V and P V in size. Of
-        a diagonal it is `{"eigenvalues": [..., n]}`, damped likewise.
+        A and G have: what lies between the solves of the two sides lies between V and P V in size.
         """
         mean_a, mean_g = context.mean_diagonal["A"], context.mean_diagonal["G"]
         pi, side = linalg.tikhonov_pi(mean_a, mean_g), side_of(name)
         balance = 1 / pi if side == "A" else pi
         least = linalg.damping_floor(context.mean_diagonal[side] * balance)
         shift = least.clamp(min=context.damping**0.5)
+        undamped = {"floor": least.unsqueeze(-1)} if self.solver == "eigh" else {}
         if is_diagonal(name):
             linalg.check_finite(matrix)
-            return {"eigenvalues": matrix * balance[..., None] + shift[..., None]}
-        return {"cholesky": linalg.cholesky(matrix * balance[..., None, None], shift)}
+            values = matrix * balance[..., None]
+            return {"eigenvalues": values if undamped else values + shift[..., None]} | undamped
+        balanced = matrix * balance[..., None, None]
+        if undamped:
+            values, vectors = linalg.eigh(balanced)
+            return {"eigenvalues": values, "eigenvectors": vectors} | undamped
+        lower = linalg.cholesky(balanced, shift)
+        if self.solver == "cholesky":
+            return {"cholesky": lower}
+        pivots = lower.diagonal(dim1=-2, dim2=-1).square()
+        return {"inverse": torch.cholesky_inverse(lower), "pivots": pivots}
 
     def operator(
         self, decomposition: Decomposition, moments: Tensors, damping: float, matrices: Tensors
     ) -> KfacOperator:
-        """Return `A kron G`, which solves with the damping of the refresh."""
+        """Return `A kron G`, which solves with the damping of the refresh, or that of now."""
+        if self.solver == "eigh":
+            decomposition = {
+                name: _now_damped(each, damping) for name, each in decomposition.items()
+            }
         return KfacOperator(decomposition, matrices)
 
 
@@ -86,7 +124,7 @@ class KfacOperator(CurvatureOperator):
     """`F vec(V) = vec(G V A)`.
 
     Args:
-        decomposition: Cholesky factors of the damped matrices; `solve` and `condition` read them.
+        decomposition: What solves with the damped matrices; `solve` and `condition` read it.
         matrices: A and G, or what stands for them; `multiply` reads them.
     """
 
@@ -104,7 +142,7 @@ class KfacOperator(CurvatureOperator):
         return self._on_rows("A", self.matrices, half.transpose(-1, -2), _multiply).mT
 
     def condition(self) -> Tensor:
-        """Return a lower bound, from the diagonals of the Cholesky factors; of the worst group."""
+        """Return that of the worst group; of Cholesky factors a lower bound, by their diagonals."""
         ratios = []
         for side in SIDES:
             names = names_of(side, self.decomposition)
@@ -130,8 +168,13 @@ class KfacOperator(CurvatureOperator):
 
 def _solve(name: str, parts: Tensors, v: Tensor) -> Tensor:
     """Return `(M + shift I)^-1 v` of a matrix or diagonal M."""
+    if "eigenvectors" in parts:
+        vectors = parts["eigenvectors"].to(v.dtype)
+        return vectors @ (vectors.mT @ v / parts["eigenvalues"].to(v.dtype).unsqueeze(-1))
     if is_diagonal(name):
         return v / parts["eigenvalues"].to(v.dtype).unsqueeze(-1)
+    if "inverse" in parts:
+        return parts["inverse"].to(v.dtype) @ v
     return torch.cholesky_solve(v, parts["cholesky"].to(v.dtype))
 
 
@@ -141,10 +184,17 @@ def _multiply(name: str, matrix: Tensor, v: Tensor) -> Tensor:
     return matrix.unsqueeze(-1) * v if is_diagonal(name) else matrix @ v
 
 
+def _now_damped(parts: Tensors, damping: float) -> dict[str, Tensor]:
+    """Return parts with the damping in their eigenvalues."""
+    shift = parts["floor"].clamp(min=damping**0.5)
+    return {**parts, "eigenvalues": parts["eigenvalues"] + shift}
+
+
 def _damped(parts: Tensors) -> Tensor:
-    """Return the damped diagonal, or the squares of that of its Cholesky factor, `[..., n]`."""
-    if "eigenvalues" in parts:
-        return parts["eigenvalues"]
+    """Return the damped spectrum, or the squares of the Cholesky factor's diagonal, `[..., n]`."""
+    for name in ("eigenvalues", "pivots"):
+        if name in parts:
+            return parts[name]
     return parts["cholesky"].diagonal(dim1=-2, dim2=-1).square()
 
 

@@ -31,6 +31,18 @@ class TestKfac(BasisLaws):
         return each_group(situation.groups, lambda k: kfac_block(a[k], g[k], situation.damping))
 
 
+class TestKfacInverse(TestKfac):
+    """The same, by explicit inverses."""
+
+    stage = {"name": "kfac", "solver": "inverse"}  # noqa: RUF012
+
+
+class TestKfacEigen(TestKfac):
+    """The same, by eigenvectors."""
+
+    stage = {"name": "kfac", "solver": "eigh"}  # noqa: RUF012
+
+
 @attrs.frozen(eq=False)
 class Drawn:
     """Factors, a gradient, and a damping."""
@@ -57,11 +69,13 @@ def drawn(draw: st.DrawFn, groups: int = 1) -> Drawn:
     return Drawn(*((a, g, gradient) if groups > 1 else (a[0], g[0], gradient[0])), tau)
 
 
-def decomposed(a: Tensor, g: Tensor, tau: float) -> dict[str, dict[str, Tensor]]:
+def decomposed(
+    a: Tensor, g: Tensor, tau: float, solver: str = "cholesky"
+) -> dict[str, dict[str, Tensor]]:
     means = {"A": a.diagonal(dim1=-2, dim2=-1).mean(-1), "G": g.diagonal(dim1=-2, dim2=-1).mean(-1)}
     context = FactorContext(tau, means)
     return {
-        name: KfacInverse().decompose(name, matrix, context)
+        name: KfacInverse(solver=solver).decompose(name, matrix, context)
         for name, matrix in (("A", a), ("G", g))
     }
 
@@ -111,6 +125,30 @@ def test_a_changed_damping_is_seen_at_the_next_refresh_only() -> None:
     solved = [KfacInverse().operator(parts, {}, tau, {}).solve(v) for tau in (0.04, 4.0)]
     assert torch.equal(*solved)
     torch.testing.assert_close(inverse(a, g, v, 4.0), v / 9)
+
+
+def test_with_eigenvectors_a_changed_damping_is_seen_at_once() -> None:
+    generator = torch.Generator().manual_seed(0)
+    a, g = moment(3, 4, generator, 1)[0], moment(5, 3, generator, 1)[0]
+    v, parts = torch.ones(3, 4, dtype=F64), decomposed(a, g, 0.04, "eigh")
+    for tau in (0.04, 4.0, 0.001):
+        found = KfacInverse(solver="eigh").operator(parts, {}, tau, {}).solve(v)
+        torch.testing.assert_close(found, inverse(a, g, v, tau), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", ["inverse", "eigh"])
+@pytest.mark.parametrize("dtype", [torch.float32, F64])
+def test_every_solver_has_the_same_step(solver: str, dtype: torch.dtype) -> None:
+    """The explicit inverse loses digits in proportion to the condition number, and no more."""
+    generator = torch.Generator().manual_seed(0)
+    a, g = moment(3, 6, generator, 2).to(dtype), moment(9, 5, generator, 2).to(dtype)
+    v = torch.randn(2, 5, 6, generator=generator, dtype=F64)
+    for tau in (1e-4, 1e-2, 1.0):
+        parts = decomposed(a, g, tau, solver)
+        found = KfacInverse(solver=solver).operator(parts, {}, tau, {}).solve(v.to(dtype))
+        expected = inverse(a.double(), g.double(), v, tau)
+        size = 1e3 * torch.finfo(dtype).eps / tau**0.5
+        assert (found - expected).norm() <= size * expected.norm()
 
 
 def test_multiplying_reads_the_matrices_when_it_is_asked_only() -> None:

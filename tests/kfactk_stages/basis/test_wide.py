@@ -128,7 +128,10 @@ def test_a_scale_is_carried_block_by_block() -> None:
     torch.testing.assert_close(there, expected)
 
 
-@pytest.mark.parametrize("basis", [Ekfac(), KfacInverse()])
+SOLVERS = ("cholesky", "inverse", "eigh")
+
+
+@pytest.mark.parametrize("basis", [Ekfac(), *(KfacInverse(solver=each) for each in SOLVERS)])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_diagonal_that_is_not_finite_is_an_error(basis: Any, value: float) -> None:
     context = FactorContext(0.1, {"A": torch.ones(()), "G": torch.ones(())})
