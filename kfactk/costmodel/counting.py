@@ -147,6 +147,8 @@ def training_load(model: nn.Module, recipe: Recipe, batch: Tensor) -> TrainingLo
     heads = [output for output in located if output is not None]
     empty = [torch.empty_like(output) for output in heads]
     all_calls = [call for found in recorded.values() for call in found]
+    for replay in (call.replay for call in all_calls if call.replay is not None):
+        replay.count_examples(len(batch))
     outputs = {id(each): each for call in all_calls for each in call.outputs if each.requires_grad}
     with Meter() as fisher:
         if outputs:

@@ -17,6 +17,7 @@ from kfactk.options import whole
 from kfactk.samples import CACHED_BYTES, DEFAULT_CHUNK_BYTES, total_of, working_dtype
 from kfactk_stages.curvature._calls import CallSamples, check_examples, examples_first, scaled
 from kfactk_stages.curvature._coverage import reason_against
+from kfactk_stages.curvature._foreign_norms import stand_in
 
 BATCH = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 INSTANCE = (nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d)
@@ -197,7 +198,8 @@ class Norm(Curvature):
     the rows of example n. Running statistics are read and never written.
 
     Covers `nn.LayerNorm`, `nn.RMSNorm`, `nn.GroupNorm`, `nn.BatchNorm1d` to `3d` and
-    `nn.InstanceNorm1d` to `3d`.
+    `nn.InstanceNorm1d` to `3d`; and any module that normalises its last dimension as one of the
+    first two does, such as the RMSNorm classes of transformers: it is tried out on random numbers.
 
     Args:
         batch_dim: Which dimension counts the examples, from the front, where inputs of
@@ -236,13 +238,15 @@ class Norm(Curvature):
                 "SyncBatchNorm normalises by statistics of all ranks, which one rank cannot see; "
                 "use nn.BatchNorm, whose statistics are those of one rank, or nn.GroupNorm"
             )
-        return reason_against(module, (*TRAILING, *CHANNELS))
+        reason = reason_against(module, (*TRAILING, *CHANNELS))
+        return None if reason is not None and stand_in(module) is not None else reason
 
     def same_call(self, module: nn.Module, other: nn.Module) -> bool:
         """Return whether two modules compute the same, their running statistics included."""
         names = ("running_mean", "running_var")
         shared = all(module._buffers.get(name) is other._buffers.get(name) for name in names)
-        return shared and super().same_call(module, other)
+        alike = repr(_of_torch(module)) == repr(_of_torch(other))  # a stranger may not show its eps
+        return shared and alike and super().same_call(module, other)
 
     def matrix(self, layer: Layer, tensors: Tensors) -> Tensor:
         """Join scale and shift into `[C, 1, 2]`, or the scale alone into `[C, 1, 1]`."""
@@ -256,7 +260,7 @@ class Norm(Curvature):
 
     def blank(self, layer: Layer) -> LayerCall:
         """Return a call on zeros: one example of two positions where the layer has positions."""
-        module, weight = layer.module, layer.tensors()["weight"]
+        module, weight = _of_torch(layer.module), layer.tensors()["weight"]
         shape = tuple(weight.shape)
         if isinstance(module, CHANNELS):
             shape = (*shape, *[1] * (_axes(module) - 1), 2)
@@ -288,9 +292,9 @@ class Norm(Curvature):
         return {"U": samples.unit_moment()}
 
     def _call(self, layer: Layer, call: LayerCall) -> NormCall:
-        module: Any = layer.module
+        module: Any = _of_torch(layer.module)
         inputs, gradient = (self._batched(layer, each) for each in (call.inputs, call.gradient))
-        training = module.training if call.training is None else call.training
+        training = layer.module.training if call.training is None else call.training
         statistics = None
         if isinstance(module, (*BATCH, *INSTANCE)):
             dtype = working_dtype(inputs.dtype, gradient.dtype)
@@ -302,7 +306,7 @@ class Norm(Curvature):
         return NormCall(module, inputs, gradient, call.scale, statistics)
 
     def _batched(self, layer: Layer, tensor: Tensor) -> Tensor:
-        module: Any = layer.module
+        module: Any = _of_torch(layer.module)
         if isinstance(module, TRAILING):
             return examples_first(layer, tensor, len(module.normalized_shape), self.batch_dim)
         unbatched = isinstance(module, INSTANCE) and tensor.ndim == _axes(module) + 1
@@ -330,6 +334,14 @@ class Norm(Curvature):
         step = max(1, len(inputs) if inputs.dtype == dtype else self.chunk_bytes // size)
         for start in range(0, len(inputs), step):
             yield inputs[start : start + step].to(dtype)
+
+
+def _of_torch(module: nn.Module) -> nn.Module:
+    """Return the module, or the layer of torch that normalises as it does."""
+    if isinstance(module, (*TRAILING, *CHANNELS)):
+        return module
+    found = stand_in(module)
+    return module if found is None else found
 
 
 def _axes(module: nn.Module) -> int:

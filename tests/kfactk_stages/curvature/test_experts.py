@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 import kfactk
 from kfactk import CaptureError
+from kfactk.costmodel.counting import training_load
 from kfactk.testing import PipelineLaws
 from kfactk.testing._support.truth import solve
 from kfactk_stages.curvature.experts import Experts
@@ -250,6 +251,20 @@ class TestMixture(PipelineLaws):
     def batch(self, generator: torch.Generator, examples: int) -> tuple[Tensor, Tensor]:
         x = torch.randn(examples, 3, D, generator=generator, dtype=torch.float64)
         return x, torch.randint(D, (examples,), generator=generator)
+
+
+def test_costs_are_counted_without_data() -> None:
+    """Where tokens go is not known then: every expert is counted as if it got as many as others."""
+    with torch.device("meta"):
+        model = Mixture("batched_mm")
+    recipe = kfactk.build(curvature=["experts", "kfac"], unseen="plain")
+    batch = torch.empty(8, T, D, dtype=torch.float64, device="meta")
+    load = training_load(model, recipe, batch)
+    rows_each = 8 * T * K / E  # of every expert
+    for part, d_in, d_out in (("gate_up_proj", D, 2 * H), ("down_proj", H, D)):
+        factors = load.layers[f"experts[{part}]"].factors.products
+        assert factors >= 2 * E * rows_each * (d_in**2 + d_out**2)
+        assert factors <= 4 * E * rows_each * ((d_in + 1) ** 2 + d_out**2)
 
 
 # ---------------------------------------------------------------------------------- what is covered

@@ -1,0 +1,159 @@
+"""Normalisation layers of other libraries and of users, known by what they compute."""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
+
+TOLERANCE = 1e-5
+"""Relative deviation up to which two results are equal; some layers compute in float32."""
+LARGEST_EPS = 1e-2
+"""Largest number that a layer may add to a mean square."""
+
+_Signature = tuple[Any, ...]
+_known: weakref.WeakKeyDictionary[nn.Module, tuple[_Signature, nn.Module | None]] = (
+    weakref.WeakKeyDictionary()
+)
+
+
+def stand_in(module: nn.Module) -> nn.Module | None:
+    """Return the layer of torch that normalises as this module does; `None` where none does.
+
+    A module with a vector as its weight, and perhaps one as its bias, is tried out: its forward
+    runs on random numbers, with random parameters in place of its own. It is such a layer if the
+    output is `(weight + c) x_hat + bias`, with x_hat that of `nn.RMSNorm` or `nn.LayerNorm` over
+    the last dimension and a constant c. The module itself stays as it is.
+
+    Example:
+        >>> class Own(nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.weight = nn.Parameter(torch.zeros(4))
+        ...     def forward(self, x):
+        ...         return (1 + self.weight) * x * (x.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+        >>> stand_in(Own())
+        RMSNorm((4,), eps=1e-06, elementwise_affine=False)
+        >>> stand_in(nn.PReLU(4)) is None
+        True
+    """
+    if not _may_normalise(module):
+        return None
+    signature = _signature(module)
+    if module in _known and _known[module][0] == signature:
+        return _known[module][1]
+    found = _tried(module)
+    _known[module] = signature, found
+    return found
+
+
+def _may_normalise(module: nn.Module) -> bool:
+    own = {name: each for name, each in module._parameters.items() if each is not None}
+    return (
+        own.keys() in ({"weight"}, {"weight", "bias"})
+        and not any(map(is_lazy, own.values()))
+        and all(each.ndim == 1 and each.is_floating_point() for each in own.values())
+        and len({each.shape for each in own.values()}) == 1
+        and own["weight"].numel() > 1
+        and not module._modules
+        and not any(each is not None for each in module._buffers.values())
+        and "forward" not in vars(module)
+    )
+
+
+def _signature(module: nn.Module) -> _Signature:
+    """Return what the result depends on, besides what cannot change."""
+    simple = (bool, int, float, str)
+    settings = tuple((k, v) for k, v in vars(module).items() if isinstance(v, simple))
+    return type(module).forward, module._parameters["weight"].shape, settings  # type: ignore[union-attr]
+
+
+def _tried(module: nn.Module) -> nn.Module | None:
+    """Return what a module is found to be by its results."""
+    generator = torch.Generator().manual_seed(0)
+    width = module._parameters["weight"].shape[0]  # type: ignore[union-attr]
+    shift = module._parameters.get("bias") is not None
+
+    def drawn(*shape: int) -> Tensor:
+        found = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
+        return found
+
+    x, one, bias = drawn(3, width), drawn(width), drawn(width)
+    other = one + 1 + drawn(width).sigmoid()
+    try:
+        with torch.no_grad():
+            run = _Runner(module, shift=shift)
+            slope = one - other
+            # With tiny inputs eps alone is divided by, and so is known.
+            tiny = (run(1e-9 * x, one, bias) - run(1e-9 * x, other, bias)) / slope
+            for kind in (nn.RMSNorm, nn.LayerNorm):
+                centred = x if kind is nn.RMSNorm else x - x.mean(-1, keepdim=True)
+                eps = float((1e-9 * centred).norm() / tiny.norm()) ** 2
+                if not 1e-16 < eps < LARGEST_EPS:
+                    continue
+                made = kind(width, eps=_rounded(module, eps), elementwise_affine=False)
+                if _fits(run, made, x, (one, other, bias)):
+                    return made
+    except Exception:  # a stranger's forward may raise anything: then it is no such layer
+        return None
+    return None
+
+
+class _Runner:
+    """Runs the forward of a module with other parameters, on a copy without hooks."""
+
+    def __init__(self, module: nn.Module, *, shift: bool) -> None:
+        self._copy = type(module).__new__(type(module))
+        nn.Module.__init__(self._copy)
+        mine = vars(self._copy)
+        self._copy.__dict__ = {**vars(module), **{k: v for k, v in mine.items() if k[0] == "_"}}
+        self._copy.training = module.training
+        self._shift = shift
+        if len(inspect.signature(type(module).forward).parameters) != 2:
+            raise TypeError("it takes more than its input")
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        """Return the output, in float64."""
+        self._copy._parameters["weight"] = nn.Parameter(weight)
+        if self._shift:
+            self._copy._parameters["bias"] = nn.Parameter(bias)
+        elif "bias" not in vars(self._copy):
+            self._copy._parameters["bias"] = None
+        found = type(self._copy).forward(self._copy, x.clone())
+        if not isinstance(found, Tensor) or found.shape != x.shape:
+            raise TypeError("it returns something else")
+        return found.double()
+
+
+def _fits(
+    run: _Runner, made: nn.Module, x: Tensor, parameters: tuple[Tensor, Tensor, Tensor]
+) -> bool:
+    """Return whether weights and biases act on the output as those of the layer would."""
+    one, other, bias = parameters
+    for scale in (1.0, 1e-3, 30.0):
+        inputs = scale * x
+        difference = run(inputs, one, bias) - run(inputs, other, bias)
+        expected = (one - other) * made(inputs)
+        shifted = run(inputs, one, bias) - run(inputs, one, torch.zeros_like(bias))
+        wanted = bias.expand_as(shifted) if run._shift else torch.zeros_like(shifted)
+        size = expected.norm() + bias.norm()
+        if (difference - expected).norm() > TOLERANCE * size:
+            return False
+        if (shifted - wanted).norm() > TOLERANCE * size:
+            return False
+    width = x.shape[-1]  # rows do not mix, whatever dimensions they have
+    rows = torch.linspace(-1.0, 2.0, 2 * (width + 1) * width, dtype=x.dtype, device=x.device)
+    rows = rows.sin().view(2, width + 1, width)
+    whole, apart = run(rows, one, bias), run(rows[1, 1:2], one, bias)[0]
+    return bool((whole[1, 1] - apart).norm() <= TOLERANCE * apart.norm())
+
+
+def _rounded(module: nn.Module, eps: float) -> float:
+    """Return the number among a module's settings that eps is, up to rounding, or eps."""
+    written = [v for v in vars(module).values() if isinstance(v, float)]
+    usual = (10.0**-power for power in range(2, 16))
+    return next((v for v in (*written, *usual) if abs(v / eps - 1) < 1e-4 and v > 0), eps)
