@@ -239,7 +239,9 @@ def folded_message(layer: str, touched: int, rows: int) -> str:
     return (
         f"layer {layer!r}: {touched} of its {rows} rows in dimension 0 belong to one example of "
         "the output. What is measured for each example (EKFAC's scale) then takes its rows for "
-        "examples. If another dimension counts examples, set the curvature's batch_dim."
+        "examples. If it gets the tokens of all examples in one dimension, give it [N, T, d] in "
+        "place of [N T, d]: a linear layer takes both. If another dimension counts examples, set "
+        "the curvature's batch_dim."
     )
 
 

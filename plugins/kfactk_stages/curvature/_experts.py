@@ -51,7 +51,7 @@ class ExpertsReplay:
         named = inspect.signature(type(module).forward).bind(module, *call.args, **call.kwargs)
         tokens, chosen, weights = list(named.arguments.values())[1:4]
         examples = _examples(call, len(tokens))
-        mixed, inner = torch.zeros_like(tokens), []
+        mixed, inner = torch.zeros_like(tokens), list[InnerCall]()
         for expert, (token, place) in enumerate(_routed(chosen, module.num_experts)):
             if not len(token) and (inner or expert < module.num_experts - 1):
                 continue

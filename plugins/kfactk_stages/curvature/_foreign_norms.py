@@ -73,53 +73,57 @@ def _signature(module: nn.Module) -> _Signature:
 
 
 def _tried(module: nn.Module) -> nn.Module | None:
-    """Return what a module is found to be by its results."""
+    """Return what a module is found to be by its results, in the first precision that it takes."""
+    for dtype in (torch.float64, torch.float32):
+        try:
+            with torch.no_grad():
+                return _tried_in(module, dtype)
+        except Exception:  # a stranger's forward may raise anything: then it is no such layer
+            continue
+    return None
+
+
+def _tried_in(module: nn.Module, dtype: torch.dtype) -> nn.Module | None:
     generator = torch.Generator().manual_seed(0)
     width = module._parameters["weight"].shape[0]  # type: ignore[union-attr]
-    shift = module._parameters.get("bias") is not None
 
     def drawn(*shape: int) -> Tensor:
-        found = torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
-        return found
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu").to(dtype)
 
     x, one, bias = drawn(3, width), drawn(width), drawn(width)
     other = one + 1 + drawn(width).sigmoid()
-    try:
-        with torch.no_grad():
-            run = _Runner(module, shift=shift)
-            slope = one - other
-            # With tiny inputs eps alone is divided by, and so is known.
-            tiny = (run(1e-9 * x, one, bias) - run(1e-9 * x, other, bias)) / slope
-            for kind in (nn.RMSNorm, nn.LayerNorm):
-                centred = x if kind is nn.RMSNorm else x - x.mean(-1, keepdim=True)
-                eps = float((1e-9 * centred).norm() / tiny.norm()) ** 2
-                if not 1e-16 < eps < LARGEST_EPS:
-                    continue
-                made = kind(width, eps=_rounded(module, eps), elementwise_affine=False)
-                if _fits(run, made, x, (one, other, bias)):
-                    return made
-    except Exception:  # a stranger's forward may raise anything: then it is no such layer
-        return None
+    run = _Runner(module)
+    # With tiny inputs eps alone is divided by, and so is known.
+    none = torch.zeros_like(bias)
+    tiny = (run(1e-9 * x, one, none) - run(1e-9 * x, other, none)) / (one - other)
+    for kind in (nn.RMSNorm, nn.LayerNorm):
+        centred = x if kind is nn.RMSNorm else x - x.mean(-1, keepdim=True)
+        eps = float((1e-9 * centred).norm() / tiny.norm()) ** 2
+        if not 1e-16 < eps < LARGEST_EPS:
+            continue
+        made = kind(width, eps=_rounded(module, eps), elementwise_affine=False)
+        if _fits(run, made, x, (one, other, bias)):
+            return made
     return None
 
 
 class _Runner:
     """Runs the forward of a module with other parameters, on a copy without hooks."""
 
-    def __init__(self, module: nn.Module, *, shift: bool) -> None:
+    def __init__(self, module: nn.Module) -> None:
         self._copy = type(module).__new__(type(module))
         nn.Module.__init__(self._copy)
         mine = vars(self._copy)
         self._copy.__dict__ = {**vars(module), **{k: v for k, v in mine.items() if k[0] == "_"}}
         self._copy.training = module.training
-        self._shift = shift
+        self.shift = module._parameters.get("bias") is not None
         if len(inspect.signature(type(module).forward).parameters) != 2:
             raise TypeError("it takes more than its input")
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         """Return the output, in float64."""
         self._copy._parameters["weight"] = nn.Parameter(weight)
-        if self._shift:
+        if self.shift:
             self._copy._parameters["bias"] = nn.Parameter(bias)
         elif "bias" not in vars(self._copy):
             self._copy._parameters["bias"] = None
@@ -139,7 +143,7 @@ def _fits(
         difference = run(inputs, one, bias) - run(inputs, other, bias)
         expected = (one - other) * made(inputs)
         shifted = run(inputs, one, bias) - run(inputs, one, torch.zeros_like(bias))
-        wanted = bias.expand_as(shifted) if run._shift else torch.zeros_like(shifted)
+        wanted = bias.expand_as(shifted) if run.shift else torch.zeros_like(shifted)
         size = expected.norm() + bias.norm()
         if (difference - expected).norm() > TOLERANCE * size:
             return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import attrs
@@ -130,9 +131,8 @@ class Experts(Curvature):
         """Return one row of zeros of the first expert."""
         anchor = layer.anchor
         d_out, d_in = (anchor.mT if _is_transposed(layer) else anchor).shape[1:]
-        like = {"dtype": anchor.dtype, "device": anchor.device}
-        inputs, gradient = torch.zeros(1, 1, d_in + 1, **like), torch.zeros(1, 1, d_out, **like)
-        return LayerCall(inputs, gradient, tag="0")
+        zeros = partial(torch.zeros, dtype=anchor.dtype, device=anchor.device)
+        return LayerCall(zeros(1, 1, d_in + 1), zeros(1, 1, d_out), tag="0")
 
     def samples(
         self, layer: Layer, calls: Sequence[LayerCall], *, num_terms: Tensor | float, first: bool

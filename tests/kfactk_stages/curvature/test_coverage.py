@@ -231,7 +231,7 @@ def test_kfac_points_to_conv_kfac(module):
             "its weight is parametrized",
         ),
         (lambda: nn.MultiheadAttention(2, 1).out_proj, "attention's out_proj"),
-        (Experts, "no curvature for Experts: the weights of its experts are one tensor"),
+        (Experts, "curvature='experts' covers stacked experts"),
         (lambda: nn.Bilinear(2, 2, 2), "no curvature for Bilinear"),
         (lambda: nn.Embedding(2, 2), "no curvature for Embedding"),
         (lambda: nn.BatchNorm2d(2), "no curvature for BatchNorm2d"),

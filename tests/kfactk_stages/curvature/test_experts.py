@@ -82,11 +82,11 @@ class Mixture(nn.Module):
         self.double()
 
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.flatten(0, 1)
         for _ in range(1 + self.twice):
-            weights, chosen = self.router(flat).softmax(-1).topk(K)
-            flat = flat + self.experts(flat, chosen, weights)
-        return flat.view_as(x).sum(1)
+            weights, chosen = self.router(x).softmax(-1).topk(K)
+            found = self.experts(x.flatten(0, 1), chosen.flatten(0, 1), weights.flatten(0, 1))
+            x = x + found.view_as(x)
+        return x.sum(1)
 
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -51,7 +51,15 @@ class Wrapped(nn.LayerNorm):
     """A subclass with a forward of its own, which computes the same."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return super().forward(x.float()).to(x.dtype)
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class Widened(nn.LayerNorm):
+    """A subclass that takes parameters of float32 alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float())
 
 
 STRANGERS: dict[str, tuple[Callable[[], nn.Module], nn.Module]] = {
@@ -147,6 +155,10 @@ class Scale(PlainRms):
 @pytest.mark.parametrize("cls", [ChannelsFirst, OfBatch, Squared, Gated, Scale])
 def test_what_computes_something_else_is_no_such_layer(cls: type[nn.Module]) -> None:
     assert Norm().unsupported(cls(4)) == f"no curvature for {cls.__name__}"
+
+
+def test_layers_of_one_precision_are_tried_out_in_it() -> None:
+    assert Norm().unsupported(Widened(4)) is None
 
 
 def test_a_changed_eps_is_seen() -> None:
