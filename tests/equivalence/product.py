@@ -23,6 +23,7 @@ VARIANTS: Mapping[tuple[str, str], list[dict[str, Any]]] = {
         {"max_side": 4, "wide": "blocks"},
     ],
     ("basis", "ekfac"): [{}, {"scale": "running"}],
+    ("basis", "kfac"): [{}, {"solver": "inverse"}, {"solver": "eigh"}],
     ("basis", "soap"): [{"eps": 0.1, "refresh": "eigh"}],
     ("basis", "shampoo"): [{"eps": 0.01}],
     ("basis", "muon"): [{"precision": "full"}],
