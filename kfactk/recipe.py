@@ -347,6 +347,7 @@ def build(
     scale_every: Period | None = None,
     basis_every: Period | None = None,
     stagger: bool = False,
+    lag: int = 0,
     reduction: str = "mean",
     observe: str = "automatic",
     output: Callable[[Any], Tensor] | None = None,
@@ -404,6 +405,8 @@ def build(
         scale_every: T_s, steps between refreshes of the scale; `None` likewise.
         basis_every: T_inv, steps between decompositions; `None` for 100, and 10 likewise.
         stagger: Whether to spread over steps what is due, so that no step after the first does all.
+        lag: Steps between the beginning of a decomposition, on a thread, and its use; below
+            `basis_every`. 0: a step waits for its decompositions.
         reduction: "mean" or "sum": how your loss reduces over examples. Only what is measured on
             your own gradient needs it (fisher "empirical").
         observe: "automatic", or "manual": only forwards followed by `optimizer.observe()` count.

@@ -130,6 +130,7 @@ class Optimizer(torch.optim.Optimizer):
             recipe.placement,
             schedule=recipe.schedule,
             factor_decay=recipe.factor_decay,
+            lag=recipe.lag,
             first_moment=recipe.first_moment,
             trained=self._groups,
             exclude=recipe.exclude,
@@ -654,6 +655,7 @@ class Optimizer(torch.optim.Optimizer):
         `consolidate_state_dict` before.
         """
         self._guard.read()
+        self._preconditioner.join()
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         self._index()
@@ -707,6 +709,7 @@ class Optimizer(torch.optim.Optimizer):
             >>> saved = optimizer.state_dict()
         """
         pre = self._preconditioner
+        pre.join()
         blocks = pre.blocks.current()
         flat = {block.name: block.flat() for block in blocks}
         device = next((parameter.device for parameter in self._trained()), torch.device("cpu"))

@@ -186,6 +186,7 @@ class Settings:
     scale_every: Period = attrs.field(validator=_period)
     basis_every: Period = attrs.field(validator=_period)
     stagger: bool = attrs.field(validator=flag)
+    lag: int = attrs.field(validator=whole(0))
     reduction: str = attrs.field(validator=choice("mean", "sum"))
     observe: str = attrs.field(validator=choice("automatic", "manual"))
     output: Callable[[Any], Tensor] | None = attrs.field(
@@ -205,6 +206,7 @@ class Settings:
             self.factor_every, self.scale_every, self.basis_every, self.stagger
         )
         object.__setattr__(self, "schedule", schedule)
+        self._check_lag()
         object.__setattr__(self, "rules", rules_of(self.curvature, self.basis))
         self._check_clip()
 
@@ -227,6 +229,14 @@ class Settings:
     def _find(self, spec: HeadSpec, returned: Any) -> Any:
         """Return the part of a head, in what `output` makes of what the model returned."""
         return spec.find(returned if self.output is None else self.output(returned))
+
+    def _check_lag(self) -> None:
+        """Check that every decomposition is adopted before the next one begins."""
+        if isinstance(self.basis_every, int) and 0 < self.basis_every <= self.lag:
+            raise OptionError(
+                f"lag is {self.lag} and basis_every is {self.basis_every}: a decomposition would "
+                "begin before the last one is used. Give a lag below basis_every."
+            )
 
     def _check_clip(self) -> None:
         """Check that no basis waives a law that the clip needs."""

@@ -15,6 +15,7 @@ from torch import Tensor
 from kfactk.assignment import Work
 from kfactk.errors import CombinationError, StateError
 from kfactk.operators import CurvatureOperator
+from kfactk.preconditioner.ahead import Ahead, Parts
 from kfactk.preconditioner.damage import Damage
 from kfactk.preconditioner.first_moment import FirstMoment
 from kfactk.preconditioner.forms import check_forms, precise
@@ -42,7 +43,6 @@ from kfactk.validation import (
     stage_label,
 )
 
-Parts = dict[str, dict[str, Tensor]]
 """For the name of each matrix, the tensors that its decomposition consists of."""
 
 
@@ -320,6 +320,22 @@ class Block:
         self.invalidate()
         return carried
 
+    def begin(self, ahead: Ahead) -> None:
+        """Keep a decomposition that is on its way, in place of an earlier one."""
+        self.state.ahead, self._flat = ahead, None
+
+    def take_ahead(self) -> Ahead | None:
+        """Return the decomposition that was begun, and keep it no more."""
+        ahead, self.state.ahead = self.state.ahead, None
+        self._flat = None
+        return ahead
+
+    def join(self) -> None:
+        """Wait for the decomposition that is on its way, so that it can be saved."""
+        if self.state.ahead is not None:
+            self.state.ahead.parts()
+            self._flat = None
+
     # --------------------------------------------------------------------------------- solving
 
     def operator(self, damping: float | None = None) -> CurvatureOperator:
@@ -532,9 +548,24 @@ class Block:
             )
         found_damage = Damage() if damage is None else damage
         self._check_forms(state, sums, matrices, found_damage)
+        self._fit_ahead(state, matrices, wanted, found_damage)
         if damage is None:
             found_damage.refuse()
         return state
+
+    def _fit_ahead(
+        self, state: BlockState, matrices: Tensors, wanted: Sequence[str], damage: Damage
+    ) -> None:
+        """Drop a saved decomposition that waits, where this recipe has others; check its values.
+
+        A lag may have changed, and the placement: the block is then decomposed when it is due.
+        """
+        parts = {} if state.ahead is None else state.ahead.parts()
+        if not set(parts_of(parts)) <= set(wanted):
+            state.ahead = None
+        elif parts:
+            layer = f" of layer {self.name!r}"
+            check_forms(self.basis, parts, {}, matrices, (), layer, damage, kind="ahead")
 
     def _fit_gradients(self, state: BlockState, *, averages: bool) -> None:
         """Drop a saved mean of gradients that the recipe has no use for; check its shape."""

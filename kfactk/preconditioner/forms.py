@@ -30,6 +30,7 @@ def check_forms(
     gradient: tuple[int, ...],
     where: str,
     damage: Damage,
+    kind: str = "basis",
 ) -> None:
     """Check that what a basis keeps has the forms that the basis states.
 
@@ -41,6 +42,7 @@ def check_forms(
         gradient: Shape of the layer's matrix.
         where: The layer, in words that follow a name.
         damage: Receives what is wrong.
+        kind: First word, after the prefix, of the decomposition's keys.
 
     Raises:
         PluginError: The basis states a form that there is not.
@@ -57,7 +59,7 @@ def check_forms(
             if form := forms.get(name):
                 dtypes.add(value.dtype)
                 shape = _shape_of_part(form, matrix, matrices[matrix])
-                place = f"{PREFIX}basis.{matrix}.{name}{where}"
+                place = f"{PREFIX}{kind}.{matrix}.{name}{where}"
                 _check_part(place, value, form, shape, damage)
     if len(dtypes) > 1:
         damage.note(f"the parts of the decomposition{where} have several dtypes")

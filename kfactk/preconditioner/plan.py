@@ -27,6 +27,7 @@ class BlockPlan:
             left to the next forward.
         of_gradient: Whether factors, and moments, are measured on the user's gradient, in `step()`.
             No forward is followed then.
+        begins: Whether a decomposition begins, to be adopted in a later step.
     """
 
     factors: bool
@@ -38,6 +39,7 @@ class BlockPlan:
     input_factors: frozenset[str] = frozenset()
     delays_scale: bool = False
     of_gradient: bool = False
+    begins: bool = False
 
     @classmethod
     def of(
@@ -47,6 +49,7 @@ class BlockPlan:
         *,
         sampled: bool,
         of_gradient: bool = False,
+        begins: bool = False,
         here: bool = True,
         stagger: bool = False,
         soon: bool = False,
@@ -63,6 +66,7 @@ class BlockPlan:
             sampled: Whether moments are measured on samples, or on the gradient that `of_gradient`
                 tells of.
             of_gradient: Whether all is measured on the user's gradient.
+            begins: Whether the schedule wants a decomposition that begins now.
             here: Whether every rank holds the decomposition.
             stagger: Whether the schedule is staggered. The first scale then waits for the next
                 forward, where it is measured as gradients arrive. Otherwise the samples of all
@@ -88,6 +92,7 @@ class BlockPlan:
             input_factors=input_factors,
             delays_scale=waits and not soon,
             of_gradient=of_gradient,
+            begins=begins and not new,
         )
 
     @property

@@ -87,10 +87,11 @@ class Planner:
     Args:
         schedule: What is due when.
         placement: Who does what.
+        lag: Steps between the beginning of a decomposition and its use.
     """
 
-    def __init__(self, schedule: UpdateSchedule, placement: BlockPlacement) -> None:
-        self.schedule, self._placement = schedule, placement
+    def __init__(self, schedule: UpdateSchedule, placement: BlockPlacement, lag: int = 0) -> None:
+        self.schedule, self._placement, self._lag = schedule, placement, lag
         self._divided: list[Block] = []
         self._slots: dict[Block, int] = {}
         self._second_part: frozenset[Block] = frozenset()
@@ -102,17 +103,21 @@ class Planner:
         due = cache(partial(schedule.due, step))
         slot_now = schedule.slot(step) if schedule.stagger else 0
         soon = [schedule.soon(step, part) for part in (0, 1)]
+        later = step + self._lag
+        slot_then = schedule.slot(later) if schedule.stagger else 0
         plans = {}
         for block in blocks:
             part, slot = int(block in self._second_part), self._slots.get(block, 0)
             now = due(slot if slot == slot_now else NO_SLOT, part)
-            if block.measures_nothing or (now == NOTHING and block.state.settled):
+            begins = bool(self._lag) and slot == slot_then and schedule.due(later, slot).basis
+            if block.measures_nothing or (now == NOTHING and block.state.settled and not begins):
                 continue
             plans[block] = BlockPlan.of(
                 block.state,
                 now,
                 sampled=block.sampled or (block.of_gradient and block.moments_of_gradient),
                 of_gradient=block.of_gradient,
+                begins=begins,
                 here=self._placement.everywhere(block.name),
                 stagger=schedule.stagger,
                 soon=soon[part],

@@ -59,6 +59,7 @@ class Preconditioner:
         placement: The placement stage.
         schedule: What is due when.
         factor_decay: Decay of the factors' running means, in [0, 1].
+        lag: Steps between the beginning of a decomposition and its use.
         first_moment: How gradients are averaged before they are preconditioned.
         exclude: Patterns of names of layers to leave alone.
         trained: Ids of the parameters that the optimizer trains; the caller keeps it current.
@@ -74,6 +75,7 @@ class Preconditioner:
         schedule: UpdateSchedule,
         factor_decay: float,
         trained: Container[int],
+        lag: int = 0,
         first_moment: FirstMoment | None = None,
         exclude: Sequence[str] = (),
         timer: StageTimer | None = None,
@@ -87,7 +89,7 @@ class Preconditioner:
         self.skipped_batches = 0
         self.failed_decompositions = 0
         self._first_moment = FirstMoment() if first_moment is None else first_moment
-        self._planner = Planner(schedule, self.placement)
+        self._planner = Planner(schedule, self.placement, lag)
         self._refresh = Refresh(
             self.placement, self.communicator, self.overlapped, self.timer, factor_decay
         )
@@ -344,8 +346,14 @@ class Preconditioner:
             gradients: By layer name, as matrices; some curvatures measure these.
         """
         plans = {block: plan for block, plan in self._plan.plans.items() if plan.due}
-        if not plans:
-            return
+        if plans:
+            self._run_refresh(plans, gradients)
+        if beginning := [block for block, plan in self._plan.plans.items() if plan.begins]:
+            self._refresh.begin(beginning)
+
+    def _run_refresh(
+        self, plans: Mapping[Block, BlockPlan], gradients: Mapping[str, Tensor]
+    ) -> None:
         for block in plans:
             block.invalidate()
         self._founded = {b for b, plan in plans.items() if plan.of_gradient and not b.state.ready}
@@ -569,6 +577,11 @@ class Preconditioner:
         return frozenset(
             name for name in block.blank_factors() if self.rank in workers(block.name, name)
         )
+
+    def join(self) -> None:
+        """Wait for decompositions that are on their way, so that they can be saved."""
+        for block in self.blocks.current():
+            block.join()
 
     def forget(self, blocks: Iterable[Block]) -> None:
         """Start these blocks afresh, between forwards; each is measured as soon as it can be."""

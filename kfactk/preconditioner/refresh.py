@@ -9,6 +9,7 @@ same on every rank.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
@@ -20,6 +21,7 @@ from kfactk.distributed.communicator import Communicator
 from kfactk.distributed.messages import PendingMessage
 from kfactk.distributed.packing import TensorSpec
 from kfactk.errors import DecompositionError, KfactkError
+from kfactk.preconditioner.ahead import Ahead
 from kfactk.preconditioner.block import Block, Parts, mean_diagonals
 from kfactk.preconditioner.exchange import OverlappedReduction, merged
 from kfactk.preconditioner.placement import BlockPlacement
@@ -183,7 +185,7 @@ class Refresh:
                 if not matrices:
                     continue
                 try:
-                    made[block] = block.decompose(block.damping, matrices, known.get(block.name))
+                    made[block] = self._made(block, matrices, known.get(block.name))
                 except DecompositionError as error:
                     reasons[block.name] = str(error)
         except Exception as error:
@@ -193,6 +195,28 @@ class Refresh:
         if self.communicator.size == 1 or not due:
             return made, Failures(reasons)
         return self._agree(due, made, reasons, fault)
+
+    def begin(self, blocks: Sequence[Block]) -> None:
+        """Begin decompositions of these blocks, of their factors as they are now."""
+        known = self._shared_diagonals([b for b in blocks if self.placement.apart(b.name)])
+        for block in blocks:
+            matrices = self._matrices(block)
+            if matrices:
+                made = functools.partial(
+                    block.decompose, block.damping, diagonals=known.get(block.name)
+                )
+                block.begin(Ahead.begin(made, matrices))
+
+    def _made(
+        self, block: Block, matrices: Mapping[str, Tensor], diagonals: Diagonals | None
+    ) -> Parts:
+        """Return the decomposition of a block: the one that was begun, or a new one."""
+        ahead = block.take_ahead()
+        if ahead is not None:
+            found = ahead.result()
+            if found.keys() == matrices.keys():
+                return found
+        return block.decompose(block.damping, matrices, diagonals)
 
     def _matrices(self, block: Block) -> dict[str, Tensor]:
         """Return the measured matrices of a block that this rank decomposes."""

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kfactk.distributed.packing import TensorSpec
 from kfactk.errors import StateError
+from kfactk.preconditioner.ahead import Ahead, Parts
 from kfactk.preconditioner.damage import REMEDY, Damage, curvature_fault, number_of
 from kfactk.preconditioner.schedule import NOTHING, DueWork
 from kfactk.samples import Samples, Statistic
@@ -45,6 +46,7 @@ class BlockState:
         decomposition: The decomposition of each matrix; empty where other ranks precondition.
         moments: Running means of the basis' moments, on the same ranks.
         gradients: The running mean of the gradient, "mean", where the recipe has a first moment.
+        ahead: The decomposition that waits to be adopted, where the recipe has a lag.
         ready: Whether the block can precondition, on this rank or another: it was decomposed from
             factors that have seen data.
         specs: Shapes and dtypes of each matrix's decomposition, where they are known.
@@ -62,6 +64,7 @@ class BlockState:
     decomposition: dict[str, dict[str, Tensor]] = attrs.Factory(dict)
     moments: dict[str, RunningMean] = attrs.Factory(dict)
     gradients: dict[str, RunningMean] = attrs.Factory(dict)
+    ahead: Ahead | None = None
     ready: bool = False
     specs: dict[str, dict[str, TensorSpec]] = attrs.Factory(dict)
     staged: dict[str, Statistic] = attrs.Factory(dict)
@@ -141,9 +144,10 @@ class BlockState:
         """Return the lasting tensors, by reference, under flat keys.
 
         Keys read `kfactk.factor.A`, `kfactk.basis.A.eigenvectors` and so on; for a part of a
-        module, `kfactk.[part].factor.A`. Whether the block is ready, and what is overdue, is there
-        on every rank: messages between ranks follow from these two. They are 0-dimensional, as
-        torch wants of tensors that are not on the parameter's device.
+        module, `kfactk.[part].factor.A`. A decomposition that waits to be adopted is there as
+        `kfactk.ahead`, once it is finished. Whether the block is ready, and what is overdue, is
+        there on every rank: messages between ranks follow from these two. They are 0-dimensional,
+        as torch wants of tensors that are not on the parameter's device.
         """
         prefix = _prefix(part)
         out: dict[str, Tensor] = {}
@@ -153,9 +157,11 @@ class BlockState:
                     weight = torch.tensor(mean.weight, dtype=torch.float64, device="cpu")
                     out[f"{prefix}{kind}.{name}"] = mean.value
                     out[f"{prefix}{kind}.{name}.weight"] = weight
-        for matrix, parts in self.decomposition.items():
-            for name, tensor in parts.items():
-                out[f"{prefix}basis.{matrix}.{name}"] = tensor
+        ahead = self.ahead.parts() if self.ahead is not None and self.ahead.done else {}
+        for kind, decomposition in (("basis", self.decomposition), ("ahead", ahead)):
+            for matrix, parts in decomposition.items():
+                for name, tensor in parts.items():
+                    out[f"{prefix}{kind}.{matrix}.{name}"] = tensor
         overdue = sum(flag << place for place, flag in enumerate(attrs.astuple(self.overdue)))
         out[prefix + READY] = torch.tensor(int(self.ready), dtype=torch.int64, device="cpu")
         out[prefix + OVERDUE] = torch.tensor(overdue, dtype=torch.int64, device="cpu")
@@ -188,7 +194,8 @@ class BlockState:
         overdue = int(_number(entry, OVERDUE, prefix, 15)) if OVERDUE in entry else 0
         state.overdue = DueWork(*(bool(overdue >> place & 1) for place in range(4)))
         state.missed = state.overdue != NOTHING
-        means = state.means()
+        means, ahead = state.means(), Parts()
+        kept = {"basis": state.decomposition, "ahead": ahead}
         for key, tensor in entry.items():
             kind, _, rest = key.partition(".")
             if kind in means:
@@ -198,11 +205,12 @@ class BlockState:
                 else:
                     mean.value = _copied(tensor, device)
                     found.check_values(prefix + key, mean.value)
-            elif kind == "basis":
+            elif kind in kept:
                 matrix, _, name = rest.partition(".")
                 copied = _copied(tensor, device)
-                state.decomposition.setdefault(matrix, {})[name] = copied
+                kept[kind].setdefault(matrix, {})[name] = copied
                 found.check_values(prefix + key, copied)
+        state.ahead = Ahead.of(ahead) if ahead else None
         if damage is None:
             found.refuse()
         return state
@@ -259,7 +267,7 @@ def _check_tensors(entry: Mapping[str, Any], prefix: str) -> None:
 def _known(key: str) -> bool:
     kind, _, rest = key.partition(".")
     mean = kind in MEANS and bool(rest)
-    return key in (READY, OVERDUE) or mean or (kind == "basis" and "." in rest)
+    return key in (READY, OVERDUE) or mean or (kind in ("basis", "ahead") and "." in rest)
 
 
 def _number(

@@ -1,0 +1,224 @@
+"""Decompositions on a thread: adopted at their step, whatever the thread does, and saved."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import time
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kfactk
+from kfactk import DecompositionError, OptionError
+from kfactk.preconditioner.ahead import Ahead
+from kfactk.preconditioner.block import Block
+from kfactk.testing import PipelineLaws
+
+F64 = torch.float64
+
+
+def network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3)).double()
+
+
+def batch(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    x = torch.randn(8, 4, generator=generator, dtype=F64)
+    return x, torch.randint(3, (8,), generator=generator)
+
+
+def train(model: nn.Module, optimizer: kfactk.Optimizer, steps: range) -> None:
+    for step in steps:
+        x, y = batch(step)
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+
+def recipe(**changes: Any) -> kfactk.Recipe:
+    usual = {"curvature": "kfac", "factor_every": 1, "scale_every": 2, "basis_every": 4}
+    return kfactk.build(**{**usual, "lr": 0.05, "update": "sgd", "clip": "none", **changes})
+
+
+@pytest.mark.parametrize("basis", ["ekfac", "kfac", {"name": "ekfac", "iterate_from": 1}])
+@pytest.mark.parametrize("lag", [1, 2, 3])
+def test_a_lag_is_a_run_that_decomposes_older_factors(
+    basis: Any, lag: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bit for bit: the truth decomposes at once what it kept of the factors then."""
+    model = network()
+    train(model, recipe(basis=basis, lag=lag).bind(model), range(14))
+
+    kept: dict[tuple[str, int], dict[str, Tensor]] = {}
+    truth = network()
+    optimizer = recipe(basis=basis).bind(truth)
+    decompose = Block.decompose
+
+    def of_older_factors(self: Block, damping: float, matrices: Any = None, *args: Any) -> Any:
+        if self.state.ready and matrices is not None:
+            matrices = kept[self.name, optimizer.steps - lag]
+        return decompose(self, damping, matrices, *args)
+
+    monkeypatch.setattr(Block, "decompose", of_older_factors)
+    for step in range(14):
+        train(truth, optimizer, range(step, step + 1))
+        for name, view in optimizer.layers.items():
+            kept[name, step] = {k: v.clone() for k, v in view.block.matrices().items()}
+    for one, other in zip(model.parameters(), truth.parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_the_loop_goes_on_while_a_thread_decomposes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step that begins a decomposition does not wait for it; the one that is due does."""
+    model, free = network(), threading.Event()
+    optimizer = recipe(lag=2, basis="kfac").bind(model)
+    train(model, optimizer, range(2))
+    decompose, where = Block.decompose, []
+
+    def waiting(self: Block, *args: Any, **how: Any) -> Any:
+        where.append(threading.current_thread())
+        assert free.wait(30)
+        return decompose(self, *args, **how)
+
+    monkeypatch.setattr(Block, "decompose", waiting)
+    train(model, optimizer, range(2, 4))  # step 2 begins what step 4 uses
+    before = optimizer.layers["0"].decomposition["A"]["cholesky"]
+    timer = threading.Timer(0.2, free.set)
+    timer.start()
+    began = time.perf_counter()
+    train(model, optimizer, range(4, 5))
+    assert time.perf_counter() - began > 0.1
+    assert optimizer.layers["0"].decomposition["A"]["cholesky"] is not before
+    assert threading.main_thread() not in where
+
+
+@pytest.mark.parametrize("at", [2, 3, 4, 5, 6, 7])
+def test_a_resumed_run_is_the_same_bit_for_bit(at: int) -> None:
+    model = network()
+    optimizer = recipe(lag=3, basis="ekfac").bind(model)
+    train(model, optimizer, range(at))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, range(at, 12))
+    other = network()
+    other.load_state_dict(saved[0])
+    resumed = recipe(lag=3, basis="ekfac").bind(other)
+    resumed.load_state_dict(saved[1])
+    train(other, resumed, range(at, 12))
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
+def test_saving_does_not_change_a_run() -> None:
+    runs = []
+    for saves in (False, True):
+        model = network()
+        optimizer = recipe(lag=3).bind(model)
+        for step in range(12):
+            train(model, optimizer, range(step, step + 1))
+            if saves:
+                optimizer.state_dict()
+        runs.append([p.detach().clone() for p in model.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
+
+
+def test_a_waiting_decomposition_of_another_recipe_is_dropped() -> None:
+    model = network()
+    optimizer = recipe(lag=3, basis="ekfac").bind(model)
+    train(model, optimizer, range(2))
+    saved = optimizer.state_dict()
+    keys = [key for entry in saved["state"].values() for key in entry if "ahead" in str(key)]
+    assert keys
+    other = network()
+    plain = recipe(basis="ekfac").bind(other)
+    plain.load_state_dict(saved)
+    train(other, plain, range(2, 6))
+
+
+def test_a_damaged_one_is_refused() -> None:
+    model = network()
+    optimizer = recipe(lag=3, basis="ekfac").bind(model)
+    train(model, optimizer, range(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    for entry in saved["state"].values():
+        for key, value in entry.items():
+            if str(key).startswith("kfactk.ahead") and str(key).endswith("eigenvectors"):
+                value.mul_(2)
+    with pytest.raises(kfactk.StateError, match="ahead"):
+        recipe(lag=3, basis="ekfac").bind(network()).load_state_dict(saved)
+
+
+def test_a_failure_is_told_when_it_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = network()
+    optimizer = recipe(lag=2, basis="ekfac").bind(model)
+    train(model, optimizer, range(2))
+
+    def failing(*args: Any, **how: Any) -> Any:
+        raise DecompositionError("it is no matrix")
+
+    before = optimizer.layers["0"].decomposition["A"]["eigenvectors"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Block, "decompose", failing)
+        train(model, optimizer, range(2, 4))
+        optimizer.state_dict()  # a saved state has nothing of it
+    with pytest.warns(kfactk.KfactkWarning, match="it is no matrix"):
+        train(model, optimizer, range(4, 5))
+    assert optimizer.layers["0"].decomposition["A"]["eigenvectors"] is before
+
+
+def test_a_matrix_may_change_after_it_was_given() -> None:
+    free = threading.Event()
+
+    def later(matrices: Any) -> Any:
+        assert free.wait(30)
+        return {name: {"it": each} for name, each in matrices.items()}
+
+    matrix = torch.ones(2, 2)
+    ahead = Ahead.begin(later, {"A": matrix})
+    matrix.zero_()
+    assert not ahead.done
+    free.set()
+    assert torch.equal(ahead.result()["A"]["it"], torch.ones(2, 2))
+
+
+@pytest.mark.parametrize(("lag", "words"), [(4, "below basis_every"), (-1, "lag"), (1.5, "lag")])
+def test_a_lag_that_cannot_work_is_refused(lag: Any, words: str) -> None:
+    with pytest.raises(OptionError, match=words):
+        recipe(lag=lag)
+
+
+def test_a_period_that_changes_may_have_a_lag() -> None:
+    model = network()
+    optimizer = recipe(lag=3, basis_every=kfactk.early).bind(model)
+    train(model, optimizer, range(12))
+
+
+class TestLag(PipelineLaws):
+    """The laws of recipes with a lag: ranks, resuming, accumulation."""
+
+    recipe: ClassVar[Any] = {
+        "curvature": "kfac",
+        "update": torch.optim.SGD,
+        "lr": 0.01,
+        "lag": 1,
+        "factor_every": 1,
+        "scale_every": 1,
+        "basis_every": 2,
+    }
+
+    def model(self) -> nn.Module:
+        return network()
+
+    def batch(self, generator: torch.Generator, examples: int) -> tuple[Tensor, Tensor]:
+        x = torch.randn(examples, 4, generator=generator, dtype=F64)
+        return x, torch.randint(3, (examples,), generator=generator)
+
+
+class TestStaggeredLag(TestLag):
+    """The same with a staggered schedule."""
+
+    recipe: ClassVar[Any] = {**TestLag.recipe, "stagger": True, "basis_every": 3}
