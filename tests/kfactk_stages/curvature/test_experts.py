@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any, ClassVar
 
 import pytest
@@ -109,6 +110,31 @@ def test_gradients_inside_are_those_of_autograd(how: dict[str, Any]) -> None:
         "experts[down_proj]",
     }
     assert deviation(found, INSIDE.autograds(model, args, cotangent)) < 1e-12
+
+
+@pytest.mark.parametrize("kind", ["Mixtral", "GptOss", "Qwen3Moe", "Olmoe"])
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
+def test_experts_of_transformers_are_followed(kind: str, implementation: str) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = getattr(transformers, f"{kind}Config")(
+        hidden_size=D,
+        intermediate_size=H,
+        moe_intermediate_size=H,
+        num_local_experts=E,
+        num_experts=E,
+        num_experts_per_tok=K,
+        num_attention_heads=1,
+    )
+    config._experts_implementation = implementation
+    folder = "".join(f"_{c.lower()}" if c.isupper() else c for c in kind)[1:]
+    models = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
+    model = Mixture()
+    model.experts = getattr(models, f"{kind}Experts")(config).double()
+    for parameter in model.experts.parameters():
+        nn.init.normal_(parameter)
+    args, cotangent = [rows(N, T, D)], rows(N, D, seed=5)
+    found = INSIDE.gradients(model, args, cotangent)
+    assert deviation(found, INSIDE.autograds(model, args, cotangent)) < 1e-6  # gates in float32
 
 
 def test_an_expert_without_tokens_has_no_gradient() -> None:
