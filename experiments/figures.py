@@ -73,7 +73,7 @@ class Curve:
         median: The line.
         low: Lower edge of the shade.
         high: Upper edge of the shade; infinite where a seed has diverged.
-        ends: Where seeds diverged: the point before.
+        ends: Where seeds diverged, the point before; or where the target was not reached.
         count: How many seeds diverged, and how many there are.
     """
 
@@ -226,8 +226,10 @@ def _against_size(results_by_size: Mapping[int, Results], algorithm: Algorithm, 
     counts = [statistics.diverged_seeds(results_by_size[s], algorithm.name) for s in sizes]
     median, low, high = np.array([attrs.astuple(each) for each in spreads]).T
     bad, all_ = np.sum(counts, axis=0)
-    x = np.array(sizes, dtype=float)
-    return Curve(algorithm, x, median, low, high, ends=[], count=(int(bad), int(all_)))
+    x, reached = np.array(sizes, dtype=float), np.isfinite(median)
+    low, high = (np.where(reached, each, np.nan) for each in (low, high))
+    missed = [(size, np.inf) for size in x[~reached]]
+    return Curve(algorithm, x, median, low, high, ends=missed, count=(int(bad), int(all_)))
 
 
 def _figure(size: tuple[float, float]) -> tuple[Figure, Axes]:

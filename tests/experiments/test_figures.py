@@ -175,5 +175,7 @@ def test_steps_and_seconds_to_the_target_against_batch_size():
     np.testing.assert_array_equal(lines(steps)[0].get_xydata(), [[16, 4], [64, 8]])
     np.testing.assert_array_equal(lines(seconds)[0].get_xydata(), [[16, 2], [64, 4]])
     np.testing.assert_array_equal(lines(steps)[1].get_ydata(), [NAN, 4])
+    crosses = [line for line in steps.get_lines() if line.get_marker() == "x"]
+    assert [float(line.get_xdata()[0]) for line in crosses] == [16]  # not reached
     assert legend(steps) == ["SGD", "K-FAC"]
     assert "SGD 4 at 16, 8 at 64; K-FAC not reached at 16, 4 at 64" in figures.versus_alt(sizes)
