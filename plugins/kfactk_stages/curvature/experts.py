@@ -74,7 +74,7 @@ class Experts(Curvature):
 
     Example:
         >>> Experts().unsupported(nn.Linear(2, 2))
-        'no curvature for Linear here: it holds no stacked experts'
+        'no curvature for Linear'
 
     References:
         Fedus, Zoph & Shazeer 2021, "Switch Transformers", arXiv:2101.03961, for the layer.
@@ -90,7 +90,7 @@ class Experts(Curvature):
         """Return why this module cannot be preconditioned exactly, or `None` when it can."""
         name = plain_class(module).__name__
         if not stacks_experts(module):
-            return f"no curvature for {name} here: it holds no stacked experts"
+            return f"no curvature for {name}"
         if not all(hasattr(module, each) for each in _SETTINGS):
             return (
                 f"{name} computes its experts in a way of its own: only those that transformers "
