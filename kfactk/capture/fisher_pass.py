@@ -312,7 +312,8 @@ class FisherPass:
         with torch.enable_grad(), exact, self._taker.forward():
             forward = self._guarded(forward, [head.view for head in heads])
             self._taker.begin_forward()
-            if self._fisher.own_pass and self._taker.counts_terms():
+            alone = self._fisher.own_pass or not forward.calls  # otherwise `_measure` watches
+            if alone and self._taker.counts_terms():
                 self._watch(forward, heads, keep=False)
             with forward.unnoticed([head.output for head in heads]):
                 self._measure(forward, heads, (step, micro_batch))
