@@ -353,6 +353,8 @@ class PipelineLaws(Training):
         """
         layer, rows, targets = least_squares(*shape, bias, seed)
         made = self._minimal(recipe, layer, lr=1.0, damping=1e-20)
+        if any(rule.of_gradient for rule in made.rules):
+            self.inapplicable("statistics of the mini-batch gradient are not the Fisher matrix")
         if EXACT not in made.basis.laws:
             self.inapplicable(f"the basis does not claim {EXACT!r}")
         if made.basis.moments_from == "gradient":

@@ -210,6 +210,7 @@ def test_the_page_has_every_study(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert re.findall("^## .*", page, re.MULTILINE) == [
         "## Made-up runs",
         "## Made-up runs (fair)",
+        "## What a step costs",
     ]
     linked = re.findall(r"^!\[.+\]\((.+)\)$", page, re.MULTILINE)
     assert len(linked) == 12
@@ -275,6 +276,10 @@ def test_an_overview_and_sizes_are_figures_and_no_sections(tmp_path: Path):
     assert report.main([], root) == 0
     page = (root / "docs" / "results.md").read_text()
     assert (root / "docs" / "assets" / "results" / "overview.svg").is_file()
-    assert re.findall("^## .*", page, re.MULTILINE) == ["## Made-up runs", "## Batch sizes"]
+    assert re.findall("^## .*", page, re.MULTILINE) == [
+        "## Made-up runs",
+        "## Batch sizes",
+        "## What a step costs",
+    ]
     assert "| algorithm | batches of 8 | batches of 32 |" in page
     assert "| K-FAC | 8 steps, 6.00 s | 8 steps, 6.00 s |" in page

@@ -541,16 +541,17 @@ def test_subclasses_of_conv1d_are_covered_where_they_compute_the_same() -> None:
     assert "a subclass of Conv1D with its own forward" in str(Kfac().unsupported(Wrapped(2, 3)))
 
 
-def test_why_stacked_experts_are_not_covered_is_said() -> None:
+def test_stacked_experts_are_covered() -> None:
     config = transformers.MixtralConfig(
         vocab_size=VOCABULARY, num_key_value_heads=1, num_local_experts=2, **SHAPE
     )
     with torch.device("meta"):
         model = transformers.MixtralForCausalLM(config)
     table = kfactk.build(curvature="all").coverage(model)
-    reasons = {
-        row.parameter.split(".")[-1]: row.reason for row in table if "experts" in row.parameter
-    }
-    assert set(reasons) == {"gate_up_proj", "down_proj"}
-    for reason in reasons.values():
-        assert reason.startswith("no curvature for MixtralExperts: the weights of its experts are")
+    found = {row.parameter.split(".")[-1]: row for row in table if ".experts." in row.parameter}
+    assert set(found) == {"gate_up_proj", "down_proj"}
+    assert all(str(row.block).startswith("model.layers.") for row in found.values())
+    alone = kfactk.build(curvature="kfac").coverage(model)
+    reasons = {row.reason for row in alone if ".experts." in row.parameter}
+    assert len(reasons) == 1
+    assert reasons.pop().endswith("curvature='experts' covers stacked experts")

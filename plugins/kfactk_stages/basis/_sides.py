@@ -11,6 +11,7 @@ def is_column(matrix: Tensor) -> bool:
     """Return whether a factor is a column `[..., n, 1]`; one of a single number is square.
 
     Example:
+        >>> import torch
         >>> is_column(torch.ones(3, 1)), is_column(torch.ones(3, 3)), is_column(torch.ones(1, 1))
         (True, False, False)
     """

@@ -151,8 +151,8 @@ def _examples(call: ModuleCall, tokens: int) -> int:
     if examples and tokens % examples:
         raise CaptureError(
             f"{type(call.module).__name__} got {tokens} tokens, and the model's output has "
-            f"{examples} examples: which tokens belong to which example is not known. Pad the "
-            "examples to the same length, or train the experts by their plain gradient: "
-            "exclude=['*.experts']."
+            f"{examples} examples: which tokens belong to which example is not known. Give all "
+            "examples the same length, by padding, or set exclude=['*.experts'] to train the "
+            "experts by their plain gradient."
         )
     return examples

@@ -54,7 +54,8 @@ def factor_between(probabilities: Tensor, gradient: Tensor) -> float | None:
         gradient: The gradient at the logits.
     """
     least, every = TOLD * gradient.abs().max(), -(-gradient.numel() // MOST)
-    p, g = probabilities.flatten()[::every], gradient.flatten()[::every]
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    p, g = (each.flatten()[::every].to(wide) for each in (probabilities, gradient))
     large = g.abs() > least
     p, g = p[large], g[large]
     if not len(g):
