@@ -15,7 +15,8 @@ from torch import nn
 
 from kfactk.assignment import is_square
 from kfactk.errors import PluginError
-from kfactk.preconditioner.block import Block, Parts
+from kfactk.preconditioner.ahead import Parts
+from kfactk.preconditioner.block import Block
 from kfactk.preconditioner.coverage import Coverage, CoveredLayer, Row
 from kfactk.samples import working_dtype
 from kfactk.sides import SIDES, groups_of_shape, is_diagonal, names_of, with_sides

@@ -21,8 +21,8 @@ from kfactk.distributed.communicator import Communicator
 from kfactk.distributed.messages import PendingMessage
 from kfactk.distributed.packing import TensorSpec
 from kfactk.errors import DecompositionError, KfactkError
-from kfactk.preconditioner.ahead import Ahead
-from kfactk.preconditioner.block import Block, Parts, mean_diagonals
+from kfactk.preconditioner.ahead import Ahead, Parts
+from kfactk.preconditioner.block import Block, mean_diagonals
 from kfactk.preconditioner.exchange import OverlappedReduction, merged
 from kfactk.preconditioner.placement import BlockPlacement
 from kfactk.preconditioner.plan import BlockPlan
