@@ -265,6 +265,32 @@ def batch_dim_message(layer: str, dim: int) -> str:
     )
 
 
+def lag_message(lag: int, period: int, step: int | None = None) -> str:
+    """Return the message for a lag that reaches over a whole period of decompositions.
+
+    Args:
+        lag: Steps between the beginning of a decomposition and its use.
+        period: Steps between decompositions.
+        step: The step at which the period is so short; `None` where it always is.
+    """
+    where = "" if step is None else f" at step {step}"
+    return (
+        f"lag is {lag} and basis_every is {period}{where}: a decomposition would begin before the "
+        "last one is used. Give a lag below basis_every."
+    )
+
+
+def lost_message(layers: Sequence[str]) -> str:
+    """Return the message for layers whose decomposition was on its way, and is not in the state."""
+    return (
+        f"the loaded state lacks the decompositions of layers {', '.join(map(repr, layers))} that "
+        "the recipe's lag had begun. They are made when they are due, of the factors then, so the "
+        "run is not bit for bit that of before. torch.distributed.checkpoint leaves them out, and "
+        "a recipe without a lag has none. For equal runs save state_dict() by torch.save, or set "
+        "lag=0"
+    )
+
+
 def layout_message(faults: Sequence[str], paths: Sequence[str]) -> str:
     """Return the message for layers whose examples are not those of the output.
 

@@ -761,6 +761,7 @@ class Optimizer(torch.optim.Optimizer):
         self._shown.hide(self.state)
         if state_dict["state"]:
             self._show_state()
+        pre.check_ahead(self.steps)
         self._expect_forward()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)

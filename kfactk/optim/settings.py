@@ -43,6 +43,7 @@ from kfactk.stages import (
     Tracker,
     Update,
 )
+from kfactk.validation import lag_message
 
 
 @attrs.frozen
@@ -233,10 +234,7 @@ class Settings:
     def _check_lag(self) -> None:
         """Check that every decomposition is adopted before the next one begins."""
         if isinstance(self.basis_every, int) and 0 < self.basis_every <= self.lag:
-            raise OptionError(
-                f"lag is {self.lag} and basis_every is {self.basis_every}: a decomposition would "
-                "begin before the last one is used. Give a lag below basis_every."
-            )
+            raise OptionError(lag_message(self.lag, self.basis_every))
 
     def _check_clip(self) -> None:
         """Check that no basis waives a law that the clip needs."""

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -73,10 +72,8 @@ class Ahead:
             DecompositionError: A matrix could not be decomposed.
         """
         found = self._future.result()
-        stream = _streams.get(self._device)
-        if stream is not None:
+        if self._device.type == "cuda":  # made on another stream
             now = torch.cuda.current_stream(self._device)
-            now.wait_stream(stream)
             for part in (part for parts in found.values() for part in parts.values()):
                 part.record_stream(now)
         return found
@@ -93,19 +90,13 @@ def _run(
     matrices: Mapping[str, Tensor],
     stream: torch.cuda.Stream | None,
 ) -> Parts:
-    with torch.no_grad(), _on(stream):
-        return decompose(matrices)
-
-
-@contextlib.contextmanager
-def _on(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    chosen: AbstractContextManager[object] = nullcontext()
-    if stream is not None:
-        chosen = torch.cuda.stream(stream)
-    with chosen:
-        yield
-    if stream is not None:
-        stream.synchronize()
+    if stream is None:
+        with torch.no_grad():
+            return decompose(matrices)
+    with torch.no_grad(), torch.cuda.stream(stream):
+        found = decompose(matrices)
+    stream.synchronize()  # who waits for the thread waits for the work
+    return found
 
 
 _streams: dict[torch.device, torch.cuda.Stream] = {}

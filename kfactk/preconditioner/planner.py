@@ -8,10 +8,12 @@ from functools import cache, partial
 import attrs
 
 from kfactk.assignment import assign_slots, layers_near_output
+from kfactk.errors import OptionError
 from kfactk.preconditioner.block import Block
 from kfactk.preconditioner.placement import BlockPlacement
 from kfactk.preconditioner.plan import BlockPlan
 from kfactk.preconditioner.schedule import NOTHING, UpdateSchedule
+from kfactk.validation import lag_message
 
 NO_SLOT = -1
 """A slot that never comes."""
@@ -104,6 +106,8 @@ class Planner:
         slot_now = schedule.slot(step) if schedule.stagger else 0
         soon = [schedule.soon(step, part) for part in (0, 1)]
         later = step + self._lag
+        if self._lag and schedule.periods(later)[2] <= self._lag:
+            raise OptionError(lag_message(self._lag, schedule.periods(later)[2], later))
         slot_then = schedule.slot(later) if schedule.stagger else 0
         plans = {}
         for block in blocks:
@@ -124,6 +128,20 @@ class Planner:
                 input_factors=block.input_factors() if schedule.stagger else frozenset(),
             )
         return StepPlan(plans, self._counts_terms(due(0, 0).scale, blocks, plans))
+
+    def on_the_way(self, step: int, blocks: Sequence[Block]) -> list[Block]:
+        """Return the blocks whose decomposition has begun before `step` and is not due yet."""
+        if not self._lag:
+            return []
+        self._divide(blocks)
+        schedule, found = self.schedule, []
+        coming = range(max(step, 1 + self._lag), step + self._lag)
+        for block in blocks:
+            slot = self._slots.get(block, 0)
+            mine = (d for d in coming if not schedule.stagger or schedule.slot(d) == slot)
+            if not block.measures_nothing and any(schedule.due(d, slot).basis for d in mine):
+                found.append(block)
+        return found
 
     @staticmethod
     def _counts_terms(

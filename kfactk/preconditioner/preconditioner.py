@@ -38,6 +38,7 @@ from kfactk.timing import StageTimer
 from kfactk.validation import (
     input_modified_message,
     layout_message,
+    lost_message,
     mended_message,
     missing_samples_message,
     unseen_message,
@@ -598,6 +599,20 @@ class Preconditioner:
         self._num_terms.clear()
         self._forwards = 0
         self._plan, self._planned = EMPTY, None
+
+    def check_ahead(self, step: int) -> None:
+        """Warn where a loaded state lacks decompositions that were on their way when it was saved.
+
+        Args:
+            step: Number of steps that the state has taken.
+        """
+        lost = [
+            block.name
+            for block in self._planner.on_the_way(step, self.blocks.current())
+            if block.state.ready and block.state.ahead is None
+        ]
+        if any(block.name in lost and self._refresh.decomposes(block) for block in self.blocks):
+            self._warn("ahead", lost_message(lost))
 
 
 def _named(block: Block, sums: Mapping[str, Statistic]) -> dict[str, Statistic]:

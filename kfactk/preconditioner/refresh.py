@@ -218,6 +218,10 @@ class Refresh:
                 return found
         return block.decompose(block.damping, matrices, diagonals)
 
+    def decomposes(self, block: Block) -> bool:
+        """Return whether this rank decomposes a matrix of the block."""
+        return bool(self.placement.decomposed_here(block))
+
     def _matrices(self, block: Block) -> dict[str, Tensor]:
         """Return the measured matrices of a block that this rank decomposes."""
         names = self.placement.decomposed_here(block)

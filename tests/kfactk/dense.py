@@ -198,6 +198,17 @@ def _null(matrix: Tensor, vectors: Tensor, tolerance: float) -> list[int]:
     return [i for i, value in enumerate(values) if value <= tolerance * max(0.0, *values)]
 
 
+def block_of(
+    basis: str, a: Tensor, g: Tensor, products: Tensor, num_terms: float, tau: float
+) -> Tensor:
+    """The damped block of `kfac` or `ekfac` for A, G and the per-example gradients `[N, ...]`."""
+    if basis == "kfac":
+        return kfac_block(a, g, tau)
+    u_a, u_g = (torch.linalg.eigh(each).eigenvectors for each in (a, g))
+    scale = exact_scale([products], u_a, u_g, num_terms)
+    return ekfac_block(u_a, u_g, pooled(scale, a, g, u_a, u_g, 1e-10), tau)
+
+
 def is_eigenbasis(matrix: Tensor, vectors: Tensor, tolerance: float) -> bool:
     """Whether the columns are orthonormal and diagonalise the matrix."""
     turned = vectors.T @ matrix @ vectors

@@ -38,7 +38,7 @@ class KfacInverse(Basis):
     own.
 
     Args:
-        solver: "cholesky": two triangular solves a side, as accurate as can be. "inverse": the
+        solver: "cholesky": two triangular solves a side. "inverse": the
             explicit inverse, one product a side. Both contain the damping of their refresh: a
             changed damping acts at the next one only. "eigh": two products a side with the
             eigenvectors, at more cost for a refresh, and a changed damping acts at once.

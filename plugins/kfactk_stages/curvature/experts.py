@@ -145,11 +145,11 @@ class Experts(Curvature):
         check_examples(layer, (len(call.inputs) for call in calls))
         bias = len(layer.parameters) > 1
         rows: list[list[LinearRows]] = [[] for _ in layer.anchor]
-        tokens = torch.zeros(len(rows), dtype=torch.float64, device=calls[0].inputs.device)
+        tokens = torch.zeros(len(rows), device=calls[0].inputs.device)  # whole numbers
         for call in calls:
             inputs = call.inputs if bias else call.inputs[..., :-1]
             rows[int(call.tag)].append(LinearRows(inputs, call.gradient, call.scale))
-            tokens[int(call.tag)] += call.inputs[..., -1].sum(dtype=torch.float64)
+            tokens[int(call.tag)] += call.inputs[..., -1].sum(dtype=torch.float32)
         one = LayerCall(calls[0].inputs if bias else calls[0].inputs[..., :-1], calls[0].gradient)
         groups = [
             JoinedSamples(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 import time
+import warnings
 from typing import Any, ClassVar
 
 import pytest
@@ -107,10 +108,34 @@ def test_a_resumed_run_is_the_same_bit_for_bit(at: int) -> None:
     other = network()
     other.load_state_dict(saved[0])
     resumed = recipe(lag=3, basis="ekfac").bind(other)
-    resumed.load_state_dict(saved[1])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resumed.load_state_dict(saved[1])
     train(other, resumed, range(at, 12))
     for one, two in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("stagger", [False, True])
+@pytest.mark.parametrize("at", range(1, 10))
+def test_a_state_that_lacks_what_was_on_its_way_is_told(at: int, stagger: bool) -> None:
+    """`torch.distributed.checkpoint` loads what a fresh optimizer has, and this is not there."""
+    model, how = network(), {"lag": 2, "stagger": stagger}
+    optimizer = recipe(**how).bind(model)
+    train(model, optimizer, range(at))
+    saved = optimizer.state_dict()
+    lost = 0
+    for entry in saved["state"].values():
+        for key in [key for key in entry if str(key).startswith("kfactk.ahead")]:
+            del entry[key]
+            lost += 1
+    resumed = recipe(**how).bind(network())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        resumed.load_state_dict(saved)
+    told = [str(each.message) for each in caught]
+    assert len(told) == bool(lost)
+    assert all("lacks the decompositions" in each for each in told)
 
 
 def test_saving_does_not_change_a_run() -> None:
@@ -194,7 +219,17 @@ def test_a_lag_that_cannot_work_is_refused(lag: Any, words: str) -> None:
 def test_a_period_that_changes_may_have_a_lag() -> None:
     model = network()
     optimizer = recipe(lag=3, basis_every=kfactk.early).bind(model)
-    train(model, optimizer, range(12))
+    train(model, optimizer, range(10))
+    before = optimizer.layers["0"].decomposition["A"]["eigenvectors"]
+    train(model, optimizer, range(10, 11))  # begun at step 7
+    assert optimizer.layers["0"].decomposition["A"]["eigenvectors"] is not before
+
+
+def test_a_period_that_becomes_too_short_is_refused() -> None:
+    model = network()
+    optimizer = recipe(lag=3, basis_every=lambda step: 5 if step < 8 else 2).bind(model)
+    with pytest.raises(OptionError, match="lag is 3 and basis_every is 2 at step 8"):
+        train(model, optimizer, range(12))
 
 
 class TestLag(PipelineLaws):

@@ -16,7 +16,7 @@ from kfactk import Optimizer
 from kfactk.testing import CurvatureLaws, PipelineLaws
 from kfactk.testing._support.truth import solve
 from kfactk_stages.curvature.attention import Attention
-from tests.kfactk.dense import ekfac_block, exact_scale, kfac_block, pooled
+from tests.kfactk.dense import block_of
 from tests.kfactk_stages.curvature.inside import Inside, deviation, rows
 
 N, L, S, E = 3, 4, 5, 6
@@ -323,12 +323,7 @@ def test_a_step_is_that_of_dense_algebra(basis: str) -> None:
         changes = [(before[n] - model.get_parameter(n).detach()) / lr for n in names]
         step = torch.cat([change.view(len(a), 4, -1) for change in changes], -1)
         for k, v in enumerate(torch.cat([weight, bias], -1)):
-            if basis == "kfac":
-                block = kfac_block(a[k], g[k], tau)
-            else:
-                u_a, u_g = (torch.linalg.eigh(each).eigenvectors for each in (a[k], g[k]))
-                scale = exact_scale([d[k]], u_a, u_g, len(x))
-                block = ekfac_block(u_a, u_g, pooled(scale, a[k], g[k], u_a, u_g, 1e-10), tau)
+            block = block_of(basis, a[k], g[k], d[k], len(x), tau)
             torch.testing.assert_close(step[k], solve(block, v), rtol=1e-8, atol=1e-10)
 
 

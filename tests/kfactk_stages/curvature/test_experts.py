@@ -16,7 +16,7 @@ from kfactk.costmodel.counting import training_load
 from kfactk.testing import PipelineLaws
 from kfactk.testing._support.truth import solve
 from kfactk_stages.curvature.experts import Experts
-from tests.kfactk.dense import ekfac_block, exact_scale, kfac_block, pooled
+from tests.kfactk.dense import block_of
 from tests.kfactk_stages.curvature.inside import Inside, deviation, rows
 
 moe = pytest.importorskip("transformers.integrations.moe")
@@ -234,12 +234,7 @@ def test_a_step_is_that_of_dense_algebra(basis: str) -> None:
     for part, (a, g, d) in truth.items():
         name = f"experts.{part}"
         for e in range(E):
-            if basis == "kfac":
-                block = kfac_block(a[e], g[e], tau)
-            else:
-                u_a, u_g = (torch.linalg.eigh(each).eigenvectors for each in (a[e], g[e]))
-                scale = exact_scale([d[e]], u_a, u_g, len(x))
-                block = ekfac_block(u_a, u_g, pooled(scale, a[e], g[e], u_a, u_g, 1e-10), tau)
+            block = block_of(basis, a[e], g[e], d[e], len(x), tau)
             step = (before[name] - model.get_parameter(name).detach())[e] / lr
             torch.testing.assert_close(
                 step, solve(block, gradients[name][e]), rtol=1e-8, atol=1e-10

@@ -18,7 +18,7 @@ from kfactk import CaptureError
 from kfactk.testing import CurvatureLaws, PipelineLaws
 from kfactk.testing._support.truth import solve
 from kfactk_stages.curvature.rnn import Rnn
-from tests.kfactk.dense import ekfac_block, exact_scale, kfac_block, pooled
+from tests.kfactk.dense import block_of
 from tests.kfactk_stages.curvature.inside import Inside, deviation, rows
 
 N, T, D, H = 3, 4, 5, 2
@@ -355,12 +355,7 @@ def test_a_step_is_that_of_dense_algebra(kind: str, basis: str) -> None:
         grads = [model.get_parameter(name).grad for name in names]
         changes = [(before[n] - model.get_parameter(n).detach()) / lr for n in names]
         v, step = (torch.cat([each[0], each[1].unsqueeze(-1)], -1) for each in (grads, changes))
-        if basis == "kfac":
-            block = kfac_block(a, g, tau)
-        else:
-            u_a, u_g = (torch.linalg.eigh(each).eigenvectors for each in (a, g))
-            scale = exact_scale([d], u_a, u_g, len(x))
-            block = ekfac_block(u_a, u_g, pooled(scale, a, g, u_a, u_g, 1e-10), tau)
+        block = block_of(basis, a, g, d, len(x), tau)
         torch.testing.assert_close(step, solve(block, v), rtol=1e-8, atol=1e-10)
 
 
