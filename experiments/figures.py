@@ -320,8 +320,12 @@ def _quantity(name: str) -> str:
     return f"{METRICS.get(name, METRICS['train_loss'])} (nats, log axis)"
 
 
+NAMED = 3
+"""How many of the lowest an alt text names, besides the highest, where there are more."""
+
+
 def alt(results: Results, name: str) -> str:
-    """Say in one sentence what a figure shows: the medians at the end, and what diverged."""
+    """Say what a figure shows: medians at the end, and what diverged; the table has all numbers."""
     unit = " %" if name.endswith("accuracy") else ""
     parts = []
     for curve in curves(results, name):
@@ -329,8 +333,13 @@ def alt(results: Results, name: str) -> str:
         words = number(last) + (unit if math.isfinite(last) else "")
         if name == "seconds":
             words += f" after {number(curve.x[-1])} s"
-        parts.append(f"{curve.label} {words}")
-    return f"{TITLES[name]}, at the end, as the median over seeds: {', '.join(parts)}."
+        parts.append((last, f"{curve.label} {words}"))
+    if len(parts) <= NAMED + 1:
+        said = ", ".join(words for _, words in parts)
+    else:
+        *lowest, highest = (words for _, words in sorted(parts, key=lambda part: part[0]))
+        said = f"lowest {', '.join(lowest[:NAMED])}; highest {highest}"
+    return f"{TITLES[name]}. Medians over seeds at the end: {said}."
 
 
 def versus_alt(results_by_size: Mapping[int, Results]) -> str:

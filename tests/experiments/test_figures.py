@@ -151,7 +151,14 @@ def test_figures_are_saved_the_same_each_time(tmp_path: Path):
 def test_alt_texts_have_the_main_numbers(name, expected):
     losses = {"sgd": LOSSES["sgd"], "kfac": [[1.0, 0.5], [1.0, 0.6], [1.0, NAN]]}
     text = figures.alt(made_up.results(losses), name)
-    assert text == f"{figures.TITLES[name]}, at the end, as the median over seeds: {expected}"
+    assert text == f"{figures.TITLES[name]}. Medians over seeds at the end: {expected}"
+
+
+def test_alt_texts_of_many_algorithms_name_the_lowest_and_the_highest():
+    losses = {"sgd": 0.9, "kfac": 0.5, "ekfac": 0.4, "ekfacnag": 0.6, "ekfacadam": 0.3}
+    results = made_up.results({name: [[1.0, last]] for name, last in losses.items()})
+    text = figures.alt(results, "train_loss")
+    assert text.endswith("lowest EKFACadam 0.300, EKFAC 0.400, K-FAC 0.500; highest SGD 0.900.")
 
 
 def test_the_overview_shows_chosen_algorithms_on_white():
