@@ -221,6 +221,23 @@ def test_runs_stop_after_max_steps(study: Study, dataset: Dataset):
     assert steps(study, dataset) == 4
 
 
+def test_a_stopped_run_is_tested_on_all_classes(study: Study, dataset: Dataset):
+    """Also where the examples are in the order of their classes, as in image folders."""
+
+    class First(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.nn.functional.one_hot(torch.zeros(len(x), dtype=torch.long), 10).float()
+
+    order = dataset.test.labels.argsort()
+    study = with_training(study, max_steps=1, test_batch_size=20)
+    trainer = Trainer(
+        study, study.algorithms["sgd"], 0, attrs.evolve(dataset, test=dataset.test[order]), CPU
+    )
+    trainer.model = First()
+    _, accuracy = trainer._test()
+    assert 0 < accuracy < 50
+
+
 @pytest.mark.parametrize("name", ["sgd", "ekfacadam"])
 @pytest.mark.parametrize("rate", [1e30, 1e6])
 def test_divergence_ends_runs_without_an_error(
