@@ -163,7 +163,7 @@ def _view(results: Results) -> dict[str, Any]:
         "kinds": KINDS,
         "distances": tables.distances(results),
         "equal_time": tables.equal_time(results),
-        "comparisons": tables.comparisons(results),
+        "comparisons": list(tables.comparisons(results)),
         "searches": list(tables.searches(results)),
         "environment": tables.environment(results),
     }

@@ -120,7 +120,7 @@ def effective(
 ) -> dict[str, Any]:
     """Return everything that the numbers of a run depend on."""
     shared = attrs.asdict(study.training)
-    for key in ("seeds", "threads", "alternate", "target", "overview"):
+    for key in ("seeds", "threads", "alternate", "target", "overview", "rivals"):
         shared.pop(key)
     settings = {
         "data": {**attrs.asdict(study.data), "checksum": checksum},

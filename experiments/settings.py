@@ -111,6 +111,7 @@ class Training:
         max_steps: Stop each run, and its evaluation, after this many steps; 0 for no limit.
         target: A value of the training loss; the report has the steps and seconds to reach it.
         overview: Algorithms of a figure for the first page; none for no such figure.
+        rivals: Algorithms that the report compares all others with, besides the first one.
     """
 
     epochs: int = attrs.field(validator=_whole(1))
@@ -124,6 +125,7 @@ class Training:
     max_steps: int = attrs.field(default=0, validator=_whole(0))
     target: float | None = attrs.field(default=None, validator=v.optional(_number()))
     overview: tuple[str, ...] = ()
+    rivals: tuple[str, ...] = ()
 
 
 @attrs.frozen(kw_only=True)
@@ -319,15 +321,22 @@ def structure(table: Mapping[str, Any], where: str, preset: str, *, trusted: boo
     """Return the study that a table of TOML describes; errors begin with `where`."""
     try:
         study: Study = _converter().structure(_arranged(table, preset, trusted), Study)
-        if study.search.thesis is not None:
-            study.only(study.search.thesis.algorithms)  # they must be there
-        return study
-    except ExperimentError as error:
-        raise ExperimentError(f"{where}: search.thesis.algorithms: {error}") from error
     except cattrs.BaseValidationError as error:
         raise ExperimentError(f"{where}: {_first(error, Study)}") from error
     except ValueError as error:
         raise ExperimentError(f"{where}: {error}") from error
+    thesis, training = study.search.thesis, study.training
+    named = {
+        "search.thesis.algorithms": () if thesis is None else thesis.algorithms,
+        "training.overview": training.overview,
+        "training.rivals": training.rivals,
+    }
+    for setting, names in named.items():
+        try:
+            study.only(names)
+        except ExperimentError as error:
+            raise ExperimentError(f"{where}: {setting}: {error}") from error
+    return study
 
 
 def from_plain(values: Mapping[str, Any]) -> Study:

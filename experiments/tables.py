@@ -148,18 +148,27 @@ def equal_time(results: Results) -> Table | None:
     return Table(["algorithm", SHORT["train_loss"], SHORT["test_loss"]], rows) if rows[1:] else None
 
 
-def comparisons(results: Results) -> Table | None:
-    """Return the paired comparisons with SGD, or with the first algorithm; `None` without any."""
-    first = results.first
-    others = [each.name for each in results.algorithms if each.name != first.name]
-    if not others:
-        return None
-    rows = []
-    for name in others:
-        found = [statistics.compare(results, name, first.name, metric)[0] for metric in METRICS]
-        cells = [f"{each.text}: {WORDS[each.verdict]}" for each in found]
-        rows.append([results.label(name), *cells, str(found[0].seeds)])
-    return Table([f"against {first.label}", *METRICS.values(), "common seeds"], rows)
+def comparisons(results: Results) -> Iterator[Table]:
+    """Yield the paired comparisons with SGD, or with the first algorithm, and with each rival.
+
+    A pair is in one table only.
+    """
+    names = [each.name for each in results.algorithms]
+    known: set[str] = set()
+    for other in (results.first.name, *results.study.training.rivals):
+        if other not in names or other in known:
+            continue
+        known.add(other)
+        rows = [_compared(results, name, other) for name in names if name not in known]
+        if rows:
+            headings = [f"against {results.label(other)}", *METRICS.values(), "common seeds"]
+            yield Table(headings, rows)
+
+
+def _compared(results: Results, name: str, other: str) -> list[str]:
+    found = [statistics.compare(results, name, other, metric)[0] for metric in METRICS]
+    cells = [f"{each.text}: {WORDS[each.verdict]}" for each in found]
+    return [results.label(name), *cells, str(found[0].seeds)]
 
 
 def distances(results: Results) -> Table | None:

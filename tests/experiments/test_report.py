@@ -263,6 +263,19 @@ def test_mistakes_are_one_line_and_exit_code_2(tmp_path: Path, capsys: pytest.Ca
     assert "there is nothing to report" in capsys.readouterr().err
 
 
+def test_comparisons_are_with_the_first_algorithm_and_with_rivals():
+    losses = {name: [[1.0, 0.5]] for name in ("sgd", "kfac", "ekfac")}
+    whole = made_up.results(losses)
+    rivals = attrs.evolve(whole.study.training, rivals=("kfac", "sgd", "gone"))
+    found = list(
+        tables.comparisons(attrs.evolve(whole, study=attrs.evolve(whole.study, training=rivals)))
+    )
+    assert [[table.headings[0], *(row[0] for row in table.rows)] for table in found] == [
+        ["against SGD", "K-FAC", "EKFAC"],
+        ["against K-FAC", "EKFAC"],
+    ]
+
+
 def test_an_overview_and_sizes_are_figures_and_no_sections(tmp_path: Path):
     whole = made_up.results({"sgd": [[1.0, 0.2]], "kfac": [[1.0, 0.4]]})
 

@@ -147,6 +147,7 @@ GRIDS = (
             ["values.lr.0", "'1'"],
         ),
         ("[second_order]", f"{GRIDS}algorithms = ['sdg']\n[second_order]", ["'sdg'", "'sgd'"]),
+        ("[training]", "[training]\nrivals = ['sdg']", ["rivals", "'sgd'"]),
         ("[second_order]", "[search.fiar]\n[second_order]", ["no setting search.fiar.", "'fair'"]),
     ],
 )
