@@ -16,7 +16,7 @@ every batch size, resolution, sequence length and world size.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import attrs
 import torch
@@ -38,21 +38,46 @@ class Statistic:
         count: A number, or a scalar tensor where it is known on the device only.
         symmetric: Whether the sum is symmetric in its last two dimensions, so that ranks exchange
             one triangle only.
+        rows: 0 for a sum. Otherwise `total` is data of single examples, `[N, T, ...]`, which is
+            joined over micro-batches and ranks instead of added (`join_rows`). The number is the
+            degree k in which F is made of it, so that its mean is `total / count ** (1 / k)`. No
+            running mean is taken: the last one stays.
     """
 
     total: Tensor | None
     count: Tensor | float
     symmetric: bool = False
+    rows: int = 0
 
     def __add__(self, other: Statistic) -> Statistic:
         count = self.count + other.count
         if self.total is None or other.total is None:
             return attrs.evolve(other if self.total is None else self, count=count)
+        if self.rows:
+            return Statistic(join_rows([self.total, other.total]), count, rows=self.rows)
         return Statistic(self.total + other.total, count, self.symmetric and other.symmetric)
 
     def scaled(self, factor: float) -> Statistic:
         """Return the statistic with its sum multiplied by `factor`, its count unchanged."""
         return attrs.evolve(self, total=None if self.total is None else self.total * factor)
+
+
+def join_rows(parts: Sequence[Tensor]) -> Tensor:
+    """Return parts `[N, T, ...]` joined along N; zeros fill up the smaller ones.
+
+    Example:
+        >>> join_rows([torch.ones(1, 2), torch.ones(2, 1)])
+        tensor([[1., 1.],
+                [1., 0.],
+                [1., 0.]])
+    """
+    sizes = [max(part.shape[dim] for part in parts) for dim in range(1, parts[0].ndim)]
+    joined = parts[0].new_zeros(sum(len(part) for part in parts), *sizes)
+    start = 0
+    for part in parts:
+        joined[(slice(start, start + len(part)), *map(slice, part.shape[1:]))] = part
+        start += len(part)
+    return joined
 
 
 @attrs.frozen(eq=False)

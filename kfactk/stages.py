@@ -200,6 +200,8 @@ class Curvature(abc.ABC):
     """The basis of a block that names none, where the recipe's does not fit."""
     statistics_from: ClassVar[str] = "samples"
     """What factors are made of: "samples", or the mini-batch "gradient" (`GradientCurvature`)."""
+    row_factors: ClassVar[frozenset[str]] = frozenset()
+    """Names of the factors that are no sums but data of single examples (`Statistic.rows`)."""
 
     @abc.abstractmethod
     def unsupported(self, module: nn.Module) -> str | None:

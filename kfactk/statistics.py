@@ -60,16 +60,18 @@ class ReducedStatistic:
         total: The sum; `None` where this rank does not receive it, or where no rank has one.
         count: The sum of the counts, known on every rank.
         exists: Whether any rank had a total.
+        rows: As in `Statistic`.
     """
 
     total: Tensor | None
     count: Tensor | float
     exists: bool
+    rows: int = 0
 
     @classmethod
     def alone(cls, statistic: Statistic) -> ReducedStatistic:
         """Return the statistic of a single rank as if it were reduced."""
-        return cls(statistic.total, statistic.count, statistic.total is not None)
+        return cls(statistic.total, statistic.count, statistic.total is not None, statistic.rows)
 
 
 def add_prefix(prefix: str, statistics: Mapping[str, Statistic]) -> dict[str, Statistic]:
@@ -142,6 +144,8 @@ def _count_tensor(count: Tensor | float, device: torch.device) -> Tensor:
 def means(sums: Mapping[str, ReducedStatistic]) -> dict[str, Tensor | None]:
     """Return sum over count where the count is positive; `None` where another rank has the sum.
 
+    Rows of degree k are divided by the k-th root.
+
     All counts are read in one transfer from their device.
     """
     some = {name: reduced for name, reduced in sums.items() if reduced.exists}
@@ -153,7 +157,7 @@ def means(sums: Mapping[str, ReducedStatistic]) -> dict[str, Tensor | None]:
         [torch.as_tensor(s.count, dtype=torch.float64, device=device) for s in some.values()]
     ).tolist()
     return {
-        name: None if reduced.total is None else reduced.total / count
+        name: None if reduced.total is None else reduced.total / count ** (1 / (reduced.rows or 1))
         for (name, reduced), count in zip(some.items(), counts, strict=True)
         if count > 0
     }

@@ -16,6 +16,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from typing import Any, Protocol
 
+import attrs
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -226,6 +227,37 @@ class Communicator:
         here = next((total.device for total in totals if total.device.type in kinds), None)
         device = here if here is not None else _accelerator(kinds[0]) if kinds else None
         return mine, self._device(device)
+
+    def joining(
+        self, statistics: Mapping[str, Statistic]
+    ) -> tuple[dict[str, Statistic], dict[str, int]]:
+        """Return statistics whose sum over ranks joins the rows of all ranks; a collective.
+
+        Each rank puts its rows where those of the ranks before it end, among zeros.
+
+        Returns:
+            The statistics, and the degree of those that are rows, the same on all ranks.
+        """
+        mine = {
+            name: (tuple(each.total.shape), each.rows)
+            for name, each in sorted(statistics.items())
+            if each.rows and each.total is not None
+        }
+        everyones = self.gathered(mine)
+        joined, degrees = dict(statistics), dict[str, int]()
+        for name in sorted({name for theirs in everyones for name in theirs}):
+            shapes = [theirs[name][0] if name in theirs else None for theirs in everyones]
+            degrees[name] = next(theirs[name][1] for theirs in everyones if name in theirs)
+            if name not in mine:
+                continue
+            total, there = statistics[name].total, [shape for shape in shapes if shape is not None]
+            assert total is not None
+            start = sum(shape[0] for shape in shapes[: self.rank] if shape is not None)
+            sizes = [max(shape[dim] for shape in there) for dim in range(1, total.ndim)]
+            wide = total.new_zeros(sum(shape[0] for shape in there), *sizes)
+            wide[(slice(start, start + len(total)), *map(slice, total.shape[1:]))] = total
+            joined[name] = attrs.evolve(statistics[name], total=wide)
+        return joined, degrees
 
     def reduce(
         self, statistics: Mapping[str, Statistic], routing: Routing, what: str

@@ -228,9 +228,12 @@ class Block:
 
         Args:
             means: Averages over the step's samples, by factor name.
-            decay: Decay of the running means, in [0, 1].
+            decay: Decay of the running means, in [0, 1]; rows are replaced.
         """
-        _update(self.state.factors, means, decay)
+        row_factors = self.curvature.row_factors
+        rows = {name: value for name, value in means.items() if name in row_factors}
+        _update(self.state.factors, rows, 0.0)
+        _update(self.state.factors, {n: v for n, v in means.items() if n not in rows}, decay)
         self.invalidate()
 
     def update_moments(self, means: Tensors) -> None:
@@ -437,6 +440,10 @@ class Block:
             self._input_factors = frozenset(found)
         return self._input_factors
 
+    def _fixed(self, name: str, value: Tensor) -> tuple[int, ...]:
+        """Return the part of a factor's shape that does not follow the data."""
+        return tuple(value.shape[2:] if name in self.curvature.row_factors else value.shape)
+
     def work(self, sums: Mapping[str, Statistic] | None = None) -> Work:
         """Return the layer's work, by its shapes.
 
@@ -526,8 +533,8 @@ class Block:
         if not state.ready and not (state.factors or state.decomposition):
             return state  # the layer had not run yet
         totals = {n: s.total for n, s in sums.items() if s.total is not None}
-        expected = {n: tuple(total.shape) for n, total in totals.items() if n in factor_names}
-        found = {name: tuple(value.shape) for name, value in state.factor_values().items()}
+        expected = {n: self._fixed(n, total) for n, total in totals.items() if n in factor_names}
+        found = {name: self._fixed(name, value) for name, value in state.factor_values().items()}
         matrices = self.matrices(factors=_zeros(sums))
         parts, wanted = parts_of(state.decomposition), self._parts_of_corners(matrices)
         lacks_parts = state.ready and holds and not parts

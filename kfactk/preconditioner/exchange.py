@@ -103,8 +103,8 @@ class OverlappedReduction:
         """Return the sums that the plan gathers, where the specs of all of them are known."""
         specs: dict[str, TensorSpec | None] = {}
         for block, plan in self._plan.plans.items():
-            if plan.of_gradient:  # the same on all ranks: nothing travels
-                continue
+            if plan.of_gradient or block.curvature.row_factors:
+                continue  # nothing travels, or how much is known in `step()` only
             known = self._specs.get(block, {})
             kinds = {rest.partition(".")[0] for rest in known}
             if block.state.ready:  # another one may not run

@@ -142,7 +142,12 @@ def _seconds(
 
 
 def _words(block: Block, gradient: tuple[int, ...], sums: Mapping[str, object]) -> Iterator[str]:
-    """Yield what stands for each wide side, such as "output side 50257: diagonal"."""
+    """Yield what stands for each wide side, such as "output side 50257: diagonal".
+
+    Of rows, tell that the bytes are those of one example.
+    """
+    if block.curvature.row_factors:
+        yield "for each example, at least"
     stand_ins = block.curvature.stand_ins(block.layer)
     for side, n in zip(SIDES, (gradient[-1], gradient[-2]), strict=True):
         if side not in stand_ins or not names_of(side, block.requires):

@@ -144,9 +144,13 @@ class Refresh:
         if self.communicator.size == 1:
             reduced = self.communicator.reduce(sums, self.placement, "sums")
         else:
+            rows: Mapping[str, int] = {}
+            if any(block.curvature.row_factors for block in plans):
+                sums, rows = self.communicator.joining(sums)
             specs, device = self.communicator.agree(sums)
             self.overlapped.learn(plans, specs, device)
             reduced = self.communicator.begin(sums, specs, device, self.placement, "sums").wait()
+            reduced |= {key: attrs.evolve(reduced[key], rows=rows[key]) for key in rows}
         left_out = {block.name for block in unseen}
         averages = means(merged(arrived, reduced))
         return {k: value for k, value in averages.items() if split_key(k)[0] not in left_out}

@@ -297,6 +297,8 @@ class BasisLaws(BasisStateLaws, BasisTraitLaws, InRecipe):
         """A matrix with NaN or inf in it raises DecompositionError: the last good one is kept."""
         for name in sorted(situation.basis.requires):
             matrix = situation.matrices[name].clone(memory_format=torch.contiguous_format)
+            if not matrix.numel():
+                continue
             matrix.view(-1)[seed % matrix.numel()] = bad
             spoilt = attrs.evolve(situation, matrices={**situation.matrices, name: matrix})
             try:

@@ -119,8 +119,10 @@ class Left:
                 for key, value in entries.items()
                 if isinstance(value, Tensor)
             }
-        metrics = {
-            name: tensor.clone()
+        stages = (rule.curvature for rule in optimizer.recipe.rules)
+        rows = tuple(FACTOR + name for stage in stages for name in stage.row_factors)
+        metrics = {  # of rows, the order is no law
+            name: tensor.sort(0).values if name.startswith(rows) else tensor.clone()
             for name, tensor in tensors.items()
             if name.startswith(("parameter ", FACTOR))
         }
