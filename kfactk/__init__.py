@@ -59,6 +59,7 @@ from kfactk.stages import (
     Layer as Layer,
     Likelihood as Likelihood,
     ModuleCall as ModuleCall,
+    Pace as Pace,
     Placement as Placement,
     Replay as Replay,
     Replayed as Replayed,

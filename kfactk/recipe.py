@@ -34,7 +34,7 @@ from kfactk.preconditioner.schedule import early
 from kfactk.registry.hookspecs import STAGE_HOOKS
 from kfactk.registry.registry import registry
 from kfactk.registry.serialization import from_json, to_json
-from kfactk.stages import Update
+from kfactk.stages import Pace, Update
 
 USUAL_BASIS = "ekfac"
 """The basis of a recipe that names none."""
@@ -137,7 +137,8 @@ class Recipe(Settings):
         survey = ModelSurvey(supported_model(model), self.rules, self.exclude)
         trained = {id(parameter) for parameter in model.parameters()}
         blocks = [
-            Block(layer, rule.curvature, rule.basis) for layer, rule in survey.layers(trained)
+            Block(layer, rule.curvature, rule.basis, pace=rule.pace)
+            for layer, rule in survey.layers(trained)
         ]
         return with_footprints(survey.coverage(trained), blocks)
 
@@ -149,13 +150,14 @@ class Recipe(Settings):
         Raises:
             OptionError: A field is unknown or its value cannot work.
         """
-        stages = {"curvature": self.curvature, "basis": self.basis, "update": self.update}
+        stages = {name: getattr(self, name) for name in ("curvature", "basis", "update", "pace")}
+        stages["factor_every"] = self.factor_every
         chosen = dict.fromkeys(self._as_usual())
         return attrs.evolve(self, **_resolved(stages | chosen | changes))
 
     def _as_usual(self) -> list[str]:
         """Return the fields that follow from the stages and have the value that follows."""
-        usual = usual_values(self.rules, self.update)
+        usual = usual_values(self.rules, self.update, self.pace, self.factor_every)
         mine = {name: getattr(self, name) for name in usual if name not in STAGE_HOOKS}
         mine |= {name: self.summary()[name] for name in usual if name in STAGE_HOOKS}
         return [n for n, value in usual.items() if mine[n] == _written_default(n, value)]
@@ -348,6 +350,7 @@ def build(
     basis_every: Period | None = None,
     stagger: bool = False,
     lag: int = 0,
+    pace: Any = None,
     reduction: str = "mean",
     observe: str = "automatic",
     output: Callable[[Any], Tensor] | None = None,
@@ -407,6 +410,10 @@ def build(
         stagger: Whether to spread over steps what is due, so that no step after the first does all.
         lag: Steps between the beginning of a decomposition, on a thread, and its use; below
             `basis_every`. 0: a step waits for its decompositions.
+        pace: What decides when each block is due: "similar" (less often while its factors hardly
+            change), or `None` for the periods above. With a pace, `factor_every` is the unit of its
+            intervals, and a block's factors, decomposition and scale are due together; leave out
+            `basis_every`, and also `scale_every`, unless a basis takes it from your own gradient.
         reduction: "mean" or "sum": how your loss reduces over examples. Only what is measured on
             your own gradient needs it (fisher "empirical").
         observe: "automatic", or "manual": only forwards followed by `optimizer.observe()` count.
@@ -502,7 +509,7 @@ def _resolved(values: Mapping[str, Any], *, trusted: bool = True) -> dict[str, A
             )
     out: dict[str, Any] = {}
     for name, value in values.items():
-        if name in STAGE_HOOKS and value is None and name not in ("tracker", "clip"):
+        if name in STAGE_HOOKS and value is None and name not in OPTIONAL:
             raise OptionError(
                 f"{name} is None; every recipe has one. Leave it out for the default, or see "
                 "python -m kfactk stages."
@@ -521,7 +528,8 @@ def _resolved(values: Mapping[str, Any], *, trusted: bool = True) -> dict[str, A
         else:
             out[name] = python_number(from_json(value, trusted=trusted))
     if left := [name for name in ADAPTING if name in values and values[name] is None]:
-        usual = usual_values(rules_of(out["curvature"], out["basis"]), out["update"])
+        rules, unit = rules_of(out["curvature"], out["basis"]), out.get("factor_every")
+        usual = usual_values(rules, out["update"], out.get("pace"), unit)
         out |= _resolved({name: usual[name] for name in left})
     return out
 
@@ -530,18 +538,30 @@ ADAPTING = ("damping", "clip", "factor_every", "scale_every", "basis_every")
 """Fields whose default follows from the stages."""
 
 
-def usual_values(rules: Sequence[BlockRule], update: Update) -> dict[str, Any]:
+OPTIONAL = ("tracker", "clip", "pace")
+"""Stage families of which a recipe may name none."""
+
+
+def usual_values(
+    rules: Sequence[BlockRule], update: Update, pace: Pace | None, unit: Period | None
+) -> dict[str, Any]:
     """Return what a recipe has where the user gives nothing.
 
     Statistics of gradients are cheap, and a single gradient tells little: they are taken in every
-    step.
+    step. With a pace, all of a block is due at once.
 
     Args:
         rules: Its curvatures with their bases.
         update: The update rule.
+        pace: The pace.
+        unit: The `factor_every` that the user gives.
     """
     clip = "none" if any(rule.basis.waives for rule in rules) else "kl"
-    periods = (1, 1, 10) if all(rule.of_gradient for rule in rules) else (10, 10, 100)
+    periods: tuple[Period, ...] = (10, 10, 100)
+    if all(rule.of_gradient for rule in rules):
+        periods = (1, 1, 10)
+    elif pace is not None:
+        periods = (10, *[10 if unit is None else unit] * 2)
     return dict(zip(ADAPTING, (default_damping(update), clip, *periods), strict=True))
 
 

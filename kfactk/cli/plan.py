@@ -24,7 +24,7 @@ from kfactk.registry.registry import registry
 from kfactk.registry.serialization import import_path
 from kfactk.stages import Placement
 
-STAGES = ("curvature", "basis", "fisher", "likelihood", "update")
+STAGES = ("curvature", "basis", "fisher", "likelihood", "update", "pace")
 PERIODS = ("factor_every", "scale_every", "basis_every")
 IMAGE = "3x224x224"
 OWN_MODEL = "name a model of your own as package.module:callable"

@@ -163,6 +163,7 @@ class TrainingLoad:
         state: Numbers that the update rule keeps for each parameter.
         activations: Bytes kept between forward and backward.
         slots: Slots of the staggered schedule; 1 where all layers are decomposed at once.
+        keeps: Sets of earlier factors that a pace compares with.
     """
 
     workload: Workload
@@ -174,6 +175,7 @@ class TrainingLoad:
     state: float = 2.0
     activations: float = 0.0
     slots: int = 1
+    keeps: int = 0
 
     def works_by_slot(self) -> list[list[Work]]:
         """Return the works that are decomposed in each slot."""
@@ -435,7 +437,7 @@ def _held_and_preconditioning(
         share, layer = assignment.shares[work.layer], load.layers[work.layer]
         for name, inverse_workers in share.inverse_workers.items():
             for rank in inverse_workers:
-                held[rank] += itemsize * math.prod(work.matrices[name])
+                held[rank] += itemsize * (1 + load.keeps) * math.prod(work.matrices[name])
         seconds = layer.precondition.seconds(machine)
         kept = itemsize * (sum(layer.sizes.kept.values()) + layer.sizes.moments)
         for rank in share.gradient_workers:

@@ -175,6 +175,7 @@ def training_load(model: nn.Module, recipe: Recipe, batch: Tensor) -> TrainingLo
         state=_state_per_parameter(recipe),
         activations=float(forward.written),
         slots=recipe.schedule.slots,
+        keeps=0 if recipe.pace is None else recipe.pace.keeps,
     )
 
 

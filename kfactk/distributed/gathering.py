@@ -23,11 +23,12 @@ class Progress:
 
     Args:
         step: Number of steps taken.
-        layers: For each layer with a state, whether it is ready, and its overdue work.
+        layers: For each layer with a state, whether it is ready, its overdue work, and the step
+            at which its pace wants it.
     """
 
     step: int
-    layers: Mapping[str, tuple[bool, tuple[bool, ...]]]
+    layers: Mapping[str, tuple[bool, tuple[bool, ...], int]]
 
 
 class LoadOnAllRanks:

@@ -236,5 +236,8 @@ def fit(saved: Groups, current: Groups) -> bool:
 
 def progress_of(step: int, states: Mapping[str, BlockState]) -> Progress:
     """Return what ranks compare before they go on with these states."""
-    layers = {n: (state.ready, attrs.astuple(state.overdue)) for n, state in states.items()}
+    layers = {
+        n: (state.ready, attrs.astuple(state.overdue), state.pace.due)
+        for n, state in states.items()
+    }
     return Progress(step, layers)

@@ -33,7 +33,7 @@ from kfactk.optim.saved_groups import check_groups
 from kfactk.optim.settings import Settings
 from kfactk.optim.shown import Removed, ShownState, flat_by_anchor
 from kfactk.optim.sizes import check_sizes
-from kfactk.optim.views import BlockView, by_layer, by_parameter, conditions
+from kfactk.optim.views import BlockView, by_layer, by_parameter, conditions, intervals
 from kfactk.options import number_at, plain
 from kfactk.preconditioner.coverage import Coverage
 from kfactk.preconditioner.coverage_watch import CoverageWatch
@@ -526,6 +526,7 @@ class Optimizer(torch.optim.Optimizer):
         more: dict[str, Tensor | float] = {}
         if self._run.recorded:
             more |= conditions(self.layers, self._preconditioner.communicator)
+            more |= intervals(self.layers)
         if self._recorder.due(self.steps - 1):
             group = self.param_groups[0]
             more |= {name: float(group[name]) for name in ("lr", "damping")}

@@ -39,11 +39,12 @@ from kfactk.stages import (
     Curvature,
     Fisher,
     Likelihood,
+    Pace,
     Placement,
     Tracker,
     Update,
 )
-from kfactk.validation import lag_message
+from kfactk.validation import attribute_errors, lag_message
 
 
 @attrs.frozen
@@ -188,6 +189,7 @@ class Settings:
     basis_every: Period = attrs.field(validator=_period)
     stagger: bool = attrs.field(validator=flag)
     lag: int = attrs.field(validator=whole(0))
+    pace: Pace | None
     reduction: str = attrs.field(validator=choice("mean", "sum"))
     observe: str = attrs.field(validator=choice("automatic", "manual"))
     output: Callable[[Any], Tensor] | None = attrs.field(
@@ -208,7 +210,8 @@ class Settings:
         )
         object.__setattr__(self, "schedule", schedule)
         self._check_lag()
-        object.__setattr__(self, "rules", rules_of(self.curvature, self.basis))
+        object.__setattr__(self, "rules", rules_of(self.curvature, self.basis, self.pace))
+        self._check_pace()
         self._check_clip()
 
     @property
@@ -235,6 +238,39 @@ class Settings:
         """Check that every decomposition is adopted before the next one begins."""
         if isinstance(self.basis_every, int) and 0 < self.basis_every <= self.lag:
             raise OptionError(lag_message(self.lag, self.basis_every))
+
+    def _check_pace(self) -> None:
+        """Check that nothing else says when blocks are due, and that samples are measured."""
+        if self.pace is None:
+            return
+        pace = f"pace {name_of('pace', self.pace)!r}"
+        if self.stagger or self.lag:
+            other = "stagger=True" if self.stagger else f"lag={self.lag}"
+            why = "lays out slots over one period" if self.stagger else "looks ahead by the period"
+            raise CombinationError(
+                f"{pace} and {other} cannot work together: {other.partition('=')[0]} {why}, and "
+                "with a pace each block has its own. Leave one of the two out."
+            )
+        if any(rule.of_gradient for rule in self.rules):
+            raise CombinationError(
+                f"{pace} compares statistics of samples, and the curvature 'gradient' has none: a "
+                "single mini-batch gradient tells little, so its statistics are taken in every "
+                "step. Give pace=None, or curvature='all' without 'gradient'."
+            )
+        fixed = {"basis_every": self.basis_every}
+        if all(rule.basis.moments_from != "gradient" for rule in self.rules):
+            fixed["scale_every"] = self.scale_every
+        for name, period in fixed.items():
+            if period != self.factor_every:
+                raise CombinationError(
+                    f"{pace} decides when blocks are due, all of a block at once, in units of "
+                    f"factor_every={self.factor_every!r}, and {name}={period!r} says otherwise. "
+                    f"Leave {name} out, or give pace=None."
+                )
+        with attribute_errors("pace", self.pace, "saying how many refreshes it keeps"):
+            keeps: Any = self.pace.keeps
+            if not isinstance(keeps, int) or isinstance(keeps, bool) or keeps < 1:
+                raise ValueError(f"keeps is {keeps!r}, and must be a whole number from 1 on")
 
     def _check_clip(self) -> None:
         """Check that no basis waives a law that the clip needs."""
@@ -297,20 +333,23 @@ class Settings:
         return out | {"placement": placement, "wire_dtype": repr(self.placement.wire_dtype)}
 
 
-def rules_of(specs: Sequence[BlockSpec], basis: Basis) -> tuple[BlockRule, ...]:
+def rules_of(
+    specs: Sequence[BlockSpec], basis: Basis, pace: Pace | None = None
+) -> tuple[BlockRule, ...]:
     """Return the rules of a recipe's blocks, each with its basis.
 
     Args:
         specs: What the recipe names.
         basis: The recipe's basis.
+        pace: The recipe's pace.
 
     Raises:
         CombinationError: A basis cannot work with its curvature.
     """
-    return tuple(_rule(spec, basis) for spec in specs)
+    return tuple(_rule(spec, basis, pace) for spec in specs)
 
 
-def _rule(spec: BlockSpec, usual: Basis) -> BlockRule:
+def _rule(spec: BlockSpec, usual: Basis, pace: Pace | None) -> BlockRule:
     """Return the rule of a spec.
 
     The basis is the one that the spec names; else the recipe's, where it fits the curvature; else
@@ -323,7 +362,7 @@ def _rule(spec: BlockSpec, usual: Basis) -> BlockRule:
     names = name_of("curvature", curvature), name_of("basis", basis)
     if not _fits(curvature, basis):
         _refuse(curvature, basis, *names)
-    return BlockRule(curvature, basis, spec.layers, ", ".join(names))
+    return BlockRule(curvature, basis, spec.layers, ", ".join(names), pace)
 
 
 def _fits(curvature: Curvature, basis: Basis) -> bool:

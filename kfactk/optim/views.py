@@ -57,6 +57,20 @@ class BlockView:
         return self.block.state.moment_values()
 
     @property
+    def interval(self) -> int | None:
+        """The interval to the next refresh, in units of `factor_every`; `None` without a pace.
+
+        It is 0 before the first refresh.
+        """
+        pace = self.block.state.pace
+        return None if self.block.pace is None else next(iter(pace.intervals), 0)
+
+    @property
+    def refreshes(self) -> int | None:
+        """How often the statistics were refreshed; `None` without a pace, which counts them."""
+        return None if self.block.pace is None else self.block.state.pace.refreshes
+
+    @property
     def operator(self) -> CurvatureOperator:
         """F of the block, with its damping.
 
@@ -223,6 +237,22 @@ def conditions(
         [known[name] for name in views if name in known], dtype=torch.float64, device="cpu"
     )
     return {"condition_max": stacked.max(), "condition_median": stacked.median()}
+
+
+def intervals(views: Mapping[str, BlockView]) -> dict[str, Tensor | float]:
+    """Return the mean and the longest interval of the paced layers, and all their refreshes.
+
+    It is empty without a pace, and before the first refresh. Every rank knows all of it.
+    """
+    found = [(view.interval, view.refreshes or 0) for view in views.values() if view.interval]
+    known = [interval for interval, _ in found if interval]
+    if not known:
+        return {}
+    return {
+        "interval_mean": sum(known) / len(known),
+        "interval_max": float(max(known)),
+        "refreshes": float(sum(refreshes for _, refreshes in found)),
+    }
 
 
 def check_tensor(name: str, given: Any, parameter: Tensor) -> None:

@@ -19,6 +19,7 @@ from kfactk.preconditioner.ahead import Ahead, Parts
 from kfactk.preconditioner.damage import Damage
 from kfactk.preconditioner.first_moment import FirstMoment
 from kfactk.preconditioner.forms import check_forms, precise
+from kfactk.preconditioner.pace_state import LONGEST, PaceState
 from kfactk.preconditioner.plan import BlockPlan
 from kfactk.preconditioner.state import MEAN, PREFIX, BlockState
 from kfactk.samples import LayerCall, Samples, Statistic, to_working_dtype
@@ -30,6 +31,7 @@ from kfactk.stages import (
     FactorContext,
     GradientCurvature,
     Layer,
+    Pace,
     Tensors,
 )
 from kfactk.statistics import RunningMean, add_prefix, add_sums
@@ -57,6 +59,7 @@ class Block:
         timer: Times the stages.
         state: What is kept between steps.
         damping: tau of the current step.
+        pace: What decides when it is due; `None` for the periods of the recipe.
     """
 
     layer: Layer
@@ -65,6 +68,7 @@ class Block:
     timer: StageTimer = attrs.field(factory=StageTimer)
     state: BlockState = attrs.field(factory=BlockState)
     damping: float = 0.0
+    pace: Pace | None = None
     _operator: tuple[float, CurvatureOperator] | None = None
     _flat: dict[str, Tensor] | None = None
     _input_factors: frozenset[str] | None = None
@@ -339,6 +343,29 @@ class Block:
             self.state.ahead.parts()
             self._flat = None
 
+    # ----------------------------------------------------------------------------------- pacing
+
+    @property
+    def keeps(self) -> int:
+        """With how many earlier refreshes its pace compares a new one; 0 without a pace."""
+        return 0 if self.pace is None else self.pace.keeps
+
+    def next_interval(self, changes: Sequence[float]) -> int:
+        """Return the interval that the pace decides on.
+
+        Args:
+            changes: As for `Pace.interval`.
+        """
+        assert self.pace is not None
+        with attribute_errors("pace", self.pace, self._where):
+            found = self.pace.interval(changes, self.state.pace.known_intervals)
+            good = isinstance(found, int) and not isinstance(found, bool)
+            if not good or not 1 <= found <= LONGEST:
+                raise ValueError(
+                    f"interval gave {found!r}, and must give a whole number from 1 to {LONGEST}"
+                )
+        return found
+
     # --------------------------------------------------------------------------------- solving
 
     def operator(self, damping: float | None = None) -> CurvatureOperator:
@@ -495,6 +522,8 @@ class Block:
         sums, state = self.blank_factors(), self.state
         state.factors = {n: _empty(s) for n, s in sums.items() if n in factor_names}
         state.gradients = {MEAN: RunningMean(self.matrix({}), 0.0)} if averages else {}
+        if self.keeps and not self.measures_nothing:
+            state.pace = PaceState.blank(state.factor_values(), self.keeps)
         if holds and not self.measures_nothing:
             blank = self.matrices(factors=_zeros(sums))
             state.decomposition = self.decompose(self.damping, blank)
@@ -530,6 +559,7 @@ class Block:
         if not holds:
             state.decomposition, state.moments = {}, {}
         self._fit_gradients(state, averages=averages)
+        state.pace = state.pace.fitted(self.keeps, factor_names)
         if not state.ready and not (state.factors or state.decomposition):
             return state  # the layer had not run yet
         totals = {n: s.total for n, s in sums.items() if s.total is not None}
@@ -555,10 +585,28 @@ class Block:
             )
         found_damage = Damage() if damage is None else damage
         self._check_forms(state, sums, matrices, found_damage)
+        self._check_pace(state, expected, found_damage)
         self._fit_ahead(state, matrices, wanted, found_damage)
         if damage is None:
             found_damage.refuse()
         return state
+
+    def _check_pace(
+        self, state: BlockState, expected: Mapping[str, tuple[int, ...]], damage: Damage
+    ) -> None:
+        """Check that a saved state has the factors that its next refresh is compared with."""
+        layer, pace = f"of layer {self.name!r}", state.pace
+        if 0 in pace.intervals[: len(pace.known_intervals) or 1]:
+            damage.note(f"kfactk.pace.interval.0 {layer} is not there")
+        for place, values in enumerate(pace.values):
+            found = {name: tuple(value.shape) for name, value in values.items()}
+            if found != expected:
+                damage.note(
+                    f"kfactk.pace.value.{place} {layer} has the factors {found}, where this recipe "
+                    f"and model have {expected}"
+                )
+            for name, value in values.items():
+                precise(f"{PREFIX}pace.value.{place}.{name} {layer}", value, damage)
 
     def _fit_ahead(
         self, state: BlockState, matrices: Tensors, wanted: Sequence[str], damage: Damage

@@ -65,7 +65,7 @@ class BlockSet:
             key = layer.key, id(rule)
             block = self._adopted.get(key) or self._new.get(key)
             if block is None:
-                block = Block(layer, rule.curvature, rule.basis, self._timer)
+                block = Block(layer, rule.curvature, rule.basis, self._timer, pace=rule.pace)
                 self._new[key] = block
             found.append(block)
         return found
@@ -207,13 +207,15 @@ def _standing(block: Block, *, new: bool) -> tuple[object, ...]:
     state = block.state
     overdue = () if state.overdue == NOTHING else attrs.astuple(state.overdue)
     layer = block.layer
-    return layer.name, layer.parameters, len(layer.sites), new, state.ready, overdue
+    due = state.pace.due
+    return layer.name, layer.parameters, len(layer.sites), new, state.ready, overdue, due
 
 
 def _told(standing: tuple[Any, ...]) -> str:
     """Return such a standing in words: "weight, bias (new)"."""
-    _, parameters, sites, new, ready, overdue = standing
+    _, parameters, sites, new, ready, overdue, due = standing
     names = ", ".join(parameters) + (f" of {sites} modules" if sites > 1 else "")
     if new:
         return f"{names} (new)"
-    return f"{names} ({'' if ready else 'not '}measured{', overdue' if overdue else ''})"
+    paced = f", due at step {due}" if due else ""
+    return f"{names} ({'' if ready else 'not '}measured{', overdue' if overdue else ''}{paced})"

@@ -36,7 +36,7 @@ class Footprint:
         layer: The layer's name.
         path: Its module's name.
         shapes: Shapes of its matrices by name.
-        factors: Bytes of its averaged factors.
+        factors: Bytes of its averaged factors, and of those that its pace compares with.
         decomposition: Bytes of what its basis makes of them.
         moments: Bytes of its moments, one number for each parameter, and of the operator that is
             made of them.
@@ -104,7 +104,9 @@ def _footprint(block: Block, requires: frozenset[str]) -> Footprint:
         layer.name,
         layer.path,
         work.matrices,
-        item * sum(s.total.numel() for s in sums.values() if s.total is not None),
+        item
+        * (1 + block.keeps)
+        * sum(s.total.numel() for s in sums.values() if s.total is not None),
         item * sum(part.numel() for made in parts.values() for part in made.values()),
         item * (2 * math.prod(work.gradient) if block.basis.moments_from else 0),
         item

@@ -12,7 +12,7 @@ from kfactk.errors import OptionError
 from kfactk.preconditioner.block import Block
 from kfactk.preconditioner.placement import BlockPlacement
 from kfactk.preconditioner.plan import BlockPlan
-from kfactk.preconditioner.schedule import NOTHING, UpdateSchedule
+from kfactk.preconditioner.schedule import EVERYTHING, NOTHING, DueWork, UpdateSchedule
 from kfactk.validation import lag_message
 
 NO_SLOT = -1
@@ -76,6 +76,12 @@ class StepPlan:
         return repr((told, self.counts_terms))
 
 
+def _paced(block: Block, step: int) -> DueWork:
+    """Return what is due for a block whose pace says when; what is overdue is due anyway."""
+    state = block.state
+    return EVERYTHING if step >= state.pace.due and state.overdue == NOTHING else NOTHING
+
+
 def _own(attribute: attrs.Attribute[object], value: object) -> bool:
     return attribute.name != "input_factors"  # a set has no order; it follows from the stages
 
@@ -113,6 +119,8 @@ class Planner:
         for block in blocks:
             part, slot = int(block in self._second_part), self._slots.get(block, 0)
             now = due(slot if slot == slot_now else NO_SLOT, part)
+            if block.pace is not None:
+                now = _paced(block, step)
             begins = bool(self._lag) and slot == slot_then and schedule.due(later, slot).basis
             if block.measures_nothing or (now == NOTHING and block.state.settled and not begins):
                 continue

@@ -18,6 +18,7 @@ from kfactk.preconditioner.coverage import ModelSurvey
 from kfactk.preconditioner.damage import Damage
 from kfactk.preconditioner.exchange import OverlappedReduction, broadcast_gradients
 from kfactk.preconditioner.first_moment import FirstMoment
+from kfactk.preconditioner.pacing import Pacer
 from kfactk.preconditioner.placement import BlockPlacement, device_of
 from kfactk.preconditioner.plan import BlockPlan
 from kfactk.preconditioner.planner import EMPTY, Planner
@@ -92,7 +93,12 @@ class Preconditioner:
         self._first_moment = FirstMoment() if first_moment is None else first_moment
         self._planner = Planner(schedule, self.placement, lag)
         self._refresh = Refresh(
-            self.placement, self.communicator, self.overlapped, self.timer, factor_decay
+            self.placement,
+            self.communicator,
+            self.overlapped,
+            self.timer,
+            factor_decay,
+            Pacer(self.placement, self.communicator, schedule),
         )
         self._followed: dict[Layer, tuple[Block, BlockPlan]] = {}
         self._plan = EMPTY
@@ -361,7 +367,8 @@ class Preconditioner:
         later = {b for b in plans if b.counts_next} - self._founded
         self._later = [block for block in plans if block in later]
         self._take_gradients([block for block in plans if block not in later], gradients)
-        failures = self._refresh.run(plans, self._unseen, self._arrived)
+        assert self._planned is not None
+        failures = self._refresh.run(plans, self._unseen, self._arrived, self._planned[0])
         for block in plans:
             if block.name in failures.reasons:
                 self._report_failure(block, failures.reasons[block.name])

@@ -24,6 +24,7 @@ from kfactk.errors import DecompositionError, KfactkError
 from kfactk.preconditioner.ahead import Ahead, Parts
 from kfactk.preconditioner.block import Block, mean_diagonals
 from kfactk.preconditioner.exchange import OverlappedReduction, merged
+from kfactk.preconditioner.pacing import Pacer
 from kfactk.preconditioner.placement import BlockPlacement
 from kfactk.preconditioner.plan import BlockPlan
 from kfactk.samples import Statistic
@@ -77,6 +78,7 @@ class Refresh:
         overlapped: Learns which sums there are.
         timer: Times the stages.
         factor_decay: Decay of the factors' running means, in [0, 1].
+        pacer: Decides when paced blocks are due again.
     """
 
     placement: BlockPlacement
@@ -84,9 +86,14 @@ class Refresh:
     overlapped: OverlappedReduction
     timer: StageTimer
     factor_decay: float
+    pacer: Pacer
 
     def run(
-        self, plans: Plans, unseen: Sequence[Block], arrived: Mapping[str, ReducedStatistic]
+        self,
+        plans: Plans,
+        unseen: Sequence[Block],
+        arrived: Mapping[str, ReducedStatistic],
+        step: int,
     ) -> Failures:
         """Average, decompose and measure what is due.
 
@@ -94,6 +101,7 @@ class Refresh:
             plans: What is due for each block.
             unseen: Blocks that no rank's samples reached.
             arrived: Sums that left before the step.
+            step: Index of the step.
 
         Returns:
             What could not be decomposed.
@@ -104,6 +112,8 @@ class Refresh:
         seen = {block: plan for block, plan in plans.items() if block not in unseen}
         with self._timed("factors", any(plan.factors or plan.inputs for plan in plans.values())):
             self._update(seen, averages, "factor")
+        measured = [block for block, plan in seen.items() if plan.factors]
+        compared = self.pacer.compare(measured, averages)
         due = [block for block, plan in seen.items() if plan.basis]
         before = {block: block.state.snapshot() for block in due}
         measures = any(
@@ -113,6 +123,7 @@ class Refresh:
         try:
             with self._timed("basis", bool(due)):
                 made, failures = self._decompose(due)
+            intervals = self.pacer.decide(compared)
             with self._timed("scale", measures):
                 self._update(seen, averages, "moment")
                 self._measure(seen, made)
@@ -121,6 +132,7 @@ class Refresh:
                 block.state.restore(snapshot)
                 block.invalidate()
             raise
+        self.pacer.settle(step, measured, compared, intervals)
         for block in plans:
             block.state.retained.clear()
         return failures

@@ -7,7 +7,7 @@ import fnmatch
 import attrs
 import torch
 
-from kfactk.stages import Basis, Curvature, Layer
+from kfactk.stages import Basis, Curvature, Layer, Pace
 from kfactk.validation import attribute_errors
 
 
@@ -20,12 +20,14 @@ class BlockRule:
         basis: The basis stage.
         layers: Shell-style patterns of module names; empty for all modules.
         label: The names of both stages, for tables: "conv_kfac, ekfac".
+        pace: What decides when its blocks are due; `None` for the periods of the recipe.
     """
 
     curvature: Curvature
     basis: Basis
     layers: tuple[str, ...] = ()
     label: str = ""
+    pace: Pace | None = None
 
     @property
     def of_gradient(self) -> bool:

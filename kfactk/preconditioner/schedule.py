@@ -29,6 +29,7 @@ class DueWork:
 
 
 NOTHING = DueWork(False, False, False, False)
+EVERYTHING = DueWork(True, True, True, True)
 
 
 def due_at(step: int, factor_every: Period, scale_every: Period, basis_every: Period) -> DueWork:

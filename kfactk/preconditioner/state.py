@@ -13,6 +13,7 @@ from kfactk.distributed.packing import TensorSpec
 from kfactk.errors import StateError
 from kfactk.preconditioner.ahead import Ahead, Parts
 from kfactk.preconditioner.damage import REMEDY, Damage, curvature_fault, number_of
+from kfactk.preconditioner.pace_state import KEY, LONGEST, PaceState
 from kfactk.preconditioner.schedule import NOTHING, DueWork
 from kfactk.samples import Samples, Statistic
 from kfactk.statistics import RunningMean, add_sums, drop_nonfinite
@@ -25,6 +26,8 @@ OVERDUE, READY = "overdue", "ready"
 """Keys, after the prefix, of what a block is overdue with and of whether it can precondition.
 
 What is overdue is a sum: 1 for factors, 2 for the scale, 4 for the basis, 8 for input factors."""
+PACE = "pace"
+"""First word, after the prefix, of the keys of when a block is due."""
 MEAN = "mean"
 """Name of the running mean of the gradient."""
 MEANS = ("factor", "moment", "gradient")
@@ -47,6 +50,7 @@ class BlockState:
         moments: Running means of the basis' moments, on the same ranks.
         gradients: The running mean of the gradient, "mean", where the recipe has a first moment.
         ahead: The decomposition that waits to be adopted, where the recipe has a lag.
+        pace: When the block is due, where the recipe has a pace.
         ready: Whether the block can precondition, on this rank or another: it was decomposed from
             factors that have seen data.
         specs: Shapes and dtypes of each matrix's decomposition, where they are known.
@@ -65,6 +69,7 @@ class BlockState:
     moments: dict[str, RunningMean] = attrs.Factory(dict)
     gradients: dict[str, RunningMean] = attrs.Factory(dict)
     ahead: Ahead | None = None
+    pace: PaceState = attrs.Factory(PaceState)
     ready: bool = False
     specs: dict[str, dict[str, TensorSpec]] = attrs.Factory(dict)
     staged: dict[str, Statistic] = attrs.Factory(dict)
@@ -145,9 +150,10 @@ class BlockState:
 
         Keys read `kfactk.factor.A`, `kfactk.basis.A.eigenvectors` and so on; for a part of a
         module, `kfactk.[part].factor.A`. A decomposition that waits to be adopted is there as
-        `kfactk.ahead`, once it is finished. Whether the block is ready, and what is overdue, is
-        there on every rank: messages between ranks follow from these two. They are 0-dimensional,
-        as torch wants of tensors that are not on the parameter's device.
+        `kfactk.ahead`, once it is finished. Whether the block is ready, what is overdue, and when
+        the block is due where the recipe has a pace (`kfactk.pace.due`), is there on every rank:
+        messages between ranks follow from these. They are 0-dimensional, as torch wants of tensors
+        that are not on the parameter's device.
         """
         prefix = _prefix(part)
         out: dict[str, Tensor] = {}
@@ -162,6 +168,7 @@ class BlockState:
             for matrix, parts in decomposition.items():
                 for name, tensor in parts.items():
                     out[f"{prefix}{kind}.{matrix}.{name}"] = tensor
+        out |= {f"{prefix}{PACE}.{key}": value for key, value in self.pace.flat().items()}
         overdue = sum(flag << place for place, flag in enumerate(attrs.astuple(self.overdue)))
         out[prefix + READY] = torch.tensor(int(self.ready), dtype=torch.int64, device="cpu")
         out[prefix + OVERDUE] = torch.tensor(overdue, dtype=torch.int64, device="cpu")
@@ -196,6 +203,7 @@ class BlockState:
         state.missed = state.overdue != NOTHING
         means, ahead = state.means(), Parts()
         kept = {"basis": state.decomposition, "ahead": ahead}
+        numbers, values = dict[str, int](), dict[str, Tensor]()
         for key, tensor in entry.items():
             kind, _, rest = key.partition(".")
             if kind in means:
@@ -210,6 +218,13 @@ class BlockState:
                 copied = _copied(tensor, device)
                 kept[kind].setdefault(matrix, {})[name] = copied
                 found.check_values(prefix + key, copied)
+            elif kind == PACE and rest.startswith("value."):
+                values[rest] = _copied(tensor, device)
+                found.check_values(prefix + key, values[rest])
+            elif kind == PACE:
+                most = LONGEST if rest.startswith("interval") else LARGEST_WEIGHT
+                numbers[rest] = int(_number(entry, key, prefix, most))
+        state.pace = PaceState.from_flat(numbers, values)
         state.ahead = Ahead.of(ahead) if ahead else None
         if damage is None:
             found.refuse()
@@ -267,7 +282,8 @@ def _check_tensors(entry: Mapping[str, Any], prefix: str) -> None:
 def _known(key: str) -> bool:
     kind, _, rest = key.partition(".")
     mean = kind in MEANS and bool(rest)
-    return key in (READY, OVERDUE) or mean or (kind in ("basis", "ahead") and "." in rest)
+    paced = kind == PACE and bool(KEY.fullmatch(rest))
+    return key in (READY, OVERDUE) or mean or paced or (kind in ("basis", "ahead") and "." in rest)
 
 
 def _number(

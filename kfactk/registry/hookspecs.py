@@ -16,7 +16,17 @@ from typing import Any
 import pluggy
 from torch.optim import Optimizer
 
-from kfactk.stages import Basis, Clip, Curvature, Fisher, Likelihood, Placement, Tracker, Update
+from kfactk.stages import (
+    Basis,
+    Clip,
+    Curvature,
+    Fisher,
+    Likelihood,
+    Pace,
+    Placement,
+    Tracker,
+    Update,
+)
 
 PROJECT = "kfactk"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -38,6 +48,7 @@ STAGE_HOOKS: dict[str, str] = {
     "likelihood": "kfactk_likelihoods",
     "clip": "kfactk_clips",
     "update": "kfactk_updates",
+    "pace": "kfactk_paces",
     "placement": "kfactk_placements",
     "tracker": "kfactk_trackers",
 }
@@ -107,6 +118,17 @@ def kfactk_updates() -> Mapping[str, Callable[..., Update]]:
         >>> @hookimpl
         ... def kfactk_updates():
         ...     return {"lion": Lion}
+    """
+
+
+@hookspec
+def kfactk_paces() -> Mapping[str, Callable[..., Pace]]:
+    """Return paces by name.
+
+    Example:
+        >>> @hookimpl
+        ... def kfactk_paces():
+        ...     return {"similar": Similar}
     """
 
 

@@ -36,6 +36,7 @@ PROTOCOLS: dict[str, type[Any]] = {
     "likelihood": stages.Likelihood,
     "clip": stages.Clip,
     "update": stages.Update,
+    "pace": stages.Pace,
     "placement": stages.Placement,
     "tracker": stages.Tracker,
 }

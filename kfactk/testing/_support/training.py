@@ -82,8 +82,10 @@ class Training(Laws):
         return f"recipe {dict(self.recipe)!r}"
 
     def build(self, recipe: Mapping[str, Any]) -> Recipe:
-        """Build the recipe, with short periods unless it sets its own."""
-        return kfactk.build(**{**PERIODS, **recipe})
+        """Build the recipe, with short periods unless it sets its own, or a pace does."""
+        paced = recipe.get("pace") is not None
+        periods = {"factor_every": PERIODS["factor_every"]} if paced else PERIODS
+        return kfactk.build(**{**periods, **recipe})
 
     def fresh(self) -> nn.Module:
         """Return a new model, with the same parameters every time."""

@@ -108,7 +108,7 @@ def loaded(
         with LoadOnAllRanks(ranks) as load:
             if rank in faulty:
                 raise ValueError(faulty[rank])
-            layers = {"fc": (True, (overdue[rank], False, False, False))}
+            layers = {"fc": (True, (overdue[rank], False, False, False), 0)}
             load.agree(Progress(steps[rank], layers))
             final = True
     except Exception as error:

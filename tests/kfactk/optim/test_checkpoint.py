@@ -21,6 +21,7 @@ from kfactk.optim.checkpoint import (
     progress_of,
 )
 from kfactk.optim.shown import ShownState
+from kfactk.preconditioner.pace_state import PaceState
 from kfactk.preconditioner.schedule import DueWork
 from kfactk.preconditioner.state import STEP, BlockState
 from tests.kfactk.small import batch, bound, net, train
@@ -217,10 +218,13 @@ def test_all_or_nothing_restores_state_and_groups(
 
 def test_progress_is_what_messages_follow_from() -> None:
     overdue = DueWork(True, False, True, False)
-    states = {"fc": BlockState(ready=True, overdue=overdue), "new": BlockState()}
+    states = {
+        "fc": BlockState(ready=True, overdue=overdue),
+        "new": BlockState(pace=PaceState(due=7)),
+    }
     found = progress_of(4, states)
     assert found.step == 4
     assert found.layers == {
-        "fc": (True, (True, False, True, False)),
-        "new": (False, (False, False, False, False)),
+        "fc": (True, (True, False, True, False), 0),
+        "new": (False, (False, False, False, False), 7),
     }

@@ -32,6 +32,7 @@ STAGES: dict[str, list[Any]] = {
     "likelihood": ["categorical"],
     "clip": ["norm"],
     "update": ["adam"],
+    "pace": ["similar"],
     "placement": ["replicated"],
     "tracker": [None],
 }

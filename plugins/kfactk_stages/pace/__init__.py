@@ -1,0 +1,1 @@
+"""Pace stages of kfactk."""
