@@ -29,6 +29,7 @@ from kfactk.preconditioner.block import Block
 from kfactk.preconditioner.coverage import Coverage, ModelSurvey
 from kfactk.preconditioner.first_moment import as_first_moment
 from kfactk.preconditioner.footprint import with_footprints
+from kfactk.preconditioner.links import with_link
 from kfactk.preconditioner.rules import BlockRule
 from kfactk.preconditioner.schedule import early
 from kfactk.registry.hookspecs import STAGE_HOOKS
@@ -139,7 +140,8 @@ class Recipe(Settings):
         blocks = [
             Block(layer, rule.curvature, rule.basis) for layer, rule in survey.layers(trained)
         ]
-        return with_footprints(survey.coverage(trained), blocks)
+        found = with_footprints(survey.coverage(trained), blocks)
+        return with_link(found, self.link, self.link_name, [block.layer for block in blocks])
 
     def evolve(self, **changes: Any) -> Recipe:
         """Return the recipe with some fields changed; it takes what `kfactk.build` takes.
@@ -334,6 +336,7 @@ def build(
     update: Any = "adam",
     fisher: Any = "mc",
     likelihood: Any = "categorical",
+    link: Any = None,
     clip: Any = None,
     placement: Any = "replicated",
     tracker: Any = None,
@@ -383,6 +386,7 @@ def build(
             "heteroscedastic", "poisson". A model with several heads has one for each:
             `{"policy": "categorical", "value": "gaussian"}` by their places in what it returns, or
             a list made by `kfactk.head`, with weights.
+        link: What joins layers, after each was preconditioned by itself: "two_level", or `None`.
         clip: Bound on the preconditioned gradients: "none", "value", "norm", "kl". `None` for "kl",
             and for "none" where a basis waives a law that "kl" needs.
         placement: Which rank does what: "replicated", "comm_opt", "mem_opt", "hybrid", "auto".
@@ -502,7 +506,7 @@ def _resolved(values: Mapping[str, Any], *, trusted: bool = True) -> dict[str, A
             )
     out: dict[str, Any] = {}
     for name, value in values.items():
-        if name in STAGE_HOOKS and value is None and name not in ("tracker", "clip"):
+        if name in STAGE_HOOKS and value is None and name not in OPTIONAL:
             raise OptionError(
                 f"{name} is None; every recipe has one. Leave it out for the default, or see "
                 "python -m kfactk stages."
@@ -526,6 +530,8 @@ def _resolved(values: Mapping[str, Any], *, trusted: bool = True) -> dict[str, A
     return out
 
 
+OPTIONAL = ("tracker", "clip", "link")
+"""Families of which a recipe may have none, or leave the choice."""
 ADAPTING = ("damping", "clip", "factor_every", "scale_every", "basis_every")
 """Fields whose default follows from the stages."""
 

@@ -39,6 +39,7 @@ from kfactk.stages import (
     Curvature,
     Fisher,
     Likelihood,
+    Link,
     Placement,
     Tracker,
     Update,
@@ -173,6 +174,7 @@ class Settings:
     basis: Basis
     fisher: Fisher
     likelihood: Likelihood | tuple[HeadSpec, ...]
+    link: Link | None
     clip: Clip
     update: Update
     placement: Placement
@@ -210,6 +212,8 @@ class Settings:
         self._check_lag()
         object.__setattr__(self, "rules", rules_of(self.curvature, self.basis))
         self._check_clip()
+        if self.link is not None:
+            self._check_link(self.link)
 
     @property
     def heads(self) -> tuple[Head, ...]:
@@ -226,6 +230,11 @@ class Settings:
             )
             for spec in self.likelihood
         )
+
+    @property
+    def link_name(self) -> str:
+        """The name of the link; empty where there is none."""
+        return "" if self.link is None else name_of("link", self.link)
 
     def _find(self, spec: HeadSpec, returned: Any) -> Any:
         """Return the part of a head, in what `output` makes of what the model returned."""
@@ -246,6 +255,36 @@ class Settings:
                     f"clip {name_of('clip', self.clip)!r} needs a basis with which {laws}, and "
                     f"basis {name_of('basis', rule.basis)!r} waives this. Give clip='none', or "
                     "clip={'name': 'norm', 'limit': 1.0}."
+                )
+
+    def _check_link(self, link: Link) -> None:
+        """Check that every block can be joined with others."""
+        label = f"link {self.link_name!r}"
+        if self.stagger:
+            raise CombinationError(
+                f"{label} measures all layers on the same batch, and stagger=True spreads them "
+                "over steps. Leave out stagger=True, or the link."
+            )
+        for rule in self.rules:
+            curvature, basis = (
+                f"{family} {name_of(family, getattr(rule, family))!r}"
+                for family in ("curvature", "basis")
+            )
+            remedy = "Choose another one, or leave out the link."
+            if rule.of_gradient:
+                raise CombinationError(
+                    f"{label} measures layers together on samples, and {curvature} has none, but "
+                    f"the mini-batch gradient. {remedy}"
+                )
+            if waived := sorted(link.needs & rule.basis.waives):
+                laws = " and ".join(WAIVABLE[law] for law in waived)
+                raise CombinationError(
+                    f"{label} needs a basis with which {laws}, and {basis} waives this. {remedy}"
+                )
+            if missing := sorted(link.requires - rule.basis.requires):
+                raise CombinationError(
+                    f"{label} reads {', '.join(missing)} of each layer, which {basis} does not "
+                    f"require, so that nobody keeps it. {remedy}"
                 )
 
     def written(self, field: str) -> Any:

@@ -104,6 +104,7 @@ class Refresh:
         seen = {block: plan for block, plan in plans.items() if block not in unseen}
         with self._timed("factors", any(plan.factors or plan.inputs for plan in plans.values())):
             self._update(seen, averages, "factor")
+            self._update(seen, averages, "link")
         due = [block for block, plan in seen.items() if plan.basis]
         before = {block: block.state.snapshot() for block in due}
         measures = any(
@@ -152,7 +153,7 @@ class Refresh:
         return {k: value for k, value in averages.items() if split_key(k)[0] not in left_out}
 
     def _update(self, plans: Plans, averages: Mapping[str, Tensor | None], kind: str) -> None:
-        """Take averages of one kind, "factor" or "moment", into the running means."""
+        """Take averages of one kind, "factor", "moment" or "link", into the running means."""
         found: dict[str, dict[str, Tensor]] = {}
         for key, value in averages.items():
             layer, rest = split_key(key)
@@ -163,6 +164,8 @@ class Refresh:
                 continue
             if kind == "factor":
                 block.update_factors(found[block.name], self.factor_decay)
+            elif kind == "link":
+                block.update_links(found[block.name], self.factor_decay)
             else:
                 block.update_moments(found[block.name])
 

@@ -16,7 +16,17 @@ from typing import Any
 import pluggy
 from torch.optim import Optimizer
 
-from kfactk.stages import Basis, Clip, Curvature, Fisher, Likelihood, Placement, Tracker, Update
+from kfactk.stages import (
+    Basis,
+    Clip,
+    Curvature,
+    Fisher,
+    Likelihood,
+    Link,
+    Placement,
+    Tracker,
+    Update,
+)
 
 PROJECT = "kfactk"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -36,6 +46,7 @@ STAGE_HOOKS: dict[str, str] = {
     "basis": "kfactk_bases",
     "fisher": "kfactk_fishers",
     "likelihood": "kfactk_likelihoods",
+    "link": "kfactk_links",
     "clip": "kfactk_clips",
     "update": "kfactk_updates",
     "placement": "kfactk_placements",
@@ -85,6 +96,17 @@ def kfactk_likelihoods() -> Mapping[str, Callable[..., Likelihood]]:
         >>> @hookimpl
         ... def kfactk_likelihoods():
         ...     return {"poisson": Poisson}
+    """
+
+
+@hookspec
+def kfactk_links() -> Mapping[str, Callable[..., Link]]:
+    """Return links by name.
+
+    Example:
+        >>> @hookimpl
+        ... def kfactk_links():
+        ...     return {"two_level": TwoLevel}
     """
 
 
