@@ -58,6 +58,8 @@ from kfactk.stages import (
     InnerCall as InnerCall,
     Layer as Layer,
     Likelihood as Likelihood,
+    Link as Link,
+    LinkedLayer as LinkedLayer,
     ModuleCall as ModuleCall,
     Pace as Pace,
     Placement as Placement,

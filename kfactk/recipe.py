@@ -29,6 +29,7 @@ from kfactk.preconditioner.block import Block
 from kfactk.preconditioner.coverage import Coverage, ModelSurvey
 from kfactk.preconditioner.first_moment import as_first_moment
 from kfactk.preconditioner.footprint import with_footprints
+from kfactk.preconditioner.links import with_link
 from kfactk.preconditioner.rules import BlockRule
 from kfactk.preconditioner.schedule import early
 from kfactk.registry.hookspecs import STAGE_HOOKS
@@ -140,7 +141,8 @@ class Recipe(Settings):
             Block(layer, rule.curvature, rule.basis, pace=rule.pace)
             for layer, rule in survey.layers(trained)
         ]
-        return with_footprints(survey.coverage(trained), blocks)
+        found = with_footprints(survey.coverage(trained), blocks)
+        return with_link(found, self.link, self.link_name, [block.layer for block in blocks])
 
     def evolve(self, **changes: Any) -> Recipe:
         """Return the recipe with some fields changed; it takes what `kfactk.build` takes.
@@ -336,6 +338,7 @@ def build(
     update: Any = "adam",
     fisher: Any = "mc",
     likelihood: Any = "categorical",
+    link: Any = None,
     clip: Any = None,
     placement: Any = "replicated",
     tracker: Any = None,
@@ -386,6 +389,7 @@ def build(
             "heteroscedastic", "poisson". A model with several heads has one for each:
             `{"policy": "categorical", "value": "gaussian"}` by their places in what it returns, or
             a list made by `kfactk.head`, with weights.
+        link: What joins layers, after each was preconditioned by itself: "two_level", or `None`.
         clip: Bound on the preconditioned gradients: "none", "value", "norm", "kl". `None` for "kl",
             and for "none" where a basis waives a law that "kl" needs.
         placement: Which rank does what: "replicated", "comm_opt", "mem_opt", "hybrid", "auto".
@@ -534,6 +538,8 @@ def _resolved(values: Mapping[str, Any], *, trusted: bool = True) -> dict[str, A
     return out
 
 
+OPTIONAL = ("tracker", "clip", "link")
+"""Families of which a recipe may have none, or leave the choice."""
 ADAPTING = ("damping", "clip", "factor_every", "scale_every", "basis_every")
 """Fields whose default follows from the stages."""
 

@@ -1,7 +1,8 @@
 """Stage families: the base class or protocol of each, and the classes that pass between stages.
 
     model --capture--> LayerCall --curvature--> Samples --> Statistic (factors)
-          --basis--> decomposition --> CurvatureOperator --> GradientPair --clip--> --update-->
+          --basis--> decomposition --> CurvatureOperator
+          --link--> GradientPair --clip--> --update-->
 
 Known methods are combinations of parts:
 
@@ -9,11 +10,11 @@ Known methods are combinations of parts:
     EKFAC      = curvature kfac | conv_kfac, basis ekfac, update momentum
     EKFACnag   = ... update nag;   EKFACadam = ... update adam;   EKFACradam = ... update radam
 
-All stages share one mathematical convention. It stands at the top of `kfactk.samples`. A curvature
-and a basis derive from the base class below and inherit its defaults. Any other stage is an object
-of a class with the members of its protocol. Our stages are frozen attrs classes whose fields are
-their options. A stage holds no state and calls no collective: the framework hands it tensors, and
-keeps, averages, reduces and saves what it returns.
+All stages share one mathematical convention. It stands at the top of `kfactk.samples`. A curvature,
+a basis and a link derive from the base class below and inherit its defaults. Any other stage is an
+object of a class with the members of its protocol. Our stages are frozen attrs classes whose fields
+are their options. A stage holds no state and calls no collective: the framework hands it tensors,
+and keeps, averages, reduces and saves what it returns.
 """
 
 from __future__ import annotations
@@ -574,6 +575,105 @@ class Fisher(Protocol):
     @property
     def seed(self) -> int:
         """Seed that, with step, micro-batch and rank, gives every draw."""
+
+
+@attrs.frozen(eq=False)
+class LinkedLayer:
+    """One of the layers that a link joins, as the link sees it.
+
+    Args:
+        layer: The layer.
+        shape: Of its matrix, `[..., d_out, d_in]`.
+        damping: Its damping tau.
+        matrices: Its averaged matrices by name, each made when it is read: those that the basis
+            requires.
+
+    Example:
+        >>> layer = Layer("fc", nn.Linear(2, 3), ("weight", "bias"))
+        >>> LinkedLayer(layer, (3, 3), damping=0.1).name
+        'fc'
+    """
+
+    layer: Layer
+    shape: tuple[int, ...]
+    damping: float
+    matrices: Tensors = attrs.field(factory=dict)
+
+    @property
+    def name(self) -> str:
+        """The layer's name."""
+        return self.layer.name
+
+
+class Link(abc.ABC):
+    """What joins layers: it measures them together, and corrects their preconditioned gradients.
+
+    Laws: on the concatenation of its layers the corrected preconditioner is linear, self-adjoint
+    and positive definite. With one layer it changes nothing. A layer without a gradient counts as
+    one whose gradient is zero.
+
+    It is applied where all its layers have curvature and it has been measured. It is measured
+    whenever factors are, on passes that give samples of each layer, and its statistics decay as
+    factors do. They are saved under the anchor of its first layer.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset({"linear", "self-adjoint", "damped-inverse"})
+    """Laws that no basis of the recipe may waive (`WAIVABLE`)."""
+    requires: ClassVar[frozenset[str]] = frozenset()
+    """Names of the matrices that `correct` reads of each layer; every rank then keeps them."""
+
+    def order(self, layers: Sequence[Layer]) -> Sequence[Layer]:
+        """Return the layers that it joins, in its order; by default all, in the model's order.
+
+        Args:
+            layers: Those that blocks precondition now.
+
+        Raises:
+            CombinationError: It cannot join them. The message says why, and the remedy.
+        """
+        return layers
+
+    @abc.abstractmethod
+    def rows(self, layer: LinkedLayer, samples: Samples) -> Tensors:
+        """Return what is kept of each example of one layer until the pass ends, by name.
+
+        Each tensor has the examples in dimension 0.
+        """
+
+    @abc.abstractmethod
+    def statistics(
+        self,
+        layers: Sequence[LinkedLayer],
+        rows: Mapping[str, Tensors],
+        num_terms: Tensor | float,
+    ) -> dict[str, Statistic]:
+        """Return sums and counts of what the layers of one pass give together.
+
+        Names and shapes follow from the layers alone, also where no rows are given.
+
+        Args:
+            layers: The layers, in order.
+            rows: By layer name, what `rows` returned; layers that the pass did not reach are not
+                among them. All have the same examples.
+            num_terms: Number of likelihood terms of the forward; 0 on later passes over it.
+        """
+
+    @abc.abstractmethod
+    def correct(
+        self,
+        layers: Sequence[LinkedLayer],
+        gradients: Tensors,
+        preconditioned: Tensors,
+        statistics: Tensors,
+    ) -> dict[str, Tensor]:
+        """Return the corrected preconditioned gradients, `[..., d_out, d_in]` by layer name.
+
+        Args:
+            layers: The layers, in order.
+            gradients: By layer name; layers without a gradient are not among them.
+            preconditioned: For the same names, what the blocks made of them. They stay unchanged.
+            statistics: The averaged statistics.
+        """
 
 
 @attrs.frozen(eq=False)

@@ -26,6 +26,7 @@ SOURCES = (
     "plugins/kfactk_stages/curvature",
     "plugins/kfactk_stages/basis",
     "plugins/kfactk_stages/clip",
+    "plugins/kfactk_stages/link",
 )
 """Files and folders from which mutants are made."""
 MORE = ("tests/kfactk", "tests/kfactk_stages")

@@ -64,9 +64,18 @@ class SampleTaker(Protocol):
         """Drop the calls of these layers (`None`: of all) that the step has taken so far."""
 
     def accumulate(
-        self, layer: Layer, calls: Sequence[LayerCall], num_terms: Tensor | float, first: bool
+        self,
+        layer: Layer,
+        calls: Sequence[LayerCall],
+        num_terms: Tensor | float,
+        *,
+        first: bool,
+        of: object,
     ) -> None:
-        """Take the calls of one layer in one pass."""
+        """Take the calls of one layer in one pass, which `of` tells from others."""
+
+    def end_pass(self, of: object, num_terms: Tensor | float, *, last: bool = False) -> None:
+        """Note that a pass is at its end; its terms are 0 where it is not the forward's first."""
 
     def accumulate_nothing(self, layers: Iterable[Layer], num_terms: Tensor | float) -> None:
         """Count the terms of one forward for layers that did not run in it."""
@@ -142,7 +151,7 @@ class LayerSink:
         self.taken.add(layer)
         if self._counts:
             first = layer not in self._earlier
-            self._taker.accumulate(layer, calls, self._num_terms, first)
+            self._taker.accumulate(layer, calls, self._num_terms, first=first, of=self)
 
     def finish(self) -> None:
         """Count the terms for the layers that no pass has reached."""
@@ -239,6 +248,7 @@ class FisherPass:
                 watch.backward.finish()
                 if watch.sink.taken:  # otherwise the forward had no backward
                     watch.sink.finish()
+                    self._taker.end_pass(watch.sink, watch.terms, last=True)
             if watch.backward.arrived:
                 self._taker.count_terms(watch.terms)
         if unseen:
@@ -401,6 +411,7 @@ class FisherPass:
         terms = terms_of(heads)
         if not forward.calls:
             self._taker.accumulate_nothing(forward.layers, terms)
+            self._taker.end_pass(None, terms, last=True)
             return
         counts = bool(float(terms))  # otherwise everything is masked: nothing is to be learned
         if not counts:
@@ -490,7 +501,7 @@ class FisherPass:
         generator = torch.Generator(heads[0].view.device)
         generator.manual_seed(seed)
         reached: set[Layer] = set()
-        terms = terms_of(heads)
+        terms = new_terms = terms_of(heads)
         for head in heads:
             factor = head.factor(terms)
             for loss in self._losses(head, generator):
@@ -498,6 +509,9 @@ class FisherPass:
                 scaled = loss if isinstance(factor, float) and factor == 1 else loss * factor
                 forward.run(scaled, head.view, sink)
                 reached = reached | sink.taken
+                if counts:
+                    self._taker.end_pass(sink, new_terms)
+                new_terms = 0.0
         if counts:
             LayerSink(self._taker, layers, terms, earlier=reached).finish()
 

@@ -33,12 +33,20 @@ from kfactk.optim.saved_groups import check_groups
 from kfactk.optim.settings import Settings
 from kfactk.optim.shown import Removed, ShownState, flat_by_anchor
 from kfactk.optim.sizes import check_sizes
-from kfactk.optim.views import BlockView, by_layer, by_parameter, conditions, intervals
+from kfactk.optim.views import (
+    BlockView,
+    by_layer,
+    by_parameter,
+    conditions,
+    intervals,
+    preconditioned,
+)
 from kfactk.options import number_at, plain
 from kfactk.preconditioner.coverage import Coverage
 from kfactk.preconditioner.coverage_watch import CoverageWatch
 from kfactk.preconditioner.damage import Damage
 from kfactk.preconditioner.footprint import with_footprints
+from kfactk.preconditioner.links import with_link
 from kfactk.preconditioner.preconditioner import Preconditioner
 from kfactk.registry.registry import registry
 from kfactk.stages import GradientPair, Layer
@@ -132,6 +140,7 @@ class Optimizer(torch.optim.Optimizer):
             factor_decay=recipe.factor_decay,
             lag=recipe.lag,
             first_moment=recipe.first_moment,
+            link=recipe.link,
             trained=self._groups,
             exclude=recipe.exclude,
             timer=self._timer,
@@ -160,6 +169,7 @@ class Optimizer(torch.optim.Optimizer):
         self._hooks = ModelHooks(self._model, self, evaluation=manual)
         self._check_coverage()
         self._check_sizes()
+        self._check_link()
         self._look_for_losses()
         self._expect_forward()
 
@@ -200,6 +210,18 @@ class Optimizer(torch.optim.Optimizer):
             raise
         if told:
             warnings.warn(told, KfactkWarning, stacklevel=4)
+
+    def _check_link(self) -> None:
+        """Check that the recipe's link can join the layers, and that every rank holds them.
+
+        Raises:
+            CombinationError: It cannot, or other ranks hold a layer.
+        """
+        try:
+            self._preconditioner.check_link()
+        except KfactkError:
+            self.close()
+            raise
 
     # --------------------------------------------------------------------------------- reading
 
@@ -251,8 +273,10 @@ class Optimizer(torch.optim.Optimizer):
     def coverage(self) -> Coverage:
         """Return which parameters are preconditioned now, by which block, or why not."""
         self._index()
-        pre = self._preconditioner
-        return with_footprints(pre.survey.coverage(self._groups), pre.blocks.current())
+        pre, blocks = self._preconditioner, self._preconditioner.blocks.current()
+        found = with_footprints(pre.survey.coverage(self._groups), blocks)
+        link, layers = self.recipe.link, [block.layer for block in blocks]
+        return with_link(found, link, self.recipe.link_name, layers)
 
     def fisher_product(
         self, tensors: Mapping[str, Tensor], *, strict: bool = True
@@ -282,6 +306,9 @@ class Optimizer(torch.optim.Optimizer):
     ) -> dict[str, Tensor]:
         """Return `P v = (F + damping I)^-1 v`, likewise.
 
+        Where the recipe has a link, P is corrected by it. It then answers for all layers that the
+        link joins with those of v.
+
         Args:
             tensors: As for `fisher_product`.
             strict: Likewise.
@@ -292,8 +319,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         views = self.layers
         grouped = by_layer(views, tensors, self._model, strict=strict)
-        found = {name: views[name].precondition(group) for name, group in grouped.items()}
-        return by_parameter(views, found)
+        return by_parameter(views, preconditioned(views, grouped, self._preconditioner.links))
 
     # ------------------------------------------------------------------------------- observing
 

@@ -39,6 +39,7 @@ from kfactk.stages import (
     Curvature,
     Fisher,
     Likelihood,
+    Link,
     Pace,
     Placement,
     Tracker,
@@ -174,6 +175,7 @@ class Settings:
     basis: Basis
     fisher: Fisher
     likelihood: Likelihood | tuple[HeadSpec, ...]
+    link: Link | None
     clip: Clip
     update: Update
     placement: Placement
@@ -213,6 +215,8 @@ class Settings:
         object.__setattr__(self, "rules", rules_of(self.curvature, self.basis, self.pace))
         self._check_pace()
         self._check_clip()
+        if self.link is not None:
+            self._check_link(self.link)
 
     @property
     def heads(self) -> tuple[Head, ...]:
@@ -229,6 +233,11 @@ class Settings:
             )
             for spec in self.likelihood
         )
+
+    @property
+    def link_name(self) -> str:
+        """The name of the link; empty where there is none."""
+        return "" if self.link is None else name_of("link", self.link)
 
     def _find(self, spec: HeadSpec, returned: Any) -> Any:
         """Return the part of a head, in what `output` makes of what the model returned."""
@@ -250,6 +259,16 @@ class Settings:
             raise CombinationError(
                 f"{pace} and {other} cannot work together: {other.partition('=')[0]} {why}, and "
                 "with a pace each block has its own. Leave one of the two out."
+            )
+        if self.link is not None:
+            raise CombinationError(
+                f"link {self.link_name!r} measures all layers on the same batch, and {pace} gives "
+                "each its own time. Leave one of the two out."
+            )
+        if any(rule.curvature.row_factors for rule in self.rules):
+            raise CombinationError(
+                f"{pace} compares a statistic with earlier ones, and the curvature 'rows' keeps "
+                "single examples, which are others in every batch. Give pace=None."
             )
         if any(rule.of_gradient for rule in self.rules):
             raise CombinationError(
@@ -282,6 +301,36 @@ class Settings:
                     f"clip {name_of('clip', self.clip)!r} needs a basis with which {laws}, and "
                     f"basis {name_of('basis', rule.basis)!r} waives this. Give clip='none', or "
                     "clip={'name': 'norm', 'limit': 1.0}."
+                )
+
+    def _check_link(self, link: Link) -> None:
+        """Check that every block can be joined with others."""
+        label = f"link {self.link_name!r}"
+        if self.stagger:
+            raise CombinationError(
+                f"{label} measures all layers on the same batch, and stagger=True spreads them "
+                "over steps. Leave out stagger=True, or the link."
+            )
+        for rule in self.rules:
+            curvature, basis = (
+                f"{family} {name_of(family, getattr(rule, family))!r}"
+                for family in ("curvature", "basis")
+            )
+            remedy = "Choose another one, or leave out the link."
+            if rule.of_gradient:
+                raise CombinationError(
+                    f"{label} measures layers together on samples, and {curvature} has none, but "
+                    f"the mini-batch gradient. {remedy}"
+                )
+            if waived := sorted(link.needs & rule.basis.waives):
+                laws = " and ".join(WAIVABLE[law] for law in waived)
+                raise CombinationError(
+                    f"{label} needs a basis with which {laws}, and {basis} waives this. {remedy}"
+                )
+            if missing := sorted(link.requires - rule.basis.requires):
+                raise CombinationError(
+                    f"{label} reads {', '.join(missing)} of each layer, which {basis} does not "
+                    f"require, so that nobody keeps it. {remedy}"
                 )
 
     def written(self, field: str) -> Any:

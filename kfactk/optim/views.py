@@ -14,6 +14,7 @@ from kfactk.distributed.sharding import full_tensor, is_sharded, sharded_like
 from kfactk.errors import KfactkError, OptionError, near_names
 from kfactk.operators import CurvatureOperator
 from kfactk.preconditioner.block import Block
+from kfactk.preconditioner.links import Links
 from kfactk.preconditioner.placement import BlockPlacement
 from kfactk.samples import working_dtype
 from kfactk.stages import Layer
@@ -121,7 +122,7 @@ class BlockView:
             )
         workers = {matrix: self._placement.factor_workers(name, matrix) for matrix in requires}
         self._check_workers("factors", workers, tensors)
-        return self._split(self.block.multiply(self._matrix(tensors), self.damping), tensors)
+        return self.split(self.block.multiply(self._matrix(tensors), self.damping), tensors)
 
     def precondition(
         self, tensors: Mapping[str, Tensor], *, strict: bool = True
@@ -138,7 +139,7 @@ class BlockView:
         """
         tensors = self._checked(tensors, strict)
         self._check_workers("decompositions", self._holders(), tensors)
-        return self._split(self.block.solve(self._matrix(tensors), self.damping), tensors)
+        return self.split(self.block.solve(self._matrix(tensors), self.damping), tensors)
 
     def condition(self) -> Tensor | None:
         """Return the condition number of the damped curvature, exact or a lower bound.
@@ -211,12 +212,41 @@ class BlockView:
                 f"{', '.join(map(str, common))}, or use placement='replicated'."
             )
 
-    def _split(self, matrix: Tensor, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return a matrix as tensors shaped like the layer's parameters."""
+    def split(self, matrix: Tensor, given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return a matrix as tensors shaped like the layer's parameters, in shards like `given`."""
         tensors, parameters = self.block.tensors(matrix), self.layer.tensors()
         if not any(is_sharded(tensor) for tensor in given.values()):
             return tensors
         return {name: sharded_like(part, parameters[name]) for name, part in tensors.items()}
+
+
+def preconditioned(
+    views: Mapping[str, BlockView], grouped: Mapping[str, Mapping[str, Tensor]], links: Links
+) -> dict[str, dict[str, Tensor]]:
+    """Return `P v` for v given by layer, corrected by the link.
+
+    Args:
+        views: The blocks by layer name.
+        grouped: v by layer, and by the parameter's own name.
+        links: The link; layers that it joins with those of v count as zero in v.
+
+    Raises:
+        OptionError: A name or a tensor does not fit.
+        KfactkError: No curvature has been measured yet, or other ranks have it.
+    """
+    found = {name: views[name].precondition(group) for name, group in grouped.items()}
+    joined = [block.name for block in links.blocks]
+    if not set(joined) & grouped.keys():
+        return found
+    given = {name: grouped.get(name, {}) for name in joined}
+    vectors = {name: views[name].matrix(group) for name, group in given.items()}
+    alone = {
+        name: views[name].matrix(found[name]) if name in found else torch.zeros_like(vector)
+        for name, vector in vectors.items()
+    }
+    dampings = {name: view.damping for name, view in views.items()}
+    corrected = links.correct(vectors, alone, dampings)
+    return found | {name: views[name].split(corrected[name], given[name]) for name in joined}
 
 
 def conditions(

@@ -136,8 +136,8 @@ class Block:
 
     def accumulate(
         self, calls: Sequence[LayerCall], num_terms: Tensor | float, first: bool, plan: BlockPlan
-    ) -> None:
-        """Sum up the calls of the layer in one Fisher pass.
+    ) -> Samples:
+        """Sum up the calls of the layer in one Fisher pass, and return them as samples.
 
         Nothing of the calls is kept unless `plan` refreshes the basis first.
 
@@ -153,6 +153,7 @@ class Block:
         if plan.late:
             read = (each for call in calls for each in (call.inputs, *call.arguments.values()))
             self.state.input_versions += [(each, each._version) for each in read]
+        return samples
 
     def accumulate_nothing(self, num_terms: Tensor | float, plan: BlockPlan) -> None:
         """Count the terms of a forward in which the layer did not run: its sums are zero."""
@@ -244,6 +245,16 @@ class Block:
         """Take the moments of one step into their running means."""
         _update(self.state.moments, means, self.basis.moment_decay)
         self.invalidate()
+
+    def update_links(self, means: Tensors, decay: float) -> None:
+        """Take what a link measured in one step into the running means."""
+        _update(self.state.links, means, decay)
+        self._flat = None
+
+    def drop_links(self) -> None:
+        """Drop what a link has measured."""
+        self.state.links.clear()
+        self._flat = None
 
     def average(self, gradient: Tensor, moment: FirstMoment) -> Tensor:
         """Take a gradient into its running mean, and return what is preconditioned.

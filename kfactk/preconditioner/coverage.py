@@ -58,6 +58,7 @@ class Row:
         reason: Why it has no block; empty when it has one.
         trained: Whether the optimizer trains it now.
         stages: Names of the block's curvature and basis.
+        linked: Name of the link that joins the block with others; empty where none does.
         bytes: Of the block's curvature between steps; `None` where that is not known.
         seconds: Of one decomposition of the block, predicted for one core of a server or an H100;
             `None` where that is not known.
@@ -70,6 +71,7 @@ class Row:
     reason: str
     trained: bool
     stages: str = ""
+    linked: str = ""
     bytes: int | None = None
     seconds: float | None = None
     wide: tuple[str, ...] = ()
@@ -97,7 +99,9 @@ class Row:
     def treatment(self) -> str:
         """How the parameter is treated, in words."""
         if self.block is not None:
-            parts = [self.stages, *self.wide, self.cost if self.wide or self._large else ""]
+            linked = f"linked by {self.linked}" if self.linked else ""
+            cost = self.cost if self.wide or self._large else ""
+            parts = [self.stages, linked, *self.wide, cost]
             told = "; ".join(filter(None, parts))
             stages = f" ({told})" if told else ""
             return f"block {self.block or '(root)'}{stages}"

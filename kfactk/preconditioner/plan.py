@@ -117,9 +117,9 @@ class BlockPlan:
 
     def gathers(self, key: str) -> bool:
         """Return whether the sum of this key ("factor.A", "moment.scale") is taken in forwards."""
-        if self.of_gradient:
-            return False
         kind, _, name = key.partition(".")
+        if self.of_gradient or kind == "link":
+            return False
         if kind == "factor":
             return self.inputs if name in self.input_factors else self.factors
         return self.scale and not self.late

@@ -18,6 +18,7 @@ from kfactk.preconditioner.coverage import ModelSurvey
 from kfactk.preconditioner.damage import Damage
 from kfactk.preconditioner.exchange import OverlappedReduction, broadcast_gradients
 from kfactk.preconditioner.first_moment import FirstMoment
+from kfactk.preconditioner.links import Links
 from kfactk.preconditioner.pacing import Pacer
 from kfactk.preconditioner.placement import BlockPlacement, device_of
 from kfactk.preconditioner.plan import BlockPlan
@@ -27,7 +28,7 @@ from kfactk.preconditioner.rules import BlockRule
 from kfactk.preconditioner.schedule import UpdateSchedule
 from kfactk.preconditioner.state import READY, BlockState, part_of
 from kfactk.samples import LayerCall, Samples, Statistic, working_dtype
-from kfactk.stages import Layer, Placement
+from kfactk.stages import Layer, Link, Placement
 from kfactk.statistics import (
     ReducedStatistic,
     drop_nonfinite,
@@ -47,6 +48,10 @@ from kfactk.validation import (
 
 UNSEEN = "unseen: it influences the output also past its own calls (unseen='plain')"
 """Reason in a coverage table."""
+OTHER_LAYERS = (
+    "the saved state tells what a link measured of other layers than it joins now. It starts afresh"
+)
+"""Warning of a load."""
 
 
 class Preconditioner:
@@ -63,6 +68,7 @@ class Preconditioner:
         factor_decay: Decay of the factors' running means, in [0, 1].
         lag: Steps between the beginning of a decomposition and its use.
         first_moment: How gradients are averaged before they are preconditioned.
+        link: The link stage; `None` for none.
         exclude: Patterns of names of layers to leave alone.
         trained: Ids of the parameters that the optimizer trains; the caller keeps it current.
         timer: Times the stages.
@@ -79,6 +85,7 @@ class Preconditioner:
         trained: Container[int],
         lag: int = 0,
         first_moment: FirstMoment | None = None,
+        link: Link | None = None,
         exclude: Sequence[str] = (),
         timer: StageTimer | None = None,
     ) -> None:
@@ -88,6 +95,7 @@ class Preconditioner:
         self.overlapped = OverlappedReduction(self.communicator, self.placement)
         self.survey = ModelSurvey(model, rules, exclude)
         self.blocks = BlockSet(self.survey, self.placement, trained, self.timer)
+        self.links = Links(link, self.placement, self.timer)
         self.skipped_batches = 0
         self.failed_decompositions = 0
         self._first_moment = FirstMoment() if first_moment is None else first_moment
@@ -135,6 +143,8 @@ class Preconditioner:
         if self._planned is None or self._planned != (step, blocks):
             self._planned = step, blocks
             self._plan = self._planner.plan(step, blocks)
+            self.links.follow(blocks)
+            self.links.plan(self._plan)
 
     def follows_any(self) -> bool:
         """Return whether any block is measured in forwards, and not on the gradient alone."""
@@ -157,6 +167,7 @@ class Preconditioner:
         except BaseException:
             for block, savepoint in zip(blocks, savepoints, strict=True):
                 block.state.rollback(savepoint)
+            self.links.rollback()
             self._forwards = forwards
             raise
 
@@ -197,11 +208,18 @@ class Preconditioner:
         for block in self.blocks.current():
             if layers is None or block.layer in layers:
                 block.state.clear_pending()
+        self.links.drop(layers)
         if layers is None:
             self._num_terms.clear()
 
     def accumulate(
-        self, layer: Layer, calls: Sequence[LayerCall], num_terms: Tensor | float, first: bool
+        self,
+        layer: Layer,
+        calls: Sequence[LayerCall],
+        num_terms: Tensor | float,
+        *,
+        first: bool,
+        of: object,
     ) -> None:
         """Sum up the calls of one layer in one Fisher pass.
 
@@ -210,11 +228,25 @@ class Preconditioner:
             calls: Its calls, with gradients.
             num_terms: Number of likelihood terms of the forward.
             first: Whether this is the first pass over the forward.
+            of: What tells the pass from others that are not at their end.
         """
         if layer not in self._followed:
             return
         block, plan = self._followed[layer]
-        block.accumulate(calls, num_terms, first, plan)
+        samples = block.accumulate(calls, num_terms, first, plan)
+        self.links.take(of, block, samples)
+
+    def end_pass(self, of: object, num_terms: Tensor | float, *, last: bool = False) -> None:
+        """Note that a pass over a forward is at its end.
+
+        Args:
+            of: As for `accumulate`.
+            num_terms: Number of likelihood terms of the forward; 0 on later passes over it.
+            last: Whether it is known to be the last one.
+        """
+        self.links.end_pass(of, num_terms)
+        if last:
+            self.links.commit()
 
     def accumulate_nothing(self, layers: Iterable[Layer], num_terms: Tensor | float) -> None:
         """Count the terms of one forward for followed layers that did not run in it."""
@@ -252,6 +284,7 @@ class Preconditioner:
 
     def end_forward(self) -> None:
         """Let the sums of the forward leave, if this is all that every rank expects."""
+        self.links.commit()
         self.overlapped.begin(self._plan)
 
     # -------------------------------------------------------------------------------- the step
@@ -344,7 +377,17 @@ class Preconditioner:
             clock = step, *self._planner.schedule.periods(step), dampings
         self.blocks.check_ranks(blocks, self.communicator, clock)
         self.blocks.adopt(blocks)
+        self.check_link()
         self.overlapped.retain(set(blocks))
+
+    def check_link(self) -> None:
+        """Check that every rank holds the layers that the link joins; refuse what cannot be joined.
+
+        Raises:
+            CombinationError: Other ranks hold a layer, or the link cannot join these layers.
+        """
+        self.links.follow(self.blocks.current())
+        self.links.check_holders()
 
     def refresh(self, gradients: Mapping[str, Tensor]) -> None:
         """Reduce and average sums, decompose what is due, measure moments in the new basis.
@@ -365,6 +408,7 @@ class Preconditioner:
             block.invalidate()
         self._founded = {b for b, plan in plans.items() if plan.of_gradient and not b.state.ready}
         later = {b for b in plans if b.counts_next} - self._founded
+        self.links.hand_over()
         self._later = [block for block in plans if block in later]
         self._take_gradients([block for block in plans if block not in later], gradients)
         assert self._planned is not None
@@ -511,6 +555,7 @@ class Preconditioner:
         for block in self._founded:
             if block.name in found and block.counts_next:
                 found[block.name] = torch.zeros_like(found[block.name])
+        found = self.links.correct(gradients, found)
         return {name: found[name] for name in gradients if name in found}
 
     @property
@@ -530,6 +575,7 @@ class Preconditioner:
         for block in self.blocks:
             block.state.clear_pending()
         self.blocks.prune()
+        self.links.finish()
         self._num_terms.clear()
         self._forwards = 0
         self._followed, self._arrived = {}, {}
@@ -555,6 +601,7 @@ class Preconditioner:
             if block.name in names and not block.state.allocated:
                 holds = self.placement.holds(block.name)
                 block.allocate(self._kept(block), holds=holds, averages=self.averages)
+        self.links.allocate([b.name for b in self.blocks.current() if b.name in names])
 
     def loaded(
         self, saved: Mapping[int, Mapping[str, Tensor]], damage: Damage
@@ -577,6 +624,9 @@ class Preconditioner:
                 states[block.name] = block.fitted(
                     state, self._kept(block), holds=holds, averages=self.averages, damage=damage
                 )
+        self.links.follow(self.blocks.current())
+        if self.links.fit(states, damage):
+            self._warn("link", OTHER_LAYERS)
         return states
 
     def _kept(self, block: Block) -> frozenset[str]:
@@ -603,6 +653,7 @@ class Preconditioner:
         self.overlapped.drop()
         for block in self.blocks:
             block.replace_state(states.get(block.name, BlockState()))
+        self.links.loaded()
         self._num_terms.clear()
         self._forwards = 0
         self._plan, self._planned = EMPTY, None

@@ -114,6 +114,7 @@ class Refresh:
             self._update(seen, averages, "factor")
         measured = [block for block, plan in seen.items() if plan.factors]
         compared = self.pacer.compare(measured, averages)
+            self._update(seen, averages, "link")
         due = [block for block, plan in seen.items() if plan.basis]
         before = {block: block.state.snapshot() for block in due}
         measures = any(
@@ -168,7 +169,7 @@ class Refresh:
         return {k: value for k, value in averages.items() if split_key(k)[0] not in left_out}
 
     def _update(self, plans: Plans, averages: Mapping[str, Tensor | None], kind: str) -> None:
-        """Take averages of one kind, "factor" or "moment", into the running means."""
+        """Take averages of one kind, "factor", "moment" or "link", into the running means."""
         found: dict[str, dict[str, Tensor]] = {}
         for key, value in averages.items():
             layer, rest = split_key(key)
@@ -179,6 +180,8 @@ class Refresh:
                 continue
             if kind == "factor":
                 block.update_factors(found[block.name], self.factor_decay)
+            elif kind == "link":
+                block.update_links(found[block.name], self.factor_decay)
             else:
                 block.update_moments(found[block.name])
 

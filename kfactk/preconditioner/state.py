@@ -30,7 +30,7 @@ PACE = "pace"
 """First word, after the prefix, of the keys of when a block is due."""
 MEAN = "mean"
 """Name of the running mean of the gradient."""
-MEANS = ("factor", "moment", "gradient")
+MEANS = ("factor", "moment", "gradient", "link")
 """First words, after the prefix, of the keys of running means."""
 LARGEST_WEIGHT = 2.0**53
 """Weights count updates; double precision counts no further."""
@@ -49,6 +49,7 @@ class BlockState:
         decomposition: The decomposition of each matrix; empty where other ranks precondition.
         moments: Running means of the basis' moments, on the same ranks.
         gradients: The running mean of the gradient, "mean", where the recipe has a first moment.
+        links: Running means of what a link measured, of the layers that this block is the first of.
         ahead: The decomposition that waits to be adopted, where the recipe has a lag.
         pace: When the block is due, where the recipe has a pace.
         ready: Whether the block can precondition, on this rank or another: it was decomposed from
@@ -68,6 +69,7 @@ class BlockState:
     decomposition: dict[str, dict[str, Tensor]] = attrs.Factory(dict)
     moments: dict[str, RunningMean] = attrs.Factory(dict)
     gradients: dict[str, RunningMean] = attrs.Factory(dict)
+    links: dict[str, RunningMean] = attrs.Factory(dict)
     ahead: Ahead | None = None
     pace: PaceState = attrs.Factory(PaceState)
     ready: bool = False
@@ -104,9 +106,18 @@ class BlockState:
         """Return the means of the measured moments by name."""
         return _values({name: mean for name, mean in self.moments.items() if mean.weight > 0})
 
+    def link_values(self) -> dict[str, Tensor]:
+        """Return the means of the measured statistics of a link by name."""
+        return _values({name: mean for name, mean in self.links.items() if mean.weight > 0})
+
     def means(self) -> dict[str, dict[str, RunningMean]]:
         """Return the running means by the first word of their keys."""
-        return {"factor": self.factors, "moment": self.moments, "gradient": self.gradients}
+        return {
+            "factor": self.factors,
+            "moment": self.moments,
+            "gradient": self.gradients,
+            "link": self.links,
+        }
 
     def commit(self) -> None:
         """End a forward: add its sums to those of the step, or nothing where any is not finite."""

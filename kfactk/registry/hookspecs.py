@@ -22,6 +22,7 @@ from kfactk.stages import (
     Curvature,
     Fisher,
     Likelihood,
+    Link,
     Pace,
     Placement,
     Tracker,
@@ -46,6 +47,7 @@ STAGE_HOOKS: dict[str, str] = {
     "basis": "kfactk_bases",
     "fisher": "kfactk_fishers",
     "likelihood": "kfactk_likelihoods",
+    "link": "kfactk_links",
     "clip": "kfactk_clips",
     "update": "kfactk_updates",
     "pace": "kfactk_paces",
@@ -96,6 +98,17 @@ def kfactk_likelihoods() -> Mapping[str, Callable[..., Likelihood]]:
         >>> @hookimpl
         ... def kfactk_likelihoods():
         ...     return {"poisson": Poisson}
+    """
+
+
+@hookspec
+def kfactk_links() -> Mapping[str, Callable[..., Link]]:
+    """Return links by name.
+
+    Example:
+        >>> @hookimpl
+        ... def kfactk_links():
+        ...     return {"two_level": TwoLevel}
     """
 
 

@@ -34,6 +34,7 @@ PROTOCOLS: dict[str, type[Any]] = {
     "basis": stages.Basis,
     "fisher": stages.Fisher,
     "likelihood": stages.Likelihood,
+    "link": stages.Link,
     "clip": stages.Clip,
     "update": stages.Update,
     "pace": stages.Pace,
@@ -41,7 +42,7 @@ PROTOCOLS: dict[str, type[Any]] = {
     "tracker": stages.Tracker,
 }
 """Stage family to the base class or protocol of its stages."""
-BASE_CLASSES = {"curvature": stages.Curvature, "basis": stages.Basis}
+BASE_CLASSES = {"curvature": stages.Curvature, "basis": stages.Basis, "link": stages.Link}
 """Families whose stages derive from their base class. Any object may implement a protocol."""
 
 

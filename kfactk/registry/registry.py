@@ -444,7 +444,11 @@ def _unfit(family: str, stage: object) -> str:
     return lacks
 
 
-NAME_SETS = {"curvature": ("provides",), "basis": ("requires", "laws", "waives")}
+NAME_SETS = {
+    "curvature": ("provides",),
+    "basis": ("requires", "laws", "waives"),
+    "link": ("needs", "requires"),
+}
 """By family, the attributes that must be sets of names."""
 
 

@@ -35,6 +35,7 @@ from kfactk.testing.clip import ClipLaws as ClipLaws
 from kfactk.testing.curvature import CurvatureLaws as CurvatureLaws
 from kfactk.testing.fisher import FisherLaws as FisherLaws
 from kfactk.testing.likelihood import LikelihoodLaws as LikelihoodLaws
+from kfactk.testing.link import LinkLaws as LinkLaws
 from kfactk.testing.pace import PaceLaws as PaceLaws
 from kfactk.testing.pipeline import PipelineLaws as PipelineLaws
 from kfactk.testing.placement import PlacementLaws as PlacementLaws

@@ -30,6 +30,7 @@ STAGES: dict[str, list[Any]] = {
     "basis": ["ekfac", {"name": "ekfac", "scale": "running", "scale_decay": 0.0}, "soap"],
     "fisher": ["exact", "mc"],
     "likelihood": ["categorical"],
+    "link": ["two_level"],
     "clip": ["norm"],
     "update": ["adam"],
     "pace": ["similar"],

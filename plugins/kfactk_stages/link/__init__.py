@@ -1,0 +1,1 @@
+"""Link stages of kfactk."""
