@@ -383,8 +383,8 @@ def build(
             "heteroscedastic", "poisson". A model with several heads has one for each:
             `{"policy": "categorical", "value": "gaussian"}` by their places in what it returns, or
             a list made by `kfactk.head`, with weights.
-        clip: Bound on the preconditioned gradients: "none", "value", "norm", "kl". `None` for "kl",
-            and for "none" where a basis waives a law that "kl" needs.
+        clip: Bound on the preconditioned gradients: "none", "value", "norm", "kl", "trust_region".
+            `None` for "kl", and for "none" where a basis waives a law that "kl" needs.
         placement: Which rank does what: "replicated", "comm_opt", "mem_opt", "hybrid", "auto".
         tracker: Where runs are recorded: "mlflow", "jsonl", or `None`.
         lr: Learning rate mu.
