@@ -390,8 +390,8 @@ def build(
             `{"policy": "categorical", "value": "gaussian"}` by their places in what it returns, or
             a list made by `kfactk.head`, with weights.
         link: What joins layers, after each was preconditioned by itself: "two_level", or `None`.
-        clip: Bound on the preconditioned gradients: "none", "value", "norm", "kl". `None` for "kl",
-            and for "none" where a basis waives a law that "kl" needs.
+        clip: Bound on the preconditioned gradients: "none", "value", "norm", "kl", "trust_region".
+            `None` for "kl", and for "none" where a basis waives a law that "kl" needs.
         placement: Which rank does what: "replicated", "comm_opt", "mem_opt", "hybrid", "auto".
         tracker: Where runs are recorded: "mlflow", "jsonl", or `None`.
         lr: Learning rate mu.

@@ -684,11 +684,13 @@ class GradientPair:
         gradient: The user's gradient, any shape.
         preconditioned: Its preconditioned form, same shape.
         lr: Learning rate of the parameter's group.
+        damping: tau of the parameter's block.
     """
 
     gradient: Tensor
     preconditioned: Tensor
     lr: float
+    damping: float = 0.0
 
 
 Dot = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]

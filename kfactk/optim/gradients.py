@@ -103,11 +103,12 @@ def paired(
         if block.name not in preconditioned:
             continue
         made, tensors = block.tensors(preconditioned[block.name]), block.layer.tensors()
+        damping = float(groups[id(block.layer.anchor)]["damping"])
         for name, gradient in gradients.named[block.name].items():
             parameter = tensors[name]
             parameters.append(parameter)
             lr = float(groups[id(parameter)]["lr"])
-            pairs.append(GradientPair(gradient, made[name], lr))
+            pairs.append(GradientPair(gradient, made[name], lr, damping))
     return parameters, pairs
 
 
@@ -119,7 +120,7 @@ def local_parts(
     for pair, p in zip(pairs, parameters, strict=True):
         if is_sharded(p):
             parts = shard_of(pair.gradient, p), shard_of(pair.preconditioned, p)
-            pair = GradientPair(*parts, pair.lr)
+            pair = GradientPair(*parts, pair.lr, pair.damping)
         found.append(pair)
     return found
 

@@ -67,7 +67,8 @@ class Masks:
         for pair, parameter in zip(pairs, parameters, strict=True):
             if (mask := masks.get(id(parameter))) is not None:
                 mask = mask.to(pair.gradient)
-                pair = GradientPair(pair.gradient * mask, pair.preconditioned * mask, pair.lr)
+                masked = pair.gradient * mask, pair.preconditioned * mask
+                pair = GradientPair(*masked, pair.lr, pair.damping)
             found.append(pair)
         return found
 

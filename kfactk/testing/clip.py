@@ -6,6 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import ClassVar
 
+import attrs
 import pytest
 import torch
 from hypothesis import strategies as st
@@ -32,6 +33,7 @@ _SEEDS, _PAIRS, _ZERO = (
     st.integers(1, 4),
     st.sampled_from([False, False, True]),
 )
+_SHARES = st.sampled_from([0.0, 0.5, 0.75])
 _SHAPES = st.lists(st.integers(1, 3), max_size=3)
 
 
@@ -44,7 +46,8 @@ def _exponents(reach: int) -> st.SearchStrategy[int]:
 def clip_pairs(draw: st.DrawFn, reach: int = MEASURABLE) -> list[GradientPair]:
     """Draw pairs of a few tensors, each preconditioned by a positive definite matrix.
 
-    Some are zero. They have the learning rates of up to three groups.
+    Some are zero. They have the learning rates of up to three groups. For their damping tau there
+    is an F with `(F + tau I) p = g`.
 
     Args:
         draw: Given by Hypothesis.
@@ -67,8 +70,16 @@ def clip_pairs(draw: st.DrawFn, reach: int = MEASURABLE) -> list[GradientPair]:
             (x / x.abs().max() * size).to(dtype)
             for x, size in zip((gradient, product), sizes, strict=True)
         )
-        pairs.append(GradientPair(gradient, product, lr=draw(st.sampled_from(rates))))
+        lr, share = draw(st.sampled_from(rates)), draw(_SHARES)
+        pairs.append(GradientPair(gradient, product, lr, share * _largest(gradient, product)))
     return pairs
+
+
+def _largest(gradient: Tensor, preconditioned: Tensor) -> float:
+    """Return the largest damping with which `<g, p> - tau <p, p>` is not negative."""
+    g, p = gradient.double().flatten(), preconditioned.double().flatten()
+    square = float(p @ p)
+    return max(float(g @ p), 0.0) / square if square else 0.0
 
 
 def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
@@ -178,8 +189,10 @@ class ClipLaws(InRecipe):
             if not pair.preconditioned.any():
                 assert torch.equal(c, torch.zeros_like(c)), f"a zero tensor became {c.tolist()}"
         nothing = [
-            GradientPair(torch.zeros_like(p.gradient), torch.zeros_like(p.preconditioned), p.lr)
-            for p in pairs
+            attrs.evolve(
+                p, gradient=torch.zeros_like(p.gradient), preconditioned=torch.zeros_like(c)
+            )
+            for p, c in zip(pairs, clipped, strict=True)
         ]
         clipped, factor = self.run(nothing)
         for c in clipped:
@@ -199,7 +212,10 @@ class ClipLaws(InRecipe):
     @law(examples=50, pairs=clip_pairs())
     def test_bound_is_kept(self, pairs: list[GradientPair]) -> None:
         """The bound holds. Gradients within it do not change; the others reach it, if claimed."""
-        wide = [GradientPair(p.gradient.double(), p.preconditioned.double(), p.lr) for p in pairs]
+        wide = [
+            attrs.evolve(p, gradient=p.gradient.double(), preconditioned=c)
+            for p, c in zip(pairs, _doubles(pairs), strict=True)
+        ]
         before = self.bound(wide, _doubles(pairs))
         if before is None:
             pytest.skip(f"{type(self).__name__} has no `bound`: {self.label()} claims none")
@@ -233,7 +249,7 @@ class ClipLaws(InRecipe):
             pytest.skip(f"{type(self).__name__} does not claim `idempotent`")
         once, _ = self.run(pairs)
         twice, factor = self.run(
-            [GradientPair(p.gradient, c, p.lr) for p, c in zip(pairs, once, strict=True)]
+            [attrs.evolve(p, preconditioned=c) for p, c in zip(pairs, once, strict=True)]
         )
         _same(
             twice, once, "not idempotent: clipping a second time changes the tensors", _slack(pairs)
@@ -300,16 +316,22 @@ class ClipLaws(InRecipe):
     @law(pairs=clip_pairs())
     def test_sums_go_through_the_given_dot(self, pairs: list[GradientPair]) -> None:
         """Shards on several ranks are clipped as whole tensors are: only `dot` knows all shards."""
-        flat = [GradientPair(p.gradient.flatten(), p.preconditioned.flatten(), p.lr) for p in pairs]
+        flat = [
+            attrs.evolve(
+                p, gradient=p.gradient.flatten(), preconditioned=p.preconditioned.flatten()
+            )
+            for p in pairs
+        ]
         cuts = [len(p.gradient) // 2 for p in flat]
-        firsts = [
-            GradientPair(p.gradient[:k], p.preconditioned[:k], p.lr)
-            for p, k in zip(flat, cuts, strict=True)
-        ]
-        seconds = [
-            GradientPair(p.gradient[k:], p.preconditioned[k:], p.lr)
-            for p, k in zip(flat, cuts, strict=True)
-        ]
+        firsts, seconds = (
+            [
+                attrs.evolve(
+                    p, gradient=p.gradient[rows(k)], preconditioned=p.preconditioned[rows(k)]
+                )
+                for p, k in zip(flat, cuts, strict=True)
+            ]
+            for rows in (slice, lambda k: slice(k, None))
+        )
         whole, factor = self.run(flat)
         (one, one_factor), (other, other_factor) = _on_shards(self.subject(), [firsts, seconds])
         says = (

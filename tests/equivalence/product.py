@@ -31,6 +31,7 @@ VARIANTS: Mapping[tuple[str, str], list[dict[str, Any]]] = {
     ("clip", "value"): [{"limit": 0.05}],
     ("clip", "norm"): [{"limit": 0.1}],
     ("clip", "kl"): [{"limit": 1e-4}],
+    ("clip", "trust_region"): [{"radius": 1e-4}],
 }
 """Options that select another code path of a stage, limits that bind, and an eps that rounding
 does not reach; default: no options."""

@@ -281,6 +281,7 @@ def clipped(
     gradients: Mapping[str, Tensor],
     changed: Mapping[str, Tensor],
     lr: Mapping[str, float],
+    damping: float = 0.0,
 ) -> dict[str, Tensor]:
     """The preconditioned gradients after clipping, by the formulas; `lr` by parameter name."""
     if kind == "none":
@@ -290,9 +291,13 @@ def clipped(
     if kind == "norm":
         norm = math.sqrt(sum(float(p.square().sum()) for p in changed.values()))
         return {name: p * min(1.0, limit / norm) for name, p in changed.items()}
-    assert kind == "kl"
-    length = sum(lr[name] ** 2 * float((gradients[name] * p).sum()) for name, p in changed.items())
-    return {name: p * min(1.0, math.sqrt(limit / length)) for name, p in changed.items()}
+    assert kind in ("kl", "trust_region")
+    tau, bound = (0.0, limit) if kind == "kl" else (damping, 2 * limit)
+    length = sum(
+        lr[name] ** 2 * float(((gradients[name] - tau * p) * p).sum())
+        for name, p in changed.items()
+    )
+    return {name: p * min(1.0, math.sqrt(bound / length)) for name, p in changed.items()}
 
 
 def updated(

@@ -23,8 +23,8 @@ def prepared() -> tuple[nn.Sequential, list[Block], list[dict[str, Any]], dict[i
     for parameter in model.parameters():
         parameter.grad = torch.randn_like(parameter)
     groups = [
-        {"params": list(model[0].parameters()), "lr": 0.1, "weight_decay": 0.0},
-        {"params": list(model[2].parameters()), "lr": 0.2, "weight_decay": 0.5},
+        {"params": list(model[0].parameters()), "lr": 0.1, "weight_decay": 0.0, "damping": 0.3},
+        {"params": list(model[2].parameters()), "lr": 0.2, "weight_decay": 0.5, "damping": 0.4},
     ]
     by_id = {id(p): group for group in groups for p in group["params"]}
     return model, bound(model)._preconditioner.blocks.current(), groups, by_id
@@ -69,7 +69,7 @@ def test_paired_gives_each_parameter_its_part_and_its_learning_rate() -> None:
     for parameter, pair in zip(parameters, pairs, strict=True):
         torch.testing.assert_close(pair.gradient, parameter.grad)
         torch.testing.assert_close(pair.preconditioned, 2.0 * parameter.grad)
-        assert pair.lr == 0.2
+        assert (pair.lr, pair.damping) == (0.2, 0.4)
     assert gradients.local_parts(parameters, pairs) == pairs
 
 

@@ -32,7 +32,7 @@ BASES: dict[str, Any] = {
     },
     "ekfac, running": {"basis": {"name": "ekfac", "scale": "running"}, "fisher": "empirical"},
 }
-CLIPS = ("none", "value", "norm", "kl")
+CLIPS = ("none", "value", "norm", "kl", "trust_region")
 
 
 @pytest.fixture

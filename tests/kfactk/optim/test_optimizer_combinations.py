@@ -49,6 +49,7 @@ CLIPS: Variants = {
     "value": [({"limit": 0.05}, 0.05)],
     "norm": [({"limit": 0.1}, 0.1)],
     "kl": [({"limit": 1e-5}, 1e-5)],
+    "trust_region": [({"radius": 1e-5}, 1e-5)],
 }
 UPDATES: Variants = {
     name: [({}, name)] for name in ("sgd", "momentum", "nag", "adam", "adamw", "radam")
@@ -208,7 +209,12 @@ def deviation(combination: Combination, model: nn.Module, optimizer: kfactk.Opti
         null=1e-5,
     )
     replaced = gradients | dense.clipped(
-        combination.clip["name"], combination.limit, gradients, changed, dict.fromkeys(changed, LR)
+        combination.clip["name"],
+        combination.limit,
+        gradients,
+        changed,
+        dict.fromkeys(changed, LR),
+        TAU,
     )
     expected, before = (
         dense.updated(combination.rule, problem().model, replaced, LR),

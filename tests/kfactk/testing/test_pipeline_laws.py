@@ -41,6 +41,7 @@ OPTIONS: dict[tuple[str, str], list[dict[str, Any]]] = {
     ("clip", "value"): [{"limit": 1e-3}],
     ("clip", "norm"): [{"limit": 1e-2}],
     ("clip", "kl"): [{"limit": 1e-6}],
+    ("clip", "trust_region"): [{"radius": 1e-6}],
 }
 """Options besides the default ones; limits that bind."""
 
