@@ -538,14 +538,10 @@ def _resolved(values: Mapping[str, Any], *, trusted: bool = True) -> dict[str, A
     return out
 
 
-OPTIONAL = ("tracker", "clip", "link")
+OPTIONAL = ("tracker", "clip", "link", "pace")
 """Families of which a recipe may have none, or leave the choice."""
 ADAPTING = ("damping", "clip", "factor_every", "scale_every", "basis_every")
 """Fields whose default follows from the stages."""
-
-
-OPTIONAL = ("tracker", "clip", "pace")
-"""Stage families of which a recipe may name none."""
 
 
 def usual_values(

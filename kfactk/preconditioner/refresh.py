@@ -112,9 +112,9 @@ class Refresh:
         seen = {block: plan for block, plan in plans.items() if block not in unseen}
         with self._timed("factors", any(plan.factors or plan.inputs for plan in plans.values())):
             self._update(seen, averages, "factor")
+            self._update(seen, averages, "link")
         measured = [block for block, plan in seen.items() if plan.factors]
         compared = self.pacer.compare(measured, averages)
-            self._update(seen, averages, "link")
         due = [block for block, plan in seen.items() if plan.basis]
         before = {block: block.state.snapshot() for block in due}
         measures = any(
