@@ -170,6 +170,10 @@ def decompose_corners(block: Block, shapes: Mapping[str, tuple[int, ...]]) -> Pa
         block: The block.
         shapes: The shapes of its matrices, by name.
     """
+    if block.curvature.row_factors:  # to scale rows is quick, whatever their number
+        rows = {name: torch.ones(()).expand(shape) for name, shape in shapes.items()}
+        made = block.decompose(1.0, rows)
+        return {n: {k: part.to("meta") for k, part in each.items()} for n, each in made.items()}
     corners, means = {}, {}
     for name, shape in shapes.items():
         lead = groups_of_shape(name, shape)
