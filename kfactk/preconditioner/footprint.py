@@ -172,8 +172,8 @@ def decompose_corners(block: Block, shapes: Mapping[str, tuple[int, ...]]) -> Pa
     """
     if block.curvature.row_factors:  # to scale rows is quick, whatever their number
         rows = {name: torch.ones(()).expand(shape) for name, shape in shapes.items()}
-        made = block.decompose(1.0, rows)
-        return {n: {k: part.to("meta") for k, part in each.items()} for n, each in made.items()}
+        scaled = block.decompose(1.0, rows)
+        return {n: {k: t.to("meta") for k, t in each.items()} for n, each in scaled.items()}
     corners, means = {}, {}
     for name, shape in shapes.items():
         lead = groups_of_shape(name, shape)
