@@ -240,9 +240,13 @@ def _record(
 
 def _layer_cost(block: Block, work: Work, calls: Sequence[LayerCall]) -> LayerCost:
     """Count what the stages do for one layer."""
-    blank = block.blank_factors()
+    sums, shapes = block.blank_factors(), work.matrices
+    if block.curvature.row_factors and calls:
+        rows = block.factors(block.samples(calls, num_terms=1.0, first=True))
+        sums = {name.removeprefix("factor."): each for name, each in rows.items()}
+        shapes = {n: tuple(s.total.shape) for n, s in sums.items() if s.total is not None}
     with Meter() as meter:
-        parts = decompose_corners(block, work.matrices)
+        parts = decompose_corners(block, shapes)
     solver = meter.solver()
     block.state.decomposition = parts
     gradient = torch.empty(work.gradient, device="meta")
@@ -278,7 +282,7 @@ def _layer_cost(block: Block, work: Work, calls: Sequence[LayerCall]) -> LayerCo
     with Meter() as meter:
         block.solve(gradient, 1.0)
     sizes = Sizes(
-        _sums(work, blank),
+        _sums(work, sums),
         {name: sum(part.numel() for part in found.values()) for name, found in parts.items()},
         sum(moment.numel() for moment in block.state.moment_values().values()),
     )

@@ -379,6 +379,17 @@ def test_a_basis_without_matrices_costs_its_products_alone() -> None:
     assert dict(found.sizes.kept) == {}
 
 
+def test_rows_cost_what_the_batch_makes_of_them() -> None:
+    """Each of ten steps has two products of all pairs with the gradient; rows are sent and kept."""
+    with META:
+        model = nn.Linear(12, 6)
+    load = training_load(model, kfactk.build(curvature="rows"), meta_batch("12", 4))
+    [found] = load.layers.values()
+    assert found.precondition.products == 10 * 2 * (2 * 4 * 6 * 13)
+    assert dict(found.sizes.sums) == {"gradients": 4 * 6, "inputs": 4 * 13, "matrices": 0}
+    assert sum(found.sizes.kept.values()) == 4 * (6 + 13) + 3
+
+
 def test_blocks_of_gradients_beside_others_change_no_count_of_theirs() -> None:
     """Attention leaves `bias_k` and `bias_v` to the gradient: one module holds blocks of both."""
     with META:

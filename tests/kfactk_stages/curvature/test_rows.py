@@ -12,8 +12,10 @@ import kfactk
 from kfactk import Layer, LayerCall, Statistic
 from kfactk.statistics import local_means
 from kfactk.testing import CurvatureLaws
+from kfactk.testing._support.division import equal_on_ranks, on_ranks
 from kfactk.testing._support.laws import close, law
 from kfactk.testing._support.layers import averaged
+from kfactk.testing._support.training import Training
 from kfactk.testing.curvature import described
 from kfactk_stages.curvature.rows import RowsCurvature
 
@@ -215,6 +217,13 @@ def kept_bytes(optimizer):
             if isinstance(value, torch.Tensor) and str(key).startswith("kfactk."):
                 storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
     return sum(storages.values())
+
+
+@on_ranks
+def test_rows_travel_to_the_ranks_that_solve():
+    recipe = {"curvature": "rows", "basis": {"name": "cg", "iterations": 30}, "clip": "none"}
+    recipe |= {"update": torch.optim.SGD, "placement": "mem_opt"}
+    equal_on_ranks(Training(), recipe)
 
 
 def test_memory_is_linear_in_the_sides():
