@@ -102,6 +102,7 @@ class Recipe(Settings):
         *,
         scaler: Any = None,
         masks: Mapping[str, Tensor] | None = None,
+        entry: str | Sequence[str] = "forward",
     ) -> Optimizer:
         """Make the optimizer of a model.
 
@@ -114,11 +115,15 @@ class Recipe(Settings):
                 to the user's backward.
             masks: By parameter name, what gradients are multiplied by, after preconditioning too,
                 so that entries set to zero stay so.
+            entry: The method of the model that a training loop calls in place of the model, such as
+                "evaluate_actions", or a list of such methods. Calls of the model itself then count
+                only where "forward" is among them. What the method returns is the output that the
+                likelihood reads.
 
         Returns:
             A `torch.optim.Optimizer`.
         """
-        optimizer = Optimizer(self, model, params, scaler=scaler, masks=masks)
+        optimizer = Optimizer(self, model, params, scaler=scaler, masks=masks, entry=entry)
         try:
             registry().hook.kfactk_bound(optimizer=optimizer)
         except BaseException:

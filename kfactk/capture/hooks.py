@@ -19,6 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from kfactk.capture.entries import FORWARD, EntryHandle, EntryMethod
 from kfactk.capture.forward import Forward, RecordedCall, TracedCall, versions
 from kfactk.capture.outputs import traced_outputs
 from kfactk.capture.replay import (
@@ -40,6 +41,9 @@ from kfactk.capture.user_hooks import UserHooks
 from kfactk.errors import CombinationError
 from kfactk.stages import Layer, parameter_at
 
+Handle = torch.utils.hooks.RemovableHandle | EntryHandle
+"""Takes off what was put on a module."""
+
 
 class ForwardListener(Protocol):
     """Whoever wants to know of the forwards of a model."""
@@ -58,9 +62,17 @@ class ModelHooks:
         root: The module whose forwards count.
         listener: Told of its forwards; it is not kept alive.
         evaluation: Whether forwards in evaluation mode are followed too.
+        entries: Names of the methods whose calls are forwards, "forward" for a call of the root.
     """
 
-    def __init__(self, root: nn.Module, listener: ForwardListener, *, evaluation: bool) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        listener: ForwardListener,
+        *,
+        evaluation: bool,
+        entries: Sequence[str] = (FORWARD,),
+    ) -> None:
         self.root = root
         self._listener = weakref.ref(listener)
         self._forward: Callable[..., Any] | None = None
@@ -71,14 +83,18 @@ class ModelHooks:
         self._layer_handles: list[torch.utils.hooks.RemovableHandle] = []
         self._user = UserHooks()
         self._depth, self._thread = 0, 0
+        self._last_hook: int | None = None
         self._handled: BaseException | None = None
         self._token = object()
         skip_frame(RootHook.__call__)
-        before, after = RootHook(self, "before"), RootHook(self, "after")
-        self._handles = [
-            root.register_forward_pre_hook(before, with_kwargs=True),
-            root.register_forward_hook(after, with_kwargs=True, always_call=True),
-        ]
+        self._handles: list[Handle] = []
+        if FORWARD in entries:
+            before, after = RootHook(self, "before"), RootHook(self, "after")
+            last = root.register_forward_hook(after, with_kwargs=True, always_call=True)
+            self._last_hook = last.id
+            self._handles += [root.register_forward_pre_hook(before, with_kwargs=True), last]
+        methods = [EntryMethod(root, name, self) for name in entries if name != FORWARD]
+        self._handles += map(EntryHandle, methods)
         self._finalizer = weakref.finalize(
             self, _release, self._token, self._handles, self._layer_handles
         )
@@ -107,11 +123,21 @@ class ModelHooks:
                 _remove_unhandled(site, self._calls)
         self._calls = []
 
+    def before_entry(self, compiled: bool) -> None:
+        """Begin a call of an entry; see `kfactk.capture.entries.EntryListener`."""
+        self.before(compiled)
+
+    def after_entry(
+        self, method: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """End a call of an entry, likewise."""
+        self.after(method, args, kwargs, output)
+
     def before(self, compiled: bool) -> None:
         """Attach to the layers that are due, unless compiled code would trace the hooks."""
         if self._depth and self._thread != threading.get_ident():
             return
-        if self._depth and _is_nested(self.root) and self.root.forward == self._forward:
+        if self._depth and self._is_nested() and self.root.forward == self._forward:
             self._depth += 1
             return
         if self._depth:
@@ -143,7 +169,11 @@ class ModelHooks:
                 hook.begin(site, (), {})
 
     def after(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+        self,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        output: Any,
     ) -> None:
         """Detach, and hand the forward on, unless it raised."""
         if not self._depth or self._thread != threading.get_ident():
@@ -160,15 +190,29 @@ class ModelHooks:
         if not raised and listener is not None:
             with save_unchanged():
                 updated = [own for own, before in self._buffers if versions(own) != before]
-                named = _named(module, args, kwargs)
+                named = _named(function, args, kwargs)
                 forward = Forward(output, named, calls, layers, updated, self._user)
                 listener._end_forward(forward)
 
     def _stay_last(self) -> None:
         """Stay behind hooks that came later: they may change the output, or divide the model."""
-        hooks, number = self.root._forward_hooks, self._handles[1].id
+        hooks, number = self.root._forward_hooks, self._last_hook
         if number in hooks and next(reversed(hooks)) != number:
             hooks[number] = hooks.pop(number)
+
+    def _is_nested(self) -> bool:
+        """Return whether a forward that begins is inside another one.
+
+        If it is not, the forward that was followed was interrupted: Ctrl-C runs no hook.
+        """
+        calls, frame = 0, sys._getframe()
+        while frame.f_back is not None and calls < 2:
+            frame = frame.f_back
+            if frame.f_code.co_name == "_call_impl":
+                calls += frame.f_locals.get("self") is self.root
+            elif frame.f_code is EntryMethod.__call__.__code__:
+                calls += frame.f_locals["self"].tells(self)
+        return calls >= 2
 
     def _counts(self) -> bool:
         """Return whether a forward that begins now counts."""
@@ -199,7 +243,7 @@ class RootHook:
         if self._when == "before":
             hooks.before(compiled)
         else:
-            hooks.after(module, args, kwargs, output)
+            hooks.after(module.forward, args, kwargs, output)
 
     __call__ = run_uncompiled(
         _run,
@@ -327,25 +371,13 @@ def call_tensors(
         return given[0].detach(), {}
     named = {
         name: each.detach()
-        for name, each in _named(module, args, kwargs).items()
+        for name, each in _named(module.forward, args, kwargs).items()
         if isinstance(each, Tensor)
     }
     if len(named) < len(given):  # some have no name
         return given[0].detach(), {}
     (_, inputs), *others = named.items()
     return inputs, dict(others)
-
-
-def _is_nested(root: nn.Module) -> bool:
-    """Return whether a call of the root is inside another one.
-
-    If it is not, the forward that was followed was interrupted: Ctrl-C runs no hook.
-    """
-    calls, frame = 0, sys._getframe()
-    while frame.f_back is not None and calls < 2:
-        frame = frame.f_back
-        calls += frame.f_code.co_name == "_call_impl" and frame.f_locals.get("self") is root
-    return calls >= 2
 
 
 def _flat_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
@@ -356,10 +388,12 @@ def _buffers(module: nn.Module) -> list[Tensor]:
     return [buffer for buffer in module._buffers.values() if buffer is not None]
 
 
-def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of the root's forward by name."""
+def _named(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the arguments of a forward by name."""
     try:
-        bound = inspect.signature(module.forward).bind(*args, **kwargs)
+        bound = inspect.signature(function).bind(*args, **kwargs)
     except (TypeError, ValueError):  # the signature is unreadable: keywords alone have names
         return dict(kwargs)
     named = dict(bound.arguments)
@@ -369,7 +403,7 @@ def _named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return named
 
 
-def _release(token: object, *handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+def _release(token: object, *handles: Iterable[Handle]) -> None:
     EAGERNESS.release(token)
     _remove(*handles)
 
@@ -387,7 +421,7 @@ def _remove_unhandled(site: nn.Module, calls: list[TracedCall]) -> None:
             site._forward_pre_hooks_with_kwargs.pop(number, None)
 
 
-def _remove(*handles: Iterable[torch.utils.hooks.RemovableHandle]) -> None:
+def _remove(*handles: Iterable[Handle]) -> None:
     for group in handles:
         for handle in group:
             handle.remove()

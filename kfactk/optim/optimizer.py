@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kfactk.assignment import Assignment
+from kfactk.capture.entries import FORWARD, entry_names
 from kfactk.capture.fisher_pass import FisherPass
 from kfactk.capture.forward import Forward
 from kfactk.capture.hooks import ModelHooks
@@ -86,6 +87,7 @@ class Optimizer(torch.optim.Optimizer):
             Where the mask is 0, the update rule gets no gradient: what it does by itself (weight
             decay, momentum of steps before the mask, rules that mix entries such as Muon) still
             changes the parameter. Masks are not saved.
+        entry: The method of the model whose calls are its forwards, or a list of them.
 
     Raises:
         CombinationError: The model cannot be followed, or (with `strict`) a trained parameter has
@@ -110,12 +112,14 @@ class Optimizer(torch.optim.Optimizer):
         *,
         scaler: Any = None,
         masks: Mapping[str, Tensor] | None = None,
+        entry: str | Sequence[str] = FORWARD,
     ) -> None:
         self.recipe = recipe
         self._run = run = RunState(number_at("damping", recipe.damping, 0))
         self._inner: Any = UnboundRule()
         self._model = supported_model(model)
         self._masks = Masks(self._model, masks)
+        entries = entry_names(self._model, entry)
         self._needs_scaler = scaler is None and not recipe.fisher.own_pass
         self._groups: dict[int, dict[str, Any]] = {}
         self._shown = ShownState()
@@ -166,7 +170,7 @@ class Optimizer(torch.optim.Optimizer):
         )
         self._watch = CoverageWatch(pre.survey)
         manual = recipe.observe == "manual"
-        self._hooks = ModelHooks(self._model, self, evaluation=manual)
+        self._hooks = ModelHooks(self._model, self, evaluation=manual, entries=entries)
         self._check_coverage()
         self._check_sizes()
         self._check_link()

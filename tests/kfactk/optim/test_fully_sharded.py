@@ -61,10 +61,10 @@ CASES: dict[str, dict[str, Any]] = {
         "update": "adamw",
         "weight_decay": 0.1,
     },
-    "decay at the gradient, RAdam, empirical": {
+    "decay at the gradient, trust region, RAdam, empirical": {
         "curvature": "conv_kfac",
         "basis": "kfac",
-        "clip": {"name": "kl", "limit": 1e-3},
+        "clip": {"name": "trust_region", "radius": 5e-4},
         "update": "radam",
         "weight_decay": 0.1,
         "weight_decay_at": "gradient",
