@@ -570,6 +570,8 @@ class Preconditioner:
                 states[block.name] = block.fitted(
                     state, self._kept(block), holds=holds, averages=self.averages, damage=damage
                 )
+                if not self._planner.lags:
+                    state.ahead = None
         return states
 
     def _kept(self, block: Block) -> frozenset[str]:
