@@ -10,14 +10,13 @@ ago. On a GPU the thread has a stream of its own.
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
-
-from kfactk.errors import DecompositionError
 
 Parts = dict[str, dict[str, Tensor]]
 """For each matrix, the parts of its decomposition."""
@@ -29,10 +28,18 @@ class Ahead:
     Args:
         future: What gives it.
         device: Where its tensors are.
+        work: Makes it once more, for a forked process: that has no thread that would finish it.
     """
 
-    def __init__(self, future: Future[Parts], device: torch.device) -> None:
-        self._future, self._device = future, device
+    def __init__(
+        self, future: Future[Parts], device: torch.device, work: Callable[[], Parts] | None = None
+    ) -> None:
+        self._future, self._device, self._work, self._process = future, device, work, os.getpid()
+        if work is not None:
+            future.add_done_callback(self._finish)
+
+    def _finish(self, future: Future[Parts]) -> None:
+        self._work = None
 
     @classmethod
     def begin(
@@ -51,7 +58,8 @@ class Ahead:
             stream.wait_stream(torch.cuda.current_stream(device))
             for copy in copies.values():
                 copy.record_stream(stream)
-        return cls(_pool().submit(_run, decompose, copies, stream), device)
+        work = functools.partial(_run, decompose, copies, stream, torch.get_num_threads())
+        return cls(_pool().submit(work), device, work)
 
     @classmethod
     def of(cls, parts: Parts) -> Ahead:
@@ -63,15 +71,22 @@ class Ahead:
     @property
     def done(self) -> bool:
         """Whether nobody has to wait for it."""
-        return self._future.done()
+        return self._work is None
 
     def result(self) -> Parts:
         """Wait for it, and return it.
 
         Raises:
             DecompositionError: A matrix could not be decomposed.
+            Exception: The basis failed otherwise, in its own way.
         """
-        found = self._future.result()
+        if self._work is not None and self._process != os.getpid():
+            self._future = Future()
+            self._future.set_result(self._work())
+        try:
+            found = self._future.result()
+        finally:
+            self._work = None  # the callback may come later
         if self._device.type == "cuda":  # made on another stream
             now = torch.cuda.current_stream(self._device)
             for part in (part for parts in found.values() for part in parts.values()):
@@ -79,8 +94,8 @@ class Ahead:
         return found
 
     def parts(self) -> Parts:
-        """Wait for it, and return it; nothing where a matrix could not be decomposed."""
-        with contextlib.suppress(DecompositionError):  # told when it is adopted
+        """Wait for it, and return it; nothing where that failed, which is told at adoption."""
+        with contextlib.suppress(Exception):
             return self.result()
         return {}
 
@@ -89,7 +104,10 @@ def _run(
     decompose: Callable[[Mapping[str, Tensor]], Parts],
     matrices: Mapping[str, Tensor],
     stream: torch.cuda.Stream | None,
+    threads: int,
 ) -> Parts:
+    if torch.get_num_threads() != threads:  # it is each thread's own, and the last bits follow it
+        torch.set_num_threads(threads)
     if stream is None:
         with torch.no_grad():
             return decompose(matrices)

@@ -104,6 +104,11 @@ class Planner:
         self._slots: dict[Block, int] = {}
         self._second_part: frozenset[Block] = frozenset()
 
+    @property
+    def lags(self) -> bool:
+        """Whether decompositions begin before they are due."""
+        return self._lag > 0
+
     def plan(self, step: int, blocks: Sequence[Block]) -> StepPlan:
         """Return the plan of the step of this number, by the blocks as they are now."""
         schedule = self.schedule

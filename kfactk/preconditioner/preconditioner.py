@@ -624,6 +624,8 @@ class Preconditioner:
                 states[block.name] = block.fitted(
                     state, self._kept(block), holds=holds, averages=self.averages, damage=damage
                 )
+                if not self._planner.lags:
+                    state.ahead = None
         self.links.follow(self.blocks.current())
         if self.links.fit(states, damage):
             self._warn("link", OTHER_LAYERS)

@@ -208,6 +208,8 @@ class Refresh:
                 except DecompositionError as error:
                     reasons[block.name] = str(error)
         except Exception as error:
+            for block in due:
+                block.take_ahead()  # a step that is tried again decomposes all of them
             if self.communicator.size == 1:
                 raise
             fault = error

@@ -337,8 +337,12 @@ class Norm(Curvature):
 
 
 def _of_torch(module: nn.Module) -> nn.Module:
-    """Return the module, or the layer of torch that normalises as it does."""
-    if isinstance(module, (*TRAILING, *CHANNELS)):
+    """Return the module, or the layer of torch that normalises as it does.
+
+    A subclass with a forward of its own may normalise otherwise than its base.
+    """
+    covered = (*TRAILING, *CHANNELS)
+    if type(module) in covered or reason_against(module, covered) is None:
         return module
     found = stand_in(module)
     return module if found is None else found

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 import threading
 import time
 import warnings
@@ -151,17 +153,27 @@ def test_saving_does_not_change_a_run() -> None:
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
-def test_a_waiting_decomposition_of_another_recipe_is_dropped() -> None:
+def test_a_recipe_without_a_lag_drops_a_waiting_decomposition() -> None:
+    """It decomposes the factors of the step, as it did before."""
     model = network()
     optimizer = recipe(lag=3, basis="ekfac").bind(model)
     train(model, optimizer, range(2))
-    saved = optimizer.state_dict()
-    keys = [key for entry in saved["state"].values() for key in entry if "ahead" in str(key)]
-    assert keys
-    other = network()
-    plain = recipe(basis="ekfac").bind(other)
-    plain.load_state_dict(saved)
-    train(other, plain, range(2, 6))
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    entries = saved[1]["state"].values()
+    waiting = [[key for key in entry if "ahead" in str(key)] for entry in entries]
+    assert any(waiting)
+    runs = []
+    for drops in (False, True):
+        for entry, keys in zip(entries, waiting, strict=True):
+            for key in keys if drops else ():
+                del entry[key]
+        other = network()
+        other.load_state_dict(saved[0])
+        plain = recipe(basis="ekfac").bind(other)
+        plain.load_state_dict(copy.deepcopy(saved[1]))
+        train(other, plain, range(2, 6))
+        runs.append(other.state_dict())
+    torch.testing.assert_close(*runs, rtol=0, atol=0)
 
 
 def test_a_damaged_one_is_refused() -> None:
@@ -193,6 +205,71 @@ def test_a_failure_is_told_when_it_is_due(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.warns(kfactk.KfactkWarning, match="it is no matrix"):
         train(model, optimizer, range(4, 5))
     assert optimizer.layers["0"].decomposition["A"]["eigenvectors"] is before
+
+
+def test_a_fault_of_a_plugin_is_raised_when_it_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the steps before, nor by `state_dict`, whatever the thread has done by then."""
+    model = network()
+    optimizer = recipe(lag=2, basis="ekfac").bind(model)
+    train(model, optimizer, range(2))
+
+    def failing(*args: Any, **how: Any) -> Any:
+        raise ZeroDivisionError("a fault of a plugin")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Block, "decompose", failing)
+        train(model, optimizer, range(2, 3))
+        assert not any(
+            "ahead" in key for e in optimizer.state_dict()["state"].values() for key in e
+        )
+        train(model, optimizer, range(3, 4))
+    with pytest.raises(ZeroDivisionError, match="a fault of a plugin"):
+        train(model, optimizer, range(4, 5))
+    assert optimizer.steps == 4
+    train(model, optimizer, range(4, 6))
+
+
+def test_the_thread_computes_with_as_many_threads_as_the_loop(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The last bits of a product depend on the number, and OpenMP keeps it for each thread."""
+    model, numbers = network(), []
+    optimizer = recipe(lag=1).bind(model)
+    decompose, before = Block.decompose, torch.get_num_threads()
+
+    def noting(self: Block, *args: Any, **how: Any) -> Any:
+        numbers.append(torch.get_num_threads())
+        return decompose(self, *args, **how)
+
+    monkeypatch.setattr(Block, "decompose", noting)
+    train(model, optimizer, range(5))
+    torch.set_num_threads(before + 1)
+    try:
+        train(model, optimizer, range(5, 9))
+    finally:
+        torch.set_num_threads(before)
+    assert numbers[-4:] == [before] * 2 + [before + 1] * 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks here")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_forked_process_makes_what_was_on_its_way_itself() -> None:
+    free = threading.Event()
+    thread = threading.get_ident()
+
+    def doubled(matrices: Any) -> Any:
+        assert threading.get_ident() == thread or free.wait(30)
+        return {name: {"it": 2 * each} for name, each in matrices.items()}
+
+    ahead = Ahead.begin(doubled, {"A": torch.ones(2, 2)})
+    child = os.fork()
+    if not child:
+        signal.alarm(20)
+        os._exit(0 if bool((ahead.result()["A"]["it"] == 2).all()) else 1)
+    free.set()
+    _, status = os.waitpid(child, 0)
+    assert status == 0
+    assert torch.equal(ahead.result()["A"]["it"], torch.full((2, 2), 2.0))
 
 
 def test_a_matrix_may_change_after_it_was_given() -> None:

@@ -62,6 +62,52 @@ class Widened(nn.LayerNorm):
         return super().forward(x.float())
 
 
+class Centreless(nn.LayerNorm):
+    """A subclass that normalises as RMSNorm does, and has its base's parameters."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps)
+        return x * scale * self.weight + self.bias
+
+
+class OtherEps(nn.LayerNorm):
+    """A subclass whose forward has an eps of its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, self.normalized_shape, self.weight, self.bias, 1e-3)
+
+
+class OfElements(nn.GroupNorm):
+    """A subclass of a layer of channels that normalises the last dimension."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.layer_norm(x, (self.num_channels,), self.weight, self.bias, self.eps)
+
+
+class Counting(PlainRms):
+    """It keeps notes of its calls."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width)
+        self.calls, self.seen = 0, torch.zeros(())
+        self.notes: dict[str, list[int]] = {"rows": []}
+        self.widths: set[int] = set()
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        self.seen += 1
+        self.notes["rows"].append(len(x))
+        self.widths.add(x.shape[-1])
+        return super().forward(x)
+
+
+class Noisy(PlainRms):
+    """It adds noise in training."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + 0.1 * torch.randn_like(x) * self.training
+
+
 STRANGERS: dict[str, tuple[Callable[[], nn.Module], nn.Module]] = {
     "in float32": (lambda: PlainRms(4), nn.RMSNorm(4, 1e-6)),
     "another eps": (lambda: PlainRms(4, 3e-4), nn.RMSNorm(4, 3e-4)),
@@ -69,6 +115,10 @@ STRANGERS: dict[str, tuple[Callable[[], nn.Module], nn.Module]] = {
     "with bias": (lambda: WithBias(4), nn.LayerNorm(4)),
     "without bias": (lambda: WithBias(4, bias=False), nn.LayerNorm(4, bias=False)),
     "subclass": (lambda: Wrapped(4), nn.LayerNorm(4)),
+    "subclass of another": (lambda: Centreless(4), nn.RMSNorm(4, 1e-5)),
+    "subclass with its own eps": (lambda: OtherEps(4), nn.LayerNorm(4, 1e-3)),
+    "subclass of channels": (lambda: OfElements(2, 4), nn.LayerNorm(4)),
+    "of two": (lambda: OnePlus(2), nn.RMSNorm(2, 1e-6)),
 }
 
 
@@ -87,7 +137,7 @@ def test_layers_of_strangers_are_those_of_torch(name: str, shape: tuple[int, ...
     names = tuple(name for name, each in module._parameters.items() if each is not None)
     layer = Layer("norm", module, names)
     for scale in (1.0, 1e-3):
-        x = scale * torch.randn(*shape, dtype=torch.float64)
+        x = scale * torch.randn(*shape[:-1], len(module.weight), dtype=torch.float64)
         output = module(x)
         g = torch.randn_like(output)
         call = LayerCall(x, g)
@@ -98,7 +148,9 @@ def test_layers_of_strangers_are_those_of_torch(name: str, shape: tuple[int, ...
             expected = Norm().matrix(layer, dict(zip(names, grads, strict=True)))
             rtol = 1e-5 if name in ROUNDING else 1e-9
             torch.testing.assert_close(found[:, n], expected, rtol=rtol, atol=rtol)
-    assert repr(stand_in(module)) == repr(type(like)(4, eps=like.eps, elementwise_affine=False))
+    assert repr(stand_in(module)) == repr(
+        type(like)(len(module.weight), eps=like.eps, elementwise_affine=False)
+    )
 
 
 def test_trying_out_leaves_the_layer_as_it_is() -> None:
@@ -109,6 +161,74 @@ def test_trying_out_leaves_the_layer_as_it_is() -> None:
     assert module.weight is before
     assert torch.equal(torch.get_rng_state(), state)
     assert not seen
+
+
+def test_trying_out_leaves_what_a_layer_notes_as_it_is() -> None:
+    module = Counting(4)
+    assert Norm().unsupported(module) is None
+    assert (module.calls, float(module.seen)) == (0, 0.0)
+    assert module.notes == {"rows": []}
+    assert module.widths == set()
+
+
+def test_trying_out_draws_no_random_numbers() -> None:
+    module = Noisy(4)
+    state = torch.get_rng_state()
+    assert Norm().unsupported(module) == "no curvature for Noisy"
+    assert torch.equal(torch.get_rng_state(), state)
+    assert Norm().unsupported(module.eval()) is None
+
+
+def test_trying_out_costs_little_where_layers_are_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = []
+    forward = PlainRms.forward
+
+    def counted(self: PlainRms, x: Tensor) -> Tensor:
+        numbers.append(x.numel())
+        return forward(self, x)
+
+    monkeypatch.setattr(PlainRms, "forward", counted)
+    assert Norm().unsupported(PlainRms(4096)) is None
+    assert max(numbers) <= 100 * 4096
+
+
+def test_trying_out_compiles_nothing() -> None:
+    compiled = []
+
+    def backend(graph: torch.fx.GraphModule, args: object) -> Callable[..., object]:
+        compiled.append(graph)
+        return graph.forward
+
+    class Compiled(PlainRms):
+        @torch.compile(backend=backend)
+        def forward(self, x: Tensor) -> Tensor:
+            return self._norm(x) * self.weight
+
+    assert Norm().unsupported(Compiled(4)) is None
+    assert not compiled
+
+
+def test_trying_out_does_not_depend_on_inference_mode() -> None:
+    with torch.inference_mode():
+        assert Norm().unsupported(PlainRms(4)) is None
+
+
+@pytest.mark.parametrize("width", [3, 4])
+def test_the_eps_of_torch_is_that_of_the_inputs_precision(width: int) -> None:
+    class Default(PlainRms):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.rms_norm(x, self.weight.shape, self.weight)
+
+    module = Default(width)
+    x = 1e-3 * torch.randn(5, width)
+    output = module(x)
+    gradient = torch.randn_like(output)
+    samples = Norm().samples(
+        Layer("norm", module, ("weight",)), [LayerCall(x, gradient)], num_terms=1.0, first=True
+    )
+    [expected] = torch.autograd.grad(output, [module.weight], gradient)
+    found = samples.per_example_gradients().sum(1)[:, 0, 0]
+    torch.testing.assert_close(found, expected)
 
 
 class ChannelsFirst(nn.Module):
@@ -138,6 +258,29 @@ class Squared(PlainRms):
         return self._norm(x) * self.weight.square()
 
 
+class BySize(PlainRms):
+    """The size of its weight acts."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._norm(x) * self.weight.abs()
+
+
+class OfImages(PlainRms):
+    """It normalises channels, in dimension 1, of images alone."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        images = x.ndim == 4
+        found = super().forward(x.movedim(1, -1) if images else x)
+        return found.movedim(-1, 1) if images else found
+
+
+class Slow(PlainRms):
+    """Its weight learns a tenth as fast."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._norm(x) * (0.1 * self.weight + 0.9 * self.weight.detach())
+
+
 class Gated(PlainRms):
     """It takes a gate besides."""
 
@@ -152,9 +295,13 @@ class Scale(PlainRms):
         return x * self.weight
 
 
-@pytest.mark.parametrize("cls", [ChannelsFirst, OfBatch, Squared, Gated, Scale])
-def test_what_computes_something_else_is_no_such_layer(cls: type[nn.Module]) -> None:
-    assert Norm().unsupported(cls(4)) == f"no curvature for {cls.__name__}"
+OTHERS = [ChannelsFirst, OfBatch, Squared, BySize, OfImages, Slow, Gated, Scale]
+
+
+@pytest.mark.parametrize("cls", OTHERS)
+@pytest.mark.parametrize("width", [2, 3, 4])
+def test_what_computes_something_else_is_no_such_layer(cls: type[nn.Module], width: int) -> None:
+    assert Norm().unsupported(cls(width)) == f"no curvature for {cls.__name__}"
 
 
 def test_layers_of_one_precision_are_tried_out_in_it() -> None:
