@@ -146,6 +146,7 @@ class Optimizer(torch.optim.Optimizer):
             recipe.summary() | pre.placement.summary(),
             self._timer,
         )
+        manual = recipe.observe == "manual"
         self._fisher_pass = FisherPass(
             pre,
             recipe.fisher,
@@ -154,9 +155,9 @@ class Optimizer(torch.optim.Optimizer):
             reduction=recipe.reduction,
             unseen=recipe.unseen,
             scaler=scaler,
+            every=not manual,
         )
         self._watch = CoverageWatch(pre.survey)
-        manual = recipe.observe == "manual"
         self._hooks = ModelHooks(self._model, self, evaluation=manual)
         self._check_coverage()
         self._check_sizes()
