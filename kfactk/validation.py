@@ -311,9 +311,28 @@ def unseen_message(layers: Sequence[str]) -> str:
         "Likely causes: a function reads a weight (F.linear(x, layer.weight)); the output is a "
         "derivative with respect to inputs (torch.autograd.grad(..., create_graph=True)); "
         "torch.func runs the layer (vmap, functional_call); another output of the module is used, "
-        "such as the weights that nn.MultiheadAttention returns; outputs of an earlier forward are "
+        "which its curvature does not follow; outputs of an earlier forward are "
         "fed in again, as a recurrent loop outside the bound model does (bind a module that holds "
         "the loop, or detach them). "
+    )
+
+
+def remainder_message(layers: Sequence[str], paths: Sequence[str]) -> str:
+    """Return the message for layers of whose gradient recorded calls hold a part only.
+
+    Args:
+        layers: Their names.
+        paths: The names of their modules.
+    """
+    return (
+        f"a part of the gradient of layers {', '.join(map(repr, layers))} came past their calls in "
+        "the bound model's forward. fisher='empirical' measures the rest without it, so their "
+        "curvature is wrong, unless it is that of a penalty on the weights themselves, which is no "
+        "part of the curvature. Likely causes: the loss calls a layer again, or reads its weight "
+        "(F.linear(z, layer.weight)); a part of the model, or the model in evaluation mode, ran "
+        "beside it. Compute such terms in the forward of the bound model; or use fisher='mc', "
+        f"which does not measure them; or train these layers by their plain gradient: "
+        f"exclude={list(paths)} (said once)"
     )
 
 

@@ -19,13 +19,14 @@ from kfactk.capture.guard import unseen_layers
 from kfactk.capture.heads import Head, HeadView, of_the_loss, terms_of, with_class_axis
 from kfactk.capture.layout import LayoutSketch, Marks, layout_fault, sketch
 from kfactk.capture.loss_check import LossCheck
+from kfactk.capture.remainder import Remainders
 from kfactk.capture.support import is_distributed
 from kfactk.capture.torch_modes import full_precision
 from kfactk.capture.user_backward import UserBackward
 from kfactk.errors import CaptureError, KfactkWarning
 from kfactk.samples import LayerCall, Samples
 from kfactk.stages import Fisher, Layer
-from kfactk.validation import attribute_errors, stage_label, unseen_message
+from kfactk.validation import attribute_errors, remainder_message, stage_label, unseen_message
 
 
 class SampleTaker(Protocol):
@@ -207,6 +208,7 @@ class FisherPass:
         unseen: "error" or "plain": what to do with layers that influence the output also past
             their recorded calls.
         scaler: The loop's `torch.amp.GradScaler`, if any; likewise.
+        every: Whether every forward of a step is measured, so that its gradient is theirs alone.
     """
 
     def __init__(
@@ -219,6 +221,7 @@ class FisherPass:
         reduction: str = "mean",
         unseen: str = "error",
         scaler: Any = None,
+        every: bool = True,
     ) -> None:
         self._taker = taker
         self._fisher, self._heads, self._output = fisher, list(heads), output
@@ -226,6 +229,7 @@ class FisherPass:
         self._watches: list[Watch] = []
         self._filled: dict[Layer, Versions] = {}
         self._task = -1
+        self._remainders = Remainders() if every and not fisher.own_pass else None
         self._probed: weakref.WeakSet[Layer] = weakref.WeakSet()
         self._loss_checks = [
             LossCheck(measured=not fisher.own_pass, several=len(heads) > 1) for _ in heads
@@ -251,12 +255,23 @@ class FisherPass:
                     self._taker.end_pass(watch.sink, watch.terms, last=True)
             if watch.backward.arrived:
                 self._taker.count_terms(watch.terms)
+        for check in self._loss_checks:
+            check.finish()
+        past = [] if self._remainders is None else self._remainders.finish()
         if unseen:
             self._refuse_or_leave(list(unseen))
+        if told := [layer for layer in past if layer not in unseen]:
+            paths = list(dict.fromkeys(layer.path for layer in told))
+            message = remainder_message([layer.name for layer in told], paths)
+            warnings.warn(message, KfactkWarning, stacklevel=2)
 
     def forget(self) -> None:
         """Forget the backwards so far, because the user emptied `.grad`."""
         self._filled.clear()
+        if self._remainders is not None:
+            self._remainders.forget()
+        for check in self._loss_checks:
+            check.forget()
         arrived = [watch for watch in self._watches if watch.backward.forget()]
         if arrived and not self._fisher.own_pass:
             for watch in arrived:
@@ -294,6 +309,8 @@ class FisherPass:
             return
         for layer in layers:
             del self._filled[layer]
+        if self._remainders is not None:
+            self._remainders.forget(layers)
         if not self._fisher.own_pass:
             for watch in self._watches:
                 watch.backward.forget_layers(layers)
@@ -535,6 +552,8 @@ class FisherPass:
         scale = LossScale(terms, self._reduction, self._scaler)
         backward = UserBackward(forward, heads[0].output, sink if keep else None, scale, self)
         self._watches.append(Watch(backward, sink, terms))
+        if keep and self._remainders is not None:
+            self._remainders.watch(forward.calls)
 
 
 def loss_terms(fisher: Fisher, batch: Mapping[str, Any]) -> Tensor | float | None:

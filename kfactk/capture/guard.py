@@ -47,7 +47,7 @@ def unseen_layers(
         ends[layer] |= parameter_nodes(p for p in call.parameters if p.grad_fn is None)
         inner = None
         if all(_passes_on(p, ends[layer]) for p in call.parameters):
-            inner = _inner_nodes(call, ends[layer], tops)
+            inner = inner_nodes(call, ends[layer], tops)
         if inner is None:
             unseen[layer] = None
             continue
@@ -77,7 +77,7 @@ def _passes_on(used: Tensor, ends: set[Node]) -> bool:
     return True
 
 
-def _inner_nodes(call: TracedCall, ends: set[Node], tops: set[Node]) -> set[Node] | None:
+def inner_nodes(call: TracedCall, ends: set[Node], tops: set[Node]) -> set[Node] | None:
     """Return the nodes between the outputs of a call and its parameters.
 
     Returns:

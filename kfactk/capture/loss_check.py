@@ -2,7 +2,9 @@
 
 A wrong likelihood gives curvature that is wrong everywhere, and no error. The user's own backward
 tells: at the output, the gradient of a softmax cross entropy sums to zero over the classes, and
-that of a squared error does not. So the first backward that counts is looked at, once.
+that of a squared error does not. So the first backward that counts is looked at, once. Where it
+does not fit, others may come through the same output before the step: of a loss after that of its
+penalty, or of another head. It is told at the step, unless one of them fits, or their sum does.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
@@ -21,6 +24,21 @@ from kfactk.capture.user_backward import Scale, adds_to
 from kfactk.errors import KfactkWarning
 from kfactk.stages import Likelihood
 from kfactk.validation import attribute_errors
+
+
+@attrs.define(eq=False)
+class Misfit:
+    """What backwards through the output of one forward brought, none of which fits.
+
+    Args:
+        output: The output, detached.
+        gradient: The sum of their gradients; `None` for none.
+        fault: Why it does not fit.
+    """
+
+    output: Tensor
+    gradient: Tensor | None = None
+    fault: str = ""
 
 
 class LossCheck:
@@ -35,11 +53,13 @@ class LossCheck:
     def __init__(self, *, measured: bool, several: bool = False) -> None:
         self._measured = measured
         self.done = measured and several
+        self._misfits: list[Misfit] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def watch(
         self, output: Tensor, likelihood: Likelihood, parameters: Iterable[Tensor], scale: Scale
     ) -> None:
-        """Wait for a backward over one forward.
+        """Wait for backwards over one forward.
 
         Args:
             output: The likelihood's parameters, as the model returned them.
@@ -52,28 +72,50 @@ class LossCheck:
         edge = get_gradient_edge(output)
         number = edge.output_nr  # a hook that held the edge would keep its node for ever
         ends = parameter_nodes(parameters)
-        kept = output.detach()
+        seen = Misfit(output.detach())
 
         def prehook(gradients: tuple[Tensor | None, ...]) -> None:
             gradient = gradients[number]
-            handle.remove()
             counts = not torch.is_grad_enabled() and adds_to(ends)
             if gradient is None or self.done or not counts:
                 return
             with torch.no_grad(), full_precision([gradient.device.type]):
-                self._judge(likelihood, kept, gradient.detach() * scale.factor())
+                self._judge(likelihood, seen, gradient.detach() * scale.factor())
 
-        handle = edge.node.register_prehook(prehook)
+        self._handles.append(edge.node.register_prehook(prehook))
 
-    def _judge(self, likelihood: Any, output: Tensor, gradient: Tensor) -> None:
-        if not gradient.numel() or not 0 < float(gradient.abs().max()) < float("inf"):
-            return  # a later one may tell
-        self.done = True
-        with attribute_errors("likelihood", likelihood, "on the gradient of the loss"):
-            fault = likelihood.misfit(output, gradient, measured=self._measured)
-        if fault:
+    def forget(self) -> None:
+        """Forget the backwards so far, because the user emptied `.grad`."""
+        for each in self._misfits:
+            each.gradient = None
+        self._misfits.clear()
+
+    def finish(self) -> None:
+        """Warn if nothing fits that came until this step; no backward comes after."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        misfits, self._misfits = self._misfits, []
+        if misfits:
+            self.done = True
             warnings.warn(
-                f"{fault}. Give the likelihood and the reduction of your loss (said once)",
+                f"{misfits[0].fault}. Give the likelihood and the reduction of your loss (said "
+                "once)",
                 KfactkWarning,
                 stacklevel=2,
             )
+
+    def _judge(self, likelihood: Any, seen: Misfit, gradient: Tensor) -> None:
+        """Look at the gradient of one backward, and at the sum of all."""
+        if not gradient.numel() or not 0 < float(gradient.abs().max()) < float("inf"):
+            return  # a later one may tell
+        gradients = [gradient] if seen.gradient is None else [gradient, seen.gradient + gradient]
+        self._misfits = [each for each in self._misfits if each is not seen]
+        for each in gradients:
+            with attribute_errors("likelihood", likelihood, "on the gradient of the loss"):
+                fault = likelihood.misfit(seen.output, each, measured=self._measured)
+            if not fault:
+                seen.gradient, self.done = None, not self._misfits
+                return
+        seen.gradient, seen.fault = gradients[-1], fault
+        self._misfits.append(seen)

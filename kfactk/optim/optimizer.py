@@ -159,6 +159,7 @@ class Optimizer(torch.optim.Optimizer):
             recipe.summary() | pre.placement.summary(),
             self._timer,
         )
+        manual = recipe.observe == "manual"
         self._fisher_pass = FisherPass(
             pre,
             recipe.fisher,
@@ -167,9 +168,9 @@ class Optimizer(torch.optim.Optimizer):
             reduction=recipe.reduction,
             unseen=recipe.unseen,
             scaler=scaler,
+            every=not manual,
         )
         self._watch = CoverageWatch(pre.survey)
-        manual = recipe.observe == "manual"
         self._hooks = ModelHooks(self._model, self, evaluation=manual, entries=entries)
         self._check_coverage()
         self._check_sizes()

@@ -296,9 +296,18 @@ class ModelSurvey:
                 rule = None  # it takes what is left of all modules, below
             parts = {} if rule is None else self._parts(name, module, rule)
             sites: tuple[nn.Module, ...] = (module,)
+            apart: dict[str, tuple[nn.Module, ...]] = {}
             if rule is not None:
                 sites, reason = self._sites(name, module, rule, parts, owners)
-            if rule is not None and not reason and module not in taken:
+                if reason or _shares_inside(self.model, module, parts):
+                    apart = self._sites_apart(module, rule, parts, owners)
+            if rule is not None and apart:
+                reason = ""
+                for part, own in apart.items():
+                    if own[0] is module:
+                        candidates += self._candidates(name, module, rule, {part: parts[part]}, own)
+                inside.update(owner_of(module, key) for keys in parts.values() for key in keys)
+            elif rule is not None and not reason and module not in taken:
                 taken.update(sites)
                 candidates += self._candidates(names[sites[0]], module, rule, parts, sites)
                 candidates += _beside(module, sites, rule, names, owners)
@@ -485,6 +494,38 @@ class ModelSurvey:
         order = {id(each): place for place, each in enumerate(self.model.modules())}
         return tuple(sorted([module, *alike], key=lambda site: order[id(site)])), ""
 
+    def _sites_apart(
+        self,
+        module: nn.Module,
+        rule: BlockRule,
+        parts: Mapping[str, tuple[str, ...]],
+        owners: Mapping[int, Sequence[tuple[str, nn.Module, str]]],
+    ) -> dict[str, tuple[nn.Module, ...]]:
+        """Return all modules with the same parameters by part, where some parts alone are shared.
+
+        Calls that run again give each product inside with its own numbers, so that modules of one
+        class may have other settings. It is empty where a part is shared in another way.
+        """
+        replay, alike = rule.curvature.replay(module), []
+        if replay is None:
+            return {}
+        for name, other in self.model.named_modules():
+            same = type(other) is type(module) and self._rule_for(name, other)[0] is rule
+            if same and rule.curvature.replay(other) == replay:
+                alike.append((other, self._parts(name, other, rule)))
+        found: dict[str, tuple[nn.Module, ...]] = {}
+        for part, keys in parts.items():
+            own = [id(parameter_at(module, key)) for key in keys]
+            found[part] = tuple(
+                other
+                for other, theirs in alike
+                if [id(parameter_at(other, key)) for key in theirs.get(part, ())] == own
+            )
+            places = {owner_of(site, key) for site in found[part] for key in keys}
+            if any((m, key) not in places for each in own for _, m, key in owners[each]):
+                return {}
+        return found
+
     def _may_join(self, rule: BlockRule, name: str, module: nn.Module) -> bool:
         """Return whether a module, which another rule may take, may be a site of a rule's layer.
 
@@ -591,6 +632,19 @@ class ModelSurvey:
 
 def _own(module: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in module._parameters.items() if p is not None}
+
+
+def _shares_inside(
+    model: nn.Module, module: nn.Module, parts: Mapping[str, tuple[str, ...]]
+) -> bool:
+    """Return whether a module inside, whose parameters a part has, is in another module too."""
+    inner = {owner_of(module, key)[0] for keys in parts.values() for key in keys} - {module}
+    return bool(inner) and any(
+        child in inner
+        for each in model.modules()
+        if each is not module
+        for child in each.children()
+    )
 
 
 def _beside(

@@ -25,18 +25,19 @@ class AttentionReplay:
     With queries, keys and values Q, K, V of one head of width d,
 
         (Q, K, V) = (x_q W_q^T + b_q, x_k W_k^T + b_k, x_v W_v^T + b_v)
-        o = dropout(softmax(Q K^T / sqrt(d) + mask)) V,    y = concat(o) W_o^T + b_o
+        P = dropout(softmax(Q K^T / sqrt(d) + mask)),    o = P V,    y = concat(o) W_o^T + b_o
 
-    Products are given with the examples first, whatever `batch_first` says. An input without a
-    dimension of examples is one example.
+    Its outputs are y and, where they were asked for, the weights P of each head or their mean over
+    the heads. Products are given with the examples first, whatever `batch_first` says. An input
+    without a dimension of examples is one example.
     """
 
-    def outputs(self, output: Any) -> tuple[Any]:
-        """Return y; the weights of the attention are not followed."""
-        return (output[0] if isinstance(output, tuple) else output,)
+    def outputs(self, output: Any) -> tuple[Any, ...]:
+        """Return y and the weights, which are `None` where they were not asked for."""
+        return output if isinstance(output, tuple) else (output,)
 
     def run(self, call: ModuleCall) -> Replayed:
-        """Compute y again."""
+        """Compute y again, and the weights."""
         module: Any = call.module
         given = _SIGNATURE.bind(module, *call.args, **call.kwargs)
         given.apply_defaults()
@@ -46,7 +47,7 @@ class AttentionReplay:
         sources = [named["query"]] if same else [named[n] for n in ("query", "key", "value")]
         rows = [layout.examples_first(source) for source in sources] * (3 if same else 1)
         q, k, v = (each.requires_grad_() for each in _projected(rows, call.parameters))
-        mixed = _attended(module, q, k, v, named, call)
+        mixed, weights = _attended(module, q, k, v, named, call)
         out = F.linear(
             mixed, call.parameters["out_proj.weight"], call.parameters.get("out_proj.bias")
         )
@@ -55,7 +56,8 @@ class AttentionReplay:
             for tag, inputs, output in zip(TAGS, rows, (q, k, v), strict=True)
             for part, inputs in _parts_of(tag, inputs, call.parameters)
         ]
-        return Replayed([layout.as_given(out)], [*inner, InnerCall("out_proj", mixed, out)])
+        outputs = [layout.as_given(out), *([] if weights is None else [weights])]
+        return Replayed(outputs, [*inner, InnerCall("out_proj", mixed, out)])
 
 
 @attrs.frozen
@@ -107,8 +109,8 @@ def _projected(rows: list[Tensor], parameters: Tensors) -> tuple[Tensor, ...]:
 
 def _attended(
     module: Any, q: Tensor, k: Tensor, v: Tensor, named: dict[str, Any], call: ModuleCall
-) -> Tensor:
-    """Return the values that attention has mixed, heads side by side, `[N, L, E]`."""
+) -> tuple[Tensor, Tensor | None]:
+    """Return the values that attention has mixed, heads side by side, `[N, L, E]`, and weights."""
     dtype, heads = named["query"].dtype, module.num_heads
     attended = _as_bias(named["attn_mask"], dtype)
     padding = _as_bias(named["key_padding_mask"], dtype)
@@ -127,25 +129,31 @@ def _attended(
     dropout = module.dropout if call.training else 0.0
     width = q.shape[-1] // heads
     q, k, v = (x.view(*x.shape[:2], heads, width).transpose(1, 2) for x in (q, k, v))
+    weights = None
     if named["need_weights"]:
-        mixed = _with_weights(q, k, v, mask, dropout)
+        weights = _weights(q, k, mask, dropout)
+        if named["query"].ndim == 2:
+            weights = weights.squeeze(0)
+        mixed = (weights if weights.ndim == 4 else weights.unsqueeze(0)) @ v
+        if named["average_attn_weights"]:
+            weights = weights.mean(-3)
     else:
         if mask is not None:
             mask = mask.view(-1, heads if len(mask) > 1 else 1, *mask.shape[1:])
         mixed = F.scaled_dot_product_attention(q, k, v, mask, dropout, causal)
-    return mixed.transpose(1, 2).flatten(2)
+    return mixed.transpose(1, 2).flatten(2), weights
 
 
-def _with_weights(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
-    """Return attention `[N, H, L, d]` as torch computes it where it returns the weights too."""
-    shape = q.shape
-    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
-    q = q * math.sqrt(1 / shape[-1])
+def _weights(q: Tensor, k: Tensor, mask: Tensor | None, dropout: float) -> Tensor:
+    """Return the weights of each head, `[N, H, L, S]`, as torch computes them to return them."""
+    examples, heads, _, width = q.shape
+    q, k = (x.flatten(0, 1) for x in (q, k))
+    q = q * math.sqrt(1 / width)
     scores = torch.bmm(q, k.mT) if mask is None else torch.baddbmm(mask, q, k.mT)
     weights = F.softmax(scores, -1)
     if dropout > 0:
         weights = F.dropout(weights, dropout)
-    return torch.bmm(weights, v).view(shape)
+    return weights.view(examples, heads, *weights.shape[1:])
 
 
 def _as_bias(mask: Tensor | None, dtype: torch.dtype) -> Tensor | None:

@@ -47,8 +47,8 @@ class Attention(Curvature):
     Inputs and gradients inside come from the call, which runs again in the Fisher pass with the
     same random state: with the dropout, the masks and the autocast of the call. The module says
     itself where the examples are (`batch_first`). An input without a dimension of examples is one
-    example. The attention's weights (`need_weights=True`) may be looked at; a loss that depends on
-    them is refused.
+    example. The weights of the attention that the module returns (`need_weights=True`) are followed
+    too: outputs and losses may depend on them.
 
     Args:
         chunk_bytes: Bound on temporaries, in bytes. One example is always processed whole.

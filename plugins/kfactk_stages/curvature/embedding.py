@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from kfactk import Curvature, Layer, LayerCall, Samples, Statistic, Tensors, hookimpl
+from kfactk import CaptureError, Curvature, Layer, LayerCall, Samples, Statistic, Tensors, hookimpl
 from kfactk.options import whole
 from kfactk.samples import DEFAULT_CHUNK_BYTES
 from kfactk_stages.curvature._bags import BagCall, BagSamples
@@ -173,6 +173,7 @@ class Embedding(Curvature):
         heads = [self._head(layer, call) for call in calls if _of_head(layer, call)]
         found = [self._call(layer, call) for call in calls if not _of_head(layer, call)]
         gradients = [*(call.gradient for call in found), *(call.gradient for call in heads)]
+        _check_heads(layer, found, heads)
         check_examples(layer, map(len, gradients))
         lookups = None
         if found:
@@ -239,6 +240,26 @@ def _of_head(layer: Layer, call: LayerCall) -> bool:
 def _is_tied(layer: Layer) -> bool:
     """Return whether linear layers have the table too."""
     return any(map(_is_head, layer.sites))
+
+
+def _check_heads(layer: Layer, found: Sequence[EmbeddingCall], heads: Sequence[LinearRows]) -> None:
+    """Check that a tied output layer has the examples of its table.
+
+    Raises:
+        CaptureError: It has not: as one that sees the rows of masked positions alone.
+    """
+    examples = {len(call.gradient) for call in found}
+    outputs = {len(call.gradient) for call in heads}
+    if len(examples) == len(outputs) == 1 and examples != outputs:
+        raise CaptureError(
+            f"layer '{layer.name}' is tied: its table sees {examples.pop()} examples, and its "
+            f"output layer {outputs.pop()} rows, as where logits are computed for masked positions "
+            "alone (sparse_prediction). Both give a part of each example's gradient, and which "
+            "rows are whose is not known. Give the output layer all positions of each example, "
+            "[N, T, d] (sparse_prediction=False), and name the labels by the likelihood's "
+            "targets=, so that the other positions do not count; or train the layer by its plain "
+            f"gradient: exclude=[{layer.path!r}]."
+        )
 
 
 @hookimpl

@@ -20,6 +20,14 @@ EQUAL = 0.03
 TOLD = 1e-3
 """Entries below this share of the largest one are rounding errors, perhaps."""
 
+STEEPER = 0.02
+"""Relative deviation from 1 of the inverse of a temperature that is told."""
+CURVED = 1e-3
+"""Share of logarithms of gradients that may be left where they are multiples of logits."""
+BETTER = 0.01
+"""Share of what fits of another kind leave, below which a temperature is certain."""
+LEAST_ROWS = 16
+"""Rows that are looked at, at least, where a row has many entries."""
 MOST = 2**16
 """Most entries that are looked at one by one."""
 
@@ -63,6 +71,65 @@ def factor_between(probabilities: Tensor, gradient: Tensor) -> float | None:
     found = torch.where(g > 0, p / g, (p - 1) / g)
     low, middle, high = found.quantile(found.new_tensor([0.05, 0.5, 0.95])).tolist()
     return middle if high - low <= EQUAL * middle else None
+
+
+def temperature(logits: Tensor, gradient: Tensor) -> float | None:
+    """Return T where the gradient is that of a cross entropy of `logits / T`, and T is not 1.
+
+    With one label, the gradient at each other class is `r softmax(logits / T)` with a factor r of
+    the row, whatever function of the label's probability the loss is. So its logarithm is a line in
+    the logits, of slope 1 / T, with the same slope in all rows. With smoothed labels the gradient
+    is a line in `softmax(logits)`, and with a bonus for the entropy it is `softmax(logits)` times
+    such a line in the logits. For logits near each other all are nearly the same, and nothing is
+    told. Nothing is told either where another class has a gradient of the label's sign.
+
+    Args:
+        logits: The logits, `[..., C]`.
+        gradient: The gradient at them.
+
+    Example:
+        >>> logits = torch.tensor([[0.0, 1.0, 3.0, 0.5], [2.0, 0.0, 1.0, -1.0]])
+        >>> labels = torch.nn.functional.one_hot(torch.tensor([0, 0]), 4)
+        >>> f"{temperature(logits, (logits / 2).softmax(-1) - labels):.4f}"
+        '2.0000'
+        >>> temperature(logits, logits.softmax(-1) - labels)
+    """
+    wide = torch.promote_types(gradient.dtype, torch.float32)
+    z, g = (each.reshape(-1, each.shape[-1]).to(wide) for each in (logits, gradient))
+    every = -(-len(z) // max(LEAST_ROWS, MOST // z.shape[-1]))
+    z, g = z[::every], g[::every]
+    g = g * torch.where((g > 0).sum(-1) > (g < 0).sum(-1), 1.0, -1.0).unsqueeze(-1)
+    ran, single = g.abs().amax(-1) > 0, (g < 0).sum(-1) == 1
+    others = (g > TOLD * g.amax(-1, keepdim=True)) & single.unsqueeze(-1)
+    others = others & z.isfinite() & (others.sum(-1, keepdim=True) > 2)
+    if 2 * others.any(-1).sum() <= ran.sum():
+        return None
+    z = _centred(z.where(others, 0.0), others)
+    logs = _centred(g.where(others, 1.0).log(), others)
+    size, along = logs.square().sum(), (z * logs).sum()
+    slope = float(along / z.square().sum())
+    if not slope > 0 or abs(slope - 1) <= STEEPER:
+        return None
+    left = (logs - slope * z).where(others, 0.0).square().sum() / size
+    u = (g.where(others, 0.0) / (g * others).sum(-1, keepdim=True)).nan_to_num(0.0)
+    u = _centred(u * others.sum(-1, keepdim=True), others)
+    ratio = _centred((logs - z).exp(), others)
+    other = min(_off_lines(z.exp(), u, others), _off_lines(z, ratio, others)) / size
+    return 1 / slope if left <= CURVED and left <= BETTER * other else None
+
+
+def _off_lines(x: Tensor, y: Tensor, there: Tensor) -> Tensor:
+    """Return the sum of squares of what a line in x, one for each row, leaves of a centred y."""
+    x = _centred(x, there)
+    slope = (x * y).sum(-1, keepdim=True) / x.square().sum(-1, keepdim=True).clamp(min=1e-30)
+    return (y - slope * x).square().sum()
+
+
+def _centred(tensor: Tensor, there: Tensor) -> Tensor:
+    """Return what entries deviate from the mean of their row, 0 for those that are not there."""
+    kept = tensor.where(there, 0.0)
+    mean = kept.sum(-1, keepdim=True) / there.sum(-1, keepdim=True).clamp(min=1)
+    return (kept - mean).where(there, 0.0)
 
 
 def scale_fault(k: float | None, loss: str, shape: Sequence[int], entries: int) -> str | None:

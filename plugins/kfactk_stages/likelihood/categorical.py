@@ -18,6 +18,7 @@ from kfactk_stages.likelihood._misfit import (
     scale_fault,
     softmax_axes,
     summed_share,
+    temperature,
 )
 from kfactk_stages.likelihood.layout import Layout, arranged, expand_to_terms
 
@@ -138,8 +139,11 @@ class Categorical(Layout):
                 if factor_between(output.softmax(axis), gradient) is not None
             )
             return next((_axis_fault(output.shape, axis) for axis in fits), None)
-        if summed_share(found, -1) < SOME or bool(logits.logsumexp(-1).abs().max() < NORMALISED):
+        if bool(logits.logsumexp(-1).abs().max() < NORMALISED):
             return None  # the logarithms of probabilities are logits too, with another gradient
+        if summed_share(found, -1) < SOME:
+            t = temperature(logits, found)
+            return None if t is None else _temperature_fault(output.shape, t)
         for axis in softmax_axes(gradient):
             return _axis_fault(output.shape, axis)
         return (
@@ -160,6 +164,15 @@ def _axis_fault(shape: Sequence[int], axis: int) -> str:
         f"the gradient of your loss at the output (shape {list(shape)}) sums to zero over "
         f"dimension {axis}, so the classes are there, and not where the likelihood has them. Give "
         f"likelihood={{'name': 'categorical', 'class_axis': {axis}}}"
+    )
+
+
+def _temperature_fault(shape: Sequence[int], t: float) -> str:
+    return (
+        f"the gradient of your loss at the output (shape {list(shape)}) is that of a cross entropy "
+        f"of logits / {t:.4g}: the loss applies a temperature, which the likelihood does not, so "
+        "the curvature is not that of your loss. Divide in the model; or, where it returns the "
+        f"logits alone, build(..., output=lambda logits: logits / {t:.4g})"
     )
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfactk
+from kfactk_stages.likelihood._misfit import temperature
 
 N, C, T = 24, 5, 6
 Loss = Callable[[Tensor], Tensor]
@@ -182,6 +183,129 @@ def test_backwards_that_count_nothing_are_passed_over():
         optimizer.step()
 
 
+def several(*losses: Callable[[Tensor], Tensor], **options: Any) -> str:
+    """What a step warns of in which each loss has a backward of its own through one forward."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 8), nn.Tanh(), nn.Linear(8, C))
+    optimizer = kfactk.build(**{"curvature": "kfac", **options}).bind(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        logits = model(torch.randn(N, 7))
+        for loss in losses:
+            loss(logits).backward(retain_graph=True)
+        optimizer.step()
+    return "\n".join(str(each.message) for each in caught)
+
+
+PENALTIES: dict[str, Loss] = {
+    "z-loss": lambda z: z.logsumexp(1).square().mean(),
+    "size of the logits": lambda z: z.square().mean(),
+    "another head's loss": lambda z: F.mse_loss(z.mean(1), TARGETS[:, 0]),
+}
+
+
+@pytest.mark.parametrize("name", PENALTIES)
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+def test_a_penalty_with_a_backward_of_its_own_is_silent(name: str, fisher: str):
+    entropy = OF_CLASSIFICATION["cross entropy"]
+    for losses in ((PENALTIES[name], entropy), (entropy, PENALTIES[name])):
+        assert several(*losses, fisher=fisher) == ""
+
+
+def test_a_loss_that_does_not_fit_is_told_beside_a_penalty():
+    for losses in (("z-loss", "size of the logits"), ("size of the logits", "z-loss")):
+        told = several(*(PENALTIES[name] for name in losses), OTHERS["squared error"])
+        assert told.count("does not sum to zero over the classes") == 1
+
+
+def test_a_loss_in_two_backwards_is_looked_at_as_a_whole():
+    halves: list[Loss] = [
+        lambda z: F.cross_entropy(z[::2], LABELS[::2]) / 2,
+        lambda z: F.cross_entropy(z[1::2], LABELS[1::2]) / 2,
+    ]
+    assert several(*halves, fisher="empirical") == ""
+    assert "is 0.5 times" in several(lambda z: F.cross_entropy(z, LABELS) / 2, fisher="empirical")
+    shares: list[Loss] = [
+        lambda z: z.square().sum(),
+        lambda z: F.cross_entropy(z, LABELS) - z.square().sum(),
+    ]
+    assert several(*shares) == ""
+
+
+def test_a_misfit_whose_gradient_is_thrown_away_is_not_told():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(7, 8), nn.Tanh(), nn.Linear(8, C))
+    optimizer = kfactk.build(curvature="kfac").bind(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits = model(torch.randn(N, 7))
+        logits.square().sum().backward(retain_graph=True)
+        optimizer.zero_grad()
+        F.cross_entropy(logits, LABELS).backward()
+        optimizer.step()
+
+
+TEMPERED: dict[str, Loss] = {
+    "cross entropy": lambda z: F.cross_entropy(z / 2, LABELS),
+    "weighted": lambda z: F.cross_entropy(z / 2, LABELS, torch.rand(C)),
+    "policy gradient": lambda z: -((z / 2).log_softmax(1)[range(N), LABELS] * TARGETS[:, 0]).mean(),
+}
+
+
+@pytest.mark.parametrize("name", TEMPERED)
+def test_a_temperature_in_the_loss_is_told_with_its_value(name: str):
+    told = said(TEMPERED[name])
+    assert told.count("output=lambda logits: logits / 2)") == 1
+    remedy: dict[str, Any] = {"output": lambda logits: logits / 2}
+    assert said(TEMPERED[name], **remedy) == ""
+    assert "temperature" not in said(TEMPERED[name], fisher="empirical")
+
+
+@pytest.mark.parametrize("name", OF_CLASSIFICATION)
+def test_losses_without_a_temperature_have_none(name: str):
+    for dtype in (torch.float32, torch.bfloat16):
+        for size in (0.1, 1.0, 5.0):
+            torch.manual_seed(1)
+            z = (size * torch.randn(N, C)).to(dtype).requires_grad_()
+            OF_CLASSIFICATION[name](z.float()).backward()
+            assert temperature(z.detach(), z.grad) is None
+
+
+def test_bonuses_and_mixtures_have_no_temperature():
+    losses: dict[str, Loss] = {
+        "entropy": lambda z: -0.3 * (-z.softmax(1) * z.log_softmax(1)).sum(1).mean(),
+        "softer": lambda z: F.cross_entropy(z / 3, LABELS),
+        "soft": lambda z: F.kl_div(
+            (z / 4).log_softmax(1), TARGETS.softmax(1), reduction="batchmean"
+        ),
+        "size": lambda z: 0.01 * z.square().mean(),
+    }
+    for name, loss in losses.items():
+        for size in (0.1, 0.5, 2.0):
+            torch.manual_seed(1)
+            z = (size * torch.randn(N, C)).requires_grad_()
+            (F.cross_entropy(z, LABELS) + loss(z)).backward()
+            assert temperature(z.detach(), z.grad) is None, name
+
+
+def test_the_curvature_of_the_remedy_is_that_of_the_loss():
+    """Exact: G of the last layer is the mean Hessian of the loss at the logits."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(7, C)).double(), torch.randn(N, 7).double()
+    recipe = kfactk.build(
+        curvature="kfac", fisher="exact", output=lambda z: z / 2, lr=0.0, basis="kfac"
+    )
+    optimizer = recipe.bind(model)
+    logits = model(x)
+    F.cross_entropy(logits / 2, LABELS).backward()
+    optimizer.step()
+    hessian = torch.autograd.functional.hessian(
+        lambda z: F.cross_entropy(z / 2, LABELS, reduction="sum"), logits.detach()
+    )
+    truth = sum(hessian[n, :, n] for n in range(N)) / N
+    torch.testing.assert_close(optimizer.layers["0"].factors["G"], truth)
+
+
 def test_empty_batches_and_lost_ones_leave_the_check_to_the_next(recwarn):
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, 8), nn.Tanh(), nn.Linear(8, C))
@@ -193,8 +317,9 @@ def test_empty_batches_and_lost_ones_leave_the_check_to_the_next(recwarn):
     assert not [each for each in recwarn if "sum to zero" in str(each.message)]
     optimizer.zero_grad()
     loss = model(torch.randn(N, 7)).square().mean()
+    loss.backward()
     with pytest.warns(kfactk.KfactkWarning, match="does not sum to zero"):
-        loss.backward()
+        optimizer.step()
 
 
 class Saved:

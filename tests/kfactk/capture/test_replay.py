@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -379,17 +380,61 @@ class Weighing(Attending):
         return self.head(output.mean(1)) + weights.square().sum((1, 2)).unsqueeze(-1)
 
 
-def test_a_loss_of_attentions_weights_is_refused() -> None:
+@pytest.mark.parametrize("average", [True, False])
+def test_a_loss_outside_of_attentions_weights_is_measured(average: bool) -> None:
+    """In an orthogonal basis the scale sums to the mean squared norm of the gradients."""
+
+    class Both(Attending):
+        def forward(self, x: Tensor) -> Any:
+            found, weights = self.attn(x, x, x, average_attn_weights=average)
+            return self.head(found.mean(1)), weights
+
+    def loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        logits, weights = model(x)
+        return F.cross_entropy(logits, y) - (weights * weights.log()).flatten(1).sum(1).mean()
+
+    (x, y), model = batch(), Both()
+    fisher = {"name": "empirical", "terms": "x"}
+    optimizer = bound(model, curvature="attention", fisher=fisher, lr=0.0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loss(model, x, y).backward()
+        optimizer.step()
+    twin, squares = Both(), dict.fromkeys(optimizer.layers, 0.0)
+    for n in range(len(x)):
+        twin.zero_grad()
+        loss(twin, x[n : n + 1], y[n : n + 1]).backward()
+        for name, view in optimizer.layers.items():
+            own = (twin.attn.get_parameter(key).grad for key in view.layer.parameters)
+            squares[name] += sum(float(each.square().sum()) for each in own) / len(x)
+    for name, view in optimizer.layers.items():
+        [scale] = view.scale.values()
+        assert float(scale.sum()) == pytest.approx(squares[name], rel=1e-10)
+
+
+class Blind(Attention):
+    """Attention whose calls run again without their weights."""
+
+    def replay(self, module: nn.Module) -> Replay:
+        return Unweighed()
+
+
+class Unweighed(AttentionReplay):
+    def outputs(self, output: Any) -> tuple[Any, ...]:
+        return super().outputs(output)[:1]
+
+
+def test_an_output_that_a_replay_does_not_follow_is_refused() -> None:
     model = Weighing()
-    optimizer = bound(model)
-    with pytest.raises(CaptureError, match=r"weights that nn\.MultiheadAttention returns.*'attn'"):
+    optimizer = bound(model, curvature=[Blind(), "kfac", "norm"])
+    with pytest.raises(CaptureError, match=r"another output of the module is used.*'attn'"):
         gradient(model)
     optimizer.close()
 
 
-def test_a_loss_of_attentions_weights_leaves_its_inputs_plain() -> None:
+def test_an_output_that_a_replay_does_not_follow_leaves_layers_plain() -> None:
     model = Weighing()
-    optimizer = bound(model, unseen="plain")
+    optimizer = bound(model, curvature=[Blind(), "kfac", "norm"], unseen="plain")
     with pytest.warns(KfactkWarning, match=r"attn\[in_proj\]"):
         gradient(model)
     optimizer.step()

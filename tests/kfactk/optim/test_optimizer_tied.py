@@ -510,6 +510,81 @@ def test_a_bag_called_twice_adds_before_the_square() -> None:
     torch.testing.assert_close(step, expected, rtol=1e-9, atol=1e-12)
 
 
+# ------------------------------------------------------------------------------- masked positions
+
+
+class Masked(nn.Module):
+    """A masked language model; with `sparse`, its head sees the masked positions alone."""
+
+    def __init__(self, *, tied: bool, sparse: bool) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.emb, self.body, self.sparse = nn.Embedding(V, WIDTH), nn.Linear(WIDTH, WIDTH), sparse
+        self.head = nn.Linear(WIDTH, V, bias=False)
+        if tied:
+            self.head.weight = self.emb.weight
+        self.double()
+
+    def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        hidden = torch.tanh(self.body(self.emb(tokens)))
+        hidden = hidden + hidden.mean(1, keepdim=True)
+        return self.head(hidden[labels != -100] if self.sparse else hidden)
+
+
+def masked_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    kept = labels[labels != -100]
+    return F.cross_entropy(logits if logits.ndim == 2 else logits[labels != -100], kept)
+
+
+def masked_batch() -> Batch:
+    tokens = torch.randint(V, (5, 6), generator=torch.Generator().manual_seed(3))
+    return tokens, torch.where(torch.arange(30).reshape(5, 6) % 4 == 1, tokens, -100)
+
+
+def test_a_tied_head_on_masked_positions_alone_is_refused() -> None:
+    model, (tokens, labels) = Masked(tied=True, sparse=True), masked_batch()
+    optimizer = bound(model, likelihood="categorical", fisher="exact")
+    words = r"5 examples, .* 8 rows, .*sparse_prediction=False.*exclude=\['emb'\]"
+    with pytest.raises(CaptureError, match=words):
+        model(tokens, labels)
+    optimizer.close()
+
+
+def test_a_tied_head_on_all_positions_counts_the_masked_ones() -> None:
+    """In an orthogonal basis the scale sums to the mean squared norm of the gradients."""
+    model, (tokens, labels) = Masked(tied=True, sparse=False), masked_batch()
+    likelihood = {"name": "categorical", "class_axis": -1, "targets": "labels"}
+    optimizer = bound(model, likelihood=likelihood, lr=0.0)
+    masked_loss(model(tokens, labels), labels).backward()
+    optimizer.step()
+    square = 0.0
+    for row, label in zip(tokens, labels, strict=True):
+        twin = Masked(tied=True, sparse=False)
+        if (label != -100).any():
+            logits = twin(row[None], label[None])
+            loss = masked_loss(logits, label[None]) * (label != -100).sum()
+            [found] = torch.autograd.grad(loss, [twin.emb.weight])
+            square += float(found.square().sum()) / 8
+    [scale] = optimizer.layers["emb"].scale.values()
+    assert float(scale.sum()) == pytest.approx(square, rel=1e-10)
+
+
+def test_a_head_of_its_own_on_masked_positions_is_exact() -> None:
+    model, (tokens, labels) = Masked(tied=False, sparse=True), masked_batch()
+    optimizer = bound(model, likelihood="categorical", fisher="exact", lr=0.0)
+    hidden: list[Tensor] = []
+    handle = model.head.register_forward_hook(lambda module, args, _: hidden.append(args[0]))
+    logits = model(tokens, labels)
+    handle.remove()
+    masked_loss(logits, labels).backward()
+    optimizer.step()
+    p = logits.detach().softmax(-1)
+    traces = 1 - p.square().sum(-1)  # of diag(p) - p p^T
+    truth = float((traces * hidden[0].detach().square().sum(-1)).mean())
+    [scale] = optimizer.layers["head"].scale.values()
+    assert float(scale.sum()) == pytest.approx(truth, rel=1e-10)
+
+
 # -------------------------------------------------------------------------------------------- ranks
 
 

@@ -56,6 +56,20 @@ def memory(attn: Any, q: Tensor, k: Tensor, **how: Any) -> Tensor:
     return found
 
 
+def weighed(attn: Any, x: Tensor, **how: Any) -> Tensor:
+    """Return output and weights side by side; `[N, L, *]`."""
+    x = x if attn.batch_first else x.transpose(0, 1)
+    found, weights = attn(x, x, x, **how)
+    found = found if attn.batch_first else found.transpose(0, 1)
+    weights = weights if weights.ndim == 3 else weights.transpose(1, 2).flatten(2)
+    return torch.cat([found, weights], -1)
+
+
+def one_weighed(attn: Any, x: Tensor, **how: Any) -> Tensor:
+    """Return output and weights of an example without a dimension of examples."""
+    return torch.cat([each.flatten() for each in attn(x, x, x, **how)]).unsqueeze(0)
+
+
 CAUSAL = nn.Transformer.generate_square_subsequent_mask(L, dtype=torch.float64)
 PADDING = torch.tensor([[False] * 4, [False, False, True, True], [False] * 3 + [True]])
 HIDDEN = torch.zeros(2 * N, L, L, dtype=torch.bool)
@@ -68,6 +82,16 @@ CASES: dict[str, Case] = {
     "without bias": ({"bias": False}, itself, [X], {}),
     "without weights": ({}, itself, [X], {"need_weights": False}),
     "weights of each head": ({}, itself, [X], {"average_attn_weights": False}),
+    "a loss of weights": ({"batch_first": True}, weighed, [X], {"key_padding_mask": PADDING}),
+    "a loss of each head's weights": ({}, weighed, [X], {"average_attn_weights": False}),
+    "a loss of weights with dropout": (
+        {"dropout": 0.5},
+        weighed,
+        [X],
+        {"average_attn_weights": False, "attn_mask": CAUSAL},
+    ),
+    "a loss of one example's weights": ({}, one_weighed, [X[0]], {}),
+    "a loss of one example's heads": ({}, one_weighed, [X[0]], {"average_attn_weights": False}),
     "keywords": ({"batch_first": True}, lambda a, x: a(value=x, key=x, query=x)[0], [X], {}),
     "memory": ({"batch_first": True}, memory, [Q, K], {}),
     "memory without weights": ({"batch_first": True}, memory, [Q, K], {"need_weights": False}),
@@ -237,6 +261,51 @@ def test_torchvisions_transformer_is_followed() -> None:
     found = gradients_inside(model, [images], cotangent)
     assert len(found) == 4
     assert deviation(found, autograds(model, [images], cotangent)) < 1e-12
+
+
+class Pair(nn.Module):
+    """Two modules of attention, of other settings, that share a part."""
+
+    def __init__(self, shared: str) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.a = nn.MultiheadAttention(E, 2, batch_first=True)
+        self.b = nn.MultiheadAttention(E, 3, dropout=0.4)
+        if shared == "out_proj":
+            self.b.out_proj = self.a.out_proj
+        for name in () if shared == "out_proj" else shared.split():
+            path, _, key = name.rpartition(".")
+            setattr(self.b.get_submodule(path), key, self.a.get_parameter(name))
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return itself(self.b, torch.tanh(itself(self.a, x)), need_weights=False).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("shared", "layers"),
+    [
+        ("out_proj", ["a[in_proj]", "a[out_proj]", "b[in_proj]"]),
+        ("out_proj.weight out_proj.bias", ["a[in_proj]", "a[out_proj]", "b[in_proj]"]),
+        ("in_proj_weight in_proj_bias", ["a[in_proj]", "a[out_proj]", "b[out_proj]"]),
+    ],
+)
+def test_a_part_that_two_modules_share_is_one_block(shared: str, layers: list[str]) -> None:
+    model, cotangent = Pair(shared), rows(N, L * E, seed=5)
+    found = gradients_inside(model, [X], cotangent)
+    assert list(found) == layers
+    assert deviation(found, autograds(model, [X], cotangent)) < 1e-12
+    optimizer = kfactk.build(curvature="all", likelihood="gaussian").bind(model)
+    assert sum(row.block is not None for row in optimizer.recipe.coverage(model)) == 6
+    model(X).square().sum(1).mean().backward()
+    optimizer.step()
+    assert list(optimizer.layers) == layers
+
+
+def test_half_of_a_part_that_two_modules_share_is_left_out() -> None:
+    coverage = kfactk.build(curvature="all").coverage(Pair("out_proj.weight"))
+    assert not coverage.covered
+    assert "tied: it shares a parameter with b.out_proj.weight" in str(coverage)
 
 
 # ------------------------------------------------------------------------------- factors and steps
@@ -439,10 +508,10 @@ def tied(whole: bool) -> nn.Module:
 
 def test_modules_that_share_everything_are_one_layer() -> None:
     assert [len(layer.sites) for layer in layers_of(tied(whole=True))] == [2, 2]
-    assert layers_of(tied(whole=False)) == []
+    assert [len(layer.sites) for layer in layers_of(tied(whole=False))] == [2, 1, 1]
     other = tied(whole=True)
     other[1].num_heads = 1
-    assert layers_of(other) == []
+    assert [len(layer.sites) for layer in layers_of(other)] == [2, 2]
 
 
 class Halved(nn.MultiheadAttention):
