@@ -25,7 +25,10 @@ MADE_FROM = ("pyproject.toml", "noxfile.py", "kfactk/_version.py")
 WORKERS = str(min(os.cpu_count() or 1, 8))
 ALL = ("-n", WORKERS, "--dist", "loadgroup", "--durations=25")
 THOROUGH = "--thorough"
-FAMILIES = ("curvature", "basis", "fisher", "likelihood", "clip", "update", "pace", "placement", "tracker")
+FAMILIES = (
+    *("curvature", "basis", "fisher", "likelihood", "clip", "update", "pace", "placement"),
+    "tracker",
+)
 WRITE_PLUGINS = """
 import sys
 from kfactk.__main__ import main
