@@ -370,6 +370,13 @@ BROKEN = [  # family, text, the text that replaces it, the law that fails, its m
         "after close.*, .* of step .* is .*, not",
     ),
     (
+        "pace",
+        "return min(2 * intervals[0], self.longest)",
+        "return intervals[0] / 2",
+        "test_interval_counts_units",
+        "the interval is .*: make it a whole number of at least 1",
+    ),
+    (
         "placement",
         "number % ranks,",
         "number,",

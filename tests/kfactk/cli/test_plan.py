@@ -192,6 +192,16 @@ def test_plan_takes_exclude_and_stagger(capsys: pytest.CaptureFixture[str]) -> N
     assert other["worst"] < one["worst"]
 
 
+def test_plan_counts_what_a_pace_compares_with(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ("--model", SMALL, "--input", "64", "--placement", "replicated")
+    held = [
+        plan_json(capsys, *command, *pace)["rows"][0]["held"][0]
+        for pace in ((), ("--pace", "similar"))
+    ]
+    factors = 65**2 + 32**2 + 33**2 + 10**2  # by hand, in float32; two more sets are kept
+    assert held[1] - held[0] == 2 * 4 * factors
+
+
 def test_plan_says_if_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
         main(
