@@ -73,6 +73,7 @@ class Block:
     _flat: dict[str, Tensor] | None = None
     _input_factors: frozenset[str] | None = None
     _requires: frozenset[str] | None = None
+    _shape: tuple[int, ...] = ()
 
     @property
     def requires(self) -> frozenset[str]:
@@ -435,6 +436,13 @@ class Block:
             named[name] = to_working_dtype(tensor.detach())
         with attribute_errors("curvature", self.curvature, self._where):
             return self.curvature.matrix(self.layer, named)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the layer's matrix, `[..., d_out, d_in]`."""
+        if not self._shape:
+            self._shape = tuple(self.matrix({}).shape)
+        return self._shape
 
     def tensors(self, matrix: Tensor) -> dict[str, Tensor]:
         """Return the inverse of `matrix`."""

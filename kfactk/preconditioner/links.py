@@ -86,15 +86,7 @@ class Links:
 
     def _layers(self, dampings: Mapping[str, float] | None = None) -> list[LinkedLayer]:
         known = dampings or {}
-        return [
-            LinkedLayer(
-                block.layer,
-                tuple(block.matrix({}).shape),
-                known.get(block.name, block.damping),
-                LazyMatrices(block),
-            )
-            for block in self.blocks
-        ]
+        return [_linked(block, known.get(block.name, block.damping)) for block in self.blocks]
 
     # ------------------------------------------------------------------------------- measuring
 
@@ -113,7 +105,7 @@ class Links:
         """
         if not self._due or block not in self.blocks:
             return
-        layer = self._layers()[self.blocks.index(block)]
+        layer = _linked(block, block.damping)
         with self._timer.timed("factors"), self._errors(f"on layer {block.name!r}"):
             self._rows.setdefault(number, {})[block.name] = dict(self._stage.rows(layer, samples))
 
@@ -284,6 +276,10 @@ class Links:
 
     def _errors(self, where: str) -> attribute_errors:
         return attribute_errors(LINK, self._link, where)
+
+
+def _linked(block: Block, damping: float) -> LinkedLayer:
+    return LinkedLayer(block.layer, block.shape, damping, LazyMatrices(block))
 
 
 def ordered(link: Link, layers: Sequence[Layer]) -> list[Layer]:
