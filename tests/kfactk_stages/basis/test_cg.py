@@ -104,6 +104,27 @@ def test_enough_steps_are_the_solution_of_woodburys_formula(single):
     torch.testing.assert_close(found.flatten(), woodbury, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("sides", [(3, 4), (5, 2)])
+def test_pairs_of_one_example_are_one_gradient(sides):
+    """Several positions, two groups, zeros that fill up, and D_n beside: against dense algebra."""
+    d_out, d_in = sides
+    a = torch.randn(4, 3, 2, d_in, dtype=torch.float64)
+    g = torch.randn(4, 3, 2, d_out, dtype=torch.float64)
+    a[0, 2] = 0
+    single = torch.randn(2, 2, d_out, d_in, dtype=torch.float64)
+    operator = operator_of({"inputs": a, "gradients": g, "matrices": single}, 0.1, iterations=30)
+    v = torch.randn(2, d_out, d_in, dtype=torch.float64)
+    for group in range(2):
+        pairs = torch.einsum("nto,nti->noi", g[:, :, group], a[:, :, group])
+        d = torch.cat([pairs, single[:, group]])
+        fisher = d.flatten(1).T @ d.flatten(1)
+        dense = fisher + 0.1 * torch.eye(len(fisher), dtype=v.dtype)
+        solved = torch.linalg.solve(dense, v[group].flatten()).view(d_out, d_in)
+        torch.testing.assert_close(operator.solve(v)[group], solved, rtol=1e-9, atol=1e-10)
+        product = (fisher @ v[group].flatten()).view(d_out, d_in)
+        torch.testing.assert_close(operator.multiply(v)[group], product, rtol=1e-10, atol=1e-10)
+
+
 def test_each_step_is_the_best_in_its_krylov_space():
     rows, fisher = problem(spread=1)
     damping, v = 0.01, torch.randn(3, 4, dtype=torch.float64)
