@@ -85,7 +85,8 @@ class EntryMethod:
     @property
     def __wrapped__(self) -> Callable[..., Any]:
         """The method itself."""
-        return _method(self._root, self._name) if self._own is None else self._own
+        method: Callable[..., Any] | None = self._own
+        return _method(self._root, self._name) if method is None else method
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call the method."""
@@ -156,7 +157,10 @@ class EntryHandle:
             method.remove()
 
 
-def _method(module: nn.Module, name: str) -> Any:
+def _method(module: nn.Module, name: str) -> Callable[..., Any]:
     """Return the method that the class of a module gives it."""
-    found = inspect.getattr_static(type(module), name)
-    return found.__get__(module, type(module)) if hasattr(found, "__get__") else found
+    found: Any = inspect.getattr_static(type(module), name)
+    method: Callable[..., Any] = found
+    if hasattr(found, "__get__"):
+        method = found.__get__(module, type(module))
+    return method

@@ -322,16 +322,7 @@ class ClipLaws(InRecipe):
             )
             for p in pairs
         ]
-        cuts = [len(p.gradient) // 2 for p in flat]
-        firsts, seconds = (
-            [
-                attrs.evolve(
-                    p, gradient=p.gradient[rows(k)], preconditioned=p.preconditioned[rows(k)]
-                )
-                for p, k in zip(flat, cuts, strict=True)
-            ]
-            for rows in (slice, lambda k: slice(k, None))
-        )
+        firsts, seconds = _halves(flat)
         whole, factor = self.run(flat)
         (one, one_factor), (other, other_factor) = _on_shards(self.subject(), [firsts, seconds])
         says = (
@@ -394,6 +385,18 @@ def _clip_until_dot(
         return stage.clip(shard, replay)
     except _DotCalled as called:
         return called.products
+
+
+def _halves(pairs: Sequence[GradientPair]) -> tuple[list[GradientPair], list[GradientPair]]:
+    """Return the first and the second half of each pair of flat tensors."""
+    firsts: list[GradientPair] = []
+    seconds: list[GradientPair] = []
+    for p in pairs:
+        cut = len(p.gradient) // 2
+        for half, rows in ((firsts, slice(cut)), (seconds, slice(cut, None))):
+            parts = p.gradient[rows], p.preconditioned[rows]
+            half.append(attrs.evolve(p, gradient=parts[0], preconditioned=parts[1]))
+    return firsts, seconds
 
 
 def _doubles(pairs: Sequence[GradientPair]) -> list[Tensor]:

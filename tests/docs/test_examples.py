@@ -4,6 +4,7 @@ import ast
 import contextlib
 import functools
 import io
+import json
 import re
 import runpy
 from collections.abc import Callable
@@ -131,6 +132,33 @@ def test_poles_stay_up_longer(printed_by: Callable[[str], str]) -> None:
     steps = numbers("once in", printed_by("actor_critic"))
     assert len(steps) == 3
     assert steps[-1] > 1.5 * steps[0]
+
+
+@pytest.mark.parametrize("task", ["cartpole", "pendulum"])
+@pytest.mark.filterwarnings("error::kfactk.KfactkWarning")
+def test_acktr_writes_its_curve(
+    task: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("gymnasium")
+    steps = {"cartpole": "5120", "pendulum": "3200"}[task]
+    given = ["--task", task, "--steps", steps, "--seeds", "0", "--json", "acktr.json"]
+    monkeypatch.setattr("sys.argv", ["acktr.py", *given])
+    run("acktr", capsys, tmp_path, monkeypatch)
+    written = json.loads((tmp_path / "acktr.json").read_text())
+    [[*_, (at, last)]] = [found["curve"] for found in written["runs"]]
+    assert (written["task"], written["optimizer"], str(at)) == (task, "acktr", steps)
+    assert last > {"cartpole": 30, "pendulum": -1800}[task]  # a random policy has 20
+
+
+@pytest.mark.filterwarnings("error::kfactk.KfactkWarning")
+def test_agent_of_stable_baselines_learns(printed_by: Callable[[str], str]) -> None:
+    pytest.importorskip("stable_baselines3")
+    returns = numbers("return", printed_by("stable_baselines"))
+    assert len(returns) == 3
+    assert max(returns) > 150  # a random policy has 20
 
 
 def test_race_names_a_winner(
