@@ -288,6 +288,7 @@ class LayerHook:
                 arguments,
                 versions(arguments.values()),
                 replay,
+                0 if inside else folded_from(given[0]),
             )
             used = (parameter_at(module, name) for name in layer.parameters)
             present = tuple(parameter for parameter in used if parameter is not None)
@@ -334,6 +335,21 @@ def call_tensors(
         return given[0].detach(), {}
     (_, inputs), *others = named.items()
     return inputs, dict(others)
+
+
+def folded_from(inputs: Tensor) -> int:
+    """Return N where an input `[N T, d]` is a view of a tensor `[N, T, d]`; else 0.
+
+    Example:
+        >>> hidden = torch.ones(2, 3, 4)
+        >>> folded_from(hidden.view(-1, 4)), folded_from(hidden), folded_from(hidden[0])
+        (2, 0, 0)
+    """
+    base = inputs._base if inputs._is_view() else None
+    if base is None or inputs.ndim != 2 or base.ndim < 3:
+        return 0
+    whole = base.numel() == inputs.numel() and base.shape[-1] == inputs.shape[1]
+    return len(base) if whole and base.is_contiguous() and inputs.is_contiguous() else 0
 
 
 def _is_nested(root: nn.Module) -> bool:
