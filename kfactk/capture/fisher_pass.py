@@ -26,7 +26,13 @@ from kfactk.capture.user_backward import UserBackward
 from kfactk.errors import CaptureError, KfactkWarning
 from kfactk.samples import LayerCall, Samples
 from kfactk.stages import Fisher, Layer
-from kfactk.validation import attribute_errors, remainder_message, stage_label, unseen_message
+from kfactk.validation import (
+    attribute_errors,
+    folded_message,
+    remainder_message,
+    stage_label,
+    unseen_message,
+)
 
 
 class SampleTaker(Protocol):
@@ -435,6 +441,7 @@ class FisherPass:
             self._taker.mark_seen({call.record.layer for call in forward.calls})
         if not self._fisher.own_pass:
             if counts:
+                self._tell_folded(forward, heads)
                 self._watch(forward, heads, keep=True)
             return
         taken = self._take_inputs(forward, heads) if counts else set()
@@ -482,6 +489,22 @@ class FisherPass:
             told = self._layout_faults(forward, view) | told
         self._probed.update(new)
         self._taker.warn_of_layout({layer: fault for layer, fault in told.items() if fault})
+
+    def _tell_folded(self, forward: Forward, heads: Sequence[HeadView]) -> None:
+        """Warn of layers that see the tokens of all examples in one dimension.
+
+        Without passes of our own, only an input that is a view of `[N, T, d]` tells.
+        """
+        if heads[0].head is None:
+            return  # the number of examples is not known
+        examples, told = max(len(head.view) for head in heads), dict[Layer, str]()
+        for record in (call.record for call in forward.calls):
+            rows, layer = len(record.inputs), record.layer
+            new = layer not in self._probed and self._taker.tells_examples_apart(layer)
+            if new and record.folded == examples > 1 and rows > examples:
+                told[layer] = folded_message(layer.name, rows // examples, rows)
+        self._probed.update(told)
+        self._taker.warn_of_layout(told)
 
     def _layout_faults(self, forward: Forward, view: Tensor) -> dict[Layer, str]:
         """Return what is wrong with the examples of the layers that lead to a view, or ""."""

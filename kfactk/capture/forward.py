@@ -44,6 +44,7 @@ class RecordedCall:
         arguments: The other tensors that it was given, by name, detached.
         argument_versions: Their versions at the call.
         replay: Runs the call again, where the layer lies inside the module; `None` elsewhere.
+        folded: Where the input `[N T, d]` is a view of a tensor `[N, T, d]`, N; else 0.
     """
 
     layer: Layer
@@ -55,6 +56,7 @@ class RecordedCall:
     arguments: Mapping[str, Tensor] = attrs.field(factory=dict)
     argument_versions: Sequence[int] = ()
     replay: RecordedReplay | None = None
+    folded: int = 0
 
     @property
     def dtype(self) -> torch.dtype:

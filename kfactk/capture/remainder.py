@@ -15,6 +15,7 @@ is let pass.
 from __future__ import annotations
 
 import functools
+import math
 import weakref
 from collections.abc import Collection, Sequence
 
@@ -231,5 +232,5 @@ def _tells(rr: float, rw: float, rs: float, ww: float, ws: float, ss: float, noi
     spans = [rw**2 / ww if ww else 0.0, rs**2 / ss if ss else 0.0]
     if (area := ww * ss - ws**2) > 1e-6 * ww * ss:
         spans.append((rw**2 * ss - 2 * rw * rs * ws + rs**2 * ww) / area)
-    left: float = max(0.0, rr - max(spans)) ** 0.5
-    return left > max(noise, PENALTY * rr**0.5)
+    left = math.sqrt(max(0.0, rr - max(spans)))
+    return left > max(noise, PENALTY * math.sqrt(rr))
