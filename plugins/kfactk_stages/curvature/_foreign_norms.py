@@ -125,7 +125,8 @@ def _tried_in(module: nn.Module, dtype: torch.dtype) -> nn.Module | None:
         eps = float((1e-9 * centred).norm() / tiny.norm()) ** 2
         if not 1e-16 < eps < LARGEST_EPS:
             continue
-        made = kind(width, eps=_exact(module, kind, eps, dtype), elementwise_affine=False)
+        exact: Any = _exact(module, kind, eps, dtype)
+        made = kind(width, eps=exact, elementwise_affine=False)
         if _fits(run, made, x, (one, other, bias)):
             return made
     return None
@@ -226,12 +227,9 @@ def _copied(value: Any) -> Any:
     """Return a copy of what a forward may change in place, and other values as they are."""
     if isinstance(value, Tensor):
         return value.clone()
-    if isinstance(value, dict):
-        copied = copy.copy(value)
-        copied.update({key: _copied(each) for key, each in value.items()})
-        return copied
-    if isinstance(value, list):
-        copied = copy.copy(value)
-        copied[:] = map(_copied, value)
-        return copied
-    return copy.copy(value) if isinstance(value, set) else value
+    copied = copy.copy(value) if isinstance(value, (dict, list, set)) else value
+    if isinstance(copied, dict):
+        copied.update({key: _copied(each) for key, each in copied.items()})
+    elif isinstance(copied, list):
+        copied[:] = map(_copied, copied)
+    return copied
