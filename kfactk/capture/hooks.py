@@ -381,6 +381,21 @@ def call_tensors(
     return inputs, dict(others)
 
 
+def folded_from(inputs: Tensor) -> int:
+    """Return N where an input `[N T, d]` is a view of a tensor `[N, T, d]`; else 0.
+
+    Example:
+        >>> hidden = torch.ones(2, 3, 4)
+        >>> folded_from(hidden.view(-1, 4)), folded_from(hidden), folded_from(hidden[0])
+        (2, 0, 0)
+    """
+    base = inputs._base if inputs._is_view() else None
+    if base is None or inputs.ndim != 2 or base.ndim < 3:
+        return 0
+    whole = base.numel() == inputs.numel() and base.shape[-1] == inputs.shape[1]
+    return len(base) if whole and base.is_contiguous() and inputs.is_contiguous() else 0
+
+
 def _flat_tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     return [each for each in (*args, *kwargs.values()) if isinstance(each, Tensor)]
 
