@@ -173,8 +173,8 @@ def decompose_corners(block: Block, shapes: Mapping[str, tuple[int, ...]]) -> Pa
         shapes: The shapes of its matrices, by name.
     """
     if block.curvature.row_factors:  # to scale rows is quick, whatever their number
-        rows = {name: torch.ones(()).expand(shape) for name, shape in shapes.items()}
-        scaled = block.decompose(1.0, rows)
+        ones = {name: torch.ones(()).expand(shape) for name, shape in shapes.items()}
+        scaled = block.decompose(1.0, ones)
         return {n: {k: t.to("meta") for k, t in each.items()} for n, each in scaled.items()}
     corners, means = {}, {}
     for name, shape in shapes.items():
