@@ -172,11 +172,20 @@ class Optimizer(torch.optim.Optimizer):
         )
         self._watch = CoverageWatch(pre.survey)
         self._hooks = ModelHooks(self._model, self, evaluation=manual, entries=entries)
+        self._check_blocks()
+        self._look_for_losses()
+        self._expect_forward()
+
+    def _check_blocks(self) -> None:
+        """Check that blocks cover the model, fit into memory, and can be linked.
+
+        Raises:
+            CombinationError: They do not cover it, or cannot be linked.
+            MemoryExhaustedError: They do not fit.
+        """
         self._check_coverage()
         self._check_sizes()
         self._check_link()
-        self._look_for_losses()
-        self._expect_forward()
 
     def _check_coverage(self) -> None:
         """Check that something is preconditioned, and with `strict` everything.
@@ -197,7 +206,7 @@ class Optimizer(torch.optim.Optimizer):
                 "no layer is preconditioned: the update rule alone trains this model. See "
                 "print(recipe.coverage(model)) for the reasons. Are these parameters this model's?",
                 KfactkWarning,
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def _check_sizes(self) -> None:
@@ -214,7 +223,7 @@ class Optimizer(torch.optim.Optimizer):
             self.close()
             raise
         if told:
-            warnings.warn(told, KfactkWarning, stacklevel=4)
+            warnings.warn(told, KfactkWarning, stacklevel=5)
 
     def _check_link(self) -> None:
         """Check that the recipe's link can join the layers, and that every rank holds them.

@@ -205,9 +205,9 @@ def test_layers_leave_while_the_backward_runs_unless_the_graph_is_kept(
     at_the_input: list[str] = []
     accumulate = optimizer._preconditioner.accumulate
 
-    def noted(layer: Any, *args: Any) -> None:
+    def noted(layer: Any, *args: Any, **options: Any) -> None:
         taken.append(layer.name)
-        accumulate(layer, *args)
+        accumulate(layer, *args, **options)
 
     monkeypatch.setattr(optimizer._preconditioner, "accumulate", noted)
     x = X.clone().requires_grad_()
