@@ -123,15 +123,12 @@ class Optimizer(torch.optim.Optimizer):
         self._needs_scaler = scaler is None and not recipe.fisher.own_pass
         self._groups: dict[int, dict[str, Any]] = {}
         self._shown = ShownState()
-        defaults = {
-            "lr": recipe.lr,
-            "damping": run.damping,
-            "weight_decay": recipe.weight_decay,
-        }
+        decay = recipe.weight_decay
+        defaults = {"lr": recipe.lr, "damping": run.damping, "weight_decay": decay}
         super().__init__(model.parameters() if params is None else params, defaults)
         groups = self.param_groups
         with note_stage("update", recipe.update, "making the optimizer"):
-            self._inner = recipe.update.make(groups, lr=recipe.lr, weight_decay=recipe.weight_decay)
+            self._inner = recipe.update.make(groups, lr=recipe.lr, weight_decay=decay)
         self._inner.param_groups = groups
         self._rules_options = tuple(self._inner.defaults)
         self.defaults = {**self._inner.defaults, **defaults}
