@@ -1,7 +1,8 @@
-"""What the clips share: the check of a limit, sums of squares in float32, scaling on the device."""
+"""What the clips share: the check of a limit, sums in float32, scaling on the device."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -17,6 +18,21 @@ _HALF_PRECISIONS = (torch.float16, torch.bfloat16)
 def widen(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return half-precision tensors as float32, so that squares can be summed; others as is."""
     return [t.float() if t.dtype in _HALF_PRECISIONS else t for t in tensors]
+
+
+def weighted_sum(products: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return the sum of 0-dimensional tensors with weights, without waiting for the device."""
+    by_weight: dict[float, list[Tensor]] = {}
+    for product, weight in zip(products, weights, strict=True):
+        by_weight.setdefault(weight, []).append(product)
+    sums = [torch.stack(same).sum() * weight for weight, same in by_weight.items()]
+    return torch.stack(sums).sum()
+
+
+def shortening(square: Tensor, bound: float) -> Tensor:
+    """Return the factor of a step with which its squared length is at most a bound; at most 1."""
+    # The root of the quotient could underflow; the quotient of the roots does not.
+    return torch.where(square > bound, math.sqrt(bound) / square.sqrt(), 1.0)
 
 
 def scale(tensors: Sequence[Tensor], factor: Tensor) -> list[Tensor]:

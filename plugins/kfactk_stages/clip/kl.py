@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar
 
 import attrs
-import torch
 from torch import Tensor
 
 from kfactk import Dot, GradientPair, hookimpl
-from kfactk_stages.clip._scaling import check_limit, scale, unit_factor, widen
+from kfactk_stages.clip._scaling import (
+    check_limit,
+    scale,
+    shortening,
+    unit_factor,
+    weighted_sum,
+    widen,
+)
 
 
 @attrs.frozen
@@ -38,6 +43,7 @@ class KlClip:
         OptionError: `limit` is not a positive finite number.
 
     Example:
+        >>> import torch
         >>> from kfactk import GradientPair
         >>> def dot(xs, ys):
         ...     return torch.stack([(x * y).sum() for x, y in zip(xs, ys)])
@@ -63,14 +69,7 @@ class KlClip:
         if not tensors:
             return [], unit_factor(tensors)
         products = dot(widen([pair.gradient for pair in pairs]), widen(tensors)).unbind()
-        by_lr: dict[float, list[Tensor]] = {}
-        for pair, product in zip(pairs, products, strict=True):
-            by_lr.setdefault(pair.lr, []).append(product)
-        total = torch.stack(
-            [torch.stack(same).sum() * (lr * lr) for lr, same in by_lr.items()]
-        ).sum()
-        # The root of the quotient could underflow; the quotient of the roots does not.
-        factor = torch.where(total > self.limit, math.sqrt(self.limit) / total.sqrt(), 1.0)
+        factor = shortening(weighted_sum(products, [pair.lr**2 for pair in pairs]), self.limit)
         return scale(tensors, factor), factor
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -12,7 +11,7 @@ from torch import Tensor
 
 from kfactk import Dot, GradientPair, hookimpl
 from kfactk.options import number
-from kfactk_stages.clip._scaling import scale, unit_factor, widen
+from kfactk_stages.clip._scaling import scale, shortening, unit_factor, weighted_sum, widen
 
 LEAST_SHARE = 1e-3
 """Least share of `<g, p>` that `p^T F p` is taken for: below, rounding decides the difference."""
@@ -77,22 +76,11 @@ class TrustRegion:
         wide = widen(tensors)
         damped = dot(widen([pair.gradient for pair in pairs]), wide).unbind()
         squares = dot(wide, wide).unbind()
-        total = _weighted(damped, [pair.lr**2 for pair in pairs])
-        excess = _weighted(squares, [pair.lr**2 * pair.damping for pair in pairs])
+        total = weighted_sum(damped, [pair.lr**2 for pair in pairs])
+        excess = weighted_sum(squares, [pair.lr**2 * pair.damping for pair in pairs])
         length = torch.fmax(total - excess, LEAST_SHARE * total)  # inf - inf is left out
-        # The root of the quotient could underflow; the quotient of the roots does not.
-        bound = 2 * self.radius
-        factor = torch.where(length > bound, math.sqrt(bound) / length.sqrt(), 1.0)
+        factor = shortening(length, 2 * self.radius)
         return scale(tensors, factor), factor
-
-
-def _weighted(products: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Return the sum of 0-dimensional tensors with weights, which the device need not wait for."""
-    by_weight: dict[float, list[Tensor]] = {}
-    for product, weight in zip(products, weights, strict=True):
-        by_weight.setdefault(weight, []).append(product)
-    sums = [torch.stack(same).sum() * weight for weight, same in by_weight.items()]
-    return torch.stack(sums).sum()
 
 
 @hookimpl
