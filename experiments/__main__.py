@@ -111,6 +111,13 @@ def _add_searches(parser: argparse.ArgumentParser) -> None:
         "(equal trials for all, by validation loss); writes to runs/PRESET-PROTOCOL",
     )
     parser.add_argument(
+        "--trials",
+        type=Path,
+        metavar="DIR",
+        help="a folder of results, such as results/cifar10-small/fair: take the trials of its "
+        "search, and train only those it lacks",
+    )
+    parser.add_argument(
         "--workers",
         type=int,
         default=0,
@@ -170,6 +177,11 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
         raise ExperimentError("--workers must be at least 1, or 0 for the default")
     if arguments.preset is not None and arguments.config is not None:
         raise ExperimentError("--preset and --config both name the settings: give one of them")
+    if arguments.trials is not None and (arguments.search is None or arguments.batch_sizes):
+        raise ExperimentError(
+            "--trials takes the trials of one search: give --search and its protocol too, and no "
+            "--batch-sizes"
+        )
     changes = [*_changes(arguments), *arguments.set]
     study = (
         settings.load(arguments.preset or settings.DEFAULT, changes)
@@ -196,6 +208,7 @@ def _run(arguments: argparse.Namespace, command: str) -> None:
         resume=arguments.resume or _number("TORCHELASTIC_RESTART_COUNT") > 0,
         command=command,
         search=arguments.search,
+        trials=arguments.trials,
         workers=arguments.workers,
         results=arguments.results,
     )

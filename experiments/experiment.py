@@ -52,6 +52,7 @@ class Options:
         resume: Whether to continue the runs in `output`.
         command: The command that started this study, for the report.
         search: The protocol of a search before the runs, or `None`.
+        trials: A folder of results with the trials of that search, or `None`.
         workers: Processes that share the runs; 0 for as many as cores allow.
         results: Another folder for the compact results, or `None`.
     """
@@ -62,6 +63,7 @@ class Options:
     resume: bool
     command: str
     search: str | None = None
+    trials: Path | None = None
     workers: int = 0
     results: Path | None = None
 
@@ -203,6 +205,8 @@ class _Conductor:
         search = Search(
             self._study, protocol, dataset, self._options.output / "search", self._where
         )
+        if self._options.trials is not None:
+            search.take(self._options.trials)
         for groups in search.stages():
             if groups:
                 stage = groups[0][0].trial["stage"]

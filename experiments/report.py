@@ -179,18 +179,20 @@ def _template(name: str, finalize: Any) -> jinja2.Template:
         keep_trailing_newline=True,
         finalize=finalize,
     )
-    environment.filters["md"] = lambda text: Markup(escape(_markdown(text)))
+    environment.filters["md"] = _markdown
     return environment.get_template(name)
 
 
-def _markdown(value: Any) -> Any:
-    r"""Return text with the signs of Markdown escaped; what is marked as safe stays.
+def _markdown(value: Any) -> Markup:
+    r"""Return text with the signs of Markdown and HTML escaped; what is marked as safe stays.
 
     Example:
-        >>> _markdown("a*b|[c]"), _markdown(Markup("a*b"))
-        ('a\\*b\\|\\[c\\]', Markup('a*b'))
+        >>> str(_markdown("Adam's a*b < [c]")), str(_markdown(Markup("a*b")))
+        ("Adam's a\\*b &lt; \\[c\\]", 'a*b')
     """
-    return value if hasattr(value, "__html__") else re.sub(r"([\\`*_\[\]|$])", r"\\\1", str(value))
+    if isinstance(value, Markup):
+        return value
+    return Markup(escape(re.sub(r"([\\`*_\[\]|$])", r"\\\1", str(value)), quote=False))
 
 
 def _inline(name: str, drawn: Drawn) -> Markup:

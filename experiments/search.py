@@ -16,7 +16,7 @@ from typing import Any
 
 import attrs
 
-from experiments import runner
+from experiments import results, runner
 from experiments.data import Dataset
 from experiments.errors import ExperimentError, system_reason
 from experiments.runner import Job
@@ -50,6 +50,11 @@ class Row:
     options: Mapping[str, float]
     value: float | None
     seconds: float
+
+    @property
+    def key(self) -> tuple[str, str, int, int]:
+        """What tells it from all others of its search."""
+        return self.algorithm, self.stage, self.number, self.seed
 
 
 def participants(study: Study, protocol: str) -> tuple[ThesisSearch | FairSearch, list[str]]:
@@ -108,6 +113,43 @@ class Search:
             return quasi_random(algorithm, self.how)
         grid = (self.how.second_order if algorithm.second_order else self.how.first_order).values
         return [dict(zip(grid, each, strict=True)) for each in itertools.product(*grid.values())]
+
+    def take(self, folder: Path) -> None:
+        """Take the trials of a search from committed results, for the algorithms of this one.
+
+        Raises:
+            ExperimentError: There are none, or of a search on other terms.
+        """
+        other = results.read(folder)
+        theirs, chosen = other.study, other.searches.get(self.protocol, {}).get("chosen", {})
+        if not chosen:
+            raise ExperimentError(
+                f"--trials: {folder} holds no search by the {self.protocol} protocol: give the "
+                "results of one, or leave --trials out"
+            )
+        mine, differ = self.study, []
+        if (mine.data, mine.model) != (theirs.data, theirs.model):
+            differ.append("other examples or another model")
+        if mine.training.batch_size != theirs.training.batch_size:
+            differ.append("another batch size")
+        if _length(self.how) != _length(getattr(theirs.search, self.protocol)):
+            differ.append("trials of another length")
+        for name in mine.algorithms.keys() & chosen.keys():
+            ours, their = (
+                study.algorithms[name].with_options(**chosen[name]) for study in (mine, theirs)
+            )
+            if (ours.optimizer, ours.options) != (their.optimizer, their.options):
+                differ.append(f"another {name}")
+        if differ:
+            raise ExperimentError(
+                f"--trials: {folder} has {', '.join(sorted(differ))}: leave --trials out to search "
+                "again, or choose algorithms that are the same with --algorithms"
+            )
+        known = {row.key for row in self._journal.rows()}
+        for trial in other.searches[self.protocol]["trials"]:
+            row = Row(**trial)
+            if row.algorithm in mine.algorithms and row.key not in known:
+                self._journal.add(row)
 
     def stages(self) -> Iterator[list[list[Job]]]:
         """Yield the trials that lack a row, stage by stage; rows are added by `Rows`."""
@@ -196,17 +238,15 @@ class Search:
         return found
 
     def _jobs(self, stage: str, wanted: Sequence[tuple[Algorithm, int, int]]) -> list[list[Job]]:
-        done = {
-            (row.algorithm, row.stage, row.number, row.seed): row for row in self._journal.rows()
-        }
+        done = {row.key: row for row in self._journal.rows()}
         images, jobs = self._dataset.checksum(), []
         for algorithm, number, seed in wanted:
             options = self.points(algorithm)[number]
             if row := done.get((algorithm.name, stage, number, seed)):
                 if dict(row.options) != options:
                     raise ExperimentError(
-                        f"--resume: the trials in {self._journal.path} are of another search: "
-                        "choose another --output, or leave out --resume to start again"
+                        f"the trials in {self._journal.path} are of another search: choose "
+                        "another --output, or leave out --resume and --trials to start again"
                     )
                 continue
             study, tried = self._short(algorithm), algorithm.with_options(**options)
@@ -235,6 +275,15 @@ class Search:
         return attrs.evolve(
             self.study, training=attrs.evolve(self.study.training, epochs=epochs, alternate=False)
         )
+
+
+def _length(how: ThesisSearch | FairSearch | None) -> tuple[Any, ...]:
+    """Return what a trial trains on, and how long."""
+    if isinstance(how, ThesisSearch):
+        return how.train, how.seed, how.first_order.epochs, how.second_order.epochs
+    if isinstance(how, FairSearch):
+        return how.train, how.seed, how.epochs, how.validation
+    return ()
 
 
 class Rows(runner.Listener):

@@ -17,6 +17,7 @@ from experiments.data import Dataset
 from experiments.errors import ExperimentError
 from experiments.ranks import Communicator
 from experiments.runner import Job
+from experiments.results import Results
 from experiments.search import Row, Rows, Search
 from experiments.settings import Study
 from experiments.store import Run
@@ -283,6 +284,65 @@ def test_trials_of_another_search_are_refused(own_study: OWN, tmp_path: Path):
     changed = attrs.evolve(study, algorithms={**study.algorithms, "adamw": other})
     with pytest.raises(ExperimentError, match="are of another search"):
         conducted((changed, dataset), "fair", tmp_path)
+
+
+def written(own_study: OWN, found: Search, protocol: str, folder: Path) -> Path:
+    """Results with the summary of a search."""
+    study, _ = own_study
+    Results(
+        study=attrs.evolve(found.tuned(), training=with_training(study, epochs=9).training),
+        dataset="own",
+        device="cpu",
+        command="",
+        runs=[],
+        searches={protocol: found.summary()},
+    ).write(folder)
+    return folder
+
+
+@pytest.mark.parametrize("protocol", ["thesis", "fair"])
+def test_trials_are_taken_from_results(protocol: str, own_study: OWN, tmp_path: Path):
+    """All of them: none runs again, and the same settings are found; those it lacks are run."""
+    study, dataset = own_study
+    whole, jobs = conducted(own_study, protocol, tmp_path / "whole")
+    folder = written(own_study, whole, protocol, tmp_path / "results")
+    again = begun(own_study, protocol, tmp_path / "again")
+    again.take(folder)
+    again.take(folder)
+    assert [groups for groups in again.stages() if groups] == []
+    assert again.summary() == whole.summary()
+    part, _ = conducted((study.only(["adamw"]), dataset), protocol, tmp_path / "part")
+    folder = written((study.only(["adamw"]), dataset), part, protocol, tmp_path / "adamw")
+    more = begun(own_study, protocol, tmp_path / "more")
+    more.take(folder)
+    ran = [job for groups in more.stages() for (job,) in groups]
+    assert {job.algorithm.name for job in ran} == {"ekfac"}
+    assert sum(job.algorithm.name == "ekfac" for job in jobs) >= len(ran) > 0
+
+
+def test_trials_of_other_terms_are_not_taken(own_study: OWN, tmp_path: Path):
+    study, dataset = own_study
+    found, _ = conducted(own_study, "fair", tmp_path / "one")
+    folder = written(own_study, found, "fair", tmp_path / "results")
+    ekfac, how = study.algorithms["ekfac"], study.search.fair
+    changes: dict[str, Study] = {
+        "another ekfac": attrs.evolve(
+            study,
+            algorithms={**study.algorithms, "ekfac": ekfac.with_options(update="nag")},
+        ),
+        "trials of another length": attrs.evolve(
+            study, search=attrs.evolve(study.search, fair=attrs.evolve(how, epochs=3))
+        ),
+        "another batch size": with_training(study, batch_size=4),
+        "other examples": attrs.evolve(study, data=attrs.evolve(study.data, seed=1)),
+    }
+    for text, changed in changes.items():
+        with pytest.raises(ExperimentError, match=f"--trials: .* has {text}"):
+            begun((changed, dataset), "fair", tmp_path / "two").take(folder)
+    with pytest.raises(ExperimentError, match="holds no search by the thesis protocol"):
+        begun(own_study, "thesis", tmp_path / "two").take(folder)
+    with pytest.raises(ExperimentError, match="cannot be read"):
+        begun(own_study, "fair", tmp_path / "two").take(tmp_path)
 
 
 @pytest.mark.parametrize("content", [b"no journal\n", b"{}\n", b"\xff\n", None])
