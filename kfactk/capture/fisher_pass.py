@@ -20,6 +20,7 @@ from kfactk.capture.heads import Head, HeadView, of_the_loss, terms_of, with_cla
 from kfactk.capture.layout import LayoutSketch, Marks, layout_fault, sketch
 from kfactk.capture.loss_check import LossCheck
 from kfactk.capture.remainder import Remainders
+from kfactk.capture.replay import tensors_of
 from kfactk.capture.support import is_distributed
 from kfactk.capture.torch_modes import full_precision
 from kfactk.capture.user_backward import UserBackward
@@ -95,6 +96,9 @@ class SampleTaker(Protocol):
 
     def needs_pass(self) -> bool:
         """Return whether gradients are needed."""
+
+    def needs_gradients(self) -> bool:
+        """Return whether they are in any step; otherwise inputs alone are measured."""
 
     def leave(self, layers: Iterable[Layer]) -> None:
         """Follow these layers no more: what was seen of them is not the whole."""
@@ -338,6 +342,9 @@ class FisherPass:
             CaptureError: The output holds no tensor that the likelihood can read, or depends on
                 layers also past their recorded calls.
         """
+        if not self._taker.needs_gradients():
+            self._take_inputs_alone(forward)
+            return
         heads = self._read(forward, {**forward.batch, **batch})
         if heads[0].head is not None:
             forward.count_examples(max(len(head.view) for head in heads))
@@ -459,11 +466,27 @@ class FisherPass:
     def _take_inputs(self, forward: Forward, heads: Sequence[HeadView]) -> set[Layer]:
         """Take the layers that need no gradients, and return them."""
         sink = LayerSink(self._taker, forward.layers, terms_of(heads))
+        self._hand_inputs(forward, [head.view for head in heads], sink)
+        return sink.taken
+
+    def _hand_inputs(
+        self, forward: Forward, starts: Sequence[Tensor] | None, sink: LayerSink
+    ) -> None:
         with torch.no_grad():
-            starts = [head.view for head in heads]
             for layer, calls in forward.inputs(self._taker.input_only(), starts).items():
                 sink(layer, calls)
-        return sink.taken
+
+    def _take_inputs_alone(self, forward: Forward) -> None:
+        """Take a forward of which inputs are all that is measured, whatever its loss will be."""
+        starts = [each for each in tensors_of(forward.output) if each.requires_grad]
+        exact = full_precision({each.device.type for each in starts})
+        with exact, self._taker.forward():
+            forward = self._guarded(forward, starts)
+            self._taker.begin_forward()
+            sink = LayerSink(self._taker, forward.layers, 1.0)
+            self._hand_inputs(forward, starts or None, sink)  # an output may hide its tensors
+            sink.finish()
+        self._taker.end_forward()
 
     def _probe(self, forward: Forward, views: Sequence[Tensor]) -> None:
         """Find which rows of layers belong to which examples of the output, once for each layer.

@@ -186,13 +186,21 @@ class Forward:
                     if versions(own) != counts:
                         torch._foreach_copy_(own, values)
 
-    def inputs(self, names: Set[str], starts: Iterable[Tensor]) -> dict[Layer, list[LayerCall]]:
-        """Return the calls of these layers that lead to one of `starts`, without gradients."""
+    def inputs(
+        self, names: Set[str], starts: Sequence[Tensor] | None
+    ) -> dict[Layer, list[LayerCall]]:
+        """Return the calls of these layers that lead to one of `starts`, without gradients.
+
+        Args:
+            names: Names of the layers.
+            starts: Tensors that the model made; `None` for all calls.
+        """
         found: dict[Layer, list[LayerCall]] = {}
-        reached = set().union(*map(_reachable, starts)) if names else set()
+        reached = set().union(*map(_reachable, starts)) if names and starts else set()
         for call in self.calls:
             layer = call.record.layer
-            if layer.name in names and not reached.isdisjoint(call.tops):
+            leads = starts is None or not reached.isdisjoint(call.tops)
+            if layer.name in names and leads:
                 found.setdefault(layer, []).extend(call.record.without_gradient())
         return found
 

@@ -437,7 +437,7 @@ class Optimizer(torch.optim.Optimizer):
                 "recipe again to go on."
             )
         self._hooks.reset()
-        if self._needs_scaler and self._preconditioner.follows_any() and called_by_scaler():
+        if self._needs_scaler and self._preconditioner.needs_gradients() and called_by_scaler():
             raise CaptureError(
                 "a GradScaler takes this step, and the Fisher stage measures your own backward, "
                 "whose gradients it has scaled. Give it to bind: recipe.bind(model, "

@@ -417,7 +417,11 @@ def _rule(spec: BlockSpec, usual: Basis, pace: Pace | None) -> BlockRule:
 def _fits(curvature: Curvature, basis: Basis) -> bool:
     """Return whether a curvature has what a basis needs, and the basis a use for it."""
     of_gradient = curvature.statistics_from == "gradient"
-    measures = basis.moments_from != "samples" if of_gradient else "fisher" not in basis.waives
+    measures = (
+        basis.moments_from != "samples"
+        if of_gradient
+        else bool(basis.requires) or "fisher" not in basis.waives
+    )
     return basis.requires <= curvature.provides and measures
 
 

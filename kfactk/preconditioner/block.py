@@ -72,6 +72,7 @@ class Block:
     _operator: tuple[float, CurvatureOperator] | None = None
     _flat: dict[str, Tensor] | None = None
     _input_factors: frozenset[str] | None = None
+    _inputs_suffice: bool | None = None
     _requires: frozenset[str] | None = None
     _shape: tuple[int, ...] = ()
 
@@ -117,6 +118,19 @@ class Block:
     def of_gradient(self) -> bool:
         """Whether its factors are statistics of the user's gradient: no forward is followed."""
         return self.curvature.statistics_from == "gradient"
+
+    @property
+    def inputs_suffice(self) -> bool:
+        """Whether inputs alone make all that its basis requires: no gradient is measured then."""
+        if self._inputs_suffice is None:
+            names, self._inputs_suffice = self.input_factors(), False
+            if names and not self.sampled and not self.measures_nothing:
+                samples = self.blank_samples()
+                with attribute_errors("curvature", self.curvature, self._where):
+                    found = self.curvature.input_factors(self.layer, samples)
+                    made = self.curvature.assemble(self.layer, _zeros(found))
+                self._inputs_suffice = self.requires <= set(made)
+        return self._inputs_suffice
 
     @property
     def measures_nothing(self) -> bool:
@@ -463,9 +477,10 @@ class Block:
         if self.of_gradient:
             found = self.factors_of_gradient(self.matrix({}))
             return {key.removeprefix("factor."): each for key, each in found.items()}
-        samples = self.blank_samples()
+        samples, suffice = self.blank_samples(), self.inputs_suffice
         with attribute_errors("curvature", self.curvature, self._where):
-            return self.curvature.factors(self.layer, samples)
+            measure = self.curvature.input_factors if suffice else self.curvature.factors
+            return measure(self.layer, samples)
 
     def blank_moments(self, decomposition: Decomposition) -> dict[str, Statistic]:
         """Return moments without data, by their names."""

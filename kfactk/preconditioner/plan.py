@@ -54,6 +54,7 @@ class BlockPlan:
         stagger: bool = False,
         soon: bool = False,
         input_factors: frozenset[str] = frozenset(),
+        inputs_suffice: bool = False,
     ) -> BlockPlan:
         """Return the plan of a block when the schedule says that `now` is due.
 
@@ -73,14 +74,19 @@ class BlockPlan:
                 layers would be in memory together.
             soon: Whether the schedule brings the scale so soon that the first one waits for that.
             input_factors: Names of the factors that are summed apart.
+            inputs_suffice: Whether there are no other factors.
         """
         new, overdue = not state.ready, state.overdue
         basis = new or now.basis or overdue.basis
-        factors = new or now.factors or overdue.factors
+        factors = not inputs_suffice and (new or now.factors or overdue.factors)
         inputs = new or now.inputs or overdue.inputs if input_factors else factors
         waits = new and stagger and sampled and not of_gradient
         scale = sampled and not waits and (new or now.scale or overdue.scale)
-        scheduled = now.factors or (bool(input_factors) and now.inputs) or (sampled and now.scale)
+        scheduled = (
+            (now.factors and not inputs_suffice)
+            or (bool(input_factors) and now.inputs)
+            or (sampled and now.scale)
+        )
         scheduled = scheduled or (new and not state.missed)
         return cls(
             factors,

@@ -138,7 +138,12 @@ class Planner:
                 here=self._placement.everywhere(block.name),
                 stagger=schedule.stagger,
                 soon=soon[part],
-                input_factors=block.input_factors() if schedule.stagger else frozenset(),
+                input_factors=(
+                    block.input_factors()
+                    if schedule.stagger or block.inputs_suffice
+                    else frozenset()
+                ),
+                inputs_suffice=block.inputs_suffice,
             )
         return StepPlan(plans, self._counts_terms(due(0, 0).scale, blocks, plans))
 

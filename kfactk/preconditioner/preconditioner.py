@@ -146,9 +146,13 @@ class Preconditioner:
             self.links.follow(blocks)
             self.links.plan(self._plan)
 
-    def follows_any(self) -> bool:
-        """Return whether any block is measured in forwards, and not on the gradient alone."""
-        return any(not block.of_gradient for block in self.blocks.current())
+    def needs_gradients(self) -> bool:
+        """Return whether any block is measured on gradients that layers get in a backward."""
+        return any(
+            block.moments_of_gradient or not block.inputs_suffice
+            for block in self.blocks.current()
+            if not block.of_gradient
+        )
 
     def expects_forward(self, step: int) -> bool:
         """Prepare for a step between steps, and return whether it needs a forward."""

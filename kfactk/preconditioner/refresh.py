@@ -113,7 +113,11 @@ class Refresh:
         with self._timed("factors", any(plan.factors or plan.inputs for plan in plans.values())):
             self._update(seen, averages, "factor")
             self._update(seen, averages, "link")
-        measured = [block for block, plan in seen.items() if plan.factors]
+        measured = [
+            block
+            for block, plan in seen.items()
+            if plan.factors or (plan.inputs and block.inputs_suffice)
+        ]
         compared = self.pacer.compare(measured, averages)
         due = [block for block, plan in seen.items() if plan.basis]
         before = {block: block.state.snapshot() for block in due}

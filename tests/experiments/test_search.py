@@ -16,8 +16,8 @@ from experiments import data, runner, search, settings
 from experiments.data import Dataset
 from experiments.errors import ExperimentError
 from experiments.ranks import Communicator
-from experiments.runner import Job
 from experiments.results import Results
+from experiments.runner import Job
 from experiments.search import Row, Rows, Search
 from experiments.settings import Study
 from experiments.store import Run
