@@ -1,6 +1,7 @@
 """Load examples into memory, by name.
 
-They are scikit-learn's digits, as they are or enlarged, MNIST-1D, CIFAR-10 as files or image folders, and source code.
+They are scikit-learn's digits, also enlarged, MNIST-1D, CIFAR-10 as files or image folders, and
+source code.
 """
 
 from __future__ import annotations

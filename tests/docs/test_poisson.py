@@ -1,6 +1,6 @@
-"""The curvature of the example of Poisson's equation: autograd's gradient of each residual is truth.
+"""The curvature of the example of Poisson's equation, against autograd's gradient of each residual.
 
-The truth is a plain network with biases, whose derivatives in the points are autograd's own.
+The truth is of a plain network with biases, whose derivatives in the points are autograd's own.
 """
 
 import runpy
@@ -64,6 +64,11 @@ def halves(model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
     )
 
 
+def step(optimizer: kfactk.Optimizer, residuals: Tensor) -> None:
+    (residuals.square().mean() / 2).backward()
+    optimizer.step()
+
+
 def test_jets_are_the_derivatives_of_a_network_with_biases(script, points):
     model = script.Jet(2, 6, 5, 1)
     u, slope, laplacian = derivatives(*halves(model), points[0])
@@ -104,8 +109,7 @@ def test_curvature_is_that_of_the_residuals(basis: str, script, points):
         **{"update": "sgd", "factor_every": 1, "basis_every": 1, "lr": 1e-9},
     )
     optimizer = recipe.bind(model)
-    (model(*points).square().mean() / 2).backward()
-    optimizer.step()
+    step(optimizer, model(*points))
     for hook in hooks:
         hook.remove()
     for i, d in enumerate(truth):
@@ -152,7 +156,6 @@ def test_a_bias_that_derivatives_are_freed_of_afterwards_is_refused(script, poin
         curvature="kfac", fisher="exact", likelihood="gaussian", factor_every=1, update="sgd"
     )
     optimizer = recipe.bind(model)
-    with pytest.raises(CaptureError, match="layers.0"):
-        (model(*points).square().mean() / 2).backward()
-        optimizer.step()
+    with pytest.raises(CaptureError, match=r"layers\.0"):
+        step(optimizer, model(*points))
     optimizer.close()

@@ -176,7 +176,9 @@ def test_runs_without_accuracies_show_none(tmp_path: Path):
     page = (root / "docs" / "results.md").read_text()
     page = page[page.index("## Made-up runs") : page.index("## What a step costs")]
     for text in (words, page, terminal(results, 80)):
-        assert not re.search(r"accurac|acc\.|nats|nan|None(?! can)|of the thesis$", text, re.MULTILINE)
+        assert not re.search(
+            r"accurac|acc\.|nats|nan|None(?! can)|of the thesis$", text, re.MULTILINE
+        )
         assert "the squared error of an image, summed over its pixels" in " ".join(text.split())
     assert "training loss (squared error of an image, log axis)" in words
     assert "these runs do not classify" in words
