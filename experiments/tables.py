@@ -20,12 +20,7 @@ from experiments.settings import LOSSES, METRICS
 from experiments.statistics import FAILS, HOLDS, UNDECIDED, Spread, number
 from experiments.store import flatten
 
-SHORT = {
-    "train_loss": "training loss",
-    "train_accuracy": "training acc. %",
-    "test_loss": "test loss",
-    "test_accuracy": "test acc. %",
-}
+SHORT = {metric: name.replace("accuracy", "acc. %") for metric, name in METRICS.items()}
 NOT_REACHED = "not reached"
 WORDS = {HOLDS: "better", FAILS: "worse", UNDECIDED: "undecided"}
 
