@@ -95,8 +95,8 @@ def main(steps=400):
         fisher="exact",  # one pass, since a residual is one number
         likelihood="gaussian",  # of half a squared residual
         update="adam",
-        lr=0.003,
-        damping=0.001,
+        lr=0.01,
+        damping=0.1,
         factor_every=1,
         scale_every=1,
         basis_every=10,
@@ -104,7 +104,7 @@ def main(steps=400):
     model = network()
     train("kfactk", model, recipe.bind(model), steps)
     model = network()
-    train("Adam", model, torch.optim.Adam(model.parameters(), lr=0.003), steps)
+    train("Adam", model, torch.optim.Adam(model.parameters(), lr=0.01), steps)
 
 
 if __name__ == "__main__":

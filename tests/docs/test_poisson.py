@@ -120,7 +120,7 @@ def test_curvature_is_that_of_the_residuals(basis: str, script, points):
             view.factors["A"], torch.einsum("nta,ntb->ab", rows, rows) / POINTS, **EXACT
         )
         if basis == "ekfac":
-            left, right = (view.decomposition[name]["vectors"] for name in ("G", "A"))
+            left, right = (view.decomposition[name]["eigenvectors"] for name in ("G", "A"))
             scale = (left.T @ d @ right).square().sum(0) / POINTS
             torch.testing.assert_close(view.scale["scale"], scale, **EXACT)
     optimizer.close()
