@@ -2,7 +2,7 @@
 
 Run them with `python -m experiments` or `nox -s experiments`. Modules import in this direction:
 
-    settings -> store -> data, models, algorithms -> training -> runner
+    settings -> store -> data, models, algorithms -> tasks -> training -> runner
              -> tracking, progress, search -> experiment
     store -> results -> statistics -> claims, figures, tables -> report -> experiment
 

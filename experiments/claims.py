@@ -69,7 +69,9 @@ def check(results: Results) -> list[Claim]:
     have = {algorithm.name for algorithm in results.algorithms}
     judged = []
     for text, needed, judge in CLAIMS:
-        if missing := [name for name in needed if name not in have]:
+        if not results.classifies:
+            judged.append(Claim(text, OPEN, "these runs do not classify"))
+        elif missing := [name for name in needed if name not in have]:
             judged.append(Claim(text, OPEN, f"there are no runs of {', '.join(missing)}"))
         elif results.epochs < 2:
             judged.append(Claim(text, OPEN, "one epoch is too little"))

@@ -1,6 +1,7 @@
 """Load examples into memory, by name.
 
-They are scikit-learn's digits, MNIST-1D, CIFAR-10 as files or image folders, and source code.
+They are scikit-learn's digits, also enlarged, MNIST-1D, CIFAR-10 as files or image folders, and
+source code.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import attrs
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from experiments.errors import ExperimentError, named, printable, system_reason
 from experiments.settings import Data
@@ -179,6 +181,23 @@ def digits(settings: Data, data_dir: Path | None, cache: Path, say: Say) -> Data
     )
 
 
+def digits28(settings: Data, data_dir: Path | None, cache: Path, say: Say) -> Dataset:
+    """Return the digits of scikit-learn enlarged to 28x28 pixels, with the contrast of ink."""
+    small = digits(settings, data_dir, cache, say)
+
+    def enlarged(part: Examples) -> Examples:
+        pixels = functional.interpolate(part.inputs.float(), size=(28, 28), mode="bicubic")
+        pixels = (2 * (pixels - 64)).round().clamp(0, 255)
+        return Examples(pixels.to(torch.uint8), part.labels)
+
+    return attrs.evolve(
+        small,
+        name="scikit-learn's digits (enlarged to 28x28)",
+        train=enlarged(small.train),
+        test=enlarged(small.test),
+    )
+
+
 def mnist1d(settings: Data, data_dir: Path | None, cache: Path, say: Say) -> Dataset:
     """Return MNIST-1D (Greydanus and Kobak 2020): 5,000 signals of 40 values, made by a package."""
     from mnist1d.data import get_dataset_args, make_dataset
@@ -238,12 +257,13 @@ def cifar10(settings: Data, data_dir: Path | None, cache: Path, say: Say) -> Dat
 
 SOURCES: dict[str, Callable[[Data, Path | None, Path, Say], Dataset]] = {
     "digits": digits,
+    "digits28": digits28,
     "mnist1d": mnist1d,
     "python_source": python_source,
     "cifar10": cifar10,
 }
 """Functions that load examples, with the arguments of `cifar10`."""
-PACKAGED = ("digits", "mnist1d", "python_source")
+PACKAGED = ("digits", "digits28", "mnist1d", "python_source")
 """Sources that read no folder."""
 
 

@@ -33,8 +33,9 @@ from experiments.progress import Progress, say
 from experiments.results import Results
 from experiments.runner import Job, Listener
 from experiments.search import Rows, Search, participants
-from experiments.settings import METRICS, Study
+from experiments.settings import Study
 from experiments.store import Epoch, Run
+from experiments.tasks import TASKS
 from experiments.tracking import Tracking
 from kfactk.masking import mask
 
@@ -154,7 +155,7 @@ class _Conductor:
         models.check(
             study.model,
             dataset.train.inputs[:2],
-            classes=len(dataset.classes),
+            classes=TASKS[study.training.loss].outputs(dataset),
             trusted=study.trusted,
         )
         self._begin_folder()
@@ -280,7 +281,7 @@ class _Conductor:
         medians = {
             f"report/{each.name}_{metric}": statistics.final(results, each.name, metric).median
             for each in results.algorithms
-            for metric in METRICS
+            for metric in results.metrics
         }
         files = [
             written.report,

@@ -19,7 +19,7 @@ import numpy as np
 
 from experiments import statistics
 from experiments.results import Results
-from experiments.settings import METRICS, Algorithm
+from experiments.settings import LOSSES, METRICS, Algorithm
 from experiments.statistics import Array, number
 from experiments.store import Run, write_atomically, write_text
 
@@ -178,6 +178,11 @@ def curves(results: Results, name: str) -> list[Curve]:
     return metric_curves(results, name) if name in METRICS else course_curves(results, name)
 
 
+def names(results: Results) -> list[str]:
+    """Return the names of the figures of a study: keys of `TITLES`."""
+    return [name for name in TITLES if name not in METRICS or name in results.metrics]
+
+
 def draw(results: Results, name: str) -> Figure:
     """Draw one figure; `name` is a key of `TITLES`."""
     figure, axes = _figure((6.4, 4.4))
@@ -305,7 +310,7 @@ def _legend(axes: Axes, handles: Sequence[Line2D], labels: Sequence[str]) -> Non
 
 
 def _label_axes(axes: Axes, name: str, results: Results) -> None:
-    axes.set_ylabel(_quantity(name))
+    axes.set_ylabel(_quantity(name, LOSSES[results.study.training.loss]))
     axes.set_xlabel("epoch" if name in METRICS else name)
     if name in METRICS:
         axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
@@ -314,10 +319,10 @@ def _label_axes(axes: Axes, name: str, results: Results) -> None:
         axes.axhline(target, color="#777777", lw=1, ls=(0, (1, 2)))
 
 
-def _quantity(name: str) -> str:
+def _quantity(name: str, unit: str) -> str:
     if name.endswith("accuracy"):
         return f"{METRICS[name].replace('accuracy', 'error')} (%, log axis)"
-    return f"{METRICS.get(name, METRICS['train_loss'])} (nats, log axis)"
+    return f"{METRICS.get(name, METRICS['train_loss'])} ({unit}, log axis)"
 
 
 NAMED = 3
@@ -369,18 +374,21 @@ def save(figure: Figure, folder: Path, name: str) -> str:
     return text
 
 
-def _caption(name: str) -> str:
-    return TITLES[name] + (f", as figure {THESIS[name]} of the thesis" if name in THESIS else "")
+def _caption(results: Results, name: str) -> str:
+    as_there = name in THESIS and results.classifies
+    return TITLES[name] + (f", as figure {THESIS[name]} of the thesis" if as_there else "")
 
 
 def drawn(results: Results, name: str) -> Drawn:
     """Draw one figure of a study, without saving it."""
-    return Drawn(_caption(name), svg_text(draw(results, name), name), alt(results, name))
+    svg = svg_text(draw(results, name), name)
+    return Drawn(_caption(results, name), svg, alt(results, name))
 
 
 def save_all(results: Results, folder: Path) -> dict[str, Drawn]:
-    """Save the six figures of a study, and return them by name."""
-    return {
-        name: Drawn(_caption(name), save(draw(results, name), folder, name), alt(results, name))
-        for name in TITLES
-    }
+    """Save the figures of a study, and return them by name."""
+    found = {}
+    for name in names(results):
+        svg = save(draw(results, name), folder, name)
+        found[name] = Drawn(_caption(results, name), svg, alt(results, name))
+    return found

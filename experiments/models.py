@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,6 +14,9 @@ from torch.nn import functional
 
 from experiments.errors import ExperimentError, check_options, named, system_reason
 from experiments.settings import Model
+
+FIRST_INPUTS = 15
+"""Inputs that a unit of the autoencoder begins with."""
 
 
 class Block(nn.Module):
@@ -132,12 +136,39 @@ def gpt(
     return Gpt(channels, classes, width, depth, heads)
 
 
+def autoencoder(
+    *, channels: int, classes: int, widths: Sequence[int] = (1000, 500, 250, 30)
+) -> nn.Module:
+    """Return the autoencoder of Hinton and Salakhutdinov (2006) for images of `classes` pixels.
+
+    The code, of the last width, is linear; all other units are logistic. The output is logits. Each
+    unit begins with 15 inputs of normal weights, and no bias (Martens 2010): a network of logistic
+    units that begins with small dense weights hardly learns.
+
+    Args:
+        channels: Has no effect.
+        classes: Number of pixels, of all channels.
+        widths: Units of each layer of the encoder; those of the decoder mirror them.
+    """
+    sizes = [classes, *widths, *widths[-2::-1], classes]
+    layers: list[nn.Module] = [nn.Flatten()]
+    for i, (inputs, outputs) in enumerate(pairwise(sizes)):
+        layer = nn.Linear(inputs, outputs)
+        nn.init.sparse_(layer.weight.data.T, max(0.0, 1 - (FIRST_INPUTS + 0.5) / inputs), std=1.0)
+        nn.init.zeros_(layer.bias)
+        layers += [layer, nn.Sigmoid()]
+        if i + 1 in (len(widths), len(sizes) - 1):
+            layers.pop()
+    return nn.Sequential(*layers)
+
+
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "signal_cnn": signal_cnn,
     "digits_resnet": partial(resnet, (16, 32)),
     "resnet8": partial(resnet, (16, 32, 64)),
     "resnet50": resnet50,
     "gpt": gpt,
+    "autoencoder": autoencoder,
 }
 """Functions that make a network from `channels`, `classes` and options of the settings."""
 
@@ -148,7 +179,7 @@ def make(settings: Model, *, channels: int, classes: int, seed: int, trusted: bo
     Args:
         settings: Its name, and further options.
         channels: Channels of an example; of text, its number of tokens.
-        classes: Number of outputs.
+        classes: Number of outputs; of an autoencoder, of pixels.
         seed: The seed.
         trusted: Whether the name may be an import path.
     """

@@ -24,10 +24,13 @@ def say(console: Console, text: str) -> None:
 
 def summary(epoch: Epoch) -> str:
     """Describe an epoch in one line."""
+
+    def part(loss: float, accuracy: float | None) -> str:
+        return f"loss {loss:.4f}" + ("" if accuracy is None else f", accuracy {accuracy:.2f} %")
+
     return (
-        f"epoch {epoch.epoch}: training loss {epoch.train_loss:.4f}, "
-        f"accuracy {epoch.train_accuracy:.2f} %; "
-        f"test loss {epoch.test_loss:.4f}, accuracy {epoch.test_accuracy:.2f} %"
+        f"epoch {epoch.epoch}: training {part(epoch.train_loss, epoch.train_accuracy)}; "
+        f"test {part(epoch.test_loss, epoch.test_accuracy)}"
     )
 
 

@@ -109,7 +109,9 @@ def write_page(root: Path, sections: Sequence[Section]) -> Path:
             svgs[OVERVIEW] = figures.svg_text(figure, OVERVIEW)
         if any(section.results in sizes.values() for sizes in sweeps.values()):
             continue  # the figure of all sizes shows it
-        drawn = {name: figures.drawn(section.results, name) for name in figures.TITLES}
+        drawn = {
+            name: figures.drawn(section.results, name) for name in figures.names(section.results)
+        }
         svgs |= {f"{section.slug}-{name}": each.svg for name, each in drawn.items()}
         view = {"section": section, "figures": drawn, "given": tables.given(section.results)}
         views.append({**_view(section.results), **view})

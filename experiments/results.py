@@ -11,7 +11,7 @@ import attrs
 
 from experiments import settings, store
 from experiments.errors import ExperimentError, system_reason
-from experiments.settings import Algorithm, Study
+from experiments.settings import METRICS, Algorithm, Study
 from experiments.store import RUNNING, Run
 from kfactk.masking import mask_settings
 
@@ -46,6 +46,16 @@ class Results:
     def algorithms(self) -> list[Algorithm]:
         """The algorithms that have runs, in the order of the study."""
         return [each for each in self.study.algorithms.values() if self.of(each.name)]
+
+    @property
+    def metrics(self) -> list[str]:
+        """What the runs measure, as keys of `METRICS`."""
+        return list(self._ended[0].history[0].metrics) if self._ended else list(METRICS)
+
+    @property
+    def classifies(self) -> bool:
+        """Whether they measure accuracies."""
+        return "train_accuracy" in self.metrics
 
     @property
     def epochs(self) -> int:

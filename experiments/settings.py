@@ -27,7 +27,12 @@ METRICS = {
     "test_accuracy": "test accuracy",
 }
 """What every epoch measures: key to name. Training metrics are means over the steps of the epoch;
-test metrics are measured after it."""
+test metrics are measured after it. A reconstruction has no accuracies."""
+LOSSES = {
+    "cross_entropy": "nats",
+    "reconstruction": "squared error of an image",
+}
+"""What runs minimise: key to the unit of the measured losses; `tasks.py` has the formulas."""
 MOST = 2**31 - 1
 LARGEST = 1e30
 """The largest number of a setting: its square is finite in float64."""
@@ -104,6 +109,7 @@ class Training:
         test_batch_size: Examples in one evaluation step.
         seeds: Every algorithm runs with each. A seed sets initial weights, order of examples and
             draws of the Fisher pass.
+        loss: A key of `LOSSES`: "cross_entropy" of classes, or "reconstruction" of the inputs.
         schedule: Learning rate over the steps: "constant", or "cosine" down to zero.
         threads: CPU threads of torch in one process; 0 leaves it to torch.
         alternate: Whether the algorithms of a seed train in turn, an epoch each. Their seconds
@@ -119,6 +125,7 @@ class Training:
     batch_size: int = attrs.field(default=64, validator=_whole(2))
     test_batch_size: int = attrs.field(default=256, validator=_whole(1))
     seeds: tuple[int, ...] = attrs.field(default=(0, 1, 2, 3, 4, 5, 6, 7), validator=_seeds)
+    loss: str = attrs.field(default="cross_entropy", validator=v.in_(tuple(LOSSES)))
     schedule: str = attrs.field(default="constant", validator=v.in_(("constant", "cosine")))
     threads: int = attrs.field(default=0, validator=_whole(0, 1024))
     alternate: bool = True

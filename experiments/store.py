@@ -46,10 +46,10 @@ class Epoch:
         epoch: Its number, from 1.
         steps: Number of optimizer steps.
         seconds: Time of the training steps, without evaluation.
-        train_loss: Mean cross-entropy, in nats.
-        train_accuracy: In per cent.
-        test_loss: Mean cross-entropy, in nats.
-        test_accuracy: In per cent.
+        train_loss: Mean loss, in the unit of `settings.LOSSES`.
+        train_accuracy: In per cent; `None` for a reconstruction.
+        test_loss: As the training loss.
+        test_accuracy: As the training accuracy.
         losses: Loss of the mini-batch of each step, before the step.
         times: Seconds of each step.
         curvature: Metrics of the second-order stages: means over the epoch.
@@ -59,17 +59,18 @@ class Epoch:
     steps: int
     seconds: float
     train_loss: float
-    train_accuracy: float
+    train_accuracy: float | None
     test_loss: float
-    test_accuracy: float
+    test_accuracy: float | None
     losses: tuple[float, ...] = ()
     times: tuple[float, ...] = ()
     curvature: Mapping[str, float] = attrs.field(factory=dict)
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The four metrics."""
-        return {key: getattr(self, key) for key in METRICS}
+        """The metrics that it has."""
+        values = {key: getattr(self, key) for key in METRICS}
+        return {key: value for key, value in values.items() if value is not None}
 
 
 @attrs.frozen

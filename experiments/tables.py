@@ -16,16 +16,11 @@ from rich.text import Text
 
 from experiments import claims, statistics
 from experiments.results import Results
-from experiments.settings import METRICS
+from experiments.settings import LOSSES, METRICS
 from experiments.statistics import FAILS, HOLDS, UNDECIDED, Spread, number
 from experiments.store import flatten
 
-SHORT = {
-    "train_loss": "training loss",
-    "train_accuracy": "training acc. %",
-    "test_loss": "test loss",
-    "test_accuracy": "test acc. %",
-}
+SHORT = {metric: name.replace("accuracy", "acc. %") for metric, name in METRICS.items()}
 NOT_REACHED = "not reached"
 WORDS = {HOLDS: "better", FAILS: "worse", UNDECIDED: "undecided"}
 
@@ -41,11 +36,16 @@ class Table:
 def summary(results: Results) -> Table:
     """Return final values, cost, and what it took to reach the target, a row an algorithm."""
     target, first = results.study.training.target, results.first.label
-    headings = ["algorithm", *SHORT.values(), "s/epoch", f"vs {first}"]
+    headings = ["algorithm", *_metrics(results, SHORT), "s/epoch", f"vs {first}"]
     if target is not None:
         headings += [f"steps to loss {target:g}", f"s to loss {target:g}", "reached it"]
     rows = [_summary_row(results, each.name) for each in results.algorithms]
     return Table([*headings, "diverged"], rows)
+
+
+def _metrics(results: Results, names: Mapping[str, str]) -> list[str]:
+    """Return the names of what the runs measure."""
+    return [names[metric] for metric in results.metrics]
 
 
 def _summary_row(results: Results, name: str) -> list[str]:
@@ -60,9 +60,9 @@ def _finals(results: Results, name: str, join: str = " ") -> list[str]:
     """Return the final metrics; `diverged` where half of the seeds did."""
     bad, all_ = statistics.diverged_seeds(results, name)
     if bad >= all_ / 2:
-        return ["diverged"] * len(METRICS)
+        return ["diverged"] * len(results.metrics)
     cells = []
-    for metric in METRICS:
+    for metric in results.metrics:
         write = (_short if join == "\n" else number) if statistics.is_loss(metric) else _per_cent
         cells.append(_cell(statistics.final(results, name, metric), join, write))
     return cells
@@ -129,8 +129,14 @@ def caption(results: Results) -> str:
     text = (
         f"After {epochs} epoch{'s' * (epochs > 1)}: median [smallest, largest] over "
         f"{seeds if counts != [1] else 'one seed'}. Training metrics are means over the steps of "
-        "the last epoch. A diverged seed counts as worst: infinite loss, accuracy 0."
+        f"the last epoch. A diverged seed counts as worst: infinite loss"
+        f"{', accuracy 0' if results.classifies else ''}."
     )
+    if not results.classifies:
+        text += (
+            f" Losses are the {LOSSES[training.loss]}, summed over its pixels; training minimises "
+            "their cross entropy."
+        )
     if training.target is not None:
         text += (
             f" The target is a training loss of {training.target:g}, as the mean over one epoch's "
@@ -161,12 +167,13 @@ def comparisons(results: Results) -> Iterator[Table]:
         known.add(other)
         rows = [_compared(results, name, other) for name in names if name not in known]
         if rows:
-            headings = [f"against {results.label(other)}", *METRICS.values(), "common seeds"]
+            metrics = _metrics(results, METRICS)
+            headings = [f"against {results.label(other)}", *metrics, "common seeds"]
             yield Table(headings, rows)
 
 
 def _compared(results: Results, name: str, other: str) -> list[str]:
-    found = [statistics.compare(results, name, other, metric)[0] for metric in METRICS]
+    found = [statistics.compare(results, name, other, metric)[0] for metric in results.metrics]
     cells = [f"{each.text}: {WORDS[each.verdict]}" for each in found]
     return [results.label(name), *cells, str(found[0].seeds)]
 
@@ -268,7 +275,7 @@ def for_terminal(results: Results) -> Group:
         rows.append(
             [each.label, *_finals(results, each.name, "\n"), *_cost(results, each.name)],
         )
-    headings = ["algorithm", *SHORT.values(), "s/\nepoch", f"vs\n{name}"]
+    headings = ["algorithm", *_metrics(results, SHORT), "s/\nepoch", f"vs\n{name}"]
     parts: list[RichTable | Text] = [_rich(results.study.title, headings, rows)]
     if target is not None:
         reached = [[each.label, *_target(results, each.name)] for each in results.algorithms]

@@ -26,13 +26,12 @@ from experiments.errors import ExperimentError
 from experiments.ranks import Communicator
 from experiments.settings import Algorithm, Study
 from experiments.store import Epoch
+from experiments.tasks import TASKS
 
 SHIFT = 4
 """Largest shift of an augmented image, in pixels."""
 RECORD_EVERY = 10
 """Steps between records of the metrics of second-order stages."""
-LOST = 1e3
-"""A loss of more nats than any run that can recover: errors of the optimizer are its end."""
 
 
 class Trainer:
@@ -65,13 +64,13 @@ class Trainer:
         if not steps(study, dataset, ranks.size):
             raise ExperimentError(f"{len(dataset.train)} training examples make no batch")
         self._dataset, self._device = dataset, device
-        self._normalisation = None
-        if not dataset.is_text:
-            self._normalisation = [value.to(device) for value in dataset.normalisation()]
+        self._task = TASKS[study.training.loss]
+        found = self._task.normalisation(dataset)
+        self._normalisation = None if found is None else [value.to(device) for value in found]
         model = models.make(
             study.model,
             channels=dataset.train.inputs.shape[1],
-            classes=len(dataset.classes),
+            classes=self._task.outputs(dataset),
             seed=seed,
             trusted=study.trusted,
         )
@@ -139,7 +138,7 @@ class Trainer:
             steps=len(losses),
             seconds=sum(times),
             train_loss=loss / count,
-            train_accuracy=100 * right / count,
+            train_accuracy=self._accuracy(right, count),
             test_loss=test_loss,
             test_accuracy=test_accuracy,
             losses=tuple(losses),
@@ -153,23 +152,23 @@ class Trainer:
     def _step(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, bool]:
         """Take a step; return its sums, and whether the optimizer has given up a lost run."""
         self.optimizer.zero_grad()
-        logits = self._shared(self._normalised(inputs))
-        loss = functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
+        inputs = self._normalised(inputs)
+        loss, sums = self._task.measure(self._shared(inputs), inputs, labels)
         loss.backward()
         lost = False
         try:
             self.optimizer.step()
         except kfactk.KfactkError:
-            lost = not loss.item() < LOST
+            lost = not loss.item() < self._task.lost
             if not lost:
                 raise
-            loss = loss * math.nan
+            sums[0] = math.nan
         if self._scheduler is not None:
             self._scheduler.step()
-        return _sums(logits.detach(), labels, loss.detach().double() * labels.numel()), lost
+        return sums, lost
 
     @torch.no_grad()
-    def _test(self) -> tuple[float, float]:
+    def _test(self) -> tuple[float, float | None]:
         self.model.eval()
         sums = torch.zeros(3, dtype=torch.float64, device=self._device)
         test, size = self._dataset.test, self._training.test_batch_size
@@ -179,11 +178,13 @@ class Trainer:
             if i % self._ranks.size != self._ranks.rank:
                 continue
             part = test[i * size : (i + 1) * size]
-            logits, labels = self.model(self._normalised(part.inputs)), part.labels
-            flat = logits.flatten(0, -2), labels.flatten()
-            sums += _sums(logits, labels, functional.cross_entropy(*flat, reduction="sum"))
+            inputs = self._normalised(part.inputs)
+            sums += self._task.measure(self.model(inputs), inputs, part.labels)[1]
         loss, right, count = self._ranks.sum(sums).tolist()
-        return loss / count, 100 * right / count
+        return loss / count, self._accuracy(right, count)
+
+    def _accuracy(self, right: float, count: float) -> float | None:
+        return 100 * right / count if self._task.has_accuracy else None
 
     def _normalised(self, inputs: Tensor) -> Tensor:
         if self._normalisation is None:
@@ -259,13 +260,6 @@ class _Clock:
             return [end - start for start, end in pairs]
         torch.cuda.synchronize()
         return [start.elapsed_time(end) / 1000 for start, end in pairs]
-
-
-def _sums(logits: Tensor, labels: Tensor, loss: Tensor) -> Tensor:
-    right, count = (logits.argmax(-1) == labels).sum(), labels.numel()
-    return torch.stack(
-        [loss.double(), right.double(), torch.full_like(loss, count, dtype=torch.float64)]
-    )
 
 
 def steps(study: Study, dataset: Dataset, ranks: int = 1) -> int:

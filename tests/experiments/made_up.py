@@ -63,7 +63,8 @@ def results(losses: Losses, **changes: Any) -> Results:
 
     Args:
         losses: Training losses of each epoch.
-        changes: Changes of `Study`; those of `Training` too.
+        changes: Changes of `Study`; those of `Training` too. With `loss="reconstruction"` there are
+            no accuracies.
     """
     training = {
         key: changes.pop(key)
@@ -84,6 +85,12 @@ def results(losses: Losses, **changes: Any) -> Results:
         for name, seeds in losses.items()
         for seed, values in enumerate(seeds)
     ]
+    if study.training.loss == "reconstruction":
+        none = {"train_accuracy": None, "test_accuracy": None}
+        runs = [
+            attrs.evolve(each, history=tuple(attrs.evolve(e, **none) for e in each.history))
+            for each in runs
+        ]
     return Results(
         study=study,
         dataset="made-up images",

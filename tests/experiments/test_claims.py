@@ -69,6 +69,12 @@ def test_each_claim_can_fail(name, change, failed):
     assert {i for i, verdict in enumerate(found) if verdict == HOLDS} == set(range(8)) - failed
 
 
+def test_runs_without_accuracies_decide_no_claim():
+    found = claims.check(made_up.results(as_published(), loss="reconstruction"))
+    assert {claim.verdict for claim in found} == {OPEN}
+    assert {claim.evidence for claim in found} == {"these runs do not classify"}
+
+
 def test_ties_are_undecided():
     losses = as_published()
     losses["ekfacradam"] = losses["ekfacadam"]

@@ -359,6 +359,21 @@ def test_sources_by_import_path_need_trust(own: Path):
         data.load(Data(source="digit"), None, own.parent, quiet, trusted=True)
 
 
+def test_enlarged_digits_are_the_digits(tmp_path: Path):
+    small, large = (
+        data.load(Data(source=name, train=90, test=30), None, tmp_path, quiet)
+        for name in ("digits", "digits28")
+    )
+    assert large.train.inputs.shape == (90, 1, 28, 28)
+    assert large.test.inputs.dtype == torch.uint8
+    assert torch.equal(large.train.labels, small.train.labels)
+    shrunk = torch.nn.functional.adaptive_avg_pool2d(large.train.inputs.float(), 8).flatten()
+    assert torch.corrcoef(torch.stack([shrunk, small.train.inputs.flatten().float()]))[0, 1] > 0.9
+    pixels = large.train.inputs
+    assert (pixels.amin(), pixels.amax()) == (0, 255)
+    assert ((pixels > 0) & (pixels < 255)).float().mean() < 0.5  # ink has edges
+
+
 def test_parts_for_a_search_have_no_test_example(dataset: data.Dataset):
     def rows(examples: data.Examples) -> list[tuple[int, ...]]:
         return [tuple(each.flatten().tolist()) for each in examples.inputs]

@@ -109,6 +109,18 @@ def test_experiment_writes_everything(whole: Path):
         ]
 
 
+def test_a_reconstruction_has_no_accuracies_anywhere(output: Path, capsys):
+    small = ("data.train=60", "data.test=30", "training.batch_size=20", "model.options.widths=[8]")
+    changes = [word for change in small for word in ("--set", change)]
+    chosen = ("--algorithms", "sgd,kfac", "--seeds", "0", "--epochs", "2", "--device", "cpu")
+    assert experiment("--preset", "autoencoder", *changes, *chosen, "--output", output) == 0
+    assert "accuracy" not in capsys.readouterr().out
+    assert [epoch["train_accuracy"] for epoch in history(output, "kfac-seed0")] == [None, None]
+    metrics = {key for points in logged(output).values() for key, _ in points}
+    assert {"epoch/train_loss", "epoch/test_loss", "report/kfac_test_loss"} <= metrics
+    assert not [metric for metric in metrics if "accuracy" in metric]
+
+
 def test_mlflow_has_one_point_for_each_epoch(whole: Path):
     points = logged(whole)
     assert set(points) == {*("sgd-seed0 FINISHED", "ekfacadam-seed0 FINISHED", "report FINISHED")}

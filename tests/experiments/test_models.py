@@ -50,6 +50,33 @@ def test_gpt_sees_no_later_token():
     assert not torch.equal(before[:, 4:], after[:, 4:])
 
 
+def test_autoencoder_is_that_of_its_authors():
+    settings = Model(name="autoencoder")
+    model = models.make(settings, channels=1, classes=784, seed=0, trusted=False)
+    sizes = [784, 1000, 500, 250, 30, 250, 500, 1000, 784]
+    layers = [each for each in model if isinstance(each, nn.Linear)]
+    assert [each.in_features for each in layers] == sizes[:-1]
+    assert [each.out_features for each in layers] == sizes[1:]
+    kinds = [type(each) for each in model[1:]]
+    linear, logistic = nn.Linear, nn.Sigmoid
+    half = [linear, logistic] * 3 + [linear]  # the code and the logits are linear
+    assert kinds == [*half, *half]
+    assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 784)
+    for each in layers:
+        assert ((each.weight != 0).sum(1) == 15).all()
+        assert 0.9 < each.weight[each.weight != 0].std() < 1.1
+        assert not each.bias.any()
+
+
+def test_autoencoder_of_few_pixels_is_dense():
+    model = make("autoencoder", 1, widths=[4])
+    assert [tuple(each.weight.shape) for each in model if hasattr(each, "weight")] == [
+        (4, 10),
+        (10, 4),
+    ]
+    assert all(each.weight.all() for each in model if hasattr(each, "weight"))
+
+
 def test_resnet50_keeps_the_resolution_of_small_images():
     model = make("resnet50", 3)
     assert count(model) == 23_520_842  # the usual figure for CIFAR-10

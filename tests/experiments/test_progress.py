@@ -37,6 +37,12 @@ def shown(
     return console.file.getvalue()
 
 
+def test_an_epoch_without_accuracies_names_none():
+    done = attrs.evolve(epoch(2), train_accuracy=None, test_accuracy=None)
+    assert progress.summary(done) == "epoch 2: training loss 0.5000; test loss 1.0000"
+    assert "loss 0.5000, accuracy 90.00 %; test" in progress.summary(epoch(2))
+
+
 @pytest.mark.parametrize(
     ("seconds", "lines"),
     [([0.1, 0.1, 0.1], []), ([40.0, 0.1, 40.0], [1]), ([16.0, 16.0, 1.0], [2]), ([1, 40, 1], [2])],

@@ -167,6 +167,29 @@ def test_costs_and_steps_to_the_target_are_in_the_summary():
     assert rows[1]["test acc. %"] == "82.0"
 
 
+def test_runs_without_accuracies_show_none(tmp_path: Path):
+    losses = {"sgd": [[3.0, 1.0]] * 5, "kfac": [[2.0, 0.4]] * 4 + [[2.0, NAN]]}
+    results = made_up.results(losses, loss="reconstruction", rivals=("kfac",))
+    root = root_with(tmp_path, ae=results)
+    assert report.main([], root) == 0
+    words = Page((root / "results" / "ae" / "report.html").read_text()).text
+    page = (root / "docs" / "results.md").read_text()
+    page = page[page.index("## Made-up runs") : page.index("## What a step costs")]
+    for text in (words, page, terminal(results, 80)):
+        assert not re.search(
+            r"accurac|acc\.|nats|nan|None(?! can)|of the thesis$", text, re.MULTILINE
+        )
+        assert "the squared error of an image, summed over its pixels" in " ".join(text.split())
+    assert "training loss (squared error of an image, log axis)" in words
+    assert "these runs do not classify" in words
+    assert len(re.findall(r"^!\[", page, re.MULTILINE)) == 4
+    table = tables.summary(results)
+    assert table.headings[1:4] == ["training loss", "test loss", "s/epoch"]
+    assert table.rows[1][1:3] == ["0.400 [0.400, diverged]", "0.800 [0.800, diverged]"]
+    (compared,) = tables.comparisons(results)
+    assert compared.headings == ["against SGD", "training loss", "test loss", "common seeds"]
+
+
 def test_half_of_the_seeds_diverged():
     table = tables.summary(made_up.results({"sgd": [[1.0, 0.5], [1.0, NAN]]}))
     assert table.rows[0][1:5] == ["diverged"] * 4
