@@ -43,6 +43,8 @@ ALL_CURVATURES = ("conv_kfac", "embedding", "norm", "attention", "rnn", "experts
 """What `curvature="all"` means, in this order: every kind of layer that we cover."""
 
 
+IN_REPEATED_BLOCKS = ("*[._][0-9]*.*",)
+"""Patterns of the modules inside numbered ones: "blocks.0.mlp", "encoder_layer_3.mlp"."""
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "thesis": {},
@@ -62,6 +64,19 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "fisher": "empirical",
             "clip": "none",
             "stagger": True,
+        },
+        "transformer": {
+            "curvature": [
+                {
+                    "curvature": "gradient",
+                    "basis": {"name": "muon", "scale": "match_rms"},
+                    "layers": IN_REPEATED_BLOCKS,
+                },
+                {"curvature": {"name": "gradient", "counts": "next"}, "basis": "soap"},
+            ],
+            "update": "sgd",
+            "first_moment": {"decay": 0.95, "nesterov": True},
+            "lr": 0.01,
         },
     }
 )

@@ -149,7 +149,8 @@ def training_load(model: nn.Module, recipe: Recipe, batch: Tensor) -> TrainingLo
     all_calls = [call for found in recorded.values() for call in found]
     for replay in (call.replay for call in all_calls if call.replay is not None):
         replay.count_examples(len(batch))
-    outputs = {id(each): each for call in all_calls for each in call.outputs if each.requires_grad}
+    passed = [c for block in blocks if not block.inputs_suffice for c in recorded[block]]
+    outputs = {id(each): each for call in passed for each in call.outputs if each.requires_grad}
     with Meter() as fisher:
         if outputs:
             torch.autograd.grad(

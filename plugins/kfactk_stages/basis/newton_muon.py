@@ -60,16 +60,21 @@ class NewtonMuon(Muon):
     ridge: float = attrs.field(default=0.01, validator=number(0, low_open=True), kw_only=True)
 
     def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> dict[str, Tensor]:
-        """Return `(A + r mean(diag A) I)^-p` as "root"; of a diagonal, "eigenvalues" to the -p.
+        """Return `(A / m + r I)^-p` as "root", m = mean(diag A); of a diagonal, "eigenvalues".
+
+        The size of A has no part in the step. Inputs that are all zeros divide by nothing.
 
         Raises:
             DecompositionError: The matrix holds NaN or inf, or cannot be decomposed.
         """
         mean = context.mean_diagonal["A"]
-        shift = linalg.damping_floor(mean).maximum(mean * self.ridge)
+        mean = torch.where(mean > 0, mean, 1.0)
+        shift = linalg.damping_floor(torch.ones_like(mean)).clamp(min=self.ridge)
         if is_diagonal(name):
             linalg.check_finite(matrix)
-            return {"eigenvalues": (matrix.clamp(min=0) + shift[..., None]) ** -self.power}
+            values = matrix.clamp(min=0) / mean[..., None]
+            return {"eigenvalues": (values + shift[..., None]) ** -self.power}
+        matrix = matrix / mean[..., None, None]
         if self.power == 1:
             return {"root": torch.cholesky_inverse(linalg.cholesky(matrix, shift))}
         values, vectors = linalg.eigh(matrix)

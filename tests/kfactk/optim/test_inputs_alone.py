@@ -170,11 +170,11 @@ def test_a_scaler_is_not_asked_for() -> None:
         scaler.update()
 
 
-def test_a_batch_that_is_not_finite_changes_nothing() -> None:
+def test_a_batch_that_is_not_finite_moves_nothing() -> None:
     model = net()
     optimizer = recipe(factor_every=1).bind(model)
     train(model, optimizer, range(2))
-    kept = optimizer.layers["fc"].factors["A"].clone()
+    kept, before = optimizer.layers["conv"].factors["A"].clone(), copy.deepcopy(model)
     optimizer.zero_grad()
     x = images(3)
     x[0, 0, 0, 0] = torch.inf
@@ -182,7 +182,9 @@ def test_a_batch_that_is_not_finite_changes_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         optimizer.step()
-    assert torch.equal(optimizer.layers["fc"].factors["A"], kept)
+    assert torch.equal(optimizer.layers["conv"].factors["A"], kept)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before.get_parameter(name)), name
 
 
 def test_a_weight_used_past_its_module_is_refused() -> None:
@@ -193,9 +195,10 @@ def test_a_weight_used_past_its_module_is_refused() -> None:
 
     torch.manual_seed(0)
     model = Twice().to(F64)
-    recipe().bind(model)
+    optimizer = recipe().bind(model)
     with pytest.raises(CaptureError, match="exclude=\\['fc'\\]"):
         model(images(0))
+    assert not optimizer.layers["fc"].factors
 
 
 def test_beside_blocks_that_are_measured_the_pass_takes_them_along() -> None:
