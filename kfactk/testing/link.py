@@ -11,6 +11,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from kfactk.registry.registry import registry
 from kfactk.samples import Samples, Statistic
 from kfactk.stages import Layer, Link, LinkedLayer, Tensors
 from kfactk.testing._support.division import InRecipe
@@ -89,6 +90,7 @@ def chains(draw: st.DrawFn, fewest: int = 1, most: int = 4) -> Chain:
     damping = draw(st.sampled_from([1e-3, 0.1, 10.0]))
     generator = torch.Generator().manual_seed(seed)
     layers, inputs, gradients = [], [], []
+    curvature = registry().resolve("curvature", "kfac")
     for number, (d_in, d_out) in enumerate(itertools.pairwise(sizes)):
         a, g = (
             torch.randn(examples, 1, size, generator=generator, dtype=F64) for size in (d_in, d_out)
@@ -101,7 +103,7 @@ def chains(draw: st.DrawFn, fewest: int = 1, most: int = 4) -> Chain:
             for name, rows in (("A", a), ("G", g))
         }
         layer = Layer(str(number), module, ("weight", "bias"))
-        layers.append(LinkedLayer(layer, (d_out, d_in + 1), damping, matrices))
+        layers.append(LinkedLayer(layer, (d_out, d_in + 1), damping, matrices, curvature))
         inputs.append(a)
         gradients.append(g)
     return Chain(layers, inputs, gradients, generator)
@@ -110,7 +112,8 @@ def chains(draw: st.DrawFn, fewest: int = 1, most: int = 4) -> Chain:
 class LinkLaws(InRecipe):
     """Laws of every link.
 
-    They try it on chains of linear layers whose blocks are damped K-FAC, and in a recipe.
+    They try it on chains of linear layers whose blocks are damped K-FAC, and in a recipe. A link
+    that does not work with the default basis names another one in `in_recipe`.
 
     Example:
         >>> class TestTwoLevel(LinkLaws):
@@ -138,6 +141,7 @@ class LinkLaws(InRecipe):
             for name, each in self.measured(chain).items()
             if each.total is not None
         }
+        statistics |= stage.prepare(chain.layers, statistics).tensors
         alone = chain.alone(vector)
         copies = {name: tensor.clone() for name, tensor in alone.items()}
         found = stage.correct(chain.layers, vector, alone, statistics)
