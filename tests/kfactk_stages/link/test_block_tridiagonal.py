@@ -60,7 +60,7 @@ class Seen:
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str], x: Tensor, scores: Any) -> None:
-        self.model, self.names = model, list(names)
+        self.model, self.names = copy.deepcopy(model), list(names)  # nobody follows a copy
         self.a: dict[str, list[Tensor]] = {name: [] for name in names}
         self.g: dict[str, list[Tensor]] = {name: [] for name in names}
         self.examples = len(x)
@@ -134,9 +134,10 @@ def claimed(moment: Moment, names: Sequence[str], tau: float, cut: Sequence[int]
     for i, one in enumerate(names):
         a, g = (moment(side, one, one) for side in "AG")
         blocks[i, i] = dense_kron(*damped(a, g, tau))
-        if i + 1 < len(names):
-            a, g = (moment(side, one, names[i + 1]) for side in "AG")
-            blocks[i, i + 1] = dense_kron(a, g) * (i not in cut)
+    for i, (one, other) in enumerate(itertools.pairwise(names)):
+        blocks[i, i + 1] = torch.zeros(len(blocks[i, i]), len(blocks[i + 1, i + 1]), dtype=F64)
+        if i not in cut:
+            blocks[i, i + 1] = dense_kron(*(moment(side, one, other) for side in "AG"))
     for gap in range(2, len(names)):
         for i in range(len(names) - gap):
             j, k = i + gap - 1, i + gap
@@ -289,7 +290,7 @@ def test_a_deep_linear_network_has_the_claimed_matrix_but_for_damping() -> None:
         errors.append(float((claim - fisher).norm() / fisher.norm()))
     assert errors[0] < 1e-3
     assert errors[1] < 0.2 * errors[0], "what is left is not the damping"
-    assert float(fisher[:9, 18:].norm() / fisher.norm()) > 0.05, "layers apart are uncorrelated"
+    assert float(fisher[:9, 18:].norm() / fisher.norm()) > 0.03, "layers apart are uncorrelated"
 
 
 class Tokens(nn.Module):
@@ -386,13 +387,14 @@ def test_another_order_than_the_models_is_refused_until_it_is_named() -> None:
         ({"stagger": True}, r"Leave out stagger=True"),
         ({"pace": "similar"}, r"measures all layers on the same batch"),
         ({"curvature": "gradient", "basis": "soap"}, r"'gradient' has none"),
-        ({"curvature": "rows", "basis": "cg"}, r"reads A, G of each layer, which basis 'cg'"),
+        ({"curvature": "rows", "basis": "cg"}, r"and basis 'cg' waives this"),
+        ({"curvature": "norm", "basis": "unitwise"}, r"reads A, G of each layer, .* 'unitwise'"),
         (
             {"curvature": "conv_kfac", "basis": {"name": "ekfac", "inputs": "channels"}},
             r"reads A of each layer, which basis 'ekfac'",
         ),
     ],
-    ids=["ekfac", "lag", "stagger", "pace", "soap", "cg", "channels"],
+    ids=["ekfac", "lag", "stagger", "pace", "soap", "cg", "unitwise", "channels"],
 )
 def test_what_cannot_work_is_refused(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(CombinationError, match=says):
