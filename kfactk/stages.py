@@ -602,7 +602,6 @@ class LinkedLayer:
         damping: Its damping tau.
         matrices: Its averaged matrices by name, each made when it is read: those that the basis
             requires.
-        curvature: The stage that measures it; `None` where that is not known.
 
     Example:
         >>> layer = Layer("fc", nn.Linear(2, 3), ("weight", "bias"))
@@ -614,12 +613,20 @@ class LinkedLayer:
     shape: tuple[int, ...]
     damping: float
     matrices: Tensors = attrs.field(factory=dict)
-    curvature: Curvature | None = None
 
     @property
     def name(self) -> str:
         """The layer's name."""
         return self.layer.name
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether its curvature gives `factor_rows`."""
+        return False
+
+    def factor_rows(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        """Return what `Curvature.factor_rows` gives of all examples, where it `has_rows`."""
+        raise NotImplementedError(f"layer {self.name!r} has no rows")
 
 
 @attrs.frozen(eq=False)

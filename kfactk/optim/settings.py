@@ -305,10 +305,8 @@ class Settings:
 
     def _check_link(self, link: Link) -> None:
         """Check that every block can be joined with others."""
-        label, remedy = (
-            f"link {self.link_name!r}",
-            "Choose another one, or leave out the link.",
-        )
+        label = f"link {self.link_name!r}"
+        remedy = "Choose another one, or leave out the link."
         if self.stagger:
             raise CombinationError(
                 f"{label} measures all layers on the same batch, and stagger=True spreads them "

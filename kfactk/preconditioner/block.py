@@ -473,6 +473,11 @@ class Block:
         with attribute_errors("curvature", self.curvature, self._where):
             return self.curvature.factors(self.layer, samples)
 
+    def factor_rows(self, samples: Samples) -> tuple[Tensor, Tensor] | None:
+        """Return the rows that A and G are sums over; `None` where they are no such sums."""
+        with attribute_errors("curvature", self.curvature, self._where):
+            return self.curvature.factor_rows(self.layer, samples)
+
     def blank_matrices(self) -> dict[str, Tensor]:
         """Return matrices of zeros, those that the basis requires."""
         return self.matrices(factors=_zeros(self.blank_factors()))

@@ -403,8 +403,28 @@ class Links:
         return attribute_errors(LINK, self._link, where)
 
 
-def _linked(block: Block, damping: float) -> LinkedLayer:
-    return LinkedLayer(block.layer, block.shape, damping, LazyMatrices(block), block.curvature)
+@attrs.frozen(eq=False)
+class LinkedBlock(LinkedLayer):
+    """A layer as a link sees it, with its block, which attributes errors to the curvature."""
+
+    block: Block = attrs.field(kw_only=True)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether its curvature gives `factor_rows`."""
+        return (
+            not self.block.of_gradient
+            and self.block.factor_rows(self.block.blank_samples()) is not None
+        )
+
+    def factor_rows(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        """Return what `Curvature.factor_rows` gives of all examples."""
+        found = self.block.factor_rows(samples)
+        return LinkedLayer.factor_rows(self, samples) if found is None else found
+
+
+def _linked(block: Block, damping: float) -> LinkedBlock:
+    return LinkedBlock(block.layer, block.shape, damping, LazyMatrices(block), block=block)
 
 
 def ordered(link: Link, blocks: Sequence[Block]) -> list[Block]:

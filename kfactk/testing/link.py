@@ -11,7 +11,6 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from kfactk.registry.registry import registry
 from kfactk.samples import Samples, Statistic
 from kfactk.stages import Layer, Link, LinkedLayer, Tensors
 from kfactk.testing._support.division import InRecipe
@@ -20,6 +19,20 @@ from kfactk.testing._support.training import Training, flattened, identical, thr
 
 F64 = torch.float64
 STEPS = 3
+
+
+@attrs.frozen(eq=False)
+class Linear(LinkedLayer):
+    """A linear layer whose A and G are sums over the rows of its samples, one an example."""
+
+    @property
+    def has_rows(self) -> bool:
+        """It has."""
+        return True
+
+    def factor_rows(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        """Return the inputs and the output gradients."""
+        return samples.inputs(), samples.gradients()
 
 
 @attrs.frozen(eq=False)
@@ -90,7 +103,6 @@ def chains(draw: st.DrawFn, fewest: int = 1, most: int = 4) -> Chain:
     damping = draw(st.sampled_from([1e-3, 0.1, 10.0]))
     generator = torch.Generator().manual_seed(seed)
     layers, inputs, gradients = [], [], []
-    curvature = registry().resolve("curvature", "kfac")
     for number, (d_in, d_out) in enumerate(itertools.pairwise(sizes)):
         a, g = (
             torch.randn(examples, 1, size, generator=generator, dtype=F64) for size in (d_in, d_out)
@@ -103,7 +115,7 @@ def chains(draw: st.DrawFn, fewest: int = 1, most: int = 4) -> Chain:
             for name, rows in (("A", a), ("G", g))
         }
         layer = Layer(str(number), module, ("weight", "bias"))
-        layers.append(LinkedLayer(layer, (d_out, d_in + 1), damping, matrices, curvature))
+        layers.append(Linear(layer, (d_out, d_in + 1), damping, matrices))
         inputs.append(a)
         gradients.append(g)
     return Chain(layers, inputs, gradients, generator)

@@ -121,10 +121,8 @@ class BlockTridiagonal(Link):
 
         The name of a tells whether the pass is the first one over the forward for this layer.
         """
-        assert layer.curvature is not None
-        found = layer.curvature.factor_rows(layer.layer, samples)
-        assert found is not None
-        return {"first" if samples.first else "later": found[0], "gradients": found[1]}
+        inputs, gradients = layer.factor_rows(samples)
+        return {"first" if samples.first else "later": inputs, "gradients": gradients}
 
     def statistics(
         self,
@@ -337,11 +335,7 @@ def _alone(last: _Damped, number: int) -> dict[str, Tensor]:
 
 def _able(layer: LinkedLayer) -> bool:
     """Return whether a layer can be joined: its curvature gives the rows of its A and G."""
-    if not set(SIDES) <= set(layer.matrices) or layer.curvature is None:
-        return False
-    curvature, own = layer.curvature, layer.layer
-    blank = curvature.samples(own, [curvature.blank(own)], num_terms=1.0, first=True)
-    return len(own.sites) == 1 and curvature.factor_rows(own, blank) is not None
+    return set(SIDES) <= set(layer.matrices) and len(layer.layer.sites) == 1 and layer.has_rows
 
 
 def _pairs(layers: Sequence[LinkedLayer]) -> list[tuple[LinkedLayer, LinkedLayer]]:
