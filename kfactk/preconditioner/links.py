@@ -105,7 +105,7 @@ class Links:
                 "alone. Use placement='replicated', or leave out the link."
             )
 
-    def _layers(self, dampings: Mapping[str, float] | None = None) -> list[LinkedLayer]:
+    def _layers(self, dampings: Mapping[str, float] | None = None) -> list[LinkedBlock]:
         known = dampings or {}
         return [_linked(block, known.get(block.name, block.damping)) for block in self.blocks]
 
@@ -196,9 +196,9 @@ class Links:
             self._pending.clear()
             return
         names = {layer.name for layer in layers}
-        for rows in self._rows.values():
+        for number, rows in self._rows.items():
             for name in names & rows.keys():
-                del rows[name]
+                del rows[name], self._places[number][name]
 
     def hand_over(self) -> None:
         """Give the sums of the step to the block that they are saved with, to be reduced.
@@ -335,10 +335,9 @@ class Links:
 
     def _blank_prepared(self, sums: Mapping[str, Statistic]) -> Tensors:
         """Return what the link prepares without data."""
-        layers = [
-            attrs.evolve(_linked(block, block.damping), matrices=block.blank_matrices())
-            for block in self.blocks
-        ]
+        layers = self._layers()
+        if self._stage.requires:
+            layers = [attrs.evolve(e, matrices=e.block.blank_matrices()) for e in layers]
         means = {n.partition(".")[2]: s.total for n, s in sums.items() if s.total is not None}
         with self._errors("preparing its correction"):
             return self._stage.prepare(layers, means).tensors
