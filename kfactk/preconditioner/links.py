@@ -9,7 +9,13 @@ from torch import Tensor
 
 from kfactk.distributed.communicator import Communicator
 from kfactk.distributed.packing import TensorSpec, sum_of_bits
-from kfactk.errors import CaptureError, CombinationError, DecompositionError, PluginError
+from kfactk.errors import (
+    CaptureError,
+    CombinationError,
+    DecompositionError,
+    KfactkError,
+    PluginError,
+)
 from kfactk.preconditioner.block import Block, LazyMatrices
 from kfactk.preconditioner.coverage import Coverage, Row
 from kfactk.preconditioner.damage import Damage
@@ -232,12 +238,17 @@ class Links:
 
         Returns:
             What failed; what was prepared last stays in use.
+
+        Raises:
+            KfactkError: The stage failed otherwise, on this rank or another.
         """
         statistics = self._statistics()
         due = any(block in renewed for block in self.blocks)
         if not statistics or not due or not all(block.ready for block in self.blocks):
             return ()
         found: Mapping[str, Tensor] | None = None
+        failures: tuple[str, ...] = ()
+        fault: Exception | None = None
         try:
             with self._timer.timed("basis"), self._errors("preparing its correction"):
                 made = self._stage.prepare(self._layers(), statistics)
@@ -245,24 +256,43 @@ class Links:
             failures = tuple(made.failures)
         except DecompositionError as error:
             failures = (f"{stage_label('link', self._link)}: {error}",)
+        except Exception as error:  # other ranks would wait for this one
+            if self._communicator.size == 1:
+                raise
+            fault = error
         if self._communicator.size > 1:
-            found = self._agreed(found)
+            found = self._agreed(found, fault)
         if found is not None:
             self.blocks[0].keep_prepared(found)
         return failures
 
-    def _agreed(self, mine: Mapping[str, Tensor] | None) -> Mapping[str, Tensor] | None:
-        """Return what the first rank made that made anything, the same on every rank."""
+    def _agreed(
+        self, mine: Mapping[str, Tensor] | None, fault: Exception | None
+    ) -> Mapping[str, Tensor] | None:
+        """Return what the first rank made that made anything, the same on every rank.
+
+        Raises:
+            KfactkError: Another rank failed for a reason of its own.
+        """
         bits = None if mine is None else {name: sum_of_bits(each) for name, each in mine.items()}
-        if self._communicator.same(repr(bits)):
+        told = None if fault is None else f"{type(fault).__name__}: {fault}"
+        if self._communicator.same(repr((bits, told))) and fault is None:
             return mine
         specs = {name: TensorSpec.of(each) for name, each in (mine or {}).items()}
-        reports = self._communicator.gathered(None if mine is None else specs)
-        source = next(rank for rank, each in enumerate(reports) if each is not None)
+        reports = self._communicator.gathered((None if mine is None else specs, told))
+        if fault is not None:
+            raise fault
+        for rank, (_, theirs) in enumerate(reports):
+            if theirs is not None:
+                raise KfactkError(
+                    f"rank {rank} failed while it prepared what its link needs ({theirs}), and so "
+                    "all ranks stop. Correct the cause on that rank, and start again."
+                )
+        source = next(rank for rank, (each, _) in enumerate(reports) if each is not None)
         device = self.blocks[0].layer.anchor.device
         everyone, found = self._communicator.everyone, dict(mine or {})
         for message in self._communicator.send(
-            found, reports[source], source, everyone, "decompositions", device
+            found, reports[source][0], source, everyone, "decompositions", device
         ):
             found |= message.wait()
         return found

@@ -747,6 +747,8 @@ class Uneven(BlockTridiagonal):
         rank = torch.distributed.get_rank()
         if rank == 0 and not self.layers:
             raise kfactk.DecompositionError("rank 0 alone")
+        if rank == 1 and self.layers == ("2", "0"):
+            raise ValueError("rank 1 alone")
         return attrs.evolve(found, tensors={n: t * (1 + rank) for n, t in found.tensors.items()})
 
 
@@ -770,6 +772,13 @@ def test_ranks_go_on_with_the_same_bits(layers: Any, factor: float) -> None:
     step(model, optimizer, data())
     alone = optimizer.state[model[0].weight]["kfactk.prepared.weights.0"]
     torch.testing.assert_close(one, factor * alone)
+
+
+@pytest.mark.xdist_group("ranks")
+def test_a_rank_that_fails_stops_all() -> None:
+    says = r"rank 1 failed while it prepared .*rank 1 alone"
+    with pytest.raises(RankError, match=says):
+        shared_workers().run(2, prepared_on_ranks, ["2", "0"])
 
 
 def test_the_recipe_is_written_and_read() -> None:
