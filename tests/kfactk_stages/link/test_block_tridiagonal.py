@@ -776,7 +776,7 @@ def test_ranks_go_on_with_the_same_bits(layers: Any, factor: float) -> None:
 
 @pytest.mark.xdist_group("ranks")
 def test_a_rank_that_fails_stops_all() -> None:
-    says = r"rank 1 failed while it prepared .*rank 1 alone"
+    says = "rank 1 alone"
     with pytest.raises(RankError, match=says):
         shared_workers().run(2, prepared_on_ranks, ["2", "0"])
 
