@@ -463,7 +463,7 @@ def ordered(link: Link, blocks: Sequence[Block]) -> list[Block]:
         CombinationError: It cannot join them.
         PluginError: It names others, or one twice.
     """
-    block_of = {_linked(block, block.damping): block for block in blocks}
+    block_of: dict[LinkedLayer, Block] = {_linked(b, b.damping): b for b in blocks}
     with attribute_errors(LINK, link, "choosing its layers"):
         found = list(link.order(list(block_of)))
     if len(set(found)) < len(found) or not set(found) <= block_of.keys():
