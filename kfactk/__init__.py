@@ -63,6 +63,7 @@ from kfactk.stages import (
     ModuleCall as ModuleCall,
     Pace as Pace,
     Placement as Placement,
+    Prepared as Prepared,
     Replay as Replay,
     Replayed as Replayed,
     Tensors as Tensors,

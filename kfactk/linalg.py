@@ -90,6 +90,25 @@ def tikhonov_pi(mean_a: Tensor, mean_g: Tensor) -> Tensor:
     return safe_a.sqrt() / safe_g.sqrt()
 
 
+def balanced_sides(mean_a: Tensor, mean_g: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return what makes A and G of one size, each as large as the root of `A kron G`.
+
+        A / pi,    pi G
+
+    Factored Tikhonov damping adds `sqrt(tau) I` to each.
+
+    Args:
+        mean_a: `tr A / dim A`, `[...]`.
+        mean_g: `tr G / dim G`, `[...]`.
+
+    Returns:
+        For "A" and "G" the factor, and the least that may be added to the diagonal of the result.
+    """
+    pi = tikhonov_pi(mean_a, mean_g)
+    sides = {"A": (mean_a, 1 / pi), "G": (mean_g, pi)}
+    return {side: (each, damping_floor(mean * each)) for side, (mean, each) in sides.items()}
+
+
 def null_tolerance(dtype: torch.dtype, n: int) -> float:
     """Return the fraction of the largest eigenvalue below which one counts as zero.
 

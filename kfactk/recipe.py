@@ -162,7 +162,7 @@ class Recipe(Settings):
             for layer, rule in survey.layers(trained)
         ]
         found = with_footprints(survey.coverage(trained), blocks)
-        return with_link(found, self.link, self.link_name, [block.layer for block in blocks])
+        return with_link(found, self.link, self.link_name, blocks)
 
     def evolve(self, **changes: Any) -> Recipe:
         """Return the recipe with some fields changed; it takes what `kfactk.build` takes.

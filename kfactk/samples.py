@@ -95,6 +95,7 @@ class LayerCall:
         arguments: The other tensors that the module was given, by the names of its parameters.
         tag: Which of several products of the layer this is, where a call of the module makes
             several.
+        place: Its place in the order of the forward's followed calls; `None` where not known.
     """
 
     inputs: Tensor
@@ -104,6 +105,7 @@ class LayerCall:
     module: nn.Module | None = None
     arguments: Mapping[str, Tensor] = attrs.field(factory=dict)
     tag: str = ""
+    place: int | None = None
 
 
 class Samples:

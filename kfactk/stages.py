@@ -286,6 +286,21 @@ class Curvature(abc.ABC):
     def gradient_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
         """Return sums and counts of the factors that need gradients."""
 
+    def factor_rows(
+        self, layer: Layer, samples: Samples, rows: slice = slice(None)
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return the rows a and g of some examples that A and G are sums over.
+
+            A = (1/N) sum_n sum_t a a^T,    G = (1/M) sum_n sum_t g g^T
+
+        Links pair them with those of other layers.
+
+        Returns:
+            a, `[n, T, d_in]`, and g, `[n, T, d_out]`; `None`, the default, where A and G are no
+            such sums.
+        """
+        return None
+
     def factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
         """Return the sums and counts of all factors. Do not replace it in a subclass."""
         inputs = self.input_factors(layer, samples)
@@ -604,6 +619,29 @@ class LinkedLayer:
         """The layer's name."""
         return self.layer.name
 
+    @property
+    def has_rows(self) -> bool:
+        """Whether its curvature gives `factor_rows`."""
+        return False
+
+    def factor_rows(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        """Return what `Curvature.factor_rows` gives of all examples, where it `has_rows`."""
+        raise NotImplementedError(f"layer {self.name!r} has no rows")
+
+
+@attrs.frozen(eq=False)
+class Prepared:
+    """What a link has made of matrices and statistics, to be used until the next time.
+
+    Args:
+        tensors: By name; they are saved. Names and shapes follow from the layers alone.
+        failures: What could not be made, each a clause with its reason. The rest works without it.
+            Failures are counted as failed decompositions are, and told once.
+    """
+
+    tensors: Tensors = attrs.field(factory=dict)
+    failures: Sequence[str] = ()
+
 
 class Link(abc.ABC):
     """What joins layers: it measures them together, and corrects their preconditioned gradients.
@@ -614,15 +652,20 @@ class Link(abc.ABC):
 
     It is applied where all its layers have curvature and it has been measured. It is measured
     whenever factors are, on passes that give samples of each layer, and its statistics decay as
-    factors do. They are saved under the anchor of its first layer.
+    factors do. What is costly is prepared where bases are due. Both are saved under the anchor of
+    its first layer.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset({"linear", "self-adjoint", "damped-inverse"})
     """Laws that no basis of the recipe may waive (`WAIVABLE`)."""
     requires: ClassVar[frozenset[str]] = frozenset()
-    """Names of the matrices that `correct` reads of each layer; every rank then keeps them."""
+    """Names of the matrices that it reads of each layer; every rank then keeps them."""
+    solves: ClassVar[bool] = False
+    """Whether it solves for its layers by itself. What it prepared then stands in place of the
+    blocks' operators: these do not solve, and `correct` is given gradients for what they would
+    make. Bases with moments are refused, which would be measured for nothing."""
 
-    def order(self, layers: Sequence[Layer]) -> Sequence[Layer]:
+    def order(self, layers: Sequence[LinkedLayer]) -> Sequence[LinkedLayer]:
         """Return the layers that it joins, in its order; by default all, in the model's order.
 
         Args:
@@ -658,6 +701,41 @@ class Link(abc.ABC):
             num_terms: Number of likelihood terms of the forward; 0 on later passes over it.
         """
 
+    def remark(
+        self,
+        layers: Sequence[LinkedLayer],
+        rows: Mapping[str, Tensors],
+        places: Mapping[str, Sequence[int]],
+    ) -> str | None:
+        """Return what the user should know of how the layers ran in a pass; it is told once.
+
+        Args:
+            layers: The layers, in order.
+            rows: As for `statistics`.
+            places: By layer name, the place of each of its calls in the order of the forward.
+
+        Returns:
+            `None` where there is nothing to tell.
+
+        Raises:
+            CaptureError: They cannot be joined so. The message says why, and the remedy.
+        """
+        return None
+
+    def prepare(self, layers: Sequence[LinkedLayer], statistics: Tensors) -> Prepared:
+        """Return what `correct` needs that is costly; by default, nothing.
+
+        It is asked for after bases were decomposed, and depends on its arguments alone.
+
+        Args:
+            layers: The layers, in order; their matrices may be read.
+            statistics: The averaged statistics.
+
+        Raises:
+            DecompositionError: Nothing can be made. What was made last stays in use.
+        """
+        return Prepared()
+
     @abc.abstractmethod
     def correct(
         self,
@@ -672,7 +750,7 @@ class Link(abc.ABC):
             layers: The layers, in order.
             gradients: By layer name; layers without a gradient are not among them.
             preconditioned: For the same names, what the blocks made of them. They stay unchanged.
-            statistics: The averaged statistics.
+            statistics: The averaged statistics, and what `prepare` made.
         """
 
 

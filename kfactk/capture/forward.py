@@ -45,6 +45,7 @@ class RecordedCall:
         argument_versions: Their versions at the call.
         replay: Runs the call again, where the layer lies inside the module; `None` elsewhere.
         folded: Where the input `[N T, d]` is a view of a tensor `[N, T, d]`, N; else 0.
+        place: Its place in the order of the forward's followed calls.
     """
 
     layer: Layer
@@ -57,6 +58,7 @@ class RecordedCall:
     argument_versions: Sequence[int] = ()
     replay: RecordedReplay | None = None
     folded: int = 0
+    place: int | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -89,7 +91,7 @@ class RecordedCall:
         if self.replay is None:
             return [self._call(self.outputs[0].read(gradients[0]), scale)]
         inside = self.replay.calls(self.layer.part, gradients)
-        return [attrs.evolve(call, scale=scale) for call in inside]
+        return [attrs.evolve(call, scale=scale, place=self.place) for call in inside]
 
     def check(self) -> None:
         """Check that the input, and other arguments, are those of the call.
@@ -106,7 +108,15 @@ class RecordedCall:
             raise CaptureError(input_modified_message(self.layer.name))
 
     def _call(self, gradient: Tensor, scale: Tensor | float) -> LayerCall:
-        return LayerCall(self.inputs, gradient, scale, self.training, self.module, self.arguments)
+        return LayerCall(
+            self.inputs,
+            gradient,
+            scale,
+            self.training,
+            self.module,
+            self.arguments,
+            place=self.place,
+        )
 
 
 @attrs.frozen(eq=False)

@@ -333,6 +333,7 @@ class LayerHook:
                 versions(arguments.values()),
                 replay,
                 0 if inside else folded_from(given[0]),
+                len(self._calls),
             )
             used = (parameter_at(module, name) for name in layer.parameters)
             present = tuple(parameter for parameter in used if parameter is not None)

@@ -286,8 +286,7 @@ class Optimizer(torch.optim.Optimizer):
         self._index()
         pre, blocks = self._preconditioner, self._preconditioner.blocks.current()
         found = with_footprints(pre.survey.coverage(self._groups), blocks)
-        link, layers = self.recipe.link, [block.layer for block in blocks]
-        return with_link(found, link, self.recipe.link_name, layers)
+        return with_link(found, self.recipe.link, self.recipe.link_name, blocks)
 
     def fisher_product(
         self, tensors: Mapping[str, Tensor], *, strict: bool = True

@@ -306,6 +306,7 @@ class Settings:
     def _check_link(self, link: Link) -> None:
         """Check that every block can be joined with others."""
         label = f"link {self.link_name!r}"
+        remedy = "Choose another one, or leave out the link."
         if self.stagger:
             raise CombinationError(
                 f"{label} measures all layers on the same batch, and stagger=True spreads them "
@@ -316,7 +317,6 @@ class Settings:
                 f"{family} {name_of(family, getattr(rule, family))!r}"
                 for family in ("curvature", "basis")
             )
-            remedy = "Choose another one, or leave out the link."
             if rule.of_gradient:
                 raise CombinationError(
                     f"{label} measures layers together on samples, and {curvature} has none, but "
@@ -327,11 +327,31 @@ class Settings:
                 raise CombinationError(
                     f"{label} needs a basis with which {laws}, and {basis} waives this. {remedy}"
                 )
-            if missing := sorted(link.requires - rule.basis.requires):
+        able = [rule for rule in self.rules if link.requires <= rule.basis.requires]
+        if not able:
+            basis = f"basis {name_of('basis', self.rules[0].basis)!r}"
+            missing = sorted(link.requires - self.rules[0].basis.requires)
+            raise CombinationError(
+                f"{label} reads {', '.join(missing)} of each layer, which {basis} does not "
+                f"require, so that nobody keeps it. {remedy}"
+            )
+        if link.solves:
+            self._check_solving(label, able)
+
+    def _check_solving(self, label: str, rules: Sequence[BlockRule]) -> None:
+        """Check that nothing is measured or made for nothing, where a link solves by itself."""
+        for rule in rules:
+            if rule.basis.moments_from is not None:
                 raise CombinationError(
-                    f"{label} reads {', '.join(missing)} of each layer, which {basis} does not "
-                    f"require, so that nobody keeps it. {remedy}"
+                    f"{label} solves with the matrices by itself, so that the moments of basis "
+                    f"{name_of('basis', rule.basis)!r} would be measured for nothing. Give "
+                    "basis='kfac', or leave out the link."
                 )
+        if self.lag:
+            raise CombinationError(
+                f"{label} decomposes the matrices when they are due, and lag={self.lag} lets "
+                "decompositions begin earlier, beside the loop. Leave out lag, or the link."
+            )
 
     def written(self, field: str) -> Any:
         """Return one field in JSON's types.

@@ -266,9 +266,15 @@ class Block:
         _update(self.state.links, means, decay)
         self._flat = None
 
+    def keep_prepared(self, tensors: Tensors) -> None:
+        """Keep what a link has prepared, in place of what it had before."""
+        self.state.prepared = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        self._flat = None
+
     def drop_links(self) -> None:
-        """Drop what a link has measured."""
+        """Drop what a link has measured and prepared."""
         self.state.links.clear()
+        self.state.prepared.clear()
         self._flat = None
 
     def average(self, gradient: Tensor, moment: FirstMoment) -> Tensor:
@@ -481,6 +487,15 @@ class Block:
         with attribute_errors("curvature", self.curvature, self._where):
             measure = self.curvature.input_factors if suffice else self.curvature.factors
             return measure(self.layer, samples)
+
+    def factor_rows(self, samples: Samples) -> tuple[Tensor, Tensor] | None:
+        """Return the rows that A and G are sums over; `None` where they are no such sums."""
+        with attribute_errors("curvature", self.curvature, self._where):
+            return self.curvature.factor_rows(self.layer, samples)
+
+    def blank_matrices(self) -> dict[str, Tensor]:
+        """Return matrices of zeros, those that the basis requires."""
+        return self.matrices(factors=_zeros(self.blank_factors()))
 
     def blank_moments(self, decomposition: Decomposition) -> dict[str, Statistic]:
         """Return moments without data, by their names."""

@@ -48,6 +48,11 @@ from kfactk.validation import (
 
 UNSEEN = "unseen: it influences the output also past its own calls (unseen='plain')"
 """Reason in a coverage table."""
+JOINS_NONE = (
+    "the link joins no layer of this model: print(recipe.coverage(model)) shows what is linked. "
+    "Leave out the link, or choose curvatures that it can join"
+)
+"""Warning of a bind."""
 OTHER_LAYERS = (
     "the saved state tells what a link measured of other layers than it joins now. It starts afresh"
 )
@@ -95,7 +100,7 @@ class Preconditioner:
         self.overlapped = OverlappedReduction(self.communicator, self.placement)
         self.survey = ModelSurvey(model, rules, exclude)
         self.blocks = BlockSet(self.survey, self.placement, trained, self.timer)
-        self.links = Links(link, self.placement, self.timer)
+        self.links = Links(link, self.placement, self.communicator, self.timer)
         self.skipped_batches = 0
         self.failed_decompositions = 0
         self._first_moment = FirstMoment() if first_moment is None else first_moment
@@ -238,7 +243,7 @@ class Preconditioner:
             return
         block, plan = self._followed[layer]
         samples = block.accumulate(calls, num_terms, first, plan)
-        self.links.take(of, block, samples)
+        self.links.take(of, block, samples, calls)
 
     def end_pass(self, of: object, num_terms: Tensor | float, *, last: bool = False) -> None:
         """Note that a pass over a forward is at its end.
@@ -248,7 +253,9 @@ class Preconditioner:
             num_terms: Number of likelihood terms of the forward; 0 on later passes over it.
             last: Whether it is known to be the last one.
         """
-        self.links.end_pass(of, num_terms)
+        told = self.links.end_pass(of, num_terms)
+        if told is not None:
+            self._warn("remark", told)
         if last:
             self.links.commit()
 
@@ -392,6 +399,8 @@ class Preconditioner:
         """
         self.links.follow(self.blocks.current())
         self.links.check_holders()
+        if self.links.joins_none:
+            self._warn("joins none", JOINS_NONE)
 
     def refresh(self, gradients: Mapping[str, Tensor]) -> None:
         """Reduce and average sums, decompose what is due, measure moments in the new basis.
@@ -423,6 +432,9 @@ class Preconditioner:
         if failures.mended:
             self.failed_decompositions += sum(map(bool, failures.mended.values()))
             self._warn("mended", mended_message(failures.mended))
+        for failure in self.links.prepare([b for b, plan in plans.items() if plan.basis]):
+            self.failed_decompositions += 1
+            self._warn("prepared", failure)
         for block, plan in plans.items():
             plan.settle(block.state, seen=block not in self._unseen)
 
@@ -553,8 +565,11 @@ class Preconditioner:
             found |= broadcast_gradients(
                 moved, specs, gradients, self.placement, self.communicator, device_of(blocks)
             )
+        solved = self.links.solved(gradients)
         for block in ready:
-            if block not in moved and block.name in gradients:
+            if block.name in solved:
+                found[block.name] = gradients[block.name]
+            elif block not in moved and block.name in gradients:
                 found[block.name] = block.solve(gradients[block.name])
         for block in self._founded:
             if block.name in found and block.counts_next:

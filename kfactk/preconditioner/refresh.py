@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kfactk.distributed.communicator import Communicator
 from kfactk.distributed.messages import PendingMessage
-from kfactk.distributed.packing import TensorSpec
+from kfactk.distributed.packing import TensorSpec, sum_of_bits
 from kfactk.errors import DecompositionError, KfactkError
 from kfactk.preconditioner.ahead import Ahead, Parts
 from kfactk.preconditioner.block import Block, mean_diagonals
@@ -51,7 +51,7 @@ class Report:
     @classmethod
     def of(cls, parts: Mapping[str, Tensor]) -> Report:
         """Return the report on these parts."""
-        return cls(_specs(parts), tuple(_sum_of_bits(parts[name]) for name in sorted(parts)))
+        return cls(_specs(parts), tuple(sum_of_bits(parts[name]) for name in sorted(parts)))
 
 
 @attrs.frozen
@@ -463,10 +463,3 @@ def _complete(block: Block, own: Parts, messages: Sequence[PendingMessage]) -> t
 
 def _specs(parts: Mapping[str, Tensor]) -> dict[str, TensorSpec]:
     return {name: TensorSpec.of(tensor) for name, tensor in parts.items()}
-
-
-def _sum_of_bits(tensor: Tensor) -> int:
-    """Return a number that equal tensors share, and different ones hardly ever."""
-    kinds = {8: torch.int64, 4: torch.int32, 2: torch.int16, 1: torch.int8}
-    bits = tensor.contiguous().view(kinds[tensor.itemsize])
-    return int(bits.sum(dtype=torch.int64))

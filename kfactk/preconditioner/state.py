@@ -30,6 +30,8 @@ PACE = "pace"
 """First word, after the prefix, of the keys of when a block is due."""
 MEAN = "mean"
 """Name of the running mean of the gradient."""
+PREPARED = "prepared"
+"""First word, after the prefix, of the keys of what a link has prepared."""
 MEANS = ("factor", "moment", "gradient", "link")
 """First words, after the prefix, of the keys of running means."""
 LARGEST_WEIGHT = 2.0**53
@@ -50,6 +52,7 @@ class BlockState:
         moments: Running means of the basis' moments, on the same ranks.
         gradients: The running mean of the gradient, "mean", where the recipe has a first moment.
         links: Running means of what a link measured, of the layers that this block is the first of.
+        prepared: What the link has prepared from these and from the layers' matrices.
         ahead: The decomposition that waits to be adopted, where the recipe has a lag.
         pace: When the block is due, where the recipe has a pace.
         ready: Whether the block can precondition, on this rank or another: it was decomposed from
@@ -70,6 +73,7 @@ class BlockState:
     moments: dict[str, RunningMean] = attrs.Factory(dict)
     gradients: dict[str, RunningMean] = attrs.Factory(dict)
     links: dict[str, RunningMean] = attrs.Factory(dict)
+    prepared: dict[str, Tensor] = attrs.Factory(dict)
     ahead: Ahead | None = None
     pace: PaceState = attrs.Factory(PaceState)
     ready: bool = False
@@ -179,6 +183,7 @@ class BlockState:
             for matrix, parts in decomposition.items():
                 for name, tensor in parts.items():
                     out[f"{prefix}{kind}.{matrix}.{name}"] = tensor
+        out |= {f"{prefix}{PREPARED}.{name}": each for name, each in self.prepared.items()}
         out |= {f"{prefix}{PACE}.{key}": value for key, value in self.pace.flat().items()}
         overdue = sum(flag << place for place, flag in enumerate(attrs.astuple(self.overdue)))
         out[prefix + READY] = torch.tensor(int(self.ready), dtype=torch.int64, device="cpu")
@@ -229,6 +234,9 @@ class BlockState:
                 copied = _copied(tensor, device)
                 kept[kind].setdefault(matrix, {})[name] = copied
                 found.check_values(prefix + key, copied)
+            elif kind == PREPARED:
+                state.prepared[rest] = _copied(tensor, device)
+                found.check_values(prefix + key, state.prepared[rest])
             elif kind == PACE and rest.startswith("value."):
                 values[rest] = _copied(tensor, device)
                 found.check_values(prefix + key, values[rest])
@@ -292,7 +300,7 @@ def _check_tensors(entry: Mapping[str, Any], prefix: str) -> None:
 
 def _known(key: str) -> bool:
     kind, _, rest = key.partition(".")
-    mean = kind in MEANS and bool(rest)
+    mean = kind in (*MEANS, PREPARED) and bool(rest)
     paced = kind == PACE and bool(KEY.fullmatch(rest))
     return key in (READY, OVERDUE) or mean or paced or (kind in ("basis", "ahead") and "." in rest)
 

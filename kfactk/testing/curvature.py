@@ -191,6 +191,20 @@ class CurvatureLaws(OnLayers, InRecipe):
                 f"{largest:.3g}"
             )
 
+    @law(case="cases", num_terms=st.sampled_from([1.0, 3.5]))
+    def test_rows_make_the_factors(self, case: Case, num_terms: float) -> None:
+        """What `factor_rows` returns sums up to A and G."""
+        samples = self.samples(case, num_terms=num_terms)
+        rows = self.curvature.factor_rows(case.layer, samples)
+        found = self.matrices(case, num_terms=num_terms)
+        if rows is None or not {"A", "G"} <= found.keys():
+            return
+        counts = {"A": float(samples.examples), "G": num_terms}
+        for (name, count), each in zip(counts.items(), rows, strict=True):
+            flat = each.flatten(0, 1)
+            says = f"the rows that factor_rows returns do not sum up to {name}"
+            close(flat.mT @ flat / count, found[name], says)
+
     @law(case="single_row_cases", num_terms=st.sampled_from([1.0, 3.5]))
     def test_one_row_of_one_example_is_exact(self, case: Case, num_terms: float) -> None:
         """For one example with T = 1, A kron G is the Fisher matrix, vec(D) vec(D)^T / M."""

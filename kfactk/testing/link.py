@@ -22,6 +22,20 @@ STEPS = 3
 
 
 @attrs.frozen(eq=False)
+class Linear(LinkedLayer):
+    """A linear layer whose A and G are sums over the rows of its samples, one an example."""
+
+    @property
+    def has_rows(self) -> bool:
+        """It has."""
+        return True
+
+    def factor_rows(self, samples: Samples) -> tuple[Tensor, Tensor]:
+        """Return the inputs and the output gradients."""
+        return samples.inputs(), samples.gradients()
+
+
+@attrs.frozen(eq=False)
 class Chain:
     """Layers of one model with what they saw of a batch, and their preconditioner.
 
@@ -101,7 +115,7 @@ def chains(draw: st.DrawFn, fewest: int = 1, most: int = 4) -> Chain:
             for name, rows in (("A", a), ("G", g))
         }
         layer = Layer(str(number), module, ("weight", "bias"))
-        layers.append(LinkedLayer(layer, (d_out, d_in + 1), damping, matrices))
+        layers.append(Linear(layer, (d_out, d_in + 1), damping, matrices))
         inputs.append(a)
         gradients.append(g)
     return Chain(layers, inputs, gradients, generator)
@@ -110,7 +124,8 @@ def chains(draw: st.DrawFn, fewest: int = 1, most: int = 4) -> Chain:
 class LinkLaws(InRecipe):
     """Laws of every link.
 
-    They try it on chains of linear layers whose blocks are damped K-FAC, and in a recipe.
+    They try it on chains of linear layers whose blocks are damped K-FAC, and in a recipe. A link
+    that does not work with the default basis names another one in `in_recipe`.
 
     Example:
         >>> class TestTwoLevel(LinkLaws):
@@ -138,6 +153,7 @@ class LinkLaws(InRecipe):
             for name, each in self.measured(chain).items()
             if each.total is not None
         }
+        statistics |= stage.prepare(chain.layers, statistics).tensors
         alone = chain.alone(vector)
         copies = {name: tensor.clone() for name, tensor in alone.items()}
         found = stage.correct(chain.layers, vector, alone, statistics)

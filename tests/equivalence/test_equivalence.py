@@ -66,6 +66,15 @@ def test_wherever_the_work_lies(case: Case, seed: int, ranks: int) -> None:
     check(case, Anyhow(seed), ranks)
 
 
+@pytest.mark.parametrize("ranks", RANKS[1:])
+@pytest.mark.parametrize("link", ["two_level", "block_tridiagonal"])
+def test_links_do_what_one_process_does(link: str, ranks: int) -> None:
+    """Where every rank holds all layers; other placements are refused."""
+    curvature = {"name": "conv_kfac", "spatial": "reduce"}
+    stages = {"curvature": curvature, "basis": {"name": "kfac"}, "link": link}
+    check(Case({**DEFAULT.recipe, **stages}, taps=2), {"name": "replicated"}, ranks)
+
+
 def test_where_rounding_chooses_the_eigenvectors_ranks_agree_all_the_same() -> None:
     """SUA with several taps does not determine EKFAC; the ranks still agree bit for bit."""
     assert not determined(SUA.recipe)

@@ -89,9 +89,7 @@ class KfacInverse(Basis):
         A and G have: what lies between the solves of the two sides lies between V and P V in size.
         """
         mean_a, mean_g = context.mean_diagonal["A"], context.mean_diagonal["G"]
-        pi, side = linalg.tikhonov_pi(mean_a, mean_g), side_of(name)
-        balance = 1 / pi if side == "A" else pi
-        least = linalg.damping_floor(context.mean_diagonal[side] * balance)
+        balance, least = linalg.balanced_sides(mean_a, mean_g)[side_of(name)]
         shift = least.clamp(min=context.damping**0.5)
         undamped = {"floor": least.unsqueeze(-1)} if self.solver == "eigh" else {}
         if is_diagonal(name):

@@ -164,6 +164,18 @@ class ConvKfac(Kfac):
         window = Window.of(cast("nn.Conv2d", module))
         return ConvRows(inputs, gradient, call.scale, groups_of(module), window)
 
+    def factor_rows(
+        self, layer: Layer, samples: Samples, rows: slice = slice(None)
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return the rows that A and G are sums over.
+
+        There are none for convolutions without `spatial="reduce"`: rows of every position would
+        take more memory than the model.
+        """
+        if isinstance(layer.module, IMAGES) and self.spatial != "reduce":
+            return None
+        return super().factor_rows(layer, samples, rows)
+
     def input_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
         """Return sum and count of A; for "sua" and "stationary" of a convolution, of Omega.
 

@@ -185,6 +185,17 @@ class Kfac(WideSides):
         found = self.moment("G", samples.d_out, parts, samples.num_terms)
         return {name: each if reduce else each.scaled(share) for name, each in found.items()}
 
+    def factor_rows(
+        self, layer: Layer, samples: Samples, rows: slice = slice(None)
+    ) -> tuple[Tensor, Tensor] | None:
+        """Return the rows of A and G; `None` for groups, or where a side is wide."""
+        if samples.groups > 1 or self.is_wide(samples.d_in) or self.is_wide(samples.d_out):
+            return None
+        if self.spatial == "reduce":
+            return mean_inputs(samples, rows), summed_gradients(samples, rows)
+        share = 1 / math.sqrt(max(1, samples.positions))
+        return samples.inputs(rows), samples.gradients(rows) * share
+
     def sides(self, layer: Layer) -> tuple[int, int]:
         """Return d_out and d_in of the layer's matrix, of a group."""
         shape, groups = layer.tensors()["weight"].shape, groups_of(layer.module)

@@ -197,6 +197,8 @@ def lived(
     life = Life(family, stage)
     if family == "likelihood" and member in ("sample", "nll"):
         life.recipe["fisher"] = "mc"
+    if member == "factor_rows":
+        life.recipe |= {"link": "block_tridiagonal", "basis": "kfac"}
     for part in life.parts():
         steps = 0 if life.optimizer is None else life.optimizer.steps
         try:

@@ -425,6 +425,16 @@ BREAKS: dict[str, tuple[str, Any, str]] = {
         ),
         "the part differs from what `factors` gives",
     ),
+    "rows of other factors": (
+        "test_rows_make_the_factors",
+        stage(
+            factor_rows=lambda self, layer, samples, rows=slice(None): (
+                samples.inputs(rows),
+                samples.gradients(rows),
+            )
+        ),
+        "the rows that factor_rows returns do not sum up to G",
+    ),
     "a name in both parts": (
         "test_parted_factors_are_the_factors",
         stage(
