@@ -383,8 +383,8 @@ def missing_samples_message(layers: Sequence[str], *, some: bool) -> str:
     return (
         f"{start}observe='manual' without optimizer.observe() between forward and backward; the "
         "bound model itself was not called, but a submodule or a copy was, or another method than "
-        "its forward (name it: bind(model, entry='evaluate_actions')); the forward ran in "
-        "evaluation mode (use observe='manual'), or compiled before bind; the output that the "
-        f"likelihood sees does not depend on it (name it with output=); {outside}. This step "
-        "changed nothing."
+        "its forward (name it: bind(model, entry='evaluate_actions')), or one that replaced the "
+        "entry after bind (bind again); the forward ran in evaluation mode (use observe='manual'), "
+        "or compiled before bind; the output that the likelihood sees does not depend on it (name "
+        f"it with output=); {outside}. This step changed nothing."
     )

@@ -1,5 +1,8 @@
 """How much memory the operations inside a block asked for."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,3 +32,21 @@ class LargestAllocation(TorchDispatchMode):
             if tensor.device.type != "meta" and tensor.untyped_storage().data_ptr() not in known:
                 self.bytes = max(self.bytes, tensor.untyped_storage().nbytes())
         return result
+
+
+def peak_bytes(work: Callable[[], object]) -> int:
+    """Bytes that operations of a call hold at once at their most, on the CPU."""
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+    ) as profile:
+        work()
+    profiler: Any = profile.profiler
+    events = sorted(
+        (each for each in profiler.kineto_results.events() if each.name() == "[memory]"),
+        key=lambda each: each.start_ns(),
+    )
+    held = most = 0
+    for each in events:
+        held += each.nbytes()
+        most = max(most, held)
+    return most

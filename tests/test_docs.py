@@ -131,6 +131,16 @@ def test_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
             tomllib.loads(block.text)
 
 
+def test_lines_of_methods_build_what_they_name() -> None:
+    """A basis or a clip says little of a method without its update rule: the default is Adam."""
+    rows = [row for row in (ROOT / "docs/methods.md").read_text().splitlines() if row[:2] == "| "]
+    lines = re.findall(r"`([a-z_]+=[^`]*)`", "\n".join(row.split(" | ")[1] for row in rows))
+    assert len(lines) > len(rows) / 2
+    for line in lines:
+        eval(f"kfactk.build({line})", {"kfactk": kfactk})
+        assert "update=" in line or not re.search("basis=|clip=", line), line
+
+
 def test_readme_has_exactly_two_commands() -> None:
     readme = PAGES[0]
     shell = [

@@ -52,15 +52,34 @@ def entry_names(model: nn.Module, entry: Any) -> tuple[str, ...]:
             "'evaluate_actions', or a list of names."
         )
     for name in names:
+        if name.startswith("__"):
+            raise OptionError(
+                f"entry has {name!r}, which Python looks up on the class, so that nothing can "
+                f"stand in for it on one model. Give entry={FORWARD!r} for calls of the model."
+            )
         found = vars(model).get(name, inspect.getattr_static(type(model), name, None))
         if not callable(found) and not isinstance(found, staticmethod | classmethod):
-            methods = [n for n in dir(type(model)) if callable(getattr(type(model), n, None))]
             raise OptionError(
                 f"entry has {name!r}, and {type(model).__name__} has no such method."
-                f"{near_names(name, methods)} Name a method of the module that you bind, such as "
-                "'evaluate_actions'."
+                f"{_remedy(model, name)}"
             )
     return tuple(dict.fromkeys(names))
+
+
+def _remedy(model: nn.Module, name: str) -> str:
+    """Return what to do where a model has no method of its own of this name."""
+    owner = getattr(getattr(model, name, None), "__self__", None)
+    for path, module in model.named_modules():
+        if path and module is owner:  # as torch.compile's wrapper hands on what it has not
+            return (
+                f" It is a method of the module {path!r} inside. Bind that one: "
+                f"recipe.bind(model.get_submodule({path!r}), entry={name!r})."
+            )
+    methods = [n for n in dir(type(model)) if callable(getattr(type(model), n, None))]
+    return (
+        f"{near_names(name, methods)} Name a method of the module that you bind, such as "
+        "'evaluate_actions'."
+    )
 
 
 class EntryMethod:

@@ -380,7 +380,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _end_forward(self, forward: Forward) -> None:
         """Measure a followed forward, or keep it until `observe` is called."""
-        if forward.output is None and self.recipe.output is None:
+        if forward.output is None and not self.recipe.finds_output:
             return
         if self.recipe.observe == "manual":
             self._run.waiting = forward

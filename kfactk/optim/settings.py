@@ -235,6 +235,12 @@ class Settings:
         )
 
     @property
+    def finds_output(self) -> bool:
+        """Whether the user's own function finds an output, so that the model may return none."""
+        heads = self.likelihood if isinstance(self.likelihood, tuple) else ()
+        return self.output is not None or any(callable(spec.output) for spec in heads)
+
+    @property
     def link_name(self) -> str:
         """The name of the link; empty where there is none."""
         return "" if self.link is None else name_of("link", self.link)

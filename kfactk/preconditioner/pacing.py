@@ -106,13 +106,14 @@ class Pacer:
     ) -> None:
         """Note when blocks are due again, and keep what they are compared with then.
 
-        A block of which every batch was bad is due again after one unit.
+        A block that was not refreshed, as every batch was bad or its decomposition failed, is due
+        again after one unit.
 
         Args:
             step: Index of the step.
             blocks: The blocks whose factors were due and were seen.
             compared: What `compare` gave.
-            intervals: What `decide` gave.
+            intervals: What `decide` gave, of the blocks that were refreshed.
         """
         unit = self.schedule.periods(step)[0]
         for block in blocks:

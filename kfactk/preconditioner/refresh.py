@@ -137,7 +137,8 @@ class Refresh:
                 block.state.restore(snapshot)
                 block.invalidate()
             raise
-        self.pacer.settle(step, measured, compared, intervals)
+        refreshed = {b: n for b, n in intervals.items() if b.name not in failures.reasons}
+        self.pacer.settle(step, measured, compared, refreshed)
         for block in plans:
             block.state.retained.clear()
         return failures

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import attrs
 import torch
 from torch import Tensor
@@ -45,6 +47,7 @@ class ConjugateGradients(Basis):
     There is nothing to decompose. What is kept are the rows of the last refresh, scaled such that
     none overflows. A product with F costs about as much as a forward and a backward of the layer on
     the examples: `4 N T d_in d_out` operations for inputs and gradients, `4 N d_in d_out` for D_n.
+    While it solves, the iteration holds five matrices of the gradient's shape at most.
 
     Args:
         iterations: k.
@@ -164,54 +167,58 @@ class RowsOperator(CurvatureOperator):
         return inputs, gradients, matrices
 
     def _multiply(self, v: Tensor) -> Tensor:
-        """Return `F v / c` of `[groups, d_out, d_in]`."""
+        """Return `F v / c` of `[groups, d_out, d_in]`, a new tensor."""
         inputs, gradients, matrices = self._rows(v.dtype)
         pairs, single = (each.to(v.dtype)[:, None, None] for each in self.strengths)
-        found = torch.zeros_like(v)
+        found: list[Tensor] = []
         if inputs.shape[1]:
             a, g = inputs.flatten(1, 2), gradients.flatten(1, 2)
             by_inputs = a.shape[-1] <= g.shape[-1]
             dots = ((g @ v) * a if by_inputs else (a @ v.mT) * g).sum(-1)
             of_example = dots.view(inputs.shape[:3]).sum(-1, keepdim=True)
             weight = of_example.expand(inputs.shape[:3]).flatten(1).unsqueeze(-1)
-            found += pairs * (g.mT @ (a * weight) if by_inputs else (g * weight).mT @ a)
+            product = g.mT @ (a * weight) if by_inputs else (g * weight).mT @ a
+            found.append(product.mul_(pairs))
         if matrices.shape[1]:
             flat = matrices.flatten(2)
             of_example = flat @ v.reshape(len(v), -1, 1)
-            found += (single * (of_example.mT @ flat)).view(v.shape)
-        return found
+            found.append((of_example.mT @ flat).mul_(single).view(v.shape))
+        if len(found) == 2:
+            found[0].add_(found[1])
+        return found[0] if found else torch.zeros_like(v)
 
     def _damped(self, v: Tensor) -> Tensor:
         """Return `(F + tau I) v / c`."""
-        return self._multiply(v) + self._of_group(self.shift, v) * v
+        return self._multiply(v).addcmul_(self._of_group(self.shift, v), v)
 
     def solve(self, v: Tensor) -> Tensor:
         """Return x_k."""
         grouped = v if v.ndim > 2 else v.unsqueeze(0)
-        size = grouped.abs().amax((-2, -1), keepdim=True)
+        size = torch.linalg.vector_norm(grouped, math.inf, (-2, -1), keepdim=True)
         start = grouped / torch.where(size > 0, size, 1.0)
         chebyshev = self.basis.polynomial == "chebyshev"
         found = self._by_chebyshev(start) if chebyshev else self._by_residuals(start)
         root = (size.double() / self.scale[:, None, None]).sqrt().to(v.dtype)
-        return (found * root * root).view(v.shape)
+        return found.mul_(root).mul_(root).view(v.shape)
 
     def _by_residuals(self, b: Tensor) -> Tensor:
-        """Return x_k of conjugate gradients, for each group."""
-        x, residual, direction = torch.zeros_like(b), b, b
+        """Return x_k of conjugate gradients, for each group; `b` becomes the residual."""
+        x, residual, direction = torch.zeros_like(b), b, b.clone()
         square = first = _inner(b, b)
         for _ in range(self.basis.iterations):
             if self.basis.tolerance and bool((square <= self.basis.tolerance**2 * first).all()):
                 break
             product = self._damped(direction)
             step = _ratio(square, _inner(direction, product))
-            x = x + step * direction
-            residual = residual - step * product
+            x.addcmul_(step, direction)
+            residual.addcmul_(-step, product)
+            del product  # the next one takes its place
             last, square = square, _inner(residual, residual)
-            direction = residual + _ratio(square, last) * direction
+            direction.mul_(_ratio(square, last)).add_(residual)
         return x
 
     def _by_chebyshev(self, b: Tensor) -> Tensor:
-        """Return x_k of the polynomial on `[tau / c, 1]`, for each group."""
+        """Return x_k of the polynomial on `[tau / c, 1]`, for each group; `b` is overwritten."""
         shift = self._of_group(self.shift, b)
         centre = (1 + shift) / 2
         width = torch.maximum((1 - shift) / 2, LEAST_WIDTH * centre)
@@ -219,19 +226,19 @@ class RowsOperator(CurvatureOperator):
         x, residual, ratio = torch.zeros_like(b), b, 1 / slope
         change = residual / centre
         for step in range(self.basis.iterations):
-            x = x + change
+            x += change
             if step + 1 == self.basis.iterations:
                 break
-            residual = residual - self._damped(change)
+            residual -= self._damped(change)
             last, ratio = ratio, 1 / (2 * slope - ratio)
-            change = ratio * last * change + 2 * ratio / width * residual
+            change.mul_(ratio * last).addcmul_(2 * ratio / width, residual)
         return x
 
     def multiply(self, v: Tensor) -> Tensor:
         """Return `F v`, undamped."""
         grouped = v if v.ndim > 2 else v.unsqueeze(0)
         root = self._of_group(self.scale.sqrt(), v)
-        return (self._multiply(grouped) * root * root).view(v.shape)
+        return self._multiply(grouped).mul_(root).mul_(root).view(v.shape)
 
     def condition(self) -> Tensor:
         """Return a lower bound, of the largest |D_n|^2 / M and zero or the mean eigenvalue."""

@@ -128,6 +128,26 @@ def test_method_that_is_not_named_is_refused_with_the_line_to_write() -> None:
         step(optimizer, model.evaluate_actions(*data()))
 
 
+class Quiet(Policy):
+    """Keeps what the likelihoods read, and returns nothing."""
+
+    def evaluate_actions(self, obs: Tensor, actions: Tensor) -> Any:
+        self.found = super().evaluate_actions(obs, actions)
+
+
+def test_heads_that_are_functions_need_nothing_that_is_returned() -> None:
+    model, (other, _) = Quiet(), truth()
+    heads = [
+        kfactk.head(lambda _: model.found[1], "categorical"),
+        kfactk.head(lambda _: model.found[0], "gaussian"),
+    ]
+    optimizer = bound(model, likelihood=heads)
+    for _ in range(2):
+        assert model.evaluate_actions(*data()) is None
+        step(optimizer, model.found)
+    assert_equal(factors(optimizer), factors(other))
+
+
 def test_method_keeps_its_name_and_signature() -> None:
     model = Policy()
     optimizer = bound(model)
@@ -325,6 +345,20 @@ def test_nothing_is_kept_alive_when_the_optimizer_is_gone() -> None:
 @pytest.mark.parametrize("entry", ["evaluate_action", "body", "training", "optimizer", "a.b"])
 def test_entry_that_is_no_method_is_refused(entry: str) -> None:
     with pytest.raises(OptionError, match=f"entry has '{entry}', and Policy has no such method"):
+        bound(Policy(), entry)
+
+
+def test_method_that_a_wrapper_hands_on_is_refused_with_the_line_to_write() -> None:
+    compiled = torch.compile(Policy(), backend="eager")
+    with pytest.raises(OptionError, match=r"bind\(model\.get_submodule\('_orig_mod'\), entry='ev"):
+        bound(compiled)
+    bound(compiled.get_submodule("_orig_mod"))
+
+
+@pytest.mark.parametrize("entry", ["__call__", ["evaluate_actions", "__call__"]])
+def test_method_that_nothing_can_stand_in_for_is_refused(entry: Any) -> None:
+    """Python finds it on the class: its calls would count for nothing."""
+    with pytest.raises(OptionError, match=r"entry has '__call__', .* Give entry='forward'"):
         bound(Policy(), entry)
 
 

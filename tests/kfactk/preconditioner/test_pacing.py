@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfactk
-from kfactk import CombinationError, Optimizer, PluginError, StateError
+from kfactk import CombinationError, DecompositionError, Optimizer, PluginError, StateError
 from kfactk.preconditioner.footprint import footprint_of
 from kfactk.preconditioner.pacing import relative_change
 from kfactk.testing._support.ranks import shared_workers
+from kfactk_stages.basis.kfac import KfacInverse
 from kfactk_stages.curvature.kfac import Kfac
 from kfactk_stages.fisher.exact import Exact
 from tests.kfactk.small import F64, assert_equal, net, train, values
@@ -201,6 +202,34 @@ def test_a_bad_batch_is_no_refresh_and_the_next_unit_is_due() -> None:
     view = optimizer.layers["0"]
     assert optimizer.counters["skipped_batches"] == 1
     assert torch.equal(view.factors["A"], before["0"])
+    assert (view.refreshes, view.interval) == (2, 4)
+    assert refreshed(optimizer, model, 13)["0"] == [12, 22]
+
+
+class Moody(KfacInverse):
+    """Cannot decompose at some of the steps."""
+
+    bad = False
+
+    def decompose(self, name: str, matrix: Tensor, context: Any) -> dict[str, Tensor]:
+        if Moody.bad:
+            raise DecompositionError("it has a bad day")
+        return super().decompose(name, matrix, context)
+
+
+def test_a_failed_decomposition_is_no_refresh_and_the_next_unit_is_due(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Otherwise the old one would stay in use for a whole interval, which may be long."""
+    model = net()
+    optimizer = bound(model, Listed((1, 4, 5)), factor_every=2, basis=Moody())
+    refreshed(optimizer, model, 10)
+    monkeypatch.setattr(Moody, "bad", True)
+    with pytest.warns(kfactk.KfactkWarning, match="it has a bad day; the last good"):
+        train(optimizer, model, batch(10))
+    monkeypatch.undo()
+    view = optimizer.layers["0"]
+    assert optimizer.counters["failed_decompositions"] == 2
     assert (view.refreshes, view.interval) == (2, 4)
     assert refreshed(optimizer, model, 13)["0"] == [12, 22]
 

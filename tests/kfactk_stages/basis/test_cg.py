@@ -14,6 +14,7 @@ from kfactk.testing._support.laws import law
 from kfactk.testing._support.situations import columns, named
 from kfactk.testing._support.truth import dense_fisher
 from kfactk_stages.basis.cg import ConjugateGradients
+from tests.allocation import peak_bytes
 
 CONTEXT = FactorContext(damping=0.0, mean_diagonal={})
 
@@ -167,6 +168,31 @@ def test_a_zero_gradient_gives_zero():
     for polynomial in ("residual", "chebyshev"):
         found = operator_of(rows, 0.1, polynomial=polynomial).solve(torch.zeros(3, 4))
         assert torch.equal(found, torch.zeros(3, 4))
+
+
+@pytest.mark.parametrize("single", [False, True])
+@pytest.mark.parametrize("polynomial", ["residual", "chebyshev"])
+def test_few_matrices_of_the_gradients_shape_are_held(polynomial, single):
+    """The solution, the residual, the direction, its product, and one on the way."""
+    a, g = (torch.randn(2, 1, 1, side, dtype=torch.float64) for side in (200, 300))
+    d = (g[:, 0].mT @ a[:, 0]).unsqueeze(1)
+    rows = {"inputs": a, "gradients": g, "matrices": d[:0]}
+    if single:
+        rows = {"inputs": a[:0], "gradients": g[:0], "matrices": d}
+    operator = operator_of(rows, 0.1, iterations=4, polynomial=polynomial)
+    v = torch.randn(300, 200, dtype=torch.float64)
+    assert 2 < peak_bytes(lambda: operator.solve(v)) / v.nbytes < 5.1
+
+
+def test_what_is_solved_and_multiplied_stays_as_it_was():
+    rows, _ = problem()
+    v = torch.randn(3, 4, dtype=torch.float64)
+    before = v.clone()
+    for polynomial in ("residual", "chebyshev"):
+        operator = operator_of(rows, 0.1, polynomial=polynomial)
+        assert torch.equal(operator.solve(v), operator.solve(v))
+        assert torch.equal(operator.multiply(v), operator.multiply(v))
+    assert torch.equal(v, before)
 
 
 def test_a_tolerance_of_a_fixed_polynomial_is_refused():
