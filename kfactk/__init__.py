@@ -48,6 +48,7 @@ from kfactk.samples import (
 from kfactk.stages import (
     Basis as Basis,
     Clip as Clip,
+    Controller as Controller,
     Curvature as Curvature,
     Decomposition as Decomposition,
     Dot as Dot,
@@ -63,6 +64,7 @@ from kfactk.stages import (
     ModuleCall as ModuleCall,
     Pace as Pace,
     Placement as Placement,
+    QuadraticModel as QuadraticModel,
     Replay as Replay,
     Replayed as Replayed,
     Tensors as Tensors,
