@@ -354,15 +354,10 @@ class FisherPass:
         if forward.calls and self._fisher.own_pass:
             self._taker.end_forward()
 
-    def read_again(self, output: Any, batch: Mapping[str, Any]) -> list[HeadView]:
-        """Return what an output holds of each head, of a forward like those that were measured.
-
-        Args:
-            output: What the model returned.
-            batch: What the likelihood may ask for by name.
-        """
-        located = [(head, head.locate(output)) for head in self._heads]
-        return [head.read(each, batch) for head, each in located if each is not None]
+    def located(self, output: Any) -> list[tuple[Head, Tensor]]:
+        """Return the heads that an output has, each with its part, as they were found before."""
+        found = [(head, head.locate(output)) for head in self._heads]
+        return [(head, each) for head, each in found if each is not None]
 
     def _read(self, forward: Forward, batch: Mapping[str, Any]) -> list[HeadView]:
         """Return what the forward's output holds of each head."""

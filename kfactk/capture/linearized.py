@@ -12,17 +12,18 @@ import attrs
 import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_leaves
 
-from kfactk.capture.heads import HeadView, terms_of
+from kfactk.capture.heads import Head, HeadView, terms_of
 from kfactk.capture.replay import CallContext, deviation_of
 from kfactk.capture.torch_modes import full_precision
 from kfactk.errors import CaptureError
 
 UNSUPPORTED = ("forward AD", "forward-mode", "jvp", "make_dual")
 """Parts of what torch says where an operation has no derivative in forward mode."""
-Read = Callable[[Any, Mapping[str, Any]], list[HeadView]]
-"""Returns what an output holds of each head, given the arguments of the forward."""
+Locate = Callable[[Any], list[tuple[Head, Tensor]]]
+"""Returns the heads that an output of the model has, each with its part."""
 
 
 @attrs.frozen(eq=False)
@@ -81,7 +82,7 @@ class KnownForward:
         again: Makes the same call.
         context: What else its numbers depend on.
         batch: Its arguments by name, and what `observe` was given.
-        read: Finds the heads in an output.
+        locate: Finds the heads in an output.
         outputs: The tensors of the heads, each with its version.
         given: The tensors that it was given, each with its version.
     """
@@ -90,7 +91,7 @@ class KnownForward:
     again: Callable[[], Any]
     context: ModelContext
     batch: Mapping[str, Any]
-    read: Read
+    locate: Locate
     outputs: tuple[tuple[Tensor, int], ...]
     given: tuple[tuple[Tensor, int], ...]
 
@@ -102,12 +103,12 @@ class KnownForward:
         context: ModelContext,
         output: Any,
         batch: Mapping[str, Any],
-        read: Read,
+        locate: Locate,
     ) -> KnownForward:
         """Return a forward that has just run."""
-        heads = [head.output.detach() for head in read(output, batch)]
+        heads = [each.detach() for _, each in locate(output)]
         outputs = tuple((each, each._version) for each in heads)
-        return cls(model, again, context, batch, read, outputs, with_versions(batch))
+        return cls(model, again, context, batch, locate, outputs, with_versions(batch))
 
     def derivatives(self, directions: Sequence[Mapping[int, Tensor]]) -> list[HeadDerivatives]:
         """Return J v of each head along each direction v.
@@ -146,12 +147,9 @@ class KnownForward:
                     if key in names
                 }
                 called = _Called(self.model, self.again)
-                with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+                with sdpa_kernel(SDPBackend.MATH):
                     output = torch.func.functional_call(called, duals, ())
-                kinds = {each.device.type for each, _ in self.outputs}
-                with full_precision(kinds):
-                    heads = self.read(output, self.batch)
-                return self._taken_apart(heads)
+                return self._taken_apart(self.locate(output))
         except (NotImplementedError, RuntimeError) as error:
             if not any(word in str(error) for word in UNSUPPORTED):
                 raise
@@ -161,27 +159,41 @@ class KnownForward:
                 "Write it with operations that have one, or leave out the controller."
             ) from error
 
-    def _taken_apart(self, heads: Sequence[HeadView]) -> tuple[list[HeadView], list[Tensor]]:
+    def _taken_apart(
+        self, located: Sequence[tuple[Head, Tensor]]
+    ) -> tuple[list[HeadView], list[Tensor]]:
         """Return heads as they are, and their derivatives; check that they are the same."""
         plain, moved = [], []
-        for head, (output, version) in zip(heads, self.outputs, strict=True):
-            now = forward_ad.unpack_dual(head.output).primal
-            if output._version == version and not output.is_meta:
-                dtypes = {now.dtype, output.dtype, *self.context.call.precisions}
-                off = deviation_of(now, output, dtypes)
-                if off is not None:
-                    raise CaptureError(
-                        "the model gave another output when its forward ran again (relative "
-                        f"difference {off:.2g}), so a controller cannot tell how it moves. Likely "
-                        "causes: it draws random numbers from a generator of its own, or keeps "
-                        "state that is no buffer. Draw them from torch's global generator, or "
-                        "leave out the controller."
-                    )
-            view = forward_ad.unpack_dual(head.view)
-            tangent = torch.zeros_like(view.primal) if view.tangent is None else view.tangent
-            plain.append(attrs.evolve(head, output=now, view=view.primal.detach()))
-            moved.append(tangent.detach())
+        for (head, output), (before, version) in zip(located, self.outputs, strict=True):
+            now, tangent = forward_ad.unpack_dual(output)
+            if before._version == version and not before.is_meta:
+                self._compare(now, before)
+            again = now.detach().requires_grad_()  # likelihoods want to see an output of a forward
+            with torch.enable_grad(), full_precision({now.device.type}):
+                dual = again if tangent is None else forward_ad.make_dual(again, tangent)
+                found = head.read(dual, self.batch)
+            view, along = forward_ad.unpack_dual(found.view)
+            view = view.detach()
+            plain.append(attrs.evolve(found, output=now, view=view))
+            moved.append(torch.zeros_like(view) if along is None else along.detach())
         return plain, moved
+
+    def _compare(self, now: Tensor, before: Tensor) -> None:
+        """Check that an output is the same again, up to rounding.
+
+        Raises:
+            CaptureError: It is not.
+        """
+        dtypes = {now.dtype, before.dtype, *self.context.call.precisions}
+        off = deviation_of(now, before, dtypes)
+        if off is not None:
+            raise CaptureError(
+                "the model gave another output when its forward ran again (relative difference "
+                f"{off:.2g}), so a controller cannot tell how it moves. Likely causes: it draws "
+                "random numbers from a generator of its own, keeps state that is no buffer, or has "
+                "attention with dropout on a GPU, where another kernel drew other numbers. Change "
+                "that, or leave out the controller."
+            )
 
 
 @attrs.frozen(eq=False)

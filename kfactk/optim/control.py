@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from kfactk.capture.forward import Forward
 from kfactk.capture.linearized import (
     KnownForward,
+    Locate,
     ModelContext,
-    Read,
     fisher_products,
     same_arguments,
 )
@@ -76,7 +76,7 @@ class Control:
         controller: The stage.
         model: The model.
         communicator: Sums numbers over ranks.
-        read: Finds the heads in an output of the model.
+        locate: Finds the heads in an output of the model.
         decayed: Whether weight decay is part of the gradients that are preconditioned.
     """
 
@@ -85,12 +85,12 @@ class Control:
         controller: Controller,
         model: nn.Module,
         communicator: Communicator,
-        read: Read,
+        locate: Locate,
         *,
         decayed: bool,
     ) -> None:
         self._controller, self._model, self._communicator = controller, model, communicator
-        self._read, self._decayed = read, decayed
+        self._locate, self._decayed = locate, decayed
         self.evaluating, self.repeating, self.cleared = False, False, False
         self._start: ModelContext | None = None
         self._forward_start: ModelContext | None = None
@@ -182,7 +182,7 @@ class Control:
             CaptureError: It adds to gradients of before, or gives no loss.
         """
         before = [(each, each.grad) for each in parameters if each.grad is not None]
-        filled = any(bool(gradient.any()) for _, gradient in before)
+        filled = _any([gradient for _, gradient in before])
         self._forwards, self.cleared = [], False
         self._start = ModelContext.now(self._model)
         self.evaluating = True
@@ -235,7 +235,7 @@ class Control:
                     self._forward_start,
                     forward.output,
                     {**forward.batch, **batch},
-                    self._read,
+                    self._locate,
                 )
             )
 
@@ -485,6 +485,14 @@ def _directions(replaced: Replaced, groups: Groups) -> dict[int, Tensor]:
     }
 
 
+def _any(tensors: Sequence[Tensor]) -> bool:
+    """Return whether any number is not zero, by one transfer."""
+    if not tensors:
+        return False
+    flags = [_dense(each).any() for each in tensors]
+    return bool(torch.stack([flag.to(flags[0].device) for flag in flags]).any())
+
+
 def _dense(gradient: Tensor) -> Tensor:
     return gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
 
@@ -500,9 +508,8 @@ def _number(loss: Any) -> float:
     Raises:
         CaptureError: It gave none.
     """
-    if not isinstance(loss, int | float | Tensor) or (
-        isinstance(loss, Tensor) and loss.numel() > 1
-    ):
+    given = plain(loss)
+    if isinstance(given, bool) or not isinstance(given, int | float):
         raise CaptureError(
             f"the closure returned {type(loss).__name__}, and a controller needs its loss, a "
             f"number. {CLOSURE}"

@@ -177,13 +177,13 @@ class Optimizer(torch.optim.Optimizer):
                 recipe.controller,
                 self._model,
                 pre.communicator,
-                self._fisher_pass.read_again,
+                self._fisher_pass.located,
                 decayed=recipe.weight_decay_at == "gradient",
             )
-            self._check_control(scaler)
         self._watch = CoverageWatch(pre.survey)
         self._hooks = ModelHooks(self._model, self, evaluation=manual, entries=entries)
         self._check_blocks()
+        self._check_control(scaler)
         self._look_for_losses()
         self._expect_forward()
 
@@ -204,14 +204,19 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             CombinationError: It cannot.
         """
-        assert self._control is not None
-        if scaler is not None:
-            raise CombinationError(
-                "a controller evaluates the loss in a closure, and torch.amp.GradScaler takes no "
-                "closure. Train in bfloat16 without a scaler, or build the recipe with "
-                "controller=None."
-            )
-        self._control.check(self.param_groups, closure=True)
+        if self._control is None:
+            return
+        try:
+            if scaler is not None:
+                raise CombinationError(
+                    "a controller evaluates the loss in a closure, and torch.amp.GradScaler takes "
+                    "no closure. Train in bfloat16 without a scaler, or build the recipe with "
+                    "controller=None."
+                )
+            self._control.check(self.param_groups, closure=True)
+        except KfactkError:
+            self.close()
+            raise
 
     def _check_coverage(self) -> None:
         """Check that something is preconditioned, and with `strict` everything.

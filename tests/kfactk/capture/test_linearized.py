@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kfactk import CaptureError
-from kfactk.capture.heads import Head, HeadView
+from kfactk.capture.heads import Head
 from kfactk.capture.linearized import KnownForward, ModelContext, fisher_products
 from kfactk_stages.likelihood.categorical import Categorical
 from kfactk_stages.likelihood.gaussian import Gaussian
@@ -68,12 +68,12 @@ def known(model: nn.Module, x: Tensor, *heads: Head) -> KnownForward:
     """Run a forward, and return it."""
     found = heads or (Head(Categorical()),)
 
-    def read(output: Any, batch: Mapping[str, Any]) -> list[HeadView]:
-        return [head.read(head.find(output), batch) for head in found]
+    def locate(output: Any) -> list[tuple[Head, Tensor]]:
+        return [(head, head.find(output)) for head in found]
 
     context = ModelContext.now(model)
     output = model(x)
-    return KnownForward.of(model, lambda: model(x), context, output, {"x": x}, read)
+    return KnownForward.of(model, lambda: model(x), context, output, {"x": x}, locate)
 
 
 def moves(model: nn.Module, seed: int) -> dict[int, Tensor]:
@@ -136,7 +136,7 @@ def test_heads_count_with_their_weights() -> None:
     inner = torch.diag_embed(p) - p.unsqueeze(2) * p.unsqueeze(1)
     one = torch.einsum("nc,ncd,nd->", moved[:, :3], inner, moved[:, :3])
     expected = 2.0 * one + 0.5 * moved[:, 3:].square().sum()
-    assert total[0, 0] / terms == pytest.approx(float(expected) / 6, rel=1e-10)
+    assert total[0, 0] / terms == pytest.approx(expected.item() / 6, rel=1e-10)
 
 
 def test_several_forwards_add_up() -> None:
