@@ -721,9 +721,9 @@ class Update(Protocol):
     It may have an attribute `default_damping`: tau where the recipe gives none. Rules that do not
     divide by the size of their gradients want a larger one than 0.001.
 
-    A rule whose step is `momentum * velocity - lr * p`, with "momentum" in its groups and the last
-    step as "velocity" in the state of each parameter, has an attribute `keeps_velocity`, which is
-    True. A controller needs such a rule.
+    A rule whose step is `momentum * d - lr * p`, where d is its last step, has "momentum" in its
+    groups, and an attribute `velocity_key`: the key of d in the state of each parameter. A
+    controller needs such a rule.
     """
 
     def make(

@@ -140,7 +140,7 @@ class KnownForward:
         try:
             with torch.no_grad(), forward_ad.dual_level(), self.context.restored(self.model):
                 duals = {
-                    f"model.{names[key]}": forward_ad.make_dual(
+                    f"model.{names[key]}": make_dual(
                         self.model.get_parameter(names[key]).detach(), tangent
                     )
                     for key, tangent in direction.items()
@@ -165,14 +165,14 @@ class KnownForward:
         """Return heads as they are, and their derivatives; check that they are the same."""
         plain, moved = [], []
         for (head, output), (before, version) in zip(located, self.outputs, strict=True):
-            now, tangent = forward_ad.unpack_dual(output)
+            now, tangent = unpack_dual(output)
             if before._version == version and not before.is_meta:
                 self._compare(now, before)
             again = now.detach().requires_grad_()  # likelihoods want to see an output of a forward
             with torch.enable_grad(), full_precision({now.device.type}):
-                dual = again if tangent is None else forward_ad.make_dual(again, tangent)
+                dual = again if tangent is None else make_dual(again, tangent)
                 found = head.read(dual, self.batch)
-            view, along = forward_ad.unpack_dual(found.view)
+            view, along = unpack_dual(found.view)
             view = view.detach()
             plain.append(attrs.evolve(found, output=now, view=view))
             moved.append(torch.zeros_like(view) if along is None else along.detach())
@@ -239,7 +239,8 @@ def fisher_products(
         forwards: The forwards.
         directions: By the id of a parameter, what it moves by.
     """
-    total, count = torch.zeros(len(directions), len(directions), dtype=torch.float64), 0.0
+    shape, count = (len(directions), len(directions)), 0.0
+    total = torch.zeros(shape, dtype=torch.float64, device="cpu")
     for forward in forwards:
         found = forward.derivatives(directions)
         terms = terms_of([each.head for each in found])
@@ -259,6 +260,18 @@ def with_versions(trees: Any) -> tuple[tuple[Tensor, int], ...]:
     """Return the tensors in nested containers, each with how often it was written to."""
     tensors = (each for each in tree_leaves(trees) if isinstance(each, Tensor))
     return tuple((each, each._version) for each in tensors)
+
+
+def make_dual(tensor: Tensor, tangent: Tensor) -> Tensor:
+    """Return a tensor that moves by a tangent."""
+    dual: Tensor = forward_ad.make_dual(tensor, tangent)  # type: ignore[no-untyped-call]
+    return dual
+
+
+def unpack_dual(dual: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return a tensor, and what it moves by; `None` where it does not."""
+    primal, tangent = forward_ad.unpack_dual(dual)  # type: ignore[no-untyped-call]
+    return primal, tangent
 
 
 class _Called(nn.Module):

@@ -28,8 +28,6 @@ from kfactk.validation import attribute_errors, stage_label
 
 WRITTEN = ("lr", "momentum", "damping")
 """Numbers of every group that a controller sets."""
-VELOCITY = "velocity"
-"""Where the update rule keeps its last step."""
 Groups = Sequence[dict[str, Any]]
 Replaced = Sequence[tuple[nn.Parameter, Tensor]]
 """Parameters, each with the gradient that the update rule is given."""
@@ -61,8 +59,8 @@ class Decision:
 
     def decay_change(self) -> float:
         """Return by how much the step changes `eta |theta|^2 / 2`."""
-        step = torch.tensor([self.numbers["lr"], self.numbers["momentum"]], dtype=torch.float64)
-        linear = torch.tensor(self.decay, dtype=torch.float64) @ step
+        step = _numbers([self.numbers["lr"], self.numbers["momentum"]])
+        linear = _numbers(self.decay) @ step
         return float(linear + step @ self.decay_curvature @ step / 2)
 
 
@@ -77,6 +75,7 @@ class Control:
         model: The model.
         communicator: Sums numbers over ranks.
         locate: Finds the heads in an output of the model.
+        velocity_key: The key of the last step in the update rule's state of a parameter.
         decayed: Whether weight decay is part of the gradients that are preconditioned.
     """
 
@@ -87,10 +86,11 @@ class Control:
         communicator: Communicator,
         locate: Locate,
         *,
+        velocity_key: str,
         decayed: bool,
     ) -> None:
         self._controller, self._model, self._communicator = controller, model, communicator
-        self._locate, self._decayed = locate, decayed
+        self._locate, self._key, self._decayed = locate, velocity_key, decayed
         self.evaluating, self.repeating, self.cleared = False, False, False
         self._start: ModelContext | None = None
         self._forward_start: ModelContext | None = None
@@ -279,7 +279,8 @@ class Control:
                 f"with gradients, so a controller knows no quadratic model. {CLOSURE}"
             )
         directions = [_directions(replaced, groups) for replaced in trials]
-        last = {id(p): state[p][VELOCITY] for p, _ in trials[0] if VELOCITY in state.get(p, {})}
+        known = {p: state.get(p, {}) for p, _ in trials[0]}
+        last = {id(p): entry[self._key] for p, entry in known.items() if self._key in entry}
         found, numbers = self._models([*directions, last], groups), self.numbers(groups[0])
         number, lr, momentum = 0, numbers["lr"], numbers["momentum"]
         if bool(found.values.isfinite().all()):
@@ -301,8 +302,8 @@ class Control:
         """Return the quadratic model of each direction with the last one."""
         fisher, terms = fisher_products(self._forwards, directions)
         size = len(directions)
-        slopes, decays = torch.zeros(2, size, dtype=torch.float64).unbind()
-        squares, shrinking = torch.zeros(2, size, size, dtype=torch.float64).unbind()
+        slopes, decays = _numbers([0.0] * 2 * size).reshape(2, size)
+        squares, shrinking = _numbers([0.0] * 2 * size**2).reshape(2, size, size)
         entries = [(p, each) for each in groups for p in each["params"] if p.grad is not None]
         for p, group in entries:
             moves = [direction.get(id(p), torch.zeros_like(p)) for direction in directions]
@@ -316,12 +317,10 @@ class Control:
         known = torch.cat([each.flatten() for each in (slopes, decays, squares, shrinking)])
         alone = [*fisher.flatten().tolist(), terms]
         sums = self._communicator.total([*alone, *(known / self._communicator.size).tolist()])
-        fisher = torch.tensor(sums[: size * size], dtype=torch.float64).reshape(size, size)
-        terms = sums[size * size]
-        slopes, decays, *rest = torch.tensor(sums[size * size + 1 :], dtype=torch.float64).split(
-            [size, size, size * size, size * size]
-        )
-        squares, shrinking = (each.reshape(size, size) for each in rest)
+        area = size * size
+        fisher, terms = _numbers(sums[:area]).reshape(size, size), sums[area]
+        slopes, decays = _numbers(sums[area + 1 : area + 1 + 2 * size]).reshape(2, size)
+        squares, shrinking = _numbers(sums[area + 1 + 2 * size :]).reshape(2, size, size)
         return Models.of(slopes, fisher / (terms or 1.0), squares, decays, shrinking)
 
     # --------------------------------------------------------------------------- the second loss
@@ -345,7 +344,7 @@ class Control:
         """
         parameters = [p for group in groups for p in group["params"] if p.grad is not None]
         before, left = self.numbers(groups[0]), self._left
-        kept = [_copies(p, state) for p in parameters] if evaluates else []
+        kept = [_copies(p, state, self._key) for p in parameters] if evaluates else []
         self.write(groups, decision.numbers)
         try:
             yield
@@ -358,7 +357,7 @@ class Control:
                     if velocity is None:
                         state.pop(parameter, None)
                     else:
-                        state[parameter][VELOCITY].copy_(velocity)
+                        state[parameter][self._key].copy_(velocity)
             raise
 
     def recorded(self, decision: Decision) -> dict[str, float]:
@@ -471,9 +470,9 @@ class Models:
         return cls(models, own, curvatures, torch.cat([each.flatten() for each in parts]))
 
 
-def _copies(parameter: Tensor, state: Mapping[Any, Any]) -> tuple[Tensor, Tensor | None]:
-    """Return copies of a parameter and of its velocity, if it has one."""
-    velocity = state.get(parameter, {}).get(VELOCITY)
+def _copies(parameter: Tensor, state: Mapping[Any, Any], key: str) -> tuple[Tensor, Tensor | None]:
+    """Return copies of a parameter and of its last step, if it has one."""
+    velocity = state.get(parameter, {}).get(key)
     return parameter.detach().clone(), None if velocity is None else velocity.clone()
 
 
@@ -495,6 +494,10 @@ def _any(tensors: Sequence[Tensor]) -> bool:
 
 def _dense(gradient: Tensor) -> Tensor:
     return gradient.detach().to_dense() if gradient.is_sparse else gradient.detach()
+
+
+def _numbers(values: Sequence[float]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _two(values: Tensor) -> tuple[float, float]:

@@ -128,8 +128,7 @@ class Optimizer(torch.optim.Optimizer):
         decay = recipe.weight_decay
         self._control: Control | None = None
         defaults = {"lr": recipe.lr, "damping": run.damping, "weight_decay": decay}
-        if recipe.controller is not None:
-            defaults |= recipe.controller.numbers
+        defaults |= {} if recipe.controller is None else recipe.controller.numbers
         super().__init__(model.parameters() if params is None else params, defaults)
         groups = self.param_groups
         with note_stage("update", recipe.update, "making the optimizer"):
@@ -172,14 +171,7 @@ class Optimizer(torch.optim.Optimizer):
             scaler=scaler,
             every=not manual,
         )
-        if recipe.controller is not None:
-            self._control = Control(
-                recipe.controller,
-                self._model,
-                pre.communicator,
-                self._fisher_pass.located,
-                decayed=recipe.weight_decay_at == "gradient",
-            )
+        self._control = self._controlling()
         self._watch = CoverageWatch(pre.survey)
         self._hooks = ModelHooks(self._model, self, evaluation=manual, entries=entries)
         self._check_blocks()
@@ -197,6 +189,20 @@ class Optimizer(torch.optim.Optimizer):
         self._check_coverage()
         self._check_sizes()
         self._check_link()
+
+    def _controlling(self) -> Control | None:
+        """Return what the recipe's controller does with the steps; `None` without one."""
+        recipe = self.recipe
+        if recipe.controller is None:
+            return None
+        return Control(
+            recipe.controller,
+            self._model,
+            self._preconditioner.communicator,
+            self._fisher_pass.located,
+            velocity_key=getattr(recipe.update, "velocity_key", ""),
+            decayed=recipe.weight_decay_at == "gradient",
+        )
 
     def _check_control(self, scaler: Any) -> None:
         """Check that a controller can set the numbers of the groups.
@@ -495,7 +501,7 @@ class Optimizer(torch.optim.Optimizer):
                 "whose gradients it has scaled. Give it to bind: recipe.bind(model, "
                 "scaler=scaler). This step changed nothing."
             )
-        loss = self._evaluate(closure)
+        loss: float | None = self._evaluate(closure)
         self._follow_model()
         self._set_damping()
         devices = (parameter.device.type for parameter in self._trained())
@@ -938,8 +944,9 @@ class Optimizer(torch.optim.Optimizer):
         damage = Damage()
         current = self.param_groups
         groups = checkpoint.completed_groups(saved_groups, current, self.defaults, rule)
-        controlled = frozenset() if self._control is None else frozenset({"lr"})
-        rule |= {} if self._control is None else dict(self.recipe.controller.numbers)
+        controlled = frozenset[str]()
+        if self.recipe.controller is not None:
+            controlled, rule = frozenset({"lr"}), rule | dict(self.recipe.controller.numbers)
         check_groups(groups, current, type(self._inner), rule, damage, controlled)
         damage.refuse()
         return groups, checkpoint.fit(groups, current)

@@ -311,7 +311,7 @@ class Settings:
         """Check that the numbers which a controller sets have their meaning."""
         label = f"controller {name_of('controller', controller)!r}"
         update, clip = (name_of(each, getattr(self, each)) for each in ("update", "clip"))
-        if not getattr(self.update, "keeps_velocity", False):
+        if not getattr(self.update, "velocity_key", ""):
             raise CombinationError(
                 f"{label} sets lr and momentum for a step along the gradient and the last step, "
                 f"and update {update!r} takes another one. Give update='velocity'."

@@ -9,6 +9,8 @@ from typing import Any, ClassVar
 import torch
 from hypothesis import strategies as st
 
+from kfactk.errors import UnknownStageError
+from kfactk.registry.registry import registry
 from kfactk.stages import Controller, QuadraticModel
 from kfactk.testing._support.division import InRecipe
 from kfactk.testing._support.laws import law
@@ -73,12 +75,13 @@ class ControllerLaws(InRecipe):
     """The name of the number that is lambda in the model which a step lowers."""
 
     def in_recipe(self) -> dict[str, Any]:
-        """Return a recipe with the stage in it, its velocity, and a basis that it works with."""
-        return {
-            "controller": self.subject(),
-            "update": "velocity",
-            "basis": {"name": "kfac", "solver": "eigh"},
-        }
+        """Return a recipe with the stage in it, and the first update rule that goes with it."""
+        plugins = registry()
+        for name in sorted({info.name for info in plugins.stages("update") if not info.blocked}):
+            update = plugins.resolve("update", name)
+            if getattr(update, "velocity_key", ""):
+                return {"controller": self.subject(), "update": update}
+        raise UnknownStageError("no update rule has a velocity_key, and a controller needs one.")
 
     def numbers(self, damping: float = 1.0) -> dict[str, float]:
         """Return all numbers that the stage is given, its own as they are at first."""

@@ -11,6 +11,9 @@ import torch
 from kfactk import hookimpl
 from kfactk_stages.update._options import decay
 
+KEY = "velocity"
+"""The key of the last step in the state of a parameter."""
+
 
 class VelocityOptimizer(torch.optim.Optimizer):
     """The rule of `Velocity` as a torch optimizer; the state of a parameter is its "velocity"."""
@@ -35,14 +38,13 @@ class VelocityOptimizer(torch.optim.Optimizer):
                 continue
             gradients = [each.grad for each in parameters]
             if group["weight_decay"]:
-                gradients = torch._foreach_add(
-                    gradients, parameters, alpha=float(group["weight_decay"])
-                )
+                decay = float(group["weight_decay"])
+                gradients = [*torch._foreach_add(gradients, parameters, alpha=decay)]
             velocities = []
             for each in parameters:
-                if "velocity" not in self.state[each]:
-                    self.state[each]["velocity"] = torch.zeros_like(each)
-                velocities.append(self.state[each]["velocity"])
+                if KEY not in self.state[each]:
+                    self.state[each][KEY] = torch.zeros_like(each)
+                velocities.append(self.state[each][KEY])
             torch._foreach_mul_(velocities, float(group["momentum"]))
             torch._foreach_add_(velocities, gradients, alpha=-float(group["lr"]))
             torch._foreach_add_(parameters, velocities)
@@ -78,7 +80,7 @@ class Velocity:
     """
 
     default_damping: ClassVar[float] = 0.03
-    keeps_velocity: ClassVar[bool] = True
+    velocity_key: ClassVar[str] = KEY
 
     momentum: float = attrs.field(default=0.9, validator=decay)
 

@@ -469,7 +469,7 @@ def test_refuses_whoever_else_writes_the_numbers() -> None:
     for name in ("lr", "momentum", "damping", "model_damping"):
         model = net()
         optimizer = trained(model, 1)
-        optimizer.param_groups[0][name] *= 1.5
+        optimizer.param_groups[0][name] += 0.25
         with pytest.raises(CombinationError, match=f"left {name}="):
             optimizer.step(closure_of(optimizer, model, batch()))
 
