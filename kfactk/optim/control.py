@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -78,6 +78,9 @@ class Control:
         velocity_key: The key of the last step in the update rule's state of a parameter.
         decayed: Whether weight decay is part of the gradients that are preconditioned.
     """
+
+    running_again: ClassVar[int] = 0
+    """How many closures of this process run again now: no optimizer counts their forwards."""
 
     def __init__(
         self,
@@ -396,6 +399,7 @@ class Control:
         everything = {id(p): p for p in (*parameters, *self._model.parameters())}.values()
         before = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in everything]
         self.repeating, self._repeated = True, 0
+        Control.running_again += 1
         try:
             with self._start.restored(self._model), torch.enable_grad():
                 for p in everything:
@@ -403,6 +407,7 @@ class Control:
                 loss = _number(closure())
         finally:
             self.repeating = False
+            Control.running_again -= 1
             with torch.no_grad():
                 for p, gradient, copy in before:
                     if gradient is not None and copy is not None:

@@ -423,8 +423,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _layers_to_follow(self) -> Sequence[Layer] | None:
         """Return them; none where a controller alone is interested in the forward."""
-        if self._control is not None and self._control.repeating:
-            return []
+        if Control.running_again:
+            return [] if self._control is not None and self._control.repeating else None
         self._follow_model()
         self._forget_removed()
         layers = self._preconditioner.plan_forward(self.steps)
@@ -481,7 +481,8 @@ class Optimizer(torch.optim.Optimizer):
         """Take one step. `.grad` is left as it was found.
 
         Args:
-            closure: Evaluates the model again and returns the loss, as for any torch optimizer.
+            closure: Evaluates the model again and returns the loss, as for any torch optimizer. A
+                controller needs one, and calls it once more after some steps, to compare the loss.
 
         Raises:
             CaptureError: Curvature is due, and a layer with a gradient gave no sample. Nothing has

@@ -311,6 +311,28 @@ def test_micro_batches_in_the_closure_are_one_batch() -> None:
     assert in_parts(3) == pytest.approx(in_parts(1), rel=1e-9)
 
 
+def test_other_optimizers_count_no_forward_of_a_second_evaluation() -> None:
+    torch.manual_seed(0)
+    one, other = net(), nn.Linear(3, 3).double()
+    optimizer = recipe(controller={"name": "quadratic", "adapt_every": 1}).bind(one)
+    second = kfactk.build(**EACH, fisher="exact").bind(other)
+    x, y = batch()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        second.zero_grad()
+        loss = F.cross_entropy(other(one(x)), y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    assert second._run.micro_batch == 1
+    second.step()
+    moment = second.layers[""].factors["A"]
+    hidden = torch.cat([one(x), torch.ones(len(x), 1, dtype=F64)], 1).detach()
+    assert not torch.allclose(moment, hidden.T @ hidden / len(x)), "it is that before the step"
+
+
 def test_masked_entries_stay() -> None:
     torch.manual_seed(0)
     model = net()
