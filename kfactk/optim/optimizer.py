@@ -106,6 +106,8 @@ class Optimizer(torch.optim.Optimizer):
         ['A', 'G']
     """
 
+    _control: Control | None = None
+
     def __init__(
         self,
         recipe: Settings,
@@ -126,7 +128,6 @@ class Optimizer(torch.optim.Optimizer):
         self._groups: dict[int, dict[str, Any]] = {}
         self._shown = ShownState()
         decay = recipe.weight_decay
-        self._control: Control | None = None
         defaults = {"lr": recipe.lr, "damping": run.damping, "weight_decay": decay}
         defaults |= {} if recipe.controller is None else recipe.controller.numbers
         super().__init__(model.parameters() if params is None else params, defaults)
@@ -171,11 +172,10 @@ class Optimizer(torch.optim.Optimizer):
             scaler=scaler,
             every=not manual,
         )
-        self._control = self._controlling()
         self._watch = CoverageWatch(pre.survey)
         self._hooks = ModelHooks(self._model, self, evaluation=manual, entries=entries)
         self._check_blocks()
-        self._check_control(scaler)
+        self._control = self._controlling(scaler)
         self._look_for_losses()
         self._expect_forward()
 
@@ -190,12 +190,16 @@ class Optimizer(torch.optim.Optimizer):
         self._check_sizes()
         self._check_link()
 
-    def _controlling(self) -> Control | None:
-        """Return what the recipe's controller does with the steps; `None` without one."""
+    def _controlling(self, scaler: Any) -> Control | None:
+        """Return what the recipe's controller does with the steps; `None` without one.
+
+        Raises:
+            CombinationError: It cannot set the numbers of the groups.
+        """
         recipe = self.recipe
         if recipe.controller is None:
             return None
-        return Control(
+        control = Control(
             recipe.controller,
             self._model,
             self._preconditioner.communicator,
@@ -203,15 +207,6 @@ class Optimizer(torch.optim.Optimizer):
             velocity_key=getattr(recipe.update, "velocity_key", ""),
             decayed=recipe.weight_decay_at == "gradient",
         )
-
-    def _check_control(self, scaler: Any) -> None:
-        """Check that a controller can set the numbers of the groups.
-
-        Raises:
-            CombinationError: It cannot.
-        """
-        if self._control is None:
-            return
         try:
             if scaler is not None:
                 raise CombinationError(
@@ -219,10 +214,11 @@ class Optimizer(torch.optim.Optimizer):
                     "no closure. Train in bfloat16 without a scaler, or build the recipe with "
                     "controller=None."
                 )
-            self._control.check(self.param_groups, closure=True)
+            control.check(self.param_groups, closure=True)
         except KfactkError:
             self.close()
             raise
+        return control
 
     def _check_coverage(self) -> None:
         """Check that something is preconditioned, and with `strict` everything.
