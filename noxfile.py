@@ -26,7 +26,7 @@ WORKERS = str(min(os.cpu_count() or 1, 8))
 ALL = ("-n", WORKERS, "--dist", "loadgroup", "--durations=25")
 THOROUGH = "--thorough"
 FAMILIES = (
-    *("curvature", "basis", "fisher", "likelihood", "link", "clip", "update", "pace"),
+    *("curvature", "basis", "fisher", "likelihood", "link", "clip", "update", "controller", "pace"),
     *("placement", "tracker"),
 )
 WRITE_PLUGINS = """

@@ -48,6 +48,7 @@ from kfactk.samples import (
 from kfactk.stages import (
     Basis as Basis,
     Clip as Clip,
+    Controller as Controller,
     Curvature as Curvature,
     Decomposition as Decomposition,
     Dot as Dot,
@@ -64,6 +65,7 @@ from kfactk.stages import (
     Pace as Pace,
     Placement as Placement,
     Prepared as Prepared,
+    QuadraticModel as QuadraticModel,
     Replay as Replay,
     Replayed as Replayed,
     Tensors as Tensors,

@@ -35,7 +35,8 @@ from kfactk.preconditioner.schedule import early
 from kfactk.registry.hookspecs import STAGE_HOOKS
 from kfactk.registry.registry import registry
 from kfactk.registry.serialization import from_json, to_json
-from kfactk.stages import Pace, Update
+from kfactk.stages import Controller, Pace, Update
+from kfactk.validation import attribute_errors
 
 USUAL_BASIS = "ekfac"
 """The basis of a recipe that names none."""
@@ -172,14 +173,21 @@ class Recipe(Settings):
         Raises:
             OptionError: A field is unknown or its value cannot work.
         """
-        stages = {name: getattr(self, name) for name in ("curvature", "basis", "update", "pace")}
-        stages["factor_every"] = self.factor_every
+        names = ("curvature", "basis", "update", "pace", "controller")
+        stages = {name: getattr(self, name) for name in (*names, "factor_every", "weight_decay")}
         chosen = dict.fromkeys(self._as_usual())
         return attrs.evolve(self, **_resolved(stages | chosen | changes))
 
     def _as_usual(self) -> list[str]:
         """Return the fields that follow from the stages and have the value that follows."""
-        usual = usual_values(self.rules, self.update, self.pace, self.factor_every)
+        usual = usual_values(
+            self.rules,
+            self.update,
+            self.pace,
+            self.factor_every,
+            self.controller,
+            self.weight_decay,
+        )
         mine = {name: getattr(self, name) for name in usual if name not in STAGE_HOOKS}
         mine |= {name: self.summary()[name] for name in usual if name in STAGE_HOOKS}
         return [n for n, value in usual.items() if mine[n] == _written_default(n, value)]
@@ -360,6 +368,7 @@ def build(
     likelihood: Any = "categorical",
     link: Any = None,
     clip: Any = None,
+    controller: Any = None,
     placement: Any = "replicated",
     tracker: Any = None,
     lr: float = 0.003,
@@ -403,8 +412,8 @@ def build(
         basis: How the factors are decomposed and the gradient preconditioned: "ekfac", "kfac",
             "unitwise"; with rows "cg"; with statistics of gradients "soap", "shampoo", "muon".
             Blocks whose curvature does not provide what it requires use the curvature's own basis.
-        update: The update rule: "sgd", "momentum", "nag", "adam", "adamw", "radam", or any
-            `torch.optim.Optimizer` class.
+        update: The update rule: "sgd", "momentum", "nag", "velocity", "adam", "adamw", "radam", or
+            any `torch.optim.Optimizer` class.
         fisher: Whose targets: "mc", "exact", "empirical".
         likelihood: What the model's output means: "categorical", "bernoulli", "gaussian",
             "heteroscedastic", "poisson". A model with several heads has one for each:
@@ -412,7 +421,10 @@ def build(
             a list made by `kfactk.head`, with weights.
         link: What joins layers, after each was preconditioned by itself: "two_level", or `None`.
         clip: Bound on the preconditioned gradients: "none", "value", "norm", "kl", "trust_region".
-            `None` for "kl", and for "none" where a basis waives a law that "kl" needs.
+            `None` for "kl", and for "none" where a basis waives a law that "kl" needs, or with a
+            controller.
+        controller: What sets lr, momentum and damping in each step: "quadratic", with
+            update="velocity" and `step(closure)`; or `None` for the numbers given here.
         placement: Which rank does what: "replicated", "comm_opt", "mem_opt", "hybrid", "auto".
         tracker: Where runs are recorded: "mlflow", "jsonl", or `None`.
         lr: Learning rate mu.
@@ -554,38 +566,57 @@ def _resolved(values: Mapping[str, Any], *, trusted: bool = True) -> dict[str, A
             out[name] = python_number(from_json(value, trusted=trusted))
     if left := [name for name in ADAPTING if name in values and values[name] is None]:
         rules, unit = rules_of(out["curvature"], out["basis"]), out.get("factor_every")
-        usual = usual_values(rules, out["update"], out.get("pace"), unit)
+        usual = usual_values(
+            rules,
+            out["update"],
+            out.get("pace"),
+            unit,
+            out.get("controller"),
+            out.get("weight_decay", 0.0),
+        )
         out |= _resolved({name: usual[name] for name in left})
     return out
 
 
-OPTIONAL = ("tracker", "clip", "link", "pace")
+OPTIONAL = ("tracker", "clip", "link", "pace", "controller")
 """Families of which a recipe may have none, or leave the choice."""
 ADAPTING = ("damping", "clip", "factor_every", "scale_every", "basis_every")
 """Fields whose default follows from the stages."""
 
 
 def usual_values(
-    rules: Sequence[BlockRule], update: Update, pace: Pace | None, unit: Period | None
+    rules: Sequence[BlockRule],
+    update: Update,
+    pace: Pace | None,
+    unit: Period | None,
+    controller: Controller | None = None,
+    weight_decay: float = 0.0,
 ) -> dict[str, Any]:
     """Return what a recipe has where the user gives nothing.
 
     Statistics of gradients are cheap, and a single gradient tells little: they are taken in every
-    step. With a pace, all of a block is due at once.
+    step. With a pace, all of a block is due at once. A controller has a first damping of its own,
+    and chooses the length of the step.
 
     Args:
         rules: Its curvatures with their bases.
         update: The update rule.
         pace: The pace.
         unit: The `factor_every` that the user gives.
+        controller: The controller.
+        weight_decay: The weight decay, which is part of the first damping of a controller.
     """
-    clip = "none" if any(rule.basis.waives for rule in rules) else "kl"
+    unbounded = controller is not None or any(rule.basis.waives for rule in rules)
+    clip, damping = "none" if unbounded else "kl", default_damping(update)
+    if controller is not None:
+        with attribute_errors("controller", controller, "giving its first damping"):
+            damping = float(controller.first_damping(weight_decay))
     periods: tuple[Period, ...] = (10, 10, 100)
     if all(rule.of_gradient for rule in rules):
         periods = (1, 1, 10)
     elif pace is not None:
         periods = (10, *[10 if unit is None else unit] * 2)
-    return dict(zip(ADAPTING, (default_damping(update), clip, *periods), strict=True))
+    return dict(zip(ADAPTING, (damping, clip, *periods), strict=True))
 
 
 def _blocks(given: Any, trusted: bool) -> tuple[BlockSpec, ...]:

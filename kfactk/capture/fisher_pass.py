@@ -361,6 +361,11 @@ class FisherPass:
         if forward.calls and self._fisher.own_pass:
             self._taker.end_forward()
 
+    def located(self, output: Any) -> list[tuple[Head, Tensor]]:
+        """Return the heads that an output has, each with its part, as they were found before."""
+        found = [(head, head.locate(output)) for head in self._heads]
+        return [(head, each) for head, each in found if each is not None]
+
     def _read(self, forward: Forward, batch: Mapping[str, Any]) -> list[HeadView]:
         """Return what the forward's output holds of each head."""
         terms = None if self._fisher.own_pass else loss_terms(self._fisher, batch)

@@ -159,6 +159,7 @@ class Forward:
         layers: All followed layers, also those without a call.
         updated: For each module that the forward has written to, its buffers.
         user: What the user asked to see of gradients; `None` for nothing.
+        again: Makes the same call of the root once more.
     """
 
     def __init__(
@@ -169,8 +170,10 @@ class Forward:
         layers: Sequence[Layer],
         updated: Sequence[list[Tensor]] = (),
         user: UserHooks | None = None,
+        again: Callable[[], Any] | None = None,
     ) -> None:
         self.output, self.batch = output, dict(batch)
+        self.again = again
         self.calls, self.layers = calls, layers
         self.updated = updated
         self.user = UserHooks() if user is None else user

@@ -9,6 +9,7 @@ forwards that are expected to be due run eagerly.
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import threading
@@ -191,7 +192,8 @@ class ModelHooks:
             with save_unchanged():
                 updated = [own for own, before in self._buffers if versions(own) != before]
                 named = _named(function, args, kwargs)
-                forward = Forward(output, named, calls, layers, updated, self._user)
+                again = functools.partial(function, *args, **kwargs)
+                forward = Forward(output, named, calls, layers, updated, self._user, again)
                 listener._end_forward(forward)
 
     def _stay_last(self) -> None:

@@ -238,7 +238,7 @@ class RecordedReplay:
             if output._version != version or output.is_meta:
                 continue
             dtypes = {output.dtype, again[place].dtype, *self._context.precisions}
-            deviation = _deviation(again[place], output, dtypes)
+            deviation = deviation_of(again[place], output, dtypes)
             if deviation is not None:
                 raise CaptureError(replay_differs_message(self._path, deviation))
 
@@ -278,7 +278,7 @@ def tensors_of(*trees: Any) -> list[Tensor]:
     return [each for each in tree_leaves(trees) if isinstance(each, Tensor)]
 
 
-def _deviation(again: Tensor, output: Tensor, dtypes: Iterable[torch.dtype]) -> float | None:
+def deviation_of(again: Tensor, output: Tensor, dtypes: Iterable[torch.dtype]) -> float | None:
     """Return how far an output is from what it was, relatively; `None` within rounding.
 
     Args:

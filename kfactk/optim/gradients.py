@@ -136,6 +136,30 @@ def as_applied(parameters: Sequence[nn.Parameter], clipped: Sequence[Tensor]) ->
     return [as_gradient(gradient, local_shard(parameter)) for gradient, parameter in pairs]
 
 
+def completed(
+    groups: Sequence[dict[str, Any]],
+    replaced: Sequence[tuple[nn.Parameter, Tensor]],
+    *,
+    decayed: bool,
+) -> list[tuple[nn.Parameter, Tensor]]:
+    """Return what the update rule sees in `swapped`: of each parameter with a gradient, one.
+
+    Args:
+        groups: As for `swapped`.
+        replaced: Likewise.
+        decayed: Likewise.
+    """
+    known, found = {id(parameter) for parameter, _ in replaced}, list(replaced)
+    for group in groups:
+        decay = float(group["weight_decay"]) if decayed else 0.0
+        for parameter in group["params"]:
+            gradient = parameter.grad
+            if gradient is not None and id(parameter) not in known:
+                gradient = gradient.add(parameter, alpha=decay) if decay else gradient
+                found.append((parameter, gradient))
+    return found
+
+
 @contextlib.contextmanager
 def swapped(
     groups: Sequence[dict[str, Any]],

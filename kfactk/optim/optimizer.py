@@ -26,9 +26,10 @@ from kfactk.distributed.gathering import LoadOnAllRanks, gather_state
 from kfactk.distributed.sharding import ShardedProducts
 from kfactk.errors import CaptureError, CombinationError, KfactkError, KfactkWarning
 from kfactk.optim import checkpoint, gradients, rule_state
+from kfactk.optim.control import Control, Decision, Replaced
 from kfactk.optim.masks import Masks
 from kfactk.optim.metrics import MetricsRecorder
-from kfactk.optim.nonfinite import NonFiniteGuard
+from kfactk.optim.nonfinite import NonFiniteGuard, Verdict
 from kfactk.optim.run import RunState, UnboundRule, called_by_scaler
 from kfactk.optim.saved_groups import check_groups
 from kfactk.optim.settings import Settings
@@ -43,6 +44,7 @@ from kfactk.optim.views import (
     preconditioned,
 )
 from kfactk.options import number_at, plain
+from kfactk.preconditioner.block import Block
 from kfactk.preconditioner.coverage import Coverage
 from kfactk.preconditioner.coverage_watch import CoverageWatch
 from kfactk.preconditioner.damage import Damage
@@ -104,6 +106,8 @@ class Optimizer(torch.optim.Optimizer):
         ['A', 'G']
     """
 
+    _control: Control | None = None
+
     def __init__(
         self,
         recipe: Settings,
@@ -125,6 +129,7 @@ class Optimizer(torch.optim.Optimizer):
         self._shown = ShownState()
         decay = recipe.weight_decay
         defaults = {"lr": recipe.lr, "damping": run.damping, "weight_decay": decay}
+        defaults |= {} if recipe.controller is None else recipe.controller.numbers
         super().__init__(model.parameters() if params is None else params, defaults)
         groups = self.param_groups
         with note_stage("update", recipe.update, "making the optimizer"):
@@ -170,6 +175,7 @@ class Optimizer(torch.optim.Optimizer):
         self._watch = CoverageWatch(pre.survey)
         self._hooks = ModelHooks(self._model, self, evaluation=manual, entries=entries)
         self._check_blocks()
+        self._control = self._controlling(scaler)
         self._look_for_losses()
         self._expect_forward()
 
@@ -183,6 +189,36 @@ class Optimizer(torch.optim.Optimizer):
         self._check_coverage()
         self._check_sizes()
         self._check_link()
+
+    def _controlling(self, scaler: Any) -> Control | None:
+        """Return what the recipe's controller does with the steps; `None` without one.
+
+        Raises:
+            CombinationError: It cannot set the numbers of the groups.
+        """
+        recipe = self.recipe
+        if recipe.controller is None:
+            return None
+        control = Control(
+            recipe.controller,
+            self._model,
+            self._preconditioner.communicator,
+            self._fisher_pass.located,
+            velocity_key=getattr(recipe.update, "velocity_key", ""),
+            decayed=recipe.weight_decay_at == "gradient",
+        )
+        try:
+            if scaler is not None:
+                raise CombinationError(
+                    "a controller evaluates the loss in a closure, and torch.amp.GradScaler takes "
+                    "no closure. Train in bfloat16 without a scaler, or build the recipe with "
+                    "controller=None."
+                )
+            control.check(self.param_groups, closure=True)
+        except KfactkError:
+            self.close()
+            raise
+        return control
 
     def _check_coverage(self) -> None:
         """Check that something is preconditioned, and with `strict` everything.
@@ -345,7 +381,7 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             CaptureError: Curvature is due, and no forward was made since the last call.
         """
-        if self.recipe.observe != "manual" or self._begin_forward() is None:
+        if self.recipe.observe != "manual" or self._layers_to_follow() is None:
             return
         forward, self._run.waiting = self._run.waiting, None
         if forward is None:
@@ -357,7 +393,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def record(self, **metrics: Tensor | float) -> None:
         """Hand metrics (loss, accuracy) to the tracker, with those of the next recorded step."""
-        self._recorder.add(metrics)
+        if self._control is None or not self._control.repeating:
+            self._recorder.add(metrics)
 
     def profile(self) -> AbstractContextManager[Profile]:
         """Time the stages of the steps inside a `with` block; see `Profile`.
@@ -374,9 +411,20 @@ class Optimizer(torch.optim.Optimizer):
 
     def _begin_forward(self) -> Sequence[Layer] | None:
         """Return the layers to follow; see `kfactk.capture.hooks.ForwardListener`."""
+        layers = self._layers_to_follow()
+        if layers is not None and self._control is not None:
+            self._control.begin_forward()
+        return layers
+
+    def _layers_to_follow(self) -> Sequence[Layer] | None:
+        """Return them; none where a controller alone is interested in the forward."""
+        if Control.running_again:
+            return [] if self._control is not None and self._control.repeating else None
         self._follow_model()
         self._forget_removed()
-        return self._preconditioner.plan_forward(self.steps)
+        layers = self._preconditioner.plan_forward(self.steps)
+        controlled = self._control is not None and self._control.evaluating
+        return [] if layers is None and controlled else layers
 
     def _end_forward(self, forward: Forward) -> None:
         """Measure a followed forward, or keep it until `observe` is called."""
@@ -388,10 +436,15 @@ class Optimizer(torch.optim.Optimizer):
             self._measure(forward, {})
 
     def _measure(self, forward: Forward, batch: Mapping[str, Any]) -> None:
+        if self._control is not None and self._control.repeating:
+            self._control.end_forward(forward, batch)
+            return
         with self._timer.timed("fisher"):
             self._fisher_pass.run(
                 forward, batch, step=self.steps, micro_batch=self._run.micro_batch
             )
+        if self._control is not None:
+            self._control.end_forward(forward, batch)
         self._run.micro_batch += 1
         if self._run.micro_batch == MANY_FORWARDS and not self._run.warned_idle:
             self._run.warned_idle = True
@@ -408,7 +461,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def _expect_forward(self) -> None:
         """Prepare for the forwards of the next step."""
-        self._hooks.expect(self._preconditioner.expects_forward(self.steps))
+        due = self._preconditioner.expects_forward(self.steps)
+        self._hooks.expect(due or self._control is not None)
 
     # -------------------------------------------------------------------------------- stepping
 
@@ -422,7 +476,8 @@ class Optimizer(torch.optim.Optimizer):
         """Take one step. `.grad` is left as it was found.
 
         Args:
-            closure: Evaluates the model again and returns the loss, as for any torch optimizer.
+            closure: Evaluates the model again and returns the loss, as for any torch optimizer. A
+                controller needs one, and calls it once more after some steps, to compare the loss.
 
         Raises:
             CaptureError: Curvature is due, and a layer with a gradient gave no sample. Nothing has
@@ -442,21 +497,30 @@ class Optimizer(torch.optim.Optimizer):
                 "whose gradients it has scaled. Give it to bind: recipe.bind(model, "
                 "scaler=scaler). This step changed nothing."
             )
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-            if loss is not None:
-                self.record(loss=loss)
+        loss: float | None = self._evaluate(closure)
         self._follow_model()
         self._set_damping()
         devices = (parameter.device.type for parameter in self._trained())
         with full_precision(devices), self._preconditioner.blocks.held(self._groups):
             self._look_for_losses()
-            self._step_once()
+            self._step_once(closure)
         return loss
 
-    def _step_once(self) -> None:
+    def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
+        """Return the loss of a closure, and record it; `None` where there is none."""
+        control, loss = self._control, None
+        if control is not None and not (closure is None and self._has_no_lr()):
+            control.check(self.param_groups, closure=closure is not None)
+        if closure is not None and control is not None:
+            loss = control.evaluate(closure, list(self._trained()))
+        elif closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if loss is not None:
+            self.record(loss=loss)
+        return loss
+
+    def _step_once(self, closure: Callable[[], Any] | None) -> None:
         """Take the step: statistics, gradients, refresh, precondition, clip, update."""
         pre, recipe = self._preconditioner, self.recipe
         removed = self._shown.removed(self.state)
@@ -480,24 +544,23 @@ class Optimizer(torch.optim.Optimizer):
                 read = gradients.read(blocks, self._groups, decayed=set(blocks))
             if pre.averages and not allocated:
                 read = gradients.averaged(blocks, read, pre.average(read.matrices))
-            with self._timer.timed("precondition"):
-                found = pre.precondition(read.matrices)
-                parameters, pairs = gradients.paired(blocks, read, found, self._groups)
-                pairs = self._masks.applied(parameters, pairs)
-                local_pairs = gradients.local_parts(parameters, pairs)
+            replaced, pairs = self._direction(blocks, read)
             pre.count_gradients(plain)
             recorded = self._recorder.due(self.steps)
             if recorded:
                 self._recorder.add_norms(pairs)
-            del found, pairs, plain, read
-            clipped = gradients.as_applied(parameters, self._clip(parameters, local_pairs))
+            decision = None
+            if self._control is not None and closure is not None and not allocated:
+                replaced, decision = self._decide(self._control, blocks, read, replaced)
+            del pairs, plain, read
             given = [p.grad for p in self._trained() if p.grad is not None]
-            verdict = self._guard.judge(given, clipped, recorded=recorded)
+            judged = [new for _, new in replaced]
+            if decision is not None:
+                judged.append(decision.values)
+            verdict = self._guard.judge(given, judged, recorded=recorded)
             self._run.recorded, fault = verdict.recorded, verdict.fault
             if verdict.stepping:
-                with verdict.around:
-                    rest = self._masks.rest(self.param_groups, parameters, decayed=decays)
-                    self._update([*zip(parameters, clipped, strict=True), *rest])
+                self._take(verdict, replaced, decision, closure)
         except BaseException:
             self._recorder.discard()
             self._end_step("", removed)
@@ -514,9 +577,67 @@ class Optimizer(torch.optim.Optimizer):
             self._report()
         self._guard.check(self._trained())
 
+    def _direction(
+        self, blocks: Sequence[Block], read: gradients.BlockGradients
+    ) -> tuple[Replaced, list[GradientPair]]:
+        """Precondition and clip: return what the update rule is given, and the pairs of blocks."""
+        with self._timer.timed("precondition"):
+            found = self._preconditioner.precondition(read.matrices)
+            parameters, pairs = gradients.paired(blocks, read, found, self._groups)
+            pairs = self._masks.applied(parameters, pairs)
+            local_pairs = gradients.local_parts(parameters, pairs)
+        clipped = gradients.as_applied(parameters, self._clip(parameters, local_pairs))
+        decayed = self.recipe.weight_decay_at == "gradient"
+        rest = self._masks.rest(self.param_groups, parameters, decayed=decayed)
+        return [*zip(parameters, clipped, strict=True), *rest], pairs
+
+    def _decide(
+        self,
+        control: Control,
+        blocks: Sequence[Block],
+        read: gradients.BlockGradients,
+        replaced: Replaced,
+    ) -> tuple[Replaced, Decision]:
+        """Let the controller choose a damping, lr and momentum; return what the rule is given."""
+        dampings = control.dampings(self.steps, self.param_groups)
+        trials = [replaced]
+        for damping in dampings[1:]:
+            for block in blocks:
+                block.damping = damping
+            trials.append(self._direction(blocks, read)[0])
+        decays = self.recipe.weight_decay_at == "gradient"
+        whole = [gradients.completed(self.param_groups, each, decayed=decays) for each in trials]
+        with self._timer.timed("control"):
+            decision = control.decide(whole, self.param_groups, self.state, dampings)
+        return trials[decision.number], decision
+
+    def _take(
+        self,
+        verdict: Verdict,
+        replaced: Replaced,
+        decision: Decision | None,
+        closure: Callable[[], Any] | None,
+    ) -> None:
+        """Let the update rule step, with the numbers that the controller decided on."""
+        control, groups = self._control, self.param_groups
+        if control is None or decision is None or closure is None:
+            with verdict.around:
+                self._update(replaced)
+            return
+        evaluates = control.evaluates(self.steps)
+        with control.writing(decision, groups, self.state, evaluates=evaluates):
+            with verdict.around:
+                self._update(replaced)
+            self._recorder.add(control.recorded(decision))
+            if evaluates:
+                with self._timer.timed("control"):
+                    self._recorder.add(control.adapt(decision, closure, groups))
+
     def _end_step(self, fault: str, removed: Removed) -> None:
         """Drop what the step gathered, and count it where it has a fault."""
         self._preconditioner.finish(fault)
+        if self._control is not None:
+            self._control.finish()
         self._run.waiting, self._run.micro_batch = None, 0
         self._start_afresh(removed)
 
@@ -630,6 +751,8 @@ class Optimizer(torch.optim.Optimizer):
             super().add_param_group(param_group)
         else:
             self._inner.add_param_group(param_group)
+        if self._control is not None:
+            self._control.join(self.param_groups[-1], self.param_groups[0])
         self._run.own_damping.append((self.param_groups[-1], own))
         if not isinstance(self._inner, UnboundRule):
             self._index()
@@ -794,6 +917,8 @@ class Optimizer(torch.optim.Optimizer):
         owns = [own for _, own in run.own_damping]
         run.own_damping = list(zip(self.param_groups, owns, strict=True))
         pre.replace_states(states)
+        if self._control is not None:
+            self._control.forget()
         self._index()
         self._shown.hide(self.state)
         if state_dict["state"]:
@@ -815,7 +940,10 @@ class Optimizer(torch.optim.Optimizer):
         damage = Damage()
         current = self.param_groups
         groups = checkpoint.completed_groups(saved_groups, current, self.defaults, rule)
-        check_groups(groups, current, type(self._inner), rule, damage)
+        controlled = frozenset[str]()
+        if self.recipe.controller is not None:
+            controlled, rule = frozenset({"lr"}), rule | dict(self.recipe.controller.numbers)
+        check_groups(groups, current, type(self._inner), rule, damage, controlled)
         damage.refuse()
         return groups, checkpoint.fit(groups, current)
 
@@ -843,6 +971,11 @@ class Optimizer(torch.optim.Optimizer):
     @torch._disable_dynamo  # type: ignore[attr-defined]
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as for any torch optimizer."""
+        if self._control is not None:
+            self._control.cleared = True
+            if self._control.repeating:
+                super().zero_grad(set_to_none)
+                return
         self._hooks.reset()
         self._fisher_pass.forget()
         self._forget_removed()

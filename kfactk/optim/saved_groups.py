@@ -30,6 +30,7 @@ def check_groups(
     rule: type[torch.optim.Optimizer],
     options: Group,
     damage: Damage,
+    controlled: frozenset[str] = frozenset(),
 ) -> None:
     """Check saved parameter groups.
 
@@ -39,6 +40,7 @@ def check_groups(
         rule: The class of the update rule.
         options: The rule's options, with the values that a new optimizer has.
         damage: Receives what is wrong.
+        controlled: Numbers that a controller sets, which may have any sign.
     """
     for number, group in enumerate(saved):
         where = f"param_groups[{number}]"
@@ -48,7 +50,7 @@ def check_groups(
         faults = {
             name: fault
             for name, value in group.items()
-            if (fault := _fault(f"{where}[{name!r}]", name, value, options))
+            if (fault := _fault(f"{where}[{name!r}]", name, value, options, controlled))
         }
         for fault in faults.values():
             damage.note(fault)
@@ -70,13 +72,14 @@ def check_numbers(saved: Sequence[Group], damage: Damage) -> list[Any]:
     return found
 
 
-def _fault(where: str, name: str, value: Any, options: Group) -> str:
+def _fault(where: str, name: str, value: Any, options: Group, controlled: frozenset[str]) -> str:
     """Return why a value cannot be that of an option; "" where it can."""
     value = _plain(value)
     if name in COMMON:
         given: Any = repr(value) if callable(value) else value
+        low = -math.inf if name in controlled else 0.0
         try:
-            number_at(where, given, 0)
+            number_at(where, given, 0, low=low)
         except OptionError as error:
             return str(error).removesuffix(".")
     elif name in options:

@@ -36,6 +36,7 @@ from kfactk.stages import (
     WAIVABLE,
     Basis,
     Clip,
+    Controller,
     Curvature,
     Fisher,
     Likelihood,
@@ -178,6 +179,7 @@ class Settings:
     link: Link | None
     clip: Clip
     update: Update
+    controller: Controller | None
     placement: Placement
     tracker: Tracker | None
     lr: float = attrs.field(validator=_number())
@@ -217,6 +219,8 @@ class Settings:
         self._check_clip()
         if self.link is not None:
             self._check_link(self.link)
+        if self.controller is not None:
+            self._check_controller(self.controller)
 
     @property
     def heads(self) -> tuple[Head, ...]:
@@ -307,6 +311,58 @@ class Settings:
                     f"clip {name_of('clip', self.clip)!r} needs a basis with which {laws}, and "
                     f"basis {name_of('basis', rule.basis)!r} waives this. Give clip='none', or "
                     "clip={'name': 'norm', 'limit': 1.0}."
+                )
+
+    def _check_controller(self, controller: Controller) -> None:
+        """Check that the numbers which a controller sets have their meaning."""
+        label = f"controller {name_of('controller', controller)!r}"
+        update, clip = (name_of(each, getattr(self, each)) for each in ("update", "clip"))
+        if not getattr(self.update, "velocity_key", ""):
+            raise CombinationError(
+                f"{label} sets lr and momentum for a step along the gradient and the last step, "
+                f"and update {update!r} takes another one. Give update='velocity'."
+            )
+        if callable(self.damping):
+            raise CombinationError(
+                f"{label} sets damping, and so does the function damping=. Leave out one of them."
+            )
+        if clip != "none":
+            raise CombinationError(
+                f"{label} chooses the length of the step, and clip {clip!r} would shorten the "
+                "gradient before, without effect. Give clip='none', or leave it out."
+            )
+        if self.first_moment.decay:
+            raise CombinationError(
+                f"{label} sets the momentum of the step, and first_moment averages gradients "
+                "besides. Leave out first_moment."
+            )
+        if self.reduction == "sum":
+            raise CombinationError(
+                f"{label} compares the loss with a model of its mean over likelihood terms, and "
+                "reduction='sum' says that the loss is a sum. Take the mean, and leave out "
+                "reduction='sum'."
+            )
+        if self.weight_decay and self.weight_decay_at != "gradient":
+            raise CombinationError(
+                f"{label} takes weight decay as part of the loss, so it belongs to the gradient "
+                "that is preconditioned. Give weight_decay_at='gradient'."
+            )
+        self._check_damped(label, getattr(controller, "needs", frozenset()))
+
+    def _check_damped(self, label: str, needs: frozenset[str]) -> None:
+        """Check that a damping which a controller sets acts at once."""
+        for rule in self.rules:
+            basis = f"basis {name_of('basis', rule.basis)!r}"
+            if waived := sorted(needs & rule.basis.waives):
+                laws = " and ".join(WAIVABLE[law] for law in waived)
+                raise CombinationError(
+                    f"{label} needs a basis with which {laws}, and {basis} waives this. Give "
+                    "basis={'name': 'kfac', 'solver': 'eigh'}."
+                )
+            if rule.basis.damped_at != "solve":
+                raise CombinationError(
+                    f"{label} tries several dampings in a step, and {basis} sees a changed damping "
+                    "at its next refresh only. Give basis={'name': 'kfac', 'solver': 'eigh'}."
                 )
 
     def _check_link(self, link: Link) -> None:

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from kfactk.stages import (
     Basis,
     Clip,
+    Controller,
     Curvature,
     Fisher,
     Likelihood,
@@ -50,6 +51,7 @@ STAGE_HOOKS: dict[str, str] = {
     "link": "kfactk_links",
     "clip": "kfactk_clips",
     "update": "kfactk_updates",
+    "controller": "kfactk_controllers",
     "pace": "kfactk_paces",
     "placement": "kfactk_placements",
     "tracker": "kfactk_trackers",
@@ -131,6 +133,17 @@ def kfactk_updates() -> Mapping[str, Callable[..., Update]]:
         >>> @hookimpl
         ... def kfactk_updates():
         ...     return {"lion": Lion}
+    """
+
+
+@hookspec
+def kfactk_controllers() -> Mapping[str, Callable[..., Controller]]:
+    """Return controllers by name.
+
+    Example:
+        >>> @hookimpl
+        ... def kfactk_controllers():
+        ...     return {"quadratic": Quadratic}
     """
 
 

@@ -37,6 +37,7 @@ PROTOCOLS: dict[str, type[Any]] = {
     "link": stages.Link,
     "clip": stages.Clip,
     "update": stages.Update,
+    "controller": stages.Controller,
     "pace": stages.Pace,
     "placement": stages.Placement,
     "tracker": stages.Tracker,

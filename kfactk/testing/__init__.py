@@ -32,6 +32,7 @@ from kfactk.testing._support.situations import Situation as Situation
 from kfactk.testing._support.strategies import Case as Case
 from kfactk.testing.basis import BasisLaws as BasisLaws
 from kfactk.testing.clip import ClipLaws as ClipLaws
+from kfactk.testing.controller import ControllerLaws as ControllerLaws
 from kfactk.testing.curvature import CurvatureLaws as CurvatureLaws
 from kfactk.testing.fisher import FisherLaws as FisherLaws
 from kfactk.testing.likelihood import LikelihoodLaws as LikelihoodLaws

@@ -145,25 +145,26 @@ class PipelineLaws(Training):
         """Without BatchNorm, splitting a batch into accumulated micro-batches changes nothing."""
         made = self.still(self.build(recipe))
         listens, mean = not made.fisher.own_pass, made.reduction == "mean"
+        if listens and mean and made.controller is not None:
+            self.inapplicable("a controller wants a mean loss, and a share of a mean is no mean")
         if listens and mean:
             # An estimator that listens to the loss needs a sum: a share of a mean is no mean.
             made = made.evolve(reduction="sum")
         edges = [0, *sorted(cuts), EXAMPLES]
 
-        def whole(optimizer: Optimizer, model: nn.Module, number: int) -> None:
-            self.backward(optimizer, model, self.data(number), num_terms=listens and mean)
+        def whole(optimizer: Optimizer, model: nn.Module, number: int) -> Tensor:
+            return self.backward(optimizer, model, self.data(number), num_terms=listens and mean)
 
-        def split(optimizer: Optimizer, model: nn.Module, number: int) -> None:
+        def split(optimizer: Optimizer, model: nn.Module, number: int) -> Tensor:
             inputs, targets = self.data(number)
+            losses = []
             for start, end in itertools.pairwise(edges):
                 share = (end - start) / EXAMPLES if mean and not listens else 1.0
-                self.backward(
-                    optimizer,
-                    model,
-                    (inputs[start:end], targets[start:end]),
-                    share,
-                    num_terms=listens and mean,
+                data = inputs[start:end], targets[start:end]
+                losses.append(
+                    self.backward(optimizer, model, data, share, num_terms=listens and mean)
                 )
+            return torch.stack(losses).sum()
 
         sizes = [end - start for start, end in itertools.pairwise(edges)]
         self.compare(
@@ -187,14 +188,12 @@ class PipelineLaws(Training):
         if made.reduction == "sum":
             self.inapplicable("a summed loss grows with its batch")
 
-        def once(optimizer: Optimizer, model: nn.Module, number: int) -> None:
-            self.backward(optimizer, model, self.data(number))
+        def once(optimizer: Optimizer, model: nn.Module, number: int) -> Tensor:
+            return self.backward(optimizer, model, self.data(number))
 
-        def repeated(optimizer: Optimizer, model: nn.Module, number: int) -> None:
-            inputs, targets = self.data(number)
-            self.backward(
-                optimizer, model, (torch.cat([inputs] * copies), torch.cat([targets] * copies))
-            )
+        def repeated(optimizer: Optimizer, model: nn.Module, number: int) -> Tensor:
+            data = (torch.cat([each] * copies) for each in self.data(number))
+            return self.backward(optimizer, model, (next(data), next(data)))
 
         self.compare(
             made,
@@ -215,13 +214,15 @@ class PipelineLaws(Training):
         model = self.fresh()
         optimizer = self.build(recipe).bind(model)
         for number in range(STEPS):
-            optimizer.zero_grad()
-            self.backward(optimizer, model, self.data(number))
-            before = {
-                name: (parameter.grad, copy.deepcopy(parameter.grad))
-                for name, parameter in model.named_parameters()
-            }
-            optimizer.step()
+            before: dict[str, tuple[Tensor | None, Tensor | None]] = {}
+
+            def evaluate(number: int = number, before: dict[str, Any] = before) -> Tensor:
+                loss = self.backward(optimizer, model, self.data(number))
+                for name, parameter in model.named_parameters():
+                    before.setdefault(name, (parameter.grad, copy.deepcopy(parameter.grad)))
+                return loss
+
+            self.take(optimizer, evaluate)
             for name, parameter in model.named_parameters():
                 held, value = before[name]
                 assert parameter.grad is held, (
@@ -246,13 +247,16 @@ class PipelineLaws(Training):
         model = self.fresh()
         optimizer = made.bind(model)
         for number in range(STEPS):
-            optimizer.zero_grad()
-            if "before" in when:
-                self._evaluate(model, number)
-            self.backward(optimizer, model, self.data(number))
-            if "after" in when:
-                self._evaluate(model, number)
-            optimizer.step()
+
+            def evaluate(number: int = number) -> Tensor:
+                if "before" in when:
+                    self._evaluate(model, number)
+                loss = self.backward(optimizer, model, self.data(number))
+                if "after" in when:
+                    self._evaluate(model, number)
+                return loss
+
+            self.take(optimizer, evaluate)
         says = (
             f"with evaluation {' and '.join(when)} the training forward the model trains "
             "differently"

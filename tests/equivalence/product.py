@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from random import Random
 from typing import Any
 
@@ -33,6 +33,7 @@ VARIANTS: Mapping[tuple[str, str], list[dict[str, Any]]] = {
     ("clip", "norm"): [{"limit": 0.1}],
     ("clip", "kl"): [{"limit": 1e-4}],
     ("clip", "trust_region"): [{"radius": 1e-4}],
+    ("controller", "quadratic"): [{"model_damping": 0.3, "adapt_every": 2, "search_every": 3}],
 }
 """Options that select another code path of a stage, limits that bind, and an eps that rounding
 does not reach; default: no options."""
@@ -53,7 +54,8 @@ class Case:
     taps: int
 
     def __str__(self) -> str:
-        return " x ".join(written(self.recipe[family]) for family in FAMILIES)
+        families = [*FAMILIES, *(["controller"] if "controller" in self.recipe else [])]
+        return " x ".join(written(self.recipe[family]) for family in families)
 
 
 @attrs.frozen
@@ -100,12 +102,20 @@ def placements() -> list[dict[str, Any]]:
     return stages("placement")
 
 
+def combinations() -> Iterator[Recipe]:
+    """Yield the product; a controller only with the update rule that keeps its velocity."""
+    for combination in itertools.product(*map(stages, FAMILIES)):
+        recipe = dict(zip(FAMILIES, combination, strict=True))
+        yield recipe
+        if recipe["update"]["name"] == "velocity":
+            yield from ({**recipe, "controller": each} for each in stages("controller"))
+
+
 @functools.cache
 def cases() -> tuple[list[Case], list[str]]:
     """Return the accepted recipes, and those that are refused with their messages."""
     accepted, refused = [], []
-    for combination in itertools.product(*map(stages, FAMILIES)):
-        recipe = dict(zip(FAMILIES, combination, strict=True))
+    for recipe in combinations():
         try:
             made = kfactk.build(**recipe)
         except KfactkError as error:

@@ -93,13 +93,16 @@ def test_where_rounding_chooses_the_eigenvectors_ranks_agree_all_the_same() -> N
 
 
 def test_every_stage_of_ours_is_in_the_product() -> None:
-    for family in (*FAMILIES, "placement"):
+    for family in (*FAMILIES, "controller", "placement"):
         listed = {info.name for info in registry().stages(family) if info.distribution == "kfactk"}
         assert {stage["name"] for stage in stages(family)} == listed
     assert {name for _, name in VARIANTS} <= {
-        stage["name"] for family in FAMILIES for stage in stages(family)
+        stage["name"] for family in (*FAMILIES, "controller") for stage in stages(family)
     }
-    assert len(ACCEPTED) + len(REFUSED) == math.prod(len(stages(family)) for family in FAMILIES)
+    others = math.prod(len(stages(family)) for family in FAMILIES if family != "update")
+    controlled = others * len(stages("controller"))
+    assert len(ACCEPTED) + len(REFUSED) == others * len(stages("update")) + controlled
+    assert any("controller" in case.recipe for case in ACCEPTED)
     assert (
         [case.taps for case in ACCEPTED].count(1)
         == len([case for case in ACCEPTED if not determined(case.recipe)])
@@ -160,6 +163,14 @@ class Unshared:
     def __getitem__(self, case: Case) -> Outcome:
         found = train(case.recipe, "replicated", case.taps, 0, 2)  # half of the batch
         return found
+
+
+@pytest.mark.parametrize("placement", ["comm_opt", "mem_opt"])
+def test_controlled_recipes_are_the_same_on_ranks(placement: str) -> None:
+    controlled = [case for case in ACCEPTED if "controller" in case.recipe]
+    for basis in ("kfac", "ekfac"):
+        found = next(case for case in controlled if case.recipe["basis"]["name"] == basis)
+        check(found, {"name": placement}, 2)
 
 
 def test_a_deviation_is_seen() -> None:

@@ -122,8 +122,9 @@ def built(recipe: Recipe, placement: Any, drawn: Injected) -> kfactk.Recipe:
     )
     if fisher["name"] == "mc":
         fisher["draw"] = drawn
+    decay = {"weight_decay_at": "gradient"} if "controller" in recipe else {}
     return kfactk.build(
-        **{**NUMBERS, **PERIODS, **recipe, "fisher": fisher, "placement": placement}
+        **{**NUMBERS, **PERIODS, **decay, **recipe, "fisher": fisher, "placement": placement}
     )
 
 
@@ -135,9 +136,18 @@ def train(recipe: Recipe, placement: Any, taps: int, rank: int, ranks: int) -> O
     for step in range(STEPS):
         inputs, targets, sets = batch(step, taps)
         drawn.hand(sets[:, rank::ranks])
-        optimizer.zero_grad()
-        F.cross_entropy(wrapped(inputs[rank::ranks]), targets[rank::ranks]).backward()
-        optimizer.step()
+
+        def closure(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(wrapped(inputs[rank::ranks]), targets[rank::ranks])
+            loss.backward()
+            return loss
+
+        if "controller" in recipe:
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
     outcome = Outcome(tensors_of(optimizer, module), bits(optimizer, module), optimizer.counters)
     optimizer.close()
     return outcome

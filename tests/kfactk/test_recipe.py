@@ -100,6 +100,7 @@ STAGES: dict[str, st.SearchStrategy[Any]] = {
         st.sampled_from(["kl", "norm", "value"]),
         st.floats(1e-9, 1e9),
     ),
+    "controller": st.none(),  # few other stages go with it
     "pace": st.none(),  # drawn periods would contradict it
     "placement": st.just("replicated"),
     "tracker": st.sampled_from([None, {"name": "jsonl", "path": "runs/a.jsonl", "every": 3}]),

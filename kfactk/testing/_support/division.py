@@ -175,14 +175,18 @@ def _run(
 ) -> Optimizer:
     optimizer = recipe.bind(wrapped)
     for number in range(PERIODS["basis_every"] + 1):
-        optimizer.zero_grad()
-        inputs, targets = laws.data(number)
-        laws.backward(optimizer, wrapped, (inputs[rank::ranks], targets[rank::ranks]))
-        if recipe.reduction == "sum":  # what the wrapper averages
-            for parameter in model.parameters():
-                if parameter.grad is not None:
-                    parameter.grad *= ranks
-        optimizer.step()
+
+        def evaluate(number: int = number) -> Tensor:
+            inputs, targets = laws.data(number)
+            data = inputs[rank::ranks], targets[rank::ranks]
+            loss = laws.backward(optimizer, wrapped, data)
+            if recipe.reduction == "sum":  # what the wrapper averages
+                for parameter in model.parameters():
+                    if parameter.grad is not None:
+                        parameter.grad *= ranks
+            return loss
+
+        laws.take(optimizer, evaluate)
     return optimizer
 
 

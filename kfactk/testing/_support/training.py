@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -124,10 +125,25 @@ class Training(Laws):
 
     def step(self, optimizer: Optimizer, model: nn.Module, number: int) -> float:
         """Take one step of the ordinary loop, and return the loss."""
-        optimizer.zero_grad()
-        loss = self.backward(optimizer, model, self.data(number))
+        return self.take(optimizer, lambda: self.backward(optimizer, model, self.data(number)))
+
+    def take(self, optimizer: Optimizer, evaluate: Callable[[], Tensor]) -> float:
+        """Take one step, and return the loss; with a closure where a controller needs one.
+
+        Args:
+            optimizer: Takes it.
+            evaluate: Fills the gradients, and returns the loss.
+        """
+
+        def closure() -> float:
+            optimizer.zero_grad()
+            return float(evaluate())
+
+        if optimizer.recipe.controller is not None:
+            return float(optimizer.step(closure))
+        loss = closure()
         optimizer.step()
-        return float(loss)
+        return loss
 
     def run(self, recipe: Recipe, steps: int = STEPS) -> tuple[nn.Module, Optimizer]:
         """Train a new model, and return it with its optimizer."""
@@ -140,8 +156,8 @@ class Training(Laws):
     def compare(
         self,
         recipe: Recipe,
-        one: Callable[[Optimizer, nn.Module, int], None],
-        other: Callable[..., None],
+        one: Callable[[Optimizer, nn.Module, int], Tensor],
+        other: Callable[..., Tensor],
         says: str,
     ) -> None:
         """Assert that two ways to train give the same parameters and factors, but for rounding."""
@@ -150,9 +166,7 @@ class Training(Laws):
             model = self.fresh()
             optimizer = recipe.bind(model)
             for number in range(STEPS):
-                optimizer.zero_grad()
-                train(optimizer, model, number)
-                optimizer.step()
+                self.take(optimizer, functools.partial(train, optimizer, model, number))
             found.append(dict(outcome(model, optimizer)))
         self.alike(found[0], found[1], says)
 

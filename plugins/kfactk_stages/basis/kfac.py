@@ -76,6 +76,11 @@ class KfacInverse(Basis):
 
     solver: str = attrs.field(default="cholesky", validator=choice("cholesky", "inverse", "eigh"))
 
+    @property
+    def damped_at(self) -> str:
+        """The eigenvalues are damped when they are used; a factor or inverse contains its own."""
+        return "solve" if self.solver == "eigh" else "refresh"
+
     def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> dict[str, Tensor]:
         """Return what the solver needs of the damped A / pi or pi G.
 

@@ -377,6 +377,13 @@ BROKEN = [  # family, text, the text that replaces it, the law that fails, its m
         "after close.*, .* of step .* is .*, not",
     ),
     (
+        "controller",
+        "return 0, -model.slopes[0] / curvature if",
+        "return 0, -3 * model.slopes[0] / curvature if",
+        "test_a_step_lowers_the_model",
+        r"M\(d\) - M\(0\) is",
+    ),
+    (
         "pace",
         "return min(2 * intervals[0], self.longest)",
         "return intervals[0] / 2",

@@ -33,6 +33,7 @@ STAGES: dict[str, list[Any]] = {
     "link": ["two_level"],
     "clip": ["norm"],
     "update": ["adam"],
+    "controller": [{"name": "quadratic", "model_damping": 0.1, "adapt_every": 1}],
     "pace": ["similar"],
     "placement": ["replicated"],
     "tracker": [None],
@@ -129,6 +130,10 @@ class Life:
         self.recipe[family] = stage
         if family == "basis" and "L" in stage.requires:
             self.recipe["curvature"] = "gradient"
+        self.controlled = family == "controller"
+        if self.controlled:
+            self.recipe |= {"update": "velocity", "basis": {"name": "kfac", "solver": "eigh"}}
+            del self.recipe["damping"]
         self.optimizer: Any = None
         self.other: Any = None
 
@@ -143,7 +148,17 @@ class Life:
         assert kfactk.build(**self.recipe).coverage(tied).rows
 
     def step(self, number: int) -> Callable[[], None]:
-        return lambda: train(self.optimizer, self.model, batches(3)[number]) and None
+        data = batches(3)[number]
+
+        def closure() -> torch.Tensor:
+            self.optimizer.zero_grad()
+            loss = F.cross_entropy(self.model(data[0]), data[1])
+            loss.backward()
+            return loss
+
+        if self.controlled:
+            return lambda: self.optimizer.step(closure) and None
+        return lambda: train(self.optimizer, self.model, data) and None
 
     def read(self) -> None:
         gradients = {name: parameter.grad for name, parameter in self.model.named_parameters()}

@@ -1,0 +1,1 @@
+"""Controller stages of kfactk."""
