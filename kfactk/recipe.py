@@ -35,7 +35,7 @@ from kfactk.preconditioner.schedule import early
 from kfactk.registry.hookspecs import STAGE_HOOKS
 from kfactk.registry.registry import registry
 from kfactk.registry.serialization import from_json, to_json
-from kfactk.stages import Controller, Pace, Update
+from kfactk.stages import Controller, Link, Pace, Update
 from kfactk.validation import attribute_errors
 
 USUAL_BASIS = "ekfac"
@@ -187,6 +187,7 @@ class Recipe(Settings):
             self.factor_every,
             self.controller,
             self.weight_decay,
+            self.link,
         )
         mine = {name: getattr(self, name) for name in usual if name not in STAGE_HOOKS}
         mine |= {name: self.summary()[name] for name in usual if name in STAGE_HOOKS}
@@ -419,10 +420,10 @@ def build(
             "heteroscedastic", "poisson". A model with several heads has one for each:
             `{"policy": "categorical", "value": "gaussian"}` by their places in what it returns, or
             a list made by `kfactk.head`, with weights.
-        link: What joins layers, after each was preconditioned by itself: "two_level", or `None`.
+        link: What joins layers: "two_level", "block_tridiagonal", or `None`.
         clip: Bound on the preconditioned gradients: "none", "value", "norm", "kl", "trust_region".
             `None` for "kl", and for "none" where a basis waives a law that "kl" needs, or with a
-            controller.
+            link or a controller.
         controller: What sets lr, momentum and damping in each step: "quadratic", with
             update="velocity" and `step(closure)`; or `None` for the numbers given here.
         placement: Which rank does what: "replicated", "comm_opt", "mem_opt", "hybrid", "auto".
@@ -573,6 +574,7 @@ def _resolved(values: Mapping[str, Any], *, trusted: bool = True) -> dict[str, A
             unit,
             out.get("controller"),
             out.get("weight_decay", 0.0),
+            out.get("link"),
         )
         out |= _resolved({name: usual[name] for name in left})
     return out
@@ -591,12 +593,14 @@ def usual_values(
     unit: Period | None,
     controller: Controller | None = None,
     weight_decay: float = 0.0,
+    link: Link | None = None,
 ) -> dict[str, Any]:
     """Return what a recipe has where the user gives nothing.
 
     Statistics of gradients are cheap, and a single gradient tells little: they are taken in every
     step. With a pace, all of a block is due at once. A controller has a first damping of its own,
-    and chooses the length of the step.
+    and chooses the length of the step. The clip "kl" reads that off the blocks, which a link
+    changes.
 
     Args:
         rules: Its curvatures with their bases.
@@ -605,8 +609,11 @@ def usual_values(
         unit: The `factor_every` that the user gives.
         controller: The controller.
         weight_decay: The weight decay, which is part of the first damping of a controller.
+        link: The link.
     """
-    unbounded = controller is not None or any(rule.basis.waives for rule in rules)
+    unbounded = any(each is not None for each in (controller, link)) or any(
+        rule.basis.waives for rule in rules
+    )
     clip, damping = "none" if unbounded else "kl", default_damping(update)
     if controller is not None:
         with attribute_errors("controller", controller, "giving its first damping"):

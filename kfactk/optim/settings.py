@@ -302,8 +302,15 @@ class Settings:
                 raise ValueError(f"keeps is {keeps!r}, and must be a whole number from 1 on")
 
     def _check_clip(self) -> None:
-        """Check that no basis waives a law that the clip needs."""
+        """Check that no basis waives a law that the clip needs, and that no link breaks it."""
         needs: frozenset[str] = getattr(self.clip, "needs", frozenset())
+        if self.link is not None and "damped-inverse" in needs:
+            raise CombinationError(
+                f"clip {name_of('clip', self.clip)!r} reads the length of a step off "
+                "P = (F + damping I)^-1 of each layer, and with "
+                f"link {self.link_name!r} P is the inverse of another matrix. Give clip='none', or "
+                "clip={'name': 'norm', 'limit': 1.0}."
+            )
         for rule in self.rules:
             if waived := sorted(needs & rule.basis.waives):
                 laws = " and ".join(WAIVABLE[law] for law in waived)

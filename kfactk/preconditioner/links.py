@@ -87,9 +87,16 @@ class Links:
         """Check that every rank preconditions, and keeps what the link reads of, each layer.
 
         Raises:
-            CombinationError: Other ranks hold a layer, or nobody keeps what the link reads of it.
+            CombinationError: Other ranks hold a layer, or nobody keeps what the link reads of it,
+                or measures gradients of it.
         """
         for block in self.blocks:
+            if block.inputs_suffice:
+                raise CombinationError(
+                    f"{stage_label('link', self._link)} measures layers on gradients of samples, "
+                    f"and layer {block.name!r} has a basis that requires its inputs alone. Choose "
+                    "another basis for it, or leave out the link."
+                )
             if missing := sorted(self._stage.requires - block.requires):
                 raise CombinationError(
                     f"{stage_label('link', self._link)} reads {', '.join(missing)} of layer "

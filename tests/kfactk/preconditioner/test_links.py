@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfactk
-from kfactk import KfactkWarning, Layer, Link, PluginError, Statistic
+from kfactk import CombinationError, KfactkWarning, Layer, Link, PluginError, Statistic
 from kfactk.testing._support.division import equal_on_ranks
 from kfactk.testing._support.ranks import RankError, shared_workers
 from kfactk.testing._support.training import Training
+from kfactk_stages.basis.kfac import KfacInverse
 from kfactk_stages.link.two_level import TwoLevel
 from tests.kfactk.small import batch, bound, net, train
 
@@ -172,13 +173,39 @@ def test_every_rank_must_hold_the_layers() -> None:
         shared_workers().run(2, bind_on_ranks, "mem_opt", "two_level")
 
 
+@pytest.mark.parametrize("clip", ["kl", "trust_region"])
+def test_clips_that_read_lengths_off_the_blocks_are_refused(clip: str) -> None:
+    with pytest.raises(CombinationError, match=f"clip '{clip}' .* link 'two_level' P is the inv"):
+        kfactk.build(link="two_level", clip=clip)
+    assert kfactk.build(link="two_level").clip == kfactk.build(clip="none").clip
+
+
+class OfInputs(KfacInverse):
+    """`V (A + tau I)^-1`, which needs no gradients."""
+
+    requires = frozenset({"A"})
+    laws = frozenset()
+
+    def decompose(self, name: str, matrix: Tensor, context: Any) -> dict[str, Tensor]:
+        return {
+            "cholesky": torch.linalg.cholesky(matrix + context.damping * torch.eye(len(matrix)))
+        }
+
+
+def test_a_basis_of_inputs_alone_cannot_be_linked() -> None:
+    with pytest.raises(CombinationError, match="layer '0' has a basis that requires its inputs"):
+        kfactk.build(link="two_level", basis=OfInputs(), curvature="kfac").bind(
+            nn.Sequential(nn.Linear(3, 2))
+        )
+
+
 @pytest.mark.xdist_group("ranks")
 @pytest.mark.parametrize(
     "recipe",
     [
         {"fisher": "empirical", "basis": {"name": "ekfac", "scale": "running"}},
         {"fisher": "exact", "basis": "kfac", "placement": "comm_opt", "lag": 1},
-        {"curvature": "all", "first_moment": 0.9, "clip": {"name": "kl", "limit": 1e-4}},
+        {"curvature": "all", "first_moment": 0.9, "clip": {"name": "norm", "limit": 0.1}},
     ],
     ids=["empirical", "comm_opt", "all"],
 )

@@ -729,7 +729,7 @@ def test_every_rank_must_keep_the_matrices() -> None:
         {"fisher": "empirical", "first_moment": 0.9},
         {
             "curvature": {"name": "conv_kfac", "spatial": "reduce"},
-            "clip": {"name": "kl", "limit": 1e-4},
+            "clip": {"name": "norm", "limit": 0.1},
         },
     ],
     ids=["exact", "empirical", "reduce"],
