@@ -50,7 +50,7 @@ def test_presets_have_the_six_algorithms_and_seeds(preset: str):
     study = settings.load(preset)
     if preset not in ("reference", "transformer", "autoencoder"):
         assert list(study.algorithms)[:6] == SIX
-    assert len(study.training.seeds) == (3 if preset == "transformer" else 8)
+    assert len(study.training.seeds) == (5 if preset == "transformer" else 8)
     assert settings.presets()[preset].stem == study.preset == preset
     assert study.trusted
 

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import kfactk
-from kfactk.recipe import PRESETS
+from kfactk.preconditioner.rules import within
+from kfactk.recipe import IN_REPEATED_BLOCKS, PRESETS
 
 
 def test_the_thesis_preset_is_the_default() -> None:
@@ -20,7 +21,8 @@ def test_the_thesis_preset_is_the_default() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_presets_train(name: str) -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(36, 3))
+    repeated = nn.Sequential(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()))
+    model = nn.Sequential(nn.Sequential(repeated), nn.Flatten(), nn.Linear(36, 3))
     optimizer = kfactk.preset(name).bind(model)
     x, y, losses = torch.randn(24, 1, 5, 5), torch.arange(24) % 3, []
     for _ in range(30):
@@ -30,6 +32,21 @@ def test_presets_train(name: str) -> None:
         optimizer.step()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize(
+    ("path", "inside"),
+    [
+        *(("blocks.0.qkv", True), ("transformer.h.11.mlp.c_fc", True)),
+        *(("model.layers.3.mlp.up_proj", True), ("encoder.layers.encoder_layer_2.mlp.0", True)),
+        *(("wte", False), ("lm_head", False), ("heads.head", False), ("patch_embed.proj", False)),
+        *(("0", False), ("mlp.2", False)),
+    ],
+)
+def test_hidden_layers_of_a_transformer_are_those_in_numbered_modules(
+    path: str, inside: bool
+) -> None:
+    assert any(within(path, pattern) for pattern in IN_REPEATED_BLOCKS) == inside
 
 
 @pytest.mark.parametrize(
