@@ -81,7 +81,10 @@ class ControllerLaws(InRecipe):
             update = plugins.resolve("update", name)
             if getattr(update, "velocity_key", ""):
                 return {"controller": self.subject(), "update": update}
-        raise UnknownStageError("no update rule has a velocity_key, and a controller needs one.")
+        raise UnknownStageError(
+            "no update rule has a velocity_key, and a controller needs one. Install kfactk's own "
+            "stages, whose `velocity` has it."
+        )
 
     def numbers(self, damping: float = 1.0) -> dict[str, float]:
         """Return all numbers that the stage is given, its own as they are at first."""
