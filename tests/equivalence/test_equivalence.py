@@ -71,7 +71,12 @@ def test_wherever_the_work_lies(case: Case, seed: int, ranks: int) -> None:
 def test_links_do_what_one_process_does(link: str, ranks: int) -> None:
     """Where every rank holds all layers; other placements are refused."""
     curvature = {"name": "conv_kfac", "spatial": "reduce"}
-    stages = {"curvature": curvature, "basis": {"name": "kfac"}, "link": link}
+    stages = {
+        "curvature": curvature,
+        "basis": {"name": "kfac"},
+        "link": link,
+        "clip": {"name": "none"},
+    }
     check(Case({**DEFAULT.recipe, **stages}, taps=2), {"name": "replicated"}, ranks)
 
 
