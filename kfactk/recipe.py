@@ -173,7 +173,7 @@ class Recipe(Settings):
         Raises:
             OptionError: A field is unknown or its value cannot work.
         """
-        names = ("curvature", "basis", "update", "pace", "controller")
+        names = ("curvature", "basis", "update", "pace", "controller", "link")
         stages = {name: getattr(self, name) for name in (*names, "factor_every", "weight_decay")}
         chosen = dict.fromkeys(self._as_usual())
         return attrs.evolve(self, **_resolved(stages | chosen | changes))

@@ -34,7 +34,7 @@ def take_step(model: nn.Module, optimizer: torch.optim.Optimizer, shape: tuple[i
 
 @pytest.mark.parametrize("preset", settings.presets())
 def test_algorithms_of_all_presets_can_be_made(preset: str):
-    study, model = settings.load(preset), network()
+    study, model = settings.load(preset), nn.Sequential(nn.Sequential(network()))
     algorithms.check(study.algorithms.values())
     for each in study.algorithms.values():
         optimizer = algorithms.make(each, model, seed=5, collector=Collector(1))

@@ -177,7 +177,9 @@ def test_every_rank_must_hold_the_layers() -> None:
 def test_clips_that_read_lengths_off_the_blocks_are_refused(clip: str) -> None:
     with pytest.raises(CombinationError, match=f"clip '{clip}' .* link 'two_level' P is the inv"):
         kfactk.build(link="two_level", clip=clip)
-    assert kfactk.build(link="two_level").clip == kfactk.build(clip="none").clip
+    linked, none = kfactk.build(link="two_level"), kfactk.build(clip="none").clip
+    assert linked.clip == linked.evolve(lr=0.1).clip == none
+    assert linked.evolve(link=None) == kfactk.build()
 
 
 class OfInputs(KfacInverse):
