@@ -23,7 +23,7 @@ from kfactk.preconditioner.pace_state import LONGEST, PaceState
 from kfactk.preconditioner.plan import BlockPlan
 from kfactk.preconditioner.state import MEAN, PREFIX, BlockState
 from kfactk.samples import LayerCall, Samples, Statistic, to_working_dtype
-from kfactk.sides import groups_of_shape, is_diagonal, mean_of, with_sides
+from kfactk.sides import groups_of_shape, is_diagonal, mean_of, side_of, with_sides
 from kfactk.stages import (
     Basis,
     Curvature,
@@ -121,10 +121,15 @@ class Block:
 
     @property
     def inputs_suffice(self) -> bool:
-        """Whether inputs alone make all that its basis requires: no gradient is measured then."""
+        """Whether inputs alone make all that its basis requires: no gradient is measured then.
+
+        That can be for matrices of the input side only: A, its stand-ins, C and K.
+        """
         if self._inputs_suffice is None:
-            names, self._inputs_suffice = self.input_factors(), False
-            if names and not self.sampled and not self.measures_nothing:
+            of_inputs = {name for name in self.requires if side_of(name) in ("A", "C", "K")}
+            may = bool(of_inputs) and of_inputs == self.requires and not self.sampled
+            self._inputs_suffice = may and bool(self.input_factors())
+            if self._inputs_suffice:
                 samples = self.blank_samples()
                 with attribute_errors("curvature", self.curvature, self._where):
                     found = self.curvature.input_factors(self.layer, samples)

@@ -319,6 +319,7 @@ def updated(
     rules: dict[str, Callable[..., torch.optim.Optimizer]] = {
         "sgd": torch.optim.SGD,
         "momentum": lambda p, **options: torch.optim.SGD(p, momentum=0.9, **options),
+        "velocity": torch.optim.SGD,  # its first step
         "adam": torch.optim.Adam,
         "adamw": torch.optim.AdamW,
         "radam": torch.optim.RAdam,

@@ -40,8 +40,8 @@ class NewtonMuon(Muon):
     Example:
         >>> import kfactk
         >>> basis = {"name": "newton_muon", "scale": "match_rms"}
-        >>> kfactk.build(curvature="conv_kfac", basis=basis).clip
-        Unclipped()
+        >>> kfactk.build(curvature="kfac", basis=basis, update="sgd", lr=0.01).lr
+        0.01
 
     References:
         Du & Su 2026, "The Newton-Muon Optimizer", arXiv:2604.01472.

@@ -69,7 +69,7 @@ BASES: dict[str, Any] = {
     "ekfac": "ekfac",
     "running": {"name": "ekfac", "scale": "running"},
 }
-UPDATES = ("sgd", "momentum", "nag", "adam", "adamw", "radam")
+UPDATES = ("sgd", "momentum", "nag", "velocity", "adam", "adamw", "radam")
 EACH: dict[str, Any] = {"factor_every": 1, "scale_every": 1, "basis_every": 1}
 
 

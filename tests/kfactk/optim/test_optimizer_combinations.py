@@ -52,10 +52,10 @@ CLIPS: Variants = {
     "trust_region": [({"radius": 1e-5}, 1e-5)],
 }
 UPDATES: Variants = {
-    name: [({}, name)] for name in ("sgd", "momentum", "nag", "adam", "adamw", "radam")
+    name: [({}, name)] for name in ("sgd", "momentum", "nag", "velocity", "adam", "adamw", "radam")
 }
 FAMILIES = {"curvature": CURVATURES, "basis": BASES, "clip": CLIPS, "update": UPDATES}
-LINEAR_UPDATES = ("sgd", "momentum", "nag", "radam")
+LINEAR_UPDATES = ("sgd", "momentum", "nag", "velocity", "radam")
 """Rules whose first step is linear in the gradient; that of the others follows its signs."""
 TORCH_UPDATES = [
     each
@@ -254,7 +254,7 @@ def variants(family: Variants) -> list[tuple[str, int]]:
 
 OTHER_LAYERS = {
     "curvature": {"attention", "embedding", "norm", "rnn", "experts", "gradient", "rows"},
-    "basis": {"unitwise", "soap", "shampoo", "muon", "cg"},
+    "basis": {"unitwise", "soap", "shampoo", "muon", "newton_muon", "cg"},
 }
 """Stages for layers that the model here does not have, and those on statistics of gradients: see
 test_optimizer_blocks and test_optimizer_gradients."""
