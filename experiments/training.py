@@ -151,21 +151,36 @@ class Trainer:
 
     def _step(self, inputs: Tensor, labels: Tensor) -> tuple[Tensor, bool]:
         """Take a step; return its sums, and whether the optimizer has given up a lost run."""
-        self.optimizer.zero_grad()
         inputs = self._normalised(inputs)
-        loss, sums = self._task.measure(self._shared(inputs), inputs, labels)
-        loss.backward()
+        found: list[tuple[Tensor, Tensor]] = []
+
+        def evaluate() -> Tensor:
+            self.optimizer.zero_grad()
+            found.append(self._task.measure(self._shared(inputs), inputs, labels))
+            found[-1][0].backward()
+            return found[-1][0]
+
+        controlled = (
+            isinstance(self.optimizer, kfactk.Optimizer)
+            and self.optimizer.recipe.controller is not None
+        )
+        if not controlled:
+            evaluate()
         lost = False
         try:
-            self.optimizer.step()
+            # A controller evaluates the loss itself, some steps twice; the first one counts.
+            self.optimizer.step(evaluate if controlled else None)
         except kfactk.KfactkError:
+            if not found:
+                raise
+            loss, sums = found[0]
             lost = not loss.item() < self._task.lost
             if not lost:
                 raise
             sums[0] = math.nan
         if self._scheduler is not None:
             self._scheduler.step()
-        return sums, lost
+        return found[0][1], lost
 
     @torch.no_grad()
     def _test(self) -> tuple[float, float | None]:

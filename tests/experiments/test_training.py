@@ -9,7 +9,7 @@ from hypothesis import assume, given, settings as effort, strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from experiments import data, models, settings, training
+from experiments import algorithms, data, models, settings, training
 from experiments.data import Dataset, Examples
 from experiments.errors import ExperimentError
 from experiments.settings import Algorithm, Study
@@ -260,7 +260,7 @@ def test_errors_of_healthy_runs_are_errors(study: Study, dataset: Dataset, monke
     chosen = study.algorithms["ekfacadam"]
     trainer = Trainer(study, chosen, 0, dataset, CPU)
 
-    def fail() -> None:
+    def fail(*_: Any) -> None:
         raise training.kfactk.KfactkError("a bug")
 
     monkeypatch.setattr(trainer.optimizer, "step", fail)
@@ -378,3 +378,25 @@ def test_augmentation_shifts_and_mirrors():
     assert len({dx for _, dx, _ in seen}) > 5
     assert len({mirrored for _, _, mirrored in seen}) == 2
     assert len({(dy, dx) for dy, dx, _ in seen}) > 2 * shift + 1  # each way on its own
+
+
+def test_a_controller_evaluates_the_loss_and_the_first_one_counts(study: Study, dataset: Dataset):
+    """It takes the steps that it chooses; each loss is that before its step, once an example."""
+    study = with_training(study, schedule="constant", epochs=1)
+    options = {
+        "curvature": "conv_kfac",
+        "basis": {"name": "kfac", "solver": "eigh"},
+        "update": "velocity",
+        "controller": {"name": "quadratic", "model_damping": 1.0, "adapt_every": 1},
+        **dict.fromkeys(("factor_every", "basis_every"), 1),
+    }
+    chosen = Algorithm(name="controlled", label="controlled", options=options)
+    algorithms.check([chosen])
+    trainer = Trainer(study, chosen, 4, dataset, CPU)
+    epoch = trainer.run_epoch()
+    still = Trainer(study, study.algorithms["sgd"].with_options(lr=0.0), 4, dataset, CPU)
+    assert epoch.losses[0] == pytest.approx(still.run_epoch().losses[0], rel=1e-5)
+    assert (epoch.steps, len(epoch.losses)) == (3, 3)
+    assert trainer.optimizer.param_groups[0]["model_damping"] != 1.0
+    assert all(map(math.isfinite, epoch.losses))
+    trainer.close()
