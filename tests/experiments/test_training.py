@@ -260,7 +260,7 @@ def test_errors_of_healthy_runs_are_errors(study: Study, dataset: Dataset, monke
     chosen = study.algorithms["ekfacadam"]
     trainer = Trainer(study, chosen, 0, dataset, CPU)
 
-    def fail(*_: Any) -> None:
+    def fail(*_: object) -> None:
         raise training.kfactk.KfactkError("a bug")
 
     monkeypatch.setattr(trainer.optimizer, "step", fail)
