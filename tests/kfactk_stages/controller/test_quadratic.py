@@ -182,15 +182,16 @@ def test_equals_the_loop_by_hand(eta: float) -> None:
     assert len({other for _, other in dampings}) > 2
 
 
-def test_is_the_minimum_of_a_quadratic_loss() -> None:
-    """A linear model with squared errors: the model of the loss is the loss."""
+@pytest.mark.parametrize("eta", [0.0, 0.3])
+def test_is_the_minimum_of_a_quadratic_loss(eta: float) -> None:
+    """A linear model with squared errors: the model of the loss, and of its decay, is the loss."""
     torch.manual_seed(0)
     model = nn.Linear(4, 2).double()
     x, y = torch.randn(20, 4, dtype=F64), torch.randn(20, 2, dtype=F64)
     columns = torch.cat([x, torch.ones(20, 1, dtype=F64)], 1)
 
     def loss_at(w: Tensor) -> Tensor:
-        return (columns @ w.T - y).square().sum() / 40
+        return (columns @ w.T - y).square().sum() / 40 + eta * w.square().sum() / 2
 
     seen: list[Any] = []
 
@@ -202,7 +203,9 @@ def test_is_the_minimum_of_a_quadratic_loss() -> None:
             return found
 
     watched = Watched(model_damping=1e-3, damped_ratio=False, adapt_every=1)
-    optimizer = recipe(likelihood="gaussian").evolve(controller=watched).bind(model)
+    decay = {"weight_decay": eta, "weight_decay_at": "gradient"}
+    made = recipe(likelihood="gaussian", **decay).evolve(controller=watched)
+    optimizer = made.bind(model)
 
     def closure() -> Tensor:
         optimizer.zero_grad()
