@@ -20,7 +20,7 @@ from experiments import results, runner
 from experiments.data import Dataset
 from experiments.errors import ExperimentError, system_reason
 from experiments.runner import Job
-from experiments.settings import Algorithm, FairSearch, Study, ThesisSearch
+from experiments.settings import Algorithm, FairSearch, Study, ThesisSearch, Training
 from experiments.store import Run
 
 CRITERIA = {"thesis": "training loss", "fair": "validation loss"}
@@ -130,8 +130,8 @@ class Search:
         mine, differ = self.study, []
         if (mine.data, mine.model) != (theirs.data, theirs.model):
             differ.append("other examples or another model")
-        if mine.training.batch_size != theirs.training.batch_size:
-            differ.append("another batch size")
+        if _steps(mine.training) != _steps(theirs.training):
+            differ.append("another batch size, schedule or loss")
         if _length(self.how) != _length(getattr(theirs.search, self.protocol)):
             differ.append("trials of another length")
         for name in mine.algorithms.keys() & chosen.keys():
@@ -284,6 +284,11 @@ def _length(how: ThesisSearch | FairSearch | None) -> tuple[Any, ...]:
     if isinstance(how, FairSearch):
         return how.train, how.seed, how.epochs, how.validation
     return ()
+
+
+def _steps(training: Training) -> tuple[Any, ...]:
+    """Return what a step of a trial depends on."""
+    return training.batch_size, training.parts, training.schedule, training.loss
 
 
 class Rows(runner.Listener):

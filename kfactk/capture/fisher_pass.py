@@ -491,7 +491,8 @@ class FisherPass:
             sink = LayerSink(self._taker, forward.layers, 1.0)
             self._hand_inputs(forward, starts or None, sink)  # an output may hide its tensors
             sink.finish()
-        self._taker.end_forward()
+        if forward.calls:
+            self._taker.end_forward()
 
     def _probe(self, forward: Forward, views: Sequence[Tensor]) -> None:
         """Find which rows of layers belong to which examples of the output, once for each layer.

@@ -168,6 +168,7 @@ def test_a_scaler_is_not_asked_for() -> None:
         scaler.scale((model(images(step)) ** 2).mean()).backward()
         scaler.step(optimizer)
         scaler.update()
+    assert set(optimizer.layers["fc"].factors) == {"A"}
 
 
 def test_a_batch_that_is_not_finite_moves_nothing() -> None:
