@@ -208,7 +208,8 @@ class Algorithm:
             `package:Class` or `module:function`.
         options: Arguments of `kfactk.build` (and `preset`), or of that class or function.
         reference: Final accuracies in per cent that the thesis states for this preset, if any.
-        search: Range of each option in the fair search, `[low, high]`.
+        search: Range of each option in the fair search, `[low, high]`. The option of a stage that is
+            given as a table is named with it: "controller.model_damping".
         trusted: Whether import paths may be imported, which runs code.
     """
 
@@ -227,6 +228,9 @@ class Algorithm:
         for key, range_ in self.search.items():
             if not 0 < range_[0] < range_[1] <= LARGEST:
                 raise ValueError(f"'search.{key}' must be [low, high], both positive, low < high")
+            stage, dot, _ = key.partition(".")
+            if dot and not isinstance(self.options.get(stage), Mapping):
+                raise ValueError(f"'search.{key}' needs {stage} = {{ name = ... }} beside it")
         for key, value in self.options.items():
             if isinstance(value, int | float) and not abs(value) <= LARGEST:
                 raise ValueError(f"'{key}' must be at most {LARGEST:g}, not {str(value)[:20]}")
@@ -237,8 +241,12 @@ class Algorithm:
         return self.optimizer == "kfactk"
 
     def with_options(self, **options: Any) -> Algorithm:
-        """Return it with changed options."""
-        return attrs.evolve(self, options={**self.options, **options})
+        """Return it with changed options; "stage.option" changes one of a stage."""
+        changed = dict(self.options)
+        for name, value in options.items():
+            stage, dot, option = name.partition(".")
+            changed[stage] = {**changed[stage], option: value} if dot else value
+        return attrs.evolve(self, options=changed)
 
 
 @attrs.frozen(kw_only=True)

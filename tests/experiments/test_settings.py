@@ -50,7 +50,7 @@ def test_presets_have_the_six_algorithms_and_seeds(preset: str):
     study = settings.load(preset)
     if preset not in ("reference", "transformer", "autoencoder"):
         assert list(study.algorithms)[:6] == SIX
-    assert len(study.training.seeds) == (5 if preset == "transformer" else 8)
+    assert len(study.training.seeds) == (5 if preset in ("transformer", "autoencoder") else 8)
     assert settings.presets()[preset].stem == study.preset == preset
     assert study.trusted
 
@@ -124,6 +124,7 @@ GRIDS = (
         ("momentum = 0.9", "search.lr = [2, 1]", ["algorithms.sgd.search.lr", "low < high"]),
         ("momentum = 0.9", "search.lr = [0, 1]", ["algorithms.sgd.search.lr", "positive"]),
         ("momentum = 0.9", "search.lr = [1]", ["algorithms.sgd.search.lr"]),
+        ("momentum = 0.9", 'search."clip.limit" = [1, 2]', ["search.clip.limit", "clip = {"]),
         ("[algorithms.sgd]", '[algorithms."../../escaped"]', ["begin with a letter"]),
         ("[algorithms.sgd]", '[algorithms.".."]', ["begin with a letter"]),
         ("[algorithms.sgd]", '[algorithms."a/b"]', ["begin with a letter"]),
@@ -195,6 +196,17 @@ def test_some_algorithms_can_be_chosen(study: settings.Study):
     assert list(study.only(["ekfacadam"]).algorithms) == ["ekfacadam"]
     with pytest.raises(ExperimentError, match="'ekfacadam'"):
         study.only(["ekfcadam"])
+
+
+def test_a_search_can_change_the_option_of_a_stage():
+    study = settings.load("autoencoder")
+    controlled = study.algorithms["controlled"]
+    assert set(controlled.search) == {"controller.model_damping"}
+    changed = controlled.with_options(**{"controller.model_damping": 7.0, "weight_decay": 0.5})
+    assert changed.options["controller"] == {"name": "quadratic", "model_damping": 7.0}
+    assert changed.options["weight_decay"] == 0.5
+    assert changed.options["basis"] == controlled.options["basis"]
+    assert controlled.options["controller"]["model_damping"] != 7.0  # the first one stays
 
 
 def test_changes_are_values_of_toml_or_bare_words(tiny: Path):
