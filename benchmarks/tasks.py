@@ -23,6 +23,7 @@ from benchmarks.settings import (
     rivals,
 )
 from experiments.models import gpt, resnet50
+from kfactk.recipe import PRESETS
 
 TOKENS, LENGTH = 256, 128
 OF_TOKENS = {
@@ -36,11 +37,26 @@ TRANSFORMER_RECIPES: dict[str, dict[str, Any]] = {
     "ekfac, staggered": {"stagger": True},
     "ekfac, staggered, bfloat16": {"stagger": True, "basis": ROUNDED},
     "kfac, staggered": {"stagger": True, "basis": "kfac"},
+    "kfac by inverses, staggered": {
+        "stagger": True,
+        "basis": {"name": "kfac", "solver": "inverse"},
+    },
     "ekfac, running": {
         "basis": {"name": "ekfac", "scale": "running"},
         "fisher": "empirical",
         "stagger": True,
     },
+    "SOAP, every 10": {
+        "curvature": {"name": "gradient", "counts": "next"},
+        "basis": "soap",
+        "update": "sgd",
+        "first_moment": 0.95,
+        "factor_every": 1,
+        "scale_every": 1,
+        "basis_every": 10,
+        "lr": 0.003,
+    },
+    "the preset transformer": {**PRESETS["transformer"]},
 }
 """Settings of kfactk for transformers, besides `OF_TOKENS` and the periods."""
 

@@ -31,8 +31,11 @@ class CurvatureOperator(abc.ABC):
         """Return `F v`, undamped, of the shape of `v`."""
 
     @abc.abstractmethod
-    def condition(self) -> Tensor:
-        """Return the condition number of `F + damping I`, or a lower bound of it: a scalar."""
+    def condition(self) -> Tensor | None:
+        """Return the condition number of `F + damping I`, or a lower bound of it: a scalar.
+
+        `None` where the map is no inverse of a curvature.
+        """
 
 
 @attrs.define(eq=False)

@@ -144,7 +144,8 @@ class BlockView:
     def condition(self) -> Tensor | None:
         """Return the condition number of the damped curvature, exact or a lower bound.
 
-        It is `None` before anything was measured, and on ranks that do not hold the layer.
+        It is `None` before anything was measured, on ranks that do not hold the layer, and for a
+        basis that is no inverse of a curvature.
         """
         state = self.block.state
         measured = state.ready and state.decomposition

@@ -438,8 +438,8 @@ class Block:
         with attribute_errors("basis", self.basis, self._where):
             return operator.multiply(vector)
 
-    def condition(self, damping: float | None = None) -> Tensor:
-        """Return the condition number of the damped curvature, or a lower bound of it."""
+    def condition(self, damping: float | None = None) -> Tensor | None:
+        """Return the condition number of the damped curvature, or a lower bound of it, if any."""
         operator = self.operator(damping)
         with attribute_errors("basis", self.basis, self._where):
             return operator.condition()

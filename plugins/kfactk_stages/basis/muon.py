@@ -130,17 +130,12 @@ class MuonOperator(CurvatureOperator):
         """
         raise KfactkError(NO_FISHER)
 
-    def condition(self) -> Tensor:
-        """Refuse: there is no F.
-
-        Raises:
-            KfactkError: Always.
-        """
-        raise KfactkError(NO_FISHER)
+    def condition(self) -> None:
+        """Return `None`: there is no F."""
 
 
 NO_FISHER = (
-    "the basis muon is no inverse of a curvature, so there is no F to multiply by. Ask blocks with "
+    "a basis of Muon is no inverse of a curvature, so there is no F to multiply by. Ask blocks with "
     "another basis."
 )
 

@@ -103,10 +103,10 @@ class BlockTridiagonal(Link):
     )
 
     def order(self, layers: Sequence[LinkedLayer]) -> Sequence[LinkedLayer]:
-        """Return the chain."""
+        """Return the chain; nothing where there would be one layer, which has no neighbour."""
         able = {layer.name: layer for layer in layers if _able(layer)}
         if self.layers is None:
-            return list(able.values())
+            return list(able.values()) if len(able) > 1 else []
         if unknown := [name for name in self.layers if name not in able]:
             there = any(layer.name == unknown[0] for layer in layers)
             why = "whose curvature has no rows to pair" if there else "which no block preconditions"

@@ -102,6 +102,29 @@ def test_metrics_are_what_happened() -> None:
     assert all(metrics[name] > 0 for name in seconds)
 
 
+@pytest.mark.parametrize(
+    ("curvature", "basis", "has_condition"),
+    [
+        ("kfac", "newton_muon", False),
+        ("gradient", "muon", False),
+        ("gradient", "shampoo", True),
+        ("gradient", "soap", True),
+        ("rows", "cg", True),
+        ("kfac", "kfac", True),
+    ],
+)
+def test_conditions_are_those_of_bases_that_invert_a_curvature(
+    curvature: str, basis: str, has_condition: bool
+) -> None:
+    model = net()
+    optimizer = bound(model, curvature=curvature, basis=basis, clip="none", update="sgd")
+    train(optimizer, model, batch())
+    train(optimizer, model, batch())
+    metrics = records()[1]
+    assert ("condition_max" in metrics) == has_condition
+    assert math.isfinite(metrics["preconditioned_norm"])
+
+
 def test_a_skipped_batch_is_counted() -> None:
     model = net()
     optimizer = bound(model, factor_every=1, scale_every=1, basis_every=1)

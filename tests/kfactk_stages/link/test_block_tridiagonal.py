@@ -425,8 +425,9 @@ def test_coverage_shows_the_chain_and_a_link_of_none_is_told() -> None:
     assert linked == {"0": "", "2": name, "3": "", "4": name}
     reduce = {**RECIPE, "curvature": {"name": "conv_kfac", "spatial": "reduce"}}
     assert kfactk.build(**reduce).coverage(model).rows[0].linked == name
-    with pytest.warns(KfactkWarning, match="joins no layer of this model"):
-        kfactk.build(**{**RECIPE, "curvature": "conv_kfac"}).bind(nn.Conv1d(1, 1, 1))
+    for alone in (nn.Conv1d(1, 1, 1), model[:3]):  # a single linear layer has no neighbour
+        with pytest.warns(KfactkWarning, match="joins no layer of this model"):
+            kfactk.build(**{**RECIPE, "curvature": "conv_kfac"}).bind(alone)
 
 
 def test_convolutions_join_where_their_rows_are_reduced() -> None:
