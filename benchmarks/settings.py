@@ -31,6 +31,7 @@ OWN_GRADIENT = {"update": FUSED, "stagger": True, "fisher": "empirical", "clip":
 
 RECIPES: dict[str, dict[str, Any]] = {
     "ekfac": {},
+    "ekfac, a lag of 10": {"lag": 10},
     "ekfac, staggered": {"update": FUSED, "stagger": True},
     "ekfac, staggered, bfloat16": {"update": FUSED, "stagger": True, "basis": ROUNDED},
     "ekfac, staggered, bfloat16, iterated": {
