@@ -1,4 +1,4 @@
-"""What the base classes of stages and the value types give their users."""
+"""What the base classes of curvatures give their authors."""
 
 from __future__ import annotations
 
@@ -9,8 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from kfactk import Basis, Curvature
-from kfactk.stages import Layer
+from kfactk.stages import Curvature, GradientCurvature, Layer
 
 
 @attrs.frozen
@@ -41,29 +40,6 @@ class Plain(Curvature):
 class WithInputs(Plain):
     def input_factors(self, layer: Layer, samples: Any) -> Any:
         return {"A": "from inputs"}
-
-
-class Least(Basis):
-    """A basis with its abstract members alone."""
-
-    requires = frozenset({"A"})
-
-    def decompose(self, name: str, matrix: Any, context: Any) -> Any:
-        raise NotImplementedError
-
-    def operator(self, decomposition: Any, moments: Any, damping: float, matrices: Any) -> Any:
-        raise NotImplementedError
-
-
-def test_a_layer_reads_its_parameters_from_the_module() -> None:
-    module = nn.Linear(2, 3)
-    layer = Layer("body.fc[out]", module, ("bias", "weight"), part="out")
-    assert (layer.path, layer.bias, layer.sites) == ("body.fc", True, (module,))
-    assert layer.anchor is module.bias
-    module.bias = nn.Parameter(torch.ones(3))
-    assert layer.anchor is module.bias, "a parameter that was replaced"
-    assert not Layer("fc", module, ("weight",)).bias
-    assert layer != Layer("body.fc[out]", module, ("bias", "weight"), part="out")
 
 
 @pytest.mark.parametrize(
@@ -98,9 +74,33 @@ def test_assembled_matrices_are_the_factors_that_are_there() -> None:
     assert list(Plain().assemble(layer, {"G": g, "A": a})) == ["A", "G"]
 
 
-def test_a_basis_claims_no_law_and_has_no_moments_by_default() -> None:
-    basis, nothing = Least(), {"A": {}}
-    assert (basis.laws, basis.moments_from, basis.moment_decay) == (frozenset(), None, 0.0)
-    assert basis.moments(nothing, None) == {}  # type: ignore[arg-type]
-    assert basis.gradient_moments(nothing, torch.ones(1, 1), 1.0) == {}
-    assert basis.transport({"scale": torch.ones(1)}, nothing, nothing) == {}
+@attrs.frozen
+class OfGradient(GradientCurvature):
+    """A curvature of gradients with the members of its author alone."""
+
+    provides = frozenset({"A"})
+
+    def unsupported(self, module: nn.Module) -> str | None:
+        return None
+
+    def matrix(self, layer: Layer, tensors: Any) -> Any:
+        return tensors["weight"]
+
+    def tensors(self, layer: Layer, matrix: Any) -> Any:
+        return {"weight": matrix}
+
+    def factors_of_gradient(self, layer: Layer, gradient: Any) -> Any:
+        return {}
+
+
+def test_a_curvature_of_gradients_has_no_samples() -> None:
+    curvature, layer = OfGradient(), Layer("fc", nn.Linear(2, 2), ("weight",))
+    assert curvature.same_call(nn.Linear(2, 2), nn.Conv2d(2, 2, 1)), "all uses are in the gradient"
+    assert not curvature.counts_next
+    with pytest.raises(NotImplementedError, match="follows no calls"):
+        curvature.blank(layer)
+    with pytest.raises(NotImplementedError, match="has no samples"):
+        curvature.samples(layer, [], num_terms=1.0, first=True)
+    nothing: Any = None
+    with pytest.raises(NotImplementedError, match="has no samples"):
+        curvature.gradient_factors(layer, nothing)

@@ -1,0 +1,174 @@
+"""Bases: how matrices are decomposed, and the operator that the result makes."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import ClassVar
+
+import attrs
+from torch import Tensor
+
+from kfactk.operators import CurvatureOperator
+from kfactk.samples import Samples, Statistic
+from kfactk.stages.layer import Tensors
+
+Decomposition = Mapping[str, Tensors]
+"""For the name of each factor, what `Basis.decompose` made of it."""
+
+WAIVABLE: Mapping[str, str] = MappingProxyType(
+    {
+        "linear": "solve is linear",
+        "self-adjoint": "solve is self-adjoint",
+        "damped-inverse": "solve is (F + damping I)^-1",
+        "fisher": "there is an F, with multiply and condition",
+    }
+)
+"""Laws that a basis may waive, by name, each with what it says."""
+
+
+@attrs.frozen(eq=False)
+class FactorContext:
+    """What `Basis.decompose` may know besides the matrix it decomposes.
+
+    Args:
+        damping: The layer's damping tau.
+        mean_diagonal: `trace / dimension` of each square matrix that the basis requires, `[...]`;
+            of A and G also where a diagonal or blocks stand for it.
+        previous: The matrix's decomposition at the last refresh, where it is on this rank.
+    """
+
+    damping: float
+    mean_diagonal: Tensors
+    previous: Tensors | None = None
+
+
+class Basis(abc.ABC):
+    """How the assembled matrices are decomposed, and the operator that the result makes.
+
+    An author writes `requires`, `decompose` and `operator`; the rest has defaults. The laws of the
+    operator stand at `kfactk.CurvatureOperator`. Where damping is seen at the refresh only, they
+    hold for the damping of the refresh.
+    """
+
+    takes_stand_ins: ClassVar[bool] = False
+    """Whether it treats what a curvature has in place of wide matrices (`Curvature.stand_ins`).
+    `decompose` and `operator` are then given these under their own names."""
+
+    @property
+    @abc.abstractmethod
+    def requires(self) -> frozenset[str]:
+        """Names of the matrices it needs from the curvature; a class attribute or a property."""
+
+    @property
+    def laws(self) -> frozenset[str]:
+        """Further laws it claims; `kfactk.testing.BasisLaws` tests those claimed.
+
+        - "rotation-equivariant": in other orthonormal coordinates of inputs and outputs, `solve` is
+          the same operator.
+        - "null-space-independent": it does not depend on which eigenvectors span the null space of
+          A or G.
+        - "closer-than-kfac": on the mini-batch it was measured on, F is at least as close to the
+          Fisher matrix, in the Frobenius norm, as `A kron G`. Where the basis requires C,
+          `C kron K` or `C kron I_taps` stands for A; where it requires a, `diag(a)` does.
+        - "exact-when-kronecker": for one example with T = 1, F is the Fisher matrix.
+        """
+        return frozenset()
+
+    @property
+    def waives(self) -> frozenset[str]:
+        """Laws of every basis that its operator does not obey, by name (`WAIVABLE`).
+
+        Stages that need one of them are refused in a recipe with the basis.
+        """
+        return frozenset()
+
+    def unsupported(self, shape: tuple[int, ...]) -> str | None:
+        """Return why it cannot treat layers whose matrix has this shape, or `None` when it can."""
+        return None
+
+    @property
+    def moments_from(self) -> str | None:
+        """Where moments come from: "samples" (Fisher pass) or "gradient" (the user's own gradient).
+
+        `None` for a basis without moments.
+        """
+        return None
+
+    @property
+    def damped_at(self) -> str:
+        """Where damping enters: "solve", so that a changed one acts at once, or the "refresh"."""
+        return "solve"
+
+    @property
+    def moment_decay(self) -> float:
+        """Decay of the running mean of the moments, in [0, 1]; 0 keeps the last mini-batch's."""
+        return 0.0
+
+    @property
+    def forms(self) -> Mapping[str, str]:
+        """What parts of a decomposition and moments are, by name; a damaged state is known by it.
+
+        - "eigenvalues": `[..., n]` of a matrix `[..., n, n]`, none negative. Of a diagonal, such as
+          a, they have its shape.
+        - "eigenvectors": `[..., n, n]`, orthonormal columns.
+        - "cholesky": `[..., n, n]`, lower triangular, the diagonal positive.
+        - "inverse": `[..., n, n]`, symmetric positive semi-definite, made by a Cholesky factor.
+        - "diagonal": of the shape of the layer's matrix, none negative.
+
+        What has no form must be finite only. Saved tensors are checked when they are loaded.
+        """
+        return {}
+
+    @abc.abstractmethod
+    def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> dict[str, Tensor]:
+        """Decompose one matrix.
+
+        Args:
+            name: Which of `requires` it is.
+            matrix: `[..., n, n]`, or whatever the curvature assembles under this name.
+            context: What couples it to the layer's other matrices and to the last refresh.
+
+        Raises:
+            DecompositionError: It cannot be decomposed. The last good decomposition stays in use.
+        """
+
+    @abc.abstractmethod
+    def operator(
+        self, decomposition: Decomposition, moments: Tensors, damping: float, matrices: Tensors
+    ) -> CurvatureOperator:
+        """Return F of the layer as an operator.
+
+        The framework keeps the operator until the next refresh or another damping. What it holds
+        counts as memory of the optimizer. The tensors given do not change while it is in use.
+
+        Args:
+            decomposition: What `decompose` made of each matrix.
+            moments: Averaged moments; empty before the first batch was measured.
+            damping: tau.
+            matrices: The averaged matrices, each made when it is read, on ranks that keep factors.
+                Read them in `multiply` alone, and only where the decomposition does not tell F.
+        """
+
+    def moments(self, decomposition: Decomposition, samples: Samples) -> dict[str, Statistic]:
+        """Return moments of the per-example gradients, in the basis."""
+        return {}
+
+    def gradient_moments(
+        self, decomposition: Decomposition, gradient: Tensor, num_terms: Tensor | float
+    ) -> dict[str, Statistic]:
+        """Return moments of the mini-batch mean gradient.
+
+        Args:
+            decomposition: What `decompose` made of each matrix.
+            gradient: `[..., d_out, d_in]`.
+            num_terms: Number of likelihood terms that it is the mean over.
+        """
+        return {}
+
+    def transport(
+        self, moments: Tensors, old: Decomposition, new: Decomposition
+    ) -> dict[str, Tensor]:
+        """Carry moments from the old basis to the new one; those left out are reset."""
+        return {}

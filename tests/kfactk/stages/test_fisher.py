@@ -1,0 +1,9 @@
+"""Fisher stages: the protocol, and the stages that have its members."""
+
+from __future__ import annotations
+
+from tests.kfactk.stages.members import check
+
+
+def test_our_fisher_stages_take_the_arguments_of_the_protocol() -> None:
+    check("fisher")

@@ -1,0 +1,9 @@
+"""Paces: the protocol, and the stages that have its members."""
+
+from __future__ import annotations
+
+from tests.kfactk.stages.members import check
+
+
+def test_our_paces_take_the_arguments_of_the_protocol() -> None:
+    check("pace")

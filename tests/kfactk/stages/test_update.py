@@ -1,0 +1,9 @@
+"""Updates: the protocol, and the stages that have its members."""
+
+from __future__ import annotations
+
+from tests.kfactk.stages.members import check
+
+
+def test_our_updates_take_the_arguments_of_the_protocol() -> None:
+    check("update")
