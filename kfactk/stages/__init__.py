@@ -11,7 +11,7 @@ Known methods are combinations of parts:
     EKFACnag   = ... update nag;   EKFACadam = ... update adam;   EKFACradam = ... update radam
 
 All stages share one mathematical convention. It stands at the top of `kfactk.samples`. A curvature,
-a basis and a link derive from the base class below and inherit its defaults. Any other stage is an
+a basis and a link derive from their base class and inherit its defaults. Any other stage is an
 object of a class with the members of its protocol. Our stages are frozen attrs classes whose fields
 are their options. A stage holds no state and calls no collective: the framework hands it tensors,
 and keeps, averages, reduces and saves what it returns.
