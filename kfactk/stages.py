@@ -192,17 +192,34 @@ class Curvature(abc.ABC):
     duplication and splitting of the batch.
     """
 
-    provides: ClassVar[frozenset[str]]
-    """Names of the tensors that `assemble` returns. Kronecker factors are called A (input side) and
-    G (output side); a is the diagonal of A, `[..., d_in]`. C and K are factors of the input's
-    channels and of the taps of a kernel: `C kron K` stands for A without its bias. What stands for
-    a wide side is named by `stand_ins`."""
-    default_basis: ClassVar[str | Mapping[str, Any] | None] = None
-    """The basis of a block that names none, where the recipe's does not fit."""
     statistics_from: ClassVar[str] = "samples"
     """What factors are made of: "samples", or the mini-batch "gradient" (`GradientCurvature`)."""
     row_factors: ClassVar[frozenset[str]] = frozenset()
     """Names of the factors that are no sums but data of single examples (`Statistic.rows`)."""
+
+    @property
+    @abc.abstractmethod
+    def provides(self) -> frozenset[str]:
+        """Names of the tensors that `assemble` returns; a class attribute or a property.
+
+        Kronecker factors are called A (input side) and G (output side); a is the diagonal of A,
+        `[..., d_in]`. C and K are factors of the input's channels and of the taps of a kernel:
+        `C kron K` stands for A without its bias. A_next and G_next are those of the rows of one
+        step and of the step before (`Rnn`). What stands for a wide side is named by `stand_ins`.
+        """
+
+    @property
+    def must_be_read(self) -> frozenset[str]:
+        """Names of `provides` that a basis must read; there are none by default.
+
+        With a basis that does not, they would be measured for nothing: it does not fit.
+        """
+        return frozenset()
+
+    @property
+    def default_basis(self) -> str | Mapping[str, Any] | None:
+        """The basis of a block that names none, where the recipe's does not fit."""
+        return None
 
     @abc.abstractmethod
     def unsupported(self, module: nn.Module) -> str | None:
@@ -377,11 +394,13 @@ class FactorContext:
         mean_diagonal: `trace / dimension` of each square matrix that the basis requires, `[...]`;
             of A and G also where a diagonal or blocks stand for it.
         previous: The matrix's decomposition at the last refresh, where it is on this rank.
+        beside: The matrices that `Basis.beside` names for this one.
     """
 
     damping: float
     mean_diagonal: Tensors
     previous: Tensors | None = None
+    beside: Tensors = MappingProxyType({})
 
 
 WAIVABLE: Mapping[str, str] = MappingProxyType(
@@ -410,7 +429,26 @@ class Basis(abc.ABC):
     @property
     @abc.abstractmethod
     def requires(self) -> frozenset[str]:
-        """Names of the matrices it needs from the curvature; a class attribute or a property."""
+        """Names of the matrices that it decomposes; a class attribute or a property."""
+
+    @property
+    def beside(self) -> Mapping[str, tuple[str, ...]]:
+        """For a matrix of `requires`, further ones that its decomposition reads; by default none.
+
+        `FactorContext.beside` has them. They are averaged and kept, but nobody decomposes them by
+        themselves. The ranks that decompose such a layer decompose all its matrices.
+        """
+        return {}
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Names of all matrices that it needs from the curvature. Do not replace it."""
+        return self.requires.union(*self.beside.values())
+
+    @property
+    def measured_by(self) -> str:
+        """What to paste for a curvature that provides what it reads; "" for the list of stages."""
+        return ""
 
     @property
     def laws(self) -> frozenset[str]:
