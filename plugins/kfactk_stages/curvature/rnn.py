@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from kfactk import Curvature, Layer, LayerCall, Replay, Samples, Statistic, Tensors, hookimpl
 from kfactk.options import choice, whole
 from kfactk.samples import DEFAULT_CHUNK_BYTES, gram, total_of
+from kfactk.sides import slices_of
 from kfactk_stages.curvature._calls import check_examples
 from kfactk_stages.curvature._coverage import (
     CELLS,
@@ -99,7 +100,8 @@ class RecurrentSamples(JoinedSamples):
         Rows that an example does not have are zeros, and add nothing.
         """
         found = rows.new_zeros(rows.shape[-1], rows.shape[-1])
-        for call in rows.split([call.positions for call in self.calls], 1):
+        for span in slices_of(call.positions for call in self.calls):
+            call = rows[:, span]
             later, before = (each.flatten(0, 1) for each in (call[:, 1:], call[:, :-1]))
             found += before.mT @ later if self.backwards else later.mT @ before
         return found
