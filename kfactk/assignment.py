@@ -41,7 +41,7 @@ class Work:
         matrices: Shapes `(..., n, m)` of the matrices that its basis decomposes, by name.
         gradient: Shape `(..., d_out, d_in)` of its gradient as a matrix.
         indivisible: Whether all its matrices must lie on the same ranks, because they are made of
-            the same statistics.
+            the same statistics, or others are read beside them.
         of_gradient: Whether its matrices are statistics of the gradient, which all ranks have
             alike: no sums travel.
         beside: Shapes of further matrices that decompositions read, by name. They are averaged

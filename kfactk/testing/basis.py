@@ -294,10 +294,7 @@ class BasisLaws(BasisStateLaws, BasisTraitLaws, InRecipe):
     def test_a_matrix_that_is_not_finite_is_refused(
         self, situation: Situation, bad: float, seed: int
     ) -> None:
-        """A matrix with NaN or inf in it raises DecompositionError: the last good one is kept.
-
-        So does one that is read beside it.
-        """
+        """A matrix with NaN or inf in it raises DecompositionError: the last good one is kept."""
         basis = situation.basis
         pairs = [(name, name) for name in sorted(basis.requires)]
         pairs += [(name, each) for name, beside in basis.beside.items() for each in beside]
