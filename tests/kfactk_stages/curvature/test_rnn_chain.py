@@ -289,3 +289,45 @@ def test_the_default_takes_steps_as_independent() -> None:
     assert Rnn().provides == {"A", "G"}
     with pytest.raises(kfactk.OptionError, match="'independent', 'chain'"):
         Rnn(time="series")
+
+
+def test_a_decomposition_that_fails_leaves_the_last_one_in_use() -> None:
+    """Pairs that no sequence has, as damage of the averages: counted, and nothing else changes."""
+    model, x = OneLength("tanh"), rows(6, 4, 3)
+    recipe = kfactk.build(
+        curvature=[CHAIN, kfactk.block("kfac", basis="kfac")],
+        basis="lgm",
+        **{"factor_every": 2, "basis_every": 1, "lr": 0.01, "damping": 1e-6},
+        **HOW,
+    )
+    optimizer = recipe.bind(model)
+    block = optimizer.layers["rnn[hh_l0]"].block
+    kept: list[dict[str, Any]] = []
+    for step in range(2):
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), torch.arange(6) % 3).backward()
+        if step == 1:
+            state = block.state.factors["A_next"]
+            state.replace(5 * block.state.factor_values()["A"])
+            block.invalidate()
+            with pytest.warns(UserWarning, match="A_next is larger than that of any sequence"):
+                optimizer.step()
+        else:
+            optimizer.step()
+        kept.append({n: dict(parts) for n, parts in block.state.decomposition.items()})
+    assert optimizer.counters["failed_decompositions"] == 1
+    for name, parts in kept[0].items():
+        for part, tensor in parts.items():
+            assert torch.equal(tensor, kept[1][name][part])
+
+
+def test_what_a_chain_keeps_is_saved_and_planned() -> None:
+    model, x = OneLength("gru"), rows(6, 4, 3)
+    optimizer, _ = stepped(model, x, 2)
+    keys = {key for state in optimizer.state.values() for key in state}
+    assert {"kfactk.factor.A_next", "kfactk.factor.G_next", "kfactk.basis.A.next"} <= keys
+    block = optimizer.layers["rnn[hh_l0]"].block
+    assert block.requires == {"A", "G"}
+    work = block.work()
+    assert work.beside == {"A_next": (3, 3), "G_next": (6, 6)}
+    assert work.indivisible
