@@ -127,7 +127,8 @@ class LinearGaussianModel(Basis):
         if bool((gains.abs().amax(-1) > 1 + side.doubt).any()):
             raise DecompositionError(
                 f"{name}_next is larger than that of any sequence with this {name} (ratio "
-                f"{float(gains.abs().max()):.3g}, and at most 1); {linalg.RAISE_DAMPING}"
+                f"{float(gains.abs().max()):.3g}, and at most 1). Raise damping, or take steps as "
+                "independent: curvature='rnn', basis='kfac'"
             )
         root = side.vectors @ (side.damped.rsqrt()[..., :, None] * turn)
         found = {"gains": gains.clamp(-1, 1), "root": root}

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from hypothesis import given, strategies as st

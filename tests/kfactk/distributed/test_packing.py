@@ -13,6 +13,7 @@ from kfactk import Statistic
 from kfactk.distributed.packing import (
     TensorSpec,
     buckets,
+    common_spec,
     pack,
     pack_symmetric,
     spec_of,
