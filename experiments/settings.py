@@ -208,8 +208,8 @@ class Algorithm:
             `package:Class` or `module:function`.
         options: Arguments of `kfactk.build` (and `preset`), or of that class or function.
         reference: Final accuracies in per cent that the thesis states for this preset, if any.
-        search: Range of each option in the fair search, `[low, high]`. The option of a stage that is
-            given as a table is named with it: "controller.model_damping".
+        search: Range of each option in the fair search, `[low, high]`. The option of a stage given
+            as a table is named with it: "controller.model_damping".
         trusted: Whether import paths may be imported, which runs code.
     """
 

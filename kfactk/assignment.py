@@ -41,9 +41,11 @@ class Work:
         matrices: Shapes `(..., n, m)` of the matrices that its basis decomposes, by name.
         gradient: Shape `(..., d_out, d_in)` of its gradient as a matrix.
         indivisible: Whether all its matrices must lie on the same ranks, because they are made of
-            the same statistics.
+            the same statistics, or others are read beside them.
         of_gradient: Whether its matrices are statistics of the gradient, which all ranks have
             alike: no sums travel.
+        beside: Shapes of further matrices that decompositions read, by name. They are averaged
+            where the layer's matrices are, and are not decomposed.
     """
 
     layer: str
@@ -51,6 +53,7 @@ class Work:
     gradient: tuple[int, ...]
     indivisible: bool = False
     of_gradient: bool = False
+    beside: Mapping[str, tuple[int, ...]] = attrs.field(factory=dict)
 
     def flops(self, name: str) -> float:
         """Return the order of FLOPs to decompose a matrix: n^3 if it is square, else its size."""

@@ -42,12 +42,15 @@ class Statistic:
             joined over micro-batches and ranks instead of added (`join_rows`). The number is the
             degree k in which F is made of it, so that its mean is `total / count ** (1 / k)`. No
             running mean is taken: the last one stays.
+        unrounded: Whether the sum keeps its precision on its way between ranks, whatever the
+            placement's `wire_dtype`: for few numbers that are compared.
     """
 
     total: Tensor | None
     count: Tensor | float
     symmetric: bool = False
     rows: int = 0
+    unrounded: bool = False
 
     def __add__(self, other: Statistic) -> Statistic:
         count = self.count + other.count
@@ -55,7 +58,8 @@ class Statistic:
             return attrs.evolve(other if self.total is None else self, count=count)
         if self.rows:
             return Statistic(join_rows([self.total, other.total]), count, rows=self.rows)
-        return Statistic(self.total + other.total, count, self.symmetric and other.symmetric)
+        total, symmetric = self.total + other.total, self.symmetric and other.symmetric
+        return attrs.evolve(self, total=total, count=count, symmetric=symmetric)
 
     def scaled(self, factor: float) -> Statistic:
         """Return the statistic with its sum multiplied by `factor`, its count unchanged."""

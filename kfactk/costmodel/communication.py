@@ -64,7 +64,8 @@ class Sizes:
         if work.of_gradient:
             sums = {}
         elif work.indivisible:
-            sums = {"": sum(sums.values())}
+            beside = sum(math.prod(shape) for shape in work.beside.values())
+            sums = {"": sum(sums.values()) + beside}
         return cls(sums, kept, math.prod(work.gradient) if sampled else 0)
 
 

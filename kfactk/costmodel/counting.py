@@ -241,7 +241,7 @@ def _record(
 
 def _layer_cost(block: Block, work: Work, calls: Sequence[LayerCall]) -> LayerCost:
     """Count what the stages do for one layer."""
-    sums, shapes = block.blank_factors(), work.matrices
+    sums, shapes = block.blank_factors(), {**work.matrices, **work.beside}
     if block.curvature.row_factors and calls:
         rows = block.factors(block.samples(calls, num_terms=1.0, first=True))
         sums = {name.removeprefix("factor."): each for name, each in rows.items()}

@@ -340,7 +340,7 @@ class Communicator:
         for name, spec in these.items():
             total = statistics[name].total if name in statistics else None
             filled.append(spec.blank(device).zero_() if total is None else total.to(device))
-        dtype = self._travels(next(iter(these.values())).dtype)
+        dtype = self._travels(next(iter(these.values())))
         buffer = pack(filled, list(these.values()), dtype)
         if len(members) == self.size:
             work = self._all_reduce(buffer, what, wait=False, group=group)
@@ -386,7 +386,7 @@ class Communicator:
                 messages.append(_Copied(None, mine, None, these))
                 continue
             own = these[names[0]].dtype
-            dtype = self._travels(own)
+            dtype = self._travels(these[names[0]])
             if self.rank == source:
                 buffer = pack(list(mine.values()), list(these.values()), dtype)
             else:
@@ -428,11 +428,12 @@ class Communicator:
     def _record(self, what: str, buffer: Tensor, times: float) -> None:
         self.moved[what] = self.moved.get(what, 0.0) + times * buffer.numel() * buffer.itemsize
 
-    def _travels(self, dtype: torch.dtype) -> torch.dtype:
-        """Return the dtype in which tensors of a dtype travel."""
-        wire = self._wire
-        shrinks = wire is not None and dtype.is_floating_point and dtype.itemsize > wire.itemsize
-        return wire if wire is not None and shrinks else dtype
+    def _travels(self, spec: TensorSpec) -> torch.dtype:
+        """Return the dtype in which tensors of a spec travel."""
+        wire, dtype = self._wire, spec.dtype
+        if wire is None or spec.unrounded or not dtype.is_floating_point:
+            return dtype
+        return wire if dtype.itemsize > wire.itemsize else dtype
 
     def _device(self, device: torch.device | None) -> torch.device:
         """Return the device of buffers: the accelerator where the backend needs it."""

@@ -17,17 +17,18 @@ BUCKET_BYTES = 25 * 2**20
 
 @attrs.frozen
 class TensorSpec:
-    """The shape and dtype of a tensor, and whether it travels as one triangle."""
+    """The shape and dtype of a tensor; whether it travels as one triangle, or unrounded."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     symmetric: bool = False
+    unrounded: bool = False
 
     @classmethod
-    def of(cls, tensor: Tensor, *, symmetric: bool = False) -> TensorSpec:
+    def of(cls, tensor: Tensor, *, symmetric: bool = False, unrounded: bool = False) -> TensorSpec:
         """Return the spec of a tensor; `symmetric` is ignored where the tensor is not square."""
         square = tensor.ndim >= 2 and tensor.shape[-1] == tensor.shape[-2]
-        return cls(tuple(tensor.shape), tensor.dtype, symmetric and square)
+        return cls(tuple(tensor.shape), tensor.dtype, symmetric and square, unrounded)
 
     @property
     def numel(self) -> int:
@@ -103,7 +104,9 @@ def unpack(buffer: Tensor, specs: Sequence[TensorSpec]) -> list[Tensor]:
 
 
 def buckets(specs: Mapping[str, TensorSpec], limit: int = BUCKET_BYTES) -> Iterator[list[str]]:
-    """Yield the names in buckets of one dtype and at most `limit` bytes; a larger tensor is alone.
+    """Yield the names in buckets of at most `limit` bytes; a larger tensor is alone.
+
+    Those of a bucket have one dtype, and all or none of them travel unrounded.
 
     Example:
         >>> sizes = {"a": 1, "b": 2, "c": 9}
@@ -111,11 +114,12 @@ def buckets(specs: Mapping[str, TensorSpec], limit: int = BUCKET_BYTES) -> Itera
         >>> list(buckets(specs, limit=16))
         [['a', 'b'], ['c']]
     """
-    for dtype in sorted({spec.dtype for spec in specs.values()}, key=str):
+    kinds = {(spec.dtype, spec.unrounded) for spec in specs.values()}
+    for kind in sorted(kinds, key=str):
         bucket: list[str] = []
         size = 0
         for name, spec in specs.items():
-            if spec.dtype != dtype:
+            if (spec.dtype, spec.unrounded) != kind:
                 continue
             nbytes = spec.numel * spec.dtype.itemsize
             if bucket and size + nbytes > limit:
@@ -131,7 +135,9 @@ def spec_of(statistic: Statistic) -> TensorSpec | None:
     """Return the spec of a statistic's total; `None` without one."""
     if statistic.total is None:
         return None
-    return TensorSpec.of(statistic.total, symmetric=statistic.symmetric)
+    return TensorSpec.of(
+        statistic.total, symmetric=statistic.symmetric, unrounded=statistic.unrounded
+    )
 
 
 def common_spec(name: str, specs: Iterable[TensorSpec | None]) -> TensorSpec | None:
@@ -151,7 +157,8 @@ def common_spec(name: str, specs: Iterable[TensorSpec | None]) -> TensorSpec | N
                 "rank must hold the same model, bound in the same way; check what differs."
             )
         dtype = torch.promote_types(common.dtype, spec.dtype)
-        common = TensorSpec(common.shape, dtype, common.symmetric and spec.symmetric)
+        symmetric = common.symmetric and spec.symmetric
+        common = TensorSpec(common.shape, dtype, symmetric, common.unrounded or spec.unrounded)
     return common
 
 

@@ -511,17 +511,23 @@ def _fits(curvature: Curvature, basis: Basis) -> bool:
         if of_gradient
         else bool(basis.requires) or "fisher" not in basis.waives
     )
-    return basis.requires <= curvature.provides and measures
+    return basis.reads <= curvature.provides and curvature.must_be_read <= basis.reads and measures
 
 
 def _refuse(curvature: Curvature, basis: Basis, curvature_name: str, basis_name: str) -> NoReturn:
     """Refuse a basis that does not fit a curvature."""
-    if missing := basis.requires - curvature.provides:
+    if missing := basis.reads - curvature.provides:
         raise CombinationError(
             f"basis {basis_name!r} needs {', '.join(sorted(missing))}, which curvature "
             f"{curvature_name!r} does not provide (it provides "
             f"{', '.join(sorted(curvature.provides)) or 'nothing'}). Choose another basis, or a "
-            "curvature that provides it: python -m kfactk stages."
+            f"curvature that provides it: {basis.measured_by or 'python -m kfactk stages'}."
+        )
+    if unread := curvature.must_be_read - basis.reads:
+        raise CombinationError(
+            f"curvature {curvature_name!r} measures {', '.join(sorted(unread))} with its options, "
+            f"which basis {basis_name!r} does not read. Give basis={curvature.default_basis!r}, or "
+            "leave out the option."
         )
     if curvature.statistics_from == "gradient":
         raise CombinationError(

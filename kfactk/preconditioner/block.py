@@ -80,6 +80,8 @@ class Block:
     def requires(self) -> frozenset[str]:
         """Names of the matrices that are decomposed: those that the basis requires, or stand-ins.
 
+        Those that it reads beside them are not among these.
+
         Raises:
             CombinationError: The basis does not take the layer's stand-ins.
         """
@@ -87,7 +89,7 @@ class Block:
             with attribute_errors("curvature", self.curvature, self._where):
                 stand_ins = self.curvature.stand_ins(self.layer)
             needed = self.basis.requires
-            if needed & stand_ins.keys() and not self.basis.takes_stand_ins:
+            if self.basis.reads & stand_ins.keys() and not self.basis.takes_stand_ins:
                 raise CombinationError(
                     f"layer {self.name!r} has a side that is wider than the curvature's max_side, "
                     f"and {stage_label('basis', self.basis)} decomposes whole matrices alone. Use "
@@ -307,13 +309,15 @@ class Block:
         """Return averaged factors as matrices.
 
         Args:
-            names: Those that are needed; `None` for all that the basis requires.
+            names: Those that are needed, and what the basis reads beside them; `None` for all that
+                it requires.
             factors: The means; `None` for those that are kept.
         """
         factors = self.state.factor_values() if factors is None else factors
         with attribute_errors("curvature", self.curvature, self._where):
             found = self.curvature.assemble(self.layer, factors)
-        required = self.requires if names is None else names
+        names = self.requires if names is None else names
+        required = names.union(*(self.basis.beside.get(name, ()) for name in names))
         return check_matrices(self.curvature, self._where, found, required)
 
     # ----------------------------------------------------------------------------- decomposing
@@ -328,7 +332,7 @@ class Block:
 
         Args:
             damping: tau.
-            matrices: Those to decompose; `None` for all.
+            matrices: Those to decompose, and what is read beside them; `None` for all.
             diagonals: What `mean_diagonals` gives of all matrices; `None` for those given.
 
         Raises:
@@ -339,8 +343,9 @@ class Block:
         last = self.state.decomposition if self.state.ready else {}
         made: Parts = {}
         with attribute_errors("basis", self.basis, self._where):
-            for name in sorted(matrices):
-                context = FactorContext(damping, diagonals, last.get(name))
+            for name in sorted(matrices.keys() & self.requires):
+                beside = {each: matrices[each] for each in self.basis.beside.get(name, ())}
+                context = FactorContext(damping, diagonals, last.get(name), beside)
                 parts = self.basis.decompose(name, matrices[name], context)
                 made[name] = {part: tensor.contiguous() for part, tensor in parts.items()}
         return made
@@ -536,6 +541,7 @@ class Block:
         blank = _zeros(self.blank_factors() if sums is None else sums)
         matrices = self.matrices(factors=blank)
         shapes = {name: tuple(matrices[name].shape) for name in sorted(self.requires)}
+        beside = {n: tuple(m.shape) for n, m in sorted(matrices.items()) if n not in shapes}
         apart = set(blank) == set(shapes) and all(
             self._alone(name, blank[name], shapes[name]) for name in shapes
         )
@@ -543,8 +549,9 @@ class Block:
             self.name,
             shapes,
             tuple(self.matrix({}).shape),
-            indivisible=not apart,
+            indivisible=not apart or bool(beside),
             of_gradient=self.of_gradient,
+            beside=beside,
         )
 
     def _alone(self, name: str, factor: Tensor, shape: tuple[int, ...]) -> bool:

@@ -170,6 +170,7 @@ def _fits(statistic: Statistic, spec: TensorSpec | None) -> bool:
         and tuple(statistic.total.shape) == spec.shape
         and statistic.total.dtype == spec.dtype
         and statistic.symmetric == spec.symmetric
+        and statistic.unrounded == spec.unrounded
     )
 
 

@@ -97,7 +97,7 @@ def _footprint(block: Block, requires: frozenset[str]) -> Footprint:
     blank = Block(attrs.evolve(layer, held=held), block.curvature, block.basis)
     sums = blank.blank_factors()
     work = blank.work(sums)
-    parts = decompose_corners(blank, work.matrices)
+    parts = decompose_corners(blank, {**work.matrices, **work.beside})
     item = working_dtype(layer.anchor.dtype).itemsize
     solvers = {name: _solver(block, made) for name, made in parts.items()}
     return Footprint(
@@ -170,7 +170,7 @@ def decompose_corners(block: Block, shapes: Mapping[str, tuple[int, ...]]) -> Pa
 
     Args:
         block: The block.
-        shapes: The shapes of its matrices, by name.
+        shapes: The shapes of its matrices, and of those that are read beside them, by name.
     """
     if block.curvature.row_factors:  # to scale rows is quick, whatever their number
         ones = {name: torch.ones(()).expand(shape) for name, shape in shapes.items()}

@@ -240,7 +240,7 @@ class Refresh:
         ahead = block.take_ahead()
         if ahead is not None:
             found = ahead.result()
-            if found.keys() == matrices.keys():
+            if found.keys() == matrices.keys() & block.requires:
                 return found
         return block.decompose(block.damping, matrices, diagonals)
 

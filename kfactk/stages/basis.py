@@ -37,11 +37,13 @@ class FactorContext:
         mean_diagonal: `trace / dimension` of each square matrix that the basis requires, `[...]`;
             of A and G also where a diagonal or blocks stand for it.
         previous: The matrix's decomposition at the last refresh, where it is on this rank.
+        beside: The matrices that `Basis.beside` names for this one.
     """
 
     damping: float
     mean_diagonal: Tensors
     previous: Tensors | None = None
+    beside: Tensors = MappingProxyType({})
 
 
 class Basis(abc.ABC):
@@ -59,7 +61,26 @@ class Basis(abc.ABC):
     @property
     @abc.abstractmethod
     def requires(self) -> frozenset[str]:
-        """Names of the matrices it needs from the curvature; a class attribute or a property."""
+        """Names of the matrices that it decomposes; a class attribute or a property."""
+
+    @property
+    def beside(self) -> Mapping[str, tuple[str, ...]]:
+        """For a matrix of `requires`, further ones that its decomposition reads; by default none.
+
+        `FactorContext.beside` has them. They are averaged and kept, but nobody decomposes them by
+        themselves. The ranks that decompose such a layer decompose all its matrices.
+        """
+        return {}
+
+    @property
+    def reads(self) -> frozenset[str]:
+        """Names of all matrices that it needs from the curvature. Do not replace it."""
+        return self.requires.union(*self.beside.values())
+
+    @property
+    def measured_by(self) -> str:
+        """What to paste for a curvature that provides what it reads; "" for the list of stages."""
+        return ""
 
     @property
     def laws(self) -> frozenset[str]:

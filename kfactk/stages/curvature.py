@@ -20,17 +20,34 @@ class Curvature(abc.ABC):
     duplication and splitting of the batch.
     """
 
-    provides: ClassVar[frozenset[str]]
-    """Names of the tensors that `assemble` returns. Kronecker factors are called A (input side) and
-    G (output side); a is the diagonal of A, `[..., d_in]`. C and K are factors of the input's
-    channels and of the taps of a kernel: `C kron K` stands for A without its bias. What stands for
-    a wide side is named by `stand_ins`."""
-    default_basis: ClassVar[str | Mapping[str, Any] | None] = None
-    """The basis of a block that names none, where the recipe's does not fit."""
     statistics_from: ClassVar[str] = "samples"
     """What factors are made of: "samples", or the mini-batch "gradient" (`GradientCurvature`)."""
     row_factors: ClassVar[frozenset[str]] = frozenset()
     """Names of the factors that are no sums but data of single examples (`Statistic.rows`)."""
+
+    @property
+    @abc.abstractmethod
+    def provides(self) -> frozenset[str]:
+        """Names of the tensors that `assemble` returns; a class attribute or a property.
+
+        Kronecker factors are called A (input side) and G (output side); a is the diagonal of A,
+        `[..., d_in]`. C and K are factors of the input's channels and of the taps of a kernel:
+        `C kron K` stands for A without its bias. A_next and G_next are those of the rows of one
+        step and of the step before (`Rnn`). What stands for a wide side is named by `stand_ins`.
+        """
+
+    @property
+    def must_be_read(self) -> frozenset[str]:
+        """Names of `provides` that a basis must read; there are none by default.
+
+        With a basis that does not, they would be measured for nothing: it does not fit.
+        """
+        return frozenset()
+
+    @property
+    def default_basis(self) -> str | Mapping[str, Any] | None:
+        """The basis of a block that names none, where the recipe's does not fit."""
+        return None
 
     @abc.abstractmethod
     def unsupported(self, module: nn.Module) -> str | None:

@@ -116,7 +116,7 @@ class BasisLaws(BasisStateLaws, BasisTraitLaws, InRecipe):
         """A matrix decomposed from its own decomposition (`context.previous`) gives the same P."""
         again = {
             name: situation.basis.decompose(
-                name, situation.matrices[name], attrs.evolve(situation.context, previous=last)
+                name, situation.matrices[name], attrs.evolve(situation.context(name), previous=last)
             )
             for name, last in situation.decomposition.items()
         }
@@ -298,18 +298,22 @@ class BasisLaws(BasisStateLaws, BasisTraitLaws, InRecipe):
         self, situation: Situation, bad: float, seed: int
     ) -> None:
         """A matrix with NaN or inf in it raises DecompositionError: the last good one is kept."""
-        for name in sorted(situation.basis.requires):
-            matrix = situation.matrices[name].clone(memory_format=torch.contiguous_format)
+        basis = situation.basis
+        pairs = [(name, name) for name in sorted(basis.requires)]
+        pairs += [(name, each) for name, beside in basis.beside.items() for each in beside]
+        for name, wrong in pairs:
+            matrix = situation.matrices[wrong].clone(memory_format=torch.contiguous_format)
             if not matrix.numel():
                 continue
             matrix.view(-1)[seed % matrix.numel()] = bad
-            spoilt = attrs.evolve(situation, matrices={**situation.matrices, name: matrix})
+            spoilt = attrs.evolve(situation, matrices={**situation.matrices, wrong: matrix})
+            where = "" if wrong == name else f" ({wrong}, beside it)"
             try:
-                found = situation.basis.decompose(name, matrix, spoilt.context)
+                found = basis.decompose(name, spoilt.matrices[name], spoilt.context(name))
             except DecompositionError:
                 continue
             raise AssertionError(
-                f"decompose({name!r}, ...) took a matrix that holds {bad} and gave "
+                f"decompose({name!r}, ...) took a matrix that holds {bad}{where} and gave "
                 f"{', '.join(found) or 'nothing'}; it must raise kfactk.DecompositionError, so "
                 "that the framework goes on with the last good decomposition"
             )

@@ -24,6 +24,8 @@ VARIANTS: Mapping[tuple[str, str], list[dict[str, Any]]] = {
     ],
     ("basis", "ekfac"): [{}, {"scale": "running"}],
     ("basis", "kfac"): [{}, {"solver": "inverse"}, {"solver": "eigh"}],
+    ("curvature", "rnn"): [{}, {"time": "chain"}],
+    ("basis", "lgm"): [{}, {"option": 1}],
     ("basis", "soap"): [{"eps": 0.1, "refresh": "eigh"}],
     ("basis", "shampoo"): [{"eps": 0.01}],
     ("basis", "muon"): [{"precision": "full"}],
@@ -122,7 +124,8 @@ def cases() -> tuple[list[Case], list[str]]:
             refused.append(f"{Case(recipe, 2)}: {error}")
             continue
         [rule] = made.rules
-        if rule.of_gradient and rule.basis != made.basis:
+        own = rule.of_gradient or rule.curvature.must_be_read
+        if own and rule.basis != made.basis:
             refused.append(f"{Case(recipe, 2)}: it is the recipe of the curvature's own basis")
             continue
         accepted.append(Case(recipe, 2 if determined(recipe) else 1))

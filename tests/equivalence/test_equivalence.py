@@ -80,6 +80,16 @@ def test_links_do_what_one_process_does(link: str, ranks: int) -> None:
     check(Case({**DEFAULT.recipe, **stages}, taps=2), {"name": "replicated"}, ranks)
 
 
+@pytest.mark.parametrize("placement", ["replicated", "comm_opt", "mem_opt"])
+@pytest.mark.parametrize("option", [1, 2])
+def test_chains_over_time_do_what_one_process_does(option: int, placement: str) -> None:
+    stages = {
+        "curvature": {"name": "rnn", "time": "chain"},
+        "basis": {"name": "lgm", "option": option},
+    }
+    check(Case({**DEFAULT.recipe, **stages}, taps=2), {"name": placement}, 2)
+
+
 def test_where_rounding_chooses_the_eigenvectors_ranks_agree_all_the_same() -> None:
     """SUA with several taps does not determine EKFAC; the ranks still agree bit for bit."""
     assert not determined(SUA.recipe)

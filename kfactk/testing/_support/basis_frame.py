@@ -47,7 +47,7 @@ class BasisFrame(Laws):
         Raises:
             OptionError: There is none that provides what the basis requires.
         """
-        requires = self.subject().requires
+        requires = self.subject().reads
         wants = f"{self.label()} requires {_names(requires)}"
         if self.curvature is not None:
             found = registry().resolve("curvature", self.curvature)

@@ -113,9 +113,9 @@ class BasisStateLaws(BasisFrame):
             name: matrix[..., :1, :1] if square(matrix) else matrix
             for name, matrix in matrices.items()
         }
-        context = attrs.evolve(situation, matrices=corners).context
+        cut = attrs.evolve(situation, matrices=corners)
         parts = {
-            name: situation.basis.decompose(name, corners[name], context)
+            name: situation.basis.decompose(name, corners[name], cut.context(name))
             for name in sorted(situation.basis.requires)
         }
         wanted_parts, found_parts = (
@@ -135,9 +135,9 @@ class BasisStateLaws(BasisFrame):
         twin = copy.deepcopy(situation.basis)
         names = sorted(situation.basis.requires, reverse=True)
         for name in names:
-            twin.decompose(name, situation.matrices[name] + 1, situation.context)
+            twin.decompose(name, situation.matrices[name] + 1, situation.context(name))
         for name in names:
-            alone = twin.decompose(name, situation.matrices[name], situation.context)
+            alone = twin.decompose(name, situation.matrices[name], situation.context(name))
             for part, tensor in situation.decomposition[name].items():
                 says = f"decompose({name!r}, ...) gives another {part!r} after other matrices: it "
                 says += "depends on more than its arguments"
@@ -161,21 +161,23 @@ class BasisStateLaws(BasisFrame):
     @law(examples=10, situation="situations", seed=seeds())
     def test_nothing_it_is_given_is_modified(self, situation: Situation, seed: int) -> None:
         """No method changes a tensor it is given: matrices, samples, state, gradients."""
-        basis, parts, context = situation.basis, situation.decomposition, situation.context
+        basis, parts = situation.basis, situation.decomposition
+        contexts = {n: attrs.evolve(situation.context(n), previous=parts[n]) for n in parts}
         moments, other = situation.moments, self.on_other_numbers(situation, seed)
         operator = situation.operator
         given = {f"matrix {n}": t for n, t in situation.matrices.items()}
         given |= {f"decomposition {n}": t for n, t in named(parts).items()}
         given |= {f"moment {n}": t for n, t in moments.items()}
         given |= {f"the new decomposition {n}": t for n, t in named(other).items()}
-        given |= {f"mean diagonal {n}": t for n, t in context.mean_diagonal.items()}
+        for context in contexts.values():
+            given |= {f"mean diagonal {n}": t for n, t in context.mean_diagonal.items()}
         given |= {"gradient": situation.gradient, "mean gradient": situation.mean_gradient}
         tensors = [tensor for call in situation.case.calls for tensor in call]
         given |= {f"samples {k}": tensor for k, tensor in enumerate(tensors)}
         before = {name: tensor.clone() for name, tensor in given.items()}
         calls: dict[str, Callable[[], Any]] = {
             "decompose": lambda: [
-                basis.decompose(n, situation.matrices[n], attrs.evolve(context, previous=parts[n]))
+                basis.decompose(n, situation.matrices[n], contexts[n])
                 for n in sorted(basis.requires)
             ],
             "moments": lambda: basis.moments(parts, situation.samples),

@@ -64,7 +64,7 @@ class BasisTraitLaws(BasisFrame):
         )
         matrices = {
             name: self.turned(name, situation.matrices[name], left, right)
-            for name in sorted(situation.basis.requires)
+            for name in sorted(situation.basis.reads)
         }
         turned = situation.refreshed(
             **_turned(situation, situation.samples, left, right), matrices=matrices

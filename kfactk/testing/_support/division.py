@@ -268,6 +268,6 @@ def basis_for(curvature: Any) -> Any:
             basis = registry().resolve("basis", name)
         except KfactkError:  # claimed twice, or in need of options
             continue
-        if basis.requires and basis.requires <= curvature.provides:
+        if basis.requires and curvature.must_be_read <= basis.reads <= curvature.provides:
             fitting.append((basis.moments_from is not None, name, basis))
     return min(fitting, key=lambda each: each[:2])[2] if fitting else None

@@ -112,7 +112,7 @@ class Situation:
         """Return the situation with these changes, decomposed and measured anew."""
         bare = attrs.evolve(self, **changes)
         made = {
-            name: self.basis.decompose(name, bare.matrices[name], bare.context)
+            name: self.basis.decompose(name, bare.matrices[name], bare.context(name))
             for name in sorted(self.basis.requires)
         }
         decomposition = {
@@ -142,10 +142,10 @@ class Situation:
         """The matrices that the basis requires."""
         return {name: self.matrices[name] for name in sorted(self.basis.requires)}
 
-    @property
-    def context(self) -> FactorContext:
-        """What the framework tells about the other matrices when it decomposes one."""
-        return FactorContext(self.damping, mean_diagonals(self.matrices))
+    def context(self, name: str) -> FactorContext:
+        """Return what the framework tells about the other matrices when it decomposes one."""
+        beside = {each: self.matrices[each] for each in self.basis.beside.get(name, ())}
+        return FactorContext(self.damping, mean_diagonals(self.matrices), beside=beside)
 
     @property
     def per_example(self) -> Tensor:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import attrs
 import torch
 from torch import Tensor, nn
 
 from kfactk import Curvature, Layer, LayerCall, Replay, Samples, Statistic, Tensors, hookimpl
-from kfactk.options import whole
+from kfactk.options import choice, whole
 from kfactk.samples import DEFAULT_CHUNK_BYTES, gram, total_of
+from kfactk.sides import slices_of
 from kfactk_stages.curvature._calls import check_examples
 from kfactk_stages.curvature._coverage import (
     CELLS,
@@ -22,21 +23,28 @@ from kfactk_stages.curvature._coverage import (
 from kfactk_stages.curvature._recurrence import RecurrentReplay
 from kfactk_stages.curvature._rows import JoinedSamples, LinearRows
 
+FACTORS = frozenset({"A", "G"})
+"""What there is of independent steps."""
+CHAIN = frozenset({"A_next", "G_next"})
+"""What there is of a chain besides."""
+
 
 class RecurrentSamples(JoinedSamples):
     """Samples of one product of a recurrent module; rows are steps, in the order of time.
 
     Args:
         calls: The calls.
-        steps: Number of steps T_n of each example, `[N]`.
+        lengths: Number of steps of each example in each call, `[calls, N]`.
+        backwards: Whether the last row of a call is its first step.
         num_terms, first, chunk_bytes: See `kfactk.Samples`.
     """
 
     def __init__(
         self,
         calls: Sequence[LinearRows],
-        steps: Tensor,
+        lengths: Tensor,
         *,
+        backwards: bool,
         num_terms: Tensor | float,
         first: bool,
         chunk_bytes: int,
@@ -44,16 +52,59 @@ class RecurrentSamples(JoinedSamples):
         super().__init__(
             calls, bias=False, num_terms=num_terms, first=first, chunk_bytes=chunk_bytes
         )
-        self.steps = steps
+        self.lengths, self.backwards = lengths, backwards
+
+    @property
+    def weights(self) -> Tensor:
+        """`T_n^(-1/2)`, T_n the number of steps of an example, `[N, 1, 1]`."""
+        return self.lengths.sum(0).to(self.dtype).clamp(min=1).rsqrt().view(-1, 1, 1)
 
     def mean_grad_moment(self) -> Statistic:
         """Return `sum_n (1 / T_n) sum_t g g^T`, `[d_out, d_out]`."""
-        weights = self.steps.to(self.dtype).clamp(min=1).rsqrt().view(-1, 1, 1)
+        weights = self.weights
         parts = (
             gram(self.gradients(rows) * weights[rows])
             for rows in self.chunks(2 * self.positions * self.d_out)
         )
         return Statistic(total_of(parts), self.num_terms, symmetric=True)
+
+    def next_input_moment(self) -> Statistic:
+        """Return `sum_n sum_t a_{t+1} a_t^T`, `[d_in, d_in]`, within each call."""
+        if not self.first:
+            return Statistic(None, 0.0)
+        parts = (
+            self._next(self.inputs(rows)) for rows in self.chunks(3 * self.positions * self.d_in)
+        )
+        return Statistic(total_of(parts), float(self.examples))
+
+    def next_grad_moment(self) -> Statistic:
+        """Return `sum_n (1 / T_n) sum_t g_{t+1} g_t^T`, `[d_out, d_out]`, within each call."""
+        weights = self.weights
+        parts = (
+            self._next(self.gradients(rows) * weights[rows])
+            for rows in self.chunks(4 * self.positions * self.d_out)
+        )
+        return Statistic(total_of(parts), self.num_terms)
+
+    def length_moments(self) -> Statistic:
+        """Return `sum T` and `sum T^2` over the sequences, `[2]`: each example of each call."""
+        if not self.first:
+            return Statistic(None, 0.0)
+        lengths = self.lengths.to(self.dtype)
+        total = torch.stack([lengths.sum(), lengths.square().sum()])
+        return Statistic(total, float(lengths.numel()), unrounded=True)
+
+    def _next(self, rows: Tensor) -> Tensor:
+        """Return `sum_n sum_t r_{t+1} r_t^T` of `[n, T, d]`: no pair spans two calls.
+
+        Rows that an example does not have are zeros, and add nothing.
+        """
+        found = rows.new_zeros(rows.shape[-1], rows.shape[-1])
+        for span in slices_of(call.positions for call in self.calls):
+            call = rows[:, span]
+            later, before = (each.flatten(0, 1) for each in (call[:, 1:], call[:, :-1]))
+            found += before.mT @ later if self.backwards else later.mT @ before
+        return found
 
 
 @attrs.frozen(kw_only=True)
@@ -67,8 +118,19 @@ class Rnn(Curvature):
         A = (1/N) sum_n sum_t a a^T,    G = (1/M) sum_n (1/T_n) sum_t g g^T
 
     where a is the input of a step with a last 1 for the bias, and g the gradient of the product. It
-    is `kfac` with `spatial="sud"`: steps count as independent. Each layer and direction of a
-    module is several layers here, named by the end of its parameters' names:
+    is `kfac` with `spatial="sud"`: steps count as independent. With `time="chain"` there are also
+
+        A_next = (1/N) sum_n sum_t a_{t+1} a_t^T
+        G_next = (1/M) sum_n (1/T_n) sum_t g_{t+1} g_t^T
+        steps  = the means of T and of T^2 over all sequences
+
+    for a basis that takes steps as a chain, such as `lgm`. Their counts are those of A and G, so
+    that a sequence counts as if zeros were before and after it. The blocks `[[A, A_next^T],
+    [A_next, A]]` are then positive semi-definite, also as running means. No pair spans two
+    sequences: each example of each call is one. A chain of the reverse direction goes backwards.
+
+    Each layer and direction of a module is several layers here, named by the end of its
+    parameters' names:
 
     - `ih_l0`: `weight_ih_l0` and `bias_ih_l0`, a matrix `[gates H, d + 1]`. RNN has one gate, GRU
       three, LSTM four.
@@ -88,6 +150,8 @@ class Rnn(Curvature):
     order of the sequence, also in the reverse direction.
 
     Args:
+        time: "independent" or "chain". The calls of a cell do not tell which of them are of one
+            sequence, so a chain supports no cells.
         chunk_bytes: Bound on temporaries, in bytes. One example is always processed whole.
 
     Raises:
@@ -103,20 +167,40 @@ class Rnn(Curvature):
 
     References:
         Martens, Ba & Johnson 2018, "Kronecker-factored Curvature Approximations for Recurrent
-        Neural Networks", ICLR, https://openreview.net/forum?id=HyMTkQZAb: independent steps.
+        Neural Networks", ICLR, https://openreview.net/forum?id=HyMTkQZAb.
         Eschenhagen et al. 2023, "Kronecker-Factored Approximate Curvature for Modern Neural Network
         Architectures", arXiv:2311.00636.
     """
 
-    provides: ClassVar[frozenset[str]] = frozenset({"A", "G"})
-
+    time: str = attrs.field(default="independent", validator=choice("independent", "chain"))
     chunk_bytes: int = attrs.field(default=DEFAULT_CHUNK_BYTES, validator=whole(1))
+
+    @property
+    def provides(self) -> frozenset[str]:
+        """A and G, and what a chain has besides."""
+        return FACTORS | CHAIN | {"steps"} if self.time == "chain" else FACTORS
+
+    @property
+    def must_be_read(self) -> frozenset[str]:
+        """What a chain has besides."""
+        return CHAIN if self.time == "chain" else frozenset()
+
+    @property
+    def default_basis(self) -> str | Mapping[str, Any] | None:
+        """That of a chain; otherwise none."""
+        return "lgm" if self.time == "chain" else None
 
     def unsupported(self, module: nn.Module) -> str | None:
         """Return why this module cannot be preconditioned exactly, or `None` when it can."""
         reason = reason_against(module, (*RECURRENT, *CELLS), ())
         if reason is not None:
             return reason
+        if self.time == "chain" and isinstance(module, CELLS):
+            return (
+                "calls of a cell do not tell which of them are of one sequence, as time='chain' "
+                "must know; use nn.RNN, nn.LSTM or nn.GRU, or take the cells as independent "
+                "besides, curvature=[{'name': 'rnn', 'time': 'chain'}, 'rnn']"
+            )
         reasons = (
             reason_against_parameter(module, name, required=name.startswith("weight"))
             for name in _names(module)
@@ -178,16 +262,27 @@ class Rnn(Curvature):
             )
             for call in calls
         ]
-        steps = total_of(call.inputs[..., -1].sum(-1, dtype=torch.float32) for call in calls)
-        assert steps is not None
+        lengths = [call.inputs[..., -1].sum(-1, dtype=torch.float32) for call in calls]
         return RecurrentSamples(
-            rows, steps, num_terms=num_terms, first=first, chunk_bytes=self.chunk_bytes
+            rows,
+            torch.stack(lengths),
+            backwards=layer.part.endswith("_reverse"),
+            num_terms=num_terms,
+            first=first,
+            chunk_bytes=self.chunk_bytes,
         )
 
     def gradient_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
-        """Return sums and counts of A and G."""
+        """Return sums and counts of all factors."""
         assert isinstance(samples, RecurrentSamples)
-        return {"A": samples.input_moment(), "G": samples.mean_grad_moment()}
+        found = {"A": samples.input_moment(), "G": samples.mean_grad_moment()}
+        if self.time == "chain":
+            found |= {
+                "A_next": samples.next_input_moment(),
+                "G_next": samples.next_grad_moment(),
+                "steps": samples.length_moments(),
+            }
+        return found
 
 
 def _names(module: Any) -> list[str]:

@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import attrs
 import pytest
 import torch
 from hypothesis import given, strategies as st
@@ -43,6 +44,8 @@ def found(workload: Workload, assignment: Assignment, ranks: int) -> list[Messag
 
 def test_sizes_of_triangles_eigenbases_and_diagonals() -> None:
     assert Sizes.of(FC, sampled=False) == Sizes({"A": 6, "G": 3}, {"A": 9, "G": 4}, 0)
+    read = attrs.evolve(FC, indivisible=True, beside={"A_next": (3, 3)})  # all 9 travel
+    assert Sizes.of(read, sampled=False) == Sizes({"": 18}, {"A": 9, "G": 4}, 0)
     grouped = Work("conv", {"A": (5, 3, 3), "G": (5, 2, 2), "d": (7,)}, (5, 2, 3), indivisible=True)
     assert Sizes.of(grouped, sampled=True) == Sizes(
         {"": 5 * 6 + 5 * 3 + 7}, {"A": 5 * 12, "G": 5 * 6, "d": 7}, 30

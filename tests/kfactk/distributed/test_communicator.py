@@ -327,6 +327,22 @@ def test_reduce_with_wire_dtype_is_equal_on_all_ranks_and_close(ranks: int) -> N
             )
 
 
+def unrounded_sums(rank: int) -> dict[str, Tensor]:
+    talk = Communicator(wire_dtype="bfloat16")
+    each = torch.tensor([777.0, 777.0**2])
+    mine = {"few": Statistic(each, 1.0, unrounded=True), "many": Statistic(each, 1.0)}
+    both = {name: each + Statistic(torch.zeros(2), 0.0) for name, each in mine.items()}
+    found = talk.reduce(both, To(lambda name: (0, 1)), "sums")
+    return {name: reduced.total for name, reduced in found.items() if reduced.total is not None}
+
+
+def test_what_is_marked_so_is_not_rounded_on_its_way() -> None:
+    exact = 2 * torch.tensor([777.0, 777.0**2])
+    for found in run(2, unrounded_sums):
+        assert torch.equal(found["few"], exact)
+        assert not torch.equal(found["many"], exact)
+
+
 @covering(ranks=[2, 3, 4], wire=[None, "float32", "bfloat16"], symmetric=[True, False], strength=1)
 def test_reduce_records_the_bytes_it_moves(ranks: int, wire: str | None, symmetric: bool) -> None:
     """x bytes move 2 (g - 1) x times to all g ranks, (g - 1) x to one, and x more to a second."""

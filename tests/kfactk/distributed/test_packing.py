@@ -13,6 +13,7 @@ from kfactk import Statistic
 from kfactk.distributed.packing import (
     TensorSpec,
     buckets,
+    common_spec,
     pack,
     pack_symmetric,
     spec_of,
@@ -91,6 +92,14 @@ def test_spec_of_a_statistic_is_symmetric_only_where_square() -> None:
         (2, 2), F32, symmetric=True
     )
     assert spec_of(Statistic(torch.ones(2, 3), 1.0, symmetric=True)) == TensorSpec((2, 3), F32)
+
+
+def test_what_is_unrounded_has_buckets_of_its_own() -> None:
+    spec = spec_of(Statistic(torch.ones(2), 1.0, unrounded=True))
+    assert spec == TensorSpec((2,), F32, unrounded=True)
+    assert common_spec("x", [spec, TensorSpec((2,), F64)]) == TensorSpec((2,), F64, unrounded=True)
+    specs = {"a": TensorSpec((2,), F32), "b": spec, "c": TensorSpec((1,), F32)}
+    assert sorted(buckets(specs)) == [["a", "c"], ["b"]]
 
 
 SPECS = st.lists(
