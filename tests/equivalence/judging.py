@@ -76,6 +76,7 @@ def judged(cases: Sequence[Case], placement: Any, ranks: int, truths: Truths) ->
 def verdict(truth: Outcome, outcomes: Sequence[Outcome]) -> Verdict:
     """One run on several ranks against that of one process."""
     faults = [*disagreements([outcome.bits for outcome in outcomes])]
+    faults += [] if truth.layers else ["the model has no layer that this curvature takes"]
     faults += [
         f"rank {rank} counts {found.counters}"
         for rank, found in enumerate(outcomes)
@@ -98,7 +99,7 @@ def disagreements(bits: Sequence[Mapping[str, str]]) -> Iterable[str]:
 def _deviations(truth: Outcome, outcomes: Sequence[Outcome]) -> Iterable[tuple[float, str]]:
     for outcome in outcomes:
         for name, tensor in outcome.tensors.items():
-            if name in truth.tensors:
+            if name in truth.tensors and (tensor.numel() or truth.tensors[name].numel()):
                 size = float(truth.tensors[name].abs().max())
                 found = float((tensor - truth.tensors[name]).abs().max()) / (size or 1.0)
                 yield (math.inf if math.isnan(found) else found), name

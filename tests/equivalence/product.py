@@ -6,6 +6,7 @@ import functools
 import itertools
 from collections.abc import Iterator, Mapping
 from random import Random
+from types import MappingProxyType
 from typing import Any
 
 import attrs
@@ -15,6 +16,11 @@ from kfactk import Assignment, KfactkError, Share, Workload
 from kfactk.registry.registry import registry
 
 FAMILIES = ("curvature", "basis", "fisher", "clip", "update")
+WITH = MappingProxyType({"controller": "velocity", "link": "sgd", "pace": "sgd"})
+"""Families of which a recipe may have none, each with the update rule that it is tried with; the
+clip is none."""
+ELSEWHERE = MappingProxyType({"curvature": "experts"})
+"""Stages whose layers the model here does not have: tests of their own compare ranks."""
 RANKS = (1, 2, 3, 4)
 VARIANTS: Mapping[tuple[str, str], list[dict[str, Any]]] = {
     ("curvature", "kfac"): [{}, {"spatial": "reduce"}],
@@ -56,7 +62,7 @@ class Case:
     taps: int
 
     def __str__(self) -> str:
-        families = [*FAMILIES, *(["controller"] if "controller" in self.recipe else [])]
+        families = (family for family in (*FAMILIES, *WITH) if family in self.recipe)
         return " x ".join(written(self.recipe[family]) for family in families)
 
 
@@ -95,6 +101,7 @@ def stages(family: str) -> list[dict[str, Any]]:
     return [
         {"name": name, **options}
         for name in names
+        if name != ELSEWHERE.get(family)
         for options in VARIANTS.get((family, name), [{}])
     ]
 
@@ -105,12 +112,13 @@ def placements() -> list[dict[str, Any]]:
 
 
 def combinations() -> Iterator[Recipe]:
-    """Yield the product; a controller only with the update rule that keeps its velocity."""
+    """Yield the product, and with one update rule and no clip each controller, link and pace."""
     for combination in itertools.product(*map(stages, FAMILIES)):
         recipe = dict(zip(FAMILIES, combination, strict=True))
         yield recipe
-        if recipe["update"]["name"] == "velocity":
-            yield from ({**recipe, "controller": each} for each in stages("controller"))
+        for family, rule in WITH.items():
+            if (recipe["update"]["name"], recipe["clip"]["name"]) == (rule, "none"):
+                yield from ({**recipe, family: each} for each in stages(family))
 
 
 @functools.cache

@@ -15,9 +15,11 @@ from kfactk.testing._support.ranks import shared_workers
 from tests.equivalence.__main__ import Cell, main
 from tests.equivalence.judging import TOLERANCE, Truths, Verdict, disagreements, judged, verdict
 from tests.equivalence.product import (
+    ELSEWHERE,
     FAMILIES,
     RANKS,
     VARIANTS,
+    WITH,
     Anyhow,
     Case,
     cases,
@@ -108,16 +110,21 @@ def test_where_rounding_chooses_the_eigenvectors_ranks_agree_all_the_same() -> N
 
 
 def test_every_stage_of_ours_is_in_the_product() -> None:
-    for family in (*FAMILIES, "controller", "placement"):
+    for family in (*FAMILIES, *WITH, "placement"):
         listed = {info.name for info in registry().stages(family) if info.distribution == "kfactk"}
-        assert {stage["name"] for stage in stages(family)} == listed
-    assert {name for _, name in VARIANTS} <= {
-        stage["name"] for family in (*FAMILIES, "controller") for stage in stages(family)
+        assert {stage["name"] for stage in stages(family)} == listed - {ELSEWHERE.get(family)}
+    names = {stage["name"] for family in (*FAMILIES, *WITH) for stage in stages(family)}
+    assert {name for _, name in VARIANTS} <= names
+    others = math.prod(len(stages(family)) for family in ("curvature", "basis", "fisher"))
+    alone = len(stages("clip")) * len(stages("update"))
+    assert len(ACCEPTED) + len(REFUSED) == others * (alone + sum(len(stages(f)) for f in WITH))
+    tried = {
+        stage["name"]
+        for case in ACCEPTED
+        for stage in case.recipe.values()
+        if isinstance(stage, dict)
     }
-    others = math.prod(len(stages(family)) for family in FAMILIES if family != "update")
-    controlled = others * len(stages("controller"))
-    assert len(ACCEPTED) + len(REFUSED) == others * len(stages("update")) + controlled
-    assert any("controller" in case.recipe for case in ACCEPTED)
+    assert tried == names
     assert (
         [case.taps for case in ACCEPTED].count(1)
         == len([case for case in ACCEPTED if not determined(case.recipe)])
@@ -143,6 +150,7 @@ TRUTH = Outcome(
     {"parameter a": torch.tensor([1.0, 4.0]), "scale": torch.zeros(2)},
     {"a": "1"},
     {"skipped_batches": 0},
+    1,
 )
 
 

@@ -26,7 +26,7 @@ Recipe = Mapping[str, Any]
 
 
 class Mixed(nn.Module):
-    """Convolutions, attention, a GRU, norms that mix no examples, a layer called twice.
+    """Convolutions, a table, attention, a GRU, norms that mix no examples, a layer called twice.
 
     Some parameters are frozen.
 
@@ -48,9 +48,10 @@ class Mixed(nn.Module):
         self.frozen, self.attn, self.wide, self.rows = (
             nn.Linear(16, 16).requires_grad_(False),
             nn.MultiheadAttention(4, 2, batch_first=True),
-            nn.Linear(16, 5),
+            nn.Linear(24, 5),
             nn.LayerNorm(5),
         )
+        self.signs = nn.Embedding(2, 4)
         self.steps = nn.GRU(4, 4, batch_first=True)
         self.shared, self.out = nn.Linear(5, 5, bias=False), nn.Linear(5, 3)
         self.out.bias.requires_grad_(False)
@@ -58,8 +59,10 @@ class Mixed(nn.Module):
         self.attn.in_proj_bias.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
+        signs = (x.mean((2, 3)) > 0).long()  # [N, 2]
         x = torch.tanh(self.norm(self.grouped(torch.tanh(self.conv(x)))))
         x = torch.tanh(self.frozen(x.flatten(1))).view(-1, 4, 4)
+        x = torch.cat([x, self.signs(signs)], 1)
         x = x + self.attn(x, x, x, need_weights=False)[0]
         x = self.steps(x)[0]
         x = torch.tanh(self.rows(self.wide(x.flatten(1))))
@@ -90,11 +93,13 @@ class Outcome:
             on the choice of eigenvectors.
         bits: A digest of each tensor in the optimizer's state, and of each parameter.
         counters: Skipped batches and failed decompositions.
+        layers: How many layers are preconditioned.
     """
 
     tensors: Mapping[str, Tensor]
     bits: Mapping[str, str]
     counters: Mapping[str, int]
+    layers: int
 
 
 def model(taps: int) -> Mixed:
@@ -122,10 +127,11 @@ def built(recipe: Recipe, placement: Any, drawn: Injected) -> kfactk.Recipe:
     )
     if fisher["name"] == "mc":
         fisher["draw"] = drawn
-    decay = {"weight_decay_at": "gradient"} if "controller" in recipe else {}
-    return kfactk.build(
-        **{**NUMBERS, **PERIODS, **decay, **recipe, "fisher": fisher, "placement": placement}
-    )
+    changes: dict[str, Any] = {"fisher": fisher, "placement": placement}
+    if "controller" in recipe:
+        changes["weight_decay_at"] = "gradient"
+    periods = {"factor_every": 2} if "pace" in recipe else PERIODS
+    return kfactk.build(**{**NUMBERS, **periods, **recipe, **changes})
 
 
 def train(recipe: Recipe, placement: Any, taps: int, rank: int, ranks: int) -> Outcome:
@@ -148,7 +154,12 @@ def train(recipe: Recipe, placement: Any, taps: int, rank: int, ranks: int) -> O
         else:
             closure()
             optimizer.step()
-    outcome = Outcome(tensors_of(optimizer, module), bits(optimizer, module), optimizer.counters)
+    outcome = Outcome(
+        tensors_of(optimizer, module),
+        bits(optimizer, module),
+        optimizer.counters,
+        len(optimizer.layers),
+    )
     optimizer.close()
     return outcome
 
