@@ -10,9 +10,11 @@ import attrs
 import torch
 from torch import Tensor
 
-from kfactk.distributed.gathering import Progress
+from kfactk.distributed.communicator import Communicator
+from kfactk.distributed.gathering import Progress, gather_state
 from kfactk.errors import KfactkError, StateError, memory_ran_out
 from kfactk.optim.saved_groups import check_numbers
+from kfactk.preconditioner.block import Block
 from kfactk.preconditioner.damage import REMEDY, Damage, number_of
 from kfactk.preconditioner.state import STEP, BlockState, is_ours
 
@@ -52,6 +54,31 @@ def joined(
                 )
             entries[number] = {**entry, STEP: step, **curvature.get(id(parameter), {})}
     return {**rule, "state": entries}
+
+
+def gathered(
+    blocks: Sequence[Block], communicator: Communicator, to: int | None, device: torch.device
+) -> dict[int, dict[str, Tensor]]:
+    """Bring what other ranks have of the curvature to one rank; a collective call.
+
+    Args:
+        blocks: The blocks.
+        communicator: The ranks.
+        to: The rank that gets it; `None` for all.
+        device: Where tensors are for their way.
+
+    Returns:
+        What arrived on this rank, by the id of the parameter that it is saved under.
+
+    Raises:
+        OptionError: There is no such rank.
+    """
+    flat = {block.name: block.flat() for block in blocks}
+    arrived = gather_state(flat, communicator, to, device)
+    found: dict[int, dict[str, Tensor]] = {}
+    for block in blocks:
+        found.setdefault(id(block.layer.anchor), {}).update(arrived.get(block.name, {}))
+    return found
 
 
 @attrs.frozen(eq=False)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -16,25 +15,27 @@ from torch import Tensor, nn
 
 from kfactk.assignment import Assignment
 from kfactk.capture.entries import FORWARD, entry_names
-from kfactk.capture.fisher_pass import FisherPass
 from kfactk.capture.forward import Forward
 from kfactk.capture.hooks import ModelHooks
 from kfactk.capture.support import supported_model
 from kfactk.capture.torch_modes import full_precision
 from kfactk.distributed.consistency import check_group, check_recipes
-from kfactk.distributed.gathering import LoadOnAllRanks, gather_state
-from kfactk.distributed.sharding import ShardedProducts
-from kfactk.errors import CaptureError, CombinationError, KfactkError, KfactkWarning
-from kfactk.optim import checkpoint, gradients, rule_state
-from kfactk.optim.control import Control, Decision, Replaced
+from kfactk.distributed.gathering import LoadOnAllRanks
+from kfactk.errors import CaptureError, KfactkError, KfactkWarning
+from kfactk.optim import checkpoint, gradients
+from kfactk.optim.binding import check_blocks, controlled, fisher_pass_of, preconditioner_of
+from kfactk.optim.control import Control
+from kfactk.optim.direction import Direction
+from kfactk.optim.groups import ParameterGroups, check_group_numbers, trained, without_lr
+from kfactk.optim.loading import StateLoader
 from kfactk.optim.masks import Masks
 from kfactk.optim.metrics import MetricsRecorder
-from kfactk.optim.nonfinite import NonFiniteGuard, Verdict
-from kfactk.optim.run import RunState, UnboundRule, called_by_scaler
-from kfactk.optim.saved_groups import check_groups
+from kfactk.optim.micro_batches import MicroBatches
+from kfactk.optim.nonfinite import NonFiniteGuard
+from kfactk.optim.run import RunState, called_by_scaler
 from kfactk.optim.settings import Settings
 from kfactk.optim.shown import Removed, ShownState, flat_by_anchor
-from kfactk.optim.sizes import check_sizes
+from kfactk.optim.update_rule import MODES, RuleStep, UnboundRule
 from kfactk.optim.views import (
     BlockView,
     by_layer,
@@ -43,25 +44,16 @@ from kfactk.optim.views import (
     intervals,
     preconditioned,
 )
-from kfactk.options import number_at, plain
-from kfactk.preconditioner.block import Block
 from kfactk.preconditioner.coverage import Coverage
 from kfactk.preconditioner.coverage_watch import CoverageWatch
-from kfactk.preconditioner.damage import Damage
 from kfactk.preconditioner.footprint import with_footprints
 from kfactk.preconditioner.links import with_link
-from kfactk.preconditioner.preconditioner import Preconditioner
 from kfactk.registry.registry import registry
-from kfactk.stages import GradientPair, Layer
+from kfactk.stages import Layer
 from kfactk.timing import Profile, StageTimer
-from kfactk.validation import attribute_errors, check_clipped, note_stage
+from kfactk.validation import note_stage
 
-MANY_FORWARDS = 100
-"""After so many forwards without a step there is a warning."""
 Params = Iterable[nn.Parameter] | Iterable[dict[str, Any]] | Iterable[tuple[str, nn.Parameter]]
-
-RULES_MODES = ("train", "eval")
-"""Methods that an update rule may have beyond torch's, and that loops call where they are."""
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -119,42 +111,32 @@ class Optimizer(torch.optim.Optimizer):
         entry: str | Sequence[str] = FORWARD,
     ) -> None:
         self.recipe = recipe
-        self._run = run = RunState(number_at("damping", recipe.damping, 0))
+        self._run = RunState()
+        self._groups = ParameterGroups(recipe)
         self._inner: Any = UnboundRule()
         self._model = supported_model(model)
-        self._masks = Masks(self._model, masks)
+        multiplied = Masks(self._model, masks)
         entries = entry_names(self._model, entry)
         self._needs_scaler = scaler is None and not recipe.fisher.own_pass
-        self._groups: dict[int, dict[str, Any]] = {}
         self._shown = ShownState()
         decay = recipe.weight_decay
-        defaults = {"lr": recipe.lr, "damping": run.damping, "weight_decay": decay}
+        defaults = {"lr": recipe.lr, "damping": self._groups.damping, "weight_decay": decay}
         defaults |= {} if recipe.controller is None else recipe.controller.numbers
         super().__init__(model.parameters() if params is None else params, defaults)
         groups = self.param_groups
         with note_stage("update", recipe.update, "making the optimizer"):
             self._inner = recipe.update.make(groups, lr=recipe.lr, weight_decay=decay)
         self._inner.param_groups = groups
-        self._rules_options = tuple(self._inner.defaults)
+        options = tuple(self._inner.defaults)
         self.defaults = {**self._inner.defaults, **defaults}
         self._timer = StageTimer()
-        self._preconditioner = pre = Preconditioner(
-            self._model,
-            recipe.rules,
-            recipe.placement,
-            schedule=recipe.schedule,
-            factor_decay=recipe.factor_decay,
-            lag=recipe.lag,
-            first_moment=recipe.first_moment,
-            link=recipe.link,
-            trained=self._groups,
-            exclude=recipe.exclude,
-            timer=self._timer,
+        self._preconditioner = pre = preconditioner_of(
+            recipe, self._model, self._groups.by_parameter, self._timer
         )
         self._index()
         self._guard = NonFiniteGuard(self._inner, pre, recipe.max_skipped)
         check_recipes(recipe.shared(), pre.communicator)
-        check_group(model, self._trained(), pre.communicator)
+        check_group(model, trained(self.param_groups), pre.communicator)
         pre.blocks.adopt(pre.blocks.current())
         self._recorder = MetricsRecorder(
             recipe.tracker if pre.rank == 0 else None,
@@ -162,113 +144,27 @@ class Optimizer(torch.optim.Optimizer):
             self._timer,
         )
         manual = recipe.observe == "manual"
-        self._fisher_pass = FisherPass(
-            pre,
-            recipe.fisher,
-            recipe.heads,
-            recipe.output,
-            reduction=recipe.reduction,
-            unseen=recipe.unseen,
-            scaler=scaler,
-            every=not manual,
-        )
+        self._fisher_pass = fisher_pass_of(recipe, pre, scaler)
         self._watch = CoverageWatch(pre.survey)
         self._hooks = ModelHooks(self._model, self, evaluation=manual, entries=entries)
-        self._check_blocks()
-        self._control = self._controlling(scaler)
+        try:
+            check_blocks(pre, self._groups.by_parameter, recipe)
+            self._control = controlled(
+                recipe, self._model, pre, self._fisher_pass.located, groups, scaler
+            )
+        except KfactkError:
+            self.close()
+            raise
+        self._micro_batches = MicroBatches(
+            self._fisher_pass, self._control, self._timer, manual=manual
+        )
+        self._direction = Direction(
+            recipe, pre, multiplied, self._groups, self._recorder, self._timer
+        )
+        self._rule_step = RuleStep(self._inner, recipe, self._control, self._recorder, self._timer)
+        self._loader = StateLoader(recipe, self._model, pre, self._inner, options)
         self._look_for_losses()
         self._expect_forward()
-
-    def _check_blocks(self) -> None:
-        """Check that blocks cover the model, fit into memory, and can be linked.
-
-        Raises:
-            CombinationError: They do not cover it, or cannot be linked.
-            MemoryExhaustedError: They do not fit.
-        """
-        self._check_coverage()
-        self._check_sizes()
-        self._check_link()
-
-    def _controlling(self, scaler: Any) -> Control | None:
-        """Return what the recipe's controller does with the steps; `None` without one.
-
-        Raises:
-            CombinationError: It cannot set the numbers of the groups.
-        """
-        recipe = self.recipe
-        if recipe.controller is None:
-            return None
-        control = Control(
-            recipe.controller,
-            self._model,
-            self._preconditioner.communicator,
-            self._fisher_pass.located,
-            velocity_key=getattr(recipe.update, "velocity_key", ""),
-            decayed=recipe.weight_decay_at == "gradient",
-        )
-        try:
-            if scaler is not None:
-                raise CombinationError(
-                    "a controller evaluates the loss in a closure, and torch.amp.GradScaler takes "
-                    "no closure. Train in bfloat16 without a scaler, or build the recipe with "
-                    "controller=None."
-                )
-            control.check(self.param_groups, closure=True)
-        except KfactkError:
-            self.close()
-            raise
-        return control
-
-    def _check_coverage(self) -> None:
-        """Check that something is preconditioned, and with `strict` everything.
-
-        Raises:
-            CombinationError: With `strict`, a trained parameter has no block.
-        """
-        plain_names = self._preconditioner.survey.coverage(self._groups).plain
-        if self.recipe.strict and plain_names:
-            self.close()
-            raise CombinationError(
-                f"strict=True, and no block preconditions {', '.join(plain_names)}. See "
-                "print(recipe.coverage(model)) for the reasons. Leave these parameters out of "
-                "params, choose a curvature that supports them, or drop strict."
-            )
-        if not self._preconditioner.blocks.current():
-            warnings.warn(
-                "no layer is preconditioned: the update rule alone trains this model. See "
-                "print(recipe.coverage(model)) for the reasons. Are these parameters this model's?",
-                KfactkWarning,
-                stacklevel=5,
-            )
-
-    def _check_sizes(self) -> None:
-        """Check that the curvature fits into memory, and warn of wide sides.
-
-        Raises:
-            MemoryExhaustedError: It does not fit.
-            CombinationError: A basis does not take what stands for a wide side.
-        """
-        pre = self._preconditioner
-        try:
-            told = check_sizes(pre.blocks.current(), pre.placement, self.recipe)
-        except KfactkError:
-            self.close()
-            raise
-        if told:
-            warnings.warn(told, KfactkWarning, stacklevel=5)
-
-    def _check_link(self) -> None:
-        """Check that the recipe's link can join the layers, and that every rank holds them.
-
-        Raises:
-            CombinationError: It cannot, or other ranks hold a layer.
-        """
-        try:
-            self._preconditioner.check_link()
-        except KfactkError:
-            self.close()
-            raise
 
     # --------------------------------------------------------------------------------- reading
 
@@ -281,7 +177,7 @@ class Optimizer(torch.optim.Optimizer):
         return {
             block.name: BlockView(
                 block,
-                float(self._groups[id(block.layer.anchor)]["damping"]),
+                float(self._groups.by_parameter[id(block.layer.anchor)]["damping"]),
                 pre.placement,
                 pre.communicator,
             )
@@ -321,7 +217,7 @@ class Optimizer(torch.optim.Optimizer):
         """Return which parameters are preconditioned now, by which block, or why not."""
         self._index()
         pre, blocks = self._preconditioner, self._preconditioner.blocks.current()
-        found = with_footprints(pre.survey.coverage(self._groups), blocks)
+        found = with_footprints(pre.survey.coverage(self._groups.by_parameter), blocks)
         return with_link(found, self.recipe.link, self.recipe.link_name, blocks)
 
     def fisher_product(
@@ -381,15 +277,8 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             CaptureError: Curvature is due, and no forward was made since the last call.
         """
-        if self.recipe.observe != "manual" or self._layers_to_follow() is None:
-            return
-        forward, self._run.waiting = self._run.waiting, None
-        if forward is None:
-            raise CaptureError(
-                "observe() was called, but the model has made no forward since the last step() or "
-                "observe() that could count. Call the bound model first."
-            )
-        self._measure(forward, batch)
+        if self.recipe.observe == "manual" and self._layers_to_follow() is not None:
+            self._micro_batches.observe(batch, self.steps)
 
     def record(self, **metrics: Tensor | float) -> None:
         """Hand metrics (loss, accuracy) to the tracker, with those of the next recorded step."""
@@ -423,41 +312,13 @@ class Optimizer(torch.optim.Optimizer):
         self._follow_model()
         self._forget_removed()
         layers = self._preconditioner.plan_forward(self.steps)
-        controlled = self._control is not None and self._control.evaluating
-        return [] if layers is None and controlled else layers
+        evaluating = self._control is not None and self._control.evaluating
+        return [] if layers is None and evaluating else layers
 
     def _end_forward(self, forward: Forward) -> None:
         """Measure a followed forward, or keep it until `observe` is called."""
-        if forward.output is None and not self.recipe.finds_output:
-            return
-        if self.recipe.observe == "manual":
-            self._run.waiting = forward
-        else:
-            self._measure(forward, {})
-
-    def _measure(self, forward: Forward, batch: Mapping[str, Any]) -> None:
-        if self._control is not None and self._control.repeating:
-            self._control.end_forward(forward, batch)
-            return
-        with self._timer.timed("fisher"):
-            self._fisher_pass.run(
-                forward, batch, step=self.steps, micro_batch=self._run.micro_batch
-            )
-        if self._control is not None:
-            self._control.end_forward(forward, batch)
-        self._run.micro_batch += 1
-        if self._run.micro_batch == MANY_FORWARDS and not self._run.warned_idle:
-            self._run.warned_idle = True
-            warnings.warn(
-                f"{MANY_FORWARDS} forwards were counted since the last step(), and what curvature "
-                "needs of each is kept until step(): memory grows. If this optimizer is not "
-                "stepped, close() it; run forwards that are not for training in evaluation mode "
-                "or under torch.no_grad(), or name those that count with observe='manual'. If you "
-                "accumulate so many micro-batches, basis={'name': 'ekfac', 'scale': 'running'} "
-                "keeps no samples (said once)",
-                KfactkWarning,
-                stacklevel=2,
-            )
+        if forward.output is not None or self.recipe.finds_output:
+            self._micro_batches.take(forward, self.steps)
 
     def _expect_forward(self) -> None:
         """Prepare for the forwards of the next step."""
@@ -499,9 +360,9 @@ class Optimizer(torch.optim.Optimizer):
             )
         loss: float | None = self._evaluate(closure)
         self._follow_model()
-        self._set_damping()
-        devices = (parameter.device.type for parameter in self._trained())
-        with full_precision(devices), self._preconditioner.blocks.held(self._groups):
+        self._groups.set_damping(self.steps)
+        devices = (parameter.device.type for parameter in trained(self.param_groups))
+        with full_precision(devices), self._preconditioner.blocks.held(self._groups.by_parameter):
             self._look_for_losses()
             self._step_once(closure)
         return loss
@@ -509,10 +370,10 @@ class Optimizer(torch.optim.Optimizer):
     def _evaluate(self, closure: Callable[[], Any] | None) -> Any:
         """Return the loss of a closure, and record it; `None` where there is none."""
         control, loss = self._control, None
-        if control is not None and not (closure is None and self._has_no_lr()):
+        if control is not None and not (closure is None and without_lr(self.param_groups)):
             control.check(self.param_groups, closure=closure is not None)
         if closure is not None and control is not None:
-            loss = control.evaluate(closure, list(self._trained()))
+            loss = control.evaluate(closure, list(trained(self.param_groups)))
         elif closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -522,7 +383,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _step_once(self, closure: Callable[[], Any] | None) -> None:
         """Take the step: statistics, gradients, refresh, precondition, clip, update."""
-        pre, recipe = self._preconditioner, self.recipe
+        pre, recipe, known = self._preconditioner, self.recipe, self._groups.by_parameter
         removed = self._shown.removed(self.state)
         self._shown.hide(self.state)
         self._run.gathered = {}
@@ -532,8 +393,8 @@ class Optimizer(torch.optim.Optimizer):
             blocks = pre.blocks.current()
             decays = recipe.weight_decay_at == "gradient"
             measured = {block for block in blocks if block.of_gradient and decays}
-            read = gradients.read(blocks, self._groups, decayed=measured)
-            allocated = pre.check(self.steps, read.matrices, idle=self._has_no_lr())
+            read = gradients.read(blocks, known, decayed=measured)
+            allocated = pre.check(self.steps, read.matrices, idle=without_lr(self.param_groups))
             if allocated:
                 pre.allocate(read.matrices)
             else:
@@ -541,26 +402,29 @@ class Optimizer(torch.optim.Optimizer):
                 pre.measure_gradients(read.matrices, recipe.reduction)
             plain = read.matrices
             if decays and len(measured) < len(blocks):
-                read = gradients.read(blocks, self._groups, decayed=set(blocks))
+                read = gradients.read(blocks, known, decayed=set(blocks))
             if pre.averages and not allocated:
                 read = gradients.averaged(blocks, read, pre.average(read.matrices))
-            replaced, pairs = self._direction(blocks, read)
+            replaced, pairs = self._direction.of(blocks, read, self.param_groups)
             pre.count_gradients(plain)
             recorded = self._recorder.due(self.steps)
             if recorded:
                 self._recorder.add_norms(pairs)
             decision = None
             if self._control is not None and closure is not None and not allocated:
-                replaced, decision = self._decide(self._control, blocks, read, replaced)
+                dampings = self._control.dampings(self.steps, self.param_groups)
+                replaced, decision = self._direction.decide(
+                    self._control, blocks, read, replaced, dampings, self.param_groups, self.state
+                )
             del pairs, plain, read
-            given = [p.grad for p in self._trained() if p.grad is not None]
+            given = [p.grad for p in trained(self.param_groups) if p.grad is not None]
             judged = [new for _, new in replaced]
             if decision is not None:
                 judged.append(decision.values)
             verdict = self._guard.judge(given, judged, recorded=recorded)
             self._run.recorded, fault = verdict.recorded, verdict.fault
             if verdict.stepping:
-                self._take(verdict, replaced, decision, closure)
+                self._rule_step.take(verdict, replaced, decision, closure, self.steps)
         except BaseException:
             self._recorder.discard()
             self._end_step("", removed)
@@ -575,108 +439,15 @@ class Optimizer(torch.optim.Optimizer):
         self._expect_forward()
         if not allocated:
             self._report()
-        self._guard.check(self._trained())
-
-    def _direction(
-        self, blocks: Sequence[Block], read: gradients.BlockGradients
-    ) -> tuple[Replaced, list[GradientPair]]:
-        """Precondition and clip: return what the update rule is given, and the pairs of blocks."""
-        with self._timer.timed("precondition"):
-            found = self._preconditioner.precondition(read.matrices)
-            parameters, pairs = gradients.paired(blocks, read, found, self._groups)
-            pairs = self._masks.applied(parameters, pairs)
-            local_pairs = gradients.local_parts(parameters, pairs)
-        clipped = gradients.as_applied(parameters, self._clip(parameters, local_pairs))
-        decayed = self.recipe.weight_decay_at == "gradient"
-        rest = self._masks.rest(self.param_groups, parameters, decayed=decayed)
-        return [*zip(parameters, clipped, strict=True), *rest], pairs
-
-    def _decide(
-        self,
-        control: Control,
-        blocks: Sequence[Block],
-        read: gradients.BlockGradients,
-        replaced: Replaced,
-    ) -> tuple[Replaced, Decision]:
-        """Let the controller choose a damping, lr and momentum; return what the rule is given."""
-        dampings = control.dampings(self.steps, self.param_groups)
-        trials = [replaced]
-        for damping in dampings[1:]:
-            for block in blocks:
-                block.damping = damping
-            trials.append(self._direction(blocks, read)[0])
-        decays = self.recipe.weight_decay_at == "gradient"
-        whole = [gradients.completed(self.param_groups, each, decayed=decays) for each in trials]
-        with self._timer.timed("control"):
-            decision = control.decide(whole, self.param_groups, self.state, dampings)
-        return trials[decision.number], decision
-
-    def _take(
-        self,
-        verdict: Verdict,
-        replaced: Replaced,
-        decision: Decision | None,
-        closure: Callable[[], Any] | None,
-    ) -> None:
-        """Let the update rule step, with the numbers that the controller decided on."""
-        control, groups = self._control, self.param_groups
-        if control is None or decision is None or closure is None:
-            with verdict.around:
-                self._update(replaced)
-            return
-        evaluates = control.evaluates(self.steps)
-        with control.writing(decision, groups, self.state, evaluates=evaluates):
-            with verdict.around:
-                self._update(replaced)
-            self._recorder.add(control.recorded(decision))
-            if evaluates:
-                with self._timer.timed("control"):
-                    self._recorder.add(control.adapt(decision, closure, groups))
+        self._guard.check(trained(self.param_groups))
 
     def _end_step(self, fault: str, removed: Removed) -> None:
         """Drop what the step gathered, and count it where it has a fault."""
         self._preconditioner.finish(fault)
         if self._control is not None:
             self._control.finish()
-        self._run.waiting, self._run.micro_batch = None, 0
+        self._micro_batches.clear()
         self._start_afresh(removed)
-
-    def _clip(
-        self, parameters: Sequence[nn.Parameter], pairs: Sequence[GradientPair]
-    ) -> list[Tensor]:
-        """Return the clipped gradients, and record the clip factor."""
-        clip = self.recipe.clip
-        with self._timer.timed("clip"):
-            with attribute_errors("clip", clip, "on the preconditioned gradients"):
-                answer = clip.clip(pairs, ShardedProducts(parameters))
-            given = [pair.preconditioned for pair in pairs]
-            clipped, factor = check_clipped(clip, answer, given)
-        self._recorder.add({"clip_factor": factor})
-        return clipped
-
-    def _update(self, replaced: Sequence[tuple[nn.Parameter, Tensor]]) -> None:
-        """Run the update rule with these gradients in place of the user's."""
-        decayed = self.recipe.weight_decay_at == "gradient"
-        swapped = gradients.swapped(self.param_groups, replaced, decayed=decayed)
-        noted = note_stage("update", self.recipe.update, "taking the step")
-        with swapped, self._timer.timed("update"), noted:
-            _without_global_hooks(self._inner)()
-
-    def _has_no_lr(self) -> bool:
-        """Return whether every learning rate is zero, as far as that is known without a device."""
-        rates = [group["lr"] for group in self.param_groups]
-        on_device = any(isinstance(lr, Tensor) and lr.device.type != "cpu" for lr in rates)
-        return not on_device and all(float(lr) == 0 for lr in rates)
-
-    def _set_damping(self) -> None:
-        """Set each group's damping where the recipe's is a function of the step; check it."""
-        varies = callable(self.recipe.damping)
-        if varies:
-            self._run.damping = number_at("damping", self.recipe.damping, self.steps)
-        for group, own in self._run.own_damping:
-            if varies and not own:
-                group["damping"] = self._run.damping
-            number_at("damping of a parameter group", plain(group["damping"]), self.steps)
 
     def _report(self) -> None:
         """Record the metrics of the step just taken, and call the hook `kfactk_stepped`."""
@@ -737,55 +508,42 @@ class Optimizer(torch.optim.Optimizer):
 
     def __getattr__(self, name: str) -> Any:
         """Return `train` or `eval` of an update rule that has them, such as schedule-free ones."""
-        if name in RULES_MODES and "_inner" in self.__dict__:
+        if name in MODES and "_inner" in self.__dict__:
             return getattr(self._inner, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with its own `lr`, `damping`, `weight_decay` or options of the rule."""
         own = isinstance(param_group, dict) and "damping" in param_group
-        for name in ("lr", "damping", "weight_decay") if isinstance(param_group, dict) else ():
-            if name in param_group:
-                number_at(f"{name} of a parameter group", plain(param_group[name]), 0)
+        if isinstance(param_group, dict):
+            check_group_numbers(param_group)
         if isinstance(self._inner, UnboundRule):
             super().add_param_group(param_group)
         else:
             self._inner.add_param_group(param_group)
         if self._control is not None:
             self._control.join(self.param_groups[-1], self.param_groups[0])
-        self._run.own_damping.append((self.param_groups[-1], own))
+        self._groups.join(self.param_groups[-1], own=own)
         if not isinstance(self._inner, UnboundRule):
             self._index()
-
-    def _trained(self) -> Iterator[nn.Parameter]:
-        return (parameter for group in self.param_groups for parameter in group["params"])
 
     def _follow_model(self) -> None:
         """Follow the model: parameters may have been replaced, and wrappers put around it."""
         self._index()
-        check_group(self._model, self._trained(), self._preconditioner.communicator)
+        check_group(self._model, trained(self.param_groups), self._preconditioner.communicator)
 
     def _index(self) -> None:
         """Note the group of each parameter, by the parameters and groups as they are now."""
-        run, groups = self._run, self.param_groups
         tracker = self._preconditioner.survey.tracker
-        if replaced := tracker.follow(groups, self.state):
+        if replaced := tracker.follow(self.param_groups, self.state):
             self._shown.move(self.state, replaced)
-        known = {id(group): own for group, own in run.own_damping}
-        run.own_damping = []
-        for group in groups:
-            group.setdefault("damping", run.damping)
-            group.setdefault("weight_decay", self.recipe.weight_decay)
-            own = known.get(id(group), bool(group["damping"] != run.damping))
-            run.own_damping.append((group, own))
-        self._groups.clear()
-        self._groups.update((id(p), group) for group in self.param_groups for p in group["params"])
+        self._groups.index(self.param_groups)
 
     def _look_for_losses(self) -> None:
         """Warn where trained parameters have lost their block since the last look."""
-        trained = list(self._trained())
+        parameters = list(trained(self.param_groups))
         layers = self._preconditioner.blocks.current()
-        if lost := self._watch.look(trained, any_layer=bool(layers)):
+        if lost := self._watch.look(parameters, any_layer=bool(layers)):
             warnings.warn(lost, KfactkWarning, stacklevel=7)
 
     def _show_state(self) -> None:
@@ -870,15 +628,9 @@ class Optimizer(torch.optim.Optimizer):
         """
         pre = self._preconditioner
         pre.join()
+        device = next((p.device for p in trained(self.param_groups)), torch.device("cpu"))
         blocks = pre.blocks.current()
-        flat = {block.name: block.flat() for block in blocks}
-        device = next((parameter.device for parameter in self._trained()), torch.device("cpu"))
-        arrived = gather_state(flat, pre.communicator, to, device)
-        gathered: dict[int, dict[str, Tensor]] = {}
-        for block in blocks:
-            entry = gathered.setdefault(id(block.layer.anchor), {})
-            entry.update(arrived.get(block.name, {}))
-        self._run.gathered = gathered
+        self._run.gathered = checkpoint.gathered(blocks, pre.communicator, to, device)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a saved state; that of the bare update rule (say, a plain Adam run) works too.
@@ -895,28 +647,20 @@ class Optimizer(torch.optim.Optimizer):
         pre = self._preconditioner
         self._follow_model()
         pre.agree()
-        run = self._run
         with LoadOnAllRanks(pre.communicator) as load:
             state_dict = copy.copy(state_dict)
             for hook in self._optimizer_load_state_dict_pre_hooks.values():
                 changed = hook(self, state_dict)
                 state_dict = state_dict if changed is None else changed
-            saved = checkpoint.SavedState.split(state_dict, self.param_groups)
-            step = torch.tensor(saved.step, dtype=torch.int64, device="cpu")
-            groups, fits = self._checked_groups(state_dict["param_groups"])
-            damage = Damage()
-            states = pre.loaded(saved.curvature, damage) if fits else {}
-            entries = self._checked_entries(saved, groups, damage) if fits else saved.rule
-            damage.refuse()
-            with self._hidden(), checkpoint.all_or_nothing(self._inner, fits=fits):
-                given = {**state_dict, "state": entries, "param_groups": groups}
-                self._inner.load_state_dict(given)
-                load.agree(checkpoint.progress_of(saved.step, states))
-        run.step = step
-        run.gathered, run.waiting, run.micro_batch = {}, None, 0
-        owns = [own for _, own in run.own_damping]
-        run.own_damping = list(zip(self.param_groups, owns, strict=True))
-        pre.replace_states(states)
+            found = self._loader.checked(state_dict)
+            with self._hidden(), checkpoint.all_or_nothing(self._inner, fits=found.fits):
+                given = {"state": found.entries, "param_groups": found.groups}
+                self._inner.load_state_dict({**state_dict, **given})
+                load.agree(checkpoint.progress_of(int(found.step), found.curvature))
+        self._run.step, self._run.gathered = found.step, {}
+        self._micro_batches.clear()
+        self._groups.replace(self.param_groups)
+        pre.replace_states(found.curvature)
         if self._control is not None:
             self._control.forget()
         self._index()
@@ -927,40 +671,6 @@ class Optimizer(torch.optim.Optimizer):
         self._expect_forward()
         for after in self._optimizer_load_state_dict_post_hooks.values():
             after(self)
-
-    def _checked_groups(
-        self, saved_groups: list[dict[str, Any]]
-    ) -> tuple[list[dict[str, Any]], bool]:
-        """Return saved groups, completed, and whether they have the sizes of the current ones.
-
-        Raises:
-            StateError: They are another update rule's, or damaged.
-        """
-        rule = {name: self.defaults[name] for name in self._rules_options}
-        damage = Damage()
-        current = self.param_groups
-        groups = checkpoint.completed_groups(saved_groups, current, self.defaults, rule)
-        controlled = frozenset[str]()
-        if self.recipe.controller is not None:
-            controlled, rule = frozenset({"lr"}), rule | dict(self.recipe.controller.numbers)
-        check_groups(groups, current, type(self._inner), rule, damage, controlled)
-        damage.refuse()
-        return groups, checkpoint.fit(groups, current)
-
-    def _checked_entries(
-        self, saved: checkpoint.SavedState, groups: list[dict[str, Any]], damage: Damage
-    ) -> dict[Any, Any]:
-        """Return the update rule's saved entries, which may be changed in place; check them."""
-        current, modules = self.param_groups, self._model.modules()
-        sparse = frozenset(id(m.weight) for m in modules if getattr(m, "sparse", False))
-        rule_state.check_entries(type(self._inner), saved.rule, groups, current, sparse, damage)
-        pairs = zip(groups, current, strict=True)
-        numbered = {
-            number: parameter
-            for old, new in pairs
-            for number, parameter in zip(old["params"], new["params"], strict=True)
-        }
-        return rule_state.owned(saved.rule, numbered)
 
     def __reduce__(self) -> NoReturn:
         raise KfactkError(
@@ -987,16 +697,3 @@ class Optimizer(torch.optim.Optimizer):
         self._hooks.close()
         self._recorder.close()
         self._guard.read()
-
-
-def _without_global_hooks(rule: torch.optim.Optimizer) -> Callable[[], Any]:
-    """Return the step of an update rule without the hooks of `register_optimizer_step_pre_hook`.
-
-    torch runs these, and their likes after the step, around the step of every class of optimizers:
-    they have run, or will run, for the optimizer that the user sees.
-    """
-    step = type(rule).step
-    if "step" not in vars(rule) and getattr(step, "hooked", False):
-        step = getattr(step, "__wrapped__", step)
-        return functools.partial(step, rule)
-    return rule.step

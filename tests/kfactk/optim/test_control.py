@@ -326,7 +326,7 @@ def test_other_optimizers_count_no_forward_of_a_second_evaluation() -> None:
         return loss
 
     optimizer.step(closure)
-    assert second._run.micro_batch == 1
+    assert second._micro_batches.measured == 1
     second.step()
     moment = second.layers[""].factors["A"]
     hidden = torch.cat([one(x), torch.ones(len(x), 1, dtype=F64)], 1).detach()

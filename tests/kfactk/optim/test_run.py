@@ -6,15 +6,15 @@ import copy
 
 import torch
 
-from kfactk.optim.run import RunState, UnboundRule
+from kfactk.optim.run import RunState
 from tests.kfactk.small import batch, bound, net, train
 
 
 def test_a_run_begins_at_step_zero_on_the_cpu_whatever_the_default_device() -> None:
     with torch.device("meta"):
-        run = RunState(0.1)
+        run = RunState()
     assert (int(run.step), run.step.device.type) == (0, "cpu")
-    assert (run.waiting, run.micro_batch, run.closed) == (None, 0, False)
+    assert (run.gathered, run.recorded, run.closed) == ({}, False, False)
 
 
 def test_a_wrapper_that_copies_attributes_shares_the_run() -> None:
@@ -26,9 +26,3 @@ def test_a_wrapper_that_copies_attributes_shares_the_run() -> None:
     assert int(wrapper["_run"].step) == optimizer.steps == 1
     optimizer.close()
     assert wrapper["_run"].closed
-
-
-def test_an_unbound_rule_has_nothing_yet() -> None:
-    rule = UnboundRule()
-    assert (rule.defaults, rule.param_groups, dict(rule.state)) == ({}, [], {})
-    assert rule.state["anything"] == {}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,8 +14,7 @@ from torch.optim.optimizer import (
     register_optimizer_step_pre_hook,
 )
 
-from kfactk import CaptureError, KfactkWarning
-from kfactk.optim import optimizer as module
+from kfactk import CaptureError
 from tests.kfactk.small import assert_equal, batch, bound, net, train, values
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -164,34 +162,3 @@ def test_a_transform_around_the_model_is_named() -> None:
     F.cross_entropy(torch.func.vmap(model)(x), y).backward()
     with pytest.raises(CaptureError, match=r"inside a transform \(torch.func.vmap, grad\)"):
         optimizer.step()
-
-
-def test_an_optimizer_that_does_not_step_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MANY_FORWARDS", 5)
-    model, (x, _) = net(), batch()
-    optimizer = bound(model)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(4):
-            model(x)
-    with pytest.warns(KfactkWarning, match=r"^5 forwards were counted since the last step\(\)"):
-        model(x)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(10):
-            model(x)
-        train(optimizer, model, batch())
-        for _ in range(10):
-            model(x)
-
-
-def test_forwards_that_are_stepped_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "MANY_FORWARDS", 5)
-    model, data = net(), batch()
-    optimizer = bound(model, factor_every=1)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for _ in range(6):
-            for _ in range(3):
-                model(data[0])
-            train(optimizer, model, data)

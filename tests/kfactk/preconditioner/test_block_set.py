@@ -86,7 +86,7 @@ def test_within_a_step_nothing_is_looked_at_again() -> None:
     optimizer.param_groups[0]["damping"] = 0.7
     before = blocks.current()
     layers = [block.layer for block in before]
-    with blocks.held(optimizer._groups):
+    with blocks.held(optimizer._groups.by_parameter):
         net[2].weight.requires_grad_(False)
         assert blocks.current() == before
         assert [block.damping for block in before] == [0.7, 0.7]

@@ -1,0 +1,57 @@
+"""What `bind` refuses once the blocks are known: it takes its hooks off again."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import kfactk
+from kfactk import CombinationError, KfactkWarning
+from tests.kfactk.small import hooks, net
+
+CONTROLLED = {
+    "controller": "quadratic",
+    "update": "velocity",
+    "basis": {"name": "kfac", "solver": "eigh"},
+    "weight_decay_at": "gradient",
+}
+
+
+class Scaled(nn.Module):
+    """A layer with a parameter that no block takes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.scale = nn.Linear(2, 2), nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Any) -> Any:
+        return self.scale * self.inner(x)
+
+
+def test_strict_names_what_has_no_block_and_leaves_no_hook() -> None:
+    model = Scaled()
+    with pytest.raises(CombinationError, match=r"strict=True, and no block preconditions scale\."):
+        kfactk.build(strict=True).bind(model)
+    assert hooks(model) == 0
+    kfactk.build(strict=True).bind(model, model.inner.parameters())
+
+
+def test_a_model_without_blocks_is_told_at_the_line_that_binds() -> None:
+    with pytest.warns(KfactkWarning, match="no layer is preconditioned") as told:
+        kfactk.build(exclude=["*"]).bind(net())
+    assert told[0].filename == __file__
+
+
+def test_a_controller_and_a_scaler_are_refused_and_leave_no_hook() -> None:
+    model = net()
+    with pytest.raises(CombinationError, match="GradScaler takes no closure"):
+        kfactk.build(**CONTROLLED).bind(model, scaler=torch.amp.GradScaler("cpu", enabled=False))
+    assert hooks(model) == 0
+
+
+def test_only_a_recipe_with_a_controller_is_controlled() -> None:
+    assert kfactk.build().bind(net())._control is None
+    assert kfactk.build(**CONTROLLED).bind(net())._control is not None
