@@ -371,6 +371,12 @@ class Settings:
                     f"{label} tries several dampings in a step, and {basis} sees a changed damping "
                     "at its next refresh only. Give basis={'name': 'kfac', 'solver': 'eigh'}."
                 )
+        if self.link is not None and self.link.damped_at != "solve":
+            raise CombinationError(
+                f"{label} tries several dampings in a step, and link {self.link_name!r} sees a "
+                "changed damping at its next refresh only. Leave out the link, or build the recipe "
+                "with controller=None."
+            )
 
     def _check_link(self, link: Link) -> None:
         """Check that every block can be joined with others."""

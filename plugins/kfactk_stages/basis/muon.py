@@ -140,7 +140,7 @@ class MuonOperator(CurvatureOperator):
 
 
 NO_FISHER = (
-    "the basis muon is no inverse of a curvature, so there is no F to multiply by. Ask blocks with "
+    "this basis orthogonalises, and is no inverse of a curvature, so there is no F to multiply by. Ask blocks with "
     "another basis."
 )
 
