@@ -155,8 +155,8 @@ class KnownForward:
                 raise
             raise CaptureError(
                 "the controller needs the derivative of the model's output along a direction "
-                f"(forward-mode differentiation), and an operation of the model has none: {error} "
-                "Write it with operations that have one, or leave out the controller."
+                "(forward-mode differentiation), and an operation of the model has none: "
+                f"{str(error).splitlines()[0]} Write it with operations that have one, or leave out the controller."
             ) from error
 
     def _taken_apart(

@@ -98,7 +98,7 @@ class Control:
         self._start: ModelContext | None = None
         self._forward_start: ModelContext | None = None
         self._forwards: list[KnownForward] = []
-        self._repeated = 0
+        self._repeated, self._other_batch = 0, False
         self._loss = math.nan
         self._left: dict[str, float] = {}
 
@@ -216,19 +216,12 @@ class Control:
         Args:
             forward: The forward.
             batch: What `observe` was given.
-
-        Raises:
-            CaptureError: The closure has other data than before.
         """
         if self.repeating:
             known = self._forwards[self._repeated : self._repeated + 1]
             self._repeated += 1
-            if not known or not same_arguments(known[0], {**forward.batch, **batch}):
-                raise CaptureError(
-                    "the closure gave the model another batch when it ran again after the step, "
-                    "so the losses before and after cannot be compared. Draw the batch outside of "
-                    f"the closure. {CLOSURE}"
-                )
+            same = known and same_arguments(known[0], {**forward.batch, **batch})
+            self._other_batch |= not same  # told when all ranks can know
         elif self.evaluating and self._forward_start is not None:
             assert forward.again is not None
             self._forwards.append(
@@ -302,9 +295,17 @@ class Control:
         )
 
     def _models(self, directions: Sequence[Mapping[int, Tensor]], groups: Groups) -> Models:
-        """Return the quadratic model of each direction with the last one."""
-        fisher, terms = fisher_products(self._forwards, directions)
-        size = len(directions)
+        """Return the quadratic model of each direction with the last one.
+
+        Raises:
+            CaptureError: A forward cannot run again, on this rank or another.
+        """
+        size, fault = len(directions), None
+        fisher, terms = torch.zeros(size, size, dtype=torch.float64, device="cpu"), 0.0
+        try:
+            fisher, terms = fisher_products(self._forwards, directions)
+        except CaptureError as error:  # other ranks would wait for this one
+            fault = error
         slopes, decays = _numbers([0.0] * 2 * size).reshape(2, size)
         squares, shrinking = _numbers([0.0] * 2 * size**2).reshape(2, size, size)
         entries = [(p, each) for each in groups for p in each["params"] if p.grad is not None]
@@ -319,7 +320,13 @@ class Control:
         # What all ranks know is averaged too, so that they go on with the same bits.
         known = torch.cat([each.flatten() for each in (slopes, decays, squares, shrinking)])
         alone = [*fisher.flatten().tolist(), terms]
-        sums = self._communicator.total([*alone, *(known / self._communicator.size).tolist()])
+        known = (known / self._communicator.size).tolist()
+        *sums, faults = self._communicator.total([*alone, *known, float(fault is not None)])
+        if faults:
+            raise fault or CaptureError(
+                "a forward of another rank could not run again, so a controller knows no quadratic "
+                "model, and all ranks stop. Its own message says what to change."
+            )
         area = size * size
         fisher, terms = _numbers(sums[:area]).reshape(size, size), sums[area]
         slopes, decays = _numbers(sums[area + 1 : area + 1 + 2 * size]).reshape(2, size)
@@ -379,10 +386,25 @@ class Control:
 
         Returns:
             What is recorded.
+
+        Raises:
+            CaptureError: The closure did something else than before, on this rank or another.
         """
         numbers = decision.numbers
         parameters = [p for group in groups for p in group["params"]]
-        losses = self._communicator.total([self._loss, self._again(closure, parameters)])
+        fault, after = None, math.nan
+        try:
+            after = self._again(closure, parameters)
+        except CaptureError as error:  # other ranks would wait for this one
+            fault = error
+        flag = float(fault is not None)
+        *losses, faults = self._communicator.total([self._loss, after, flag])
+        if faults:
+            raise fault or CaptureError(
+                "the closure of another rank did something else when it ran again after the step, "
+                "so the losses before and after cannot be compared, and all ranks stop. Its own "
+                "message says what to change."
+            )
         before, after = (each / self._communicator.size for each in losses)
         after += decision.decay_change()
         with self._errors("adapting its numbers"):
@@ -394,11 +416,15 @@ class Control:
         return {"loss_change": after - before}
 
     def _again(self, closure: Callable[[], Any], parameters: Sequence[nn.Parameter]) -> float:
-        """Return the loss after the step, of the batch of before; nothing else changes."""
+        """Return the loss after the step, of the batch of before; nothing else changes.
+
+        Raises:
+            CaptureError: The closure has other data than before, or makes other forwards.
+        """
         assert self._start is not None
         everything = {id(p): p for p in (*parameters, *self._model.parameters())}.values()
         before = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in everything]
-        self.repeating, self._repeated = True, 0
+        self.repeating, self._repeated, self._other_batch = True, 0, False
         Control.running_again += 1
         try:
             with self._start.restored(self._model), torch.enable_grad():
@@ -413,6 +439,12 @@ class Control:
                     if gradient is not None and copy is not None:
                         gradient.copy_(copy)
                     p.grad = gradient
+        if self._repeated == len(self._forwards) and self._other_batch:
+            raise CaptureError(
+                "the closure gave the model another batch when it ran again after the step, so the "
+                "losses before and after cannot be compared. Draw the batch outside of the "
+                f"closure. {CLOSURE}"
+            )
         if self._repeated != len(self._forwards):
             raise CaptureError(
                 f"the closure ran the model {len(self._forwards)} times, and {self._repeated} "

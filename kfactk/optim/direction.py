@@ -82,21 +82,26 @@ class Direction:
 
         Args:
             control: The controller's part of the steps.
-            blocks: The blocks; they are left with the last of the dampings.
+            blocks: The blocks; they are left with the last of the dampings. A link is left with
+                what it prepares for the chosen one.
             read: Their gradients.
             replaced: What the update rule would be given with the first damping.
             dampings: Those to try, the present one first.
             groups: The parameter groups.
             state: The update rule's.
         """
-        trials = [replaced]
+        trials, links = [replaced], self._preconditioner.links
+        prepared = [links.prepared]
         for damping in dampings[1:]:
             for block in blocks:
                 block.damping = damping
+            links.prepare_for_damping()
             trials.append(self.of(blocks, read, groups)[0])
+            prepared.append(links.prepared)
         whole = [gradients.completed(groups, each, decayed=self._decays) for each in trials]
         with self._timer.timed("control"):
             decision = control.decide(whole, groups, state, dampings)
+        links.keep_prepared(prepared[decision.number])
         return trials[decision.number], decision
 
     def _clipped(

@@ -273,6 +273,24 @@ class Links:
             self.blocks[0].keep_prepared(found)
         return failures
 
+    @property
+    def prepared(self) -> Tensors:
+        """What `prepare` has made last; empty before."""
+        return self.blocks[0].state.prepared if self.blocks else {}
+
+    def keep_prepared(self, prepared: Tensors) -> None:
+        """Go on with what was prepared before."""
+        if prepared:
+            self.blocks[0].keep_prepared(prepared)
+
+    def prepare_for_damping(self) -> None:
+        """Prepare again for dampings that are tried, where the link's `prepare` reads them.
+
+        A collective call where there are several ranks. What cannot be prepared stays as it was.
+        """
+        if self._link is not None and self._link.damped_at == "refresh" and self.prepared:
+            self.prepare(self.blocks)
+
     def _agreed(
         self, mine: Mapping[str, Tensor] | None, fault: Exception | None
     ) -> Mapping[str, Tensor] | None:

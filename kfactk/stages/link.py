@@ -87,6 +87,10 @@ class Link(abc.ABC):
     blocks' operators: these do not solve, and `correct` is given gradients for what they would
     make. Bases with moments are refused, which would be measured for nothing."""
 
+    damped_at: ClassVar[str] = "solve"
+    """When a changed damping acts on the correction: in the next "solve" or, where `prepare` reads
+    it, the next "refresh". A controller that tries dampings has `prepare` called for each."""
+
     def order(self, layers: Sequence[LinkedLayer]) -> Sequence[LinkedLayer]:
         """Return the layers that it joins, in its order; by default all, in the model's order.
 

@@ -97,6 +97,7 @@ class BlockTridiagonal(Link):
 
     requires: ClassVar[frozenset[str]] = frozenset(SIDES)
     solves: ClassVar[bool] = True
+    damped_at: ClassVar[str] = "refresh"
 
     layers: Sequence[str] | None = attrs.field(
         default=None, converter=as_tuple, validator=_check_names
@@ -104,12 +105,13 @@ class BlockTridiagonal(Link):
 
     def order(self, layers: Sequence[LinkedLayer]) -> Sequence[LinkedLayer]:
         """Return the chain; nothing where there would be one layer, which has no neighbour."""
-        able = {layer.name: layer for layer in layers if _able(layer)}
+        known = {layer.name: layer for layer in layers}
+        able = {name: layer for name, layer in known.items() if not _obstacle(layer)}
         if self.layers is None:
             return list(able.values()) if len(able) > 1 else []
         if unknown := [name for name in self.layers if name not in able]:
-            there = any(layer.name == unknown[0] for layer in layers)
-            why = "whose curvature has no rows to pair" if there else "which no block preconditions"
+            layer = known.get(unknown[0])
+            why = "which no block preconditions" if layer is None else _obstacle(layer)
             raise CombinationError(
                 f"the link joins the layers {list(self.layers)}, and there is {unknown[0]!r}, "
                 f"{why}. It can join {list(able)}. Give layers=[...] of these, or leave it out."
@@ -149,7 +151,8 @@ class BlockTridiagonal(Link):
         rows: Mapping[str, Tensors],
         places: Mapping[str, Sequence[int]],
     ) -> str | None:
-        """Return where the chain is cut, since numbers of rows differ.
+        """Return where the chain is cut, since numbers of rows differ, and a named order that is
+        not the forward's.
 
         Raises:
             CaptureError: The layers ran in another order, and the recipe names none.
@@ -162,6 +165,13 @@ class BlockTridiagonal(Link):
                 f"forward ran them in the order {order}. Give link={{'name': 'block_tridiagonal', "
                 f"'layers': {order}}}, with all layers of the chain in their order."
             )
+        told = []
+        if order != ran:
+            told.append(
+                f"the block-tridiagonal link joins the layers in the order {ran} that its recipe "
+                f"names, and the forward ran them in the order {order}, so that layers are paired "
+                f"which are no neighbours. If no branches are meant, give 'layers': {order}"
+            )
         counts = {name: each["gradients"].shape[1] for name, each in rows.items()}
         cut = [
             f"{one.name!r} ({counts[one.name]}) and {other.name!r} ({counts[other.name]})"
@@ -170,12 +180,12 @@ class BlockTridiagonal(Link):
             and other.name in counts
             and counts[one.name] != counts[other.name]
         ]
-        if not cut:
-            return None
-        return (
-            "the block-tridiagonal link pairs the rows of neighbours, and leaves apart layers with "
-            f"different numbers of rows an example: {'; '.join(cut)}"
-        )
+        if cut:
+            told.append(
+                "the block-tridiagonal link pairs the rows of neighbours, and leaves apart layers "
+                f"with different numbers of rows an example: {'; '.join(cut)}"
+            )
+        return ". Besides, ".join(told) or None
 
     def prepare(self, layers: Sequence[LinkedLayer], statistics: Tensors) -> Prepared:
         """Return Psi, K and `(1 - S_A kron S_G)^-1` of each layer, in the precision of A.
@@ -333,9 +343,13 @@ def _alone(last: _Damped, number: int) -> dict[str, Tensor]:
     return {name: tensor.to(last.dtype) for name, tensor in found.items()}
 
 
-def _able(layer: LinkedLayer) -> bool:
-    """Return whether a layer can be joined: its curvature gives the rows of its A and G."""
-    return set(SIDES) <= set(layer.matrices) and len(layer.layer.sites) == 1 and layer.has_rows
+def _obstacle(layer: LinkedLayer) -> str:
+    """Return why a layer cannot be joined; empty where its curvature gives rows of A and G."""
+    if len(layer.layer.sites) > 1:
+        return "whose parameters several modules share"
+    if missing := sorted(set(SIDES) - set(layer.matrices)):  # their names alone, unmeasured
+        return f"which has no whole matrix {' and '.join(missing)}"
+    return "" if layer.has_rows else "whose curvature has no rows to pair"
 
 
 def _pairs(layers: Sequence[LinkedLayer]) -> list[tuple[LinkedLayer, LinkedLayer]]:

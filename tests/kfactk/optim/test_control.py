@@ -592,3 +592,40 @@ def test_two_ranks_are_one_process(placement: str) -> None:
     for mine, theirs in zip(one[0], alone[0], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-7)
     assert one[1] == pytest.approx(alone[1], rel=1e-7, abs=1e-9)
+
+
+def fail_on_one(rank: int, size: int, fault: str) -> tuple[str, list[float]]:
+    torch.manual_seed(0)
+    model = net()
+    made = recipe(controller={"name": "quadratic", "adapt_every": 1})
+    wrapped = DistributedDataParallel(model)
+    optimizer = made.bind(wrapped)
+    calls = itertools.count()
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        x, y = batch(6)
+        x = x + (next(calls) if rank == 1 and fault == "other batch" else 0)
+        loss = F.cross_entropy(wrapped(x), y)
+        loss.backward()
+        if rank == 1 and fault == "in place":
+            x += 1
+        return loss
+
+    before = [p.detach().clone() for p in model.parameters()]
+    with pytest.raises(CaptureError) as raised:
+        optimizer.step(closure)
+    assert all(map(torch.equal, model.parameters(), before))
+    return str(raised.value), numbers(optimizer)
+
+
+@pytest.mark.xdist_group("ranks")
+@pytest.mark.parametrize(
+    ("fault", "says"),
+    [("other batch", "gave the model another batch"), ("in place", "modified in place")],
+)
+def test_a_closure_that_fails_on_one_rank_stops_all(fault: str, says: str) -> None:
+    one, other = shared_workers().run(2, fail_on_one, 2, fault)
+    assert says in other[0]
+    assert "another rank" in one[0]
+    assert one[1] == other[1]

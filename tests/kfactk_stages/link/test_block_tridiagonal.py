@@ -219,6 +219,39 @@ def test_step_is_the_dense_inverse_of_the_claimed_matrix(depth: int, bias: bool)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * float(expected.abs().max()))
 
 
+def test_each_damping_that_a_controller_tries_has_its_own_inverse() -> None:
+    model, names = net(2, True)
+    x, y = data()
+    seen = Seen(model, names, x, class_scores)
+    options = {
+        "basis": {"name": "kfac", "solver": "eigh"},
+        "update": "velocity",
+        "damping": None,
+        "controller": {"name": "quadratic", "model_damping": 3.0, "search_every": 1, "omega": 0.1},
+    }
+    optimizer = kfactk.build(**{**RECIPE, **options}).bind(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    [group] = optimizer.param_groups
+    assert group["damping"] != 3.0  # a neighbour was better
+    gradient = {name: p.grad for name, p in model.named_parameters()}
+    expected = -torch.linalg.solve(
+        claimed(seen.moment, names, group["damping"]), joined(model, names, gradient)
+    )
+    moved = {name: p.detach() - before[name] for name, p in model.named_parameters()}
+    torch.testing.assert_close(
+        joined(model, names, moved), group["lr"] * expected, rtol=1e-8, atol=1e-12
+    )
+    assert_inverse(optimizer, model, names, claimed(seen.moment, names, group["damping"]))
+
+
 def drawn(model: nn.Module) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(9)
     return {
@@ -379,6 +412,15 @@ def test_another_order_than_the_models_is_refused_until_it_is_named() -> None:
     assert_inverse(optimizer, model, names, claimed(seen.moment, names, TAU))
 
 
+def test_a_named_order_that_is_not_the_forwards_is_told() -> None:
+    model, batch = Crossed(), data()
+    link = {"name": "block_tridiagonal", "layers": ["late", "early"]}
+    optimizer = kfactk.build(**{**RECIPE, "link": link}).bind(model)
+    says = r"ran them in the order \['early', 'late'\].*give 'layers': \['early', 'late'\]"
+    with pytest.warns(KfactkWarning, match=says):
+        step(model, optimizer, batch)
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
@@ -413,6 +455,16 @@ def test_layers_that_cannot_be_joined_are_refused_by_name() -> None:
         link = {"name": "block_tridiagonal", "layers": [name, "2"]}
         with pytest.raises(CombinationError, match=rf"{name!r}, {why}.* can join \['2', '3'\]"):
             kfactk.build(**{**RECIPE, "curvature": "conv_kfac", "link": link}).bind(model)
+
+
+def test_layers_that_share_parameters_and_wide_ones_are_refused_by_their_reason() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 9), nn.Linear(9, 2))
+    model[1].weight, model[1].bias = model[0].weight, model[0].bias
+    curvature = {"name": "kfac", "max_side": 8, "wide": "diagonal"}
+    for name, why in (("0", "whose parameters several modules share"), ("2", "no whole matrix G")):
+        link = {"name": "block_tridiagonal", "layers": [name, "3"]}
+        with pytest.raises(CombinationError, match=rf"{name!r}, .*{why}"):
+            kfactk.build(**{**RECIPE, "curvature": curvature, "link": link}).bind(model)
 
 
 def test_coverage_shows_the_chain_and_a_link_of_none_is_told() -> None:
