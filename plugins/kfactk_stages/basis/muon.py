@@ -140,8 +140,8 @@ class MuonOperator(CurvatureOperator):
 
 
 NO_FISHER = (
-    "this basis orthogonalises, and is no inverse of a curvature, so there is no F to multiply by. Ask blocks with "
-    "another basis."
+    "this basis orthogonalises, and is no inverse of a curvature, so there is no F to multiply by. "
+    "Ask blocks with another basis."
 )
 
 
