@@ -156,7 +156,8 @@ class KnownForward:
             raise CaptureError(
                 "the controller needs the derivative of the model's output along a direction "
                 "(forward-mode differentiation), and an operation of the model has none: "
-                f"{str(error).splitlines()[0]} Write it with operations that have one, or leave out the controller."
+                f"{str(error).splitlines()[0]} Write it with operations that have one, or leave "
+                "out the controller."
             ) from error
 
     def _taken_apart(

@@ -320,8 +320,8 @@ class Control:
         # What all ranks know is averaged too, so that they go on with the same bits.
         known = torch.cat([each.flatten() for each in (slopes, decays, squares, shrinking)])
         alone = [*fisher.flatten().tolist(), terms]
-        known = (known / self._communicator.size).tolist()
-        *sums, faults = self._communicator.total([*alone, *known, float(fault is not None)])
+        shared = (known / self._communicator.size).tolist()
+        *sums, faults = self._communicator.total([*alone, *shared, float(fault is not None)])
         if faults:
             raise fault or CaptureError(
                 "a forward of another rank could not run again, so a controller knows no quadratic "
