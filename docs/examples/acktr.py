@@ -1,6 +1,6 @@
-"""Train an advantage actor-critic (A2C) by ACKTR, Adam or RMSprop on tasks of Gymnasium.
+"""Train an advantage actor-critic (A2C) by ACKTR, Adam and RMSprop on tasks of Gymnasium.
 
-python acktr.py --task cartpole --optimizer acktr --seeds 0 1 2 --json acktr.json
+python acktr.py --task cartpole --optimizer acktr adam rmsprop --seeds 0 1 2 --json acktr.json
 """
 
 import argparse
@@ -18,21 +18,40 @@ TASKS = {  # name, scale of rewards, discount, weight of the entropy
     "cartpole": ("CartPole-v1", 0.05, 0.99, 0.01),
     "pendulum": ("Pendulum-v1", 0.05, 0.9, 0.0),
 }
-RATES = {"acktr": 0.25, "adam": 0.003, "rmsprop": 0.003}
+SETTINGS = {  # chosen by trials; of ACKTR, lr is the longest step, eta_max
+    "cartpole": {
+        "acktr": {"lr": 1.0, "radius": 0.01, "normalize": False},
+        "adam": {"lr": 0.01, "normalize": True},
+        "rmsprop": {"lr": 0.003, "normalize": False},
+    },
+    "pendulum": {
+        "acktr": {"lr": 0.25, "radius": 0.01, "normalize": False},
+        "adam": {"lr": 0.001, "normalize": False},
+        "rmsprop": {"lr": 0.003, "normalize": False},
+    },
+}
 
 
 class ActorCritic(nn.Module):
-    """A trunk, a policy (logits, or mean and logarithm of the variance) and a value."""
+    """A trunk, a policy (logits, or means and logarithms of the variances) and a value."""
 
-    def __init__(self, inputs, outputs):
+    def __init__(self, inputs, actions, continuous):
         super().__init__()
         self.trunk = nn.Sequential(nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh())
-        self.policy, self.value = nn.Linear(64, outputs), nn.Linear(64, 1)
+        self.policy, self.value = nn.Linear(64, actions), nn.Linear(64, 1)
         nn.init.orthogonal_(self.policy.weight, 0.01)
+        self.spread = None
+        if continuous:  # the same in all states: a layer whose input is 1, so that K-FAC has it
+            self.spread = nn.Linear(1, actions, bias=False)
+            nn.init.zeros_(self.spread.weight)
 
     def forward(self, states):
         hidden = self.trunk(states)
-        return {"policy": self.policy(hidden), "value": self.value(hidden)}
+        policy = self.policy(hidden)
+        if self.spread is not None:
+            log_variance = self.spread(torch.ones(len(states), 1))
+            policy = torch.cat([policy, log_variance], -1)
+        return {"policy": policy, "value": self.value(hidden)}
 
 
 def distribution(output, continuous):
@@ -43,20 +62,21 @@ def distribution(output, continuous):
     return torch.distributions.Independent(normal, 1)
 
 
-def make_optimizer(model, name, lr, radius, continuous):
+def make_optimizer(model, name, settings):
     if name != "acktr":
         rule = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}[name]
-        return rule(model.parameters(), lr=lr, eps=1e-5)
+        return rule(model.parameters(), lr=settings["lr"], eps=1e-5)
     recipe = kfactk.build(
         curvature="kfac",
         basis="kfac",
+        fisher="mc",  # draws actions and values from what the model predicts
         likelihood=[  # F is that of policy and value together
-            kfactk.head("policy", "heteroscedastic" if continuous else "categorical"),
+            kfactk.head("policy", "heteroscedastic" if model.spread else "categorical"),
             kfactk.head("value", "gaussian", weight=VALUE),
         ],
-        clip={"name": "trust_region", "radius": radius},
+        clip={"name": "trust_region", "radius": settings["radius"]},
         update="sgd",
-        lr=lr,  # the longest step, eta_max
+        lr=settings["lr"],
         damping=0.01,
         factor_every=1,
         basis_every=10,
@@ -79,7 +99,7 @@ class Rollout:
         self.continuous = isinstance(space, gym.spaces.Box)
         self.bound = space.high if self.continuous else None
         self.inputs = self.games.single_observation_space.shape[0]
-        self.outputs = 2 * space.shape[0] if self.continuous else int(space.n)
+        self.actions = space.shape[0] if self.continuous else int(space.n)
 
     @torch.no_grad()  # what the policy does to act does not count
     def collect(self, model):
@@ -113,18 +133,19 @@ class Rollout:
         return states.flatten(0, 1), actions.flatten(0, 1), advantages.flatten(), targets
 
 
-def train(task, name, lr, radius, seed, steps):
-    """Return the steps in the environments, and the mean return of the episodes until then."""
+def train(task, name, settings, seed, steps):
+    """Return pairs: steps in all environments, and the mean return of the last 50 episodes."""
     torch.manual_seed(seed)
     rollout = Rollout(task, seed)
-    model = ActorCritic(rollout.inputs, rollout.outputs)
-    optimizer = make_optimizer(model, name, lr, radius, rollout.continuous)
+    model = ActorCritic(rollout.inputs, rollout.actions, rollout.continuous)
+    optimizer = make_optimizer(model, name, settings)
     updates, curve = steps // (ENVIRONMENTS * ROLLOUT), []
     for update in range(updates):
         for group in optimizer.param_groups:
-            group["lr"] = lr * (1 - update / updates)
+            group["lr"] = settings["lr"] * (1 - update / updates)
         states, actions, advantages, targets = rollout.collect(model)
-        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        if settings["normalize"]:
+            advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
         output = model(states)  # the forward that counts: a row is a state
         policy = distribution(output, rollout.continuous)
         loss = -(policy.log_prob(actions) * advantages).mean()
@@ -145,23 +166,27 @@ def train(task, name, lr, radius, seed, steps):
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--task", choices=TASKS, default="cartpole")
-    parser.add_argument("--optimizer", choices=RATES, default="acktr")
+    parser.add_argument("--optimizer", nargs="+", choices=SETTINGS["cartpole"], default=["acktr"])
     parser.add_argument("--lr", type=float, help="its own if not given")
-    parser.add_argument("--radius", type=float, default=0.01, help="of the trust region, in nats")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--steps", type=int, default=40_000, help="in all environments together")
     parser.add_argument("--json", help="file to write the curves to")
     given = parser.parse_args()
-    lr = RATES[given.optimizer] if given.lr is None else given.lr
     runs = []
-    for seed in given.seeds:
-        curve = train(given.task, given.optimizer, lr, given.radius, seed, given.steps)
-        runs.append({"seed": seed, "curve": curve})
-        for at, mean in curve[:: max(1, len(curve) // 5)] + curve[-1:]:
-            print(f"{given.optimizer}, seed {seed}, {at} steps: return {mean:.1f}")
+    for name in given.optimizer:
+        settings = SETTINGS[given.task][name]
+        if given.lr is not None:
+            settings = {**settings, "lr": given.lr}
+        for seed in given.seeds:
+            curve = train(given.task, name, settings, seed, given.steps)
+            runs.append({"optimizer": name, **settings, "seed": seed, "curve": curve})
+            for at, mean in curve[:: max(1, len(curve) // 5)] + curve[-1:]:
+                print(f"{name}, seed {seed}, {at} steps: return {mean:.1f}")
+        last = [run["curve"][-1][1] for run in runs if run["optimizer"] == name]
+        print(f"{name}: median {np.median(last):.1f}, from {min(last):.1f} to {max(last):.1f}")
     if given.json:
         with open(given.json, "w") as file:
-            json.dump({**vars(given), "lr": lr, "runs": runs}, file)
+            json.dump({"task": given.task, "steps": given.steps, "runs": runs}, file)
 
 
 if __name__ == "__main__":

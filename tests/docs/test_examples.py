@@ -137,21 +137,25 @@ def test_poles_stay_up_longer(printed_by: Callable[[str], str]) -> None:
 
 @pytest.mark.parametrize("task", ["cartpole", "pendulum"])
 @pytest.mark.filterwarnings("error::kfactk.KfactkWarning")
-def test_acktr_writes_its_curve(
+def test_acktr_writes_its_curves(
     task: str,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pytest.importorskip("gymnasium")
-    steps = {"cartpole": "5120", "pendulum": "3200"}[task]
-    given = ["--task", task, "--steps", steps, "--seeds", "0", "--json", "acktr.json"]
+    names, steps = ["acktr", "adam", "rmsprop"], {"cartpole": "5120", "pendulum": "3840"}[task]
+    given = ["--task", task, "--optimizer", *names, "--steps", steps, "--json", "acktr.json"]
     monkeypatch.setattr("sys.argv", ["acktr.py", *given])
-    run("acktr", capsys, tmp_path, monkeypatch)
+    printed = run("acktr", capsys, tmp_path, monkeypatch)
+    assert all(re.search(f"^{name}: median ", printed, re.MULTILINE) for name in names)
     written = json.loads((tmp_path / "acktr.json").read_text())
-    [[*_, (at, last)]] = [found["curve"] for found in written["runs"]]
-    assert (written["task"], written["optimizer"], str(at)) == (task, "acktr", steps)
-    assert last > {"cartpole": 30, "pendulum": -1800}[task]  # a random policy has 20
+    assert [found["optimizer"] for found in written["runs"]] == names
+    for found in written["runs"]:
+        at, last = found["curve"][-1]
+        assert str(at) == steps
+        assert last > {"cartpole": 15, "pendulum": -1800}[task]
+    assert written["runs"][0]["curve"][-1][1] > {"cartpole": 30, "pendulum": -1800}[task]
 
 
 @pytest.mark.filterwarnings("error::kfactk.KfactkWarning")
