@@ -99,7 +99,7 @@ def disagreements(bits: Sequence[Mapping[str, str]]) -> Iterable[str]:
 def _deviations(truth: Outcome, outcomes: Sequence[Outcome]) -> Iterable[tuple[float, str]]:
     for outcome in outcomes:
         for name, tensor in outcome.tensors.items():
-            if name in truth.tensors and (tensor.numel() or truth.tensors[name].numel()):
+            if name in truth.tensors:
                 size = float(truth.tensors[name].abs().max())
                 found = float((tensor - truth.tensors[name]).abs().max()) / (size or 1.0)
                 yield (math.inf if math.isnan(found) else found), name

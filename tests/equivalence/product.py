@@ -140,6 +140,11 @@ def cases() -> tuple[list[Case], list[str]]:
     return accepted, refused
 
 
+def possible(case: Case, placement: Any) -> bool:
+    """Whether a placement takes a recipe: a link wants all layers on every rank."""
+    return "link" not in case.recipe or placement == {"name": "replicated"}
+
+
 def determined(recipe: Recipe) -> bool:
     """Whether the matrices determine the step, kernels having several taps.
 

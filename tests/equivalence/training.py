@@ -178,9 +178,15 @@ def tensors_of(optimizer: Optimizer, module: nn.Module) -> dict[str, Tensor]:
         for name, parameter in module.named_parameters()
     }
     names = {parameter: name for name, parameter in module.named_parameters()}
+    views = optimizer.layers.values()
+    of_examples = {name for view in views for name in view.block.curvature.row_factors}
     for parameter, entries in optimizer.state.items():
         for key, value in entries.items():
-            if key.startswith("kfactk.factor."):
+            factor = key.removeprefix("kfactk.factor.")
+            if factor in of_examples:  # ranks hold the examples in another order
+                rows = value.flatten(1)
+                found[f"{key} of {names[parameter]}, squared"] = rows.mT @ rows
+            elif factor != key:
                 found[f"{key} of {names[parameter]}"] = value.clone()
     for name, view in optimizer.layers.items():
         if not view.decomposition:
