@@ -182,7 +182,7 @@ class Control:
             parameters: Those that are trained.
 
         Raises:
-            CaptureError: It adds to gradients of before, or gives no loss.
+            CaptureError: It adds to gradients of before, or gives no gradient or no loss.
         """
         before = [(each, each.grad) for each in parameters if each.grad is not None]
         filled = _any([gradient for _, gradient in before])
@@ -201,6 +201,11 @@ class Control:
                 "of its loss (micro-batches outside of the closure?), and a controller compares "
                 f"the two. Call optimizer.zero_grad() in it, and run all micro-batches there. "
                 f"{CLOSURE}"
+            )
+        if parameters and not any(each.grad is not None for each in parameters):
+            raise CaptureError(
+                "the closure gave no trained parameter a gradient, so there is no step to take (no "
+                f"loss.backward() in it?). {CLOSURE}"
             )
         self._loss = _number(loss)
         return loss
