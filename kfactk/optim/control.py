@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -21,13 +22,17 @@ from kfactk.capture.linearized import (
 )
 from kfactk.distributed.communicator import Communicator
 from kfactk.distributed.sharding import is_sharded
-from kfactk.errors import CaptureError, CombinationError, PluginError
+from kfactk.errors import CaptureError, CombinationError, KfactkWarning, PluginError
 from kfactk.options import LARGEST, plain
 from kfactk.stages import Controller, QuadraticModel
 from kfactk.validation import attribute_errors, stage_label
 
 WRITTEN = ("lr", "momentum", "damping")
 """Numbers of every group that a controller sets."""
+LOOKS = 10
+"""Evaluations of the loss after a step that must agree before there is a warning."""
+STEEP = 2.0
+"""Loss that is lost for each of the first order's; a convex loss loses at most 1."""
 Groups = Sequence[dict[str, Any]]
 Replaced = Sequence[tuple[nn.Parameter, Tensor]]
 """Parameters, each with the gradient that the update rule is given."""
@@ -101,6 +106,7 @@ class Control:
         self._repeated = 0
         self._loss = math.nan
         self._left: dict[str, float] = {}
+        self._trend = Trend()
 
     @property
     def _names(self) -> tuple[str, ...]:
@@ -390,6 +396,8 @@ class Control:
         losses = self._communicator.total([self._loss, self._again(closure, parameters)])
         before, after = (each / self._communicator.size for each in losses)
         after += decision.decay_change()
+        step = numbers["lr"], numbers["momentum"]
+        self._trend.look(before, after, float(_numbers(decision.model.slopes) @ _numbers(step)))
         with self._errors("adapting its numbers"):
             found = dict(self._controller.adapt(before, after, decision.model, numbers))
             good = found.keys() == self._controller.numbers.keys()
@@ -432,6 +440,57 @@ class Control:
 
     def _errors(self, where: str) -> attribute_errors:
         return attribute_errors("controller", self._controller, where)
+
+
+@attrs.define(eq=False)
+class Trend:
+    """What the losses around steps tell over time; it starts anew in a resumed run.
+
+    Args:
+        first: The highest loss before a step, of the first `LOOKS` evaluations.
+        looks: How many there were.
+        noisy: How many on end, as of now, lowered a loss that was above `first`.
+        steep: How many on end, as of now, lowered the loss `STEEP` times what its gradient says.
+    """
+
+    first: float = -math.inf
+    looks: int = 0
+    noisy: int = 0
+    steep: int = 0
+
+    def look(self, before: float, after: float, linear: float) -> None:
+        """Note the losses before and after a step, and warn where `LOOKS` on end are strange.
+
+        Args:
+            before: The loss before.
+            after: The loss after.
+            linear: The inner product of gradient and step.
+        """
+        self.looks += 1
+        if self.looks <= LOOKS:
+            self.first = max(self.first, before)
+        noisy = self.looks > LOOKS and after < before and before > self.first
+        self.noisy = self.noisy + 1 if noisy else 0
+        steep = linear < 0 and after - before < STEEP * linear
+        self.steep = self.steep + 1 if steep else 0
+        if self.noisy == LOOKS:
+            self._warn(
+                "each step lowered the loss of its own batch, and yet the losses of new batches "
+                f"are above all of the beginning (now {before:.3g}, then at most {self.first:.3g}):"
+                " the steps fit what is peculiar to a batch. Give the controller much larger "
+                "batches, or build the recipe with controller=None"
+            )
+        if self.steep == LOOKS:
+            self._warn(
+                f"the loss fell more than {STEEP:g} times what its gradient says (now by "
+                f"{before - after:.3g}, and the gradient says {-linear:.3g}), so .grad is hardly "
+                "the gradient of the loss that the closure returns, and lambda follows a wrong "
+                "ratio. Clip or scale no gradients in the closure, and return the loss whose "
+                "gradient they are"
+            )
+
+    def _warn(self, text: str) -> None:
+        warnings.warn(f"{text} (in {LOOKS} evaluations on end)", KfactkWarning, stacklevel=9)
 
 
 @attrs.frozen(eq=False)

@@ -641,3 +641,45 @@ def test_two_ranks_are_one_process(placement: str) -> None:
     for mine, theirs in zip(one[0], alone[0], strict=True):
         assert mine == pytest.approx(theirs, rel=1e-7)
     assert one[1] == pytest.approx(alone[1], rel=1e-7, abs=1e-9)
+
+
+# --------------------------------------------------------------------------- what losses tell
+
+
+def test_steps_that_fit_noise_are_told() -> None:
+    torch.manual_seed(0)
+    options = {"name": "quadratic", "model_damping": 0.1, "adapt_every": 1}
+    model = net()
+    optimizer = recipe(controller=options).bind(model)
+    with pytest.warns(KfactkWarning, match="Give the controller much larger batches"):
+        for _ in range(200):
+            x, y = torch.randn(4, 4, dtype=F64), torch.randint(3, (4,))
+            optimizer.step(closure_of(optimizer, model, (x, y)))
+
+
+@pytest.mark.filterwarnings("error::kfactk.KfactkWarning")
+def test_large_batches_of_the_same_noise_tell_nothing() -> None:
+    torch.manual_seed(0)
+    options = {"name": "quadratic", "model_damping": 0.1, "adapt_every": 1}
+    model = net()
+    optimizer = recipe(controller=options).bind(model)
+    for _ in range(100):
+        x, y = torch.randn(2000, 4, dtype=F64), torch.randint(3, (2000,))
+        optimizer.step(closure_of(optimizer, model, (x, y)))
+
+
+def test_gradients_that_are_not_of_the_loss_are_told() -> None:
+    torch.manual_seed(0)
+    model, data = net(), batch(30)
+    optimizer = recipe(controller={"name": "quadratic", "adapt_every": 1}).bind(model)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(data[0]), data[1])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        return loss
+
+    with pytest.warns(KfactkWarning, match="Clip or scale no gradients in the closure"):
+        for _ in range(10):
+            optimizer.step(closure)
