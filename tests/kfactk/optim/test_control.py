@@ -651,10 +651,14 @@ def test_steps_that_fit_noise_are_told() -> None:
     options = {"name": "quadratic", "model_damping": 0.1, "adapt_every": 1}
     model = net()
     optimizer = recipe(controller=options).bind(model)
-    with pytest.warns(KfactkWarning, match="Give the controller much larger batches"):
+
+    def train() -> None:
         for _ in range(200):
             x, y = torch.randn(4, 4, dtype=F64), torch.randint(3, (4,))
             optimizer.step(closure_of(optimizer, model, (x, y)))
+
+    with pytest.warns(KfactkWarning, match="Give the controller much larger batches"):
+        train()
 
 
 @pytest.mark.filterwarnings("error::kfactk.KfactkWarning")
@@ -680,6 +684,9 @@ def test_gradients_that_are_not_of_the_loss_are_told() -> None:
         nn.utils.clip_grad_norm_(model.parameters(), 0.01)
         return loss
 
-    with pytest.warns(KfactkWarning, match="Clip or scale no gradients in the closure"):
+    def train() -> None:
         for _ in range(10):
             optimizer.step(closure)
+
+    with pytest.warns(KfactkWarning, match="Clip or scale no gradients in the closure"):
+        train()
