@@ -147,17 +147,17 @@ class KnownForward:
                     if key in names
                 }
                 called = _Called(self.model, self.again)
-                with sdpa_kernel(SDPBackend.MATH):
+                with _plain_kernels(self.model):
                     output = torch.func.functional_call(called, duals, ())
                 return self._taken_apart(self.locate(output))
         except (NotImplementedError, RuntimeError) as error:
             if not any(word in str(error) for word in UNSUPPORTED):
                 raise
+            said = str(error).partition("\n")[0].rstrip(".")
             raise CaptureError(
                 "the controller needs the derivative of the model's output along a direction "
-                "(forward-mode differentiation), and an operation of the model has none: "
-                f"{str(error).splitlines()[0]} Write it with operations that have one, or leave "
-                "out the controller."
+                f"(forward-mode differentiation), and an operation of the model has none: {said}. "
+                "Write it with operations that have one, or leave out the controller."
             ) from error
 
     def _taken_apart(
@@ -273,6 +273,25 @@ def unpack_dual(dual: Tensor) -> tuple[Tensor, Tensor | None]:
     """Return a tensor, and what it moves by; `None` where it does not."""
     primal, tangent = forward_ad.unpack_dual(dual)  # type: ignore[no-untyped-call]
     return primal, tangent
+
+
+@contextlib.contextmanager
+def _plain_kernels(model: nn.Module) -> Iterator[None]:
+    """Surround a forward: attention and recurrent layers run as operations that have derivatives.
+
+    Other layers keep their kernels where the model has no recurrent one.
+    """
+    recurrent = any(isinstance(each, nn.RNNBase) for each in model.modules())
+    libraries: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.mkldnn) if recurrent else ()
+    before = [library.enabled for library in libraries]
+    try:
+        for library in libraries:
+            library.enabled = False
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        for library, enabled in zip(libraries, before, strict=True):
+            library.enabled = enabled
 
 
 class _Called(nn.Module):

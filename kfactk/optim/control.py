@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -21,13 +22,17 @@ from kfactk.capture.linearized import (
 )
 from kfactk.distributed.communicator import Communicator
 from kfactk.distributed.sharding import is_sharded
-from kfactk.errors import CaptureError, CombinationError, PluginError
+from kfactk.errors import CaptureError, CombinationError, KfactkWarning, PluginError
 from kfactk.options import LARGEST, plain
 from kfactk.stages import Controller, QuadraticModel
 from kfactk.validation import attribute_errors, stage_label
 
 WRITTEN = ("lr", "momentum", "damping")
 """Numbers of every group that a controller sets."""
+LOOKS = 10
+"""Evaluations of the loss after a step that must agree before there is a warning."""
+STEEP = 2.0
+"""Loss that is lost for each of the first order's; a convex loss loses at most 1."""
 Groups = Sequence[dict[str, Any]]
 Replaced = Sequence[tuple[nn.Parameter, Tensor]]
 """Parameters, each with the gradient that the update rule is given."""
@@ -101,6 +106,7 @@ class Control:
         self._repeated, self._other_batch = 0, False
         self._loss = math.nan
         self._left: dict[str, float] = {}
+        self._trend = Trend()
 
     @property
     def _names(self) -> tuple[str, ...]:
@@ -182,7 +188,7 @@ class Control:
             parameters: Those that are trained.
 
         Raises:
-            CaptureError: It adds to gradients of before, or gives no loss.
+            CaptureError: It adds to gradients of before, or gives no gradient or no loss.
         """
         before = [(each, each.grad) for each in parameters if each.grad is not None]
         filled = _any([gradient for _, gradient in before])
@@ -201,6 +207,11 @@ class Control:
                 "of its loss (micro-batches outside of the closure?), and a controller compares "
                 f"the two. Call optimizer.zero_grad() in it, and run all micro-batches there. "
                 f"{CLOSURE}"
+            )
+        if parameters and not any(each.grad is not None for each in parameters):
+            raise CaptureError(
+                "the closure gave no trained parameter a gradient, so there is no step to take (no "
+                f"loss.backward() in it?). {CLOSURE}"
             )
         self._loss = _number(loss)
         return loss
@@ -407,6 +418,8 @@ class Control:
             )
         before, after = (each / self._communicator.size for each in losses)
         after += decision.decay_change()
+        step = numbers["lr"], numbers["momentum"]
+        self._trend.look(before, after, float(_numbers(decision.model.slopes) @ _numbers(step)))
         with self._errors("adapting its numbers"):
             found = dict(self._controller.adapt(before, after, decision.model, numbers))
             good = found.keys() == self._controller.numbers.keys()
@@ -459,6 +472,57 @@ class Control:
 
     def _errors(self, where: str) -> attribute_errors:
         return attribute_errors("controller", self._controller, where)
+
+
+@attrs.define(eq=False)
+class Trend:
+    """What the losses around steps tell over time; it starts anew in a resumed run.
+
+    Args:
+        first: The highest loss before a step, of the first `LOOKS` evaluations.
+        looks: How many there were.
+        noisy: How many on end, as of now, lowered a loss that was above `first`.
+        steep: How many on end, as of now, lowered the loss `STEEP` times what its gradient says.
+    """
+
+    first: float = -math.inf
+    looks: int = 0
+    noisy: int = 0
+    steep: int = 0
+
+    def look(self, before: float, after: float, linear: float) -> None:
+        """Note the losses before and after a step, and warn where `LOOKS` on end are strange.
+
+        Args:
+            before: The loss before.
+            after: The loss after.
+            linear: The inner product of gradient and step.
+        """
+        self.looks += 1
+        if self.looks <= LOOKS:
+            self.first = max(self.first, before)
+        noisy = self.looks > LOOKS and after < before and before > self.first
+        self.noisy = self.noisy + 1 if noisy else 0
+        steep = linear < 0 and after - before < STEEP * linear
+        self.steep = self.steep + 1 if steep else 0
+        if self.noisy == LOOKS:
+            self._warn(
+                "each step lowered the loss of its own batch, and yet the losses of new batches "
+                f"are above all of the beginning (now {before:.3g}, then at most {self.first:.3g}):"
+                " the steps fit what is peculiar to a batch. Give the controller much larger "
+                "batches, or build the recipe with controller=None"
+            )
+        if self.steep == LOOKS:
+            self._warn(
+                f"the loss fell more than {STEEP:g} times what its gradient says (now by "
+                f"{before - after:.3g}, and the gradient says {-linear:.3g}), so .grad is hardly "
+                "the gradient of the loss that the closure returns, and lambda follows a wrong "
+                "ratio. Clip or scale no gradients in the closure, and return the loss whose "
+                "gradient they are"
+            )
+
+    def _warn(self, text: str) -> None:
+        warnings.warn(f"{text} (in {LOOKS} evaluations on end)", KfactkWarning, stacklevel=9)
 
 
 @attrs.frozen(eq=False)

@@ -441,7 +441,56 @@ def test_refuses_a_step_without_closure_and_without_loss() -> None:
     closure = closure_of(optimizer, model, batch())
     with pytest.raises(CaptureError, match="returned NoneType"):
         optimizer.step(lambda: closure() and None)
+
+    def idle() -> Tensor:
+        optimizer.zero_grad()
+        return F.cross_entropy(model(batch()[0]), batch()[1])
+
+    with pytest.raises(CaptureError, match="gave no trained parameter a gradient"):
+        optimizer.step(idle)
     optimizer.step(closure)
+
+
+class Recurrent(nn.Module):
+    """A recurrent layer whose forward has a kernel without derivatives in forward mode."""
+
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.layer, self.head = kind(4, 5, batch_first=True), nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.layer(x)[0][:, -1])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+@pytest.mark.filterwarnings("error")
+def test_recurrent_layers_are_moved_as_their_jacobian_says(kind: type[nn.RNNBase]) -> None:
+    """The first lr, once by a Jacobian, and kernels as they were afterwards."""
+    torch.manual_seed(0)
+    model = Recurrent(kind)
+    x, y = torch.randn(9, 6, 4), torch.arange(9) % 3
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = recipe().bind(model)
+    optimizer.step(closure_of(optimizer, model, (x, y)))
+    assert torch.backends.mkldnn.enabled
+    assert torch.backends.cudnn.enabled
+    group = optimizer.param_groups[0]
+    moves = {n: (p.detach() - before[n]) / group["lr"] for n, p in model.named_parameters()}
+    double = copy.deepcopy(model).double()
+    start = {name: value.double() for name, value in before.items()}
+
+    def at(size: float) -> Tensor:
+        moved = {name: start[name] + size * moves[name].double() for name in start}
+        return torch.func.functional_call(double, moved, (x.double(),)).detach()
+
+    width = 1e-5
+    along = (at(width) - at(-width)) / (2 * width)
+    p = at(0.0).softmax(1)
+    curved = ((p * along**2).sum(1) - (p * along).sum(1) ** 2).mean()
+    labels = F.one_hot(y, 3).double()
+    slope = ((p - labels) * along).sum(1).mean()
+    square = sum(each.double().square().sum() for each in moves.values())
+    assert group["lr"] == pytest.approx(float(-slope / (curved + square)), rel=1e-3)
 
 
 def test_refuses_a_closure_without_forward_or_with_another_batch() -> None:
@@ -629,3 +678,52 @@ def test_a_closure_that_fails_on_one_rank_stops_all(fault: str, says: str) -> No
     assert says in other[0]
     assert "another rank" in one[0]
     assert one[1] == other[1]
+
+
+# --------------------------------------------------------------------------- what losses tell
+
+
+def test_steps_that_fit_noise_are_told() -> None:
+    torch.manual_seed(0)
+    options = {"name": "quadratic", "model_damping": 0.1, "adapt_every": 1}
+    model = net()
+    optimizer = recipe(controller=options).bind(model)
+
+    def train() -> None:
+        for _ in range(200):
+            x, y = torch.randn(4, 4, dtype=F64), torch.randint(3, (4,))
+            optimizer.step(closure_of(optimizer, model, (x, y)))
+
+    with pytest.warns(KfactkWarning, match="Give the controller much larger batches"):
+        train()
+
+
+@pytest.mark.filterwarnings("error::kfactk.KfactkWarning")
+def test_large_batches_of_the_same_noise_tell_nothing() -> None:
+    torch.manual_seed(0)
+    options = {"name": "quadratic", "model_damping": 0.1, "adapt_every": 1}
+    model = net()
+    optimizer = recipe(controller=options).bind(model)
+    for _ in range(100):
+        x, y = torch.randn(2000, 4, dtype=F64), torch.randint(3, (2000,))
+        optimizer.step(closure_of(optimizer, model, (x, y)))
+
+
+def test_gradients_that_are_not_of_the_loss_are_told() -> None:
+    torch.manual_seed(0)
+    model, data = net(), batch(30)
+    optimizer = recipe(controller={"name": "quadratic", "adapt_every": 1}).bind(model)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(data[0]), data[1])
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+        return loss
+
+    def train() -> None:
+        for _ in range(10):
+            optimizer.step(closure)
+
+    with pytest.warns(KfactkWarning, match="Clip or scale no gradients in the closure"):
+        train()
