@@ -24,6 +24,7 @@ VARIANTS: Mapping[tuple[str, str], list[dict[str, Any]]] = {
     ],
     ("basis", "ekfac"): [{}, {"scale": "running"}],
     ("basis", "kfac"): [{}, {"solver": "inverse"}, {"solver": "eigh"}],
+    ("basis", "singd"): [{}, {"structure": "diagonal", "momentum": 0.5}],
     ("basis", "soap"): [{"eps": 0.1, "refresh": "eigh"}],
     ("basis", "shampoo"): [{"eps": 0.01}],
     ("basis", "muon"): [{"precision": "full"}],

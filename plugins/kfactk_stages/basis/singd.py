@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import MappingProxyType
-
 import attrs
 import torch
 from torch import Tensor
@@ -32,7 +30,7 @@ class Singd(Basis):
     damping. The first refresh starts at the exact root, by one Cholesky factorisation a side; later
     ones factor and invert nothing. So it starts as the basis `kfac`, and lags behind it while A and
     G change; while they stand still, the structures that are not diagonal come back to it. With
-    `step=1` and `momentum=0` a refresh is a Newton-Schulz step.
+    `structure="dense"`, `step=1` and `momentum=0` a refresh is a Newton-Schulz step.
 
     Where A and G are sums over the last mini-batch alone (`factor_decay=0`), K itself is the mean
     over time, with `step` as weight, as in the papers. A damping changed by a schedule acts at the
@@ -65,12 +63,13 @@ class Singd(Basis):
         Applications to Deep Learning", arXiv:2302.09738.
         Lin et al. 2024, "Structured Inverse-Free Natural Gradient: Memory-Efficient &
         Numerically-Stable KFAC", arXiv:2312.05705.
+
+    The formulas were compared with the authors' public code, not with the text of the papers.
     """
 
     requires = frozenset({"A", "G"})
     waives = frozenset({"damped-inverse"})
     damped_at = "refresh"
-    forms = MappingProxyType({})
 
     structure: str = attrs.field(
         default="dense", validator=choice("dense", "lower", "upper", "diagonal")

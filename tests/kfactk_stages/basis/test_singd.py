@@ -123,9 +123,7 @@ def by_hand(
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize(("step", "momentum"), [(1.0, 0.0), (0.1, 0.6)])
-def test_fifty_refreshes_are_the_loop_by_hand(
-    structure: str, step: float, momentum: float
-) -> None:
+def test_fifty_refreshes_are_the_loop_by_hand(structure: str, step: float, momentum: float) -> None:
     basis = Singd(structure=structure, step=step, momentum=momentum)
     each = [factors(1, 0.3 * math.sin(0.3 * k) ** 2) for k in range(51)]
     parts = None
