@@ -170,7 +170,8 @@ def _upper_root(matrix: Tensor, shift: Tensor) -> Tensor:
     """Return the upper triangular K with `K K^T = (M + shift I)^-1`."""
     lower = linalg.cholesky(matrix, shift)
     eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
-    return torch.linalg.solve_triangular(lower, eye, upper=False).mT.contiguous()
+    inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
+    return inverse.mT.contiguous()
 
 
 def _projected(slope: Tensor, structure: str) -> Tensor:
