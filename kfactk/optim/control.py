@@ -336,7 +336,7 @@ class Control:
         if faults:
             raise fault or CaptureError(
                 "a forward of another rank could not run again, so a controller knows no quadratic "
-                "model, and all ranks stop. Its own message says what to change."
+                "model, and all ranks stop. Correct what its own message names."
             )
         area = size * size
         fisher, terms = _numbers(sums[:area]).reshape(size, size), sums[area]
@@ -413,8 +413,8 @@ class Control:
         if faults:
             raise fault or CaptureError(
                 "the closure of another rank did something else when it ran again after the step, "
-                "so the losses before and after cannot be compared, and all ranks stop. Its own "
-                "message says what to change."
+                "so the losses before and after cannot be compared, and all ranks stop. Correct "
+                "what its own message names."
             )
         before, after = (each / self._communicator.size for each in losses)
         after += decision.decay_change()

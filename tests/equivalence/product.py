@@ -32,6 +32,7 @@ VARIANTS: Mapping[tuple[str, str], list[dict[str, Any]]] = {
     ("basis", "kfac"): [{}, {"solver": "inverse"}, {"solver": "eigh"}],
     ("curvature", "rnn"): [{}, {"time": "chain"}],
     ("basis", "lgm"): [{}, {"option": 1}],
+    ("basis", "singd"): [{}, {"structure": "diagonal", "momentum": 0.5}],
     ("basis", "soap"): [{"eps": 0.1, "refresh": "eigh"}],
     ("basis", "shampoo"): [{"eps": 0.01}],
     ("basis", "muon"): [{"precision": "full"}],

@@ -1,0 +1,296 @@
+"""Inverse-free K-FAC: the laws of bases, a loop by hand in float64, and the dense inverses."""
+
+from __future__ import annotations
+
+import math
+
+import attrs
+import pytest
+import torch
+from torch import Tensor
+
+import kfactk
+from kfactk import DecompositionError, FactorContext, linalg
+from kfactk.testing import BasisLaws
+from kfactk_stages.basis.kfac import KfacInverse
+from kfactk_stages.basis.singd import Singd
+
+F64 = torch.float64
+STRUCTURES = ("dense", "lower", "upper", "diagonal")
+TAU = 0.05
+SIZES = {"A": 5, "G": 3}
+
+
+class TestSingd(BasisLaws):
+    """As the first refresh leaves it."""
+
+    stage = "singd"
+
+
+class TestSingdLower(BasisLaws):
+    """With lower triangular roots."""
+
+    stage = {"name": "singd", "structure": "lower", "momentum": 0.5}  # noqa: RUF012
+
+
+class TestSingdUpper(BasisLaws):
+    """With upper triangular roots."""
+
+    stage = {"name": "singd", "structure": "upper"}  # noqa: RUF012
+
+
+class TestSingdDiagonal(BasisLaws):
+    """With diagonals."""
+
+    stage = {"name": "singd", "structure": "diagonal"}  # noqa: RUF012
+
+
+def moment(n: int, seed: int) -> Tensor:
+    rows = torch.randn(2 * n, n, generator=torch.Generator().manual_seed(seed), dtype=F64)
+    return rows.mT @ rows / (2 * n)
+
+
+def factors(seed: int, drift: float = 0.0) -> dict[str, Tensor]:
+    """Return factors, moved by `drift` towards others."""
+    return {
+        name: moment(n, seed + n) + drift * moment(n, seed + 50 + n) for name, n in SIZES.items()
+    }
+
+
+def refreshed(
+    basis: Singd | KfacInverse,
+    matrices: dict[str, Tensor],
+    last: dict[str, dict[str, Tensor]] | None = None,
+    tau: float = TAU,
+) -> dict[str, dict[str, Tensor]]:
+    means = {name: linalg.mean_diagonal(matrix) for name, matrix in matrices.items()}
+    return {
+        name: basis.decompose(
+            name, matrix, FactorContext(tau, means, None if last is None else last[name])
+        )
+        for name, matrix in matrices.items()
+    }
+
+
+def solve(
+    basis: Singd | KfacInverse, parts: dict[str, dict[str, Tensor]], tau: float = TAU
+) -> Tensor:
+    """Return P of a gradient."""
+    gradient = torch.randn(3, 5, generator=torch.Generator().manual_seed(9), dtype=F64)
+    return basis.operator(parts, {}, tau, {}).solve(gradient)
+
+
+def damped(matrices: dict[str, Tensor], tau: float = TAU) -> dict[str, Tensor]:
+    """Return `A / pi + sqrt(tau) I` and `pi G + sqrt(tau) I`."""
+    pi = math.sqrt(
+        (matrices["A"].trace() / len(matrices["A"])) / (matrices["G"].trace() / len(matrices["G"]))
+    )
+    return {
+        "A": matrices["A"] / pi + math.sqrt(tau) * torch.eye(5, dtype=F64),
+        "G": matrices["G"] * pi + math.sqrt(tau) * torch.eye(3, dtype=F64),
+    }
+
+
+def by_hand(
+    structure: str, n: int, targets: list[Tensor], step: float, momentum: float
+) -> tuple[Tensor, Tensor]:
+    """Return K and m after a start at the first target, number by number in the projection."""
+    eye = torch.eye(n, dtype=F64)
+    first = targets[0]
+    if structure == "diagonal":
+        root = torch.diag(first.diagonal() ** -0.5)
+    elif structure == "lower":
+        root = torch.linalg.cholesky(torch.linalg.inv(first))
+    else:
+        root = torch.linalg.inv(torch.linalg.cholesky(first)).T
+    m = torch.zeros(n, n, dtype=F64)
+    for target in targets[1:]:
+        if structure == "diagonal":
+            target = torch.diag(target.diagonal())
+        slope = (root.T @ target @ root - eye) / 2
+        for i in range(n):
+            for j in range(n):
+                weight = {
+                    "dense": 1.0,
+                    "lower": 1.0 if i == j else 2.0 * (i > j),
+                    "upper": 1.0 if i == j else 2.0 * (i < j),
+                    "diagonal": float(i == j),
+                }[structure]
+                m[i, j] = momentum * m[i, j] + weight * slope[i, j]
+        root = root @ (eye - step * m)
+    return root, m
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize(("step", "momentum"), [(1.0, 0.0), (0.1, 0.6)])
+def test_fifty_refreshes_are_the_loop_by_hand(structure: str, step: float, momentum: float) -> None:
+    basis = Singd(structure=structure, step=step, momentum=momentum)
+    each = [factors(1, 0.3 * math.sin(0.3 * k) ** 2) for k in range(51)]
+    parts = None
+    for matrices in each:
+        parts = refreshed(basis, matrices, parts)
+    assert parts is not None
+    for name, n in SIZES.items():
+        targets = [damped(matrices)[name] for matrices in each]
+        root, m = by_hand(structure, n, targets, step, momentum)
+        if structure == "diagonal":
+            root, m = root.diagonal(), m.diagonal()
+        torch.testing.assert_close(parts[name]["root"], root, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(parts[name]["m"], m, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES[:3])
+def test_the_fixed_point_is_the_damped_inverse(structure: str) -> None:
+    """From factors ten times as small, past the limit, to `(A + ...)^-1` of the factors."""
+    basis = Singd(structure=structure)
+    matrices = factors(1)
+    parts = refreshed(basis, {name: m / 10 for name, m in factors(2).items()})
+    start = parts["A"]["root"]
+    for _ in range(80):
+        parts = refreshed(basis, matrices, parts)
+    for name, target in damped(matrices).items():
+        root = parts[name]["root"]
+        torch.testing.assert_close(root @ root.mT, torch.linalg.inv(target), rtol=1e-9, atol=1e-9)
+    assert not torch.allclose(start, parts["A"]["root"], rtol=0.1)
+    kfac = KfacInverse()
+    expected = solve(kfac, refreshed(kfac, matrices))
+    torch.testing.assert_close(solve(basis, parts), expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_diagonal_follows_the_diagonals() -> None:
+    basis, matrices = Singd(structure="diagonal", step=1.0), factors(1)
+    parts = refreshed(basis, factors(2))
+    for _ in range(30):
+        parts = refreshed(basis, matrices, parts)
+    for name, target in damped(matrices).items():
+        expected = target.diagonal().reciprocal()
+        torch.testing.assert_close(parts[name]["root"].square(), expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES[:3])
+def test_a_whole_step_is_right_to_first_order(structure: str) -> None:
+    """After factors moved by eps, one step of size 1 leaves an error of eps squared."""
+    basis, errors = Singd(structure=structure, step=1.0), []
+    for eps in (1e-2, 1e-3):
+        matrices = factors(1, eps)
+        parts = refreshed(basis, matrices, refreshed(basis, factors(1)))
+        root, target = parts["A"]["root"], damped(matrices)["A"]
+        errors.append(float((root @ root.mT - torch.linalg.inv(target)).norm()))
+    assert 50 < errors[0] / errors[1] < 200
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_constant_moves_from_one_factor_to_the_other(structure: str) -> None:
+    """K-FAC's damping does not see it, whenever it moves."""
+    basis, kept, moved = Singd(structure=structure, momentum=0.3), None, None
+    for k in range(5):
+        matrices = factors(1, 0.2 * k)
+        kept = refreshed(basis, matrices, kept)
+        c = 10.0**k
+        moved = refreshed(basis, {"A": matrices["A"] * c, "G": matrices["G"] / c}, moved)
+    assert kept is not None
+    assert moved is not None
+    torch.testing.assert_close(solve(basis, moved), solve(basis, kept), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("times", [1e6, 1e-6])
+def test_a_leap_keeps_the_root_definite(structure: str, times: float) -> None:
+    """Factors a million times as large would make `I - step m` indefinite; steps are shortened."""
+    basis = Singd(structure=structure, step=1.0, momentum=0.5)
+    parts = refreshed(basis, factors(1))
+    for _ in range(40):
+        parts = refreshed(basis, {name: m * times for name, m in factors(1).items()}, parts)
+        for name in SIZES:
+            root = parts[name]["root"]
+            root = torch.diag(root) if structure == "diagonal" else root
+            assert float(torch.linalg.eigvalsh(root @ root.mT).min()) > 0
+            if structure != "dense":
+                assert float(root.diagonal().min()) > 0
+
+
+def test_a_shortened_step_has_the_norm_of_the_limit() -> None:
+    basis = Singd(structure="diagonal", step=1.0, limit=0.5)
+    parts = refreshed(basis, factors(1))
+    after = refreshed(basis, {name: 100 * m for name, m in factors(1).items()}, parts)
+    shrunk = after["A"]["root"] / parts["A"]["root"]
+    assert float(shrunk.min()) == pytest.approx(0.5, abs=1e-12)
+
+
+def test_a_damping_acts_at_the_next_refresh() -> None:
+    basis, matrices = Singd(step=1.0), factors(1)
+    parts = refreshed(basis, matrices)
+    assert basis.damped_at == "refresh"
+    assert torch.equal(solve(basis, parts, 1.0), solve(basis, parts))
+    for _ in range(30):
+        parts = refreshed(basis, matrices, parts, tau=1.0)
+    root = parts["G"]["root"]
+    expected = torch.linalg.inv(damped(matrices, 1.0)["G"])
+    torch.testing.assert_close(root @ root.mT, expected, rtol=1e-9, atol=1e-9)
+
+
+def test_a_matrix_that_is_not_finite_is_refused() -> None:
+    basis, matrices = Singd(), factors(1)
+    parts = refreshed(basis, matrices)
+    means = {name: linalg.mean_diagonal(matrix) for name, matrix in matrices.items()}
+    bad = matrices["A"].clone()
+    bad[0, 0] = math.nan
+    with pytest.raises(DecompositionError, match="NaN"):
+        basis.decompose("A", bad, FactorContext(TAU, means, parts["A"]))
+
+
+@pytest.mark.parametrize(
+    "options", [{"structure": "block"}, {"step": 0.0}, {"momentum": 1.0}, {"limit": 1.0}]
+)
+def test_options_that_cannot_work_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(kfactk.OptionError, match=next(iter(options))):
+        kfactk.build(curvature="kfac", basis={"name": "singd", **options}, lr=0.1)
+
+
+@attrs.frozen
+class Run:
+    """A model with its optimizer, on its way."""
+
+    model: torch.nn.Module
+    optimizer: kfactk.Optimizer
+
+    def step(self, k: int, *, spoil: bool = False) -> None:
+        generator = torch.Generator().manual_seed(k)
+        x, y = (torch.randn(8, n, generator=generator, dtype=F64) for n in (4, 2))
+        self.optimizer.zero_grad()
+        loss = torch.nn.functional.mse_loss(self.model(x), y)
+        (loss * math.nan if spoil else loss).backward()
+        self.optimizer.step()
+
+    def weights(self) -> Tensor:
+        return torch.cat([p.detach().flatten() for p in self.model.parameters()])
+
+
+def run(structure: str) -> Run:
+    torch.manual_seed(0)
+    layers = torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 2)
+    model = torch.nn.Sequential(*layers).double()
+    recipe = kfactk.build(
+        curvature="kfac",
+        basis={"name": "singd", "structure": structure, "momentum": 0.5},
+        likelihood="gaussian",
+        fisher="exact",
+        update="sgd",
+        lr=0.05,
+        factor_every=1,
+        basis_every=2,
+    )
+    return Run(model, recipe.bind(model))
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_resumed_run_goes_on_with_its_roots(structure: str) -> None:
+    whole, second = run(structure), run(structure)
+    for k in range(5):
+        whole.step(k)
+    second.model.load_state_dict(whole.model.state_dict())
+    second.optimizer.load_state_dict(whole.optimizer.state_dict())
+    for k in range(5, 10):
+        whole.step(k)
+        second.step(k)
+    assert torch.equal(whole.weights(), second.weights())
