@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import kfactk
 from kfactk import Layer, Optimizer, Statistic, hookimpl
 from kfactk.capture.hooks import ModelHooks
+from kfactk.optim.update_rule import RuleStep
 from kfactk.registry.registry import registry
 from kfactk.testing import PipelineLaws
 from kfactk.testing._support.models import Scale
@@ -172,14 +173,14 @@ class Rough(torch.optim.SGD):
 def test_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     law = "test_gradients_stay_as_they_were"
     assert "step 0 changed a gradient: scale.factor differs" in found(law, update=Rough)
-    take = Optimizer._update
+    run = RuleStep._run
 
-    def keep(self: Optimizer, replaced: Any) -> None:
-        take(self, replaced)
+    def keep(self: RuleStep, replaced: Any) -> None:
+        run(self, replaced)
         for parameter, new in replaced:
             parameter.grad = new
 
-    monkeypatch.setattr(Optimizer, "_update", keep)
+    monkeypatch.setattr(RuleStep, "_run", keep)
     assert "after step 0 the gradient of conv.weight is another tensor" in found(law)
 
 
