@@ -265,8 +265,8 @@ class Refresh:
             found = mean_diagonals(matrices)
             for name, shape in self.placement.shapes(layer).items():
                 groups = groups_of_shape(name, shape)
-                if groups is None:
-                    continue
+                if groups is None or name in block.curvature.row_factors:
+                    continue  # data of single examples may look square
                 size = torch.Size(groups).numel()
                 worker = self.placement.share(layer).inverse_workers[name][0]
                 told = name in found and worker == self.communicator.rank

@@ -95,6 +95,12 @@ def test_chains_over_time_do_what_one_process_does(option: int, placement: str) 
     check(Case({**DEFAULT.recipe, **stages}, taps=2), {"name": placement}, 2)
 
 
+@pytest.mark.parametrize("placement", ["comm_opt", "hybrid"])
+def test_rows_of_square_layers_do_what_one_process_does(placement: str) -> None:
+    rows = {"curvature": {"name": "rows"}, "basis": {"name": "cg"}, "clip": {"name": "none"}}
+    check(Case({**DEFAULT.recipe, **rows}, taps=2), {"name": placement}, 4)
+
+
 def test_where_rounding_chooses_the_eigenvectors_ranks_agree_all_the_same() -> None:
     """SUA with several taps does not determine EKFAC; the ranks still agree bit for bit."""
     assert not determined(SUA.recipe)
