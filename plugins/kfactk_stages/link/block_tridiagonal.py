@@ -151,8 +151,9 @@ class BlockTridiagonal(Link):
         rows: Mapping[str, Tensors],
         places: Mapping[str, Sequence[int]],
     ) -> str | None:
-        """Return where the chain is cut, since numbers of rows differ, and a named order that is
-        not the forward's.
+        """Return where the chain is cut, and whether its named order is not the forward's.
+
+        It is cut where numbers of rows differ.
 
         Raises:
             CaptureError: The layers ran in another order, and the recipe names none.

@@ -294,3 +294,21 @@ def test_a_resumed_run_goes_on_with_its_roots(structure: str) -> None:
         whole.step(k)
         second.step(k)
     assert torch.equal(whole.weights(), second.weights())
+
+
+@pytest.mark.filterwarnings("ignore::kfactk.KfactkWarning")
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_a_bad_batch_leaves_finite_roots_and_the_weights(structure: str) -> None:
+    found = run(structure)
+    for k in range(4):
+        found.step(k)
+    weights = found.weights()
+    found.step(4, spoil=True)
+    views = found.optimizer.layers.values()
+    roots = [part["root"] for view in views for part in view.decomposition.values()]
+    assert torch.equal(found.weights(), weights)
+    assert roots
+    assert all(bool(each.isfinite().all()) for each in roots)
+    found.step(5)
+    assert bool(found.weights().isfinite().all())
+    assert not torch.equal(found.weights(), weights)
