@@ -29,6 +29,10 @@ from benchmarks.settings import BASELINE, NOT_ON_THE_INDEX, Setting, missing
 from benchmarks.tasks import TASKS, Task
 from kfactk.optim.optimizer import Optimizer
 
+BATCHES = 16
+"""Mini-batches that steps take in turn. On one alone gradients soon span few directions, and
+decompositions take other ways than in training."""
+
 
 @attrs.define
 class Run:
@@ -83,7 +87,7 @@ def measure(
     Returns:
         Runs by name, and the FLOP/s of a large matrix product, by precision.
     """
-    examples = task.batch(batch, device)
+    examples = [task.batch(batch, device, number) for number in range(BATCHES)]
     entries = []
     for name, setting in chosen.items():
         model = task.network().to(device)
@@ -100,7 +104,7 @@ def measure(
                 profiles[name] = stack.enter_context(optimizer.profile())
         for step in range(steps + 1):
             for name, model, optimizer in entries:
-                taken = timed_step(task, model, optimizer, examples, precision)
+                taken = timed_step(task, model, optimizer, examples[step % BATCHES], precision)
                 if step:
                     runs[name].seconds.append(taken)
             for product in products:

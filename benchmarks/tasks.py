@@ -88,9 +88,9 @@ class Task:
         torch.manual_seed(0)
         return self.model()
 
-    def batch(self, size: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return inputs and labels of a mini-batch, always the same."""
-        torch.manual_seed(0)
+    def batch(self, size: int, device: torch.device, number: int = 0) -> tuple[Tensor, Tensor]:
+        """Return inputs and labels of a mini-batch, the same for the same number."""
+        torch.manual_seed(number)
         sides, _, kind = self.shape.partition(":")
         shape = (size, *map(int, sides.split("x")))
         if kind:

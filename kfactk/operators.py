@@ -26,6 +26,13 @@ class CurvatureOperator(abc.ABC):
     def solve(self, v: Tensor) -> Tensor:
         """Return `(F + damping I)^-1 v`, of the shape of `v`."""
 
+    def solve_coordinates(self, coordinates: Tensor) -> Tensor:
+        """Return `solve` of the matrix that has these coordinates (`Basis.coordinates`).
+
+        Only operators of bases that have coordinates need it.
+        """
+        raise NotImplementedError
+
     @abc.abstractmethod
     def multiply(self, v: Tensor) -> Tensor:
         """Return `F v`, undamped, of the shape of `v`."""
@@ -85,6 +92,10 @@ class SpectralOperator(CurvatureOperator):
         """Return `U [(U^T v) / (s + damping)^p]`."""
         weights = self._weights().to(v.dtype)
         return self.from_basis(weights * self.to_basis(v))
+
+    def solve_coordinates(self, coordinates: Tensor) -> Tensor:
+        """Return `U [c / (s + damping)^p]`."""
+        return self.from_basis(self._weights().to(coordinates.dtype) * coordinates)
 
     def multiply(self, v: Tensor) -> Tensor:
         """Return `U [(U^T v) * s]`."""

@@ -46,6 +46,8 @@ ALL_CURVATURES = ("conv_kfac", "embedding", "norm", "attention", "rnn", "experts
 
 IN_REPEATED_BLOCKS = ("*[._][0-9]*.*",)
 """Patterns of the modules inside numbered ones: "blocks.0.mlp", "encoder_layer_3.mlp"."""
+ATTENTION_IN_ONE = ("*qkv*.weight", "*in_proj_weight", "*c_attn.weight", "*query_key_value.weight")
+"""Patterns of parameters that hold the projections to queries, keys and values side by side."""
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "thesis": {},
@@ -69,14 +71,14 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "transformer": {
             "curvature": [
                 {
-                    "curvature": "gradient",
-                    "basis": {"name": "muon", "scale": "match_rms"},
+                    "curvature": {"name": "gradient", "squares": ATTENTION_IN_ONE},
+                    "basis": {"name": "muon", "scale": "match_rms", "even": True},
                     "layers": IN_REPEATED_BLOCKS,
                 },
                 {"curvature": {"name": "gradient", "counts": "next"}, "basis": "soap"},
             ],
             "update": "sgd",
-            "first_moment": {"decay": 0.95, "nesterov": True},
+            "first_moment": {"decay": 0.9, "nesterov": True},
             "lr": 0.01,
         },
     }

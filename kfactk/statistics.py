@@ -157,10 +157,15 @@ def means(sums: Mapping[str, ReducedStatistic]) -> dict[str, Tensor | None]:
         [torch.as_tensor(s.count, dtype=torch.float64, device=device) for s in some.values()]
     ).tolist()
     return {
-        name: None if reduced.total is None else reduced.total / count ** (1 / (reduced.rows or 1))
+        name: None if reduced.total is None else _divided(reduced.total, count, reduced.rows)
         for (name, reduced), count in zip(some.items(), counts, strict=True)
         if count > 0
     }
+
+
+def _divided(total: Tensor, count: float, rows: int) -> Tensor:
+    """Return a total over its count; of rows of degree k over the k-th root, 0 for other things."""
+    return total if count == 1 else total / count ** (1 / (rows or 1))
 
 
 def local_means(sums: Mapping[str, Statistic]) -> dict[str, Tensor]:

@@ -427,6 +427,7 @@ class Optimizer(torch.optim.Optimizer):
                 self._rule_step.take(verdict, replaced, decision, closure, self.steps)
         except BaseException:
             self._recorder.discard()
+            pre.undo()
             self._end_step("", removed)
             if self.steps or self._inner.state:
                 self._show_state()

@@ -19,9 +19,10 @@ from kfactk.preconditioner.ahead import Ahead, Parts
 from kfactk.preconditioner.damage import Damage
 from kfactk.preconditioner.first_moment import FirstMoment
 from kfactk.preconditioner.forms import check_forms, precise
+from kfactk.preconditioner.gradient_mean import MEAN, TURNED
 from kfactk.preconditioner.pace_state import LONGEST, PaceState
 from kfactk.preconditioner.plan import BlockPlan
-from kfactk.preconditioner.state import MEAN, PREFIX, BlockState
+from kfactk.preconditioner.state import PREFIX, BlockState
 from kfactk.samples import LayerCall, Samples, Statistic, to_working_dtype
 from kfactk.sides import groups_of_shape, is_diagonal, mean_of, side_of, with_sides
 from kfactk.stages import (
@@ -243,8 +244,14 @@ class Block:
 
     def gradient_moments(self, gradient: Tensor, num_terms: Tensor | float) -> dict[str, Statistic]:
         """Return the moments of a mini-batch mean gradient, as "moment.NAME"."""
+        decomposition = self.state.decomposition
         with attribute_errors("basis", self.basis, self._where):
-            found = self.basis.gradient_moments(self.state.decomposition, gradient, num_terms)
+            coordinates = self.basis.coordinates(decomposition, gradient)
+            if coordinates is None:
+                found = self.basis.gradient_moments(decomposition, gradient, num_terms)
+            else:
+                found = self.basis.coordinate_moments(decomposition, coordinates, num_terms)
+                self.state.turned.measured = gradient, coordinates
         checked = check_statistics("basis", self.basis, self._where, found, required=False)
         return add_prefix("moment", checked)
 
@@ -293,15 +300,16 @@ class Block:
             gradient: `[..., d_out, d_in]`.
             moment: How gradients are averaged.
         """
-        mean = self.state.gradients.setdefault(MEAN, RunningMean())
-        good = torch.isfinite(gradient.sum())
-        if mean.value is not None and mean.weight > 0:
-            gradient = torch.where(good, gradient, mean.value)  # waits for no device
-        elif not bool(good):
-            return gradient
-        mean.update(gradient, moment.decay)
         self._flat = None
-        return moment.of(mean, gradient)
+        state = self.state
+        return state.turned.average(state.gradients, gradient, moment, self._turned)
+
+    def _turned(self, matrix: Tensor) -> Tensor:
+        """Return a matrix in the coordinates that the basis has."""
+        with attribute_errors("basis", self.basis, self._where):
+            found = self.basis.coordinates(self.state.decomposition, matrix)
+        assert found is not None
+        return found
 
     def matrices(
         self, names: frozenset[str] | None = None, factors: Tensors | None = None
@@ -365,6 +373,7 @@ class Block:
             for name, mean in state.moments.items():
                 if name in there:
                     carried[name] = RunningMean(there[name], mean.weight)
+        state.leave_basis()
         state.decomposition = decomposition
         self.invalidate()
         return carried
@@ -428,9 +437,12 @@ class Block:
 
     def solve(self, gradient: Tensor, damping: float | None = None) -> Tensor:
         """Return the preconditioned form of a gradient `[..., d_out, d_in]`."""
-        operator = self.operator(damping)
+        operator, coordinates = self.operator(damping), self.state.turned.coordinates(gradient)
         with attribute_errors("basis", self.basis, self._where):
-            found = operator.solve(gradient)
+            if coordinates is None:
+                found = operator.solve(gradient)
+            else:
+                found = operator.solve_coordinates(coordinates)
             if found.shape != gradient.shape:
                 raise ValueError(
                     f"solve gave the shape {tuple(found.shape)} for {tuple(gradient.shape)}"
@@ -590,6 +602,12 @@ class Block:
             state.decomposition = self.decompose(self.damping, blank)
             found = self.blank_moments(state.decomposition)
             state.moments = {name: _empty(each) for name, each in found.items()}
+            if averages and self.moments_of_gradient:
+                blank_mean = self.matrix({})
+                with attribute_errors("basis", self.basis, self._where):
+                    turned = self.basis.coordinates(state.decomposition, blank_mean)
+                if turned is not None:
+                    state.gradients[TURNED] = RunningMean(turned, 0.0)
         self.invalidate()
 
     def fitted(
@@ -619,7 +637,8 @@ class Block:
         state.factors = {n: mean for n, mean in state.factors.items() if n not in elsewhere}
         if not holds:
             state.decomposition, state.moments = {}, {}
-        self._fit_gradients(state, averages=averages)
+        means = {MEAN, TURNED} if holds else {MEAN}
+        self._fit_gradients(state, means if averages else set())
         state.pace = state.pace.fitted(self.keeps, factor_names)
         if not state.ready and not (state.factors or state.decomposition):
             return state  # the layer had not run yet
@@ -683,9 +702,9 @@ class Block:
             layer = f" of layer {self.name!r}"
             check_forms(self.basis, parts, {}, matrices, (), layer, damage, kind="ahead")
 
-    def _fit_gradients(self, state: BlockState, *, averages: bool) -> None:
-        """Drop a saved mean of gradients that the recipe has no use for; check its shape."""
-        state.gradients = {n: each for n, each in state.gradients.items() if averages and n == MEAN}
+    def _fit_gradients(self, state: BlockState, wanted: set[str]) -> None:
+        """Drop saved means of gradients that are not wanted here; check the shape of others."""
+        state.gradients = {n: each for n, each in state.gradients.items() if n in wanted}
         expected = tuple(self.matrix({}).shape) if state.gradients else ()
         for mean in state.gradients.values():
             if mean.value is not None and tuple(mean.value.shape) != expected:

@@ -44,6 +44,10 @@ class PaceState:
         values = [{n: torch.zeros_like(each) for n, each in factors.items()} for _ in range(keeps)]
         return cls(intervals=[0] * keeps, values=values)
 
+    def copy(self) -> PaceState:
+        """Return one that stays as it is when this one changes."""
+        return PaceState(self.due, self.refreshes, self.intervals, self.values)
+
     def note(self, interval: int, averages: Mapping[str, Tensor | None], keeps: int) -> None:
         """Keep a refresh, in place of the oldest one.
 

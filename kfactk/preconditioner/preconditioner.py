@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -121,6 +122,7 @@ class Preconditioner:
         self._forwards = 0
         self._unseen: list[Block] = []
         self._founded: set[Block] = set()
+        self._before: dict[Block, dict[str, Any]] = {}
         self._later: list[Block] = []
         self._warned: set[str] = set()
 
@@ -408,11 +410,25 @@ class Preconditioner:
         Args:
             gradients: By layer name, as matrices; some curvatures measure these.
         """
+        self._before = {
+            block: block.state.lasting(gradients_alone=not block.of_gradient)
+            for block in self.blocks.current()
+            if block.name in gradients and (block.of_gradient or self.averages)
+        }
         plans = {block: plan for block, plan in self._plan.plans.items() if plan.due}
         if plans:
             self._run_refresh(plans, gradients)
         if beginning := [block for block, plan in self._plan.plans.items() if plan.begins]:
             self._refresh.begin(beginning)
+
+    def undo(self) -> None:
+        """Go back, in a step that failed, to what was before it where gradients alone are measured.
+
+        These are there again when the step is tried again; the samples of a forward are not.
+        """
+        for block, lasting in self._before.items():
+            block.state.undo(lasting)
+            block.invalidate()
 
     def _run_refresh(
         self, plans: Mapping[Block, BlockPlan], gradients: Mapping[str, Tensor]
@@ -598,7 +614,7 @@ class Preconditioner:
         self._num_terms.clear()
         self._forwards = 0
         self._followed, self._arrived = {}, {}
-        self._founded, self._later = set(), []
+        self._founded, self._later, self._before = set(), [], {}
         self._plan, self._planned = EMPTY, None
 
     def skip(self, faults: Mapping[str, int]) -> None:

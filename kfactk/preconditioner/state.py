@@ -13,6 +13,7 @@ from kfactk.distributed.packing import TensorSpec
 from kfactk.errors import StateError
 from kfactk.preconditioner.ahead import Ahead, Parts
 from kfactk.preconditioner.damage import REMEDY, Damage, curvature_fault, number_of
+from kfactk.preconditioner.gradient_mean import TURNED, TurnedGradients
 from kfactk.preconditioner.pace_state import KEY, LONGEST, PaceState
 from kfactk.preconditioner.schedule import NOTHING, DueWork
 from kfactk.samples import Samples, Statistic
@@ -28,8 +29,6 @@ OVERDUE, READY = "overdue", "ready"
 What is overdue is a sum: 1 for factors, 2 for the scale, 4 for the basis, 8 for input factors."""
 PACE = "pace"
 """First word, after the prefix, of the keys of when a block is due."""
-MEAN = "mean"
-"""Name of the running mean of the gradient."""
 PREPARED = "prepared"
 """First word, after the prefix, of the keys of what a link has prepared."""
 MEANS = ("factor", "moment", "gradient", "link")
@@ -50,7 +49,8 @@ class BlockState:
         factors: Running means of the curvature's factors that this rank keeps.
         decomposition: The decomposition of each matrix; empty where other ranks precondition.
         moments: Running means of the basis' moments, on the same ranks.
-        gradients: The running mean of the gradient, "mean", where the recipe has a first moment.
+        gradients: The running mean of the gradient, "mean", where the recipe has a first moment,
+            and "turned", the same in the coordinates of the basis, where it has such.
         links: Running means of what a link measured, of the layers that this block is the first of.
         prepared: What the link has prepared from these and from the layers' matrices.
         ahead: The decomposition that waits to be adopted, where the recipe has a lag.
@@ -65,6 +65,7 @@ class BlockState:
         overdue: What was due when the layer last did not run.
         missed: Whether the layer did not run when it was last due.
         seen: Passes that reached the layer in this step.
+        turned: Gradients of this step in the coordinates of the basis.
         nonfinite: Flags on the device: whether each forward gave sums that are not finite.
     """
 
@@ -85,6 +86,7 @@ class BlockState:
     overdue: DueWork = NOTHING
     missed: bool = False
     seen: int = 0
+    turned: TurnedGradients = attrs.Factory(TurnedGradients)
     nonfinite: list[Tensor] = attrs.Factory(list)
 
     @property
@@ -141,12 +143,43 @@ class BlockState:
 
     def snapshot(self) -> Snapshot:
         """Return the decomposition and its moments, to be restored when a refresh fails."""
-        moments = {name: attrs.evolve(mean) for name, mean in self.moments.items()}
-        return self.ready, self.decomposition, moments
+        return self.ready, self.decomposition, _copies(self.moments)
 
     def restore(self, snapshot: Snapshot) -> None:
         """Restore what `snapshot` returned."""
+        self.leave_basis()
         self.ready, self.decomposition, self.moments = snapshot
+
+    def leave_basis(self) -> None:
+        """Drop what is known of gradients in the coordinates of the basis."""
+        self.gradients.pop(TURNED, None)
+        self.turned.clear()
+
+    def lasting(self, *, gradients_alone: bool) -> dict[str, Any]:
+        """Return what a step changes and can measure again, for `undo`.
+
+        Args:
+            gradients_alone: Whether that is the mean of the gradient only: its curvature is
+                measured on samples.
+        """
+        gradients = {"gradients": _copies(self.gradients)}
+        if gradients_alone:
+            return gradients
+        return gradients | {
+            "factors": _copies(self.factors),
+            "moments": _copies(self.moments),
+            "decomposition": self.decomposition,
+            "pace": self.pace.copy(),
+            "ready": self.ready,
+            "overdue": self.overdue,
+            "missed": self.missed,
+        }
+
+    def undo(self, lasting: Mapping[str, Any]) -> None:
+        """Set what `lasting` returned, or a part of it."""
+        self.turned.clear()
+        for name, value in lasting.items():
+            setattr(self, name, value)
 
     def clear_pending(self) -> None:
         """Drop what the current step has gathered."""
@@ -158,6 +191,7 @@ class BlockState:
             self.nonfinite,
         ):
             gathered.clear()
+        self.turned.clear()
         self.seen = 0
 
     def flat(self, part: str = "") -> dict[str, Tensor]:
@@ -325,6 +359,10 @@ def _number(
 
 def _copied(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.detach().to(device, copy=True, memory_format=torch.contiguous_format)
+
+
+def _copies(means: Mapping[str, RunningMean]) -> dict[str, RunningMean]:
+    return {name: RunningMean(mean.value, mean.weight) for name, mean in means.items()}
 
 
 def _values(means: Mapping[str, RunningMean]) -> dict[str, Tensor]:

@@ -188,6 +188,29 @@ class Basis(abc.ABC):
         """
         return {}
 
+    def coordinates(self, decomposition: Decomposition, v: Tensor) -> Tensor | None:
+        """Return a matrix in the coordinates that `gradient_moments` and `solve` turn it into.
+
+        `None`, the default, for a basis that has no such coordinates. They are linear in the
+        matrix. Where there are some, the framework calls `coordinate_moments` in place of
+        `gradient_moments`, and with a first moment `CurvatureOperator.solve_coordinates` in place
+        of `solve`. Each gradient is then turned once.
+
+        Args:
+            decomposition: What `decompose` made of each matrix.
+            v: `[..., d_out, d_in]`.
+
+        Returns:
+            Coefficients of the shape of `v`.
+        """
+        return None
+
+    def coordinate_moments(
+        self, decomposition: Decomposition, coordinates: Tensor, num_terms: Tensor | float
+    ) -> dict[str, Statistic]:
+        """Return `gradient_moments` of a gradient that is given by its `coordinates`."""
+        raise NotImplementedError
+
     def transport(
         self, moments: Tensors, old: Decomposition, new: Decomposition
     ) -> dict[str, Tensor]:

@@ -111,6 +111,32 @@ class BasisLaws(BasisStateLaws, BasisTraitLaws, InRecipe):
                 expected = getattr(situation.fresh_operator(), method)(gradient)
                 same(found, expected, f"used again, the operator's {method} gives another result")
 
+    @law(situation="any_situations", seed=seeds())
+    def test_coordinates_stand_for_their_matrix(self, situation: Situation, seed: int) -> None:
+        """Where a basis has coordinates, moments and P of these are those of the matrix.
+
+        They are linear in the matrix.
+        """
+        basis, parts, one = situation.basis, situation.decomposition, situation.gradient
+        turned = basis.coordinates(parts, one)
+        if turned is None:
+            return
+        other = situation.another(seed)
+        found, more = (basis.coordinates(parts, each) for each in (one - 2 * other, other))
+        says = "some matrices have coordinates, and others none"
+        assert found is not None, says
+        assert more is not None, says
+        same(found, turned - 2 * more, "coordinates are not linear")
+        before = turned.clone()
+        found = situation.operator.solve_coordinates(turned)
+        same(found, situation.solve(), "solve_coordinates is not solve")
+        assert torch.equal(turned, before), "solve_coordinates changes what it is given"
+        moments = basis.gradient_moments(parts, one, situation.num_terms)
+        again = basis.coordinate_moments(parts, turned, situation.num_terms)
+        assert moments.keys() == again.keys(), "coordinate_moments gives other moments"
+        for name, statistic in moments.items():
+            same(again[name].total, statistic.total, f"coordinate_moments gives another {name!r}")
+
     @law(situation="situations")
     def test_decomposing_again_changes_nothing(self, situation: Situation) -> None:
         """A matrix decomposed from its own decomposition (`context.previous`) gives the same P."""

@@ -97,6 +97,14 @@ class EigenbasisOperator(SpectralOperator):
         outside = inside if left is None else product(left, inside, dtype, _lower(left))
         return product(outside, right.mT, dtype, _lower(right))
 
+    def solve_coordinates(self, coordinates: Tensor) -> Tensor:
+        """Return `U [c / (s + damping)^p]`, each product in the precision of its rotation."""
+        (left, right), dtype = self.rounded, coordinates.dtype
+        found = self.weights * coordinates
+        if left is not None:
+            found = product(left, found, dtype, _lower(left))
+        return found if right is None else product(found, right.mT, dtype, _lower(right))
+
     def _solve_columns(self, v: Tensor) -> Tensor:
         """Return `solve` where each column stays apart: those that are zero cost nothing.
 
@@ -175,6 +183,11 @@ class ChannelOperator(SpectralOperator):
         if self.bias_weights is not None:
             found[..., columns:] = left @ ((left.mT @ v[..., columns:]) * self.bias_weights)
         return found
+
+    def solve_coordinates(self, coordinates: Tensor) -> Tensor:
+        """Return `U [c / (s + damping)^p]`."""
+        weights = self._weights().to(coordinates.dtype)
+        return self.from_basis(weights * coordinates)
 
     def to_basis(self, v: Tensor) -> Tensor:
         """Return `U_G^T v blockdiag(U_C kron U_K, 1)`."""

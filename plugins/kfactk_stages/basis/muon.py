@@ -18,7 +18,7 @@ from kfactk import (
     Tensors,
     hookimpl,
 )
-from kfactk.options import as_tuple, choice, number, refusal, whole
+from kfactk.options import as_tuple, choice, flag, number, refusal, whole
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients of the iteration of Muon's authors: the slope at zero is as large as can be, and
@@ -53,6 +53,9 @@ class Muon(Basis):
         scale: c for a matrix `[d_out, d_in]`. "original": `sqrt(max(1, d_out / d_in))`.
             "spectral": `sqrt(d_out / d_in)`. "match_rms": `0.2 sqrt(max(d_out, d_in))`, the size of
             Adam's updates. "none": 1.
+        even: Whether all rows of a tall matrix, and all columns of a wide one, get the same length,
+            and U W^T keeps its norm. Otherwise they have any length up to 1: a unit whose gradient
+            is small in all directions hardly moves.
         eps: Least norm that is divided by.
 
     Raises:
@@ -69,6 +72,10 @@ class Muon(Basis):
         kellerjordan.github.io/posts/muon.
         Liu et al. 2025, "Muon is Scalable for LLM Training", arXiv:2502.16982, for "match_rms".
         Bernstein 2025, "Deriving Muon", for "spectral".
+        Li et al. 2025, "NorMuon: Making Muon more efficient and scalable", arXiv:2510.05491, which
+        divides rows by a running mean of their size. "Muon+: Towards Better Muon via One Additional
+        Normalization Step", 2026, arXiv:2602.21545, which divides by the size now, as `even`. Of
+        both we have read the abstracts.
     """
 
     requires = frozenset()
@@ -82,6 +89,7 @@ class Muon(Basis):
     scale: str = attrs.field(
         default="original", validator=choice("original", "spectral", "match_rms", "none")
     )
+    even: bool = attrs.field(default=False, validator=flag)
     eps: float = attrs.field(default=1e-7, validator=number(0, low_open=True))
 
     def unsupported(self, shape: tuple[int, ...]) -> str | None:
@@ -120,7 +128,8 @@ class MuonOperator(CurvatureOperator):
             left, values, right = torch.linalg.svd(v, full_matrices=False)
             least = values.amax(-1, keepdim=True) * torch.finfo(v.dtype).eps * max(v.shape[-2:])
             found = (left * (values > least).to(v.dtype).unsqueeze(-2)) @ right
-        return found.to(v.dtype) * _scale(basis.scale, *v.shape[-2:])
+        found = found.to(v.dtype) * _scale(basis.scale, *v.shape[-2:])
+        return evened(found, basis.eps) if basis.even else found
 
     def multiply(self, v: Tensor) -> Tensor:
         """Refuse: there is no F.
@@ -151,6 +160,21 @@ def newton_schulz(v: Tensor, basis: Muon) -> Tensor:
         gram = x @ x.mT
         x = _added(x, _added(gram, gram, gram, b, c), x, a, 1.0)
     return x.mT if tall else x
+
+
+def evened(matrix: Tensor, eps: float) -> Tensor:
+    """Return a matrix of equally long rows, or columns where it is wide, with the norm it had.
+
+    Of a square matrix nothing changes.
+    """
+    rows, columns = matrix.shape[-2:]
+    if rows == columns:
+        return matrix
+    across = -1 if rows > columns else -2
+    lengths = torch.linalg.vector_norm(matrix, dim=across, keepdim=True)
+    common = lengths.square().mean((-2, -1), keepdim=True).sqrt()
+    evener: Tensor = common / lengths.clamp(min=eps)
+    return matrix * evener
 
 
 def _added(matrix: Tensor, left: Tensor, right: Tensor, share: float, factor: float) -> Tensor:

@@ -125,7 +125,18 @@ class Soap(Basis):
     ) -> dict[str, Statistic]:
         """Return `{"square": (U_L^T V U_R)^2}` of the gradient V as it is."""
         rotated = project(gradient, *_vectors(decomposition))
-        return {"square": Statistic(_pooled(rotated.square(), decomposition), 1.0)}
+        return self.coordinate_moments(decomposition, rotated, num_terms)
+
+    def coordinates(self, decomposition: Decomposition, v: Tensor) -> Tensor | None:
+        """Return U_L^T V U_R; `None` where both sides keep their coordinates."""
+        left, right = _vectors(decomposition)
+        return None if left is None and right is None else project(v, left, right)
+
+    def coordinate_moments(
+        self, decomposition: Decomposition, coordinates: Tensor, num_terms: Tensor | float
+    ) -> dict[str, Statistic]:
+        """Return `gradient_moments` of a gradient that is turned already."""
+        return {"square": Statistic(_pooled(coordinates.square(), decomposition), 1.0)}
 
     def transport(
         self, moments: Tensors, old: Decomposition, new: Decomposition

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import math
 from collections.abc import Mapping
 from functools import partial
@@ -13,9 +14,14 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from kfactk import CombinationError, GradientCurvature, Layer, Statistic, Tensors, hookimpl
-from kfactk.options import choice, flag, whole
+from kfactk.options import as_tuple, choice, flag, refusal, whole
 from kfactk_stages.curvature._coverage import PRECISIONS
 from kfactk_stages.curvature._on_demand import OnDemand
+
+
+def _patterns(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if not isinstance(value, tuple) or not all(isinstance(each, str) and each for each in value):
+        raise refusal(instance, attribute, value, "patterns of names of parameters, in a list")
 
 
 @attrs.frozen(kw_only=True)
@@ -36,6 +42,10 @@ class Gradient(GradientCurvature):
         dims: "merge": a tensor of three or more dimensions is one matrix, as above. "batch": its
             last two dimensions are matrices, each a group with L and R of its own, as for stacked
             experts `[experts, in, out]`.
+        squares: Shell-style patterns of the names of parameters, such as "*.qkv.weight", that hold
+            several square matrices side by side, as those of attention's queries, keys and values.
+            Each is a group with L and R of its own. A parameter whose longer side is no multiple of
+            the shorter one stays whole, and so does one of another number of dimensions than two.
         vectors: Whether to take parameters of fewer than two dimensions. Otherwise they go to the
             update rule.
         max_side: Largest side of L and R. A larger side has a diagonal, and its coordinates are
@@ -65,6 +75,7 @@ class Gradient(GradientCurvature):
     default_basis: ClassVar[str | Mapping[str, Any] | None] = "soap"
 
     dims: str = attrs.field(default="merge", validator=choice("merge", "batch"))
+    squares: tuple[str, ...] = attrs.field(default=(), converter=as_tuple, validator=_patterns)
     vectors: bool = attrs.field(default=True, validator=flag)
     max_side: int | None = attrs.field(default=8192, validator=whole(1, optional=True))
     counts: str = attrs.field(default="now", validator=choice("now", "next"))
@@ -102,6 +113,8 @@ class Gradient(GradientCurvature):
         tensor = tensors[layer.parameters[0]]
         if tensor.ndim < 2:
             return tensor.reshape(-1, 1)
+        if self._side_by_side(layer):
+            return _squares(tensor)
         if tensor.ndim > 2 and self.dims == "merge":
             return tensor.flatten(1)
         return tensor.flatten(0, -3) if tensor.ndim > 3 else tensor
@@ -109,7 +122,18 @@ class Gradient(GradientCurvature):
     def tensors(self, layer: Layer, matrix: Tensor) -> dict[str, Tensor]:
         """Return the inverse of `matrix`."""
         name = layer.parameters[0]
-        return {name: matrix.reshape(layer.tensors()[name].shape)}
+        shape = layer.tensors()[name].shape
+        if self._side_by_side(layer) and shape[0] < shape[1]:
+            return {name: matrix.movedim(0, 1).reshape(shape)}
+        return {name: matrix.reshape(shape)}
+
+    def _side_by_side(self, layer: Layer) -> bool:
+        """Return whether the parameter holds several square matrices, by its name and shape."""
+        name = layer.parameters[0]
+        shape, full = layer.tensors()[name].shape, f"{layer.path}.{name}"
+        if len(shape) != 2 or not 1 < min(shape) < max(shape) or max(shape) % min(shape):
+            return False
+        return any(fnmatch.fnmatchcase(full, pattern) for pattern in self.squares)
 
     def factors_of_gradient(self, layer: Layer, gradient: Tensor) -> dict[str, Statistic]:
         """Return L and R, square: `[..., d_out, d_out]` and `[..., d_in, d_in]`, or columns."""
@@ -154,6 +178,14 @@ class Gradient(GradientCurvature):
                 f"take a diagonal there, exclude=[{layer.path!r}], or raise max_side."
             )
         return _over_root_of_trace(moment)
+
+
+def _squares(tensor: Tensor) -> Tensor:
+    """Return the square matrices of `[n k, n]` or `[n, n k]`, `[k, n, n]`."""
+    n = min(tensor.shape)
+    if tensor.shape[0] > n:
+        return tensor.reshape(-1, n, n)
+    return tensor.reshape(n, -1, n).movedim(1, 0)
 
 
 def _over_root_of_trace(moment: Tensor) -> Tensor:

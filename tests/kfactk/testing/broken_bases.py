@@ -21,6 +21,7 @@ from kfactk import (
 )
 from kfactk_stages.basis.ekfac import Ekfac
 from kfactk_stages.basis.kfac import KfacInverse
+from kfactk_stages.basis.soap import Soap
 from kfactk_stages.curvature.kfac import Kfac
 
 Parts = dict[str, Tensor]
@@ -438,3 +439,32 @@ class Claiming(DiagonalInverse):
     """Claims what is said of A and G."""
 
     laws = frozenset({"rotation-equivariant", "null-space-independent", "closer-than-kfac"})
+
+
+class Unturned(Soap):
+    """Takes the matrix itself for its coordinates."""
+
+    def coordinates(self, decomposition: Decomposition, v: Tensor) -> Tensor | None:
+        return v
+
+
+class Displaced(Soap):
+    """Has coordinates that are not zero for zero."""
+
+    def coordinates(self, decomposition: Decomposition, v: Tensor) -> Tensor | None:
+        return v + 1
+
+
+class Miscounting(Soap):
+    """Measures the coordinates otherwise than the gradient."""
+
+    def coordinate_moments(
+        self, decomposition: Decomposition, coordinates: Tensor, num_terms: Tensor | float
+    ) -> dict[str, Statistic]:
+        return {"square": Statistic(coordinates.abs(), 1.0)}
+
+    def gradient_moments(
+        self, decomposition: Decomposition, gradient: Tensor, num_terms: Tensor | float
+    ) -> dict[str, Statistic]:
+        turned = self.coordinates(decomposition, gradient)
+        return {"square": Statistic(gradient if turned is None else turned.square(), 1.0)}

@@ -63,6 +63,24 @@ def test_the_scale_depends_on_the_shape(scale: str, tall: float, wide: float) ->
         torch.testing.assert_close(solved(v, steps=0, scale=scale), factor * orthogonal(v))
 
 
+@pytest.mark.parametrize("shape", [(6, 3), (3, 6), (2, 6, 3)])
+def test_even_lines_have_one_length_and_the_norm_stays(shape: tuple[int, ...]) -> None:
+    v = torch.randn(shape, dtype=F64)
+    exact = orthogonal(v)
+    found = solved(v, steps=0, scale="none", even=True)
+    across = -1 if shape[-2] > shape[-1] else -2
+    lengths = exact.square().sum(across, keepdim=True).sqrt()
+    assert float(lengths.max() - lengths.min()) > 0.01
+    torch.testing.assert_close(found, exact / lengths * (3 / 6) ** 0.5)
+    torch.testing.assert_close(found.square().sum((-2, -1)), exact.square().sum((-2, -1)))
+    torch.testing.assert_close(solved(v.mT, steps=0, scale="none", even=True), found.mT)
+
+
+def test_lines_of_a_square_matrix_are_even_already() -> None:
+    v = torch.randn(4, 4, dtype=F64)
+    torch.testing.assert_close(solved(v, steps=0, scale="none", even=True), orthogonal(v))
+
+
 @pytest.mark.parametrize("steps", [0, 5])
 def test_nothing_stays_nothing_and_rank_is_kept(steps: int) -> None:
     assert not solved(torch.zeros(3, 2), steps=steps).any()
@@ -92,6 +110,7 @@ def test_vectors_are_not_its_business(shape: tuple[int, ...]) -> None:
         {"precision": "float16"},
         {"scale": "rms"},
         {"eps": 0.0},
+        {"even": 1},
     ],
 )
 def test_options_are_checked(option: dict[str, Any]) -> None:

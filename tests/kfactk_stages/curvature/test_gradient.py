@@ -51,6 +51,27 @@ def test_stacked_matrices_have_moments_of_their_own(shape):
         torch.testing.assert_close(found["R"][k], each.T @ each)
 
 
+@pytest.mark.parametrize("dim", [0, 1])
+def test_squares_side_by_side_have_moments_of_their_own(dim):
+    of, parts = layer(*((9, 3) if dim == 0 else (3, 9))), torch.randn(3, 3, 3, dtype=F64).unbind()
+    curvature, gradient = Gradient(squares=["*.weight"]), torch.cat(parts, dim)
+    found = moments(curvature, of, {"weight": gradient})
+    for k, each in enumerate(parts):
+        torch.testing.assert_close(found["L"][k], each @ each.T)
+        torch.testing.assert_close(found["R"][k], each.T @ each)
+    again = curvature.tensors(of, curvature.matrix(of, {"weight": gradient}))
+    assert torch.equal(again["weight"], gradient)
+
+
+@pytest.mark.parametrize(
+    ("shape", "name"), [((8, 3), "*"), ((9, 3), "*.qkv.weight"), ((3, 3), "*"), ((3, 1), "*")]
+)
+def test_no_squares_are_seen_where_there_are_none(shape, name):
+    of = layer(*shape)
+    curvature = Gradient(squares=[name])
+    assert curvature.matrix(of, of.tensors()).shape == shape
+
+
 @pytest.mark.parametrize("shape", [(), (5,)])
 def test_vectors_have_a_diagonal_for_their_rows(shape):
     of, gradient = layer(*shape), torch.randn(shape, dtype=F64)
@@ -136,7 +157,15 @@ def test_what_has_no_dense_real_gradient_is_refused(module, reason):
 
 
 @pytest.mark.parametrize(
-    "option", [{"dims": "blocked"}, {"vectors": 1}, {"max_side": 0}, {"counts": "later"}]
+    "option",
+    [
+        {"dims": "blocked"},
+        {"vectors": 1},
+        {"max_side": 0},
+        {"counts": "later"},
+        {"squares": "*"},
+        {"squares": [""]},
+    ],
 )
 def test_options_are_checked(option):
     with pytest.raises(OptionError, match=f"{next(iter(option))}="):
