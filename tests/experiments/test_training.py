@@ -173,8 +173,8 @@ def test_losses_of_text_are_means_over_tokens():
     right = (logits.argmax(-1) == dataset.test.labels).double().mean().item()
     assert epoch.test_accuracy == pytest.approx(100 * right)
     assert epoch.train_loss == pytest.approx(math.log(256), rel=0.02)
-    short = trained(study, study.algorithms["short"], dataset)
-    assert short.history[-1].train_loss < epoch.train_loss
+    ours = trained(study, study.algorithms["transformer"], dataset)
+    assert ours.history[-1].train_loss < epoch.train_loss
 
 
 @pytest.mark.parametrize("algorithm", ["adamw", "ekfac"])
