@@ -26,6 +26,8 @@ from experiments.models import gpt, resnet50
 from kfactk.recipe import PRESETS
 
 TOKENS, LENGTH = 256, 128
+OWN_PERIODS = {"factor_every": None, "scale_every": None, "basis_every": None}
+"""Those that statistics of gradients have by default, in place of the thesis'."""
 OF_TOKENS = {
     "curvature": "all",
     "likelihood": {"name": "categorical", "class_axis": -1},
@@ -56,7 +58,7 @@ TRANSFORMER_RECIPES: dict[str, dict[str, Any]] = {
         "basis_every": 10,
         "lr": 0.003,
     },
-    "the preset transformer": {**PRESETS["transformer"]},
+    "the preset transformer": {**OWN_PERIODS, **PRESETS["transformer"]},
 }
 """Settings of kfactk for transformers, besides `OF_TOKENS` and the periods."""
 

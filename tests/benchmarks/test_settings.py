@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import kfactk
 from benchmarks import settings, tasks
 from benchmarks.tasks import Task
 from kfactk.optim.optimizer import Optimizer
@@ -51,3 +52,10 @@ def test_kernels_are_shown_to_muon_as_matrices():
         direct.step()
     torch.testing.assert_close(kernel.flatten(1), weight)
     assert not torch.equal(model[1].weight, norm)
+
+
+def test_the_preset_is_raced_as_it_is():
+    raced = tasks.transformer(64).settings("preset")["the preset transformer"].recipe().to_dict()
+    unread = ("likelihood",)  # no block of it reads one
+    for name, value in kfactk.preset("transformer").to_dict().items():
+        assert name in unread or raced[name] == value, name
