@@ -72,14 +72,14 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
             "curvature": [
                 {
                     "curvature": {"name": "gradient", "squares": ATTENTION_IN_ONE},
-                    "basis": {"name": "muon", "scale": "match_rms", "even": True},
+                    "basis": {"name": "muon", "scale": "match_rms", "factor": 4.0, "even": True},
                     "layers": IN_REPEATED_BLOCKS,
                 },
-                {"curvature": {"name": "gradient", "counts": "next"}, "basis": "soap"},
+                {"curvature": {"name": "gradient", "max_side": 1}, "basis": "soap"},
             ],
             "update": "sgd",
             "first_moment": {"decay": 0.9, "nesterov": True},
-            "lr": 0.01,
+            "lr": 0.0025,
         },
     }
 )
@@ -534,8 +534,9 @@ def preset(name: str, **changes: Any) -> Recipe:
             f"Use one of: {', '.join(PRESETS)}."
         )
     made = build(**{**PRESETS[name], **changes})
-    if default_damping(made.update) != USUAL_DAMPING:
-        own = {"lr", "damping"} - changes.keys()  # the preset's are for rules like Adam
+    usual = build(**PRESETS[name]).update
+    if default_damping(made.update) != default_damping(usual):
+        own = {"lr", "damping"} - changes.keys()  # the preset's are for rules like its own
         kept = {field: value for field, value in PRESETS[name].items() if field not in own}
         made = build(**{**kept, **changes})
     return made

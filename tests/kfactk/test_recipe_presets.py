@@ -19,6 +19,21 @@ def test_the_thesis_preset_is_the_default() -> None:
 
 
 @pytest.mark.parametrize("name", PRESETS)
+def test_presets_have_the_numbers_that_they_name(name: str) -> None:
+    made = kfactk.preset(name)
+    for field in {"lr", "damping"} & PRESETS[name].keys():
+        assert getattr(made, field) == PRESETS[name][field], field
+    assert kfactk.preset(name, update=made.to_dict()["update"]) == made
+
+
+def test_another_kind_of_rule_gets_numbers_of_its_own() -> None:
+    usual = kfactk.build(update="momentum")
+    made = kfactk.preset("short", update="momentum")
+    assert (made.lr, made.damping) == (usual.lr, usual.damping)
+    assert kfactk.preset("short", update="momentum", lr=0.7).lr == 0.7
+
+
+@pytest.mark.parametrize("name", PRESETS)
 def test_presets_train(name: str) -> None:
     torch.manual_seed(0)
     repeated = nn.Sequential(nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU()))

@@ -53,6 +53,7 @@ class Muon(Basis):
         scale: c for a matrix `[d_out, d_in]`. "original": `sqrt(max(1, d_out / d_in))`.
             "spectral": `sqrt(d_out / d_in)`. "match_rms": `0.2 sqrt(max(d_out, d_in))`, the size of
             Adam's updates. "none": 1.
+        factor: A further factor of c: how far these blocks move, relative to others with their lr.
         even: Whether all rows of a tall matrix, and all columns of a wide one, get the same length,
             and U W^T keeps its norm. Otherwise they have any length up to 1: a unit whose gradient
             is small in all directions hardly moves.
@@ -89,6 +90,7 @@ class Muon(Basis):
     scale: str = attrs.field(
         default="original", validator=choice("original", "spectral", "match_rms", "none")
     )
+    factor: float = attrs.field(default=1.0, validator=number(0, low_open=True))
     even: bool = attrs.field(default=False, validator=flag)
     eps: float = attrs.field(default=1e-7, validator=number(0, low_open=True))
 
@@ -128,7 +130,7 @@ class MuonOperator(CurvatureOperator):
             left, values, right = torch.linalg.svd(v, full_matrices=False)
             least = values.amax(-1, keepdim=True) * torch.finfo(v.dtype).eps * max(v.shape[-2:])
             found = (left * (values > least).to(v.dtype).unsqueeze(-2)) @ right
-        found = found.to(v.dtype) * _scale(basis.scale, *v.shape[-2:])
+        found = found.to(v.dtype) * (basis.factor * _scale(basis.scale, *v.shape[-2:]))
         return evened(found, basis.eps) if basis.even else found
 
     def multiply(self, v: Tensor) -> Tensor:

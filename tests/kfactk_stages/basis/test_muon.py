@@ -76,6 +76,11 @@ def test_even_lines_have_one_length_and_the_norm_stays(shape: tuple[int, ...]) -
     torch.testing.assert_close(solved(v.mT, steps=0, scale="none", even=True), found.mT)
 
 
+def test_the_factor_multiplies() -> None:
+    v = torch.randn(4, 3, dtype=F64)
+    torch.testing.assert_close(solved(v, steps=0, factor=2.5), 2.5 * solved(v, steps=0))
+
+
 def test_lines_of_a_square_matrix_are_even_already() -> None:
     v = torch.randn(4, 4, dtype=F64)
     torch.testing.assert_close(solved(v, steps=0, scale="none", even=True), orthogonal(v))
@@ -111,6 +116,7 @@ def test_vectors_are_not_its_business(shape: tuple[int, ...]) -> None:
         {"scale": "rms"},
         {"eps": 0.0},
         {"even": 1},
+        {"factor": 0.0},
     ],
 )
 def test_options_are_checked(option: dict[str, Any]) -> None:
