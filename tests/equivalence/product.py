@@ -32,7 +32,11 @@ VARIANTS: Mapping[tuple[str, str], list[dict[str, Any]]] = {
     ("basis", "kfac"): [{}, {"solver": "inverse"}, {"solver": "eigh"}],
     ("curvature", "rnn"): [{}, {"time": "chain"}],
     ("basis", "lgm"): [{}, {"option": 1}],
-    ("basis", "singd"): [{}, {"structure": "diagonal", "momentum": 0.5}],
+    ("basis", "singd"): [
+        {},
+        {"structure": "diagonal", "momentum": 0.5},
+        {"variant": "ingd", "structure": "blocks", "block": 3},
+    ],
     ("basis", "soap"): [{"eps": 0.1, "refresh": "eigh"}],
     ("basis", "shampoo"): [{"eps": 0.01}],
     ("basis", "muon"): [{"precision": "full"}],
@@ -92,7 +96,10 @@ class Anyhow:
                 name: some[0 if work.indivisible else number]
                 for number, name in enumerate(sorted(work.matrices))
             }
-            shares[work.layer] = Share(inverse_workers, some[-1])
+            gradient_workers = some[-1]
+            if work.coupled:  # the sides need each other's last decompositions
+                gradient_workers = tuple(sorted({*some[0], *gradient_workers}))
+            shares[work.layer] = Share(inverse_workers, gradient_workers)
         return Assignment("anyhow", shares)
 
 
