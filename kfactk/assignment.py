@@ -46,8 +46,8 @@ class Work:
             alike: no sums travel.
         beside: Shapes of further matrices that decompositions read, by name. They are averaged
             where the layer's matrices are, and are not decomposed.
-        coupled: Whether sides need each other's last decompositions. Its inverse workers must then
-            be among its gradient workers, which keep these.
+        follows: Whether decompositions go on from the last ones. Its inverse workers must then be
+            among its gradient workers, which keep these.
     """
 
     layer: str
@@ -56,7 +56,7 @@ class Work:
     indivisible: bool = False
     of_gradient: bool = False
     beside: Mapping[str, tuple[int, ...]] = attrs.field(factory=dict)
-    coupled: bool = False
+    follows: bool = False
 
     def flops(self, name: str) -> float:
         """Return the order of FLOPs to decompose a matrix: n^3 if it is square, else its size."""
@@ -191,11 +191,11 @@ class Assignment:
                 "statistics, or read each other"
             )
         inverse = set().union(*share.inverse_workers.values())
-        if work.coupled and not inverse <= set(share.gradient_workers):
+        if work.follows and not inverse <= set(share.gradient_workers):
             return (
                 f"decomposes the matrices of {layer} on the ranks {tuple(sorted(inverse))} and "
-                f"keeps the results on {share.gradient_workers}, but its sides need each other's "
-                "last ones: the ranks that decompose it must be among those that precondition it"
+                f"keeps the results on {share.gradient_workers}, but they go on from the last "
+                "ones: the ranks that decompose it must be among those that precondition it"
             )
         return ""
 

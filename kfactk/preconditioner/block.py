@@ -562,7 +562,7 @@ class Block:
             indivisible=not apart or bool(self.basis.beside),
             of_gradient=self.of_gradient,
             beside=beside,
-            coupled=self.basis.coupled,
+            follows=self.basis.follows,
         )
 
     def _alone(self, name: str, factor: Tensor, shape: tuple[int, ...]) -> bool:

@@ -73,13 +73,17 @@ class Basis(abc.ABC):
         `FactorContext.beside` has them. Those outside `requires` are averaged and kept, but nobody
         decomposes them by themselves. Those of `requires` make the sides of a layer need each
         other: `FactorContext.previous_beside` has their last decompositions. The ranks that
-        decompose such a layer decompose all its matrices, and precondition its gradient.
+        decompose such a layer decompose all its matrices.
         """
         return {}
 
     @property
-    def coupled(self) -> bool:
-        """Whether sides need each other's last decompositions. Do not replace it."""
+    def follows(self) -> bool:
+        """Whether decompositions must go on from the last ones; by default where sides do so.
+
+        The ranks that decompose a layer are then among those that keep the results, since they
+        precondition its gradient. Otherwise `FactorContext.previous` may be `None` on some ranks.
+        """
         return any(self.requires.intersection(names) for names in self.beside.values())
 
     @property

@@ -41,8 +41,8 @@ def works(draw: st.DrawFn, layer: str) -> Work:
             [kronecker, kronecker, channels, {"square": gradient}, {"A": kronecker["A"]}, {}]
         )
     )
-    indivisible, coupled = draw(st.sampled_from([(False, False), (True, False), (True, True)]))
-    return Work(layer, matrices, gradient, indivisible=indivisible, coupled=coupled)
+    flags = {name: draw(st.booleans()) for name in ("indivisible", "follows")}
+    return Work(layer, matrices, gradient, **flags)
 
 
 @st.composite
@@ -130,17 +130,17 @@ class PlacementLaws(Laws):
             )
 
     @law(workload="workloads", ranks=st.integers(2, MAX_RANKS))
-    def test_sides_that_need_each_other_find_their_last_decompositions(
+    def test_what_goes_on_from_the_last_decompositions_finds_them(
         self, workload: Workload, ranks: int
     ) -> None:
-        """Of coupled work, all inverse workers are gradient workers, which keep decompositions."""
+        """Inverse workers of such work are gradient workers too, which keep decompositions."""
         shares = self._answer(workload, ranks).shares
         for work in workload.works:
             share = shares[work.layer]
             elsewhere = {
                 rank for group in share.inverse_workers.values() for rank in group
             }.difference(share.gradient_workers)
-            assert not (work.coupled and elsewhere), (
+            assert not (work.follows and elsewhere), (
                 f"the ranks {sorted(elsewhere)} decompose {work.layer} from its last "
                 "decompositions, and do not keep these"
             )

@@ -97,8 +97,9 @@ class Anyhow:
                 for number, name in enumerate(sorted(work.matrices))
             }
             gradient_workers = some[-1]
-            if work.coupled:  # the sides need each other's last decompositions
-                gradient_workers = tuple(sorted({*some[0], *gradient_workers}))
+            if work.follows:  # decompositions go on from the last ones
+                each = itertools.chain(gradient_workers, *inverse_workers.values())
+                gradient_workers = tuple(sorted(set(each)))
             shares[work.layer] = Share(inverse_workers, gradient_workers)
         return Assignment("anyhow", shares)
 

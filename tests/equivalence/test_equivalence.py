@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import attrs
 import pytest
@@ -93,6 +94,15 @@ def test_chains_over_time_do_what_one_process_does(option: int, placement: str) 
         "basis": {"name": "lgm", "option": option},
     }
     check(Case({**DEFAULT.recipe, **stages}, taps=2), {"name": placement}, 2)
+
+
+@pytest.mark.parametrize("placement", [{"name": "mem_opt"}, {"name": "comm_opt"}, Anyhow(1)])
+@pytest.mark.parametrize("variant", ["ikfac", "ingd"])
+def test_roots_that_follow_do_what_one_process_does(variant: str, placement: Any) -> None:
+    """The second refresh goes on from the first one, wherever the work lies."""
+    basis = {"name": "singd", "variant": variant}
+    stages = {"curvature": {"name": "conv_kfac"}, "basis": basis, "clip": {"name": "none"}}
+    check(Case({**DEFAULT.recipe, **stages}, taps=2), placement, 2)
 
 
 @pytest.mark.parametrize("placement", ["comm_opt", "hybrid"])

@@ -51,8 +51,7 @@ class Singd(Basis):
 
     Where A and G are sums over the last mini-batch alone (`factor_decay=0`), K itself is the mean
     over time, with `step` as weight, as in the papers. A damping changed by a schedule acts at the
-    next refresh, step by step too. Where a rank has no last root of a side, as one that a side was
-    moved to, it starts anew; with "ingd" both sides have the same ranks, which keep them.
+    next refresh, step by step too. A layer whose roots are lost starts anew.
 
     Args:
         variant: "ikfac" or "ingd".
@@ -90,6 +89,7 @@ class Singd(Basis):
     requires = frozenset({"A", "G"})
     waives = frozenset({"damped-inverse"})
     damped_at = "refresh"
+    follows = True
 
     structure: str = attrs.field(default="dense", validator=choice(*_roots.STRUCTURES))
     step: float = attrs.field(default=0.5, validator=number(0, 1, low_open=True))

@@ -302,7 +302,7 @@ def test_sides_see_each_other_and_their_last_decompositions() -> None:
         "G": [7.0, 5.0, 3.0, 2.0],
     }
     work = block.work()
-    assert (work.indivisible, work.coupled, dict(work.beside)) == (True, True, {})
+    assert (work.indivisible, work.follows, dict(work.beside)) == (True, True, {})
 
 
 @attrs.frozen(kw_only=True)
