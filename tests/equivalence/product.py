@@ -39,6 +39,7 @@ VARIANTS: Mapping[tuple[str, str], list[dict[str, Any]]] = {
     ],
     ("basis", "soap"): [{"eps": 0.1, "refresh": "eigh"}],
     ("basis", "shampoo"): [{"eps": 0.01}],
+    ("basis", "kl"): [{"eps": 0.01}],
     ("basis", "muon"): [{"precision": "full"}],
     ("basis", "newton_muon"): [{"precision": "full"}, {"precision": "full", "power": 0.5}],
     ("fisher", "mc"): [{"samples": 2}],

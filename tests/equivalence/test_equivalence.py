@@ -97,11 +97,14 @@ def test_chains_over_time_do_what_one_process_does(option: int, placement: str) 
 
 
 @pytest.mark.parametrize("placement", [{"name": "mem_opt"}, {"name": "comm_opt"}, Anyhow(1)])
-@pytest.mark.parametrize("variant", ["ikfac", "ingd"])
-def test_roots_that_follow_do_what_one_process_does(variant: str, placement: Any) -> None:
+@pytest.mark.parametrize("basis", ["ikfac", "ingd", "kl"])
+def test_what_follows_the_last_refresh_does_what_one_process_does(
+    basis: str, placement: Any
+) -> None:
     """The second refresh goes on from the first one, wherever the work lies."""
-    basis = {"name": "singd", "variant": variant}
-    stages = {"curvature": {"name": "conv_kfac"}, "basis": basis, "clip": {"name": "none"}}
+    curvature = {"name": "gradient" if basis == "kl" else "conv_kfac"}
+    made = {"name": "kl", "eps": 0.01} if basis == "kl" else {"name": "singd", "variant": basis}
+    stages = {"curvature": curvature, "basis": made, "clip": {"name": "none"}}
     check(Case({**DEFAULT.recipe, **stages}, taps=2), placement, 2)
 
 
