@@ -46,6 +46,8 @@ class Work:
             alike: no sums travel.
         beside: Shapes of further matrices that decompositions read, by name. They are averaged
             where the layer's matrices are, and are not decomposed.
+        follows: Whether decompositions go on from the last ones. Its inverse workers must then be
+            among its gradient workers, which keep these.
     """
 
     layer: str
@@ -54,6 +56,7 @@ class Work:
     indivisible: bool = False
     of_gradient: bool = False
     beside: Mapping[str, tuple[int, ...]] = attrs.field(factory=dict)
+    follows: bool = False
 
     def flops(self, name: str) -> float:
         """Return the order of FLOPs to decompose a matrix: n^3 if it is square, else its size."""
@@ -185,7 +188,14 @@ class Assignment:
         if work.indivisible and len(set(share.inverse_workers.values())) > 1:
             return (
                 f"put the matrices of {layer} on different ranks, but they are made of the same "
-                "statistics"
+                "statistics, or read each other"
+            )
+        inverse = set().union(*share.inverse_workers.values())
+        if work.follows and not inverse <= set(share.gradient_workers):
+            return (
+                f"decomposes the matrices of {layer} on the ranks {tuple(sorted(inverse))} and "
+                f"keeps the results on {share.gradient_workers}, but they go on from the last "
+                "ones: the ranks that decompose it must be among those that precondition it"
             )
         return ""
 

@@ -249,7 +249,7 @@ def _layer_cost(block: Block, work: Work, calls: Sequence[LayerCall]) -> LayerCo
     with Meter() as meter:
         parts = decompose_corners(block, shapes)
     solver = meter.solver()
-    block.state.decomposition = parts
+    block.state.decomposition, block.state.ready = parts, True  # a basis may weigh by it
     gradient = torch.empty(work.gradient, device="meta")
     factors = scale = NOTHING
     moments: dict[str, Statistic] = {}

@@ -228,10 +228,18 @@ class Block:
         return add_prefix("factor", checked)
 
     def factors_of_gradient(self, gradient: Tensor) -> dict[str, Statistic]:
-        """Return the factors of a mini-batch gradient `[..., d_out, d_in]`, as "factor.NAME"."""
+        """Return the factors of a mini-batch gradient `[..., d_out, d_in]`, as "factor.NAME".
+
+        The basis may weigh the gradient by the last decomposition, for each factor apart.
+        """
         assert isinstance(self.curvature, GradientCurvature)
+        last = self.state.decomposition if self.state.ready else {}
+        with attribute_errors("basis", self.basis, self._where):
+            weighed = self.basis.weighed(last, gradient)
+            if strange := sorted(weighed.keys() - self.requires):
+                raise ValueError(f"weighs a gradient for {strange[0]!r}, which it does not require")
         with attribute_errors("curvature", self.curvature, self._where):
-            found = self.curvature.factors_of_gradient(self.layer, gradient)
+            found = self.curvature.weighed_factors(self.layer, gradient, weighed)
         checked = check_statistics("curvature", self.curvature, self._where, found, required=True)
         return add_prefix("factor", checked)
 
@@ -352,8 +360,10 @@ class Block:
         made: Parts = {}
         with attribute_errors("basis", self.basis, self._where):
             for name in sorted(matrices.keys() & self.requires):
-                beside = {each: matrices[each] for each in self.basis.beside.get(name, ())}
-                context = FactorContext(damping, diagonals, last.get(name), beside)
+                names = self.basis.beside.get(name, ())
+                beside = {each: matrices[each] for each in names}
+                others = {each: last[each] for each in names if each in last}
+                context = FactorContext(damping, diagonals, last.get(name), beside, others)
                 parts = self.basis.decompose(name, matrices[name], context)
                 made[name] = {part: tensor.contiguous() for part, tensor in parts.items()}
         return made
@@ -561,9 +571,10 @@ class Block:
             self.name,
             shapes,
             tuple(self.matrix({}).shape),
-            indivisible=not apart or bool(beside),
+            indivisible=not apart or bool(self.basis.beside),
             of_gradient=self.of_gradient,
             beside=beside,
+            follows=self.basis.follows,
         )
 
     def _alone(self, name: str, factor: Tensor, shape: tuple[int, ...]) -> bool:

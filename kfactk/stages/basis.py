@@ -38,12 +38,15 @@ class FactorContext:
             of A and G also where a diagonal or blocks stand for it.
         previous: The matrix's decomposition at the last refresh, where it is on this rank.
         beside: The matrices that `Basis.beside` names for this one.
+        previous_beside: Of those that are decomposed too, their decompositions at the last refresh,
+            by name.
     """
 
     damping: float
     mean_diagonal: Tensors
     previous: Tensors | None = None
     beside: Tensors = MappingProxyType({})
+    previous_beside: Decomposition = MappingProxyType({})
 
 
 class Basis(abc.ABC):
@@ -65,12 +68,23 @@ class Basis(abc.ABC):
 
     @property
     def beside(self) -> Mapping[str, tuple[str, ...]]:
-        """For a matrix of `requires`, further ones that its decomposition reads; by default none.
+        """For a matrix of `requires`, other ones that its decomposition reads; by default none.
 
-        `FactorContext.beside` has them. They are averaged and kept, but nobody decomposes them by
-        themselves. The ranks that decompose such a layer decompose all its matrices.
+        `FactorContext.beside` has them. Those outside `requires` are averaged and kept, but nobody
+        decomposes them by themselves. Those of `requires` make the sides of a layer need each
+        other: `FactorContext.previous_beside` has their last decompositions. The ranks that
+        decompose such a layer decompose all its matrices.
         """
         return {}
+
+    @property
+    def follows(self) -> bool:
+        """Whether decompositions must go on from the last ones; by default where sides do so.
+
+        The ranks that decompose a layer are then among those that keep the results, since they
+        precondition its gradient. Otherwise `FactorContext.previous` may be `None` on some ranks.
+        """
+        return any(self.requires.intersection(names) for names in self.beside.values())
 
     @property
     def reads(self) -> frozenset[str]:
@@ -210,6 +224,22 @@ class Basis(abc.ABC):
     ) -> dict[str, Statistic]:
         """Return `gradient_moments` of a gradient that is given by its `coordinates`."""
         raise NotImplementedError
+
+    def weighed(self, decomposition: Decomposition, gradient: Tensor) -> Tensors:
+        """Return what statistics of the mini-batch gradient are taken of; by default it, as it is.
+
+        For curvatures of gradients alone. It lets the statistic of one side be weighed by what the
+        other side was decomposed into. A basis with it names those sides in `beside`.
+
+        Args:
+            decomposition: What `decompose` made of each matrix at the last refresh; empty before.
+            gradient: `[..., d_out, d_in]`.
+
+        Returns:
+            By the name of a statistic, which is that of a matrix of `requires`, what takes the
+            place of the gradient there, of its shape.
+        """
+        return {}
 
     def transport(
         self, moments: Tensors, old: Decomposition, new: Decomposition

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -186,13 +186,35 @@ class GradientCurvature(Curvature):
         return False
 
     @abc.abstractmethod
-    def factors_of_gradient(self, layer: Layer, gradient: Tensor) -> dict[str, Statistic]:
-        """Return sums and counts of all factors.
+    def factors_of_gradient(
+        self, layer: Layer, gradient: Tensor, names: Collection[str] | None = None
+    ) -> dict[str, Statistic]:
+        """Return sums and counts of the factors.
 
         Args:
             layer: The layer.
             gradient: `[..., d_out, d_in]`, as `matrix` joins it.
+            names: Those that are wanted; `None` for all.
         """
+
+    def weighed_factors(
+        self, layer: Layer, gradient: Tensor, weighed: Tensors
+    ) -> dict[str, Statistic]:
+        """Return all factors, some of what a basis weighed. Do not replace it in a subclass.
+
+        Args:
+            layer: The layer.
+            gradient: `[..., d_out, d_in]`.
+            weighed: What takes its place, by the name of the factor (`Basis.weighed`).
+        """
+        if not weighed:
+            return self.factors_of_gradient(layer, gradient)
+        found = dict[str, Statistic]()
+        if rest := self.provides - weighed.keys():
+            found |= self.factors_of_gradient(layer, gradient, rest)
+        for name, each in weighed.items():
+            found |= self.factors_of_gradient(layer, each, (name,))
+        return found
 
     def same_call(self, module: nn.Module, other: nn.Module) -> bool:
         """Return True: however modules use their parameters, the gradient is that of all uses."""

@@ -41,7 +41,8 @@ def works(draw: st.DrawFn, layer: str) -> Work:
             [kronecker, kronecker, channels, {"square": gradient}, {"A": kronecker["A"]}, {}]
         )
     )
-    return Work(layer, matrices, gradient, indivisible=draw(st.booleans()))
+    flags = {name: draw(st.booleans()) for name in ("indivisible", "follows")}
+    return Work(layer, matrices, gradient, **flags)
 
 
 @st.composite
@@ -126,6 +127,22 @@ class PlacementLaws(Laws):
             groups = set(shares[work.layer].inverse_workers.values())
             assert not work.indivisible or len(groups) <= 1, (
                 f"the matrices of {work.layer}, made of common statistics, are on {sorted(groups)}"
+            )
+
+    @law(workload="workloads", ranks=st.integers(2, MAX_RANKS))
+    def test_what_goes_on_from_the_last_decompositions_finds_them(
+        self, workload: Workload, ranks: int
+    ) -> None:
+        """Inverse workers of such work are gradient workers too, which keep decompositions."""
+        shares = self._answer(workload, ranks).shares
+        for work in workload.works:
+            share = shares[work.layer]
+            elsewhere = {
+                rank for group in share.inverse_workers.values() for rank in group
+            }.difference(share.gradient_workers)
+            assert not (work.follows and elsewhere), (
+                f"the ranks {sorted(elsewhere)} decompose {work.layer} from its last "
+                "decompositions, and do not keep these"
             )
 
     @law(workload="workloads", ranks=st.integers(1, MAX_RANKS), others="several")

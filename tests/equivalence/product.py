@@ -32,9 +32,14 @@ VARIANTS: Mapping[tuple[str, str], list[dict[str, Any]]] = {
     ("basis", "kfac"): [{}, {"solver": "inverse"}, {"solver": "eigh"}],
     ("curvature", "rnn"): [{}, {"time": "chain"}],
     ("basis", "lgm"): [{}, {"option": 1}],
-    ("basis", "singd"): [{}, {"structure": "diagonal", "momentum": 0.5}],
+    ("basis", "singd"): [
+        {},
+        {"structure": "diagonal", "momentum": 0.5},
+        {"variant": "ingd", "structure": "blocks", "block": 3},
+    ],
     ("basis", "soap"): [{"eps": 0.1, "refresh": "eigh"}],
     ("basis", "shampoo"): [{"eps": 0.01}],
+    ("basis", "kl"): [{"eps": 0.01}],
     ("basis", "muon"): [{"precision": "full"}],
     ("basis", "newton_muon"): [{"precision": "full"}, {"precision": "full", "power": 0.5}],
     ("fisher", "mc"): [{"samples": 2}],
@@ -92,7 +97,11 @@ class Anyhow:
                 name: some[0 if work.indivisible else number]
                 for number, name in enumerate(sorted(work.matrices))
             }
-            shares[work.layer] = Share(inverse_workers, some[-1])
+            gradient_workers = some[-1]
+            if work.follows:  # decompositions go on from the last ones
+                each = itertools.chain(gradient_workers, *inverse_workers.values())
+                gradient_workers = tuple(sorted(set(each)))
+            shares[work.layer] = Share(inverse_workers, gradient_workers)
         return Assignment("anyhow", shares)
 
 

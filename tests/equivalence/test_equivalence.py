@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import attrs
 import pytest
@@ -93,6 +94,18 @@ def test_chains_over_time_do_what_one_process_does(option: int, placement: str) 
         "basis": {"name": "lgm", "option": option},
     }
     check(Case({**DEFAULT.recipe, **stages}, taps=2), {"name": placement}, 2)
+
+
+@pytest.mark.parametrize("placement", [{"name": "mem_opt"}, {"name": "comm_opt"}, Anyhow(1)])
+@pytest.mark.parametrize("basis", ["ikfac", "ingd", "kl"])
+def test_what_follows_the_last_refresh_does_what_one_process_does(
+    basis: str, placement: Any
+) -> None:
+    """The second refresh goes on from the first one, wherever the work lies."""
+    curvature = {"name": "gradient" if basis == "kl" else "conv_kfac"}
+    made = {"name": "kl", "eps": 0.01} if basis == "kl" else {"name": "singd", "variant": basis}
+    stages = {"curvature": curvature, "basis": made, "clip": {"name": "none"}}
+    check(Case({**DEFAULT.recipe, **stages}, taps=2), placement, 2)
 
 
 @pytest.mark.parametrize("placement", ["comm_opt", "hybrid"])

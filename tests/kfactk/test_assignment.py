@@ -198,6 +198,13 @@ def test_check_refuses_a_divided_indivisible_layer() -> None:
     Assignment("mine", {"fc2": Share({"A": (1,), "G": (1,)}, (0, 1))}).check(workload, 2)
 
 
+def test_check_refuses_to_decompose_apart_from_what_is_gone_on_from() -> None:
+    workload = Workload((attrs.evolve(FC2, follows=True),))
+    with pytest.raises(PluginError, match=r"ranks \(1,\) and keeps the results on \(0,\)"):
+        Assignment("mine", {"fc2": Share({"A": (1,), "G": (1,)}, (0,))}).check(workload, 2)
+    Assignment("mine", {"fc2": Share({"A": (1,), "G": (1,)}, (0, 1))}).check(workload, 2)
+
+
 @given(shapes=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 40)), min_size=1, max_size=8))
 def test_layers_near_output_are_the_fewest_with_nine_tenths_of_the_cost(
     shapes: list[tuple[int, int]],

@@ -162,7 +162,7 @@ class BasisStateLaws(BasisFrame):
     def test_nothing_it_is_given_is_modified(self, situation: Situation, seed: int) -> None:
         """No method changes a tensor it is given: matrices, samples, state, gradients."""
         basis, parts = situation.basis, situation.decomposition
-        contexts = {n: attrs.evolve(situation.context(n), previous=parts[n]) for n in parts}
+        contexts = {n: situation.next_context(n) for n in parts}
         moments, other = situation.moments, self.on_other_numbers(situation, seed)
         operator = situation.operator
         given = {f"matrix {n}": t for n, t in situation.matrices.items()}

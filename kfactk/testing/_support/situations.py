@@ -82,7 +82,7 @@ class Situation:
         num_terms = examples if num_terms is None else num_terms
         mean = gradient_of(curvature, case) / num_terms
         if curvature.statistics_from == "gradient":
-            samples, sums = _of_gradients(curvature, case, num_terms)
+            samples, sums = _of_gradients(basis, curvature, case, num_terms)
         else:
             calls = [LayerCall(x, g) for x, g in case.calls]
             samples = curvature.samples(layer, calls, num_terms=num_terms, first=True)
@@ -99,7 +99,8 @@ class Situation:
         curvature, layer = self.curvature, self.case.layer
         nothing, samples = 0 * self.mean_gradient, self.samples
         if curvature.statistics_from == "gradient":
-            sums = curvature.factors_of_gradient(layer, nothing)
+            weighed = self.basis.weighed({}, nothing)
+            sums = curvature.weighed_factors(layer, nothing, weighed)
         else:
             calls = [curvature.blank(layer)]
             samples = curvature.samples(layer, calls, num_terms=1.0, first=True)
@@ -146,6 +147,15 @@ class Situation:
         """Return what the framework tells about the other matrices when it decomposes one."""
         beside = {each: self.matrices[each] for each in self.basis.beside.get(name, ())}
         return FactorContext(self.damping, mean_diagonals(self.matrices), beside=beside)
+
+    def next_context(self, name: str) -> FactorContext:
+        """Return what it tells at the refresh that follows this one."""
+        parts, names = self.decomposition, self.basis.beside.get(name, ())
+        return attrs.evolve(
+            self.context(name),
+            previous=parts[name],
+            previous_beside={each: parts[each] for each in names if each in parts},
+        )
 
     @property
     def per_example(self) -> Tensor:
@@ -215,7 +225,7 @@ def gradient_of(curvature: Any, case: Case) -> Tensor:
 
 
 def _of_gradients(
-    curvature: Any, case: Case, num_terms: float
+    basis: Any, curvature: Any, case: Case, num_terms: float
 ) -> tuple[Samples, dict[str, Statistic]]:
     """Return what a curvature of gradients makes of examples: each is the gradient of one step.
 
@@ -224,7 +234,8 @@ def _of_gradients(
     each = [gradient_of(curvature, case.rows([n])) for n in range(len(case.gradient))]
     sums: dict[str, Statistic] = {}
     for gradient in each:
-        add_sums(sums, curvature.factors_of_gradient(case.layer, gradient))
+        weighed = basis.weighed({}, gradient)
+        add_sums(sums, curvature.weighed_factors(case.layer, gradient, weighed))
     rows = torch.stack(each, -3)
     eye = torch.eye(rows.shape[-2], dtype=rows.dtype)
     outputs = eye.expand(*rows.shape[:-1], rows.shape[-2])

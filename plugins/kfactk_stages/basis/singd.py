@@ -1,6 +1,9 @@
-"""The basis of inverse-free K-FAC: roots of the damped inverses that follow the factors."""
+"""The basis of SINGD: roots of the damped inverses, which follow the factors by products."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import attrs
 import torch
@@ -11,12 +14,17 @@ from kfactk import (
     CurvatureOperator,
     Decomposition,
     FactorContext,
+    OptionError,
     Tensors,
     hookimpl,
     linalg,
 )
-from kfactk.options import choice, number
+from kfactk.options import choice, number, whole
+from kfactk_stages.basis import _roots
 from kfactk_stages.basis.kfac import KfacOperator
+
+OTHER = MappingProxyType({"A": "G", "G": "A"})
+"""For each side the other one."""
 
 
 @attrs.frozen
@@ -24,30 +32,41 @@ class Singd(Basis):
     """Roots K and C of the inverses, which each refresh improves by matrix products alone.
 
         P V = C C^T  V  K K^T
-        S = (K^T (A / pi + sqrt(tau) I) K - I) / 2,    m <- momentum m + S,    K <- K (I - step m)
+        S = (K^T (w A + s I) K - I) / 2,    m <- momentum m + S,    K <- K (I - step m)
 
-    C follows `pi G + sqrt(tau) I` likewise. This is the variant IKFAC, with K-FAC's factored
-    damping. The first refresh starts at the exact root, by one Cholesky factorisation a side; later
-    ones factor and invert nothing. So it starts as the basis `kfac`, and lags behind it while A and
-    G change; while they stand still, the structures that are not diagonal come back to it. With
-    `structure="dense"`, `step=1` and `momentum=0` a refresh is a Newton-Schulz step.
+    C follows G likewise. With `variant="ikfac"` each side follows its own factor, under K-FAC's
+    factored damping: `w = 1 / pi` and `s = sqrt(tau)` for A, and pi for G. With `variant="ingd"`
+    each side needs the other:
+
+        w = tr(C^T G C) / d_out,    s = tau tr(C^T C) / d_out
+
+    and for C the same traces of K and A. So the damping is that of the whole block: where both
+    sides stand still, `C C^T kron K K^T` is the Kronecker product that comes closest to
+    `(A kron G + tau I)^-1` in the Kullback-Leibler divergence of normal distributions.
+
+    The first refresh starts at the exact root of K-FAC's damped factors, by one Cholesky
+    factorisation a side; later ones factor and invert nothing. So it starts as the basis `kfac`,
+    and lags behind while A and G change. With `structure="dense"`, `step=1`, `momentum=0` and
+    "ikfac" a refresh is a Newton-Schulz step.
 
     Where A and G are sums over the last mini-batch alone (`factor_decay=0`), K itself is the mean
     over time, with `step` as weight, as in the papers. A damping changed by a schedule acts at the
-    next refresh, step by step too. Where a rank has no last root of a side, as one that a side was
-    moved to, it starts anew.
+    next refresh, step by step too. A layer whose roots are lost starts anew.
 
     Args:
+        variant: "ikfac" or "ingd".
         structure: Form of K and C, which they keep. "dense"; "lower" or "upper": triangular, where
-            m is the triangle of S with the numbers off the diagonal doubled; "diagonal": n numbers
-            a side, which follow the diagonals of A and G.
+            m is the triangle of S with the numbers off the diagonal doubled; "blocks": blocks along
+            the diagonal; "diagonal": n numbers a side. The last two follow the blocks and the
+            diagonals of A and G.
+        block: Side of a block.
         step: Step size, in (0, 1].
         momentum: Decay of m, in [0, 1).
-        limit: Largest norm of `step m`, in (0, 1). A longer step is shortened to it, and K stays
+        limit: Largest norm of `step m`, in (0, 1). A longer m is shortened to it, and K stays
             invertible: as where a factor grew by much since the last refresh.
 
     Raises:
-        OptionError: An option has a value that cannot work.
+        OptionError: An option has a value that cannot work, or the roots would swing for ever.
 
     Example:
         >>> basis, tau = Singd(step=1.0), 0.04
@@ -70,71 +89,87 @@ class Singd(Basis):
     requires = frozenset({"A", "G"})
     waives = frozenset({"damped-inverse"})
     damped_at = "refresh"
+    follows = True
 
-    structure: str = attrs.field(
-        default="dense", validator=choice("dense", "lower", "upper", "diagonal")
-    )
+    structure: str = attrs.field(default="dense", validator=choice(*_roots.STRUCTURES))
     step: float = attrs.field(default=0.5, validator=number(0, 1, low_open=True))
     momentum: float = attrs.field(default=0.0, validator=number(0, 1, high_open=True))
     limit: float = attrs.field(default=0.9, validator=number(0, 1, low_open=True, high_open=True))
+    variant: str = attrs.field(default="ikfac", validator=choice("ikfac", "ingd"))
+    block: int = attrs.field(default=32, validator=whole(1))
+
+    def __attrs_post_init__(self) -> None:
+        if self.variant == "ingd" and self.step >= 1 + self.momentum:
+            raise OptionError(
+                f"Singd: with variant='ingd' both sides correct the scale that they share, so that "
+                f"step={self.step:g} swings from one side of it to the other and never ends. Use "
+                "step=0.5."
+            )
+
+    @property
+    def beside(self) -> Mapping[str, tuple[str, ...]]:
+        """With "ingd", for each side the other one."""
+        if self.variant == "ikfac":
+            return {}
+        return {name: (other,) for name, other in OTHER.items()}
 
     @property
     def laws(self) -> frozenset[str]:
-        """Diagonals depend on the coordinates in a null space."""
+        """Diagonals and blocks depend on the coordinates in a null space."""
         exact = frozenset({"exact-when-kronecker"})
-        return exact if self.structure == "diagonal" else exact | {"null-space-independent"}
+        cut = self.structure in ("diagonal", "blocks")
+        return exact if cut else exact | {"null-space-independent"}
 
     def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> dict[str, Tensor]:
-        """Return the root and m, `[..., n, n]`; of a diagonal structure `[..., n]`.
+        """Return the root and m, each stored as `_roots` says.
+
+        That is `[..., n, n]`; `[..., n]` of a diagonal, `[..., count, size, size]` of blocks.
 
         Raises:
-            DecompositionError: The matrix holds NaN or inf, or the first one cannot be factored, or
+            DecompositionError: A matrix holds NaN or inf, or the first one cannot be factored, or
                 the root is no longer finite.
         """
-        linalg.check_finite(matrix)
-        balance, least = linalg.balanced_sides(
-            context.mean_diagonal["A"], context.mean_diagonal["G"]
-        )[name]
-        shift = least.clamp(min=context.damping**0.5)
-        target = matrix * balance[..., None, None]
-        if self.structure == "diagonal":
-            target = target.diagonal(dim1=-2, dim2=-1).clamp(min=0) + shift[..., None]
-        last = context.previous
-        if last is None or last["root"].shape != target.shape:
-            root = self._start(target, shift)
+        for each in (matrix, *context.beside.values()):
+            linalg.check_finite(each)
+        n, form = matrix.shape[-1], self.structure
+        seen = _roots.stored(matrix, form, self.block)
+        last, other = context.previous, context.previous_beside.get(OTHER[name])
+        alone = self.variant == "ikfac"
+        if last is None or last["root"].shape != seen.shape or not (alone or other):
+            weight, shift = self._factored(name, context)
+            root = _roots.start(_times(weight, seen, matrix), shift, form, n)
             return {"root": root, "m": torch.zeros_like(root)}
-        if self.structure != "diagonal":
-            target = linalg.add_diagonal(linalg.symmetrise(target), shift)
-        root, m = self._followed(target, last["root"].to(matrix), last["m"].to(matrix))
+        if alone or other is None:
+            weight, shift = self._factored(name, context)
+        else:
+            weight, shift = self._joint(name, other["root"].to(matrix), context)
+        root = last["root"].to(matrix)
+        slope = _roots.slope(root, _times(weight, seen, matrix), shift, form, n)
+        m = self.momentum * last["m"].to(matrix) + slope
+        m = _roots.shortened(m, self.limit / self.step, form)
+        root = _roots.moved(root, m, self.step, form)
         linalg.check_finite(root)
         return {"root": root, "m": m}
 
-    def _start(self, target: Tensor, shift: Tensor) -> Tensor:
-        """Return K with `K K^T = (M + shift I)^-1`, in its structure."""
-        if self.structure == "diagonal":
-            return target.rsqrt()
-        if self.structure == "lower":
-            return _upper_root(target.flip(-1, -2), shift).flip(-1, -2)
-        return _upper_root(target, shift)
+    def _factored(self, name: str, context: FactorContext) -> tuple[Tensor, Tensor]:
+        """Return w and s of K-FAC's factored damping, `[...]`."""
+        means = context.mean_diagonal
+        balance, least = linalg.balanced_sides(means["A"], means["G"])[name]
+        return balance, least.clamp(min=context.damping**0.5)
 
-    def _followed(self, target: Tensor, root: Tensor, m: Tensor) -> tuple[Tensor, Tensor]:
-        """Return K and m after one step towards the root of the inverse of `target`."""
-        if self.structure == "diagonal":
-            m = self.momentum * m + (root.square() * target - 1) / 2
-            return root * (1 - self._step(m.abs().amax(-1))[..., None] * m), m
-        slope = linalg.add_diagonal(linalg.symmetrise(root.mT @ target @ root), -1.0) / 2
-        m = self.momentum * m + _projected(slope, self.structure)
-        return root - self._step(_norm(m))[..., None, None] * (root @ m), m
-
-    def _step(self, norm: Tensor) -> Tensor:
-        """Return the step size, shortened so that it times the norm is no more than the limit."""
-        return self.step / (self.step * norm / self.limit).clamp(min=1)
+    def _joint(self, name: str, root: Tensor, context: FactorContext) -> tuple[Tensor, Tensor]:
+        """Return w and s by the root of the other side and its factor, `[...]`."""
+        matrix = context.beside[OTHER[name]]
+        n, form = matrix.shape[-1], self.structure
+        weight = _roots.mean_square(root, _roots.stored(matrix, form, self.block), form, n)
+        shift = context.damping * _roots.mean_square(root, None, form, n)
+        return weight, shift.maximum(linalg.damping_floor(context.mean_diagonal[name] * weight))
 
     def operator(
         self, decomposition: Decomposition, moments: Tensors, damping: float, matrices: Tensors
     ) -> CurvatureOperator:
         """Return `A kron G`, which solves with the roots of the last refresh."""
-        return SingdOperator(decomposition, matrices, self.structure == "diagonal")
+        return SingdOperator(decomposition, matrices, self.structure)
 
 
 @attrs.define(eq=False)
@@ -144,49 +179,29 @@ class SingdOperator(KfacOperator):
     Args:
         decomposition: The roots; `solve` and `condition` read them.
         matrices: A and G; `multiply` reads them.
-        diagonal: Whether the roots are diagonals.
+        structure: Form of the roots.
     """
 
-    diagonal: bool
+    structure: str
 
     def solve(self, v: Tensor) -> Tensor:
         """Return `C C^T v K K^T`."""
-        right, left = (self.decomposition[name]["root"].to(v.dtype) for name in ("A", "G"))
-        if self.diagonal:
-            return left.square().unsqueeze(-1) * v * right.square().unsqueeze(-2)
-        return left @ (left.mT @ v @ right) @ right.mT
+        right, left = (self.decomposition[name]["root"] for name in ("A", "G"))
+        inside = _roots.times_inverse(v, right, self.structure)
+        return _roots.times_inverse(inside.mT, left, self.structure).mT
 
     def condition(self) -> Tensor:
         """Return a lower bound, by the diagonals of `K K^T` and `C C^T`, of the worst group."""
-        ratios = []
-        for name in ("A", "G"):
-            values = self.decomposition[name]["root"].square()
-            values = values if self.diagonal else values.sum(-1)
-            ratios.append(values.amax(-1) / values.amin(-1))
-        return (ratios[0] * ratios[1]).max()
+        right, left = (
+            _roots.condition(self.decomposition[name]["root"], self.structure)
+            for name in ("A", "G")
+        )
+        return (right * left).max()
 
 
-def _upper_root(matrix: Tensor, shift: Tensor) -> Tensor:
-    """Return the upper triangular K with `K K^T = (M + shift I)^-1`."""
-    lower = linalg.cholesky(matrix, shift)
-    eye = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
-    inverse: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
-    return inverse.mT.contiguous()
-
-
-def _projected(slope: Tensor, structure: str) -> Tensor:
-    """Return what changes K K^T to first order as `slope` does, in the structure of K."""
-    if structure == "lower":
-        return slope.tril() + slope.tril(-1)
-    if structure == "upper":
-        return slope.triu() + slope.triu(1)
-    return slope
-
-
-def _norm(m: Tensor) -> Tensor:
-    """Return an upper bound of the spectral norm, `[...]`."""
-    size = m.abs()
-    return (size.sum(-1).amax(-1) * size.sum(-2).amax(-1)).sqrt().minimum(m.norm(dim=(-2, -1)))
+def _times(weight: Tensor, seen: Tensor, matrix: Tensor) -> Tensor:
+    """Return a matrix as it is stored, times a number `[...]` for each group."""
+    return seen * weight.reshape(*weight.shape, *[1] * (seen.ndim - matrix.ndim + 2))
 
 
 @hookimpl

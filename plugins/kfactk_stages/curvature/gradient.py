@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -135,11 +135,17 @@ class Gradient(GradientCurvature):
             return False
         return any(fnmatch.fnmatchcase(full, pattern) for pattern in self.squares)
 
-    def factors_of_gradient(self, layer: Layer, gradient: Tensor) -> dict[str, Statistic]:
+    def factors_of_gradient(
+        self, layer: Layer, gradient: Tensor, names: Collection[str] | None = None
+    ) -> dict[str, Statistic]:
         """Return L and R, square: `[..., d_out, d_out]` and `[..., d_in, d_in]`, or columns."""
         vector = layer.tensors()[layer.parameters[0]].ndim < 2
         sides = {"L": gradient, "R": gradient.mT}
-        return {name: self._moment(side, diagonal=vector) for name, side in sides.items()}
+        return {
+            name: self._moment(side, diagonal=vector)
+            for name, side in sides.items()
+            if names is None or name in names
+        }
 
     def _moment(self, rows: Tensor, *, diagonal: bool) -> Statistic:
         """Return `V V^T` of the rows of V, or its diagonal as a column."""

@@ -254,7 +254,9 @@ def variants(family: Variants) -> list[tuple[str, int]]:
 
 OTHER_LAYERS = {
     "curvature": {"attention", "embedding", "norm", "rnn", "experts", "gradient", "rows"},
-    "basis": {"unitwise", "soap", "shampoo", "muon", "newton_muon", "cg", "lgm", "singd"},
+    "basis": {
+        *("unitwise", "soap", "shampoo", "kl", "muon", "newton_muon", "cg", "lgm", "singd"),
+    },
 }
 """Stages for layers that the model here does not have, and those on statistics of gradients: see
 test_optimizer_blocks and test_optimizer_gradients. Clips of the table refuse `singd`."""

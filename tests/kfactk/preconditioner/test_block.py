@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
 from typing import Any
 
 import attrs
@@ -9,13 +10,24 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kfactk import CurvatureOperator, Layer, PluginError, RunningMean, StateError, Work
+from kfactk import (
+    CurvatureOperator,
+    Decomposition,
+    FactorContext,
+    Layer,
+    PluginError,
+    RunningMean,
+    StateError,
+    Tensors,
+    Work,
+)
 from kfactk.preconditioner.block import Block, mean_diagonals, parts_of
 from kfactk.preconditioner.state import BlockState
 from kfactk.stages import Basis
 from kfactk_stages.basis.ekfac import Ekfac
 from kfactk_stages.basis.kfac import KfacInverse
 from kfactk_stages.curvature.conv_kfac import ConvKfac
+from kfactk_stages.curvature.gradient import Gradient
 
 F64 = torch.float64
 
@@ -257,3 +269,69 @@ def test_a_saved_state_without_one_of_its_forms_is_refused(message: str) -> None
         state.decomposition[kind][name] = change(state.decomposition[kind][name])
     with pytest.raises(StateError, match=message):
         fitted(block, state)
+
+
+@attrs.frozen(kw_only=True)
+class Coupled(KfacInverse):
+    """Decomposes each side from both sides, and from what both were decomposed into."""
+
+    beside = MappingProxyType({"A": ("G",), "G": ("A",)})
+
+    def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> dict[str, Tensor]:
+        [(other, beside)] = context.beside.items()
+        last = [context.previous, context.previous_beside.get(other)]
+        seen = [torch.zeros(1) if each is None else each["told"] for each in last]
+        return {"told": torch.stack([matrix[0, 0], beside[0, 0], *(each[0] for each in seen)])}
+
+
+def test_sides_see_each_other_and_their_last_decompositions() -> None:
+    block = Block(layer(nn.Linear(1, 2)), ConvKfac(), Coupled())
+    eye = torch.eye(2)
+    block.update_factors({"A": 2 * eye, "G": 3 * eye}, 0.0)
+    first = block.decompose(0.0)
+    assert {name: parts["told"].tolist() for name, parts in first.items()} == {
+        "A": [2.0, 3.0, 0.0, 0.0],
+        "G": [3.0, 2.0, 0.0, 0.0],
+    }
+    block.adopt(first)
+    block.state.ready = True
+    block.update_factors({"A": 5 * eye, "G": 7 * eye}, 0.0)
+    then = block.decompose(0.0)
+    assert {name: parts["told"].tolist() for name, parts in then.items()} == {
+        "A": [5.0, 7.0, 2.0, 3.0],
+        "G": [7.0, 5.0, 3.0, 2.0],
+    }
+    work = block.work()
+    assert (work.indivisible, work.follows, dict(work.beside)) == (True, True, {})
+
+
+@attrs.frozen(kw_only=True)
+class Weighing(KfacInverse):
+    """Weighs the gradient for R alone."""
+
+    requires = frozenset({"L", "R"})
+
+    def weighed(self, decomposition: Decomposition, gradient: Tensor) -> Tensors:
+        return {"R": (10.0 if decomposition else 2.0) * gradient}
+
+
+@attrs.frozen(kw_only=True)
+class WeighingMore(Weighing):
+    """Weighs for a statistic that there is not."""
+
+    def weighed(self, decomposition: Decomposition, gradient: Tensor) -> Tensors:
+        return {"Z": gradient}
+
+
+def test_a_basis_weighs_the_gradient_for_one_statistic() -> None:
+    alone = Layer("mine", nn.Linear(2, 1).double(), ("weight",))
+    block = Block(alone, Gradient(), Weighing())
+    gradient = torch.tensor([[3.0, 4.0]], dtype=F64)
+    for ready, times in ((False, 4.0), (True, 100.0)):
+        found = block.factors_of_gradient(gradient)
+        assert float(found["factor.L"].total) == 25.0
+        assert torch.equal(found["factor.R"].total, times * gradient.T @ gradient), ready
+        block.state.decomposition, block.state.ready = {"L": {}, "R": {}}, True
+    block = Block(alone, Gradient(), WeighingMore())
+    with pytest.raises(PluginError, match="weighs a gradient for 'Z'"):
+        block.factors_of_gradient(gradient)

@@ -89,7 +89,7 @@ class OfGradient(GradientCurvature):
     def tensors(self, layer: Layer, matrix: Any) -> Any:
         return {"weight": matrix}
 
-    def factors_of_gradient(self, layer: Layer, gradient: Any) -> Any:
+    def factors_of_gradient(self, layer: Layer, gradient: Any, names: Any = None) -> Any:
         return {}
 
 

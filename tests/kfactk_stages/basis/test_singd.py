@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import attrs
 import pytest
@@ -16,7 +17,8 @@ from kfactk_stages.basis.kfac import KfacInverse
 from kfactk_stages.basis.singd import Singd
 
 F64 = torch.float64
-STRUCTURES = ("dense", "lower", "upper", "diagonal")
+STRUCTURES = ("dense", "lower", "upper", "diagonal", "blocks")
+BLOCK = 2
 TAU = 0.05
 SIZES = {"A": 5, "G": 3}
 
@@ -45,6 +47,47 @@ class TestSingdDiagonal(BasisLaws):
     stage = {"name": "singd", "structure": "diagonal"}  # noqa: RUF012
 
 
+class TestSingdBlocks(BasisLaws):
+    """With blocks, the last of which is not full."""
+
+    stage = {"name": "singd", "structure": "blocks", "block": 2}  # noqa: RUF012
+
+
+class TestIngd(BasisLaws):
+    """Where each side needs the other."""
+
+    stage = {"name": "singd", "variant": "ingd"}  # noqa: RUF012
+
+
+class TestIngdBlocks(BasisLaws):
+    """Where each side needs the other, with blocks."""
+
+    stage = {"name": "singd", "variant": "ingd", "structure": "blocks", "block": 3}  # noqa: RUF012
+
+
+def singd(structure: str, **options: Any) -> Singd:
+    return Singd(structure=structure, block=BLOCK, **options)
+
+
+def there(structure: str, n: int) -> Tensor:
+    """Return the weight of each number of a slope in its structure, and 0 outside of it."""
+    weights = {
+        "dense": lambda i, j: 1.0,
+        "lower": lambda i, j: 1.0 if i == j else 2.0 * (i > j),
+        "upper": lambda i, j: 1.0 if i == j else 2.0 * (i < j),
+        "diagonal": lambda i, j: float(i == j),
+        "blocks": lambda i, j: float(i // BLOCK == j // BLOCK),
+    }
+    return torch.tensor([[weights[structure](i, j) for j in range(n)] for i in range(n)], dtype=F64)
+
+
+def whole(root: Tensor, structure: str, n: int) -> Tensor:
+    """Return a root `[n, n]`, however it is stored."""
+    if structure == "diagonal":
+        return torch.diag(root)
+    return torch.block_diag(*root)[:n, :n] if structure == "blocks" else root
+
+
 def moment(n: int, seed: int) -> Tensor:
     rows = torch.randn(2 * n, n, generator=torch.Generator().manual_seed(seed), dtype=F64)
     return rows.mT @ rows / (2 * n)
@@ -64,12 +107,18 @@ def refreshed(
     tau: float = TAU,
 ) -> dict[str, dict[str, Tensor]]:
     means = {name: linalg.mean_diagonal(matrix) for name, matrix in matrices.items()}
-    return {
-        name: basis.decompose(
-            name, matrix, FactorContext(tau, means, None if last is None else last[name])
+    made = {}
+    for name, matrix in matrices.items():
+        names = basis.beside.get(name, ())
+        context = FactorContext(
+            tau,
+            means,
+            None if last is None else last[name],
+            {each: matrices[each] for each in names},
+            {} if last is None else {each: last[each] for each in names},
         )
-        for name, matrix in matrices.items()
-    }
+        made[name] = basis.decompose(name, matrix, context)
+    return made
 
 
 def solve(
@@ -91,40 +140,57 @@ def damped(matrices: dict[str, Tensor], tau: float = TAU) -> dict[str, Tensor]:
     }
 
 
+def seen(target: Tensor, structure: str) -> Tensor:
+    """Return what a structure sees of a matrix."""
+    if structure in ("diagonal", "blocks"):
+        return target * there(structure, len(target))
+    return target
+
+
+def begun(first: Tensor, structure: str) -> Tensor:
+    """Return the exact root of the inverse of what a structure sees."""
+    first = seen(first, structure)
+    if structure == "lower":
+        return torch.linalg.cholesky(torch.linalg.inv(first))
+    return torch.linalg.inv(torch.linalg.cholesky(first)).T
+
+
 def by_hand(
     structure: str, n: int, targets: list[Tensor], step: float, momentum: float
 ) -> tuple[Tensor, Tensor]:
-    """Return K and m after a start at the first target, number by number in the projection."""
-    eye = torch.eye(n, dtype=F64)
-    first = targets[0]
-    if structure == "diagonal":
-        root = torch.diag(first.diagonal() ** -0.5)
-    elif structure == "lower":
-        root = torch.linalg.cholesky(torch.linalg.inv(first))
-    else:
-        root = torch.linalg.inv(torch.linalg.cholesky(first)).T
-    m = torch.zeros(n, n, dtype=F64)
+    """Return K and m after a start at the first target."""
+    eye, m = torch.eye(n, dtype=F64), torch.zeros(n, n, dtype=F64)
+    root = begun(targets[0], structure)
     for target in targets[1:]:
-        if structure == "diagonal":
-            target = torch.diag(target.diagonal())
-        slope = (root.T @ target @ root - eye) / 2
-        for i in range(n):
-            for j in range(n):
-                weight = {
-                    "dense": 1.0,
-                    "lower": 1.0 if i == j else 2.0 * (i > j),
-                    "upper": 1.0 if i == j else 2.0 * (i < j),
-                    "diagonal": float(i == j),
-                }[structure]
-                m[i, j] = momentum * m[i, j] + weight * slope[i, j]
+        slope = (root.T @ seen(target, structure) @ root - eye) / 2
+        m = momentum * m + there(structure, n) * slope
         root = root @ (eye - step * m)
     return root, m
+
+
+def ingd_by_hand(
+    structure: str, each: list[dict[str, Tensor]], step: float, momentum: float
+) -> dict[str, Tensor]:
+    """Return K and C after a start at the first factors, both from both at once."""
+    roots = {name: begun(target, structure) for name, target in damped(each[0]).items()}
+    ms = {name: torch.zeros(n, n, dtype=F64) for name, n in SIZES.items()}
+    for matrices in each[1:]:
+        inner = {n: r.T @ seen(matrices[n], structure) @ r for n, r in roots.items()}
+        gram = {n: r.T @ r for n, r in roots.items()}
+        for name, other in (("A", "G"), ("G", "A")):
+            size = SIZES[other]
+            weighed = inner[name] * inner[other].trace() / size
+            weighed = weighed + TAU * gram[name] * gram[other].trace() / size
+            slope = (weighed - torch.eye(SIZES[name], dtype=F64)) / 2
+            ms[name] = momentum * ms[name] + there(structure, SIZES[name]) * slope
+        roots = {n: r @ (torch.eye(len(r), dtype=F64) - step * ms[n]) for n, r in roots.items()}
+    return roots
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize(("step", "momentum"), [(1.0, 0.0), (0.1, 0.6)])
 def test_fifty_refreshes_are_the_loop_by_hand(structure: str, step: float, momentum: float) -> None:
-    basis = Singd(structure=structure, step=step, momentum=momentum)
+    basis = singd(structure, step=step, momentum=momentum)
     each = [factors(1, 0.3 * math.sin(0.3 * k) ** 2) for k in range(51)]
     parts = None
     for matrices in each:
@@ -133,10 +199,51 @@ def test_fifty_refreshes_are_the_loop_by_hand(structure: str, step: float, momen
     for name, n in SIZES.items():
         targets = [damped(matrices)[name] for matrices in each]
         root, m = by_hand(structure, n, targets, step, momentum)
-        if structure == "diagonal":
-            root, m = root.diagonal(), m.diagonal()
-        torch.testing.assert_close(parts[name]["root"], root, rtol=1e-9, atol=1e-9)
-        torch.testing.assert_close(parts[name]["m"], m, rtol=1e-9, atol=1e-9)
+        found = [whole(parts[name][part], structure, n) for part in ("root", "m")]
+        torch.testing.assert_close(found, [root, m], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize(("step", "momentum"), [(0.3, 0.0), (0.1, 0.6)])
+def test_sides_that_need_each_other_are_the_loop_by_hand(
+    structure: str, step: float, momentum: float
+) -> None:
+    basis = singd(structure, variant="ingd", step=step, momentum=momentum, limit=0.99)
+    each = [factors(1, 0.3 * math.sin(0.3 * k) ** 2) for k in range(51)]
+    parts = None
+    for matrices in each:
+        parts = refreshed(basis, matrices, parts)
+    assert parts is not None
+    expected = ingd_by_hand(structure, each, step, momentum)
+    for name, n in SIZES.items():
+        root = whole(parts[name]["root"], structure, n)
+        torch.testing.assert_close(root, expected[name], rtol=1e-9, atol=1e-9)
+    gradient = torch.randn(3, 5, generator=torch.Generator().manual_seed(9), dtype=F64)
+    left, right = (expected[n] @ expected[n].T for n in ("G", "A"))
+    torch.testing.assert_close(solve(basis, parts), left @ gradient @ right)
+
+
+def divergence(left: Tensor, right: Tensor, matrices: dict[str, Tensor]) -> Tensor:
+    """Return `tr(F P) - log det P` of `F = A kron G + tau I` and `P = right kron left`."""
+    fisher = torch.kron(matrices["A"], matrices["G"])
+    fisher = fisher + TAU * torch.eye(len(fisher), dtype=F64)
+    inverse = torch.kron(right, left)
+    return (fisher * inverse).sum() - torch.linalg.slogdet(inverse).logabsdet
+
+
+def test_sides_that_need_each_other_end_at_the_closest_product() -> None:
+    """Its divergence has no slope there, and is less than that of K-FAC's damped inverses."""
+    basis, matrices = Singd(variant="ingd"), factors(1)
+    parts = refreshed(basis, factors(2))
+    for _ in range(200):
+        parts = refreshed(basis, matrices, parts)
+    roots = {name: parts[name]["root"] for name in SIZES}
+    left, right = ((roots[n] @ roots[n].T).requires_grad_() for n in ("G", "A"))
+    least = divergence(left, right, matrices)
+    slopes = torch.autograd.grad(least, (left, right))
+    assert max(float(each.norm()) for each in slopes) < 1e-9 * float(left.norm())
+    kfac = {name: torch.linalg.inv(target) for name, target in damped(matrices).items()}
+    assert float(divergence(kfac["G"], kfac["A"], matrices) - least) > 1e-3
 
 
 @pytest.mark.parametrize("structure", STRUCTURES[:3])
@@ -180,9 +287,10 @@ def test_a_whole_step_is_right_to_first_order(structure: str) -> None:
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_a_constant_moves_from_one_factor_to_the_other(structure: str) -> None:
-    """K-FAC's damping does not see it, whenever it moves."""
-    basis, kept, moved = Singd(structure=structure, momentum=0.3), None, None
+@pytest.mark.parametrize("variant", ["ikfac", "ingd"])
+def test_a_constant_moves_from_one_factor_to_the_other(structure: str, variant: str) -> None:
+    """Neither K-FAC's damping nor that of a whole block sees it, whenever it moves."""
+    basis, kept, moved = singd(structure, momentum=0.3, variant=variant), None, None
     for k in range(5):
         matrices = factors(1, 0.2 * k)
         kept = refreshed(basis, matrices, kept)
@@ -195,18 +303,24 @@ def test_a_constant_moves_from_one_factor_to_the_other(structure: str) -> None:
 
 @pytest.mark.parametrize("structure", STRUCTURES)
 @pytest.mark.parametrize("times", [1e6, 1e-6])
-def test_a_leap_keeps_the_root_definite(structure: str, times: float) -> None:
-    """Factors a million times as large would make `I - step m` indefinite; steps are shortened."""
-    basis = Singd(structure=structure, step=1.0, momentum=0.5)
+@pytest.mark.parametrize("variant", ["ikfac", "ingd"])
+def test_a_leap_keeps_the_root_definite(structure: str, times: float, variant: str) -> None:
+    """Factors a million times as large would make `I - step m` indefinite; m is shortened.
+
+    What was too long is not kept in m: soon the roots are those of a start at these factors.
+    """
+    basis = singd(structure, step=0.5, momentum=0.5, variant=variant)
     parts = refreshed(basis, factors(1))
-    for _ in range(40):
-        parts = refreshed(basis, {name: m * times for name, m in factors(1).items()}, parts)
-        for name in SIZES:
-            root = parts[name]["root"]
-            root = torch.diag(root) if structure == "diagonal" else root
+    leapt = {name: m * times for name, m in factors(1).items()}
+    near = refreshed(basis, leapt)
+    for _ in range(100):
+        parts, near = refreshed(basis, leapt, parts), refreshed(basis, leapt, near)
+        for name, n in SIZES.items():
+            root = whole(parts[name]["root"], structure, n)
             assert float(torch.linalg.eigvalsh(root @ root.mT).min()) > 0
-            if structure != "dense":
+            if structure in ("lower", "upper", "diagonal"):
                 assert float(root.diagonal().min()) > 0
+    torch.testing.assert_close(solve(basis, parts), solve(basis, near), rtol=1e-3, atol=0.0)
 
 
 def test_a_shortened_step_has_the_norm_of_the_limit() -> None:
@@ -240,11 +354,25 @@ def test_a_matrix_that_is_not_finite_is_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"structure": "block"}, {"step": 0.0}, {"momentum": 1.0}, {"limit": 1.0}]
+    "options",
+    [
+        {"structure": "block"},
+        {"step": 0.0},
+        {"momentum": 1.0},
+        {"limit": 1.0},
+        {"variant": "kfac"},
+        {"block": 0},
+    ],
 )
 def test_options_that_cannot_work_are_refused(options: dict[str, object]) -> None:
     with pytest.raises(kfactk.OptionError, match=next(iter(options))):
         kfactk.build(curvature="kfac", basis={"name": "singd", **options}, lr=0.1)
+
+
+def test_steps_that_would_swing_for_ever_are_refused() -> None:
+    with pytest.raises(kfactk.OptionError, match="swings from one side"):
+        Singd(variant="ingd", step=1.0)
+    assert Singd(variant="ingd", step=1.0, momentum=0.1).step == Singd(step=1.0).step
 
 
 @attrs.frozen
@@ -266,13 +394,19 @@ class Run:
         return torch.cat([p.detach().flatten() for p in self.model.parameters()])
 
 
-def run(structure: str) -> Run:
+def run(structure: str, variant: str) -> Run:
     torch.manual_seed(0)
     layers = torch.nn.Linear(4, 6), torch.nn.Tanh(), torch.nn.Linear(6, 2)
     model = torch.nn.Sequential(*layers).double()
     recipe = kfactk.build(
         curvature="kfac",
-        basis={"name": "singd", "structure": structure, "momentum": 0.5},
+        basis={
+            "name": "singd",
+            "structure": structure,
+            "momentum": 0.5,
+            "variant": variant,
+            "block": BLOCK,
+        },
         likelihood="gaussian",
         fisher="exact",
         update="sgd",
@@ -284,22 +418,24 @@ def run(structure: str) -> Run:
 
 
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_a_resumed_run_goes_on_with_its_roots(structure: str) -> None:
-    whole, second = run(structure), run(structure)
+@pytest.mark.parametrize("variant", ["ikfac", "ingd"])
+def test_a_resumed_run_goes_on_with_its_roots(structure: str, variant: str) -> None:
+    first, second = run(structure, variant), run(structure, variant)
     for k in range(5):
-        whole.step(k)
-    second.model.load_state_dict(whole.model.state_dict())
-    second.optimizer.load_state_dict(whole.optimizer.state_dict())
+        first.step(k)
+    second.model.load_state_dict(first.model.state_dict())
+    second.optimizer.load_state_dict(first.optimizer.state_dict())
     for k in range(5, 10):
-        whole.step(k)
+        first.step(k)
         second.step(k)
-    assert torch.equal(whole.weights(), second.weights())
+    assert torch.equal(first.weights(), second.weights())
 
 
 @pytest.mark.filterwarnings("ignore::kfactk.KfactkWarning")
 @pytest.mark.parametrize("structure", STRUCTURES)
-def test_a_bad_batch_leaves_finite_roots_and_the_weights(structure: str) -> None:
-    found = run(structure)
+@pytest.mark.parametrize("variant", ["ikfac", "ingd"])
+def test_a_bad_batch_leaves_finite_roots_and_the_weights(structure: str, variant: str) -> None:
+    found = run(structure, variant)
     for k in range(4):
         found.step(k)
     weights = found.weights()
