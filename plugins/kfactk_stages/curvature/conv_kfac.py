@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import ClassVar, cast
 
@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from kfactk import Layer, LayerCall, Samples, Statistic, Tensors, hookimpl
+from kfactk import Layer, LayerCall, RowOrder, Samples, Statistic, Tensors, hookimpl
 from kfactk.linalg import block_diagonal, kron, mean_diagonal
 from kfactk.samples import gram, total_of
 from kfactk.sides import is_diagonal
@@ -146,6 +146,12 @@ class ConvKfac(Kfac):
         inputs = zeros(1, weight.shape[1] * groups_of(layer.module), *sizes)
         positions = window.patches(inputs).shape[2 : 2 + len(sizes)]
         return LayerCall(inputs, zeros(1, weight.shape[0], *positions))
+
+    def unfold(self, layer: Layer, call: LayerCall, order: RowOrder) -> Sequence[LayerCall]:
+        """Return the call with its rows as `[N, T, ...]`; images as T calls."""
+        if isinstance(layer.module, IMAGES):
+            return order.parts(call)
+        return super().unfold(layer, call, order)
 
     def rows(self, layer: Layer, call: LayerCall) -> Rows:
         """Return one call as rows; for a convolution, they are patches."""

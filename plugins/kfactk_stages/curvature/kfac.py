@@ -11,10 +11,10 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from kfactk import Layer, LayerCall, Samples, Statistic, Tensors, hookimpl
+from kfactk import Layer, LayerCall, RowOrder, Samples, Statistic, Tensors, hookimpl
 from kfactk.options import choice, whole
 from kfactk.samples import DEFAULT_CHUNK_BYTES, gram, total_of
-from kfactk_stages.curvature._calls import check_examples, examples_first
+from kfactk_stages.curvature._calls import check_examples, examples_first, unfolded
 from kfactk_stages.curvature._coverage import TRANSPOSED, conv1d, reason_against
 from kfactk_stages.curvature._rows import JoinedSamples, LinearRows, Rows
 from kfactk_stages.curvature._wide import Reader, WideSides, read
@@ -148,6 +148,15 @@ class Kfac(WideSides):
         return JoinedSamples(
             rows, bias=layer.bias, num_terms=num_terms, first=first, chunk_bytes=self.chunk_bytes
         )
+
+    @property
+    def tells_examples_apart(self) -> bool:
+        """Whether sums are taken over the rows of each example first."""
+        return self.spatial == "reduce"
+
+    def unfold(self, layer: Layer, call: LayerCall, order: RowOrder) -> Sequence[LayerCall]:
+        """Return the call with its rows as `[N, T, ...]`."""
+        return unfolded(layer, call, order, 1, self.batch_dim)
 
     def rows(self, layer: Layer, call: LayerCall) -> Rows:
         """Return one call as rows."""
