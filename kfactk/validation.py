@@ -268,7 +268,7 @@ def unordered_message(layer: str, rows: int, examples: int, why: str) -> str:
 
 
 def unknown_examples_message(layer: str, rows: int) -> str:
-    """Return the message for a layer of flattened tokens where the number of examples is unknown."""
+    """Return the message for flattened tokens where the number of examples is unknown."""
     return (
         f"layer {layer!r} gets the tokens of all examples in one dimension, {rows} rows, and "
         "without a likelihood nobody says how many examples there are. "

@@ -82,7 +82,7 @@ class KnownOrder:
     certain: bool
 
 
-@attrs.frozen
+@attrs.frozen(eq=False)
 class ForwardRows:
     """The rows of one forward.
 
@@ -235,11 +235,9 @@ class RowOrders:
                 continue
             examples = flat.examples(len(view.view), forward.batch)
             assert examples is not None
-            sure = folded_from(view.output) == examples
-            if sure or examples > 1:
-                known = attrs.evolve(view, head=attrs.evolve(head, flat=flat))
-                found[number] = known.by_example(examples)
-            if not sure and examples > 1:
+            known = attrs.evolve(view, head=attrs.evolve(head, flat=flat))
+            found[number] = known.by_example(examples)
+            if examples > 1 and folded_from(view.output) != examples:
                 doubtful[number] = view
         return found, doubtful
 
@@ -388,7 +386,7 @@ class RowOrders:
     ) -> str:
         """Remember the order of a layer's rows, and return why it is not known, or ""."""
         n = rows.examples
-        folded = [r for r in records if r.replay is None and r.shape and r.shape[0] > n]
+        folded = [r for r in records if r.replay is None and len(r.shape) > 1 and r.shape[0] > n]
         fits = all(r.shape[0] % n == 0 and _positions_fit(r, rows) for r in folded)
         views = bool(folded) and all(r.folded == n for r in folded)
         if finding.interleaved is None and not (views and n > 1):
@@ -401,9 +399,8 @@ class RowOrders:
         if n < CERTAIN and not fits and not views:
             why = f"the regular order that they have may be chance with {n} examples"
             return unordered_message(layer.name, max(finding.rows), n, why)
-        self._known[layer] = KnownOrder(
-            bool(finding.interleaved), (n >= CERTAIN or views) and not fits
-        )
+        certain = (n >= CERTAIN or views) and not (folded and fits)
+        self._known[layer] = KnownOrder(bool(finding.interleaved), certain)
         return ""
 
     def _note_joined(

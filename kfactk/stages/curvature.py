@@ -81,7 +81,7 @@ class Curvature(abc.ABC):
         return True
 
     def unfold(self, layer: Layer, call: LayerCall, order: RowOrder) -> Sequence[LayerCall]:
-        """Return a call with several rows of each example, as calls that `samples` reads by example.
+        """Return a call with several rows of each example as calls that tell examples apart.
 
         A model may flatten its tokens, so that a module gets `[N T, d]` in place of `[N, T, d]`.
         Where it is known which rows are whose, the framework asks for this before `samples`.

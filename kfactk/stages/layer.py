@@ -151,8 +151,8 @@ class Replay(Protocol):
     the module computes one of them from another, so does `run`, from the tensor that it returns.
 
     Where the module gets the rows of all examples in the first dimension, `run` needs
-    `ModuleCall.examples` and `interleaved`. A class then says so by `joins_examples = True`, and the
-    framework finds out in which order they are.
+    `ModuleCall.examples` and `interleaved`. A class then says so by `joins_examples = True`, and
+    the framework finds out in which order they are.
     """
 
     def outputs(self, output: Any) -> Sequence[Any]:

@@ -207,17 +207,22 @@ class ConvKfac(Kfac):
         C and K of a convolution remain where C is not wide; elsewhere A's stand for C, too.
         """
         found = super().stand_ins(layer)
-        channels = isinstance(layer.module, IMAGES) and not self.is_wide(_channels(layer))
+        channels = isinstance(layer.module, IMAGES) and not self._wide_channels(layer)
         return found if "A" not in found or channels else {**found, "C": found["A"], "K": ()}
 
     def _by_channels(self, layer: Layer) -> bool:
         """Return whether the input factor that is kept is Omega."""
         spatial = self.spatial in ("sua", "stationary") and isinstance(layer.module, IMAGES)
-        return spatial and not self.is_wide(_channels(layer))
+        return spatial and not self._wide_channels(layer)
 
     def _keeps_channels(self, layer: Layer) -> bool:
         """Return whether A is wide and C is not."""
-        return self.is_wide(self.sides(layer)[1]) and not self.is_wide(_channels(layer))
+        d_out, d_in = self.sides(layer)
+        return self.is_wide(d_in, d_out) and not self._wide_channels(layer)
+
+    def _wide_channels(self, layer: Layer) -> bool:
+        """Return whether C would be too wide."""
+        return self.is_wide(_channels(layer), self.sides(layer)[0])
 
     def assemble(self, layer: Layer, factors: Tensors) -> Tensors:
         """Return those of A, C, K and G that the factors determine, each made when it is read.
@@ -239,7 +244,7 @@ class ConvKfac(Kfac):
         """Return what makes C, K, and A or what stands for it, of Omega."""
         correlation = partial(_correlation, layer, factors)
         found: dict[str, Callable[[], Tensor]] = {"C": lambda: factors["Omega"], "K": correlation}
-        for name, columns in self.parts_of("A", self.sides(layer)[1]).items():
+        for name, columns in self.parts_of("A", *self.sides(layer)[::-1]).items():
             if is_diagonal(name):
                 found[name] = partial(self._diagonal, layer, factors)
             elif name == "A":
