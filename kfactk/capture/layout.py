@@ -125,7 +125,8 @@ def row_finding(
 ) -> RowFinding:
     """Return which rows of a layer belong to which examples of the output.
 
-    A fault must show in two examples at least, and most rows must belong to one example each.
+    A fault must show in two examples at least, or in more rows than there are examples; and most
+    rows must belong to one example each.
 
     Args:
         name: The layer's name.
@@ -143,7 +144,7 @@ def row_finding(
         order, counts = regular_order(found, examples), torch.bincount(found[found != NOBODY])
         if order is not None:
             orders.add(order)
-        elif not fault and int((counts > 1).sum()) > 1:
+        elif not fault and (int((counts > 1).sum()) > 1 or int(counts.sum()) > examples):
             fault = folded_message(name, int(counts.max()), len(found))
     if len(orders) > 1:
         fault = fault or looped_message(name, len(calls))

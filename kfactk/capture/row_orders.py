@@ -297,7 +297,8 @@ class RowOrders:
         new = {layer for layer in ran if layer in flat or self._taker.tells_examples_apart(layer)}
         if not doubtful:
             new -= probed
-        if not self._own_pass and not doubtful and not any(_suspect(r, examples) for r in records):
+        cause = self._own_pass or doubtful or any(head.output.ndim == 3 for head in heads)
+        if not cause and not any(_suspect(record, examples) for record in records):
             return {}
         return {layer: None for layer in forward.layers if layer in new}
 
