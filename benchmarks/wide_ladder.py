@@ -39,7 +39,7 @@ TITLES = ("model", "median s", "worst s", "worst/median", "first s", "peak GB")
 PERIODS = {"factor_every": 5, "scale_every": 5, "basis_every": 10}
 
 
-def recipe_of(max_side: int | None, wide: str, basis: str) -> kfactk.Recipe:
+def recipe_of(max_side: int | str | None, wide: str, basis: str) -> kfactk.Recipe:
     """Return the recipe of the ladder."""
     curvature = {"name": "kfac", "max_side": max_side, "wide": wide}
     return kfactk.build(curvature=curvature, basis=basis, stagger=True, update="sgd", **PERIODS)
@@ -70,11 +70,15 @@ def row(name: str, seconds: list[float], peak: float) -> str:
     return " | ".join(("", MODELS[name][0], *numbers, f"{peak:.1f}", "")).strip()
 
 
+def _longest(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
 def main() -> None:
     """Print the table, one row a model."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("models", nargs="*", default=list(MODELS), help=", ".join(MODELS))
-    parser.add_argument("--max-side", type=int, default=2048)
+    parser.add_argument("--max-side", type=_longest, default="auto", help="a number, or auto")
     parser.add_argument("--wide", default="diagonal")
     parser.add_argument("--basis", default="ekfac")
     parser.add_argument("--steps", type=int, default=21)

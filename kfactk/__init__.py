@@ -40,6 +40,7 @@ from kfactk.registry.hookspecs import PLUGIN_API as PLUGIN_API, hookimpl as hook
 from kfactk.registry.torch_optimizer import TorchOptimizer as TorchOptimizer
 from kfactk.samples import (
     LayerCall as LayerCall,
+    RowOrder as RowOrder,
     Samples as Samples,
     Statistic as Statistic,
     project as project,

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from kfactk.errors import OptionError, near_names
+from kfactk.sides import AUTO
 
 LARGEST = torch.finfo(torch.float32).max
 """Largest learning rate, damping or weight decay: float32 overflows above."""
@@ -104,6 +105,17 @@ def whole(low: int | None = 1, *, optional: bool = False, hint: str = "") -> Val
         good = isinstance(value, int) and not isinstance(value, bool)
         if not good or (low is not None and value < low):
             raise refusal(instance, attribute, value, must)
+
+    return check
+
+
+def longest_side() -> Validator:
+    """Return a validator for the longest side that is a matrix: a number, `None` or "auto"."""
+    number = whole(1, optional=True, hint=', or "auto"')
+
+    def check(instance: object, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if value != AUTO:
+            number(instance, attribute, value)
 
     return check
 

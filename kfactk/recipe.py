@@ -24,7 +24,7 @@ from kfactk.optim.settings import (
     default_damping,
     rules_of,
 )
-from kfactk.options import USUAL_DAMPING, Number, Period, number_at, python_number
+from kfactk.options import Number, Period, number_at, python_number
 from kfactk.preconditioner.block import Block
 from kfactk.preconditioner.coverage import Coverage, ModelSurvey
 from kfactk.preconditioner.first_moment import as_first_moment

@@ -84,6 +84,42 @@ def join_rows(parts: Sequence[Tensor]) -> Tensor:
     return joined
 
 
+@attrs.frozen
+class RowOrder:
+    """Which example each of the rows in one dimension belongs to: all have equally many.
+
+    Args:
+        examples: N, the number of examples.
+        interleaved: Whether row r belongs to example `r % N`, as where `[T, N, d]` was flattened.
+            Else it is `r // T`, as where `[N, T, d]` was.
+    """
+
+    examples: int
+    interleaved: bool = False
+
+    def unfold(self, tensor: Tensor) -> Tensor:
+        """Return rows `[N T, ...]` as `[N, T, ...]`, without a copy.
+
+        Example:
+            >>> rows = torch.arange(6)
+            >>> RowOrder(2).unfold(rows), RowOrder(2, interleaved=True).unfold(rows)
+            (tensor([[0, 1, 2],
+                    [3, 4, 5]]), tensor([[0, 2, 4],
+                    [1, 3, 5]]))
+        """
+        if self.interleaved:
+            return tensor.unflatten(0, (-1, self.examples)).transpose(0, 1)
+        return tensor.unflatten(0, (self.examples, -1))
+
+    def parts(self, call: LayerCall) -> list[LayerCall]:
+        """Return a call on `[N T, ...]` as T calls with one row of each example."""
+        pairs = (self.unfold(each).unbind(1) for each in (call.inputs, call.gradient))
+        return [
+            attrs.evolve(call, inputs=inputs, gradient=gradient)
+            for inputs, gradient in zip(*pairs, strict=True)
+        ]
+
+
 @attrs.frozen(eq=False)
 class LayerCall:
     """One call of a module in one forward.

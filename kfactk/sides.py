@@ -10,6 +10,7 @@ A side is kept in one of three forms, which the names of its matrices tell:
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 
@@ -19,6 +20,22 @@ SIDES = {"A": "input", "G": "output"}
 """What each side is called."""
 DIAGONALS = {"A": "a", "G": "g"}
 """The name of the diagonal of each side."""
+AUTO = "auto"
+"""The longest side that is kept whole follows from the sides of the layer."""
+SHORT, LONG = 2048, 8192
+"""Sides that are whole whatever the other side is, and the longest that is.
+
+While a side of n is decomposed, the factor, its sums and means, old and new eigenvectors and the
+solver's own arrays are up to 7 n^2 numbers: 1.9 GB at 8192.
+"""
+PAYS = 2**16
+"""Largest n^2 over the other side of a longer one that is whole.
+
+A decomposition takes the time of about 8.5 n^3 multiplications and additions of large products on a
+core of a CPU (13 s were measured at 4096), and the products of forward and backward take 6 n m for
+each row, with m the other side. So a decomposition costs as much as 1.4 n^2 / m rows: at this bound
+as the 100 steps between two of them, of 1000 rows each.
+"""
 _WHOLE = {diagonal: side for side, diagonal in DIAGONALS.items()}
 _BLOCK = re.compile(r"([AG])([0-9]+)")
 
@@ -62,6 +79,27 @@ def block_slices(n: int, most: int) -> dict[str, slice]:
     count = -(-n // most)
     sizes = [n // count + (number < n % count) for number in range(count)]
     return {str(number): each for number, each in enumerate(slices_of(sizes))}
+
+
+def longest_whole(other: int, max_side: int | str | None) -> int | None:
+    """Return the longest side that is kept whole; `None` for no limit.
+
+    It follows from sizes alone, so that it is the same on all ranks, machines, and after a resume.
+
+    Args:
+        other: The other side of the layer.
+        max_side: The limit, `None` for none, or "auto".
+
+    Example:
+        >>> [longest_whole(m, "auto") for m in (10, 64, 512, 768, 4096)]
+        [2048, 2048, 5792, 7094, 8192]
+        >>> longest_whole(64, 100), longest_whole(64, None)
+        (100, None)
+    """
+    if max_side != AUTO:
+        assert not isinstance(max_side, str)
+        return max_side
+    return min(LONG, max(SHORT, math.isqrt(PAYS * other)))
 
 
 def slices_of(sizes: Iterable[int]) -> list[slice]:

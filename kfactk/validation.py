@@ -235,13 +235,90 @@ def ungathered_message(module: str) -> str:
 
 
 def folded_message(layer: str, touched: int, rows: int) -> str:
-    """Return the message for a layer of which several rows belong to one example of the output."""
+    """Return the message for a layer whose rows belong to examples, in no regular order."""
     return (
         f"layer {layer!r}: {touched} of its {rows} rows in dimension 0 belong to one example of "
-        "the output. What is measured for each example (EKFAC's scale) then takes its rows for "
-        "examples. If it gets the tokens of all examples in one dimension, give it [N, T, d] in "
-        "place of [N T, d]: a linear layer takes both. If another dimension counts examples, set "
-        "the curvature's batch_dim."
+        f"the output, and others have another number, or another order. {_ROWS_ARE_EXAMPLES} If it "
+        "gets the tokens of all examples in one dimension, give it [N, T, d] in place of [N T, d], "
+        "padded: a linear layer takes both. If another dimension counts examples, set the "
+        "curvature's batch_dim. Of tokens that a router chose, nothing better is known."
+    )
+
+
+_ROWS_ARE_EXAMPLES = (
+    "What is measured for each example (EKFAC's scale, sums of reduce) then takes its rows for "
+    "examples."
+)
+
+
+def unordered_message(layer: str, rows: int, examples: int, why: str) -> str:
+    """Return the message for a layer whose rows may belong to examples, which is not certain.
+
+    Args:
+        layer: Its name.
+        rows: Number of its rows.
+        examples: Number of examples of the output.
+        why: Why it is not certain, as a clause.
+    """
+    return (
+        f"layer {layer!r} has {rows} rows in dimension 0, and the output has {examples} examples: "
+        f"which row belongs to which is not known, because {why}. {_ROWS_ARE_EXAMPLES} Give it "
+        "[N, T, d] in place of [N T, d]."
+    )
+
+
+def unknown_examples_message(layer: str, rows: int) -> str:
+    """Return the message for flattened tokens where the number of examples is unknown."""
+    return (
+        f"layer {layer!r} gets the tokens of all examples in one dimension, {rows} rows, and "
+        "without a likelihood nobody says how many examples there are. "
+        f"{_ROWS_ARE_EXAMPLES} Give it [N, T, d] in place of [N T, d]."
+    )
+
+
+def joined_message(module: str, tokens: int, examples: int) -> str:
+    """Return the message for experts whose tokens are in no known order.
+
+    Args:
+        module: The module's path.
+        tokens: Number of its rows.
+        examples: Number of examples of the output.
+    """
+    return (
+        f"module {module!r} got {tokens} tokens of the {examples} examples of the output, neither "
+        "example by example nor position by position: which token belongs to which example is not "
+        "known. Give it flattened [N, T, d] or [T, N, d], or train the experts by their plain "
+        f"gradient: exclude=[{module!r}]."
+    )
+
+
+def flat_output_message(rows: int, examples: int, argument: str) -> str:
+    """Return the message for an output whose rows may be the tokens of fewer examples.
+
+    Args:
+        rows: Number of its rows.
+        examples: Number of examples of an argument of the model.
+        argument: Its name.
+    """
+    return (
+        f"the model's output has {rows} rows, and its argument {argument!r} has {examples}: as if "
+        "the output held the tokens of all examples in one dimension. That its rows are ordered "
+        "by example does not show, so each row is taken for an example. Return [N, T, C], or say "
+        f"how it divides: output=lambda out: out.view(-1, {rows // max(1, examples)}, "
+        "out.shape[-1]), and .transpose(0, 1) behind it where dimension 1 counts the examples"
+    )
+
+
+def transposed_output_message(shape: Sequence[int]) -> str:
+    """Return the message for an output whose examples are in dimension 1.
+
+    Args:
+        shape: Its shape.
+    """
+    return (
+        f"dimension 1 of the model's output of shape {list(shape)} counts the examples, not "
+        f"dimension 0. {_ROWS_ARE_EXAMPLES} Say so: output=lambda out: out.transpose(0, 1), and "
+        "give the curvatures batch_dim=1"
     )
 
 

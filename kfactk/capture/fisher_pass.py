@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import warnings
-import weakref
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol, cast
@@ -17,50 +15,36 @@ from torch import Tensor
 from kfactk.capture.forward import Forward, leads_to
 from kfactk.capture.guard import unseen_layers
 from kfactk.capture.heads import Head, HeadView, of_the_loss, terms_of, with_class_axis
-from kfactk.capture.layout import LayoutSketch, Marks, layout_fault, sketch
 from kfactk.capture.loss_check import LossCheck
 from kfactk.capture.remainder import Remainders
 from kfactk.capture.replay import tensors_of
+from kfactk.capture.row_orders import ForwardRows, RowOrders, RowTaker
 from kfactk.capture.support import is_distributed
 from kfactk.capture.torch_modes import full_precision
 from kfactk.capture.user_backward import UserBackward
 from kfactk.errors import CaptureError, KfactkWarning
-from kfactk.samples import LayerCall, Samples
+from kfactk.samples import LayerCall
 from kfactk.stages import Fisher, Layer
 from kfactk.validation import (
     attribute_errors,
-    folded_message,
     remainder_message,
     stage_label,
     unseen_message,
 )
 
 
-class SampleTaker(Protocol):
+class SampleTaker(RowTaker, Protocol):
     """Whoever takes the calls of layers: what this room wants of it."""
 
     @property
     def rank(self) -> int:
         """This process's rank."""
 
-    @property
-    def alone(self) -> bool:
-        """Whether there is one rank."""
-
     def forward(self) -> AbstractContextManager[None]:
         """Surround the passes over one forward: they count all together, or not at all."""
 
     def begin_forward(self) -> None:
         """Note one forward."""
-
-    def tells_examples_apart(self, layer: Layer) -> bool:
-        """Return whether anything is measured for each example of a layer."""
-
-    def samples_of(self, layer: Layer, call: LayerCall) -> Samples:
-        """Return one call of a layer that tells its examples apart, as samples."""
-
-    def warn_of_layout(self, faults: Mapping[Layer, str]) -> None:
-        """Warn of layers whose examples are not the output's."""
 
     def counts_terms(self) -> bool:
         """Return whether the number of likelihood terms in the user's gradient is needed."""
@@ -134,6 +118,7 @@ class LayerSink:
         taker: Takes them.
         layers: Those that are followed.
         num_terms: Number of likelihood terms of the forward.
+        rows: The rows of the forward; `None` where nobody knows how many examples there are.
         earlier: Layers that an earlier pass over the forward has reached.
         counts: Whether the forward counts; if not, its layers are dropped.
     """
@@ -143,11 +128,12 @@ class LayerSink:
         taker: SampleTaker,
         layers: Sequence[Layer],
         num_terms: Tensor | float,
+        rows: ForwardRows | None = None,
         *,
         earlier: Collection[Layer] = (),
         counts: bool = True,
     ) -> None:
-        self._taker, self._layers = taker, layers
+        self._taker, self._layers, self._rows = taker, layers, rows
         self._num_terms, self._earlier, self._counts = num_terms, earlier, counts
         self.taken: set[Layer] = set()
         self._forgotten: set[Layer] = set()
@@ -162,6 +148,7 @@ class LayerSink:
         self.taken.add(layer)
         if self._counts:
             first = layer not in self._earlier
+            calls = calls if self._rows is None else self._rows.unfolded(layer, calls)
             self._taker.accumulate(layer, calls, self._num_terms, first=first, of=self)
 
     def finish(self) -> None:
@@ -169,25 +156,6 @@ class LayerSink:
         known = self.taken | self._forgotten | set(self._earlier)
         missing = [layer for layer in self._layers if layer not in known]
         self._taker.accumulate_nothing(missing, self._num_terms)
-
-
-@attrs.frozen(eq=False)
-class ProbeSink:
-    """Keeps a sketch of each layer's gradients.
-
-    Args:
-        taker: Makes them.
-        examples: Number of examples of the output.
-    """
-
-    taker: SampleTaker
-    examples: int
-    sketches: dict[Layer, LayoutSketch] = attrs.field(factory=dict, init=False)
-
-    def __call__(self, layer: Layer, calls: list[LayerCall]) -> None:
-        """Take all calls of one layer."""
-        samples_of = functools.partial(self.taker.samples_of, layer)
-        self.sketches[layer] = sketch(samples_of, calls, self.examples)
 
 
 @attrs.frozen(eq=False)
@@ -240,7 +208,7 @@ class FisherPass:
         self._filled: dict[Layer, Versions] = {}
         self._task = -1
         self._remainders = Remainders() if every and not fisher.own_pass else None
-        self._probed: weakref.WeakSet[Layer] = weakref.WeakSet()
+        self._orders = RowOrders(taker, own_pass=fisher.own_pass)
         self._loss_checks = [
             LossCheck(measured=not fisher.own_pass, several=len(heads) > 1) for _ in heads
         ]
@@ -346,8 +314,6 @@ class FisherPass:
             self._take_inputs_alone(forward)
             return
         heads = self._read(forward, {**forward.batch, **batch})
-        if heads[0].head is not None:
-            forward.count_examples(max(len(head.view) for head in heads))
         exact = full_precision({head.output.device.type for head in heads})
         with torch.enable_grad(), exact, self._taker.forward():
             forward = self._guarded(forward, [head.view for head in heads])
@@ -356,7 +322,8 @@ class FisherPass:
             if alone and self._taker.counts_terms():
                 self._watch(forward, heads, keep=False)
             with forward.unnoticed([head.output for head in heads]):
-                self._measure(forward, heads, (step, micro_batch))
+                heads, rows = self._by_example(forward, heads)
+                self._measure(forward, heads, rows, (step, micro_batch))
         self._check_losses(forward, heads)
         if forward.calls and self._fisher.own_pass:
             self._taker.end_forward()
@@ -441,7 +408,23 @@ class FisherPass:
             )
         self._taker.leave(layers)
 
-    def _measure(self, forward: Forward, heads: Sequence[HeadView], place: tuple[int, int]) -> None:
+    def _by_example(
+        self, forward: Forward, heads: Sequence[HeadView]
+    ) -> tuple[list[HeadView], ForwardRows | None]:
+        """Return the heads by example, and which rows of layers are of which."""
+        found, rows = self._orders.examine(forward, heads)
+        for before, now in zip(heads, found, strict=True):
+            if before.head is not None and now.head is not None and now.head is not before.head:
+                self._heads[self._heads.index(before.head)] = now.head
+        return found, rows
+
+    def _measure(
+        self,
+        forward: Forward,
+        heads: Sequence[HeadView],
+        rows: ForwardRows | None,
+        place: tuple[int, int],
+    ) -> None:
         """Run or await the passes over one forward."""
         terms = terms_of(heads)
         if not forward.calls:
@@ -453,24 +436,24 @@ class FisherPass:
             self._taker.mark_seen({call.record.layer for call in forward.calls})
         if not self._fisher.own_pass:
             if counts:
-                self._tell_folded(forward, heads)
-                self._watch(forward, heads, keep=True)
+                self._watch(forward, heads, rows, keep=True)
             return
-        taken = self._take_inputs(forward, heads) if counts else set()
+        taken = self._take_inputs(forward, heads, rows) if counts else set()
         if self._taker.needs_pass():
             _check_several_backwards(forward)
             forward = forward.without(self._taker.input_only())
             layers = [layer for layer in forward.layers if layer not in taken]
-            self._probe(forward, [head.view for head in heads])
             seed = draw_seed(self._fisher.seed, *place, self._taker.rank)
-            self._run_passes(forward, heads, layers, seed, counts=counts)
+            self._run_passes(forward, heads, rows, layers, seed, counts=counts)
         elif counts:
             rest = [layer for layer in forward.layers if layer not in taken]
             self._taker.accumulate_nothing(rest, terms)
 
-    def _take_inputs(self, forward: Forward, heads: Sequence[HeadView]) -> set[Layer]:
+    def _take_inputs(
+        self, forward: Forward, heads: Sequence[HeadView], rows: ForwardRows | None
+    ) -> set[Layer]:
         """Take the layers that need no gradients, and return them."""
-        sink = LayerSink(self._taker, forward.layers, terms_of(heads))
+        sink = LayerSink(self._taker, forward.layers, terms_of(heads), rows)
         self._hand_inputs(forward, [head.view for head in heads], sink)
         return sink.taken
 
@@ -494,70 +477,11 @@ class FisherPass:
         if forward.calls:
             self._taker.end_forward()
 
-    def _probe(self, forward: Forward, views: Sequence[Tensor]) -> None:
-        """Find which rows of layers belong to which examples of the output, once for each layer.
-
-        All ranks run these passes, whatever their data: there may be collectives inside. A pass
-        over parts of parameters would be a collective call itself, and is left out.
-        """
-        if self._taker.alone:
-            ran = {call.record.layer for call in forward.calls} if len(views[0]) > 1 else set()
-        else:  # what ran, and how many examples there are, may differ between ranks
-            ran = set(forward.layers)
-        new = {
-            layer for layer in ran - set(self._probed) if self._taker.tells_examples_apart(layer)
-        }
-        parameters = (p for call in forward.calls for p in call.record.layer.tensors().values())
-        if not new or any(map(is_distributed, parameters)):
-            return
-        forward = forward.without(
-            {layer.name for layer in forward.layers} - {layer.name for layer in new}
-        )
-        told: dict[Layer, str] = {}
-        for view in views:
-            told = self._layout_faults(forward, view) | told
-        self._probed.update(new)
-        self._taker.warn_of_layout({layer: fault for layer, fault in told.items() if fault})
-
-    def _tell_folded(self, forward: Forward, heads: Sequence[HeadView]) -> None:
-        """Warn of layers that see the tokens of all examples in one dimension.
-
-        Without passes of our own, only an input that is a view of `[N, T, d]` tells.
-        """
-        if heads[0].head is None:
-            return  # the number of examples is not known
-        examples, told = max(len(head.view) for head in heads), dict[Layer, str]()
-        for record in (call.record for call in forward.calls):
-            rows, layer = len(record.inputs), record.layer
-            new = layer not in self._probed and self._taker.tells_examples_apart(layer)
-            if new and record.folded == examples > 1 and rows > examples:
-                told[layer] = folded_message(layer.name, rows // examples, rows)
-        self._probed.update(told)
-        self._taker.warn_of_layout(told)
-
-    def _layout_faults(self, forward: Forward, view: Tensor) -> dict[Layer, str]:
-        """Return what is wrong with the examples of the layers that lead to a view, or ""."""
-        marks = Marks.of((view.dtype, *(call.record.dtype for call in forward.calls)))
-        flat = view.flatten(1)
-        generator = torch.Generator(view.device)
-        weights = torch.randn(
-            flat.shape, generator=generator, device=view.device, dtype=torch.float32
-        ).to(view)
-        passes = []
-        for factors in marks.factors(len(view), view.device):
-            sink = ProbeSink(self._taker, len(view))
-            forward.run((flat * weights * factors.to(view).unsqueeze(1)).sum(), view, sink)
-            passes.append(sink.sketches)
-        return {
-            layer: layout_fault(layer.name, [each[layer] for each in passes], marks, len(view))
-            for layer in passes[0]
-            if all(layer in each for each in passes)
-        }
-
     def _run_passes(
         self,
         forward: Forward,
         heads: Sequence[HeadView],
+        rows: ForwardRows | None,
         layers: Sequence[Layer],
         seed: int,
         *,
@@ -574,7 +498,7 @@ class FisherPass:
         for head in heads:
             factor = head.factor(terms)
             for loss in self._losses(head, generator):
-                sink = LayerSink(self._taker, layers, terms, earlier=reached, counts=counts)
+                sink = LayerSink(self._taker, layers, terms, rows, earlier=reached, counts=counts)
                 scaled = loss if isinstance(factor, float) and factor == 1 else loss * factor
                 forward.run(scaled, head.view, sink)
                 reached = reached | sink.taken
@@ -597,10 +521,17 @@ class FisherPass:
                 return
             yield loss
 
-    def _watch(self, forward: Forward, heads: Sequence[HeadView], *, keep: bool) -> None:
+    def _watch(
+        self,
+        forward: Forward,
+        heads: Sequence[HeadView],
+        rows: ForwardRows | None = None,
+        *,
+        keep: bool,
+    ) -> None:
         """Watch for the user's own backwards, and `keep` their gradients or not."""
         terms = terms_of(heads)
-        sink = LayerSink(self._taker, forward.layers, terms)  # does not keep the forward
+        sink = LayerSink(self._taker, forward.layers, terms, rows)  # does not keep the forward
         scale = LossScale(terms, self._reduction, self._scaler)
         backward = UserBackward(forward, heads[0].output, sink if keep else None, scale, self)
         self._watches.append(Watch(backward, sink, terms))

@@ -217,11 +217,29 @@ class Forward:
                 found.setdefault(layer, []).extend(call.record.without_gradient())
         return found
 
-    def count_examples(self, examples: int) -> None:
-        """Tell calls that run again how many examples the output has."""
+    def count_examples(self, examples: int, interleaved: Set[Layer] = frozenset()) -> None:
+        """Tell calls that run again how many examples the output has.
+
+        Args:
+            examples: Their number.
+            interleaved: The layers to whose modules row r of example `r % examples` is given.
+        """
         for call in self.calls:
             if call.record.replay is not None:
-                call.record.replay.count_examples(examples)
+                replay = call.record.replay
+                replay.count_examples(examples, interleaved=call.record.layer in interleaved)
+
+    def outside(self, layers: Set[Layer]) -> Forward:
+        """Return the same forward in which gradients of these layers are those of their modules."""
+        if not layers:
+            return self
+        calls = [
+            attrs.evolve(call, record=attrs.evolve(call.record, replay=None))
+            if call.record.layer in layers
+            else call
+            for call in self.calls
+        ]
+        return Forward(self.output, self.batch, calls, self.layers, self.updated, self.user)
 
     def leaving(self, layers: Sequence[Layer]) -> Forward:
         """Return the same forward as if these layers had never been followed."""

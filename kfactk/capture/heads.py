@@ -11,6 +11,7 @@ in a forward adds nothing there, as to the loss.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -21,10 +22,73 @@ from torch.utils._pytree import tree_leaves
 
 from kfactk.capture.forward import TracedCall
 from kfactk.capture.outputs import OutputView
+from kfactk.capture.replay import tensors_of
 from kfactk.capture.support import model_output
 from kfactk.errors import CaptureError, near_names
 from kfactk.stages import Likelihood
 from kfactk.validation import attribute_errors
+
+
+@attrs.frozen
+class FlatOutput:
+    """Tells of how many examples a flattened output holds the rows: of as many as an argument.
+
+    Args:
+        argument: Name of the argument.
+        leaf: Which of the tensors in it.
+    """
+
+    argument: str
+    leaf: int = 0
+
+    @classmethod
+    def of(cls, rows: int, batch: Mapping[str, Any]) -> FlatOutput | None:
+        """Return what an output of so many rows is a flattening of, as its shape has it.
+
+        Args:
+            rows: Number of its rows, more than an argument has.
+            batch: The arguments of the forward.
+
+        Returns:
+            `None` where a tensor has as many rows, or none divides them.
+
+        Example:
+            >>> FlatOutput.of(6, {"tokens": torch.ones(2, 3), "scale": torch.ones(5)})
+            FlatOutput(argument='tokens', leaf=0)
+        """
+        found = None
+        for name, value in batch.items():
+            for leaf, tensor in enumerate(tensors_of(value)):
+                if tensor.ndim and len(tensor) == rows:
+                    return None
+                here = cls(name, leaf)
+                if found is None and here.examples(rows, batch) is not None:
+                    found = here
+        return found
+
+    def examples(self, rows: int, batch: Mapping[str, Any]) -> int | None:
+        """Return N where an output of so many rows divides by the argument; else `None`."""
+        n, *sizes = self._shape(batch) or (0,)
+        return n if 0 < n < rows and rows % n == 0 and rows // n in runs(sizes) else None
+
+    def count(self, batch: Mapping[str, Any]) -> int:
+        """Return the number of rows of the argument; 0 where it is not there."""
+        return (self._shape(batch) or (0,))[0]
+
+    def _shape(self, batch: Mapping[str, Any]) -> tuple[int, ...]:
+        leaves = tensors_of(batch.get(self.argument))
+        return tuple(leaves[self.leaf].shape) if self.leaf < len(leaves) else ()
+
+
+def runs(sizes: Sequence[int]) -> set[int]:
+    """Return the products of neighbouring sizes.
+
+    Example:
+        >>> sorted(runs([2, 3, 5]))
+        [2, 3, 5, 6, 15, 30]
+    """
+    ends = range(1, len(sizes) + 1)
+    return {math.prod(sizes[start:end]) for end in ends for start in range(end)}
 
 
 @attrs.frozen(eq=False)
@@ -37,6 +101,7 @@ class Head:
         weight: w, the factor of its loss.
         optional: Whether a forward may lack it.
         name: What the user calls it, where there are several.
+        flat: What its output is a flattening of, where that is known.
     """
 
     likelihood: Likelihood
@@ -44,6 +109,7 @@ class Head:
     weight: float = 1.0
     optional: bool = False
     name: str = ""
+    flat: FlatOutput | None = None
 
     def locate(self, output: Any) -> Tensor | None:
         """Return its part of what a model returned; `None` where an optional head has none.
@@ -81,7 +147,9 @@ class Head:
         terms: Tensor | float = float(view.shape[0] * view.shape[1])
         if weights is not None:
             terms = weights.detach().sum().double()
-        return HeadView(output, view, weights, terms, self)
+        found = HeadView(output, view, weights, terms, self)
+        examples = None if self.flat is None else self.flat.examples(len(view), batch)
+        return found if examples is None else found.by_example(examples)
 
     def _view(self, output: Tensor) -> Tensor:
         try:
@@ -115,6 +183,12 @@ class HeadView:
         """What the output means."""
         assert self.head is not None
         return self.head.likelihood
+
+    def by_example(self, examples: int) -> HeadView:
+        """Return the same with rows `[N T, S, C]` as `[N, T S, C]`."""
+        view = self.view.reshape(examples, -1, self.view.shape[-1])
+        weights = None if self.weights is None else self.weights.reshape(examples, -1)
+        return attrs.evolve(self, view=view, weights=weights)
 
     def factor(self, terms: Tensor | float) -> Tensor | float:
         """Return what its Fisher losses are multiplied by, where sums are divided by `terms`."""

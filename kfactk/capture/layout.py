@@ -73,7 +73,11 @@ class LayoutSketch:
 
 
 def sketch(
-    samples_of: Callable[[LayerCall], Samples], calls: Sequence[LayerCall], examples: int
+    samples_of: Callable[[LayerCall], Samples],
+    calls: Sequence[LayerCall],
+    examples: int,
+    *,
+    joined: bool = False,
 ) -> LayoutSketch:
     """Return the sketch of a layer's calls, each with its gradient.
 
@@ -81,7 +85,11 @@ def sketch(
         samples_of: Returns a call of the layer as samples.
         calls: Its calls in one pass.
         examples: Number of examples of the output.
+        joined: Whether the calls are those of a module that gets all rows in its first dimension,
+            and the layer lies inside.
     """
+    if joined:
+        return LayoutSketch(tuple(_projected(call.gradient, 0) for call in calls), {})
     each = [samples_of(call) for call in calls]
     gradient = calls[0].gradient
     whole = gradient.shape[:-1].numel() == each[0].examples * each[0].positions
@@ -93,11 +101,32 @@ def sketch(
     return LayoutSketch(tuple(_projected(samples.call_gradients(), -3) for samples in each), dims)
 
 
-def layout_fault(name: str, passes: Sequence[LayoutSketch], marks: Marks, examples: int) -> str:
-    """Return why the examples of a layer are not those of the output; "" where they are.
+@attrs.frozen
+class RowFinding:
+    """What the passes told of the rows of a layer.
 
-    It is also "" where that cannot be told: most rows must belong to one example each, and what is
-    wrong must show in two examples at least.
+    Args:
+        fault: Why its examples are not those of the output; "" where they are, or where that is not
+            known.
+        interleaved: Where all examples have equally many rows, whether row r belongs to example
+            `r % N` and not to `r // T`; `None` elsewhere.
+        known: Whether any of its rows belongs to one example alone.
+        rows: The number of rows of each of its calls.
+    """
+
+    fault: str = ""
+    interleaved: bool | None = None
+    known: bool = False
+    rows: tuple[int, ...] = ()
+
+
+def row_finding(
+    name: str, passes: Sequence[LayoutSketch], marks: Marks, examples: int
+) -> RowFinding:
+    """Return which rows of a layer belong to which examples of the output.
+
+    A fault must show in two examples at least, or in more rows than there are examples; and most
+    rows must belong to one example each.
 
     Args:
         name: The layer's name.
@@ -105,28 +134,76 @@ def layout_fault(name: str, passes: Sequence[LayoutSketch], marks: Marks, exampl
         marks: Their marks.
         examples: Number of examples of the output.
     """
+    rows = tuple(len(each) for each in passes[0].rows)
     if not 1 < examples <= marks.most:
-        return ""
+        return RowFinding(rows=rows)
     calls = [owners(each, marks) for each in zip(*(one.rows for one in passes), strict=True)]
-    first = calls[0]
-    others = [other for other in calls[1:] if len(other) == len(first)]
-    both = [(other != NOBODY) & (first != NOBODY) for other in others]
-    differ = sum(int(((o != first) & b).sum()) for o, b in zip(others, both, strict=True))
-    if differ > 1:
-        return looped_message(name, len(calls))
+    known = any(bool((found != NOBODY).any()) for found in calls)
+    orders, fault = set[bool](), looped_message(name, len(calls)) if _differ(calls) else ""
     for found in calls:
-        counts = torch.bincount(found[found != NOBODY])
-        if int((counts > 1).sum()) > 1:
-            return folded_message(name, int(counts.max()), len(found))
-    if bool((first != NOBODY).any()):
-        return ""
+        order, counts = regular_order(found, examples), torch.bincount(found[found != NOBODY])
+        if order is not None:
+            orders.add(order)
+        elif not fault and (int((counts > 1).sum()) > 1 or int(counts.sum()) > examples):
+            fault = folded_message(name, int(counts.max()), len(found))
+    if len(orders) > 1:
+        fault = fault or looped_message(name, len(calls))
+    if not known:
+        fault = _transposed(name, passes, marks)
+    interleaved = orders.pop() if orders and not fault else None
+    return RowFinding(fault, interleaved, known, rows)
+
+
+def _transposed(name: str, passes: Sequence[LayoutSketch], marks: Marks) -> str:
+    """Return that another dimension of a layer counts the examples; "" where none does."""
     for dim in passes[0].dims:
         found = owners([one.dims[dim] for one in passes], marks)
-        known = found != NOBODY
+        inside = found != NOBODY
         there = torch.arange(len(found), device=found.device)
-        if int(known.sum()) > 1 and bool((found == there)[known].all()):
+        if int(inside.sum()) > 1 and bool((found == there)[inside].all()):
             return batch_dim_message(name, dim)
     return ""
+
+
+def regular_order(found: Tensor, examples: int) -> bool | None:
+    """Return whether rows of examples are interleaved; `None` where they are in no regular order.
+
+    Each example must have equally many rows, more than one, and one that is known to be its own.
+
+    Args:
+        found: The example of each row, or `NOBODY`, `[rows]`.
+        examples: N.
+
+    Example:
+        >>> regular_order(torch.tensor([0, 0, 1, NOBODY]), 2)
+        False
+        >>> regular_order(torch.tensor([0, 1, 0, 1]), 2), regular_order(torch.tensor([0, 1]), 2)
+        (True, None)
+    """
+    known = found != NOBODY
+    if len(found) <= examples or len(found) % examples:
+        return None
+    if len(found[known].unique()) < examples:
+        return None
+    there = torch.arange(len(found), device=found.device)
+    for interleaved, expected in (
+        (False, there // (len(found) // examples)),
+        (True, there % examples),
+    ):
+        if bool((found == expected)[known].all()):
+            return interleaved
+    return None
+
+
+def _differ(calls: Sequence[Tensor]) -> bool:
+    """Return whether the same row belongs to other examples in another call of a layer."""
+    first, *others = calls
+    differ = 0
+    for other in others:
+        if len(other) == len(first):
+            both = (other != NOBODY) & (first != NOBODY)
+            differ += int(((other != first) & both).sum())
+    return differ > 1
 
 
 def owners(passes: Sequence[Tensor], marks: Marks) -> Tensor:

@@ -143,9 +143,14 @@ class RecordedReplay:
         self._gradients: Mapping[int, Tensor] | None = None
         self._found: dict[str, list[LayerCall]] = {}
 
-    def count_examples(self, examples: int) -> None:
-        """Note how many examples the model's output has."""
-        self._call = attrs.evolve(self._call, examples=examples)
+    def count_examples(self, examples: int, *, interleaved: bool = False) -> None:
+        """Note how many examples the model's output has, and how rows are ordered by them."""
+        self._call = attrs.evolve(self._call, examples=examples, interleaved=interleaved)
+
+    @property
+    def joins_examples(self) -> bool:
+        """Whether the module gets the rows of all examples in its first dimension."""
+        return bool(getattr(self._replay, "joins_examples", False))
 
     def check(self) -> None:
         """Check that the arguments are those of the call.

@@ -6,20 +6,23 @@ from collections.abc import Sequence
 from typing import Any
 
 import attrs
+import torch
 
 from kfactk.errors import MemoryExhaustedError
 from kfactk.optim.settings import Settings
 from kfactk.preconditioner.block import Block
-from kfactk.preconditioner.coverage import told_bytes, told_seconds
+from kfactk.preconditioner.coverage import LARGE_SECONDS, told_bytes, told_seconds
 from kfactk.preconditioner.footprint import Footprint, footprint_of
 from kfactk.preconditioner.memory import free_bytes, local_ranks, peak_bytes
 from kfactk.preconditioner.placement import BlockPlacement
 from kfactk.registry.registry import registry
+from kfactk.sides import LONG
 from kfactk.stages import Curvature
+from kfactk.timing import SOLVER_RATES
 
 SMALL = 2**25
 """Bytes that are not worth a look at shapes."""
-SLOW = 60.0
+SLOW = LARGE_SECONDS
 """Seconds of a decomposition that is worth a warning."""
 SHOWN = 4
 """How many layers a message names."""
@@ -49,7 +52,7 @@ def check_sizes(blocks: Sequence[Block], placement: BlockPlacement, recipe: Sett
     slow = [each for each in found if (each.seconds or 0.0) >= SLOW]
     return " ".join(
         ([_told_of_wide(unasked, known)] if unasked else [])
-        + ([_told_of_slow(slow, blocks)] if slow else [])
+        + ([_told_of_slow(slow, blocks, recipe)] if slow else [])
     )
 
 
@@ -121,11 +124,29 @@ def _told_of_wide(blocks: Sequence[Block], known: Any) -> str:
     more = f" and {len(blocks) - SHOWN} more" if len(blocks) > SHOWN else ""
     pasted = _with_option(blocks[0].curvature, "wide", "diagonal")
     accept = "" if pasted is None else f" To accept that, give {pasted}; 'blocks' keeps more of it."
+    if (whole := _whole(blocks[0])) is not None:
+        accept += f" To keep it whole, {whole}."
     return f"layers have a side that is too wide to be a matrix: {', '.join(layers)}{more}.{accept}"
 
 
-def _told_of_slow(slow: Sequence[Footprint], blocks: Sequence[Block]) -> str:
-    """Return the warning of layers whose decomposition takes minutes."""
+def _whole(block: Block) -> str | None:
+    """Return what keeps the sides of a block whole, and what it takes; `None` where too long."""
+    longest, rates = max(_sides(block)), SOLVER_RATES.get(block.layer.anchor.device.type)
+    pasted = _with_option(block.curvature, "max_side", longest)
+    if pasted is None or longest > LONG:
+        return None
+    seconds = "" if rates is None else f", {told_seconds(rates.seconds('eigh', longest))} each time"
+    return f"{pasted}{seconds}"
+
+
+def _sides(block: Block) -> tuple[int, ...]:
+    """Return both sides of a layer's matrix."""
+    held = {name: torch.empty(p.shape, device="meta") for name, p in block.layer.tensors().items()}
+    return tuple(block.curvature.matrix(block.layer, held).shape[-2:])
+
+
+def _told_of_slow(slow: Sequence[Footprint], blocks: Sequence[Block], recipe: Settings) -> str:
+    """Return the warning of layers whose decomposition takes long."""
     slow = sorted(slow, key=lambda each: -(each.seconds or 0.0))
     layers = ", ".join(
         f"{_called(each.layer)} {told_seconds(each.seconds or 0.0)} ({each.largest})"
@@ -137,9 +158,14 @@ def _told_of_slow(slow: Sequence[Footprint], blocks: Sequence[Block]) -> str:
     remedies += [f"leave layers out, exclude={[slow[0].path]}"] if slow[0].path else []
     remedies = remedies or ["choose a basis of smaller matrices"]
     return (
-        f"one decomposition will take about: {layers}, on one core of a server or an H100. To "
-        f"lower it, {'; or '.join(remedies)}."
+        f"one decomposition will take about: {layers}, on one core of a server or an H100, in one "
+        f"step of every {_period(recipe)}. To lower it, {'; or '.join(remedies)}."
     )
+
+
+def _period(recipe: Settings) -> str:
+    every = recipe.schedule.basis_every
+    return "some" if callable(every) else str(every)
 
 
 def _called(layer: str) -> str:

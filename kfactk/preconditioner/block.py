@@ -23,7 +23,7 @@ from kfactk.preconditioner.gradient_mean import MEAN, TURNED
 from kfactk.preconditioner.pace_state import LONGEST, PaceState
 from kfactk.preconditioner.plan import BlockPlan
 from kfactk.preconditioner.state import PREFIX, BlockState
-from kfactk.samples import LayerCall, Samples, Statistic, to_working_dtype
+from kfactk.samples import LayerCall, RowOrder, Samples, Statistic, to_working_dtype
 from kfactk.sides import groups_of_shape, is_diagonal, mean_of, side_of, with_sides
 from kfactk.stages import (
     Basis,
@@ -111,6 +111,11 @@ class Block:
     def sampled(self) -> bool:
         """Whether moments are measured on samples."""
         return self.basis.moments_from == "samples"
+
+    @property
+    def tells_examples_apart(self) -> bool:
+        """Whether anything that is measured depends on which rows are of one example."""
+        return self.sampled or self.curvature.tells_examples_apart
 
     @property
     def moments_of_gradient(self) -> bool:
@@ -207,6 +212,11 @@ class Block:
         """Return the layer's calls in one pass as samples."""
         with attribute_errors("curvature", self.curvature, self._where):
             return self.curvature.samples(self.layer, calls, num_terms=num_terms, first=first)
+
+    def unfold(self, call: LayerCall, order: RowOrder) -> Sequence[LayerCall]:
+        """Return a call by example; nothing where the curvature cannot."""
+        with attribute_errors("curvature", self.curvature, self._where):
+            return self.curvature.unfold(self.layer, call, order)
 
     def factors(
         self, samples: Samples, *, inputs: bool = True, gradients: bool = True

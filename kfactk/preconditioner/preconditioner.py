@@ -28,7 +28,7 @@ from kfactk.preconditioner.refresh import Refresh
 from kfactk.preconditioner.rules import BlockRule
 from kfactk.preconditioner.schedule import UpdateSchedule
 from kfactk.preconditioner.state import READY, BlockState, part_of
-from kfactk.samples import LayerCall, Samples, Statistic, working_dtype
+from kfactk.samples import LayerCall, RowOrder, Samples, Statistic, working_dtype
 from kfactk.stages import Layer, Link, Placement
 from kfactk.statistics import (
     ReducedStatistic,
@@ -191,13 +191,28 @@ class Preconditioner:
         """Note one forward."""
         self._forwards += 1
 
+    def follows(self, layer: Layer) -> bool:
+        """Return whether the calls of a layer are taken in this step."""
+        return layer in self._followed
+
     def tells_examples_apart(self, layer: Layer) -> bool:
         """Return whether anything is measured for each example of a layer."""
-        return layer in self._followed and self._followed[layer][0].sampled
+        if layer not in self._followed:
+            return False
+        block = self._followed[layer][0]
+        return block.tells_examples_apart or block in self.links.blocks
 
     def samples_of(self, layer: Layer, call: LayerCall) -> Samples:
         """Return one call of a layer that tells its examples apart, as samples."""
         return self._followed[layer][0].samples([call], num_terms=1.0, first=True)
+
+    def unfold(self, layer: Layer, call: LayerCall, order: RowOrder) -> Sequence[LayerCall]:
+        """Return a call by example; nothing where the layer's curvature cannot."""
+        return self._followed[layer][0].unfold(call, order)
+
+    def warn_of_output(self, message: str) -> None:
+        """Warn of an output whose examples are not known."""
+        self._warn("output", message)
 
     def warn_of_layout(self, faults: Mapping[Layer, str]) -> None:
         """Warn of all layers whose examples are not those of the output."""

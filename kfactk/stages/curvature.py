@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from kfactk.samples import LayerCall, Samples, Statistic
+from kfactk.samples import LayerCall, RowOrder, Samples, Statistic
 from kfactk.stages.layer import Layer, Replay, Tensors
 
 
@@ -71,6 +71,31 @@ class Curvature(abc.ABC):
         exist in a Fisher pass only, so `input_factors` must stay empty.
         """
         return None
+
+    @property
+    def tells_examples_apart(self) -> bool:
+        """Whether factors depend on which rows are of one example; the default is True.
+
+        Say False where A and G are sums over all rows alone: their product is then the same.
+        """
+        return True
+
+    def unfold(self, layer: Layer, call: LayerCall, order: RowOrder) -> Sequence[LayerCall]:
+        """Return a call with several rows of each example as calls that tell examples apart.
+
+        A model may flatten its tokens, so that a module gets `[N T, d]` in place of `[N, T, d]`.
+        Where it is known which rows are whose, the framework asks for this before `samples`.
+
+        Args:
+            layer: The layer.
+            call: One that `samples` would take for N T examples.
+            order: Which rows of it are whose.
+
+        Returns:
+            Calls of N examples; none, the default, where the curvature cannot. Each row is then
+            taken for an example, of which the user is warned.
+        """
+        return ()
 
     def same_call(self, module: nn.Module, other: nn.Module) -> bool:
         """Return whether calls of two tied modules can be measured as those of one layer.

@@ -96,6 +96,8 @@ class ModuleCall:
         training: Whether the module was in training mode.
         examples: Number of examples of the model's output; `None` where it is not known. A module
             that gets the rows of all examples in one dimension needs it.
+        interleaved: Whether such a row r belongs to example `r % examples`; else rows of an example
+            are next to each other.
     """
 
     module: nn.Module
@@ -104,6 +106,7 @@ class ModuleCall:
     parameters: Tensors
     training: bool
     examples: int | None = None
+    interleaved: bool = False
 
 
 @attrs.frozen(eq=False)
@@ -146,6 +149,10 @@ class Replay(Protocol):
 
     Laws: `run(call).outputs` equal what the call itself returned, which is checked each time. Where
     the module computes one of them from another, so does `run`, from the tensor that it returns.
+
+    Where the module gets the rows of all examples in the first dimension, `run` needs
+    `ModuleCall.examples` and `interleaved`. A class then says so by `joins_examples = True`, and
+    the framework finds out in which order they are.
     """
 
     def outputs(self, output: Any) -> Sequence[Any]:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Generic, TypeVar
 
+import attrs
 import torch
 from torch import Tensor
 
-from kfactk import CaptureError, Layer, Samples
+from kfactk import CaptureError, Layer, LayerCall, RowOrder, Samples
 from kfactk.samples import working_dtype
 
 Call = TypeVar("Call")
@@ -78,6 +79,23 @@ def examples_first(layer: Layer, tensor: Tensor, features: int, batch_dim: int) 
             "examples."
         )
     return tensor.movedim(batch_dim, 0)
+
+
+def unfolded(
+    layer: Layer, call: LayerCall, order: RowOrder, features: int, batch_dim: int
+) -> list[LayerCall]:
+    """Return a call with its rows as `[N, T, *]`; its examples are then in `batch_dim`.
+
+    Args:
+        layer: The layer, for a message.
+        call: Inputs and gradient have the same dimensions before their features.
+        order: Which rows are whose.
+        features: Number of trailing dimensions of one row.
+        batch_dim: As for `examples_first`.
+    """
+    first = (examples_first(layer, x, features, batch_dim) for x in (call.inputs, call.gradient))
+    inputs, gradient = (order.unfold(each).movedim(0, batch_dim) for each in first)
+    return [attrs.evolve(call, inputs=inputs, gradient=gradient)]
 
 
 def check_examples(layer: Layer, examples: Iterable[int]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -37,6 +37,8 @@ class ExpertsReplay:
     of tokens, and 0 in those that fill up.
     """
 
+    joins_examples: ClassVar[bool] = True
+
     def outputs(self, output: Any) -> tuple[Any]:
         """Return y."""
         return (output,)
@@ -55,7 +57,7 @@ class ExpertsReplay:
         for expert, (token, place) in enumerate(_routed(chosen, module.num_experts)):
             if not len(token) and (inner or expert < module.num_experts - 1):
                 continue
-            rows = Rows.of(token, len(tokens), examples)
+            rows = Rows.of(token, len(tokens), examples, interleaved=call.interleaved)
             hidden = tokens[token]
             for part in (first_part(module), SECOND):
                 inputs = rows.packed(hidden)
@@ -84,20 +86,27 @@ class Rows:
     places: Tensor
 
     @classmethod
-    def of(cls, token: Tensor, tokens: int, examples: int) -> Rows:
+    def of(cls, token: Tensor, tokens: int, examples: int, *, interleaved: bool = False) -> Rows:
         """Return the places of tokens, which are sorted.
 
         Args:
             token: The number of each among all.
             tokens: Number of all tokens.
-            examples: N, which they belong to in order.
+            examples: N.
+            interleaved: Whether token r belongs to example `r % N`, and not to the one whose
+                tokens are next to each other.
         """
         if token.is_meta:
             return cls((examples, math.ceil(len(token) / examples)), torch.empty_like(token))
-        owner = torch.div(token, tokens // max(1, examples), rounding_mode="floor")
+        if interleaved:
+            owner = token % max(1, examples)
+        else:
+            owner = torch.div(token, tokens // max(1, examples), rounding_mode="floor")
         counts = torch.bincount(owner, minlength=examples)
-        first = counts.cumsum(0) - counts
-        among = torch.arange(len(token), device=token.device) - first[owner]
+        first, by_owner = counts.cumsum(0) - counts, owner.argsort(stable=True)
+        number = torch.empty_like(token)
+        number[by_owner] = torch.arange(len(token), device=token.device)
+        among = number - first[owner]
         most = int(counts.max()) if len(token) else 0
         return cls((examples, most), owner * most + among)
 

@@ -10,19 +10,18 @@ import attrs
 from torch import Tensor
 
 from kfactk import Curvature, Layer, Samples, Statistic, Tensors
-from kfactk.options import choice, whole
+from kfactk.options import choice, longest_side
 from kfactk.samples import gram
-from kfactk.sides import DIAGONALS, block_slices, is_diagonal, side_of
+from kfactk.sides import (
+    AUTO,
+    DIAGONALS,
+    block_slices,
+    is_diagonal,
+    longest_whole,
+    side_of,
+)
 from kfactk_stages.curvature._on_demand import OnDemand
 
-MAX_SIDE = 8192
-"""Longest side that is kept whole by default.
-
-While a side of n is decomposed, the factor, its sums and means, old and new eigenvectors and the
-solver's own arrays are up to 7 n^2 numbers: 1.9 GB here, and four times that for twice the side. On
-an H100 an eigendecomposition is predicted to take 0.7 s, of which half is the latency of n
-dependent columns. On one core 13 s were measured for n = 4096, which makes 100 s here.
-"""
 FORMS = ("diagonal", "blocks", "identity")
 
 
@@ -34,12 +33,13 @@ class WideSides(Curvature):
     `max_side` is never formed as a matrix.
 
     Args:
-        max_side: Longest side that is kept whole; `None` for no limit.
+        max_side: Longest side that is kept whole; `None` for no limit; "auto" for one that
+            follows from the sides of each layer (`kfactk.sides.longest_whole`).
         wide: What stands for a longer one: "diagonal", "blocks" or "identity"; `None` for
             "diagonal", of which `bind` warns.
     """
 
-    max_side: int | None = attrs.field(default=MAX_SIDE, validator=whole(optional=True))
+    max_side: int | str | None = attrs.field(default=AUTO, validator=longest_side())
     wide: str | None = attrs.field(default=None, validator=choice(None, *FORMS))
 
     @abc.abstractmethod
@@ -51,37 +51,44 @@ class WideSides(Curvature):
         """Whether the user said what stands for a wide side."""
         return self.wide is not None
 
-    def is_wide(self, n: int) -> bool:
-        """Return whether a side of n is not kept whole."""
-        return self.max_side is not None and n > self.max_side
+    def is_wide(self, n: int, other: int) -> bool:
+        """Return whether a side of n is not kept whole, where the other side is this long."""
+        most = longest_whole(other, self.max_side)
+        return most is not None and n > most
 
     def stand_ins(self, layer: Layer) -> Mapping[str, tuple[str, ...]]:
         """Return what stands for the sides of a layer that are wide."""
         d_out, d_in = self.sides(layer)
-        sides = (("A", d_in), ("G", d_out))
-        return {side: tuple(self.parts_of(side, n)) for side, n in sides if self.is_wide(n)}
+        sides = (("A", d_in, d_out), ("G", d_out, d_in))
+        return {
+            side: tuple(self.parts_of(side, n, other))
+            for side, n, other in sides
+            if self.is_wide(n, other)
+        }
 
-    def parts_of(self, side: str, n: int) -> dict[str, slice]:
+    def parts_of(self, side: str, n: int, other: int) -> dict[str, slice]:
         """Return the names of the matrices of a side of n, each with its rows and columns."""
-        if not self.is_wide(n):
+        if not self.is_wide(n, other):
             return {side: slice(0, n)}
         if self.wide != "blocks":
             return {DIAGONALS[side]: slice(0, n)}
-        assert self.max_side is not None
-        return {side + number: each for number, each in block_slices(n, self.max_side).items()}
+        most = longest_whole(other, self.max_side)
+        assert most is not None
+        return {side + number: each for number, each in block_slices(n, most).items()}
 
     def moment(
-        self, side: str, n: int, parts: Iterable[Tensor], count: Tensor | float
+        self, side: str, n: int, other: int, parts: Iterable[Tensor], count: Tensor | float
     ) -> dict[str, Statistic]:
         """Return `sum r r^T` over rows, or what stands for it, as the statistics of a wide side.
 
         Args:
             side: "A" or "G".
             n: Its length.
+            other: The length of the other side.
             parts: The rows, `[..., N, T, n]`.
             count: What the sums are divided by.
         """
-        slices, totals = self.parts_of(side, n), dict[str, Tensor]()
+        slices, totals = self.parts_of(side, n, other), dict[str, Tensor]()
         for rows in parts:
             for name, columns in slices.items():
                 total = self._squares(rows) if is_diagonal(name) else gram(rows[..., columns])

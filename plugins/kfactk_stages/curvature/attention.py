@@ -10,7 +10,17 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from kfactk import Curvature, Layer, LayerCall, Replay, Samples, Statistic, Tensors, hookimpl
+from kfactk import (
+    Curvature,
+    Layer,
+    LayerCall,
+    Replay,
+    RowOrder,
+    Samples,
+    Statistic,
+    Tensors,
+    hookimpl,
+)
 from kfactk.options import whole
 from kfactk.samples import DEFAULT_CHUNK_BYTES
 from kfactk.stages import owner_of, parameter_at
@@ -132,6 +142,11 @@ class Attention(Curvature):
         tag = TAGS[0] if groups > 1 else ""
         return LayerCall(zeros(1, 1, d_in), zeros(1, 1, len(anchor) // groups), tag=tag)
 
+    @property
+    def tells_examples_apart(self) -> bool:
+        """False: A and G are sums over all rows."""
+        return False
+
     def samples(
         self, layer: Layer, calls: Sequence[LayerCall], *, num_terms: Tensor | float, first: bool
     ) -> Samples:
@@ -155,6 +170,11 @@ class Attention(Curvature):
             rows = [LinearRows(c.inputs, c.gradient, c.scale) for c in calls if c.tag == tag]
             groups.append(joined(rows or [no_rows(calls[0])]))
         return GroupedSamples(groups, calls)
+
+    def unfold(self, layer: Layer, call: LayerCall, order: RowOrder) -> Sequence[LayerCall]:
+        """Return the call with its rows as `[N, T, ...]`, as where sequences are windows."""
+        inputs, gradient = order.unfold(call.inputs), order.unfold(call.gradient)
+        return [attrs.evolve(call, inputs=inputs, gradient=gradient)]
 
     def gradient_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
         """Return sums and counts of A and G."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import ClassVar, cast
 
@@ -11,7 +11,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from kfactk import Layer, LayerCall, Samples, Statistic, Tensors, hookimpl
+from kfactk import Layer, LayerCall, RowOrder, Samples, Statistic, Tensors, hookimpl
 from kfactk.linalg import block_diagonal, kron, mean_diagonal
 from kfactk.samples import gram, total_of
 from kfactk.sides import is_diagonal
@@ -147,6 +147,12 @@ class ConvKfac(Kfac):
         positions = window.patches(inputs).shape[2 : 2 + len(sizes)]
         return LayerCall(inputs, zeros(1, weight.shape[0], *positions))
 
+    def unfold(self, layer: Layer, call: LayerCall, order: RowOrder) -> Sequence[LayerCall]:
+        """Return the call with its rows as `[N, T, ...]`; images as T calls."""
+        if isinstance(layer.module, IMAGES):
+            return order.parts(call)
+        return super().unfold(layer, call, order)
+
     def rows(self, layer: Layer, call: LayerCall) -> Rows:
         """Return one call as rows; for a convolution, they are patches."""
         module = layer.module
@@ -201,17 +207,22 @@ class ConvKfac(Kfac):
         C and K of a convolution remain where C is not wide; elsewhere A's stand for C, too.
         """
         found = super().stand_ins(layer)
-        channels = isinstance(layer.module, IMAGES) and not self.is_wide(_channels(layer))
+        channels = isinstance(layer.module, IMAGES) and not self._wide_channels(layer)
         return found if "A" not in found or channels else {**found, "C": found["A"], "K": ()}
 
     def _by_channels(self, layer: Layer) -> bool:
         """Return whether the input factor that is kept is Omega."""
         spatial = self.spatial in ("sua", "stationary") and isinstance(layer.module, IMAGES)
-        return spatial and not self.is_wide(_channels(layer))
+        return spatial and not self._wide_channels(layer)
 
     def _keeps_channels(self, layer: Layer) -> bool:
         """Return whether A is wide and C is not."""
-        return self.is_wide(self.sides(layer)[1]) and not self.is_wide(_channels(layer))
+        d_out, d_in = self.sides(layer)
+        return self.is_wide(d_in, d_out) and not self._wide_channels(layer)
+
+    def _wide_channels(self, layer: Layer) -> bool:
+        """Return whether C would be too wide."""
+        return self.is_wide(_channels(layer), self.sides(layer)[0])
 
     def assemble(self, layer: Layer, factors: Tensors) -> Tensors:
         """Return those of A, C, K and G that the factors determine, each made when it is read.
@@ -233,7 +244,7 @@ class ConvKfac(Kfac):
         """Return what makes C, K, and A or what stands for it, of Omega."""
         correlation = partial(_correlation, layer, factors)
         found: dict[str, Callable[[], Tensor]] = {"C": lambda: factors["Omega"], "K": correlation}
-        for name, columns in self.parts_of("A", self.sides(layer)[1]).items():
+        for name, columns in self.parts_of("A", *self.sides(layer)[::-1]).items():
             if is_diagonal(name):
                 found[name] = partial(self._diagonal, layer, factors)
             elif name == "A":

@@ -11,7 +11,17 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from kfactk import CaptureError, Curvature, Layer, LayerCall, Samples, Statistic, Tensors, hookimpl
+from kfactk import (
+    CaptureError,
+    Curvature,
+    Layer,
+    LayerCall,
+    RowOrder,
+    Samples,
+    Statistic,
+    Tensors,
+    hookimpl,
+)
 from kfactk.options import whole
 from kfactk.samples import DEFAULT_CHUNK_BYTES
 from kfactk_stages.curvature._bags import BagCall, BagSamples
@@ -184,6 +194,16 @@ class Embedding(Curvature):
                 return lookups
         sides = self.matrix(layer, layer.tensors()).shape
         return TiedSamples(lookups, heads, sides, **options)
+
+    def unfold(self, layer: Layer, call: LayerCall, order: RowOrder) -> Sequence[LayerCall]:
+        """Return the call with its rows as `[N, T, ...]`; none for bags."""
+        if isinstance(layer.module, nn.EmbeddingBag):
+            return ()
+        batched = partial(examples_first, layer, batch_dim=self.batch_dim)
+        inputs = batched(call.inputs, features=int(_of_head(layer, call)))
+        pair = (order.unfold(each) for each in (inputs, batched(call.gradient, features=1)))
+        inputs, gradient = (each.movedim(0, self.batch_dim) for each in pair)
+        return [attrs.evolve(call, inputs=inputs, gradient=gradient)]
 
     def _options(self, num_terms: Tensor | float, *, first: bool) -> dict[str, Any]:
         return {"num_terms": num_terms, "first": first, "chunk_bytes": self.chunk_bytes}

@@ -134,6 +134,11 @@ class Experts(Curvature):
         zeros = partial(torch.zeros, dtype=anchor.dtype, device=anchor.device)
         return LayerCall(zeros(1, 1, d_in + 1), zeros(1, 1, d_out), tag="0")
 
+    @property
+    def tells_examples_apart(self) -> bool:
+        """False: A and G are sums over all rows."""
+        return False
+
     def samples(
         self, layer: Layer, calls: Sequence[LayerCall], *, num_terms: Tensor | float, first: bool
     ) -> Samples:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
 from kfactk import CombinationError, GradientCurvature, Layer, Statistic, Tensors, hookimpl
-from kfactk.options import as_tuple, choice, flag, refusal, whole
+from kfactk.options import as_tuple, choice, flag, longest_side, refusal
+from kfactk.sides import AUTO, longest_whole
 from kfactk_stages.curvature._coverage import PRECISIONS
 from kfactk_stages.curvature._on_demand import OnDemand
 
@@ -49,7 +50,7 @@ class Gradient(GradientCurvature):
         vectors: Whether to take parameters of fewer than two dimensions. Otherwise they go to the
             update rule.
         max_side: Largest side of L and R. A larger side has a diagonal, and its coordinates are
-            not rotated; `None` for no bound.
+            not rotated; `None` for no bound; "auto" as for `kfac`.
         counts: "now": a gradient counts in its own step, as in Shampoo. "next": from the next step
             on, as in SOAP, so that no gradient is measured in a basis that it has made. The first
             step then makes a basis only, and moves nothing.
@@ -77,7 +78,7 @@ class Gradient(GradientCurvature):
     dims: str = attrs.field(default="merge", validator=choice("merge", "batch"))
     squares: tuple[str, ...] = attrs.field(default=(), converter=as_tuple, validator=_patterns)
     vectors: bool = attrs.field(default=True, validator=flag)
-    max_side: int | None = attrs.field(default=8192, validator=whole(1, optional=True))
+    max_side: int | str | None = attrs.field(default=AUTO, validator=longest_side())
     counts: str = attrs.field(default="now", validator=choice("now", "next"))
 
     @property
@@ -149,8 +150,8 @@ class Gradient(GradientCurvature):
 
     def _moment(self, rows: Tensor, *, diagonal: bool) -> Statistic:
         """Return `V V^T` of the rows of V, or its diagonal as a column."""
-        wide = self.max_side is not None and rows.shape[-2] > self.max_side
-        if wide or diagonal:
+        most = longest_whole(rows.shape[-1], self.max_side)
+        if diagonal or (most is not None and rows.shape[-2] > most):
             return Statistic(rows.square().sum(-1, keepdim=True), 1.0)
         return Statistic(rows @ rows.mT, 1.0, symmetric=True)
 
@@ -177,9 +178,12 @@ class Gradient(GradientCurvature):
             CombinationError: It is too wide to be a matrix.
         """
         side = moment.shape[-2]
-        if self.max_side is not None and side > self.max_side:
+        d_out, d_in = self.matrix(layer, layer.tensors()).shape[-2:]
+        other = d_in if side == d_out else d_out
+        most = longest_whole(side if other == 1 else other, self.max_side)  # a vector has one side
+        if most is not None and side > most:
             raise CombinationError(
-                f"layer {layer.name!r} has a side of {side}, more than max_side={self.max_side}, "
+                f"layer {layer.name!r} has a side of {side}, more than max_side={most}, "
                 "and its basis needs a matrix of this size. Use basis='soap' or 'shampoo', which "
                 f"take a diagonal there, exclude=[{layer.path!r}], or raise max_side."
             )

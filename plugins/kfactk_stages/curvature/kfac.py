@@ -11,10 +11,10 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from kfactk import Layer, LayerCall, Samples, Statistic, Tensors, hookimpl
+from kfactk import Layer, LayerCall, RowOrder, Samples, Statistic, Tensors, hookimpl
 from kfactk.options import choice, whole
 from kfactk.samples import DEFAULT_CHUNK_BYTES, gram, total_of
-from kfactk_stages.curvature._calls import check_examples, examples_first
+from kfactk_stages.curvature._calls import check_examples, examples_first, unfolded
 from kfactk_stages.curvature._coverage import TRANSPOSED, conv1d, reason_against
 from kfactk_stages.curvature._rows import JoinedSamples, LinearRows, Rows
 from kfactk_stages.curvature._wide import Reader, WideSides, read
@@ -58,8 +58,9 @@ class Kfac(WideSides):
         batch_dim: Which dimension of inputs of rank 3 and more counts the examples, from the front:
             1 for sequence-first models.
         chunk_bytes: Bound on temporaries, in bytes. One example is always processed whole.
-        max_side: Longest side that is kept whole; `None` for no limit. At the default of 8192 a
-            side takes up to 1.9 GB while it is decomposed, and 100 s on one core of a CPU, where
+        max_side: Longest side that is kept whole; `None` for no limit. "auto" follows from the
+            layer: with m its other side, `256 sqrt(m)`, at least 2048 and at most 8192. A side of
+            8192 takes up to 1.9 GB while it is decomposed, and 100 s on one core of a CPU, where
             1024 to 2048 suit better.
         wide: What stands for a longer side: "diagonal", "blocks" or "identity"; `None` for
             "diagonal", of which `bind` warns.
@@ -149,6 +150,15 @@ class Kfac(WideSides):
             rows, bias=layer.bias, num_terms=num_terms, first=first, chunk_bytes=self.chunk_bytes
         )
 
+    @property
+    def tells_examples_apart(self) -> bool:
+        """Whether sums are taken over the rows of each example first."""
+        return self.spatial == "reduce"
+
+    def unfold(self, layer: Layer, call: LayerCall, order: RowOrder) -> Sequence[LayerCall]:
+        """Return the call with its rows as `[N, T, ...]`."""
+        return unfolded(layer, call, order, 1, self.batch_dim)
+
     def rows(self, layer: Layer, call: LayerCall) -> Rows:
         """Return one call as rows."""
         return LinearRows(
@@ -163,11 +173,12 @@ class Kfac(WideSides):
     def input_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
         """Return sum and count of A, or of what stands for it."""
         reduce = self.spatial == "reduce"
-        if not self.is_wide(samples.d_in):
+        if not self.is_wide(samples.d_in, samples.d_out):
             return {"A": reduced_input_moment(samples) if reduce else samples.input_moment()}
         reader = self.input_reader(samples)
         parts = read(samples, reader, samples.d_in) if samples.first else ()
-        return self.moment("A", samples.d_in, parts, float(samples.examples * samples.first))
+        count = float(samples.examples * samples.first)
+        return self.moment("A", samples.d_in, samples.d_out, parts, count)
 
     def input_reader(self, samples: Samples) -> Reader:
         """Return what reads the rows that A is summed over."""
@@ -176,20 +187,21 @@ class Kfac(WideSides):
     def gradient_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
         """Return sum and count of G, or of what stands for it."""
         reduce, share = self.spatial == "reduce", 1 / max(1, samples.positions)
-        if not self.is_wide(samples.d_out):
+        if not self.is_wide(samples.d_out, samples.d_in):
             if reduce:
                 return {"G": reduced_grad_moment(samples)}
             return {"G": samples.grad_moment().scaled(share)}
         rows = partial(summed_gradients, samples) if reduce else samples.gradients
         parts = read(samples, rows, samples.d_out)
-        found = self.moment("G", samples.d_out, parts, samples.num_terms)
+        found = self.moment("G", samples.d_out, samples.d_in, parts, samples.num_terms)
         return {name: each if reduce else each.scaled(share) for name, each in found.items()}
 
     def factor_rows(
         self, layer: Layer, samples: Samples, rows: slice = slice(None)
     ) -> tuple[Tensor, Tensor] | None:
         """Return the rows of A and G; `None` for groups, or where a side is wide."""
-        if samples.groups > 1 or self.is_wide(samples.d_in) or self.is_wide(samples.d_out):
+        d_in, d_out = samples.d_in, samples.d_out
+        if samples.groups > 1 or self.is_wide(d_in, d_out) or self.is_wide(d_out, d_in):
             return None
         if self.spatial == "reduce":
             return mean_inputs(samples, rows), summed_gradients(samples, rows)

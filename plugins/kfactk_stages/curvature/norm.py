@@ -12,10 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from kfactk import Curvature, Layer, LayerCall, Samples, Statistic, Tensors, hookimpl
+from kfactk import Curvature, Layer, LayerCall, RowOrder, Samples, Statistic, Tensors, hookimpl
 from kfactk.options import whole
 from kfactk.samples import CACHED_BYTES, DEFAULT_CHUNK_BYTES, total_of, working_dtype
-from kfactk_stages.curvature._calls import CallSamples, check_examples, examples_first, scaled
+from kfactk_stages.curvature._calls import (
+    CallSamples,
+    check_examples,
+    examples_first,
+    scaled,
+    unfolded,
+)
 from kfactk_stages.curvature._coverage import reason_against
 from kfactk_stages.curvature._foreign_norms import stand_in
 
@@ -285,6 +291,13 @@ class Norm(Curvature):
             first=first,
             chunk_bytes=self.chunk_bytes,
         )
+
+    def unfold(self, layer: Layer, call: LayerCall, order: RowOrder) -> Sequence[LayerCall]:
+        """Return the call by example; none for batch normalisation, whose statistics are of all."""
+        module: Any = _of_torch(layer.module)
+        if isinstance(module, TRAILING):
+            return unfolded(layer, call, order, len(module.normalized_shape), self.batch_dim)
+        return () if isinstance(module, BATCH) else order.parts(call)
 
     def gradient_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
         """Return sum and count of U."""

@@ -242,6 +242,11 @@ class Rnn(Curvature):
             layer.anchor.new_zeros(1, 1, d_in + 1), layer.anchor.new_zeros(1, 1, d_out)
         )
 
+    @property
+    def tells_examples_apart(self) -> bool:
+        """False: A and G are sums over all rows."""
+        return False
+
     def samples(
         self, layer: Layer, calls: Sequence[LayerCall], *, num_terms: Tensor | float, first: bool
     ) -> Samples:

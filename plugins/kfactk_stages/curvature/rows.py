@@ -12,7 +12,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from kfactk import Curvature, Layer, LayerCall, Samples, Statistic, Tensors, hookimpl
+from kfactk import Curvature, Layer, LayerCall, RowOrder, Samples, Statistic, Tensors, hookimpl
 from kfactk.options import whole
 from kfactk.samples import DEFAULT_CHUNK_BYTES
 from kfactk_stages.curvature.conv_kfac import ConvKfac
@@ -100,6 +100,10 @@ class RowsCurvature(Curvature):
                 dimension `batch_dim` besides its features.
         """
         return self._layers.samples(layer, calls, num_terms=num_terms, first=first)
+
+    def unfold(self, layer: Layer, call: LayerCall, order: RowOrder) -> Sequence[LayerCall]:
+        """Return the call with its rows as `[N, T, ...]`; images as T calls."""
+        return self._layers.unfold(layer, call, order)
 
     def gradient_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
         """Return the rows of all examples, in the smaller form; the other one is empty.

@@ -238,6 +238,9 @@ def test_plan_says_no_where_a_worst_step_takes_minutes(
     arguments = ["plan", "--model", f"{__name__}:wide_model", "--input", "64", "--device", "cpu"]
     arguments += ["--placement", "replicated"]
     assert main(arguments) == 0
+    assert " no" not in capsys.readouterr().out.split("compute, messages")[0]
+    arguments += ["--curvature", '{"name": "conv_kfac", "max_side": 8192}']
+    assert main(arguments) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert " no: slow " in out
     assert re.search(r"1 rank: no: a worst step of \d+(\.\d)? min: \w of layer \w+ \(800\d x", out)

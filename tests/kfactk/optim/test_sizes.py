@@ -17,7 +17,7 @@ from kfactk.optim import sizes
 from kfactk_stages.curvature.kfac import Kfac
 
 
-def model(width: int = 3000) -> nn.Sequential:
+def model(width: int = 2000) -> nn.Sequential:
     layers = OrderedDict(fc=nn.Linear(4, 5), head=nn.Linear(5, width))
     return nn.Sequential(layers)
 
@@ -39,8 +39,8 @@ def test_what_does_not_fit_is_refused_with_the_layer(monkeypatch: pytest.MonkeyP
         bound(monkeypatch, 50_000_000)
     text = str(caught.value)
     assert "50 MB are free on cpu" in text
-    assert re.search(r"Layers: 'head' \d+ MB \(G 3000 x 3000\), 'fc' ", text)
-    for remedy in ("exclude=['head']", "'max_side': 750", "stagger=True", "mem_opt"):
+    assert re.search(r"Layers: 'head' \d+ MB \(G 2000 x 2000\), 'fc' ", text)
+    for remedy in ("exclude=['head']", "'max_side': 500", "stagger=True", "mem_opt"):
         assert remedy in text
 
 
@@ -78,7 +78,42 @@ def test_one_line_warns_of_wide_layers_and_pasting_it_ends_it() -> None:
     assert pasted.coverage(model(40)).rows[2].wide == ("output side 40: diagonal",)
 
 
+LADDER: dict[str, tuple[tuple[int, int], tuple[str, ...], str]] = {
+    "line": ((64, 8000), ("output side 8000: diagonal",), "'max_side': 8000"),
+    "head": ((768, 50257), ("output side 50257: diagonal",), "'wide': 'diagonal'"),
+    "mlp": ((4096, 14336), ("output side 14336: diagonal",), "'' 21 s (A 4097 x 4097)"),
+    "vgg": ((25088, 4096), ("input side 25089: diagonal",), "'' 21 s (G 4096 x 4096)"),
+}
+"""Inputs and outputs of wide layers, what stands for their sides, and what `bind` says."""
+
+
+@pytest.mark.parametrize("name", LADDER)
+def test_the_default_says_what_a_wide_layer_costs(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sizes, "free_bytes", lambda device: None)
+    (d_in, d_out), wide, words = LADDER[name]
+    module = nn.Sequential(nn.utils.skip_init(nn.Linear, d_in, d_out))
+    [text] = said(kfactk.build(), module)
+    assert words.replace("''", "'0'") in text
+    assert kfactk.build().coverage(module).rows[0].wide == wide
+    assert "in one step of every 100" in text or name in ("line", "head")
+    pasted = [eval(each) for each in re.findall(r"curvature=({.*?})", text)]
+    assert pasted
+    [again] = said(kfactk.build(curvature={**pasted[0], "max_side": 1024}), module) or [""]
+    assert "one decomposition" not in again
+
+
+def test_a_line_keeps_a_wide_side_whole() -> None:
+    [text] = said(kfactk.build(), model(2200))
+    *_, whole = re.findall(r"curvature=({.*?})", text)
+    assert "To keep it whole" in text
+    recipe = kfactk.build(curvature=eval(whole))
+    assert said(recipe, model(2200)) == []
+    assert recipe.coverage(model(2200)).rows[2].wide == ()
+
+
 def test_a_decomposition_of_minutes_is_said_at_bind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sizes, "SLOW", 1.0)
     [text] = said(kfactk.build(), model())
-    assert re.search(r"'head' 8\.3 s \(G 3000 x 3000\).*'max_side': 750", text)
+    assert re.search(r"'head' 2\.5 s \(G 2000 x 2000\).*'max_side': 500", text)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfactk
-from kfactk import CaptureError
+from kfactk import CaptureError, ModuleCall
 from kfactk.costmodel.counting import training_load
 from kfactk.testing import PipelineLaws
 from kfactk.testing._support.truth import solve
@@ -303,6 +303,93 @@ def test_tokens_that_do_not_divide_are_refused() -> None:
     with pytest.raises(CaptureError, match="14 tokens, and the model's output has 3 examples"):
         model(rows(N, T, D))
     optimizer.close()
+
+
+class Arranged(Mixture):
+    """A mixture whose experts get their tokens in some order of the examples."""
+
+    def __init__(self, order: str, *, norm: bool = False) -> None:
+        super().__init__()
+        self.order, self.norm = order, nn.BatchNorm1d(D).double() if norm else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.flatten(0, 1) if self.order == "examples" else x.transpose(0, 1).flatten(0, 1)
+        if self.order == "none":
+            flat = flat[torch.randperm(len(flat), generator=torch.Generator().manual_seed(1))]
+        weights, chosen = self.router(flat).softmax(-1).topk(K)
+        found = self.norm(self.experts(flat, chosen, weights))
+        if self.order == "none":
+            found = found[
+                torch.randperm(len(flat), generator=torch.Generator().manual_seed(1)).argsort()
+            ]
+        if self.order == "examples":
+            return found.view_as(x).sum(1)
+        return found.view(x.shape[1], x.shape[0], D).sum(0)
+
+
+def moved(model: nn.Module, fisher: str) -> dict[str, Tensor]:
+    """Return how far a step moves the parameters."""
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = kfactk.build(
+        curvature="experts", basis="ekfac", fisher=fisher, update="sgd", clip="none", damping=0.1
+    ).bind(model)
+    F.cross_entropy(model(rows(N, T, D)), torch.arange(N) % D).backward()
+    optimizer.step()
+    optimizer.close()
+    return {name: p.detach() - before[name] for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("fisher", ["mc", "exact", "empirical"])
+def test_tokens_whose_sequence_comes_first_are_those_of_their_examples(fisher: str) -> None:
+    truth = moved(Arranged("examples"), fisher)
+    found = moved(Arranged("positions"), fisher)
+    for name, each in truth.items():
+        assert float((found[name] - each).norm()) <= 1e-9 * float(each.norm())
+
+
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+def test_tokens_in_no_order_of_the_examples_are_refused(fisher: str) -> None:
+    with pytest.raises(CaptureError, match="neither example by example nor position by position"):
+        moved(Arranged("none"), fisher)
+
+
+def test_tokens_whose_examples_do_not_show_are_told() -> None:
+    with pytest.warns(kfactk.KfactkWarning, match="which row belongs to which is not known"):
+        moved(Arranged("positions", norm=True), "mc")
+
+
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_rows_of_experts_are_those_of_autograd_in_either_order(interleaved: bool) -> None:
+    model = Arranged("positions" if interleaved else "examples")
+    x, cotangent = rows(N, T, D), rows(N, D, seed=5)
+    [truth] = [
+        torch.stack(
+            [
+                torch.autograd.grad((model(x) * cotangent)[n].sum(), model.experts.down_proj)[0]
+                for n in range(N)
+            ]
+        )
+    ]
+    layers = INSIDE.layers_of(model)
+    layer = next(each for each in layers if each.part == "down_proj")
+    tokens = x.transpose(0, 1).flatten(0, 1) if interleaved else x.flatten(0, 1)
+    weights, chosen = model.router(tokens).softmax(-1).topk(K)
+    call = ModuleCall(
+        model.experts,
+        (tokens.detach(), chosen, weights.detach()),
+        {},
+        {name: p.detach() for name, p in model.experts.named_parameters()},
+        True,
+        N,
+        interleaved,
+    )
+    found = layer.replay.run(call)
+    owner = torch.arange(N * T) % N if interleaved else torch.arange(N * T) // T
+    inner = [each for each in found.inner if each.part == "down_proj"]
+    gradients = torch.autograd.grad(found.outputs[0], [e.output for e in inner], cotangent[owner])
+    for each, gradient in zip(inner, gradients, strict=True):
+        d = gradient.mT @ each.inputs[..., :-1]
+        assert float((d - truth[:, int(each.tag)]).norm()) < 1e-12
 
 
 def test_mixtral_is_covered() -> None:

@@ -244,3 +244,39 @@ def test_sides_within_the_limit_are_whole():
     assert Kfac(max_side=5).stand_ins(layer) == {}
     assert Kfac(max_side=4).stand_ins(layer) == {"A": ("a",), "G": ("g",)}
     assert Kfac(max_side=None).stand_ins(layer) == {}
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_the_default_follows_from_the_sides_alone(device):
+    found = {
+        sides: Kfac().stand_ins(Layer("fc", nn.Linear(*sides, device=device), BOTH))
+        for sides in ((64, 8000), (64, 2048), (256, 4000), (768, 8300), (2, 2049))
+    }
+    assert found == {
+        (64, 8000): {"G": ("g",)},
+        (64, 2048): {},
+        (256, 4000): {},
+        (768, 8300): {"G": ("g",)},
+        (2, 2049): {"G": ("g",)},
+    }
+
+
+def test_blocks_of_the_default_are_as_long_as_a_whole_side_may_be():
+    layer = Layer("fc", nn.Linear(63, 5000, device="meta"), BOTH)
+    assert Kfac(wide="blocks").stand_ins(layer) == {"G": ("G0", "G1", "G2")}
+
+
+def test_the_diagonal_that_the_default_keeps_is_that_of_the_gradients():
+    gradient = torch.randn(5, 2100, dtype=torch.float64)
+    layer = Layer("fc", nn.Linear(3, 2100).double(), BOTH)
+    call = LayerCall(torch.randn(5, 3, dtype=torch.float64), gradient)
+    samples = Kfac().samples(layer, [call], num_terms=5, first=True)
+    found = Kfac().factors(layer, samples)
+    assert set(found) == {"A", "g"}
+    assert torch.allclose(found["g"].total, gradient.square().sum(0))
+
+
+@pytest.mark.parametrize("wrong", ["long", 0, 1.5, True])
+def test_other_limits_are_refused(wrong):
+    with pytest.raises(kfactk.OptionError, match='or None, or "auto"'):
+        Kfac(max_side=wrong)
