@@ -24,7 +24,7 @@ from kfactk.optim.settings import (
     default_damping,
     rules_of,
 )
-from kfactk.options import USUAL_DAMPING, Number, Period, number_at, python_number
+from kfactk.options import USUAL_DAMPING, USUAL_LR, Number, Period, number_at, python_number
 from kfactk.preconditioner.block import Block
 from kfactk.preconditioner.coverage import Coverage, ModelSurvey
 from kfactk.preconditioner.first_moment import as_first_moment
@@ -372,7 +372,7 @@ def build(
     controller: Any = None,
     placement: Any = "replicated",
     tracker: Any = None,
-    lr: float = 0.003,
+    lr: float = USUAL_LR,
     damping: Number | None = None,
     weight_decay: float = 0.0,
     weight_decay_at: str = "update",
@@ -428,7 +428,7 @@ def build(
             update="velocity" and `step(closure)`; or `None` for the numbers given here.
         placement: Which rank does what: "replicated", "comm_opt", "mem_opt", "hybrid", "auto".
         tracker: Where runs are recorded: "mlflow", "jsonl", or `None`.
-        lr: Learning rate mu.
+        lr: Learning rate mu; a controller sets it, and takes none.
         damping: tau, in the units of the Fisher matrix of one likelihood term; a number, or a
             function of the step. `None` for the update rule's own, with which lr=0.003 is stable:
             0.001 for "adam", "adamw" and "radam", 0.01 for "sgd", 0.03 for "momentum" and "nag".
@@ -531,10 +531,13 @@ def preset(name: str, **changes: Any) -> Recipe:
             f"There is no preset {name!r}.{near_names(str(name), PRESETS)} "
             f"Use one of: {', '.join(PRESETS)}."
         )
-    made = build(**{**PRESETS[name], **changes})
+    given = dict(PRESETS[name])
+    if changes.get("controller") is not None:
+        given.pop("lr", None)  # the controller sets it
+    made = build(**{**given, **changes})
     if default_damping(made.update) != USUAL_DAMPING:
         own = {"lr", "damping"} - changes.keys()  # the preset's are for rules like Adam
-        kept = {field: value for field, value in PRESETS[name].items() if field not in own}
+        kept = {field: value for field, value in given.items() if field not in own}
         made = build(**{**kept, **changes})
     return made
 

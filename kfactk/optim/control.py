@@ -81,6 +81,7 @@ class Control:
         communicator: Sums numbers over ranks.
         locate: Finds the heads in an output of the model.
         velocity_key: The key of the last step in the update rule's state of a parameter.
+        usual: lr and momentum of groups that say nothing of their own.
         decayed: Whether weight decay is part of the gradients that are preconditioned.
     """
 
@@ -95,6 +96,7 @@ class Control:
         locate: Locate,
         *,
         velocity_key: str,
+        usual: Mapping[str, float],
         decayed: bool,
     ) -> None:
         self._controller, self._model, self._communicator = controller, model, communicator
@@ -106,6 +108,7 @@ class Control:
         self._repeated, self._other_batch = 0, False
         self._loss = math.nan
         self._left: dict[str, float] = {}
+        self._usual = dict(usual)
         self._trend = Trend()
 
     @property
@@ -140,6 +143,12 @@ class Control:
                     f"{label} sets one {name} for all parameters, and groups have {sorted(found)}. "
                     f"Leave {name} out of the groups, or build the recipe with controller=None."
                 )
+            if name in self._usual and found != {self._usual[name]}:
+                raise CombinationError(
+                    f"{label} sets {name} in each step, so that {name}={found.pop():g} of the "
+                    f"parameter groups would have no effect. Leave {name} out of the groups, or "
+                    "build the recipe with controller=None."
+                )
             if name in self._left and found != {self._left[name]}:
                 raise CombinationError(
                     f"{label} left {name}={self._left[name]:g} in param_groups, where now "
@@ -166,7 +175,7 @@ class Control:
 
     def forget(self) -> None:
         """Go on from the numbers that the groups hold now: a state was loaded."""
-        self._left = {}
+        self._left, self._usual = {}, {}
 
     def numbers(self, group: Mapping[str, Any]) -> dict[str, float]:
         """Return all numbers by name."""
@@ -176,7 +185,7 @@ class Control:
         """Write numbers into all groups."""
         for group in groups:
             group.update(numbers)
-        self._left = {**self._left, **numbers}
+        self._left, self._usual = {**self._left, **numbers}, {}
 
     # ---------------------------------------------------------------------------- the first loss
 

@@ -150,7 +150,7 @@ class Optimizer(torch.optim.Optimizer):
         try:
             check_blocks(pre, self._groups.by_parameter, recipe)
             self._control = controlled(
-                recipe, self._model, pre, self._fisher_pass.located, groups, scaler
+                recipe, self._model, pre, self._fisher_pass.located, groups, self.defaults, scaler
             )
         except KfactkError:
             self.close()

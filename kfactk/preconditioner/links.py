@@ -80,8 +80,8 @@ class Links:
 
     @property
     def joins_none(self) -> bool:
-        """Whether there is a link, and no layer that it joins."""
-        return self._link is not None and not self.blocks
+        """Whether there is a link, and no two layers that it joins: it leaves one as it is."""
+        return self._link is not None and len(self.blocks) < 2
 
     def check_holders(self) -> None:
         """Check that every rank preconditions, and keeps what the link reads of, each layer.
@@ -109,9 +109,17 @@ class Links:
                 for name in self._stage.requires
             }
             whole = self._placement.everywhere(block.name)
-            if whole and all(len(each) == len(ranks) for each in kept.values()):
+            apart = [name for name, each in sorted(kept.items()) if len(each) < len(ranks)]
+            if whole and not apart:
                 continue
             strategy = self._placement.assignment.strategy
+            if whole:
+                raise CombinationError(
+                    f"{stage_label('link', self._link)} reads {' and '.join(apart)} of layer "
+                    f"{block.name!r}, so every rank must keep them, and the placement {strategy!r} "
+                    "keeps them on some ranks alone. Use placement='replicated', or leave out the "
+                    "link."
+                )
             raise CombinationError(
                 f"{stage_label('link', self._link)} joins layers, so every rank must hold all of "
                 f"them, and the placement {strategy!r} has layer {block.name!r} on some ranks "
