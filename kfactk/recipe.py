@@ -15,6 +15,7 @@ from kfactk._version import __version__
 from kfactk.capture.support import supported_model
 from kfactk.errors import CombinationError, OptionError, UnknownStageError, near_names
 from kfactk.optim.optimizer import Optimizer, Params
+from kfactk.optim.predicted import with_notes
 from kfactk.optim.settings import (
     FIELDS,
     BlockSpec,
@@ -163,7 +164,7 @@ class Recipe(Settings):
             for layer, rule in survey.layers(trained)
         ]
         found = with_footprints(survey.coverage(trained), blocks)
-        return with_link(found, self.link, self.link_name, blocks)
+        return with_notes(with_link(found, self.link, self.link_name, blocks), self, blocks)
 
     def evolve(self, **changes: Any) -> Recipe:
         """Return the recipe with some fields changed; it takes what `kfactk.build` takes.

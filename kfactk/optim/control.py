@@ -331,12 +331,13 @@ class Control:
         entries = [(p, each) for each in groups for p in each["params"] if p.grad is not None]
         for p, group in entries:
             moves = [direction.get(id(p), torch.zeros_like(p)) for direction in directions]
-            wide = torch.stack(moves).flatten(1).double()
-            eta, products = float(plain(group["weight_decay"])), (wide @ wide.T).cpu()
+            eta = float(plain(group["weight_decay"]))
+            found = inner_products(moves, _dense(p.grad), p.detach())
+            products, slope, position = (each.cpu() for each in found)
             squares += products
             shrinking += eta * products
-            slopes += (wide @ _dense(p.grad).flatten().double()).cpu()
-            decays += eta * (wide @ p.detach().flatten().double()).cpu()
+            slopes += slope
+            decays += eta * position
         # What all ranks know is averaged too, so that they go on with the same bits.
         known = torch.cat([each.flatten() for each in (slopes, decays, squares, shrinking)])
         alone = [*fisher.flatten().tolist(), terms]
@@ -578,6 +579,20 @@ class Models:
             curvatures.append(shrinking[pair][:, pair])
         parts = (slopes, decays, *fisher, *squares, *shrinking)
         return cls(models, own, curvatures, torch.cat([each.flatten() for each in parts]))
+
+
+def inner_products(
+    moves: Sequence[Tensor], gradient: Tensor, parameter: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `<v_i, v_j>`, `<g, v_i>` and `<theta, v_i>` of one parameter, in double precision.
+
+    Args:
+        moves: What each direction v_i moves it by.
+        gradient: g.
+        parameter: theta.
+    """
+    wide = torch.stack(list(moves)).flatten(1).double()
+    return wide @ wide.T, wide @ gradient.flatten().double(), wide @ parameter.flatten().double()
 
 
 def _copies(parameter: Tensor, state: Mapping[Any, Any], key: str) -> tuple[Tensor, Tensor | None]:

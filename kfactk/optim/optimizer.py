@@ -32,6 +32,7 @@ from kfactk.optim.masks import Masks
 from kfactk.optim.metrics import MetricsRecorder
 from kfactk.optim.micro_batches import MicroBatches
 from kfactk.optim.nonfinite import NonFiniteGuard
+from kfactk.optim.predicted import with_notes
 from kfactk.optim.run import RunState, called_by_scaler
 from kfactk.optim.settings import Settings
 from kfactk.optim.shown import Removed, ShownState, flat_by_anchor
@@ -218,7 +219,8 @@ class Optimizer(torch.optim.Optimizer):
         self._index()
         pre, blocks = self._preconditioner, self._preconditioner.blocks.current()
         found = with_footprints(pre.survey.coverage(self._groups.by_parameter), blocks)
-        return with_link(found, self.recipe.link, self.recipe.link_name, blocks)
+        found = with_link(found, self.recipe.link, self.recipe.link_name, blocks)
+        return with_notes(found, self.recipe, blocks)
 
     def fisher_product(
         self, tensors: Mapping[str, Tensor], *, strict: bool = True

@@ -128,7 +128,7 @@ class Links:
 
     def _layers(self, dampings: Mapping[str, float] | None = None) -> list[LinkedBlock]:
         known = dampings or {}
-        return [_linked(block, known.get(block.name, block.damping)) for block in self.blocks]
+        return [linked(block, known.get(block.name, block.damping)) for block in self.blocks]
 
     # ------------------------------------------------------------------------------- measuring
 
@@ -150,7 +150,7 @@ class Links:
         """
         if not self._due or block not in self.blocks:
             return
-        layer = _linked(block, block.damping)
+        layer = linked(block, block.damping)
         with self._timer.timed("factors"), self._errors(f"on layer {block.name!r}"):
             self._rows.setdefault(number, {})[block.name] = dict(self._stage.rows(layer, samples))
         places = [call.place for call in calls if call.place is not None]
@@ -485,7 +485,8 @@ class LinkedBlock(LinkedLayer):
         return LinkedLayer.factor_rows(self, samples) if found is None else found
 
 
-def _linked(block: Block, damping: float) -> LinkedBlock:
+def linked(block: Block, damping: float) -> LinkedBlock:
+    """Return a block's layer as a link sees it."""
     return LinkedBlock(block.layer, block.shape, damping, LazyMatrices(block), block=block)
 
 
@@ -496,7 +497,7 @@ def ordered(link: Link, blocks: Sequence[Block]) -> list[Block]:
         CombinationError: It cannot join them.
         PluginError: It names others, or one twice.
     """
-    block_of: dict[LinkedLayer, Block] = {_linked(b, b.damping): b for b in blocks}
+    block_of: dict[LinkedLayer, Block] = {linked(b, b.damping): b for b in blocks}
     with attribute_errors(LINK, link, "choosing its layers"):
         found = list(link.order(list(block_of)))
     if len(set(found)) < len(found) or not set(found) <= block_of.keys():
@@ -527,4 +528,4 @@ def with_link(
     def row(row: Row) -> Row:
         return attrs.evolve(row, linked=label) if row.block in joined else row
 
-    return Coverage(tuple(map(row, coverage)))
+    return attrs.evolve(coverage, rows=tuple(map(row, coverage)))
