@@ -1,4 +1,4 @@
-"""Count what a controller costs: forwards along directions, products, and losses evaluated again."""
+"""Count what a controller costs: forwards along directions, products, losses evaluated again."""
 
 from __future__ import annotations
 
