@@ -20,10 +20,12 @@ from kfactk.capture.linearized import (
     fisher_products,
     same_arguments,
 )
+from kfactk.capture.loss_scale import ScaleCheck, ScaleFault
 from kfactk.distributed.communicator import Communicator
 from kfactk.distributed.sharding import is_sharded
 from kfactk.errors import CaptureError, CombinationError, KfactkWarning, PluginError
 from kfactk.options import LARGEST, plain
+from kfactk.registry.registry import registry
 from kfactk.stages import Controller, QuadraticModel
 from kfactk.validation import attribute_errors, stage_label
 
@@ -31,6 +33,8 @@ WRITTEN = ("lr", "momentum", "damping")
 """Numbers of every group that a controller sets."""
 LOOKS = 10
 """Evaluations of the loss after a step that must agree before there is a warning."""
+ROUGHLY = 0.03
+"""Relative deviation of a factor from the number of terms, which tells a sum."""
 STEEP = 2.0
 """Loss that is lost for each of the first order's; a convex loss loses at most 1."""
 Groups = Sequence[dict[str, Any]]
@@ -109,6 +113,8 @@ class Control:
         self._loss = math.nan
         self._left: dict[str, float] = {}
         self._usual = dict(usual)
+        self._scale = ScaleCheck()
+        self._parameters: Sequence[nn.Parameter] = ()
         self._trend = Trend()
 
     @property
@@ -189,19 +195,24 @@ class Control:
 
     # ---------------------------------------------------------------------------- the first loss
 
-    def evaluate(self, closure: Callable[[], Any], parameters: Sequence[nn.Parameter]) -> Any:
+    def evaluate(
+        self, closure: Callable[[], Any], parameters: Sequence[nn.Parameter], step: int
+    ) -> Any:
         """Evaluate the closure, and keep the forwards that it makes.
 
         Args:
             closure: The user's.
             parameters: Those that are trained.
+            step: Index of the step.
 
         Raises:
             CaptureError: It adds to gradients of before, or gives no gradient or no loss.
         """
         before = [(each, each.grad) for each in parameters if each.grad is not None]
         filled = _any([gradient for _, gradient in before])
-        self._forwards, self.cleared = [], False
+        self._forwards, self.cleared, self._parameters = [], False, parameters
+        if not self._scale.done:
+            self._scale.begin(again=self.evaluates(step))
         self._start = ModelContext.now(self._model)
         self.evaluating = True
         try:
@@ -223,7 +234,37 @@ class Control:
                 f"loss.backward() in it?). {CLOSURE}"
             )
         self._loss = _number(loss)
+        self._tell_scale(self._scale.look(parameters))
         return loss
+
+    def clear(self) -> None:
+        """Take note that the user empties `.grad`."""
+        self.cleared = True
+        self._scale.forget()
+
+    def _tell_scale(self, fault: ScaleFault | None) -> None:
+        """Warn of a loss of another scale than the likelihood's mean."""
+        if fault is None:
+            return
+        likelihood, factor = fault.head.likelihood, fault.factor
+        head = f" of head {fault.head.name!r}" if fault.head.name else ""
+        remedy = f"Divide the loss by {factor:.4g} before its backward: loss = loss / {factor:.4g}"
+        if abs(factor / fault.terms - 1) < ROUGHLY:
+            remedy = f"It is a sum over its {fault.terms:g} terms: take the mean, reduction='mean'"
+        elif (variance := getattr(likelihood, "variance", None)) is not None:
+            given = registry().describe("likelihood", likelihood)
+            remedy += (
+                f"; or give likelihood={given | {'variance': float(f'{variance / factor:.4g}')}}"
+            )
+        warnings.warn(
+            f"the loss of your closure{head} is {factor:.3g} times the mean negative "
+            f"log-likelihood of {stage_label('likelihood', likelihood)}, as its gradient at the "
+            f"output (shape {list(fault.shape)}) tells. The controller takes slopes from your loss "
+            f"and curvature from the likelihood, which is {1 / factor:.3g} times that of your loss, so that lr, "
+            f"momentum and dampings follow a wrong model. {remedy} (said once)",
+            KfactkWarning,
+            stacklevel=6,
+        )
 
     def begin_forward(self) -> None:
         """Note what a forward that begins depends on."""
@@ -242,6 +283,7 @@ class Control:
             self._repeated += 1
             same = known and same_arguments(known[0], {**forward.batch, **batch})
             self._other_batch |= not same  # told when all ranks can know
+            self._watch_scale(forward, batch)
         elif self.evaluating and self._forward_start is not None:
             assert forward.again is not None
             self._forwards.append(
@@ -254,6 +296,16 @@ class Control:
                     self._locate,
                 )
             )
+            self._watch_scale(forward, batch)
+
+    def _watch_scale(self, forward: Forward, batch: Mapping[str, Any]) -> None:
+        """Let the gradients at the outputs of a forward tell the scale of the loss."""
+        if self._scale.done:
+            return
+        given = {**forward.batch, **batch}
+        with torch.enable_grad():
+            heads = [head.read(each, given) for head, each in self._locate(forward.output)]
+        self._scale.watch(heads, self._parameters)
 
     # ------------------------------------------------------------------------------ the decision
 
@@ -448,6 +500,7 @@ class Control:
         everything = {id(p): p for p in (*parameters, *self._model.parameters())}.values()
         before = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in everything]
         self.repeating, self._repeated, self._other_batch = True, 0, False
+        self._scale.begin_again()
         Control.running_again += 1
         try:
             with self._start.restored(self._model), torch.enable_grad():
@@ -474,11 +527,13 @@ class Control:
                 "times when it ran again after the step, so the losses cannot be compared. Let it "
                 "do the same each time."
             )
+        self._tell_scale(self._scale.compare())
         return loss
 
     def finish(self) -> None:
         """End a step: drop the forwards that were kept for it."""
         self._forwards, self._start, self._forward_start = [], None, None
+        self._scale.finish()
 
     def _errors(self, where: str) -> attribute_errors:
         return attribute_errors("controller", self._controller, where)

@@ -375,7 +375,8 @@ class Optimizer(torch.optim.Optimizer):
         if control is not None and not (closure is None and without_lr(self.param_groups)):
             control.check(self.param_groups, closure=closure is not None)
         if closure is not None and control is not None:
-            loss = control.evaluate(closure, list(trained(self.param_groups)))
+            parameters = list(trained(self.param_groups))
+            loss = control.evaluate(closure, parameters, self.steps)
         elif closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -684,7 +685,7 @@ class Optimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as for any torch optimizer."""
         if self._control is not None:
-            self._control.cleared = True
+            self._control.clear()
             if self._control.repeating:
                 super().zero_grad(set_to_none)
                 return
