@@ -65,6 +65,7 @@ from kfactk.stages import (
     ModuleCall as ModuleCall,
     Pace as Pace,
     Placement as Placement,
+    Preparation as Preparation,
     Prepared as Prepared,
     QuadraticModel as QuadraticModel,
     Replay as Replay,

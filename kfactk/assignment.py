@@ -58,6 +58,28 @@ class Work:
     beside: Mapping[str, tuple[int, ...]] = attrs.field(factory=dict)
     follows: bool = False
 
+    @property
+    def joined_by(self) -> str:
+        """Why its matrices must lie on the same ranks, as a clause; "" where they need not.
+
+        Example:
+            >>> sides = {"A": (3, 3), "G": (2, 2)}
+            >>> Work("rnn", sides, (2, 3), indivisible=True, beside={"A_next": (3, 3)}).joined_by
+            'the basis reads A_next beside them, which is kept where all of them are'
+        """
+        if not self.indivisible:
+            return ""
+        if self.beside:
+            verb = "are" if len(self.beside) > 1 else "is"
+            return (
+                f"the basis reads {', '.join(sorted(self.beside))} beside them, which {verb} kept "
+                "where all of them are"
+            )
+        names = ", ".join(sorted(self.matrices))
+        if self.follows:
+            return f"the decompositions of {names} read each other"
+        return f"the curvature makes {names} of the same statistics"
+
     def flops(self, name: str) -> float:
         """Return the order of FLOPs to decompose a matrix: n^3 if it is square, else its size."""
         shape = self.matrices[name]
@@ -177,19 +199,26 @@ class Assignment:
 
     def _fault(self, work: Work, ranks: int) -> str:
         share, layer = self.shares.get(work.layer), f"layer {work.layer!r}"
-        if share is None or set(share.inverse_workers) != set(work.matrices):
-            matrices = ", ".join(sorted(work.matrices))
-            return f"did not assign all matrices of {layer}, {matrices}: it gave {share}"
+        if share is None:
+            return f"assigned nothing of {layer}, which is part of the workload"
+        given, wanted = set(share.inverse_workers), set(work.matrices)
+        if missing := sorted(wanted - given):
+            return f"did not assign {', '.join(missing)} of {layer}: it gave {share}"
+        if unknown := sorted(given - wanted):
+            matrices = ", ".join(sorted(wanted)) or "none"
+            return (
+                f"assigned {', '.join(unknown)} of {layer}, whose matrices are {matrices}: it gave "
+                f"{share}"
+            )
         for group in (*share.inverse_workers.values(), share.gradient_workers):
             ascending = list(group) == sorted(set(group))
             if not (group and ascending and 0 <= group[0] <= group[-1] < ranks):
                 must = f"they must ascend and lie between 0 and {ranks - 1}"
                 return f"assigned {layer} to the ranks {group}; {must}"
         if work.indivisible and len(set(share.inverse_workers.values())) > 1:
-            return (
-                f"put the matrices of {layer} on different ranks, but they are made of the same "
-                "statistics, or read each other"
-            )
+            ranks_of = sorted(share.inverse_workers.items())
+            told = ", ".join(f"{name} on {_rank_text(group)}" for name, group in ranks_of)
+            return f"put matrices of {layer} on different ranks ({told}), but {work.joined_by}"
         inverse = set().union(*share.inverse_workers.values())
         if work.follows and not inverse <= set(share.gradient_workers):
             return (

@@ -25,6 +25,8 @@ from kfactk.sides import AUTO
 
 LARGEST = torch.finfo(torch.float32).max
 """Largest learning rate, damping or weight decay: float32 overflows above."""
+USUAL_LR = 0.003
+"""The learning rate of a recipe that names none."""
 USUAL_DAMPING = 0.001
 """tau where neither the user nor the update rule says another: that of EKFACadam in the thesis."""
 Number = float | Callable[[int], float]

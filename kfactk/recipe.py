@@ -15,6 +15,7 @@ from kfactk._version import __version__
 from kfactk.capture.support import supported_model
 from kfactk.errors import CombinationError, OptionError, UnknownStageError, near_names
 from kfactk.optim.optimizer import Optimizer, Params
+from kfactk.optim.predicted import with_notes
 from kfactk.optim.settings import (
     FIELDS,
     BlockSpec,
@@ -24,7 +25,7 @@ from kfactk.optim.settings import (
     default_damping,
     rules_of,
 )
-from kfactk.options import Number, Period, number_at, python_number
+from kfactk.options import USUAL_LR, Number, Period, number_at, python_number
 from kfactk.preconditioner.block import Block
 from kfactk.preconditioner.coverage import Coverage, ModelSurvey
 from kfactk.preconditioner.first_moment import as_first_moment
@@ -165,7 +166,7 @@ class Recipe(Settings):
             for layer, rule in survey.layers(trained)
         ]
         found = with_footprints(survey.coverage(trained), blocks)
-        return with_link(found, self.link, self.link_name, blocks)
+        return with_notes(with_link(found, self.link, self.link_name, blocks), self, blocks)
 
     def evolve(self, **changes: Any) -> Recipe:
         """Return the recipe with some fields changed; it takes what `kfactk.build` takes.
@@ -374,7 +375,7 @@ def build(
     controller: Any = None,
     placement: Any = "replicated",
     tracker: Any = None,
-    lr: float = 0.003,
+    lr: float = USUAL_LR,
     damping: Number | None = None,
     weight_decay: float = 0.0,
     weight_decay_at: str = "update",
@@ -414,7 +415,8 @@ def build(
             "norm", "attention", "rnn", "experts".
         basis: How the factors are decomposed and the gradient preconditioned: "ekfac", "kfac",
             "unitwise"; with rows "cg"; with statistics of gradients "soap", "shampoo", "kl",
-            "muon". Blocks whose curvature does not provide what it requires use the curvature's own basis.
+            "muon". Blocks whose curvature does not provide what it requires use the curvature's own
+            basis.
         update: The update rule: "sgd", "momentum", "nag", "velocity", "adam", "adamw", "radam", or
             any `torch.optim.Optimizer` class.
         fisher: Whose targets: "mc", "exact", "empirical".
@@ -430,7 +432,7 @@ def build(
             update="velocity" and `step(closure)`; or `None` for the numbers given here.
         placement: Which rank does what: "replicated", "comm_opt", "mem_opt", "hybrid", "auto".
         tracker: Where runs are recorded: "mlflow", "jsonl", or `None`.
-        lr: Learning rate mu.
+        lr: Learning rate mu; a controller sets it, and takes none.
         damping: tau, in the units of the Fisher matrix of one likelihood term; a number, or a
             function of the step. `None` for the update rule's own, with which lr=0.003 is stable:
             0.001 for "adam", "adamw" and "radam", 0.01 for "sgd", 0.03 for "momentum" and "nag".
@@ -533,11 +535,14 @@ def preset(name: str, **changes: Any) -> Recipe:
             f"There is no preset {name!r}.{near_names(str(name), PRESETS)} "
             f"Use one of: {', '.join(PRESETS)}."
         )
-    made = build(**{**PRESETS[name], **changes})
+    given = dict(PRESETS[name])
+    if changes.get("controller") is not None:
+        given.pop("lr", None)  # the controller sets it
+    made = build(**{**given, **changes})
     usual = build(**PRESETS[name]).update
     if default_damping(made.update) != default_damping(usual):
         own = {"lr", "damping"} - changes.keys()  # the preset's are for rules like its own
-        kept = {field: value for field, value in PRESETS[name].items() if field not in own}
+        kept = {field: value for field, value in given.items() if field not in own}
         made = build(**{**kept, **changes})
     return made
 

@@ -136,29 +136,9 @@ class KnownForward:
 
     def _along(self, direction: Mapping[int, Tensor]) -> tuple[list[HeadView], list[Tensor]]:
         """Return the heads, without what they hang on, and what they move by."""
-        names = {id(each): name for name, each in self.model.named_parameters()}
-        try:
-            with torch.no_grad(), forward_ad.dual_level(), self.context.restored(self.model):
-                duals = {
-                    f"model.{names[key]}": make_dual(
-                        self.model.get_parameter(names[key]).detach(), tangent
-                    )
-                    for key, tangent in direction.items()
-                    if key in names
-                }
-                called = _Called(self.model, self.again)
-                with _plain_kernels(self.model):
-                    output = torch.func.functional_call(called, duals, ())
-                return self._taken_apart(self.locate(output))
-        except (NotImplementedError, RuntimeError) as error:
-            if not any(word in str(error) for word in UNSUPPORTED):
-                raise
-            said = str(error).partition("\n")[0].rstrip(".")
-            raise CaptureError(
-                "the controller needs the derivative of the model's output along a direction "
-                f"(forward-mode differentiation), and an operation of the model has none: {said}. "
-                "Write it with operations that have one, or leave out the controller."
-            ) from error
+        with forward_mode(), self.context.restored(self.model):
+            output = run_along(self.model, self.again, direction)
+            return self._taken_apart(self.locate(output))
 
     def _taken_apart(
         self, located: Sequence[tuple[Head, Tensor]]
@@ -261,6 +241,45 @@ def with_versions(trees: Any) -> tuple[tuple[Tensor, int], ...]:
     """Return the tensors in nested containers, each with how often it was written to."""
     tensors = (each for each in tree_leaves(trees) if isinstance(each, Tensor))
     return tuple((each, each._version) for each in tensors)
+
+
+@contextlib.contextmanager
+def forward_mode() -> Iterator[None]:
+    """Surround forwards that run along a direction.
+
+    Raises:
+        CaptureError: An operation of the model has no such derivative.
+    """
+    try:
+        with torch.no_grad(), forward_ad.dual_level():
+            yield
+    except (NotImplementedError, RuntimeError) as error:
+        if not any(word in str(error) for word in UNSUPPORTED):
+            raise
+        said = str(error).partition("\n")[0].rstrip(".")
+        raise CaptureError(
+            "the controller needs the derivative of the model's output along a direction "
+            f"(forward-mode differentiation), and an operation of the model has none: {said}. "
+            "Write it with operations that have one, or leave out the controller."
+        ) from error
+
+
+def run_along(model: nn.Module, again: Callable[[], Any], direction: Mapping[int, Tensor]) -> Any:
+    """Return what a forward returns, as dual tensors; see `forward_mode`.
+
+    Args:
+        model: The model.
+        again: Makes the call.
+        direction: By the id of a parameter, what it moves by. Others stay.
+    """
+    names = {id(each): name for name, each in model.named_parameters()}
+    duals = {
+        f"model.{names[key]}": make_dual(model.get_parameter(names[key]).detach(), tangent)
+        for key, tangent in direction.items()
+        if key in names
+    }
+    with _plain_kernels(model):
+        return torch.func.functional_call(_Called(model, again), duals, ())
 
 
 def make_dual(tensor: Tensor, tangent: Tensor) -> Tensor:

@@ -19,12 +19,16 @@ from kfactk.costmodel.counting import meta_batch, training_load
 from kfactk.costmodel.hardware import Machine, calibrate, machine_named
 from kfactk.errors import OptionError, near_names
 from kfactk.preconditioner.coverage import told_seconds
+from kfactk.preconditioner.pace_state import LONGEST
 from kfactk.recipe import Recipe, build
 from kfactk.registry.registry import registry
 from kfactk.registry.serialization import import_path
 from kfactk.stages import Placement
 
-STAGES = ("curvature", "basis", "fisher", "likelihood", "update", "pace")
+STAGES = (
+    *("curvature", "basis", "fisher", "likelihood"),
+    *("link", "update", "controller", "pace"),
+)
 PERIODS = ("factor_every", "scale_every", "basis_every")
 IMAGE = "3x224x224"
 OWN_MODEL = "name a model of your own as package.module:callable"
@@ -54,6 +58,8 @@ class Row:
         costs: Its cost.
         fits: Whether it fits into the memory of a device.
         slow: Why its worst step takes minutes, and the remedy; "" where it does not.
+        refused: Why `bind` would refuse it; "" where it would not.
+        least: Seconds of a mean step where a pace has its longest intervals; `None` without one.
         recommended: Whether it is the fastest one that fits and is not slow.
     """
 
@@ -61,12 +67,21 @@ class Row:
     costs: Costs
     fits: bool
     slow: str = ""
+    refused: str = ""
+    least: float | None = None
     recommended: bool = False
 
     @property
     def works(self) -> bool:
         """Whether one would train like this."""
-        return self.fits and not self.slow
+        return self.fits and not self.slow and not self.refused
+
+    @property
+    def verdict(self) -> str:
+        """Whether one would, and what is against it, in a word."""
+        if self.refused:
+            return "no: link"
+        return "yes" if self.works else "no: slow" if self.fits else "no"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -91,6 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="the recipe's stagger: layers are decomposed in different steps",
     )
+    add("--lag", type=_count, default=0, help="the recipe's lag")
     add("--exclude", action="append", help="names of modules to leave alone; may be repeated")
     add("--json", action="store_true", help="JSON on standard output")
 
@@ -121,12 +137,15 @@ def run(arguments: argparse.Namespace) -> str:
         rows += compare(load, recipe, list(stages), ranks, machine, precision)
     if arguments.json:
         shown = {"machine": attrs.asdict(machine), "precision": precision}
-        return json.dumps({**shown, "rows": [_as_dict(row) for row in rows]}, indent=2)
+        shown |= {"untold": list(load.untold), "rows": [_as_dict(row) for row in rows]}
+        return json.dumps(shown, indent=2)
     head = (
         f"{arguments.model}: {load.parameters:,} parameters, {len(load.layers)} layers "
         f"preconditioned, {arguments.batch} examples a rank; {machine.name}, {precision}"
     )
-    return "\n".join([head, repr(recipe), "", *_table(rows), "", *_advice(rows, machine)])
+    notes = [line for note in _notes(load, recipe) for line in textwrap.wrap(note, WIDTH)]
+    lines = [head, repr(recipe), "", *_table(rows), "", *_advice(rows, machine)]
+    return "\n".join([*lines, *(["", *notes] if notes else [])])
 
 
 def compare(
@@ -151,8 +170,14 @@ def compare(
             label += f": {assignment.strategy}"
         width, *others = {len(share.gradient_workers) for share in assignment.shares.values()}
         label += f", rows of {width}" if not others and 1 < width < ranks else ""
+        row = Row(label, costs, costs.memory.total <= machine.memory)
+        refused = "" if load.link is None else load.link.refused(assignment, ranks)
+        least = None
+        if recipe.pace is not None:
+            seldom = load.at_longest_intervals()
+            least = cost(seldom, assignment, ranks, machine, precision=precision, wire=wire).seconds
         slow = _slow(load, recipe, machine, costs)
-        rows.append(Row(label, costs, costs.memory.total <= machine.memory, slow))
+        rows.append(attrs.evolve(row, slow=slow, refused=refused, least=least))
     fitting = [row for row in rows if row.works]
     best = min(fitting, key=lambda row: row.costs.seconds) if fitting else None
     return [attrs.evolve(row, recommended=row is best) for row in rows]
@@ -243,7 +268,8 @@ def _from_torchvision(name: str) -> Any:
 def _recipe(arguments: argparse.Namespace) -> Recipe:
     given = {name: getattr(arguments, name) for name in (*STAGES, *PERIODS)}
     given = {name: _stage_value(value) for name, value in given.items() if value is not None}
-    return build(**given, stagger=arguments.stagger, exclude=arguments.exclude or ())
+    flags = {"stagger": arguments.stagger, "lag": arguments.lag}
+    return build(**given, **flags, exclude=arguments.exclude or ())
 
 
 def _stage_value(text: Any) -> Any:
@@ -277,13 +303,13 @@ def _table(rows: Sequence[Row]) -> list[str]:
         seconds = [
             sum(part.mean for part in costs.compute.values()),
             sum(part.mean for part in costs.communication.values()),
-            costs.seconds,
-            costs.worst,
         ]
+        whole = _seconds(costs.seconds)
+        whole += "" if row.least is None else f" ({_seconds(row.least)})"
         sizes = [sum(costs.moved.values()), costs.memory.curvature, costs.memory.total]
         first = ("*" if row.recommended else "", str(costs.ranks), row.placement)
-        last = "yes" if row.works else "no: slow" if row.fits else "no"
-        cells.append((*first, *map(_seconds, seconds), *map(_bytes, sizes), last))
+        times = *map(_seconds, seconds), whole, _seconds(costs.worst)
+        cells.append((*first, *times, *map(_bytes, sizes), row.verdict))
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     sides = [str.ljust if name in ("", "placement") else str.rjust for name in COLUMNS]
     lines = []
@@ -305,6 +331,8 @@ def _advice(rows: Sequence[Row], machine: Machine) -> list[str]:
 def _recommendation(rows: Sequence[Row], machine: Machine) -> str:
     """Return the recommended row of one number of ranks, and why."""
     best = next((row for row in rows if row.recommended), None)
+    if all(row.refused for row in rows):
+        return f"no: {rows[0].refused}. Add --placement replicated, or leave out the link."
     if best is None and any(row.fits for row in rows):
         return f"no: {min(rows, key=lambda row: (not row.fits, row.costs.worst)).slow}."
     if best is None:
@@ -329,8 +357,39 @@ def _recommendation(rows: Sequence[Row], machine: Machine) -> str:
     )
     too_large = [row.placement for row in others if not row.fits]
     text += f"; {', '.join(too_large)} would not fit" if too_large else ""
+    refused = [row.placement for row in others if row.refused]
+    text += f"; {', '.join(refused)} would be refused, as the link joins layers" if refused else ""
     too_slow = [row.placement for row in others if row.fits and row.slow]
     return f"{text}; {', '.join(too_slow)} would take minutes" if too_slow else text
+
+
+def _notes(load: TrainingLoad, recipe: Recipe) -> list[str]:
+    """Return what the table cannot say of link, controller, pace and lag."""
+    notes = []
+    if recipe.pace is not None:
+        most = "grow without a limit" if load.longest >= LONGEST else f"end at {load.longest}"
+        notes.append(
+            "pace: the table has intervals of 1, which is the most that it costs. Where nothing "
+            f"changes, intervals {most}, and a mean step comes near the seconds in brackets"
+        )
+    if load.lag:
+        notes.append(
+            f"lag: decompositions run beside {load.lag} steps; the first, which is made at once, "
+            "is left out of the worst step"
+        )
+    if load.control is not None:
+        rates = load.control.rates
+        notes.append(
+            f"controller: in a mean step {rates.directions:.3g} forwards with derivatives, "
+            f"{rates.evaluations:.3g} more forwards and backwards, and {rates.mean_tries - 1:.3g} "
+            "more times what preconditions"
+        )
+    if load.untold:
+        notes.append(
+            f"not told: {', '.join(load.untold)}. Neither seconds nor bytes of it are in the "
+            "table, so that all of these are more"
+        )
+    return notes
 
 
 def _as_dict(row: Row) -> dict[str, Any]:
@@ -340,6 +399,7 @@ def _as_dict(row: Row) -> dict[str, Any]:
     numbers |= {"seconds": costs.seconds, "worst_seconds": costs.worst}
     numbers["memory"] |= {"total": costs.memory.total}
     verdict = {"fits": row.fits, "slow": row.slow, "recommended": row.recommended}
+    verdict |= {"refused": row.refused, "least_seconds": row.least}
     return {"placement": row.placement, **assignment, **numbers, **verdict}
 
 

@@ -32,6 +32,7 @@ from kfactk.costmodel.communication import (
     messages,
 )
 from kfactk.costmodel.hardware import Machine
+from kfactk.stages import ControlRates
 
 AVERAGING = "averaging gradients"
 """The part in which ranks average their gradients, as DistributedDataParallel does."""
@@ -150,6 +151,90 @@ class LayerCost:
 
 
 @attrs.frozen
+class LinkCost:
+    """Cost of a link; it is the same on every rank.
+
+    Args:
+        label: The link in words, for what is not told.
+        layers: Names of the layers that it joins.
+        measure: Amount to measure the layers in one Fisher pass.
+        prepare: Amount of a preparation, without decompositions.
+        decomposed: Sides of the matrices that a preparation decomposes, by solver.
+        slowdown: What seconds of these are multiplied by, for their precision.
+        correct: Amount of a correction.
+        sums: Numbers that travel where factors are refreshed.
+        kept: Bytes of statistics, and of what is prepared.
+        prepared: Bytes of the latter.
+        gathered: Bytes of rows that are kept until the pass ends.
+        workspace: Bytes that a preparation needs besides.
+        solves: Whether it solves in place of the blocks.
+        per_damping: Whether it is prepared for each damping that a controller tries.
+        requires: Names of the matrices that every rank must keep.
+        untold: What is not told, so that it is in none of the numbers.
+    """
+
+    label: str
+    layers: frozenset[str]
+    measure: Amount = NOTHING
+    prepare: Amount = NOTHING
+    decomposed: Mapping[str, Sequence[int]] = attrs.field(factory=dict)
+    slowdown: float = 1.0
+    correct: Amount = NOTHING
+    sums: float = 0.0
+    kept: float = 0.0
+    prepared: float = 0.0
+    gathered: float = 0.0
+    workspace: float = 0.0
+    solves: bool = False
+    per_damping: bool = False
+    requires: frozenset[str] = frozenset()
+    untold: tuple[str, ...] = ()
+
+    def preparation_seconds(self, machine: Machine) -> float:
+        """Return the seconds of a preparation."""
+        solved = sum(machine.solvers[name](n) for name, ns in self.decomposed.items() for n in ns)
+        return self.prepare.seconds(machine) + self.slowdown * solved
+
+    def refused(self, assignment: Assignment, ranks: int) -> str:
+        """Return why an assignment cannot be, as not every rank holds a layer; "" where it can."""
+        for name in sorted(self.layers):
+            share = assignment.shares[name]
+            kept = {m: share.inverse_workers.get(m, ()) for m in self.requires}
+            if len(share.gradient_workers) < ranks or any(len(g) < ranks for g in kept.values()):
+                return f"{self.label} needs layer {name!r} whole on every rank"
+        return ""
+
+
+@attrs.frozen
+class ControlCost:
+    """Cost of a controller.
+
+    Args:
+        rates: How often it wants more work.
+        direction: Amount of one forward along a direction.
+        products: By number of dampings that are tried, the amount of inner products with F, and of
+            the directions.
+        copies: Amount to keep and to restore what an evaluation of the loss changes.
+        moved: Bytes of one direction.
+        stacked: By number of dampings, bytes of the directions of the largest parameter.
+    """
+
+    rates: ControlRates
+    direction: Amount
+    products: Mapping[int, Amount]
+    copies: Amount = NOTHING
+    moved: float = 0.0
+    stacked: Mapping[int, float] = attrs.field(factory=dict)
+
+    @property
+    def temporary(self) -> float:
+        """Bytes of a step at their most: directions, or copies of parameters, steps, gradients."""
+        most = self.rates.most_tries
+        evaluating = 4 * self.moved if self.rates.evaluations else 0.0
+        return max(2 * most * self.moved + self.stacked.get(most, 0.0), evaluating)
+
+
+@attrs.frozen
 class TrainingLoad:
     """What training a model costs one rank.
 
@@ -164,6 +249,10 @@ class TrainingLoad:
         activations: Bytes kept between forward and backward.
         slots: Slots of the staggered schedule; 1 where all layers are decomposed at once.
         keeps: Sets of earlier factors that a pace compares with.
+        longest: Longest interval of a pace, in units of `factor_every`; 1 without a pace.
+        lag: Steps that a decomposition runs beside; 0 where a step waits for it.
+        link: Cost of the link; `None` without one.
+        control: Cost of the controller; `None` without one.
     """
 
     workload: Workload
@@ -176,6 +265,29 @@ class TrainingLoad:
     activations: float = 0.0
     slots: int = 1
     keeps: int = 0
+    longest: int = 1
+    lag: int = 0
+    link: LinkCost | None = None
+    control: ControlCost | None = None
+
+    @property
+    def untold(self) -> tuple[str, ...]:
+        """What no stage tells, so that it is in none of the numbers."""
+        return () if self.link is None else self.link.untold
+
+    def at_longest_intervals(self) -> TrainingLoad:
+        """Return the load where every interval of the pace is the longest: the least there can be.
+
+        Example:
+            >>> load = TrainingLoad(Workload((), 10, 10, 10), {}, longest=8)
+            >>> load.at_longest_intervals().workload.factor_every
+            80
+        """
+        periods = {
+            name: self.longest * getattr(self.workload, name)
+            for name in ("factor_every", "scale_every", "basis_every")
+        }
+        return attrs.evolve(self, workload=attrs.evolve(self.workload, **periods), longest=1)
 
     def works_by_slot(self) -> list[list[Work]]:
         """Return the works that are decomposed in each slot."""
@@ -227,6 +339,10 @@ class Part:
 
     mean: float
     worst: float
+
+    def times(self, mean: float, worst: float) -> Part:
+        """Return the part so many times, in a mean step and in the most expensive one."""
+        return Part(mean * self.mean, worst * self.worst)
 
 
 @attrs.frozen
@@ -341,10 +457,16 @@ def cost(
     workload, frequency = load.workload, Frequency.of(load.workload)
     sizes = {name: layer.sizes for name, layer in load.layers.items()}
 
+    item, everyone = wire or workload.itemsize, tuple(range(ranks))
+    of_link = [] if load.link is None or ranks == 1 else [load.link.sums * item]
+
     def sent(works: Sequence[Work]) -> list[Message]:
         part = attrs.evolve(workload, works=tuple(works))
-        return messages(part, sizes, assignment, ranks, wire or workload.itemsize)
+        mine = messages(part, sizes, assignment, ranks, item)
+        joined = of_link if works else []
+        return mine + [Message("sums", "factors", "all-reduce", everyone, size) for size in joined]
 
+    tries = {"gradients": _tries(load)}
     slots, found = load.works_by_slot(), sent(workload.works)
     # A step decomposes the layers of one slot; for all others it refreshes the scale alone.
     whole = list(workload.works)
@@ -356,23 +478,32 @@ def cost(
     refreshes = [_refresh_seconds(load, slot, assignment, ranks, machine) for slot in slots]
     held, preconditioning = _held_and_preconditioning(load, assignment, ranks, machine)
     compute = _compute_parts(load, machine, precision or machine.precision, frequency)
+    solving = max(preconditioning)
+    compute["preconditioning"] = Part(solving, solving)
+    compute |= _link_parts(load, machine, frequency)
+    compute |= _control_parts(load, machine, precision or machine.precision, solving)
     slowest = [max(each) for each in refreshes]
-    compute["decomposition"] = Part(sum(slowest) * frequency.basis, max(slowest))
-    compute["preconditioning"] = Part(max(preconditioning), max(preconditioning))
+    compute["decomposition"] = _decomposition_part(load, machine, slowest, frequency, compute)
     communication, worst_moved = {}, {}
     for kind in KINDS:
         every, *each_due = ([m for m in each if m.kind == kind] for each in (found, *due))
         worst = max(_message_seconds(each, machine, ranks) for each in each_due)
-        communication[kind] = Part(_message_seconds(every, machine, ranks, frequency), worst)
-        worst_moved[kind] = max(sum(m.moved for m in each) for each in each_due)
+        mean = _message_seconds(every, machine, ranks, frequency)
+        communication[kind] = Part(mean, worst).times(*tries.get(kind, (1.0, 1.0)))
+        moved = max(sum(m.moved for m in each) for each in each_due)
+        worst_moved[kind] = moved * tries.get(kind, (1.0, 1.0))[1]
     backward = compute["forward and backward"].mean * 2 / 3
-    communication[AVERAGING] = _averaging_part(load, machine, ranks, backward)
+    averaging = _averaging_part(load, machine, ranks, backward)
+    communication[AVERAGING] = averaging.times(*_evaluations(load))
     return Costs(
         assignment,
         ranks,
         compute,
         communication,
-        moved=bytes_per_step(found, workload),
+        moved={
+            kind: size * tries.get(kind, (1.0, 1.0))[0]
+            for kind, size in bytes_per_step(found, workload).items()
+        },
         worst_moved=worst_moved,
         held=tuple(held),
         refresh_seconds=tuple(map(sum, zip(*refreshes, strict=True))),
@@ -409,6 +540,97 @@ def _compute_parts(
     }
 
 
+def _link_parts(load: TrainingLoad, machine: Machine, frequency: Frequency) -> dict[str, Part]:
+    """Return the parts of the link; nothing without one."""
+    link = load.link
+    if link is None:
+        return {}
+    measure = link.measure.times(max(1, load.passes)).seconds(machine)
+    prepare, correct = link.preparation_seconds(machine), link.correct.seconds(machine)
+    return {
+        "link statistics": Part(measure * frequency.factors, measure),
+        "link preparation": Part(prepare * frequency.basis, prepare),
+        "link correction": Part(correct, correct),
+    }
+
+
+def _control_parts(
+    load: TrainingLoad, machine: Machine, precision: str, solving: float
+) -> dict[str, Part]:
+    """Return the parts of the controller; nothing without one.
+
+    Args:
+        load: The load.
+        machine: The machine.
+        precision: That of the model.
+        solving: Seconds of one preconditioning.
+    """
+    control, link = load.control, load.link
+    if control is None:
+        return {}
+    rates, direction = control.rates, control.direction.seconds(machine, precision)
+    seconds = {
+        tries: (tries + 1) * direction + control.products[tries].seconds(machine)
+        for tries in rates.tries
+    }
+    mean = sum(share * seconds[tries] for tries, share in rates.tries.items())
+    if link is not None:
+        solving += link.correct.seconds(machine)
+        solving += link.preparation_seconds(machine) if link.per_damping else 0.0
+    again = load.forward_backward.seconds(machine, precision) + control.copies.seconds(machine)
+    once = Part(again, again if rates.evaluations else 0.0)
+    return {
+        "quadratic model": Part(mean, max(seconds.values())),
+        "trials of damping": Part(solving, solving).times(
+            rates.mean_tries - 1, rates.most_tries - 1
+        ),
+        "loss again": once.times(rates.evaluations, 1.0),
+    }
+
+
+def _tries(load: TrainingLoad) -> tuple[float, float]:
+    """Return how often gradients are preconditioned, in a mean step and at the most."""
+    rates = None if load.control is None else load.control.rates
+    return (1.0, 1.0) if rates is None else (rates.mean_tries, float(rates.most_tries))
+
+
+def _evaluations(load: TrainingLoad) -> tuple[float, float]:
+    """Return how often the loss has a backward, in a mean step and at the most."""
+    share = 0.0 if load.control is None else load.control.rates.evaluations
+    return 1.0 + share, 1.0 + math.ceil(share)
+
+
+def _decomposition_part(
+    load: TrainingLoad,
+    machine: Machine,
+    slowest: Sequence[float],
+    frequency: Frequency,
+    others: Mapping[str, Part],
+) -> Part:
+    """Return the part of the decompositions that a step waits for.
+
+    With a lag they run beside that many steps. A processor does the same work then, and a step
+    takes at most twice as long, or waits for what is left at its end. A device with streams is
+    taken to do both at once, so that what is left at the end alone is waited for. The first
+    decomposition, which is made at once, is left out.
+
+    Args:
+        load: The load.
+        machine: The machine.
+        slowest: Seconds of the slowest rank, by slot.
+        frequency: Share of steps in which they are due.
+        others: The other parts of the computation.
+    """
+    mean, worst = sum(slowest), max(slowest)
+    if load.lag:
+        step = sum(part.mean for part in others.values())
+        left = [max(0.0, seconds - load.lag * step) for seconds in slowest]
+        if machine.kind != "cpu":
+            return Part(sum(left) * frequency.basis, max(left))
+        worst = max(*left, min(worst, sum(part.worst for part in others.values())))
+    return Part(mean * frequency.basis, worst)
+
+
 def _refresh_seconds(
     load: TrainingLoad, slot: list[Work], assignment: Assignment, ranks: int, machine: Machine
 ) -> list[float]:
@@ -440,9 +662,13 @@ def _held_and_preconditioning(
                 held[rank] += itemsize * (1 + load.keeps) * math.prod(work.matrices[name])
         seconds = layer.precondition.seconds(machine)
         kept = itemsize * (sum(layer.sizes.kept.values()) + layer.sizes.moments)
+        link = load.link
+        by_link = link is not None and link.solves and work.layer in link.layers
         for rank in share.gradient_workers:
             held[rank] += kept
-            preconditioning[rank] += seconds
+            preconditioning[rank] += 0.0 if by_link else seconds
+    if load.link is not None:
+        held = [each + load.link.kept for each in held]
     return held, preconditioning
 
 
@@ -484,4 +710,12 @@ def _memory(load: TrainingLoad, curvature: float) -> Memory:
     moments = sum(layer.sizes.moments for layer in layers)
     retained = sum(layer.retained for layer in layers) if load.workload.sampled else 0.0
     model = item * load.parameters * (2 + load.state)
-    return Memory(model, load.activations, curvature, item * (sums + moments + retained))
+    temporary = item * (sums + moments + retained)
+    if load.lag:  # copies of the factors, and decompositions that wait
+        temporary += item * (sums + sum(sum(layer.sizes.kept.values()) for layer in layers))
+    if load.link is not None:
+        temporary += item * load.link.sums + load.link.gathered
+        temporary += load.link.prepared + load.link.workspace
+    if load.control is not None:
+        temporary += load.control.temporary
+    return Memory(model, load.activations, curvature, temporary)

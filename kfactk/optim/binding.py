@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from typing import Any
 
 from torch import nn
@@ -14,6 +14,7 @@ from kfactk.errors import CombinationError, KfactkWarning
 from kfactk.optim.control import Control, Groups
 from kfactk.optim.settings import Settings
 from kfactk.optim.sizes import check_sizes
+from kfactk.options import plain
 from kfactk.preconditioner.preconditioner import Preconditioner
 from kfactk.timing import StageTimer
 
@@ -115,6 +116,7 @@ def controlled(
     preconditioner: Preconditioner,
     locate: Locate,
     groups: Groups,
+    defaults: Mapping[str, Any],
     scaler: Any,
 ) -> Control | None:
     """Return what the recipe's controller does with the steps; `None` without one.
@@ -125,6 +127,7 @@ def controlled(
         preconditioner: Has the communicator.
         locate: Finds the heads in an output of the model.
         groups: The parameter groups.
+        defaults: What a group has that does not say otherwise.
         scaler: The loop's `torch.amp.GradScaler`, or `None`.
 
     Raises:
@@ -138,6 +141,9 @@ def controlled(
         preconditioner.communicator,
         locate,
         velocity_key=getattr(recipe.update, "velocity_key", ""),
+        usual={
+            name: float(plain(defaults[name])) for name in ("lr", "momentum") if name in defaults
+        },
         decayed=recipe.weight_decay_at == "gradient",
     )
     if scaler is not None:

@@ -20,10 +20,12 @@ from kfactk.capture.linearized import (
     fisher_products,
     same_arguments,
 )
+from kfactk.capture.loss_scale import ScaleCheck, ScaleFault
 from kfactk.distributed.communicator import Communicator
 from kfactk.distributed.sharding import is_sharded
 from kfactk.errors import CaptureError, CombinationError, KfactkWarning, PluginError
 from kfactk.options import LARGEST, plain
+from kfactk.registry.registry import registry
 from kfactk.stages import Controller, QuadraticModel
 from kfactk.validation import attribute_errors, stage_label
 
@@ -31,6 +33,8 @@ WRITTEN = ("lr", "momentum", "damping")
 """Numbers of every group that a controller sets."""
 LOOKS = 10
 """Evaluations of the loss after a step that must agree before there is a warning."""
+ROUGHLY = 0.03
+"""Relative deviation of a factor from the number of terms, which tells a sum."""
 STEEP = 2.0
 """Loss that is lost for each of the first order's; a convex loss loses at most 1."""
 Groups = Sequence[dict[str, Any]]
@@ -81,6 +85,7 @@ class Control:
         communicator: Sums numbers over ranks.
         locate: Finds the heads in an output of the model.
         velocity_key: The key of the last step in the update rule's state of a parameter.
+        usual: lr and momentum of groups that say nothing of their own.
         decayed: Whether weight decay is part of the gradients that are preconditioned.
     """
 
@@ -95,6 +100,7 @@ class Control:
         locate: Locate,
         *,
         velocity_key: str,
+        usual: Mapping[str, float],
         decayed: bool,
     ) -> None:
         self._controller, self._model, self._communicator = controller, model, communicator
@@ -106,6 +112,9 @@ class Control:
         self._repeated, self._other_batch = 0, False
         self._loss = math.nan
         self._left: dict[str, float] = {}
+        self._usual = dict(usual)
+        self._scale = ScaleCheck()
+        self._parameters: Sequence[nn.Parameter] = ()
         self._trend = Trend()
 
     @property
@@ -140,6 +149,12 @@ class Control:
                     f"{label} sets one {name} for all parameters, and groups have {sorted(found)}. "
                     f"Leave {name} out of the groups, or build the recipe with controller=None."
                 )
+            if name in self._usual and found != {self._usual[name]}:
+                raise CombinationError(
+                    f"{label} sets {name} in each step, so that {name}={found.pop():g} of the "
+                    f"parameter groups would have no effect. Leave {name} out of the groups, or "
+                    "build the recipe with controller=None."
+                )
             if name in self._left and found != {self._left[name]}:
                 raise CombinationError(
                     f"{label} left {name}={self._left[name]:g} in param_groups, where now "
@@ -166,7 +181,7 @@ class Control:
 
     def forget(self) -> None:
         """Go on from the numbers that the groups hold now: a state was loaded."""
-        self._left = {}
+        self._left, self._usual = {}, {}
 
     def numbers(self, group: Mapping[str, Any]) -> dict[str, float]:
         """Return all numbers by name."""
@@ -176,23 +191,28 @@ class Control:
         """Write numbers into all groups."""
         for group in groups:
             group.update(numbers)
-        self._left = {**self._left, **numbers}
+        self._left, self._usual = {**self._left, **numbers}, {}
 
     # ---------------------------------------------------------------------------- the first loss
 
-    def evaluate(self, closure: Callable[[], Any], parameters: Sequence[nn.Parameter]) -> Any:
+    def evaluate(
+        self, closure: Callable[[], Any], parameters: Sequence[nn.Parameter], step: int
+    ) -> Any:
         """Evaluate the closure, and keep the forwards that it makes.
 
         Args:
             closure: The user's.
             parameters: Those that are trained.
+            step: Index of the step.
 
         Raises:
             CaptureError: It adds to gradients of before, or gives no gradient or no loss.
         """
         before = [(each, each.grad) for each in parameters if each.grad is not None]
         filled = _any([gradient for _, gradient in before])
-        self._forwards, self.cleared = [], False
+        self._forwards, self.cleared, self._parameters = [], False, parameters
+        if not self._scale.done:
+            self._scale.begin(again=self.evaluates(step))
         self._start = ModelContext.now(self._model)
         self.evaluating = True
         try:
@@ -214,7 +234,37 @@ class Control:
                 f"loss.backward() in it?). {CLOSURE}"
             )
         self._loss = _number(loss)
+        self._tell_scale(self._scale.look(parameters))
         return loss
+
+    def clear(self) -> None:
+        """Take note that the user empties `.grad`."""
+        self.cleared = True
+        self._scale.forget()
+
+    def _tell_scale(self, fault: ScaleFault | None) -> None:
+        """Warn of a loss of another scale than the likelihood's mean."""
+        if fault is None:
+            return
+        likelihood, factor = fault.head.likelihood, fault.factor
+        head = f" of head {fault.head.name!r}" if fault.head.name else ""
+        remedy = f"Divide the loss by {factor:.4g} before its backward: loss = loss / {factor:.4g}"
+        if abs(factor / fault.terms - 1) < ROUGHLY:
+            remedy = f"It is a sum over its {fault.terms:g} terms: take the mean, reduction='mean'"
+        elif (variance := getattr(likelihood, "variance", None)) is not None:
+            given = registry().describe("likelihood", likelihood)
+            remedy += (
+                f"; or give likelihood={given | {'variance': float(f'{variance / factor:.4g}')}}"
+            )
+        warnings.warn(
+            f"the loss of your closure{head} is {factor:.3g} times the mean negative "
+            f"log-likelihood of {stage_label('likelihood', likelihood)}, as its gradient at the "
+            f"output (shape {list(fault.shape)}) tells. The controller takes slopes from your loss "
+            f"and curvature from the likelihood, which is {1 / factor:.3g} times that of your loss, so that lr, "
+            f"momentum and dampings follow a wrong model. {remedy} (said once)",
+            KfactkWarning,
+            stacklevel=6,
+        )
 
     def begin_forward(self) -> None:
         """Note what a forward that begins depends on."""
@@ -233,6 +283,7 @@ class Control:
             self._repeated += 1
             same = known and same_arguments(known[0], {**forward.batch, **batch})
             self._other_batch |= not same  # told when all ranks can know
+            self._watch_scale(forward, batch)
         elif self.evaluating and self._forward_start is not None:
             assert forward.again is not None
             self._forwards.append(
@@ -245,6 +296,16 @@ class Control:
                     self._locate,
                 )
             )
+            self._watch_scale(forward, batch)
+
+    def _watch_scale(self, forward: Forward, batch: Mapping[str, Any]) -> None:
+        """Let the gradients at the outputs of a forward tell the scale of the loss."""
+        if self._scale.done:
+            return
+        given = {**forward.batch, **batch}
+        with torch.enable_grad():
+            heads = [head.read(each, given) for head, each in self._locate(forward.output)]
+        self._scale.watch(heads, self._parameters)
 
     # ------------------------------------------------------------------------------ the decision
 
@@ -322,12 +383,13 @@ class Control:
         entries = [(p, each) for each in groups for p in each["params"] if p.grad is not None]
         for p, group in entries:
             moves = [direction.get(id(p), torch.zeros_like(p)) for direction in directions]
-            wide = torch.stack(moves).flatten(1).double()
-            eta, products = float(plain(group["weight_decay"])), (wide @ wide.T).cpu()
+            eta = float(plain(group["weight_decay"]))
+            found = inner_products(moves, _dense(p.grad), p.detach())
+            products, slope, position = (each.cpu() for each in found)
             squares += products
             shrinking += eta * products
-            slopes += (wide @ _dense(p.grad).flatten().double()).cpu()
-            decays += eta * (wide @ p.detach().flatten().double()).cpu()
+            slopes += slope
+            decays += eta * position
         # What all ranks know is averaged too, so that they go on with the same bits.
         known = torch.cat([each.flatten() for each in (slopes, decays, squares, shrinking)])
         alone = [*fisher.flatten().tolist(), terms]
@@ -438,6 +500,7 @@ class Control:
         everything = {id(p): p for p in (*parameters, *self._model.parameters())}.values()
         before = [(p, p.grad, None if p.grad is None else p.grad.clone()) for p in everything]
         self.repeating, self._repeated, self._other_batch = True, 0, False
+        self._scale.begin_again()
         Control.running_again += 1
         try:
             with self._start.restored(self._model), torch.enable_grad():
@@ -464,11 +527,13 @@ class Control:
                 "times when it ran again after the step, so the losses cannot be compared. Let it "
                 "do the same each time."
             )
+        self._tell_scale(self._scale.compare())
         return loss
 
     def finish(self) -> None:
         """End a step: drop the forwards that were kept for it."""
         self._forwards, self._start, self._forward_start = [], None, None
+        self._scale.finish()
 
     def _errors(self, where: str) -> attribute_errors:
         return attribute_errors("controller", self._controller, where)
@@ -569,6 +634,20 @@ class Models:
             curvatures.append(shrinking[pair][:, pair])
         parts = (slopes, decays, *fisher, *squares, *shrinking)
         return cls(models, own, curvatures, torch.cat([each.flatten() for each in parts]))
+
+
+def inner_products(
+    moves: Sequence[Tensor], gradient: Tensor, parameter: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `<v_i, v_j>`, `<g, v_i>` and `<theta, v_i>` of one parameter, in double precision.
+
+    Args:
+        moves: What each direction v_i moves it by.
+        gradient: g.
+        parameter: theta.
+    """
+    wide = torch.stack(list(moves)).flatten(1).double()
+    return wide @ wide.T, wide @ gradient.flatten().double(), wide @ parameter.flatten().double()
 
 
 def _copies(parameter: Tensor, state: Mapping[Any, Any], key: str) -> tuple[Tensor, Tensor | None]:

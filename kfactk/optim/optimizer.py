@@ -32,6 +32,7 @@ from kfactk.optim.masks import Masks
 from kfactk.optim.metrics import MetricsRecorder
 from kfactk.optim.micro_batches import MicroBatches
 from kfactk.optim.nonfinite import NonFiniteGuard
+from kfactk.optim.predicted import with_notes
 from kfactk.optim.run import RunState, called_by_scaler
 from kfactk.optim.settings import Settings
 from kfactk.optim.shown import Removed, ShownState, flat_by_anchor
@@ -150,7 +151,7 @@ class Optimizer(torch.optim.Optimizer):
         try:
             check_blocks(pre, self._groups.by_parameter, recipe)
             self._control = controlled(
-                recipe, self._model, pre, self._fisher_pass.located, groups, scaler
+                recipe, self._model, pre, self._fisher_pass.located, groups, self.defaults, scaler
             )
         except KfactkError:
             self.close()
@@ -218,7 +219,8 @@ class Optimizer(torch.optim.Optimizer):
         self._index()
         pre, blocks = self._preconditioner, self._preconditioner.blocks.current()
         found = with_footprints(pre.survey.coverage(self._groups.by_parameter), blocks)
-        return with_link(found, self.recipe.link, self.recipe.link_name, blocks)
+        found = with_link(found, self.recipe.link, self.recipe.link_name, blocks)
+        return with_notes(found, self.recipe, blocks)
 
     def fisher_product(
         self, tensors: Mapping[str, Tensor], *, strict: bool = True
@@ -373,7 +375,8 @@ class Optimizer(torch.optim.Optimizer):
         if control is not None and not (closure is None and without_lr(self.param_groups)):
             control.check(self.param_groups, closure=closure is not None)
         if closure is not None and control is not None:
-            loss = control.evaluate(closure, list(trained(self.param_groups)))
+            parameters = list(trained(self.param_groups))
+            loss = control.evaluate(closure, parameters, self.steps)
         elif closure is not None:
             with torch.enable_grad():
                 loss = closure()
@@ -683,7 +686,7 @@ class Optimizer(torch.optim.Optimizer):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as for any torch optimizer."""
         if self._control is not None:
-            self._control.cleared = True
+            self._control.clear()
             if self._control.repeating:
                 super().zero_grad(set_to_none)
                 return

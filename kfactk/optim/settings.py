@@ -16,6 +16,7 @@ from kfactk.errors import CombinationError, OptionError
 from kfactk.masking import mask_settings
 from kfactk.options import (
     USUAL_DAMPING,
+    USUAL_LR,
     Number,
     Period,
     choice,
@@ -213,8 +214,8 @@ class Settings:
             self.factor_every, self.scale_every, self.basis_every, self.stagger
         )
         object.__setattr__(self, "schedule", schedule)
-        self._check_lag()
         object.__setattr__(self, "rules", rules_of(self.curvature, self.basis, self.pace))
+        self._check_lag()
         self._check_pace()
         self._check_clip()
         if self.link is not None:
@@ -254,9 +255,19 @@ class Settings:
         return spec.find(returned if self.output is None else self.output(returned))
 
     def _check_lag(self) -> None:
-        """Check that every decomposition is adopted before the next one begins."""
+        """Check that every decomposition is adopted before the next one begins, and there is one.
+
+        A basis that requires no matrix decomposes nothing.
+        """
         if isinstance(self.basis_every, int) and 0 < self.basis_every <= self.lag:
             raise OptionError(lag_message(self.lag, self.basis_every))
+        if self.lag and not any(rule.basis.requires for rule in self.rules):
+            names = dict.fromkeys(repr(name_of("basis", rule.basis)) for rule in self.rules)
+            raise CombinationError(
+                f"lag={self.lag} lets decompositions begin earlier, beside the loop, and basis "
+                f"{' and '.join(names)} decomposes nothing, so that it has no effect. Leave out "
+                "lag, or choose a basis that decomposes matrices."
+            )
 
     def _check_pace(self) -> None:
         """Check that nothing else says when blocks are due, and that samples are measured."""
@@ -329,6 +340,7 @@ class Settings:
                 f"{label} sets lr and momentum for a step along the gradient and the last step, "
                 f"and update {update!r} takes another one. Give update='velocity'."
             )
+        self._check_numbers(label)
         if callable(self.damping):
             raise CombinationError(
                 f"{label} sets damping, and so does the function damping=. Leave out one of them."
@@ -355,6 +367,28 @@ class Settings:
                 "that is preconditioned. Give weight_decay_at='gradient'."
             )
         self._check_damped(label, getattr(controller, "needs", frozenset()))
+
+    def _check_numbers(self, label: str) -> None:
+        """Check that nobody gives a number that a controller sets, and that would have no effect.
+
+        A damping has one: it is the first that the blocks have.
+        """
+        if self.lr != USUAL_LR:
+            raise CombinationError(
+                f"{label} sets lr in each step, so lr={self.lr:g} would have no effect. Leave out "
+                f"lr (evolve takes its default, lr={USUAL_LR:g}), or give controller=None."
+            )
+        try:
+            given = registry().describe("update", self.update)
+        except OptionError:  # an object of the user's own, whose options have no names here
+            return
+        if "momentum" in given:
+            kept = {name: value for name, value in given.items() if name != "momentum"}
+            raise CombinationError(
+                f"{label} sets momentum in each step, so momentum={given['momentum']!r} of the "
+                f"update rule would have no effect. Give update={_pasted(kept)}, or "
+                "controller=None."
+            )
 
     def _check_damped(self, label: str, needs: frozenset[str]) -> None:
         """Check that a damping which a controller sets acts at once."""
@@ -539,6 +573,11 @@ def _refuse(curvature: Curvature, basis: Basis, curvature_name: str, basis_name:
         f"basis {basis_name!r} is no inverse of a curvature, so that curvature "
         f"{curvature_name!r} would measure for nothing. Give curvature='gradient'."
     )
+
+
+def _pasted(described: dict[str, Any]) -> str:
+    """Return a described stage as one writes it."""
+    return repr(described["name"] if set(described) == {"name"} else described)
 
 
 FIELDS = tuple(field.name for field in attrs.fields(Settings) if field.init)

@@ -12,8 +12,8 @@ from kfactk.errors import MemoryExhaustedError
 from kfactk.optim.settings import Settings
 from kfactk.preconditioner.block import Block
 from kfactk.preconditioner.coverage import LARGE_SECONDS, told_bytes, told_seconds
-from kfactk.preconditioner.footprint import Footprint, footprint_of
-from kfactk.preconditioner.memory import free_bytes, local_ranks, peak_bytes
+from kfactk.preconditioner.footprint import Footprint, footprint_of, link_footprint
+from kfactk.preconditioner.memory import free_bytes, link_peak, local_ranks, peak_bytes
 from kfactk.preconditioner.placement import BlockPlacement
 from kfactk.registry.registry import registry
 from kfactk.sides import LONG
@@ -78,7 +78,8 @@ def _check_memory(
     if device.type == "cpu":
         free //= local_ranks()
     mine = [_on_this_rank(each, placement) for each in found]
-    needed = peak_bytes(mine, slots=recipe.schedule.slots)
+    link = None if recipe.link is None else link_footprint(recipe.link, blocks)
+    needed = peak_bytes(mine, slots=recipe.schedule.slots, lags=recipe.lag > 0, link=link)
     if needed <= free:
         return
     order = sorted(mine, key=lambda each: -(each.kept + each.factors + each.workspace))
@@ -86,6 +87,8 @@ def _check_memory(
         f"{_called(each.layer)} {told_bytes(each.kept)} ({each.largest})" for each in order[:SHOWN]
     )
     more = f" and {len(order) - SHOWN} more" if len(order) > SHOWN else ""
+    if link is not None:
+        more += f"; link {recipe.link_name} {told_bytes(link_peak(link))}"
     remedies = [f"leave layers out, exclude={[order[0].path]}"] if order[0].path else []
     block = next(b for b in blocks if b.name == order[0].layer)
     if (pasted := _with_option(block.curvature, "max_side", _shorter(order[0]))) is not None:

@@ -29,7 +29,7 @@ def told_bytes(number: float) -> str:
     for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
         if number >= size:
             return f"{number / size:.{int(number < 10 * size)}f} {unit}"
-    return f"{number / 1e3:.0f} kB"
+    return f"{number / 1e3:.0f} kB" if number >= 500 or not number else "under 1 kB"
 
 
 def told_seconds(seconds: float) -> str:
@@ -118,9 +118,14 @@ class Coverage:
         parameter  shape  preconditioned by
         0.weight   2x3    block 0 (kfac, ekfac)
         1 of 1 parameters preconditioned (6 of 6 elements, 100.0%)
+
+    Args:
+        rows: One for each parameter.
+        notes: What the recipe does besides, for all blocks together, a line each.
     """
 
     rows: tuple[Row, ...]
+    notes: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
@@ -146,7 +151,7 @@ class Coverage:
         total, size = sum(row.numel for row in self.rows), sum(row.numel for row in covered)
         share = f"{size} of {total} elements, {100 * size / max(total, 1):.1f}%"
         table.append(f"{len(covered)} of {len(self.rows)} parameters preconditioned ({share})")
-        return "\n".join(table)
+        return "\n".join([*table, *self.notes])
 
 
 @attrs.frozen(eq=False)

@@ -50,6 +50,16 @@ class FirstMoment:
     corrected: bool = attrs.field(default=True, validator=flag)
     nesterov: bool = attrs.field(default=False, validator=flag)
 
+    def __attrs_post_init__(self) -> None:
+        usual = {"corrected": True, "nesterov": False}
+        idle = [name for name, value in usual.items() if getattr(self, name) is not value]
+        if not self.decay and idle:
+            raise OptionError(
+                f"first_moment has {' and '.join(idle)}, and a decay of 0, with which nothing is "
+                "averaged, so that they have no effect. Give a decay: first_moment={'decay': 0.95, "
+                f"{', '.join(f'{name!r}: {getattr(self, name)}' for name in idle)}}}."
+            )
+
     def written(self) -> Any:
         """Return the inverse of `as_first_moment`, in JSON's types."""
         return self.decay if self == FirstMoment(self.decay) else attrs.asdict(self)

@@ -6,8 +6,9 @@ each matrix. Nothing large is allocated.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import attrs
 import torch
@@ -18,12 +19,17 @@ from kfactk.errors import PluginError
 from kfactk.preconditioner.ahead import Parts
 from kfactk.preconditioner.block import Block
 from kfactk.preconditioner.coverage import Coverage, CoveredLayer, Row
+from kfactk.preconditioner.links import linked, ordered
 from kfactk.samples import working_dtype
 from kfactk.sides import SIDES, groups_of_shape, is_diagonal, names_of, with_sides
+from kfactk.stages import Link, Preparation
 from kfactk.timing import SOLVER_RATES
+from kfactk.validation import attribute_errors
 
 GROUPS, ROWS, COLUMNS = 3, 5, 7
 """Sides of a corner. They differ, so that each tells in the result which side it stands for."""
+DOUBLE = 2.0
+"""How much longer operations take in double precision than in float32."""
 WORKSPACE = {"eigh": 3, "cholesky": 4}
 """Copies of a matrix that its decomposition needs besides the result, as measured on a CPU."""
 
@@ -70,6 +76,105 @@ class Footprint:
         return f"{name} {' x '.join(map(str, self.shapes[name]))}"
 
 
+@attrs.frozen
+class LinkFootprint:
+    """What a link takes besides the blocks that it joins.
+
+    Args:
+        layers: Names of the layers that it joins.
+        statistics: Bytes of its averaged statistics; `None` where it needs numbers to tell.
+        prepared: Bytes of what it prepares; `None` where it does not tell.
+        workspace: Bytes that a preparation needs besides; likewise.
+        seconds: Of a preparation, predicted for one core of a server or an H100; `None` where it
+            does not tell, or the device is not known.
+    """
+
+    layers: tuple[str, ...]
+    statistics: int | None
+    prepared: int | None
+    workspace: int | None
+    seconds: float | None
+
+    @property
+    def told(self) -> bool:
+        """Whether all its bytes are known."""
+        return self.statistics is not None and self.prepared is not None
+
+    @property
+    def kept(self) -> int:
+        """Bytes between steps, as far as they are known."""
+        return (self.statistics or 0) + (self.prepared or 0)
+
+
+def link_footprint(link: Link, blocks: Sequence[Block]) -> LinkFootprint:
+    """Return what a link will take for these blocks.
+
+    Raises:
+        CombinationError: It cannot join their layers.
+        PluginError: It failed.
+    """
+    joined = ordered(link, blocks)
+    if not joined:
+        return LinkFootprint((), 0, 0, 0, 0.0)
+    layers = [linked(on_meta(block), damping=1.0) for block in joined]
+    statistics: int | None = None
+    with needing_numbers(), attribute_errors("link", link, "on its layers"):
+        sums = link.statistics(layers, {}, 0.0)
+        totals = [each.total for each in sums.values() if each.total is not None]
+        statistics = sum(total.nbytes for total in totals)
+    told: Preparation | None = None
+    with needing_numbers(), attribute_errors("link", link, "telling what it prepares"):
+        told = link.preparation(layers)
+    names = tuple(block.name for block in joined)
+    if told is None:
+        return LinkFootprint(names, statistics, None, None, None)
+    anchor = joined[0].layer.anchor
+    kept = working_dtype(anchor.dtype).itemsize * told.numbers
+    seconds = _seconds_of(told, anchor.device.type)
+    return LinkFootprint(names, statistics, kept, told.workspace, seconds)
+
+
+def _seconds_of(told: Preparation, device: str) -> float | None:
+    """Return the seconds of a preparation on a kind of device, where that is known."""
+    rates = SOLVER_RATES.get(device)
+    if rates is None:
+        return None
+    solved = {"eigh": told.eigh, "cholesky": told.cholesky}
+    taken = sum(rates.seconds(name, n) for name, sides in solved.items() for n in sides)
+    return (DOUBLE if told.double else 1.0) * (taken + told.products / rates.rate)
+
+
+@contextlib.contextmanager
+def needing_numbers() -> Iterator[None]:
+    """Surround what a stage is asked without numbers: it ends where the stage needs them.
+
+    Raises:
+        PluginError: The stage failed otherwise.
+    """
+    try:
+        yield
+    except (PluginError, RuntimeError) as error:
+        if not needs_numbers(error):
+            raise
+
+
+def needs_numbers(error: Exception) -> bool:
+    """Return whether a stage failed because tensors on the meta device have no numbers."""
+    cause = error.__cause__ or error
+    return isinstance(cause, NotImplementedError) or "meta" in str(cause)
+
+
+def on_meta(block: Block) -> Block:
+    """Return a block like another one without numbers, on the meta device."""
+    layer = block.layer
+    assert isinstance(layer, CoveredLayer)
+    held = {
+        name: nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"))
+        for name, p in layer.tensors().items()
+    }
+    return Block(attrs.evolve(layer, held=held), block.curvature, block.basis)
+
+
 def footprint_of(block: Block) -> Footprint | None:
     """Return what the curvature of a block will take; `None` where a stage needs numbers to tell.
 
@@ -81,20 +186,14 @@ def footprint_of(block: Block) -> Footprint | None:
     try:
         return _footprint(block, requires)
     except (PluginError, RuntimeError) as error:
-        cause = error.__cause__ or error
-        if isinstance(cause, NotImplementedError) or "meta" in str(cause):
+        if needs_numbers(error):
             return None
         raise
 
 
 def _footprint(block: Block, requires: frozenset[str]) -> Footprint:
     layer, device = block.layer, block.layer.anchor.device
-    assert isinstance(layer, CoveredLayer)
-    held = {
-        name: nn.Parameter(torch.empty(p.shape, dtype=p.dtype, device="meta"))
-        for name, p in layer.tensors().items()
-    }
-    blank = Block(attrs.evolve(layer, held=held), block.curvature, block.basis)
+    blank = on_meta(block)
     sums = blank.blank_factors()
     work = blank.work(sums)
     parts = decompose_corners(blank, {**work.matrices, **work.beside})
@@ -216,4 +315,4 @@ def with_footprints(coverage: Coverage, blocks: Iterable[Block]) -> Coverage:
             return row
         return attrs.evolve(row, bytes=each.kept, seconds=each.seconds, wide=each.wide)
 
-    return Coverage(tuple(map(row, coverage)))
+    return attrs.evolve(coverage, rows=tuple(map(row, coverage)))

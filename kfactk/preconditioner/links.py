@@ -80,8 +80,8 @@ class Links:
 
     @property
     def joins_none(self) -> bool:
-        """Whether there is a link, and no layer that it joins."""
-        return self._link is not None and not self.blocks
+        """Whether there is a link, and no two layers that it joins: it leaves one as it is."""
+        return self._link is not None and len(self.blocks) < 2
 
     def check_holders(self) -> None:
         """Check that every rank preconditions, and keeps what the link reads of, each layer.
@@ -109,9 +109,17 @@ class Links:
                 for name in self._stage.requires
             }
             whole = self._placement.everywhere(block.name)
-            if whole and all(len(each) == len(ranks) for each in kept.values()):
+            apart = [name for name, each in sorted(kept.items()) if len(each) < len(ranks)]
+            if whole and not apart:
                 continue
             strategy = self._placement.assignment.strategy
+            if whole:
+                raise CombinationError(
+                    f"{stage_label('link', self._link)} reads {' and '.join(apart)} of layer "
+                    f"{block.name!r}, so every rank must keep them, and the placement {strategy!r} "
+                    "keeps them on some ranks alone. Use placement='replicated', or leave out the "
+                    "link."
+                )
             raise CombinationError(
                 f"{stage_label('link', self._link)} joins layers, so every rank must hold all of "
                 f"them, and the placement {strategy!r} has layer {block.name!r} on some ranks "
@@ -120,7 +128,7 @@ class Links:
 
     def _layers(self, dampings: Mapping[str, float] | None = None) -> list[LinkedBlock]:
         known = dampings or {}
-        return [_linked(block, known.get(block.name, block.damping)) for block in self.blocks]
+        return [linked(block, known.get(block.name, block.damping)) for block in self.blocks]
 
     # ------------------------------------------------------------------------------- measuring
 
@@ -142,7 +150,7 @@ class Links:
         """
         if not self._due or block not in self.blocks:
             return
-        layer = _linked(block, block.damping)
+        layer = linked(block, block.damping)
         with self._timer.timed("factors"), self._errors(f"on layer {block.name!r}"):
             self._rows.setdefault(number, {})[block.name] = dict(self._stage.rows(layer, samples))
         places = [call.place for call in calls if call.place is not None]
@@ -477,7 +485,8 @@ class LinkedBlock(LinkedLayer):
         return LinkedLayer.factor_rows(self, samples) if found is None else found
 
 
-def _linked(block: Block, damping: float) -> LinkedBlock:
+def linked(block: Block, damping: float) -> LinkedBlock:
+    """Return a block's layer as a link sees it."""
     return LinkedBlock(block.layer, block.shape, damping, LazyMatrices(block), block=block)
 
 
@@ -488,7 +497,7 @@ def ordered(link: Link, blocks: Sequence[Block]) -> list[Block]:
         CombinationError: It cannot join them.
         PluginError: It names others, or one twice.
     """
-    block_of: dict[LinkedLayer, Block] = {_linked(b, b.damping): b for b in blocks}
+    block_of: dict[LinkedLayer, Block] = {linked(b, b.damping): b for b in blocks}
     with attribute_errors(LINK, link, "choosing its layers"):
         found = list(link.order(list(block_of)))
     if len(set(found)) < len(found) or not set(found) <= block_of.keys():
@@ -519,4 +528,4 @@ def with_link(
     def row(row: Row) -> Row:
         return attrs.evolve(row, linked=label) if row.block in joined else row
 
-    return Coverage(tuple(map(row, coverage)))
+    return attrs.evolve(coverage, rows=tuple(map(row, coverage)))

@@ -10,19 +10,28 @@ from pathlib import Path
 
 import torch
 
-from kfactk.preconditioner.footprint import Footprint
+from kfactk.preconditioner.footprint import Footprint, LinkFootprint
 
 
-def peak_bytes(footprints: Sequence[Footprint], *, slots: int = 1) -> int:
+def peak_bytes(
+    footprints: Sequence[Footprint],
+    *,
+    slots: int = 1,
+    lags: bool = False,
+    link: LinkFootprint | None = None,
+) -> int:
     """Return the bytes of the curvature in the step that needs most.
 
     Kept are factors, decompositions and moments. A refresh adds the sums of the step and their
     means, the new decompositions of the layers that are due, and what one decomposition needs at a
-    time.
+    time. With a lag, decompositions work on copies. A link adds its statistics, their sums and
+    means, what it prepares beside what it had, and what that needs.
 
     Args:
         footprints: Those of all layers.
         slots: Slots of the staggered schedule; 1 where all layers are decomposed at once.
+        lags: Whether decompositions run beside the steps.
+        link: That of the link, as far as it tells; `None` without one.
     """
     made = [each.decomposition for each in footprints]
     new = sum(made) if slots == 1 else max(made, default=0)
@@ -30,7 +39,14 @@ def peak_bytes(footprints: Sequence[Footprint], *, slots: int = 1) -> int:
         sum(each.kept + 2 * each.factors for each in footprints)
         + new
         + max((each.workspace for each in footprints), default=0)
+        + (sum(each.factors for each in footprints) if lags else 0)
+        + (0 if link is None else link_peak(link))
     )
+
+
+def link_peak(link: LinkFootprint) -> int:
+    """Return the bytes of a link in the step that prepares it, as far as it tells them."""
+    return 3 * (link.statistics or 0) + 2 * (link.prepared or 0) + (link.workspace or 0)
 
 
 def free_bytes(device: torch.device) -> int | None:

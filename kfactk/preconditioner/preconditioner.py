@@ -50,8 +50,9 @@ from kfactk.validation import (
 UNSEEN = "unseen: it influences the output also past its own calls (unseen='plain')"
 """Reason in a coverage table."""
 JOINS_NONE = (
-    "the link joins no layer of this model: print(recipe.coverage(model)) shows what is linked. "
-    "Leave out the link, or choose curvatures that it can join"
+    "the link joins no two layers of this model, so it changes nothing: "
+    "print(recipe.coverage(model)) shows what is linked. Leave out the link, or choose curvatures "
+    "that it can join"
 )
 """Warning of a bind."""
 OTHER_LAYERS = (

@@ -24,7 +24,11 @@ from kfactk.stages.basis import (
     FactorContext as FactorContext,
 )
 from kfactk.stages.clip import Clip as Clip, Dot as Dot, GradientPair as GradientPair
-from kfactk.stages.controller import Controller as Controller, QuadraticModel as QuadraticModel
+from kfactk.stages.controller import (
+    Controller as Controller,
+    ControlRates as ControlRates,
+    QuadraticModel as QuadraticModel,
+)
 from kfactk.stages.curvature import Curvature as Curvature, GradientCurvature as GradientCurvature
 from kfactk.stages.fisher import Fisher as Fisher
 from kfactk.stages.layer import (
@@ -38,7 +42,12 @@ from kfactk.stages.layer import (
     parameter_at as parameter_at,
 )
 from kfactk.stages.likelihood import Likelihood as Likelihood
-from kfactk.stages.link import Link as Link, LinkedLayer as LinkedLayer, Prepared as Prepared
+from kfactk.stages.link import (
+    Link as Link,
+    LinkedLayer as LinkedLayer,
+    Preparation as Preparation,
+    Prepared as Prepared,
+)
 from kfactk.stages.pace import Pace as Pace
 from kfactk.stages.placement import Placement as Placement
 from kfactk.stages.tracker import Tracker as Tracker

@@ -57,6 +57,39 @@ class QuadraticModel:
         return linear + square / 2
 
 
+@attrs.frozen
+class ControlRates:
+    """How often a controller wants more work than a step without it.
+
+    Args:
+        tries: By number of dampings that are tried in a step, the share of such steps.
+        evaluations: Share of steps after which the loss is evaluated again.
+
+    Example:
+        >>> rates = ControlRates({1: 0.75, 3: 0.25}, evaluations=0.5)
+        >>> rates.mean_tries, rates.most_tries, rates.directions
+        (1.5, 3, 2.5)
+    """
+
+    tries: Mapping[int, float]
+    evaluations: float
+
+    @property
+    def mean_tries(self) -> float:
+        """Dampings that are tried in a mean step; each but the first solves again."""
+        return sum(number * share for number, share in self.tries.items())
+
+    @property
+    def most_tries(self) -> int:
+        """Most dampings that are tried in a step."""
+        return max(self.tries)
+
+    @property
+    def directions(self) -> float:
+        """Forwards with derivatives in a mean step: one for each damping, and for the last step."""
+        return self.mean_tries + 1
+
+
 class Controller(Protocol):
     """Sets lr, momentum and damping in each step, by the quadratic model and the loss.
 

@@ -16,6 +16,11 @@ class Likelihood(Protocol):
     *, measured)` returns why a loss with this gradient at the model's output is not the
     likelihood's, or `None`. The gradient is that of the summed loss. `measured` says whether
     curvature is measured on it, so that its size matters.
+
+    By another one the scale of a loss is checked under a controller. `loss_factor(output, gradient,
+    later)` returns c, where the gradient at the output is c times that of the summed negative
+    log-likelihood, or `None` where that is not certain. `later` is an output and a gradient after a
+    step, with the same targets, or `None`.
     """
 
     def view(self, output: Tensor) -> Tensor:

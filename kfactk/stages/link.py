@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import math
 from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
@@ -63,6 +64,36 @@ class Prepared:
 
     tensors: Tensors = attrs.field(factory=dict)
     failures: Sequence[str] = ()
+
+
+@attrs.frozen(eq=False)
+class Preparation:
+    """What `prepare` of a link will make, and what that takes: told from shapes alone.
+
+    Args:
+        tensors: Shapes by name of what it makes, in the precision of the layers' matrices.
+        eigh: Sides of the matrices whose eigenvectors it takes.
+        cholesky: Sides of those that it divides into triangles.
+        products: FLOPs of matrix products, and of triangular solves: n^2 for each column.
+        double: Whether it computes in double precision, whatever that of the layers.
+        workspace: Bytes that it needs at its peak, besides what it makes.
+
+    Example:
+        >>> Preparation({"inverse": (3, 3)}, cholesky=(3,), products=2 * 27.0).numbers
+        9
+    """
+
+    tensors: Mapping[str, tuple[int, ...]] = attrs.field(factory=dict)
+    eigh: Sequence[int] = ()
+    cholesky: Sequence[int] = ()
+    products: float = 0.0
+    double: bool = False
+    workspace: int = 0
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers it makes."""
+        return sum(math.prod(shape) for shape in self.tensors.values())
 
 
 class Link(abc.ABC):
@@ -161,6 +192,17 @@ class Link(abc.ABC):
             DecompositionError: Nothing can be made. What was made last stays in use.
         """
         return Prepared()
+
+    def preparation(self, layers: Sequence[LinkedLayer]) -> Preparation | None:
+        """Return what `prepare` will make and take, for `plan` and `coverage`, or `None`.
+
+        They say of a link that prepares something, and returns `None` here, that it is not told.
+        What `rows`, `statistics` and `correct` take is counted on tensors without numbers.
+
+        Args:
+            layers: The layers, in order. Their shapes may be read, and no numbers.
+        """
+        return Preparation() if type(self).prepare is Link.prepare else None
 
     @abc.abstractmethod
     def correct(

@@ -129,7 +129,7 @@ def built(recipe: Recipe, placement: Any, drawn: Injected) -> kfactk.Recipe:
         fisher["draw"] = drawn
     changes: dict[str, Any] = {"fisher": fisher, "placement": placement}
     if "controller" in recipe:
-        changes["weight_decay_at"] = "gradient"
+        changes |= {"weight_decay_at": "gradient", "lr": kfactk.build().lr}
     periods = {"factor_every": 2} if "pace" in recipe else PERIODS
     return kfactk.build(**{**NUMBERS, **periods, **recipe, **changes})
 

@@ -159,15 +159,15 @@ def changed(share: Share) -> Assignment:
     [
         (
             attrs.evolve(GOOD, shares={name: GOOD.shares[name] for name in ("fc1", "fc3")}),
-            r"did not assign all matrices of layer 'fc2', A, G: it gave None\. Report",
+            r"assigned nothing of layer 'fc2', which is part of the workload\. Report",
         ),
         (
             changed(Share({"A": (0,)}, (0, 1))),
-            r"'mine' did not assign all matrices of layer 'fc2', A, G: it gave Share\(.*Report",
+            r"'mine' did not assign G of layer 'fc2': it gave Share\(.*Report",
         ),
         (
             changed(Share({"A": (0,), "G": (0,), "H": (0,)}, (0,))),
-            "did not assign all matrices of layer 'fc2'",
+            "assigned H of layer 'fc2', whose matrices are A, G: it gave Share",
         ),
         (
             changed(Share({"A": (0,), "G": ()}, (0,))),
@@ -189,13 +189,19 @@ def test_check_refuses_missing_and_impossible_ranks(wrong: Assignment, message: 
 
 
 def test_check_refuses_a_divided_indivisible_layer() -> None:
-    workload = Workload((attrs.evolve(FC2, indivisible=True),))
-    with pytest.raises(
-        PluginError,
-        match="put the matrices of layer 'fc2' on different ranks",
+    """It says what joins its matrices: their statistics, or what the basis reads beside them."""
+    joined = attrs.evolve(FC2, indivisible=True)
+    reading = attrs.evolve(joined, beside={"A_next": (4, 4), "G_next": (1, 1)})
+    for work, why in (
+        (joined, "the curvature makes A, G of the same statistics"),
+        (reading, "the basis reads A_next, G_next beside them, which are kept where all"),
     ):
-        Assignment("mine", {"fc2": Share({"A": (0,), "G": (1,)}, (0, 1))}).check(workload, 2)
-    Assignment("mine", {"fc2": Share({"A": (1,), "G": (1,)}, (0, 1))}).check(workload, 2)
+        workload, divided = Workload((work,)), Share({"A": (0,), "G": (1,)}, (0, 1))
+        says = rf"matrices of layer 'fc2' on different ranks \(A on 0, G on 1\), but {why}"
+        with pytest.raises(PluginError, match=says):
+            Assignment("mine", {"fc2": divided}).check(workload, 2)
+        Assignment("mine", {"fc2": Share({"A": (1,), "G": (1,)}, (0, 1))}).check(workload, 2)
+    assert not FC2.joined_by
 
 
 def test_check_refuses_to_decompose_apart_from_what_is_gone_on_from() -> None:

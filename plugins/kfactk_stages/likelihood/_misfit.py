@@ -20,6 +20,10 @@ EQUAL = 0.03
 TOLD = 1e-3
 """Entries below this share of the largest one are rounding errors, perhaps."""
 
+SPREAD = 0.2
+"""Relative spread of probabilities from which smoothed labels and a factor are told apart."""
+RESOLVED = 1e3
+"""Multiple of the rounding of a number from which its change is told to a thousandth."""
 STEEPER = 0.02
 """Relative deviation from 1 of the inverse of a temperature that is told."""
 CURVED = 1e-3
@@ -71,6 +75,56 @@ def factor_between(probabilities: Tensor, gradient: Tensor) -> float | None:
     found = torch.where(g > 0, p / g, (p - 1) / g)
     low, middle, high = found.quantile(found.new_tensor([0.05, 0.5, 0.95])).tolist()
     return middle if high - low <= EQUAL * middle else None
+
+
+def certain_factor(probabilities: Tensor, gradient: Tensor) -> float | None:
+    """Return c with `gradient = c (p - y)` for labels of 0 and 1, where nothing else is like it.
+
+    Where all p are nearly equal, smoothed labels are: they make the gradient smaller.
+
+    Args:
+        probabilities: p, of the shape of the gradient.
+        gradient: The gradient at the logits.
+    """
+    k, there = factor_between(probabilities, gradient), gradient != 0
+    if not k:
+        return None
+    every = -(-gradient.numel() // MOST)
+    p = probabilities[there].flatten()[::every].float()
+    low, middle, high = p.quantile(p.new_tensor([0.05, 0.5, 0.95])).tolist()
+    return 1 / k if high - low > SPREAD * middle else None
+
+
+def slope_between(means: Sequence[Tensor], gradients: Sequence[Tensor]) -> float | None:
+    """Return c with `gradient = c (mean - y)`, by two of each with the same y, where there is one.
+
+    So the gradient moves by c times what the mean does, whatever y is. Entries that move by hardly
+    more than rounding tell nothing, nor do those without a gradient.
+
+    Args:
+        means: The mean of the likelihood, before a step and after it.
+        gradients: The gradients, of the same shape.
+
+    Example:
+        >>> one, other, y = torch.randn(5, 3), torch.randn(5, 3), torch.randn(5, 3)
+        >>> f"{slope_between((one, other), (4 * (one - y), 4 * (other - y))):.4f}"
+        '4.0000'
+    """
+    every = -(-gradients[0].numel() // MOST)
+    rounding = max(torch.finfo(each.dtype).eps for each in (*means, *gradients))
+    (m, n), (g, h) = ([e.flatten()[::every].double() for e in each] for each in (means, gradients))
+    moved, turned = n - m, h - g
+    there = (g != 0) | (h != 0)
+    least = torch.maximum(
+        torch.maximum(m.abs(), n.abs()) * RESOLVED * rounding, TOLD * moved.abs().max()
+    )
+    there &= moved.abs() > least
+    shown = turned.abs() > RESOLVED * rounding * torch.maximum(g.abs(), h.abs())
+    found = (turned / moved)[there & shown]
+    if 2 * len(found) <= int(there.sum()):
+        return None
+    low, middle, high = found.quantile(found.new_tensor([0.05, 0.5, 0.95])).tolist()
+    return middle if middle > 0 and high - low <= EQUAL * middle else None
 
 
 def temperature(logits: Tensor, gradient: Tensor) -> float | None:

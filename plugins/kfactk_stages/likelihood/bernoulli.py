@@ -11,7 +11,14 @@ from torch.nn import functional as F
 
 from kfactk import hookimpl
 from kfactk.options import number
-from kfactk_stages.likelihood._misfit import NONE, factor_between, scale_fault, summed_share
+from kfactk_stages.likelihood._misfit import (
+    NONE,
+    certain_factor,
+    factor_between,
+    scale_fault,
+    slope_between,
+    summed_share,
+)
 from kfactk_stages.likelihood.layout import IndependentEntries, arranged, missing_terms
 
 
@@ -104,6 +111,18 @@ class Bernoulli(IndependentEntries):
                 "likelihood='categorical'"
             )
         return None
+
+    def loss_factor(
+        self, output: Tensor, gradient: Tensor, later: tuple[Tensor, Tensor] | None
+    ) -> float | None:
+        """Return by what a binary cross entropy with this gradient is multiplied, where certain.
+
+        It is for labels of 0 and 1; after a step, for any.
+        """
+        p = output.double().sigmoid()
+        if later is None:
+            return certain_factor(p, gradient)
+        return slope_between((p, later[0].double().sigmoid()), (gradient, later[1]))
 
     def _has_label(self, labels: Tensor, view: Tensor) -> Tensor:
         return ~missing_terms(labels == self.ignore_index, view, self.class_axis, str(self.targets))

@@ -14,8 +14,10 @@ from kfactk.options import whole
 from kfactk_stages.likelihood._misfit import (
     NORMALISED,
     SOME,
+    certain_factor,
     factor_between,
     scale_fault,
+    slope_between,
     softmax_axes,
     summed_share,
     temperature,
@@ -154,6 +156,19 @@ class Categorical(Layout):
             "which measures on your loss itself. output= picks the logits where the model returns "
             "more"
         )
+
+    def loss_factor(
+        self, output: Tensor, gradient: Tensor, later: tuple[Tensor, Tensor] | None
+    ) -> float | None:
+        """Return by what a cross entropy with this gradient is multiplied, where that is certain.
+
+        It is for one label a term; after a step, for any labels.
+        """
+        p, found = (arranged(each, self.class_axis) for each in (output, gradient))
+        if later is None:
+            return certain_factor(p.softmax(-1), found)
+        moved, turned = (arranged(each, self.class_axis) for each in later)
+        return slope_between((p.softmax(-1), moved.softmax(-1)), (found, turned))
 
     def _has_label(self, labels: Tensor, view: Tensor) -> Tensor:
         return expand_to_terms(labels, view, "targets", str(self.targets)) != self.ignore_index

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kfactk import hookimpl
 from kfactk.options import number
+from kfactk_stages.likelihood._misfit import slope_between
 from kfactk_stages.likelihood.layout import IndependentEntries, missing_terms
 
 
@@ -81,6 +82,18 @@ class Gaussian(IndependentEntries):
             column = torch.zeros_like(view, requires_grad=False)
             column[..., c] = 1 / math.sqrt(self.variance)
             yield column
+
+    def loss_factor(
+        self, output: Tensor, gradient: Tensor, later: tuple[Tensor, Tensor] | None
+    ) -> float | None:
+        """Return by what a squared error with this gradient is multiplied, where certain.
+
+        It takes two gradients to tell, with the same targets.
+        """
+        if later is None:
+            return None
+        slope = slope_between((output, later[0]), (gradient, later[1]))
+        return None if slope is None else self.variance * slope
 
     def _has_label(self, labels: Tensor, view: Tensor) -> Tensor:
         return ~missing_terms(labels.isnan(), view, self.class_axis, str(self.targets))

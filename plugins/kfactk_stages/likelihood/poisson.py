@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kfactk import hookimpl
+from kfactk_stages.likelihood._misfit import slope_between
 from kfactk_stages.likelihood.layout import IndependentEntries, missing_terms
 
 
@@ -64,6 +65,17 @@ class Poisson(IndependentEntries):
             column = torch.zeros_like(sizes)
             column[..., c] = sizes[..., c]
             yield column
+
+    def loss_factor(
+        self, output: Tensor, gradient: Tensor, later: tuple[Tensor, Tensor] | None
+    ) -> float | None:
+        """Return by what this loss of counts with this gradient is multiplied, where certain.
+
+        It takes two gradients to tell, with the same counts.
+        """
+        if later is None:
+            return None
+        return slope_between((output.exp(), later[0].exp()), (gradient, later[1]))
 
     def _has_label(self, labels: Tensor, view: Tensor) -> Tensor:
         return ~missing_terms(labels.isnan(), view, self.class_axis, str(self.targets))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -17,6 +18,7 @@ from kfactk import (
     Link,
     LinkedLayer,
     OptionError,
+    Preparation,
     Prepared,
     Samples,
     Statistic,
@@ -211,6 +213,36 @@ class BlockTridiagonal(Link):
                 assert made is not None
             tensors |= made
         return Prepared({name: tensors[name] for name in sorted(tensors)}, failures)
+
+    def preparation(self, layers: Sequence[LinkedLayer]) -> Preparation:
+        """Return the shapes of Psi, K and `(1 - S_A kron S_G)^-1`, and what they take.
+
+        For a pair of layers, and a side of n numbers here and m there, the canonical correlations
+        take `3 n^2 m + m^2 n` FLOPs besides eigenvectors, Psi takes `2 m^2 n`, and K `n^3`.
+        """
+        if len(layers) < 2:
+            return Preparation()
+        tensors: dict[str, tuple[int, ...]] = {}
+        sides = [dict(zip(SIDES, reversed(layer.shape), strict=True)) for layer in layers]
+        products, eigh, pairs = 0.0, list[int](), [0]
+        for number, here in enumerate(sides):
+            tensors[f"weights.{number}"] = here["G"], here["A"]
+            tensors |= {f"root.{side}.{number}": (n, n) for side, n in here.items()}
+            products += sum(n**3 for n in here.values())
+            if number + 1 == len(sides):
+                continue
+            eigh += here.values()
+            there = sides[number + 1]
+            for side, n in here.items():
+                m = there[side]
+                tensors[f"psi.{side}.{number}"] = n, m
+                products += n * n * m + m * m * n + 2 * n * n * m + 2 * m * m * n
+            of_pair = sum(n * n + n * there[side] for side, n in here.items())
+            longest = max(4 * n * n + 2 * n * there[side] for side, n in here.items())
+            pairs.append(of_pair + longest + 2 * math.prod(here.values()))
+        triangles = [n for here in sides for n in here.values()]
+        workspace = 8 * (sum(n * n for n in triangles) + max(pairs))
+        return Preparation(tensors, eigh, triangles, products, True, workspace)
 
     def correct(
         self,

@@ -12,11 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kfactk import Prepared
 from kfactk.cli.main import main
 from kfactk.cli.plan import model_on_meta
 from kfactk.costmodel.counting import meta_batch, training_load
 from kfactk.costmodel.hardware import A100, H100
 from kfactk.recipe import build
+from kfactk_stages.link.two_level import TwoLevel
 
 ROOT = Path(__file__).parents[3]
 
@@ -200,6 +202,87 @@ def test_plan_counts_what_a_pace_compares_with(capsys: pytest.CaptureFixture[str
     ]
     factors = 65**2 + 32**2 + 33**2 + 10**2  # by hand, in float32; two more sets are kept
     assert held[1] - held[0] == 2 * 4 * factors
+
+
+def test_plan_bounds_what_a_pace_costs(capsys: pytest.CaptureFixture[str]) -> None:
+    """The least is a step without a refresh; with a longest interval it is that of its period."""
+    command = ("--model", SMALL, "--input", "64", "--placement", "replicated")
+    paces = ('{"name": "similar", "longest": 7}', "similar")
+    [bounded], [free] = (plan_json(capsys, *command, "--pace", each)["rows"] for each in paces)
+    periods = [f"--{each}-every" for each in ("factor", "scale", "basis")]
+    [fixed] = plan_json(capsys, *command, *(arg for each in periods for arg in (each, "70")))[
+        "rows"
+    ]
+    assert bounded["least_seconds"] == pytest.approx(fixed["seconds"])
+    steps = ("forward and backward", "update", "preconditioning")
+    alone = sum(free["compute"][name]["mean"] for name in steps)
+    assert free["least_seconds"] == pytest.approx(alone, rel=1e-6)
+    assert free["least_seconds"] < bounded["least_seconds"] < bounded["seconds"]
+    assert fixed["least_seconds"] is None
+    for pace, words in zip(paces, ("intervals end at 7", "grow without a limit"), strict=True):
+        assert main(["plan", *command, "--pace", pace]) == 0
+        out = capsys.readouterr().out
+        assert words in " ".join(out.split())
+        assert re.search(r" us \(\d+ us\) ", out)
+
+
+class Untold(TwoLevel):
+    """A link that prepares something, and tells nothing of it."""
+
+    def prepare(self, layers: Any, statistics: Any) -> Prepared:
+        return Prepared({"half": statistics["coarse"] / 2})
+
+
+def test_plan_says_what_a_link_does_not_tell(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ("--model", SMALL, "--input", "64", "--placement", "replicated")
+    path = f"{Untold.__module__}:Untold"
+    found = plan_json(capsys, *command, "--link", path)
+    assert len(found["untold"]) == 2
+    assert all(path.partition(":")[2] in each for each in found["untold"])
+    assert main(["plan", *command, "--link", path]) == 0
+    told = " ".join(capsys.readouterr().out.split())
+    assert "not told: what it prepares of" in told
+    assert "all of these are more" in told
+    assert plan_json(capsys, *command, "--link", "two_level")["untold"] == []
+
+
+def test_plan_refuses_placements_that_a_link_refuses(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ("--model", SMALL, "--input", "64", "--ranks", "2", "--curvature", "kfac")
+    chain = ("--basis", "kfac", "--link", "block_tridiagonal")
+    rows = plan_json(capsys, *command, *chain)["rows"]
+    assert [row["strategy"] for row in rows if not row["refused"]] == ["replicated"]
+    assert [row["strategy"] for row in rows if row["recommended"]] == ["replicated"]
+    assert main(["plan", *command, *chain]) == 0
+    assert "would be refused, as the link joins layers" in " ".join(capsys.readouterr().out.split())
+    assert main(["plan", *command, *chain, "--placement", "mem_opt"]) == 0
+    out = " ".join(capsys.readouterr().out.split())
+    assert "no: link" in out
+    assert "Add --placement replicated" in out
+    both = plan_json(capsys, *command, "--link", "two_level")["rows"]
+    kept = {row["placement"] for row in both if not row["refused"]}
+    assert kept == {"replicated", "comm_opt"}
+
+
+def test_plan_counts_controllers_and_lags(capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["--model", SMALL, "--input", "64", "--placement", "replicated", "--device", "cpu"]
+    command += ["--basis", '{"name": "kfac", "solver": "eigh"}', "--update", "velocity"]
+    [plain], [controlled], [lagged] = (
+        plan_json(capsys, *command, *more)["rows"]
+        for more in ((), ("--controller", "quadratic"), ("--lag", "4"))
+    )
+    added = controlled["compute"].keys() - plain["compute"].keys()
+    assert added == {"quadratic model", "trials of damping", "loss again"}
+    assert controlled["memory"]["temporary"] > plain["memory"]["temporary"]
+    assert controlled["memory"]["curvature"] == plain["memory"]["curvature"]
+    parts = [row["compute"]["decomposition"] for row in (plain, lagged)]
+    assert parts[0]["mean"] == parts[1]["mean"]
+    assert parts[1]["worst"] < parts[0]["worst"]
+    for more, words in (
+        (("--controller", "quadratic"), "in a mean step 2.1 forwards with derivatives"),
+        (("--lag", "4"), "decompositions run beside 4 steps"),
+    ):
+        assert main(["plan", *command, *more]) == 0
+        assert words in " ".join(capsys.readouterr().out.split())
 
 
 def test_plan_says_if_nothing_fits(capsys: pytest.CaptureFixture[str]) -> None:

@@ -297,3 +297,56 @@ def test_cost_falls_with_longer_periods(workload: Workload, shape: tuple[int, in
     assert seldom.seconds <= often.seconds
     assert sum(seldom.moved.values()) <= sum(often.moved.values()) * (1 + 1e-9)
     assert seldom.held == often.held
+
+
+def lagging(lag: int, kind: str) -> dict[str, Part]:
+    """Parts on a machine on which the decompositions take 35 s, and all else 6 s in each step."""
+    workload = Workload((FC,), factor_every=1, basis_every=10, sampled=False)
+    layer = bare(Amount(3.0))
+    load = TrainingLoad(workload, {"fc": layer}, lag=lag)
+    machine = attrs.evolve(ONES, kind=kind)
+    return dict(cost(load, rows(workload, 1, 1), 1, machine).compute)
+
+
+@pytest.mark.parametrize(
+    ("lag", "kind", "mean", "worst"),
+    [
+        (0, "cpu", 3.5, 35.0),
+        (2, "cpu", 3.5, 35 - 2 * 6.0),
+        (5, "cpu", 3.5, 6.0),
+        (9, "cpu", 3.5, 6.0),
+        (0, "cuda", 3.5, 35.0),
+        (2, "cuda", 2.3, 35 - 2 * 6.0),
+        (9, "cuda", 0.0, 0.0),
+    ],
+)
+def test_decompositions_run_beside_steps(lag: int, kind: str, mean: float, worst: float) -> None:
+    """A processor does the same work beside; a step waits for what is left."""
+    parts = lagging(lag, kind)
+    found = parts["decomposition"]
+    rest = sum(part.mean for name, part in parts.items() if name != "decomposition")
+    assert rest == 6
+    assert (found.mean, found.worst) == (pytest.approx(mean), pytest.approx(worst))
+
+
+def test_a_lag_keeps_copies_and_results() -> None:
+    workload = Workload((FC,), sampled=False)
+    load = TrainingLoad(workload, {"fc": bare()})
+    plain, lagged = (
+        cost(each, rows(workload, 1, 1), 1, ONES).memory.temporary
+        for each in (load, attrs.evolve(load, lag=3))
+    )
+    assert lagged - plain == 4 * (9 + 4) + 4 * (9 + 4)
+
+
+def test_the_longest_intervals_of_a_pace_are_the_least_it_costs() -> None:
+    workload = Workload((FC,), factor_every=2, scale_every=2, basis_every=2)
+    load = TrainingLoad.of(workload, batch=4, forward=10.0)
+    seldom = attrs.evolve(load, longest=8).at_longest_intervals()
+    assert seldom.workload == attrs.evolve(
+        workload, factor_every=16, scale_every=16, basis_every=16
+    )
+    one, other = (cost(each, rows(workload, 1, 1), 1, ONES) for each in (load, seldom))
+    for name in ("factors", "scale", "decomposition", "Fisher pass"):
+        assert other.compute[name].mean == pytest.approx(one.compute[name].mean / 8)
+    assert other.worst == one.worst

@@ -558,6 +558,23 @@ def test_refuses_groups_and_scalers_at_bind() -> None:
     assert not model._forward_hooks
 
 
+@pytest.mark.parametrize("name", ["lr", "momentum"])
+def test_numbers_of_groups_without_effect_are_refused(name: str) -> None:
+    """At bind, and at the first step; the first damping has an effect, and a loaded state too."""
+    model, says = net(), rf"sets {name} in each step, so that {name}=0\.25 of the parameter groups"
+    with pytest.raises(CombinationError, match=says):
+        recipe().bind(model, [{"params": model.parameters(), name: 0.25}])
+    optimizer = recipe().bind(model, [{"params": model.parameters(), "damping": 7.0}])
+    state = trained(net(), 1).state_dict()
+    optimizer.param_groups[0][name] = 0.25
+    with pytest.raises(CombinationError, match=says):
+        optimizer.step(closure_of(optimizer, model, batch()))
+    optimizer.load_state_dict(state)
+    optimizer.param_groups[0][name] = 0.25
+    optimizer.step(closure_of(optimizer, model, batch()))
+    assert optimizer.param_groups[0][name] != 0.25
+
+
 @attrs.frozen
 class Wrong(Quadratic):
     """A controller with an answer that cannot be."""

@@ -133,7 +133,7 @@ class Life:
         self.controlled = family == "controller"
         if self.controlled:
             self.recipe |= {"update": "velocity", "basis": {"name": "kfac", "solver": "eigh"}}
-            del self.recipe["damping"]
+            del self.recipe["damping"], self.recipe["lr"]
         self.optimizer: Any = None
         self.other: Any = None
 

@@ -147,3 +147,44 @@ def test_what_ranks_compare_leaves_out_what_may_differ() -> None:
 def test_name_of_a_stage_without_a_name_is_that_of_its_class() -> None:
     assert name_of("curvature", BlockSpec(Other()).curvature).endswith("Other")
     assert name_of("curvature", kfactk.build().rules[0].curvature) == "conv_kfac"
+
+
+CONTROLLED = {
+    "curvature": "kfac",
+    "basis": {"name": "kfac", "solver": "eigh"},
+    "update": "velocity",
+    "controller": "quadratic",
+}
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({**CONTROLLED, "lr": 0.1}, r"sets lr in each step, so lr=0\.1 .* no effect.*lr=0\.003"),
+        (
+            {**CONTROLLED, "update": {"name": "velocity", "momentum": 0.5}},
+            r"momentum=0\.5 .* no effect\. Give update='velocity'",
+        ),
+        (
+            {"curvature": "gradient", "basis": "muon", "lag": 3, "basis_every": 10},
+            "lag=3 .* basis 'muon' decomposes nothing",
+        ),
+    ],
+)
+def test_numbers_without_effect_are_refused(given: dict[str, Any], says: str) -> None:
+    with pytest.raises(CombinationError, match=says):
+        kfactk.build(**given)
+
+
+def test_what_a_controller_does_not_set_may_be_given() -> None:
+    made = kfactk.build(**CONTROLLED, damping=7.0)
+    assert made.damping == 7.0
+    assert kfactk.Recipe.from_dict(made.to_dict()) == made
+    usual = kfactk.build(curvature="kfac", basis=CONTROLLED["basis"], update="velocity", lr=0.1)
+    with pytest.raises(CombinationError, match=r"lr=0\.1"):
+        usual.evolve(controller="quadratic")
+    evolved = usual.evolve(controller="quadratic", lr=0.003)
+    assert evolved == kfactk.build(**CONTROLLED)
+    assert kfactk.build(curvature="gradient", basis="soap", lag=1).lag == 1
+    short = kfactk.preset("short", **CONTROLLED)
+    assert short.lr == kfactk.build().lr

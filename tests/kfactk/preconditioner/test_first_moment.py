@@ -44,3 +44,11 @@ def test_a_decay_outside_of_its_interval_is_refused(decay):
 def test_an_unknown_option_is_refused_with_the_near_name():
     with pytest.raises(OptionError, match=r"no option 'nestrov'. Did you mean 'nesterov'"):
         as_first_moment({"decay": 0.9, "nestrov": True})
+
+
+@pytest.mark.parametrize("option", [{"nesterov": True}, {"corrected": False}])
+def test_options_of_no_average_are_refused(option):
+    [(name, value)] = option.items()
+    with pytest.raises(OptionError, match=f"has {name}, and a decay of 0, .*'{name}': {value}}}"):
+        as_first_moment(option)
+    assert as_first_moment({**option, "decay": 0.5}).decay == 0.5

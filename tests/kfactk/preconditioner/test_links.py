@@ -173,6 +173,11 @@ def test_every_rank_must_hold_the_layers() -> None:
         shared_workers().run(2, bind_on_ranks, "mem_opt", "two_level")
 
 
+def test_a_link_of_a_single_layer_is_told() -> None:
+    with pytest.warns(KfactkWarning, match="joins no two layers of this model, so it changes no"):
+        kfactk.build(curvature="kfac", link="two_level").bind(nn.Linear(3, 2))
+
+
 @pytest.mark.parametrize("clip", ["kl", "trust_region"])
 def test_clips_that_read_lengths_off_the_blocks_are_refused(clip: str) -> None:
     with pytest.raises(CombinationError, match=f"clip '{clip}' .* link 'two_level' P is the inv"):

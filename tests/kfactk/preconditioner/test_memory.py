@@ -12,8 +12,8 @@ from torch.nn import functional as F
 import kfactk
 from benchmarks.memory import peak
 from kfactk.preconditioner import memory
-from kfactk.preconditioner.footprint import footprint_of
-from kfactk.preconditioner.memory import free_bytes, local_ranks, peak_bytes
+from kfactk.preconditioner.footprint import LinkFootprint, footprint_of
+from kfactk.preconditioner.memory import free_bytes, link_peak, local_ranks, peak_bytes
 
 CPU = torch.device("cpu")
 
@@ -48,6 +48,17 @@ def test_new_decompositions_stand_beside_the_old() -> None:
     matrices, largest = 4 * 2 * (40**2 + 3**2), 4 * 40**2
     assert predicted(optimizer) == 5 * matrices + 4 * largest
     assert predicted(optimizer, slots=3) == 4 * matrices + matrices // 2 + 4 * largest
+
+
+def test_links_and_lags_add_their_bytes() -> None:
+    _, optimizer = bound("kfac", 40)
+    found = [footprint_of(block) for block in optimizer._preconditioner.blocks.current()]
+    known = [each for each in found if each is not None]
+    copies = 4 * 2 * (40**2 + 3**2)
+    assert peak_bytes(known, lags=True) - peak_bytes(known) == copies
+    link = LinkFootprint(("0", "1"), 100, 30, 7, 0.1)
+    assert peak_bytes(known, link=link) - peak_bytes(known) == link_peak(link) == 367
+    assert link_peak(LinkFootprint(("0", "1"), 100, None, None, None)) == 300
 
 
 def test_the_tightest_limit_counts(monkeypatch: pytest.MonkeyPatch) -> None:

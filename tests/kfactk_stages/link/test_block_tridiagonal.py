@@ -226,6 +226,7 @@ def test_each_damping_that_a_controller_tries_has_its_own_inverse() -> None:
     options = {
         "basis": {"name": "kfac", "solver": "eigh"},
         "update": "velocity",
+        "lr": 0.003,
         "damping": None,
         "controller": {"name": "quadratic", "model_damping": 3.0, "search_every": 1, "omega": 0.1},
     }
@@ -478,7 +479,7 @@ def test_coverage_shows_the_chain_and_a_link_of_none_is_told() -> None:
     reduce = {**RECIPE, "curvature": {"name": "conv_kfac", "spatial": "reduce"}}
     assert kfactk.build(**reduce).coverage(model).rows[0].linked == name
     for alone in (nn.Conv1d(1, 1, 1), model[:3]):  # a single linear layer has no neighbour
-        with pytest.warns(KfactkWarning, match="joins no layer of this model"):
+        with pytest.warns(KfactkWarning, match="joins no two layers of this model"):
             kfactk.build(**{**RECIPE, "curvature": "conv_kfac"}).bind(alone)
 
 
@@ -768,9 +769,11 @@ def bind_on_ranks(rank: int, placement: Any) -> bool:
 @pytest.mark.xdist_group("ranks")
 def test_every_rank_must_keep_the_matrices() -> None:
     assert shared_workers().run(2, bind_on_ranks, "replicated") == [True, True]
-    for placement in ("comm_opt", "mem_opt"):
-        says = rf"'{placement}' has layer '0' on some ranks alone.*replicated"
-        with pytest.raises(RankError, match=says):
+    for placement, what in (
+        ("comm_opt", r"reads A and G of layer '0'.* 'comm_opt' keeps them on some ranks alone"),
+        ("mem_opt", r"'mem_opt' has layer '0' on some ranks alone"),
+    ):
+        with pytest.raises(RankError, match=rf"{what}.*replicated"):
             shared_workers().run(2, bind_on_ranks, placement)
 
 
