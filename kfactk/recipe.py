@@ -412,7 +412,8 @@ def build(
             "norm", "attention", "rnn", "experts".
         basis: How the factors are decomposed and the gradient preconditioned: "ekfac", "kfac",
             "unitwise"; with rows "cg"; with statistics of gradients "soap", "shampoo", "kl",
-            "muon". Blocks whose curvature does not provide what it requires use the curvature's own basis.
+            "muon". Blocks whose curvature does not provide what it requires use the curvature's own
+            basis.
         update: The update rule: "sgd", "momentum", "nag", "velocity", "adam", "adamw", "radam", or
             any `torch.optim.Optimizer` class.
         fisher: Whose targets: "mc", "exact", "empirical".
