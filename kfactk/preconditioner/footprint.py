@@ -298,9 +298,9 @@ def decompose_corners(block: Block, shapes: Mapping[str, tuple[int, ...]]) -> Pa
             ROWS: rows,
             COLUMNS: shape[-1],
         }
-        parts[name] = {}
+        parts[name], told = {}, block.basis.shapes(name, shape)
         for key, part in found.items():
-            sides = [full.get(side, side) for side in part.shape]
+            sides = told.get(key) or tuple(full.get(side, side) for side in part.shape)
             parts[name][key] = torch.empty(sides, dtype=part.dtype, device="meta")
     return parts
 

@@ -169,6 +169,18 @@ class Basis(abc.ABC):
             DecompositionError: It cannot be decomposed. The last good decomposition stays in use.
         """
 
+    def shapes(self, name: str, shape: tuple[int, ...]) -> Mapping[str, tuple[int, ...]]:
+        """Return the shapes of parts of a decomposition that a corner of the matrix does not tell.
+
+        By default there are none: a part has sides of the matrix, or fixed ones. What layers will
+        take is told without numbers, from the decompositions of small corners.
+
+        Args:
+            name: Which of `requires` it is.
+            shape: Shape of the matrix.
+        """
+        return {}
+
     @abc.abstractmethod
     def operator(
         self, decomposition: Decomposition, moments: Tensors, damping: float, matrices: Tensors

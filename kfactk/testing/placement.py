@@ -41,8 +41,9 @@ def works(draw: st.DrawFn, layer: str) -> Work:
             [kronecker, kronecker, channels, {"square": gradient}, {"A": kronecker["A"]}, {}]
         )
     )
-    flags = {name: draw(st.booleans()) for name in ("indivisible", "follows")}
-    return Work(layer, matrices, gradient, **flags)
+    return Work(
+        layer, matrices, gradient, indivisible=draw(st.booleans()), follows=draw(st.booleans())
+    )
 
 
 @st.composite

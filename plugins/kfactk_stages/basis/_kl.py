@@ -103,10 +103,10 @@ def _times(rows: Tensor, parts: Tensors) -> Tensor:
 def _mean(matrix: Tensor) -> Tensor:
     """Return the mean diagonal of a side, `[..., 1]`."""
     if is_column(matrix):
-        return matrix.mean(-2)
+        return matrix.mean((-2, -1)).unsqueeze(-1)
     return linalg.mean_diagonal(matrix).unsqueeze(-1)
 
 
 def _reciprocals(values: Tensor, matrix: Tensor) -> Tensor:
     """Return the mean of 1 / values, `[..., 1]`."""
-    return values.reciprocal().mean(-2 if is_column(matrix) else -1, keepdim=not is_column(matrix))
+    return values.reciprocal().mean((-2, -1) if is_column(matrix) else -1).unsqueeze(-1)

@@ -151,6 +151,14 @@ class Singd(Basis):
         linalg.check_finite(root)
         return {"root": root, "m": m}
 
+    def shapes(self, name: str, shape: tuple[int, ...]) -> Mapping[str, tuple[int, ...]]:
+        """Return the shapes of blocks: how many there are follows from the whole matrix."""
+        if self.structure != "blocks":
+            return {}
+        size = min(self.block, shape[-1])
+        blocks = (*shape[:-2], -(-shape[-1] // size), size, size)
+        return {"root": blocks, "m": blocks}
+
     def _factored(self, name: str, context: FactorContext) -> tuple[Tensor, Tensor]:
         """Return w and s of K-FAC's factored damping, `[...]`."""
         means = context.mean_diagonal

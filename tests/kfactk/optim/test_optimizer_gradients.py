@@ -16,7 +16,10 @@ from kfactk import CaptureError, CombinationError, KfactkError, OptionError
 
 F64 = torch.float64
 MUON = {"decay": 0.9, "corrected": False, "nesterov": True}
-BASES = ["soap", "shampoo", "muon", "kfac", {"name": "ekfac", "scale": "running", "power": 0.5}]
+BASES = [
+    *("soap", "shampoo", "kl", "muon", "kfac"),
+    {"name": "ekfac", "scale": "running", "power": 0.5},
+]
 
 
 def recipe(basis: Any = "soap", **more: Any) -> kfactk.Recipe:

@@ -28,6 +28,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "all": {"curvature": "all"},
     "soap": {"curvature": {"name": "gradient", "max_side": 7}},
     "shampoo": {"curvature": "gradient", "basis": "shampoo"},
+    "kl": {"curvature": {"name": "gradient", "max_side": 7}, "basis": "kl"},
+    "ingd": {"basis": {"name": "singd", "variant": "ingd"}, "clip": "none"},
+    "roots in blocks": {
+        "basis": {"name": "singd", "structure": "blocks", "block": 4},
+        "clip": "none",
+    },
     "kfac of gradients": {"curvature": "gradient", "basis": "kfac"},
     "muon": {"curvature": ["gradient"], "basis": "muon"},
 }
