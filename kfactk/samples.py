@@ -107,9 +107,10 @@ class RowOrder:
                     [3, 4, 5]]), tensor([[0, 2, 4],
                     [1, 3, 5]]))
         """
+        each = len(tensor) // self.examples
         if self.interleaved:
-            return tensor.unflatten(0, (-1, self.examples)).transpose(0, 1)
-        return tensor.unflatten(0, (self.examples, -1))
+            return tensor.view(each, self.examples, *tensor.shape[1:]).transpose(0, 1)
+        return tensor.view(self.examples, each, *tensor.shape[1:])
 
     def parts(self, call: LayerCall) -> list[LayerCall]:
         """Return a call on `[N T, ...]` as T calls with one row of each example."""

@@ -45,7 +45,7 @@ FOR_STAGES = {
 PURE = ("errors", "linalg", "statistics")
 ACROSS = {"situations", "training_loops", "equivalence", "integrations", "peers"}
 """Folders of tests that mirror no source: they drive the whole package."""
-COMMON_WORDS = {"none", "value", "norm", "exact", "momentum", "gradient", "rows"}
+COMMON_WORDS = {"auto", "none", "value", "norm", "exact", "momentum", "gradient", "rows"}
 """Stage names that also mean something else as a string."""
 LONGEST_FUNCTION = 70
 """Lines, without those of the docstring."""

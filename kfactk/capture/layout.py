@@ -183,7 +183,7 @@ def regular_order(found: Tensor, examples: int) -> bool | None:
     known = found != NOBODY
     if len(found) <= examples or len(found) % examples:
         return None
-    if len(found[known].unique()) < examples:
+    if len(torch.bincount(found[known]).nonzero()) < examples:
         return None
     there = torch.arange(len(found), device=found.device)
     for interleaved, expected in (
