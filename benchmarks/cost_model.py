@@ -112,6 +112,21 @@ class Transformer(nn.Module):
         return self.head(self.norm(self.blocks(self.token(tokens) + self.place(places))))
 
 
+_REDUCED = {"name": "conv_kfac", "spatial": "reduce"}
+_OFTEN = {"name": "quadratic", "adapt_every": 2, "search_every": 4}
+_CONTROLLED = {
+    "basis": {"name": "kfac", "solver": "eigh"},
+    "update": "velocity",
+    "controller": _OFTEN,
+}
+ADDED: Mapping[str, dict[str, Any]] = {
+    "two_level": {"link": "two_level"},
+    "block_tridiagonal": {"curvature": _REDUCED, "basis": "kfac", "link": "block_tridiagonal"},
+    "controller": _CONTROLLED,
+    "both": {**_CONTROLLED, "curvature": _REDUCED, "link": "block_tridiagonal"},
+    "lag": {"lag": 3, "clip": "none"},
+}
+"""Recipes with what sees several layers or the step, on one rank."""
 MODELS: dict[str, tuple[Callable[[], nn.Module], str, int]] = {
     "convolutions": (convolutions, "3x32x32", 32),
     "perceptron": (perceptron, "256", 64),
@@ -162,6 +177,21 @@ def measure(rank: int, cycles: int, clock: str) -> tuple[Machine, dict[tuple[str
     return machine, found
 
 
+def measure_added(rank: int, cycles: int, clock: str) -> dict[tuple[str, str], Result]:
+    """Measure and predict the recipes of `ADDED` on one rank."""
+    machine = calibrate(clock=CLOCKS[clock])
+    found = {}
+    for name, (make, shape, batch) in MODELS.items():
+        for added, options in ADDED.items():
+            torch.manual_seed(0)
+            model = make()
+            recipe = kfactk.build(**{"update": "momentum", **PERIODS, **options})
+            job = training_load(copy.deepcopy(model).to("meta"), recipe, meta_batch(shape, batch))
+            seconds = time_steps(model, recipe, shape, batch, cycles, CLOCKS[clock])
+            found[name, added] = compare(added, job, recipe, 1, machine, seconds)
+    return found
+
+
 def time_steps(
     model: nn.Module,
     recipe: kfactk.Recipe | None,
@@ -178,13 +208,22 @@ def time_steps(
         if recipe is None
         else recipe.bind(wrapped)
     )
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(wrapped(images), labels)
+        loss.backward()
+        return loss
+
     taken = []
     for _ in range((cycles + 1) * CYCLE):
         dist.barrier()
         start = clock()
-        optimizer.zero_grad()
-        F.cross_entropy(wrapped(images), labels).backward()
-        optimizer.step()
+        if recipe is not None and recipe.controller is not None:
+            optimizer.step(closure)
+        else:
+            closure()
+            optimizer.step()
         taken.append(clock() - start)
     return [taken[n : n + CYCLE] for n in range(CYCLE, len(taken), CYCLE)]
 
@@ -239,12 +278,22 @@ def main() -> None:
     parser.add_argument(
         "--parts", action="store_true", help="also print the predicted seconds of each part"
     )
+    parser.add_argument(
+        "--added", action="store_true", help="compare links, a controller and a lag, on one rank"
+    )
     arguments = parser.parse_args()
     columns = f"{'predicted':>10}{'measured':>10}{'error':>10}" * 2
     print(f"{'':32}{'mean step, ms':>30}{'worst step, ms':>30}")
     print(f"{'ranks':>5}  {'model':13}{'placement':12}{columns}")
     errors = []
     with Workers() as workers:
+        if arguments.added:
+            answers = workers.run(1, measure_added, arguments.cycles, arguments.clock, patience=900)
+            for (model, name), result in answers[0].items():
+                error = 100 * (result.predicted / result.measured - 1)
+                both = f"{1e3 * result.predicted:10.1f}{1e3 * result.measured:10.1f}"
+                print(f"{1:5}  {model:13}{name:18}{both}{error:+8.0f} %")
+            return
         for ranks in map(int, arguments.ranks.split(",")):
             answers = workers.run(ranks, measure, arguments.cycles, arguments.clock, patience=900)
             lines = table(ranks, answers)

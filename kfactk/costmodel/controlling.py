@@ -112,7 +112,8 @@ def _products(
             value = parameter.detach()
             moves = [-value for _ in range(tries)]
             inner_products([*moves, value], value, value)
-    return attrs.evolve(meter.amount, products=DOUBLE * meter.amount.products)
+    found: Amount = meter.amount
+    return attrs.evolve(found, products=DOUBLE * found.products)
 
 
 def _restoring(model: nn.Module) -> Amount:
@@ -120,4 +121,5 @@ def _restoring(model: nn.Module) -> Amount:
     context = ModelContext.now(model)
     with Meter() as meter, context.restored(model):
         pass
-    return meter.amount
+    found: Amount = meter.amount
+    return found

@@ -162,7 +162,7 @@ class LinkCost:
         decomposed: Sides of the matrices that a preparation decomposes, by solver.
         slowdown: What seconds of these are multiplied by, for their precision.
         correct: Amount of a correction.
-        sums: Numbers that travel where factors are refreshed.
+        sums: Bytes that travel where factors are refreshed.
         kept: Bytes of statistics, and of what is prepared.
         prepared: Bytes of the latter.
         gathered: Bytes of rows that are kept until the pass ends.
@@ -458,7 +458,7 @@ def cost(
     sizes = {name: layer.sizes for name, layer in load.layers.items()}
 
     item, everyone = wire or workload.itemsize, tuple(range(ranks))
-    of_link = [] if load.link is None or ranks == 1 else [load.link.sums * item]
+    of_link = [load.link.sums * item / workload.itemsize] if load.link and ranks > 1 else []
 
     def sent(works: Sequence[Work]) -> list[Message]:
         part = attrs.evolve(workload, works=tuple(works))
@@ -714,7 +714,7 @@ def _memory(load: TrainingLoad, curvature: float) -> Memory:
     if load.lag:  # copies of the factors, and decompositions that wait
         temporary += item * (sums + sum(sum(layer.sizes.kept.values()) for layer in layers))
     if load.link is not None:
-        temporary += item * load.link.sums + load.link.gathered
+        temporary += load.link.sums + load.link.gathered
         temporary += load.link.prepared + load.link.workspace
     if load.control is not None:
         temporary += load.control.temporary

@@ -126,7 +126,7 @@ def _with_statistics(cost: LinkCost, sums: Mapping[str, Statistic]) -> LinkCost:
     """Return a cost with what is averaged, sent and kept of the statistics."""
     totals = {name: each.total for name, each in sums.items() if each.total is not None}
     sent = sum(
-        numbers_sent(tuple(total.shape), symmetric=sums[name].symmetric)
+        numbers_sent(tuple(total.shape), symmetric=sums[name].symmetric) * total.itemsize
         for name, total in totals.items()
     )
     return attrs.evolve(cost, sums=sent, kept=sum(total.nbytes for total in totals.values()))

@@ -260,8 +260,8 @@ class Control:
             f"the loss of your closure{head} is {factor:.3g} times the mean negative "
             f"log-likelihood of {stage_label('likelihood', likelihood)}, as its gradient at the "
             f"output (shape {list(fault.shape)}) tells. The controller takes slopes from your loss "
-            f"and curvature from the likelihood, which is {1 / factor:.3g} times that of your "
-            f"loss, so that lr, momentum and dampings follow a wrong model. {remedy} (said once)",
+            f"and curvature from the likelihood, which is {1 / factor:.3g} times that of your loss,"
+            f" so that lr, momentum and dampings follow a wrong model. {remedy} (said once)",
             KfactkWarning,
             stacklevel=6,
         )

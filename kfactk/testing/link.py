@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -228,6 +229,25 @@ class LinkLaws(InRecipe):
             assert zero is not None, f"{name} has no tensor where no layer ran: give zeros"
             assert zero.shape == each.total.shape, f"the shape of {name} depends on the data"
             assert not zero.any(), f"{name} is not zero where no layer ran"
+
+    @law(examples=20, chain=chains())
+    def test_what_is_prepared_is_what_was_told(self, chain: Chain) -> None:
+        """`preparation` names what `prepare` makes, with its shapes, or tells nothing."""
+        stage: Link = self.subject()
+        told = stage.preparation(chain.layers)
+        if told is None:
+            return
+        statistics = {
+            name: each.total / each.count
+            for name, each in self.measured(chain).items()
+            if each.total is not None
+        }
+        made = stage.prepare(chain.layers, statistics).tensors
+        shapes = {name: tuple(tensor.shape) for name, tensor in made.items()}
+        wanted = {name: tuple(shape) for name, shape in told.tensors.items()}
+        assert shapes == wanted, f"prepare made {shapes}, and preparation told {wanted}"
+        counts = (*told.eigh, *told.cholesky, told.products, told.workspace)
+        assert all(0 <= each < math.inf for each in counts), f"preparation told {told}"
 
     @law()
     def test_a_resumed_run_is_the_uninterrupted_one(self) -> None:

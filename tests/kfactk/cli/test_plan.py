@@ -259,7 +259,7 @@ def test_plan_refuses_placements_that_a_link_refuses(capsys: pytest.CaptureFixtu
     assert "no: link" in out
     assert "Add --placement replicated" in out
     both = plan_json(capsys, *command, "--link", "two_level")["rows"]
-    kept = {row["placement"] for row in both if not row["refused"]}
+    kept = {row["strategy"] for row in both if not row["refused"]}
     assert kept == {"replicated", "comm_opt"}
 
 

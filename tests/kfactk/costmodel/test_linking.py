@@ -196,13 +196,13 @@ def test_every_rank_keeps_what_a_link_has_and_sends_its_sums() -> None:
     load = loaded(RECIPES["two_level"])
     plain = attrs.evolve(load, link=None)
     assert load.link is not None
-    assert load.link.sums == 3 * 4 // 2
+    assert load.link.sums == 8 * 3 * 4 // 2  # in double precision
     for width in (1, 2):
         assignment = grid(load.workload, 2, width, "rows")
         one, other = (cost(each, assignment, 2, H100) for each in (plain, load))
         added = [b - a for a, b in zip(one.held, other.held, strict=True)]
         assert added == [load.link.kept] * 2
-        assert other.moved["sums"] - one.moved["sums"] == pytest.approx(2 * 4 * 6 / 10)
+        assert other.moved["sums"] - one.moved["sums"] == pytest.approx(2 * 8 * 6 / 10)
         assert bool(load.link.refused(assignment, 2)) == (width == 1)
     read = attrs.evolve(load.link, requires=frozenset("A"))
     assert "needs layer" in read.refused(grid(load.workload, 2, 2, "rows"), 2)

@@ -9,6 +9,7 @@ import attrs
 import pytest
 from torch import Tensor
 
+from kfactk import Preparation, Prepared
 from kfactk.testing import LinkLaws
 from kfactk_stages.link.two_level import TwoLevel
 from tests.kfactk.testing.broken import caught
@@ -28,6 +29,12 @@ class Wrong(TwoLevel):
         if self.fault == "nothing" and not rows:
             return {"coarse": attrs.evolve(found["coarse"], total=None)}
         return found
+
+    def prepare(self, layers: Any, statistics: Any) -> Prepared:
+        return Prepared({"root": statistics["coarse"]}) if self.fault == "more" else Prepared()
+
+    def preparation(self, layers: Any) -> Preparation:
+        return Preparation(products=-1.0 if self.fault == "less" else 0.0)
 
     def correct(
         self, layers: Any, gradients: Any, preconditioned: Any, statistics: Any
@@ -64,6 +71,8 @@ class Wrong(TwoLevel):
         ("mean", "test_statistics_are_sums_over_examples", "is not that of the whole"),
         ("nothing", "test_statistics_are_sums_over_examples", "no tensor where no layer ran"),
         ("in place", "test_correction_is_linear", "was modified"),
+        ("more", "test_what_is_prepared_is_what_was_told", "and preparation told {}"),
+        ("less", "test_what_is_prepared_is_what_was_told", "preparation told Preparation("),
     ],
 )
 def test_each_fault_is_caught_by_its_law(fault: str, law: str, says: str) -> None:
