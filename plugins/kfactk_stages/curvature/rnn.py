@@ -199,7 +199,8 @@ class Rnn(Curvature):
             return (
                 "calls of a cell do not tell which of them are of one sequence, as time='chain' "
                 "must know; use nn.RNN, nn.LSTM or nn.GRU, or take the cells as independent "
-                "besides, curvature=[{'name': 'rnn', 'time': 'chain'}, 'rnn']"
+                "besides, curvature=[{'name': 'rnn', 'time': 'chain'}, "
+                "kfactk.block('rnn', basis='kfac')]"
             )
         reasons = (
             reason_against_parameter(module, name, required=name.startswith("weight"))
