@@ -351,7 +351,7 @@ def test_nearly_one_length_is_a_whole_number(mean: float) -> None:
 def test_numbers_that_no_sequences_have_are_refused() -> None:
     matrices = drawn_matrices(0, 8)
     matrices["steps"] = torch.tensor([8.0, 8.0], dtype=F64)
-    with pytest.raises(DecompositionError, match="no sequences have .* mean is 8 .* square is 8"):
+    with pytest.raises(DecompositionError, match=r"no sequences have .* mean is 8 .* square is 8"):
         operator_of(matrices, 0.1, 1)
 
 
