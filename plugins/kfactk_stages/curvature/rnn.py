@@ -151,7 +151,8 @@ class Rnn(Curvature):
 
     Args:
         time: "independent" or "chain". The calls of a cell do not tell which of them are of one
-            sequence, so a chain supports no cells.
+            sequence, so a chain supports no cells. For the same reason, a module that is called
+            step by step has sequences of one step, and no pairs.
         chunk_bytes: Bound on temporaries, in bytes. One example is always processed whole.
 
     Raises:
