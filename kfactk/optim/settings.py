@@ -394,16 +394,19 @@ class Settings:
         """Check that a damping which a controller sets acts at once."""
         for rule in self.rules:
             basis = f"basis {name_of('basis', rule.basis)!r}"
+            remedy = "Give basis={'name': 'kfac', 'solver': 'eigh'}"
+            if unread := sorted(rule.curvature.must_be_read):
+                curvature = name_of("curvature", rule.curvature)
+                remedy += f", and curvature {curvature!r} without what measures {', '.join(unread)}"
             if waived := sorted(needs & rule.basis.waives):
                 laws = " and ".join(WAIVABLE[law] for law in waived)
                 raise CombinationError(
-                    f"{label} needs a basis with which {laws}, and {basis} waives this. Give "
-                    "basis={'name': 'kfac', 'solver': 'eigh'}."
+                    f"{label} needs a basis with which {laws}, and {basis} waives this. {remedy}."
                 )
             if rule.basis.damped_at != "solve":
                 raise CombinationError(
                     f"{label} tries several dampings in a step, and {basis} sees a changed damping "
-                    "at its next refresh only. Give basis={'name': 'kfac', 'solver': 'eigh'}."
+                    f"at its next refresh only. {remedy}."
                 )
 
     def _check_link(self, link: Link) -> None:
@@ -518,14 +521,21 @@ def rules_of(
     Raises:
         CombinationError: A basis cannot work with its curvature.
     """
-    return tuple(_rule(spec, basis, pace) for spec in specs)
+    served = any(_fits(spec.curvature, basis) for spec in specs)
+    return tuple(_rule(spec, basis, pace, served=served) for spec in specs)
 
 
-def _rule(spec: BlockSpec, usual: Basis, pace: Pace | None) -> BlockRule:
+def _rule(spec: BlockSpec, usual: Basis, pace: Pace | None, *, served: bool) -> BlockRule:
     """Return the rule of a spec.
 
     The basis is the one that the spec names; else the recipe's, where it fits the curvature; else
     the curvature's own default.
+
+    Args:
+        spec: The spec.
+        usual: The recipe's basis.
+        pace: The recipe's pace.
+        served: Whether the recipe's basis fits a curvature of it.
     """
     curvature, basis = spec.curvature, usual if spec.basis is None else spec.basis
     default = curvature.default_basis
@@ -533,6 +543,8 @@ def _rule(spec: BlockSpec, usual: Basis, pace: Pace | None) -> BlockRule:
         basis = registry().resolve("basis", default)
     names = name_of("curvature", curvature), name_of("basis", basis)
     if not _fits(curvature, basis):
+        if served and spec.basis is None:
+            _name_own(curvature, basis, *names)
         _refuse(curvature, basis, *names)
     return BlockRule(curvature, basis, spec.layers, ", ".join(names), pace)
 
@@ -546,6 +558,19 @@ def _fits(curvature: Curvature, basis: Basis) -> bool:
         else bool(basis.requires) or "fisher" not in basis.waives
     )
     return basis.reads <= curvature.provides and curvature.must_be_read <= basis.reads and measures
+
+
+def _name_own(curvature: Curvature, basis: Basis, curvature_name: str, basis_name: str) -> None:
+    """Refuse a basis that fits another curvature of the recipe, where A and G need no other."""
+    missing = basis.reads - curvature.provides
+    if missing and {"A", "G"} <= curvature.provides and not curvature.must_be_read:
+        given = registry().describe("curvature", curvature)
+        short = repr(curvature_name if len(given) == 1 else given)
+        raise CombinationError(
+            f"basis {basis_name!r} needs {', '.join(sorted(missing))}, which curvature "
+            f"{curvature_name!r} does not provide, and another curvature of the recipe does. Give "
+            f"this one a basis of its own: kfactk.block({short}, basis='kfac')."
+        )
 
 
 def _refuse(curvature: Curvature, basis: Basis, curvature_name: str, basis_name: str) -> NoReturn:

@@ -669,7 +669,8 @@ class Block:
         matrices = self.matrices(factors=_zeros(sums))
         parts, wanted = parts_of(state.decomposition), self._parts_of_corners(matrices)
         lacks_parts = state.ready and holds and not parts
-        if found.items() <= expected.items() and (found != expected or lacks_parts):
+        mine = found.items() <= expected.items() and set(parts) <= set(wanted)
+        if mine and (found != expected or lacks_parts):
             lacking = [name for name in expected if name not in found]
             lacking += ["its decomposition"] if lacks_parts else []
             raise StateError(
@@ -743,8 +744,11 @@ class Block:
         damage: Damage,
     ) -> None:
         """Check shapes, dtypes and values of a saved state whose names are known to fit."""
-        layer = f" of layer {self.name!r}"
-        for name, value in state.factor_values().items():
+        layer, factors = f" of layer {self.name!r}", state.factor_values()
+        made = {each.total.dtype for each in sums.values() if each.total is not None}
+        if len({value.dtype for value in factors.values()}) > len(made):
+            damage.note(f"the factors{layer} have several dtypes")
+        for name, value in factors.items():
             where = f"{PREFIX}factor.{name}{layer}"
             if not precise(where, value, damage):
                 continue

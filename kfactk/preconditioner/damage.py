@@ -220,10 +220,27 @@ def _no_cholesky_factor(lower: Tensor) -> Tensor:
     return (_diagonal(lower) <= 0).any() | lower.triu(1).ne(0).any()
 
 
+def _not_invertible(root: Tensor) -> Tensor:
+    """Return whether a diagonal has a zero, or a matrix a row or column of zeros."""
+    size = root.abs()
+    if root.ndim == 1:
+        return (size == 0).any()
+    return (size.amax(-1) == 0).any() | (size.amax(-2) == 0).any()
+
+
+def _no_contraction(matrix: Tensor) -> Tensor:
+    """Return whether a row is longer than 1."""
+    return (matrix.square().sum(-1) > (1 + TOLERANCE) ** 2).any()
+
+
 FORMS: Mapping[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "nonnegative": ("holds negative values", lambda tensor: (tensor < 0).any()),
     "semidefinite": ("is not symmetric positive semi-definite", _not_semidefinite),
     "eigenvectors": ("has no orthonormal columns", _not_orthonormal),
     "cholesky": ("is not lower triangular with a positive diagonal", _no_cholesky_factor),
+    "root": ("cannot be inverted: it has a zero, or a row or column of zeros", _not_invertible),
+    "contraction": ("has rows longer than 1", _no_contraction),
+    "correlations": ("holds more than 1 in size", lambda t: (t.abs() > 1 + TOLERANCE).any()),
+    "count": ("is no whole number from 1 on", lambda t: ((t < 1) | (t != t.round())).any()),
 }
 """By the name of each form, the fault of what has not the form, and the test for it."""

@@ -12,7 +12,10 @@ from kfactk.sides import is_diagonal
 from kfactk.stages import Basis, Decomposition, Tensors
 from kfactk.validation import square
 
-STATED = {"eigenvalues", "eigenvectors", "cholesky", "inverse", "diagonal"}
+STATED = {
+    *("eigenvalues", "eigenvectors", "cholesky", "inverse", "diagonal", "root", "contraction"),
+    *("correlations", "count", "matrix"),
+}
 """The forms that a basis may state; see `Basis.forms`."""
 CHECKED_AS = {
     "eigenvalues": "nonnegative",
@@ -73,7 +76,7 @@ def _check_part(
 ) -> None:
     if tuple(value.shape) != shape:
         damage.note_misfit(f"{where} has the shape {tuple(value.shape)}, where it must be {shape}")
-    elif precise(where, value, damage):
+    elif precise(where, value, damage) and form != "matrix":  # which is a shape alone
         damage.check_form(where, value, CHECKED_AS.get(form, form))
 
 
@@ -87,5 +90,8 @@ def precise(where: str, value: Tensor, damage: Damage) -> bool:
 
 def _shape_of_part(form: str, name: str, matrix: Tensor) -> tuple[int, ...]:
     """Return the shape of a part of a matrix's decomposition; a and g are diagonals of one."""
-    whole = form != "eigenvalues" or is_diagonal(name) or not square(matrix)
+    if form == "count":
+        return (*matrix.shape[:-1], 1)
+    one_each = form in ("eigenvalues", "correlations")
+    whole = not one_each or is_diagonal(name) or not square(matrix)
     return tuple(matrix.shape if whole else matrix.shape[:-1])

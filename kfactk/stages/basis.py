@@ -151,8 +151,14 @@ class Basis(abc.ABC):
         - "cholesky": `[..., n, n]`, lower triangular, the diagonal positive.
         - "inverse": `[..., n, n]`, symmetric positive semi-definite, made by a Cholesky factor.
         - "diagonal": of the shape of the layer's matrix, none negative.
+        - "root": of the matrix's shape, invertible.
+        - "correlations": `[..., n]`, in [-1, 1].
+        - "contraction": `[..., n, n]`, no row longer than 1.
+        - "count": `[..., 1]` of a vector, a whole number from 1 on.
+        - "matrix": of the matrix's shape.
 
-        What has no form must be finite only. Saved tensors are checked when they are loaded.
+        Saved tensors are checked when they are loaded. What has no form must be finite only; its
+        shape is not known then, and a file with another one fails in a step. So give each part one.
         """
         return {}
 

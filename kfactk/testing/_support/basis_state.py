@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 from collections.abc import Callable
@@ -13,7 +14,7 @@ import torch
 from hypothesis import assume
 from torch import Tensor
 
-from kfactk.errors import StateError
+from kfactk.errors import DecompositionError, StateError
 from kfactk.operators import SpectralOperator
 from kfactk.preconditioner.damage import Damage
 from kfactk.preconditioner.forms import check_forms
@@ -135,7 +136,8 @@ class BasisStateLaws(BasisFrame):
         twin = copy.deepcopy(situation.basis)
         names = sorted(situation.basis.requires, reverse=True)
         for name in names:
-            twin.decompose(name, situation.matrices[name] + 1, situation.context(name))
+            with contextlib.suppress(DecompositionError):  # it may be no matrix of this name
+                twin.decompose(name, situation.matrices[name] + 1, situation.context(name))
         for name in names:
             alone = twin.decompose(name, situation.matrices[name], situation.context(name))
             for part, tensor in situation.decomposition[name].items():

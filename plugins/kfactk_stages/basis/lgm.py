@@ -25,7 +25,10 @@ from kfactk import (
 from kfactk.options import choice
 
 UNEQUAL = 1e-5
-"""Variance of numbers of steps, relative to the square of their mean, above which they differ."""
+"""Variance of numbers of steps, relative to the square of their mean, above which they differ.
+
+Below it they are roundings, or of sequences so long that one step more or less does not count.
+"""
 NEXT = MappingProxyType({"A": ("A_next",), "G": ("G_next",)})
 """For each side, the matrix of the rows of one step and of the step before."""
 
@@ -86,6 +89,9 @@ class LinearGaussianModel(Basis):
     beside = NEXT
     damped_at = "refresh"
     measured_by = "curvature={'name': 'rnn', 'time': 'chain'}"
+    forms = MappingProxyType(
+        {"gains": "correlations", "root": "root", "next": "contraction", "number": "count"}
+    )
 
     option: int = attrs.field(default=2, validator=choice(1, 2))
 
@@ -102,13 +108,14 @@ class LinearGaussianModel(Basis):
         - "gains": m of option 1, or the roots of the eigenvalues of `M M^T`, `[..., n]`;
         - "root": `A^-1/2 W`, W the eigenvectors of the symmetric part of M, or of `M M^T`,
           `[..., n, n]`;
-        - "next" of option 2: `W^T M W`, `[..., n, n]`.
+        - "next" of option 2: `W^T M W`, `[..., n, n]`, whose rows are as long as the gains.
 
-        For the steps it is `{"number": [1]}`.
+        For the steps it is `{"number": [1]}`, a whole number. Gains that roundings lift above 1 are
+        1, and rows of "next" are shortened with them.
 
         Raises:
             DecompositionError: A matrix is not finite, cannot be decomposed, or the next one is
-                larger than there can be beside it.
+                larger than there can be beside it; or numbers of steps are those of no sequences.
             CombinationError: Numbers of steps differ, with `option=1`.
         """
         if name == "steps":
@@ -132,7 +139,10 @@ class LinearGaussianModel(Basis):
             )
         root = side.vectors @ (side.damped.rsqrt()[..., :, None] * turn)
         found = {"gains": gains.clamp(-1, 1), "root": root}
-        return found if self.option == 1 else {**found, "next": turn.mT @ side.mixing @ turn}
+        if self.option == 1:
+            return found
+        following = turn.mT @ side.mixing @ turn / gains.clamp(min=1)[..., :, None]
+        return {**found, "next": following}
 
     def operator(
         self, decomposition: Decomposition, moments: Tensors, damping: float, matrices: Tensors
@@ -317,18 +327,24 @@ def _same_number(steps: Tensor) -> Tensor:
 
     Raises:
         CombinationError: They have not the same.
-        DecompositionError: They are not finite.
+        DecompositionError: They are not finite, or no sequences have such means.
     """
     linalg.check_finite(steps)
     mean, square = steps[..., :1], steps[..., 1:2]
-    if bool((square - mean.square() > UNEQUAL * mean.square()).any()):
+    variance, least = square - mean.square(), UNEQUAL * mean.square()
+    if bool((variance < -least).any()):
+        raise DecompositionError(
+            f"no sequences have numbers of steps whose mean is {float(mean):.4g} and whose mean "
+            f"square is {float(square):.4g}"
+        )
+    if bool((variance > least).any()):
         raise CombinationError(
             "basis 'lgm' with option=1 needs sequences that all have the same number of steps, and "
             f"here they have {float(mean):.4g} in the mean, with a standard deviation of "
-            f"{math.sqrt(float(square - mean.square())):.2g}. Give basis={{'name': 'lgm', "
+            f"{math.sqrt(float(variance)):.2g}. Give basis={{'name': 'lgm', "
             "'option': 2}, or take steps as independent: curvature='rnn', basis='kfac'."
         )
-    return mean.clone()
+    return mean.round().clamp(min=1)  # negative gains have powers of whole numbers alone
 
 
 def _symmetric(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -58,7 +58,7 @@ class Shampoo(Basis):
     requires = frozenset({"L", "R"})
     laws = frozenset({"rotation-equivariant", "null-space-independent"})
     waives = frozenset({"damped-inverse"})
-    forms = MappingProxyType({"eigenvalues": "eigenvalues"})
+    forms = MappingProxyType({"eigenvalues": "eigenvalues", "root": "root"})
 
     power: float = attrs.field(default=0.5, validator=number(0, 1, low_open=True))
     eps: float = attrs.field(default=1e-6, validator=number(0))

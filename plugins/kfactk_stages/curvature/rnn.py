@@ -151,7 +151,8 @@ class Rnn(Curvature):
 
     Args:
         time: "independent" or "chain". The calls of a cell do not tell which of them are of one
-            sequence, so a chain supports no cells.
+            sequence, so a chain supports no cells. For the same reason, a module that is called
+            step by step has sequences of one step, and no pairs.
         chunk_bytes: Bound on temporaries, in bytes. One example is always processed whole.
 
     Raises:
@@ -199,7 +200,8 @@ class Rnn(Curvature):
             return (
                 "calls of a cell do not tell which of them are of one sequence, as time='chain' "
                 "must know; use nn.RNN, nn.LSTM or nn.GRU, or take the cells as independent "
-                "besides, curvature=[{'name': 'rnn', 'time': 'chain'}, 'rnn']"
+                "besides, curvature=[{'name': 'rnn', 'time': 'chain'}, "
+                "kfactk.block('rnn', basis='kfac')]"
             )
         reasons = (
             reason_against_parameter(module, name, required=name.startswith("weight"))

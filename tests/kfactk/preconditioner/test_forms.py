@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import MappingProxyType
+
 import pytest
 import torch
 from torch import Tensor
@@ -88,3 +90,71 @@ def test_curvature_is_kept_in_float32_or_float64() -> None:
     assert not precise("it", torch.ones(1, dtype=torch.bfloat16), damage)
     with pytest.raises(StateError, match=r"it has the dtype torch\.bfloat16"):
         damage.refuse()
+
+
+class Roots(Ekfac):
+    """States what a chain over time keeps."""
+
+    forms = MappingProxyType(
+        {
+            "gains": "correlations",
+            "root": "root",
+            "next": "contraction",
+            "number": "count",
+            "mean": "matrix",
+        }
+    )
+
+
+def chain_parts() -> dict[str, dict[str, Tensor]]:
+    """Return parts of these forms that are sound."""
+    both = {"root": -A, "next": torch.tensor([[0.6, -0.8], [0.0, 1.0]]), "mean": 0 * A}
+    parts = {"gains": torch.tensor([-1.0, 1.0]), **both}
+    return {"A": parts, "steps": {"number": torch.tensor([7.0])}}
+
+
+def refused_chain(parts: dict[str, dict[str, Tensor]]) -> None:
+    damage, matrices = Damage(), {"A": A, "steps": torch.tensor([7.0, 49.0])}
+    check_forms(Roots(), parts, {}, matrices, (3, 2), "", damage)
+    damage.refuse()
+
+
+def test_a_sound_chain_passes() -> None:
+    refused_chain(chain_parts())
+
+
+@pytest.mark.parametrize(
+    ("matrix", "part", "value", "words"),
+    [
+        ("A", "gains", torch.tensor([0.0, -1.1]), "A.gains holds more than 1 in size"),
+        ("A", "gains", torch.ones(2, 2), r"the shape \(2, 2\), where it must be \(2,\)"),
+        ("A", "root", torch.tensor([[1.0, 1.0], [0.0, 0.0]]), "A.root cannot be inverted"),
+        ("A", "root", torch.tensor([[1.0, 0.0], [1.0, 0.0]]), "A.root cannot be inverted"),
+        ("A", "root", torch.eye(3), r"the shape \(3, 3\), where it must be \(2, 2\)"),
+        ("A", "next", torch.tensor([[0.8, 0.8], [0.0, 1.0]]), "A.next has rows longer than 1"),
+        ("A", "mean", torch.eye(3), r"the shape \(3, 3\), where it must be \(2, 2\)"),
+        ("A", "mean", torch.eye(2, dtype=torch.float16), r"the dtype torch\.float16"),
+        ("steps", "number", torch.tensor([7.5]), "steps.number is no whole number"),
+        ("steps", "number", torch.tensor([0.0]), "steps.number is no whole number"),
+        ("steps", "number", torch.ones(2), r"the shape \(2,\), where it must be \(1,\)"),
+        ("A", "gains", torch.zeros(2, dtype=torch.float64), "several dtypes"),
+    ],
+)
+def test_a_chain_without_its_forms_is_refused(
+    matrix: str, part: str, value: Tensor, words: str
+) -> None:
+    parts = chain_parts()
+    parts[matrix][part] = value
+    with pytest.raises(StateError, match=words):
+        refused_chain(parts)
+
+
+def test_a_root_that_is_a_diagonal_has_no_zero() -> None:
+    for values, sound in ((torch.tensor([1.0, -2.0]), True), (torch.tensor([1.0, 0.0]), False)):
+        damage = Damage()
+        damage.check_form("it", values, "root")
+        if sound:
+            damage.refuse()
+        else:
+            with pytest.raises(StateError, match="it cannot be inverted: it has a zero"):
+                damage.refuse()

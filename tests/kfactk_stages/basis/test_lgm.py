@@ -331,3 +331,37 @@ def test_a_chain_that_nobody_reads_is_refused() -> None:
     for basis in ("kfac", "ekfac"):
         [rule] = kfactk.build(curvature=chain, basis=basis).rules
         assert rule.basis == LinearGaussianModel()
+
+
+# ------------------------------------------------------------------------------ numbers of steps
+
+
+@pytest.mark.parametrize("mean", [400.5, 400.9, 401.4])
+def test_nearly_one_length_is_a_whole_number(mean: float) -> None:
+    """Long sequences that differ by a step: negative gains have no powers in between."""
+    matrices = drawn_matrices(0, 8)
+    share = mean - int(mean)
+    square = (1 - share) * int(mean) ** 2 + share * (int(mean) + 1) ** 2
+    matrices["steps"] = torch.tensor([mean, square], dtype=F64)
+    v = torch.randn(3, 4, generator=torch.Generator().manual_seed(0), dtype=F64)
+    expected = solve(truth(matrices, 0.01, 1, float(round(mean))), v)
+    torch.testing.assert_close(operator_of(matrices, 0.01, 1).solve(v), expected, rtol=1e-9, atol=0)
+
+
+def test_numbers_that_no_sequences_have_are_refused() -> None:
+    matrices = drawn_matrices(0, 8)
+    matrices["steps"] = torch.tensor([8.0, 8.0], dtype=F64)
+    with pytest.raises(DecompositionError, match=r"no sequences have .* mean is 8 .* square is 8"):
+        operator_of(matrices, 0.1, 1)
+
+
+def test_rows_that_roundings_lengthen_are_shortened_with_their_gains() -> None:
+    """`next next^T` is the square of the gains, so that `1 - Psi Psi^T` is what is divided by."""
+    a = torch.diag(torch.tensor([1.0, 1e-6]))  # roundings of so bad a condition may be large
+    mean, root = mean_diagonal(a), a.sqrt()
+    a_next = root @ torch.tensor([[0.6, 0.8], [0.0, 0.3]]) @ root  # a singular value is 1.03
+    context = FactorContext(0.0, {"A": mean, "G": mean}, beside={"A_next": a_next})
+    parts = LinearGaussianModel().decompose("A", a, context)
+    assert float(parts["gains"].max()) == 1
+    squares = torch.diag(parts["gains"].square())
+    torch.testing.assert_close(parts["next"] @ parts["next"].mT, squares, rtol=1e-4, atol=1e-4)

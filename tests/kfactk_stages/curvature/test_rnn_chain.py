@@ -18,7 +18,8 @@ from kfactk.testing._support.truth import solve
 from kfactk_stages.curvature.rnn import Rnn
 from tests.kfactk_stages.basis.test_lgm import truth
 from tests.kfactk_stages.curvature.inside import rows
-from tests.kfactk_stages.curvature.test_rnn import Classifier, by_hand, drawn, lengths_of
+from tests.kfactk_stages.curvature.recurrent import by_hand
+from tests.kfactk_stages.curvature.test_rnn import Classifier, drawn, lengths_of
 
 CHAIN = {"name": "rnn", "time": "chain"}
 HOW: Mapping[str, Any] = {"update": torch.optim.SGD, "clip": "none", "fisher": "exact"}
@@ -70,12 +71,12 @@ def add(
         into[name] = into.get(name, torch.zeros(())) + each
 
 
-def classifier_by_hand(kind: str, model: Any, x: Tensor) -> dict[str, Moments]:
+def classifier_by_hand(model: Any, x: Tensor) -> dict[str, Moments]:
     """Return the moments of both parts, by a loop over examples, classes and steps."""
     found: dict[str, Moments] = {}
     for example, length in zip(x, lengths_of(x), strict=True):
-        h, products = by_hand(kind, model.rnn, example[:length])
-        logs = model.head(h).log_softmax(-1)
+        _, h, products = by_hand(model.rnn, example[:length])
+        logs = model.head(h[-1]).log_softmax(-1)
         for part, steps in products.items():
             add(found, part, steps, logs, len(x))
     return found
@@ -126,7 +127,7 @@ class OneLength(Classifier):
 def test_a_step_on_packed_sequences_is_that_of_dense_algebra(kind: str) -> None:
     model, x = Classifier(kind), rows(9, 4, 3)
     assert len(set(lengths_of(x))) > 1
-    moments = classifier_by_hand(kind, model, x)
+    moments = classifier_by_hand(model, x)
     optimizer, before = stepped(model, x, 2)
     check_factors(optimizer, moments)
     check_step(optimizer, model, before, moments, 2)
@@ -138,9 +139,9 @@ def test_a_step_on_sequences_of_one_length_is_that_of_dense_algebra(kind: str, o
     model, x = OneLength(kind), rows(9, 4, 3)
     moments: dict[str, Moments] = {}
     for example in x:
-        h, products = by_hand(kind, model.rnn, example)
+        _, h, products = by_hand(model.rnn, example)
         for part, steps in products.items():
-            add(moments, part, steps, model.head(h).log_softmax(-1), len(x))
+            add(moments, part, steps, model.head(h[-1]).log_softmax(-1), len(x))
     optimizer, before = stepped(model, x, option)
     check_factors(optimizer, moments)
     check_step(optimizer, model, before, moments, option)
@@ -162,21 +163,8 @@ def test_the_chain_of_the_reverse_direction_goes_backwards() -> None:
     model, x = Both(), rows(5, 4, 3)
     expected: dict[str, Moments] = {}
     for example in x:
-        outputs, parts = [], {}
-        for suffix, order in (("_l0", range(4)), ("_l0_reverse", reversed(range(4)))):
-            h, own, ih, hh = x.new_zeros(2), {}, [], []
-            for t in order:
-                u, v = (
-                    model.rnn.get_parameter(f"weight_{side}{suffix}") @ row
-                    + model.rnn.get_parameter(f"bias_{side}{suffix}")
-                    for side, row in (("ih", example[t]), ("hh", h))
-                )
-                ih.append((example[t], u))
-                hh.append((h.detach(), v))
-                h = own[t] = torch.tanh(u + v)
-            outputs.append(torch.stack([own[t] for t in range(4)]))
-            parts |= {f"ih{suffix}": ih, f"hh{suffix}": hh}
-        logs = model.head(torch.cat(outputs, -1).mean(0)).log_softmax(-1)
+        outputs, _, parts = by_hand(model.rnn, example)
+        logs = model.head(outputs.mean(0)).log_softmax(-1)
         for part, steps in parts.items():
             add(expected, part, steps, logs, len(x))
     optimizer, before = stepped(model, x, 1)
@@ -236,7 +224,6 @@ class TestPacked(PipelineLaws):
 
     def batch(self, generator: torch.Generator, examples: int) -> tuple[Tensor, Tensor]:
         x = torch.randn(examples, 4, 3, generator=generator, dtype=torch.float64)
-        x[0, 0, -1] = 0.2  # the longest: padded to the same length on each rank
         return x, torch.randint(3, (examples,), generator=generator)
 
 
@@ -279,8 +266,8 @@ def test_a_new_length_is_refused_with_option_1() -> None:
 def test_cells_are_refused_with_what_to_paste(cell: nn.Module) -> None:
     reason = Rnn(time="chain").unsupported(cell)
     assert reason is not None
-    assert "curvature=[{'name': 'rnn', 'time': 'chain'}, 'rnn']" in reason
-    pasted = kfactk.build(curvature=[{"name": "rnn", "time": "chain"}, "rnn"], basis="ekfac")
+    assert "kfactk.block('rnn', basis='kfac')]" in reason
+    pasted = kfactk.build(curvature=[CHAIN, kfactk.block("rnn", basis="kfac")], basis="lgm")
     assert not pasted.coverage(cell).plain
 
 

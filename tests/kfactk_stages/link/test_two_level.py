@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import io
 from collections.abc import Callable
 from typing import Any
 
@@ -13,26 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfactk
-from kfactk import CaptureError, CombinationError, KfactkWarning, Optimizer
+from kfactk import CaptureError, CombinationError, KfactkWarning
 from kfactk.testing import LinkLaws
 from kfactk_stages.link.two_level import TwoLevel
 from tests.kfactk.dense import Problem, all_preconditioned, categorical_labels, exact_scores
 from tests.kfactk.small import F64
+from tests.kfactk_stages.link import linking
+from tests.kfactk_stages.link.linking import TAU, saved, step
 
-TAU = 0.05
-RECIPE: dict[str, Any] = {
-    "link": "two_level",
-    "curvature": "conv_kfac",
-    "basis": "kfac",
-    "fisher": "exact",
-    "clip": "none",
-    "update": "sgd",
-    "lr": 0.1,
-    "damping": TAU,
-    "factor_every": 1,
-    "basis_every": 1,
-    "factor_decay": 0.5,
-}
+RECIPE: dict[str, Any] = {**linking.RECIPE, "link": "two_level", "curvature": "conv_kfac"}
 
 
 class TestTwoLevel(LinkLaws):
@@ -55,15 +43,7 @@ def conv() -> nn.Module:
 
 
 def batch(shape: tuple[int, ...], seed: int = 0, n: int = 6) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(n, *shape, generator=generator, dtype=F64)
-    return inputs, torch.randint(3, (n,), generator=generator)
-
-
-def step(model: nn.Module, optimizer: Optimizer, data: tuple[Tensor, Tensor]) -> None:
-    optimizer.zero_grad()
-    F.cross_entropy(model(data[0]), data[1]).backward()
-    optimizer.step()
+    return linking.batch(shape, 3, n, seed)
 
 
 def owner(name: str) -> str:
@@ -263,13 +243,6 @@ def test_a_bad_batch_counts_nothing() -> None:
     assert torch.equal(optimizer.state[model[0].weight]["kfactk.link.coarse"], before)
     step(model, optimizer, data)
     torch.testing.assert_close(optimizer.state[model[0].weight]["kfactk.link.coarse"], before)
-
-
-def saved(optimizer: Optimizer) -> Any:
-    buffer = io.BytesIO()
-    torch.save(optimizer.state_dict(), buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=True)
 
 
 def test_a_state_of_other_layers_starts_the_link_afresh() -> None:
