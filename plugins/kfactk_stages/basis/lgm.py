@@ -335,7 +335,7 @@ def _same_number(steps: Tensor) -> Tensor:
     if bool((variance < -least).any()):
         raise DecompositionError(
             f"no sequences have numbers of steps whose mean is {float(mean):.4g} and whose mean "
-            f"square is {float(square):.4g}"
+            f"square is {float(square):.4g}. Load an earlier checkpoint"
         )
     if bool((variance > least).any()):
         raise CombinationError(

@@ -289,9 +289,10 @@ def test_roundings_are_no_different_numbers(steps: int) -> None:
 
 @pytest.mark.parametrize("option", [1, 2])
 @pytest.mark.parametrize("name", ["A_next", "G_next"])
-def test_a_next_matrix_of_no_sequence_is_refused(option: int, name: str) -> None:
+@pytest.mark.parametrize("factor", [3, -3])
+def test_a_next_matrix_of_no_sequence_is_refused(factor: int, name: str, option: int) -> None:
     matrices = drawn_matrices(1, 6)
-    matrices[name] = 3 * matrices[name[0]]
+    matrices[name] = factor * matrices[name[0]]
     with pytest.raises(DecompositionError, match=f"{name} is larger than that of any sequence"):
         operator_of(matrices, 1e-6, option)
 
