@@ -298,7 +298,9 @@ def decompose_corners(block: Block, shapes: Mapping[str, tuple[int, ...]]) -> Pa
             ROWS: rows,
             COLUMNS: shape[-1],
         }
-        parts[name], told = {}, block.basis.shapes(name, shape)
+        with attribute_errors("basis", block.basis, f"on layer {block.name!r}"):
+            told = block.basis.shapes(name, shape)
+        parts[name] = {}
         for key, part in found.items():
             sides = told.get(key) or tuple(full.get(side, side) for side in part.shape)
             parts[name][key] = torch.empty(sides, dtype=part.dtype, device="meta")

@@ -18,7 +18,9 @@ from torch.nn import functional as F
 
 import kfactk
 from kfactk.capture import row_orders
+from kfactk.samples import LayerCall
 from kfactk.testing._support.ranks import shared_workers
+from kfactk_stages.curvature.conv_kfac import ConvKfac
 
 N, T, D, C, DAMPING = 4, 3, 4, 3, 0.02
 WAYS = ("whole", "inside", "output", "sequence first")
@@ -434,3 +436,22 @@ def test_two_ranks_equal_one_process(way: str, fisher: str) -> None:
     for found in shared_workers().run(2, on_ranks, way, recipe):
         for one, other in zip(found, model.parameters(), strict=True):
             assert float((one - other).norm()) < 1e-9
+
+
+class Failing(ConvKfac):
+    """Cannot divide calls."""
+
+    def unfold(self, *arguments: Any) -> Sequence[LayerCall]:
+        raise RuntimeError("sabotage")
+
+
+def test_a_curvature_that_fails_to_divide_a_call_is_named() -> None:
+    model, (x, y) = Tokens("inside"), data()
+    optimizer = kfactk.build(
+        curvature=[Failing(), "embedding", "norm"],
+        likelihood={"name": "categorical", "class_axis": -1},
+        damping=DAMPING,
+    ).bind(model)
+    with pytest.raises(kfactk.PluginError, match=r"Failing failed on layer 'up' .*sabotage"):
+        F.cross_entropy(model(x).flatten(0, -2), y.flatten()).backward()
+    optimizer.close()

@@ -39,8 +39,9 @@ STAGES: dict[str, list[Any]] = {
     "tracker": [None],
 }
 """Stages of ours which together are asked for all that their family's protocol has."""
-UNASKED = {"tracker": {"flush"}, "placement": {"assign"}, "curvature": {"factors"}}
-"""Methods for users to call, or called on several ranks only, or that no stage replaces."""
+UNASKED = {"tracker": {"flush"}, "placement": {"assign"}, "curvature": {"factors", "unfold"}}
+"""Methods for users to call, or called on several ranks or flattened tokens only, or that no stage
+replaces."""
 RAW = ("update", "placement")
 """Families whose errors keep their kind, for callers know torch's own. Notes name the stage."""
 

@@ -19,6 +19,7 @@ ALONE = "test_one_rank_alone_does_all"
 TOGETHER = "test_what_belongs_together_stays_together"
 ARGUMENTS = "test_the_answer_depends_on_the_arguments_alone"
 TRAVELS = "test_it_says_between_whom_what_travels"
+FINDS = "test_what_goes_on_from_the_last_decompositions_finds_them"
 EVERYWHERE = "test_every_process_gives_the_same_answer"
 TRAINING = "test_ranks_are_one_process"
 
@@ -105,6 +106,14 @@ class Parting(Right):
         )
 
 
+class Sending(Right):
+    """Decomposes on rank 0 what the next rank preconditions."""
+
+    def share(self, layer: str, share: Share, ranks: int) -> Share:
+        inverse = dict.fromkeys(share.inverse_workers, (0,))
+        return attrs.evolve(share, inverse_workers=inverse, gradient_workers=(1 % ranks,))
+
+
 class Turning(Right):
     """Begins where it ended the last time."""
 
@@ -186,6 +195,7 @@ class Hashing(Right):
             TOGETHER,
             r"the matrices of \d\.fc, made of common statistics, are on \[\(0,\), \(1,\)",
         ),
+        (Sending, FINDS, r"the ranks \[0\] decompose \d\.fc from its last decompositions"),
         (
             Turning(),
             ARGUMENTS,
