@@ -193,6 +193,15 @@ def test_a_product_is_that_of_dense_algebra(option: int) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-12)
 
 
+@pytest.mark.parametrize("option", [1, 2])
+def test_the_condition_is_that_of_the_diagonal_of_the_inverse(option: int) -> None:
+    matrices = drawn_matrices(4, 5)
+    length = 5.0 if option == 1 else float("inf")
+    diagonal = torch.linalg.inv(truth(matrices, 0.01, option, length)).diagonal()
+    expected = float(diagonal.max() / diagonal.min())
+    assert float(operator_of(matrices, 0.01, option).condition()) == pytest.approx(expected)
+
+
 def test_a_chain_of_its_own_model_is_the_fisher() -> None:
     """Of symmetric dynamics, and matrices without end effects, F is the sum over true pairs."""
     steps, m, n = (
