@@ -114,6 +114,13 @@ class Singd(Basis):
         return {name: (other,) for name, other in OTHER.items()}
 
     @property
+    def forms(self) -> Mapping[str, str]:
+        """Those of whole matrices; diagonals and blocks have other shapes, which have no form."""
+        if self.structure in ("diagonal", "blocks"):
+            return {}
+        return {"root": "root", "m": "matrix"}
+
+    @property
     def laws(self) -> frozenset[str]:
         """Diagonals and blocks depend on the coordinates in a null space."""
         exact = frozenset({"exact-when-kronecker"})

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
 import attrs
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import kfactk
 from kfactk import DecompositionError, FactorContext, linalg
@@ -448,3 +449,24 @@ def test_a_bad_batch_leaves_finite_roots_and_the_weights(structure: str, variant
     found.step(5)
     assert bool(found.weights().isfinite().all())
     assert not torch.equal(found.weights(), weights)
+
+
+@pytest.mark.parametrize("part", ["root", "m"])
+@pytest.mark.parametrize("fault", ["zero", "cut"])
+def test_a_damaged_checkpoint_is_refused(part: str, fault: str) -> None:
+    model = nn.Linear(4, 3).to(F64)
+    recipe = kfactk.build(curvature="kfac", basis="singd", factor_every=1, basis_every=1)
+    optimizer = recipe.bind(model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        x, y = torch.randn(8, 4, dtype=F64), torch.arange(8) % 3
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    state = copy.deepcopy(optimizer.state_dict())
+    entry, key = state["state"][0], f"kfactk.basis.A.{part}"
+    entry[key] = torch.zeros_like(entry[key]) if fault == "zero" else entry[key][:2, :2]
+    if (part, fault) == ("m", "zero"):
+        optimizer.load_state_dict(state)  # that is a direction of no length
+        return
+    with pytest.raises(kfactk.StateError, match=f"{key} of layer"):
+        optimizer.load_state_dict(state)
