@@ -103,7 +103,8 @@ def training_load(model: nn.Module, recipe: Recipe, batch: Tensor) -> TrainingLo
         torch.autograd.grad(heads, trained, empty, allow_unused=True)
     costs = {}
     for block, work in zip(blocks, workload.works, strict=True):
-        costs[block.name] = _layer_cost(block, work, calls[block])
+        averages = recipe.first_moment.decay > 0
+        costs[block.name] = _layer_cost(block, work, calls[block], averages=averages)
     pace, longest = recipe.pace, 1
     if pace is not None:
         longest = longest_interval(pace) or LONGEST
@@ -184,8 +185,17 @@ def _record(
         recorded[block].append(MetaCall(call, outputs, again))
 
 
-def _layer_cost(block: Block, work: Work, calls: Sequence[LayerCall]) -> LayerCost:
-    """Count what the stages do for one layer."""
+def _layer_cost(
+    block: Block, work: Work, calls: Sequence[LayerCall], *, averages: bool
+) -> LayerCost:
+    """Count what the stages do for one layer.
+
+    Args:
+        block: Its block.
+        work: Its work.
+        calls: Its calls in a forward.
+        averages: Whether gradients are averaged before they are preconditioned.
+    """
     sums, shapes = block.blank_factors(), {**work.matrices, **work.beside}
     if block.curvature.row_factors and calls:
         rows = block.factors(block.samples(calls, num_terms=1.0, first=True))
@@ -225,6 +235,9 @@ def _layer_cost(block: Block, work: Work, calls: Sequence[LayerCall]) -> LayerCo
     with Meter() as transport:
         block.adopt(parts)
     block.operator(1.0)
+    if averages and block.moments_of_gradient:  # the mean is turned where the basis is new
+        block.gradient_moments(gradient, 1.0)
+        block.state.turned.averaged = block.state.turned.measured
     with Meter() as meter:
         block.solve(gradient, 1.0)
     sizes = Sizes(

@@ -347,6 +347,14 @@ def test_statistics_of_gradients_need_no_pass_and_no_message(
     assert (load.passes, load.fisher_pass.products, found.retained) == (0, 0.0, 0.0)
 
 
+def test_a_mean_that_is_kept_in_the_basis_is_not_turned() -> None:
+    """A step turns the gradient for its moments, and the mean back."""
+    found = counted(curvature="gradient", basis="soap", first_moment=0.9).layers["rows"]
+    both = 2 * 6 * 12 * (6 + 12)
+    assert found.factors.products == 2 * both
+    assert found.precondition.products == both
+
+
 def test_a_basis_without_matrices_costs_its_products_alone() -> None:
     found = counted(curvature="gradient", basis={"name": "muon", "steps": 3}).layers["rows"]
     gram, turn = 2 * 6 * 6 * 12, 2 * 6 * 6 * 6
