@@ -298,7 +298,8 @@ class RowOrders:
         if not doubtful:
             new -= probed
         cause = self._own_pass or doubtful or any(head.output.ndim == 3 for head in heads)
-        if not cause and not any(_suspect(record, examples) for record in records):
+        alone = self._taker.alone
+        if not cause and not any(_suspect(each, examples, alone=alone) for each in records):
             return {}
         return {layer: None for layer in forward.layers if layer in new}
 
@@ -498,10 +499,14 @@ def _joined(record: RecordedCall) -> bool:
     return record.replay is not None and record.replay.joins_examples
 
 
-def _suspect(record: RecordedCall, examples: int) -> bool:
-    """Return whether the first dimension of a call may not count the examples."""
+def _suspect(record: RecordedCall, examples: int, *, alone: bool) -> bool:
+    """Return whether the first dimension of a call may not count the examples.
+
+    That a second one is as long is a reason on one rank alone: on others it may be chance, and all
+    ranks must come to the same answer.
+    """
     first, *others = record.shape or (1,)
-    return first != examples or (len(others) > 1 and others[0] == examples)
+    return first != examples or (alone and len(others) > 1 and others[0] == examples)
 
 
 def _positions_fit(record: RecordedCall, rows: ForwardRows) -> bool:
