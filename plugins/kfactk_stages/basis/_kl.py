@@ -26,8 +26,7 @@ def weighed(decomposition: Decomposition, gradient: Tensor) -> dict[str, Tensor]
     """Return what L and R are second moments of: for L, V times a root of `S_R^-1 / d_in`.
 
     Args:
-        decomposition: For each side what `half_root` reads, and "start"; empty before the first
-            refresh.
+        decomposition: For each side "root" and "start"; empty before the first refresh.
         gradient: V, `[..., d_out, d_in]`.
     """
     square = gradient.square().mean((-2, -1), keepdim=True)
@@ -91,13 +90,8 @@ def _known(parts: Tensors) -> Tensor:
 
 def _times(rows: Tensor, parts: Tensors) -> Tensor:
     """Return rows `[..., k, n]` times a root of the inverse of a side's S."""
-    if "root" in parts:
-        root = parts["root"].to(rows.dtype)
-        return rows * root.mT if is_column(root) else rows @ root
-    values = parts["eigenvalues"].to(rows.dtype).rsqrt()
-    if "eigenvectors" not in parts:
-        return rows * values.mT
-    return (rows @ parts["eigenvectors"].to(rows.dtype)) * values.unsqueeze(-2)
+    root = parts["root"].to(rows.dtype)
+    return rows * root.mT if is_column(root) else rows @ root
 
 
 def _mean(matrix: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from kfactk import (
 )
 from kfactk.options import number
 from kfactk_stages.basis import _kl
+from kfactk_stages.basis._root_operator import RootOperator
 from kfactk_stages.basis._sides import check_column, from_both_sides, is_column
 
 
@@ -114,21 +115,8 @@ class Kl(Basis):
 
 
 @attrs.define(eq=False)
-class KlOperator(CurvatureOperator):
-    """`F vec(V) = vec(L V R)`, with a step of the root of its inverse.
-
-    Args:
-        decomposition: The inverse roots; `solve` reads them.
-        matrices: L and R; `multiply` reads them.
-    """
-
-    decomposition: Decomposition
-    matrices: Tensors
-
-    def solve(self, v: Tensor) -> Tensor:
-        """Return `S_L^-1/2 v S_R^-1/2`."""
-        left, right = (self.decomposition[name]["root"].to(v.dtype) for name in ("L", "R"))
-        return from_both_sides(left, v, right)
+class KlOperator(RootOperator):
+    """`F vec(V) = vec(L V R)`, with a step of the root of its inverse, `S_L^-1/2 V S_R^-1/2`."""
 
     def multiply(self, v: Tensor) -> Tensor:
         """Return `L v R`."""
@@ -137,12 +125,7 @@ class KlOperator(CurvatureOperator):
 
     def condition(self) -> Tensor:
         """Return the condition number of `S_R kron S_L`, the largest among groups."""
-        ratios = []
-        for parts in self.decomposition.values():
-            values = parts["eigenvalues"]
-            values = values.squeeze(-1) if is_column(parts["root"]) else values
-            ratios.append(values.amax(-1) / values.amin(-1))
-        return (ratios[0] * ratios[1]).max()
+        return self.spread().max()
 
 
 @hookimpl

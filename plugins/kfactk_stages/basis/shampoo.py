@@ -17,6 +17,7 @@ from kfactk import (
     linalg,
 )
 from kfactk.options import number
+from kfactk_stages.basis._root_operator import RootOperator
 from kfactk_stages.basis._sides import check_column, from_both_sides, is_column
 
 
@@ -90,21 +91,8 @@ class Shampoo(Basis):
 
 
 @attrs.define(eq=False)
-class ShampooOperator(CurvatureOperator):
-    """`F vec(V) = vec(L^(1/2) V R^(1/2))`.
-
-    Args:
-        decomposition: The inverse roots; `solve` reads them.
-        matrices: L and R; `multiply` reads them.
-    """
-
-    decomposition: Decomposition
-    matrices: Tensors
-
-    def solve(self, v: Tensor) -> Tensor:
-        """Return `L^(-p/2) v R^(-p/2)`."""
-        left, right = (self.decomposition[name]["root"].to(v.dtype) for name in ("L", "R"))
-        return from_both_sides(left, v, right)
+class ShampooOperator(RootOperator):
+    """`F vec(V) = vec(L^(1/2) V R^(1/2))`, with the step `L^(-p/2) V R^(-p/2)`."""
 
     def multiply(self, v: Tensor) -> Tensor:
         """Return `L^(1/2) v R^(1/2)`."""
@@ -113,12 +101,7 @@ class ShampooOperator(CurvatureOperator):
 
     def condition(self) -> Tensor:
         """Return the condition number of F with eps, the largest among groups."""
-        ratios = []
-        for parts in self.decomposition.values():
-            values = parts["eigenvalues"]
-            values = values.squeeze(-1) if is_column(parts["root"]) else values
-            ratios.append(values.amax(-1) / values.amin(-1))
-        return (ratios[0] * ratios[1]).sqrt().max()
+        return self.spread().sqrt().max()
 
 
 def _root(matrix: Tensor) -> Tensor:
