@@ -13,18 +13,15 @@ import torch
 from torch import Tensor
 
 from kfactk.assignment import Work
-from kfactk.errors import CombinationError, StateError
+from kfactk.errors import CombinationError
 from kfactk.operators import CurvatureOperator
 from kfactk.preconditioner.ahead import Ahead, Parts
-from kfactk.preconditioner.damage import Damage
 from kfactk.preconditioner.first_moment import FirstMoment
-from kfactk.preconditioner.forms import check_forms, precise
-from kfactk.preconditioner.gradient_mean import MEAN, TURNED
-from kfactk.preconditioner.pace_state import LONGEST, PaceState
+from kfactk.preconditioner.pace_state import LONGEST
 from kfactk.preconditioner.plan import BlockPlan
-from kfactk.preconditioner.state import PREFIX, BlockState
+from kfactk.preconditioner.state import BlockState
 from kfactk.samples import LayerCall, RowOrder, Samples, Statistic, to_working_dtype
-from kfactk.sides import groups_of_shape, is_diagonal, mean_of, side_of, with_sides
+from kfactk.sides import groups_of_shape, mean_of, side_of, with_sides
 from kfactk.stages import (
     Basis,
     Curvature,
@@ -141,7 +138,7 @@ class Block:
                 samples = self.blank_samples()
                 with attribute_errors("curvature", self.curvature, self._where):
                     found = self.curvature.input_factors(self.layer, samples)
-                    made = self.curvature.assemble(self.layer, _zeros(found))
+                    made = self.curvature.assemble(self.layer, zeros_of(found))
                 self._inputs_suffice = self.requires <= set(made)
         return self._inputs_suffice
 
@@ -262,9 +259,8 @@ class Block:
 
     def gradient_moments(self, gradient: Tensor, num_terms: Tensor | float) -> dict[str, Statistic]:
         """Return the moments of a mini-batch mean gradient, as "moment.NAME"."""
-        decomposition = self.state.decomposition
+        decomposition, coordinates = self.state.decomposition, self.coordinates(gradient)
         with attribute_errors("basis", self.basis, self._where):
-            coordinates = self.basis.coordinates(decomposition, gradient)
             if coordinates is None:
                 found = self.basis.gradient_moments(decomposition, gradient, num_terms)
             else:
@@ -320,14 +316,12 @@ class Block:
         """
         self._flat = None
         state = self.state
-        return state.turned.average(state.gradients, gradient, moment, self._turned)
+        return state.turned.average(state.gradients, gradient, moment, self.coordinates)
 
-    def _turned(self, matrix: Tensor) -> Tensor:
-        """Return a matrix in the coordinates that the basis has."""
+    def coordinates(self, matrix: Tensor) -> Tensor | None:
+        """Return a matrix in the coordinates that the basis has; `None` where it has none."""
         with attribute_errors("basis", self.basis, self._where):
-            found = self.basis.coordinates(self.state.decomposition, matrix)
-        assert found is not None
-        return found
+            return self.basis.coordinates(self.state.decomposition, matrix)
 
     def matrices(
         self, names: frozenset[str] | None = None, factors: Tensors | None = None
@@ -537,7 +531,7 @@ class Block:
 
     def blank_matrices(self) -> dict[str, Tensor]:
         """Return matrices of zeros, those that the basis requires."""
-        return self.matrices(factors=_zeros(self.blank_factors()))
+        return self.matrices(factors=zeros_of(self.blank_factors()))
 
     def blank_moments(self, decomposition: Decomposition) -> dict[str, Statistic]:
         """Return moments without data, by their names."""
@@ -558,10 +552,6 @@ class Block:
             self._input_factors = frozenset(found)
         return self._input_factors
 
-    def _fixed(self, name: str, value: Tensor) -> tuple[int, ...]:
-        """Return the part of a factor's shape that does not follow the data."""
-        return tuple(value.shape[2:] if name in self.curvature.row_factors else value.shape)
-
     def work(self, sums: Mapping[str, Statistic] | None = None) -> Work:
         """Return the layer's work, by its shapes.
 
@@ -570,7 +560,7 @@ class Block:
         Args:
             sums: Its factors without data; `None` to make them.
         """
-        blank = _zeros(self.blank_factors() if sums is None else sums)
+        blank = zeros_of(self.blank_factors() if sums is None else sums)
         matrices = self.matrices(factors=blank)
         shapes = {name: tuple(matrices[name].shape) for name in sorted(self.requires)}
         beside = {n: tuple(m.shape) for n, m in sorted(matrices.items()) if n not in shapes}
@@ -594,177 +584,13 @@ class Block:
             return False
         return self.requires & set(found) == {name} and tuple(found[name].shape) == shape
 
-    def blank_parts(self, sums: Mapping[str, Statistic]) -> list[str]:
-        """Return what the basis makes of the matrices, as `parts_of` names it.
+    def parts_of_corners(self, matrices: Tensors) -> list[str]:
+        """Return what the basis makes of matrices of zeros, as `parts_of` names it.
 
-        It decomposes corners of blank matrices: whole ones would cost as much as a step.
+        It decomposes a corner of each: whole ones would cost as much as a step.
         """
-        return self._parts_of_corners(self.matrices(factors=_zeros(sums)))
-
-    def _parts_of_corners(self, matrices: Tensors) -> list[str]:
         corners = {n: m[..., :1, :1] if square(m) else m for n, m in matrices.items()}
         return parts_of(Block(self.layer, self.curvature, self.basis).decompose(1.0, corners))
-
-    def allocate(self, factor_names: frozenset[str], *, holds: bool, averages: bool) -> None:
-        """Create the tensors without data, so that a checkpoint can be loaded into them.
-
-        Args:
-            factor_names: The factors that this rank keeps.
-            holds: Whether this rank preconditions the layer.
-            averages: Whether the gradient is averaged.
-        """
-        sums, state = self.blank_factors(), self.state
-        state.factors = {n: _empty(s) for n, s in sums.items() if n in factor_names}
-        state.gradients = {MEAN: RunningMean(self.matrix({}), 0.0)} if averages else {}
-        if self.keeps and not self.measures_nothing:
-            state.pace = PaceState.blank(state.factor_values(), self.keeps)
-        if holds and not self.measures_nothing:
-            blank = self.matrices(factors=_zeros(sums))
-            state.decomposition = self.decompose(self.damping, blank)
-            found = self.blank_moments(state.decomposition)
-            state.moments = {name: _empty(each) for name, each in found.items()}
-            if averages and self.moments_of_gradient:
-                blank_mean = self.matrix({})
-                with attribute_errors("basis", self.basis, self._where):
-                    turned = self.basis.coordinates(state.decomposition, blank_mean)
-                if turned is not None:
-                    state.gradients[TURNED] = RunningMean(turned, 0.0)
-        self.invalidate()
-
-    def fitted(
-        self,
-        state: BlockState,
-        factor_names: frozenset[str],
-        *,
-        holds: bool,
-        averages: bool = False,
-        damage: Damage | None = None,
-    ) -> BlockState:
-        """Return what this rank keeps of a saved state, whatever placement it was saved under.
-
-        Args:
-            state: The saved state; changed in place.
-            factor_names: The factors that this rank keeps.
-            holds: Whether this rank preconditions the layer.
-            averages: Whether the gradient is averaged.
-            damage: Receives what is found when the tensors' values are read; without it, that is
-                raised here.
-
-        Raises:
-            StateError: It is another layer's or another recipe's, or lacks what this rank needs.
-        """
-        sums = self.blank_factors()
-        elsewhere = sums.keys() - factor_names
-        state.factors = {n: mean for n, mean in state.factors.items() if n not in elsewhere}
-        if not holds:
-            state.decomposition, state.moments = {}, {}
-        means = {MEAN, TURNED} if holds else {MEAN}
-        self._fit_gradients(state, means if averages else set())
-        state.pace = state.pace.fitted(self.keeps, factor_names)
-        if not state.ready and not (state.factors or state.decomposition):
-            return state  # the layer had not run yet
-        totals = {n: s.total for n, s in sums.items() if s.total is not None}
-        expected = {n: self._fixed(n, total) for n, total in totals.items() if n in factor_names}
-        found = {name: self._fixed(name, value) for name, value in state.factor_values().items()}
-        matrices = self.matrices(factors=_zeros(sums))
-        parts, wanted = parts_of(state.decomposition), self._parts_of_corners(matrices)
-        lacks_parts = state.ready and holds and not parts
-        mine = found.items() <= expected.items() and set(parts) <= set(wanted)
-        if mine and (found != expected or lacks_parts):
-            lacking = [name for name in expected if name not in found]
-            lacking += ["its decomposition"] if lacks_parts else []
-            raise StateError(
-                f"the saved state lacks curvature of layer {self.name!r} that this rank needs "
-                f"({', '.join(lacking)}): it is one rank's part of a state that several ranks "
-                "shared. Save all of it: by torch.distributed.checkpoint on all ranks, or by "
-                "state_dict() after optimizer.consolidate_state_dict() on all ranks."
-            )
-        if found != expected or (parts and parts != wanted):
-            raise StateError(
-                f"the saved curvature of layer {self.name!r} does not fit: factors {found} "
-                f"decomposed as {parts}, where this recipe and model have {expected} and {wanted}. "
-                "Bind the recipe it was saved with, or load only the update rule's part."
-            )
-        found_damage = Damage() if damage is None else damage
-        self._check_forms(state, sums, matrices, found_damage)
-        self._check_pace(state, expected, found_damage)
-        self._fit_ahead(state, matrices, wanted, found_damage)
-        if damage is None:
-            found_damage.refuse()
-        return state
-
-    def _check_pace(
-        self, state: BlockState, expected: Mapping[str, tuple[int, ...]], damage: Damage
-    ) -> None:
-        """Check that a saved state has the factors that its next refresh is compared with."""
-        layer, pace = f"of layer {self.name!r}", state.pace
-        if 0 in pace.intervals[: len(pace.known_intervals) or 1]:
-            damage.note(f"kfactk.pace.interval.0 {layer} is not there")
-        for place, values in enumerate(pace.values):
-            found = {name: tuple(value.shape) for name, value in values.items()}
-            if found != expected:
-                damage.note(
-                    f"kfactk.pace.value.{place} {layer} has the factors {found}, where this recipe "
-                    f"and model have {expected}"
-                )
-            for name, value in values.items():
-                precise(f"{PREFIX}pace.value.{place}.{name} {layer}", value, damage)
-
-    def _fit_ahead(
-        self, state: BlockState, matrices: Tensors, wanted: Sequence[str], damage: Damage
-    ) -> None:
-        """Drop a saved decomposition that waits, where this recipe has others; check its values.
-
-        A lag may have changed, and the placement: the block is then decomposed when it is due.
-        """
-        parts = {} if state.ahead is None else state.ahead.parts()
-        if not set(parts_of(parts)) <= set(wanted):
-            state.ahead = None
-        elif parts:
-            layer = f" of layer {self.name!r}"
-            check_forms(self.basis, parts, {}, matrices, (), layer, damage, kind="ahead")
-
-    def _fit_gradients(self, state: BlockState, wanted: set[str]) -> None:
-        """Drop saved means of gradients that are not wanted here; check the shape of others."""
-        state.gradients = {n: each for n, each in state.gradients.items() if n in wanted}
-        expected = tuple(self.matrix({}).shape) if state.gradients else ()
-        for mean in state.gradients.values():
-            if mean.value is not None and tuple(mean.value.shape) != expected:
-                raise StateError(
-                    f"the saved mean of the gradients of layer {self.name!r} has the shape "
-                    f"{tuple(mean.value.shape)}, where this model has {expected}. Bind the recipe "
-                    "it was saved with, or load only the update rule's part."
-                )
-
-    def _check_forms(
-        self,
-        state: BlockState,
-        sums: Mapping[str, Statistic],
-        matrices: Tensors,
-        damage: Damage,
-    ) -> None:
-        """Check shapes, dtypes and values of a saved state whose names are known to fit."""
-        layer, factors = f" of layer {self.name!r}", state.factor_values()
-        made = {each.total.dtype for each in sums.values() if each.total is not None}
-        if len({value.dtype for value in factors.values()}) > len(made):
-            damage.note(f"the factors{layer} have several dtypes")
-        for name, value in factors.items():
-            where = f"{PREFIX}factor.{name}{layer}"
-            if not precise(where, value, damage):
-                continue
-            if sums[name].symmetric:
-                damage.check_form(where, value, "semidefinite")
-            elif is_diagonal(name):
-                damage.check_form(where, value, "nonnegative")
-        check_forms(
-            self.basis,
-            state.decomposition,
-            {name: mean.value for name, mean in state.moments.items() if mean.value is not None},
-            matrices,
-            tuple(self.matrix({}).shape) if state.moments else (),
-            layer,
-            damage,
-        )
 
     # ----------------------------------------------------------------------------------- state
 
@@ -823,15 +649,11 @@ def parts_of(decomposition: Decomposition) -> list[str]:
     )
 
 
-def _zeros(sums: Mapping[str, Statistic]) -> dict[str, Tensor]:
+def zeros_of(sums: Mapping[str, Statistic]) -> dict[str, Tensor]:
+    """Return zeros in the shape of the totals of statistics."""
     return {n: torch.zeros_like(s.total) for n, s in sums.items() if s.total is not None}
 
 
 def _update(running: dict[str, RunningMean], means: Tensors, decay: float) -> None:
     for name, value in means.items():
         running.setdefault(name, RunningMean()).update(value, decay)
-
-
-def _empty(statistic: Statistic) -> RunningMean:
-    total = statistic.total
-    return RunningMean(None if total is None else torch.zeros_like(total), 0.0)

@@ -46,7 +46,7 @@ class TurnedGradients:
         means: dict[str, RunningMean],
         gradient: Tensor,
         moment: FirstMoment,
-        turn: Callable[[Tensor], Tensor],
+        turn: Callable[[Tensor], Tensor | None],
     ) -> Tensor:
         """Take a gradient into its running means, and return what is preconditioned.
 

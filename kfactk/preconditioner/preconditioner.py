@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kfactk.distributed.communicator import Communicator
 from kfactk.distributed.packing import TensorSpec
 from kfactk.errors import CaptureError, KfactkWarning
+from kfactk.preconditioner import saved_block
 from kfactk.preconditioner.block import Block
 from kfactk.preconditioner.block_set import BlockSet
 from kfactk.preconditioner.coverage import ModelSurvey
@@ -651,7 +652,7 @@ class Preconditioner:
         for block in self.blocks.current():
             if block.name in names and not block.state.allocated:
                 holds = self.placement.holds(block.name)
-                block.allocate(self._kept(block), holds=holds, averages=self.averages)
+                saved_block.allocate(block, self._kept(block), holds=holds, averages=self.averages)
         self.links.allocate([b.name for b in self.blocks.current() if b.name in names])
 
     def loaded(
@@ -672,8 +673,13 @@ class Preconditioner:
             if id(anchor) in saved and (READY in part_of(saved[id(anchor)], part) or not part):
                 state = BlockState.from_flat(saved[id(anchor)], anchor.device, part, damage)
                 holds = self.placement.holds(block.name)
-                states[block.name] = block.fitted(
-                    state, self._kept(block), holds=holds, averages=self.averages, damage=damage
+                states[block.name] = saved_block.fitted(
+                    block,
+                    state,
+                    self._kept(block),
+                    holds=holds,
+                    averages=self.averages,
+                    damage=damage,
                 )
                 if not self._planner.lags:
                     state.ahead = None
