@@ -136,6 +136,31 @@ def gpt(
     return Gpt(channels, classes, width, depth, heads)
 
 
+class Lstm(nn.Module):
+    """An LSTM that predicts the next token."""
+
+    def __init__(self, tokens: int, width: int) -> None:
+        super().__init__()
+        self.tokens = nn.Embedding(tokens, width // 2)
+        self.recurrent = nn.LSTM(width // 2, width, batch_first=True)
+        self.head = nn.Linear(width, tokens)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Map tokens `[N, T]` to logits of the next ones, `[N, T, tokens]`."""
+        return self.head(self.recurrent(self.tokens(tokens))[0])
+
+
+def lstm(*, channels: int, classes: int, width: int = 128) -> nn.Module:
+    """Return an LSTM of one layer for text.
+
+    Args:
+        channels: Has no effect.
+        classes: Number of tokens.
+        width: Units of the LSTM; an embedding has half as many.
+    """
+    return Lstm(classes, width)
+
+
 def autoencoder(
     *, channels: int, classes: int, widths: Sequence[int] = (1000, 500, 250, 30)
 ) -> nn.Module:
@@ -168,6 +193,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet8": partial(resnet, (16, 32, 64)),
     "resnet50": resnet50,
     "gpt": gpt,
+    "lstm": lstm,
     "autoencoder": autoencoder,
 }
 """Functions that make a network from `channels`, `classes` and options of the settings."""

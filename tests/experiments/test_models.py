@@ -39,8 +39,11 @@ def test_resnet8_has_the_usual_size():
     assert count(make("resnet8", 3)) == convolutions + norms + 64 * 10 + 10
 
 
-def test_gpt_sees_no_later_token():
-    model = make("gpt", 6, width=8, depth=2, heads=2)
+@pytest.mark.parametrize(
+    ("name", "options"), [("gpt", {"depth": 2, "heads": 2}), ("lstm", {})], ids=["gpt", "lstm"]
+)
+def test_text_models_see_no_later_token(name: str, options: dict[str, int]):
+    model = make(name, 6, width=8, **options)
     tokens = torch.tensor([[1, 2, 3, 4, 5, 6]])
     changed = tokens.clone()
     changed[0, 4] = 9
