@@ -129,6 +129,14 @@ def muon(model: nn.Module, lr: float = 0.02, adamw_lr: float = 0.001, **options:
     return Muon([group for group in groups if group["params"]], lr=lr, **options)
 
 
+def heavyball(model: nn.Module, name: str, **options: Any) -> Any:
+    """Return an optimizer of heavyball, not compiled: on a CPU compiled steps are no faster."""
+    import heavyball
+
+    heavyball.utils.compile_mode = None
+    return getattr(heavyball, name)(model.parameters(), **options)
+
+
 def recipe(algorithm: Algorithm, *, seed: int) -> kfactk.Recipe:
     """Return the recipe of an algorithm of kfactk; `seed` draws the targets of its Fisher pass."""
     options = dict(algorithm.options)
