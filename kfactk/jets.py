@@ -518,9 +518,7 @@ def _power(input: Any, exponent: Any) -> Jet:
     return _chained(input, *derivatives.power(input.rows[:, :1], exponent))
 
 
-def _chained(
-    one: Jet, value: Tensor, slope: Tensor | float, bend: Tensor | float
-) -> Jet:
+def _chained(one: Jet, value: Tensor, slope: Tensor | float, bend: Tensor | float) -> Jet:
     """Return f(u) by the chain rule.
 
     Args:
