@@ -39,8 +39,8 @@ from kfactk.validation import (
     check_matrices,
     check_statistics,
     check_tensors,
-    square,
     jet_message,
+    square,
     stage_label,
 )
 

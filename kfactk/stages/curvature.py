@@ -23,7 +23,7 @@ class Curvature(abc.ABC):
     statistics_from: ClassVar[str] = "samples"
     """What factors are made of: "samples", or the mini-batch "gradient" (`GradientCurvature`)."""
     reads_ones: ClassVar[bool] = False
-    """Whether `samples` reads `LayerCall.ones`, so that layers may be called with a `kfactk.Jet`."""
+    """Whether `samples` reads `LayerCall.ones`: layers may then be called with a `kfactk.Jet`."""
     row_factors: ClassVar[frozenset[str]] = frozenset()
     """Names of the factors that are no sums but data of single examples (`Statistic.rows`)."""
 

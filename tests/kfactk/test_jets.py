@@ -143,23 +143,13 @@ STRUCTURES: dict[str, Function] = {
     "zeros": lambda x: torch.zeros_like(x) + x.sin(),
     "ones": lambda x: torch.ones_like(x) * x.sin() + torch.ones_like(x),
     "clone": lambda x: x.sin().clone().contiguous(),
-    "periodic features": lambda x: torch.cat([torch.sin(2 * x), torch.cos(2 * x)], -1) @ B.T @ B,
+    "periodic features": lambda x: torch.cat([torch.sin(2 * x), torch.cos(2 * x)], -1) @ B.T,
 }
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
 def test_an_operation_has_the_derivatives_of_autograd(name: str) -> None:
-    if "columns" in name and "product" in name:
-        check(lambda x: STRUCTURES[name](x[..., :2]), torch.randn(5, 2))
-    function = STRUCTURES[name]
-    if name in ("matrix", "matmul") or "B" in function.__code__.co_names:
-        check(function if "periodic" not in name else _periodic, torch.randn(5, 2))
-        return
-    check(function, torch.randn(5, 2))
-
-
-def _periodic(x: Any) -> Any:
-    return torch.cat([torch.sin(2 * x), torch.cos(2 * x)], -1) @ B.T
+    check(STRUCTURES[name], torch.randn(5, 2))
 
 
 class Residual(nn.Module):
@@ -287,7 +277,7 @@ REFUSED: dict[str, tuple[Function, str]] = {
     "cat of a tensor": (lambda x: torch.cat([x, torch.ones(5, 1)], 1), r"x\.constant"),
     "a tensor of points": (lambda x: x * torch.ones(5, 1), "may depend on the points"),
     "a sum with points": (lambda x: torch.ones(5, 2) + x, "may depend on the points"),
-    "a list": (lambda x: x + [1, 2], "add has no rule.*list"),
+    "a list": (lambda x: x * [1, 2], "mul has no rule.*list"),
     "another jet": (lambda x: x + kfactk.jet(torch.ones(5, 2)), "different calls"),
     "another jet in a product": (lambda x: kfactk.jet(torch.ones(5, 2)) * x, "different calls"),
     "another jet in cat": (lambda x: torch.cat([x, kfactk.jet(torch.ones(5, 1))], 1), "calls"),

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import kfactk
 from kfactk import CaptureError, Layer, LayerCall, OptionError
-from kfactk.testing import CurvatureLaws
+from kfactk.costmodel.counting import training_load
+from kfactk.testing import CurvatureLaws, PipelineLaws
 from kfactk.testing._support import truth
 from kfactk.testing._support.strategies import linear_cases
 from kfactk_stages.curvature.taylor import Taylor
@@ -347,8 +348,7 @@ def test_other_curvatures_refuse_a_jet_with_the_line_to_write(
     recipe = kfactk.build(curvature=curvature, basis=basis, **options)
     optimizer = recipe.bind(model)
     with pytest.raises(CaptureError, match=r"'net\.\d'.*curvature='taylor'"):
-        (model(*points).square().mean() / 2).backward()
-        optimizer.step()
+        run(model, optimizer, [points])
     optimizer.close()
 
 
@@ -361,7 +361,7 @@ def test_statistics_of_gradients_take_jets_as_they_are(points: tuple[Tensor, Ten
         loss = model(*points).square().mean() / 2
         loss.backward()
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     assert losses[-1] < losses[0]
 
 
@@ -432,6 +432,57 @@ def test_micro_batches_make_the_step_of_the_whole(doubles) -> None:
         ends.append([p.detach() for p in model.parameters()])
     for one, other in zip(*ends, strict=True):
         torch.testing.assert_close(one, other, **EXACT)
+
+
+class Heat(nn.Module):
+    """Residuals u_t - u_xx of points (t, x)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = network("residual")
+
+    def forward(self, points: Tensor) -> Tensor:
+        u = self.net(kfactk.jet(points, second=[[0, 1]]))
+        return u.gradient[:, 0] - u.second[:, 0]
+
+
+class TestHeat(PipelineLaws):
+    """The laws of recipes, on residuals: ranks, resuming, accumulation, closures."""
+
+    recipe: ClassVar[Any] = {
+        **{"curvature": "taylor", "likelihood": "gaussian", "fisher": "exact"},
+        **{"update": "sgd", "lr": 0.01, "clip": "none", "damping": 0.1},
+    }
+
+    def model(self) -> nn.Module:
+        return Heat().double()
+
+    def batch(self, generator: torch.Generator, examples: int) -> tuple[Tensor, Tensor]:
+        points = torch.rand(examples, 2, generator=generator, dtype=torch.float64)
+        return points, points.sin().sum(1, keepdim=True)
+
+    def loss(self, output: Tensor, targets: Tensor) -> Tensor:
+        return (output - targets).square().mean() / 2
+
+
+class TestHeatObserved(TestHeat):
+    """Likewise, on the user's own backward, by the damped inverse."""
+
+    recipe: ClassVar[Any] = {
+        **{"curvature": "taylor", "likelihood": "gaussian", "fisher": "empirical"},
+        **{"basis": "kfac", "update": "sgd", "lr": 0.01, "clip": "none", "damping": 0.1},
+    }
+
+
+def test_costs_count_each_row_of_a_jet() -> None:
+    """Products of a factor are those of 4 rows a point: value, u_t, u_x and u_xx."""
+    with torch.device("meta"):
+        model = Heat()
+    recipe = kfactk.build(curvature="taylor", basis="kfac", likelihood="gaussian", fisher="exact")
+    load = training_load(model, recipe, torch.empty(8, 2, device="meta"))
+    rows, (d_out, d_in) = 8 * 4, (4, 2 + 1)
+    products = load.layers["net.first"].factors.products
+    assert products == 2 * rows * (d_in**2 + d_out**2)
 
 
 class Both(nn.Module):
