@@ -26,6 +26,7 @@ References:
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -35,6 +36,7 @@ import attrs
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import register_pytree_node
 
 from kfactk import derivatives
 from kfactk.errors import CaptureError, OptionError
@@ -78,7 +80,7 @@ class Directions:
         return self.second.to(products) @ products
 
 
-@attrs.frozen(eq=False, repr=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Jet:
     """Values at N points, with their derivatives in the points; made by `kfactk.jet`.
 
@@ -91,13 +93,20 @@ class Jet:
         directions: What the rows mean.
 
     Raises:
-        CaptureError: It comes from one that was made with gradients, and they are switched off.
+        CaptureError: It comes from one that was made with gradients, and they are switched off;
+            or its rows have another shape.
     """
 
     rows: Tensor
     directions: Directions
 
-    def __attrs_post_init__(self) -> None:
+    def __post_init__(self) -> None:
+        if isinstance(self.rows, Tensor) and self.rows.shape[1:-1] != self.ones.shape:
+            raise CaptureError(
+                f"a jet was given rows of shape {list(self.rows.shape)} in place of "
+                f"[N, {len(self.ones)}, width]. torch.func.vmap divides jets by points, which they "
+                "need not: call the network with the jet of all points."
+            )
         if self.directions.grad and not torch.is_grad_enabled():
             raise CaptureError(
                 "a jet that was made with gradients is used where they are switched off, so that "
@@ -497,8 +506,8 @@ def _multiply(input: Any, other: Any) -> Jet:
         return _chained(input, *derivatives.square(input.rows[:, :1]))
     _same(input, other)
     directions = input.directions
-    u, first_u, second_u = input.rows.split(directions.sizes, 1)
-    w, first_w, second_w = other.rows.split(directions.sizes, 1)
+    u, first_u, second_u = torch.split_with_sizes(input.rows, directions.sizes, 1)
+    w, first_w, second_w = torch.split_with_sizes(other.rows, directions.sizes, 1)
     crossed = 2 * directions.contracted(first_u * first_w)
     parts = [u * w, u * first_w + w * first_u, u * second_w + w * second_u + crossed]
     return Jet(torch.cat(parts, 1), directions)
@@ -528,7 +537,7 @@ def _chained(one: Jet, value: Tensor, slope: Tensor | float, bend: Tensor | floa
         bend: f''(u), likewise.
     """
     directions = one.directions
-    _, first, second = one.rows.split(directions.sizes, 1)
+    _, first, second = torch.split_with_sizes(one.rows, directions.sizes, 1)
     parts = [value, slope * first, slope * second + bend * directions.contracted(first * first)]
     return Jet(torch.cat(parts, 1), directions)
 
@@ -578,7 +587,7 @@ def _split(tensor: Jet, split_size_or_sections: Any, dim: int = 0) -> list[Jet]:
     """Divide the columns."""
     if dim not in FEATURES:
         raise _refusal("split", " along dimension 0")
-    parts = tensor.rows.split(split_size_or_sections, -1)
+    parts = torch.split(tensor.rows, split_size_or_sections, -1)
     return [Jet(each, tensor.directions) for each in parts]
 
 
@@ -673,3 +682,9 @@ def _rules() -> dict[Any, Rule]:
 
 RULES = _rules()
 """By function of torch, what it does to jets."""
+# Wrappers of modules, as fully_shard's, look for tensors in pytrees or, later, in dataclasses.
+register_pytree_node(
+    Jet,
+    lambda each: ([each.rows], each.directions),
+    lambda rows, meaning: Jet(next(iter(rows)), meaning),
+)

@@ -366,6 +366,17 @@ def test_checkpointed_parts_give_the_same() -> None:
         torch.utils.checkpoint.checkpoint(net, kfactk.jet(points), use_reentrant=True)
 
 
+def test_wrappers_of_modules_find_the_rows() -> None:
+    x = kfactk.jet(torch.rand(5, 2))
+    leaves, form = torch.utils._pytree.tree_flatten(({"x": x}, 1))
+    assert leaves[0] is x.rows
+    back = torch.utils._pytree.tree_unflatten([2 * leaves[0], 1], form)[0]["x"]
+    assert torch.equal(back.value, 2 * x.value)
+    assert (back + x).shape == (5, 2)
+    with pytest.raises(CaptureError, match="vmap divides jets by points"):
+        torch.func.vmap(lambda each: each.sin().value)(x)
+
+
 def test_autocast_keeps_the_derivatives_to_its_precision() -> None:
     net, points = Residual().float(), torch.rand(6, 2, dtype=torch.float32)
     truth = net(kfactk.jet(points))

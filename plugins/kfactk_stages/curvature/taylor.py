@@ -80,9 +80,9 @@ class Taylor(Kfac):
 
     def rows(self, layer: Layer, call: LayerCall) -> LinearRows:
         """Return one call as rows; those of a jet are `[N, T, d]` already."""
-        if call.ones is not None:
-            return LinearRows(call.inputs, call.gradient, call.scale)
-        return super().rows(layer, call)
+        if call.ones is None:
+            return self.linear_rows(layer, call)
+        return LinearRows(call.inputs, call.gradient, call.scale)
 
 
 def with_bias(rows: LinearRows, ones: Tensor | None) -> LinearRows:
