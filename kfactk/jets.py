@@ -464,7 +464,7 @@ def _matmul(input: Any, other: Any) -> Jet:
 
 def _in_value(one: Jet, rows: Tensor, constant: Any) -> Tensor:
     """Return a constant in the row of the value, zeros in the others."""
-    ones = one.ones.to(rows.dtype).unsqueeze(1)
+    ones = one.ones.to(rows).unsqueeze(1)
     return ones * (constant.to(rows.dtype) if isinstance(constant, Tensor) else constant)
 
 

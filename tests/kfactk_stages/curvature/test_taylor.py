@@ -383,6 +383,28 @@ def test_derivatives_by_autograd_are_refused_with_the_way_by_jets(
     optimizer.close()
 
 
+def test_a_bound_network_that_returns_a_jet_wants_to_know_the_residual(
+    points: tuple[Tensor, Tensor],
+) -> None:
+    p = points[0]
+    net = network("plain")
+    optimizer = kfactk.build(curvature="taylor", **MEASURED).bind(net)
+    with pytest.raises(CaptureError, match=r"returned a kfactk\.Jet.*output=lambda u"):
+        net(kfactk.jet(p))
+    optimizer.close()
+    expected = gradients(net, "poisson", p, torch.ones(12, 1, dtype=torch.bool))
+    recipe = kfactk.build(curvature="taylor", output=lambda u: u.laplacian, **MEASURED)
+    optimizer = recipe.bind(net)
+    (net(kfactk.jet(p)).laplacian.square().mean() / 2).backward()
+    optimizer.step()
+    for name, d in expected.items():
+        view = optimizer.layers[name]
+        left, right = (view.decomposition[side]["eigenvectors"] for side in ("G", "A"))
+        scale = (left.T @ d @ right).square().sum(0) / 12
+        torch.testing.assert_close(view.scale["scale"], scale, **EXACT)
+    optimizer.close()
+
+
 # ------------------------------------------------------------------------------------ situations
 
 
