@@ -21,6 +21,7 @@ from kfactk.errors import (
     StateError as StateError,
     UnknownStageError as UnknownStageError,
 )
+from kfactk.jets import Jet as Jet, jet as jet
 from kfactk.operators import (
     CurvatureOperator as CurvatureOperator,
     SpectralOperator as SpectralOperator,

@@ -407,10 +407,11 @@ def build(
 
     Args:
         curvature: How layers' parameters form matrices, and their factors: "conv_kfac", "kfac",
-            "embedding", "norm", "attention", "rnn", "experts"; "rows", the data of single examples
-            in place of matrices; or "gradient", statistics of the mini-batch gradient of any
-            parameter. A list names several: the first that supports a module takes it, and
-            "gradient" what others leave of it. Its items are as here, or made by `kfactk.block`.
+            "embedding", "norm", "attention", "rnn", "experts"; "taylor", for networks that are
+            called with `kfactk.jet`; "rows", the data of single examples in place of matrices;
+            or "gradient", statistics of the mini-batch gradient of any parameter. A list names
+            several: the first that supports a module takes it, and "gradient" what others leave of
+            it. Its items are as here, or made by `kfactk.block`.
             "all" is the list of every kind of layer that we cover: "conv_kfac", "embedding",
             "norm", "attention", "rnn", "experts".
         basis: How the factors are decomposed and the gradient preconditioned: "ekfac", "kfac",

@@ -137,6 +137,9 @@ class LayerCall:
         tag: Which of several products of the layer this is, where a call of the module makes
             several.
         place: Its place in the order of the forward's followed calls; `None` where not known.
+        ones: What the bias was multiplied by in each row of an example, `[T]`: 1 in rows of values,
+            0 in those of derivatives (`kfactk.Jet`). `None` for 1 in all. Only curvatures whose
+            `reads_ones` says so are given others.
     """
 
     inputs: Tensor
@@ -147,6 +150,7 @@ class LayerCall:
     arguments: Mapping[str, Tensor] = attrs.field(factory=dict)
     tag: str = ""
     place: int | None = None
+    ones: Tensor | None = None
 
 
 class Samples:

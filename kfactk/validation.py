@@ -386,11 +386,28 @@ def unseen_message(layers: Sequence[str]) -> str:
         f"the output depends on the weights of layers {', '.join(map(repr, layers))} not only "
         "through the outputs of these layers in this forward, so their curvature would be wrong. "
         "Likely causes: a function reads a weight (F.linear(x, layer.weight)); the output is a "
-        "derivative with respect to inputs (torch.autograd.grad(..., create_graph=True)); "
+        "derivative with respect to inputs (torch.autograd.grad(..., create_graph=True)): call the "
+        "network with kfactk.jet(x) in place of x, take the derivatives from what it returns, and "
+        "build the recipe with curvature='taylor'; "
         "torch.func runs the layer (vmap, functional_call); another output of the module is used, "
         "which its curvature does not follow; outputs of an earlier forward are "
         "fed in again, as a recurrent loop outside the bound model does (bind a module that holds "
         "the loop, or detach them). "
+    )
+
+
+def jet_message(layer: str, path: str, curvature: str) -> str:
+    """Return the message for a layer that was called with a jet, of another curvature.
+
+    Args:
+        layer: Its name.
+        path: The name of its module.
+        curvature: What names its curvature.
+    """
+    return (
+        f"layer {layer!r} was called with a kfactk.Jet, whose rows of derivatives have no bias, "
+        f"and {curvature} would count one in each row. Build the recipe with curvature='taylor', "
+        f"or train the layer by its plain gradient: exclude=[{path!r}]."
     )
 
 

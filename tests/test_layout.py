@@ -19,7 +19,8 @@ SETUPTOOLS = PYPROJECT["tool"]["setuptools"]
 ENTRY_POINTS: dict[str, str] = PYPROJECT["project"]["entry-points"]["kfactk"]
 
 VOCABULARY = {
-    *("_version", "assignment", "errors", "linalg", "masking", "operators", "options"),
+    *("_version", "assignment", "derivatives", "errors", "jets", "linalg", "masking"),
+    *("operators", "options"),
     *("samples", "sides"),
     *("stages", "statistics", "timing", "validation"),
 }

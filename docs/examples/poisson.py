@@ -1,6 +1,5 @@
 """Solve -(u_xx + u_yy) = f on a square, u = 0 on its edge: K-FAC of the residual against Adam."""
 
-import itertools
 import time
 
 import torch
@@ -9,45 +8,22 @@ from torch import nn
 import kfactk
 
 
-class Jet(nn.Module):
-    """The residual of the equation, by derivatives that are carried forward through each layer.
+class Residual(nn.Module):
+    """The residual of the equation, by derivatives that a jet carries through the network."""
 
-    Each point is d + 2 rows: the value, its d first derivatives, and its Laplacian. A linear layer
-    maps all of them by the same weight, but only values have a bias: it is the last column of the
-    weight, and its input is 1 for values and 0 for derivatives.
-    """
-
-    def __init__(self, *widths):
+    def __init__(self, width=32):
         super().__init__()
-        pairs = itertools.pairwise(widths)
-        self.layers = nn.ModuleList(nn.Linear(a + 1, b, bias=False) for a, b in pairs)
+        self.net = nn.Sequential(
+            *(nn.Linear(2, width), nn.Tanh()),
+            *(nn.Linear(width, width), nn.Tanh()),
+            *(nn.Linear(width, width), nn.Tanh()),
+            nn.Linear(width, 1),
+        )
 
     def forward(self, points, inside):
-        """Map points `[N, d]` to residuals `[N, 1]`: of the equation inside, else of the edge."""
-        jet = self.jets(points)
-        return torch.where(inside, jet[:, -1] + source(points), 10 * jet[:, 0])
-
-    def jets(self, points):
-        """Map points `[N, d]` to u, its derivatives and its Laplacian, `[N, d + 2, 1]`."""
-        count, d = points.shape
-        directions = torch.eye(d).expand(count, d, d)
-        jet = torch.cat([points[:, None], directions, torch.zeros(count, 1, d)], 1)
-        ones = torch.zeros(count, d + 2, 1)
-        ones[:, 0] = 1
-        for i, layer in enumerate(self.layers):
-            jet = tanh(jet) if i else jet
-            jet = layer(torch.cat([jet, ones], -1))
-        return jet
-
-
-def tanh(jet):
-    """Apply tanh to jets `[N, d + 2, width]`, by the chain rule."""
-    value, first, laplacian = jet[:, :1], jet[:, 1:-1], jet[:, -1:]
-    y = value.tanh()
-    slope = 1 - y**2
-    bend = -2 * y * slope
-    squares = first.square().sum(1, keepdim=True)
-    return torch.cat([y, slope * first, slope * laplacian + bend * squares], 1)
+        """Map points `[N, 2]` to residuals `[N, 1]`: of the equation inside, else of the edge."""
+        u = self.net(kfactk.jet(points))
+        return torch.where(inside, u.laplacian + source(points), 10 * u.value)
 
 
 def solution(points):
@@ -72,7 +48,7 @@ def train(name, model, optimizer, steps):
     for step in range(steps + 1):
         if step % (steps // 4) == 0:
             with torch.no_grad():
-                u = model.jets(grid)[:, 0]
+                u = model.net(grid)
             error = (u - solution(grid)).norm() / solution(grid).norm()
             seconds = time.perf_counter() - start
             print(f"{name}, step {step}, {seconds:.1f} s: relative error {error:.5f}")
@@ -85,12 +61,12 @@ def train(name, model, optimizer, steps):
 
 def network():
     torch.manual_seed(0)
-    return Jet(2, 32, 32, 32, 1)
+    return Residual()
 
 
 def main(steps=400):
     recipe = kfactk.build(
-        curvature="kfac",
+        curvature="taylor",  # of layers that are called with jets
         basis="ekfac",
         fisher="exact",  # one pass, since a residual is one number
         likelihood="gaussian",  # of half a squared residual

@@ -46,6 +46,7 @@ class RecordedCall:
         replay: Runs the call again, where the layer lies inside the module; `None` elsewhere.
         folded: Where the input `[N T, d]` is a view of a tensor `[N, T, d]`, N; else 0.
         place: Its place in the order of the forward's followed calls.
+        ones: Where the input is a jet, what the bias was multiplied by in each of its rows.
     """
 
     layer: Layer
@@ -59,6 +60,7 @@ class RecordedCall:
     replay: RecordedReplay | None = None
     folded: int = 0
     place: int | None = None
+    ones: Tensor | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -116,6 +118,7 @@ class RecordedCall:
             self.module,
             self.arguments,
             place=self.place,
+            ones=self.ones,
         )
 
 

@@ -40,6 +40,7 @@ from kfactk.capture.torch_modes import (
 )
 from kfactk.capture.user_hooks import UserHooks
 from kfactk.errors import CombinationError
+from kfactk.jets import Jet, rows_of
 from kfactk.stages import Layer, parameter_at
 
 Handle = torch.utils.hooks.RemovableHandle | EntryHandle
@@ -296,6 +297,7 @@ class LayerHook:
             return
         context, self._context = self._context, None
         inside = self._replay is not None
+        ones, args, kwargs, output = with_rows(args, kwargs, output)
         outputs = (output,) if self._replay is None else self._replay.outputs(output)
         followed = {
             place: each
@@ -336,6 +338,7 @@ class LayerHook:
                 replay,
                 0 if inside else folded_from(given[0]),
                 len(self._calls),
+                ones,
             )
             used = (parameter_at(module, name) for name in layer.parameters)
             present = tuple(parameter for parameter in used if parameter is not None)
@@ -350,6 +353,29 @@ class LayerHook:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return LayerHook, (None, ())
+
+
+def with_rows(
+    args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+) -> tuple[Tensor | None, tuple[Any, ...], dict[str, Any], Any]:
+    """Return what a module was given and returned with the rows of jets in place of jets.
+
+    Returns:
+        What the bias was multiplied by in each row of the input, where that is a jet, else `None`;
+        the arguments, the keyword arguments and the output.
+
+    Example:
+        >>> from kfactk.jets import jet
+        >>> x = jet(torch.ones(5, 2))
+        >>> ones, (rows,), _, _ = with_rows((x,), {}, None)
+        >>> ones, rows.shape
+        (tensor([1., 0., 0., 0.]), torch.Size([5, 4, 2]))
+    """
+    given = [each for each in (*args, *kwargs.values()) if isinstance(each, Jet)]
+    if not given:
+        return None, args, kwargs, output
+    named = {name: rows_of(each) for name, each in kwargs.items()}
+    return given[0].ones, tuple(map(rows_of, args)), named, rows_of(output)
 
 
 def call_tensors(

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kfactk.errors import CaptureError, CombinationError, OptionError
+from kfactk.jets import Jet
 
 
 def model_output(output: Any) -> Tensor:
@@ -29,6 +30,12 @@ def model_output(output: Any) -> Tensor:
         found = output[0]
     if isinstance(found, Tensor):
         return found
+    if isinstance(output, Jet):
+        raise CaptureError(
+            "the model returned a kfactk.Jet. Return the residual, which is a tensor made of "
+            "u.value, u.gradient, u.laplacian or u.second; or say what it is: build(..., "
+            "output=lambda u: u.laplacian)."
+        )
     parts = output.items() if isinstance(output, Mapping) else ()
     keys = [str(key) for key, value in parts if isinstance(value, Tensor)]
     there = f" with tensors at {', '.join(map(repr, keys))}" if keys else ""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kfactk.assignment import Work
 from kfactk.capture.heads import Head
-from kfactk.capture.hooks import call_tensors
+from kfactk.capture.hooks import call_tensors, with_rows
 from kfactk.capture.replay import (
     CallContext,
     RecordedReplay,
@@ -167,6 +167,7 @@ def _record(
     kwargs: dict[str, Any],
     output: Any,
 ) -> None:
+    ones, args, kwargs, output = with_rows(args, kwargs, output)
     replay, again, outputs = blocks[0].layer.replay, None, [output]
     if replay is not None:
         outputs = list(replay.outputs(output))
@@ -180,7 +181,7 @@ def _record(
         )
     inputs, arguments = call_tensors(module, args, kwargs, inside=replay is not None)
     gradient = torch.empty_like(outputs[0]).detach()
-    call = LayerCall(inputs, gradient, module=module, arguments=arguments)
+    call = LayerCall(inputs, gradient, module=module, arguments=arguments, ones=ones)
     for block in blocks:
         recorded[block].append(MetaCall(call, outputs, again))
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kfactk.assignment import Work
-from kfactk.errors import CombinationError
+from kfactk.errors import CaptureError, CombinationError
 from kfactk.operators import CurvatureOperator
 from kfactk.preconditioner.ahead import Ahead, Parts
 from kfactk.preconditioner.first_moment import FirstMoment
@@ -39,6 +39,7 @@ from kfactk.validation import (
     check_matrices,
     check_statistics,
     check_tensors,
+    jet_message,
     square,
     stage_label,
 )
@@ -206,7 +207,14 @@ class Block:
     def samples(
         self, calls: Sequence[LayerCall], *, num_terms: Tensor | float, first: bool
     ) -> Samples:
-        """Return the layer's calls in one pass as samples."""
+        """Return the layer's calls in one pass as samples.
+
+        Raises:
+            CaptureError: A call was given a jet, and the curvature would count its bias wrongly.
+        """
+        if not self.curvature.reads_ones and any(call.ones is not None for call in calls):
+            label = stage_label("curvature", self.curvature)
+            raise CaptureError(jet_message(self.layer.name, self.layer.path, label))
         with attribute_errors("curvature", self.curvature, self._where):
             return self.curvature.samples(self.layer, calls, num_terms=num_terms, first=first)
 

@@ -22,6 +22,8 @@ class Curvature(abc.ABC):
 
     statistics_from: ClassVar[str] = "samples"
     """What factors are made of: "samples", or the mini-batch "gradient" (`GradientCurvature`)."""
+    reads_ones: ClassVar[bool] = False
+    """Whether `samples` reads `LayerCall.ones`: layers may then be called with a `kfactk.Jet`."""
     row_factors: ClassVar[frozenset[str]] = frozenset()
     """Names of the factors that are no sums but data of single examples (`Statistic.rows`)."""
 

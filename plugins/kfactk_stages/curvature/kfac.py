@@ -161,6 +161,10 @@ class Kfac(WideSides):
 
     def rows(self, layer: Layer, call: LayerCall) -> Rows:
         """Return one call as rows."""
+        return self.linear_rows(layer, call)
+
+    def linear_rows(self, layer: Layer, call: LayerCall) -> LinearRows:
+        """Return one call of a linear layer as rows."""
         return LinearRows(
             self._batched(layer, call.inputs), self._batched(layer, call.gradient), call.scale
         )

@@ -34,6 +34,7 @@ Variants = dict[str, list[tuple[dict[str, Any], Any]]]
 LINEAR, ALL = (nn.Linear,), (nn.Linear, nn.Conv2d)
 CURVATURES: Variants = {
     "kfac": [({}, (LINEAR, "sud")), ({"spatial": "reduce"}, (LINEAR, "reduce"))],
+    "taylor": [({}, (LINEAR, "sud"))],
     "conv_kfac": [
         ({}, (ALL, "sud")),
         ({"spatial": "sua"}, (ALL, "sua")),
