@@ -285,6 +285,22 @@ def test_the_size_of_a_measured_gradient_is_told(factor: float, options: Any, wo
     assert said(lambda z: factor * F.cross_entropy(z, LABELS), **options) == ""  # mc
 
 
+@pytest.mark.parametrize("terms", [1, 2])
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli"])
+def test_the_weight_of_a_single_term_is_no_factor_of_the_loss(likelihood: str, terms: int):
+    """A state of an episode has an advantage, and a batch may end with one example."""
+    labels, classes = torch.eye(3)[:terms], 3 if likelihood == "categorical" else 1
+
+    def loss(z: Tensor) -> Tensor:
+        if likelihood == "categorical":
+            return 7 * F.cross_entropy(z, labels.argmax(1))
+        return 7 * F.binary_cross_entropy_with_logits(z, labels[:, :1])
+
+    options: dict[str, Any] = {"likelihood": likelihood, "fisher": "empirical"}
+    told = said(loss, shape=(terms,), classes=classes, **options)
+    assert ("is 7 times" in told) == (terms == 2)
+
+
 def test_outputs_that_are_logarithms_of_probabilities_are_silent():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(7, C), nn.LogSoftmax(1))

@@ -246,9 +246,7 @@ def test_predicted_noise_tells_at_the_first_step(factor: float) -> None:
     assert len(found) == (factor != 1)
     assert all(f"is {factor:g} times" in each for each in found)
     assert told(lambda f: factor * noisy(f), **(options | {"size": 0.0})) == []
-    [mean] = told(
-        lambda f: F.gaussian_nll_loss(f[:, :2], VALUES[:, :2], f[:, 2:].exp()), **options
-    )
+    [mean] = told(lambda f: F.gaussian_nll_loss(f[:, :2], VALUES[:, :2], f[:, 2:].exp()), **options)
     assert "is 0.5 times" in mean
 
 
