@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -17,6 +17,7 @@ from kfactk.optim.sizes import check_sizes
 from kfactk.options import plain
 from kfactk.preconditioner.preconditioner import Preconditioner
 from kfactk.timing import StageTimer
+from kfactk.validation import stage_label
 
 
 def preconditioner_of(
@@ -65,13 +66,19 @@ def fisher_pass_of(recipe: Settings, preconditioner: Preconditioner, scaler: Any
     )
 
 
-def check_blocks(preconditioner: Preconditioner, trained: Container[int], recipe: Settings) -> None:
+def check_blocks(
+    preconditioner: Preconditioner,
+    trained: Container[int],
+    recipe: Settings,
+    masked: Container[str] = (),
+) -> None:
     """Check that blocks cover the model, fit into memory, and can be linked; warn of wide sides.
 
     Args:
         preconditioner: Has the blocks.
         trained: The ids of the trained parameters.
         recipe: The recipe.
+        masked: The names of the parameters that the user has masked.
 
     Raises:
         CombinationError: With `strict`, a trained parameter has no block; a basis does not take
@@ -79,7 +86,7 @@ def check_blocks(preconditioner: Preconditioner, trained: Container[int], recipe
             hold one of them.
         MemoryExhaustedError: They do not fit.
     """
-    _check_coverage(preconditioner, trained, recipe)
+    _check_coverage(preconditioner, trained, recipe, masked)
     told = check_sizes(preconditioner.blocks.current(), preconditioner.placement, recipe)
     if told:
         warnings.warn(told, KfactkWarning, stacklevel=4)
@@ -87,9 +94,12 @@ def check_blocks(preconditioner: Preconditioner, trained: Container[int], recipe
 
 
 def _check_coverage(
-    preconditioner: Preconditioner, trained: Container[int], recipe: Settings
+    preconditioner: Preconditioner,
+    trained: Container[int],
+    recipe: Settings,
+    masked: Container[str],
 ) -> None:
-    """Check that something is preconditioned, and with `strict` everything.
+    """Check that something is preconditioned, and with `strict` everything; warn of steps past it.
 
     Raises:
         CombinationError: With `strict`, a trained parameter has no block.
@@ -108,6 +118,23 @@ def _check_coverage(
             KfactkWarning,
             stacklevel=5,
         )
+    elif getattr(recipe.clip, "of_whole_step", False):
+        unbounded = [name for name in plain_names if name not in masked]
+        if unbounded:
+            warnings.warn(_unbounded(recipe, unbounded), KfactkWarning, stacklevel=5)
+
+
+def _unbounded(recipe: Settings, names: Sequence[str]) -> str:
+    """Return what is told of parameters that a clip of the whole step does not see."""
+    first = names[0]
+    return (
+        f"{stage_label('clip', recipe.clip)} bounds the step of the blocks, and no block has "
+        f"{', '.join(names)}: such a parameter steps by lr times its gradient, however far. "
+        "Choose a curvature that supports it; make a spread that is a parameter of its own "
+        "the weight of nn.Linear(1, n, bias=False), called with ones; or slow it down, which "
+        f"schedules of lr leave as it is: recipe.bind(model, masks={{{first!r}: "
+        f"torch.full_like(model.get_parameter({first!r}), 0.01)}})."
+    )
 
 
 def controlled(

@@ -149,7 +149,7 @@ class Optimizer(torch.optim.Optimizer):
         self._watch = CoverageWatch(pre.survey)
         self._hooks = ModelHooks(self._model, self, evaluation=manual, entries=entries)
         try:
-            check_blocks(pre, self._groups.by_parameter, recipe)
+            check_blocks(pre, self._groups.by_parameter, recipe, masks or ())
             self._control = controlled(
                 recipe, self._model, pre, self._fisher_pass.located, groups, self.defaults, scaler
             )

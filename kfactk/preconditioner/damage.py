@@ -220,6 +220,11 @@ def _no_cholesky_factor(lower: Tensor) -> Tensor:
     return (_diagonal(lower) <= 0).any() | lower.triu(1).ne(0).any()
 
 
+def _no_triangle(root: Tensor) -> Tensor:
+    """Return whether a diagonal has a zero, or there is anything above it."""
+    return (_diagonal(root) == 0).any() | root.triu(1).ne(0).any()
+
+
 def _not_invertible(root: Tensor) -> Tensor:
     """Return whether a diagonal has a zero, or a matrix a row or column of zeros."""
     size = root.abs()
@@ -239,6 +244,14 @@ FORMS: Mapping[str, tuple[str, Callable[[Tensor], Tensor]]] = {
     "eigenvectors": ("has no orthonormal columns", _not_orthonormal),
     "cholesky": ("is not lower triangular with a positive diagonal", _no_cholesky_factor),
     "root": ("cannot be inverted: it has a zero, or a row or column of zeros", _not_invertible),
+    "lower": (
+        "is not lower triangular with a diagonal without zeros; it may be of another structure",
+        _no_triangle,
+    ),
+    "upper": (
+        "is not upper triangular with a diagonal without zeros; it may be of another structure",
+        lambda root: _no_triangle(root.mT),
+    ),
     "contraction": ("has rows longer than 1", _no_contraction),
     "correlations": ("holds more than 1 in size", lambda t: (t.abs() > 1 + TOLERANCE).any()),
     "count": ("is no whole number from 1 on", lambda t: ((t < 1) | (t != t.round())).any()),

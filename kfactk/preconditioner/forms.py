@@ -14,7 +14,7 @@ from kfactk.validation import square
 
 STATED = {
     *("eigenvalues", "eigenvectors", "cholesky", "inverse", "diagonal", "root", "contraction"),
-    *("correlations", "count", "matrix"),
+    *("correlations", "count", "lower", "matrix", "upper"),
 }
 """The forms that a basis may state; see `Basis.forms`."""
 CHECKED_AS = {

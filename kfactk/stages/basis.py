@@ -152,6 +152,7 @@ class Basis(abc.ABC):
         - "inverse": `[..., n, n]`, symmetric positive semi-definite, made by a Cholesky factor.
         - "diagonal": of the shape of the layer's matrix, none negative.
         - "root": of the matrix's shape, invertible.
+        - "lower", "upper": `[..., n, n]`, triangular, no zero on the diagonal.
         - "correlations": `[..., n]`, in [-1, 1].
         - "contraction": `[..., n, n]`, no row longer than 1.
         - "count": `[..., 1]` of a vector, a whole number from 1 on.

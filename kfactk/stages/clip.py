@@ -33,7 +33,9 @@ Dot = Callable[[Sequence[Tensor], Sequence[Tensor]], Tensor]
 class Clip(Protocol):
     """Bounds the preconditioned gradients. Laws: never enlarges; zero stays zero.
 
-    It may have an attribute `needs`: laws that no basis of the recipe may waive (`WAIVABLE`).
+    It may have an attribute `needs`: laws that no basis of the recipe may waive (`WAIVABLE`). It
+    sees the gradients of blocks alone. With an attribute `of_whole_step = True` its bound is meant
+    for all parameters, and `bind` warns of those that have no block.
     """
 
     def clip(self, pairs: Sequence[GradientPair], dot: Dot) -> tuple[list[Tensor], Tensor]:

@@ -118,7 +118,8 @@ class Singd(Basis):
         """Those of whole matrices; diagonals and blocks have other shapes, which have no form."""
         if self.structure in ("diagonal", "blocks"):
             return {}
-        return {"root": "root", "m": "matrix"}
+        triangular = self.structure in ("lower", "upper")
+        return {"root": self.structure if triangular else "root", "m": "matrix"}
 
     @property
     def laws(self) -> frozenset[str]:

@@ -33,7 +33,8 @@ class TrustRegion:
     With `F + tau I` in place of F this is the clip `kl` with `limit = 2 delta`, and never a shorter
     step. Where F has nearly no say, `p^T F p` is taken for a thousandth of `<g, p>`. The basis
     `kfac` damps both factors: p^T F p then holds also the products of one factor with the damping
-    of the other. As for `kl`, nothing is bounded with Adam and similar rules.
+    of the other. As for `kl`, nothing is bounded with Adam and similar rules. Parameters without a
+    block are neither measured nor shortened, and `bind` warns of them.
 
     Clipping is not idempotent. Half-precision gradients are measured in float32. A zero gradient,
     or mu = 0, gives the factor 1. A length that overflows gives zero gradients; a NaN changes
@@ -62,6 +63,9 @@ class TrustRegion:
 
     needs: ClassVar[frozenset[str]] = frozenset({"linear", "self-adjoint", "damped-inverse"})
     """`<g, p> - tau <p, p>` is `p^T F p` for `p = (F + tau I)^-1 g` only."""
+
+    of_whole_step: ClassVar[bool] = True
+    """A parameter without a block, such as a spread of its own, is told at bind."""
 
     radius: float = attrs.field(
         default=0.001,

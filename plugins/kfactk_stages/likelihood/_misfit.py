@@ -55,6 +55,19 @@ def softmax_axes(gradient: Tensor) -> list[int]:
     return [dim for dim in long if summed_share(gradient, dim) < NONE]
 
 
+def single_term(gradient: Tensor) -> bool:
+    """Return whether one term at most has a gradient: its weight looks like a factor of the loss.
+
+    Args:
+        gradient: The gradient at the output, `[N, S, C]`.
+
+    Example:
+        >>> single_term(torch.zeros(1, 1, 3)), single_term(torch.ones(2, 1, 3))
+        (True, False)
+    """
+    return int((gradient != 0).any(-1).sum()) < 2
+
+
 def factor_between(probabilities: Tensor, gradient: Tensor) -> float | None:
     """Return k with `gradient = (p - y) / k` for labels y of 0 and 1, where there is one.
 

@@ -16,6 +16,7 @@ from kfactk_stages.likelihood._misfit import (
     certain_factor,
     factor_between,
     scale_fault,
+    single_term,
     slope_between,
     summed_share,
 )
@@ -98,6 +99,8 @@ class Bernoulli(IndependentEntries):
         entries = arranged(output, self.class_axis).shape[-1] if self.divisor == "terms" else 1
         k = factor_between(output.double().sigmoid(), gradient.double())
         if measured:  # on the gradient of the loss itself, whatever it is
+            if single_term(arranged(gradient, self.class_axis)):
+                return None  # it may be the term's own weight
             return scale_fault(k, "the binary cross entropy", output.shape, entries)
         if (
             k is None

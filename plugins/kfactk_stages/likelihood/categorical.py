@@ -17,6 +17,7 @@ from kfactk_stages.likelihood._misfit import (
     certain_factor,
     factor_between,
     scale_fault,
+    single_term,
     slope_between,
     softmax_axes,
     summed_share,
@@ -133,7 +134,8 @@ class Categorical(Layout):
         logits, found = arranged(output, self.class_axis), arranged(gradient, self.class_axis)
         if measured:  # on the gradient of the loss itself, whatever it is
             k = factor_between(logits.softmax(-1), found)
-            if k is not None:
+            if k is not None:  # of a single term it may be the term's own weight
+                k = None if single_term(found) else k
                 return scale_fault(k, "the cross entropy", output.shape, 1)
             fits = (
                 axis

@@ -11,7 +11,11 @@ from torch import Tensor
 
 from kfactk import hookimpl
 from kfactk.options import number
-from kfactk_stages.likelihood._misfit import slope_between
+from kfactk_stages.likelihood._misfit import (
+    certain_factor,
+    slope_between,
+    softmax_axes,
+)
 from kfactk_stages.likelihood.layout import IndependentEntries, missing_terms
 
 
@@ -83,6 +87,23 @@ class Gaussian(IndependentEntries):
             column[..., c] = 1 / math.sqrt(self.variance)
             yield column
 
+    def misfit(self, output: Tensor, gradient: Tensor, *, measured: bool) -> str | None:
+        """Return why a loss with this gradient at the output is of classes, and no squared error.
+
+        It is told for labels of 0 and 1 alone, where nothing else has such a gradient.
+        """
+        if measured:  # on the gradient of the loss itself, whatever it is
+            return None
+        for axis in softmax_axes(gradient):
+            if certain_factor(output.softmax(axis), gradient) is not None:
+                likelihood = "'categorical'"
+                if output.ndim > 2:
+                    likelihood = f"{{'name': 'categorical', 'class_axis': {axis}}}"
+                return _class_fault(output, "softmax", likelihood)
+        if certain_factor(output.double().sigmoid(), gradient.double()) is not None:
+            return _class_fault(output, "binary", "'bernoulli'")
+        return None
+
     def loss_factor(
         self, output: Tensor, gradient: Tensor, later: tuple[Tensor, Tensor] | None
     ) -> float | None:
@@ -97,6 +118,14 @@ class Gaussian(IndependentEntries):
 
     def _has_label(self, labels: Tensor, view: Tensor) -> Tensor:
         return ~missing_terms(labels.isnan(), view, self.class_axis, str(self.targets))
+
+
+def _class_fault(output: Tensor, kind: str, likelihood: str) -> str:
+    return (
+        f"the gradient of your loss at the output (shape {list(output.shape)}) is that of a {kind} "
+        "cross entropy, so your loss is no squared error, and the curvature of "
+        f"likelihood='gaussian' is not that of your loss. Give likelihood={likelihood}"
+    )
 
 
 @hookimpl

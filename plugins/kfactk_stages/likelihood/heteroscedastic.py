@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from kfactk import CaptureError, hookimpl
-from kfactk_stages.likelihood.layout import Layout, missing_terms
+from kfactk_stages.likelihood._noise import certain_factor_of, other_noise
+from kfactk_stages.likelihood.layout import Layout, arranged, missing_terms
 
 
 @attrs.frozen(kw_only=True)
@@ -78,6 +79,30 @@ class Heteroscedastic(Layout):
             column = torch.zeros_like(sizes)
             column[..., c] = sizes[..., c]
             yield column
+
+    def misfit(self, output: Tensor, gradient: Tensor, *, measured: bool) -> str | None:
+        """Return why a loss with this gradient takes the output for something else."""
+        if measured:  # on the gradient of the loss itself, whatever it is
+            return None
+        noise = other_noise(*(arranged(each, self.class_axis) for each in (output, gradient)))
+        if noise is None:
+            return None
+        axis = -1 if self.class_axis is None else self.class_axis
+        return (
+            f"the gradient of your loss at the output (shape {list(output.shape)}) is that of a "
+            f"Gaussian for which the second half is {noise.name}, and "
+            "likelihood='heteroscedastic' takes it for the logarithm of the variance, so the "
+            "curvature is not that of your loss. Return this in the model; or, where it returns "
+            "nothing else, define def as_log_variance(f): m, s = f.chunk(2, "
+            f"{axis}); return torch.cat([m, {noise.logarithm}], {axis}), and build(..., "
+            "output=as_log_variance)"
+        )
+
+    def loss_factor(
+        self, output: Tensor, gradient: Tensor, later: tuple[Tensor, Tensor] | None
+    ) -> float | None:
+        """Return by what this loss with this gradient is multiplied, where that is certain."""
+        return certain_factor_of(*(arranged(each, self.class_axis) for each in (output, gradient)))
 
     def _has_label(self, labels: Tensor, view: Tensor) -> Tensor:
         means = view[..., : view.shape[-1] // 2]

@@ -13,6 +13,8 @@ from torch.nn import functional as F
 
 import kfactk
 from kfactk_stages.likelihood._misfit import temperature
+from kfactk_stages.likelihood._noise import other_noise
+from kfactk_stages.likelihood.gaussian import Gaussian
 
 N, C, T = 24, 5, 6
 Loss = Callable[[Tensor], Tensor]
@@ -102,6 +104,156 @@ def test_cross_entropy_under_bernoulli_is_told():
     assert "likelihood='categorical'" in told
 
 
+def told_of_numbers(loss: Loss, output: Tensor, **options: Any) -> str | None:
+    """What is told of a loss under `gaussian` by its gradient at an output."""
+    f = output.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(f), f)
+    return Gaussian(**options).misfit(output, gradient, measured=False)
+
+
+BINARY = (TARGETS > 0).float()
+
+
+@pytest.mark.parametrize(
+    ("loss", "shape", "words"),
+    [
+        (OF_CLASSIFICATION["cross entropy"], (N, C), "likelihood='categorical'"),
+        (lambda z: F.binary_cross_entropy_with_logits(z, BINARY), (N, C), "'bernoulli'"),
+        (lambda z: F.cross_entropy(z, TOKENS), (N, C, T), "'categorical', 'class_axis': 1}"),
+    ],
+)
+def test_losses_of_classes_under_gaussian_are_told_where_they_are_certain(
+    loss: Loss, shape: tuple[int, ...], words: str
+):
+    """At first, where all probabilities are equal, targets of -1 and 1 have such a gradient."""
+    output = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+    found = told_of_numbers(loss, output)
+    assert found is not None
+    assert words in found
+    assert told_of_numbers(loss, 0 * output) is None
+
+
+def test_cross_entropy_under_gaussian_is_told_once_and_not_where_it_is_measured():
+    def loss(z: Tensor) -> Tensor:
+        return F.cross_entropy(z, LABELS)
+
+    model = nn.Linear(7, C)
+    x = 3 * torch.randn(N, 7, generator=torch.Generator().manual_seed(2))
+    for fisher, number in (("mc", 1), ("empirical", 0)):
+        recipe = kfactk.build(curvature="kfac", likelihood="gaussian", fisher=fisher, lr=0.0)
+        optimizer = recipe.bind(model)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            for _ in range(2):
+                optimizer.zero_grad()
+                loss(model(x)).backward()
+                optimizer.step()
+        assert len([each for each in caught if "softmax cross" in str(each.message)]) == number
+        optimizer.close()
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1, 3.0])
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda z: F.mse_loss(z, TARGETS),
+        lambda z: F.mse_loss(z, F.one_hot(LABELS, C).float()),
+        lambda z: F.mse_loss(z, 2 * BINARY - 1),
+        lambda z: F.mse_loss(z, BINARY),
+        lambda z: F.smooth_l1_loss(z, BINARY),
+        lambda z: F.l1_loss(z, TARGETS),
+        lambda z: F.mse_loss(z.sigmoid(), BINARY),
+        lambda z: F.mse_loss(z.softmax(1), F.one_hot(LABELS, C).float()),
+        lambda z: (F.normalize(z) @ F.normalize(TARGETS).T).logsumexp(1).mean(),
+    ],
+)
+def test_losses_of_numbers_are_silent(loss: Loss, scale: float):
+    assert told_of_numbers(loss, scale * torch.randn(N, C)) is None
+
+
+def noisy(variance: Loss, *, weigh: Loss = torch.mean) -> Loss:
+    """Return the loss of two numbers whose second half of the output gives a variance."""
+
+    def loss(f: Tensor) -> Tensor:
+        mean, s = f.movedim(-1, 0).chunk(2)
+        v, y = variance(s), TARGETS.T[: len(mean)]
+        return weigh(((mean - y).square() / v + v.log()) / 2)
+
+    return loss
+
+
+VARIANCES: dict[str, Loss] = {
+    "torch.cat([m, 2 * s], -1)": lambda s: (2 * s).exp(),
+    "torch.cat([m, s.log()], -1)": lambda s: s,
+    "torch.cat([m, 2 * s.log()], -1)": torch.square,
+    "torch.cat([m, torch.nn.functional.softplus(s).log()], -1)": F.softplus,
+    "torch.cat([m, 2 * torch.nn.functional.softplus(s).log()], -1)": (
+        lambda s: F.softplus(s).square()
+    ),
+}
+
+
+def positive(z: Tensor) -> Tensor:
+    mean, s = z.chunk(2, -1)
+    return torch.cat([mean, 0.2 + 9 * s.square()], -1)
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+@pytest.mark.parametrize("remedy", VARIANCES)
+def test_another_meaning_of_the_noise_is_told_with_the_line_to_paste(remedy: str, columns: int):
+    class Model(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return positive(super().forward(x))
+
+    torch.manual_seed(0)
+    model = Model(nn.Linear(7, 8), nn.Tanh(), nn.Linear(8, 2 * columns))
+    optimizer = kfactk.build(curvature="kfac", likelihood="heteroscedastic").bind(model)
+    noisy(VARIANCES[remedy])(model(torch.randn(N, 7))).backward()
+    with pytest.warns(kfactk.KfactkWarning, match="the second half is the") as caught:
+        optimizer.step()
+    assert remedy in str(caught[0].message)
+
+
+def advantages(losses: Tensor) -> Tensor:
+    """Weigh each term as a policy's gradient does."""
+    return (losses.sum(0) * TARGETS[:, 4]).mean()
+
+
+def test_advantages_do_not_hide_another_meaning_of_the_noise():
+    options: dict[str, Any] = {"likelihood": "heteroscedastic", "classes": 4}
+    of_deviations = noisy(lambda s: (2 * s).exp(), weigh=advantages)
+    assert "2 * s" in said(of_deviations, **options)
+    assert said(of_deviations, fisher="empirical", **options) == ""
+
+
+SILENT_NOISE: dict[str, Loss] = {
+    "torch's": lambda f: F.gaussian_nll_loss(f[:, :2], TARGETS[:, :2], f[:, 2:].exp()),
+    "a policy's": noisy(torch.exp, weigh=advantages),
+    "weighed by the noise": lambda f: noisy(
+        torch.exp, weigh=lambda losses: (losses * f[:, 2:].detach().exp().sqrt().T).mean()
+    )(f),
+    "with a penalty": lambda f: noisy(torch.exp)(f) + 0.1 * f[:, 2:].square().mean(),
+    "other tails": lambda f: (
+        (f[:, :2] - TARGETS[:, :2]).abs() * (-f[:, 2:] / 2).exp() + f[:, 2:] / 2
+    ).mean(),
+    "a bounded variance": noisy(torch.sigmoid),
+    "a single number's error": lambda f: (f[:, 0] - TARGETS[:, 0]).square().mean(),
+}
+
+
+@pytest.mark.parametrize("name", SILENT_NOISE)
+def test_losses_with_noise_are_silent(name: str):
+    assert said(SILENT_NOISE[name], likelihood="heteroscedastic", classes=4) == ""
+
+
+@pytest.mark.parametrize("scale", [0.0, 0.1, 3.0])
+@pytest.mark.parametrize("name", SILENT_NOISE)
+def test_no_output_makes_a_loss_with_noise_another_one(name: str, scale: float):
+    f = (scale * torch.randn(N, 4)).requires_grad_()
+    (gradient,) = torch.autograd.grad(SILENT_NOISE[name](f), f)
+    assert other_noise(f.detach(), gradient) is None
+
+
 @pytest.mark.parametrize("columns", [1, 2, 10])
 @pytest.mark.parametrize("divisor", ["terms", "entries"])
 def test_means_over_entries_are_told_where_the_gradient_is_measured(columns: int, divisor: str):
@@ -131,6 +283,22 @@ def test_the_size_of_a_measured_gradient_is_told(factor: float, options: Any, wo
     assert words in told
     assert bool(told) == bool(words)
     assert said(lambda z: factor * F.cross_entropy(z, LABELS), **options) == ""  # mc
+
+
+@pytest.mark.parametrize("terms", [1, 2])
+@pytest.mark.parametrize("likelihood", ["categorical", "bernoulli"])
+def test_the_weight_of_a_single_term_is_no_factor_of_the_loss(likelihood: str, terms: int):
+    """A state of an episode has an advantage, and a batch may end with one example."""
+    labels, classes = torch.eye(3)[:terms], 3 if likelihood == "categorical" else 1
+
+    def loss(z: Tensor) -> Tensor:
+        if likelihood == "categorical":
+            return 7 * F.cross_entropy(z, labels.argmax(1))
+        return 7 * F.binary_cross_entropy_with_logits(z, labels[:, :1])
+
+    options: dict[str, Any] = {"likelihood": likelihood, "fisher": "empirical"}
+    told = said(loss, shape=(terms,), classes=classes, **options)
+    assert ("is 7 times" in told) == (terms == 2)
 
 
 def test_outputs_that_are_logarithms_of_probabilities_are_silent():

@@ -232,6 +232,34 @@ def test_other_losses_of_another_scale_are_told(name: str) -> None:
     assert "is 3 times" in message
 
 
+def noisy(f: Tensor) -> Tensor:
+    """Return the mean over terms of two numbers with predicted noise."""
+    loss = F.gaussian_nll_loss(f[:, :2], VALUES[:, :2], f[:, 2:].exp(), reduction="sum")
+    return loss / N
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0, 0.5, float(N)])
+def test_predicted_noise_tells_at_the_first_step(factor: float) -> None:
+    """`F.gaussian_nll_loss` takes the mean over all numbers: half of it, for two of each term."""
+    options: dict[str, Any] = {"likelihood": "heteroscedastic", "classes": 4, "steps": 1}
+    found = told(lambda f: factor * noisy(f), **options)
+    assert len(found) == (factor != 1)
+    assert all(f"is {factor:g} times" in each for each in found)
+    assert told(lambda f: factor * noisy(f), **(options | {"size": 0.0})) == []
+    [mean] = told(lambda f: F.gaussian_nll_loss(f[:, :2], VALUES[:, :2], f[:, 2:].exp()), **options)
+    assert "is 0.5 times" in mean
+
+
+@pytest.mark.parametrize("advantages", [VALUES[:, 3], LABELS.float()])
+def test_predicted_noise_of_weighed_terms_tells_nothing(advantages: Tensor) -> None:
+    def loss(f: Tensor) -> Tensor:
+        mean, log_variance = f.chunk(2, -1)
+        losses = (mean - VALUES[:, :2]).square() * (-log_variance).exp() + log_variance
+        return (losses.sum(-1) * advantages).mean() / 2
+
+    assert told(loss, likelihood="heteroscedastic", classes=4) == []
+
+
 def test_missing_values_of_a_mean_are_silent() -> None:
     values = VALUES.clone()
     values[::2] = float("nan")

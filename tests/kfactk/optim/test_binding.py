@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -45,6 +46,38 @@ def test_a_model_without_blocks_is_told_at_the_line_that_binds() -> None:
     with pytest.warns(KfactkWarning, match="no layer is preconditioned") as told:
         kfactk.build(exclude=["*"]).bind(net())
     assert told[0].filename == __file__
+
+
+@pytest.mark.parametrize("clip", ["trust_region", "kl"])
+def test_parameters_past_a_bound_of_the_whole_step_are_told_at_the_line_that_binds(
+    clip: str,
+) -> None:
+    model, rest = Scaled(), {"scale": torch.full((1,), 0.01)}
+    recipe = kfactk.build(basis="kfac", update="sgd", clip=clip)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        recipe.bind(model).close()
+        assert len(told) == (clip == "trust_region")
+        recipe.bind(model, masks=rest).close()
+        recipe.bind(model, model.inner.parameters()).close()
+        model.scale.requires_grad_(False)
+        recipe.bind(model).close()
+    assert [each.filename for each in told] == [__file__] * (clip == "trust_region")
+    for each in told:
+        assert "no block has scale: such" in str(each.message)
+        assert "masks={'scale': torch.full_like(model.get_parameter('scale')" in str(each.message)
+
+
+def test_a_masked_parameter_without_a_block_steps_by_its_masked_gradient() -> None:
+    model = Scaled()
+    recipe = kfactk.build(basis="kfac", update="sgd", clip="trust_region", lr=0.5)
+    mask = torch.full_like(model.get_parameter("scale"), 0.01)
+    optimizer, before = recipe.bind(model, masks={"scale": mask}), model.scale.detach().clone()
+    nn.functional.cross_entropy(model(torch.randn(5, 2)), torch.tensor([0, 1, 0, 1, 1])).backward()
+    assert model.scale.grad is not None
+    gradient = model.scale.grad.clone()
+    optimizer.step()
+    assert torch.allclose(before - model.scale, 0.005 * gradient, rtol=1e-3, atol=1e-7)
 
 
 def test_a_controller_and_a_scaler_are_refused_and_leave_no_hook() -> None:

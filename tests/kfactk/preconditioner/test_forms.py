@@ -102,6 +102,8 @@ class Roots(Ekfac):
             "next": "contraction",
             "number": "count",
             "mean": "matrix",
+            "low": "lower",
+            "up": "upper",
         }
     )
 
@@ -109,7 +111,8 @@ class Roots(Ekfac):
 def chain_parts() -> dict[str, dict[str, Tensor]]:
     """Return parts of these forms that are sound."""
     both = {"root": -A, "next": torch.tensor([[0.6, -0.8], [0.0, 1.0]]), "mean": 0 * A}
-    parts = {"gains": torch.tensor([-1.0, 1.0]), **both}
+    low = torch.tensor([[-1.0, 0.0], [3.0, 2.0]])
+    parts = {"gains": torch.tensor([-1.0, 1.0]), "low": low, "up": low.mT, **both}
     return {"A": parts, "steps": {"number": torch.tensor([7.0])}}
 
 
@@ -132,6 +135,11 @@ def test_a_sound_chain_passes() -> None:
         ("A", "root", torch.tensor([[1.0, 0.0], [1.0, 0.0]]), "A.root cannot be inverted"),
         ("A", "root", torch.eye(3), r"the shape \(3, 3\), where it must be \(2, 2\)"),
         ("A", "next", torch.tensor([[0.8, 0.8], [0.0, 1.0]]), "A.next has rows longer than 1"),
+        ("A", "low", torch.tensor([[1.0, 0.1], [0.0, 1.0]]), "A.low is not lower triangular"),
+        ("A", "low", torch.tensor([[1.0, 0.0], [1.0, 0.0]]), "A.low is not lower triangular"),
+        ("A", "low", torch.eye(3), r"the shape \(3, 3\), where it must be \(2, 2\)"),
+        ("A", "up", torch.tensor([[1.0, 0.0], [0.1, 1.0]]), "A.up is not upper triangular"),
+        ("A", "up", torch.tensor([[0.0, 1.0], [0.0, 1.0]]), "A.up is not upper triangular"),
         ("A", "mean", torch.eye(3), r"the shape \(3, 3\), where it must be \(2, 2\)"),
         ("A", "mean", torch.eye(2, dtype=torch.float16), r"the dtype torch\.float16"),
         ("steps", "number", torch.tensor([7.5]), "steps.number is no whole number"),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import kfactk
-from kfactk import DecompositionError, FactorContext, linalg
+from kfactk import DecompositionError, FactorContext, StateError, linalg
 from kfactk.testing import BasisLaws
 from kfactk_stages.basis.kfac import KfacInverse
 from kfactk_stages.basis.singd import Singd
@@ -449,6 +449,33 @@ def test_a_bad_batch_leaves_finite_roots_and_the_weights(structure: str, variant
     found.step(5)
     assert bool(found.weights().isfinite().all())
     assert not torch.equal(found.weights(), weights)
+
+
+@pytest.mark.parametrize(
+    ("saved", "loaded"),
+    [("dense", "lower"), ("dense", "upper"), ("lower", "upper"), ("upper", "lower")],
+)
+@pytest.mark.parametrize("variant", ["ikfac", "ingd"])
+def test_roots_of_another_structure_are_refused(saved: str, loaded: str, variant: str) -> None:
+    """They would keep their own structure for ever, under the name of another one."""
+    first, second = run(saved, variant), run(loaded, variant)
+    for k in range(3):
+        first.step(k)
+    with pytest.raises(StateError, match=rf"root of layer '0' is not {loaded} triangular"):
+        second.optimizer.load_state_dict(first.optimizer.state_dict())
+
+
+@pytest.mark.parametrize("structure", ["lower", "upper"])
+def test_dense_roots_go_on_from_triangular_ones(structure: str) -> None:
+    first, second = run(structure, "ikfac"), run("dense", "ikfac")
+    first.step(0)
+    second.step(0)
+    saved = first.optimizer.state_dict()
+    second.optimizer.load_state_dict(saved)
+    for name, view in second.optimizer.layers.items():
+        for side, parts in view.decomposition.items():
+            kept = first.optimizer.layers[name].decomposition[side]["root"]
+            assert torch.equal(parts["root"], kept)
 
 
 @pytest.mark.parametrize("part", ["root", "m"])
