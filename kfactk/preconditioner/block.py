@@ -153,6 +153,12 @@ class Block:
         return self.state.ready or self.measures_nothing
 
     @property
+    def turns_both_sides(self) -> bool:
+        """Whether its basis has directions of its own for two sides, on this rank."""
+        sides = self.state.decomposition.values()
+        return sum(any(map(_has_directions, parts.values())) for parts in sides) > 1
+
+    @property
     def counts_next(self) -> bool:
         """Whether a gradient counts from the next step on."""
         return isinstance(self.curvature, GradientCurvature) and self.curvature.counts_next
@@ -647,6 +653,11 @@ def parts_of(decomposition: Decomposition) -> list[str]:
         for name, parts in decomposition.items()
         for part, tensor in parts.items()
     )
+
+
+def _has_directions(part: Tensor) -> bool:
+    """Return whether a part of a decomposition is a matrix of more than one direction."""
+    return square(part) and part.shape[-1] > 1
 
 
 def zeros_of(sums: Mapping[str, Statistic]) -> dict[str, Tensor]:

@@ -47,13 +47,33 @@ class BlockRule:
         return not self.layers or any(within(name, pattern) for pattern in self.layers)
 
 
+WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
+"""Names of what torch's wrappers hold: `torch.compile` and those of activation checkpointing."""
+
+
 def within(name: str, pattern: str) -> bool:
     """Return whether a pattern matches the name of a module or of one that contains it.
+
+    It may leave out the names of wrappers.
 
     Example:
         >>> within("encoder.0.fc", "encoder"), within("encoder.0.fc", "*.fc"), within("fc", "f")
         (True, True, False)
+        >>> within("_orig_mod.fc", "fc"), within("_orig_mod.fc", "_orig_mod.fc")
+        (True, True)
     """
-    parts = name.split(".")
-    prefixes = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
-    return any(fnmatch.fnmatchcase(prefix, pattern) for prefix in prefixes)
+    return any(
+        fnmatch.fnmatchcase(".".join(parts[:end]), pattern)
+        for parts in (name.split("."), unwrapped_name(name).split("."))
+        for end in range(1, len(parts) + 1)
+    )
+
+
+def unwrapped_name(name: str) -> str:
+    """Return the name of a module as it is without wrappers.
+
+    Example:
+        >>> unwrapped_name("_orig_mod.blocks.0._checkpoint_wrapped_module.mlp")
+        'blocks.0.mlp'
+    """
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)

@@ -127,7 +127,7 @@ def test_forwards_are_not_followed_and_nothing_is_asked_of_them() -> None:
 
 
 def dense_soap(gradients: list[Tensor], weight: Tensor, lr: float, decay: float) -> Tensor:
-    """Adam in a basis that is made anew at every step, written out; the first s is even."""
+    """Adam in a basis that is made anew at every step, written out; the first step is even."""
     d_out, d_in = weight.shape
     left, right, m = (torch.zeros(n, n, dtype=F64) for n in (d_out, d_in, 1))
     dense = torch.zeros(d_out * d_in, d_out * d_in, dtype=F64)
@@ -136,12 +136,11 @@ def dense_soap(gradients: list[Tensor], weight: Tensor, lr: float, decay: float)
         left, right = 0.95 * left + g @ g.T, 0.95 * right + g.T @ g
         u = torch.kron(torch.linalg.eigh(right)[1], torch.linalg.eigh(left)[1])
         square = (u.T @ g.T.flatten()).square()
-        if t:
-            carried = (u.T @ dense @ u).diagonal() * norm
-            norm = 0.95 * norm + 1
-            s = carried * (0.95 / norm) + square / norm
-            dense = u @ torch.diag(s) @ u.T
-        else:
+        carried = (u.T @ dense @ u).diagonal() * norm
+        norm = 0.95 * norm + 1
+        s = carried * (0.95 / norm) + square / norm
+        dense = u @ torch.diag(s) @ u.T
+        if not t:  # the gradient is diagonal in what it alone has made
             s = g.square().mean().expand(d_out * d_in)
         m = decay * m + (1 - decay) * g
         step = u @ ((u.T @ (m / (1 - decay ** (t + 1))).T.flatten()) * s**-0.5)
