@@ -309,16 +309,20 @@ def flat_output_message(rows: int, examples: int, argument: str) -> str:
     )
 
 
-def transposed_output_message(shape: Sequence[int]) -> str:
+def transposed_output_message(shape: Sequence[int], view: Sequence[int]) -> str:
     """Return the message for an output whose examples are in dimension 1.
 
     Args:
         shape: Its shape.
+        view: The same as `[N, S, C]`, by its dimension 0.
     """
+    flat = len(shape) < len(view)
+    before = f", {list(view)} before it was flattened," if flat else ""
+    divided = f".view(-1, {view[1]}, out.shape[-1])" if flat else ""
     return (
-        f"dimension 1 of the model's output of shape {list(shape)} counts the examples, not "
-        f"dimension 0. {_ROWS_ARE_EXAMPLES} Say so: output=lambda out: out.transpose(0, 1), and "
-        "give the curvatures batch_dim=1"
+        f"dimension 1 of the model's output of shape {list(shape)}{before} counts the examples, "
+        f"not dimension 0. {_ROWS_ARE_EXAMPLES} Say so: output=lambda out: out{divided}"
+        ".transpose(0, 1), and give the curvatures batch_dim=1"
     )
 
 
