@@ -309,6 +309,24 @@ def flat_output_message(rows: int, examples: int, argument: str) -> str:
     )
 
 
+def chosen_output_message(rows: int, examples: int, argument: str) -> str:
+    """Return the message for an output that may hold a part of the tokens.
+
+    Args:
+        rows: Number of its rows.
+        examples: That of the argument.
+        argument: An argument of the model with fewer rows and more tokens.
+    """
+    return (
+        f"the model's output has {rows} rows, and its argument {argument!r} has {examples}: as if "
+        "the output held tokens that the model chose (logits[mask]). Each row is taken for an "
+        "example, and fisher='empirical' then measures single tokens in place of sequences. Return "
+        "all tokens, [N, T, C], and name those that count: likelihood={'name': 'categorical', "
+        "'class_axis': -1, 'weights': 'mask'}, mask being an argument of the model. Or use "
+        "fisher='mc', for which rows may be taken so"
+    )
+
+
 def transposed_output_message(shape: Sequence[int], view: Sequence[int]) -> str:
     """Return the message for an output whose examples are in dimension 1.
 

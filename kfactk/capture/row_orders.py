@@ -28,6 +28,7 @@ from kfactk.errors import CaptureError
 from kfactk.samples import LayerCall, RowOrder, Samples
 from kfactk.stages import Layer
 from kfactk.validation import (
+    chosen_output_message,
     flat_output_message,
     joined_message,
     transposed_output_message,
@@ -232,6 +233,8 @@ class RowOrders:
                 continue
             flat = None if head is None else FlatOutput.of(len(view.view), forward.batch)
             if head is None or flat is None or flat in self._rejected:
+                if head is not None and flat is None:
+                    self._check_chosen(view, forward)
                 continue
             examples = flat.examples(len(view.view), forward.batch)
             assert examples is not None
@@ -246,6 +249,22 @@ class RowOrders:
         examples, rows = flat.count(batch), len(view.view)
         if examples != rows:
             message = flat_output_message(rows, examples, flat.argument)
+            self._taker.warn_of_output(message)
+
+    def _check_chosen(self, view: HeadView, forward: Forward) -> None:
+        """Warn of an output of tokens that the model chose, where its own backward is measured.
+
+        In passes of our own, gradients of different terms do not correlate, so that each row may be
+        taken for an example. A layer with as many rows as the argument shows that these are
+        examples.
+        """
+        rows = len(view.view)
+        chosen = None if self._own_pass else FlatOutput.chosen(rows, forward.batch)
+        if chosen is None:
+            return
+        examples = chosen.count(forward.batch)
+        if any(call.record.shape[:1] == (examples,) for call in forward.calls):
+            message = chosen_output_message(rows, examples, chosen.argument)
             self._taker.warn_of_output(message)
 
     def _reject(

@@ -378,12 +378,45 @@ def test_a_flattened_view_whose_sequence_came_first_is_told(
     curvature = ["rnn", "embedding", "kfac"]
     optimizer = kfactk.build(curvature=curvature, fisher=fisher).bind(model, parameters)
     words = torch.randint(11, (7, 14))
-    with pytest.warns(KfactkWarning, match="model's output") as caught:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", KfactkWarning)
         F.cross_entropy(model(words), words.flatten()).backward()
         optimizer.step()
-    [told] = [str(each.message) for each in caught if "output" in str(each.message)]
+    [told] = [str(each.message) for each in caught if "model's output" in str(each.message)]
     assert ".view(-1, 14, out.shape[-1])" in told
     assert ".transpose(0, 1)" in told
+
+
+@pytest.mark.parametrize(
+    ("fisher", "edges", "told"), [("mc", 4, 0), ("empirical", 4, 1), ("empirical", 2, 0)]
+)
+def test_an_output_of_tokens_that_the_model_chose_is_told(
+    fisher: str, edges: int, told: int
+) -> None:
+    """In passes of our own the gradients of different terms do not correlate.
+
+    Of `edges` rows, such as the two of a list of edges, a model has as many examples or not.
+    """
+
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.head = nn.Linear(D, 5), nn.Linear(5, C)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            rows = x.view(4, 5, -1) if edges == 4 else x.view(20, -1)
+            return self.head(torch.tanh(self.up(rows)).view(4, 5, -1)[mask.view(4, 5)])
+
+    model, mask = Chosen(), torch.ones(4, 5, dtype=torch.bool)
+    mask[0, 1:] = mask[2, 2:] = False
+    optimizer = kfactk.build(curvature="kfac", fisher=fisher).bind(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", KfactkWarning)
+        logits = model(torch.randn(edges, 20 // edges, D), mask.view(edges, -1))
+        F.cross_entropy(logits, torch.arange(len(logits)) % C).backward()
+        optimizer.step()
+    texts = [str(each.message) for each in caught if each.category is KfactkWarning]
+    assert ["has 13 rows" in each for each in texts] == [True] * told
 
 
 def test_a_flattened_output_whose_sequence_came_first_is_told() -> None:
