@@ -326,6 +326,8 @@ class Block:
 
     def coordinates(self, matrix: Tensor) -> Tensor | None:
         """Return a matrix in the coordinates that the basis has; `None` where it has none."""
+        if not self.moments_of_gradient or not self.state.decomposition:
+            return None
         with attribute_errors("basis", self.basis, self._where):
             return self.basis.coordinates(self.state.decomposition, matrix)
 

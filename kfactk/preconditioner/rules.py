@@ -37,7 +37,10 @@ class BlockRule:
     def refuses(self, layer: Layer) -> str | None:
         """Return why the basis cannot treat a layer that the curvature takes, or `None`."""
         with attribute_errors("curvature", self.curvature, f"on layer {layer.name!r}"):
-            blank = {n: torch.empty_like(p, device="meta") for n, p in layer.tensors().items()}
+            blank = {  # plain, also of a parameter that is spread over ranks
+                name: torch.empty(each.shape, dtype=each.dtype, device="meta")
+                for name, each in layer.tensors().items()
+            }
             shape = tuple(self.curvature.matrix(layer, blank).shape)
         with attribute_errors("basis", self.basis, f"on layer {layer.name!r}"):
             return self.basis.unsupported(shape)
