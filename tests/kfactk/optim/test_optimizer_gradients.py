@@ -372,3 +372,26 @@ def test_muon_before_other_curvatures_leaves_them_what_it_refuses() -> None:
         "1.weight": "gradient, muon",
         "1.bias": "",
     }
+
+
+def test_moments_of_gradients_beside_other_curvatures_are_of_every_step() -> None:
+    """The periods of a list suit Fisher passes; a divisor of one gradient in ten would be poor."""
+    model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).to(F64)
+    bias = nn.Parameter(model[2].bias.detach().clone())
+    optimizer = kfactk.build(
+        curvature=[kfactk.block("kfac", layers=["0"]), "gradient"],
+        fisher="exact",
+        update="sgd",
+        lr=0.01,
+        first_moment=0.9,
+    ).bind(model)
+    assert optimizer.recipe.scale_every == 10
+    other = torch.optim.Adam([bias], lr=0.01, betas=(0.9, 0.95), eps=1e-8)
+    for _ in range(15):
+        optimizer.zero_grad()
+        x = torch.randn(8, 4, dtype=F64)
+        torch.nn.functional.cross_entropy(model(x), torch.arange(8) % 2).backward()
+        bias.grad = model[2].bias.grad.clone()
+        optimizer.step()
+        other.step()
+        torch.testing.assert_close(model[2].bias, bias, rtol=1e-5, atol=1e-5)
