@@ -231,3 +231,8 @@ def test_patterns_name_layers_as_they_are_without_wrappers(wrapped: str) -> None
     kfactk.build(exclude=[name]).coverage(model)
     with pytest.raises(kfactk.OptionError, match=r"Give one of: (?!.*_orig_mod).*head"):
         kfactk.build(exclude=["tail"]).coverage(model)
+
+
+def test_a_preset_on_a_model_without_its_layers_says_what_to_do() -> None:
+    with pytest.raises(kfactk.OptionError, match=r"Give one of: 0, 1.* preset.*kfactk.block\("):
+        kfactk.preset("transformer").coverage(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)))
