@@ -309,16 +309,38 @@ def flat_output_message(rows: int, examples: int, argument: str) -> str:
     )
 
 
-def transposed_output_message(shape: Sequence[int]) -> str:
+def chosen_output_message(rows: int, examples: int, argument: str) -> str:
+    """Return the message for an output that may hold a part of the tokens.
+
+    Args:
+        rows: Number of its rows.
+        examples: That of the argument.
+        argument: An argument of the model with fewer rows and more tokens.
+    """
+    return (
+        f"the model's output has {rows} rows, and its argument {argument!r} has {examples}: as if "
+        "the output held tokens that the model chose (logits[mask]). Each row is taken for an "
+        "example, and fisher='empirical' then measures single tokens in place of sequences. Return "
+        "all tokens, [N, T, C], and name those that count: likelihood={'name': 'categorical', "
+        "'class_axis': -1, 'weights': 'mask'}, mask being an argument of the model. Or use "
+        "fisher='mc', for which rows may be taken so"
+    )
+
+
+def transposed_output_message(shape: Sequence[int], view: Sequence[int]) -> str:
     """Return the message for an output whose examples are in dimension 1.
 
     Args:
         shape: Its shape.
+        view: The same as `[N, S, C]`, by its dimension 0.
     """
+    flat = len(shape) < len(view)
+    before = f", {list(view)} before it was flattened," if flat else ""
+    divided = f".view(-1, {view[1]}, out.shape[-1])" if flat else ""
     return (
-        f"dimension 1 of the model's output of shape {list(shape)} counts the examples, not "
-        f"dimension 0. {_ROWS_ARE_EXAMPLES} Say so: output=lambda out: out.transpose(0, 1), and "
-        "give the curvatures batch_dim=1"
+        f"dimension 1 of the model's output of shape {list(shape)}{before} counts the examples, "
+        f"not dimension 0. {_ROWS_ARE_EXAMPLES} Say so: output=lambda out: out{divided}"
+        ".transpose(0, 1), and give the curvatures batch_dim=1"
     )
 
 

@@ -66,6 +66,28 @@ class FlatOutput:
                     found = here
         return found
 
+    @classmethod
+    def chosen(cls, rows: int, batch: Mapping[str, Any]) -> FlatOutput | None:
+        """Return what an output of so many rows may be a part of the tokens of.
+
+        Returns:
+            `None` where a tensor has as many rows, or none has fewer rows and more tokens.
+
+        Example:
+            >>> FlatOutput.chosen(5, {"tokens": torch.ones(2, 3)})
+            FlatOutput(argument='tokens', leaf=0)
+            >>> FlatOutput.chosen(7, {"tokens": torch.ones(2, 3)}) is None
+            True
+        """
+        found = None
+        for name, value in batch.items():
+            for leaf, tensor in enumerate(tensors_of(value)):
+                if tensor.ndim and len(tensor) == rows:
+                    return None
+                if tensor.ndim > 1 and found is None and len(tensor) < rows:
+                    found = cls(name, leaf) if rows < len(tensor) * tensor.shape[1] else None
+        return found
+
     def examples(self, rows: int, batch: Mapping[str, Any]) -> int | None:
         """Return N where an output of so many rows divides by the argument; else `None`."""
         n, *sizes = self._shape(batch) or (0,)

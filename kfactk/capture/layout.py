@@ -112,12 +112,14 @@ class RowFinding:
             `r % N` and not to `r // T`; `None` elsewhere.
         known: Whether any of its rows belongs to one example alone.
         rows: The number of rows of each of its calls.
+        every: Whether each of its calls has a row that belongs to one example alone.
     """
 
     fault: str = ""
     interleaved: bool | None = None
     known: bool = False
     rows: tuple[int, ...] = ()
+    every: bool = False
 
 
 def row_finding(
@@ -138,7 +140,8 @@ def row_finding(
     if not 1 < examples <= marks.most:
         return RowFinding(rows=rows)
     calls = [owners(each, marks) for each in zip(*(one.rows for one in passes), strict=True)]
-    known = any(bool((found != NOBODY).any()) for found in calls)
+    told = [bool((found != NOBODY).any()) for found in calls]
+    known = any(told)
     orders, fault = set[bool](), looped_message(name, len(calls)) if _differ(calls) else ""
     for found in calls:
         order, counts = regular_order(found, examples), torch.bincount(found[found != NOBODY])
@@ -151,7 +154,7 @@ def row_finding(
     if not known:
         fault = _transposed(name, passes, marks)
     interleaved = orders.pop() if orders and not fault else None
-    return RowFinding(fault, interleaved, known, rows)
+    return RowFinding(fault, interleaved, known, rows, all(told))
 
 
 def _transposed(name: str, passes: Sequence[LayoutSketch], marks: Marks) -> str:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import attrs
 import torch
@@ -124,7 +124,7 @@ class Remainders:
         if self.done:
             return
         tops = {node for call in calls for node in call.tops}
-        parents: dict[Node, list[tuple[int, Point]]] = {}
+        parents: dict[Node, dict[int, Point]] = {}
         for call in calls:
             leaves = [p for p in call.parameters if p.requires_grad and p.grad_fn is None]
             ends = {node: p for p in leaves for node in parameter_nodes([p])}
@@ -137,17 +137,13 @@ class Remainders:
             new = {n: p for n, p in {**ends, **casts}.items() if n not in self._points}
             for node, parameter in new.items():
                 self._add(node, Point(call.record.layer, parameter))
-            for node in (inner | set(call.tops)) - parents.keys():
+            own = ends.keys() | casts.keys()
+            for node in inner | set(call.tops):
                 if node in casts and node not in new:
                     continue  # of an earlier forward too
-                own = ends.keys() | casts.keys()
-                given = [
-                    (place, self._points[child])
-                    for place, (child, _) in enumerate(node.next_functions)
-                    if child in own
-                ]
-                if given:
-                    parents[node] = given
+                for place, (child, _) in enumerate(node.next_functions):
+                    if child in own:  # a fused node has parameters of several layers
+                        parents.setdefault(node, {})[place] = self._points[child]
         for node, given in parents.items():
             self._handles.append(node.register_hook(functools.partial(_give, given)))
 
@@ -208,12 +204,12 @@ def _same_memory(one: Tensor, other: Tensor) -> bool:
 
 
 def _give(
-    given: Sequence[tuple[int, Point]],
+    given: Mapping[int, Point],
     gradients: tuple[Tensor | None, ...],
     _: tuple[Tensor | None, ...],
 ) -> None:
     """Run as a hook of a node inside a recorded call, on what it gives to parameters."""
-    for place, point in given:
+    for place, point in given.items():
         gradient = gradients[place]
         if gradient is not None:
             with torch.no_grad():

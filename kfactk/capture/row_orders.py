@@ -28,6 +28,7 @@ from kfactk.errors import CaptureError
 from kfactk.samples import LayerCall, RowOrder, Samples
 from kfactk.stages import Layer
 from kfactk.validation import (
+    chosen_output_message,
     flat_output_message,
     joined_message,
     transposed_output_message,
@@ -232,6 +233,8 @@ class RowOrders:
                 continue
             flat = None if head is None else FlatOutput.of(len(view.view), forward.batch)
             if head is None or flat is None or flat in self._rejected:
+                if head is not None and flat is None:
+                    self._check_chosen(view, forward)
                 continue
             examples = flat.examples(len(view.view), forward.batch)
             assert examples is not None
@@ -248,6 +251,22 @@ class RowOrders:
             message = flat_output_message(rows, examples, flat.argument)
             self._taker.warn_of_output(message)
 
+    def _check_chosen(self, view: HeadView, forward: Forward) -> None:
+        """Warn of an output of tokens that the model chose, where its own backward is measured.
+
+        In passes of our own, gradients of different terms do not correlate, so that each row may be
+        taken for an example. A layer with as many rows as the argument shows that these are
+        examples.
+        """
+        rows = len(view.view)
+        chosen = None if self._own_pass else FlatOutput.chosen(rows, forward.batch)
+        if chosen is None:
+            return
+        examples = chosen.count(forward.batch)
+        if any(call.record.shape[:1] == (examples,) for call in forward.calls):
+            message = chosen_output_message(rows, examples, chosen.argument)
+            self._taker.warn_of_output(message)
+
     def _reject(
         self, heads: Sequence[HeadView], doubtful: Collection[int], forward: Forward
     ) -> None:
@@ -262,21 +281,23 @@ class RowOrders:
     def _tell_transposed(
         self, forward: Forward, heads: Sequence[HeadView], findings: Mapping[Layer, RowFinding]
     ) -> None:
-        """Warn of an output whose dimension 1 counts the examples.
+        """Warn of an output whose dimension 1 counts the examples, or did before it was flattened.
 
-        The rows of some layers then belong to no part of dimension 0 alone, and those of all to
+        The rows of some calls then belong to no part of dimension 0 alone, and those of all to
         parts of dimension 1. On several ranks it is not asked: whether there is a doubt depends on
         their data.
         """
         if not self._taker.alone or all(map(_tells, findings.values())):
             return
         for head in heads:
-            if head.output.ndim != 3 or len(head.view) < 2 or head.view.shape[1] < 2:
+            divided = head.output.ndim == 3 or len(head.view) < len(head.output)
+            if not divided or len(head.view) < 2 or head.view.shape[1] < 2:
                 continue
             turned = attrs.evolve(head, view=head.view.transpose(0, 1))
             found = self._probe(forward, [turned], findings.keys())
             if found and all(map(_tells, found.values())):
-                self._taker.warn_of_output(transposed_output_message(head.output.shape))
+                message = transposed_output_message(head.output.shape, head.view.shape)
+                self._taker.warn_of_output(message)
 
     # ------------------------------------------------------------------------------ layers
 
@@ -476,7 +497,7 @@ def _confirm(findings: Iterable[RowFinding], examples: int) -> bool:
 
 def _tells(finding: RowFinding) -> bool:
     """Return whether the examples of a layer's rows are known, or known to be elsewhere."""
-    return finding.known or bool(finding.fault)
+    return finding.every or bool(finding.fault)
 
 
 def _most(heads: Iterable[HeadView]) -> int:
@@ -491,7 +512,8 @@ def _both(one: RowFinding | None, other: RowFinding) -> RowFinding:
     same = one.interleaved if one.interleaved is not None else other.interleaved
     fault = one.fault or other.fault
     order = None if fault else same
-    return RowFinding(fault, order, one.known or other.known, one.rows)
+    known, every = one.known or other.known, one.every or other.every
+    return RowFinding(fault, order, known, one.rows, every)
 
 
 def _joined(record: RecordedCall) -> bool:

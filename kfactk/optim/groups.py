@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kfactk.errors import OptionError
 from kfactk.optim.settings import Settings
 from kfactk.options import number_at, plain
 
@@ -91,6 +92,33 @@ def check_group_numbers(group: Mapping[str, Any]) -> None:
     for name in CHECKED:
         if name in group:
             number_at(f"{name} of a parameter group", plain(group[name]), 0)
+
+
+def check_averaged_once(groups: Groups, first_moment: float, usual: Any) -> None:
+    """Refuse a momentum that was written into groups beside a first moment.
+
+    Schedulers write it where a rule has such an option, at 0 too. Each of both averages, and their
+    steps add up.
+
+    Args:
+        groups: The groups.
+        first_moment: Decay of the recipe's first moment.
+        usual: The momentum that the update rule was made with; `None` for a rule without.
+
+    Raises:
+        OptionError: A group has a momentum, and the rule was made without.
+    """
+    if not first_moment or usual is None or float(usual):
+        return
+    for group in groups:
+        if momentum := float(group.get("momentum") or 0):
+            raise OptionError(
+                f"a parameter group has momentum={momentum:.3g}, beside first_moment="
+                f"{first_moment:g} of the recipe: gradients would be averaged twice, and steps be "
+                "many times as long. If a scheduler wrote it (OneCycleLR, CyclicLR), give it "
+                "cycle_momentum=False. If you want both, name the rule: update={'name': "
+                f"'momentum', 'momentum': {momentum:.3g}}}."
+            )
 
 
 def trained(groups: Groups) -> Iterator[nn.Parameter]:

@@ -26,7 +26,13 @@ from kfactk.optim import checkpoint, gradients
 from kfactk.optim.binding import check_blocks, controlled, fisher_pass_of, preconditioner_of
 from kfactk.optim.control import Control
 from kfactk.optim.direction import Direction
-from kfactk.optim.groups import ParameterGroups, check_group_numbers, trained, without_lr
+from kfactk.optim.groups import (
+    ParameterGroups,
+    check_averaged_once,
+    check_group_numbers,
+    trained,
+    without_lr,
+)
 from kfactk.optim.loading import StateLoader
 from kfactk.optim.masks import Masks
 from kfactk.optim.metrics import MetricsRecorder
@@ -347,6 +353,7 @@ class Optimizer(torch.optim.Optimizer):
                 been changed.
             KfactkError: The optimizer was closed, or (`max_skipped`) too many batches in a row held
                 NaN or inf.
+            OptionError: A group has a momentum beside the recipe's first moment.
         """
         if self._run.closed:
             raise KfactkError(
@@ -363,6 +370,8 @@ class Optimizer(torch.optim.Optimizer):
         loss: float | None = self._evaluate(closure)
         self._follow_model()
         self._groups.set_damping(self.steps)
+        usual = self.defaults.get("momentum")
+        check_averaged_once(self.param_groups, self.recipe.first_moment.decay, usual)
         devices = (parameter.device.type for parameter in trained(self.param_groups))
         with full_precision(devices), self._preconditioner.blocks.held(self._groups.by_parameter):
             self._look_for_losses()

@@ -154,6 +154,12 @@ class Block:
         return self.state.ready or self.measures_nothing
 
     @property
+    def turns_both_sides(self) -> bool:
+        """Whether its basis has directions of its own for two sides, on this rank."""
+        sides = self.state.decomposition.values()
+        return sum(any(map(_has_directions, parts.values())) for parts in sides) > 1
+
+    @property
     def counts_next(self) -> bool:
         """Whether a gradient counts from the next step on."""
         return isinstance(self.curvature, GradientCurvature) and self.curvature.counts_next
@@ -328,6 +334,8 @@ class Block:
 
     def coordinates(self, matrix: Tensor) -> Tensor | None:
         """Return a matrix in the coordinates that the basis has; `None` where it has none."""
+        if not self.moments_of_gradient or not self.state.decomposition:
+            return None
         with attribute_errors("basis", self.basis, self._where):
             return self.basis.coordinates(self.state.decomposition, matrix)
 
@@ -655,6 +663,11 @@ def parts_of(decomposition: Decomposition) -> list[str]:
         for name, parts in decomposition.items()
         for part, tensor in parts.items()
     )
+
+
+def _has_directions(part: Tensor) -> bool:
+    """Return whether a part of a decomposition is a matrix of more than one direction."""
+    return square(part) and part.shape[-1] > 1
 
 
 def zeros_of(sums: Mapping[str, Statistic]) -> dict[str, Tensor]:

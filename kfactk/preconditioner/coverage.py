@@ -11,7 +11,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from kfactk.errors import OptionError, near_names
 from kfactk.preconditioner.parameters import ParameterTracker
-from kfactk.preconditioner.rules import BlockRule, within
+from kfactk.preconditioner.rules import BlockRule, unwrapped_name, within
 from kfactk.stages import Layer, Replay, owner_of, parameter_at
 from kfactk.validation import attribute_errors
 
@@ -688,12 +688,23 @@ def _check_pattern(option: str, pattern: str, names: Iterable[str]) -> None:
     Raises:
         OptionError: It matches none.
     """
-    names = [name for name in names if name]
-    if not any(within(name, pattern) for name in ["", *names]):
+    names = list(names)
+    if not any(within(name, pattern) for name in names):
+        inside = list(filter(None, dict.fromkeys(map(unwrapped_name, names))))
+        more = " ..." if len(inside) > 12 else ""
+        preset = OF_A_PRESET if option == "layers" else ""
         raise OptionError(
-            f"{option}={pattern!r} matches no module of the model.{near_names(pattern, names)} "
-            f"Give one of: {', '.join(names[:12])}{' ...' if len(names) > 12 else ''}."
+            f"{option}={pattern!r} matches no module of the model.{near_names(pattern, inside)} "
+            + (f"Give one of: {', '.join(inside[:12])}{more}." if inside else NOTHING_INSIDE)
+            + preset
         )
+
+
+OF_A_PRESET = (
+    " If a preset has it, that preset is for models with such layers, such as 'blocks.0.mlp': give "
+    "curvature= layers of your own, kfactk.block(..., layers=[...])."
+)
+NOTHING_INSIDE = "The model is a single module, without names inside: leave the pattern out."
 
 
 def _join(module: str, parameter: str) -> str:

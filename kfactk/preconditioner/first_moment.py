@@ -75,7 +75,7 @@ class FirstMoment:
         found = mean.value
         if not self.corrected:
             found = found * ((1 - self.decay) * mean.weight)
-        return gradient.lerp(found, self.decay) if self.nesterov else found
+        return gradient.to(found.dtype).lerp(found, self.decay) if self.nesterov else found
 
 
 def as_first_moment(value: Any) -> FirstMoment:

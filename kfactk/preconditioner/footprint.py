@@ -14,7 +14,7 @@ import attrs
 import torch
 from torch import nn
 
-from kfactk.assignment import is_square
+from kfactk.assignment import Work, is_square
 from kfactk.errors import PluginError
 from kfactk.preconditioner.ahead import Parts
 from kfactk.preconditioner.block import Block
@@ -217,7 +217,7 @@ def _footprint(block: Block, requires: frozenset[str]) -> Footprint:
             default=0,
         ),
         _seconds(work.matrices, solvers, device.type),
-        tuple(_words(block, work.gradient, sums)),
+        tuple(_words(block, work, sums)),
     )
 
 
@@ -242,13 +242,17 @@ def _seconds(
     return total
 
 
-def _words(block: Block, gradient: tuple[int, ...], sums: Mapping[str, object]) -> Iterator[str]:
+def _words(block: Block, work: Work, sums: Mapping[str, object]) -> Iterator[str]:
     """Yield what stands for each wide side, such as "output side 50257: diagonal".
 
     Of rows, tell that the bytes are those of one example.
     """
     if block.curvature.row_factors:
         yield "for each example, at least"
+    gradient = work.gradient
+    if block.of_gradient and min(gradient[-2:]) > 1:
+        columns = [shape for _, shape in sorted(work.matrices.items()) if shape[-1] == 1]
+        yield from (f"side {shape[-2]}: diagonal" for shape in columns)
     stand_ins = block.curvature.stand_ins(block.layer)
     for side, n in zip(SIDES, (gradient[-1], gradient[-2]), strict=True):
         if side not in stand_ins or not names_of(side, block.requires):

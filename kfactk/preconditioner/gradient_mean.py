@@ -53,10 +53,11 @@ class TurnedGradients:
         A gradient that is not finite, or whose sum is not, leaves the means as they are.
 
         Args:
-            means: Changed: "mean", and "turned" where the coordinates of the gradient are known.
+            means: Changed: "mean", and "turned" where the basis has coordinates.
             gradient: `[..., d_out, d_in]`.
             moment: How gradients are averaged.
-            turn: Gives the coordinates of a matrix; called where the basis is new.
+            turn: Gives the coordinates of a matrix, where there are some; called where the basis is
+                new, and for a gradient that was not measured.
         """
         mean = means.setdefault(MEAN, RunningMean())
         known, self.measured = self.measured, None
@@ -69,6 +70,7 @@ class TurnedGradients:
             return gradient
         mean.update(gradient, moment.decay)
         found = moment.of(mean, gradient)
+        told = turn(gradient) if told is None else told
         if told is not None and mean.value is not None:
             if turned is None or turned.value is None or turned.weight == 0:
                 turned = RunningMean(turn(mean.value), mean.weight)

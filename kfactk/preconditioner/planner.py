@@ -120,12 +120,15 @@ class Planner:
         if self._lag and schedule.periods(later)[2] <= self._lag:
             raise OptionError(lag_message(self._lag, schedule.periods(later)[2], later))
         slot_then = schedule.slot(later) if schedule.stagger else 0
+        mixed = not all(block.of_gradient for block in blocks)
         plans = {}
         for block in blocks:
             part, slot = int(block in self._second_part), self._slots.get(block, 0)
             now = due(slot if slot == slot_now else NO_SLOT, part)
             if block.pace is not None:
                 now = _paced(block, step)
+            if mixed and block.of_gradient and block.moments_of_gradient:
+                now = attrs.evolve(now, scale=True)  # one gradient alone is a poor divisor
             begins = bool(self._lag) and slot == slot_then and schedule.due(later, slot).basis
             if block.measures_nothing or (now == NOTHING and block.state.settled and not begins):
                 continue

@@ -474,10 +474,20 @@ class Preconditioner:
     def count_gradients(self, gradients: Mapping[str, Tensor]) -> None:
         """Take the statistics of gradients that count from the next step on.
 
+        Those that have made the first directions of a basis are measured in them. So the moments
+        are of all gradients that a first moment is the mean of, and bound it.
+
         Args:
             gradients: By layer name, as matrices.
         """
         self._take_gradients(self._later, gradients)
+        founding = {
+            block: gradients[block.name]
+            for block in self.blocks.current()
+            if block in self._founded and block.turns_both_sides and not block.counts_next
+            if block.name in gradients and _has_coordinates(block) and self._scale_due(block)
+        }
+        self._take_moments(founding, dict.fromkeys(founding, 1.0))
 
     def _take_gradients(self, blocks: Sequence[Block], gradients: Mapping[str, Tensor]) -> None:
         """Take the factors of these blocks' gradients into their means, where they are due."""
@@ -513,8 +523,9 @@ class Preconditioner:
     def measure_gradients(self, gradients: Mapping[str, Tensor], reduction: str) -> None:
         """Measure the moments of the user's own gradient, for bases that want these.
 
-        Blocks whose factors are of the gradient too take it as it is, and count no terms. In a
-        basis that it alone has made there is nothing to measure: it is diagonal there.
+        Blocks whose factors are of the gradient too take it as it is, and count no terms. Where it
+        alone has made the directions of both sides, it is diagonal there but for rounding, which is
+        no divisor: it is measured after the step.
 
         Args:
             gradients: By layer name, as matrices.
@@ -525,28 +536,40 @@ class Preconditioner:
         if self._plan.counts_terms:
             local = sum(self._num_terms, start=0.0)
             [num_terms] = self.communicator.total([float(local)], device_of(blocks))
-        plans, measured = self._plan.plans, list[Block]()
-        sums: dict[str, Statistic] = {}
+        means, terms = dict[Block, Tensor](), dict[Block, Tensor | float]()
         for block in blocks:
-            gradient, state, terms = gradients.get(block.name), block.state, num_terms
-            if block.of_gradient:
-                due = block in plans and plans[block].scale and block not in self._founded
-                terms = float(due)
-            if (
-                not (block.moments_of_gradient and state.ready and state.decomposition)
-                or gradient is None
-            ):
+            gradient = gradients.get(block.name)
+            if gradient is None or not _has_coordinates(block):
                 continue
-            if terms:
-                mean = gradient
-                if reduction == "sum" and not block.of_gradient:
-                    mean = gradient / terms
-                with self.timer.timed("scale"):
-                    found = drop_nonfinite(block.gradient_moments(mean, terms), state.nonfinite)
-                sums |= _named(block, found)
-                measured.append(block)
+            if block.of_gradient:
+                later = block.counts_next or block.turns_both_sides
+                if self._scale_due(block) and not (later and block in self._founded):
+                    means[block], terms[block] = gradient, 1.0
+            elif num_terms:
+                means[block] = gradient / num_terms if reduction == "sum" else gradient
+                terms[block] = num_terms
+        self._take_moments(means, terms)
+
+    def _scale_due(self, block: Block) -> bool:
+        """Return whether the moments of a block of gradients are due."""
+        return block in self._plan.plans and self._plan.plans[block].scale
+
+    def _take_moments(
+        self, means: Mapping[Block, Tensor], terms: Mapping[Block, Tensor | float]
+    ) -> None:
+        """Take the moments of gradients into the running means of their blocks.
+
+        Args:
+            means: The mean gradient of each block.
+            terms: Number of likelihood terms that it is the mean over.
+        """
+        sums: dict[str, Statistic] = {}
+        for block, mean in means.items():
+            with self.timer.timed("scale"):
+                found = block.gradient_moments(mean, terms[block])
+                sums |= _named(block, drop_nonfinite(found, block.state.nonfinite))
         averages = _by_block(local_means(sums))
-        for block in measured:
+        for block in means:
             block.update_moments(averages.get(block.name, {}))
 
     @property
@@ -744,6 +767,11 @@ def _by_block(averages: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         layer, key = split_key(joined)
         found.setdefault(layer, {})[key.partition(".")[2]] = value
     return found
+
+
+def _has_coordinates(block: Block) -> bool:
+    """Return whether moments of the user's gradient can be measured on this rank."""
+    return block.moments_of_gradient and block.state.ready and bool(block.state.decomposition)
 
 
 def _input_changed(block: Block) -> bool:

@@ -37,7 +37,10 @@ class BlockRule:
     def refuses(self, layer: Layer) -> str | None:
         """Return why the basis cannot treat a layer that the curvature takes, or `None`."""
         with attribute_errors("curvature", self.curvature, f"on layer {layer.name!r}"):
-            blank = {n: torch.empty_like(p, device="meta") for n, p in layer.tensors().items()}
+            blank = {  # plain, also of a parameter that is spread over ranks
+                name: torch.empty(each.shape, dtype=each.dtype, device="meta")
+                for name, each in layer.tensors().items()
+            }
             shape = tuple(self.curvature.matrix(layer, blank).shape)
         with attribute_errors("basis", self.basis, f"on layer {layer.name!r}"):
             return self.basis.unsupported(shape)
@@ -47,13 +50,33 @@ class BlockRule:
         return not self.layers or any(within(name, pattern) for pattern in self.layers)
 
 
+WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module"})
+"""Names of what torch's wrappers hold: `torch.compile` and those of activation checkpointing."""
+
+
 def within(name: str, pattern: str) -> bool:
     """Return whether a pattern matches the name of a module or of one that contains it.
+
+    It may leave out the names of wrappers.
 
     Example:
         >>> within("encoder.0.fc", "encoder"), within("encoder.0.fc", "*.fc"), within("fc", "f")
         (True, True, False)
+        >>> within("_orig_mod.fc", "fc"), within("_orig_mod.fc", "_orig_mod.fc")
+        (True, True)
     """
-    parts = name.split(".")
-    prefixes = (".".join(parts[:end]) for end in range(1, len(parts) + 1))
-    return any(fnmatch.fnmatchcase(prefix, pattern) for prefix in prefixes)
+    return any(
+        fnmatch.fnmatchcase(".".join(parts[:end]), pattern)
+        for parts in (name.split("."), unwrapped_name(name).split("."))
+        for end in range(1, len(parts) + 1)
+    )
+
+
+def unwrapped_name(name: str) -> str:
+    """Return the name of a module as it is without wrappers.
+
+    Example:
+        >>> unwrapped_name("_orig_mod.blocks.0._checkpoint_wrapped_module.mlp")
+        'blocks.0.mlp'
+    """
+    return ".".join(part for part in name.split(".") if part not in WRAPPERS)

@@ -137,3 +137,56 @@ def test_muon_is_that_of_torch(
         optimizer.step()
         other.step()
         torch.testing.assert_close(layer.weight, weight, rtol=1e-12, atol=1e-12)
+
+
+def test_what_the_preset_transformer_does_not_orthogonalise_is_adam_of_torch() -> None:
+    """Rows that only the first batch has, and such that it lacks, too."""
+    layer = nn.Embedding(9, 5, dtype=F64)
+    model = nn.ModuleDict({"table": layer, "blocks": nn.ModuleList([nn.Sequential(nn.Identity())])})
+    weight = nn.Parameter(layer.weight.detach().clone())
+    muon, adam = kfactk.preset("transformer").curvature
+    rest = kfactk.block(adam.curvature, basis={"name": "soap", "eps": 1e-30})
+    recipe = kfactk.preset("transformer", curvature=[muon, rest], first_moment=0.9)
+    optimizer = recipe.bind(model)
+    other = torch.optim.Adam([weight], lr=recipe.lr, betas=(0.9, 0.95), eps=1e-30)
+    for t, gradient in enumerate(gradients(9, 5)):
+        gradient[torch.arange(9) % 3 == t % 3] = 0
+        layer.weight.grad, weight.grad = gradient.clone(), gradient.clone()
+        optimizer.step()
+        other.step()
+        torch.testing.assert_close(layer.weight, weight, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("max_side", [None, 6], ids=["both sides turned", "one side turned"])
+def test_soap_divides_by_every_gradient_that_its_first_moment_holds(max_side: int | None) -> None:
+    """Written out: one basis, of the first gradient, which makes a step of the size of Adam's."""
+    d_out, d_in, decay = 8, 5, 0.9
+    layer = nn.Linear(d_in, d_out, bias=False, dtype=F64)
+    optimizer = kfactk.build(
+        curvature={"name": "gradient", "max_side": max_side},
+        basis={"name": "soap", "eps": 0.0},
+        update="sgd",
+        lr=LR,
+        first_moment=decay,
+        basis_every=100,
+    ).bind(layer)
+    first, *more = gradients(d_out, d_in)
+    right = torch.linalg.eigh(first.mT @ first).eigenvectors
+    values, left = torch.linalg.eigh(first @ first.mT)
+    null = values < values.max() * 1e-10
+    if max_side is not None:
+        left, null = torch.eye(d_out, dtype=F64), torch.zeros(d_out, dtype=torch.bool)
+    weight, m, s = layer.weight.detach().clone(), torch.zeros_like(first), torch.zeros_like(first)
+    for t, gradient in enumerate([first, *more], start=1):
+        layer.weight.grad = gradient.clone()
+        optimizer.step()
+        turned = left.mT @ gradient @ right
+        square = turned.square()
+        square[null] = square[null].mean(0, keepdim=True)
+        m, s = decay * m + (1 - decay) * turned, 0.95 * s + 0.05 * square
+        step = (m / (1 - decay**t)) / (s / (1 - 0.95**t)).sqrt()
+        if t == 1 and max_side is None:
+            step = turned / turned.square().mean().sqrt()
+        assert step[~null].abs().max() < 8  # and not hundreds, as for a gradient left out of s
+        weight -= LR * left @ step @ right.mT
+        torch.testing.assert_close(layer.weight, weight, rtol=1e-9, atol=1e-9)

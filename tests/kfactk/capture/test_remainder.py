@@ -36,8 +36,9 @@ class Model(nn.Module):
 
 def stepped(term: Term, model: Model, **how: Any) -> tuple[list[str], dict[str, Tensor]]:
     """What two steps warn of, and the gradients."""
-    options = {"curvature": "kfac", "fisher": "empirical", "lr": 0.0, "damping": 0.1}
-    optimizer = kfactk.build(**options, factor_every=1, **how.pop("recipe", {})).bind(model)
+    options: dict[str, Any] = {"curvature": "kfac", "fisher": "empirical", "lr": 0.0}
+    options |= {"damping": 0.1, "factor_every": 1, **how.pop("recipe", {})}
+    optimizer = kfactk.build(**options).bind(model)
     told = losses(term, model, optimizer, **how)
     return told, {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -157,3 +158,28 @@ def test_checkpointing_and_several_backwards_are_no_remainder() -> None:
         F.cross_entropy(out[:3], Y[:3], reduction="sum").div(6).backward(retain_graph=True)
         F.cross_entropy(out[3:], Y[3:], reduction="sum").div(6).backward()
         optimizer.step()
+
+
+class Recurrent(nn.Module):
+    """Its input side and its hidden side are two layers, and one node where torch fuses them."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.rnn = nn.LSTM(4, 5, 2, batch_first=True, dtype=dtype)
+        self.proj = nn.Linear(5, 3, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.rnn(x.unsqueeze(1).expand(-1, 3, -1))[0][:, -1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_all_parameters_of_a_recurrent_layer_have_their_gradients_in_its_call(
+    dtype: torch.dtype,
+) -> None:
+    recipe = {"curvature": ["rnn", "kfac"]}
+    model: Any = Recurrent(dtype)
+    assert stepped(lambda m, z: 0.0, model, recipe=recipe)[0] == []
+    reads: Term = lambda m, z: (z[:, :5].mean(0) @ m.rnn.weight_hh_l0.T).logsumexp(0)  # noqa: E731
+    [told] = stepped(reads, Recurrent(dtype), recipe=recipe)[0]  # type: ignore[arg-type]
+    assert "layers 'rnn[hh_l0]' came past" in told

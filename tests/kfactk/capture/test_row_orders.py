@@ -17,6 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 import kfactk
+from kfactk import KfactkWarning
 from kfactk.capture import row_orders
 from kfactk.samples import LayerCall
 from kfactk.testing._support.ranks import shared_workers
@@ -349,6 +350,73 @@ def test_sequence_first_layers_are_told(returns: str, length: int, words: str, f
     recipe: dict[str, Any] = {"curvature": "kfac", "basis": "ekfac", "fisher": fisher}
     _, told = trained(First(returns), [(rows(length, N, D), y)], **recipe)
     assert any(words in each for each in told)
+
+
+class WordModel(nn.Module):
+    """A language model of torch's examples: the sequence comes first, and the output is flat."""
+
+    def __init__(self, *, tied: bool, recurrent: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.words, self.rnn, self.out = nn.Embedding(11, 4), nn.LSTM(4, 4), nn.Linear(4, 11)
+        self.rnn.requires_grad_(recurrent)
+        if tied:
+            self.out.weight = self.words.weight
+
+    def forward(self, words: Tensor) -> Tensor:
+        return self.out(self.rnn(self.words(words))[0]).flatten(0, 1)
+
+
+@pytest.mark.parametrize("fisher", ["mc", "empirical"])
+@pytest.mark.parametrize("recurrent", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_flattened_view_whose_sequence_came_first_is_told(
+    tied: bool, recurrent: bool, fisher: str
+) -> None:
+    model = WordModel(tied=tied, recurrent=recurrent)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    curvature = ["rnn", "embedding", "kfac"]
+    optimizer = kfactk.build(curvature=curvature, fisher=fisher).bind(model, parameters)
+    words = torch.randint(11, (7, 14))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", KfactkWarning)
+        F.cross_entropy(model(words), words.flatten()).backward()
+        optimizer.step()
+    [told] = [str(each.message) for each in caught if "model's output" in str(each.message)]
+    assert ".view(-1, 14, out.shape[-1])" in told
+    assert ".transpose(0, 1)" in told
+
+
+@pytest.mark.parametrize(
+    ("fisher", "edges", "told"), [("mc", 4, 0), ("empirical", 4, 1), ("empirical", 2, 0)]
+)
+def test_an_output_of_tokens_that_the_model_chose_is_told(
+    fisher: str, edges: int, told: int
+) -> None:
+    """In passes of our own the gradients of different terms do not correlate.
+
+    Of `edges` rows, such as the two of a list of edges, a model has as many examples or not.
+    """
+
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.up, self.head = nn.Linear(D, 5), nn.Linear(5, C)
+
+        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+            rows = x.view(4, 5, -1) if edges == 4 else x.view(20, -1)
+            return self.head(torch.tanh(self.up(rows)).view(4, 5, -1)[mask.view(4, 5)])
+
+    model, mask = Chosen(), torch.ones(4, 5, dtype=torch.bool)
+    mask[0, 1:] = mask[2, 2:] = False
+    optimizer = kfactk.build(curvature="kfac", fisher=fisher).bind(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", KfactkWarning)
+        logits = model(torch.randn(edges, 20 // edges, D), mask.view(edges, -1))
+        F.cross_entropy(logits, torch.arange(len(logits)) % C).backward()
+        optimizer.step()
+    texts = [str(each.message) for each in caught if each.category is KfactkWarning]
+    assert ["has 13 rows" in each for each in texts] == [True] * told
 
 
 def test_a_flattened_output_whose_sequence_came_first_is_told() -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.nn import functional as F
 
 import kfactk
 from kfactk.testing._support.ranks import shared_workers
 from tests.covering import covering
 from tests.kfactk.sharded import (
+    F64,
     WAYS,
     data,
     deviation,
@@ -137,3 +142,42 @@ def test_placements_divide_the_curvature_of_a_divided_model() -> None:
     for ours in shared_workers().run(4, placed, names):
         for name in names:
             assert deviation(ours[name], truth) < 1e-10, name
+
+
+class Projections(nn.Module):
+    """Three square matrices side by side, whose rows two ranks share unevenly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.blocks = nn.ModuleList([nn.ModuleDict({"qkv": nn.Linear(4, 12)})])
+        self.head = nn.Linear(4, 3)
+        self.to(F64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        parts: Tensor = self.blocks[0]["qkv"](x)  # type: ignore[index]
+        return self.head(torch.tanh(parts).unflatten(-1, (3, 4)).prod(-2))
+
+
+def projected(rank: int, *, divided: bool) -> dict[str, Tensor]:
+    model = Projections()
+    if divided:
+        fully_shard(model.blocks[0]["qkv"], mesh=line())  # type: ignore[index]
+        fully_shard(model, mesh=line())
+    muon, rest = kfactk.preset("transformer").curvature
+    full = kfactk.block(muon.curvature, {"name": "muon", "precision": "full"}, muon.layers)
+    optimizer = kfactk.preset("transformer", curvature=[full, rest]).bind(model)
+    for step in range(STEPS):
+        x, y = torch.linspace(-1, 1, 48, dtype=F64).sin().roll(step).view(12, 4), torch.arange(12)
+        if divided:
+            x, y = x[rank::2], y[rank::2]
+        optimizer.zero_grad()
+        F.cross_entropy(model(x), y % 3).backward()
+        optimizer.step()
+    return parameters(model)
+
+
+def test_a_preset_for_transformers_takes_projections_that_ranks_share() -> None:
+    truth = projected(0, divided=False)
+    for ours in shared_workers().run(2, functools.partial(projected, divided=True)):
+        torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10)

@@ -262,3 +262,24 @@ def test_a_learning_rate_in_a_tensor() -> None:
     for ours, truth in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours, truth, rtol=1e-6, atol=1e-7)
     assert values(model)[0].dtype == F64
+
+
+def test_a_scheduler_of_momentum_beside_a_first_moment_is_refused() -> None:
+    model = nn.Linear(3, 2)
+    optimizer = kfactk.build(
+        curvature="gradient", basis="soap", update="sgd", first_moment=0.9
+    ).bind(model)
+    start = [p.detach().clone() for p in model.parameters()]
+    model(torch.ones(1, 3)).sum().backward()
+    lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=8)
+    with pytest.raises(kfactk.OptionError, match=r"momentum=0.95, beside.*cycle_momentum=False"):
+        optimizer.step()
+    assert all(map(torch.equal, model.parameters(), start))
+    optimizer.param_groups[0]["momentum"] = 0.0
+    lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=8, cycle_momentum=False)
+    optimizer.step()
+    both = kfactk.build(
+        curvature="gradient", basis="soap", update="momentum", first_moment=0.9
+    ).bind(model)
+    lr_scheduler.OneCycleLR(both, 0.1, total_steps=8)
+    both.step()

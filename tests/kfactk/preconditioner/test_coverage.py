@@ -211,3 +211,28 @@ def test_layers_of_all_rules_come_in_the_models_order() -> None:
     survey = ModelSurvey(model, kfactk.build(curvature=["all", "gradient"]).rules)
     found = [layer.path for layer, _ in survey.layers(ids(*model.parameters()))]
     assert found == ["", "words", "head", "attn", "attn", "attn", "attn"]
+
+
+@pytest.mark.parametrize("wrapped", ["whole", "parts", "checkpointed"])
+def test_patterns_name_layers_as_they_are_without_wrappers(wrapped: str) -> None:
+    """Compilation is lazy: nothing is compiled here."""
+    wrapper = pytest.importorskip("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
+    model: nn.Module = nn.ModuleDict({"body": nn.Linear(3, 3), "head": nn.Linear(3, 3)})
+    make = wrapper.checkpoint_wrapper if wrapped == "checkpointed" else torch.compile
+    if wrapped == "whole":
+        model = torch.compile(model)  # type: ignore[assignment]
+    else:
+        model["body"], model["head"] = make(model["body"]), make(model["head"])  # type: ignore[operator, index]
+    head = kfactk.block("kfac", basis="kfac", layers=["head"])
+    plain = kfactk.build(curvature=[head, "kfac"], exclude=["body"]).coverage(model)
+    assert ["kfac, kfac" in row.stages for row in plain] == [False, False, True, True]
+    assert [row.reason for row in plain][:2] == ["excluded (exclude='body')"] * 2
+    name = next(name for name, _ in model.named_modules() if name.endswith("body"))
+    kfactk.build(exclude=[name]).coverage(model)
+    with pytest.raises(kfactk.OptionError, match=r"Give one of: (?!.*_orig_mod).*head"):
+        kfactk.build(exclude=["tail"]).coverage(model)
+
+
+def test_a_preset_on_a_model_without_its_layers_says_what_to_do() -> None:
+    with pytest.raises(kfactk.OptionError, match=r"Give one of: 0, 1.* preset.*kfactk.block\("):
+        kfactk.preset("transformer").coverage(nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)))

@@ -52,3 +52,13 @@ def test_options_of_no_average_are_refused(option):
     with pytest.raises(OptionError, match=f"has {name}, and a decay of 0, .*'{name}': {value}}}"):
         as_first_moment(option)
     assert as_first_moment({**option, "decay": 0.5}).decay == 0.5
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_a_gradient_of_another_precision_joins_the_mean_in_its_own(nesterov: bool) -> None:
+    """A model may be moved to another precision; the mean stays as it is."""
+    moment, mean = FirstMoment(0.5, nesterov=nesterov), RunningMean()
+    mean.update(torch.tensor([4.0]), 0.5)
+    mean.update(torch.tensor([1.0], dtype=torch.float64), 0.5)
+    found = moment.of(mean, torch.tensor([1.0], dtype=torch.float64))
+    torch.testing.assert_close(found, torch.tensor([1.5 if nesterov else 2.0]))

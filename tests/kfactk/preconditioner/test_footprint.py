@@ -96,3 +96,11 @@ def test_seconds_are_those_of_the_solver_on_this_kind_of_device() -> None:
     [on_meta] = kfactk.build().coverage(head.to("meta"))
     assert on_meta.seconds is None
     assert on_meta.bytes == eigh.bytes
+
+
+def test_wide_sides_of_gradients_are_told() -> None:
+    recipe = kfactk.build(curvature={"name": "gradient", "max_side": 4}, basis="soap", update="sgd")
+    weight, bias = recipe.coverage(nn.Linear(3, 7))
+    assert weight.wide == ("side 7: diagonal",)
+    assert "(gradient, soap; side 7: diagonal; " in weight.treatment
+    assert bias.wide == ()

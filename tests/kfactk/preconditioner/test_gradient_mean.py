@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 import kfactk
 from kfactk.preconditioner.gradient_mean import TURNED
@@ -184,6 +185,29 @@ def test_a_resumed_run_goes_on_bit_for_bit(steps: int) -> None:
         step(model, optimizer, number)
         step(again, resumed, number)
         assert torch.equal(weights(model), weights(again))
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("changes", [{}, {"scale_every": 4}, {"basis": "shampoo"}])
+def test_a_fresh_optimizer_has_room_for_what_any_step_saves(
+    changes: dict[str, Any], steps: int
+) -> None:
+    """`torch.distributed.checkpoint` loads into room, and refuses what was not saved."""
+    recipe = kfactk.build(
+        **{**OPTIONS, "curvature": "gradient", "basis": "soap", "first_moment": 0.9, **changes}
+    )
+    model, other = network(), network()
+    optimizer, fresh = recipe.bind(model), recipe.bind(other)
+    for number in range(steps):
+        step(model, optimizer, number)
+    keys = [
+        {(name, key) for name, entry in found["state"].items() for key in entry}
+        for found in (
+            get_optimizer_state_dict(model, optimizer),
+            get_optimizer_state_dict(other, fresh),
+        )
+    ]
+    assert keys[0] == keys[1]
 
 
 def test_a_state_without_it_is_taken() -> None:
