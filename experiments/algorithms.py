@@ -136,7 +136,8 @@ def recipe(algorithm: Algorithm, *, seed: int) -> kfactk.Recipe:
     made = kfactk.Recipe.from_dict(options, trusted=algorithm.trusted)
     if preset is not None:
         made = kfactk.preset(preset, **options)
-    if "seed" not in attrs.fields_dict(type(made.fisher)):
+    draws = getattr(made.fisher, "draw", None) is None
+    if "seed" not in attrs.fields_dict(type(made.fisher)) or not draws:
         return made
     given = algorithm.options.get("fisher")
     chosen = {"seed": seed, **given} if isinstance(given, Mapping) else {"seed": seed}
