@@ -130,7 +130,16 @@ def muon(model: nn.Module, lr: float = 0.02, adamw_lr: float = 0.001, **options:
 
 
 def recipe(algorithm: Algorithm, *, seed: int) -> kfactk.Recipe:
-    """Return the recipe of an algorithm of kfactk; `seed` draws the targets of its Fisher pass."""
+    """Return the recipe of an algorithm of kfactk; `seed` draws the targets of its Fisher pass.
+
+    Algorithms share settings that not all of them read: that these have no effect is not told.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", kfactk.KfactkWarning)
+        return _recipe(algorithm, seed)
+
+
+def _recipe(algorithm: Algorithm, seed: int) -> kfactk.Recipe:
     options = dict(algorithm.options)
     preset = options.pop("preset", None)
     made = kfactk.Recipe.from_dict(options, trusted=algorithm.trusted)
