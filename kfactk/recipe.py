@@ -185,7 +185,8 @@ class Recipe(Settings):
             Block(layer, rule.curvature, rule.basis, pace=rule.pace)
             for layer, rule in survey.layers(trained)
         ]
-        found = with_footprints(survey.coverage(trained), blocks)
+        averages = self.first_moment.decay > 0
+        found = with_footprints(survey.coverage(trained), blocks, averages=averages)
         return with_notes(with_link(found, self.link, self.link_name, blocks), self, blocks)
 
     def evolve(self, **changes: Any) -> Recipe:
@@ -590,7 +591,7 @@ def preset(name: str, **changes: Any) -> Recipe:
 
 def _made(given: Mapping[str, Any]) -> Recipe:
     """Return the recipe of some arguments of `build`."""
-    return Recipe(**_resolved(_defaults() | given))
+    return Recipe(**_resolved(_defaults() | dict(given)))
 
 
 def _defaults() -> dict[str, Any]:

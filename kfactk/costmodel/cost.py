@@ -352,7 +352,7 @@ class Memory:
     Args:
         model: Parameters, their gradients and the update rule's state.
         activations: What the forward keeps for the backward.
-        curvature: Factors, decompositions and moments kept between steps.
+        curvature: Factors, decompositions, moments and means of gradients kept between steps.
         temporary: Sums and samples that the worst step adds.
     """
 
@@ -661,7 +661,9 @@ def _held_and_preconditioning(
             for rank in inverse_workers:
                 held[rank] += itemsize * (1 + load.keeps) * math.prod(work.matrices[name])
         seconds = layer.precondition.seconds(machine)
-        kept = itemsize * (sum(layer.sizes.kept.values()) + layer.sizes.moments)
+        sizes = layer.sizes
+        held = [each + itemsize * sizes.mean for each in held]
+        kept = itemsize * (sum(sizes.kept.values()) + sizes.moments + sizes.turned)
         link = load.link
         by_link = link is not None and link.solves and work.layer in link.layers
         for rank in share.gradient_workers:

@@ -99,7 +99,7 @@ class Muon(Basis):
     def __attrs_post_init__(self) -> None:
         if self.steps:
             return
-        usual = {"coefficients": QUINTIC, "precision": "bfloat16"}
+        usual: dict[str, Any] = {"coefficients": QUINTIC, "precision": "bfloat16"}
         usual |= {} if self.even else {"eps": attrs.fields(Muon).eps.default}
         if idle := [name for name, value in usual.items() if getattr(self, name) != value]:
             raise OptionError(
