@@ -47,12 +47,14 @@ class Amount:
         convolutions: FLOPs in convolutions.
         bytes: Bytes read and written.
         launches: Operations started.
+        triangular: FLOPs in triangular solves.
     """
 
     products: float = 0.0
     convolutions: float = 0.0
     bytes: float = 0.0
     launches: float = 0.0
+    triangular: float = 0.0
 
     def __add__(self, other: Amount) -> Amount:
         return Amount(*map(operator.add, attrs.astuple(self), attrs.astuple(other)))
@@ -62,14 +64,15 @@ class Amount:
 
         Example:
             >>> Amount(products=10.0, launches=3.0).times(2)
-            Amount(products=20.0, convolutions=0.0, bytes=0.0, launches=6.0)
+            Amount(products=20.0, convolutions=0.0, bytes=0.0, launches=6.0, triangular=0.0)
         """
         return Amount(*(factor * part for part in attrs.astuple(self)))
 
     def seconds(self, machine: Machine, precision: str = "float32") -> float:
         """Return the seconds at the machine's rates; half precision takes half of the bytes."""
         rate = machine.rate(precision)
-        arithmetic = self.products / rate + self.convolutions / (rate * machine.convolutions)
+        slower = self.convolutions / machine.convolutions + self.triangular / machine.triangular
+        arithmetic = (self.products + slower) / rate
         share = 0.5 if precision in ("bfloat16", "float16") else 1.0
         return arithmetic + share * self.bytes / machine.bandwidth + self.launches * machine.launch
 
@@ -132,7 +135,7 @@ class LayerCost:
         sizes = Sizes.of(work, sampled=workload.sampled)
         rows = float(batch * groups * t * (o + i))
         touched = item * (2.0 * sum(sizes.kept.values()) + 8.0 * math.prod(work.gradient))
-        precondition = (4.0 if solver == "eigh" else 2.0) * groups * o * i * (o + i)
+        precondition = 2.0 * groups * o * i * (o + i)
         factors = Amount(many * t * (i * i + o * o), 0.0, item * 6.0 * rows, 8 * once)
         scale = transport = NOTHING
         if workload.sampled:
@@ -140,7 +143,11 @@ class LayerCost:
             scale = Amount(products, 0.0, item * 8.0 * rows, 20 * once)
             products = groups * 2.0 * (i**3 + o**3 + o * i * (o + i))
             transport = Amount(products, 0.0, touched, 10)
-        solving = Amount(precondition, 0.0, touched, 10)
+        solving = Amount(bytes=touched, launches=10)
+        if solver == "eigh":
+            solving = attrs.evolve(solving, products=2 * precondition)
+        else:
+            solving = attrs.evolve(solving, triangular=precondition)
         return cls(factors, scale, solving, sizes, rows, solver, transport)
 
     def decomposition_seconds(self, shape: tuple[int, ...], machine: Machine) -> float:

@@ -61,6 +61,8 @@ def test_training_load_of_curvature_follows_its_formulas(basis: str, solver: str
         scale = formula.scale.products - (bias if basis == "ekfac" else 0)
         assert found.scale.products + found.scale.convolutions == scale
         assert found.precondition.products == formula.precondition.products
+        assert found.precondition.triangular == formula.precondition.triangular
+        assert bool(found.precondition.triangular) == (basis == "kfac")
         assert found.transport.products == formula.transport.products
         assert (found.solver, found.sizes) == (solver, formula.sizes)
         assert found.factors.launches > 0 < found.precondition.bytes
