@@ -145,7 +145,8 @@ def _seconds_of(told: Preparation, device: str) -> float | None:
         return None
     solved = {"eigh": told.eigh, "cholesky": told.cholesky}
     taken = sum(rates.seconds(name, n) for name, sides in solved.items() for n in sides)
-    return (DOUBLE if told.double else 1.0) * (taken + told.products / rates.rate)
+    taken += (told.products + told.triangular) / rates.rate
+    return (DOUBLE if told.double else 1.0) * taken
 
 
 @contextlib.contextmanager
