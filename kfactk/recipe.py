@@ -129,9 +129,9 @@ class Recipe(Settings):
             )
         own = " and ".join(dict.fromkeys(rule.label for rule in self.rules))
         raise CombinationError(
-            f"no block uses basis={mine!r}: no curvature of the recipe provides what it reads, "
-            f"and theirs are used in its place ({own}). Leave it out, or give the block a basis "
-            "that fits: kfactk.block(curvature, basis=...)."
+            f"no block uses basis={mine!r}: it fits no curvature of the recipe, and theirs are "
+            f"used in its place ({own}). Leave it out, or give the block a basis that fits: "
+            "kfactk.block(curvature, basis=...)."
         )
 
     def bind(
@@ -217,7 +217,7 @@ class Recipe(Settings):
         """
         idle = idle_fields(self)
         found = {name: idle[name] for name in self._changed() if name in idle}
-        return found | ({} if "likelihood" in found else idle_options(self))
+        return found | idle_options(self)
 
     def _as_usual(self) -> list[str]:
         """Return the fields that follow from the stages and have the value that follows."""

@@ -35,7 +35,7 @@ def idle_fields(recipe: Settings) -> dict[str, str]:
 
 
 def idle_options(recipe: Settings) -> dict[str, str]:
-    """Return the options of likelihoods that were given and have no effect, with the reason.
+    """Return the options of stages that were given and have no effect, with the reason.
 
     Args:
         recipe: The recipe.
@@ -48,6 +48,14 @@ def idle_options(recipe: Settings) -> dict[str, str]:
         ["variance of likelihood 'gaussian'"]
     """
     found = dict[str, str]()
+    for rule in recipe.rules:
+        if rule.basis.reads or rule.basis.moments_from is not None:
+            continue
+        given, label = _given("curvature", rule.curvature), name_of("curvature", rule.curvature)
+        for option in getattr(rule.curvature, "only_measured", ()):
+            if option in given:
+                why = f"{_named('basis', [rule.basis])} measures nothing"
+                found[f"{option} of curvature {label!r}"] = why
     for likelihood in dict.fromkeys(head.likelihood for head in recipe.heads):
         given, label = _given("likelihood", likelihood), name_of("likelihood", likelihood)
         for option, why in _unread(recipe, likelihood):

@@ -22,6 +22,8 @@ class Curvature(abc.ABC):
 
     statistics_from: ClassVar[str] = "samples"
     """What factors are made of: "samples", or the mini-batch "gradient" (`GradientCurvature`)."""
+    only_measured: ClassVar[tuple[str, ...]] = ()
+    """Options that nobody reads with a basis that measures nothing; `build` then warns of them."""
     row_factors: ClassVar[frozenset[str]] = frozenset()
     """Names of the factors that are no sums but data of single examples (`Statistic.rows`)."""
 

@@ -115,6 +115,10 @@ def test_fields_are_idle_where_another_value_changes_nothing(name: str) -> None:
             "^ignore_index of likelihood 'categorical' has no effect: it is looked for in the "
             "labels, and targets= does not name them",
         ),
+        (
+            {"curvature": {"name": "gradient", "max_side": 3, "squares": ["*"]}, "basis": "muon"},
+            "^max_side of curvature 'gradient' has no effect: basis 'muon' measures nothing",
+        ),
         ({"reduction": "sum"}, "reduction='sum' has no effect: fisher 'mc' measures passes"),
     ],
 )
@@ -187,7 +191,7 @@ def test_one_sentence_tells_what_has_the_same_reason() -> None:
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"curvature": "norm", "basis": "kfac"}, "basis='kfac': no curvature of the recipe"),
+        ({"curvature": "norm", "basis": "kfac"}, "basis='kfac': it fits no curvature of"),
         (
             {"curvature": "embedding", "basis": {"name": "ekfac", "scale": "running"}},
             "no block uses basis=.*embedding, ekfac",
