@@ -120,6 +120,8 @@ _CONTROLLED = {
     "controller": _OFTEN,
 }
 ADDED: Mapping[str, dict[str, Any]] = {
+    "kfac": {"basis": "kfac"},
+    "inverse": {"basis": {"name": "kfac", "solver": "inverse"}},
     "two_level": {"link": "two_level"},
     "block_tridiagonal": {"curvature": _REDUCED, "basis": "kfac", "link": "block_tridiagonal"},
     "controller": _CONTROLLED,

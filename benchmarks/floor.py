@@ -160,6 +160,7 @@ def ideal(rate: float, solvers: Mapping[str, Curve]) -> Machine:
         name="floor",
         products={"float32": rate},
         convolutions=1.0,
+        triangular=1.0,
         bandwidth=free,
         launch=0.0,
         solvers={**CPU.solvers, **solvers},

@@ -138,13 +138,23 @@ def heavyball(model: nn.Module, name: str, **options: Any) -> Any:
 
 
 def recipe(algorithm: Algorithm, *, seed: int) -> kfactk.Recipe:
-    """Return the recipe of an algorithm of kfactk; `seed` draws the targets of its Fisher pass."""
+    """Return the recipe of an algorithm of kfactk; `seed` draws the targets of its Fisher pass.
+
+    Algorithms share settings that not all of them read: that these have no effect is not told.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", kfactk.KfactkWarning)
+        return _recipe(algorithm, seed)
+
+
+def _recipe(algorithm: Algorithm, seed: int) -> kfactk.Recipe:
     options = dict(algorithm.options)
     preset = options.pop("preset", None)
     made = kfactk.Recipe.from_dict(options, trusted=algorithm.trusted)
     if preset is not None:
         made = kfactk.preset(preset, **options)
-    if "seed" not in attrs.fields_dict(type(made.fisher)):
+    draws = getattr(made.fisher, "draw", None) is None
+    if "seed" not in attrs.fields_dict(type(made.fisher)) or not draws:
         return made
     given = algorithm.options.get("fisher")
     chosen = {"seed": seed, **given} if isinstance(given, Mapping) else {"seed": seed}

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -13,7 +14,14 @@ from torch import Tensor, nn
 
 from kfactk._version import __version__
 from kfactk.capture.support import supported_model
-from kfactk.errors import CombinationError, OptionError, UnknownStageError, near_names
+from kfactk.errors import (
+    CombinationError,
+    KfactkWarning,
+    OptionError,
+    UnknownStageError,
+    near_names,
+)
+from kfactk.optim.idle import idle_fields, idle_message, idle_options
 from kfactk.optim.optimizer import Optimizer, Params
 from kfactk.optim.predicted import with_notes
 from kfactk.optim.settings import (
@@ -104,15 +112,27 @@ class Recipe(Settings):
 
     def __attrs_post_init__(self) -> None:
         super().__attrs_post_init__()
-        unused = all(rule.of_gradient and rule.basis != self.basis for rule in self.rules)
-        wanted = any(spec.basis is None for spec in self.curvature)
-        mine = self.summary()["basis"] if unused and wanted else None
-        if mine not in (None, _written_default("basis", USUAL_BASIS)):
+        used = any(rule.basis == self.basis for rule in self.rules)
+        mine = None if used else self.summary()["basis"]
+        if mine in (None, _written_default("basis", USUAL_BASIS)):
+            return
+        mine = _short("basis", mine)
+        if all(spec.basis is not None for spec in self.curvature):
+            raise CombinationError(
+                f"no block uses basis={mine!r}: each names one of its own. Leave it out."
+            )
+        if all(rule.of_gradient for rule in self.rules):
             raise CombinationError(
                 f"no block uses basis={mine!r}: its moments or matrices are not those of "
                 "gradients. Give basis={'name': 'ekfac', 'scale': 'running'}, basis='kfac', "
                 "'soap', 'shampoo' or 'muon', or leave it out."
             )
+        own = " and ".join(dict.fromkeys(rule.label for rule in self.rules))
+        raise CombinationError(
+            f"no block uses basis={mine!r}: it fits no curvature of the recipe, and theirs are "
+            f"used in its place ({own}). Leave it out, or give the block a basis that fits: "
+            "kfactk.block(curvature, basis=...)."
+        )
 
     def bind(
         self,
@@ -165,7 +185,8 @@ class Recipe(Settings):
             Block(layer, rule.curvature, rule.basis, pace=rule.pace)
             for layer, rule in survey.layers(trained)
         ]
-        found = with_footprints(survey.coverage(trained), blocks)
+        averages = self.first_moment.decay > 0
+        found = with_footprints(survey.coverage(trained), blocks, averages=averages)
         return with_notes(with_link(found, self.link, self.link_name, blocks), self, blocks)
 
     def evolve(self, **changes: Any) -> Recipe:
@@ -179,7 +200,24 @@ class Recipe(Settings):
         names = ("curvature", "basis", "update", "pace", "controller", "link")
         stages = {name: getattr(self, name) for name in (*names, "factor_every", "weight_decay")}
         chosen = dict.fromkeys(self._as_usual())
-        return attrs.evolve(self, **_resolved(stages | chosen | changes))
+        made = attrs.evolve(self, **_resolved(stages | chosen | changes))
+        known = self.without_effect()
+        _warn_of_idle(made, {n: why for n, why in made.without_effect().items() if n not in known})
+        return made
+
+    def without_effect(self) -> dict[str, str]:
+        """Return the fields that do not have their default, and change nothing, with the reason.
+
+        Whatever the model is, no stage of the recipe reads them. `build` warns of them.
+
+        Example:
+            >>> import kfactk
+            >>> kfactk.Recipe.from_dict({"basis": "kfac", "scale_every": 5}).without_effect()
+            {'scale_every': "basis 'kfac' measures no scale"}
+        """
+        idle = idle_fields(self)
+        found = {name: idle[name] for name in self._changed() if name in idle}
+        return found | idle_options(self)
 
     def _as_usual(self) -> list[str]:
         """Return the fields that follow from the stages and have the value that follows."""
@@ -222,26 +260,29 @@ class Recipe(Settings):
         if not all(isinstance(name, str) for name in written):
             raise OptionError(f"a recipe has fields {list(written)!r}; their names must be text.")
         given = {name: value for name, value in written.items() if name != "kfactk"}
-        defaults = {
-            name: parameter.default
-            for name, parameter in inspect.signature(build).parameters.items()
-            if name in FIELDS
-        }
         try:
-            return cls(**_resolved(defaults | given, trusted=trusted))
+            made = cls(**_resolved(_defaults() | given, trusted=trusted))
         except RecursionError as error:
             raise OptionError(
                 "a recipe is nested too deeply. Give what Recipe.to_dict returned."
             ) from error
+        _warn_of_idle(made, made.without_effect())
+        return made
 
     def __repr__(self) -> str:
-        mine, parameters, shown = self.summary(), inspect.signature(build).parameters, []
-        usual = self._as_usual()
-        for field in FIELDS:
-            default = _written_default(field, parameters[field].default)
-            if field not in usual and mine[field] != default:
-                shown.append(f"{field}={_short(field, mine[field])!r}")
+        shown = [f"{n}={_short(n, value)!r}" for n, value in self._changed().items()]
         return f"kfactk.build({', '.join(shown)})"
+
+    def _changed(self) -> dict[str, Any]:
+        """Return the fields that do not have their default, as `summary` writes them."""
+        mine, parameters = self.summary(), inspect.signature(build).parameters
+        usual = self._as_usual()
+        return {
+            field: mine[field]
+            for field in FIELDS
+            if field not in usual
+            and mine[field] != _written_default(field, parameters[field].default)
+        }
 
 
 def _short(field: str, value: Any) -> Any:
@@ -484,11 +525,10 @@ def build(
         >>> build(curvature="kfac", basis={"name": "ekfac", "scale_decay": 0.9}, damping=0.01)
         kfactk.build(curvature='kfac', basis={'name': 'ekfac', 'scale_decay': 0.9}, damping=0.01)
     """
-    return Recipe(
-        **_resolved(
-            {name: value for name, value in locals().items() if name != "unknown"} | unknown
-        )
-    )
+    given = {name: value for name, value in locals().items() if name != "unknown"} | unknown
+    made = Recipe(**_resolved(given))
+    _warn_of_idle(made, made.without_effect())
+    return made
 
 
 def preset(name: str, **changes: Any) -> Recipe:
@@ -539,13 +579,44 @@ def preset(name: str, **changes: Any) -> Recipe:
     given = dict(PRESETS[name])
     if changes.get("controller") is not None:
         given.pop("lr", None)  # the controller sets it
-    made = build(**{**given, **changes})
-    usual = build(**PRESETS[name]).update
+    made = _made(given | changes)
+    usual = _made(PRESETS[name]).update
     if default_damping(made.update) != default_damping(usual):
-        own = {"lr", "damping"} - changes.keys()  # the preset's are for rules like its own
-        kept = {field: value for field, value in given.items() if field not in own}
-        made = build(**{**kept, **changes})
+        given = _without(given, {"lr", "damping"})  # the preset's are for rules like its own
+        made = _made(given | changes)
+    if made.without_effect().keys() & given.keys():  # the preset's are for other stages
+        made = _made(_without(given, made.without_effect()) | changes)
+    _warn_of_idle(made, made.without_effect())
     return made
+
+
+def _made(given: Mapping[str, Any]) -> Recipe:
+    """Return the recipe of some arguments of `build`."""
+    return Recipe(**_resolved(_defaults() | dict(given)))
+
+
+def _defaults() -> dict[str, Any]:
+    """Return the defaults of `build`."""
+    parameters = inspect.signature(build).parameters
+    return {name: each.default for name, each in parameters.items() if name in FIELDS}
+
+
+def _without(given: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Return the arguments but for these."""
+    return {name: value for name, value in given.items() if name not in names}
+
+
+def _warn_of_idle(made: Recipe, why: Mapping[str, str]) -> None:
+    """Warn the caller of a function of this module of what it gave for nothing.
+
+    Args:
+        made: The recipe.
+        why: The reasons, by field, or by option.
+    """
+    if why:
+        told = made.summary()
+        given = {name: _short(name, told[name]) if name in told else None for name in why}
+        warnings.warn(idle_message(given, why), KfactkWarning, stacklevel=3)
 
 
 def _resolved(values: Mapping[str, Any], *, trusted: bool = True) -> dict[str, Any]:

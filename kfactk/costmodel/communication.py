@@ -39,11 +39,15 @@ class Sizes:
         sums: Size of each piece of its statistics, by matrix, or "" for all of them.
         kept: Size of each matrix's decomposition.
         moments: Size of its moments.
+        mean: Size of the running mean of its gradient, which every rank keeps.
+        turned: Size of that mean in the coordinates of the basis.
     """
 
     sums: Mapping[str, int]
     kept: Mapping[str, int]
     moments: int
+    mean: int = 0
+    turned: int = 0
 
     @classmethod
     def of(cls, work: Work, *, sampled: bool) -> Sizes:
@@ -54,7 +58,7 @@ class Sizes:
 
         Example:
             >>> Sizes.of(Work("fc", {"A": (3, 3), "G": (2, 2)}, (2, 3)), sampled=True)
-            Sizes(sums={'A': 6, 'G': 3}, kept={'A': 12, 'G': 6}, moments=6)
+            Sizes(sums={'A': 6, 'G': 3}, kept={'A': 12, 'G': 6}, moments=6, mean=0, turned=0)
         """
         sums, kept = {}, {}
         for name, shape in sorted(work.matrices.items()):

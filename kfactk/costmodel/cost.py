@@ -47,12 +47,14 @@ class Amount:
         convolutions: FLOPs in convolutions.
         bytes: Bytes read and written.
         launches: Operations started.
+        triangular: FLOPs in triangular solves.
     """
 
     products: float = 0.0
     convolutions: float = 0.0
     bytes: float = 0.0
     launches: float = 0.0
+    triangular: float = 0.0
 
     def __add__(self, other: Amount) -> Amount:
         return Amount(*map(operator.add, attrs.astuple(self), attrs.astuple(other)))
@@ -62,14 +64,15 @@ class Amount:
 
         Example:
             >>> Amount(products=10.0, launches=3.0).times(2)
-            Amount(products=20.0, convolutions=0.0, bytes=0.0, launches=6.0)
+            Amount(products=20.0, convolutions=0.0, bytes=0.0, launches=6.0, triangular=0.0)
         """
         return Amount(*(factor * part for part in attrs.astuple(self)))
 
     def seconds(self, machine: Machine, precision: str = "float32") -> float:
         """Return the seconds at the machine's rates; half precision takes half of the bytes."""
         rate = machine.rate(precision)
-        arithmetic = self.products / rate + self.convolutions / (rate * machine.convolutions)
+        slower = self.convolutions / machine.convolutions + self.triangular / machine.triangular
+        arithmetic = (self.products + slower) / rate
         share = 0.5 if precision in ("bfloat16", "float16") else 1.0
         return arithmetic + share * self.bytes / machine.bandwidth + self.launches * machine.launch
 
@@ -132,7 +135,7 @@ class LayerCost:
         sizes = Sizes.of(work, sampled=workload.sampled)
         rows = float(batch * groups * t * (o + i))
         touched = item * (2.0 * sum(sizes.kept.values()) + 8.0 * math.prod(work.gradient))
-        precondition = (4.0 if solver == "eigh" else 2.0) * groups * o * i * (o + i)
+        precondition = 2.0 * groups * o * i * (o + i)
         factors = Amount(many * t * (i * i + o * o), 0.0, item * 6.0 * rows, 8 * once)
         scale = transport = NOTHING
         if workload.sampled:
@@ -140,7 +143,11 @@ class LayerCost:
             scale = Amount(products, 0.0, item * 8.0 * rows, 20 * once)
             products = groups * 2.0 * (i**3 + o**3 + o * i * (o + i))
             transport = Amount(products, 0.0, touched, 10)
-        solving = Amount(precondition, 0.0, touched, 10)
+        solving = Amount(bytes=touched, launches=10)
+        if solver == "eigh":
+            solving = attrs.evolve(solving, products=2 * precondition)
+        else:
+            solving = attrs.evolve(solving, triangular=precondition)
         return cls(factors, scale, solving, sizes, rows, solver, transport)
 
     def decomposition_seconds(self, shape: tuple[int, ...], machine: Machine) -> float:
@@ -352,7 +359,7 @@ class Memory:
     Args:
         model: Parameters, their gradients and the update rule's state.
         activations: What the forward keeps for the backward.
-        curvature: Factors, decompositions and moments kept between steps.
+        curvature: Factors, decompositions, moments and means of gradients kept between steps.
         temporary: Sums and samples that the worst step adds.
     """
 
@@ -455,43 +462,19 @@ def cost(
         0.125
     """
     workload, frequency = load.workload, Frequency.of(load.workload)
-    sizes = {name: layer.sizes for name, layer in load.layers.items()}
-
-    item, everyone = wire or workload.itemsize, tuple(range(ranks))
-    of_link = [load.link.sums * item / workload.itemsize] if load.link and ranks > 1 else []
-
-    def sent(works: Sequence[Work]) -> list[Message]:
-        part = attrs.evolve(workload, works=tuple(works))
-        mine = messages(part, sizes, assignment, ranks, item)
-        joined = of_link if works else []
-        return mine + [Message("sums", "factors", "all-reduce", everyone, size) for size in joined]
-
-    tries = {"gradients": _tries(load)}
-    slots, found = load.works_by_slot(), sent(workload.works)
-    # A step decomposes the layers of one slot; for all others it refreshes the scale alone.
-    whole = list(workload.works)
-    due = [
-        [m for m in (found if slot == whole else sent(slot)) if m.when != "scale_alone"]
-        + [m for m in sent([w for w in whole if w not in slot]) if m.when != "basis"]
-        for slot in slots
-    ]
+    precision = precision or machine.precision
+    slots = load.works_by_slot()
     refreshes = [_refresh_seconds(load, slot, assignment, ranks, machine) for slot in slots]
     held, preconditioning = _held_and_preconditioning(load, assignment, ranks, machine)
-    compute = _compute_parts(load, machine, precision or machine.precision, frequency)
+    compute = _compute_parts(load, machine, precision, frequency)
     solving = max(preconditioning)
     compute["preconditioning"] = Part(solving, solving)
     compute |= _link_parts(load, machine, frequency)
-    compute |= _control_parts(load, machine, precision or machine.precision, solving)
+    compute |= _control_parts(load, machine, precision, solving)
     slowest = [max(each) for each in refreshes]
     compute["decomposition"] = _decomposition_part(load, machine, slowest, frequency, compute)
-    communication, worst_moved = {}, {}
-    for kind in KINDS:
-        every, *each_due = ([m for m in each if m.kind == kind] for each in (found, *due))
-        worst = max(_message_seconds(each, machine, ranks) for each in each_due)
-        mean = _message_seconds(every, machine, ranks, frequency)
-        communication[kind] = Part(mean, worst).times(*tries.get(kind, (1.0, 1.0)))
-        moved = max(sum(m.moved for m in each) for each in each_due)
-        worst_moved[kind] = moved * tries.get(kind, (1.0, 1.0))[1]
+    traffic = _Traffic.of(load, slots, assignment, ranks, wire or workload.itemsize)
+    communication = traffic.parts(machine, ranks, frequency)
     backward = compute["forward and backward"].mean * 2 / 3
     averaging = _averaging_part(load, machine, ranks, backward)
     communication[AVERAGING] = averaging.times(*_evaluations(load))
@@ -500,16 +483,99 @@ def cost(
         ranks,
         compute,
         communication,
-        moved={
-            kind: size * tries.get(kind, (1.0, 1.0))[0]
-            for kind, size in bytes_per_step(found, workload).items()
-        },
-        worst_moved=worst_moved,
+        moved=traffic.moved(workload),
+        worst_moved=traffic.worst_moved(),
         held=tuple(held),
         refresh_seconds=tuple(map(sum, zip(*refreshes, strict=True))),
         memory=_memory(load, max(held)),
         staggered=load.slots > 1,
     )
+
+
+@attrs.frozen
+class _Traffic:
+    """The messages of curvature, of a whole period and of its most expensive steps.
+
+    Args:
+        every: The messages of all layers.
+        due: By slot, those of a step that decomposes the layers of the slot. For all other layers
+            such a step refreshes the scale alone.
+        tries: How often gradients travel, in a mean step and at the most.
+    """
+
+    every: Sequence[Message]
+    due: Sequence[Sequence[Message]]
+    tries: tuple[float, float]
+
+    @classmethod
+    def of(
+        cls,
+        load: TrainingLoad,
+        slots: Sequence[list[Work]],
+        assignment: Assignment,
+        ranks: int,
+        item: float,
+    ) -> _Traffic:
+        """Return the messages of a load.
+
+        Args:
+            load: The load.
+            slots: The works that are decomposed in each slot.
+            assignment: Which ranks do which work.
+            ranks: Number of ranks.
+            item: Bytes of a number on the wire.
+        """
+        whole = list(load.workload.works)
+        found = _messages(load, whole, assignment, ranks, item)
+        due = []
+        for slot in slots:
+            own = found if slot == whole else _messages(load, slot, assignment, ranks, item)
+            others = [work for work in whole if work not in slot]
+            rest = _messages(load, others, assignment, ranks, item)
+            due.append(
+                [message for message in own if message.when != "scale_alone"]
+                + [message for message in rest if message.when != "basis"]
+            )
+        return cls(found, due, _tries(load))
+
+    def parts(self, machine: Machine, ranks: int, frequency: Frequency) -> dict[str, Part]:
+        """Return the seconds of each kind of message."""
+        found = {}
+        for kind in KINDS:
+            every, *due = ([m for m in each if m.kind == kind] for each in (self.every, *self.due))
+            mean = _message_seconds(every, machine, ranks, frequency)
+            worst = max(_message_seconds(each, machine, ranks) for each in due)
+            found[kind] = Part(mean, worst).times(*self._times(kind))
+        return found
+
+    def moved(self, workload: Workload) -> dict[str, float]:
+        """Return the bytes that all ranks move in a mean step, by kind."""
+        sizes = bytes_per_step(list(self.every), workload)
+        return {kind: size * self._times(kind)[0] for kind, size in sizes.items()}
+
+    def worst_moved(self) -> dict[str, float]:
+        """Return the bytes that all ranks move in the most expensive step, by kind."""
+        return {
+            kind: max(sum(m.moved for m in each if m.kind == kind) for each in self.due)
+            * self._times(kind)[1]
+            for kind in KINDS
+        }
+
+    def _times(self, kind: str) -> tuple[float, float]:
+        return self.tries if kind == "gradients" else (1.0, 1.0)
+
+
+def _messages(
+    load: TrainingLoad, works: Sequence[Work], assignment: Assignment, ranks: int, item: float
+) -> list[Message]:
+    """Return the messages of some layers; with any of them, those of the link."""
+    part = attrs.evolve(load.workload, works=tuple(works))
+    sizes = {name: layer.sizes for name, layer in load.layers.items()}
+    found = messages(part, sizes, assignment, ranks, item)
+    if not works or load.link is None or ranks == 1:
+        return found
+    size = load.link.sums * item / load.workload.itemsize
+    return [*found, Message("sums", "factors", "all-reduce", tuple(range(ranks)), size)]
 
 
 def _compute_parts(
@@ -661,7 +727,9 @@ def _held_and_preconditioning(
             for rank in inverse_workers:
                 held[rank] += itemsize * (1 + load.keeps) * math.prod(work.matrices[name])
         seconds = layer.precondition.seconds(machine)
-        kept = itemsize * (sum(layer.sizes.kept.values()) + layer.sizes.moments)
+        sizes = layer.sizes
+        held = [each + itemsize * sizes.mean for each in held]
+        kept = itemsize * (sum(sizes.kept.values()) + sizes.moments + sizes.turned)
         link = load.link
         by_link = link is not None and link.solves and work.layer in link.layers
         for rank in share.gradient_workers:

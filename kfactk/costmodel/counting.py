@@ -236,15 +236,18 @@ def _layer_cost(
     with Meter() as transport:
         block.adopt(parts)
     block.operator(1.0)
+    turned = None
     if averages and block.moments_of_gradient:  # the mean is turned where the basis is new
         block.gradient_moments(gradient, 1.0)
-        block.state.turned.averaged = block.state.turned.measured
+        turned = block.state.turned.averaged = block.state.turned.measured
     with Meter() as meter:
         block.solve(gradient, 1.0)
     sizes = Sizes(
         _sums(work, sums),
         {name: sum(part.numel() for part in found.values()) for name, found in parts.items()},
         sum(moment.numel() for moment in block.state.moment_values().values()),
+        mean=gradient.numel() if averages else 0,
+        turned=0 if turned is None else turned[1].numel(),
     )
     retained = float(sum(call.inputs.numel() + call.gradient.numel() for call in calls))
     return LayerCost(factors, scale, meter.amount, sizes, retained, solver, transport.amount)

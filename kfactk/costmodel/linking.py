@@ -139,6 +139,7 @@ def _with_preparation(cost: LinkCost, told: Preparation, first: Block) -> LinkCo
     decomposed = {"eigh": told.eigh, "cholesky": told.cholesky}
     amount = Amount(
         slowdown * told.products,
+        triangular=slowdown * told.triangular,
         bytes=2.0 * (prepared + told.workspace),
         launches=float(len(told.tensors) + sum(map(len, decomposed.values()))),
     )

@@ -46,9 +46,11 @@ class Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if func.is_view or packet.__name__ in FREE:
             return out
         flops = _flops(packet, args, kwargs or {}, out)
-        work = (0, flops) if "convolution" in packet.__name__ else (flops, 0)
+        kind = "convolutions" if "convolution" in packet.__name__ else "products"
+        kind = "triangular" if packet in TRIANGULAR else kind
         self.written += (written := _nbytes(out))
-        self.amount += Amount(*work, _nbytes((args, kwargs)) + written, 1)
+        moved = _nbytes((args, kwargs)) + written
+        self.amount += Amount(bytes=moved, launches=1, **{kind: flops})
         return out
 
     def solver(self) -> str:

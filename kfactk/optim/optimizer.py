@@ -224,7 +224,8 @@ class Optimizer(torch.optim.Optimizer):
         """Return which parameters are preconditioned now, by which block, or why not."""
         self._index()
         pre, blocks = self._preconditioner, self._preconditioner.blocks.current()
-        found = with_footprints(pre.survey.coverage(self._groups.by_parameter), blocks)
+        found = pre.survey.coverage(self._groups.by_parameter)
+        found = with_footprints(found, blocks, averages=pre.averages)
         found = with_link(found, self.recipe.link, self.recipe.link_name, blocks)
         return with_notes(found, self.recipe, blocks)
 

@@ -215,6 +215,7 @@ class Settings:
         )
         object.__setattr__(self, "schedule", schedule)
         object.__setattr__(self, "rules", rules_of(self.curvature, self.basis, self.pace))
+        self._check_blocks()
         self._check_lag()
         self._check_pace()
         self._check_clip()
@@ -253,6 +254,18 @@ class Settings:
     def _find(self, spec: HeadSpec, returned: Any) -> Any:
         """Return the part of a head, in what `output` makes of what the model returned."""
         return spec.find(returned if self.output is None else self.output(returned))
+
+    def _check_blocks(self) -> None:
+        """Check that no block has all its layers taken by one before it."""
+        for number, rule in enumerate(self.rules):
+            for before in self.rules[:number]:
+                if before.takes_all_of(rule):
+                    raise CombinationError(
+                        f"block {number + 1} of curvature= ({rule.label}) never gets a layer: an "
+                        f"earlier one ({before.label}) has the same curvature, and takes the "
+                        "first choice of all its layers. Give the block with layers=[...] first, "
+                        "or leave one of them out."
+                    )
 
     def _check_lag(self) -> None:
         """Check that every decomposition is adopted before the next one begins, and there is one.
@@ -404,9 +417,10 @@ class Settings:
                     f"{label} needs a basis with which {laws}, and {basis} waives this. {remedy}."
                 )
             if rule.basis.damped_at != "solve":
+                late = rule.basis.damped_at == "refresh"
+                seen = "sees a changed damping at its next refresh only" if late else "has none"
                 raise CombinationError(
-                    f"{label} tries several dampings in a step, and {basis} sees a changed damping "
-                    f"at its next refresh only. {remedy}."
+                    f"{label} tries several dampings in a step, and {basis} {seen}. {remedy}."
                 )
 
     def _check_link(self, link: Link) -> None:

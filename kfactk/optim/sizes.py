@@ -45,7 +45,8 @@ def check_sizes(blocks: Sequence[Block], placement: BlockPlacement, recipe: Sett
     wide = [b for b in blocks if b.requires != b.basis.requires]
     if not wide and sum(_most_bytes(block) for block in blocks) < SMALL:
         return ""
-    known = {block: footprint_of(block) for block in blocks}
+    averages = recipe.first_moment.decay > 0
+    known = {block: footprint_of(block, averages=averages) for block in blocks}
     found = [each for each in known.values() if each is not None]
     _check_memory(found, blocks, placement, recipe)
     unasked = [b for b in wide if not b.curvature.asked_for_stand_ins]
@@ -114,6 +115,7 @@ def _on_this_rank(footprint: Footprint, placement: BlockPlacement) -> Footprint:
         factors=footprint.factors if keeps else 0,
         decomposition=footprint.decomposition if holds or keeps else 0,
         moments=footprint.moments if holds else 0,
+        turned=footprint.turned if holds else 0,
         workspace=footprint.workspace if keeps else 0,
     )
 

@@ -46,6 +46,8 @@ class Footprint:
         decomposition: Bytes of what its basis makes of them.
         moments: Bytes of its moments, one number for each parameter, and of the operator that is
             made of them.
+        means: Bytes of the running mean of its gradient, which every rank keeps.
+        turned: Bytes of that mean in the coordinates of the basis.
         workspace: Bytes that the decomposition of its largest matrix needs besides.
         seconds: Of its decomposition, predicted for one core of a server or an H100; `None` where
             the solver or the device is not known.
@@ -58,6 +60,8 @@ class Footprint:
     factors: int
     decomposition: int
     moments: int
+    means: int
+    turned: int
     workspace: int
     seconds: float | None
     wide: tuple[str, ...]
@@ -65,7 +69,7 @@ class Footprint:
     @property
     def kept(self) -> int:
         """Bytes between steps."""
-        return self.factors + self.decomposition + self.moments
+        return self.factors + self.decomposition + self.moments + self.means + self.turned
 
     @property
     def largest(self) -> str:
@@ -141,7 +145,8 @@ def _seconds_of(told: Preparation, device: str) -> float | None:
         return None
     solved = {"eigh": told.eigh, "cholesky": told.cholesky}
     taken = sum(rates.seconds(name, n) for name, sides in solved.items() for n in sides)
-    return (DOUBLE if told.double else 1.0) * (taken + told.products / rates.rate)
+    taken += (told.products + told.triangular) / rates.rate
+    return (DOUBLE if told.double else 1.0) * taken
 
 
 @contextlib.contextmanager
@@ -175,8 +180,12 @@ def on_meta(block: Block) -> Block:
     return Block(attrs.evolve(layer, held=held), block.curvature, block.basis)
 
 
-def footprint_of(block: Block) -> Footprint | None:
+def footprint_of(block: Block, *, averages: bool = False) -> Footprint | None:
     """Return what the curvature of a block will take; `None` where a stage needs numbers to tell.
+
+    Args:
+        block: The block.
+        averages: Whether gradients are averaged before they are preconditioned.
 
     Raises:
         CombinationError: The basis does not take the layer's stand-ins.
@@ -184,14 +193,14 @@ def footprint_of(block: Block) -> Footprint | None:
     """
     requires = block.requires
     try:
-        return _footprint(block, requires)
+        return _footprint(block, requires, averages=averages)
     except (PluginError, RuntimeError) as error:
         if needs_numbers(error):
             return None
         raise
 
 
-def _footprint(block: Block, requires: frozenset[str]) -> Footprint:
+def _footprint(block: Block, requires: frozenset[str], *, averages: bool) -> Footprint:
     layer, device = block.layer, block.layer.anchor.device
     blank = on_meta(block)
     sums = blank.blank_factors()
@@ -208,6 +217,8 @@ def _footprint(block: Block, requires: frozenset[str]) -> Footprint:
         * sum(s.total.numel() for s in sums.values() if s.total is not None),
         item * sum(part.numel() for made in parts.values() for part in made.values()),
         item * (2 * math.prod(work.gradient) if block.basis.moments_from else 0),
+        item * math.prod(work.gradient) if averages else 0,
+        item * _turned(block, parts, work.gradient) if averages else 0,
         item
         * max(
             (
@@ -219,6 +230,15 @@ def _footprint(block: Block, requires: frozenset[str]) -> Footprint:
         _seconds(work.matrices, solvers, device.type),
         tuple(_words(block, work, sums)),
     )
+
+
+def _turned(block: Block, parts: Parts, shape: tuple[int, ...]) -> int:
+    """Return how many numbers a gradient has in the coordinates of the basis; 0 without any."""
+    if not block.moments_of_gradient:
+        return 0
+    with attribute_errors("basis", block.basis, f"on layer {block.name!r}"):
+        turned = block.basis.coordinates(parts, torch.empty(shape, device="meta"))
+    return 0 if turned is None else turned.numel()
 
 
 def _solver(block: Block, made: Mapping[str, torch.Tensor]) -> str:
@@ -311,9 +331,17 @@ def decompose_corners(block: Block, shapes: Mapping[str, tuple[int, ...]]) -> Pa
     return parts
 
 
-def with_footprints(coverage: Coverage, blocks: Iterable[Block]) -> Coverage:
-    """Return a coverage table with what the curvature of each block takes."""
-    found = {block.name: footprint_of(block) for block in blocks}
+def with_footprints(
+    coverage: Coverage, blocks: Iterable[Block], *, averages: bool = False
+) -> Coverage:
+    """Return a coverage table with what the curvature of each block takes.
+
+    Args:
+        coverage: The table.
+        blocks: The blocks.
+        averages: Whether gradients are averaged before they are preconditioned.
+    """
+    found = {block.name: footprint_of(block, averages=averages) for block in blocks}
 
     def row(row: Row) -> Row:
         each = None if row.block is None else found.get(row.block)

@@ -22,10 +22,10 @@ def peak_bytes(
 ) -> int:
     """Return the bytes of the curvature in the step that needs most.
 
-    Kept are factors, decompositions and moments. A refresh adds the sums of the step and their
-    means, the new decompositions of the layers that are due, and what one decomposition needs at a
-    time. With a lag, decompositions work on copies. A link adds its statistics, their sums and
-    means, what it prepares beside what it had, and what that needs.
+    Kept are factors, decompositions, moments and running means of gradients. A refresh adds the
+    sums of the step and their means, the new decompositions of the layers that are due, and what
+    one decomposition needs at a time. With a lag, decompositions work on copies. A link adds its
+    statistics, their sums and means, what it prepares beside what it had, and what that needs.
 
     Args:
         footprints: Those of all layers.

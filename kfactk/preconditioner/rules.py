@@ -45,6 +45,15 @@ class BlockRule:
         with attribute_errors("basis", self.basis, f"on layer {layer.name!r}"):
             return self.basis.unsupported(shape)
 
+    def takes_all_of(self, other: BlockRule) -> bool:
+        """Return whether it leaves no layer to another rule that comes after it.
+
+        That is certain for the same curvature, where the basis treats all shapes.
+        """
+        everywhere = not self.layers or (bool(other.layers) and {*other.layers} <= {*self.layers})
+        whole = type(self.basis).unsupported is Basis.unsupported
+        return self.curvature == other.curvature and everywhere and whole
+
     def allows(self, name: str) -> bool:
         """Return whether the rule may take the module of this name."""
         return not self.layers or any(within(name, pattern) for pattern in self.layers)

@@ -133,7 +133,10 @@ class Basis(abc.ABC):
 
     @property
     def damped_at(self) -> str:
-        """Where damping enters: "solve", so that a changed one acts at once, or the "refresh"."""
+        """Where damping enters: "solve", so that a changed one acts at once, or the "refresh".
+
+        "never" where it has no part; `build` then warns of a damping.
+        """
         return "solve"
 
     @property

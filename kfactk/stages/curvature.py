@@ -24,6 +24,8 @@ class Curvature(abc.ABC):
     """What factors are made of: "samples", or the mini-batch "gradient" (`GradientCurvature`)."""
     reads_ones: ClassVar[bool] = False
     """Whether `samples` reads `LayerCall.ones`: layers may then be called with a `kfactk.Jet`."""
+    only_measured: ClassVar[tuple[str, ...]] = ()
+    """Options that nobody reads with a basis that measures nothing; `build` then warns of them."""
     row_factors: ClassVar[frozenset[str]] = frozenset()
     """Names of the factors that are no sums but data of single examples (`Statistic.rows`)."""
 

@@ -19,7 +19,7 @@ class Fisher(Protocol):
     One that listens to the user's backward may have one more member: `loss_terms(batch)` returns M,
     the number of terms of the user's loss, given the arguments of the forward and of
     `Optimizer.observe` by name. The model's output is not read then. Where it returns `None`, the
-    likelihood counts.
+    likelihood counts. Where it never does, an attribute `reads_output` is False.
     """
 
     own_pass: ClassVar[bool]

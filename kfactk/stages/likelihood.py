@@ -21,6 +21,10 @@ class Likelihood(Protocol):
     later)` returns c, where the gradient at the output is c times that of the summed negative
     log-likelihood, or `None` where that is not certain. `later` is an output and a gradient after a
     step, with the same targets, or `None`.
+
+    `only_own_pass` names options that nobody reads where curvature is measured on the user's own
+    gradient: they say what targets are drawn, or how large the gradients of these are.
+    `read_with` pairs an option with the one without which nobody reads it.
     """
 
     def view(self, output: Tensor) -> Tensor:

@@ -74,9 +74,10 @@ class Preparation:
         tensors: Shapes by name of what it makes, in the precision of the layers' matrices.
         eigh: Sides of the matrices whose eigenvectors it takes.
         cholesky: Sides of those that it divides into triangles.
-        products: FLOPs of matrix products, and of triangular solves: n^2 for each column.
+        products: FLOPs of matrix products.
         double: Whether it computes in double precision, whatever that of the layers.
         workspace: Bytes that it needs at its peak, besides what it makes.
+        triangular: FLOPs of triangular solves: n^2 for each column.
 
     Example:
         >>> Preparation({"inverse": (3, 3)}, cholesky=(3,), products=2 * 27.0).numbers
@@ -89,6 +90,7 @@ class Preparation:
     products: float = 0.0
     double: bool = False
     workspace: int = 0
+    triangular: float = 0.0
 
     @property
     def numbers(self) -> int:

@@ -88,6 +88,24 @@ class BasisLaws(BasisStateLaws, BasisTraitLaws, InRecipe):
         says = "damping * P is not the identity, though the damping is 1e16 times the curvature"
         same(damped.damping * damped.solve(), damped.gradient, says, 1e-5)
 
+    @law(situation="situations", power=st.integers(1, 12))
+    def test_damping_acts_where_it_says(self, situation: Situation, power: int) -> None:
+        """Another damping changes P after a refresh, unless `damped_at` is "never".
+
+        With "solve" it changes P at once.
+        """
+        basis, usual = situation.basis, situation.solve()
+        more = 10.0**power * (situation.damping + float(usual.abs().max().reciprocal()))
+        dampings = {"refresh": situation.refreshed(damping=more)}
+        if basis.damped_at != "refresh":
+            dampings["solve"] = attrs.evolve(situation, damping=more)
+        for when, damped in dampings.items():
+            changed = not torch.equal(damped.solve(), usual)
+            assert changed == (basis.damped_at != "never"), (
+                f"its damped_at is {basis.damped_at!r}, and another damping at the {when} "
+                f"{'changes' if changed else 'does not change'} solve"
+            )
+
     @law(waivable="damped-inverse", situation="any_situations")
     def test_it_is_the_dense_damped_inverse(self, situation: Situation) -> None:
         """P is the inverse of the damped matrix that the basis claims to be (method `block`)."""

@@ -246,7 +246,7 @@ class LinkLaws(InRecipe):
         shapes = {name: tuple(tensor.shape) for name, tensor in made.items()}
         wanted = {name: tuple(shape) for name, shape in told.tensors.items()}
         assert shapes == wanted, f"prepare made {shapes}, and preparation told {wanted}"
-        counts = (*told.eigh, *told.cholesky, told.products, told.workspace)
+        counts = (*told.eigh, *told.cholesky, told.products, told.triangular, told.workspace)
         assert all(0 <= each < math.inf for each in counts), f"preparation told {told}"
 
     @law()

@@ -79,6 +79,7 @@ class Kl(Basis):
     beside = _kl.BESIDE
     laws = frozenset({"rotation-equivariant", "null-space-independent"})
     waives = frozenset({"damped-inverse"})
+    damped_at = "never"
     forms = MappingProxyType({"eigenvalues": "eigenvalues"})
 
     fade: float = attrs.field(default=0.95, validator=number(0, 1, high_open=True))

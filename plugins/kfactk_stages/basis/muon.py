@@ -15,6 +15,7 @@ from kfactk import (
     Decomposition,
     FactorContext,
     KfactkError,
+    OptionError,
     Tensors,
     hookimpl,
 )
@@ -81,6 +82,7 @@ class Muon(Basis):
 
     requires = frozenset()
     waives = frozenset({"linear", "self-adjoint", "damped-inverse", "fisher"})
+    damped_at = "never"
 
     steps: int = attrs.field(default=5, validator=whole(0))
     coefficients: tuple[float, float, float] = attrs.field(
@@ -93,6 +95,18 @@ class Muon(Basis):
     factor: float = attrs.field(default=1.0, validator=number(0, low_open=True))
     even: bool = attrs.field(default=False, validator=flag)
     eps: float = attrs.field(default=1e-7, validator=number(0, low_open=True))
+
+    def __attrs_post_init__(self) -> None:
+        if self.steps:
+            return
+        usual: dict[str, Any] = {"coefficients": QUINTIC, "precision": "bfloat16"}
+        usual |= {} if self.even else {"eps": attrs.fields(Muon).eps.default}
+        if idle := [name for name, value in usual.items() if getattr(self, name) != value]:
+            raise OptionError(
+                f"{type(self).__name__}: {' and '.join(idle)} of Newton-Schulz steps cannot have "
+                "an effect with steps=0, which takes a singular value decomposition. Leave "
+                f"{'it' if len(idle) == 1 else 'them'} out, or give steps=5."
+            )
 
     def unsupported(self, shape: tuple[int, ...]) -> str | None:
         """Return why it does not treat vectors."""

@@ -59,6 +59,7 @@ class Shampoo(Basis):
     requires = frozenset({"L", "R"})
     laws = frozenset({"rotation-equivariant", "null-space-independent"})
     waives = frozenset({"damped-inverse"})
+    damped_at = "never"
     forms = MappingProxyType({"eigenvalues": "eigenvalues", "root": "root"})
 
     power: float = attrs.field(default=0.5, validator=number(0, 1, low_open=True))

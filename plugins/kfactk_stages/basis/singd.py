@@ -99,6 +99,11 @@ class Singd(Basis):
     block: int = attrs.field(default=32, validator=whole(1))
 
     def __attrs_post_init__(self) -> None:
+        if self.block != attrs.fields(Singd).block.default and self.structure != "blocks":
+            raise OptionError(
+                f"Singd: block={self.block} is the side of a block, and has no effect with "
+                f"structure={self.structure!r}. Leave block out, or give structure='blocks'."
+            )
         if self.variant == "ingd" and self.step >= 1 + self.momentum:
             raise OptionError(
                 f"Singd: with variant='ingd' both sides correct the scale that they share, so that "

@@ -79,6 +79,11 @@ class Soap(Basis):
     refresh: str = attrs.field(default="iterate", validator=choice("iterate", "eigh"))
 
     @property
+    def damped_at(self) -> str:
+        """Where the recipe's damping takes the place of eps, it acts at once."""
+        return "solve" if self.eps is None else "never"
+
+    @property
     def moment_decay(self) -> float:
         """Decay of the running mean of s."""
         return self.decay

@@ -14,6 +14,9 @@ from kfactk import Statistic
 from kfactk.samples import product
 from kfactk_stages.curvature._calls import Call, CallSamples, scaled
 
+NEXT_TO_NONE = 1e-12
+"""Positions of an example where all are padding: means exist, and others do not notice."""
+
 
 class TableSamples(CallSamples[Call], abc.ABC):
     """Samples whose inputs are sparse rows `[V]`, so that D has few columns that are not zero."""
@@ -146,6 +149,13 @@ class EmbeddingSamples(TableSamples[EmbeddingCall]):
         if self.padding is not None:
             total[self.padding] = 0
         return Statistic(total, float(self.examples))
+
+    def mean_positions(self) -> Tensor | float:
+        """Return how many positions an example has in the mean, without padding; never zero."""
+        if self.padding is None or not self.examples:
+            return float(max(1, self.positions))
+        seen = torch.stack([(call.tokens != self.padding).sum() for call in self.calls])
+        return (seen.sum().double() / self.examples).clamp(min=NEXT_TO_NONE)
 
     def input_rotation(
         self, right: Tensor, precision: torch.dtype | None = None

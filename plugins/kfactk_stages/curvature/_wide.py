@@ -9,7 +9,7 @@ from functools import partial
 import attrs
 from torch import Tensor
 
-from kfactk import Curvature, Layer, Samples, Statistic, Tensors
+from kfactk import Curvature, Layer, OptionError, Samples, Statistic, Tensors
 from kfactk.options import choice, longest_side
 from kfactk.samples import gram
 from kfactk.sides import (
@@ -41,6 +41,13 @@ class WideSides(Curvature):
 
     max_side: int | str | None = attrs.field(default=AUTO, validator=longest_side())
     wide: str | None = attrs.field(default=None, validator=choice(None, *FORMS))
+
+    def __attrs_post_init__(self) -> None:
+        if self.wide is not None and self.max_side is None:
+            raise OptionError(
+                f"{type(self).__name__}: wide={self.wide!r} is for sides longer than max_side, "
+                "and with max_side=None there are none. Leave wide out, or give a max_side."
+            )
 
     @abc.abstractmethod
     def sides(self, layer: Layer) -> tuple[int, int]:

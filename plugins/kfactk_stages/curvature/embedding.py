@@ -40,14 +40,16 @@ class Embedding(Curvature):
     """Kronecker-factored curvature of `nn.Embedding` and `nn.EmbeddingBag`, tied or not.
 
     An embedding is a linear layer whose input is a row of the identity, `a = e_x`. Its matrix is
-    the transposed table, `[d, V]`. With N examples, M likelihood terms and T positions an example,
+    the transposed table, `[d, V]`. With N examples, M likelihood terms and T positions an example
+    in the mean,
 
         D_n = sum_t g_t e_{x_t}^T,    A = diag(a)
         a = (1/N) sum_n sum_t e_{x_t},    G = (1/(M T)) sum_n sum_t g g^T
 
     as in `kfac` with `spatial="sud"`. A itself is never formed: the factor is its diagonal a, the
     mean number of times that an example holds each index. Positions of `padding_idx` are in none of
-    these sums, since autograd gives its row no gradient.
+    these sums, since autograd gives its row no gradient. Nor do they count in T, so that it does
+    not matter to which length examples are padded.
 
     A bag of an `nn.EmbeddingBag` of mode "sum" or "mean" is an example with T = 1. Its input is the
     weighted sum of its units, `a = sum_i w_i e_{x_i}`, of whose A only the diagonal is kept:
@@ -221,7 +223,10 @@ class Embedding(Curvature):
         """Return sum and count of G, and of a where it is made of gradients too."""
         if isinstance(samples, TiedSamples):
             return dict(zip(("a", "G"), samples.moments(), strict=True))
-        return {"G": samples.grad_moment().scaled(1 / max(1, samples.positions))}
+        found = samples.grad_moment()
+        if isinstance(samples, EmbeddingSamples):
+            return {"G": attrs.evolve(found, count=found.count * samples.mean_positions())}
+        return {"G": found}
 
     def assemble(self, layer: Layer, factors: Tensors) -> Tensors:
         """Return a and G; the sums of a tied layer have the same trace, of which G is freed."""

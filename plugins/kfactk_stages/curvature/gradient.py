@@ -74,6 +74,7 @@ class Gradient(GradientCurvature):
 
     provides: ClassVar[frozenset[str]] = frozenset({"L", "R", "A", "G"})
     default_basis: ClassVar[str | Mapping[str, Any] | None] = "soap"
+    only_measured: ClassVar[tuple[str, ...]] = ("max_side", "counts")
 
     dims: str = attrs.field(default="merge", validator=choice("merge", "batch"))
     squares: tuple[str, ...] = attrs.field(default=(), converter=as_tuple, validator=_patterns)

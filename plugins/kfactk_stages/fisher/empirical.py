@@ -82,6 +82,11 @@ class Empirical:
     terms: float | str | None = attrs.field(default=None, validator=_terms)
 
     @property
+    def reads_output(self) -> bool:
+        """Whether the likelihood tells the terms, by the model's output."""
+        return self.terms is None
+
+    @property
     def seed(self) -> int:
         """0: nothing is drawn."""
         return 0

@@ -10,7 +10,7 @@ import attrs
 import torch
 from torch import Tensor
 
-from kfactk import Likelihood, hookimpl
+from kfactk import Likelihood, OptionError, hookimpl
 from kfactk.options import function, whole
 
 
@@ -60,6 +60,13 @@ class MonteCarlo:
         default=None,
         validator=function(hint=" from the detached output [N, S, C] to targets, or None"),
     )
+
+    def __attrs_post_init__(self) -> None:
+        if self.seed and self.draw is not None:
+            raise OptionError(
+                f"MonteCarlo: seed={self.seed} cannot have an effect, since draw gives the "
+                "targets. Leave seed out, and seed what draw draws with."
+            )
 
     def losses(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import attrs
 import torch
@@ -70,6 +71,8 @@ class Bernoulli(IndependentEntries):
         Martens 2020, "New insights and perspectives on the natural gradient method",
         arXiv:1412.1193.
     """
+
+    read_with: ClassVar[tuple[tuple[str, str], ...]] = (("ignore_index", "targets"),)
 
     ignore_index: float = attrs.field(
         default=-100, validator=number(hint=", the label that marks terms without one")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import ClassVar
 
 import attrs
 import torch
@@ -69,6 +70,8 @@ class Categorical(Layout):
         Martens 2020, "New insights and perspectives on the natural gradient method",
         arXiv:1412.1193.
     """
+
+    read_with: ClassVar[tuple[tuple[str, str], ...]] = (("ignore_index", "targets"),)
 
     ignore_index: int = attrs.field(
         default=-100, validator=whole(None, hint=", the label that marks terms without one")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import ClassVar
 
 import attrs
 import torch
@@ -65,6 +66,8 @@ class Gaussian(IndependentEntries):
         Martens 2020, "New insights and perspectives on the natural gradient method",
         arXiv:1412.1193.
     """
+
+    only_own_pass: ClassVar[tuple[str, ...]] = ("variance",)
 
     variance: float = attrs.field(
         default=1.0, validator=number(low=0, low_open=True, hint=", the variance of the noise")

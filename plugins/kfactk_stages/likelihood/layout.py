@@ -107,6 +107,11 @@ class IndependentEntries(Layout):
     divisor: str = attrs.field(default="terms", validator=choice("terms", "entries"))
 
     def __attrs_post_init__(self) -> None:
+        if self.divisor == "entries" and self.class_axis is not None:
+            raise OptionError(
+                f"{type(self).__name__}: class_axis={self.class_axis} plays no part with "
+                "divisor='entries', where each entry is a term. Leave class_axis out."
+            )
         if self.divisor == "entries" and self.shift:
             raise OptionError(
                 f"{type(self).__name__}: shift={self.shift} cannot work with divisor='entries': "

@@ -224,11 +224,11 @@ class BlockTridiagonal(Link):
             return Preparation()
         tensors: dict[str, tuple[int, ...]] = {}
         sides = [dict(zip(SIDES, reversed(layer.shape), strict=True)) for layer in layers]
-        products, eigh, pairs = 0.0, list[int](), [0]
+        products, solves, eigh, pairs = 0.0, 0.0, list[int](), [0]
         for number, here in enumerate(sides):
             tensors[f"weights.{number}"] = here["G"], here["A"]
             tensors |= {f"root.{side}.{number}": (n, n) for side, n in here.items()}
-            products += sum(n**3 for n in here.values())
+            solves += sum(n**3 for n in here.values())
             if number + 1 == len(sides):
                 continue
             eigh += here.values()
@@ -236,13 +236,14 @@ class BlockTridiagonal(Link):
             for side, n in here.items():
                 m = there[side]
                 tensors[f"psi.{side}.{number}"] = n, m
-                products += n * n * m + m * m * n + 2 * n * n * m + 2 * m * m * n
+                products += 2 * n * n * m
+                solves += n * n * m + 3 * m * m * n
             of_pair = sum(n * n + n * there[side] for side, n in here.items())
             longest = max(4 * n * n + 2 * n * there[side] for side, n in here.items())
             pairs.append(of_pair + longest + 2 * math.prod(here.values()))
         triangles = [n for here in sides for n in here.values()]
         workspace = 8 * (sum(n * n for n in triangles) + max(pairs))
-        return Preparation(tensors, eigh, triangles, products, True, workspace)
+        return Preparation(tensors, eigh, triangles, products, True, workspace, triangular=solves)
 
     def correct(
         self,

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 import attrs
 import torch
 
-from kfactk import hookimpl
+from kfactk import OptionError, hookimpl
 from kfactk.options import number
 from kfactk_stages.update._options import decay, implementation
 
@@ -48,6 +48,14 @@ class Momentum:
     dampening: float = attrs.field(default=0.0, validator=number(low=0, high=1))
     foreach: bool | None = attrs.field(default=None, validator=implementation)
     fused: bool | None = attrs.field(default=None, validator=implementation)
+
+    def __attrs_post_init__(self) -> None:
+        if self.dampening and not self.momentum:
+            raise OptionError(
+                f"update rule momentum has dampening={self.dampening:g}, and momentum=0, with "
+                "which no sum is kept, so that it has no effect. Give a momentum, or leave out "
+                "dampening."
+            )
 
     def make(
         self, groups: list[dict[str, Any]], *, lr: float, weight_decay: float

@@ -24,6 +24,7 @@ ONES = Machine(
     kind="cpu",
     products={"float32": 1.0, "bfloat16": 2.0},
     convolutions=0.5,
+    triangular=0.25,
     precision="float32",
     bandwidth=1.0,
     launch=1.0,
@@ -56,9 +57,9 @@ def costs_of(
 
 
 def test_amount_takes_seconds_at_the_rates_of_the_machine() -> None:
-    amount = Amount(products=6.0, convolutions=2.0, bytes=4.0, launches=3.0)
-    assert amount.seconds(ONES) == 6 + 4 + 4 + 3
-    assert amount.seconds(ONES, "bfloat16") == 3 + 2 + 2 + 3
+    amount = Amount(products=6.0, convolutions=2.0, bytes=4.0, launches=3.0, triangular=1.0)
+    assert amount.seconds(ONES) == 6 + 4 + 4 + 3 + 4
+    assert amount.seconds(ONES, "bfloat16") == 3 + 2 + 2 + 3 + 2
     assert (amount + amount).times(0.5) == amount
 
 
@@ -75,7 +76,7 @@ def test_layer_cost_follows_its_formulas() -> None:
         FC, Workload((FC,), sampled=False), positions=4, batch=5, solver="cholesky"
     )
     assert (
-        inverse.precondition.products,
+        inverse.precondition.triangular,
         inverse.scale,
         inverse.transport,
         inverse.sizes.moments,

@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 import kfactk
 from kfactk.costmodel.communication import Sizes
-from kfactk.costmodel.cost import LayerCost
+from kfactk.costmodel.cost import LayerCost, cost
 from kfactk.costmodel.counting import meta_batch, training_load
+from kfactk.costmodel.hardware import CPU
 from kfactk.errors import CombinationError, OptionError
 
 META = torch.device("meta")
@@ -60,6 +61,8 @@ def test_training_load_of_curvature_follows_its_formulas(basis: str, solver: str
         scale = formula.scale.products - (bias if basis == "ekfac" else 0)
         assert found.scale.products + found.scale.convolutions == scale
         assert found.precondition.products == formula.precondition.products
+        assert found.precondition.triangular == formula.precondition.triangular
+        assert bool(found.precondition.triangular) == (basis == "kfac")
         assert found.transport.products == formula.transport.products
         assert (found.solver, found.sizes) == (solver, formula.sizes)
         assert found.factors.launches > 0 < found.precondition.bytes
@@ -271,10 +274,10 @@ def test_training_load_of_tables_has_no_square_of_the_vocabulary() -> None:
     load = training_load(made(Language), recipe, meta_batch(f"{t}:int64", n))
     assert list(load.layers) == ["words", "bag"]
     tied, bag = (load.layers[name] for name in ("words", "bag"))
-    for cost in (tied, bag):
-        assert cost.sizes.kept == {"a": rows, "G": width * (width + 1)}
-        assert cost.sizes.moments == rows * width
-        assert cost.precondition.products == 4 * width**2 * rows
+    for each in (tied, bag):
+        assert each.sizes.kept == {"a": rows, "G": width * (width + 1)}
+        assert each.sizes.moments == rows * width
+        assert each.precondition.products == 4 * width**2 * rows
     # D of the output layer is one product of an example, as in the layer's own backward.
     whole = 2 * n * t * rows * width
     assert whole <= tied.scale.products <= whole + 4 * n * t * width**2 + 2 * n * t * rows
@@ -353,6 +356,37 @@ def test_a_mean_that_is_kept_in_the_basis_is_not_turned() -> None:
     both = 2 * 6 * 12 * (6 + 12)
     assert found.factors.products == 2 * both
     assert found.precondition.products == both
+
+
+@pytest.mark.parametrize("placement", ["replicated", "mem_opt"])
+@pytest.mark.parametrize("basis", ["soap", "muon", "shampoo"])
+def test_memory_has_the_means_of_gradients_that_a_step_leaves(basis: str, placement: str) -> None:
+    """Every rank averages all gradients; those of a layer turn them."""
+    recipe = kfactk.build(
+        curvature=["gradient"], basis=basis, update="sgd", first_moment=0.9, placement=placement
+    )
+    model = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3, bias=False))
+    optimizer = recipe.bind(model)
+    for _ in range(2):
+        nn.functional.cross_entropy(model(torch.randn(6, 5)), torch.randint(3, (6,))).backward()
+        optimizer.step()
+    blocks = optimizer._preconditioner.blocks.current()
+    own = [mean for block in blocks for mean in block.state.gradients.values()]
+    each = [block.state.gradients["mean"] for block in blocks]
+    bare = recipe.evolve(first_moment=0.0)
+    with META:
+        blank = nn.Sequential(nn.Linear(5, 4), nn.Linear(4, 3, bias=False))
+    for ranks in (1, 2):
+        found, less = (
+            cost(load, recipe.placement.assign(load.workload, ranks), ranks, CPU)
+            for load in (training_load(blank, r, meta_batch("5", 6)) for r in (recipe, bare))
+        )
+        more = [a - b for a, b in zip(found.held, less.held, strict=True)]
+        everywhere = sum(m.value.nbytes for m in each if m.value is not None)
+        turned = sum(m.value.nbytes for m in own if m.value is not None) - everywhere
+        shared = placement == "mem_opt"
+        assert sum(more) == ranks * everywhere + (1 if shared else ranks) * turned
+        assert min(more) >= everywhere
 
 
 def test_a_basis_without_matrices_costs_its_products_alone() -> None:

@@ -107,6 +107,8 @@ def test_calibrate_divides_operations_by_seconds() -> None:
     assert machine.products == {"float32": 2.0 * 512**3}
     convolutions = 3 * 2 * 8 * 9 * (32 * 32 * 3 * 32 + 16 * 16 * 32 * 64 + 8 * 8 * 64 * 64)
     assert machine.convolutions * machine.products["float32"] == pytest.approx(convolutions / 3)
+    triangular = 2 * (32**3 + 128**3 + 384**3)
+    assert machine.triangular * machine.products["float32"] == pytest.approx(triangular / 3)
     assert machine.bandwidth == 3 * 4 * 2**24
     assert machine.launch == pytest.approx(1 / 20 / 80)
     assert (

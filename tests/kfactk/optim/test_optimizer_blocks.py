@@ -229,12 +229,13 @@ def test_an_embedding_gets_the_diagonal_of_its_fisher_in_the_basis_of_g(repeated
 
     passes = through(before, "emb", tokens)
     counts, g = torch.zeros(7, dtype=F64), torch.zeros(4, 4, dtype=F64)
+    length = sum(int(word) != 0 for words in tokens for word in words) / len(tokens)
     for n, (_, output) in enumerate(passes):
         words = tokens[n // 3]
         for word, row in zip(words, output[0], strict=True):
             if word != 0:
                 counts[word] += 1 / 3 / len(tokens)
-                g += torch.outer(row, row) / len(words) / len(tokens)
+                g += torch.outer(row, row) / length / len(tokens)
     factors = optimizer.layers["emb"].factors
     torch.testing.assert_close(factors["a"], counts)
     torch.testing.assert_close(factors["G"], g)

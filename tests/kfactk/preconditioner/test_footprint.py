@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 import kfactk
 from kfactk.preconditioner.footprint import footprint_of
+from kfactk.preconditioner.gradient_mean import MEAN, TURNED
 from kfactk.timing import SOLVER_RATES
 
 WIDE = {"name": "conv_kfac", "max_side": 7, "wide": "blocks"}
@@ -36,6 +37,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     },
     "kfac of gradients": {"curvature": "gradient", "basis": "kfac"},
     "muon": {"curvature": ["gradient"], "basis": "muon"},
+    "muon of means": {"curvature": ["gradient"], "basis": "muon", "first_moment": 0.9},
+    "soap of means": {"curvature": {"name": "gradient", "max_side": 7}, "first_moment": 0.9},
+    "ekfac of means": {"curvature": "all", "first_moment": 0.9},
+    "running, of means": {"basis": {"name": "ekfac", "scale": "running"}, "first_moment": 0.9},
 }
 
 
@@ -57,7 +62,8 @@ def test_bytes_are_those_of_the_state_after_steps(name: str) -> None:
     module = model()
     optimizer = kfactk.build(**RECIPES[name]).bind(module)
     blocks = optimizer._preconditioner.blocks.current()
-    predicted = {block.name: footprint_of(block) for block in blocks}
+    averages = optimizer._preconditioner.averages
+    predicted = {block.name: footprint_of(block, averages=averages) for block in blocks}
     for _ in range(2):
         F.cross_entropy(module(torch.randn(6, 2, 4, 4)), torch.arange(6)).backward()
         optimizer.step()
@@ -68,6 +74,16 @@ def test_bytes_are_those_of_the_state_after_steps(name: str) -> None:
         assert each.factors == sum(t.nbytes for t in state.factor_values().values())
         assert each.decomposition == sum(t.nbytes for t in decomposition)
         assert each.moments == 2 * sum(t.nbytes for t in state.moment_values().values())
+        means = {name: mean.value for name, mean in state.gradients.items()}
+        assert (each.means, each.turned) == tuple(
+            0 if (value := means.get(name)) is None else value.nbytes for name in (MEAN, TURNED)
+        )
+        rows = {row.block: row.bytes for row in optimizer.coverage().rows}
+        assert rows[block.name] == each.kept
+        kept = {**state.factor_values(), **state.moment_values()}.values()
+        assert each.kept - each.moments // 2 == sum(
+            t.nbytes for t in (*kept, *decomposition, *means.values()) if t is not None
+        )
 
 
 def test_a_table_tells_wide_and_large_layers_alone() -> None:

@@ -120,6 +120,19 @@ class Twice(Ekfac):
     operator = changing(solve=lambda right, v: 2 * right.solve(v)).operator
 
 
+class Undamped(Ekfac):
+    """A damping of its own in place of the recipe's."""
+
+    def operator(self, decomposition, moments, damping, matrices):
+        return super().operator(decomposition, moments, 0.5, matrices)
+
+
+class Denying(Ekfac):
+    """A damping that it says it has not."""
+
+    damped_at = "never"
+
+
 class Normalised(Ekfac):
     """A step whose length does not grow with the gradient."""
 

@@ -95,6 +95,16 @@ def test_coordinates_that_do_not_stand_for_their_matrix_are_caught(
             "solve is not the inverse of the damped matrix of `block`",
         ),
         (
+            faulty.Undamped,
+            "test_damping_acts_where_it_says",
+            "its damped_at is 'solve', and another damping at the refresh does not change solve",
+        ),
+        (
+            faulty.Denying,
+            "test_damping_acts_where_it_says",
+            "its damped_at is 'never', and another damping at the refresh changes solve",
+        ),
+        (
             faulty.Transposed,
             "test_it_is_the_dense_damped_inverse",
             "solve is not the inverse of the damped",

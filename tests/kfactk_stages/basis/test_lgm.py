@@ -338,9 +338,13 @@ def test_a_chain_that_nobody_reads_is_refused() -> None:
     chain = {"name": "rnn", "time": "chain"}
     with pytest.raises(CombinationError, match=r"A_next, G_next .*'kfac' does not read.*'lgm'"):
         kfactk.build(curvature=kfactk.block(chain, basis="kfac"))
-    for basis in ("kfac", "ekfac"):
-        [rule] = kfactk.build(curvature=chain, basis=basis).rules
-        assert rule.basis == LinearGaussianModel()
+    with pytest.raises(CombinationError, match=r"no block uses basis='kfac'.*rnn, lgm"):
+        kfactk.build(curvature=chain, basis="kfac")
+    [rule, other] = kfactk.build(curvature=[chain, "kfac"], basis="kfac").rules
+    assert rule.basis == LinearGaussianModel()
+    assert other.basis != rule.basis
+    [rule] = kfactk.build(curvature=chain).rules
+    assert rule.basis == LinearGaussianModel()
 
 
 # ------------------------------------------------------------------------------ numbers of steps

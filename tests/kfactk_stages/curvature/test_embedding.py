@@ -87,17 +87,18 @@ def random_calls(module, *shapes):
 def test_factors_are_counts_and_the_moment_of_gradients(case):
     module, calls = case.module, case.calls
     samples = samples_of(module, calls, terms=2.5)
-    counts, g, positions = torch.zeros(module.num_embeddings).double(), 0, 0
+    counts, g, seen = torch.zeros(module.num_embeddings).double(), 0, 0
     for x, gradient in calls:
-        positions += x[0].numel()
         for token, row in zip(x.flatten(), gradient.flatten(0, -2), strict=True):
             if token != module.padding_idx:
                 counts[token] += 1
-                g = g + torch.outer(row, row)
+                g, seen = g + torch.outer(row, row), seen + 1
     found = Embedding().factors(layer_of(module), samples)
     torch.testing.assert_close(found["a"].total / found["a"].count, counts / len(case.inputs))
     g = g + torch.zeros(module.embedding_dim, module.embedding_dim).double()
-    torch.testing.assert_close(found["G"].total / found["G"].count, g / positions / 2.5)
+    positions = seen / len(case.inputs)  # of an example, in the mean
+    expected = g / positions / 2.5 if seen else g
+    torch.testing.assert_close(found["G"].total / found["G"].count, expected)
     torch.testing.assert_close(samples.input_moment().total, torch.diag(counts))
 
 
@@ -128,8 +129,34 @@ def test_the_padding_row_has_no_part():
     factors = Embedding().factors(layer_of(module), samples)
     assert factors["a"].total[1] == 0
     kept = calls[0][1][calls[0][0] != 1]
-    torch.testing.assert_close(factors["G"].total, kept.T @ kept / 6)
+    found, terms = factors["G"], 1.0
+    torch.testing.assert_close(found.total / found.count, kept.T @ kept / terms / (len(kept) / 5))
     assert not samples.projected_square(None, None).total[:, 1].any()
+
+
+def test_the_length_to_which_examples_are_padded_does_not_matter():
+    """Two ranks pad to the longest example of their own, and one process to that of all."""
+    module, generator = nn.Embedding(6, 3, padding_idx=0).double(), torch.Generator().manual_seed(0)
+    lengths = [2, 3, 1, 7]
+    tokens = [torch.randint(1, 6, (n,), generator=generator) for n in lengths]
+    rows = [torch.randn(n, 3, dtype=torch.float64, generator=generator) for n in lengths]
+
+    def padded(which, more=0):
+        most = max(lengths[n] for n in which) + more
+        x, g = torch.zeros(len(which), most).long(), torch.ones(len(which), most, 3).double()
+        for place, n in enumerate(which):
+            x[place, : lengths[n]], g[place, : lengths[n]] = tokens[n], rows[n]
+        samples = samples_of(module, [(x, g)], terms=float(len(which)))
+        return Embedding().factors(layer_of(module), samples)
+
+    whole, longer = padded(range(4)), padded(range(4), more=5)
+    parts = [padded((0, 1)), padded((2, 3))]
+    g = sum(each.T @ each for each in rows) / 4 / (sum(lengths) / 4)
+    torch.testing.assert_close(whole["G"].total / whole["G"].count, g)
+    for name, each in whole.items():
+        joined = parts[0][name] + parts[1][name]
+        torch.testing.assert_close(joined.total / joined.count, each.total / each.count)
+        torch.testing.assert_close(longer[name].total / longer[name].count, each.total / each.count)
 
 
 def test_several_calls_of_other_lengths_add():
@@ -177,7 +204,8 @@ def test_half_precision_is_computed_in_float32(dtype, integer):
     )
     factors, expected = (Embedding().factors(layer_of(module), each) for each in (samples, wide))
     for name in ("a", "G"):
-        torch.testing.assert_close(factors[name].total, expected[name].total.float())
+        found, wide = (each[name].total / each[name].count for each in (factors, expected))
+        torch.testing.assert_close(found, wide.float())
 
 
 def test_rows_that_do_not_occur_cost_nothing_but_their_place():

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
+import attrs
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 import kfactk
 from kfactk import CaptureError, CombinationError, KfactkWarning
 from kfactk.testing import LinkLaws
+from kfactk_stages.likelihood.categorical import Categorical
 from kfactk_stages.link.two_level import TwoLevel
 from tests.kfactk.dense import Problem, all_preconditioned, categorical_labels, exact_scores
 from tests.kfactk.small import F64
@@ -72,7 +74,9 @@ def coarse(model: nn.Module, inputs: Tensor, *, exact: bool, targets: Tensor) ->
     return total / len(inputs)
 
 
-def correction(model: nn.Module, e: Tensor, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def correction(
+    model: nn.Module, e: Tensor, tensors: dict[str, Tensor], tau: float = TAU
+) -> dict[str, Tensor]:
     """`Z (E + tau I)^-1 Z^T v` with Z written out, one row for each parameter."""
     layers = list(dict.fromkeys(map(owner, tensors)))
     z = torch.cat(
@@ -83,7 +87,7 @@ def correction(model: nn.Module, e: Tensor, tensors: dict[str, Tensor]) -> dict[
     )
     z /= z.norm(dim=0)
     v = torch.cat([t.flatten() for t in tensors.values()])
-    found = z @ torch.linalg.solve(e + TAU * torch.eye(len(layers), dtype=F64), z.T @ v)
+    found = z @ torch.linalg.solve(e + tau * torch.eye(len(layers), dtype=F64), z.T @ v)
     parts = found.split([t.numel() for t in tensors.values()])
     return {n: x.view_as(t) for (n, t), x in zip(tensors.items(), parts, strict=True)}
 
@@ -176,10 +180,12 @@ def test_sums_of_every_kind_of_layer_are_those_of_autograd() -> None:
     torch.testing.assert_close(found, c.T @ c / len(c), rtol=1e-9, atol=1e-14)
 
 
-def test_precondition_is_the_matrix_of_the_step() -> None:
+@pytest.mark.parametrize("damping", [TAU, 5 * TAU])
+def test_precondition_is_the_matrix_of_the_step_with_the_damping_of_now(damping: float) -> None:
     model, data = net(), batch((4,))
     optimizer = kfactk.build(**{**RECIPE, "lr": 0.0}).bind(model)
     step(model, optimizer, data)
+    optimizer.param_groups[0]["damping"] = damping
     torch.manual_seed(0)
     v = {n: torch.randn_like(p) for n, p in model.named_parameters()}
     alone = {
@@ -190,7 +196,7 @@ def test_precondition_is_the_matrix_of_the_step() -> None:
         ).items()
     }
     e = optimizer.state[model[0].weight]["kfactk.link.coarse"]
-    more = correction(model, e, v)
+    more = correction(model, e, v, damping)
     found = optimizer.precondition(v)
     for name in v:
         torch.testing.assert_close(found[name], alone[name] + more[name], rtol=1e-9, atol=1e-12)
@@ -243,6 +249,34 @@ def test_a_bad_batch_counts_nothing() -> None:
     assert torch.equal(optimizer.state[model[0].weight]["kfactk.link.coarse"], before)
     step(model, optimizer, data)
     torch.testing.assert_close(optimizer.state[model[0].weight]["kfactk.link.coarse"], before)
+
+
+@attrs.frozen(kw_only=True)
+class FailsLate(Categorical):
+    """Fails in the second pass over a forward, while `failing` holds anything."""
+
+    failing: ClassVar[list[bool]] = []
+
+    def root(self, view: Tensor) -> Iterator[Tensor]:
+        for number, column in enumerate(Categorical.root(self, view)):
+            if number and self.failing:
+                raise CaptureError("no second pass")
+            yield column
+
+
+def test_a_forward_that_fails_late_counts_nothing() -> None:
+    found = []
+    for fails in (False, True):
+        model = net()
+        optimizer = kfactk.build(**RECIPE, likelihood=FailsLate()).bind(model)
+        if fails:
+            FailsLate.failing.append(True)
+            with pytest.raises(CaptureError, match="no second pass"):
+                model(batch((4,), seed=1)[0])
+            FailsLate.failing.clear()
+        step(model, optimizer, batch((4,)))
+        found.append(optimizer.state[model[0].weight]["kfactk.link.coarse"])
+    torch.testing.assert_close(found[1], found[0])
 
 
 def test_a_state_of_other_layers_starts_the_link_afresh() -> None:
