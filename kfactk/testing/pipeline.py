@@ -34,6 +34,7 @@ from kfactk.testing._support.training import (
     PERIODS,
     STEPS,
     Training,
+    built,
     flattened,
     hooks,
     identical,
@@ -419,9 +420,8 @@ class PipelineLaws(Training):
             "clip": Unclipped(),
             "update": torch.optim.SGD,
         }
-        made = kfactk.build(
-            **{**kept, **minimal, **numbers, "factor_every": 1, "scale_every": 1, "basis_every": 1}
-        )
+        periods = {"factor_every": 1, "scale_every": 1, "basis_every": 1}
+        made = built({**kept, **minimal, **numbers, **periods})
         if made.coverage(layer).plain:
             self.inapplicable("the curvature does not support nn.Linear")
         return made

@@ -67,7 +67,8 @@ class TestIngdBlocks(BasisLaws):
 
 
 def singd(structure: str, **options: Any) -> Singd:
-    return Singd(structure=structure, block=BLOCK, **options)
+    sized = {"block": BLOCK} if structure == "blocks" else {}
+    return Singd(structure=structure, **sized, **options)
 
 
 def there(structure: str, n: int) -> Tensor:
@@ -401,13 +402,7 @@ def run(structure: str, variant: str) -> Run:
     model = torch.nn.Sequential(*layers).double()
     recipe = kfactk.build(
         curvature="kfac",
-        basis={
-            "name": "singd",
-            "structure": structure,
-            "momentum": 0.5,
-            "variant": variant,
-            "block": BLOCK,
-        },
+        basis=singd(structure, momentum=0.5, variant=variant),
         likelihood="gaussian",
         fisher="exact",
         update="sgd",
