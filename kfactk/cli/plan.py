@@ -20,7 +20,7 @@ from kfactk.costmodel.hardware import Machine, calibrate, machine_named
 from kfactk.errors import OptionError, near_names
 from kfactk.preconditioner.coverage import told_seconds
 from kfactk.preconditioner.pace_state import LONGEST
-from kfactk.recipe import Recipe, build
+from kfactk.recipe import PRESETS, Recipe, preset
 from kfactk.registry.registry import registry
 from kfactk.registry.serialization import import_path
 from kfactk.stages import Placement
@@ -97,6 +97,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--calibrate", action="store_true", help="measure the processor of this machine instead")
     add("--precision", help="of the model: float32, tf32, bfloat16; by default the profile's")
     add("--placement", action="append", help=f"{named}; may be repeated; all by default")
+    names = ", ".join(PRESETS)
+    add(
+        "--preset",
+        default="thesis",
+        help=f"what the recipe begins with: {names}; thesis by default",
+    )
     for family in STAGES:
         add(f"--{family}", help=f"the recipe's {family}: {named}")
     for period in PERIODS:
@@ -268,8 +274,8 @@ def _from_torchvision(name: str) -> Any:
 def _recipe(arguments: argparse.Namespace) -> Recipe:
     given = {name: getattr(arguments, name) for name in (*STAGES, *PERIODS)}
     given = {name: _stage_value(value) for name, value in given.items() if value is not None}
-    flags = {"stagger": arguments.stagger, "lag": arguments.lag}
-    return build(**given, **flags, exclude=arguments.exclude or ())
+    flags = {name: getattr(arguments, name) for name in ("stagger", "lag", "exclude")}
+    return preset(arguments.preset, **given, **{n: value for n, value in flags.items() if value})
 
 
 def _stage_value(text: Any) -> Any:

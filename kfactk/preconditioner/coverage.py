@@ -689,22 +689,25 @@ def _check_pattern(option: str, pattern: str, names: Iterable[str]) -> None:
         OptionError: It matches none.
     """
     names = list(names)
-    if not any(within(name, pattern) for name in names):
-        inside = list(filter(None, dict.fromkeys(map(unwrapped_name, names))))
-        more = " ..." if len(inside) > 12 else ""
-        preset = OF_A_PRESET if option == "layers" else ""
+    if any(within(name, pattern) for name in names):
+        return
+    inside = list(filter(None, dict.fromkeys(map(unwrapped_name, names))))
+    preset = OF_A_PRESET if option == "layers" else ""
+    if not inside:
         raise OptionError(
-            f"{option}={pattern!r} matches no module of the model.{near_names(pattern, inside)} "
-            + (f"Give one of: {', '.join(inside[:12])}{more}." if inside else NOTHING_INSIDE)
-            + preset
+            f"{option}={pattern!r} matches no module of the model, which is a single one, without "
+            f"names inside: leave it out.{preset}"
         )
+    raise OptionError(
+        f"{option}={pattern!r} matches no module of the model.{near_names(pattern, inside)} "
+        f"Give one of: {', '.join(inside[:12])}{' ...' if len(inside) > 12 else ''}.{preset}"
+    )
 
 
 OF_A_PRESET = (
     " If a preset has it, that preset is for models with such layers, such as 'blocks.0.mlp': give "
     "curvature= layers of your own, kfactk.block(..., layers=[...])."
 )
-NOTHING_INSIDE = "The model is a single module, without names inside: leave the pattern out."
 
 
 def _join(module: str, parameter: str) -> str:

@@ -194,6 +194,30 @@ def test_plan_takes_exclude_and_stagger(capsys: pytest.CaptureFixture[str]) -> N
     assert other["worst"] < one["worst"]
 
 
+class Blocks(nn.Module):
+    """A numbered block and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(64, 64))])
+        self.head = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.blocks[0](x).relu())
+
+
+def test_plan_begins_with_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--model", f"{__name__}:Blocks", "--input", "64", "--placement", "replicated"]
+    plain = plan_json(capsys, *arguments)["rows"][0]
+    muon = plan_json(capsys, *arguments, "--preset", "transformer")["rows"][0]
+    assert muon["held"][0] < plain["held"][0]
+    assert main(["plan", *arguments, "--preset", "transformer"]) == 0
+    assert "'basis': {'name': 'muon'" in capsys.readouterr().out
+    assert "There is no preset 'transfomer'. Did you mean 'transformer'" in plan_error(
+        capsys, *arguments, "--preset", "transfomer"
+    )
+
+
 def test_plan_counts_what_a_pace_compares_with(capsys: pytest.CaptureFixture[str]) -> None:
     command = ("--model", SMALL, "--input", "64", "--placement", "replicated")
     held = [
