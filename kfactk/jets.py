@@ -143,8 +143,8 @@ class Jet:
         if not self.directions.laplacian:
             raise CaptureError(
                 "this jet was made with directions or second derivatives of its own, so that it "
-                "has no Laplacian. Read .second, [N, K, width], or call kfactk.jet(points), whose "
-                "second derivatives are the Laplacian."
+                "has no Laplacian. Read them from u.second, [N, K, width]; or call "
+                "kfactk.jet(points) alone, which has the Laplacian."
             )
         return self.rows[:, -1]
 

@@ -36,7 +36,7 @@ class Taylor(Kfac):
 
     Args:
         spatial: "sud": rows of one point are summed as uncorrelated.
-        batch_dim: See `kfac`; points of a jet are always in front.
+        batch_dim: As for `kfac`, for tensors. Points of a jet are always in front.
         chunk_bytes: See `kfac`.
         max_side: See `kfac`.
         wide: See `kfac`.
