@@ -57,7 +57,8 @@ JOINS_NONE = (
 )
 """Warning of a bind."""
 OTHER_LAYERS = (
-    "the saved state tells what a link measured of other layers than it joins now. It starts afresh"
+    "the saved state tells what another link measured, or this one of other layers than it joins "
+    "now. It starts afresh"
 )
 """Warning of a load."""
 

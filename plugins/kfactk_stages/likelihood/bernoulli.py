@@ -102,7 +102,9 @@ class Bernoulli(IndependentEntries):
         entries = arranged(output, self.class_axis).shape[-1] if self.divisor == "terms" else 1
         k = factor_between(output.double().sigmoid(), gradient.double())
         if measured:  # on the gradient of the loss itself, whatever it is
-            if single_term(arranged(gradient, self.class_axis)):
+            whole = self.divisor == "terms"
+            terms = arranged(gradient, self.class_axis) if whole else gradient.unsqueeze(-1)
+            if single_term(terms):
                 return None  # it may be the term's own weight
             return scale_fault(k, "the binary cross entropy", output.shape, entries)
         if (

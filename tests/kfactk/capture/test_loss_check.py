@@ -299,6 +299,10 @@ def test_the_weight_of_a_single_term_is_no_factor_of_the_loss(likelihood: str, t
     options: dict[str, Any] = {"likelihood": likelihood, "fisher": "empirical"}
     told = said(loss, shape=(terms,), classes=classes, **options)
     assert ("is 7 times" in told) == (terms == 2)
+    if likelihood == "bernoulli":
+        options["likelihood"] = {"name": "bernoulli", "divisor": "entries"}
+        told = said(loss, shape=(terms,), classes=classes, **options)
+        assert ("is 7 times" in told) == (terms == 2)
 
 
 def test_outputs_that_are_logarithms_of_probabilities_are_silent():
