@@ -194,7 +194,7 @@ def test_plan_takes_exclude_and_stagger(capsys: pytest.CaptureFixture[str]) -> N
     assert other["worst"] < one["worst"]
 
 
-class Blocks(nn.Module):
+class Numbered(nn.Module):
     """A numbered block and a head."""
 
     def __init__(self) -> None:
@@ -207,7 +207,7 @@ class Blocks(nn.Module):
 
 
 def test_plan_begins_with_a_preset(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--model", f"{__name__}:Blocks", "--input", "64", "--placement", "replicated"]
+    arguments = ["--model", f"{__name__}:Numbered", "--input", "64", "--placement", "replicated"]
     plain = plan_json(capsys, *arguments)["rows"][0]
     muon = plan_json(capsys, *arguments, "--preset", "transformer")["rows"][0]
     assert muon["held"][0] < plain["held"][0]
