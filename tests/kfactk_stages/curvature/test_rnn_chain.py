@@ -190,6 +190,22 @@ def test_no_pair_spans_two_calls() -> None:
     torch.testing.assert_close(factors["steps"], expected)
 
 
+def test_the_steps_of_all_calls_divide_the_gradients_of_an_example() -> None:
+    """As without a chain, where all examples have equally many."""
+    x = rows(5, 5, 3)
+    chained, before = stepped(Twice("tanh"), x, 2)
+    model = Twice("tanh")
+    model.load_state_dict(before)
+    curvature = ["rnn", kfactk.block("kfac", basis="kfac")]
+    single = kfactk.build(curvature=curvature, lr=0.0, damping=0.03, **HOW).bind(model)
+    F.cross_entropy(model(x), torch.arange(len(x)) % 3).backward()
+    single.step()
+    found, expected = (
+        each.layers["rnn[hh_l0]"].block.state.factor_values()["G"] for each in (chained, single)
+    )
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)
+
+
 def test_micro_batches_are_one_batch() -> None:
     x, found = rows(8, 4, 3), []
     for parts in (1, 4):
