@@ -770,4 +770,9 @@ def _written_default(field: str, default: Any) -> Any:
 
     The stage is not resolved: its plugin may be missing.
     """
-    return {"name": default} if field in STAGE_HOOKS and default is not None else to_json(default)
+    if field in STAGE_HOOKS and default is not None:
+        return {"name": default}
+    try:
+        return to_json(default)
+    except OptionError:
+        return repr(default)

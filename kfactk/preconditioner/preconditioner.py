@@ -489,6 +489,9 @@ class Preconditioner:
             if block.name in gradients and _has_coordinates(block) and self._scale_due(block)
         }
         self._take_moments(founding, dict.fromkeys(founding, 1.0))
+        for block in self._founded:
+            if block.counts_next and block.name in gradients:
+                saved_block.complete(block, averages=self.averages)
 
     def _take_gradients(self, blocks: Sequence[Block], gradients: Mapping[str, Tensor]) -> None:
         """Take the factors of these blocks' gradients into their means, where they are due."""

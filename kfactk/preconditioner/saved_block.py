@@ -31,19 +31,36 @@ def allocate(block: Block, factor_names: frozenset[str], *, holds: bool, average
     """
     sums, state = block.blank_factors(), block.state
     state.factors = {n: _empty(s) for n, s in sums.items() if n in factor_names}
-    state.gradients = {MEAN: RunningMean(block.matrix({}), 0.0)} if averages else {}
+    state.gradients, state.moments = {}, {}
     if block.keeps and not block.measures_nothing:
         state.pace = PaceState.blank(state.factor_values(), block.keeps)
     if holds and not block.measures_nothing:
         blank = block.matrices(factors=zeros_of(sums))
         state.decomposition = block.decompose(block.damping, blank)
-        found = block.blank_moments(state.decomposition)
-        state.moments = {name: _empty(each) for name, each in found.items()}
-        if averages and block.moments_of_gradient:
-            turned = block.coordinates(block.matrix({}))
-            if turned is not None:
-                state.gradients[TURNED] = RunningMean(turned, 0.0)
+    complete(block, averages=averages)
     block.invalidate()
+
+
+def complete(block: Block, *, averages: bool) -> None:
+    """Create the running means that a block has from its first whole step on, where it has none.
+
+    So a checkpoint holds the same tensors after every step.
+
+    Args:
+        block: The block; it has its decomposition, where this rank keeps one.
+        averages: Whether the gradient is averaged.
+    """
+    state = block.state
+    if averages:
+        state.gradients.setdefault(MEAN, RunningMean(block.matrix({}), 0.0))
+    if not state.decomposition:
+        return
+    for name, blank in block.blank_moments(state.decomposition).items():
+        state.moments.setdefault(name, _empty(blank))
+    if averages and block.moments_of_gradient and TURNED not in state.gradients:
+        turned = block.coordinates(block.matrix({}))
+        if turned is not None:
+            state.gradients[TURNED] = RunningMean(turned, 0.0)
 
 
 def fitted(

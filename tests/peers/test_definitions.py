@@ -49,8 +49,7 @@ def positions() -> Problem:
     model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, OUTPUTS)).double()
     shape = (20, POSITIONS, OUTPUTS)
     inputs, targets = torch.randn(shape, dtype=F64), torch.randn(shape, dtype=F64)
-    likelihood = LOSSES["mse"][1] | {"class_axis": -1}
-    return Problem(model, inputs, targets, nn.MSELoss(), likelihood)
+    return Problem(model, inputs, targets, nn.MSELoss(), LOSSES["mse"][1])
 
 
 def solved(case: Problem, name: str, v: dict[str, Tensor], a: Tensor, g: Tensor) -> list[Tensor]:

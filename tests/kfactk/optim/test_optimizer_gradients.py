@@ -239,13 +239,17 @@ def test_a_parameter_without_gradient_waits_until_it_has_one() -> None:
         assert bool(optimizer.layers["1"].factors) is (used == 2)
 
 
-def test_a_step_without_data_allocates_what_a_checkpoint_is_loaded_into() -> None:
+@pytest.mark.parametrize("counts", ["now", "next"])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_a_step_without_data_allocates_what_a_checkpoint_is_loaded_into(
+    steps: int, counts: str
+) -> None:
     layer, other = nn.Linear(3, 2), nn.Linear(3, 2)
-    made = recipe(first_moment=MUON)
+    made = recipe(first_moment=MUON, curvature={"name": "gradient", "counts": counts})
     optimizer, blank = made.bind(layer), made.bind(other)
     layer.weight.grad, layer.bias.grad = torch.randn(2, 3), torch.randn(2)
-    optimizer.step()
-    optimizer.step()
+    for _ in range(steps):
+        optimizer.step()
     for p in other.parameters():
         p.grad = torch.zeros_like(p)
     blank.param_groups[0]["lr"] = 0.0
