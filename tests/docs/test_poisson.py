@@ -18,12 +18,7 @@ EXACT = {"rtol": 1e-9, "atol": 1e-11}
 POINTS = 12
 
 
-@pytest.fixture(autouse=True)
-def doubles():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("doubles")
 
 
 @pytest.fixture(scope="module")

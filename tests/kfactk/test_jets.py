@@ -19,12 +19,7 @@ POSITIVE = {"log", "sqrt", "rsqrt"}
 Function = Callable[[Any], Any]
 
 
-@pytest.fixture(autouse=True)
-def doubles():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
+pytestmark = pytest.mark.usefixtures("doubles")
 
 
 def derivatives(function: Function, points: Tensor) -> tuple[Tensor, Tensor, Tensor]:

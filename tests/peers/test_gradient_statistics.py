@@ -139,7 +139,7 @@ def test_muon_is_that_of_torch(
         torch.testing.assert_close(layer.weight, weight, rtol=1e-12, atol=1e-12)
 
 
-def test_what_the_preset_transformer_does_not_orthogonalise_is_adam_of_torch() -> None:
+def test_the_rest_of_the_preset_transformer_is_adam() -> None:
     """Rows that only the first batch has, and such that it lacks, too."""
     layer = nn.Embedding(9, 5, dtype=F64)
     model = nn.ModuleDict({"table": layer, "blocks": nn.ModuleList([nn.Sequential(nn.Identity())])})

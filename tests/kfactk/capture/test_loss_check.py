@@ -122,9 +122,7 @@ BINARY = (TARGETS > 0).float()
         (lambda z: F.cross_entropy(z, TOKENS), (N, C, T), "'categorical', 'class_axis': 1}"),
     ],
 )
-def test_losses_of_classes_under_gaussian_are_told_where_they_are_certain(
-    loss: Loss, shape: tuple[int, ...], words: str
-):
+def test_losses_of_classes_under_gaussian_are_told(loss: Loss, shape: tuple[int, ...], words: str):
     """At first, where all probabilities are equal, targets of -1 and 1 have such a gradient."""
     output = torch.randn(*shape, generator=torch.Generator().manual_seed(1))
     found = told_of_numbers(loss, output)
@@ -133,7 +131,7 @@ def test_losses_of_classes_under_gaussian_are_told_where_they_are_certain(
     assert told_of_numbers(loss, 0 * output) is None
 
 
-def test_cross_entropy_under_gaussian_is_told_once_and_not_where_it_is_measured():
+def test_cross_entropy_under_gaussian_is_told_once():
     def loss(z: Tensor) -> Tensor:
         return F.cross_entropy(z, LABELS)
 

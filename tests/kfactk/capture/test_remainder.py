@@ -174,7 +174,7 @@ class Recurrent(nn.Module):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_all_parameters_of_a_recurrent_layer_have_their_gradients_in_its_call(
+def test_gradients_of_a_recurrent_layer_are_of_its_call(
     dtype: torch.dtype,
 ) -> None:
     recipe = {"curvature": ["rnn", "kfac"]}

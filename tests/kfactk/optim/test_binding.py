@@ -49,7 +49,7 @@ def test_a_model_without_blocks_is_told_at_the_line_that_binds() -> None:
 
 
 @pytest.mark.parametrize("clip", ["trust_region", "kl"])
-def test_parameters_past_a_bound_of_the_whole_step_are_told_at_the_line_that_binds(
+def test_parameters_past_a_bound_of_the_step_are_told(
     clip: str,
 ) -> None:
     model, rest = Scaled(), {"scale": torch.full((1,), 0.01)}
@@ -68,7 +68,7 @@ def test_parameters_past_a_bound_of_the_whole_step_are_told_at_the_line_that_bin
         assert "masks={'scale': torch.full_like(model.get_parameter('scale')" in str(each.message)
 
 
-def test_a_masked_parameter_without_a_block_steps_by_its_masked_gradient() -> None:
+def test_a_masked_parameter_steps_by_its_masked_gradient() -> None:
     model = Scaled()
     recipe = kfactk.build(basis="kfac", update="sgd", clip="trust_region", lr=0.5)
     mask = torch.full_like(model.get_parameter("scale"), 0.01)

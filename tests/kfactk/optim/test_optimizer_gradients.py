@@ -241,9 +241,7 @@ def test_a_parameter_without_gradient_waits_until_it_has_one() -> None:
 
 @pytest.mark.parametrize("counts", ["now", "next"])
 @pytest.mark.parametrize("steps", [1, 2])
-def test_a_step_without_data_allocates_what_a_checkpoint_is_loaded_into(
-    steps: int, counts: str
-) -> None:
+def test_a_step_without_data_allocates_for_a_checkpoint(steps: int, counts: str) -> None:
     layer, other = nn.Linear(3, 2), nn.Linear(3, 2)
     made = recipe(first_moment=MUON, curvature={"name": "gradient", "counts": counts})
     optimizer, blank = made.bind(layer), made.bind(other)
@@ -378,7 +376,7 @@ def test_muon_before_other_curvatures_leaves_them_what_it_refuses() -> None:
     }
 
 
-def test_moments_of_gradients_beside_other_curvatures_are_of_every_step() -> None:
+def test_moments_beside_other_curvatures_are_of_every_step() -> None:
     """The periods of a list suit Fisher passes; a divisor of one gradient in ten would be poor."""
     model = nn.Sequential(nn.Linear(4, 3), nn.Tanh(), nn.Linear(3, 2)).to(F64)
     bias = nn.Parameter(model[2].bias.detach().clone())

@@ -29,14 +29,6 @@ MEASURED: dict[str, Any] = {
 }
 
 
-@pytest.fixture
-def doubles():
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
 # -------------------------------------------------------------------------------------- the laws
 
 
@@ -274,7 +266,7 @@ def with_ones(x: kfactk.Jet, bias: bool) -> Tensor:
 
 @pytest.mark.parametrize("fisher", ["mc", "empirical"])
 @pytest.mark.filterwarnings("error::kfactk.KfactkWarning")
-def test_drawn_and_observed_targets_give_the_squares_of_their_own_gradients(
+def test_targets_give_the_squares_of_their_own_gradients(
     fisher: str, points: tuple[Tensor, Tensor]
 ) -> None:
     """The empirical F of a squared residual is that of D times the residual."""

@@ -181,7 +181,7 @@ def test_sums_of_every_kind_of_layer_are_those_of_autograd() -> None:
 
 
 @pytest.mark.parametrize("damping", [TAU, 5 * TAU])
-def test_precondition_is_the_matrix_of_the_step_with_the_damping_of_now(damping: float) -> None:
+def test_precondition_has_the_damping_of_now(damping: float) -> None:
     model, data = net(), batch((4,))
     optimizer = kfactk.build(**{**RECIPE, "lr": 0.0}).bind(model)
     step(model, optimizer, data)
