@@ -123,6 +123,13 @@ class FirstFirst(NoClip):
         ], torch.ones(())
 
 
+@pytest.mark.parametrize("layers", [None, ["hidden", "out"]], ids=["model's", "named"])
+def test_a_link_may_want_the_order_of_the_model(layers: list[str] | None) -> None:
+    link = {"name": "block_tridiagonal", "layers": layers}
+    law = "test_the_order_of_layers_does_not_matter"
+    assert not found(law, basis="kfac", fisher="empirical", link=link, clip="none")
+
+
 def test_the_order_of_layers() -> None:
     said = found(
         "test_the_order_of_layers_does_not_matter", clip=FirstFirst(), update="sgd", lr=0.1
