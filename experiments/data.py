@@ -1,7 +1,7 @@
 """Load examples into memory, by name.
 
-They are scikit-learn's digits, also enlarged, MNIST-1D, CIFAR-10 as files or image folders, and
-source code.
+They are scikit-learn's digits, also enlarged, MNIST-1D, CIFAR-10 as files or image folders, also in
+grey, and source code.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ SIZE = 32
 FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP")
 """Of the files that `ImageFolder` lists."""
 PARTS = ("train", "test")
+LUMINANCE = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in a grey pixel (ITU-R BT.601)."""
 DOWNLOADED = ("cifar-10-batches-py", "cifar-10-python.tar.gz")
 Say = Callable[[str], None]
 
@@ -255,12 +257,31 @@ def cifar10(settings: Data, data_dir: Path | None, cache: Path, say: Say) -> Dat
     return _from_torchvision(settings, data_dir, say)
 
 
+def cifar10_grey(settings: Data, data_dir: Path | None, cache: Path, say: Say) -> Dataset:
+    """Return CIFAR-10 in grey, `[N, 1, 32, 32]`: the luminance of each pixel."""
+    coloured = cifar10(settings, data_dir, cache, say)
+
+    def grey(part: Examples) -> Examples:
+        pixels = torch.zeros_like(part.inputs[:, :1], dtype=torch.float32)
+        for channel, weight in enumerate(LUMINANCE):
+            pixels += weight * part.inputs[:, channel : channel + 1]
+        return Examples(pixels.round().to(torch.uint8), part.labels)
+
+    return attrs.evolve(
+        coloured,
+        name=f"{coloured.name}, in grey",
+        train=grey(coloured.train),
+        test=grey(coloured.test),
+    )
+
+
 SOURCES: dict[str, Callable[[Data, Path | None, Path, Say], Dataset]] = {
     "digits": digits,
     "digits28": digits28,
     "mnist1d": mnist1d,
     "python_source": python_source,
     "cifar10": cifar10,
+    "cifar10_grey": cifar10_grey,
 }
 """Functions that load examples, with the arguments of `cifar10`."""
 PACKAGED = ("digits", "digits28", "mnist1d", "python_source")

@@ -87,6 +87,24 @@ def test_folders_of_images_are_decoded_once(images: Path, tmp_path: Path):
     assert len(data.load(settings, images, tmp_path / "cache", said.append).train) == 5
 
 
+def test_grey_images_are_those_that_pillow_makes(images: Path, tmp_path: Path):
+    coloured = data.load(Data(source="cifar10"), images, tmp_path / "cache", quiet)
+    grey = data.load(Data(source="cifar10_grey"), images, tmp_path / "cache", quiet)
+    assert "in grey" in grey.name
+    for ours, theirs in ((grey.train, coloured.train), (grey.test, coloured.test)):
+        made = [
+            np.asarray(Image.fromarray(pixels.permute(1, 2, 0).numpy()).convert("L"))
+            for pixels in theirs.inputs
+        ]
+        assert ours.inputs.shape == (len(theirs), 1, 32, 32)
+        assert ours.inputs.dtype == torch.uint8
+        difference = ours.inputs[:, 0].int() - torch.from_numpy(np.stack(made)).int()
+        assert difference.abs().max() <= 1  # theirs are rounded at other places
+        assert torch.equal(ours.labels, theirs.labels)
+    mean, deviation = grey.normalisation()
+    assert mean.shape == deviation.shape == (1, 1, 1)
+
+
 def test_subset_depends_on_its_seed(images: Path, tmp_path: Path):
     def load(seed: int) -> data.Dataset:
         return data.load(
