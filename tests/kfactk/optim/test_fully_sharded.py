@@ -181,3 +181,41 @@ def test_a_preset_for_transformers_takes_projections_that_ranks_share() -> None:
     truth = projected(0, divided=False)
     for ours in shared_workers().run(2, functools.partial(projected, divided=True)):
         torch.testing.assert_close(ours, truth, rtol=1e-10, atol=1e-10)
+
+
+class Residual(nn.Module):
+    """The residual of Poisson's equation, by derivatives that a jet carries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.first, self.middle, self.last = nn.Linear(2, 6), nn.Linear(6, 5), nn.Linear(5, 1)
+        self.to(F64)
+
+    def forward(self, points: Tensor) -> Tensor:
+        hidden = torch.tanh(self.first(kfactk.jet(points)))
+        u = self.last(torch.tanh(self.middle(hidden)))
+        return u.laplacian + points.sum(-1, keepdim=True)
+
+
+def jets(rank: int, *, way: str | None) -> dict[str, Tensor]:
+    model = Residual()
+    if way:
+        WAYS[way](model, line())
+    recipe: dict[str, Any] = {"curvature": "taylor", "basis": "ekfac", "update": "adam"}
+    optimizer = kfactk.build(**(SCHEDULE | recipe), likelihood="gaussian").bind(model)
+    for step in range(STEPS):
+        points = torch.linspace(0, 7, 24, dtype=F64).sin().roll(step).view(12, 2)
+        if way:
+            points = points[rank::2]
+        optimizer.zero_grad()
+        (model(points).square().mean() / 2).backward()
+        optimizer.step()
+    return found(optimizer, model)
+
+
+@pytest.mark.parametrize("way", ["root only", "nested"])
+def test_jets_pass_through_layers_that_ranks_share(way: str) -> None:
+    truth = jets(0, way=None)
+    for ours in shared_workers().run(2, functools.partial(jets, way=way)):
+        assert deviation(ours, truth) < 1e-10
