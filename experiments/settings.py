@@ -287,6 +287,8 @@ class Study:
 
 HIDDEN = ("preset", "trusted")
 """Fields of `Study` that no file sets."""
+NESTED = ("search", "algorithms")
+"""Tables of tables."""
 
 
 def presets() -> dict[str, Path]:
@@ -313,11 +315,25 @@ def load(preset: str, changes: Iterable[str] = ()) -> Study:
 def read(path: Path, changes: Iterable[str] = (), *, trusted: bool = False) -> Study:
     """Read the settings of a study from a TOML file; its stem is the preset's name.
 
+    Where the file says `extends = "PRESET"`, what it leaves out is that preset's: in its tables,
+    and in those of `[algorithms]` and `[search]`. A table below them, such as the options of a
+    stage, is replaced as a whole. The title is not taken over.
+
     Args:
         path: The file.
         changes: Changes of its values, such as `algorithms.sgd.lr=0.1`.
         trusted: Whether import paths in it may be imported, which runs code.
     """
+    table = _parsed(path)
+    if not NAME.fullmatch(path.stem):
+        raise ExperimentError(f"{path}: the name of the file {NAMING}: rename it")
+    for change in changes:
+        _change(table, change)
+    return structure({"title": path.stem, **table}, str(path), path.stem, trusted=trusted)
+
+
+def _parsed(path: Path) -> dict[str, Any]:
+    """Return the table of a file, laid over that of the preset which it extends."""
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -325,11 +341,29 @@ def read(path: Path, changes: Iterable[str] = (), *, trusted: bool = False) -> S
     # TOMLDecodeError and UnicodeDecodeError are ValueErrors; so are numbers with too many digits.
     except (ValueError, RecursionError) as error:
         raise ExperimentError(f"{path}: is not valid TOML: {error}") from error
-    if not NAME.fullmatch(path.stem):
-        raise ExperimentError(f"{path}: the name of the file {NAMING}: rename it")
-    for change in changes:
-        _change(table, change)
-    return structure({"title": path.stem, **table}, str(path), path.stem, trusted=trusted)
+    if "extends" not in table:
+        return table
+    base, known = table.pop("extends"), presets()
+    if not isinstance(base, str) or base not in known or known[base] == path:
+        near = near_names(str(base), known)
+        raise ExperimentError(
+            f"{path}: extends = {base!r}: there is no such preset.{near} Presets: "
+            f"{', '.join(known)}"
+        )
+    found = _parsed(known[base])
+    del found["title"]
+    laid = {
+        name: _laid_over(found.get(name), value, 2 if name in NESTED else 1)
+        for name, value in table.items()
+    }
+    return found | laid
+
+
+def _laid_over(base: Any, given: Any, levels: int) -> Any:
+    """Return `given`, with what its tables of so many levels leave out of `base`."""
+    if not levels or not isinstance(base, dict) or not isinstance(given, dict):
+        return given
+    return base | {name: _laid_over(base.get(name), v, levels - 1) for name, v in given.items()}
 
 
 def structure(table: Mapping[str, Any], where: str, preset: str, *, trusted: bool) -> Study:
