@@ -161,6 +161,13 @@ def _recipe(algorithm: Algorithm, seed: int) -> kfactk.Recipe:
     return made.evolve(fisher={**made.to_dict()["fisher"], **chosen})
 
 
+def covered(algorithm: Algorithm, model: nn.Module) -> set[str]:
+    """Return the names of the parameters that an algorithm preconditions."""
+    if not algorithm.second_order:
+        return set()
+    return set(recipe(algorithm, seed=0).coverage(model).covered)
+
+
 def describe(algorithm: Algorithm, *, seed: int) -> dict[str, Any]:
     """Return the effective settings, with defaults, as nested plain values."""
     if algorithm.second_order:

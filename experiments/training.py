@@ -15,7 +15,7 @@ from typing import Any
 
 import attrs
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 import kfactk
@@ -75,7 +75,7 @@ class Trainer:
             trusted=study.trusted,
         )
         if ranks.size > 1:
-            models.share_batch_norms(model)
+            _share_batch_norms(model, algorithm)
         self.model = model.to(device)
         self._shared = ranks.wrap(self.model, device)
         self._collector = Collector(RECORD_EVERY)
@@ -363,3 +363,19 @@ def apply_moves(pixels: Tensor, offsets: Tensor, mirror: Tensor) -> Tensor:
         .permute(0, 3, 1, 2)
         .contiguous()
     )
+
+
+def _share_batch_norms(model: nn.Module, algorithm: Algorithm) -> None:
+    """Share statistics between the processes.
+
+    Raises:
+        ExperimentError: The algorithm would leave out parameters that it has in one process.
+    """
+    before = algorithms.covered(algorithm, model)
+    models.share_batch_norms(model)
+    if lost := before - algorithms.covered(algorithm, model):
+        raise ExperimentError(
+            f"algorithms.{algorithm.name}: in several processes BatchNorm has the statistics of "
+            f"all, which no curvature sees: {len(lost)} parameters would be left out, such as "
+            f"{min(lost)}. Run it in one process, or leave norm out of its curvature"
+        )

@@ -12,6 +12,7 @@ from torch.nn import functional
 from experiments import algorithms, data, models, settings, training
 from experiments.data import Dataset, Examples
 from experiments.errors import ExperimentError
+from experiments.ranks import Communicator
 from experiments.settings import Algorithm, Study
 from experiments.training import Trainer, steps
 from tests.experiments.studies import plain, with_training
@@ -283,6 +284,19 @@ def test_too_few_examples_and_other_than_images_are_told(study: Study, dataset: 
     shifted = attrs.evolve(study, data=attrs.evolve(study.data, augment=True))
     with pytest.raises(ExperimentError, match=r"data.augment shifts and mirrors images"):
         Trainer(shifted, chosen, 0, attrs.evolve(dataset, train=flat), CPU)
+
+
+def test_processes_refuse_what_they_would_leave_out():
+    study = settings.load("digits", ["data.train=64", "data.test=32"])
+    digits, two = data.load(study.data, None, Path("unused"), print), Communicator(0, 2)
+    norms = study.algorithms["kfac"].with_options(curvature=["conv_kfac", "norm"])
+    Trainer(study, norms, 0, digits, CPU).close()
+    with pytest.raises(
+        ExperimentError, match=r"algorithms.kfac: .* 12 parameters .* blocks.0.norm1"
+    ):
+        Trainer(study, norms, 0, digits, CPU, two)
+    with pytest.raises(ValueError, match="process group"):  # it goes on to form one
+        Trainer(study, study.algorithms["kfac"], 0, digits, CPU, two)
 
 
 def numbered(count: int) -> Examples:
