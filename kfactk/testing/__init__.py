@@ -1,4 +1,4 @@
-"""Laws of stages: tests that the author of a stage inherits. Needs `pip install kfactk[testing]`.
+"""Laws of stages: tests that the author of a stage inherits. Needs the extra `testing`.
 
 Each module holds the laws of one stage family. The folder `_support` holds the rest:
 
@@ -16,7 +16,7 @@ if _missing := [
     name for name in ("hypothesis", "pytest") if importlib.util.find_spec(name) is None
 ]:
     raise ModuleNotFoundError(
-        f"kfactk.testing needs {' and '.join(_missing)}: pip install 'kfactk[testing]'",
+        f"kfactk.testing needs {' and '.join(_missing)}: run pip install '.[testing]' in a clone of kfactk",
         name=_missing[0],
     )
 

@@ -71,7 +71,7 @@ class Mlflow:
 
     Credentials in `tracking_uri` are masked in `repr`, in messages and in what is recorded.
 
-    It needs `pip install "kfactk[experiments]"`. MLflow is imported at the start, not before.
+    It needs `pip install mlflow`. MLflow is imported at the start, not before.
 
     Args:
         experiment: Name of the experiment for a new run, made when missing; `None` for the one set
@@ -113,7 +113,7 @@ class Mlflow:
         except ImportError as error:
             raise OptionError(
                 f"tracker 'mlflow' needs MLflow, which cannot be imported ({error}). Run: "
-                "pip install 'kfactk[experiments]'"
+                "pip install mlflow"
             ) from error
         active = mlflow.active_run()
         if active is not None:

@@ -279,7 +279,7 @@ def import_file(path: Path, uri: str | None) -> str:
     except ImportError as error:
         raise OptionError(
             f"MLflow, which these records are for, cannot be imported ({error}). Run: "
-            "pip install 'kfactk[experiments]'"
+            "pip install mlflow"
         ) from error
     store = Store(uri or mlflow.get_tracking_uri())
     sent, skipped = 0, 0
