@@ -112,8 +112,8 @@ def _stages(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int]
     if arguments.json:
         return _json([info.to_dict() for info in infos]), 0
     if not infos:
-        text = "`python -m kfactk plugins` says why; `pip install .` in a clone of kfactk installs ours."
-        return f"No stage is loaded. {text}", 0
+        ours = "`pip install .` in a clone of kfactk installs ours"
+        return f"No stage is loaded. `python -m kfactk plugins` says why; {ours}.", 0
     lines = []
     for family, group in itertools.groupby(infos, key=lambda info: info.family):
         members = list(group)
@@ -168,8 +168,8 @@ def _plugins(plugins: Registry, arguments: argparse.Namespace) -> tuple[str, int
     if arguments.json:
         return _json([attrs.asdict(info) for info in infos]), code
     if not infos:
-        text = "no distribution has an entry point of the group kfactk. Try `pip install .` in a clone of kfactk."
-        return f"No plugin is installed: {text}", code
+        text = "no distribution has an entry point of the group kfactk"
+        return f"No plugin is installed: {text}. Try `pip install .` in a clone of kfactk.", code
     rows = []
     for info in infos:
         api = f"API {'?' if info.api is None else info.api}"

@@ -16,7 +16,8 @@ if _missing := [
     name for name in ("hypothesis", "pytest") if importlib.util.find_spec(name) is None
 ]:
     raise ModuleNotFoundError(
-        f"kfactk.testing needs {' and '.join(_missing)}: run pip install '.[testing]' in a clone of kfactk",
+        f"kfactk.testing needs {' and '.join(_missing)}: run pip install '.[testing]' in a clone "
+        "of kfactk",
         name=_missing[0],
     )
 
