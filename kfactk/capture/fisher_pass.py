@@ -324,7 +324,7 @@ class FisherPass:
             with forward.unnoticed([head.output for head in heads]):
                 heads, rows = self._by_example(forward, heads)
                 self._measure(forward, heads, rows, (step, micro_batch))
-        self._check_losses(forward, heads)
+        self._check_losses(forward, heads, batch)
         if forward.calls and self._fisher.own_pass:
             self._taker.end_forward()
 
@@ -372,7 +372,9 @@ class FisherPass:
         )
         return view
 
-    def _check_losses(self, forward: Forward, heads: Sequence[HeadView]) -> None:
+    def _check_losses(
+        self, forward: Forward, heads: Sequence[HeadView], batch: Mapping[str, Any]
+    ) -> None:
         """Let the first backward that counts be checked against each likelihood."""
         if not forward.calls or all(check.done for check in self._loss_checks):
             return
@@ -385,7 +387,8 @@ class FisherPass:
                 continue  # its gradient is that of other losses too
             check = self._loss_checks[self._heads.index(cast(Head, head.head))]
             scale = LossScale(head.terms, self._reduction, self._scaler)
-            check.watch(head.output, head.likelihood, parameters, scale)
+            given = {**forward.batch, **batch}
+            check.watch(head.output, head.likelihood, parameters, scale, given)
 
     def _guarded(self, forward: Forward, views: Sequence[Tensor]) -> Forward:
         """Return the forward without the layers that influence `views` past their recorded calls.

@@ -5,12 +5,17 @@ tells: at the output, the gradient of a softmax cross entropy sums to zero over 
 that of a squared error does not. So the first backward that counts is looked at, once. Where it
 does not fit, others may come through the same output before the step: of a loss after that of its
 penalty, or of another head. It is told at the step, unless one of them fits, or their sum does.
+
+Where curvature is measured on this gradient, its size matters too. Of a squared error one gradient
+does not tell it, but two with the same targets do: that of a batch which comes again, as the whole
+data does, or the targets themselves, where the error has none. An autoencoder's are its inputs; so
+each argument of the forward is tried that has as many numbers as the output.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import attrs
@@ -19,11 +24,15 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from kfactk.capture.guard import parameter_nodes
+from kfactk.capture.replay import tensors_of
 from kfactk.capture.torch_modes import full_precision
 from kfactk.capture.user_backward import Scale, adds_to
 from kfactk.errors import KfactkWarning
 from kfactk.stages import Likelihood
 from kfactk.validation import attribute_errors
+
+COMPARED = 4
+"""Backwards of which the gradients are compared, one with the next, where one alone tells less."""
 
 
 @attrs.define(eq=False)
@@ -32,11 +41,13 @@ class Misfit:
 
     Args:
         output: The output, detached.
+        arguments: Tensors of the forward's arguments of the output's size: perhaps the targets.
         gradient: The sum of their gradients; `None` for none.
         fault: Why it does not fit.
     """
 
     output: Tensor
+    arguments: list[Tensor] = attrs.Factory(list)
     gradient: Tensor | None = None
     fault: str = ""
 
@@ -54,10 +65,17 @@ class LossCheck:
         self._measured = measured
         self.done = measured and several
         self._misfits: list[Misfit] = []
+        self._before: tuple[Tensor, Tensor] | None = None
+        self._left = COMPARED if measured else 0
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
 
     def watch(
-        self, output: Tensor, likelihood: Likelihood, parameters: Iterable[Tensor], scale: Scale
+        self,
+        output: Tensor,
+        likelihood: Likelihood,
+        parameters: Iterable[Tensor],
+        scale: Scale,
+        batch: Mapping[str, Any],
     ) -> None:
         """Wait for backwards over one forward.
 
@@ -66,6 +84,7 @@ class LossCheck:
             likelihood: What they mean. Where it has no `misfit`, nothing is checked.
             parameters: Those whose gradients make a backward count.
             scale: What makes its gradient that of the summed loss.
+            batch: The arguments of the forward, and what `Optimizer.observe` was given.
         """
         if self.done or not hasattr(likelihood, "misfit"):
             return
@@ -73,6 +92,8 @@ class LossCheck:
         number = edge.output_nr  # a hook that held the edge would keep its node for ever
         ends = parameter_nodes(parameters)
         seen = Misfit(output.detach())
+        if self._left and hasattr(likelihood, "divisor_misfit"):
+            seen.arguments = alike(seen.output, batch)
 
         def prehook(gradients: tuple[Tensor | None, ...]) -> None:
             gradient = gradients[number]
@@ -114,8 +135,44 @@ class LossCheck:
         for each in gradients:
             with attribute_errors("likelihood", likelihood, "on the gradient of the loss"):
                 fault = likelihood.misfit(seen.output, each, measured=self._measured)
+                fault = fault or self._divisor_fault(likelihood, seen, each)
             if not fault:
-                seen.gradient, self.done = None, not self._misfits
+                seen.gradient, self.done = None, not self._misfits and not self._left
                 return
         seen.gradient, seen.fault = gradients[-1], fault
         self._misfits.append(seen)
+
+    def _divisor_fault(self, likelihood: Any, seen: Misfit, gradient: Tensor) -> str | None:
+        """Return what is wrong with the size of a gradient, by others with the same targets."""
+        if not self._left or not hasattr(likelihood, "divisor_misfit"):
+            self._left = 0
+            return None
+        output, nothing = seen.output, torch.zeros_like(gradient)
+        targets = (each.to(output) for each in seen.arguments)
+        masked = gradient == 0  # of which the targets may be no numbers
+        others = [(torch.where(masked, output, each), nothing) for each in targets]
+        if self._before is not None and self._before[0].shape == output.shape:
+            others.append(self._before)
+        for other in others:
+            fault: str | None = likelihood.divisor_misfit(output, gradient, other)
+            if fault:
+                return fault
+        self._left -= 1
+        self._before = (output, gradient) if self._left else None
+        return None
+
+
+def alike(output: Tensor, batch: Mapping[str, Any]) -> list[Tensor]:
+    """Return the real tensors among arguments with as many numbers as an output, in its shape.
+
+    Example:
+        >>> given = {"images": torch.ones(2, 2, 3), "kinds": torch.zeros(2)}
+        >>> [tuple(each.shape) for each in alike(torch.zeros(2, 6), given)]
+        [(2, 6)]
+    """
+    plain = (
+        each.detach()
+        for each in tensors_of(list(batch.values()))
+        if type(each) is type(output) and each.layout is torch.strided and not each.is_complex()
+    )
+    return [each.reshape_as(output) for each in plain if each.numel() == output.numel()]

@@ -17,6 +17,12 @@ class Likelihood(Protocol):
     likelihood's, or `None`. The gradient is that of the summed loss. `measured` says whether
     curvature is measured on it, so that its size matters.
 
+    Where one gradient does not tell by what a loss divides, two with the same targets may.
+    `divisor_misfit(output, gradient, other)` returns why the measured loss is a mean over something
+    else than the likelihood's terms, or `None` where that is not certain. `other` is another output
+    and its gradient. It may be the targets themselves with a gradient of 0, or have nothing to do
+    with the first.
+
     By another one the scale of a loss is checked under a controller. `loss_factor(output, gradient,
     later)` returns c, where the gradient at the output is c times that of the summed negative
     log-likelihood, or `None` where that is not certain. `later` is an output and a gradient after a

@@ -102,9 +102,13 @@ def test_huggingface_trainer_resumes_with_equal_loss(
     [
         ("gan", "distance", 0.6),
         ("vae", "loss", 0.6),
+        ("autoencoder", "entropy", 0.3),
+        ("autoencoder", "squares", 0.3),
         ("contrastive", "loss", 0.6),
         ("detection", "classes", 0.2),
         ("detection", "boxes", 0.2),
+        ("segmentation", "out", 0.3),
+        ("segmentation", "aux", 0.6),
         ("multi_task", "kind", 0.2),
         ("multi_task", "size", 0.2),
         ("pinn", "loss", 0.01),

@@ -105,12 +105,13 @@ def one_by_one(model: nn.Module, a: Tensor, b: Tensor) -> Tensor:
     return torch.cat([model(a), model(b)])
 
 
+@pytest.mark.parametrize("fisher", ["empirical", {"name": "empirical", "terms": "input"}])
 @pytest.mark.parametrize(("call", "rows"), [(both_at_once, 2 * PAIRS), (one_by_one, PAIRS)])
-def test_info_nce(call: Callable[..., Tensor], rows: int) -> None:
+def test_info_nce(call: Callable[..., Tensor], rows: int, fisher: Any) -> None:
     """The empirical Fisher of each row; the mean loss counts for the rows of one forward."""
     model = encoder()
     twin = copy.deepcopy(model)
-    optimizer, rule = bound(model, fisher="empirical"), sgd(twin)
+    optimizer, rule = bound(model, fisher=fisher), sgd(twin)
     for step in range(STEPS):
         a, b = views(step)
         optimizer.zero_grad()
@@ -195,11 +196,12 @@ def row_of_tower(
     return [PAIRS * clip_loss(scale.exp() * z @ F.normalize(theirs, dim=-1).mT)]
 
 
-def test_two_towers() -> None:
+@pytest.mark.parametrize("fisher", ["empirical", {"name": "empirical", "terms": "texts"}])
+def test_two_towers(fisher: Any) -> None:
     """A trained temperature is plain; each tower's rows count for the symmetric loss."""
     model = TwoTowers()
     twin = copy.deepcopy(model)
-    optimizer, rule = bound(model, fisher="empirical"), sgd(twin)
+    optimizer, rule = bound(model, fisher=fisher), sgd(twin)
     for step in range(STEPS):
         images, texts = views(step)
         optimizer.zero_grad()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -14,10 +14,14 @@ from kfactk import hookimpl
 from kfactk.options import number
 from kfactk_stages.likelihood._misfit import (
     certain_factor,
+    single_term,
     slope_between,
     softmax_axes,
 )
-from kfactk_stages.likelihood.layout import IndependentEntries, missing_terms
+from kfactk_stages.likelihood.layout import IndependentEntries, arranged, missing_terms
+
+SAME = 0.01
+"""Relative deviation of a slope from that of a mean over entries."""
 
 
 @attrs.frozen(kw_only=True)
@@ -106,6 +110,32 @@ class Gaussian(IndependentEntries):
         if certain_factor(output.double().sigmoid(), gradient.double()) is not None:
             return _class_fault(output, "binary", "'bernoulli'")
         return None
+
+    def divisor_misfit(
+        self, output: Tensor, gradient: Tensor, other: tuple[Tensor, Tensor]
+    ) -> str | None:
+        """Return why a squared error with these gradients is a mean over entries, if it is.
+
+        It is where its gradient is `2 / C` times the output minus the targets, or half of it. For
+        up to two numbers a term, half the sum of squares has that too.
+        """
+        terms = arranged(gradient, self.class_axis) if self.divisor == "terms" else None
+        if terms is None or terms.shape[-1] < 3 or single_term(terms):
+            return None
+        entries, slope = terms.shape[-1], slope_between((output, other[0]), (gradient, other[1]))
+        if slope is None or min(abs(slope * entries / k - 1) for k in (1, 2)) > SAME:
+            return None
+        options: dict[str, Any] = {"targets": self.targets, "weights": self.weights}
+        given = {key: value for key, value in options.items() if value is not None}
+        return (
+            f"the gradient of your loss at the output (shape {list(output.shape)}) is that of a "
+            f"squared error whose mean is over all entries, as that of F.mse_loss, and not over "
+            f"terms of {entries} entries each. Curvature is measured on this gradient. Counted by "
+            f"terms it is 1/{entries} of what it is counted by entries, so your damping acts "
+            f"{entries} times as strongly. Unless you divide by the variance of a noise, or by "
+            f"{entries} micro-batches, give "
+            f"likelihood={ {'name': 'gaussian', 'divisor': 'entries', **given} }"
+        )
 
     def loss_factor(
         self, output: Tensor, gradient: Tensor, later: tuple[Tensor, Tensor] | None

@@ -531,3 +531,144 @@ class Plain:
 
 def test_likelihoods_without_the_check_are_not_asked():
     assert said(OTHERS["squared error"], likelihood=Plain()) == ""
+
+
+class Rebuilds(nn.Sequential):
+    """Returns its inputs, as an autoencoder does, beside labels that it does not read."""
+
+    def __init__(self, columns: int) -> None:
+        super().__init__(nn.Linear(columns, 8), nn.Tanh(), nn.Linear(8, columns))
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> Tensor:
+        found: Tensor = super().forward(x)
+        return found
+
+
+HALF_SUM: Loss = lambda error: 0.5 * error.square().sum(-1).mean()  # noqa: E731
+MEAN: Loss = lambda error: error.square().mean()  # noqa: E731
+
+
+def told_of_errors(
+    loss: Loss,
+    *,
+    columns: int = 6,
+    shape: tuple[int, ...] = (N,),
+    given: str = "inputs",
+    steps: int = 2,
+    seed: int = 0,
+    **options: Any,
+) -> list[str]:
+    """What steps with a loss of the error warn of; `given` says where the targets are."""
+    torch.manual_seed(seed)
+    model = Rebuilds(columns)
+    likelihood = {"name": "gaussian", **options.pop("likelihood", {})}
+    if len(shape) > 1 and "divisor" not in likelihood:
+        likelihood["class_axis"] = -1
+    settings = {"curvature": "kfac", "fisher": "empirical", "factor_every": 1, "scale_every": 1}
+    recipe = kfactk.build(**{**settings, "likelihood": likelihood, "lr": 1e-2, **options})
+    optimizer = recipe.bind(model)
+    x, y = torch.randn(*shape, columns), torch.randn(*shape, columns)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            if given == "nowhere":
+                x, y = torch.randn_like(x), torch.randn_like(y)
+            optimizer.zero_grad()
+            output = model(x, y) if given == "labels" else model(x)
+            loss(output - (x if given == "inputs" else y)).backward()
+            optimizer.step()
+    return [str(each.message) for each in caught]
+
+
+@pytest.mark.parametrize("given", ["inputs", "labels", "the same batch"])
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+@pytest.mark.parametrize("shape", [(N,), (N, T)])
+def test_a_mean_of_squares_over_entries_is_told_with_the_line_to_paste(
+    shape: tuple[int, ...], factor: float, given: str
+):
+    def loss(error: Tensor) -> Tensor:
+        return factor * MEAN(error)
+
+    [told] = told_of_errors(loss, shape=shape, given=given, steps=6)
+    assert "is that of F.mse_loss" not in told
+    assert "as that of F.mse_loss, and not over terms of 6 entries each" in told
+    assert "likelihood={'name': 'gaussian', 'divisor': 'entries'}" in told
+    pasted = {"likelihood": {"divisor": "entries"}}
+    assert told_of_errors(loss, shape=shape, given=given, steps=6, **pasted) == []
+
+
+def test_a_mean_of_squares_is_told_where_its_targets_are_named():
+    """NaN marks terms without a label, which the loss leaves out."""
+
+    def loss(error: Tensor) -> Tensor:
+        return error[: N // 2].square().mean()
+
+    model = Rebuilds(6)
+    x, y = torch.randn(N, 6), torch.randn(N, 6)
+    y[N // 2 :] = torch.nan
+    likelihood = {"name": "gaussian", "targets": "labels"}
+    optimizer = kfactk.build(curvature="kfac", fisher="empirical", likelihood=likelihood).bind(
+        model
+    )
+    loss(model(x, labels=y) - y).backward()
+    with pytest.warns(kfactk.KfactkWarning, match="'entries', 'targets': 'labels'"):
+        optimizer.step()
+
+
+def test_the_curvature_of_the_line_to_paste_is_that_many_times_as_large():
+    found = []
+    for divisor in ("terms", "entries"):
+        torch.manual_seed(0)
+        model, x = Rebuilds(6), torch.randn(N, 6)
+        likelihood = {"name": "gaussian", "divisor": divisor}
+        settings: dict[str, Any] = {"likelihood": likelihood, "fisher": "empirical", "lr": 0.0}
+        optimizer = kfactk.build(curvature="kfac", basis="kfac", **settings).bind(model)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", kfactk.KfactkWarning)
+            MEAN(model(x) - x).backward()
+            optimizer.step()
+        found.append(optimizer.layers["2"].factors["G"])
+    torch.testing.assert_close(found[1], 6 * found[0])
+
+
+RIGHT: dict[str, Loss] = {
+    "half the sum": HALF_SUM,
+    "the sum": lambda error: error.square().sum(-1).mean(),
+    "known noise": lambda error: error.square().sum(-1).mean() / (2 * 0.3),
+    "large units": lambda error: error.square().sum(-1).mean() / 1e8,
+    "weights of examples": lambda error: (
+        (torch.arange(N).view(-1, *[1] * (error.ndim - 1)) / N * error.square()).sum(-1).mean()
+    ),
+    "weights of columns": lambda error: (torch.arange(1, 7) / 6 * error.square()).sum(-1).mean(),
+    "a mask": lambda error: (
+        (error.square().sum(-1) * (torch.arange(N) % 2 == 0)[:N]).sum() / N
+        if error.ndim == 2
+        else HALF_SUM(error)
+    ),
+    "a penalty": lambda error: HALF_SUM(error) + 0.1 * error.abs().mean(),
+    "Huber's": lambda error: (
+        F.huber_loss(error, torch.zeros_like(error), reduction="none").sum(-1).mean()
+    ),
+    "absolute": lambda error: error.abs().mean(),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+@pytest.mark.parametrize("seed", range(5))
+def test_squares_that_are_summed_are_silent(name: str, seed: int):
+    """Each with targets that are seen, that come again, and that nothing tells."""
+    given = ["inputs", "labels", "the same batch", "nowhere", "inputs"][seed]
+    shape = (N, T) if seed % 2 else (N,)
+    assert told_of_errors(RIGHT[name], shape=shape, given=given, seed=seed, steps=6) == []
+
+
+@pytest.mark.parametrize("columns", [1, 2])
+def test_of_up_to_two_numbers_half_the_sum_is_as_well_their_mean(columns: int):
+    assert told_of_errors(MEAN, columns=columns) == []
+    assert told_of_errors(HALF_SUM, columns=columns) == []
+
+
+def test_squares_are_silent_where_their_size_tells_nothing():
+    assert told_of_errors(MEAN, given="nowhere", steps=6) == []
+    assert told_of_errors(MEAN, fisher="exact") == []
+    assert told_of_errors(MEAN, shape=(1,)) == []
