@@ -16,6 +16,16 @@ from kfactk.preconditioner.coverage import ModelSurvey
 from kfactk.preconditioner.rules import BlockRule
 from kfactk_stages.basis.ekfac import Ekfac
 
+MOST = 3
+"""Longest side that is whole, where another form is named."""
+WIDE = (None, "diagonal", "blocks", "identity")
+"""What stands for a longer side; `None` where all are whole."""
+
+
+def limited(name: str, wide: str | None) -> dict[str, Any]:
+    """Return a curvature with sides of this form."""
+    return {"name": name} if wide is None else {"name": name, "max_side": MOST, "wide": wide}
+
 
 @attrs.define(eq=False)
 class Listener:

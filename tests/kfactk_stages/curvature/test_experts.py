@@ -16,8 +16,8 @@ from kfactk.costmodel.counting import training_load
 from kfactk.testing import PipelineLaws
 from kfactk.testing._support.truth import solve
 from kfactk_stages.curvature.experts import Experts
-from tests.kfactk.dense import block_of
-from tests.kfactk_stages.curvature.inside import Inside, deviation, rows
+from tests.kfactk.dense import block_of, masked, stand_ins
+from tests.kfactk_stages.curvature.inside import MOST, WIDE, Inside, deviation, limited, rows
 
 moe = pytest.importorskip("transformers.integrations.moe")
 
@@ -213,14 +213,15 @@ def moments(model: Mixture, x: Tensor) -> dict[str, tuple[list[Tensor], ...]]:
     }
 
 
+@pytest.mark.parametrize("wide", WIDE)
 @pytest.mark.parametrize("basis", ["kfac", "ekfac"])
-def test_a_step_is_that_of_dense_algebra(basis: str) -> None:
+def test_a_step_is_that_of_dense_algebra(basis: str, wide: str | None) -> None:
     tau, lr, x, y = 0.03, 0.1, rows(7, 3, D), torch.arange(7) % D
     model = Mixture()
     truth = moments(model, x)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = kfactk.build(
-        curvature="experts",
+        curvature=limited("experts", wide),
         basis=basis,
         update=torch.optim.SGD,
         clip="none",
@@ -232,9 +233,13 @@ def test_a_step_is_that_of_dense_algebra(basis: str) -> None:
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     optimizer.step()
     for part, (a, g, d) in truth.items():
-        name = f"experts.{part}"
+        name, view = f"experts.{part}", optimizer.layers[f"experts[{part}]"]
+        for side, own in (("A", a), ("G", g)):
+            for each, kept in stand_ins(side, torch.stack(own), MOST, wide).items():
+                torch.testing.assert_close(view.factors[each], kept, rtol=1e-10, atol=1e-12)
         for e in range(E):
-            block = block_of(basis, a[e], g[e], d[e], len(x), tau)
+            kept = (masked(each[e], MOST, wide) for each in (a, g))
+            block = block_of(basis, *kept, d[e], len(x), tau)
             step = (before[name] - model.get_parameter(name).detach())[e] / lr
             torch.testing.assert_close(
                 step, solve(block, gradients[name][e]), rtol=1e-8, atol=1e-10
