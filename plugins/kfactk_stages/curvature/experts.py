@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -95,7 +96,7 @@ class Experts(WideSides):
         name = plain_class(module).__name__
         if not stacks_experts(module):
             return f"no curvature for {name}"
-        if not all(hasattr(module, each) for each in _SETTINGS):
+        if not _is_dispatched(module):
             return (
                 f"{name} computes its experts in a way of its own: only those that transformers "
                 "dispatches (use_experts_implementation) are known"
@@ -202,6 +203,13 @@ class Experts(WideSides):
 
 _SETTINGS = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
 """What transformers writes on experts that it dispatches."""
+
+
+def _is_dispatched(module: nn.Module) -> bool:
+    """Return whether transformers chooses how a module computes, and no subclass of its own."""
+    written = getattr(inspect.getattr_static(type(module), "forward"), "__globals__", {})
+    settings = all(hasattr(module, each) for each in _SETTINGS)
+    return settings and written.get("__name__") == "transformers.integrations.moe"
 
 
 def _reason_against_settings(module: Any) -> str | None:

@@ -7,13 +7,15 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfactk
 from kfactk import CaptureError, ModuleCall
 from kfactk.costmodel.counting import training_load
-from kfactk.testing import PipelineLaws
+from kfactk.testing import CurvatureLaws, PipelineLaws
+from kfactk.testing._support.strategies import Case, case_of
 from kfactk.testing._support.truth import solve
 from kfactk_stages.curvature.experts import Experts
 from tests.kfactk.dense import block_of, masked, stand_ins
@@ -25,7 +27,7 @@ N, T, D, H, E, K = 3, 5, 4, 3, 4, 2
 INSIDE = Inside(Experts())
 
 
-def stacked(kind: str = "eager", **how: Any) -> type[nn.Module]:
+def stacked(**how: Any) -> type[nn.Module]:
     """Return a class of experts as transformers make them, with an eager forward of its own."""
 
     @moe.use_experts_implementation(**how)
@@ -88,6 +90,43 @@ class Mixture(nn.Module):
             found = self.experts(x.flatten(0, 1), chosen.flatten(0, 1), weights.flatten(0, 1))
             x = x + found.view_as(x)
         return x.sum(1)
+
+
+def routed(module: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what experts are called with: tokens, K experts of each, and their weights."""
+    scores = tokens.double() @ rows(D, E, seed=8)
+    weights, chosen = scores.topk(K)
+    return tokens, chosen, weights.tanh().to(tokens.dtype)
+
+
+class TestExperts(CurvatureLaws):
+    """The laws see experts that are called with the tokens of a router; a token is an example."""
+
+    stage = "experts"
+
+    def drawn(self, most_calls: int) -> st.SearchStrategy[Case]:
+        modules = st.builds(
+            lambda **how: stacked(**how)(Config("batched_mm")),
+            has_gate=st.booleans(),
+            has_bias=st.booleans(),
+            is_transposed=st.booleans(),
+        )
+        shape = st.integers(1, 3)
+        cases = case_of(
+            modules, lambda draw, _: (draw(shape), D), most_calls=most_calls, called_with=routed
+        )
+        return cases.flatmap(lambda case: st.sampled_from(self._layers_in(case)))
+
+    def cases(self) -> st.SearchStrategy[Case]:
+        return self.drawn(2)
+
+    def single_row_cases(self) -> st.SearchStrategy[Case]:
+        whole = self.drawn(1)
+        return whole.filter(lambda case: not self.curvature.stand_ins(case.layer))
+
+
+class TestExpertsOfBlocks(TestExperts):
+    stage: ClassVar[Any] = {"name": "experts", "max_side": 4, "wide": "blocks"}
 
 
 KINDS: dict[str, dict[str, Any]] = {
