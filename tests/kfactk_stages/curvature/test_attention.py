@@ -14,10 +14,21 @@ from torch.nn.utils import prune
 import kfactk
 from kfactk import Optimizer
 from kfactk.testing import CurvatureLaws, PipelineLaws
+from kfactk.testing._support.division import on_ranks
 from kfactk.testing._support.truth import solve
 from kfactk_stages.curvature.attention import Attention
 from tests.kfactk.dense import block_of, masked, stand_ins
-from tests.kfactk_stages.curvature.inside import MOST, WIDE, Inside, deviation, limited, rows
+from tests.kfactk_stages.curvature.inside import (
+    MOST,
+    SPREAD,
+    WIDE,
+    Inside,
+    check_ranks,
+    check_resumes,
+    deviation,
+    limited,
+    rows,
+)
 
 N, L, S, E = 3, 4, 5, 6
 
@@ -464,6 +475,17 @@ class TestAttending(PipelineLaws):
     def batch(self, generator: torch.Generator, examples: int) -> tuple[Tensor, Tensor]:
         x = torch.randn(examples, 3, 4, generator=generator, dtype=torch.float64)
         return x, torch.randint(3, (examples,), generator=generator)
+
+
+@pytest.mark.parametrize("wide", WIDE[1:])
+def test_wide_sides_resume_to_the_bit(wide: str) -> None:
+    check_resumes(TestAttending(), [limited("attention", wide), "kfac"])
+
+
+@on_ranks
+@pytest.mark.parametrize(("wide", "placement"), SPREAD)
+def test_wide_sides_on_two_ranks_are_those_of_one_process(wide: str, placement: str) -> None:
+    check_ranks(TestAttending(), [limited("attention", wide), "kfac"], placement)
 
 
 # ---------------------------------------------------------------------------------- what is covered

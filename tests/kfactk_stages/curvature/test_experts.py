@@ -15,11 +15,22 @@ import kfactk
 from kfactk import CaptureError, ModuleCall
 from kfactk.costmodel.counting import training_load
 from kfactk.testing import CurvatureLaws, PipelineLaws
+from kfactk.testing._support.division import on_ranks
 from kfactk.testing._support.strategies import Case, case_of
 from kfactk.testing._support.truth import solve
 from kfactk_stages.curvature.experts import Experts
 from tests.kfactk.dense import block_of, masked, stand_ins
-from tests.kfactk_stages.curvature.inside import MOST, WIDE, Inside, deviation, limited, rows
+from tests.kfactk_stages.curvature.inside import (
+    MOST,
+    SPREAD,
+    WIDE,
+    Inside,
+    check_ranks,
+    check_resumes,
+    deviation,
+    limited,
+    rows,
+)
 
 moe = pytest.importorskip("transformers.integrations.moe")
 
@@ -316,6 +327,17 @@ class TestMixture(PipelineLaws):
     def batch(self, generator: torch.Generator, examples: int) -> tuple[Tensor, Tensor]:
         x = torch.randn(examples, 3, D, generator=generator, dtype=torch.float64)
         return x, torch.randint(D, (examples,), generator=generator)
+
+
+@pytest.mark.parametrize("wide", WIDE[1:])
+def test_wide_sides_resume_to_the_bit(wide: str) -> None:
+    check_resumes(TestMixture(), [limited("experts", wide), "kfac"])
+
+
+@on_ranks
+@pytest.mark.parametrize(("wide", "placement"), SPREAD)
+def test_wide_sides_on_two_ranks_are_those_of_one_process(wide: str, placement: str) -> None:
+    check_ranks(TestMixture(), [limited("experts", wide), "kfac"], placement)
 
 
 def test_costs_are_counted_without_data() -> None:

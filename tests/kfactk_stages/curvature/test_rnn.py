@@ -16,10 +16,21 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 import kfactk
 from kfactk import CaptureError, Layer
 from kfactk.testing import CurvatureLaws, PipelineLaws
+from kfactk.testing._support.division import on_ranks
 from kfactk.testing._support.truth import solve
 from kfactk_stages.curvature.rnn import Rnn
 from tests.kfactk.dense import block_of, masked, stand_ins
-from tests.kfactk_stages.curvature.inside import MOST, WIDE, Inside, deviation, limited, rows
+from tests.kfactk_stages.curvature.inside import (
+    MOST,
+    SPREAD,
+    WIDE,
+    Inside,
+    check_ranks,
+    check_resumes,
+    deviation,
+    limited,
+    rows,
+)
 from tests.kfactk_stages.curvature.recurrent import by_hand
 
 N, T, D, H = 3, 4, 5, 2
@@ -367,6 +378,17 @@ class TestRecurrent(PipelineLaws):
     def batch(self, generator: torch.Generator, examples: int) -> tuple[Tensor, Tensor]:
         x = torch.randn(examples, 4, 3, generator=generator, dtype=torch.float64)
         return x, torch.randint(3, (examples,), generator=generator)
+
+
+@pytest.mark.parametrize("wide", WIDE[1:])
+def test_wide_sides_resume_to_the_bit(wide: str) -> None:
+    check_resumes(TestRecurrent(), [limited("rnn", wide), "kfac"])
+
+
+@on_ranks
+@pytest.mark.parametrize(("wide", "placement"), SPREAD)
+def test_wide_sides_on_two_ranks_are_those_of_one_process(wide: str, placement: str) -> None:
+    check_ranks(TestRecurrent(), [limited("rnn", wide), "kfac"], placement)
 
 
 # ---------------------------------------------------------------------------------- what is covered
