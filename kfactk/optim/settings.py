@@ -648,12 +648,12 @@ FIELDS = tuple(field.name for field in attrs.fields(Settings) if field.init)
 
 def _with_option(spec: BlockSpec, name: str, value: Any) -> BlockSpec:
     """Return a spec whose curvature has an option; the same one where it does not take it."""
-    kind = type(spec.curvature)
-    field = attrs.fields_dict(kind).get(name) if attrs.has(kind) else None
+    stage: Any = spec.curvature
+    field = attrs.fields_dict(type(stage)).get(name) if attrs.has(type(stage)) else None
     if field is None or not field.init:
         return spec
     try:
-        return attrs.evolve(spec, curvature=attrs.evolve(spec.curvature, **{name: value}))
+        return attrs.evolve(spec, curvature=attrs.evolve(stage, **{name: value}))
     except OptionError:
         return spec
 

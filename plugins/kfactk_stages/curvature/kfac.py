@@ -186,7 +186,7 @@ class Kfac(WideSides):
     def gradient_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
         """Return sum and count of G, or of what stands for it."""
         if self.spatial == "reduce":
-            whole, rows = (partial(f, samples) for f in (reduced_grad_moment, summed_gradients))
+            whole, rows = partial(reduced_grad_moment, samples), partial(summed_gradients, samples)
             return self.gradient_sums(samples, whole, rows)
         return self.gradient_sums(samples, share=1 / max(1, samples.positions))
 
