@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
 import attrs
@@ -491,6 +491,29 @@ class Settings:
             return None if value is None else registry().describe(field, value)
         return to_json(value, field)
 
+    def with_option(self, curvatures: Collection[Curvature], name: str, value: Any) -> str | None:
+        """Return what to paste so that curvatures of the recipe get an option.
+
+        Args:
+            curvatures: Those that get it, where they have it.
+            name: The option.
+            value: Its value.
+
+        Returns:
+            The argument of `build`, with all other curvatures as they are; `None` where none of
+            them has the option or takes the value, and where the recipe cannot be written.
+        """
+        specs = [
+            _with_option(s, name, value) if s.curvature in curvatures else s for s in self.curvature
+        ]
+        if all(one is other for one, other in zip(specs, self.curvature, strict=True)):
+            return None
+        try:
+            written = [_without_options(spec.written()) for spec in specs]
+        except OptionError:
+            return None
+        return f"curvature={written if len(written) > 1 else written[0]}"
+
     def summary(self) -> dict[str, Any]:
         """Return all fields for a record: JSON's types, or the repr of what cannot be written.
 
@@ -621,6 +644,26 @@ def _pasted(described: dict[str, Any]) -> str:
 
 FIELDS = tuple(field.name for field in attrs.fields(Settings) if field.init)
 """Names of the fields, which are the arguments of `kfactk.build`."""
+
+
+def _with_option(spec: BlockSpec, name: str, value: Any) -> BlockSpec:
+    """Return a spec whose curvature has an option; the same one where it does not take it."""
+    stage: Any = spec.curvature
+    field = attrs.fields_dict(type(stage)).get(name) if attrs.has(type(stage)) else None
+    if field is None or not field.init:
+        return spec
+    try:
+        return attrs.evolve(spec, curvature=attrs.evolve(stage, **{name: value}))
+    except OptionError:
+        return spec
+
+
+def _without_options(written: dict[str, Any]) -> Any:
+    """Return a written stage that has no options by its name; also those of a block."""
+    if set(written) == {"name"}:
+        return written["name"]
+    stages = ("curvature", "basis")
+    return {k: _without_options(each) if k in stages else each for k, each in written.items()}
 
 
 def default_damping(update: Update) -> float:

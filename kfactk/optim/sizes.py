@@ -15,9 +15,7 @@ from kfactk.preconditioner.coverage import LARGE_SECONDS, told_bytes, told_secon
 from kfactk.preconditioner.footprint import Footprint, footprint_of, link_footprint
 from kfactk.preconditioner.memory import free_bytes, link_peak, local_ranks, peak_bytes
 from kfactk.preconditioner.placement import BlockPlacement
-from kfactk.registry.registry import registry
-from kfactk.sides import LONG
-from kfactk.stages import Curvature
+from kfactk.sides import LONG, is_diagonal
 from kfactk.timing import SOLVER_RATES
 
 SMALL = 2**25
@@ -52,7 +50,7 @@ def check_sizes(blocks: Sequence[Block], placement: BlockPlacement, recipe: Sett
     unasked = [b for b in wide if not b.curvature.asked_for_stand_ins]
     slow = [each for each in found if (each.seconds or 0.0) >= SLOW]
     return " ".join(
-        ([_told_of_wide(unasked, known)] if unasked else [])
+        ([_told_of_wide(unasked, known, recipe)] if unasked else [])
         + ([_told_of_slow(slow, blocks, recipe)] if slow else [])
     )
 
@@ -92,7 +90,7 @@ def _check_memory(
         more += f"; link {recipe.link_name} {told_bytes(link_peak(link))}"
     remedies = [f"leave layers out, exclude={[order[0].path]}"] if order[0].path else []
     block = next(b for b in blocks if b.name == order[0].layer)
-    if (pasted := _with_option(block.curvature, "max_side", _shorter(order[0]))) is not None:
+    if (pasted := _with_shorter_sides(block, order[0], recipe)) is not None:
         remedies.append(f"let shorter sides be whole, {pasted}")
     if recipe.schedule.slots == 1 and len(order) > 1:
         remedies.append("decompose layers in different steps, stagger=True")
@@ -120,24 +118,24 @@ def _on_this_rank(footprint: Footprint, placement: BlockPlacement) -> Footprint:
     )
 
 
-def _told_of_wide(blocks: Sequence[Block], known: Any) -> str:
+def _told_of_wide(blocks: Sequence[Block], known: Any, recipe: Settings) -> str:
     """Return the warning of layers with a wide side."""
     layers = []
     for block in blocks[:SHOWN]:
         words = known[block].wide if known[block] is not None else ()
         layers.append(f"{_called(block.name)}{' (' + ', '.join(words) + ')' if words else ''}")
     more = f" and {len(blocks) - SHOWN} more" if len(blocks) > SHOWN else ""
-    pasted = _with_option(blocks[0].curvature, "wide", "diagonal")
+    pasted = recipe.with_option([block.curvature for block in blocks], "wide", "diagonal")
     accept = "" if pasted is None else f" To accept that, give {pasted}; 'blocks' keeps more of it."
-    if (whole := _whole(blocks[0])) is not None:
+    if (whole := _whole(blocks[0], recipe)) is not None:
         accept += f" To keep it whole, {whole}."
     return f"layers have a side that is too wide to be a matrix: {', '.join(layers)}{more}.{accept}"
 
 
-def _whole(block: Block) -> str | None:
+def _whole(block: Block, recipe: Settings) -> str | None:
     """Return what keeps the sides of a block whole, and what it takes; `None` where too long."""
     longest, rates = max(_sides(block)), SOLVER_RATES.get(block.layer.anchor.device.type)
-    pasted = _with_option(block.curvature, "max_side", longest)
+    pasted = recipe.with_option([block.curvature], "max_side", longest)
     if pasted is None or longest > LONG:
         return None
     seconds = "" if rates is None else f", {told_seconds(rates.seconds('eigh', longest))} each time"
@@ -158,7 +156,7 @@ def _told_of_slow(slow: Sequence[Footprint], blocks: Sequence[Block], recipe: Se
         for each in slow[:SHOWN]
     )
     block = next(b for b in blocks if b.name == slow[0].layer)
-    pasted = _with_option(block.curvature, "max_side", _shorter(slow[0]))
+    pasted = _with_shorter_sides(block, slow[0], recipe)
     remedies = [f"let shorter sides be whole, {pasted}"] if pasted is not None else []
     remedies += [f"leave layers out, exclude={[slow[0].path]}"] if slow[0].path else []
     remedies = remedies or ["choose a basis of smaller matrices"]
@@ -177,16 +175,16 @@ def _called(layer: str) -> str:
     return repr(layer) if layer else "(root)"
 
 
-def _shorter(footprint: Footprint) -> int:
-    """Return a longest side that lowers what the layer takes."""
-    longest = max((shape[-1] for shape in footprint.shapes.values()), default=0)
-    return max(64, min(4096, longest // 4))
+def _with_shorter_sides(block: Block, footprint: Footprint, recipe: Settings) -> str | None:
+    """Return the argument of `build` that lowers what a layer takes; `None` without any.
 
-
-def _with_option(curvature: Curvature, name: str, value: Any) -> str | None:
-    """Return the argument of `build` that gives a curvature an option; `None` without it."""
-    kind = type(curvature)
-    field = attrs.fields_dict(kind).get(name) if attrs.has(kind) else None
-    if field is None or not field.init:
+    A basis of whole matrices would refuse shorter sides.
+    """
+    if not (block.of_gradient or block.basis.takes_stand_ins):
         return None
-    return f"curvature={registry().describe('curvature', curvature) | {name: value}}"
+    whole = [n for name, (*_, n) in footprint.shapes.items() if not is_diagonal(name)]
+    longest = max(whole, default=0)
+    shorter = max(64, min(4096, longest // 4))
+    if longest <= shorter:
+        return None
+    return recipe.with_option([block.curvature], "max_side", shorter)

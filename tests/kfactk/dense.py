@@ -209,6 +209,26 @@ def block_of(
     return ekfac_block(u_a, u_g, pooled(scale, a, g, u_a, u_g, 1e-10), tau)
 
 
+def stand_ins(side: str, matrix: Tensor, most: int, wide: str | None) -> dict[str, Tensor]:
+    """What is kept of A or G, `[..., n, n]`, by name: more than `most` is wide, if anything is."""
+    n, slots = matrix.shape[-1], torch.arange(matrix.shape[-1])
+    if n <= most or wide is None:
+        return {side: matrix}
+    if wide == "blocks":
+        parts = slots.tensor_split(math.ceil(n / most))
+        return {f"{side}{k}": matrix[..., own, :][..., own] for k, own in enumerate(parts)}
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    if wide == "identity":
+        diagonal = diagonal.mean(-1, keepdim=True).expand(diagonal.shape)
+    return {side.lower(): diagonal}
+
+
+def masked(matrix: Tensor, most: int, wide: str | None) -> Tensor:
+    """What is kept of `[n, n]` as a whole matrix; see `stand_ins`."""
+    parts = stand_ins("A", matrix, most, wide).values()
+    return torch.block_diag(*(part.diag() if part.ndim == 1 else part for part in parts))
+
+
 def is_eigenbasis(matrix: Tensor, vectors: Tensor, tolerance: float) -> bool:
     """Whether the columns are orthonormal and diagonalise the matrix."""
     turned = vectors.T @ matrix @ vectors

@@ -23,7 +23,6 @@ from kfactk.testing._support.strategies import (
     TRANSPOSED,
     Case,
     Kind,
-    arguments,
     first_output,
     foreign_modules,
     kinds,
@@ -132,7 +131,7 @@ class OnLayers(Laws):
                 x,
                 g,
                 lambda output, g: (first_output(output) * g).sum(),
-                functools.partial(arguments, case.module),
+                functools.partial(case.called_with, case.module),
             )
             for x, g in case.calls
         ]
@@ -166,7 +165,7 @@ class OnLayers(Laws):
         replay = self.curvature.replay(case.module)
         if replay is None:
             return [LayerCall(self.arranged(case, inputs), self.arranged(case, gradient), scale)]
-        call = recorded_arguments(case.module, arguments(case.module, inputs), {})
+        call = recorded_arguments(case.module, case.called_with(case.module, inputs), {})
         context = CallContext.now(inputs.device)
         outputs = followed([case.output(inputs)])
         again = RecordedReplay("layer", call, context, replay, outputs, [case.part])

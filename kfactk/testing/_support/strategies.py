@@ -37,6 +37,21 @@ LAZY: dict[type[nn.Module], Any] = {
 MODES = ("zeros", "circular", "reflect", "replicate")
 
 
+CalledWith = Callable[[nn.Module, Tensor], tuple[Tensor, ...]]
+"""From a module and its input, all that it is called with."""
+
+
+def arguments(module: nn.Module, inputs: Tensor) -> tuple[Tensor, ...]:
+    """Return what a module is called with: attention attends to the inputs themselves."""
+    return (inputs,) * (3 if isinstance(module, nn.MultiheadAttention) else 1)
+
+
+def first_output(found: Any) -> Tensor:
+    """Return the tensor, or the first of several."""
+    output: Tensor = found[0] if isinstance(found, tuple) else found
+    return output
+
+
 @attrs.frozen(eq=False, repr=False)
 class Case:
     """A layer, its input, and the gradient of a summed loss with respect to its output.
@@ -52,6 +67,7 @@ class Case:
         seed: Seed of the numbers; for the repr.
         part: The part of the module that is the layer.
         names: Its parameters; `None` for all of the module's own.
+        called_with: What the module is called with, of its input.
     """
 
     module: Any
@@ -61,6 +77,7 @@ class Case:
     seed: int | None = None
     part: str = ""
     names: tuple[str, ...] | None = None
+    called_with: CalledWith = arguments
 
     def __repr__(self) -> str:
         calls = ", ".join(f"{list(x.shape)} -> {list(g.shape)}" for x, g in self.calls)
@@ -95,8 +112,8 @@ class Case:
         return Layer(name, self.module, tuple(names), self.part)
 
     def output(self, inputs: Tensor) -> Tensor:
-        """Return the module's output."""
-        return output_of(self.module, inputs)
+        """Return the module's output, the first one where it returns several."""
+        return first_output(self.module(*self.called_with(self.module, inputs)))
 
     @property
     def calls(self) -> tuple[tuple[Tensor, Tensor], ...]:
@@ -125,22 +142,6 @@ class Case:
     def _each(self, change: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]) -> Case:
         (inputs, gradient), *further = [change(*call) for call in self.calls]
         return attrs.evolve(self, inputs=inputs, gradient=gradient, further=tuple(further))
-
-
-def arguments(module: nn.Module, inputs: Tensor) -> tuple[Tensor, ...]:
-    """Return what a module is called with: attention attends to the inputs themselves."""
-    return (inputs,) * (3 if isinstance(module, nn.MultiheadAttention) else 1)
-
-
-def output_of(module: nn.Module, inputs: Tensor) -> Tensor:
-    """Return a module's output, the first one where it returns several."""
-    return first_output(module(*arguments(module, inputs)))
-
-
-def first_output(found: Any) -> Tensor:
-    """Return the tensor, or the first of several."""
-    output: Tensor = found[0] if isinstance(found, tuple) else found
-    return output
 
 
 # Hypothesis examines each strategy once: those that are made once draw faster.
@@ -189,6 +190,7 @@ def case_of(
     most_calls: int = 1,
     freeze: bool = False,
     fill: Fill = normal,
+    called_with: CalledWith = arguments,
 ) -> Case:
     """Fill a drawn module's parameters, inputs and gradient with seeded normal numbers.
 
@@ -199,6 +201,7 @@ def case_of(
         most_calls: Most calls of the module in one forward; further ones have shapes of their own.
         freeze: Whether the bias may be frozen.
         fill: What the inputs hold.
+        called_with: What the module is called with, of its input.
     """
     module = draw(modules).double()
     shapes = [
@@ -214,15 +217,10 @@ def case_of(
             parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
         for shape in shapes:
             inputs = fill(module, (shapes[0][0], *shape[1:]), generator)
-            calls.append(
-                (
-                    inputs,
-                    torch.randn(
-                        output_of(module, inputs).shape, generator=generator, dtype=torch.float64
-                    ),
-                )
-            )
-    return Case(module, *calls[0], tuple(calls[1:]), seed)
+            output = first_output(module(*called_with(module, inputs)))
+            gradient = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+            calls.append((inputs, gradient))
+    return Case(module, *calls[0], tuple(calls[1:]), seed, called_with=called_with)
 
 
 @functools.cache

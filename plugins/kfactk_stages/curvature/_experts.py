@@ -114,7 +114,7 @@ class Rows:
         """Return what the tokens hold, and a column of ones, as rows `[N, T, d + 1]`."""
         marked = F.pad(hidden, (0, 1), value=1.0)
         rows = marked.new_zeros(math.prod(self.shape), marked.shape[-1])
-        return rows.index_copy(0, self.places, marked).view(*self.shape, -1)
+        return rows.index_copy(0, self.places, marked).view(*self.shape, marked.shape[-1])
 
     def unpacked(self, rows: Tensor) -> Tensor:
         """Return what the tokens have in rows `[N, T, d]`, `[tokens, d]`."""

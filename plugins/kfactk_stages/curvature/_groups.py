@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -12,6 +12,9 @@ from torch.nn import functional as F
 from kfactk import LayerCall, Statistic
 from kfactk_stages.curvature._calls import CallSamples
 from kfactk_stages.curvature._rows import JoinedSamples, LinearRows
+
+Sums = Callable[[JoinedSamples], Mapping[str, Statistic]]
+"""Makes sums and counts, by name."""
 
 
 class GroupedSamples(CallSamples[LayerCall]):
@@ -47,23 +50,33 @@ class GroupedSamples(CallSamples[LayerCall]):
         return self._stacked(lambda group: group.gradients(rows))
 
     def input_moment(self) -> Statistic:
-        """Return `sum_n sum_t a a^T` of each, `[groups, d_in, d_in]`; once for the same inputs."""
-        keys = [tuple(id(call.inputs) for call in group.calls) for group in self.parts]
-        found: dict[tuple[int, ...], Statistic] = {}
-        for key, group in zip(keys, self.parts, strict=True):
-            if key not in found:
-                found[key] = group.input_moment()
-        return self._joined([found[key] for key in keys])
+        """Return `sum_n sum_t a a^T` of each, `[groups, d_in, d_in]`."""
+        return self.of_inputs(lambda group: {"A": group.input_moment()})["A"]
 
     def grad_moment(self) -> Statistic:
         """Return `sum_n sum_t g g^T` of each, `[groups, d_out, d_out]`."""
         return self._joined([group.grad_moment() for group in self.parts])
 
-    def mean_grad_moment(self) -> Statistic:
-        """Return `(1/T) sum_n sum_t g g^T` of each, by its own T, `[groups, d_out, d_out]`."""
-        return self._joined(
-            [group.grad_moment().scaled(1 / max(1, group.positions)) for group in self.parts]
-        )
+    def of_inputs(self, sums: Sums) -> dict[str, Statistic]:
+        """Return sums of the inputs of each group, stacked; they are made once for the same inputs.
+
+        Args:
+            sums: Makes those of one.
+        """
+        keys = [tuple(id(call.inputs) for call in group.calls) for group in self.parts]
+        found: dict[tuple[int, ...], Mapping[str, Statistic]] = {}
+        for key, group in zip(keys, self.parts, strict=True):
+            if key not in found:
+                found[key] = sums(group)
+        return self._stacked_sums([found[key] for key in keys])
+
+    def of_gradients(self, sums: Sums) -> dict[str, Statistic]:
+        """Return sums of the gradients of each group, stacked.
+
+        Args:
+            sums: Makes those of one.
+        """
+        return self._stacked_sums([sums(group) for group in self.parts])
 
     def per_example_gradients(
         self,
@@ -92,6 +105,9 @@ class GroupedSamples(CallSamples[LayerCall]):
     def _stacked(self, read: Callable[[JoinedSamples], Tensor]) -> Tensor:
         found = (read(group) for group in self.parts)
         return torch.stack([F.pad(x, (0, 0, 0, self.positions - x.shape[-2])) for x in found])
+
+    def _stacked_sums(self, each: Sequence[Mapping[str, Statistic]]) -> dict[str, Statistic]:
+        return {name: self._joined([one[name] for one in each]) for name in each[0]}
 
     def _joined(self, each: Sequence[Statistic]) -> Statistic:
         totals = [one.total for one in each]

@@ -29,8 +29,8 @@ FORMS = ("diagonal", "blocks", "identity")
 class WideSides(Curvature):
     """A curvature with factors A and G that are kept whole up to a longest side.
 
-    A subclass gives `sides`, and makes its factors with `moment`. Whatever is longer than
-    `max_side` is never formed as a matrix.
+    A subclass gives `sides`, and makes its factors with `input_sums` and `gradient_sums`. Whatever
+    is longer than `max_side` is never formed as a matrix.
 
     Args:
         max_side: Longest side that is kept whole; `None` for no limit; "auto" for one that
@@ -82,6 +82,48 @@ class WideSides(Curvature):
         most = longest_whole(other, self.max_side)
         assert most is not None
         return {side + number: each for number, each in block_slices(n, most).items()}
+
+    def input_sums(
+        self,
+        samples: Samples,
+        whole: Callable[[], Statistic] | None = None,
+        rows: Reader | None = None,
+    ) -> dict[str, Statistic]:
+        """Return sum and count of A, or of what stands for it.
+
+        Args:
+            samples: The samples.
+            whole: Makes those of A; `None` for the sum over all rows.
+            rows: Reads the rows that it sums over; `None` for all.
+        """
+        if not self.is_wide(samples.d_in, samples.d_out):
+            return {"A": (whole or samples.input_moment)()}
+        parts = read(samples, rows or samples.inputs, samples.d_in) if samples.first else ()
+        count = float(samples.examples * samples.first)
+        return self.moment("A", samples.d_in, samples.d_out, parts, count)
+
+    def gradient_sums(
+        self,
+        samples: Samples,
+        whole: Callable[[], Statistic] | None = None,
+        rows: Reader | None = None,
+        *,
+        share: float = 1.0,
+    ) -> dict[str, Statistic]:
+        """Return sum and count of G, or of what stands for it.
+
+        Args:
+            samples: The samples.
+            whole: Makes those of G; `None` for the sum over all rows.
+            rows: Reads the rows that it sums over; `None` for all.
+            share: What the sums are multiplied by.
+        """
+        if self.is_wide(samples.d_out, samples.d_in):
+            parts = read(samples, rows or samples.gradients, samples.d_out)
+            found = self.moment("G", samples.d_out, samples.d_in, parts, samples.num_terms)
+        else:
+            found = {"G": (whole or samples.grad_moment)()}
+        return found if share == 1 else {name: each.scaled(share) for name, each in found.items()}
 
     def moment(
         self, side: str, n: int, other: int, parts: Iterable[Tensor], count: Tensor | float

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from kfactk import (
-    Curvature,
     Layer,
     LayerCall,
     Replay,
@@ -29,6 +28,7 @@ from kfactk_stages.curvature._calls import check_examples
 from kfactk_stages.curvature._coverage import reason_against, reason_against_parameter
 from kfactk_stages.curvature._groups import GroupedSamples, no_rows
 from kfactk_stages.curvature._rows import JoinedSamples, LinearRows
+from kfactk_stages.curvature._wide import WideSides
 
 PACKED = ("in_proj", "in_proj_bias")
 """Parts whose parameter holds those of queries, keys and values, one below the other."""
@@ -36,7 +36,7 @@ IN_BIAS, OUT = "in_proj_bias", ("out_proj.weight", "out_proj.bias")
 
 
 @attrs.frozen(kw_only=True)
-class Attention(Curvature):
+class Attention(WideSides):
     """Kronecker-factored curvature of the projections in `nn.MultiheadAttention`.
 
     Queries, keys and values are linear maps of their inputs, and so is the output of the mixed
@@ -62,6 +62,8 @@ class Attention(Curvature):
 
     Args:
         chunk_bytes: Bound on temporaries, in bytes. One example is always processed whole.
+        max_side: As for `kfac`, for the sides of each group.
+        wide: As for `kfac`.
 
     Raises:
         OptionError: An option has a value that cannot work.
@@ -135,12 +137,16 @@ class Attention(Curvature):
 
     def blank(self, layer: Layer) -> LayerCall:
         """Return one row of zeros; of a layer with groups, one of queries."""
-        anchor = layer.anchor
-        groups = len(TAGS) if layer.part in PACKED else 1
-        d_in = anchor.shape[1] if anchor.ndim == 2 else 0
+        anchor, (d_out, d_in) = layer.anchor, self.sides(layer)
         zeros = partial(torch.zeros, dtype=anchor.dtype, device=anchor.device)
-        tag = TAGS[0] if groups > 1 else ""
-        return LayerCall(zeros(1, 1, d_in), zeros(1, 1, len(anchor) // groups), tag=tag)
+        tag = TAGS[0] if layer.part in PACKED else ""
+        return LayerCall(zeros(1, 1, d_in - _has_bias(layer)), zeros(1, 1, d_out), tag=tag)
+
+    def sides(self, layer: Layer) -> tuple[int, int]:
+        """Return d_out and d_in of the layer's matrix, of a group."""
+        anchor, groups = layer.anchor, len(TAGS) if layer.part in PACKED else 1
+        columns = anchor.shape[1] if anchor.ndim == 2 else 0
+        return len(anchor) // groups, columns + _has_bias(layer)
 
     @property
     def tells_examples_apart(self) -> bool:
@@ -177,11 +183,14 @@ class Attention(Curvature):
         return [attrs.evolve(call, inputs=inputs, gradient=gradient)]
 
     def gradient_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
-        """Return sums and counts of A and G."""
+        """Return sums and counts of A and G, or of what stands for them."""
         if isinstance(samples, GroupedSamples):
-            return {"A": samples.input_moment(), "G": samples.mean_grad_moment()}
-        g = samples.grad_moment().scaled(1 / max(1, samples.positions))
-        return {"A": samples.input_moment(), "G": g}
+            inputs = samples.of_inputs(self.input_sums)
+            return inputs | samples.of_gradients(self._of_gradients)
+        return self.input_sums(samples) | self._of_gradients(samples)
+
+    def _of_gradients(self, samples: Samples) -> dict[str, Statistic]:
+        return self.gradient_sums(samples, share=1 / max(1, samples.positions))
 
 
 def _all_parts(module: Any) -> dict[str, tuple[str, ...]]:

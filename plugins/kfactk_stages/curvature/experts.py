@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
 
@@ -10,9 +11,10 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from kfactk import Curvature, Layer, LayerCall, Replay, Samples, Statistic, Tensors, hookimpl
+from kfactk import Layer, LayerCall, Replay, Samples, Statistic, Tensors, hookimpl
 from kfactk.options import whole
 from kfactk.samples import DEFAULT_CHUNK_BYTES
+from kfactk.sides import side_of
 from kfactk_stages.curvature._calls import check_examples
 from kfactk_stages.curvature._coverage import (
     plain_class,
@@ -22,6 +24,7 @@ from kfactk_stages.curvature._coverage import (
 from kfactk_stages.curvature._experts import SECOND, ExpertsReplay, first_part
 from kfactk_stages.curvature._groups import GroupedSamples, no_rows
 from kfactk_stages.curvature._rows import JoinedSamples, LinearRows
+from kfactk_stages.curvature._wide import WideSides
 
 
 class RoutedSamples(GroupedSamples):
@@ -47,7 +50,7 @@ class RoutedSamples(GroupedSamples):
 
 
 @attrs.frozen(kw_only=True)
-class Experts(Curvature):
+class Experts(WideSides):
     """Kronecker-factored curvature of the stacked experts of transformers' mixtures.
 
     Such a module holds `[experts, d_out, d_in]` in one parameter, and computes with each expert
@@ -68,6 +71,8 @@ class Experts(Curvature):
 
     Args:
         chunk_bytes: Bound on temporaries, in bytes. One example is always processed whole.
+        max_side: As for `kfac`, for the sides of each expert.
+        wide: As for `kfac`.
 
     Raises:
         OptionError: An option has a value that cannot work.
@@ -91,7 +96,7 @@ class Experts(Curvature):
         name = plain_class(module).__name__
         if not stacks_experts(module):
             return f"no curvature for {name}"
-        if not all(hasattr(module, each) for each in _SETTINGS):
+        if not _is_dispatched(module):
             return (
                 f"{name} computes its experts in a way of its own: only those that transformers "
                 "dispatches (use_experts_implementation) are known"
@@ -129,10 +134,14 @@ class Experts(Curvature):
 
     def blank(self, layer: Layer) -> LayerCall:
         """Return one row of zeros of the first expert."""
-        anchor = layer.anchor
-        d_out, d_in = (anchor.mT if _is_transposed(layer) else anchor).shape[1:]
+        anchor, (d_out, d_in) = layer.anchor, _columns(layer)
         zeros = partial(torch.zeros, dtype=anchor.dtype, device=anchor.device)
         return LayerCall(zeros(1, 1, d_in + 1), zeros(1, 1, d_out), tag="0")
+
+    def sides(self, layer: Layer) -> tuple[int, int]:
+        """Return d_out and d_in of the matrix of an expert."""
+        d_out, d_in = _columns(layer)
+        return d_out, d_in + len(layer.parameters) - 1
 
     @property
     def tells_examples_apart(self) -> bool:
@@ -169,25 +178,38 @@ class Experts(Curvature):
         return RoutedSamples(groups, calls, tokens.to(groups[0].dtype))
 
     def gradient_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
-        """Return sums and counts of `A_e R_e / N`, of G_e, and of `R_e / N`, the tokens."""
+        """Return sums and counts of `A_e R_e / N`, of G_e, and of `R_e / N`, the tokens.
+
+        What stands for A is that of `A_e R_e / N`, too.
+        """
         assert isinstance(samples, RoutedSamples)
         return {
-            "A": samples.input_moment(),
-            "G": samples.grad_moment(),
+            **samples.of_inputs(self.input_sums),
+            **samples.of_gradients(self.gradient_sums),
             "tokens": samples.token_counts(),
         }
 
-    def assemble(self, layer: Layer, factors: Tensors) -> Tensors:
-        """Return A and G; A of an expert that got no token yet is zero."""
-        found = {name: factors[name] for name in ("A", "G") if name in factors}
-        if "A" in found and "tokens" in factors:
-            tokens = factors["tokens"].to(found["A"].dtype)
-            found["A"] = torch.where(tokens > 0, found["A"] / tokens, 0.0)
-        return found
+    def makers(self, layer: Layer, factors: Tensors) -> dict[str, Callable[[], Tensor]]:
+        """Return what makes A and G; A of an expert that got no token yet is zero."""
+        own = {name: each for name, each in factors.items() if name != "tokens"}
+        made = super().makers(layer, own)
+        if "tokens" not in factors:
+            return made
+        return {
+            name: partial(_per_token, make, factors["tokens"]) if side_of(name) == "A" else make
+            for name, make in made.items()
+        }
 
 
 _SETTINGS = ("has_gate", "has_bias", "is_transposed", "_apply_gate")
 """What transformers writes on experts that it dispatches."""
+
+
+def _is_dispatched(module: nn.Module) -> bool:
+    """Return whether transformers chooses how a module computes, and no subclass of its own."""
+    written = getattr(inspect.getattr_static(type(module), "forward"), "__globals__", {})
+    settings = all(hasattr(module, each) for each in _SETTINGS)
+    return settings and written.get("__name__") == "transformers.integrations.moe"
 
 
 def _reason_against_settings(module: Any) -> str | None:
@@ -202,6 +224,19 @@ def _reason_against_settings(module: Any) -> str | None:
             if reason is not None:
                 return reason
     return None
+
+
+def _per_token(make: Callable[[], Tensor], tokens: Tensor) -> Tensor:
+    """Return a sum over the tokens of each expert divided by their number; zero where it is 0."""
+    total = make()
+    number = tokens.to(total.dtype).view(-1, *[1] * (total.ndim - 1))
+    return torch.where(number > 0, total / number, 0.0)
+
+
+def _columns(layer: Layer) -> tuple[int, int]:
+    """Return d_out and d_in of an expert's weight."""
+    weight = layer.anchor.mT if _is_transposed(layer) else layer.anchor
+    return int(weight.shape[1]), int(weight.shape[2])
 
 
 def _is_transposed(layer: Layer) -> bool:

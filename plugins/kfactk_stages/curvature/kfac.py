@@ -176,13 +176,8 @@ class Kfac(WideSides):
 
     def input_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
         """Return sum and count of A, or of what stands for it."""
-        reduce = self.spatial == "reduce"
-        if not self.is_wide(samples.d_in, samples.d_out):
-            return {"A": reduced_input_moment(samples) if reduce else samples.input_moment()}
-        reader = self.input_reader(samples)
-        parts = read(samples, reader, samples.d_in) if samples.first else ()
-        count = float(samples.examples * samples.first)
-        return self.moment("A", samples.d_in, samples.d_out, parts, count)
+        whole = partial(reduced_input_moment, samples) if self.spatial == "reduce" else None
+        return self.input_sums(samples, whole, self.input_reader(samples))
 
     def input_reader(self, samples: Samples) -> Reader:
         """Return what reads the rows that A is summed over."""
@@ -190,15 +185,10 @@ class Kfac(WideSides):
 
     def gradient_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
         """Return sum and count of G, or of what stands for it."""
-        reduce, share = self.spatial == "reduce", 1 / max(1, samples.positions)
-        if not self.is_wide(samples.d_out, samples.d_in):
-            if reduce:
-                return {"G": reduced_grad_moment(samples)}
-            return {"G": samples.grad_moment().scaled(share)}
-        rows = partial(summed_gradients, samples) if reduce else samples.gradients
-        parts = read(samples, rows, samples.d_out)
-        found = self.moment("G", samples.d_out, samples.d_in, parts, samples.num_terms)
-        return {name: each if reduce else each.scaled(share) for name, each in found.items()}
+        if self.spatial == "reduce":
+            whole, rows = partial(reduced_grad_moment, samples), partial(summed_gradients, samples)
+            return self.gradient_sums(samples, whole, rows)
+        return self.gradient_sums(samples, share=1 / max(1, samples.positions))
 
     def factor_rows(
         self, layer: Layer, samples: Samples, rows: slice = slice(None)

@@ -9,10 +9,10 @@ import attrs
 import torch
 from torch import Tensor, nn
 
-from kfactk import Curvature, Layer, LayerCall, Replay, Samples, Statistic, Tensors, hookimpl
+from kfactk import Layer, LayerCall, OptionError, Replay, Samples, Statistic, Tensors, hookimpl
 from kfactk.options import choice, whole
 from kfactk.samples import DEFAULT_CHUNK_BYTES, gram, total_of
-from kfactk.sides import slices_of
+from kfactk.sides import AUTO, slices_of
 from kfactk_stages.curvature._calls import check_examples
 from kfactk_stages.curvature._coverage import (
     CELLS,
@@ -22,6 +22,7 @@ from kfactk_stages.curvature._coverage import (
 )
 from kfactk_stages.curvature._recurrence import RecurrentReplay
 from kfactk_stages.curvature._rows import JoinedSamples, LinearRows
+from kfactk_stages.curvature._wide import WideSides
 
 FACTORS = frozenset({"A", "G"})
 """What there is of independent steps."""
@@ -59,12 +60,14 @@ class RecurrentSamples(JoinedSamples):
         """`T_n^(-1/2)`, T_n the number of steps of an example, `[N, 1, 1]`."""
         return self.lengths.sum(0).to(self.dtype).clamp(min=1).rsqrt().view(-1, 1, 1)
 
+    def mean_gradients(self, rows: slice) -> Tensor:
+        """Return `T_n^(-1/2) g` of the examples `rows`, `[n, T, d_out]`."""
+        return self.gradients(rows) * self.weights[rows]
+
     def mean_grad_moment(self) -> Statistic:
         """Return `sum_n (1 / T_n) sum_t g g^T`, `[d_out, d_out]`."""
-        weights = self.weights
         parts = (
-            gram(self.gradients(rows) * weights[rows])
-            for rows in self.chunks(2 * self.positions * self.d_out)
+            gram(self.mean_gradients(rows)) for rows in self.chunks(2 * self.positions * self.d_out)
         )
         return Statistic(total_of(parts), self.num_terms, symmetric=True)
 
@@ -79,9 +82,8 @@ class RecurrentSamples(JoinedSamples):
 
     def next_grad_moment(self) -> Statistic:
         """Return `sum_n (1 / T_n) sum_t g_{t+1} g_t^T`, `[d_out, d_out]`, within each call."""
-        weights = self.weights
         parts = (
-            self._next(self.gradients(rows) * weights[rows])
+            self._next(self.mean_gradients(rows))
             for rows in self.chunks(4 * self.positions * self.d_out)
         )
         return Statistic(total_of(parts), self.num_terms)
@@ -108,7 +110,7 @@ class RecurrentSamples(JoinedSamples):
 
 
 @attrs.frozen(kw_only=True)
-class Rnn(Curvature):
+class Rnn(WideSides):
     """Kronecker-factored curvature of `nn.RNN`, `nn.LSTM`, `nn.GRU` and of their cells.
 
     A step multiplies the input x_t and the last state h_{t-1} with a weight each, for all gates at
@@ -154,6 +156,8 @@ class Rnn(Curvature):
             sequence, so a chain supports no cells. For the same reason, a module that is called
             step by step has sequences of one step, and no pairs.
         chunk_bytes: Bound on temporaries, in bytes. One example is always processed whole.
+        max_side: As for `kfac`. With `time="chain"` every side is whole, whatever its length.
+        wide: As for `kfac`, with `time="independent"`.
 
     Raises:
         OptionError: An option has a value that cannot work.
@@ -175,6 +179,17 @@ class Rnn(Curvature):
 
     time: str = attrs.field(default="independent", validator=choice("independent", "chain"))
     chunk_bytes: int = attrs.field(default=DEFAULT_CHUNK_BYTES, validator=whole(1))
+
+    def __attrs_post_init__(self) -> None:
+        super().__attrs_post_init__()
+        limits = {"max_side": self.max_side not in (AUTO, None), "wide": self.wide is not None}
+        if self.time == "chain" and any(limits.values()):
+            name = next(name for name, given in limits.items() if given)
+            raise OptionError(
+                f"Rnn: {name}={getattr(self, name)!r} lets a side be less than a whole matrix, and "
+                f"time='chain' needs whole ones. Leave {name} out, or take steps as independent, "
+                "time='independent'."
+            )
 
     @property
     def provides(self) -> frozenset[str]:
@@ -244,6 +259,15 @@ class Rnn(Curvature):
             layer.anchor.new_zeros(1, 1, d_in + 1), layer.anchor.new_zeros(1, 1, d_out)
         )
 
+    def sides(self, layer: Layer) -> tuple[int, int]:
+        """Return d_out and d_in of the layer's matrix."""
+        d_out, d_in = layer.anchor.shape
+        return int(d_out), int(d_in) + len(layer.parameters) - 1
+
+    def is_wide(self, n: int, other: int) -> bool:
+        """Return whether a side of n is not kept whole; those of a chain are."""
+        return self.time != "chain" and super().is_wide(n, other)
+
     @property
     def tells_examples_apart(self) -> bool:
         """False: A and G are sums over all rows."""
@@ -280,9 +304,10 @@ class Rnn(Curvature):
         )
 
     def gradient_factors(self, layer: Layer, samples: Samples) -> dict[str, Statistic]:
-        """Return sums and counts of all factors."""
+        """Return sums and counts of all factors, or of what stands for them."""
         assert isinstance(samples, RecurrentSamples)
-        found = {"A": samples.input_moment(), "G": samples.mean_grad_moment()}
+        whole, rows = samples.mean_grad_moment, samples.mean_gradients
+        found = self.input_sums(samples) | self.gradient_sums(samples, whole, rows)
         if self.time == "chain":
             found |= {
                 "A_next": samples.next_input_moment(),

@@ -117,3 +117,45 @@ def test_a_decomposition_of_minutes_is_said_at_bind(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sizes, "SLOW", 1.0)
     [text] = said(kfactk.build(), model())
     assert re.search(r"'head' 2\.5 s \(G 2000 x 2000\).*'max_side': 500", text)
+
+
+def inside() -> nn.ModuleDict:
+    """Return modules whose layers lie inside."""
+    rnn = nn.LSTM(6, 10)
+    return nn.ModuleDict({"attn": nn.MultiheadAttention(20, 2), "rnn": rnn, "fc": nn.Linear(4, 5)})
+
+
+def test_one_line_warns_of_wide_layers_of_several_curvatures_and_pasting_it_ends_it() -> None:
+    limits = [{"name": name, "max_side": 16} for name in ("attention", "rnn")]
+    recipe = kfactk.build(curvature=["kfac", *limits])
+    [text] = said(recipe, inside())
+    assert "'attn[in_proj]' (input side 21: diagonal, output side 20: diagonal)" in text
+    assert "'rnn[ih_l0]' (output side 40: diagonal)" in text
+    found = re.search(r"curvature=(\[.*?\]);", text)
+    assert found is not None
+    pasted = recipe.evolve(curvature=eval(found[1]))
+    assert said(pasted, inside()) == []
+    assert pasted.coverage(inside()).covered == recipe.coverage(inside()).covered
+
+
+def test_the_remedy_of_one_curvature_among_several_makes_it_fit(monkeypatch: Any) -> None:
+    module = nn.ModuleDict({"rnn": nn.LSTM(600, 500), "norm": nn.LayerNorm(500)})
+    monkeypatch.setattr(sizes, "free_bytes", lambda device: 100_000_000)
+    recipe = kfactk.build(curvature="all")
+    with pytest.raises(MemoryExhaustedError) as caught:
+        recipe.bind(module)
+    found = re.search(r"let shorter sides be whole, curvature=(\[.*?\]);", str(caught.value))
+    assert found is not None
+    assert {"name": "rnn", "max_side": 500} in eval(found[1])
+    with pytest.warns(KfactkWarning, match="too wide to be a matrix"):
+        recipe.evolve(curvature=eval(found[1])).bind(module)
+
+
+def test_a_basis_of_whole_matrices_gets_no_line_on_shorter_sides(monkeypatch: Any) -> None:
+    monkeypatch.setattr(sizes, "free_bytes", lambda device: 1)
+    for curvature, basis in (({"name": "rnn", "time": "chain"}, None), ("rnn", "singd")):
+        block = kfactk.block(curvature, basis=basis)
+        with pytest.raises(MemoryExhaustedError) as caught:
+            kfactk.build(curvature=[block]).bind(nn.LSTM(500, 500))
+        assert "max_side" not in str(caught.value)
+        assert "exclude" in str(caught.value) or "mem_opt" in str(caught.value)

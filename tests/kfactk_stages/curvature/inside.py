@@ -14,7 +14,23 @@ from kfactk.capture.forward import Forward
 from kfactk.capture.hooks import ModelHooks
 from kfactk.preconditioner.coverage import ModelSurvey
 from kfactk.preconditioner.rules import BlockRule
+from kfactk.testing import PipelineLaws
+from kfactk.testing._support.division import equal_on_ranks
+from kfactk.testing._support.training import STEPS, identical, outcome, through_file
 from kfactk_stages.basis.ekfac import Ekfac
+
+MOST = 3
+"""Longest side that is whole, where another form is named."""
+WIDE = (None, "diagonal", "blocks", "identity")
+"""What stands for a longer side; `None` where all are whole."""
+
+SPREAD = (("diagonal", "mem_opt"), ("blocks", "comm_opt"))
+"""Forms, each with a placement of their matrices on ranks."""
+
+
+def limited(name: str, wide: str | None) -> dict[str, Any]:
+    """Return a curvature with sides of this form."""
+    return {"name": name} if wide is None else {"name": name, "max_side": MOST, "wide": wide}
 
 
 @attrs.define(eq=False)
@@ -79,6 +95,30 @@ class Inside:
                 matrices.append(self.curvature.matrix(layer, dict(zip(own, grads, strict=True))))
             found[layer.name] = torch.stack(matrices, -3)
         return found
+
+
+def check_resumes(laws: PipelineLaws, curvature: Sequence[Any]) -> None:
+    """Assert that a run that goes on from a file does what an uninterrupted one does, to the bit.
+
+    Args:
+        laws: What is trained.
+        curvature: The curvature.
+    """
+    recipe = laws.build({**laws.recipe, "curvature": curvature})
+    model, optimizer = laws.run(recipe)
+    other = laws.fresh()
+    other.load_state_dict(model.state_dict())
+    resumed = recipe.bind(other)
+    resumed.load_state_dict(through_file(optimizer.state_dict()))
+    for number in range(STEPS, 2 * STEPS):
+        laws.step(optimizer, model, number)
+        laws.step(resumed, other, number)
+    identical(outcome(model, optimizer), outcome(other, resumed), "a resumed run goes on otherwise")
+
+
+def check_ranks(laws: PipelineLaws, curvature: Sequence[Any], placement: str) -> None:
+    """Assert that two ranks do what one process does."""
+    equal_on_ranks(laws, {**laws.recipe, "curvature": curvature, "placement": placement})
 
 
 def deviation(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> float:

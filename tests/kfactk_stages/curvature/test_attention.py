@@ -14,10 +14,21 @@ from torch.nn.utils import prune
 import kfactk
 from kfactk import Optimizer
 from kfactk.testing import CurvatureLaws, PipelineLaws
+from kfactk.testing._support.division import on_ranks
 from kfactk.testing._support.truth import solve
 from kfactk_stages.curvature.attention import Attention
-from tests.kfactk.dense import block_of
-from tests.kfactk_stages.curvature.inside import Inside, deviation, rows
+from tests.kfactk.dense import block_of, masked, stand_ins
+from tests.kfactk_stages.curvature.inside import (
+    MOST,
+    SPREAD,
+    WIDE,
+    Inside,
+    check_ranks,
+    check_resumes,
+    deviation,
+    limited,
+    rows,
+)
 
 N, L, S, E = 3, 4, 5, 6
 
@@ -170,6 +181,10 @@ CASES: dict[str, Case] = {
 
 class TestAttention(CurvatureLaws):
     stage = "attention"
+
+
+class TestAttentionOfBlocks(CurvatureLaws):
+    stage: ClassVar[Any] = {"name": "attention", "max_side": 2, "wide": "blocks"}
 
 
 def model_of(case: Case) -> Calls:
@@ -364,14 +379,15 @@ def moments_by_hand(model: Pooled, x: Tensor) -> dict[str, tuple[list[Tensor], .
     return found
 
 
+@pytest.mark.parametrize("wide", WIDE)
 @pytest.mark.parametrize("basis", ["kfac", "ekfac"])
-def test_a_step_is_that_of_dense_algebra(basis: str) -> None:
+def test_a_step_is_that_of_dense_algebra(basis: str, wide: str | None) -> None:
     tau, lr, x = 0.03, 0.1, rows(9, 3, 4)
     model = Pooled()
     truth = moments_by_hand(model, x)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = kfactk.build(
-        curvature="all",
+        curvature=[limited("attention", wide), "kfac"],
         basis=basis,
         update=torch.optim.SGD,
         clip="none",
@@ -385,14 +401,16 @@ def test_a_step_is_that_of_dense_algebra(basis: str) -> None:
     for part, (a, g, d) in truth.items():
         view = optimizer.layers[f"attn[{part}]"]
         for name, own in (("A", a), ("G", g)):
-            both = view.factors[name], torch.stack(own) if len(own) > 1 else own[0]
-            torch.testing.assert_close(*both, rtol=1e-10, atol=1e-12)
+            whole = torch.stack(own) if len(own) > 1 else own[0]
+            for each, part in stand_ins(name, whole, MOST, wide).items():
+                torch.testing.assert_close(view.factors[each], part, rtol=1e-10, atol=1e-12)
         names = [f"attn.{key}" for key in view.layer.parameters]
         weight, bias = (gradients[name].view(len(a), 4, -1) for name in names)
         changes = [(before[n] - model.get_parameter(n).detach()) / lr for n in names]
         step = torch.cat([change.view(len(a), 4, -1) for change in changes], -1)
         for k, v in enumerate(torch.cat([weight, bias], -1)):
-            block = block_of(basis, a[k], g[k], d[k], len(x), tau)
+            kept = (masked(each[k], MOST, wide) for each in (a, g))
+            block = block_of(basis, *kept, d[k], len(x), tau)
             torch.testing.assert_close(step[k], solve(block, v), rtol=1e-8, atol=1e-10)
 
 
@@ -457,6 +475,17 @@ class TestAttending(PipelineLaws):
     def batch(self, generator: torch.Generator, examples: int) -> tuple[Tensor, Tensor]:
         x = torch.randn(examples, 3, 4, generator=generator, dtype=torch.float64)
         return x, torch.randint(3, (examples,), generator=generator)
+
+
+@pytest.mark.parametrize("wide", WIDE[1:])
+def test_wide_sides_resume_to_the_bit(wide: str) -> None:
+    check_resumes(TestAttending(), [limited("attention", wide), "kfac"])
+
+
+@on_ranks
+@pytest.mark.parametrize(("wide", "placement"), SPREAD)
+def test_wide_sides_on_two_ranks_are_those_of_one_process(wide: str, placement: str) -> None:
+    check_ranks(TestAttending(), [limited("attention", wide), "kfac"], placement)
 
 
 # ---------------------------------------------------------------------------------- what is covered

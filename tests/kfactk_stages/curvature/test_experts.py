@@ -7,17 +7,30 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kfactk
 from kfactk import CaptureError, ModuleCall
 from kfactk.costmodel.counting import training_load
-from kfactk.testing import PipelineLaws
+from kfactk.testing import CurvatureLaws, PipelineLaws
+from kfactk.testing._support.division import on_ranks
+from kfactk.testing._support.strategies import Case, case_of
 from kfactk.testing._support.truth import solve
 from kfactk_stages.curvature.experts import Experts
-from tests.kfactk.dense import block_of
-from tests.kfactk_stages.curvature.inside import Inside, deviation, rows
+from tests.kfactk.dense import block_of, masked, stand_ins
+from tests.kfactk_stages.curvature.inside import (
+    MOST,
+    SPREAD,
+    WIDE,
+    Inside,
+    check_ranks,
+    check_resumes,
+    deviation,
+    limited,
+    rows,
+)
 
 moe = pytest.importorskip("transformers.integrations.moe")
 
@@ -25,7 +38,7 @@ N, T, D, H, E, K = 3, 5, 4, 3, 4, 2
 INSIDE = Inside(Experts())
 
 
-def stacked(kind: str = "eager", **how: Any) -> type[nn.Module]:
+def stacked(**how: Any) -> type[nn.Module]:
     """Return a class of experts as transformers make them, with an eager forward of its own."""
 
     @moe.use_experts_implementation(**how)
@@ -88,6 +101,43 @@ class Mixture(nn.Module):
             found = self.experts(x.flatten(0, 1), chosen.flatten(0, 1), weights.flatten(0, 1))
             x = x + found.view_as(x)
         return x.sum(1)
+
+
+def routed(module: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what experts are called with: tokens, K experts of each, and their weights."""
+    scores = tokens.double() @ rows(D, E, seed=8)
+    weights, chosen = scores.topk(K)
+    return tokens, chosen, weights.tanh().to(tokens.dtype)
+
+
+class TestExperts(CurvatureLaws):
+    """The laws see experts that are called with the tokens of a router; a token is an example."""
+
+    stage = "experts"
+
+    def drawn(self, most_calls: int) -> st.SearchStrategy[Case]:
+        modules = st.builds(
+            lambda **how: stacked(**how)(Config("batched_mm")),
+            has_gate=st.booleans(),
+            has_bias=st.booleans(),
+            is_transposed=st.booleans(),
+        )
+        shape = st.integers(1, 3)
+        cases = case_of(
+            modules, lambda draw, _: (draw(shape), D), most_calls=most_calls, called_with=routed
+        )
+        return cases.flatmap(lambda case: st.sampled_from(self._layers_in(case)))
+
+    def cases(self) -> st.SearchStrategy[Case]:
+        return self.drawn(2)
+
+    def single_row_cases(self) -> st.SearchStrategy[Case]:
+        whole = self.drawn(1)
+        return whole.filter(lambda case: not self.curvature.stand_ins(case.layer))
+
+
+class TestExpertsOfBlocks(TestExperts):
+    stage: ClassVar[Any] = {"name": "experts", "max_side": 4, "wide": "blocks"}
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -213,14 +263,15 @@ def moments(model: Mixture, x: Tensor) -> dict[str, tuple[list[Tensor], ...]]:
     }
 
 
+@pytest.mark.parametrize("wide", WIDE)
 @pytest.mark.parametrize("basis", ["kfac", "ekfac"])
-def test_a_step_is_that_of_dense_algebra(basis: str) -> None:
+def test_a_step_is_that_of_dense_algebra(basis: str, wide: str | None) -> None:
     tau, lr, x, y = 0.03, 0.1, rows(7, 3, D), torch.arange(7) % D
     model = Mixture()
     truth = moments(model, x)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = kfactk.build(
-        curvature="experts",
+        curvature=limited("experts", wide),
         basis=basis,
         update=torch.optim.SGD,
         clip="none",
@@ -232,9 +283,13 @@ def test_a_step_is_that_of_dense_algebra(basis: str) -> None:
     gradients = {name: p.grad.clone() for name, p in model.named_parameters()}
     optimizer.step()
     for part, (a, g, d) in truth.items():
-        name = f"experts.{part}"
+        name, view = f"experts.{part}", optimizer.layers[f"experts[{part}]"]
+        for side, own in (("A", a), ("G", g)):
+            for each, kept in stand_ins(side, torch.stack(own), MOST, wide).items():
+                torch.testing.assert_close(view.factors[each], kept, rtol=1e-10, atol=1e-12)
         for e in range(E):
-            block = block_of(basis, a[e], g[e], d[e], len(x), tau)
+            kept = (masked(each[e], MOST, wide) for each in (a, g))
+            block = block_of(basis, *kept, d[e], len(x), tau)
             step = (before[name] - model.get_parameter(name).detach())[e] / lr
             torch.testing.assert_close(
                 step, solve(block, gradients[name][e]), rtol=1e-8, atol=1e-10
@@ -272,6 +327,17 @@ class TestMixture(PipelineLaws):
     def batch(self, generator: torch.Generator, examples: int) -> tuple[Tensor, Tensor]:
         x = torch.randn(examples, 3, D, generator=generator, dtype=torch.float64)
         return x, torch.randint(D, (examples,), generator=generator)
+
+
+@pytest.mark.parametrize("wide", WIDE[1:])
+def test_wide_sides_resume_to_the_bit(wide: str) -> None:
+    check_resumes(TestMixture(), [limited("experts", wide), "kfac"])
+
+
+@on_ranks
+@pytest.mark.parametrize(("wide", "placement"), SPREAD)
+def test_wide_sides_on_two_ranks_are_those_of_one_process(wide: str, placement: str) -> None:
+    check_ranks(TestMixture(), [limited("experts", wide), "kfac"], placement)
 
 
 def test_costs_are_counted_without_data() -> None:

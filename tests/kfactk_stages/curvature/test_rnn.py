@@ -14,12 +14,23 @@ from torch.nn.utils import parametrize, prune
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import kfactk
-from kfactk import CaptureError
+from kfactk import CaptureError, Layer
 from kfactk.testing import CurvatureLaws, PipelineLaws
+from kfactk.testing._support.division import on_ranks
 from kfactk.testing._support.truth import solve
 from kfactk_stages.curvature.rnn import Rnn
-from tests.kfactk.dense import block_of
-from tests.kfactk_stages.curvature.inside import Inside, deviation, rows
+from tests.kfactk.dense import block_of, masked, stand_ins
+from tests.kfactk_stages.curvature.inside import (
+    MOST,
+    SPREAD,
+    WIDE,
+    Inside,
+    check_ranks,
+    check_resumes,
+    deviation,
+    limited,
+    rows,
+)
 from tests.kfactk_stages.curvature.recurrent import by_hand
 
 N, T, D, H = 3, 4, 5, 2
@@ -40,6 +51,10 @@ class Calls(nn.Module):
 
 class TestRnn(CurvatureLaws):
     stage = "rnn"
+
+
+class TestRnnOfDiagonals(CurvatureLaws):
+    stage: ClassVar[Any] = {"name": "rnn", "max_side": 2, "wide": "diagonal"}
 
 
 # ----------------------------------------------------------------------------------- per example
@@ -314,27 +329,42 @@ def moments_by_hand(model: Any, x: Tensor) -> dict[str, tuple[Tensor, Tensor, Te
     return {part: (a, g, torch.stack(d)) for part, (a, g, d) in found.items()}
 
 
+@pytest.mark.parametrize("wide", WIDE)
 @pytest.mark.parametrize("basis", ["kfac", "ekfac"])
 @pytest.mark.parametrize("kind", ["tanh", "lstm", "gru"])
-def test_a_step_is_that_of_dense_algebra(kind: str, basis: str) -> None:
+def test_a_step_is_that_of_dense_algebra(kind: str, basis: str, wide: str | None) -> None:
     tau, lr, x = 0.03, 0.1, rows(9, 4, 3)
     model = Classifier(kind)
     truth = moments_by_hand(model, x)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     how = {"update": torch.optim.SGD, "clip": "none", "damping": tau, "lr": lr, "fisher": "exact"}
-    optimizer = kfactk.build(curvature="all", basis=basis, **how).bind(model)
+    curvature = [limited("rnn", wide), "kfac"]
+    optimizer = kfactk.build(curvature=curvature, basis=basis, **how).bind(model)
     F.cross_entropy(model(x), torch.arange(9) % 3).backward()
     optimizer.step()
     for part, (a, g, d) in truth.items():
         view = optimizer.layers[f"rnn[{part}]"]
-        torch.testing.assert_close(view.factors["A"], a, rtol=1e-10, atol=1e-12)
-        torch.testing.assert_close(view.factors["G"], g, rtol=1e-10, atol=1e-12)
+        parts = stand_ins("A", a, MOST, wide) | stand_ins("G", g, MOST, wide)
+        for name, part in parts.items():
+            torch.testing.assert_close(view.factors[name], part, rtol=1e-10, atol=1e-12)
         names = [f"rnn.{key}" for key in view.layer.parameters]
         grads = [model.get_parameter(name).grad for name in names]
         changes = [(before[n] - model.get_parameter(n).detach()) / lr for n in names]
         v, step = (torch.cat([each[0], each[1].unsqueeze(-1)], -1) for each in (grads, changes))
-        block = block_of(basis, a, g, d, len(x), tau)
+        kept = (masked(each, MOST, wide) for each in (a, g))
+        block = block_of(basis, *kept, d, len(x), tau)
         torch.testing.assert_close(step, solve(block, v), rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("option", [{"max_side": 4}, {"wide": "blocks"}])
+def test_a_chain_has_whole_sides_alone(option: dict[str, Any]) -> None:
+    with pytest.raises(kfactk.OptionError, match="time='chain' needs whole ones"):
+        Rnn(time="chain", **option)
+    module = nn.LSTM(2, 600, device="meta")  # a side of 2400 beside one of 3
+    layer = Layer("rnn[ih_l0]", module, ("weight_ih_l0", "bias_ih_l0"), "ih_l0")
+    assert Rnn().stand_ins(layer) == {"G": ("g",)}
+    assert Rnn(time="chain").stand_ins(layer) == {}
+    assert Rnn(time="chain", max_side=None).stand_ins(layer) == {}
 
 
 class TestRecurrent(PipelineLaws):
@@ -348,6 +378,17 @@ class TestRecurrent(PipelineLaws):
     def batch(self, generator: torch.Generator, examples: int) -> tuple[Tensor, Tensor]:
         x = torch.randn(examples, 4, 3, generator=generator, dtype=torch.float64)
         return x, torch.randint(3, (examples,), generator=generator)
+
+
+@pytest.mark.parametrize("wide", WIDE[1:])
+def test_wide_sides_resume_to_the_bit(wide: str) -> None:
+    check_resumes(TestRecurrent(), [limited("rnn", wide), "kfac"])
+
+
+@on_ranks
+@pytest.mark.parametrize(("wide", "placement"), SPREAD)
+def test_wide_sides_on_two_ranks_are_those_of_one_process(wide: str, placement: str) -> None:
+    check_ranks(TestRecurrent(), [limited("rnn", wide), "kfac"], placement)
 
 
 # ---------------------------------------------------------------------------------- what is covered

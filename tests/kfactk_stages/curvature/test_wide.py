@@ -14,6 +14,7 @@ from kfactk.testing import CurvatureLaws
 from kfactk.testing._support import truth
 from kfactk_stages.curvature.conv_kfac import ConvKfac
 from kfactk_stages.curvature.kfac import Kfac
+from tests.kfactk.dense import masked, stand_ins
 
 TAU, MOST, N = 0.03, 5, 24
 FORMS = ("diagonal", "blocks", "identity")
@@ -62,24 +63,12 @@ def trained(model, inputs, labels, basis, steps=1, **options):
     return optimizer
 
 
-def masked(matrix, wide):
-    """Return what stands for a matrix whose side is longer than MOST, as a whole matrix."""
-    n = len(matrix)
-    if n <= MOST:
-        return matrix
-    if wide == "identity":
-        return torch.eye(n, dtype=matrix.dtype) * matrix.diagonal().mean()
-    size = 1 if wide == "diagonal" else -(-n // -(-n // MOST))
-    block = torch.arange(n) // size
-    return torch.where(block[:, None] == block, matrix, 0.0)
-
-
 def claimed(model, name, inputs, labels, wide):
     """Return D of a layer by autograd, example by example, and A and G as the form claims them."""
     d = truth.layer_gradients(model, name, inputs, labels, loss)
     g = d[..., -1]  # the bias's part of D is g
     a = torch.linalg.lstsq(g[..., None], d).solution[:, 0]  # rank one: T = 1
-    return d, masked(a.T @ a / N, wide), masked(g.T @ g / N, wide)
+    return d, masked(a.T @ a / N, MOST, wide), masked(g.T @ g / N, MOST, wide)
 
 
 @pytest.mark.parametrize("wide", FORMS)
@@ -165,20 +154,10 @@ def test_factors_are_parts_of_the_whole_ones(kind, spatial, wide):
         if side not in names:
             torch.testing.assert_close(found[side], expected)
             continue
-        start = 0
-        for name in names[side]:
-            part = found[name]
-            if wide != "blocks":
-                diagonal = expected.diagonal(dim1=-2, dim2=-1)
-                if wide == "identity":
-                    diagonal = diagonal.mean(-1, keepdim=True).expand_as(diagonal)
-                torch.testing.assert_close(part, diagonal)
-                continue
-            block = slice(start, start + part.shape[-1])
-            start = block.stop
-            assert part.shape[-1] <= MOST
-            torch.testing.assert_close(part, expected[..., block, block])
-        assert wide != "blocks" or start == expected.shape[-1]
+        parts = stand_ins(side, expected, MOST, wide)
+        assert names[side] == tuple(parts)
+        for name, part in parts.items():
+            torch.testing.assert_close(found[name], part)
     for name in () if channels_wide else ("C", "K"):
         torch.testing.assert_close(found[name], whole[name])
 
