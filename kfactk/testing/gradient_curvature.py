@@ -416,7 +416,7 @@ class GradientCurvatureLaws(CurvatureInRecipe):
 
         A module that it accepts has parts.
         """
-        for module in (*foreign_modules(), nn.Tanh(), *(make() for make in MODULES)):
+        for module in (nn.Tanh(), *(make() for make in MODULES), *foreign_modules()):
             name = type(module).__name__
             if self._reason(module) is None:
                 assert self.curvature.parts(module), (
@@ -424,9 +424,9 @@ class GradientCurvatureLaws(CurvatureInRecipe):
                 )
 
     def _reason(self, module: nn.Module) -> str | None:
-        name = type(module).__name__
+        curvature, name = self.curvature, type(module).__name__
         try:
-            reason: object = self.curvature.unsupported(module)
+            reason: object = curvature.unsupported(module)
         except Exception as error:
             raise AssertionError(
                 f"unsupported() raises {type(error).__name__} for {name}, where it must return a "
