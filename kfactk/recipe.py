@@ -84,7 +84,10 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
                     "basis": {"name": "muon", "scale": "match_rms", "factor": 4.0, "even": True},
                     "layers": IN_REPEATED_BLOCKS,
                 },
-                {"curvature": {"name": "gradient", "max_side": 1}, "basis": "soap"},
+                {
+                    "curvature": {"name": "gradient", "max_side": 1, "wide": "diagonal"},
+                    "basis": "soap",
+                },
             ],
             "update": "sgd",
             "first_moment": {"decay": 0.9, "nesterov": True},

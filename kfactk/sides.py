@@ -6,6 +6,9 @@ A side is kept in one of three forms, which the names of its matrices tell:
     A, G            whole, `[..., n, n]`
     a, g            its diagonal, `[..., n]`
     A0, A1, ...     blocks along its diagonal, in order; for outputs G0, G1, ...
+
+Second moments of a gradient have the names R (columns: the input side) and L (rows: the output
+side), with r and l, R0 and L0 likewise.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor
 
-SIDES = {"A": "input", "G": "output"}
+KRONECKER = ("A", "G")
+"""The sides of Kronecker factors, which are always square where they are whole."""
+SIDES = {"A": "input", "G": "output", "R": "input", "L": "output"}
 """What each side is called."""
-DIAGONALS = {"A": "a", "G": "g"}
+DIAGONALS = {"A": "a", "G": "g", "R": "r", "L": "l"}
 """The name of the diagonal of each side."""
 AUTO = "auto"
 """The longest side that is kept whole follows from the sides of the layer."""
@@ -37,7 +42,7 @@ each row, with m the other side. So a decomposition costs as much as 1.4 n^2 / m
 as the 100 steps between two of them, of 1000 rows each.
 """
 _WHOLE = {diagonal: side for side, diagonal in DIAGONALS.items()}
-_BLOCK = re.compile(r"([AG])([0-9]+)")
+_BLOCK = re.compile(r"([AGRL])([0-9]+)")
 
 
 def side_of(name: str) -> str:

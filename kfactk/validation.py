@@ -17,7 +17,7 @@ from kfactk.errors import (
     memory_ran_out,
 )
 from kfactk.samples import Statistic
-from kfactk.sides import SIDES, is_diagonal, side_of
+from kfactk.sides import KRONECKER, is_diagonal, side_of
 
 
 def stage_label(family: str, stage: object) -> str:
@@ -135,7 +135,7 @@ def check_matrices(
     oblong = {
         name: tuple(matrix.shape)
         for name, matrix in present.items()
-        if side_of(name) in SIDES and not is_diagonal(name) and not square(matrix)
+        if side_of(name) in KRONECKER and not is_diagonal(name) and not square(matrix)
     }
     if oblong or len(present) < len(required):
         shapes = f" with the last two dimensions equal, not {oblong}" if oblong else ""

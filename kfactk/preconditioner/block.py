@@ -21,7 +21,7 @@ from kfactk.preconditioner.pace_state import LONGEST
 from kfactk.preconditioner.plan import BlockPlan
 from kfactk.preconditioner.state import BlockState
 from kfactk.samples import LayerCall, RowOrder, Samples, Statistic, to_working_dtype
-from kfactk.sides import groups_of_shape, mean_of, side_of, with_sides
+from kfactk.sides import groups_of_shape, is_diagonal, mean_of, side_of, with_sides
 from kfactk.stages import (
     Basis,
     Curvature,
@@ -72,7 +72,8 @@ class Block:
     _flat: dict[str, Tensor] | None = None
     _input_factors: frozenset[str] | None = None
     _inputs_suffice: bool | None = None
-    _requires: frozenset[str] | None = None
+    _stood_for: dict[str, str] | None = None
+    _stand_ins: Mapping[str, tuple[str, ...]] = attrs.field(factory=dict)
     _shape: tuple[int, ...] = ()
 
     @property
@@ -84,21 +85,37 @@ class Block:
         Raises:
             CombinationError: The basis does not take the layer's stand-ins.
         """
-        if self._requires is None:
+        if self._stood_for is None:
             with attribute_errors("curvature", self.curvature, self._where):
                 stand_ins = self.curvature.stand_ins(self.layer)
-            needed = self.basis.requires
             if self.basis.reads & stand_ins.keys() and not self.basis.takes_stand_ins:
+                bases = "'soap', 'shampoo' or 'kl'" if self.of_gradient else "'ekfac' or 'kfac'"
                 raise CombinationError(
                     f"layer {self.name!r} has a side that is wider than the curvature's max_side, "
                     f"and {stage_label('basis', self.basis)} decomposes whole matrices alone. Use "
-                    "the basis 'ekfac' or 'kfac' there, leave the layer out with "
+                    f"the basis {bases} there, leave the layer out with "
                     f"exclude=[{self.layer.path!r}], or set the curvature's max_side=None."
                 )
-            self._requires = frozenset(
-                each for name in needed for each in stand_ins.get(name, (name,))
-            )
-        return self._requires
+            self._stand_ins = stand_ins
+            needed = sorted(self.basis.requires)
+            self._stood_for = {
+                each: name for name in needed for each in stand_ins.get(name, (name,))
+            }
+        return frozenset(self._stood_for)
+
+    def beside(self, name: str) -> tuple[str, ...]:
+        """Return what the decomposition of a matrix reads beside it, stand-ins by their names.
+
+        Args:
+            name: One of `requires`.
+        """
+        if not self.basis.beside:
+            return ()
+        stood_for = name
+        if name in self.requires and self._stood_for is not None:
+            stood_for = self._stood_for[name]
+        names = self.basis.beside.get(stood_for, ())
+        return tuple(each for n in names for each in self._stand_ins.get(n, (n,)))
 
     @property
     def name(self) -> str:
@@ -156,8 +173,12 @@ class Block:
     @property
     def turns_both_sides(self) -> bool:
         """Whether its basis has directions of its own for two sides, on this rank."""
-        sides = self.state.decomposition.values()
-        return sum(any(map(_has_directions, parts.values())) for parts in sides) > 1
+        turned = {
+            side_of(name)
+            for name, parts in self.state.decomposition.items()
+            if not is_diagonal(name) and any(map(_has_directions, parts.values()))
+        }
+        return len(turned) > 1
 
     @property
     def counts_next(self) -> bool:
@@ -257,7 +278,7 @@ class Block:
         last = self.state.decomposition if self.state.ready else {}
         with attribute_errors("basis", self.basis, self._where):
             weighed = self.basis.weighed(last, gradient)
-            if strange := sorted(weighed.keys() - self.requires):
+            if strange := sorted(weighed.keys() - self.basis.requires):
                 raise ValueError(f"weighs a gradient for {strange[0]!r}, which it does not require")
         with attribute_errors("curvature", self.curvature, self._where):
             found = self.curvature.weighed_factors(self.layer, gradient, weighed)
@@ -353,7 +374,7 @@ class Block:
         with attribute_errors("curvature", self.curvature, self._where):
             found = self.curvature.assemble(self.layer, factors)
         names = self.requires if names is None else names
-        required = names.union(*(self.basis.beside.get(name, ()) for name in names))
+        required = names.union(*map(self.beside, names))
         return check_matrices(self.curvature, self._where, found, required)
 
     # ----------------------------------------------------------------------------- decomposing
@@ -380,7 +401,7 @@ class Block:
         made: Parts = {}
         with attribute_errors("basis", self.basis, self._where):
             for name in sorted(matrices.keys() & self.requires):
-                names = self.basis.beside.get(name, ())
+                names = self.beside(name)
                 beside = {each: matrices[each] for each in names}
                 others = {each: last[each] for each in names if each in last}
                 context = FactorContext(damping, diagonals, last.get(name), beside, others)

@@ -21,7 +21,7 @@ from kfactk.preconditioner.block import Block
 from kfactk.preconditioner.coverage import Coverage, CoveredLayer, Row
 from kfactk.preconditioner.links import linked, ordered
 from kfactk.samples import working_dtype
-from kfactk.sides import SIDES, groups_of_shape, is_diagonal, names_of, with_sides
+from kfactk.sides import SIDES, groups_of_shape, is_diagonal, names_of, side_of, with_sides
 from kfactk.stages import Link, Preparation
 from kfactk.timing import SOLVER_RATES
 from kfactk.validation import attribute_errors
@@ -269,20 +269,23 @@ def _words(block: Block, work: Work, sums: Mapping[str, object]) -> Iterator[str
     """
     if block.curvature.row_factors:
         yield "for each example, at least"
-    gradient = work.gradient
-    if block.of_gradient and min(gradient[-2:]) > 1:
-        columns = [shape for _, shape in sorted(work.matrices.items()) if shape[-1] == 1]
-        yield from (f"side {shape[-2]}: diagonal" for shape in columns)
     stand_ins = block.curvature.stand_ins(block.layer)
-    for side, n in zip(SIDES, (gradient[-1], gradient[-2]), strict=True):
+    sizes = {"input": work.gradient[-1], "output": work.gradient[-2]}
+    for side, called in SIDES.items():
         if side not in stand_ins or not names_of(side, block.requires):
             continue
-        names = stand_ins[side]
+        names, n = stand_ins[side], sizes[called]
         what = f"{len(names)} blocks"
         if len(names) == 1 and is_diagonal(names[0]):
-            total = getattr(sums.get(names[0]), "total", None)
-            what = "identity" if total is not None and total.shape[-1] == 1 < n else "diagonal"
-        yield f"{SIDES[side]} side {n}: {what}"
+            kept = [sums[name] for name in sums if is_diagonal(name) and _called(name) == called]
+            totals = [total for each in kept if (total := getattr(each, "total", None)) is not None]
+            what = "identity" if any(t.shape[-1] == 1 < n for t in totals) else "diagonal"
+        yield f"{called} side {n}: {what}"
+
+
+def _called(name: str) -> str:
+    """Return what the side of a diagonal is called."""
+    return SIDES[side_of(name)]
 
 
 def decompose_corners(block: Block, shapes: Mapping[str, tuple[int, ...]]) -> Parts:

@@ -35,9 +35,9 @@ class FactorContext:
     Args:
         damping: The layer's damping tau.
         mean_diagonal: `trace / dimension` of each square matrix that the basis requires, `[...]`;
-            of A and G also where a diagonal or blocks stand for it.
+            of A, G, L and R also where a diagonal or blocks stand for it.
         previous: The matrix's decomposition at the last refresh, where it is on this rank.
-        beside: The matrices that `Basis.beside` names for this one.
+        beside: The matrices that `Basis.beside` names for this one, or what stands for them.
         previous_beside: Of those that are decomposed too, their decompositions at the last refresh,
             by name.
     """
@@ -258,8 +258,8 @@ class Basis(abc.ABC):
             gradient: `[..., d_out, d_in]`.
 
         Returns:
-            By the name of a statistic, which is that of a matrix of `requires`, what takes the
-            place of the gradient there, of its shape.
+            By the name of a matrix of `requires`, what takes the place of the gradient in its
+            statistic, or in those of what stands for it; of the gradient's shape.
         """
         return {}
 

@@ -115,7 +115,8 @@ class Curvature(abc.ABC):
         """Return what this layer has in place of matrices that are too large; by default, nothing.
 
         For the name of each such matrix: the diagonal of its side, a or g, or blocks along its
-        diagonal, A0, A1, ... or G0, G1, ... (`kfactk.sides`); for C and K also nothing.
+        diagonal, A0, A1, ... or G0, G1, ... (`kfactk.sides`); for C and K also nothing. For second
+        moments L and R: l or r, L0, L1, ... or R0, R1, ...
         """
         return {}
 
@@ -223,7 +224,7 @@ class GradientCurvature(Curvature):
         Args:
             layer: The layer.
             gradient: `[..., d_out, d_in]`, as `matrix` joins it.
-            names: Those that are wanted; `None` for all.
+            names: Those of `provides` that are wanted, or what stands for them; `None` for all.
         """
 
     def weighed_factors(
@@ -234,7 +235,7 @@ class GradientCurvature(Curvature):
         Args:
             layer: The layer.
             gradient: `[..., d_out, d_in]`.
-            weighed: What takes its place, by the name of the factor (`Basis.weighed`).
+            weighed: What takes its place, by the name of the matrix (`Basis.weighed`).
         """
         if not weighed:
             return self.factors_of_gradient(layer, gradient)

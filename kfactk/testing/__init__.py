@@ -36,6 +36,10 @@ from kfactk.testing.clip import ClipLaws as ClipLaws
 from kfactk.testing.controller import ControllerLaws as ControllerLaws
 from kfactk.testing.curvature import CurvatureLaws as CurvatureLaws
 from kfactk.testing.fisher import FisherLaws as FisherLaws
+from kfactk.testing.gradient_curvature import (
+    GradientCase as GradientCase,
+    GradientCurvatureLaws as GradientCurvatureLaws,
+)
 from kfactk.testing.likelihood import LikelihoodLaws as LikelihoodLaws
 from kfactk.testing.link import LinkLaws as LinkLaws
 from kfactk.testing.pace import PaceLaws as PaceLaws

@@ -20,9 +20,17 @@ from torch import Tensor, nn
 
 from kfactk.sides import is_diagonal, names_of, slices_of
 from kfactk.testing._support import truth
-from kfactk.testing._support.division import InRecipe, basis_for
+from kfactk.testing._support.division import CurvatureInRecipe
 from kfactk.testing._support.laws import close, law
-from kfactk.testing._support.layers import KNOWN, OnLayers, averaged, near, present, same
+from kfactk.testing._support.layers import (
+    KNOWN,
+    OnLayers,
+    averaged,
+    near,
+    present,
+    same,
+    undone,
+)
 from kfactk.testing._support.strategies import (
     Case,
     binary_exponents,
@@ -37,7 +45,7 @@ LARGEST, SMALLEST = 1e37, 1e-36
 """Between these, float32 represents a number to full precision, with room for a sum."""
 
 
-class CurvatureLaws(OnLayers, InRecipe):
+class CurvatureLaws(OnLayers, CurvatureInRecipe):
     """The laws that every curvature obeys.
 
     By default the laws draw all configurations of the layers that the strategies know and that
@@ -52,42 +60,10 @@ class CurvatureLaws(OnLayers, InRecipe):
         ...     stage = "kfac"
     """
 
-    def in_recipe(self) -> dict[str, Any]:
-        """Return a recipe with the curvature and a registered basis that takes what it provides.
-
-        The law is skipped where there is none.
-        """
-        basis = basis_for(self.curvature)
-        if basis is None:
-            provides = ", ".join(sorted(self.curvature.provides))
-            pytest.skip(f"no registered basis takes {provides}, which {self.label()} provides")
-        return {"curvature": self.curvature, "basis": basis}
-
     @law(case="cases")
     def test_tensors_is_the_inverse_of_matrix(self, case: Case) -> None:
         """Parameters become a matrix and come back exactly, with names, shapes and order."""
-        given, start = {}, 0
-        for name, parameter in case.layer.tensors().items():
-            numbers = torch.arange(start, start + parameter.numel(), dtype=torch.float64)
-            given[name] = numbers.reshape(parameter.shape)
-            start += parameter.numel()
-        matrix = self.curvature.matrix(case.layer, given)
-        assert matrix.ndim >= 2, (
-            f"matrix() must be [..., d_out, d_in]; it has shape {list(matrix.shape)}"
-        )
-        held = matrix.flatten().sort().values
-        assert torch.equal(held, torch.arange(start, dtype=torch.float64)), (
-            f"matrix() must hold each of the {start} numbers of {', '.join(given)} once; "
-            f"from 0, 1, 2, ... it made {matrix.tolist()}"
-        )
-        back = self.curvature.tensors(case.layer, matrix)
-        assert list(back) == list(given), (
-            f"tensors() must name the parameters as the layer does, {list(given)}; "
-            f"it gave {list(back)}"
-        )
-        for name, tensor in given.items():
-            says = f"tensors(matrix(x)) differs from x in {name!r}"
-            close(back[name], tensor, says, rtol=0, atol=0)
+        undone(self.curvature, case.layer)
 
     @law(case="known_cases")
     def test_matrix_has_the_order_of_the_convention(self, case: Case) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, strategies as st
 
-from kfactk.sides import SIDES, block_slices, mean_of, names_of, side_of, with_sides
+from kfactk.sides import DIAGONALS, SIDES, block_slices, mean_of, names_of, side_of, with_sides
 
 
 @given(st.integers(1, 400), st.integers(1, 60))
@@ -34,5 +34,5 @@ def test_the_mean_of_blocks_is_that_of_the_side(side: str) -> None:
     means = {name: mean_of(name, block) for name, block in blocks.items()}
     found = with_sides(means, {name: len(block) for name, block in blocks.items()})
     torch.testing.assert_close(found[side], whole.trace() / 7, rtol=1e-15, atol=0)
-    diagonal = {"A": "a", "G": "g"}[side]
+    diagonal = DIAGONALS[side]
     assert mean_of(diagonal, whole.diagonal()) == whole.trace() / 7

@@ -163,7 +163,8 @@ def test_soap_divides_by_every_gradient_that_its_first_moment_holds(max_side: in
     d_out, d_in, decay = 8, 5, 0.9
     layer = nn.Linear(d_in, d_out, bias=False, dtype=F64)
     optimizer = kfactk.build(
-        curvature={"name": "gradient", "max_side": max_side},
+        curvature={"name": "gradient", "max_side": max_side}
+        | ({} if max_side is None else {"wide": "diagonal"}),
         basis={"name": "soap", "eps": 0.0},
         update="sgd",
         lr=LR,

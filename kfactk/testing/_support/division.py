@@ -255,6 +255,24 @@ class InRecipe(Laws):
         equal_on_ranks(training, recipe)
 
 
+class CurvatureInRecipe(InRecipe):
+    """The law of ranks, for a curvature."""
+
+    family = "curvature"
+
+    def in_recipe(self) -> dict[str, Any]:
+        """Return a recipe with the curvature and a registered basis that takes what it provides.
+
+        The law is skipped where there is none.
+        """
+        curvature = self.subject()
+        basis = basis_for(curvature)
+        if basis is None:
+            provides = ", ".join(sorted(curvature.provides))
+            pytest.skip(f"no registered basis takes {provides}, which {self.label()} provides")
+        return {"curvature": curvature, "basis": basis}
+
+
 def basis_for(curvature: Any) -> Any:
     """Return a registered basis that takes what a curvature provides; `None` without any.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kfactk.capture.replay import CallContext, RecordedReplay, followed, recorded_arguments
 from kfactk.errors import OptionError
 from kfactk.samples import LayerCall, Samples, Statistic
-from kfactk.stages import Curvature
+from kfactk.stages import Curvature, Layer
 from kfactk.testing._support import truth
 from kfactk.testing._support.laws import Laws, close
 from kfactk.testing._support.strategies import (
@@ -206,6 +206,31 @@ class OnLayers(Laws):
             for name in once
             if once[name].any() and twice[name].any()
         }
+
+
+def undone(curvature: Curvature, layer: Layer) -> None:
+    """Assert that `tensors` undoes `matrix`: names, shapes, order, and every number once."""
+    given, start = {}, 0
+    for name, parameter in layer.tensors().items():
+        numbers = torch.arange(start, start + parameter.numel(), dtype=torch.float64)
+        given[name] = numbers.reshape(parameter.shape)
+        start += parameter.numel()
+    matrix = curvature.matrix(layer, given)
+    assert matrix.ndim >= 2, (
+        f"matrix() must be [..., d_out, d_in]; it has shape {list(matrix.shape)}"
+    )
+    held = matrix.flatten().sort().values
+    assert torch.equal(held, torch.arange(start, dtype=torch.float64)), (
+        f"matrix() must hold each of the {start} numbers of {', '.join(given)} once; "
+        f"from 0, 1, 2, ... it made {matrix.tolist()}"
+    )
+    back = curvature.tensors(layer, matrix)
+    assert list(back) == list(given), (
+        f"tensors() must name the parameters as the layer does, {list(given)}; it gave {list(back)}"
+    )
+    for name, tensor in given.items():
+        says = f"tensors(matrix(x)) differs from x in {name!r}"
+        close(back[name], tensor, says, rtol=0, atol=0)
 
 
 def averaged(sums: Mapping[str, Statistic]) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import pickle
@@ -33,9 +34,15 @@ Data = tuple[Tensor, Tensor]
 
 def built(recipe: Mapping[str, Any]) -> Recipe:
     """Return a recipe; what a law gives for nothing, as periods of no use, is not told."""
+    with _unused_untold():
+        return kfactk.build(**recipe)
+
+
+@contextlib.contextmanager
+def _unused_untold() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", ".* ha(s|ve) no effect: ", KfactkWarning)
-        return kfactk.build(**recipe)
+        yield
 
 
 class Training(Laws):
@@ -81,7 +88,8 @@ class Training(Laws):
         Laws that compare batches of different sizes need it. This covers the draws of the
         likelihood. Override it for a Fisher stage that draws by other means.
         """
-        return recipe.evolve(likelihood=Still(recipe.likelihood))
+        with _unused_untold():
+            return recipe.evolve(likelihood=Still(recipe.likelihood))
 
     def subject(self) -> Recipe:
         """Return the recipe."""

@@ -4,6 +4,9 @@
 
 S_L and S_R are what the last refresh made of L and R. Before the first one they are `s I`, with s
 the root of the mean square of V, so that L and R have the mean diagonal s.
+
+Where blocks stand for a side, L and S_L are block-diagonal, and all that is one number of a side is
+that of the whole side.
 """
 
 from __future__ import annotations
@@ -16,7 +19,9 @@ import torch
 from torch import Tensor
 
 from kfactk import Decomposition, FactorContext, Tensors, linalg
-from kfactk_stages.basis._sides import is_column
+from kfactk.sides import is_diagonal, names_of, side_of
+from kfactk_stages.basis._root_operator import roots_of
+from kfactk_stages.basis._sides import from_both_sides, is_whole
 
 BESIDE: Mapping[str, tuple[str, ...]] = MappingProxyType({"L": ("R",), "R": ("L",)})
 """For each side the other one."""
@@ -26,16 +31,22 @@ def weighed(decomposition: Decomposition, gradient: Tensor) -> dict[str, Tensor]
     """Return what L and R are second moments of: for L, V times a root of `S_R^-1 / d_in`.
 
     Args:
-        decomposition: For each side "root" and "start"; empty before the first refresh.
+        decomposition: For each side, or each of what stands for it, "root" and "start"; empty
+            before the first refresh.
         gradient: V, `[..., d_out, d_in]`.
     """
     square = gradient.square().mean((-2, -1), keepdim=True)
     plain = gradient / square.sqrt().clamp(min=torch.finfo(square.dtype).tiny ** 0.5).sqrt()
     left, right = plain, plain
     if decomposition:
-        left = torch.where(_known(decomposition["R"]), _times(gradient, decomposition["R"]), plain)
-        other = _times(gradient.mT, decomposition["L"]).mT
-        right = torch.where(_known(decomposition["L"]), other, plain)
+        left, right = (
+            torch.where(
+                _known(decomposition, other),
+                from_both_sides(roots_of(decomposition, other), gradient),
+                plain,
+            )
+            for other in ("R", "L")
+        )
     d_out, d_in = gradient.shape[-2:]
     return {"L": left / math.sqrt(d_in), "R": right / math.sqrt(d_out)}
 
@@ -50,9 +61,9 @@ def started(
     k counts refreshes, m is a mean diagonal, and S_R is that of the last refresh.
 
     Args:
-        values: Eigenvalues of L, `[..., n]`, or its column `[..., n, 1]`.
-        name: "L" or "R".
-        matrix: It, `[..., n, n]`, or the column.
+        values: Eigenvalues of L, `[..., n]`, or its column `[..., n, 1]`; those of a block of it.
+        name: "L" or "R", or that of what stands for it.
+        matrix: It, `[..., n, n]`, or the column, diagonal or block.
         context: The other side beside it, and what both were decomposed into.
         fade: Share of the start that a refresh leaves.
         eps: What is added, as a share of the mean square of gradients.
@@ -60,17 +71,20 @@ def started(
     Raises:
         DecompositionError: The other side holds NaN or inf.
     """
-    [other] = BESIDE[name]
-    linalg.check_finite(context.beside[other])
-    mean, beside = _mean(matrix), _mean(context.beside[other])
-    last, last_other = context.previous, context.previous_beside.get(other)
+    for each in context.beside.values():
+        linalg.check_finite(each)
+    side = side_of(name)
+    block = name != side and not is_diagonal(name)
+    mean = context.mean_diagonal[side].unsqueeze(-1) if block else _mean({name: matrix})
+    beside, last = _mean(context.beside), context.previous
+    last_other = context.previous_beside
     start, share = mean, torch.full_like(mean, fade)
     inverse = beside.reciprocal()
-    if last is not None and last_other is not None:
-        known, there = last["start"] > 0, last_other["start"] > 0
+    if last is not None and last_other:
+        known, there = last["start"] > 0, next(iter(last_other.values()))["start"] > 0
         start = torch.where(known, last["start"].to(mean), start)
         share = torch.where(known, last["share"].to(mean) * fade, share)
-        found = _reciprocals(last_other["eigenvalues"], context.beside[other]).to(mean)
+        found = _reciprocals(last_other, context.beside).to(mean)
         inverse = torch.where(there, found, inverse)
     added = eps * mean * beside * torch.where(beside > 0, inverse, 0.0)
     columns = [1] * (values.ndim - mean.ndim)
@@ -83,24 +97,37 @@ def started(
     return values, {"start": start, "share": share}
 
 
-def _known(parts: Tensors) -> Tensor:
+def _known(decomposition: Decomposition, side: str) -> Tensor:
     """Return whether the side has seen any gradient but zeros, `[..., 1, 1]`."""
-    return parts["start"].unsqueeze(-1) > 0
+    return decomposition[names_of(side, decomposition)[0]]["start"].unsqueeze(-1) > 0
 
 
-def _times(rows: Tensor, parts: Tensors) -> Tensor:
-    """Return rows `[..., k, n]` times a root of the inverse of a side's S."""
-    root = parts["root"].to(rows.dtype)
-    return rows * root.mT if is_column(root) else rows @ root
+def _mean(matrices: Tensors) -> Tensor:
+    """Return the mean diagonal of a side that is given by its parts, `[..., 1]`."""
+    diagonals = [_numbers(name, m, m, square=True) for name, m in matrices.items()]
+    return torch.cat(diagonals, -1).mean(-1, keepdim=True)
 
 
-def _mean(matrix: Tensor) -> Tensor:
-    """Return the mean diagonal of a side, `[..., 1]`."""
-    if is_column(matrix):
-        return matrix.mean((-2, -1)).unsqueeze(-1)
-    return linalg.mean_diagonal(matrix).unsqueeze(-1)
+def _reciprocals(decomposition: Decomposition, matrices: Tensors) -> Tensor:
+    """Return the mean of 1 / eigenvalues of a side, `[..., 1]`."""
+    values = [
+        _numbers(name, parts["eigenvalues"], matrices[name], square=False)
+        for name, parts in decomposition.items()
+    ]
+    return torch.cat(values, -1).reciprocal().mean(-1, keepdim=True)
 
 
-def _reciprocals(values: Tensor, matrix: Tensor) -> Tensor:
-    """Return the mean of 1 / values, `[..., 1]`."""
-    return values.reciprocal().mean((-2, -1) if is_column(matrix) else -1).unsqueeze(-1)
+def _numbers(name: str, numbers: Tensor, matrix: Tensor, *, square: bool) -> Tensor:
+    """Return a diagonal or eigenvalues as `[..., n]`.
+
+    Args:
+        name: Of a matrix.
+        numbers: Of it.
+        matrix: It.
+        square: Whether the numbers are on the diagonal of a square matrix.
+    """
+    if is_diagonal(name):
+        return numbers
+    if not is_whole(name, matrix):
+        return numbers.flatten(-2)
+    return numbers.diagonal(dim1=-2, dim2=-1) if square else numbers

@@ -14,16 +14,16 @@ from torch import Tensor
 
 from kfactk import Decomposition, Samples, SpectralOperator, Statistic, linalg, project_channels
 from kfactk.samples import working_dtype
-from kfactk.sides import is_diagonal, names_of, slices_of
+from kfactk.sides import SIDES, names_of, slices_of
 
 Directions = Tensor | tuple[Tensor, ...] | None
 """The directions of a side."""
 
 
 def directions_of(side: str, decomposition: Decomposition) -> Directions:
-    """Return the directions of a side, "A" or "G", that was decomposed into eigenvectors."""
+    """Return the directions of a side, such as "A", that was decomposed into eigenvectors."""
     names = names_of(side, decomposition)
-    if is_diagonal(names[0]):
+    if "eigenvectors" not in decomposition[names[0]]:
         return None
     blocks = tuple(decomposition[name]["eigenvectors"] for name in names)
     return blocks[0] if names == [side] else blocks
@@ -42,12 +42,11 @@ def null_of(side: str, decomposition: Decomposition) -> Iterator[tuple[slice, Te
     Coordinates have none: nothing was chosen there.
     """
     names = names_of(side, decomposition)
+    if not names or "eigenvectors" not in decomposition[names[0]]:
+        return
     values = [decomposition[name]["eigenvalues"] for name in names]
-    for name, slots, each in zip(
-        names, slices_of(v.shape[-1] for v in values), values, strict=True
-    ):
-        if not is_diagonal(name):
-            yield slots, linalg.null_mask(each)
+    for slots, each in zip(slices_of(v.shape[-1] for v in values), values, strict=True):
+        yield slots, linalg.null_mask(each)
 
 
 def pool_side(scale: Tensor, side: str, decomposition: Decomposition) -> Tensor:
@@ -55,10 +54,10 @@ def pool_side(scale: Tensor, side: str, decomposition: Decomposition) -> Tensor:
 
     Args:
         scale: `[..., d_out, d_in]`.
-        side: "A" or "G".
+        side: "A" or "G", "R" or "L".
         decomposition: What was made of each matrix.
     """
-    dim = -1 if side == "A" else -2
+    dim = -1 if SIDES[side] == "input" else -2
     for slots, null in null_of(side, decomposition):
         if null.shape[-1] == scale.shape[dim]:
             return linalg.pool_null(scale, null, dim)

@@ -20,7 +20,7 @@ from kfactk import (
     linalg,
 )
 from kfactk.options import choice
-from kfactk.sides import SIDES, is_diagonal, names_of, side_of, slices_of
+from kfactk.sides import KRONECKER, is_diagonal, names_of, side_of, slices_of
 
 
 @attrs.frozen
@@ -147,7 +147,7 @@ class KfacOperator(CurvatureOperator):
     def condition(self) -> Tensor:
         """Return that of the worst group; of Cholesky factors a lower bound, by their diagonals."""
         ratios = []
-        for side in SIDES:
+        for side in KRONECKER:
             names = names_of(side, self.decomposition)
             found = torch.cat([_damped(self.decomposition[name]) for name in names], -1)
             ratios.append(found.amax(-1) / found.amin(-1))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import MappingProxyType
+from typing import ClassVar
 
 import attrs
 from torch import Tensor
@@ -19,7 +20,7 @@ from kfactk import (
 from kfactk.options import number
 from kfactk_stages.basis import _kl
 from kfactk_stages.basis._root_operator import RootOperator
-from kfactk_stages.basis._sides import check_column, from_both_sides, is_column
+from kfactk_stages.basis._sides import check_column, from_both_sides, is_whole
 
 
 @attrs.frozen
@@ -43,8 +44,9 @@ class Kl(Basis):
     that starts at `s I`. The last term is the damping of the whole product, on this side: without
     it a direction that gradients never had would be divided by nothing.
 
-    A side whose factor is a column, the diagonal of a side that is too wide, is weighed and divided
-    row by row. Refresh often: between refreshes L is weighed by an old S_R.
+    A side of which there is the diagonal alone is weighed and divided row by row. Where blocks
+    stand for a side that is too wide, L and S_L are block-diagonal; s, m and f_k are those of the
+    whole side. Refresh often: between refreshes L is weighed by an old S_R.
 
     Args:
         fade: Share of the start that each refresh leaves, in [0, 1).
@@ -75,6 +77,8 @@ class Kl(Basis):
     with its whole text.
     """
 
+    takes_stand_ins: ClassVar[bool] = True
+
     requires = frozenset({"L", "R"})
     beside = _kl.BESIDE
     laws = frozenset({"rotation-equivariant", "null-space-independent"})
@@ -92,13 +96,13 @@ class Kl(Basis):
     def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> dict[str, Tensor]:
         """Return the eigenvalues of S, `S^-1/2`, and how S started.
 
-        "eigenvalues" are `[..., n]` and "root" is `[..., n, n]`; of a column both have its shape.
+        "eigenvalues" are `[..., n]` and "root" is `[..., n, n]`; of a diagonal both have its shape.
         "start" is s and "share" is f_k, `[..., 1]`.
 
         Raises:
             DecompositionError: A matrix holds NaN or inf, or cannot be decomposed.
         """
-        if is_column(matrix):
+        if not is_whole(name, matrix):
             values, vectors = check_column(matrix), None
         else:
             values, vectors = linalg.eigh(matrix)
@@ -121,8 +125,7 @@ class KlOperator(RootOperator):
 
     def multiply(self, v: Tensor) -> Tensor:
         """Return `L v R`."""
-        left, right = (self.matrices[name].to(v.dtype) for name in ("L", "R"))
-        return from_both_sides(left, v, right)
+        return from_both_sides(self.own_matrices(), v)
 
     def condition(self) -> Tensor:
         """Return the condition number of `S_R kron S_L`, the largest among groups."""

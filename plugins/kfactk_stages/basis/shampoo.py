@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import MappingProxyType
+from typing import ClassVar
 
 import attrs
 from torch import Tensor
@@ -17,8 +18,9 @@ from kfactk import (
     linalg,
 )
 from kfactk.options import number
+from kfactk.sides import is_diagonal
 from kfactk_stages.basis._root_operator import RootOperator
-from kfactk_stages.basis._sides import check_column, from_both_sides, is_column
+from kfactk_stages.basis._sides import check_column, from_both_sides, is_whole
 
 
 @attrs.frozen
@@ -29,13 +31,13 @@ class Shampoo(Basis):
 
     With p = 1/2 each side has the power -1/4, as in the paper. There L and R are sums over steps
     and here they are means: `factor_decay=1` and a learning rate that falls with `1 / sqrt(t)` make
-    them equal. A side whose factor is a column, the diagonal of a side that is too wide, is divided
-    row by row.
+    them equal. A side of which there is the diagonal alone is divided row by row. Where blocks
+    stand for a side that is too wide, L is block-diagonal, and so are its roots.
 
     Args:
         power: p, in (0, 1]. 0.5: P is the root of the inverse of F, as in Adam. 1: the inverse.
-        eps: What is added to the eigenvalues of each side, as a share of the largest. The recipe's
-            damping has no effect.
+        eps: What is added to the eigenvalues of each side, as a share of the largest; of a side in
+            blocks, of the largest of each block. The recipe's damping has no effect.
 
     Raises:
         OptionError: An option has a value that cannot work.
@@ -56,6 +58,8 @@ class Shampoo(Basis):
         for an eps in units of the largest eigenvalue.
     """
 
+    takes_stand_ins: ClassVar[bool] = True
+
     requires = frozenset({"L", "R"})
     laws = frozenset({"rotation-equivariant", "null-space-independent"})
     waives = frozenset({"damped-inverse"})
@@ -71,8 +75,8 @@ class Shampoo(Basis):
         Raises:
             DecompositionError: The matrix holds NaN or inf, or cannot be decomposed.
         """
-        if is_column(matrix):
-            values = self._damped(check_column(matrix), -2)
+        if not is_whole(name, matrix):
+            values = self._damped(check_column(matrix), -1 if is_diagonal(name) else -2)
             return {"eigenvalues": values, "root": values ** (-self.power / 2)}
         values, vectors = linalg.eigh(matrix)
         values = self._damped(values, -1)
@@ -97,17 +101,16 @@ class ShampooOperator(RootOperator):
 
     def multiply(self, v: Tensor) -> Tensor:
         """Return `L^(1/2) v R^(1/2)`."""
-        left, right = (_root(self.matrices[name]).to(v.dtype) for name in ("L", "R"))
-        return from_both_sides(left, v, right)
+        return from_both_sides({n: _root(n, m) for n, m in self.own_matrices().items()}, v)
 
     def condition(self) -> Tensor:
         """Return the condition number of F with eps, the largest among groups."""
         return self.spread().sqrt().max()
 
 
-def _root(matrix: Tensor) -> Tensor:
-    """Return the root of a side."""
-    if is_column(matrix):
+def _root(name: str, matrix: Tensor) -> Tensor:
+    """Return the root of a side, or of a part of it."""
+    if not is_whole(name, matrix):
         return matrix.clamp(min=0).sqrt()
     values, vectors = linalg.eigh(matrix)
     return (vectors * values.sqrt().unsqueeze(-2)) @ vectors.mT

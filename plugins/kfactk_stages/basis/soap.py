@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import MappingProxyType
+from typing import ClassVar
 
 import attrs
 import torch
@@ -20,8 +21,17 @@ from kfactk import (
     project,
 )
 from kfactk.options import choice, number
+from kfactk.sides import names_of
 from kfactk_stages.basis._operators import operator_in
-from kfactk_stages.basis._sides import check_column, is_column
+from kfactk_stages.basis._sides import as_column, check_column, is_whole
+from kfactk_stages.basis._wide import (
+    Directions,
+    SidesOperator,
+    directions_of,
+    null_of,
+    pool_side,
+    turned,
+)
 
 
 @attrs.frozen
@@ -35,9 +45,10 @@ class Soap(Basis):
     of s is weighted, as if Adam's were corrected for its bias. A recipe's `first_moment` is Adam's.
 
     At a refresh, directions follow the old ones by one step of orthogonal iteration, and each keeps
-    its s. A side whose factor is a column, the diagonal of a side that is too wide, keeps its
-    coordinates. The eigensolver chooses at will within the numerical null space of L or R: those
-    directions share their mean of s.
+    its s. A side of which there is the diagonal alone keeps its coordinates. Where blocks stand for
+    a side that is too wide, U_L is block-diagonal, and each block follows its own. The eigensolver
+    chooses at will within the numerical null space of L or R: those directions share their mean of
+    s.
 
     Args:
         power: p, in (0, 1]: 0.5 as in Adam, 1 for the inverse.
@@ -65,6 +76,8 @@ class Soap(Basis):
         George et al. 2018, arXiv:1806.03884, section 4.2, for the carried mean.
     """
 
+    takes_stand_ins: ClassVar[bool] = True
+
     requires = frozenset({"L", "R"})
     laws = frozenset({"null-space-independent"})
     waives = frozenset({"damped-inverse"})
@@ -91,13 +104,13 @@ class Soap(Basis):
     def decompose(self, name: str, matrix: Tensor, context: FactorContext) -> dict[str, Tensor]:
         """Return eigenvalues, eigenvectors in columns, and whether these follow the last ones.
 
-        They are `[..., n]`, `[..., n, n]` and `[1]`. Of a column there are eigenvalues only, of its
-        shape.
+        They are `[..., n]`, `[..., n, n]` and `[1]`. Of a diagonal there are eigenvalues only, of
+        its shape.
 
         Raises:
             DecompositionError: The matrix holds NaN or inf, or cannot be decomposed.
         """
-        if is_column(matrix):
+        if not is_whole(name, matrix):
             return {"eigenvalues": check_column(matrix)}
         last = context.previous
         follows = (
@@ -123,19 +136,21 @@ class Soap(Basis):
         left, right = _vectors(decomposition)
         spectrum = moments["square"] if "square" in moments else _even(decomposition)
         added = damping if self.eps is None else self.eps ** (1 / self.power)
+        if isinstance(left, tuple) or isinstance(right, tuple):
+            return SidesOperator(spectrum, added, left, right, power=self.power)
         return operator_in(left, right, None, spectrum=spectrum, damping=added, power=self.power)
 
     def gradient_moments(
         self, decomposition: Decomposition, gradient: Tensor, num_terms: Tensor | float
     ) -> dict[str, Statistic]:
         """Return `{"square": (U_L^T V U_R)^2}` of the gradient V as it is."""
-        rotated = project(gradient, *_vectors(decomposition))
+        rotated = _rotated(gradient, *_vectors(decomposition))
         return self.coordinate_moments(decomposition, rotated, num_terms)
 
     def coordinates(self, decomposition: Decomposition, v: Tensor) -> Tensor | None:
         """Return U_L^T V U_R; `None` where both sides keep their coordinates."""
         left, right = _vectors(decomposition)
-        return None if left is None and right is None else project(v, left, right)
+        return None if left is None and right is None else _rotated(v, left, right)
 
     def coordinate_moments(
         self, decomposition: Decomposition, coordinates: Tensor, num_terms: Tensor | float
@@ -149,46 +164,66 @@ class Soap(Basis):
         """Return s as it is along directions that follow old ones, else carried into new ones."""
         if "square" not in moments:
             return {}
-        left, right = (_overlap(old[name], new[name]) for name in ("L", "R"))
-        return {"square": _pooled(project(moments["square"], left, right), new)}
+        left, right = (_overlap(old, new, side) for side in ("L", "R"))
+        return {"square": _pooled(_rotated(moments["square"], left, right), new)}
 
 
-def _overlap(old: Tensors, new: Tensors) -> Tensor | None:
-    """Return the squared cosines of old and new directions; `None` where new ones follow old ones.
+def _rotated(matrix: Tensor, left: Directions, right: Directions) -> Tensor:
+    """Return `U_L^T M U_R`."""
+    if isinstance(left, tuple) or isinstance(right, tuple):
+        return turned(matrix, left, right, None)
+    return project(matrix, left, right)
+
+
+def _overlap(old: Decomposition, new: Decomposition, side: str) -> Directions:
+    """Return the squared cosines of old and new directions; `None` where all new ones follow.
 
     On the meta device that is not known.
     """
-    if "eigenvectors" not in new or (not new["follows"].is_meta and bool(new["follows"])):
+    names = names_of(side, new)
+    if not any(_anew(new[name]) for name in names):
         return None
-    return (old["eigenvectors"].mT @ new["eigenvectors"]).square()
+    found = tuple(
+        (old[name]["eigenvectors"].mT @ new[name]["eigenvectors"]).square()
+        if _anew(new[name])
+        else torch.diag_embed(torch.ones_like(new[name]["eigenvalues"]))
+        for name in names
+    )
+    return found if isinstance(directions_of(side, new), tuple) else found[0]
 
 
-def _vectors(decomposition: Decomposition) -> tuple[Tensor | None, Tensor | None]:
-    return decomposition["L"].get("eigenvectors"), decomposition["R"].get("eigenvectors")
+def _anew(parts: Tensors) -> bool:
+    """Return whether directions do not follow old ones."""
+    return "eigenvectors" in parts and (parts["follows"].is_meta or not bool(parts["follows"]))
+
+
+def _vectors(decomposition: Decomposition) -> tuple[Directions, Directions]:
+    return directions_of("L", decomposition), directions_of("R", decomposition)
 
 
 def _even(decomposition: Decomposition) -> Tensor:
     """Return `tr L / (d_out d_in)` everywhere, `[..., d_out, d_in]`."""
-    left, right = (_values(decomposition[name]) for name in ("L", "R"))
+    left, right = (_values(side, decomposition) for side in ("L", "R"))
     mean = left.mean(-1)[..., None, None] / right.shape[-1]
     return mean.expand(*left.shape, right.shape[-1]).contiguous()
 
 
-def _values(parts: Tensors) -> Tensor:
+def _values(side: str, decomposition: Decomposition) -> Tensor:
     """Return the eigenvalues of a side, `[..., n]`."""
-    values = parts["eigenvalues"]
-    return values if "eigenvectors" in parts else values.squeeze(-1)
+    found = []
+    for name in names_of(side, decomposition):
+        parts = decomposition[name]
+        values = parts["eigenvalues"]
+        found.append(values if "eigenvectors" in parts else as_column(name, values).squeeze(-1))
+    return torch.cat(found, -1)
 
 
 def _pooled(square: Tensor, decomposition: Decomposition) -> Tensor:
     """Give directions among which the eigensolver chose at will their mean."""
-    for name, dim in (("L", -2), ("R", -1)):
-        parts = decomposition[name]
-        if "eigenvectors" not in parts:
-            continue
-        null = linalg.null_mask(parts["eigenvalues"])
-        if null.device.type != "cpu" or bool(null.any()):  # elsewhere the host would wait
-            square = linalg.pool_null(square, null, dim)
+    for side in ("L", "R"):
+        nulls = [null for _, null in null_of(side, decomposition)]
+        if any(null.device.type != "cpu" or bool(null.any()) for null in nulls):
+            square = pool_side(square, side, decomposition)  # elsewhere the host would wait
     return square
 
 

@@ -15,6 +15,7 @@ from kfactk.samples import gram
 from kfactk.sides import (
     AUTO,
     DIAGONALS,
+    SIDES,
     block_slices,
     is_diagonal,
     longest_whole,
@@ -27,10 +28,11 @@ FORMS = ("diagonal", "blocks", "identity")
 
 @attrs.frozen(kw_only=True)
 class WideSides(Curvature):
-    """A curvature with factors A and G that are kept whole up to a longest side.
+    """A curvature with factors of two sides that are kept whole up to a longest side.
 
-    A subclass gives `sides`, and makes its factors with `input_sums` and `gradient_sums`. Whatever
-    is longer than `max_side` is never formed as a matrix.
+    The factors are A and G, or L and R. A subclass gives `sides`, and makes its factors with
+    `input_sums` and `gradient_sums`, or with `moment`. Whatever is longer than `max_side` is never
+    formed as a matrix.
 
     Args:
         max_side: Longest side that is kept whole; `None` for no limit; "auto" for one that
@@ -131,7 +133,7 @@ class WideSides(Curvature):
         """Return `sum r r^T` over rows, or what stands for it, as the statistics of a wide side.
 
         Args:
-            side: "A" or "G".
+            side: "A", "G", "L" or "R".
             n: Its length.
             other: The length of the other side.
             parts: The rows, `[..., N, T, n]`.
@@ -166,7 +168,7 @@ class WideSides(Curvature):
 
     def _whole_diagonal(self, layer: Layer, name: str, factor: Tensor) -> Tensor:
         d_out, d_in = self.sides(layer)
-        return factor.expand(*factor.shape[:-1], d_in if side_of(name) == "A" else d_out)
+        return factor.expand(*factor.shape[:-1], d_in if SIDES[side_of(name)] == "input" else d_out)
 
 
 def _itself(tensor: Tensor) -> Tensor:

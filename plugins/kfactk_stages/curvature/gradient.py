@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,11 +13,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedParameter
 
-from kfactk import CombinationError, GradientCurvature, Layer, Statistic, Tensors, hookimpl
-from kfactk.options import as_tuple, choice, flag, longest_side, refusal
-from kfactk.sides import AUTO, longest_whole
+from kfactk import GradientCurvature, Layer, Statistic, Tensors, hookimpl
+from kfactk.options import as_tuple, choice, flag, refusal
+from kfactk.sides import is_diagonal, names_of
 from kfactk_stages.curvature._coverage import PRECISIONS
 from kfactk_stages.curvature._on_demand import OnDemand
+from kfactk_stages.curvature._wide import WideSides
+
+KRONECKER = {"L": "G", "R": "A"}
+"""The Kronecker factor that each second moment makes."""
 
 
 def _patterns(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
@@ -26,7 +30,7 @@ def _patterns(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> Non
 
 
 @attrs.frozen(kw_only=True)
-class Gradient(GradientCurvature):
+class Gradient(WideSides, GradientCurvature):
     """Second moments of the rows and columns of the mini-batch gradient V, `[..., d_out, d_in]`.
 
         L = E[V V^T],    R = E[V^T V]
@@ -39,6 +43,15 @@ class Gradient(GradientCurvature):
     For bases of K-FAC there are also A and G, with `A kron G = R kron L / tr L`, the Kronecker
     product that has the trace of `E[vec(V) vec(V)^T]`.
 
+    A side of more than `max_side` is not kept whole. In place of L there is, as `wide` says,
+
+        diagonal:  l = diag(L)
+        blocks:    L0, L1, ...    L_ij within a block of at most `max_side` rows
+        identity:  l              the mean of the diagonal, everywhere
+
+    and likewise r, or R0, R1, ... for R. A block of L is summed over all columns of V, whatever
+    stands for R. So L is one block-diagonal matrix: not one matrix for each tile of V.
+
     Args:
         dims: "merge": a tensor of three or more dimensions is one matrix, as above. "batch": its
             last two dimensions are matrices, each a group with L and R of its own, as for stacked
@@ -49,8 +62,10 @@ class Gradient(GradientCurvature):
             the shorter one stays whole, and so does one of another number of dimensions than two.
         vectors: Whether to take parameters of fewer than two dimensions. Otherwise they go to the
             update rule.
-        max_side: Largest side of L and R. A larger side has a diagonal, and its coordinates are
-            not rotated; `None` for no bound; "auto" as for `kfac`.
+        max_side: Longest side of L and R that is kept whole; `None` for no limit; "auto" as for
+            `kfac`. The L of a vector is a diagonal however long it is.
+        wide: What stands for a longer side: "diagonal", "blocks" or "identity"; `None` for
+            "diagonal", of which `bind` warns. Coordinates of a diagonal are not rotated.
         counts: "now": a gradient counts in its own step, as in Shampoo. "next": from the next step
             on, as in SOAP, so that no gradient is measured in a basis that it has made. The first
             step then makes a basis only, and moves nothing.
@@ -70,16 +85,17 @@ class Gradient(GradientCurvature):
         arXiv:1802.09568.
         Morwani et al. 2024, "A New Perspective on Shampoo's Preconditioner", arXiv:2406.17748, on
         the product of both.
+        Anil et al. 2020, "Scalable Second Order Optimization for Deep Learning", arXiv:2002.09018,
+        which divides V into tiles with an L and an R each; of it we have read summaries.
     """
 
     provides: ClassVar[frozenset[str]] = frozenset({"L", "R", "A", "G"})
     default_basis: ClassVar[str | Mapping[str, Any] | None] = "soap"
-    only_measured: ClassVar[tuple[str, ...]] = ("max_side", "counts")
+    only_measured: ClassVar[tuple[str, ...]] = ("max_side", "wide", "counts")
 
     dims: str = attrs.field(default="merge", validator=choice("merge", "batch"))
     squares: tuple[str, ...] = attrs.field(default=(), converter=as_tuple, validator=_patterns)
     vectors: bool = attrs.field(default=True, validator=flag)
-    max_side: int | str | None = attrs.field(default=AUTO, validator=longest_side())
     counts: str = attrs.field(default="now", validator=choice("now", "next"))
 
     @property
@@ -137,58 +153,93 @@ class Gradient(GradientCurvature):
             return False
         return any(fnmatch.fnmatchcase(full, pattern) for pattern in self.squares)
 
+    def sides(self, layer: Layer) -> tuple[int, int]:
+        """Return d_out and d_in of the layer's matrix."""
+        held = {name: torch.empty(p.shape, device="meta") for name, p in layer.tensors().items()}
+        d_out, d_in = self.matrix(layer, held).shape[-2:]
+        return d_out, d_in
+
+    def stand_ins(self, layer: Layer) -> Mapping[str, tuple[str, ...]]:
+        """Return what stands for the sides of a layer that are wide.
+
+        The L of a vector is a column in any case. The G that is made of it has a diagonal where it
+        is too wide to be a matrix.
+        """
+        d_out, d_in = self.sides(layer)
+        if _is_vector(layer):
+            return {"G": ("g",)} if self.is_wide(d_out, d_out) else {}
+        found = {}
+        for side, n, other in (("L", d_out, d_in), ("R", d_in, d_out)):
+            if self.is_wide(n, other):
+                found[side] = tuple(self.parts_of(side, n, other))
+                found[KRONECKER[side]] = tuple(map(_of_kronecker, found[side]))
+        return found
+
     def factors_of_gradient(
         self, layer: Layer, gradient: Tensor, names: Collection[str] | None = None
     ) -> dict[str, Statistic]:
-        """Return L and R, square: `[..., d_out, d_out]` and `[..., d_in, d_in]`, or columns."""
-        vector = layer.tensors()[layer.parameters[0]].ndim < 2
-        sides = {"L": gradient, "R": gradient.mT}
-        return {
-            name: self._moment(side, diagonal=vector)
-            for name, side in sides.items()
-            if names is None or name in names
-        }
+        """Return L and R, square, or what stands for them; the L of a vector, `[n]`, as `[n, 1]`.
 
-    def _moment(self, rows: Tensor, *, diagonal: bool) -> Statistic:
-        """Return `V V^T` of the rows of V, or its diagonal as a column."""
-        most = longest_whole(rows.shape[-1], self.max_side)
-        if diagonal or (most is not None and rows.shape[-2] > most):
-            return Statistic(rows.square().sum(-1, keepdim=True), 1.0)
-        return Statistic(rows @ rows.mT, 1.0, symmetric=True)
+        L and R are `[..., d_out, d_out]` and `[..., d_in, d_in]`.
+        """
+        d_out, d_in = gradient.shape[-2:]
+        wanted = ("L", "R") if names is None else names
+        found = dict[str, Statistic]()
+        if "L" in wanted and _is_vector(layer):
+            found["L"] = Statistic(gradient.square().sum(-1, keepdim=True), 1.0)
+        elif "L" in wanted:
+            found |= self.moment("L", d_out, d_in, [gradient.mT.unsqueeze(-3)], 1.0)
+        if "R" in wanted:
+            found |= self.moment("R", d_in, d_out, [gradient.unsqueeze(-3)], 1.0)
+        return found
 
     def assemble(self, layer: Layer, factors: Tensors) -> Tensors:
-        """Return L and R, and A and G where they are asked for.
+        """Return L and R, and A and G where they are asked for, or what stands for them.
 
-        A column that stands for a diagonal makes a matrix in A and G.
+        The column of a vector makes a matrix in G. A and G need all blocks of a side.
         """
-        makers = {
-            name: partial(factors.__getitem__, name) for name in ("L", "R") if name in factors
-        }
-        more = {"G": "L", "A": "R"}
-        makers |= {
-            new: partial(self._normalised, layer, factors[old])
-            for new, old in more.items()
-            if old in factors
-        }
+        makers = self.makers(layer, factors)
+        d_out, d_in = self.sides(layer)
+        for side, n, other in (("L", d_out, d_in), ("R", d_in, d_out)):
+            own = {name: makers[name] for name in names_of(side, factors)}
+            if _is_vector(layer) and own:
+                wide = side == "L" and self.is_wide(n, n)
+                name = "g" if wide else KRONECKER[side]
+                makers[name] = partial(_of_vector, own[side], wide=wide)
+            elif own.keys() == self.parts_of(side, n, other).keys():
+                makers |= {_of_kronecker(name): partial(_normalised, name, own) for name in own}
         return OnDemand(makers)
 
-    def _normalised(self, layer: Layer, moment: Tensor) -> Tensor:
-        """Return a moment over the root of its trace.
 
-        Raises:
-            CombinationError: It is too wide to be a matrix.
-        """
-        side = moment.shape[-2]
-        d_out, d_in = self.matrix(layer, layer.tensors()).shape[-2:]
-        other = d_in if side == d_out else d_out
-        most = longest_whole(side if other == 1 else other, self.max_side)  # a vector has one side
-        if most is not None and side > most:
-            raise CombinationError(
-                f"layer {layer.name!r} has a side of {side}, more than max_side={most}, "
-                "and its basis needs a matrix of this size. Use basis='soap' or 'shampoo', which "
-                f"take a diagonal there, exclude=[{layer.path!r}], or raise max_side."
-            )
-        return _over_root_of_trace(moment)
+def _is_vector(layer: Layer) -> bool:
+    return layer.tensors()[layer.parameters[0]].ndim < 2
+
+
+def _of_kronecker(name: str) -> str:
+    """Return the name of the Kronecker factor, or its stand-in, that a second moment makes."""
+    return name.translate(str.maketrans("LlRr", "GgAa"))
+
+
+def _normalised(name: str, makers: Mapping[str, Callable[[], Tensor]]) -> Tensor:
+    """Return a moment, or what stands for it, over the root of the trace of its whole side."""
+    traces = []
+    for each, make in makers.items():
+        matrix = make()
+        diagonal = matrix if is_diagonal(each) else matrix.diagonal(dim1=-2, dim2=-1)
+        traces.append(diagonal.sum(-1))
+    root, matrix = _root_of(sum(traces[1:], traces[0])), makers[name]()
+    return matrix / (root[..., None] if is_diagonal(name) else root[..., None, None])
+
+
+def _of_vector(make: Callable[[], Tensor], *, wide: bool) -> Tensor:
+    """Return the moment of a vector over the root of its trace: a matrix, or its diagonal."""
+    diagonal = make().squeeze(-1)
+    diagonal = diagonal / _root_of(diagonal.sum(-1))[..., None]
+    return diagonal if wide else torch.diag_embed(diagonal)
+
+
+def _root_of(trace: Tensor) -> Tensor:
+    return torch.where(trace > 0, trace, math.inf).sqrt()
 
 
 def _squares(tensor: Tensor) -> Tensor:
@@ -197,13 +248,6 @@ def _squares(tensor: Tensor) -> Tensor:
     if tensor.shape[0] > n:
         return tensor.reshape(-1, n, n)
     return tensor.reshape(n, -1, n).movedim(1, 0)
-
-
-def _over_root_of_trace(moment: Tensor) -> Tensor:
-    if moment.shape[-1] != moment.shape[-2]:
-        moment = torch.diag_embed(moment.squeeze(-1))
-    trace = moment.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
-    return moment / torch.where(trace > 0, trace, math.inf).sqrt()
 
 
 @hookimpl

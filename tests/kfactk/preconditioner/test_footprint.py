@@ -16,6 +16,7 @@ from kfactk.preconditioner.gradient_mean import MEAN, TURNED
 from kfactk.timing import SOLVER_RATES
 
 WIDE = {"name": "conv_kfac", "max_side": 7, "wide": "blocks"}
+GRADIENT_BLOCKS = {"name": "gradient", "max_side": 7, "wide": "blocks"}
 RECIPES: dict[str, dict[str, Any]] = {
     "ekfac": {},
     "kfac": {"basis": "kfac"},
@@ -27,9 +28,14 @@ RECIPES: dict[str, dict[str, Any]] = {
     "blocks": {"curvature": WIDE},
     "wide kfac": {"curvature": WIDE, "basis": "kfac"},
     "all": {"curvature": "all"},
-    "soap": {"curvature": {"name": "gradient", "max_side": 7}},
+    "soap": {"curvature": {**GRADIENT_BLOCKS, "wide": "diagonal"}},
+    "soap in blocks": {"curvature": GRADIENT_BLOCKS},
+    "soap of identities": {"curvature": {**GRADIENT_BLOCKS, "wide": "identity"}},
+    "shampoo in blocks": {"curvature": GRADIENT_BLOCKS, "basis": "shampoo"},
+    "kl in blocks": {"curvature": GRADIENT_BLOCKS, "basis": "kl"},
+    "kfac in blocks of gradients": {"curvature": GRADIENT_BLOCKS, "basis": "kfac"},
     "shampoo": {"curvature": "gradient", "basis": "shampoo"},
-    "kl": {"curvature": {"name": "gradient", "max_side": 7}, "basis": "kl"},
+    "kl": {"curvature": {**GRADIENT_BLOCKS, "wide": "diagonal"}, "basis": "kl"},
     "ingd": {"basis": {"name": "singd", "variant": "ingd"}, "clip": "none"},
     "roots in blocks": {
         "basis": {"name": "singd", "structure": "blocks", "block": 4},
@@ -38,7 +44,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "kfac of gradients": {"curvature": "gradient", "basis": "kfac"},
     "muon": {"curvature": ["gradient"], "basis": "muon"},
     "muon of means": {"curvature": ["gradient"], "basis": "muon", "first_moment": 0.9},
-    "soap of means": {"curvature": {"name": "gradient", "max_side": 7}, "first_moment": 0.9},
+    "soap of means": {"curvature": GRADIENT_BLOCKS, "first_moment": 0.9},
     "ekfac of means": {"curvature": "all", "first_moment": 0.9},
     "running, of means": {"basis": {"name": "ekfac", "scale": "running"}, "first_moment": 0.9},
 }
@@ -117,6 +123,6 @@ def test_seconds_are_those_of_the_solver_on_this_kind_of_device() -> None:
 def test_wide_sides_of_gradients_are_told() -> None:
     recipe = kfactk.build(curvature={"name": "gradient", "max_side": 4}, basis="soap", update="sgd")
     weight, bias = recipe.coverage(nn.Linear(3, 7))
-    assert weight.wide == ("side 7: diagonal",)
-    assert "(gradient, soap; side 7: diagonal; " in weight.treatment
+    assert weight.wide == ("output side 7: diagonal",)
+    assert "(gradient, soap; output side 7: diagonal; " in weight.treatment
     assert bias.wide == ()

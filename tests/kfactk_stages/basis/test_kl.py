@@ -206,7 +206,8 @@ def test_columns_are_weighed_and_divided_row_by_row() -> None:
 
 def test_a_wide_side_has_a_diagonal() -> None:
     run = Run.of(
-        curvature={"name": "gradient", "max_side": 5}, basis={"name": "kl", "fade": 0.9, "eps": 0.0}
+        curvature={"name": "gradient", "max_side": 5, "wide": "diagonal"},
+        basis={"name": "kl", "fade": 0.9, "eps": 0.0},
     )
     vs = gradients(10, 4, 6)
     s = first(vs[0])

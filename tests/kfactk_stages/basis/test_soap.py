@@ -88,6 +88,42 @@ def test_directions_follow_and_keep_their_moments() -> None:
     torch.testing.assert_close(basis.transport({"square": square}, old, new)["square"], square)
 
 
+def test_blocks_follow_or_are_carried_each_by_itself() -> None:
+    basis = Soap()
+    sizes = {"L0": 3, "L1": 2, "R": 4}
+    first, second = ({name: moment(n) for name, n in sizes.items()} for _ in range(2))
+    context = FactorContext(0.0, {})
+    old = {name: basis.decompose(name, matrix, context) for name, matrix in first.items()}
+    new = {
+        name: basis.decompose(
+            name,
+            first[name] + 0.1 * second[name],
+            FactorContext(0.0, {}, None if name == "L1" else old[name]),
+        )
+        for name in sizes
+    }
+    assert [float(new[name]["follows"]) for name in sizes] == [1.0, 0.0, 1.0]
+    square = torch.rand(5, 4, dtype=F64)
+    turn = (old["L1"]["eigenvectors"].T @ new["L1"]["eigenvectors"]).square()
+    found = basis.transport({"square": square}, old, new)["square"]
+    torch.testing.assert_close(found[:3], square[:3])
+    torch.testing.assert_close(found[3:], turn.T @ square[3:])
+
+
+def test_null_directions_are_pooled_block_by_block() -> None:
+    basis, context = Soap(), FactorContext(0.0, {})
+    sides = {"L0": moment(3, 1), "L1": moment(2), "r": torch.rand(4, dtype=F64)}
+    parts = {name: basis.decompose(name, matrix, context) for name, matrix in sides.items()}
+    found = basis.gradient_moments(parts, torch.randn(5, 4, dtype=F64), 1.0)["square"].total
+    assert found is not None
+    null = parts["L0"]["eigenvalues"] < 1e-9
+    assert int(null.sum()) == 2
+    rows = found[:3][null]
+    torch.testing.assert_close(rows[0], rows[1])
+    assert not torch.allclose(found[3], found[4])
+    assert not torch.allclose(found[:3][~null][0], rows[0])
+
+
 def test_repeated_it_finds_the_eigenvectors() -> None:
     basis, left, right = Soap(), moment(5), moment(4)
     parts = decomposed(basis, moment(5), moment(4))

@@ -1,14 +1,25 @@
 """Gradient: moments of rows and columns of any parameter's gradient, against loops."""
 
+from typing import Any, ClassVar
+
 import pytest
 import torch
 from torch import nn
 
-from kfactk import CombinationError, GradientCurvature, Layer, OptionError
+from kfactk import GradientCurvature, Layer, OptionError
 from kfactk.statistics import local_means
+from kfactk.testing import GradientCurvatureLaws
 from kfactk_stages.curvature.gradient import Gradient
 
 F64 = torch.float64
+
+
+class TestGradient(GradientCurvatureLaws):
+    stage = "gradient"
+
+
+class TestGradientOfStacks(GradientCurvatureLaws):
+    stage: ClassVar[Any] = {"name": "gradient", "dims": "batch", "counts": "next"}
 
 
 class Held(nn.Module):
@@ -83,7 +94,7 @@ def test_vectors_have_a_diagonal_for_their_rows(shape):
 def test_a_wide_side_has_a_diagonal():
     of, gradient = layer(6, 3), torch.randn(6, 3, dtype=F64)
     found = moments(Gradient(max_side=5), of, {"weight": gradient})
-    torch.testing.assert_close(found["L"], gradient.square().sum(1, keepdim=True))
+    torch.testing.assert_close(found["l"], gradient.square().sum(1))
     torch.testing.assert_close(found["R"], gradient.T @ gradient)
 
 
@@ -104,11 +115,11 @@ def test_kfacs_factors_of_nothing_are_zero():
     assert not found["A"].any()
 
 
-def test_a_matrix_that_is_too_wide_is_refused_with_the_remedy():
-    of, curvature = layer(6, 3), Gradient(max_side=5)
-    found = curvature.assemble(of, moments(curvature, of, {"weight": torch.ones(6, 3, dtype=F64)}))
-    with pytest.raises(CombinationError, match=r"side of 6.*max_side=5.*exclude=\['mine'\]"):
-        found["G"]
+def test_kfacs_factors_need_all_blocks_of_a_side():
+    of, curvature = layer(6, 3), Gradient(max_side=5, wide="blocks")
+    found = moments(curvature, of, {"weight": torch.ones(6, 3, dtype=F64)})
+    assert set(curvature.assemble(of, found)) == {"L0", "L1", "R", "G0", "G1", "A"}
+    assert set(curvature.assemble(of, {"L0": found["L0"]})) == {"L0"}
 
 
 @pytest.mark.parametrize("dims", ["merge", "batch"])
@@ -162,6 +173,7 @@ def test_what_has_no_dense_real_gradient_is_refused(module, reason):
         {"dims": "blocked"},
         {"vectors": 1},
         {"max_side": 0},
+        {"wide": "blocked"},
         {"counts": "later"},
         {"squares": "*"},
         {"squares": [""]},
