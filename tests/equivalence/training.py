@@ -85,10 +85,11 @@ class Injected:
 
     def hand(self, classes: Tensor, values: Tensor) -> None:
         """Have `[K, N]` and `[K, N, 2]` ready for the next K draws of each head."""
-        self._classes, self._values = iter(classes.unsqueeze(-1)), iter(values.unsqueeze(-2))
+        self._classes, self._values = iter(classes.unsqueeze(-1)), iter(values)
 
     def __call__(self, view: Tensor) -> Tensor:
-        return next(self._values if view.shape[-1] == VALUES else self._classes)
+        of_values = view[0].numel() == VALUES
+        return next(self._values).view(view.shape) if of_values else next(self._classes)
 
 
 @attrs.frozen(eq=False)
