@@ -20,7 +20,9 @@ FAMILIES = ("curvature", "basis", "fisher", "clip", "update")
 WITH = MappingProxyType({"controller": "velocity", "link": "sgd", "pace": "sgd"})
 """Families of which a recipe may have none, each with the update rule that it is tried with; the
 clip is none."""
-ABSENT = frozenset() if importlib.util.find_spec("transformers") else frozenset({"experts"})
+ABSENT: frozenset[str] = (
+    frozenset() if importlib.util.find_spec("transformers") else frozenset({"experts"})
+)
 """Stages whose layers cannot be made here: stacked experts are those of transformers."""
 HEADS: Mapping[str, Any] = {
     "kind": "categorical",

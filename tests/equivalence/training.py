@@ -76,6 +76,13 @@ class Mixed(nn.Module):
         return self.out(x) if self.size is None else {"kind": self.out(x), "size": self.size(x)}
 
 
+class Heads(nn.Module):
+    """Make the outputs of two heads of one output, `[N, C]`."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"kind": x, "size": torch.tanh(x[:, :VALUES])}
+
+
 class Injected:
     """Return prepared targets of this rank's examples in place of draws, one set a draw."""
 
@@ -161,7 +168,8 @@ def model(recipe: Recipe, taps: int) -> nn.Module:
         if {"name": "experts"} in named(recipe["curvature"]):
             mixture = importlib.import_module("tests.kfactk_stages.curvature.mixture")
             tokens = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(2))
-            return nn.Sequential(tokens, mixture.Mixture(has_bias=True)).to(F64)
+            heads = [Heads()] if "likelihood" in recipe else []
+            return nn.Sequential(tokens, mixture.Mixture(has_bias=True), *heads).to(F64)
         return Mixed(taps, heads="likelihood" in recipe).to(F64)
 
 
