@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from random import Random
 from typing import Any
 
 import attrs
@@ -13,11 +15,14 @@ from hypothesis import assume, given, settings, strategies as st
 from kfactk.registry.registry import registry
 from kfactk.testing import effort
 from kfactk.testing._support.ranks import shared_workers
+from tests.covering import covering
 from tests.equivalence.__main__ import Cell, main
 from tests.equivalence.judging import TOLERANCE, Truths, Verdict, disagreements, judged, verdict
 from tests.equivalence.product import (
-    ELSEWHERE,
+    ABSENT,
     FAMILIES,
+    HEADS,
+    LISTS,
     RANKS,
     VARIANTS,
     WITH,
@@ -25,6 +30,7 @@ from tests.equivalence.product import (
     Case,
     cases,
     determined,
+    extras,
     placements,
     possible,
     stages,
@@ -72,18 +78,40 @@ def test_wherever_the_work_lies(case: Case, seed: int, ranks: int) -> None:
     check(case, Anyhow(seed), ranks)
 
 
-@pytest.mark.parametrize("ranks", RANKS[1:])
-@pytest.mark.parametrize("link", ["two_level", "block_tridiagonal"])
-def test_links_do_what_one_process_does(link: str, ranks: int) -> None:
-    """Where every rank holds all layers; other placements are refused."""
-    curvature = {"name": "conv_kfac", "spatial": "reduce"}
-    stages = {
-        "curvature": curvature,
-        "basis": {"name": "kfac"},
-        "link": link,
-        "clip": {"name": "none"},
+def kind_of(recipe: Mapping[str, Any]) -> str:
+    """What a recipe has besides single stages of `FAMILIES`; empty where it has nothing."""
+    curvature = recipe.get("curvature")
+    if curvature in LISTS:
+        return f"blocks {LISTS.index(curvature)}"
+    if curvature == {"name": "experts"}:
+        return "experts"
+    besides = [name for name in recipe if name not in FAMILIES]
+    return " x ".join(recipe[name]["name"] if name in WITH else name for name in besides)
+
+
+KINDS: dict[str, list[Case]] = {}
+for each in ACCEPTED:
+    KINDS.setdefault(kind_of(each.recipe), []).append(each)
+JOINED = [kind for kind in KINDS if kind]
+
+
+@covering(strength=1, kind=JOINED, ranks=RANKS[1:])
+def test_what_is_joined_does_what_one_process_does(kind: str, ranks: int) -> None:
+    """One recipe of each kind: stages together, a lag, a staggered schedule, heads, blocks."""
+    random = Random(kind)
+    case = random.choice(KINDS[kind])
+    check(case, random.choice([each for each in placements() if possible(case, each)]), ranks)
+
+
+def test_what_cannot_be_joined_is_refused() -> None:
+    """Every other pair has a recipe in the product."""
+    assert {kind_of(extra) for extra in extras()} - set(JOINED) == {
+        "two_level x similar",
+        "block_tridiagonal x similar",
+        "block_tridiagonal x lag",
+        *(f"{each} x stagger" for each in ("two_level", "block_tridiagonal", "similar")),
+        "similar x lag",
     }
-    check(Case({**DEFAULT.recipe, **stages}, taps=2), {"name": "replicated"}, ranks)
 
 
 @pytest.mark.parametrize("placement", ["replicated", "comm_opt", "mem_opt"])
@@ -134,17 +162,21 @@ def test_where_rounding_chooses_the_eigenvectors_ranks_agree_all_the_same() -> N
 def test_every_stage_of_ours_is_in_the_product() -> None:
     for family in (*FAMILIES, *WITH, "placement"):
         listed = {info.name for info in registry().stages(family) if info.distribution == "kfactk"}
-        assert {stage["name"] for stage in stages(family)} == listed - {ELSEWHERE.get(family)}
+        assert {stage["name"] for stage in stages(family)} == listed - ABSENT
     names = {stage["name"] for family in (*FAMILIES, *WITH) for stage in stages(family)}
     assert {name for _, name in VARIANTS} <= names
     others = math.prod(len(stages(family)) for family in ("curvature", "basis", "fisher"))
     alone = len(stages("clip")) * len(stages("update"))
-    assert len(ACCEPTED) + len(REFUSED) == others * (alone + sum(len(stages(f)) for f in WITH))
+    product = others * (alone + sum(len(stages(family)) for family in WITH))
+    curvatures, bases = (len(stages(family)) for family in ("curvature", "basis"))
+    joined = (curvatures + len(LISTS)) * bases * len(extras())
+    blocks = len(LISTS) * bases * len(stages("clip"))
+    assert len(ACCEPTED) + len(REFUSED) == product + joined + blocks
     tried = {
         stage["name"]
         for case in ACCEPTED
         for stage in case.recipe.values()
-        if isinstance(stage, dict)
+        if isinstance(stage, dict) and "name" in stage
     }
     assert tried == names
     assert (
@@ -166,6 +198,7 @@ def test_the_model_has_every_kind_of_part() -> None:
     with torch.no_grad():
         assert model(torch.zeros(2, 2, 4, 4)).shape == (2, 3)
         assert Mixed(1)(torch.zeros(2, 2, 2, 2)).shape == (2, 3)
+        assert set(Mixed(heads=True)(torch.zeros(2, 2, 4, 4))) == set(HEADS)
 
 
 TRUTH = Outcome(
@@ -208,14 +241,6 @@ class Unshared:
     def __getitem__(self, case: Case) -> Outcome:
         found = train(case.recipe, "replicated", case.taps, 0, 2)  # half of the batch
         return found
-
-
-@pytest.mark.parametrize("placement", ["comm_opt", "mem_opt"])
-def test_controlled_recipes_are_the_same_on_ranks(placement: str) -> None:
-    controlled = [case for case in ACCEPTED if "controller" in case.recipe]
-    for basis in ("kfac", "ekfac"):
-        found = next(case for case in controlled if case.recipe["basis"]["name"] == basis)
-        check(found, {"name": placement}, 2)
 
 
 def test_a_deviation_is_seen() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import kfactk
 from kfactk import Optimizer
+from tests.equivalence.product import named
 
 F64 = torch.float64
 BATCH = 12
@@ -21,6 +23,8 @@ BATCH = 12
 STEPS = 5
 PERIODS = {"factor_every": 2, "scale_every": 3, "basis_every": 4}
 """Due in the five steps: all; nothing; the factors; the scale; the factors with the basis."""
+VALUES = 2
+"""Columns of the head of values."""
 NUMBERS = {"lr": 0.02, "damping": 0.02, "weight_decay": 0.01}
 Recipe = Mapping[str, Any]
 
@@ -30,15 +34,16 @@ class Mixed(nn.Module):
 
     Some parameters are frozen.
 
-    Maps `[N, 2, s, s]` to `[N, 3]`.
+    Maps `[N, 2, s, s]` to `[N, 3]`, or to this and `[N, 2]` by the names of two heads.
 
     Args:
         taps: Size of the convolutions' kernels; s is twice that.
+        heads: Whether there are two.
 
     The layer `wide` has more inputs than a batch has rows.
     """
 
-    def __init__(self, taps: int = 2) -> None:
+    def __init__(self, taps: int = 2, *, heads: bool = False) -> None:
         super().__init__()
         self.conv, self.grouped, self.norm = (
             nn.Conv2d(2, 4, taps),
@@ -57,8 +62,9 @@ class Mixed(nn.Module):
         self.out.bias.requires_grad_(False)
         # Softmax does not see the bias of keys: its gradient is rounding, which Adam enlarges.
         self.attn.in_proj_bias.requires_grad_(False)
+        self.size = nn.Linear(5, VALUES) if heads else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor) -> Any:
         signs = (x.mean((2, 3)) > 0).long()  # [N, 2]
         x = torch.tanh(self.norm(self.grouped(torch.tanh(self.conv(x)))))
         x = torch.tanh(self.frozen(x.flatten(1))).view(-1, 4, 4)
@@ -66,21 +72,74 @@ class Mixed(nn.Module):
         x = x + self.attn(x, x, x, need_weights=False)[0]
         x = self.steps(x)[0]
         x = torch.tanh(self.rows(self.wide(x.flatten(1))))
-        return self.out(torch.tanh(self.shared(torch.tanh(self.shared(x)))))
+        x = torch.tanh(self.shared(torch.tanh(self.shared(x))))
+        return self.out(x) if self.size is None else {"kind": self.out(x), "size": self.size(x)}
+
+
+class Heads(nn.Module):
+    """Make the outputs of two heads of one output, `[N, C]`."""
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"kind": x, "size": torch.tanh(x[:, :VALUES])}
 
 
 class Injected:
     """Return prepared targets of this rank's examples in place of draws, one set a draw."""
 
     def __init__(self) -> None:
-        self._sets: Iterator[Tensor] = iter(())
+        self._classes: Iterator[Tensor] = iter(())
+        self._values: Iterator[Tensor] = iter(())
 
-    def hand(self, sets: Tensor) -> None:
-        """Have `[K, N]` ready for the next K draws."""
-        self._sets = iter(sets.unsqueeze(-1))
+    def hand(self, classes: Tensor, values: Tensor) -> None:
+        """Have `[K, N]` and `[K, N, 2]` ready for the next K draws of each head."""
+        self._classes, self._values = iter(classes.unsqueeze(-1)), iter(values)
 
     def __call__(self, view: Tensor) -> Tensor:
-        return next(self._sets)
+        of_values = view[0].numel() == VALUES
+        return next(self._values).view(view.shape) if of_values else next(self._classes)
+
+
+@attrs.frozen(eq=False)
+class Batch:
+    """Examples of one step.
+
+    Args:
+        inputs: `[N, 2, s, s]`.
+        classes: `[N]`.
+        values: `[N, 2]`.
+        drawn_classes: `[2, N]`, as if drawn.
+        drawn_values: `[2, N, 2]`, likewise.
+    """
+
+    inputs: Tensor
+    classes: Tensor
+    values: Tensor
+    drawn_classes: Tensor
+    drawn_values: Tensor
+
+    @classmethod
+    def of(cls, step: int, taps: int) -> Batch:
+        """The batch of a step, the same on every rank."""
+        generator = torch.Generator().manual_seed(step)
+        inputs = torch.randn(BATCH, 2, 2 * taps, 2 * taps, generator=generator, dtype=F64)
+        classes, drawn = (torch.randint(3, (k, BATCH), generator=generator) for k in (1, 2))
+        values = torch.randn(3, BATCH, VALUES, generator=generator, dtype=F64)
+        return cls(inputs, classes[0], values[0], drawn, values[1:])
+
+    def part(self, rank: int, ranks: int) -> Batch:
+        """What one rank has of it."""
+        each = slice(rank, None, ranks)
+        return Batch(
+            *(self.inputs[each], self.classes[each], self.values[each]),
+            *(self.drawn_classes[:, each], self.drawn_values[:, each]),
+        )
+
+    def loss(self, output: Any) -> Tensor:
+        """The mean loss; of two heads the sum of both."""
+        if isinstance(output, Tensor):
+            return F.cross_entropy(output, self.classes)
+        of_classes = F.cross_entropy(output["kind"], self.classes)
+        return of_classes + F.mse_loss(output["size"], self.values)
 
 
 @attrs.frozen(eq=False)
@@ -102,22 +161,16 @@ class Outcome:
     layers: int
 
 
-def model(taps: int) -> Mixed:
-    """The same on every rank."""
+def model(recipe: Recipe, taps: int) -> nn.Module:
+    """The same on every rank: `Mixed`, or for stacked experts a mixture, with two tokens."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(5)
-        return Mixed(taps).to(F64)
-
-
-def batch(step: int, taps: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs, targets, and two sets of targets as if drawn."""
-    generator = torch.Generator().manual_seed(step)
-    inputs = torch.randn(BATCH, 2, 2 * taps, 2 * taps, generator=generator, dtype=F64)
-    return (
-        inputs,
-        torch.randint(3, (BATCH,), generator=generator),
-        torch.randint(3, (2, BATCH), generator=generator),
-    )
+        if {"name": "experts"} in named(recipe["curvature"]):
+            mixture = importlib.import_module("tests.kfactk_stages.curvature.mixture")
+            tokens = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(2))
+            heads = [Heads()] if "likelihood" in recipe else []
+            return nn.Sequential(tokens, mixture.Mixture(has_bias=True), *heads).to(F64)
+        return Mixed(taps, heads="likelihood" in recipe).to(F64)
 
 
 def built(recipe: Recipe, placement: Any, drawn: Injected) -> kfactk.Recipe:
@@ -136,16 +189,16 @@ def built(recipe: Recipe, placement: Any, drawn: Injected) -> kfactk.Recipe:
 
 def train(recipe: Recipe, placement: Any, taps: int, rank: int, ranks: int) -> Outcome:
     """Some steps of one recipe, in a process group where one is initialised."""
-    drawn, module = Injected(), model(taps)
+    drawn, module = Injected(), model(recipe, taps)
     wrapped = DistributedDataParallel(module) if torch.distributed.is_initialized() else module
     optimizer = built(recipe, placement, drawn).bind(wrapped)
     for step in range(STEPS):
-        inputs, targets, sets = batch(step, taps)
-        drawn.hand(sets[:, rank::ranks])
+        batch = Batch.of(step, taps).part(rank, ranks)
+        drawn.hand(batch.drawn_classes, batch.drawn_values)
 
-        def closure(inputs: Tensor = inputs, targets: Tensor = targets) -> Tensor:
+        def closure(batch: Batch = batch) -> Tensor:
             optimizer.zero_grad()
-            loss = F.cross_entropy(wrapped(inputs[rank::ranks]), targets[rank::ranks])
+            loss = batch.loss(wrapped(batch.inputs))
             loss.backward()
             return loss
 

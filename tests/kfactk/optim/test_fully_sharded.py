@@ -39,6 +39,14 @@ SCHEDULE: dict[str, Any] = {
     "lr": 0.05,
     "fisher": "exact",
 }
+GRADIENTS: dict[str, Any] = {
+    "curvature": "gradient",
+    "update": "sgd",
+    "fisher": "mc",
+    "damping": None,
+    "lr": 0.01,
+}
+"""No Fisher pass, and no damping: `eps` stands for it, at a size that rounding does not reach."""
 CASES: dict[str, dict[str, Any]] = {
     "EKFAC, KL clip, Adam": {
         "curvature": "conv_kfac",
@@ -74,6 +82,14 @@ CASES: dict[str, dict[str, Any]] = {
         "weight_decay": 0.1,
         "weight_decay_at": "gradient",
         "fisher": "empirical",
+    },
+    "Shampoo": GRADIENTS | {"basis": {"name": "shampoo", "eps": 0.01}},
+    "KL-Shampoo": GRADIENTS | {"basis": {"name": "kl", "eps": 0.01}, "first_moment": 0.9},
+    "SOAP": GRADIENTS
+    | {
+        "curvature": {"name": "gradient", "counts": "next"},
+        "basis": {"name": "soap", "eps": 0.1},
+        "first_moment": 0.9,
     },
 }
 

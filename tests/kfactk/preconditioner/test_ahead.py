@@ -153,6 +153,39 @@ def test_saving_does_not_change_a_run() -> None:
     assert all(torch.equal(one, other) for one, other in zip(*runs, strict=True))
 
 
+@pytest.mark.parametrize("gathers", [False, True])
+def test_a_state_has_what_a_thread_is_still_making(
+    gathers: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Saving waits for the thread, so the resumed run is the same bit for bit."""
+    model, free = network(), threading.Event()
+    optimizer = recipe(lag=2, basis="kfac").bind(model)
+    train(model, optimizer, range(2))
+    decompose = Block.decompose
+
+    def waiting(*args: Any, **how: Any) -> Any:
+        assert free.wait(30)
+        return decompose(*args, **how)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Block, "decompose", waiting)
+        train(model, optimizer, range(2, 3))  # begins what step 4 uses
+        threading.Timer(0.2, free.set).start()
+        if gathers:
+            optimizer.consolidate_state_dict()
+            assert free.is_set()
+        saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    assert any("ahead" in key for entry in saved[1]["state"].values() for key in entry)
+    train(model, optimizer, range(3, 9))
+    other = network()
+    other.load_state_dict(saved[0])
+    resumed = recipe(lag=2, basis="kfac").bind(other)
+    resumed.load_state_dict(saved[1])
+    train(other, resumed, range(3, 9))
+    for one, two in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, two)
+
+
 def test_a_recipe_without_a_lag_drops_a_waiting_decomposition() -> None:
     """It decomposes the factors of the step, as it did before."""
     model = network()
