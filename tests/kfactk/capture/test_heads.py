@@ -271,7 +271,7 @@ def test_functions_of_strangers_are_not_imported():
 
 @pytest.mark.parametrize(
     ("path", "words"),
-    [("polcy", "Did you mean 'policy'"), ("rest.2", "There are: 0, 1"), ("policy.x", "no 'x'")],
+    [("polcy", "Did you mean 'policy'"), ("rest.2", "There are: '0', '1'"), ("policy.x", "no 'x'")],
 )
 def test_parts_that_are_not_there_are_named(model: Heads, path: str, words: str):
     optimizer = made(model, likelihood={path: "categorical"})
