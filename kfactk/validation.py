@@ -568,21 +568,21 @@ def missing_samples_message(
     )
     if others is not None and others.parts.keys() >= set(layers):
         return f"{start} {_other_parts_message(layers, others)} This step changed nothing."
-    start += " Likely causes: "
     outside = (
         "it ran with other weights than its own (torch.func.functional_call), or inside a "
         "transform (torch.func.vmap, grad): call the model directly; it ran under reentrant "
         "activation checkpointing (use use_reentrant=False)"
     )
+    causes = f"{start} Likely causes: "
     if some:
         return (
-            f"{start}it leads to another output than the likelihood sees, as a head with a loss "
+            f"{causes}it leads to another output than the likelihood sees, as a head with a loss "
             "of its own does (give each head its likelihood, likelihood={'logits': 'categorical', "
             "'value': 'gaussian'}; or leave the head alone, "
             f"exclude={list(layers[:4])}); {outside}. This step changed nothing."
         )
     return (
-        f"{start}observe='manual' without optimizer.observe() between forward and backward; the "
+        f"{causes}observe='manual' without optimizer.observe() between forward and backward; the "
         "bound model itself was not called, but a submodule or a copy was, or another method than "
         "its forward (name it: bind(model, entry='evaluate_actions')), or one that replaced the "
         "entry after bind (bind again); the forward ran in evaluation mode (use observe='manual'), "

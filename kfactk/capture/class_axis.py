@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import attrs
@@ -66,8 +66,7 @@ def find_class_axis(
     last, integers = output.ndim - 1, _integers(batch)
     if linear and any(each.shape == output.shape[:-1] for each in integers.values()):
         return ClassAxis(-1, "the last layer tells")
-    ignored = getattr(likelihood, "ignore_index", None)
-    found = dict(_labels(output, integers, ignored))
+    found = label_axes(likelihood, output, batch)
     if output.ndim == 3 and _is_logits(output, forward.output):
         found["the three dimensions of `.logits` tell"] = last
     if (axis := _vocabulary_axis(output, forward.root)) is not None:
@@ -110,22 +109,29 @@ def _integers(batch: Mapping[str, Any]) -> dict[str, Tensor]:
     }
 
 
-def _labels(
-    output: Tensor, integers: Mapping[str, Tensor], ignored: Any
-) -> Iterator[tuple[str, int]]:
-    """Yield what may be the labels of an output, in words, and the dimension of their classes.
+def label_axes(likelihood: Any, output: Tensor, batch: Mapping[str, Any]) -> dict[str, int]:
+    """Return the dimensions in which labels have the classes of an output, each by what tells.
 
-    Zeros and ones may be a mask, and tell nothing.
+    Labels are integer arguments of the shape of the output without that dimension, all of which are
+    classes. Zeros and ones may be a mask, and tell nothing.
+
+    Example:
+        >>> import torch
+        >>> given = {"y": torch.tensor([[0, 2]]), "mask": torch.tensor([[1, 0]])}
+        >>> label_axes(None, torch.ones(1, 2, 3), given)
+        {"the shape of 'y' tells": 2}
     """
-    for name, value in integers.items():
-        axis = _left_out(output, value)
+    found, ignored = {}, getattr(likelihood, "ignore_index", None)
+    for name, value in _integers(batch).items():
+        axis = _left_out(output, value) if output.ndim > 2 else None
         if axis is None:
             continue
         labels = value[value >= 0]
         labels = labels[labels != ignored] if isinstance(ignored, int) else labels
         largest = int(labels.max()) if labels.numel() else 0
         if 1 < largest < output.shape[axis]:
-            yield f"the shape of {name!r} tells", axis
+            found[f"the shape of {name!r} tells"] = axis
+    return found
 
 
 def _is_logits(output: Tensor, returned: Any) -> bool:

@@ -8,7 +8,7 @@ from typing import Any
 import attrs
 from torch import Tensor
 
-from kfactk.capture.class_axis import find_class_axis, likely_class_axis
+from kfactk.capture.class_axis import find_class_axis, label_axes, likely_class_axis
 from kfactk.capture.forward import Forward
 from kfactk.capture.heads import Head, HeadView
 from kfactk.capture.output_parts import OutputPart, last_parts, output_parts
@@ -61,15 +61,18 @@ class OutputAdvice:
         self._forward, self._batch = forward, batch
         made = forward.output if output is None else output(forward.output)
         self._named = len(heads) > 1 or bool(heads[0].name)
-        self._picked = output is not None and (self._named or isinstance(made, Tensor))
+        self._picked = not self._named and output is not None and isinstance(made, Tensor)
+        """Whether the user's function alone says which tensor is read."""
         self._all = output_parts(forward.output, forward.calls)
-        again = made is forward.output or (self._picked and not self._named)
-        self._parts = self._all if again else output_parts(made, forward.calls)
-        self._lost = not (self._named or self._located or self._picked)
+        whole = output is None or self._picked
+        self._parts = self._all if whole else output_parts(made, forward.calls)
+        self._lost = not (self._named or self._located) and output is None
         self._further: list[str] = []
         self._guessed = False
 
-    def refusal(self, views: Mapping[int, HeadView], problems: Mapping[int, CaptureError]) -> str:
+    def unreadable(
+        self, views: Mapping[int, HeadView], problems: Mapping[int, CaptureError]
+    ) -> str:
         """Return the message for an output in which some heads cannot be read.
 
         Args:
@@ -173,12 +176,11 @@ class OutputAdvice:
     ) -> tuple[OutputPart, Head | None]:
         """Return the part that is most likely a head's, and the head that reads it, if one can.
 
-        It is the first in which something tells where the classes are, or else the first that can
-        be read.
+        It is the first that labels are there for, or else the first that can be read.
         """
         read = [(part, told) for part in parts if (told := self._reading(head, part.tensor))]
-        sure = (each for each in read if self._found_axis(each[0].tensor) is not None)
-        return next(sure, next(iter(read), (parts[0], None)))
+        labels = (each for each in read if label_axes(head.likelihood, each[0].tensor, self._batch))
+        return next(labels, next(iter(read), (parts[0], None)))
 
     def _reading(self, head: Head, output: Tensor) -> Head | None:
         """Return a head that reads a tensor, perhaps with another dimension of the classes.

@@ -81,8 +81,7 @@ class OutputReader:
                     axes |= {} if axis is None else {number: axis}
             if problems:
                 advice = self._advice(forward, batch, located)
-                text = advice.refusal(views, problems)
-                raise CaptureError(text) from problems[min(problems)]
+                raise CaptureError(advice.unreadable(views, problems)) from problems[min(problems)]
         for number, axis in axes.items():
             self._say(number, views[number], axis)
         self._note_others(forward, batch, located)

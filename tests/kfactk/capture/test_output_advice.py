@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import kfactk
-from kfactk.capture.output_parts import output_tensors
 
 N, T, CLASSES, VALUES = 2, 7, 5, 3
 Pair = namedtuple("Pair", ["scores", "sizes"])
@@ -247,18 +246,3 @@ def test_a_function_that_cannot_be_written_gives_no_line() -> None:
     text = message(Two(FORMS["mapping"]), likelihood=[head])
     assert "class_axis=-1" in text
     assert "this line" not in text
-
-
-def test_tensors_of_a_cycle_of_objects_are_found_once() -> None:
-    z = torch.ones(2, requires_grad=True) * 2
-    one: dict[str, Any] = {
-        "z": z,
-        "again": z,
-        "plain": torch.ones(2),
-        "deep": SimpleNamespace(z=z + 1),
-    }
-    one["itself"] = one
-    one["deep"].other = SimpleNamespace(z=z + 2)  # an object in an object is left alone
-    assert list(output_tensors(one)) == ["z", "deep.z"]
-    assert list(output_tensors(SimpleNamespace(a=[z], b=None, _c=z * 2))) == ["a.0"]
-    assert list(output_tensors({"1": z, 1: z * 2})) == ["1"]
