@@ -480,11 +480,15 @@ class OtherParts:
             cannot be written so.
         parts: For each layer that leads to such a part alone, a likelihood for it, likewise.
         told: For each of these layers, the part in words.
+        paths: For each of these layers, the path of its module.
+        exclude: The patterns of modules that the recipe leaves alone.
     """
 
     heads: Sequence[Mapping[str, Any]] = ()
     parts: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)
     told: Mapping[str, str] = attrs.field(factory=dict)
+    paths: Mapping[str, str] = attrs.field(factory=dict)
+    exclude: Sequence[str] = ()
 
 
 def likelihood_argument(heads: Sequence[Mapping[str, Any]]) -> str:
@@ -536,7 +540,8 @@ def listed(words: Sequence[str]) -> str:
 def _other_parts_message(layers: Sequence[str], others: OtherParts) -> str:
     """Return what to do for layers that lead to a part of the output that no likelihood reads."""
     parts = listed(list(dict.fromkeys(others.told[name] for name in layers)))
-    alone = f"exclude={list(layers)} leaves it alone, to its plain gradient"
+    left = list(dict.fromkeys([*others.exclude, *(others.paths[name] for name in layers)]))
+    alone = f"exclude={left} leaves it alone, to its plain gradient"
     if not others.heads:
         return f"It leads to {parts} in the output, which no likelihood reads: {alone}."
     found = {repr(others.parts[name]): others.parts[name] for name in layers}
@@ -544,7 +549,7 @@ def _other_parts_message(layers: Sequence[str], others: OtherParts) -> str:
     return (
         f"It leads to {parts} in the output, which no likelihood reads. This line works as it is: "
         f"build(..., {argument}). Put there the likelihood of its loss: 'categorical' is cross "
-        f"entropy, 'gaussian' a squared error, and class_axis is the dimension of the classes. Or "
+        "entropy, 'gaussian' a squared error, and class_axis is the dimension of the classes. Or "
         f"{alone}."
     )
 

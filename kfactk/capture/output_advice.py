@@ -107,7 +107,13 @@ class OutputAdvice:
             path = None if self._named else self._path_of(number)
             written = head.written_with(path, head.class_axis)
             heads += [] if written is None or "output" not in written else [written]
-        return OtherParts(heads if len(heads) == len(self._heads) else [], parts, told)
+        return OtherParts(
+            heads if len(heads) == len(self._heads) else [],
+            parts,
+            told,
+            {layer.name: layer.path for layer in silent},
+            self._exclude,
+        )
 
     # ------------------------------------------------------------------------ what can be read
 

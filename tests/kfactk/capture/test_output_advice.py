@@ -189,6 +189,7 @@ def test_all_heads_are_told_of_at_once() -> None:
 def test_a_head_without_samples_is_named_at_the_step() -> None:
     model = Two(FORMS["mapping"])
     named = {"likelihood": {"pred": {"name": "categorical", "class_axis": -1}}}
+    assert "Or exclude=['trunk', 'aux']" in message(model, **named, exclude=["trunk"])
     text = message(model, **named)
     assert "layer 'aux' has a gradient but gave no sample" in text
     assert pasted_trains(model, text)["likelihood"] == {
