@@ -102,7 +102,7 @@ class OutputAdvice:
             for layer in part.layers:
                 if layer in silent and layer.name not in parts:
                     parts[layer.name], told[layer.name] = self._entry(part), part.told
-        heads = []
+        heads: list[dict[str, Any]] = []
         for number, head in enumerate(self._heads):
             path = None if self._named else self._path_of(number)
             written = head.written_with(path, head.class_axis)
@@ -129,9 +129,12 @@ class OutputAdvice:
         """
         taken = {id(tensor) for tensor in self._located.values()}
         free = {part.path: part for part in last if id(part.tensor) not in taken}
-        found, parts, changed = [], [], False
+        found: list[dict[str, Any]] = []
+        parts: list[OutputPart] = []
+        changed = False
         for number, head in enumerate(self._heads):
-            path, tensor = None, self._located.get(number)
+            path: str | None = None
+            tensor = self._located.get(number)
             read: Head | None = views[number].head if number in views else head
             if number in problems:
                 if tensor is None:

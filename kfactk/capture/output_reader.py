@@ -89,7 +89,8 @@ class OutputReader:
 
     def _located(self, output: Any) -> tuple[dict[int, Tensor], dict[int, CaptureError]]:
         """Return the tensors of the heads that are there, and what is wrong with the others."""
-        located, problems = {}, {}
+        located: dict[int, Tensor] = {}
+        problems: dict[int, CaptureError] = {}
         for number, head in enumerate(self.heads):
             try:
                 found = head.locate(output)
