@@ -115,6 +115,17 @@ def near_names(name: str, known: Iterable[str]) -> str:
         >>> near_names("zzz", ["kfac"])
         ''
     """
+    close = nearest(name, known)
+    return f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+
+
+def nearest(name: str, known: Iterable[str]) -> list[str]:
+    """Return the known names that are close to `name`, the closest first.
+
+    Example:
+        >>> nearest("ekfca", ["kfac", "ekfac", "adam"])
+        ['ekfac', 'kfac']
+    """
     by_lower = {each.lower(): each for each in known}
     close = difflib.get_close_matches(name.lower(), list(by_lower), n=3, cutoff=0.5)
-    return f" Did you mean {' or '.join(repr(by_lower[each]) for each in close)}?" if close else ""
+    return [by_lower[each] for each in close]

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Mapping, Sequence, Set
 from typing import Any
 
+import attrs
 import torch
 from torch import Tensor
 
@@ -470,34 +471,123 @@ def mended_message(layers: Mapping[str, str]) -> str:
     )
 
 
-def missing_samples_message(layers: Sequence[str], *, some: bool) -> str:
+@attrs.frozen
+class OtherParts:
+    """The parts of a model's output that no likelihood reads.
+
+    Args:
+        heads: The likelihoods, each as `kfactk.build` takes it among several; none where they
+            cannot be written so.
+        parts: For each layer that leads to such a part alone, a likelihood for it, likewise.
+        told: For each of these layers, the part in words.
+        paths: For each of these layers, the path of its module.
+        exclude: The patterns of modules that the recipe leaves alone.
+    """
+
+    heads: Sequence[Mapping[str, Any]] = ()
+    parts: Mapping[str, Mapping[str, Any]] = attrs.field(factory=dict)
+    told: Mapping[str, str] = attrs.field(factory=dict)
+    paths: Mapping[str, str] = attrs.field(factory=dict)
+    exclude: Sequence[str] = ()
+
+
+def likelihood_argument(heads: Sequence[Mapping[str, Any]]) -> str:
+    """Return likelihoods as the argument of `kfactk.build`.
+
+    Args:
+        heads: Each as `{"output": path, "likelihood": {"name": ...}}`, with other options of
+            `kfactk.head`; a single one may have no output.
+
+    Example:
+        >>> value = {"output": "value", "likelihood": {"name": "gaussian"}}
+        >>> likelihood_argument([value]), likelihood_argument([{**value, "weight": 0.5}])
+        ("likelihood={'value': 'gaussian'}", \
+"likelihood=[{'output': 'value', 'likelihood': 'gaussian', 'weight': 0.5}]")
+        >>> likelihood_argument([{"likelihood": {"name": "gaussian", "class_axis": 1}}])
+        "likelihood={'name': 'gaussian', 'class_axis': 1}"
+    """
+    short = [{**head, "likelihood": _shortened(head["likelihood"])} for head in heads]
+    if "output" not in short[0]:
+        return f"likelihood={short[0]['likelihood']!r}"
+    mapping = {str(head["output"]): head["likelihood"] for head in short}
+    plain = all(set(head) == {"output", "likelihood"} for head in short)
+    paths = all(isinstance(head["output"], str) for head in short)
+    if plain and paths and len(mapping) == len(short) and mapping.keys().isdisjoint(RESERVED):
+        return f"likelihood={mapping!r}"
+    return f"likelihood={short!r}"
+
+
+RESERVED = {"name", "likelihood"}
+"""Keys by which a mapping is a likelihood, or a head, and not several."""
+
+
+def _shortened(written: Any) -> Any:
+    """Return a stage's name where it has no options."""
+    return written["name"] if set(written) == {"name"} else written
+
+
+def listed(words: Sequence[str]) -> str:
+    """Return words as a list in a sentence.
+
+    Example:
+        >>> listed(["a", "b", "c"]), listed(["a"])
+        ('a, b and c', 'a')
+    """
+    *most, last = words
+    return f"{', '.join(most)} and {last}" if most else last
+
+
+def _other_parts_message(layers: Sequence[str], others: OtherParts) -> str:
+    """Return what to do for layers that lead to a part of the output that no likelihood reads."""
+    parts = listed(list(dict.fromkeys(others.told[name] for name in layers)))
+    left = list(dict.fromkeys([*others.exclude, *(others.paths[name] for name in layers)]))
+    alone = f"exclude={left} leaves it alone, to its plain gradient"
+    if not others.heads:
+        return f"It leads to {parts} in the output, which no likelihood reads: {alone}."
+    found = {repr(others.parts[name]): others.parts[name] for name in layers}
+    argument = likelihood_argument([*others.heads, *found.values()])
+    return (
+        f"It leads to {parts} in the output, which no likelihood reads. This line works as it is: "
+        f"build(..., {argument}). Put there the likelihood of its loss: 'categorical' is cross "
+        "entropy, 'gaussian' a squared error, and class_axis is the dimension of the classes. Or "
+        f"{alone}."
+    )
+
+
+def missing_samples_message(
+    layers: Sequence[str], *, some: bool, others: OtherParts | None = None
+) -> str:
     """Return the message for layers that have a gradient but gave no sample.
 
     Args:
         layers: Their names.
         some: Whether other layers gave samples, so that the model was called.
+        others: The parts of the model's output that no likelihood reads, where that is known.
     """
     shown = ", ".join(repr(name) for name in layers[:4])
     if len(layers) > 4:
         shown += f" and {len(layers) - 4} more"
     start = (
         f"curvature is due, and layer {shown} has a gradient but gave no sample: to precondition "
-        "it would use wrong statistics. Likely causes: "
+        "it would use wrong statistics."
     )
+    if others is not None and others.parts.keys() >= set(layers):
+        return f"{start} {_other_parts_message(layers, others)} This step changed nothing."
     outside = (
         "it ran with other weights than its own (torch.func.functional_call), or inside a "
         "transform (torch.func.vmap, grad): call the model directly; it ran under reentrant "
         "activation checkpointing (use use_reentrant=False)"
     )
+    causes = f"{start} Likely causes: "
     if some:
         return (
-            f"{start}it leads to another output than the likelihood sees, as a head with a loss "
+            f"{causes}it leads to another output than the likelihood sees, as a head with a loss "
             "of its own does (give each head its likelihood, likelihood={'logits': 'categorical', "
             "'value': 'gaussian'}; or leave the head alone, "
             f"exclude={list(layers[:4])}); {outside}. This step changed nothing."
         )
     return (
-        f"{start}observe='manual' without optimizer.observe() between forward and backward; the "
+        f"{causes}observe='manual' without optimizer.observe() between forward and backward; the "
         "bound model itself was not called, but a submodule or a copy was, or another method than "
         "its forward (name it: bind(model, entry='evaluate_actions')), or one that replaced the "
         "entry after bind (bind again); the forward ran in evaluation mode (use observe='manual'), "

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from kfactk.capture.forward import Forward, leads_to
 from kfactk.capture.guard import unseen_layers
-from kfactk.capture.heads import Head, HeadView, of_the_loss, terms_of, with_class_axis
+from kfactk.capture.heads import Head, HeadView, of_the_loss, terms_of
 from kfactk.capture.loss_check import LossCheck
+from kfactk.capture.output_reader import OutputReader
 from kfactk.capture.remainder import Remainders
 from kfactk.capture.replay import tensors_of
 from kfactk.capture.row_orders import ForwardRows, RowOrders, RowTaker
@@ -187,6 +188,7 @@ class FisherPass:
             their recorded calls.
         scaler: The loop's `torch.amp.GradScaler`, if any; likewise.
         every: Whether every forward of a step is measured, so that its gradient is theirs alone.
+        exclude: The patterns of modules that the recipe leaves alone.
     """
 
     def __init__(
@@ -200,9 +202,12 @@ class FisherPass:
         unseen: str = "error",
         scaler: Any = None,
         every: bool = True,
+        exclude: Sequence[str] = (),
     ) -> None:
         self._taker = taker
-        self._fisher, self._heads, self._output = fisher, list(heads), output
+        self._fisher, self._output = fisher, output
+        self.reader = OutputReader(heads, output, exclude)
+        """Finds and reads the heads in outputs."""
         self._reduction, self._unseen, self._scaler = reduction, unseen, scaler
         self._watches: list[Watch] = []
         self._filled: dict[Layer, Versions] = {}
@@ -328,49 +333,13 @@ class FisherPass:
         if forward.calls and self._fisher.own_pass:
             self._taker.end_forward()
 
-    def located(self, output: Any) -> list[tuple[Head, Tensor]]:
-        """Return the heads that an output has, each with its part, as they were found before."""
-        found = [(head, head.locate(output)) for head in self._heads]
-        return [(head, each) for head, each in found if each is not None]
-
     def _read(self, forward: Forward, batch: Mapping[str, Any]) -> list[HeadView]:
         """Return what the forward's output holds of each head."""
         terms = None if self._fisher.own_pass else loss_terms(self._fisher, batch)
         if terms is not None:
             output = forward.output if self._output is None else self._output(forward.output)
             return of_the_loss(output, terms)
-        located = [head.locate(forward.output) for head in self._heads]
-        found = {number: each for number, each in enumerate(located) if each is not None}
-        if not found:
-            raise CaptureError(
-                "the model returned the output of none of the heads, and all are optional. Name "
-                "the one that this forward has, or run it before bind()."
-            )
-        with torch.enable_grad(), full_precision({each.device.type for each in found.values()}):
-            return [self._read_head(i, each, forward, batch) for i, each in found.items()]
-
-    def _read_head(
-        self, number: int, output: Tensor, forward: Forward, batch: Mapping[str, Any]
-    ) -> HeadView:
-        """Return one head's output; find where its classes are if that is not said."""
-        head = self._heads[number]
-        try:
-            return head.read(output, batch)
-        except CaptureError:
-            told = with_class_axis(head, output, batch, forward.calls)
-            if told is None:
-                raise
-        view = told.read(output, batch)
-        self._heads[number] = told
-        axis = getattr(told.likelihood, "class_axis", None)
-        warnings.warn(
-            f"the output of shape {list(output.shape)} has its classes in dimension {axis}, as the "
-            "last layer tells. Give the likelihood "
-            f"class_axis={axis} to say so yourself (said once)",
-            KfactkWarning,
-            stacklevel=2,
-        )
-        return view
+        return self.reader.read(forward, batch)
 
     def _check_losses(
         self, forward: Forward, heads: Sequence[HeadView], batch: Mapping[str, Any]
@@ -385,7 +354,7 @@ class FisherPass:
             others = [each.output for each in heads if each is not head]
             if leads_to(head.output, others):
                 continue  # its gradient is that of other losses too
-            check = self._loss_checks[self._heads.index(cast(Head, head.head))]
+            check = self._loss_checks[self.reader.heads.index(cast(Head, head.head))]
             scale = LossScale(head.terms, self._reduction, self._scaler)
             given = {**forward.batch, **batch}
             check.watch(head.output, head.likelihood, parameters, scale, given)
@@ -418,7 +387,7 @@ class FisherPass:
         found, rows = self._orders.examine(forward, heads)
         for before, now in zip(heads, found, strict=True):
             if before.head is not None and now.head is not None and now.head is not before.head:
-                self._heads[self._heads.index(before.head)] = now.head
+                self.reader.replace(before.head, now.head)
         return found, rows
 
     def _measure(

@@ -163,6 +163,7 @@ class Forward:
         updated: For each module that the forward has written to, its buffers.
         user: What the user asked to see of gradients; `None` for nothing.
         again: Makes the same call of the root once more.
+        root: The module that was called; `None` where nobody knows.
     """
 
     def __init__(
@@ -174,9 +175,10 @@ class Forward:
         updated: Sequence[list[Tensor]] = (),
         user: UserHooks | None = None,
         again: Callable[[], Any] | None = None,
+        root: nn.Module | None = None,
     ) -> None:
         self.output, self.batch = output, dict(batch)
-        self.again = again
+        self.again, self.root = again, root
         self.calls, self.layers = calls, layers
         self.updated = updated
         self.user = UserHooks() if user is None else user
@@ -212,7 +214,7 @@ class Forward:
             starts: Tensors that the model made; `None` for all calls.
         """
         found: dict[Layer, list[LayerCall]] = {}
-        reached = set().union(*map(_reachable, starts)) if names and starts else set()
+        reached = set().union(*map(nodes_behind, starts)) if names and starts else set()
         for call in self.calls:
             layer = call.record.layer
             leads = starts is None or not reached.isdisjoint(call.tops)
@@ -379,7 +381,7 @@ def versions(tensors: Iterable[Tensor]) -> list[int]:
     return [tensor._version for tensor in tensors]
 
 
-def _reachable(start: Tensor) -> set[Node]:
+def nodes_behind(start: Tensor) -> set[Node]:
     """Return the nodes that `start` was made by."""
     found: set[Node] = set()
     stack = [start.grad_fn]
@@ -394,7 +396,7 @@ def _reachable(start: Tensor) -> set[Node]:
 def leads_to(tensor: Tensor, others: Iterable[Tensor]) -> bool:
     """Return whether one of the others was made from a tensor."""
     node = tensor.grad_fn
-    return any(node in _reachable(other) for other in others if other.grad_fn is not node)
+    return any(node in nodes_behind(other) for other in others if other.grad_fn is not node)
 
 
 def _leafmost(start: Tensor, followed: set[Node]) -> set[Node]:

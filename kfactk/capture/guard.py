@@ -54,7 +54,7 @@ def unseen_layers(
         owners.update((node, layer) for node in inner)
         allowed[layer] |= inner | set(call.tops)
     owners.update((node, layer) for layer, nodes in ends.items() for node in nodes)
-    for parent, child in _edges(starts):
+    for parent, child in graph_edges(starts):
         owner = owners.get(child)
         if owner is not None and child not in tops and parent not in allowed[owner]:
             unseen[owner] = None
@@ -104,7 +104,7 @@ def inner_nodes(call: TracedCall, ends: set[Node], tops: set[Node]) -> set[Node]
     return {node for node, lead in leads.items() if lead and node not in own}
 
 
-def _edges(starts: Iterable[Tensor]) -> Iterable[tuple[Node, Node]]:
+def graph_edges(starts: Iterable[Tensor]) -> Iterable[tuple[Node, Node]]:
     """Yield the edges of the graph that made `starts`, from the node that ran later."""
     seen: set[Node] = set()
     stack = [start.grad_fn for start in starts if start.grad_fn is not None]

@@ -20,11 +20,9 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from kfactk.capture.forward import TracedCall
-from kfactk.capture.outputs import OutputView
 from kfactk.capture.replay import tensors_of
 from kfactk.capture.support import model_output
-from kfactk.errors import CaptureError, near_names
+from kfactk.errors import CaptureError, OptionError, near_names
 from kfactk.stages import Likelihood
 from kfactk.validation import attribute_errors
 
@@ -124,6 +122,9 @@ class Head:
         optional: Whether a forward may lack it.
         name: What the user calls it, where there are several.
         flat: What its output is a flattening of, where that is known.
+        written: The head as `kfactk.build` takes it, `{"output": ..., "likelihood": {"name": ...}}`
+            in JSON's types, without "output" where it is the only one; `None` where it cannot be
+            written so.
     """
 
     likelihood: Likelihood
@@ -132,6 +133,43 @@ class Head:
     optional: bool = False
     name: str = ""
     flat: FlatOutput | None = None
+    written: Mapping[str, Any] | None = None
+
+    @property
+    def class_axis(self) -> int | None:
+        """The dimension of the classes, where its likelihood knows it."""
+        axis: int | None = getattr(self.likelihood, "class_axis", None)
+        return axis
+
+    def with_class_axis(self, axis: int) -> Head:
+        """Return the same head with its classes in a dimension.
+
+        A likelihood that has no such option, or whose other options leave no room for it, stays as
+        it is.
+        """
+        if not attrs.has(type(self.likelihood)) or not hasattr(self.likelihood, "class_axis"):
+            return self
+        likelihood: Any = self.likelihood
+        try:
+            return attrs.evolve(self, likelihood=attrs.evolve(likelihood, class_axis=axis))
+        except OptionError:
+            return self
+
+    def written_with(
+        self, output: str | None = None, class_axis: int | None = None
+    ) -> dict[str, Any] | None:
+        """Return how `kfactk.build` takes the head, with another output or dimension of classes.
+
+        Args:
+            output: Path of its output; `None` for its own.
+            class_axis: The dimension; `None` for its own.
+        """
+        if self.written is None:
+            return None
+        axis = {} if class_axis is None else {"class_axis": class_axis}
+        likelihood = {**self.written["likelihood"], **axis}
+        path = {} if output is None else {"output": output}
+        return {**path, **self.written, **path, "likelihood": likelihood}
 
     def locate(self, output: Any) -> Tensor | None:
         """Return its part of what a model returned; `None` where an optional head has none.
@@ -163,8 +201,8 @@ class Head:
         Raises:
             CaptureError: The likelihood cannot read it.
         """
+        view = self.view(output)
         with attribute_errors("likelihood", self.likelihood, "on the model's output"):
-            view = self._view(output)
             weights = self.likelihood.term_weights(view.detach(), batch)
         terms: Tensor | float = float(view.shape[0] * view.shape[1])
         if weights is not None:
@@ -173,9 +211,15 @@ class Head:
         examples = None if self.flat is None else self.flat.examples(len(view), batch)
         return found if examples is None else found.by_example(examples)
 
-    def _view(self, output: Tensor) -> Tensor:
+    def view(self, output: Tensor) -> Tensor:
+        """Return its part of an output as `[N, S, C]`.
+
+        Raises:
+            CaptureError: The likelihood cannot read it.
+        """
         try:
-            return self.likelihood.view(output)
+            with attribute_errors("likelihood", self.likelihood, "on the model's output"):
+                return self.likelihood.view(output)
         except CaptureError as error:
             if not self.name:
                 raise
@@ -232,56 +276,6 @@ def terms_of(heads: Sequence[HeadView]) -> Tensor | float:
     return float(max(len(head.view) for head in heads))
 
 
-COPIES = {"AliasBackward0", "CloneBackward0", "ToCopyBackward0"}
-"""Nodes between the last layer and the output that change neither values nor shapes."""
-
-
-def with_class_axis(
-    head: Head, output: Tensor, batch: Mapping[str, Any], calls: Sequence[TracedCall]
-) -> Head | None:
-    """Return a head that knows where its classes are; `None` where that cannot be told.
-
-    The layer that made the output tells. A convolution has its channels in dimension 1. A linear
-    layer has its outputs last; but it may have been applied along time, so integer arguments of the
-    forward (tokens, labels) must have the shape of the output without its last dimension.
-
-    Args:
-        head: A head whose likelihood has `class_axis=None`.
-        output: Its output.
-        batch: The arguments of the forward.
-        calls: The recorded calls.
-    """
-    likelihood: Any = head.likelihood
-    if getattr(likelihood, "class_axis", 0) is not None or output.ndim < 3:
-        return None
-    made = next((call for call in calls if _made(call, output)), None)
-    if made is None or not attrs.has(type(likelihood)):
-        return None
-    integers = (
-        [*value.shape]
-        for value in batch.values()
-        if isinstance(value, Tensor) and not (value.is_floating_point() or value.is_complex())
-    )
-    linear = made.record.layer.anchor.ndim == 2
-    if linear and not any(shape == [*output.shape[:-1]] for shape in integers):
-        return None
-    return attrs.evolve(head, likelihood=attrs.evolve(likelihood, class_axis=-1 if linear else 1))
-
-
-def _made(call: TracedCall, output: Tensor) -> bool:
-    """Return whether an output is that of a call, as it is, or a copy of it."""
-    recorded, nodes = call.record.outputs[0], {edge.node for edge in call.edges}
-    if recorded.shape != output.shape:
-        return False
-    base = output._base if output._is_view() else None
-    if base is not None and base.grad_fn is not None:
-        return base.grad_fn in nodes and recorded.view == OutputView.of(output, base)
-    node = output.grad_fn
-    while node is not None and node.name() in COPIES:
-        node = node.next_functions[0][0]
-    return node in nodes and recorded.view is None
-
-
 def of_the_loss(output: Any, terms: Tensor | float) -> list[HeadView]:
     """Return every tensor in an output that the loss may be made of.
 
@@ -327,7 +321,7 @@ def at_path(output: Any, path: str, *, optional: bool = False) -> Any:
             near = near_names(part, there)
             if optional and last and not near:
                 return None
-            names = f" There are: {', '.join(there)}." if there else ""
+            names = f" There are: {', '.join(map(repr, there))}." if there else ""
             raise CaptureError(
                 f"the model's output has no {path!r}: {type(found).__name__} has no {part!r}."
                 f"{near}{names} Name a part of what the model returns"

@@ -194,7 +194,9 @@ class ModelHooks:
                 updated = [own for own, before in self._buffers if versions(own) != before]
                 named = _named(function, args, kwargs)
                 again = functools.partial(function, *args, **kwargs)
-                forward = Forward(output, named, calls, layers, updated, self._user, again)
+                forward = Forward(
+                    output, named, calls, layers, updated, self._user, again, self.root
+                )
                 listener._end_forward(forward)
 
     def _stay_last(self) -> None:

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from kfactk.errors import CaptureError, CombinationError, OptionError
 from kfactk.jets import Jet
 
+NO_LIKELIHOOD = "For a loss without a likelihood, give fisher={'name': 'empirical', 'terms': ...}."
+"""What else the message for an output without logits says."""
+
 
 def model_output(output: Any) -> Tensor:
     """Return the tensor that holds the likelihood's parameters.
@@ -36,21 +39,18 @@ def model_output(output: Any) -> Tensor:
             "u.value, u.gradient, u.laplacian or u.second; or say what it is: build(..., "
             "output=lambda u: u.laplacian)."
         )
-    parts = output.items() if isinstance(output, Mapping) else ()
-    keys = [str(key) for key, value in parts if isinstance(value, Tensor)]
-    there = f" with tensors at {', '.join(map(repr, keys))}" if keys else ""
-    several = ""
-    if len(keys) > 1:
-        several = (
-            " Where each is trained by a loss of its own, give their likelihoods in place of that: "
-            f"likelihood={{{keys[0]!r}: 'categorical', {keys[1]!r}: 'gaussian'}}."
-        )
-    example = keys[0] if keys else "prediction"
     raise CaptureError(
-        f"the model returned {type(output).__name__}{there}, in which no logits were found. Say "
-        f"where they are: build(..., output=lambda out: out[{example!r}]).{several} For a loss "
-        "without a likelihood, give fisher={'name': 'empirical', 'terms': ...}."
+        f"{no_logits(output)}. Say where they are: build(..., "
+        f"output=lambda out: out['prediction']). {NO_LIKELIHOOD}"
     )
+
+
+def no_logits(output: Any) -> str:
+    """Return the beginning of the message for an output in which no logits were found."""
+    parts = output.items() if isinstance(output, Mapping) else ()
+    keys = [repr(str(key)) for key, value in parts if isinstance(value, Tensor)]
+    there = f" with tensors at {', '.join(keys)}" if keys else ""
+    return f"the model returned {type(output).__name__}{there}, in which no logits were found"
 
 
 def supported_model(model: nn.Module) -> nn.Module:

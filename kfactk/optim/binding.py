@@ -63,6 +63,7 @@ def fisher_pass_of(recipe: Settings, preconditioner: Preconditioner, scaler: Any
         unseen=recipe.unseen,
         scaler=scaler,
         every=recipe.observe != "manual",
+        exclude=recipe.exclude,
     )
 
 

@@ -156,8 +156,9 @@ class Optimizer(torch.optim.Optimizer):
         self._hooks = ModelHooks(self._model, self, evaluation=manual, entries=entries)
         try:
             check_blocks(pre, self._groups.by_parameter, recipe, masks or ())
+            locate = self._fisher_pass.reader.locate
             self._control = controlled(
-                recipe, self._model, pre, self._fisher_pass.located, groups, self.defaults, scaler
+                recipe, self._model, pre, locate, groups, self.defaults, scaler
             )
         except KfactkError:
             self.close()
@@ -407,7 +408,12 @@ class Optimizer(torch.optim.Optimizer):
             decays = recipe.weight_decay_at == "gradient"
             measured = {block for block in blocks if block.of_gradient and decays}
             read = gradients.read(blocks, known, decayed=measured)
-            allocated = pre.check(self.steps, read.matrices, idle=without_lr(self.param_groups))
+            allocated = pre.check(
+                self.steps,
+                read.matrices,
+                idle=without_lr(self.param_groups),
+                others=self._fisher_pass.reader.others,
+            )
             if allocated:
                 pre.allocate(read.matrices)
             else:

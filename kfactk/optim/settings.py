@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
@@ -123,6 +124,12 @@ class HeadSpec:
             **({"optional": True} if self.optional else {}),
         }
 
+    def written_or_none(self) -> dict[str, Any] | None:
+        """Return the same, or `None` where it has no such form."""
+        with contextlib.suppress(OptionError):
+            return self.written()
+        return None
+
 
 def _number(high: float = float("inf"), *, varies: bool = False) -> Any:
     def check(instance: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
@@ -228,7 +235,10 @@ class Settings:
     def heads(self) -> tuple[Head, ...]:
         """The likelihoods, each with what finds its part of the model's output."""
         if not isinstance(self.likelihood, tuple):
-            return (Head(self.likelihood, self.output or model_output),)
+            written = None
+            with contextlib.suppress(OptionError):  # it has no such form
+                written = {"likelihood": registry().describe("likelihood", self.likelihood)}
+            return (Head(self.likelihood, self.output or model_output, written=written),)
         return tuple(
             Head(
                 spec.likelihood,
@@ -236,6 +246,7 @@ class Settings:
                 spec.weight,
                 spec.optional,
                 spec.name,
+                written=spec.written_or_none(),
             )
             for spec in self.likelihood
         )

@@ -40,6 +40,7 @@ from kfactk.statistics import (
 )
 from kfactk.timing import StageTimer
 from kfactk.validation import (
+    OtherParts,
     input_modified_message,
     layout_message,
     lost_message,
@@ -320,13 +321,21 @@ class Preconditioner:
 
     # -------------------------------------------------------------------------------- the step
 
-    def check(self, step: int, gradients: Mapping[str, Tensor], *, idle: bool = False) -> bool:
+    def check(
+        self,
+        step: int,
+        gradients: Mapping[str, Tensor],
+        *,
+        idle: bool = False,
+        others: OtherParts | None = None,
+    ) -> bool:
         """Plan the step, and check that its statistics are sound, before anything changes.
 
         Args:
             step: Index of the step, from 0.
             gradients: By layer name, the gradient of each layer that has one.
             idle: Whether every learning rate is zero. Gradients that are zero are no data then.
+            others: The parts of the model's output that no likelihood reads, for the message.
 
         Returns:
             Whether the step only allocates: it is idle, no layer was followed, and every gradient
@@ -365,9 +374,11 @@ class Preconditioner:
                 "See the error of that rank."
             )
         missing = [block for block, count in zip(measured, passes, strict=True) if not count]
-        return self._check_missing(missing, gradients) and idle if missing else False
+        return self._check_missing(missing, gradients, others) and idle if missing else False
 
-    def _check_missing(self, missing: list[Block], gradients: Mapping[str, Tensor]) -> bool:
+    def _check_missing(
+        self, missing: list[Block], gradients: Mapping[str, Tensor], others: OtherParts | None
+    ) -> bool:
         """Check the layers that no rank has seen; see `check`."""
         silent = [
             block.name
@@ -382,7 +393,7 @@ class Preconditioner:
         silent_anywhere, nonzero_anywhere = self.communicator.total(flags, device_of(missing))
         if silent:
             some = any(block not in missing for block in self._plan.followed)
-            raise CaptureError(missing_samples_message(silent, some=some))
+            raise CaptureError(missing_samples_message(silent, some=some, others=others))
         if silent_anywhere:
             raise CaptureError(
                 "another rank has a gradient for a layer that gave no sample on any rank. See the "

@@ -45,6 +45,7 @@ from kfactk.registry.loading import (
     RegisteredStage,
     installed_entry_points,
 )
+from kfactk.registry.other_names import OTHER_NAMES
 from kfactk.registry.serialization import (
     callable_path,
     explain,
@@ -197,13 +198,13 @@ class Registry(Plugins):
         return found
 
     def _unknown_stage_error(self, family: str, name: str, known: list[str]) -> UnknownStageError:
+        other = OTHER_NAMES.get(family, {}).get(name)
+        near = near_names(name, known) if other is None else f" {other}"
         hints = "".join(f" {hint}" for hint in self._hints(family, name) if hint)
         choice = f"Use one of: {', '.join(sorted(known))}."
         if not known:
             choice = f"No loaded plugin provides any {family}: see `python -m kfactk plugins`."
-        return UnknownStageError(
-            f"There is no {family} {name!r}.{near_names(name, known)}{hints} {choice}"
-        )
+        return UnknownStageError(f"There is no {family} {name!r}.{near}{hints} {choice}")
 
     def _hints(self, family: str, name: str) -> Iterator[str]:
         """Yield the likely reasons why a name is not known."""

@@ -31,6 +31,9 @@ class Likelihood(Protocol):
     `only_own_pass` names options that nobody reads where curvature is measured on the user's own
     gradient: they say what targets are drawn, or how large the gradients of these are.
     `read_with` pairs an option with the one without which nobody reads it.
+
+    `beside` names the likelihood that messages propose for the other parts of an output. Without
+    it they propose this one.
     """
 
     def view(self, output: Tensor) -> Tensor:

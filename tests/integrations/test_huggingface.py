@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar
@@ -319,6 +320,43 @@ def test_what_a_model_returns_without_names_or_labels_is_refused_with_the_remedy
     optimizer = kfactk.build(curvature="kfac").bind(model)
     with pytest.warns(kfactk.KfactkWarning, match="class_axis=-1"):
         model(**batch)
+    optimizer.close()
+
+
+def test_a_model_with_two_heads_is_refused_once_with_the_line() -> None:
+    """BERT for pre-training returns two parts, neither of which is called logits."""
+    config = transformers.BertConfig(
+        vocab_size=11,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+        max_position_embeddings=8,
+    )
+    torch.manual_seed(0)
+    model = transformers.BertForPreTraining(config)
+    given = {"curvature": "kfac", "exclude": ["cls.predictions.decoder"]}
+    optimizer = kfactk.build(**given).bind(model)
+    with pytest.raises(kfactk.CaptureError) as error:
+        model(input_ids=torch.randint(11, (N, 6)), output_hidden_states=True)
+    optimizer.close()
+    text = str(error.value)
+    (line,) = re.findall(r"works as it is: build\(\.\.\., (.*?)\)\. ", text)
+    pasted = eval(f"dict({line})")
+    assert pasted == {
+        "likelihood": {
+            "prediction_logits": {"name": "categorical", "class_axis": -1},
+            "seq_relationship_logits": "gaussian",
+        }
+    }
+    pasted["likelihood"]["seq_relationship_logits"] = "categorical"
+    optimizer = kfactk.build(**given, **pasted).bind(model)
+    for _ in range(2):
+        optimizer.zero_grad()
+        ids = torch.randint(11, (N, 6))
+        out = model(input_ids=ids, labels=ids, next_sentence_label=torch.arange(N) % 2)
+        out.loss.backward()
+        optimizer.step()
     optimizer.close()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import attrs
 import torch
@@ -55,6 +55,9 @@ class Layout(abc.ABC):
             to its tokens and shifts them itself: output t predicts token t + 1. The last `shift`
             positions get weight 0.
     """
+
+    beside: ClassVar[str] = "gaussian"
+    """The likelihood that messages propose for the other parts of an output."""
 
     class_axis: int | None = attrs.field(default=None, validator=_axis)
     targets: str | None = attrs.field(default=None, validator=_argument_name)

@@ -252,7 +252,7 @@ REFUSED: dict[str, tuple[Callable[[Tensor], Any], int, str]] = {
     "an unknown mapping": (
         lambda t: {"prediction": t},
         3,
-        r"dict with tensors at 'prediction'.*output=",
+        r"dict with tensors at 'prediction'.*likelihood=\{'prediction': 'categorical'\}",
     ),
     "a number": (lambda t: 3.0, 3, r"returned float.*output="),
     "an empty tuple": (lambda t: (), 3, r"returned tuple.*output="),

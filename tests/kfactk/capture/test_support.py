@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -69,9 +68,3 @@ def test_models_whose_layers_no_hook_sees_are_refused() -> None:
 def test_a_traced_model_is_refused() -> None:
     with pytest.raises(CombinationError, match="scripted or traced"):
         supported_model(torch.jit.trace(net(), batch()[0]))
-
-
-def test_an_output_of_several_heads_is_refused_with_their_likelihoods() -> None:
-    words = "likelihood={'kind': 'categorical', 'size': 'gaussian'}"
-    with pytest.raises(CaptureError, match=re.escape(words)):
-        model_output({"kind": LOGITS, "size": LOGITS})
