@@ -53,7 +53,7 @@ SIDES: Mapping[int, int] = {256: 32, 1024: 8, 4096: 2}
 """How many matrices of a side are decomposed one by one, and in one batch."""
 RACES = (("gpt2", 768, 16), ("imagenet", 224, 128))
 """Task, width or size, and batch: 16,384 tokens, and some 20 GB of activations."""
-RACING = 40
+RACING = 35
 """Seconds of the steps of one race; after them it measures decompositions for its floors."""
 CHOSEN = (
     "ekfac, staggered",
