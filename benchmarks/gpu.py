@@ -63,7 +63,7 @@ CHOSEN = (
 )
 """Settings of kfactk; each task has three of them."""
 SOAP = "SOAP, every 10 (pytorch_optimizer)"
-SMALL = (("gpt", 8, 2), ("resnet8", 2, 2))
+SMALL = (("gpt", 8, 2, "bfloat16"), ("resnet8", 2, 2, "float32"))
 PRECISIONS = ("bfloat16", "float32")
 PATIENCE = 10
 """A rehearsal has so many times the seconds, since other programs may run beside it."""
@@ -90,6 +90,11 @@ class Part:
     result: Path | None = None
 
 
+def races(*, tiny: bool) -> Sequence[tuple[str, int, int, str]]:
+    """Return task, width or size, batch and precision of each race; a rehearsal has fewer."""
+    return SMALL if tiny else [(*race, precision) for precision in PRECISIONS for race in RACES]
+
+
 def parts(folder: Path, device: str, *, tiny: bool) -> list[Part]:
     """Return all parts.
 
@@ -106,17 +111,16 @@ def parts(folder: Path, device: str, *, tiny: bool) -> list[Part]:
     pytest = ["pytest", "-q", "-n", "0", "-p", "no:cacheprovider"]
     chosen = ["-k", "cpu and lag", TESTS[0]] if device == "cpu" else ["-m", "gpu", *TESTS]
     found = [Part("tests", [*pytest, *chosen], 80), check("waits", 30), check("lag", 35)]
-    for precision in PRECISIONS:
-        for task, width, batch in SMALL if tiny else RACES:
-            name = f"{task}, {precision}"
-            into = folder / name.replace(", ", "-")
-            arguments = ["benchmarks.race", "--network", task, "--widths", str(width)]
-            arguments += ["--batches", str(batch), "--steps", "2" if tiny else "100"]
-            arguments += ["--device", device, "--autocast", precision, "--no-stages"]
-            racing = RACING * (PATIENCE if tiny else 1)
-            arguments += ["--seconds", str(racing), "--output", str(into)]
-            arguments += ["--settings", *CHOSEN]
-            found.append(Part(name, arguments, 65, into / "race.json"))
+    for task, width, batch, precision in races(tiny=tiny):
+        name = f"{task}, {precision}"
+        into = folder / name.replace(", ", "-")
+        arguments = ["benchmarks.race", "--network", task, "--widths", str(width)]
+        arguments += ["--batches", str(batch), "--steps", "2" if tiny else "100"]
+        arguments += ["--device", device, "--autocast", precision, "--no-stages"]
+        racing = RACING * (PATIENCE if tiny else 1)
+        arguments += ["--seconds", str(racing), "--output", str(into)]
+        arguments += ["--settings", *CHOSEN]
+        found.append(Part(name, arguments, 65, into / "race.json"))
     arguments = ["benchmarks.memory", "--widths", "2" if tiny else "64", "--device", device]
     arguments += ["--batch", "2" if tiny else "64"]
     arguments += ["--only", "iterated" if tiny else "ekfac, staggered"]
@@ -356,10 +360,9 @@ def table(found: Mapping[str, Any], *, tiny: bool = False) -> str:
             lines.append(f"| {part.name} | {taken} | {LATER if each is None else words(each)} |")
     lines += ["", "| race | setting | mean | median | worst / median | steps |"]
     lines.append("|---|---|---|---|---|---|")
-    for precision in PRECISIONS:
-        for task, *_ in SMALL if tiny else RACES:
-            name = f"{task}, {precision}"
-            lines += race_rows(name, TASKS[task](64), made.get(name))
+    for task, _, _, precision in races(tiny=tiny):
+        name = f"{task}, {precision}"
+        lines += race_rows(name, TASKS[task](64), made.get(name))
     return "\n".join(lines)
 
 
