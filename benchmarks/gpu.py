@@ -65,7 +65,7 @@ CHOSEN = (
 SOAP = "SOAP, every 10 (pytorch_optimizer)"
 SMALL = (("gpt", 8, 2, "bfloat16"), ("resnet8", 2, 2, "float32"))
 PRECISIONS = ("bfloat16", "float32")
-PATIENCE = 10
+PATIENCE = 60
 """A rehearsal has so many times the seconds, since other programs may run beside it."""
 NEAR = 1e-9
 """The largest difference, relative to the largest entry of a tensor, of float64 runs on two
