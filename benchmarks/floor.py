@@ -65,6 +65,19 @@ class Floor:
         """
         return 1.0 + sum(self.mean.values()) / base
 
+    def worst_ratio(self, base: float, median: float) -> float:
+        """Return the most expensive step relative to a median, with the rest as in `ratio`.
+
+        Args:
+            base: Seconds of the baseline's step.
+            median: Seconds of the median step of the setting.
+
+        Example:
+            >>> Floor({"fisher": 0.1, "precondition": 0.3}, 1.0, 0.5).worst_ratio(2.0, 2.5)
+            1.2
+        """
+        return (base + self.worst) / median
+
 
 def median_seconds(run: Callable[[], object], repeats: int, device: torch.device) -> float:
     """Return the median seconds of a run, after one that is not counted."""
@@ -72,12 +85,20 @@ def median_seconds(run: Callable[[], object], repeats: int, device: torch.device
 
 
 def seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Return the seconds of one run, until the device has finished it."""
+    """Return the seconds of one run, until the device has finished it.
+
+    Work on other streams, such as decompositions with a lag, is not waited for.
+    """
     start = time.perf_counter()
     run()
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
+    wait(device)
     return time.perf_counter() - start
+
+
+def wait(device: torch.device) -> None:
+    """Wait until a device has finished the work of the current stream."""
+    if device.type != "cpu":
+        torch.accelerator.current_stream(device).synchronize()
 
 
 @attrs.frozen

@@ -6,7 +6,7 @@ To add a setting to race, memory and plot, add a line to a table below.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import attrs
@@ -181,11 +181,17 @@ def missing() -> list[str]:
     return [module for module in OTHERS if importlib.util.find_spec(module) is None]
 
 
-def rivals() -> dict[str, Setting]:
-    """Return the settings of torch and of all other packages that are installed, by name."""
+def rivals(named: Iterable[str] | None = None) -> dict[str, Setting]:
+    """Return the settings of torch and of other packages that are installed, by name.
+
+    Args:
+        named: Names of settings, which end with the name of their package; only these packages are
+            imported. `None` for all packages.
+    """
     every = torch_settings()
     for module, make in OTHERS.items():
-        if module not in missing():
+        wanted = named is None or any(name.endswith(f"({module})") for name in named)
+        if wanted and module not in missing():
             every |= make()
     return every
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any
 
@@ -37,6 +37,7 @@ OF_TOKENS = {
 TRANSFORMER_RECIPES: dict[str, dict[str, Any]] = {
     "ekfac": {},
     "ekfac, staggered": {"stagger": True},
+    "ekfac, staggered, a lag of 10": {"stagger": True, "lag": 10},
     "ekfac, staggered, bfloat16": {"stagger": True, "basis": ROUNDED},
     "kfac, staggered": {"stagger": True, "basis": "kfac"},
     "kfac by inverses, staggered": {
@@ -107,11 +108,21 @@ class Task:
         """Return the mean cross entropy over examples, or over tokens."""
         return F.cross_entropy(output.flatten(0, -2), labels.flatten())
 
-    def settings(self, only: str = "") -> dict[str, Setting]:
-        """Return the baseline, and all available settings whose name contains `only`, by name."""
+    def settings(self, only: str = "", named: Collection[str] | None = None) -> dict[str, Setting]:
+        """Return the baseline, and other available settings, by name.
+
+        Args:
+            only: Their names contain this.
+            named: Their names are among these, and come in this order; `None` for any.
+        """
         mine = {name: ours({**self.common, **each}, name) for name, each in self.recipes.items()}
-        every = rivals() | mine
-        return {n: each for n, each in every.items() if n == self.baseline or only in n}
+        every = rivals(named) | mine
+        order = every if named is None else (self.baseline, *named)
+        return {
+            name: every[name]
+            for name in order
+            if name in every and (name == self.baseline or only in name)
+        }
 
 
 def resnet8(width: int) -> Task:
@@ -162,9 +173,19 @@ def large_resnet(size: int) -> Task:
     return attrs.evolve(resnet8(1), name=name, model=resnet50, shape=f"3x{size}x{size}")
 
 
+def imagenet(size: int) -> Task:
+    """Return the ResNet-50 of torchvision for 1,000 classes, on images of this size (224)."""
+    from torchvision.models import resnet50
+
+    name = f"ResNet-50 of torchvision, images of {size} x {size}"
+    shape = f"3x{size}x{size}"
+    return attrs.evolve(resnet8(1), name=name, model=resnet50, shape=shape, classes=1000)
+
+
 TASKS: dict[str, Callable[[int], Task]] = {
     "resnet8": resnet8,
     "resnet50": large_resnet,
+    "imagenet": imagenet,
     "gpt": transformer,
     "gpt2": gpt2,
 }

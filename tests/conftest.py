@@ -47,7 +47,14 @@ def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Deselect wider samples of a law unless the profile is thorough or `-m` asks for them."""
+    """Skip what needs a GPU that is not there; deselect wider samples of a law.
+
+    The wider samples run where the profile is thorough or `-m` asks for them.
+    """
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
     if effort(1) > 1 or "thorough" in config.option.markexpr:
         return
     wider = [item for item in items if item.get_closest_marker("thorough")]

@@ -38,6 +38,16 @@ def test_others_are_raced_where_they_are_installed():
     assert set(settings.settings("no such name")) == {settings.BASELINE}
 
 
+def test_only_packages_of_named_settings_are_imported(monkeypatch: pytest.MonkeyPatch):
+    made = {name: lambda name=name: {f"x ({name})": None} for name in ("one", "other")}
+    monkeypatch.setattr(settings, "OTHERS", made)
+    monkeypatch.setattr(settings, "missing", list)
+    assert {"x (one)", "x (other)"} <= set(settings.rivals())
+    named = settings.rivals(["x (one)", "ekfac"])
+    assert "x (one)" in named
+    assert "x (other)" not in named
+
+
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")
 def test_kernels_are_shown_to_muon_as_matrices():
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3))

@@ -30,12 +30,7 @@ from tests.training_loops.loops import (
 
 pytestmark = pytest.mark.xdist_group("ranks")
 
-DEVICES = [
-    "cpu",
-    pytest.param(
-        "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-    ),
-]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 STEPS = 6
 FISHERS: dict[str, Any] = {
     "exact": {"fisher": "exact"},

@@ -125,7 +125,7 @@ def test_calibrate_divides_operations_by_seconds() -> None:
     assert machine.memory == os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.gpu
 def test_calibrate_measures_a_gpu() -> None:
     machine = calibrate("cuda", repeats=2)
     assert machine.kind == "cuda"

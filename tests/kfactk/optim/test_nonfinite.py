@@ -215,7 +215,7 @@ def test_a_rule_that_fails_leaves_no_verdict_behind(monkeypatch: pytest.MonkeyPa
     train(optimizer, model, data[2])
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("update", UPDATES)
 def test_a_real_device_skips(update: str) -> None:
     model = net().cuda()

@@ -189,7 +189,7 @@ def test_what_the_host_reads_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         assert seen
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", RECIPES)
 def test_an_ordinary_step_does_not_wait_for_a_real_device(name: str) -> None:
     model = net().cuda()
