@@ -15,6 +15,7 @@ from kfactk.capture.hooks import ModelHooks
 from kfactk.preconditioner.coverage import ModelSurvey
 from kfactk.preconditioner.rules import BlockRule
 from kfactk_stages.basis.ekfac import Ekfac
+from tests import deviations
 
 
 @attrs.define(eq=False)
@@ -85,7 +86,7 @@ def deviation(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> fl
     """Return the largest relative deviation of any layer."""
     assert found.keys() == expected.keys()
     assert found
-    return max(float((found[k] - expected[k]).norm() / expected[k].norm()) for k in expected)
+    return max(deviations.deviation(found[k], expected[k]) for k in expected)
 
 
 def rows(*shape: int, seed: int = 0) -> Tensor:
