@@ -37,6 +37,8 @@ MODELS: dict[str, tuple[str, Callable[[], nn.Module], int]] = {
 """By name: a title, what makes the model, and the width of its input."""
 TITLES = ("model", "median s", "worst s", "worst/median", "first s", "peak GB")
 PERIODS = {"factor_every": 5, "scale_every": 5, "basis_every": 10}
+MOST = 3.0
+"""A step that takes this many times the median or more is told."""
 
 
 def recipe_of(max_side: int | str | None, wide: str, basis: str) -> kfactk.Recipe:
@@ -63,10 +65,11 @@ def seconds_of(model: nn.Module, width: int, recipe: kfactk.Recipe, steps: int) 
 
 
 def row(name: str, seconds: list[float], peak: float) -> str:
-    """Return the row of a model in the table."""
+    """Return the row of a model in the table; a worst step of `MOST` medians or more is told."""
     first, *later = seconds
     median, worst = statistics.median(later), max(later)
-    numbers = (f"{median:.3g}", f"{worst:.3g}", f"{worst / median:.2f}", f"{first:.3g}")
+    ratio = f"{worst / median:.2f}" + (f": not below {MOST:g}" if worst >= MOST * median else "")
+    numbers = (f"{median:.3g}", f"{worst:.3g}", ratio, f"{first:.3g}")
     return " | ".join(("", MODELS[name][0], *numbers, f"{peak:.1f}", "")).strip()
 
 

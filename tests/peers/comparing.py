@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kfactk.optim.views import BlockView
+from tests.deviations import deviation
 from tests.peers.problems import Problem
 
 TOLERANCE = 1e-10
@@ -21,11 +22,6 @@ COMPARED = {
     "backpack-for-pytorch": "1.7.1",
 }
 """The versions in which a peer was found to be wrong; others may have changed."""
-
-
-def deviation(ours: Tensor, theirs: Tensor) -> float:
-    """Return `|ours - theirs| / |theirs|`."""
-    return float((ours - theirs).norm() / theirs.norm())
 
 
 def compared(peer: str) -> bool:

@@ -16,13 +16,13 @@ from nngeometry.object import PMatKFAC
 from torch import Tensor, nn
 
 from kfactk.testing._support.truth import layer_gradients
+from tests.deviations import deviation
 from tests.peers import nngeometry_side
 from tests.peers.comparing import (
     COMPARED,
     FAR,
     agree,
     blocks,
-    deviation,
     differs,
     eigenvectors,
     joined,

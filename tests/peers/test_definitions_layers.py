@@ -18,9 +18,10 @@ from nngeometry.object import PMatBlockDiag
 from torch import Tensor, nn
 
 from kfactk.testing._support.truth import categorical_fisher_gradients, projected_square
+from tests.deviations import deviation
 from tests.kfactk.dense import pooled
 from tests.peers import nngeometry_side
-from tests.peers.comparing import TOLERANCE, agree, compared, deviation, differs, eigenvectors
+from tests.peers.comparing import TOLERANCE, agree, compared, differs, eigenvectors
 from tests.peers.curvlinops_side import kronecker
 from tests.peers.problems import F64, OUTPUTS, Problem, conv_kfac, measured, problem
 

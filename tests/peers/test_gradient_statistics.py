@@ -5,6 +5,7 @@ Gradients are drawn, not taken from a model: so they are the same however far pa
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 from torch import Tensor, nn
 
 import kfactk
+from tests.deviations import deviation
+from tests.peers.comparing import FAR
 
 STEPS, LR = 30, 0.01
 F64 = torch.float64
@@ -26,8 +29,8 @@ def gradients(*shape: int) -> list[Tensor]:
 class Both:
     """One layer that kfactk trains, and a copy of its parameters for another library."""
 
-    def __init__(self, d_out: int, d_in: int, **recipe: Any) -> None:
-        self.layer = nn.Linear(d_in, d_out, dtype=F64)
+    def __init__(self, layer: nn.Module, **recipe: Any) -> None:
+        self.layer = layer.double()
         self.theirs = [nn.Parameter(p.detach().clone()) for p in self.layer.parameters()]
         self.start = [p.detach().clone() for p in self.theirs]
         given: dict[str, Any] = {"curvature": "gradient", "update": "sgd", "lr": LR} | recipe
@@ -35,74 +38,147 @@ class Both:
 
     def step(self, other: torch.optim.Optimizer, gradient: Tensor) -> float:
         """Take a step with both, the bias' gradient being a column; return how far they are."""
+        column = gradient.flatten(1)[:, -1]
         for ours, theirs, each in zip(
-            self.layer.parameters(), self.theirs, (gradient, gradient[:, 0]), strict=True
+            self.layer.parameters(), self.theirs, (gradient, column), strict=True
         ):
-            ours.grad, theirs.grad = each.clone(), each.clone()
+            ours.grad, theirs.grad = each.clone(), each.reshape(theirs.shape).clone()
         self.optimizer.step()
         other.step()
-        return max(
-            float((ours - theirs).detach().norm() / (theirs - start).detach().norm().clamp(1e-300))
-            for ours, theirs, start in zip(
-                self.layer.parameters(), self.theirs, self.start, strict=True
-            )
+        return max(deviation(ours, theirs) for ours, theirs in zip(*self.moved(), strict=True))
+
+    def moved(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return how far each parameter has come, ours and theirs."""
+        sides = self.layer.parameters(), self.theirs
+        return tuple(
+            [p.detach().reshape(s.shape) - s for p, s in zip(side, self.start, strict=True)]
+            for side in sides
         )
 
 
-@pytest.mark.parametrize(("every", "tolerance"), [(100, 1e-12), (5, 1e-5)])
-def test_soap_is_that_of_pytorch_optimizer(every: int, tolerance: float) -> None:
-    """Their first gradient makes a basis only; they refresh one step later, by QR in float32."""
+def matrix(d_out: int, d_in: int) -> nn.Module:
+    """Return a layer whose weight is `[d_out, d_in]`."""
+    return nn.Linear(d_in, d_out)
+
+
+LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
+    "square": (lambda: matrix(6, 6), (6, 6)),
+    "tall": (lambda: matrix(6, 5), (6, 5)),
+    "wide": (lambda: matrix(5, 6), (5, 6)),
+    "kernel": (lambda: nn.Conv2d(3, 12, 2), (12, 3, 2, 2)),
+}
+"""Layers with the shape of their weight: the first gradient leaves no null space of two directions.
+
+The kernel is 12 x 12 where all but its first dimension are merged.
+"""
+
+
+def of_soap(layer: nn.Module, every: int) -> tuple[Both, torch.optim.Optimizer]:
+    """Return SOAP of both, whose first gradient makes a basis only."""
     soap = pytest.importorskip("pytorch_optimizer").SOAP
 
     def basis_every(step: int) -> int:
         return 1 if step % every == 1 else step + 1
 
     both = Both(
-        6,
-        6,
+        layer,
         curvature={"name": "gradient", "counts": "next"},
         basis={"name": "soap", "eps": 1e-30},
         first_moment=0.9,
         basis_every=basis_every if every < STEPS else every,
     )
+    weight, bias = both.theirs
     theirs = soap(
-        both.theirs,
+        [{"params": [weight], "merge_dims": True}, {"params": [bias]}],  # it cannot merge a vector
         lr=LR,
         betas=(0.9, 0.95),
         shampoo_beta=0.95,
         weight_decay=0.0,
         precondition_frequency=every,
+        max_precondition_dim=12,
         eps=1e-30,
     )
-    first, *more = gradients(6, 6)
+    return both, theirs
+
+
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(("every", "tolerance"), [(100, 1e-11), (5, 1e-5)])
+def test_soap_is_that_of_pytorch_optimizer(every: int, tolerance: float, name: str) -> None:
+    """Their first gradient makes a basis only; they refresh one step later, by QR in float32.
+
+    They merge dimensions up to the longest side that they allow, here the 12 of a kernel's sides.
+    """
+    make, shape = LAYERS[name]
+    both, theirs = of_soap(make(), every)
+    first, *more = gradients(*shape)
     both.step(theirs, first)
     assert all(map(torch.equal, both.theirs, both.start))
     assert all(map(torch.equal, both.layer.parameters(), both.start))
     assert max(both.step(theirs, gradient) for gradient in more) < tolerance
 
 
-def test_shampoo_is_that_of_pytorch_optimizer() -> None:
-    """They sum L and R where we average: a learning rate of `1 / sqrt(t)` makes up for it."""
+def test_soap_shares_a_scale_in_a_null_space_and_that_of_pytorch_optimizer_does_not() -> None:
+    """Of 8 x 5 the first gradient leaves three directions, which eigh chooses at will.
+
+    In all others both are the same.
+    """
+    both, theirs = of_soap(matrix(8, 5), 100)
+    first, *more = gradients(8, 5)
+    for gradient in (first, *more):
+        both.step(theirs, gradient)
+    seen = torch.linalg.svd(first, full_matrices=False).U.mT
+    (ours, *_), (other, *_) = both.moved()
+    assert deviation(seen @ ours, seen @ other) < 1e-11
+    rest = torch.eye(8, dtype=F64) - seen.mT @ seen
+    assert deviation(rest @ ours, rest @ other) > 1e-3
+
+
+def of_shampoo(layer: nn.Module, *shapes: tuple[int, ...]) -> tuple[Both, torch.optim.Optimizer]:
+    """Return Shampoo of both, theirs on parameters of these shapes."""
     shampoo = pytest.importorskip("pytorch_optimizer").Shampoo
-    both = Both(
-        6,
-        6,
-        curvature={"name": "gradient", "vectors": False},
-        basis={"name": "shampoo", "eps": 0.0},
-        factor_decay=1.0,
-        basis_every=1,
-    )
-    both.theirs = both.theirs[:1]
-    both.layer.bias.requires_grad_(False)
-    theirs = shampoo(both.theirs, lr=LR, matrix_eps=1e-14)
-    for t, gradient in enumerate(gradients(6, 6)):
-        both.layer.weight.grad, both.theirs[0].grad = gradient.clone(), gradient.clone()
+    both = Both(layer, basis={"name": "shampoo", "eps": 0.0}, factor_decay=1.0, basis_every=1)
+    both.theirs = [
+        nn.Parameter(p.detach().reshape(s)) for p, s in zip(both.theirs, shapes, strict=True)
+    ]
+    both.start = [p.detach().clone() for p in both.theirs]
+    groups = [
+        {"params": [p], "matrix_eps": 1e-14 if p.numel() > 1 else 0.0}  # of a sum that lacks rank
+        for p in both.theirs
+    ]
+    return both, shampoo(groups, lr=LR)
+
+
+@pytest.mark.parametrize(
+    ("make", "shape", "merged"),
+    [
+        (lambda: matrix(6, 6), (6, 6), (6, 6)),
+        (lambda: matrix(8, 5), (8, 5), (8, 5)),
+        (lambda: matrix(5, 8), (5, 8), (5, 8)),
+        (lambda: matrix(1, 6), (1, 6), (1, 6)),
+        (lambda: nn.Conv2d(2, 6, 2), (6, 2, 2, 2), (6, 8)),
+    ],
+    ids=["square", "tall", "wide", "row", "kernel"],
+)
+def test_shampoo_is_that_of_pytorch_optimizer(
+    make: Callable[[], nn.Module], shape: tuple[int, ...], merged: tuple[int, int]
+) -> None:
+    """They sum L and R where we average: a learning rate of `1 / sqrt(t)` makes up for it.
+
+    They take a matrix for each of the four dimensions of a kernel, and we take one for its rows and
+    one for all others: so theirs is given the kernel as the matrix that we see. Of a bias `[n]`
+    theirs has the whole matrix `g g^T` to the power -1/2, and ours its diagonal and its trace, each
+    to -1/4: with one number both are `g / sqrt(sum g^2)`, with more they differ.
+    """
+    both, theirs = of_shampoo(make(), merged, shape[:1])
+    for t, gradient in enumerate(gradients(*shape)):
         both.optimizer.param_groups[0]["lr"] = LR / (t + 1) ** 0.5
-        both.optimizer.step()
-        theirs.step()
-        moved = (both.theirs[0] - both.start[0]).detach().norm()
-        far = (both.layer.weight - both.theirs[0]).detach().norm()
-        assert float(far / moved) < 1e-11
+        both.step(theirs, gradient)
+        weight, bias = (deviation(*each) for each in zip(*both.moved(), strict=True))
+        assert weight < 1e-10
+        if shape[0] == 1:
+            assert bias < 1e-10
+    if shape[0] > 1:
+        assert bias > FAR
 
 
 @pytest.mark.skipif(not hasattr(torch.optim, "Muon"), reason="this torch has no Muon")

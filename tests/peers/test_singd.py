@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 import kfactk
 from kfactk.optim.optimizer import Optimizer
-from tests.peers.comparing import TOLERANCE, deviation
+from tests.deviations import deviation
+from tests.peers.comparing import TOLERANCE
 
 DAMPING, LR, STEP, STEPS = 0.03, 0.05, 0.1, 30
 F64 = torch.float64

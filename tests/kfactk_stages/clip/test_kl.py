@@ -50,13 +50,14 @@ def dot(xs: list[Tensor], ys: list[Tensor]) -> Tensor:
 
 def test_groups_count_with_their_own_learning_rate() -> None:
     pairs = [
-        GradientPair(torch.tensor([3.0]), torch.tensor([2.0]), lr=0.1),
-        GradientPair(torch.tensor([5.0]), torch.tensor([4.0]), lr=0.2),
+        GradientPair(*torch.tensor([[3.0], [2.0]], dtype=torch.float64), lr=0.1),
+        GradientPair(*torch.tensor([[5.0], [4.0]], dtype=torch.float64), lr=0.2),
     ]
     clipped, factor = KlClip(limit=0.01).clip(pairs, dot)
     expected = math.sqrt(0.01 / (0.1**2 * 6 + 0.2**2 * 20))
-    assert factor.item() == pytest.approx(expected)
-    assert [c.item() for c in clipped] == pytest.approx([2 * expected, 4 * expected])
+    assert factor.item() == pytest.approx(expected, rel=1e-12)
+    truth = torch.tensor([2 * expected, 4 * expected], dtype=torch.float64)
+    torch.testing.assert_close(torch.cat(clipped), truth, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize(

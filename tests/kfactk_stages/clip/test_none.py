@@ -24,5 +24,12 @@ def test_none_changes_nothing() -> None:
     assert factor.item() == 1.0
 
 
+def test_steps_are_the_preconditioned_gradients() -> None:
+    pairs = [GradientPair(*torch.randn(2, 3, 4, dtype=torch.float64), lr=10.0) for _ in range(2)]
+    truth = [pair.preconditioned.clone() for pair in pairs]
+    clipped, _ = NoClip().clip(pairs, dot=lambda xs, ys: torch.zeros(0))
+    torch.testing.assert_close(clipped, truth, rtol=0, atol=0)
+
+
 def test_registered() -> None:
     assert kfactk_clips() == {"none": NoClip}

@@ -49,7 +49,9 @@ def test_entries_equal_those_of_python(values: list[list[float]], limit: float) 
     ]
     clipped, factor = ValueClip(limit=limit).clip(pairs, dot)
     expected = [[max(-limit, min(limit, x)) for x in v] for v in values]
-    assert [c.tolist() for c in clipped] == expected
+    for found, entries_ in zip(clipped, expected, strict=True):
+        truth = torch.tensor(entries_, dtype=torch.float64)
+        torch.testing.assert_close(found, truth, rtol=0, atol=0)
     again, second = ValueClip(limit=limit).clip(
         [GradientPair(p.gradient, c, lr=0.1) for p, c in zip(pairs, clipped, strict=True)], dot
     )

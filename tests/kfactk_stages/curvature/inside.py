@@ -18,6 +18,7 @@ from kfactk.testing import PipelineLaws
 from kfactk.testing._support.division import equal_on_ranks
 from kfactk.testing._support.training import STEPS, identical, outcome, through_file
 from kfactk_stages.basis.ekfac import Ekfac
+from tests import deviations
 
 MOST = 3
 """Longest side that is whole, where another form is named."""
@@ -125,7 +126,7 @@ def deviation(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> fl
     """Return the largest relative deviation of any layer."""
     assert found.keys() == expected.keys()
     assert found
-    return max(float((found[k] - expected[k]).norm() / expected[k].norm()) for k in expected)
+    return max(deviations.deviation(found[k], expected[k]) for k in expected)
 
 
 def rows(*shape: int, seed: int = 0) -> Tensor:
