@@ -47,7 +47,7 @@ class Measured(float):
         return below
 
 
-class Recorder:
+class ComparisonPlugin:
     """The plugin.
 
     Attributes:

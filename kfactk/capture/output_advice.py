@@ -86,7 +86,9 @@ class OutputAdvice:
             told = [no_logits(self._forward.output), *self._further]
         text = " ".join(f"{each.removesuffix('.')}." for each in dict.fromkeys(told))
         if len(last) > 1:
-            text += f" The output holds {listed([part.told for part in last])}."
+            text += (
+                f" Choose among the parts of the output: {listed([part.told for part in last])}."
+            )
         if proposal is None or not (proposal.changed or self._silent(proposal.parts)):
             return text
         text += self._line(proposal, last)
@@ -288,14 +290,12 @@ class OutputAdvice:
             )
         if self._guessed and proposal.chosen:
             text += (
-                " Nothing tells the dimension of the classes for certain: class_axis=1 is the "
-                "layout of F.cross_entropy, class_axis=-1 has them last."
+                " Check the dimension of the classes, which nothing tells for certain: "
+                "class_axis=1 is the layout of F.cross_entropy, class_axis=-1 has them last."
             )
         if silent:
             names = listed([repr(layer.name) for layer in silent])
-            text += (
-                f" It trains by plain gradients what leads to no part with a likelihood: {names}."
-            )
+            text += f" Leave these, which lead to no such part, to their plain gradients: {names}."
         others = [part for part in last if set(part.layers) & set(silent) and part.path]
         if others and self._named:
             entries = listed([likelihood_argument([self._entry(part)]) for part in others])

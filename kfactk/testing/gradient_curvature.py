@@ -139,7 +139,7 @@ class GradientCurvatureLaws(CurvatureInRecipe):
         stage = self.subject()
         if not isinstance(stage, GradientCurvature):
             raise OptionError(
-                f"{self.label()} takes its statistics from samples; inherit CurvatureLaws."
+                f"{self.label()} takes its statistics from samples: use CurvatureLaws."
             )
         return stage
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from docs import measuring, truths_page
-from docs.measuring import Comparison, Recorder
+from docs.measuring import Comparison, ComparisonPlugin
 from docs.truths_page import FAMILIES, PAGE, ROOT, Truth, truths
 from kfactk import testing
 from kfactk.registry.registry import registry
@@ -64,7 +64,7 @@ def is_there(file: str, test: str) -> bool:
 @pytest.mark.parametrize("truth", truths(), ids=lambda truth: truth.cells().split(" | ")[0][2:])
 def test_named_tests_exist(truth: Truth) -> None:
     missing = [test for test in truth.tests if not is_there(truth.file, test)]
-    assert not missing, f"{truth.file} has no {missing}: correct docs/truths_page.py"
+    assert not missing, f"{truth.file} has no {missing}: correct docs/truths.toml"
     assert truth.tests
 
 
@@ -85,7 +85,7 @@ def test_every_stage_has_a_row(family: str) -> None:
         if info.distribution == OURS and info.family == family
     }
     shown = {stage for truth in truths() if truth.family == family for stage in truth.stages}
-    assert shown == there, "correct docs/truths_page.py, and run: python -m docs.truths_page"
+    assert shown == there, "correct docs/truths.toml, and run: python -m docs.truths_page"
 
 
 def test_all_families_with_numbers_have_a_section() -> None:
@@ -108,11 +108,11 @@ def test_every_deviation_is_below_what_is_allowed() -> None:
 
 def test_tensors_in_float64_that_pass_are_noted(pytester: pytest.Pytester) -> None:
     """In a run of its own, what passes below a limit: 1e-9 of 2, then 0, then 2e-3 of 1."""
-    recorder = Recorder()
-    result = pytester.inline_run(pytester.makepyfile(TESTS), plugins=[recorder])
+    plugin = ComparisonPlugin()
+    result = pytester.inline_run(pytester.makepyfile(TESTS), plugins=[plugin])
     result.assertoutcome(passed=2, failed=1)
-    assert sorted(recorder.outcomes.values()) == ["failed", "passed", "passed"]
-    ((name, noted),) = recorder.found.items()
+    assert sorted(plugin.outcomes.values()) == ["failed", "passed", "passed"]
+    ((name, noted),) = plugin.found.items()
     assert name.endswith("::test_near")
     assert [each.deviation for each in noted] == pytest.approx([5e-10, 0.0, 2e-3], rel=1e-5)
     assert [each.allowed for each in noted] == pytest.approx([1e-9, 1e-3, 1e-2], rel=1e-5)
@@ -141,6 +141,6 @@ def test_a_test_that_does_not_pass_is_named(
 
 
 def test_a_test_that_compares_nothing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(truths_page, "run", lambda ids: Recorder())
+    monkeypatch.setattr(truths_page, "run", lambda ids: ComparisonPlugin())
     with pytest.raises(RuntimeError, match=r"compares nothing in float64"):
         truths_page.measure()

@@ -252,7 +252,7 @@ def test_each_law_is_broken_by_some_stage() -> None:
 
 def test_a_curvature_of_samples_is_sent_to_its_own_laws() -> None:
     laws = type("TestKfac", (GradientCurvatureLaws,), {"stage": "kfac"})()
-    with pytest.raises(OptionError, match="inherit CurvatureLaws"):
+    with pytest.raises(OptionError, match="use CurvatureLaws"):
         laws.cases()
 
 
