@@ -37,6 +37,16 @@ Validator = Callable[[Any, "attrs.Attribute[Any]", Any], None]
 """What attrs calls with the instance, the attribute and the value."""
 
 
+def shortened(written: Any) -> Any:
+    """Return a written stage by its name alone where it has no options.
+
+    Example:
+        >>> shortened({"name": "kfac"}), shortened({"name": "kfac", "solver": "eigh"})
+        ('kfac', {'name': 'kfac', 'solver': 'eigh'})
+    """
+    return written["name"] if set(written) == {"name"} else written
+
+
 def refusal(
     instance: object, attribute: attrs.Attribute[Any], value: object, must: str
 ) -> OptionError:

@@ -17,6 +17,7 @@ from kfactk.errors import (
     memory_message,
     memory_ran_out,
 )
+from kfactk.options import shortened
 from kfactk.samples import Statistic
 from kfactk.sides import KRONECKER, is_diagonal, side_of
 
@@ -506,7 +507,7 @@ def likelihood_argument(heads: Sequence[Mapping[str, Any]]) -> str:
         >>> likelihood_argument([{"likelihood": {"name": "gaussian", "class_axis": 1}}])
         "likelihood={'name': 'gaussian', 'class_axis': 1}"
     """
-    short = [{**head, "likelihood": _shortened(head["likelihood"])} for head in heads]
+    short = [{**head, "likelihood": shortened(head["likelihood"])} for head in heads]
     if "output" not in short[0]:
         return f"likelihood={short[0]['likelihood']!r}"
     mapping = {str(head["output"]): head["likelihood"] for head in short}
@@ -519,11 +520,6 @@ def likelihood_argument(heads: Sequence[Mapping[str, Any]]) -> str:
 
 RESERVED = {"name", "likelihood"}
 """Keys by which a mapping is a likelihood, or a head, and not several."""
-
-
-def _shortened(written: Any) -> Any:
-    """Return a stage's name where it has no options."""
-    return written["name"] if set(written) == {"name"} else written
 
 
 def listed(words: Sequence[str]) -> str:

@@ -26,6 +26,7 @@ from kfactk.options import (
     number_at,
     period_at,
     refusal,
+    shortened,
     whole,
 )
 from kfactk.preconditioner.first_moment import FirstMoment, as_first_moment
@@ -410,7 +411,7 @@ class Settings:
             kept = {name: value for name, value in given.items() if name != "momentum"}
             raise CombinationError(
                 f"{label} sets momentum in each step, so momentum={given['momentum']!r} of the "
-                f"update rule would have no effect. Give update={_pasted(kept)}, or "
+                f"update rule would have no effect. Give update={shortened(kept)!r}, or "
                 "controller=None."
             )
 
@@ -648,11 +649,6 @@ def _refuse(curvature: Curvature, basis: Basis, curvature_name: str, basis_name:
     )
 
 
-def _pasted(described: dict[str, Any]) -> str:
-    """Return a described stage as one writes it."""
-    return repr(described["name"] if set(described) == {"name"} else described)
-
-
 FIELDS = tuple(field.name for field in attrs.fields(Settings) if field.init)
 """Names of the fields, which are the arguments of `kfactk.build`."""
 
@@ -671,10 +667,8 @@ def _with_option(spec: BlockSpec, name: str, value: Any) -> BlockSpec:
 
 def _without_options(written: dict[str, Any]) -> Any:
     """Return a written stage that has no options by its name; also those of a block."""
-    if set(written) == {"name"}:
-        return written["name"]
     stages = ("curvature", "basis")
-    return {k: _without_options(each) if k in stages else each for k, each in written.items()}
+    return shortened({k: shortened(each) if k in stages else each for k, each in written.items()})
 
 
 def default_damping(update: Update) -> float:

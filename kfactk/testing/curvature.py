@@ -16,7 +16,7 @@ import attrs
 import pytest
 import torch
 from hypothesis import assume, strategies as st
-from torch import Tensor, nn
+from torch import Tensor
 
 from kfactk.sides import is_diagonal, names_of, slices_of
 from kfactk.testing._support import truth
@@ -28,6 +28,7 @@ from kfactk.testing._support.layers import (
     averaged,
     near,
     present,
+    reason_against,
     same,
     undone,
 )
@@ -471,7 +472,7 @@ class CurvatureLaws(OnLayers, CurvatureInRecipe):
         It says why.
         """
         for what, module in tampered(case.module):
-            assert self._reason(module, what), (
+            assert reason_against(self.curvature, module, what), (
                 f"unsupported() accepts {what}; its gradients would be taken for those of the "
                 "plain layer"
             )
@@ -481,25 +482,12 @@ class CurvatureLaws(OnLayers, CurvatureInRecipe):
         """`unsupported` gives a reason for modules of other classes, and never raises."""
         for module in foreign_modules():
             name = type(module).__name__
-            if self._reason(module, name) is None:
+            if reason_against(self.curvature, module, name) is None:
                 assert type(module) in self.covers, (
                     f"unsupported() accepts {name}, for which no data is drawn, so whether it is "
                     "treated exactly is not tested. Refuse it; or add it to `covers` of this class "
                     "and draw it in `cases`"
                 )
-
-    def _reason(self, module: nn.Module, what: str) -> str | None:
-        try:
-            reason: object = self.curvature.unsupported(module)
-        except Exception as error:
-            raise AssertionError(
-                f"unsupported() raises {type(error).__name__} for {what}, where it must return a "
-                f"reason: {error}"
-            ) from error
-        assert reason is None or (isinstance(reason, str) and reason.strip()), (
-            f"unsupported() returns {reason!r} for {what}, not a reason"
-        )
-        return None if reason is None else str(reason)
 
 
 def described(tensors: Mapping[str, Tensor]) -> dict[str, str]:

@@ -24,7 +24,7 @@ from kfactk.sides import SIDES, is_diagonal, names_of, side_of, slices_of
 from kfactk.stages import Basis, GradientCurvature, Layer
 from kfactk.testing._support.division import CurvatureInRecipe
 from kfactk.testing._support.laws import close, law
-from kfactk.testing._support.layers import averaged, present, same, undone
+from kfactk.testing._support.layers import averaged, present, reason_against, same, undone
 from kfactk.testing._support.strategies import binary_exponents, foreign_modules, seeds
 from kfactk.testing._support.training import built
 
@@ -120,7 +120,7 @@ class GradientCurvatureLaws(CurvatureInRecipe):
         Raises:
             OptionError: The stage takes none of the modules.
         """
-        makers = [make for make in self.modules() if self._reason(make()) is None]
+        makers = [make for make in self.modules() if reason_against(self.curvature, make()) is None]
         if not makers:
             raise OptionError(
                 f"{self.label()} accepts no module of the laws. If it is for parameters of other "
@@ -418,24 +418,10 @@ class GradientCurvatureLaws(CurvatureInRecipe):
         """
         for module in (nn.Tanh(), *(make() for make in MODULES), *foreign_modules()):
             name = type(module).__name__
-            if self._reason(module) is None:
+            if reason_against(self.curvature, module) is None:
                 assert self.curvature.parts(module), (
                     f"unsupported() accepts {name}, and parts() names no parameter of it"
                 )
-
-    def _reason(self, module: nn.Module) -> str | None:
-        curvature, name = self.curvature, type(module).__name__
-        try:
-            reason: object = curvature.unsupported(module)
-        except Exception as error:
-            raise AssertionError(
-                f"unsupported() raises {type(error).__name__} for {name}, where it must return a "
-                f"reason: {error}"
-            ) from error
-        assert reason is None or (isinstance(reason, str) and reason.strip()), (
-            f"unsupported() returns {reason!r} for {name}, not a reason"
-        )
-        return None if reason is None else str(reason)
 
     def _bound(self, case: GradientCase) -> tuple[nn.Module, Optimizer]:
         """Return a copy of a case's module, and an optimizer of it.

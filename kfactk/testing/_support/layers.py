@@ -233,6 +233,28 @@ def undone(curvature: Curvature, layer: Layer) -> None:
         close(back[name], tensor, says, rtol=0, atol=0)
 
 
+def reason_against(curvature: Curvature, module: nn.Module, what: str = "") -> str | None:
+    """Return why a curvature does not treat a module; `None` where it does.
+
+    Args:
+        curvature: The curvature.
+        module: The module.
+        what: What messages call it; "" for its type.
+    """
+    what = what or type(module).__name__
+    try:
+        reason: object = curvature.unsupported(module)
+    except Exception as error:
+        raise AssertionError(
+            f"unsupported() raises {type(error).__name__} for {what}, where it must return a "
+            f"reason: {error}"
+        ) from error
+    assert reason is None or (isinstance(reason, str) and reason.strip()), (
+        f"unsupported() returns {reason!r} for {what}, not a reason"
+    )
+    return None if reason is None else str(reason)
+
+
 def averaged(sums: Mapping[str, Statistic]) -> dict[str, Tensor]:
     """Return sum over count of each factor.
 
