@@ -59,7 +59,7 @@ def test_the_paths_of_tensors(form: Any, paths: list[str]) -> None:
     assert all(at_path(output, path) is tensor for path, tensor in found.items())
 
 
-def test_hidden_states_losses_and_what_is_computed_from_parts_are_no_last_parts() -> None:
+def test_hidden_states_and_losses_are_no_last_parts() -> None:
     trunk, one, two = nn.Linear(3, 4), nn.Linear(4, 5), nn.Linear(4, 2)
     hidden = trunk(torch.ones(6, 3))
     first, second = one(hidden), two(hidden)

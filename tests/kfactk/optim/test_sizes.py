@@ -125,7 +125,7 @@ def inside() -> nn.ModuleDict:
     return nn.ModuleDict({"attn": nn.MultiheadAttention(20, 2), "rnn": rnn, "fc": nn.Linear(4, 5)})
 
 
-def test_one_line_warns_of_wide_layers_of_several_curvatures_and_pasting_it_ends_it() -> None:
+def test_one_line_warns_of_all_wide_layers_and_ends_it() -> None:
     limits = [{"name": name, "max_side": 16} for name in ("attention", "rnn")]
     recipe = kfactk.build(curvature=["kfac", *limits])
     [text] = said(recipe, inside())

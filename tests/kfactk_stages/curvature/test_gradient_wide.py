@@ -131,7 +131,7 @@ def test_eps_of_shampoo_is_a_share_of_the_largest_eigenvalue_of_each_block() -> 
     torch.testing.assert_close(step(layer, optimizer, v), expected)
 
 
-def test_one_blocked_side_is_shampoo_of_each_row_block_with_the_other_side_of_all() -> None:
+def test_one_blocked_side_is_shampoo_of_row_blocks() -> None:
     """With R of all rows, a row block has the L of Shampoo on that block alone."""
     layer = linear(6, 3)
     optimizer = bound(layer, curvature=BLOCKS, basis={**SHAMPOO, "eps": 0.0})
