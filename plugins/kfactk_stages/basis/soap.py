@@ -28,7 +28,6 @@ from kfactk_stages.basis._wide import (
     Directions,
     SidesOperator,
     directions_of,
-    null_of,
     pool_side,
     turned,
 )
@@ -221,9 +220,7 @@ def _values(side: str, decomposition: Decomposition) -> Tensor:
 def _pooled(square: Tensor, decomposition: Decomposition) -> Tensor:
     """Give directions among which the eigensolver chose at will their mean."""
     for side in ("L", "R"):
-        nulls = [null for _, null in null_of(side, decomposition)]
-        if any(null.device.type != "cpu" or bool(null.any()) for null in nulls):
-            square = pool_side(square, side, decomposition)  # elsewhere the host would wait
+        square = pool_side(square, side, decomposition)
     return square
 
 
